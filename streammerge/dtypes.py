@@ -1,0 +1,55 @@
+"""The dtypes of the safetensors format: widths, kinds, and the names people use for them."""
+
+from __future__ import annotations
+
+BITS: dict[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Width of one element in bits. The order is that of the format's own enumeration, by which its
+writer sorts tensors (descending)."""
+
+RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
+
+FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+"""Dtypes that are merged by arithmetic."""
+
+INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
+"""Dtypes that must agree in all models, or come from the base."""
+
+NAMES = {
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+}
+"""Config spellings (an optional ``torch.`` prefix aside) of the dtypes an output may have."""
+
+CONFIG_NAME = {code: name for name, code in NAMES.items()}
+
+
+def itemsize(dtype: str) -> int:
+    """Return the bytes of one element of a byte-wide dtype."""
+    bits = BITS[dtype]
+    assert bits % 8 == 0, dtype
+    return bits // 8

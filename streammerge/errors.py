@@ -1,0 +1,81 @@
+"""Every way a merge can stop, and the exit code of each.
+
+::
+
+    StreammergeError
+    ├── InputError          2   the config or an input file is bad: what, where, the cure
+    │   ├── ConfigError     2   the YAML config
+    │   ├── ModelError      2   a model directory or one of its files
+    │   └── BudgetError     2   the work does not fit the memory that was given
+    ├── OutputError         2   the output directory holds something that must not be touched
+    ├── WorldError          1   disk full, I/O error: what is finished is kept and resumable
+    └── Stopped       130/143   SIGINT or SIGTERM: stopped cleanly, resumable
+
+A message is one line: what is wrong, where, and the cure, with both numbers where there are two.
+"""
+
+from __future__ import annotations
+
+
+class StreammergeError(Exception):
+    """Base of all errors a user can cause or meet; anything else is a bug."""
+
+    exit_code = 1
+
+
+class InputError(StreammergeError):
+    """The config or an input is bad; raised before any byte is written wherever possible."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """The config is bad; the message begins with the path of the offending key."""
+
+
+class ModelError(InputError):
+    """A model directory or one of its files is malformed, missing or of the wrong kind."""
+
+
+class BudgetError(InputError):
+    """The merge cannot fit the memory it was given; the message holds both numbers."""
+
+
+class OutputError(StreammergeError):
+    """The output directory is in use, finished with another config, or not ours."""
+
+    exit_code = 2
+
+
+class WorldError(StreammergeError):
+    """The machine failed (disk full, I/O error, input changed while it was read)."""
+
+    exit_code = 1
+
+
+class Stopped(StreammergeError):
+    """A signal asked us to stop; finished chunks are durable and the merge is resumable.
+
+    Parameters
+    ----------
+    signum
+        The signal's number; the exit code is 128 + signum.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__("stopped; run the same command again to continue")
+        self.exit_code = 128 + signum
+
+
+_ESCAPES = {ord(c): repr(c)[1:-1] for c in map(chr, [*range(32), 127, *range(0x80, 0xA0)])}
+
+
+def printable(text: object, limit: int = 400) -> str:
+    """Return `text` as one line that is safe on a terminal, at most `limit` characters long.
+
+    >>> printable("a\\nb\\x1b[31m")
+    'a\\\\nb\\\\x1b[31m'
+    """
+    line = str(text).translate(_ESCAPES)
+    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,60 @@
+"""Sizes and durations as people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from streammerge.errors import InputError
+
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    **{f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgtp")},
+    **{p: 1000 ** (i + 1) for i, p in enumerate("kmgtp")},
+    **{f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgtp")},
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that `text` names.
+
+    >>> parse_size("2GiB"), parse_size("5GB"), parse_size("512MiB"), parse_size("1000")
+    (2147483648, 5000000000, 536870912, 1000)
+
+    Raises
+    ------
+    InputError
+        If `text` is no positive size.
+    """
+    match = _SIZE.fullmatch(text.strip()) if len(text) <= 64 else None
+    factor = _FACTORS.get(match.group(2).lower()) if match else None
+    if match is None or factor is None:
+        raise InputError(f"{text[:64]!r} is not a size: write 512MiB, 2GiB, 5GB or plain bytes")
+    nbytes = int(float(match.group(1)) * factor) if "." in match[1] else int(match[1]) * factor
+    if nbytes <= 0:
+        raise InputError(f"{text!r} is not a positive size")
+    return nbytes
+
+
+def format_size(nbytes: float) -> str:
+    """Return `nbytes` with a binary unit and about three digits: ``'1.5 GiB'``."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration a person reads at a glance: ``'8.3 s'``, ``'4 min 10 s'``, ``'2 h 05 min'``."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
