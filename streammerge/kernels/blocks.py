@@ -1,0 +1,185 @@
+"""What every kernel does to a block of a few hundred elements that stays in the L1 cache.
+
+Widening and rounding are integer operations on bit patterns, exact for bf16 and fp16, and vectorise.
+"""
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+BLOCK = 512
+"""Elements worked on at a time: a dozen fp32 and fp64 buffers of this length fit in 32 KiB."""
+
+BF16, F16, F32 = 0, 1, 2
+CODES = {"BF16": BF16, "F16": F16, "F32": F32}
+"""Dtypes the kernels read and write; an fp64 tensor goes through the torch formula."""
+
+
+@intrinsic
+def f32_from_bits(typing_context, bits):
+    """Reinterpret a uint32 as float32."""
+
+    def build(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), build
+
+
+@intrinsic
+def bits_from_f32(typing_context, value):
+    """Reinterpret a float32 as uint32."""
+
+    def build(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), build
+
+
+@njit(nogil=True, cache=True)
+def widen(half, full, offset, code, n, out):
+    """Write `n` elements at byte `offset` of the arena as fp32 into `out`; exact for all codes.
+
+    `half` and `full` are the arena seen as uint16 and as uint32.
+    """
+    if code == BF16:
+        source = half[offset >> 1 : (offset >> 1) + n]
+        for i in range(n):
+            out[i] = f32_from_bits(np.uint32(source[i]) << np.uint32(16))
+    elif code == F32:
+        words32 = full[offset >> 2 : (offset >> 2) + n]
+        for i in range(n):
+            out[i] = f32_from_bits(words32[i])
+    else:
+        source = half[offset >> 1 : (offset >> 1) + n]
+        for i in range(n):
+            h = np.uint32(source[i])
+            sign = (h & np.uint32(0x8000)) << np.uint32(16)
+            magnitude = h & np.uint32(0x7FFF)
+            normal = (magnitude << np.uint32(13)) + np.uint32(112 << 23)
+            special = (magnitude << np.uint32(13)) + np.uint32(224 << 23)
+            small = bits_from_f32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24))
+            bits = normal if magnitude < np.uint32(0x7C00) else special
+            bits = small if magnitude < np.uint32(0x0400) else bits
+            out[i] = f32_from_bits(bits | sign)
+
+
+@njit(nogil=True, cache=True)
+def _sticky_f32_bits(y):
+    """Round fp64 to fp32 by round-to-odd, so that a second rounding to 16 bits is the only one."""
+    f = np.float32(y)
+    bits = bits_from_f32(f)
+    inexact = np.float64(f) != y
+    away = abs(np.float64(f)) > abs(y)
+    return ((bits - np.uint32(away)) | np.uint32(1)) if inexact else bits
+
+
+@njit(nogil=True, cache=True)
+def round_out(values, n, half, full, offset, code):
+    """Round `n` fp64 `values` once, to nearest even, into the arena; return how many are not finite.
+
+    A NaN becomes the canonical quiet NaN, so that its bits do not depend on the device.
+    """
+    bad = 0
+    if code == BF16:
+        target = half[offset >> 1 : (offset >> 1) + n]
+        for i in range(n):
+            bits = _sticky_f32_bits(values[i])
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            rounded = np.uint32(0x7FC0) if nan else rounded
+            bad += (rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)
+            target[i] = np.uint16(rounded)
+    elif code == F32:
+        words32 = full[offset >> 2 : (offset >> 2) + n]
+        for i in range(n):
+            bits = bits_from_f32(np.float32(values[i]))
+            nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            bits = np.uint32(0x7FC00000) if nan else bits
+            bad += (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
+            words32[i] = bits
+    else:
+        target = half[offset >> 1 : (offset >> 1) + n]
+        for i in range(n):
+            bits = _sticky_f32_bits(values[i])
+            sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+            a = bits & np.uint32(0x7FFFFFFF)
+            odd = (a >> np.uint32(13)) & np.uint32(1)
+            normal = (a - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+            # 0.5 has an ulp of 2**-24, the spacing of fp16 subnormals: the addition rounds to it.
+            small = bits_from_f32(f32_from_bits(a) + np.float32(0.5)) - np.uint32(0x3F000000)
+            rounded = small if a < np.uint32(0x38800000) else normal
+            rounded = np.uint32(0x7C00) if a >= np.uint32(0x47800000) else rounded
+            rounded = np.uint32(0x7E00) if a > np.uint32(0x7F800000) else rounded | sign
+            bad += (rounded & np.uint32(0x7C00)) == np.uint32(0x7C00)
+            target[i] = np.uint16(rounded)
+    return bad
+
+
+@njit(inline="always")
+def _two_rounds(c0, c1, c2, c3, k0, k1):
+    mask = np.uint64(0xFFFFFFFF)
+    p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+    c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & mask, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & mask
+    k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
+    p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+    c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & mask, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & mask
+    k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
+    return c0, c1, c2, c3, k0, k1
+
+
+@njit(inline="always")
+def philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 (Salmon et al., SC'11): four 32-bit words, as uint64, of a counter and a key.
+
+    Written out round by round: a loop over the rounds would keep the loop over elements from
+    being vectorised, at three times the cost.
+    """
+    c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
+    return c0, c1, c2, c3
+
+
+@njit(nogil=True, cache=True)
+def word_at(element, key):
+    """Return the random word of one element; see `streammerge.methods.rng`."""
+    group = np.uint64(element) >> np.uint64(2)
+    w0, w1, w2, w3 = philox(
+        group & np.uint64(0xFFFFFFFF),
+        group >> np.uint64(32),
+        np.uint64(key[2]),
+        np.uint64(key[3]),
+        np.uint64(key[0]),
+        np.uint64(key[1]),
+    )
+    lane = element & 3
+    if lane == 0:
+        return np.uint32(w0)
+    if lane == 1:
+        return np.uint32(w1)
+    return np.uint32(w2) if lane == 2 else np.uint32(w3)
+
+
+@njit(nogil=True, cache=True)
+def words(element, n, key, out):
+    """Fill `out` with the words of `n` elements from the group of four that holds `element`.
+
+    Returns the place of `element` itself in `out` (0 to 3); `out` needs room for ``n + 7`` words.
+    """
+    shift = element & 3
+    first = np.uint64(element) >> np.uint64(2)
+    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+    c2, c3 = np.uint64(key[2]), np.uint64(key[3])
+    for g in range((shift + n + 3) >> 2):
+        group = first + np.uint64(g)
+        w0, w1, w2, w3 = philox(
+            group & np.uint64(0xFFFFFFFF), group >> np.uint64(32), c2, c3, k0, k1
+        )
+        out[4 * g] = np.uint32(w0)
+        out[4 * g + 1] = np.uint32(w1)
+        out[4 * g + 2] = np.uint32(w2)
+        out[4 * g + 3] = np.uint32(w3)
+    return shift

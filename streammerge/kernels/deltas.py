@@ -1,0 +1,144 @@
+"""The masked task vector of one model over one block: widen, subtract, drop, cut."""
+
+import numpy as np
+from numba import njit
+
+from streammerge.kernels.blocks import BLOCK, bits_from_f32, widen, word_at, words
+
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3
+"""What happens to an element whose magnitude equals the threshold: see `recipes.Cut`."""
+
+
+@njit(nogil=True, cache=True)
+def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut, cut_key, out, x, w):
+    """Write the surviving delta of `n` elements from `element` on into `out`, else 0; count them.
+
+    `base` holds the block of the base in fp32; `offset` is the model's byte offset of this block;
+    `drop` is the integer threshold below which a random word drops its element (0: none); `cut` is
+    (rule, magnitude pattern, limit). `x` and `w` are scratch.
+    """
+    widen(half, full, offset, code, n, x)
+    for i in range(n):
+        out[i] = x[i] - base[i]
+    kept = n
+    if drop > 0:
+        shift = words(element, n, drop_key, w)
+        kept = 0
+        for i in range(n):
+            keep = np.uint64(w[shift + i]) >= np.uint64(drop)
+            out[i] = out[i] if keep else np.float32(0)
+            kept += keep
+    if cut[0] != NO_CUT:
+        kept = _cut_block(element, n, cut, cut_key, out, w)
+    return kept
+
+
+@njit(nogil=True, cache=True)
+def _cut_block(element, n, cut, cut_key, out, w):
+    """Zero what the cut removes. Elements at the threshold itself are settled one by one."""
+    rule, threshold, limit = cut[0], np.uint32(cut[1]), cut[2]
+    least = threshold + np.uint32(rule == ABOVE)
+    kept = 0
+    ties = 0
+    for i in range(n):
+        magnitude = bits_from_f32(out[i]) & MAGNITUDE
+        keep = magnitude >= least
+        ties += magnitude == threshold
+        kept += keep
+        out[i] = out[i] if keep else np.float32(0)
+    if ties == 0 or rule == ABOVE or rule == ALL:
+        return kept
+    all_words = rule == THIN and ties * 8 > n  # many: cheaper drawn for the whole block
+    shift = words(element, n, cut_key, w) if all_words else 0
+    for i in range(n):
+        if (bits_from_f32(out[i]) & MAGNITUDE) == threshold:
+            if rule == INDEX:
+                keep = element + i < limit
+            elif all_words:
+                keep = np.int64(w[shift + i]) < limit
+            else:
+                keep = np.int64(word_at(element + i, cut_key)) < limit
+            if not keep:
+                out[i] = np.float32(0)
+                kept -= 1
+    return kept
+
+
+@njit(nogil=True, cache=True)
+def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
+                   drop, drop_key, low, high, shift, bins):  # fmt: skip
+    """Count the magnitude patterns of a piece: those above `high`; those in the window, in bins.
+
+    Returns ``(above, highest)`` and adds to ``bins[(key - low) >> shift]``. `highest` is the
+    largest pattern seen: one with all exponent bits set betrays a NaN or an infinity.
+    """
+    x, b, out = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    w, keys = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.uint32)
+    no_cut = np.array([NO_CUT, 0, 0], np.int64)
+    lo, width, s = np.uint32(low), np.uint32(high - low), np.uint32(shift)
+    above = 0
+    highest = np.uint32(0)
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
+        widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
+        delta_block(half, full, offset + start * (4 if code == 2 else 2), code, b,
+                    element + start, m, drop, drop_key, no_cut, drop_key, out, x, w)  # fmt: skip
+        inside = 0
+        for i in range(m):
+            key = bits_from_f32(out[i]) & MAGNITUDE
+            keys[i] = key - lo
+            above += (key > lo + width)
+            inside += (key - lo) <= width
+            highest = max(highest, key)
+        if inside > 0:
+            for i in range(m):
+                if keys[i] <= width:
+                    bins[keys[i] >> s] += 1
+    return above, highest
+
+
+@njit(nogil=True, cache=True)
+def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
+             drop, drop_key, cut, cut_key, partials):  # fmt: skip
+    """Write the fp64 sum of abs(surviving delta) of each 4096-element block into `partials`.
+
+    Eight lanes per block, added pairwise: a fixed order, whatever the chunk, thread or vector width.
+    `element` is a multiple of 4096.
+    """
+    x, b, out = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    w, lanes = np.empty(BLOCK + 8, np.uint32), np.empty(8, np.float64)
+    for part in range((n + 4095) // 4096):
+        lanes[:] = 0.0
+        stop = min(n, (part + 1) * 4096)
+        for start in range(part * 4096, stop, BLOCK):
+            m = min(BLOCK, stop - start)
+            widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
+            delta_block(half, full, offset + start * (4 if code == 2 else 2), code, b,
+                        element + start, m, drop, drop_key, cut, cut_key, out, x, w)  # fmt: skip
+            for i in range(m, (m + 7) & ~7):
+                out[i] = np.float32(0)
+            for i in range(0, m, 8):
+                for j in range(8):
+                    lanes[j] += abs(np.float64(out[i + j]))
+        partials[part] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
+            (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
+        )
+
+
+@njit(nogil=True, cache=True)
+def ties_per_block(half, full, offset, code, base_offset, base_code, n, key, element,
+                   drop, drop_key, counts, size):  # fmt: skip
+    """Count the elements whose magnitude pattern is `key` in each run of `size` elements."""
+    x, b, out = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    w = np.empty(BLOCK + 8, np.uint32)
+    no_cut = np.array([NO_CUT, 0, 0], np.int64)
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
+        widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
+        delta_block(half, full, offset + start * (4 if code == 2 else 2), code, b,
+                    element + start, m, drop, drop_key, no_cut, drop_key, out, x, w)  # fmt: skip
+        for i in range(m):
+            if (bits_from_f32(out[i]) & MAGNITUDE) == np.uint32(key):
+                counts[(start + i) // size] += 1

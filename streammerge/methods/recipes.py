@@ -1,0 +1,205 @@
+"""What happens to every element once the statistics are known: the formulas, in torch.
+
+A recipe is a frozen value. Called on fp32 pieces it is the reference and the GPU path; the engine
+has a fused CPU kernel for each kind, bit-equal by test. Sums over models run in fp64, in configured
+order, multiply and add apart; the engine rounds the fp64 result once, to the output's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from streammerge.methods import rng
+
+if TYPE_CHECKING:
+    import torch
+
+TiePolicy = Literal["drop", "all", "thin", "index"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which elements of which tensor a piece holds."""
+
+    tensor: str
+    """Canonical output name; it keys the random words."""
+    start: int
+    """Flat row-major index of the piece's first element in the whole tensor."""
+    keys: rng.RandomKeys
+
+    def words(self, purpose: str, model: int, n: int, device: torch.device) -> torch.Tensor:
+        """Return one random word per element of the piece, int64 in [0, 2**32)."""
+        return rng.words(self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keep elements by magnitude: those above a threshold, and some of those at it."""
+
+    key: int
+    """Bit pattern of the fp32 threshold, sign bit off: patterns order as magnitudes do."""
+    ties: TiePolicy
+    limit: int = 0
+    """`thin`: the word below which a tie is kept. `index`: the element before which it is."""
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """delta_i = theta_i - theta_0 of one model, as it enters the sum: dropped, cut, rescaled, weighed.
+
+    A random drop comes first and a magnitude cut after it; either may be absent.
+    """
+
+    model: int
+    weight: float = 1.0
+    rescale: float = 1.0
+    """Factor that makes up for the removed entries."""
+    drop: int = 0
+    """Elements whose "dare" word lies below this are dropped; see `rng.threshold`."""
+    cut: Cut | None = None
+
+    @property
+    def coefficient(self) -> float:
+        """The one factor that multiplies a surviving entry."""
+        return self.weight * self.rescale
+
+    def surviving(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the entries of the task vector that survive, 0 elsewhere, in the inputs' dtype."""
+        return (theta - base).masked_fill(~self.mask(theta, base, where), 0.0)
+
+    def mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return which entries survive; a dropped entry counts as 0 for the cut."""
+        import torch
+
+        delta = theta - base
+        keep = torch.ones_like(delta, dtype=torch.bool)
+        if self.drop:
+            words = where.words("dare", self.model, delta.numel(), delta.device)
+            keep = words >= self.drop
+            delta = delta.masked_fill(~keep, 0.0)
+        if self.cut is None:
+            return keep
+        key = delta.float().view(torch.int32) & 0x7FFFFFFF
+        return (key > self.cut.key) | ((key == self.cut.key) & self._keep_ties(delta, where))
+
+    def _keep_ties(self, delta: torch.Tensor, where: Where) -> torch.Tensor:
+        import torch
+
+        assert self.cut is not None
+        n = delta.numel()
+        if self.cut.ties == "thin":
+            return where.words("ties", self.model, n, delta.device) < self.cut.limit
+        if self.cut.ties == "index":
+            return torch.arange(where.start, where.start + n, device=delta.device) < self.cut.limit
+        return torch.full((n,), self.cut.ties == "all", device=delta.device)
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """theta = sum_i w_i theta_i / divisor."""
+
+    weights: tuple[float, ...]
+    divisor: float = 1.0
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> torch.Tensor:
+        """Return the fp64 sum over fp32 (or fp64) `models` of equal shape."""
+        total = models[0].double() * 0.0
+        for weight, theta in zip(self.weights, models, strict=True):
+            total = total + weight * theta.double()
+        return total / self.divisor if self.divisor != 1.0 else total
+
+
+@dataclass(frozen=True)
+class TaskVectorMerge:
+    """theta = theta_0 + scale * tau, where tau sums the task vectors, all or those of one sign."""
+
+    vectors: tuple[TaskVector, ...]
+    elect: bool = False
+    """Elect a sign per element, the one with the larger total magnitude, and merge only its
+    entries (TIES, https://arxiv.org/abs/2306.01708, section 4)."""
+    zero_sign: int = 0
+    """The sign elected where the totals are equal: 0 nobody's (the base stays), +1 or -1."""
+    normalize: bool = False
+    """With `elect`: divide by the weights of the entries merged."""
+    divisor: float = 1.0
+    """Without `elect`: what the sum is divided by."""
+    scale: float = 1.0
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> torch.Tensor:
+        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        assert base is not None
+        if self.elect:
+            tau = self._disjoint_merge(models, base, where)
+        else:
+            tau = base.double() * 0.0
+            for vector, theta in zip(self.vectors, models, strict=True):
+                tau = tau + vector.coefficient * vector.surviving(theta, base, where).double()
+            tau = tau / self.divisor if self.divisor != 1.0 else tau
+        return base.double() + self.scale * tau
+
+    def _totals(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
+    ) -> tuple[torch.Tensor, ...]:
+        """Total magnitude and total weight of the entries of each sign: (up, down, w_up, w_down)."""
+        up = base.double() * 0.0
+        down, up_weight, down_weight = up.clone(), up.clone(), up.clone()
+        for vector, theta in zip(self.vectors, models, strict=True):
+            tau = vector.coefficient * vector.surviving(theta, base, where).double()
+            up = up + tau.clamp(min=0.0)
+            down = down + (-tau).clamp(min=0.0)
+            up_weight = up_weight + vector.weight * (tau > 0)
+            down_weight = down_weight + vector.weight * (tau < 0)
+        return up, down, up_weight, down_weight
+
+    def _disjoint_merge(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
+    ) -> torch.Tensor:
+        import torch
+
+        up, down, up_weight, down_weight = self._totals(models, base, where)
+        gamma = (up - down).sign()  # elect
+        negative = (gamma < 0) | ((gamma == 0) & (self.zero_sign < 0))
+        merged = torch.where(negative, -down, up)
+        if self.zero_sign == 0:
+            merged = torch.where(gamma == 0, 0.0, merged)
+        if self.normalize:
+            weight = torch.where(negative, down_weight, up_weight)
+            merged = merged / torch.where(weight == 0, 1.0, weight)
+        return merged
+
+    def sign_total(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
+    ) -> int:
+        """Return how many elements elect + minus how many elect - (TIES' whole-model majority)."""
+        up, down, _, _ = self._totals(models, base, where)
+        return int((up - down).sign().sum())
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A method that is a plain torch function of the pieces, such as a user's own."""
+
+    function: Callable[..., Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> torch.Tensor:
+        """Return what the function returns: a floating tensor of the pieces' shape."""
+        return self.function(list(models), base, **self.parameters)
+
+
+@dataclass(frozen=True)
+class CopyOf:
+    """The bytes of one model's tensor, unchanged but for the output's dtype."""
+
+    model: int = 0
+
+
+Recipe = WeightedSum | TaskVectorMerge | Formula | CopyOf

@@ -1,0 +1,90 @@
+"""What a method may ask about its inputs before it is applied, each answered exactly.
+
+A method that needs statistics is a generator: it yields a list of requests, is sent the list of
+answers, and returns its recipe. How a request is answered (in RAM, streamed, for one tensor or over
+the whole model) is the engine's concern; the answer is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from streammerge.methods.recipes import TaskVector, TaskVectorMerge
+
+Scope = Literal["tensor", "model"]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The k-th largest magnitude of a task vector and how the elements lie around it."""
+
+    key: int
+    """Bit pattern of the fp32 magnitude, sign bit off."""
+    ties: int
+    """Elements whose magnitude equals it."""
+    needed: int
+    """How many of the ties belong to the k largest."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Ask for the threshold of the k largest magnitudes of one task vector."""
+
+    vector: TaskVector
+    density: float
+    plus_one: bool = False
+    """k = int(density * n) + 1, as the published TIES code keeps; else int(density * n), at least 1."""
+    scope: Scope = "tensor"
+
+    def count(self, n: int) -> int:
+        """Return k for `n` elements, at most `n`."""
+        return min(n, int(self.density * n) + 1 if self.plus_one else max(1, int(self.density * n)))
+
+    def placeholder(self) -> Threshold:
+        """Return an answer of the right type, to follow a method without data."""
+        return Threshold(key=0, ties=1, needed=1)
+
+
+@dataclass(frozen=True)
+class TieIndex:
+    """Ask where the first `needed` elements equal to a threshold end, in index order.
+
+    Over the whole model the order is that of the jobs; the answer is an (ordinal, element) pair.
+    """
+
+    vector: TaskVector
+    threshold: Threshold
+    scope: Scope = "tensor"
+
+    def placeholder(self) -> tuple[int, int]:
+        """Return an answer of the right type, to follow a method without data."""
+        return (0, 0)
+
+
+@dataclass(frozen=True)
+class AbsSum:
+    """Ask for the sum of abs(delta) over the surviving entries of one task vector, in fp64."""
+
+    vector: TaskVector
+    scope: Scope = "tensor"
+
+    def placeholder(self) -> float:
+        """Return an answer of the right type, to follow a method without data."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class SignTotal:
+    """Ask how many elements of the whole model elect + minus how many elect -."""
+
+    merge: TaskVectorMerge
+    scope: Scope = "model"
+
+    def placeholder(self) -> int:
+        """Return an answer of the right type, to follow a method without data."""
+        return 0
+
+
+Request = TopK | TieIndex | AbsSum | SignTotal
+Answer = Threshold | tuple[int, int] | float | int

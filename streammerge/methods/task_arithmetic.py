@@ -1,0 +1,27 @@
+"""Task arithmetic: add, subtract and combine task vectors."""
+
+from __future__ import annotations
+
+from streammerge.methods.algebra import divisor
+from streammerge.methods.recipes import TaskVector, TaskVectorMerge
+from streammerge.methods.registry import PerModel, Scope, method
+
+_UNUSED = "`task_arithmetic` has no sparsification, in mergekit neither"
+
+
+@method(
+    "task_arithmetic",
+    base="required",
+    paper="Ilharco et al. 2023, https://arxiv.org/abs/2212.04089",
+    ignored={"density": _UNUSED, "rescale": _UNUSED, "int8_mask": "it has no effect on the numbers"},
+)
+def task_arithmetic(
+    scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0  # type: ignore[assignment]
+) -> TaskVectorMerge:  # fmt: skip
+    """Sum of task vectors: theta = theta_0 + lambda * sum_i w_i (theta_i - theta_0).
+
+    Addition joins tasks; a negative weight forgets one; an analogy "A is to B as C is to D" is
+    weights +1 for B and C, -1 for A, with the common ancestor as base.
+    """
+    vectors = tuple(TaskVector(i, w) for i, w in enumerate(weight))
+    return TaskVectorMerge(vectors, divisor=divisor(weight, normalize), scale=lambda_)
