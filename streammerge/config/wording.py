@@ -1,0 +1,75 @@
+"""The words of a refusal: one bounded line that says where, what and the cure."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import NoReturn
+
+from streammerge.errors import ConfigError, printable
+
+_LINE_LIMIT = 5000
+"""Room for the longest path a file can have; every other part of a message is cut much earlier."""
+
+
+def refuse(path: str, what: str) -> NoReturn:
+    """Raise the ConfigError that says `what` is wrong at `path`."""
+    raise ConfigError(printable(f"{path}: {what}", _LINE_LIMIT))
+
+
+def shown(value: object) -> str:
+    """Return a short name for any value, whatever its size: aliases can make a list enormous.
+
+    >>> shown("wieght"), shown(0.5), shown([[1]]), shown(None), shown(True)
+    ("'wieght'", '0.5', 'a list', 'null', 'true')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f"'{printable(value, 60)}'"
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 200):
+        return repr(value)
+    if isinstance(value, int):
+        return "an integer of many digits"
+    if isinstance(value, Mapping):
+        return "a map" if value else "an empty map"
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    return f"a {type(value).__name__}"
+
+
+def child(path: str, key: str) -> str:
+    """Return the path of `key` under `path`.
+
+    >>> child("config.yml", "models"), child("config.yml: models[0]", "alias")
+    ('config.yml: models', 'config.yml: models[0].alias')
+    """
+    return f"{path}{'.' if ': ' in path else ': '}{printable(key, 60)}"
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return the cure for a misspelt word: the nearest known one, or all of them.
+
+    >>> suggestion("wieght", ["weight", "density"]), suggestion("x", ["weight", "density"])
+    ("did you mean 'weight'?", 'known: weight, density')
+    """
+    words = list(known)
+    near = difflib.get_close_matches(word, words, n=1) if len(word) <= 60 else []
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(words)}"
+
+
+def check_keys(
+    data: Mapping[str, object], path: str, known: Iterable[str], later: Iterable[str] = ()
+) -> None:
+    """Refuse keys that are unknown, and keys of mergekit (`later`) that are not supported yet.
+
+    A null counts as absent for the latter: mergekit itself writes such lines.
+    """
+    for key in data:
+        if key in later:
+            if data[key] is not None:
+                refuse(child(path, key), "not supported in this version")
+        elif key not in known:
+            refuse(path, f"unknown key {shown(key)} ({suggestion(key, known)})")

@@ -1,0 +1,118 @@
+"""How much memory there is and how much of it the work may take.
+
+`--memory` bounds the resident memory of the whole process. What the interpreter and its libraries
+take is subtracted first; the rest, the capacity, is all that buffers may ever hold together.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.errors import BudgetError
+from streammerge.units import format_size
+
+MIB = 1 << 20
+
+KERNEL_RESERVE = 208 * MIB
+"""Interpreter, numpy, numba with its kernels compiled or loaded, and what threads need."""
+TORCH_RESERVE = 400 * MIB
+"""The same with torch (CPU build) imported as well."""
+CUDA_RESERVE = 1600 * MIB
+"""The same with a CUDA context: its libraries are resident."""
+
+SMALLEST_CAPACITY = 24 * MIB
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The memory of a merge, in bytes."""
+
+    total: int
+    """Bound of the process's peak resident memory."""
+    reserve: int
+    """What the process needs beside the buffers."""
+    threads: int
+    """CPUs that may be busy."""
+
+    @property
+    def capacity(self) -> int:
+        """All buffers together may hold this much."""
+        return self.total - self.reserve
+
+    @property
+    def workers(self) -> int:
+        """Chunks in flight: one more than CPUs, so that one reads or writes while others compute."""
+        return self.threads + 1
+
+    @property
+    def resident_limit(self) -> int:
+        """Largest chunk that is held whole; two fit at a time, so that reading overlaps."""
+        return self.capacity // 2
+
+    @property
+    def chunk_target(self) -> int:
+        """Bytes an elementwise chunk aims at: large reads, and all workers busy."""
+        return max(MIB, min(48 * MIB, self.capacity // (self.workers + 1)))
+
+
+def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget:
+    """Return the budget for `memory` bytes (default: half of what is available) and `threads` CPUs.
+
+    Raises
+    ------
+    BudgetError
+        If `memory` leaves no room for any buffer.
+    """
+    total = available_memory() // 2 if memory is None else memory
+    least = reserve + SMALLEST_CAPACITY
+    if total < least:
+        raise BudgetError(
+            f"--memory {format_size(total)} is too little: the process itself needs {format_size(reserve)}, "
+            f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_size(least)}"
+        )
+    return Budget(total, reserve, threads or available_cpus())
+
+
+def available_memory() -> int:
+    """Return the bytes this process could still take: of the machine, or of its cgroup if that is less."""
+    import psutil
+
+    machine = int(psutil.virtual_memory().available)
+    limit = _cgroup_number("memory.max", "memory/memory.limit_in_bytes")
+    used = _cgroup_number("memory.current", "memory/memory.usage_in_bytes")
+    if limit is None or limit > 1 << 60:
+        return machine
+    # The page cache counts as used there, but is given up on demand.
+    cached = _cgroup_stat("inactive_file")
+    return max(0, min(machine, limit - (used or 0) + cached))
+
+
+def available_cpus() -> int:
+    """Return the CPUs this process may keep busy: its affinity, or its cgroup's quota if that is less."""
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cpus
+
+
+def _cgroup_number(*names: str) -> int | None:
+    for name in names:
+        try:
+            return int((Path("/sys/fs/cgroup") / name).read_text())
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _cgroup_stat(field: str) -> int:
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.split()[0] == field)
+    except (OSError, ValueError, StopIteration, IndexError):
+        return 0

@@ -1,0 +1,67 @@
+"""What is merged: one job per output tensor, bound to its inputs and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from streammerge.dtypes import FLOATS, itemsize
+from streammerge.index.header import TensorRef
+
+Kind = Literal["merge", "copy", "agree"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One output tensor and everything that decides its bytes."""
+
+    ordinal: int
+    """Place in the order of the merge: the file order of the first input."""
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: Kind
+    """`merge`: the method. `copy`: the bytes of sources[0], cast if the dtype differs. `agree`: an
+    integer tensor; the bytes of sources[0], with a warning where another source differs."""
+    sources: tuple[TensorRef, ...]
+    """The models' tensors in configured order."""
+    base: TensorRef | None
+    parameters: Mapping[str, Any]
+
+    @property
+    def n_elements(self) -> int:
+        """Number of elements of the tensor."""
+        return self.sources[0].n_elements
+
+    @property
+    def n_models(self) -> int:
+        """Number of models beside the base."""
+        return len(self.sources)
+
+    @property
+    def row_length(self) -> int:
+        """Elements of one row, the last axis; a scalar is one row of one."""
+        return max(1, self.shape[-1]) if self.shape else 1
+
+    @property
+    def inputs(self) -> tuple[TensorRef, ...]:
+        """Every tensor that is read: the base first, if there is one, then the models."""
+        return (*((self.base,) if self.base is not None else ()), *self.sources)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes read by one pass over the inputs."""
+        return sum(ref.nbytes for ref in self.inputs)
+
+    @property
+    def input_bytes_per_element(self) -> int:
+        """Bytes of all inputs for one element; 0 for sub-byte dtypes, which are only copied whole."""
+        return sum(itemsize(ref.dtype) for ref in self.inputs if ref.dtype in FLOATS)
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of the output tensor."""
+        if self.dtype == self.sources[0].dtype:
+            return self.sources[0].nbytes
+        return self.n_elements * itemsize(self.dtype)

@@ -1,0 +1,187 @@
+"""When: jobs cut into pieces, pieces packed into chunks that fit the budget.
+
+Pure: numbers in, values out. A chunk is the unit of memory, of work and of the journal::
+
+    jobs      |---- embed ----|-- q --|-- k --|norm|---- mlp ----|
+    pieces    | 0..a | a..b | b..n |   |       |    |             |
+    chunks    [------][------][----------------------][----------]
+
+Every cut lies at a multiple of `ALIGN` elements (or of a row), so statistics summed per block do
+not depend on where the cuts are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from streammerge.errors import BudgetError, printable
+from streammerge.methods.registry import Access
+from streammerge.plan.budget import Budget
+from streammerge.plan.job import Job
+from streammerge.units import format_size
+
+ALIGN = 4096
+"""Elements; the block of the fp64 statistics."""
+
+Mode = Literal["cut", "whole", "surveyed"]
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements `start` to `stop` of one job's tensor."""
+
+    job: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Pieces that are read, merged and written together."""
+
+    pieces: tuple[Piece, ...]
+    nbytes: int
+    """Bytes of buffers it holds while it runs."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Statistics of one tensor that is too large to hold: streamed before its pieces are merged."""
+
+    job: int
+
+
+Step = Chunk | Survey
+
+
+@dataclass(frozen=True)
+class Work:
+    """How the pieces of one job are handled, decided from the budget."""
+
+    mode: Mode
+    """`cut` anywhere; held `whole` with its statistics taken in RAM; `surveyed` by streaming, then cut."""
+    row: int
+    """Cuts lie at multiples of this many elements."""
+    bytes_per_element: float
+    """Buffer bytes a piece needs for each of its elements."""
+    workspace: int
+    """Buffer bytes a chunk needs beside: temporaries of a torch formula."""
+
+
+def plan_work(
+    job: Job, access: Access, budget: Budget, *, workspace: Callable[[Job, int], int], streams: bool
+) -> Work:
+    """Decide how one job is handled.
+
+    Parameters
+    ----------
+    workspace
+        Bytes of temporaries for a block of the given number of elements of a job.
+    streams
+        Whether statistics can be streamed; a plain formula with access `tensor` needs it whole.
+
+    Raises
+    ------
+    BudgetError
+        If the tensor, or one row of it, must be held and cannot.
+    """
+    per_element = job.output_bytes / max(1, job.n_elements)
+    if job.kind == "merge" or job.dtype != job.sources[0].dtype:
+        per_element = job.input_bytes_per_element + per_element
+    elif job.kind == "agree":
+        per_element = 2 * per_element
+    if job.kind != "merge" or access is Access.ELEMENTWISE:
+        return Work("cut", ALIGN, per_element, workspace(job, ALIGN))
+    if access is Access.ROW:
+        work = Work("cut", job.row_length, per_element, workspace(job, job.row_length))
+        _refuse_unless_fits(job, work, job.row_length, "one row of it", budget)
+        return work
+    if streams:
+        resident = job.n_elements * per_element <= budget.resident_limit
+        return Work("whole" if resident else "surveyed", ALIGN, per_element, workspace(job, ALIGN))
+    work = Work("whole", job.n_elements, per_element, workspace(job, job.n_elements))
+    _refuse_unless_fits(job, work, job.n_elements, "the whole tensor", budget)
+    return work
+
+
+def _refuse_unless_fits(job: Job, work: Work, n: int, what: str, budget: Budget) -> None:
+    needed = int(n * work.bytes_per_element) + work.workspace
+    if needed > budget.capacity:
+        raise BudgetError(
+            f"{printable(job.name)}: this method holds {what}, {format_size(needed)}, in memory; "
+            f"--memory {format_size(budget.total)} leaves {format_size(budget.capacity)}: "
+            f"give at least {format_size(needed + budget.reserve)}, or use a method that splits further"
+        )
+
+
+def steps(
+    jobs: Sequence[Job], work: Sequence[Work], budget: Budget, done: Mapping[int, Sequence[Interval]]
+) -> Iterator[Step]:
+    """Yield what is left to do, in file order; `done` has the finished elements of each job."""
+    pieces: list[Piece] = []
+    held = 0.0
+    workspace = 0
+    for job, how in zip(jobs, work, strict=True):
+        left = remaining(job.n_elements, done.get(job.ordinal, ()))
+        if not left and job.n_elements:
+            continue
+        if how.mode == "surveyed":
+            if pieces:
+                yield Chunk(tuple(pieces), int(held) + workspace)
+                pieces, held, workspace = [], 0.0, 0
+            yield Survey(job.ordinal)
+        for piece in _pieces(job, how, budget, left):
+            nbytes = (piece.stop - piece.start) * how.bytes_per_element
+            if pieces and held + nbytes > budget.chunk_target:
+                yield Chunk(tuple(pieces), int(held) + workspace)
+                pieces, held, workspace = [], 0.0, 0
+            pieces.append(piece)
+            held += nbytes
+            workspace = max(workspace, how.workspace)
+    if pieces:
+        yield Chunk(tuple(pieces), int(held) + workspace)
+
+
+def _pieces(job: Job, how: Work, budget: Budget, left: Sequence[Interval]) -> Iterator[Piece]:
+    if how.mode == "whole" or not job.n_elements:
+        yield Piece(job.ordinal, 0, job.n_elements)
+        return
+    size = piece_elements(how, budget)
+    for start, stop in left:
+        for first in range(start, stop, size):
+            yield Piece(job.ordinal, first, min(stop, first + size))
+
+
+def piece_elements(how: Work, budget: Budget) -> int:
+    """Return the elements of one piece: as many as the chunk target holds, in whole rows."""
+    fit = int(budget.chunk_target / max(how.bytes_per_element, 1e-9))
+    return max(1, fit // how.row) * how.row
+
+
+def survey_pieces(job: Job, how: Work, budget: Budget) -> Iterator[Chunk]:
+    """Yield the chunks of one streaming pass over all elements of a job, for its statistics."""
+    size = piece_elements(how, budget)
+    for first in range(0, job.n_elements, size):
+        piece = Piece(job.ordinal, first, min(job.n_elements, first + size))
+        yield Chunk((piece,), int((piece.stop - first) * how.bytes_per_element) + how.workspace)
+
+
+def remaining(n: int, done: Sequence[Interval]) -> list[Interval]:
+    """Return the gaps that `done` leaves in ``range(n)``.
+
+    >>> remaining(10, [(6, 8), (0, 2)])
+    [(2, 6), (8, 10)]
+    """
+    gaps = []
+    position = 0
+    for start, stop in sorted(done):
+        if start > position:
+            gaps.append((position, start))
+        position = max(position, stop)
+    if position < n:
+        gaps.append((position, n))
+    return gaps
