@@ -1,211 +1,233 @@
-"""The config: mergekit's YAML, read strictly, as frozen values."""
+"""The config as a frozen value: mergekit's YAML, read strictly.
+
+Unknown keys are refused at every level, keys of mergekit that are not supported yet by name. The
+names inside `parameters` are checked later, against the method.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import stat
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import yaml
-
-from streammerge import dtypes
+from streammerge.config.references import parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
-from streammerge.config.strict_yaml import load_yaml
-from streammerge.errors import ConfigError, ModelError, printable
-from streammerge.index.header import open_regular
+from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, dump_yaml, load_yaml
+from streammerge.config.wording import check_keys, child, refuse, shown
+from streammerge.dtypes import NAMES
 
-_TOP_KEYS = {
-    "merge_method", "models", "base_model", "dtype", "out_dtype", "parameters", "seed", "exclude",
-}  # fmt: skip
-_MODEL_KEYS = {"model", "parameters", "alias"}
-_NOT_YET = {"slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "fisher"}
+_KEYS = (
+    "merge_method",
+    "models",
+    "base_model",
+    "dtype",
+    "out_dtype",
+    "parameters",
+    "seed",
+    "exclude",
+)
+_KEYS_LATER = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+_MODEL_KEYS = ("model", "parameters", "alias", "fisher")
+_MODEL_KEYS_LATER = ("layer_range", "lora", "override_architecture")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One entry of ``models``."""
+    """One entry of `models`."""
 
     reference: str
-    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    """A directory, or a hub name with an optional ``@revision``."""
+    parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     alias: str | None = None
-    """The name of its random stream; by default a fingerprint of its content is."""
+    """The name that stands for the model in random masks, and tells two entries apart."""
+    fisher: str | None = None
+    """Path of the model's Fisher diagonal."""
     path: str = ""
-    """Where the entry stands, such as ``config.yml: models[1]``."""
+    """Where it was written, for messages: ``config.yml: models[0]``."""
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """A whole config. Method names and parameters are checked later, against the register."""
+    """Everything a merge is asked to do. Its values are plain: it pickles, compares and hashes."""
 
     merge_method: str
     models: tuple[ModelSpec, ...]
-    base_model: str | None
-    dtype: str | None
-    """Format code of the output dtype, such as ``BF16``; arithmetic is fp32 and fp64 whatever it is."""
-    out_dtype: str | None
-    parameters: Mapping[str, Setting]
-    seed: int
-    exclude: tuple[str, ...]
-    """Regular expressions of tensors copied from the base (or first) model, outside all statistics."""
-    text: str
-    """The YAML verbatim."""
-    where: str
-    """Its name in messages."""
-
-
-def load_config(path: str | os.PathLike[str]) -> MergeConfig:
-    """Read and check a config file."""
-    where = printable(path)
-    try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            raw = file.read((4 << 20) + 1)
-    except ModelError as error:
-        raise ConfigError(str(error)) from None
-    except OSError as error:
-        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from None
-    return parse_config(raw, where)
-
-
-def config_from_mapping(data: Mapping[str, Any], where: str = "config") -> MergeConfig:
-    """Check a config given as a mapping; its text is the same as YAML."""
-    return parse_config(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True), where)
+    """In the order of the config; the base is among them only if it is listed there."""
+    base_model: str | None = None
+    dtype: str | None = None
+    """Format code of the output dtype, such as `BF16`; the arithmetic does not depend on it. None:
+    that of the inputs."""
+    out_dtype: str | None = None
+    """As `dtype`, and goes before it."""
+    parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+    seed: int = 0
+    exclude: tuple[str, ...] = ()
+    """Regular expressions of tensors that are copied from the base (or first) model."""
+    text: str = ""
+    """The YAML, verbatim."""
+    where: str = "config"
+    """The name of the config in messages."""
 
 
 def parse_config(text: bytes | str, where: str = "config.yml") -> MergeConfig:
-    """Turn the text of a config into a MergeConfig.
-
-    Raises
-    ------
-    ConfigError
-        Naming the key, what is wrong with it, and the cure.
-    """
+    """Return the config that the YAML `text` describes; ConfigError names what is wrong in it."""
     data = load_yaml(text, where)
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: not a mapping of keys such as merge_method and models")
-    _check_keys(data, _TOP_KEYS, where)
-    merge_method = data.get("merge_method")
-    if not isinstance(merge_method, str):
-        raise ConfigError(f"{where}: merge_method: {_missing(data, 'merge_method')}")
-    entries = data.get("models")
-    if not isinstance(entries, list) or not entries:
-        raise ConfigError(f"{where}: models: a non-empty list of models is needed")
-    models = tuple(_model(entry, f"{where}: models[{i}]") for i, entry in enumerate(entries))
-    _refuse_twins(models, where)
+        refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(data)}")
+    verbatim = text if isinstance(text, str) else bytes(text).decode("utf-8")
+    return _config(data, verbatim, where)
+
+
+def load_config(path: str | os.PathLike[str]) -> MergeConfig:
+    """Return the config in the file at `path`: a regular file of at most 4 MiB, or ConfigError."""
+    where = os.fspath(path)
+    if not isinstance(where, str):
+        where = os.fsdecode(where)
+    try:
+        # Not blocking: a FIFO without a writer must not hold us up before fstat sees it.
+        fd = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                refuse(where, "not a regular file (give the path of a YAML file)")
+            with open(fd, "rb", closefd=False) as file:
+                data = file.read(MAX_BYTES + 1)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        refuse(where or "config", f"cannot be read: {error.strerror}")
+    except ValueError:
+        refuse(where, "NUL in a path")
+    return parse_config(data, where)
+
+
+def config_from_mapping(data: Mapping[str, object], where: str = "config") -> MergeConfig:
+    """Return the config that `data`, shaped like the YAML, describes.
+
+    Paths may be given as `Path`, lists as tuples. The `text` of the result is YAML that parses to
+    the same config.
+    """
+    plain = _plain(data, f"{where}:", 0)
+    if not isinstance(plain, dict):
+        refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(plain)}")
+    return replace(_config(plain, "", where), text=dump_yaml(plain))
+
+
+def _config(data: dict[str, object], text: str, where: str) -> MergeConfig:
+    top = f"{where}:"
+    check_keys(data, top, _KEYS, _KEYS_LATER)
+    for key in ("merge_method", "models"):
+        if key not in data:
+            refuse(top, f"'{key}' is missing")
     base = data.get("base_model")
-    raw = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     return MergeConfig(
-        merge_method,
-        models,
-        None if base is None else _reference(base, f"{where}: base_model"),
-        _dtype(data.get("dtype"), f"{where}: dtype"),
-        _dtype(data.get("out_dtype"), f"{where}: out_dtype"),
-        _parameters(data.get("parameters"), f"{where}: parameters"),
-        _seed(data.get("seed", 0), f"{where}: seed"),
-        _patterns(data.get("exclude", []), f"{where}: exclude"),
-        raw,
-        where,
+        merge_method=parse_text(data["merge_method"], child(top, "merge_method")),
+        models=_models(data["models"], child(top, "models")),
+        base_model=None if base is None else parse_reference(base, child(top, "base_model")),
+        dtype=_dtype(data.get("dtype"), child(top, "dtype")),
+        out_dtype=_dtype(data.get("out_dtype"), child(top, "out_dtype")),
+        parameters=_parameters(data.get("parameters"), child(top, "parameters")),
+        seed=_seed(data.get("seed", 0), child(top, "seed")),
+        exclude=_exclude(data.get("exclude", []), child(top, "exclude")),
+        text=text,
+        where=where,
     )
 
 
-def _missing(data: Mapping[str, Any], key: str) -> str:
-    return "a name is needed" if data.get(key) is None else f"{printable(data[key], 60)} is not a name"
+def _models(data: object, path: str) -> tuple[ModelSpec, ...]:
+    if not isinstance(data, list) or not data:
+        refuse(path, f"must be a list of models (- model: …), not {shown(data)}")
+    models = tuple(_model(item, f"{path}[{i}]") for i, item in enumerate(data))
+    seen: dict[str, int] = {}
+    for i, model in enumerate(models):
+        name = model.alias or model.reference
+        first = seen.setdefault(name, i)
+        if first != i:
+            refuse(model.path, f"{shown(name)} is models[{first}] already (give one an own alias:)")
+    return models
 
 
-def _check_keys(data: Mapping[str, Any], known: set[str], where: str) -> None:
-    for key in data:
-        if key in _NOT_YET:
-            raise ConfigError(f"{where}: {key}: not supported in this version")
-        if key not in known:
-            close = get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-            raise ConfigError(f"{where}: unknown key {printable(key, 80)!r} ({hint})")
-
-
-def _model(entry: Any, where: str) -> ModelSpec:
-    if isinstance(entry, str):
-        entry = {"model": entry}
-    if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: not a mapping with the key `model`")
-    _check_keys(entry, _MODEL_KEYS, where)
-    if "model" not in entry:
-        raise ConfigError(f"{where}: the key `model` is missing")
-    alias = entry.get("alias")
-    if alias is not None and (not isinstance(alias, str) or not alias):
-        raise ConfigError(f"{where}.alias: not a name")
+def _model(data: object, path: str) -> ModelSpec:
+    if isinstance(data, str):
+        data = {"model": data}
+    if not isinstance(data, dict):
+        refuse(path, f"must be a map (model: …), not {shown(data)}")
+    check_keys(data, path, _MODEL_KEYS, _MODEL_KEYS_LATER)
+    if "model" not in data:
+        refuse(path, "'model' is missing")
+    texts = {key: parse_text(data[key], child(path, key)) for key in ("alias", "fisher") if key in data}
     return ModelSpec(
-        _reference(entry["model"], f"{where}.model"),
-        _parameters(entry.get("parameters"), f"{where}.parameters"),
-        alias,
-        where,
+        reference=parse_reference(data["model"], child(path, "model")),
+        parameters=_parameters(data.get("parameters"), child(path, "parameters")),
+        alias=texts.get("alias"),
+        fisher=texts.get("fisher"),
+        path=path,
     )
 
 
-def _reference(value: Any, where: str) -> str:
-    if isinstance(value, dict):
-        if set(value) - {"path", "revision", "model"} or isinstance(value.get("lora"), dict):
-            raise ConfigError(f"{where}: only `path` and `revision` are supported in this version")
-        if isinstance(value.get("model"), dict):
-            return _reference(value["model"], where)
-        path, revision = value.get("path"), value.get("revision")
-        if revision is not None and not isinstance(revision, str):
-            raise ConfigError(f"{where}.revision: not a string")
-        value = f"{path}@{revision}" if isinstance(path, str) and revision else path
-    if not isinstance(value, str) or not value or "\0" in value:
-        raise ConfigError(f"{where}: a path or `org/name` is needed, not {printable(value, 60)!r}")
-    if "+" in value and not Path(value).exists():
-        raise ConfigError(
-            f"{where}: {printable(value)}: no such directory; `model+lora` is not supported in this version"
-        )
-    return value
-
-
-def _refuse_twins(models: tuple[ModelSpec, ...], where: str) -> None:
-    for what, key in (("alias", lambda m: m.alias), ("model", lambda m: m.alias or m.reference)):
-        seen: dict[Any, str] = {}
-        for spec in models:
-            name = key(spec)
-            if name is not None and name in seen:
-                raise ConfigError(
-                    f"{spec.path}: the same {what} {printable(name)!r} as {seen[name].removeprefix(where + ': ')}; "
-                    "give each an `alias` of its own"
-                )
-            seen[name] = spec.path
-
-
-def _parameters(value: Any, where: str) -> dict[str, Setting]:
-    if value is None:
+def _parameters(data: object, path: str) -> dict[str, Setting]:
+    if data is None:
         return {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{where}: not a mapping")
-    return {name: parse_setting(item, f"{where}.{printable(name, 80)}") for name, item in value.items()}
+    if not isinstance(data, dict):
+        refuse(path, f"must be a map of parameters, not {shown(data)}")
+    return {name: parse_setting(value, child(path, name)) for name, value in data.items()}
 
 
-def _dtype(value: Any, where: str) -> str | None:
+def _dtype(value: object, path: str) -> str | None:
     if value is None:
         return None
-    name = value.removeprefix("torch.") if isinstance(value, str) else ""
-    if name not in dtypes.NAMES:
-        raise ConfigError(f"{where}: {printable(value, 60)!r} is not one of {', '.join(dtypes.NAMES)}")
-    return dtypes.NAMES[name]
+    code = NAMES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+    if code is None:
+        refuse(path, f"{shown(value)} is none of {', '.join(NAMES)}")
+    return code
 
 
-def _seed(value: Any, where: str) -> int:
-    if type(value) is not int or not 0 <= value < 2**64:
-        raise ConfigError(f"{where}: {printable(value, 60)} is not a whole number from 0 to 2**64 - 1")
+def _seed(value: object, path: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        refuse(path, f"must be an integer from 0 to 2**64 - 1, not {shown(value)}")
     return value
 
 
-def _patterns(value: Any, where: str) -> tuple[str, ...]:
-    patterns = [value] if isinstance(value, str) else value
-    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-        raise ConfigError(f"{where}: not a list of regular expressions")
-    for pattern in patterns:
+def _exclude(data: object, path: str) -> tuple[str, ...]:
+    if isinstance(data, str):
+        data = [data]
+    if not isinstance(data, list):
+        refuse(path, f"must be a list of regular expressions, not {shown(data)}")
+    patterns = []
+    for i, item in enumerate(data):
+        place = f"{path}[{i}]"
+        patterns.append(parse_text(item, place))
+        if len(patterns[i]) > 1000:
+            refuse(place, f"{len(patterns[i])} characters, at most 1000 (write several)")
         try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ConfigError(f"{where}: {printable(pattern, 80)!r}: {printable(error, 80)}") from None
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                re.compile(patterns[i])
+        except (re.error, OverflowError, RecursionError, Warning) as error:
+            refuse(place, f"{shown(item)} is not a regular expression: {str(error)[:100]}")
     return tuple(patterns)
+
+
+def _plain(value: object, path: str, depth: int) -> object:
+    """Return `value` in the types that YAML has, sharing nothing with it."""
+    if depth > MAX_DEPTH:
+        refuse(path, f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or UNSPEAKABLE.search(key):
+                refuse(path, f"key {shown(key)} is not a string, or none that UTF-8 can encode")
+        return {str(key): _plain(item, child(path, key), depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return _plain(os.fspath(value), path, depth)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str) and UNSPEAKABLE.search(value):
+        refuse(path, f"NUL or half a surrogate pair in {shown(value)}")
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return refuse(path, f"{shown(value)} is not a value a config can hold (use float, int, str …)")

@@ -1,116 +1,179 @@
-"""The value of a parameter for one tensor: a scalar, a gradient over the layers, or filtered values.
+"""One parameter as the config writes it, and its value for one tensor.
 
-The language is mergekit's: a list of numbers is a gradient, interpolated over the layers; a list of
-``{filter, value}`` chooses by the first filter that is a substring of the tensor's name.
+A setting is a scalar, a gradient over the depth of the network (a list of points), or a list of
+clauses ``{filter, value}`` of which the first that matches the tensor's name counts::
+
+    density: 0.5
+    t: [0, 0.5, 1]
+    weight:
+      - {filter: self_attn, value: [0.2, 0.8]}
+      - {value: 0.5}
+
+Types are checked by the method's declaration, later; here only the structure is.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from streammerge.errors import ConfigError, printable
+from streammerge.config.wording import check_keys, child, refuse, shown
 
 Scalar = bool | int | float | str
-_LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+
+_FORMS = "a setting is a value, a list of values, or a list of {filter, value}"
 
 
 @dataclass(frozen=True)
 class Clause:
-    """One value (or the points of a gradient) and the tensors it is for."""
+    """A value, or the points of a gradient, for the tensors that the filter admits."""
 
     filter: str | None
-    """Substring of the tensor's name; None matches all."""
+    """A part of the tensor's name; None, like `*`, admits every tensor."""
     values: tuple[Scalar, ...]
+    """One value, or the points of a gradient: all numbers, all bools or all strings."""
+
+    def matches(self, tensor: str) -> bool:
+        """Whether the filter admits the tensor."""
+        return self.filter is None or self.filter == "*" or self.filter in tensor
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the config says of one parameter, in one place."""
+    """A parameter's clauses in the order of the config."""
 
     path: str
-    """Where it stands, such as ``config.yml: models[1].parameters.weight``."""
+    """Where it was written, for messages: ``config.yml: models[1].parameters.weight``."""
     clauses: tuple[Clause, ...]
 
 
-def parse_setting(value: Any, path: str) -> Setting:
-    """Turn a YAML value into a setting.
+def parse_setting(value: object, path: str) -> Setting:
+    """Return the setting that `value`, as YAML gives it, describes.
 
-    Raises
-    ------
-    ConfigError
-        If it is none of the forms above.
+    Raises ConfigError for null, NaN, infinity, empty or nested lists, and lists of mixed types.
     """
-    conditional = isinstance(value, list) and value and isinstance(value[0], dict)
-    entries = value if conditional else [value]
-    return Setting(path, tuple(_clause(entry, path) for entry in entries))
-
-
-def _clause(entry: Any, path: str) -> Clause:
-    name = None
-    if isinstance(entry, dict):
-        if not set(entry) <= {"filter", "value"} or "value" not in entry:
-            raise ConfigError(f"{path}: a conditional value has the keys `filter` and `value` only")
-        name, entry = entry.get("filter"), entry["value"]
-        if name is not None and not isinstance(name, str):
-            raise ConfigError(f"{path}: `filter` is not a string")
-    values = entry if isinstance(entry, list) else [entry]
-    if not values:
-        raise ConfigError(f"{path}: an empty list")
-    for value in values:
-        if not isinstance(value, bool | int | float | str):
-            raise ConfigError(f"{path}: {printable(value, 60)} is not a number, a string, true or false")
-    kinds = {"number" if type(v) in (int, float) else type(v).__name__ for v in values}
-    if len(kinds) > 1:
-        raise ConfigError(f"{path}: a gradient mixes {' and '.join(sorted(kinds))}")
-    return Clause(None if name == "*" else name, tuple(values))
+    if isinstance(value, Mapping):
+        return Setting(path, (_clause(value, path),))
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        places = [(item, f"{path}[{i}]") for i, item in enumerate(value)]
+        return Setting(path, tuple(_clause(item, place) for item, place in places))
+    return Setting(path, (Clause(None, _values(value, path)),))
 
 
 def value_for(setting: Setting, tensor: str, t: float) -> Scalar | None:
-    """Return the value for one tensor at depth `t` in [0, 1], or None where no filter matches.
+    """Return the value for the tensor at relative depth `t` in [0, 1], or None: no clause matches.
 
-    >>> value_for(parse_setting([0.0, 1.0], "t"), "model.layers.1.mlp", 0.25)
-    0.25
+    Numbers are interpolated linearly between the points of a gradient; of bools and strings the
+    last point reached is taken.
+
+    >>> value_for(parse_setting([0, 0.5, 2.0], "density"), "model.norm.weight", 0.75)
+    1.25
     """
+    assert 0 <= t <= 1, t
     for clause in setting.clauses:
-        if clause.filter is None or clause.filter in tensor:
-            return _interpolate(clause.values, t)
+        if clause.matches(tensor):
+            return _at(clause.values, t)
     return None
 
 
-def _interpolate(values: tuple[Scalar, ...], t: float) -> Scalar:
+def _clause(data: object, path: str) -> Clause:
+    if not isinstance(data, Mapping):
+        refuse(path, f"{shown(data)} among {{filter, value}} clauses (write {{value: …}})")
+    check_keys(data, path, ("filter", "value"))
+    if "value" not in data:
+        refuse(path, "no 'value' (a clause is {filter, value})")
+    text = data.get("filter")
+    if not isinstance(text, str | None):
+        refuse(child(path, "filter"), f"must be a string, not {shown(text)} (quote it)")
+    return Clause(text, _values(data["value"], child(path, "value")))
+
+
+def _values(value: object, path: str) -> tuple[Scalar, ...]:
+    if not isinstance(value, list):
+        return (_scalar(value, path),)
+    if not value:
+        refuse(path, "an empty list (a gradient has at least one point)")
+    points = tuple(_scalar(item, f"{path}[{i}]") for i, item in enumerate(value))
+    if len({_kind(point) for point in points}) > 1:
+        refuse(path, "a gradient is all numbers, all bools or all strings, not a mixture")
+    return points
+
+
+def _kind(point: Scalar) -> type:
+    return type(point) if isinstance(point, bool | str) else float
+
+
+def _scalar(value: object, path: str) -> Scalar:
+    if isinstance(value, bool | str):
+        return value
+    if not isinstance(value, int | float):
+        refuse(path, f"{shown(value)} is not a value ({_FORMS})")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = False
+    if not finite:
+        refuse(path, f"{shown(value)} is not a finite number")
+    return value
+
+
+def _at(values: tuple[Scalar, ...], t: float) -> Scalar:
+    """Return the value at `t`; on a point it is that point, an int stays one."""
     if len(values) == 1:
         return values[0]
-    place = t * (len(values) - 1)
-    left = min(int(place), len(values) - 1)
-    first = values[left]
-    if isinstance(first, bool | str) or left == len(values) - 1:
-        return first
-    second = values[left + 1]
-    assert not isinstance(second, str)
-    part = place - left
-    return first if part == 0 else (1 - part) * first + part * second
+    position = t * (len(values) - 1)
+    left = int(position)
+    fraction = position - left
+    if isinstance(values[0], bool | str) or fraction == 0:
+        return values[left]
+    return (1 - fraction) * float(values[left]) + fraction * float(values[left + 1])
 
 
 def count_layers(names: Iterable[str]) -> Mapping[str, int]:
-    """Return the number of layers under each prefix: the text before a name's first number.
+    """Return the number of layers under each prefix, from the tensors' names alone.
 
-    >>> dict(count_layers(["model.layers.0.q", "model.layers.1.q", "lm_head"]))
+    A tensor's layer is the first component of its name that is a number; its prefix is the text
+    before. So experts (``model.layers.3.mlp.experts.7.w1``) belong to layer 3, and the encoder and
+    the decoder of one model are counted apart. The count is the highest number + 1: gaps, as
+    pruning, `nn.Sequential` or a share of a pipeline leave them, keep their place.
+
+    A number that begins the name counts only if it varies: the lone 0 of
+    ``0.auto_model.encoder.layer.3`` wraps a module, and the next number is the layer.
+
+    >>> dict(count_layers(["embed.weight", "model.layers.0.up.weight", "model.layers.1.up.weight"]))
     {'model.layers': 2}
     """
+    found = [list(_numbers(name)) for name in names]
+    leading = {numbers[0][1] for numbers in found if numbers and numbers[0][0] == ""}
     counts: dict[str, int] = {}
-    for name in names:
-        if match := _LAYER.match(name):
-            counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+    for numbers in found:
+        if len(leading) == 1 and numbers and numbers[0][0] == "":
+            numbers = numbers[1:]
+        for prefix, number in numbers[:1]:
+            counts[prefix] = max(counts.get(prefix, 0), number + 1)
     return counts
 
 
-def layer_fraction(tensor: str, n_layers: Mapping[str, int]) -> float:
-    """Return how deep a tensor lies: layer / (layers - 1); 1 for an only layer; 0 outside all layers."""
-    match = _LAYER.match(tensor)
-    if match is None:
-        return 0.0
-    last = n_layers.get(match[1], 1) - 1
-    return int(match[2]) / last if last else 1.0
+def layer_fraction(tensor_name: str, n_layers: Mapping[str, int]) -> float:
+    """Return the tensor's relative depth: layer / (n_layers - 1), by the counts of `count_layers`.
+
+    As in mergekit it is 1 for the only layer of a stack, and 0 for every tensor outside the
+    layers, the final norm and the output head included.
+
+    >>> layer_fraction("model.layers.3.up.weight", {"model.layers": 7})
+    0.5
+    """
+    for prefix, number in _numbers(tensor_name):
+        if prefix in n_layers:
+            last = n_layers[prefix] - 1
+            return min(number / last, 1.0) if last > 0 else 1.0
+    return 0.0
+
+
+def _numbers(name: str) -> Iterator[tuple[str, int]]:
+    """Yield (prefix, number) for each component of the name that is a layer number."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isascii() and part.isdigit() and len(part) <= 9:
+            yield ".".join(parts[:i]), int(part)

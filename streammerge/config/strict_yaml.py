@@ -18,7 +18,6 @@ from yaml.events import (
     AliasEvent,
     CollectionStartEvent,
     DocumentEndEvent,
-    Event,
     MappingStartEvent,
     ScalarEvent,
     StreamEndEvent,
@@ -36,8 +35,8 @@ MAX_DEPTH = 50
 MAX_COST = 100_000
 """Nodes of a document, aliases expanded; 100 characters of text count as one node more."""
 
-_NUMBER_LENGTH = 100
-"""Characters of the longest number; Python's own limits (and its quadratic parsing) come later."""
+_NUMBER_LENGTH = 400
+"""Characters of the longest number; a float holds integers of 309 digits."""
 
 _TAG = "tag:yaml.org,2002:"
 _STR, _MERGE = _TAG + "str", _TAG + "merge"
@@ -46,6 +45,9 @@ _SCALARS = frozenset({_STR, _MERGE, _TAG + "null", _TAG + "bool"}) | _NUMBERS
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
 """Floats which YAML 1.1 takes for strings because dot or sign is missing: 1e-5, 1.5e3."""
+
+UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
+"""What no name may hold: NUL, and the surrogates that UTF-8 cannot encode."""
 
 _Anchored = tuple[object, int, int]
 """A finished value, its cost and its height."""
@@ -86,15 +88,15 @@ def load_yaml(text: bytes | str, where: str) -> object:
 
 
 def dump_yaml(data: object) -> str:
-    """Return `data`, plain dicts, lists and scalars, as YAML that `load_yaml` reads back equal."""
-    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    """Return `data`, plain dicts, lists and scalars, as YAML that `load_yaml` reads back equal.
+
+    It is ASCII: left as they are, the line breaks of Unicode would come back as blanks.
+    """
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False))
 
 
 def _decode(text: bytes | str, where: str) -> str:
-    if isinstance(text, str):
-        data = text.encode("utf-8", "surrogatepass")
-    else:
-        data = bytes(text)
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
     if len(data) > MAX_BYTES:
         refuse(where, f"larger than {MAX_BYTES >> 20} MiB (is this the right file?)")
     try:
@@ -106,7 +108,7 @@ def _decode(text: bytes | str, where: str) -> str:
     if bad is not None:
         line = decoded.count("\n", 0, bad.start()) + 1
         refuse(where, f"line {line}: control character {bad.group()!r} (remove it)")
-    return decoded.removeprefix("\ufeff")
+    return decoded
 
 
 def _explain(error: yaml.MarkedYAMLError) -> str:
@@ -118,7 +120,7 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
     return problem
 
 
-def _fail(event: Event, problem: str) -> NoReturn:
+def _fail(event: Any, problem: str) -> NoReturn:
     raise ConstructorError(None, None, problem, event.start_mark)
 
 
@@ -142,7 +144,7 @@ class _Open:
 class _Builder:
     """Builds the value of one document from its events; `stack` holds the open collections."""
 
-    def __init__(self, loader: _Loader) -> None:
+    def __init__(self, loader: Any) -> None:
         self.loader = loader
         self.root: list[object] = []
         self.stack = [_Open(self.root, None, 0)]
@@ -159,6 +161,8 @@ class _Builder:
         event = self._next()
         if not isinstance(event, StreamEndEvent):
             _fail(event, "a second document begins here (a config is one document)")
+        if self.root[0] is None:
+            _fail(event, "the config is empty")
         return self.root[0]
 
     def _next(self) -> Any:
@@ -174,20 +178,21 @@ class _Builder:
         else:
             self._close(event)
 
-    def _pay(self, event: Event, cost: int) -> None:
+    def _pay(self, event: Any, cost: int) -> None:
         self.cost += cost
         if self.cost > MAX_COST:
             _fail(event, f"more than {MAX_COST} values, aliases expanded (write a smaller config)")
 
     def _scalar(self, event: Any) -> None:
-        self._pay(event, 1 + len(event.value) // 100)
+        cost = 1 + len(event.value) // 100
+        self._pay(event, cost)
         tag = event.tag
         if tag is None:
             tag = self.loader.resolve(yaml.ScalarNode, event.value, event.implicit)
         if tag not in _SCALARS:
             _fail(event, f"tag {shown(tag)} is not accepted (remove it)")
         value: object = event.value
-        if "\0" in event.value or re.search("[\ud800-\udfff]", event.value):
+        if UNSPEAKABLE.search(event.value):
             _fail(event, "NUL or half a surrogate pair in a string (remove the escape)")
         if tag in _NUMBERS and len(event.value) > _NUMBER_LENGTH:
             _fail(event, f"a number of more than {_NUMBER_LENGTH} characters (quote a string)")
@@ -203,7 +208,7 @@ class _Builder:
                 _fail(event, "duplicate key '<<' (merge a list: '<<: [*a, *b]')")
             frame.merging = True
             return
-        self._name(event, (value, 1, 0))
+        self._name(event, (value, cost, 0))
         self._place(event, value, 0)
 
     def _alias(self, event: Any) -> None:
@@ -244,15 +249,13 @@ class _Builder:
             return
         if event.anchor in self.anchors:
             _fail(event, f"duplicate anchor {shown(event.anchor)} (rename one)")
-        if anchored is not None:
-            anchored = (anchored[0], 1 + len(event.value) // 100, 0)
         self.anchors[event.anchor] = anchored
 
     @staticmethod
     def _wants_value(frame: _Open) -> bool:
         return frame.key is not None or frame.merging
 
-    def _place(self, event: Event, value: object, height: int) -> None:
+    def _place(self, event: Any, value: object, height: int) -> None:
         frame = self.stack[-1]
         frame.height = max(frame.height, height + 1)
         if isinstance(frame.value, list):
@@ -269,10 +272,11 @@ class _Builder:
             frame.key = value
 
     @staticmethod
-    def _merge(event: Event, value: object) -> dict[str, object]:
+    def _merge(event: Any, value: object) -> dict[str, object]:
         merged: dict[str, object] = {}
         for source in value if isinstance(value, list) else [value]:
             if not isinstance(source, dict):
                 _fail(event, f"'<<' merges maps, not {shown(source)}")
-            merged = {**source, **merged}
+            for key, item in source.items():
+                merged.setdefault(key, item)
         return merged

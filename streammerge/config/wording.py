@@ -14,7 +14,7 @@ _LINE_LIMIT = 5000
 
 def refuse(path: str, what: str) -> NoReturn:
     """Raise the ConfigError that says `what` is wrong at `path`."""
-    raise ConfigError(printable(f"{path}: {what}", _LINE_LIMIT))
+    raise ConfigError(printable(f"{path.removesuffix(':')}: {what}", _LINE_LIMIT))
 
 
 def shown(value: object) -> str:
@@ -41,12 +41,12 @@ def shown(value: object) -> str:
 
 
 def child(path: str, key: str) -> str:
-    """Return the path of `key` under `path`.
+    """Return the path of `key` under `path`; the path of the whole config ends with a colon.
 
-    >>> child("config.yml", "models"), child("config.yml: models[0]", "alias")
+    >>> child("config.yml:", "models"), child("config.yml: models[0]", "alias")
     ('config.yml: models', 'config.yml: models[0].alias')
     """
-    return f"{path}{'.' if ': ' in path else ': '}{printable(key, 60)}"
+    return f"{path}{' ' if path.endswith(':') else '.'}{printable(key, 60)}"
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -59,31 +59,45 @@ def from_os(path: str, error: OSError) -> StreammergeError:
     return WorldError(f"{place(path)}: cannot read: {printable(error.strerror or error)}")
 
 
-@contextmanager
-def open_regular(path: str) -> Iterator[tuple[int, os.stat_result]]:
-    """Open `path` for reading and yield its descriptor and status; closed on exit.
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a regular file (or a link to one) for reading and return its descriptor.
 
-    Anything but a regular file (or a link to one) is refused, before it is opened: opening a device
-    may have effects. The open itself does not block, should the file become a pipe in between.
-    An `OSError` in the body is translated like one of the open.
+    Anything else is refused before it is opened: opening a device may have effects. The open itself
+    does not block either, should the file become a pipe in between.
+
+    Raises
+    ------
+    ModelError
+        If it is missing, forbidden, or not a regular file.
+    WorldError
+        If the machine fails.
     """
+    path = os.fspath(path)
     try:
-        before = os.stat(path)
+        _refuse_special(path, os.stat(path))
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         raise from_os(path, error) from error
     except ValueError as error:  # A NUL or a lone surrogate, which no path can hold.
         raise bad(path, "not a valid path") from error
-    _refuse_special(path, before)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        try:
-            status = os.fstat(fd)
-            _refuse_special(path, status)
-            yield fd, status
-        finally:
-            os.close(fd)
+        _refuse_special(path, os.fstat(fd))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+@contextmanager
+def reading(path: str) -> Iterator[tuple[int, os.stat_result]]:
+    """Yield the descriptor and the status of a regular file; an `OSError` inside becomes ours."""
+    fd = open_regular(path)
+    try:
+        yield fd, os.fstat(fd)
     except OSError as error:
         raise from_os(path, error) from error
+    finally:
+        os.close(fd)
 
 
 def _refuse_special(path: str, status: os.stat_result) -> None:

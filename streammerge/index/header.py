@@ -1,24 +1,46 @@
-"""Safetensors headers: where the bytes of each tensor lie. Nothing but the header is read.
+"""The header of one safetensors file, checked completely before anything believes it.
 
-Every rule of the format is checked before anything is believed: the length against the file before
-memory is taken, offsets against each other and the file's end, shapes against offsets.
+The file is 8 bytes of length, that many bytes of JSON, then the data of the tensors without a gap::
+
+    | n: u64 | {"a": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...} | data |
+
+Stricter than the reference library where that lets something ambiguous through: a duplicate tensor,
+an unknown field of an entry (it may change the meaning of the bytes), ``"__metadata__": null``, a
+header that does not begin with ``{`` (the specification's MUST), an empty or endless tensor name,
+more than 64 dimensions, a file without tensors.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import math
 import os
-import stat
 from dataclasses import dataclass
 from typing import Any
 
 from streammerge.dtypes import BITS
-from streammerge.errors import ModelError, WorldError, printable
-from streammerge.index.strict_json import BadJson, parse_object
+from streammerge.errors import ModelError
+from streammerge.index.files import bad, open_regular, quoted, read_exactly, reading
+from streammerge.index.strict_json import MAX_NBYTES, parse_object
 
-MAX_HEADER = 100_000_000
-"""The format's own bound, in bytes."""
+__all__ = ["FileStamp", "TensorRef", "open_regular", "read_header"]
+
+MAX_RANK = 64
+"""Most dimensions; numpy and torch stop at the same number."""
+
+MAX_NAME = 4096
+"""Longest tensor name, in characters; a report must be able to show it."""
+
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+
+# What people have instead of a model, by its first bytes.
+_LOOKALIKES = (
+    (b"version ", "a git-lfs pointer, not the file itself: run `git lfs pull`"),
+    (b"<", "a web page, not a model: download it again"),
+    (b"PK\x03\x04", "a zip archive (a pickled checkpoint?): convert it to safetensors"),
+    (b"\x80\x02", "a pickle, which is not read: convert it to safetensors"),
+    (b"GGUF", "a GGUF file: only safetensors is read"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,167 +49,174 @@ class TensorRef:
 
     name: str
     dtype: str
-    """The format's code, such as ``BF16``."""
+    """The format's own code: a key of `streammerge.dtypes.BITS`."""
     shape: tuple[int, ...]
     path: str
     offset: int
-    """Absolute byte offset in the file."""
+    """Of the first byte, counted from the start of the file."""
     nbytes: int
 
     @property
     def n_elements(self) -> int:
-        """Number of elements; 1 for a scalar."""
-        return self.nbytes * 8 // BITS[self.dtype]
+        """How many elements the shape has; 1 for a scalar."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What identifies an input file: a change of any of these is a change of the input."""
+    """What identifies an input file: if any of this differs on resume, the input has changed."""
 
     path: str
     nbytes: int
     mtime_ns: int
     ctime_ns: int
+    """Unlike mtime this cannot be set back, so it shows a change of equal size and mtime."""
     inode: int
     header_digest: str
-    """BLAKE2b-128 of the raw header, hexadecimal."""
+    """BLAKE2b-128 of the header's JSON bytes, in hex."""
 
-
-def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a regular file read-only and return its descriptor; a FIFO or device is refused unopened.
-
-    Raises
-    ------
-    ModelError
-        If it is missing, unreadable, or not a regular file.
-    WorldError
-        If the device fails.
-    """
-    try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
-            raise ModelError(f"{printable(path)}: not a regular file")
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError as error:
-        raise ModelError(f"{printable(path)}: not a usable path ({printable(error)})") from None
-    except OSError as error:
-        if error.errno == errno.EIO:
-            raise WorldError(f"{printable(path)}: {error.strerror}") from error
-        raise ModelError(f"{printable(path)}: cannot be read: {error.strerror}") from None
-    return descriptor
+    def describes(self, status: os.stat_result) -> bool:
+        """Whether a file of this `status` is still the one stamped, so far as stat can tell."""
+        return (self.nbytes, self.mtime_ns, self.ctime_ns, self.inode) == (
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            status.st_ino,
+        )
 
 
 def read_header(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, TensorRef], dict[str, str], FileStamp]:
-    """Return the tensors (in file order), the metadata and the stamp of one safetensors file.
+    """Return the tensors of a file in the order of their bytes, its metadata and its stamp.
+
+    Reads the header only. Every byte of the file is accounted for: by the header or by one tensor.
 
     Raises
     ------
     ModelError
-        If the file breaks any rule of the format; the message names the file and the rule.
+        If the file is missing, not a regular file, or breaks any rule of the format.
+    WorldError
+        If the machine cannot read it.
     """
-    name = os.fspath(path)
-    descriptor = open_regular(name)
-    try:
-        status = os.fstat(descriptor)
-        raw = _raw_header(descriptor, status.st_size)
-        tensors, metadata = _parse(raw, name, status.st_size)
-    except (BadJson, _BadHeader) as error:
-        raise ModelError(
-            f"{printable(name)}: not a valid safetensors file: {printable(error)}"
-        ) from None
-    except OSError as error:
-        raise WorldError(f"{printable(name)}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
+    path = os.fspath(path)
+    with reading(path) as (fd, status):
+        raw = _raw_header(fd, status.st_size, path)
+    header = parse_object(raw, path, "the header", "natural")
+    metadata = _metadata(header.pop("__metadata__", {}), path)
+    tensors = _tensors(header, path, 8 + len(raw), status.st_size)
     stamp = FileStamp(
-        name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino,
-        hashlib.blake2b(raw, digest_size=16).hexdigest(),
-    )  # fmt: skip
+        path=path,
+        nbytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
+        inode=status.st_ino,
+        header_digest=hashlib.blake2b(raw, digest_size=16).hexdigest(),
+    )
     return tensors, metadata, stamp
 
 
-class _BadHeader(ValueError):
-    pass
-
-
-def _raw_header(descriptor: int, size: int) -> bytes:
-    start = os.pread(descriptor, 8, 0)
-    if len(start) < 8:
-        raise _BadHeader(f"it has {size} bytes; the header's length alone takes 8")
-    length = int.from_bytes(start, "little")
-    if length > MAX_HEADER:
-        raise _BadHeader(f"header length {length} exceeds the format's {MAX_HEADER}")
-    if 8 + length > size:
-        raise _BadHeader(f"header length {length} points beyond the file's {size} bytes")
-    raw = b""
-    while len(raw) < length:
-        part = os.pread(descriptor, length - len(raw), 8 + len(raw))
-        if not part:
-            raise _BadHeader("the file shrank while it was read")
-        raw += part
+def _raw_header(fd: int, file_nbytes: int, path: str) -> bytes:
+    if file_nbytes == 0:
+        raise bad(path, "an empty file: download or copy it again")
+    first = read_exactly(fd, min(8, file_nbytes), 0, path)
+    nbytes = int.from_bytes(first, "little")
+    if nbytes > MAX_NBYTES:
+        for start, what in _LOOKALIKES:
+            if first.startswith(start):
+                raise bad(path, f"this is {what}")
+    if file_nbytes < 8:
+        raise bad(path, f"{file_nbytes} bytes, too few for safetensors: download or copy it again")
+    if nbytes > MAX_NBYTES:
+        raise bad(path, f"header length {nbytes} exceeds the limit {MAX_NBYTES}: not safetensors")
+    if nbytes > file_nbytes - 8:
+        what = f"header length {nbytes} is beyond the end of the file ({file_nbytes} bytes)"
+        raise bad(path, f"{what}: download or copy it again")
+    raw = read_exactly(fd, nbytes, 8, path)
     if not raw.startswith(b"{"):
-        raise _BadHeader("the header does not begin with '{'")
+        raise bad(path, "the header is not a JSON object: not safetensors")
     return raw
 
 
-def _parse(raw: bytes, path: str, size: int) -> tuple[dict[str, TensorRef], dict[str, str]]:
-    entries = parse_object(raw)
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _BadHeader("__metadata__ is not a map of strings")
-    if not entries:
-        raise _BadHeader("it holds no tensors")
-    data = 8 + len(raw)
-    spans = sorted(
-        (_entry(name, entry, size - data) for name, entry in entries.items()),
-        key=lambda span: (span[0], span[1]),
-    )
-    position = 0
-    tensors = {}
-    for start, stop, name, dtype, shape in spans:
-        if start != position:
-            what = "overlaps the one before it" if start < position else "leaves a hole before it"
-            raise _BadHeader(f"tensor {printable(name, 200)}: its bytes [{start}, {stop}) {what}")
-        tensors[name] = TensorRef(name, dtype, shape, path, data + start, stop - start)
-        position = stop
-    if data + position != size:
-        raise _BadHeader(f"the tensors end at byte {data + position}, the file at {size}")
-    return tensors, metadata
+def _metadata(value: Any, path: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise bad(path, "__metadata__ is not a map of strings")
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise bad(path, f"__metadata__ {quoted(key)} is not a string")
+    return value
 
 
-def _entry(name: str, entry: Any, available: int) -> tuple[int, int, str, str, tuple[int, ...]]:
-    label = f"tensor {printable(name, 200)}"
+def _tensors(header: dict[str, Any], path: str, data_start: int, file_nbytes: int) -> dict[str, TensorRef]:
+    if not header:
+        raise bad(path, "holds no tensors")
+    refs = [_tensor(name, entry, path, data_start) for name, entry in header.items()]
+    # Of two tensors that begin together the empty one lies first.
+    refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
+    end = data_start
+    for i, ref in enumerate(refs):
+        if ref.offset > end:
+            raise bad(path, f"{ref.offset - end} bytes before tensor {quoted(ref.name)} are unused")
+        if ref.offset < end:
+            other = quoted(refs[i - 1].name)
+            raise bad(path, f"tensors {other} and {quoted(ref.name)} overlap")
+        end += ref.nbytes
+    if end > file_nbytes:
+        what = f"truncated: {file_nbytes} bytes, but its header describes {end}"
+        raise bad(path, f"{what}: download or copy it again")
+    if end < file_nbytes:
+        raise bad(path, f"{file_nbytes - end} bytes follow the last tensor: not valid safetensors")
+    return {ref.name: ref for ref in refs}
+
+
+def _tensor(name: str, entry: Any, path: str, data_start: int) -> TensorRef:
+    def refuse(what: str) -> ModelError:
+        return bad(path, f"tensor {quoted(name)}: {what}")
+
     if not name:
-        raise _BadHeader("a tensor has an empty name")
+        raise bad(path, "a tensor has an empty name")
+    if len(name) > MAX_NAME:
+        raise refuse(f"its name has {len(name)} characters, more than {MAX_NAME}")
     if not isinstance(entry, dict):
-        raise _BadHeader(f"{label}: not an object")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise _BadHeader(f"{label}: unknown dtype {printable(dtype, 60)}")
-    if not _naturals(shape):
-        raise _BadHeader(f"{label}: shape is not a list of natural numbers")
-    if not _naturals(offsets) or len(offsets) != 2:
-        raise _BadHeader(f"{label}: data_offsets is not a pair of natural numbers")
-    start, stop = offsets
-    if not start <= stop <= available:
-        raise _BadHeader(f"{label}: data_offsets {start}, {stop} do not lie in the file")
-    if _bits(shape, BITS[dtype], available * 8) != (stop - start) * 8:
-        raise _BadHeader(f"{label}: {stop - start} bytes do not match its shape and dtype {dtype}")
-    return start, stop, name, dtype, tuple(shape)
+        raise refuse("its entry is not an object")
+    if entry.keys() != _FIELDS:
+        missing, unknown = _FIELDS - entry.keys(), entry.keys() - _FIELDS
+        raise refuse(f"no {min(missing)}" if missing else f"unknown field {quoted(min(unknown))}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise refuse("its dtype is not a string")
+    if dtype not in BITS:
+        raise refuse(f"unknown dtype {quoted(dtype, 40)}")
+    if not _whole_numbers(shape):
+        raise refuse("its shape is not a list of whole numbers")
+    if len(shape) > MAX_RANK:
+        raise refuse(f"{len(shape)} dimensions, more than {MAX_RANK}")
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        raise refuse("its data_offsets are not two whole numbers")
+    begin, end = offsets
+    if begin > end:
+        raise refuse(f"its data_offsets {begin} and {end} are reversed")
+    if not _fits(shape, BITS[dtype], end - begin):
+        raise refuse(f"its {end - begin} bytes are not those of {dtype} with shape {shape}")
+    return TensorRef(name, dtype, tuple(shape), path, data_start + begin, end - begin)
 
 
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+def _whole_numbers(value: Any) -> bool:
+    """Whether `value` is a list of integers; the parser let no negative one through."""
+    return isinstance(value, list) and all(type(item) is int for item in value)  # True is no size.
 
 
-def _bits(shape: list[int], bits: int, limit: int) -> int:
-    """Return the bits of a tensor, or some number beyond `limit` as soon as it is exceeded."""
-    if 0 in shape:
-        return 0
+def _fits(shape: list[int], bits: int, nbytes: int) -> bool:
+    """Whether `shape` takes exactly `nbytes`; no intermediate number grows without bound.
+
+    A zero makes the tensor empty, but the other sizes must still multiply to something addressable,
+    or no library could hold it.
+    """
+    empty = 0 in shape
+    most = 2**66 if empty else 8 * nbytes
+    total = bits
     for size in shape:
-        bits *= size
-        if bits > limit:
-            break
-    return bits
+        total *= size or 1
+        if total > most:
+            return False
+    return nbytes == 0 if empty else total == 8 * nbytes

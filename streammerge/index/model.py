@@ -1,175 +1,181 @@
-"""One model on disk as a map from tensor names to where their bytes lie. Names decide; no
-architecture is known."""
+"""One model as an index: the name of a tensor leads to where its bytes lie, from headers alone.
+
+No architecture is known here; names decide.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streammerge.errors import ModelError, WorldError, printable
-from streammerge.index.header import FileStamp, TensorRef, open_regular, read_header
-from streammerge.index.hub import snapshot
-from streammerge.index.strict_json import BadJson, parse_object
+from streammerge.errors import ModelError, WorldError
+from streammerge.index.files import bad, from_os, place, quoted, reading
+from streammerge.index.header import FileStamp, TensorRef, read_header
+from streammerge.index.hub import cache_directory, find_snapshot, parse_name
+from streammerge.index.shards import (
+    INDEX_NAME,
+    PICKLES,
+    SINGLE_NAME,
+    SUFFIX,
+    Shards,
+    find_shards,
+    pickle_refusal,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-_MAX_INDEX = 100_000_000
+__all__ = ["INDEX_NAME", "SINGLE_NAME", "TensorIndex", "open_model"]
 
 
+@dataclass(frozen=True, eq=False)
 class TensorIndex(Mapping[str, TensorRef]):
-    """The tensors of one model, in file order, from headers alone.
+    """The tensors of one model, in the order of their bytes: shard by shard, then by offset."""
 
-    Attributes
-    ----------
-    reference
-        The model as the config names it.
-    directory
-        Where it lies.
-    stamps
-        One stamp per file, sorted by path.
-    unlisted
-        Names that shards hold but the model's index does not list; they are left out.
-    """
-
-    def __init__(
-        self, reference: str, directory: Path, tensors: Mapping[str, TensorRef],
-        stamps: tuple[FileStamp, ...], unlisted: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
-        self.reference = reference
-        self.directory = directory
-        self.stamps = stamps
-        self.unlisted = unlisted
-        self._tensors = dict(tensors)
+    reference: str
+    """The model as the config names it."""
+    directory: Path
+    """Where its files are; tokenizer and config lie beside them."""
+    stamps: tuple[FileStamp, ...]
+    """Of every file read, sorted by path."""
+    metadata: Mapping[str, str]
+    """Of all shards together; where two disagree, the first has its way."""
+    tensors: Mapping[str, TensorRef]
+    unlisted: tuple[str, ...] = ()
+    """Tensors that lie in a shard but not in the index file, and so are not part of the model."""
 
     def __getitem__(self, name: str) -> TensorRef:
-        return self._tensors[name]
+        return self.tensors[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.tensors)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(ref.nbytes for ref in self._tensors.values())
+        """Of all tensors of the model."""
+        return sum(ref.nbytes for ref in self.tensors.values())
 
-    def view(self, name: str) -> np.memmap[Any, Any]:
-        """Memory-map the bytes of one tensor, read-only, as uint8; made when asked for."""
+    def view(self, name: str) -> np.memmap:
+        """Memory-map the bytes of one tensor, read-only, as `uint8`.
+
+        Right for a small or sparse look. The map of a file that shrinks later kills the process on
+        access (SIGBUS), so bulk reading should not go through it.
+
+        Raises
+        ------
+        WorldError
+            If the file is no longer the one whose header was read.
+        """
         import numpy as np
 
-        ref = self._tensors[name]
-        return np.memmap(ref.path, dtype=np.uint8, mode="r", offset=ref.offset, shape=(ref.nbytes,))
+        ref = self.tensors[name]
+        stamp = next(stamp for stamp in self.stamps if stamp.path == ref.path)
+        with reading(ref.path) as (fd, status):
+            if not stamp.describes(status):
+                raise WorldError(f"{place(ref.path)}: changed since its header was read: run again")
+            if ref.nbytes == 0:  # An empty range cannot be mapped.
+                nothing = np.zeros(0, np.uint8)
+                nothing.flags.writeable = False
+                return nothing.view(np.memmap)
+            with open(fd, "rb", closefd=False) as file:
+                return np.memmap(file, np.uint8, "r", ref.offset, (ref.nbytes,))
 
 
 def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) -> TensorIndex:
-    """Index a model: a local directory, a ``.safetensors`` file, or a snapshot in the local hub cache.
+    """Read the headers of a model; no tensor is read and the network is never asked.
+
+    Parameters
+    ----------
+    reference
+        A directory, a ``.safetensors`` file, or (if there is no such directory) ``org/name``,
+        ``name`` or ``org/name@revision`` in the local Hugging Face cache.
+    cache
+        That cache, if it is not where the environment says.
 
     Raises
     ------
     ModelError
-        If there is no such model or any of its files is malformed.
+        If the model is missing, malformed, or of a kind this version does not read.
+    WorldError
+        If the machine cannot read it.
     """
-    name = os.fspath(reference)
-    if not name or "\0" in name:
-        raise ModelError(f"{printable(name)!r}: not a path of a model")
-    path = Path(name)
+    reference = os.fspath(reference)
+    path = _locate(reference, cache_directory() if cache is None else cache)
+    if os.path.isdir(path):
+        return _read_model(reference, path, find_shards(path))
+    if path.name.endswith(PICKLES):
+        raise pickle_refusal(str(path))
+    if not path.name.endswith(SUFFIX):
+        raise bad(str(path), f"neither a model directory nor a {SUFFIX} file")
+    return _read_model(reference, path.parent, Shards((path.name,), None))
+
+
+def _locate(reference: str, cache: Path) -> Path:
+    """Return the existing path that `reference` stands for: a local one, or a cached snapshot."""
+    if not reference:
+        raise ModelError("the path of a model is empty")
+    for text in (reference, os.path.expanduser(reference)):
+        if _exists(text):
+            return Path(text)
+    if reference.endswith(SUFFIX):
+        raise bad(reference, "no such file")
+    name = parse_name(reference)
+    if name is None:
+        hint = "; adapters (model+adapter) are not supported yet" if "+" in reference else ""
+        raise bad(reference, f"no such directory{hint}")
+    snapshot = find_snapshot(name, cache)
+    if snapshot is None:
+        what = f"no such directory, and not in the Hugging Face cache {place(str(cache))}"
+        raise bad(reference, f"{what}: {name.cure}")
+    return snapshot
+
+
+def _exists(path: str) -> bool:
+    """Whether something is there; a broken link or a forbidden directory is an error, not a no."""
     try:
-        if path.suffix == ".safetensors" and path.is_file():
-            tensors, _, stamp = read_header(path)
-            return TensorIndex(name, path.parent, tensors, (stamp,))
-        directory = path if path.is_dir() else None
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.islink(path):
+            raise from_os(path, error) from error
+        return False
+    except ValueError:  # A NUL or a lone surrogate, which no path can hold.
+        return False
     except OSError as error:
-        raise ModelError(f"{printable(name)}: {error.strerror}") from None
-    if directory is None:
-        if os.path.lexists(name):
-            raise ModelError(f"{printable(name)}: not a model directory")
-        directory = snapshot(name, cache)
-    return _open_directory(name, directory)
+        raise from_os(path, error) from error
+    return True
 
 
-def _open_directory(reference: str, directory: Path) -> TensorIndex:
-    if os.path.lexists(directory / INDEX_NAME):
-        return _open_indexed(reference, directory)
-    if os.path.lexists(directory / SINGLE_NAME):
-        shards = [directory / SINGLE_NAME]
-    else:
-        shards = sorted(directory.glob("*.safetensors"))
-    if (directory / "adapter_config.json").exists():
-        raise ModelError(
-            f"{printable(directory)}: a LoRA adapter; merge it into its base model first"
-        )
-    if not shards:
-        pickles = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
-        cure = "only pickles, which are not read: convert them to safetensors" if pickles else (
-            "no *.safetensors files in it"
-        )  # fmt: skip
-        raise ModelError(f"{printable(directory)}: {cure}")
+def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
+    stamps: list[FileStamp] = []
+    metadata: dict[str, str] = {}
     tensors: dict[str, TensorRef] = {}
-    stamps = []
-    for shard in shards:
-        part, _, stamp = read_header(shard)
-        twice = next((name for name in part if name in tensors), None)
-        if twice is not None:
-            raise ModelError(
-                f"{printable(shard)}: tensor {printable(twice)} is also in {printable(tensors[twice].path)}"
-            )
-        tensors.update(part)
+    left_out: dict[str, TensorRef] = {}
+    weight_map = shards.weight_map
+    for shard in shards.names:
+        refs, file_metadata, stamp = read_header(directory / shard)
         stamps.append(stamp)
-    return TensorIndex(reference, directory, tensors, tuple(stamps))
-
-
-def _open_indexed(reference: str, directory: Path) -> TensorIndex:
-    weight_map = _weight_map(directory / INDEX_NAME)
-    tensors: dict[str, TensorRef] = {}
-    stamps, unlisted = [], []
-    for shard in sorted(set(weight_map.values())):
-        part, _, stamp = read_header(directory / shard)
-        stamps.append(stamp)
-        for name, ref in part.items():
-            if weight_map.get(name) == shard:
+        metadata = file_metadata | metadata
+        for name, ref in refs.items():
+            if weight_map is not None and weight_map.get(name) != shard:
+                left_out[name] = ref
+            elif name in tensors:
+                raise bad(ref.path, f"tensor {quoted(name)} is in {_file(tensors[name])} too")
+            else:
                 tensors[name] = ref
-            elif name not in weight_map:
-                unlisted.append(name)
-    for name, shard in weight_map.items():
+    for name, shard in (weight_map or {}).items():
         if name not in tensors:
-            raise ModelError(
-                f"{printable(directory / INDEX_NAME)}: tensor {printable(name)} is not in {printable(shard)}, "
-                "where the index says it is"
-            )
-    return TensorIndex(reference, directory, tensors, tuple(stamps), tuple(unlisted))
+            where = f", but in {_file(left_out[name])}" if name in left_out else ""
+            what = f"tensor {quoted(name)} is not in its shard {quoted(shard)}{where}"
+            raise bad(str(directory / INDEX_NAME), f"weight_map: {what}")
+    unlisted = tuple(name for name in left_out if name not in tensors)
+    return TensorIndex(reference, directory, tuple(stamps), metadata, tensors, unlisted)
 
 
-def _weight_map(path: Path) -> dict[str, str]:
-    descriptor = open_regular(path)
-    try:
-        with os.fdopen(descriptor, "rb") as file:
-            raw = file.read(_MAX_INDEX + 1)
-    except OSError as error:
-        raise WorldError(f"{printable(path)}: {error.strerror}") from error
-    if len(raw) > _MAX_INDEX:
-        raise ModelError(f"{printable(path)}: larger than {_MAX_INDEX} bytes")
-    try:
-        weight_map = parse_object(raw).get("weight_map")
-    except BadJson as error:
-        raise ModelError(f"{printable(path)}: {printable(error)}") from None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{printable(path)}: no `weight_map` object with tensors in it")
-    for name, shard in weight_map.items():
-        if not name or not isinstance(shard, str) or not _plain_name(shard):
-            raise ModelError(
-                f"{printable(path)}: tensor {printable(name)!r} is mapped to {printable(shard, 100)!r}, "
-                "which is no *.safetensors file name in the same directory"
-            )
-    return weight_map
-
-
-def _plain_name(name: str) -> bool:
-    plain = name == os.path.basename(name) and "\0" not in name and "\\" not in name
-    return plain and name.endswith(".safetensors") and len(name) <= 255
+def _file(ref: TensorRef) -> str:
+    return quoted(os.path.basename(ref.path))

@@ -12,8 +12,8 @@ from streammerge.errors import ModelError
 from streammerge.index.files import bad, from_os, quoted
 from streammerge.index.strict_json import read_object
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
 SUFFIX = ".safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -43,11 +43,11 @@ def find_shards(directory: Path) -> Shards:
         present = frozenset(os.listdir(directory))
     except OSError as error:
         raise from_os(str(directory), error) from error
-    if INDEX in present:
-        weight_map = _read_index(str(directory / INDEX), present)
+    if INDEX_NAME in present:
+        weight_map = _read_index(str(directory / INDEX_NAME), present)
         return Shards(tuple(sorted(set(weight_map.values()))), weight_map)
-    if SINGLE in present:
-        return Shards((SINGLE,), None)
+    if SINGLE_NAME in present:
+        return Shards((SINGLE_NAME,), None)
     if "adapter_config.json" in present:
         raise bad(
             str(directory),
@@ -73,7 +73,7 @@ def _nothing(directory: Path, present: Collection[str]) -> ModelError:
     pickles = sorted(name for name in present if name.endswith(PICKLES))
     if pickles:
         return pickle_refusal(str(directory / pickles[0]))
-    return bad(str(directory), f"no model here: neither {INDEX} nor any *{SUFFIX} file")
+    return bad(str(directory), f"no model here: neither {INDEX_NAME} nor any *{SUFFIX} file")
 
 
 def _read_index(path: str, present: Collection[str]) -> dict[str, str]:

@@ -85,7 +85,9 @@ def round_out(values, n, half, full, offset, code):
         target = half[offset >> 1 : (offset >> 1) + n]
         for i in range(n):
             bits = _sticky_f32_bits(values[i])
-            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            rounded = (
+                bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            ) >> np.uint32(16)
             nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
             rounded = np.uint32(0x7FC0) if nan else rounded
             bad += (rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)
@@ -120,10 +122,20 @@ def round_out(values, n, half, full, offset, code):
 def _two_rounds(c0, c1, c2, c3, k0, k1):
     mask = np.uint64(0xFFFFFFFF)
     p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-    c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & mask, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & mask
+    c0, c1, c2, c3 = (
+        (p1 >> np.uint64(32)) ^ c1 ^ k0,
+        p1 & mask,
+        (p0 >> np.uint64(32)) ^ c3 ^ k1,
+        p0 & mask,
+    )
     k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
     p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-    c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1 & mask, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0 & mask
+    c0, c1, c2, c3 = (
+        (p1 >> np.uint64(32)) ^ c1 ^ k0,
+        p1 & mask,
+        (p0 >> np.uint64(32)) ^ c3 ^ k1,
+        p0 & mask,
+    )
     k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
     return c0, c1, c2, c3, k0, k1
 

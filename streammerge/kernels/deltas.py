@@ -12,7 +12,9 @@ NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3
 
 
 @njit(nogil=True, cache=True)
-def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut, cut_key, out, x, w):
+def delta_block(
+    half, full, offset, code, base, element, n, drop, drop_key, cut, cut_key, out, x, w
+):
     """Write the surviving delta of `n` elements from `element` on into `out`, else 0; count them.
 
     `base` holds the block of the base in fp32; `offset` is the model's byte offset of this block;
@@ -74,7 +76,11 @@ def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
     Returns ``(above, highest)`` and adds to ``bins[(key - low) >> shift]``. `highest` is the
     largest pattern seen: one with all exponent bits set betrays a NaN or an infinity.
     """
-    x, b, out = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    x, b, out = (
+        np.empty(BLOCK, np.float32),
+        np.empty(BLOCK, np.float32),
+        np.empty(BLOCK, np.float32),
+    )
     w, keys = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.uint32)
     no_cut = np.array([NO_CUT, 0, 0], np.int64)
     lo, width, s = np.uint32(low), np.uint32(high - low), np.uint32(shift)
@@ -89,7 +95,7 @@ def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
         for i in range(m):
             key = bits_from_f32(out[i]) & MAGNITUDE
             keys[i] = key - lo
-            above += (key > lo + width)
+            above += key > lo + width
             inside += (key - lo) <= width
             highest = max(highest, key)
         if inside > 0:
@@ -107,7 +113,11 @@ def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
     Eight lanes per block, added pairwise: a fixed order, whatever the chunk, thread or vector width.
     `element` is a multiple of 4096.
     """
-    x, b, out = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    x, b, out = (
+        np.empty(BLOCK, np.float32),
+        np.empty(BLOCK, np.float32),
+        np.empty(BLOCK, np.float32),
+    )
     w, lanes = np.empty(BLOCK + 8, np.uint32), np.empty(8, np.float64)
     for part in range((n + 4095) // 4096):
         lanes[:] = 0.0
@@ -131,7 +141,11 @@ def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
 def ties_per_block(half, full, offset, code, base_offset, base_code, n, key, element,
                    drop, drop_key, counts, size):  # fmt: skip
     """Count the elements whose magnitude pattern is `key` in each run of `size` elements."""
-    x, b, out = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    x, b, out = (
+        np.empty(BLOCK, np.float32),
+        np.empty(BLOCK, np.float32),
+        np.empty(BLOCK, np.float32),
+    )
     w = np.empty(BLOCK + 8, np.uint32)
     no_cut = np.array([NO_CUT, 0, 0], np.int64)
     for start in range(0, n, BLOCK):

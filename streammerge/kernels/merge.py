@@ -77,7 +77,11 @@ def task_vector_merge(half, full, offsets, codes, base_offset, base_code, elemen
     without, all are summed and divided by `divisor`. An output code of -1 writes nothing: only the
     counts are wanted.
     """
-    x, b, delta = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    x, b, delta = (
+        np.empty(BLOCK, np.float32),
+        np.empty(BLOCK, np.float32),
+        np.empty(BLOCK, np.float32),
+    )
     w = np.empty(BLOCK + 8, np.uint32)
     positive, negative = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
     positive_weight, negative_weight = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)

@@ -9,7 +9,15 @@ from typing import Literal
 from streammerge.methods import rng
 from streammerge.methods.recipes import Cut, TaskVector, TaskVectorMerge, TiePolicy
 from streammerge.methods.registry import Scope
-from streammerge.methods.requests import AbsSum, Answer, Request, SignTotal, Threshold, TieIndex, TopK
+from streammerge.methods.requests import (
+    AbsSum,
+    Answer,
+    Request,
+    SignTotal,
+    Threshold,
+    TieIndex,
+    TopK,
+)
 from streammerge.methods.requests import Scope as TrimScope
 
 Ask = Generator[list[Request], list[Answer], "list[TaskVector]"]
@@ -31,14 +39,17 @@ def trim(
     A density of 1 or more keeps the vector as it is; 0 or less removes it whole.
     """
     partial = [i for i, density in enumerate(densities) if 0 < density < 1]
-    trimmed = [replace(v, drop=2**32) if d <= 0 else v for v, d in zip(vectors, densities, strict=True)]
+    trimmed = [
+        replace(v, drop=2**32) if d <= 0 else v for v, d in zip(vectors, densities, strict=True)
+    ]
     if not partial:
         return trimmed
     thresholds = yield [TopK(vectors[i], densities[i], plus_one, trim_scope) for i in partial]
     limits: list[int] = [0] * len(partial)
     if ties == "index":
         ends = yield [
-            TieIndex(vectors[i], t, trim_scope) for i, t in zip(partial, thresholds, strict=True)  # type: ignore[arg-type]
+            TieIndex(vectors[i], t, trim_scope)
+            for i, t in zip(partial, thresholds, strict=True)  # type: ignore[arg-type]
         ]
         limits = [_limit_here(scope, end) for end in ends]  # type: ignore[arg-type]
     for i, threshold, limit in zip(partial, thresholds, limits, strict=True):
@@ -65,7 +76,9 @@ def drop(vectors: Sequence[TaskVector], densities: Sequence[float]) -> list[Task
     ]
 
 
-def rescale_by_probability(vectors: Sequence[TaskVector], densities: Sequence[float]) -> list[TaskVector]:
+def rescale_by_probability(
+    vectors: Sequence[TaskVector], densities: Sequence[float]
+) -> list[TaskVector]:
     """Divide what survives a random drop by the probability of surviving: unbiased (DARE, section 3.2)."""
     return [
         replace(vector, rescale=1.0 / density if 0 < density < 1 else 1.0)
@@ -98,7 +111,11 @@ def elect(
     is undecided the published code takes the negative side, and so does this.
     """
     merge = TaskVectorMerge(
-        tuple(vectors), elect=True, zero_sign=int(zero_sign == "positive"), normalize=normalize, scale=scale
+        tuple(vectors),
+        elect=True,
+        zero_sign=int(zero_sign == "positive"),
+        normalize=normalize,
+        scale=scale,
     )
     if zero_sign != "majority":
         return merge

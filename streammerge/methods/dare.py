@@ -65,7 +65,10 @@ def dare_linear(
 @method(
     "dare_ties",
     access=Access.MODEL,
-    presets={"paper": {"zero_sign": "majority"}, "mergekit": {"rescale": "l1", "zero_sign": "positive"}},
+    presets={
+        "paper": {"zero_sign": "majority"},
+        "mergekit": {"rescale": "l1", "zero_sign": "positive"},
+    },
     **_DECLARED,
 )
 def dare_ties(

@@ -31,7 +31,9 @@ class Where:
 
     def words(self, purpose: str, model: int, n: int, device: torch.device) -> torch.Tensor:
         """Return one random word per element of the piece, int64 in [0, 2**32)."""
-        return rng.words(self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device)
+        return rng.words(
+            self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device
+        )
 
 
 @dataclass(frozen=True)
@@ -173,9 +175,7 @@ class TaskVectorMerge:
             merged = merged / torch.where(weight == 0, 1.0, weight)
         return merged
 
-    def sign_total(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
-    ) -> int:
+    def sign_total(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> int:
         """Return how many elements elect + minus how many elect - (TIES' whole-model majority)."""
         up, down, _, _ = self._totals(models, base, where)
         return int((up - down).sign().sum())

@@ -124,7 +124,9 @@ class Method:
         """Return the access these parameters need, never more than declared."""
         if self.is_formula:
             return self.access
-        scopes = {request.scope for requests in self.rounds(scope, parameters) for request in requests}
+        scopes = {
+            request.scope for requests in self.rounds(scope, parameters) for request in requests
+        }
         if "model" in scopes:
             return Access.MODEL
         return Access.TENSOR if scopes else Access.ELEMENTWISE
@@ -183,10 +185,14 @@ def method(
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        origin = "built in" if function.__module__.startswith("streammerge.") else function.__module__
+        origin = (
+            "built in" if function.__module__.startswith("streammerge.") else function.__module__
+        )
         known = _METHODS.get(name)
         if known is not None and known.origin == "built in" and origin != "built in":
-            raise InputError(f"method {printable(name)!r} from {origin}: the name is taken by a built-in method")
+            raise InputError(
+                f"method {printable(name)!r} from {origin}: the name is taken by a built-in method"
+            )
         _METHODS[name] = Method(
             name, function, Access(access), base, models,
             _declared(function, bounds or {}), presets or {}, ignored or {}, paper, origin,
@@ -246,7 +252,9 @@ def load_file(path: Path) -> None:
     try:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:
-        raise InputError(f"{printable(path)}: {type(error).__name__}: {printable(error)}") from error
+        raise InputError(
+            f"{printable(path)}: {type(error).__name__}: {printable(error)}"
+        ) from error
 
 
 def all_methods() -> Mapping[str, Method]:

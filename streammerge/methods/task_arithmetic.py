@@ -13,7 +13,11 @@ _UNUSED = "`task_arithmetic` has no sparsification, in mergekit neither"
     "task_arithmetic",
     base="required",
     paper="Ilharco et al. 2023, https://arxiv.org/abs/2212.04089",
-    ignored={"density": _UNUSED, "rescale": _UNUSED, "int8_mask": "it has no effect on the numbers"},
+    ignored={
+        "density": _UNUSED,
+        "rescale": _UNUSED,
+        "int8_mask": "it has no effect on the numbers",
+    },
 )
 def task_arithmetic(
     scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0  # type: ignore[assignment]

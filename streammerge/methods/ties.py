@@ -54,7 +54,12 @@ def ties(
     scope_of_trim: TrimScope = trim_scope
     vectors = [TaskVector(i, w) for i, w in enumerate(weight)]
     vectors = yield from trim(
-        scope, vectors, density, trim_scope=scope_of_trim, ties=trim_policy, plus_one=count == "floor+1"
+        scope,
+        vectors,
+        density,
+        trim_scope=scope_of_trim,
+        ties=trim_policy,
+        plus_one=count == "floor+1",
     )
     if rescale == "l1":
         vectors = yield from rescale_by_norm(vectors)

@@ -89,11 +89,7 @@ def plan_work(
     BudgetError
         If the tensor, or one row of it, must be held and cannot.
     """
-    per_element = job.output_bytes / max(1, job.n_elements)
-    if job.kind == "merge" or job.dtype != job.sources[0].dtype:
-        per_element = job.input_bytes_per_element + per_element
-    elif job.kind == "agree":
-        per_element = 2 * per_element
+    per_element = _bytes_per_element(job)
     if job.kind != "merge" or access is Access.ELEMENTWISE:
         return Work("cut", ALIGN, per_element, workspace(job, ALIGN))
     if access is Access.ROW:
@@ -108,6 +104,17 @@ def plan_work(
     return work
 
 
+def _bytes_per_element(job: Job) -> float:
+    """Buffer bytes per element: all inputs, and the output where it cannot lie over the first of them."""
+    output = job.output_bytes / max(1, job.n_elements)
+    if job.kind == "agree":
+        return 2 * output
+    if job.kind == "copy" and job.dtype == job.sources[0].dtype:
+        return output
+    first = job.inputs[0].nbytes / max(1, job.n_elements)
+    return job.input_bytes_per_element + (output if output > first else 0.0)
+
+
 def _refuse_unless_fits(job: Job, work: Work, n: int, what: str, budget: Budget) -> None:
     needed = int(n * work.bytes_per_element) + work.workspace
     if needed > budget.capacity:
@@ -119,7 +126,10 @@ def _refuse_unless_fits(job: Job, work: Work, n: int, what: str, budget: Budget)
 
 
 def steps(
-    jobs: Sequence[Job], work: Sequence[Work], budget: Budget, done: Mapping[int, Sequence[Interval]]
+    jobs: Sequence[Job],
+    work: Sequence[Work],
+    budget: Budget,
+    done: Mapping[int, Sequence[Interval]],
 ) -> Iterator[Step]:
     """Yield what is left to do, in file order; `done` has the finished elements of each job."""
     pieces: list[Piece] = []

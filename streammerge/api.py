@@ -1,0 +1,178 @@
+"""Merging from Python: what the command line calls, and what users call."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
+from streammerge.engine.session import Event, Options, Summary, execute
+from streammerge.errors import ConfigError, InputError, printable
+from streammerge.index.model import TensorIndex, open_model
+from streammerge.methods.registry import Method, get_method, load_builtin, load_file
+from streammerge.plan import budget as budgets
+from streammerge.plan.plan import MergePlan, make_plan
+from streammerge.report.card import model_card
+from streammerge.units import parse_size
+
+ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+
+def plan(
+    config: ConfigLike,
+    *,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    shard_size: str | int = DEFAULT_SHARD_SIZE,
+    seed: int | None = None,
+    methods: str | os.PathLike[str] | None = None,
+    kernels: bool = True,
+) -> MergePlan:
+    """Decide everything about a merge from headers alone; nothing is written.
+
+    Parameters
+    ----------
+    config
+        Path of a YAML file, or the same as a mapping.
+    memory
+        Bound of the process's peak resident memory, ``"2GiB"`` or bytes; default: half of what is free.
+    threads
+        CPUs to keep busy; default: those available.
+    device
+        ``auto``, ``cpu`` or ``cuda[:N]``.
+    shard_size
+        Most bytes of tensors in one output file.
+    seed
+        Overrides the config's.
+    methods
+        A Python file with methods of your own.
+    kernels
+        False: the torch formulas in place of the compiled kernels; the bits are the same.
+
+    Raises
+    ------
+    InputError
+        If the config, a model or the memory does not allow the merge.
+    """
+    parsed = config_from_mapping(config) if isinstance(config, Mapping) else load_config(config)
+    load_builtin()
+    if methods is not None:
+        load_file(Path(methods))
+    method = get_method(parsed.merge_method, f"{parsed.where}: merge_method")
+    parsed = _settle_base(parsed, method)
+    models, base = _open_models(parsed)
+    chosen = choose_device(device)
+    torch_only = chosen != "cpu" or not kernels
+    reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
+    budget = budgets.make_budget(_bytes(memory), threads, reserve)
+    return make_plan(
+        parsed, method, models, base, budget,
+        shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, torch_only=torch_only,
+    )  # fmt: skip
+
+
+def merge(
+    config: ConfigLike,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    device: str = "auto",
+    io: str = "read",
+    on_event: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+    **options: Any,
+) -> Summary:
+    """Merge into the directory `out`; run again after an interruption, it continues.
+
+    Parameters
+    ----------
+    overwrite
+        Discard what an earlier merge left in `out`.
+    io
+        ``read``: positioned reads; ``mmap``: copies out of a memory map.
+    on_event
+        Called from the calling thread with progress, warnings and the like.
+    **options
+        Those of `plan`.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`.
+    """
+    if io not in ("read", "mmap"):
+        raise InputError(f"io {printable(io)!r} is neither 'read' nor 'mmap'")
+    decided = plan(config, device=device, **options)
+    how = Options(choose_device(device), overwrite, "mmap" if io == "mmap" else "read")
+    return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
+
+
+def choose_device(device: str) -> str:
+    """Return ``cpu`` or ``cuda:N`` for what a user asked for.
+
+    ``auto`` looks for the driver's device files first: torch is imported only where there is a GPU.
+    """
+    if device == "cpu":
+        return "cpu"
+    if device == "auto" and not os.path.exists("/dev/nvidiactl"):
+        return "cpu"
+    kind, _, number = device.partition(":")
+    if kind not in ("auto", "cuda") or (number and not number.isdecimal()):
+        raise InputError(f"device {printable(device)!r} is none of auto, cpu, cuda, cuda:N")
+    import torch
+
+    if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
+        if device == "auto":
+            return "cpu"
+        raise InputError(f"device {printable(device)!r}: torch finds no such GPU here; use --device cpu")
+    return f"cuda:{int(number or 0)}"
+
+
+def _settle_base(config: MergeConfig, method: Method) -> MergeConfig:
+    """Take the base out of the models where the method has a base: it has no task vector.
+
+    mergekit's configs often list it there, without parameters.
+    """
+    base = config.base_model
+    if base is None:
+        return config
+    others = tuple(spec for spec in config.models if spec.reference != base)
+    if method.base != "none":
+        return replace(config, models=others)
+    if len(others) == len(config.models):
+        raise ConfigError(
+            f"{config.where}: base_model: {method.name!r} has no base; list the model under `models` or remove the key"
+        )
+    return config
+
+
+def _open_models(config: MergeConfig) -> tuple[list[TensorIndex], TensorIndex | None]:
+    """Open every model once, the base too where it is also one of the models."""
+    opened: dict[str, TensorIndex] = {}
+
+    def get(reference: str) -> TensorIndex:
+        if reference not in opened:
+            opened[reference] = open_model(reference)
+        return opened[reference]
+
+    models = [get(spec.reference) for spec in config.models]
+    return models, get(config.base_model) if config.base_model is not None else None
+
+
+def _cpu_reserve(
+    models: list[TensorIndex], base: TensorIndex | None, method: Method, torch_only: bool
+) -> int:
+    wide = any(ref.dtype == "F64" for index in (*models, *([base] if base else [])) for ref in index.values())
+    uses_torch = torch_only or method.is_formula or wide
+    return budgets.TORCH_RESERVE if uses_torch else budgets.KERNEL_RESERVE
+
+
+def _bytes(size: str | int | None) -> int | None:
+    return parse_size(size) if isinstance(size, str) else size

@@ -1,0 +1,220 @@
+"""The command line: a thin shell over `streammerge.api`.
+
+Heavy imports happen inside the commands, so that ``--help`` and a config error answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from streammerge import __version__
+from streammerge.errors import InputError, StreammergeError, WorldError, printable
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="streammerge")
+def cli() -> None:
+    """Merge neural-network checkpoints larger than memory: streaming, exact, reproducible, resumable."""
+
+
+def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    options = [
+        click.option("--memory", metavar="SIZE", help="Peak resident memory of the process, such as 2GiB. [half of what is free]"),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        click.option("--threads", type=click.IntRange(1, 1024), help="CPUs to keep busy. [those available]"),
+        click.option("--shard-size", metavar="SIZE", default="5GB", show_default=True, help="Most bytes in one output file."),
+        click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Of the random drops. [the config's, or 0]"),
+        click.option("--methods", metavar="FILE", help="A Python file with merge methods of your own; it is run."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("config")
+@click.argument("out")
+@_planning_options
+@click.option("--overwrite", is_flag=True, help="Discard what an earlier merge left in OUT.")
+@click.option(
+    "--io",
+    type=click.Choice(["read", "mmap"]),
+    default="read",
+    show_default=True,
+    help="How inputs are read.",
+)
+@click.option(
+    "--no-kernels", is_flag=True, help="Use the torch formulas, not the compiled kernels: same bits, slower."
+)
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line, on stdout.")
+def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:
+    """Merge the models that CONFIG names into the directory OUT. Run again, it continues.
+
+    Interrupted by Ctrl-C, a kill or a crash, the same command goes on where it stopped, and the files are
+    byte for byte those of an uninterrupted run.
+    """
+    stop = threading.Event()
+    received: list[int] = []
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        stop.set()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+    from streammerge.api import merge as run
+    from streammerge.report.progress import BarReporter, JsonReporter, LineReporter
+
+    bar = sys.stderr.isatty() and not quiet and not as_json
+    reporter = JsonReporter() if as_json else BarReporter() if bar else LineReporter(quiet)
+    try:
+        summary = run(
+            config, out, on_event=reporter, stop=stop, kernels=not no_kernels,
+            signal_received=lambda: received[0] if received else None, **options,
+        )  # fmt: skip
+    finally:
+        reporter.close()
+    reporter.finish(summary)
+
+
+@cli.command()
+@click.argument("config")
+@_planning_options
+@click.option("--json", "as_json", is_flag=True, help="Print the whole plan, tensor by tensor, as JSON.")
+def plan(config: str, as_json: bool, **options: Any) -> None:
+    """Show what `merge CONFIG` would do, from the models' headers alone."""
+    import shutil
+
+    from streammerge.api import plan as decide
+    from streammerge.plan.plan import describe, plan_json
+    from streammerge.report.progress import plan_text
+
+    decided = decide(config, **options)
+    free = shutil.disk_usage(".").free
+    click.echo(plan_json(decided) if as_json else plan_text(decided, describe(decided), free))
+
+
+@cli.command()
+@click.argument("out")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(out: str, as_json: bool) -> None:
+    """Re-read a finished output against its recorded checksums and structure."""
+    from streammerge.engine.verify import verify as check
+    from streammerge.units import format_size
+
+    verdict = check(Path(out))
+    if as_json:
+        click.echo(
+            json.dumps({"files": verdict.files, "nbytes": verdict.nbytes, "problems": verdict.problems})
+        )
+    elif not verdict.problems:
+        click.echo(f"{printable(out)}: {verdict.files} files, {format_size(verdict.nbytes)}: all as written")
+    if verdict.problems:
+        more = f" (and {len(verdict.problems) - 1} more problems)" if len(verdict.problems) > 1 else ""
+        raise InputError(f"{printable(out)}: {verdict.problems[0]}{more}")
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print every tensor as JSON.")
+def inspect(model: str, as_json: bool) -> None:
+    """List a model's tensors: dtype, shape, file, bytes."""
+    from streammerge.index.model import open_model
+    from streammerge.report.tables import inspect_text
+
+    index = open_model(model)
+    if as_json:
+        tensors = [
+            {"name": r.name, "dtype": r.dtype, "shape": list(r.shape), "file": os.path.basename(r.path),
+             "offset": r.offset, "nbytes": r.nbytes}
+            for r in index.values()
+        ]  # fmt: skip
+        click.echo(json.dumps({"model": model, "nbytes": index.nbytes, "tensors": tensors}))
+    else:
+        click.echo(inspect_text(index))
+
+
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--methods", metavar="FILE", help="A Python file with merge methods of your own; it is run.")
+def methods(name: str | None, methods: str | None) -> None:
+    """List the merge methods, or show one: formula, parameters, defaults, paper."""
+    from streammerge.methods.registry import all_methods, get_method, load_builtin, load_file
+    from streammerge.report.tables import method_text, methods_text
+
+    load_builtin()
+    if methods is not None:
+        load_file(Path(methods))
+    click.echo(methods_text(all_methods()) if name is None else method_text(get_method(name, "methods")))
+
+
+@cli.command()
+@click.argument("out", required=False)
+def demo(out: str | None) -> None:
+    """Merge the small real models that ship with the package and print the accuracy of each merge.
+
+    The outputs go to OUT if it is given, else to a temporary directory.
+    """
+    from streammerge.demo.show import run_demo
+
+    run_demo(None if out is None else Path(out))
+
+
+def main() -> NoReturn:
+    """Run the command line; turn every error into one line and its exit code."""
+    code = 0
+    try:
+        cli.main(standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except StreammergeError as error:
+        code = _report(error, error.exit_code)
+    except BrokenPipeError:
+        code = 0
+    except KeyboardInterrupt:
+        code = _report(InputError("stopped"), 130)
+    except (OSError, MemoryError) as error:
+        code = _report(WorldError(f"{type(error).__name__}: {error}"), 1)
+    _leave(code)
+
+
+def _report(error: Exception, code: int) -> int:
+    if os.environ.get("STREAMMERGE_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    try:
+        print(f"streammerge: {printable(error, 2000)}", file=sys.stderr, flush=True)
+    except OSError:
+        pass
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit without a traceback even where stdout or stderr is closed or full."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            code = code or 1
+            os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""One chunk, from input bytes to written and checksummed output: the only place where they all meet."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from streammerge.dtypes import BITS, itemsize
+from streammerge.engine.checksum import crc32
+from streammerge.engine.journal import Receipt
+from streammerge.engine.memory import Bytes
+from streammerge.engine.pieces import KernelMath, Loaded, Operand, PieceMath
+from streammerge.engine.reader import Reader
+from streammerge.engine.statistics import (
+    Accumulator,
+    NotFiniteError,
+    Range,
+    TopKAccumulator,
+    collect,
+    make_accumulator,
+)
+from streammerge.engine.writer import ShardWriter
+from streammerge.errors import ModelError, printable
+from streammerge.index.header import TensorRef
+from streammerge.methods.recipes import Recipe, WeightedSum
+from streammerge.methods.registry import Access, Scope
+from streammerge.methods.requests import Answer, Request
+from streammerge.methods.rng import RandomKeys
+from streammerge.plan.job import Job
+from streammerge.plan.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch
+from streammerge.plan.schedule import Chunk, Piece
+
+Answers = list[list[Answer]]
+_SAMPLE_ABOVE = 1 << 19
+"""Elements; below, one full pass costs no more than sampling."""
+_SAMPLE_BLOCKS = 16
+
+
+@dataclass
+class Context:
+    """What the chunks of one merge share. Everything in it may be used from many threads."""
+
+    plan: MergePlan
+    reader: Reader
+    writer: ShardWriter
+    keys: RandomKeys
+    device: str
+    """``cpu`` or ``cuda[:N]``."""
+    stop: threading.Event
+    answers: dict[int, Answers] = field(default_factory=dict)
+    """Answers already known of each job: whole-model and streamed statistics."""
+    differing: set[int] = field(default_factory=set)
+    """Integer tensors that the models do not agree on."""
+
+
+def run_chunk(context: Context, chunk: Chunk, arena: Bytes) -> list[Receipt]:
+    """Read, merge, write and checksum the pieces of a chunk; safe to run twice.
+
+    Returns the receipts of the pieces finished: all of them, unless `context.stop` was set.
+
+    Raises
+    ------
+    ModelError
+        If a value is not finite; WorldError if reading or writing fails.
+    """
+    receipts = []
+    for piece in chunk.pieces:
+        if context.stop.is_set():
+            break
+        job = context.plan.jobs[piece.job]
+        if job.kind == "merge" or job.dtype != job.sources[0].dtype:
+            receipts.append(_merge_piece(context, job, piece, arena))
+        else:
+            receipts.append(_copy_piece(context, job, piece, arena))
+    return receipts
+
+
+def _merge_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Receipt:
+    loaded = load(context, job, piece.start, piece.stop, arena)
+    math = math_of(context, job, loaded)
+    try:
+        recipe = resolve_in_memory(context, job, loaded, math, until_model=False)
+        assert not isinstance(recipe, list)
+        out = _place_output(job, loaded)
+        applied = math.apply(recipe, out)
+    except NotFiniteError:
+        raise not_finite(context, job, piece.start, piece.stop) from None
+    if applied.not_finite:
+        raise not_finite(context, job, piece.start, piece.stop)
+    data = arena[out.offset : out.offset + loaded.n * itemsize(job.dtype)]
+    return _emit(context, job, piece, data, applied.kept)
+
+
+def _copy_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Receipt:
+    first, last = (e * BITS[job.dtype] // 8 for e in (piece.start, piece.stop))
+    data, other = arena[: last - first], arena[last - first : 2 * (last - first)]
+    source, *others = job.sources
+    context.reader.read_into(source.path, source.offset + first, data)
+    for ref in others:
+        context.reader.read_into(ref.path, ref.offset + first, other)
+        if not np.array_equal(data, other):
+            context.differing.add(job.ordinal)
+    return _emit(context, job, piece, data, ())
+
+
+def _emit(context: Context, job: Job, piece: Piece, data: Bytes, kept: tuple[int, ...]) -> Receipt:
+    slot = context.plan.layout.slots[job.ordinal]
+    context.writer.write(slot.shard, slot.offset + piece.start * BITS[job.dtype] // 8, data)
+    return Receipt(job.ordinal, piece.start, piece.stop, crc32(data), kept)
+
+
+def load(context: Context, job: Job, start: int, stop: int, arena: Bytes) -> Loaded:
+    """Read elements `start` to `stop` of every input of a job into the arena, the base first."""
+    position = 0
+    operands = []
+    for ref in job.inputs:
+        width = itemsize(ref.dtype)
+        size = (stop - start) * width
+        context.reader.read_into(ref.path, ref.offset + start * width, arena[position : position + size])
+        operands.append(Operand(position, ref.dtype))
+        position += -(-size // 64) * 64
+    base, models = (operands[0], operands[1:]) if job.base is not None else (None, operands)
+    access = context.plan.access[job.ordinal]
+    shape: tuple[int, ...] = (stop - start,)
+    if access is Access.ROW:
+        shape = ((stop - start) // job.row_length, job.row_length)
+    elif access is Access.TENSOR:
+        shape = job.shape
+    end = arena.size - arena.size % 8
+    return Loaded(arena[:end], tuple(models), base, job.name, start, stop - start, shape, context.keys)
+
+
+def lease_bytes(job: Job, n: int) -> int:
+    """Return the arena bytes that reading and merging (or copying) `n` elements of a job needs."""
+    if job.kind != "merge" and job.dtype == job.sources[0].dtype:
+        return 2 * -(-n * BITS[job.dtype] // 8) + 64
+    inputs = sum(-(-n * itemsize(ref.dtype) // 64) * 64 for ref in job.inputs)
+    over_input = itemsize(job.dtype) <= itemsize(job.inputs[0].dtype)
+    return inputs + (0 if over_input else -(-n * itemsize(job.dtype) // 64) * 64) + 64
+
+
+def _place_output(job: Job, loaded: Loaded) -> Operand:
+    """Lay the output over the first input where its elements are not wider, else behind all inputs."""
+    if itemsize(job.dtype) <= itemsize(job.inputs[0].dtype):
+        return Operand(0, job.dtype)
+    return Operand(sum(-(-loaded.n * itemsize(r.dtype) // 64) * 64 for r in job.inputs), job.dtype)
+
+
+def math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:
+    """Return what computes a loaded piece: compiled kernels, or torch where they do not serve."""
+    formula = runs_in_torch(job, context.plan.method)
+    if context.device == "cpu" and not formula and not context.plan.torch_only:
+        return KernelMath(loaded)
+    from streammerge.engine.torch_pieces import TorchMath
+
+    whole = context.plan.method.is_formula and context.plan.access[job.ordinal] is Access.TENSOR
+    return TorchMath(loaded, context.device, 0 if whole else BLOCK_ELEMENTS)
+
+
+def follow(context: Context, job: Job) -> Recipe | list[Request]:
+    """Return a job's recipe, or the requests it has after the answers known so far."""
+    if job.kind != "merge":
+        return WeightedSum((1.0,))
+    answers = context.answers.get(job.ordinal, [])
+    return context.plan.method.start(Scope(job.n_models, job.ordinal), job.parameters, answers)
+
+
+def resolve_in_memory(
+    context: Context, job: Job, loaded: Loaded, math: PieceMath, *, until_model: bool
+) -> Recipe | list[Request]:
+    """Answer a job's tensor-scope requests from the tensor in memory.
+
+    Returns its recipe or, with `until_model`, the whole-model requests it stops at.
+    """
+    while isinstance(wanted := follow(context, job), list):
+        if wanted[0].scope == "model":
+            assert until_model, "whole-model statistics come before the merge"
+            return wanted
+        accumulators = [make_accumulator(request, loaded.n, {job.ordinal: request}) for request in wanted]
+
+        def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
+            part, its_math = loaded, math
+            if only is not None:
+                part = slice_of(loaded, only[1], min(only[2], loaded.n))
+                its_math = math_of(context, job, part)
+            for accumulator in some:
+                accumulator.add(job.ordinal, part.start, part.n, its_math)
+
+        def run_sample(some: Sequence[TopKAccumulator]) -> None:
+            for start in sample_starts(loaded.n, _SAMPLE_BLOCKS):
+                part = slice_of(loaded, start, min(loaded.n, start + 4096))
+                its_math = math_of(context, job, part)
+                for accumulator in some:
+                    accumulator.add(job.ordinal, part.start, part.n, its_math)
+
+        sampled = run_sample if loaded.n > _SAMPLE_ABOVE else None
+        known = collect(accumulators, run_pass, sampled)
+        context.answers.setdefault(job.ordinal, []).append(known)
+    return wanted
+
+
+def slice_of(loaded: Loaded, start: int, stop: int) -> Loaded:
+    """Return elements `start` to `stop` of a loaded piece as a piece of its own, without copying."""
+
+    def moved(operand: Operand) -> Operand:
+        return replace(operand, offset=operand.offset + start * itemsize(operand.dtype))
+
+    return replace(
+        loaded, start=loaded.start + start, n=stop - start, shape=(stop - start,),
+        models=tuple(moved(operand) for operand in loaded.models),
+        base=None if loaded.base is None else moved(loaded.base),
+    )  # fmt: skip
+
+
+def sample_starts(n: int, blocks: int) -> list[int]:
+    """Return where `blocks` blocks spread over `n` elements begin, each at a multiple of 4096."""
+    return sorted({int(i * n / blocks) // 4096 * 4096 for i in range(blocks)})
+
+
+def not_finite(context: Context, job: Job, start: int, stop: int) -> ModelError:
+    """Return the error that names the first value that is not finite: an input's, else the result's."""
+    for ref in job.inputs:
+        if (index := _first_bad(context, ref, start, stop)) is not None:
+            return ModelError(
+                f"{printable(ref.path)}: tensor {printable(job.name)} holds NaN or infinity at element {index}; "
+                "repair the model, or list the tensor under `exclude:` to copy it"
+            )
+    return ModelError(
+        f"tensor {printable(job.name)}: the merged values overflow {job.dtype} between elements {start} and "
+        f"{stop}; smaller weights, or a wider `dtype`, avoid it"
+    )
+
+
+def _first_bad(context: Context, ref: TensorRef, start: int, stop: int) -> int | None:
+    width = itemsize(ref.dtype)
+    unsigned = {2: np.uint16, 4: np.uint32, 8: np.uint64}[width]
+    exponent = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}[ref.dtype]
+    step = 1 << 18
+    for first in range(start, stop, step):
+        last = min(stop, first + step)
+        buffer = np.empty((last - first) * width, np.uint8)
+        context.reader.read_into(ref.path, ref.offset + first * width, buffer)
+        bits = buffer.view(unsigned)
+        bad = np.flatnonzero((bits & unsigned(exponent)) == unsigned(exponent))
+        if bad.size:
+            return first + int(bad[0])
+    return None

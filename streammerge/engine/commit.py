@@ -1,0 +1,182 @@
+"""The end of a merge: sidecar files, the manifest, final names, and the index last of all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streammerge import __version__, dtypes
+from streammerge.engine.checksum import combine_all, crc32
+from streammerge.engine.journal import Receipt
+from streammerge.engine.output import CONFIG_COPY, MANIFEST, seal
+from streammerge.engine.writer import ShardWriter, fsync_directory, world_errors, write_file
+from streammerge.index.model import INDEX_NAME
+from streammerge.plan.plan import MergePlan
+
+_SIDECARS = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json",
+)  # fmt: skip
+_MAX_SIDECAR = 1 << 28
+
+
+def commit(
+    plan: MergePlan,
+    out: Path,
+    writer: ShardWriter,
+    receipts: Sequence[Receipt],
+    fingerprints: Sequence[str],
+    card: str,
+    identity: Mapping[str, str],
+) -> dict[str, Any]:
+    """Publish a finished merge; everything is durable before the index (or single shard) has its name.
+
+    Returns the manifest. Running it again after an interruption at any point gives the same bytes.
+    """
+    chosen = cover(plan, receipts)
+    shards = range(len(plan.layout.shards))
+    single = len(plan.layout.shards) == 1
+    writer.sync(set(shards))
+    files: dict[str, bytes] = {}
+    if (config := _config_json(plan)) is not None:
+        files["config.json"] = config
+    files.update(_sidecars(plan))
+    files["README.md"] = card.encode()
+    files[CONFIG_COPY] = plan.config.text.encode("utf-8", "surrogatepass")
+    index = None if single else _index(plan)
+    manifest = _manifest(
+        plan, chosen, fingerprints, identity, {**files, **({INDEX_NAME: index} if index else {})}
+    )
+    for name, data in files.items():
+        write_file(out / name, data)
+    for shard in shards if not single else ():
+        writer.publish(shard)
+    write_file(out / MANIFEST, seal(manifest))
+    with world_errors(out):
+        fsync_directory(out)
+    if index is not None:
+        write_file(out / INDEX_NAME, index)
+    else:
+        writer.publish(0)
+    with world_errors(out):
+        fsync_directory(out)
+    return manifest
+
+
+def cover(plan: MergePlan, receipts: Sequence[Receipt]) -> dict[int, list[Receipt]]:
+    """Return, per job, receipts that follow each other from its first element to its last."""
+    longest: dict[tuple[int, int], Receipt] = {}
+    for receipt in receipts:
+        key = (receipt.job, receipt.start)
+        if key not in longest or longest[key].stop < receipt.stop:
+            longest[key] = receipt
+    chosen = {}
+    for job in plan.jobs:
+        chain = []
+        position = 0
+        while position < job.n_elements or not chain:
+            receipt = longest[job.ordinal, position]
+            chain.append(receipt)
+            if receipt.stop == position:
+                break
+            position = receipt.stop
+        chosen[job.ordinal] = chain
+    return chosen
+
+
+def _manifest(
+    plan: MergePlan,
+    chosen: Mapping[int, Sequence[Receipt]],
+    fingerprints: Sequence[str],
+    identity: Mapping[str, str],
+    files: Mapping[str, bytes],
+) -> dict[str, Any]:
+    tensors = {job.ordinal: tensor_crc(plan, chosen[job.ordinal]) for job in plan.jobs}
+    written: dict[str, dict[str, Any]] = {}
+    for shard in plan.layout.shards:
+        parts = [(crc32(shard.header), len(shard.header))]
+        parts += [(tensors[job], plan.layout.slots[job].nbytes) for job in shard.jobs]
+        written[shard.name] = {"nbytes": shard.nbytes, "crc32": f"{combine_all(parts):08x}"}
+    for name, data in files.items():
+        written[name] = {"nbytes": len(data), "crc32": f"{crc32(data):08x}"}
+    return {
+        "format": 1,
+        "streammerge": __version__,
+        "method": plan.method.name,
+        "seed": plan.seed,
+        "identity": dict(identity),
+        "inputs": [
+            {"role": "base" if index is plan.base else "model", "fingerprint": digest,
+             "tensors": len(index), "nbytes": index.nbytes}
+            for index, digest in zip(plan.inputs, fingerprints, strict=True)
+        ],
+        "densities": densities(plan, chosen),
+        "files": dict(sorted(written.items())),
+        "tensors": {job.name: f"{tensors[job.ordinal]:08x}" for job in plan.jobs},
+    }  # fmt: skip
+
+
+def tensor_crc(plan: MergePlan, receipts: Sequence[Receipt]) -> int:
+    """Return the CRC-32 of a tensor's bytes from the receipts of its pieces."""
+    bits = dtypes.BITS[plan.jobs[receipts[0].job].dtype]
+    return combine_all((r.crc, (r.stop - r.start) * bits // 8) for r in receipts)
+
+
+def densities(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> list[dict[str, Any]]:
+    """Return, for each model whose task vector lost entries, how many survived of how many."""
+    n = len(plan.models)
+    kept, total = [0] * n, 0
+    for ordinal, receipts in chosen.items():
+        if any(receipt.kept for receipt in receipts):
+            total += plan.jobs[ordinal].n_elements
+            for receipt in receipts:
+                for i, count in enumerate(receipt.kept):
+                    kept[i] += count
+    if not total:
+        return []
+    return [{"model": i, "kept": k, "of": total, "density": round(k / total, 9)} for i, k in enumerate(kept)]
+
+
+def _index(plan: MergePlan) -> bytes:
+    weight_map = {
+        job.name: plan.layout.shards[plan.layout.slots[job.ordinal].shard].name for job in plan.jobs
+    }
+    total = sum(slot.nbytes for slot in plan.layout.slots)
+    value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _config_json(plan: MergePlan) -> bytes | None:
+    """Return the donor's config.json with the dtype the output has; other fields as they are."""
+    raw = _read(plan.donor.directory / "config.json")
+    if raw is None:
+        return None
+    try:
+        config = json.loads(raw)
+    except (ValueError, RecursionError):
+        return raw
+    wanted = plan.config.out_dtype or plan.config.dtype
+    if not isinstance(config, dict) or wanted is None:
+        return raw
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config[key] = dtypes.CONFIG_NAME[wanted]
+    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _sidecars(plan: MergePlan) -> dict[str, bytes]:
+    found = {name: _read(plan.donor.directory / name) for name in _SIDECARS}
+    return {name: data for name, data in found.items() if data is not None}
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        if path.is_file() and path.stat().st_size <= _MAX_SIDECAR:
+            return path.read_bytes()
+    except OSError:
+        pass
+    return None

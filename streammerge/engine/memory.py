@@ -1,0 +1,84 @@
+"""Buffers: all of them together never exceed the capacity, and they are used again.
+
+A buffer is an anonymous mapping of its own: given back, it leaves the process at once, which a heap
+does not promise. Leases are granted in the order they are asked for, so a large chunk is not starved.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+_GRAIN = 1 << 20
+
+
+class Pool:
+    """Leases byte buffers within a capacity.
+
+    Parameters
+    ----------
+    capacity
+        Bytes that all buffers, leased and idle, may hold together.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._idle: list[Bytes] = []
+        self._held = 0
+        self._queue: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def lease(self, nbytes: int, stop: threading.Event) -> Iterator[Bytes | None]:
+        """Lend a buffer of at least `nbytes`; None if `stop` was set while it waited."""
+        size = max(1, -(-nbytes // _GRAIN)) * _GRAIN
+        assert size <= self._capacity + _GRAIN, (nbytes, self._capacity)
+        buffer = self._acquire(size, stop)
+        try:
+            yield buffer
+        finally:
+            if buffer is not None:
+                with self._changed:
+                    self._idle.append(buffer)
+                    self._changed.notify_all()
+
+    def _acquire(self, size: int, stop: threading.Event) -> Bytes | None:
+        ticket = object()
+        with self._changed:
+            self._queue.append(ticket)
+            try:
+                while not stop.is_set():
+                    if self._queue[0] is ticket and (buffer := self._take(size)) is not None:
+                        return buffer
+                    self._changed.wait(timeout=0.2)
+                return None
+            finally:
+                self._queue.remove(ticket)
+                self._changed.notify_all()
+
+    def _take(self, size: int) -> Bytes | None:
+        fitting = [buffer for buffer in self._idle if size <= buffer.size <= 2 * size]
+        if fitting:
+            best = min(fitting, key=lambda buffer: buffer.size)
+            self._idle = [buffer for buffer in self._idle if buffer is not best]
+            return best
+        limit = max(self._capacity, size)
+        while self._held + size > limit and self._idle:
+            self._held -= self._idle.pop(0).size
+        if self._held + size > limit:
+            return None
+        self._held += size
+        return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+
+    def close(self) -> None:
+        """Give back all idle buffers."""
+        with self._changed:
+            self._held -= sum(buffer.size for buffer in self._idle)
+            self._idle.clear()

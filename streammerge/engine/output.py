@@ -1,0 +1,133 @@
+"""The output directory: one writer at a time, nothing of others touched, resumed or refused."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from streammerge.engine.checksum import crc32
+from streammerge.engine.journal import STATE, remove_state
+from streammerge.engine.writer import PARTIAL, fsync_directory, world_errors
+from streammerge.errors import OutputError, printable
+from streammerge.index.model import TensorIndex
+
+MANIFEST = "streammerge.json"
+CONFIG_COPY = "streammerge_config.yml"
+
+
+def check_target(out: Path, inputs: Sequence[TensorIndex]) -> None:
+    """Refuse an output that is a file or is where an input lies.
+
+    Raises
+    ------
+    OutputError
+        Before anything is created.
+    """
+    if "\0" in str(out):
+        raise OutputError("the output path holds a NUL character")
+    if os.path.lexists(out) and not out.is_dir():
+        raise OutputError(f"{printable(out)}: not a directory")
+    if not out.exists():
+        return
+    target = out.resolve()
+    for index in inputs:
+        places = {index.directory.resolve(), *(Path(stamp.path).resolve().parent for stamp in index.stamps)}
+        if target in places:
+            raise OutputError(
+                f"{printable(out)}: holds the input {printable(index.reference)}; choose another OUT"
+            )
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Create the directory if needed and hold its lock; the lock goes with the process.
+
+    Raises
+    ------
+    OutputError
+        If another merge runs there.
+    """
+    with world_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{printable(out)}: another merge is writing there") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+_SEAL = b'\n"manifest_crc32": '
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """Return the manifest as JSON whose last field is the checksum of all that stands before it."""
+    text = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
+    body = text.removesuffix(b"\n}") + b","
+    return body + _SEAL + b'"%08x"\n}\n' % crc32(body)
+
+
+def read_manifest(out: Path) -> dict[str, Any] | None:
+    """Return the manifest of a finished output; None if there is none or a bit of it has changed."""
+    try:
+        raw = (out / MANIFEST).read_bytes()
+        body = raw[: raw.rindex(_SEAL)]
+        manifest = json.loads(raw)
+    except (OSError, ValueError, RecursionError):
+        return None
+    sound = raw == body + _SEAL + b'"%08x"\n}\n' % crc32(body)
+    return manifest if sound and isinstance(manifest, dict) else None
+
+
+def is_complete(out: Path, manifest: dict[str, Any] | None, *, ignore_state: bool = False) -> bool:
+    """Return whether every file of the manifest is there with its size, the index included."""
+    if manifest is None or ((out / STATE).exists() and not ignore_state):
+        return False
+    sizes = {
+        name: entry.get("nbytes") for name, entry in manifest["files"].items() if isinstance(entry, dict)
+    }
+    try:
+        return bool(sizes) and all((out / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def check_contents(out: Path) -> None:
+    """Refuse a directory that holds files no merge of ours made.
+
+    Raises
+    ------
+    OutputError
+        If there is neither a journal nor a manifest, but something else.
+    """
+    if (out / STATE).exists() or read_manifest(out) is not None:
+        return
+    if foreign := sorted(entry.name for entry in out.iterdir()):
+        raise OutputError(
+            f"{printable(out)}: holds files that streammerge did not make ({printable(foreign[0])}); "
+            "choose an empty or new directory"
+        )
+
+
+def clear(out: Path) -> None:
+    """Remove what a merge of ours left, the index or single shard first; other files stay."""
+    check_contents(out)
+    manifest = read_manifest(out)
+    ours = set(manifest["files"]) if manifest else set()
+    names = [entry.name for entry in out.iterdir() if entry.is_file() or entry.is_symlink()]
+    with world_errors(out):
+        index_first = sorted(names, key=lambda name: (not name.endswith(".index.json"), name))
+        for name in index_first:
+            shard = name.startswith("model") and name.endswith(".safetensors")
+            if name in ours or name == MANIFEST or name.endswith(PARTIAL) or shard:
+                (out / name).unlink()
+        fsync_directory(out)
+    remove_state(out)

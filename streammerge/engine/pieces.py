@@ -1,0 +1,199 @@
+"""One piece of every model in memory, and what can be asked of it: statistics and the merge.
+
+Two implementations with the same bits: compiled kernels on the CPU (fp32 and narrower), and the
+recipes' own torch formulas (fp64 inputs, users' formulas, a GPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.dtypes import itemsize
+from streammerge.engine.memory import Bytes
+from streammerge.methods.recipes import CopyOf, Recipe, TaskVector, TaskVectorMerge, WeightedSum
+from streammerge.methods.rng import RandomKeys
+
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One input's bytes inside the arena."""
+
+    offset: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A piece of one job, read: the same elements of every model."""
+
+    arena: Bytes
+    """Its length and every offset are multiples of 8."""
+    models: tuple[Operand, ...]
+    base: Operand | None
+    tensor: str
+    start: int
+    """Flat index of the first element in the whole tensor."""
+    n: int
+    """Number of elements."""
+    shape: tuple[int, ...]
+    """Shape that a plain formula sees: flat, rows, or the whole tensor."""
+    keys: RandomKeys
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What a merge of one piece reports."""
+
+    not_finite: int
+    """Elements of the output that are NaN or infinite."""
+    kept: tuple[int, ...]
+    """Entries of each model's task vector that survived; empty for methods without removal."""
+
+
+class PieceMath(Protocol):
+    """What the engine asks of a loaded piece."""
+
+    def count_keys(
+        self, vector: TaskVector, low: int, high: int, shift: int, bins: Counts
+    ) -> tuple[int, int]:
+        """Count magnitude patterns above `high`, and in the window by bins; return (above, highest)."""
+
+    def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
+        """Return the sums of abs(surviving delta) per 4096 elements."""
+
+    def ties(self, vector: TaskVector, key: int, size: int) -> Counts:
+        """Return how many elements have magnitude pattern `key`, per run of `size` elements."""
+
+    def sign_total(self, merge: TaskVectorMerge) -> int:
+        """Return elements that elect + minus elements that elect -."""
+
+    def apply(self, recipe: Recipe, out: Operand) -> Applied:
+        """Write the merged piece at `out`, which may lie over an input of at least its width."""
+
+
+class KernelMath:
+    """A piece on the CPU through the compiled kernels."""
+
+    def __init__(self, piece: Loaded) -> None:
+        from streammerge.kernels import deltas, merge
+        from streammerge.kernels.blocks import CODES
+
+        self._deltas, self._merge, self._codes = deltas, merge, CODES
+        self._piece = piece
+        self._half, self._full = piece.arena.view(np.uint16), piece.arena.view(np.uint32)
+        self._offsets = np.array([op.offset for op in piece.models], np.int64)
+        self._dtypes = np.array([CODES[op.dtype] for op in piece.models], np.int64)
+
+    def _key(self, purpose: str, model: int) -> NDArray[np.uint32]:
+        return np.array(self._piece.keys.key(purpose, model, self._piece.tensor), np.uint32)
+
+    def _delta_arguments(self, vector: TaskVector) -> tuple[Any, ...]:
+        piece = self._piece
+        assert piece.base is not None
+        model = piece.models[vector.model]
+        return (
+            self._half, self._full, model.offset, self._codes[model.dtype],
+            piece.base.offset, self._codes[piece.base.dtype],
+        )  # fmt: skip
+
+    def _drop_key(self, vector: TaskVector) -> NDArray[np.uint32]:
+        return self._key("dare", vector.model) if vector.drop else np.zeros(4, np.uint32)
+
+    def _cut(self, vector: TaskVector) -> Counts:
+        if vector.cut is None:
+            return np.array([self._deltas.NO_CUT, 0, 0], np.int64)
+        rules = {
+            "drop": self._deltas.ABOVE, "all": self._deltas.ALL,
+            "thin": self._deltas.THIN, "index": self._deltas.INDEX,
+        }  # fmt: skip
+        return np.array([rules[vector.cut.ties], vector.cut.key, vector.cut.limit], np.int64)
+
+    def _cut_key(self, vector: TaskVector) -> NDArray[np.uint32]:
+        thin = vector.cut is not None and vector.cut.ties == "thin"
+        return self._key("ties", vector.model) if thin else np.zeros(4, np.uint32)
+
+    def count_keys(
+        self, vector: TaskVector, low: int, high: int, shift: int, bins: Counts
+    ) -> tuple[int, int]:
+        """See `PieceMath`."""
+        above, highest = self._deltas.keys_in_window(
+            *self._delta_arguments(vector), self._piece.start, self._piece.n,
+            vector.drop, self._drop_key(vector), low, high, shift, bins,
+        )  # fmt: skip
+        return int(above), int(highest)
+
+    def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
+        """See `PieceMath`."""
+        partials = np.empty(-(-self._piece.n // 4096), np.float64)
+        self._deltas.abs_sums(
+            *self._delta_arguments(vector), self._piece.start, self._piece.n, vector.drop,
+            self._drop_key(vector), self._cut(vector), self._cut_key(vector), partials,
+        )  # fmt: skip
+        return partials
+
+    def ties(self, vector: TaskVector, key: int, size: int) -> Counts:
+        """See `PieceMath`."""
+        counts = np.zeros(-(-self._piece.n // size), np.int64)
+        self._deltas.ties_per_block(
+            *self._delta_arguments(vector), self._piece.n, key, self._piece.start,
+            vector.drop, self._drop_key(vector), counts, size,
+        )  # fmt: skip
+        return counts
+
+    def sign_total(self, merge: TaskVectorMerge) -> int:
+        """See `PieceMath`."""
+        signs = np.zeros(1, np.int64)
+        self._run_merge(merge, 0, -1, signs)
+        return int(signs[0])
+
+    def apply(self, recipe: Recipe, out: Operand) -> Applied:
+        """See `PieceMath`."""
+        code = self._codes[out.dtype]
+        if isinstance(recipe, CopyOf):
+            recipe = WeightedSum(tuple(float(i == recipe.model) for i in range(len(self._piece.models))))
+        if isinstance(recipe, WeightedSum):
+            bad = self._merge.weighted_sum(
+                self._half, self._full, self._offsets, self._dtypes,
+                np.array(recipe.weights, np.float64), float(recipe.divisor), self._piece.n, out.offset, code,
+            )  # fmt: skip
+            return Applied(int(bad), ())
+        assert isinstance(recipe, TaskVectorMerge)
+        bad, kept = self._run_merge(recipe, out.offset, code, np.zeros(1, np.int64))
+        removes = any(vector.drop or vector.cut for vector in recipe.vectors)
+        return Applied(bad, kept if removes else ())
+
+    def _run_merge(
+        self, merge: TaskVectorMerge, out_offset: int, code: int, signs: Counts
+    ) -> tuple[int, tuple[int, ...]]:
+        piece = self._piece
+        assert piece.base is not None
+        kept = np.zeros(len(merge.vectors), np.int64)
+        vectors = merge.vectors
+        bad = self._merge.task_vector_merge(
+            self._half, self._full, self._offsets, self._dtypes,
+            piece.base.offset, self._codes[piece.base.dtype], piece.start, piece.n,
+            np.array([v.drop for v in vectors], np.int64), np.stack([self._drop_key(v) for v in vectors]),
+            np.stack([self._cut(v) for v in vectors]), np.stack([self._cut_key(v) for v in vectors]),
+            np.array([v.coefficient for v in vectors], np.float64),
+            np.array([v.weight for v in vectors], np.float64),
+            merge.elect, merge.zero_sign, merge.normalize, float(merge.divisor), float(merge.scale),
+            out_offset, code, kept, signs,
+        )  # fmt: skip
+        return int(bad), tuple(int(n) for n in kept)
+
+
+def operand_bytes(operand: Operand, n: int) -> int:
+    """Return the bytes of `n` elements of an operand."""
+    return n * itemsize(operand.dtype)
+
+
+def supports_kernels(dtypes: Sequence[str]) -> bool:
+    """Return whether the compiled kernels read and write all of these dtypes."""
+    return all(dtype in ("BF16", "F16", "F32") for dtype in dtypes)

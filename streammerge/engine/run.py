@@ -1,0 +1,334 @@
+"""The run loop: steps go in, receipts come out, and what is durable goes into the journal.
+
+::
+
+    main thread     steps of the plan ──> queue (bounded)
+    workers         lease a buffer, run_chunk: read, merge, write, checksum
+    syncer          fdatasync the shards touched, then append to the journal
+
+One worker more than CPUs, so that reading and writing overlap with arithmetic. A worker holds a buffer
+only while it runs a chunk; the pool grants buffers in order and never more than the budget.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from streammerge.engine.chunk import (
+    Context,
+    follow,
+    lease_bytes,
+    load,
+    math_of,
+    not_finite,
+    resolve_in_memory,
+    run_chunk,
+    sample_starts,
+)
+from streammerge.engine.journal import Journal, Receipt
+from streammerge.engine.memory import Bytes, Pool
+from streammerge.engine.statistics import (
+    Accumulator,
+    NotFiniteError,
+    Range,
+    TopKAccumulator,
+    collect,
+    make_accumulator,
+)
+from streammerge.methods.requests import Answer, Request, Threshold
+from streammerge.plan.job import Job
+from streammerge.plan.schedule import Chunk, Piece, Survey, survey_pieces
+
+_SYNC_SECONDS = 1.0
+_MODEL_SAMPLE_BLOCKS = 192
+
+
+@dataclass(frozen=True)
+class Tick:
+    """How far a merge is."""
+
+    bytes_read: int
+    bytes_written: int
+    elements_done: int
+
+
+class Runner:
+    """Runs the steps of a plan on a pool of threads.
+
+    Parameters
+    ----------
+    context
+        What the chunks share.
+    journal
+        Open; receipts and answers are recorded in it.
+    on_tick
+        Called now and then, from the main thread.
+    """
+
+    def __init__(self, context: Context, journal: Journal, on_tick: Callable[[Tick], None]) -> None:
+        self._context = context
+        self._plan = context.plan
+        self._journal = journal
+        self._on_tick = on_tick
+        self._pool = Pool(self._plan.budget.capacity)
+        self._threads = ThreadPoolExecutor(self._plan.budget.workers, thread_name_prefix="merge")
+        self._lock = threading.Lock()
+        self._unsynced: list[Receipt] = []
+        self._finished = threading.Event()
+        self._failure: BaseException | None = None
+        self.receipts: list[Receipt] = []
+        """All pieces finished, earlier runs' included."""
+        self.elements_done = 0
+
+    def run(self, receipts: Sequence[Receipt], answers: dict[str, list[list[object]]]) -> None:
+        """Do what is left of the plan when `receipts` are done; returns when all is durable.
+
+        Raises
+        ------
+        StreammergeError
+            The first failure of any thread; what was finished before is durable and recorded.
+        """
+        self.receipts = list(receipts)
+        self.elements_done = sum(receipt.stop - receipt.start for receipt in receipts)
+        done: dict[int, list[tuple[int, int]]] = {}
+        for receipt in receipts:
+            done.setdefault(receipt.job, []).append((receipt.start, receipt.stop))
+        self._restore_answers(answers)
+        syncer = threading.Thread(target=self._sync_loop, name="syncer")
+        syncer.start()
+        try:
+            self._model_rounds()
+            self._drain(self._submit_steps(self._plan.steps(done)))
+        except BaseException:
+            self._context.stop.set()
+            raise
+        finally:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            self._finished.set()
+            syncer.join()
+            self._pool.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _restore_answers(self, answers: Mapping[str, list[list[object]]]) -> None:
+        known = {int(job): [[_restored(a) for a in one] for one in rounds] for job, rounds in answers.items()}
+        merged = [job.ordinal for job in self._plan.jobs if job.kind == "merge"]
+        even = len({len(known.get(job, [])) for job in merged}) <= 1
+        if even or not self._plan.model_rounds():
+            self._context.answers.update(known)
+
+    # --- chunks
+
+    def _submit_steps(self, steps: Iterable[Chunk | Survey]) -> Iterable[Future[None]]:
+        for step in steps:
+            if isinstance(step, Survey):
+                self._survey(self._plan.jobs[step.job])
+            else:
+                yield self._threads.submit(self._run_chunk, step)
+
+    def _run_chunk(self, chunk: Chunk) -> None:
+        jobs, work = self._plan.jobs, self._plan.work
+        nbytes = max(lease_bytes(jobs[p.job], p.stop - p.start) + work[p.job].workspace for p in chunk.pieces)
+        with self._pool.lease(nbytes, self._context.stop) as arena:
+            if arena is None:
+                return
+            receipts = run_chunk(self._context, chunk, arena)
+        with self._lock:
+            self._unsynced += receipts
+            self.elements_done += sum(r.stop - r.start for r in receipts)
+
+    def _drain(self, futures: Iterable[Future[None]]) -> None:
+        """Keep a few futures in flight, report progress, and stop at the first failure."""
+        in_flight: set[Future[None]] = set()
+        limit = 2 * self._plan.budget.workers
+        for future in futures:
+            in_flight.add(future)
+            while len(in_flight) >= limit:
+                in_flight = self._wait_for_some(in_flight)
+        while in_flight:
+            in_flight = self._wait_for_some(in_flight)
+
+    def _wait_for_some(self, in_flight: set[Future[None]]) -> set[Future[None]]:
+        done, pending = wait(in_flight, timeout=0.25, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+        if self._failure is not None:
+            raise self._failure
+        self._on_tick(
+            Tick(self._context.reader.bytes_read, self._context.writer.bytes_written, self.elements_done)
+        )
+        return pending
+
+    # --- durability
+
+    def _sync_loop(self) -> None:
+        while True:
+            last = self._finished.wait(_SYNC_SECONDS)
+            with self._lock:
+                batch, self._unsynced = self._unsynced, []
+            try:
+                if batch:
+                    slots = self._plan.layout.slots
+                    self._context.writer.sync({slots[receipt.job].shard for receipt in batch})
+                    self._journal.add(batch)
+                    self.receipts += batch
+            except BaseException as error:  # handed to the main thread
+                self._failure = error
+                self._context.stop.set()
+                return
+            if last:
+                return
+
+    # --- statistics that are streamed
+
+    def _model_rounds(self) -> None:
+        """Answer every whole-model request, round by round, before the merge begins."""
+        merged = [job for job in self._plan.jobs if job.kind == "merge"]
+        if self._plan.method.is_formula or not merged:
+            return
+        for _ in range(self._plan.model_rounds() - self._known_model_rounds(merged[0])):
+            wanted = self._wanted_at_model_scope(merged)
+            shared = wanted[merged[0].ordinal]
+            n = sum(job.n_elements for job in merged)
+            accumulators = [
+                make_accumulator(request, n, {job: requests[i] for job, requests in wanted.items()})
+                for i, request in enumerate(shared)
+            ]
+
+            def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
+                self._stream(merged, some, only)
+
+            def run_sample(some: Sequence[TopKAccumulator], n: int = n) -> None:
+                self._drain(self._sample_chunks(merged, some, n))
+
+            answers = collect(accumulators, run_pass, run_sample)
+            for job in merged:
+                self._context.answers.setdefault(job.ordinal, []).append(answers)
+            self._note_answers(merged)
+
+    def _known_model_rounds(self, job: Job) -> int:
+        known = len(self._context.answers.get(job.ordinal, []))
+        rounds = self._plan.rounds_of(job)[:known]
+        return sum(any(request.scope == "model" for request in requests) for requests in rounds)
+
+    def _wanted_at_model_scope(self, jobs: Sequence[Job]) -> dict[int, list[Request]]:
+        """Bring every job to its next whole-model request, answering tensor-scope ones on the way."""
+
+        def bring(job: Job) -> None:
+            with self._pool.lease(lease_bytes(job, job.n_elements), self._context.stop) as arena:
+                if arena is not None:
+                    loaded = load(self._context, job, 0, job.n_elements, arena)
+                    math = math_of(self._context, job, loaded)
+                    self._guarded(job, lambda: resolve_in_memory(
+                        self._context, job, loaded, math, until_model=True))  # fmt: skip
+
+        def futures() -> Iterable[Future[None]]:
+            for job in jobs:
+                wanted = follow(self._context, job)
+                if not isinstance(wanted, list) or wanted[0].scope == "model":
+                    continue
+                if self._plan.work[job.ordinal].mode == "whole":
+                    yield self._threads.submit(bring, job)
+                else:
+                    self._survey(job)
+
+        self._drain(futures())
+        result = {}
+        for job in jobs:
+            wanted = follow(self._context, job)
+            assert isinstance(wanted, list)
+            result[job.ordinal] = wanted
+        return result
+
+    def _survey(self, job: Job) -> None:
+        """Answer the tensor-scope requests of one tensor that is too large to hold, by streaming it."""
+        while isinstance(wanted := follow(self._context, job), list) and wanted[0].scope == "tensor":
+            accumulators = [make_accumulator(r, job.n_elements, {job.ordinal: r}) for r in wanted]
+
+            def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
+                self._stream([job], some, only)
+
+            def run_sample(some: Sequence[TopKAccumulator]) -> None:
+                self._drain(self._sample_chunks([job], some, job.n_elements))
+
+            answers = collect(accumulators, run_pass, run_sample)
+            self._context.answers.setdefault(job.ordinal, []).append(answers)
+            self._note_answers([job])
+
+    def _stream(self, jobs: Sequence[Job], some: Sequence[Accumulator], only: Range | None) -> None:
+        if only is not None:
+            job = self._plan.jobs[only[0]]
+            piece = Piece(job.ordinal, only[1], min(only[2], job.n_elements))
+            chunks: Iterable[Chunk] = [Chunk((piece,), 0)]
+        else:
+            budget = self._plan.budget
+            chunks = (c for job in jobs for c in survey_pieces(job, self._plan.work[job.ordinal], budget))
+        self._drain(self._threads.submit(self._add_piece, chunk.pieces[0], some) for chunk in chunks)
+
+    def _sample_chunks(
+        self, jobs: Sequence[Job], some: Sequence[TopKAccumulator], n: int
+    ) -> Iterable[Future[None]]:
+        """Feed blocks spread evenly over the elements of all jobs."""
+        position = 0
+        starts = sample_starts(n, _MODEL_SAMPLE_BLOCKS)
+        for job in jobs:
+            for start in starts:
+                local = start - position
+                if 0 <= local < job.n_elements:
+                    first = local // 4096 * 4096
+                    piece = Piece(job.ordinal, first, min(job.n_elements, first + 4096))
+                    yield self._threads.submit(self._add_piece, piece, some)
+            position += job.n_elements
+
+    def _add_piece(self, piece: Piece, some: Sequence[Accumulator]) -> None:
+        if self._context.stop.is_set() or piece.stop <= piece.start:
+            return
+        job = self._plan.jobs[piece.job]
+        with self._pool.lease(lease_bytes(job, piece.stop - piece.start), self._context.stop) as arena:
+            if arena is not None:
+                self._guarded(job, lambda: self._add_loaded(job, piece, some, arena))
+
+    def _add_loaded(self, job: Job, piece: Piece, some: Sequence[Accumulator], arena: Bytes) -> None:
+        loaded = load(self._context, job, piece.start, piece.stop, arena)
+        math = math_of(self._context, job, loaded)
+        for accumulator in some:
+            accumulator.add(job.ordinal, piece.start, loaded.n, math)
+
+    def _guarded(self, job: Job, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except NotFiniteError:
+            raise not_finite(self._context, job, 0, job.n_elements) from None
+
+    def _note_answers(self, jobs: Sequence[Job]) -> None:
+        """Record the answers of some jobs in one append, so that a streamed pass is not done twice."""
+        self._journal.add_answers(
+            {
+                str(job.ordinal): [[_plain(a) for a in one] for one in self._context.answers[job.ordinal]]
+                for job in jobs
+            }
+        )
+
+
+def _plain(answer: Answer) -> object:
+    """Return an answer as JSON holds it exactly."""
+    if isinstance(answer, Threshold):
+        return {"threshold": [answer.key, answer.ties, answer.needed]}
+    if isinstance(answer, float):
+        return {"float": answer.hex()}
+    return {"pair": list(answer)} if isinstance(answer, tuple) else answer
+
+
+def _restored(plain: object) -> Answer:
+    if isinstance(plain, dict):
+        if "threshold" in plain:
+            return Threshold(*plain["threshold"])
+        if "float" in plain:
+            return float.fromhex(plain["float"])
+        first, second = plain["pair"]
+        return (first, second)
+    assert isinstance(plain, int)
+    return plain

@@ -1,0 +1,264 @@
+"""One merge from a plan to a finished directory: checks, resume, run, commit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streammerge import __version__
+from streammerge.dtypes import BITS
+from streammerge.engine.checksum import crc32
+from streammerge.engine.chunk import Context
+from streammerge.engine.commit import commit
+from streammerge.engine.fingerprint import fingerprint
+from streammerge.engine.journal import STATE, Journal, Receipt, remove_state
+from streammerge.engine.output import (
+    check_contents,
+    check_target,
+    clear,
+    is_complete,
+    locked,
+    read_manifest,
+)
+from streammerge.engine.reader import Backend, Reader, check_unchanged
+from streammerge.engine.run import Runner, Tick
+from streammerge.engine.writer import ShardWriter
+from streammerge.errors import ConfigError, OutputError, Stopped, printable
+from streammerge.methods.rng import SCHEME, RandomKeys
+from streammerge.plan.plan import MergePlan
+
+_CHECK_STEP = 4 << 20
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a caller may want to show."""
+
+    kind: str
+    """``start``, ``resume``, ``progress``, ``warning``, ``commit`` or ``done``."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a merge did."""
+
+    out: str
+    already_complete: bool
+    tensors: int
+    shards: int
+    bytes_read: int
+    bytes_written: int
+    bytes_resumed: int
+    """Output bytes that an earlier run had finished."""
+    seconds: float
+    densities: list[dict[str, Any]]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a merge runs; none of it changes the output's bytes."""
+
+    device: str = "cpu"
+    overwrite: bool = False
+    backend: Backend = "read"
+
+
+def execute(
+    plan: MergePlan,
+    out: Path,
+    options: Options,
+    emit: Callable[[Event], None],
+    card: Callable[[MergePlan], str],
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Summary:
+    """Merge into `out`, or continue there.
+
+    Parameters
+    ----------
+    stop
+        Set it to stop cleanly after the pieces in hand.
+    signal_received
+        Returns the number of the signal that set `stop`.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`; what is finished stays, durable, for the next run.
+    """
+    began = time.monotonic()
+    check_target(out, plan.inputs)
+    for warning in plan.warnings:
+        emit(Event("warning", {"message": warning}))
+    reader = Reader(options.backend)
+    try:
+        fingerprints = [fingerprint(index, reader) for index in plan.inputs]
+        identity = _identity(plan, fingerprints)
+        keys = _random_keys(plan, fingerprints)
+        with locked(out):
+            if options.overwrite:
+                clear(out)
+            check_contents(out)
+            if (finished := _finished(out, plan, identity)) is not None:
+                return finished
+            session = _Session(plan, out, reader, keys, options, emit, stop or threading.Event())
+            return session.run(identity, fingerprints, card(plan), began, signal_received)
+    finally:
+        reader.close()
+
+
+def _identity(plan: MergePlan, fingerprints: Sequence[str]) -> dict[str, str]:
+    """Return, by a name a person understands, everything that a resumed merge must share."""
+    identity = {"version": __version__, "random scheme": SCHEME, **plan.identity()}
+    for index, digest in zip(plan.inputs, fingerprints, strict=True):
+        identity[f"input {index.reference}"] = digest
+    return identity
+
+
+def _random_keys(plan: MergePlan, fingerprints: Sequence[str]) -> RandomKeys:
+    specs = plan.config.models
+    names = tuple(spec.alias or digest for spec, digest in zip(specs, fingerprints, strict=False))
+    if plan.random and len(set(names)) < len(names):
+        twin = next(i for i, name in enumerate(names) if name in names[:i])
+        raise ConfigError(
+            f"{specs[twin].path}: {printable(specs[twin].reference)} has the same content as another model, so both "
+            "would draw the same random mask; give it an `alias` of its own"
+        )
+    return RandomKeys(plan.seed, names)
+
+
+def _finished(out: Path, plan: MergePlan, identity: Mapping[str, str]) -> Summary | None:
+    """Return a summary if `out` already holds this very merge, complete; refuse if it holds another."""
+    manifest = read_manifest(out)
+    if manifest is None or ((out / STATE).exists() and not is_complete(out, manifest, ignore_state=True)):
+        return None
+    recorded = manifest.get("identity")
+    if not isinstance(recorded, dict):
+        return None
+    changed = [key for key in identity if recorded.get(_public(key, plan)) != identity[key]]
+    if changed:
+        raise OutputError(
+            f"{printable(out)}: holds a finished merge with another {printable(', '.join(changed[:3]))}; "
+            "choose another OUT, or replace it with --overwrite"
+        )
+    if not is_complete(out, manifest, ignore_state=True):
+        raise OutputError(
+            f"{printable(out)}: a finished merge of which files are missing or cut short; start over with --overwrite"
+        )
+    remove_state(out)
+    return Summary(
+        str(out), True, len(plan.jobs), len(plan.layout.shards), 0, 0, plan.layout.nbytes, 0.0,
+        manifest.get("densities", []), plan.warnings,
+    )  # fmt: skip
+
+
+def _public(key: str, plan: MergePlan) -> str:
+    """Return the manifest's name of an identity entry: inputs by place, not by path."""
+    for place, index in enumerate(plan.inputs):
+        if key == f"input {index.reference}":
+            return f"input {place}"
+    return key
+
+
+class _Session:
+    """The state of one locked run."""
+
+    def __init__(
+        self, plan: MergePlan, out: Path, reader: Reader, keys: RandomKeys, options: Options,
+        emit: Callable[[Event], None], stop: threading.Event,
+    ) -> None:  # fmt: skip
+        self._plan, self._out, self._reader = plan, out, reader
+        self._emit, self._stop = emit, stop
+        self._writer = ShardWriter(out, plan.layout)
+        self._context = Context(plan, reader, self._writer, keys, options.device, stop)
+
+    def run(
+        self, identity: Mapping[str, str], fingerprints: Sequence[str], card: str, began: float,
+        signal_received: Callable[[], int | None],
+    ) -> Summary:  # fmt: skip
+        journal = Journal(self._out, identity)
+        try:
+            progress = journal.open()
+            self._writer.open()
+            sound = self._believe(progress.receipts)
+            resumed = sum(_receipt_bytes(self._plan, receipt) for receipt in sound)
+            self._emit(Event("resume" if resumed else "start", {"bytes_done": resumed}))
+            runner = Runner(self._context, journal, self._on_tick)
+            try:
+                runner.run(sound, progress.answers)
+            finally:
+                if (signum := signal_received()) is not None:
+                    raise Stopped(signum) from None
+            for index in self._plan.inputs:
+                for stamp in index.stamps:
+                    check_unchanged(stamp)
+            self._warn_of_differing()
+            self._emit(Event("commit"))
+            public = {_public(key, self._plan): value for key, value in identity.items()}
+            manifest = commit(
+                self._plan, self._out, self._writer, runner.receipts, fingerprints, card, public
+            )
+            journal.remove()
+        finally:
+            journal.close()
+            self._writer.close()
+        return self._summary(manifest, resumed, began)
+
+    def _believe(self, receipts: Sequence[Receipt]) -> list[Receipt]:
+        """Return the receipts whose bytes are still what they say; the others are done again."""
+        slots = self._plan.layout.slots
+        plausible = [
+            r for r in receipts
+            if r.job < len(slots) and slots[r.job].shard not in self._writer.fresh
+            and 0 <= r.start <= r.stop <= self._plan.jobs[r.job].n_elements
+        ]  # fmt: skip
+        with ThreadPoolExecutor(self._plan.budget.workers) as threads:
+            sound = list(threads.map(self._is_sound, plausible))
+        return [receipt for receipt, fine in zip(plausible, sound, strict=True) if fine]
+
+    def _is_sound(self, receipt: Receipt) -> bool:
+        slot = self._plan.layout.slots[receipt.job]
+        bits = BITS[self._plan.jobs[receipt.job].dtype]
+        position, end = slot.offset + receipt.start * bits // 8, slot.offset + receipt.stop * bits // 8
+        value = 0
+        while position < end and not self._stop.is_set():
+            data = self._writer.read(slot.shard, position, min(_CHECK_STEP, end - position))
+            value = crc32(data, value)
+            position += len(data)
+            if not data:
+                return False
+        return value == receipt.crc
+
+    def _on_tick(self, tick: Tick) -> None:
+        self._emit(
+            Event("progress", {
+                "bytes_read": tick.bytes_read, "bytes_written": tick.bytes_written,
+                "elements": tick.elements_done, "elements_total": sum(j.n_elements for j in self._plan.jobs),
+            })
+        )  # fmt: skip
+
+    def _warn_of_differing(self) -> None:
+        for ordinal in sorted(self._context.differing):
+            job = self._plan.jobs[ordinal]
+            self._emit(Event("warning", {
+                "message": f"tensor {printable(job.name)} ({job.dtype}) differs between the models; "
+                f"taken from {printable(self._plan.donor.reference)}"
+            }))  # fmt: skip
+
+    def _summary(self, manifest: Mapping[str, Any], resumed: int, began: float) -> Summary:
+        return Summary(
+            str(self._out), False, len(self._plan.jobs), len(self._plan.layout.shards),
+            self._reader.bytes_read, self._writer.bytes_written, resumed, time.monotonic() - began,
+            manifest["densities"], self._plan.warnings,
+        )  # fmt: skip
+
+
+def _receipt_bytes(plan: MergePlan, receipt: Receipt) -> int:
+    return (receipt.stop - receipt.start) * BITS[plan.jobs[receipt.job].dtype] // 8

@@ -1,0 +1,261 @@
+"""Exact answers to a method's requests, from one pass over the pieces or a few.
+
+Everything that is added up is an integer, or an fp64 partial sum of a fixed 4096-element block folded
+in index order, so the answer does not depend on pieces, threads or memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.engine.pieces import Counts, PieceMath
+from streammerge.methods.requests import (
+    AbsSum,
+    Answer,
+    Request,
+    SignTotal,
+    Threshold,
+    TieIndex,
+    TopK,
+)
+
+BLOCK = 4096
+_TOP = (1 << 31) - 1
+_COARSE = 15
+_MAX_BINS = 1 << 18
+_INFINITE = 0x7F800000
+
+Range = tuple[int, int, int]
+"""(job, start, stop)"""
+
+
+class NotFiniteError(Exception):
+    """A task vector holds a NaN or an infinity; the engine finds out where."""
+
+    def __init__(self, job: int) -> None:
+        super().__init__(job)
+        self.job = job
+
+
+class Accumulator(Protocol):
+    """Collects what a request asks for; `add` may be called from many threads."""
+
+    wants: Range | None
+    """The only elements the next pass needs; None: all of the scope."""
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Take one piece into account."""
+
+    def end(self) -> bool:
+        """End a pass; return whether the answer is known."""
+
+    @property
+    def answer(self) -> Answer:
+        """The answer, once `end` has returned True."""
+
+
+class TopKAccumulator:
+    """The k-th largest magnitude by counting bit patterns (METHODS: integer radix selection).
+
+    A pass counts the patterns above a window and, in bins, those inside it. The window narrows to the
+    bin that holds rank k until a bin is one pattern. Where it starts, sampled or all patterns, affects the
+    number of passes only: the counts prove that rank k lies inside, or the next pass takes all.
+    """
+
+    def __init__(self, request: TopK, n: int) -> None:
+        self.wants: Range | None = None
+        self._request = request
+        self._k = request.count(n)
+        self._n = n
+        self._lock = threading.Lock()
+        self._open(0, _TOP)
+
+    def _open(self, low: int, high: int) -> None:
+        self._low, self._high, self._shift = low, high, 0
+        limit = 1 << (31 - _COARSE) if high - low == _TOP else _MAX_BINS
+        while (high - low) >> self._shift >= limit:
+            self._shift += 1
+        self._above = 0
+        self._bins: Counts = np.zeros(((high - low) >> self._shift) + 1, np.int64)
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Count one piece."""
+        bins = np.zeros_like(self._bins)
+        above, highest = math.count_keys(self._request.vector, self._low, self._high, self._shift, bins)
+        if highest >= _INFINITE:
+            raise NotFiniteError(job)
+        with self._lock:
+            self._above += above
+            self._bins += bins
+
+    def narrow_by_sample(self) -> None:
+        """Take what was counted as a sample and start over in a window around its estimate of rank k.
+
+        The window spans six standard errors of the sampled rank to each side.
+        """
+        sampled = int(self._bins.sum()) + self._above
+        rank = self._k / self._n * sampled
+        error = 6 * (rank * (1 - self._k / self._n)) ** 0.5 + 8
+        from_top = np.cumsum(self._bins[::-1])[::-1]  # elements in this bin or higher
+        low_bin = int(np.count_nonzero(from_top >= rank + error)) - 1
+        high_bin = int(np.count_nonzero(from_top >= max(1.0, rank - error)))
+        low = self._low + (max(0, low_bin) << self._shift)
+        high = min(_TOP, self._low + ((high_bin + 1) << self._shift) - 1)
+        self._open(low, high) if low_bin >= 0 and rank > error else self._open(0, _TOP)
+
+    def end(self) -> bool:
+        """Narrow the window to the bin that holds rank k, or open it wide if rank k is not inside."""
+        inside = self._k - self._above
+        if not 0 < inside <= int(self._bins.sum()):
+            self._open(0, _TOP)
+            return False
+        from_top = np.cumsum(self._bins[::-1])[::-1]
+        place = int(np.count_nonzero(from_top >= inside)) - 1
+        needed = inside - (int(from_top[place + 1]) if place + 1 < len(from_top) else 0)
+        low = self._low + (place << self._shift)
+        if self._shift:
+            self._open(low, min(self._high, low + (1 << self._shift) - 1))
+            return False
+        self._answer = Threshold(low, int(self._bins[place]), needed)
+        return True
+
+    @property
+    def answer(self) -> Threshold:
+        """The threshold."""
+        return self._answer
+
+
+class AbsSumAccumulator:
+    """The sum of abs(delta), from the partial sums of all blocks in index order."""
+
+    def __init__(self, request: AbsSum) -> None:
+        self.wants: Range | None = None
+        self._request = request
+        self._parts: dict[tuple[int, int], NDArray[np.float64]] = {}
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Keep the partial sums of one piece."""
+        self._parts[job, start] = math.abs_sums(self._request.vector)
+
+    def end(self) -> bool:
+        """One pass is enough."""
+        return True
+
+    @property
+    def answer(self) -> float:
+        """The sum; `cumsum` adds one after the other, where `sum` chooses its own order."""
+        ordered = [self._parts[key] for key in sorted(self._parts)]
+        return float(np.cumsum(np.concatenate(ordered))[-1]) if ordered and ordered[0].size else 0.0
+
+
+class TieIndexAccumulator:
+    """Where the last tie that is needed lies: ties per block, then one look into that block."""
+
+    def __init__(self, request: TieIndex) -> None:
+        self.wants: Range | None = None
+        self._request = request
+        self._key = request.threshold.key
+        self._parts: dict[tuple[int, int], Counts] = {}
+        self._needed_inside = 0
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Count the ties of one piece, per block or, inside the chosen block, per element."""
+        vector = self._request.vector
+        if self.wants is None:
+            self._parts[job, start] = math.ties(vector, self._key, BLOCK)
+            return
+        places = np.flatnonzero(math.ties(vector, self._key, 1))
+        self._answer = (job, start + int(places[self._needed_inside - 1]) + 1)
+
+    def end(self) -> bool:
+        """Choose the block in which the count is reached, or finish."""
+        if self.wants is not None:
+            return True
+        left = self._request.threshold.needed
+        for (job, start), counts in sorted(self._parts.items()):
+            if int(counts.sum()) < left:
+                left -= int(counts.sum())
+                continue
+            block = int(np.count_nonzero(np.cumsum(counts) < left))
+            self._needed_inside = left - int(counts[:block].sum())
+            first = start + block * BLOCK
+            self.wants = (job, first, first + BLOCK)
+            return False
+        raise AssertionError("fewer ties than were counted for the threshold")
+
+    @property
+    def answer(self) -> tuple[int, int]:
+        """The job's ordinal, and the element of its tensor before which ties are kept."""
+        return self._answer
+
+
+class SignTotalAccumulator:
+    """Elements that elect + minus elements that elect -, over all jobs, each with its own recipe."""
+
+    def __init__(self, requests: Mapping[int, SignTotal]) -> None:
+        self.wants: Range | None = None
+        self._requests = requests
+        self._lock = threading.Lock()
+        self._total = 0
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Add one piece's total."""
+        total = math.sign_total(self._requests[job].merge)
+        with self._lock:
+            self._total += total
+
+    def end(self) -> bool:
+        """One pass is enough."""
+        return True
+
+    @property
+    def answer(self) -> int:
+        """The total."""
+        return self._total
+
+
+def make_accumulator(request: Request, n: int, by_job: Mapping[int, Request]) -> Accumulator:
+    """Return the accumulator of a request over `n` elements; `by_job` has each job's own version of it."""
+    if isinstance(request, TopK):
+        return TopKAccumulator(request, n)
+    if isinstance(request, TieIndex):
+        return TieIndexAccumulator(request)
+    if isinstance(request, AbsSum):
+        return AbsSumAccumulator(request)
+    return SignTotalAccumulator({job: r for job, r in by_job.items() if isinstance(r, SignTotal)})
+
+
+def collect(
+    accumulators: Sequence[Accumulator],
+    run_pass: Callable[[Sequence[Accumulator], Range | None], None],
+    run_sample: Callable[[Sequence[TopKAccumulator]], None] | None,
+) -> list[Answer]:
+    """Run as many passes as the accumulators need and return their answers.
+
+    Parameters
+    ----------
+    run_pass
+        Feeds every piece of the scope (or of the range) to the given accumulators.
+    run_sample
+        Feeds some pieces spread over the scope; None where the scope is too small to sample.
+    """
+    selections = [a for a in accumulators if isinstance(a, TopKAccumulator)]
+    if run_sample is not None and selections:
+        run_sample(selections)
+        for selection in selections:
+            selection.narrow_by_sample()
+    pending = list(accumulators)
+    while pending:
+        everything = [a for a in pending if a.wants is None]
+        if everything:
+            run_pass(everything, None)
+        for accumulator in pending:
+            if accumulator.wants is not None:
+                run_pass([accumulator], accumulator.wants)
+        pending = [a for a in pending if not a.end()]
+    return [accumulator.answer for accumulator in accumulators]

@@ -1,0 +1,119 @@
+"""The value of every parameter of a method, for one tensor.
+
+Precedence: the model's own entry, the top level, the preset, the method's default.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from streammerge.config.schema import MergeConfig
+from streammerge.config.settings import Scalar, Setting, value_for
+from streammerge.errors import ConfigError, printable
+from streammerge.methods.registry import Method, Parameter
+
+PRESET = "preset"
+
+
+def check_names(config: MergeConfig, method: Method) -> list[str]:
+    """Refuse parameters the method does not declare; return notes on those without effect."""
+    notes = []
+    places = [(config.parameters, False), *((spec.parameters, True) for spec in config.models)]
+    for settings, in_model in places:
+        for name, setting in settings.items():
+            if name == PRESET and not in_model and method.presets:
+                continue
+            if name in method.ignored:
+                notes.append(f"{setting.path}: ignored: {method.ignored[name]}")
+            elif name not in method.parameters:
+                close = get_close_matches(name, [*method.parameters, PRESET], n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(method.parameters)}"
+                raise ConfigError(
+                    f"{setting.path}: unknown parameter {printable(name, 60)!r} of method {method.name!r} ({hint})"
+                )
+            elif in_model and not method.parameters[name].per_model:
+                raise ConfigError(
+                    f"{setting.path}: {name!r} is one value for all models: put it under `parameters:`"
+                )
+    return notes
+
+
+def preset_of(config: MergeConfig, method: Method) -> Mapping[str, Any]:
+    """Return the defaults that the config's preset switches to; empty without one."""
+    setting = config.parameters.get(PRESET)
+    if setting is None:
+        return {}
+    name = value_for(setting, "", 0.0)
+    if name not in method.presets:
+        raise ConfigError(
+            f"{setting.path}: {printable(name, 60)!r} is no preset of {method.name!r} (known: {', '.join(method.presets)})"
+        )
+    return method.presets[str(name)]
+
+
+def bind(
+    config: MergeConfig, method: Method, preset: Mapping[str, Any], tensor: str, t: float
+) -> dict[str, Any]:
+    """Return the value of each declared parameter for one tensor; a tuple where it is per model.
+
+    Raises
+    ------
+    ConfigError
+        If a value has the wrong type or lies out of range, or a weight is given for some models only.
+    """
+    values: dict[str, Any] = {}
+    for name, parameter in method.parameters.items():
+        default = preset.get(name, parameter.default)
+        top = config.parameters.get(name)
+        if not parameter.per_model:
+            values[name] = _one(parameter, [top], tensor, t, default)[0]
+            continue
+        found = [
+            _one(parameter, [spec.parameters.get(name), top], tensor, t, default) for spec in config.models
+        ]
+        given = [source is not None for _, source in found]
+        if name == "weight" and any(given) and not all(given):
+            missing = config.models[given.index(False)]
+            raise ConfigError(
+                f"{missing.path}: no weight for tensor {printable(tensor, 120)}, while other models have one; give all or none"
+            )
+        values[name] = tuple(value for value, _ in found)
+    return values
+
+
+def _one(
+    parameter: Parameter, settings: list[Setting | None], tensor: str, t: float, default: Any
+) -> tuple[Any, Setting | None]:
+    for setting in settings:
+        if setting is not None and (value := value_for(setting, tensor, t)) is not None:
+            return _checked(parameter, value, setting.path, default), setting
+    return default, None
+
+
+def _checked(parameter: Parameter, value: Scalar, path: str, default: Any) -> Scalar:
+    if parameter.choices:
+        if isinstance(value, bool):  # mergekit's `rescale: true`
+            first = next(choice for choice in parameter.choices if choice != "none")
+            value = (default if default != "none" else first) if value else "none"
+        if value not in parameter.choices:
+            raise ConfigError(
+                f"{path}: {printable(value, 60)!r} is not one of {', '.join(parameter.choices)}"
+            )
+        return value
+    if bool in parameter.kind:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{path}: {printable(value, 60)!r} is not true or false")
+        return value
+    if float in parameter.kind:
+        if isinstance(value, bool | str) or not math.isfinite(value):
+            raise ConfigError(f"{path}: {printable(value, 60)!r} is not a number")
+        low, high = parameter.bounds or (-math.inf, math.inf)
+        if not low <= value <= high:
+            raise ConfigError(f"{path}: {value!r} does not lie in [{low:g}, {high:g}]")
+        return float(value)
+    if int in parameter.kind and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ConfigError(f"{path}: {printable(value, 60)!r} is not a whole number")
+    return value

@@ -1,0 +1,228 @@
+"""The merge plan: what, where and how, from headers alone. Nothing below it looks at the config."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from streammerge.config.schema import MergeConfig
+from streammerge.dtypes import FLOATS
+from streammerge.index.model import TensorIndex
+from streammerge.methods.registry import Access, Method, Scope
+from streammerge.plan.bind import bind_jobs
+from streammerge.plan.budget import Budget
+from streammerge.plan.job import Job
+from streammerge.plan.layout import Layout, lay_out
+from streammerge.plan.schedule import Chunk, Interval, Step, Survey, Work, plan_work, steps
+
+BLOCK_ELEMENTS = 1 << 16
+"""Elements a torch formula works on at a time on the CPU, where it may be cut anywhere."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything `merge` will do."""
+
+    config: MergeConfig
+    method: Method
+    models: tuple[TensorIndex, ...]
+    base: TensorIndex | None
+    jobs: tuple[Job, ...]
+    access: tuple[Access, ...]
+    """What each job needs to see at once."""
+    work: tuple[Work, ...]
+    layout: Layout
+    budget: Budget
+    seed: int
+    torch_only: bool
+    """Every piece goes through the torch formulas."""
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def donor(self) -> TensorIndex:
+        """The model that lends its config, tokenizer and tensor names: the base, else the first."""
+        return self.base if self.base is not None else self.models[0]
+
+    @property
+    def inputs(self) -> tuple[TensorIndex, ...]:
+        """All models read, the base last; a base that is also one of the models comes once."""
+        base = () if self.base is None or any(self.base is model for model in self.models) else (self.base,)
+        return (*self.models, *base)
+
+    @property
+    def random(self) -> bool:
+        """Whether any random word may be drawn."""
+        return any(
+            "thin" in job.parameters.values() or self.method.name.startswith("dare") for job in self.jobs
+        )
+
+    def steps(self, done: Mapping[int, Sequence[Interval]] | None = None) -> Iterator[Step]:
+        """Yield what is left to do when `done` elements of each job are finished."""
+        return steps(self.jobs, self.work, self.budget, done or {})
+
+    def model_rounds(self) -> int:
+        """Return how many whole-model statistics rounds come before the merge."""
+        if self.method.is_formula:
+            return 0
+        return max(
+            (
+                sum(any(r.scope == "model" for r in requests) for requests in self.rounds_of(job))
+                for job in _distinct(self.jobs)
+            ),
+            default=0,
+        )
+
+    def rounds_of(self, job: Job) -> list[list[object]]:
+        """Return the statistics requests of each round of a merge job, with placeholder answers."""
+        if job.kind != "merge" or self.method.is_formula:
+            return []
+        return self.method.rounds(Scope(job.n_models), job.parameters)  # type: ignore[return-value]
+
+    def bytes_to_read(self) -> int:
+        """Return the bytes all passes read: each input once, and once more for each streamed pass."""
+        total = sum(job.input_bytes for job in self.jobs)
+        total += self.model_rounds() * sum(job.input_bytes for job in self.jobs if job.kind == "merge")
+        for job, how in zip(self.jobs, self.work, strict=True):
+            if how.mode == "surveyed":
+                tensor_rounds = sum(
+                    any(r.scope == "tensor" for r in requests)  # type: ignore[attr-defined]
+                    for requests in self.rounds_of(job)
+                )
+                total += tensor_rounds * job.input_bytes
+        return total
+
+    def identity(self) -> dict[str, str]:
+        """Return what the output's bytes depend on, by name, each as a short digest or value."""
+        layout = hashlib.blake2b(digest_size=16)
+        for shard in self.layout.shards:
+            layout.update(shard.name.encode() + shard.header)
+        return {
+            "config": _digest(self.config.text),
+            "seed": str(self.seed),
+            "shard size": layout.hexdigest(),
+            "method": self.method.name,
+        }
+
+
+def make_plan(
+    config: MergeConfig,
+    method: Method,
+    models: Sequence[TensorIndex],
+    base: TensorIndex | None,
+    budget: Budget,
+    *,
+    shard_size: int,
+    seed: int | None = None,
+    torch_only: bool = False,
+) -> MergePlan:
+    """Decide everything about a merge.
+
+    Parameters
+    ----------
+    seed
+        Overrides the config's.
+    torch_only
+        Every piece goes through the torch formulas (a GPU, or no compiled kernels).
+
+    Raises
+    ------
+    InputError
+        If the models, the config or the budget do not allow the merge.
+    """
+    jobs, warnings = bind_jobs(config, method, models, base)
+    cache: dict[tuple[object, ...], Access] = {}
+    access = []
+    work = []
+    for job in jobs:
+        key = tuple(job.parameters.items())
+        if key not in cache:
+            cache[key] = (
+                method.access_with(Scope(job.n_models), job.parameters)
+                if job.kind == "merge" else Access.ELEMENTWISE
+            )  # fmt: skip
+        access.append(cache[key])
+        formula = torch_only or runs_in_torch(job, method)
+        work.append(
+            plan_work(
+                job, cache[key], budget,
+                workspace=torch_workspace if formula else _no_workspace, streams=not method.is_formula,
+            )
+        )  # fmt: skip
+    return MergePlan(
+        config, method, tuple(models), base, jobs, tuple(access), tuple(work),
+        lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,
+        torch_only, tuple(warnings),
+    )  # fmt: skip
+
+
+def runs_in_torch(job: Job, method: Method) -> bool:
+    """Return whether a job's arithmetic is done by torch on the CPU: plain formulas, and fp64."""
+    if job.kind == "merge":
+        return method.is_formula or any(ref.dtype == "F64" for ref in job.inputs) or job.dtype == "F64"
+    return job.dtype != job.sources[0].dtype and "F64" in (job.dtype, job.sources[0].dtype)
+
+
+def torch_workspace(job: Job, n: int) -> int:
+    """Return an upper bound of the temporaries of a formula on a block of `n` elements, in bytes."""
+    block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
+    return block * 8 * (2 * len(job.inputs) + 12)
+
+
+def _no_workspace(job: Job, n: int) -> int:
+    return 0
+
+
+def _distinct(jobs: Sequence[Job]) -> list[Job]:
+    seen = {tuple(job.parameters.items()): job for job in jobs if job.kind == "merge"}
+    return list(seen.values())
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def describe(plan: MergePlan) -> dict[str, object]:
+    """Return the plan as plain values, for people and for ``--json``."""
+    chunks = [step for step in plan.steps() if isinstance(step, Chunk)]
+    surveys = sum(isinstance(step, Survey) for step in plan.steps())
+    kinds: dict[str, int] = {}
+    for job in plan.jobs:
+        kinds[job.kind] = kinds.get(job.kind, 0) + 1
+    return {
+        "method": plan.method.name,
+        "models": [model.reference for model in plan.models],
+        "base_model": plan.base.reference if plan.base is not None else None,
+        "tensors": len(plan.jobs),
+        "tensors_by_kind": kinds,
+        "elements": sum(job.n_elements for job in plan.jobs if job.dtype in FLOATS),
+        "dtypes": sorted({job.dtype for job in plan.jobs}),
+        "access": sorted({str(access) for access in plan.access}),
+        "model_passes": plan.model_rounds(),
+        "streamed_tensors": surveys,
+        "chunks": len(chunks),
+        "largest_chunk_bytes": max((chunk.nbytes for chunk in chunks), default=0),
+        "bytes_to_read": plan.bytes_to_read(),
+        "bytes_to_write": plan.layout.nbytes,
+        "shards": [{"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.jobs)}
+                   for shard in plan.layout.shards],
+        "memory": plan.budget.total,
+        "memory_reserve": plan.budget.reserve,
+        "threads": plan.budget.threads,
+        "warnings": list(plan.warnings),
+    }  # fmt: skip
+
+
+def plan_json(plan: MergePlan) -> str:
+    """Return `describe` and every tensor's slot as one JSON document."""
+    tensors = [
+        {
+            "name": job.name, "kind": job.kind, "dtype": job.dtype, "shape": list(job.shape),
+            "access": str(plan.access[job.ordinal]), "mode": plan.work[job.ordinal].mode,
+            "shard": plan.layout.shards[slot.shard].name, "offset": slot.offset, "nbytes": slot.nbytes,
+            "parameters": dict(job.parameters),
+        }
+        for job, slot in zip(plan.jobs, plan.layout.slots, strict=True)
+    ]  # fmt: skip
+    return json.dumps({**describe(plan), "tensor_plan": tensors}, ensure_ascii=False)

@@ -1,0 +1,64 @@
+"""Tables for people: a model's tensors, the methods."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+
+from streammerge.errors import printable
+from streammerge.index.model import TensorIndex
+from streammerge.methods.registry import Method, Parameter
+from streammerge.units import format_size
+
+
+def inspect_text(index: TensorIndex) -> str:
+    """Return a model's tensors, one a line, and totals by dtype."""
+    width = min(80, max(len(printable(name)) for name in index))
+    lines = [
+        f"{printable(r.name):<{width}}  {r.dtype:<8} {list(r.shape)!s:<18} {format_size(r.nbytes):>9}  "
+        f"{printable(os.path.basename(r.path))}"
+        for r in index.values()
+    ]
+    by_dtype: dict[str, int] = {}
+    for ref in index.values():
+        by_dtype[ref.dtype] = by_dtype.get(ref.dtype, 0) + ref.nbytes
+    totals = ", ".join(f"{dtype} {format_size(n)}" for dtype, n in sorted(by_dtype.items()))
+    parameters = sum(ref.n_elements for ref in index.values())
+    lines.append(
+        f"{len(index)} tensors, {parameters:,} elements, {format_size(index.nbytes)} ({totals}) in "
+        f"{len(index.stamps)} file{'s' * (len(index.stamps) != 1)}"
+    )
+    return "\n".join(lines)
+
+
+def methods_text(methods: Mapping[str, Method]) -> str:
+    """Return one line per method."""
+    width = max(map(len, methods))
+    return "\n".join(f"{name:<{width}}  {method.summary}" for name, method in methods.items())
+
+
+def method_text(method: Method) -> str:
+    """Return everything about one method."""
+    least, most = method.n_models
+    count = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+    lines = [
+        f"{method.name}  ({method.origin})",
+        "",
+        inspect.getdoc(method.function) or "",
+        "",
+        f"models: {count}; base_model: {method.base}; access: at most {method.access}",
+    ]
+    if method.paper:
+        lines.append(f"paper: {method.paper}")
+    lines += ["", "parameters:"] + [f"  {_parameter(p)}" for p in method.parameters.values()]
+    lines += [f"  preset {name}: {dict(values)}" for name, values in method.presets.items()]
+    lines += [f"  {name}: accepted and ignored, {why}" for name, why in method.ignored.items()]
+    return "\n".join(lines)
+
+
+def _parameter(parameter: Parameter) -> str:
+    kind = "|".join(parameter.choices) or "|".join(t.__name__ for t in parameter.kind)
+    span = f" in [{parameter.bounds[0]:g}, {parameter.bounds[1]:g}]" if parameter.bounds else ""
+    each = ", one per model" if parameter.per_model else ""
+    return f"{parameter.name}: {kind}{span} = {parameter.default}{each}"
