@@ -209,11 +209,11 @@ def _whole_numbers(value: Any) -> bool:
 def _fits(shape: list[int], bits: int, nbytes: int) -> bool:
     """Whether `shape` takes exactly `nbytes`; no intermediate number grows without bound.
 
-    A zero makes the tensor empty, but the other sizes must still multiply to something addressable,
-    or no library could hold it.
+    A zero makes the tensor empty, but the other sizes must still multiply to something 64 bits can
+    count, or no library could hold it.
     """
     empty = 0 in shape
-    most = 2**66 if empty else 8 * nbytes
+    most = 2**63 - 1 if empty else 8 * nbytes
     total = bits
     for size in shape:
         total *= size or 1
