@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
-_GRAIN = 1 << 20
+_GRAIN = 1 << 16
 
 
 class Pool:

@@ -54,7 +54,7 @@ class Budget:
     @property
     def chunk_target(self) -> int:
         """Bytes an elementwise chunk aims at: large reads, and all workers busy."""
-        return max(MIB, min(48 * MIB, self.capacity // (self.workers + 1)))
+        return min(48 * MIB, self.capacity // (self.workers + 1))
 
 
 def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget:

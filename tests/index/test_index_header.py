@@ -60,7 +60,7 @@ HOSTILE = [
     ("a GGUF file", b"GGUF\x03\0\0\0" + bytes(64), "GGUF"),
     ("length 0", framed(b"", b"\0" * 8), "not a JSON object"),
     ("length beyond the file", framed({"a": entry()}, length=10_000), "beyond the end"),
-    ("length one too long", GOOD[:-4] and framed({"a": entry()}, b"", len(GOOD) - 11), "beyond"),
+    ("length one too long", framed({"a": entry()}, b"", len(GOOD) - 11), "beyond"),
     ("length one too short", framed({"a": entry()}, length=len(GOOD) - 13), "not JSON"),
     ("length 2^63", framed({"a": entry()}, length=2**63), str(2**63)),
     ("length 2^64-1", framed({"a": entry()}, length=2**64 - 1), str(2**64 - 1)),
@@ -202,9 +202,7 @@ def test_a_hostile_file_is_refused_in_one_line_that_names_it(what, raw, message,
     assert len(line) < 1000
 
 
-@pytest.mark.parametrize(
-    ("what", "raw", "message"), by_name(r for r in HOSTILE if len(r[1]) < 10_000)
-)
+@pytest.mark.parametrize(("what", "raw", "message"), by_name(r for r in HOSTILE if len(r[1]) < 10_000))
 def test_the_table_says_where_we_are_stricter_than_the_reference(what, raw, message):
     try:
         safetensors.deserialize(raw)
@@ -266,7 +264,7 @@ def test_files_of_the_numpy_writer_are_read_byte_for_byte(tmp_path):
     arrays = {
         "half": np.arange(6, dtype=np.float16).reshape(2, 3),
         "single": np.arange(24, dtype=np.float32).reshape(1, 2, 3, 4, 1),
-        "double": np.float64(3.5).reshape(()),
+        "double": np.array(3.5),
         "long": np.arange(3, dtype=np.int64),
         "truth": np.array([True, False, True]),
         "nothing": np.zeros((0, 7), np.float32),
@@ -445,9 +443,10 @@ def test_whatever_is_written_by_the_rules_is_read_back(shared_path, tensors, met
     found, found_metadata, _ = read_header(shared_path)
     assert {name: (ref.dtype, ref.shape) for name, ref in found.items()} == tensors
     assert found_metadata == (metadata or {})
-    assert b"".join(raw[r.offset : r.offset + r.nbytes] for r in found.values()) == raw[
-        len(raw) - sum(r.nbytes for r in found.values()) :
-    ]
+    assert (
+        b"".join(raw[r.offset : r.offset + r.nbytes] for r in found.values())
+        == raw[len(raw) - sum(r.nbytes for r in found.values()) :]
+    )
 
 
 FUZZED = sound({"w.a": ("BF16", (2, 3)), "w.é": ("F4", (4,)), "s": ("F32", ())}, {"k": "v"})
@@ -480,7 +479,7 @@ JSON_EDITS = st.lists(
     st.tuples(
         st.integers(8, len(FUZZED)),
         st.integers(0, 3),
-        st.text("[]{},:\"\\u0189-eE. \ttrufalsn", max_size=4).map(str.encode),
+        st.text('[]{},:"\\u0189-eE. \ttrufalsn', max_size=4).map(str.encode),
     ),
     min_size=1,
     max_size=4,

@@ -1,0 +1,101 @@
+"""Small models on disk, and budgets small enough that small tensors are streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from streammerge.plan import budget as budgets
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (700, 64),
+    "model.layers.0.mlp.down_proj.weight": (96, 130),
+    "model.layers.0.input_layernorm.weight": (64,),
+    "model.layers.1.mlp.down_proj.weight": (96, 130),
+    "model.layers.1.input_layernorm.weight": (64,),
+    "scalar": (),
+}
+
+
+def write_model(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write one model directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
+    return directory
+
+
+@pytest.fixture()
+def make_models(tmp_path: Path) -> Callable[..., list[Path]]:
+    """Return a function that writes a base and fine-tunes: [base, model 1, model 2, ...]."""
+
+    def make(
+        n_models: int = 3,
+        dtype: torch.dtype = torch.bfloat16,
+        spread: float = 1e-3,
+        shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+        seed: int = 0,
+    ) -> list[Path]:
+        generator = torch.Generator().manual_seed(seed)
+        base = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+        paths = []
+        for i in range(n_models + 1):
+            tensors = {
+                name: (t + (torch.randn(t.shape, generator=generator) * spread if i else 0)).to(dtype)
+                for name, t in base.items()
+            }
+            tensors["position_ids"] = torch.arange(16)
+            paths.append(write_model(tmp_path / ("base" if i == 0 else f"m{i}"), tensors))
+        return paths
+
+    return make
+
+
+@pytest.fixture()
+def small_capacity(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Return a function that gives later merges a capacity in bytes and a number of threads."""
+
+    def use(capacity: int, threads: int) -> None:
+        def make_budget(memory: int | None, n: int | None, reserve: int) -> budgets.Budget:
+            return budgets.Budget(reserve + capacity, reserve, threads)
+
+        monkeypatch.setattr(budgets, "make_budget", make_budget)
+
+    return use
+
+
+def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]:
+    """Return a config mapping for a method over [base, models...]; `top` overrides keys."""
+    config: dict[str, Any] = {"merge_method": method, "models": [{"model": str(p)} for p in paths[1:]]}
+    if method not in ("linear", "passthrough"):
+        config["base_model"] = str(paths[0])
+    if method == "passthrough":
+        config["models"] = config["models"][:1]
+    return {**config, **top}
+
+
+def output_bytes(out: Path) -> dict[str, bytes]:
+    """Return the bytes of every file of an output."""
+    return {p.name: p.read_bytes() for p in sorted(out.iterdir())}
+
+
+def read_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of an output, shards joined."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(out.glob("model*.safetensors")):
+        tensors.update(load_file(path))
+    return tensors
+
+
+def as_float64(path: Path) -> dict[str, np.ndarray]:
+    """Return a model's float tensors as float64."""
+    return {k: t.double().numpy() for k, t in read_tensors(path).items() if t.is_floating_point()}

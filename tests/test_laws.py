@@ -1,0 +1,118 @@
+"""Laws that every registered method obeys, stated once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streammerge.api import merge
+from streammerge.methods.registry import all_methods, load_builtin
+from tests.conftest import config_for, output_bytes, read_tensors
+
+load_builtin()
+BUILTIN = [name for name, method in all_methods().items() if method.origin == "built in"]
+
+# Parameter choices that reach every kind of statistic: none, tensor scope, model scope, several rounds.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}),
+    ("linear", {"weight": 0.3, "normalize": False}),
+    ("passthrough", {}),
+    ("passthrough", {"scale": 0.5}),
+    ("task_arithmetic", {"lambda": 0.7}),
+    ("ties", {"density": 0.2}),
+    ("ties", {"density": 0.3, "ties": "index", "zero_sign": "positive", "rescale": "l1"}),
+    ("ties", {"density": 0.2, "trim_scope": "model"}),
+    ("ties", {"density": 0.2, "trim_scope": "model", "ties": "index"}),
+    ("ties", {"preset": "paper"}),
+    ("ties", {"density": 0.4, "zero_sign": "majority", "ties": "drop"}),
+    ("dare_linear", {"density": 0.1}),
+    ("dare_linear", {"density": 0.5, "rescale": "l1", "normalize": True}),
+    ("dare_ties", {"density": 0.3}),
+    ("dare_ties", {"preset": "paper", "density": 0.5}),
+    ("dare_ties", {"density": 0.5, "rescale": "l1"}),
+]
+
+
+def test_every_builtin_method_has_a_variant() -> None:
+    assert {name for name, _ in VARIANTS} == set(BUILTIN)
+
+
+@pytest.mark.parametrize(("method", "parameters"), VARIANTS)
+@pytest.mark.parametrize("spread", [1e-3, 1e-4], ids=["few ties", "many ties"])
+def test_bytes_do_not_depend_on_memory_threads_or_shards_of_work(
+    method: str,
+    parameters: dict[str, Any],
+    spread: float,
+    make_models: Callable[..., list[Path]],
+    small_capacity: Callable[[int, int], None],
+    tmp_path: Path,
+) -> None:
+    paths = make_models(spread=spread)
+    config = config_for(method, paths, parameters=parameters, seed=7)
+    small_capacity(1 << 30, 1)
+    merge(config, tmp_path / "whole")
+    # 64 KiB cannot hold the inputs of any matrix: everything that needs statistics is streamed.
+    small_capacity(1 << 16, 3)
+    merge(config, tmp_path / "streamed")
+    merge(config, tmp_path / "mapped", io="mmap")
+    expected = output_bytes(tmp_path / "whole")
+    assert output_bytes(tmp_path / "streamed") == expected
+    assert output_bytes(tmp_path / "mapped") == expected
+
+
+@pytest.mark.parametrize(("method", "parameters"), VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_kernels_and_torch_formulas_agree_bit_for_bit(
+    method: str,
+    parameters: dict[str, Any],
+    dtype: torch.dtype,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+) -> None:
+    paths = make_models(dtype=dtype, spread=2e-4)
+    config = config_for(method, paths, parameters=parameters)
+    merge(config, tmp_path / "kernels", memory="1GiB")
+    merge(config, tmp_path / "torch", memory="1GiB", kernels=False)
+    assert output_bytes(tmp_path / "kernels") == output_bytes(tmp_path / "torch")
+
+
+@pytest.mark.parametrize("method", [m for m in BUILTIN if m != "passthrough"])
+def test_identical_models_merge_to_that_model(
+    method: str, make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    base, tuned = make_models(n_models=1)
+    models = [{"model": str(tuned), "alias": name} for name in ("one", "two")]
+    parameters: dict[str, Any] = {"normalize": True}
+    config = config_for(method, [base, tuned], models=models, parameters=parameters)
+    merge(config, tmp_path / "out", memory="1GiB")
+    merged, expected = read_tensors(tmp_path / "out"), read_tensors(tuned)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "dare_ties"])
+def test_lambda_zero_gives_the_base(
+    method: str, make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    paths = make_models()
+    merge(config_for(method, paths, parameters={"lambda": 0.0, "density": 0.5}), tmp_path / "out", memory="1GiB")
+    merged, base = read_tensors(tmp_path / "out"), read_tensors(paths[0])
+    assert all(torch.equal(merged[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("method", [m for m in BUILTIN if m != "passthrough"])
+def test_the_order_of_the_models_matters_only_to_summation(
+    method: str, make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    base, *models = make_models(dtype=torch.float32)
+    parameters = {} if method == "linear" else {"lambda": 0.5}
+    if method in ("ties", "dare_linear", "dare_ties"):
+        parameters["density"] = 0.3
+    merge(config_for(method, [base, *models], parameters=parameters), tmp_path / "a", memory="1GiB")
+    merge(config_for(method, [base, *models[::-1]], parameters=parameters), tmp_path / "b", memory="1GiB")
+    first, second = read_tensors(tmp_path / "a"), read_tensors(tmp_path / "b")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=2e-7, atol=1e-12)
