@@ -64,7 +64,8 @@ class Pool:
                 self._changed.notify_all()
 
     def _take(self, size: int) -> Bytes | None:
-        fitting = [buffer for buffer in self._idle if size <= buffer.size <= 2 * size]
+        # A larger one will do: fresh pages cost more (faults, zeroing) than the room it takes.
+        fitting = [buffer for buffer in self._idle if size <= buffer.size]
         if fitting:
             best = min(fitting, key=lambda buffer: buffer.size)
             self._idle = [buffer for buffer in self._idle if buffer is not best]
