@@ -5,6 +5,7 @@ Heavy imports happen inside the commands, so that ``--help`` and a config error 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -198,10 +199,8 @@ def _report(error: Exception, code: int) -> int:
         import traceback
 
         traceback.print_exception(error)
-    try:
+    with contextlib.suppress(OSError):
         print(f"streammerge: {printable(error, 2000)}", file=sys.stderr, flush=True)
-    except OSError:
-        pass
     return code
 
 

@@ -32,7 +32,7 @@ def write_model(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     return directory
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_models(tmp_path: Path) -> Callable[..., list[Path]]:
     """Return a function that writes a base and fine-tunes: [base, model 1, model 2, ...]."""
 
@@ -58,7 +58,7 @@ def make_models(tmp_path: Path) -> Callable[..., list[Path]]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def small_capacity(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Return a function that gives later merges a capacity in bytes and a number of threads."""
 

@@ -37,7 +37,7 @@ class Run(NamedTuple):
 Cli = Callable[..., Run]
 
 
-@pytest.fixture()
+@pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return a function that runs the command line in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -67,12 +67,12 @@ def write_config(path: Path, config: Any) -> Path:
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def paths(make_models: Callable[..., list[Path]]) -> list[Path]:
     return make_models(shapes=FEW)
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(paths: list[Path], tmp_path: Path) -> Path:
     return write_config(
         tmp_path / "config.yml", config_for("task_arithmetic", paths, parameters={"lambda": 0.5})
@@ -193,7 +193,8 @@ def _bad_density(paths: list[Path], config: dict[str, Any]) -> Any:
 
 
 def _missing_tensor(paths: list[Path], config: dict[str, Any]) -> Any:
-    write_model(paths[2], {"embed.weight": torch.zeros(50, 16), "norm": torch.zeros(16)})
+    tensors = {"embed.weight": torch.zeros(50, 16), "norm": torch.zeros(16)}
+    write_model(paths[2], {**tensors, "position_ids": torch.arange(16)})
     return config
 
 

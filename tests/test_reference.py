@@ -59,9 +59,10 @@ def run_both(
     weights: tuple[float, ...] = WEIGHTS, densities: tuple[float, ...] | None = None,
 ) -> tuple[dict[str, np.ndarray], reference.Merged, list[int]]:  # fmt: skip
     """Merge with the product and with the reference; also return the product's kept counts."""
+    aliases = ALIASES[: len(weights)]
     models = [
         {"model": str(path), "alias": alias, "parameters": {"weight": weight}}
-        for path, alias, weight in zip(paths[1:], ALIASES, weights, strict=True)
+        for path, alias, weight in zip(paths[1:], aliases, weights, strict=True)
     ]
     if densities is not None:
         for model, density in zip(models, densities, strict=True):
@@ -71,7 +72,7 @@ def run_both(
     base, *tensors = (as_float64(path) for path in paths)
     if densities is None:
         densities = (parameters.get("density", 1.0),) * len(tensors)
-    random = {"seed": SEED, "aliases": ALIASES}
+    random = {"seed": SEED, "aliases": aliases}
     common: dict[str, Any] = {"lam": parameters.get("lambda", 1.0), "double": double}
     if method == "linear":
         expected = reference.linear(tensors, weights, parameters.get("normalize", True))

@@ -77,7 +77,7 @@ def cover(plan: MergePlan, receipts: Sequence[Receipt]) -> dict[int, list[Receip
             longest[key] = receipt
     chosen = {}
     for job in plan.jobs:
-        chain = []
+        chain: list[Receipt] = []
         position = 0
         while position < job.n_elements or not chain:
             receipt = longest[job.ordinal, position]

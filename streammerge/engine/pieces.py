@@ -85,7 +85,9 @@ class KernelMath:
         from streammerge.kernels import deltas, merge
         from streammerge.kernels.blocks import CODES
 
-        self._deltas, self._merge, self._codes = deltas, merge, CODES
+        self._deltas: Any = deltas  # numba erases signatures
+        self._merge: Any = merge
+        self._codes = CODES
         self._piece = piece
         self._half, self._full = piece.arena.view(np.uint16), piece.arena.view(np.uint32)
         self._offsets = np.array([op.offset for op in piece.models], np.int64)

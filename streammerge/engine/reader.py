@@ -88,7 +88,7 @@ class Reader:
 
 
 def _read_fully(descriptor: int, offset: int, target: Bytes, path: str) -> None:
-    view = memoryview(target)
+    view = target.data
     position = 0
     while position < len(view):
         # Linux moves at most 2 GiB a call, and may move less.
@@ -106,7 +106,7 @@ def _copy_from_map(descriptor: int, offset: int, target: Bytes, path: str) -> No
     if os.fstat(descriptor).st_size < start + length:
         raise _shrunk(path)
     with mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start) as mapped:
-        memoryview(target)[:] = memoryview(mapped)[offset - start : length]
+        target.data[:] = memoryview(mapped)[offset - start : length]
 
 
 def _shrunk(path: str) -> WorldError:

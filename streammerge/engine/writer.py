@@ -82,7 +82,7 @@ class ShardWriter:
 
     def write(self, shard: int, offset: int, data: Bytes) -> None:
         """Write bytes at an absolute offset of a shard."""
-        view = memoryview(data)
+        view = data.data
         with world_errors(self._directory / self._shards[shard].name):
             position = 0
             while position < len(view):

@@ -85,9 +85,7 @@ def round_out(values, n, half, full, offset, code):
         target = half[offset >> 1 : (offset >> 1) + n]
         for i in range(n):
             bits = _sticky_f32_bits(values[i])
-            rounded = (
-                bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-            ) >> np.uint32(16)
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
             nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
             rounded = np.uint32(0x7FC0) if nan else rounded
             bad += (rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)
@@ -187,9 +185,7 @@ def words(element, n, key, out):
     c2, c3 = np.uint64(key[2]), np.uint64(key[3])
     for g in range((shift + n + 3) >> 2):
         group = first + np.uint64(g)
-        w0, w1, w2, w3 = philox(
-            group & np.uint64(0xFFFFFFFF), group >> np.uint64(32), c2, c3, k0, k1
-        )
+        w0, w1, w2, w3 = philox(group & np.uint64(0xFFFFFFFF), group >> np.uint64(32), c2, c3, k0, k1)
         out[4 * g] = np.uint32(w0)
         out[4 * g + 1] = np.uint32(w1)
         out[4 * g + 2] = np.uint32(w2)

@@ -12,9 +12,7 @@ NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3
 
 
 @njit(nogil=True, cache=True)
-def delta_block(
-    half, full, offset, code, base, element, n, drop, drop_key, cut, cut_key, out, x, w
-):
+def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut, cut_key, out, x, w):
     """Write the surviving delta of `n` elements from `element` on into `out`, else 0; count them.
 
     `base` holds the block of the base in fp32; `offset` is the model's byte offset of this block;
@@ -50,7 +48,7 @@ def _cut_block(element, n, cut, cut_key, out, w):
         ties += magnitude == threshold
         kept += keep
         out[i] = out[i] if keep else np.float32(0)
-    if ties == 0 or rule == ABOVE or rule == ALL:
+    if ties == 0 or rule in (ABOVE, ALL):
         return kept
     all_words = rule == THIN and ties * 8 > n  # many: cheaper drawn for the whole block
     shift = words(element, n, cut_key, w) if all_words else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 from streammerge.methods import rng
 from streammerge.methods.recipes import Cut, TaskVector, TaskVectorMerge, TiePolicy
@@ -39,19 +39,17 @@ def trim(
     A density of 1 or more keeps the vector as it is; 0 or less removes it whole.
     """
     partial = [i for i, density in enumerate(densities) if 0 < density < 1]
-    trimmed = [
-        replace(v, drop=2**32) if d <= 0 else v for v, d in zip(vectors, densities, strict=True)
-    ]
+    trimmed = [replace(v, drop=2**32) if d <= 0 else v for v, d in zip(vectors, densities, strict=True)]
     if not partial:
         return trimmed
     thresholds = yield [TopK(vectors[i], densities[i], plus_one, trim_scope) for i in partial]
     limits: list[int] = [0] * len(partial)
     if ties == "index":
         ends = yield [
-            TieIndex(vectors[i], t, trim_scope)
-            for i, t in zip(partial, thresholds, strict=True)  # type: ignore[arg-type]
+            TieIndex(vectors[i], cast(Threshold, t), trim_scope)
+            for i, t in zip(partial, thresholds, strict=True)
         ]
-        limits = [_limit_here(scope, end) for end in ends]  # type: ignore[arg-type]
+        limits = [_limit_here(scope, cast(tuple[int, int], end)) for end in ends]
     for i, threshold, limit in zip(partial, thresholds, limits, strict=True):
         assert isinstance(threshold, Threshold)
         if ties == "thin":
@@ -76,9 +74,7 @@ def drop(vectors: Sequence[TaskVector], densities: Sequence[float]) -> list[Task
     ]
 
 
-def rescale_by_probability(
-    vectors: Sequence[TaskVector], densities: Sequence[float]
-) -> list[TaskVector]:
+def rescale_by_probability(vectors: Sequence[TaskVector], densities: Sequence[float]) -> list[TaskVector]:
     """Divide what survives a random drop by the probability of surviving: unbiased (DARE, section 3.2)."""
     return [
         replace(vector, rescale=1.0 / density if 0 < density < 1 else 1.0)
@@ -93,7 +89,7 @@ def rescale_by_norm(vectors: Sequence[TaskVector]) -> Ask:
     if not touched:
         return rescaled
     whole = [replace(vectors[i], drop=0, cut=None) for i in touched]
-    sums = yield [AbsSum(v) for v in whole] + [AbsSum(vectors[i]) for i in touched]
+    sums = yield [AbsSum(v) for v in (*whole, *(vectors[i] for i in touched))]
     for place, i in enumerate(touched):
         before, after = sums[place], sums[len(touched) + place]
         assert isinstance(before, float)

@@ -31,9 +31,7 @@ class Where:
 
     def words(self, purpose: str, model: int, n: int, device: torch.device) -> torch.Tensor:
         """Return one random word per element of the piece, int64 in [0, 2**32)."""
-        return rng.words(
-            self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device
-        )
+        return rng.words(self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device)
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,11 @@ class TaskVector:
     def coefficient(self) -> float:
         """The one factor that multiplies a surviving entry."""
         return self.weight * self.rescale
+
+    @property
+    def is_random(self) -> bool:
+        """Whether any random word decides over its entries."""
+        return 0 < self.drop < 2**32 or (self.cut is not None and self.cut.ties == "thin")
 
     def surviving(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the entries of the task vector that survive, 0 elsewhere, in the inputs' dtype."""

@@ -22,7 +22,7 @@ from types import UnionType
 from typing import Any, Generic, Literal, TypeVar
 
 from streammerge.errors import ConfigError, InputError, printable
-from streammerge.methods.recipes import Formula, Recipe
+from streammerge.methods.recipes import Formula, Recipe, TaskVectorMerge
 from streammerge.methods.requests import Answer, Request
 
 T = TypeVar("T")
@@ -106,10 +106,14 @@ class Method:
         keywords = {self.parameters[name].python_name: value for name, value in parameters.items()}
         if self.is_formula:
             return Formula(self.function, keywords)
-        result = self.function(scope, **keywords)
-        if not inspect.isgenerator(result):
-            return result
-        return _follow(result, answers)
+        result: Any = self.function(scope, **keywords)
+        return _follow(result, answers) if inspect.isgenerator(result) else result
+
+    def draws(self, scope: Scope, parameters: Mapping[str, Any]) -> bool:
+        """Return whether these parameters make the method draw random words."""
+        answers = [[request.placeholder() for request in one] for one in self.rounds(scope, parameters)]
+        recipe = self.start(scope, parameters, answers)
+        return isinstance(recipe, TaskVectorMerge) and any(vector.is_random for vector in recipe.vectors)
 
     def rounds(self, scope: Scope, parameters: Mapping[str, Any]) -> list[list[Request]]:
         """Return the requests of each round, following the method with placeholder answers."""
@@ -124,16 +128,14 @@ class Method:
         """Return the access these parameters need, never more than declared."""
         if self.is_formula:
             return self.access
-        scopes = {
-            request.scope for requests in self.rounds(scope, parameters) for request in requests
-        }
+        scopes = {request.scope for requests in self.rounds(scope, parameters) for request in requests}
         if "model" in scopes:
             return Access.MODEL
         return Access.TENSOR if scopes else Access.ELEMENTWISE
 
 
 def _follow(
-    generator: Generator[list[Request], list[Answer], Recipe], answers: Sequence[Sequence[Answer]]
+    generator: Generator[Any, Any, Any], answers: Sequence[Sequence[Answer]]
 ) -> Recipe | list[Request]:
     try:
         wanted = next(generator)
@@ -185,9 +187,7 @@ def method(
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        origin = (
-            "built in" if function.__module__.startswith("streammerge.") else function.__module__
-        )
+        origin = "built in" if function.__module__.startswith("streammerge.") else function.__module__
         known = _METHODS.get(name)
         if known is not None and known.origin == "built in" and origin != "built in":
             raise InputError(
@@ -252,9 +252,7 @@ def load_file(path: Path) -> None:
     try:
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
     except Exception as error:
-        raise InputError(
-            f"{printable(path)}: {type(error).__name__}: {printable(error)}"
-        ) from error
+        raise InputError(f"{printable(path)}: {type(error).__name__}: {printable(error)}") from error
 
 
 def all_methods() -> Mapping[str, Method]:

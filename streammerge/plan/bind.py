@@ -12,6 +12,7 @@ from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.index.header import TensorRef
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method, Scope
+from streammerge.methods.requests import SignTotal
 from streammerge.plan.job import Job
 from streammerge.plan.parameters import bind, check_names, preset_of
 
@@ -33,11 +34,11 @@ def bind_jobs(
     preset = preset_of(config, method)
     donor = base if base is not None else models[0]
     excluded = [re.compile(pattern) for pattern in config.exclude]
-    names = [name for name in donor]
+    names = list(donor)
     copied = {name for name in names if any(pattern.search(name) for pattern in excluded)}
     warnings += _compare_names(donor, [*models], excluded)
     n_layers = count_layers(names)
-    jobs = []
+    jobs: list[Job] = []
     for name in names:
         ordinal = len(jobs)
         if name in copied:
@@ -161,25 +162,25 @@ def _merge(
 
 
 def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
-    """A quantile over the whole model is one number: its density must not vary with the tensor."""
-    seen: dict[tuple[type, int], float] = {}
-    cache: set[tuple[object, ...]] = set()
+    """A statistic of the whole model is one number: what is asked for must not vary with the tensor."""
+    first: list[tuple[object, ...]] | None = None
+    checked: set[tuple[object, ...]] = set()
     for job in jobs:
         key = tuple(job.parameters.items())
-        if job.kind != "merge" or key in cache:
+        if job.kind != "merge" or method.is_formula or key in checked:
             continue
-        cache.add(key)
+        checked.add(key)
         try:
-            rounds = [] if method.is_formula else method.rounds(Scope(job.n_models), job.parameters)
+            rounds = method.rounds(Scope(job.n_models), job.parameters)
         except ConfigError as error:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
-        for request in (request for requests in rounds for request in requests):
-            density = getattr(request, "density", None)
-            if request.scope != "model" or density is None:
-                continue
-            model = request.vector.model  # type: ignore[union-attr]
-            if seen.setdefault((type(request), model), density) != density:
-                raise ConfigError(
-                    f"tensor {printable(job.name, 120)}: density differs from other tensors', but `trim_scope: model` "
-                    "trims the model as one; give one density per model"
-                )
+        asked: list[tuple[object, ...]] = [
+            (type(r), r.vector.model, getattr(r, "density", None)) if not isinstance(r, SignTotal) else (type(r),)
+            for requests in rounds for r in requests if r.scope == "model"
+        ]  # fmt: skip
+        if first is not None and asked != first:
+            raise ConfigError(
+                f"tensor {printable(job.name, 120)}: density differs from other tensors', but `trim_scope: model` "
+                "trims the model as one; give one density per model"
+            )
+        first = asked

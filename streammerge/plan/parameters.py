@@ -21,6 +21,9 @@ PRESET = "preset"
 def check_names(config: MergeConfig, method: Method) -> list[str]:
     """Refuse parameters the method does not declare; return notes on those without effect."""
     notes = []
+    for spec in config.models:
+        if spec.fisher is not None:
+            raise ConfigError(f"{spec.path}.fisher: method {method.name!r} takes no Fisher diagonals")
     places = [(config.parameters, False), *((spec.parameters, True) for spec in config.models)]
     for settings, in_model in places:
         for name, setting in settings.items():

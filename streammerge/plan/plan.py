@@ -11,6 +11,7 @@ from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Access, Method, Scope
+from streammerge.methods.requests import Request
 from streammerge.plan.bind import bind_jobs
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
@@ -54,9 +55,7 @@ class MergePlan:
     @property
     def random(self) -> bool:
         """Whether any random word may be drawn."""
-        return any(
-            "thin" in job.parameters.values() or self.method.name.startswith("dare") for job in self.jobs
-        )
+        return any(self.method.draws(Scope(job.n_models), job.parameters) for job in _distinct(self.jobs))
 
     def steps(self, done: Mapping[int, Sequence[Interval]] | None = None) -> Iterator[Step]:
         """Yield what is left to do when `done` elements of each job are finished."""
@@ -74,11 +73,11 @@ class MergePlan:
             default=0,
         )
 
-    def rounds_of(self, job: Job) -> list[list[object]]:
+    def rounds_of(self, job: Job) -> list[list[Request]]:
         """Return the statistics requests of each round of a merge job, with placeholder answers."""
         if job.kind != "merge" or self.method.is_formula:
             return []
-        return self.method.rounds(Scope(job.n_models), job.parameters)  # type: ignore[return-value]
+        return self.method.rounds(Scope(job.n_models), job.parameters)
 
     def bytes_to_read(self) -> int:
         """Return the bytes all passes read: each input once, and once more for each streamed pass."""
@@ -87,8 +86,7 @@ class MergePlan:
         for job, how in zip(self.jobs, self.work, strict=True):
             if how.mode == "surveyed":
                 tensor_rounds = sum(
-                    any(r.scope == "tensor" for r in requests)  # type: ignore[attr-defined]
-                    for requests in self.rounds_of(job)
+                    any(r.scope == "tensor" for r in requests) for requests in self.rounds_of(job)
                 )
                 total += tensor_rounds * job.input_bytes
         return total
