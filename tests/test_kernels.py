@@ -311,7 +311,7 @@ def test_a_merge_counts_what_is_not_finite_in_its_output(place: int, elect: bool
         piece = load(tensors, has_base=has_base)
         vectors = (TaskVector(0), TaskVector(1))
         recipe = TaskVectorMerge(vectors, elect=elect) if has_base else WeightedSum((1.0, 1.0, 1.0))
-        for math in MATHS:
+        for math in MATHS[: 1 if elect else 2]:
             assert math(piece).apply(recipe, Operand(piece.models[-1].offset, "F32")).not_finite == 1
             piece = load(tensors, has_base=has_base)
 

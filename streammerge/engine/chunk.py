@@ -36,7 +36,6 @@ from streammerge.plan.schedule import Chunk, Piece
 Answers = list[list[Answer]]
 _SAMPLE_ABOVE = 1 << 19
 """Elements; below, one full pass costs no more than sampling."""
-_SAMPLE_BLOCKS = 16
 
 
 @dataclass
@@ -190,7 +189,7 @@ def resolve_in_memory(
                 accumulator.add(job.ordinal, part.start, part.n, its_math)
 
         def run_sample(some: Sequence[TopKAccumulator]) -> None:
-            for start in sample_starts(loaded.n, _SAMPLE_BLOCKS):
+            for start in sample_starts(loaded.n, max(16, min(64, loaded.n >> 16))):
                 part = slice_of(loaded, start, min(loaded.n, start + 4096))
                 its_math = math_of(context, job, part)
                 for accumulator in some:

@@ -19,6 +19,7 @@ from streammerge.methods.recipes import CopyOf, Recipe, TaskVector, TaskVectorMe
 from streammerge.methods.rng import RandomKeys
 
 Counts = NDArray[np.int64]
+Bins = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class PieceMath(Protocol):
     """What the engine asks of a loaded piece."""
 
     def count_keys(
-        self, vector: TaskVector, low: int, high: int, shift: int, bins: Counts
+        self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins
     ) -> tuple[int, int]:
         """Count magnitude patterns above `high`, and in the window by bins; return (above, highest)."""
 
@@ -122,7 +123,7 @@ class KernelMath:
         return self._key("ties", vector.model) if thin else np.zeros(4, np.uint32)
 
     def count_keys(
-        self, vector: TaskVector, low: int, high: int, shift: int, bins: Counts
+        self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins
     ) -> tuple[int, int]:
         """See `PieceMath`."""
         above, highest = self._deltas.keys_in_window(

@@ -27,6 +27,7 @@ from streammerge.engine.output import (
 )
 from streammerge.engine.reader import Backend, Reader, check_unchanged
 from streammerge.engine.run import Runner, Tick
+from streammerge.engine.warm import ensure_compiled
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import ConfigError, OutputError, Stopped, printable
 from streammerge.methods.rng import SCHEME, RandomKeys
@@ -98,6 +99,8 @@ def execute(
     for warning in plan.warnings:
         emit(Event("warning", {"message": warning}))
     reader = Reader(options.backend)
+    if options.device == "cpu" and not plan.torch_only and not plan.method.is_formula and ensure_compiled():
+        emit(Event("compiled"))
     try:
         fingerprints = [fingerprint(index, reader) for index in plan.inputs]
         identity = _identity(plan, fingerprints)

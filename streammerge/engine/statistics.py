@@ -27,7 +27,7 @@ from streammerge.methods.requests import (
 BLOCK = 4096
 _TOP = (1 << 31) - 1
 _COARSE = 15
-_MAX_BINS = 1 << 18
+_MAX_BINS = 1 << 19
 _INFINITE = 0x7F800000
 
 Range = tuple[int, int, int]
@@ -85,7 +85,7 @@ class TopKAccumulator:
 
     def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
         """Count one piece."""
-        bins = np.zeros_like(self._bins)
+        bins = np.zeros(len(self._bins), np.int32)
         above, highest = math.count_keys(self._request.vector, self._low, self._high, self._shift, bins)
         if highest >= _INFINITE:
             raise NotFiniteError(job)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.memory import Bytes
-from streammerge.engine.pieces import Applied, Counts, Loaded, Operand, operand_bytes
+from streammerge.engine.pieces import Applied, Bins, Counts, Loaded, Operand, operand_bytes
 from streammerge.errors import InputError, printable
 from streammerge.methods.recipes import (
     CopyOf,
@@ -82,7 +82,7 @@ class TorchMath:
         return (delta.view(torch.int32) & 0x7FFFFFFF).cpu().numpy().astype(np.int64)
 
     def count_keys(
-        self, vector: TaskVector, low: int, high: int, shift: int, bins: Counts
+        self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins
     ) -> tuple[int, int]:
         """See `PieceMath`."""
         above = highest = 0
@@ -91,7 +91,7 @@ class TorchMath:
             above += int((keys > high).sum())
             highest = max(highest, int(keys.max(initial=0)))
             inside = keys[(keys >= low) & (keys <= high)]
-            bins += np.bincount((inside - low) >> shift, minlength=len(bins))
+            bins += np.bincount((inside - low) >> shift, minlength=len(bins)).astype(np.int32)
         return above, highest
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:

@@ -25,3 +25,8 @@ def _cache_directory() -> Path:
 
 if not numba.config.CACHE_DIR:
     numba.config.CACHE_DIR = str(_cache_directory())
+
+
+def cache_directory() -> Path:
+    """Return where the compiled kernels are kept."""
+    return Path(numba.config.CACHE_DIR)

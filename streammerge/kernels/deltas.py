@@ -80,8 +80,10 @@ def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
         np.empty(BLOCK, np.float32),
     )
     w, keys = np.empty(BLOCK + 8, np.uint32), np.empty(BLOCK, np.uint32)
+    hits = np.empty(BLOCK, np.uint32)
     no_cut = np.array([NO_CUT, 0, 0], np.int64)
-    lo, width, s = np.uint32(low), np.uint32(high - low), np.uint32(shift)
+    lo, hi = np.uint32(low), np.uint32(high)
+    width, s = np.uint32(hi - lo), np.uint32(shift)
     above = 0
     highest = np.uint32(0)
     for start in range(0, n, BLOCK):
@@ -89,17 +91,20 @@ def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
         widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
         delta_block(half, full, offset + start * (4 if code == 2 else 2), code, b,
                     element + start, m, drop, drop_key, no_cut, drop_key, out, x, w)  # fmt: skip
-        inside = 0
+        above_here = np.uint32(0)
         for i in range(m):
-            key = bits_from_f32(out[i]) & MAGNITUDE
-            keys[i] = key - lo
-            above += key > lo + width
-            inside += (key - lo) <= width
+            # The casts keep the loop in 32-bit lanes: numba widens every integer sum to 64.
+            key = np.uint32(bits_from_f32(out[i]) & MAGNITUDE)
+            above_here = np.uint32(above_here + np.uint32(key > hi))
             highest = max(highest, key)
-        if inside > 0:
-            for i in range(m):
-                if keys[i] <= width:
-                    bins[keys[i] >> s] += 1
+            keys[i] = np.uint32(key - lo)
+        above += above_here
+        n_hits = 0
+        for i in range(m):  # gathered without a branch; in a narrow window they are few
+            hits[n_hits] = keys[i]
+            n_hits += keys[i] <= width
+        for i in range(n_hits):
+            bins[hits[i] >> s] += 1
     return above, highest
 
 

@@ -1,0 +1,119 @@
+"""
+Four views of the same handwritten digits, and how well a network reads each.
+
+`base` was trained on plain 8x8 digits and then fine-tuned, with one shared ten-way head, to four views of
+them. Each fine-tune reads its own view and little else; a merge has to read all four. No image shipped here
+was seen in any training, and merge settings were chosen on a third, separate set of images.
+`tools/make_demo_models.py` makes the data.
+
+Images: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, CC BY 4.0,
+as packaged by scikit-learn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+TASKS: tuple[str, ...] = ("edges", "haze", "mirrored", "shifted")
+MODELS: tuple[str, ...] = ("base", *TASKS)
+
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+def view(task: str, images: NDArray[np.uint8]) -> Floats:
+    """
+    Images with pixels 0..16, [n, 8, 8], as the network of `task` sees them: floats 0..1, [n, 8, 8].
+
+    edges is the size of the gradient, haze halves the contrast over a grey ground, mirrored swaps left and
+    right, shifted moves one column to the right (into black; the last column is lost). plain changes nothing.
+    """
+    x = images.astype(np.float32) / np.float32(16)
+    if task == "plain":
+        return x
+    if task == "edges":
+        p = np.pad(x, ((0, 0), (1, 1), (1, 1)))
+        right, down = p[:, 1:-1, 2:] - p[:, 1:-1, :-2], p[:, 2:, 1:-1] - p[:, :-2, 1:-1]
+        return np.minimum(np.sqrt(right * right + down * down) / np.float32(1.5), np.float32(1))
+    if task == "haze":
+        return np.float32(0.5) + np.float32(0.5) * x
+    if task == "mirrored":
+        return np.ascontiguousarray(x[:, :, ::-1])
+    if task == "shifted":
+        return np.pad(x, ((0, 0), (0, 0), (1, 0)))[:, :, :-1]
+    raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+
+
+def model_dir(name: str) -> Path:
+    """Directory of a shipped model: `base`, or the name of a task."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
+    return _data() / name
+
+
+def load_model(directory: str | Path) -> dict[str, Floats]:
+    """Every tensor of every .safetensors file of a directory, as float32; merged models may be bf16."""
+    weights: dict[str, Floats] = {}
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        weights |= _read(path.read_bytes())
+    if not weights:
+        raise FileNotFoundError(f"{directory}: no .safetensors file")
+    return weights
+
+
+def accuracy(weights: Mapping[str, Floats], task: str) -> float:
+    """Fraction of the shipped test images whose digit is read correctly when seen through `task`."""
+    images, labels = test_images()
+    return float((logits(weights, view(task, images)).argmax(axis=1) == labels).mean())
+
+
+def logits(weights: Mapping[str, Floats], x: Floats) -> Floats:
+    """Ten scores for each image: two 3x3 convolutions (the second with stride 2) and two linear layers."""
+    x = x[:, :, :, None]  # [n, row, column, channel]
+    for name, stride in (("conv1", 1), ("conv2", 2)):
+        x = np.maximum(_convolve(x, weights[f"{name}.weight"], stride) + weights[f"{name}.bias"], 0)
+    x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # Channels first, as the linear layer was trained.
+    x = np.maximum(x @ weights["hidden.weight"].T + weights["hidden.bias"], 0)
+    return x @ weights["head.weight"].T + weights["head.bias"]
+
+
+@cache
+def test_images() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The shipped images, [n, 8, 8] with pixels 0..16, and their digits, [n]."""
+    with np.load(_data() / "tests.npz") as file:
+        return file["images"], file["labels"]
+
+
+def _data() -> Path:
+    return Path(str(files("streammerge.demo"))) / "data"
+
+
+def _convolve(x: Floats, kernel: Floats, stride: int) -> Floats:
+    """Same-size 3x3 convolution, as one matrix product: kernel [out, in, 3, 3], x and result channels last."""
+    p = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(p, (3, 3), axis=(1, 2))[:, ::stride, ::stride]
+    columns = windows.reshape(-1, kernel[0].size)
+    return (columns @ kernel.reshape(len(kernel), -1).T).reshape(*windows.shape[:3], len(kernel))
+
+
+def _read(content: bytes) -> dict[str, Floats]:
+    """Tensors of one safetensors file."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors: dict[str, Floats] = {}
+    for name, entry in header.items():
+        first, last = (start + offset for offset in entry["data_offsets"])
+        values = np.frombuffer(content[first:last], dtype=_DTYPES[entry["dtype"]])
+        if entry["dtype"] == "BF16":  # The upper half of a float32.
+            values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        tensors[name] = values.astype(np.float32).reshape(entry["shape"])
+    return tensors

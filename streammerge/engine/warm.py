@@ -1,0 +1,60 @@
+"""Compile the kernels once, in a process of their own.
+
+Compiling takes over 100 MiB that a merge under `--memory 512MiB` does not have to spare; the result is
+kept on disk and loaded in a fraction of a second afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from streammerge.engine.pieces import KernelMath, Loaded, Operand
+from streammerge.methods.recipes import Cut, TaskVector, TaskVectorMerge, WeightedSum
+from streammerge.methods.rng import RandomKeys
+
+_MARK = "compiled"
+
+
+def ensure_compiled() -> bool:
+    """Compile the kernels in a child process unless they are; return whether that was needed.
+
+    Where the cache cannot be written they are compiled later, in this process.
+    """
+    from streammerge.kernels import cache_directory
+
+    mark = cache_directory() / _MARK
+    if mark.exists():
+        return False
+    code = "from streammerge.engine.warm import compile_kernels; compile_kernels()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    if done.returncode == 0:
+        _touch(mark)
+    return True
+
+
+def _touch(mark: Path) -> None:
+    with contextlib.suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def compile_kernels() -> None:
+    """Call every kernel once with the argument types a merge uses."""
+    arena = np.zeros(64 * 4, np.uint8)
+    operands = tuple(Operand(64 * i, "BF16") for i in range(2))
+    piece = Loaded(arena, operands, Operand(128, "BF16"), "t", 0, 8, (8,), RandomKeys(0, ("a", "b")))
+    math = KernelMath(piece)
+    vectors = tuple(TaskVector(i, drop=1 << 31, cut=Cut(1, "thin", 1 << 31)) for i in range(2))
+    math.count_keys(vectors[0], 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
+    math.abs_sums(vectors[0])
+    math.ties(vectors[0], 0, 4096)
+    math.apply(WeightedSum((1.0, 1.0)), Operand(128, "BF16"))
+    math.apply(TaskVectorMerge(vectors, elect=True), Operand(128, "BF16"))

@@ -1,0 +1,330 @@
+"""Tables small enough to work out by hand, one per paper; all numbers are exact in binary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streammerge.errors import ConfigError
+from streammerge.methods.recipes import (
+    CopyOf,
+    Cut,
+    Formula,
+    Recipe,
+    TaskVector,
+    TaskVectorMerge,
+    WeightedSum,
+    Where,
+)
+from streammerge.methods.registry import Scope, get_method, load_builtin
+from streammerge.methods.requests import AbsSum, Answer, SignTotal, Threshold, TieIndex, TopK
+from streammerge.methods.rng import RandomKeys
+
+load_builtin()
+KEYS = RandomKeys(0, ("a", "b", "c"))
+
+BASE = [1.0, 2.0, 3.0, 4.0]
+DELTAS = [
+    [0.5, -0.25, 0.125, 0.0625],
+    [0.25, 0.5, -0.125, -1.0],
+    [-1.0, 0.125, 0.25, 0.75],
+]
+# Trimmed to the top half of each: the thresholds are 0.25, 0.5 and 0.75.
+#   0.5  -0.25   0    0
+#   0     0.5    0   -1
+#  -1     0      0    0.75
+# Totals: -0.5, +0.25, 0, -0.25; so the signs elected are -, +, none, -.
+# Disjoint means: -1, 0.5, 0, -1.
+TRIMMED_AT = [0.25, 0.5, 0.75]
+TIES = [0.0, 2.5, 3.0, 3.0]
+
+
+def key(magnitude: float) -> int:
+    return int(np.float32(magnitude).view(np.uint32))
+
+
+def call(recipe: Recipe, deltas: Sequence[Sequence[float]], base: Sequence[float] = BASE, seed: int = 0,
+         start: int = 0) -> list[float]:  # fmt: skip
+    """Apply a recipe to base + deltas, in fp32 as the engine does."""
+    assert not isinstance(recipe, CopyOf)
+    theta_0 = torch.tensor(base)
+    models = [theta_0 + torch.tensor(delta) for delta in deltas]
+    merged = recipe(models, theta_0, Where("t", start, RandomKeys(seed, KEYS.models)))
+    assert merged.dtype == torch.float64
+    return merged.tolist()
+
+
+def parameters_of(name: str, n: int, **given: Any) -> dict[str, Any]:
+    """Every declared parameter, as the planner binds it: `given`, else the default."""
+    bound = {}
+    for parameter in get_method(name).parameters.values():
+        value = given.get(parameter.name, parameter.default)
+        if parameter.per_model and not isinstance(value, tuple):
+            value = (value,) * n
+        bound[parameter.name] = value
+    return bound
+
+
+def follow(name: str, n: int, *answers: list[Answer], **given: Any) -> Any:
+    return get_method(name).start(Scope(n), parameters_of(name, n, **given), answers)
+
+
+# --- TIES (https://arxiv.org/abs/2306.01708)
+
+
+def cut_at(magnitudes: Sequence[float], **more: Any) -> TaskVectorMerge:
+    vectors = tuple(TaskVector(i, cut=Cut(key(m), "all")) for i, m in enumerate(magnitudes))
+    return TaskVectorMerge(vectors, elect=True, normalize=True, **more)
+
+
+def test_ties_trims_elects_and_takes_the_disjoint_mean() -> None:
+    assert call(cut_at(TRIMMED_AT), DELTAS) == TIES
+
+
+def test_ties_scales_by_lambda() -> None:
+    assert call(cut_at(TRIMMED_AT, scale=0.5), DELTAS) == [0.5, 2.25, 3.0, 3.5]
+
+
+def test_the_method_asks_for_the_top_half_and_returns_that_recipe() -> None:
+    wanted = follow("ties", 3, density=0.5)
+    assert [(r.vector.model, r.density, r.count(4), r.scope) for r in wanted] == [
+        (i, 0.5, 2, "tensor") for i in range(3)
+    ]
+    thresholds: list[Answer] = [Threshold(key(m), 1, 1) for m in TRIMMED_AT]
+    recipe = follow("ties", 3, thresholds, density=0.5)
+    assert call(recipe, DELTAS) == TIES
+    assert call(follow("ties", 3, thresholds, density=0.5, ties="all"), DELTAS) == TIES
+    # `drop` removes the thresholds themselves: one entry of each model is left, and nobody disagrees.
+    dropped = follow("ties", 3, thresholds, density=0.5, ties="drop")
+    assert call(dropped, DELTAS) == [1.0 + (0.5 - 1.0) * 0 - 1.0, 2.0, 3.0, 3.0]
+
+
+def test_the_sum_of_the_agreeing_entries_is_left_undivided_without_normalize() -> None:
+    deltas = [[0.5, 0.25], [0.25, -1.0], [-0.5, -0.25]]
+    vectors = tuple(TaskVector(i) for i in range(3))
+    assert call(TaskVectorMerge(vectors, elect=True), deltas, [0.0, 0.0]) == [0.75, -1.25]
+    assert call(TaskVectorMerge(vectors, elect=True, normalize=True), deltas, [0.0, 0.0]) == [0.375, -0.625]
+
+
+def test_weights_multiply_before_the_election_and_divide_after() -> None:
+    # Weights 3, 1, 1 turn the first column: 1.5 against 0.75.  Mean: (3 * 0.5) / 3.
+    vectors = (TaskVector(0, 3.0), TaskVector(1), TaskVector(2))
+    deltas = [[0.5, -0.5], [-0.5, 1.0], [-0.25, 1.0]]
+    merge = TaskVectorMerge(vectors, elect=True, normalize=True)
+    assert call(merge, deltas, [0.0, 0.0]) == [0.5, 1.0]
+    equal = TaskVectorMerge(tuple(TaskVector(i) for i in range(3)), elect=True, normalize=True)
+    assert call(equal, deltas, [0.0, 0.0]) == [-0.375, 1.0]
+
+
+@pytest.mark.parametrize(("sign", "expected"), [(0, [0.0, 0.0]), (1, [0.5, 0.0]), (-1, [-0.5, 0.0])])
+def test_an_undecided_element_goes_where_zero_sign_says(sign: int, expected: list[float]) -> None:
+    merge = TaskVectorMerge((TaskVector(0), TaskVector(1)), elect=True, normalize=True, zero_sign=sign)
+    assert call(merge, [[0.5, 0.0], [-0.5, 0.0]], [0.0, 0.0]) == expected
+
+
+def test_the_majority_of_elected_signs_decides_and_a_draw_is_negative() -> None:
+    deltas = [[0.5, 1.0, 1.0, -1.0], [-0.5, 0.0, 0.0, 0.0]]
+    (request,) = follow("ties", 2, zero_sign="majority")
+    assert isinstance(request, SignTotal)
+    base = torch.zeros(4)
+    total = request.merge.sign_total([torch.tensor(d) for d in deltas], base, Where("t", 0, KEYS))
+    assert total == 1
+    for answer, expected in [(total, 0.5), (0, -0.5), (-3, -0.5)]:
+        recipe = follow("ties", 2, [answer], zero_sign="majority")
+        assert call(recipe, deltas, [0.0] * 4) == [expected, 1.0, 1.0, -1.0]
+
+
+def test_ties_is_antisymmetric_under_a_change_of_sign() -> None:
+    mirrored = [[-x for x in delta] for delta in DELTAS]
+    zero = [0.0] * 4
+    assert call(cut_at(TRIMMED_AT), mirrored, zero) == [-x for x in call(cut_at(TRIMMED_AT), DELTAS, zero)]
+
+
+def test_the_paper_preset_is_the_published_code() -> None:
+    preset = dict(get_method("ties").presets["paper"])
+    assert preset == {
+        "density": 0.2, "trim_scope": "model", "count": "floor+1", "ties": "all", "zero_sign": "majority",
+    }  # fmt: skip
+    wanted = follow("ties", 3, **preset)
+    assert [(r.scope, r.count(10), r.count(4)) for r in wanted] == [("model", 3, 1)] * 3
+
+
+@pytest.mark.parametrize(
+    ("density", "n", "floor", "plus_one"),
+    [(0.2, 10, 2, 3), (0.29, 100, 28, 29), (1 - 0.9, 1000, 99, 100), (0.2, 4, 1, 1), (0.001, 1, 1, 1),
+     (0.999, 1, 1, 1), (0.5, 3, 1, 2), (0.999, 1000, 999, 1000)],
+)  # fmt: skip
+def test_k_is_the_references_formula(density: float, n: int, floor: int, plus_one: int) -> None:
+    assert TopK(TaskVector(0), density).count(n) == floor
+    assert TopK(TaskVector(0), density, plus_one=True).count(n) == plus_one
+
+
+def test_ties_at_the_threshold_are_kept_by_policy() -> None:
+    delta = [0.5, 0.5, 0.5, 1.0]
+    threshold = Threshold(key(0.5), 3, 1)
+
+    def kept(policy: str, *more: list[Answer]) -> list[float]:
+        recipe = follow("ties", 1, [threshold], *more, density=0.5, ties=policy)
+        return call(recipe, [delta], [0.0] * 4)
+
+    assert kept("all") == delta
+    assert kept("drop") == [0.0, 0.0, 0.0, 1.0]
+    (request,) = follow("ties", 1, [threshold], density=0.5, ties="index")
+    assert request == TieIndex(TaskVector(0), threshold)
+    assert kept("index", [(0, 1)]) == [0.5, 0.0, 0.0, 1.0]
+    words = Where("t", 0, KEYS).words("ties", 0, 4, torch.device("cpu")).tolist()
+    limit = math.floor(2**32 / 3 + 0.5)
+    assert kept("thin") == [d if d == 1.0 or w < limit else 0.0 for d, w in zip(delta, words, strict=True)]
+
+
+def test_a_tie_index_in_another_tensor_keeps_all_or_none_here() -> None:
+    threshold = Threshold(key(0.5), 3, 1)
+    for ordinal, expected in [(3, [0.5, 0.5]), (5, [0.5, 0.0]), (9, [0.0, 0.0])]:
+        # The ties end at element 1 of tensor 5.
+        parameters = parameters_of("ties", 1, density=0.5, ties="index", trim_scope="model")
+        recipe = get_method("ties").start(Scope(1, ordinal), parameters, [[threshold], [(5, 1)]])
+        assert not isinstance(recipe, list)
+        assert call(recipe, [[0.5, 0.5]], [0.0, 0.0]) == expected
+
+
+def test_density_one_keeps_all_zero_keeps_nothing_and_neither_asks() -> None:
+    assert call(follow("ties", 2, density=(1.0, 0.0)), [[0.5], [4.0]], [1.0]) == [1.5]
+    assert isinstance(follow("ties", 2), TaskVectorMerge)
+
+
+# --- task arithmetic (https://arxiv.org/abs/2212.04089)
+
+
+@pytest.mark.parametrize(
+    ("weights", "more", "expected"),
+    [
+        ((1.0, 1.0), {}, [1.75, 1.75]),  # addition
+        ((1.0, 1.0), {"lambda": 0.5}, [1.375, 1.875]),
+        ((1.0, 1.0), {"normalize": True}, [1.375, 1.875]),  # addition, divided by the sum of weights
+        ((-1.0, 0.0), {}, [0.5, 2.0]),  # negation of the first
+        ((1.0, -1.0), {"normalize": True}, [1.25, 2.25]),  # a sum of zero divides nothing
+    ],
+)
+def test_task_vectors_are_added_and_negated(
+    weights: tuple[float, ...], more: dict[str, Any], expected: list[float]
+) -> None:
+    recipe = follow("task_arithmetic", 2, weight=weights, **more)
+    assert call(recipe, [[0.5, 0.0], [0.25, -0.25]], [1.0, 2.0]) == expected
+
+
+def test_an_analogy_is_c_plus_b_minus_a() -> None:
+    # A is to B as C is to D, with the ancestor as base: D = base + (C + B - A).
+    a, b, c = [0.5, 0.0, 0.25], [0.5, 1.0, 0.25], [0.0, 0.0, -2.0]
+    recipe = follow("task_arithmetic", 3, weight=(-1.0, 1.0, 1.0))
+    assert call(recipe, [a, b, c], [1.0, 1.0, 1.0]) == [1.0, 2.0, -1.0]
+
+
+# --- DARE (https://arxiv.org/abs/2311.03099)
+
+
+def test_dare_divides_what_survives_by_its_probability() -> None:
+    recipe = follow("dare_linear", 1, density=0.25)
+    (vector,) = recipe.vectors
+    assert vector == TaskVector(0, rescale=4.0, drop=3 << 30)
+    words = Where("t", 0, KEYS).words("dare", 0, 4, torch.device("cpu")).tolist()
+    expected = [4 * d if w >= 3 << 30 else 0.0 for d, w in zip(DELTAS[0], words, strict=True)]
+    assert call(recipe, DELTAS[:1], [0.0] * 4) == expected
+    unscaled = follow("dare_linear", 1, density=0.25, rescale="none")
+    assert call(unscaled, DELTAS[:1], [0.0] * 4) == [x / 4 for x in expected]
+
+
+def test_dare_is_unbiased_with_the_variance_of_the_paper() -> None:
+    # METHODS section 4, test 8: E = delta, Var = delta^2 p / (1 - p); 400 seeds x 256 elements.
+    seeds, n, density = 400, 256, 0.25
+    delta = (torch.arange(n) + 1) / 256
+    recipe = follow("dare_linear", 1, density=density)
+    base = torch.zeros(n)
+    draws = torch.stack([recipe([delta], base, Where("t", 0, RandomKeys(s, ("a",)))) for s in range(seeds)])
+    variance = delta.double() ** 2 * (1 - density) / density
+    z2 = float(((draws.mean(0) - delta) ** 2 / (variance / seeds)).sum())
+    assert abs((z2 / n) ** (1 / 3) - (1 - 2 / (9 * n))) < 5 * math.sqrt(2 / (9 * n))
+    ratio = float((((draws - delta) ** 2).mean(0) / variance).mean())
+    # (d/q - d)^2 takes two values: 9 d^2 (1 in 4) and d^2; over the variance 3 d^2 its deviation is 1.155.
+    assert abs(ratio - 1) < 5 * 1.155 / math.sqrt(seeds * n)
+
+
+def test_dare_by_l1_restores_the_norm() -> None:
+    wanted = follow("dare_linear", 1, density=0.5, rescale="l1")
+    whole, masked = TaskVector(0), TaskVector(0, drop=1 << 31)
+    assert wanted == [AbsSum(whole), AbsSum(masked)]
+    recipe = follow("dare_linear", 1, [3.0, 2.0], density=0.5, rescale="l1")
+    assert [v.rescale for v in recipe.vectors] == [1.5]
+    nothing_left = follow("dare_linear", 1, [3.0, 0.0], density=0.5, rescale="l1")
+    assert [v.rescale for v in nothing_left.vectors] == [1.0]
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_dare_at_the_ends_is_the_base_or_task_arithmetic(density: float) -> None:
+    for name in ("dare_linear", "dare_ties"):
+        recipe = follow(name, 1, density=density)
+        assert call(recipe, DELTAS[:1]) == [b + density * d for b, d in zip(BASE, DELTAS[0], strict=True)]
+
+
+def test_dare_ties_sums_the_agreeing_survivors() -> None:
+    recipe = follow("dare_ties", 3)
+    # Untrimmed totals: -0.25, +0.375, +0.25, -0.1875.
+    assert call(recipe, DELTAS) == [1.0 - 1.0, 2.0 + 0.625, 3.0 + 0.375, 4.0 - 1.0]
+    mean = follow("dare_ties", 3, normalize=True)
+    assert call(mean, DELTAS) == [0.0, 2.0 + 0.3125, 3.0 + 0.1875, 3.0]
+
+
+# --- averages
+
+
+@pytest.mark.parametrize(
+    ("weights", "more", "expected"),
+    [
+        ((1.0, 1.0), {}, [2.0, 3.0]),
+        ((3.0, 1.0), {}, [1.5, 2.5]),
+        ((0.75, 0.25), {"normalize": False}, [1.5, 2.5]),
+        ((1.0, 1.0), {"normalize": False}, [4.0, 6.0]),
+        ((2.0, -1.0), {}, [-1.0, 0.0]),
+    ],
+)
+def test_linear_is_the_weighted_average(
+    weights: tuple[float, ...], more: dict[str, Any], expected: list[float]
+) -> None:
+    recipe = follow("linear", 2, weight=weights, **more)
+    assert isinstance(recipe, WeightedSum)
+    assert recipe([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], None, Where("t", 0, KEYS)).tolist() == expected
+
+
+@pytest.mark.parametrize("weights", [(1.0, -1.0), (-1.0, 0.5), (0.0, 0.0)])
+def test_linear_refuses_weights_without_a_positive_sum(weights: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="positive weights or normalize: false"):
+        follow("linear", 2, weight=weights)
+    assert follow("linear", 2, weight=weights, normalize=False) == WeightedSum(weights)
+
+
+def test_passthrough_copies_or_scales() -> None:
+    assert follow("passthrough", 1) == CopyOf(0)
+    assert follow("passthrough", 1, scale=1.0) == CopyOf(0)
+    assert follow("passthrough", 1, scale=0.5) == WeightedSum((0.5,))
+
+
+# --- precision
+
+
+def test_sums_run_in_fp64_and_deltas_in_fp32() -> None:
+    # 2^24 + 1 is no fp32 number: the sum of these two models is not lost, ...
+    models = [torch.tensor([2.0**24]), torch.tensor([1.0])]
+    where = Where("t", 0, KEYS)
+    assert WeightedSum((1.0, 1.0))(models, None, where).tolist() == [2.0**24 + 1]
+    # ... while delta = fl32(theta - theta_0) is rounded, by definition.
+    recipe = TaskVectorMerge((TaskVector(0),))
+    assert recipe(models[:1], torch.tensor([-1.0]), where).tolist() == [2.0**24 - 1]
+
+
+def test_a_plain_formula_sees_the_pieces_and_its_parameters() -> None:
+    formula = Formula(lambda models, base, t: base + t * (models[0] - base), {"t": 0.5})
+    assert formula([torch.tensor([3.0])], torch.tensor([1.0]), Where("t", 0, KEYS)).tolist() == [2.0]
