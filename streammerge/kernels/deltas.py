@@ -3,7 +3,14 @@
 import numpy as np
 from numba import njit
 
-from streammerge.kernels.blocks import BLOCK, bits_from_f32, widen, word_at, words
+from streammerge.kernels.blocks import (
+    BLOCK,
+    bits_from_f32,
+    f32_from_bits,
+    widen,
+    word_at,
+    words,
+)
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
 
@@ -39,31 +46,39 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
 def _cut_block(element, n, cut, cut_key, out, w):
     """Zero what the cut removes. Elements at the threshold itself are settled one by one."""
     rule, threshold, limit = cut[0], np.uint32(cut[1]), cut[2]
-    least = threshold + np.uint32(rule == ABOVE)
-    kept = 0
-    ties = 0
+    least = np.uint32(threshold + np.uint32(rule == ABOVE))
+    kept = np.uint32(0)
+    ties = np.uint32(0)
     for i in range(n):
-        magnitude = bits_from_f32(out[i]) & MAGNITUDE
+        # The casts keep the loop in 32-bit lanes: numba widens every integer sum to 64.
+        bits = bits_from_f32(out[i])
+        magnitude = np.uint32(bits & MAGNITUDE)
         keep = magnitude >= least
-        ties += magnitude == threshold
-        kept += keep
-        out[i] = out[i] if keep else np.float32(0)
+        ties = np.uint32(ties + np.uint32(magnitude == threshold))
+        kept = np.uint32(kept + np.uint32(keep))
+        out[i] = f32_from_bits(bits if keep else np.uint32(0))
+    total = np.int64(kept)
     if ties == 0 or rule in (ABOVE, ALL):
-        return kept
-    all_words = rule == THIN and ties * 8 > n  # many: cheaper drawn for the whole block
+        return total
+    places = np.empty(BLOCK, np.uint32)
+    n_ties = 0
+    for i in range(n):  # gathered without a branch
+        places[n_ties] = np.uint32(i)
+        n_ties += (bits_from_f32(out[i]) & MAGNITUDE) == threshold
+    all_words = rule == THIN and n_ties * 8 > n  # many: cheaper drawn for the whole block
     shift = words(element, n, cut_key, w) if all_words else 0
-    for i in range(n):
-        if (bits_from_f32(out[i]) & MAGNITUDE) == threshold:
-            if rule == INDEX:
-                keep = element + i < limit
-            elif all_words:
-                keep = np.int64(w[shift + i]) < limit
-            else:
-                keep = np.int64(word_at(element + i, cut_key)) < limit
-            if not keep:
-                out[i] = np.float32(0)
-                kept -= 1
-    return kept
+    for t in range(n_ties):
+        i = np.int64(places[t])
+        if rule == INDEX:
+            keep = element + i < limit
+        elif all_words:
+            keep = np.int64(w[shift + i]) < limit
+        else:
+            keep = np.int64(word_at(element + i, cut_key)) < limit
+        if not keep:
+            out[i] = np.float32(0)
+            total -= 1
+    return total
 
 
 @njit(nogil=True, cache=True)

@@ -1,0 +1,187 @@
+"""`verify` finds any changed bit of any file, and names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from streammerge.api import merge
+from streammerge.engine.verify import verify
+from streammerge.errors import ModelError
+from tests.conftest import config_for
+
+SHAPES: dict[str, tuple[int, ...]] = {"embed.weight": (60, 32), "layers.0.weight": (32, 48), "norm": (32,)}
+
+
+@pytest.fixture(params=["one file", "shards"])
+def out(request: pytest.FixtureRequest, make_models: Callable[..., list[Path]], tmp_path: Path) -> Path:
+    config = config_for("ties", make_models(shapes=SHAPES), parameters={"density": 0.5})
+    size = 10**9 if request.param == "one file" else 3500
+    merge(config, tmp_path / "out", shard_size=size)
+    return tmp_path / "out"
+
+
+def files(out: Path) -> list[str]:
+    return sorted(p.name for p in out.iterdir())
+
+
+def found(out: Path) -> str:
+    """Return all that `verify` says about a directory that is not as it was written."""
+    try:
+        verdict = verify(out)
+    except ModelError as error:
+        return str(error)
+    assert verdict.problems
+    return "\n".join(verdict.problems)
+
+
+def flip(path: Path, position: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_an_output_as_it_was_written_passes(out: Path) -> None:
+    verdict = verify(out)
+    assert verdict.problems == ()
+    manifest = json.loads((out / "streammerge.json").read_text())
+    assert set(manifest["files"]) == set(files(out)) - {"streammerge.json"}
+    assert verdict.files == len(manifest["files"])
+    assert verdict.nbytes == sum((out / name).stat().st_size for name in manifest["files"])
+
+
+def test_five_bit_flips_in_every_file_are_all_found_and_the_file_is_named(out: Path) -> None:
+    for name in files(out):
+        path = out / name
+        sound = path.read_bytes()
+        size = len(sound)
+        for position, bit in [(0, 0), (min(9, size - 1), 3), (size // 3, 7), (size // 2, 1), (size - 1, 0)]:
+            flip(path, position, bit)
+            assert name in found(out), (name, position)
+            path.write_bytes(sound)
+    assert verify(out).problems == ()
+
+
+def test_a_bit_flip_anywhere_in_the_manifest_is_found(out: Path) -> None:
+    path = out / "streammerge.json"
+    sound = path.read_bytes()
+    for position in range(0, len(sound), 7):
+        flip(path, position, position % 8)
+        assert "streammerge.json" in found(out), position
+        path.write_bytes(sound)
+
+
+@pytest.mark.parametrize("tensor", list(SHAPES))
+def test_a_bit_flip_inside_a_tensor_names_the_tensor_and_the_file(tensor: str, out: Path) -> None:
+    for path in out.glob("model*.safetensors"):
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        if tensor in header:
+            first, last = header[tensor]["data_offsets"]
+            for position in (first, (first + last) // 2, last - 1):
+                flip(path, 8 + length + position, 5)
+                (problem,) = verify(out).problems
+                assert f"tensor {tensor} is damaged" in problem
+                assert path.name in problem
+                path.write_bytes(raw)
+            return
+    pytest.fail("no file holds the tensor")
+
+
+def cut_one_byte(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def make_empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def add_a_byte(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0")
+
+
+def add_a_newline(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\n")
+
+
+def make_a_link(path: Path) -> None:
+    moved = path.parent.parent / f"moved {path.name}"
+    path.rename(moved)
+    path.symlink_to(moved)
+
+
+def make_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_one_byte, cut_in_half, make_empty, add_a_byte, add_a_newline, Path.unlink, make_a_link, make_a_directory],
+)
+def test_damage_to_any_file_is_found_and_the_file_is_named(
+    damage: Callable[[Path], None], out: Path, tmp_path: Path
+) -> None:
+    for name in files(out):
+        if name == "streammerge.json" and damage is make_a_link:
+            continue
+        copy = tmp_path / f"copy of {name}"
+        shutil.copytree(out, copy)
+        damage(copy / name)
+        assert name in found(copy), name
+
+
+def test_a_pipe_in_place_of_a_shard_is_found_without_waiting(out: Path) -> None:
+    shard = next(out.glob("model*.safetensors"))
+    make_a_pipe(shard)
+    assert shard.name in found(out)
+
+
+def test_two_files_exchanged_are_found(out: Path) -> None:
+    one, two = out / "README.md", out / "config.json"
+    first, second = one.read_bytes(), two.read_bytes()
+    one.write_bytes(second)
+    two.write_bytes(first)
+    problems = found(out)
+    assert "README.md" in problems
+    assert "config.json" in problems
+
+
+def test_a_model_file_that_the_manifest_does_not_know_is_found(out: Path) -> None:
+    (out / "model-00009-of-00009.safetensors").write_bytes(next(out.glob("model*.safetensors")).read_bytes())
+    assert "model-00009-of-00009.safetensors" in found(out)
+
+
+def test_every_damaged_file_is_listed_not_only_the_first(out: Path) -> None:
+    for name in ("README.md", "config.json"):
+        flip(out / name, 3, 1)
+    flip(next(out.glob("model*.safetensors")), -1, 1)
+    assert len(verify(out).problems) == 3
+
+
+def test_an_unfinished_merge_is_not_verified(out: Path) -> None:
+    (out / ".streammerge").mkdir()
+    assert "not finished" in found(out)
+
+
+def test_a_directory_without_a_manifest_or_none_at_all_is_refused(tmp_path: Path) -> None:
+    assert "no such directory" in found(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert "streammerge.json" in found(tmp_path / "empty")
