@@ -99,9 +99,9 @@ def test_the_method_asks_for_the_top_half_and_returns_that_recipe() -> None:
     recipe = follow("ties", 3, thresholds, density=0.5)
     assert call(recipe, DELTAS) == TIES
     assert call(follow("ties", 3, thresholds, density=0.5, ties="all"), DELTAS) == TIES
-    # `drop` removes the thresholds themselves: one entry of each model is left, and nobody disagrees.
+    # `drop` removes the thresholds too: 0.5; -1 in the last place; -1 in the first, which outweighs 0.5.
     dropped = follow("ties", 3, thresholds, density=0.5, ties="drop")
-    assert call(dropped, DELTAS) == [1.0 + (0.5 - 1.0) * 0 - 1.0, 2.0, 3.0, 3.0]
+    assert call(dropped, DELTAS) == [0.0, 2.0, 3.0, 3.0]
 
 
 def test_the_sum_of_the_agreeing_entries_is_left_undivided_without_normalize() -> None:
@@ -296,7 +296,10 @@ def test_linear_is_the_weighted_average(
 ) -> None:
     recipe = follow("linear", 2, weight=weights, **more)
     assert isinstance(recipe, WeightedSum)
-    assert recipe([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], None, Where("t", 0, KEYS)).tolist() == expected
+    assert (
+        recipe([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], None, Where("t", 0, KEYS)).tolist()
+        == expected
+    )
 
 
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (-1.0, 0.5), (0.0, 0.0)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -127,7 +128,9 @@ def test_every_sixteen_bit_number_and_every_halfway_case_round_exactly(dtype: st
     ]:
         bits, _ = rounded_by_kernel(values, dtype)
         assert (bits == expected).all()
-        assert (round_to(torch.from_numpy(values), dtype).view(torch.int16).numpy().view(np.uint16) == bits).all()
+        assert (
+            round_to(torch.from_numpy(values), dtype).view(torch.int16).numpy().view(np.uint16) == bits
+        ).all()
         negative, _ = rounded_by_kernel(-values, dtype)
         assert (negative == (expected | 0x8000)).all()
     assert precision in (8, 11)
@@ -154,9 +157,7 @@ def test_rounding_is_exact_for_any_fp64_value(dtype: str, values: list[float]) -
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
-@given(
-    mantissa=st.integers(2**24, 2**25 - 1), low=st.integers(-3, 3), exponent=st.integers(-160, 140)
-)
+@given(mantissa=st.integers(2**24, 2**25 - 1), low=st.integers(-3, 3), exponent=st.integers(-160, 140))
 @example(mantissa=2**24 + 2**16, low=1, exponent=0)
 @settings(max_examples=100, deadline=None)
 def test_rounding_is_exact_next_to_fp32_halfway_cases(
@@ -199,7 +200,7 @@ def load(tensors: Sequence[torch.Tensor], start: int = 0, has_base: bool = True)
 
 def cuts_of(n: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
     edges = [0, *sorted({c for c in cuts if 0 < c < n}), n]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def deltas(kind: str, n: int, seed: int = 0) -> torch.Tensor:
@@ -311,7 +312,7 @@ def test_a_merge_counts_what_is_not_finite_in_its_output(place: int, elect: bool
         piece = load(tensors, has_base=has_base)
         vectors = (TaskVector(0), TaskVector(1))
         recipe = TaskVectorMerge(vectors, elect=elect) if has_base else WeightedSum((1.0, 1.0, 1.0))
-        for math in MATHS[: 1 if elect else 2]:
+        for math in MATHS:
             assert math(piece).apply(recipe, Operand(piece.models[-1].offset, "F32")).not_finite == 1
             piece = load(tensors, has_base=has_base)
 
@@ -426,3 +427,12 @@ def test_an_output_may_lie_over_an_input_of_its_width() -> None:
     KernelMath(piece).apply(TaskVectorMerge((TaskVector(0),), scale=0.5), Operand(piece.base.offset, "BF16"))
     written = piece.arena[piece.base.offset : piece.base.offset + 2 * 5000].view(np.int16)
     assert torch.equal(torch.from_numpy(written.copy()).view(torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_election_does_not_hide_what_is_not_finite_in_torch(value: float) -> None:
+    tensors = [torch.ones(1001), deltas("gaussian", 1001), deltas("gaussian", 1001, 1)]
+    tensors[-1][511] = value
+    piece = load(tensors)
+    recipe = TaskVectorMerge((TaskVector(0), TaskVector(1)), elect=True)
+    assert TorchMath(piece, "cpu", 4096).apply(recipe, Operand(0, "F32")).not_finite == 1

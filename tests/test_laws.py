@@ -98,7 +98,9 @@ def test_lambda_zero_gives_the_base(
     method: str, make_models: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     paths = make_models()
-    merge(config_for(method, paths, parameters={"lambda": 0.0, "density": 0.5}), tmp_path / "out", memory="1GiB")
+    merge(
+        config_for(method, paths, parameters={"lambda": 0.0, "density": 0.5}), tmp_path / "out", memory="1GiB"
+    )
     merged, base = read_tensors(tmp_path / "out"), read_tensors(paths[0])
     assert all(torch.equal(merged[name], base[name]) for name in base)
 

@@ -14,8 +14,8 @@ import pytest
 import streammerge
 
 PACKAGE = Path(streammerge.__file__).parent
-LAYERS = ["errors units dtypes", "index", "config", "methods", "kernels", "plan", "engine", "report", "demo",
-          "api", "cli"]  # fmt: skip
+LAYERS = ["errors units dtypes", "index", "config", "methods", "kernels", "plan", "engine", "report", "api",
+          "demo", "cli"]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
 
@@ -67,7 +67,9 @@ def test_a_module_imports_nothing_from_a_layer_above(path: Path) -> None:
 
 
 def test_every_part_of_the_package_has_a_layer() -> None:
-    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    parts = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
     assert parts - {"__init__", "__main__"} == set(RANK)
 
 

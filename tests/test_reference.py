@@ -101,7 +101,11 @@ def assert_equal_to_the_last_bit_but_ties(
     assert merged.keys() == expected.theta.keys()
     for tensor, values in merged.items():
         error = reference.ulp_error(values, expected.theta[tensor], expected.size[tensor], name)
-        assert error.max(initial=0.0) <= bound, (tensor, error.max(), np.unravel_index(error.argmax(), error.shape))
+        assert error.max(initial=0.0) <= bound, (
+            tensor,
+            error.max(),
+            np.unravel_index(error.argmax(), error.shape),
+        )
 
 
 @pytest.mark.parametrize(("method", "parameters"), CASES)
@@ -158,7 +162,9 @@ def test_thin_keeps_all_above_none_below_and_the_right_fraction_of_ties(
     scope: str, make_models: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     # One model without a second to elect against: what survives is visible in the output.
-    paths = make_models(n_models=1, dtype=torch.bfloat16, spread=1e-4, shapes={"a": (600, 100), "b": (50, 80)})
+    paths = make_models(
+        n_models=1, dtype=torch.bfloat16, spread=1e-4, shapes={"a": (600, 100), "b": (50, 80)}
+    )
     merged, expected, kept = run_both(
         "ties", {"density": 0.2, "trim_scope": scope}, paths, tmp_path / "out", weights=(1.0,)
     )
@@ -184,7 +190,9 @@ def test_trim_policies_are_nested_and_index_keeps_exactly_k(
 ) -> None:
     paths = make_models(n_models=1, spread=1e-4, shapes={"a": (300, 100)})
     counts = {
-        policy: run_both("ties", {"density": 0.2, "ties": policy}, paths, tmp_path / policy, weights=(1.0,))[2][0]
+        policy: run_both("ties", {"density": 0.2, "ties": policy}, paths, tmp_path / policy, weights=(1.0,))[
+            2
+        ][0]
         for policy in ("drop", "thin", "index", "all")
     }
     assert counts["index"] == 6000
@@ -203,3 +211,10 @@ def test_an_output_of_another_dtype_is_rounded_once_from_fp64(
         expected = reference.task_arithmetic(base, models, (1.0, 1.0, 1.0), lam=0.3)
         bound = 0.5 + 1e-6 if name != "float64" else 2.0
         assert_equal_to_the_last_bit_but_ties(as_float64(tmp_path / name), expected, name, bound)
+
+
+def test_an_empty_tensor_does_not_hang_a_trim(make_models: Callable[..., list[Path]], tmp_path: Path) -> None:
+    paths = make_models(shapes={"w": (30, 4), "empty": (0, 4)})
+    for policy in ("thin", "index", "all", "drop"):
+        config = config_for("ties", paths, parameters={"density": 0.5, "ties": policy})
+        merge(config, tmp_path / policy, memory="1GiB")

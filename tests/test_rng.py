@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -64,9 +65,7 @@ def test_a_key_is_the_hash_of_its_coordinates() -> None:
     assert RandomKeys(42, ("b", "a")).key("dare", 1, NAME) == KEY
 
 
-@given(
-    st.integers(0, 2**64 - 1), st.sampled_from(["dare", "ties"]), st.text(max_size=8), st.text(max_size=8)
-)
+@given(st.integers(0, 2**64 - 1), st.sampled_from(["dare", "ties"]), st.text(max_size=8), st.text(max_size=8))
 def test_any_key_is_that_of_the_reference(seed: int, purpose: str, model: str, tensor: str) -> None:
     assert list(derive_key(seed, purpose, model, tensor)) == reference.key_of(seed, purpose, model, tensor)
 
@@ -145,7 +144,7 @@ def test_a_smaller_drop_rate_keeps_a_superset() -> None:
     kept = [w >= threshold(p) for p in rates]  # uint32 against Python integers: 2**32 included
     assert kept[0].all()
     assert not kept[-1].any()
-    for more, less in zip(kept, kept[1:], strict=False):
+    for more, less in pairwise(kept):
         assert not (less & ~more).any()
 
 
@@ -193,7 +192,9 @@ def serial_test(mask: np.ndarray, q: float) -> float:
     """Test 4: products at lags; the worst of ten, corrected."""
     x = (mask - q).astype(np.float32) / math.sqrt(q * (1 - q))
     lags = (1, 2, 3, 4, 5, 8, 64, ROW, 4096, 65_536)
-    return min(1.0, len(lags) * min(normal(float(np.dot(x[:-g], x[g:])) / math.sqrt(x.size - g)) for g in lags))
+    return min(
+        1.0, len(lags) * min(normal(float(np.dot(x[:-g], x[g:])) / math.sqrt(x.size - g)) for g in lags)
+    )
 
 
 def gaps_test(mask: np.ndarray, q: float) -> float:

@@ -134,7 +134,16 @@ def make_a_pipe(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [cut_one_byte, cut_in_half, make_empty, add_a_byte, add_a_newline, Path.unlink, make_a_link, make_a_directory],
+    [
+        cut_one_byte,
+        cut_in_half,
+        make_empty,
+        add_a_byte,
+        add_a_newline,
+        Path.unlink,
+        make_a_link,
+        make_a_directory,
+    ],
 )
 def test_damage_to_any_file_is_found_and_the_file_is_named(
     damage: Callable[[Path], None], out: Path, tmp_path: Path

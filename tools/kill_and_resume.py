@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import filecmp
+import json
 import os
 import random
 import shutil
@@ -19,14 +20,27 @@ import time
 from pathlib import Path
 
 
-def run(config: str, out: Path, memory: str, kill_after: float | None) -> tuple[int, float, float]:
-    """Run a merge, killed after some seconds if it still runs: (exit status, seconds, peak MiB)."""
+def run(config: str, out: Path, memory: str, kill_at: float) -> tuple[int, float, float]:
+    """Run a merge, killed when that share of it is done: (exit status, seconds, peak MiB)."""
     began = time.monotonic()
-    command = [sys.executable, "-m", "streammerge.cli", "merge", config, str(out), "--memory", memory, "--quiet"]
-    process = subprocess.Popen(command)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        process.send_signal(signal.SIGKILL)
+    command = [
+        sys.executable,
+        "-m",
+        "streammerge.cli",
+        "merge",
+        config,
+        str(out),
+        "--memory",
+        memory,
+        "--json",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "progress" and event["elements"] >= kill_at * event["elements_total"]:
+            os.kill(process.pid, signal.SIGKILL)
+            break
     _, status, usage = os.wait4(process.pid, 0)
     return os.waitstatus_to_exitcode(status), time.monotonic() - began, usage.ru_maxrss / 1024
 
@@ -41,7 +55,9 @@ def same(left: Path, right: Path) -> bool:
 
 def main() -> None:
     """Run the proof."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("config")
     parser.add_argument("workdir", type=Path)
     parser.add_argument("--memory", default="512MiB")
@@ -51,13 +67,13 @@ def main() -> None:
     whole, killed = args.workdir / "whole", args.workdir / "killed"
     for out in (whole, killed):
         shutil.rmtree(out, ignore_errors=True)
-    code, full, peak = run(args.config, whole, args.memory, None)
-    print(f"uninterrupted: exit {code}, {full:.1f} s, peak {peak:.0f} MiB", flush=True)
+    code, seconds, peak = run(args.config, whole, args.memory, 2.0)
+    print(f"uninterrupted: exit {code}, {seconds:.1f} s, peak {peak:.0f} MiB", flush=True)
     chance = random.Random(args.seed)
-    for _ in range(args.kills):
-        code, seconds, peak = run(args.config, killed, args.memory, chance.uniform(0.1, 0.6) * full)
-        print(f"killed: exit {code} after {seconds:.1f} s, peak {peak:.0f} MiB", flush=True)
-    code, seconds, peak = run(args.config, killed, args.memory, None)
+    for share in sorted(chance.uniform(0.05, 0.95) for _ in range(args.kills)):
+        code, seconds, peak = run(args.config, killed, args.memory, share)
+        print(f"killed at {share:.0%}: exit {code}, {seconds:.1f} s, peak {peak:.0f} MiB", flush=True)
+    code, seconds, peak = run(args.config, killed, args.memory, 2.0)
     print(f"resumed to the end: exit {code}, {seconds:.1f} s, peak {peak:.0f} MiB", flush=True)
     print("byte-identical" if same(whole, killed) else "THE BYTES DIFFER")
     sys.exit(0 if same(whole, killed) else 1)

@@ -4,7 +4,7 @@ Train the demo's base network and its fine-tunes, and write `streammerge/demo/da
 Needs torch and scikit-learn. The digits are split once, by a fixed seed, into images to train on, images to
 choose merge settings on, and the test images that are shipped; every model is trained on the first part only.
 
-Run `python tools/make_demo_models.py`; it takes about a minute on one core.
+Run `python tools/make_demo_models.py`; it takes about fifteen seconds on one core.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ from streammerge.demo import digits
 
 N_TRAIN, N_VALIDATION = 1000, 200  # The other 597 images are the test.
 BATCH = 32
-CONFIG = {"model_type": "digits_convnet", "image_size": 8, "channels": [16, 32], "hidden_size": 64, "num_labels": 10}
+CONFIG = {
+    "model_type": "digits_convnet",
+    "image_size": 8,
+    "channels": [16, 32],
+    "hidden_size": 64,
+    "num_labels": 10,
+}
 
 
 class ConvNet(nn.Module):
@@ -36,12 +42,13 @@ class ConvNet(nn.Module):
         self.conv2 = nn.Conv2d(16, 32, 3, padding=1, stride=2)
         self.hidden = nn.Linear(512, 64)
         self.head = nn.Linear(64, 10)
-        self.dropout = nn.Dropout(0.2)
+        self.dropout = nn.Dropout(0.3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores [n, 10] of images [n, 8, 8]."""
         x = self.conv2(self.conv1(x[:, None]).relu()).relu()
-        return self.head(self.hidden(self.dropout(x.flatten(1))).relu())
+        x = self.hidden(self.dropout(x.flatten(1))).relu()
+        return self.head(self.dropout(x))
 
 
 def split(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -50,7 +57,9 @@ def split(seed: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     order = np.random.default_rng(seed).permutation(len(data.target))
     parts = np.split(order, [N_TRAIN, N_TRAIN + N_VALIDATION])
     images, labels = data.images.astype(np.uint8), data.target.astype(np.uint8)
-    return {name: (images[i], labels[i]) for name, i in zip(("train", "validation", "test"), parts, strict=True)}
+    return {
+        name: (images[i], labels[i]) for name, i in zip(("train", "validation", "test"), parts, strict=True)
+    }
 
 
 def train(model: ConvNet, x: np.ndarray, labels: np.ndarray, *, epochs: int, lr: float, seed: int) -> ConvNet:
@@ -74,7 +83,9 @@ def save(model: ConvNet, directory: Path, task: str) -> dict[str, np.ndarray]:
     """Write one model as a directory and give its weights back."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    path = directory / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)
     (directory / "config.json").write_text(json.dumps(CONFIG | {"task": task}, indent=2) + "\n")
     return {name: tensor.numpy() for name, tensor in weights.items()}
 
@@ -83,7 +94,7 @@ def main() -> None:
     """Train, write and print the accuracies, in percent."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(digits.__file__).parent / "data")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)  # One order of every sum, so that the same seed gives the same files.
@@ -94,7 +105,7 @@ def main() -> None:
     np.savez_compressed(arguments.out / "tests.npz", images=test_images, labels=test_labels)
 
     torch.manual_seed(arguments.seed)
-    base = train(ConvNet(), digits.view("plain", images), labels, epochs=20, lr=2e-3, seed=arguments.seed)
+    base = train(ConvNet(), digits.view("plain", images), labels, epochs=60, lr=2e-3, seed=arguments.seed)
     views = ("plain", *digits.TASKS)
     print("".ljust(10), *(name.rjust(9) for name in views))
     for name in digits.MODELS:
@@ -102,7 +113,9 @@ def main() -> None:
         if name != "base":
             model = train(base, digits.view(name, images), labels, epochs=20, lr=1e-3, seed=arguments.seed)
         weights = save(model, arguments.out / name, "plain" if name == "base" else name)
-        hits = (digits.logits(weights, digits.view(v, test_images)).argmax(axis=1) == test_labels for v in views)
+        hits = (
+            digits.logits(weights, digits.view(v, test_images)).argmax(axis=1) == test_labels for v in views
+        )
         print(name.ljust(10), *(f"{100 * hit.mean():9.1f}" for hit in hits), flush=True)
 
 

@@ -1,7 +1,7 @@
 """Make llama-shaped bf16 checkpoints of any size: a base and fine-tunes of it, or headers only.
 
     python tools/make_models.py OUT --models 3 --layers 14             # 1.7 GB each
-    python tools/make_models.py OUT --models 3 --layers 1 --vocab 1000000
+    python tools/make_models.py OUT --models 3 --layers 1 --vocab 1000000 --tied  # one 4 GB tensor
     python tools/make_models.py OUT --models 3 --preset 405b --sparse   # true headers, no data
 
 Weights are normal with deviation 0.02, fine-tunes add normal noise of 1e-3; all rounded to bf16, so that the
@@ -22,7 +22,9 @@ BLOCK = 1 << 22
 SHARD = 5_000_000_000
 
 
-def shapes(layers: int, hidden: int, inter: int, kv: int, vocab: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(
+    layers: int, hidden: int, inter: int, kv: int, vocab: int, tied: bool = False
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the names and shapes of a llama model in its own order."""
     yield "model.embed_tokens.weight", (vocab, hidden)
     for i in range(layers):
@@ -37,7 +39,8 @@ def shapes(layers: int, hidden: int, inter: int, kv: int, vocab: int) -> Iterato
         yield p + "self_attn.q_proj.weight", (hidden, hidden)
         yield p + "self_attn.v_proj.weight", (kv, hidden)
     yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (vocab, hidden)
+    if not tied:
+        yield "lm_head.weight", (vocab, hidden)
 
 
 def nbytes(shape: tuple[int, ...]) -> int:
@@ -94,7 +97,9 @@ def fill(files: list, name: str, shape: tuple[int, ...], sparse: bool) -> None:
 
 def main() -> None:
     """Write the models."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", type=int, default=3)
     parser.add_argument("--layers", type=int, default=14)
@@ -102,10 +107,11 @@ def main() -> None:
     parser.add_argument("--inter", type=int, default=5632)
     parser.add_argument("--kv", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--tied", action="store_true", help="no lm_head beside the embedding")
     parser.add_argument("--preset", choices=["405b"])
     parser.add_argument("--sparse", action="store_true")
     args = parser.parse_args()
-    size = (args.layers, args.hidden, args.inter, args.kv, args.vocab)
+    size = (args.layers, args.hidden, args.inter, args.kv, args.vocab, args.tied)
     if args.preset == "405b":
         size = (126, 16384, 53248, 1024, 128256)
     shards = split(list(shapes(*size)))
@@ -128,7 +134,10 @@ def main() -> None:
         for file in files:
             file.close()
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(nbytes(s) for _, s in shapes(*size))}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(nbytes(s) for _, s in shapes(*size))},
+            "weight_map": weight_map,
+        }
         for name in names:
             (args.out / name / "model.safetensors.index.json").write_text(json.dumps(index))
     print(f"{args.out}: {len(names)} models of {sum(nbytes(s) for _, s in shapes(*size)) / 1e9:.2f} GB")

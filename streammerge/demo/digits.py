@@ -33,7 +33,7 @@ def view(task: str, images: NDArray[np.uint8]) -> Floats:
     """
     Images with pixels 0..16, [n, 8, 8], as the network of `task` sees them: floats 0..1, [n, 8, 8].
 
-    edges is the size of the gradient, haze halves the contrast over a grey ground, mirrored swaps left and
+    edges is the size of the gradient, haze is 0.4 of the contrast over light grey, mirrored swaps left and
     right, shifted moves one column to the right (into black; the last column is lost). plain changes nothing.
     """
     x = images.astype(np.float32) / np.float32(16)
@@ -42,9 +42,10 @@ def view(task: str, images: NDArray[np.uint8]) -> Floats:
     if task == "edges":
         p = np.pad(x, ((0, 0), (1, 1), (1, 1)))
         right, down = p[:, 1:-1, 2:] - p[:, 1:-1, :-2], p[:, 2:, 1:-1] - p[:, :-2, 1:-1]
-        return np.minimum(np.sqrt(right * right + down * down) / np.float32(1.5), np.float32(1))
+        size: Floats = np.sqrt(right * right + down * down) / np.float32(1.5)
+        return np.minimum(size, np.float32(1))
     if task == "haze":
-        return np.float32(0.5) + np.float32(0.5) * x
+        return np.float32(0.6) + np.float32(0.4) * x
     if task == "mirrored":
         return np.ascontiguousarray(x[:, :, ::-1])
     if task == "shifted":
@@ -79,7 +80,9 @@ def logits(weights: Mapping[str, Floats], x: Floats) -> Floats:
     """Ten scores for each image: two 3x3 convolutions (the second with stride 2) and two linear layers."""
     x = x[:, :, :, None]  # [n, row, column, channel]
     for name, stride in (("conv1", 1), ("conv2", 2)):
-        x = np.maximum(_convolve(x, weights[f"{name}.weight"], stride) + weights[f"{name}.bias"], 0)
+        x = _convolve(x, weights[f"{name}.weight"], stride)
+        x += weights[f"{name}.bias"]
+        np.maximum(x, 0, out=x)
     x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # Channels first, as the linear layer was trained.
     x = np.maximum(x @ weights["hidden.weight"].T + weights["hidden.bias"], 0)
     return x @ weights["head.weight"].T + weights["head.bias"]
@@ -98,10 +101,12 @@ def _data() -> Path:
 
 def _convolve(x: Floats, kernel: Floats, stride: int) -> Floats:
     """Same-size 3x3 convolution, as one matrix product: kernel [out, in, 3, 3], x and result channels last."""
+    _, height, width, _ = x.shape
     p = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(p, (3, 3), axis=(1, 2))[:, ::stride, ::stride]
-    columns = windows.reshape(-1, kernel[0].size)
-    return (columns @ kernel.reshape(len(kernel), -1).T).reshape(*windows.shape[:3], len(kernel))
+    taps = [p[:, i : i + height : stride, j : j + width : stride] for i in range(3) for j in range(3)]
+    columns = np.concatenate(taps, axis=3)
+    flat = columns.reshape(-1, columns.shape[3]) @ kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
+    return flat.reshape(*columns.shape[:3], len(kernel))
 
 
 def _read(content: bytes) -> dict[str, Floats]:

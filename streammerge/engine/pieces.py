@@ -61,9 +61,7 @@ class Applied:
 class PieceMath(Protocol):
     """What the engine asks of a loaded piece."""
 
-    def count_keys(
-        self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins
-    ) -> tuple[int, int]:
+    def count_keys(self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
         """Count magnitude patterns above `high`, and in the window by bins; return (above, highest)."""
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
@@ -122,9 +120,7 @@ class KernelMath:
         thin = vector.cut is not None and vector.cut.ties == "thin"
         return self._key("ties", vector.model) if thin else np.zeros(4, np.uint32)
 
-    def count_keys(
-        self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins
-    ) -> tuple[int, int]:
+    def count_keys(self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
         """See `PieceMath`."""
         above, highest = self._deltas.keys_in_window(
             *self._delta_arguments(vector), self._piece.start, self._piece.n,

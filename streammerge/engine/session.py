@@ -33,7 +33,7 @@ from streammerge.errors import ConfigError, OutputError, Stopped, printable
 from streammerge.methods.rng import SCHEME, RandomKeys
 from streammerge.plan.plan import MergePlan
 
-_CHECK_STEP = 4 << 20
+_CHECK_STEP = 1 << 20
 
 
 @dataclass(frozen=True)

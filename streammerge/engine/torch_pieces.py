@@ -81,9 +81,7 @@ class TorchMath:
         delta = self._surviving(vector, a, b).float()
         return (delta.view(torch.int32) & 0x7FFFFFFF).cpu().numpy().astype(np.int64)
 
-    def count_keys(
-        self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins
-    ) -> tuple[int, int]:
+    def count_keys(self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
         """See `PieceMath`."""
         above = highest = 0
         for a, b in self._blocks():

@@ -168,11 +168,11 @@ class TaskVectorMerge:
         import torch
 
         up, down, up_weight, down_weight = self._totals(models, base, where)
-        gamma = (up - down).sign()  # elect
-        negative = (gamma < 0) | ((gamma == 0) & (self.zero_sign < 0))
+        lead = up - down  # elect: the sign of the lead; of a NaN it would be 0, which must not hide it
+        negative = (lead < 0) | ((lead == 0) & (self.zero_sign < 0))
         merged = torch.where(negative, -down, up)
         if self.zero_sign == 0:
-            merged = torch.where(gamma == 0, 0.0, merged)
+            merged = torch.where(lead == 0, 0.0, merged)
         if self.normalize:
             weight = torch.where(negative, down_weight, up_weight)
             merged = merged / torch.where(weight == 0, 1.0, weight)

@@ -135,6 +135,8 @@ def _merge(
     base: TensorIndex | None, config: MergeConfig, method: Method, parameters: Mapping[str, object],
 ) -> Job:  # fmt: skip
     name = donor.name
+    if not donor.n_elements:
+        return _copy(ordinal, donor, config)
     if donor.dtype in FLOATS:
         recipe_base = base[name] if base is not None and method.base != "none" else None
         return Job(

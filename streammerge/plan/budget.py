@@ -15,7 +15,7 @@ from streammerge.units import format_size
 
 MIB = 1 << 20
 
-KERNEL_RESERVE = 208 * MIB
+KERNEL_RESERVE = 224 * MIB
 """Interpreter, numpy, numba with its kernels compiled or loaded, and what threads need."""
 TORCH_RESERVE = 400 * MIB
 """The same with torch (CPU build) imported as well."""

@@ -91,17 +91,19 @@ def plan_work(
     """
     per_element = _bytes_per_element(job)
     if job.kind != "merge" or access is Access.ELEMENTWISE:
-        return Work("cut", ALIGN, per_element, workspace(job, ALIGN))
+        return _fitting(
+            job, Work("cut", ALIGN, per_element, workspace(job, ALIGN)), ALIGN, "a block of it", budget
+        )
     if access is Access.ROW:
         work = Work("cut", job.row_length, per_element, workspace(job, job.row_length))
-        _refuse_unless_fits(job, work, job.row_length, "one row of it", budget)
-        return work
+        return _fitting(job, work, job.row_length, "one row of it", budget)
     if streams:
-        resident = job.n_elements * per_element <= budget.resident_limit
-        return Work("whole" if resident else "surveyed", ALIGN, per_element, workspace(job, ALIGN))
+        scratch = workspace(job, ALIGN)
+        resident = job.n_elements * per_element + scratch <= budget.resident_limit
+        work = Work("whole" if resident else "surveyed", ALIGN, per_element, scratch)
+        return _fitting(job, work, ALIGN, "a block of it", budget)
     work = Work("whole", job.n_elements, per_element, workspace(job, job.n_elements))
-    _refuse_unless_fits(job, work, job.n_elements, "the whole tensor", budget)
-    return work
+    return _fitting(job, work, job.n_elements, "the whole tensor", budget)
 
 
 def _bytes_per_element(job: Job) -> float:
@@ -115,14 +117,16 @@ def _bytes_per_element(job: Job) -> float:
     return job.input_bytes_per_element + (output if output > first else 0.0)
 
 
-def _refuse_unless_fits(job: Job, work: Work, n: int, what: str, budget: Budget) -> None:
-    needed = int(n * work.bytes_per_element) + work.workspace
+def _fitting(job: Job, work: Work, n: int, what: str, budget: Budget) -> Work:
+    """Return `work` if `n` elements and its workspace fit the capacity; else refuse with the numbers."""
+    needed = int(min(n, job.n_elements) * work.bytes_per_element) + work.workspace
     if needed > budget.capacity:
         raise BudgetError(
             f"{printable(job.name)}: this method holds {what}, {format_size(needed)}, in memory; "
             f"--memory {format_size(budget.total)} leaves {format_size(budget.capacity)}: "
             f"give at least {format_size(needed + budget.reserve)}, or use a method that splits further"
         )
+    return work
 
 
 def steps(
@@ -146,7 +150,8 @@ def steps(
             yield Survey(job.ordinal)
         for piece in _pieces(job, how, budget, left):
             nbytes = (piece.stop - piece.start) * how.bytes_per_element
-            if pieces and held + nbytes > budget.chunk_target:
+            too_much = held + nbytes > budget.chunk_target or held + nbytes + how.workspace > budget.capacity
+            if pieces and too_much:
                 yield Chunk(tuple(pieces), int(held) + workspace)
                 pieces, held, workspace = [], 0.0, 0
             pieces.append(piece)
@@ -168,7 +173,8 @@ def _pieces(job: Job, how: Work, budget: Budget, left: Sequence[Interval]) -> It
 
 def piece_elements(how: Work, budget: Budget) -> int:
     """Return the elements of one piece: as many as the chunk target holds, in whole rows."""
-    fit = int(budget.chunk_target / max(how.bytes_per_element, 1e-9))
+    room = min(budget.chunk_target, budget.capacity - how.workspace)
+    fit = int(room / max(how.bytes_per_element, 1e-9))
     return max(1, fit // how.row) * how.row
 
 

@@ -1,0 +1,54 @@
+"""The promise of `--memory`: the operating system's own account of the peak stays below it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import config_for
+
+MIB = 1 << 20
+LIMIT = 320 * MIB
+TOOL = Path(__file__).parents[1] / "tools" / "make_models.py"
+SIZE = ["--layers", "1", "--hidden", "1024", "--inter", "2816", "--kv", "1024", "--vocab", "48000"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+    """A base and three fine-tunes, 217 MB each, of which 98 MB each are embedding and head."""
+    directory = tmp_path_factory.mktemp("large")
+    subprocess.run([sys.executable, TOOL, directory, "--models", "3", *SIZE], check=True, capture_output=True)
+    paths = [directory / name for name in ("base", "tuned1", "tuned2", "tuned3")]
+    yield paths
+    for path in paths:
+        for file in path.iterdir():
+            file.unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("linear", {}), ("ties", {"density": 0.2})], ids=["linear", "ties"]
+)
+def test_peak_resident_memory_stays_below_the_limit(
+    method: str, parameters: dict[str, float], models: list[Path], tmp_path: Path
+) -> None:
+    config = config_for(method, models, parameters=parameters)
+    if method == "linear":
+        config["models"].append({"model": str(models[0])})
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "streammerge.cli", "merge", str(tmp_path / "config.yml"), str(out)]
+    options = ["--memory", "320MiB", "--quiet", "--device", "cpu"]
+    process = subprocess.Popen([*command, *options])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert (out / "model.safetensors").stat().st_size > 200 * 10**6
+    (out / "model.safetensors").unlink()
+    assert usage.ru_maxrss * 1024 < LIMIT
