@@ -13,7 +13,8 @@ from streammerge.config.schema import MergeConfig, config_from_mapping, load_con
 from streammerge.engine.session import Event, Options, Summary, execute
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.index.model import TensorIndex, open_model
-from streammerge.methods.registry import Method, get_method, load_builtin, load_file
+from streammerge.methods.catalog import load_builtin, load_file
+from streammerge.methods.registry import Method, get_method
 from streammerge.plan import budget as budgets
 from streammerge.plan.plan import MergePlan, make_plan
 from streammerge.report.card import model_card

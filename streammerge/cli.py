@@ -151,7 +151,8 @@ def inspect(model: str, as_json: bool) -> None:
 @click.option("--methods", metavar="FILE", help="A Python file with merge methods of your own; it is run.")
 def methods(name: str | None, methods: str | None) -> None:
     """List the merge methods, or show one: formula, parameters, defaults, paper."""
-    from streammerge.methods.registry import all_methods, get_method, load_builtin, load_file
+    from streammerge.methods.catalog import load_builtin, load_file
+    from streammerge.methods.registry import all_methods, get_method
     from streammerge.report.tables import method_text, methods_text
 
     load_builtin()

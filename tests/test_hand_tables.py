@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from streammerge.errors import ConfigError
+from streammerge.methods.catalog import load_builtin
 from streammerge.methods.recipes import (
     CopyOf,
     Cut,
@@ -21,7 +22,7 @@ from streammerge.methods.recipes import (
     WeightedSum,
     Where,
 )
-from streammerge.methods.registry import Scope, get_method, load_builtin
+from streammerge.methods.registry import Scope, get_method
 from streammerge.methods.requests import AbsSum, Answer, SignTotal, Threshold, TieIndex, TopK
 from streammerge.methods.rng import RandomKeys
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from streammerge.api import merge
-from streammerge.methods.registry import all_methods, load_builtin
+from streammerge.methods.catalog import load_builtin
+from streammerge.methods.registry import all_methods
 from tests.conftest import config_for, output_bytes, read_tensors
 
 load_builtin()

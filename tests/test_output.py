@@ -282,8 +282,7 @@ def test_empty_scalar_and_deep_tensors_are_merged(make_models: Make, tmp_path: P
 @pytest.mark.parametrize("which", [0, 2])
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("ties", {"density": 0.3}), ("ties", {"density": 0.3, "trim_scope": "model"}), ("task_arithmetic", {}),
-     ("dare_linear", {"density": 0.5})],
+    [("ties", {"density": 0.3}), ("ties", {"density": 0.3, "trim_scope": "model"}), ("task_arithmetic", {})],
 )  # fmt: skip
 @pytest.mark.parametrize("capacity", [1 << 16, 1 << 30])
 def test_a_value_that_is_not_finite_is_refused_naming_file_tensor_and_element(

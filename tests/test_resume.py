@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -187,8 +188,9 @@ def test_a_failure_at_any_call_of_an_operation_leaves_nothing_torn_and_is_resume
             try:
                 scene.merge(out)
             except (WorldError, SimulatedKill) as caught:
-                assert isinstance(caught, SimulatedKill) == (error == "kill")
-                assert trap.sprung
+                right = isinstance(caught, SimulatedKill) == (error == "kill")
+                if not right or not trap.sprung:
+                    raise
             else:
                 if not trap.sprung:
                     break
@@ -504,10 +506,8 @@ def test_a_link_planted_in_the_output_is_not_followed(
     place = out / STATE / NAME if name == NAME else out / name
     place.unlink(missing_ok=True)
     place.symlink_to(victim)
-    try:
+    with contextlib.suppress(StreammergeError):
         scene.merge(out)
-    except StreammergeError:
-        pass
     assert victim.read_bytes() == b"precious"
 
 
@@ -651,12 +651,11 @@ class Slow:
         return process
 
     def start_and_wait_for_work(self) -> subprocess.Popen[str]:
-        """Start, and return when a receipt or an answer has been recorded since."""
+        """Start, and return when some elements are finished and recorded."""
         path = self.out / STATE / NAME
-        before = path.stat().st_size if path.exists() else 0
         process = self.start()
-        for _ in range(3000):
-            if process.poll() is not None or (path.exists() and path.stat().st_size > max(before, 500)):
+        for _ in range(2000):
+            if process.poll() is not None or (path.exists() and path.read_bytes().count(b'"done"') >= 3):
                 break
             time.sleep(0.01)
         return process

@@ -51,16 +51,16 @@ def my_nothing(models, base):
 SHAPES: dict[str, tuple[int, ...]] = {"embed": (600, 64), "a.weight": (96, 130), "norm": (64,), "scalar": ()}
 
 
-@pytest.fixture()
+@pytest.fixture
 def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    registry.load_builtin()
+    catalog.load_builtin()
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
     path = tmp_path / "my_methods.py"
     path.write_text(METHODS)
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def paths(make_models: Callable[..., list[Path]]) -> list[Path]:
     return make_models(shapes=SHAPES, dtype=torch.float32)
 
@@ -125,7 +125,7 @@ def test_a_name_that_a_builtin_method_has_is_refused(
     paths: list[Path], methods: Path, tmp_path: Path
 ) -> None:
     methods.write_text(METHODS.replace("my_midpoint", "ties"))
-    with pytest.raises(InputError, match="'ties'.*taken by a built-in"):
+    with pytest.raises(InputError, match=r"'ties'.*taken by a built-in"):
         merge(config_of("my_rows", paths), tmp_path / "out", methods=methods)
     assert registry.get_method("ties").origin == "built in"
     assert not (tmp_path / "out").exists()
@@ -150,7 +150,7 @@ def test_a_file_that_cannot_be_run_is_one_line(
 
 
 def test_a_file_that_is_not_there_is_one_line(paths: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(StreammergeError, match="none.py"):
+    with pytest.raises(StreammergeError, match=r"none\.py"):
         plan(config_of("my_rows", paths), methods=tmp_path / "none.py")
 
 

@@ -9,15 +9,12 @@ Three kinds of function may be registered, told apart by their signature:
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import typing
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import StrEnum
-from importlib.metadata import entry_points
-from pathlib import Path
 from types import UnionType
 from typing import Any, Generic, Literal, TypeVar
 
@@ -229,30 +226,6 @@ def _kinds(hint: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
         parts = [_kinds(part) for part in typing.get_args(hint) if part is not type(None)]
         return sum((kinds for kinds, _ in parts), ()), sum((names for _, names in parts), ())
     return (hint,), ()
-
-
-def load_builtin() -> None:
-    """Import the methods that ship with the package, and those that installed packages add."""
-    import streammerge.methods.builtin  # noqa: F401
-
-    for point in entry_points(group="streammerge.methods"):
-        try:
-            point.load()
-        except Exception as error:
-            raise InputError(
-                f"installed methods {point.name!r} ({point.value}) cannot be imported: {printable(error)}"
-            ) from error
-
-
-def load_file(path: Path) -> None:
-    """Run a user's Python file so that the methods it decorates are registered."""
-    spec = importlib.util.spec_from_file_location(f"user_methods_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise InputError(f"{printable(path)}: not a Python file with merge methods")
-    try:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    except Exception as error:
-        raise InputError(f"{printable(path)}: {type(error).__name__}: {printable(error)}") from error
 
 
 def all_methods() -> Mapping[str, Method]:
