@@ -178,7 +178,8 @@ def main() -> NoReturn:
     code = 0
     try:
         cli.main(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
     except click.exceptions.Abort:
         code = 130
     except click.ClickException as error:

@@ -508,3 +508,12 @@ def test_help_and_config_errors_import_neither_numba_nor_torch(arguments: list[s
     code = "2" if "none.yml" in arguments else "0"
     assert run.stdout.splitlines()[-1].split() == [code], run
     assert time.monotonic() - began < 5
+
+
+def test_a_closed_stdout_is_no_traceback(make_models: Callable[..., list[Path]], tmp_path: Path) -> None:
+    config = tmp_path / "c.yml"
+    config.write_text(yaml.safe_dump(config_for("linear", make_models())))
+    command = f"{sys.executable} -m streammerge.cli merge {config} {tmp_path / 'out'} >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()

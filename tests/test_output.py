@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from streammerge.api import merge
 from streammerge.engine.session import Event
 from streammerge.errors import ModelError
-from tests.conftest import config_for, output_bytes, read_tensors
+from tests.conftest import config_for, output_bytes, read_tensors, write_model
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed.weight": (200, 32),
@@ -330,3 +330,16 @@ def test_an_overflow_in_a_copied_and_cast_tensor_is_refused_too(make_models: Mak
     with pytest.raises(ModelError, match="norm"):
         merge(config_for("ties", paths, dtype="float16", exclude=["norm"]), tmp_path / "out")
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_nan_in_an_entry_that_is_dropped_is_found_too(
+    make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    base, *models = make_models(n_models=2)
+    tensors = read_tensors(models[1])
+    tensors["model.embed_tokens.weight"].view(-1)[5000:5008] = float("nan")  # one of them is dropped, surely
+    write_model(models[1], tensors)
+    config = config_for("dare_linear", [base, *models], parameters={"density": 0.01})
+    for kernels in (True, False):
+        with pytest.raises(ModelError, match=r"embed_tokens.*element 5000"):
+            merge(config, tmp_path / f"out{kernels}", memory="1GiB", kernels=kernels)

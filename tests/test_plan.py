@@ -604,3 +604,24 @@ def test_a_formula_whose_temporaries_do_not_fit_is_refused_or_fits(access: Acces
     except BudgetError:
         return
     assert all(s.nbytes <= budget.capacity for s in steps([job], [work], budget, {}) if isinstance(s, Chunk))
+
+
+def test_a_method_without_parameters_keeps_its_access_beside_copied_tensors(
+    make_models: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streammerge.api import plan as decide
+    from streammerge.methods import registry
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+    @registry.method("whole_tensor_here", access="tensor", base="none")
+    def whole_tensor_here(models: Any, base: Any) -> Any:
+        return models[0]
+
+    paths = make_models()
+    decided = decide(
+        {"merge_method": "whole_tensor_here", "models": [str(p) for p in paths[1:]]}, memory="1GiB"
+    )
+    assert {str(a) for j, a in zip(decided.jobs, decided.access, strict=True) if j.kind == "merge"} == {
+        "tensor"
+    }

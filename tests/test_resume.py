@@ -776,3 +776,50 @@ def test_a_value_that_is_not_finite_stops_a_resumed_merge_too(
         with pytest.raises(InputError, match=r"m2.*norm.*element 7"):
             merge(config_for("linear", paths), tmp_path / "out")
         assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_stop_during_streamed_statistics_ends_and_concludes_nothing(scene: Scene, tmp_path: Path) -> None:
+    stop = threading.Event()
+    stop.set()
+    out = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        scene.merge(out, stop=stop, signal_received=lambda: 15)
+    with pytest.raises(Stopped):
+        scene.merge(out, stop=stop)  # without a signal too
+    scene.merge(out)
+    assert output_bytes(out) == scene.expected
+
+
+def test_overwrite_starts_over_after_an_interruption_in_the_commit(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        set_trap(patch, "ShardWriter.publish", Trap(SimulatedKill(), 1, once=True))
+        with pytest.raises(SimulatedKill):
+            scene.merge(out)
+    scene.merge(out, overwrite=True)
+    assert output_bytes(out) == scene.expected
+
+
+def test_overwrite_leaves_files_of_others_alone(scene: Scene, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scene.merge(out)
+    (out / "notes.txt").write_text("mine")
+    scene.merge(out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert output_bytes(out) == scene.expected
+
+
+def test_a_changed_bit_outside_the_fingerprint_is_noticed_by_the_files_stamp(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    interrupt(scene, out, monkeypatch)
+    path = scene.paths[1] / "model.safetensors"
+    before = path.stat()
+    flip(path, before.st_size - 1)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(OutputError, match="version of the files"):
+        scene.merge(out)

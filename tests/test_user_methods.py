@@ -11,7 +11,7 @@ import torch
 
 from streammerge.api import merge, plan
 from streammerge.errors import BudgetError, InputError, StreammergeError
-from streammerge.methods import registry
+from streammerge.methods import catalog, registry
 from tests.conftest import config_for, output_bytes, read_tensors
 
 METHODS = """

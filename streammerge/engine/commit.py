@@ -10,18 +10,11 @@ from typing import Any
 from streammerge import __version__, dtypes
 from streammerge.engine.checksum import combine_all, crc32
 from streammerge.engine.journal import Receipt
-from streammerge.engine.output import CONFIG_COPY, MANIFEST, seal
+from streammerge.engine.output import CONFIG_COPY, MANIFEST, SIDECARS, seal
 from streammerge.engine.writer import ShardWriter, fsync_directory, world_errors, write_file
 from streammerge.index.model import INDEX_NAME
 from streammerge.plan.plan import MergePlan
 
-_SIDECARS = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
-    "sentence_bert_config.json", "config_sentence_transformers.json",
-)  # fmt: skip
 _MAX_SIDECAR = 1 << 28
 
 
@@ -169,7 +162,7 @@ def _config_json(plan: MergePlan) -> bytes | None:
 
 
 def _sidecars(plan: MergePlan) -> dict[str, bytes]:
-    found = {name: _read(plan.donor.directory / name) for name in _SIDECARS}
+    found = {name: _read(plan.donor.directory / name) for name in SIDECARS}
     return {name: data for name, data in found.items() if data is not None}
 
 

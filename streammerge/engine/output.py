@@ -19,6 +19,15 @@ from streammerge.index.model import TensorIndex
 MANIFEST = "streammerge.json"
 CONFIG_COPY = "streammerge_config.yml"
 
+SIDECARS = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json",
+)  # fmt: skip
+"""Files copied from the donor as they are."""
+
 
 def check_target(out: Path, inputs: Sequence[TensorIndex]) -> None:
     """Refuse an output that is a file or is where an input lies.
@@ -118,16 +127,18 @@ def check_contents(out: Path) -> None:
 
 
 def clear(out: Path) -> None:
-    """Remove what a merge of ours left, the index or single shard first; other files stay."""
-    check_contents(out)
+    """Remove what a merge of ours left; other files stay.
+
+    The index goes first, so that nothing loads; what tells that the directory is ours goes last.
+    """
     manifest = read_manifest(out)
-    ours = set(manifest["files"]) if manifest else set()
+    ours = {*SIDECARS, "config.json", "README.md", CONFIG_COPY, *(manifest["files"] if manifest else ())}
     names = [entry.name for entry in out.iterdir() if entry.is_file() or entry.is_symlink()]
     with world_errors(out):
-        index_first = sorted(names, key=lambda name: (not name.endswith(".index.json"), name))
-        for name in index_first:
-            shard = name.startswith("model") and name.endswith(".safetensors")
-            if name in ours or name == MANIFEST or name.endswith(PARTIAL) or shard:
+        for name in sorted(names, key=lambda name: (not name.endswith(".index.json"), name)):
+            shard = name.startswith("model") and name.endswith((".safetensors", ".index.json"))
+            if name in ours or name.endswith(PARTIAL) or shard:
                 (out / name).unlink()
         fsync_directory(out)
+        (out / MANIFEST).unlink(missing_ok=True)
     remove_state(out)

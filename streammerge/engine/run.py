@@ -12,6 +12,7 @@ only while it runs a chunk; the pool grants buffers in order and never more than
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -38,6 +39,7 @@ from streammerge.engine.statistics import (
     collect,
     make_accumulator,
 )
+from streammerge.errors import Stopped
 from streammerge.methods.requests import Answer, Request, Threshold
 from streammerge.plan.job import Job
 from streammerge.plan.schedule import Chunk, Piece, Survey, survey_pieces
@@ -150,6 +152,9 @@ class Runner:
                 in_flight = self._wait_for_some(in_flight)
         while in_flight:
             in_flight = self._wait_for_some(in_flight)
+        # A stopped pass has counted some pieces only: nothing may be concluded from it.
+        if self._context.stop.is_set():
+            raise self._failure or Stopped(signal.SIGTERM)
 
     def _wait_for_some(self, in_flight: set[Future[None]]) -> set[Future[None]]:
         done, pending = wait(in_flight, timeout=0.25, return_when=FIRST_COMPLETED)

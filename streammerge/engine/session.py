@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,9 +107,9 @@ def execute(
         identity = _identity(plan, fingerprints)
         keys = _random_keys(plan, fingerprints)
         with locked(out):
+            check_contents(out)
             if options.overwrite:
                 clear(out)
-            check_contents(out)
             if (finished := _finished(out, plan, identity)) is not None:
                 return finished
             session = _Session(plan, out, reader, keys, options, emit, stop or threading.Event())
@@ -123,6 +124,17 @@ def _identity(plan: MergePlan, fingerprints: Sequence[str]) -> dict[str, str]:
     for index, digest in zip(plan.inputs, fingerprints, strict=True):
         identity[f"input {index.reference}"] = digest
     return identity
+
+
+def _stamps(plan: MergePlan) -> dict[str, str]:
+    """Return what identifies the input files themselves while a merge is unfinished; not in the manifest."""
+    stamps = {}
+    for index in plan.inputs:
+        digest = hashlib.blake2b(digest_size=16)
+        for s in index.stamps:
+            digest.update(repr((s.nbytes, s.mtime_ns, s.ctime_ns, s.inode, s.header_digest)).encode())
+        stamps[f"version of the files of {index.reference}"] = digest.hexdigest()
+    return stamps
 
 
 def _random_keys(plan: MergePlan, fingerprints: Sequence[str]) -> RandomKeys:
@@ -186,7 +198,7 @@ class _Session:
         self, identity: Mapping[str, str], fingerprints: Sequence[str], card: str, began: float,
         signal_received: Callable[[], int | None],
     ) -> Summary:  # fmt: skip
-        journal = Journal(self._out, identity)
+        journal = Journal(self._out, {**identity, **_stamps(self._plan)})
         try:
             progress = journal.open()
             self._writer.open()

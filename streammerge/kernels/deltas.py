@@ -34,7 +34,9 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
         shift = words(element, n, drop_key, w)
         kept = 0
         for i in range(n):
-            keep = np.uint64(w[shift + i]) >= np.uint64(drop)
+            # What is not finite is never dropped: it must show in the output, where it is found.
+            finite = (bits_from_f32(out[i]) & MAGNITUDE) < np.uint32(0x7F800000)
+            keep = (np.uint64(w[shift + i]) >= np.uint64(drop)) | (not finite)
             out[i] = out[i] if keep else np.float32(0)
             kept += keep
     if cut[0] != NO_CUT:

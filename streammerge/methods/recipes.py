@@ -82,7 +82,8 @@ class TaskVector:
         keep = torch.ones_like(delta, dtype=torch.bool)
         if self.drop:
             words = where.words("dare", self.model, delta.numel(), delta.device)
-            keep = words >= self.drop
+            # What is not finite is never dropped: it must show in the output, where it is found.
+            keep = (words >= self.drop) | ~torch.isfinite(delta)
             delta = delta.masked_fill(~keep, 0.0)
         if self.cut is None:
             return keep

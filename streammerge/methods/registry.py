@@ -9,12 +9,14 @@ Three kinds of function may be registered, told apart by their signature:
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import typing
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import StrEnum
+from pathlib import Path
 from types import UnionType
 from typing import Any, Generic, Literal, TypeVar
 
@@ -91,6 +93,15 @@ class Method:
     def summary(self) -> str:
         """The first line of the function's docstring."""
         return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of a built-in method; with a digest of the source for a user's."""
+        if self.origin == "built in":
+            return self.name
+        source = inspect.getsourcefile(self.function)
+        content = Path(source).read_bytes() if source else b""
+        return f"{self.name} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
 
     @property
     def is_formula(self) -> bool:

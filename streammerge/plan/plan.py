@@ -100,7 +100,7 @@ class MergePlan:
             "config": _digest(self.config.text),
             "seed": str(self.seed),
             "shard size": layout.hexdigest(),
-            "method": self.method.name,
+            "method": self.method.fingerprint,
         }
 
 
@@ -134,7 +134,7 @@ def make_plan(
     access = []
     work = []
     for job in jobs:
-        key = tuple(job.parameters.items())
+        key = (job.kind, *job.parameters.items())
         if key not in cache:
             cache[key] = (
                 method.access_with(Scope(job.n_models), job.parameters)
