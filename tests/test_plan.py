@@ -625,3 +625,13 @@ def test_a_method_without_parameters_keeps_its_access_beside_copied_tensors(
     assert {str(a) for j, a in zip(decided.jobs, decided.access, strict=True) if j.kind == "merge"} == {
         "tensor"
     }
+
+
+def test_a_gpus_block_fits_its_free_memory_and_is_a_multiple_of_4096() -> None:
+    from streammerge.plan.budget import device_block
+
+    for free in (0, 1 << 28, 1 << 33, 80 << 30):
+        block = device_block(free, 3, 5)
+        assert block % 4096 == 0
+        assert 4096 <= block <= 1 << 22
+        assert block == 4096 or block * 8 * 22 * 3 <= free / 2

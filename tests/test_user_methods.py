@@ -175,3 +175,26 @@ def test_a_parameter_the_formula_does_not_declare_is_refused(
 def test_without_the_file_the_method_is_unknown(paths: list[Path]) -> None:
     with pytest.raises(InputError, match="unknown method 'my_tensor'"):
         plan(config_of("my_tensor", paths))
+
+
+def test_an_installed_package_adds_methods_through_its_entry_point(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from importlib.metadata import EntryPoint
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    (tmp_path / "my_installed_methods.py").write_text(
+        "import streammerge\n"
+        "@streammerge.method('installed_one')\n"
+        "def installed_one(models, base):\n"
+        "    return models[0]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    point = EntryPoint("mine", "my_installed_methods", "streammerge.methods")
+    monkeypatch.setattr(catalog, "entry_points", lambda group: [point])
+    catalog.load_builtin()
+    assert "installed_one" in registry.all_methods()
+    broken = EntryPoint("broken", "no_such_module_here", "streammerge.methods")
+    monkeypatch.setattr(catalog, "entry_points", lambda group: [broken])
+    with pytest.raises(InputError, match="broken"):
+        catalog.load_builtin()

@@ -29,6 +29,7 @@ from streammerge.methods.recipes import Recipe, WeightedSum
 from streammerge.methods.registry import Access, Scope
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.rng import RandomKeys
+from streammerge.plan.budget import device_block, free_vram
 from streammerge.plan.job import Job
 from streammerge.plan.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch
 from streammerge.plan.schedule import Chunk, Piece
@@ -156,7 +157,10 @@ def math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:
     from streammerge.engine.torch_pieces import TorchMath
 
     whole = context.plan.method.is_formula and context.plan.access[job.ordinal] is Access.TENSOR
-    return TorchMath(loaded, context.device, 0 if whole else BLOCK_ELEMENTS)
+    block = BLOCK_ELEMENTS
+    if context.device != "cpu":
+        block = device_block(free_vram(context.device), context.plan.budget.workers, len(job.inputs))
+    return TorchMath(loaded, context.device, 0 if whole else block)
 
 
 def follow(context: Context, job: Job) -> Recipe | list[Request]:

@@ -55,6 +55,7 @@ class Tick:
     bytes_read: int
     bytes_written: int
     elements_done: int
+    tensors_done: int
 
 
 class Runner:
@@ -84,6 +85,7 @@ class Runner:
         self.receipts: list[Receipt] = []
         """All pieces finished, earlier runs' included."""
         self.elements_done = 0
+        self._left = {job.ordinal: job.n_elements for job in self._plan.jobs}
 
     def run(self, receipts: Sequence[Receipt], answers: dict[str, list[list[object]]]) -> None:
         """Do what is left of the plan when `receipts` are done; returns when all is durable.
@@ -97,6 +99,7 @@ class Runner:
         self.elements_done = sum(receipt.stop - receipt.start for receipt in receipts)
         done: dict[int, list[tuple[int, int]]] = {}
         for receipt in receipts:
+            self._left[receipt.job] -= receipt.stop - receipt.start
             done.setdefault(receipt.job, []).append((receipt.start, receipt.stop))
         self._restore_answers(answers)
         syncer = threading.Thread(target=self._sync_loop, name="syncer")
@@ -140,7 +143,9 @@ class Runner:
             receipts = run_chunk(self._context, chunk, arena)
         with self._lock:
             self._unsynced += receipts
-            self.elements_done += sum(r.stop - r.start for r in receipts)
+            for receipt in receipts:
+                self.elements_done += receipt.stop - receipt.start
+                self._left[receipt.job] -= receipt.stop - receipt.start
 
     def _drain(self, futures: Iterable[Future[None]]) -> None:
         """Keep a few futures in flight, report progress, and stop at the first failure."""
@@ -163,7 +168,12 @@ class Runner:
         if self._failure is not None:
             raise self._failure
         self._on_tick(
-            Tick(self._context.reader.bytes_read, self._context.writer.bytes_written, self.elements_done)
+            Tick(
+                self._context.reader.bytes_read,
+                self._context.writer.bytes_written,
+                self.elements_done,
+                sum(left <= 0 for left in self._left.values()),
+            )  # fmt: skip
         )
         return pending
 

@@ -255,6 +255,7 @@ class _Session:
         self._emit(
             Event("progress", {
                 "bytes_read": tick.bytes_read, "bytes_written": tick.bytes_written,
+                "tensors": tick.tensors_done, "tensors_total": len(self._plan.jobs),
                 "elements": tick.elements_done, "elements_total": sum(j.n_elements for j in self._plan.jobs),
             })
         )  # fmt: skip

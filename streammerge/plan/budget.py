@@ -75,6 +75,23 @@ def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget
     return Budget(total, reserve, threads or available_cpus())
 
 
+def device_block(free: int, workers: int, n_inputs: int) -> int:
+    """Return the elements a GPU works on at a time, from its free memory in bytes.
+
+    Half of it is shared by the workers; a formula has up to ``2 * n_inputs + 12`` fp64 temporaries. At most
+    4M elements, beyond which a kernel launch costs nothing anyway and host copies would grow.
+    """
+    fit = free // 2 // workers // (8 * (2 * n_inputs + 12))
+    return max(1 << 12, min(1 << 22, fit // 4096 * 4096))
+
+
+def free_vram(device: str) -> int:
+    """Return the free bytes of a GPU's memory."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def available_memory() -> int:
     """Return the bytes this process could still take: of the machine, or of its cgroup if that is less."""
     import psutil

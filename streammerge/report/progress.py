@@ -136,7 +136,7 @@ class Rate:
         left = values["elements_total"] - values["elements"]
         remaining = format_seconds(left * seconds / done) if done else "?"
         return (
-            f"read {format_size(read)}, written {format_size(written)}, {(read + written) / seconds / 1e6:.0f} MB/s, "
+            f"{values['tensors']}/{values['tensors_total']} tensors, read {format_size(read)}, written {format_size(written)}, {(read + written) / seconds / 1e6:.0f} MB/s, "
             f"{remaining} left, resident {format_size(resident_bytes())}"
         )
 
