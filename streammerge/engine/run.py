@@ -173,7 +173,7 @@ class Runner:
                 self._context.writer.bytes_written,
                 self.elements_done,
                 sum(left <= 0 for left in self._left.values()),
-            )  # fmt: skip
+            )
         )
         return pending
 
