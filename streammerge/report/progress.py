@@ -52,7 +52,7 @@ class LineReporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._began = self._last = time.monotonic()
+        self._last = time.monotonic()
         self._rate = Rate()
 
     def __call__(self, event: Event) -> None:
@@ -61,7 +61,11 @@ class LineReporter:
             print(f"warning: {event.values['message']}", file=sys.stderr, flush=True)
         elif self._quiet:
             return
-        elif event.kind == "resume":
+        elif event.kind in ("start", "resume"):
+            # The clock starts with the bytes: a first compile of the kernels may have gone before.
+            self._last, self._rate = time.monotonic(), Rate()
+            if event.kind == "start":
+                return
             print(
                 f"resuming: {format_size(event.values['bytes_done'])} of the output are done", file=sys.stderr
             )
