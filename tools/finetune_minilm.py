@@ -234,8 +234,8 @@ def evaluate(directory: Path, tasks_dir: Path) -> dict[str, float]:
     result: dict[str, float] = {}
     for head_path in sorted(tasks_dir.glob("*/head.safetensors")):
         labels = json.loads((head_path.parent / "labels.json").read_text())
-        lines = (head_path.parent / "test.jsonl").read_text("utf-8").splitlines()
-        tests = [json.loads(line) for line in lines]
+        with (head_path.parent / "test.jsonl").open(encoding="utf-8") as lines:
+            tests = [json.loads(line) for line in lines]
         head = load_file(head_path)
         scores = encoder.all_features([test["text"] for test in tests]) @ head["weight"].T + head["bias"]
         targets = torch.tensor([labels.index(test["label"]) for test in tests])
@@ -281,11 +281,10 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--epochs", type=int, default=1)
     command.add_argument("--lr", type=float, default=2e-4)
-    command.add_argument("--threads", type=int, default=2)
     command = commands.add_parser("evaluate", help="print the accuracy of a backbone on every task, as JSON")
     command.add_argument("model", type=Path)
     command.add_argument("--tasks-dir", type=Path, required=True)
-    command.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
