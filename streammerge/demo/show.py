@@ -14,7 +14,7 @@ import click
 from streammerge.api import merge
 from streammerge.demo import digits
 
-# What was found to work on these models; a user would tune lambda and density on held-out data likewise.
+# Round numbers, not tuned for these models; a user would tune lambda and density on held-out data.
 SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("linear", {}),
     ("task_arithmetic", {"lambda": 0.4}),
