@@ -6,7 +6,6 @@ recipes' own torch formulas (fp64 inputs, users' formulas, a GPU).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -191,8 +190,3 @@ class KernelMath:
 def operand_bytes(operand: Operand, n: int) -> int:
     """Return the bytes of `n` elements of an operand."""
     return n * itemsize(operand.dtype)
-
-
-def supports_kernels(dtypes: Sequence[str]) -> bool:
-    """Return whether the compiled kernels read and write all of these dtypes."""
-    return all(dtype in ("BF16", "F16", "F32") for dtype in dtypes)
