@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -502,12 +501,10 @@ except SystemExit as stopped:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["merge", "none.yml", "out"]])
 def test_help_and_config_errors_import_neither_numba_nor_torch(arguments: list[str], tmp_path: Path) -> None:
-    began = time.monotonic()
     command = [sys.executable, "-c", _HEAVY, *arguments]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     code = "2" if "none.yml" in arguments else "0"
     assert run.stdout.splitlines()[-1].split() == [code], run
-    assert time.monotonic() - began < 5
 
 
 def test_a_closed_stdout_is_no_traceback(make_models: Callable[..., list[Path]], tmp_path: Path) -> None:
