@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
+from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.session import Event, Options, Summary, execute
 from streammerge.errors import ConfigError, InputError, printable
+from streammerge.index.fishers import FisherIndex, open_fisher
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
 from streammerge.plan import budget as budgets
+from streammerge.plan.parameters import wants_drop
 from streammerge.plan.plan import MergePlan, make_plan
 from streammerge.report.card import model_card
 from streammerge.units import parse_size
@@ -68,13 +71,14 @@ def plan(
     method = get_method(parsed.merge_method, f"{parsed.where}: merge_method")
     parsed = _settle_base(parsed, method)
     models, base = _open_models(parsed)
+    fishers = _open_fishers(parsed, method, models)
     chosen = choose_device(device)
     torch_only = chosen != "cpu" or not kernels
     reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
     budget = budgets.make_budget(_bytes(memory), threads, reserve)
     return make_plan(
         parsed, method, models, base, budget,
-        shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, torch_only=torch_only,
+        shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, torch_only=torch_only, fishers=fishers,
     )  # fmt: skip
 
 
@@ -145,9 +149,10 @@ def _settle_base(config: MergeConfig, method: Method) -> MergeConfig:
     if base is None:
         return config
     others = tuple(spec for spec in config.models if spec.reference != base)
-    if method.base != "none":
+    if method.base in ("required", "optional"):
         return replace(config, models=others)
-    if len(others) == len(config.models):
+    unlisted = len(others) == len(config.models)
+    if method.base == "none" and unlisted and not wants_drop(config, method):
         raise ConfigError(
             f"{config.where}: base_model: {method.name!r} has no base; list the model under `models` or remove the key"
         )
@@ -165,6 +170,20 @@ def _open_models(config: MergeConfig) -> tuple[list[TensorIndex], TensorIndex | 
 
     models = [get(spec.reference) for spec in config.models]
     return models, get(config.base_model) if config.base_model is not None else None
+
+
+def _open_fishers(config: MergeConfig, method: Method, models: list[TensorIndex]) -> list[FisherIndex]:
+    """Open the diagonal beside each model; one that was made for another model is refused."""
+    if not method.fisher:
+        return []
+    fishers = []
+    for spec, model in zip(config.models, models, strict=True):
+        if spec.fisher is None:
+            return []  # refused with the other parameters, by name
+        index = open_fisher(spec.fisher)
+        check_belongs(index, model)
+        fishers.append(index)
+    return fishers
 
 
 def _cpu_reserve(

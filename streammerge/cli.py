@@ -65,6 +65,24 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
     Interrupted by Ctrl-C, a kill or a crash, the same command goes on where it stopped, and the files are
     byte for byte those of an uninterrupted run.
     """
+    stop, signal_received = _stop_on_signals()
+    from streammerge.api import merge as run
+    from streammerge.report.progress import BarReporter, JsonReporter, LineReporter
+
+    bar = sys.stderr.isatty() and not quiet and not as_json
+    reporter = JsonReporter() if as_json else BarReporter() if bar else LineReporter(quiet)
+    try:
+        summary = run(
+            config, out, on_event=reporter, stop=stop, kernels=not no_kernels,
+            signal_received=signal_received, **options,
+        )  # fmt: skip
+    finally:
+        reporter.close()
+    reporter.finish(summary)
+
+
+def _stop_on_signals() -> tuple[threading.Event, Callable[[], int | None]]:
+    """Return an event that SIGINT and SIGTERM set, and what tells which of them came first."""
     stop = threading.Event()
     received: list[int] = []
 
@@ -74,19 +92,7 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, on_signal)
-    from streammerge.api import merge as run
-    from streammerge.report.progress import BarReporter, JsonReporter, LineReporter
-
-    bar = sys.stderr.isatty() and not quiet and not as_json
-    reporter = JsonReporter() if as_json else BarReporter() if bar else LineReporter(quiet)
-    try:
-        summary = run(
-            config, out, on_event=reporter, stop=stop, kernels=not no_kernels,
-            signal_received=lambda: received[0] if received else None, **options,
-        )  # fmt: skip
-    finally:
-        reporter.close()
-    reporter.finish(summary)
+    return stop, lambda: received[0] if received else None
 
 
 @cli.command()
@@ -159,6 +165,63 @@ def methods(name: str | None, methods: str | None) -> None:
     if methods is not None:
         load_file(Path(methods))
     click.echo(methods_text(all_methods()) if name is None else method_text(get_method(name, "methods")))
+
+
+@cli.group()
+def fisher() -> None:
+    """Fisher diagonals in Zarr stores: how certain a model is of each of its parameters."""
+
+
+@fisher.command("import")
+@click.argument("model")
+@click.argument("diagonals")
+@click.option("--out", required=True, metavar="STORE", help="The store to write, such as math.zarr.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+              help="Of the stored values.")  # fmt: skip
+@click.option("--memory", metavar="SIZE", help="Peak resident memory of the process. [half of what is free]")
+@click.option("--estimator", metavar="TEXT", help="How the diagonals were estimated, for the record.")
+@click.option("--examples", type=click.IntRange(1), help="From how many examples, for the record.")
+@click.option("--seed", type=click.IntRange(0), help="With which seed, for the record.")
+@click.option("--overwrite", is_flag=True, help="Replace STORE, or what an unfinished import left.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line, on stdout.")
+def fisher_import(
+    model: str, diagonals: str, out: str, dtype: str, memory: str | None, estimator: str | None,
+    examples: int | None, seed: int | None, overwrite: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Stream DIAGONALS, a safetensors or PyTorch file, into a store for MODEL. Run again, it continues."""
+    stop, signal_received = _stop_on_signals()
+    from streammerge.dtypes import NAMES
+    from streammerge.fisher.importing import import_diagonal
+    from streammerge.report.fisher import imported_text
+    from streammerge.report.progress import JsonReporter, LineReporter
+    from streammerge.units import parse_size
+
+    known = {"estimator": estimator, "examples": examples, "seed": seed}
+    imported = import_diagonal(
+        model, diagonals, Path(out), dtype=NAMES[dtype], memory=None if memory is None else parse_size(memory),
+        about={key: value for key, value in known.items() if value is not None}, overwrite=overwrite,
+        emit=JsonReporter() if as_json else LineReporter(quiet), stop=stop, signal_received=signal_received,
+    )  # fmt: skip
+    if as_json:
+        summary = {key: value for key, value in imported.about.items() if key != "tensors"}
+        click.echo(json.dumps({"event": "done", "out": out, "resumed": imported.resumed, **summary}))
+    elif not quiet:
+        click.echo(imported_text(imported))
+
+
+@fisher.command("info")
+@click.argument("store")
+@click.option("--json", "as_json", is_flag=True, help="Print the store's table as JSON.")
+def fisher_info(store: str, as_json: bool) -> None:
+    """Show a store's totals, the share of each layer, and which parameters are undecided."""
+    from streammerge.index.fishers import open_fisher
+    from streammerge.report.fisher import info_text
+
+    index = open_fisher(store)
+    if index.model is not None:
+        raise InputError(f"{printable(store)}: a safetensors file, not a store: see `streammerge inspect`")
+    click.echo(json.dumps(dict(index.about)) if as_json else info_text(index))
 
 
 @cli.command()

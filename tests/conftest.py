@@ -74,11 +74,30 @@ def small_capacity(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None
 def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]:
     """Return a config mapping for a method over [base, models...]; `top` overrides keys."""
     config: dict[str, Any] = {"merge_method": method, "models": [{"model": str(p)} for p in paths[1:]]}
-    if method not in ("linear", "passthrough"):
+    if method not in ("linear", "passthrough") or "drop_rate" in top.get("parameters", {}):
         config["base_model"] = str(paths[0])
     if method == "passthrough":
         config["models"] = config["models"][:1]
+    if method in ("fisher", "dare_fisher"):
+        for model, path in zip(config["models"], paths[1:], strict=True):
+            model["fisher"] = str(write_fisher(path))
     return {**config, **top}
+
+
+def write_fisher(model: Path, seed: int = 0) -> Path:
+    """Write a diagonal beside a model's directory, if there is none: skewed, with zeros all models share."""
+    path = model.with_name(f"{model.name}-fisher.safetensors")
+    if not path.exists():
+        generator = torch.Generator().manual_seed(sum(model.name.encode()) + seed)
+        fisher = {}
+        for name, tensor in read_tensors(model).items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                fisher[name] = (noise * 1e-4).square() * torch.exp(2 * noise)
+                fisher[name].view(-1)[: tensor.numel() // 8] = 0.0
+                fisher[name].view(-1)[tensor.numel() // 2 :: 7] = 0.0
+        save_file(fisher, path)
+    return path
 
 
 def output_bytes(out: Path) -> dict[str, bytes]:

@@ -35,6 +35,19 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("dare_ties", {"density": 0.3}),
     ("dare_ties", {"preset": "paper", "density": 0.5}),
     ("dare_ties", {"density": 0.5, "rescale": "l1"}),
+    ("dare_linear", {"density": 0.3, "mask": "exact", "rescale": "l1"}),
+    ("dare_ties", {"density": 0.3, "mask": "magnitude", "shared_mask": True}),
+    ("fisher", {}),
+    ("fisher", {"normalize": False, "floor": 0.0, "fallback": "average"}),
+    ("fisher", {"preset": "mergelm", "floor": 1e-9}),
+    ("fisher", {"drop_rate": 0.4, "drop_rescale": "l1"}),
+    ("dare_fisher", {"density": 0.5}),
+    ("dare_fisher", {"density": 0.5, "mask": "magnitude", "rescale": "none", "floor_on": "all"}),
+    ("linear", {"drop_rate": 0.5, "shared_mask": True}),
+    ("passthrough", {"drop_rate": 0.9}),
+    ("task_arithmetic", {"drop_rate": 0.5, "drop_mask": "exact", "lambda": 0.5}),
+    ("ties", {"density": 0.3, "drop_rate": 0.5, "rescale": "l1", "zero_sign": "majority"}),
+    ("ties", {"density": 0.3, "drop_rate": 0.2, "trim_scope": "model", "ties": "index"}),
 ]
 
 
@@ -56,8 +69,8 @@ def test_bytes_do_not_depend_on_memory_threads_or_shards_of_work(
     config = config_for(method, paths, parameters=parameters, seed=7)
     small_capacity(1 << 30, 1)
     merge(config, tmp_path / "whole")
-    # 64 KiB cannot hold the inputs of any matrix: everything that needs statistics is streamed.
-    small_capacity(1 << 16, 3)
+    # 64 KiB cannot hold the inputs of any matrix (nor 128 KiB with diagonals): all statistics are streamed.
+    small_capacity(1 << (17 if "fisher" in method else 16), 3)
     merge(config, tmp_path / "streamed")
     merge(config, tmp_path / "mapped", io="mmap")
     expected = output_bytes(tmp_path / "whole")
@@ -86,9 +99,9 @@ def test_identical_models_merge_to_that_model(
     method: str, make_models: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     base, tuned = make_models(n_models=1)
-    models = [{"model": str(tuned), "alias": name} for name in ("one", "two")]
     parameters: dict[str, Any] = {"normalize": True}
-    config = config_for(method, [base, tuned], models=models, parameters=parameters)
+    config = config_for(method, [base, tuned], parameters=parameters)
+    config["models"] = [config["models"][0] | {"alias": name} for name in ("one", "two")]
     merge(config, tmp_path / "out", memory="1GiB")
     merged, expected = read_tensors(tmp_path / "out"), read_tensors(tuned)
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
@@ -111,8 +124,11 @@ def test_the_order_of_the_models_matters_only_to_summation(
     method: str, make_models: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     base, *models = make_models(dtype=torch.float32)
-    parameters = {} if method == "linear" else {"lambda": 0.5}
-    if method in ("ties", "dare_linear", "dare_ties"):
+    # With a floor on the target alone the first model is special: here every model has one.
+    parameters: dict[str, Any] = {"floor_on": "all"} if "fisher" in method else {"lambda": 0.5}
+    if method == "linear":
+        parameters = {}
+    if "ties" in method or "dare" in method:
         parameters["density"] = 0.3
     merge(config_for(method, [base, *models], parameters=parameters), tmp_path / "a", memory="1GiB")
     merge(config_for(method, [base, *models[::-1]], parameters=parameters), tmp_path / "b", memory="1GiB")

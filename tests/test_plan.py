@@ -90,7 +90,8 @@ def arrange(
         jobs.append(job)
         if access is Access.ROW and job.row_length * 8 * (len(job.inputs) + 1) > budget.capacity:
             access = Access.ELEMENTWISE  # a row may not fit
-        work.append(plan_work(job, access, budget, workspace=no_workspace, streams=True))
+        formula, holds = access is Access.ROW, access in (Access.TENSOR, Access.MODEL)
+        work.append(plan_work(job, access, budget, workspace=no_workspace, formula=formula, holds=holds))
     return jobs, work
 
 
@@ -207,14 +208,14 @@ def test_remaining_is_the_complement(n: int, intervals: list[tuple[int, int]]) -
 def test_a_row_method_is_cut_between_rows_and_refused_where_a_row_does_not_fit() -> None:
     budget = Budget(124 * MIB, 100 * MIB, 2)
     job = make_job(0, (1000, 999), dtype="F32")
-    work = plan_work(job, Access.ROW, budget, workspace=no_workspace, streams=False)
+    work = plan_work(job, Access.ROW, budget, workspace=no_workspace, formula=True, holds=False)
     assert work.row == 999
     pieces = [p for s in steps([job], [work], budget, {}) if isinstance(s, Chunk) for p in s.pieces]
     assert len(pieces) > 1
     assert all(p.start % 999 == 0 and p.stop % 999 == 0 for p in pieces)
     wide = make_job(0, (2, 3_000_000), dtype="F32")
     with pytest.raises(BudgetError, match=r"one row of it, .* give at least "):
-        plan_work(wide, Access.ROW, budget, workspace=no_workspace, streams=False)
+        plan_work(wide, Access.ROW, budget, workspace=no_workspace, formula=True, holds=False)
 
 
 def test_a_formula_of_whole_tensors_is_refused_with_the_memory_that_would_do() -> None:
@@ -223,13 +224,19 @@ def test_a_formula_of_whole_tensors_is_refused_with_the_memory_that_would_do() -
     with pytest.raises(
         BudgetError, match=r"the whole tensor, 68.7 MiB, .* leaves 24.0 MiB: give at least 169 MiB"
     ):
-        plan_work(job, Access.TENSOR, budget, workspace=no_workspace, streams=False)
-    work = plan_work(job, Access.TENSOR, budget, workspace=no_workspace, streams=True)
+        plan_work(job, Access.TENSOR, budget, workspace=no_workspace, formula=True, holds=False)
+    work = plan_work(job, Access.TENSOR, budget, workspace=no_workspace, formula=False, holds=True)
     assert work.mode == "surveyed"
-    assert (
-        plan_work(job, Access.TENSOR, Budget(400 * MIB, 0, 2), workspace=no_workspace, streams=False).mode
-        == "whole"
-    )
+    large = Budget(400 * MIB, 0, 2)
+    for formula, holds in ((True, False), (True, True), (False, True)):
+        how = plan_work(job, Access.TENSOR, large, workspace=no_workspace, formula=formula, holds=holds)
+        assert how.mode == "whole"
+
+
+def test_rows_with_statistics_of_the_whole_tensor_before_them_are_held_whole() -> None:
+    job = make_job(0, (100, 99), dtype="F32")
+    large = Budget(400 * MIB, 0, 2)
+    assert plan_work(job, Access.ROW, large, workspace=no_workspace, formula=True, holds=True).mode == "whole"
 
 
 # --- the layout
@@ -548,17 +555,19 @@ def test_the_plan_says_how_many_passes_a_method_needs(
         ("task_arithmetic", {}, 0, "cut"),
         ("ties", {}, 0, "cut"),  # density 1: nothing to trim
         ("ties", {"density": 0.5}, 0, "whole"),
-        ("ties", {"density": 0.5, "trim_scope": "model"}, 1, "whole"),
-        ("ties", {"density": 0.5, "trim_scope": "model", "ties": "index"}, 2, "whole"),
-        ("ties", {"density": 0.5, "trim_scope": "model", "zero_sign": "majority"}, 2, "whole"),
+        ("ties", {"density": 0.5, "trim_scope": "model"}, 1, "cut"),
+        ("ties", {"density": 0.5, "trim_scope": "model", "ties": "index"}, 2, "cut"),
+        ("ties", {"density": 0.5, "trim_scope": "model", "zero_sign": "majority"}, 2, "cut"),
         ("dare_ties", {"density": 0.5}, 0, "cut"),
-        ("dare_ties", {"density": 0.5, "zero_sign": "majority"}, 1, "whole"),
+        ("dare_ties", {"density": 0.5, "zero_sign": "majority"}, 1, "cut"),
+        ("dare_ties", {"density": 0.5, "mask": "exact"}, 0, "cut"),  # the random stream is no input
+        ("dare_ties", {"density": 0.5, "mask": "magnitude"}, 0, "whole"),
         ("dare_linear", {"density": 0.5, "rescale": "l1"}, 0, "whole"),
     ]
     for method, parameters, rounds, mode in cases:
         decided = plan_with(1 << 30, 1, paths, small_capacity, method=method, parameters=parameters)
         (job,) = (job for job in decided.jobs if job.name == "w")
-        assert decided.model_rounds() == rounds, (method, parameters)
+        assert decided.model_rounds() == decided.model_passes() == rounds, (method, parameters)
         assert decided.work[job.ordinal].mode == mode, (method, parameters)
         small = plan_with(1 << 16, 1, paths, small_capacity, method=method, parameters=parameters)
         assert small.work[job.ordinal].mode == ("surveyed" if mode == "whole" else "cut")
@@ -600,7 +609,7 @@ def test_a_formula_whose_temporaries_do_not_fit_is_refused_or_fits(access: Acces
     budget = Budget(100 * MIB + SMALLEST_CAPACITY, 100 * MIB, 1)
     job = make_job(0, (400, 300), n_models=20, dtype="F32")
     try:
-        work = plan_work(job, access, budget, workspace=torch_workspace, streams=True)
+        work = plan_work(job, access, budget, workspace=torch_workspace, formula=True, holds=False)
     except BudgetError:
         return
     assert all(s.nbytes <= budget.capacity for s in steps([job], [work], budget, {}) if isinstance(s, Chunk))

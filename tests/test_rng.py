@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numba import njit
 
 from streammerge.kernels import blocks
-from streammerge.methods.algebra import drop
+from streammerge.methods.drop import Drop
 from streammerge.methods.recipes import TaskVector
 from streammerge.methods.rng import Key, RandomKeys, derive_key, threshold, words
 from tests import reference
@@ -106,8 +106,10 @@ def test_masks_are_the_known_ones(p: float, limit: int, keep: str) -> None:
 )
 def test_thresholds_have_full_resolution(p: float, expected: int) -> None:
     assert threshold(p) == expected
-    (vector,) = drop([TaskVector(0)], [1.0 - p])
-    assert abs(vector.drop - expected) <= (1 if 0 < p < 1 else 0)  # 1 - (1 - p) is not always p
+    steps = Drop((p,), (1.0 - p,), "none", "bernoulli", shared=False).steps()
+    with pytest.raises(StopIteration) as end:
+        next(steps)
+    assert end.value.value == [TaskVector(0, drop=expected)]
 
 
 # --- independence of where and how

@@ -22,17 +22,19 @@ from streammerge.engine.statistics import (
     collect,
     make_accumulator,
 )
+from streammerge.engine.stored_chunks import read_stored
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import ModelError, printable
+from streammerge.index.fishers import ChunkedRef, FisherRef
 from streammerge.index.header import TensorRef
 from streammerge.methods.recipes import Recipe, WeightedSum
-from streammerge.methods.registry import Access, Scope
+from streammerge.methods.registry import Access
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.rng import RandomKeys
 from streammerge.plan.budget import device_block, free_vram
 from streammerge.plan.job import Job
-from streammerge.plan.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch
-from streammerge.plan.schedule import Chunk, Piece
+from streammerge.plan.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, scope_of
+from streammerge.plan.schedule import Chunk, Piece, chunk_scratch
 
 Answers = list[list[Answer]]
 _SAMPLE_ABOVE = 1 << 19
@@ -91,7 +93,7 @@ def _merge_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Rece
     if applied.not_finite:
         raise not_finite(context, job, piece.start, piece.stop)
     data = arena[out.offset : out.offset + loaded.n * itemsize(job.dtype)]
-    return _emit(context, job, piece, data, applied.kept)
+    return _emit(context, job, piece, data, applied.kept, applied.floored)
 
 
 def _copy_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Receipt:
@@ -106,23 +108,38 @@ def _copy_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Recei
     return _emit(context, job, piece, data, ())
 
 
-def _emit(context: Context, job: Job, piece: Piece, data: Bytes, kept: tuple[int, ...]) -> Receipt:
+def _emit(
+    context: Context, job: Job, piece: Piece, data: Bytes, kept: tuple[int, ...], floored: int = 0
+) -> Receipt:
     slot = context.plan.layout.slots[job.ordinal]
     context.writer.write(slot.shard, slot.offset + piece.start * BITS[job.dtype] // 8, data)
-    return Receipt(job.ordinal, piece.start, piece.stop, crc32(data), kept)
+    return Receipt(job.ordinal, piece.start, piece.stop, crc32(data), kept, floored)
 
 
-def load(context: Context, job: Job, start: int, stop: int, arena: Bytes) -> Loaded:
-    """Read elements `start` to `stop` of every input of a job into the arena, the base first."""
+def load(
+    context: Context, job: Job, start: int, stop: int, arena: Bytes, *, models_too: bool = True
+) -> Loaded:
+    """Read elements `start` to `stop` of every input of a job into the arena: base, models, diagonals.
+
+    Without `models_too` the Fisher diagonals alone are read, to the same places.
+    """
     position = 0
     operands = []
-    for ref in job.inputs:
+    scratch = arena[_operands_bytes(job, stop - start) + _output_bytes(job, stop - start) :]
+    refs: tuple[FisherRef, ...] = (*job.inputs, *job.fishers)
+    for number, ref in enumerate(refs):
         width = itemsize(ref.dtype)
         size = (stop - start) * width
-        context.reader.read_into(ref.path, ref.offset + start * width, arena[position : position + size])
+        target = arena[position : position + size]
+        if isinstance(ref, ChunkedRef):
+            read_stored(context.reader, ref, start, stop, target, scratch)
+        elif models_too or number >= len(job.inputs):
+            context.reader.read_into(ref.path, ref.offset + start * width, target)
         operands.append(Operand(position, ref.dtype))
         position += -(-size // 64) * 64
-    base, models = (operands[0], operands[1:]) if job.base is not None else (None, operands)
+    fishers = tuple(operands[len(job.inputs) :])
+    first = int(job.base is not None)
+    base, models = (operands[0] if first else None), operands[first : len(job.inputs)]
     access = context.plan.access[job.ordinal]
     shape: tuple[int, ...] = (stop - start,)
     if access is Access.ROW:
@@ -130,23 +147,32 @@ def load(context: Context, job: Job, start: int, stop: int, arena: Bytes) -> Loa
     elif access is Access.TENSOR:
         shape = job.shape
     end = arena.size - arena.size % 8
-    return Loaded(arena[:end], tuple(models), base, job.name, start, stop - start, shape, context.keys)
+    return Loaded(
+        arena[:end], tuple(models), base, job.name, start, stop - start, shape, context.keys, fishers
+    )
 
 
 def lease_bytes(job: Job, n: int) -> int:
     """Return the arena bytes that reading and merging (or copying) `n` elements of a job needs."""
     if job.kind != "merge" and job.dtype == job.sources[0].dtype:
         return 2 * -(-n * BITS[job.dtype] // 8) + 64
-    inputs = sum(-(-n * itemsize(ref.dtype) // 64) * 64 for ref in job.inputs)
+    return _operands_bytes(job, n) + _output_bytes(job, n) + chunk_scratch(job) + 64
+
+
+def _operands_bytes(job: Job, n: int) -> int:
+    return sum(-(-n * itemsize(ref.dtype) // 64) * 64 for ref in (*job.inputs, *job.fishers))
+
+
+def _output_bytes(job: Job, n: int) -> int:
+    """Return the bytes of an output that lies behind all inputs; 0 where it lies over the first of them."""
     over_input = itemsize(job.dtype) <= itemsize(job.inputs[0].dtype)
-    return inputs + (0 if over_input else -(-n * itemsize(job.dtype) // 64) * 64) + 64
+    return 0 if over_input else -(-n * itemsize(job.dtype) // 64) * 64
 
 
 def _place_output(job: Job, loaded: Loaded) -> Operand:
     """Lay the output over the first input where its elements are not wider, else behind all inputs."""
-    if itemsize(job.dtype) <= itemsize(job.inputs[0].dtype):
-        return Operand(0, job.dtype)
-    return Operand(sum(-(-loaded.n * itemsize(r.dtype) // 64) * 64 for r in job.inputs), job.dtype)
+    behind = _output_bytes(job, loaded.n) > 0
+    return Operand(_operands_bytes(job, loaded.n) if behind else 0, job.dtype)
 
 
 def math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:
@@ -168,7 +194,7 @@ def follow(context: Context, job: Job) -> Recipe | list[Request]:
     if job.kind != "merge":
         return WeightedSum((1.0,))
     answers = context.answers.get(job.ordinal, [])
-    return context.plan.method.start(Scope(job.n_models, job.ordinal), job.parameters, answers)
+    return context.plan.method.start(scope_of(job), job.parameters, answers)
 
 
 def resolve_in_memory(
@@ -182,7 +208,7 @@ def resolve_in_memory(
         if wanted[0].scope == "model":
             assert until_model, "whole-model statistics come before the merge"
             return wanted
-        accumulators = [make_accumulator(request, loaded.n, {job.ordinal: request}) for request in wanted]
+        accumulators = [make_accumulator(r, [job], {job.ordinal: r}, context.keys) for r in wanted]
 
         def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
             part, its_math = loaded, math
@@ -215,6 +241,7 @@ def slice_of(loaded: Loaded, start: int, stop: int) -> Loaded:
         loaded, start=loaded.start + start, n=stop - start, shape=(stop - start,),
         models=tuple(moved(operand) for operand in loaded.models),
         base=None if loaded.base is None else moved(loaded.base),
+        fishers=tuple(moved(operand) for operand in loaded.fishers),
     )  # fmt: skip
 
 
@@ -231,13 +258,24 @@ def not_finite(context: Context, job: Job, start: int, stop: int) -> ModelError:
                 f"{printable(ref.path)}: tensor {printable(job.name)} holds NaN or infinity at element {index}; "
                 "repair the model, or list the tensor under `exclude:` to copy it"
             )
+    for fisher in job.fishers:
+        if isinstance(fisher, TensorRef) and (
+            index := _first_bad(context, fisher, start, stop, negative=True)
+        ) is not None:  # fmt: skip
+            return ModelError(
+                f"{printable(fisher.path)}: the Fisher diagonal of tensor {printable(job.name)} holds NaN, infinity "
+                f"or a negative number at element {index}; estimate it anew"
+            )
     return ModelError(
         f"tensor {printable(job.name)}: the merged values overflow {job.dtype} between elements {start} and "
         f"{stop}; smaller weights, or a wider `dtype`, avoid it"
     )
 
 
-def _first_bad(context: Context, ref: TensorRef, start: int, stop: int) -> int | None:
+def _first_bad(
+    context: Context, ref: TensorRef, start: int, stop: int, *, negative: bool = False
+) -> int | None:
+    """Return the first element that is not finite, or is below zero where that counts as bad too."""
     width = itemsize(ref.dtype)
     unsigned = {2: np.uint16, 4: np.uint32, 8: np.uint64}[width]
     exponent = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}[ref.dtype]
@@ -247,7 +285,8 @@ def _first_bad(context: Context, ref: TensorRef, start: int, stop: int) -> int |
         buffer = np.empty((last - first) * width, np.uint8)
         context.reader.read_into(ref.path, ref.offset + first * width, buffer)
         bits = buffer.view(unsigned)
-        bad = np.flatnonzero((bits & unsigned(exponent)) == unsigned(exponent))
+        below = (bits >> unsigned(8 * width - 1) == 1) & (bits << unsigned(1) != 0) if negative else False
+        bad = np.flatnonzero(((bits & unsigned(exponent)) == unsigned(exponent)) | below)
         if bad.size:
             return first + int(bad[0])
     return None

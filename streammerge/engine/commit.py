@@ -97,6 +97,7 @@ def _manifest(
         written[shard.name] = {"nbytes": shard.nbytes, "crc32": f"{combine_all(parts):08x}"}
     for name, data in files.items():
         written[name] = {"nbytes": len(data), "crc32": f"{crc32(data):08x}"}
+    fishers = [index.stamps[0].header_digest for index in plan.fishers]
     return {
         "format": 1,
         "streammerge": __version__,
@@ -109,6 +110,7 @@ def _manifest(
             for index, digest in zip(plan.inputs, fingerprints, strict=True)
         ],
         "densities": densities(plan, chosen),
+        **({"fisher_tables": fishers, "floored": floored(plan, chosen)} if plan.fishers else {}),
         "files": dict(sorted(written.items())),
         "tensors": {job.name: f"{tensors[job.ordinal]:08x}" for job in plan.jobs},
     }  # fmt: skip
@@ -133,6 +135,13 @@ def densities(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> list[
     if not total:
         return []
     return [{"model": i, "kept": k, "of": total, "density": round(k / total, 9)} for i, k in enumerate(kept)]
+
+
+def floored(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[str, Any]:
+    """Return of how many merged elements a Fisher floor decided the most, of how many."""
+    count = sum(receipt.floored for receipts in chosen.values() for receipt in receipts)
+    total = sum(job.n_elements for job in plan.jobs if job.fishers)
+    return {"elements": count, "of": total, "fraction": round(count / max(1, total), 9)}
 
 
 def _index(plan: MergePlan) -> bytes:

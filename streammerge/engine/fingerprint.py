@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 import numpy as np
 
 from streammerge.engine.reader import Reader
+from streammerge.errors import ModelError, printable
+from streammerge.index.fishers import FisherIndex
+from streammerge.index.header import FileStamp
 from streammerge.index.model import TensorIndex
 
 _TENSORS = 256
@@ -30,3 +34,39 @@ def fingerprint(index: TensorIndex, reader: Reader) -> str:
         reader.read_into(ref.path, ref.offset + (ref.nbytes - size) // 2 // 8 * 8, buffer)
         digest.update(buffer.tobytes())
     return digest.hexdigest()
+
+
+def files_digest(stamps: Iterable[FileStamp]) -> str:
+    """Return what identifies files themselves while work on them is unfinished."""
+    digest = hashlib.blake2b(digest_size=16)
+    for s in stamps:
+        digest.update(repr((s.nbytes, s.mtime_ns, s.ctime_ns, s.inode, s.header_digest)).encode())
+    return digest.hexdigest()
+
+
+def fisher_digest(index: FisherIndex, reader: Reader) -> str:
+    """Return the identity of a Fisher diagonal: its content's for a file, its table's for a store."""
+    return index.stamps[0].header_digest if index.model is None else fingerprint(index.model, reader)
+
+
+def check_belongs(diagonal: FisherIndex, model: TensorIndex) -> None:
+    """Refuse a Fisher diagonal that was recorded for a model of other content.
+
+    Raises
+    ------
+    ModelError
+        Naming the diagonal, the model it belongs to and the model beside it.
+    """
+    if diagonal.fingerprint is None:
+        return
+    reader = Reader()
+    try:
+        found = fingerprint(model, reader)
+    finally:
+        reader.close()
+    if found != diagonal.fingerprint:
+        raise ModelError(
+            f"{printable(diagonal.reference)}: this Fisher diagonal belongs to model "
+            f"{printable(diagonal.model_name, 120)!r} ({diagonal.fingerprint}), not to {printable(model.reference)} "
+            f"({found}); give each model its own diagonal"
+        )

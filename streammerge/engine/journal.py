@@ -23,13 +23,16 @@ NAME = "journal.jsonl"
 
 @dataclass(frozen=True)
 class Receipt:
-    """Elements of one tensor that are written: their checksum and what was kept of each model."""
+    """Elements of one tensor that are written: their checksum and what there is to tell of them."""
 
     job: int
     start: int
     stop: int
     crc: int
     kept: tuple[int, ...] = ()
+    """Surviving entries of each model's task vector."""
+    floored: int = 0
+    """Elements that a Fisher floor decided."""
 
 
 @dataclass
@@ -77,7 +80,7 @@ class Journal:
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """Record finished elements."""
-        self._append([{"done": [r.job, r.start, r.stop, r.crc, *r.kept]} for r in receipts])
+        self._append([{"done": [r.job, r.start, r.stop, r.crc, r.floored, *r.kept]} for r in receipts])
 
     def add_answers(self, answers: Mapping[str, Any]) -> None:
         """Record the answers of streamed statistics, by job."""
@@ -168,8 +171,8 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress | None
     if progress is None:
         return None
     if "done" in record:
-        job, start, stop, crc, *kept = record["done"]
-        progress.receipts.append(Receipt(job, start, stop, crc, tuple(kept)))
+        job, start, stop, crc, floored, *kept = record["done"]
+        progress.receipts.append(Receipt(job, start, stop, crc, tuple(kept), floored))
     elif "answer" in record:
         job_key, answers = record["answer"]
         progress.answers[job_key] = answers

@@ -29,8 +29,8 @@ SIDECARS = (
 """Files copied from the donor as they are."""
 
 
-def check_target(out: Path, inputs: Sequence[TensorIndex]) -> None:
-    """Refuse an output that is a file or is where an input lies.
+def check_target(out: Path, inputs: Sequence[TensorIndex], others: Sequence[str] = ()) -> None:
+    """Refuse an output that is a file or is where an input lies; `others` are paths that are read too.
 
     Raises
     ------
@@ -44,6 +44,9 @@ def check_target(out: Path, inputs: Sequence[TensorIndex]) -> None:
     if not out.exists():
         return
     target = out.resolve()
+    for other in others:
+        if target == Path(other).resolve():
+            raise OutputError(f"{printable(out)}: is the input {printable(other)}; choose another OUT")
     for index in inputs:
         places = {index.directory.resolve(), *(Path(stamp.path).resolve().parent for stamp in index.stamps)}
         if target in places:

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from streammerge.dtypes import itemsize
 from streammerge.engine.memory import Bytes
-from streammerge.methods.recipes import CopyOf, Recipe, TaskVector, TaskVectorMerge, WeightedSum
+from streammerge.methods.recipes import (
+    CopyOf,
+    FisherMean,
+    Recipe,
+    TaskVector,
+    TaskVectorMerge,
+    WeightedSum,
+    removing,
+)
 from streammerge.methods.rng import RandomKeys
 
 Counts = NDArray[np.int64]
@@ -45,6 +53,8 @@ class Loaded:
     shape: tuple[int, ...]
     """Shape that a plain formula sees: flat, rows, or the whole tensor."""
     keys: RandomKeys
+    fishers: tuple[Operand, ...] = ()
+    """The models' Fisher diagonals, for methods that weigh by them."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +62,11 @@ class Applied:
     """What a merge of one piece reports."""
 
     not_finite: int
-    """Elements of the output that are NaN or infinite."""
+    """Elements of the output that are NaN or infinite, and Fisher diagonals that are negative."""
     kept: tuple[int, ...]
     """Entries of each model's task vector that survived; empty for methods without removal."""
+    floored: int = 0
+    """Elements of which a Fisher floor decided the most."""
 
 
 class PieceMath(Protocol):
@@ -72,6 +84,9 @@ class PieceMath(Protocol):
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """Return elements that elect + minus elements that elect -."""
 
+    def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
+        """Return the sums of squares of a diagonal per 4096 elements, and how many values are no certainty."""
+
     def apply(self, recipe: Recipe, out: Operand) -> Applied:
         """Write the merged piece at `out`, which may lie over an input of at least its width."""
 
@@ -80,18 +95,23 @@ class KernelMath:
     """A piece on the CPU through the compiled kernels."""
 
     def __init__(self, piece: Loaded) -> None:
-        from streammerge.kernels import deltas, merge
+        from streammerge.kernels import deltas, fisher, merge
         from streammerge.kernels.blocks import CODES
 
         self._deltas: Any = deltas  # numba erases signatures
         self._merge: Any = merge
+        self._fisher: Any = fisher
         self._codes = CODES
         self._piece = piece
         self._half, self._full = piece.arena.view(np.uint16), piece.arena.view(np.uint32)
-        self._offsets = np.array([op.offset for op in piece.models], np.int64)
-        self._dtypes = np.array([CODES[op.dtype] for op in piece.models], np.int64)
+        self._offsets, self._dtypes = self._places(piece.models)
 
-    def _key(self, purpose: str, model: int) -> NDArray[np.uint32]:
+    def _places(self, operands: tuple[Operand, ...]) -> tuple[Counts, Counts]:
+        """Return the byte offsets and the dtype codes of some operands."""
+        offsets = np.array([operand.offset for operand in operands], np.int64)
+        return offsets, np.array([self._codes[operand.dtype] for operand in operands], np.int64)
+
+    def _key(self, purpose: str, model: int | None) -> NDArray[np.uint32]:
         return np.array(self._piece.keys.key(purpose, model, self._piece.tensor), np.uint32)
 
     def _delta_arguments(self, vector: TaskVector) -> tuple[Any, ...]:
@@ -104,7 +124,19 @@ class KernelMath:
         )  # fmt: skip
 
     def _drop_key(self, vector: TaskVector) -> NDArray[np.uint32]:
-        return self._key("dare", vector.model) if vector.drop else np.zeros(4, np.uint32)
+        drops = vector.drop or vector.drop_end
+        return self._key("dare", vector.stream) if drops else np.zeros(4, np.uint32)
+
+    @staticmethod
+    def _drop(vector: TaskVector) -> Counts:
+        return np.array([vector.drop, vector.drop_end], np.int64)
+
+    def _masks(self, vectors: tuple[TaskVector, ...]) -> tuple[Any, ...]:
+        """Return the kernels' arguments that say which entries of each task vector survive."""
+        return (
+            np.stack([self._drop(v) for v in vectors]), np.stack([self._drop_key(v) for v in vectors]),
+            np.stack([self._cut(v) for v in vectors]), np.stack([self._cut_key(v) for v in vectors]),
+        )  # fmt: skip
 
     def _cut(self, vector: TaskVector) -> Counts:
         if vector.cut is None:
@@ -117,13 +149,13 @@ class KernelMath:
 
     def _cut_key(self, vector: TaskVector) -> NDArray[np.uint32]:
         thin = vector.cut is not None and vector.cut.ties == "thin"
-        return self._key("ties", vector.model) if thin else np.zeros(4, np.uint32)
+        return self._key("ties", vector.stream) if thin else np.zeros(4, np.uint32)
 
     def count_keys(self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
         """See `PieceMath`."""
         above, highest = self._deltas.keys_in_window(
             *self._delta_arguments(vector), self._piece.start, self._piece.n,
-            vector.drop, self._drop_key(vector), low, high, shift, bins,
+            self._drop(vector), self._drop_key(vector), low, high, shift, bins,
         )  # fmt: skip
         return int(above), int(highest)
 
@@ -131,7 +163,7 @@ class KernelMath:
         """See `PieceMath`."""
         partials = np.empty(-(-self._piece.n // 4096), np.float64)
         self._deltas.abs_sums(
-            *self._delta_arguments(vector), self._piece.start, self._piece.n, vector.drop,
+            *self._delta_arguments(vector), self._piece.start, self._piece.n, self._drop(vector),
             self._drop_key(vector), self._cut(vector), self._cut_key(vector), partials,
         )  # fmt: skip
         return partials
@@ -141,7 +173,7 @@ class KernelMath:
         counts = np.zeros(-(-self._piece.n // size), np.int64)
         self._deltas.ties_per_block(
             *self._delta_arguments(vector), self._piece.n, key, self._piece.start,
-            vector.drop, self._drop_key(vector), counts, size,
+            self._drop(vector), self._drop_key(vector), counts, size,
         )  # fmt: skip
         return counts
 
@@ -162,10 +194,34 @@ class KernelMath:
                 np.array(recipe.weights, np.float64), float(recipe.divisor), self._piece.n, out.offset, code,
             )  # fmt: skip
             return Applied(int(bad), ())
+        if isinstance(recipe, FisherMean):
+            return self._run_fisher(recipe, out.offset, code)
         assert isinstance(recipe, TaskVectorMerge)
         bad, kept = self._run_merge(recipe, out.offset, code, np.zeros(1, np.int64))
-        removes = any(vector.drop or vector.cut for vector in recipe.vectors)
-        return Applied(bad, kept if removes else ())
+        return Applied(bad, kept if removing(recipe) else ())
+
+    def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
+        """See `PieceMath`."""
+        partials = np.empty(-(-self._piece.n // 4096), np.float64)
+        fisher = self._piece.fishers[model]
+        bad = self._fisher.square_sums(
+            self._half, self._full, fisher.offset, self._codes[fisher.dtype], self._piece.n, partials
+        )
+        return partials, int(bad)
+
+    def _run_fisher(self, recipe: FisherMean, out_offset: int, code: int) -> Applied:
+        piece = self._piece
+        base = piece.base or Operand(0, "F32")
+        vectors = recipe.vectors or tuple(TaskVector(i) for i in range(len(piece.models)))
+        kept = np.zeros(len(vectors), np.int64)
+        bad, floored = self._fisher.fisher_mean(
+            self._half, self._full, self._offsets, self._dtypes, *self._places(piece.fishers),
+            base.offset, self._codes[base.dtype], piece.start, piece.n, *self._masks(vectors),
+            np.array([v.rescale for v in recipe.vectors], np.float64),
+            np.array(recipe.coefficients, np.float64), np.array(recipe.floors, np.float64), recipe.add,
+            np.array(recipe.average, np.float64), out_offset, code, kept,
+        )  # fmt: skip
+        return Applied(int(bad), tuple(int(n) for n in kept) if removing(recipe) else (), int(floored))
 
     def _run_merge(
         self, merge: TaskVectorMerge, out_offset: int, code: int, signs: Counts
@@ -177,8 +233,7 @@ class KernelMath:
         bad = self._merge.task_vector_merge(
             self._half, self._full, self._offsets, self._dtypes,
             piece.base.offset, self._codes[piece.base.dtype], piece.start, piece.n,
-            np.array([v.drop for v in vectors], np.int64), np.stack([self._drop_key(v) for v in vectors]),
-            np.stack([self._cut(v) for v in vectors]), np.stack([self._cut_key(v) for v in vectors]),
+            *self._masks(vectors),
             np.array([v.coefficient for v in vectors], np.float64),
             np.array([v.weight for v in vectors], np.float64),
             merge.elect, merge.zero_sign, merge.normalize, float(merge.divisor), float(merge.scale),

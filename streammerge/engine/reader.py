@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from streammerge.engine.memory import Bytes
-from streammerge.errors import WorldError, printable
+from streammerge.errors import ModelError, WorldError, printable
 from streammerge.index.header import FileStamp, open_regular
 
 Backend = Literal["read", "mmap"]
@@ -57,6 +57,30 @@ class Reader:
                 raise WorldError(f"{printable(path)}: cannot be read: {error.strerror}") from error
         with self._lock:
             self.bytes_read += target.size
+
+    def read_file(self, path: str, target: Bytes) -> int:
+        """Read a whole file that fits into `target`; return its bytes.
+
+        Raises
+        ------
+        ModelError
+            If it is missing, no regular file, or larger than anything that was stored so.
+        WorldError
+            If the device fails.
+        """
+        descriptor = open_regular(path)
+        try:
+            nbytes = os.fstat(descriptor).st_size
+            if nbytes > target.size:
+                raise ModelError(f"{printable(path)}: {nbytes} bytes, larger than it can be")
+            _read_fully(descriptor, 0, target[:nbytes], path)
+        except OSError as error:
+            raise WorldError(f"{printable(path)}: cannot be read: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
+        with self._lock:
+            self.bytes_read += nbytes
+        return nbytes
 
     @contextmanager
     def _descriptor(self, path: str) -> Iterator[int]:

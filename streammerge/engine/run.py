@@ -38,9 +38,10 @@ from streammerge.engine.statistics import (
     TopKAccumulator,
     collect,
     make_accumulator,
+    needs_models,
 )
 from streammerge.errors import Stopped
-from streammerge.methods.requests import Answer, Request, Threshold
+from streammerge.methods.requests import Answer, Request, SquareTotal, Threshold
 from streammerge.plan.job import Job
 from streammerge.plan.schedule import Chunk, Piece, Survey, survey_pieces
 
@@ -202,16 +203,18 @@ class Runner:
     def _model_rounds(self) -> None:
         """Answer every whole-model request, round by round, before the merge begins."""
         merged = [job for job in self._plan.jobs if job.kind == "merge"]
-        if self._plan.method.is_formula or not merged:
+        if not merged:
             return
         for _ in range(self._plan.model_rounds() - self._known_model_rounds(merged[0])):
             wanted = self._wanted_at_model_scope(merged)
             shared = wanted[merged[0].ordinal]
             n = sum(job.n_elements for job in merged)
             accumulators = [
-                make_accumulator(request, n, {job: requests[i] for job, requests in wanted.items()})
+                make_accumulator(
+                    request, merged, {job: requests[i] for job, requests in wanted.items()}, self._context.keys
+                )
                 for i, request in enumerate(shared)
-            ]
+            ]  # fmt: skip
 
             def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
                 self._stream(merged, some, only)
@@ -261,7 +264,8 @@ class Runner:
     def _survey(self, job: Job) -> None:
         """Answer the tensor-scope requests of one tensor that is too large to hold, by streaming it."""
         while isinstance(wanted := follow(self._context, job), list) and wanted[0].scope == "tensor":
-            accumulators = [make_accumulator(r, job.n_elements, {job.ordinal: r}) for r in wanted]
+            keys = self._context.keys
+            accumulators = [make_accumulator(r, [job], {job.ordinal: r}, keys) for r in wanted]
 
             def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
                 self._stream([job], some, only)
@@ -307,7 +311,10 @@ class Runner:
                 self._guarded(job, lambda: self._add_loaded(job, piece, some, arena))
 
     def _add_loaded(self, job: Job, piece: Piece, some: Sequence[Accumulator], arena: Bytes) -> None:
-        loaded = load(self._context, job, piece.start, piece.stop, arena)
+        reads = needs_models(some)
+        if not reads and not job.fishers:
+            return
+        loaded = load(self._context, job, piece.start, piece.stop, arena, models_too=reads)
         math = math_of(self._context, job, loaded)
         for accumulator in some:
             accumulator.add(job.ordinal, piece.start, loaded.n, math)
@@ -332,6 +339,8 @@ def _plain(answer: Answer) -> object:
     """Return an answer as JSON holds it exactly."""
     if isinstance(answer, Threshold):
         return {"threshold": [answer.key, answer.ties, answer.needed]}
+    if isinstance(answer, SquareTotal):
+        return {"squares": [answer.total.hex(), answer.n]}
     if isinstance(answer, float):
         return {"float": answer.hex()}
     return {"pair": list(answer)} if isinstance(answer, tuple) else answer
@@ -341,6 +350,9 @@ def _restored(plain: object) -> Answer:
     if isinstance(plain, dict):
         if "threshold" in plain:
             return Threshold(*plain["threshold"])
+        if "squares" in plain:
+            total, n = plain["squares"]
+            return SquareTotal(float.fromhex(total), n)
         if "float" in plain:
             return float.fromhex(plain["float"])
         first, second = plain["pair"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from streammerge.dtypes import BITS
 from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
-from streammerge.engine.fingerprint import fingerprint
+from streammerge.engine.fingerprint import files_digest, fingerprint, fisher_digest
 from streammerge.engine.journal import STATE, Journal, Receipt, remove_state
 from streammerge.engine.output import (
     check_contents,
@@ -96,7 +95,7 @@ def execute(
         See `streammerge.errors`; what is finished stays, durable, for the next run.
     """
     began = time.monotonic()
-    check_target(out, plan.inputs)
+    check_target(out, plan.inputs, [index.reference for index in plan.fishers])
     for warning in plan.warnings:
         emit(Event("warning", {"message": warning}))
     reader = Reader(options.backend)
@@ -104,7 +103,7 @@ def execute(
         emit(Event("compiled"))
     try:
         fingerprints = [fingerprint(index, reader) for index in plan.inputs]
-        identity = _identity(plan, fingerprints)
+        identity = _identity(plan, fingerprints, [fisher_digest(index, reader) for index in plan.fishers])
         keys = _random_keys(plan, fingerprints)
         with locked(out):
             check_contents(out)
@@ -118,23 +117,19 @@ def execute(
         reader.close()
 
 
-def _identity(plan: MergePlan, fingerprints: Sequence[str]) -> dict[str, str]:
+def _identity(plan: MergePlan, fingerprints: Sequence[str], fisher_digests: Sequence[str]) -> dict[str, str]:
     """Return, by a name a person understands, everything that a resumed merge must share."""
     identity = {"version": __version__, "random scheme": SCHEME, **plan.identity()}
     for index, digest in zip(plan.inputs, fingerprints, strict=True):
         identity[f"input {index.reference}"] = digest
+    for place, digest in enumerate(fisher_digests):
+        identity[f"Fisher diagonal of model {place}"] = digest
     return identity
 
 
 def _stamps(plan: MergePlan) -> dict[str, str]:
     """Return what identifies the input files themselves while a merge is unfinished; not in the manifest."""
-    stamps = {}
-    for index in plan.inputs:
-        digest = hashlib.blake2b(digest_size=16)
-        for s in index.stamps:
-            digest.update(repr((s.nbytes, s.mtime_ns, s.ctime_ns, s.inode, s.header_digest)).encode())
-        stamps[f"version of the files of {index.reference}"] = digest.hexdigest()
-    return stamps
+    return {f"version of the files of {name}": files_digest(stamps) for name, stamps in plan.stamped.items()}
 
 
 def _random_keys(plan: MergePlan, fingerprints: Sequence[str]) -> RandomKeys:
@@ -211,8 +206,8 @@ class _Session:
             finally:
                 if (signum := signal_received()) is not None:
                     raise Stopped(signum) from None
-            for index in self._plan.inputs:
-                for stamp in index.stamps:
+            for stamps in self._plan.stamped.values():
+                for stamp in stamps:
                     check_unchanged(stamp)
             self._warn_of_differing()
             self._emit(Event("commit"))

@@ -14,15 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.pieces import Counts, PieceMath
+from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.requests import (
     AbsSum,
     Answer,
+    FisherSquares,
+    LowWords,
     Request,
     SignTotal,
+    SquareTotal,
     Threshold,
     TieIndex,
     TopK,
 )
+from streammerge.methods.rng import Key, RandomKeys
+from streammerge.plan.job import Job
 
 BLOCK = 4096
 _TOP = (1 << 31) - 1
@@ -148,9 +154,9 @@ class AbsSumAccumulator:
 
     @property
     def answer(self) -> float:
-        """The sum; `cumsum` adds one after the other, where `sum` chooses its own order."""
+        """The sum."""
         ordered = [self._parts[key] for key in sorted(self._parts)]
-        return float(np.cumsum(np.concatenate(ordered))[-1]) if ordered and ordered[0].size else 0.0
+        return in_order(np.concatenate(ordered)) if ordered else 0.0
 
 
 class TieIndexAccumulator:
@@ -219,19 +225,104 @@ class SignTotalAccumulator:
         return self._total
 
 
-def make_accumulator(request: Request, n: int, by_job: Mapping[int, Request]) -> Accumulator:
-    """Return the accumulator of a request over `n` elements; `by_job` has each job's own version of it."""
+class FisherSquaresAccumulator:
+    """The sum of squares of one model's diagonal: of each tensor by blocks in index order, then over tensors."""
+
+    def __init__(self, model: int, recorded: Mapping[int, float], n: int) -> None:
+        self.wants: Range | None = None
+        self._model = model
+        self._recorded = recorded
+        self._n = n
+        self._parts: dict[tuple[int, int], NDArray[np.float64]] = {}
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Keep the partial sums of one piece."""
+        if job in self._recorded:
+            return
+        partials, bad = math.fisher_squares(self._model)
+        if bad:
+            raise NotFiniteError(job)
+        self._parts[job, start] = partials
+
+    def end(self) -> bool:
+        """One pass is enough."""
+        return True
+
+    @property
+    def answer(self) -> SquareTotal:
+        """The sum, the same whether tensors were read or their sums recorded in a store."""
+        by_job: dict[int, list[NDArray[np.float64]]] = {}
+        for key in sorted(self._parts):
+            by_job.setdefault(key[0], []).append(self._parts[key])
+        totals = dict(self._recorded) | {
+            job: in_order(np.concatenate(parts)) for job, parts in by_job.items()
+        }
+        return SquareTotal(in_order(np.array([totals[job] for job in sorted(totals)])), self._n)
+
+
+def in_order(values: NDArray[np.float64]) -> float:
+    """Return the sum of values added one after the other, where `sum` chooses its own order."""
+    return float(np.cumsum(values)[-1]) if values.size else 0.0
+
+
+class Known:
+    """An answer that takes no data."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+
+def low_words(request: LowWords, n: int, key: Key) -> tuple[int, int]:
+    """Return which words drop exactly the asked number of `n` elements; see `LowWords`.
+
+    The words are uniform, so the last one to go lies within a few deviations of its expectation; those in
+    a window around it are sorted, the ones below counted. The counts prove that it lies inside, or
+    the window grows.
+    """
+    from streammerge.kernels.deltas import words_between
+
+    count = request.count(n)
+    if count <= 0:
+        return 0, 0
+    share = count / n
+    width = 8.0 * (share * (1.0 - share) / n) ** 0.5 + 8.0 / n
+    key_array = np.array(key, np.uint32)
+    while True:
+        low, high = (int(min(1.0, max(0.0, share + side * width)) * 2**32) for side in (-1, 1))
+        room = int(n * min(1.0, 2.0 * width) * 1.5) + 64
+        words, elements = np.empty(room, np.int64), np.empty(room, np.int64)
+        below, found = words_between(0, n, key_array, low, high, words, elements)
+        if below < count <= below + found and found <= room:
+            order = np.lexsort((elements[:found], words[:found]))
+            last = order[count - below - 1]
+            return int(words[last]), int(elements[last]) + 1
+        width *= 4.0
+
+
+def make_accumulator(
+    request: Request, jobs: Sequence[Job], by_job: Mapping[int, Request], keys: RandomKeys
+) -> Accumulator | Known:
+    """Return the accumulator of a request over some jobs; `by_job` has each job's own version of it."""
+    n = sum(job.n_elements for job in jobs)
     if isinstance(request, TopK):
         return TopKAccumulator(request, n)
     if isinstance(request, TieIndex):
         return TieIndexAccumulator(request)
     if isinstance(request, AbsSum):
         return AbsSumAccumulator(request)
+    if isinstance(request, LowWords):
+        return Known(low_words(request, n, keys.key("dare", request.vector.stream, jobs[0].name)))
+    if isinstance(request, FisherSquares):
+        known = {job.ordinal: job.fishers[request.model] for job in jobs if job.fishers}
+        recorded = {job: ref.square_sum for job, ref in known.items() if isinstance(ref, ChunkedRef)}
+        total = sum(job.n_elements for job in jobs if job.fishers)
+        squares = FisherSquaresAccumulator(request.model, recorded, total)
+        return squares if len(recorded) < len(known) else Known(squares.answer)
     return SignTotalAccumulator({job: r for job, r in by_job.items() if isinstance(r, SignTotal)})
 
 
 def collect(
-    accumulators: Sequence[Accumulator],
+    accumulators: Sequence[Accumulator | Known],
     run_pass: Callable[[Sequence[Accumulator], Range | None], None],
     run_sample: Callable[[Sequence[TopKAccumulator]], None] | None,
 ) -> list[Answer]:
@@ -249,7 +340,7 @@ def collect(
         run_sample(selections)
         for selection in selections:
             selection.narrow_by_sample()
-    pending = list(accumulators)
+    pending = [accumulator for accumulator in accumulators if not isinstance(accumulator, Known)]
     while pending:
         everything = [a for a in pending if a.wants is None]
         if everything:
@@ -259,3 +350,8 @@ def collect(
                 run_pass([accumulator], accumulator.wants)
         pending = [a for a in pending if not a.end()]
     return [accumulator.answer for accumulator in accumulators]
+
+
+def needs_models(accumulators: Sequence[Accumulator]) -> bool:
+    """Return whether any of them looks at the models, not at their Fisher diagonals alone."""
+    return not all(isinstance(accumulator, FisherSquaresAccumulator) for accumulator in accumulators)

@@ -12,12 +12,14 @@ from streammerge.engine.pieces import Applied, Bins, Counts, Loaded, Operand, op
 from streammerge.errors import InputError, printable
 from streammerge.methods.recipes import (
     CopyOf,
+    FisherMean,
     Formula,
     Recipe,
     TaskVector,
     TaskVectorMerge,
     WeightedSum,
     Where,
+    removing,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +69,9 @@ class TorchMath:
             base = None if base is None else base.double()
         return models, base
 
+    def _fishers(self, a: int, b: int) -> list[torch.Tensor]:
+        return [self._tensor(operand, a, b) for operand in self._piece.fishers]
+
     def _where(self, a: int) -> Where:
         return Where(self._piece.tensor, self._piece.start + a, self._piece.keys)
 
@@ -94,20 +99,20 @@ class TorchMath:
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
         """See `PieceMath`."""
-        partials = []
+        partials = [
+            _block_sums(np.abs(self._surviving(vector, a, b).double().cpu().numpy()))
+            for a, b in self._blocks(4096)
+        ]
+        return np.concatenate(partials) if partials else np.zeros(0)
+
+    def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
+        """See `PieceMath`."""
+        partials, bad = [], 0
         for a, b in self._blocks(4096):
-            delta = np.abs(self._surviving(vector, a, b).double().cpu().numpy())
-            padded = np.zeros(-(-(b - a) // 4096) * 4096)
-            padded[: b - a] = delta
-            for part in padded.reshape(-1, 512, 8):
-                lanes = np.zeros(8)
-                for row in part:  # the kernel's order: eight lanes, each in sequence
-                    lanes += row
-                partials.append(
-                    ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3]))
-                    + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
-                )
-        return np.array(partials)
+            values = self._fishers(a, b)[model].double().cpu().numpy()
+            bad += int((~(values >= 0) | np.isinf(values)).sum())
+            partials.append(_block_sums(values * values))
+        return np.concatenate(partials) if partials else np.zeros(0), bad
 
     def ties(self, vector: TaskVector, key: int, size: int) -> Counts:
         """See `PieceMath`."""
@@ -130,30 +135,35 @@ class TorchMath:
         """See `PieceMath`."""
         if isinstance(recipe, CopyOf):
             recipe = WeightedSum(tuple(float(i == recipe.model) for i in range(len(self._piece.models))))
-        bad = 0
-        removes = isinstance(recipe, TaskVectorMerge) and any(v.drop or v.cut for v in recipe.vectors)
-        kept = [0] * len(recipe.vectors) if isinstance(recipe, TaskVectorMerge) and removes else []
+        bad = floored = 0
+        vectors = removing(recipe)
+        kept = [0] * len(vectors)
         row = self._piece.shape[-1] if len(self._piece.shape) > 1 else 1
         blocks = self._blocks(row) if self._block else [(0, self._piece.n)]
         for a, b in blocks:
             models, base = self._inputs(a, b)
             where = self._where(a)
-            if isinstance(recipe, TaskVectorMerge) and removes:
+            fishers = self._fishers(a, b)
+            for i, vector in enumerate(vectors):
                 assert base is not None
-                for i, vector in enumerate(recipe.vectors):
-                    kept[i] += int(vector.mask(models[i], base, where).sum())
-            merged = self._call(recipe, models, base, where)
+                kept[i] += int(vector.mask(models[i], base, where).sum())
+            if isinstance(recipe, FisherMean):
+                floored += recipe.decided_by_floor(fishers)
+                bad += sum(int((fisher < 0).sum()) for fisher in fishers)
+            merged = self._call(recipe, models, base, where, fishers)
             bad += self._store(merged, out, a, b)
-        return Applied(bad, tuple(kept))
+        return Applied(bad, tuple(kept), floored)
 
     def _call(
-        self, recipe: Recipe, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
-    ) -> torch.Tensor:
+        self, recipe: Recipe, models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: list[torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
         import torch
 
         assert not isinstance(recipe, CopyOf)
         if not isinstance(recipe, Formula):
-            return recipe(models, base, where)
+            return recipe(models, base, where, fishers)
+        models = recipe.dropped(models, base, where)
         shape = self._piece.shape if len(self._piece.shape) != 1 else (-1,)
         if self._block and len(shape) > 1:
             shape = (-1, shape[-1])
@@ -180,6 +190,21 @@ class TorchMath:
             rounded = rounded.view(torch.int16)
         target[:] = rounded.cpu().numpy().view(np.uint8)
         return bad
+
+
+def _block_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum of each 4096 values in the kernels' order: eight lanes, each in sequence, added pairwise."""
+    padded = np.zeros(-(-values.size // 4096) * 4096)
+    padded[: values.size] = values
+    partials = []
+    for part in padded.reshape(-1, 512, 8):
+        lanes = np.zeros(8)
+        for row in part:
+            lanes += row
+        partials.append(
+            ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
+        )
+    return np.array(partials)
 
 
 def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from streammerge.engine.pieces import KernelMath, Loaded, Operand
-from streammerge.methods.recipes import Cut, TaskVector, TaskVectorMerge, WeightedSum
+from streammerge.engine.statistics import low_words
+from streammerge.methods.recipes import Cut, FisherMean, TaskVector, TaskVectorMerge, WeightedSum
+from streammerge.methods.requests import LowWords
 from streammerge.methods.rng import RandomKeys
 
 _MARK = "compiled"
@@ -50,7 +52,8 @@ def compile_kernels() -> None:
     """Call every kernel once with the argument types a merge uses."""
     arena = np.zeros(64 * 4, np.uint8)
     operands = tuple(Operand(64 * i, "BF16") for i in range(2))
-    piece = Loaded(arena, operands, Operand(128, "BF16"), "t", 0, 8, (8,), RandomKeys(0, ("a", "b")))
+    keys = RandomKeys(0, ("a", "b"))
+    piece = Loaded(arena, operands, Operand(128, "BF16"), "t", 0, 8, (8,), keys, operands)
     math = KernelMath(piece)
     vectors = tuple(TaskVector(i, drop=1 << 31, cut=Cut(1, "thin", 1 << 31)) for i in range(2))
     math.count_keys(vectors[0], 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
@@ -58,3 +61,6 @@ def compile_kernels() -> None:
     math.ties(vectors[0], 0, 4096)
     math.apply(WeightedSum((1.0, 1.0)), Operand(128, "BF16"))
     math.apply(TaskVectorMerge(vectors, elect=True), Operand(128, "BF16"))
+    math.fisher_squares(0)
+    math.apply(FisherMean((1.0, 1.0), (0.0, 0.0), vectors=vectors), Operand(128, "BF16"))
+    low_words(LowWords(TaskVector(0), 0.5), 8, keys.key("dare", 0, "t"))

@@ -23,22 +23,29 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
     """Write the surviving delta of `n` elements from `element` on into `out`, else 0; count them.
 
     `base` holds the block of the base in fp32; `offset` is the model's byte offset of this block;
-    `drop` is the integer threshold below which a random word drops its element (0: none); `cut` is
-    (rule, magnitude pattern, limit). `x` and `w` are scratch.
+    `drop` is (the integer threshold below which a random word drops its element, the element before which a
+    word equal to it does too), 0 for none; `cut` is (rule, magnitude pattern, limit). `x` and `w` are scratch.
     """
     widen(half, full, offset, code, n, x)
     for i in range(n):
         out[i] = x[i] - base[i]
     kept = n
-    if drop > 0:
+    if drop[0] > 0 or drop[1] > 0:
+        least, end = np.uint64(drop[0]), drop[1]
         shift = words(element, n, drop_key, w)
         kept = 0
         for i in range(n):
             # What is not finite is never dropped: it must show in the output, where it is found.
             finite = (bits_from_f32(out[i]) & MAGNITUDE) < np.uint32(0x7F800000)
-            keep = (np.uint64(w[shift + i]) >= np.uint64(drop)) | (not finite)
+            keep = (np.uint64(w[shift + i]) >= least) | (not finite)
             out[i] = out[i] if keep else np.float32(0)
             kept += keep
+        for i in range(max(0, min(n, end - element))):  # an exact count: the rare words that equal the last
+            if np.uint64(w[shift + i]) == least and (bits_from_f32(out[i]) & MAGNITUDE) < np.uint32(
+                0x7F800000
+            ):
+                out[i] = np.float32(0)
+                kept -= 1
     if cut[0] != NO_CUT:
         kept = _cut_block(element, n, cut, cut_key, out, w)
     return kept
@@ -176,3 +183,25 @@ def ties_per_block(half, full, offset, code, base_offset, base_code, n, key, ele
         for i in range(m):
             if (bits_from_f32(out[i]) & MAGNITUDE) == np.uint32(key):
                 counts[(start + i) // size] += 1
+
+
+@njit(nogil=True, cache=True)
+def words_between(element, n, key, low, high, found_words, found_elements):
+    """Count the random words below `low`; write those up to `high` and their elements; return both counts.
+
+    Stops writing where the arrays are full; the count goes on.
+    """
+    w = np.empty(BLOCK + 8, np.uint32)
+    below, found = 0, 0
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
+        shift = words(element + start, m, key, w)
+        for i in range(m):
+            word = np.int64(w[shift + i])
+            below += word < low
+            if low <= word <= high:
+                if found < len(found_words):
+                    found_words[found] = word
+                    found_elements[found] = element + start + i
+                found += 1
+    return below, found

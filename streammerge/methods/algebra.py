@@ -6,21 +6,14 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
+from streammerge.errors import ConfigError
 from streammerge.methods import rng
-from streammerge.methods.recipes import Cut, TaskVector, TaskVectorMerge, TiePolicy
-from streammerge.methods.registry import Scope
-from streammerge.methods.requests import (
-    AbsSum,
-    Answer,
-    Request,
-    SignTotal,
-    Threshold,
-    TieIndex,
-    TopK,
-)
+from streammerge.methods.drop import Ask
+from streammerge.methods.recipes import Cut, TaskVector, TaskVectorMerge, TiePolicy, WeightedSum
+from streammerge.methods.requests import Answer, Request, SignTotal, Threshold, TieIndex, TopK
 from streammerge.methods.requests import Scope as TrimScope
+from streammerge.methods.scope import Scope
 
-Ask = Generator[list[Request], list[Answer], "list[TaskVector]"]
 ZeroSign = Literal["zero", "positive", "majority"]
 
 
@@ -37,11 +30,23 @@ def trim(
     """Keep the top `density` fraction of each vector's magnitudes (TIES, step 1).
 
     A density of 1 or more keeps the vector as it is; 0 or less removes it whole.
+
+    Raises
+    ------
+    ConfigError
+        After a drop with which a second cut by magnitude has no one meaning.
     """
     partial = [i for i, density in enumerate(densities) if 0 < density < 1]
     trimmed = [replace(v, drop=2**32) if d <= 0 else v for v, d in zip(vectors, densities, strict=True)]
     if not partial:
         return trimmed
+    if any(vector.cut is not None for vector in vectors):
+        raise ConfigError("drop_mask: magnitude before a trim cuts by magnitude twice; set density: 1")
+    if trim_scope == "model" and scope.dropped and scope.rescaled_by_norm:
+        raise ConfigError(
+            "drop_rescale: l1 has a factor per tensor, which `trim_scope: model` cannot compare across tensors; "
+            "use drop_rescale: paper, or trim_scope: tensor"
+        )
     thresholds = yield [TopK(vectors[i], densities[i], plus_one, trim_scope) for i in partial]
     limits: list[int] = [0] * len(partial)
     if ties == "index":
@@ -66,36 +71,12 @@ def _limit_here(scope: Scope, end: tuple[int, int]) -> int:
     return 2**62 if scope.ordinal < ordinal else 0
 
 
-def drop(vectors: Sequence[TaskVector], densities: Sequence[float]) -> list[TaskVector]:
-    """Drop each entry with probability 1 - density, independently (DARE, section 3.2)."""
-    return [
-        replace(vector, drop=rng.threshold(min(1.0, max(0.0, 1.0 - density))))
-        for vector, density in zip(vectors, densities, strict=True)
-    ]
-
-
-def rescale_by_probability(vectors: Sequence[TaskVector], densities: Sequence[float]) -> list[TaskVector]:
-    """Divide what survives a random drop by the probability of surviving: unbiased (DARE, section 3.2)."""
-    return [
-        replace(vector, rescale=1.0 / density if 0 < density < 1 else 1.0)
-        for vector, density in zip(vectors, densities, strict=True)
-    ]
-
-
-def rescale_by_norm(vectors: Sequence[TaskVector]) -> Ask:
-    """Restore each vector's L1 norm after removal, per tensor, as mergekit's ``rescale: true`` does."""
-    touched = [i for i, vector in enumerate(vectors) if vector.drop or vector.cut]
-    rescaled = list(vectors)
-    if not touched:
-        return rescaled
-    whole = [replace(vectors[i], drop=0, cut=None) for i in touched]
-    sums = yield [AbsSum(v) for v in (*whole, *(vectors[i] for i in touched))]
-    for place, i in enumerate(touched):
-        before, after = sums[place], sums[len(touched) + place]
-        assert isinstance(before, float)
-        assert isinstance(after, float)
-        rescaled[i] = replace(vectors[i], rescale=before / after if after > 0 else 1.0)
-    return rescaled
+def weighted_average(scope: Scope, weights: Sequence[float]) -> WeightedSum | TaskVectorMerge:
+    """Return sum_i w_i theta_i / sum_i w_i, of the models as a drop before has left them."""
+    total = sum(weights)
+    if not scope.dropped:
+        return WeightedSum(tuple(weights), total)
+    return TaskVectorMerge(tuple(scope.task_vectors(weights)), divisor=total)
 
 
 def elect(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from streammerge.errors import ConfigError
-from streammerge.methods.recipes import WeightedSum
-from streammerge.methods.registry import PerModel, Scope, method
+from streammerge.methods.algebra import weighted_average
+from streammerge.methods.recipes import TaskVectorMerge, WeightedSum
+from streammerge.methods.registry import PerModel, method
+from streammerge.methods.scope import Scope
 
 
 @method("linear", base="none", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
-def linear(scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = True) -> WeightedSum:  # type: ignore[assignment]
+def linear(
+    scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = True  # type: ignore[assignment]
+) -> WeightedSum | TaskVectorMerge:  # fmt: skip
     """Weighted average: theta = sum_i w_i theta_i / sum_i w_i.
 
     No weights at all is the uniform average, isotropic merging: each model's posterior is taken as
@@ -16,10 +20,12 @@ def linear(scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = Tru
     the sum undivided. A zero or negative sum of weights is an error with `normalize`.
     """
     if not normalize:
+        if scope.dropped:
+            raise ConfigError("normalize: false has no meaning after a drop; use `task_arithmetic`")
         return WeightedSum(tuple(weight))
     total = sum(weight)
     if not total > 0:
         raise ConfigError(
             f"the weights sum to {total:g}: `linear` divides by their sum; use positive weights or normalize: false"
         )
-    return WeightedSum(tuple(weight), total)
+    return weighted_average(scope, weight)

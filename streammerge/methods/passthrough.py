@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from streammerge.methods.recipes import CopyOf, WeightedSum
-from streammerge.methods.registry import PerModel, Scope, method
+from streammerge.errors import ConfigError
+from streammerge.methods.recipes import CopyOf, TaskVectorMerge, WeightedSum
+from streammerge.methods.registry import PerModel, method
+from streammerge.methods.scope import Scope
 
 
 @method("passthrough", base="none", models=(1, 1))
-def passthrough(scope: Scope, *, scale: PerModel[float | None] = None) -> CopyOf | WeightedSum:  # type: ignore[assignment]
+def passthrough(
+    scope: Scope, *, scale: PerModel[float | None] = None  # type: ignore[assignment]
+) -> CopyOf | WeightedSum | TaskVectorMerge:  # fmt: skip
     """Copy the tensors of one model, times `scale` where it is given."""
     (factor,) = scale
-    return CopyOf(0) if factor is None or factor == 1.0 else WeightedSum((factor,))
+    if factor == 1.0:
+        factor = None
+    if scope.dropped:
+        if factor is not None:
+            raise ConfigError("scale: has no meaning after a drop; use `task_arithmetic` with lambda")
+        return TaskVectorMerge(scope.dropped)
+    return CopyOf(0) if factor is None else WeightedSum((factor,))

@@ -29,7 +29,7 @@ class Where:
     """Flat row-major index of the piece's first element in the whole tensor."""
     keys: rng.RandomKeys
 
-    def words(self, purpose: str, model: int, n: int, device: torch.device) -> torch.Tensor:
+    def words(self, purpose: str, model: int | None, n: int, device: torch.device) -> torch.Tensor:
         """Return one random word per element of the piece, int64 in [0, 2**32)."""
         return rng.words(self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device)
 
@@ -58,6 +58,10 @@ class TaskVector:
     """Factor that makes up for the removed entries."""
     drop: int = 0
     """Elements whose "dare" word lies below this are dropped; see `rng.threshold`."""
+    drop_end: int = 0
+    """Before this element, those whose word equals `drop` are dropped too."""
+    shared: bool = False
+    """The random words are those of all models together, not the model's own."""
     cut: Cut | None = None
 
     @property
@@ -68,7 +72,22 @@ class TaskVector:
     @property
     def is_random(self) -> bool:
         """Whether any random word decides over its entries."""
-        return 0 < self.drop < 2**32 or (self.cut is not None and self.cut.ties == "thin")
+        dropped_by_word = 0 < self.drop < 2**32 or self.drop_end > 0
+        return dropped_by_word or (self.cut is not None and self.cut.ties == "thin")
+
+    @property
+    def removes(self) -> bool:
+        """Whether any entry may be removed."""
+        return self.drop > 0 or self.drop_end > 0 or self.cut is not None
+
+    @property
+    def stream(self) -> int | None:
+        """The model whose random words decide; None: the stream that all models share."""
+        return None if self.shared else self.model
+
+    def dropped_model(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return theta_0 + rescale * surviving delta in fp64: the model as it is after the drop."""
+        return base.double() + self.rescale * self.surviving(theta, base, where).double()
 
     def surviving(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the entries of the task vector that survive, 0 elsewhere, in the inputs' dtype."""
@@ -80,10 +99,14 @@ class TaskVector:
 
         delta = theta - base
         keep = torch.ones_like(delta, dtype=torch.bool)
-        if self.drop:
-            words = where.words("dare", self.model, delta.numel(), delta.device)
+        if self.drop or self.drop_end:
+            words = where.words("dare", self.stream, delta.numel(), delta.device)
+            keep = words >= self.drop
+            if self.drop_end:
+                place = torch.arange(where.start, where.start + delta.numel(), device=delta.device)
+                keep &= (words > self.drop) | (place >= self.drop_end)
             # What is not finite is never dropped: it must show in the output, where it is found.
-            keep = (words >= self.drop) | ~torch.isfinite(delta)
+            keep |= ~torch.isfinite(delta)
             delta = delta.masked_fill(~keep, 0.0)
         if self.cut is None:
             return keep
@@ -96,7 +119,7 @@ class TaskVector:
         assert self.cut is not None
         n = delta.numel()
         if self.cut.ties == "thin":
-            return where.words("ties", self.model, n, delta.device) < self.cut.limit
+            return where.words("ties", self.stream, n, delta.device) < self.cut.limit
         if self.cut.ties == "index":
             return torch.arange(where.start, where.start + n, device=delta.device) < self.cut.limit
         return torch.full((n,), self.cut.ties == "all", device=delta.device)
@@ -110,8 +133,9 @@ class WeightedSum:
     divisor: float = 1.0
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
-    ) -> torch.Tensor:
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
         """Return the fp64 sum over fp32 (or fp64) `models` of equal shape."""
         total = models[0].double() * 0.0
         for weight, theta in zip(self.weights, models, strict=True):
@@ -136,8 +160,9 @@ class TaskVectorMerge:
     scale: float = 1.0
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
-    ) -> torch.Tensor:
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
         """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
         assert base is not None
         if self.elect:
@@ -186,17 +211,102 @@ class TaskVectorMerge:
 
 
 @dataclass(frozen=True)
+class FisherMean:
+    """theta = sum_i a_i theta_i / sum_i a_i, per element, with a_i = coefficient_i * floored F_i.
+
+    The mode of the product of the models' diagonal Laplace posteriors (Matena & Raffel 2022, equation 3).
+    Evaluated in fp64 around the target, the first model, and held between the smallest and the largest of
+    the models' values, where the formula puts it: rounding cannot move it out.
+    """
+
+    coefficients: tuple[float, ...]
+    """lambda_i, over the norm of the model's diagonal where that is asked for; none negative."""
+    floors: tuple[float, ...]
+    """Raised to (or by) this, in units of the raw diagonal; 0 leaves it as it is."""
+    add: bool = False
+    """F + floor; else max(F, floor)."""
+    average: tuple[float, ...] = ()
+    """Where no model knows anything: weights of a plain average; empty: the target's value."""
+    vectors: tuple[TaskVector, ...] = ()
+    """A drop that comes before: the models are theta_0 + their surviving, rescaled task vectors."""
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        import torch
+
+        thetas = [
+            self.vectors[i].dropped_model(theta, base, where)
+            if self.vectors and base is not None else theta.double()
+            for i, theta in enumerate(models)
+        ]  # fmt: skip
+        target = low = high = thetas[0]
+        moved, _, total = self._sums(thetas, fishers)
+        for theta in thetas[1:]:
+            low, high = torch.where(theta < low, theta, low), torch.where(theta > high, theta, high)
+        merged = target + moved / torch.where(total == 0, 1.0, total)
+        merged = torch.where(merged < low, low, merged)
+        merged = torch.where(merged > high, high, merged)
+        fallback = target
+        if self.average:
+            mean = target * 0.0
+            for weight, theta in zip(self.average, thetas, strict=True):
+                mean = mean + weight * theta
+            fallback = mean / sum(self.average)
+        return torch.where(total == 0, fallback, merged)
+
+    def _sums(
+        self, thetas: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the sums of a_i (theta_i - theta_target), of the floors' share of a_i, and of a_i."""
+        import torch
+
+        moved = fishers[0].double() * 0.0
+        raised, total = moved.clone(), moved.clone()
+        for i, fisher in enumerate(fishers):
+            known = fisher.double()
+            floored = known + self.floors[i] if self.add else torch.where(
+                known < self.floors[i], self.floors[i], known
+            )  # fmt: skip
+            a = self.coefficients[i] * floored
+            moved = moved + a * (thetas[i] - thetas[0])
+            raised = raised + self.coefficients[i] * (floored - known)
+            total = total + a
+        return moved, raised, total
+
+    def decided_by_floor(self, fishers: Sequence[torch.Tensor]) -> int:
+        """Return the elements in which floors make up more than half of the weight."""
+        zeros = [fisher.double() * 0.0 for fisher in fishers]
+        _, raised, total = self._sums(zeros, fishers)
+        return int((raised > 0.5 * total).sum())
+
+
+@dataclass(frozen=True)
 class Formula:
     """A method that is a plain torch function of the pieces, such as a user's own."""
 
     function: Callable[..., Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    vectors: tuple[TaskVector, ...] = ()
+    """A drop that comes before, as for `FisherMean`."""
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
-    ) -> torch.Tensor:
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
         """Return what the function returns: a floating tensor of the pieces' shape."""
         return self.function(list(models), base, **self.parameters)
+
+    def dropped(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> list[torch.Tensor]:
+        """Return the models the function is to see, in the dtype of the pieces."""
+        if not self.vectors or base is None:
+            return list(models)
+        pairs = zip(self.vectors, models, strict=True)
+        return [vector.dropped_model(theta, base, where).to(theta.dtype) for vector, theta in pairs]
 
 
 @dataclass(frozen=True)
@@ -206,4 +316,10 @@ class CopyOf:
     model: int = 0
 
 
-Recipe = WeightedSum | TaskVectorMerge | Formula | CopyOf
+Recipe = WeightedSum | TaskVectorMerge | FisherMean | Formula | CopyOf
+
+
+def removing(recipe: Recipe) -> tuple[TaskVector, ...]:
+    """Return the task vectors of a recipe that may lose entries; empty if none does."""
+    vectors = getattr(recipe, "vectors", ())
+    return vectors if any(vector.removes for vector in vectors) else ()

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import typing
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
@@ -21,11 +21,15 @@ from types import UnionType
 from typing import Any, Generic, Literal, TypeVar
 
 from streammerge.errors import ConfigError, InputError, printable
-from streammerge.methods.recipes import Formula, Recipe, TaskVectorMerge
+from streammerge.methods.drop import GENERAL, DropNames
+from streammerge.methods.recipes import Formula, Recipe, removing
 from streammerge.methods.requests import Answer, Request
+from streammerge.methods.scope import Scope
 
 T = TypeVar("T")
-Base = Literal["required", "optional", "none"]
+Base = Literal["required", "optional", "donor", "none"]
+"""What a method does with ``base_model``. `donor`: its arithmetic has no base; the base lends its config,
+its tokenizer and the tensors that are copied. `none`: nothing. A drop before any of them needs one."""
 
 
 class PerModel(tuple[T, ...], Generic[T]):
@@ -64,15 +68,6 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Scope:
-    """What a method may know of the merge when it chooses its recipe."""
-
-    n_models: int
-    ordinal: int = 0
-    """Number of this tensor in the order of the merge."""
-
-
-@dataclass(frozen=True)
 class Method:
     """A registered method: its function and everything the planner must know about it."""
 
@@ -84,15 +79,21 @@ class Method:
     n_models: tuple[int, int | None]
     parameters: Mapping[str, Parameter]
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    drop: DropNames = GENERAL
+    """The names under which it takes a drop before it."""
+    fisher: bool = False
+    """Whether each model comes with a Fisher diagonal."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """mergekit's parameters without numeric effect here, each with the reason."""
     paper: str = ""
     origin: str = "built in"
+    text: str = ""
+    """What it does, for people."""
 
     @property
     def summary(self) -> str:
-        """The first line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+        """The first line of what it does."""
+        return self.text.split("\n", 1)[0]
 
     @property
     def fingerprint(self) -> str:
@@ -111,17 +112,33 @@ class Method:
     def start(self, scope: Scope, parameters: Mapping[str, Any], answers: Sequence[Sequence[Answer]]
               ) -> Recipe | list[Request]:  # fmt: skip
         """Follow the method through the `answers` known so far; return what it wants next, or its recipe."""
-        keywords = {self.parameters[name].python_name: value for name, value in parameters.items()}
+        return _follow(self._steps(scope, parameters), answers)
+
+    def _steps(
+        self, scope: Scope, parameters: Mapping[str, Any]
+    ) -> Generator[list[Request], list[Answer], Recipe]:
+        """Drop first, where that is asked for; then the method itself."""
+        own = dict(parameters)
+        drop = self.drop.take(own)
+        if drop is not None:
+            dropped = tuple((yield from drop.steps()))
+            scope = replace(scope, dropped=dropped, rescaled_by_norm=drop.rescale == "l1")
+        keywords = {self.parameters[name].python_name: value for name, value in own.items()}
         if self.is_formula:
-            return Formula(self.function, keywords)
+            return Formula(self.function, keywords, scope.dropped)
         result: Any = self.function(scope, **keywords)
-        return _follow(result, answers) if inspect.isgenerator(result) else result
+        return (yield from result) if inspect.isgenerator(result) else result
+
+    def drops(self, parameters: Mapping[str, Any]) -> bool:
+        """Return whether these parameters put a drop before the method."""
+        return self.drop.wanted_by(parameters)
 
     def draws(self, scope: Scope, parameters: Mapping[str, Any]) -> bool:
-        """Return whether these parameters make the method draw random words."""
+        """Return whether these parameters make each model draw random words of its own."""
         answers = [[request.placeholder() for request in one] for one in self.rounds(scope, parameters)]
         recipe = self.start(scope, parameters, answers)
-        return isinstance(recipe, TaskVectorMerge) and any(vector.is_random for vector in recipe.vectors)
+        assert not isinstance(recipe, list)
+        return any(vector.is_random and not vector.shared for vector in removing(recipe))
 
     def rounds(self, scope: Scope, parameters: Mapping[str, Any]) -> list[list[Request]]:
         """Return the requests of each round, following the method with placeholder answers."""
@@ -133,7 +150,7 @@ class Method:
         return rounds
 
     def access_with(self, scope: Scope, parameters: Mapping[str, Any]) -> Access:
-        """Return the access these parameters need, never more than declared."""
+        """Return the access these parameters need."""
         if self.is_formula:
             return self.access
         scopes = {request.scope for requests in self.rounds(scope, parameters) for request in requests}
@@ -166,8 +183,11 @@ def method(
     models: tuple[int, int | None] = (1, None),
     bounds: Mapping[str, tuple[float, float]] | None = None,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    drop: DropNames = GENERAL,
+    fisher: bool = False,
     ignored: Mapping[str, str] | None = None,
     paper: str = "",
+    text: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a merge method under `name` and return the function unchanged.
 
@@ -178,13 +198,19 @@ def method(
     access
         How its arithmetic may be cut: ``elementwise``, ``row``, ``tensor`` or ``model``.
     base
-        Whether ``base_model`` is required, optional or refused.
+        Whether ``base_model`` is required, optional, only lends its files (`donor`), or is refused (`none`).
     models
         Least and most number of models beside the base (None: no limit).
     bounds
         Inclusive range of a numeric parameter, by name.
     presets
         Defaults that ``preset: NAME`` switches to.
+    drop
+        The names under which it takes a random drop before it; the method itself does not see them.
+    fisher
+        Whether each model needs a Fisher diagonal beside it.
+    text
+        What it does, where that is not the function's docstring.
 
     Examples
     --------
@@ -201,9 +227,17 @@ def method(
             raise InputError(
                 f"method {printable(name)!r} from {origin}: the name is taken by a built-in method"
             )
+        declared = _declared(function, bounds or {})
+        for parameter in _drop_parameters(drop):
+            if parameter.name in declared:
+                raise InputError(
+                    f"method {printable(name)!r}: the parameter {parameter.name!r} is every method's own"
+                )
+            declared[parameter.name] = parameter
         _METHODS[name] = Method(
-            name, function, Access(access), base, models,
-            _declared(function, bounds or {}), presets or {}, ignored or {}, paper, origin,
+            name, function, Access(access), base, models, declared,
+            presets or {}, drop, fisher, ignored or {}, paper, origin,
+            inspect.cleandoc(text) if text is not None else inspect.getdoc(function) or "",
         )  # fmt: skip
         return function
 
@@ -228,6 +262,16 @@ def _declared(
             yaml_name, kinds, per_model, argument.default, choices, bounds.get(yaml_name)
         )
     return declared
+
+
+def _drop_parameters(names: DropNames) -> list[Parameter]:
+    nothing = 1.0 if names.keeps else 0.0
+    return [
+        Parameter(names.fraction, (float,), True, nothing, (), (0.0, 1.0)),
+        Parameter(names.rescale, (str,), False, "paper", ("paper", "l1", "none")),
+        Parameter(names.mask, (str,), False, "bernoulli", ("bernoulli", "exact", "magnitude")),
+        Parameter(names.shared, (bool,), False, False),
+    ]
 
 
 def _kinds(hint: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:

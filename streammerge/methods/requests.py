@@ -86,5 +86,47 @@ class SignTotal:
         return 0
 
 
-Request = TopK | TieIndex | AbsSum | SignTotal
-Answer = Threshold | tuple[int, int] | float | int
+@dataclass(frozen=True)
+class LowWords:
+    """Ask which random words drop exactly round(rate * n) elements of a tensor: the smallest (word, index).
+
+    The answer (w, e): those with a word below w, and those before element e whose word is w. It is a
+    function of the random stream alone; no data is read for it.
+    """
+
+    vector: TaskVector
+    rate: float
+    scope: Scope = "tensor"
+
+    def count(self, n: int) -> int:
+        """Return how many of `n` elements are dropped."""
+        return round(self.rate * n)
+
+    def placeholder(self) -> tuple[int, int]:
+        """Return an answer of the right type, to follow a method without data."""
+        return (1, 0)
+
+
+@dataclass(frozen=True)
+class SquareTotal:
+    """The sum of squares of a model's Fisher diagonal over all merged tensors."""
+
+    total: float
+    n: int
+    """Elements it was taken over."""
+
+
+@dataclass(frozen=True)
+class FisherSquares:
+    """Ask for the sum of squares of one model's Fisher diagonal over the whole model, in fp64."""
+
+    model: int
+    scope: Scope = "model"
+
+    def placeholder(self) -> SquareTotal:
+        """Return an answer of the right type, to follow a method without data."""
+        return SquareTotal(1.0, 1)
+
+
+Request = TopK | TieIndex | AbsSum | SignTotal | LowWords | FisherSquares
+Answer = Threshold | SquareTotal | tuple[int, int] | float | int

@@ -30,9 +30,12 @@ class RandomKeys:
     models: tuple[str, ...]
     """Alias of each model, or a fingerprint of its content; never its place in the list or path."""
 
-    def key(self, purpose: str, model: int, tensor: str) -> Key:
-        """Return the four 32-bit key words of one model's tensor for one purpose."""
-        return derive_key(self.seed, purpose, self.models[model], tensor)
+    def key(self, purpose: str, model: int | None, tensor: str) -> Key:
+        """Return the four 32-bit key words of one model's tensor for one purpose.
+
+        None for the model is the stream that all models share.
+        """
+        return derive_key(self.seed, purpose, "" if model is None else self.models[model], tensor)
 
 
 def derive_key(seed: int, purpose: str, model: str, tensor: str) -> Key:

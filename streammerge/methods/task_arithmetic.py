@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from streammerge.methods.algebra import divisor
-from streammerge.methods.recipes import TaskVector, TaskVectorMerge
-from streammerge.methods.registry import PerModel, Scope, method
+from streammerge.methods.recipes import TaskVectorMerge
+from streammerge.methods.registry import PerModel, method
+from streammerge.methods.scope import Scope
 
 _UNUSED = "`task_arithmetic` has no sparsification, in mergekit neither"
 
@@ -27,5 +28,5 @@ def task_arithmetic(
     Addition joins tasks; a negative weight forgets one; an analogy "A is to B as C is to D" is
     weights +1 for B and C, -1 for A, with the common ancestor as base.
     """
-    vectors = tuple(TaskVector(i, w) for i, w in enumerate(weight))
-    return TaskVectorMerge(vectors, divisor=divisor(weight, normalize), scale=lambda_)
+    vectors = scope.task_vectors(weight)
+    return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Literal
 
-from streammerge.methods.algebra import elect, rescale_by_norm, trim
-from streammerge.methods.recipes import TaskVector, TaskVectorMerge, TiePolicy
-from streammerge.methods.registry import Access, PerModel, Scope, method
+from streammerge.methods.algebra import elect, trim
+from streammerge.methods.drop import rescale_by_norm
+from streammerge.methods.recipes import TaskVectorMerge, TiePolicy
+from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.requests import Scope as TrimScope
+from streammerge.methods.scope import Scope
 
 
 @method(
@@ -52,15 +54,15 @@ def ties(
     """
     trim_policy: TiePolicy = ties
     scope_of_trim: TrimScope = trim_scope
-    vectors = [TaskVector(i, w) for i, w in enumerate(weight)]
+    whole = scope.task_vectors(weight)
     vectors = yield from trim(
         scope,
-        vectors,
+        whole,
         density,
         trim_scope=scope_of_trim,
         ties=trim_policy,
         plus_one=count == "floor+1",
     )
     if rescale == "l1":
-        vectors = yield from rescale_by_norm(vectors)
+        vectors = yield from rescale_by_norm(whole, vectors)
     return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))

@@ -9,18 +9,23 @@ from streammerge.config.schema import MergeConfig
 from streammerge.config.settings import count_layers, layer_fraction
 from streammerge.dtypes import FLOATS, INTEGERS
 from streammerge.errors import ConfigError, ModelError, printable
+from streammerge.index.fishers import FisherIndex, FisherRef
 from streammerge.index.header import TensorRef
 from streammerge.index.model import TensorIndex
-from streammerge.methods.registry import Method, Scope
-from streammerge.methods.requests import SignTotal
+from streammerge.methods.registry import Method
+from streammerge.methods.requests import FisherSquares, SignTotal
+from streammerge.methods.scope import Scope
 from streammerge.plan.job import Job
 from streammerge.plan.parameters import bind, check_names, preset_of
 
 
 def bind_jobs(
-    config: MergeConfig, method: Method, models: Sequence[TensorIndex], base: TensorIndex | None
-) -> tuple[tuple[Job, ...], list[str]]:
+    config: MergeConfig, method: Method, models: Sequence[TensorIndex], base: TensorIndex | None,
+    fishers: Sequence[FisherIndex] = (),
+) -> tuple[tuple[Job, ...], list[str]]:  # fmt: skip
     """Return the jobs in the file order of the first input, and warnings.
+
+    `fishers` has one diagonal per model, for a method that weighs by them.
 
     Raises
     ------
@@ -38,6 +43,7 @@ def bind_jobs(
     copied = {name for name in names if any(pattern.search(name) for pattern in excluded)}
     warnings += _compare_names(donor, [*models], excluded)
     n_layers = count_layers(names)
+    binder = _Binder(config, method, base, fishers)
     jobs: list[Job] = []
     for name in names:
         ordinal = len(jobs)
@@ -48,11 +54,12 @@ def bind_jobs(
             inputs = (*((base[name],) if base is not None else ()), *sources)
             _check_shapes(name, inputs, config)
             parameters = bind(config, method, preset, name, layer_fraction(name, n_layers))
-            job = _merge(ordinal, donor[name], sources, inputs, base, config, method, parameters)
+            job = binder.merge(ordinal, donor[name], sources, inputs, parameters)
         jobs.append(job)
     if len({ref.dtype for job in jobs for ref in job.inputs if job.kind == "merge"}) > 1:
         warnings.append("the models' float dtypes differ; each output tensor takes the dtype of "
                         f"{printable(donor.reference)} unless `dtype` says otherwise")  # fmt: skip
+    warnings += binder.warnings()
     _check_uniform_trim(jobs, method)
     return tuple(jobs), warnings
 
@@ -130,25 +137,68 @@ def _copy(ordinal: int, ref: TensorRef, config: MergeConfig) -> Job:
     return Job(ordinal, ref.name, _output_dtype(ref, config), ref.shape, "copy", (ref,), None, {})
 
 
-def _merge(
-    ordinal: int, donor: TensorRef, sources: tuple[TensorRef, ...], inputs: Sequence[TensorRef],
-    base: TensorIndex | None, config: MergeConfig, method: Method, parameters: Mapping[str, object],
-) -> Job:  # fmt: skip
+class _Binder:
+    """Makes the jobs that are no plain copies, and remembers what the user should know of them."""
+
+    def __init__(
+        self, config: MergeConfig, method: Method, base: TensorIndex | None, fishers: Sequence[FisherIndex]
+    ) -> None:
+        self._config, self._method, self._base, self._fishers = config, method, base, fishers
+        self._without_fisher: list[str] = []
+
+    def merge(
+        self, ordinal: int, donor: TensorRef, sources: tuple[TensorRef, ...], inputs: Sequence[TensorRef],
+        parameters: Mapping[str, object],
+    ) -> Job:  # fmt: skip
+        """Return the job of a tensor that every input has with the same shape."""
+        if not donor.n_elements:
+            return _copy(ordinal, donor, self._config)
+        if donor.dtype not in FLOATS:
+            return _agree(ordinal, donor, inputs)
+        dtype = _output_dtype(donor, self._config)
+        base = self._recipe_base(donor.name, parameters)
+        fishers = self._diagonals(donor)
+        return Job(ordinal, donor.name, dtype, donor.shape, "merge", sources, base, parameters, fishers)
+
+    def _recipe_base(self, name: str, parameters: Mapping[str, object]) -> TensorRef | None:
+        drops = self._method.drops(parameters)
+        if drops and self._base is None:
+            raise ConfigError(
+                f"{self._config.where}: base_model: a drop acts on differences from a base; name it here"
+            )
+        uses_base = drops or self._method.base in ("required", "optional")
+        return self._base[name] if self._base is not None and uses_base else None
+
+    def _diagonals(self, donor: TensorRef) -> tuple[FisherRef, ...]:
+        if not self._fishers:
+            return ()
+        found = [index for index in self._fishers if donor.name in index]
+        if not found:
+            self._without_fisher.append(donor.name)
+            return ()
+        for index in self._fishers:
+            if donor.name not in index:
+                raise ModelError(
+                    f"{printable(index.reference)}: no Fisher diagonal of tensor {printable(donor.name)}, "
+                    f"{printable(found[0].reference)} has one; list the tensor under `exclude:` to copy it"
+                )
+            if index[donor.name].shape != donor.shape:
+                raise ModelError(
+                    f"{printable(index.reference)}: the Fisher diagonal of tensor {printable(donor.name)} has shape "
+                    f"{list(index[donor.name].shape)}, the tensor has {list(donor.shape)}; it belongs to another model"
+                )
+        return tuple(index[donor.name] for index in self._fishers)
+
+    def warnings(self) -> list[str]:
+        """Return what the user should know of all jobs together."""
+        if not self._without_fisher:
+            return []
+        n, first = len(self._without_fisher), printable(self._without_fisher[0])
+        return [f"{n} tensors have no Fisher diagonal in any model and take the `fallback` (first: {first})"]
+
+
+def _agree(ordinal: int, donor: TensorRef, inputs: Sequence[TensorRef]) -> Job:
     name = donor.name
-    if not donor.n_elements:
-        return _copy(ordinal, donor, config)
-    if donor.dtype in FLOATS:
-        recipe_base = base[name] if base is not None and method.base != "none" else None
-        return Job(
-            ordinal,
-            name,
-            _output_dtype(donor, config),
-            donor.shape,
-            "merge",
-            sources,
-            recipe_base,
-            parameters,
-        )
     dtypes = {ref.dtype for ref in inputs}
     if donor.dtype not in INTEGERS and len(inputs) > 1:
         raise ModelError(
@@ -169,7 +219,7 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
     checked: set[tuple[object, ...]] = set()
     for job in jobs:
         key = tuple(job.parameters.items())
-        if job.kind != "merge" or method.is_formula or key in checked:
+        if job.kind != "merge" or key in checked:
             continue
         checked.add(key)
         try:
@@ -177,7 +227,8 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
         except ConfigError as error:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
         asked: list[tuple[object, ...]] = [
-            (type(r), r.vector.model, getattr(r, "density", None)) if not isinstance(r, SignTotal) else (type(r),)
+            (type(r), r.vector.model, getattr(r, "density", None))
+            if not isinstance(r, SignTotal | FisherSquares) else (type(r),)
             for requests in rounds for r in requests if r.scope == "model"
         ]  # fmt: skip
         if first is not None and asked != first:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from streammerge.dtypes import FLOATS, itemsize
+from streammerge.index.fishers import ChunkedRef, FisherRef
 from streammerge.index.header import TensorRef
 
 Kind = Literal["merge", "copy", "agree"]
@@ -28,6 +29,8 @@ class Job:
     """The models' tensors in configured order."""
     base: TensorRef | None
     parameters: Mapping[str, Any]
+    fishers: tuple[FisherRef, ...] = ()
+    """The models' Fisher diagonals, for a method that weighs by them; empty where they lack the tensor."""
 
     @property
     def n_elements(self) -> int:
@@ -51,13 +54,24 @@ class Job:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes read by one pass over the inputs."""
+        """Bytes read by one pass over the models."""
         return sum(ref.nbytes for ref in self.inputs)
 
     @property
+    def fisher_bytes(self) -> int:
+        """Bytes read by one pass over the Fisher diagonals, compressed where they are."""
+        return sum(r.stored_nbytes if isinstance(r, ChunkedRef) else r.nbytes for r in self.fishers)
+
+    @property
+    def fisher_chunk_bytes(self) -> int:
+        """Most bytes of one chunk of a Fisher store, decompressed; 0 without a store."""
+        chunked = [ref for ref in self.fishers if isinstance(ref, ChunkedRef)]
+        return max((ref.chunk_elements * itemsize(ref.dtype) for ref in chunked), default=0)
+
+    @property
     def input_bytes_per_element(self) -> int:
-        """Bytes of all inputs for one element; 0 for sub-byte dtypes, which are only copied whole."""
-        return sum(itemsize(ref.dtype) for ref in self.inputs if ref.dtype in FLOATS)
+        """Bytes of all inputs and diagonals for one element; 0 for sub-byte dtypes, which are only copied."""
+        return sum(itemsize(ref.dtype) for ref in (*self.inputs, *self.fishers) if ref.dtype in FLOATS)
 
     @property
     def output_bytes(self) -> int:

@@ -22,8 +22,13 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
     """Refuse parameters the method does not declare; return notes on those without effect."""
     notes = []
     for spec in config.models:
-        if spec.fisher is not None:
+        if spec.fisher is not None and not method.fisher:
             raise ConfigError(f"{spec.path}.fisher: method {method.name!r} takes no Fisher diagonals")
+        if spec.fisher is None and method.fisher:
+            raise ConfigError(
+                f"{spec.path}: method {method.name!r} needs the model's Fisher diagonal: `fisher: PATH`, a store "
+                "or a safetensors file"
+            )
     places = [(config.parameters, False), *((spec.parameters, True) for spec in config.models)]
     for settings, in_model in places:
         for name, setting in settings.items():
@@ -42,6 +47,12 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
                     f"{setting.path}: {name!r} is one value for all models: put it under `parameters:`"
                 )
     return notes
+
+
+def wants_drop(config: MergeConfig, method: Method) -> bool:
+    """Return whether the config names the parameter that puts a drop before the method."""
+    places = [config.parameters, *(spec.parameters for spec in config.models)]
+    return any(method.drop.fraction in settings for settings in places)
 
 
 def preset_of(config: MergeConfig, method: Method) -> Mapping[str, Any]:

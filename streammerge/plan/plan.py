@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
+from streammerge.index.fishers import ChunkedRef, FisherIndex
+from streammerge.index.header import FileStamp
 from streammerge.index.model import TensorIndex
-from streammerge.methods.registry import Access, Method, Scope
-from streammerge.methods.requests import Request
+from streammerge.methods.registry import Access, Method
+from streammerge.methods.requests import FisherSquares, LowWords, Request
+from streammerge.methods.scope import Scope
 from streammerge.plan.bind import bind_jobs
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
@@ -40,6 +43,8 @@ class MergePlan:
     torch_only: bool
     """Every piece goes through the torch formulas."""
     warnings: tuple[str, ...] = field(default=())
+    fishers: tuple[FisherIndex, ...] = ()
+    """The Fisher diagonal of each model, for a method that weighs by them."""
 
     @property
     def donor(self) -> TensorIndex:
@@ -53,9 +58,16 @@ class MergePlan:
         return (*self.models, *base)
 
     @property
+    def stamped(self) -> dict[str, tuple[FileStamp, ...]]:
+        """The files behind every model and every Fisher diagonal, by its reference."""
+        return {index.reference: index.stamps for index in self.inputs} | {
+            index.reference: index.stamps for index in self.fishers
+        }
+
+    @property
     def random(self) -> bool:
         """Whether any random word may be drawn."""
-        return any(self.method.draws(Scope(job.n_models), job.parameters) for job in _distinct(self.jobs))
+        return any(self.method.draws(scope_of(job), job.parameters) for job in _distinct(self.jobs))
 
     def steps(self, done: Mapping[int, Sequence[Interval]] | None = None) -> Iterator[Step]:
         """Yield what is left to do when `done` elements of each job are finished."""
@@ -63,32 +75,41 @@ class MergePlan:
 
     def model_rounds(self) -> int:
         """Return how many whole-model statistics rounds come before the merge."""
-        if self.method.is_formula:
-            return 0
         return max(
             (
-                sum(any(r.scope == "model" for r in requests) for requests in self.rounds_of(job))
+                sum(requests[0].scope == "model" for requests in self.rounds_of(job))
                 for job in _distinct(self.jobs)
             ),
             default=0,
         )
 
+    def rounds_reading(self, job: Job, scope: str) -> list[list[Request]]:
+        """Return the rounds of one scope that need a pass over the files."""
+        return [
+            requests for requests in self.rounds_of(job)
+            if requests[0].scope == scope and any(needs_data(request, self.jobs) for request in requests)
+        ]  # fmt: skip
+
+    def model_passes(self) -> int:
+        """Return how many times the files are read for whole-model statistics before the merge."""
+        return max((len(self.rounds_reading(job, "model")) for job in _distinct(self.jobs)), default=0)
+
     def rounds_of(self, job: Job) -> list[list[Request]]:
         """Return the statistics requests of each round of a merge job, with placeholder answers."""
-        if job.kind != "merge" or self.method.is_formula:
+        if job.kind != "merge":
             return []
-        return self.method.rounds(Scope(job.n_models), job.parameters)
+        return self.method.rounds(scope_of(job), job.parameters)
 
     def bytes_to_read(self) -> int:
         """Return the bytes all passes read: each input once, and once more for each streamed pass."""
-        total = sum(job.input_bytes for job in self.jobs)
-        total += self.model_rounds() * sum(job.input_bytes for job in self.jobs if job.kind == "merge")
+        total = sum(job.input_bytes + job.fisher_bytes for job in self.jobs)
         for job, how in zip(self.jobs, self.work, strict=True):
+            rounds = self.rounds_reading(job, "model")
             if how.mode == "surveyed":
-                tensor_rounds = sum(
-                    any(r.scope == "tensor" for r in requests) for requests in self.rounds_of(job)
-                )
-                total += tensor_rounds * job.input_bytes
+                rounds += self.rounds_reading(job, "tensor")
+            for requests in rounds:
+                squares = all(isinstance(request, FisherSquares) for request in requests)
+                total += job.fisher_bytes if squares else job.input_bytes
         return total
 
     def identity(self) -> dict[str, str]:
@@ -114,11 +135,14 @@ def make_plan(
     shard_size: int,
     seed: int | None = None,
     torch_only: bool = False,
+    fishers: Sequence[FisherIndex] = (),
 ) -> MergePlan:
     """Decide everything about a merge.
 
     Parameters
     ----------
+    fishers
+        The Fisher diagonal of each model, for a method that weighs by them.
     seed
         Overrides the config's.
     torch_only
@@ -129,43 +153,63 @@ def make_plan(
     InputError
         If the models, the config or the budget do not allow the merge.
     """
-    jobs, warnings = bind_jobs(config, method, models, base)
-    cache: dict[tuple[object, ...], Access] = {}
+    jobs, warnings = bind_jobs(config, method, models, base, fishers)
+    cache: dict[tuple[object, ...], tuple[Access, bool]] = {}
     access = []
     work = []
     for job in jobs:
         key = (job.kind, *job.parameters.items())
         if key not in cache:
-            cache[key] = (
-                method.access_with(Scope(job.n_models), job.parameters)
-                if job.kind == "merge" else Access.ELEMENTWISE
-            )  # fmt: skip
-        access.append(cache[key])
+            cache[key] = _needs(job, method, jobs)
+        reach, holds = cache[key]
+        access.append(reach)
         formula = torch_only or runs_in_torch(job, method)
         work.append(
             plan_work(
-                job, cache[key], budget,
-                workspace=torch_workspace if formula else _no_workspace, streams=not method.is_formula,
+                job, reach, budget, workspace=torch_workspace if formula else _no_workspace,
+                formula=job.kind == "merge" and method.is_formula, holds=holds,
             )
         )  # fmt: skip
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(access), tuple(work),
         lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,
-        torch_only, tuple(warnings),
+        torch_only, tuple(warnings), tuple(fishers),
     )  # fmt: skip
+
+
+def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> tuple[Access, bool]:
+    """Return what a job needs to see at once, and whether it has statistics of its own tensor to take."""
+    if job.kind != "merge":
+        return Access.ELEMENTWISE, False
+    rounds = method.rounds(scope_of(job), job.parameters)
+    holds = any(r.scope == "tensor" and needs_data(r, jobs) for requests in rounds for r in requests)
+    return method.access_with(scope_of(job), job.parameters), holds
+
+
+def scope_of(job: Job) -> Scope:
+    """Return what the method may know of a merge job."""
+    return Scope(job.n_models, job.ordinal, fisher=bool(job.fishers))
+
+
+def needs_data(request: Request, jobs: Sequence[Job]) -> bool:
+    """Return whether the answer takes a pass over the inputs; a Fisher store records its squares."""
+    if isinstance(request, FisherSquares):
+        return any(job.fishers and not isinstance(job.fishers[request.model], ChunkedRef) for job in jobs)
+    return not isinstance(request, LowWords)
 
 
 def runs_in_torch(job: Job, method: Method) -> bool:
     """Return whether a job's arithmetic is done by torch on the CPU: plain formulas, and fp64."""
     if job.kind == "merge":
-        return method.is_formula or any(ref.dtype == "F64" for ref in job.inputs) or job.dtype == "F64"
+        wide = any(ref.dtype == "F64" for ref in (*job.inputs, *job.fishers))
+        return method.is_formula or wide or job.dtype == "F64"
     return job.dtype != job.sources[0].dtype and "F64" in (job.dtype, job.sources[0].dtype)
 
 
 def torch_workspace(job: Job, n: int) -> int:
     """Return an upper bound of the temporaries of a formula on a block of `n` elements, in bytes."""
     block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
-    return block * 8 * (2 * len(job.inputs) + 12)
+    return block * 8 * (2 * len(job.inputs) + 3 * len(job.fishers) + 12)
 
 
 def _no_workspace(job: Job, n: int) -> int:
@@ -197,7 +241,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "elements": sum(job.n_elements for job in plan.jobs if job.dtype in FLOATS),
         "dtypes": sorted({job.dtype for job in plan.jobs}),
         "access": sorted({str(access) for access in plan.access}),
-        "model_passes": plan.model_rounds(),
+        "model_passes": plan.model_passes(),
         "streamed_tensors": surveys,
         "chunks": len(chunks),
         "largest_chunk_bytes": max((chunk.nbytes for chunk in chunks), default=0),

@@ -13,10 +13,11 @@ not depend on where the cuts are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from streammerge.errors import BudgetError, printable
+from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.registry import Access
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
@@ -24,6 +25,9 @@ from streammerge.units import format_size
 
 ALIGN = 4096
 """Elements; the block of the fp64 statistics."""
+
+_FRAME = 64
+"""Bytes by which a chunk that does not compress may grow, and room to align it."""
 
 Mode = Literal["cut", "whole", "surveyed"]
 
@@ -73,16 +77,26 @@ class Work:
 
 
 def plan_work(
-    job: Job, access: Access, budget: Budget, *, workspace: Callable[[Job, int], int], streams: bool
+    job: Job,
+    access: Access,
+    budget: Budget,
+    *,
+    workspace: Callable[[Job, int], int],
+    formula: bool,
+    holds: bool,
 ) -> Work:
     """Decide how one job is handled.
 
     Parameters
     ----------
+    access
+        What the method must see at once.
     workspace
         Bytes of temporaries for a block of the given number of elements of a job.
-    streams
-        Whether statistics can be streamed; a plain formula with access `tensor` needs it whole.
+    formula
+        Whether it is a plain formula, which sees rows or tensors themselves; all other methods see statistics.
+    holds
+        Whether statistics of this tensor alone come before its merge.
 
     Raises
     ------
@@ -90,20 +104,38 @@ def plan_work(
         If the tensor, or one row of it, must be held and cannot.
     """
     per_element = _bytes_per_element(job)
-    if job.kind != "merge" or access is Access.ELEMENTWISE:
-        return _fitting(
-            job, Work("cut", ALIGN, per_element, workspace(job, ALIGN)), ALIGN, "a block of it", budget
-        )
-    if access is Access.ROW:
-        work = Work("cut", job.row_length, per_element, workspace(job, job.row_length))
-        return _fitting(job, work, job.row_length, "one row of it", budget)
-    if streams:
-        scratch = workspace(job, ALIGN)
-        resident = job.n_elements * per_element + scratch <= budget.resident_limit
-        work = Work("whole" if resident else "surveyed", ALIGN, per_element, scratch)
-        return _fitting(job, work, ALIGN, "a block of it", budget)
-    work = Work("whole", job.n_elements, per_element, workspace(job, job.n_elements))
-    return _fitting(job, work, job.n_elements, "the whole tensor", budget)
+
+    def work(mode: Mode, row: int) -> Work:
+        # A piece reads one chunk of a Fisher store after the other, by way of a buffer of its own.
+        return Work(mode, row, per_element, workspace(job, row) + chunk_scratch(job))
+
+    if formula and access is not Access.ELEMENTWISE:
+        whole = holds or access is not Access.ROW
+        n, what = (job.n_elements, "the whole tensor") if whole else (job.row_length, "one row of it")
+        return _fitting(job, work("whole" if whole else "cut", n), n, what, budget)
+    if holds:
+        held = work("whole", ALIGN)
+        resident = job.n_elements * per_element + held.workspace <= budget.resident_limit
+        return _fitting(job, held if resident else work("surveyed", ALIGN), ALIGN, "a block of it", budget)
+    cut = work("cut", ALIGN)
+    row = _store_row(job)
+    if row * per_element <= min(budget.chunk_target, budget.capacity - cut.workspace):
+        cut = replace(cut, row=row)
+    return _fitting(job, cut, cut.row, "a block of it", budget)
+
+
+def _store_row(job: Job) -> int:
+    """Return the elements of a chunk of the first Fisher store: pieces cut there read each chunk once."""
+    stores = [ref for ref in job.fishers if isinstance(ref, ChunkedRef)]
+    if not stores or stores[0].chunk_elements >= job.n_elements:
+        return ALIGN
+    row = stores[0].chunk_elements
+    return row if row % ALIGN == 0 or len(stores) == len(job.fishers) else ALIGN
+
+
+def chunk_scratch(job: Job) -> int:
+    """Return the buffer bytes it takes to read a Fisher store: a chunk as it lies, and decompressed."""
+    return 2 * (job.fisher_chunk_bytes + _FRAME) if job.fisher_chunk_bytes else 0
 
 
 def _bytes_per_element(job: Job) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from streammerge.engine.session import Event, Summary
@@ -69,8 +70,8 @@ class LineReporter:
             print(
                 f"resuming: {format_size(event.values['bytes_done'])} of the output are done", file=sys.stderr
             )
-        elif event.kind == "progress":
-            text = self._rate.text(event.values)
+        elif event.kind in ("progress", "import"):
+            text = self._rate.text(event.values) if event.kind == "progress" else _import_text(event.values)
             if time.monotonic() - self._last >= _LINE_SECONDS:
                 self._last = time.monotonic()
                 print(text, file=sys.stderr, flush=True)
@@ -143,6 +144,10 @@ class Rate:
             f"{values['tensors']}/{values['tensors_total']} tensors, read {format_size(read)}, written {format_size(written)}, {(read + written) / seconds / 1e6:.0f} MB/s, "
             f"{remaining} left, resident {format_size(resident_bytes())}"
         )
+
+
+def _import_text(values: Mapping[str, Any]) -> str:
+    return f"{values['tensors']}/{values['tensors_total']} tensors, read {format_size(values['bytes_read'])}"
 
 
 def summary_values(summary: Summary) -> dict[str, Any]:

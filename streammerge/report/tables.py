@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Mapping
 
@@ -45,7 +44,7 @@ def method_text(method: Method) -> str:
     lines = [
         f"{method.name}  ({method.origin})",
         "",
-        inspect.getdoc(method.function) or "",
+        method.text,
         "",
         f"models: {count}; base_model: {method.base}; access: at most {method.access}",
     ]

@@ -1,0 +1,70 @@
+"""Reads runs of elements out of a Fisher store, one compressed chunk file after the other.
+
+A chunk lies on disk as the store's codecs left it: little-endian values, a Blosc frame, a CRC-32C. It is read,
+checked and decompressed in buffers of the caller, so that it counts against the budget; a whole chunk is
+decompressed straight to where it is wanted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streammerge.dtypes import itemsize
+from streammerge.engine.memory import Bytes
+from streammerge.engine.reader import Reader
+from streammerge.errors import ModelError, printable
+from streammerge.index.fishers import ChunkedRef
+
+_CRC_BYTES = 4
+_BLOSC_HEADER = 16
+
+
+def read_stored(
+    reader: Reader, ref: ChunkedRef, start: int, stop: int, target: Bytes, scratch: Bytes
+) -> None:
+    """Fill `target` with elements `start` to `stop` of one tensor's diagonal.
+
+    `scratch` has room for a chunk as it lies and for one decompressed.
+
+    Raises
+    ------
+    ModelError
+        If a chunk is missing or its bytes are not what was stored.
+    WorldError
+        If the machine cannot read it.
+    """
+    width = itemsize(ref.dtype)
+    whole = ref.chunk_elements * width
+    room = (scratch.size - whole) // 64 * 64
+    for path, first, end in ref.chunks(start, stop):
+        nbytes = reader.read_file(path, scratch[:room])
+        inside = start <= first and end <= stop and (end - first) * width == whole
+        place = (first - start) * width
+        decoded = target[place : place + whole] if inside else scratch[room : room + whole]
+        _decode(path, scratch[:nbytes], decoded)
+        if not inside:
+            a, b = max(start, first), min(stop, end)
+            target[(a - start) * width : (b - start) * width] = decoded[
+                (a - first) * width : (b - first) * width
+            ]
+
+
+def _decode(path: str, stored: Bytes, decoded: Bytes) -> None:
+    import google_crc32c
+    from numcodecs import blosc
+
+    blosc.use_threads = False  # the workers are the threads
+    frame = stored[:-_CRC_BYTES]
+    frame.flags.writeable = False
+    sound = frame.size > _BLOSC_HEADER and google_crc32c.value(frame) == int.from_bytes(
+        stored[-_CRC_BYTES:].tobytes(), "little"
+    )
+    if sound:
+        # Blosc's own header: bytes decompressed, block size, bytes compressed.
+        nbytes, _, frame_nbytes = np.frombuffer(frame[4:_BLOSC_HEADER], "<u4").tolist()
+        sound = (nbytes, frame_nbytes) == (decoded.size, frame.size)
+    if not sound:
+        raise ModelError(
+            f"{printable(path)}: a chunk of a Fisher store is damaged (its checksum is wrong); import it again"
+        )
+    blosc.decompress(frame, decoded)

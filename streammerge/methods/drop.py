@@ -1,0 +1,136 @@
+"""DARE's drop and rescale, put before any method.  https://arxiv.org/abs/2311.03099 (section 3.2)
+
+A drop turns each model into theta_0 + rescale * mask * delta; the method that follows sees nothing else.
+Which entries go: each with the same probability (`bernoulli`, the paper), exactly the right number at
+random (`exact`), or the smallest magnitudes (`magnitude`, the paper's ablation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+from streammerge.methods import rng
+from streammerge.methods.recipes import Cut, TaskVector
+from streammerge.methods.requests import AbsSum, Answer, LowWords, Request, Threshold, TopK
+
+Ask = Generator[list[Request], list[Answer], list[TaskVector]]
+Rescale = Literal["paper", "l1", "none"]
+Mask = Literal["bernoulli", "exact", "magnitude"]
+
+
+@dataclass(frozen=True)
+class DropNames:
+    """What a method calls the parameters of the drop before it."""
+
+    fraction: str
+    """One number per model; the fraction that is dropped, or kept if `keeps`."""
+    rescale: str
+    mask: str
+    shared: str = "shared_mask"
+    keeps: bool = False
+
+    def take(self, parameters: dict[str, Any]) -> Drop | None:
+        """Remove the drop's parameters from a method's and return the drop, or None if there is none."""
+        fractions = parameters.pop(self.fraction)
+        rescale, mask, shared = (parameters.pop(name) for name in (self.rescale, self.mask, self.shared))
+        rates = tuple(1.0 - f for f in fractions) if self.keeps else fractions
+        densities = fractions if self.keeps else tuple(1.0 - f for f in fractions)
+        return Drop(rates, densities, rescale, mask, shared) if any(rates) else None
+
+    def wanted_by(self, parameters: Mapping[str, Any]) -> bool:
+        """Return whether parameters with these values drop anything."""
+        return self.take(dict(parameters)) is not None
+
+
+GENERAL = DropNames("drop_rate", "drop_rescale", "drop_mask")
+"""The names under which every method takes a drop."""
+DARE = DropNames("density", "rescale", "mask", keeps=True)
+"""The names of the ``dare_`` methods: mergekit's, as far as it has them."""
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Which fraction of each model's task vector goes, and how."""
+
+    rates: tuple[float, ...]
+    """The paper's p, per model."""
+    densities: tuple[float, ...]
+    """1 - p, as it was written where it was."""
+    rescale: Rescale
+    mask: Mask
+    shared: bool
+    """One random mask for all models."""
+
+    def steps(self) -> Ask:
+        """Ask for the statistics it takes and return the models' task vectors, dropped and rescaled."""
+        vectors = [TaskVector(i, shared=self.shared) for i in range(len(self.rates))]
+        if self.mask == "magnitude":
+            vectors = yield from _drop_smallest(vectors, self.densities)
+        elif self.mask == "exact":
+            vectors = yield from _drop_exactly(vectors, self.rates)
+        else:
+            vectors = [
+                replace(v, drop=rng.threshold(min(1.0, max(0.0, rate))))
+                for v, rate in zip(vectors, self.rates, strict=True)
+            ]
+        if self.rescale == "paper":
+            return _rescale_by_probability(vectors, self.densities)
+        if self.rescale == "l1":
+            return (yield from rescale_by_norm([TaskVector(v.model) for v in vectors], vectors))
+        return vectors
+
+
+def _drop_exactly(vectors: Sequence[TaskVector], rates: Sequence[float]) -> Ask:
+    """Drop round(n p) entries of each tensor: those of the smallest random words, ties by index."""
+    partial = [i for i, rate in enumerate(rates) if 0 < rate < 1]
+    dropped = [replace(v, drop=2**32) if rate >= 1 else v for v, rate in zip(vectors, rates, strict=True)]
+    if not partial:
+        return dropped
+    ends = yield [LowWords(vectors[i], rates[i]) for i in partial]
+    for i, end in zip(partial, ends, strict=True):
+        word, element = cast(tuple[int, int], end)
+        dropped[i] = replace(dropped[i], drop=word, drop_end=element)
+    return dropped
+
+
+def _drop_smallest(vectors: Sequence[TaskVector], densities: Sequence[float]) -> Ask:
+    """Keep the top `density` of magnitudes per tensor; entries at the threshold by a thinning draw."""
+    dropped = [replace(v, drop=2**32) if d <= 0 else v for v, d in zip(vectors, densities, strict=True)]
+    partial = [i for i, density in enumerate(densities) if 0 < density < 1]
+    if not partial:
+        return dropped
+    thresholds = yield [TopK(vectors[i], densities[i]) for i in partial]
+    for i, threshold in zip(partial, thresholds, strict=True):
+        assert isinstance(threshold, Threshold)
+        limit = rng.threshold(threshold.needed / threshold.ties)
+        dropped[i] = replace(dropped[i], cut=Cut(threshold.key, "thin", limit))
+    return dropped
+
+
+def _rescale_by_probability(vectors: Sequence[TaskVector], densities: Sequence[float]) -> list[TaskVector]:
+    """Divide what survives by the fraction that survives: unbiased for a random mask."""
+    return [
+        replace(vector, rescale=1.0 / density if 0 < density < 1 else 1.0)
+        for vector, density in zip(vectors, densities, strict=True)
+    ]
+
+
+def rescale_by_norm(before: Sequence[TaskVector], after: Sequence[TaskVector]) -> Ask:
+    """Give each vector back the L1 norm it had before, per tensor, as mergekit's ``rescale: true`` does."""
+    rescaled = list(after)
+    touched = [i for i, pair in enumerate(zip(before, after, strict=True)) if _differ(*pair)]
+    if not touched:
+        return rescaled
+    sums = yield [AbsSum(vectors[i]) for vectors in (before, after) for i in touched]
+    for place, i in enumerate(touched):
+        whole, left = sums[place], sums[len(touched) + place]
+        assert isinstance(whole, float)
+        assert isinstance(left, float)
+        rescaled[i] = replace(after[i], rescale=after[i].rescale * (whole / left if left > 0 else 1.0))
+    return rescaled
+
+
+def _differ(before: TaskVector, after: TaskVector) -> bool:
+    return (before.drop, before.drop_end, before.cut) != (after.drop, after.drop_end, after.cut)
