@@ -34,6 +34,8 @@ from streammerge.methods.rng import SCHEME, RandomKeys
 from streammerge.plan.plan import MergePlan
 
 _CHECK_STEP = 1 << 20
+_FLOOR_WARNING = 0.1
+"""Fraction of elements decided by a Fisher floor above which it is likely a mistake."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class Summary:
     seconds: float
     densities: list[dict[str, Any]]
     warnings: tuple[str, ...]
+    floored: Mapping[str, Any] | None = None
+    """Of a Fisher merge: the elements of which floors decided the most."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def _finished(out: Path, plan: MergePlan, identity: Mapping[str, str]) -> Summar
     remove_state(out)
     return Summary(
         str(out), True, len(plan.jobs), len(plan.layout.shards), 0, 0, plan.layout.nbytes, 0.0,
-        manifest.get("densities", []), plan.warnings,
+        manifest.get("densities", []), plan.warnings, manifest.get("floored"),
     )  # fmt: skip
 
 
@@ -219,6 +223,7 @@ class _Session:
         finally:
             journal.close()
             self._writer.close()
+        self._warn_of_floor(manifest.get("floored"))
         return self._summary(manifest, resumed, began)
 
     def _believe(self, receipts: Sequence[Receipt]) -> list[Receipt]:
@@ -263,11 +268,18 @@ class _Session:
                 f"taken from {printable(self._plan.donor.reference)}"
             }))  # fmt: skip
 
+    def _warn_of_floor(self, floored: Mapping[str, Any] | None) -> None:
+        if floored is not None and floored["fraction"] > _FLOOR_WARNING:
+            self._emit(Event("warning", {
+                "message": f"the floor decided {100 * floored['fraction']:.1f} % of the elements: the models' own "
+                "certainties hardly count; a smaller `floor`, or `floor_units: rms`, lets them"
+            }))  # fmt: skip
+
     def _summary(self, manifest: Mapping[str, Any], resumed: int, began: float) -> Summary:
         return Summary(
             str(self._out), False, len(self._plan.jobs), len(self._plan.layout.shards),
             self._reader.bytes_read, self._writer.bytes_written, resumed, time.monotonic() - began,
-            manifest["densities"], self._plan.warnings,
+            manifest["densities"], self._plan.warnings, manifest.get("floored"),
         )  # fmt: skip
 
 

@@ -101,6 +101,8 @@ class StoreWriter:
                     f"{printable(self._partial)}: holds an unfinished import of something else; run it with what it "
                     "began with, or start over with --overwrite"
                 )
+            for left in self._partial.glob("*.partial"):  # what Zarr was writing when it was killed
+                left.unlink()
             self._group = zarr.open_group(str(self._partial), mode="a", zarr_format=3)
 
     def known(self, tensor: str) -> bool:

@@ -157,6 +157,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "shards": summary.shards, "bytes_read": summary.bytes_read, "bytes_written": summary.bytes_written,
         "bytes_resumed": summary.bytes_resumed, "seconds": round(summary.seconds, 3),
         "peak_resident_bytes": peak_resident_bytes(), "densities": summary.densities,
+        **({"floored": dict(summary.floored)} if summary.floored is not None else {}),
     }  # fmt: skip
 
 
@@ -178,6 +179,10 @@ def summary_text(summary: Summary) -> str:
         f"model {entry['model']}: {entry['density']:.4f} of its task vector survived ({entry['kept']} of {entry['of']})"
         for entry in summary.densities
     ]
+    if summary.floored is not None:
+        lines.append(
+            f"the floor decided {100 * summary.floored['fraction']:.3g} % of {summary.floored['of']:,} elements"
+        )
     return "\n".join(lines)
 
 

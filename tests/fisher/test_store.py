@@ -1,0 +1,530 @@
+"""Stores of Fisher diagonals: what Zarr reads back, how they are made, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from streammerge.api import merge, plan
+from streammerge.errors import BudgetError, ModelError, OutputError, StreammergeError
+from streammerge.fisher import store
+from streammerge.fisher.importing import import_diagonal
+from streammerge.index.fishers import ATTRIBUTE, ChunkedRef, open_fisher
+from tests.conftest import config_for, output_bytes, write_fisher, write_model
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "embed": (700, 64), "layers.0.w": (96, 130), "layers.1.w": (6, 5, 7, 3), "norm": (4099,), "scalar": (),
+    "one": (1, 9),
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "CHUNK_ELEMENTS", 5000)
+
+
+@pytest.fixture
+def paths(make_models: Callable[..., list[Path]]) -> list[Path]:
+    return make_models(shapes=SHAPES)
+
+
+def make_store(model: Path, **options: Any) -> Path:
+    """Import the diagonal of a model, as the tests make it, into a store beside it."""
+    out = model.with_name(f"{model.name}.zarr")
+    import_diagonal(model, write_fisher(model), out, **options)
+    return out
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()
+    }
+
+
+# --- what lies in a store
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_zarr_reads_every_array_back_under_its_tensors_name(paths: list[Path]) -> None:
+    group = zarr.open_group(str(make_store(paths[1])), mode="r")
+    expected = load_file(write_fisher(paths[1]))
+    assert set(group.array_keys()) == set(expected)
+    for name, tensor in expected.items():
+        array = group[name]
+        assert array.dtype == np.float32
+        assert array.shape == tuple(tensor.shape)
+        assert np.array_equal(array[...], tensor.numpy())
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_the_attributes_hold_the_sums_and_the_model(paths: list[Path]) -> None:
+    out = make_store(paths[1], about={"estimator": "exact", "examples": 32, "seed": 7})
+    about = dict(zarr.open_group(str(out), mode="r").attrs[ATTRIBUTE])
+    expected = {n: t.double().numpy() for n, t in load_file(write_fisher(paths[1])).items()}
+    assert (about["estimator"], about["examples"], about["seed"], about["dtype"]) == ("exact", 32, 7, "F32")
+    assert about["model_name"] == "m1"
+    assert len(about["model_fingerprint"]) == 32
+    norm = math.sqrt(sum(float((f * f).sum()) for f in expected.values()))
+    assert about["norm"] == pytest.approx(norm, rel=1e-12)
+    for name, f in expected.items():
+        entry = about["tensors"][name]
+        assert entry["sum"] == pytest.approx(f.sum(), rel=1e-12)
+        assert entry["square_sum"] == pytest.approx((f * f).sum(), rel=1e-12)
+        assert entry["largest"] == f.max(initial=0.0)
+        assert entry["zeros"] == int((f == 0).sum())
+        files = [p for p in (out / entry["array"] / "c").rglob("*") if p.is_file()]
+        files += [out / entry["array"] / "c"] if not f.shape else []
+        assert entry["stored_nbytes"] == sum(p.stat().st_size for p in files)
+
+
+@given(st.lists(st.integers(1, 12), max_size=4), st.integers(1, 3000))
+@settings(max_examples=100, deadline=None)
+def test_chunks_tile_a_tensor_in_the_order_of_its_elements(shape: list[int], size: int) -> None:
+    before = store.CHUNK_ELEMENTS
+    store.CHUNK_ELEMENTS = size
+    try:
+        chunk = store.chunk_shape(tuple(shape))
+        runs = list(store.chunk_runs(tuple(shape)))
+    finally:
+        store.CHUNK_ELEMENTS = before
+    n = math.prod(shape)
+    ref = ChunkedRef("t", "F32", tuple(shape), "/s", chunk, 0.0, 0)
+    found = list(ref.chunks(0, n))
+    assert [(a, b) for _, a, b in found] == runs
+    assert runs[0][0] == 0
+    assert runs[-1][1] == n
+    assert all(b == c for (_, b), (c, _) in pairwise(runs))
+    assert len({path for path, _, _ in found}) == len(found)
+    assert math.prod(chunk) <= max(size, 1)
+    for start, stop in ((0, 1), (n // 2, n // 2 + 1), (n // 3, n)):
+        inside = list(ref.chunks(start, stop))
+        assert inside == [f for f in found if f[1] < stop and f[2] > start]
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "../../x", "/abs", "..", "__x", "naïve", "with\nnewline", "x" * 300, "zarr.json", "%"]
+)
+def test_a_name_no_directory_can_bear_is_escaped_and_stays_inside(name: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", {name: torch.randn(3, 4), "w": torch.randn(2)})
+    fisher = {name: torch.rand(3, 4), "w": torch.rand(2)}
+    save_file(fisher, tmp_path / "f.safetensors")
+    before = set(tmp_path.iterdir())
+    import_diagonal(model, tmp_path / "f.safetensors", tmp_path / "s.zarr")
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "s.zarr"}
+    index = open_fisher(tmp_path / "s.zarr")
+    assert set(index) == {name, "w"}
+    config = {"merge_method": "fisher", "models": [{"model": str(model), "fisher": str(tmp_path / "s.zarr")}]}
+    merge(config, tmp_path / "out", memory="1GiB")
+    assert len(zarr.open_group(str(tmp_path / "s.zarr"), mode="r")) == 2
+
+
+def test_bfloat16_is_rounded_once_and_kept_as_patterns(paths: list[Path]) -> None:
+    group = zarr.open_group(str(make_store(paths[1], dtype="BF16")), mode="r")
+    for name, tensor in load_file(write_fisher(paths[1])).items():
+        expected = tensor.bfloat16().view(torch.int16).numpy().view(np.uint16)
+        assert group[name].dtype == np.uint16
+        assert np.array_equal(group[name][...], expected)
+
+
+def test_a_pytorch_file_gives_the_same_store(paths: list[Path], tmp_path: Path) -> None:
+    expected = tree(make_store(paths[1]))
+    torch.save(load_file(write_fisher(paths[1])), tmp_path / "f.pt")
+    import_diagonal(paths[1], tmp_path / "f.pt", tmp_path / "s.zarr")
+    found = tree(tmp_path / "s.zarr")
+    arrays = {name for name in expected if "/" in name}
+    assert {name: found[name] for name in arrays} == {name: expected[name] for name in arrays}
+
+
+# --- merging with stores
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("method", ["fisher", "dare_fisher"])
+@pytest.mark.parametrize("capacity", [1 << 30, 1 << 18])
+def test_stores_and_files_merge_to_the_same_bytes_at_any_memory(
+    method: str, capacity: int, paths: list[Path], small_capacity: Callable[[int, int], None], tmp_path: Path
+) -> None:
+    parameters = {"density": 0.5, "rescale": "l1"} if method == "dare_fisher" else {}
+    config = config_for(method, paths, parameters=parameters)
+    merge(config, tmp_path / "files", memory="1GiB")
+    for model, path in zip(config["models"], paths[1:], strict=True):
+        model["fisher"] = str(make_store(path))
+    small_capacity(capacity, 3)
+    merge(config, tmp_path / "stores")
+    expected, found = output_bytes(tmp_path / "files"), output_bytes(tmp_path / "stores")
+    assert found["model.safetensors"] == expected["model.safetensors"]
+    del config["models"][0]["fisher"]
+    config["models"][0]["fisher"] = str(write_fisher(paths[1]))  # a file and stores
+    merge(config, tmp_path / "mixed")
+    assert output_bytes(tmp_path / "mixed")["model.safetensors"] == expected["model.safetensors"]
+
+
+def test_a_bfloat16_store_merges_as_its_rounded_values_would(paths: list[Path], tmp_path: Path) -> None:
+    config = config_for("fisher", paths)
+    for model, path in zip(config["models"], paths[1:], strict=True):
+        rounded = {n: t.bfloat16().float() for n, t in load_file(write_fisher(path)).items()}
+        save_file(rounded, tmp_path / f"{path.name}-rounded.safetensors")
+        model["fisher"] = str(tmp_path / f"{path.name}-rounded.safetensors")
+    merge(config, tmp_path / "files", memory="1GiB")
+    for model, path in zip(config["models"], paths[1:], strict=True):
+        model["fisher"] = str(make_store(path, dtype="BF16"))
+    merge(config, tmp_path / "stores", memory="1GiB")
+    assert (
+        output_bytes(tmp_path / "stores")["model.safetensors"]
+        == output_bytes(tmp_path / "files")["model.safetensors"]
+    )
+
+
+def test_a_store_makes_normalising_free_and_a_file_costs_one_pass_over_itself(paths: list[Path]) -> None:
+    config = config_for("fisher", paths)
+    files = plan(config, memory="1GiB")
+    for model, path in zip(config["models"], paths[1:], strict=True):
+        model["fisher"] = str(make_store(path))
+    stores = plan(config, memory="1GiB")
+    assert (files.model_passes(), stores.model_passes()) == (1, 0)
+    weights = sum(job.input_bytes for job in files.jobs)
+    diagonals = sum(job.fisher_bytes for job in files.jobs)
+    assert files.bytes_to_read() == weights + 2 * diagonals
+    assert stores.bytes_to_read() == weights + sum(job.fisher_bytes for job in stores.jobs)
+
+
+def test_each_chunk_is_read_once_and_in_order(
+    paths: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    small_capacity: Callable[[int, int], None],
+    tmp_path: Path,
+) -> None:
+    from streammerge.engine.reader import Reader
+
+    monkeypatch.setattr(store, "CHUNK_ELEMENTS", 4096)
+    config = config_for("fisher", paths)
+    for model, path in zip(config["models"], paths[1:], strict=True):
+        model["fisher"] = str(make_store(path))
+    reads: list[str] = []
+    real = Reader.read_file
+    monkeypatch.setattr(
+        Reader, "read_file", lambda self, path, target: (reads.append(path), real(self, path, target))[1]
+    )
+    small_capacity(1 << 19, 1)
+    merge(config, tmp_path / "out")
+    assert len(reads) > 30
+    assert len(reads) == len(set(reads))
+
+
+# --- refusals
+
+
+def test_a_store_of_another_model_is_refused_naming_both(paths: list[Path], tmp_path: Path) -> None:
+    config = config_for("fisher", paths)
+    config["models"][0]["fisher"] = str(make_store(paths[2]))
+    with pytest.raises(
+        ModelError, match=r"m2\.zarr: this Fisher diagonal belongs to model 'm2' .* not to .*m1"
+    ):
+        merge(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "longer"])
+def test_a_damaged_chunk_is_named(damage: str, paths: list[Path], tmp_path: Path) -> None:
+    config = config_for("fisher", paths)
+    out = make_store(paths[1])
+    config["models"][0]["fisher"] = str(out)
+    chunk = out / "embed" / "c" / "1" / "0"
+    raw = bytearray(chunk.read_bytes())
+    if damage == "flip":
+        raw[len(raw) // 2] ^= 1
+    if damage == "cut":
+        raw = raw[: len(raw) // 2]
+    if damage == "longer":
+        raw += bytes(10**6)
+    chunk.write_bytes(raw)
+    if damage == "missing":
+        chunk.unlink()
+    with pytest.raises(ModelError, match=str(chunk)):
+        merge(config, tmp_path / "out", memory="1GiB")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e-9])
+def test_a_value_that_is_no_certainty_is_refused_by_tensor_and_element(
+    value: float, paths: list[Path], tmp_path: Path
+) -> None:
+    source = write_fisher(paths[1])
+    tensors = load_file(source)
+    tensors["layers.0.w"].view(-1)[777] = value
+    save_file(tensors, source)
+    with pytest.raises(ModelError, match=r"layers\.0\.w.*element 777"):
+        import_diagonal(paths[1], source, tmp_path / "s.zarr")
+    assert not (tmp_path / "s.zarr").exists()
+    for parameters in ({}, {"normalize": False, "floor": 0.0}):
+        with pytest.raises(ModelError, match=r"m1-fisher.*layers\.0\.w.*element 777"):
+            merge(config_for("fisher", paths, parameters=parameters), tmp_path / "out", memory="1GiB")
+        shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.pop("norm"), "3 tensors"),
+        (lambda f: f.update(more=torch.ones(3)), "more is not in"),
+        (lambda f: f.update(norm=torch.ones(3)), r"norm has shape \[3\]"),
+        (lambda f: f.update(norm=torch.ones(4099, dtype=torch.int32)), "norm is I32, not a float"),
+    ],
+)
+def test_names_shapes_and_dtypes_must_be_the_models(
+    change: Callable[[dict[str, torch.Tensor]], Any], message: str, paths: list[Path], tmp_path: Path
+) -> None:
+    fisher = load_file(write_fisher(paths[1]))
+    change(fisher)
+    save_file(fisher, tmp_path / "f.safetensors")
+    if "tensors" in message:  # an incomplete diagonal is imported, and a merge refuses what it lacks
+        said: list[Any] = []
+        import_diagonal(paths[1], tmp_path / "f.safetensors", tmp_path / "s.zarr", emit=said.append)
+        assert any("1 tensors" in event.values.get("message", "") for event in said)
+        config = config_for("fisher", paths)
+        config["models"][0]["fisher"] = str(tmp_path / "s.zarr")
+        with pytest.raises(ModelError, match=r"no Fisher diagonal of tensor norm.*exclude"):
+            plan(config)
+        plan({**config, "exclude": ["norm"]})
+        return
+    with pytest.raises(ModelError, match=message):
+        import_diagonal(paths[1], tmp_path / "f.safetensors", tmp_path / "s.zarr")
+
+
+def test_a_tensor_without_a_diagonal_in_any_model_takes_the_fallback(
+    paths: list[Path], tmp_path: Path
+) -> None:
+    config = config_for("fisher", paths)
+    for path in paths[1:]:
+        fisher = load_file(write_fisher(path))
+        fisher.pop("norm")
+        save_file(fisher, write_fisher(path))
+    decided = plan(config)
+    assert any("1 tensors have no Fisher diagonal" in warning for warning in decided.warnings)
+    merge(config, tmp_path / "target", memory="1GiB")
+    merged = load_file(tmp_path / "target" / "model.safetensors")["norm"]
+    assert torch.equal(merged, load_file(paths[1] / "model.safetensors")["norm"])
+    merge({**config, "parameters": {"fallback": "average"}}, tmp_path / "average", memory="1GiB")
+    linear = config_for("linear", paths)
+    merge(linear, tmp_path / "linear", memory="1GiB")
+    averages = [load_file(tmp_path / name / "model.safetensors")["norm"] for name in ("average", "linear")]
+    assert torch.equal(*averages)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda g: g["attributes"].clear(), "unfinished"),
+        (lambda g: g.update(zarr_format=2), "unfinished"),
+        (lambda g: g["attributes"][ATTRIBUTE].update(format=99), "format '99'"),
+        (lambda g: g["attributes"][ATTRIBUTE].update(tensors={}), "empty"),
+        (lambda g: entry(g).update(array="../../x"), "not a plain name"),
+        (lambda g: entry(g).update(array="/x"), "not a plain name"),
+        (lambda g: entry(g).update(dtype="F16"), "dtype"),
+        (lambda g: entry(g).update(shape=[10**12, 10**12]), "runs of elements|another model"),
+        (lambda g: entry(g).update(shape=[-1]), "list of sizes"),
+        (lambda g: entry(g).update(chunk=[3, 7]), "runs of elements"),
+        (lambda g: entry(g).update(chunk=[1 << 40, 64]), "larger than 2 GiB"),
+        (lambda g: entry(g).update(square_sum="much"), "square_sum"),
+        (lambda g: entry(g).update(zeros=-1), "zeros"),
+        (lambda g: entry(g).update(stored_nbytes=True), "stored_nbytes"),
+    ],
+)
+def test_a_malformed_table_is_refused_in_one_line(
+    edit: Callable[[dict[str, Any]], Any], message: str, paths: list[Path]
+) -> None:
+    out = make_store(paths[1])
+    config = config_for("fisher", paths)
+    config["models"][0]["fisher"] = str(out)
+    group = json.loads((out / "zarr.json").read_text())
+    edit(group)
+    (out / "zarr.json").write_text(json.dumps(group))
+    with pytest.raises(ModelError, match=message) as refused:
+        plan(config)
+    assert "\n" not in str(refused.value)
+
+
+def entry(group: dict[str, Any]) -> dict[str, Any]:
+    return group["attributes"][ATTRIBUTE]["tensors"]["embed"]
+
+
+def test_what_is_no_diagonal_is_refused(paths: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.pt").write_bytes(b"")
+    for path, message in [("empty", "neither a Zarr store"), ("none", "no such"), ("x.pt", "fisher import")]:
+        with pytest.raises(ModelError, match=message):
+            open_fisher(tmp_path / path)
+    config = config_for("fisher", paths)
+    del config["models"][1]["fisher"]
+    with pytest.raises(StreammergeError, match=r"models\[1\].*`fisher: PATH`"):
+        plan(config)
+    config = config_for("linear", paths)
+    config["models"][1]["fisher"] = str(write_fisher(paths[1]))
+    with pytest.raises(StreammergeError, match="takes no Fisher"):
+        plan(config)
+
+
+def test_an_import_that_does_not_fit_the_memory_is_refused_before_it_begins(
+    paths: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match="give at least"):
+        import_diagonal(paths[1], write_fisher(paths[1]), tmp_path / "s.zarr", memory=100 << 20)
+    assert list(tmp_path.glob("s.zarr*")) == []
+
+
+# --- interruption
+
+_KILLED = """
+import os, signal, sys
+from streammerge.fisher import store
+store.CHUNK_ELEMENTS = 5000
+kill_at, calls = int(sys.argv.pop(1)), 0
+def trap(name):
+    real = getattr(os, name)
+    def call(*arguments, **keywords):
+        global calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **keywords)
+    setattr(os, name, call)
+for name in ("fsync", "replace", "rename"):
+    trap(name)
+from streammerge.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_import_goes_on_and_ends_in_the_same_bytes(paths: list[Path], tmp_path: Path) -> None:
+    source, out = write_fisher(paths[1]), tmp_path / "s.zarr"
+
+    def run(kill_at: int, *options: str) -> int:
+        command = [
+            sys.executable,
+            "-c",
+            _KILLED,
+            str(kill_at),
+            "fisher",
+            "import",
+            str(paths[1]),
+            str(source),
+        ]
+        return subprocess.run([*command, "--out", str(out), "--quiet", *options], check=False).returncode
+
+    assert run(10**9) == 0
+    expected = tree(out)
+    assert run(10**9) == 2  # exists already
+    assert run(10**9, "--overwrite") == 0
+    assert tree(out) == expected
+    shutil.rmtree(out)
+    killed = 0
+    for kill_at in (1, 2, 3, 9, 20, 34, 55, 30, 10, 5):
+        code = run(kill_at)
+        killed += code == -signal.SIGKILL
+        if code == 0:
+            break
+        assert not out.exists()
+    assert killed >= 6
+    if not out.exists():
+        assert run(10**9) == 0
+    assert tree(out) == expected
+    assert list(tmp_path.glob("s.zarr.*")) == []
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_finished_arrays_are_kept_and_damaged_ones_done_again(
+    paths: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = write_fisher(paths[1])
+    import_diagonal(paths[1], source, tmp_path / "whole.zarr")
+    real, written = store.StoreWriter.write, []
+
+    def write(self: Any, tensor: str, *arguments: Any) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(tensor)
+        real(self, tensor, *arguments)
+
+    monkeypatch.setattr(store.StoreWriter, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        import_diagonal(paths[1], source, tmp_path / "s.zarr")
+    partial = tmp_path / "s.zarr.partial"
+    first = partial / written[0]
+    (first / "c" / "0").unlink() if (first / "c" / "0").is_file() else shutil.rmtree(first / "c")
+    monkeypatch.setattr(store.StoreWriter, "write", real)
+    with pytest.raises(OutputError, match="unfinished import of something else"):
+        import_diagonal(paths[1], source, tmp_path / "s.zarr", dtype="BF16")
+    with pytest.raises(OutputError, match="something else"):
+        import_diagonal(paths[1], source, tmp_path / "s.zarr", about={"seed": 3})
+    assert import_diagonal(paths[1], source, tmp_path / "s.zarr").resumed == 2
+    assert tree(tmp_path / "s.zarr") == tree(tmp_path / "whole.zarr")
+
+
+def test_overwrite_replaces_stores_only(paths: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("x")
+    with pytest.raises(OutputError, match="no Zarr store"):
+        import_diagonal(paths[1], write_fisher(paths[1]), tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "x").read_text() == "x"
+
+
+# --- the command line
+
+
+def test_info_names_totals_shares_and_what_is_undecided(paths: list[Path]) -> None:
+    out = make_store(paths[1], about={"estimator": "exact", "examples": 9})
+    command = [sys.executable, "-m", "streammerge.cli", "fisher", "info", str(out)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "exact, 9 examples" in text
+    assert "layers.0" in text
+    assert "undecided: " in text
+    shares = [
+        float(line.split("%")[0]) for line in text.split("share of the sum, by layer:")[1].splitlines()[1:6]
+    ]
+    assert sum(shares) == pytest.approx(100.0, abs=0.1)
+    about = json.loads(
+        subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout
+    )
+    assert about["examples"] == 9
+
+
+def test_a_merge_that_a_floor_decides_says_so(paths: list[Path], tmp_path: Path) -> None:
+    parameters = {"floor": 1e-2, "floor_units": "raw", "normalize": False}
+    said: list[Any] = []
+    summary = merge(
+        config_for("fisher", paths, parameters=parameters),
+        tmp_path / "out",
+        memory="1GiB",
+        on_event=said.append,
+    )
+    assert summary.floored is not None
+    assert summary.floored["fraction"] > 0.99
+    assert any("the floor decided" in event.values.get("message", "") for event in said)
+
+
+def test_a_store_is_not_a_place_to_merge_into(paths: list[Path]) -> None:
+    config = config_for("fisher", paths)
+    out = make_store(paths[1])
+    config["models"][0]["fisher"] = str(out)
+    with pytest.raises(OutputError, match="is the input"):
+        merge(config, out)
+    assert os.path.isdir(out / "embed")
