@@ -122,7 +122,7 @@ def ties(
         masks.append(mask)
     trimmed = [{n: np.where(m[n], d[n], 0.0) for n in d} for d, m in zip(deltas, masks, strict=True)]
     factors = _l1_factors(deltas, trimmed) if l1 else [dict.fromkeys(base, 1.0) for _ in models]
-    merged = _disjoint_merge(base, trimmed, weights, factors, zero_sign, normalize, lam)
+    merged = disjoint_merge(base, trimmed, weights, factors, zero_sign, normalize, lam)
     merged.masks, merged.thresholds = masks, thresholds
     return merged
 
@@ -168,7 +168,7 @@ def dare(
         inverse = [1.0 / d if rescale == "paper" and 0 < d < 1 else 1.0 for d in densities]
         factors = [dict.fromkeys(base, f) for f in inverse]
     if elect:
-        merged = _disjoint_merge(base, survivors, weights, factors, zero_sign, normalize, lam)
+        merged = disjoint_merge(base, survivors, weights, factors, zero_sign, normalize, lam)
     else:
         coefficients = [{n: w * f[n] for n in f} for w, f in zip(weights, factors, strict=True)]
         merged = _plain_sum(base, survivors, coefficients, weights, lam, normalize)
@@ -200,7 +200,7 @@ def _plain_sum(
     return Merged(theta, size)
 
 
-def _disjoint_merge(
+def disjoint_merge(
     base: Tensors, deltas: Sequence[Tensors], weights: Sequence[float],
     factors: Sequence[Mapping[str, float]], zero_sign: str, normalize: bool, lam: float,
 ) -> Merged:  # fmt: skip
