@@ -14,14 +14,10 @@ import sys
 
 import torch
 from finetune_minilm import MAX_TOKENS, TASKS, Encoder, save, split
-from make_demo_models import ConvNet
-from make_demo_models import split as split_digits
+from make_demo_models import exact_diagonal
 from safetensors.torch import load_file
 from survey_models import Bench, Demo, MiniLM, Part
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, vmap
-
-from streammerge.demo import digits
 
 N_TEXTS = 256
 DEMO_SEED, MINILM_SEED = 1, 0  # Of the models' own training, so that the examples are from it.
@@ -44,30 +40,9 @@ def make_diagonals(bench: Bench) -> None:
 
 def _diagonal(part: Part, task: str) -> dict[str, Tensor]:
     if isinstance(part, Demo):
-        return demo_diagonal(part, task)
+        return exact_diagonal(load_file(part.model(task) / "model.safetensors"), task, DEMO_SEED)
     assert isinstance(part, MiniLM)
     return minilm_diagonal(part, task, N_TEXTS)
-
-
-def demo_diagonal(part: Demo, task: str) -> dict[str, Tensor]:
-    """Over all 1000 training images, seen as the task sees them."""
-    net = ConvNet().eval()
-    net.load_state_dict(load_file(part.model(task) / "model.safetensors"))
-    weights = {name: tensor.detach() for name, tensor in net.state_dict().items()}
-    images, _ = split_digits(DEMO_SEED)["train"]
-    x = torch.from_numpy(digits.view(task, images))
-
-    def log_p(weights: dict[str, Tensor], image: Tensor) -> Tensor:
-        return functional_call(net, weights, (image[None],))[0].log_softmax(0)
-
-    total = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-    with torch.no_grad():
-        for part_of_x in x.split(20):
-            gradients = vmap(jacrev(log_p), (None, 0))(weights, part_of_x)  # [n, label, *shape]
-            p = net(part_of_x).softmax(1)
-            for name, g in gradients.items():
-                total[name] += torch.einsum("ny,ny...->...", p, g.square())
-    return {name: tensor / len(x) for name, tensor in total.items()}
 
 
 def minilm_diagonal(part: MiniLM, task: str, n: int) -> dict[str, Tensor]:

@@ -60,6 +60,11 @@ def model_dir(name: str) -> Path:
     return _data() / name
 
 
+def fisher_path(task: str) -> Path:
+    """The shipped Fisher diagonal of a fine-tune, exact over its training images."""
+    return _data() / "fisher" / f"{task}.safetensors"
+
+
 def load_model(directory: str | Path) -> dict[str, Floats]:
     """Every tensor of every .safetensors file of a directory, as float32; merged models may be bf16."""
     weights: dict[str, Floats] = {}

@@ -18,8 +18,10 @@ from streammerge.demo import digits
 SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("linear", {}),
     ("task_arithmetic", {"lambda": 0.4}),
+    ("fisher", {}),
     ("ties", {"density": 0.2, "lambda": 1.0}),
     ("dare_linear", {"density": 0.5, "lambda": 0.4}),
+    ("dare_fisher", {"density": 0.5}),
     ("dare_ties", {"density": 0.5, "lambda": 0.5}),
 )
 
@@ -49,13 +51,18 @@ def run_demo(out: Path | None) -> None:
 
 def demo_config(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of one of the demo's merges."""
+    models = [{"model": str(digits.model_dir(task))} for task in digits.TASKS]
+    if method.endswith("fisher"):
+        models = [
+            m | {"fisher": str(digits.fisher_path(t))} for m, t in zip(models, digits.TASKS, strict=True)
+        ]
     config: dict[str, Any] = {
         "merge_method": method,
-        "models": [{"model": str(digits.model_dir(task))} for task in digits.TASKS],
+        "models": models,
         "parameters": dict(parameters),
         "seed": 0,
     }
-    if method != "linear":
+    if method not in ("linear", "fisher"):
         config["base_model"] = str(digits.model_dir("base"))
     return config
 
