@@ -24,12 +24,14 @@ def fisher_mean(half, full, offsets, codes, fisher_offsets, fisher_codes, base_o
     )
     w = np.empty(BLOCK + 8, np.uint32)
     target, theta = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
-    low, high, mean = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    low, high = np.empty((2, BLOCK), np.float64), np.empty((2, BLOCK), np.float64)
+    mean = np.empty(BLOCK, np.float64)
     moved, raised, total = (
         np.empty(BLOCK, np.float64),
         np.empty(BLOCK, np.float64),
         np.empty(BLOCK, np.float64),
     )
+    a = np.empty(BLOCK, np.float64)
     out_width = 4 if out_code == 2 else 2
     weight_sum = _in_order(average)
     bad = 0
@@ -59,21 +61,17 @@ def fisher_mean(half, full, offsets, codes, fisher_offsets, fisher_codes, base_o
             widen(half, full, fisher_offsets[model] + start * width, fisher_codes[model], m, f)
             if model == 0:
                 target[:m] = theta[:m]
-                low[:m] = theta[:m]
-                high[:m] = theta[:m]
+                low[0, :m] = theta[:m]
+                high[0, :m] = theta[:m]
+            now, new = model & 1, 1 - (model & 1)
             bad += _add_model(m, theta, target, f, coefficients[model], floors[model], add,
-                              low, high, moved, raised, total)  # fmt: skip
+                              low[now], high[now], low[new], high[new], moved, raised, total, a)  # fmt: skip
             if len(average) > 0:
                 for i in range(m):
                     mean[i] += average[model] * theta[i]
-        for i in range(m):
-            decided += raised[i] > 0.5 * total[i]
-            fallback = mean[i] / weight_sum if len(average) > 0 else target[i]
-            value = target[i] + moved[i] / (1.0 if total[i] == 0.0 else total[i])
-            value = low[i] if value < low[i] else value
-            value = high[i] if value > high[i] else value
-            theta[i] = fallback if total[i] == 0.0 else value
-        bad += round_out(theta, m, half, full, out_offset + start * out_width, out_code)
+        last = len(coefficients) & 1
+        decided += _finish(m, target, mean, weight_sum, low[last], high[last], moved, raised, total, theta, a)
+        bad += round_out(a, m, half, full, out_offset + start * out_width, out_code)
     return bad, decided
 
 
@@ -85,21 +83,65 @@ def _in_order(values):
     return total
 
 
+# One loop per sum, and no loop that chooses between a new value and the one in place: with many arrays the
+# compiler gives up on proving that they do not overlap, and such a choice becomes a conditional store; neither
+# is vectorised.
+
+
 @njit(nogil=True, cache=True)
-def _add_model(m, theta, target, f, coefficient, floor, add, low, high, moved, raised, total):
-    """Add one model's certainty and pull to the sums of a block; return its negative certainties."""
-    bad = 0
+def _add_model(
+    m, theta, target, f, coefficient, floor, add, low, high, lower, higher, moved, raised, total, a
+):
+    """Add one model's certainty and pull to the sums of a block; return its negative certainties.
+
+    Writes the smallest and largest of the models so far into `lower` and `higher`.
+    """
+    bad = np.uint32(0)
     for i in range(m):
-        known = np.float64(f[i])
-        floored = known + floor if add else (floor if known < floor else known)
-        a = coefficient * floored
-        moved[i] += a * (theta[i] - target[i])
-        raised[i] += coefficient * (floored - known)
-        total[i] += a
-        low[i] = theta[i] if theta[i] < low[i] else low[i]
-        high[i] = theta[i] if theta[i] > high[i] else high[i]
-        bad += known < 0.0
-    return bad
+        bad = np.uint32(bad + np.uint32(f[i] < np.float32(0)))
+    if add:
+        for i in range(m):
+            a[i] = np.float64(f[i]) + floor
+    else:
+        for i in range(m):
+            known = np.float64(f[i])
+            a[i] = floor if known < floor else known
+    if floor != 0.0:
+        for i in range(m):
+            raised[i] += coefficient * (a[i] - np.float64(f[i]))
+    for i in range(m):
+        a[i] = coefficient * a[i]
+    for i in range(m):
+        moved[i] += a[i] * (theta[i] - target[i])
+    for i in range(m):
+        total[i] += a[i]
+    for i in range(m):
+        lower[i] = theta[i] if theta[i] < low[i] else low[i]
+    for i in range(m):
+        higher[i] = theta[i] if theta[i] > high[i] else high[i]
+    return np.int64(bad)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # else every division is a branch
+def _finish(m, target, mean, weight_sum, low, high, moved, raised, total, theta, out):
+    """Write the merged values of a block into `out`; return how many the floors decided.
+
+    `weight_sum` is that of the average that stands where nothing is known; 0: the target does.
+    """
+    decided = 0
+    for i in range(m):
+        decided += raised[i] > 0.5 * total[i]
+    for i in range(m):
+        value = target[i] + moved[i] / (1.0 if total[i] == 0.0 else total[i])
+        value = low[i] if value < low[i] else value
+        theta[i] = high[i] if value > high[i] else value
+    if weight_sum != 0.0:
+        for i in range(m):
+            out[i] = mean[i] / weight_sum if total[i] == 0.0 else theta[i]
+    else:
+        for i in range(m):
+            out[i] = target[i] if total[i] == 0.0 else theta[i]
+    return decided
 
 
 @njit(nogil=True, cache=True)
