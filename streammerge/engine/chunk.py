@@ -14,6 +14,7 @@ from streammerge.engine.journal import Receipt
 from streammerge.engine.memory import Bytes
 from streammerge.engine.pieces import KernelMath, Loaded, Operand, PieceMath
 from streammerge.engine.reader import Reader
+from streammerge.engine.stages import Stages
 from streammerge.engine.statistics import (
     Accumulator,
     NotFiniteError,
@@ -56,6 +57,7 @@ class Context:
     """Answers already known of each job: whole-model and streamed statistics."""
     differing: set[int] = field(default_factory=set)
     """Integer tensors that the models do not agree on."""
+    stages: Stages = field(default_factory=Stages)
 
 
 def run_chunk(context: Context, chunk: Chunk, arena: Bytes) -> list[Receipt]:
@@ -84,10 +86,12 @@ def _merge_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Rece
     loaded = load(context, job, piece.start, piece.stop, arena)
     math = math_of(context, job, loaded)
     try:
-        recipe = resolve_in_memory(context, job, loaded, math, until_model=False)
+        with context.stages.time("statistics"):
+            recipe = resolve_in_memory(context, job, loaded, math, until_model=False)
         assert not isinstance(recipe, list)
         out = _place_output(job, loaded)
-        applied = math.apply(recipe, out)
+        with context.stages.time("compute"):
+            applied = math.apply(recipe, out)
     except NotFiniteError:
         raise not_finite(context, job, piece.start, piece.stop) from None
     if applied.not_finite:
@@ -100,9 +104,11 @@ def _copy_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Recei
     first, last = (e * BITS[job.dtype] // 8 for e in (piece.start, piece.stop))
     data, other = arena[: last - first], arena[last - first : 2 * (last - first)]
     source, *others = job.sources
-    context.reader.read_into(source.path, source.offset + first, data)
+    with context.stages.time("read"):
+        context.reader.read_into(source.path, source.offset + first, data)
     for ref in others:
-        context.reader.read_into(ref.path, ref.offset + first, other)
+        with context.stages.time("read"):
+            context.reader.read_into(ref.path, ref.offset + first, other)
         if not np.array_equal(data, other):
             context.differing.add(job.ordinal)
     return _emit(context, job, piece, data, ())
@@ -112,8 +118,11 @@ def _emit(
     context: Context, job: Job, piece: Piece, data: Bytes, kept: tuple[int, ...], floored: int = 0
 ) -> Receipt:
     slot = context.plan.layout.slots[job.ordinal]
-    context.writer.write(slot.shard, slot.offset + piece.start * BITS[job.dtype] // 8, data)
-    return Receipt(job.ordinal, piece.start, piece.stop, crc32(data), kept, floored)
+    with context.stages.time("write"):
+        context.writer.write(slot.shard, slot.offset + piece.start * BITS[job.dtype] // 8, data)
+    with context.stages.time("checksum"):
+        checksum = crc32(data)
+    return Receipt(job.ordinal, piece.start, piece.stop, checksum, kept, floored)
 
 
 def load(
@@ -132,9 +141,10 @@ def load(
         size = (stop - start) * width
         target = arena[position : position + size]
         if isinstance(ref, ChunkedRef):
-            read_stored(context.reader, ref, start, stop, target, scratch)
+            read_stored(context.reader, context.stages, ref, start, stop, target, scratch)
         elif models_too or number >= len(job.inputs):
-            context.reader.read_into(ref.path, ref.offset + start * width, target)
+            with context.stages.time("read"):
+                context.reader.read_into(ref.path, ref.offset + start * width, target)
         operands.append(Operand(position, ref.dtype))
         position += -(-size // 64) * 64
     fishers = tuple(operands[len(job.inputs) :])
@@ -150,6 +160,19 @@ def load(
     return Loaded(
         arena[:end], tuple(models), base, job.name, start, stop - start, shape, context.keys, fishers
     )
+
+
+def prefetch(context: Context, chunk: Chunk) -> None:
+    """Ask for the input bytes of a chunk before a worker takes it up, so that it finds them in memory."""
+    for piece in chunk.pieces:
+        job = context.plan.jobs[piece.job]
+        for ref in (*job.inputs, *job.fishers) if job.kind == "merge" else job.sources:
+            if isinstance(ref, ChunkedRef):
+                for path, _, _ in ref.chunks(piece.start, piece.stop):
+                    context.reader.prefetch_file(path)
+            else:
+                first, last = (e * BITS[ref.dtype] // 8 for e in (piece.start, piece.stop))
+                context.reader.prefetch(ref.path, ref.offset + first, last - first)
 
 
 def lease_bytes(job: Job, n: int) -> int:

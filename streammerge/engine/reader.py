@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from streammerge.engine.memory import Bytes
-from streammerge.errors import ModelError, WorldError, printable
+from streammerge.errors import ModelError, StreammergeError, WorldError, printable
 from streammerge.index.header import FileStamp, open_regular
 
 Backend = Literal["read", "mmap"]
@@ -57,6 +57,25 @@ class Reader:
                 raise WorldError(f"{printable(path)}: cannot be read: {error.strerror}") from error
         with self._lock:
             self.bytes_read += target.size
+
+    def prefetch(self, path: str, offset: int, nbytes: int) -> None:
+        """Ask the kernel to begin reading a range of a file; a hint, so failures show when it is read."""
+        try:
+            with self._descriptor(path) as descriptor:
+                os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        except (OSError, StreammergeError):
+            return
+
+    def prefetch_file(self, path: str) -> None:
+        """The same for a whole file that is read but once."""
+        try:
+            descriptor = open_regular(path)
+        except (OSError, StreammergeError):
+            return
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
     def read_file(self, path: str, target: Bytes) -> int:
         """Read a whole file that fits into `target`; return its bytes.

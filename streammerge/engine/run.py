@@ -3,6 +3,7 @@
 ::
 
     main thread     steps of the plan ──> queue (bounded)
+    prefetchers     ask the kernel for the input bytes of the chunks in the queue
     workers         lease a buffer, run_chunk: read, merge, write, checksum
     syncer          fdatasync the shards touched, then append to the journal
 
@@ -25,6 +26,7 @@ from streammerge.engine.chunk import (
     load,
     math_of,
     not_finite,
+    prefetch,
     resolve_in_memory,
     run_chunk,
     sample_starts,
@@ -47,6 +49,8 @@ from streammerge.plan.schedule import Chunk, Piece, Survey, survey_pieces
 
 _SYNC_SECONDS = 1.0
 _MODEL_SAMPLE_BLOCKS = 192
+_PREFETCHERS = 2
+"""Threads that ask for the bytes of chunks to come; asking blocks while the disk's queue is full."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Runner:
         self._on_tick = on_tick
         self._pool = Pool(self._plan.budget.capacity)
         self._threads = ThreadPoolExecutor(self._plan.budget.workers, thread_name_prefix="merge")
+        self._prefetchers = ThreadPoolExecutor(_PREFETCHERS, thread_name_prefix="prefetch")
         self._lock = threading.Lock()
         self._unsynced: list[Receipt] = []
         self._finished = threading.Event()
@@ -112,6 +117,7 @@ class Runner:
             self._context.stop.set()
             raise
         finally:
+            self._prefetchers.shutdown(wait=True, cancel_futures=True)
             self._threads.shutdown(wait=True, cancel_futures=True)
             self._finished.set()
             syncer.join()
@@ -133,6 +139,7 @@ class Runner:
             if isinstance(step, Survey):
                 self._survey(self._plan.jobs[step.job])
             else:
+                self._prefetchers.submit(prefetch, self._context, step)
                 yield self._threads.submit(self._run_chunk, step)
 
     def _run_chunk(self, chunk: Chunk) -> None:
@@ -188,7 +195,8 @@ class Runner:
             try:
                 if batch:
                     slots = self._plan.layout.slots
-                    self._context.writer.sync({slots[receipt.job].shard for receipt in batch})
+                    with self._context.stages.time("sync"):
+                        self._context.writer.sync({slots[receipt.job].shard for receipt in batch})
                     self._journal.add(batch)
                     self.receipts += batch
             except BaseException as error:  # handed to the main thread

@@ -12,6 +12,7 @@ import numpy as np
 from streammerge.dtypes import itemsize
 from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
+from streammerge.engine.stages import Stages
 from streammerge.errors import ModelError, printable
 from streammerge.index.fishers import ChunkedRef
 
@@ -20,7 +21,7 @@ _BLOSC_HEADER = 16
 
 
 def read_stored(
-    reader: Reader, ref: ChunkedRef, start: int, stop: int, target: Bytes, scratch: Bytes
+    reader: Reader, stages: Stages, ref: ChunkedRef, start: int, stop: int, target: Bytes, scratch: Bytes
 ) -> None:
     """Fill `target` with elements `start` to `stop` of one tensor's diagonal.
 
@@ -37,11 +38,13 @@ def read_stored(
     whole = ref.chunk_elements * width
     room = (scratch.size - whole) // 64 * 64
     for path, first, end in ref.chunks(start, stop):
-        nbytes = reader.read_file(path, scratch[:room])
+        with stages.time("read"):
+            nbytes = reader.read_file(path, scratch[:room])
         inside = start <= first and end <= stop and (end - first) * width == whole
         place = (first - start) * width
         decoded = target[place : place + whole] if inside else scratch[room : room + whole]
-        _decode(path, scratch[:nbytes], decoded)
+        with stages.time("decompress"):
+            _decode(path, scratch[:nbytes], decoded)
         if not inside:
             a, b = max(start, first), min(stop, end)
             target[(a - start) * width : (b - start) * width] = decoded[

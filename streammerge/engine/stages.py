@@ -1,0 +1,40 @@
+"""Where the time of a run goes: seconds of wall clock and of CPU per stage, summed over all threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+Stage = Literal["wait for memory", "read", "decompress", "statistics", "compute", "checksum", "write", "sync"]
+
+
+class Stages:
+    """A stopwatch per stage; may be used from many threads at once. Stages do not nest."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seconds: dict[Stage, list[float]] = {}
+
+    @contextmanager
+    def time(self, stage: Stage) -> Iterator[None]:
+        """Add what the block takes in this thread to a stage."""
+        began, cpu = time.perf_counter(), time.thread_time()
+        try:
+            yield
+        finally:
+            seconds, busy = time.perf_counter() - began, time.thread_time() - cpu
+            with self._lock:
+                total = self._seconds.setdefault(stage, [0.0, 0.0])
+                total[0] += seconds
+                total[1] += busy
+
+    def as_dict(self) -> dict[str, dict[str, float]]:
+        """Return the seconds of each stage: ``wall``, and ``cpu`` while it was running."""
+        with self._lock:
+            return {
+                stage: {"wall": round(wall, 3), "cpu": round(cpu, 3)}
+                for stage, (wall, cpu) in self._seconds.items()
+            }
