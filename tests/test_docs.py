@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from streammerge.api import merge
 from streammerge.config.schema import parse_config
+from streammerge.fisher.importing import import_diagonal
+from tests.conftest import read_tensors, write_fisher
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,6 +30,27 @@ def blocks(language: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: str(value)[:40])
 def test_every_config_in_the_docs_is_accepted(place: str, text: str) -> None:
     assert parse_config(text, place).models
+
+
+@pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: str(value)[:40])
+def test_every_config_in_the_docs_runs_on_models_of_these_names(
+    place: str, text: str, make_models: Callable[..., list[Path]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The first model the text names is the base; a store is made for each `fisher`."""
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(text, place)
+    bases = [config.base_model] if config.base_model else []
+    names = dict.fromkeys([*bases, *(spec.reference for spec in config.models)])
+    for source, name in zip(make_models(n_models=len(names) - 1), names, strict=True):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        source.rename(name)
+    for spec in config.models:
+        if spec.fisher:
+            import_diagonal(spec.reference, write_fisher(Path(spec.reference)), Path(spec.fisher))
+    Path("config.yml").write_text(text)
+    merge("config.yml", "out", memory="1GiB")
+    assert read_tensors(Path("out"))
 
 
 @pytest.mark.parametrize(("place", "text"), blocks("python"), ids=lambda value: str(value)[:40])

@@ -15,6 +15,7 @@ from streammerge.methods.catalog import load_builtin
 from streammerge.methods.recipes import (
     CopyOf,
     Cut,
+    FisherMean,
     Formula,
     Recipe,
     TaskVector,
@@ -23,7 +24,7 @@ from streammerge.methods.recipes import (
     Where,
 )
 from streammerge.methods.registry import Scope, get_method
-from streammerge.methods.requests import AbsSum, Answer, SignTotal, Threshold, TieIndex, TopK
+from streammerge.methods.requests import AbsSum, Answer, SignTotal, SquareTotal, Threshold, TieIndex, TopK
 from streammerge.methods.rng import RandomKeys
 
 load_builtin()
@@ -308,6 +309,56 @@ def test_linear_refuses_weights_without_a_positive_sum(weights: tuple[float, ...
     with pytest.raises(ConfigError, match="positive weights or normalize: false"):
         follow("linear", 2, weight=weights)
     assert follow("linear", 2, weight=weights, normalize=False) == WeightedSum(weights)
+
+
+# Two models, four parameters (Matena and Raffel, equation 3), the plain formula:
+#   theta_1   1     2     3    -4         F_1   1    0   0.25   3
+#   theta_2   5     6     7     4         F_2   3    2   0      1
+#   certainties 1:3, 0:2, 0.25:0 and 3:1, so the means are 4, 6, 3 and -2; with the second's weight doubled,
+#   1:6, 0:4, 0.25:0 and 3:2, so 31/7, 6, 3 and -4/5.
+FISHER_MODELS = [[1.0, 2.0, 3.0, -4.0], [5.0, 6.0, 7.0, 4.0]]
+DIAGONALS = [[1.0, 0.0, 0.25, 3.0], [3.0, 2.0, 0.0, 1.0]]
+
+
+def fisher_merge(diagonals: Sequence[Sequence[float]], *answers: list[Answer], **given: Any) -> list[float]:
+    recipe = get_method("fisher").start(
+        Scope(2, fisher=True), parameters_of("fisher", 2, **given), list(answers)
+    )
+    assert isinstance(recipe, FisherMean)
+    models = [torch.tensor(values) for values in FISHER_MODELS]
+    merged = recipe(models, None, Where("t", 0, KEYS), [torch.tensor(values) for values in diagonals])
+    return merged.tolist()
+
+
+def test_fisher_is_the_average_weighed_by_certainty() -> None:
+    plain = {"normalize": False, "floor": 0.0}
+    assert fisher_merge(DIAGONALS, **plain) == [4.0, 6.0, 3.0, -2.0]
+    assert fisher_merge(DIAGONALS, **plain, weight=(1.0, 2.0)) == pytest.approx([31 / 7, 6.0, 3.0, -0.8])
+
+
+def test_fisher_divides_each_diagonal_by_its_norm() -> None:
+    # Norms 4 and 2: the certainties become 0.25:1.5, 0:1, 0.0625:0 and 0.75:0.5.
+    squares: list[Answer] = [SquareTotal(16.0, 4), SquareTotal(4.0, 4)]
+    merged = fisher_merge(DIAGONALS, squares, floor=0.0)
+    assert merged == pytest.approx([31 / 7, 6.0, 3.0, -0.8])
+
+
+def test_fisher_knows_what_to_do_where_no_model_knows_anything() -> None:
+    unknown = [[0.0] * 4, [0.0] * 4]
+    plain = {"normalize": False, "floor": 0.0}
+    assert fisher_merge(unknown, **plain) == FISHER_MODELS[0]
+    assert fisher_merge(unknown, **plain, fallback="average") == [3.0, 4.0, 5.0, 0.0]
+    # A raw floor of 1 on the target alone decides everything; on all, it makes the plain average.
+    assert fisher_merge(unknown, normalize=False, floor=1.0, floor_units="raw") == FISHER_MODELS[0]
+    on_all = fisher_merge(unknown, normalize=False, floor=1.0, floor_units="raw", floor_on="all")
+    assert on_all == [3.0, 4.0, 5.0, 0.0]
+    # Raised to 2: 2:3, 2:2, 2:2, 3:2; raised by 2: 3:5, 2:4, 2.25:2 and 5:3.
+    to = fisher_merge(DIAGONALS, normalize=False, floor=2.0, floor_units="raw", floor_on="all")
+    assert to == pytest.approx([3.4, 4.0, 5.0, -0.8])
+    by = fisher_merge(
+        DIAGONALS, normalize=False, floor=2.0, floor_units="raw", floor_on="all", floor_how="add"
+    )
+    assert by == pytest.approx([3.5, 14 / 3, 83 / 17, -1.0])
 
 
 def test_passthrough_copies_or_scales() -> None:

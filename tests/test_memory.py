@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.conftest import config_for
 MIB = 1 << 20
 LIMIT = 320 * MIB
 TOOL = Path(__file__).parents[1] / "tools" / "make_models.py"
+DIAGONALS = TOOL.with_name("make_diagonals.py")
 SIZE = ["--layers", "1", "--hidden", "1024", "--inter", "2816", "--kv", "1024", "--vocab", "48000"]
 
 _MEASURE = """
@@ -33,31 +35,51 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     subprocess.run([sys.executable, TOOL, directory, "--models", "3", *SIZE], check=True, capture_output=True)
     paths = [directory / name for name in ("base", "tuned1", "tuned2", "tuned3")]
     yield paths
-    for path in paths:
-        for file in path.iterdir():
-            file.unlink()
+    shutil.rmtree(directory)
+
+
+def store_of(model: Path) -> Path:
+    """Make a diagonal of a model and import it, in processes of their own, within the limit."""
+    diagonal, store = model.with_suffix(".safetensors"), model.with_suffix(".zarr")
+    subprocess.run([sys.executable, DIAGONALS, model, diagonal], check=True, capture_output=True)
+    command = [sys.executable, "-m", "streammerge.cli", "fisher", "import", model, diagonal, "--out", store]
+    assert 50 * MIB < peak_of([*command, "--quiet", "--memory", "320MiB"]) < LIMIT
+    diagonal.unlink()
+    return store
+
+
+def peak_of(command: Sequence[str | Path]) -> int:
+    """Run a command and return its peak resident memory in bytes."""
+    # Linux hands the peak of a forking process on to the child, so a small process has to do the forking.
+    measured = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *command], capture_output=True, text=True, check=False
+    )
+    assert measured.returncode == 0, measured.stderr
+    return int(measured.stdout) * 1024
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "parameters"), [("linear", {}), ("ties", {"density": 0.2})], ids=["linear", "ties"]
+    ("method", "parameters"),
+    [("linear", {}), ("ties", {"density": 0.2}), ("fisher", {})],
+    ids=["linear", "ties", "fisher"],
 )
 def test_peak_resident_memory_stays_below_the_limit(
     method: str, parameters: dict[str, float], models: list[Path], tmp_path: Path
 ) -> None:
     config = config_for(method, models, parameters=parameters)
+    if method == "fisher":
+        stores = [store_of(model) for model in models[1:]]
+        config["models"] = [
+            {"model": str(m), "fisher": str(s)} for m, s in zip(models[1:], stores, strict=True)
+        ]
     if method == "linear":
         config["models"].append({"model": str(models[0])})
     (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
     out = tmp_path / "out"
     command = [sys.executable, "-m", "streammerge.cli", "merge", str(tmp_path / "config.yml"), str(out)]
     options = ["--memory", "320MiB", "--quiet", "--device", "cpu"]
-    # Linux hands the peak of a forking process on to the child, so a small process has to do the forking.
-    measured = subprocess.run(
-        [sys.executable, "-c", _MEASURE, *command, *options], capture_output=True, text=True, check=False
-    )
-    assert measured.returncode == 0, measured.stderr
-    peak = int(measured.stdout) * 1024
+    peak = peak_of([*command, *options])
     assert (out / "model.safetensors").stat().st_size > 200 * 10**6
     (out / "model.safetensors").unlink()
     assert 50 * MIB < peak < LIMIT

@@ -40,6 +40,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ties": ("ties", {"density": 0.2, "trim_scope": "model"}, {"shard_size": 30_000}),
     "dare": ("dare_linear", {"density": 0.4}, {}),
+    "fisher": ("fisher", {}, {}),
 }
 
 
@@ -270,7 +271,8 @@ def flip_middle_of_a_tensor(path: Path) -> None:
 
 
 def changed_parameter(scene: Scene) -> dict[str, Any]:
-    return {"config": {**scene.config, "parameters": {**scene.config["parameters"], "density": 0.5}}}
+    other = {"normalize": False} if scene.config["merge_method"] == "fisher" else {"density": 0.5}
+    return {"config": {**scene.config, "parameters": {**scene.config["parameters"], **other}}}
 
 
 def changed_model_order(scene: Scene) -> dict[str, Any]:
@@ -278,7 +280,8 @@ def changed_model_order(scene: Scene) -> dict[str, Any]:
 
 
 def changed_method(scene: Scene) -> dict[str, Any]:
-    return {"config": {**scene.config, "merge_method": "dare_ties", "parameters": {"density": 0.5}}}
+    method = "dare_fisher" if scene.config["merge_method"] == "fisher" else "dare_ties"
+    return {"config": {**scene.config, "merge_method": method, "parameters": {"density": 0.5}}}
 
 
 def changed_seed(scene: Scene) -> dict[str, Any]:
