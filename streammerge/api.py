@@ -89,6 +89,7 @@ def merge(
     overwrite: bool = False,
     device: str = "auto",
     io: str = "read",
+    profile: str | os.PathLike[str] | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
@@ -102,6 +103,8 @@ def merge(
         Discard what an earlier merge left in `out`.
     io
         ``read``: positioned reads; ``mmap``: copies out of a memory map.
+    profile
+        A JSON file to write: the seconds of every stage, and so what bounded the run.
     on_event
         Called from the calling thread with progress, warnings and the like.
     **options
@@ -115,7 +118,12 @@ def merge(
     if io not in ("read", "mmap"):
         raise InputError(f"io {printable(io)!r} is neither 'read' nor 'mmap'")
     decided = plan(config, device=device, **options)
-    how = Options(choose_device(device), overwrite, "mmap" if io == "mmap" else "read")
+    how = Options(
+        choose_device(device),
+        overwrite,
+        "mmap" if io == "mmap" else "read",
+        Path(profile) if profile else None,
+    )
     return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
 
 

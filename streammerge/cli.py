@@ -57,6 +57,9 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--no-kernels", is_flag=True, help="Use the torch formulas, not the compiled kernels: same bits, slower."
 )
+@click.option(
+    "--profile", metavar="FILE", help="Write to FILE, as JSON, where the time went, stage by stage."
+)
 @click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line, on stdout.")
 def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:

@@ -149,6 +149,19 @@ def test_json_events_are_one_object_a_line_and_end_in_done(cli: Cli, config: Pat
     assert again[-1]["already_complete"] is True
 
 
+def test_the_profile_accounts_for_the_time_of_every_worker(cli: Cli, config: Path, tmp_path: Path) -> None:
+    cli("merge", config, tmp_path / "out", "--profile", tmp_path / "profile.json")
+    profile = json.loads((tmp_path / "profile.json").read_text())
+    stages = profile["stages"]
+    assert {"start", "read", "compute", "write", "checksum", "sync", "commit", "wait for work"} <= set(stages)
+    in_workers = sum(v["wall"] for k, v in stages.items() if k not in ("start", "sync", "commit"))
+    assert in_workers >= 0.99 * profile["workers"] * profile["seconds_with_chunks"] - 0.02
+    assert (
+        stages["compute"]["cpu"] <= profile["process"]["user_seconds"] + profile["process"]["system_seconds"]
+    )
+    assert profile["bytes_written"] > 0
+
+
 def test_json_output_has_warnings_too(cli: Cli, paths: list[Path], tmp_path: Path) -> None:
     config = write_config(tmp_path / "config.yml", config_for("ties", paths, parameters={"int8_mask": True}))
     run = cli("merge", config, tmp_path / "out", "--json")

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from streammerge.engine.chunk import (
@@ -145,7 +146,7 @@ class Runner:
     def _run_chunk(self, chunk: Chunk) -> None:
         jobs, work = self._plan.jobs, self._plan.work
         nbytes = max(lease_bytes(jobs[p.job], p.stop - p.start) + work[p.job].workspace for p in chunk.pieces)
-        with self._pool.lease(nbytes, self._context.stop) as arena:
+        with self._lease(nbytes) as arena:
             if arena is None:
                 return
             receipts = run_chunk(self._context, chunk, arena)
@@ -154,6 +155,14 @@ class Runner:
             for receipt in receipts:
                 self.elements_done += receipt.stop - receipt.start
                 self._left[receipt.job] -= receipt.stop - receipt.start
+
+    @contextmanager
+    def _lease(self, nbytes: int) -> Iterator[Bytes | None]:
+        """Lend a buffer; None where the merge is stopped."""
+        with ExitStack() as held:
+            with self._context.stages.time("wait for memory"):
+                arena = held.enter_context(self._pool.lease(nbytes, self._context.stop))
+            yield arena
 
     def _drain(self, futures: Iterable[Future[None]]) -> None:
         """Keep a few futures in flight, report progress, and stop at the first failure."""
@@ -244,12 +253,13 @@ class Runner:
         """Bring every job to its next whole-model request, answering tensor-scope ones on the way."""
 
         def bring(job: Job) -> None:
-            with self._pool.lease(lease_bytes(job, job.n_elements), self._context.stop) as arena:
+            with self._lease(lease_bytes(job, job.n_elements)) as arena:
                 if arena is not None:
                     loaded = load(self._context, job, 0, job.n_elements, arena)
                     math = math_of(self._context, job, loaded)
-                    self._guarded(job, lambda: resolve_in_memory(
-                        self._context, job, loaded, math, until_model=True))  # fmt: skip
+                    with self._context.stages.time("statistics"):
+                        self._guarded(job, lambda: resolve_in_memory(
+                            self._context, job, loaded, math, until_model=True))  # fmt: skip
 
         def futures() -> Iterable[Future[None]]:
             for job in jobs:
@@ -314,7 +324,7 @@ class Runner:
         if self._context.stop.is_set() or piece.stop <= piece.start:
             return
         job = self._plan.jobs[piece.job]
-        with self._pool.lease(lease_bytes(job, piece.stop - piece.start), self._context.stop) as arena:
+        with self._lease(lease_bytes(job, piece.stop - piece.start)) as arena:
             if arena is not None:
                 self._guarded(job, lambda: self._add_loaded(job, piece, some, arena))
 
@@ -324,8 +334,9 @@ class Runner:
             return
         loaded = load(self._context, job, piece.start, piece.stop, arena, models_too=reads)
         math = math_of(self._context, job, loaded)
-        for accumulator in some:
-            accumulator.add(job.ordinal, piece.start, loaded.n, math)
+        with self._context.stages.time("statistics"):
+            for accumulator in some:
+                accumulator.add(job.ordinal, piece.start, loaded.n, math)
 
     def _guarded(self, job: Job, action: Callable[[], object]) -> None:
         try:

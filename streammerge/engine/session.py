@@ -25,6 +25,7 @@ from streammerge.engine.output import (
     locked,
     read_manifest,
 )
+from streammerge.engine.profile import profile_values, write_profile
 from streammerge.engine.reader import Backend, Reader, check_unchanged
 from streammerge.engine.run import Runner, Tick
 from streammerge.engine.warm import ensure_compiled
@@ -73,6 +74,8 @@ class Options:
     device: str = "cpu"
     overwrite: bool = False
     backend: Backend = "read"
+    profile: Path | None = None
+    """Where to write what the time went to, also when the run fails or is stopped."""
 
 
 def execute(
@@ -192,12 +195,15 @@ class _Session:
         self._emit, self._stop = emit, stop
         self._writer = ShardWriter(out, plan.layout)
         self._context = Context(plan, reader, self._writer, keys, options.device, stop)
+        self._profile = options.profile
+        self._running = 0.0
 
     def run(
         self, identity: Mapping[str, str], fingerprints: Sequence[str], card: str, began: float,
         signal_received: Callable[[], int | None],
     ) -> Summary:  # fmt: skip
         journal = Journal(self._out, {**identity, **_stamps(self._plan)})
+        stages = self._context.stages
         try:
             progress = journal.open()
             self._writer.open()
@@ -205,9 +211,12 @@ class _Session:
             resumed = sum(_receipt_bytes(self._plan, receipt) for receipt in sound)
             self._emit(Event("resume" if resumed else "start", {"bytes_done": resumed}))
             runner = Runner(self._context, journal, self._on_tick)
+            started = time.monotonic()
+            stages.add("start", started - began, time.process_time())
             try:
                 runner.run(sound, progress.answers)
             finally:
+                self._running = time.monotonic() - started
                 if (signum := signal_received()) is not None:
                     raise Stopped(signum) from None
             for stamps in self._plan.stamped.values():
@@ -216,13 +225,16 @@ class _Session:
             self._warn_of_differing()
             self._emit(Event("commit"))
             public = {_public(key, self._plan): value for key, value in identity.items()}
-            manifest = commit(
-                self._plan, self._out, self._writer, runner.receipts, fingerprints, card, public
-            )
-            journal.remove()
+            with stages.time("commit"):
+                manifest = commit(
+                    self._plan, self._out, self._writer, runner.receipts, fingerprints, card, public
+                )
+                journal.remove()
         finally:
             journal.close()
             self._writer.close()
+            if self._profile is not None:
+                write_profile(self._profile, self._profile_values(time.monotonic() - began))
         self._warn_of_floor(manifest.get("floored"))
         return self._summary(manifest, resumed, began)
 
@@ -274,6 +286,13 @@ class _Session:
                 "message": f"the floor decided {100 * floored['fraction']:.1f} % of the elements: the models' own "
                 "certainties hardly count; a smaller `floor`, or `floor_units: rms`, lets them"
             }))  # fmt: skip
+
+    def _profile_values(self, seconds: float) -> dict[str, Any]:
+        budget = self._plan.budget
+        return profile_values(
+            self._context.stages, seconds=seconds, running=self._running, workers=budget.workers,
+            threads=budget.threads, read=self._reader.bytes_read, written=self._writer.bytes_written,
+        )  # fmt: skip
 
     def _summary(self, manifest: Mapping[str, Any], resumed: int, began: float) -> Summary:
         return Summary(

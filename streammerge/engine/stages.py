@@ -8,7 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Stage = Literal["wait for memory", "read", "decompress", "statistics", "compute", "checksum", "write", "sync"]
+Stage = Literal[
+    "start",
+    "wait for memory",
+    "read",
+    "decompress",
+    "statistics",
+    "compute",
+    "checksum",
+    "write",
+    "sync",
+    "commit",
+]
+"""``start``, ``sync`` and ``commit`` run beside the workers or while there are none; the others in workers."""
+
+BESIDE: tuple[Stage, ...] = ("start", "sync", "commit")
 
 
 class Stages:
@@ -25,11 +39,14 @@ class Stages:
         try:
             yield
         finally:
-            seconds, busy = time.perf_counter() - began, time.thread_time() - cpu
-            with self._lock:
-                total = self._seconds.setdefault(stage, [0.0, 0.0])
-                total[0] += seconds
-                total[1] += busy
+            self.add(stage, time.perf_counter() - began, time.thread_time() - cpu)
+
+    def add(self, stage: Stage, seconds: float, cpu: float) -> None:
+        """Add seconds of wall clock and of CPU to a stage."""
+        with self._lock:
+            total = self._seconds.setdefault(stage, [0.0, 0.0])
+            total[0] += seconds
+            total[1] += cpu
 
     def as_dict(self) -> dict[str, dict[str, float]]:
         """Return the seconds of each stage: ``wall``, and ``cpu`` while it was running."""

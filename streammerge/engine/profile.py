@@ -1,0 +1,61 @@
+"""What bounded a run: the file that ``merge --profile`` writes."""
+
+from __future__ import annotations
+
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+from streammerge.engine.stages import BESIDE, Stages
+from streammerge.engine.writer import write_file
+
+
+def profile_values(
+    stages: Stages, *, seconds: float, running: float, workers: int, threads: int, read: int, written: int
+) -> dict[str, Any]:
+    """Return the profile of a run as plain values.
+
+    Parameters
+    ----------
+    seconds, running
+        Wall clock of the whole run, and of the part in which workers had chunks.
+    read, written
+        Bytes.
+
+    Returns
+    -------
+    ``stages`` has seconds summed over the threads that were in a stage: ``wall``, and ``cpu`` for the part in
+    which they computed. ``wait for work`` is what is left of ``workers * running``: workers that had no chunk.
+    ``process`` is the operating system's account of the whole process so far.
+    """
+    by_stage = stages.as_dict()
+    busy = sum(entry["wall"] for stage, entry in by_stage.items() if stage not in BESIDE)
+    by_stage["wait for work"] = {"wall": round(max(0.0, workers * running - busy), 3), "cpu": 0.0}
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "format": 1,
+        "seconds": round(seconds, 3),
+        "seconds_with_chunks": round(running, 3),
+        "workers": workers,
+        "threads": threads,
+        "bytes_read": read,
+        "bytes_written": written,
+        "stages": by_stage,
+        "process": {
+            "user_seconds": round(usage.ru_utime, 3),
+            "system_seconds": round(usage.ru_stime, 3),
+            "peak_resident_bytes": usage.ru_maxrss << 10,
+        },
+    }
+
+
+def write_profile(path: Path, values: dict[str, Any]) -> None:
+    """Write a profile as JSON.
+
+    Raises
+    ------
+    WorldError
+        If it cannot be written.
+    """
+    write_file(path, (json.dumps(values, indent=2) + "\n").encode())
