@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
 from streammerge.engine.fingerprint import check_belongs
+from streammerge.engine.reader import Backend
 from streammerge.engine.session import Event, Options, Summary, execute
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.index.fishers import FisherIndex, open_fisher
@@ -88,7 +89,7 @@ def merge(
     *,
     overwrite: bool = False,
     device: str = "auto",
-    io: str = "read",
+    io: Backend = "direct",
     profile: str | os.PathLike[str] | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     stop: threading.Event | None = None,
@@ -102,7 +103,8 @@ def merge(
     overwrite
         Discard what an earlier merge left in `out`.
     io
-        ``read``: positioned reads; ``mmap``: copies out of a memory map.
+        ``direct``: past the page cache, except for what lies in it; ``read``: through it; ``mmap``: reads are
+        copies out of a memory map.
     profile
         A JSON file to write: the seconds of every stage, and so what bounded the run.
     on_event
@@ -115,13 +117,13 @@ def merge(
     StreammergeError
         See `streammerge.errors`.
     """
-    if io not in ("read", "mmap"):
-        raise InputError(f"io {printable(io)!r} is neither 'read' nor 'mmap'")
+    if io not in get_args(Backend):
+        raise InputError(f"io {printable(io)!r} is none of {', '.join(get_args(Backend))}")
     decided = plan(config, device=device, **options)
     how = Options(
         choose_device(device),
         overwrite,
-        "mmap" if io == "mmap" else "read",
+        io,
         Path(profile) if profile else None,
     )
     return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)

@@ -49,10 +49,10 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--overwrite", is_flag=True, help="Discard what an earlier merge left in OUT.")
 @click.option(
     "--io",
-    type=click.Choice(["read", "mmap"]),
-    default="read",
+    type=click.Choice(["direct", "read", "mmap"]),
+    default="direct",
     show_default=True,
-    help="How inputs are read.",
+    help="Past the page cache, through it, or by memory map.",
 )
 @click.option(
     "--no-kernels", is_flag=True, help="Use the torch formulas, not the compiled kernels: same bits, slower."

@@ -22,6 +22,7 @@ from streammerge.dtypes import BITS, FLOATS, itemsize
 from streammerge.errors import BudgetError, ConfigError, InputError, ModelError
 from streammerge.index.header import TensorRef
 from streammerge.methods.registry import Access
+from streammerge.plan.arena import alignment_bytes
 from streammerge.plan.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.plan.job import Job
 from streammerge.plan.layout import lay_out
@@ -191,7 +192,9 @@ def test_all_done_means_no_steps_but_empty_tensors() -> None:
     ]  # fmt: skip
     jobs, work = arrange(descriptions, budget)
     assert list(steps(jobs, work, budget, {0: [(0, 10_000)], 1: [(0, 3), (3, 7)]})) == []
-    assert list(steps(jobs, work, budget, {0: [(0, 10_000)]})) == [Chunk((Piece(1, 0, 7),), 42)]
+    assert list(steps(jobs, work, budget, {0: [(0, 10_000)]})) == [
+        Chunk((Piece(1, 0, 7),), 42 + alignment_bytes(jobs[1]))
+    ]
 
 
 @given(st.integers(0, 200), st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), max_size=8))

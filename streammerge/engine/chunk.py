@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -32,10 +33,11 @@ from streammerge.methods.recipes import Recipe, WeightedSum
 from streammerge.methods.registry import Access
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.rng import RandomKeys
+from streammerge.plan.arena import DIRECT_BYTES, divide, is_copied
 from streammerge.plan.budget import device_block, free_vram
 from streammerge.plan.job import Job
 from streammerge.plan.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, scope_of
-from streammerge.plan.schedule import Chunk, Piece, chunk_scratch
+from streammerge.plan.schedule import Chunk, Piece
 
 Answers = list[list[Answer]]
 _SAMPLE_ABOVE = 1 << 19
@@ -75,10 +77,8 @@ def run_chunk(context: Context, chunk: Chunk, arena: Bytes) -> list[Receipt]:
         if context.stop.is_set():
             break
         job = context.plan.jobs[piece.job]
-        if job.kind == "merge" or job.dtype != job.sources[0].dtype:
-            receipts.append(_merge_piece(context, job, piece, arena))
-        else:
-            receipts.append(_copy_piece(context, job, piece, arena))
+        run = _copy_piece if is_copied(job) else _merge_piece
+        receipts.append(run(context, job, piece, arena))
     return receipts
 
 
@@ -89,7 +89,7 @@ def _merge_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Rece
         with context.stages.time("statistics"):
             recipe = resolve_in_memory(context, job, loaded, math, until_model=False)
         assert not isinstance(recipe, list)
-        out = _place_output(job, loaded)
+        out = _place_output(context, job, piece, loaded)
         with context.stages.time("compute"):
             applied = math.apply(recipe, out)
     except NotFiniteError:
@@ -102,51 +102,72 @@ def _merge_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Rece
 
 def _copy_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Receipt:
     first, last = (e * BITS[job.dtype] // 8 for e in (piece.start, piece.stop))
-    data, other = arena[: last - first], arena[last - first : 2 * (last - first)]
-    source, *others = job.sources
-    with context.stages.time("read"):
-        context.reader.read_into(source.path, source.offset + first, data)
-    for ref in others:
+    places = divide(job, piece.stop - piece.start)
+
+    def read(ref: TensorRef, slot: int) -> tuple[int, Bytes]:
         with context.stages.time("read"):
-            context.reader.read_into(ref.path, ref.offset + first, other)
-        if not np.array_equal(data, other):
+            begins = slot + context.reader.read_slot(ref.path, ref.offset + first, last - first, arena[slot:])
+        return begins, arena[begins : begins + last - first]
+
+    source, *others = job.sources
+    begins, data = read(source, places.slots[0])
+    for ref in others:
+        if not np.array_equal(data, read(ref, places.slots[1])[1]):
             context.differing.add(job.ordinal)
+    target = places.output_at(begins, _file_offset(context, job, piece))
+    if target != begins and data.size >= DIRECT_BYTES:
+        moved = arena[target : target + data.size]
+        ctypes.memmove(moved.ctypes.data, data.ctypes.data, data.size)  # numpy would copy twice: they overlap
+        data = moved
     return _emit(context, job, piece, data, ())
+
+
+def _file_offset(context: Context, job: Job, piece: Piece) -> int:
+    return context.plan.layout.slots[job.ordinal].offset + piece.start * BITS[job.dtype] // 8
 
 
 def _emit(
     context: Context, job: Job, piece: Piece, data: Bytes, kept: tuple[int, ...], floored: int = 0
 ) -> Receipt:
-    slot = context.plan.layout.slots[job.ordinal]
+    shard = context.plan.layout.slots[job.ordinal].shard
     with context.stages.time("write"):
-        context.writer.write(slot.shard, slot.offset + piece.start * BITS[job.dtype] // 8, data)
+        context.writer.write(shard, _file_offset(context, job, piece), data)
     with context.stages.time("checksum"):
         checksum = crc32(data)
     return Receipt(job.ordinal, piece.start, piece.stop, checksum, kept, floored)
 
 
 def load(
-    context: Context, job: Job, start: int, stop: int, arena: Bytes, *, models_too: bool = True
+    context: Context,
+    job: Job,
+    start: int,
+    stop: int,
+    arena: Bytes,
+    *,
+    models_too: bool = True,
+    again: bool = False,
 ) -> Loaded:
     """Read elements `start` to `stop` of every input of a job into the arena: base, models, diagonals.
 
-    Without `models_too` the Fisher diagonals alone are read, to the same places.
+    Without `models_too` the Fisher diagonals alone are read, to the same places. `again` says that the same
+    elements will be read once more.
     """
-    position = 0
     operands = []
-    scratch = arena[_operands_bytes(job, stop - start) + _output_bytes(job, stop - start) :]
+    places = divide(job, stop - start)
     refs: tuple[FisherRef, ...] = (*job.inputs, *job.fishers)
-    for number, ref in enumerate(refs):
+    for number, (ref, slot) in enumerate(zip(refs, places.slots, strict=True)):
         width = itemsize(ref.dtype)
         size = (stop - start) * width
-        target = arena[position : position + size]
+        position = slot
         if isinstance(ref, ChunkedRef):
+            target, scratch = arena[slot : slot + size], arena[places.scratch :]
             read_stored(context.reader, context.stages, ref, start, stop, target, scratch)
         elif models_too or number >= len(job.inputs):
             with context.stages.time("read"):
-                context.reader.read_into(ref.path, ref.offset + start * width, target)
+                position += context.reader.read_slot(
+                    ref.path, ref.offset + start * width, size, arena[slot:], again=again
+                )
         operands.append(Operand(position, ref.dtype))
-        position += -(-size // 64) * 64
     fishers = tuple(operands[len(job.inputs) :])
     first = int(job.base is not None)
     base, models = (operands[0] if first else None), operands[first : len(job.inputs)]
@@ -175,27 +196,11 @@ def prefetch(context: Context, chunk: Chunk) -> None:
                 context.reader.prefetch(ref.path, ref.offset + first, last - first)
 
 
-def lease_bytes(job: Job, n: int) -> int:
-    """Return the arena bytes that reading and merging (or copying) `n` elements of a job needs."""
-    if job.kind != "merge" and job.dtype == job.sources[0].dtype:
-        return 2 * -(-n * BITS[job.dtype] // 8) + 64
-    return _operands_bytes(job, n) + _output_bytes(job, n) + chunk_scratch(job) + 64
-
-
-def _operands_bytes(job: Job, n: int) -> int:
-    return sum(-(-n * itemsize(ref.dtype) // 64) * 64 for ref in (*job.inputs, *job.fishers))
-
-
-def _output_bytes(job: Job, n: int) -> int:
-    """Return the bytes of an output that lies behind all inputs; 0 where it lies over the first of them."""
-    over_input = itemsize(job.dtype) <= itemsize(job.inputs[0].dtype)
-    return 0 if over_input else -(-n * itemsize(job.dtype) // 64) * 64
-
-
-def _place_output(job: Job, loaded: Loaded) -> Operand:
+def _place_output(context: Context, job: Job, piece: Piece, loaded: Loaded) -> Operand:
     """Lay the output over the first input where its elements are not wider, else behind all inputs."""
-    behind = _output_bytes(job, loaded.n) > 0
-    return Operand(_operands_bytes(job, loaded.n) if behind else 0, job.dtype)
+    first = loaded.base or loaded.models[0]
+    offset = divide(job, loaded.n).output_at(first.offset, _file_offset(context, job, piece))
+    return Operand(offset, job.dtype)
 
 
 def math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:

@@ -7,7 +7,7 @@
     workers         lease a buffer, run_chunk: read, merge, write, checksum
     syncer          fdatasync the shards touched, then append to the journal
 
-One worker more than CPUs, so that reading and writing overlap with arithmetic. A worker holds a buffer
+More workers than CPUs, so that reading and writing overlap with arithmetic. A worker holds a buffer
 only while it runs a chunk; the pool grants buffers in order and never more than the budget.
 """
 
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from streammerge.engine.chunk import (
     Context,
     follow,
-    lease_bytes,
     load,
     math_of,
     not_finite,
@@ -144,8 +143,8 @@ class Runner:
                 yield self._threads.submit(self._run_chunk, step)
 
     def _run_chunk(self, chunk: Chunk) -> None:
-        jobs, work = self._plan.jobs, self._plan.work
-        nbytes = max(lease_bytes(jobs[p.job], p.stop - p.start) + work[p.job].workspace for p in chunk.pieces)
+        work = self._plan.work
+        nbytes = max(work[p.job].lease_bytes(p.stop - p.start) for p in chunk.pieces)
         with self._lease(nbytes) as arena:
             if arena is None:
                 return
@@ -253,9 +252,9 @@ class Runner:
         """Bring every job to its next whole-model request, answering tensor-scope ones on the way."""
 
         def bring(job: Job) -> None:
-            with self._lease(lease_bytes(job, job.n_elements)) as arena:
+            with self._lease(self._plan.work[job.ordinal].lease_bytes(job.n_elements)) as arena:
                 if arena is not None:
-                    loaded = load(self._context, job, 0, job.n_elements, arena)
+                    loaded = load(self._context, job, 0, job.n_elements, arena, again=True)
                     math = math_of(self._context, job, loaded)
                     with self._context.stages.time("statistics"):
                         self._guarded(job, lambda: resolve_in_memory(
@@ -324,7 +323,7 @@ class Runner:
         if self._context.stop.is_set() or piece.stop <= piece.start:
             return
         job = self._plan.jobs[piece.job]
-        with self._lease(lease_bytes(job, piece.stop - piece.start)) as arena:
+        with self._lease(self._plan.work[job.ordinal].lease_bytes(piece.stop - piece.start)) as arena:
             if arena is not None:
                 self._guarded(job, lambda: self._add_loaded(job, piece, some, arena))
 
@@ -332,7 +331,7 @@ class Runner:
         reads = needs_models(some)
         if not reads and not job.fishers:
             return
-        loaded = load(self._context, job, piece.start, piece.stop, arena, models_too=reads)
+        loaded = load(self._context, job, piece.start, piece.stop, arena, models_too=reads, again=True)
         math = math_of(self._context, job, loaded)
         with self._context.stages.time("statistics"):
             for accumulator in some:

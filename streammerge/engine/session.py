@@ -32,6 +32,7 @@ from streammerge.engine.warm import ensure_compiled
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import ConfigError, OutputError, Stopped, printable
 from streammerge.methods.rng import SCHEME, RandomKeys
+from streammerge.plan.budget import available_memory
 from streammerge.plan.plan import MergePlan
 
 _CHECK_STEP = 1 << 20
@@ -73,7 +74,7 @@ class Options:
 
     device: str = "cpu"
     overwrite: bool = False
-    backend: Backend = "read"
+    backend: Backend = "direct"
     profile: Path | None = None
     """Where to write what the time went to, also when the run fails or is stopped."""
 
@@ -105,7 +106,7 @@ def execute(
     check_target(out, plan.inputs, [index.reference for index in plan.fishers])
     for warning in plan.warnings:
         emit(Event("warning", {"message": warning}))
-    reader = Reader(options.backend)
+    reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2)
     if options.device == "cpu" and not plan.torch_only and not plan.method.is_formula and ensure_compiled():
         emit(Event("compiled"))
     try:
@@ -193,7 +194,7 @@ class _Session:
     ) -> None:  # fmt: skip
         self._plan, self._out, self._reader = plan, out, reader
         self._emit, self._stop = emit, stop
-        self._writer = ShardWriter(out, plan.layout)
+        self._writer = ShardWriter(out, plan.layout, direct=options.backend == "direct")
         self._context = Context(plan, reader, self._writer, keys, options.device, stop)
         self._profile = options.profile
         self._running = 0.0

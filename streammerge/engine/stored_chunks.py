@@ -15,6 +15,7 @@ from streammerge.engine.reader import Reader
 from streammerge.engine.stages import Stages
 from streammerge.errors import ModelError, printable
 from streammerge.index.fishers import ChunkedRef
+from streammerge.plan.arena import PAGE
 
 _CRC_BYTES = 4
 _BLOSC_HEADER = 16
@@ -36,7 +37,7 @@ def read_stored(
     """
     width = itemsize(ref.dtype)
     whole = ref.chunk_elements * width
-    room = (scratch.size - whole) // 64 * 64
+    room = (scratch.size - whole) // PAGE * PAGE
     for path, first, end in ref.chunks(start, stop):
         with stages.time("read"):
             nbytes = reader.read_file(path, scratch[:room])

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from streammerge.engine.direct import REFUSED, open_direct, place_in_page, write_direct
 from streammerge.engine.memory import Bytes
 from streammerge.errors import WorldError, printable
+from streammerge.plan.arena import DIRECT_BYTES, PAGE
 from streammerge.plan.layout import Layout, Shard
 
 PARTIAL = ".partial"
@@ -45,10 +47,14 @@ class ShardWriter:
         The output directory.
     layout
         Where every byte goes.
+    direct
+        Write past the page cache where that is to be had.
     """
 
-    def __init__(self, directory: Path, layout: Layout) -> None:
+    def __init__(self, directory: Path, layout: Layout, *, direct: bool) -> None:
         self._directory = directory
+        self._direct = direct
+        self._direct_descriptors: list[int | None] = []
         self._shards = layout.shards
         self._descriptors: list[int] = []
         self.fresh: set[int] = set()
@@ -60,6 +66,8 @@ class ShardWriter:
         for number, shard in enumerate(self._shards):
             with world_errors(self._directory / shard.name):
                 self._descriptors.append(self._open_one(number, shard))
+            direct = open_direct(self._descriptors[-1], os.O_RDWR) if self._direct else None
+            self._direct_descriptors.append(direct)
         with world_errors(self._directory):
             fsync_directory(self._directory)
 
@@ -82,14 +90,34 @@ class ShardWriter:
 
     def write(self, shard: int, offset: int, data: Bytes) -> None:
         """Write bytes at an absolute offset of a shard."""
-        view = data.data
         with world_errors(self._directory / self._shards[shard].name):
-            position = 0
-            while position < len(view):
-                position += os.pwrite(
-                    self._descriptors[shard], view[position : position + (1 << 30)], offset + position
-                )
-        self.bytes_written += len(view)
+            direct = self._direct_descriptors[shard]
+            lead = -offset % PAGE
+            if direct is None or data.size < DIRECT_BYTES or place_in_page(data) != offset % PAGE:
+                self._write_cached(shard, offset, data)
+            else:
+                # Pages that other pieces have a part in go through the cache, where the parts meet.
+                self._write_cached(shard, offset, data[:lead])
+                done = lead + self._write_pages(shard, direct, offset + lead, data[lead:])
+                self._write_cached(shard, offset + done, data[done:])
+        self.bytes_written += data.size
+
+    def _write_pages(self, shard: int, direct: int, offset: int, data: Bytes) -> int:
+        try:
+            return write_direct(direct, offset, data)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            self._direct_descriptors[shard] = None
+            return 0
+
+    def _write_cached(self, shard: int, offset: int, data: Bytes) -> None:
+        view = data.data
+        position = 0
+        while position < len(view):
+            position += os.pwrite(
+                self._descriptors[shard], view[position : position + (1 << 30)], offset + position
+            )
 
     def read(self, shard: int, offset: int, nbytes: int) -> bytes:
         """Read back bytes of a shard."""
@@ -115,6 +143,9 @@ class ShardWriter:
         """Close all shards."""
         while self._descriptors:
             os.close(self._descriptors.pop())
+        while self._direct_descriptors:
+            if (direct := self._direct_descriptors.pop()) is not None:
+                os.close(direct)
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:

@@ -43,8 +43,8 @@ class Budget:
 
     @property
     def workers(self) -> int:
-        """Chunks in flight: one more than CPUs, so that one reads or writes while others compute."""
-        return self.threads + 1
+        """Chunks in flight: more than CPUs, so that some read and write while others compute."""
+        return self.threads + 3
 
     @property
     def resident_limit(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from streammerge.dtypes import FLOATS, itemsize
+from streammerge.dtypes import itemsize
 from streammerge.index.fishers import ChunkedRef, FisherRef
 from streammerge.index.header import TensorRef
 
@@ -67,11 +67,6 @@ class Job:
         """Most bytes of one chunk of a Fisher store, decompressed; 0 without a store."""
         chunked = [ref for ref in self.fishers if isinstance(ref, ChunkedRef)]
         return max((ref.chunk_elements * itemsize(ref.dtype) for ref in chunked), default=0)
-
-    @property
-    def input_bytes_per_element(self) -> int:
-        """Bytes of all inputs and diagonals for one element; 0 for sub-byte dtypes, which are only copied."""
-        return sum(itemsize(ref.dtype) for ref in (*self.inputs, *self.fishers) if ref.dtype in FLOATS)
 
     @property
     def output_bytes(self) -> int:

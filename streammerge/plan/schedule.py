@@ -12,6 +12,7 @@ not depend on where the cuts are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,6 +20,7 @@ from typing import Literal
 from streammerge.errors import BudgetError, printable
 from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.registry import Access
+from streammerge.plan.arena import alignment_bytes, bytes_per_element, slot_bytes
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
 from streammerge.units import format_size
@@ -27,7 +29,7 @@ ALIGN = 4096
 """Elements; the block of the fp64 statistics."""
 
 _FRAME = 64
-"""Bytes by which a chunk that does not compress may grow, and room to align it."""
+"""Bytes by which a chunk that does not compress may grow."""
 
 Mode = Literal["cut", "whole", "surveyed"]
 
@@ -73,7 +75,11 @@ class Work:
     bytes_per_element: float
     """Buffer bytes a piece needs for each of its elements."""
     workspace: int
-    """Buffer bytes a chunk needs beside: temporaries of a torch formula."""
+    """Buffer bytes a chunk needs beside: alignment, scratch, temporaries of a torch formula."""
+
+    def lease_bytes(self, n: int) -> int:
+        """Return the bytes of the buffer in which `n` elements are read and merged."""
+        return math.ceil(n * self.bytes_per_element) + self.workspace
 
 
 def plan_work(
@@ -103,11 +109,11 @@ def plan_work(
     BudgetError
         If the tensor, or one row of it, must be held and cannot.
     """
-    per_element = _bytes_per_element(job)
+    per_element = bytes_per_element(job)
 
     def work(mode: Mode, row: int) -> Work:
         # A piece reads one chunk of a Fisher store after the other, by way of a buffer of its own.
-        return Work(mode, row, per_element, workspace(job, row) + chunk_scratch(job))
+        return Work(mode, row, per_element, workspace(job, row) + chunk_scratch(job) + alignment_bytes(job))
 
     if formula and access is not Access.ELEMENTWISE:
         whole = holds or access is not Access.ROW
@@ -135,18 +141,7 @@ def _store_row(job: Job) -> int:
 
 def chunk_scratch(job: Job) -> int:
     """Return the buffer bytes it takes to read a Fisher store: a chunk as it lies, and decompressed."""
-    return 2 * (job.fisher_chunk_bytes + _FRAME) if job.fisher_chunk_bytes else 0
-
-
-def _bytes_per_element(job: Job) -> float:
-    """Buffer bytes per element: all inputs, and the output where it cannot lie over the first of them."""
-    output = job.output_bytes / max(1, job.n_elements)
-    if job.kind == "agree":
-        return 2 * output
-    if job.kind == "copy" and job.dtype == job.sources[0].dtype:
-        return output
-    first = job.inputs[0].nbytes / max(1, job.n_elements)
-    return job.input_bytes_per_element + (output if output > first else 0.0)
+    return 2 * slot_bytes(job.fisher_chunk_bytes + _FRAME) if job.fisher_chunk_bytes else 0
 
 
 def _fitting(job: Job, work: Work, n: int, what: str, budget: Budget) -> Work:

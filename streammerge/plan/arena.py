@@ -1,0 +1,105 @@
+"""Where the operands of a piece lie in its buffer: numbers only.
+
+Direct I/O moves whole pages between a file and memory at the same place of a page. So every operand has a slot of
+its bytes in whole pages and one page more, and in front of the first a page in which the output, laid over that
+operand, may begin earlier::
+
+    | page | input 0       | input 1       | ... | output, if wider | scratch ...
+             over which the output is laid
+
+Tensors too small for direct I/O lie one after the other, aligned to a cache line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streammerge.dtypes import BITS, itemsize
+from streammerge.plan.job import Job
+
+PAGE = 4096
+"""Bytes; what direct I/O is aligned to."""
+DIRECT_BYTES = 1 << 20
+"""Least bytes worth a direct transfer: smaller ones gain from the kernel's read-ahead and write-back."""
+_LINE = 64
+
+
+@dataclass(frozen=True)
+class Places:
+    """Byte offsets into the buffer of a piece."""
+
+    slots: tuple[int, ...]
+    """Of the inputs, base first, then the models, then their Fisher diagonals."""
+    output: int | None
+    """Of the output's own slot; None where it is laid over the first input."""
+    scratch: int
+    """Where free room begins."""
+    paged: bool
+    """Whether direct I/O may come into it: then all offsets are multiples of `PAGE`."""
+
+    def output_at(self, first_input: int, file_offset: int) -> int:
+        """Return where the output begins so that it lies in its page as it will lie in the file.
+
+        Over the first input, whose data begin at `first_input`, it begins no later than they do: kernels read
+        a block before they write it, in ascending order.
+        """
+        if not self.paged:
+            return first_input if self.output is None else self.output
+        if self.output is not None:
+            return self.output + file_offset % PAGE
+        return first_input - (first_input - file_offset) % PAGE
+
+
+def divide(job: Job, n: int) -> Places:
+    """Divide the buffer of a piece of `n` elements."""
+    paged = _is_paged(job)
+    slots = []
+    position = PAGE if paged else 0
+    for bits in _input_bits(job):
+        slots.append(position)
+        position += slot_bytes(-(-n * bits // 8), paged)
+    output = None
+    if _output_is_wider(job):
+        output = position
+        position += slot_bytes(n * itemsize(job.dtype), paged)
+    return Places(
+        tuple(slots), output, -(-position // PAGE) * PAGE if job.fisher_chunk_bytes else position, paged
+    )
+
+
+def slot_bytes(nbytes: int, paged: bool = True) -> int:
+    """Return the size of the slot of an operand."""
+    return -(-nbytes // PAGE) * PAGE + PAGE if paged else -(-nbytes // _LINE) * _LINE
+
+
+def bytes_per_element(job: Job) -> float:
+    """Return the buffer bytes per element: all inputs, and the output where it has a slot of its own."""
+    output = BITS[job.dtype] / 8 if _output_is_wider(job) else 0.0
+    return sum(_input_bits(job)) / 8 + output
+
+
+def alignment_bytes(job: Job) -> int:
+    """Return what `divide` needs at most beside `bytes_per_element`."""
+    slots = len(_input_bits(job)) + 1
+    scratch = PAGE if job.fisher_chunk_bytes else 0
+    return ((2 * slots + 1) * PAGE if _is_paged(job) else (slots + 1) * _LINE) + scratch
+
+
+def is_copied(job: Job) -> bool:
+    """Return whether the bytes of a job's tensor are copied as they are."""
+    return job.kind != "merge" and job.dtype == job.sources[0].dtype
+
+
+def _input_bits(job: Job) -> tuple[int, ...]:
+    """Bits per element of all that is held together. Of copies that are compared, two at a time."""
+    if is_copied(job):
+        return (BITS[job.dtype],) * min(2, len(job.sources))
+    return tuple(BITS[ref.dtype] for ref in (*job.inputs, *job.fishers))
+
+
+def _is_paged(job: Job) -> bool:
+    return any(job.n_elements * bits // 8 >= DIRECT_BYTES for bits in (*_input_bits(job), BITS[job.dtype]))
+
+
+def _output_is_wider(job: Job) -> bool:
+    return not is_copied(job) and BITS[job.dtype] > BITS[job.inputs[0].dtype]
