@@ -10,7 +10,7 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -76,10 +76,19 @@ class Pool:
         if self._held + size > limit:
             return None
         self._held += size
-        return np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+        return np.frombuffer(_map(size), dtype=np.uint8)
 
     def close(self) -> None:
         """Give back all idle buffers."""
         with self._changed:
             self._held -= sum(buffer.size for buffer in self._idle)
             self._idle.clear()
+
+
+def _map(size: int) -> mmap.mmap:
+    """Map fresh memory, in huge pages where the system grants them: far fewer to fault in, and to pin for I/O."""
+    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
