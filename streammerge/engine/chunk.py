@@ -42,6 +42,9 @@ from streammerge.plan.schedule import Chunk, Piece
 Answers = list[list[Answer]]
 _SAMPLE_ABOVE = 1 << 19
 """Elements; below, one full pass costs no more than sampling."""
+_SAMPLE_BLOCKS = 64
+_COUNTED_AT_ONCE = 1 << 30
+"""Elements; a piece counts in 32 bits."""
 
 
 @dataclass
@@ -239,19 +242,20 @@ def resolve_in_memory(
         accumulators = [make_accumulator(r, [job], {job.ordinal: r}, context.keys) for r in wanted]
 
         def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
-            part, its_math = loaded, math
-            if only is not None:
-                part = slice_of(loaded, only[1], min(only[2], loaded.n))
-                its_math = math_of(context, job, part)
-            for accumulator in some:
-                accumulator.add(job.ordinal, part.start, part.n, its_math)
-
-        def run_sample(some: Sequence[TopKAccumulator]) -> None:
-            for start in sample_starts(loaded.n, max(16, min(64, loaded.n >> 16))):
-                part = slice_of(loaded, start, min(loaded.n, start + 4096))
-                its_math = math_of(context, job, part)
+            first, last = (0, loaded.n) if only is None else (only[1], min(only[2], loaded.n))
+            for start in range(first, last, _COUNTED_AT_ONCE):
+                stop = min(last, start + _COUNTED_AT_ONCE)
+                whole = stop - start == loaded.n
+                part = loaded if whole else slice_of(loaded, start, stop)
+                its_math = math if whole else math_of(context, job, part)
                 for accumulator in some:
                     accumulator.add(job.ordinal, part.start, part.n, its_math)
+
+        def run_sample(some: Sequence[TopKAccumulator]) -> None:
+            part = sample_of(loaded, max(16, min(_SAMPLE_BLOCKS, loaded.n >> 16)))
+            its_math = math_of(context, job, part)
+            for accumulator in some:
+                accumulator.add(job.ordinal, 0, part.n, its_math)
 
         sampled = run_sample if loaded.n > _SAMPLE_ABOVE else None
         known = collect(accumulators, run_pass, sampled)
@@ -270,6 +274,30 @@ def slice_of(loaded: Loaded, start: int, stop: int) -> Loaded:
         models=tuple(moved(operand) for operand in loaded.models),
         base=None if loaded.base is None else moved(loaded.base),
         fishers=tuple(moved(operand) for operand in loaded.fishers),
+    )  # fmt: skip
+
+
+def sample_of(loaded: Loaded, blocks: int) -> Loaded:
+    """Return a copy of `blocks` blocks of 4096 elements spread over a piece, one after the other.
+
+    Random masks are drawn as if it began the tensor, which for a sample is as good.
+    """
+    stride = loaded.n // blocks // 4096 * 4096
+    operands = (*(() if loaded.base is None else (loaded.base,)), *loaded.models)
+    parts = []
+    copies = []
+    position = 0
+    for operand in operands:
+        width = itemsize(operand.dtype)
+        spread = loaded.arena[operand.offset : operand.offset + blocks * stride * width]
+        parts.append(spread.reshape(blocks, stride * width)[:, : 4096 * width].ravel())
+        copies.append(Operand(position, operand.dtype))
+        position += parts[-1].size
+    first = len(operands) - len(loaded.models)
+    n = blocks * 4096
+    return replace(
+        loaded, arena=np.concatenate(parts), base=copies[0] if first else None, models=tuple(copies[first:]),
+        start=0, n=n, shape=(n,), fishers=(),
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ BLOCK = 4096
 _TOP = (1 << 31) - 1
 _COARSE = 15
 _MAX_BINS = 1 << 19
+_BIN_BLOCK = 1 << 14
 _INFINITE = 0x7F800000
 
 Range = tuple[int, int, int]
@@ -87,29 +88,33 @@ class TopKAccumulator:
         while (high - low) >> self._shift >= limit:
             self._shift += 1
         self._above = 0
-        self._bins: Counts = np.zeros(((high - low) >> self._shift) + 1, np.int64)
+        self._bins: Counts | None = None
+        self._n_bins = ((high - low) >> self._shift) + 1
 
     def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
         """Count one piece."""
-        bins = np.zeros(len(self._bins), np.int32)
+        bins = np.zeros(self._n_bins, np.int32)
         above, highest = math.count_keys(self._request.vector, self._low, self._high, self._shift, bins)
         if highest >= _INFINITE:
             raise NotFiniteError(job)
         with self._lock:
             self._above += above
-            self._bins += bins
+            if self._bins is None:
+                self._bins = bins.astype(np.int64)
+            else:
+                self._bins += bins
 
     def narrow_by_sample(self) -> None:
         """Take what was counted as a sample and start over in a window around its estimate of rank k.
 
         The window spans six standard errors of the sampled rank to each side.
         """
-        sampled = int(self._bins.sum()) + self._above
+        bins = self._counted()
+        sampled = int(bins.sum()) + self._above
         rank = self._k / self._n * sampled
         error = 6 * (rank * (1 - self._k / self._n)) ** 0.5 + 8
-        from_top = np.cumsum(self._bins[::-1])[::-1]  # elements in this bin or higher
-        low_bin = int(np.count_nonzero(from_top >= rank + error)) - 1
-        high_bin = int(np.count_nonzero(from_top >= max(1.0, rank - error)))
+        low_bin, _ = _place_from_top(bins, rank + error)
+        high_bin, _ = _place_from_top(bins, max(1.0, rank - error))
         low = self._low + (max(0, low_bin) << self._shift)
         high = min(_TOP, self._low + ((high_bin + 1) << self._shift) - 1)
         self._open(low, high) if low_bin >= 0 and rank > error else self._open(0, _TOP)
@@ -117,23 +122,42 @@ class TopKAccumulator:
     def end(self) -> bool:
         """Narrow the window to the bin that holds rank k, or open it wide if rank k is not inside."""
         inside = self._k - self._above
-        if not 0 < inside <= int(self._bins.sum()):
+        bins = self._counted()
+        place, higher = _place_from_top(bins, inside) if inside > 0 else (-1, 0)
+        if place < 0:
             self._open(0, _TOP)
             return False
-        from_top = np.cumsum(self._bins[::-1])[::-1]
-        place = int(np.count_nonzero(from_top >= inside)) - 1
-        needed = inside - (int(from_top[place + 1]) if place + 1 < len(from_top) else 0)
         low = self._low + (place << self._shift)
         if self._shift:
             self._open(low, min(self._high, low + (1 << self._shift) - 1))
             return False
-        self._answer = Threshold(low, int(self._bins[place]), needed)
+        self._answer = Threshold(low, int(bins[place]), inside - higher)
         return True
+
+    def _counted(self) -> Counts:
+        return np.zeros(self._n_bins, np.int64) if self._bins is None else self._bins
 
     @property
     def answer(self) -> Threshold:
         """The threshold."""
         return self._answer
+
+
+def _place_from_top(bins: Counts, rank: float) -> tuple[int, int]:
+    """Return the highest bin that holds, together with all above it, `rank` elements, and how many those above hold.
+
+    The bin is -1 where all together hold fewer.
+    """
+    above = 0
+    for stop in range(len(bins), 0, -_BIN_BLOCK):
+        block = bins[max(0, stop - _BIN_BLOCK) : stop]
+        total = int(block.sum())
+        if above + total >= rank:
+            from_top = above + np.cumsum(block[::-1])
+            place = int(np.searchsorted(from_top, rank))
+            return stop - 1 - place, int(from_top[place] - block[::-1][place])
+        above += total
+    return -1, above
 
 
 class AbsSumAccumulator:

@@ -36,6 +36,32 @@ def bits_from_f32(typing_context, value):
     return types.uint32(types.float32), build
 
 
+@intrinsic
+def trailing_zeros(typing_context, bits):
+    """Return the place of the lowest bit set of a uint64 that is not zero."""
+
+    def build(context, builder, signature, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), build
+
+
+@intrinsic
+def eight_at_most(typing_context, address, limit):
+    """Compare the eight uint32 at an address with a limit; return a bit for each that is not above it."""
+
+    def build(context, builder, signature, args):
+        eight = ir.VectorType(ir.IntType(32), 8)
+        values = builder.load(builder.inttoptr(args[0], eight.as_pointer()), align=4)
+        limits = ir.Constant(eight, ir.Undefined)
+        for lane in range(8):
+            limits = builder.insert_element(limits, args[1], ir.Constant(ir.IntType(32), lane))
+        bits = builder.bitcast(builder.icmp_unsigned("<=", values, limits), ir.IntType(8))
+        return builder.zext(bits, ir.IntType(64))
+
+    return types.uint64(types.intp, types.uint32), build
+
+
 @njit(nogil=True, cache=True)
 def widen(half, full, offset, code, n, out):
     """Write `n` elements at byte `offset` of the arena as fp32 into `out`; exact for all codes.
@@ -118,22 +144,14 @@ def round_out(values, n, half, full, offset, code):
 
 @njit(inline="always")
 def _two_rounds(c0, c1, c2, c3, k0, k1):
+    # The upper halves of the counters are left as they come and masked where they are multiplied: there the
+    # mask costs nothing, since the vector instruction looks at the lower halves only.
     mask = np.uint64(0xFFFFFFFF)
-    p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-    c0, c1, c2, c3 = (
-        (p1 >> np.uint64(32)) ^ c1 ^ k0,
-        p1 & mask,
-        (p0 >> np.uint64(32)) ^ c3 ^ k1,
-        p0 & mask,
-    )
+    p0, p1 = np.uint64(0xD2511F53) * (c0 & mask), np.uint64(0xCD9E8D57) * (c2 & mask)
+    c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0
     k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
-    p0, p1 = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
-    c0, c1, c2, c3 = (
-        (p1 >> np.uint64(32)) ^ c1 ^ k0,
-        p1 & mask,
-        (p0 >> np.uint64(32)) ^ c3 ^ k1,
-        p0 & mask,
-    )
+    p0, p1 = np.uint64(0xD2511F53) * (c0 & mask), np.uint64(0xCD9E8D57) * (c2 & mask)
+    c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0
     k0, k1 = (k0 + np.uint64(0x9E3779B9)) & mask, (k1 + np.uint64(0xBB67AE85)) & mask
     return c0, c1, c2, c3, k0, k1
 
@@ -150,27 +168,27 @@ def philox(c0, c1, c2, c3, k0, k1):
     c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
     c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
     c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
-    return c0, c1, c2, c3
+    mask = np.uint64(0xFFFFFFFF)
+    return c0 & mask, c1 & mask, c2 & mask, c3 & mask
 
 
 @njit(nogil=True, cache=True)
-def word_at(element, key):
-    """Return the random word of one element; see `streammerge.methods.rng`."""
-    group = np.uint64(element) >> np.uint64(2)
-    w0, w1, w2, w3 = philox(
-        group & np.uint64(0xFFFFFFFF),
-        group >> np.uint64(32),
-        np.uint64(key[2]),
-        np.uint64(key[3]),
-        np.uint64(key[0]),
-        np.uint64(key[1]),
-    )
-    lane = element & 3
-    if lane == 0:
-        return np.uint32(w0)
-    if lane == 1:
-        return np.uint32(w1)
-    return np.uint32(w2) if lane == 2 else np.uint32(w3)
+def words_at(element, places, count, key, out):
+    """Fill `out` with the words of the elements ``element + places[:count]``.
+
+    `places` and `out` need room for `count` rounded up to a multiple of 8: a loop over whole vectors.
+    """
+    k0, k1 = np.uint64(key[0]), np.uint64(key[1])
+    c2, c3 = np.uint64(key[2]), np.uint64(key[3])
+    padded = (count + 7) & ~7
+    places[count:padded] = 0
+    for t in range(padded):
+        at = np.uint64(element + places[t])
+        group = at >> np.uint64(2)
+        w0, w1, w2, w3 = philox(group & np.uint64(0xFFFFFFFF), group >> np.uint64(32), c2, c3, k0, k1)
+        low = w1 if at & np.uint64(1) else w0
+        high = w3 if at & np.uint64(1) else w2
+        out[t] = np.uint32(high if at & np.uint64(2) else low)
 
 
 @njit(nogil=True, cache=True)

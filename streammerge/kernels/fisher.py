@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 
 from streammerge.kernels.blocks import BLOCK, round_out, widen
-from streammerge.kernels.deltas import delta_block
+from streammerge.kernels.deltas import delta_block, scratch
 
 
 @njit(nogil=True, cache=True)
@@ -22,7 +22,7 @@ def fisher_mean(half, full, offsets, codes, fisher_offsets, fisher_codes, base_o
         np.empty(BLOCK, np.float32),
         np.empty(BLOCK, np.float32),
     )
-    w = np.empty(BLOCK + 8, np.uint32)
+    buffers = scratch()
     target, theta = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
     low, high = np.empty((2, BLOCK), np.float64), np.empty((2, BLOCK), np.float64)
     mean = np.empty(BLOCK, np.float64)
@@ -49,7 +49,7 @@ def fisher_mean(half, full, offsets, codes, fisher_offsets, fisher_codes, base_o
             if len(rescales) > 0:
                 kept[model] += delta_block(
                     half, full, at, codes[model], b, element + start, m,
-                    drops[model], drop_keys[model], cuts[model], cut_keys[model], delta, x, w,
+                    drops[model], drop_keys[model], cuts[model], cut_keys[model], delta, buffers,
                 )  # fmt: skip
                 for i in range(m):
                     theta[i] = np.float64(b[i]) + rescales[model] * np.float64(delta[i])
