@@ -3,6 +3,7 @@
 ::
 
     main thread     steps of the plan ──> queue (bounded)
+    surveyor        statistics of tensors too large to hold: their pieces ──> the same queue
     prefetchers     ask the kernel for the input bytes of the chunks in the queue
     workers         lease a buffer, run_chunk: read, merge, write, checksum
     syncer          fdatasync the shards touched, then append to the journal
@@ -49,6 +50,9 @@ from streammerge.plan.schedule import Chunk, Piece, Survey, survey_pieces
 
 _SYNC_SECONDS = 1.0
 _MODEL_SAMPLE_BLOCKS = 192
+_SAMPLE_BLOCKS = 64
+_SURVEYS_AHEAD = 2
+"""Surveyed tensors not yet merging: more would drop from the page cache what is about to be read again."""
 _PREFETCHERS = 2
 """Threads that ask for the bytes of chunks to come; asking blocks while the disk's queue is full."""
 
@@ -73,7 +77,7 @@ class Runner:
     journal
         Open; receipts and answers are recorded in it.
     on_tick
-        Called now and then, from the main thread.
+        Called now and then, from the thread that calls `run`.
     """
 
     def __init__(self, context: Context, journal: Journal, on_tick: Callable[[Tick], None]) -> None:
@@ -84,6 +88,8 @@ class Runner:
         self._pool = Pool(self._plan.budget.capacity)
         self._threads = ThreadPoolExecutor(self._plan.budget.workers, thread_name_prefix="merge")
         self._prefetchers = ThreadPoolExecutor(_PREFETCHERS, thread_name_prefix="prefetch")
+        self._caller = threading.current_thread()
+        self._surveyor = ThreadPoolExecutor(1, thread_name_prefix="survey")
         self._lock = threading.Lock()
         self._unsynced: list[Receipt] = []
         self._finished = threading.Event()
@@ -101,6 +107,7 @@ class Runner:
         StreammergeError
             The first failure of any thread; what was finished before is durable and recorded.
         """
+        self._caller = threading.current_thread()
         self.receipts = list(receipts)
         self.elements_done = sum(receipt.stop - receipt.start for receipt in receipts)
         done: dict[int, list[tuple[int, int]]] = {}
@@ -117,6 +124,7 @@ class Runner:
             self._context.stop.set()
             raise
         finally:
+            self._surveyor.shutdown(wait=True, cancel_futures=True)
             self._prefetchers.shutdown(wait=True, cancel_futures=True)
             self._threads.shutdown(wait=True, cancel_futures=True)
             self._finished.set()
@@ -135,12 +143,41 @@ class Runner:
     # --- chunks
 
     def _submit_steps(self, steps: Iterable[Chunk | Survey]) -> Iterable[Future[None]]:
+        """Submit the chunks in file order, but those of a surveyed tensor when its survey has ended.
+
+        A survey runs beside the chunks of other tensors, so that its waits are not the merge's.
+        """
+        surveys: dict[int, Future[None]] = {}
+        waiting: list[Chunk] = []
         for step in steps:
             if isinstance(step, Survey):
-                self._survey(self._plan.jobs[step.job])
+                while len(surveys) >= _SURVEYS_AHEAD:
+                    oldest = next(iter(surveys))
+                    yield from self._submit_surveyed(waiting, surveys, oldest)
+                surveys[step.job] = self._surveyor.submit(self._survey, self._plan.jobs[step.job])
+                continue
+            for job in [job for job, survey in surveys.items() if survey.done()]:
+                yield from self._submit_surveyed(waiting, surveys, job)
+            if any(piece.job in surveys for piece in step.pieces):
+                waiting.append(step)
             else:
-                self._prefetchers.submit(prefetch, self._context, step)
-                yield self._threads.submit(self._run_chunk, step)
+                yield self._submit(step)
+        while surveys:
+            yield from self._submit_surveyed(waiting, surveys, next(iter(surveys)))
+
+    def _submit_surveyed(
+        self, waiting: list[Chunk], surveys: dict[int, Future[None]], job: int
+    ) -> Iterable[Future[None]]:
+        """Wait for a survey to end, then submit the chunks that waited for it alone."""
+        surveys.pop(job).result()
+        free = [chunk for chunk in waiting if not any(piece.job in surveys for piece in chunk.pieces)]
+        waiting[:] = [chunk for chunk in waiting if chunk not in free]
+        for chunk in free:
+            yield self._submit(chunk)
+
+    def _submit(self, chunk: Chunk) -> Future[None]:
+        self._prefetchers.submit(prefetch, self._context, chunk)
+        return self._threads.submit(self._run_chunk, chunk)
 
     def _run_chunk(self, chunk: Chunk) -> None:
         work = self._plan.work
@@ -183,6 +220,11 @@ class Runner:
             future.result()
         if self._failure is not None:
             raise self._failure
+        if threading.current_thread() is self._caller:
+            self._tick()
+        return pending
+
+    def _tick(self) -> None:
         self._on_tick(
             Tick(
                 self._context.reader.bytes_read,
@@ -191,7 +233,6 @@ class Runner:
                 sum(left <= 0 for left in self._left.values()),
             )
         )
-        return pending
 
     # --- durability
 
@@ -236,7 +277,7 @@ class Runner:
                 self._stream(merged, some, only)
 
             def run_sample(some: Sequence[TopKAccumulator], n: int = n) -> None:
-                self._drain(self._sample_chunks(merged, some, n))
+                self._drain(self._sample_chunks(merged, some, n, _MODEL_SAMPLE_BLOCKS))
 
             answers = collect(accumulators, run_pass, run_sample)
             for job in merged:
@@ -288,7 +329,7 @@ class Runner:
                 self._stream([job], some, only)
 
             def run_sample(some: Sequence[TopKAccumulator]) -> None:
-                self._drain(self._sample_chunks([job], some, job.n_elements))
+                self._drain(self._sample_chunks([job], some, job.n_elements, _SAMPLE_BLOCKS))
 
             answers = collect(accumulators, run_pass, run_sample)
             self._context.answers.setdefault(job.ordinal, []).append(answers)
@@ -305,19 +346,23 @@ class Runner:
         self._drain(self._threads.submit(self._add_piece, chunk.pieces[0], some) for chunk in chunks)
 
     def _sample_chunks(
-        self, jobs: Sequence[Job], some: Sequence[TopKAccumulator], n: int
+        self, jobs: Sequence[Job], some: Sequence[TopKAccumulator], n: int, blocks: int
     ) -> Iterable[Future[None]]:
         """Feed blocks spread evenly over the elements of all jobs."""
+        pieces = []
         position = 0
-        starts = sample_starts(n, _MODEL_SAMPLE_BLOCKS)
+        starts = sample_starts(n, blocks)
         for job in jobs:
             for start in starts:
                 local = start - position
                 if 0 <= local < job.n_elements:
                     first = local // 4096 * 4096
-                    piece = Piece(job.ordinal, first, min(job.n_elements, first + 4096))
-                    yield self._threads.submit(self._add_piece, piece, some)
+                    pieces.append(Piece(job.ordinal, first, min(job.n_elements, first + 4096)))
             position += job.n_elements
+        for piece in pieces:
+            self._prefetchers.submit(prefetch, self._context, Chunk((piece,), 0))
+        for piece in pieces:
+            yield self._threads.submit(self._add_piece, piece, some)
 
     def _add_piece(self, piece: Piece, some: Sequence[Accumulator]) -> None:
         if self._context.stop.is_set() or piece.stop <= piece.start:
