@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+from streammerge.compiled import missing_kernels
 from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
 from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.reader import Backend
@@ -26,6 +27,10 @@ from streammerge.units import parse_size
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 DEFAULT_SHARD_SIZE = 5_000_000_000
+_SLOWER = (
+    "the compiled kernels cannot be used ({}): merging through torch, the same bits at a fraction of the speed; "
+    "install a numba that suits this numpy"
+)
 
 
 def plan(
@@ -74,12 +79,14 @@ def plan(
     models, base = _open_models(parsed)
     fishers = _open_fishers(parsed, method, models)
     chosen = choose_device(device)
-    torch_only = chosen != "cpu" or not kernels
+    missing = missing_kernels() if chosen == "cpu" and kernels and not method.is_formula else None
+    torch_only = chosen != "cpu" or not kernels or missing is not None
     reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
     budget = budgets.make_budget(_bytes(memory), threads, reserve)
     return make_plan(
         parsed, method, models, base, budget,
         shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, torch_only=torch_only, fishers=fishers,
+        notes=[] if missing is None else [_SLOWER.format(missing)],
     )  # fmt: skip
 
 

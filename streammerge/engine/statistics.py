@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.compiled import missing_kernels
 from streammerge.engine.pieces import Counts, PieceMath
 from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.requests import (
@@ -28,6 +29,7 @@ from streammerge.methods.requests import (
     TopK,
 )
 from streammerge.methods.rng import Key, RandomKeys
+from streammerge.methods.rng import words as random_words
 from streammerge.plan.job import Job
 
 BLOCK = 4096
@@ -35,6 +37,7 @@ _TOP = (1 << 31) - 1
 _COARSE = 15
 _MAX_BINS = 1 << 19
 _BIN_BLOCK = 1 << 14
+_WORDS_AT_ONCE = 1 << 20
 _INFINITE = 0x7F800000
 
 Range = tuple[int, int, int]
@@ -289,6 +292,20 @@ def in_order(values: NDArray[np.float64]) -> float:
     return float(np.cumsum(values)[-1]) if values.size else 0.0
 
 
+def block_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sum of each 4096 values in the kernels' order: eight lanes, each in sequence, added pairwise."""
+    padded = np.zeros(-(-values.size // BLOCK) * BLOCK)
+    padded[: values.size] = values
+    blocks = padded.reshape(-1, BLOCK // 8, 8)
+    lanes = np.zeros((len(blocks), 8))
+    for row in range(BLOCK // 8):  # all blocks at a time, each in its order
+        lanes += blocks[:, row]
+    total: NDArray[np.float64] = ((lanes[:, 0] + lanes[:, 1]) + (lanes[:, 2] + lanes[:, 3])) + (
+        (lanes[:, 4] + lanes[:, 5]) + (lanes[:, 6] + lanes[:, 7])
+    )
+    return total
+
+
 class Known:
     """An answer that takes no data."""
 
@@ -303,24 +320,42 @@ def low_words(request: LowWords, n: int, key: Key) -> tuple[int, int]:
     a window around it are sorted, the ones below counted. The counts prove that it lies inside, or
     the window grows.
     """
-    from streammerge.kernels.deltas import words_between
-
     count = request.count(n)
     if count <= 0:
         return 0, 0
     share = count / n
     width = 8.0 * (share * (1.0 - share) / n) ** 0.5 + 8.0 / n
-    key_array = np.array(key, np.uint32)
     while True:
         low, high = (int(min(1.0, max(0.0, share + side * width)) * 2**32) for side in (-1, 1))
         room = int(n * min(1.0, 2.0 * width) * 1.5) + 64
         words, elements = np.empty(room, np.int64), np.empty(room, np.int64)
-        below, found = words_between(0, n, key_array, low, high, words, elements)
+        below, found = _words_between(n, key, low, high, words, elements)
         if below < count <= below + found and found <= room:
             order = np.lexsort((elements[:found], words[:found]))
             last = order[count - below - 1]
             return int(words[last]), int(elements[last]) + 1
         width *= 4.0
+
+
+def _words_between(
+    n: int, key: Key, low: int, high: int, words: NDArray[np.int64], elements: NDArray[np.int64]
+) -> tuple[int, int]:
+    """Do what the kernel of this name does, with it or with torch."""
+    if missing_kernels() is None:
+        from streammerge.kernels.deltas import words_between
+
+        below, found = words_between(0, n, np.array(key, np.uint32), low, high, words, elements)
+        return int(below), int(found)
+    below, found = 0, 0
+    for start in range(0, n, _WORDS_AT_ONCE):
+        drawn = random_words(key, start, min(n, start + _WORDS_AT_ONCE)).numpy()
+        below += int(np.count_nonzero(drawn < low))
+        inside = np.flatnonzero((drawn >= low) & (drawn <= high))
+        kept = inside[: max(0, len(words) - found)]
+        words[found : found + kept.size] = drawn[kept]
+        elements[found : found + kept.size] = start + kept
+        found += inside.size
+    return below, found
 
 
 def make_accumulator(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from streammerge.engine.memory import Bytes
 from streammerge.engine.pieces import Applied, Bins, Counts, Loaded, Operand, operand_bytes
+from streammerge.engine.statistics import block_sums
 from streammerge.errors import InputError, printable
 from streammerge.methods.recipes import (
     CopyOf,
@@ -100,7 +101,7 @@ class TorchMath:
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
         """See `PieceMath`."""
         partials = [
-            _block_sums(np.abs(self._surviving(vector, a, b).double().cpu().numpy()))
+            block_sums(np.abs(self._surviving(vector, a, b).double().cpu().numpy()))
             for a, b in self._blocks(4096)
         ]
         return np.concatenate(partials) if partials else np.zeros(0)
@@ -111,7 +112,7 @@ class TorchMath:
         for a, b in self._blocks(4096):
             values = self._fishers(a, b)[model].double().cpu().numpy()
             bad += int((~(values >= 0) | np.isinf(values)).sum())
-            partials.append(_block_sums(values * values))
+            partials.append(block_sums(values * values))
         return np.concatenate(partials) if partials else np.zeros(0), bad
 
     def ties(self, vector: TaskVector, key: int, size: int) -> Counts:
@@ -190,21 +191,6 @@ class TorchMath:
             rounded = rounded.view(torch.int16)
         target[:] = rounded.cpu().numpy().view(np.uint8)
         return bad
-
-
-def _block_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sum of each 4096 values in the kernels' order: eight lanes, each in sequence, added pairwise."""
-    padded = np.zeros(-(-values.size // 4096) * 4096)
-    padded[: values.size] = values
-    partials = []
-    for part in padded.reshape(-1, 512, 8):
-        lanes = np.zeros(8)
-        for row in part:
-            lanes += row
-        partials.append(
-            ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
-        )
-    return np.array(partials)
 
 
 def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:

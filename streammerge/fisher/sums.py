@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.engine.statistics import BLOCK, in_order
+from streammerge.compiled import missing_kernels
+from streammerge.engine.statistics import BLOCK, block_sums, in_order
 from streammerge.errors import ModelError, printable
 
 
@@ -56,18 +57,12 @@ class DiagonalSums:
         }  # fmt: skip
 
     def _take(self, values: NDArray[Any]) -> None:
-        from streammerge.kernels import fisher
-        from streammerge.kernels.blocks import CODES
-
         if not values.size:
             return
-        arena = np.zeros(-(-values.nbytes // 8) * 8, np.uint8)
-        arena[: values.nbytes] = values.view(np.uint8)
-        half, full, code = arena.view(np.uint16), arena.view(np.uint32), CODES[self._dtype]
-        partials = np.empty(-(-values.size // BLOCK), np.float64)
-        if fisher.square_sums(half, full, 0, code, values.size, partials):
+        sums = _by_kernel if missing_kernels() is None else _by_numpy
+        partials, bad, total, largest, zeros = sums(values, self._dtype)
+        if bad:
             raise self._bad(values)
-        total, largest, zeros = fisher.sums(half, full, 0, code, values.size)
         self._partials.append(partials)
         self._sum += float(total)
         self._largest = max(self._largest, float(largest))
@@ -75,9 +70,35 @@ class DiagonalSums:
         self._n += values.size
 
     def _bad(self, values: NDArray[Any]) -> ModelError:
-        numbers = (values.astype(np.uint32) << 16).view(np.float32) if self._dtype == "BF16" else values
+        numbers = _as_float32(values, self._dtype)
         place = int(np.flatnonzero(~(numbers >= 0) | np.isinf(numbers))[0])
         return ModelError(
             f"Fisher diagonal of tensor {printable(self._tensor)}: {numbers[place]} at element {self._n + place}; it is "
             "a mean of squares: no NaN, no infinity, nothing below 0"
         )
+
+
+_Sums = tuple[NDArray[np.float64], int, float, float, int]
+"""Of squares per 4096 elements, bad values, plain sum, largest, zeros."""
+
+
+def _by_kernel(values: NDArray[Any], dtype: str) -> _Sums:
+    from streammerge.kernels import fisher
+    from streammerge.kernels.blocks import CODES
+
+    arena = np.zeros(-(-values.nbytes // 8) * 8, np.uint8)
+    arena[: values.nbytes] = values.view(np.uint8)
+    half, full, code = arena.view(np.uint16), arena.view(np.uint32), CODES[dtype]
+    partials = np.empty(-(-values.size // BLOCK), np.float64)
+    bad = fisher.square_sums(half, full, 0, code, values.size, partials)
+    return partials, bad, *fisher.sums(half, full, 0, code, values.size)
+
+
+def _by_numpy(values: NDArray[Any], dtype: str) -> _Sums:
+    wide = _as_float32(values, dtype).astype(np.float64)
+    bad = int((~(wide >= 0) | np.isinf(wide)).sum())
+    return block_sums(wide * wide), bad, in_order(wide), float(wide.max()), int((wide == 0).sum())
+
+
+def _as_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values

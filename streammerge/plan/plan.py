@@ -136,6 +136,7 @@ def make_plan(
     seed: int | None = None,
     torch_only: bool = False,
     fishers: Sequence[FisherIndex] = (),
+    notes: Sequence[str] = (),
 ) -> MergePlan:
     """Decide everything about a merge.
 
@@ -147,6 +148,8 @@ def make_plan(
         Overrides the config's.
     torch_only
         Every piece goes through the torch formulas (a GPU, or no compiled kernels).
+    notes
+        Warnings to show with the plan's own.
 
     Raises
     ------
@@ -173,7 +176,7 @@ def make_plan(
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(access), tuple(work),
         lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,
-        torch_only, tuple(warnings), tuple(fishers),
+        torch_only, (*notes, *warnings), tuple(fishers),
     )  # fmt: skip
 
 
