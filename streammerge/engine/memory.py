@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -26,10 +26,17 @@ class Pool:
     ----------
     capacity
         Bytes that all buffers, leased and idle, may hold together.
+    prepare, dismiss
+        Called with every buffer when it is made, and before it is given up.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(
+        self, capacity: int, prepare: Callable[[Bytes], None] | None = None,
+        dismiss: Callable[[Bytes], None] | None = None,
+    ) -> None:  # fmt: skip
         self._capacity = capacity
+        self._prepare = prepare
+        self._dismiss = dismiss
         self._idle: list[Bytes] = []
         self._held = 0
         self._queue: deque[object] = deque()
@@ -72,17 +79,25 @@ class Pool:
             return best
         limit = max(self._capacity, size)
         while self._held + size > limit and self._idle:
-            self._held -= self._idle.pop(0).size
+            self._give_up(self._idle.pop(0))
         if self._held + size > limit:
             return None
+        buffer = np.frombuffer(_map(size), dtype=np.uint8)
+        if self._prepare is not None:
+            self._prepare(buffer)
         self._held += size
-        return np.frombuffer(_map(size), dtype=np.uint8)
+        return buffer
+
+    def _give_up(self, buffer: Bytes) -> None:
+        self._held -= buffer.size
+        if self._dismiss is not None:
+            self._dismiss(buffer)
 
     def close(self) -> None:
         """Give back all idle buffers."""
         with self._changed:
-            self._held -= sum(buffer.size for buffer in self._idle)
-            self._idle.clear()
+            while self._idle:
+                self._give_up(self._idle.pop())
 
 
 def _map(size: int) -> mmap.mmap:

@@ -32,6 +32,7 @@ from streammerge.engine.chunk import (
     run_chunk,
     sample_starts,
 )
+from streammerge.engine.gpu import pin, unpin
 from streammerge.engine.journal import Journal, Receipt
 from streammerge.engine.memory import Bytes, Pool
 from streammerge.engine.statistics import (
@@ -85,7 +86,8 @@ class Runner:
         self._plan = context.plan
         self._journal = journal
         self._on_tick = on_tick
-        self._pool = Pool(self._plan.budget.capacity)
+        on_gpu = context.device != "cpu"
+        self._pool = Pool(self._plan.budget.capacity, pin if on_gpu else None, unpin if on_gpu else None)
         self._threads = ThreadPoolExecutor(self._plan.budget.workers, thread_name_prefix="merge")
         self._prefetchers = ThreadPoolExecutor(_PREFETCHERS, thread_name_prefix="prefetch")
         self._caller = threading.current_thread()

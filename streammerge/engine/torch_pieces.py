@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.engine.gpu import free_unused, on_stream, synchronize
 from streammerge.engine.memory import Bytes
 from streammerge.engine.pieces import Applied, Bins, Counts, Loaded, Operand, operand_bytes
 from streammerge.engine.statistics import block_sums
-from streammerge.errors import InputError, printable
+from streammerge.errors import InputError, WorldError, printable
 from streammerge.methods.recipes import (
     CopyOf,
     FisherMean,
@@ -26,6 +28,8 @@ from streammerge.methods.recipes import (
 if TYPE_CHECKING:
     import torch
 
+_HITS_AT_ONCE = 1 << 22
+_Result = TypeVar("_Result")
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}
 
 
@@ -45,20 +49,48 @@ class TorchMath:
         self._device = device
         self._block = block
 
-    def _blocks(self, divisor: int = 1) -> list[tuple[int, int]]:
-        size = max(divisor, self._block // divisor * divisor)
-        return [(a, min(self._piece.n, a + size)) for a in range(0, self._piece.n, size)]
+    def _each(self, run: Callable[[int, int], _Result], divisor: int = 1) -> Iterator[_Result]:
+        """Yield what `run` returns for each block; after an out-of-memory error the same block, cut smaller.
+
+        `run` takes nothing into account before it has succeeded.
+
+        Raises
+        ------
+        WorldError
+            If the device has no room for the smallest block.
+        """
+        import torch
+
+        start, size = 0, max(divisor, self._block // divisor * divisor)
+        with on_stream(self._device):
+            while start < self._piece.n:
+                stop = min(self._piece.n, start + size)
+                try:
+                    result = run(start, stop)
+                except torch.OutOfMemoryError:
+                    size = min(size, stop - start) // 2 // divisor * divisor
+                    if size < divisor or not self._block:
+                        raise WorldError(
+                            f"tensor {printable(self._piece.tensor)}: {self._device} has no memory left for it; free "
+                            "some, or merge with --device cpu"
+                        ) from None
+                    free_unused(self._device)
+                    continue
+                yield result
+                start = stop
 
     def _tensor(self, operand: Operand, a: int, b: int) -> torch.Tensor:
+        values = self._host(operand, a, b).to(self._device, non_blocking=True)
+        return values.clone() if operand.dtype == "F64" else values.float()
+
+    def _host(self, operand: Operand, a: int, b: int) -> torch.Tensor:
+        """Return a view of an operand's bytes in the buffer."""
         import torch
 
         width = operand_bytes(operand, 1)
         raw: Bytes = self._piece.arena[operand.offset + a * width : operand.offset + b * width]
         values = torch.from_numpy(raw.view(_NUMPY[operand.dtype]))
-        if operand.dtype == "BF16":
-            values = values.view(torch.bfloat16)
-        values = values.to(self._device)
-        return values.clone() if operand.dtype == "F64" else values.float()
+        return values.view(torch.bfloat16) if operand.dtype == "BF16" else values
 
     def _inputs(self, a: int, b: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         import torch
@@ -81,79 +113,111 @@ class TorchMath:
         assert base is not None
         return vector.surviving(models[vector.model], base, self._where(a))
 
-    def _patterns(self, vector: TaskVector, a: int, b: int) -> NDArray[np.int64]:
+    def _patterns(self, vector: TaskVector, a: int, b: int) -> torch.Tensor:
         import torch
 
         delta = self._surviving(vector, a, b).float()
-        return (delta.view(torch.int32) & 0x7FFFFFFF).cpu().numpy().astype(np.int64)
+        return delta.view(torch.int32) & 0x7FFFFFFF
 
     def count_keys(self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
         """See `PieceMath`."""
-        above = highest = 0
-        for a, b in self._blocks():
+        import torch
+
+        def count(a: int, b: int) -> tuple[int, int, torch.Tensor]:
             keys = self._patterns(vector, a, b)
-            above += int((keys > high).sum())
-            highest = max(highest, int(keys.max(initial=0)))
             inside = keys[(keys >= low) & (keys <= high)]
-            bins += np.bincount((inside - low) >> shift, minlength=len(bins)).astype(np.int32)
+            return int((keys > high).sum()), int(keys.max()), (inside - low) >> shift
+
+        above = highest = waiting = 0
+        hits: list[torch.Tensor] = []
+
+        def add_up() -> None:  # few hits a block, many bins: a block by itself would cost all bins
+            if hits:
+                counted = torch.bincount(torch.cat(hits), minlength=len(bins))
+                bins[:] += counted.cpu().numpy().astype(np.int32)
+                hits.clear()
+
+        for more, top, hit in self._each(count):
+            above += more
+            highest = max(highest, top)
+            hits.append(hit)
+            waiting += hit.numel()
+            if waiting >= _HITS_AT_ONCE:
+                add_up()
+                waiting = 0
+        with on_stream(self._device):
+            add_up()
         return above, highest
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
         """See `PieceMath`."""
-        partials = [
-            block_sums(np.abs(self._surviving(vector, a, b).double().cpu().numpy()))
-            for a, b in self._blocks(4096)
-        ]
+
+        def sums(a: int, b: int) -> NDArray[np.float64]:
+            return block_sums(self._surviving(vector, a, b).double().abs().cpu().numpy())
+
+        partials = list(self._each(sums, 4096))
         return np.concatenate(partials) if partials else np.zeros(0)
 
     def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
         """See `PieceMath`."""
-        partials, bad = [], 0
-        for a, b in self._blocks(4096):
+
+        def sums(a: int, b: int) -> tuple[NDArray[np.float64], int]:
             values = self._fishers(a, b)[model].double().cpu().numpy()
-            bad += int((~(values >= 0) | np.isinf(values)).sum())
-            partials.append(block_sums(values * values))
-        return np.concatenate(partials) if partials else np.zeros(0), bad
+            return block_sums(values * values), int((~(values >= 0) | np.isinf(values)).sum())
+
+        found = list(self._each(sums, 4096))
+        partials = [partial for partial, _ in found]
+        return np.concatenate(partials) if partials else np.zeros(0), sum(bad for _, bad in found)
 
     def ties(self, vector: TaskVector, key: int, size: int) -> Counts:
         """See `PieceMath`."""
+
+        def find(a: int, b: int) -> NDArray[np.int64]:
+            places: NDArray[np.int64] = (
+                (self._patterns(vector, a, b) == key).nonzero().flatten().cpu().numpy()
+            )
+            return places + a
+
         counts = np.zeros(-(-self._piece.n // size), np.int64)
-        for a, b in self._blocks():
-            found = np.flatnonzero(self._patterns(vector, a, b) == key) + a
-            counts += np.bincount(found // size, minlength=len(counts))
+        for places in self._each(find):
+            counts += np.bincount(places // size, minlength=len(counts))
         return counts
 
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """See `PieceMath`."""
-        total = 0
-        for a, b in self._blocks():
+
+        def total(a: int, b: int) -> int:
             models, base = self._inputs(a, b)
             assert base is not None
-            total += merge.sign_total(models, base, self._where(a))
-        return total
+            return merge.sign_total(models, base, self._where(a))
+
+        return sum(self._each(total))
 
     def apply(self, recipe: Recipe, out: Operand) -> Applied:
         """See `PieceMath`."""
         if isinstance(recipe, CopyOf):
             recipe = WeightedSum(tuple(float(i == recipe.model) for i in range(len(self._piece.models))))
-        bad = floored = 0
         vectors = removing(recipe)
-        kept = [0] * len(vectors)
-        row = self._piece.shape[-1] if len(self._piece.shape) > 1 else 1
-        blocks = self._blocks(row) if self._block else [(0, self._piece.n)]
-        for a, b in blocks:
+
+        def merge(a: int, b: int) -> Applied:
             models, base = self._inputs(a, b)
             where = self._where(a)
             fishers = self._fishers(a, b)
-            for i, vector in enumerate(vectors):
-                assert base is not None
-                kept[i] += int(vector.mask(models[i], base, where).sum())
+            bad = floored = 0
+            assert base is not None or not vectors
+            kept = [
+                int(v.mask(models[i], base, where).sum()) for i, v in enumerate(vectors) if base is not None
+            ]
             if isinstance(recipe, FisherMean):
-                floored += recipe.decided_by_floor(fishers)
-                bad += sum(int((fisher < 0).sum()) for fisher in fishers)
+                floored = recipe.decided_by_floor(fishers)
+                bad = sum(int((fisher < 0).sum()) for fisher in fishers)
             merged = self._call(recipe, models, base, where, fishers)
-            bad += self._store(merged, out, a, b)
-        return Applied(bad, tuple(kept), floored)
+            return Applied(bad + self._store(merged, out, a, b), tuple(kept), floored)
+
+        row = self._piece.shape[-1] if len(self._piece.shape) > 1 else 1
+        parts = list(self._each(merge, row if self._block else max(1, self._piece.n)))
+        kept = tuple(sum(part.kept[i] for part in parts) for i in range(len(vectors)))
+        return Applied(sum(part.not_finite for part in parts), kept, sum(part.floored for part in parts))
 
     def _call(
         self, recipe: Recipe, models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
@@ -185,11 +249,9 @@ class TorchMath:
         bad = int((~torch.isfinite(rounded)).sum())
         if bad:
             rounded = torch.where(torch.isnan(rounded), torch.full_like(rounded, float("nan")), rounded)
-        width = operand_bytes(out, 1)
-        target = self._piece.arena[out.offset + a * width : out.offset + b * width]
-        if out.dtype == "BF16":
-            rounded = rounded.view(torch.int16)
-        target[:] = rounded.cpu().numpy().view(np.uint8)
+        # Last, for it may lie over an input: until here the block can be done again.
+        self._host(out, a, b).copy_(rounded, non_blocking=True)
+        synchronize(self._device)
         return bad
 
 

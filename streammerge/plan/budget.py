@@ -86,10 +86,11 @@ def device_block(free: int, workers: int, n_inputs: int) -> int:
 
 
 def free_vram(device: str) -> int:
-    """Return the free bytes of a GPU's memory."""
+    """Return the bytes of a GPU's memory that this process can still use: what is free, and what torch keeps unused."""
     import torch
 
-    return int(torch.cuda.mem_get_info(device)[0])
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def available_memory() -> int:
