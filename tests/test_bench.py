@@ -25,7 +25,7 @@ def run_of(program: str, number: int, wall_s: float, cache: str = "cold", **more
     """A run of ties whose limit is 2 s and whose peak is 100 MiB and one more each time."""
     case = Case(program, str(more.pop("method", "ties")), "1GB", "512MiB" if program == "streammerge" else "")
     usage = Usage(0, wall_s, 1.0, 0.5, (100 + number) * MIB, 0.25)
-    return Run(case, number, cache, 10**9, Limit(2.0, 2.0, 1.0), usage, **more)  # type: ignore[arg-type]
+    return Run(case, number, cache, 10**9, Limit(2.0, 2.0, 1.0), usage, input_nbytes=4 * 10**9, **more)  # type: ignore[arg-type]
 
 
 def cells(text: str, method: str) -> list[str]:
@@ -36,7 +36,7 @@ def cells(text: str, method: str) -> list[str]:
 def test_a_row_tells_the_medians_the_range_of_the_ratio_and_the_highest_peak() -> None:
     runs = [run_of("streammerge", n, wall) for n, wall in enumerate([3.0, 8.0, 4.0])]
     row = cells(report(Results(MACHINE, {}, runs)), "ties")
-    assert row == ["`ties`", "1.00", "512MiB", "3", "2.00", "4.00", "2.00 (1.50–4.00)", "1.5", "102"]
+    assert row == ["`ties`", "1.00", "512MiB", "3", "2.00", "4.00", "1.25", "2.00 (1.50–4.00)", "1.5", "102"]
 
 
 def test_mergekit_stands_beside_the_merge_it_shares_and_nowhere_else() -> None:

@@ -3,6 +3,7 @@
     bash tools/bench WORKDIR                          # 4 models of 1.7 GB, every method, 5 cold runs of each
     bash tools/bench WORKDIR --methods linear,ties --runs 3 --mergekit VENV --warm
     bash tools/bench WORKDIR --methods ties --sizes 1.7GB,5GB,10GB --memory 512MiB,4GiB
+    bash tools/bench WORKDIR --methods ties --device cpu,cuda --memory 4GiB
     bash tools/bench --render WORKDIR/bench.json      # the report and the plot from earlier figures
 
 A shared disk's speed varies severalfold within minutes, so every merge runs right after its own limit: the
@@ -30,6 +31,7 @@ from bench_measure import (
     Usage,
     drop_caches,
     fill_cache,
+    gpu,
     machine,
     measure,
     measure_limit,
@@ -223,7 +225,7 @@ class Bench:
             assert self.mergekit is not None
             program = self.mergekit / "bin" / "mergekit-yaml"
             return [program, config, self.place.out, "--quiet", "--no-copy-tokenizer"]
-        options = ["--memory", case.memory, "--quiet", "--device", "cpu"]
+        options = ["--memory", case.memory, "--quiet", "--device", case.device]
         return [*STREAMMERGE, "merge", config, self.place.out, *options]
 
     def environment(self, program: str) -> dict[str, str]:
@@ -267,15 +269,16 @@ class Bench:
         limit = measure_limit(self.place.path / "zeros", inputs, nbytes)
         cache = prepare()
         usage, failure = self.merge(case)
-        run = Run(case, number, cache, nbytes, limit, usage, failure)
+        read = sum(path.stat().st_size for path in inputs)
+        run = Run(case, number, cache, nbytes, limit, usage, failure, read)
         say(
-            f"{case.program} {case.method} {case.memory}, {nbytes / GB:.2f} GB, run {number + 1}, {cache}: "
+            f"{case.program} {case.method} {case.memory} {case.device}, {nbytes / GB:.2f} GB, run {number + 1}, {cache}: "
             f"limit {limit.limit_s:.2f} s, wall {usage.wall_s:.2f} s, peak {usage.peak_nbytes / MIB:.0f} MiB"
             + (f", FAILED: {failure}" if failure else "")
         )
         return run
 
-    def start(self, methods: Sequence[str], memory: str) -> dict[str, float]:
+    def start(self, methods: Sequence[str], memory: str, devices: Sequence[str]) -> dict[str, float]:
         """Merge tiny models: first with every method, so that no measured run compiles kernels.
 
         Then once more, which tells what starting costs: the seconds by program. A method that fails here fails
@@ -286,12 +289,19 @@ class Bench:
             self.place.make_stores(TINY)
         for method in methods:
             self.merge(Case("streammerge", method, TINY, memory))
-        cases = [Case("streammerge", methods[0], TINY, memory)]
+        start = {}
+        for device in devices:
+            case = Case("streammerge", methods[0], TINY, memory, device)
+            self.merge(case)
+            start["streammerge" if device == "cpu" else f"streammerge on {device}"] = self.merge(case)[
+                0
+            ].wall_s
         shared = [method for method in methods if METHODS[method].shared]
         if self.mergekit is not None and shared:
-            cases.append(Case("mergekit", shared[0], TINY, ""))
-            self.merge(cases[-1])
-        return {case.program: self.merge(case)[0].wall_s for case in cases}
+            case = Case("mergekit", shared[0], TINY, "")
+            self.merge(case)
+            start["mergekit"] = self.merge(case)[0].wall_s
+        return start
 
     def runs(self, args: argparse.Namespace) -> Iterator[Run]:
         """Yield every run; what is to be compared stands next to each other in time."""
@@ -300,7 +310,11 @@ class Bench:
             if any(METHODS[method].fisher for method in args.methods):
                 self.place.make_stores(size)
             for method in args.methods:
-                cases = [Case("streammerge", method, size, memory) for memory in args.memory]
+                cases = [
+                    Case("streammerge", method, size, memory, device)
+                    for memory in args.memory
+                    for device in args.device
+                ]
                 if self.mergekit is not None and METHODS[method].shared:
                     cases.append(Case("mergekit", method, size, ""))
                 yield from (self.pair(case, number) for number in range(args.runs) for case in cases)
@@ -332,6 +346,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sizes", default="1.7GB", help="of each of the four models, one or more [1.7GB]")
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {','.join(METHODS)} [all]")
     parser.add_argument("--memory", default="512MiB", help="one or more [512MiB]")
+    parser.add_argument("--device", default="cpu", help="one or more of cpu, cuda[:N] [cpu]")
     parser.add_argument("--runs", type=int, default=5, help="pairs of each [5]")
     parser.add_argument("--warm", action="store_true", help="and as many with a warm page cache")
     parser.add_argument("--mergekit", type=Path, metavar="VENV", help="measure the mergekit installed there")
@@ -342,7 +357,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if (args.workdir is None) == (args.render is None):
         parser.error("give either WORKDIR or --render JSON")
-    for option in ("sizes", "methods", "memory"):
+    for option in ("sizes", "methods", "memory", "device"):
         setattr(args, option, comma_list(getattr(args, option)))
         if not getattr(args, option):
             parser.error(f"--{option} is empty")
@@ -385,7 +400,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.no_drop and not drop_caches():
         say("the page cache cannot be dropped (no permission): the runs will not be cold")
     bench = Bench(place, mergekit, not args.no_drop)
-    results = Results(data, bench.start(args.methods, args.memory[0]), [])
+    if set(args.device) != {"cpu"}:
+        data |= gpu()
+    results = Results(data, bench.start(args.methods, args.memory[0], args.device), [])
     for run in bench.runs(args):
         results.runs.append(run)
         results.save(place.path / "bench.json")

@@ -27,6 +27,7 @@ class Case:
     """Of one model, as asked for."""
     memory: str
     """The value of --memory; empty for mergekit, which has no such thing."""
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,43 @@ class Run:
     usage: Usage
     failure: str = ""
     """What went wrong, with the command's own words; empty for a good run."""
+    input_nbytes: int = 0
+    """Of all that is merged; 0 in figures of before this was noted."""
 
     @property
     def ratio(self) -> float:
         """Wall time over limit."""
         return self.usage.wall_s / self.limit.limit_s
+
+
+_COPY_RATES = """
+import time, torch
+n, host = 1 << 30, [torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+device, streams = [h.cuda() for h in host], [torch.cuda.Stream() for _ in range(2)]
+def rate(to, back):
+    best = 0.0
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for stream, wanted, target, source in zip(streams, (to, back), (device[0], host[1]), (host[0], device[1])):
+            with torch.cuda.stream(stream):
+                if wanted:
+                    target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        best = max(best, (to + back) * n / (time.perf_counter() - began) / 1e9)
+    return best
+print(torch.cuda.get_device_name())
+print("{:.1f} to it, {:.1f} from it, {:.1f} both at once".format(rate(1, 0), rate(0, 1), rate(1, 1)))
+"""
+
+
+def gpu() -> dict[str, str]:
+    """Return a GPU's name and how fast pinned memory is copied to it and back, in GB/s."""
+    asked = subprocess.run([sys.executable, "-c", _COPY_RATES], capture_output=True, text=True)
+    if asked.returncode:
+        sys.exit(f"--device cuda: no GPU:\n{asked.stderr}")
+    name, rates = asked.stdout.strip().splitlines()
+    return {"GPU": f"{name} (GB/s copied: {rates})"}
 
 
 _MEASURE = """

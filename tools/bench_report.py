@@ -52,7 +52,7 @@ class Results:
         """Return streammerge's cases in the order measured, with mergekit's runs beside them."""
         rows = []
         for case in dict.fromkeys(r.case for r in self.runs if r.case.program == "streammerge"):
-            theirs = self.good(replace(case, program="mergekit", memory=""), caches)
+            theirs = self.good(replace(case, program="mergekit", memory="", device="cpu"), caches)
             if runs := self.good(case, caches):
                 rows.append(Row(case, runs, theirs))
         return rows
@@ -77,6 +77,11 @@ def limit(runs: Iterable[Run]) -> float:
     return median(r.limit.limit_s for r in runs)
 
 
+def rate(run: Run) -> float:
+    """Return the bytes merged and written in a second, in GB."""
+    return (run.input_nbytes + run.model_nbytes) / run.usage.wall_s / GB
+
+
 def ratio(runs: Iterable[Run]) -> str:
     """Return the median of wall over limit, with its range where there is more than one."""
     ratios = [r.ratio for r in runs]
@@ -97,10 +102,14 @@ def size(runs: Sequence[Run]) -> float:
 OURS: list[tuple[str, Callable[[Row], str]]] = [
     ("method", lambda row: f"`{row.case.method}`"),
     ("model, GB", lambda row: f"{size(row.runs):.2f}"),
-    ("`--memory`", lambda row: row.case.memory),
+    (
+        "`--memory`",
+        lambda row: row.case.memory + ("" if row.case.device == "cpu" else f", {row.case.device}"),
+    ),
     ("runs", lambda row: str(len(row.runs))),
     ("limit, s", lambda row: f"{limit(row.runs):.2f}"),
     ("wall, s", lambda row: f"{wall(row.runs):.2f}"),
+    ("GB/s", lambda row: f"{median(rate(r) for r in row.runs):.2f}"),
     ("wall / limit", lambda row: ratio(row.runs)),
     ("CPU, s", lambda row: f"{median(r.usage.cpu_s for r in row.runs):.1f}"),
     ("peak, MiB", lambda row: f"{peak(row.runs):.0f}"),
@@ -128,13 +137,15 @@ def header(results: Results) -> str:
     """Say on what the figures were measured, and how to read them."""
     data = dict(results.machine)
     cpu, cores, memory = data.pop("CPU"), data.pop("cores"), data.pop("memory")
+    gpu = f" {data.pop('GPU')}." if "GPU" in data else ""
     versions = ", ".join(f"{name} {text}" for name, text in data.items())
     lines = [
-        f"{cpu}, {cores} cores, {memory} of memory; {versions}.",
+        f"{cpu}, {cores} cores, {memory} of memory; {versions}.{gpu}",
         "",
         "A base and three fine-tunes, bf16, llama-shaped. Limit: `cat` of all that is merged beside a",
         "`dd conv=fdatasync` of one model's size, measured right before each merge. Figures are medians, peaks",
-        "(resident, of the largest process, mapped files included) the highest of all runs; CPU is user and system.",
+        "(resident, of the largest process, mapped files included) the highest of all runs; CPU is user and system;",
+        "GB/s counts the bytes merged and written.",
     ]
     if results.start_s:
         start = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in results.start_s.items())

@@ -5,7 +5,8 @@
     python tools/make_models.py OUT --models 3 --preset 405b --sparse   # true headers, no data
 
 Weights are normal with deviation 0.02, fine-tunes add normal noise of 1e-3; all rounded to bf16, so that the
-deltas lie on the lattice of real checkpoints. Blocks are generated one at a time: memory stays small.
+deltas lie on the lattice of real checkpoints. Blocks are generated one at a time, by a process for each CPU:
+memory stays small.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +81,12 @@ def bf16(values: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def fill(files: list, name: str, shape: tuple[int, ...], sparse: bool) -> None:
-    """Write one tensor of every model at the files' positions."""
-    if sparse:
-        for file in files:
-            file.seek(nbytes(shape), os.SEEK_CUR)
-        return
+def fill(paths: Sequence[Path], position: int, name: str, shape: tuple[int, ...]) -> None:
+    """Write one tensor of every model at its position in the files."""
     seed = int.from_bytes(name.encode()[-8:], "little")
+    files = [path.open("r+b") for path in paths]
+    for file in files:
+        file.seek(position)
     for block, start in enumerate(range(0, nbytes(shape) // 2, BLOCK)):
         n = min(BLOCK, nbytes(shape) // 2 - start)
         random = np.random.default_rng([seed, len(name), block])
@@ -93,6 +94,8 @@ def fill(files: list, name: str, shape: tuple[int, ...], sparse: bool) -> None:
         files[0].write(bf16(base).tobytes())
         for file in files[1:]:
             file.write(bf16(base + random.standard_normal(n, np.float32) * np.float32(1e-3)).tobytes())
+    for file in files:
+        file.close()
 
 
 def main() -> None:
@@ -124,15 +127,19 @@ def main() -> None:
         one = len(shards) == 1
         file_name = "model.safetensors" if one else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         start, data = header(shard)
-        files = [(args.out / name / file_name).open("wb") for name in names]
-        for file in files:
-            file.write(start)
-            file.truncate(len(start) + data)
-        for name, shape in sorted(shard):
-            fill(files, name, shape, args.sparse)
-            weight_map[name] = file_name
-        for file in files:
-            file.close()
+        paths = [args.out / name / file_name for name in names]
+        for path in paths:
+            path.write_bytes(start)
+            os.truncate(path, len(start) + data)
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            filled, position = [], len(start)
+            for name, shape in sorted(shard):
+                if not args.sparse:
+                    filled.append(pool.submit(fill, paths, position, name, shape))
+                position += nbytes(shape)
+                weight_map[name] = file_name
+            for future in filled:
+                future.result()
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(nbytes(s) for _, s in shapes(*size))},
