@@ -27,6 +27,7 @@ from streammerge.units import parse_size
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 DEFAULT_SHARD_SIZE = 5_000_000_000
+_GPU_DRIVER = "/dev/nvidiactl"
 _SLOWER = (
     "the compiled kernels cannot be used ({}): merging through torch, the same bits at a fraction of the speed; "
     "install a numba that suits this numpy"
@@ -78,14 +79,15 @@ def plan(
     parsed = _settle_base(parsed, method)
     models, base = _open_models(parsed)
     fishers = _open_fishers(parsed, method, models)
-    chosen = choose_device(device)
+    total = _bytes(memory)
+    chosen = choose_device(device, total)
     missing = missing_kernels() if chosen == "cpu" and kernels and not method.is_formula else None
     torch_only = chosen != "cpu" or not kernels or missing is not None
     reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
-    budget = budgets.make_budget(_bytes(memory), threads, reserve)
+    budget = budgets.make_budget(total, threads, reserve)
     return make_plan(
         parsed, method, models, base, budget,
-        shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, torch_only=torch_only, fishers=fishers,
+        shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, device=chosen, torch_only=torch_only, fishers=fishers,
         notes=[] if missing is None else [_SLOWER.format(missing)],
     )  # fmt: skip
 
@@ -127,23 +129,21 @@ def merge(
     if io not in get_args(Backend):
         raise InputError(f"io {printable(io)!r} is none of {', '.join(get_args(Backend))}")
     decided = plan(config, device=device, **options)
-    how = Options(
-        choose_device(device),
-        overwrite,
-        io,
-        Path(profile) if profile else None,
-    )
+    how = Options(overwrite, io, Path(profile) if profile else None)
     return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
 
 
-def choose_device(device: str) -> str:
+def choose_device(device: str, memory: int | None) -> str:
     """Return ``cpu`` or ``cuda:N`` for what a user asked for.
 
-    ``auto`` looks for the driver's device files first: torch is imported only where there is a GPU.
+    ``auto`` is the GPU where there is one and `memory` has room for its libraries. It looks for the driver's
+    device files first: torch is imported only where there is a GPU.
     """
     if device == "cpu":
         return "cpu"
-    if device == "auto" and not os.path.exists("/dev/nvidiactl"):
+    if device == "auto" and (
+        not os.path.exists(_GPU_DRIVER) or (memory is not None and memory < budgets.CUDA_LEAST)
+    ):
         return "cpu"
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cuda") or (number and not number.isdecimal()):

@@ -32,6 +32,12 @@ def write_model(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     return directory
 
 
+@pytest.fixture(autouse=True)
+def auto_means_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a merge use a GPU only where a test asks for it, on any machine."""
+    monkeypatch.setattr("streammerge.api._GPU_DRIVER", "/nonexistent")
+
+
 @pytest.fixture
 def make_models(tmp_path: Path) -> Callable[..., list[Path]]:
     """Return a function that writes a base and fine-tunes: [base, model 1, model 2, ...]."""

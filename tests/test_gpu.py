@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.api import merge
+from streammerge.api import choose_device, merge
+from streammerge.engine import torch_pieces
 from streammerge.engine.memory import Bytes, Pool
 from streammerge.engine.pieces import Operand
 from streammerge.engine.torch_pieces import TorchMath
@@ -45,11 +47,13 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     return allow
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(("method", "parameters"), VARIANTS)
 def test_blocks_shrink_until_they_fit_and_the_bytes_are_the_same(
-    method: str, parameters: dict[str, Any], make_models: Callable[..., list[Path]], tmp_path: Path,
-    room: Callable[[int], list[int]],
+    method: str, parameters: dict[str, Any], keep: bool, make_models: Callable[..., list[Path]], tmp_path: Path,
+    room: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    monkeypatch.setattr(torch_pieces, "TorchMath", partial(TorchMath, keep=keep))
     paths = make_models()
     config = config_for(method, paths, parameters=parameters)
     merge(config, tmp_path / "whole", kernels=False)
@@ -95,6 +99,15 @@ def test_a_gpu_gives_the_bytes_of_the_cpu(
     merge(config, tmp_path / "cpu", device="cpu")
     merge(config, tmp_path / "gpu", device="cuda")
     assert output_bytes(tmp_path / "gpu") == output_bytes(tmp_path / "cpu")
+
+
+@needs_gpu
+def test_auto_takes_the_gpu_only_with_the_memory_that_its_libraries_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streammerge.api._GPU_DRIVER", "/dev/nvidiactl")
+    assert choose_device("auto", None) == choose_device("auto", 4 << 30) == "cuda:0"
+    assert choose_device("auto", 512 << 20) == "cpu"
 
 
 @needs_gpu

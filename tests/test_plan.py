@@ -639,11 +639,11 @@ def test_a_method_without_parameters_keeps_its_access_beside_copied_tensors(
     }
 
 
-def test_a_gpus_block_fits_its_free_memory_and_is_a_multiple_of_4096() -> None:
+def test_a_gpus_block_fits_its_share_of_memory_and_is_a_multiple_of_4096() -> None:
     from streammerge.plan.budget import device_block
 
-    for free in (0, 1 << 28, 1 << 33, 80 << 30):
-        block = device_block(free, 3, 5)
+    for share in (0, 1 << 28, 1 << 32, 13 << 30):
+        block = device_block(share, 5)
         assert block % 4096 == 0
-        assert 4096 <= block <= 1 << 22
-        assert block == 4096 or block * 8 * 22 * 3 <= free / 2
+        assert 4096 <= block <= 1 << 24
+        assert block == 4096 or block * 8 * 22 <= share

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.checksum import crc32
+from streammerge.engine.gpu import share_of_memory, turn_on
 from streammerge.engine.journal import Receipt
 from streammerge.engine.memory import Bytes
 from streammerge.engine.pieces import KernelMath, Loaded, Operand, PieceMath
@@ -34,7 +36,7 @@ from streammerge.methods.registry import Access
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.rng import RandomKeys
 from streammerge.plan.arena import DIRECT_BYTES, divide, is_copied
-from streammerge.plan.budget import device_block, free_vram
+from streammerge.plan.budget import device_block
 from streammerge.plan.job import Job
 from streammerge.plan.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, scope_of
 from streammerge.plan.schedule import Chunk, Piece
@@ -55,8 +57,6 @@ class Context:
     reader: Reader
     writer: ShardWriter
     keys: RandomKeys
-    device: str
-    """``cpu`` or ``cuda[:N]``."""
     stop: threading.Event
     answers: dict[int, Answers] = field(default_factory=dict)
     """Answers already known of each job: whole-model and streamed statistics."""
@@ -87,14 +87,14 @@ def run_chunk(context: Context, chunk: Chunk, arena: Bytes) -> list[Receipt]:
 
 def _merge_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Receipt:
     loaded = load(context, job, piece.start, piece.stop, arena)
-    math = math_of(context, job, loaded)
     try:
-        with context.stages.time("statistics"):
-            recipe = resolve_in_memory(context, job, loaded, math, until_model=False)
-        assert not isinstance(recipe, list)
-        out = _place_output(context, job, piece, loaded)
-        with context.stages.time("compute"):
-            applied = math.apply(recipe, out)
+        with math_for(context, job, loaded) as math:
+            with context.stages.time("statistics"):
+                recipe = resolve_in_memory(context, job, loaded, math, until_model=False)
+            assert not isinstance(recipe, list)
+            out = _place_output(context, job, piece, loaded)
+            with context.stages.time("compute"):
+                applied = math.apply(recipe, out)
     except NotFiniteError:
         raise not_finite(context, job, piece.start, piece.stop) from None
     if applied.not_finite:
@@ -206,18 +206,34 @@ def _place_output(context: Context, job: Job, piece: Piece, loaded: Loaded) -> O
     return Operand(offset, job.dtype)
 
 
-def math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:
+@contextmanager
+def math_for(context: Context, job: Job, loaded: Loaded) -> Iterator[PieceMath]:
+    """Lend what computes a loaded piece; on a GPU, once it is this thread's turn there."""
+    device = context.plan.device
+    if device == "cpu":
+        yield _math_of(context, job, loaded)
+        return
+    with ExitStack() as held:
+        with context.stages.time("wait for the GPU"):
+            held.enter_context(turn_on(device))
+        yield _math_of(context, job, loaded)
+
+
+def _math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:
     """Return what computes a loaded piece: compiled kernels, or torch where they do not serve."""
-    formula = runs_in_torch(job, context.plan.method)
-    if context.device == "cpu" and not formula and not context.plan.torch_only:
+    plan = context.plan
+    if not plan.torch_only and not runs_in_torch(job, plan.method):
         return KernelMath(loaded)
     from streammerge.engine.torch_pieces import TorchMath
 
-    whole = context.plan.method.is_formula and context.plan.access[job.ordinal] is Access.TENSOR
-    block = BLOCK_ELEMENTS
-    if context.device != "cpu":
-        block = device_block(free_vram(context.device), context.plan.budget.workers, len(job.inputs))
-    return TorchMath(loaded, context.device, 0 if whole else block)
+    whole = plan.method.is_formula and plan.access[job.ordinal] is Access.TENSOR
+    if plan.device == "cpu":
+        return TorchMath(loaded, "cpu", 0 if whole else BLOCK_ELEMENTS)
+    share = share_of_memory(plan.device)
+    operands = loaded.n * sum(itemsize(ref.dtype) for ref in (*job.inputs, *job.fishers))
+    keep = operands <= share // 2
+    block = device_block(share - operands if keep else share, len(job.inputs))
+    return TorchMath(loaded, plan.device, 0 if whole else block, keep=keep)
 
 
 def follow(context: Context, job: Job) -> Recipe | list[Request]:
@@ -247,13 +263,13 @@ def resolve_in_memory(
                 stop = min(last, start + _COUNTED_AT_ONCE)
                 whole = stop - start == loaded.n
                 part = loaded if whole else slice_of(loaded, start, stop)
-                its_math = math if whole else math_of(context, job, part)
+                its_math = math if whole else _math_of(context, job, part)
                 for accumulator in some:
                     accumulator.add(job.ordinal, part.start, part.n, its_math)
 
         def run_sample(some: Sequence[TopKAccumulator]) -> None:
             part = sample_of(loaded, max(16, min(_SAMPLE_BLOCKS, loaded.n >> 16)))
-            its_math = math_of(context, job, part)
+            its_math = _math_of(context, job, part)
             for accumulator in some:
                 accumulator.add(job.ordinal, 0, part.n, its_math)
 

@@ -1,33 +1,51 @@
-"""What a GPU needs beside torch's formulas: pinned buffers, and a stream for each worker.
+"""What a GPU needs beside torch's formulas: pinned buffers, and streams that the workers take turns on.
 
-The workers' chunks are the ring: while one worker's operands are copied in, another's are merged, a third's
-result is copied out, each on a stream of its own. A copy overlaps with anything only from pinned memory.
+While one stream copies a chunk's operands in, a second merges and a third copies a result out. More streams than
+these would only multiply the memory that torch keeps for each. A copy overlaps with anything only from pinned
+memory.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from streammerge.engine.memory import Bytes
 from streammerge.errors import WorldError
 
-_streams = threading.local()
+_STREAMS = 3
+_lock = threading.Lock()
+_idle: dict[str, queue.SimpleQueue[Any]] = {}
 
 
-def on_stream(device: str) -> AbstractContextManager[Any]:
-    """Return a context in which this thread's work for a GPU goes to a stream of its own."""
-    if device == "cpu":
-        return nullcontext()
+@contextmanager
+def turn_on(device: str) -> Iterator[None]:
+    """Wait for a stream of a GPU; what this thread asks of the GPU goes to it until the block ends."""
     import torch
 
-    if not hasattr(_streams, "of"):
-        _streams.of = {}
-    if device not in _streams.of:
-        _streams.of[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream: AbstractContextManager[Any] = torch.cuda.stream(_streams.of[device])
-    return stream
+    with _lock:
+        if device not in _idle:
+            _idle[device] = queue.SimpleQueue()
+            for _ in range(_STREAMS):
+                _idle[device].put(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    stream = _idle[device].get()
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        stream.synchronize()  # the chunk's buffer will be another's
+        _idle[device].put(stream)
+
+
+def share_of_memory(device: str) -> int:
+    """Return the bytes of a GPU's memory that one stream may fill: half of all that is free or kept unused."""
+    import torch
+
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + kept) // 2 // _STREAMS
 
 
 def synchronize(device: str) -> None:

@@ -25,7 +25,7 @@ from streammerge.engine.chunk import (
     Context,
     follow,
     load,
-    math_of,
+    math_for,
     not_finite,
     prefetch,
     resolve_in_memory,
@@ -86,7 +86,7 @@ class Runner:
         self._plan = context.plan
         self._journal = journal
         self._on_tick = on_tick
-        on_gpu = context.device != "cpu"
+        on_gpu = self._plan.device != "cpu"
         self._pool = Pool(self._plan.budget.capacity, pin if on_gpu else None, unpin if on_gpu else None)
         self._threads = ThreadPoolExecutor(self._plan.budget.workers, thread_name_prefix="merge")
         self._prefetchers = ThreadPoolExecutor(_PREFETCHERS, thread_name_prefix="prefetch")
@@ -298,8 +298,10 @@ class Runner:
             with self._lease(self._plan.work[job.ordinal].lease_bytes(job.n_elements)) as arena:
                 if arena is not None:
                     loaded = load(self._context, job, 0, job.n_elements, arena, again=True)
-                    math = math_of(self._context, job, loaded)
-                    with self._context.stages.time("statistics"):
+                    with (
+                        math_for(self._context, job, loaded) as math,
+                        self._context.stages.time("statistics"),
+                    ):
                         self._guarded(job, lambda: resolve_in_memory(
                             self._context, job, loaded, math, until_model=True))  # fmt: skip
 
@@ -379,8 +381,7 @@ class Runner:
         if not reads and not job.fishers:
             return
         loaded = load(self._context, job, piece.start, piece.stop, arena, models_too=reads, again=True)
-        math = math_of(self._context, job, loaded)
-        with self._context.stages.time("statistics"):
+        with math_for(self._context, job, loaded) as math, self._context.stages.time("statistics"):
             for accumulator in some:
                 accumulator.add(job.ordinal, piece.start, loaded.n, math)
 

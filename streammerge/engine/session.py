@@ -72,7 +72,6 @@ class Summary:
 class Options:
     """How a merge runs; none of it changes the output's bytes."""
 
-    device: str = "cpu"
     overwrite: bool = False
     backend: Backend = "direct"
     profile: Path | None = None
@@ -107,7 +106,7 @@ def execute(
     for warning in plan.warnings:
         emit(Event("warning", {"message": warning}))
     reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2)
-    if options.device == "cpu" and not plan.torch_only and not plan.method.is_formula and ensure_compiled():
+    if not plan.torch_only and not plan.method.is_formula and ensure_compiled():
         emit(Event("compiled"))
     try:
         fingerprints = [fingerprint(index, reader) for index in plan.inputs]
@@ -195,7 +194,7 @@ class _Session:
         self._plan, self._out, self._reader = plan, out, reader
         self._emit, self._stop = emit, stop
         self._writer = ShardWriter(out, plan.layout, direct=options.backend == "direct")
-        self._context = Context(plan, reader, self._writer, keys, options.device, stop)
+        self._context = Context(plan, reader, self._writer, keys, stop)
         self._profile = options.profile
         self._running = 0.0
 

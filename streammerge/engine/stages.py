@@ -13,6 +13,7 @@ Stage = Literal[
     "wait for memory",
     "read",
     "decompress",
+    "wait for the GPU",
     "statistics",
     "compute",
     "checksum",

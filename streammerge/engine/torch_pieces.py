@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.engine.gpu import free_unused, on_stream, synchronize
+from streammerge.engine.gpu import free_unused, synchronize
 from streammerge.engine.memory import Bytes
 from streammerge.engine.pieces import Applied, Bins, Counts, Loaded, Operand, operand_bytes
 from streammerge.engine.statistics import block_sums
@@ -42,12 +42,17 @@ class TorchMath:
         ``cpu`` or ``cuda[:N]``.
     block
         Elements worked on at a time where the formula may be cut anywhere.
+    keep
+        Whether the piece's operands fit the device's memory whole: they are then copied there once, however often
+        they are passed over.
     """
 
-    def __init__(self, piece: Loaded, device: str, block: int) -> None:
+    def __init__(self, piece: Loaded, device: str, block: int, *, keep: bool = False) -> None:
         self._piece = piece
         self._device = device
         self._block = block
+        self._keep = keep
+        self._kept: dict[Operand, torch.Tensor] = {}
 
     def _each(self, run: Callable[[int, int], _Result], divisor: int = 1) -> Iterator[_Result]:
         """Yield what `run` returns for each block; after an out-of-memory error the same block, cut smaller.
@@ -62,25 +67,33 @@ class TorchMath:
         import torch
 
         start, size = 0, max(divisor, self._block // divisor * divisor)
-        with on_stream(self._device):
-            while start < self._piece.n:
-                stop = min(self._piece.n, start + size)
-                try:
-                    result = run(start, stop)
-                except torch.OutOfMemoryError:
+        while start < self._piece.n:
+            stop = min(self._piece.n, start + size)
+            try:
+                result = run(start, stop)
+            except torch.OutOfMemoryError:
+                if not self._keep:
                     size = min(size, stop - start) // 2 // divisor * divisor
-                    if size < divisor or not self._block:
-                        raise WorldError(
-                            f"tensor {printable(self._piece.tensor)}: {self._device} has no memory left for it; free "
-                            "some, or merge with --device cpu"
-                        ) from None
-                    free_unused(self._device)
-                    continue
-                yield result
-                start = stop
+                self._keep = False
+                self._kept.clear()
+                if size < divisor or not self._block:
+                    raise WorldError(
+                        f"tensor {printable(self._piece.tensor)}: {self._device} has no memory left for it; free "
+                        "some, or merge with --device cpu"
+                    ) from None
+                free_unused(self._device)
+                continue
+            yield result
+            start = stop
 
     def _tensor(self, operand: Operand, a: int, b: int) -> torch.Tensor:
-        values = self._host(operand, a, b).to(self._device, non_blocking=True)
+        if self._keep:
+            if operand not in self._kept:
+                whole = self._host(operand, 0, self._piece.n)
+                self._kept[operand] = whole.to(self._device, non_blocking=True)
+            values = self._kept[operand][a:b]
+        else:
+            values = self._host(operand, a, b).to(self._device, non_blocking=True)
         return values.clone() if operand.dtype == "F64" else values.float()
 
     def _host(self, operand: Operand, a: int, b: int) -> torch.Tensor:
@@ -145,8 +158,7 @@ class TorchMath:
             if waiting >= _HITS_AT_ONCE:
                 add_up()
                 waiting = 0
-        with on_stream(self._device):
-            add_up()
+        add_up()
         return above, highest
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:

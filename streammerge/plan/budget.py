@@ -21,6 +21,8 @@ TORCH_RESERVE = 400 * MIB
 """The same with torch (CPU build) imported as well."""
 CUDA_RESERVE = 1600 * MIB
 """The same with a CUDA context: its libraries are resident."""
+CUDA_LEAST = CUDA_RESERVE + 512 * MIB
+"""Memory below which a GPU is used only where it is asked for."""
 
 SMALLEST_CAPACITY = 24 * MIB
 
@@ -75,22 +77,14 @@ def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget
     return Budget(total, reserve, threads or available_cpus())
 
 
-def device_block(free: int, workers: int, n_inputs: int) -> int:
-    """Return the elements a GPU works on at a time, from its free memory in bytes.
+def device_block(share: int, n_inputs: int) -> int:
+    """Return the elements a GPU works on at a time in its `share` of memory, in bytes.
 
-    Half of it is shared by the workers; a formula has up to ``2 * n_inputs + 12`` fp64 temporaries. At most
-    4M elements, beyond which a kernel launch costs nothing anyway and host copies would grow.
+    A formula has up to ``2 * n_inputs + 12`` fp64 temporaries. At most 16M elements, beyond which launching
+    costs nothing anyway.
     """
-    fit = free // 2 // workers // (8 * (2 * n_inputs + 12))
-    return max(1 << 12, min(1 << 22, fit // 4096 * 4096))
-
-
-def free_vram(device: str) -> int:
-    """Return the bytes of a GPU's memory that this process can still use: what is free, and what torch keeps unused."""
-    import torch
-
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + kept)
+    fit = share // (8 * (2 * n_inputs + 12))
+    return max(1 << 12, min(1 << 24, fit // 4096 * 4096))
 
 
 def available_memory() -> int:

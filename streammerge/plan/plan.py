@@ -45,6 +45,8 @@ class MergePlan:
     warnings: tuple[str, ...] = field(default=())
     fishers: tuple[FisherIndex, ...] = ()
     """The Fisher diagonal of each model, for a method that weighs by them."""
+    device: str = "cpu"
+    """``cpu`` or ``cuda:N``."""
 
     @property
     def donor(self) -> TensorIndex:
@@ -134,6 +136,7 @@ def make_plan(
     *,
     shard_size: int,
     seed: int | None = None,
+    device: str = "cpu",
     torch_only: bool = False,
     fishers: Sequence[FisherIndex] = (),
     notes: Sequence[str] = (),
@@ -146,6 +149,8 @@ def make_plan(
         The Fisher diagonal of each model, for a method that weighs by them.
     seed
         Overrides the config's.
+    device
+        ``cpu`` or ``cuda:N``, where what is not copied is computed.
     torch_only
         Every piece goes through the torch formulas (a GPU, or no compiled kernels).
     notes
@@ -166,17 +171,18 @@ def make_plan(
             cache[key] = _needs(job, method, jobs)
         reach, holds = cache[key]
         access.append(reach)
-        formula = torch_only or runs_in_torch(job, method)
+        # On a GPU the temporaries lie in its own memory.
+        on_host = device == "cpu" and (torch_only or runs_in_torch(job, method))
         work.append(
             plan_work(
-                job, reach, budget, workspace=torch_workspace if formula else _no_workspace,
+                job, reach, budget, workspace=torch_workspace if on_host else _no_workspace,
                 formula=job.kind == "merge" and method.is_formula, holds=holds,
             )
         )  # fmt: skip
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(access), tuple(work),
         lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,
-        torch_only, (*notes, *warnings), tuple(fishers),
+        torch_only, (*notes, *warnings), tuple(fishers), device,
     )  # fmt: skip
 
 
@@ -255,6 +261,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "memory": plan.budget.total,
         "memory_reserve": plan.budget.reserve,
         "threads": plan.budget.threads,
+        "device": plan.device,
         "warnings": list(plan.warnings),
     }  # fmt: skip
 
