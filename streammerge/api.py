@@ -28,6 +28,8 @@ from streammerge.units import parse_size
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 DEFAULT_SHARD_SIZE = 5_000_000_000
 _GPU_DRIVER = "/dev/nvidiactl"
+_WORTH_A_GPU = 8_000_000_000
+"""Bytes of inputs; starting a GPU takes as long as merging these without it."""
 _SLOWER = (
     "the compiled kernels cannot be used ({}): merging through torch, the same bits at a fraction of the speed; "
     "install a numba that suits this numpy"
@@ -80,7 +82,8 @@ def plan(
     models, base = _open_models(parsed)
     fishers = _open_fishers(parsed, method, models)
     total = _bytes(memory)
-    chosen = choose_device(device, total)
+    nbytes = sum(index.nbytes for index in (*models, *([base] if base else [])))
+    chosen = choose_device(device, total, nbytes)
     missing = missing_kernels() if chosen == "cpu" and kernels and not method.is_formula else None
     torch_only = chosen != "cpu" or not kernels or missing is not None
     reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
@@ -133,17 +136,16 @@ def merge(
     return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
 
 
-def choose_device(device: str, memory: int | None) -> str:
+def choose_device(device: str, memory: int | None, nbytes: int) -> str:
     """Return ``cpu`` or ``cuda:N`` for what a user asked for.
 
-    ``auto`` is the GPU where there is one and `memory` has room for its libraries. It looks for the driver's
-    device files first: torch is imported only where there is a GPU.
+    ``auto`` is the GPU where there is one, `memory` has room for its libraries, and `nbytes` of inputs are worth
+    the seconds that it takes to start. Torch is imported only then.
     """
     if device == "cpu":
         return "cpu"
-    if device == "auto" and (
-        not os.path.exists(_GPU_DRIVER) or (memory is not None and memory < budgets.CUDA_LEAST)
-    ):
+    small = nbytes < _WORTH_A_GPU or (memory is not None and memory < budgets.CUDA_LEAST)
+    if device == "auto" and (small or not os.path.exists(_GPU_DRIVER)):
         return "cpu"
     kind, _, number = device.partition(":")
     if kind not in ("auto", "cuda") or (number and not number.isdecimal()):

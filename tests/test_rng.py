@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
@@ -20,7 +21,7 @@ from numba import njit
 from streammerge.kernels import blocks
 from streammerge.methods.drop import Drop
 from streammerge.methods.recipes import TaskVector
-from streammerge.methods.rng import Key, RandomKeys, derive_key, threshold, words
+from streammerge.methods.rng import Key, RandomKeys, derive_key, threshold, words, words_at
 from tests import reference
 
 NAME = "model.layers.0.mlp.down_proj.weight"
@@ -138,6 +139,13 @@ def test_torch_and_kernel_words_agree_for_any_start_and_length(start: int, n: in
         assert reference.word(start + place, key) == by_kernel[place]
         places = list(range(0, n, 3))
         assert (kernel_words_at(key, start, places) == by_kernel[places]).all()
+
+
+@given(st.integers(0, 2**40), st.lists(st.integers(0, 5000), max_size=50))
+def test_words_of_some_elements_are_those_of_all(start: int, places: list[int]) -> None:
+    key = derive_key(1, "ties", "m", "t")
+    some = words_at(key, torch.tensor(places, dtype=torch.int64) + start)
+    assert torch.equal(some, words(key, start, start + 5001)[places])
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 4096, 10_001])

@@ -28,10 +28,16 @@ class Where:
     start: int
     """Flat row-major index of the piece's first element in the whole tensor."""
     keys: rng.RandomKeys
+    masks: dict[TaskVector, torch.Tensor] = field(default_factory=dict, compare=False)
+    """The masks of these elements found so far: a formula, and who counts what it kept, ask for the same."""
 
     def words(self, purpose: str, model: int | None, n: int, device: torch.device) -> torch.Tensor:
         """Return one random word per element of the piece, int64 in [0, 2**32)."""
         return rng.words(self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device)
+
+    def words_at(self, purpose: str, model: int | None, places: torch.Tensor) -> torch.Tensor:
+        """Return the random words of some elements of the piece, given by their places in it."""
+        return rng.words_at(self.keys.key(purpose, model, self.tensor), places + self.start)
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,11 @@ class TaskVector:
 
     def mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return which entries survive; a dropped entry counts as 0 for the cut."""
+        if self not in where.masks:
+            where.masks[self] = self._mask(theta, base, where)
+        return where.masks[self]
+
+    def _mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         import torch
 
         delta = theta - base
@@ -111,18 +122,19 @@ class TaskVector:
         if self.cut is None:
             return keep
         key = delta.float().view(torch.int32) & 0x7FFFFFFF
-        return (key > self.cut.key) | ((key == self.cut.key) & self._keep_ties(delta, where))
-
-    def _keep_ties(self, delta: torch.Tensor, where: Where) -> torch.Tensor:
-        import torch
-
-        assert self.cut is not None
-        n = delta.numel()
-        if self.cut.ties == "thin":
-            return where.words("ties", self.stream, n, delta.device) < self.cut.limit
+        above = key > self.cut.key
+        if self.cut.ties == "drop":
+            return above
+        if self.cut.ties == "all":
+            return key >= self.cut.key
+        tied = (key == self.cut.key).nonzero().squeeze(-1)
         if self.cut.ties == "index":
-            return torch.arange(where.start, where.start + n, device=delta.device) < self.cut.limit
-        return torch.full((n,), self.cut.ties == "all", device=delta.device)
+            kept = tied[tied + where.start < self.cut.limit]
+        elif 4 * tied.numel() < key.numel():  # a word for one costs as much as for four in a row
+            kept = tied[where.words_at("ties", self.stream, tied) < self.cut.limit]
+        else:
+            kept = tied[where.words("ties", self.stream, key.numel(), key.device)[tied] < self.cut.limit]
+        return above.index_fill(0, kept, True)
 
 
 @dataclass(frozen=True)

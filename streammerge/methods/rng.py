@@ -66,6 +66,22 @@ def words(key: Key, start: int, stop: int, device: torch.device | str = "cpu") -
     import torch
 
     group = torch.arange(start >> 2, (stop + 3) >> 2, dtype=torch.int64, device=device)
+    first = (start >> 2) << 2
+    return torch.stack(_blocks(key, group), dim=1).flatten()[start - first : stop - first]
+
+
+def words_at(key: Key, elements: torch.Tensor) -> torch.Tensor:
+    """Return the random words of some elements, int64 like `elements`, on their device."""
+    import torch
+
+    blocks = torch.stack(_blocks(key, elements >> 2), dim=1)
+    return blocks.gather(1, (elements & 3).unsqueeze(1)).squeeze(1)
+
+
+def _blocks(key: Key, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the four words of each block of four elements."""
+    import torch
+
     c0, c1 = group & _MASK, group >> 32
     c2, c3 = torch.full_like(group, key[2]), torch.full_like(group, key[3])
     k0, k1 = key[0], key[1]
@@ -74,5 +90,4 @@ def words(key: Key, start: int, stop: int, device: torch.device | str = "cpu") -
         c0, c1 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK
         c2, c3 = ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    first = (start >> 2) << 2
-    return torch.stack((c0, c1, c2, c3), dim=1).flatten()[start - first : stop - first]
+    return c0, c1, c2, c3
