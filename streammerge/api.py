@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from streammerge.compiled import missing_kernels
-from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
+from streammerge.config.schema import MergeConfig, ModelSpec, config_from_mapping, load_config
 from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.reader import Backend
 from streammerge.engine.session import Event, Options, Summary, execute
@@ -168,6 +168,10 @@ def _settle_base(config: MergeConfig, method: Method) -> MergeConfig:
     if base is None:
         return config
     others = tuple(spec for spec in config.models if spec.reference != base)
+    if method.base == "member":
+        return config if len(others) < len(config.models) else replace(
+            config, models=(*config.models, ModelSpec(base, path=f"{config.where}: base_model"))
+        )  # fmt: skip
     if method.base in ("required", "optional"):
         return replace(config, models=others)
     unlisted = len(others) == len(config.models)

@@ -32,7 +32,6 @@ from streammerge.errors import ModelError, printable
 from streammerge.index.fishers import ChunkedRef, FisherRef
 from streammerge.index.header import TensorRef
 from streammerge.methods.recipes import Recipe, WeightedSum
-from streammerge.methods.registry import Access
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.rng import RandomKeys
 from streammerge.plan.arena import DIRECT_BYTES, divide, is_copied
@@ -174,11 +173,11 @@ def load(
     fishers = tuple(operands[len(job.inputs) :])
     first = int(job.base is not None)
     base, models = (operands[0] if first else None), operands[first : len(job.inputs)]
-    access = context.plan.access[job.ordinal]
+    sees = context.plan.work[job.ordinal].sees
     shape: tuple[int, ...] = (stop - start,)
-    if access is Access.ROW:
+    if sees == "rows":
         shape = ((stop - start) // job.row_length, job.row_length)
-    elif access is Access.TENSOR:
+    elif sees == "tensor":
         shape = job.shape
     end = arena.size - arena.size % 8
     return Loaded(
@@ -226,7 +225,7 @@ def _math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:
         return KernelMath(loaded)
     from streammerge.engine.torch_pieces import TorchMath
 
-    whole = plan.method.is_formula and plan.access[job.ordinal] is Access.TENSOR
+    whole = plan.work[job.ordinal].sees == "tensor"
     if plan.device == "cpu":
         return TorchMath(loaded, "cpu", 0 if whole else BLOCK_ELEMENTS)
     share = share_of_memory(plan.device)

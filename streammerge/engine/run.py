@@ -45,7 +45,7 @@ from streammerge.engine.statistics import (
     needs_models,
 )
 from streammerge.errors import Stopped
-from streammerge.methods.requests import Answer, Request, SquareTotal, Threshold
+from streammerge.methods.requests import Answer, Dots, Request, SquareTotal, Threshold
 from streammerge.plan.job import Job
 from streammerge.plan.schedule import Chunk, Piece, Survey, survey_pieces
 
@@ -405,6 +405,8 @@ def _plain(answer: Answer) -> object:
     """Return an answer as JSON holds it exactly."""
     if isinstance(answer, Threshold):
         return {"threshold": [answer.key, answer.ties, answer.needed]}
+    if isinstance(answer, Dots):
+        return {"dots": [[value.hex() for value in answer.values], answer.n]}
     if isinstance(answer, SquareTotal):
         return {"squares": [answer.total.hex(), answer.n]}
     if isinstance(answer, float):
@@ -416,6 +418,9 @@ def _restored(plain: object) -> Answer:
     if isinstance(plain, dict):
         if "threshold" in plain:
             return Threshold(*plain["threshold"])
+        if "dots" in plain:
+            values, n = plain["dots"]
+            return Dots(tuple(map(float.fromhex, values)), n)
         if "squares" in plain:
             total, n = plain["squares"]
             return SquareTotal(float.fromhex(total), n)

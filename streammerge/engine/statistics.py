@@ -19,7 +19,9 @@ from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.requests import (
     AbsSum,
     Answer,
+    Dots,
     FisherSquares,
+    Gram,
     LowWords,
     Request,
     SignTotal,
@@ -186,6 +188,32 @@ class AbsSumAccumulator:
         return in_order(np.concatenate(ordered)) if ordered else 0.0
 
 
+class GramAccumulator:
+    """The dot products of all pairs of vectors, from the partial sums of all blocks in index order."""
+
+    def __init__(self, request: Gram) -> None:
+        self.wants: Range | None = None
+        self._request = request
+        self._parts: dict[tuple[int, int], NDArray[np.float64]] = {}
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Keep the partial sums of one piece, (blocks, pairs)."""
+        sums = math.dots(self._request.vectors, BLOCK)
+        if not np.isfinite(sums).all():
+            raise NotFiniteError(job)
+        self._parts[job, start] = sums
+
+    def end(self) -> bool:
+        """One pass is enough."""
+        return True
+
+    @property
+    def answer(self) -> Dots:
+        """The upper triangle of the Gram matrix."""
+        blocks = np.concatenate([self._parts[key] for key in sorted(self._parts)])
+        return Dots(tuple(in_order(column) for column in blocks.T), self._request.n)
+
+
 class TieIndexAccumulator:
     """Where the last tie that is needed lies: ties per block, then one look into that block."""
 
@@ -292,14 +320,16 @@ def in_order(values: NDArray[np.float64]) -> float:
     return float(np.cumsum(values)[-1]) if values.size else 0.0
 
 
-def block_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sum of each 4096 values in the kernels' order: eight lanes, each in sequence, added pairwise."""
-    padded = np.zeros(-(-values.size // BLOCK) * BLOCK)
-    padded[: values.size] = values
-    blocks = padded.reshape(-1, BLOCK // 8, 8)
-    lanes = np.zeros((len(blocks), 8))
-    for row in range(BLOCK // 8):  # all blocks at a time, each in its order
-        lanes += blocks[:, row]
+def block_sums(values: NDArray[np.float64], length: int = BLOCK) -> NDArray[np.float64]:
+    """Return the sum of each `length` values in the kernels' order: eight lanes, each in sequence, added pairwise."""
+    groups, lines = -(-values.size // length), -(-length // 8)
+    padded = np.zeros((groups, length))
+    padded.reshape(-1)[: values.size] = values
+    blocks = np.zeros((groups, lines, 8))
+    blocks.reshape(groups, -1)[:, :length] = padded
+    lanes = np.zeros((groups, 8))
+    for line in range(lines):  # all groups at a time, each in its order
+        lanes += blocks[:, line]
     total: NDArray[np.float64] = ((lanes[:, 0] + lanes[:, 1]) + (lanes[:, 2] + lanes[:, 3])) + (
         (lanes[:, 4] + lanes[:, 5]) + (lanes[:, 6] + lanes[:, 7])
     )
@@ -369,6 +399,8 @@ def make_accumulator(
         return TieIndexAccumulator(request)
     if isinstance(request, AbsSum):
         return AbsSumAccumulator(request)
+    if isinstance(request, Gram):
+        return GramAccumulator(request)
     if isinstance(request, LowWords):
         return Known(low_words(request, n, keys.key("dare", request.vector.stream, jobs[0].name)))
     if isinstance(request, FisherSquares):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -18,12 +18,15 @@ from streammerge.methods.recipes import (
     FisherMean,
     Formula,
     Recipe,
+    RowCombination,
     TaskVector,
     TaskVectorMerge,
     WeightedSum,
     Where,
     removing,
+    terms_of,
 )
+from streammerge.methods.requests import full_matrices
 
 if TYPE_CHECKING:
     import torch
@@ -195,6 +198,40 @@ class TorchMath:
             counts += np.bincount(places // size, minlength=len(counts))
         return counts
 
+    def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
+        """See `PieceMath`."""
+
+        def sums(a: int, b: int) -> NDArray[np.float64]:
+            models, base = self._inputs(a, b)
+            return self._dots(vectors, models, base, self._where(a), length)
+
+        return np.concatenate(list(self._each(sums, length)))
+
+    @staticmethod
+    def _dots(
+        vectors: Sequence[TaskVector], models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
+        length: int,
+    ) -> NDArray[np.float64]:  # fmt: skip
+        terms = [term.double() for term in terms_of(vectors, models, base, where)]
+        for i, vector in enumerate(vectors):
+            terms[i] = vector.rescale * terms[i]
+        pairs = [terms[i] * terms[j] for i in range(len(terms)) for j in range(i, len(terms))]
+        return np.stack([block_sums(pair.flatten().cpu().numpy(), length) for pair in pairs], axis=1)
+
+    def _combine_rows(
+        self, recipe: RowCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> torch.Tensor:
+        import torch
+
+        length = self._piece.row_length
+        k = len(recipe.vectors) or len(models) + (base is not None)
+        pairs = self._dots(recipe.vectors, models, base, where, length)
+        weights = np.ascontiguousarray(recipe.coefficients(full_matrices(pairs, k)))
+        rows = [model.reshape(-1, length) for model in models]
+        shaped = None if base is None else base.reshape(-1, length)
+        merged = recipe.combined(rows, shaped, where, torch.from_numpy(weights).to(self._device))
+        return merged.reshape(-1)
+
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """See `PieceMath`."""
 
@@ -226,7 +263,9 @@ class TorchMath:
             merged = self._call(recipe, models, base, where, fishers)
             return Applied(bad + self._store(merged, out, a, b), tuple(kept), floored)
 
-        row = self._piece.shape[-1] if len(self._piece.shape) > 1 else 1
+        row = (
+            self._piece.row_length if len(self._piece.shape) > 1 or isinstance(recipe, RowCombination) else 1
+        )
         parts = list(self._each(merge, row if self._block else max(1, self._piece.n)))
         kept = tuple(sum(part.kept[i] for part in parts) for i in range(len(vectors)))
         return Applied(sum(part.not_finite for part in parts), kept, sum(part.floored for part in parts))
@@ -238,6 +277,8 @@ class TorchMath:
         import torch
 
         assert not isinstance(recipe, CopyOf)
+        if isinstance(recipe, RowCombination):
+            return self._combine_rows(recipe, models, base, where)
         if not isinstance(recipe, Formula):
             return recipe(models, base, where, fishers)
         models = recipe.dropped(models, base, where)

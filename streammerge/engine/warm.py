@@ -15,7 +15,14 @@ import numpy as np
 
 from streammerge.engine.pieces import KernelMath, Loaded, Operand
 from streammerge.engine.statistics import low_words
-from streammerge.methods.recipes import Cut, FisherMean, TaskVector, TaskVectorMerge, WeightedSum
+from streammerge.methods.recipes import (
+    Cut,
+    FisherMean,
+    RowCombination,
+    TaskVector,
+    TaskVectorMerge,
+    WeightedSum,
+)
 from streammerge.methods.requests import LowWords
 from streammerge.methods.rng import RandomKeys
 
@@ -59,6 +66,7 @@ def compile_kernels() -> None:
     math.count_keys(vectors[0], 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
     math.abs_sums(vectors[0])
     math.ties(vectors[0], 0, 4096)
+    math.apply(RowCombination(lambda gram: gram[:, 0], vectors), Operand(128, "BF16"))
     math.apply(WeightedSum((1.0, 1.0)), Operand(128, "BF16"))
     math.apply(TaskVectorMerge(vectors, elect=True), Operand(128, "BF16"))
     math.fisher_squares(0)

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from streammerge.methods import rng
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    Coefficients = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    """From Gram matrices, (rows, k, k), to the weights of the vectors, (rows, k)."""
 
 TiePolicy = Literal["drop", "all", "thin", "index"]
 
@@ -139,10 +144,12 @@ class TaskVector:
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """theta = sum_i w_i theta_i / divisor."""
+    """theta = (w_0 theta_0 + sum_i w_i theta_i) / divisor."""
 
     weights: tuple[float, ...]
     divisor: float = 1.0
+    base_weight: float = 0.0
+    """w_0; 0 where the base has no part in the sum."""
 
     def __call__(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
@@ -150,6 +157,9 @@ class WeightedSum:
     ) -> torch.Tensor:  # fmt: skip
         """Return the fp64 sum over fp32 (or fp64) `models` of equal shape."""
         total = models[0].double() * 0.0
+        if self.base_weight:
+            assert base is not None
+            total = total + self.base_weight * base.double()
         for weight, theta in zip(self.weights, models, strict=True):
             total = total + weight * theta.double()
         return total / self.divisor if self.divisor != 1.0 else total
@@ -322,13 +332,56 @@ class Formula:
 
 
 @dataclass(frozen=True)
+class RowCombination:
+    """Each row a sum of the models' rows, or of their task vectors' beside the base, by weights of its own.
+
+    The weights are a function of the row's Gram matrix. A tensor without rows is one row.
+    """
+
+    coefficients: Coefficients
+    vectors: tuple[TaskVector, ...] = ()
+    """The task vectors; empty: the models themselves, and before them the base where the method has one."""
+
+    def combined(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum in fp64 for pieces of shape (rows, length) and `weights` (rows, k) in fp64."""
+        assert base is not None or not self.vectors
+        if self.vectors and base is not None:
+            scaled = [weights[:, i] * vector.rescale for i, vector in enumerate(self.vectors)]
+        else:
+            scaled = list(weights.unbind(1))
+        total = models[0].double() * 0.0
+        for weight, rows in zip(scaled, self.terms(models, base, where), strict=True):
+            total = total + weight.unsqueeze(1) * rows.double()
+        return base.double() + total if self.vectors and base is not None else total
+
+    def terms(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> list[torch.Tensor]:
+        """Return what is summed, in the pieces' shape: models, or surviving task vectors before their rescale."""
+        return terms_of(self.vectors, models, base, where)
+
+
+def terms_of(
+    vectors: Sequence[TaskVector], models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+) -> list[torch.Tensor]:
+    """Return the surviving entries of task vectors; without any, the base, if there is one, and the models."""
+    if not vectors:
+        return [*([] if base is None else [base]), *models]
+    assert base is not None
+    shape = base.shape
+    return [v.surviving(models[v.model].flatten(), base.flatten(), where).reshape(shape) for v in vectors]
+
+
+@dataclass(frozen=True)
 class CopyOf:
     """The bytes of one model's tensor, unchanged but for the output's dtype."""
 
     model: int = 0
 
 
-Recipe = WeightedSum | TaskVectorMerge | FisherMean | Formula | CopyOf
+Recipe = WeightedSum | TaskVectorMerge | FisherMean | RowCombination | Formula | CopyOf
 
 
 def removing(recipe: Recipe) -> tuple[TaskVector, ...]:

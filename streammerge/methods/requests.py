@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streammerge.methods.recipes import TaskVector, TaskVectorMerge
 
 Scope = Literal["tensor", "model"]
@@ -75,6 +78,43 @@ class AbsSum:
 
 
 @dataclass(frozen=True)
+class Gram:
+    """Ask for the dot products of all pairs of models, or of task vectors, in fp64."""
+
+    n: int
+    """How many vectors there are."""
+    vectors: tuple[TaskVector, ...] = ()
+    """The task vectors, as they survive and are rescaled; empty: the models themselves, the base first if there is one."""
+    scope: Scope = "tensor"
+
+    def placeholder(self) -> Dots:
+        """Return an answer of the right type, to follow a method without data: orthogonal unit vectors."""
+        return Dots(tuple(float(i == j) for i in range(self.n) for j in range(i, self.n)), self.n)
+
+
+@dataclass(frozen=True)
+class Dots:
+    """The dot products of all pairs of vectors."""
+
+    values: tuple[float, ...]
+    """The upper triangle of the Gram matrix, row by row."""
+    n: int
+
+    def matrix(self) -> NDArray[np.float64]:
+        """Return the Gram matrix, (1, n, n)."""
+        return full_matrices(np.array([self.values]), self.n)
+
+
+def full_matrices(pairs: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Return the symmetric matrices, (rows, n, n), whose upper triangles are the rows of `pairs`."""
+    rows, columns = np.triu_indices(n)
+    matrices = np.empty((len(pairs), n, n))
+    matrices[:, rows, columns] = pairs
+    matrices[:, columns, rows] = pairs
+    return matrices
+
+
+@dataclass(frozen=True)
 class SignTotal:
     """Ask how many elements of the whole model elect + minus how many elect -."""
 
@@ -128,5 +168,5 @@ class FisherSquares:
         return SquareTotal(1.0, 1)
 
 
-Request = TopK | TieIndex | AbsSum | SignTotal | LowWords | FisherSquares
-Answer = Threshold | SquareTotal | tuple[int, int] | float | int
+Request = TopK | TieIndex | AbsSum | Gram | SignTotal | LowWords | FisherSquares
+Answer = Threshold | Dots | SquareTotal | tuple[int, int] | float | int
