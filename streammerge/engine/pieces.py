@@ -154,13 +154,16 @@ class KernelMath:
         )  # fmt: skip
 
     def _cut(self, vector: TaskVector) -> Counts:
-        if vector.cut is None:
-            return np.array([self._deltas.NO_CUT, 0, 0], np.int64)
+        """Return (rule, magnitude pattern, limit) of the cut, and the same of the outliers."""
         rules = {
             "drop": self._deltas.ABOVE, "all": self._deltas.ALL,
             "thin": self._deltas.THIN, "index": self._deltas.INDEX,
         }  # fmt: skip
-        return np.array([rules[vector.cut.ties], vector.cut.key, vector.cut.limit], np.int64)
+        cut = np.tile(np.array([self._deltas.NO_CUT, 0, 0], np.int64), 2)
+        for place, one in enumerate((vector.cut, vector.outliers)):
+            if one is not None:
+                cut[3 * place : 3 * place + 3] = rules[one.ties], one.key, one.limit
+        return cut
 
     def _cut_key(self, vector: TaskVector) -> NDArray[np.uint32]:
         thin = vector.cut is not None and vector.cut.ties == "thin"

@@ -19,6 +19,7 @@ from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.requests import (
     AbsSum,
     Answer,
+    Band,
     Dots,
     FisherSquares,
     Gram,
@@ -41,6 +42,8 @@ _MAX_BINS = 1 << 19
 _BIN_BLOCK = 1 << 14
 _WORDS_AT_ONCE = 1 << 20
 _INFINITE = 0x7F800000
+_ABOVE_ALL = Threshold(_INFINITE, 1, 0)
+"""The threshold of no elements at all."""
 
 Range = tuple[int, int, int]
 """(job, start, stop)"""
@@ -79,7 +82,7 @@ class TopKAccumulator:
     number of passes only: the counts prove that rank k lies inside, or the next pass takes all.
     """
 
-    def __init__(self, request: TopK, n: int) -> None:
+    def __init__(self, request: TopK | Band, n: int) -> None:
         self.wants: Range | None = None
         self._request = request
         self._k = request.count(n)
@@ -393,10 +396,11 @@ def make_accumulator(
 ) -> Accumulator | Known:
     """Return the accumulator of a request over some jobs; `by_job` has each job's own version of it."""
     n = sum(job.n_elements for job in jobs)
-    if isinstance(request, TopK):
-        return TopKAccumulator(request, n)
+    if isinstance(request, TopK | Band):
+        return TopKAccumulator(request, n) if request.count(n) else Known(_ABOVE_ALL)
     if isinstance(request, TieIndex):
-        return TieIndexAccumulator(request)
+        needed = request.threshold.needed
+        return TieIndexAccumulator(request) if needed else Known((jobs[0].ordinal, 0))
     if isinstance(request, AbsSum):
         return AbsSumAccumulator(request)
     if isinstance(request, Gram):

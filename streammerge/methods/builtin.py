@@ -1,6 +1,7 @@
 """Importing this module registers every method that ships with the package."""
 
 from streammerge.methods import (
+    breadcrumbs,
     dare,
     fisher,
     karcher,
@@ -17,6 +18,7 @@ from streammerge.methods import (
 )
 
 __all__ = [
+    "breadcrumbs",
     "dare",
     "fisher",
     "karcher",

@@ -74,6 +74,8 @@ class TaskVector:
     shared: bool = False
     """The random words are those of all models together, not the model's own."""
     cut: Cut | None = None
+    outliers: Cut | None = None
+    """What this cut keeps, the largest, is removed after all: only with `cut`, whose tie policy it shares."""
 
     @property
     def coefficient(self) -> float:
@@ -127,18 +129,22 @@ class TaskVector:
         if self.cut is None:
             return keep
         key = delta.float().view(torch.int32) & 0x7FFFFFFF
-        above = key > self.cut.key
-        if self.cut.ties == "drop":
+        kept = self._kept_by(self.cut, key, where)
+        return kept if self.outliers is None else kept & ~self._kept_by(self.outliers, key, where)
+
+    def _kept_by(self, cut: Cut, key: torch.Tensor, where: Where) -> torch.Tensor:
+        above = key > cut.key
+        if cut.ties == "drop":
             return above
-        if self.cut.ties == "all":
-            return key >= self.cut.key
-        tied = (key == self.cut.key).nonzero().squeeze(-1)
-        if self.cut.ties == "index":
-            kept = tied[tied + where.start < self.cut.limit]
+        if cut.ties == "all":
+            return key >= cut.key
+        tied = (key == cut.key).nonzero().squeeze(-1)
+        if cut.ties == "index":
+            kept = tied[tied + where.start < cut.limit]
         elif 4 * tied.numel() < key.numel():  # a word for one costs as much as for four in a row
-            kept = tied[where.words_at("ties", self.stream, tied) < self.cut.limit]
+            kept = tied[where.words_at("ties", self.stream, tied) < cut.limit]
         else:
-            kept = tied[where.words("ties", self.stream, key.numel(), key.device)[tied] < self.cut.limit]
+            kept = tied[where.words("ties", self.stream, key.numel(), key.device)[tied] < cut.limit]
         return above.index_fill(0, kept, True)
 
 

@@ -50,6 +50,31 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Ask for a threshold of a band of magnitudes: `density` of them, below the `gamma` that are the largest.
+
+    Fewer of the largest are left out where both together are more than all.
+    """
+
+    vector: TaskVector
+    density: float
+    gamma: float
+    edge: Literal["upper", "lower"]
+    """Above the band lie the outliers; above its lower edge these and the band."""
+    scope: Scope = "tensor"
+
+    def count(self, n: int) -> int:
+        """Return how many of `n` elements lie above the edge."""
+        inside = min(n, int(self.density * n))
+        outliers = min(int(self.gamma * n), n - inside)
+        return outliers + (inside if self.edge == "lower" else 0)
+
+    def placeholder(self) -> Threshold:
+        """Return an answer of the right type, to follow a method without data."""
+        return Threshold(key=0, ties=1, needed=1)
+
+
+@dataclass(frozen=True)
 class TieIndex:
     """Ask where the first `needed` elements equal to a threshold end, in index order.
 
@@ -168,5 +193,5 @@ class FisherSquares:
         return SquareTotal(1.0, 1)
 
 
-Request = TopK | TieIndex | AbsSum | Gram | SignTotal | LowWords | FisherSquares
+Request = TopK | Band | TieIndex | AbsSum | Gram | SignTotal | LowWords | FisherSquares
 Answer = Threshold | Dots | SquareTotal | tuple[int, int] | float | int
