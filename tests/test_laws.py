@@ -48,6 +48,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("breadcrumbs", {"density": 0.5, "gamma": 0.1, "ties": "index", "rescale": "l1"}),
     ("breadcrumbs", {"density": 0.3, "gamma": 0.2, "ties": "all", "drop_rate": 0.2}),
     ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.1, "ties": "drop", "zero_sign": "majority"}),
+    ("della", {"density": 0.5}),
+    ("della", {"density": 0.5, "epsilon": 0.3, "rescale": "l1", "zero_sign": "majority"}),
+    ("della_linear", {"density": 0.3, "epsilon": 0.1, "lambda": 0.5}),
+    ("della_linear", {"density": 0.3, "epsilon": 0.1, "rescale": "none", "normalize": True}),
     ("slerp", {"t": 0.4}),
     ("slerp", {"t": 0.4, "preset": "mergekit"}),
     ("nuslerp", {"weight": 0.5}),
@@ -88,7 +92,13 @@ def test_bytes_do_not_depend_on_memory_threads_or_shards_of_work(
     merge(config, tmp_path / "whole")
     # 64 KiB cannot hold the inputs of any matrix (nor 128 KiB with diagonals): all statistics are streamed.
     # A formula's temporaries take more, and rows cut at whole blocks a few of them.
-    bits = 23 if get_method(method).is_formula else 22 if parameters.get("filter_wise") else 16
+    bits = (
+        23
+        if get_method(method).is_formula
+        else 22
+        if parameters.get("filter_wise") or method == "della"
+        else 16
+    )
     small_capacity(1 << (17 if "fisher" in method else bits), 3)
     merge(config, tmp_path / "streamed")
     merge(config, tmp_path / "mapped", io="mmap")

@@ -18,11 +18,13 @@ from streammerge.engine.memory import Bytes
 from streammerge.methods.recipes import (
     CopyOf,
     FisherMean,
+    RankDrop,
     Recipe,
     RowCombination,
     TaskVector,
     TaskVectorMerge,
     WeightedSum,
+    ranked,
     removing,
 )
 from streammerge.methods.requests import full_matrices
@@ -109,13 +111,14 @@ class KernelMath:
     """A piece on the CPU through the compiled kernels."""
 
     def __init__(self, piece: Loaded) -> None:
-        from streammerge.kernels import deltas, fisher, gram, merge
+        from streammerge.kernels import deltas, fisher, gram, merge, ranks
         from streammerge.kernels.blocks import CODES
 
         self._deltas: Any = deltas  # numba erases signatures
         self._merge: Any = merge
         self._fisher: Any = fisher
         self._gram: Any = gram
+        self._ranks: Any = ranks
         self._codes = CODES
         self._piece = piece
         self._half, self._full = piece.arena.view(np.uint16), piece.arena.view(np.uint32)
@@ -180,6 +183,12 @@ class KernelMath:
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
         """See `PieceMath`."""
         partials = np.empty(-(-self._piece.n // 4096), np.float64)
+        if (drop := vector.rank_drop) is not None:
+            self._ranks.ranked_abs_sums(
+                *self._delta_arguments(vector), *self._span, self._piece.row_length, drop.low, drop.spread,
+                self._key("della", vector.stream), partials,
+            )  # fmt: skip
+            return partials
         self._deltas.abs_sums(
             *self._delta_arguments(vector), self._piece.start, self._piece.n, self._drop(vector),
             self._drop_key(vector), self._cut(vector), self._cut_key(vector), partials,
@@ -291,6 +300,19 @@ class KernelMath:
         assert piece.base is not None
         kept = np.zeros(len(merge.vectors), np.int64)
         vectors = merge.vectors
+        if ranked(merge):
+            drops = [v.rank_drop or RankDrop(1.0, 0.0) for v in vectors]
+            bad = self._ranks.ranked_merge(
+                self._half, self._full, self._offsets, self._dtypes,
+                piece.base.offset, self._codes[piece.base.dtype], piece.start, piece.n, piece.row_length,
+                np.array([d.low for d in drops], np.float64), np.array([d.spread for d in drops], np.float64),
+                any(d.unbiased for d in drops), np.stack([self._key("della", v.stream) for v in vectors]),
+                np.array([v.coefficient for v in vectors], np.float64),
+                np.array([v.weight for v in vectors], np.float64),
+                merge.elect, merge.zero_sign, merge.normalize, float(merge.divisor), float(merge.scale),
+                out_offset, code, kept, signs,
+            )  # fmt: skip
+            return int(bad), tuple(int(n) for n in kept)
         bad = self._merge.task_vector_merge(
             self._half, self._full, self._offsets, self._dtypes,
             piece.base.offset, self._codes[piece.base.dtype], piece.start, piece.n,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,6 +24,7 @@ from streammerge.methods.recipes import (
     TaskVectorMerge,
     WeightedSum,
     Where,
+    ranked,
     removing,
     terms_of,
 )
@@ -122,7 +124,8 @@ class TorchMath:
         return [self._tensor(operand, a, b) for operand in self._piece.fishers]
 
     def _where(self, a: int) -> Where:
-        return Where(self._piece.tensor, self._piece.start + a, self._piece.keys)
+        piece = self._piece
+        return Where(piece.tensor, piece.start + a, piece.keys, piece.row_length)
 
     def _surviving(self, vector: TaskVector, a: int, b: int) -> torch.Tensor:
         models, base = self._inputs(a, b)
@@ -170,7 +173,8 @@ class TorchMath:
         def sums(a: int, b: int) -> NDArray[np.float64]:
             return block_sums(self._surviving(vector, a, b).double().abs().cpu().numpy())
 
-        partials = list(self._each(sums, 4096))
+        step = 4096 if vector.rank_drop is None else math.lcm(4096, self._piece.row_length)
+        partials = list(self._each(sums, step))
         return np.concatenate(partials) if partials else np.zeros(0)
 
     def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
@@ -240,7 +244,7 @@ class TorchMath:
             assert base is not None
             return merge.sign_total(models, base, self._where(a))
 
-        return sum(self._each(total))
+        return sum(self._each(total, self._piece.row_length if ranked(merge) else 1))
 
     def apply(self, recipe: Recipe, out: Operand) -> Applied:
         """See `PieceMath`."""

@@ -18,6 +18,7 @@ from streammerge.engine.statistics import low_words
 from streammerge.methods.recipes import (
     Cut,
     FisherMean,
+    RankDrop,
     RowCombination,
     TaskVector,
     TaskVectorMerge,
@@ -69,6 +70,9 @@ def compile_kernels() -> None:
     math.apply(RowCombination(lambda gram: gram[:, 0], vectors), Operand(128, "BF16"))
     math.apply(WeightedSum((1.0, 1.0)), Operand(128, "BF16"))
     math.apply(TaskVectorMerge(vectors, elect=True), Operand(128, "BF16"))
+    ranked = tuple(TaskVector(i, rank_drop=RankDrop(0.4, 0.2)) for i in range(2))
+    math.abs_sums(ranked[0])
+    math.apply(TaskVectorMerge(ranked, elect=True), Operand(128, "BF16"))
     math.fisher_squares(0)
     math.apply(FisherMean((1.0, 1.0), (0.0, 0.0), vectors=vectors), Operand(128, "BF16"))
     low_words(LowWords(TaskVector(0), 0.5), 8, keys.key("dare", 0, "t"))

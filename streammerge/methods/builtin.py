@@ -3,6 +3,7 @@
 from streammerge.methods import (
     breadcrumbs,
     dare,
+    della,
     fisher,
     karcher,
     linear,
@@ -20,6 +21,7 @@ from streammerge.methods import (
 __all__ = [
     "breadcrumbs",
     "dare",
+    "della",
     "fisher",
     "karcher",
     "linear",

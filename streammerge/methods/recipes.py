@@ -33,6 +33,8 @@ class Where:
     start: int
     """Flat row-major index of the piece's first element in the whole tensor."""
     keys: rng.RandomKeys
+    row_length: int = 1
+    """Elements of a row, where the piece is of whole rows."""
     masks: dict[TaskVector, torch.Tensor] = field(default_factory=dict, compare=False)
     """The masks of these elements found so far: a formula, and who counts what it kept, ask for the same."""
 
@@ -57,6 +59,35 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class RankDrop:
+    """Keep an entry with probability low + spread * (r - 1) / (n - 1), r the rank of its magnitude in its row of n.
+
+    DELLA's MagPrune (https://arxiv.org/abs/2406.11617). The smallest has rank 1, equal ones the mean of their ranks;
+    in a row of one the probability is that of the middle.
+    """
+
+    low: float
+    spread: float
+    unbiased: bool = True
+    """A survivor is divided by its probability."""
+
+    def probabilities(self, delta: torch.Tensor, row_length: int) -> torch.Tensor:
+        """Return the probability of each entry, fp64 and flat, for whole rows."""
+        import torch
+
+        rows = delta.float().view(torch.int32).bitwise_and(0x7FFFFFFF).reshape(-1, row_length)
+        if not self.spread or row_length == 1:
+            return torch.full(
+                (rows.numel(),), self.low + self.spread * 0.5, dtype=torch.float64, device=delta.device
+            )
+        ordered = rows.sort(dim=1).values
+        first = torch.searchsorted(ordered, rows)
+        last = torch.searchsorted(ordered, rows, right=True)
+        place = 0.5 * (first + last - 1).double()
+        return (self.low + self.spread * (place / (row_length - 1))).flatten()
+
+
+@dataclass(frozen=True)
 class TaskVector:
     """delta_i = theta_i - theta_0 of one model, as it enters the sum: dropped, cut, rescaled, weighed.
 
@@ -76,6 +107,8 @@ class TaskVector:
     cut: Cut | None = None
     outliers: Cut | None = None
     """What this cut keeps, the largest, is removed after all: only with `cut`, whose tie policy it shares."""
+    rank_drop: RankDrop | None = None
+    """Drops entries by the rank of their magnitude; none of the others with it."""
 
     @property
     def coefficient(self) -> float:
@@ -85,13 +118,13 @@ class TaskVector:
     @property
     def is_random(self) -> bool:
         """Whether any random word decides over its entries."""
-        dropped_by_word = 0 < self.drop < 2**32 or self.drop_end > 0
+        dropped_by_word = 0 < self.drop < 2**32 or self.drop_end > 0 or self.rank_drop is not None
         return dropped_by_word or (self.cut is not None and self.cut.ties == "thin")
 
     @property
     def removes(self) -> bool:
         """Whether any entry may be removed."""
-        return self.drop > 0 or self.drop_end > 0 or self.cut is not None
+        return self.drop > 0 or self.drop_end > 0 or self.cut is not None or self.rank_drop is not None
 
     @property
     def stream(self) -> int | None:
@@ -101,6 +134,16 @@ class TaskVector:
     def dropped_model(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return theta_0 + rescale * surviving delta in fp64: the model as it is after the drop."""
         return base.double() + self.rescale * self.surviving(theta, base, where).double()
+
+    def entries(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the task vector as it enters the sum: its coefficient times what survives, in fp64."""
+        import torch
+
+        left = self.surviving(theta, base, where).double()
+        if self.rank_drop is not None and self.rank_drop.unbiased:
+            q = self.rank_drop.probabilities(theta - base, where.row_length)
+            left = torch.where(left == 0, left, left / q)
+        return self.coefficient * left
 
     def surviving(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the entries of the task vector that survive, 0 elsewhere, in the inputs' dtype."""
@@ -116,6 +159,10 @@ class TaskVector:
         import torch
 
         delta = theta - base
+        if self.rank_drop is not None:
+            words = where.words("della", self.stream, delta.numel(), delta.device)
+            q = self.rank_drop.probabilities(delta, where.row_length)
+            return (words < (q * 2.0**32 + 0.5).floor().long()) | ~torch.isfinite(delta)
         keep = torch.ones_like(delta, dtype=torch.bool)
         if self.drop or self.drop_end:
             words = where.words("dare", self.stream, delta.numel(), delta.device)
@@ -198,7 +245,7 @@ class TaskVectorMerge:
         else:
             tau = base.double() * 0.0
             for vector, theta in zip(self.vectors, models, strict=True):
-                tau = tau + vector.coefficient * vector.surviving(theta, base, where).double()
+                tau = tau + vector.entries(theta, base, where)
             tau = tau / self.divisor if self.divisor != 1.0 else tau
         return base.double() + self.scale * tau
 
@@ -209,7 +256,7 @@ class TaskVectorMerge:
         up = base.double() * 0.0
         down, up_weight, down_weight = up.clone(), up.clone(), up.clone()
         for vector, theta in zip(self.vectors, models, strict=True):
-            tau = vector.coefficient * vector.surviving(theta, base, where).double()
+            tau = vector.entries(theta, base, where)
             up = up + tau.clamp(min=0.0)
             down = down + (-tau).clamp(min=0.0)
             up_weight = up_weight + vector.weight * (tau > 0)
@@ -388,6 +435,11 @@ class CopyOf:
 
 
 Recipe = WeightedSum | TaskVectorMerge | FisherMean | RowCombination | Formula | CopyOf
+
+
+def ranked(recipe: Recipe) -> bool:
+    """Return whether entries are dropped by their rank in a row, which must then be whole."""
+    return any(vector.rank_drop is not None for vector in getattr(recipe, "vectors", ()))
 
 
 def removing(recipe: Recipe) -> tuple[TaskVector, ...]:

@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.methods.drop import GENERAL, DropNames
-from streammerge.methods.recipes import Formula, Recipe, RowCombination, removing
+from streammerge.methods.recipes import Formula, Recipe, RowCombination, ranked, removing
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.scope import Scope
 
@@ -143,7 +143,8 @@ class Method:
 
     def sees_rows(self, scope: Scope, parameters: Mapping[str, Any]) -> bool:
         """Return whether these parameters lead to a recipe that works on whole rows."""
-        return not self.is_formula and isinstance(self._recipe(scope, parameters), RowCombination)
+        recipe = self._recipe(scope, parameters)
+        return isinstance(recipe, RowCombination) or ranked(recipe)
 
     def _recipe(self, scope: Scope, parameters: Mapping[str, Any]) -> Recipe:
         """Return the recipe that placeholder answers lead to."""

@@ -173,9 +173,10 @@ def make_plan(
         access.append(reach)
         # On a GPU the temporaries lie in its own memory.
         on_host = device == "cpu" and (torch_only or runs_in_torch(job, method))
+        workspace = torch_workspace if on_host else _row_workspace if sees == "rows" else _no_workspace
         work.append(
             plan_work(
-                job, sees, budget, workspace=torch_workspace if on_host else _no_workspace, holds=holds
+                job, sees, budget, workspace=workspace, holds=holds
             )
         )  # fmt: skip
     return MergePlan(
@@ -225,6 +226,11 @@ def torch_workspace(job: Job, n: int) -> int:
     """Return an upper bound of the temporaries of a formula on a block of `n` elements, in bytes."""
     block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
     return block * 8 * (2 * len(job.inputs) + 3 * len(job.fishers) + 12)
+
+
+def _row_workspace(job: Job, n: int) -> int:
+    """Return an upper bound of what the kernels hold of one row at a time, in bytes."""
+    return 72 * job.row_length
 
 
 def _no_workspace(job: Job, n: int) -> int:
