@@ -270,7 +270,8 @@ class Runner:
             n = sum(job.n_elements for job in merged)
             accumulators = [
                 make_accumulator(
-                    request, merged, {job: requests[i] for job, requests in wanted.items()}, self._context.keys
+                    request, merged, {job: requests[i] for job, requests in wanted.items()}, self._context.keys,
+                    self._context.tolerant,
                 )
                 for i, request in enumerate(shared)
             ]  # fmt: skip
@@ -327,7 +328,9 @@ class Runner:
         """Answer the tensor-scope requests of one tensor that is too large to hold, by streaming it."""
         while isinstance(wanted := follow(self._context, job), list) and wanted[0].scope == "tensor":
             keys = self._context.keys
-            accumulators = [make_accumulator(r, [job], {job.ordinal: r}, keys) for r in wanted]
+            accumulators = [
+                make_accumulator(r, [job], {job.ordinal: r}, keys, self._context.tolerant) for r in wanted
+            ]
 
             def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
                 self._stream([job], some, only)

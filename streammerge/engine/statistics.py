@@ -82,8 +82,9 @@ class TopKAccumulator:
     number of passes only: the counts prove that rank k lies inside, or the next pass takes all.
     """
 
-    def __init__(self, request: TopK | Band, n: int) -> None:
+    def __init__(self, request: TopK | Band, n: int, tolerant: bool = False) -> None:
         self.wants: Range | None = None
+        self._tolerant = tolerant
         self._request = request
         self._k = request.count(n)
         self._n = n
@@ -103,7 +104,7 @@ class TopKAccumulator:
         """Count one piece."""
         bins = np.zeros(self._n_bins, np.int32)
         above, highest = math.count_keys(self._request.vector, self._low, self._high, self._shift, bins)
-        if highest >= _INFINITE:
+        if highest >= _INFINITE and not self._tolerant:
             raise NotFiniteError(job)
         with self._lock:
             self._above += above
@@ -140,6 +141,8 @@ class TopKAccumulator:
             self._open(low, min(self._high, low + (1 << self._shift) - 1))
             return False
         self._answer = Threshold(low, int(bins[place]), inside - higher)
+        if low >= _INFINITE:  # more than k are not finite: these stay, all of them, and nothing else does
+            self._answer = Threshold(_INFINITE - 1, 1, 0)
         return True
 
     def _counted(self) -> Counts:
@@ -201,10 +204,7 @@ class GramAccumulator:
 
     def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
         """Keep the partial sums of one piece, (blocks, pairs)."""
-        sums = math.dots(self._request.vectors, BLOCK)
-        if not np.isfinite(sums).all():
-            raise NotFiniteError(job)
-        self._parts[job, start] = sums
+        self._parts[job, start] = math.dots(self._request.vectors, BLOCK)
 
     def end(self) -> bool:
         """One pass is enough."""
@@ -392,12 +392,20 @@ def _words_between(
 
 
 def make_accumulator(
-    request: Request, jobs: Sequence[Job], by_job: Mapping[int, Request], keys: RandomKeys
+    request: Request,
+    jobs: Sequence[Job],
+    by_job: Mapping[int, Request],
+    keys: RandomKeys,
+    tolerant: bool = False,
 ) -> Accumulator | Known:
-    """Return the accumulator of a request over some jobs; `by_job` has each job's own version of it."""
+    """Return the accumulator of a request over some jobs; `by_job` has each job's own version of it.
+
+    Entries that are not finite rank above all others and are left out of sums; unless `tolerant`, a rank over them
+    is refused, for the merge will be.
+    """
     n = sum(job.n_elements for job in jobs)
     if isinstance(request, TopK | Band):
-        return TopKAccumulator(request, n) if request.count(n) else Known(_ABOVE_ALL)
+        return TopKAccumulator(request, n, tolerant) if request.count(n) else Known(_ABOVE_ALL)
     if isinstance(request, TieIndex):
         needed = request.threshold.needed
         return TieIndexAccumulator(request) if needed else Known((jobs[0].ordinal, 0))

@@ -171,7 +171,7 @@ class TorchMath:
         """See `PieceMath`."""
 
         def sums(a: int, b: int) -> NDArray[np.float64]:
-            return block_sums(self._surviving(vector, a, b).double().abs().cpu().numpy())
+            return block_sums(_finite(self._surviving(vector, a, b)).double().abs().cpu().numpy())
 
         step = 4096 if vector.rank_drop is None else math.lcm(4096, self._piece.row_length)
         partials = list(self._each(sums, step))
@@ -216,7 +216,7 @@ class TorchMath:
         vectors: Sequence[TaskVector], models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
         length: int,
     ) -> NDArray[np.float64]:  # fmt: skip
-        terms = [term.double() for term in terms_of(vectors, models, base, where)]
+        terms = [_finite(term).double() for term in terms_of(vectors, models, base, where)]
         for i, vector in enumerate(vectors):
             terms[i] = vector.rescale * terms[i]
         pairs = [terms[i] * terms[j] for i in range(len(terms)) for j in range(i, len(terms))]
@@ -310,6 +310,11 @@ class TorchMath:
         self._host(out, a, b).copy_(rounded, non_blocking=True)
         synchronize(self._device)
         return bad
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """Return values with 0 in place of what is not finite, which has no part in sums."""
+    return values.masked_fill(~values.isfinite(), 0.0)
 
 
 def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:

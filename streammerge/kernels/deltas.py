@@ -16,6 +16,8 @@ from streammerge.kernels.blocks import (
 )
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
+LARGEST = np.float32(3.4028234663852886e38)
+"""The largest finite fp32 number."""
 
 NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3
 """What happens to an element whose magnitude equals the threshold: see `recipes.Cut`."""
@@ -83,8 +85,9 @@ def _remove_outliers(element, n, cut, cut_key, out, buffers):
     for i in range(n):
         bits = bits_from_f32(before[i])
         magnitude = np.uint32(bits & MAGNITUDE)
-        remove = magnitude >= least
-        at_threshold[i] = np.uint8(magnitude == threshold)
+        # What is not finite stays: it must show in the output, where it is found.
+        remove = (magnitude >= least) & (magnitude < np.uint32(0x7F800000))
+        at_threshold[i] = np.uint8((magnitude == threshold) & (magnitude < np.uint32(0x7F800000)))
         removed = np.uint32(removed + np.uint32(remove))
         out[i] = f32_from_bits(np.uint32(0) if remove else bits)
     count = np.int64(removed)
@@ -246,7 +249,8 @@ def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
                 out[i] = np.float32(0)
             for i in range(0, m, 8):
                 for j in range(8):
-                    lanes[j] += abs(np.float64(out[i + j]))
+                    size = abs(out[i + j])
+                    lanes[j] += np.float64(size) if size <= LARGEST else 0.0  # not of a NaN or an infinity
         partials[part] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
             (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
         )

@@ -4,13 +4,15 @@ import numpy as np
 from numba import njit
 
 from streammerge.kernels.blocks import BLOCK, round_out, widen
-from streammerge.kernels.deltas import delta_block, scratch
+from streammerge.kernels.deltas import LARGEST, delta_block, scratch
 
 
 @njit(nogil=True, cache=True)
 def _load(half, full, offsets, codes, first, n, deltas, b, element, drops, drop_keys, cuts, cut_keys,
           rescales, delta, buffers, out):  # fmt: skip
     """Widen a block of every vector to fp64: the models as they are or, with `deltas`, their task vectors.
+
+    What is not finite counts as 0: it shows in the output, at its own element alone.
 
     `b` holds the block of the base in fp32. What lies behind `n`, up to a multiple of 8, is zero.
     """
@@ -21,11 +23,11 @@ def _load(half, full, offsets, codes, first, n, deltas, b, element, drops, drop_
                         cuts[model], cut_keys[model], delta, buffers)  # fmt: skip
             rescale = rescales[model]
             for i in range(n):
-                out[model, i] = rescale * np.float64(delta[i])
+                out[model, i] = rescale * np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
         else:
             widen(half, full, at, codes[model], n, delta)
             for i in range(n):
-                out[model, i] = np.float64(delta[i])
+                out[model, i] = np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
         out[model, n : (n + 7) & ~7] = 0.0
 
 

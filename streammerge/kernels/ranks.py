@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 
 from streammerge.kernels.blocks import BLOCK, bits_from_f32, round_out, widen, words
-from streammerge.kernels.deltas import MAGNITUDE
+from streammerge.kernels.deltas import LARGEST, MAGNITUDE
 from streammerge.kernels.merge import _elect
 
 _DIGIT = 11
@@ -101,7 +101,8 @@ def ranked_abs_sums(
         _drop(x, length, element + first, key, q, w)
         for i in range(length):
             at = first + i
-            lanes[at & 7] += abs(np.float64(x[i]))
+            size = abs(x[i])
+            lanes[at & 7] += np.float64(size) if size <= LARGEST else 0.0
             if (at & 4095) == 4095 or at == n - 1:
                 partials[at >> 12] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
                     (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])

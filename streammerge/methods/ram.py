@@ -21,11 +21,11 @@ def ram(models: list[torch.Tensor], base: torch.Tensor, *, epsilon: float = 1e-5
 
     An element that one model alone has touched takes its whole delta; one that none has stays the base's.
     """
-    total = base.double() * 0.0
+    total = base.new_zeros(base.shape).double()
     touched = total.clone()
     for theta in models:
         delta = theta - base
-        counts = delta.abs() > epsilon
+        counts = ~(delta.abs() <= epsilon)  # a NaN counts: it must show
         total = total + delta.double().masked_fill(~counts, 0.0)
         touched = touched + counts
     return base.double() + total / touched.clamp(min=1.0)

@@ -177,7 +177,10 @@ class TaskVector:
             return keep
         key = delta.float().view(torch.int32) & 0x7FFFFFFF
         kept = self._kept_by(self.cut, key, where)
-        return kept if self.outliers is None else kept & ~self._kept_by(self.outliers, key, where)
+        if self.outliers is None:
+            return kept
+        # What is not finite is no outlier: it must show in the output, where it is found.
+        return kept & (~self._kept_by(self.outliers, key, where) | (key >= 0x7F800000))
 
     def _kept_by(self, cut: Cut, key: torch.Tensor, where: Where) -> torch.Tensor:
         above = key > cut.key
@@ -209,7 +212,7 @@ class WeightedSum:
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:  # fmt: skip
         """Return the fp64 sum over fp32 (or fp64) `models` of equal shape."""
-        total = models[0].double() * 0.0
+        total = _zeros(models[0])
         if self.base_weight:
             assert base is not None
             total = total + self.base_weight * base.double()
@@ -243,7 +246,7 @@ class TaskVectorMerge:
         if self.elect:
             tau = self._disjoint_merge(models, base, where)
         else:
-            tau = base.double() * 0.0
+            tau = _zeros(base)
             for vector, theta in zip(self.vectors, models, strict=True):
                 tau = tau + vector.entries(theta, base, where)
             tau = tau / self.divisor if self.divisor != 1.0 else tau
@@ -253,7 +256,7 @@ class TaskVectorMerge:
         self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
     ) -> tuple[torch.Tensor, ...]:
         """Total magnitude and total weight of the entries of each sign: (up, down, w_up, w_down)."""
-        up = base.double() * 0.0
+        up = _zeros(base)
         down, up_weight, down_weight = up.clone(), up.clone(), up.clone()
         for vector, theta in zip(self.vectors, models, strict=True):
             tau = vector.entries(theta, base, where)
@@ -326,7 +329,7 @@ class FisherMean:
         merged = torch.where(merged > high, high, merged)
         fallback = target
         if self.average:
-            mean = target * 0.0
+            mean = _zeros(target)
             for weight, theta in zip(self.average, thetas, strict=True):
                 mean = mean + weight * theta
             fallback = mean / sum(self.average)
@@ -338,7 +341,7 @@ class FisherMean:
         """Return the sums of a_i (theta_i - theta_target), of the floors' share of a_i, and of a_i."""
         import torch
 
-        moved = fishers[0].double() * 0.0
+        moved = _zeros(fishers[0])
         raised, total = moved.clone(), moved.clone()
         for i, fisher in enumerate(fishers):
             known = fisher.double()
@@ -353,7 +356,7 @@ class FisherMean:
 
     def decided_by_floor(self, fishers: Sequence[torch.Tensor]) -> int:
         """Return the elements in which floors make up more than half of the weight."""
-        zeros = [fisher.double() * 0.0 for fisher in fishers]
+        zeros = [_zeros(fisher) for fisher in fishers]
         _, raised, total = self._sums(zeros, fishers)
         return int((raised > 0.5 * total).sum())
 
@@ -404,7 +407,7 @@ class RowCombination:
             scaled = [weights[:, i] * vector.rescale for i, vector in enumerate(self.vectors)]
         else:
             scaled = list(weights.unbind(1))
-        total = models[0].double() * 0.0
+        total = _zeros(models[0])
         for weight, rows in zip(scaled, self.terms(models, base, where), strict=True):
             total = total + weight.unsqueeze(1) * rows.double()
         return base.double() + total if self.vectors and base is not None else total
@@ -446,3 +449,10 @@ def removing(recipe: Recipe) -> tuple[TaskVector, ...]:
     """Return the task vectors of a recipe that may lose entries; empty if none does."""
     vectors = getattr(recipe, "vectors", ())
     return vectors if any(vector.removes for vector in vectors) else ()
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Return fp64 zeros of a piece's shape; 0 times an infinity would be NaN."""
+    import torch
+
+    return torch.zeros_like(like, dtype=torch.float64)
