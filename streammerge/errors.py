@@ -67,15 +67,15 @@ class Stopped(StreammergeError):
         self.exit_code = 128 + signum
 
 
-_ESCAPES = {ord(c): repr(c)[1:-1] for c in map(chr, [*range(32), 127, *range(0x80, 0xA0)])}
-
-
 def printable(text: object, limit: int = 400) -> str:
     """Return `text` as one line that is safe on a terminal, at most `limit` characters long.
+
+    What could move the cursor, break the line or turn its direction is escaped.
 
     >>> printable("a\\nb\\x1b[31m")
     'a\\\\nb\\\\x1b[31m'
     """
-    line = str(text).translate(_ESCAPES)
-    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    line = str(text)[: limit + 1]
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return line if len(line) <= limit else line[: limit - 1] + "…"
