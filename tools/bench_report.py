@@ -219,6 +219,12 @@ def draw_times(rows: Sequence[Row], axis: Any) -> None:
             points = [r.limit.limit_s for r in runs], [r.usage.wall_s for r in runs]
             axis.scatter(*points, marker=marker, color=colours[row.case.method], s=24)
     axis.set(xscale="log", yscale="log", xlabel="limit of the same run, s", ylabel="wall time, s")
+    from matplotlib import ticker
+
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        scale.set_major_formatter(ticker.ScalarFormatter())
+        scale.set_minor_formatter(ticker.NullFormatter())
     if rows:
         ends = [min(limits) / 1.3, max(limits) * 1.3]
         axis.plot(ends, ends, ":", color="gray")
