@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from streammerge.engine import commit, journal, output, writer
+from streammerge.engine import commit, durable, journal, output, writer
 from streammerge.engine.journal import NAME, STATE
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import WorldError
@@ -39,14 +39,19 @@ class Trap:
 
 def guarded(function: Callable[..., Any], trap: Trap) -> Callable[..., Any]:
     def call(*arguments: Any, **options: Any) -> Any:
-        if isinstance(trap.error, OSError) and function is not writer.fsync_directory:
-            with writer.world_errors("a file"):
+        if isinstance(trap.error, OSError) and function is not durable.fsync_directory:
+            with durable.world_errors("a file"):
                 trap()
         else:
             trap()
         return function(*arguments, **options)
 
     return call
+
+
+def cannot_allocate(*arguments: Any) -> None:
+    """Stand for a file system that cannot set space aside."""
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
 
 def set_trap(monkeypatch: pytest.MonkeyPatch, operation: str, trap: Trap) -> None:
@@ -60,13 +65,15 @@ def set_trap(monkeypatch: pytest.MonkeyPatch, operation: str, trap: Trap) -> Non
             return real(*arguments, **options)
 
         monkeypatch.setattr(os, name, call)
+        if name == "ftruncate":
+            monkeypatch.setattr(os, "posix_fallocate", cannot_allocate)
     elif operation.startswith(("ShardWriter.", "Journal.")):
         kind, name = operation.split(".")
         owner = ShardWriter if kind == "ShardWriter" else journal.Journal
         monkeypatch.setattr(owner, name, guarded(getattr(owner, name), trap))
     else:
-        function = guarded(getattr(writer, operation), trap)
-        for module in (writer, journal, output, commit):
+        function = guarded(getattr(durable, operation), trap)
+        for module in (durable, writer, journal, output, commit):
             if hasattr(module, operation):
                 monkeypatch.setattr(module, operation, function)
 
