@@ -124,14 +124,14 @@ class Journal:
 
 
 def remove_state(directory: Path) -> None:
-    """Remove the journal of an output directory, if there is one."""
+    """Remove the journal of an output directory, if there is one, for good."""
     state = directory / STATE
-    if state.is_dir() and not state.is_symlink():
-        with world_errors(state):
+    with world_errors(state):
+        if state.is_dir() and not state.is_symlink():
             for name in (NAME, NAME + PARTIAL):
                 (state / name).unlink(missing_ok=True)
             state.rmdir()
-            fsync_directory(directory)
+        fsync_directory(directory)
 
 
 def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) -> None:

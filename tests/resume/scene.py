@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from streammerge.api import merge
 from streammerge.engine.session import Summary
-from tests.conftest import config_for, output_bytes
+from tests.conftest import config_for, output_bytes, use_capacity, write_models
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed.weight": (300, 64),
@@ -58,6 +61,18 @@ class Scene:
         assert all(files[name] == self.expected[name] for name in final)
         if loads:
             assert final == set(self.expected)
+
+
+def make_scene(case: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    """Write the models of a case and merge them once, with buffers so small that the work is cut to pieces."""
+    use_capacity(monkeypatch, 1 << 17, 1)
+    # Nothing here cuts the power, and waiting for the disk is most of the time of a small merge.
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda descriptor: None)
+    paths = write_models(directory, n_models=2, shapes=SHAPES)
+    for path in paths:
+        (path / "tokenizer.json").write_text(f"{{}} of {path.name}")
+    return Scene(case, paths, directory)
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:
