@@ -16,6 +16,7 @@ from streammerge.dtypes import BITS
 from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
+from streammerge.engine.durable import fsync_directory, world_errors
 from streammerge.engine.fingerprint import files_digest, fingerprint, fisher_digest
 from streammerge.engine.journal import STATE, Journal, Progress, Receipt, remove_state
 from streammerge.engine.output import (
@@ -173,6 +174,9 @@ def _finished(out: Path, plan: MergePlan, identity: Mapping[str, str]) -> Summar
         raise OutputError(
             f"{printable(out)}: a finished merge of which files are missing or cut short; start over with --overwrite"
         )
+    with world_errors(out):
+        # Whoever gave the last name may have been killed before it was durable.
+        fsync_directory(out)
     remove_state(out)
     return Summary(
         str(out), True, len(plan.jobs), len(plan.layout.shards), 0, 0, plan.layout.nbytes, 0.0,
