@@ -266,7 +266,11 @@ def _copy_from_map(descriptor: int, offset: int, target: Bytes, path: str) -> No
         return
     if os.fstat(descriptor).st_size < start + length:
         raise _shrunk(path)
-    with mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start) as mapped:
+    try:
+        mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start)
+    except ValueError:  # it became shorter since
+        raise _shrunk(path) from None
+    with mapped:
         done = copy_mapped(mapped, offset - start, target)
     if done < target.size:
         # The file became shorter since, or the system does not copy so: reading tells.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,6 +47,8 @@ _OPTIONS = ["--shard-size", "700KB"]
 
 
 NEVER = 10**9
+
+ROOT = Path(__file__).parents[2]
 
 
 class Slow:
@@ -91,3 +95,11 @@ class Slow:
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, "", "")
         assert output_bytes(self.out) == self.expected()
+
+
+def run_forks(action: str, directory: Path, number: int) -> dict[str, Any]:
+    """Run an action of `tests.resume.forks` and return its figures."""
+    command = [sys.executable, "-m", "tests.resume.forks", action, str(directory), "--number", str(number)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

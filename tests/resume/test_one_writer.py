@@ -5,13 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
 from streammerge.errors import OutputError
 from tests.conftest import output_bytes
 from tests.resume.scene import Scene
-from tests.resume.slow_merge import Slow
+from tests.resume.slow_merge import Slow, run_forks
 
 
 def test_a_directory_that_is_locked_is_refused(scene: Scene) -> None:
@@ -53,3 +55,8 @@ def test_a_kill_leaves_no_lock_behind(slow: Slow) -> None:
     first.kill()
     first.wait()
     slow.finish()
+
+
+@pytest.mark.slow
+def test_of_merges_that_start_at_once_one_wins_and_the_others_are_refused(tmp_path: Path) -> None:
+    assert run_forks("starts", tmp_path, 5) == {"rounds": 5, "winners": 5, "refused": 10, "seconds": ANY}

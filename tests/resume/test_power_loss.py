@@ -61,6 +61,8 @@ def test_after_a_sync_that_failed_the_page_cache_is_not_believed(trials: Trials)
         if trials.run(disk):
             break
         begin = len(disk.log)
+        (place,) = (place for place, op in enumerate(disk.log) if isinstance(op, Sync) and not op.good)
+        assert Sync(disk.log[place].target) not in disk.log[place:], "asked again"
         assert trials.run(disk)
         trials.try_all(disk, begin)
         trials.try_one(build(disk.log, set(pending(disk.log)), {}), ended=True)

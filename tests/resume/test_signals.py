@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import random
-import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from streammerge.engine.journal import STATE
 from streammerge.engine.session import Event
 from streammerge.errors import Stopped
 from tests.resume.scene import Scene
-from tests.resume.slow_merge import Slow
+from tests.resume.slow_merge import Slow, run_forks
 
 
 def test_a_stop_that_was_asked_for_is_clean_and_resumable(scene: Scene) -> None:
@@ -34,26 +32,18 @@ def test_a_stop_that_was_asked_for_is_clean_and_resumable(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(slow: Slow) -> None:
-    chance = random.Random(20)
-    expected = slow.expected()
-    killed = 0
-    while killed < 8:
-        # The first runs die early, the later ones near the end and in the commit, or they end by themselves.
-        code = slow.start(kill_at=chance.randint(1, 20)).wait(timeout=60)
-        assert code in (0, -signal.SIGKILL)
-        killed += code == -signal.SIGKILL
-        names = {p.name for p in slow.out.iterdir()}
-        if "model.safetensors.index.json" in names:
-            assert {p.name: p.read_bytes() for p in slow.out.iterdir() if p.is_file()} == expected
-        assert all(
-            (slow.out / name).read_bytes() == expected[name]
-            for name in names - {STATE}
-            if not name.endswith(".partial")
-        )
-        if code == 0:
-            shutil.rmtree(slow.out)
-    slow.finish()
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """Of four methods, one shard and several, one to three kills in a row; tools/random_kills.py does more."""
+    figures = run_forks("kills", tmp_path, 24)
+    assert figures["kills"] >= 24
+    assert figures["killed three times in a row"] >= 1
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments_stop_it_in_one_line_within_seconds(tmp_path: Path) -> None:
+    figures = run_forks("signals", tmp_path, 8)
+    assert figures["stopped"] >= 4
+    assert figures["longest seconds"] < 10
 
 
 @pytest.mark.slow
