@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.resume.power_loss import build, pending
 from tests.resume.scene import CASES, make_scene
-from tests.resume.trials import OUT, Trials
+from tests.resume.trials import Trials
 
 
 def plain(trials: Trials, chains: int) -> None:
@@ -81,14 +81,12 @@ def after_failed_syncs(trials: Trials, chains: int) -> None:
 
 
 def replaced(trials: Trials, chains: int) -> None:
-    """Cut a merge with --overwrite over the finished merge of another config."""
+    """Cut a merge with --overwrite over the merge of another config, finished or not."""
     with pytest.MonkeyPatch.context() as patch:
         case = "ties" if trials.scene.options == {} else "dare"
         old = make_scene(case, trials.scene.directory / "old", patch)
-    finished = {str(OUT / name): data for name, data in old.expected.items()}
-    disk = trials.disk("disk", {"above": None, str(OUT): None, str(OUT / "notes.txt"): b"mine", **finished})
-    assert trials.run(disk, overwrite=True)
-    trials.try_replaced(disk, disk.begin, old)
+    for finished in (True, False):
+        trials.try_replaced(trials.replacing(old, finished=finished), old)
 
 
 KINDS: list[Callable[[Trials, int], None]] = [

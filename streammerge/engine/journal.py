@@ -76,7 +76,7 @@ class Journal:
         return progress
 
     def start_over(self) -> None:
-        """Forget what is recorded; the directory stays marked as ours."""
+        """Forget what is recorded; the directory is marked as ours from now on, for good."""
         with world_errors(self._path):
             self._state.mkdir(exist_ok=True)
             fsync_directory(self._out)
@@ -84,7 +84,7 @@ class Journal:
             fsync_directory(self._state)
 
     def open(self) -> None:
-        """Make the journal ready to be added to: a new one, or the sound lines of the old one.
+        """Make the journal ready to be added to: a new one after `start_over`, or the sound lines of the old one.
 
         They are written anew, as one file: what follows them may be torn, and where a sync has failed they may be
         in the page cache alone.
@@ -95,7 +95,6 @@ class Journal:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             self._descriptor = os.open(self._path, flags)
             fsync_directory(self._state)
-            fsync_directory(self._out)
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """Record finished elements."""

@@ -153,3 +153,40 @@ def test_a_link_planted_in_the_output_is_not_followed(
     with contextlib.suppress(StreammergeError):
         scene.merge(out)
     assert victim.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("moment", ["Journal.remove", "os.rmdir"])
+def test_what_loads_goes_first_when_a_finished_commit_is_found_damaged(
+    moment: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All was there but the end of the commit; then a file was lost, and the run that makes it again is killed."""
+    saved, out = scene.directory / "saved", scene.directory / "out"
+    with monkeypatch.context() as patch:
+        set_trap(patch, moment, Trap(SimulatedKill(), 1, once=True))
+        with pytest.raises(SimulatedKill):
+            scene.merge(saved)
+    (saved / "config.json").unlink()
+    for at in range(1, 100):
+        shutil.copytree(saved, out)
+        with monkeypatch.context() as patch:
+            trap = Trap(SimulatedKill(), at, once=False)
+            set_trap(patch, "os.pwrite", trap)
+            with contextlib.suppress(SimulatedKill):
+                scene.merge(out)
+        if not trap.sprung:
+            break
+        scene.assert_nothing_torn(out)
+        scene.merge(out)
+        scene.assert_finished(out)
+        shutil.rmtree(out)
+    assert 1 < at < 99
+
+
+def test_a_link_in_place_of_the_state_is_refused(scene: Scene) -> None:
+    out, elsewhere = scene.directory / "out", scene.directory / "elsewhere"
+    out.mkdir()
+    elsewhere.mkdir()
+    (out / STATE).symlink_to(elsewhere)
+    with pytest.raises(OutputError, match="a link, which no merge made"):
+        scene.merge(out)
+    assert not list(elsewhere.iterdir())

@@ -127,15 +127,17 @@ def test_a_file_beside_the_weights_that_cannot_be_read_is_no_success(
     finishes(scene, out)
 
 
+@pytest.mark.parametrize("part", ["header", "tensors"])
 def test_own_partial_shards_that_cannot_be_read_are_made_again(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
+    part: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = scene.directory / "out"
     interrupt(scene, out, monkeypatch, after=6)
     real = os.pread
 
     def pread(descriptor: int, nbytes: int, offset: int) -> bytes:
-        if str(out) in os.readlink(f"/proc/self/fd/{descriptor}") and nbytes:
+        ours = str(out) in os.readlink(f"/proc/self/fd/{descriptor}")
+        if ours and nbytes and (offset == 0) == (part == "header"):
             raise OSError(errno.EIO, "Input/output error")
         return real(descriptor, nbytes, offset)
 

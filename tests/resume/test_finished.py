@@ -53,3 +53,16 @@ def test_overwrite_leaves_files_of_others_alone(scene: Scene, tmp_path: Path) ->
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
     assert output_bytes(out) == scene.expected
+
+
+def test_starting_over_removes_no_file_that_only_looks_like_ours(scene: Scene, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    scene.merge(out)
+    names = ["model-old.safetensors", "model.safetensors.bak", "download.partial", "model-1-of-2.safetensors"]
+    for name in names:
+        (out / name).write_text("mine")
+    scene.merge(out, overwrite=True)
+    for name in names:
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    scene.assert_finished(out)

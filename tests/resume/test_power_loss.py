@@ -69,17 +69,35 @@ def test_after_a_sync_that_failed_the_page_cache_is_not_believed(trials: Trials)
     assert number > 8
 
 
-def test_power_lost_while_a_finished_merge_is_replaced(
-    trials: Trials, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "unfinished"])
+def test_power_lost_while_another_merge_is_replaced(
+    finished: bool, trials: Trials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = "dare" if "ties" in trials.scene.config.values() else "ties"
     old = make_scene(case, trials.scene.directory / "old", monkeypatch)
-    old.merge(trials.scene.directory / "finished")
-    finished = {str(OUT / name): data for name, data in old.expected.items()}
-    disk = trials.disk("disk", {"above": None, str(OUT): None, str(OUT / "notes.txt"): b"mine", **finished})
-    assert trials.run(disk, overwrite=True)
-    trials.limit = 25
-    trials.try_replaced(disk, disk.begin, old)
+    disk = trials.replacing(old, finished=finished)
+    cleared = next(
+        place for place, op in enumerate(disk.log)
+        if place >= disk.begin and isinstance(op, Link) and op.name.startswith(NAME)
+    ) + 6  # fmt: skip
+    trials.n_random, trials.limit = 0, 60
+    trials.try_replaced(disk, old, cleared)
+    trials.limit = 12
+    trials.try_replaced(disk, old)
+
+
+def test_power_lost_in_the_run_after_a_kill_at_the_very_end(trials: Trials) -> None:
+    """The names were given but not synced by a run that was killed; the next one finds all done."""
+    plain = trials.disk("disk")
+    trials.run(plain)
+    n_ops = len(plain.log) - plain.begin
+    trials.n_random, trials.limit = 0, 8
+    for back in range(1, 8):
+        disk = trials.disk("disk")
+        if not trials.run(disk, kill_at=disk.begin + n_ops - back):
+            begin = len(disk.log)
+            assert trials.run(disk)
+            trials.try_all(disk, begin)
 
 
 def test_work_that_was_recorded_is_not_done_again_after_power_was_lost(trials: Trials) -> None:

@@ -63,10 +63,10 @@ class Trials:
         self.run(disk, kill_at=begin + self.chance.randrange(n_ops))
         return len(disk.log)
 
-    def losses(self, disk: Recorder, begin: int) -> list[Blackout]:
+    def losses(self, disk: Recorder, begin: int, end: int | None = None) -> list[Blackout]:
         """Return the power losses to try at or after a place of the log."""
-        found = blackouts(disk.log, begin, self.chance, self.n_random, self.limit)
-        self.counts["operations"] += len(disk.log) - begin
+        found = blackouts(disk.log[:end], begin, self.chance, self.n_random, self.limit)
+        self.counts["operations"] += len(disk.log[:end]) - begin
         self.counts["different states"] += len(found)
         return found
 
@@ -97,9 +97,22 @@ class Trials:
             self.scene.merge(root / OUT)
         self.scene.assert_finished(root / OUT)
 
-    def try_replaced(self, disk: Recorder, begin: int, old: Scene) -> None:
-        """Cut the power while a merge replaces the finished one of another scene, beside a file of the user's."""
-        for loss in self.losses(disk, begin):
+    def replacing(self, old: Scene, *, finished: bool) -> Recorder:
+        """Merge with --overwrite over another scene's merge, beside a file of the user's; return the disk."""
+        before = Trials(old, self.chance, limit=None, n_random=0)
+        disk = before.disk("disk")
+        assert before.run(disk)
+        n_ops = len(disk.log) - disk.begin
+        if not finished:
+            disk = before.disk("disk")
+            before.run(disk, kill_at=disk.begin + n_ops * 2 // 3)
+        disk = self.disk("replaced", tree_of(disk.root) | {str(OUT / "notes.txt"): b"mine"})
+        assert self.run(disk, overwrite=True)
+        return disk
+
+    def try_replaced(self, disk: Recorder, old: Scene, end: int | None = None) -> None:
+        """Cut the power while a merge replaces that of another scene, up to the end of the log or before."""
+        for loss in self.losses(disk, disk.begin, end):
             tree = loss.tree(disk.log)
             out = self.scene.directory / "after" / OUT
             try:
