@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,43 +41,47 @@ def auto_means_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streammerge.api._GPU_DRIVER", "/nonexistent")
 
 
+def write_models(
+    directory: Path,
+    n_models: int = 3,
+    dtype: torch.dtype = torch.bfloat16,
+    spread: float = 1e-3,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    seed: int = 0,
+) -> list[Path]:
+    """Write a base and fine-tunes of it: [base, model 1, model 2, ...]."""
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+    paths = []
+    for i in range(n_models + 1):
+        tensors = {
+            name: (t + (torch.randn(t.shape, generator=generator) * spread if i else 0)).to(dtype)
+            for name, t in base.items()
+        }
+        tensors["position_ids"] = torch.arange(16)
+        paths.append(write_model(directory / ("base" if i == 0 else f"m{i}"), tensors))
+    return paths
+
+
 @pytest.fixture
 def make_models(tmp_path: Path) -> Callable[..., list[Path]]:
-    """Return a function that writes a base and fine-tunes: [base, model 1, model 2, ...]."""
+    """Return `write_models` for the test's directory."""
+    return partial(write_models, tmp_path)
 
-    def make(
-        n_models: int = 3,
-        dtype: torch.dtype = torch.bfloat16,
-        spread: float = 1e-3,
-        shapes: Mapping[str, tuple[int, ...]] = SHAPES,
-        seed: int = 0,
-    ) -> list[Path]:
-        generator = torch.Generator().manual_seed(seed)
-        base = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
-        paths = []
-        for i in range(n_models + 1):
-            tensors = {
-                name: (t + (torch.randn(t.shape, generator=generator) * spread if i else 0)).to(dtype)
-                for name, t in base.items()
-            }
-            tensors["position_ids"] = torch.arange(16)
-            paths.append(write_model(tmp_path / ("base" if i == 0 else f"m{i}"), tensors))
-        return paths
 
-    return make
+def use_capacity(monkeypatch: pytest.MonkeyPatch, capacity: int, threads: int) -> None:
+    """Give later merges a capacity in bytes and a number of threads."""
+
+    def make_budget(memory: int | None, n: int | None, reserve: int) -> budgets.Budget:
+        return budgets.Budget(reserve + capacity, reserve, threads)
+
+    monkeypatch.setattr(budgets, "make_budget", make_budget)
 
 
 @pytest.fixture
 def small_capacity(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Return a function that gives later merges a capacity in bytes and a number of threads."""
-
-    def use(capacity: int, threads: int) -> None:
-        def make_budget(memory: int | None, n: int | None, reserve: int) -> budgets.Budget:
-            return budgets.Budget(reserve + capacity, reserve, threads)
-
-        monkeypatch.setattr(budgets, "make_budget", make_budget)
-
-    return use
+    """Return `use_capacity` for the length of the test."""
+    return partial(use_capacity, monkeypatch)
 
 
 def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]:

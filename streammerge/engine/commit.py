@@ -9,13 +9,13 @@ from typing import Any
 
 from streammerge import __version__, dtypes
 from streammerge.engine.checksum import combine_all, crc32
+from streammerge.engine.durable import fsync_directory, world_errors, write_file
 from streammerge.engine.journal import Receipt
-from streammerge.engine.output import CONFIG_COPY, MANIFEST, SIDECARS, seal
-from streammerge.engine.writer import ShardWriter, fsync_directory, world_errors, write_file
+from streammerge.engine.output import CONFIG_COPY, MANIFEST, seal
+from streammerge.engine.sidecars import CONFIG
+from streammerge.engine.writer import ShardWriter
 from streammerge.index.model import INDEX_NAME
 from streammerge.plan.plan import MergePlan
-
-_MAX_SIDECAR = 1 << 28
 
 
 def commit(
@@ -26,6 +26,7 @@ def commit(
     fingerprints: Sequence[str],
     card: str,
     identity: Mapping[str, str],
+    sidecars: Mapping[str, bytes],
 ) -> dict[str, Any]:
     """Publish a finished merge; everything is durable before the index (or single shard) has its name.
 
@@ -34,11 +35,9 @@ def commit(
     chosen = cover(plan, receipts)
     shards = range(len(plan.layout.shards))
     single = len(plan.layout.shards) == 1
-    writer.sync(set(shards))
-    files: dict[str, bytes] = {}
-    if (config := _config_json(plan)) is not None:
-        files["config.json"] = config
-    files.update(_sidecars(plan))
+    files = dict(sidecars)
+    if CONFIG in files:
+        files[CONFIG] = _with_dtype(files[CONFIG], plan)
     files["README.md"] = card.encode()
     files[CONFIG_COPY] = plan.config.text.encode("utf-8", "surrogatepass")
     index = None if single else _index(plan)
@@ -160,11 +159,8 @@ def _index(plan: MergePlan) -> bytes:
     return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _config_json(plan: MergePlan) -> bytes | None:
+def _with_dtype(raw: bytes, plan: MergePlan) -> bytes:
     """Return the donor's config.json with the dtype the output has; other fields as they are."""
-    raw = _read(plan.donor.directory / "config.json")
-    if raw is None:
-        return None
     try:
         config = json.loads(raw)
     except (ValueError, RecursionError):
@@ -175,17 +171,3 @@ def _config_json(plan: MergePlan) -> bytes | None:
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config[key] = dtypes.CONFIG_NAME[wanted]
     return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def _sidecars(plan: MergePlan) -> dict[str, bytes]:
-    found = {name: _read(plan.donor.directory / name) for name in SIDECARS}
-    return {name: data for name, data in found.items() if data is not None}
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        if path.is_file() and path.stat().st_size <= _MAX_SIDECAR:
-            return path.read_bytes()
-    except OSError:
-        pass
-    return None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streammerge.engine.writer import fsync_directory, world_errors
+from streammerge.engine.durable import PARTIAL, fsync_directory, world_errors, write_file, write_fully
 from streammerge.errors import OutputError, printable
 
 STATE = ".streammerge"
@@ -48,37 +49,54 @@ class Progress:
 
 
 class Journal:
-    """An open journal, appended to by one thread."""
+    """The journal of an output directory; `add` and `add_answers` may be called from any thread."""
 
     def __init__(self, directory: Path, identity: Mapping[str, str]) -> None:
+        self._out = directory
         self._state = directory / STATE
         self._path = self._state / NAME
         self._identity = dict(identity)
+        self._lock = threading.Lock()
         self._descriptor = -1
 
-    def open(self) -> Progress:
-        """Return what is recorded and make the journal ready; a new one if there is none.
+    def read(self) -> Progress | None:
+        """Return what is recorded; None if nothing is. Changes nothing.
 
         Raises
         ------
         OutputError
             If the recorded merge is another one; the message says what changed.
         """
+        if self._state.is_symlink():
+            raise OutputError(
+                f"{printable(self._state)}: a link, which no merge made; remove it, or choose another OUT"
+            )
         with world_errors(self._path):
-            progress, length = _load(self._path)
-            if progress is not None:
-                compare(self._identity, progress.identity, self._state.parent)
-            self._state.mkdir(exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._descriptor = os.open(self._path, flags, 0o666)
-            os.ftruncate(self._descriptor, length)
-            os.lseek(self._descriptor, length, os.SEEK_SET)
-            if progress is None:
-                progress = Progress(self._identity)
-                self._append([{"identity": self._identity}])
-            fsync_directory(self._state)
-            fsync_directory(self._state.parent)
+            progress, _ = _load(self._path)
+        if progress is not None:
+            compare(self._identity, progress.identity, self._out)
         return progress
+
+    def start_over(self) -> None:
+        """Forget what is recorded; the directory is marked as ours from now on, for good."""
+        with world_errors(self._path):
+            self._state.mkdir(exist_ok=True)
+            fsync_directory(self._out)
+            self._path.unlink(missing_ok=True)
+            fsync_directory(self._state)
+
+    def open(self) -> None:
+        """Make the journal ready to be added to: a new one after `start_over`, or the sound lines of the old one.
+
+        They are written anew, as one file: what follows them may be torn, and where a sync has failed they may be
+        in the page cache alone.
+        """
+        with world_errors(self._path):
+            progress, sound = _load(self._path)
+            write_file(self._path, sound if progress is not None else _line({"identity": self._identity}))
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self._path, flags)
+            fsync_directory(self._state)
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """Record finished elements."""
@@ -92,10 +110,8 @@ class Journal:
 
     def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
         data = b"".join(_line(record) for record in records)
-        with world_errors(self._path):
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+        with self._lock, world_errors(self._path):
+            write_fully(self._descriptor, data)
             os.fdatasync(self._descriptor)
 
     def close(self) -> None:
@@ -107,18 +123,18 @@ class Journal:
     def remove(self) -> None:
         """Remove the journal: the merge is complete."""
         self.close()
-        remove_state(self._state.parent)
+        remove_state(self._out)
 
 
 def remove_state(directory: Path) -> None:
-    """Remove the journal of an output directory, if there is one."""
+    """Remove the journal of an output directory, if there is one, for good."""
     state = directory / STATE
-    if state.is_dir() and not state.is_symlink():
-        with world_errors(state):
-            for path in (state / NAME,):
-                path.unlink(missing_ok=True)
+    with world_errors(state):
+        if state.is_dir() and not state.is_symlink():
+            for name in (NAME, NAME + PARTIAL):
+                (state / name).unlink(missing_ok=True)
             state.rmdir()
-            fsync_directory(directory)
+        fsync_directory(directory)
 
 
 def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) -> None:
@@ -136,12 +152,12 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _load(path: Path) -> tuple[Progress | None, int]:
-    """Return what the sound lines say and their length; the first unsound line ends them."""
+def _load(path: Path) -> tuple[Progress | None, bytes]:
+    """Return what the sound lines say, and these lines; the first unsound line ends them."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        return None, 0
+        return None, b""
     progress: Progress | None = None
     length = 0
     for line in raw.splitlines(keepends=True):
@@ -155,7 +171,7 @@ def _load(path: Path) -> tuple[Progress | None, int]:
         if progress is None:
             break
         length += len(line)
-    return progress, length if progress is not None else 0
+    return progress, raw[:length]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

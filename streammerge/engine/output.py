@@ -5,28 +5,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from streammerge.engine.checksum import crc32
-from streammerge.engine.journal import STATE, remove_state
-from streammerge.engine.writer import PARTIAL, fsync_directory, world_errors
+from streammerge.engine.durable import PARTIAL, fsync_directory, make_directory, world_errors
+from streammerge.engine.journal import STATE
+from streammerge.engine.sidecars import CONFIG, COPIED
 from streammerge.errors import OutputError, printable
-from streammerge.index.model import TensorIndex
+from streammerge.index.model import INDEX_NAME, TensorIndex
 
 MANIFEST = "streammerge.json"
 CONFIG_COPY = "streammerge_config.yml"
-
-SIDECARS = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
-    "sentence_bert_config.json", "config_sentence_transformers.json",
-)  # fmt: skip
-"""Files copied from the donor as they are."""
 
 
 def check_target(out: Path, inputs: Sequence[TensorIndex], others: Sequence[str] = ()) -> None:
@@ -65,13 +58,14 @@ def locked(out: Path) -> Iterator[None]:
         If another merge runs there.
     """
     with world_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+        make_directory(out)
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{printable(out)}: another merge is writing there") from None
+        with world_errors(out):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"{printable(out)}: another merge is writing there") from None
         yield
     finally:
         os.close(descriptor)
@@ -135,26 +129,44 @@ def check_contents(out: Path) -> None:
     """
     if (out / STATE).exists() or read_manifest(out) is not None:
         return
-    if foreign := sorted(entry.name for entry in out.iterdir()):
+    with world_errors(out):
+        foreign = sorted(entry.name for entry in out.iterdir())
+    if foreign:
         raise OutputError(
             f"{printable(out)}: holds files that streammerge did not make ({printable(foreign[0])}); "
             "choose an empty or new directory"
         )
 
 
-def clear(out: Path) -> None:
-    """Remove what a merge of ours left; other files stay.
+_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
+_LOADS = (INDEX_NAME, "model.safetensors")
+"""What a loader looks for: its name means a finished model."""
+_FIXED = {CONFIG, *COPIED, "README.md", CONFIG_COPY, MANIFEST, INDEX_NAME}
 
-    The index goes first, so that nothing loads; what tells that the directory is ours goes last.
+
+def withdraw(out: Path) -> None:
+    """Take an index away, so that nothing loads while the files it speaks of are worked on."""
+    _remove(out, {INDEX_NAME})
+
+
+def clear(out: Path) -> None:
+    """Remove what a merge of ours left, but for its journal; files of others stay.
+
+    What loads goes first, for good: afterwards the rest may go in any order, and be there again after a loss of
+    power.
     """
-    manifest = read_manifest(out)
-    ours = {*SIDECARS, "config.json", "README.md", CONFIG_COPY, *(manifest["files"] if manifest else ())}
-    names = [entry.name for entry in out.iterdir() if entry.is_file() or entry.is_symlink()]
+    _remove(out, set(_LOADS))
     with world_errors(out):
-        for name in sorted(names, key=lambda name: (not name.endswith(".index.json"), name)):
-            shard = name.startswith("model") and name.endswith((".safetensors", ".index.json"))
-            if name in ours or name.endswith(PARTIAL) or shard:
-                (out / name).unlink()
-        fsync_directory(out)
-        (out / MANIFEST).unlink(missing_ok=True)
-    remove_state(out)
+        names = {entry.name for entry in out.iterdir() if entry.is_file() or entry.is_symlink()}
+    whole = {name: name.removesuffix(PARTIAL) for name in names}
+    _remove(out, {name for name in names if whole[name] in _FIXED or _SHARD.fullmatch(whole[name])})
+
+
+def _remove(out: Path, names: set[str]) -> None:
+    """Remove those of some files that are there, for good."""
+    with world_errors(out):
+        there = [name for name in sorted(names) if os.path.lexists(out / name)]
+        for name in there:
+            (out / name).unlink()
+        if there:
+            fsync_directory(out)

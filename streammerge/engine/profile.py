@@ -7,8 +7,8 @@ import resource
 from pathlib import Path
 from typing import Any
 
+from streammerge.engine.durable import write_file
 from streammerge.engine.stages import BESIDE, Stages
-from streammerge.engine.writer import write_file
 
 
 def profile_values(

@@ -2,7 +2,8 @@
 
 Reads past the cache are the default: as fast as others, at a tenth of the CPU time. What lies in the
 cache already, or is to be read again, goes through it. A map is the last choice: a file that shrinks gives a
-short read, an error we report, where a map gives SIGBUS, which kills the process.
+short read, an error we report, where touching a map gives SIGBUS, which kills the process; so the system copies
+out of it for us (`mapped`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from streammerge.engine.direct import (
     place_in_page,
     read_direct,
 )
+from streammerge.engine.mapped import copy_mapped
 from streammerge.engine.memory import Bytes
 from streammerge.errors import ModelError, StreammergeError, WorldError, printable
 from streammerge.index.header import FileStamp, open_regular
@@ -226,7 +228,10 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WorldError(f"{printable(path)}: cannot be read: {error.strerror}") from error
+        raise WorldError(
+            f"{printable(path)}: cannot be read: {error.strerror}; check the disk; what is finished is kept; run the same "
+            "command again"
+        ) from error
 
 
 def _read_past_cache(file: _File, offset: int, slot: Bytes, nbytes: int, path: str) -> None:
@@ -261,12 +266,21 @@ def _copy_from_map(descriptor: int, offset: int, target: Bytes, path: str) -> No
         return
     if os.fstat(descriptor).st_size < start + length:
         raise _shrunk(path)
-    with mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start) as mapped:
-        target.data[:] = memoryview(mapped)[offset - start : length]
+    try:
+        mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start)
+    except ValueError:  # it became shorter since
+        raise _shrunk(path) from None
+    with mapped:
+        done = copy_mapped(mapped, offset - start, target)
+    if done < target.size:
+        # The file became shorter since, or the system does not copy so: reading tells.
+        _read_fully(descriptor, offset + done, target[done:], path)
 
 
 def _shrunk(path: str) -> WorldError:
-    return WorldError(f"{printable(path)}: the file became shorter while it was read")
+    return WorldError(
+        f"{printable(path)}: the file became shorter while it was read; restore it and start again with --overwrite"
+    )
 
 
 def check_unchanged(stamp: FileStamp) -> None:
@@ -275,7 +289,9 @@ def check_unchanged(stamp: FileStamp) -> None:
         now = os.stat(stamp.path)
     except OSError as error:
         reason = "is gone" if error.errno == errno.ENOENT else str(error.strerror)
-        raise WorldError(f"{printable(stamp.path)}: an input {reason}; restore it and run again") from None
+        raise WorldError(
+            f"{printable(stamp.path)}: an input {reason}; restore it and start again with --overwrite"
+        ) from None
     known = (stamp.nbytes, stamp.mtime_ns, stamp.inode)
     if (now.st_size, now.st_mtime_ns, now.st_ino) != known or now.st_ctime_ns != stamp.ctime_ns:
         raise WorldError(

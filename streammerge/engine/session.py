@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,9 @@ from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
+from streammerge.engine.durable import fsync_directory, world_errors
 from streammerge.engine.fingerprint import files_digest, fingerprint, fisher_digest
-from streammerge.engine.journal import STATE, Journal, Receipt, remove_state
+from streammerge.engine.journal import STATE, Journal, Progress, Receipt, remove_state
 from streammerge.engine.memory import Bytes
 from streammerge.engine.nonfinite import trace
 from streammerge.engine.output import (
@@ -28,13 +30,16 @@ from streammerge.engine.output import (
     is_complete,
     locked,
     read_manifest,
+    withdraw,
 )
 from streammerge.engine.profile import profile_values, write_profile
 from streammerge.engine.reader import Backend, Reader, check_unchanged
 from streammerge.engine.run import Runner, Tick
+from streammerge.engine.sidecars import find_sidecars, read_sidecars
 from streammerge.engine.warm import ensure_compiled
 from streammerge.engine.writer import ShardWriter
-from streammerge.errors import ConfigError, OutputError, Stopped, printable
+from streammerge.errors import ConfigError, OutputError, Stopped, WorldError, printable
+from streammerge.index.header import FileStamp
 from streammerge.methods.rng import SCHEME, RandomKeys
 from streammerge.plan.budget import available_memory
 from streammerge.plan.layout import Slot
@@ -122,9 +127,7 @@ def execute(
         keys = _random_keys(plan, fingerprints)
         with locked(out):
             check_contents(out)
-            if options.overwrite:
-                clear(out)
-            if (finished := _finished(out, plan, identity)) is not None:
+            if not options.overwrite and (finished := _finished(out, plan, identity)) is not None:
                 return finished
             session = _Session(plan, out, reader, keys, options, emit, stop or threading.Event())
             return session.run(identity, fingerprints, card(plan), began, signal_received)
@@ -142,9 +145,11 @@ def _identity(plan: MergePlan, fingerprints: Sequence[str], fisher_digests: Sequ
     return identity
 
 
-def _stamps(plan: MergePlan) -> dict[str, str]:
+def _stamps(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> dict[str, str]:
     """Return what identifies the input files themselves while a merge is unfinished; not in the manifest."""
-    return {f"version of the files of {name}": files_digest(stamps) for name, stamps in plan.stamped.items()}
+    stamps = {f"version of the files of {name}": files_digest(some) for name, some in plan.stamped.items()}
+    listed = json.dumps(sorted(sidecars)) + files_digest(sidecars[name] for name in sorted(sidecars))
+    return {**stamps, f"version of the files beside {plan.donor.reference}": listed}
 
 
 def _random_keys(plan: MergePlan, fingerprints: Sequence[str]) -> RandomKeys:
@@ -177,6 +182,9 @@ def _finished(out: Path, plan: MergePlan, identity: Mapping[str, str]) -> Summar
         raise OutputError(
             f"{printable(out)}: a finished merge of which files are missing or cut short; start over with --overwrite"
         )
+    with world_errors(out):
+        # Whoever gave the last name may have been killed before it was durable.
+        fsync_directory(out)
     remove_state(out)
     return Summary(
         str(out), True, len(plan.jobs), len(plan.layout.shards), 0, 0, plan.layout.nbytes, 0.0,
@@ -203,6 +211,7 @@ class _Session:
         self._emit, self._stop = emit, stop
         self._writer = ShardWriter(out, plan.layout, direct=options.backend == "direct")
         self._context = Context(plan, reader, self._writer, keys, stop, tolerant=options.nonfinite == "warn")
+        self._overwrite = options.overwrite
         self._profile = options.profile
         self._running = 0.0
 
@@ -210,10 +219,11 @@ class _Session:
         self, identity: Mapping[str, str], fingerprints: Sequence[str], card: str, began: float,
         signal_received: Callable[[], int | None],
     ) -> Summary:  # fmt: skip
-        journal = Journal(self._out, {**identity, **_stamps(self._plan)})
+        sidecars = find_sidecars(self._plan.donor.directory)
+        journal = Journal(self._out, {**identity, **_stamps(self._plan, sidecars)})
         stages = self._context.stages
         try:
-            progress = journal.open()
+            progress = self._continue(journal)
             self._writer.open()
             sound = self._believe(progress.receipts)
             resumed = sum(_receipt_bytes(self._plan, receipt) for receipt in sound)
@@ -236,8 +246,9 @@ class _Session:
             public = {_public(key, self._plan): value for key, value in identity.items()}
             with stages.time("commit"):
                 manifest = commit(
-                    self._plan, self._out, self._writer, runner.receipts, fingerprints, card, public
-                )
+                    self._plan, self._out, self._writer, runner.receipts, fingerprints, card, public,
+                    read_sidecars(sidecars),
+                )  # fmt: skip
                 journal.remove()
         finally:
             journal.close()
@@ -246,6 +257,17 @@ class _Session:
                 write_profile(self._profile, self._profile_values(time.monotonic() - began))
         self._warn_of_floor(manifest.get("floored"))
         return self._summary(manifest, resumed, began)
+
+    def _continue(self, journal: Journal) -> Progress:
+        """Return what an earlier run recorded; where there is nothing, or it is not wanted, begin anew."""
+        progress = None if self._overwrite else journal.read()
+        if progress is None:
+            journal.start_over()
+            clear(self._out)
+        else:
+            withdraw(self._out)
+        journal.open()
+        return progress or Progress({})
 
     def _believe(self, receipts: Sequence[Receipt]) -> list[Receipt]:
         """Return the receipts whose bytes are still what they say; the others are done again."""
@@ -266,7 +288,10 @@ class _Session:
         position, end = slot.offset + receipt.start * bits // 8, slot.offset + receipt.stop * bits // 8
         value = 0
         while position < end and not self._stop.is_set():
-            data = self._writer.read(slot.shard, position, min(_CHECK_STEP, end - position))
+            try:
+                data = self._writer.read(slot.shard, position, min(_CHECK_STEP, end - position))
+            except WorldError:
+                return False  # Done again, it is written elsewhere, or the disk says what is wrong.
             value = crc32(data, value)
             position += len(data)
             if not data:

@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 from streammerge.engine.direct import REFUSED, open_direct, place_in_page, write_direct
+from streammerge.engine.durable import PARTIAL, fsync_directory, world_errors
 from streammerge.engine.memory import Bytes
-from streammerge.errors import WorldError, printable
 from streammerge.plan.arena import DIRECT_BYTES, PAGE
 from streammerge.plan.layout import Layout, Shard
 
-PARTIAL = ".partial"
-
-
-@contextmanager
-def world_errors(what: object) -> Iterator[None]:
-    """Turn an OSError into a WorldError that names what was being done and says it can be resumed."""
-    try:
-        yield
-    except OSError as error:
-        cure = "free some space and run the same command again" if error.errno in (
-            errno.ENOSPC, errno.EDQUOT, errno.EFBIG
-        ) else "what is finished is kept; run the same command again"  # fmt: skip
-        raise WorldError(f"{printable(what)}: {error.strerror or error}; {cure}") from error
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+_AT_ONCE = 1 << 30
+"""Linux moves at most 2 GiB a call."""
 
 
 class ShardWriter:
@@ -62,31 +41,55 @@ class ShardWriter:
         self.bytes_written = 0
 
     def open(self) -> None:
-        """Open or create every shard at its full size; a full disk is found here."""
-        for number, shard in enumerate(self._shards):
-            with world_errors(self._directory / shard.name):
-                self._descriptors.append(self._open_one(number, shard))
-            direct = open_direct(self._descriptors[-1], os.O_RDWR) if self._direct else None
-            self._direct_descriptors.append(direct)
-        with world_errors(self._directory):
-            fsync_directory(self._directory)
+        """Open or create every shard at its full size; a full disk is found here.
+
+        What an earlier run gave its final name is partial again until all is finished: no file is written to
+        under its final name, and a name that could not be made durable then is given once more.
+        """
+        try:
+            for number, shard in enumerate(self._shards):
+                with world_errors(self._directory / shard.name):
+                    self._descriptors.append(self._open_one(number, shard))
+                direct = open_direct(self._descriptors[-1], os.O_RDWR) if self._direct else None
+                self._direct_descriptors.append(direct)
+            with world_errors(self._directory):
+                fsync_directory(self._directory)
+        except BaseException:
+            self._free_space()
+            raise
 
     def _open_one(self, number: int, shard: Shard) -> int:
-        final, partial = self._directory / shard.name, self._directory / (shard.name + PARTIAL)
+        final, partial = self._directory / shard.name, self._partial(number)
+        if final.exists():
+            os.replace(final, partial)
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        for path in (final, partial):
-            if path.exists():
-                descriptor = os.open(path, flags)
-                whole = os.fstat(descriptor).st_size == shard.nbytes
-                if whole and os.pread(descriptor, len(shard.header), 0) == shard.header:
-                    return descriptor
+        if partial.exists():
+            descriptor = os.open(partial, flags)
+            if not _begins_as(descriptor, shard):
                 os.close(descriptor)
-                path.unlink()
-        self.fresh.add(number)
-        descriptor = os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
-        _allocate(descriptor, shard.nbytes)
-        os.pwrite(descriptor, shard.header, 0)
+                partial.unlink()
+                return self._open_one(number, shard)
+        else:
+            descriptor = os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            self.fresh.add(number)
+        try:
+            if number in self.fresh:
+                _allocate(descriptor, shard.nbytes)
+            # An old one's too: where a sync failed, it is in the page cache and not on the disk.
+            _write_all(descriptor, shard.header, 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor
+
+    def _partial(self, number: int) -> Path:
+        return self._directory / (self._shards[number].name + PARTIAL)
+
+    def _free_space(self) -> None:
+        """Remove what `open` made and nothing was written to: a disk that is full should not stay so."""
+        for number in self.fresh:
+            with suppress(OSError):
+                self._partial(number).unlink()
 
     def write(self, shard: int, offset: int, data: Bytes) -> None:
         """Write bytes at an absolute offset of a shard."""
@@ -112,12 +115,7 @@ class ShardWriter:
             return 0
 
     def _write_cached(self, shard: int, offset: int, data: Bytes) -> None:
-        view = data.data
-        position = 0
-        while position < len(view):
-            position += os.pwrite(
-                self._descriptors[shard], view[position : position + (1 << 30)], offset + position
-            )
+        _write_all(self._descriptors[shard], data.data, offset)
 
     def read(self, shard: int, offset: int, nbytes: int) -> bytes:
         """Read back bytes of a shard."""
@@ -131,13 +129,11 @@ class ShardWriter:
                 os.fdatasync(self._descriptors[shard])
 
     def publish(self, shard: int) -> None:
-        """Give a durable shard its final name."""
+        """Make a shard durable and give it its final name."""
         name = self._directory / self._shards[shard].name
         with world_errors(name):
             os.fsync(self._descriptors[shard])
-            partial = name.with_name(name.name + PARTIAL)
-            if partial.exists():
-                os.replace(partial, name)
+            os.replace(self._partial(shard), name)
 
     def close(self) -> None:
         """Close all shards."""
@@ -148,6 +144,22 @@ class ShardWriter:
                 os.close(direct)
 
 
+def _begins_as(descriptor: int, shard: Shard) -> bool:
+    """Return whether a file has a shard's size and header; one that cannot be read has not."""
+    try:
+        whole = os.fstat(descriptor).st_size == shard.nbytes
+        return whole and os.pread(descriptor, len(shard.header), 0) == shard.header
+    except OSError:
+        return False
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    position = 0
+    while position < len(view):
+        position += os.pwrite(descriptor, view[position : position + _AT_ONCE], offset + position)
+
+
 def _allocate(descriptor: int, nbytes: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
@@ -155,20 +167,3 @@ def _allocate(descriptor: int, nbytes: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(descriptor, nbytes)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that its name always means all of it: partial, fsync, rename."""
-    partial = path.with_name(path.name + PARTIAL)
-    with world_errors(path):
-        descriptor = os.open(
-            partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666
-        )
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(partial, path)

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import itemsize
-from streammerge.engine.writer import fsync_directory, world_errors, write_file
+from streammerge.engine.durable import fsync_directory, world_errors, write_file
 from streammerge.errors import OutputError, printable
 from streammerge.fisher.sums import DiagonalSums
 from streammerge.index.fishers import ATTRIBUTE, FORMAT, GROUP_FILE, STORED, cut_axis

@@ -1,0 +1,75 @@
+"""The small files beside the weights: which the output gets from the donor, and that they stay the same meanwhile."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from streammerge.engine.reader import check_unchanged
+from streammerge.errors import WorldError, printable
+from streammerge.index.header import FileStamp
+
+CONFIG = "config.json"
+COPIED = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json",
+)  # fmt: skip
+"""Files copied from the donor as they are."""
+
+_LARGEST = 1 << 28
+
+
+def find_sidecars(directory: Path) -> dict[str, FileStamp]:
+    """Return, by name, the sidecars that a model directory holds, as they are now.
+
+    Raises
+    ------
+    WorldError
+        If that cannot be found out.
+    """
+    found = {}
+    for name in (CONFIG, *COPIED):
+        path = directory / name
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                continue
+            raise _unreadable(path, error) from error
+        if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST:
+            found[name] = FileStamp(
+                str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, ""
+            )
+    return found
+
+
+def read_sidecars(stamps: Mapping[str, FileStamp]) -> dict[str, bytes]:
+    """Return the content of sidecars by name.
+
+    Raises
+    ------
+    WorldError
+        If one cannot be read or is not what it was when it was found.
+    """
+    content = {}
+    for name, stamp in stamps.items():
+        try:
+            content[name] = Path(stamp.path).read_bytes()
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise _unreadable(stamp.path, error) from error
+        check_unchanged(stamp)
+    return content
+
+
+def _unreadable(path: object, error: OSError) -> WorldError:
+    return WorldError(
+        f"{printable(path)}: cannot be read: {error.strerror or error}; make it readable, or remove it, and run the "
+        "same command again"
+    )

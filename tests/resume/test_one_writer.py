@@ -1,0 +1,62 @@
+"""One directory, one writer."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from pathlib import Path
+from unittest.mock import ANY
+
+import pytest
+
+from streammerge.errors import OutputError
+from tests.conftest import output_bytes
+from tests.resume.scene import Scene
+from tests.resume.slow_merge import Slow, run_forks
+
+
+def test_a_directory_that_is_locked_is_refused(scene: Scene) -> None:
+    out = scene.directory / "out"
+    out.mkdir()
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another merge is writing there"):
+            scene.merge(out)
+        assert list(out.iterdir()) == []
+    finally:
+        os.close(descriptor)
+    scene.merge(out)
+    scene.assert_finished(out)
+
+
+@pytest.mark.slow
+def test_a_second_merge_is_refused_while_the_first_is_stopped_in_mid_work(slow: Slow) -> None:
+    first = slow.start_and_wait_for_work()
+    first.send_signal(signal.SIGSTOP)
+    try:
+        before = {p.name: p.stat().st_mtime_ns for p in slow.out.iterdir()}
+        second = slow.start("--overwrite")
+        out, err = second.communicate(timeout=30)
+        assert (second.returncode, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        assert "another merge is writing there" in err
+        assert {p.name: p.stat().st_mtime_ns for p in slow.out.iterdir()} == before
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=30) == 0
+    assert output_bytes(slow.out) == slow.expected()
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_no_lock_behind(slow: Slow) -> None:
+    first = slow.start_and_wait_for_work()
+    first.kill()
+    first.wait()
+    slow.finish()
+
+
+@pytest.mark.slow
+def test_of_merges_that_start_at_once_one_wins_and_the_others_are_refused(tmp_path: Path) -> None:
+    assert run_forks("starts", tmp_path, 5) == {"rounds": 5, "winners": 5, "refused": 10, "seconds": ANY}
