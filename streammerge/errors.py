@@ -67,15 +67,14 @@ class Stopped(StreammergeError):
         self.exit_code = 128 + signum
 
 
-_ESCAPES = {ord(c): repr(c)[1:-1] for c in map(chr, [*range(32), 127, *range(0x80, 0xA0)])}
-
-
 def printable(text: object, limit: int = 400) -> str:
     """Return `text` as one line that is safe on a terminal, at most `limit` characters long.
 
     >>> printable("a\\nb\\x1b[31m")
     'a\\\\nb\\\\x1b[31m'
     """
-    line = str(text).translate(_ESCAPES)
-    line = line.encode("utf-8", "backslashreplace").decode("utf-8")
+    line = str(text)
+    if not line.isprintable():
+        # Control characters, and what turns or hides text: bidirectional overrides, marks of no width.
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line[: limit + 1])
     return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -88,7 +88,10 @@ def seal(manifest: Mapping[str, Any]) -> bytes:
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:
-    """Return the manifest of a finished output; None if there is none or a bit of it has changed."""
+    """Return the manifest of a finished output; None if there is none or a bit of it has changed.
+
+    Its ``files`` and ``identity`` are maps, as everything that reads them takes for granted.
+    """
     try:
         raw = (out / MANIFEST).read_bytes()
         body = raw[: raw.rindex(_SEAL)]
@@ -96,7 +99,10 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     sound = raw == body + _SEAL + b'"%08x"\n}\n' % crc32(body)
-    return manifest if sound and isinstance(manifest, dict) else None
+    if not sound or not isinstance(manifest, dict):
+        return None
+    maps = (manifest.get("files"), manifest.get("identity"), manifest.get("tensors"))
+    return manifest if all(isinstance(part, dict) for part in maps) else None
 
 
 def is_complete(out: Path, manifest: dict[str, Any] | None, *, ignore_state: bool = False) -> bool:

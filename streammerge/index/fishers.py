@@ -200,7 +200,7 @@ def _store_ref(name: str, entry: Any, directory: str, path: str) -> ChunkedRef:
     chunk: Any = entry.get("chunk")
     if not isinstance(array, str) or array in ("", ".", "..") or any(c in array for c in "/\\\0"):
         raise refuse("its array is not a plain name")
-    if dtype not in STORED:
+    if not isinstance(dtype, str) or dtype not in STORED:
         raise refuse(f"dtype {quoted(str(dtype), 40)} is none of {', '.join(STORED)}")
     if not _sizes(shape) or not _sizes(chunk) or len(shape) != len(chunk) or 0 in chunk:
         raise refuse("its shape or chunk is not a list of sizes")
@@ -214,7 +214,7 @@ def _store_ref(name: str, entry: Any, directory: str, path: str) -> ChunkedRef:
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 2**1000:
             raise refuse(f"its {key} is no number of 0 or more")
     return ChunkedRef(
-        name, str(dtype), tuple(shape), str(Path(directory) / array), tuple(chunk),
+        name, dtype, tuple(shape), str(Path(directory) / array), tuple(chunk),
         float(entry["square_sum"]), int(entry["stored_nbytes"]),
     )  # fmt: skip
 
