@@ -131,10 +131,10 @@ def _texts(rows: Iterable[bytes | str]) -> list[bytes]:
 STRICTER = (
     "holds no tensors", "twice", "the header is not a JSON object: not", "unknown field", "empty name",
     "characters, more than", "__metadata__ is not a map of strings", "dimensions, more than",
-    "negative number", "has an integer of", "where only whole numbers", "lone surrogate",
+    "negative number", "has an integer of", "where only whole numbers", "lone surrogate", "its 0 bytes are not those",
 )  # fmt: skip
 """What the reference library accepts and we refuse, by a part of the message: see header.py. It passes over the
-numbers and strings of unknown fields."""
+numbers and strings of unknown fields, and stops multiplying sizes at a zero."""
 
 
 class Header:
