@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from streammerge.compiled import missing_kernels
-from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
+from streammerge.config.schema import MergeConfig, ModelSpec, config_from_mapping, load_config
 from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.reader import Backend
-from streammerge.engine.session import Event, Options, Summary, execute
+from streammerge.engine.session import Event, NonFinite, Options, Summary, execute
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.index.fishers import FisherIndex, open_fisher
 from streammerge.index.model import TensorIndex, open_model
@@ -103,6 +103,7 @@ def merge(
     device: str = "auto",
     io: Backend = "direct",
     profile: str | os.PathLike[str] | None = None,
+    nonfinite: NonFinite = "error",
     on_event: Callable[[Event], None] = lambda event: None,
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
@@ -119,6 +120,9 @@ def merge(
         copies out of a memory map.
     profile
         A JSON file to write: the seconds of every stage, and so what bounded the run.
+    nonfinite
+        ``error``: a NaN or an infinity, of an input or by overflow, stops the merge; ``warn``: it is written, at its own
+        element alone, and reported.
     on_event
         Called from the calling thread with progress, warnings and the like.
     **options
@@ -132,7 +136,9 @@ def merge(
     if io not in get_args(Backend):
         raise InputError(f"io {printable(io)!r} is none of {', '.join(get_args(Backend))}")
     decided = plan(config, device=device, **options)
-    how = Options(overwrite, io, Path(profile) if profile else None)
+    if nonfinite not in get_args(NonFinite):
+        raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
+    how = Options(overwrite, io, Path(profile) if profile else None, nonfinite)
     return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
 
 
@@ -168,6 +174,10 @@ def _settle_base(config: MergeConfig, method: Method) -> MergeConfig:
     if base is None:
         return config
     others = tuple(spec for spec in config.models if spec.reference != base)
+    if method.base == "member":
+        return config if len(others) < len(config.models) else replace(
+            config, models=(*config.models, ModelSpec(base, path=f"{config.where}: base_model"))
+        )  # fmt: skip
     if method.base in ("required", "optional"):
         return replace(config, models=others)
     unlisted = len(others) == len(config.models)

@@ -60,6 +60,13 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--profile", metavar="FILE", help="Write to FILE, as JSON, where the time went, stage by stage."
 )
+@click.option(
+    "--nonfinite",
+    type=click.Choice(["error", "warn"]),
+    default="error",
+    show_default=True,
+    help="A NaN or infinity, of an input or by overflow, stops the merge, or is written and reported.",
+)
 @click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line, on stdout.")
 def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:

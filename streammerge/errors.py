@@ -70,11 +70,12 @@ class Stopped(StreammergeError):
 def printable(text: object, limit: int = 400) -> str:
     """Return `text` as one line that is safe on a terminal, at most `limit` characters long.
 
+    What could move the cursor, break the line or turn its direction is escaped.
+
     >>> printable("a\\nb\\x1b[31m")
     'a\\\\nb\\\\x1b[31m'
     """
-    line = str(text)
+    line = str(text)[: limit + 1]
     if not line.isprintable():
-        # Control characters, and what turns or hides text: bidirectional overrides, marks of no width.
-        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line[: limit + 1])
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return line if len(line) <= limit else line[: limit - 1] + "…"

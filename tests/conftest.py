@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import streammerge.methods.builtin  # noqa: F401  (registers them)
+from streammerge.methods.registry import all_methods
 from streammerge.plan import budget as budgets
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -80,10 +82,11 @@ def small_capacity(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None
 def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]:
     """Return a config mapping for a method over [base, models...]; `top` overrides keys."""
     config: dict[str, Any] = {"merge_method": method, "models": [{"model": str(p)} for p in paths[1:]]}
+    registered = all_methods().get(method)
+    most = registered.n_models[1] if registered is not None else None
     if method not in ("linear", "passthrough") or "drop_rate" in top.get("parameters", {}):
         config["base_model"] = str(paths[0])
-    if method == "passthrough":
-        config["models"] = config["models"][:1]
+    config["models"] = config["models"][:most]
     if method in ("fisher", "dare_fisher"):
         for model, path in zip(config["models"], paths[1:], strict=True):
             model["fisher"] = str(write_fisher(path))

@@ -31,6 +31,7 @@ from streammerge.plan.schedule import (
     ALIGN,
     Chunk,
     Piece,
+    Sees,
     Survey,
     Work,
     plan_work,
@@ -91,8 +92,9 @@ def arrange(
         jobs.append(job)
         if access is Access.ROW and job.row_length * 8 * (len(job.inputs) + 1) > budget.capacity:
             access = Access.ELEMENTWISE  # a row may not fit
-        formula, holds = access is Access.ROW, access in (Access.TENSOR, Access.MODEL)
-        work.append(plan_work(job, access, budget, workspace=no_workspace, formula=formula, holds=holds))
+        sees: Sees = "rows" if access is Access.ROW else "elements"
+        holds = access in (Access.TENSOR, Access.MODEL)
+        work.append(plan_work(job, sees, budget, workspace=no_workspace, holds=holds))
     return jobs, work
 
 
@@ -211,14 +213,14 @@ def test_remaining_is_the_complement(n: int, intervals: list[tuple[int, int]]) -
 def test_a_row_method_is_cut_between_rows_and_refused_where_a_row_does_not_fit() -> None:
     budget = Budget(124 * MIB, 100 * MIB, 2)
     job = make_job(0, (1000, 999), dtype="F32")
-    work = plan_work(job, Access.ROW, budget, workspace=no_workspace, formula=True, holds=False)
+    work = plan_work(job, "rows", budget, workspace=no_workspace, holds=False)
     assert work.row == 999
     pieces = [p for s in steps([job], [work], budget, {}) if isinstance(s, Chunk) for p in s.pieces]
     assert len(pieces) > 1
     assert all(p.start % 999 == 0 and p.stop % 999 == 0 for p in pieces)
     wide = make_job(0, (2, 3_000_000), dtype="F32")
     with pytest.raises(BudgetError, match=r"one row of it, .* give at least "):
-        plan_work(wide, Access.ROW, budget, workspace=no_workspace, formula=True, holds=False)
+        plan_work(wide, "rows", budget, workspace=no_workspace, holds=False)
 
 
 def test_a_formula_of_whole_tensors_is_refused_with_the_memory_that_would_do() -> None:
@@ -227,19 +229,21 @@ def test_a_formula_of_whole_tensors_is_refused_with_the_memory_that_would_do() -
     with pytest.raises(
         BudgetError, match=r"the whole tensor, 68.7 MiB, .* leaves 24.0 MiB: give at least 169 MiB"
     ):
-        plan_work(job, Access.TENSOR, budget, workspace=no_workspace, formula=True, holds=False)
-    work = plan_work(job, Access.TENSOR, budget, workspace=no_workspace, formula=False, holds=True)
+        plan_work(job, "tensor", budget, workspace=no_workspace, holds=False)
+    work = plan_work(job, "elements", budget, workspace=no_workspace, holds=True)
     assert work.mode == "surveyed"
     large = Budget(400 * MIB, 0, 2)
-    for formula, holds in ((True, False), (True, True), (False, True)):
-        how = plan_work(job, Access.TENSOR, large, workspace=no_workspace, formula=formula, holds=holds)
+    for sees, holds in (("tensor", False), ("tensor", True), ("elements", True)):
+        how = plan_work(job, sees, large, workspace=no_workspace, holds=holds)  # type: ignore[arg-type]
         assert how.mode == "whole"
 
 
-def test_rows_with_statistics_of_the_whole_tensor_before_them_are_held_whole() -> None:
-    job = make_job(0, (100, 99), dtype="F32")
-    large = Budget(400 * MIB, 0, 2)
-    assert plan_work(job, Access.ROW, large, workspace=no_workspace, formula=True, holds=True).mode == "whole"
+def test_rows_with_statistics_of_the_whole_tensor_before_them_are_held_or_cut_at_rows_and_blocks() -> None:
+    job = make_job(0, (8192, 96), dtype="F32")
+    large, small = Budget(400 * MIB, 0, 2), Budget(2 * MIB, 0, 2)
+    assert plan_work(job, "rows", large, workspace=no_workspace, holds=True).mode == "whole"
+    work = plan_work(job, "rows", small, workspace=no_workspace, holds=True)
+    assert (work.mode, work.row) == ("surveyed", 3 * 4096)
 
 
 # --- the layout
@@ -605,14 +609,14 @@ def test_config_errors_are_input_errors() -> None:
     assert issubclass(BudgetError, InputError)
 
 
-@pytest.mark.parametrize("access", [Access.ELEMENTWISE, Access.TENSOR])
-def test_a_formula_whose_temporaries_do_not_fit_is_refused_or_fits(access: Access) -> None:
+@pytest.mark.parametrize("sees", ["elements", "tensor"])
+def test_a_formula_whose_temporaries_do_not_fit_is_refused_or_fits(sees: Sees) -> None:
     from streammerge.plan.plan import torch_workspace
 
     budget = Budget(100 * MIB + SMALLEST_CAPACITY, 100 * MIB, 1)
     job = make_job(0, (400, 300), n_models=20, dtype="F32")
     try:
-        work = plan_work(job, access, budget, workspace=torch_workspace, formula=True, holds=False)
+        work = plan_work(job, sees, budget, workspace=torch_workspace, holds=False)
     except BudgetError:
         return
     assert all(s.nbytes <= budget.capacity for s in steps([job], [work], budget, {}) if isinstance(s, Chunk))

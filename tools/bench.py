@@ -74,6 +74,7 @@ METHODS = {
     "ties": Method("ties", "weight: 1.0, density: 0.2"),
     "dare_linear": Method("dare_linear", "weight: 1.0, density: 0.5"),
     "dare_ties": Method("dare_ties", "weight: 1.0, density: 0.5"),
+    "della": Method("della", "weight: 1.0, density: 0.5, epsilon: 0.15"),
     # Reads its inputs twice; its limit is still one read.
     "ties-model": Method("ties", "weight: 1.0, density: 0.2", top="parameters: {trim_scope: model}\n"),
     # float32 stores: reads nearly thrice the bytes of the others, and so does its limit.

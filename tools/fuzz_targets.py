@@ -484,7 +484,15 @@ class JournalFile:
         names = [*progress.identity.keys(), *progress.identity.values()]
         require(all(isinstance(name, str) for name in names), "an identity that is no map of strings")
         for receipt in progress.receipts:
-            numbers = (receipt.job, receipt.start, receipt.stop, receipt.crc, receipt.floored, *receipt.kept)
+            numbers = (
+                receipt.job,
+                receipt.start,
+                receipt.stop,
+                receipt.crc,
+                receipt.floored,
+                receipt.not_finite,
+                *receipt.kept,
+            )
             require(all(_natural(n) for n in numbers), f"{receipt}")
             require(receipt.start <= receipt.stop and receipt.crc < 1 << 32, f"{receipt}")
         self._check_answers(progress.answers)
@@ -507,7 +515,8 @@ class JournalFile:
         """Return journals as merges write them."""
         first = _line({"identity": {"version": "1", "config": "ab" * 16, "input base": "cd" * 16}})
         done = [
-            _line({"done": [i, 4096 * i, 4096 * (i + 1), zlib.crc32(bytes([i])), 0, 7, 9]}) for i in range(5)
+            _line({"done": [i, 4096 * i, 4096 * (i + 1), zlib.crc32(bytes([i])), 0, 0, 7, 9]})
+            for i in range(5)
         ]
         plain = [
             {"threshold": [12345, 3, 2]},
@@ -519,7 +528,7 @@ class JournalFile:
         answer = _line({"answer": ["3", [plain, [plain[0]]]]})
         whole = first + b"".join(done) + answer
         return [first, whole, whole[:-5], whole + b"\0" * 64, done[0] + first, first + first, b"",
-                first + _line({"done": [-1, 0, 1, 0, 0]}), first + _line({"other": 1}) + done[0]]  # fmt: skip
+                first + _line({"done": [-1, 0, 1, 0, 0, 0]}), first + _line({"other": 1}) + done[0]]  # fmt: skip
 
 
 class Manifest:
@@ -538,7 +547,7 @@ class Manifest:
         if manifest is not None:
             require(_same_json(manifest, json.loads(raw)), "read otherwise than json reads it")
             require(isinstance(manifest["files"], dict), "its files are no map")
-            require(isinstance(manifest["identity"], dict), "its identity is no map")
+            require(isinstance(manifest.get("tensors", {}), dict), "its tensors are no map")
 
     @staticmethod
     def seeds() -> list[bytes]:

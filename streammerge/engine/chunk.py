@@ -15,7 +15,8 @@ from streammerge.engine.checksum import crc32
 from streammerge.engine.gpu import share_of_memory, turn_on
 from streammerge.engine.journal import Receipt
 from streammerge.engine.memory import Bytes
-from streammerge.engine.pieces import KernelMath, Loaded, Operand, PieceMath
+from streammerge.engine.nonfinite import bad_fisher, trace
+from streammerge.engine.pieces import Applied, KernelMath, Loaded, Operand, PieceMath
 from streammerge.engine.reader import Reader
 from streammerge.engine.stages import Stages
 from streammerge.engine.statistics import (
@@ -28,11 +29,10 @@ from streammerge.engine.statistics import (
 )
 from streammerge.engine.stored_chunks import read_stored
 from streammerge.engine.writer import ShardWriter
-from streammerge.errors import ModelError, printable
+from streammerge.errors import ModelError
 from streammerge.index.fishers import ChunkedRef, FisherRef
 from streammerge.index.header import TensorRef
 from streammerge.methods.recipes import Recipe, WeightedSum
-from streammerge.methods.registry import Access
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.rng import RandomKeys
 from streammerge.plan.arena import DIRECT_BYTES, divide, is_copied
@@ -63,6 +63,8 @@ class Context:
     differing: set[int] = field(default_factory=set)
     """Integer tensors that the models do not agree on."""
     stages: Stages = field(default_factory=Stages)
+    tolerant: bool = False
+    """Whether a value that is not finite is written and reported, not refused."""
 
 
 def run_chunk(context: Context, chunk: Chunk, arena: Bytes) -> list[Receipt]:
@@ -97,10 +99,12 @@ def _merge_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Rece
                 applied = math.apply(recipe, out)
     except NotFiniteError:
         raise not_finite(context, job, piece.start, piece.stop) from None
-    if applied.not_finite:
-        raise not_finite(context, job, piece.start, piece.stop)
     data = arena[out.offset : out.offset + loaded.n * itemsize(job.dtype)]
-    return _emit(context, job, piece, data, applied.kept, applied.floored)
+    if applied.not_finite and not context.tolerant:
+        raise not_finite(context, job, piece.start, piece.stop, data)
+    if applied.not_finite and (error := bad_fisher(context.reader, job, piece.start, piece.stop)) is not None:
+        raise error
+    return _emit(context, job, piece, data, applied)
 
 
 def _copy_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Receipt:
@@ -122,22 +126,22 @@ def _copy_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Recei
         moved = arena[target : target + data.size]
         ctypes.memmove(moved.ctypes.data, data.ctypes.data, data.size)  # numpy would copy twice: they overlap
         data = moved
-    return _emit(context, job, piece, data, ())
+    return _emit(context, job, piece, data, Applied(0, ()))
 
 
 def _file_offset(context: Context, job: Job, piece: Piece) -> int:
     return context.plan.layout.slots[job.ordinal].offset + piece.start * BITS[job.dtype] // 8
 
 
-def _emit(
-    context: Context, job: Job, piece: Piece, data: Bytes, kept: tuple[int, ...], floored: int = 0
-) -> Receipt:
+def _emit(context: Context, job: Job, piece: Piece, data: Bytes, applied: Applied) -> Receipt:
     shard = context.plan.layout.slots[job.ordinal].shard
     with context.stages.time("write"):
         context.writer.write(shard, _file_offset(context, job, piece), data)
     with context.stages.time("checksum"):
         checksum = crc32(data)
-    return Receipt(job.ordinal, piece.start, piece.stop, checksum, kept, floored)
+    return Receipt(
+        job.ordinal, piece.start, piece.stop, checksum, applied.kept, applied.floored, applied.not_finite
+    )  # fmt: skip
 
 
 def load(
@@ -174,11 +178,11 @@ def load(
     fishers = tuple(operands[len(job.inputs) :])
     first = int(job.base is not None)
     base, models = (operands[0] if first else None), operands[first : len(job.inputs)]
-    access = context.plan.access[job.ordinal]
+    sees = context.plan.work[job.ordinal].sees
     shape: tuple[int, ...] = (stop - start,)
-    if access is Access.ROW:
+    if sees == "rows":
         shape = ((stop - start) // job.row_length, job.row_length)
-    elif access is Access.TENSOR:
+    elif sees == "tensor":
         shape = job.shape
     end = arena.size - arena.size % 8
     return Loaded(
@@ -226,7 +230,7 @@ def _math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:
         return KernelMath(loaded)
     from streammerge.engine.torch_pieces import TorchMath
 
-    whole = plan.method.is_formula and plan.access[job.ordinal] is Access.TENSOR
+    whole = plan.work[job.ordinal].sees == "tensor"
     if plan.device == "cpu":
         return TorchMath(loaded, "cpu", 0 if whole else BLOCK_ELEMENTS)
     share = share_of_memory(plan.device)
@@ -255,7 +259,9 @@ def resolve_in_memory(
         if wanted[0].scope == "model":
             assert until_model, "whole-model statistics come before the merge"
             return wanted
-        accumulators = [make_accumulator(r, [job], {job.ordinal: r}, context.keys) for r in wanted]
+        accumulators = [
+            make_accumulator(r, [job], {job.ordinal: r}, context.keys, context.tolerant) for r in wanted
+        ]
 
         def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
             first, last = (0, loaded.n) if only is None else (only[1], min(only[2], loaded.n))
@@ -322,43 +328,18 @@ def sample_starts(n: int, blocks: int) -> list[int]:
     return sorted({int(i * n / blocks) // 4096 * 4096 for i in range(blocks)})
 
 
-def not_finite(context: Context, job: Job, start: int, stop: int) -> ModelError:
-    """Return the error that names the first value that is not finite: an input's, else the result's."""
-    for ref in job.inputs:
-        if (index := _first_bad(context, ref, start, stop)) is not None:
-            return ModelError(
-                f"{printable(ref.path)}: tensor {printable(job.name)} holds NaN or infinity at element {index}; "
-                "repair the model, or list the tensor under `exclude:` to copy it"
-            )
-    for fisher in job.fishers:
-        if isinstance(fisher, TensorRef) and (
-            index := _first_bad(context, fisher, start, stop, negative=True)
-        ) is not None:  # fmt: skip
-            return ModelError(
-                f"{printable(fisher.path)}: the Fisher diagonal of tensor {printable(job.name)} holds NaN, infinity "
-                f"or a negative number at element {index}; estimate it anew"
-            )
-    return ModelError(
-        f"tensor {printable(job.name)}: the merged values overflow {job.dtype} between elements {start} and "
-        f"{stop}; smaller weights, or a wider `dtype`, avoid it"
-    )
+def not_finite(context: Context, job: Job, start: int, stop: int, output: Bytes | None = None) -> ModelError:
+    """Return the error that names the first value that is not finite: a diagonal's, an input's, else the result's.
 
+    `output` holds the merged elements, where there are any.
+    """
+    fisher = bad_fisher(context.reader, job, start, stop)
+    if fisher is not None:
+        return fisher
+    width = itemsize(job.dtype)
 
-def _first_bad(
-    context: Context, ref: TensorRef, start: int, stop: int, *, negative: bool = False
-) -> int | None:
-    """Return the first element that is not finite, or is below zero where that counts as bad too."""
-    width = itemsize(ref.dtype)
-    unsigned = {2: np.uint16, 4: np.uint32, 8: np.uint64}[width]
-    exponent = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}[ref.dtype]
-    step = 1 << 18
-    for first in range(start, stop, step):
-        last = min(stop, first + step)
-        buffer = np.empty((last - first) * width, np.uint8)
-        context.reader.read_into(ref.path, ref.offset + first * width, buffer)
-        bits = buffer.view(unsigned)
-        below = (bits >> unsigned(8 * width - 1) == 1) & (bits << unsigned(1) != 0) if negative else False
-        bad = np.flatnonzero(((bits & unsigned(exponent)) == unsigned(exponent)) | below)
-        if bad.size:
-            return first + int(bad[0])
-    return None
+    def merged(first: int, last: int) -> Bytes:
+        assert output is not None
+        return output[(first - start) * width : (last - start) * width]
+
+    return trace(context.reader, job, start, stop, None if output is None else merged).error()

@@ -111,6 +111,7 @@ def _manifest(
         ],
         "densities": densities(plan, chosen),
         **({"fisher_tables": fishers, "floored": floored(plan, chosen)} if plan.fishers else {}),
+        **({"not_finite": bad} if (bad := not_finite(plan, chosen)) else {}),
         "files": dict(sorted(written.items())),
         "tensors": {job.name: f"{tensors[job.ordinal]:08x}" for job in plan.jobs},
     }  # fmt: skip
@@ -142,6 +143,12 @@ def floored(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[st
     count = sum(receipt.floored for receipts in chosen.values() for receipt in receipts)
     total = sum(job.n_elements for job in plan.jobs if job.fishers)
     return {"elements": count, "of": total, "fraction": round(count / max(1, total), 9)}
+
+
+def not_finite(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[str, int]:
+    """Return how many elements of each merged tensor are NaN or infinite, of those that have any."""
+    counts = {job: sum(receipt.not_finite for receipt in receipts) for job, receipts in chosen.items()}
+    return {plan.jobs[job].name: count for job, count in sorted(counts.items()) if count}
 
 
 def _index(plan: MergePlan) -> bytes:

@@ -33,6 +33,8 @@ class Receipt:
     """Surviving entries of each model's task vector."""
     floored: int = 0
     """Elements that a Fisher floor decided."""
+    not_finite: int = 0
+    """Elements that are NaN or infinite."""
 
 
 @dataclass
@@ -80,7 +82,9 @@ class Journal:
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """Record finished elements."""
-        self._append([{"done": [r.job, r.start, r.stop, r.crc, r.floored, *r.kept]} for r in receipts])
+        self._append(
+            [{"done": [r.job, r.start, r.stop, r.crc, r.floored, r.not_finite, *r.kept]} for r in receipts]
+        )
 
     def add_answers(self, answers: Mapping[str, Any]) -> None:
         """Record the answers of streamed statistics, by job."""
@@ -171,10 +175,10 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress | None
     if progress is None:
         return None
     if "done" in record:
-        job, start, stop, crc, floored, *kept = _naturals(record["done"])
+        job, start, stop, crc, floored, not_finite, *kept = _naturals(record["done"])
         if stop < start or crc >> 32:
             raise ValueError
-        progress.receipts.append(Receipt(job, start, stop, crc, tuple(kept), floored))
+        progress.receipts.append(Receipt(job, start, stop, crc, tuple(kept), floored, not_finite))
     elif "answer" in record:
         job_key, answers = record["answer"]
         progress.answers[str(int(job_key))] = [list(one) for one in answers]

@@ -6,6 +6,7 @@ recipes' own torch formulas (fp64 inputs, users' formulas, a GPU).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,12 +18,16 @@ from streammerge.engine.memory import Bytes
 from streammerge.methods.recipes import (
     CopyOf,
     FisherMean,
+    RankDrop,
     Recipe,
+    RowCombination,
     TaskVector,
     TaskVectorMerge,
     WeightedSum,
+    ranked,
     removing,
 )
+from streammerge.methods.requests import full_matrices
 from streammerge.methods.rng import RandomKeys
 
 Counts = NDArray[np.int64]
@@ -56,6 +61,11 @@ class Loaded:
     fishers: tuple[Operand, ...] = ()
     """The models' Fisher diagonals, for methods that weigh by them."""
 
+    @property
+    def row_length(self) -> int:
+        """Elements of one row of what a plain formula sees."""
+        return self.shape[-1] if self.shape else 1
+
 
 @dataclass(frozen=True)
 class Applied:
@@ -81,6 +91,12 @@ class PieceMath(Protocol):
     def ties(self, vector: TaskVector, key: int, size: int) -> Counts:
         """Return how many elements have magnitude pattern `key`, per run of `size` elements."""
 
+    def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
+        """Return the dot products of all pairs of vectors over every `length` elements, (groups, pairs).
+
+        The vectors are the surviving, rescaled task vectors or, where there are none, the base and the models.
+        """
+
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """Return elements that elect + minus elements that elect -."""
 
@@ -95,12 +111,14 @@ class KernelMath:
     """A piece on the CPU through the compiled kernels."""
 
     def __init__(self, piece: Loaded) -> None:
-        from streammerge.kernels import deltas, fisher, merge
+        from streammerge.kernels import deltas, fisher, gram, merge, ranks
         from streammerge.kernels.blocks import CODES
 
         self._deltas: Any = deltas  # numba erases signatures
         self._merge: Any = merge
         self._fisher: Any = fisher
+        self._gram: Any = gram
+        self._ranks: Any = ranks
         self._codes = CODES
         self._piece = piece
         self._half, self._full = piece.arena.view(np.uint16), piece.arena.view(np.uint32)
@@ -139,13 +157,16 @@ class KernelMath:
         )  # fmt: skip
 
     def _cut(self, vector: TaskVector) -> Counts:
-        if vector.cut is None:
-            return np.array([self._deltas.NO_CUT, 0, 0], np.int64)
+        """Return (rule, magnitude pattern, limit) of the cut, and the same of the outliers."""
         rules = {
             "drop": self._deltas.ABOVE, "all": self._deltas.ALL,
             "thin": self._deltas.THIN, "index": self._deltas.INDEX,
         }  # fmt: skip
-        return np.array([rules[vector.cut.ties], vector.cut.key, vector.cut.limit], np.int64)
+        cut = np.tile(np.array([self._deltas.NO_CUT, 0, 0], np.int64), 2)
+        for place, one in enumerate((vector.cut, vector.outliers)):
+            if one is not None:
+                cut[3 * place : 3 * place + 3] = rules[one.ties], one.key, one.limit
+        return cut
 
     def _cut_key(self, vector: TaskVector) -> NDArray[np.uint32]:
         thin = vector.cut is not None and vector.cut.ties == "thin"
@@ -162,6 +183,12 @@ class KernelMath:
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
         """See `PieceMath`."""
         partials = np.empty(-(-self._piece.n // 4096), np.float64)
+        if (drop := vector.rank_drop) is not None:
+            self._ranks.ranked_abs_sums(
+                *self._delta_arguments(vector), *self._span, self._piece.row_length, drop.low, drop.spread,
+                self._key("della", vector.stream), partials,
+            )  # fmt: skip
+            return partials
         self._deltas.abs_sums(
             *self._delta_arguments(vector), self._piece.start, self._piece.n, self._drop(vector),
             self._drop_key(vector), self._cut(vector), self._cut_key(vector), partials,
@@ -177,6 +204,43 @@ class KernelMath:
         )  # fmt: skip
         return counts
 
+    def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
+        """See `PieceMath`."""
+        arguments, k = self._combined(vectors)
+        sums = np.empty((-(-self._piece.n // length), k * (k + 1) // 2))
+        self._gram.dots(*arguments[:6], *self._span, length, *arguments[6:], sums)
+        return sums
+
+    @property
+    def _span(self) -> tuple[int, int]:
+        return self._piece.start, self._piece.n
+
+    def _combined(self, vectors: Sequence[TaskVector]) -> tuple[list[Any], int]:
+        """Return the kernels' arguments for task vectors or, without any, the base and the models; and how many."""
+        piece = self._piece
+        deltas = len(vectors) > 0
+        base = piece.base or Operand(0, "F32")
+        front = () if deltas or piece.base is None else (piece.base,)
+        operands = (*front, *(piece.models[v.model] for v in vectors)) if deltas else (*front, *piece.models)
+        masks = self._masks(tuple(vectors) if deltas else (TaskVector(0),))
+        rescales = np.array([v.rescale for v in vectors] if deltas else [1.0], np.float64)
+        arguments = [
+            self._half, self._full, *self._places(operands), base.offset, self._codes[base.dtype],
+            deltas, *masks, rescales,
+        ]  # fmt: skip
+        return arguments, len(operands)
+
+    def _weigh_rows(self, recipe: RowCombination, out: Operand) -> Applied:
+        length = self._piece.row_length
+        arguments, k = self._combined(recipe.vectors)
+        weights = recipe.coefficients(full_matrices(self.dots(recipe.vectors, length), k))
+        kept = np.zeros(k, np.int64)
+        bad = self._gram.weigh_rows(
+            *arguments[:6], *self._span, length, *arguments[6:], np.ascontiguousarray(weights),
+            out.offset, self._codes[out.dtype], kept,
+        )  # fmt: skip
+        return Applied(int(bad), tuple(int(n) for n in kept) if removing(recipe) else ())
+
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """See `PieceMath`."""
         signs = np.zeros(1, np.int64)
@@ -189,11 +253,17 @@ class KernelMath:
         if isinstance(recipe, CopyOf):
             recipe = WeightedSum(tuple(float(i == recipe.model) for i in range(len(self._piece.models))))
         if isinstance(recipe, WeightedSum):
+            places, weights = (self._offsets, self._dtypes), recipe.weights
+            if recipe.base_weight and self._piece.base is not None:
+                places = self._places((self._piece.base, *self._piece.models))
+                weights = (recipe.base_weight, *weights)
             bad = self._merge.weighted_sum(
-                self._half, self._full, self._offsets, self._dtypes,
-                np.array(recipe.weights, np.float64), float(recipe.divisor), self._piece.n, out.offset, code,
+                self._half, self._full, *places,
+                np.array(weights, np.float64), float(recipe.divisor), self._piece.n, out.offset, code,
             )  # fmt: skip
             return Applied(int(bad), ())
+        if isinstance(recipe, RowCombination):
+            return self._weigh_rows(recipe, out)
         if isinstance(recipe, FisherMean):
             return self._run_fisher(recipe, out.offset, code)
         assert isinstance(recipe, TaskVectorMerge)
@@ -230,6 +300,19 @@ class KernelMath:
         assert piece.base is not None
         kept = np.zeros(len(merge.vectors), np.int64)
         vectors = merge.vectors
+        if ranked(merge):
+            drops = [v.rank_drop or RankDrop(1.0, 0.0) for v in vectors]
+            bad = self._ranks.ranked_merge(
+                self._half, self._full, self._offsets, self._dtypes,
+                piece.base.offset, self._codes[piece.base.dtype], piece.start, piece.n, piece.row_length,
+                np.array([d.low for d in drops], np.float64), np.array([d.spread for d in drops], np.float64),
+                any(d.unbiased for d in drops), np.stack([self._key("della", v.stream) for v in vectors]),
+                np.array([v.coefficient for v in vectors], np.float64),
+                np.array([v.weight for v in vectors], np.float64),
+                merge.elect, merge.zero_sign, merge.normalize, float(merge.divisor), float(merge.scale),
+                out_offset, code, kept, signs,
+            )  # fmt: skip
+            return int(bad), tuple(int(n) for n in kept)
         bad = self._merge.task_vector_merge(
             self._half, self._full, self._offsets, self._dtypes,
             piece.base.offset, self._codes[piece.base.dtype], piece.start, piece.n,

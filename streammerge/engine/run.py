@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from streammerge.engine.chunk import (
     Context,
@@ -45,7 +46,7 @@ from streammerge.engine.statistics import (
     needs_models,
 )
 from streammerge.errors import Stopped
-from streammerge.methods.requests import Answer, Request, SquareTotal, Threshold
+from streammerge.methods.requests import Answer, Dots, Request, SquareTotal, Threshold
 from streammerge.plan.job import Job
 from streammerge.plan.schedule import Chunk, Piece, Survey, survey_pieces
 
@@ -273,7 +274,8 @@ class Runner:
             n = sum(job.n_elements for job in merged)
             accumulators = [
                 make_accumulator(
-                    request, merged, {job: requests[i] for job, requests in wanted.items()}, self._context.keys
+                    request, merged, {job: requests[i] for job, requests in wanted.items()}, self._context.keys,
+                    self._context.tolerant,
                 )
                 for i, request in enumerate(shared)
             ]  # fmt: skip
@@ -330,7 +332,9 @@ class Runner:
         """Answer the tensor-scope requests of one tensor that is too large to hold, by streaming it."""
         while isinstance(wanted := follow(self._context, job), list) and wanted[0].scope == "tensor":
             keys = self._context.keys
-            accumulators = [make_accumulator(r, [job], {job.ordinal: r}, keys) for r in wanted]
+            accumulators = [
+                make_accumulator(r, [job], {job.ordinal: r}, keys, self._context.tolerant) for r in wanted
+            ]
 
             def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
                 self._stream([job], some, only)
@@ -408,6 +412,8 @@ def _plain(answer: Answer) -> object:
     """Return an answer as JSON holds it exactly."""
     if isinstance(answer, Threshold):
         return {"threshold": [answer.key, answer.ties, answer.needed]}
+    if isinstance(answer, Dots):
+        return {"dots": [[value.hex() for value in answer.values], answer.n]}
     if isinstance(answer, SquareTotal):
         return {"squares": [answer.total.hex(), answer.n]}
     if isinstance(answer, float):
@@ -422,6 +428,8 @@ def _restored(plain: object) -> Answer:
             return Threshold(key, ties, needed)
         case {"squares": [str(total), int(n)]}:
             return SquareTotal(_from_hex(total), n)
+        case {"dots": [[*values], int(n)]}:
+            return Dots(tuple(map(_from_hex, values)), n)
         case {"float": str(text)}:
             return _from_hex(text)
         case {"pair": [int(first), int(second)]}:
@@ -431,8 +439,8 @@ def _restored(plain: object) -> Answer:
     raise ValueError("no answer")
 
 
-def _from_hex(text: str) -> float:
+def _from_hex(text: Any) -> float:
     try:
         return float.fromhex(text)
-    except OverflowError:
+    except (OverflowError, TypeError):
         raise ValueError("no answer") from None

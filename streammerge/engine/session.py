@@ -8,15 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from streammerge import __version__
-from streammerge.dtypes import BITS
+from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
 from streammerge.engine.fingerprint import files_digest, fingerprint, fisher_digest
 from streammerge.engine.journal import STATE, Journal, Receipt, remove_state
+from streammerge.engine.memory import Bytes
+from streammerge.engine.nonfinite import trace
 from streammerge.engine.output import (
     check_contents,
     check_target,
@@ -33,8 +37,10 @@ from streammerge.engine.writer import ShardWriter
 from streammerge.errors import ConfigError, OutputError, Stopped, printable
 from streammerge.methods.rng import SCHEME, RandomKeys
 from streammerge.plan.budget import available_memory
+from streammerge.plan.layout import Slot
 from streammerge.plan.plan import MergePlan
 
+NonFinite = Literal["error", "warn"]
 _CHECK_STEP = 1 << 20
 _FLOOR_WARNING = 0.1
 """Fraction of elements decided by a Fisher floor above which it is likely a mistake."""
@@ -76,6 +82,8 @@ class Options:
     backend: Backend = "direct"
     profile: Path | None = None
     """Where to write what the time went to, also when the run fails or is stopped."""
+    nonfinite: NonFinite = "error"
+    """What becomes of a NaN or an infinity: refused, or written and reported."""
 
 
 def execute(
@@ -194,7 +202,7 @@ class _Session:
         self._plan, self._out, self._reader = plan, out, reader
         self._emit, self._stop = emit, stop
         self._writer = ShardWriter(out, plan.layout, direct=options.backend == "direct")
-        self._context = Context(plan, reader, self._writer, keys, stop)
+        self._context = Context(plan, reader, self._writer, keys, stop, tolerant=options.nonfinite == "warn")
         self._profile = options.profile
         self._running = 0.0
 
@@ -223,6 +231,7 @@ class _Session:
                 for stamp in stamps:
                     check_unchanged(stamp)
             self._warn_of_differing()
+            self._warn_of_nonfinite(runner.receipts)
             self._emit(Event("commit"))
             public = {_public(key, self._plan): value for key, value in identity.items()}
             with stages.time("commit"):
@@ -245,6 +254,7 @@ class _Session:
             r for r in receipts
             if r.job < len(slots) and slots[r.job].shard not in self._writer.fresh
             and 0 <= r.start <= r.stop <= self._plan.jobs[r.job].n_elements
+            and (self._context.tolerant or not r.not_finite)
         ]  # fmt: skip
         with ThreadPoolExecutor(self._plan.budget.workers) as threads:
             sound = list(threads.map(self._is_sound, plausible))
@@ -279,6 +289,19 @@ class _Session:
                 "message": f"tensor {printable(job.name)} ({job.dtype}) differs between the models; "
                 f"taken from {printable(self._plan.donor.reference)}"
             }))  # fmt: skip
+
+    def _warn_of_nonfinite(self, receipts: Sequence[Receipt]) -> None:
+        """Say, for each tensor with NaN or infinity, where they come from."""
+        for ordinal in sorted({receipt.job for receipt in receipts if receipt.not_finite}):
+            job, slot = self._plan.jobs[ordinal], self._plan.layout.slots[ordinal]
+            width = itemsize(job.dtype)
+
+            def output(first: int, last: int, slot: Slot = slot, width: int = width) -> Bytes:
+                raw = self._writer.read(slot.shard, slot.offset + first * width, (last - first) * width)
+                return np.frombuffer(raw, np.uint8)
+
+            for line in trace(self._reader, job, 0, job.n_elements, output).warnings():
+                self._emit(Event("warning", {"message": line}))
 
     def _warn_of_floor(self, floored: Mapping[str, Any] | None) -> None:
         if floored is not None and floored["fraction"] > _FLOOR_WARNING:

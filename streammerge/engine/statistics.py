@@ -19,7 +19,10 @@ from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.requests import (
     AbsSum,
     Answer,
+    Band,
+    Dots,
     FisherSquares,
+    Gram,
     LowWords,
     Request,
     SignTotal,
@@ -39,6 +42,8 @@ _MAX_BINS = 1 << 19
 _BIN_BLOCK = 1 << 14
 _WORDS_AT_ONCE = 1 << 20
 _INFINITE = 0x7F800000
+_ABOVE_ALL = Threshold(_INFINITE, 1, 0)
+"""The threshold of no elements at all."""
 
 Range = tuple[int, int, int]
 """(job, start, stop)"""
@@ -77,8 +82,9 @@ class TopKAccumulator:
     number of passes only: the counts prove that rank k lies inside, or the next pass takes all.
     """
 
-    def __init__(self, request: TopK, n: int) -> None:
+    def __init__(self, request: TopK | Band, n: int, tolerant: bool = False) -> None:
         self.wants: Range | None = None
+        self._tolerant = tolerant
         self._request = request
         self._k = request.count(n)
         self._n = n
@@ -98,7 +104,7 @@ class TopKAccumulator:
         """Count one piece."""
         bins = np.zeros(self._n_bins, np.int32)
         above, highest = math.count_keys(self._request.vector, self._low, self._high, self._shift, bins)
-        if highest >= _INFINITE:
+        if highest >= _INFINITE and not self._tolerant:
             raise NotFiniteError(job)
         with self._lock:
             self._above += above
@@ -135,6 +141,8 @@ class TopKAccumulator:
             self._open(low, min(self._high, low + (1 << self._shift) - 1))
             return False
         self._answer = Threshold(low, int(bins[place]), inside - higher)
+        if low >= _INFINITE:  # more than k are not finite: these stay, all of them, and nothing else does
+            self._answer = Threshold(_INFINITE - 1, 1, 0)
         return True
 
     def _counted(self) -> Counts:
@@ -184,6 +192,29 @@ class AbsSumAccumulator:
         """The sum."""
         ordered = [self._parts[key] for key in sorted(self._parts)]
         return in_order(np.concatenate(ordered)) if ordered else 0.0
+
+
+class GramAccumulator:
+    """The dot products of all pairs of vectors, from the partial sums of all blocks in index order."""
+
+    def __init__(self, request: Gram) -> None:
+        self.wants: Range | None = None
+        self._request = request
+        self._parts: dict[tuple[int, int], NDArray[np.float64]] = {}
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Keep the partial sums of one piece, (blocks, pairs)."""
+        self._parts[job, start] = math.dots(self._request.vectors, BLOCK)
+
+    def end(self) -> bool:
+        """One pass is enough."""
+        return True
+
+    @property
+    def answer(self) -> Dots:
+        """The upper triangle of the Gram matrix."""
+        blocks = np.concatenate([self._parts[key] for key in sorted(self._parts)])
+        return Dots(tuple(in_order(column) for column in blocks.T), self._request.n)
 
 
 class TieIndexAccumulator:
@@ -292,14 +323,16 @@ def in_order(values: NDArray[np.float64]) -> float:
     return float(np.cumsum(values)[-1]) if values.size else 0.0
 
 
-def block_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the sum of each 4096 values in the kernels' order: eight lanes, each in sequence, added pairwise."""
-    padded = np.zeros(-(-values.size // BLOCK) * BLOCK)
-    padded[: values.size] = values
-    blocks = padded.reshape(-1, BLOCK // 8, 8)
-    lanes = np.zeros((len(blocks), 8))
-    for row in range(BLOCK // 8):  # all blocks at a time, each in its order
-        lanes += blocks[:, row]
+def block_sums(values: NDArray[np.float64], length: int = BLOCK) -> NDArray[np.float64]:
+    """Return the sum of each `length` values in the kernels' order: eight lanes, each in sequence, added pairwise."""
+    groups, lines = -(-values.size // length), -(-length // 8)
+    padded = np.zeros((groups, length))
+    padded.reshape(-1)[: values.size] = values
+    blocks = np.zeros((groups, lines, 8))
+    blocks.reshape(groups, -1)[:, :length] = padded
+    lanes = np.zeros((groups, 8))
+    for line in range(lines):  # all groups at a time, each in its order
+        lanes += blocks[:, line]
     total: NDArray[np.float64] = ((lanes[:, 0] + lanes[:, 1]) + (lanes[:, 2] + lanes[:, 3])) + (
         (lanes[:, 4] + lanes[:, 5]) + (lanes[:, 6] + lanes[:, 7])
     )
@@ -359,16 +392,27 @@ def _words_between(
 
 
 def make_accumulator(
-    request: Request, jobs: Sequence[Job], by_job: Mapping[int, Request], keys: RandomKeys
+    request: Request,
+    jobs: Sequence[Job],
+    by_job: Mapping[int, Request],
+    keys: RandomKeys,
+    tolerant: bool = False,
 ) -> Accumulator | Known:
-    """Return the accumulator of a request over some jobs; `by_job` has each job's own version of it."""
+    """Return the accumulator of a request over some jobs; `by_job` has each job's own version of it.
+
+    Entries that are not finite rank above all others and are left out of sums; unless `tolerant`, a rank over them
+    is refused, for the merge will be.
+    """
     n = sum(job.n_elements for job in jobs)
-    if isinstance(request, TopK):
-        return TopKAccumulator(request, n)
+    if isinstance(request, TopK | Band):
+        return TopKAccumulator(request, n, tolerant) if request.count(n) else Known(_ABOVE_ALL)
     if isinstance(request, TieIndex):
-        return TieIndexAccumulator(request)
+        needed = request.threshold.needed
+        return TieIndexAccumulator(request) if needed else Known((jobs[0].ordinal, 0))
     if isinstance(request, AbsSum):
         return AbsSumAccumulator(request)
+    if isinstance(request, Gram):
+        return GramAccumulator(request)
     if isinstance(request, LowWords):
         return Known(low_words(request, n, keys.key("dare", request.vector.stream, jobs[0].name)))
     if isinstance(request, FisherSquares):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -18,12 +19,16 @@ from streammerge.methods.recipes import (
     FisherMean,
     Formula,
     Recipe,
+    RowCombination,
     TaskVector,
     TaskVectorMerge,
     WeightedSum,
     Where,
+    ranked,
     removing,
+    terms_of,
 )
+from streammerge.methods.requests import full_matrices
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +124,8 @@ class TorchMath:
         return [self._tensor(operand, a, b) for operand in self._piece.fishers]
 
     def _where(self, a: int) -> Where:
-        return Where(self._piece.tensor, self._piece.start + a, self._piece.keys)
+        piece = self._piece
+        return Where(piece.tensor, piece.start + a, piece.keys, piece.row_length)
 
     def _surviving(self, vector: TaskVector, a: int, b: int) -> torch.Tensor:
         models, base = self._inputs(a, b)
@@ -165,9 +171,10 @@ class TorchMath:
         """See `PieceMath`."""
 
         def sums(a: int, b: int) -> NDArray[np.float64]:
-            return block_sums(self._surviving(vector, a, b).double().abs().cpu().numpy())
+            return block_sums(_finite(self._surviving(vector, a, b)).double().abs().cpu().numpy())
 
-        partials = list(self._each(sums, 4096))
+        step = 4096 if vector.rank_drop is None else math.lcm(4096, self._piece.row_length)
+        partials = list(self._each(sums, step))
         return np.concatenate(partials) if partials else np.zeros(0)
 
     def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
@@ -195,6 +202,40 @@ class TorchMath:
             counts += np.bincount(places // size, minlength=len(counts))
         return counts
 
+    def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
+        """See `PieceMath`."""
+
+        def sums(a: int, b: int) -> NDArray[np.float64]:
+            models, base = self._inputs(a, b)
+            return self._dots(vectors, models, base, self._where(a), length)
+
+        return np.concatenate(list(self._each(sums, length)))
+
+    @staticmethod
+    def _dots(
+        vectors: Sequence[TaskVector], models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
+        length: int,
+    ) -> NDArray[np.float64]:  # fmt: skip
+        terms = [_finite(term).double() for term in terms_of(vectors, models, base, where)]
+        for i, vector in enumerate(vectors):
+            terms[i] = vector.rescale * terms[i]
+        pairs = [terms[i] * terms[j] for i in range(len(terms)) for j in range(i, len(terms))]
+        return np.stack([block_sums(pair.flatten().cpu().numpy(), length) for pair in pairs], axis=1)
+
+    def _combine_rows(
+        self, recipe: RowCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> torch.Tensor:
+        import torch
+
+        length = self._piece.row_length
+        k = len(recipe.vectors) or len(models) + (base is not None)
+        pairs = self._dots(recipe.vectors, models, base, where, length)
+        weights = np.ascontiguousarray(recipe.coefficients(full_matrices(pairs, k)))
+        rows = [model.reshape(-1, length) for model in models]
+        shaped = None if base is None else base.reshape(-1, length)
+        merged = recipe.combined(rows, shaped, where, torch.from_numpy(weights).to(self._device))
+        return merged.reshape(-1)
+
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """See `PieceMath`."""
 
@@ -203,7 +244,7 @@ class TorchMath:
             assert base is not None
             return merge.sign_total(models, base, self._where(a))
 
-        return sum(self._each(total))
+        return sum(self._each(total, self._piece.row_length if ranked(merge) else 1))
 
     def apply(self, recipe: Recipe, out: Operand) -> Applied:
         """See `PieceMath`."""
@@ -226,7 +267,9 @@ class TorchMath:
             merged = self._call(recipe, models, base, where, fishers)
             return Applied(bad + self._store(merged, out, a, b), tuple(kept), floored)
 
-        row = self._piece.shape[-1] if len(self._piece.shape) > 1 else 1
+        row = (
+            self._piece.row_length if len(self._piece.shape) > 1 or isinstance(recipe, RowCombination) else 1
+        )
         parts = list(self._each(merge, row if self._block else max(1, self._piece.n)))
         kept = tuple(sum(part.kept[i] for part in parts) for i in range(len(vectors)))
         return Applied(sum(part.not_finite for part in parts), kept, sum(part.floored for part in parts))
@@ -238,6 +281,8 @@ class TorchMath:
         import torch
 
         assert not isinstance(recipe, CopyOf)
+        if isinstance(recipe, RowCombination):
+            return self._combine_rows(recipe, models, base, where)
         if not isinstance(recipe, Formula):
             return recipe(models, base, where, fishers)
         models = recipe.dropped(models, base, where)
@@ -265,6 +310,11 @@ class TorchMath:
         self._host(out, a, b).copy_(rounded, non_blocking=True)
         synchronize(self._device)
         return bad
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """Return values with 0 in place of what is not finite, which has no part in sums."""
+    return values.masked_fill(~values.isfinite(), 0.0)
 
 
 def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -15,7 +15,15 @@ import numpy as np
 
 from streammerge.engine.pieces import KernelMath, Loaded, Operand
 from streammerge.engine.statistics import low_words
-from streammerge.methods.recipes import Cut, FisherMean, TaskVector, TaskVectorMerge, WeightedSum
+from streammerge.methods.recipes import (
+    Cut,
+    FisherMean,
+    RankDrop,
+    RowCombination,
+    TaskVector,
+    TaskVectorMerge,
+    WeightedSum,
+)
 from streammerge.methods.requests import LowWords
 from streammerge.methods.rng import RandomKeys
 
@@ -59,8 +67,12 @@ def compile_kernels() -> None:
     math.count_keys(vectors[0], 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
     math.abs_sums(vectors[0])
     math.ties(vectors[0], 0, 4096)
+    math.apply(RowCombination(lambda gram: gram[:, 0], vectors), Operand(128, "BF16"))
     math.apply(WeightedSum((1.0, 1.0)), Operand(128, "BF16"))
     math.apply(TaskVectorMerge(vectors, elect=True), Operand(128, "BF16"))
+    ranked = tuple(TaskVector(i, rank_drop=RankDrop(0.4, 0.2)) for i in range(2))
+    math.abs_sums(ranked[0])
+    math.apply(TaskVectorMerge(ranked, elect=True), Operand(128, "BF16"))
     math.fisher_squares(0)
     math.apply(FisherMean((1.0, 1.0), (0.0, 0.0), vectors=vectors), Operand(128, "BF16"))
     low_words(LowWords(TaskVector(0), 0.5), 8, keys.key("dare", 0, "t"))

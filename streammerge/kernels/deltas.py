@@ -16,6 +16,8 @@ from streammerge.kernels.blocks import (
 )
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
+LARGEST = np.float32(3.4028234663852886e38)
+"""The largest finite fp32 number."""
 
 NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3
 """What happens to an element whose magnitude equals the threshold: see `recipes.Cut`."""
@@ -38,7 +40,7 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
 
     `base` holds the block of the base in fp32; `offset` is the model's byte offset of this block;
     `drop` is (the integer threshold below which a random word drops its element, the element before which a
-    word equal to it does too), 0 for none; `cut` is (rule, magnitude pattern, limit).
+    word equal to it does too), 0 for none; `cut` is (rule, magnitude pattern, limit), and the same of the outliers.
     """
     x, w, at_threshold, _ = buffers
     # A cut in place would not vectorise (LLVM makes its stores conditional): it goes from x to out.
@@ -66,8 +68,32 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
     if cut[0] != NO_CUT:
         kept = _cut_block(n, cut, delta, out, at_threshold)
         if cut[0] in (THIN, INDEX):
-            kept -= _settle_ties(element, n, cut, cut_key, out, buffers)
+            kept -= _settle_ties(element, n, cut, cut_key, out, buffers, False)
+        if cut[3] != NO_CUT:
+            kept -= _remove_outliers(element, n, cut[3:], cut_key, out, buffers)
     return kept
+
+
+@njit(nogil=True, cache=True)
+def _remove_outliers(element, n, cut, cut_key, out, buffers):
+    """Zero the entries of `out` that the cut of the outliers keeps; return how many that were not zero already."""
+    before, _, at_threshold, _ = buffers
+    before[:n] = out[:n]
+    threshold = np.uint32(cut[1])
+    least = np.uint32(threshold + np.uint32(cut[0] != ALL))  # ties are settled below, or stay
+    removed = np.uint32(0)
+    for i in range(n):
+        bits = bits_from_f32(before[i])
+        magnitude = np.uint32(bits & MAGNITUDE)
+        # What is not finite stays: it must show in the output, where it is found.
+        remove = (magnitude >= least) & (magnitude < np.uint32(0x7F800000))
+        at_threshold[i] = np.uint8((magnitude == threshold) & (magnitude < np.uint32(0x7F800000)))
+        removed = np.uint32(removed + np.uint32(remove))
+        out[i] = f32_from_bits(np.uint32(0) if remove else bits)
+    count = np.int64(removed)
+    if cut[0] in (THIN, INDEX):
+        count += _settle_ties(element, n, cut, cut_key, out, buffers, True)
+    return count
 
 
 @njit(nogil=True, cache=True)
@@ -102,8 +128,8 @@ def _cut_block(n, cut, delta, out, at_threshold):
 
 
 @njit(nogil=True, cache=True)
-def _settle_ties(element, n, cut, cut_key, out, buffers):
-    """Zero the elements at the threshold that a thinning or an index removes; return how many."""
+def _settle_ties(element, n, cut, cut_key, out, buffers, inverted):
+    """Zero the elements at the threshold that a thinning or an index removes, `inverted` those it keeps; count them."""
     _, w, at_threshold, places = buffers
     rule, limit = cut[0], cut[2]
     at_threshold[n : (n + 7) & ~7] = 0
@@ -128,7 +154,7 @@ def _settle_ties(element, n, cut, cut_key, out, buffers):
     removed = 0
     for t in range(ties):
         i = np.int64(places[t])
-        keep = element + i < limit if rule == INDEX else np.int64(w[t]) < limit
+        keep = (element + i < limit if rule == INDEX else np.int64(w[t]) < limit) != inverted
         out[i] = out[i] if keep else np.float32(0)
         removed += not keep
     return removed
@@ -173,7 +199,7 @@ def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
     b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     keys = np.empty(BLOCK, np.uint32)
     plain = code == BF16 and base_code == BF16 and drop[0] == 0 and drop[1] == 0
-    no_cut = np.array([NO_CUT, 0, 0], np.int64)
+    no_cut = np.array([NO_CUT, 0, 0, NO_CUT, 0, 0], np.int64)
     lo, hi = np.uint32(low), np.uint32(high)
     width, s = np.uint32(hi - lo), np.uint32(shift)
     above = 0
@@ -223,7 +249,8 @@ def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
                 out[i] = np.float32(0)
             for i in range(0, m, 8):
                 for j in range(8):
-                    lanes[j] += abs(np.float64(out[i + j]))
+                    size = abs(out[i + j])
+                    lanes[j] += np.float64(size) if size <= LARGEST else 0.0  # not of a NaN or an infinity
         partials[part] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
             (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
         )
@@ -234,7 +261,7 @@ def ties_per_block(half, full, offset, code, base_offset, base_code, n, key, ele
                    drop, drop_key, counts, size):  # fmt: skip
     """Count the elements whose magnitude pattern is `key` in each run of `size` elements."""
     b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    no_cut = np.array([NO_CUT, 0, 0], np.int64)
+    no_cut = np.array([NO_CUT, 0, 0, NO_CUT, 0, 0], np.int64)
     for start in range(0, n, BLOCK):
         m = min(BLOCK, n - start)
         widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)

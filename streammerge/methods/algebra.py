@@ -10,7 +10,7 @@ from streammerge.errors import ConfigError
 from streammerge.methods import rng
 from streammerge.methods.drop import Ask
 from streammerge.methods.recipes import Cut, TaskVector, TaskVectorMerge, TiePolicy, WeightedSum
-from streammerge.methods.requests import Answer, Request, SignTotal, Threshold, TieIndex, TopK
+from streammerge.methods.requests import Answer, Band, Request, SignTotal, Threshold, TieIndex, TopK
 from streammerge.methods.requests import Scope as TrimScope
 from streammerge.methods.scope import Scope
 
@@ -56,11 +56,46 @@ def trim(
         ]
         limits = [_limit_here(scope, cast(tuple[int, int], end)) for end in ends]
     for i, threshold, limit in zip(partial, thresholds, limits, strict=True):
-        assert isinstance(threshold, Threshold)
-        if ties == "thin":
-            limit = rng.threshold(threshold.needed / threshold.ties)
-        trimmed[i] = replace(trimmed[i], cut=Cut(threshold.key, ties, limit))
+        trimmed[i] = replace(trimmed[i], cut=_cut(cast(Threshold, threshold), ties, limit))
     return trimmed
+
+
+def keep_band(
+    vectors: Sequence[TaskVector], densities: Sequence[float], gammas: Sequence[float], *, ties: TiePolicy
+) -> Ask:
+    """Keep `density` of each vector's entries, those next in magnitude to the `gamma` that are the largest.
+
+    Raises
+    ------
+    ConfigError
+        After a drop with which a second cut by magnitude has no one meaning.
+    """
+    partial = [i for i, density in enumerate(densities) if density < 1]
+    if partial and any(vector.cut is not None for vector in vectors):
+        raise ConfigError("drop_mask: magnitude before a cut by magnitude cuts twice; set density: 1")
+    if not partial:
+        return list(vectors)
+    edges: tuple[Literal["upper", "lower"], ...] = ("upper", "lower")
+    asked = [(i, edge) for i in partial for edge in edges]
+    thresholds = yield [Band(vectors[i], densities[i], gammas[i], edge) for i, edge in asked]
+    ends: Sequence[Answer] = [(0, 0)] * len(asked)
+    if ties == "index":
+        pairs = zip(asked, thresholds, strict=True)
+        ends = yield [TieIndex(vectors[i], cast(Threshold, threshold)) for (i, _), threshold in pairs]
+    cuts = {
+        key: _cut(cast(Threshold, threshold), ties, cast(tuple[int, int], end)[1])
+        for key, threshold, end in zip(asked, thresholds, ends, strict=True)
+    }
+    return [
+        replace(vector, cut=cuts[i, "lower"], outliers=cuts[i, "upper"]) if i in partial else vector
+        for i, vector in enumerate(vectors)
+    ]
+
+
+def _cut(threshold: Threshold, ties: TiePolicy, end: int) -> Cut:
+    """Return the cut at a threshold; `end`: the element before which ties are kept by index."""
+    limit = rng.threshold(threshold.needed / threshold.ties) if ties == "thin" else end
+    return Cut(threshold.key, ties, limit)
 
 
 def _limit_here(scope: Scope, end: tuple[int, int]) -> int:

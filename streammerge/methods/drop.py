@@ -133,4 +133,6 @@ def rescale_by_norm(before: Sequence[TaskVector], after: Sequence[TaskVector]) -
 
 
 def _differ(before: TaskVector, after: TaskVector) -> bool:
-    return (before.drop, before.drop_end, before.cut) != (after.drop, after.drop_end, after.cut)
+    return any(
+        getattr(before, field) != getattr(after, field) for field in ("drop", "drop_end", "cut", "rank_drop")
+    )

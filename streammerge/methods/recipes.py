@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from streammerge.methods import rng
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
+
+    Coefficients = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    """From Gram matrices, (rows, k, k), to the weights of the vectors, (rows, k)."""
 
 TiePolicy = Literal["drop", "all", "thin", "index"]
 
@@ -28,6 +33,8 @@ class Where:
     start: int
     """Flat row-major index of the piece's first element in the whole tensor."""
     keys: rng.RandomKeys
+    row_length: int = 1
+    """Elements of a row, where the piece is of whole rows."""
     masks: dict[TaskVector, torch.Tensor] = field(default_factory=dict, compare=False)
     """The masks of these elements found so far: a formula, and who counts what it kept, ask for the same."""
 
@@ -52,6 +59,35 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class RankDrop:
+    """Keep an entry with probability low + spread * (r - 1) / (n - 1), r the rank of its magnitude in its row of n.
+
+    DELLA's MagPrune (https://arxiv.org/abs/2406.11617). The smallest has rank 1, equal ones the mean of their ranks;
+    in a row of one the probability is that of the middle.
+    """
+
+    low: float
+    spread: float
+    unbiased: bool = True
+    """A survivor is divided by its probability."""
+
+    def probabilities(self, delta: torch.Tensor, row_length: int) -> torch.Tensor:
+        """Return the probability of each entry, fp64 and flat, for whole rows."""
+        import torch
+
+        rows = delta.float().view(torch.int32).bitwise_and(0x7FFFFFFF).reshape(-1, row_length)
+        if not self.spread or row_length == 1:
+            return torch.full(
+                (rows.numel(),), self.low + self.spread * 0.5, dtype=torch.float64, device=delta.device
+            )
+        ordered = rows.sort(dim=1).values
+        first = torch.searchsorted(ordered, rows)
+        last = torch.searchsorted(ordered, rows, right=True)
+        place = 0.5 * (first + last - 1).double()
+        return (self.low + self.spread * (place / (row_length - 1))).flatten()
+
+
+@dataclass(frozen=True)
 class TaskVector:
     """delta_i = theta_i - theta_0 of one model, as it enters the sum: dropped, cut, rescaled, weighed.
 
@@ -69,6 +105,10 @@ class TaskVector:
     shared: bool = False
     """The random words are those of all models together, not the model's own."""
     cut: Cut | None = None
+    outliers: Cut | None = None
+    """What this cut keeps, the largest, is removed after all: only with `cut`, whose tie policy it shares."""
+    rank_drop: RankDrop | None = None
+    """Drops entries by the rank of their magnitude; none of the others with it."""
 
     @property
     def coefficient(self) -> float:
@@ -78,13 +118,13 @@ class TaskVector:
     @property
     def is_random(self) -> bool:
         """Whether any random word decides over its entries."""
-        dropped_by_word = 0 < self.drop < 2**32 or self.drop_end > 0
+        dropped_by_word = 0 < self.drop < 2**32 or self.drop_end > 0 or self.rank_drop is not None
         return dropped_by_word or (self.cut is not None and self.cut.ties == "thin")
 
     @property
     def removes(self) -> bool:
         """Whether any entry may be removed."""
-        return self.drop > 0 or self.drop_end > 0 or self.cut is not None
+        return self.drop > 0 or self.drop_end > 0 or self.cut is not None or self.rank_drop is not None
 
     @property
     def stream(self) -> int | None:
@@ -94,6 +134,16 @@ class TaskVector:
     def dropped_model(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return theta_0 + rescale * surviving delta in fp64: the model as it is after the drop."""
         return base.double() + self.rescale * self.surviving(theta, base, where).double()
+
+    def entries(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the task vector as it enters the sum: its coefficient times what survives, in fp64."""
+        import torch
+
+        left = self.surviving(theta, base, where).double()
+        if self.rank_drop is not None and self.rank_drop.unbiased:
+            q = self.rank_drop.probabilities(theta - base, where.row_length)
+            left = torch.where(left == 0, left, left / q)
+        return self.coefficient * left
 
     def surviving(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the entries of the task vector that survive, 0 elsewhere, in the inputs' dtype."""
@@ -109,6 +159,10 @@ class TaskVector:
         import torch
 
         delta = theta - base
+        if self.rank_drop is not None:
+            words = where.words("della", self.stream, delta.numel(), delta.device)
+            q = self.rank_drop.probabilities(delta, where.row_length)
+            return (words < (q * 2.0**32 + 0.5).floor().long()) | ~torch.isfinite(delta)
         keep = torch.ones_like(delta, dtype=torch.bool)
         if self.drop or self.drop_end:
             words = where.words("dare", self.stream, delta.numel(), delta.device)
@@ -122,34 +176,46 @@ class TaskVector:
         if self.cut is None:
             return keep
         key = delta.float().view(torch.int32) & 0x7FFFFFFF
-        above = key > self.cut.key
-        if self.cut.ties == "drop":
+        kept = self._kept_by(self.cut, key, where)
+        if self.outliers is None:
+            return kept
+        # What is not finite is no outlier: it must show in the output, where it is found.
+        return kept & (~self._kept_by(self.outliers, key, where) | (key >= 0x7F800000))
+
+    def _kept_by(self, cut: Cut, key: torch.Tensor, where: Where) -> torch.Tensor:
+        above = key > cut.key
+        if cut.ties == "drop":
             return above
-        if self.cut.ties == "all":
-            return key >= self.cut.key
-        tied = (key == self.cut.key).nonzero().squeeze(-1)
-        if self.cut.ties == "index":
-            kept = tied[tied + where.start < self.cut.limit]
+        if cut.ties == "all":
+            return key >= cut.key
+        tied = (key == cut.key).nonzero().squeeze(-1)
+        if cut.ties == "index":
+            kept = tied[tied + where.start < cut.limit]
         elif 4 * tied.numel() < key.numel():  # a word for one costs as much as for four in a row
-            kept = tied[where.words_at("ties", self.stream, tied) < self.cut.limit]
+            kept = tied[where.words_at("ties", self.stream, tied) < cut.limit]
         else:
-            kept = tied[where.words("ties", self.stream, key.numel(), key.device)[tied] < self.cut.limit]
+            kept = tied[where.words("ties", self.stream, key.numel(), key.device)[tied] < cut.limit]
         return above.index_fill(0, kept, True)
 
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """theta = sum_i w_i theta_i / divisor."""
+    """theta = (w_0 theta_0 + sum_i w_i theta_i) / divisor."""
 
     weights: tuple[float, ...]
     divisor: float = 1.0
+    base_weight: float = 0.0
+    """w_0; 0 where the base has no part in the sum."""
 
     def __call__(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:  # fmt: skip
         """Return the fp64 sum over fp32 (or fp64) `models` of equal shape."""
-        total = models[0].double() * 0.0
+        total = _zeros(models[0])
+        if self.base_weight:
+            assert base is not None
+            total = total + self.base_weight * base.double()
         for weight, theta in zip(self.weights, models, strict=True):
             total = total + weight * theta.double()
         return total / self.divisor if self.divisor != 1.0 else total
@@ -180,9 +246,9 @@ class TaskVectorMerge:
         if self.elect:
             tau = self._disjoint_merge(models, base, where)
         else:
-            tau = base.double() * 0.0
+            tau = _zeros(base)
             for vector, theta in zip(self.vectors, models, strict=True):
-                tau = tau + vector.coefficient * vector.surviving(theta, base, where).double()
+                tau = tau + vector.entries(theta, base, where)
             tau = tau / self.divisor if self.divisor != 1.0 else tau
         return base.double() + self.scale * tau
 
@@ -190,10 +256,10 @@ class TaskVectorMerge:
         self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
     ) -> tuple[torch.Tensor, ...]:
         """Total magnitude and total weight of the entries of each sign: (up, down, w_up, w_down)."""
-        up = base.double() * 0.0
+        up = _zeros(base)
         down, up_weight, down_weight = up.clone(), up.clone(), up.clone()
         for vector, theta in zip(self.vectors, models, strict=True):
-            tau = vector.coefficient * vector.surviving(theta, base, where).double()
+            tau = vector.entries(theta, base, where)
             up = up + tau.clamp(min=0.0)
             down = down + (-tau).clamp(min=0.0)
             up_weight = up_weight + vector.weight * (tau > 0)
@@ -263,7 +329,7 @@ class FisherMean:
         merged = torch.where(merged > high, high, merged)
         fallback = target
         if self.average:
-            mean = target * 0.0
+            mean = _zeros(target)
             for weight, theta in zip(self.average, thetas, strict=True):
                 mean = mean + weight * theta
             fallback = mean / sum(self.average)
@@ -275,7 +341,7 @@ class FisherMean:
         """Return the sums of a_i (theta_i - theta_target), of the floors' share of a_i, and of a_i."""
         import torch
 
-        moved = fishers[0].double() * 0.0
+        moved = _zeros(fishers[0])
         raised, total = moved.clone(), moved.clone()
         for i, fisher in enumerate(fishers):
             known = fisher.double()
@@ -290,7 +356,7 @@ class FisherMean:
 
     def decided_by_floor(self, fishers: Sequence[torch.Tensor]) -> int:
         """Return the elements in which floors make up more than half of the weight."""
-        zeros = [fisher.double() * 0.0 for fisher in fishers]
+        zeros = [_zeros(fisher) for fisher in fishers]
         _, raised, total = self._sums(zeros, fishers)
         return int((raised > 0.5 * total).sum())
 
@@ -322,16 +388,71 @@ class Formula:
 
 
 @dataclass(frozen=True)
+class RowCombination:
+    """Each row a sum of the models' rows, or of their task vectors' beside the base, by weights of its own.
+
+    The weights are a function of the row's Gram matrix. A tensor without rows is one row.
+    """
+
+    coefficients: Coefficients
+    vectors: tuple[TaskVector, ...] = ()
+    """The task vectors; empty: the models themselves, and before them the base where the method has one."""
+
+    def combined(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum in fp64 for pieces of shape (rows, length) and `weights` (rows, k) in fp64."""
+        assert base is not None or not self.vectors
+        if self.vectors and base is not None:
+            scaled = [weights[:, i] * vector.rescale for i, vector in enumerate(self.vectors)]
+        else:
+            scaled = list(weights.unbind(1))
+        total = _zeros(models[0])
+        for weight, rows in zip(scaled, self.terms(models, base, where), strict=True):
+            total = total + weight.unsqueeze(1) * rows.double()
+        return base.double() + total if self.vectors and base is not None else total
+
+    def terms(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> list[torch.Tensor]:
+        """Return what is summed, in the pieces' shape: models, or surviving task vectors before their rescale."""
+        return terms_of(self.vectors, models, base, where)
+
+
+def terms_of(
+    vectors: Sequence[TaskVector], models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+) -> list[torch.Tensor]:
+    """Return the surviving entries of task vectors; without any, the base, if there is one, and the models."""
+    if not vectors:
+        return [*([] if base is None else [base]), *models]
+    assert base is not None
+    shape = base.shape
+    return [v.surviving(models[v.model].flatten(), base.flatten(), where).reshape(shape) for v in vectors]
+
+
+@dataclass(frozen=True)
 class CopyOf:
     """The bytes of one model's tensor, unchanged but for the output's dtype."""
 
     model: int = 0
 
 
-Recipe = WeightedSum | TaskVectorMerge | FisherMean | Formula | CopyOf
+Recipe = WeightedSum | TaskVectorMerge | FisherMean | RowCombination | Formula | CopyOf
+
+
+def ranked(recipe: Recipe) -> bool:
+    """Return whether entries are dropped by their rank in a row, which must then be whole."""
+    return any(vector.rank_drop is not None for vector in getattr(recipe, "vectors", ()))
 
 
 def removing(recipe: Recipe) -> tuple[TaskVector, ...]:
     """Return the task vectors of a recipe that may lose entries; empty if none does."""
     vectors = getattr(recipe, "vectors", ())
     return vectors if any(vector.removes for vector in vectors) else ()
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Return fp64 zeros of a piece's shape; 0 times an infinity would be NaN."""
+    import torch
+
+    return torch.zeros_like(like, dtype=torch.float64)

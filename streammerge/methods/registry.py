@@ -17,19 +17,22 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Any, Generic, Literal, TypeVar
 
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.methods.drop import GENERAL, DropNames
-from streammerge.methods.recipes import Formula, Recipe, removing
+from streammerge.methods.recipes import Formula, Recipe, RowCombination, ranked, removing
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.scope import Scope
 
 T = TypeVar("T")
-Base = Literal["required", "optional", "donor", "none"]
-"""What a method does with ``base_model``. `donor`: its arithmetic has no base; the base lends its config,
-its tokenizer and the tensors that are copied. `none`: nothing. A drop before any of them needs one."""
+Base = Literal["required", "optional", "member", "donor", "none"]
+"""What a method does with ``base_model``. `member`: it is one more model, listed or not. `donor`: its arithmetic
+has no base; the base lends its config, its tokenizer and the tensors that are copied. `none`: nothing. A drop
+before any of them needs one."""
+REQUIRED = object()
+"""The default of a parameter that has none: the config must give it."""
 
 
 class PerModel(tuple[T, ...], Generic[T]):
@@ -135,10 +138,20 @@ class Method:
 
     def draws(self, scope: Scope, parameters: Mapping[str, Any]) -> bool:
         """Return whether these parameters make each model draw random words of its own."""
+        recipe = self._recipe(scope, parameters)
+        return any(vector.is_random and not vector.shared for vector in removing(recipe))
+
+    def sees_rows(self, scope: Scope, parameters: Mapping[str, Any]) -> bool:
+        """Return whether these parameters lead to a recipe that works on whole rows."""
+        recipe = self._recipe(scope, parameters)
+        return isinstance(recipe, RowCombination) or ranked(recipe)
+
+    def _recipe(self, scope: Scope, parameters: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that placeholder answers lead to."""
         answers = [[request.placeholder() for request in one] for one in self.rounds(scope, parameters)]
         recipe = self.start(scope, parameters, answers)
         assert not isinstance(recipe, list)
-        return any(vector.is_random and not vector.shared for vector in removing(recipe))
+        return recipe
 
     def rounds(self, scope: Scope, parameters: Mapping[str, Any]) -> list[list[Request]]:
         """Return the requests of each round, following the method with placeholder answers."""
@@ -156,7 +169,9 @@ class Method:
         scopes = {request.scope for requests in self.rounds(scope, parameters) for request in requests}
         if "model" in scopes:
             return Access.MODEL
-        return Access.TENSOR if scopes else Access.ELEMENTWISE
+        if scopes:
+            return Access.TENSOR
+        return Access.ROW if self.sees_rows(scope, parameters) else Access.ELEMENTWISE
 
 
 def _follow(
@@ -198,7 +213,8 @@ def method(
     access
         How its arithmetic may be cut: ``elementwise``, ``row``, ``tensor`` or ``model``.
     base
-        Whether ``base_model`` is required, optional, only lends its files (`donor`), or is refused (`none`).
+        Whether ``base_model`` is required, optional, one more model (`member`), only lends its files (`donor`), or
+        is refused (`none`).
     models
         Least and most number of models beside the base (None: no limit).
     bounds
@@ -247,20 +263,26 @@ def method(
 def _declared(
     function: Callable[..., Any], bounds: Mapping[str, tuple[float, float]]
 ) -> dict[str, Parameter]:
-    hints = typing.get_type_hints(function)
     declared = {}
-    for name, argument in inspect.signature(function).parameters.items():
-        if argument.kind is not inspect.Parameter.KEYWORD_ONLY:
-            continue
+    keywords = {
+        name: argument
+        for name, argument in inspect.signature(function).parameters.items()
+        if argument.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    # Of these alone: the tensors' annotation may name a torch that only type checkers import.
+    written = SimpleNamespace(
+        __annotations__={n: h for n, h in function.__annotations__.items() if n in keywords}
+    )
+    hints = typing.get_type_hints(written, getattr(function, "__globals__", {}))
+    for name, argument in keywords.items():
         hint = hints.get(name, float)
         per_model = typing.get_origin(hint) is PerModel
         if per_model:
             (hint,) = typing.get_args(hint)
         kinds, choices = _kinds(hint)
         yaml_name = name.rstrip("_")
-        declared[yaml_name] = Parameter(
-            yaml_name, kinds, per_model, argument.default, choices, bounds.get(yaml_name)
-        )
+        default = REQUIRED if argument.default is inspect.Parameter.empty else argument.default
+        declared[yaml_name] = Parameter(yaml_name, kinds, per_model, default, choices, bounds.get(yaml_name))
     return declared
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from streammerge.methods.recipes import TaskVector, TaskVectorMerge
 
 Scope = Literal["tensor", "model"]
@@ -47,6 +50,31 @@ class TopK:
 
 
 @dataclass(frozen=True)
+class Band:
+    """Ask for a threshold of a band of magnitudes: `density` of them, below the `gamma` that are the largest.
+
+    Fewer of the largest are left out where both together are more than all.
+    """
+
+    vector: TaskVector
+    density: float
+    gamma: float
+    edge: Literal["upper", "lower"]
+    """Above the band lie the outliers; above its lower edge these and the band."""
+    scope: Scope = "tensor"
+
+    def count(self, n: int) -> int:
+        """Return how many of `n` elements lie above the edge."""
+        inside = min(n, int(self.density * n))
+        outliers = min(int(self.gamma * n), n - inside)
+        return outliers + (inside if self.edge == "lower" else 0)
+
+    def placeholder(self) -> Threshold:
+        """Return an answer of the right type, to follow a method without data."""
+        return Threshold(key=0, ties=1, needed=1)
+
+
+@dataclass(frozen=True)
 class TieIndex:
     """Ask where the first `needed` elements equal to a threshold end, in index order.
 
@@ -72,6 +100,43 @@ class AbsSum:
     def placeholder(self) -> float:
         """Return an answer of the right type, to follow a method without data."""
         return 1.0
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Ask for the dot products of all pairs of models, or of task vectors, in fp64."""
+
+    n: int
+    """How many vectors there are."""
+    vectors: tuple[TaskVector, ...] = ()
+    """The task vectors, as they survive and are rescaled; empty: the models themselves, the base first if there is one."""
+    scope: Scope = "tensor"
+
+    def placeholder(self) -> Dots:
+        """Return an answer of the right type, to follow a method without data: orthogonal unit vectors."""
+        return Dots(tuple(float(i == j) for i in range(self.n) for j in range(i, self.n)), self.n)
+
+
+@dataclass(frozen=True)
+class Dots:
+    """The dot products of all pairs of vectors."""
+
+    values: tuple[float, ...]
+    """The upper triangle of the Gram matrix, row by row."""
+    n: int
+
+    def matrix(self) -> NDArray[np.float64]:
+        """Return the Gram matrix, (1, n, n)."""
+        return full_matrices(np.array([self.values]), self.n)
+
+
+def full_matrices(pairs: NDArray[np.float64], n: int) -> NDArray[np.float64]:
+    """Return the symmetric matrices, (rows, n, n), whose upper triangles are the rows of `pairs`."""
+    rows, columns = np.triu_indices(n)
+    matrices = np.empty((len(pairs), n, n))
+    matrices[:, rows, columns] = pairs
+    matrices[:, columns, rows] = pairs
+    return matrices
 
 
 @dataclass(frozen=True)
@@ -128,5 +193,5 @@ class FisherSquares:
         return SquareTotal(1.0, 1)
 
 
-Request = TopK | TieIndex | AbsSum | SignTotal | LowWords | FisherSquares
-Answer = Threshold | SquareTotal | tuple[int, int] | float | int
+Request = TopK | Band | TieIndex | AbsSum | Gram | SignTotal | LowWords | FisherSquares
+Answer = Threshold | Dots | SquareTotal | tuple[int, int] | float | int

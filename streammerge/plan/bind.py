@@ -13,7 +13,7 @@ from streammerge.index.fishers import FisherIndex, FisherRef
 from streammerge.index.header import TensorRef
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
-from streammerge.methods.requests import FisherSquares, SignTotal
+from streammerge.methods.requests import FisherSquares, Gram, SignTotal
 from streammerge.methods.scope import Scope
 from streammerge.plan.job import Job
 from streammerge.plan.parameters import bind, check_names, preset_of
@@ -223,12 +223,12 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             continue
         checked.add(key)
         try:
-            rounds = method.rounds(Scope(job.n_models), job.parameters)
+            rounds = method.rounds(Scope(job.n_models, has_base=job.base is not None), job.parameters)
         except ConfigError as error:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
         asked: list[tuple[object, ...]] = [
             (type(r), r.vector.model, getattr(r, "density", None))
-            if not isinstance(r, SignTotal | FisherSquares) else (type(r),)
+            if not isinstance(r, SignTotal | FisherSquares | Gram) else (type(r),)
             for requests in rounds for r in requests if r.scope == "model"
         ]  # fmt: skip
         if first is not None and asked != first:

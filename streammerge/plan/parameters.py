@@ -13,7 +13,7 @@ from typing import Any
 from streammerge.config.schema import MergeConfig
 from streammerge.config.settings import Scalar, Setting, value_for
 from streammerge.errors import ConfigError, printable
-from streammerge.methods.registry import Method, Parameter
+from streammerge.methods.registry import REQUIRED, Method, Parameter
 
 PRESET = "preset"
 
@@ -104,6 +104,10 @@ def _one(
     for setting in settings:
         if setting is not None and (value := value_for(setting, tensor, t)) is not None:
             return _checked(parameter, value, setting.path, default), setting
+    if default is REQUIRED:
+        raise ConfigError(
+            f"parameters: {parameter.name!r} is missing for tensor {printable(tensor, 120)}; it has no default"
+        )
     return default, None
 
 

@@ -19,7 +19,7 @@ from streammerge.plan.bind import bind_jobs
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
 from streammerge.plan.layout import Layout, lay_out
-from streammerge.plan.schedule import Chunk, Interval, Step, Survey, Work, plan_work, steps
+from streammerge.plan.schedule import Chunk, Interval, Sees, Step, Survey, Work, plan_work, steps
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements a torch formula works on at a time on the CPU, where it may be cut anywhere."""
@@ -162,21 +162,21 @@ def make_plan(
         If the models, the config or the budget do not allow the merge.
     """
     jobs, warnings = bind_jobs(config, method, models, base, fishers)
-    cache: dict[tuple[object, ...], tuple[Access, bool]] = {}
+    cache: dict[tuple[object, ...], tuple[Access, bool, Sees]] = {}
     access = []
     work = []
     for job in jobs:
         key = (job.kind, *job.parameters.items())
         if key not in cache:
             cache[key] = _needs(job, method, jobs)
-        reach, holds = cache[key]
+        reach, holds, sees = cache[key]
         access.append(reach)
         # On a GPU the temporaries lie in its own memory.
         on_host = device == "cpu" and (torch_only or runs_in_torch(job, method))
+        workspace = torch_workspace if on_host else _row_workspace if sees == "rows" else _no_workspace
         work.append(
             plan_work(
-                job, reach, budget, workspace=torch_workspace if on_host else _no_workspace,
-                formula=job.kind == "merge" and method.is_formula, holds=holds,
+                job, sees, budget, workspace=workspace, holds=holds
             )
         )  # fmt: skip
     return MergePlan(
@@ -186,18 +186,25 @@ def make_plan(
     )  # fmt: skip
 
 
-def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> tuple[Access, bool]:
-    """Return what a job needs to see at once, and whether it has statistics of its own tensor to take."""
+def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> tuple[Access, bool, Sees]:
+    """Return how far a job reaches, whether it takes statistics of its own tensor, and what its arithmetic sees."""
     if job.kind != "merge":
-        return Access.ELEMENTWISE, False
+        return Access.ELEMENTWISE, False, "elements"
     rounds = method.rounds(scope_of(job), job.parameters)
     holds = any(r.scope == "tensor" and needs_data(r, jobs) for requests in rounds for r in requests)
-    return method.access_with(scope_of(job), job.parameters), holds
+    scope = scope_of(job)
+    access = method.access_with(scope, job.parameters)
+    sees: Sees = "elements"
+    if method.sees_rows(scope, job.parameters) or (method.is_formula and access is Access.ROW):
+        sees = "rows"
+    elif method.is_formula and access is not Access.ELEMENTWISE:
+        sees = "tensor"
+    return access, holds, sees
 
 
 def scope_of(job: Job) -> Scope:
     """Return what the method may know of a merge job."""
-    return Scope(job.n_models, job.ordinal, fisher=bool(job.fishers))
+    return Scope(job.n_models, job.ordinal, fisher=bool(job.fishers), has_base=job.base is not None)
 
 
 def needs_data(request: Request, jobs: Sequence[Job]) -> bool:
@@ -219,6 +226,11 @@ def torch_workspace(job: Job, n: int) -> int:
     """Return an upper bound of the temporaries of a formula on a block of `n` elements, in bytes."""
     block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
     return block * 8 * (2 * len(job.inputs) + 3 * len(job.fishers) + 12)
+
+
+def _row_workspace(job: Job, n: int) -> int:
+    """Return an upper bound of what the kernels hold of one row at a time, in bytes."""
+    return 72 * job.row_length
 
 
 def _no_workspace(job: Job, n: int) -> int:

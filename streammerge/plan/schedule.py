@@ -19,7 +19,6 @@ from typing import Literal
 
 from streammerge.errors import BudgetError, printable
 from streammerge.index.fishers import ChunkedRef
-from streammerge.methods.registry import Access
 from streammerge.plan.arena import alignment_bytes, bytes_per_element, slot_bytes
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
@@ -32,6 +31,9 @@ _FRAME = 64
 """Bytes by which a chunk that does not compress may grow."""
 
 Mode = Literal["cut", "whole", "surveyed"]
+
+Sees = Literal["elements", "rows", "tensor"]
+"""What a job's arithmetic must have before it at once: any elements, whole rows, or all of the tensor."""
 
 Interval = tuple[int, int]
 
@@ -76,6 +78,7 @@ class Work:
     """Buffer bytes a piece needs for each of its elements."""
     workspace: int
     """Buffer bytes a chunk needs beside: alignment, scratch, temporaries of a torch formula."""
+    sees: Sees = "elements"
 
     def lease_bytes(self, n: int) -> int:
         """Return the bytes of the buffer in which `n` elements are read and merged."""
@@ -84,23 +87,20 @@ class Work:
 
 def plan_work(
     job: Job,
-    access: Access,
+    sees: Sees,
     budget: Budget,
     *,
     workspace: Callable[[Job, int], int],
-    formula: bool,
     holds: bool,
 ) -> Work:
     """Decide how one job is handled.
 
     Parameters
     ----------
-    access
-        What the method must see at once.
+    sees
+        What its arithmetic must see at once.
     workspace
         Bytes of temporaries for a block of the given number of elements of a job.
-    formula
-        Whether it is a plain formula, which sees rows or tensors themselves; all other methods see statistics.
     holds
         Whether statistics of this tensor alone come before its merge.
 
@@ -113,16 +113,20 @@ def plan_work(
 
     def work(mode: Mode, row: int) -> Work:
         # A piece reads one chunk of a Fisher store after the other, by way of a buffer of its own.
-        return Work(mode, row, per_element, workspace(job, row) + chunk_scratch(job) + alignment_bytes(job))
+        beside = workspace(job, row) + chunk_scratch(job) + alignment_bytes(job)
+        return Work(mode, row, per_element, beside, sees)
 
-    if formula and access is not Access.ELEMENTWISE:
-        whole = holds or access is not Access.ROW
-        n, what = (job.n_elements, "the whole tensor") if whole else (job.row_length, "one row of it")
-        return _fitting(job, work("whole" if whole else "cut", n), n, what, budget)
+    if sees == "tensor":
+        n = job.n_elements
+        return _fitting(job, work("whole", n), n, "the whole tensor", budget)
     if holds:
-        held = work("whole", ALIGN)
+        row = ALIGN if sees == "elements" else min(job.n_elements, math.lcm(ALIGN, job.row_length))
+        held = work("whole", row)
         resident = job.n_elements * per_element + held.workspace <= budget.resident_limit
-        return _fitting(job, held if resident else work("surveyed", ALIGN), ALIGN, "a block of it", budget)
+        what = "a block of it" if sees == "elements" else f"{row // job.row_length} rows of it"
+        return _fitting(job, held if resident else work("surveyed", row), row, what, budget)
+    if sees == "rows":
+        return _fitting(job, work("cut", job.row_length), job.row_length, "one row of it", budget)
     cut = work("cut", ALIGN)
     row = _store_row(job)
     if row * per_element <= min(budget.chunk_target, budget.capacity - cut.workspace):

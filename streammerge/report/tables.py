@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from streammerge.errors import printable
 from streammerge.index.model import TensorIndex
-from streammerge.methods.registry import Method, Parameter
+from streammerge.methods.registry import REQUIRED, Method, Parameter
 from streammerge.units import format_size
 
 
@@ -60,4 +60,5 @@ def _parameter(parameter: Parameter) -> str:
     kind = "|".join(parameter.choices) or "|".join(t.__name__ for t in parameter.kind)
     span = f" in [{parameter.bounds[0]:g}, {parameter.bounds[1]:g}]" if parameter.bounds else ""
     each = ", one per model" if parameter.per_model else ""
-    return f"{parameter.name}: {kind}{span} = {parameter.default}{each}"
+    default = " (required)" if parameter.default is REQUIRED else f" = {parameter.default}"
+    return f"{parameter.name}: {kind}{span}{default}{each}"
