@@ -181,7 +181,9 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress | None
         progress.receipts.append(Receipt(job, start, stop, crc, tuple(kept), floored, not_finite))
     elif "answer" in record:
         job_key, answers = record["answer"]
-        progress.answers[str(int(job_key))] = [list(one) for one in answers]
+        if not (isinstance(job_key, str) and job_key.isascii() and job_key.isdigit()):
+            raise ValueError
+        progress.answers[job_key] = [list(one) for one in answers]
     return progress
 
 
