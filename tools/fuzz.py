@@ -1,298 +1,178 @@
-"""Fuzz every parser of what strangers or a crash may have written, guided by coverage.
+"""Feed the readers of foreign files with what a coverage-guided fuzzer (atheris) makes of the tests' tables.
 
-    python tools/fuzz.py header --runs 200000        # one target; see --help for all
-    python tools/fuzz.py --all --seconds 240         # each target for that long, one after the other
+    pip install atheris
+    python tools/fuzz.py header --runs 200000
+    python tools/fuzz.py pickles yaml --seconds 300
+    python tools/fuzz.py --all --runs 200000 --keep findings
+    python tools/fuzz.py header --replay findings/header-0a1b2c3d
 
-Needs atheris (``pip install atheris``). Only the documented error may come out, with one printable line of bounded
-length; each input within 5 s and 1 GiB; a header we accept the safetensors library must read alike. The first
-corpus is made from the tests' tables. What breaks a rule is written to WORKDIR as crash-*, and the exit code is 1;
-give it the file's bytes again with --replay.
+Each target runs in a process of its own. An input that breaks a promise (see fuzz_targets.py) is a finding: it is
+kept, once for each thing that can be wrong, and the run goes on. Exits 1 if there is any.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
+import hashlib
+import os
+import re
 import subprocess
 import sys
 import tempfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from random import Random
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "index")]
-
-Target = Callable[[bytes, Path], None]
-"""Takes an input and a directory of its own; raises if a rule is broken."""
-TARGETS: dict[str, Target] = {}
-_LONGEST = 2000
-"""Characters of a message; a terminal shows them."""
+CHILD = "STREAMMERGE_FUZZ_CHILD"
+SLOW = "-slow"
+"""How files of findings end that are only slow, or large: without instrumentation they may be neither."""
+_STATUS = re.compile(r"#(\d+)\s+(\w+)\s+cov: (\d+) ft: (\d+)")
+_MAX_NBYTES = 1 << 16
 
 
-def target(function: Target) -> Target:
-    """Register a target under its function's name."""
-    TARGETS[function.__name__] = function
-    return function
-
-
-@contextlib.contextmanager
-def refused_in_one_line(*kinds: type[Exception]) -> Iterator[None]:
-    """Let the documented errors pass, if their message is fit to be shown."""
-    try:
-        yield
-    except kinds as error:
-        line = str(error)
-        assert line.isprintable(), f"not one printable line: {line!r:.300}"
-        assert 0 < len(line) <= _LONGEST, f"{len(line)} characters"
-
-
-def place(path: Path, raw: bytes) -> Path:
-    """Write a file in place: truncating one first is slow on some file systems."""
-    path.touch()
-    with path.open("r+b") as file:
-        file.write(raw)
-        file.truncate()
-    return path
-
-
-@target
-def header(raw: bytes, work: Path) -> None:
-    """A safetensors file; where the first bit is set, its length word is put right."""
-    import safetensors
-
-    from streammerge.errors import ModelError
-    from streammerge.index.header import read_header
-
-    if raw[:1] > b"\x7f":
-        text, _, data = raw[1:].partition(b"\0")
-        raw = len(text).to_bytes(8, "little") + text + data
-    path = place(work / "model.safetensors", raw)
-    with refused_in_one_line(ModelError):
-        tensors, _, _ = read_header(path)
-        reference = dict(safetensors.deserialize(raw))
-        assert tensors.keys() == reference.keys()
-        for name, ref in tensors.items():
-            theirs = reference[name]
-            assert (ref.dtype, list(ref.shape)) == (theirs["dtype"], list(theirs["shape"])), name
-            assert raw[ref.offset : ref.offset + ref.nbytes] == bytes(theirs["data"]), name
-
-
-@target
-def index(raw: bytes, work: Path) -> None:
-    """The index of a model of two shards."""
-    from safetensors_files import sound
-
-    from streammerge.errors import ModelError
-    from streammerge.index.model import open_model
-
-    model = work / "model"
-    if not model.exists():
-        model.mkdir()
-        for shard, tensor in (("a", "x"), ("b", "y")):
-            (model / f"{shard}.safetensors").write_bytes(sound({tensor: ("BF16", (2, 3))}))
-    place(model / "model.safetensors.index.json", raw)
-    with refused_in_one_line(ModelError):
-        assert set(open_model(model)) <= {"x", "y"}
-
-
-@target
-def pickles(raw: bytes, work: Path) -> None:
-    """A PyTorch file; where the first bit is set, the input is the program in a sound archive."""
-    from test_index_pickles import archive
-
-    from streammerge.errors import ModelError
-    from streammerge.index.pickles import read_pickle
-
-    if raw[:1] > b"\x7f":
-        raw = archive(raw[1:])
-    path = place(work / "pytorch_model.bin", raw)
-    with refused_in_one_line(ModelError):
-        tensors, _ = read_pickle(path)
-        assert all(0 <= ref.offset <= ref.offset + ref.nbytes <= len(raw) for ref in tensors.values())
-
-
-@target
-def config(raw: bytes, work: Path) -> None:
-    """A config file."""
-    from streammerge.config.schema import parse_config
-    from streammerge.errors import ConfigError
-
-    with refused_in_one_line(ConfigError):
-        parsed = parse_config(raw)
-        assert parsed.models
-        hash(parsed)
-
-
-@target
-def journal(raw: bytes, work: Path) -> None:
-    """A journal; where the first bit is set, each line's checksum is put right."""
-    from streammerge.engine.journal import _load
-
-    if raw[:1] > b"\x7f":
-        raw = b"".join(b"%08x %s\n" % (zlib.crc32(line), line) for line in raw[1:].split(b"\n"))
-    progress, _ = _load(place(work / "journal.jsonl", raw))
-    if progress is not None:
-        assert isinstance(progress.receipts, list)
-
-
-@target
-def manifest(raw: bytes, work: Path) -> None:
-    """A manifest; where the first bit is set, its seal is put right."""
-    from streammerge.engine.checksum import crc32
-    from streammerge.engine.output import MANIFEST, check_contents, is_complete, read_manifest
-    from streammerge.errors import OutputError
-
-    if raw[:1] > b"\x7f":
-        body = raw[1:]
-        raw = body + b'\n"manifest_crc32": "%08x"\n}\n' % crc32(body)
-    place(work / MANIFEST, raw)
-    is_complete(work, read_manifest(work))
-    with refused_in_one_line(OutputError):
-        check_contents(work)
-
-
-@target
-def fisher(raw: bytes, work: Path) -> None:
-    """The table of a store of Fisher diagonals."""
-    from streammerge.errors import InputError
-    from streammerge.index.fishers import open_fisher
-
-    store = work / "store.zarr"
-    store.mkdir(exist_ok=True)
-    place(store / "zarr.json", raw)
-    with refused_in_one_line(InputError):
-        open_fisher(store)
-
-
-@target
-def sizes(raw: bytes, work: Path) -> None:
-    """A size on the command line."""
-    from streammerge.errors import InputError
-    from streammerge.units import parse_size
-
-    with refused_in_one_line(InputError):
-        assert parse_size(raw.decode("utf-8", "replace")) >= 0
-
-
-def seeds(name: str) -> Iterable[bytes]:
-    """Return the first corpus of a target, from the tests' tables."""
-    if name == "header":
-        from safetensors_files import sound
-        from test_index_header import HOSTILE
-
-        rows = [raw for _, raw, _ in HOSTILE if len(raw) < 4000]
-        rows.append(sound({"w.a": ("BF16", (2, 3)), "w.é": ("F4", (4,)), "s": ("F32", ())}, {"k": "v"}))
-        return rows + [b"\x80" + raw[8:].replace(b"}}", b"}}\0", 1) for raw in rows]
-    if name == "index":
-        maps: list[Any] = [{"x": "a.safetensors", "y": "b.safetensors"}, {"x": "../a"}, {"x": 1}, {}, []]
-        return [json.dumps({"metadata": {"total_size": 1}, "weight_map": value}).encode() for value in maps]
-    if name == "pickles":
-        from test_index_pickles import SOUND, archive, named, tensor
-
-        programs = [SOUND, named(("w", tensor((2, 2), (1, 2)))), named(("w", tensor(skip=3)))]
-        return [archive(program) for program in programs] + [b"\x80" + program for program in programs]
-    if name == "config":
-        blocks = [
-            text for page in (ROOT / "docs").glob("*.md") for text in page.read_text().split("```yaml")[1:]
-        ]
-        return [block.split("```")[0].encode() for block in blocks]
-    if name == "journal":
-        lines = [
-            {"identity": {"a": "b"}},
-            {"done": [0, 0, 4, 7, 0, 0, 3]},
-            {"answer": ["0", [[{"float": "0x1p0"}]]]},
-        ]
-        return [b"\xff" + b"\n".join(json.dumps(line).encode() for line in lines)]
-    if name == "manifest":
-        value = {
-            "format": 1,
-            "identity": {"a": "b"},
-            "files": {"x": {"nbytes": 1, "crc32": "00"}},
-            "tensors": {},
-        }
-        return [b"\xff" + json.dumps(value, indent=1).encode().removesuffix(b"\n}") + b","]
-    if name == "fisher":
-        from streammerge.index.fishers import ATTRIBUTE
-
-        sums = {"sum": 1.0, "square_sum": 2.0, "largest": 1.0, "zeros": 0, "stored_nbytes": 24}
-        entry = {"array": "w", "dtype": "F32", "shape": [2, 3], "chunk": [1, 3], **sums}
-        about = {"format": 1, "model_fingerprint": "0", "model_name": "m", "tensors": {"w": entry}}
-        return [
-            json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {ATTRIBUTE: about}}).encode()
-        ]
-    return [b"2GiB", b"1.5 MB", b"0", b"-1", b"1e3", "１GiB".encode()]
-
-
-def fuzz(name: str, runs: int | None, seconds: int | None, work: Path) -> int:
-    """Fuzz one target in a process of its own; return its exit code."""
-    corpus, scratch = work / f"corpus-{name}", work / f"scratch-{name}"
-    for directory in (corpus, scratch):
-        directory.mkdir(parents=True, exist_ok=True)
-    for number, raw in enumerate(seeds(name)):
-        (corpus / f"seed-{number:04d}").write_bytes(raw)
-    options = [
-        "-timeout=5",
-        "-rss_limit_mb=1024",
-        f"-artifact_prefix={work}/crash-{name}-",
-        "-print_final_stats=1",
-    ]
-    options += [f"-runs={runs}"] if runs else []
-    options += [f"-max_total_time={seconds}"] if seconds else []
-    command = [sys.executable, __file__, name, "--inside", json.dumps([str(scratch), *options, str(corpus)])]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
-    lines = done.stderr.splitlines()
-    last = next((line for line in reversed(lines) if " cov: " in line), "no coverage line")
-    count = next((line.split()[-1] for line in lines if "number_of_executed_units" in line), "?")
-    verdict = "nothing found" if done.returncode == 0 else "FOUND:\n" + "\n".join(lines[-40:])
-    print(f"{name}: {count} executions; {' '.join(last.split()[1:8])}; {verdict}", flush=True)
-    return done.returncode
-
-
-def run_inside(name: str, scratch: Path, options: list[str]) -> None:
-    """Hand a target to atheris, which does not return."""
+def child(name: str, work: Path, arguments: list[str]) -> None:
+    """Fuzz one target in this process; libFuzzer ends it."""
     import atheris
 
-    with (
-        atheris.instrument_imports(include=["streammerge"], enable_loader_override=False),
-        tempfile.TemporaryDirectory() as warm,
-    ):
-        for raw in seeds(name):  # imports what the target imports
-            with contextlib.suppress(Exception):
-                TARGETS[name](raw, Path(warm))
-    atheris.Setup([sys.argv[0], *options], lambda raw: TARGETS[name](raw, scratch))
+    with atheris.instrument_imports(include=["streammerge", "yaml"]):
+        import fuzz_targets
+    target = fuzz_targets.make_targets(work)[name]
+    corpus, findings = work / "corpus", work / "findings"
+    for directory in (corpus, findings):
+        directory.mkdir(exist_ok=True)
+    for seed in target.seeds():
+        (corpus / hashlib.blake2b(seed, digest_size=8).hexdigest()).write_bytes(seed)
+        fuzz_targets.examine(target, seed)  # Imports and caches are no growth of the first input.
+    known: set[str] = set()
+
+    def run(raw: bytes) -> None:
+        if (what := fuzz_targets.examine(target, raw)) is None:
+            return
+        # The same complaint with other names and numbers is the same finding.
+        kind = re.sub(r"['\"(].*|\d+", "", what.split(" at ")[0])[:40] + "".join(
+            re.findall(r"\w+\.py:\d+", what)[-1:]
+        )
+        if kind not in known and len(known) < 50:
+            known.add(kind)
+            file = f"{name}-{hashlib.blake2b(raw, digest_size=4).hexdigest()}"
+            slow = what.startswith("took")
+            (findings / (file + SLOW * slow)).write_bytes(raw)
+            print(f"{'SUSPECT' if slow else 'FINDING'} {name}: {what} ({file})", flush=True)
+
+    def change(raw: bytes, most: int, seed: int) -> bytes:
+        rng = Random(seed)
+
+        def blind(data: bytes) -> bytes:
+            return bytes(atheris.Mutate(data, min(most, len(data) + 64)))
+
+        changed = target.change(raw, rng, blind) if target.change is not None and rng.random() < 0.8 else None
+        if changed is None or len(changed) > most:
+            changed = bytes(atheris.Mutate(raw, most))
+        return changed
+
+    options = [f"-max_len={_MAX_NBYTES}", "-timeout=60", "-rss_limit_mb=4096", "-print_final_stats=1"]
+    options += [f"-artifact_prefix={findings}/{name}-", "-len_control=20"]
+    atheris.Setup([sys.argv[0], *options, *arguments, str(corpus)], run, custom_mutator=change)
     atheris.Fuzz()
 
 
+def fuzz(name: str, arguments: list[str], keep: Path | None) -> bool:
+    """Fuzz one target in a new process, say what came of it, and return whether all was well."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
+        work = Path(directory)
+        process = subprocess.Popen(
+            [sys.executable, __file__, name, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", env={**os.environ, CHILD: directory},
+        )  # fmt: skip
+        assert process.stdout is not None
+        statuses, tail = [], []
+        for line in process.stdout:
+            tail = [*tail[-14:], line]
+            if match := _STATUS.search(line):
+                statuses.append((int(match[1]), match[2], int(match[3]), int(match[4])))
+            if line.startswith(("FINDING", "SUSPECT")):
+                print(line, end="", flush=True)
+        code = process.wait()
+        found = [path for path in sorted((work / "findings").glob("*")) if _confirmed(name, path)]
+        _tell(name, statuses, len(found), work)
+        for path in found:
+            if keep is not None:
+                keep.mkdir(parents=True, exist_ok=True)
+                (keep / path.name).write_bytes(path.read_bytes())
+        if code:
+            print(f"{name}: the fuzzer itself ended with {code}:\n{''.join(tail)}", flush=True)
+        return not found and not code
+
+
+def _confirmed(name: str, path: Path) -> bool:
+    """Return whether an input that was slow is so in a process that counts no edges."""
+    if not path.name.endswith(SLOW):
+        return True
+    command = [sys.executable, __file__, name, "--replay", str(path)]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0
+
+
+def _tell(name: str, statuses: list[tuple[int, str, int, int]], findings: int, work: Path) -> None:
+    if not statuses:
+        print(f"{name}: did not start")
+        return
+    first = next((s for s in statuses if s[1] == "INITED"), statuses[0])
+    last = statuses[-1]
+    inputs = len(list((work / "corpus").iterdir()))
+    print(
+        f"{name}: {last[0]} executions, {first[2]} -> {last[2]} edges, {first[3]} -> {last[3]} features, "
+        f"{inputs} inputs kept, {findings} findings",
+        flush=True,
+    )
+
+
+def replay(name: str, paths: list[Path]) -> bool:
+    """Run kept inputs, without a fuzzer; return whether all was well."""
+    import fuzz_targets
+
+    well = True
+    with tempfile.TemporaryDirectory() as directory:
+        target = fuzz_targets.make_targets(Path(directory))[name]
+        for seed in target.seeds():  # Imports and caches are no growth of the first input.
+            fuzz_targets.examine(target, seed)
+        for path in paths:
+            what = fuzz_targets.examine(target, path.read_bytes())
+            print(f"{path}: {what or 'fine'}")
+            well &= what is None
+    return well
+
+
 def main() -> int:
-    """Fuzz, or replay what was found."""
+    """Run what the arguments say."""
+    if CHILD in os.environ:
+        child(sys.argv[1], Path(os.environ[CHILD]), sys.argv[2:])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("target", nargs="?", choices=sorted(TARGETS))
-    parser.add_argument("--all", action="store_true", help="every target")
+    parser.add_argument("targets", nargs="*", help="targets by name; see make_targets in fuzz_targets.py")
+    parser.add_argument("--all", action="store_true")
     parser.add_argument("--runs", type=int, help="executions of each target")
-    parser.add_argument("--seconds", type=int, help="time of each target")
-    parser.add_argument("--work", type=Path, help="for corpora and findings [a temporary directory]")
-    parser.add_argument("--replay", type=Path, metavar="FILE", help="run one input and show what it breaks")
-    parser.add_argument("--inside", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=int, help="and at most so many seconds of each")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="directory for the inputs that break a promise")
+    parser.add_argument("--replay", type=Path, nargs="+", help="run these inputs of one target only")
     args = parser.parse_args()
-    if (args.target is None) == (not args.all):
-        parser.error("give a target, or --all")
-    if args.inside is not None:
-        scratch, *options = args.inside
-        run_inside(args.target, Path(scratch), options)
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        work.mkdir(parents=True, exist_ok=True)
-        if args.replay is not None:
-            TARGETS[args.target](args.replay.read_bytes(), work)
-            return 0
-        names = sorted(TARGETS) if args.all else [args.target]
-        return max(fuzz(name, args.runs, args.seconds, work) for name in names)
+    sys.path.insert(0, str(Path(__file__).parent))
+    if args.replay:
+        return 0 if replay(args.targets[0], args.replay) else 1
+    names = args.targets
+    if args.all:
+        import fuzz_targets
+
+        with tempfile.TemporaryDirectory() as directory:
+            names = list(fuzz_targets.make_targets(Path(directory)))
+    if not names or (args.runs is None and args.seconds is None):
+        parser.error("name targets (or --all), and give --runs or --seconds")
+    limits = [f"-seed={args.seed}"]
+    limits += [f"-runs={args.runs}"] if args.runs is not None else []
+    limits += [f"-max_total_time={args.seconds}"] if args.seconds is not None else []
+    well = [fuzz(name, limits, args.keep) for name in names]
+    return 0 if all(well) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main()))
+    sys.exit(main())

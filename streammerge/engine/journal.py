@@ -187,13 +187,30 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress | None:
     if "identity" in record:
-        return Progress(record["identity"]) if progress is None else None
+        return Progress(_texts(record["identity"])) if progress is None else None
     if progress is None:
         return None
     if "done" in record:
-        job, start, stop, crc, floored, bad, *kept = record["done"]
-        progress.receipts.append(Receipt(job, start, stop, crc, tuple(kept), floored, bad))
+        job, start, stop, crc, floored, not_finite, *kept = _naturals(record["done"])
+        if stop < start or crc >> 32:
+            raise ValueError
+        progress.receipts.append(Receipt(job, start, stop, crc, tuple(kept), floored, not_finite))
     elif "answer" in record:
         job_key, answers = record["answer"]
-        progress.answers[job_key] = answers
+        if not (isinstance(job_key, str) and job_key.isascii() and job_key.isdigit()):
+            raise ValueError
+        progress.answers[job_key] = [list(one) for one in answers]
     return progress
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError
+    return value
+
+
+def _naturals(value: Any) -> list[int]:
+    """Return `value`, whole numbers from 0 on, as the checks of what they stand for take for granted."""
+    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+        raise ValueError
+    return value

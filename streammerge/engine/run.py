@@ -18,8 +18,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from streammerge.engine.chunk import (
     Context,
@@ -136,9 +137,12 @@ class Runner:
             raise self._failure
 
     def _restore_answers(self, answers: Mapping[str, list[list[object]]]) -> None:
-        known = {int(job): [[_restored(a) for a in one] for one in rounds] for job, rounds in answers.items()}
+        known: dict[int, list[list[Answer]]] = {}
+        for job, rounds in answers.items():
+            with suppress(ValueError):  # What no merge of ours wrote is asked anew.
+                known[int(job)] = [[_restored(answer) for answer in one] for one in rounds]
         merged = [job.ordinal for job in self._plan.jobs if job.kind == "merge"]
-        even = len({len(known.get(job, [])) for job in merged}) <= 1
+        even = len({len(known.get(ordinal, [])) for ordinal in merged}) <= 1
         if even or not self._plan.model_rounds():
             self._context.answers.update(known)
 
@@ -418,18 +422,25 @@ def _plain(answer: Answer) -> object:
 
 
 def _restored(plain: object) -> Answer:
-    if isinstance(plain, dict):
-        if "threshold" in plain:
-            return Threshold(*plain["threshold"])
-        if "dots" in plain:
-            values, n = plain["dots"]
-            return Dots(tuple(map(float.fromhex, values)), n)
-        if "squares" in plain:
-            total, n = plain["squares"]
-            return SquareTotal(float.fromhex(total), n)
-        if "float" in plain:
-            return float.fromhex(plain["float"])
-        first, second = plain["pair"]
-        return (first, second)
-    assert isinstance(plain, int)
-    return plain
+    """Return the answer that `_plain` made this of; ValueError if it made nothing like it."""
+    match plain:
+        case {"threshold": [int(key), int(ties), int(needed)]}:
+            return Threshold(key, ties, needed)
+        case {"squares": [str(total), int(n)]}:
+            return SquareTotal(_from_hex(total), n)
+        case {"dots": [[*values], int(n)]}:
+            return Dots(tuple(map(_from_hex, values)), n)
+        case {"float": str(text)}:
+            return _from_hex(text)
+        case {"pair": [int(first), int(second)]}:
+            return (first, second)
+        case int():
+            return plain
+    raise ValueError("no answer")
+
+
+def _from_hex(text: Any) -> float:
+    try:
+        return float.fromhex(text)
+    except (OverflowError, TypeError):
+        raise ValueError("no answer") from None

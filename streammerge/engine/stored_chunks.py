@@ -68,7 +68,12 @@ def _decode(path: str, stored: Bytes, decoded: Bytes) -> None:
         nbytes, _, frame_nbytes = np.frombuffer(frame[4:_BLOSC_HEADER], "<u4").tolist()
         sound = (nbytes, frame_nbytes) == (decoded.size, frame.size)
     if not sound:
-        raise ModelError(
-            f"{printable(path)}: a chunk of a Fisher store is damaged (its checksum is wrong); import it again"
-        )
-    blosc.decompress(frame, decoded)
+        raise _damaged(path, "its checksum is wrong")
+    try:
+        blosc.decompress(frame, decoded)
+    except RuntimeError:
+        raise _damaged(path, "it does not decompress") from None
+
+
+def _damaged(path: str, how: str) -> ModelError:
+    return ModelError(f"{printable(path)}: a chunk of a Fisher store is damaged ({how}); import it again")

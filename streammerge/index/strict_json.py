@@ -8,6 +8,7 @@ duplicate keys, lone surrogates, nesting without end, endless integers, and (by 
 from __future__ import annotations
 
 import math
+import re
 from json import JSONDecodeError, JSONDecoder
 from typing import Any, Literal, NoReturn
 
@@ -19,6 +20,8 @@ MAX_NBYTES = 100_000_000
 MAX_MARKS = 5_000_000
 """Most brackets, braces and commas together. Python spends up to 100 bytes on each, so this bounds
 memory (100 MB of ``[],[],`` would take 2.5 GB); half a million tensors have about as many."""
+
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD]")
 
 Numbers = Literal["natural", "finite", "any"]
 """``natural``: integers from 0 on; ``finite``: no NaN or infinity; ``any``: what Python writes."""
@@ -36,19 +39,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             if key in seen:
                 raise _Refused(f"has the key {quoted(key)} twice")
             seen.add(key)
-    for key, value in pairs:
-        _refuse_surrogates(key)
-        if isinstance(value, str):
-            _refuse_surrogates(value)
     return found
 
 
-def _refuse_surrogates(text: str) -> None:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise _Refused("has a string that is not valid Unicode (a lone surrogate)") from None
+def _refuse_surrogates(value: Any) -> None:
+    """Refuse a lone surrogate in any string of `value`, keys included, however deep."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            left += item.keys()
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+        elif isinstance(item, str) and not item.isascii():
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                raise _Refused("has a string that is not valid Unicode (a lone surrogate)") from None
 
 
 def _natural(digits: str) -> int:
@@ -104,6 +112,8 @@ def parse_object(raw: bytes, path: str, what: str, numbers: Numbers) -> dict[str
         raise bad(path, f"{what} has {marks} brackets and commas, more than {MAX_MARKS}")
     try:
         value = _DECODERS[numbers].decode(raw.decode())
+        if _ESCAPED_SURROGATE.search(raw):  # In UTF-8 itself there are none.
+            _refuse_surrogates(value)
     except UnicodeDecodeError as error:
         raise bad(path, f"{what} is not UTF-8 (byte {error.start})") from None
     except JSONDecodeError as error:
