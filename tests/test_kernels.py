@@ -216,7 +216,7 @@ def deltas(kind: str, n: int, seed: int = 0) -> torch.Tensor:
     if kind == "constant":
         return torch.full((n,), -0.25)
     if kind == "wide":
-        return x * torch.exp(20 * torch.randn(n, generator=g))
+        return x * torch.exp(20 * torch.randn(n, generator=g).clamp(-4, 4))
     return x
 
 

@@ -476,10 +476,10 @@ class JournalFile:
     def __call__(self, raw: bytes) -> None:
         """Check one input."""
         self._path.write_bytes(raw)
-        progress, length = _load(self._path)
-        require(0 <= length <= len(raw), f"a length of {length}")
+        progress, sound = _load(self._path)
+        require(raw.startswith(sound), "sound lines that are not its beginning")
         if progress is None:
-            require(length == 0, "a length without progress")
+            require(not sound, "sound lines without progress")
             return
         names = [*progress.identity.keys(), *progress.identity.values()]
         require(all(isinstance(name, str) for name in names), "an identity that is no map of strings")
@@ -496,8 +496,8 @@ class JournalFile:
             require(all(_natural(n) for n in numbers), f"{receipt}")
             require(receipt.start <= receipt.stop and receipt.crc < 1 << 32, f"{receipt}")
         self._check_answers(progress.answers)
-        self._path.write_bytes(raw[:length])
-        require(_load(self._path) == (progress, length), "its sound part alone says something else")
+        self._path.write_bytes(sound)
+        require(_load(self._path) == (progress, sound), "its sound part alone says something else")
 
     @staticmethod
     def _check_answers(answers: dict) -> None:

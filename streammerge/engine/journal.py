@@ -168,8 +168,6 @@ def _load(path: Path) -> tuple[Progress | None, bytes]:
             progress = _apply(progress, record)
         except (TypeError, ValueError, KeyError):
             break
-        if progress is None:
-            break
         length += len(line)
     return progress, raw[:length]
 
@@ -185,11 +183,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress | None:
-    if "identity" in record:
-        return Progress(_texts(record["identity"])) if progress is None else None
+def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
     if progress is None:
-        return None
+        return Progress(_texts(record["identity"]))
+    if "identity" in record:
+        raise ValueError
     if "done" in record:
         job, start, stop, crc, floored, not_finite, *kept = _naturals(record["done"])
         if stop < start or crc >> 32:
