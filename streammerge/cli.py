@@ -249,10 +249,10 @@ def demo(out: str | None) -> None:
 def main() -> NoReturn:
     """Run the command line; turn every error into one line and its exit code."""
     code = 0
+    _open_closed_streams()
     try:
         cli.main(standalone_mode=False)
-        if sys.stdout is not None:  # closed by the caller
-            sys.stdout.flush()
+        sys.stdout.flush()
     except click.exceptions.Abort:
         code = 130
     except click.ClickException as error:
@@ -269,6 +269,20 @@ def main() -> NoReturn:
     _leave(code)
 
 
+def _open_closed_streams() -> None:
+    """Put the null device where the caller has closed a standard stream.
+
+    Else the next file opened, perhaps a shard, would be what messages are written to.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
+
+
 def _report(error: Exception, code: int) -> int:
     if os.environ.get("STREAMMERGE_DEBUG") == "1":
         import traceback
@@ -280,11 +294,11 @@ def _report(error: Exception, code: int) -> int:
 
 
 def _leave(code: int) -> NoReturn:
-    """Exit without a traceback even where stdout or stderr is closed or full."""
+    """Exit without a traceback even where stdout or stderr is full or its reader gone."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError):
             code = code or 1
             os._exit(code)
     sys.exit(code)

@@ -12,9 +12,8 @@ from streammerge.engine.checksum import combine_all, crc32
 from streammerge.engine.durable import fsync_directory, world_errors, write_file
 from streammerge.engine.journal import Receipt
 from streammerge.engine.output import CONFIG_COPY, MANIFEST, seal
-from streammerge.engine.sidecars import CONFIG
 from streammerge.engine.writer import ShardWriter
-from streammerge.index.model import INDEX_NAME
+from streammerge.index.model import CONFIG_NAME, INDEX_NAME
 from streammerge.plan.plan import MergePlan
 
 
@@ -36,8 +35,8 @@ def commit(
     shards = range(len(plan.layout.shards))
     single = len(plan.layout.shards) == 1
     files = dict(sidecars)
-    if CONFIG in files:
-        files[CONFIG] = _with_dtype(files[CONFIG], plan)
+    if CONFIG_NAME in files:
+        files[CONFIG_NAME] = _with_dtype(files[CONFIG_NAME], plan)
     files["README.md"] = card.encode()
     files[CONFIG_COPY] = plan.config.text.encode("utf-8", "surrogatepass")
     index = None if single else _index(plan)

@@ -14,9 +14,9 @@ from typing import Any
 from streammerge.engine.checksum import crc32
 from streammerge.engine.durable import PARTIAL, fsync_directory, make_directory, world_errors
 from streammerge.engine.journal import STATE
-from streammerge.engine.sidecars import CONFIG, COPIED
+from streammerge.engine.sidecars import COPIED
 from streammerge.errors import OutputError, printable
-from streammerge.index.model import INDEX_NAME, TensorIndex
+from streammerge.index.model import CONFIG_NAME, INDEX_NAME, TensorIndex
 
 MANIFEST = "streammerge.json"
 CONFIG_COPY = "streammerge_config.yml"
@@ -141,7 +141,7 @@ def check_contents(out: Path) -> None:
 _SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
 _LOADS = (INDEX_NAME, "model.safetensors")
 """What a loader looks for: its name means a finished model."""
-_FIXED = {CONFIG, *COPIED, "README.md", CONFIG_COPY, MANIFEST, INDEX_NAME}
+_FIXED = {CONFIG_NAME, *COPIED, "README.md", CONFIG_COPY, MANIFEST, INDEX_NAME}
 
 
 def withdraw(out: Path) -> None:

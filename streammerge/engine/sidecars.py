@@ -11,8 +11,8 @@ from pathlib import Path
 from streammerge.engine.reader import check_unchanged
 from streammerge.errors import WorldError, printable
 from streammerge.index.header import FileStamp
+from streammerge.index.model import CONFIG_NAME
 
-CONFIG = "config.json"
 COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
     "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
@@ -34,7 +34,7 @@ def find_sidecars(directory: Path) -> dict[str, FileStamp]:
         If that cannot be found out.
     """
     found = {}
-    for name in (CONFIG, *COPIED):
+    for name in (CONFIG_NAME, *COPIED):
         path = directory / name
         try:
             status = os.stat(path)

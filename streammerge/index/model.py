@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import ModelError, WorldError
 from streammerge.index.files import bad, from_os, place, quoted, reading
@@ -24,11 +24,14 @@ from streammerge.index.shards import (
     find_shards,
     pickle_refusal,
 )
+from streammerge.index.strict_json import read_object
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["INDEX_NAME", "SINGLE_NAME", "TensorIndex", "open_model"]
+__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "TensorIndex", "open_model"]
+
+CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,8 @@ class TensorIndex(Mapping[str, TensorRef]):
     tensors: Mapping[str, TensorRef]
     unlisted: tuple[str, ...] = ()
     """Tensors that lie in a shard but not in the index file, and so are not part of the model."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What its config.json says; empty where there is none."""
 
     def __getitem__(self, name: str) -> TensorRef:
         return self.tensors[name]
@@ -174,7 +179,13 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
             what = f"tensor {quoted(name)} is not in its shard {quoted(shard)}{where}"
             raise bad(str(directory / INDEX_NAME), f"weight_map: {what}")
     unlisted = tuple(name for name in left_out if name not in tensors)
-    return TensorIndex(reference, directory, tuple(stamps), metadata, tensors, unlisted)
+    config = _read_config(directory / CONFIG_NAME)
+    return TensorIndex(reference, directory, tuple(stamps), metadata, tensors, unlisted, config)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return a model's settings; infinities are theirs to have (Mamba writes them)."""
+    return read_object(str(path)) if os.path.lexists(path) else {}
 
 
 def _file(ref: TensorRef) -> str:

@@ -1,0 +1,80 @@
+"""A warm process that runs the command once per request, in a child of its own, and says what that took.
+
+A request is one line of JSON on stdin: ``{"arguments": [...], "cwd": ..., "seconds": ...}``; the answer one line on
+stdout: exit code, stdout and stderr, the operating system's peak of the child in bytes, and wall seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def run(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Fork, run the command line there, and wait for it no longer than it is given."""
+    began = time.monotonic()
+    outputs = [scratch / "stdout", scratch / "stderr"]
+    pid = os.fork()
+    if pid == 0:
+        child(request, outputs)
+    pidfd = os.pidfd_open(pid)
+    ready, _, _ = select.select([pidfd], [], [], request["seconds"])
+    os.close(pidfd)
+    if not ready:
+        os.kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    code = os.waitstatus_to_exitcode(status) if ready else "hung"
+    stdout, stderr = (path.read_bytes().decode("utf-8", "backslashreplace") for path in outputs)
+    return {
+        "code": code, "stdout": stdout, "stderr": stderr, "peak": usage.ru_maxrss << 10,
+        "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+def child(request: dict[str, Any], outputs: list[Path]) -> None:
+    """Become the command."""
+    from streammerge import cli
+
+    for descriptor, path in ((1, outputs[0]), (2, outputs[1])):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.chdir(request["cwd"])
+    sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
+    sys.argv = ["streammerge", *request["arguments"]]
+    code: object = 99
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code if isinstance(code, int) else 0 if code is None else 98)
+
+
+def main() -> None:
+    """Import all that a merge needs but torch, then serve."""
+    import streammerge.api
+    import streammerge.engine.pieces
+    import streammerge.fisher.importing  # noqa: F401
+    from streammerge.engine.warm import ensure_compiled
+
+    ensure_compiled()
+    scratch = Path(sys.argv[1])
+    for line in sys.stdin:
+        print(json.dumps(run(json.loads(line), scratch)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
