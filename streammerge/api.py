@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from streammerge.compiled import missing_kernels
-from streammerge.config.schema import MergeConfig, ModelSpec, config_from_mapping, load_config
+from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
 from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.reader import Backend
 from streammerge.engine.session import Event, NonFinite, Options, Summary, execute
-from streammerge.errors import ConfigError, InputError, printable
+from streammerge.errors import InputError, printable
 from streammerge.index.fishers import FisherIndex, open_fisher
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
 from streammerge.plan import budget as budgets
-from streammerge.plan.parameters import wants_drop
+from streammerge.plan.bases import settle_base
 from streammerge.plan.plan import MergePlan, make_plan
 from streammerge.report.card import model_card
 from streammerge.units import parse_size
@@ -78,8 +77,8 @@ def plan(
     if methods is not None:
         load_file(Path(methods))
     method = get_method(parsed.merge_method, f"{parsed.where}: merge_method")
-    parsed = _settle_base(parsed, method)
-    models, base = _open_models(parsed)
+    parsed = settle_base(parsed, method)
+    models, base, bases = _open_models(parsed)
     fishers = _open_fishers(parsed, method, models)
     total = _bytes(memory)
     nbytes = sum(index.nbytes for index in (*models, *([base] if base else [])))
@@ -91,7 +90,7 @@ def plan(
     return make_plan(
         parsed, method, models, base, budget,
         shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, device=chosen, torch_only=torch_only, fishers=fishers,
-        notes=[] if missing is None else [_SLOWER.format(missing)],
+        notes=[] if missing is None else [_SLOWER.format(missing)], bases=bases,
     )  # fmt: skip
 
 
@@ -165,31 +164,8 @@ def choose_device(device: str, memory: int | None, nbytes: int) -> str:
     return f"cuda:{int(number or 0)}"
 
 
-def _settle_base(config: MergeConfig, method: Method) -> MergeConfig:
-    """Take the base out of the models where the method has a base: it has no task vector.
-
-    mergekit's configs often list it there, without parameters.
-    """
-    base = config.base_model
-    if base is None:
-        return config
-    others = tuple(spec for spec in config.models if spec.reference != base)
-    if method.base == "member":
-        return config if len(others) < len(config.models) else replace(
-            config, models=(*config.models, ModelSpec(base, path=f"{config.where}: base_model"))
-        )  # fmt: skip
-    if method.base in ("required", "optional"):
-        return replace(config, models=others)
-    unlisted = len(others) == len(config.models)
-    if method.base == "none" and unlisted and not wants_drop(config, method):
-        raise ConfigError(
-            f"{config.where}: base_model: {method.name!r} has no base; list the model under `models` or remove the key"
-        )
-    return config
-
-
-def _open_models(config: MergeConfig) -> tuple[list[TensorIndex], TensorIndex | None]:
-    """Open every model once, the base too where it is also one of the models."""
+def _open_models(config: MergeConfig) -> tuple[list[TensorIndex], TensorIndex | None, list[TensorIndex]]:
+    """Open every model once: those merged, the base, and the bases of slices where they are others."""
     opened: dict[str, TensorIndex] = {}
 
     def get(reference: str) -> TensorIndex:
@@ -198,7 +174,12 @@ def _open_models(config: MergeConfig) -> tuple[list[TensorIndex], TensorIndex | 
         return opened[reference]
 
     models = [get(spec.reference) for spec in config.models]
-    return models, get(config.base_model) if config.base_model is not None else None
+    base = get(config.base_model) if config.base_model is not None else None
+    others = {
+        part.base.reference: get(part.base.reference)
+        for module in config.modules for part in module.slices if part.base is not None
+    }  # fmt: skip
+    return models, base, [index for index in others.values() if index is not base]
 
 
 def _open_fishers(config: MergeConfig, method: Method, models: list[TensorIndex]) -> list[FisherIndex]:

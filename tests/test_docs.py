@@ -7,11 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from streammerge.api import merge
-from streammerge.config.schema import parse_config
+from streammerge.config.schema import MergeConfig, parse_config
 from streammerge.fisher.importing import import_diagonal
 from tests.conftest import read_tensors, write_fisher
 
@@ -32,6 +33,15 @@ def test_every_config_in_the_docs_is_accepted(place: str, text: str) -> None:
     assert parse_config(text, place).models
 
 
+def shapes_for(config: MergeConfig) -> dict[str, Any]:
+    """Return the shapes of models with the layers, and the stacks of them, that slices and modules speak of."""
+    if not any(module.is_sliced for module in config.modules):
+        return {}
+    shapes = {f"model.layers.{i}.w": (4, 4) for i in range(32)} | {"model.norm.weight": (4,)}
+    vision = {f"vision_tower.layers.{i}.w": (4, 4) for i in range(2)} if len(config.modules) > 1 else {}
+    return {"shapes": {**shapes, **vision}}
+
+
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: str(value)[:40])
 def test_every_config_in_the_docs_runs_on_models_of_these_names(
     place: str, text: str, make_models: Callable[..., list[Path]], tmp_path: Path,
@@ -42,7 +52,7 @@ def test_every_config_in_the_docs_runs_on_models_of_these_names(
     config = parse_config(text, place)
     bases = [config.base_model] if config.base_model else []
     names = dict.fromkeys([*bases, *(spec.reference for spec in config.models)])
-    for source, name in zip(make_models(n_models=len(names) - 1), names, strict=True):
+    for source, name in zip(make_models(n_models=len(names) - 1, **shapes_for(config)), names, strict=True):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         source.rename(name)
     for spec in config.models:

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from streammerge.config.references import parse_reference, parse_text
@@ -19,9 +19,10 @@ from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, du
 from streammerge.config.wording import check_keys, child, refuse, shown
 from streammerge.dtypes import NAMES
 
+_INPUTS = ("models", "slices", "modules")
 _KEYS = (
     "merge_method",
-    "models",
+    *_INPUTS,
     "base_model",
     "dtype",
     "out_dtype",
@@ -29,9 +30,15 @@ _KEYS = (
     "seed",
     "exclude",
 )
-_KEYS_LATER = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template")
+_KEYS_LATER = ("tokenizer", "tokenizer_source", "chat_template")
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher")
-_MODEL_KEYS_LATER = ("layer_range", "lora", "override_architecture")
+_SLICE_KEYS = ("sources", "base_model", "parameters")
+_MODULE_KEYS = ("models", "slices", "parameters")
+_WITHOUT_EFFECT = {
+    "override_architecture": "tensors go by their own names, whatever the architecture",
+    "residual_weight": "mergekit reads it and does nothing with it",
+}
+"""Keys of mergekit that change no output, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,43 @@ class ModelSpec:
     """Path of the model's Fisher diagonal."""
     path: str = ""
     """Where it was written, for messages: ``config.yml: models[0]``."""
+    layer_range: tuple[int, int] | None = None
+    """The layers that a slice takes, the second exclusive; None: all."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other models of the config."""
+        return self.alias or self.reference
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive layers of the output, merged from as many layers of each source."""
+
+    sources: tuple[ModelSpec, ...]
+    base_model: str | None = None
+    """In place of the config's."""
+    parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+    path: str = ""
+    base: ModelSpec | None = None
+    """The base that takes part, once that is settled; it is not among the sources then."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A part of the output with a stack of layers of its own, such as a text decoder."""
+
+    name: str | None
+    """As mergekit calls it; None: the whole model."""
+    slices: tuple[Slice, ...]
+    """One without layer ranges where whole models are merged."""
+    parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+    path: str = ""
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether layers are stacked anew."""
+        return any(spec.layer_range is not None for part in self.slices for spec in part.sources)
 
 
 @dataclass(frozen=True)
@@ -55,7 +99,7 @@ class MergeConfig:
 
     merge_method: str
     models: tuple[ModelSpec, ...]
-    """In the order of the config; the base is among them only if it is listed there."""
+    """Every model, once, in the order of the config; the base is among them only if it is listed there."""
     base_model: str | None = None
     dtype: str | None = None
     """Format code of the output dtype, such as `BF16`; the arithmetic does not depend on it. None:
@@ -70,6 +114,20 @@ class MergeConfig:
     """The YAML, verbatim."""
     where: str = "config"
     """The name of the config in messages."""
+    modules: tuple[Module, ...] = ()
+    """What is merged into what; every config comes down to this."""
+    notes: tuple[str, ...] = ()
+    """What it says without effect."""
+
+    def settings(self) -> Iterator[tuple[Mapping[str, Setting], bool]]:
+        """Yield every map of parameters, and whether it is that of one model."""
+        yield self.parameters, False
+        for module in self.modules:
+            yield module.parameters, False
+            for part in module.slices:
+                yield part.parameters, False
+                for spec in part.sources:
+                    yield spec.parameters, True
 
 
 def parse_config(text: bytes | str, where: str = "config.yml") -> MergeConfig:
@@ -118,13 +176,14 @@ def config_from_mapping(data: Mapping[str, object], where: str = "config") -> Me
 def _config(data: dict[str, object], text: str, where: str) -> MergeConfig:
     top = f"{where}:"
     check_keys(data, top, _KEYS, _KEYS_LATER)
-    for key in ("merge_method", "models"):
-        if key not in data:
-            refuse(top, f"'{key}' is missing")
+    if "merge_method" not in data:
+        refuse(top, "'merge_method' is missing")
+    notes: list[str] = []
     base = data.get("base_model")
+    modules = _modules(data, top, notes)
     return MergeConfig(
         merge_method=parse_text(data["merge_method"], child(top, "merge_method")),
-        models=_models(data["models"], child(top, "models")),
+        models=members_of(modules),
         base_model=None if base is None else parse_reference(base, child(top, "base_model")),
         dtype=_dtype(data.get("dtype"), child(top, "dtype")),
         out_dtype=_dtype(data.get("out_dtype"), child(top, "out_dtype")),
@@ -133,30 +192,107 @@ def _config(data: dict[str, object], text: str, where: str) -> MergeConfig:
         exclude=_exclude(data.get("exclude", []), child(top, "exclude")),
         text=text,
         where=where,
+        modules=modules,
+        notes=tuple(notes),
     )
 
 
-def _models(data: object, path: str) -> tuple[ModelSpec, ...]:
+def _modules(data: dict[str, object], path: str, notes: list[str]) -> tuple[Module, ...]:
+    """Return what is merged into what, from whichever of the three keys says it."""
+    given = [key for key in _INPUTS if data.get(key) is not None]
+    if len(given) > 1:
+        refuse(path, f"'{given[0]}' and '{given[1]}' exclude each other")
+    if given != ["modules"]:
+        return (Module(None, _slices(data, path, notes), {}, path),)
+    place = child(path, "modules")
+    modules = data["modules"]
+    if not isinstance(modules, dict) or not modules:
+        refuse(place, f"must be a map of modules (name: {{models: …}}), not {shown(modules)}")
+    found = []
+    for name, item in modules.items():
+        where = child(place, name)
+        if not isinstance(item, dict):
+            refuse(where, f"must be a map (models: … or slices: …), not {shown(item)}")
+        check_keys(item, where, _MODULE_KEYS)
+        if item.get("models") is not None and item.get("slices") is not None:
+            refuse(where, "'models' and 'slices' exclude each other")
+        parameters = _parameters(item.get("parameters"), child(where, "parameters"))
+        found.append(Module(parse_text(name, where), _slices(item, where, notes), parameters, where))
+    return tuple(found)
+
+
+def _slices(data: dict[str, object], path: str, notes: list[str]) -> tuple[Slice, ...]:
+    """Return the slices of the config or of a module; whole models are one slice of all layers."""
+    if data.get("slices") is None:
+        if "models" not in data:
+            refuse(path, "'models' is missing (or 'slices', or 'modules')")
+        return (Slice(_models(data["models"], child(path, "models"), notes), path=path),)
+    place = child(path, "slices")
+    slices = data["slices"]
+    if not isinstance(slices, list) or not slices:
+        refuse(place, f"must be a list of slices (- sources: …), not {shown(slices)}")
+    return tuple(_slice(item, f"{place}[{i}]", notes) for i, item in enumerate(slices))
+
+
+def _slice(data: object, path: str, notes: list[str]) -> Slice:
+    if not isinstance(data, dict):
+        refuse(path, f"must be a map (sources: …), not {shown(data)}")
+    data = _without(data, path, ("residual_weight",), notes)
+    check_keys(data, path, _SLICE_KEYS)
+    if "sources" not in data:
+        refuse(path, "'sources' is missing")
+    sources = _models(data["sources"], child(path, "sources"), notes, layers=True)
+    lengths = [spec.layer_range[1] - spec.layer_range[0] for spec in sources if spec.layer_range]
+    for spec, length in zip(sources, lengths, strict=True):
+        if length != lengths[0]:
+            refuse(
+                child(spec.path, "layer_range"),
+                f"{length} layers, but {lengths[0]} of the slice's first source",
+            )
+    base = data.get("base_model")
+    return Slice(
+        sources=sources,
+        base_model=None if base is None else parse_reference(base, child(path, "base_model")),
+        parameters=_parameters(data.get("parameters"), child(path, "parameters")),
+        path=path,
+    )
+
+
+def members_of(modules: tuple[Module, ...]) -> tuple[ModelSpec, ...]:
+    """Return every model once, by its alias or else its reference."""
+    members: dict[str, ModelSpec] = {}
+    for spec in (spec for module in modules for part in module.slices for spec in part.sources):
+        first = members.setdefault(spec.name, spec)
+        if (first.reference, first.fisher) != (spec.reference, spec.fisher):
+            what = "model" if first.reference != spec.reference else "Fisher diagonal"
+            refuse(spec.path, f"{shown(spec.name)} has another {what} than at {first.path}")
+    return tuple(members.values())
+
+
+def _models(data: object, path: str, notes: list[str], *, layers: bool = False) -> tuple[ModelSpec, ...]:
+    """Return the models of a list; with `layers` each has a range of them."""
     if not isinstance(data, list) or not data:
         refuse(path, f"must be a list of models (- model: …), not {shown(data)}")
-    models = tuple(_model(item, f"{path}[{i}]") for i, item in enumerate(data))
+    models = tuple(_model(item, f"{path}[{i}]", notes, layers) for i, item in enumerate(data))
     seen: dict[str, int] = {}
     for i, model in enumerate(models):
-        name = model.alias or model.reference
-        first = seen.setdefault(name, i)
+        first = seen.setdefault(model.name, i)
         if first != i:
-            refuse(model.path, f"{shown(name)} is models[{first}] already (give one an own alias:)")
+            refuse(model.path, f"{shown(model.name)} is {path.split('.')[-1].split()[-1]}[{first}] already "
+                               "(give one an own alias:)")  # fmt: skip
     return models
 
 
-def _model(data: object, path: str) -> ModelSpec:
+def _model(data: object, path: str, notes: list[str], layers: bool) -> ModelSpec:
     if isinstance(data, str):
         data = {"model": data}
     if not isinstance(data, dict):
         refuse(path, f"must be a map (model: …), not {shown(data)}")
-    check_keys(data, path, _MODEL_KEYS, _MODEL_KEYS_LATER)
-    if "model" not in data:
-        refuse(path, "'model' is missing")
+    data = _without(data, path, ("override_architecture",), notes)
+    check_keys(data, path, (*_MODEL_KEYS, *(("layer_range",) if layers else ())))
+    for key in ("model", *(("layer_range",) if layers else ())):
+        if key not in data:
+            refuse(path, f"'{key}' is missing")
     texts = {key: parse_text(data[key], child(path, key)) for key in ("alias", "fisher") if key in data}
     return ModelSpec(
         reference=parse_reference(data["model"], child(path, "model")),
@@ -164,7 +300,27 @@ def _model(data: object, path: str) -> ModelSpec:
         alias=texts.get("alias"),
         fisher=texts.get("fisher"),
         path=path,
+        layer_range=_layer_range(data["layer_range"], child(path, "layer_range")) if layers else None,
     )
+
+
+def _layer_range(data: object, path: str) -> tuple[int, int]:
+    if not isinstance(data, list) or len(data) != 2 or not all(type(n) is int and n >= 0 for n in data):
+        refuse(path, f"must be two layer numbers [first, end), not {shown(data)}")
+    first, end = int(data[0]), int(data[1])
+    if not first < end <= 1_000_000:
+        refuse(path, f"[{first}, {end}) holds no layer" if first >= end else f"{end} layers")
+    return first, end
+
+
+def _without(
+    data: dict[str, object], path: str, keys: tuple[str, ...], notes: list[str]
+) -> dict[str, object]:
+    """Return `data` without keys that mean nothing here; a note says so of each."""
+    notes += [
+        f"{child(path, key)}: ignored: {_WITHOUT_EFFECT[key]}" for key in keys if data.get(key) is not None
+    ]
+    return {key: value for key, value in data.items() if key not in keys}
 
 
 def _parameters(data: object, path: str) -> dict[str, Setting]:

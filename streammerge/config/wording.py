@@ -54,10 +54,14 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
     >>> suggestion("wieght", ["weight", "density"]), suggestion("x", ["weight", "density"])
     ("did you mean 'weight'?", 'known: weight, density')
+    >>> suggestion("modles", ["models", "modules", "dtype"])
+    "did you mean 'modules' or 'models'?"
     """
     words = list(known)
     near = difflib.get_close_matches(word, words, n=1) if len(word) <= 60 else []
-    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(words)}"
+    near += [other for other in difflib.get_close_matches(word, words, n=2, cutoff=0.8) if other not in near]
+    meant = " or ".join(f"'{other}'" for other in near)
+    return f"did you mean {meant}?" if near else f"known: {', '.join(words)}"
 
 
 def check_keys(

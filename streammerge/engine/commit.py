@@ -14,6 +14,7 @@ from streammerge.engine.journal import Receipt
 from streammerge.engine.output import CONFIG_COPY, MANIFEST, seal
 from streammerge.engine.writer import ShardWriter
 from streammerge.index.model import CONFIG_NAME, INDEX_NAME
+from streammerge.plan.model_config import spelled
 from streammerge.plan.plan import MergePlan
 
 
@@ -36,7 +37,7 @@ def commit(
     single = len(plan.layout.shards) == 1
     files = dict(sidecars)
     if CONFIG_NAME in files:
-        files[CONFIG_NAME] = _with_dtype(files[CONFIG_NAME], plan)
+        files[CONFIG_NAME] = spelled(plan.settings, files[CONFIG_NAME])
     files["README.md"] = card.encode()
     files[CONFIG_COPY] = plan.config.text.encode("utf-8", "surrogatepass")
     index = None if single else _index(plan)
@@ -129,7 +130,7 @@ def densities(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> list[
         if any(receipt.kept for receipt in receipts):
             total += plan.jobs[ordinal].n_elements
             for receipt in receipts:
-                for i, count in enumerate(receipt.kept):
+                for i, count in zip(plan.jobs[ordinal].members or range(n), receipt.kept, strict=False):
                     kept[i] += count
     if not total:
         return []
@@ -156,17 +157,3 @@ def _index(plan: MergePlan) -> bytes:
     total = sum(slot.nbytes for slot in plan.layout.slots)
     value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
-
-
-def _with_dtype(raw: bytes, plan: MergePlan) -> bytes:
-    """Return the donor's config.json with the dtype the output has; other fields as they are."""
-    try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError):
-        return raw
-    wanted = plan.config.out_dtype or plan.config.dtype
-    if not isinstance(config, dict) or wanted is None:
-        return raw
-    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-    config[key] = dtypes.CONFIG_NAME[wanted]
-    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"

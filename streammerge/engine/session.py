@@ -161,7 +161,7 @@ def _random_keys(plan: MergePlan, fingerprints: Sequence[str]) -> RandomKeys:
             f"{specs[twin].path}: {printable(specs[twin].reference)} has the same content as another model, so both "
             "would draw the same random mask; give it an `alias` of its own"
         )
-    return RandomKeys(plan.seed, names)
+    return RandomKeys(plan.seed, names, {job.name: job.members for job in plan.jobs if job.members})
 
 
 def _finished(out: Path, plan: MergePlan, identity: Mapping[str, str]) -> Summary | None:

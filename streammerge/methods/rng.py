@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,12 +30,16 @@ class RandomKeys:
     seed: int
     models: tuple[str, ...]
     """Alias of each model, or a fingerprint of its content; never its place in the list or path."""
+    members: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Which of them a tensor is merged from, where these are not all, in order."""
 
     def key(self, purpose: str, model: int | None, tensor: str) -> Key:
         """Return the four 32-bit key words of one model's tensor for one purpose.
 
         None for the model is the stream that all models share.
         """
+        if model is not None and tensor in self.members:
+            model = self.members[tensor][model]
         return derive_key(self.seed, purpose, "" if model is None else self.models[model], tensor)
 
 

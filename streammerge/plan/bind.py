@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from streammerge.config.schema import MergeConfig
-from streammerge.config.settings import count_layers, layer_fraction
+from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS
 from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.index.fishers import FisherIndex, FisherRef
@@ -15,17 +16,41 @@ from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
 from streammerge.methods.requests import FisherSquares, Gram, SignTotal
 from streammerge.methods.scope import Scope
+from streammerge.plan.cells import Cell, Indexes, Stack, assemble
 from streammerge.plan.job import Job
 from streammerge.plan.parameters import bind, check_names, preset_of
+from streammerge.plan.tied import tied_to
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What `bind_jobs` makes of a config."""
+
+    jobs: tuple[Job, ...]
+    stacks: tuple[Stack, ...]
+    """Layers that are stacked anew."""
+    warnings: tuple[str, ...]
 
 
 def bind_jobs(
-    config: MergeConfig, method: Method, models: Sequence[TensorIndex], base: TensorIndex | None,
+    config: MergeConfig,
+    method: Method,
+    donor: TensorIndex,
+    indexes: Indexes,
     fishers: Sequence[FisherIndex] = (),
-) -> tuple[tuple[Job, ...], list[str]]:  # fmt: skip
-    """Return the jobs in the file order of the first input, and warnings.
+) -> Bound:
+    """Return the jobs in the file order of the first input.
 
-    `fishers` has one diagonal per model, for a method that weighs by them.
+    Parameters
+    ----------
+    config
+        With its bases settled.
+    donor
+        The model whose tensors decide the names and dtypes of the output.
+    indexes
+        Every model by its reference.
+    fishers
+        One diagonal per model, for a method that weighs by them.
 
     Raises
     ------
@@ -34,68 +59,77 @@ def bind_jobs(
     ModelError
         If a tensor is missing, or shapes or dtypes do not fit; the message has the cure.
     """
-    warnings = check_names(config, method)
+    warnings = [*config.notes, *check_names(config, method)]
     _check_models(config, method)
     preset = preset_of(config, method)
-    donor = base if base is not None else models[0]
+    assembly = assemble(config, donor, indexes)
     excluded = [re.compile(pattern) for pattern in config.exclude]
-    names = list(donor)
-    copied = {name for name in names if any(pattern.search(name) for pattern in excluded)}
-    warnings += _compare_names(donor, [*models], excluded)
-    n_layers = count_layers(names)
-    binder = _Binder(config, method, base, fishers)
+    copied = {cell.name for cell in assembly.cells if any(p.search(cell.name) for p in excluded)}
+    warnings += assembly.notes
+    finder = _Finder(indexes)
+    finder.check([cell for cell in assembly.cells if cell.name not in copied])
+    warnings += _compare_names(config, assembly.cells, donor, indexes, excluded)
+    binder = _Binder(config, method, fishers)
     jobs: list[Job] = []
-    for name in names:
+    for cell in assembly.cells:
         ordinal = len(jobs)
-        if name in copied:
-            job = _copy(ordinal, donor[name], config)
+        lender = finder.donor_of(cell)
+        base, sources = finder.inputs(cell)
+        if cell.name in copied or not sources or cell.name in finder.buffers:
+            job = _copy(ordinal, cell.name, lender, config)
         else:
-            sources = tuple(model[name] for model in models)
-            inputs = (*((base[name],) if base is not None else ()), *sources)
-            _check_shapes(name, inputs, config)
-            parameters = bind(config, method, preset, name, layer_fraction(name, n_layers))
-            job = binder.merge(ordinal, donor[name], sources, inputs, parameters)
+            inputs = (*((base,) if base is not None else ()), *sources)
+            _check_shapes(cell.name, inputs)
+            parameters = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels)
+            job = binder.merge(ordinal, cell, lender, sources, base, parameters)
         jobs.append(job)
     if len({ref.dtype for job in jobs for ref in job.inputs if job.kind == "merge"}) > 1:
         warnings.append("the models' float dtypes differ; each output tensor takes the dtype of "
                         f"{printable(donor.reference)} unless `dtype` says otherwise")  # fmt: skip
-    warnings += binder.warnings()
+    warnings += [*finder.warnings(), *binder.warnings()]
     _check_uniform_trim(jobs, method)
-    return tuple(jobs), warnings
+    return Bound(tuple(jobs), assembly.stacks, tuple(warnings))
 
 
 def _check_models(config: MergeConfig, method: Method) -> None:
     least, most = method.n_models
-    n = len(config.models)
-    if n < least or (most is not None and n > most):
-        wanted = (
-            f"exactly {least}" if least == most else f"at least {least}" if n < least else f"at most {most}"
-        )
-        raise ConfigError(
-            f"{config.where}: models: {method.name!r} takes {wanted}, there are {n} (the base is not one of them)"
-        )
-    if method.base == "required" and config.base_model is None:
-        raise ConfigError(f"{config.where}: base_model: {method.name!r} needs one")
+    for part in (part for module in config.modules for part in module.slices):
+        n = len(part.sources)
+        sliced = part.base is not None and part.base.layer_range is not None
+        if n == 0 and sliced:
+            continue  # The base's own layers are copied.
+        key = "sources" if part.sources and part.sources[0].layer_range else "models"
+        if n < least or (most is not None and n > most):
+            wanted = (
+                f"exactly {least}"
+                if least == most
+                else f"at least {least}"
+                if n < least
+                else f"at most {most}"
+            )
+            raise ConfigError(
+                f"{child(part.path, key)}: {method.name!r} takes {wanted}, there are {n} (the base is not one of them)"
+            )
+        if method.base == "required" and part.base is None:
+            raise ConfigError(f"{config.where}: base_model: {method.name!r} needs one")
 
 
 def _compare_names(
-    donor: TensorIndex, models: Sequence[TensorIndex], excluded: Sequence[re.Pattern[str]]
-) -> list[str]:
-    for model in models:
-        missing = [n for n in donor if n not in model and not any(p.search(n) for p in excluded)]
-        if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ModelError(
-                f"{printable(model.reference)}: tensor {printable(missing[0])}{more} is missing, "
-                f"{printable(donor.reference)} has it; list it under `exclude:` to copy it from there"
-            )
+    config: MergeConfig, cells: Sequence[Cell], donor: TensorIndex, indexes: Indexes,
+    excluded: Sequence[re.Pattern[str]],
+) -> list[str]:  # fmt: skip
+    """Return warnings of tensors that have no part in the merge; refuse where the donor alone lacks one."""
     warnings = []
-    for index in (donor, *models):
+    for index in indexes.values():
         if index.unlisted:
             warnings.append(f"{printable(index.reference)}: {len(index.unlisted)} tensors in its shards are not "
                             f"in its index and are left out (first: {printable(index.unlisted[0])})")  # fmt: skip
+    if len(config.modules) > 1 or config.modules[0].is_sliced or config.modules[0].name is not None:
+        return warnings
+    names = {cell.name for cell in cells}
+    models = [indexes[spec.reference] for spec in config.models]
     extra_everywhere = [
-        n for n in models[0] if n not in donor and all(n in model for model in models)
+        n for n in models[0] if n not in names and all(n in model for model in models)
         and not any(p.search(n) for p in excluded)
     ]  # fmt: skip
     if extra_everywhere:
@@ -103,15 +137,106 @@ def _compare_names(
             f"{printable(donor.reference)}: tensor {printable(extra_everywhere[0])} is missing, all other models "
             "have it; list it under `exclude:` to leave it out"
         )
-    for model in models:
-        extra = [name for name in model if name not in donor]
+    for model in (index for index in indexes.values() if any(index is model for model in models)):
+        extra = [name for name in model if name not in names]
         if extra:
             warnings.append(f"{printable(model.reference)}: {len(extra)} tensors that {printable(donor.reference)} "
                             f"lacks are left out (first: {printable(extra[0])})")  # fmt: skip
     return warnings
 
 
-def _check_shapes(name: str, inputs: Sequence[TensorRef], config: MergeConfig) -> None:
+class _Finder:
+    """Finds the tensors of a cell in the models, or what stands for them there."""
+
+    def __init__(self, indexes: Indexes) -> None:
+        self._indexes = indexes
+        self._tied: dict[str, str] = {}
+        self.buffers: set[str] = set()
+        """Tensors that are no parameters and that not all models store: copied."""
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Refuse a model that lacks tensors of the output, naming the first of them."""
+        missing: dict[str, list[Cell]] = {}
+        for cell in cells:
+            lacking = [
+                reference
+                for reference, name in dict.fromkeys(_places(cell))
+                if self._find(reference, name) is None
+            ]
+            if lacking and _BUFFER.search(cell.name) and self._find(*cell.donor) is not None:
+                self.buffers.add(cell.name)
+                continue
+            for reference in lacking:
+                missing.setdefault(reference, []).append(cell)
+        for reference in (reference for reference in self._indexes if reference in missing):
+            lacking_cells = missing[reference]
+            cell = lacking_cells[0]
+            more = f" and {len(lacking_cells) - 1} more" if len(lacking_cells) > 1 else ""
+            name = next(name for place, name in _places(cell) if place == reference)
+            raise ModelError(
+                f"{printable(reference)}: tensor {printable(name)}{more} is missing, "
+                f"{printable(_holder(cell, self._indexes))} has it; list it under `exclude:` to copy it from there"
+            )
+
+    def donor_of(self, cell: Cell) -> TensorRef:
+        """Return the tensor that lends its dtype and shape."""
+        found = self._find(*cell.donor)
+        if found is None:
+            reference, name = cell.donor
+            raise ModelError(
+                f"{printable(reference)}: tensor {printable(name)} is missing, and under `exclude:` it is to be "
+                "copied from there"
+            )
+        return found
+
+    def inputs(self, cell: Cell) -> tuple[TensorRef | None, tuple[TensorRef, ...]]:
+        """Return the base's tensor, if there is one, and each source's."""
+        if cell.name in self.buffers:
+            return None, ()
+        base = None if cell.part.base is None else self._find(cell.part.base.reference, cell.base)
+        sources = [self._find(spec.reference, name) for spec, name in cell.models]
+        return base, tuple(ref for ref in sources if ref is not None)
+
+    def _find(self, reference: str, name: str) -> TensorRef | None:
+        index = self._indexes[reference]
+        if name in index:
+            return index[name]
+        embedding = tied_to(index, name)
+        if embedding is None:
+            return None
+        self._tied[reference] = name
+        return index[embedding]
+
+    def warnings(self) -> list[str]:
+        """Return what the user should know of all cells together."""
+        lines = [
+            f"{printable(reference)}: stores no {printable(name)}, its embedding takes part in its place (they are tied)"
+            for reference, name in self._tied.items()
+        ]
+        if self.buffers:
+            lines.append(f"{len(self.buffers)} buffers that not all models store are copied, not merged "
+                         f"(first: {printable(min(self.buffers))})")  # fmt: skip
+        return lines
+
+
+_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
+"""Tensors that some versions of `transformers` stored beside the parameters."""
+
+
+def _places(cell: Cell) -> list[tuple[str, str]]:
+    """Return every model that takes part in a cell, and the tensor's name there."""
+    base = [] if cell.part.base is None else [(cell.part.base.reference, cell.base)]
+    return [*base, *((spec.reference, name) for spec, name in cell.models)]
+
+
+def _holder(cell: Cell, indexes: Indexes) -> str:
+    """Return a model that has the tensor of a cell."""
+    return next(
+        (place for place, name in (cell.donor, *_places(cell)) if name in indexes[place]), cell.donor[0]
+    )
+
+
+def _check_shapes(name: str, inputs: Sequence[TensorRef]) -> None:
     first = inputs[0]
     for ref in inputs[1:]:
         if ref.shape != first.shape:
@@ -133,61 +258,62 @@ def _output_dtype(ref: TensorRef, config: MergeConfig) -> str:
     return wanted if wanted is not None and ref.dtype in FLOATS else ref.dtype
 
 
-def _copy(ordinal: int, ref: TensorRef, config: MergeConfig) -> Job:
-    return Job(ordinal, ref.name, _output_dtype(ref, config), ref.shape, "copy", (ref,), None, {})
+def _copy(ordinal: int, name: str, ref: TensorRef, config: MergeConfig) -> Job:
+    return Job(ordinal, name, _output_dtype(ref, config), ref.shape, "copy", (ref,), None, {})
 
 
 class _Binder:
     """Makes the jobs that are no plain copies, and remembers what the user should know of them."""
 
-    def __init__(
-        self, config: MergeConfig, method: Method, base: TensorIndex | None, fishers: Sequence[FisherIndex]
-    ) -> None:
-        self._config, self._method, self._base, self._fishers = config, method, base, fishers
+    def __init__(self, config: MergeConfig, method: Method, fishers: Sequence[FisherIndex]) -> None:
+        self._config, self._method, self._fishers = config, method, fishers
+        self._places = {spec.name: place for place, spec in enumerate(config.models)}
         self._without_fisher: list[str] = []
 
     def merge(
-        self, ordinal: int, donor: TensorRef, sources: tuple[TensorRef, ...], inputs: Sequence[TensorRef],
+        self, ordinal: int, cell: Cell, donor: TensorRef, sources: tuple[TensorRef, ...], base: TensorRef | None,
         parameters: Mapping[str, object],
     ) -> Job:  # fmt: skip
         """Return the job of a tensor that every input has with the same shape."""
         if not donor.n_elements:
-            return _copy(ordinal, donor, self._config)
+            return _copy(ordinal, cell.name, donor, self._config)
         if donor.dtype not in FLOATS:
-            return _agree(ordinal, donor, inputs)
+            return _agree(ordinal, cell.name, donor, (*((base,) if base is not None else ()), *sources))
         dtype = _output_dtype(donor, self._config)
-        base = self._recipe_base(donor.name, parameters)
-        fishers = self._diagonals(donor)
-        return Job(ordinal, donor.name, dtype, donor.shape, "merge", sources, base, parameters, fishers)
+        members = tuple(self._places[spec.name] for spec in cell.part.sources)
+        return Job(
+            ordinal, cell.name, dtype, donor.shape, "merge", sources, self._recipe_base(base, parameters), parameters,
+            self._diagonals(cell, donor, members), members if members != tuple(range(len(self._places))) else (),
+        )  # fmt: skip
 
-    def _recipe_base(self, name: str, parameters: Mapping[str, object]) -> TensorRef | None:
+    def _recipe_base(self, base: TensorRef | None, parameters: Mapping[str, object]) -> TensorRef | None:
         drops = self._method.drops(parameters)
-        if drops and self._base is None:
+        if drops and base is None:
             raise ConfigError(
                 f"{self._config.where}: base_model: a drop acts on differences from a base; name it here"
             )
-        uses_base = drops or self._method.base in ("required", "optional")
-        return self._base[name] if self._base is not None and uses_base else None
+        return base if drops or self._method.base in ("required", "optional") else None
 
-    def _diagonals(self, donor: TensorRef) -> tuple[FisherRef, ...]:
+    def _diagonals(self, cell: Cell, donor: TensorRef, members: Sequence[int]) -> tuple[FisherRef, ...]:
         if not self._fishers:
             return ()
-        found = [index for index in self._fishers if donor.name in index]
+        pairs = [(self._fishers[member], name) for member, name in zip(members, cell.sources, strict=True)]
+        found = [index for index, name in pairs if name in index]
         if not found:
-            self._without_fisher.append(donor.name)
+            self._without_fisher.append(cell.name)
             return ()
-        for index in self._fishers:
-            if donor.name not in index:
+        for index, name in pairs:
+            if name not in index:
                 raise ModelError(
-                    f"{printable(index.reference)}: no Fisher diagonal of tensor {printable(donor.name)}, "
+                    f"{printable(index.reference)}: no Fisher diagonal of tensor {printable(name)}, "
                     f"{printable(found[0].reference)} has one; list the tensor under `exclude:` to copy it"
                 )
-            if index[donor.name].shape != donor.shape:
+            if index[name].shape != donor.shape:
                 raise ModelError(
-                    f"{printable(index.reference)}: the Fisher diagonal of tensor {printable(donor.name)} has shape "
-                    f"{list(index[donor.name].shape)}, the tensor has {list(donor.shape)}; it belongs to another model"
+                    f"{printable(index.reference)}: the Fisher diagonal of tensor {printable(name)} has shape "
+                    f"{list(index[name].shape)}, the tensor has {list(donor.shape)}; it belongs to another model"
                 )
-        return tuple(index[donor.name] for index in self._fishers)
+        return tuple(index[name] for index, name in pairs)
 
     def warnings(self) -> list[str]:
         """Return what the user should know of all jobs together."""
@@ -197,8 +323,7 @@ class _Binder:
         return [f"{n} tensors have no Fisher diagonal in any model and take the `fallback` (first: {first})"]
 
 
-def _agree(ordinal: int, donor: TensorRef, inputs: Sequence[TensorRef]) -> Job:
-    name = donor.name
+def _agree(ordinal: int, name: str, donor: TensorRef, inputs: Sequence[TensorRef]) -> Job:
     dtypes = {ref.dtype for ref in inputs}
     if donor.dtype not in INTEGERS and len(inputs) > 1:
         raise ModelError(
@@ -209,16 +334,17 @@ def _agree(ordinal: int, donor: TensorRef, inputs: Sequence[TensorRef]) -> Job:
         raise ModelError(
             f"tensor {printable(name)}: integer dtypes differ ({', '.join(sorted(dtypes))}); list it under `exclude:`"
         )
-    others = tuple(ref for ref in inputs if ref is not donor)
+    others = tuple(ref for ref in dict.fromkeys(inputs) if ref != donor)
     return Job(ordinal, name, donor.dtype, donor.shape, "agree", (donor, *others), None, {})
 
 
 def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
     """A statistic of the whole model is one number: what is asked for must not vary with the tensor."""
     first: list[tuple[object, ...]] | None = None
+    members: set[tuple[int, ...]] = set()
     checked: set[tuple[object, ...]] = set()
     for job in jobs:
-        key = tuple(job.parameters.items())
+        key = (job.members, *job.parameters.items())
         if job.kind != "merge" or key in checked:
             continue
         checked.add(key)
@@ -231,6 +357,13 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             if not isinstance(r, SignTotal | FisherSquares | Gram) else (type(r),)
             for requests in rounds for r in requests if r.scope == "model"
         ]  # fmt: skip
+        if asked:
+            members.add(job.members)
+        if len(members) > 1:
+            raise ConfigError(
+                f"tensor {printable(job.name, 120)}: merged from other models than others, but `trim_scope: model` "
+                "trims each model as one; merge all slices from the same models"
+            )
         if first is not None and asked != first:
             raise ConfigError(
                 f"tensor {printable(job.name, 120)}: density differs from other tensors', but `trim_scope: model` "

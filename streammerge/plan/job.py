@@ -31,6 +31,8 @@ class Job:
     parameters: Mapping[str, Any]
     fishers: tuple[FisherRef, ...] = ()
     """The models' Fisher diagonals, for a method that weighs by them; empty where they lack the tensor."""
+    members: tuple[int, ...] = ()
+    """Which of the plan's models the sources belong to; empty: to all, in order."""
 
     @property
     def n_elements(self) -> int:

@@ -1,16 +1,16 @@
 """The value of every parameter of a method, for one tensor.
 
-Precedence: the model's own entry, the top level, the preset, the method's default.
+Precedence: the model's own entry, its slice, its module, the top level, the preset, the method's default.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from streammerge.config.schema import MergeConfig
+from streammerge.config.schema import MergeConfig, ModelSpec
 from streammerge.config.settings import Scalar, Setting, value_for
 from streammerge.errors import ConfigError, printable
 from streammerge.methods.registry import REQUIRED, Method, Parameter
@@ -29,10 +29,9 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
                 f"{spec.path}: method {method.name!r} needs the model's Fisher diagonal: `fisher: PATH`, a store "
                 "or a safetensors file"
             )
-    places = [(config.parameters, False), *((spec.parameters, True) for spec in config.models)]
-    for settings, in_model in places:
+    for settings, in_model in config.settings():
         for name, setting in settings.items():
-            if name == PRESET and not in_model and method.presets:
+            if name == PRESET and settings is config.parameters and method.presets:
                 continue
             if name in method.ignored:
                 notes.append(f"{setting.path}: ignored: {method.ignored[name]}")
@@ -51,8 +50,7 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
 
 def wants_drop(config: MergeConfig, method: Method) -> bool:
     """Return whether the config names the parameter that puts a drop before the method."""
-    places = [config.parameters, *(spec.parameters for spec in config.models)]
-    return any(method.drop.fraction in settings for settings in places)
+    return any(method.drop.fraction in settings for settings, _ in config.settings())
 
 
 def preset_of(config: MergeConfig, method: Method) -> Mapping[str, Any]:
@@ -69,9 +67,21 @@ def preset_of(config: MergeConfig, method: Method) -> Mapping[str, Any]:
 
 
 def bind(
-    config: MergeConfig, method: Method, preset: Mapping[str, Any], tensor: str, t: float
-) -> dict[str, Any]:
+    method: Method, preset: Mapping[str, Any], tensor: str, depth: float,
+    models: Sequence[tuple[ModelSpec, str]], levels: Sequence[Mapping[str, Setting]],
+) -> dict[str, Any]:  # fmt: skip
     """Return the value of each declared parameter for one tensor; a tuple where it is per model.
+
+    Parameters
+    ----------
+    tensor
+        Its name in the output, which the filters of shared settings see.
+    depth
+        Where in its stack of layers it lies, from 0 to 1.
+    models
+        Each model, and the tensor's name there, which the filters of its own settings see.
+    levels
+        The settings that all models share, those that go first at the front.
 
     Raises
     ------
@@ -81,16 +91,17 @@ def bind(
     values: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
         default = preset.get(name, parameter.default)
-        top = config.parameters.get(name)
+        shared = [(level.get(name), tensor) for level in levels]
         if not parameter.per_model:
-            values[name] = _one(parameter, [top], tensor, t, default)[0]
+            values[name] = _one(parameter, shared, tensor, depth, default)[0]
             continue
         found = [
-            _one(parameter, [spec.parameters.get(name), top], tensor, t, default) for spec in config.models
+            _one(parameter, [(spec.parameters.get(name), own), *shared], tensor, depth, default)
+            for spec, own in models
         ]
         given = [source is not None for _, source in found]
         if name == "weight" and any(given) and not all(given):
-            missing = config.models[given.index(False)]
+            missing = models[given.index(False)][0]
             raise ConfigError(
                 f"{missing.path}: no weight for tensor {printable(tensor, 120)}, while other models have one; give all or none"
             )
@@ -99,10 +110,14 @@ def bind(
 
 
 def _one(
-    parameter: Parameter, settings: list[Setting | None], tensor: str, t: float, default: Any
+    parameter: Parameter,
+    settings: Sequence[tuple[Setting | None, str]],
+    tensor: str,
+    depth: float,
+    default: Any,
 ) -> tuple[Any, Setting | None]:
-    for setting in settings:
-        if setting is not None and (value := value_for(setting, tensor, t)) is not None:
+    for setting, name in settings:
+        if setting is not None and (value := value_for(setting, name, depth)) is not None:
             return _checked(parameter, value, setting.path, default), setting
     if default is REQUIRED:
         raise ConfigError(

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
@@ -19,6 +20,7 @@ from streammerge.plan.bind import bind_jobs
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
 from streammerge.plan.layout import Layout, lay_out
+from streammerge.plan.model_config import merged_config
 from streammerge.plan.schedule import Chunk, Interval, Sees, Step, Survey, Work, plan_work, steps
 
 BLOCK_ELEMENTS = 1 << 16
@@ -47,6 +49,10 @@ class MergePlan:
     """The Fisher diagonal of each model, for a method that weighs by them."""
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
+    bases: tuple[TensorIndex, ...] = ()
+    """Bases of slices, where they are others than `base`."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The output's config.json; empty where the donor has none."""
 
     @property
     def donor(self) -> TensorIndex:
@@ -55,9 +61,9 @@ class MergePlan:
 
     @property
     def inputs(self) -> tuple[TensorIndex, ...]:
-        """All models read, the base last; a base that is also one of the models comes once."""
-        base = () if self.base is None or any(self.base is model for model in self.models) else (self.base,)
-        return (*self.models, *base)
+        """All models read, bases last; a base that is also one of the models comes once."""
+        bases = [*([] if self.base is None else [self.base]), *self.bases]
+        return (*self.models, *(base for base in bases if not any(base is model for model in self.models)))
 
     @property
     def stamped(self) -> dict[str, tuple[FileStamp, ...]]:
@@ -140,6 +146,7 @@ def make_plan(
     torch_only: bool = False,
     fishers: Sequence[FisherIndex] = (),
     notes: Sequence[str] = (),
+    bases: Sequence[TensorIndex] = (),
 ) -> MergePlan:
     """Decide everything about a merge.
 
@@ -155,13 +162,19 @@ def make_plan(
         Every piece goes through the torch formulas (a GPU, or no compiled kernels).
     notes
         Warnings to show with the plan's own.
+    bases
+        Bases of slices, where they are others than `base`.
 
     Raises
     ------
     InputError
         If the models, the config or the budget do not allow the merge.
     """
-    jobs, warnings = bind_jobs(config, method, models, base, fishers)
+    donor = base if base is not None else models[0]
+    indexes = {index.reference: index for index in (*models, *bases, donor)}
+    bound = bind_jobs(config, method, donor, indexes, fishers)
+    jobs = bound.jobs
+    settings, remarks = merged_config(config, donor, indexes, jobs, bound.stacks)
     cache: dict[tuple[object, ...], tuple[Access, bool, Sees]] = {}
     access = []
     work = []
@@ -182,7 +195,7 @@ def make_plan(
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(access), tuple(work),
         lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,
-        torch_only, (*notes, *warnings), tuple(fishers), device,
+        torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), device, tuple(bases), settings,
     )  # fmt: skip
 
 

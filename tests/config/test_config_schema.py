@@ -142,6 +142,7 @@ def test_crlf_a_bom_and_comments_change_nothing_but_the_text() -> None:
 
 
 M = "merge_method: linear\nmodels: [{model: a}]\n"
+S = "merge_method: linear\nslices: "
 
 REFUSED = [
     # The document.
@@ -155,9 +156,63 @@ REFUSED = [
     (M + "xyz: 1", ": unknown key 'xyz' (known: merge_method, models,"),
     (M + "merge_method: x", ": line 3: duplicate key 'merge_method'"),
     (M + f"? {'k' * 900}\n: 1", ": unknown key 'kkk"),
-    (M + "slices: []", ": slices: not supported in this version"),
-    ("merge_method: passthrough\nslices: [{sources: []}]", ": slices: not supported in this version"),
-    (M + "modules: {}", ": modules: not supported in this version"),
+    (M + "slices: []", ": 'models' and 'slices' exclude each other"),
+    (M + "modules: {}", ": 'models' and 'modules' exclude each other"),
+    (S + "[]", ": slices: must be a list of slices (- sources: …), not an empty list"),
+    (S + "[a]", ": slices[0]: must be a map (sources: …), not 'a'"),
+    (S + "[{source: []}]", ": slices[0]: unknown key 'source' (did you mean 'sources'?)"),
+    (S + "[{parameters: {}}]", ": slices[0]: 'sources' is missing"),
+    (S + "[{sources: []}]", ": slices[0].sources: must be a list of models (- model: …), not an empty list"),
+    (S + "[{sources: [{model: a}]}]", ": slices[0].sources[0]: 'layer_range' is missing"),
+    (S + "[{sources: [{layer_range: [0, 1]}]}]", ": slices[0].sources[0]: 'model' is missing"),
+    *(
+        (
+            S + f"[{{sources: [{{model: a, layer_range: {value}}}]}}]",
+            ": slices[0].sources[0].layer_range: must be two layer numbers [first, end), not ",
+        )
+        for value in ("3", "[0]", "[0, 1, 2]", "[0, 1.5]", "[-1, 2]", "[false, true]", "[a, b]", "null", "{}")
+    ),
+    (
+        S + "[{sources: [{model: a, layer_range: [4, 4]}]}]",
+        ": slices[0].sources[0].layer_range: [4, 4) holds no layer",
+    ),
+    (
+        S + "[{sources: [{model: a, layer_range: [0, 99999999]}]}]",
+        ": slices[0].sources[0].layer_range: 99999999 layers",
+    ),
+    (
+        S + "[{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]}]",
+        ": slices[0].sources[1].layer_range: 3 layers, but 2 of the slice's first source",
+    ),
+    (
+        S + "[{sources: [{model: a, layer_range: [0, 2]}, {model: a, layer_range: [2, 4]}]}]",
+        ": slices[0].sources[1]: 'a' is sources[0] already (give one an own alias:)",
+    ),
+    (
+        S
+        + "[{sources: [{model: a, alias: x, layer_range: [0, 2]}]}, {sources: [{model: b, alias: x, layer_range: [2, 4]}]}]",
+        ": slices[1].sources[0]: 'x' has another model than at ",
+    ),
+    (
+        "merge_method: linear\nmodules: []",
+        ": modules: must be a map of modules (name: {models: …}), not an empty list",
+    ),
+    (
+        "merge_method: linear\nmodules: {text: 3}",
+        ": modules.text: must be a map (models: … or slices: …), not 3",
+    ),
+    (
+        "merge_method: linear\nmodules: {text: {}}",
+        ": modules.text: 'models' is missing (or 'slices', or 'modules')",
+    ),
+    (
+        "merge_method: linear\nmodules: {text: {model: a}}",
+        ": modules.text: unknown key 'model' (did you mean 'models'?)",
+    ),
+    (
+        "merge_method: linear\nmodules: {text: {models: [a], slices: []}}",
+        ": modules.text: 'models' and 'slices' exclude",
+    ),
     (M + "tokenizer: {source: union}", ": tokenizer: not supported in this version"),
     (M + "tokenizer_source: base", ": tokenizer_source: not supported in this version"),
     (M + "chat_template: auto", ": chat_template: not supported in this version"),
@@ -188,8 +243,11 @@ REFUSED = [
         "merge_method: linear\nmodels: [{model: a, paramters: {}}]",
         ": models[0]: unknown key 'paramters' (did you mean 'parameters'?)",
     ),
-    ("merge_method: linear\nmodels: [{model: a, lora: b}]", ": models[0].lora: not supported"),
-    ("merge_method: linear\nmodels: [{model: a, layer_range: [0, 1]}]", ": models[0].layer_range: not supp"),
+    ("merge_method: linear\nmodels: [{model: a, lora: b}]", ": models[0]: unknown key 'lora'"),
+    (
+        "merge_method: linear\nmodels: [{model: a, layer_range: [0, 1]}]",
+        ": models[0]: unknown key 'layer_range'",
+    ),
     # References.
     ("merge_method: linear\nmodels: [{model: a+b}]", ": models[0].model: 'a+b' is no directory, and LoRA"),
     (M + "base_model: a+b", ": base_model: 'a+b' is no directory, and LoRA ('+') is not supported yet"),

@@ -1,0 +1,49 @@
+"""Which model is the base of what, as mergekit's configs say it: often among the models, often not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from streammerge.config.schema import MergeConfig, ModelSpec, Slice, members_of
+from streammerge.errors import ConfigError
+from streammerge.methods.registry import Method
+from streammerge.plan.parameters import wants_drop
+
+
+def settle_base(config: MergeConfig, method: Method) -> MergeConfig:
+    """Return the config with every slice's base settled, and taken out of its sources where the method has one.
+
+    mergekit's configs often list it there, without parameters; it has no task vector.
+
+    Raises
+    ------
+    ConfigError
+        If a base is named that the method has no use for.
+    """
+    drops = wants_drop(config, method)
+    modules = tuple(
+        replace(module, slices=tuple(_settled(part, config, method, drops) for part in module.slices))
+        for module in config.modules
+    )
+    return replace(config, modules=modules, models=members_of(modules))
+
+
+def _settled(part: Slice, config: MergeConfig, method: Method, drops: bool) -> Slice:
+    reference = part.base_model or config.base_model
+    if reference is None:
+        return part
+    path = f"{part.path}.base_model" if part.base_model else f"{config.where}: base_model"
+    listed = [spec for spec in part.sources if spec.reference == reference]
+    layers = part.sources[0].layer_range
+    base = listed[0] if listed else ModelSpec(reference, path=path, layer_range=layers)
+    if method.base == "member":
+        whole = layers is None and not listed
+        return replace(part, sources=(*part.sources, base)) if whole else part
+    if method.base in ("required", "optional"):
+        others = tuple(spec for spec in part.sources if spec.reference != reference)
+        return replace(part, sources=others, base=base)
+    if method.base == "none" and not listed and not drops:
+        raise ConfigError(
+            f"{path}: {method.name!r} has no base; list the model under `models` or remove the key"
+        )
+    return replace(part, base=base)

@@ -1,0 +1,149 @@
+"""The output's config.json: the donor's, with what the merge has changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from streammerge import dtypes
+from streammerge.config.schema import MergeConfig
+from streammerge.index.model import TensorIndex
+from streammerge.plan.cells import Indexes, Stack
+from streammerge.plan.job import Job
+from streammerge.plan.tied import FLAG, flag_of, is_head
+
+Settings = dict[str, Any]
+
+_COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_encoder_layers",
+    "decoder_layers", "encoder_layers", "depth",
+)  # fmt: skip
+"""What architectures call the number of their layers."""
+_QUANTISED = ("quantization_config", "compression_config")
+
+
+def merged_config(
+    config: MergeConfig, donor: TensorIndex, indexes: Indexes, jobs: Sequence[Job], stacks: Sequence[Stack]
+) -> tuple[Settings, list[str]]:
+    """Return the settings of the output and what the user should know; empty where the donor has none.
+
+    Changed are the dtype, the number of layers and lists with an entry per layer, whether embedding and head are tied,
+    and a quantisation that the output no longer has.
+    """
+    if not donor.config:
+        return {}, []
+    settings = copy.deepcopy(dict(donor.config))
+    notes: list[str] = []
+    _set_dtype(settings, config)
+    for stack in stacks:
+        notes += _set_layers(settings, stack, indexes)
+    _untie(settings, donor, indexes, jobs)
+    notes += _drop_quantisation(settings, jobs)
+    return settings, notes
+
+
+def spelled(settings: Mapping[str, Any], raw: bytes) -> bytes:
+    """Return config.json as bytes: the donor's own where nothing has changed."""
+    try:
+        unchanged = json.loads(raw) == settings
+    except (ValueError, RecursionError):
+        unchanged = False
+    return raw if unchanged else json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _set_dtype(settings: Settings, config: MergeConfig) -> None:
+    wanted = config.out_dtype or config.dtype
+    if wanted is None:
+        return
+    key = "torch_dtype" if "torch_dtype" in settings and "dtype" not in settings else "dtype"
+    settings[key] = dtypes.CONFIG_NAME[wanted]
+    for _, part in _parts(settings):
+        for name in ("torch_dtype", "dtype"):
+            if part.get(name) is not None:
+                part[name] = dtypes.CONFIG_NAME[wanted]
+
+
+def _parts(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """Yield the settings themselves and those of their modules, each with its name."""
+    yield "", settings
+    for name, value in settings.items():
+        if isinstance(value, dict) and name.endswith("_config") and name not in _QUANTISED:
+            yield name, value
+
+
+def _set_layers(settings: Settings, stack: Stack, indexes: Indexes) -> list[str]:
+    """Set the number of layers of a stack, and put its lists with an entry per layer together anew."""
+    found = [
+        (name, part, key) for name, part in _parts(settings) for key in _COUNTS if part.get(key) == stack.before
+    ]  # fmt: skip
+    own = [entry for entry in found if _belongs(entry[0], entry[2], stack)] or found
+    if len({id(part) for _, part, _ in own}) != 1:
+        what = "more than one place" if own else "no place"
+        return [
+            f"config.json: {what} for the number of layers of {stack.prefix}, now {len(stack.layers)}: set it by hand"
+        ]
+    part_name, part, _ = own[0]
+    for key, value in list(part.items()):
+        if isinstance(value, list) and len(value) == stack.before and all(_is_simple(item) for item in value):
+            part[key] = [_entry(indexes, reference, part_name, key, number, value)
+                         for reference, number in stack.layers]  # fmt: skip
+    for _, _, key in own:
+        part[key] = len(stack.layers)
+    return []
+
+
+def _belongs(part: str, key: str, stack: Stack) -> bool:
+    """Return whether a count speaks of a stack, by their names."""
+    prefix = stack.prefix.lower()
+    for word, names in (("vis", ("vision", "visual", "vit")), ("audio", ("audio",))):
+        if any(name in prefix for name in names):
+            return word in part
+    for word in ("encoder", "decoder"):
+        if word in prefix.split("."):
+            return key.startswith((word, f"num_{word}")) or key in ("num_layers", "num_hidden_layers")
+    return part in ("", "text_config", "llm_config", "language_config")
+
+
+def _is_simple(item: object) -> bool:
+    return item is None or isinstance(item, str | int | float | bool)
+
+
+def _entry(indexes: Indexes, reference: str, part: str, key: str, number: int, own: Sequence[Any]) -> Any:
+    """Return what a layer's own model has in a list with an entry per layer; else what the donor has."""
+    settings: Any = indexes[reference].config
+    values = (settings.get(part, {}) if part else settings).get(key)
+    if isinstance(values, list) and number < len(values):
+        return values[number]
+    return own[min(number, len(own) - 1)]
+
+
+def _untie(settings: Settings, donor: TensorIndex, indexes: Indexes, jobs: Sequence[Job]) -> None:
+    """Say that the head is no copy of the embedding where a model with a head of its own has a part in it."""
+    heads = [job.name for job in jobs if is_head(job.name)]
+    own = any(
+        head in index and flag_of(index.config) is not True for head in heads for index in indexes.values()
+    )
+    if not own or (flag_of(donor.config) is not True and all(head in donor for head in heads)):
+        return
+    for _, part in _parts(settings):
+        if FLAG in part:
+            part[FLAG] = False
+    settings[FLAG] = False
+
+
+def _drop_quantisation(settings: Settings, jobs: Sequence[Job]) -> list[str]:
+    """Remove the entry of a quantisation where every tensor of the output is a plain float."""
+    if any(job.dtype not in dtypes.FLOATS and job.n_elements > 1 and job.kind != "agree" for job in jobs):
+        return []
+    if any(job.dtype not in dtypes.FLOATS and "weight" in job.name for job in jobs):
+        return []
+    notes = []
+    for name, part in list(_parts(settings)):
+        for key in _QUANTISED:
+            if part.pop(key, None) is not None:
+                notes.append(
+                    f"config.json: {name + '.' if name else ''}{key} is left out: the output is not quantised"
+                )
+    return notes
