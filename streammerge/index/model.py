@@ -15,14 +15,15 @@ from streammerge.errors import ModelError, WorldError
 from streammerge.index.files import bad, from_os, place, quoted, reading
 from streammerge.index.header import FileStamp, TensorRef, read_header
 from streammerge.index.hub import cache_directory, find_snapshot, parse_name
+from streammerge.index.pickles import read_pickle
 from streammerge.index.shards import (
     INDEX_NAME,
+    PICKLE_INDEX_NAME,
     PICKLES,
     SINGLE_NAME,
     SUFFIX,
     Shards,
     find_shards,
-    pickle_refusal,
 )
 from streammerge.index.strict_json import read_object
 
@@ -98,7 +99,7 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
     Parameters
     ----------
     reference
-        A directory, a ``.safetensors`` file, or (if there is no such directory) ``org/name``,
+        A directory, a ``.safetensors`` file, a file of ``torch.save``, or (if there is no such directory) ``org/name``,
         ``name`` or ``org/name@revision`` in the local Hugging Face cache.
     cache
         That cache, if it is not where the environment says.
@@ -114,9 +115,7 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
     path = _locate(reference, cache_directory() if cache is None else cache)
     if os.path.isdir(path):
         return _read_model(reference, path, find_shards(path))
-    if path.name.endswith(PICKLES):
-        raise pickle_refusal(str(path))
-    if not path.name.endswith(SUFFIX):
+    if not path.name.endswith((SUFFIX, *PICKLES)):
         raise bad(str(path), f"neither a model directory nor a {SUFFIX} file")
     return _read_model(reference, path.parent, Shards((path.name,), None))
 
@@ -163,9 +162,12 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     left_out: dict[str, TensorRef] = {}
     weight_map = shards.weight_map
     for shard in shards.names:
-        refs, file_metadata, stamp = read_header(directory / shard)
+        if shard.endswith(PICKLES):
+            refs, stamp = read_pickle(directory / shard)
+        else:
+            refs, file_metadata, stamp = read_header(directory / shard)
+            metadata = file_metadata | metadata
         stamps.append(stamp)
-        metadata = file_metadata | metadata
         for name, ref in refs.items():
             if weight_map is not None and weight_map.get(name) != shard:
                 left_out[name] = ref
@@ -177,7 +179,8 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
         if name not in tensors:
             where = f", but in {_file(left_out[name])}" if name in left_out else ""
             what = f"tensor {quoted(name)} is not in its shard {quoted(shard)}{where}"
-            raise bad(str(directory / INDEX_NAME), f"weight_map: {what}")
+            name_of_index = PICKLE_INDEX_NAME if shard.endswith(PICKLES) else INDEX_NAME
+            raise bad(str(directory / name_of_index), f"weight_map: {what}")
     unlisted = tuple(name for name in left_out if name not in tensors)
     config = _read_config(directory / CONFIG_NAME)
     return TensorIndex(reference, directory, tuple(stamps), metadata, tensors, unlisted, config)

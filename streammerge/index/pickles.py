@@ -55,6 +55,8 @@ _FULL = 0xFFFFFFFF
 """What stands where 32 bits are too few; the number itself is in a zip64 field."""
 
 _ENCRYPTED = 0x2041
+_FOLDER = 0x10
+"""What marks an entry as a directory, in DOS; torch then reads none of its bytes."""
 _SIZES_FOLLOW = 0x8
 """The flag of an entry whose local header has no sizes, for they were not known yet."""
 
@@ -250,6 +252,7 @@ def _entry(source: _Source, directory: bytes, at: int) -> tuple[_Entry, int]:
     nbytes, packed, start = _numbers([nbytes, packed, fields[-1]], extra, shown)
     plain = not (flags & _ENCRYPTED or method or packed != nbytes or disk)
     _need(plain, f"{shown} is compressed or encrypted: {_CONVERT}")
+    _need(not fields[-2] & _FOLDER, f"{shown} is marked as a directory: {_AGAIN}")
     return _Entry(text, start, _data_start(source, name, start, nbytes, shown), nbytes), end
 
 

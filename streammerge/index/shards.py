@@ -8,16 +8,19 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.errors import ModelError
 from streammerge.index.files import bad, from_os, quoted
 from streammerge.index.strict_json import read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SUFFIX = ".safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
+PICKLE_NAME = "pytorch_model.bin"
+PICKLE_SUFFIX = ".bin"
+PICKLES = (PICKLE_SUFFIX, ".pt", ".pth", ".ckpt")
 
-_NUMBERED = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})\.safetensors", re.ASCII | re.DOTALL)
+_NUMBERED = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})\.(?:safetensors|bin)", re.ASCII | re.DOTALL)
+_NUMBERED_PICKLE = re.compile(r"pytorch_model-\d{1,9}-of-\d{1,9}\.bin", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +32,11 @@ class Shards:
 
 
 def find_shards(directory: Path) -> Shards:
-    """Return the safetensors files of the model in `directory`.
+    """Return the files of the model in `directory`.
 
-    The index decides if there is one; else ``model.safetensors``; else all ``*.safetensors``
-    together (hidden files aside).
+    Safetensors first: the index decides if there is one; else ``model.safetensors``; else all ``*.safetensors``
+    together (hidden files aside). Where there is none, the same for ``pytorch_model*.bin``; other PyTorch files
+    (optimizers, arguments) are no models.
 
     Raises
     ------
@@ -44,8 +48,7 @@ def find_shards(directory: Path) -> Shards:
     except OSError as error:
         raise from_os(str(directory), error) from error
     if INDEX_NAME in present:
-        weight_map = _read_index(str(directory / INDEX_NAME), present)
-        return Shards(tuple(sorted(set(weight_map.values()))), weight_map)
+        return _indexed(directory / INDEX_NAME, present, SUFFIX)
     if SINGLE_NAME in present:
         return Shards((SINGLE_NAME,), None)
     if "adapter_config.json" in present:
@@ -54,29 +57,25 @@ def find_shards(directory: Path) -> Shards:
             "a LoRA adapter, which is not supported yet: merge it into its base model first",
         )
     names = sorted(n for n in present if n.endswith(SUFFIX) and not n.startswith("."))
+    if not names and PICKLE_INDEX_NAME in present:
+        return _indexed(directory / PICKLE_INDEX_NAME, present, PICKLE_SUFFIX)
+    if not names and PICKLE_NAME in present:
+        return Shards((PICKLE_NAME,), None)
+    names = names or sorted(n for n in present if _NUMBERED_PICKLE.fullmatch(n))
     if not names:
-        raise _nothing(directory, present)
+        raise bad(
+            str(directory), f"no model here: neither {INDEX_NAME} nor any *{SUFFIX} file, nor {PICKLE_NAME}"
+        )
     _refuse_gaps(directory, names)
     return Shards(tuple(names), None)
 
 
-def pickle_refusal(path: str) -> ModelError:
-    """Return the refusal of a pickled checkpoint."""
-    return bad(
-        path,
-        "pickled weights are not read in this version: convert them to safetensors first "
-        "(load the model with transformers, then save_pretrained)",
-    )
+def _indexed(path: Path, present: Collection[str], suffix: str) -> Shards:
+    weight_map = _read_index(str(path), present, suffix)
+    return Shards(tuple(sorted(set(weight_map.values()))), weight_map)
 
 
-def _nothing(directory: Path, present: Collection[str]) -> ModelError:
-    pickles = sorted(name for name in present if name.endswith(PICKLES))
-    if pickles:
-        return pickle_refusal(str(directory / pickles[0]))
-    return bad(str(directory), f"no model here: neither {INDEX_NAME} nor any *{SUFFIX} file")
-
-
-def _read_index(path: str, present: Collection[str]) -> dict[str, str]:
+def _read_index(path: str, present: Collection[str], suffix: str) -> dict[str, str]:
     """Return the weight map of the index at `path`, each shard in it a file of its directory."""
     weight_map = read_object(path, "finite").get("weight_map")
     if not isinstance(weight_map, dict):
@@ -88,18 +87,18 @@ def _read_index(path: str, present: Collection[str]) -> dict[str, str]:
         if not isinstance(shard, str):
             raise bad(path, f"weight_map: the shard of tensor {quoted(tensor)} is not a string")
         if shard not in checked:
-            _check_shard(path, tensor, shard, present)
+            _check_shard(path, tensor, shard, present, suffix)
             checked.add(shard)
     return weight_map
 
 
-def _check_shard(path: str, tensor: str, shard: str, present: Collection[str]) -> None:
-    """Refuse a shard name that could lead out of the directory, or to no safetensors file."""
+def _check_shard(path: str, tensor: str, shard: str, present: Collection[str], suffix: str) -> None:
+    """Refuse a shard name that could lead out of the directory, or to a file of another kind."""
     where = f"weight_map: the shard {quoted(shard)} of tensor {quoted(tensor)}"
     if shard in ("", ".", "..") or any(c in shard for c in "/\\\0") or len(shard) > 255:
         raise bad(path, f"{where} is not a plain file name")
-    if not shard.endswith(SUFFIX):
-        raise bad(path, f"{where} is not a {SUFFIX} file")
+    if not shard.endswith(suffix):
+        raise bad(path, f"{where} is not a {suffix} file")
     if shard not in present:
         raise bad(path, f"{where} is missing: download or copy the model again")
 

@@ -224,10 +224,20 @@ def pickles() -> Iterator[Case]:
 
     arguments = ("fisher", "import", "b", "x.bin", "--out", "out", "--memory", "512MiB")
     evil = list(pickle_tables.calls("evil"))
-    yield Case("a model of pickles alone", only(pickle_tables.archive()), "safetensors")
+
+    def sound(d: Path) -> None:
+        import torch
+
+        (d / "b" / SHARD).unlink()
+        tensors = {"w": torch.full((2, 3), 3.0), "n": torch.full((6,), 3.0)}
+        torch.save(tensors, d / "b" / "pytorch_model.bin")
+
+    yield Case("a sound model that torch saved", sound, expect="mean")
+    saved = pickle_tables.archive(pickle_tables.SOUND)
+    yield Case("a model that torch saved, of other names", only(saved), "is missing")
     yield Case("evil beside sound", file("b/pytorch_model.bin", evil[0]), expect="mean")
     for number, program in enumerate(evil[::9]):
-        yield Case(f"code, {number}, in a model", only(program), "safetensors")
+        yield Case(f"code, {number}, in a model", only(pickle_tables.archive(program)), "pytorch_model.bin")
         yield Case(
             f"code, {number}, in an archive",
             file("x.bin", pickle_tables.archive(program)),

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from safetensors_files import framed, sound, within, write_model
 
 from streammerge.errors import ModelError, WorldError
@@ -297,7 +298,64 @@ def test_broken_and_looping_links_are_named_as_such(tmp_path):
     assert "leads back to itself" in refusal(tmp_path / "loop")
 
 
-def test_pickles_alone_are_refused_unopened_with_the_cure(tmp_path):
+def saved(directory, **shards):
+    """Write files of torch.save, and return what they hold together."""
+    directory.mkdir(exist_ok=True)
+    for name, tensors in shards.items():
+        torch.save(tensors, directory / f"{name.replace('_of_', '-of-').replace('model_0', 'model-0')}.bin")
+    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+
+
+def assert_holds(index, tensors):
+    assert set(index) == set(tensors)
+    for name, tensor in tensors.items():
+        own = tensor.contiguous().view(torch.uint8).flatten().numpy()
+        assert (index.view(name) == own).all()
+        assert index[name].shape == tuple(tensor.shape)
+
+
+def test_a_checkpoint_of_torch_save_is_a_model(tmp_path):
+    tensors = saved(tmp_path / "m", pytorch_model={"w": torch.randn(2, 3), "b": torch.randn(3).bfloat16()})
+    (tmp_path / "m" / "training_args.bin").write_bytes(b"not a model at all")
+    assert_holds(open_model(tmp_path / "m"), tensors)
+    assert_holds(open_model(tmp_path / "m" / "pytorch_model.bin"), tensors)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_checkpoint_of_torch_save_may_have_shards(tmp_path, with_index):
+    parts = {
+        "pytorch_model_00001_of_00002": {"w": torch.randn(2, 3)},
+        "pytorch_model_00002_of_00002": {"v": torch.ones(4)},
+    }
+    tensors = saved(tmp_path / "m", **parts)
+    files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    if with_index:
+        index = {"weight_map": dict(zip("wv", files, strict=True))}
+        (tmp_path / "m" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert_holds(open_model(tmp_path / "m"), tensors)
+    (tmp_path / "m" / files[1]).unlink()
+    assert "missing" in refusal(tmp_path / "m") if with_index else "1 of 2 shards" in refusal(tmp_path / "m")
+
+
+def test_an_index_of_pickles_leads_to_no_other_files(tmp_path):
+    saved(tmp_path / "m", pytorch_model_00001_of_00001={"w": torch.ones(2)})
+    for shard, words in (
+        ("../x.bin", "not a plain file name"),
+        ("config.json", "not a .bin file"),
+        ("y.bin", "missing"),
+    ):
+        (tmp_path / "m" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+        line = refusal(tmp_path / "m")
+        assert "pytorch_model.bin.index.json" in line
+        assert words in line
+
+
+def test_other_files_of_torch_save_are_no_model(tmp_path):
+    saved(tmp_path / "m", optimizer={"w": torch.ones(2)}, training_args={"v": torch.ones(2)})
+    assert "no model here" in refusal(tmp_path / "m")
+
+
+def test_a_program_in_a_checkpoint_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
@@ -306,10 +364,9 @@ def test_pickles_alone_are_refused_unopened_with_the_cure(tmp_path):
         directory = tmp_path / name.replace(".", "_")
         directory.mkdir()
         (directory / name).write_bytes(pickle.dumps(Evil()))
-        for reference in (directory, directory / name):
-            line = refusal(reference)
-            assert f"{name}: pickled weights are not read" in line
-            assert "convert them to safetensors" in line
+        assert "no zip archive" in refusal(directory / name)
+        torch.save({"w": Evil()}, directory / name)
+        assert "mkdir" in refusal(directory / name)
     assert not (tmp_path / "executed").exists()
 
 

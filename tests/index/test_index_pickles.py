@@ -76,11 +76,24 @@ def local(entry, data, *, magic=b"PK\3\4", flags=0, method=0, size=None, name=No
     )
 
 
-def central(entry, data, start, *, c_flags=0, c_method=0, c_size=None, packed=None, c_extra=b"", disk=0, **_):
+def central(
+    entry,
+    data,
+    start,
+    *,
+    c_flags=0,
+    c_method=0,
+    c_size=None,
+    packed=None,
+    c_extra=b"",
+    disk=0,
+    external=0,
+    **_,
+):
     size = len(data) if c_size is None else c_size
     packed = size if packed is None else packed
     raw = entry.encode("utf-8", "surrogateescape")
-    numbers = (0, packed, size, len(raw), len(c_extra), 0, disk, 0, 0, start)
+    numbers = (0, packed, size, len(raw), len(c_extra), 0, disk, 0, external, start)
     return struct.pack("<4s6H3I5H2I", b"PK\1\2", 0, 0, c_flags, c_method, 0, 0, *numbers) + raw + c_extra
 
 
@@ -449,6 +462,7 @@ ARCHIVES = [
     ("encrypted, says only the entry", archive(**DATA, flags=1), "contradicts"),
     ("hidden", archive(**DATA, c_flags=0x2000), "encrypted"),
     ("packed into less", archive(**DATA, packed=23), "compressed"),
+    ("a directory, in DOS", archive(**DATA, external=0x10), "'a/data/0' is marked as a directory"),
     ("elsewhere", archive(**DATA, disk=1), "compressed or encrypted"),
     ("two sizes", archive(**DATA, size=23), "contradicts"),
     ("no size, and none to follow", archive(**DATA, size=0), "contradicts"),
