@@ -262,8 +262,8 @@ class TaskVectorMerge:
             tau = vector.entries(theta, base, where)
             up = up + tau.clamp(min=0.0)
             down = down + (-tau).clamp(min=0.0)
-            up_weight = up_weight + vector.weight * (tau > 0)
-            down_weight = down_weight + vector.weight * (tau < 0)
+            up_weight = up_weight + vector.weight * (tau > 0).double()
+            down_weight = down_weight + vector.weight * (tau < 0).double()
         return up, down, up_weight, down_weight
 
     def _disjoint_merge(
