@@ -128,15 +128,10 @@ def plan(config: str, as_json: bool, **options: Any) -> None:
 def verify(out: str, as_json: bool) -> None:
     """Re-read a finished output against its recorded checksums and structure."""
     from streammerge.engine.verify import verify as check
-    from streammerge.units import format_size
+    from streammerge.report.verdict import verdict_text, verdict_values
 
     verdict = check(Path(out))
-    if as_json:
-        click.echo(
-            json.dumps({"files": verdict.files, "nbytes": verdict.nbytes, "problems": verdict.problems})
-        )
-    elif not verdict.problems:
-        click.echo(f"{printable(out)}: {verdict.files} files, {format_size(verdict.nbytes)}: all as written")
+    click.echo(json.dumps(verdict_values(verdict)) if as_json else verdict_text(out, verdict))
     if verdict.problems:
         more = f" (and {len(verdict.problems) - 1} more problems)" if len(verdict.problems) > 1 else ""
         raise InputError(f"{printable(out)}: {verdict.problems[0]}{more}")

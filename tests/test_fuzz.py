@@ -19,7 +19,7 @@ import fuzz_mutate
 import fuzz_targets
 
 from streammerge.engine.journal import _line
-from streammerge.engine.output import seal
+from streammerge.engine.manifest import seal
 
 NAMES = ["header", "json", "model", "reference", "pickles", "yaml", "config", "journal", "manifest", "fisher",
          "chunk", "size"]  # fmt: skip

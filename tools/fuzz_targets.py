@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import sys
 import time
@@ -28,8 +29,10 @@ from streammerge.config.schema import config_from_mapping, parse_config
 from streammerge.config.settings import count_layers, layer_fraction, value_for
 from streammerge.config.strict_yaml import dump_yaml, load_yaml
 from streammerge.engine.journal import _line, _load
-from streammerge.engine.output import MANIFEST, is_complete, read_manifest, seal
+from streammerge.engine.manifest import MANIFEST, read_manifest, seal
+from streammerge.engine.output import is_complete
 from streammerge.engine.stored_chunks import _decode
+from streammerge.engine.verify import verify
 from streammerge.errors import ConfigError, InputError, ModelError, StreammergeError
 from streammerge.index.fishers import GROUP_FILE, open_fisher
 from streammerge.index.header import read_header
@@ -533,7 +536,7 @@ class JournalFile:
 
 
 class Manifest:
-    """No manifest stops the program; one that is believed has the fields that are used."""
+    """No manifest stops the program or `verify`; one that is believed has the fields that are used."""
 
     def __init__(self, directory: Path) -> None:
         self._out = directory / "out"
@@ -547,16 +550,29 @@ class Manifest:
         is_complete(self._out, manifest)
         if manifest is not None:
             require(_same_json(manifest, json.loads(raw)), "read otherwise than json reads it")
-            require(isinstance(manifest["files"], dict), "its files are no map")
-            require(isinstance(manifest.get("tensors", {}), dict), "its tensors are no map")
+            for entry in manifest["files"].values():
+                require(_natural(entry["nbytes"]) and re.fullmatch("[0-9a-f]{8}", entry["crc32"]), f"{entry}")
+        try:
+            verdict = verify(self._out)
+        except Exception as error:
+            require(MANIFEST in refused(error, ModelError), "the manifest is not named")
+            require(manifest is None, "a manifest that is believed is refused")
+            return
+        require(manifest is not None, "a manifest that is not believed is verified")
+        for problem in verdict.problems:
+            require(
+                problem.isprintable() and len(problem) <= MAX_LINE, f"a problem of {len(problem)} characters"
+            )
 
     @staticmethod
     def seeds() -> list[bytes]:
         """Return manifests as merges write them."""
         files = {"a": {"nbytes": 3, "crc32": "352441c2"}, "b": {"nbytes": 1, "crc32": "00000000"}}
-        whole = {"format": 1, "streammerge": "1", "method": "ties", "seed": 0, "identity": {"config": "ab"},
+        tensor = {"dtype": "BF16", "shape": [2, 3], "crc32": "00000000"}
+        whole = {"format": 2, "streammerge": "1", "method": "ties", "seed": 0, "identity": {"config": "ab"},
                  "inputs": [{"role": "base", "fingerprint": "x", "tensors": 1, "nbytes": 2}], "densities": [],
-                 "files": files, "tensors": {"w": "00000000"}}  # fmt: skip
+                 "floored": {"elements": 1, "of": 2, "fraction": 0.5}, "not_finite": {"w": 1},
+                 "files": files, "tensors": {"w": tensor}}  # fmt: skip
         sealed = [
             seal(whole),
             seal({**whole, "files": {"a": files["a"]}}),

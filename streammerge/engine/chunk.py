@@ -15,7 +15,7 @@ from streammerge.engine.checksum import crc32
 from streammerge.engine.gpu import share_of_memory, turn_on
 from streammerge.engine.journal import Receipt
 from streammerge.engine.memory import Bytes
-from streammerge.engine.nonfinite import bad_fisher, trace
+from streammerge.engine.nonfinite import bad_fisher, tally, trace
 from streammerge.engine.pieces import Applied, KernelMath, Loaded, Operand, PieceMath
 from streammerge.engine.reader import Reader
 from streammerge.engine.stages import Stages
@@ -126,7 +126,9 @@ def _copy_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Recei
         moved = arena[target : target + data.size]
         ctypes.memmove(moved.ctypes.data, data.ctypes.data, data.size)  # numpy would copy twice: they overlap
         data = moved
-    return _emit(context, job, piece, data, Applied(0, ()))
+    with context.stages.time("compute"):
+        bad = tally(data, job.dtype).count
+    return _emit(context, job, piece, data, Applied(bad, ()))
 
 
 def _file_offset(context: Context, job: Job, piece: Piece) -> int:

@@ -11,7 +11,8 @@ from streammerge import __version__, dtypes
 from streammerge.engine.checksum import combine_all, crc32
 from streammerge.engine.durable import fsync_directory, world_errors, write_file
 from streammerge.engine.journal import Receipt
-from streammerge.engine.output import CONFIG_COPY, MANIFEST, seal
+from streammerge.engine.manifest import FORMAT, MANIFEST, seal
+from streammerge.engine.output import CONFIG_COPY
 from streammerge.engine.writer import ShardWriter
 from streammerge.index.model import CONFIG_NAME, INDEX_NAME
 from streammerge.plan.model_config import spelled
@@ -98,7 +99,7 @@ def _manifest(
         written[name] = {"nbytes": len(data), "crc32": f"{crc32(data):08x}"}
     fishers = [index.stamps[0].header_digest for index in plan.fishers]
     return {
-        "format": 1,
+        "format": FORMAT,
         "streammerge": __version__,
         "method": plan.method.name,
         "seed": plan.seed,
@@ -112,7 +113,10 @@ def _manifest(
         **({"fisher_tables": fishers, "floored": floored(plan, chosen)} if plan.fishers else {}),
         **({"not_finite": bad} if (bad := not_finite(plan, chosen)) else {}),
         "files": dict(sorted(written.items())),
-        "tensors": {job.name: f"{tensors[job.ordinal]:08x}" for job in plan.jobs},
+        "tensors": {
+            job.name: {"dtype": job.dtype, "shape": list(job.shape), "crc32": f"{tensors[job.ordinal]:08x}"}
+            for job in plan.jobs
+        },
     }  # fmt: skip
 
 
@@ -145,7 +149,7 @@ def floored(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[st
 
 
 def not_finite(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[str, int]:
-    """Return how many elements of each merged tensor are NaN or infinite, of those that have any."""
+    """Return how many elements of each tensor are NaN or infinite, of those that have any."""
     counts = {job: sum(receipt.not_finite for receipt in receipts) for job, receipts in chosen.items()}
     return {plan.jobs[job].name: count for job, count in sorted(counts.items()) if count}
 

@@ -37,6 +37,10 @@ class Tally:
         first = start + int(np.argmax(mask)) if self.count == 0 and count else self.first
         return Tally(self.count + count, first)
 
+    def then(self, later: Tally) -> Tally:
+        """Take a tally of later elements into account."""
+        return Tally(self.count + later.count, self.first if self.count else later.first)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -107,6 +111,19 @@ def bad_fisher(reader: Reader, job: Job, start: int, stop: int) -> ModelError | 
                     f"infinity or a negative number at element {first + int(np.argmax(bad))}; estimate it anew"
                 )
     return None
+
+
+def tally(raw: Bytes, dtype: str, start: int = 0) -> Tally:
+    """Return how many elements of a tensor are NaN or infinite; `raw` begins with its element `start`.
+
+    Dtypes of less than 16 bits, and complex ones, are never merged and not looked at.
+    """
+    found = Tally()
+    if dtype in _EXPONENT:
+        width = itemsize(dtype)
+        for first, last in _steps(0, raw.size // width):
+            found = found.plus(is_bad(raw[first * width : last * width], dtype), start + first)
+    return found
 
 
 def is_bad(raw: Bytes, dtype: str) -> NDArray[np.bool_]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from streammerge.engine.checksum import crc32
 from streammerge.engine.durable import PARTIAL, fsync_directory, make_directory, world_errors
 from streammerge.engine.journal import STATE
+from streammerge.engine.manifest import MANIFEST, read_manifest
 from streammerge.engine.sidecars import COPIED
 from streammerge.errors import OutputError, printable
 from streammerge.index.model import CONFIG_NAME, INDEX_NAME, TensorIndex
 
-MANIFEST = "streammerge.json"
 CONFIG_COPY = "streammerge_config.yml"
 
 
@@ -71,51 +69,15 @@ def locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-_SEAL = b'\n"manifest_crc32": '
-
-
-def seal(manifest: Mapping[str, Any]) -> bytes:
-    """Return the manifest as JSON whose last field is the checksum of all that stands before it."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
-    body = text.removesuffix(b"\n}") + b","
-    return body + _SEAL + b'"%08x"\n}\n' % crc32(body)
-
-
-def read_manifest(out: Path) -> dict[str, Any] | None:
-    """Return the manifest of a finished output; None if there is none or a bit of it has changed."""
-    try:
-        raw = (out / MANIFEST).read_bytes()
-        body = raw[: raw.rindex(_SEAL)]
-        manifest = json.loads(raw)
-    except (OSError, ValueError, RecursionError):
-        return None
-    sound = raw == body + _SEAL + b'"%08x"\n}\n' % crc32(body)
-    return manifest if sound and _is_manifest(manifest) else None
-
-
-def _is_manifest(value: Any) -> bool:
-    """Return whether this could be a manifest of ours: anyone can seal anything."""
-    if not isinstance(value, dict):
-        return False
-    files, tensors = value.get("files"), value.get("tensors", {})
-    return (
-        isinstance(files, dict)
-        and isinstance(tensors, dict)
-        and all(isinstance(entry, dict) and type(entry.get("nbytes")) is int for entry in files.values())
-        and all(name and Path(name).name == name and "\0" not in name for name in files)
-    )
-
-
 def is_complete(out: Path, manifest: dict[str, Any] | None, *, ignore_state: bool = False) -> bool:
     """Return whether every file of the manifest is there with its size, the index included."""
     if manifest is None or ((out / STATE).exists() and not ignore_state):
         return False
-    sizes = {
-        name: entry.get("nbytes") for name, entry in manifest["files"].items() if isinstance(entry, dict)
-    }
     try:
-        return bool(sizes) and all((out / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        return all(
+            (out / name).stat().st_size == entry["nbytes"] for name, entry in manifest["files"].items()
+        )
+    except OSError:
         return False
 
 

@@ -44,6 +44,8 @@ class Reader:
     ----------
     cache_bytes
         How much of what will be read again may be left in the page cache meanwhile.
+    from_disk
+        Read what the disk holds, not what the page cache still has of it, so far as the file system allows.
 
     Attributes
     ----------
@@ -51,8 +53,9 @@ class Reader:
         Total so far.
     """
 
-    def __init__(self, backend: Backend = "direct", cache_bytes: int = 0) -> None:
+    def __init__(self, backend: Backend = "direct", cache_bytes: int = 0, *, from_disk: bool = False) -> None:
         self._backend = backend
+        self._from_disk = from_disk
         self._cache_left = cache_bytes
         self._lock = threading.Lock()
         self._files: OrderedDict[str, _File] = OrderedDict()
@@ -68,6 +71,7 @@ class Reader:
             If the file ends early or the device fails.
         """
         with self._open(path) as file, _reading(path):
+            self._forget(file, offset, target.size)
             if self._backend == "mmap":
                 _copy_from_map(file.descriptor, offset, target, path)
             else:
@@ -92,11 +96,13 @@ class Reader:
             return 0
         key = path, offset, nbytes
         with self._open(path) as file, _reading(path):
-            if file.direct is None or cached_share(file.descriptor, offset, nbytes) > 0.5:
-                buffered = True
-            else:
-                buffered = again and self._keep(key)
+            buffered = (
+                file.direct is None
+                or (not self._from_disk and cached_share(file.descriptor, offset, nbytes) > 0.5)
+                or (again and self._keep(key))
+            )
             if buffered:
+                self._forget(file, offset, nbytes)
                 _read_fully(file.descriptor, offset, slot[:nbytes], path)
                 if not again:
                     self._release(file, key)
@@ -106,6 +112,11 @@ class Reader:
                 _read_past_cache(file, offset, slot[: slot_bytes(nbytes)], nbytes, path)
         self._count(nbytes)
         return begins
+
+    def _forget(self, file: _File, offset: int, nbytes: int) -> None:
+        """Have a range read from the disk, where that is asked for: nothing of it is left in the page cache."""
+        if self._from_disk:
+            os.posix_fadvise(file.descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _goes_direct(self, nbytes: int) -> bool:
         return self._backend == "direct" and nbytes >= DIRECT_BYTES

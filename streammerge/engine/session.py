@@ -21,6 +21,7 @@ from streammerge.engine.commit import commit
 from streammerge.engine.durable import fsync_directory, world_errors
 from streammerge.engine.fingerprint import files_digest, fingerprint, fisher_digest
 from streammerge.engine.journal import STATE, Journal, Progress, Receipt, remove_state
+from streammerge.engine.manifest import read_manifest
 from streammerge.engine.memory import Bytes
 from streammerge.engine.nonfinite import trace
 from streammerge.engine.output import (
@@ -29,7 +30,6 @@ from streammerge.engine.output import (
     clear,
     is_complete,
     locked,
-    read_manifest,
     withdraw,
 )
 from streammerge.engine.profile import profile_values, write_profile
@@ -41,6 +41,7 @@ from streammerge.engine.writer import ShardWriter
 from streammerge.errors import ConfigError, OutputError, Stopped, WorldError, printable
 from streammerge.index.header import FileStamp
 from streammerge.methods.rng import SCHEME, RandomKeys
+from streammerge.plan.arena import is_copied
 from streammerge.plan.budget import available_memory
 from streammerge.plan.layout import Slot
 from streammerge.plan.plan import MergePlan
@@ -276,7 +277,7 @@ class _Session:
             r for r in receipts
             if r.job < len(slots) and slots[r.job].shard not in self._writer.fresh
             and 0 <= r.start <= r.stop <= self._plan.jobs[r.job].n_elements
-            and (self._context.tolerant or not r.not_finite)
+            and (self._context.tolerant or not r.not_finite or is_copied(self._plan.jobs[r.job]))
         ]  # fmt: skip
         with ThreadPoolExecutor(self._plan.budget.workers) as threads:
             sound = list(threads.map(self._is_sound, plausible))

@@ -1,19 +1,33 @@
-"""Prove that a finished output is what was written: every byte of every file against the manifest."""
+"""Prove that a finished output is what was written: every byte of every file against the manifest.
+
+One pass over the disk, past the page cache. Beside checksums it finds what a loader relies on: each shard's header,
+the index, and values that are finite except where the manifest says otherwise.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streammerge.engine.checksum import crc32
+from streammerge.engine.checksum import combine_all
+from streammerge.engine.durable import PARTIAL, world_errors
 from streammerge.engine.journal import STATE
-from streammerge.engine.output import MANIFEST, read_manifest
-from streammerge.errors import ModelError, StreammergeError, printable
-from streammerge.index.model import open_model
+from streammerge.engine.manifest import MANIFEST, load_manifest
+from streammerge.engine.readback import Found, Part, read_back
+from streammerge.engine.sidecars import COPIED
+from streammerge.errors import ModelError, printable
+from streammerge.index.header import TensorRef, read_header
+from streammerge.index.model import CONFIG_NAME
+from streammerge.index.shards import INDEX_NAME, PICKLES, SUFFIX
+from streammerge.index.strict_json import read_object
 
-_STEP = 8 << 20
+_LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)
+"""How the names of files end that a loader may take for the model, or that a merge leaves unfinished."""
+_LOADED = {CONFIG_NAME, *COPIED, "adapter_config.json"}
 
 
 @dataclass(frozen=True)
@@ -26,84 +40,186 @@ class Verdict:
     """Bytes read."""
     problems: tuple[str, ...]
     """One line each; empty if the output is as it was written."""
+    others: tuple[str, ...] = ()
+    """Files beside those of the merge that no loader looks at."""
 
 
-def verify(out: Path) -> Verdict:
-    """Re-read a finished output: sizes, checksums, names, and the structure a loader relies on.
+def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> Verdict:
+    """Re-read a finished output: sizes, checksums, headers, the index, and that its values are finite.
+
+    Parameters
+    ----------
+    on_tick
+        Called now and then with the bytes read so far.
 
     Raises
     ------
     ModelError
-        If `out` holds no finished merge.
+        If `out` holds no finished merge, or its manifest cannot be believed.
+    WorldError
+        If the machine cannot read it.
     """
     if not out.is_dir():
         raise ModelError(f"{printable(out)}: no such directory")
-    if (out / STATE).exists():
+    if os.path.lexists(out / STATE):
         raise ModelError(
             f"{printable(out)}: the merge is not finished; run the same `streammerge merge` again"
         )
-    manifest = read_manifest(out)
-    if manifest is None:
-        raise ModelError(f"{printable(out)}: no sound {MANIFEST} in it; not the output of a finished merge")
-    problems: list[str] = []
-    nbytes = 0
-    tensors = _tensor_ranges(out, problems)
-    for name, entry in manifest["files"].items():
-        nbytes += _check_file(out, name, entry, manifest.get("tensors", {}), tensors, problems)
-    known = {*manifest["files"], MANIFEST}
-    problems += [
-        f"{printable(entry.name)}: not in the manifest"
-        for entry in sorted(out.iterdir())
-        if entry.name not in known and entry.name.startswith("model")
-    ]
-    recorded = set(manifest.get("tensors", {}))
-    if tensors and set(tensors) != recorded:
-        odd = sorted(set(tensors) ^ recorded)[0]
-        problems.append(f"tensor {printable(odd)}: in the files or in the manifest, not in both")
-    return Verdict(len(manifest["files"]), nbytes, tuple(problems))
+    if not os.path.lexists(out / MANIFEST):
+        raise ModelError(f"{printable(out)}: no {MANIFEST} in it; not the output of a finished merge")
+    manifest = load_manifest(out)
+    examined = [_examine(out, name, entry["nbytes"]) for name, entry in manifest["files"].items()]
+    readable = {str(out / one.name): one.parts for one in examined if one.parts}
+    found = read_back(readable, on_tick)
+    problems = {
+        one.name: [*one.problems] or _compare(one, found.get(str(out / one.name), []), manifest)
+        for one in examined
+    }
+    if not problems.get(INDEX_NAME):
+        problems[INDEX_NAME] = _index_problems(out, examined, manifest)
+    extra, others = _beside(out, manifest)
+    nbytes = sum(part.nbytes for parts in found.values() for part in parts)
+    lines = [line for some in problems.values() for line in some]
+    return Verdict(len(examined), nbytes, (*lines, *_misplaced(examined, manifest), *extra), others)
 
 
-def _tensor_ranges(out: Path, problems: list[str]) -> dict[str, tuple[str, int, int]]:
-    """Return where each tensor lies, read as any loader would: (file name, offset, nbytes)."""
+@dataclass(frozen=True)
+class _Examined:
+    """A file of the manifest before its bytes are read."""
+
+    name: str
+    problems: tuple[str, ...] = ()
+    """Why there is nothing to read."""
+    parts: tuple[Part, ...] = ()
+    """What is read: a shard's header and its tensors, or the file as a whole."""
+    tensors: Mapping[str, TensorRef] | None = None
+    """Of a shard with a sound header."""
+    header_problem: str = ""
+
+
+def _examine(out: Path, name: str, nbytes: int) -> _Examined:
+    path, shown = out / name, printable(name)
     try:
-        index = open_model(out)
-    except StreammergeError as error:
-        problems.append(str(error))
-        return {}
-    if index.unlisted:
-        problems.append(f"{len(index.unlisted)} tensors are in the shards but not in the index")
-    return {name: (os.path.basename(r.path), r.offset, r.nbytes) for name, r in index.items()}
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return _Examined(name, (f"{shown}: missing",))
+    except OSError as error:
+        return _Examined(name, (f"{shown}: cannot be looked at: {error.strerror}",))
+    if not stat.S_ISREG(status.st_mode):
+        return _Examined(name, (f"{shown}: not a regular file",))
+    if status.st_size != nbytes:
+        return _Examined(name, (f"{shown}: has {status.st_size} bytes, {nbytes} were written",))
+    whole = Part("", 0, nbytes)
+    if not name.endswith(SUFFIX):
+        return _Examined(name, parts=(whole,))
+    try:
+        tensors, _, _ = read_header(path)
+    except ModelError as error:
+        return _Examined(name, parts=(whole,), header_problem=str(error).removeprefix(f"{path}: "))
+    refs = sorted(tensors.values(), key=lambda ref: (ref.offset, ref.nbytes))
+    header = Part("", 0, refs[0].offset)
+    parts = (header, *(Part(ref.name, ref.offset, ref.nbytes, ref.dtype) for ref in refs))
+    return _Examined(name, parts=parts, tensors=tensors)
 
 
-def _check_file(
-    out: Path, name: str, entry: Any, crcs: dict[str, str],
-    tensors: dict[str, tuple[str, int, int]], problems: list[str],
-) -> int:  # fmt: skip
-    path = out / name
-    if Path(name).name != name or not isinstance(entry, dict):
-        problems.append(f"{MANIFEST}: entry {printable(name)!r} is malformed")
-        return 0
-    if path.is_symlink() or not path.is_file():
-        problems.append(f"{printable(name)}: missing, or not a regular file")
-        return 0
-    size = path.stat().st_size
-    if size != entry.get("nbytes"):
-        problems.append(f"{printable(name)}: {size} bytes, {entry.get('nbytes')} were written")
-        return 0
-    if f"{_file_crc(path, 0, size):08x}" == entry.get("crc32"):
-        return size
-    inside = [t for t, (file, _, _) in tensors.items() if file == name]
-    damaged = [t for t in inside if f"{_file_crc(path, tensors[t][1], tensors[t][2]):08x}" != crcs.get(t)]
-    what = f"tensor {printable(damaged[0])} is damaged" if damaged else "its bytes have changed"
-    problems.append(f"{printable(name)}: {what} (checksum {entry.get('crc32')} recorded)")
-    return size
+def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the bytes of a file."""
+    name, recorded = printable(one.name), manifest["tensors"]
+    crc = combine_all((part.crc, part.nbytes) for part in found)
+    by_tensor = {part.name: what for part, what in zip(one.parts, found, strict=True) if part.name}
+    damaged = [
+        tensor for tensor, what in by_tensor.items()
+        if tensor in recorded and f"{what.crc:08x}" != recorded[tensor]["crc32"]
+    ]  # fmt: skip
+    expected = manifest["files"][one.name]["crc32"]
+    if f"{crc:08x}" != expected or damaged:
+        more = f" and {len(damaged) - 1} more tensors are" if len(damaged) > 1 else " is"
+        what = f"tensor {printable(damaged[0])}{more} damaged" if damaged else "its bytes have changed"
+        if one.tensors is not None and not damaged:
+            what = "its header has changed"
+        if one.header_problem:
+            what = f"its header is damaged: {printable(one.header_problem)}"
+        return [f"{name}: {what} (checksum {crc:08x}, {expected} was written)"]
+    if one.header_problem:
+        return [f"{name}: {printable(one.header_problem)}"]
+    return [
+        problem for tensor, ref in (one.tensors or {}).items()
+        for problem in _tensor_problems(name, ref, by_tensor[tensor], manifest)
+    ]  # fmt: skip
 
 
-def _file_crc(path: Path, offset: int, nbytes: int) -> int:
-    value = 0
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while nbytes > 0 and (data := file.read(min(_STEP, nbytes))):
-            value = crc32(data, value)
-            nbytes -= len(data)
-    return value
+def _tensor_problems(file: str, ref: TensorRef, found: Found, manifest: Mapping[str, Any]) -> list[str]:
+    """Return how a tensor is not what the manifest says, though its bytes are."""
+    where = f"{file}: tensor {printable(ref.name)}"
+    recorded = manifest["tensors"].get(ref.name)
+    if recorded is None:
+        return [f"{where}: not in {MANIFEST}"]
+    if (ref.dtype, list(ref.shape)) != (recorded["dtype"], recorded["shape"]):
+        wanted = f"{recorded['dtype']} {recorded['shape']}"
+        return [f"{where}: {ref.dtype} {list(ref.shape)} in the header, {printable(wanted)} was written"]
+    known = manifest.get("not_finite", {}).get(ref.name, 0)
+    if found.bad.count != known:
+        first = f" (the first is {found.bad.first})" if found.bad.count else ""
+        return [f"{where}: {found.bad.count} elements are NaN or infinite{first}, {known} were written so"]
+    return []
+
+
+def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
+    """Return which tensors lie in two shards or in none, as far as the headers can be read."""
+    places: dict[str, str] = {}
+    problems = []
+    for one in examined:
+        for tensor in one.tensors or {}:
+            if tensor in places:
+                problems.append(
+                    f"{printable(one.name)}: tensor {printable(tensor)} is in {printable(places[tensor])} too"
+                )
+            places[tensor] = one.name
+    if all(one.tensors is not None for one in examined if one.name.endswith(SUFFIX)):
+        lost = [tensor for tensor in manifest["tensors"] if tensor not in places]
+        more = f" and {len(lost) - 1} more tensors are" if len(lost) > 1 else " is"
+        problems += [f"tensor {printable(lost[0])}{more} in no file, though in {MANIFEST}"] if lost else []
+    return problems
+
+
+def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
+    """Return how the index does not lead to every tensor, and to nothing else."""
+    shards = [one for one in examined if one.name.endswith(SUFFIX)]
+    if INDEX_NAME not in manifest["files"]:
+        return (
+            [f"{INDEX_NAME}: not in {MANIFEST}, though there are {len(shards)} shards"]
+            if len(shards) > 1
+            else []
+        )
+    try:
+        index = read_object(str(out / INDEX_NAME), "finite")
+    except ModelError as error:
+        return [f"{INDEX_NAME}: {printable(str(error).removeprefix(f'{out / INDEX_NAME}: '))}"]
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    places = {tensor: one.name for one in shards for tensor in one.tensors or {}}
+    if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
+        return [f"{INDEX_NAME}: no weight_map or no metadata"]
+    if any(one.tensors is None for one in shards):
+        return []
+    wrong = sorted(t for t in {*weight_map, *places} if weight_map.get(t) != places.get(t))
+    if wrong:
+        told, place = (printable(x.get(wrong[0], "nowhere"), 120) for x in (weight_map, places))
+        return [f"{INDEX_NAME}: leads for tensor {printable(wrong[0])} to {told}, it is in {place}"]
+    total = sum(ref.nbytes for one in shards for ref in (one.tensors or {}).values())
+    if metadata.get("total_size") != total:
+        told = printable(metadata.get("total_size"), 40)
+        return [f"{INDEX_NAME}: total_size is {told}, the tensors have {total} bytes"]
+    return []
+
+
+def _beside(out: Path, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+    """Return what a loader may take for a part of the model and no merge wrote, and the names of all else."""
+    known = {*manifest["files"], MANIFEST}
+    with world_errors(out):
+        names = sorted(name for name in os.listdir(out) if name not in known)
+    loadable = [
+        name for name in names
+        if name.endswith(_LOADABLE) or name.startswith("model") or name in _LOADED
+    ]  # fmt: skip
+    problems = [f"{printable(name)}: not in {MANIFEST}; no merge wrote it here" for name in loadable]
+    return problems, tuple(name for name in names if name not in loadable)

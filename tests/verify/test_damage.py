@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from streammerge.api import merge
+from streammerge.engine.manifest import MANIFEST, load_manifest, seal
 from streammerge.engine.verify import verify
 from streammerge.errors import ModelError
 from tests.conftest import config_for
@@ -24,6 +26,16 @@ def out(request: pytest.FixtureRequest, make_models: Callable[..., list[Path]], 
     size = 10**9 if request.param == "one file" else 3500
     merge(config, tmp_path / "out", shard_size=size)
     return tmp_path / "out"
+
+
+@pytest.fixture
+def shards(make_models: Callable[..., list[Path]], tmp_path: Path) -> Path:
+    """An output of three shards, with a tokenizer beside them."""
+    paths = make_models(shapes={**SHAPES, "head.weight": (32, 60)})
+    (paths[0] / "tokenizer.json").write_text('{"version": "1.0"}')
+    merge(config_for("ties", paths, parameters={"density": 0.5}), tmp_path / "shards", shard_size=5000)
+    assert len(list((tmp_path / "shards").glob("model-*"))) == 3
+    return tmp_path / "shards"
 
 
 def files(out: Path) -> list[str]:
@@ -143,24 +155,63 @@ def make_a_pipe(path: Path) -> None:
         Path.unlink,
         make_a_link,
         make_a_directory,
+        make_a_pipe,
     ],
 )
 def test_damage_to_any_file_is_found_and_the_file_is_named(
     damage: Callable[[Path], None], out: Path, tmp_path: Path
 ) -> None:
     for name in files(out):
-        if name == "streammerge.json" and damage is make_a_link:
-            continue
         copy = tmp_path / f"copy of {name}"
         shutil.copytree(out, copy)
         damage(copy / name)
         assert name in found(copy), name
 
 
-def test_a_pipe_in_place_of_a_shard_is_found_without_waiting(out: Path) -> None:
-    shard = next(out.glob("model*.safetensors"))
-    make_a_pipe(shard)
-    assert shard.name in found(out)
+def kinds_of_damage(out: Path) -> dict[str, tuple[str, Callable[[Path], None]]]:
+    """Return by name which file is harmed and how: the 37 of the promise."""
+    chance = random.Random(10)
+
+    def flipped(position: int) -> Callable[[Path], None]:
+        return lambda path: flip(path, position, chance.randrange(8))
+
+    kinds: dict[str, tuple[str, Callable[[Path], None]]] = {}
+    for shard in sorted(path.name for path in out.glob("model-*")):
+        raw = (out / shard).read_bytes()
+        header = 8 + int.from_bytes(raw[:8], "little")
+        places = {
+            "header length": 2, "header": header // 2, "middle": (header + len(raw)) // 2, "last byte": len(raw) - 1,
+            "any byte": chance.randrange(len(raw)),
+        }  # fmt: skip
+        kinds |= {f"{shard}, {place}": (shard, flipped(at)) for place, at in places.items()}
+    for name in files(out):
+        if not name.startswith("model-"):
+            kinds[f"{name}, a bit"] = (name, flipped(chance.randrange((out / name).stat().st_size)))
+    harms = {"cut": cut_one_byte, "longer": add_a_byte, "missing": Path.unlink, "a link": make_a_link}
+    for name in (
+        "model-00002-of-00003.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "streammerge.json",
+    ):
+        kinds |= {f"{name}, {what}": (name, harm) for what, harm in harms.items()}
+    return kinds
+
+
+def test_every_kind_of_damage_is_found_and_the_file_is_named(shards: Path, tmp_path: Path) -> None:
+    kinds = kinds_of_damage(shards)
+    missed = []
+    for what, (name, harm) in kinds.items():
+        copy = tmp_path / "copy"
+        shutil.copytree(shards, copy)
+        harm(copy / name)
+        if name not in found(copy):
+            missed.append(what)
+        shutil.rmtree(copy)
+        (tmp_path / f"moved {name}").unlink(missing_ok=True)
+    assert missed == []
+    assert len(kinds) == 37
+    assert verify(shards).problems == ()
 
 
 def test_two_files_exchanged_are_found(out: Path) -> None:
@@ -176,6 +227,26 @@ def test_two_files_exchanged_are_found(out: Path) -> None:
 def test_a_model_file_that_the_manifest_does_not_know_is_found(out: Path) -> None:
     (out / "model-00009-of-00009.safetensors").write_bytes(next(out.glob("model*.safetensors")).read_bytes())
     assert "model-00009-of-00009.safetensors" in found(out)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "pytorch_model.bin", "modeling_x.py", "adapter_config.json",
+                                  "x.safetensors", "README.md.partial"])  # fmt: skip
+def test_a_file_that_a_loader_may_take_up_and_no_merge_wrote_is_found(name: str, out: Path) -> None:
+    manifest = load_manifest(out)
+    if name in manifest["files"]:
+        del manifest["files"][name], manifest["manifest_crc32"]
+        (out / MANIFEST).write_bytes(seal(manifest))
+    (out / name).write_text("{}")
+    (problem,) = verify(out).problems
+    assert problem.startswith(f"{name}: not in {MANIFEST}")
+
+
+def test_other_files_are_told_of_and_are_no_problem(out: Path) -> None:
+    (out / "notes.txt").write_text("mine")
+    (out / "figures").mkdir()
+    verdict = verify(out)
+    assert verdict.problems == ()
+    assert verdict.others == ("figures", "notes.txt")
 
 
 def test_every_damaged_file_is_listed_not_only_the_first(out: Path) -> None:

@@ -1,0 +1,35 @@
+"""What `verify` found, for people and as plain values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from streammerge.engine.verify import Verdict
+from streammerge.errors import printable
+from streammerge.units import format_size
+
+_SHOWN = 5
+"""Names of files that are listed; more are counted."""
+
+
+def verdict_values(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as plain values."""
+    return {
+        "files": verdict.files,
+        "nbytes": verdict.nbytes,
+        "problems": list(verdict.problems),
+        "others": list(verdict.others),
+    }
+
+
+def verdict_text(out: str, verdict: Verdict) -> str:
+    """Return a verdict for people: one line a problem, or that there is none."""
+    lines = [*verdict.problems]
+    if not lines:
+        size = format_size(verdict.nbytes)
+        lines.append(f"{printable(out)}: {verdict.files} files, {size}: all as written")
+    if verdict.others:
+        names = ", ".join(printable(name, 60) for name in verdict.others[:_SHOWN])
+        more = f" and {len(verdict.others) - _SHOWN} more" if len(verdict.others) > _SHOWN else ""
+        lines.append(f"not of the merge, and not looked at: {names}{more}")
+    return "\n".join(lines)
