@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge
-from streammerge.methods.recipes import TaskVector
 from streammerge.methods.requests import Band
+from streammerge.methods.vectors import TaskVector
 from tests import reference
 from tests.conftest import as_float64, config_for
 

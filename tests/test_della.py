@@ -12,7 +12,7 @@ import torch
 
 from streammerge.api import merge
 from streammerge.errors import ConfigError
-from streammerge.methods.recipes import RankDrop
+from streammerge.methods.vectors import RankDrop
 from tests import reference
 from tests.conftest import as_float64, config_for
 

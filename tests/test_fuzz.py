@@ -54,6 +54,7 @@ FOUND: list[tuple[str, str, bytes]] = [
     ("journal", "a threshold of one number", IDENTITY + _line({"answer": ["3", [[{"threshold": [1]}]]]})),
     ("journal", "a sum that is no number", IDENTITY + _line({"answer": ["3", [[{"float": "0x1p"}]]]})),
     ("journal", "a sum beyond a float", IDENTITY + _line({"answer": ["3", [[{"float": "0x1p99999"}]]]})),
+    ("journal", "counts that are no numbers", IDENTITY + _line({"answer": ["3", [[{"touched": [["1"], [2]]}]]]})),
     ("journal", "answers of a job before the first", IDENTITY + _line({"answer": ["-4", []]})),
     ("journal", "answers of a job at infinity", IDENTITY + _line({"answer": [float("inf"), []]})),
     ("journal", "an answer of no kind", IDENTITY + _line({"answer": ["3", [[{}, None]]]})),

@@ -94,6 +94,26 @@ def ram(base: Array, thetas: Sequence[Array], epsilon: float) -> Array:
     return out
 
 
+def ramplus(base: Array, thetas: Sequence[Array], r: float, alpha: float, epsilon: float) -> Array:
+    deltas = np.stack([delta(theta, base) for theta in thetas])
+    touched = np.abs(deltas) > epsilon
+    count = touched.sum(axis=0)
+    shared, unique = ((touched & which).sum(axis=1) for which in (count > 1, count == 1))
+    factor = [1 + r * min(s / u, alpha) if u else 1.0 for s, u in zip(shared, unique, strict=True)]
+    return base + sum(
+        np.where(t & (count == 1), f * d, np.where(t, d / np.maximum(count, 1), 0.0))
+        for f, d, t in zip(factor, deltas, touched, strict=True)
+    )
+
+
+def by_columns(function: Callable[..., Array], *tensors: Array) -> Array:
+    """Apply a function of flat vectors along the first axis, at every place of the others by itself."""
+    length = tensors[0].shape[0] if tensors[0].ndim else 1
+    columns = [tensor.reshape(length, -1) for tensor in tensors]
+    merged = [function(*(column[:, j] for column in columns)) for j in range(columns[0].shape[1])]
+    return np.stack(merged, axis=1).reshape(tensors[0].shape)
+
+
 def by_rows(function: Callable[..., Array], *tensors: Array) -> Array:
     """Apply a function of flat vectors to each row by itself."""
     length = tensors[0].shape[-1] if tensors[0].ndim else 1
@@ -133,6 +153,14 @@ CASES: dict[str, tuple[str, dict[str, Any], bool, int, Reference]] = {
         "nuslerp", {"weight": [0.5, 0.25], "nuslerp_flatten": False}, True, 2,
         lambda b, x, y: b + by_rows(lambda x, y: slerp(x, y, 1 / 3), delta(x, b), delta(y, b)),
     ),
+    "nuslerp by columns": (
+        "nuslerp", {"weight": [0.5, 0.5], "nuslerp_flatten": False, "nuslerp_row_wise": True}, False, 2,
+        lambda x, y: by_columns(lambda x, y: slerp(x, y, 0.5), x, y),
+    ),
+    "nuslerp of task vectors by columns": (
+        "nuslerp", {"weight": [0.5, 0.25], "nuslerp_flatten": False, "nuslerp_row_wise": True}, True, 2,
+        lambda b, x, y: b + by_columns(lambda x, y: slerp(x, y, 1 / 3), delta(x, b), delta(y, b)),
+    ),
     "multislerp": (
         "multislerp", {"weight": [1.0, 0.5, 0.75]}, False, 3,
         lambda *x: flat(lambda *x: multislerp(x, (1.0, 0.5, 0.75)), *x),
@@ -151,6 +179,14 @@ CASES: dict[str, tuple[str, dict[str, Any], bool, int, Reference]] = {
     ),
     "nearswap": ("nearswap", {"t": 1e-4}, True, 1, lambda b, x: nearswap(b, x, 1e-4)),
     "ram": ("ram", {"epsilon": 1e-3}, True, 3, lambda b, *x: flat(lambda b, *x: ram(b, x, 1e-3), b, *x)),
+    "ramplus_tl": (
+        "ramplus_tl", {"r": 0.5, "alpha": 0.9, "epsilon": 1e-3}, True, 3,
+        lambda b, *x: flat(lambda b, *x: ramplus(b, x, 0.5, 0.9, 1e-3), b, *x),
+    ),
+    "ramplus_tl, what it shares far more than what it has alone": (
+        "ramplus_tl", {"epsilon": 1e-5}, True, 3,
+        lambda b, *x: flat(lambda b, *x: ramplus(b, x, 0.1, 0.2, 1e-5), b, *x),
+    ),
 }  # fmt: skip
 
 
@@ -241,7 +277,7 @@ def test_directions_that_cancel_give_the_weighted_sum() -> None:
         ("nearswap", {}, "'t' is missing"),
         ("karcher", {"weight": -1.0}, "weights of 0 or more"),
         ("multislerp", {"weight": 0.0}, "the weights sum to 0"),
-        ("nuslerp", {"nuslerp_row_wise": True, "nuslerp_flatten": False}, "not supported"),
+        ("ramplus_tl", {"alpha": -1.0}, r"does not lie in \[0, inf\]"),
     ],
 )
 def test_a_wrong_config_is_refused(

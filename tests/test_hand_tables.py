@@ -12,20 +12,21 @@ import torch
 
 from streammerge.errors import ConfigError
 from streammerge.methods.catalog import load_builtin
-from streammerge.methods.recipes import (
-    CopyOf,
-    Cut,
-    FisherMean,
-    Formula,
-    Recipe,
-    TaskVector,
-    TaskVectorMerge,
-    WeightedSum,
-    Where,
-)
+from streammerge.methods.recipes import CopyOf, FisherMean, Formula, Recipe, TaskVectorMerge, WeightedSum
 from streammerge.methods.registry import Scope, get_method
-from streammerge.methods.requests import AbsSum, Answer, SignTotal, SquareTotal, Threshold, TieIndex, TopK
+from streammerge.methods.requests import (
+    AbsSum,
+    Answer,
+    SignTotal,
+    SquareTotal,
+    Threshold,
+    TieIndex,
+    TopK,
+    Touched,
+    Touches,
+)  # fmt: skip
 from streammerge.methods.rng import RandomKeys
+from streammerge.methods.vectors import Cut, TaskVector, Where
 
 load_builtin()
 KEYS = RandomKeys(0, ("a", "b", "c"))
@@ -278,6 +279,28 @@ def test_dare_ties_sums_the_agreeing_survivors() -> None:
     assert call(recipe, DELTAS) == [1.0 - 1.0, 2.0 + 0.625, 3.0 + 0.375, 4.0 - 1.0]
     mean = follow("dare_ties", 3, normalize=True)
     assert call(mean, DELTAS) == [0.0, 2.0 + 0.3125, 3.0 + 0.1875, 3.0]
+
+
+# --- RAM (https://arxiv.org/abs/2601.13572)
+
+RAM_DELTAS = [[1.0, 0.5, 0.0, 0.25], [0.0, 0.25, 0.0, 0.125], [0.0, -0.5, 0.0, 0.0]]
+# Above 1/8: the first alone; all three; none; the first alone (1/8 is not above it).
+
+
+def test_ram_takes_what_one_model_touched_whole_and_averages_what_several_did() -> None:
+    recipe = follow("ram", 3, epsilon=0.125)
+    assert call(recipe, RAM_DELTAS, [0.0] * 4) == [1.0, 0.25 / 3, 0.0, 0.25]
+
+
+def test_ramplus_makes_what_one_model_touched_larger_by_what_it_shares() -> None:
+    (request,) = follow("ramplus_tl", 3, epsilon=0.125)
+    assert isinstance(request, Touches)
+    touched = Touched((2, 0, 0), (1, 1, 1))  # rho = 1/2 for the first; the others have nothing alone
+    recipe = follow("ramplus_tl", 3, [touched], epsilon=0.125, r=0.5, alpha=1.0)
+    assert recipe.factors == (1.25, 1.0, 1.0)
+    assert call(recipe, RAM_DELTAS, [0.0] * 4) == [1.25, 0.25 / 3, 0.0, 0.3125]
+    clipped = follow("ramplus_tl", 3, [touched], epsilon=0.125, r=0.5, alpha=0.25)
+    assert call(clipped, RAM_DELTAS, [0.0] * 4) == [1.125, 0.25 / 3, 0.0, 0.28125]
 
 
 # --- averages

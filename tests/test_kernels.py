@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -18,12 +20,15 @@ from streammerge.engine.statistics import (
     NotFiniteError,
     TieIndexAccumulator,
     TopKAccumulator,
+    block_sums,
 )
 from streammerge.engine.torch_pieces import TorchMath, round_to
 from streammerge.kernels.blocks import CODES, round_out, widen
-from streammerge.methods.recipes import Cut, TaskVector, TaskVectorMerge, WeightedSum
-from streammerge.methods.requests import AbsSum, Threshold, TieIndex, TopK
+from streammerge.methods.recipes import TaskVectorMerge, WeightedSum
+from streammerge.methods.requests import AbsSum, Squares, Threshold, TieIndex, TopK, rows_at_once
 from streammerge.methods.rng import RandomKeys
+from streammerge.methods.scores import Importance, Selection, Spread
+from streammerge.methods.vectors import Cut, TaskVector, Where, terms_of
 
 KEYS = RandomKeys(3, ("one", "two"))
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -436,3 +441,76 @@ def test_an_election_does_not_hide_what_is_not_finite_in_torch(value: float) -> 
     piece = load(tensors)
     recipe = TaskVectorMerge((TaskVector(0), TaskVector(1)), elect=True)
     assert TorchMath(piece, "cpu", 4096).apply(recipe, Operand(0, "F32")).not_finite == 1
+
+
+# --- sums over columns
+
+
+@pytest.mark.parametrize(
+    "vectors", [(), (TaskVector(0), TaskVector(1, drop=2**30, rescale=1.25))], ids=["models", "task vectors"]
+)
+@pytest.mark.parametrize("cuts", [[], [1], [1, 2, 3]], ids=str)
+def test_column_dots_have_the_same_bits_for_any_cut_between_runs_of_rows_and_any_block(
+    cuts: list[int], vectors: tuple[TaskVector, ...]
+) -> None:
+    rows, columns = 203, 100
+    run = 64 * columns
+    assert rows_at_once(columns) == 64
+    tensors = [
+        deltas(kind, rows * columns, seed) for seed, kind in enumerate(("gaussian", "lattice", "wide"))
+    ]
+    tensors[1][77] = float("nan")  # no part in sums
+    math = [
+        KernelMath,
+        *(partial(TorchMath, device="cpu", block=b) for b in (100, 300, 3200, 6400, 7000, 1 << 20)),
+    ]
+    found = []
+    for one in math:
+        sums = np.zeros((3 if vectors else 6, columns))
+        for a, b in cuts_of(rows * columns, [cut * run for cut in cuts]):
+            piece = load([tensor[a:b] for tensor in tensors], a)
+            one(replace(piece, shape=((b - a) // columns, columns))).add_column_dots(vectors, sums)
+        found.append(sums)
+    assert all(np.array_equal(sums, found[0]) for sums in found)
+    where = Where("t", 0, KEYS)
+    terms = terms_of(vectors, tensors[1:], tensors[0], where)
+    x = [term.nan_to_num(nan=0.0).double().numpy().reshape(rows, columns) for term in terms]
+    for i, vector in enumerate(vectors):
+        x[i] = vector.rescale * x[i]
+    pair = 0
+    for i in range(len(x)):
+        for j in range(i, len(x)):
+            total = np.zeros(columns)
+            for first in range(0, rows, 64):
+                total += np.add.accumulate(x[i][first : first + 64] * x[j][first : first + 64], axis=0)[-1]
+            assert np.array_equal(total, found[0][pair])
+            pair += 1
+
+
+@pytest.mark.parametrize("selection", ["none", "spread", "importance"])
+def test_sums_of_squares_have_the_same_bits_for_any_cut_and_any_block(selection: str) -> None:
+    n, length = 5 * 4096 + 1234 - 14, 100
+    n -= n % length
+    tensors = [deltas(kind, n, seed) for seed, kind in enumerate(("gaussian", "lattice", "wide"))]
+    vectors = (TaskVector(0, drop=2**30, rescale=1.25), TaskVector(1))
+    scores = {"spread": Spread(vectors), "importance": Importance(vectors[0])}
+    chosen = None if selection == "none" else Selection(scores[selection], Cut(0x3C000000, "index", 9000))
+    found = []
+    for math in (KernelMath, *(partial(TorchMath, device="cpu", block=b) for b in (4096, 8192, 1 << 20))):
+        for cuts in [], [4096], [4096, 3 * 4096]:
+            if selection == "importance" and (cuts or math is not KernelMath):
+                continue  # its rows would be cut
+            parts = []
+            for a, b in cuts_of(n, cuts):
+                piece = load([tensor[a:b] for tensor in tensors], a)
+                if selection == "importance":
+                    piece = replace(piece, shape=(n // length, length))
+                parts.append(math(piece).squares(Squares(vectors, chosen)))
+            found.append(np.concatenate(parts))
+    assert all(np.array_equal(parts, found[0]) for parts in found)
+    where = Where("t", 0, KEYS, length)
+    mask = chosen.mask(tensors[1:], tensors[0], where) if chosen else torch.ones(n, dtype=torch.bool)
+    for i, vector in enumerate(vectors):
+        left = vector.rescale * vector.surviving(tensors[1 + i], tensors[0], where).double()
+        assert np.array_equal(block_sums((left * left * mask).numpy()), found[0][:, i])
+    assert int(mask.sum()) > 0

@@ -57,6 +57,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("nuslerp", {"weight": 0.5}),
     ("nuslerp", {"nuslerp_flatten": False}),
     ("nuslerp", {"nuslerp_flatten": False, "drop_rate": 0.3}),
+    ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True, "drop_rate": 0.3, "drop_rescale": "l1"}),
     ("multislerp", {}),
     ("multislerp", {"drop_rate": 0.5, "drop_rescale": "l1"}),
     ("karcher", {"max_iter": 5}),
@@ -65,6 +67,15 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("model_stock", {"filter_wise": True, "drop_rate": 0.3, "drop_mask": "exact"}),
     ("nearswap", {"t": 1e-4}),
     ("ram", {}),
+    ("ram", {"drop_rate": 0.5, "epsilon": 1e-4}),
+    ("ramplus_tl", {}),
+    ("ramplus_tl", {"r": 0.5, "alpha": 1.0, "epsilon": 5e-4, "drop_rate": 0.5, "drop_rescale": "l1"}),
+    ("sce", {}),
+    ("sce", {"select_topk": 0.3}),
+    ("sce", {"select_topk": 0.5, "preset": "mergekit"}),
+    ("sce", {"select_topk": 0.5, "drop_rate": 0.3}),
+    ("arcee_fusion", {}),
+    ("arcee_fusion", {"drop_rate": 0.2, "drop_mask": "exact", "drop_rescale": "l1"}),
     ("passthrough", {"drop_rate": 0.9}),
     ("task_arithmetic", {"drop_rate": 0.5, "drop_mask": "exact", "lambda": 0.5}),
     ("ties", {"density": 0.3, "drop_rate": 0.5, "rescale": "l1", "zero_sign": "majority"}),
@@ -91,15 +102,16 @@ def test_bytes_do_not_depend_on_memory_threads_or_shards_of_work(
     small_capacity(1 << 30, 1)
     merge(config, tmp_path / "whole")
     # 64 KiB cannot hold the inputs of any matrix (nor 128 KiB with diagonals): all statistics are streamed.
-    # A formula's temporaries take more, and rows cut at whole blocks a few of them.
-    bits = (
-        23
-        if get_method(method).is_formula
-        else 22
-        if parameters.get("filter_wise") or method == "della"
-        else 16
-    )
-    small_capacity(1 << (17 if "fisher" in method else bits), 3)
+    # A formula's temporaries take more, and so do rows cut at whole blocks, or a few rows of all columns.
+    if get_method(method).is_formula:
+        bits = 23
+    elif parameters.get("filter_wise") or method == "della":
+        bits = 22
+    elif "fisher" in method or method == "arcee_fusion" or parameters.get("nuslerp_row_wise"):
+        bits = 17
+    else:
+        bits = 16
+    small_capacity(1 << bits, 3)
     merge(config, tmp_path / "streamed")
     merge(config, tmp_path / "mapped", io="mmap")
     expected = output_bytes(tmp_path / "whole")
@@ -124,7 +136,7 @@ def test_kernels_and_torch_formulas_agree_bit_for_bit(
 
 
 # One model beside the base, a threshold below which a delta is none, or a base that is averaged in.
-NO_MEAN = ("passthrough", "slerp", "nearswap", "ram", "karcher")
+NO_MEAN = ("passthrough", "slerp", "nearswap", "ram", "ramplus_tl", "karcher", "arcee_fusion")
 
 
 @pytest.mark.parametrize("method", [m for m in BUILTIN if m not in NO_MEAN])

@@ -246,6 +246,35 @@ def test_rows_with_statistics_of_the_whole_tensor_before_them_are_held_or_cut_at
     assert (work.mode, work.row) == ("surveyed", 3 * 4096)
 
 
+def test_columns_are_cut_at_as_many_rows_as_are_summed_at_once_and_at_blocks_only_for_other_sums() -> None:
+    large, small = Budget(400 * MIB, 0, 2), Budget(6 * MIB, 0, 2)
+    job = make_job(0, (8192, 3, 33), dtype="F32")
+    assert job.line_length("columns") == 99
+    assert plan_work(job, "columns", large, workspace=no_workspace, holds=True).mode == "whole"
+    work = plan_work(job, "columns", small, workspace=no_workspace, holds=True, sums=False)
+    assert (work.mode, work.row) == ("surveyed", 64 * 99)
+    assert plan_work(job, "columns", small, workspace=no_workspace, holds=True).row == 64 * 64 * 99
+    wide = make_job(0, (5, 3 << 20), dtype="BF16")
+    assert plan_work(wide, "columns", large, workspace=no_workspace, holds=True, sums=False).row == 3 << 20
+    for shape, columns in (((), 1), ((7,), 1), ((0, 4), 1)):
+        assert make_job(0, shape).line_length("columns") == columns
+
+
+def test_what_is_kept_of_every_row_or_column_counts_as_memory(make_models: Callable[..., list[Path]]) -> None:
+    """A tensor of two rows has as many columns as half of its elements: their dot products outweigh it."""
+    paths = make_models(n_models=2, dtype=torch.float32, shapes={"w": (2, 1 << 20)})
+    parameters = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+    config = config_for("nuslerp", paths, parameters=parameters)
+    with pytest.raises(BudgetError, match=r"this method holds 1 rows of it, 4\d\d MiB"):
+        plan(config, memory="512MiB", threads=1)
+    how = plan(config, memory="1GiB", threads=1).work[-1]
+    assert how.workspace >= 8 * 51 << 20
+    by_rows = config_for(
+        "nuslerp", make_models(shapes={"w": (1 << 16, 1)}), parameters={"nuslerp_flatten": False}
+    )
+    assert plan(by_rows, memory="1GiB", threads=1).work[-1].bytes_per_element >= 3 * 2 + 8 * 51
+
+
 # --- the layout
 
 ALL_DTYPES = [

@@ -20,8 +20,8 @@ from numba import njit
 
 from streammerge.kernels import blocks
 from streammerge.methods.drop import Drop
-from streammerge.methods.recipes import TaskVector
 from streammerge.methods.rng import Key, RandomKeys, derive_key, threshold, words, words_at
+from streammerge.methods.vectors import TaskVector
 from tests import reference
 
 NAME = "model.layers.0.mlp.down_proj.weight"

@@ -14,9 +14,9 @@ import yaml
 from streammerge.compiled import missing_kernels
 from streammerge.engine.statistics import low_words
 from streammerge.fisher.sums import DiagonalSums
-from streammerge.methods.recipes import TaskVector
 from streammerge.methods.requests import LowWords
 from streammerge.methods.rng import derive_key
+from streammerge.methods.vectors import TaskVector
 from tests.conftest import config_for
 
 WITHOUT = "import sys; sys.modules['numba'] = None; from streammerge.cli import main; main()"

@@ -527,6 +527,8 @@ class JournalFile:
             {"squares": [(0.5).hex(), 100]},
             {"float": (1.5).hex()},
             {"pair": [1, 2]},
+            {"sums": [[(0.25).hex(), (3.0).hex()], 100]},
+            {"touched": [[1, 0], [2, 2]]},
             7,
         ]
         answer = _line({"answer": ["3", [plain, [plain[0]]]]})

@@ -182,8 +182,9 @@ def load(
     base, models = (operands[0] if first else None), operands[first : len(job.inputs)]
     sees = context.plan.work[job.ordinal].sees
     shape: tuple[int, ...] = (stop - start,)
-    if sees == "rows":
-        shape = ((stop - start) // job.row_length, job.row_length)
+    if sees in ("rows", "columns"):
+        line = job.line_length(sees)
+        shape = ((stop - start) // line, line)
     elif sees == "tensor":
         shape = job.shape
     end = arena.size - arena.size % 8
@@ -267,8 +268,10 @@ def resolve_in_memory(
 
         def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
             first, last = (0, loaded.n) if only is None else (only[1], min(only[2], loaded.n))
-            for start in range(first, last, _COUNTED_AT_ONCE):
-                stop = min(last, start + _COUNTED_AT_ONCE)
+            row = context.plan.work[job.ordinal].row
+            step = max(row, _COUNTED_AT_ONCE // row * row)
+            for start in range(first, last, step):
+                stop = min(last, start + step)
                 whole = stop - start == loaded.n
                 part = loaded if whole else slice_of(loaded, start, stop)
                 its_math = math if whole else _math_of(context, job, part)
@@ -293,8 +296,10 @@ def slice_of(loaded: Loaded, start: int, stop: int) -> Loaded:
     def moved(operand: Operand) -> Operand:
         return replace(operand, offset=operand.offset + start * itemsize(operand.dtype))
 
+    line = loaded.row_length if len(loaded.shape) == 2 else 0
+    shape = ((stop - start) // line, line) if line else (stop - start,)
     return replace(
-        loaded, start=loaded.start + start, n=stop - start, shape=(stop - start,),
+        loaded, start=loaded.start + start, n=stop - start, shape=shape,
         models=tuple(moved(operand) for operand in loaded.models),
         base=None if loaded.base is None else moved(loaded.base),
         fishers=tuple(moved(operand) for operand in loaded.fishers),

@@ -16,19 +16,22 @@ from numpy.typing import NDArray
 from streammerge.dtypes import itemsize
 from streammerge.engine.memory import Bytes
 from streammerge.methods.recipes import (
+    ColumnCombination,
     CopyOf,
     FisherMean,
-    RankDrop,
     Recipe,
     RowCombination,
-    TaskVector,
+    SelectedMerge,
     TaskVectorMerge,
+    TouchedMerge,
     WeightedSum,
     ranked,
     removing,
 )
-from streammerge.methods.requests import full_matrices
+from streammerge.methods.requests import Squares, Touches, full_matrices
 from streammerge.methods.rng import RandomKeys
+from streammerge.methods.scores import Score
+from streammerge.methods.vectors import RankDrop, TaskVector
 
 Counts = NDArray[np.int64]
 Bins = NDArray[np.int32]
@@ -82,20 +85,31 @@ class Applied:
 class PieceMath(Protocol):
     """What the engine asks of a loaded piece."""
 
-    def count_keys(self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
-        """Count magnitude patterns above `high`, and in the window by bins; return (above, highest)."""
+    def count_keys(
+        self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
+    ) -> tuple[int, int]:
+        """Count patterns of magnitudes, or scores, above `high`, and in the window by bins; return (above, highest)."""
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
         """Return the sums of abs(surviving delta) per 4096 elements."""
 
-    def ties(self, vector: TaskVector, key: int, size: int) -> Counts:
-        """Return how many elements have magnitude pattern `key`, per run of `size` elements."""
+    def squares(self, request: Squares) -> NDArray[np.float64]:
+        """Return the sums of squares that a request asks for, per 4096 elements, (blocks, vectors)."""
+
+    def touches(self, request: Touches) -> Counts:
+        """Return how many elements each vector has touched alone, and how many with others, (2, vectors)."""
+
+    def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
+        """Return how many elements have the pattern `key`, per run of `size` elements."""
 
     def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
         """Return the dot products of all pairs of vectors over every `length` elements, (groups, pairs).
 
         The vectors are the surviving, rescaled task vectors or, where there are none, the base and the models.
         """
+
+    def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
+        """Add the dot products of all pairs over the rows of the piece to `sums`, (pairs, columns)."""
 
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """Return elements that elect + minus elements that elect -."""
@@ -111,7 +125,8 @@ class KernelMath:
     """A piece on the CPU through the compiled kernels."""
 
     def __init__(self, piece: Loaded) -> None:
-        from streammerge.kernels import deltas, fisher, gram, merge, ranks
+        from streammerge.engine.slabs import Slabs
+        from streammerge.kernels import blocks, deltas, fisher, gram, merge, ranks
         from streammerge.kernels.blocks import CODES
 
         self._deltas: Any = deltas  # numba erases signatures
@@ -119,6 +134,8 @@ class KernelMath:
         self._fisher: Any = fisher
         self._gram: Any = gram
         self._ranks: Any = ranks
+        self._blocks: Any = blocks
+        self._slabs = Slabs(self, piece)
         self._codes = CODES
         self._piece = piece
         self._half, self._full = piece.arena.view(np.uint16), piece.arena.view(np.uint32)
@@ -172,8 +189,12 @@ class KernelMath:
         thin = vector.cut is not None and vector.cut.ties == "thin"
         return self._key("ties", vector.stream) if thin else np.zeros(4, np.uint32)
 
-    def count_keys(self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
+    def count_keys(
+        self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
+    ) -> tuple[int, int]:
         """See `PieceMath`."""
+        if not isinstance(vector, TaskVector):
+            return self._slabs.count_keys(vector, low, high, shift, bins)
         above, highest = self._deltas.keys_in_window(
             *self._delta_arguments(vector), self._piece.start, self._piece.n,
             self._drop(vector), self._drop_key(vector), low, high, shift, bins,
@@ -195,8 +216,10 @@ class KernelMath:
         )  # fmt: skip
         return partials
 
-    def ties(self, vector: TaskVector, key: int, size: int) -> Counts:
+    def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
         """See `PieceMath`."""
+        if not isinstance(vector, TaskVector):
+            return self._slabs.ties(vector, key, size)
         counts = np.zeros(-(-self._piece.n // size), np.int64)
         self._deltas.ties_per_block(
             *self._delta_arguments(vector), self._piece.n, key, self._piece.start,
@@ -210,6 +233,48 @@ class KernelMath:
         sums = np.empty((-(-self._piece.n // length), k * (k + 1) // 2))
         self._gram.dots(*arguments[:6], *self._span, length, *arguments[6:], sums)
         return sums
+
+    def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
+        """See `PieceMath`."""
+        self._slabs.add_column_dots(vectors, sums)
+
+    def squares(self, request: Squares) -> NDArray[np.float64]:
+        """See `PieceMath`."""
+        return self._slabs.squares(request)
+
+    def touches(self, request: Touches) -> Counts:
+        """See `PieceMath`."""
+        return self._slabs.touches(request)
+
+    def widened(self, operand: Operand, first: int, n: int) -> NDArray[np.float32]:
+        """Return `n` elements from `first` of an input on, in fp32."""
+        values = np.empty(n, np.float32)
+        at = operand.offset + operand_bytes(operand, first)
+        self._blocks.widen(self._half, self._full, at, self._codes[operand.dtype], n, values)
+        return values
+
+    def survivors(
+        self, vectors: tuple[TaskVector, ...], first: int, n: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Counts]:
+        """Return `n` elements from `first` on of the base, of every surviving task vector, and how many survive."""
+        piece = self._piece
+        assert piece.base is not None
+        base, deltas = np.empty(n, np.float32), np.empty((len(vectors), n), np.float32)
+        kept = np.zeros(len(vectors), np.int64)
+        offsets, codes = self._places(tuple(piece.models[vector.model] for vector in vectors))
+        widths = np.array([operand_bytes(piece.models[v.model], 1) for v in vectors])
+        self._deltas.survivors(
+            self._half, self._full, offsets + first * widths, codes,
+            piece.base.offset + operand_bytes(piece.base, first), self._codes[piece.base.dtype],
+            piece.start + first, n, *self._masks(vectors), base, deltas, kept,
+        )  # fmt: skip
+        return base, deltas, kept
+
+    def write(self, values: NDArray[np.float64], out: Operand, first: int) -> int:
+        """Round `values` into the output from element `first` on; return how many are not finite."""
+        at = out.offset + operand_bytes(out, first)
+        bad = self._blocks.round_out(values, values.size, self._half, self._full, at, self._codes[out.dtype])
+        return int(bad)
 
     @property
     def _span(self) -> tuple[int, int]:
@@ -264,6 +329,8 @@ class KernelMath:
             return Applied(int(bad), ())
         if isinstance(recipe, RowCombination):
             return self._weigh_rows(recipe, out)
+        if isinstance(recipe, SelectedMerge | TouchedMerge | ColumnCombination):
+            return self._slabs.apply(recipe, out)
         if isinstance(recipe, FisherMean):
             return self._run_fisher(recipe, out.offset, code)
         assert isinstance(recipe, TaskVectorMerge)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from streammerge.engine.chunk import (
@@ -42,11 +43,21 @@ from streammerge.engine.statistics import (
     Range,
     TopKAccumulator,
     collect,
+    in_order_of_pieces,
     make_accumulator,
     needs_models,
 )
 from streammerge.errors import Stopped
-from streammerge.methods.requests import Answer, Dots, Request, SquareTotal, Threshold
+from streammerge.methods.requests import (
+    Answer,
+    ColumnDots,
+    Dots,
+    Request,
+    SquareSums,
+    SquareTotal,
+    Threshold,
+    Touched,
+)
 from streammerge.plan.job import Job
 from streammerge.plan.schedule import Chunk, Piece, Survey, survey_pieces
 
@@ -197,6 +208,8 @@ class Runner:
             for receipt in receipts:
                 self.elements_done += receipt.stop - receipt.start
                 self._left[receipt.job] -= receipt.stop - receipt.start
+                if self._left[receipt.job] <= 0:
+                    self._context.answers.pop(receipt.job, None)
 
     @contextmanager
     def _lease(self, nbytes: int) -> Iterator[Bytes | None]:
@@ -354,6 +367,10 @@ class Runner:
         else:
             budget = self._plan.budget
             chunks = (c for job in jobs for c in survey_pieces(job, self._plan.work[job.ordinal], budget))
+        if in_order_of_pieces(some):
+            for chunk in chunks:
+                self._drain([self._threads.submit(self._add_piece, chunk.pieces[0], some)])
+            return
         self._drain(self._threads.submit(self._add_piece, chunk.pieces[0], some) for chunk in chunks)
 
     def _sample_chunks(
@@ -402,10 +419,18 @@ class Runner:
         """Record the answers of some jobs in one append, so that a streamed pass is not done twice."""
         self._journal.add_answers(
             {
-                str(job.ordinal): [[_plain(a) for a in one] for one in self._context.answers[job.ordinal]]
+                str(job.ordinal): [
+                    [_plain(a) for a in one]
+                    for one in takewhile(_is_short, self._context.answers[job.ordinal])
+                ]
                 for job in jobs
             }
         )
+
+
+def _is_short(answers: Sequence[Answer]) -> bool:
+    """Return whether the answers of a round are a few numbers, not several for each column: these are asked anew."""
+    return not any(isinstance(answer, ColumnDots) for answer in answers)
 
 
 def _plain(answer: Answer) -> object:
@@ -414,6 +439,10 @@ def _plain(answer: Answer) -> object:
         return {"threshold": [answer.key, answer.ties, answer.needed]}
     if isinstance(answer, Dots):
         return {"dots": [[value.hex() for value in answer.values], answer.n]}
+    if isinstance(answer, SquareSums):
+        return {"sums": [[total.hex() for total in answer.totals], answer.n]}
+    if isinstance(answer, Touched):
+        return {"touched": [list(answer.unique), list(answer.shared)]}
     if isinstance(answer, SquareTotal):
         return {"squares": [answer.total.hex(), answer.n]}
     if isinstance(answer, float):
@@ -430,6 +459,12 @@ def _restored(plain: object) -> Answer:
             return SquareTotal(_from_hex(total), n)
         case {"dots": [[*values], int(n)]}:
             return Dots(tuple(map(_from_hex, values)), n)
+        case {"sums": [[*totals], int(n)]}:
+            return SquareSums(tuple(map(_from_hex, totals)), n)
+        case {"touched": [[*unique], [*shared]]} if all(
+            isinstance(count, int) for count in (*unique, *shared)
+        ):
+            return Touched(tuple(unique), tuple(shared))
         case {"float": str(text)}:
             return _from_hex(text)
         case {"pair": [int(first), int(second)]}:

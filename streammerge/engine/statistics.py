@@ -20,19 +20,29 @@ from streammerge.methods.requests import (
     AbsSum,
     Answer,
     Band,
+    ColumnDots,
+    ColumnGram,
     Dots,
     FisherSquares,
     Gram,
+    Largest,
     LowWords,
+    NonZero,
+    Quantile,
     Request,
     SignTotal,
+    Squares,
+    SquareSums,
     SquareTotal,
     Threshold,
     TieIndex,
     TopK,
+    Touched,
+    Touches,
 )
 from streammerge.methods.rng import Key, RandomKeys
 from streammerge.methods.rng import words as random_words
+from streammerge.methods.scores import sees_rows
 from streammerge.plan.job import Job
 
 BLOCK = 4096
@@ -82,10 +92,10 @@ class TopKAccumulator:
     number of passes only: the counts prove that rank k lies inside, or the next pass takes all.
     """
 
-    def __init__(self, request: TopK | Band, n: int, tolerant: bool = False) -> None:
+    def __init__(self, request: TopK | Band | Largest | Quantile, n: int, tolerant: bool = False) -> None:
         self.wants: Range | None = None
         self._tolerant = tolerant
-        self._request = request
+        self._ranked = request.score if isinstance(request, Largest | Quantile) else request.vector
         self._k = request.count(n)
         self._n = n
         self._lock = threading.Lock()
@@ -103,7 +113,7 @@ class TopKAccumulator:
     def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
         """Count one piece."""
         bins = np.zeros(self._n_bins, np.int32)
-        above, highest = math.count_keys(self._request.vector, self._low, self._high, self._shift, bins)
+        above, highest = math.count_keys(self._ranked, self._low, self._high, self._shift, bins)
         if highest >= _INFINITE and not self._tolerant:
             raise NotFiniteError(job)
         with self._lock:
@@ -112,6 +122,11 @@ class TopKAccumulator:
                 self._bins = bins.astype(np.int64)
             else:
                 self._bins += bins
+
+    @property
+    def can_be_sampled(self) -> bool:
+        """Whether blocks of elements tell something: not where an element's rank depends on all of its row."""
+        return not sees_rows(self._ranked)
 
     def narrow_by_sample(self) -> None:
         """Take what was counted as a sample and start over in a window around its estimate of rank k.
@@ -171,6 +186,34 @@ def _place_from_top(bins: Counts, rank: float) -> tuple[int, int]:
     return -1, above
 
 
+class NonZeroAccumulator:
+    """Elements whose score is above 0."""
+
+    def __init__(self, request: NonZero, tolerant: bool) -> None:
+        self.wants: Range | None = None
+        self._request = request
+        self._tolerant = tolerant
+        self._lock = threading.Lock()
+        self._total = 0
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Count one piece."""
+        above, highest = math.count_keys(self._request.score, 0, 0, 0, np.zeros(1, np.int32))
+        if highest >= _INFINITE and not self._tolerant:
+            raise NotFiniteError(job)
+        with self._lock:
+            self._total += above
+
+    def end(self) -> bool:
+        """One pass is enough."""
+        return True
+
+    @property
+    def answer(self) -> int:
+        """The count."""
+        return self._total
+
+
 class AbsSumAccumulator:
     """The sum of abs(delta), from the partial sums of all blocks in index order."""
 
@@ -215,6 +258,81 @@ class GramAccumulator:
         """The upper triangle of the Gram matrix."""
         blocks = np.concatenate([self._parts[key] for key in sorted(self._parts)])
         return Dots(tuple(in_order(column) for column in blocks.T), self._request.n)
+
+
+class SquaresAccumulator:
+    """The sums of squares of several vectors, from the partial sums of all blocks in index order."""
+
+    def __init__(self, request: Squares, n: int) -> None:
+        self.wants: Range | None = None
+        self._request = request
+        self._n = n
+        self._parts: dict[tuple[int, int], NDArray[np.float64]] = {}
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Keep the partial sums of one piece, (blocks, vectors)."""
+        self._parts[job, start] = math.squares(self._request)
+
+    def end(self) -> bool:
+        """One pass is enough."""
+        return True
+
+    @property
+    def answer(self) -> SquareSums:
+        """The sums."""
+        blocks = np.concatenate([self._parts[key] for key in sorted(self._parts)])
+        return SquareSums(tuple(in_order(column) for column in blocks.T), self._n)
+
+
+class ColumnGramAccumulator:
+    """The dot products of all pairs of vectors over each column, piece after piece: they must come in order."""
+
+    def __init__(self, request: ColumnGram, columns: int) -> None:
+        self.wants: Range | None = None
+        self._request = request
+        self._sums = np.zeros((request.n * (request.n + 1) // 2, columns))
+        self._next = 0
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Add the products of one piece."""
+        assert start == self._next, "pieces out of order"
+        math.add_column_dots(self._request.vectors, self._sums)
+        self._next += n
+
+    def end(self) -> bool:
+        """One pass is enough."""
+        return True
+
+    @property
+    def answer(self) -> ColumnDots:
+        """The upper triangles of the Gram matrices."""
+        return ColumnDots(self._sums, self._request.n)
+
+
+class TouchesAccumulator:
+    """How many elements each model has touched, alone and with others."""
+
+    def __init__(self, request: Touches) -> None:
+        self.wants: Range | None = None
+        self._request = request
+        self._lock = threading.Lock()
+        self._counts = np.zeros((2, len(request.vectors)), np.int64)
+
+    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+        """Count one piece."""
+        counts = math.touches(self._request)
+        with self._lock:
+            self._counts += counts
+
+    def end(self) -> bool:
+        """One pass is enough."""
+        return True
+
+    @property
+    def answer(self) -> Touched:
+        """The counts."""
+        alone, shared = self._counts.tolist()
+        return Touched(tuple(alone), tuple(shared))
 
 
 class TieIndexAccumulator:
@@ -404,7 +522,7 @@ def make_accumulator(
     is refused, for the merge will be.
     """
     n = sum(job.n_elements for job in jobs)
-    if isinstance(request, TopK | Band):
+    if isinstance(request, TopK | Band | Largest | Quantile):
         return TopKAccumulator(request, n, tolerant) if request.count(n) else Known(_ABOVE_ALL)
     if isinstance(request, TieIndex):
         needed = request.threshold.needed
@@ -413,6 +531,14 @@ def make_accumulator(
         return AbsSumAccumulator(request)
     if isinstance(request, Gram):
         return GramAccumulator(request)
+    if isinstance(request, NonZero):
+        return NonZeroAccumulator(request, tolerant)
+    if isinstance(request, Squares):
+        return SquaresAccumulator(request, n)
+    if isinstance(request, Touches):
+        return TouchesAccumulator(request)
+    if isinstance(request, ColumnGram):
+        return ColumnGramAccumulator(request, jobs[0].line_length("columns"))
     if isinstance(request, LowWords):
         return Known(low_words(request, n, keys.key("dare", request.vector.stream, jobs[0].name)))
     if isinstance(request, FisherSquares):
@@ -438,7 +564,7 @@ def collect(
     run_sample
         Feeds some pieces spread over the scope; None where the scope is too small to sample.
     """
-    selections = [a for a in accumulators if isinstance(a, TopKAccumulator)]
+    selections = [a for a in accumulators if isinstance(a, TopKAccumulator) and a.can_be_sampled]
     if run_sample is not None and selections:
         run_sample(selections)
         for selection in selections:
@@ -453,6 +579,11 @@ def collect(
                 run_pass([accumulator], accumulator.wants)
         pending = [a for a in pending if not a.end()]
     return [accumulator.answer for accumulator in accumulators]
+
+
+def in_order_of_pieces(accumulators: Sequence[Accumulator]) -> bool:
+    """Return whether any of them must be fed piece after piece."""
+    return any(isinstance(accumulator, ColumnGramAccumulator) for accumulator in accumulators)
 
 
 def needs_models(accumulators: Sequence[Accumulator]) -> bool:

@@ -15,20 +15,23 @@ from streammerge.engine.pieces import Applied, Bins, Counts, Loaded, Operand, op
 from streammerge.engine.statistics import block_sums
 from streammerge.errors import InputError, WorldError, printable
 from streammerge.methods.recipes import (
+    ColumnCombination,
     CopyOf,
     FisherMean,
     Formula,
     Recipe,
     RowCombination,
-    TaskVector,
     TaskVectorMerge,
     WeightedSum,
-    Where,
+    kept_by,
     ranked,
     removing,
-    terms_of,
+    seen_by,
+    touched_entries,
 )
-from streammerge.methods.requests import full_matrices
+from streammerge.methods.requests import Squares, Touches, full_matrices, rows_at_once
+from streammerge.methods.scores import Score, sees_rows
+from streammerge.methods.vectors import TaskVector, Where, terms_of
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +61,7 @@ class TorchMath:
         self._block = block
         self._keep = keep
         self._kept: dict[Operand, torch.Tensor] = {}
+        self._divergences: dict[tuple[int, int], dict[object, torch.Tensor]] = {}
 
     def _each(self, run: Callable[[int, int], _Result], divisor: int = 1) -> Iterator[_Result]:
         """Yield what `run` returns for each block; after an out-of-memory error the same block, cut smaller.
@@ -123,22 +127,29 @@ class TorchMath:
     def _fishers(self, a: int, b: int) -> list[torch.Tensor]:
         return [self._tensor(operand, a, b) for operand in self._piece.fishers]
 
-    def _where(self, a: int) -> Where:
+    def _where(self, a: int, b: int) -> Where:
         piece = self._piece
-        return Where(piece.tensor, piece.start + a, piece.keys, piece.row_length)
+        known = self._divergences.setdefault((a, b), {})
+        return Where(piece.tensor, piece.start + a, piece.keys, piece.row_length, divergences=known)
 
     def _surviving(self, vector: TaskVector, a: int, b: int) -> torch.Tensor:
         models, base = self._inputs(a, b)
         assert base is not None
-        return vector.surviving(models[vector.model], base, self._where(a))
+        return vector.surviving(models[vector.model], base, self._where(a, b))
 
-    def _patterns(self, vector: TaskVector, a: int, b: int) -> torch.Tensor:
+    def _patterns(self, vector: TaskVector | Score, a: int, b: int) -> torch.Tensor:
         import torch
 
+        if not isinstance(vector, TaskVector):
+            models, base = self._inputs(a, b)
+            assert base is not None
+            return vector.patterns(models, base, self._where(a, b))
         delta = self._surviving(vector, a, b).float()
         return delta.view(torch.int32) & 0x7FFFFFFF
 
-    def count_keys(self, vector: TaskVector, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
+    def count_keys(
+        self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
+    ) -> tuple[int, int]:
         """See `PieceMath`."""
         import torch
 
@@ -156,7 +167,7 @@ class TorchMath:
                 bins[:] += counted.cpu().numpy().astype(np.int32)
                 hits.clear()
 
-        for more, top, hit in self._each(count):
+        for more, top, hit in self._each(count, self._row_of(vector)):
             above += more
             highest = max(highest, top)
             hits.append(hit)
@@ -188,7 +199,45 @@ class TorchMath:
         partials = [partial for partial, _ in found]
         return np.concatenate(partials) if partials else np.zeros(0), sum(bad for _, bad in found)
 
-    def ties(self, vector: TaskVector, key: int, size: int) -> Counts:
+    def _row_of(self, vector: TaskVector | Score) -> int:
+        """Return of how many elements a multiple is ranked at a time."""
+        return self._piece.row_length if sees_rows(vector) else 1
+
+    def squares(self, request: Squares) -> NDArray[np.float64]:
+        """See `PieceMath`."""
+
+        def sums(a: int, b: int) -> NDArray[np.float64]:
+            models, base = self._inputs(a, b)
+            assert base is not None
+            where = self._where(a, b)
+            selected = None if request.selection is None else request.selection.mask(models, base, where)
+            columns = []
+            for vector in request.vectors:
+                left = _finite(vector.surviving(models[vector.model], base, where)).double() * vector.rescale
+                left = left if selected is None else left.masked_fill(~selected, 0.0)
+                columns.append(block_sums((left * left).cpu().numpy()))
+            return np.stack(columns, axis=1)
+
+        return np.concatenate(list(self._each(sums, 4096)))
+
+    def touches(self, request: Touches) -> Counts:
+        """See `PieceMath`."""
+
+        def count(a: int, b: int) -> Counts:
+            import torch
+
+            models, base = self._inputs(a, b)
+            assert base is not None
+            entries = touched_entries(request.vectors, request.epsilon, models, base, self._where(a, b))
+            touched = torch.stack([mask for _, mask in entries])
+            by = touched.sum(dim=0)
+            alone, shared = (touched & (by == 1)).sum(dim=1), (touched & (by > 1)).sum(dim=1)
+            counts: Counts = torch.stack([alone, shared]).cpu().numpy()
+            return counts
+
+        return np.sum(list(self._each(count)), axis=0)
+
+    def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
         """See `PieceMath`."""
 
         def find(a: int, b: int) -> NDArray[np.int64]:
@@ -198,7 +247,7 @@ class TorchMath:
             return places + a
 
         counts = np.zeros(-(-self._piece.n // size), np.int64)
-        for places in self._each(find):
+        for places in self._each(find, self._row_of(vector)):
             counts += np.bincount(places // size, minlength=len(counts))
         return counts
 
@@ -207,20 +256,38 @@ class TorchMath:
 
         def sums(a: int, b: int) -> NDArray[np.float64]:
             models, base = self._inputs(a, b)
-            return self._dots(vectors, models, base, self._where(a), length)
+            return self._dots(vectors, models, base, self._where(a, b), length)
 
         return np.concatenate(list(self._each(sums, length)))
 
-    @staticmethod
     def _dots(
-        vectors: Sequence[TaskVector], models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self, vectors: Sequence[TaskVector], models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
         length: int,
     ) -> NDArray[np.float64]:  # fmt: skip
+        terms = self._terms(vectors, models, base, where)
+        pairs = [terms[i] * terms[j] for i in range(len(terms)) for j in range(i, len(terms))]
+        return np.stack([block_sums(pair.flatten().cpu().numpy(), length) for pair in pairs], axis=1)
+
+    @staticmethod
+    def _terms(
+        vectors: Sequence[TaskVector], models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> list[torch.Tensor]:
+        """Return the vectors whose products are summed, fp64: what is not finite has no part in sums."""
         terms = [_finite(term).double() for term in terms_of(vectors, models, base, where)]
         for i, vector in enumerate(vectors):
             terms[i] = vector.rescale * terms[i]
-        pairs = [terms[i] * terms[j] for i in range(len(terms)) for j in range(i, len(terms))]
-        return np.stack([block_sums(pair.flatten().cpu().numpy(), length) for pair in pairs], axis=1)
+        return terms
+
+    def _combine_columns(
+        self, recipe: ColumnCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> torch.Tensor:
+        import torch
+
+        length = self._piece.row_length
+        rows = [model.reshape(-1, length) for model in models]
+        shaped = None if base is None else base.reshape(-1, length)
+        weights = torch.from_numpy(recipe.weights).to(self._device)
+        return recipe.combined(rows, shaped, where, weights).reshape(-1)
 
     def _combine_rows(
         self, recipe: RowCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
@@ -236,13 +303,47 @@ class TorchMath:
         merged = recipe.combined(rows, shaped, where, torch.from_numpy(weights).to(self._device))
         return merged.reshape(-1)
 
+    def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
+        """See `PieceMath`."""
+        columns = self._piece.row_length
+        at_once = rows_at_once(columns)
+
+        def products(a: int, b: int) -> tuple[NDArray[np.float64], ...]:
+            """Return (pairs, rows, columns): rows that end a sum begun before, sums of whole runs of rows, and the rest."""
+            models, base = self._inputs(a, b)
+            terms = self._terms(vectors, models, base, self._where(a, b))
+            rows = [term.reshape(-1, columns) for term in terms]
+            first = min(len(rows[0]), -(a // columns) % at_once)
+            last = first + (len(rows[0]) - first) // at_once * at_once
+            pairs = [(x, y) for i, x in enumerate(rows) for y in rows[i:]]
+            return (
+                _stacked([x[:first] * y[:first] for x, y in pairs]),
+                _stacked([_sums_of_rows(x[first:last], y[first:last], at_once) for x, y in pairs]),
+                _stacked([x[last:] * y[last:] for x, y in pairs]),
+            )
+
+        part, waiting = np.zeros_like(sums), 0
+        for before, whole, after in self._each(products, columns):
+            for row in range(before.shape[1]):
+                part += before[:, row]
+            waiting = (waiting + before.shape[1]) % at_once
+            if not waiting:
+                sums += part
+                part[:] = 0.0
+            for run in range(whole.shape[1]):
+                sums += whole[:, run]
+            for row in range(after.shape[1]):
+                part += after[:, row]
+            waiting += after.shape[1]
+        sums += part
+
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """See `PieceMath`."""
 
         def total(a: int, b: int) -> int:
             models, base = self._inputs(a, b)
             assert base is not None
-            return merge.sign_total(models, base, self._where(a))
+            return merge.sign_total(models, base, self._where(a, b))
 
         return sum(self._each(total, self._piece.row_length if ranked(merge) else 1))
 
@@ -250,28 +351,23 @@ class TorchMath:
         """See `PieceMath`."""
         if isinstance(recipe, CopyOf):
             recipe = WeightedSum(tuple(float(i == recipe.model) for i in range(len(self._piece.models))))
-        vectors = removing(recipe)
+        n_vectors = len(removing(recipe))
 
         def merge(a: int, b: int) -> Applied:
             models, base = self._inputs(a, b)
-            where = self._where(a)
+            where = self._where(a, b)
             fishers = self._fishers(a, b)
             bad = floored = 0
-            assert base is not None or not vectors
-            kept = [
-                int(v.mask(models[i], base, where).sum()) for i, v in enumerate(vectors) if base is not None
-            ]
+            kept = kept_by(recipe, models, base, where)
             if isinstance(recipe, FisherMean):
                 floored = recipe.decided_by_floor(fishers)
                 bad = sum(int((fisher < 0).sum()) for fisher in fishers)
             merged = self._call(recipe, models, base, where, fishers)
-            return Applied(bad + self._store(merged, out, a, b), tuple(kept), floored)
+            return Applied(bad + self._store(merged, out, a, b), kept, floored)
 
-        row = (
-            self._piece.row_length if len(self._piece.shape) > 1 or isinstance(recipe, RowCombination) else 1
-        )
+        row = self._piece.row_length if len(self._piece.shape) > 1 or seen_by(recipe) == "rows" else 1
         parts = list(self._each(merge, row if self._block else max(1, self._piece.n)))
-        kept = tuple(sum(part.kept[i] for part in parts) for i in range(len(vectors)))
+        kept = tuple(sum(part.kept[i] for part in parts) for i in range(n_vectors))
         return Applied(sum(part.not_finite for part in parts), kept, sum(part.floored for part in parts))
 
     def _call(
@@ -283,6 +379,8 @@ class TorchMath:
         assert not isinstance(recipe, CopyOf)
         if isinstance(recipe, RowCombination):
             return self._combine_rows(recipe, models, base, where)
+        if isinstance(recipe, ColumnCombination):
+            return self._combine_columns(recipe, models, base, where)
         if not isinstance(recipe, Formula):
             return recipe(models, base, where, fishers)
         models = recipe.dropped(models, base, where)
@@ -310,6 +408,22 @@ class TorchMath:
         self._host(out, a, b).copy_(rounded, non_blocking=True)
         synchronize(self._device)
         return bad
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> NDArray[np.float64]:
+    import torch
+
+    stacked: NDArray[np.float64] = torch.stack(list(tensors)).cpu().numpy()
+    return stacked
+
+
+def _sums_of_rows(x: torch.Tensor, y: torch.Tensor, at_once: int) -> torch.Tensor:
+    """Return the sums of products over each run of `at_once` rows, row after row, (runs, columns)."""
+    x, y = (rows.reshape(-1, at_once, rows.shape[1]) for rows in (x, y))
+    total = x.new_zeros(x.shape[0], x.shape[2])
+    for row in range(at_once):
+        total = total + x[:, row] * y[:, row]
+    return total
 
 
 def _finite(values: torch.Tensor) -> torch.Tensor:

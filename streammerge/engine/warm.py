@@ -16,16 +16,18 @@ import numpy as np
 from streammerge.engine.pieces import KernelMath, Loaded, Operand
 from streammerge.engine.statistics import low_words
 from streammerge.methods.recipes import (
-    Cut,
+    ColumnCombination,
     FisherMean,
-    RankDrop,
     RowCombination,
-    TaskVector,
+    SelectedMerge,
     TaskVectorMerge,
+    TouchedMerge,
     WeightedSum,
 )
-from streammerge.methods.requests import LowWords
+from streammerge.methods.requests import LowWords, Squares
 from streammerge.methods.rng import RandomKeys
+from streammerge.methods.scores import Importance, Selection, Spread
+from streammerge.methods.vectors import Cut, RankDrop, TaskVector
 
 _MARK = "compiled"
 
@@ -68,6 +70,14 @@ def compile_kernels() -> None:
     math.abs_sums(vectors[0])
     math.ties(vectors[0], 0, 4096)
     math.apply(RowCombination(lambda gram: gram[:, 0], vectors), Operand(128, "BF16"))
+    math.add_column_dots(vectors, np.zeros((3, 8)))
+    math.apply(ColumnCombination(np.ones((2, 8)), vectors), Operand(128, "BF16"))
+    for score in (Spread(vectors), Importance(vectors[0])):
+        math.count_keys(score, 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
+        selection = Selection(score, Cut(1, "index", 4))
+        math.squares(Squares(vectors, selection))
+        math.apply(SelectedMerge(vectors, selection), Operand(128, "BF16"))
+    math.apply(TouchedMerge(vectors, 0.0, (1.0, 1.0)), Operand(128, "BF16"))
     math.apply(WeightedSum((1.0, 1.0)), Operand(128, "BF16"))
     math.apply(TaskVectorMerge(vectors, elect=True), Operand(128, "BF16"))
     ranked = tuple(TaskVector(i, rank_drop=RankDrop(0.4, 0.2)) for i in range(2))

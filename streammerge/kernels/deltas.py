@@ -75,6 +75,23 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
 
 
 @njit(nogil=True, cache=True)
+def survivors(half, full, offsets, codes, base_offset, base_code, element, n, drops, drop_keys, cuts, cut_keys,
+              base, deltas, kept):  # fmt: skip
+    """Write the surviving deltas of every model, (models, n), and the base, all fp32; add how many survive to `kept`."""
+    buffers = scratch()
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
+        b = base[start : start + m]
+        widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
+        for model in range(len(offsets)):
+            at = offsets[model] + start * (4 if codes[model] == 2 else 2)
+            kept[model] += delta_block(
+                half, full, at, codes[model], b, element + start, m, drops[model], drop_keys[model], cuts[model],
+                cut_keys[model], deltas[model, start : start + m], buffers,
+            )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
 def _remove_outliers(element, n, cut, cut_key, out, buffers):
     """Zero the entries of `out` that the cut of the outliers keeps; return how many that were not zero already."""
     before, _, at_threshold, _ = buffers

@@ -9,10 +9,11 @@ from typing import Literal, cast
 from streammerge.errors import ConfigError
 from streammerge.methods import rng
 from streammerge.methods.drop import Ask
-from streammerge.methods.recipes import Cut, TaskVector, TaskVectorMerge, TiePolicy, WeightedSum
+from streammerge.methods.recipes import TaskVectorMerge, WeightedSum
 from streammerge.methods.requests import Answer, Band, Request, SignTotal, Threshold, TieIndex, TopK
 from streammerge.methods.requests import Scope as TrimScope
 from streammerge.methods.scope import Scope
+from streammerge.methods.vectors import Cut, TaskVector, TiePolicy
 
 ZeroSign = Literal["zero", "positive", "majority"]
 

@@ -7,10 +7,11 @@ from typing import Literal
 
 from streammerge.methods.algebra import ZeroSign, divisor, elect, keep_band
 from streammerge.methods.drop import rescale_by_norm
-from streammerge.methods.recipes import TaskVector, TaskVectorMerge, TiePolicy
+from streammerge.methods.recipes import TaskVectorMerge
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.scope import Scope
+from streammerge.methods.vectors import TaskVector, TiePolicy
 
 _PAPER = "Davari & Belilovsky 2024, https://arxiv.org/abs/2312.06795"
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}

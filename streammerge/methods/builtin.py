@@ -1,6 +1,7 @@
 """Importing this module registers every method that ships with the package."""
 
 from streammerge.methods import (
+    arcee_fusion,
     breadcrumbs,
     dare,
     della,
@@ -13,12 +14,14 @@ from streammerge.methods import (
     nuslerp,
     passthrough,
     ram,
+    sce,
     slerp,
     task_arithmetic,
     ties,
 )
 
 __all__ = [
+    "arcee_fusion",
     "breadcrumbs",
     "dare",
     "della",
@@ -31,6 +34,7 @@ __all__ = [
     "nuslerp",
     "passthrough",
     "ram",
+    "sce",
     "slerp",
     "task_arithmetic",
     "ties",

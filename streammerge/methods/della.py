@@ -9,10 +9,11 @@ from typing import Literal
 from streammerge.errors import ConfigError
 from streammerge.methods.algebra import ZeroSign, divisor, elect
 from streammerge.methods.drop import Ask, rescale_by_norm
-from streammerge.methods.recipes import RankDrop, TaskVectorMerge
+from streammerge.methods.recipes import TaskVectorMerge
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.scope import Scope
+from streammerge.methods.vectors import RankDrop
 
 _PAPER = "Deep et al. 2024, https://arxiv.org/abs/2406.11617"
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from streammerge.methods import rng
-from streammerge.methods.recipes import Cut, TaskVector
 from streammerge.methods.requests import AbsSum, Answer, LowWords, Request, Threshold, TopK
+from streammerge.methods.vectors import Cut, TaskVector
 
 Ask = Generator[list[Request], list[Answer], list[TaskVector]]
 Rescale = Literal["paper", "l1", "none"]

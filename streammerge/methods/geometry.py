@@ -2,33 +2,38 @@
 
 Every result of theirs is a sum of the models (or of their task vectors) whose weights follow from the dot products,
 so no vector is ever held. All functions take Gram matrices of shape (rows, k, k) in fp64 and treat each row alike;
-a flattened tensor is one row.
+a flattened tensor is one row, and a column is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.methods.recipes import RowCombination, TaskVector, TaskVectorMerge, WeightedSum
-from streammerge.methods.requests import Answer, Dots, Gram, Request
+from streammerge.methods.recipes import ColumnCombination, RowCombination, TaskVectorMerge, WeightedSum
+from streammerge.methods.requests import Answer, ColumnDots, ColumnGram, Dots, Gram, Request
+from streammerge.methods.vectors import TaskVector
 
 Matrix = NDArray[np.float64]
 _PARALLEL = 1e-8
 """Sine of an angle below which an arc is a straight line, to fp64's last digits."""
 
-Combination = Generator[list[Request], list[Answer], WeightedSum | TaskVectorMerge | RowCombination]
+By = Literal["tensor", "rows", "columns"]
+"""What is one vector: a tensor, each row (the last axis) or each column (along the first axis) of it."""
+Combination = Generator[
+    list[Request], list[Answer], WeightedSum | TaskVectorMerge | RowCombination | ColumnCombination
+]
 
 
 def combine(
     coefficients: Callable[..., Matrix], *, n: int, vectors: Sequence[TaskVector] = (), base: bool = False,
-    by_rows: bool = False, **parameters: Any,
+    by: By = "tensor", **parameters: Any,
 ) -> Combination:  # fmt: skip
-    """Weigh vectors by a function of their Gram matrix, of the whole tensor or of each row.
+    """Weigh vectors by a function of their Gram matrix, of the whole tensor or of each row or column.
 
     Parameters
     ----------
@@ -41,9 +46,15 @@ def combine(
     base
         Whether, without `vectors`, the base is one of what is weighed, the first.
     """
-    if by_rows:
+    if by == "rows":
         return RowCombination(partial(coefficients, **parameters), tuple(vectors))
-    (dots,) = yield [Gram(len(vectors) or n + base, tuple(vectors))]
+    k = len(vectors) or n + base
+    if by == "columns":
+        (columns,) = yield [ColumnGram(k, tuple(vectors))]
+        assert isinstance(columns, ColumnDots)
+        by_column = coefficients(columns.matrices(), **parameters)
+        return ColumnCombination(np.ascontiguousarray(by_column.T), tuple(vectors))
+    (dots,) = yield [Gram(k, tuple(vectors))]
     assert isinstance(dots, Dots)
     weights = [float(weight) for weight in coefficients(dots.matrix(), **parameters)[0]]
     if vectors:

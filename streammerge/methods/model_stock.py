@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from streammerge.methods.geometry import Combination, Matrix, combine, cosines
+from streammerge.methods.geometry import By, Combination, Matrix, combine, cosines
 from streammerge.methods.registry import Access, method
 from streammerge.methods.scope import Scope
 
@@ -24,7 +24,8 @@ def model_stock(scope: Scope, *, filter_wise: bool = False, clamp: bool = False)
     c < 0, t < 0 leads away from the models, unless `clamp` holds it in [0, 1]; at the pole c = -1 / (N - 1) the base stays.
     """
     vectors = scope.task_vectors((1.0,) * scope.n_models)
-    return combine(towards_mean, n=scope.n_models, vectors=vectors, by_rows=filter_wise, clamp=clamp)
+    by: By = "rows" if filter_wise else "tensor"
+    return combine(towards_mean, n=scope.n_models, vectors=vectors, by=by, clamp=clamp)
 
 
 def towards_mean(gram: Matrix, *, clamp: bool) -> Matrix:

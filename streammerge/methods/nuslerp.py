@@ -1,9 +1,8 @@
-"""NuSLERP: SLERP of two models by their weights, or of their task vectors; by tensor or by row."""
+"""NuSLERP: SLERP of two models by their weights, or of their task vectors; by tensor, row or column."""
 
 from __future__ import annotations
 
-from streammerge.errors import ConfigError
-from streammerge.methods.geometry import Combination, arc, combine
+from streammerge.methods.geometry import By, Combination, arc, combine
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.scope import Scope
 
@@ -21,14 +20,12 @@ def nuslerp(
 ) -> Combination:  # fmt: skip
     """Spherical interpolation of two models at t = w_2 / (w_1 + w_2), or, with a base, of their task vectors.
 
-    Half-way where the weights cancel. `nuslerp_flatten: false` interpolates each row of a matrix (a 1-D tensor is one
-    row) by its own angle.
+    Half-way where the weights cancel. `nuslerp_flatten: false` interpolates each row of a matrix (the last axis; a 1-D
+    tensor is one row) by its own angle; with `nuslerp_row_wise: true` each column, along the first axis: the name is
+    mergekit's, and the wrong way round there too.
     """
-    if nuslerp_row_wise and not nuslerp_flatten:
-        raise ConfigError(
-            "nuslerp_row_wise: true (which interpolates columns, in mergekit too) is not supported"
-        )
     total = weight[0] + weight[1]
     t = weight[1] / total if abs(total) >= 1e-6 else 0.5
     vectors = scope.task_vectors((1.0, 1.0)) if scope.has_base else ()
-    return combine(arc, n=2, vectors=vectors, by_rows=not nuslerp_flatten, t=t)
+    by: By = "tensor" if nuslerp_flatten else "columns" if nuslerp_row_wise else "rows"
+    return combine(arc, n=2, vectors=vectors, by=by, t=t)

@@ -1,31 +1,40 @@
-"""RAM: keep what one model alone has learnt whole, and average what several have."""
+"""RAM: keep what one model alone has learnt whole, and average what several have.  https://arxiv.org/abs/2601.13572"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Generator
 
-from streammerge.methods.registry import method
+from streammerge.methods.recipes import TouchedMerge
+from streammerge.methods.registry import Access, method
+from streammerge.methods.requests import Answer, Request, Touched, Touches
+from streammerge.methods.scope import Scope
 
-if TYPE_CHECKING:
-    import torch
+_PAPER = "Yuan et al. 2026, https://arxiv.org/abs/2601.13572"
+_BOUNDS = {"epsilon": (0.0, float("inf")), "alpha": (0.0, float("inf"))}
 
 
-@method(
-    "ram",
-    base="required",
-    bounds={"epsilon": (0.0, float("inf"))},
-    paper="Yuan et al. 2026, https://arxiv.org/abs/2601.13572",
-)
-def ram(models: list[torch.Tensor], base: torch.Tensor, *, epsilon: float = 1e-5) -> torch.Tensor:
+@method("ram", base="required", bounds=_BOUNDS, paper=_PAPER)
+def ram(scope: Scope, *, epsilon: float = 1e-5) -> TouchedMerge:
     """theta = theta_0 + the mean of the deltas above `epsilon` in magnitude, over the models that have one there.
 
     An element that one model alone has touched takes its whole delta; one that none has stays the base's.
     """
-    total = base.new_zeros(base.shape).double()
-    touched = total.clone()
-    for theta in models:
-        delta = theta - base
-        counts = ~(delta.abs() <= epsilon)  # a NaN counts: it must show
-        total = total + delta.double().masked_fill(~counts, 0.0)
-        touched = touched + counts
-    return base.double() + total / touched.clamp(min=1.0)
+    vectors = tuple(scope.task_vectors((1.0,) * scope.n_models))
+    return TouchedMerge(vectors, epsilon, (1.0,) * len(vectors))
+
+
+@method("ramplus_tl", access=Access.TENSOR, base="required", bounds=_BOUNDS, paper=_PAPER)
+def ramplus_tl(
+    scope: Scope, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
+) -> Generator[list[Request], list[Answer], TouchedMerge]:
+    """RAM, with what one model alone has touched made larger, the more of that model's changes others share.
+
+    Its delta there is multiplied by 1 + r * min(rho, alpha), rho = how many elements of the tensor it shares with
+    others / how many it has touched alone. (The paper counts over the whole model; mergekit and this, over each tensor.)
+    """
+    vectors = tuple(scope.task_vectors((1.0,) * scope.n_models))
+    (touched,) = yield [Touches(vectors, epsilon)]
+    assert isinstance(touched, Touched)
+    pairs = zip(touched.unique, touched.shared, strict=True)
+    factors = tuple(1.0 + r * min(shared / unique, alpha) if unique else 1.0 for unique, shared in pairs)
+    return TouchedMerge(vectors, epsilon, factors)

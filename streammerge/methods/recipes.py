@@ -7,11 +7,12 @@ order, multiply and add apart; the engine rounds the fp64 result once, to the ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from streammerge.methods import rng
+from streammerge.methods.scores import Selection, sees_rows
+from streammerge.methods.vectors import TaskVector, Where, terms_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,181 +22,9 @@ if TYPE_CHECKING:
     Coefficients = Callable[[NDArray[np.float64]], NDArray[np.float64]]
     """From Gram matrices, (rows, k, k), to the weights of the vectors, (rows, k)."""
 
-TiePolicy = Literal["drop", "all", "thin", "index"]
-
-
-@dataclass(frozen=True)
-class Where:
-    """Which elements of which tensor a piece holds."""
-
-    tensor: str
-    """Canonical output name; it keys the random words."""
-    start: int
-    """Flat row-major index of the piece's first element in the whole tensor."""
-    keys: rng.RandomKeys
-    row_length: int = 1
-    """Elements of a row, where the piece is of whole rows."""
-    masks: dict[TaskVector, torch.Tensor] = field(default_factory=dict, compare=False)
-    """The masks of these elements found so far: a formula, and who counts what it kept, ask for the same."""
-
-    def words(self, purpose: str, model: int | None, n: int, device: torch.device) -> torch.Tensor:
-        """Return one random word per element of the piece, int64 in [0, 2**32)."""
-        return rng.words(self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device)
-
-    def words_at(self, purpose: str, model: int | None, places: torch.Tensor) -> torch.Tensor:
-        """Return the random words of some elements of the piece, given by their places in it."""
-        return rng.words_at(self.keys.key(purpose, model, self.tensor), places + self.start)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Keep elements by magnitude: those above a threshold, and some of those at it."""
-
-    key: int
-    """Bit pattern of the fp32 threshold, sign bit off: patterns order as magnitudes do."""
-    ties: TiePolicy
-    limit: int = 0
-    """`thin`: the word below which a tie is kept. `index`: the element before which it is."""
-
-
-@dataclass(frozen=True)
-class RankDrop:
-    """Keep an entry with probability low + spread * (r - 1) / (n - 1), r the rank of its magnitude in its row of n.
-
-    DELLA's MagPrune (https://arxiv.org/abs/2406.11617). The smallest has rank 1, equal ones the mean of their ranks;
-    in a row of one the probability is that of the middle.
-    """
-
-    low: float
-    spread: float
-    unbiased: bool = True
-    """A survivor is divided by its probability."""
-
-    def probabilities(self, delta: torch.Tensor, row_length: int) -> torch.Tensor:
-        """Return the probability of each entry, fp64 and flat, for whole rows."""
-        import torch
-
-        rows = delta.float().view(torch.int32).bitwise_and(0x7FFFFFFF).reshape(-1, row_length)
-        if not self.spread or row_length == 1:
-            return torch.full(
-                (rows.numel(),), self.low + self.spread * 0.5, dtype=torch.float64, device=delta.device
-            )
-        ordered = rows.sort(dim=1).values
-        first = torch.searchsorted(ordered, rows)
-        last = torch.searchsorted(ordered, rows, right=True)
-        place = 0.5 * (first + last - 1).double()
-        return (self.low + self.spread * (place / (row_length - 1))).flatten()
-
-
-@dataclass(frozen=True)
-class TaskVector:
-    """delta_i = theta_i - theta_0 of one model, as it enters the sum: dropped, cut, rescaled, weighed.
-
-    A random drop comes first and a magnitude cut after it; either may be absent.
-    """
-
-    model: int
-    weight: float = 1.0
-    rescale: float = 1.0
-    """Factor that makes up for the removed entries."""
-    drop: int = 0
-    """Elements whose "dare" word lies below this are dropped; see `rng.threshold`."""
-    drop_end: int = 0
-    """Before this element, those whose word equals `drop` are dropped too."""
-    shared: bool = False
-    """The random words are those of all models together, not the model's own."""
-    cut: Cut | None = None
-    outliers: Cut | None = None
-    """What this cut keeps, the largest, is removed after all: only with `cut`, whose tie policy it shares."""
-    rank_drop: RankDrop | None = None
-    """Drops entries by the rank of their magnitude; none of the others with it."""
-
-    @property
-    def coefficient(self) -> float:
-        """The one factor that multiplies a surviving entry."""
-        return self.weight * self.rescale
-
-    @property
-    def is_random(self) -> bool:
-        """Whether any random word decides over its entries."""
-        dropped_by_word = 0 < self.drop < 2**32 or self.drop_end > 0 or self.rank_drop is not None
-        return dropped_by_word or (self.cut is not None and self.cut.ties == "thin")
-
-    @property
-    def removes(self) -> bool:
-        """Whether any entry may be removed."""
-        return self.drop > 0 or self.drop_end > 0 or self.cut is not None or self.rank_drop is not None
-
-    @property
-    def stream(self) -> int | None:
-        """The model whose random words decide; None: the stream that all models share."""
-        return None if self.shared else self.model
-
-    def dropped_model(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
-        """Return theta_0 + rescale * surviving delta in fp64: the model as it is after the drop."""
-        return base.double() + self.rescale * self.surviving(theta, base, where).double()
-
-    def entries(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
-        """Return the task vector as it enters the sum: its coefficient times what survives, in fp64."""
-        import torch
-
-        left = self.surviving(theta, base, where).double()
-        if self.rank_drop is not None and self.rank_drop.unbiased:
-            q = self.rank_drop.probabilities(theta - base, where.row_length)
-            left = torch.where(left == 0, left, left / q)
-        return self.coefficient * left
-
-    def surviving(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
-        """Return the entries of the task vector that survive, 0 elsewhere, in the inputs' dtype."""
-        return (theta - base).masked_fill(~self.mask(theta, base, where), 0.0)
-
-    def mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
-        """Return which entries survive; a dropped entry counts as 0 for the cut."""
-        if self not in where.masks:
-            where.masks[self] = self._mask(theta, base, where)
-        return where.masks[self]
-
-    def _mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
-        import torch
-
-        delta = theta - base
-        if self.rank_drop is not None:
-            words = where.words("della", self.stream, delta.numel(), delta.device)
-            q = self.rank_drop.probabilities(delta, where.row_length)
-            return (words < (q * 2.0**32 + 0.5).floor().long()) | ~torch.isfinite(delta)
-        keep = torch.ones_like(delta, dtype=torch.bool)
-        if self.drop or self.drop_end:
-            words = where.words("dare", self.stream, delta.numel(), delta.device)
-            keep = words >= self.drop
-            if self.drop_end:
-                place = torch.arange(where.start, where.start + delta.numel(), device=delta.device)
-                keep &= (words > self.drop) | (place >= self.drop_end)
-            # What is not finite is never dropped: it must show in the output, where it is found.
-            keep |= ~torch.isfinite(delta)
-            delta = delta.masked_fill(~keep, 0.0)
-        if self.cut is None:
-            return keep
-        key = delta.float().view(torch.int32) & 0x7FFFFFFF
-        kept = self._kept_by(self.cut, key, where)
-        if self.outliers is None:
-            return kept
-        # What is not finite is no outlier: it must show in the output, where it is found.
-        return kept & (~self._kept_by(self.outliers, key, where) | (key >= 0x7F800000))
-
-    def _kept_by(self, cut: Cut, key: torch.Tensor, where: Where) -> torch.Tensor:
-        above = key > cut.key
-        if cut.ties == "drop":
-            return above
-        if cut.ties == "all":
-            return key >= cut.key
-        tied = (key == cut.key).nonzero().squeeze(-1)
-        if cut.ties == "index":
-            kept = tied[tied + where.start < cut.limit]
-        elif 4 * tied.numel() < key.numel():  # a word for one costs as much as for four in a row
-            kept = tied[where.words_at("ties", self.stream, tied) < cut.limit]
-        else:
-            kept = tied[where.words("ties", self.stream, key.numel(), key.device)[tied] < cut.limit]
-        return above.index_fill(0, kept, True)
+Sees = Literal["elements", "rows", "columns", "tensor"]
+"""What arithmetic must have before it at once: any elements; whole rows, the last axis; every column, along the first
+axis, of however many rows; all of the tensor."""
 
 
 @dataclass(frozen=True)
@@ -286,6 +115,91 @@ class TaskVectorMerge:
         """Return how many elements elect + minus how many elect - (TIES' whole-model majority)."""
         up, down, _, _ = self._totals(models, base, where)
         return int((up - down).sign().sum())
+
+
+@dataclass(frozen=True)
+class SelectedMerge:
+    """theta = theta_0 + the weighted mean of the selected entries that have the sign of their sum.
+
+    The election is unweighted: the weights count in the mean alone (SCE, https://arxiv.org/abs/2408.07990).
+    """
+
+    vectors: tuple[TaskVector, ...]
+    selection: Selection | None = None
+    """None: every element."""
+    zero_sign: int = 0
+    """The sign elected where the entries cancel: 0 nobody's (the base stays) or +1."""
+    floor: float = 0.0
+    """The least sum of agreeing weights that a mean is divided by."""
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return theta in fp64 for flat fp32 (or fp64) pieces."""
+        import torch
+
+        assert base is not None
+        selected = self.selection.mask(models, base, where) if self.selection is not None else None
+        up = _zeros(base)
+        down, up_sum, down_sum, up_weight, down_weight = (up.clone() for _ in range(5))
+        for vector, theta in zip(self.vectors, models, strict=True):
+            tau = vector.rescale * vector.surviving(theta, base, where).double()
+            if selected is not None:
+                tau = tau.masked_fill(~selected, 0.0)
+            positive, negative = tau.clamp(min=0.0), (-tau).clamp(min=0.0)
+            up, down = up + positive, down + negative
+            up_sum, down_sum = up_sum + vector.weight * positive, down_sum + vector.weight * negative
+            up_weight = up_weight + vector.weight * (tau > 0).double()
+            down_weight = down_weight + vector.weight * (tau < 0).double()
+        lead = up - down  # of a NaN not negative: it goes with the positive entries, where it is found
+        merged = torch.where(lead < 0, -down_sum, up_sum)
+        if self.zero_sign == 0:
+            merged = torch.where(lead == 0, 0.0, merged)
+        weight = torch.where(lead < 0, down_weight, up_weight).clamp(min=self.floor)
+        return base.double() + merged / torch.where(weight == 0, 1.0, weight)
+
+
+@dataclass(frozen=True)
+class TouchedMerge:
+    """theta = theta_0 + the mean of the task vectors over those models that have touched the element.
+
+    Touched is an entry above `epsilon` in magnitude. What one model alone has touched is multiplied by its factor
+    (RAM and RAM+, https://arxiv.org/abs/2601.13572).
+    """
+
+    vectors: tuple[TaskVector, ...]
+    epsilon: float
+    factors: tuple[float, ...]
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        import torch
+
+        assert base is not None
+        total = _zeros(base)
+        unique, count = total.clone(), total.clone()
+        for factor, (tau, touched) in zip(
+            self.factors, touched_entries(self.vectors, self.epsilon, models, base, where), strict=True
+        ):
+            entry = tau.masked_fill(~touched, 0.0)
+            total = total + entry
+            unique = unique + factor * entry
+            count = count + touched
+        return base.double() + torch.where(count == 1, unique, total / count.clamp(min=1.0))
+
+
+def touched_entries(
+    vectors: Sequence[TaskVector], epsilon: float, models: Sequence[torch.Tensor], base: torch.Tensor,
+    where: Where,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Yield each task vector in fp64, and which of its entries are touched; what is not finite is."""
+    for vector in vectors:
+        tau = vector.rescale * vector.surviving(models[vector.model], base, where).double()
+        yield tau, ~(tau.abs() <= epsilon)
 
 
 @dataclass(frozen=True)
@@ -402,32 +316,35 @@ class RowCombination:
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
     ) -> torch.Tensor:
         """Return the sum in fp64 for pieces of shape (rows, length) and `weights` (rows, k) in fp64."""
-        assert base is not None or not self.vectors
-        if self.vectors and base is not None:
-            scaled = [weights[:, i] * vector.rescale for i, vector in enumerate(self.vectors)]
-        else:
-            scaled = list(weights.unbind(1))
-        total = _zeros(models[0])
-        for weight, rows in zip(scaled, self.terms(models, base, where), strict=True):
-            total = total + weight.unsqueeze(1) * rows.double()
-        return base.double() + total if self.vectors and base is not None else total
-
-    def terms(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
-    ) -> list[torch.Tensor]:
-        """Return what is summed, in the pieces' shape: models, or surviving task vectors before their rescale."""
-        return terms_of(self.vectors, models, base, where)
+        return _combined(self.vectors, [one.unsqueeze(1) for one in weights.unbind(1)], models, base, where)
 
 
-def terms_of(
-    vectors: Sequence[TaskVector], models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
-) -> list[torch.Tensor]:
-    """Return the surviving entries of task vectors; without any, the base, if there is one, and the models."""
-    if not vectors:
-        return [*([] if base is None else [base]), *models]
-    assert base is not None
-    shape = base.shape
-    return [v.surviving(models[v.model].flatten(), base.flatten(), where).reshape(shape) for v in vectors]
+@dataclass(frozen=True)
+class ColumnCombination:
+    """Each column, along the first axis, a sum of the models', or of their task vectors' beside the base."""
+
+    weights: NDArray[np.float64] = field(compare=False)
+    """(k, columns), of the vectors as in `RowCombination`."""
+    vectors: tuple[TaskVector, ...] = ()
+
+    def combined(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum in fp64 for pieces of shape (rows, columns), with this recipe's `weights` as a tensor."""
+        return _combined(self.vectors, [one.unsqueeze(0) for one in weights], models, base, where)
+
+
+def _combined(
+    vectors: Sequence[TaskVector], weights: Sequence[torch.Tensor], models: Sequence[torch.Tensor],
+    base: torch.Tensor | None, where: Where,
+) -> torch.Tensor:  # fmt: skip
+    """Return the sum of vectors by weights of the pieces' shape; of task vectors, beside the base."""
+    assert base is not None or not vectors
+    scaled = [w * v.rescale for w, v in zip(weights, vectors, strict=True)] if vectors else weights
+    total = _zeros(models[0])
+    for weight, term in zip(scaled, terms_of(vectors, models, base, where), strict=True):
+        total = total + weight * term.double()
+    return base.double() + total if vectors and base is not None else total
 
 
 @dataclass(frozen=True)
@@ -437,7 +354,10 @@ class CopyOf:
     model: int = 0
 
 
-Recipe = WeightedSum | TaskVectorMerge | FisherMean | RowCombination | Formula | CopyOf
+Recipe = (
+    WeightedSum | TaskVectorMerge | SelectedMerge | TouchedMerge | FisherMean | RowCombination | ColumnCombination
+    | Formula | CopyOf
+)  # fmt: skip
 
 
 def ranked(recipe: Recipe) -> bool:
@@ -445,10 +365,32 @@ def ranked(recipe: Recipe) -> bool:
     return any(vector.rank_drop is not None for vector in getattr(recipe, "vectors", ()))
 
 
+def seen_by(recipe: Recipe) -> Sees:
+    """Return what a recipe must have before it at once; not of a formula, whose method declares it."""
+    if isinstance(recipe, ColumnCombination):
+        return "columns"
+    by_rows = isinstance(recipe, SelectedMerge) and recipe.selection and sees_rows(recipe.selection.score)
+    return "rows" if by_rows or isinstance(recipe, RowCombination) or ranked(recipe) else "elements"
+
+
 def removing(recipe: Recipe) -> tuple[TaskVector, ...]:
     """Return the task vectors of a recipe that may lose entries; empty if none does."""
     vectors = getattr(recipe, "vectors", ())
-    return vectors if any(vector.removes for vector in vectors) else ()
+    selects = isinstance(recipe, SelectedMerge) and recipe.selection is not None
+    return vectors if selects or any(vector.removes for vector in vectors) else ()
+
+
+def kept_by(
+    recipe: Recipe, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+) -> tuple[int, ...]:
+    """Return how many entries of each task vector survive, or how many elements are selected; empty if all are."""
+    vectors = removing(recipe)
+    assert base is not None or not vectors
+    if base is None:
+        return ()
+    if isinstance(recipe, SelectedMerge) and recipe.selection is not None:
+        return (int(recipe.selection.mask(models, base, where).sum()),) * len(vectors)
+    return tuple(int(v.mask(models[i], base, where).sum()) for i, v in enumerate(vectors))
 
 
 def _zeros(like: torch.Tensor) -> torch.Tensor:

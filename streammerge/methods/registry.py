@@ -22,7 +22,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.methods.drop import GENERAL, DropNames
-from streammerge.methods.recipes import Formula, Recipe, RowCombination, ranked, removing
+from streammerge.methods.recipes import Formula, Recipe, Sees, removing, seen_by
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.scope import Scope
 
@@ -141,10 +141,12 @@ class Method:
         recipe = self._recipe(scope, parameters)
         return any(vector.is_random and not vector.shared for vector in removing(recipe))
 
-    def sees_rows(self, scope: Scope, parameters: Mapping[str, Any]) -> bool:
-        """Return whether these parameters lead to a recipe that works on whole rows."""
-        recipe = self._recipe(scope, parameters)
-        return isinstance(recipe, RowCombination) or ranked(recipe)
+    def sees(self, scope: Scope, parameters: Mapping[str, Any]) -> Sees:
+        """Return what arithmetic with these parameters must have before it at once."""
+        if self.is_formula:
+            by_access: dict[Access, Sees] = {Access.ELEMENTWISE: "elements", Access.ROW: "rows"}
+            return by_access.get(self.access, "tensor")
+        return seen_by(self._recipe(scope, parameters))
 
     def _recipe(self, scope: Scope, parameters: Mapping[str, Any]) -> Recipe:
         """Return the recipe that placeholder answers lead to."""
@@ -171,7 +173,7 @@ class Method:
             return Access.MODEL
         if scopes:
             return Access.TENSOR
-        return Access.ROW if self.sees_rows(scope, parameters) else Access.ELEMENTWISE
+        return Access.ROW if self.sees(scope, parameters) == "rows" else Access.ELEMENTWISE
 
 
 def _follow(

@@ -7,13 +7,16 @@ the whole model) is the engine's concern; the answer is the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.methods.recipes import TaskVector, TaskVectorMerge
+from streammerge.methods.recipes import TaskVectorMerge
+from streammerge.methods.scores import Score, Selection, sees_rows
+from streammerge.methods.vectors import TaskVector
 
 Scope = Literal["tensor", "model"]
 
@@ -75,13 +78,59 @@ class Band:
 
 
 @dataclass(frozen=True)
+class NonZero:
+    """Ask how many elements of a tensor have a score above 0."""
+
+    score: Score
+    scope: Scope = "tensor"
+
+    def placeholder(self) -> int:
+        """Return an answer of the right type, to follow a method without data."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Largest:
+    """Ask for the threshold of the k largest scores of a tensor."""
+
+    score: Score
+    k: int
+    scope: Scope = "tensor"
+
+    def count(self, n: int) -> int:
+        """Return k for `n` elements, at most `n`."""
+        return min(n, self.k)
+
+    def placeholder(self) -> Threshold:
+        """Return an answer of the right type, to follow a method without data."""
+        return Threshold(key=0, ties=1, needed=1)
+
+
+@dataclass(frozen=True)
+class Quantile:
+    """Ask for an order statistic of the scores of a tensor: number int(q (n - 1)) of them in ascending order, from 0."""
+
+    score: Score
+    q: float
+    scope: Scope = "tensor"
+
+    def count(self, n: int) -> int:
+        """Return its place of `n` in descending order, from 1."""
+        return n - int(self.q * (n - 1))
+
+    def placeholder(self) -> Threshold:
+        """Return an answer of the right type, to follow a method without data."""
+        return Threshold(key=0, ties=1, needed=1)
+
+
+@dataclass(frozen=True)
 class TieIndex:
     """Ask where the first `needed` elements equal to a threshold end, in index order.
 
     Over the whole model the order is that of the jobs; the answer is an (ordinal, element) pair.
     """
 
-    vector: TaskVector
+    vector: TaskVector | Score
     threshold: Threshold
     scope: Scope = "tensor"
 
@@ -100,6 +149,52 @@ class AbsSum:
     def placeholder(self) -> float:
         """Return an answer of the right type, to follow a method without data."""
         return 1.0
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Ask for the sum of squares of each task vector over the selected elements, in fp64."""
+
+    vectors: tuple[TaskVector, ...]
+    selection: Selection | None = None
+    """None: every element."""
+    scope: Scope = "tensor"
+
+    def placeholder(self) -> SquareSums:
+        """Return an answer of the right type, to follow a method without data."""
+        return SquareSums((1.0,) * len(self.vectors), 1)
+
+
+@dataclass(frozen=True)
+class SquareSums:
+    """The sums of squares of several vectors."""
+
+    totals: tuple[float, ...]
+    n: int
+    """Elements of the tensor, selected or not."""
+
+
+@dataclass(frozen=True)
+class Touches:
+    """Ask how many entries of each task vector exceed `epsilon` in magnitude, and how many of them alone."""
+
+    vectors: tuple[TaskVector, ...]
+    epsilon: float
+    scope: Scope = "tensor"
+
+    def placeholder(self) -> Touched:
+        """Return an answer of the right type, to follow a method without data."""
+        return Touched((1,) * len(self.vectors), (0,) * len(self.vectors))
+
+
+@dataclass(frozen=True)
+class Touched:
+    """How many elements each model has touched."""
+
+    unique: tuple[int, ...]
+    """It alone."""
+    shared: tuple[int, ...]
+    """It and at least one other."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +232,46 @@ def full_matrices(pairs: NDArray[np.float64], n: int) -> NDArray[np.float64]:
     matrices[:, rows, columns] = pairs
     matrices[:, columns, rows] = pairs
     return matrices
+
+
+@dataclass(frozen=True)
+class ColumnGram:
+    """Ask for the dot products of all pairs of vectors over each column, along a tensor's first axis, in fp64.
+
+    A tensor of one axis is one column.
+    """
+
+    n: int
+    """How many vectors there are."""
+    vectors: tuple[TaskVector, ...] = ()
+    """As for `Gram`."""
+    scope: Scope = "tensor"
+
+    def placeholder(self) -> ColumnDots:
+        """Return an answer of the right type, to follow a method without data: orthogonal unit vectors, one column."""
+        unit = np.eye(self.n)[np.triu_indices(self.n)]
+        return ColumnDots(unit[:, None], self.n)
+
+
+@dataclass(frozen=True)
+class ColumnDots:
+    """The dot products of all pairs of vectors, column by column."""
+
+    values: NDArray[np.float64] = field(compare=False)
+    """(pairs, columns); pairs are those of the upper triangle of a Gram matrix, row by row."""
+    n: int
+
+    def matrices(self) -> NDArray[np.float64]:
+        """Return the Gram matrices, (columns, n, n)."""
+        return full_matrices(self.values.T, self.n)
+
+
+def rows_at_once(n_columns: int) -> int:
+    """Return how many rows' products are summed before they are added to the sum of those before.
+
+    A function of the shape alone, so that sums do not depend on the cuts: these lie at multiples of it.
+    """
+    return max(1, min(64, (1 << 20) // n_columns))
 
 
 @dataclass(frozen=True)
@@ -193,5 +328,13 @@ class FisherSquares:
         return SquareTotal(1.0, 1)
 
 
-Request = TopK | Band | TieIndex | AbsSum | Gram | SignTotal | LowWords | FisherSquares
-Answer = Threshold | Dots | SquareTotal | tuple[int, int] | float | int
+Request = (
+    TopK | Band | NonZero | Largest | Quantile | TieIndex | AbsSum | Squares | Touches | Gram | ColumnGram | SignTotal
+    | LowWords | FisherSquares
+)  # fmt: skip
+Answer = Threshold | Dots | ColumnDots | SquareSums | Touched | SquareTotal | tuple[int, int] | float | int
+
+
+def passes_of(requests: Sequence[Request]) -> int:
+    """Return how many passes over a scope answer the requests, as a rule: ranks take a second where nothing is sampled."""
+    return 1 + any(isinstance(r, Largest | Quantile) and sees_rows(r.score) for r in requests)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from streammerge.methods.recipes import TaskVector
+from streammerge.methods.vectors import TaskVector
 
 
 @dataclass(frozen=True)

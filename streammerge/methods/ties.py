@@ -7,11 +7,12 @@ from typing import Literal
 
 from streammerge.methods.algebra import elect, trim
 from streammerge.methods.drop import rescale_by_norm
-from streammerge.methods.recipes import TaskVectorMerge, TiePolicy
+from streammerge.methods.recipes import TaskVectorMerge
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.requests import Scope as TrimScope
 from streammerge.methods.scope import Scope
+from streammerge.methods.vectors import TiePolicy
 
 
 @method(

@@ -14,7 +14,7 @@ from streammerge.index.fishers import FisherIndex, FisherRef
 from streammerge.index.header import TensorRef
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
-from streammerge.methods.requests import FisherSquares, Gram, SignTotal
+from streammerge.methods.requests import Band, TopK
 from streammerge.methods.scope import Scope
 from streammerge.plan.cells import Cell, Indexes, Stack, assemble
 from streammerge.plan.job import Job
@@ -353,8 +353,7 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
         except ConfigError as error:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
         asked: list[tuple[object, ...]] = [
-            (type(r), r.vector.model, getattr(r, "density", None))
-            if not isinstance(r, SignTotal | FisherSquares | Gram) else (type(r),)
+            (type(r), r.vector.model, r.density) if isinstance(r, TopK | Band) else (type(r),)
             for requests in rounds for r in requests if r.scope == "model"
         ]  # fmt: skip
         if asked:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from streammerge.dtypes import itemsize
 from streammerge.index.fishers import ChunkedRef, FisherRef
 from streammerge.index.header import TensorRef
+from streammerge.methods.recipes import Sees
 
 Kind = Literal["merge", "copy", "agree"]
 
@@ -48,6 +49,12 @@ class Job:
     def row_length(self) -> int:
         """Elements of one row, the last axis; a scalar is one row of one."""
         return max(1, self.shape[-1]) if self.shape else 1
+
+    def line_length(self, sees: Sees) -> int:
+        """Return the elements that lie side by side where whole rows are seen, or columns along the first axis."""
+        if sees == "columns":
+            return max(1, self.n_elements // max(1, self.shape[0])) if self.shape else 1
+        return self.row_length
 
     @property
     def inputs(self) -> tuple[TensorRef, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +13,16 @@ from streammerge.dtypes import FLOATS
 from streammerge.index.fishers import ChunkedRef, FisherIndex
 from streammerge.index.header import FileStamp
 from streammerge.index.model import TensorIndex
+from streammerge.methods.recipes import Sees
 from streammerge.methods.registry import Access, Method
-from streammerge.methods.requests import FisherSquares, LowWords, Request
+from streammerge.methods.requests import AbsSum, FisherSquares, Gram, LowWords, Request, Squares, passes_of
 from streammerge.methods.scope import Scope
 from streammerge.plan.bind import bind_jobs
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
 from streammerge.plan.layout import Layout, lay_out
 from streammerge.plan.model_config import merged_config
-from streammerge.plan.schedule import Chunk, Interval, Sees, Step, Survey, Work, plan_work, steps
+from streammerge.plan.schedule import Chunk, Interval, Step, Survey, Work, plan_work, steps
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements a torch formula works on at a time on the CPU, where it may be cut anywhere."""
@@ -117,7 +118,7 @@ class MergePlan:
                 rounds += self.rounds_reading(job, "tensor")
             for requests in rounds:
                 squares = all(isinstance(request, FisherSquares) for request in requests)
-                total += job.fisher_bytes if squares else job.input_bytes
+                total += (job.fisher_bytes if squares else job.input_bytes) * passes_of(requests)
         return total
 
     def identity(self) -> dict[str, str]:
@@ -175,23 +176,22 @@ def make_plan(
     bound = bind_jobs(config, method, donor, indexes, fishers)
     jobs = bound.jobs
     settings, remarks = merged_config(config, donor, indexes, jobs, bound.stacks)
-    cache: dict[tuple[object, ...], tuple[Access, bool, Sees]] = {}
+    cache: dict[tuple[object, ...], tuple[Access, bool, bool, Sees]] = {}
     access = []
     work = []
     for job in jobs:
         key = (job.kind, *job.parameters.items())
         if key not in cache:
             cache[key] = _needs(job, method, jobs)
-        reach, holds, sees = cache[key]
+        reach, holds, sums, sees = cache[key]
         access.append(reach)
         # On a GPU the temporaries lie in its own memory.
         on_host = device == "cpu" and (torch_only or runs_in_torch(job, method))
-        workspace = torch_workspace if on_host else _row_workspace if sees == "rows" else _no_workspace
-        work.append(
-            plan_work(
-                job, sees, budget, workspace=workspace, holds=holds
-            )
+        how = plan_work(
+            job, sees, budget, workspace=_workspace(sees, in_torch=on_host), holds=holds, sums=sums,
+            row_bytes=_kept_of_a_row(job),
         )  # fmt: skip
+        work.append(how)
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(access), tuple(work),
         lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,
@@ -199,20 +199,15 @@ def make_plan(
     )  # fmt: skip
 
 
-def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> tuple[Access, bool, Sees]:
-    """Return how far a job reaches, whether it takes statistics of its own tensor, and what its arithmetic sees."""
+def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> tuple[Access, bool, bool, Sees]:
+    """Return how far a job reaches, whether it takes statistics of its own tensor, if sums, and what it sees."""
     if job.kind != "merge":
-        return Access.ELEMENTWISE, False, "elements"
-    rounds = method.rounds(scope_of(job), job.parameters)
-    holds = any(r.scope == "tensor" and needs_data(r, jobs) for requests in rounds for r in requests)
+        return Access.ELEMENTWISE, False, False, "elements"
     scope = scope_of(job)
-    access = method.access_with(scope, job.parameters)
-    sees: Sees = "elements"
-    if method.sees_rows(scope, job.parameters) or (method.is_formula and access is Access.ROW):
-        sees = "rows"
-    elif method.is_formula and access is not Access.ELEMENTWISE:
-        sees = "tensor"
-    return access, holds, sees
+    own = [r for requests in method.rounds(scope, job.parameters) for r in requests if r.scope == "tensor"]
+    holds = any(needs_data(request, jobs) for request in own)
+    sums = any(isinstance(request, AbsSum | Squares | Gram) for request in own)
+    return method.access_with(scope, job.parameters), holds, sums, method.sees(scope, job.parameters)
 
 
 def scope_of(job: Job) -> Scope:
@@ -241,13 +236,21 @@ def torch_workspace(job: Job, n: int) -> int:
     return block * 8 * (2 * len(job.inputs) + 3 * len(job.fishers) + 12)
 
 
-def _row_workspace(job: Job, n: int) -> int:
-    """Return an upper bound of what the kernels hold of one row at a time, in bytes."""
-    return 72 * job.row_length
+def _workspace(sees: Sees, *, in_torch: bool) -> Callable[[Job, int], int]:
+    """Return what bounds the temporaries, in bytes, of the kernels or of torch on blocks of some elements of a job."""
+
+    def beside(job: Job, n: int) -> int:
+        pairs = _kept_of_a_row(job) * job.line_length(sees) if sees == "columns" else 0
+        row = 72 * job.row_length if sees == "rows" and not in_torch else 0
+        return pairs + row + (torch_workspace(job, n) if in_torch else 0)
+
+    return beside
 
 
-def _no_workspace(job: Job, n: int) -> int:
-    return 0
+def _kept_of_a_row(job: Job) -> int:
+    """Return an upper bound of the bytes kept of one row or column: dot products of its vectors, and their weights."""
+    k = len(job.inputs)
+    return 8 * (k * (k + 1) // 2 + 5 * k * k)
 
 
 def _distinct(jobs: Sequence[Job]) -> list[Job]:

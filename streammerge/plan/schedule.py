@@ -19,6 +19,8 @@ from typing import Literal
 
 from streammerge.errors import BudgetError, printable
 from streammerge.index.fishers import ChunkedRef
+from streammerge.methods.recipes import Sees
+from streammerge.methods.requests import rows_at_once
 from streammerge.plan.arena import alignment_bytes, bytes_per_element, slot_bytes
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
@@ -31,9 +33,6 @@ _FRAME = 64
 """Bytes by which a chunk that does not compress may grow."""
 
 Mode = Literal["cut", "whole", "surveyed"]
-
-Sees = Literal["elements", "rows", "tensor"]
-"""What a job's arithmetic must have before it at once: any elements, whole rows, or all of the tensor."""
 
 Interval = tuple[int, int]
 
@@ -92,6 +91,8 @@ def plan_work(
     *,
     workspace: Callable[[Job, int], int],
     holds: bool,
+    sums: bool = True,
+    row_bytes: int = 0,
 ) -> Work:
     """Decide how one job is handled.
 
@@ -103,13 +104,17 @@ def plan_work(
         Bytes of temporaries for a block of the given number of elements of a job.
     holds
         Whether statistics of this tensor alone come before its merge.
+    sums
+        Whether these are sums over blocks of `ALIGN` elements, which no cut may divide.
+    row_bytes
+        What is kept of each row, where rows are seen.
 
     Raises
     ------
     BudgetError
         If the tensor, or one row of it, must be held and cannot.
     """
-    per_element = bytes_per_element(job)
+    per_element = bytes_per_element(job) + (row_bytes / job.row_length if sees == "rows" else 0.0)
 
     def work(mode: Mode, row: int) -> Work:
         # A piece reads one chunk of a Fisher store after the other, by way of a buffer of its own.
@@ -120,10 +125,14 @@ def plan_work(
         n = job.n_elements
         return _fitting(job, work("whole", n), n, "the whole tensor", budget)
     if holds:
-        row = ALIGN if sees == "elements" else min(job.n_elements, math.lcm(ALIGN, job.row_length))
+        line = job.line_length(sees)
+        row = ALIGN
+        if sees != "elements":
+            row = line * (rows_at_once(line) if sees == "columns" else 1)
+            row = min(job.n_elements, math.lcm(ALIGN, row) if sums else row)
         held = work("whole", row)
         resident = job.n_elements * per_element + held.workspace <= budget.resident_limit
-        what = "a block of it" if sees == "elements" else f"{row // job.row_length} rows of it"
+        what = "a block of it" if sees == "elements" else f"{row // line} rows of it"
         return _fitting(job, held if resident else work("surveyed", row), row, what, budget)
     if sees == "rows":
         return _fitting(job, work("cut", job.row_length), job.row_length, "one row of it", budget)

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from streammerge.api import merge
+from streammerge.engine.run import Runner
+from streammerge.engine.writer import ShardWriter
 from streammerge.errors import InputError, Stopped
+from streammerge.plan.job import Job
 from tests.conftest import config_for, output_bytes
 from tests.resume.scene import SHAPES, Scene
 from tests.resume.traps import interrupt
@@ -53,6 +56,50 @@ def test_a_value_that_is_not_finite_stops_a_resumed_merge_too(
         with pytest.raises(InputError, match=r"m2.*norm.*element 7"):
             merge(config_for("linear", paths), tmp_path / "out")
         assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "again"),
+    [
+        ("sce", {"select_topk": 0.4}, False),
+        ("ramplus_tl", {}, False),
+        ("arcee_fusion", {}, False),
+        # Dot products of every column are too many for the journal.
+        ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}, True),
+    ],
+)
+def test_what_was_surveyed_is_not_surveyed_again_and_the_bytes_are_the_same(
+    method: str, parameters: dict[str, Any], again: bool, make_models: Callable[..., list[Path]], tmp_path: Path,
+    small_capacity: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    small_capacity(1 << 17, 1)
+    config = config_for(method, make_models(shapes={"w": (700, 64)}), parameters=parameters)
+    merge(config, tmp_path / "whole")
+    stop = threading.Event()
+    surveyed: list[int] = []
+    survey = Runner._add_loaded
+
+    def counted(self: Runner, job: Job, *rest: Any) -> None:
+        surveyed.append(job.ordinal)
+        survey(self, job, *rest)
+
+    monkeypatch.setattr(Runner, "_add_loaded", counted)
+    write = ShardWriter.write
+
+    def write_then_stop(self: ShardWriter, *arguments: Any) -> None:
+        write(self, *arguments)
+        if surveyed:
+            stop.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", write_then_stop)
+        with pytest.raises(Stopped):
+            merge(config, tmp_path / "out", stop=stop, signal_received=lambda: 15)
+    assert surveyed
+    surveyed.clear()
+    assert merge(config, tmp_path / "out").bytes_resumed > 0
+    assert bool(surveyed) == again
+    assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "whole")
 
 
 def test_a_stop_during_streamed_statistics_ends_and_concludes_nothing(scene: Scene, tmp_path: Path) -> None:
