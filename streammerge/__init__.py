@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from streammerge.api import merge, plan
-    from streammerge.engine.verify import verify
+    from streammerge.api import merge, plan, verify
     from streammerge.methods.registry import PerModel, method
 
 __all__ = ["PerModel", "merge", "method", "plan", "verify"]
@@ -16,7 +15,7 @@ __all__ = ["PerModel", "merge", "method", "plan", "verify"]
 _HOMES = {
     "merge": "streammerge.api",
     "plan": "streammerge.api",
-    "verify": "streammerge.engine.verify",
+    "verify": "streammerge.api",
     "method": "streammerge.methods.registry",
     "PerModel": "streammerge.methods.registry",
 }

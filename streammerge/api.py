@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +13,10 @@ from streammerge.compiled import missing_kernels
 from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
 from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.reader import Backend
+from streammerge.engine.recompute import check_made_from, recompute
 from streammerge.engine.session import Event, NonFinite, Options, Summary, execute
+from streammerge.engine.verify import Verdict, manifest_of
+from streammerge.engine.verify import verify as verify_files
 from streammerge.errors import InputError, printable
 from streammerge.index.fishers import FisherIndex, open_fisher
 from streammerge.index.model import TensorIndex, open_model
@@ -26,6 +30,8 @@ from streammerge.units import parse_size
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 DEFAULT_SHARD_SIZE = 5_000_000_000
+DEFAULT_SAMPLE = 16
+"""Pieces that `verify` recomputes."""
 _GPU_DRIVER = "/dev/nvidiactl"
 _WORTH_A_GPU = 8_000_000_000
 """Bytes of inputs; starting a GPU takes as long as merging these without it."""
@@ -139,6 +145,62 @@ def merge(
         raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
     how = Options(overwrite, io, Path(profile) if profile else None, nonfinite)
     return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
+
+
+def verify(
+    out: str | os.PathLike[str],
+    *,
+    against: ConfigLike | None = None,
+    sample: int | None = DEFAULT_SAMPLE,
+    seed: int = 0,
+    memory: str | int | None = None,
+    methods: str | os.PathLike[str] | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Verdict:
+    """Re-read a finished output and, on request, compute some of it once more from the inputs.
+
+    Parameters
+    ----------
+    against
+        The config that `out` was made from: a sample of it is recomputed by the torch formulas and compared bit by bit.
+    sample
+        How many pieces, of a million elements where the method may be cut; None: all of the output.
+    seed
+        Of the choice of the sample; the same pieces for the same seed. (The merge's own seed is the manifest's.)
+    memory
+        Bound of the process's peak resident memory while it recomputes; default: half of what is free.
+    methods
+        A Python file with methods of your own.
+    on_event
+        Called from the calling thread with progress.
+
+    Raises
+    ------
+    StreammergeError
+        If there is no finished merge in `out`, or it was made from another config or other inputs, or the machine
+        fails. What is damaged is in the verdict.
+    """
+    out = Path(out)
+
+    def on_tick(nbytes: int) -> None:
+        on_event(Event("verify", {"bytes_read": nbytes}))
+
+    if against is None:
+        return verify_files(out, on_tick)
+    manifest = manifest_of(out)
+    decided = plan(
+        against, memory=memory, device="cpu", seed=manifest["seed"], methods=methods, kernels=False
+    )
+    name = "the config" if isinstance(against, Mapping) else str(against)
+    check_made_from(decided, out, manifest, name)
+    verdict = verify_files(out, on_tick)
+    try:
+        done = recompute(decided, out, manifest, sample=sample, seed=seed, on_tick=on_tick)
+    except InputError:
+        if not verdict.problems:
+            raise
+        return verdict  # which says why the tensors cannot be found
+    return replace(verdict, problems=(*verdict.problems, *done.problems), recomputed=done)
 
 
 def choose_device(device: str, memory: int | None, nbytes: int) -> str:

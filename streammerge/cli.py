@@ -124,13 +124,45 @@ def plan(config: str, as_json: bool, **options: Any) -> None:
 
 @cli.command()
 @click.argument("out")
+@click.option(
+    "--against",
+    metavar="CONFIG",
+    help="Recompute a sample of OUT from the inputs of CONFIG, and compare the bits.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Pieces to recompute, of a million elements each. [16]",
+)
+@click.option("--all", "everything", is_flag=True, help="Recompute all of OUT.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), help="Of the sample; the same pieces for the same seed. [0]"
+)
+@click.option("--memory", metavar="SIZE", help="Peak resident memory of the process. [half of what is free]")
+@click.option("--methods", metavar="FILE", help="A Python file with merge methods of your own; it is run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def verify(out: str, as_json: bool) -> None:
-    """Re-read a finished output against its recorded checksums and structure."""
-    from streammerge.engine.verify import verify as check
+def verify(
+    out: str, against: str | None, sample: int | None, everything: bool, as_json: bool, **options: Any
+) -> None:
+    """Re-read a finished output against its recorded checksums and structure.
+
+    With --against CONFIG a random sample is also computed once more, by the plain formulas, and compared bit by bit.
+    """
+    given = {"sample": sample, **options}
+    if against is None and (everything or any(value is not None for value in given.values())):
+        raise click.UsageError("--sample, --all, --seed, --memory and --methods go with --against CONFIG")
+    if everything and sample is not None:
+        raise click.UsageError("either --sample or --all")
+    from streammerge.api import DEFAULT_SAMPLE
+    from streammerge.api import verify as check
+    from streammerge.report.progress import LineReporter
     from streammerge.report.verdict import verdict_text, verdict_values
 
-    verdict = check(Path(out))
+    verdict = check(
+        out, against=against, sample=None if everything else sample or DEFAULT_SAMPLE, seed=options["seed"] or 0,
+        memory=options["memory"], methods=options["methods"], on_event=LineReporter(quiet=as_json),
+    )  # fmt: skip
     click.echo(json.dumps(verdict_values(verdict)) if as_json else verdict_text(out, verdict))
     if verdict.problems:
         more = f" (and {len(verdict.problems) - 1} more problems)" if len(verdict.problems) > 1 else ""

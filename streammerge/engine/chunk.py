@@ -28,7 +28,7 @@ from streammerge.engine.statistics import (
     make_accumulator,
 )
 from streammerge.engine.stored_chunks import read_stored
-from streammerge.engine.writer import ShardWriter
+from streammerge.engine.writer import Sink
 from streammerge.errors import ModelError
 from streammerge.index.fishers import ChunkedRef, FisherRef
 from streammerge.index.header import TensorRef
@@ -55,7 +55,7 @@ class Context:
 
     plan: MergePlan
     reader: Reader
-    writer: ShardWriter
+    writer: Sink
     keys: RandomKeys
     stop: threading.Event
     answers: dict[int, Answers] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from typing import Any
 from streammerge import __version__, dtypes
 from streammerge.engine.checksum import combine_all, crc32
 from streammerge.engine.durable import fsync_directory, world_errors, write_file
+from streammerge.engine.identity import Identity
 from streammerge.engine.journal import Receipt
 from streammerge.engine.manifest import FORMAT, MANIFEST, seal
 from streammerge.engine.output import CONFIG_COPY
@@ -24,9 +25,8 @@ def commit(
     out: Path,
     writer: ShardWriter,
     receipts: Sequence[Receipt],
-    fingerprints: Sequence[str],
+    identity: Identity,
     card: str,
-    identity: Mapping[str, str],
     sidecars: Mapping[str, bytes],
 ) -> dict[str, Any]:
     """Publish a finished merge; everything is durable before the index (or single shard) has its name.
@@ -42,9 +42,7 @@ def commit(
     files["README.md"] = card.encode()
     files[CONFIG_COPY] = plan.config.text.encode("utf-8", "surrogatepass")
     index = None if single else _index(plan)
-    manifest = _manifest(
-        plan, chosen, fingerprints, identity, {**files, **({INDEX_NAME: index} if index else {})}
-    )
+    manifest = _manifest(plan, chosen, identity, {**files, **({INDEX_NAME: index} if index else {})})
     for name, data in files.items():
         write_file(out / name, data)
     for shard in shards if not single else ():
@@ -85,8 +83,7 @@ def cover(plan: MergePlan, receipts: Sequence[Receipt]) -> dict[int, list[Receip
 def _manifest(
     plan: MergePlan,
     chosen: Mapping[int, Sequence[Receipt]],
-    fingerprints: Sequence[str],
-    identity: Mapping[str, str],
+    identity: Identity,
     files: Mapping[str, bytes],
 ) -> dict[str, Any]:
     tensors = {job.ordinal: tensor_crc(plan, chosen[job.ordinal]) for job in plan.jobs}
@@ -103,11 +100,11 @@ def _manifest(
         "streammerge": __version__,
         "method": plan.method.name,
         "seed": plan.seed,
-        "identity": dict(identity),
+        "identity": identity.public,
         "inputs": [
             {"role": "base" if index is plan.base else "model", "fingerprint": digest,
              "tensors": len(index), "nbytes": index.nbytes}
-            for index, digest in zip(plan.inputs, fingerprints, strict=True)
+            for index, digest in zip(plan.inputs, identity.fingerprints, strict=True)
         ],
         "densities": densities(plan, chosen),
         **({"fisher_tables": fishers, "floored": floored(plan, chosen)} if plan.fishers else {}),

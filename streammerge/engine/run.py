@@ -21,7 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol
 
 from streammerge.engine.chunk import (
     Context,
@@ -35,7 +35,7 @@ from streammerge.engine.chunk import (
     sample_starts,
 )
 from streammerge.engine.gpu import pin, unpin
-from streammerge.engine.journal import Journal, Receipt
+from streammerge.engine.journal import Receipt
 from streammerge.engine.memory import Bytes, Pool
 from streammerge.engine.statistics import (
     Accumulator,
@@ -80,6 +80,16 @@ class Tick:
     tensors_done: int
 
 
+class Record(Protocol):
+    """What is told of finished work; may be used from many threads."""
+
+    def add(self, receipts: Sequence[Receipt]) -> None:
+        """Take down finished elements."""
+
+    def add_answers(self, answers: Mapping[str, Any]) -> None:
+        """Take down the answers of streamed statistics, by job."""
+
+
 class Runner:
     """Runs the steps of a plan on a pool of threads.
 
@@ -93,7 +103,7 @@ class Runner:
         Called now and then, from the thread that calls `run`.
     """
 
-    def __init__(self, context: Context, journal: Journal, on_tick: Callable[[Tick], None]) -> None:
+    def __init__(self, context: Context, journal: Record, on_tick: Callable[[Tick], None]) -> None:
         self._context = context
         self._plan = context.plan
         self._journal = journal

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from streammerge import __version__
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
 from streammerge.engine.durable import fsync_directory, world_errors
-from streammerge.engine.fingerprint import files_digest, fingerprint, fisher_digest
+from streammerge.engine.fingerprint import files_digest
+from streammerge.engine.identity import Identity, identify
 from streammerge.engine.journal import STATE, Journal, Progress, Receipt, remove_state
 from streammerge.engine.manifest import read_manifest
 from streammerge.engine.memory import Bytes
@@ -38,9 +38,8 @@ from streammerge.engine.run import Runner, Tick
 from streammerge.engine.sidecars import find_sidecars, read_sidecars
 from streammerge.engine.warm import ensure_compiled
 from streammerge.engine.writer import ShardWriter
-from streammerge.errors import ConfigError, OutputError, Stopped, WorldError, printable
+from streammerge.errors import OutputError, Stopped, WorldError, printable
 from streammerge.index.header import FileStamp
-from streammerge.methods.rng import SCHEME, RandomKeys
 from streammerge.plan.arena import is_copied
 from streammerge.plan.budget import available_memory
 from streammerge.plan.layout import Slot
@@ -123,27 +122,15 @@ def execute(
     if not plan.torch_only and not plan.method.is_formula and ensure_compiled():
         emit(Event("compiled"))
     try:
-        fingerprints = [fingerprint(index, reader) for index in plan.inputs]
-        identity = _identity(plan, fingerprints, [fisher_digest(index, reader) for index in plan.fishers])
-        keys = _random_keys(plan, fingerprints)
+        identity = identify(plan, reader)
         with locked(out):
             check_contents(out)
             if not options.overwrite and (finished := _finished(out, plan, identity)) is not None:
                 return finished
-            session = _Session(plan, out, reader, keys, options, emit, stop or threading.Event())
-            return session.run(identity, fingerprints, card(plan), began, signal_received)
+            session = _Session(plan, out, reader, identity, options, emit, stop or threading.Event())
+            return session.run(card(plan), began, signal_received)
     finally:
         reader.close()
-
-
-def _identity(plan: MergePlan, fingerprints: Sequence[str], fisher_digests: Sequence[str]) -> dict[str, str]:
-    """Return, by a name a person understands, everything that a resumed merge must share."""
-    identity = {"version": __version__, "random scheme": SCHEME, **plan.identity()}
-    for index, digest in zip(plan.inputs, fingerprints, strict=True):
-        identity[f"input {index.reference}"] = digest
-    for place, digest in enumerate(fisher_digests):
-        identity[f"Fisher diagonal of model {place}"] = digest
-    return identity
 
 
 def _stamps(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> dict[str, str]:
@@ -153,28 +140,12 @@ def _stamps(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> dict[str, str
     return {**stamps, f"version of the files beside {plan.donor.reference}": listed}
 
 
-def _random_keys(plan: MergePlan, fingerprints: Sequence[str]) -> RandomKeys:
-    specs = plan.config.models
-    names = tuple(spec.alias or digest for spec, digest in zip(specs, fingerprints, strict=False))
-    if plan.random and len(set(names)) < len(names):
-        twin = next(i for i, name in enumerate(names) if name in names[:i])
-        raise ConfigError(
-            f"{specs[twin].path}: {printable(specs[twin].reference)} has the same content as another model, so both "
-            "would draw the same random mask; give it an `alias` of its own"
-        )
-    return RandomKeys(plan.seed, names, {job.name: job.members for job in plan.jobs if job.members})
-
-
-def _finished(out: Path, plan: MergePlan, identity: Mapping[str, str]) -> Summary | None:
+def _finished(out: Path, plan: MergePlan, identity: Identity) -> Summary | None:
     """Return a summary if `out` already holds this very merge, complete; refuse if it holds another."""
     manifest = read_manifest(out)
     if manifest is None or ((out / STATE).exists() and not is_complete(out, manifest, ignore_state=True)):
         return None
-    recorded = manifest.get("identity")
-    if not isinstance(recorded, dict):
-        return None
-    changed = [key for key in identity if recorded.get(_public(key, plan)) != identity[key]]
-    if changed:
+    if changed := identity.changed(manifest["identity"]):
         raise OutputError(
             f"{printable(out)}: holds a finished merge with another {printable(', '.join(changed[:3]))}; "
             "choose another OUT, or replace it with --overwrite"
@@ -193,35 +164,27 @@ def _finished(out: Path, plan: MergePlan, identity: Mapping[str, str]) -> Summar
     )  # fmt: skip
 
 
-def _public(key: str, plan: MergePlan) -> str:
-    """Return the manifest's name of an identity entry: inputs by place, not by path."""
-    for place, index in enumerate(plan.inputs):
-        if key == f"input {index.reference}":
-            return f"input {place}"
-    return key
-
-
 class _Session:
     """The state of one locked run."""
 
     def __init__(
-        self, plan: MergePlan, out: Path, reader: Reader, keys: RandomKeys, options: Options,
+        self, plan: MergePlan, out: Path, reader: Reader, identity: Identity, options: Options,
         emit: Callable[[Event], None], stop: threading.Event,
     ) -> None:  # fmt: skip
         self._plan, self._out, self._reader = plan, out, reader
+        self._identity = identity
         self._emit, self._stop = emit, stop
         self._writer = ShardWriter(out, plan.layout, direct=options.backend == "direct")
-        self._context = Context(plan, reader, self._writer, keys, stop, tolerant=options.nonfinite == "warn")
+        self._context = Context(
+            plan, reader, self._writer, identity.keys, stop, tolerant=options.nonfinite == "warn"
+        )
         self._overwrite = options.overwrite
         self._profile = options.profile
         self._running = 0.0
 
-    def run(
-        self, identity: Mapping[str, str], fingerprints: Sequence[str], card: str, began: float,
-        signal_received: Callable[[], int | None],
-    ) -> Summary:  # fmt: skip
+    def run(self, card: str, began: float, signal_received: Callable[[], int | None]) -> Summary:
         sidecars = find_sidecars(self._plan.donor.directory)
-        journal = Journal(self._out, {**identity, **_stamps(self._plan, sidecars)})
+        journal = Journal(self._out, {**self._identity.named, **_stamps(self._plan, sidecars)})
         stages = self._context.stages
         try:
             progress = self._continue(journal)
@@ -244,10 +207,9 @@ class _Session:
             self._warn_of_differing()
             self._warn_of_nonfinite(runner.receipts)
             self._emit(Event("commit"))
-            public = {_public(key, self._plan): value for key, value in identity.items()}
             with stages.time("commit"):
                 manifest = commit(
-                    self._plan, self._out, self._writer, runner.receipts, fingerprints, card, public,
+                    self._plan, self._out, self._writer, runner.receipts, self._identity, card,
                     read_sidecars(sidecars),
                 )  # fmt: skip
                 journal.remove()

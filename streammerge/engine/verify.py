@@ -18,6 +18,7 @@ from streammerge.engine.durable import PARTIAL, world_errors
 from streammerge.engine.journal import STATE
 from streammerge.engine.manifest import MANIFEST, load_manifest
 from streammerge.engine.readback import Found, Part, read_back
+from streammerge.engine.recompute import Recomputed
 from streammerge.engine.sidecars import COPIED
 from streammerge.errors import ModelError, printable
 from streammerge.index.header import TensorRef, read_header
@@ -42,6 +43,8 @@ class Verdict:
     """One line each; empty if the output is as it was written."""
     others: tuple[str, ...] = ()
     """Files beside those of the merge that no loader looks at."""
+    recomputed: Recomputed | None = None
+    """What was computed once more from the inputs; None where that was not asked for, or no header could be read."""
 
 
 def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> Verdict:
@@ -59,15 +62,7 @@ def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> V
     WorldError
         If the machine cannot read it.
     """
-    if not out.is_dir():
-        raise ModelError(f"{printable(out)}: no such directory")
-    if os.path.lexists(out / STATE):
-        raise ModelError(
-            f"{printable(out)}: the merge is not finished; run the same `streammerge merge` again"
-        )
-    if not os.path.lexists(out / MANIFEST):
-        raise ModelError(f"{printable(out)}: no {MANIFEST} in it; not the output of a finished merge")
-    manifest = load_manifest(out)
+    manifest = manifest_of(out)
     examined = [_examine(out, name, entry["nbytes"]) for name, entry in manifest["files"].items()]
     readable = {str(out / one.name): one.parts for one in examined if one.parts}
     found = read_back(readable, on_tick)
@@ -81,6 +76,19 @@ def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> V
     nbytes = sum(part.nbytes for parts in found.values() for part in parts)
     lines = [line for some in problems.values() for line in some]
     return Verdict(len(examined), nbytes, (*lines, *_misplaced(examined, manifest), *extra), others)
+
+
+def manifest_of(out: Path) -> dict[str, Any]:
+    """Return the manifest of a finished output; raise as `verify` does."""
+    if not out.is_dir():
+        raise ModelError(f"{printable(out)}: no such directory")
+    if os.path.lexists(out / STATE):
+        raise ModelError(
+            f"{printable(out)}: the merge is not finished; run the same `streammerge merge` again"
+        )
+    if not os.path.lexists(out / MANIFEST):
+        raise ModelError(f"{printable(out)}: no {MANIFEST} in it; not the output of a finished merge")
+    return load_manifest(out)
 
 
 @dataclass(frozen=True)

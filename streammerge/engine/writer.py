@@ -6,6 +6,7 @@ import errno
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from streammerge.engine.direct import REFUSED, open_direct, place_in_page, write_direct
 from streammerge.engine.durable import PARTIAL, fsync_directory, world_errors
@@ -15,6 +16,18 @@ from streammerge.plan.layout import Layout, Shard
 
 _AT_ONCE = 1 << 30
 """Linux moves at most 2 GiB a call."""
+
+
+class Sink(Protocol):
+    """Where merged bytes go; may be used from many threads."""
+
+    bytes_written: int
+
+    def write(self, shard: int, offset: int, data: Bytes) -> None:
+        """Take bytes of a shard, from an absolute offset on."""
+
+    def sync(self, shards: set[int]) -> None:
+        """See to it that everything taken for some shards is durable."""
 
 
 class ShardWriter:

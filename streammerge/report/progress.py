@@ -70,8 +70,8 @@ class LineReporter:
             print(
                 f"resuming: {format_size(event.values['bytes_done'])} of the output are done", file=sys.stderr
             )
-        elif event.kind in ("progress", "import"):
-            text = self._rate.text(event.values) if event.kind == "progress" else _import_text(event.values)
+        elif event.kind in ("progress", "import", "verify"):
+            text = self._rate.text(event.values) if event.kind == "progress" else _read_text(event.values)
             if time.monotonic() - self._last >= _LINE_SECONDS:
                 self._last = time.monotonic()
                 print(text, file=sys.stderr, flush=True)
@@ -146,8 +146,9 @@ class Rate:
         )
 
 
-def _import_text(values: Mapping[str, Any]) -> str:
-    return f"{values['tensors']}/{values['tensors_total']} tensors, read {format_size(values['bytes_read'])}"
+def _read_text(values: Mapping[str, Any]) -> str:
+    tensors = f"{values['tensors']}/{values['tensors_total']} tensors, " if "tensors" in values else ""
+    return f"{tensors}read {format_size(values['bytes_read'])}"
 
 
 def summary_values(summary: Summary) -> dict[str, Any]:

@@ -19,7 +19,11 @@ def verdict_values(verdict: Verdict) -> dict[str, Any]:
         "nbytes": verdict.nbytes,
         "problems": list(verdict.problems),
         "others": list(verdict.others),
-    }
+        **({} if (done := verdict.recomputed) is None else {"recomputed": {
+            "pieces": done.pieces, "of_pieces": done.of_pieces,
+            "elements": done.elements, "of_elements": done.of_elements,
+        }}),
+    }  # fmt: skip
 
 
 def verdict_text(out: str, verdict: Verdict) -> str:
@@ -28,6 +32,12 @@ def verdict_text(out: str, verdict: Verdict) -> str:
     if not lines:
         size = format_size(verdict.nbytes)
         lines.append(f"{printable(out)}: {verdict.files} files, {size}: all as written")
+    if (done := verdict.recomputed) is not None and not done.problems:
+        share = 100 * done.elements / max(1, done.of_elements)
+        lines.append(
+            f"{done.pieces} of {done.of_pieces} pieces recomputed from the inputs ({share:.3g} % of the elements): "
+            "the same bits"
+        )
     if verdict.others:
         names = ", ".join(printable(name, 60) for name in verdict.others[:_SHOWN])
         more = f" and {len(verdict.others) - _SHOWN} more" if len(verdict.others) > _SHOWN else ""

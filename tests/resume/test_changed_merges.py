@@ -110,7 +110,7 @@ def test_a_journal_of_another_version_is_refused_by_name(
 ) -> None:
     out = scene.directory / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("streammerge.engine.session.__version__", "0.0.9")
+        patch.setattr("streammerge.engine.identity.__version__", "0.0.9")
         interrupt(scene, out, monkeypatch)
     with pytest.raises(OutputError, match=r"another version.*--overwrite"):
         scene.merge(out)

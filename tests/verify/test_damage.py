@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from streammerge.api import merge
-from streammerge.engine.manifest import MANIFEST, load_manifest, seal
+from streammerge.engine.manifest import MANIFEST, load_manifest
 from streammerge.engine.verify import verify
 from streammerge.errors import ModelError
 from tests.conftest import config_for
+from tests.verify.forge import reseal
 
 SHAPES: dict[str, tuple[int, ...]] = {"embed.weight": (60, 32), "layers.0.weight": (32, 48), "norm": (32,)}
 
@@ -234,8 +235,8 @@ def test_a_model_file_that_the_manifest_does_not_know_is_found(out: Path) -> Non
 def test_a_file_that_a_loader_may_take_up_and_no_merge_wrote_is_found(name: str, out: Path) -> None:
     manifest = load_manifest(out)
     if name in manifest["files"]:
-        del manifest["files"][name], manifest["manifest_crc32"]
-        (out / MANIFEST).write_bytes(seal(manifest))
+        del manifest["files"][name]
+        reseal(out, files=manifest["files"])
     (out / name).write_text("{}")
     (problem,) = verify(out).problems
     assert problem.startswith(f"{name}: not in {MANIFEST}")

@@ -19,6 +19,7 @@ from streammerge.engine.session import Event
 from streammerge.engine.verify import verify
 from streammerge.errors import ModelError, StreammergeError
 from tests.conftest import config_for, read_tensors, write_model
+from tests.verify.forge import reseal
 
 SHAPES: dict[str, tuple[int, ...]] = {"embed.weight": (60, 32), "layers.0.weight": (32, 48), "norm": (32,)}
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -30,16 +31,6 @@ def out(make_models: Callable[..., list[Path]], tmp_path: Path) -> Path:
     merge(config_for("linear", make_models(shapes=SHAPES)), tmp_path / "out", shard_size=5000)
     assert sorted(path.name for path in (tmp_path / "out").glob("model-*")) == [FIRST, SECOND]
     return tmp_path / "out"
-
-
-def reseal(out: Path, *files: str, **fields: Any) -> None:
-    """Make the manifest say of some files what they are now, and whatever else is wanted."""
-    manifest = load_manifest(out)
-    del manifest["manifest_crc32"]
-    for name in files:
-        raw = (out / name).read_bytes()
-        manifest["files"][name] = {"nbytes": len(raw), "crc32": f"{crc32(raw):08x}"}
-    (out / MANIFEST).write_bytes(seal(manifest | fields))
 
 
 def rewrite(out: Path, name: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

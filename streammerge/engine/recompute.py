@@ -1,0 +1,280 @@
+"""Compute an output once more, or a sample of it, from its inputs, and compare the bits.
+
+It is a merge of which all but the sample counts as done, and whose writer compares: statistics of whole tensors and of
+the whole model are taken from the inputs anew, the plan's budget holds, and no compiled kernel serves where the plan
+says `torch_only`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streammerge import __version__
+from streammerge.dtypes import BITS
+from streammerge.engine.chunk import Context
+from streammerge.engine.commit import cover, densities, floored, not_finite
+from streammerge.engine.identity import LAYOUT, VERSION, identify
+from streammerge.engine.journal import Receipt
+from streammerge.engine.manifest import MANIFEST
+from streammerge.engine.memory import Bytes
+from streammerge.engine.reader import Reader
+from streammerge.engine.run import Runner
+from streammerge.errors import InputError, WorldError, printable
+from streammerge.index.header import read_header
+from streammerge.index.shards import SUFFIX
+from streammerge.plan.layout import Layout, Shard, Slot
+from streammerge.plan.plan import MergePlan
+from streammerge.plan.schedule import ALIGN, Piece, remaining
+
+_PIECE = 1 << 20
+"""Elements of a piece of the sample, where a method may be cut anywhere."""
+_STEP = 1 << 20
+"""Bytes compared at a time."""
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What was computed once more."""
+
+    pieces: int
+    of_pieces: int
+    elements: int
+    """Compared; more than those of the pieces where a method needs a whole tensor."""
+    of_elements: int
+    problems: tuple[str, ...]
+    """One line for each tensor that differs, the first in file order first."""
+
+
+def check_made_from(plan: MergePlan, out: Path, manifest: Mapping[str, Any], config: str) -> None:
+    """Refuse a plan that is not the one an output was made by.
+
+    Another version of this program and another size of shards are no reason: they change no bit of a tensor.
+
+    Raises
+    ------
+    InputError
+        Naming what differs.
+    """
+    reader = Reader()
+    try:
+        identity = identify(plan, reader)
+    finally:
+        reader.close()
+    changed = [name for name in identity.changed(manifest["identity"]) if name not in (VERSION, LAYOUT)]
+    if not changed and manifest["tensors"].keys() != {job.name for job in plan.jobs}:
+        changed = ["set of tensors"]
+    if changed:
+        raise InputError(
+            f"{printable(out)}: was made with another {printable(', '.join(changed[:3]))} than {printable(config)} gives "
+            "now, so there is nothing to compare it with"
+        )
+
+
+def pieces_of(plan: MergePlan) -> list[Piece]:
+    """Return what a sample is drawn from: all tensors in pieces that do not depend on the budget."""
+    pieces = []
+    for job, how in zip(plan.jobs, plan.work, strict=True):
+        row = ALIGN if how.sees == "elements" else how.row
+        size = job.n_elements if how.sees == "tensor" else max(row, _PIECE // row * row)
+        for start in range(0, job.n_elements, max(1, size)):
+            pieces.append(Piece(job.ordinal, start, min(job.n_elements, start + size)))
+    return pieces
+
+
+def recompute(
+    plan: MergePlan, out: Path, manifest: Mapping[str, Any], *, sample: int | None, seed: int,
+    on_tick: Callable[[int], None] = lambda nbytes: None,
+) -> Recomputed:  # fmt: skip
+    """Recompute a sample of an output, the same for the same seed, or all of it, and compare.
+
+    Parameters
+    ----------
+    plan
+        That the output was made by; see `check_made_from`.
+    sample
+        How many pieces; None: all.
+    on_tick
+        Called now and then with the bytes read so far.
+
+    Raises
+    ------
+    ModelError
+        If the headers of the output cannot be read.
+    WorldError
+        If the machine cannot read it, or an input changes meanwhile.
+    """
+    placed = _placed(plan, out, list(manifest["files"]))
+    every = pieces_of(placed)
+    chosen = every if sample is None else random.Random(seed).sample(every, min(sample, len(every)))
+    reader = Reader()
+    comparer = _Comparer(placed, out, reader)
+    context = Context(
+        placed, reader, comparer, identify(placed, reader).keys, threading.Event(), tolerant=True
+    )
+    try:
+        runner = Runner(context, _Nothing(), lambda tick: on_tick(tick.bytes_read))
+        runner.run(_all_but(placed, chosen), {})
+    finally:
+        reader.close()
+    _check_inputs(placed)
+    problems = [comparer.describe(job, manifest) for job in sorted(comparer.differences)]
+    if sample is None and not problems:
+        problems = _told_wrongly(placed, runner.receipts, manifest)
+    n = sum(job.n_elements for job in placed.jobs)
+    return Recomputed(len(chosen), len(every), comparer.elements, n, tuple(problems))
+
+
+def _placed(plan: MergePlan, out: Path, names: Sequence[str]) -> MergePlan:
+    """Return the plan with the layout that the output has, whatever the size of its shards."""
+    jobs = {job.name: job for job in plan.jobs}
+    slots: dict[int, Slot] = {}
+    shards = []
+    for number, name in enumerate(sorted(name for name in names if name.endswith(SUFFIX))):
+        refs, _, stamp = read_header(out / name)
+        for tensor, ref in refs.items():
+            job = jobs.get(tensor)
+            if job is None or (job.dtype, job.shape) != (ref.dtype, ref.shape):
+                raise InputError(
+                    f"{printable(out / name)}: tensor {printable(tensor)} is not one of the merge"
+                )
+            slots[job.ordinal] = Slot(number, ref.offset, ref.nbytes)
+        ordinals = tuple(jobs[tensor].ordinal for tensor in refs)
+        shards.append(Shard(name, b"", stamp.nbytes, ordinals))
+    lost = [job.name for job in plan.jobs if job.ordinal not in slots]
+    if lost:
+        raise InputError(f"{printable(out)}: tensor {printable(lost[0])} is in none of its files")
+    return replace(plan, layout=Layout(tuple(shards), tuple(slots[job.ordinal] for job in plan.jobs)))
+
+
+def _all_but(plan: MergePlan, chosen: Sequence[Piece]) -> list[Receipt]:
+    """Return receipts of everything that is not to be computed."""
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    for piece in chosen:
+        wanted.setdefault(piece.job, []).append((piece.start, piece.stop))
+    return [
+        Receipt(job.ordinal, start, stop, 0)
+        for job in plan.jobs
+        for start, stop in remaining(job.n_elements, wanted.get(job.ordinal, ()))
+    ]
+
+
+def _check_inputs(plan: MergePlan) -> None:
+    for stamps in plan.stamped.values():
+        for stamp in stamps:
+            try:
+                same = stamp.describes(os.stat(stamp.path))
+            except OSError:
+                same = False
+            if not same:
+                raise WorldError(f"{printable(stamp.path)}: an input changed while it was read; run again")
+
+
+def _told_wrongly(plan: MergePlan, receipts: Sequence[Receipt], manifest: Mapping[str, Any]) -> list[str]:
+    """Return what the manifest says of the merge beside its bytes, and is not so."""
+    chosen = cover(plan, receipts)
+    told: dict[str, Any] = {"densities": densities(plan, chosen), "not_finite": not_finite(plan, chosen)}
+    if plan.fishers:
+        told["floored"] = floored(plan, chosen)
+    return [
+        f"{MANIFEST}: `{field}` is not what the merge gives"
+        for field, value in told.items() if (manifest.get(field) or None) != (value or None)
+    ]  # fmt: skip
+
+
+class _Nothing:
+    """Takes down nothing: what is recomputed is forgotten."""
+
+    def add(self, receipts: Sequence[Receipt]) -> None:
+        """See `Record`."""
+
+    def add_answers(self, answers: Mapping[str, Any]) -> None:
+        """See `Record`."""
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """Where a tensor differs from what was recomputed."""
+
+    first: int
+    """Element."""
+    count: int
+    found: str
+    recomputed: str
+    """Of the first one, as they lie: hexadecimal digits of the number that its bytes are."""
+
+
+class _Comparer:
+    """Takes merged bytes and compares them with those of an output."""
+
+    def __init__(self, plan: MergePlan, out: Path, reader: Reader) -> None:
+        self._plan, self._out, self._reader = plan, out, reader
+        self._lock = threading.Lock()
+        self._by_shard = [
+            sorted(
+                (plan.layout.slots[job].offset, job) for job in shard.jobs if plan.layout.slots[job].nbytes
+            )
+            for shard in plan.layout.shards
+        ]
+        self.differences: dict[int, _Difference] = {}
+        """By job."""
+        self.elements = 0
+        """Compared."""
+        self.bytes_written = 0
+
+    def write(self, shard: int, offset: int, data: Bytes) -> None:
+        """Compare what would be written at an absolute offset of a shard."""
+        if not data.size:
+            return
+        places = self._by_shard[shard]
+        begins, ordinal = places[bisect_right(places, (offset, len(self._plan.jobs))) - 1]
+        bits = BITS[self._plan.jobs[ordinal].dtype]
+        path = str(self._out / self._plan.layout.shards[shard].name)
+        for position in range(0, data.size, _STEP):
+            ours = data[position : position + _STEP]
+            theirs = np.empty(ours.size, np.uint8)
+            self._reader.read_into(path, offset + position, theirs)
+            if not np.array_equal(ours, theirs):
+                self._note(ordinal, (offset + position - begins) * 8 // bits, ours, theirs)
+        with self._lock:
+            self.elements += data.size * 8 // bits
+
+    def _note(self, ordinal: int, start: int, ours: Bytes, theirs: Bytes) -> None:
+        width = max(1, BITS[self._plan.jobs[ordinal].dtype] // 8)
+        differ = np.flatnonzero((ours != theirs).reshape(-1, width).any(axis=1))
+        at = slice(differ[0] * width, (differ[0] + 1) * width)
+        found, recomputed = (
+            f"0x{int.from_bytes(side[at].tobytes(), 'little'):0{2 * width}x}" for side in (theirs, ours)
+        )
+        new = _Difference(start + int(differ[0]), differ.size, found, recomputed)
+        with self._lock:
+            old = self.differences.get(ordinal)
+            earlier = new if old is None or new.first < old.first else old
+            self.differences[ordinal] = replace(earlier, count=new.count + (old.count if old else 0))
+
+    def sync(self, shards: set[int]) -> None:
+        """See `Sink`: nothing is written."""
+
+    def describe(self, ordinal: int, manifest: Mapping[str, Any]) -> str:
+        """Return one line on how a tensor differs."""
+        job, what = self._plan.jobs[ordinal], self.differences[ordinal]
+        file = self._plan.layout.shards[self._plan.layout.slots[ordinal].shard].name
+        more = f", and {what.count - 1} more elements differ" if what.count > 1 else ""
+        version = manifest["streammerge"]
+        other = (
+            f" (made by version {printable(version, 40)}, this is {__version__})"
+            if version != __version__
+            else ""
+        )
+        return (
+            f"{file}: tensor {printable(job.name)}: element {what.first} is {what.found}, recomputed from the inputs "
+            f"{what.recomputed}{more}{other}"
+        )
