@@ -13,7 +13,7 @@ from streammerge.compiled import missing_kernels
 from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
 from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.reader import Backend
-from streammerge.engine.recompute import check_made_from, recompute
+from streammerge.engine.recompute import check_contents, check_made_from, recompute
 from streammerge.engine.session import Event, NonFinite, Options, Summary, execute
 from streammerge.engine.verify import Verdict, manifest_of
 from streammerge.engine.verify import verify as verify_files
@@ -109,6 +109,7 @@ def merge(
     io: Backend = "direct",
     profile: str | os.PathLike[str] | None = None,
     nonfinite: NonFinite = "error",
+    hash_inputs: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
@@ -128,6 +129,9 @@ def merge(
     nonfinite
         ``error``: a NaN or an infinity, of an input or by overflow, stops the merge; ``warn``: it is written, at its own
         element alone, and reported.
+    hash_inputs
+        Hash every input file before the first byte, one more read of it: run again, the merge then knows a file that was
+        touched or copied from one that changed. The manifest records the hashes.
     on_event
         Called from the calling thread with progress, warnings and the like.
     **options
@@ -143,7 +147,7 @@ def merge(
     decided = plan(config, device=device, **options)
     if nonfinite not in get_args(NonFinite):
         raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
-    how = Options(overwrite, io, Path(profile) if profile else None, nonfinite)
+    how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs)
     return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
 
 
@@ -164,7 +168,8 @@ def verify(
     against
         The config that `out` was made from: a sample of it is recomputed by the torch formulas and compared bit by bit.
     sample
-        How many pieces, of a million elements where the method may be cut; None: all of the output.
+        How many pieces, of a million elements where the method may be cut; None: all of the output, and first the
+        content hashes of the inputs, where the manifest records them.
     seed
         Of the choice of the sample; the same pieces for the same seed. (The merge's own seed is the manifest's.)
     memory
@@ -193,6 +198,8 @@ def verify(
     )
     name = "the config" if isinstance(against, Mapping) else str(against)
     check_made_from(decided, out, manifest, name)
+    if sample is None:
+        check_contents(decided, out, manifest, on_tick)
     verdict = verify_files(out, on_tick)
     try:
         done = recompute(decided, out, manifest, sample=sample, seed=seed, on_tick=on_tick)

@@ -67,6 +67,11 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="A NaN or infinity, of an input or by overflow, stops the merge, or is written and reported.",
 )
+@click.option(
+    "--hash-inputs",
+    is_flag=True,
+    help="Hash every input file first, one more read of it: run again, a touched or copied file is known as the same.",
+)
 @click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line, on stdout.")
 def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:

@@ -24,7 +24,7 @@ from streammerge.engine.manifest import seal
 NAMES = ["header", "json", "model", "reference", "pickles", "yaml", "config", "journal", "manifest", "fisher",
          "chunk", "size"]  # fmt: skip
 
-IDENTITY = _line({"identity": {"config": "ab"}})
+IDENTITY = _line({"identity": {"config": "ab"}, "files": {"of base/w": ["00", ""]}})
 
 
 def store(**fields: object) -> bytes:
@@ -48,8 +48,12 @@ FOUND: list[tuple[str, str, bytes]] = [
     ("journal", "letters", IDENTITY + _line({"done": "0123456"})),
     ("journal", "an end before the start", IDENTITY + _line({"done": [0, 2, 1, 0, 0, 0]})),
     ("journal", "a checksum of 33 bits", IDENTITY + _line({"done": [0, 0, 1, 1 << 32, 0, 0]})),
-    ("journal", "an identity that is a list", _line({"identity": ["config"]})),
-    ("journal", "an identity of numbers", _line({"identity": {"config": 1}})),
+    ("journal", "an identity that is a list", _line({"identity": ["config"], "files": {}})),
+    ("journal", "an identity of numbers", _line({"identity": {"config": 1}, "files": {}})),
+    ("journal", "files that are a list", _line({"identity": {"config": "ab"}, "files": [["a", "b"]]})),
+    ("journal", "a file of one text", IDENTITY + _line({"files": {"a": ["b"]}})),
+    ("journal", "a file of numbers", IDENTITY + _line({"files": {"a": [1, 2]}})),
+    ("journal", "files twice as many", IDENTITY + _line({"files": {"a": ["b", "c", "d"]}})),
     ("journal", "answers that are a number", IDENTITY + _line({"answer": ["3", 1]})),
     ("journal", "a threshold of one number", IDENTITY + _line({"answer": ["3", [[{"threshold": [1]}]]]})),
     ("journal", "a sum that is no number", IDENTITY + _line({"answer": ["3", [[{"float": "0x1p"}]]]})),

@@ -498,6 +498,8 @@ class JournalFile:
             )
             require(all(_natural(n) for n in numbers), f"{receipt}")
             require(receipt.start <= receipt.stop and receipt.crc < 1 << 32, f"{receipt}")
+        known = [text for file in progress.files.values() for text in (file.stamp, file.content)]
+        require(all(isinstance(text, str) for text in (*progress.files, *known)), "files that are no texts")
         self._check_answers(progress.answers)
         self._path.write_bytes(sound)
         require(_load(self._path) == (progress, sound), "its sound part alone says something else")
@@ -517,7 +519,12 @@ class JournalFile:
     @staticmethod
     def seeds() -> list[bytes]:
         """Return journals as merges write them."""
-        first = _line({"identity": {"version": "1", "config": "ab" * 16, "input base": "cd" * 16}})
+        files = {
+            "of base/model.safetensors": ["ab" * 16, "cd" * 32],
+            "beside base/config.json": ["ef" * 16, ""],
+        }
+        identity = {"version": "1", "config": "ab" * 16, "input base": "cd" * 16}
+        first = _line({"identity": identity, "files": files})
         done = [
             _line({"done": [i, 4096 * i, 4096 * (i + 1), zlib.crc32(bytes([i])), 0, 0, 7, 9]})
             for i in range(5)
@@ -533,7 +540,8 @@ class JournalFile:
         ]
         answer = _line({"answer": ["3", [plain, [plain[0]]]]})
         whole = first + b"".join(done) + answer
-        return [first, whole, whole[:-5], whole + b"\0" * 64, done[0] + first, first + first, b"",
+        again = _line({"files": {"of base/model.safetensors": ["00" * 16, "cd" * 32]}})
+        return [first, first + again + done[0], whole, whole[:-5], whole + b"\0" * 64, done[0] + first, first + first, b"",
                 first + _line({"done": [-1, 0, 1, 0, 0, 0]}), first + _line({"other": 1}) + done[0]]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from streammerge import __version__, dtypes
 from streammerge.engine.checksum import combine_all, crc32
 from streammerge.engine.durable import fsync_directory, world_errors, write_file
 from streammerge.engine.identity import Identity
+from streammerge.engine.inputs import content_of
 from streammerge.engine.journal import Receipt
 from streammerge.engine.manifest import FORMAT, MANIFEST, seal
 from streammerge.engine.output import CONFIG_COPY
@@ -28,8 +29,11 @@ def commit(
     identity: Identity,
     card: str,
     sidecars: Mapping[str, bytes],
+    contents: Mapping[str, str],
 ) -> dict[str, Any]:
     """Publish a finished merge; everything is durable before the index (or single shard) has its name.
+
+    `contents` are the content hashes of input files, where they were hashed.
 
     Returns the manifest. Running it again after an interruption at any point gives the same bytes.
     """
@@ -42,7 +46,8 @@ def commit(
     files["README.md"] = card.encode()
     files[CONFIG_COPY] = plan.config.text.encode("utf-8", "surrogatepass")
     index = None if single else _index(plan)
-    manifest = _manifest(plan, chosen, identity, {**files, **({INDEX_NAME: index} if index else {})})
+    small = {**files, **({INDEX_NAME: index} if index else {})}
+    manifest = _manifest(plan, chosen, identity, small, contents)
     for name, data in files.items():
         write_file(out / name, data)
     for shard in shards if not single else ():
@@ -85,6 +90,7 @@ def _manifest(
     chosen: Mapping[int, Sequence[Receipt]],
     identity: Identity,
     files: Mapping[str, bytes],
+    contents: Mapping[str, str],
 ) -> dict[str, Any]:
     tensors = {job.ordinal: tensor_crc(plan, chosen[job.ordinal]) for job in plan.jobs}
     written: dict[str, dict[str, Any]] = {}
@@ -95,6 +101,7 @@ def _manifest(
     for name, data in files.items():
         written[name] = {"nbytes": len(data), "crc32": f"{crc32(data):08x}"}
     fishers = [index.stamps[0].header_digest for index in plan.fishers]
+    diagonals = [content_of(index, contents) for index in plan.fishers]
     return {
         "format": FORMAT,
         "streammerge": __version__,
@@ -103,10 +110,12 @@ def _manifest(
         "identity": identity.public,
         "inputs": [
             {"role": "base" if index is plan.base else "model", "fingerprint": digest,
-             "tensors": len(index), "nbytes": index.nbytes}
+             "tensors": len(index), "nbytes": index.nbytes,
+             **({"sha256": hashes} if (hashes := content_of(index, contents)) else {})}
             for index, digest in zip(plan.inputs, identity.fingerprints, strict=True)
         ],
         "densities": densities(plan, chosen),
+        **({"fisher_sha256": diagonals} if any(diagonals) else {}),
         **({"fisher_tables": fishers, "floored": floored(plan, chosen)} if plan.fishers else {}),
         **({"not_finite": bad} if (bad := not_finite(plan, chosen)) else {}),
         "files": dict(sorted(written.items())),

@@ -1,7 +1,7 @@
 """What is finished, durably: one line per record, each with its own checksum, a torn tail ignored.
 
-The first line says what the output depends on; a merge continues only if it says the same. A line is
-appended after the bytes it speaks of are durable.
+The first line says what the output depends on, and which files are read; a merge continues only if it says the
+same. A line is appended after the bytes it speaks of are durable.
 """
 
 from __future__ import annotations
@@ -38,6 +38,15 @@ class Receipt:
     """Elements that are NaN or infinite."""
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of an input file; see `streammerge.engine.inputs`."""
+
+    stamp: str
+    content: str = ""
+    """Its content hash; empty where it was not hashed."""
+
+
 @dataclass
 class Progress:
     """What a journal records."""
@@ -46,6 +55,8 @@ class Progress:
     receipts: list[Receipt] = field(default_factory=list)
     answers: dict[str, Any] = field(default_factory=dict)
     """Answers of streamed statistics so far, by job."""
+    files: dict[str, Known] = field(default_factory=dict)
+    """The input files, by their keys."""
 
 
 class Journal:
@@ -85,15 +96,22 @@ class Journal:
             self._path.unlink(missing_ok=True)
             fsync_directory(self._state)
 
-    def open(self) -> None:
+    def open(self, files: Mapping[str, Known]) -> None:
         """Make the journal ready to be added to: a new one after `start_over`, or the sound lines of the old one.
+
+        `files` are the input files as they are now.
 
         They are written anew, as one file: what follows them may be torn, and where a sync has failed they may be
         in the page cache alone.
         """
         with world_errors(self._path):
             progress, sound = _load(self._path)
-            write_file(self._path, sound if progress is not None else _line({"identity": self._identity}))
+            listed = {key: [known.stamp, known.content] for key, known in files.items()}
+            if progress is None:
+                sound = _line({"identity": self._identity, "files": listed})
+            elif progress.files != files:
+                sound += _line({"files": listed})
+            write_file(self._path, sound)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             self._descriptor = os.open(self._path, flags)
             fsync_directory(self._state)
@@ -185,7 +203,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
     if progress is None:
-        return Progress(_texts(record["identity"]))
+        return Progress(_texts(record["identity"]), files=_known_files(record["files"]))
     if "identity" in record:
         raise ValueError
     if "done" in record:
@@ -198,6 +216,8 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
         if not (isinstance(job_key, str) and job_key.isascii() and job_key.isdigit()):
             raise ValueError
         progress.answers[job_key] = [list(one) for one in answers]
+    elif "files" in record:
+        progress.files = _known_files(record["files"])
     return progress
 
 
@@ -205,6 +225,17 @@ def _texts(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError
     return value
+
+
+def _known_files(value: Any) -> dict[str, Known]:
+    if not isinstance(value, dict):
+        raise ValueError
+    files = {}
+    for key, (stamp, content) in value.items():
+        if not isinstance(stamp, str) or not isinstance(content, str):
+            raise ValueError
+        files[key] = Known(stamp, content)
+    return files
 
 
 def _naturals(value: Any) -> list[int]:

@@ -143,7 +143,11 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "method": (_text, "a name"),
     "seed": (lambda value: type(value) is int and 0 <= value < 2**64, "a seed"),
     "identity": (_texts, "a map of strings"),
-    "inputs": (_list_of(_entry(role=_text, fingerprint=_text)), "a list of inputs"),
+    "inputs": (
+        _list_of(lambda one: _entry(role=_text, fingerprint=_text)(one) and _texts(one.get("sha256", {}))),
+        "a list of inputs",
+    ),
+    "fisher_sha256": (_list_of(_texts), "a list of content hashes"),
     "densities": (
         _list_of(_entry(model=_natural, kept=_natural, of=_natural, density=_fraction)),
         "a list of densities",
@@ -157,4 +161,4 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }  # fmt: skip
 """What each field must be; others are not looked at."""
-_NEEDED = frozenset(_FIELDS) - {"floored", "not_finite"}
+_NEEDED = frozenset(_FIELDS) - {"fisher_sha256", "floored", "not_finite"}

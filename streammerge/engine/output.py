@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_complete(out: Path, manifest: dict[str, Any] | None, *, ignore_state: bool = False) -> bool:
+def is_complete(out: Path, manifest: Mapping[str, Any] | None, *, ignore_state: bool = False) -> bool:
     """Return whether every file of the manifest is there with its size, the index included."""
     if manifest is None or ((out / STATE).exists() and not ignore_state):
         return False

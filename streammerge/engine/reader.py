@@ -305,6 +305,11 @@ def check_unchanged(stamp: FileStamp) -> None:
         ) from None
     known = (stamp.nbytes, stamp.mtime_ns, stamp.inode)
     if (now.st_size, now.st_mtime_ns, now.st_ino) != known or now.st_ctime_ns != stamp.ctime_ns:
-        raise WorldError(
-            f"{printable(stamp.path)}: an input changed while it was merged; start again with --overwrite"
-        )
+        raise changed(stamp.path)
+
+
+def changed(path: str) -> WorldError:
+    """Return the failure of a merge of which an input changed meanwhile."""
+    return WorldError(
+        f"{printable(path)}: an input changed while it was merged; start again with --overwrite"
+    )

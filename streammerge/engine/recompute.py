@@ -23,6 +23,7 @@ from streammerge.dtypes import BITS
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import cover, densities, floored, not_finite
 from streammerge.engine.identity import LAYOUT, VERSION, identify
+from streammerge.engine.inputs import ContentHasher, changed_contents
 from streammerge.engine.journal import Receipt
 from streammerge.engine.manifest import MANIFEST
 from streammerge.engine.memory import Bytes
@@ -76,6 +77,26 @@ def check_made_from(plan: MergePlan, out: Path, manifest: Mapping[str, Any], con
         raise InputError(
             f"{printable(out)}: was made with another {printable(', '.join(changed[:3]))} than {printable(config)} gives "
             "now, so there is nothing to compare it with"
+        )
+
+
+def check_contents(
+    plan: MergePlan,
+    out: Path,
+    manifest: Mapping[str, Any],
+    on_tick: Callable[[int], None] = lambda nbytes: None,
+) -> None:
+    """Refuse inputs of which the content is not that of the hashes in a manifest, where it has any.
+
+    Raises
+    ------
+    InputError
+        Naming the first file that is another one.
+    """
+    if other := changed_contents(plan, manifest, ContentHasher(plan.budget.threads, on_tick=on_tick)):
+        raise InputError(
+            f"{printable(out)}: was made from another content {printable(other[0], 300)}, so there is nothing to compare "
+            "it with"
         )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,9 +18,18 @@ from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
 from streammerge.engine.durable import fsync_directory, world_errors
-from streammerge.engine.fingerprint import files_digest
 from streammerge.engine.identity import Identity, identify
-from streammerge.engine.journal import STATE, Journal, Progress, Receipt, remove_state
+from streammerge.engine.inputs import (
+    ContentHasher,
+    InputFile,
+    beside,
+    changed_contents,
+    confirm,
+    find_inputs,
+    recognize,
+    recorded_contents,
+)
+from streammerge.engine.journal import STATE, Journal, Known, Progress, Receipt, remove_state
 from streammerge.engine.manifest import read_manifest
 from streammerge.engine.memory import Bytes
 from streammerge.engine.nonfinite import trace
@@ -33,13 +42,13 @@ from streammerge.engine.output import (
     withdraw,
 )
 from streammerge.engine.profile import profile_values, write_profile
-from streammerge.engine.reader import Backend, Reader, check_unchanged
+from streammerge.engine.reader import Backend, Reader
 from streammerge.engine.run import Runner, Tick
 from streammerge.engine.sidecars import find_sidecars, read_sidecars
+from streammerge.engine.verify import check_files
 from streammerge.engine.warm import ensure_compiled
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import OutputError, Stopped, WorldError, printable
-from streammerge.index.header import FileStamp
 from streammerge.plan.arena import is_copied
 from streammerge.plan.budget import available_memory
 from streammerge.plan.layout import Slot
@@ -56,7 +65,7 @@ class Event:
     """Something a caller may want to show."""
 
     kind: str
-    """``start``, ``resume``, ``progress``, ``warning``, ``commit`` or ``done``."""
+    """``hash``, ``start``, ``resume``, ``progress``, ``warning``, ``commit``, ``verify`` or ``done``."""
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -89,6 +98,8 @@ class Options:
     """Where to write what the time went to, also when the run fails or is stopped."""
     nonfinite: NonFinite = "error"
     """What becomes of a NaN or an infinity: refused, or written and reported."""
+    hash_inputs: bool = False
+    """Hash every input file before the first byte, so that it is known again whatever its date; the manifest has it."""
 
 
 def execute(
@@ -125,25 +136,45 @@ def execute(
         identity = identify(plan, reader)
         with locked(out):
             check_contents(out)
-            if not options.overwrite and (finished := _finished(out, plan, identity)) is not None:
+            hasher = _make_hasher(plan, emit, stop or threading.Event(), signal_received)
+            if not options.overwrite and (
+                finished := _finished(out, plan, identity, hasher if options.hash_inputs else None, emit)
+            ):
                 return finished
-            session = _Session(plan, out, reader, identity, options, emit, stop or threading.Event())
+            session = _Session(plan, out, reader, identity, options, emit, stop or threading.Event(), hasher)
             return session.run(card(plan), began, signal_received)
     finally:
         reader.close()
 
 
-def _stamps(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> dict[str, str]:
-    """Return what identifies the input files themselves while a merge is unfinished; not in the manifest."""
-    stamps = {f"version of the files of {name}": files_digest(some) for name, some in plan.stamped.items()}
-    listed = json.dumps(sorted(sidecars)) + files_digest(sidecars[name] for name in sorted(sidecars))
-    return {**stamps, f"version of the files beside {plan.donor.reference}": listed}
+def _make_hasher(
+    plan: MergePlan, emit: Callable[[Event], None], stop: threading.Event,
+    signal_received: Callable[[], int | None],
+) -> ContentHasher:  # fmt: skip
+    """Return what hashes input files for a run: stopped with it, and reporting how far it is."""
+
+    def check_stop() -> None:
+        if stop.is_set():
+            raise Stopped(signal_received() or signal.SIGTERM)
+
+    return ContentHasher(
+        plan.budget.threads, check_stop, lambda nbytes: emit(Event("hash", {"bytes_read": nbytes}))
+    )
 
 
-def _finished(out: Path, plan: MergePlan, identity: Identity) -> Summary | None:
-    """Return a summary if `out` already holds this very merge, complete; refuse if it holds another."""
+def _finished(
+    out: Path,
+    plan: MergePlan,
+    identity: Identity,
+    hasher: ContentHasher | None,
+    emit: Callable[[Event], None],
+) -> Summary | None:
+    """Return a summary if `out` already holds this very merge, complete; refuse if it holds another.
+
+    With a `hasher` the inputs are the same only if their content is, where the manifest records it.
+    """
     manifest = read_manifest(out)
-    if manifest is None or ((out / STATE).exists() and not is_complete(out, manifest, ignore_state=True)):
+    if manifest is None or ((out / STATE).exists() and not _is_sound(out, manifest)):
         return None
     if changed := identity.changed(manifest["identity"]):
         raise OutputError(
@@ -154,6 +185,17 @@ def _finished(out: Path, plan: MergePlan, identity: Identity) -> Summary | None:
         raise OutputError(
             f"{printable(out)}: a finished merge of which files are missing or cut short; start over with --overwrite"
         )
+    if hasher is not None:
+        if other := changed_contents(plan, manifest, hasher):
+            raise OutputError(
+                f"{printable(out)}: holds a finished merge of another content {printable(other[0], 300)}; choose another "
+                "OUT, or replace it with --overwrite"
+            )
+        if not recorded_contents(plan, manifest):
+            emit(Event("warning", {
+                "message": f"{printable(out)}: was finished without --hash-inputs, so there are no content hashes to "
+                "compare the inputs with"
+            }))  # fmt: skip
     with world_errors(out):
         # Whoever gave the last name may have been killed before it was durable.
         fsync_directory(out)
@@ -164,13 +206,22 @@ def _finished(out: Path, plan: MergePlan, identity: Identity) -> Summary | None:
     )  # fmt: skip
 
 
+def _is_sound(out: Path, manifest: Mapping[str, Any]) -> bool:
+    """Return whether a commit that was interrupted left nothing to do but to forget the journal.
+
+    Every byte is read: once the journal is gone, a damaged one could not be made again.
+    """
+    return is_complete(out, manifest, ignore_state=True) and not check_files(out, manifest).problems
+
+
 class _Session:
     """The state of one locked run."""
 
     def __init__(
         self, plan: MergePlan, out: Path, reader: Reader, identity: Identity, options: Options,
-        emit: Callable[[Event], None], stop: threading.Event,
+        emit: Callable[[Event], None], stop: threading.Event, hasher: ContentHasher,
     ) -> None:  # fmt: skip
+        self._hasher, self._hash_inputs = hasher, options.hash_inputs
         self._plan, self._out, self._reader = plan, out, reader
         self._identity = identity
         self._emit, self._stop = emit, stop
@@ -184,10 +235,11 @@ class _Session:
 
     def run(self, card: str, began: float, signal_received: Callable[[], int | None]) -> Summary:
         sidecars = find_sidecars(self._plan.donor.directory)
-        journal = Journal(self._out, {**self._identity.named, **_stamps(self._plan, sidecars)})
+        files = find_inputs(self._plan, sidecars)
+        journal = Journal(self._out, self._identity.named)
         stages = self._context.stages
         try:
-            progress = self._continue(journal)
+            progress = self._continue(journal, files)
             self._writer.open()
             sound = self._believe(progress.receipts)
             resumed = sum(_receipt_bytes(self._plan, receipt) for receipt in sound)
@@ -201,16 +253,17 @@ class _Session:
                 self._running = time.monotonic() - started
                 if (signum := signal_received()) is not None:
                     raise Stopped(signum) from None
-            for stamps in self._plan.stamped.values():
-                for stamp in stamps:
-                    check_unchanged(stamp)
+            for file in files:
+                confirm(file, progress.files[file.key], self._hasher)
             self._warn_of_differing()
             self._warn_of_nonfinite(runner.receipts)
             self._emit(Event("commit"))
             with stages.time("commit"):
+                contents = {key: known.content for key, known in progress.files.items()}
+                small = {file.name: contents[file.key] for file in files if self._is_sidecar(file)}
                 manifest = commit(
                     self._plan, self._out, self._writer, runner.receipts, self._identity, card,
-                    read_sidecars(sidecars),
+                    read_sidecars(sidecars, small), contents,
                 )  # fmt: skip
                 journal.remove()
         finally:
@@ -221,16 +274,31 @@ class _Session:
         self._warn_of_floor(manifest.get("floored"))
         return self._summary(manifest, resumed, began)
 
-    def _continue(self, journal: Journal) -> Progress:
-        """Return what an earlier run recorded; where there is nothing, or it is not wanted, begin anew."""
+    def _continue(self, journal: Journal, files: Sequence[InputFile]) -> Progress:
+        """Return what an earlier run recorded; where there is nothing, or it is not wanted, begin anew.
+
+        The files are those that it knows, by stamp or by content; what is to be hashed and is not yet, is now.
+        """
         progress = None if self._overwrite else journal.read()
+        known = {file.key: Known(file.stamp) for file in files}
+        if progress is not None:
+            what = f"{printable(self._out)}: holds an unfinished merge"
+            known = recognize(files, progress.files, self._hasher, what)
+        hashed = self._hasher.hash([
+            file for file in files
+            if not known[file.key].content and (self._hash_inputs or self._is_sidecar(file))
+        ])  # fmt: skip
+        known |= {key: Known(known[key].stamp, content) for key, content in hashed.items()}
         if progress is None:
             journal.start_over()
             clear(self._out)
         else:
             withdraw(self._out)
-        journal.open()
-        return progress or Progress({})
+        journal.open(known)
+        return replace(progress or Progress({}), files=known)
+
+    def _is_sidecar(self, file: InputFile) -> bool:
+        return file.group == beside(self._plan)
 
     def _believe(self, receipts: Sequence[Receipt]) -> list[Receipt]:
         """Return the receipts whose bytes are still what they say; the others are done again."""

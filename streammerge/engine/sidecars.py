@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from streammerge.engine.reader import check_unchanged
+from streammerge.engine.reader import changed, check_unchanged
 from streammerge.errors import WorldError, printable
 from streammerge.index.header import FileStamp
 from streammerge.index.model import CONFIG_NAME
@@ -49,23 +50,29 @@ def find_sidecars(directory: Path) -> dict[str, FileStamp]:
     return found
 
 
-def read_sidecars(stamps: Mapping[str, FileStamp]) -> dict[str, bytes]:
+def read_sidecars(stamps: Mapping[str, FileStamp], contents: Mapping[str, str]) -> dict[str, bytes]:
     """Return the content of sidecars by name.
+
+    Parameters
+    ----------
+    contents
+        SHA-256 of each when the merge began.
 
     Raises
     ------
     WorldError
-        If one cannot be read or is not what it was when it was found.
+        If one cannot be read or is not what it was then.
     """
-    content = {}
+    found = {}
     for name, stamp in stamps.items():
         try:
-            content[name] = Path(stamp.path).read_bytes()
+            found[name] = Path(stamp.path).read_bytes()
         except OSError as error:
-            if error.errno != errno.ENOENT:
-                raise _unreadable(stamp.path, error) from error
-        check_unchanged(stamp)
-    return content
+            check_unchanged(stamp)
+            raise _unreadable(stamp.path, error) from error
+        if hashlib.sha256(found[name]).hexdigest() != contents[name]:
+            raise changed(stamp.path)
+    return found
 
 
 def _unreadable(path: object, error: OSError) -> WorldError:

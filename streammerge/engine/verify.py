@@ -62,7 +62,13 @@ def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> V
     WorldError
         If the machine cannot read it.
     """
-    manifest = manifest_of(out)
+    return check_files(out, manifest_of(out), on_tick)
+
+
+def check_files(
+    out: Path, manifest: Mapping[str, Any], on_tick: Callable[[int], None] = lambda nbytes: None
+) -> Verdict:
+    """Do what `verify` does, with a manifest that is believed."""
     examined = [_examine(out, name, entry["nbytes"]) for name, entry in manifest["files"].items()]
     readable = {str(out / one.name): one.parts for one in examined if one.parts}
     found = read_back(readable, on_tick)

@@ -70,7 +70,7 @@ class LineReporter:
             print(
                 f"resuming: {format_size(event.values['bytes_done'])} of the output are done", file=sys.stderr
             )
-        elif event.kind in ("progress", "import", "verify"):
+        elif event.kind in ("progress", "import", "hash", "verify"):
             text = self._rate.text(event.values) if event.kind == "progress" else _read_text(event.values)
             if time.monotonic() - self._last >= _LINE_SECONDS:
                 self._last = time.monotonic()

@@ -49,7 +49,7 @@ def test_an_input_that_changes_during_the_merge_is_never_a_success(
     assert not (out / "model.safetensors.index.json").exists()
 
 
-@pytest.mark.parametrize("change", [shorten, Path.unlink, touch, replace_content])
+@pytest.mark.parametrize("change", [shorten, Path.unlink, replace_content])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 @pytest.mark.parametrize("moment", ["start", "progress", "commit"])
 def test_a_file_beside_the_weights_that_changes_during_the_merge_is_never_a_success(
@@ -73,7 +73,7 @@ def test_a_file_beside_the_weights_that_changes_during_the_merge_is_never_a_succ
     assert not (out / "model.safetensors.index.json").exists()
 
 
-@pytest.mark.parametrize("change", [Path.unlink, touch, replace_content])
+@pytest.mark.parametrize("change", [Path.unlink, replace_content])
 def test_a_file_beside_the_weights_that_changed_since_an_interruption_is_refused_by_name(
     change: Callable[[Path], None], scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from streammerge.api import merge
+from streammerge.engine.journal import NAME, STATE, _load
 from streammerge.engine.run import Runner
 from streammerge.engine.writer import ShardWriter
-from streammerge.errors import InputError, Stopped
+from streammerge.errors import InputError, Stopped, WorldError
 from streammerge.plan.job import Job
-from tests.conftest import config_for, output_bytes
+from tests.conftest import config_for, output_bytes, read_tensors, write_model
 from tests.resume.scene import SHAPES, Scene
-from tests.resume.traps import interrupt
+from tests.resume.traps import Trap, interrupt, set_trap
 
 
 def test_finished_work_is_not_done_twice(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,3 +113,24 @@ def test_a_stop_during_streamed_statistics_ends_and_concludes_nothing(scene: Sce
         scene.merge(out, stop=stop)  # without a signal too
     scene.merge(out)
     assert output_bytes(out) == scene.expected
+
+
+def test_what_is_not_finite_in_a_copied_tensor_is_not_copied_twice(
+    make_models: Callable[..., list[Path]], tmp_path: Path, small_capacity: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    small_capacity(1 << 16, 1)
+    paths = make_models(shapes=SHAPES)
+    tensors = read_tensors(paths[0])
+    tensors["embed.weight"][0, 0] = torch.inf
+    write_model(paths[0], tensors)
+    config, out = config_for("ties", paths, exclude=["^embed"]), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        set_trap(patch, "ShardWriter.write", Trap(WorldError("full"), 3, once=False))
+        with pytest.raises(WorldError):
+            merge(config, out)
+    progress, _ = _load(out / STATE / NAME)
+    assert progress is not None
+    assert any(receipt.not_finite for receipt in progress.receipts)
+    done = sum(receipt.stop - receipt.start for receipt in progress.receipts if receipt.job)
+    assert merge(config, out).bytes_resumed == 2 * done + 8 * 16

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.engine.journal import NAME, STATE
+from streammerge.api import plan
+from streammerge.dtypes import itemsize
+from streammerge.engine.journal import NAME, STATE, _load
 from streammerge.engine.verify import verify
 from streammerge.errors import OutputError, StreammergeError
 from tests.resume.scene import Scene, SimulatedKill, flip
@@ -114,6 +116,105 @@ def test_damage_to_an_unfinished_directory_is_done_again(
     scene.merge(out)
     scene.assert_finished(out)
     assert verify(out).problems == ()
+
+
+def a_bit(path: Path) -> None:
+    flip(path, path.stat().st_size // 2)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def longer(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"\0" * 100)
+
+
+def zeroes(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def in_the_merge(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    interrupt(scene, out, monkeypatch, after=6)
+    return [out / STATE / NAME]
+
+
+def in_a_small_file_of_the_commit(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The journal is replaced once, then small files: the second of these stays unnamed."""
+    with monkeypatch.context() as patch:
+        set_trap(patch, "os.replace", Trap(SimulatedKill(), 3, once=True))
+        with pytest.raises(SimulatedKill):
+            scene.merge(out)
+    left = sorted(out.glob("*.partial"))
+    assert [path for path in left if not path.name.startswith("model")]
+    assert partials(out)
+    return left
+
+
+def behind_the_last_name(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Every file has its name, and nothing but the journal is left to remove."""
+    with monkeypatch.context() as patch:
+        set_trap(patch, "Journal.remove", Trap(SimulatedKill(), 1, once=True))
+        with pytest.raises(SimulatedKill):
+            scene.merge(out)
+    return [out / name for name in scene.expected]
+
+
+def behind_the_shards(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """All shards of several have their names, the index has not."""
+    with monkeypatch.context() as patch:
+        set_trap(patch, "write_file", Trap(SimulatedKill(), 7 if len(scene.expected) > 6 else 6, once=False))
+        with pytest.raises(SimulatedKill):
+            scene.merge(out)
+    assert bool(partials(out)) == (len(scene.expected) == 6)
+    return sorted(out.glob("model*.safetensors")) or partials(out)
+
+
+@pytest.mark.parametrize("harm", [a_bit, cut, longer, zeroes, Path.unlink])
+@pytest.mark.parametrize(
+    "moment", [in_the_merge, in_a_small_file_of_the_commit, behind_the_shards, behind_the_last_name]
+)
+def test_no_harm_to_journal_temporary_files_or_finished_shards_is_believed(
+    moment: Callable[..., list[Path]], harm: Callable[[Path], None], scene: Scene,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = scene.directory / "out"
+    for path in moment(scene, out, monkeypatch):
+        harm(path)
+    scene.merge(out)
+    scene.assert_finished(out)
+
+
+def test_each_file_of_a_commit_alone_is_made_again_when_it_is_harmed_behind_its_end(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, out = scene.directory / "saved", scene.directory / "out"
+    for path in behind_the_last_name(scene, saved, monkeypatch):
+        shutil.copytree(saved, out)
+        a_bit(out / path.name)
+        scene.merge(out)
+        scene.assert_finished(out)
+        shutil.rmtree(out)
+
+
+def test_only_what_no_longer_matches_its_receipt_is_done_again(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, out = scene.directory / "saved", scene.directory / "out"
+    interrupt(scene, saved, monkeypatch, after=7)
+    progress, _ = _load(saved / STATE / NAME)
+    assert progress is not None
+    shutil.copytree(saved, out)
+    whole = scene.merge(out).bytes_resumed
+    jobs = plan(scene.config, **scene.options)
+    for receipt in progress.receipts:
+        shutil.rmtree(out)
+        shutil.copytree(saved, out)
+        slot, width = jobs.layout.slots[receipt.job], itemsize(jobs.jobs[receipt.job].dtype)
+        flip(partials(out)[slot.shard], slot.offset + receipt.stop * width - 1)
+        assert scene.merge(out).bytes_resumed == whole - (receipt.stop - receipt.start) * width
+        scene.assert_finished(out)
 
 
 def test_a_flipped_bit_anywhere_in_the_journal_is_never_believed(
