@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -514,3 +516,20 @@ def test_sums_of_squares_have_the_same_bits_for_any_cut_and_any_block(selection:
         left = vector.rescale * vector.surviving(tensors[1 + i], tensors[0], where).double()
         assert np.array_equal(block_sums((left * left * mask).numpy()), found[0][:, i])
     assert int(mask.sum()) > 0
+
+
+@BOTH
+def test_what_computes_a_piece_lets_go_of_its_buffer_at_once(math: Maths) -> None:
+    """A reference cycle would keep the buffer until garbage is collected, beside all that memory is granted for."""
+    vectors = (TaskVector(0), TaskVector(1))
+    gc.disable()
+    try:
+        one = math(load([deltas("gaussian", 1000, seed) for seed in range(3)]))
+        one.squares(Squares(vectors))
+        one.count_keys(Spread(vectors), 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
+        one.dots(vectors, 1000)
+        gone = weakref.ref(one)
+        del one
+        assert gone() is None
+    finally:
+        gc.enable()

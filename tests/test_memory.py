@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -61,11 +62,17 @@ def peak_of(command: Sequence[str | Path]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("linear", {}), ("ties", {"density": 0.2}), ("fisher", {})],
-    ids=["linear", "ties", "fisher"],
+    [
+        ("linear", {}),
+        ("ties", {"density": 0.2}),
+        ("fisher", {}),
+        ("sce", {"select_topk": 0.5}),
+        ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ],
+    ids=["linear", "ties", "fisher", "sce", "nuslerp by columns"],
 )
 def test_peak_resident_memory_stays_below_the_limit(
-    method: str, parameters: dict[str, float], models: list[Path], tmp_path: Path
+    method: str, parameters: dict[str, Any], models: list[Path], tmp_path: Path
 ) -> None:
     config = config_for(method, models, parameters=parameters)
     if method == "fisher":

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from streammerge.dtypes import itemsize
 from streammerge.engine.memory import Bytes
+from streammerge.engine.slabs import Divergences, Slabs
 from streammerge.methods.recipes import (
     ColumnCombination,
     CopyOf,
@@ -125,7 +126,6 @@ class KernelMath:
     """A piece on the CPU through the compiled kernels."""
 
     def __init__(self, piece: Loaded) -> None:
-        from streammerge.engine.slabs import Slabs
         from streammerge.kernels import blocks, deltas, fisher, gram, merge, ranks
         from streammerge.kernels.blocks import CODES
 
@@ -135,11 +135,16 @@ class KernelMath:
         self._gram: Any = gram
         self._ranks: Any = ranks
         self._blocks: Any = blocks
-        self._slabs = Slabs(self, piece)
+        self._divergences: Divergences = {}
         self._codes = CODES
         self._piece = piece
         self._half, self._full = piece.arena.view(np.uint16), piece.arena.view(np.uint32)
         self._offsets, self._dtypes = self._places(piece.models)
+
+    @property
+    def _slabs(self) -> Slabs:
+        # Not kept: a cycle would hold on to the buffer until the garbage is collected.
+        return Slabs(self, self._piece, self._divergences)
 
     def _places(self, operands: tuple[Operand, ...]) -> tuple[Counts, Counts]:
         """Return the byte offsets and the dtype codes of some operands."""
@@ -254,21 +259,20 @@ class KernelMath:
         return values
 
     def survivors(
-        self, vectors: tuple[TaskVector, ...], first: int, n: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Counts]:
-        """Return `n` elements from `first` on of the base, of every surviving task vector, and how many survive."""
+        self, vectors: tuple[TaskVector, ...], first: int, base: NDArray[np.float32], deltas: NDArray[np.float32]
+    ) -> Counts:  # fmt: skip
+        """Write elements from `first` on of the base, and of every surviving task vector; return how many survive."""
         piece = self._piece
         assert piece.base is not None
-        base, deltas = np.empty(n, np.float32), np.empty((len(vectors), n), np.float32)
         kept = np.zeros(len(vectors), np.int64)
         offsets, codes = self._places(tuple(piece.models[vector.model] for vector in vectors))
         widths = np.array([operand_bytes(piece.models[v.model], 1) for v in vectors])
         self._deltas.survivors(
             self._half, self._full, offsets + first * widths, codes,
             piece.base.offset + operand_bytes(piece.base, first), self._codes[piece.base.dtype],
-            piece.start + first, n, *self._masks(vectors), base, deltas, kept,
+            piece.start + first, base.size, *self._masks(vectors), base, deltas, kept,
         )  # fmt: skip
-        return base, deltas, kept
+        return kept
 
     def write(self, values: NDArray[np.float64], out: Operand, first: int) -> int:
         """Round `values` into the output from element `first` on; return how many are not finite."""

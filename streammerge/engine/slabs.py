@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _SLAB = 1 << 15
 """Elements; a multiple of 4096."""
 
+Divergences = dict[Importance, NDArray[np.float64]]
 Span = tuple[int, int]
 """The first element of a slab, counted from that of the piece, and how many there are."""
 
@@ -34,21 +35,35 @@ class Slabs:
     ----------
     math
         Makes the slabs and writes the results.
+    divergences
+        What is known of the rows of the piece; filled on the way.
     """
 
-    def __init__(self, math: KernelMath, piece: Loaded) -> None:
+    def __init__(self, math: KernelMath, piece: Loaded, divergences: Divergences) -> None:
         from streammerge.kernels import scores
 
         self._kernels: Any = scores  # numba erases signatures
         self._math = math
         self._piece = piece
-        self._divergences: dict[Importance, NDArray[np.float64]] = {}
+        self._divergences = divergences
+        self._room: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
 
     def _spans(self, unit: int = 1) -> Iterator[Span]:
         """Yield slabs of a multiple of `unit` elements, at least one."""
         size = max(unit, _SLAB // unit * unit)
         for first in range(0, self._piece.n, size):
             yield first, min(size, self._piece.n - first)
+
+    def _survivors(
+        self, vectors: Sequence[TaskVector], span: Span
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Counts]:
+        """Return a slab: of the base, of every task vector, and how many entries survive. The next one takes its room."""
+        first, n = span
+        k = len(vectors)
+        if k not in self._room or self._room[k][0].size < n:
+            self._room[k] = np.empty(n, np.float32), np.empty(k * n, np.float32)
+        base, deltas = self._room[k][0][:n], self._room[k][1][: k * n].reshape(k, n)
+        return base, deltas, self._math.survivors(tuple(vectors), first, base, deltas)
 
     # --- scores
 
@@ -71,11 +86,11 @@ class Slabs:
     def _patterns(self, score: Score, span: Span) -> NDArray[np.uint32]:
         patterns = np.empty(span[1], np.uint32)
         if isinstance(score, Spread):
-            _, deltas, _ = self._math.survivors(score.vectors, *span)
+            _, deltas, _ = self._survivors(score.vectors, span)
             self._kernels.spread_patterns(deltas, _rescales(score.vectors), patterns)
         else:
             by_row = self._divergence(score)
-            _, deltas, _ = self._math.survivors((score.vector,), *span)
+            _, deltas, _ = self._survivors((score.vector,), span)
             self._kernels.importance_patterns(deltas, by_row, span[0], self._piece.row_length, patterns)
         return patterns
 
@@ -85,7 +100,7 @@ class Slabs:
             vector, length = score.vector, self._piece.row_length
             rows = np.empty(self._piece.n // length, np.float64)
             for first, n in self._spans(length):
-                base, deltas, _ = self._math.survivors((vector,), first, n)
+                base, deltas, _ = self._survivors((vector,), (first, n))
                 y = base.astype(np.float64).reshape(-1, length)
                 x = self._math.widened(self._piece.models[vector.model], first, n).astype(np.float64)
                 if vector.removes:
@@ -112,8 +127,8 @@ class Slabs:
         """Return the sums of squares per 4096 elements, (blocks, vectors)."""
         sums = np.empty((-(-self._piece.n // 4096), len(request.vectors)), np.float64)
         for first, n in self._spans():
-            _, deltas, _ = self._math.survivors(request.vectors, first, n)
             selected = self._selected(request.selection, (first, n))
+            _, deltas, _ = self._survivors(request.vectors, (first, n))
             blocks = sums[first // 4096 : -(-(first + n) // 4096)]
             self._kernels.square_sums(deltas, _rescales(request.vectors), selected, blocks)
         return sums
@@ -122,7 +137,7 @@ class Slabs:
         """Return how many elements each vector has touched alone, and how many with others."""
         counts = np.zeros((2, len(request.vectors)), np.int64)
         for span in self._spans():
-            _, deltas, _ = self._math.survivors(request.vectors, *span)
+            _, deltas, _ = self._survivors(request.vectors, span)
             self._kernels.count_touched(deltas, _rescales(request.vectors), request.epsilon, *counts)
         return counts
 
@@ -147,7 +162,7 @@ class Slabs:
         These are the base, where there is one, and the models.
         """
         if vectors:
-            base, deltas, kept = self._math.survivors(tuple(vectors), *span)
+            base, deltas, kept = self._survivors(vectors, span)
             return base, deltas, _rescales(vectors), kept
         piece = self._piece
         operands = (*(() if piece.base is None else (piece.base,)), *piece.models)
@@ -173,8 +188,8 @@ class Slabs:
         return Applied(bad, tuple(int(n) for n in kept) if removing(recipe) else ())
 
     def _select(self, recipe: SelectedMerge, span: Span) -> tuple[NDArray[np.float64], Counts]:
-        base, deltas, kept = self._math.survivors(recipe.vectors, *span)
         selected = self._selected(recipe.selection, span)
+        base, deltas, kept = self._survivors(recipe.vectors, span)
         merged = np.empty(span[1])
         weights = np.array([v.weight for v in recipe.vectors], np.float64)
         self._kernels.selected_merge(
@@ -185,7 +200,7 @@ class Slabs:
         return merged, kept
 
     def _touch(self, recipe: TouchedMerge, span: Span) -> tuple[NDArray[np.float64], Counts]:
-        base, deltas, kept = self._math.survivors(recipe.vectors, *span)
+        base, deltas, kept = self._survivors(recipe.vectors, span)
         merged = np.empty(span[1])
         factors = np.array(recipe.factors, np.float64)
         self._kernels.touched_merge(

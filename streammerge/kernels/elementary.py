@@ -69,9 +69,13 @@ def exp(x):
 @njit(inline="always", error_model="numpy")
 def log(y):
     """Return the natural logarithm of `y`, fp64, normal and positive."""
+    # Unsigned, and turned into a float by its bits: shifts and conversions that vector instructions have.
     bits = _bits_from_f64(y)
-    exponent = (bits - np.int64(ROOT_HALF_BITS)) >> np.int64(52)
-    m = _f64_from_bits(bits - (exponent << np.int64(52)))
+    biased = (np.uint64(bits) - np.uint64(ROOT_HALF_BITS) + (np.uint64(1024) << np.uint64(52))) >> np.uint64(
+        52
+    )
+    k = _f64_from_bits(np.int64(biased | np.uint64(0x4330000000000000))) - (2.0**52 + 1024.0)
+    m = _f64_from_bits(bits - np.int64((biased - np.uint64(1024)) << np.uint64(52)))
     f = (m - 1.0) / (m + 1.0)
     s = f * f
     total = _L23 * s + _L21
@@ -85,5 +89,4 @@ def log(y):
     total = total * s + _L5
     total = total * s + _L3
     total = total * s + _L1
-    k = np.float64(exponent)
     return k * LN2_HIGH + ((2.0 * f) * total + k * LN2_LOW)

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from streammerge.kernels.blocks import bits_from_f32
+from streammerge.kernels.blocks import BLOCK, bits_from_f32
 from streammerge.kernels.deltas import LARGEST, MAGNITUDE
 from streammerge.kernels.elementary import exp, log
 from streammerge.methods.scores import SMOOTHING, UNKNOWN
@@ -22,22 +22,38 @@ def _pattern(score):
 def spread_patterns(deltas, rescales, patterns):
     """Write the pattern of the variance over the models of each element."""
     k = len(deltas)
-    for i in range(len(patterns)):
-        mean = total = 0.0
+    means, totals = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    for start in range(0, len(patterns), BLOCK):
+        m = min(BLOCK, len(patterns) - start)
+        means[:] = 0.0
+        totals[:] = 0.0
         for model in range(k):
-            mean += rescales[model] * np.float64(deltas[model, i])
-        mean /= k
+            rescale, entries = rescales[model], deltas[model, start : start + m]
+            for i in range(m):
+                means[i] += rescale * np.float64(entries[i])
+        for i in range(m):
+            means[i] /= k
         for model in range(k):
-            apart = rescales[model] * np.float64(deltas[model, i]) - mean
-            total += apart * apart
-        patterns[i] = _pattern(total / k)
+            rescale, entries = rescales[model], deltas[model, start : start + m]
+            for i in range(m):
+                apart = rescale * np.float64(entries[i]) - means[i]
+                totals[i] += apart * apart
+        here = patterns[start : start + m]
+        for i in range(m):
+            here[i] = _pattern(totals[i] / k)
 
 
 @njit(nogil=True, cache=True)
 def importance_patterns(deltas, divergences, first, length, patterns):
     """Write the pattern of abs(delta) times its row's divergence; `first` is the place of the first element."""
-    for i in range(len(patterns)):
-        patterns[i] = _pattern(abs(np.float64(deltas[0, i])) * divergences[(first + i) // length])
+    i = 0
+    while i < len(patterns):  # row by row
+        row = (first + i) // length
+        stop = min(len(patterns), (row + 1) * length - first)
+        divergence, entries, here = divergences[row], deltas[0, i:stop], patterns[i:stop]
+        for j in range(len(here)):
+            here[j] = _pattern(abs(np.float64(entries[j])) * divergence)
+        i = stop
 
 
 @njit(nogil=True, cache=True)
@@ -61,7 +77,8 @@ def _probabilities(x, there, lanes):
         top = max(top, x[i] if there[i] else -np.inf)
     top = top if top > -np.inf else 0.0
     for i in range(len(x)):
-        x[i] = exp(x[i] - top) if there[i] else 0.0
+        power = exp(x[i] - top)
+        x[i] = power if there[i] else 0.0
     total = _lane_sum(x, lanes)
     total = total if total != 0.0 else 1.0
     for i in range(len(x)):
@@ -79,7 +96,8 @@ def divergences(x, y, out):
         _probabilities(p, there, lanes)
         _probabilities(q, there, lanes)
         for i in range(len(p)):
-            p[i] = p[i] * log(p[i] / q[i]) if there[i] else 0.0
+            term = p[i] * log(p[i] / q[i])
+            p[i] = term if there[i] else 0.0
         divergence = _lane_sum(p, lanes)
         out[row] = divergence if divergence > 0.0 else 0.0
 
@@ -111,67 +129,107 @@ def square_sums(deltas, rescales, selected, sums):
     for block in range(len(sums)):
         start = block * 4096
         m = min(4096, n - start)
+        chosen = selected[start : start + m]
         for model in range(len(deltas)):
+            rescale, entries = rescales[model], deltas[model, start : start + m]
             for i in range(m):
-                delta = deltas[model, start + i]
-                tau = rescales[model] * np.float64(delta) if abs(delta) <= LARGEST else 0.0
-                squares[i] = tau * tau if selected[start + i] else 0.0
+                tau = rescale * np.float64(entries[i])
+                squares[i] = tau * tau if chosen[i] and abs(entries[i]) <= LARGEST else 0.0
             sums[block, model] = _lane_sum(squares[:m], lanes)
+
+
+@njit(nogil=True, cache=True)
+def _add_signed(entries, rescale, weight, chosen, sums):
+    """Add the chosen entries of one task vector to the sums of their sign; a NaN goes up, where it is found."""
+    up, down, up_sum, down_sum, up_weight, down_weight = sums
+    for i in range(len(entries)):
+        tau = rescale * np.float64(entries[i])
+        tau = tau if chosen[i] else 0.0
+        negative = tau < 0.0
+        positive = 0.0 if negative else tau
+        magnitude = -tau if negative else 0.0
+        up[i] += positive
+        down[i] += magnitude
+        up_sum[i] += weight * positive
+        down_sum[i] += weight * magnitude
+        up_weight[i] += weight if tau > 0.0 else 0.0
+        down_weight[i] += weight if negative else 0.0
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, out):
     """Write base + the weighted mean of the selected entries that have the sign of their sum, in fp64."""
-    for i in range(len(out)):
-        up = down = up_sum = down_sum = up_weight = down_weight = 0.0
-        if selected[i]:
-            for model in range(len(deltas)):
-                tau, weight = rescales[model] * np.float64(deltas[model, i]), weights[model]
-                if tau < 0.0:
-                    down -= tau
-                    down_sum -= weight * tau
-                    down_weight += weight
-                else:  # a NaN goes here, where it is found
-                    up += tau
-                    up_sum += weight * tau
-                    up_weight += weight if tau > 0.0 else 0.0
-        lead = up - down
-        merged = -down_sum if lead < 0.0 else up_sum
-        merged = 0.0 if (lead == 0.0 and zero_sign == 0) else merged
-        weight = down_weight if lead < 0.0 else up_weight
-        weight = floor if weight < floor else weight
-        out[i] = np.float64(base[i]) + merged / (weight if weight != 0.0 else 1.0)
+    sums = (np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64),
+            np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64))  # fmt: skip
+    up, down, up_sum, down_sum, up_weight, down_weight = sums
+    for start in range(0, len(out), BLOCK):
+        m = min(BLOCK, len(out) - start)
+        for one in sums:
+            one[:] = 0.0
+        for model in range(len(deltas)):
+            _add_signed(
+                deltas[model, start : start + m], rescales[model], weights[model], selected[start : start + m], sums
+            )  # fmt: skip
+        b, here = base[start : start + m], out[start : start + m]
+        for i in range(m):
+            lead = up[i] - down[i]
+            merged = -down_sum[i] if lead < 0.0 else up_sum[i]
+            merged = 0.0 if (lead == 0.0 and zero_sign == 0) else merged
+            weight = down_weight[i] if lead < 0.0 else up_weight[i]
+            weight = floor if weight < floor else weight
+            here[i] = np.float64(b[i]) + merged / (weight if weight != 0.0 else 1.0)
+
+
+@njit(nogil=True, cache=True)
+def _touch(entries, rescale, epsilon, touched, count):
+    """Note which entries of a task vector are above `epsilon` in magnitude, and count them; a NaN is, to be found."""
+    for i in range(len(entries)):
+        above = not abs(rescale * np.float64(entries[i])) <= epsilon
+        touched[i] = above
+        count[i] += 1.0 if above else 0.0
 
 
 @njit(nogil=True, cache=True)
 def count_touched(deltas, rescales, epsilon, alone, shared):
-    """Add how many elements each model has touched, alone and with others: entries above `epsilon` in magnitude."""
-    k = len(deltas)
-    touched = np.empty(k, np.bool_)
-    for i in range(deltas.shape[1]):
-        count = 0
+    """Add how many elements each model has touched, alone and with others."""
+    k, n = deltas.shape
+    touched, count = np.empty((k, BLOCK), np.uint8), np.empty(BLOCK, np.float64)
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
+        count[:] = 0.0
         for model in range(k):
-            touched[model] = not abs(rescales[model] * np.float64(deltas[model, i])) <= epsilon
-            count += touched[model]
+            _touch(deltas[model, start : start + m], rescales[model], epsilon, touched[model], count)
         for model in range(k):
-            alone[model] += touched[model] and count == 1
-            shared[model] += touched[model] and count > 1
+            all_touched, lone = 0, 0
+            for i in range(m):
+                all_touched += touched[model, i]
+                lone += touched[model, i] & np.uint8(count[i] == 1.0)
+            alone[model] += lone
+            shared[model] += all_touched - lone
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def touched_merge(base, deltas, rescales, epsilon, factors, out):
     """Write base + the mean of the entries above `epsilon` in magnitude, or the lone one times its model's factor."""
-    for i in range(len(out)):
-        total = unique = 0.0
-        count = 0
+    touched, count = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.float64)
+    total, unique = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    for start in range(0, len(out), BLOCK):
+        m = min(BLOCK, len(out) - start)
+        count[:] = 0.0
+        total[:] = 0.0
+        unique[:] = 0.0
         for model in range(len(deltas)):
-            tau = rescales[model] * np.float64(deltas[model, i])
-            if not abs(tau) <= epsilon:  # a NaN is above, where it is found
-                total += tau
-                unique += factors[model] * tau
-                count += 1
-        merged = unique if count == 1 else total / np.float64(max(count, 1))
-        out[i] = np.float64(base[i]) + merged
+            entries, rescale, factor = deltas[model, start : start + m], rescales[model], factors[model]
+            _touch(entries, rescale, epsilon, touched, count)
+            for i in range(m):
+                tau = rescale * np.float64(entries[i])
+                tau = tau if touched[i] else 0.0
+                total[i] += tau
+                unique[i] += factor * tau
+        b, here = base[start : start + m], out[start : start + m]
+        for i in range(m):
+            mean = total[i] / (count[i] if count[i] > 1.0 else 1.0)
+            here[i] = np.float64(b[i]) + (unique[i] if count[i] == 1.0 else mean)
 
 
 @njit(nogil=True, cache=True)
