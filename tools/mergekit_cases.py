@@ -1,0 +1,346 @@
+"""The merges that `compare_mergekit.py` runs through both programs: configs as data, and what is expected to differ.
+
+A case is a config of mergekit's, unmodified; models are named ``base``, ``a``, ``b``, ``c`` and become directories. To add
+one, add a row. Where the programs are meant to differ, `differs` says why, and `proof` how that is shown to be all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+Theirs = Callable[..., Array]
+"""What mergekit is said to compute, from the base (if the config has one) and the models of one tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """Something the programs do differently on purpose, and the proof that nothing else differs."""
+
+    why: str
+    where: str
+    """Where it is explained: a section of docs/methods.md."""
+    cure: Mapping[str, Any] = field(default_factory=dict)
+    """Parameters with which this program does as mergekit does; the results must then be equal but for rounding."""
+    theirs: Theirs | None = None
+    """Without a cure: a formula that mergekit's result must be equal to, but for rounding."""
+    exact_in_float64: bool = False
+    """Without either: rounding of float32, magnified by what it decides; in float64 the results must be equal."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One config, and what to expect."""
+
+    name: str
+    config: Mapping[str, Any]
+    differs: Difference | None = None
+    bound: float = 16.0
+    """Most ulp, of float32 or float64, that rounding may make, at the size of the largest operand of an element."""
+
+
+@dataclass(frozen=True)
+class RandomCase:
+    """A config of one model with random drops: compared by what is left, not bit by bit."""
+
+    name: str
+    config: Mapping[str, Any]
+    density: float
+    cure: Mapping[str, Any]
+    """Parameters that restore the L1 norm, as mergekit's defaults do."""
+    spread: float = 0.0
+    """How much likelier the larger half of the magnitudes is to be kept than the smaller."""
+
+
+def models(names: str, **per_model: Any) -> list[dict[str, Any]]:
+    """Return the `models` of a config: one per letter; a list gives each its own value of a parameter."""
+    listed = []
+    for place, name in enumerate(names):
+        values = {k: v[place] if isinstance(v, list) else v for k, v in per_model.items()}
+        listed.append({"model": name, **({"parameters": values} if values else {})})
+    return listed
+
+
+def merge(method: str, names: str, base: bool = True, parameters: Mapping[str, Any] | None = None, **per_model: Any
+          ) -> dict[str, Any]:  # fmt: skip
+    """Return a config of whole models."""
+    config: dict[str, Any] = {"merge_method": method, "models": models(names, **per_model)}
+    if base:
+        config["base_model"] = "base"
+    if parameters:
+        config["parameters"] = dict(parameters)
+    return config
+
+
+def with_base(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config that lists its base among the models too, without parameters, as many of mergekit's do."""
+    return {**config, "models": [{"model": "base"}, *config["models"]]}
+
+
+# --- differences that are meant
+
+SCE_FLOOR = Difference(
+    "mean squares that sum to less than 1e-6 make equal weights in mergekit, so most tensors of fine-tunes are not "
+    "weighted at all; and no sum of weights counts as less than 1e-6",
+    "sce", cure={"preset": "mergekit"},
+)  # fmt: skip
+SLERP_LINE = Difference(
+    "mergekit takes the straight line where the cosine exceeds 0.9995", "slerp", cure={"preset": "mergekit"}
+)
+FUSION = Difference(
+    "mergekit sums divergences of some 1e-6 in float32 from terms of 1e-2: importances near the threshold fall on "
+    "either side",
+    "arcee_fusion", exact_in_float64=True,
+)  # fmt: skip
+
+
+def model_stock_clamped(base: Array, *thetas: Array) -> Array:
+    """Return model_stock with mergekit's clamp of the norms' product."""
+    deltas = [theta.ravel() - base.ravel() for theta in thetas]
+    n, cosines = len(deltas), []
+    for i in range(n):
+        for j in range(i + 1, n):
+            product = max(float(np.linalg.norm(deltas[i]) * np.linalg.norm(deltas[j])), 1e-6)
+            cosines.append(min(1.0, max(-1.0, float(deltas[i] @ deltas[j]) / product)))
+    c = float(np.mean(cosines))
+    t = n * c / (1 + (n - 1) * c)
+    return t * np.mean(thetas, axis=0) + (1 - t) * base
+
+
+def multislerp_with_eps(*thetas: Array, weights: Sequence[float], base: Array | None = None) -> Array:
+    """Return multislerp with 1e-8 added to every norm, and the tangent step that this makes differ from 0."""
+    origin = 0.0 if base is None else base
+    vectors = [(theta - origin).ravel() for theta in thetas]
+    norms = [float(np.linalg.norm(vector)) for vector in vectors]
+    units = [vector / (norm + 1e-8) for vector, norm in zip(vectors, norms, strict=True)]
+    mean = sum(w * u for w, u in zip(weights, units, strict=True))
+    mean = mean / np.linalg.norm(mean)
+    tangent = sum(w * (u - float(u @ mean) * mean) for w, u in zip(weights, units, strict=True))
+    length = float(np.linalg.norm(tangent)) + 1e-8
+    point = mean * np.cos(length) + tangent * (np.sin(length) / length)
+    return (point * sum(w * n for w, n in zip(weights, norms, strict=True))).reshape(thetas[0].shape) + origin
+
+
+def ramplus_in_float32(base: Array, *thetas: Array, r: float, alpha: float, epsilon: float) -> Array:
+    """Return RAM+ with factors in float32, whatever the dtype of the merge."""
+    deltas = np.stack([theta - base for theta in thetas])
+    touched = np.abs(deltas) > epsilon
+    count = touched.sum(axis=0)
+    merged = np.zeros_like(base)
+    for delta, mask in zip(deltas, touched, strict=True):
+        shared, unique = int((mask & (count > 1)).sum()), int((mask & (count == 1)).sum())
+        rho = np.float32(shared) / np.float32(max(unique, epsilon))
+        factor = np.float32(1) + np.float32(r) * np.clip(rho, np.float32(0), np.float32(alpha))
+        merged += np.where(
+            mask & (count == 1), float(factor) * delta, np.where(mask, delta / np.maximum(count, 1), 0.0)
+        )
+    return base + merged
+
+
+CLAMPED = Difference(
+    "mergekit holds the product of two norms above 1e-6, which pulls small tensors back to the base", "model_stock",
+    theirs=model_stock_clamped,
+)  # fmt: skip
+EPS_WHY = (
+    "mergekit adds 1e-8 to every norm, and 1e-8 to the length of a tangent step that is 0 without that: some 1e-9 of the "
+    "result, to be seen in float64"
+)
+FACTORS_WHY = "mergekit computes the factors of lone entries in float32 whatever the dtype of the merge, to be seen in float64"
+
+
+def _with_eps(weights: Sequence[float], base: bool) -> Difference:
+    """Return multislerp's difference for some weights, already normalized where mergekit does that."""
+
+    def theirs(*tensors: Array) -> Array:
+        origin, rest = (tensors[0], tensors[1:]) if base else (None, tensors)
+        return multislerp_with_eps(*rest, weights=weights, base=origin)
+
+    return Difference(EPS_WHY, "multislerp", theirs=theirs)
+
+
+def _in_float32(r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Difference:
+    return Difference(
+        FACTORS_WHY, "ramplus_tl", theirs=partial(ramplus_in_float32, r=r, alpha=alpha, epsilon=epsilon)
+    )
+
+
+# --- the cases
+
+
+def _plain() -> Iterator[Case]:
+    yield Case("linear, equal weights", merge("linear", "abc", base=False, weight=1.0))
+    yield Case("linear, weights", merge("linear", "abc", base=False, weight=[0.5, 0.3, 0.2]))
+    yield Case(
+        "linear, not normalized", merge("linear", "ab", False, {"normalize": False}, weight=[0.6, 0.3])
+    )
+    yield Case("linear, a negative weight", merge("linear", "ab", base=False, weight=[1.5, -0.5]))
+    yield Case("linear, one model", merge("linear", "a", base=False, weight=0.7))
+    yield Case("passthrough", merge("passthrough", "a", base=False))
+    yield Case("passthrough, scaled", merge("passthrough", "a", base=False, scale=0.3))
+    scale = [{"filter": "o_proj", "value": 0.0}, {"value": 1.0}]
+    yield Case(
+        "passthrough, one tensor of each layer scaled", merge("passthrough", "a", False, {"scale": scale})
+    )
+    yield Case("task_arithmetic", merge("task_arithmetic", "abc", weight=[0.5, 0.3, 0.2]))
+    yield Case(
+        "task_arithmetic, lambda", merge("task_arithmetic", "ab", parameters={"lambda": 0.7}, weight=0.6)
+    )
+    yield Case(
+        "task_arithmetic, normalized", merge("task_arithmetic", "ab", parameters={"normalize": True}, weight=[0.7, 0.2])
+    )  # fmt: skip
+    yield Case("task_arithmetic, negation", merge("task_arithmetic", "a", weight=-1.0))
+    yield Case("task_arithmetic, analogy", merge("task_arithmetic", "abc", weight=[-1.0, 1.0, 1.0]))
+    yield Case(
+        "task_arithmetic, weights that cancel",
+        merge("task_arithmetic", "ab", parameters={"normalize": True}, weight=[0.5, -0.5]),
+    )
+    yield Case(
+        "task_arithmetic, the base listed", with_base(merge("task_arithmetic", "ab", weight=[0.5, 0.3]))
+    )
+    yield Case("nearswap", merge("nearswap", "a", parameters={"t": 1e-3}))
+    yield Case("nearswap, all of it", merge("nearswap", "a", parameters={"t": 1.0}))
+
+
+def _trimmed() -> Iterator[Case]:
+    for density in (0.01, 0.3, 0.5, 0.9):
+        yield Case(f"ties, density {density}", merge("ties", "abc", weight=[0.5, 0.3, 0.2], density=density))
+    yield Case("ties, densities", merge("ties", "abc", weight=1.0, density=[0.2, 0.5, 1.0]))
+    yield Case("ties, not trimmed", merge("ties", "abc", weight=[0.5, 0.3, 0.2]))
+    yield Case(
+        "ties, not normalized", merge("ties", "ab", parameters={"normalize": False}, weight=0.6, density=0.5)
+    )
+    yield Case("ties, lambda", merge("ties", "ab", parameters={"lambda": 1.3}, weight=0.6, density=0.5))
+    yield Case("ties, rescaled", merge("ties", "ab", parameters={"rescale": True}, weight=0.6, density=0.5))
+    yield Case(
+        "ties, int8_mask", merge("ties", "ab", parameters={"int8_mask": True}, weight=0.6, density=0.5)
+    )
+    yield Case("ties, a negative weight", merge("ties", "ab", weight=[1.0, -0.5], density=0.5))
+    yield Case("ties, nothing kept of one", merge("ties", "ab", weight=1.0, density=[0.0, 0.5]))
+    yield Case("ties, the base listed", with_base(merge("ties", "ab", weight=0.6, density=0.5)))
+    for method in ("breadcrumbs", "breadcrumbs_ties"):
+        yield Case(f"{method}, nothing pruned", merge(method, "abc", weight=[0.5, 0.3, 0.2]))
+        yield Case(method, merge(method, "abc", weight=[0.5, 0.3, 0.2], density=0.9))
+        yield Case(f"{method}, gamma", merge(method, "abc", weight=0.4, density=0.5, gamma=[0.1, 0.2, 0.0]))
+        yield Case(f"{method}, more than all", merge(method, "ab", weight=0.4, density=0.9, gamma=0.5))
+        yield Case(
+            f"{method}, normalized",
+            merge(method, "ab", parameters={"normalize": True}, weight=0.4, density=0.6),
+        )
+        yield Case(
+            f"{method}, rescaled",
+            merge(method, "ab", parameters={"rescale": True, "lambda": 0.5}, weight=0.4, density=0.6),
+        )
+    for method in ("dare_linear", "dare_ties", "della", "della_linear"):
+        yield Case(f"{method}, nothing dropped", merge(method, "abc", weight=[0.5, 0.3, 0.2]))
+        yield Case(
+            f"{method}, nothing dropped, not normalized",
+            merge(method, "ab", parameters={"normalize": False, "lambda": 0.7}, weight=[0.5, 0.3]),
+        )
+        yield Case(f"{method}, everything dropped", merge(method, "ab", weight=0.5, density=0.0))
+
+
+def _geometric() -> Iterator[Case]:
+    for t in (0.0, 0.35, 1.0):
+        yield Case(f"slerp, t {t}", merge("slerp", "c", parameters={"t": t}))
+    yield Case("slerp, the base listed", with_base(merge("slerp", "c", parameters={"t": 0.5})))
+    yield Case("slerp, a gradient", merge("slerp", "c", parameters={"t": [0, 0.5, 0.3, 1]}))
+    filters = [
+        {"filter": "self_attn", "value": [0, 0.5, 1]},
+        {"filter": "mlp", "value": [1, 0.5, 0]},
+        {"value": 0.5},
+    ]
+    yield Case("slerp, filters with gradients", merge("slerp", "c", parameters={"t": filters}))
+    yield Case("slerp, models close to each other", merge("slerp", "d", parameters={"t": 0.35}), SLERP_LINE)
+    for base in (False, True):
+        of = " of task vectors" if base else ""
+        for name, flags in {
+            "": {},
+            " by rows": {"nuslerp_flatten": False},
+            " by columns": {"nuslerp_flatten": False, "nuslerp_row_wise": True},
+            ", row_wise without effect": {"nuslerp_row_wise": True},
+        }.items():
+            yield Case(f"nuslerp{of}{name}", merge("nuslerp", "ab", base, flags, weight=[0.6, 0.3]))
+    yield Case("nuslerp, weights that cancel", merge("nuslerp", "ab", base=False, weight=[-0.5, 0.5]))
+    yield Case("nuslerp, a negative weight", merge("nuslerp", "ab", weight=[1.0, -0.25]))
+    three = [0.5, 0.3, 0.2]
+    yield Case(
+        "multislerp", merge("multislerp", "abc", base=False, weight=three), _with_eps(three, base=False)
+    )
+    yield Case(
+        "multislerp of task vectors", merge("multislerp", "abc", weight=three), _with_eps(three, base=True)
+    )
+    yield Case("multislerp of two", merge("multislerp", "ab", weight=1.0), _with_eps([0.5, 0.5], base=True))
+    yield Case(
+        "multislerp, weights as they are",
+        merge("multislerp", "ab", False, {"normalize_weights": False}, weight=[0.5, 0.3]),
+        _with_eps([0.5, 0.3], base=False),
+    )
+    yield Case("multislerp of one", merge("multislerp", "a", base=False, weight=1.0))
+    yield Case("karcher", merge("karcher", "abc", base=False))
+    yield Case("karcher, the base averaged in", merge("karcher", "ab"))
+    yield Case("karcher, few steps", merge("karcher", "abc", False, {"max_iter": 2, "tol": 1e-9}))
+    yield Case("model_stock", merge("model_stock", "abc"))
+    yield Case("model_stock of two", merge("model_stock", "ab"))
+    yield Case("model_stock by rows", merge("model_stock", "abc", parameters={"filter_wise": True}))
+    yield Case("model_stock, small changes", merge("model_stock", "de"), CLAMPED)
+
+
+def _selected() -> Iterator[Case]:
+    for topk in (1.0, 0.5, 0.1, 0.0):
+        floor = None if topk == 0 else SCE_FLOOR
+        yield Case(f"sce, select_topk {topk}", merge("sce", "abc", parameters={"select_topk": topk}))
+        yield Case(
+            f"sce, small changes, select_topk {topk}",
+            merge("sce", "de", parameters={"select_topk": topk}),
+            floor,
+        )
+    yield Case("sce, int8_mask", merge("sce", "ab", parameters={"int8_mask": True, "select_topk": 0.3}))
+    yield Case("sce of one", merge("sce", "a"))
+    yield Case("ram", merge("ram", "abc"))
+    yield Case("ram, epsilon", merge("ram", "abc", parameters={"epsilon": 5e-3}))
+    yield Case("ram of two", merge("ram", "ab", parameters={"epsilon": 3e-3}))
+    yield Case("ramplus_tl", merge("ramplus_tl", "abc"))
+    for name, letters, given in (
+        ("epsilon", "abc", {"epsilon": 5e-3}),
+        ("two models", "ab", {"epsilon": 3e-3}),
+        ("r and alpha", "abc", {"r": 0.5, "alpha": 1.0, "epsilon": 5e-3}),
+    ):
+        yield Case(
+            f"ramplus_tl, {name}", merge("ramplus_tl", letters, parameters=given), _in_float32(**given)
+        )
+    yield Case("arcee_fusion", merge("arcee_fusion", "a"), FUSION)
+    yield Case("arcee_fusion, models far apart", merge("arcee_fusion", "c"), FUSION)
+
+
+CASES: tuple[Case, ...] = (*_plain(), *_trimmed(), *_geometric(), *_selected())
+
+
+def _random() -> Iterator[RandomCase]:
+    cure = {"preset": "mergekit"}
+    for method in ("dare_linear", "dare_ties"):
+        for density in (0.1, 0.5, 0.9):
+            yield RandomCase(
+                f"{method}, density {density}", merge(method, "a", weight=1.0, density=density), density, cure
+            )
+        yield RandomCase(
+            f"{method}, not rescaled",
+            merge(method, "a", parameters={"rescale": False}, weight=1.0, density=0.5), 0.5, {},
+        )  # fmt: skip
+    for method in ("della", "della_linear"):
+        for density, epsilon in ((0.5, 0.15), (0.3, 0.25), (0.8, 0.1)):
+            yield RandomCase(
+                f"{method}, density {density}, epsilon {epsilon}",
+                merge(method, "a", weight=1.0, density=density, epsilon=epsilon), density, cure, epsilon,
+            )  # fmt: skip
+        yield RandomCase(
+            f"{method}, not rescaled",
+            merge(method, "a", parameters={"rescale": False}, weight=1.0, density=0.5), 0.5, {}, 0.15,
+        )  # fmt: skip
+
+
+RANDOM_CASES: tuple[RandomCase, ...] = tuple(_random())
