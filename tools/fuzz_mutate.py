@@ -257,7 +257,11 @@ def manifest(raw: bytes, rng: Random, blind: Blind) -> bytes | None:
     value = parse_json(raw)
     if not isinstance(value, Pairs) or not value or value[-1][0] != "manifest_crc32":
         return None
-    value = change_json(Pairs(value[:-1]), rng, [*TEXTS, "files", "nbytes", "crc32"])
+    value = change_json(
+        Pairs(value[:-1]),
+        rng,
+        [*TEXTS, "files", "nbytes", "crc32", "tensors", "dtype", "shape", "not_finite", "sha256"],
+    )
     text = render_json(value).encode("utf-8", "surrogatepass")
     if rng.random() < 0.1:
         text = blind(text)

@@ -93,7 +93,7 @@ def check_contents(
     InputError
         Naming the first file that is another one.
     """
-    if other := changed_contents(plan, manifest, ContentHasher(plan.budget.threads, on_tick=on_tick)):
+    if other := changed_contents(plan, manifest, ContentHasher(plan.budget.workers, on_tick=on_tick)):
         raise InputError(
             f"{printable(out)}: was made from another content {printable(other[0], 300)}, so there is nothing to compare "
             "it with"

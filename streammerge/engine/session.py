@@ -158,7 +158,7 @@ def _make_hasher(
             raise Stopped(signal_received() or signal.SIGTERM)
 
     return ContentHasher(
-        plan.budget.threads, check_stop, lambda nbytes: emit(Event("hash", {"bytes_read": nbytes}))
+        plan.budget.workers, check_stop, lambda nbytes: emit(Event("hash", {"bytes_read": nbytes}))
     )
 
 

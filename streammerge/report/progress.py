@@ -107,6 +107,8 @@ class BarReporter:
             self._console.print(f"warning: {event.values['message']}", markup=False, highlight=False)
         elif event.kind == "resume":
             self._console.print(f"resuming: {format_size(event.values['bytes_done'])} of the output are done")
+        elif event.kind == "hash":
+            self._progress.update(self._task, text=f"hashing the inputs, {_read_text(event.values)}")
         elif event.kind == "progress":
             values = event.values
             self._progress.update(

@@ -171,6 +171,7 @@ def behind_the_shards(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch) 
     return sorted(out.glob("model*.safetensors")) or partials(out)
 
 
+@pytest.mark.parametrize("scene", ["ties", "dare"], indirect=True, ids=["shards", "one file"])
 @pytest.mark.parametrize("harm", [a_bit, cut, longer, zeroes, Path.unlink])
 @pytest.mark.parametrize(
     "moment", [in_the_merge, in_a_small_file_of_the_commit, behind_the_shards, behind_the_last_name]
@@ -186,6 +187,7 @@ def test_no_harm_to_journal_temporary_files_or_finished_shards_is_believed(
     scene.assert_finished(out)
 
 
+@pytest.mark.parametrize("scene", ["ties", "dare"], indirect=True, ids=["shards", "one file"])
 def test_each_file_of_a_commit_alone_is_made_again_when_it_is_harmed_behind_its_end(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,6 +200,7 @@ def test_each_file_of_a_commit_alone_is_made_again_when_it_is_harmed_behind_its_
         shutil.rmtree(out)
 
 
+@pytest.mark.parametrize("scene", ["ties", "dare"], indirect=True, ids=["shards", "one file"])
 def test_only_what_no_longer_matches_its_receipt_is_done_again(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,12 @@ def flip_unseen(path: Path) -> None:
 
 
 @pytest.fixture
+def scene(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Scene:
+    """A merge into several shards; what is read does not depend on the method."""
+    return make_scene("ties", tmp_path, monkeypatch)
+
+
+@pytest.fixture
 def hashed(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The scene hashes its inputs; the names of the files that were hashed are noted."""
     names: list[str] = []

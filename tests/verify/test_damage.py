@@ -15,17 +15,25 @@ from streammerge.api import merge
 from streammerge.engine.manifest import MANIFEST, load_manifest
 from streammerge.engine.verify import verify
 from streammerge.errors import ModelError
-from tests.conftest import config_for
+from tests.conftest import config_for, write_models
 from tests.verify.forge import reseal
 
 SHAPES: dict[str, tuple[int, ...]] = {"embed.weight": (60, 32), "layers.0.weight": (32, 48), "norm": (32,)}
 
 
-@pytest.fixture(params=["one file", "shards"])
-def out(request: pytest.FixtureRequest, make_models: Callable[..., list[Path]], tmp_path: Path) -> Path:
-    config = config_for("ties", make_models(shapes=SHAPES), parameters={"density": 0.5})
+@pytest.fixture(scope="module", params=["one file", "shards"])
+def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("finished")
+    config = config_for("ties", write_models(directory, shapes=SHAPES), parameters={"density": 0.5})
     size = 10**9 if request.param == "one file" else 3500
-    merge(config, tmp_path / "out", shard_size=size)
+    merge(config, directory / "out", shard_size=size, device="cpu")
+    return directory / "out"
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A finished merge, to be harmed."""
+    shutil.copytree(finished, tmp_path / "out")
     return tmp_path / "out"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from streammerge.engine.manifest import MANIFEST, load_manifest, seal
 from streammerge.engine.session import Event
 from streammerge.engine.verify import verify
 from streammerge.errors import ModelError, StreammergeError
-from tests.conftest import config_for, read_tensors, write_model
+from tests.conftest import config_for, read_tensors, write_model, write_models
 from tests.verify.forge import reseal
 
 SHAPES: dict[str, tuple[int, ...]] = {"embed.weight": (60, 32), "layers.0.weight": (32, 48), "norm": (32,)}
@@ -26,10 +27,23 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 INDEX = "model.safetensors.index.json"
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("finished")
+    merge(
+        config_for("linear", write_models(directory, shapes=SHAPES)),
+        directory / "out",
+        shard_size=5000,
+        device="cpu",
+    )
+    assert sorted(path.name for path in (directory / "out").glob("model-*")) == [FIRST, SECOND]
+    return directory / "out"
+
+
 @pytest.fixture
-def out(make_models: Callable[..., list[Path]], tmp_path: Path) -> Path:
-    merge(config_for("linear", make_models(shapes=SHAPES)), tmp_path / "out", shard_size=5000)
-    assert sorted(path.name for path in (tmp_path / "out").glob("model-*")) == [FIRST, SECOND]
+def out(finished: Path, tmp_path: Path) -> Path:
+    """A finished merge of two shards, to be harmed."""
+    shutil.copytree(finished, tmp_path / "out")
     return tmp_path / "out"
 
 
