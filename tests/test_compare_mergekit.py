@@ -151,3 +151,11 @@ def test_a_difference_is_explained_only_by_its_proof(
     text = page([row], [], "two layers")
     assert f"| {verdict} |" in text
     assert ("they differ" in text) == (differs is not None)
+
+
+def test_another_config_is_a_difference_that_no_row_explains(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted = Scripted(2.0, 3.0, 2.0)
+    monkeypatch.setattr(scripted, "ours", lambda config, dtype, more=None: tool.Output(
+        {"w": np.full(2, 2.0 if more else 3.0, dtype)}, {"layers": 3}))  # fmt: skip
+    row = tool.judge(scripted, Case("a case", merge("sce", "a"), CURE))  # type: ignore[arg-type]
+    assert (row.explained, row.verdict) == (False, "DIFFERENT: names, shapes, dtypes or config")
