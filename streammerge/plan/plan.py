@@ -241,8 +241,9 @@ def _workspace(sees: Sees, *, in_torch: bool) -> Callable[[Job, int], int]:
 
     def beside(job: Job, n: int) -> int:
         pairs = _kept_of_a_row(job) * job.line_length(sees) if sees == "columns" else 0
-        row = 72 * job.row_length if sees == "rows" and not in_torch else 0
-        return pairs + row + (torch_workspace(job, n) if in_torch else 0)
+        if in_torch:  # of columns, a row at a time will do
+            return pairs + torch_workspace(job, job.line_length(sees) if sees == "columns" else n)
+        return pairs + (72 * job.row_length if sees == "rows" else 0)
 
     return beside
 

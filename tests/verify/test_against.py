@@ -36,6 +36,9 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("fisher", {}),
     ("slerp", {"t": 0.3}),
     ("della", {"density": 0.5}),
+    ("sce", {"select_topk": 0.4}),
+    ("arcee_fusion", {}),
+    ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
 ]
 
 
