@@ -110,6 +110,17 @@ def _stop_on_signals() -> tuple[threading.Event, Callable[[], int | None]]:
     return stop, lambda: received[0] if received else None
 
 
+def _leave_on_signals() -> None:
+    """Have SIGINT and SIGTERM end a command at once that writes nothing, and so has nothing to finish."""
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        _report(InputError("stopped"), 0)
+        os._exit(128 + signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+
+
 @cli.command()
 @click.argument("config")
 @_planning_options
@@ -159,6 +170,7 @@ def verify(
         raise click.UsageError("--sample, --all, --seed, --memory and --methods go with --against CONFIG")
     if everything and sample is not None:
         raise click.UsageError("either --sample or --all")
+    _leave_on_signals()
     from streammerge.api import DEFAULT_SAMPLE
     from streammerge.api import verify as check
     from streammerge.report.progress import LineReporter

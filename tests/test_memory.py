@@ -56,7 +56,7 @@ def peak_of(command: Sequence[str | Path]) -> int:
         [sys.executable, "-c", _MEASURE, *command], capture_output=True, text=True, check=False
     )
     assert measured.returncode == 0, measured.stderr
-    return int(measured.stdout) * 1024
+    return int(measured.stdout.splitlines()[-1]) * 1024
 
 
 @pytest.mark.slow
@@ -90,3 +90,17 @@ def test_peak_resident_memory_stays_below_the_limit(
     assert (out / "model.safetensors").stat().st_size > 200 * 10**6
     (out / "model.safetensors").unlink()
     assert 50 * MIB < peak < LIMIT
+
+
+@pytest.mark.slow
+def test_an_output_is_verified_against_its_inputs_below_the_limit(models: list[Path], tmp_path: Path) -> None:
+    """The tensors are too large to hold beside torch: their statistics are streamed, as in a merge."""
+    config, out = tmp_path / "config.yml", tmp_path / "out"
+    config.write_text(yaml.safe_dump(config_for("ties", models[:3], parameters={"density": 0.2})))
+    command = [sys.executable, "-m", "streammerge.cli"]
+    merge = ["merge", str(config), str(out), "--memory", "320MiB", "--quiet", "--device", "cpu"]
+    subprocess.run([*command, *merge], check=True)
+    check = ["verify", str(out), "--against", str(config), "--sample", "1", "--seed", "1"]
+    peak = peak_of([*command, *check, "--memory", "448MiB"])
+    (out / "model.safetensors").unlink()
+    assert 50 * MIB < peak < 448 * MIB

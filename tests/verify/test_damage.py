@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import pytest
 from streammerge.api import merge
 from streammerge.engine.manifest import MANIFEST, load_manifest
 from streammerge.engine.verify import verify
-from streammerge.errors import ModelError
+from streammerge.errors import ModelError, WorldError
 from tests.conftest import config_for, write_models
 from tests.verify.forge import reseal
 
@@ -274,3 +278,28 @@ def test_a_directory_without_a_manifest_or_none_at_all_is_refused(tmp_path: Path
     assert "no such directory" in found(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "streammerge.json" in found(tmp_path / "empty")
+
+
+# --- the machine, and the user
+
+
+def test_a_disk_that_cannot_read_is_no_damage(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def preadv(*arguments: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(WorldError, match="cannot be read: Input/output error") as caught:
+        verify(out)
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_it_at_once_in_one_line(signum: int, code: int, out: Path) -> None:
+    program = (
+        "import os, sys, streammerge.engine.verify as v, streammerge.cli\n"
+        f"v.read_back = lambda *arguments: os.kill(os.getpid(), {int(signum)})\n"
+        f"sys.argv = ['streammerge', 'verify', {str(out)!r}]\n"
+        "streammerge.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, "streammerge: stopped\n")
