@@ -24,7 +24,7 @@ from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
 from streammerge.plan import budget as budgets
 from streammerge.plan.bases import settle_base
-from streammerge.plan.plan import MergePlan, make_plan
+from streammerge.plan.plan import LeftOut, MergePlan, make_plan
 from streammerge.report.card import model_card
 from streammerge.units import parse_size
 
@@ -51,6 +51,8 @@ def plan(
     seed: int | None = None,
     methods: str | os.PathLike[str] | None = None,
     kernels: bool = True,
+    copy_tokenizer: bool = True,
+    write_model_card: bool = True,
 ) -> MergePlan:
     """Decide everything about a merge from headers alone; nothing is written.
 
@@ -72,6 +74,8 @@ def plan(
         A Python file with methods of your own.
     kernels
         False: the torch formulas in place of the compiled kernels; the bits are the same.
+    copy_tokenizer, write_model_card
+        False: the output goes without.
 
     Raises
     ------
@@ -93,10 +97,15 @@ def plan(
     torch_only = chosen != "cpu" or not kernels or missing is not None
     reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
     budget = budgets.make_budget(total, threads, reserve)
+    left_out: list[LeftOut] = []
+    if not copy_tokenizer:
+        left_out.append("tokenizer")
+    if not write_model_card:
+        left_out.append("model card")
     return make_plan(
         parsed, method, models, base, budget,
         shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, device=chosen, torch_only=torch_only, fishers=fishers,
-        notes=[] if missing is None else [_SLOWER.format(missing)], bases=bases,
+        notes=[] if missing is None else [_SLOWER.format(missing)], bases=bases, left_out=left_out,
     )  # fmt: skip
 
 

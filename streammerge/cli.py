@@ -20,6 +20,7 @@ import click
 
 from streammerge import __version__
 from streammerge.errors import InputError, StreammergeError, WorldError, printable
+from streammerge.mergekit_options import mergekit_options, translate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -72,20 +73,25 @@ def _planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
     is_flag=True,
     help="Hash every input file first, one more read of it: run again, a touched or copied file is known as the same.",
 )
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
+@click.option("--quiet/--no-quiet", help="Print warnings and errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line, on stdout.")
+@mergekit_options
 def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:
     """Merge the models that CONFIG names into the directory OUT. Run again, it continues.
 
     Interrupted by Ctrl-C, a kill or a crash, the same command goes on where it stopped, and the files are
-    byte for byte those of an uninterrupted run.
+    byte for byte those of an uninterrupted run. The options of mergekit-yaml are taken too, under their own names.
     """
+    options, notes = translate(options)
     stop, signal_received = _stop_on_signals()
     from streammerge.api import merge as run
+    from streammerge.engine.session import Event
     from streammerge.report.progress import BarReporter, JsonReporter, LineReporter
 
     bar = sys.stderr.isatty() and not quiet and not as_json
     reporter = JsonReporter() if as_json else BarReporter() if bar else LineReporter(quiet)
+    for note in notes:
+        reporter(Event("warning", {"message": note}))
     try:
         summary = run(
             config, out, on_event=reporter, stop=stop, kernels=not no_kernels,

@@ -15,7 +15,7 @@ import streammerge
 
 PACKAGE = Path(streammerge.__file__).parent
 LAYERS = ["errors units dtypes compiled", "index", "config", "methods", "kernels", "plan", "engine", "fisher",
-          "report", "api", "demo", "cli"]  # fmt: skip
+          "report", "api", "demo", "mergekit_options", "cli"]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
 

@@ -34,7 +34,10 @@ _KEYS_LATER = ("tokenizer", "tokenizer_source", "chat_template")
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
 _MODULE_KEYS = ("models", "slices", "parameters")
+_TOP_WITHOUT_EFFECT = ("name", "out_path")
 _WITHOUT_EFFECT = {
+    "name": "it names a stage of mergekit-multi; this merges into the directory that the command names",
+    "out_path": "this merges into the directory that the command names",
     "override_architecture": "tensors go by their own names, whatever the architecture",
     "residual_weight": "mergekit reads it and does nothing with it",
 }
@@ -175,10 +178,11 @@ def config_from_mapping(data: Mapping[str, object], where: str = "config") -> Me
 
 def _config(data: dict[str, object], text: str, where: str) -> MergeConfig:
     top = f"{where}:"
+    notes: list[str] = []
+    data = _without(data, top, _TOP_WITHOUT_EFFECT, notes)
     check_keys(data, top, _KEYS, _KEYS_LATER)
     if "merge_method" not in data:
         refuse(top, "'merge_method' is missing")
-    notes: list[str] = []
     base = data.get("base_model")
     modules = _modules(data, top, notes)
     return MergeConfig(

@@ -15,6 +15,7 @@ Types are checked by the method's declaration, later; here only the structure is
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from streammerge.config.wording import check_keys, child, refuse, shown
 
 Scalar = bool | int | float | str
 
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", re.ASCII)
 _FORMS = "a setting is a value, a list of values, or a list of {filter, value}"
 
 
@@ -105,6 +107,8 @@ def _kind(point: Scalar) -> type:
 
 
 def _scalar(value: object, path: str) -> Scalar:
+    if isinstance(value, str) and len(value) <= 64 and _EXPONENT.fullmatch(value):
+        value = float(value)  # YAML 1.1 takes 1e-5, without a point, for a string
     if isinstance(value, bool | str):
         return value
     if not isinstance(value, int | float):

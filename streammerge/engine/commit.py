@@ -43,7 +43,8 @@ def commit(
     files = dict(sidecars)
     if CONFIG_NAME in files:
         files[CONFIG_NAME] = spelled(plan.settings, files[CONFIG_NAME])
-    files["README.md"] = card.encode()
+    if "model card" not in plan.left_out:
+        files["README.md"] = card.encode()
     files[CONFIG_COPY] = plan.config.text.encode("utf-8", "surrogatepass")
     index = None if single else _index(plan)
     small = {**files, **({INDEX_NAME: index} if index else {})}

@@ -14,20 +14,23 @@ from streammerge.errors import WorldError, printable
 from streammerge.index.header import FileStamp
 from streammerge.index.model import CONFIG_NAME
 
+TOKENIZER = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
+    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
 COPIED = (
-    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
-    "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
-    "sentence_bert_config.json", "config_sentence_transformers.json",
+    "generation_config.json", *TOKENIZER, "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json",
 )  # fmt: skip
 """Files copied from the donor as they are."""
 
 _LARGEST = 1 << 28
 
 
-def find_sidecars(directory: Path) -> dict[str, FileStamp]:
-    """Return, by name, the sidecars that a model directory holds, as they are now.
+def find_sidecars(directory: Path, *, tokenizer: bool = True) -> dict[str, FileStamp]:
+    """Return, by name, the sidecars that a model directory holds, as they are now; on request without its tokenizer.
 
     Raises
     ------
@@ -36,6 +39,8 @@ def find_sidecars(directory: Path) -> dict[str, FileStamp]:
     """
     found = {}
     for name in (CONFIG_NAME, *COPIED):
+        if name in TOKENIZER and not tokenizer:
+            continue
         path = directory / name
         try:
             status = os.stat(path)

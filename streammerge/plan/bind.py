@@ -83,7 +83,8 @@ def bind_jobs(
             parameters = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels)
             job = binder.merge(ordinal, cell, lender, sources, base, parameters)
         jobs.append(job)
-    if len({ref.dtype for job in jobs for ref in job.inputs if job.kind == "merge"}) > 1:
+    dtypes = {ref.dtype for job in jobs for ref in job.inputs if job.kind == "merge"}
+    if len(dtypes) > 1 and not (config.dtype or config.out_dtype):
         warnings.append("the models' float dtypes differ; each output tensor takes the dtype of "
                         f"{printable(donor.reference)} unless `dtype` says otherwise")  # fmt: skip
     warnings += [*finder.warnings(), *binder.warnings()]

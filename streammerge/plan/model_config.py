@@ -9,6 +9,7 @@ from typing import Any
 
 from streammerge import dtypes
 from streammerge.config.schema import MergeConfig
+from streammerge.errors import printable
 from streammerge.index.model import TensorIndex
 from streammerge.plan.cells import Indexes, Stack
 from streammerge.plan.job import Job
@@ -41,6 +42,7 @@ def merged_config(
         notes += _set_layers(settings, stack, indexes)
     _untie(settings, donor, indexes, jobs)
     notes += _drop_quantisation(settings, jobs)
+    notes += _name_code(settings, donor)
     return settings, notes
 
 
@@ -63,6 +65,25 @@ def _set_dtype(settings: Settings, config: MergeConfig) -> None:
         for name in ("torch_dtype", "dtype"):
             if part.get(name) is not None:
                 part[name] = dtypes.CONFIG_NAME[wanted]
+
+
+def _name_code(settings: Settings, donor: TensorIndex) -> list[str]:
+    """Say that the donor's own Python code, which a loader may be told to run, is not part of the output."""
+    named = settings.get("auto_map")
+    values = list(named.values()) if isinstance(named, dict) else []
+    texts = [
+        text
+        for value in values
+        for text in (value if isinstance(value, list) else [value])
+        if isinstance(text, str)
+    ]
+    modules = sorted({text.split("--")[-1].split(".")[0] + ".py" for text in texts})
+    if not modules:
+        return []
+    return [
+        f"config.json: auto_map asks for Python code ({printable(', '.join(modules), 200)}); code is never run or copied: if "
+        f"you trust that of {printable(donor.reference)}, copy it beside the output"
+    ]
 
 
 def _parts(settings: Settings) -> Iterator[tuple[str, Settings]]:

@@ -16,6 +16,15 @@ from streammerge.errors import ConfigError, printable
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 
 PRESET = "preset"
+ELSEWHERE = frozenset(
+    {
+        "weight", "density", "gamma", "epsilon", "normalize", "rescale", "lambda", "int8_mask", "t", "scale",
+        "select_topk", "filter_wise", "max_iter", "tol", "eps", "r", "alpha", "normalize_weights",
+        "nuslerp_flatten", "nuslerp_row_wise",
+    }
+)  # fmt: skip
+"""Parameters that some method of mergekit's has. Given to a method that has not, they change nothing there, and many
+published configs do so; a name that no method has is a misspelt one."""
 
 
 def check_names(config: MergeConfig, method: Method) -> list[str]:
@@ -35,6 +44,8 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
                 continue
             if name in method.ignored:
                 notes.append(f"{setting.path}: ignored: {method.ignored[name]}")
+            elif name not in method.parameters and name in ELSEWHERE:
+                notes.append(f"{setting.path}: ignored: {method.name} has no {name!r}, as in mergekit")
             elif name not in method.parameters:
                 close = get_close_matches(name, [*method.parameters, PRESET], n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(method.parameters)}"
@@ -128,7 +139,7 @@ def _one(
 
 def _checked(parameter: Parameter, value: Scalar, path: str, default: Any) -> Scalar:
     if parameter.choices:
-        if isinstance(value, bool):  # mergekit's `rescale: true`
+        if value in (0, 1):  # mergekit's `rescale: true`
             first = next(choice for choice in parameter.choices if choice != "none")
             value = (default if default != "none" else first) if value else "none"
         if value not in parameter.choices:
@@ -137,9 +148,12 @@ def _checked(parameter: Parameter, value: Scalar, path: str, default: Any) -> Sc
             )
         return value
     if bool in parameter.kind:
-        if not isinstance(value, bool):
+        if isinstance(value, str) or value not in (
+            0,
+            1,
+        ):  # `normalize: 1.0`, as searches over parameters write it
             raise ConfigError(f"{path}: {printable(value, 60)!r} is not true or false")
-        return value
+        return bool(value)
     if float in parameter.kind:
         if isinstance(value, bool | str) or not math.isfinite(value):
             raise ConfigError(f"{path}: {printable(value, 60)!r} is not a number")

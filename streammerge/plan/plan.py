@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
@@ -24,6 +24,7 @@ from streammerge.plan.layout import Layout, lay_out
 from streammerge.plan.model_config import merged_config
 from streammerge.plan.schedule import Chunk, Interval, Step, Survey, Work, plan_work, steps
 
+LeftOut = Literal["tokenizer", "model card"]
 BLOCK_ELEMENTS = 1 << 16
 """Elements a torch formula works on at a time on the CPU, where it may be cut anywhere."""
 
@@ -54,6 +55,8 @@ class MergePlan:
     """Bases of slices, where they are others than `base`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The output's config.json; empty where the donor has none."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files beside the weights that are not wanted."""
 
     @property
     def donor(self) -> TensorIndex:
@@ -131,6 +134,7 @@ class MergePlan:
             "seed": str(self.seed),
             "shard size": layout.hexdigest(),
             "method": self.method.fingerprint,
+            "left out": ", ".join(self.left_out),
         }
 
 
@@ -148,6 +152,7 @@ def make_plan(
     fishers: Sequence[FisherIndex] = (),
     notes: Sequence[str] = (),
     bases: Sequence[TensorIndex] = (),
+    left_out: Sequence[LeftOut] = (),
 ) -> MergePlan:
     """Decide everything about a merge.
 
@@ -165,6 +170,8 @@ def make_plan(
         Warnings to show with the plan's own.
     bases
         Bases of slices, where they are others than `base`.
+    left_out
+        Files beside the weights that are not wanted.
 
     Raises
     ------
@@ -196,6 +203,7 @@ def make_plan(
         config, method, tuple(models), base, jobs, tuple(access), tuple(work),
         lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,
         torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), device, tuple(bases), settings,
+        tuple(sorted(left_out)),
     )  # fmt: skip
 
 

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 
 from streammerge.plan.plan import MergePlan
 
 
 def model_card(plan: MergePlan) -> str:
     """Return the text of README.md; a function of the plan alone."""
-    base = [] if plan.base is None else ["base_model:", f"- {_name(plan.base.reference)}"]
+    names = [_name(index.reference) for index in (*([] if plan.base is None else [plan.base]), *plan.models)]
+    sources = [f"- {_quoted(name)}" for name in dict.fromkeys(names)]
     models = "\n".join(f"- {_name(model.reference)}" for model in plan.models)
     front = "\n".join(
-        ["---", *base, "library_name: transformers", "tags:", "- merge", "- streammerge", "---"]
+        [
+            "---",
+            "base_model:",
+            *sources,
+            "library_name: transformers",
+            "tags:",
+            "- merge",
+            "- streammerge",
+            "---",
+        ]
     )
     of_base = "" if plan.base is None else f" with {_name(plan.base.reference)} as the base"
     paper = f" ({plan.method.paper})" if plan.method.paper else ""
@@ -21,6 +33,11 @@ def model_card(plan: MergePlan) -> str:
         f"{front}\n\n# Merged model\n\nMade by streammerge with the method `{plan.method.name}`{paper}{of_base}.\n\n"
         f"## Models\n\n{models}\n\n## Configuration\n\n{fence}yaml\n{plan.config.text.rstrip()}\n{fence}\n"
     )
+
+
+def _quoted(name: str) -> str:
+    """Return a name as YAML takes it for a string."""
+    return name if re.fullmatch(r"[A-Za-z][\w./-]*", name, re.ASCII) else json.dumps(name)
 
 
 def _name(reference: str) -> str:

@@ -1,0 +1,116 @@
+"""The options of `mergekit-yaml` under their own names, for scripts that are to run as they are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from streammerge.units import parse_size
+
+_DECIMAL = {"k": 1000, "m": 1000**2, "b": 1000**3}
+_SAME = {"random_seed": "seed", "num_threads": "threads"}
+"""Options that have another name here."""
+_NEEDLESS = {
+    "allow_crimes": "tensors go by name and shape, whatever the architecture",
+    "trust_remote_code": "no model's code is ever run",
+    "lora_merge_cache": "adapters are applied while the rows are read, no merged copy is written",
+    "lora_merge_dtype": "adapters are applied in float32",
+    "low_cpu_memory": "`--memory` bounds what is held",
+    "read_to_gpu": "`--device cuda` decides what lies where",
+    "multi_gpu": "one GPU is used",
+    "lazy_unpickle": "PyTorch files are always read lazily",
+    "clone_tensors": "layers may come several times in any case",
+    "async_write": "reading, computing and writing always overlap",
+    "write_threads": "`--threads` says how many CPUs to keep busy",
+    "verbose": "`--json` tells what happens as it does",
+}
+"""Options without effect here, with the reason."""
+
+
+def mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to a command; `translate` makes of their values what the command itself knows."""
+    hidden: dict[str, Any] = {"hidden": True}
+    off: dict[str, Any] = {**hidden, "default": None}
+    options = [
+        click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True, help="Copy the tokenizer."),
+        click.option("--write-model-card/--no-write-model-card", default=True, show_default=True,
+                     help="Write README.md."),
+        click.option("--cuda/--no-cuda", **off),
+        click.option("--gpu-rich", is_flag=True, **hidden),
+        click.option("--random-seed", type=click.IntRange(0, 2**64 - 1), **hidden),
+        click.option("-j", "--num-threads", type=click.IntRange(1, 1024), **hidden),
+        click.option("--out-shard-size", **hidden),
+        click.option("--transformers-cache", **hidden),
+        click.option("--safe-serialization/--no-safe-serialization", **off),
+        click.option("--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings", **off),
+        *(click.option(f"--{name}/--no-{name}", **off) for name in (
+            "allow-crimes", "trust-remote-code", "low-cpu-memory", "read-to-gpu", "multi-gpu", "lazy-unpickle",
+            "clone-tensors", "async-write",
+        )),
+        click.option("--lora-merge-cache", **hidden),
+        click.option("--lora-merge-dtype", **hidden),
+        click.option("--write-threads", **hidden),
+        click.option("-v", "--verbose", count=True, **hidden),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def translate(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the options in this program's own terms, and what to tell of those without effect.
+
+    ``--transformers-cache`` becomes the cache of this process, by the variable of the environment that says so.
+
+    Raises
+    ------
+    click.UsageError
+        If one asks for what is not done, or says otherwise than the option it stands for.
+    """
+    given = dict(options)
+    if given.pop("safe_serialization") is False:
+        raise click.UsageError("--no-safe-serialization: outputs are safetensors")
+    if given.pop("unsafe_truncate_embeddings"):
+        raise click.UsageError(
+            "--unsafe-truncate-embeddings: rows are never dropped by place; write `tokenizer: {source: base}` in the config"
+        )
+    for theirs, ours in _SAME.items():
+        _set(given, ours, given.pop(theirs), theirs)
+    size = given.pop("out_shard_size")
+    if size is not None:
+        given["shard_size"] = _shard_size(size)
+    cuda, rich = given.pop("cuda"), given.pop("gpu_rich")
+    if cuda is not None or rich:
+        wanted = "cuda" if cuda or rich else "cpu"
+        if given["device"] == "auto":
+            given["device"] = wanted
+    cache = given.pop("transformers_cache")
+    if cache is not None:
+        os.environ["HF_HUB_CACHE"] = cache
+    notes = [
+        f"--{name.replace('_', '-')}: ignored: {why}" for name, why in _NEEDLESS.items() if given.pop(name) not in (None, False, 0)
+    ]  # fmt: skip
+    return given, notes
+
+
+def _set(given: dict[str, Any], ours: str, value: Any, theirs: str) -> None:
+    if value is None:
+        return
+    if given[ours] not in (None, value):
+        raise click.UsageError(f"--{ours} {given[ours]} and --{theirs.replace('_', '-')} {value}")
+    given[ours] = value
+
+
+def _shard_size(text: str) -> int:
+    """Return a size as mergekit counts: k, m and b are thousands, millions and billions of bytes.
+
+    >>> _shard_size("5B"), _shard_size("500m"), _shard_size("2GiB")
+    (5000000000, 500000000, 2147483648)
+    """
+    number, unit = text[:-1], text[-1:].lower()
+    if unit in _DECIMAL and number.isascii() and number.isdigit() and len(number) < 20 and int(number):
+        return int(number) * _DECIMAL[unit]
+    return parse_size(text)
