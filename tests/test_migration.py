@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge, plan
+from streammerge.cli import merge as merge_command
 from streammerge.errors import ConfigError, InputError
 from streammerge.report.card import model_card
 from tests.conftest import config_for, output_bytes, read_tensors
@@ -111,6 +113,14 @@ def test_the_cache_of_models_may_be_named(
     )
     assert cli("merge", config, tmp_path / "out").code == 2
     assert cli("merge", config, tmp_path / "out", "--transformers-cache", tmp_path / "cache").code == 0
+
+
+def test_every_option_in_the_guide_is_one_of_the_command(cli: Cli) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "from-mergekit.md").read_text()
+    named = set(re.findall(r"`(--?[a-z][a-z-]*)`", guide))
+    known = {name for option in merge_command.params for name in (*option.opts, *option.secondary_opts)}
+    assert len(named) > 25
+    assert named <= known
 
 
 # --- configs as they are published
