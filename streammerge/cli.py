@@ -198,16 +198,11 @@ def verify(
 def inspect(model: str, as_json: bool) -> None:
     """List a model's tensors: dtype, shape, file, bytes."""
     from streammerge.index.model import open_model
-    from streammerge.report.tables import inspect_text
+    from streammerge.report.tables import inspect_text, inspect_values
 
     index = open_model(model)
     if as_json:
-        tensors = [
-            {"name": r.name, "dtype": r.dtype, "shape": list(r.shape), "file": os.path.basename(r.path),
-             "offset": r.offset, "nbytes": r.nbytes}
-            for r in index.values()
-        ]  # fmt: skip
-        click.echo(json.dumps({"model": model, "nbytes": index.nbytes, "tensors": tensors}))
+        click.echo(json.dumps({"model": model, "nbytes": index.nbytes, "tensors": inspect_values(index)}))
     else:
         click.echo(inspect_text(index))
 

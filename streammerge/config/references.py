@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from streammerge.config.wording import check_keys, child, refuse, shown
 
 
@@ -17,25 +15,33 @@ def parse_text(value: object, path: str) -> str:
 
 
 def parse_reference(value: object, path: str) -> str:
-    """Return a model reference as one string: a path or hub name, with ``@revision`` if it has one.
+    """Return a model reference as one string: a path or hub name, with ``@revision`` and ``+adapter`` if it has them.
 
-    It is written as that string, as ``{path, revision}``, or as mergekit writes it, ``{model:
-    {path, revision}}``. The map is taken literally; in a string, `+` announces a LoRA adapter
-    unless the directory exists.
+    It is written as that string, as ``{path, revision}``, or as mergekit writes it, ``{model: {path, revision}, lora:
+    {path, revision}}``. What a string says of adapters is settled when the model is opened: a directory may have a `+`
+    in its name.
     """
     if not isinstance(value, dict):
-        reference = parse_text(value, path)
-        if "+" in reference and not os.path.isdir(reference):
-            refuse(path, f"{shown(reference)} is no directory, and LoRA ('+') is not supported yet")
-        return reference
-    later = ("lora", "override_architecture")
+        return parse_text(value, path)
+    if "model" not in value:
+        return _parse_place(value, path)
+    check_keys(value, path, ("model", "lora", "override_architecture"))
+    places = [_parse_place(value["model"], child(path, "model"))]
+    if value.get("lora") is not None:
+        places.append(_parse_place(value["lora"], child(path, "lora")))
+        for key, text in zip(("model", "lora"), places, strict=True):
+            if "+" in text:
+                refuse(child(path, key), f"'+' in {shown(text)} (it divides model and adapter)")
+    return "+".join(places)
+
+
+def _parse_place(value: object, path: str) -> str:
+    """Return ``path@revision`` of a string or a map."""
+    if not isinstance(value, dict):
+        return parse_text(value, path)
     if "model" in value:
-        check_keys(value, path, ("model",), later)
-        inner = value["model"]
-        if isinstance(inner, dict) and "model" in inner:
-            refuse(child(path, "model"), "a map within a map (write {path: …, revision: …})")
-        return parse_reference(inner, child(path, "model"))
-    check_keys(value, path, ("path", "revision"), later)
+        refuse(path, "a map within a map (write {path: …, revision: …})")
+    check_keys(value, path, ("path", "revision"))
     if "path" not in value:
         refuse(path, "'path' is missing")
     location = parse_text(value["path"], child(path, "path"))

@@ -18,6 +18,7 @@ from streammerge.engine.memory import Bytes
 from streammerge.engine.nonfinite import bad_fisher, tally, trace
 from streammerge.engine.pieces import Applied, KernelMath, Loaded, Operand, PieceMath
 from streammerge.engine.reader import Reader
+from streammerge.engine.sources import prefetch_source, read_source
 from streammerge.engine.stages import Stages
 from streammerge.engine.statistics import (
     Accumulator,
@@ -30,8 +31,8 @@ from streammerge.engine.statistics import (
 from streammerge.engine.stored_chunks import read_stored
 from streammerge.engine.writer import Sink
 from streammerge.errors import ModelError
-from streammerge.index.fishers import ChunkedRef, FisherRef
-from streammerge.index.header import TensorRef
+from streammerge.index.derived import SourceRef
+from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.recipes import Recipe, WeightedSum
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.rng import RandomKeys
@@ -111,9 +112,11 @@ def _copy_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Recei
     first, last = (e * BITS[job.dtype] // 8 for e in (piece.start, piece.stop))
     places = divide(job, piece.stop - piece.start)
 
-    def read(ref: TensorRef, slot: int) -> tuple[int, Bytes]:
+    def read(ref: SourceRef, slot: int) -> tuple[int, Bytes]:
         with context.stages.time("read"):
-            begins = slot + context.reader.read_slot(ref.path, ref.offset + first, last - first, arena[slot:])
+            begins = slot + read_source(
+                context.reader, ref, piece.start, piece.stop, arena[slot:], arena[places.scratch :]
+            )
         return begins, arena[begins : begins + last - first]
 
     source, *others = job.sources
@@ -163,7 +166,7 @@ def load(
     """
     operands = []
     places = divide(job, stop - start)
-    refs: tuple[FisherRef, ...] = (*job.inputs, *job.fishers)
+    refs: tuple[SourceRef | ChunkedRef, ...] = (*job.inputs, *job.fishers)
     for number, (ref, slot) in enumerate(zip(refs, places.slots, strict=True)):
         width = itemsize(ref.dtype)
         size = (stop - start) * width
@@ -173,8 +176,8 @@ def load(
             read_stored(context.reader, context.stages, ref, start, stop, target, scratch)
         elif models_too or number >= len(job.inputs):
             with context.stages.time("read"):
-                position += context.reader.read_slot(
-                    ref.path, ref.offset + start * width, size, arena[slot:], again=again
+                position += read_source(
+                    context.reader, ref, start, stop, arena[slot:], arena[places.scratch :], again=again
                 )
         operands.append(Operand(position, ref.dtype))
     fishers = tuple(operands[len(job.inputs) :])
@@ -202,8 +205,7 @@ def prefetch(context: Context, chunk: Chunk) -> None:
                 for path, _, _ in ref.chunks(piece.start, piece.stop):
                     context.reader.prefetch_file(path)
             else:
-                first, last = (e * BITS[ref.dtype] // 8 for e in (piece.start, piece.stop))
-                context.reader.prefetch(ref.path, ref.offset + first, last - first)
+                prefetch_source(context.reader, ref, piece.start, piece.stop)
 
 
 def _place_output(context: Context, job: Job, piece: Piece, loaded: Loaded) -> Operand:

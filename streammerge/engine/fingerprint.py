@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from streammerge.engine.reader import Reader
+from streammerge.engine.sources import read_elements
 from streammerge.errors import ModelError, printable
+from streammerge.index.derived import SourceRef, stored_dtype
 from streammerge.index.fishers import FisherIndex
-from streammerge.index.header import FileStamp
+from streammerge.index.header import FileStamp, TensorRef
 from streammerge.index.model import TensorIndex
 
 _TENSORS = 256
@@ -22,18 +24,40 @@ _BYTES = 4096
 
 
 def fingerprint(index: TensorIndex, reader: Reader) -> str:
-    """Return 32 hexadecimal digits: 4 KiB from the middle of up to 256 tensors spread over the names."""
-    names = sorted(index)
+    """Return 32 hexadecimal digits: 4 KiB from the middle of up to 256 tensors spread over the names.
+
+    Of an adapter they are those of the model with it, of the adapter's own tensors and of its settings.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    table = [[name, index[name].dtype, list(index[name].shape)] for name in names]
+    _add_tensors(digest, index, reader)
+    if index.adapter is not None:
+        parts = {
+            f"{module}.{part}": ref
+            for module, refs in index.adapter.modules.items()
+            for part, ref in refs.items()
+        }
+        _add_tensors(digest, {**parts, **index.adapter.replaced}, reader)
+        digest.update(
+            json.dumps(dict(index.adapter.settings), sort_keys=True).encode("utf-8", "surrogatepass")
+        )
+    return digest.hexdigest()
+
+
+def _add_tensors(digest: hashlib.blake2b, tensors: Mapping[str, SourceRef], reader: Reader) -> None:
+    names = sorted(tensors)
+    table = [[name, stored_dtype(tensors[name]), list(tensors[name].shape)] for name in names]
     digest.update(json.dumps(table).encode("utf-8", "surrogatepass"))
     for name in names[:: max(1, -(-len(names) // _TENSORS))]:
-        ref = index[name]
-        size = min(_BYTES, ref.nbytes)
-        buffer = np.empty(size, np.uint8)
-        reader.read_into(ref.path, ref.offset + (ref.nbytes - size) // 2 // 8 * 8, buffer)
+        ref = tensors[name]
+        if isinstance(ref, TensorRef):
+            size = min(_BYTES, ref.nbytes)
+            buffer = np.empty(size, np.uint8)
+            reader.read_into(ref.path, ref.offset + (ref.nbytes - size) // 2 // 8 * 8, buffer)
+        else:
+            n = min(_BYTES // 8, ref.n_elements)
+            first = (ref.n_elements - n) // 2
+            buffer = read_elements(reader, ref, first, first + n)
         digest.update(buffer.tobytes())
-    return digest.hexdigest()
 
 
 def files_digest(stamps: Iterable[FileStamp]) -> str:

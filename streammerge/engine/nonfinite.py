@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from streammerge.dtypes import itemsize
 from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
+from streammerge.engine.sources import read_elements
 from streammerge.errors import ModelError, printable
 from streammerge.index.header import TensorRef
 from streammerge.plan.job import Job
@@ -89,7 +90,7 @@ def trace(reader: Reader, job: Job, start: int, stop: int, output: Read | None) 
     for first, last in _steps(start, stop):
         anywhere = np.zeros(last - first, np.bool_)
         for i, ref in enumerate(job.inputs):
-            bad = is_bad(_read(reader, ref, first, last), ref.dtype)
+            bad = is_bad(read_elements(reader, ref, first, last), ref.dtype)
             inputs[i] = inputs[i].plus(bad, first)
             anywhere |= bad
         if output is not None:
@@ -103,7 +104,7 @@ def bad_fisher(reader: Reader, job: Job, start: int, stop: int) -> ModelError | 
         if not isinstance(fisher, TensorRef):
             continue
         for first, last in _steps(start, stop):
-            raw = _read(reader, fisher, first, last)
+            raw = read_elements(reader, fisher, first, last)
             bad = is_bad(raw, fisher.dtype) | _is_negative(raw, fisher.dtype)
             if bad.any():
                 return ModelError(
@@ -146,10 +147,3 @@ def _unsigned(dtype: str) -> Any:
 def _steps(start: int, stop: int) -> Iterator[tuple[int, int]]:
     for first in range(start, stop, _STEP):
         yield first, min(stop, first + _STEP)
-
-
-def _read(reader: Reader, ref: TensorRef, first: int, last: int) -> Bytes:
-    width = itemsize(ref.dtype)
-    buffer = np.empty((last - first) * width, np.uint8)
-    reader.read_into(ref.path, ref.offset + first * width, buffer)
-    return buffer

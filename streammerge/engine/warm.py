@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from streammerge.engine.pieces import KernelMath, Loaded, Operand
+from streammerge.engine.sources import add_products
 from streammerge.engine.statistics import low_words
 from streammerge.methods.recipes import (
     ColumnCombination,
@@ -85,4 +86,5 @@ def compile_kernels() -> None:
     math.apply(TaskVectorMerge(ranked, elect=True), Operand(128, "BF16"))
     math.fisher_squares(0)
     math.apply(FisherMean((1.0, 1.0), (0.0, 0.0), vectors=vectors), Operand(128, "BF16"))
+    add_products(np.ones((2, 5), np.float32), np.ones((5, 3), np.float32), 0, 3, np.empty((2, 3), np.float32))
     low_words(LowWords(TaskVector(0), 0.5), 8, keys.key("dare", 0, "t"))

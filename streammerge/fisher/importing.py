@@ -158,7 +158,7 @@ def _open_source(source: str) -> tuple[Mapping[str, TensorRef], tuple[FileStamp,
         refs, stamp = read_pickle(source)
         return refs, (stamp,)
     index = open_model(source)
-    return index.tensors, index.stamps
+    return index.stored(), index.stamps
 
 
 def _check_against(

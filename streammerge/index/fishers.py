@@ -140,12 +140,13 @@ def open_fisher(reference: str | os.PathLike[str]) -> FisherIndex:
     if not os.path.exists(reference):
         raise bad(reference, "no such Fisher diagonal (a store, or a safetensors file)")
     model = open_model(reference)
-    for ref in model.values():
+    refs = model.stored()
+    for ref in refs.values():
         if ref.dtype not in FLOATS:
             raise bad(
                 ref.path, f"tensor {quoted(ref.name)} is {ref.dtype}: a Fisher diagonal is made of floats"
             )
-    return FisherIndex(reference, model.tensors, model.stamps, model)
+    return FisherIndex(reference, refs, model.stamps, model)
 
 
 def _holds_safetensors(directory: str) -> bool:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import ModelError, WorldError
+from streammerge.index.adapters import ADAPTER_CONFIG, Adapter, adapt, read_adapter, split_reference
+from streammerge.index.derived import SourceRef
 from streammerge.index.files import bad, from_os, place, quoted, reading
 from streammerge.index.header import FileStamp, TensorRef, read_header
 from streammerge.index.hub import cache_directory, find_snapshot, parse_name
@@ -36,7 +38,7 @@ CONFIG_NAME = "config.json"
 
 
 @dataclass(frozen=True, eq=False)
-class TensorIndex(Mapping[str, TensorRef]):
+class TensorIndex(Mapping[str, SourceRef]):
     """The tensors of one model, in the order of their bytes: shard by shard, then by offset."""
 
     reference: str
@@ -47,13 +49,15 @@ class TensorIndex(Mapping[str, TensorRef]):
     """Of every file read, sorted by path."""
     metadata: Mapping[str, str]
     """Of all shards together; where two disagree, the first has its way."""
-    tensors: Mapping[str, TensorRef]
+    tensors: Mapping[str, SourceRef]
     unlisted: tuple[str, ...] = ()
     """Tensors that lie in a shard but not in the index file, and so are not part of the model."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What its config.json says; empty where there is none."""
+    adapter: Adapter | None = None
+    """What was applied to its weights; its tensors are those that result."""
 
-    def __getitem__(self, name: str) -> TensorRef:
+    def __getitem__(self, name: str) -> SourceRef:
         return self.tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -66,6 +70,19 @@ class TensorIndex(Mapping[str, TensorRef]):
     def nbytes(self) -> int:
         """Of all tensors of the model."""
         return sum(ref.nbytes for ref in self.tensors.values())
+
+    def stored(self) -> dict[str, TensorRef]:
+        """Return the tensors of a model that all lie in files.
+
+        Raises
+        ------
+        ModelError
+            If an adapter changes some.
+        """
+        found = {name: ref for name, ref in self.tensors.items() if isinstance(ref, TensorRef)}
+        if len(found) < len(self.tensors):
+            raise ModelError(f"{place(self.reference)}: a model with an adapter cannot serve here")
+        return found
 
     def view(self, name: str) -> np.memmap:
         """Memory-map the bytes of one tensor, read-only, as `uint8`.
@@ -81,6 +98,8 @@ class TensorIndex(Mapping[str, TensorRef]):
         import numpy as np
 
         ref = self.tensors[name]
+        if not isinstance(ref, TensorRef):
+            raise ModelError(f"{quoted(name)} lies in no file: an adapter changes it as it is read")
         stamp = next(stamp for stamp in self.stamps if stamp.path == ref.path)
         with reading(ref.path) as (fd, status):
             if not stamp.describes(status):
@@ -100,7 +119,7 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
     ----------
     reference
         A directory, a ``.safetensors`` file, a file of ``torch.save``, or (if there is no such directory) ``org/name``,
-        ``name`` or ``org/name@revision`` in the local Hugging Face cache.
+        ``name`` or ``org/name@revision`` in the local Hugging Face cache; and ``model+adapter``, two of these joined.
     cache
         That cache, if it is not where the environment says.
 
@@ -112,12 +131,38 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
         If the machine cannot read it.
     """
     reference = os.fspath(reference)
-    path = _locate(reference, cache_directory() if cache is None else cache)
+    cache = cache_directory() if cache is None else cache
+    if "+" in reference and not _exists(os.path.expanduser(reference)):
+        return _open_adapted(reference, cache)
+    path = _locate(reference, cache)
     if os.path.isdir(path):
         return _read_model(reference, path, find_shards(path))
     if not path.name.endswith((SUFFIX, *PICKLES)):
         raise bad(str(path), f"neither a model directory nor a {SUFFIX} file")
     return _read_model(reference, path.parent, Shards((path.name,), None))
+
+
+def _open_adapted(reference: str, cache: Path) -> TensorIndex:
+    """Return a model with a LoRA adapter applied, which happens as its tensors are read."""
+
+    def exists(part: str) -> bool:
+        try:
+            _locate(part, cache)
+        except ModelError:
+            return False
+        return True
+
+    model, place = split_reference(reference, exists)
+    base = open_model(model, cache=cache)
+    if base.adapter is not None:
+        raise bad(reference, "an adapter upon an adapter")
+    directory = _locate(place, cache)
+    if not os.path.lexists(directory / ADAPTER_CONFIG):
+        raise bad(str(directory), f"no adapter here: no {ADAPTER_CONFIG}")
+    adapter = read_adapter(directory)
+    tensors = adapt(adapter, base, model)
+    stamps = (*base.stamps, *adapter.stamps)
+    return replace(base, reference=reference, tensors=tensors, stamps=stamps, adapter=adapter)
 
 
 def _locate(reference: str, cache: Path) -> Path:
@@ -131,8 +176,7 @@ def _locate(reference: str, cache: Path) -> Path:
         raise bad(reference, "no such file")
     name = parse_name(reference)
     if name is None:
-        hint = "; adapters (model+adapter) are not supported yet" if "+" in reference else ""
-        raise bad(reference, f"no such directory{hint}")
+        raise bad(reference, "no such directory")
     snapshot = find_snapshot(name, cache)
     if snapshot is None:
         what = f"no such directory, and not in the Hugging Face cache {place(str(cache))}"

@@ -54,7 +54,7 @@ def find_shards(directory: Path) -> Shards:
     if "adapter_config.json" in present:
         raise bad(
             str(directory),
-            "a LoRA adapter, which is not supported yet: merge it into its base model first",
+            "a LoRA adapter, not a model: write `base+adapter`, the model that it was trained on before it",
         )
     names = sorted(n for n in present if n.endswith(SUFFIX) and not n.startswith("."))
     if not names and PICKLE_INDEX_NAME in present:

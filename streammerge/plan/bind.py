@@ -10,8 +10,8 @@ from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS
 from streammerge.errors import ConfigError, ModelError, printable
+from streammerge.index.derived import SourceRef, stored_dtype
 from streammerge.index.fishers import FisherIndex, FisherRef
-from streammerge.index.header import TensorRef
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
 from streammerge.methods.requests import Band, TopK
@@ -83,7 +83,7 @@ def bind_jobs(
             parameters = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels)
             job = binder.merge(ordinal, cell, lender, sources, base, parameters)
         jobs.append(job)
-    dtypes = {ref.dtype for job in jobs for ref in job.inputs if job.kind == "merge"}
+    dtypes = {stored_dtype(ref) for job in jobs for ref in job.inputs if job.kind == "merge"}
     if len(dtypes) > 1 and not (config.dtype or config.out_dtype):
         warnings.append("the models' float dtypes differ; each output tensor takes the dtype of "
                         f"{printable(donor.reference)} unless `dtype` says otherwise")  # fmt: skip
@@ -179,7 +179,7 @@ class _Finder:
                 f"{printable(_holder(cell, self._indexes))} has it; list it under `exclude:` to copy it from there"
             )
 
-    def donor_of(self, cell: Cell) -> TensorRef:
+    def donor_of(self, cell: Cell) -> SourceRef:
         """Return the tensor that lends its dtype and shape."""
         found = self._find(*cell.donor)
         if found is None:
@@ -190,7 +190,7 @@ class _Finder:
             )
         return found
 
-    def inputs(self, cell: Cell) -> tuple[TensorRef | None, tuple[TensorRef, ...]]:
+    def inputs(self, cell: Cell) -> tuple[SourceRef | None, tuple[SourceRef, ...]]:
         """Return the base's tensor, if there is one, and each source's."""
         if cell.name in self.buffers:
             return None, ()
@@ -198,7 +198,7 @@ class _Finder:
         sources = [self._find(spec.reference, name) for spec, name in cell.models]
         return base, tuple(ref for ref in sources if ref is not None)
 
-    def _find(self, reference: str, name: str) -> TensorRef | None:
+    def _find(self, reference: str, name: str) -> SourceRef | None:
         index = self._indexes[reference]
         if name in index:
             return index[name]
@@ -237,7 +237,7 @@ def _holder(cell: Cell, indexes: Indexes) -> str:
     )
 
 
-def _check_shapes(name: str, inputs: Sequence[TensorRef]) -> None:
+def _check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
     first = inputs[0]
     for ref in inputs[1:]:
         if ref.shape != first.shape:
@@ -254,12 +254,12 @@ def _check_shapes(name: str, inputs: Sequence[TensorRef]) -> None:
             )
 
 
-def _output_dtype(ref: TensorRef, config: MergeConfig) -> str:
+def _output_dtype(ref: SourceRef, config: MergeConfig) -> str:
     wanted = config.out_dtype or config.dtype
-    return wanted if wanted is not None and ref.dtype in FLOATS else ref.dtype
+    return wanted if wanted is not None and ref.dtype in FLOATS else stored_dtype(ref)
 
 
-def _copy(ordinal: int, name: str, ref: TensorRef, config: MergeConfig) -> Job:
+def _copy(ordinal: int, name: str, ref: SourceRef, config: MergeConfig) -> Job:
     return Job(ordinal, name, _output_dtype(ref, config), ref.shape, "copy", (ref,), None, {})
 
 
@@ -272,7 +272,7 @@ class _Binder:
         self._without_fisher: list[str] = []
 
     def merge(
-        self, ordinal: int, cell: Cell, donor: TensorRef, sources: tuple[TensorRef, ...], base: TensorRef | None,
+        self, ordinal: int, cell: Cell, donor: SourceRef, sources: tuple[SourceRef, ...], base: SourceRef | None,
         parameters: Mapping[str, object],
     ) -> Job:  # fmt: skip
         """Return the job of a tensor that every input has with the same shape."""
@@ -287,7 +287,7 @@ class _Binder:
             self._diagonals(cell, donor, members), members if members != tuple(range(len(self._places))) else (),
         )  # fmt: skip
 
-    def _recipe_base(self, base: TensorRef | None, parameters: Mapping[str, object]) -> TensorRef | None:
+    def _recipe_base(self, base: SourceRef | None, parameters: Mapping[str, object]) -> SourceRef | None:
         drops = self._method.drops(parameters)
         if drops and base is None:
             raise ConfigError(
@@ -295,7 +295,7 @@ class _Binder:
             )
         return base if drops or self._method.base in ("required", "optional") else None
 
-    def _diagonals(self, cell: Cell, donor: TensorRef, members: Sequence[int]) -> tuple[FisherRef, ...]:
+    def _diagonals(self, cell: Cell, donor: SourceRef, members: Sequence[int]) -> tuple[FisherRef, ...]:
         if not self._fishers:
             return ()
         pairs = [(self._fishers[member], name) for member, name in zip(members, cell.sources, strict=True)]
@@ -324,7 +324,7 @@ class _Binder:
         return [f"{n} tensors have no Fisher diagonal in any model and take the `fallback` (first: {first})"]
 
 
-def _agree(ordinal: int, name: str, donor: TensorRef, inputs: Sequence[TensorRef]) -> Job:
+def _agree(ordinal: int, name: str, donor: SourceRef, inputs: Sequence[SourceRef]) -> Job:
     dtypes = {ref.dtype for ref in inputs}
     if donor.dtype not in INTEGERS and len(inputs) > 1:
         raise ModelError(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from streammerge.dtypes import itemsize
+from streammerge.index.derived import SourceRef
 from streammerge.index.fishers import ChunkedRef, FisherRef
-from streammerge.index.header import TensorRef
 from streammerge.methods.recipes import Sees
 
 Kind = Literal["merge", "copy", "agree"]
@@ -26,9 +26,9 @@ class Job:
     kind: Kind
     """`merge`: the method. `copy`: the bytes of sources[0], cast if the dtype differs. `agree`: an
     integer tensor; the bytes of sources[0], with a warning where another source differs."""
-    sources: tuple[TensorRef, ...]
+    sources: tuple[SourceRef, ...]
     """The models' tensors in configured order."""
-    base: TensorRef | None
+    base: SourceRef | None
     parameters: Mapping[str, Any]
     fishers: tuple[FisherRef, ...] = ()
     """The models' Fisher diagonals, for a method that weighs by them; empty where they lack the tensor."""
@@ -57,7 +57,7 @@ class Job:
         return self.row_length
 
     @property
-    def inputs(self) -> tuple[TensorRef, ...]:
+    def inputs(self) -> tuple[SourceRef, ...]:
         """Every tensor that is read: the base first, if there is one, then the models."""
         return (*((self.base,) if self.base is not None else ()), *self.sources)
 

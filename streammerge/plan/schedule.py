@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from streammerge.errors import BudgetError, printable
+from streammerge.index.derived import scratch_bytes
 from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.recipes import Sees
 from streammerge.methods.requests import rows_at_once
@@ -153,8 +154,12 @@ def _store_row(job: Job) -> int:
 
 
 def chunk_scratch(job: Job) -> int:
-    """Return the buffer bytes it takes to read a Fisher store: a chunk as it lies, and decompressed."""
-    return 2 * slot_bytes(job.fisher_chunk_bytes + _FRAME) if job.fisher_chunk_bytes else 0
+    """Return the buffer bytes it takes to read what does not lie ready in a file.
+
+    A Fisher store: a chunk as it lies, and decompressed. An adapter or gathered rows: see `scratch_bytes`.
+    """
+    stored = 2 * slot_bytes(job.fisher_chunk_bytes + _FRAME) if job.fisher_chunk_bytes else 0
+    return max(stored, *(scratch_bytes(ref) for ref in job.inputs))
 
 
 def _fitting(job: Job, work: Work, n: int, what: str, budget: Budget) -> Work:

@@ -4,28 +4,47 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from streammerge.errors import printable
+from streammerge.index.derived import AdaptedRef
+from streammerge.index.header import TensorRef
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 from streammerge.units import format_size
 
 
+def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
+    """Return a model's tensors as plain values; of one with an adapter, the weight in its file and the adapter's rank."""
+    found: list[dict[str, Any]] = []
+    for name, ref in index.items():
+        stored = ref.weight if isinstance(ref, AdaptedRef) else ref
+        assert isinstance(stored, TensorRef)
+        entry = {
+            "name": name, "dtype": stored.dtype, "shape": list(stored.shape), "file": os.path.basename(stored.path),
+            "offset": stored.offset, "nbytes": stored.nbytes,
+        }  # fmt: skip
+        adapter = {"adapter_rank": ref.rank} if isinstance(ref, AdaptedRef) else {}
+        found.append(entry | adapter)
+    return found
+
+
 def inspect_text(index: TensorIndex) -> str:
     """Return a model's tensors, one a line, and totals by dtype."""
+    tensors = inspect_values(index)
     width = min(80, max(len(printable(name)) for name in index))
     lines = [
-        f"{printable(r.name):<{width}}  {r.dtype:<8} {list(r.shape)!s:<18} {format_size(r.nbytes):>9}  "
-        f"{printable(os.path.basename(r.path))}"
-        for r in index.values()
+        f"{printable(t['name']):<{width}}  {t['dtype']:<8} {t['shape']!s:<18} {format_size(t['nbytes']):>9}  "
+        f"{printable(t['file'])}" + (f" + adapter of rank {t['adapter_rank']}" if "adapter_rank" in t else "")
+        for t in tensors
     ]
     by_dtype: dict[str, int] = {}
-    for ref in index.values():
-        by_dtype[ref.dtype] = by_dtype.get(ref.dtype, 0) + ref.nbytes
+    for t in tensors:
+        by_dtype[t["dtype"]] = by_dtype.get(t["dtype"], 0) + t["nbytes"]
     totals = ", ".join(f"{dtype} {format_size(n)}" for dtype, n in sorted(by_dtype.items()))
     parameters = sum(ref.n_elements for ref in index.values())
     lines.append(
-        f"{len(index)} tensors, {parameters:,} elements, {format_size(index.nbytes)} ({totals}) in "
+        f"{len(index)} tensors, {parameters:,} elements, {format_size(sum(by_dtype.values()))} ({totals}) in "
         f"{len(index.stamps)} file{'s' * (len(index.stamps) != 1)}"
     )
     return "\n".join(lines)

@@ -249,15 +249,16 @@ REFUSED = [
         ": models[0]: unknown key 'layer_range'",
     ),
     # References.
-    ("merge_method: linear\nmodels: [{model: a+b}]", ": models[0].model: 'a+b' is no directory, and LoRA"),
-    (M + "base_model: a+b", ": base_model: 'a+b' is no directory, and LoRA ('+') is not supported yet"),
     (M + "base_model: {path: 1}", ": base_model.path: must be a string, not 1"),
     (M + "base_model: {revision: x}", ": base_model: 'path' is missing"),
     (M + "base_model: {path: x, revision: 3}", ": base_model.revision: must be a string, not 3"),
     (M + "base_model: {path: x@y, revision: z}", ": base_model.path: '@' in 'x@y'"),
     (M + "base_model: {path: x, revison: z}", ": base_model: unknown key 'revison' (did you mean 'revision'"),
-    (M + "base_model: {model: {path: x}, lora: {path: y}}", ": base_model.lora: not supported"),
-    (M + "base_model: {model: x, override_architecture: y}", ": base_model.override_architecture: not supp"),
+    (M + "base_model: {model: {path: x+y}, lora: {path: z}}", ": base_model.model: '+' in 'x+y'"),
+    (
+        M + "base_model: {model: x, lora: {pth: y}}",
+        ": base_model.lora: unknown key 'pth' (did you mean 'path'",
+    ),
     (M + "base_model: {model: {model: x}}", ": base_model.model: a map within a map"),
     # Names of models.
     ("merge_method: linear\nmodels: [{model: a, alias: ''}]", ": models[0].alias: must not be empty"),

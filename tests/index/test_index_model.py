@@ -377,13 +377,13 @@ def test_pickles_beside_safetensors_are_never_opened(tmp_path):
         assert set(open_model(tmp_path)) == {"w"}
 
 
-def test_an_adapter_is_refused_but_its_config_beside_a_model_is_not_in_the_way(tmp_path):
+def test_an_adapter_alone_is_refused_but_its_config_beside_a_model_is_not_in_the_way(tmp_path):
     write_model(tmp_path, {"adapter_model.safetensors": {"lora_A": F32}})
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert "LoRA adapter, which is not supported yet" in refusal(tmp_path)
+    assert "a LoRA adapter, not a model: write `base+adapter`" in refusal(tmp_path)
     write_model(tmp_path, {"model.safetensors": {"w": F32}})
     assert set(open_model(tmp_path)) == {"w"}
-    assert "adapters (model+adapter) are not supported yet" in refusal("base+adapter")
+    assert "base: no such directory" in refusal("base+adapter")
 
 
 # Views.

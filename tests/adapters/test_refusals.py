@@ -1,0 +1,117 @@
+"""Adapters that are malformed, hostile, or more than a sum of low rank: refused in one line that names the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streammerge.errors import ModelError
+from streammerge.index.model import open_model
+from tests.adapters.scene import PREFIX, Q, factors, write_adapter, write_base
+
+GOOD = factors(Q, 24, 40, 8)
+A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+
+TENSORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
+    "no factor b": ({A: GOOD[A]}, {}, "has no lora_B"),
+    "no factor a": ({B: GOOD[B]}, {}, "has no lora_A"),
+    "another model": (factors("model.layers.9.q_proj", 24, 40, 8), {}, "which .* has not: another base model's adapter"),
+    "inputs": (factors(Q, 25, 40, 8), {}, r"factors \[40, 8\] and \[8, 25\] do not fit the weight \[40, 24\]"),
+    "outputs": (factors(Q, 24, 41, 8), {}, "do not fit"),
+    "ranks differ": ({A: GOOD[A], B: GOOD[B][:, :7]}, {}, "do not fit"),
+    "stored the other way": (GOOD, {"fan_in_fan_out": True}, "do not fit"),
+    "a scalar": ({A: torch.tensor(1.0), B: GOOD[B]}, {}, "do not fit"),
+    "three axes": ({A: GOOD[A][:, :, None], B: GOOD[B]}, {}, "do not fit"),
+    "rank stated": (GOOD, {"r": 4}, "rank 4, but its factors have 8"),
+    "rank by pattern": (GOOD, {"rank_pattern": {"q_proj": 2}}, "rank 2, but its factors have 8"),
+    "integers": ({A: GOOD[A].int(), B: GOOD[B]}, {}, "is I32: an adapter is made of floats"),
+    "a vector's module": (factors("model.norm", 24, 1, 8), {}, "do not fit"),
+    "no magnitude": (GOOD, {"use_dora": True}, "use_dora, and no lora_magnitude_vector"),
+    "a short magnitude": ({**GOOD, f"{Q}.lora_magnitude_vector": torch.ones(39)}, {"use_dora": True}, "magnitude .* for 40 outputs"),
+    "other kinds of factor": ({**GOOD, f"{Q}.lora_C.weight": GOOD[A]}, {}, "a kind of adapter that is not supported"),
+    "trained tokens": ({"model.embed_tokens.token_adapter.trainable_tokens_delta": GOOD[A]}, {}, "not supported"),
+    "a saved tensor of another width": ({**GOOD, "model.embed_tokens.weight": torch.ones(48, 23)}, {}, r"is \[48, 23\], the base's"),
+    "a change of a bias that is not there": (
+        {**factors("model.embed_tokens", 24, 48, 8), "model.embed_tokens.lora_B.bias": torch.ones(48)}, {}, "a bias that the base has not"),
+    "alpha is text": (GOOD, {"lora_alpha": "16"}, "lora_alpha of module .* is no number"),
+    "alpha is infinite": (GOOD, {"lora_alpha": float("inf")}, "lora_alpha of module .* is no number"),
+    "alpha is true": (GOOD, {"lora_alpha": True}, "is no number"),
+    "a flag that is text": (GOOD, {"use_rslora": "yes"}, "use_rslora is neither true nor false"),
+    "a pattern that is a list": (GOOD, {"alpha_pattern": [1]}, "alpha_pattern is not a map"),
+    "a pattern that takes for ever": (GOOD, {"alpha_pattern": {"(a+)+$": 1}}, "too free an expression"),
+    "a pattern that is none": (GOOD, {"alpha_pattern": {"(a": 1}}, "is no regular expression"),
+    "another kind": (GOOD, {"peft_type": "LOHA"}, "peft_type is 'LOHA': only LORA"),
+    "no kind": (GOOD, {"peft_type": None}, "only LORA"),
+    **{key: (GOOD, {key: value}, "is not supported; merge the adapter with PEFT first") for key, value in {
+        "use_qalora": True, "alora_invocation_tokens": [1], "trainable_token_indices": [3], "layer_replication": [[0, 1]],
+        "target_parameters": ["experts.gate_up_proj"],
+    }.items()},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_an_adapter_that_does_not_fit_is_refused(case: str, base: Path, tmp_path: Path) -> None:
+    tensors, entries, message = TENSORS[case]
+    adapter = write_adapter(tmp_path / "adapter", tensors, **entries)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_model(f"{base}+{adapter}")
+    assert len(str(caught.value)) < 1500
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_missing_or_no_json_are_named(base: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ModelError, match=r"empty: no adapter here: no adapter_config.json"):
+        open_model(f"{base}+{empty}")
+    (empty / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(ModelError, match=r"an adapter without adapter_model.safetensors"):
+        open_model(f"{base}+{empty}")
+    (empty / "adapter_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"adapter_config.json: the file is not JSON"):
+        open_model(f"{base}+{empty}")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_a_quantised_base_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", **{"model.layers.1.q_proj.weight": torch.ones(40, 24).to(dtype)})
+    adapter = write_adapter(tmp_path / "adapter", factors("model.layers.1.q_proj", 24, 40, 8))
+    with pytest.raises(ModelError, match="an adapter goes on float weights; dequantise"):
+        open_model(f"{base}+{adapter}")
+
+
+def test_a_name_with_a_plus_is_taken_as_it_exists(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a+b", GOOD)
+    other = write_base(tmp_path / "c+d")
+    assert open_model(f"{other}").adapter is None
+    assert open_model(f"{base}+{adapter}").adapter is not None
+    assert open_model(f"{other}+{adapter}").adapter is not None
+    with pytest.raises(ModelError, match="not one model and one adapter"):
+        open_model("x+y+z")
+    with pytest.raises(ModelError, match="not one model and one adapter"):
+        open_model(f"{base}+")
+
+
+def test_two_adapters_are_refused(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", GOOD)
+    with pytest.raises(ModelError, match=r"not one model and one adapter|no adapter here|an adapter upon"):
+        open_model(f"{base}+{adapter}+{adapter}")
+
+
+def test_a_pickled_adapter_is_read_without_running_it(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", GOOD)
+    torch.save({PREFIX + name: t for name, t in GOOD.items()}, adapter / "adapter_model.bin")
+    safe = open_model(f"{base}+{adapter}")[f"{Q}.weight"]
+    (adapter / "adapter_model.safetensors").unlink()
+    pickled = open_model(f"{base}+{adapter}")[f"{Q}.weight"]
+    assert safe.shape == pickled.shape
+    assert safe.dtype == pickled.dtype == "F32"
