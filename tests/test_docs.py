@@ -15,6 +15,7 @@ from streammerge.api import merge
 from streammerge.config.schema import MergeConfig, parse_config
 from streammerge.fisher.importing import import_diagonal
 from tests.conftest import read_tensors, write_fisher
+from tests.tokenizers.scene import write_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -55,6 +56,8 @@ def test_every_config_in_the_docs_runs_on_models_of_these_names(
     for source, name in zip(make_models(n_models=len(names) - 1, **shapes_for(config)), names, strict=True):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         source.rename(name)
+        if config.tokenizer is not None:
+            write_tokenizer(Path(name), {"<s>": 0, "</s>": 1, "<|im_start|>": 2})
     for spec in config.models:
         if spec.fisher:
             import_diagonal(spec.reference, write_fisher(Path(spec.reference)), Path(spec.fisher))

@@ -435,7 +435,7 @@ REFUSED: list[tuple[str, list[dict[str, torch.Tensor]], str]] = [
     ("missing in the base", [{"a": X}, ROWS, ROWS],
      "model 0: tensor b is missing, all other models have it; list it under `exclude:` to leave it out"),
     ("another vocabulary", [ROWS, ROWS, {"a": X, "b": torch.ones(5, 6)}],
-     r"tensor b: \[5, 6\] in .*, \[4, 6\] in .*; vocabularies differ: align the tokenizers first"),
+     r"tensor b: \[5, 6\] in .*, \[4, 6\] in .*; vocabularies differ: align them with `tokenizer_source: union`"),
     ("another shape", [ROWS, ROWS, {"a": X, "b": torch.ones(6, 4)}], r"tensor b: \[6, 4\] in .*; shapes differ: "),
     ("same count, another rank", [ROWS, ROWS, {"a": X, "b": torch.ones(24)}], r"tensor b: \[24\] in "),
     ("floats against integers", [ROWS, ROWS, {"a": X, "b": X.int()}], "tensor b: I32 in .*, F32 in .*; these cannot"),

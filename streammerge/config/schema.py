@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from streammerge.config.references import parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
 from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, dump_yaml, load_yaml
+from streammerge.config.tokenizer import ChatTemplate, TokenizerSpec, parse_chat_template, parse_tokenizer
 from streammerge.config.wording import check_keys, child, refuse, shown
 from streammerge.dtypes import NAMES
 
@@ -29,8 +30,10 @@ _KEYS = (
     "parameters",
     "seed",
     "exclude",
+    "tokenizer",
+    "tokenizer_source",
+    "chat_template",
 )
-_KEYS_LATER = ("tokenizer", "tokenizer_source", "chat_template")
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
 _MODULE_KEYS = ("models", "slices", "parameters")
@@ -121,6 +124,10 @@ class MergeConfig:
     """What is merged into what; every config comes down to this."""
     notes: tuple[str, ...] = ()
     """What it says without effect."""
+    tokenizer: TokenizerSpec | None = None
+    """The vocabulary of the output, where the models' are to be aligned."""
+    chat_template: ChatTemplate | None = None
+    """Of the output; ``auto``: the one that most models have; None: that of the tokenizer."""
 
     def settings(self) -> Iterator[tuple[Mapping[str, Setting], bool]]:
         """Yield every map of parameters, and whether it is that of one model."""
@@ -180,7 +187,7 @@ def _config(data: dict[str, object], text: str, where: str) -> MergeConfig:
     top = f"{where}:"
     notes: list[str] = []
     data = _without(data, top, _TOP_WITHOUT_EFFECT, notes)
-    check_keys(data, top, _KEYS, _KEYS_LATER)
+    check_keys(data, top, _KEYS)
     if "merge_method" not in data:
         refuse(top, "'merge_method' is missing")
     base = data.get("base_model")
@@ -198,6 +205,8 @@ def _config(data: dict[str, object], text: str, where: str) -> MergeConfig:
         where=where,
         modules=modules,
         notes=tuple(notes),
+        tokenizer=parse_tokenizer(data, top),
+        chat_template=parse_chat_template(data.get("chat_template"), child(top, "chat_template")),
     )
 
 

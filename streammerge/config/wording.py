@@ -64,16 +64,8 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"did you mean {meant}?" if near else f"known: {', '.join(words)}"
 
 
-def check_keys(
-    data: Mapping[str, object], path: str, known: Iterable[str], later: Iterable[str] = ()
-) -> None:
-    """Refuse keys that are unknown, and keys of mergekit (`later`) that are not supported yet.
-
-    A null counts as absent for the latter: mergekit itself writes such lines.
-    """
+def check_keys(data: Mapping[str, object], path: str, known: Iterable[str]) -> None:
+    """Refuse keys that are unknown."""
     for key in data:
-        if key in later:
-            if data[key] is not None:
-                refuse(child(path, key), "not supported in this version")
-        elif key not in known:
+        if key not in known:
             refuse(path, f"unknown key {shown(key)} ({suggestion(key, known)})")

@@ -41,6 +41,8 @@ def commit(
     shards = range(len(plan.layout.shards))
     single = len(plan.layout.shards) == 1
     files = dict(sidecars)
+    if plan.tokenizer is not None:
+        files |= plan.tokenizer.changed
     if CONFIG_NAME in files:
         files[CONFIG_NAME] = spelled(plan.settings, files[CONFIG_NAME])
     if "model card" not in plan.left_out:

@@ -234,7 +234,7 @@ class _Session:
         self._running = 0.0
 
     def run(self, card: str, began: float, signal_received: Callable[[], int | None]) -> Summary:
-        sidecars = find_sidecars(self._plan.donor.directory, tokenizer="tokenizer" not in self._plan.left_out)
+        sidecars = find_sidecars(self._plan.donor.directory, self._plan.tokenizer_directory)
         files = find_inputs(self._plan, sidecars)
         journal = Journal(self._out, self._identity.named)
         stages = self._context.stages

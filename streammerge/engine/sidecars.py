@@ -29,8 +29,8 @@ COPIED = (
 _LARGEST = 1 << 28
 
 
-def find_sidecars(directory: Path, *, tokenizer: bool = True) -> dict[str, FileStamp]:
-    """Return, by name, the sidecars that a model directory holds, as they are now; on request without its tokenizer.
+def find_sidecars(directory: Path, tokenizer: Path | None) -> dict[str, FileStamp]:
+    """Return, by name, the sidecars of a model directory, as they are now, with the tokenizer of a second, or without.
 
     Raises
     ------
@@ -39,9 +39,10 @@ def find_sidecars(directory: Path, *, tokenizer: bool = True) -> dict[str, FileS
     """
     found = {}
     for name in (CONFIG_NAME, *COPIED):
-        if name in TOKENIZER and not tokenizer:
+        home = tokenizer if name in TOKENIZER else directory
+        if home is None:
             continue
-        path = directory / name
+        path = home / name
         try:
             status = os.stat(path)
         except OSError as error:

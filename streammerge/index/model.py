@@ -165,6 +165,17 @@ def _open_adapted(reference: str, cache: Path) -> TensorIndex:
     return replace(base, reference=reference, tensors=tensors, stamps=stamps, adapter=adapter)
 
 
+def locate(reference: str) -> Path:
+    """Return the existing path that a reference without an adapter stands for: a local one, or a cached snapshot.
+
+    Raises
+    ------
+    ModelError
+        If there is none.
+    """
+    return _locate(reference, cache_directory())
+
+
 def _locate(reference: str, cache: Path) -> Path:
     """Return the existing path that `reference` stands for: a local one, or a cached snapshot."""
     if not reference:

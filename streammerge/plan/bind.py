@@ -10,7 +10,7 @@ from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS
 from streammerge.errors import ConfigError, ModelError, printable
-from streammerge.index.derived import SourceRef, stored_dtype
+from streammerge.index.derived import GatheredRef, SourceRef, stored_dtype
 from streammerge.index.fishers import FisherIndex, FisherRef
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
@@ -20,6 +20,7 @@ from streammerge.plan.cells import Cell, Indexes, Stack, assemble
 from streammerge.plan.job import Job
 from streammerge.plan.parameters import bind, check_names, preset_of
 from streammerge.plan.tied import tied_to
+from streammerge.plan.vocabulary import Alignment
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def bind_jobs(
     donor: TensorIndex,
     indexes: Indexes,
     fishers: Sequence[FisherIndex] = (),
+    alignment: Alignment | None = None,
 ) -> Bound:
     """Return the jobs in the file order of the first input.
 
@@ -51,6 +53,8 @@ def bind_jobs(
         Every model by its reference.
     fishers
         One diagonal per model, for a method that weighs by them.
+    alignment
+        How the rows of the models' vocabularies are put in one order.
 
     Raises
     ------
@@ -66,7 +70,7 @@ def bind_jobs(
     excluded = [re.compile(pattern) for pattern in config.exclude]
     copied = {cell.name for cell in assembly.cells if any(p.search(cell.name) for p in excluded)}
     warnings += assembly.notes
-    finder = _Finder(indexes)
+    finder = _Finder(indexes, alignment)
     finder.check([cell for cell in assembly.cells if cell.name not in copied])
     warnings += _compare_names(config, assembly.cells, donor, indexes, excluded)
     binder = _Binder(config, method, fishers)
@@ -149,8 +153,8 @@ def _compare_names(
 class _Finder:
     """Finds the tensors of a cell in the models, or what stands for them there."""
 
-    def __init__(self, indexes: Indexes) -> None:
-        self._indexes = indexes
+    def __init__(self, indexes: Indexes, alignment: Alignment | None) -> None:
+        self._indexes, self._alignment = indexes, alignment
         self._tied: dict[str, str] = {}
         self.buffers: set[str] = set()
         """Tensors that are no parameters and that not all models store: copied."""
@@ -199,6 +203,12 @@ class _Finder:
         return base, tuple(ref for ref in sources if ref is not None)
 
     def _find(self, reference: str, name: str) -> SourceRef | None:
+        found = self._stored(reference, name)
+        if found is None or self._alignment is None:
+            return found
+        return self._alignment.gather(reference, name, found, lambda other: self._stored(other, name))
+
+    def _stored(self, reference: str, name: str) -> SourceRef | None:
         index = self._indexes[reference]
         if name in index:
             return index[name]
@@ -242,7 +252,11 @@ def _check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
     for ref in inputs[1:]:
         if ref.shape != first.shape:
             embeds = len(ref.shape) == len(first.shape) == 2 and ref.shape[1] == first.shape[1]
-            cause = "vocabularies differ: align the tokenizers first, " if embeds else "shapes differ: "
+            cause = (
+                "vocabularies differ: align them with `tokenizer_source: union` (or base, or a model), "
+                if embeds
+                else "shapes differ: "
+            )
             raise ModelError(
                 f"tensor {printable(name)}: {list(ref.shape)} in {printable(ref.path)}, {list(first.shape)} in "
                 f"{printable(first.path)}; {cause}or list it under `exclude:` to copy it from one model"
@@ -284,7 +298,7 @@ class _Binder:
         members = tuple(self._places[spec.name] for spec in cell.part.sources)
         return Job(
             ordinal, cell.name, dtype, donor.shape, "merge", sources, self._recipe_base(base, parameters), parameters,
-            self._diagonals(cell, donor, members), members if members != tuple(range(len(self._places))) else (),
+            self._diagonals(cell, donor, members, sources), members if members != tuple(range(len(self._places))) else (),
         )  # fmt: skip
 
     def _recipe_base(self, base: SourceRef | None, parameters: Mapping[str, object]) -> SourceRef | None:
@@ -295,8 +309,13 @@ class _Binder:
             )
         return base if drops or self._method.base in ("required", "optional") else None
 
-    def _diagonals(self, cell: Cell, donor: SourceRef, members: Sequence[int]) -> tuple[FisherRef, ...]:
+    def _diagonals(
+        self, cell: Cell, donor: SourceRef, members: Sequence[int], sources: Sequence[SourceRef]
+    ) -> tuple[FisherRef, ...]:
         if not self._fishers:
+            return ()
+        if any(isinstance(ref, GatheredRef) for ref in sources):
+            self._without_fisher.append(cell.name)  # its rows are in the order of the model's own vocabulary
             return ()
         pairs = [(self._fishers[member], name) for member, name in zip(members, cell.sources, strict=True)]
         found = [index for index, name in pairs if name in index]
@@ -321,7 +340,9 @@ class _Binder:
         if not self._without_fisher:
             return []
         n, first = len(self._without_fisher), printable(self._without_fisher[0])
-        return [f"{n} tensors have no Fisher diagonal in any model and take the `fallback` (first: {first})"]
+        return [
+            f"{n} tensors have no Fisher diagonal in any model, or rows put in another order, and take the `fallback` (first: {first})"
+        ]
 
 
 def _agree(ordinal: int, name: str, donor: SourceRef, inputs: Sequence[SourceRef]) -> Job:

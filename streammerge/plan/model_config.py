@@ -14,6 +14,8 @@ from streammerge.index.model import TensorIndex
 from streammerge.plan.cells import Indexes, Stack
 from streammerge.plan.job import Job
 from streammerge.plan.tied import FLAG, flag_of, is_head
+from streammerge.plan.tokenizer_files import renumber
+from streammerge.plan.vocabulary import Alignment
 
 Settings = dict[str, Any]
 
@@ -22,16 +24,19 @@ _COUNTS = (
     "decoder_layers", "encoder_layers", "depth",
 )  # fmt: skip
 """What architectures call the number of their layers."""
+_LANGUAGE = ("", "text_config", "llm_config", "language_config")
+"""The parts of a config that speak of the language model."""
 _QUANTISED = ("quantization_config", "compression_config")
 
 
 def merged_config(
-    config: MergeConfig, donor: TensorIndex, indexes: Indexes, jobs: Sequence[Job], stacks: Sequence[Stack]
-) -> tuple[Settings, list[str]]:
+    config: MergeConfig, donor: TensorIndex, indexes: Indexes, jobs: Sequence[Job], stacks: Sequence[Stack],
+    alignment: Alignment | None = None,
+) -> tuple[Settings, list[str]]:  # fmt: skip
     """Return the settings of the output and what the user should know; empty where the donor has none.
 
     Changed are the dtype, the number of layers and lists with an entry per layer, whether embedding and head are tied,
-    and a quantisation that the output no longer has.
+    the size of the vocabulary and numbers of tokens, and a quantisation that the output no longer has.
     """
     if not donor.config:
         return {}, []
@@ -41,6 +46,8 @@ def merged_config(
     for stack in stacks:
         notes += _set_layers(settings, stack, indexes)
     _untie(settings, donor, indexes, jobs)
+    if alignment is not None:
+        notes += _set_vocabulary(settings, alignment)
     notes += _drop_quantisation(settings, jobs)
     notes += _name_code(settings, donor)
     return settings, notes
@@ -124,7 +131,7 @@ def _belongs(part: str, key: str, stack: Stack) -> bool:
     for word in ("encoder", "decoder"):
         if word in prefix.split("."):
             return key.startswith((word, f"num_{word}")) or key in ("num_layers", "num_hidden_layers")
-    return part in ("", "text_config", "llm_config", "language_config")
+    return part in _LANGUAGE
 
 
 def _is_simple(item: object) -> bool:
@@ -138,6 +145,20 @@ def _entry(indexes: Indexes, reference: str, part: str, key: str, number: int, o
     if isinstance(values, list) and number < len(values):
         return values[number]
     return own[min(number, len(own) - 1)]
+
+
+def _set_vocabulary(settings: Settings, alignment: Alignment) -> list[str]:
+    lost: list[str] = []
+    for name, part in _parts(settings):
+        if name not in _LANGUAGE:
+            continue
+        if type(part.get("vocab_size")) is int:
+            part["vocab_size"] = alignment.n_rows
+        if alignment.numbers is not None:
+            lost += renumber(part, alignment.numbers)
+    if not lost:
+        return []
+    return [f"config.json: {', '.join(lost)}: a token that the output's tokenizer lacks: set it by hand"]
 
 
 def _untie(settings: Settings, donor: TensorIndex, indexes: Indexes, jobs: Sequence[Job]) -> None:

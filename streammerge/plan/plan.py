@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from streammerge.config.schema import MergeConfig
@@ -23,6 +24,8 @@ from streammerge.plan.job import Job
 from streammerge.plan.layout import Layout, lay_out
 from streammerge.plan.model_config import merged_config
 from streammerge.plan.schedule import Chunk, Interval, Step, Survey, Work, plan_work, steps
+from streammerge.plan.tokenizer_files import TokenizerFiles, tokenizer_files
+from streammerge.plan.vocabulary import align
 
 LeftOut = Literal["tokenizer", "model card"]
 BLOCK_ELEMENTS = 1 << 16
@@ -57,11 +60,22 @@ class MergePlan:
     """The output's config.json; empty where the donor has none."""
     left_out: tuple[LeftOut, ...] = ()
     """Files beside the weights that are not wanted."""
+    tokenizer: TokenizerFiles | None = None
+    """Its tokenizer files, where they are not the donor's as they are."""
+    vocabulary: str = ""
+    """What identifies the rows that aligned vocabularies are gathered from."""
 
     @property
     def donor(self) -> TensorIndex:
         """The model that lends its config, tokenizer and tensor names: the base, else the first."""
         return self.base if self.base is not None else self.models[0]
+
+    @property
+    def tokenizer_directory(self) -> Path | None:
+        """Where the output's tokenizer files come from; None if it gets none, which a config that makes one overrules."""
+        if self.tokenizer is not None:
+            return self.tokenizer.directory
+        return None if "tokenizer" in self.left_out else self.donor.directory
 
     @property
     def inputs(self) -> tuple[TensorIndex, ...]:
@@ -135,7 +149,15 @@ class MergePlan:
             "shard size": layout.hexdigest(),
             "method": self.method.fingerprint,
             "left out": ", ".join(self.left_out),
+            **({} if self.tokenizer is None else {"tokenizer": self._tokenizer_digest()}),
         }
+
+    def _tokenizer_digest(self) -> str:
+        assert self.tokenizer is not None
+        digest = hashlib.blake2b(self.vocabulary.encode(), digest_size=16)
+        for name, data in sorted(self.tokenizer.changed.items()):
+            digest.update(repr((name, len(data))).encode() + data)
+        return digest.hexdigest()
 
 
 def make_plan(
@@ -180,9 +202,14 @@ def make_plan(
     """
     donor = base if base is not None else models[0]
     indexes = {index.reference: index for index in (*models, *bases, donor)}
-    bound = bind_jobs(config, method, donor, indexes, fishers)
+    alignment = None if config.tokenizer is None else align(config.tokenizer, donor, indexes)
+    bound = bind_jobs(config, method, donor, indexes, fishers, alignment)
     jobs = bound.jobs
-    settings, remarks = merged_config(config, donor, indexes, jobs, bound.stacks)
+    settings, remarks = merged_config(config, donor, indexes, jobs, bound.stacks, alignment)
+    tokenizer = None
+    if alignment is not None or config.chat_template is not None:
+        tokenizer = tokenizer_files(config, donor, indexes, alignment)
+        remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
     cache: dict[tuple[object, ...], tuple[Access, bool, bool, Sees]] = {}
     access = []
     work = []
@@ -203,7 +230,7 @@ def make_plan(
         config, method, tuple(models), base, jobs, tuple(access), tuple(work),
         lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,
         torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), device, tuple(bases), settings,
-        tuple(sorted(left_out)),
+        tuple(sorted(left_out)), tokenizer, "" if alignment is None else alignment.digest(),
     )  # fmt: skip
 
 

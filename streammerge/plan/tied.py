@@ -8,7 +8,7 @@ from typing import Any
 from streammerge.index.model import TensorIndex
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_EMBEDDINGS = (
+EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight",
     "shared.weight",
 )  # fmt: skip
@@ -27,7 +27,7 @@ def tied_to(index: TensorIndex, head: str) -> str | None:
     """
     if not is_head(head) or head in index or flag_of(index.config) is False:
         return None
-    found = [name for name in index if name.endswith(_EMBEDDINGS) and len(index[name].shape) == 2]
+    found = [name for name in index if name.endswith(EMBEDDINGS) and len(index[name].shape) == 2]
     return found[0] if len(found) == 1 else None
 
 

@@ -213,9 +213,9 @@ REFUSED = [
         "merge_method: linear\nmodules: {text: {models: [a], slices: []}}",
         ": modules.text: 'models' and 'slices' exclude",
     ),
-    (M + "tokenizer: {source: union}", ": tokenizer: not supported in this version"),
-    (M + "tokenizer_source: base", ": tokenizer_source: not supported in this version"),
-    (M + "chat_template: auto", ": chat_template: not supported in this version"),
+    (M + "tokenizer: {sorce: union}", ": tokenizer: unknown key 'sorce' (did you mean 'source'"),
+    (M + "tokenizer_source: [base]", ": tokenizer_source: must be a string"),
+    (M + "chat_template: auto_", ": chat_template: 'auto_' is no template (did you mean 'auto'"),
     # The method and the models.
     ("models: [{model: a}]", ": 'merge_method' is missing"),
     ("merge_method: null\nmodels: [{model: a}]", ": merge_method: must be a string, not null"),
