@@ -58,7 +58,15 @@ def test_every_config_is_accepted_here(case: Case, workshop: tool.Workshop) -> N
     more = case.cure if isinstance(case, RandomCase) else case.differs.cure if case.differs else {}
     for config in (case.config, {**case.config, "parameters": {**case.config.get("parameters", {}), **more}}):
         decided = plan({**tool.placed(config, workshop.work / "float64"), "dtype": "float64"})
-        assert {job.name: job.shape for job in decided.jobs} == dict(tool.shapes())
+        found = {job.name: job.shape for job in decided.jobs}
+        wanted = dict(tool.shapes())
+        if "slices" in config:  # other layers, of the same tensors
+            last = {name.rsplit(".", 2)[-2] for name in wanted}
+            assert {name.rsplit(".", 2)[-2] for name in found} == last
+        elif "tokenizer" in config or "tokenizer_source" in config:  # other rows
+            assert {name: shape[1:] for name, shape in found.items()} == {n: s[1:] for n, s in wanted.items()}
+        else:
+            assert found == wanted
 
 
 @pytest.mark.parametrize("method", METHODS)

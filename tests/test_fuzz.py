@@ -22,7 +22,7 @@ from streammerge.engine.journal import _line
 from streammerge.engine.manifest import seal
 
 NAMES = ["header", "json", "model", "reference", "pickles", "yaml", "config", "journal", "manifest", "fisher",
-         "chunk", "size"]  # fmt: skip
+         "chunk", "tokenizer", "adapter", "size"]  # fmt: skip
 
 IDENTITY = _line({"identity": {"config": "ab"}, "files": {"of base/w": ["00", ""]}})
 

@@ -31,8 +31,17 @@ from streammerge.errors import StreammergeError
 
 PAGE = Path(__file__).parents[1] / "docs" / "mergekit-comparison.md"
 LAYERS, HIDDEN, INTER, KV, VOCAB = 4, 32, 48, 16, 64
-SPREADS = {"a": 5e-3, "b": 4e-3, "c": 5e-2, "d": 1e-4, "e": 5e-5}
+SPREADS = {"a": 5e-3, "b": 4e-3, "c": 5e-2, "d": 1e-4, "e": 5e-5, "v": 6e-2, "w": 4e-3}
 """Deviation of each model from the base, whose weights are normal with 0.05."""
+PLAIN = {f"t{i}": i for i in range(VOCAB)}
+TOKENIZERS = {
+    **dict.fromkeys(["base", "a", "b", "c"], PLAIN),
+    "v": {f"t{i if i < 3 else VOCAB + 2 - i}": i for i in range(VOCAB)}
+    | {"<|im_start|>": VOCAB, "<|im_end|>": VOCAB + 1},
+    "w": {f"t{i}": i for i in range(VOCAB - 3)}
+    | {"<|im_end|>": VOCAB - 3, "<x>": VOCAB - 2, "<y>": VOCAB - 1},
+}
+"""Vocabularies; `v` and `w` have others than the base, and `v` more rows."""
 IGNORED_FIELDS = ("transformers_version", "_name_or_path")
 """Of config.json: who wrote it."""
 
@@ -78,10 +87,54 @@ def write_models(directory: Path, dtype: str) -> None:
             key: (value + spread * rng.standard_normal(value.shape)).astype(dtype)
             for key, value in base.items()
         }
+        n_rows = VOCAB
+        if name in TOKENIZERS:
+            write_tokenizer(model, TOKENIZERS[name])
+            n_rows = len(TOKENIZERS[name])
+        if n_rows > VOCAB:
+            for key in ("model.embed_tokens.weight", "lm_head.weight"):
+                more = rng.standard_normal((n_rows - VOCAB, HIDDEN)) * 0.05
+                tuned[key] = np.concatenate([tuned[key], more.astype(dtype)])
         save_file(tuned, model / "model.safetensors", metadata={"format": "pt"})
         (model / "config.json").write_text(
-            json.dumps({**CONFIG, "dtype": dtype}, indent=2, sort_keys=True) + "\n"
+            json.dumps({**CONFIG, "dtype": dtype, "vocab_size": n_rows}, indent=2, sort_keys=True) + "\n"
         )
+    write_adapter(directory / "adapter", rng)
+
+
+def write_tokenizer(model: Path, ids: Mapping[str, int]) -> None:
+    """Write a tokenizer without merges: words as they are, other tokens as added ones."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": n, "content": t, **flags, "special": True} for t, n in ids.items() if t.startswith("<")]
+    bpe = {
+        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "fuse_unk": False, "byte_fallback": False, "ignore_merges": True, "merges": [],
+        "vocab": {text: number for text, number in ids.items() if not text.startswith("<")},
+    }  # fmt: skip
+    nothing = dict.fromkeys(
+        ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+    )
+    data = {"version": "1.0", "added_tokens": added, **nothing, "model": bpe}
+    (model / "tokenizer.json").write_text(json.dumps(data))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def write_adapter(directory: Path, rng: np.random.Generator) -> None:
+    """Write a LoRA adapter of the base."""
+    directory.mkdir()
+    tensors = {
+        f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{part}.weight": (
+            rng.standard_normal(shape) * 0.05
+        ).astype(np.float32)
+        for layer in range(LAYERS) for name, rows in (("q_proj", HIDDEN), ("v_proj", KV))
+        for part, shape in (("A", (4, HIDDEN)), ("B", (rows, 4)))
+    }  # fmt: skip
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
+        "base_model_name_or_path": str(directory.parent / "base"), "bias": "none",
+    }  # fmt: skip
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
 
 
 # --- running
@@ -100,7 +153,14 @@ class Mergekit:
         """Merge; return the error, if there is one."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        flags = ["--no-copy-tokenizer", "--quiet", "--random-seed", "7"]
+        flags = [
+            "--no-copy-tokenizer",
+            "--quiet",
+            "--random-seed",
+            "7",
+            "--lora-merge-cache",
+            str(out.with_name("loras")),
+        ]
         self._process.stdin.write(json.dumps([str(config), str(out), *flags]) + "\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
@@ -116,13 +176,19 @@ class Mergekit:
         self._process.wait()
 
 
+_REFERENCES = ("model", "base_model", "source", "tokenizer_source", "path", "lora")
+
+
 def placed(config: Any, directory: Path) -> Any:
     """Return a config in which models are directories."""
+    names = (*SPREADS, "base", "adapter")
+    if isinstance(config, str) and all(part in names for part in config.split("+")):
+        return "+".join(str(directory / part) for part in config.split("+"))
     if isinstance(config, Mapping):
         return {
-            key: str(directory / value) if key in ("model", "base_model") and isinstance(value, str) else placed(value, directory)
+            key: placed(value, directory) if key in _REFERENCES or not isinstance(value, str) else value
             for key, value in config.items()
-        }  # fmt: skip
+        }
     return [placed(value, directory) for value in config] if isinstance(config, list) else config
 
 
@@ -152,6 +218,8 @@ class Output:
     tensors: Mapping[str, Array] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+    ids: Mapping[str, int] = field(default_factory=dict)
+    """Of its tokens, where it has a tokenizer."""
 
 
 def read(out: Path) -> Output:
@@ -160,7 +228,22 @@ def read(out: Path) -> Output:
     for file in sorted(out.glob("*.safetensors")):
         tensors.update(load_file(file))
     config = json.loads((out / "config.json").read_text())
-    return Output(tensors, {key: value for key, value in config.items() if key not in IGNORED_FIELDS})
+    ids: dict[str, int] = {}
+    if (out / "tokenizer.json").exists():
+        data = json.loads((out / "tokenizer.json").read_text())
+        ids = {**data["model"]["vocab"], **{entry["content"]: entry["id"] for entry in data["added_tokens"]}}
+    kept = {key: value for key, value in config.items() if key not in IGNORED_FIELDS}
+    return Output(tensors, kept, ids=ids)
+
+
+def by_token(tensor: Array, name: str, ids: Mapping[str, int], wanted: Mapping[str, int]) -> Array:
+    """Return a tensor with its rows in the order of another numbering of the same tokens: new ones come in any order."""
+    if ids.keys() != wanted.keys() or not name.startswith(("model.embed_tokens", "lm_head")):
+        return tensor
+    rows = tensor.copy()
+    for token, number in wanted.items():
+        rows[number] = tensor[ids[token]]
+    return rows
 
 
 class Workshop:
@@ -169,7 +252,8 @@ class Workshop:
     def __init__(self, work: Path, environment: Path | None) -> None:
         self.work = work
         for dtype in PRECISIONS:
-            shutil.rmtree(work / dtype, ignore_errors=True)
+            for old in (work / dtype, work / "loras"):
+                shutil.rmtree(old, ignore_errors=True)
             write_models(work / dtype, dtype)
         self._mergekit = Mergekit(environment) if environment is not None else None
 
@@ -207,7 +291,8 @@ class Workshop:
 
     def models(self, config: Mapping[str, Any], dtype: str) -> list[Mapping[str, Array]]:
         """Return the tensors of the models that a config names, the base first where there is one."""
-        return [load_file(self.work / dtype / name / "model.safetensors") for name in inputs_of(config)]
+        names = dict.fromkeys(name.partition("+")[0] for name in inputs_of(config))
+        return [load_file(self.work / dtype / name / "model.safetensors") for name in names]
 
 
 # --- comparing
@@ -220,22 +305,26 @@ def ulp_difference(a: Array, b: Array, operands: Sequence[Array]) -> Array:
     return np.abs(a.astype(np.float64) - b.astype(np.float64)) / spacing.astype(np.float64)
 
 
-def compare(a: Output, b: Output, inputs: Sequence[Mapping[str, Array]], bound: float) -> Compared:
+def compare(
+    a: Output, b: Output, inputs: Sequence[Mapping[str, Array]], bound: float, *, moved: bool = False
+) -> Compared:
     """Compare two outputs, element by element where that can be done."""
     both = [name for name in a.tensors if name in b.tensors]
     same_shape = [name for name in both if a.tensors[name].shape == b.tensors[name].shape]
     worst, beyond, total = 0.0, 0, 0
     for name in same_shape:
-        x, y = a.tensors[name], b.tensors[name]
+        x, y = a.tensors[name], by_token(b.tensors[name], name, b.ids, a.ids)
         if x.dtype != y.dtype:
             y = y.astype(x.dtype)
         operands = [m[name].astype(x.dtype) for m in inputs if name in m and m[name].shape == x.shape]
+        if moved:
+            operands = [np.full_like(x, np.sqrt(np.square(x.astype(np.float64)).mean()))]
         difference = ulp_difference(x, y, operands)
         difference = np.where(np.isnan(difference), np.inf, difference)
         worst = max(worst, float(difference.max(initial=0.0)))
         beyond, total = beyond + int((difference > bound).sum()), total + x.size
     return Compared(
-        a.tensors.keys() == b.tensors.keys(),
+        a.tensors.keys() == b.tensors.keys() and (not b.ids or a.ids.keys() == b.ids.keys()),
         len(same_shape) == len(both),
         all(a.tensors[name].dtype == b.tensors[name].dtype for name in both),
         a.config == b.config,
@@ -253,7 +342,9 @@ def judge(workshop: Workshop, case: Case) -> Row:
         if theirs.error or ours.error:
             verdict = f"DIFFERENT: mergekit: {theirs.error or 'merges'}; here: {ours.error or 'merges'}"
             return Row(case, found, verdict, False)
-        found[dtype] = compare(ours, theirs, workshop.models(case.config, dtype), case.bound)
+        found[dtype] = compare(
+            ours, theirs, workshop.models(case.config, dtype), case.bound, moved=case.moved
+        )
         if found[dtype].ulp > case.bound:
             differing.append(dtype)
     structure = all(one.names and one.shapes and one.dtypes and one.config for one in found.values())
@@ -291,7 +382,7 @@ def disproof(workshop: Workshop, case: Case, meant: Difference, differing: Seque
             return "DIFFERENT in float64 too"
         else:
             continue
-        left = compare(other, theirs, inputs, case.bound).ulp
+        left = compare(other, theirs, inputs, case.bound, moved=case.moved).ulp
         if other.error or left > case.bound:
             return f"DIFFERENT by {left:.3g} ulp in {dtype} beside what is meant"
     return None

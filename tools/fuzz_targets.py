@@ -24,6 +24,7 @@ from pathlib import Path
 from random import Random
 
 import fuzz_mutate
+from fuzz_models import AdapterSettings, TokenizerFile
 
 from streammerge.config.schema import config_from_mapping, parse_config
 from streammerge.config.settings import count_layers, layer_fraction, value_for
@@ -720,6 +721,8 @@ def make_targets(directory: Path) -> dict[str, Target]:
     model, journal, manifest, table = (
         Model(directory), JournalFile(directory), Manifest(directory), FisherTable(directory))  # fmt: skip
     reference, pickles = Reference(directory), Pickles(directory)
+    tokenizer = TokenizerFile(directory, require, refused)
+    adapter = AdapterSettings(directory, require, refused, _table("safetensors_files", "sound"))
     targets = [
         Target("header", "safetensors headers", Header.seeds, Header(directory), fuzz_mutate.header),
         Target("json", "strict JSON", _json_seeds, check_json, _change_json),
@@ -734,6 +737,8 @@ def make_targets(directory: Path) -> dict[str, Target]:
         Target("fisher", "tables of Fisher stores", FisherTable.seeds, table,
                lambda raw, rng, blind: fuzz_mutate.json_text(raw, rng, blind, _STORE_WORDS)),
         Target("chunk", "compressed chunks of Fisher stores", _chunk_seeds, check_chunk),
+        Target("tokenizer", "vocabularies of tokenizers", TokenizerFile.seeds, tokenizer, TokenizerFile.change),
+        Target("adapter", "settings of LoRA adapters", AdapterSettings.seeds, adapter, AdapterSettings.change),
         Target("size", "sizes of memory and shards", _size_seeds, check_size),
     ]  # fmt: skip
     return {target.name: target for target in targets}

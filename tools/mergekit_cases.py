@@ -6,8 +6,8 @@ one, add a row. Where the programs are meant to differ, `differs` says why, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -42,6 +42,8 @@ class Case:
     differs: Difference | None = None
     bound: float = 16.0
     """Most ulp, of float32 or float64, that rounding may make, at the size of the largest operand of an element."""
+    moved: bool = False
+    """Elements come from other places of the models: rounding is measured at the root mean square of the tensor."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class RandomCase:
     """How much likelier the larger half of the magnitudes is to be kept than the smaller."""
 
 
-def models(names: str, **per_model: Any) -> list[dict[str, Any]]:
+def models(names: Sequence[str], **per_model: Any) -> list[dict[str, Any]]:
     """Return the `models` of a config: one per letter; a list gives each its own value of a parameter."""
     listed = []
     for place, name in enumerate(names):
@@ -317,7 +319,106 @@ def _selected() -> Iterator[Case]:
     yield Case("arcee_fusion, models far apart", merge("arcee_fusion", "c"), FUSION)
 
 
-CASES: tuple[Case, ...] = (*_plain(), *_trimmed(), *_geometric(), *_selected())
+def _slices(*parts: tuple[str, int, int], **more: Any) -> dict[str, Any]:
+    """Return a slice: of some models the layers from one to another."""
+    return {"sources": [{"model": name, "layer_range": [a, b]} for name, a, b in parts], **more}
+
+
+def _stacked() -> Iterator[Case]:
+    plain = {"merge_method": "passthrough", "slices": [_slices(("a", 0, 3)), _slices(("b", 1, 4))]}
+    yield Case("slices, layers stacked", plain)
+    yield Case("slices, one layer many times", {**plain, "slices": [_slices(("a", 2, 3))] * 5})
+    two = [_slices(("base", 0, 2), ("c", 2, 4)), _slices(("base", 1, 4), ("c", 0, 3))]
+    yield Case(
+        "slices, slerp",
+        {"merge_method": "slerp", "base_model": "base", "slices": two, "parameters": {"t": 0.4}},
+    )
+    gradients = [{**two[0], "parameters": {"t": [0, 0.5]}}, {**two[1], "parameters": {"t": [0.2, 1, 0]}}]
+    yield Case(
+        "slices, a gradient in each", {"merge_method": "slerp", "base_model": "base", "slices": gradients}
+    )
+    yield Case("slices, ties", {
+        "merge_method": "ties", "base_model": "base", "parameters": {"weight": 0.5, "density": 0.4},
+        "slices": [_slices(("base", 0, 2), ("a", 0, 2), ("b", 0, 2)), _slices(("base", 2, 4), ("a", 2, 4), ("b", 1, 3))],
+    })  # fmt: skip
+    filters = [{"filter": "self_attn", "value": [0.2, 0.9]}, {"filter": "norm", "value": 0.1}, {"value": 0.6}]
+    yield Case(
+        "task_arithmetic, filters by model", merge("task_arithmetic", "ab", weight=[filters, [0.1, 0.2, 0.9]])
+    )
+    yield Case(
+        "ties, a gradient of densities",
+        merge(
+            "ties", "ab", weight=0.5, density=[[0.2, 0.8], [{"filter": "mlp", "value": 0.3}, {"value": 1}]]
+        ),
+    )
+    yield Case(
+        "linear, another dtype of the output",
+        {**merge("linear", "ab", False, weight=0.5), "out_dtype": "float16"},
+        bound=1.0,
+    )
+    yield Case(
+        "ties, another dtype of the output",
+        {**merge("ties", "ab", weight=0.5, density=0.5), "out_dtype": "float16"},
+        bound=1.0,
+    )
+    path = {"model": {"path": "a"}}
+    yield Case(
+        "a reference that is a map",
+        {"merge_method": "linear", "models": [{"model": path, "parameters": {"weight": 1}}]},
+    )
+    yield Case(
+        "a LoRA adapter",
+        {**merge("linear", "", False), "models": [{"model": "base+adapter", "parameters": {"weight": 0.5}}]},
+    )
+    yield Case("ties, LoRA adapters beside models", {
+        **merge("ties", "a", weight=0.5, density=0.5),
+        "models": [{"model": m, "parameters": {"weight": 0.5, "density": 0.5}} for m in ("a", "base+adapter")],
+    })  # fmt: skip
+
+
+def _vocabularies() -> Iterator[Case]:
+    weights = [0.3, 0.2, 0.3, 0.2]
+    plain = {**merge("linear", "", weight=1.0), "models": models(["base", *"avw"], weight=weights)}
+    for source in ("union", "base", "v", "w"):
+        yield Case(f"tokenizer_source {source}", {**plain, "tokenizer_source": source})
+    yield Case("tokenizer, a union", {**plain, "tokenizer": {"source": "union"}})
+    yield Case("tokenizer, nothing said of it", {**plain, "tokenizer": {}})
+    # The weights differ: of two models with equal ones, a token that the base lacks has changes that cancel exactly.
+    for config in (
+        merge("slerp", "v", parameters={"t": 0.4}),
+        merge("task_arithmetic", "vw", weight=[0.6, 0.3]),
+        merge("ties", "vw", weight=[0.6, 0.3], density=0.5),
+        merge("nuslerp", "vw", weight=[0.6, 0.3]),
+        merge("model_stock", "vw"),
+    ):
+        yield Case(f"tokenizer, {config['merge_method']}", {**config, "tokenizer_source": "union"})
+    tokens = {
+        "a model's row for all": {"t7": {"source": "v", "force": True}},
+        "a model's row for those without": {"<|im_end|>": {"source": "w"}},
+        "another token's row": {"<x>": {"source": {"kind": "model_token", "model": "v", "token": "t9"}}},
+        "a row by number": {
+            "<|im_start|>": {"source": {"kind": "model_token", "model": "base", "token_id": 5}, "force": True}
+        },
+        "zeros": {"<y>": {"source": {"kind": "zero"}}, "t3": {"source": {"kind": "zero"}, "force": True}},
+    }
+    for name, value in tokens.items():
+        yield Case(f"tokenizer, {name}", {**plain, "tokenizer": {"source": "union", "tokens": value}})
+    yield Case("tokenizer, padded", {**plain, "tokenizer": {"source": "union", "pad_to_multiple_of": 16}})
+
+
+def _moved(cases: Iterable[Case]) -> Iterator[Case]:
+    for case in cases:
+        yield replace(case, moved=True)
+
+
+CASES: tuple[Case, ...] = (
+    *_plain(),
+    *_trimmed(),
+    *_geometric(),
+    *_selected(),
+    *_moved(_stacked()),
+    *_moved(_vocabularies()),
+)
 
 
 def _random() -> Iterator[RandomCase]:

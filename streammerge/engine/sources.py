@@ -1,6 +1,6 @@
 """Elements of a tensor as its model has them: as they lie in a file, with an adapter, or gathered row by row.
 
-A weight with a LoRA adapter is computed a block of rows at a time, ``W + s L R``, in fp32 and always in the same order:
+A weight with a LoRA adapter is computed a block of rows at a time, ``W + s L R``, in fp32 (fp64 if it is) and in one order:
 each product is added to the sum of those of lower rank, each step rounded, so that neither the cut nor the machine
 changes a bit. Rows of a vocabulary are read in the order in which they lie, several at a time, and put in their place;
 a row that is the mean of several is summed in fp64 and rounded once.
@@ -150,19 +150,20 @@ class _Adapter:
     def __init__(self, reader: Reader, ref: AdaptedRef, scratch: Scratch) -> None:
         self._reader, self._ref = reader, ref
         columns = ref.columns
-        self._right = scratch.take((ref.rank, columns), F32)
+        self._dtype = F64 if ref.dtype == "F64" else F32
+        self._right = scratch.take((ref.rank, columns), self._dtype)
         self._scratch = scratch
         if ref.right is None:
             self._right[:] = 1
         else:
-            raw = scratch.rest().take((ref.rank * columns,), F32)
+            raw = scratch.rest().take((ref.rank * columns,), self._dtype)
             _read_widened(reader, ref.right, 0, ref.right.n_elements, raw)
             self._right[:] = raw.reshape(columns, -1).T if ref.transposed else raw.reshape(-1, columns)
 
     def read(self, start: int, stop: int, target: Bytes) -> None:
         """Compute elements `start` to `stop`."""
         ref = self._ref
-        out = target[: (stop - start) * itemsize(ref.dtype)].view(F64 if ref.dtype == "F64" else F32)
+        out = target[: (stop - start) * itemsize(ref.dtype)].view(self._dtype)
         for row, end, first, last in segments(start, stop, ref.columns):
             position = row * ref.columns + first - start
             part = out[position : position + (end - row) * (last - first)].reshape(end - row, -1)
@@ -173,11 +174,11 @@ class _Adapter:
     def _block(self, row: int, end: int, first: int, last: int, out: Floats, scratch: Scratch) -> None:
         """Compute ``W + s L R`` for a block that lies in one piece."""
         ref = self._ref
-        left = scratch.take((end - row, ref.rank), F32)
+        left = scratch.take((end - row, ref.rank), self._dtype)
         self._read_left(row, end, left, scratch.rest())
-        total = scratch.take(out.shape, F32)
+        total = scratch.take(out.shape, self._dtype)
         add_products(left, self._right, first, last, total)
-        total *= np.float32(ref.scale)
+        total *= self._dtype.type(ref.scale)
         width = itemsize(ref.weight.dtype)
         slot = scratch.pages(slot_bytes(out.size * width))
         offset = ref.weight.offset + (row * ref.columns + first) * width
@@ -191,13 +192,13 @@ class _Adapter:
             _read_widened(self._reader, ref.left, row * ref.rank, end * ref.rank, left.reshape(-1))
             return
         n_rows = ref.shape[0]
-        line = scratch.take((end - row,), F32)
+        line = scratch.take((end - row,), self._dtype)
         for k in range(ref.rank):
             _read_widened(self._reader, ref.left, k * n_rows + row, k * n_rows + end, line)
             left[:, k] = line
 
     def _factors(self, row: int, end: int, first: int, last: int) -> Floats:
-        """Return what DoRA multiplies a block by: for each output feature its magnitude over its norm, in fp32."""
+        """Return what DoRA multiplies a block by: for each output feature its magnitude over its norm."""
         ref = self._ref
         if ref.transposed:
             return _column_factors(self._reader, ref)[first:last]
@@ -209,7 +210,7 @@ class _Adapter:
     def squares(self, row: int, end: int, first: int, last: int) -> Floats:
         """Return the squares, in fp64, of a block that lies in one piece, before any magnitude."""
         scratch = self._scratch.rest()
-        block = scratch.take((end - row, last - first), F64 if self._ref.dtype == "F64" else F32)
+        block = scratch.take((end - row, last - first), self._dtype)
         squares = scratch.take(block.shape, F64)
         self._block(row, end, first, last, block, scratch.rest())
         np.multiply(block, block, out=squares, dtype=F64)
@@ -228,14 +229,15 @@ def _column_factors(reader: Reader, ref: AdaptedRef) -> Floats:
 
 def _over_norm(reader: Reader, ref: AdaptedRef, first: int, last: int, squares: Floats) -> Floats:
     assert ref.magnitude is not None
-    magnitude = np.empty(last - first, F32)
+    dtype = F64 if ref.dtype == "F64" else F32
+    magnitude = np.empty(last - first, dtype)
     _read_widened(reader, ref.magnitude, first, last, magnitude)
     with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros: what is not finite is found later
-        return magnitude / np.sqrt(squares).astype(F32)
+        return magnitude / np.sqrt(squares).astype(dtype)
 
 
 def add_products(left: Floats, right: Floats, first: int, last: int, out: Floats) -> None:
-    """Write ``left @ right[:, first:last]``, all fp32, to `out`: each product rounded, and added in order of rank."""
+    """Write ``left @ right[:, first:last]`` to `out`, all of one dtype: each product rounded, and added in order of rank."""
     if missing_kernels() is None:
         from streammerge.kernels.products import add_products as compiled
 

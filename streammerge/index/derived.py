@@ -80,10 +80,10 @@ class AdaptedRef:
     def scratch_bytes(self) -> int:
         """What reading it takes beside the elements: the right factor, and blocks of the left, the weight and the sum."""
         rows = READ_BLOCK // max(1, self.columns) + 1
-        factors = self.rank * (self.columns + rows) * 4
+        factors = self.rank * (self.columns + rows) * itemsize(self.dtype)
         # A factor is read before it is transposed; the weight as it is stored, before it is widened.
         block = READ_BLOCK * (16 if self.magnitude is None else 36)
-        return 2 * factors + block + 4 * rows + (1 << 16)
+        return 2 * factors + block + 8 * rows + (1 << 16)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,6 +1,5 @@
 """The product of two narrow matrices, as a LoRA adapter has them, summed in one order whatever the cut."""
 
-import numpy as np
 from numba import njit
 
 _COLUMNS = 1024
@@ -9,13 +8,13 @@ _COLUMNS = 1024
 
 @njit(nogil=True, cache=True)
 def add_products(left, right, first, last, out):
-    """Write ``left @ right[:, first:last]`` to `out`: each product rounded to fp32, and added in order of rank."""
+    """Write ``left @ right[:, first:last]`` to `out`: each product rounded, and added in order of rank."""
     n, rank = left.shape
     for begin in range(first, last, _COLUMNS):
         m = min(_COLUMNS, last - begin)
         for i in range(n):
             row = out[i, begin - first : begin - first + m]
-            row[:] = np.float32(0)
+            row[:] = 0
             k = 0
             while k + 4 <= rank:
                 # Four at a time, in order: the sum is read and written a quarter as often.
