@@ -121,7 +121,8 @@ class Runner:
         self.receipts: list[Receipt] = []
         """All pieces finished, earlier runs' included."""
         self.elements_done = 0
-        self._left = {job.ordinal: job.n_elements for job in self._plan.jobs}
+        self._left = [job.n_elements for job in self._plan.jobs]
+        self._tensors_left = 0
 
     def run(self, receipts: Sequence[Receipt], answers: dict[str, list[list[object]]]) -> None:
         """Do what is left of the plan when `receipts` are done; returns when all is durable.
@@ -138,6 +139,7 @@ class Runner:
         for receipt in receipts:
             self._left[receipt.job] -= receipt.stop - receipt.start
             done.setdefault(receipt.job, []).append((receipt.start, receipt.stop))
+        self._tensors_left = sum(left > 0 for left in self._left)
         self._restore_answers(answers)
         syncer = threading.Thread(target=self._sync_loop, name="syncer")
         syncer.start()
@@ -197,8 +199,10 @@ class Runner:
     ) -> Iterable[Future[None]]:
         """Wait for a survey to end, then submit the chunks that waited for it alone."""
         surveys.pop(job).result()
-        free = [chunk for chunk in waiting if not any(piece.job in surveys for piece in chunk.pieces)]
-        waiting[:] = [chunk for chunk in waiting if chunk not in free]
+        free, kept = [], []
+        for chunk in waiting:
+            (kept if any(piece.job in surveys for piece in chunk.pieces) else free).append(chunk)
+        waiting[:] = kept
         for chunk in free:
             yield self._submit(chunk)
 
@@ -217,8 +221,11 @@ class Runner:
             self._unsynced += receipts
             for receipt in receipts:
                 self.elements_done += receipt.stop - receipt.start
-                self._left[receipt.job] -= receipt.stop - receipt.start
+                before, self._left[receipt.job] = (
+                    self._left[receipt.job], self._left[receipt.job] - (receipt.stop - receipt.start),
+                )  # fmt: skip
                 if self._left[receipt.job] <= 0:
+                    self._tensors_left -= before > 0
                     self._context.answers.pop(receipt.job, None)
 
     @contextmanager
@@ -259,7 +266,7 @@ class Runner:
                 self._context.reader.bytes_read,
                 self._context.writer.bytes_written,
                 self.elements_done,
-                sum(left <= 0 for left in self._left.values()),
+                len(self._plan.jobs) - self._tensors_left,
             )
         )
 

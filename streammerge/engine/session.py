@@ -232,6 +232,7 @@ class _Session:
         self._overwrite = options.overwrite
         self._profile = options.profile
         self._running = 0.0
+        self._elements = sum(job.n_elements for job in plan.jobs)
 
     def run(self, card: str, began: float, signal_received: Callable[[], int | None]) -> Summary:
         sidecars = find_sidecars(self._plan.donor.directory, tokenizer="tokenizer" not in self._plan.left_out)
@@ -334,7 +335,7 @@ class _Session:
             Event("progress", {
                 "bytes_read": tick.bytes_read, "bytes_written": tick.bytes_written,
                 "tensors": tick.tensors_done, "tensors_total": len(self._plan.jobs),
-                "elements": tick.elements_done, "elements_total": sum(j.n_elements for j in self._plan.jobs),
+                "elements": tick.elements_done, "elements_total": self._elements,
             })
         )  # fmt: skip
 

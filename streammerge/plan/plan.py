@@ -185,7 +185,8 @@ def make_plan(
     settings, remarks = merged_config(config, donor, indexes, jobs, bound.stacks)
     cache: dict[tuple[object, ...], tuple[Access, bool, bool, Sees]] = {}
     access = []
-    work = []
+    work: list[Work] = []
+    alike: dict[Work, Work] = {}
     for job in jobs:
         key = (job.kind, *job.parameters.items())
         if key not in cache:
@@ -198,7 +199,7 @@ def make_plan(
             job, sees, budget, workspace=_workspace(sees, in_torch=on_host), holds=holds, sums=sums,
             row_bytes=_kept_of_a_row(job),
         )  # fmt: skip
-        work.append(how)
+        work.append(alike.setdefault(how, how))
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(access), tuple(work),
         lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,

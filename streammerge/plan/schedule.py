@@ -37,7 +37,7 @@ Mode = Literal["cut", "whole", "surveyed"]
 Interval = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Elements `start` to `stop` of one job's tensor."""
 
@@ -65,7 +65,7 @@ class Survey:
 Step = Chunk | Survey
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Work:
     """How the pieces of one job are handled, decided from the budget."""
 
