@@ -149,10 +149,11 @@ def test_a_tensor_too_large_to_hold_is_surveyed_once_before_its_pieces(
         assert (how.mode == "surveyed") == (job.ordinal in seen)
         if how.mode == "surveyed":
             assert job.n_elements * how.bytes_per_element > budget.resident_limit
-            passes = [p for chunk in survey_pieces(job, how, budget) for p in chunk.pieces]
+            passes = list(survey_pieces(job, how, budget, 0, job.n_elements, 1 << 20))
             assert (covered(passes, job.n_elements) == 1).all()
             assert all(p.start % ALIGN == 0 for p in passes)
-            assert all(chunk.nbytes <= budget.capacity for chunk in survey_pieces(job, how, budget))
+            assert all(p.stop - p.start <= max(1 << 20, how.row) for p in passes)
+            assert all(how.lease_bytes(p.stop - p.start) <= budget.capacity for p in passes)
 
 
 @given(

@@ -63,7 +63,9 @@ def _write(path: Path, family: Family, seed: int) -> None:
             file.write(bf16(values).tobytes())
 
 
-def config(method: str, paths: list[Path], parameters: dict[str, object], fishers: list[Path] | None = None) -> str:
+def config(
+    method: str, paths: list[Path], parameters: dict[str, object], fishers: list[Path] | None = None
+) -> str:
     """Return the config of a merge of some models, the base first, as JSON, which is YAML."""
     models: list[dict[str, object]] = [{"model": str(path)} for path in paths[1:]]
     for model, fisher in zip(models, fishers or (), strict=False):

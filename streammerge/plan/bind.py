@@ -283,7 +283,9 @@ class _Binder:
             return _agree(ordinal, cell.name, donor, (*((base,) if base is not None else ()), *sources))
         dtype = _output_dtype(donor, self._config)
         members = tuple(self._places[spec.name] for spec in cell.part.sources)
-        parameters = self._shared.setdefault(tuple(parameters.items()), parameters)  # there may be many tensors
+        parameters = self._shared.setdefault(
+            tuple(parameters.items()), parameters
+        )  # there may be many tensors
         return Job(
             ordinal, cell.name, dtype, donor.shape, "merge", sources, self._recipe_base(base, parameters), parameters,
             self._diagonals(cell, donor, members), members if members != tuple(range(len(self._places))) else (),

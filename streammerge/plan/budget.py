@@ -7,11 +7,11 @@ take is subtracted first; the rest, the capacity, is all that buffers may ever h
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.errors import BudgetError
-from streammerge.units import format_size
+from streammerge.units import format_at_least, format_size
 
 MIB = 1 << 20
 
@@ -58,6 +58,10 @@ class Budget:
         """Bytes an elementwise chunk aims at: large reads, and all workers busy."""
         return min(48 * MIB, self.capacity // (self.workers + 1))
 
+    def less(self, nbytes: int) -> Budget:
+        """Return the budget of buffers when `nbytes` more are needed beside them."""
+        return replace(self, reserve=self.reserve + nbytes)
+
 
 def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget:
     """Return the budget for `memory` bytes (default: half of what is available) and `threads` CPUs.
@@ -72,7 +76,7 @@ def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget
     if total < least:
         raise BudgetError(
             f"--memory {format_size(total)} is too little: the process itself needs {format_size(reserve)}, "
-            f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_size(least)}"
+            f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_at_least(least)}"
         )
     return Budget(total, reserve, threads or available_cpus())
 
