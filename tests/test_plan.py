@@ -268,7 +268,9 @@ def test_what_is_kept_of_every_row_or_column_counts_as_memory(make_models: Calla
     config = config_for("nuslerp", paths, parameters=parameters)
     with pytest.raises(BudgetError, match=r"this method holds 1 rows of it, 4\d\d MiB"):
         plan(config, memory="512MiB", threads=1)
-    with pytest.raises(BudgetError, match="give at least"):  # streamed, as much again is kept beside its pieces
+    with pytest.raises(
+        BudgetError, match="give at least"
+    ):  # streamed, as much again is kept beside its pieces
         plan(config, memory="1GiB", threads=1)
     how = plan(config, memory="1200MiB", threads=1).work[-1]
     assert how.mode == "whole"

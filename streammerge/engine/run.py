@@ -64,7 +64,7 @@ from streammerge.plan.schedule import SURVEYS_AHEAD, Chunk, Piece, Survey, surve
 _SYNC_SECONDS = 1.0
 _MODEL_SAMPLE_BLOCKS = 192
 _SAMPLE_BLOCKS = 64
-_PREFETCHERS = 2
+PREFETCHERS = 2
 """Threads that ask for the bytes of chunks to come; asking blocks while the disk's queue is full."""
 
 
@@ -109,7 +109,7 @@ class Runner:
         on_gpu = self._plan.device != "cpu"
         self._pool = Pool(self._plan.budget.capacity, pin if on_gpu else None, unpin if on_gpu else None)
         self._threads = ThreadPoolExecutor(self._plan.budget.workers, thread_name_prefix="merge")
-        self._prefetchers = ThreadPoolExecutor(_PREFETCHERS, thread_name_prefix="prefetch")
+        self._prefetchers = ThreadPoolExecutor(PREFETCHERS, thread_name_prefix="prefetch")
         self._caller = threading.current_thread()
         self._surveyor = ThreadPoolExecutor(1, thread_name_prefix="survey")
         self._lock = threading.Lock()
