@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -63,14 +66,29 @@ def _write(path: Path, family: Family, seed: int) -> None:
             file.write(bf16(values).tobytes())
 
 
+def make_stores(paths: Sequence[Path]) -> list[Path]:
+    """Import a synthetic Fisher diagonal for each model unless it is there; return the stores."""
+    stores = []
+    for seed, path in enumerate(paths):
+        store, diagonal = path.with_suffix(".zarr"), path.with_suffix(".safetensors")
+        if not store.exists():
+            make = [sys.executable, Path(__file__).with_name("make_diagonals.py"), path, diagonal]
+            subprocess.run([*make, "--seed", str(seed)], check=True, stdout=subprocess.DEVNULL)
+            command = [sys.executable, "-m", "streammerge.cli", "fisher", "import", path, diagonal]
+            subprocess.run([*command, "--out", store, "--quiet"], check=True)
+            diagonal.unlink()
+        stores.append(store)
+    return stores
+
+
 def config(
-    method: str, paths: list[Path], parameters: dict[str, object], fishers: list[Path] | None = None
+    method: str, paths: Sequence[Path], parameters: Mapping[str, object], fishers: Sequence[Path] = ()
 ) -> str:
     """Return the config of a merge of some models, the base first, as JSON, which is YAML."""
     models: list[dict[str, object]] = [{"model": str(path)} for path in paths[1:]]
-    for model, fisher in zip(models, fishers or (), strict=False):
+    for model, fisher in zip(models, fishers, strict=False):
         model["fisher"] = str(fisher)
-    value: dict[str, object] = {"merge_method": method, "models": models, "parameters": parameters}
+    value: dict[str, object] = {"merge_method": method, "models": models, "parameters": dict(parameters)}
     if method not in ("linear", "fisher"):
         value["base_model"] = str(paths[0])
     return json.dumps(value)

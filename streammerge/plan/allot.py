@@ -32,11 +32,11 @@ _MOST_PARTIALS = 1 << 20
 _SHARE = 8
 """Windows of counts, and partial sums, take at most one in so many bytes of what is not the process's own."""
 
-REF_NBYTES = 320
+REF_NBYTES = 280
 """Of a tensor of an input: its entry in the list of the model's tensors."""
 STORED_REF_NBYTES = 900
 """The same of a Fisher store, which has a file path for each."""
-JOB_NBYTES = 2400
+JOB_NBYTES = 1400
 """Of a tensor of the output: its job, slot and header, receipts of its pieces, journal and manifest."""
 NAME_COPIES = 8
 """How often its name is held at the same time: itself, in headers, in the manifest and its text."""
