@@ -32,12 +32,14 @@ _MOST_PARTIALS = 1 << 20
 _SHARE = 8
 """Windows of counts, and partial sums, take at most one in so many bytes of what is not the process's own."""
 
-REF_NBYTES = 280
+REF_NBYTES = 240
 """Of a tensor of an input: its entry in the list of the model's tensors."""
 STORED_REF_NBYTES = 900
 """The same of a Fisher store, which has a file path for each."""
 JOB_NBYTES = 1400
 """Of a tensor of the output: its job, slot and header, receipts of its pieces, journal and manifest."""
+ANSWER_NBYTES = 250
+"""Of an answer that is kept until the whole model is known: itself, and as the journal has it."""
 NAME_COPIES = 8
 """How often its name is held at the same time: itself, in headers, in the manifest and its text."""
 
@@ -58,6 +60,8 @@ class Needs:
     """Order statistics asked for together, at most."""
     partials: int = 0
     """fp64 partial sums of each block of elements asked for together, at most."""
+    kept: int = 0
+    """Answers of its own tensor that wait for those of the whole model, as all other tensors' do."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +86,14 @@ class Allotment:
     work: tuple[Work, ...]
 
 
-def asked_together(rounds: Sequence[Sequence[Request]]) -> tuple[int, int]:
-    """Return how many order statistics, and how many partial sums of each block, the rounds ask for at most."""
+def asked_together(rounds: Sequence[Sequence[Request]]) -> tuple[int, int, int]:
+    """Return `ranks`, `partials` and `kept` of `Needs`."""
     ranks = max(
         (sum(isinstance(r, TopK | Band | Largest | Quantile) for r in one) for one in rounds), default=0
     )
-    return ranks, max((sum(map(partials_of, one)) for one in rounds), default=0)
+    partials = max((sum(map(partials_of, one)) for one in rounds), default=0)
+    last = max((i for i, one in enumerate(rounds) if one[0].scope == "model"), default=0)
+    return ranks, partials, sum(len(one) for one in rounds[:last] if one[0].scope == "tensor")
 
 
 def make_room(ranks: int, partials: int, largest: int, budget: Budget) -> Room:
@@ -120,7 +126,7 @@ def make_room(ranks: int, partials: int, largest: int, budget: Budget) -> Room:
     return Room(bins, elements, nbytes)
 
 
-def lists_nbytes(n_refs: int, n_stored: int, jobs: Sequence[Job]) -> int:
+def lists_nbytes(n_refs: int, n_stored: int, jobs: Sequence[Job], needs: Sequence[Needs]) -> int:
     """Return an upper bound of what lists of tensors take, from the headers to the manifest.
 
     Parameters
@@ -129,7 +135,9 @@ def lists_nbytes(n_refs: int, n_stored: int, jobs: Sequence[Job]) -> int:
         Tensors of all inputs together, and of all Fisher stores.
     """
     names = sum(len(job.name) for job in jobs)
-    return n_refs * REF_NBYTES + n_stored * STORED_REF_NBYTES + len(jobs) * JOB_NBYTES + NAME_COPIES * names
+    kept = sum(need.kept for need in needs)
+    of_inputs = n_refs * REF_NBYTES + n_stored * STORED_REF_NBYTES
+    return of_inputs + len(jobs) * JOB_NBYTES + NAME_COPIES * names + kept * ANSWER_NBYTES
 
 
 def allot(

@@ -204,7 +204,7 @@ def make_plan(
 
     n_refs = sum(len(index) for index in indexes.values())
     n_stored = sum(len(index) for index in fishers)
-    lists = lists_nbytes(n_refs, n_stored, jobs)
+    lists = lists_nbytes(n_refs, n_stored, jobs, needs)
     allotted = allot(budget, jobs, needs, lists, plan_one, _kept_of_columns)
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(need.access for need in needs), allotted.work,
