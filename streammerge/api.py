@@ -24,6 +24,7 @@ from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
 from streammerge.plan import budget as budgets
 from streammerge.plan.bases import settle_base
+from streammerge.plan.free_memory import available_memory, own_memory, shortage
 from streammerge.plan.plan import LeftOut, MergePlan, make_plan
 from streammerge.report.card import model_card
 from streammerge.units import parse_size
@@ -97,6 +98,9 @@ def plan(
     torch_only = chosen != "cpu" or not kernels or missing is not None
     reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
     budget = budgets.make_budget(total, threads, reserve)
+    notes = [] if missing is None else [_SLOWER.format(missing)]
+    if total is not None and (warning := shortage(total, available_memory(), own_memory())) is not None:
+        notes.append(warning)
     left_out: list[LeftOut] = []
     if not copy_tokenizer:
         left_out.append("tokenizer")
@@ -105,7 +109,7 @@ def plan(
     return make_plan(
         parsed, method, models, base, budget,
         shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, device=chosen, torch_only=torch_only, fishers=fishers,
-        notes=[] if missing is None else [_SLOWER.format(missing)], bases=bases, left_out=left_out,
+        notes=notes, bases=bases, left_out=left_out,
     )  # fmt: skip
 
 

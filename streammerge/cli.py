@@ -273,7 +273,7 @@ def fisher_info(store: str, as_json: bool) -> None:
     from streammerge.index.fishers import open_fisher
     from streammerge.report.fisher import info_text
 
-    index = open_fisher(store)
+    index = open_fisher(store, with_table=True)
     if index.model is not None:
         raise InputError(f"{printable(store)}: a safetensors file, not a store: see `streammerge inspect`")
     click.echo(json.dumps(dict(index.about)) if as_json else info_text(index))

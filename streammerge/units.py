@@ -48,6 +48,11 @@ def format_size(nbytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+def format_at_least(nbytes: float) -> str:
+    """Return a size of no less than `nbytes`, in whole MiB, that `parse_size` takes: ``'1025 MiB'``."""
+    return f"{-(-math.ceil(nbytes) // (1 << 20))} MiB"
+
+
 def format_seconds(seconds: float) -> str:
     """Return a duration a person reads at a glance: ``'8.3 s'``, ``'4 min 10 s'``, ``'2 h 05 min'``."""
     if not math.isfinite(seconds):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import streammerge.methods.builtin  # noqa: F401  (registers them)
 from streammerge.methods.registry import all_methods
 from streammerge.plan import budget as budgets
+from tests.fixed_budget import Fixed
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (700, 64),
@@ -73,7 +74,7 @@ def use_capacity(monkeypatch: pytest.MonkeyPatch, capacity: int, threads: int) -
     """Give later merges a capacity in bytes and a number of threads."""
 
     def make_budget(memory: int | None, n: int | None, reserve: int) -> budgets.Budget:
-        return budgets.Budget(reserve + capacity, reserve, threads)
+        return Fixed(reserve + capacity, reserve, threads)
 
     monkeypatch.setattr(budgets, "make_budget", make_budget)
 

@@ -149,10 +149,11 @@ def test_a_tensor_too_large_to_hold_is_surveyed_once_before_its_pieces(
         assert (how.mode == "surveyed") == (job.ordinal in seen)
         if how.mode == "surveyed":
             assert job.n_elements * how.bytes_per_element > budget.resident_limit
-            passes = [p for chunk in survey_pieces(job, how, budget) for p in chunk.pieces]
+            passes = list(survey_pieces(job, how, budget, 0, job.n_elements, 1 << 20))
             assert (covered(passes, job.n_elements) == 1).all()
             assert all(p.start % ALIGN == 0 for p in passes)
-            assert all(chunk.nbytes <= budget.capacity for chunk in survey_pieces(job, how, budget))
+            assert all(p.stop - p.start <= max(1 << 20, how.row) for p in passes)
+            assert all(how.lease_bytes(p.stop - p.start) <= budget.capacity for p in passes)
 
 
 @given(
@@ -267,7 +268,12 @@ def test_what_is_kept_of_every_row_or_column_counts_as_memory(make_models: Calla
     config = config_for("nuslerp", paths, parameters=parameters)
     with pytest.raises(BudgetError, match=r"this method holds 1 rows of it, 4\d\d MiB"):
         plan(config, memory="512MiB", threads=1)
-    how = plan(config, memory="1GiB", threads=1).work[-1]
+    with pytest.raises(
+        BudgetError, match="give at least"
+    ):  # streamed, as much again is kept beside its pieces
+        plan(config, memory="1GiB", threads=1)
+    how = plan(config, memory="1200MiB", threads=1).work[-1]
+    assert how.mode == "whole"
     assert how.workspace >= 8 * 51 << 20
     by_rows = config_for(
         "nuslerp", make_models(shapes={"w": (1 << 16, 1)}), parameters={"nuslerp_flatten": False}

@@ -34,7 +34,7 @@ from streammerge.errors import ModelError
 from streammerge.index.derived import SourceRef
 from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.recipes import Recipe, WeightedSum
-from streammerge.methods.requests import Answer, Request
+from streammerge.methods.requests import Answer, Request, partials_of
 from streammerge.methods.rng import RandomKeys
 from streammerge.plan.arena import DIRECT_BYTES, divide, is_copied
 from streammerge.plan.budget import device_block
@@ -46,6 +46,8 @@ Answers = list[list[Answer]]
 _SAMPLE_ABOVE = 1 << 19
 """Elements; below, one full pass costs no more than sampling."""
 _SAMPLE_BLOCKS = 64
+_SAMPLE_BYTES = 1 << 22
+"""Of a sample, at most: of many models together it has fewer blocks."""
 _COUNTED_AT_ONCE = 1 << 30
 """Elements; a piece counts in 32 bits."""
 
@@ -85,6 +87,8 @@ def run_chunk(context: Context, chunk: Chunk, arena: Bytes) -> list[Receipt]:
         job = context.plan.jobs[piece.job]
         run = _copy_piece if is_copied(job) else _merge_piece
         receipts.append(run(context, job, piece, arena))
+        if piece.stop - piece.start == job.n_elements:
+            context.answers.pop(job.ordinal, None)  # thousands of tensors may share a chunk
     return receipts
 
 
@@ -264,32 +268,39 @@ def resolve_in_memory(
         if wanted[0].scope == "model":
             assert until_model, "whole-model statistics come before the merge"
             return wanted
-        accumulators = [
-            make_accumulator(r, [job], {job.ordinal: r}, context.keys, context.tolerant) for r in wanted
-        ]
-
-        def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
-            first, last = (0, loaded.n) if only is None else (only[1], min(only[2], loaded.n))
-            row = context.plan.work[job.ordinal].row
-            step = max(row, _COUNTED_AT_ONCE // row * row)
-            for start in range(first, last, step):
-                stop = min(last, start + step)
-                whole = stop - start == loaded.n
-                part = loaded if whole else slice_of(loaded, start, stop)
-                its_math = math if whole else _math_of(context, job, part)
-                for accumulator in some:
-                    accumulator.add(job.ordinal, part.start, part.n, its_math)
-
-        def run_sample(some: Sequence[TopKAccumulator]) -> None:
-            part = sample_of(loaded, max(16, min(_SAMPLE_BLOCKS, loaded.n >> 16)))
-            its_math = _math_of(context, job, part)
-            for accumulator in some:
-                accumulator.add(job.ordinal, 0, part.n, its_math)
-
-        sampled = run_sample if loaded.n > _SAMPLE_ABOVE else None
-        known = collect(accumulators, run_pass, sampled)
+        # One after the other: the tensor lies in memory, and of many models each has counts of its own.
+        known = [_answer_in_memory(context, job, loaded, math, request) for request in wanted]
         context.answers.setdefault(job.ordinal, []).append(known)
     return wanted
+
+
+def _answer_in_memory(
+    context: Context, job: Job, loaded: Loaded, math: PieceMath, request: Request
+) -> Answer:
+    """Answer one request from the tensor in memory."""
+    room, row = context.plan.room, context.plan.work[job.ordinal].row
+    most = room.elements if partials_of(request) else _COUNTED_AT_ONCE
+    step = max(row, most // row * row)
+
+    def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
+        first, last = (0, loaded.n) if only is None else (only[1], min(only[2], loaded.n))
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            whole = stop - start == loaded.n
+            part = loaded if whole else slice_of(loaded, start, stop)
+            its_math = math if whole else _math_of(context, job, part)
+            for accumulator in some:
+                accumulator.add(job.ordinal, part.start, part.n, its_math)
+
+    def run_sample(some: Sequence[TopKAccumulator]) -> None:
+        for accumulator in some:
+            part = sample_of(loaded, accumulator.model)
+            accumulator.add(job.ordinal, 0, part.n, _math_of(context, job, part))
+
+    accumulator = make_accumulator(
+        request, [job], {job.ordinal: request}, context.keys, context.tolerant, room.bins
+    )
+    return collect([accumulator], run_pass, run_sample if loaded.n > _SAMPLE_ABOVE else None)[0]
 
 
 def slice_of(loaded: Loaded, start: int, stop: int) -> Loaded:
@@ -308,23 +319,30 @@ def slice_of(loaded: Loaded, start: int, stop: int) -> Loaded:
     )  # fmt: skip
 
 
-def sample_of(loaded: Loaded, blocks: int) -> Loaded:
-    """Return a copy of `blocks` blocks of 4096 elements spread over a piece, one after the other.
+def sample_of(loaded: Loaded, model: int | None) -> Loaded:
+    """Return a copy of blocks of 4096 elements spread over a piece, one after the other.
 
-    Random masks are drawn as if it began the tensor, which for a sample is as good.
+    Random masks are drawn as if it began the tensor, which for a sample is as good. Where one `model` alone is
+    looked at, the others are not copied: they seem to lie where the first operand does.
     """
-    stride = loaded.n // blocks // 4096 * 4096
     operands = (*(() if loaded.base is None else (loaded.base,)), *loaded.models)
+    first = len(operands) - len(loaded.models)
+    copied = [i for i in range(len(operands)) if i < first or model is None or i - first == model]
+    fitting = _SAMPLE_BYTES // (4096 * sum(itemsize(operands[i].dtype) for i in copied))
+    blocks = max(1, min(_SAMPLE_BLOCKS, max(16, loaded.n >> 16), fitting))
+    stride = loaded.n // blocks // 4096 * 4096
     parts = []
     copies = []
     position = 0
-    for operand in operands:
+    for i, operand in enumerate(operands):
+        if i not in copied:
+            copies.append(Operand(0, operands[copied[0]].dtype))
+            continue
         width = itemsize(operand.dtype)
         spread = loaded.arena[operand.offset : operand.offset + blocks * stride * width]
         parts.append(spread.reshape(blocks, stride * width)[:, : 4096 * width].ravel())
         copies.append(Operand(position, operand.dtype))
         position += parts[-1].size
-    first = len(operands) - len(loaded.models)
     n = blocks * 4096
     return replace(
         loaded, arena=np.concatenate(parts), base=copies[0] if first else None, models=tuple(copies[first:]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from streammerge.engine.durable import fsync_directory, world_errors, write_file
 from streammerge.engine.identity import Identity
 from streammerge.engine.inputs import content_of
 from streammerge.engine.journal import Receipt
-from streammerge.engine.manifest import FORMAT, MANIFEST, seal
+from streammerge.engine.manifest import FORMAT, MANIFEST, indented, seal
 from streammerge.engine.output import CONFIG_COPY
 from streammerge.engine.writer import ShardWriter
 from streammerge.index.model import CONFIG_NAME, INDEX_NAME
@@ -169,4 +168,4 @@ def _index(plan: MergePlan) -> bytes:
     }
     total = sum(slot.nbytes for slot in plan.layout.slots)
     value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    return bytes(indented(value, 2) + b"\n")

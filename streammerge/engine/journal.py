@@ -22,7 +22,7 @@ STATE = ".streammerge"
 NAME = "journal.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Receipt:
     """Elements of one tensor that are written: their checksum and what there is to tell of them."""
 

@@ -30,9 +30,19 @@ _MOST = 2**63
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
     """Return the manifest as JSON whose last field is the checksum of all that stands before it."""
-    text = json.dumps(manifest, indent=1, ensure_ascii=False).encode()
-    body = text.removesuffix(b"\n}") + b","
-    return body + _SEAL + b'"%08x"\n}\n' % crc32(body)
+    text = indented(manifest, 1)
+    assert text.endswith(b"\n}")
+    text[-2:] = b","
+    text += _SEAL + b'"%08x"\n}\n' % crc32(text)
+    return bytes(text)
+
+
+def indented(value: Mapping[str, Any], indent: int) -> bytearray:
+    """Return a value as JSON, part by part: `dumps` holds all parts together, of many tensors a multiple of the text."""
+    text = bytearray()
+    for part in json.JSONEncoder(indent=indent, ensure_ascii=False).iterencode(value):
+        text += part.encode()
+    return text
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:

@@ -32,7 +32,8 @@ from streammerge.plan.arena import DIRECT_BYTES, PAGE, slot_bytes
 
 Backend = Literal["direct", "read", "mmap"]
 """Past the page cache where that pays; through it; out of a memory map."""
-_OPEN_FILES = 128
+_OPEN_FILES = 48
+"""Unless told otherwise; twice as many descriptors."""
 _GRAIN = 8
 """Kernels look at the buffer as words of up to this many bytes."""
 
@@ -44,6 +45,8 @@ class Reader:
     ----------
     cache_bytes
         How much of what will be read again may be left in the page cache meanwhile.
+    most_open
+        Files that may be open at a time, beside those being read.
     from_disk
         Read what the disk holds, not what the page cache still has of it, so far as the file system allows.
 
@@ -53,10 +56,18 @@ class Reader:
         Total so far.
     """
 
-    def __init__(self, backend: Backend = "direct", cache_bytes: int = 0, *, from_disk: bool = False) -> None:
+    def __init__(
+        self,
+        backend: Backend = "direct",
+        cache_bytes: int = 0,
+        *,
+        most_open: int = _OPEN_FILES,
+        from_disk: bool = False,
+    ) -> None:
         self._backend = backend
         self._from_disk = from_disk
         self._cache_left = cache_bytes
+        self._most_open = most_open
         self._lock = threading.Lock()
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._kept: set[tuple[str, int, int]] = set()
@@ -199,7 +210,7 @@ class Reader:
                 file = self._files[path] = _File(path, self._backend)
             self._files.move_to_end(path)
             file.users += 1
-            self._close_idle(_OPEN_FILES)
+            self._close_idle(self._most_open)
         try:
             yield file
         finally:

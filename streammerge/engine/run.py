@@ -43,9 +43,9 @@ from streammerge.engine.statistics import (
     Range,
     TopKAccumulator,
     collect,
-    in_order_of_pieces,
     make_accumulator,
     needs_models,
+    one_after_another,
 )
 from streammerge.errors import Stopped
 from streammerge.methods.requests import (
@@ -59,14 +59,12 @@ from streammerge.methods.requests import (
     Touched,
 )
 from streammerge.plan.job import Job
-from streammerge.plan.schedule import Chunk, Piece, Survey, survey_pieces
+from streammerge.plan.schedule import SURVEYS_AHEAD, Chunk, Piece, Survey, survey_pieces
 
 _SYNC_SECONDS = 1.0
 _MODEL_SAMPLE_BLOCKS = 192
 _SAMPLE_BLOCKS = 64
-_SURVEYS_AHEAD = 2
-"""Surveyed tensors not yet merging: more would drop from the page cache what is about to be read again."""
-_PREFETCHERS = 2
+PREFETCHERS = 2
 """Threads that ask for the bytes of chunks to come; asking blocks while the disk's queue is full."""
 
 
@@ -111,7 +109,7 @@ class Runner:
         on_gpu = self._plan.device != "cpu"
         self._pool = Pool(self._plan.budget.capacity, pin if on_gpu else None, unpin if on_gpu else None)
         self._threads = ThreadPoolExecutor(self._plan.budget.workers, thread_name_prefix="merge")
-        self._prefetchers = ThreadPoolExecutor(_PREFETCHERS, thread_name_prefix="prefetch")
+        self._prefetchers = ThreadPoolExecutor(PREFETCHERS, thread_name_prefix="prefetch")
         self._caller = threading.current_thread()
         self._surveyor = ThreadPoolExecutor(1, thread_name_prefix="survey")
         self._lock = threading.Lock()
@@ -121,7 +119,8 @@ class Runner:
         self.receipts: list[Receipt] = []
         """All pieces finished, earlier runs' included."""
         self.elements_done = 0
-        self._left = {job.ordinal: job.n_elements for job in self._plan.jobs}
+        self._left = [job.n_elements for job in self._plan.jobs]
+        self._tensors_left = 0
 
     def run(self, receipts: Sequence[Receipt], answers: dict[str, list[list[object]]]) -> None:
         """Do what is left of the plan when `receipts` are done; returns when all is durable.
@@ -138,6 +137,7 @@ class Runner:
         for receipt in receipts:
             self._left[receipt.job] -= receipt.stop - receipt.start
             done.setdefault(receipt.job, []).append((receipt.start, receipt.stop))
+        self._tensors_left = sum(left > 0 for left in self._left)
         self._restore_answers(answers)
         syncer = threading.Thread(target=self._sync_loop, name="syncer")
         syncer.start()
@@ -178,7 +178,7 @@ class Runner:
         waiting: list[Chunk] = []
         for step in steps:
             if isinstance(step, Survey):
-                while len(surveys) >= _SURVEYS_AHEAD:
+                while len(surveys) >= SURVEYS_AHEAD:
                     oldest = next(iter(surveys))
                     yield from self._submit_surveyed(waiting, surveys, oldest)
                 surveys[step.job] = self._surveyor.submit(self._survey, self._plan.jobs[step.job])
@@ -197,8 +197,11 @@ class Runner:
     ) -> Iterable[Future[None]]:
         """Wait for a survey to end, then submit the chunks that waited for it alone."""
         surveys.pop(job).result()
-        free = [chunk for chunk in waiting if not any(piece.job in surveys for piece in chunk.pieces)]
-        waiting[:] = [chunk for chunk in waiting if chunk not in free]
+        free: list[Chunk] = []
+        kept: list[Chunk] = []
+        for chunk in waiting:
+            (kept if any(piece.job in surveys for piece in chunk.pieces) else free).append(chunk)
+        waiting[:] = kept
         for chunk in free:
             yield self._submit(chunk)
 
@@ -217,8 +220,11 @@ class Runner:
             self._unsynced += receipts
             for receipt in receipts:
                 self.elements_done += receipt.stop - receipt.start
-                self._left[receipt.job] -= receipt.stop - receipt.start
+                before, self._left[receipt.job] = (
+                    self._left[receipt.job], self._left[receipt.job] - (receipt.stop - receipt.start),
+                )  # fmt: skip
                 if self._left[receipt.job] <= 0:
+                    self._tensors_left -= before > 0
                     self._context.answers.pop(receipt.job, None)
 
     @contextmanager
@@ -229,29 +235,33 @@ class Runner:
                 arena = held.enter_context(self._pool.lease(nbytes, self._context.stop))
             yield arena
 
-    def _drain(self, futures: Iterable[Future[None]]) -> None:
-        """Keep a few futures in flight, report progress, and stop at the first failure."""
-        in_flight: set[Future[None]] = set()
+    def _drain(self, futures: Iterable[Future[None]], *, in_order: bool = False) -> None:
+        """Keep a few futures in flight, report progress, and stop at the first failure.
+
+        With `in_order` one that is finished counts as in flight until all before it are.
+        """
+        in_flight: list[Future[None]] = []
         limit = 2 * self._plan.budget.workers
         for future in futures:
-            in_flight.add(future)
+            in_flight.append(future)
             while len(in_flight) >= limit:
-                in_flight = self._wait_for_some(in_flight)
+                in_flight = self._wait_for_some(in_flight, in_order)
         while in_flight:
-            in_flight = self._wait_for_some(in_flight)
+            in_flight = self._wait_for_some(in_flight, in_order)
         # A stopped pass has counted some pieces only: nothing may be concluded from it.
         if self._context.stop.is_set():
             raise self._failure or Stopped(signal.SIGTERM)
 
-    def _wait_for_some(self, in_flight: set[Future[None]]) -> set[Future[None]]:
-        done, pending = wait(in_flight, timeout=0.25, return_when=FIRST_COMPLETED)
+    def _wait_for_some(self, in_flight: list[Future[None]], in_order: bool) -> list[Future[None]]:
+        awaited = in_flight[:1] if in_order else in_flight
+        done, _ = wait(awaited, timeout=0.25, return_when=FIRST_COMPLETED)
         for future in done:
             future.result()
         if self._failure is not None:
             raise self._failure
         if threading.current_thread() is self._caller:
             self._tick()
-        return pending
+        return [future for future in in_flight if future not in done]
 
     def _tick(self) -> None:
         self._on_tick(
@@ -259,7 +269,7 @@ class Runner:
                 self._context.reader.bytes_read,
                 self._context.writer.bytes_written,
                 self.elements_done,
-                sum(left <= 0 for left in self._left.values()),
+                len(self._plan.jobs) - self._tensors_left,
             )
         )
 
@@ -298,7 +308,7 @@ class Runner:
             accumulators = [
                 make_accumulator(
                     request, merged, {job: requests[i] for job, requests in wanted.items()}, self._context.keys,
-                    self._context.tolerant,
+                    self._context.tolerant, self._plan.room.bins,
                 )
                 for i, request in enumerate(shared)
             ]  # fmt: skip
@@ -354,9 +364,10 @@ class Runner:
     def _survey(self, job: Job) -> None:
         """Answer the tensor-scope requests of one tensor that is too large to hold, by streaming it."""
         while isinstance(wanted := follow(self._context, job), list) and wanted[0].scope == "tensor":
-            keys = self._context.keys
+            keys, bins = self._context.keys, self._plan.room.bins
             accumulators = [
-                make_accumulator(r, [job], {job.ordinal: r}, keys, self._context.tolerant) for r in wanted
+                make_accumulator(r, [job], {job.ordinal: r}, keys, self._context.tolerant, bins)
+                for r in wanted
             ]
 
             def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
@@ -370,18 +381,21 @@ class Runner:
             self._note_answers([job])
 
     def _stream(self, jobs: Sequence[Job], some: Sequence[Accumulator], only: Range | None) -> None:
-        if only is not None:
-            job = self._plan.jobs[only[0]]
-            piece = Piece(job.ordinal, only[1], min(only[2], job.n_elements))
-            chunks: Iterable[Chunk] = [Chunk((piece,), 0)]
+        if only is None:
+            ranges = [(job, 0, job.n_elements) for job in jobs]
         else:
-            budget = self._plan.budget
-            chunks = (c for job in jobs for c in survey_pieces(job, self._plan.work[job.ordinal], budget))
-        if in_order_of_pieces(some):
-            for chunk in chunks:
-                self._drain([self._threads.submit(self._add_piece, chunk.pieces[0], some)])
+            ranges = [(self._plan.jobs[only[0]], only[1], only[2])]
+        pieces = (piece for one in ranges for piece in self._survey_pieces(*one))
+        if one_after_another(some):
+            for piece in pieces:
+                self._drain([self._threads.submit(self._add_piece, piece, some)])
             return
-        self._drain(self._threads.submit(self._add_piece, chunk.pieces[0], some) for chunk in chunks)
+        # In order, for the partial sums of a piece wait for those of all before it.
+        self._drain((self._threads.submit(self._add_piece, p, some) for p in pieces), in_order=True)
+
+    def _survey_pieces(self, job: Job, start: int, stop: int) -> Iterator[Piece]:
+        plan = self._plan
+        return survey_pieces(job, plan.work[job.ordinal], plan.budget, start, stop, plan.room.elements)
 
     def _sample_chunks(
         self, jobs: Sequence[Job], some: Sequence[TopKAccumulator], n: int, blocks: int

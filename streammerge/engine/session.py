@@ -17,6 +17,7 @@ from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
+from streammerge.engine.descriptors import share_out
 from streammerge.engine.durable import fsync_directory, world_errors
 from streammerge.engine.identity import Identity, identify
 from streammerge.engine.inputs import (
@@ -43,14 +44,14 @@ from streammerge.engine.output import (
 )
 from streammerge.engine.profile import profile_values, write_profile
 from streammerge.engine.reader import Backend, Reader
-from streammerge.engine.run import Runner, Tick
+from streammerge.engine.run import PREFETCHERS, Runner, Tick
 from streammerge.engine.sidecars import find_sidecars, read_sidecars
 from streammerge.engine.verify import check_files
 from streammerge.engine.warm import ensure_compiled
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import OutputError, Stopped, WorldError, printable
 from streammerge.plan.arena import is_copied
-from streammerge.plan.budget import available_memory
+from streammerge.plan.free_memory import available_memory
 from streammerge.plan.layout import Slot
 from streammerge.plan.plan import MergePlan
 
@@ -129,7 +130,8 @@ def execute(
     check_target(out, plan.inputs, [index.reference for index in plan.fishers])
     for warning in plan.warnings:
         emit(Event("warning", {"message": warning}))
-    reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2)
+    inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)
+    reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)
     if not plan.torch_only and not plan.method.is_formula and ensure_compiled():
         emit(Event("compiled"))
     try:
@@ -232,6 +234,7 @@ class _Session:
         self._overwrite = options.overwrite
         self._profile = options.profile
         self._running = 0.0
+        self._elements = sum(job.n_elements for job in plan.jobs)
 
     def run(self, card: str, began: float, signal_received: Callable[[], int | None]) -> Summary:
         sidecars = find_sidecars(self._plan.donor.directory, self._plan.tokenizer_directory)
@@ -334,7 +337,7 @@ class _Session:
             Event("progress", {
                 "bytes_read": tick.bytes_read, "bytes_written": tick.bytes_written,
                 "tensors": tick.tensors_done, "tensors_total": len(self._plan.jobs),
-                "elements": tick.elements_done, "elements_total": sum(j.n_elements for j in self._plan.jobs),
+                "elements": tick.elements_done, "elements_total": self._elements,
             })
         )  # fmt: skip
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _SLAB = 1 << 15
 """Elements; a multiple of 4096."""
+_SLAB_BYTES = 1 << 20
+"""Of the base and all task vectors together in fp32, at most: of many models a slab has fewer elements, but a block."""
 
 Divergences = dict[Importance, NDArray[np.float64]]
 Span = tuple[int, int]
@@ -50,7 +52,8 @@ class Slabs:
 
     def _spans(self, unit: int = 1) -> Iterator[Span]:
         """Yield slabs of a multiple of `unit` elements, at least one."""
-        size = max(unit, _SLAB // unit * unit)
+        fitting = _SLAB_BYTES // (4 * (len(self._piece.models) + 1)) // 4096 * 4096
+        size = max(unit, max(4096, min(_SLAB, fitting)) // unit * unit)
         for first in range(0, self._piece.n, size):
             yield first, min(size, self._piece.n - first)
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.compiled import missing_kernels
-from streammerge.engine.pieces import Counts, PieceMath
+from streammerge.engine.ordered import OrderedSum
+from streammerge.engine.pieces import Bins, Counts, PieceMath
 from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.requests import (
     AbsSum,
@@ -43,14 +44,18 @@ from streammerge.methods.requests import (
 from streammerge.methods.rng import Key, RandomKeys
 from streammerge.methods.rng import words as random_words
 from streammerge.methods.scores import sees_rows
+from streammerge.methods.vectors import TaskVector
+from streammerge.plan.allot import MOST_BINS
 from streammerge.plan.job import Job
 
 BLOCK = 4096
 _TOP = (1 << 31) - 1
 _COARSE = 15
-_MAX_BINS = 1 << 19
+_FEWEST_BINS = 1 << 8
 _BIN_BLOCK = 1 << 14
 _WORDS_AT_ONCE = 1 << 20
+_MOST_RUNS = 1 << 14
+"""Runs of elements of which the ties are counted at a time, and elements of a run looked at one by one."""
 _INFINITE = 0x7F800000
 _ABOVE_ALL = Threshold(_INFINITE, 1, 0)
 """The threshold of no elements at all."""
@@ -90,10 +95,23 @@ class TopKAccumulator:
     A pass counts the patterns above a window and, in bins, those inside it. The window narrows to the
     bin that holds rank k until a bin is one pattern. Where it starts, sampled or all patterns, affects the
     number of passes only: the counts prove that rank k lies inside, or the next pass takes all.
+
+    Parameters
+    ----------
+    n
+        Elements that are ranked.
+    tolerant
+        Whether what is not finite is ranked, above all else, not refused.
+    most_bins
+        Counts of a window, at most. It too affects the number of passes only.
     """
 
-    def __init__(self, request: TopK | Band | Largest | Quantile, n: int, tolerant: bool = False) -> None:
+    def __init__(
+        self, request: TopK | Band | Largest | Quantile, n: int, tolerant: bool = False, most_bins: int = MOST_BINS
+    ) -> None:  # fmt: skip
         self.wants: Range | None = None
+        # More counts than elements only take time.
+        self._most_bins = max(_FEWEST_BINS, n) if n < BLOCK else most_bins
         self._tolerant = tolerant
         self._ranked = request.score if isinstance(request, Largest | Quantile) else request.vector
         self._k = request.count(n)
@@ -103,11 +121,11 @@ class TopKAccumulator:
 
     def _open(self, low: int, high: int) -> None:
         self._low, self._high, self._shift = low, high, 0
-        limit = 1 << (31 - _COARSE) if high - low == _TOP else _MAX_BINS
+        limit = min(1 << (31 - _COARSE), self._most_bins) if high - low == _TOP else self._most_bins
         while (high - low) >> self._shift >= limit:
             self._shift += 1
         self._above = 0
-        self._bins: Counts | None = None
+        self._bins: Counts | Bins | None = None
         self._n_bins = ((high - low) >> self._shift) + 1
 
     def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
@@ -119,7 +137,7 @@ class TopKAccumulator:
         with self._lock:
             self._above += above
             if self._bins is None:
-                self._bins = bins.astype(np.int64)
+                self._bins = bins if self._n < 1 << 31 else bins.astype(np.int64)
             else:
                 self._bins += bins
 
@@ -156,11 +174,17 @@ class TopKAccumulator:
             self._open(low, min(self._high, low + (1 << self._shift) - 1))
             return False
         self._answer = Threshold(low, int(bins[place]), inside - higher)
+        self._bins = None
         if low >= _INFINITE:  # more than k are not finite: these stay, all of them, and nothing else does
             self._answer = Threshold(_INFINITE - 1, 1, 0)
         return True
 
-    def _counted(self) -> Counts:
+    @property
+    def model(self) -> int | None:
+        """The one model whose task vector is ranked; None where it takes all of them."""
+        return self._ranked.model if isinstance(self._ranked, TaskVector) else None
+
+    def _counted(self) -> Counts | Bins:
         return np.zeros(self._n_bins, np.int64) if self._bins is None else self._bins
 
     @property
@@ -169,7 +193,7 @@ class TopKAccumulator:
         return self._answer
 
 
-def _place_from_top(bins: Counts, rank: float) -> tuple[int, int]:
+def _place_from_top(bins: Counts | Bins, rank: float) -> tuple[int, int]:
     """Return the highest bin that holds, together with all above it, `rank` elements, and how many those above hold.
 
     The bin is -1 where all together hold fewer.
@@ -214,74 +238,47 @@ class NonZeroAccumulator:
         return self._total
 
 
-class AbsSumAccumulator:
-    """The sum of abs(delta), from the partial sums of all blocks in index order."""
+class SumsAccumulator:
+    """Sums over the elements, of one kind or several, from the partial sums of all blocks in index order.
 
-    def __init__(self, request: AbsSum) -> None:
+    Of magnitudes, of dot products of all pairs of vectors, or of squares.
+
+    Parameters
+    ----------
+    tensors
+        Job and elements of each tensor of the scope, in order.
+    """
+
+    def __init__(self, request: AbsSum | Gram | Squares, tensors: Sequence[tuple[int, int]]) -> None:
         self.wants: Range | None = None
         self._request = request
-        self._parts: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._n = sum(n for _, n in tensors)
+        self._sums = OrderedSum(tensors)
 
     def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
-        """Keep the partial sums of one piece."""
-        self._parts[job, start] = math.abs_sums(self._request.vector)
+        """Add the partial sums of one piece."""
+        self._sums.add(job, start, n, self._partials(math))
+
+    def _partials(self, math: PieceMath) -> NDArray[np.float64]:
+        if isinstance(self._request, AbsSum):
+            return math.abs_sums(self._request.vector)[:, None]
+        if isinstance(self._request, Gram):
+            return math.dots(self._request.vectors, BLOCK)
+        return math.squares(self._request)
 
     def end(self) -> bool:
         """One pass is enough."""
         return True
 
     @property
-    def answer(self) -> float:
-        """The sum."""
-        ordered = [self._parts[key] for key in sorted(self._parts)]
-        return in_order(np.concatenate(ordered)) if ordered else 0.0
-
-
-class GramAccumulator:
-    """The dot products of all pairs of vectors, from the partial sums of all blocks in index order."""
-
-    def __init__(self, request: Gram) -> None:
-        self.wants: Range | None = None
-        self._request = request
-        self._parts: dict[tuple[int, int], NDArray[np.float64]] = {}
-
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
-        """Keep the partial sums of one piece, (blocks, pairs)."""
-        self._parts[job, start] = math.dots(self._request.vectors, BLOCK)
-
-    def end(self) -> bool:
-        """One pass is enough."""
-        return True
-
-    @property
-    def answer(self) -> Dots:
-        """The upper triangle of the Gram matrix."""
-        blocks = np.concatenate([self._parts[key] for key in sorted(self._parts)])
-        return Dots(tuple(in_order(column) for column in blocks.T), self._request.n)
-
-
-class SquaresAccumulator:
-    """The sums of squares of several vectors, from the partial sums of all blocks in index order."""
-
-    def __init__(self, request: Squares, n: int) -> None:
-        self.wants: Range | None = None
-        self._request = request
-        self._n = n
-        self._parts: dict[tuple[int, int], NDArray[np.float64]] = {}
-
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
-        """Keep the partial sums of one piece, (blocks, vectors)."""
-        self._parts[job, start] = math.squares(self._request)
-
-    def end(self) -> bool:
-        """One pass is enough."""
-        return True
-
-    @property
-    def answer(self) -> SquareSums:
-        """The sums."""
-        blocks = np.concatenate([self._parts[key] for key in sorted(self._parts)])
-        return SquareSums(tuple(in_order(column) for column in blocks.T), self._n)
+    def answer(self) -> float | Dots | SquareSums:
+        """The sum, or the sums."""
+        totals = self._sums.totals
+        if isinstance(self._request, AbsSum):
+            return totals[0]
+        if isinstance(self._request, Gram):
+            return Dots(tuple(totals), self._request.n)
+        return SquareSums(tuple(totals), self._n)
 
 
 class ColumnGramAccumulator:
@@ -336,38 +333,41 @@ class TouchesAccumulator:
 
 
 class TieIndexAccumulator:
-    """Where the last tie that is needed lies: ties per block, then one look into that block."""
+    """Where the last tie that is needed lies: ties per run of elements, then looks into the run that holds it.
 
-    def __init__(self, request: TieIndex) -> None:
+    Parameters
+    ----------
+    n
+        Elements of the scope; the more there are, the longer the runs.
+    """
+
+    def __init__(self, request: TieIndex, n: int) -> None:
         self.wants: Range | None = None
-        self._request = request
+        self._vector = request.vector
         self._key = request.threshold.key
-        self._parts: dict[tuple[int, int], Counts] = {}
-        self._needed_inside = 0
+        self._left = request.threshold.needed
+        self._size = -(-n // _MOST_RUNS // BLOCK) * BLOCK
+        self._parts: dict[tuple[int, int], NDArray[np.int32]] = {}
 
     def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
-        """Count the ties of one piece, per block or, inside the chosen block, per element."""
-        vector = self._request.vector
-        if self.wants is None:
-            self._parts[job, start] = math.ties(vector, self._key, BLOCK)
-            return
-        places = np.flatnonzero(math.ties(vector, self._key, 1))
-        self._answer = (job, start + int(places[self._needed_inside - 1]) + 1)
+        """Count the ties of one piece, per run."""
+        self._parts[job, start] = math.ties(self._vector, self._key, self._size).astype(np.int32)
 
     def end(self) -> bool:
-        """Choose the block in which the count is reached, or finish."""
-        if self.wants is not None:
-            return True
-        left = self._request.threshold.needed
+        """Choose the run in which the count is reached; finish where it is one element."""
         for (job, start), counts in sorted(self._parts.items()):
-            if int(counts.sum()) < left:
-                left -= int(counts.sum())
+            if (here := int(counts.sum())) < self._left:
+                self._left -= here
                 continue
-            block = int(np.count_nonzero(np.cumsum(counts) < left))
-            self._needed_inside = left - int(counts[:block].sum())
-            first = start + block * BLOCK
-            self.wants = (job, first, first + BLOCK)
-            return False
+            run = int(np.count_nonzero(np.cumsum(counts) < self._left))
+            self._left -= int(counts[:run].sum())
+            first = start + run * self._size
+            self._parts = {}
+            self._answer = (job, first + 1)
+            self.wants = (job, first, first + self._size)
+            done = self._size == 1
+            self._size = 1 if self._size <= _MOST_RUNS else BLOCK
+            return done
         raise AssertionError("fewer ties than were counted for the threshold")
 
     @property
@@ -402,23 +402,39 @@ class SignTotalAccumulator:
 
 
 class FisherSquaresAccumulator:
-    """The sum of squares of one model's diagonal: of each tensor by blocks in index order, then over tensors."""
+    """The sum of squares of one model's diagonal: of each tensor by blocks in index order, then over tensors.
 
-    def __init__(self, model: int, recorded: Mapping[int, float], n: int) -> None:
+    Parameters
+    ----------
+    recorded
+        The sums of tensors that need not be read, by job.
+    lengths
+        The elements of every tensor that has a diagonal, by job.
+    """
+
+    def __init__(self, model: int, recorded: Mapping[int, float], lengths: Mapping[int, int]) -> None:
         self.wants: Range | None = None
         self._model = model
-        self._recorded = recorded
-        self._n = n
-        self._parts: dict[tuple[int, int], NDArray[np.float64]] = {}
+        self._totals = dict(recorded)
+        self._lengths = lengths
+        self._sums: dict[int, OrderedSum] = {}
+        self._read = {job: 0 for job in lengths if job not in recorded}
+        self._lock = threading.Lock()
 
     def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
-        """Keep the partial sums of one piece."""
-        if job in self._recorded:
+        """Add the partial sums of one piece."""
+        if job not in self._read:
             return
         partials, bad = math.fisher_squares(self._model)
         if bad:
             raise NotFiniteError(job)
-        self._parts[job, start] = partials
+        with self._lock:
+            sums = self._sums.setdefault(job, OrderedSum([(job, self._lengths[job])]))
+        sums.add(job, start, n, partials[:, None])
+        with self._lock:
+            self._read[job] += n
+            if self._read[job] == self._lengths[job]:
+                self._totals[job] = self._sums.pop(job).totals[0]
 
     def end(self) -> bool:
         """One pass is enough."""
@@ -427,13 +443,8 @@ class FisherSquaresAccumulator:
     @property
     def answer(self) -> SquareTotal:
         """The sum, the same whether tensors were read or their sums recorded in a store."""
-        by_job: dict[int, list[NDArray[np.float64]]] = {}
-        for key in sorted(self._parts):
-            by_job.setdefault(key[0], []).append(self._parts[key])
-        totals = dict(self._recorded) | {
-            job: in_order(np.concatenate(parts)) for job, parts in by_job.items()
-        }
-        return SquareTotal(in_order(np.array([totals[job] for job in sorted(totals)])), self._n)
+        totals = np.array([self._totals[job] for job in sorted(self._totals)])
+        return SquareTotal(in_order(totals), sum(self._lengths.values()))
 
 
 def in_order(values: NDArray[np.float64]) -> float:
@@ -515,26 +526,23 @@ def make_accumulator(
     by_job: Mapping[int, Request],
     keys: RandomKeys,
     tolerant: bool = False,
+    most_bins: int = MOST_BINS,
 ) -> Accumulator | Known:
     """Return the accumulator of a request over some jobs; `by_job` has each job's own version of it.
 
     Entries that are not finite rank above all others and are left out of sums; unless `tolerant`, a rank over them
-    is refused, for the merge will be.
+    is refused, for the merge will be. A rank counts in windows of `most_bins` at most.
     """
     n = sum(job.n_elements for job in jobs)
     if isinstance(request, TopK | Band | Largest | Quantile):
-        return TopKAccumulator(request, n, tolerant) if request.count(n) else Known(_ABOVE_ALL)
+        return TopKAccumulator(request, n, tolerant, most_bins) if request.count(n) else Known(_ABOVE_ALL)
     if isinstance(request, TieIndex):
         needed = request.threshold.needed
-        return TieIndexAccumulator(request) if needed else Known((jobs[0].ordinal, 0))
-    if isinstance(request, AbsSum):
-        return AbsSumAccumulator(request)
-    if isinstance(request, Gram):
-        return GramAccumulator(request)
+        return TieIndexAccumulator(request, n) if needed else Known((jobs[0].ordinal, 0))
+    if isinstance(request, AbsSum | Gram | Squares):
+        return SumsAccumulator(request, [(job.ordinal, job.n_elements) for job in jobs])
     if isinstance(request, NonZero):
         return NonZeroAccumulator(request, tolerant)
-    if isinstance(request, Squares):
-        return SquaresAccumulator(request, n)
     if isinstance(request, Touches):
         return TouchesAccumulator(request)
     if isinstance(request, ColumnGram):
@@ -544,8 +552,8 @@ def make_accumulator(
     if isinstance(request, FisherSquares):
         known = {job.ordinal: job.fishers[request.model] for job in jobs if job.fishers}
         recorded = {job: ref.square_sum for job, ref in known.items() if isinstance(ref, ChunkedRef)}
-        total = sum(job.n_elements for job in jobs if job.fishers)
-        squares = FisherSquaresAccumulator(request.model, recorded, total)
+        lengths = {job.ordinal: job.n_elements for job in jobs if job.fishers}
+        squares = FisherSquaresAccumulator(request.model, recorded, lengths)
         return squares if len(recorded) < len(known) else Known(squares.answer)
     return SignTotalAccumulator({job: r for job, r in by_job.items() if isinstance(r, SignTotal)})
 
@@ -581,7 +589,7 @@ def collect(
     return [accumulator.answer for accumulator in accumulators]
 
 
-def in_order_of_pieces(accumulators: Sequence[Accumulator]) -> bool:
+def one_after_another(accumulators: Sequence[Accumulator]) -> bool:
     """Return whether any of them must be fed piece after piece."""
     return any(isinstance(accumulator, ColumnGramAccumulator) for accumulator in accumulators)
 

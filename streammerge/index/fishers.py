@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,7 +111,7 @@ class FisherIndex(Mapping[str, FisherRef]):
     """Of the model that the diagonal belongs to; None where that is not recorded."""
     model_name: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """A store's attributes."""
+    """A store's attributes, without the table unless it was asked for."""
 
     def __getitem__(self, name: str) -> FisherRef:
         return self.refs[name]
@@ -122,8 +123,13 @@ class FisherIndex(Mapping[str, FisherRef]):
         return len(self.refs)
 
 
-def open_fisher(reference: str | os.PathLike[str]) -> FisherIndex:
+def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) -> FisherIndex:
     """Read the table of a store, or the headers of safetensors files, of Fisher diagonals.
+
+    Parameters
+    ----------
+    with_table
+        Keep a store's table as it is written among its attributes, which takes several times the memory of the index.
 
     Raises
     ------
@@ -136,7 +142,7 @@ def open_fisher(reference: str | os.PathLike[str]) -> FisherIndex:
     if reference.endswith(PICKLES):
         raise bad(reference, "a PyTorch file: make a store of it with `streammerge fisher import`")
     if os.path.isdir(reference) and not _holds_safetensors(reference):
-        return _open_store(reference)
+        return _open_store(reference, with_table)
     if not os.path.exists(reference):
         raise bad(reference, "no such Fisher diagonal (a store, or a safetensors file)")
     model = open_model(reference)
@@ -156,7 +162,7 @@ def _holds_safetensors(directory: str) -> bool:
         return False
 
 
-def _open_store(directory: str) -> FisherIndex:
+def _open_store(directory: str, with_table: bool) -> FisherIndex:
     path = os.path.join(directory, GROUP_FILE)
     if not os.path.lexists(path):
         raise bad(directory, f"neither a Zarr store (no {GROUP_FILE}) nor safetensors")
@@ -181,6 +187,8 @@ def _open_store(directory: str) -> FisherIndex:
     if not isinstance(table, dict) or not table:
         raise bad(path, "its table of tensors is missing or empty: import it again")
     refs = {name: _store_ref(name, entry, directory, path) for name, entry in table.items()}
+    if not with_table:
+        del about["tensors"]
     fingerprint, model_name = about.get("model_fingerprint"), about.get("model_name", "")
     return FisherIndex(
         directory, refs, (stamp,),
@@ -215,7 +223,7 @@ def _store_ref(name: str, entry: Any, directory: str, path: str) -> ChunkedRef:
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 2**1000:
             raise refuse(f"its {key} is no number of 0 or more")
     return ChunkedRef(
-        name, dtype, tuple(shape), str(Path(directory) / array), tuple(chunk),
+        sys.intern(name), sys.intern(dtype), tuple(shape), str(Path(directory) / array), tuple(chunk),
         float(entry["square_sum"]), int(entry["stored_nbytes"]),
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +151,8 @@ def _metadata(value: Any, path: str) -> dict[str, str]:
 def _tensors(header: dict[str, Any], path: str, data_start: int, file_nbytes: int) -> dict[str, TensorRef]:
     if not header:
         raise bad(path, "holds no tensors")
-    refs = [_tensor(name, entry, path, data_start) for name, entry in header.items()]
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    refs = [_tensor(name, entry, path, data_start, shapes) for name, entry in header.items()]
     # Of two tensors that begin together the empty one lies first.
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
     end = data_start
@@ -169,7 +171,11 @@ def _tensors(header: dict[str, Any], path: str, data_start: int, file_nbytes: in
     return {ref.name: ref for ref in refs}
 
 
-def _tensor(name: str, entry: Any, path: str, data_start: int) -> TensorRef:
+def _tensor(
+    name: str, entry: Any, path: str, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> TensorRef:
+    """Return one entry, checked; of equal names, dtypes and `shapes` one object serves all, for there may be many."""
+
     def refuse(what: str) -> ModelError:
         return bad(path, f"tensor {quoted(name)}: {what}")
 
@@ -198,7 +204,8 @@ def _tensor(name: str, entry: Any, path: str, data_start: int) -> TensorRef:
         raise refuse(f"its data_offsets {begin} and {end} are reversed")
     if not _fits(shape, BITS[dtype], end - begin):
         raise refuse(f"its {end - begin} bytes are not those of {dtype} with shape {shape}")
-    return TensorRef(name, dtype, tuple(shape), path, data_start + begin, end - begin)
+    of_shape = shapes.setdefault(tuple(shape), tuple(shape))
+    return TensorRef(sys.intern(name), sys.intern(dtype), of_shape, path, data_start + begin, end - begin)
 
 
 def _whole_numbers(value: Any) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace, UnionType
 from typing import Any, Generic, Literal, TypeVar
@@ -107,7 +108,7 @@ class Method:
         content = Path(source).read_bytes() if source else b""
         return f"{self.name} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
 
-    @property
+    @cached_property
     def is_formula(self) -> bool:
         """Whether the function is a plain formula of tensors."""
         return "models" in inspect.signature(self.function).parameters

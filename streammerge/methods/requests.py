@@ -335,6 +335,15 @@ Request = (
 Answer = Threshold | Dots | ColumnDots | SquareSums | Touched | SquareTotal | tuple[int, int] | float | int
 
 
+def partials_of(request: Request) -> int:
+    """Return how many fp64 partial sums answer a request for each block of elements."""
+    if isinstance(request, Gram):
+        return request.n * (request.n + 1) // 2
+    if isinstance(request, Squares):
+        return len(request.vectors)
+    return int(isinstance(request, AbsSum | FisherSquares))
+
+
 def passes_of(requests: Sequence[Request]) -> int:
     """Return how many passes over a scope answer the requests, as a rule: ranks take a second where nothing is sampled."""
     return 1 + any(isinstance(r, Largest | Quantile) and sees_rows(r.score) for r in requests)

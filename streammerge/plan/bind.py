@@ -284,6 +284,7 @@ class _Binder:
         self._config, self._method, self._fishers = config, method, fishers
         self._places = {spec.name: place for place, spec in enumerate(config.models)}
         self._without_fisher: list[str] = []
+        self._shared: dict[tuple[object, ...], Mapping[str, object]] = {}
 
     def merge(
         self, ordinal: int, cell: Cell, donor: SourceRef, sources: tuple[SourceRef, ...], base: SourceRef | None,
@@ -296,6 +297,9 @@ class _Binder:
             return _agree(ordinal, cell.name, donor, (*((base,) if base is not None else ()), *sources))
         dtype = _output_dtype(donor, self._config)
         members = tuple(self._places[spec.name] for spec in cell.part.sources)
+        parameters = self._shared.setdefault(
+            tuple(parameters.items()), parameters
+        )  # there may be many tensors
         return Job(
             ordinal, cell.name, dtype, donor.shape, "merge", sources, self._recipe_base(base, parameters), parameters,
             self._diagonals(cell, donor, members, sources), members if members != tuple(range(len(self._places))) else (),

@@ -7,11 +7,12 @@ take is subtracted first; the rest, the capacity, is all that buffers may ever h
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.errors import BudgetError
-from streammerge.units import format_size
+from streammerge.plan.free_memory import available_memory
+from streammerge.units import format_at_least, format_size
 
 MIB = 1 << 20
 
@@ -58,6 +59,10 @@ class Budget:
         """Bytes an elementwise chunk aims at: large reads, and all workers busy."""
         return min(48 * MIB, self.capacity // (self.workers + 1))
 
+    def less(self, nbytes: int) -> Budget:
+        """Return the budget of buffers when `nbytes` more are needed beside them."""
+        return replace(self, reserve=self.reserve + nbytes)
+
 
 def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget:
     """Return the budget for `memory` bytes (default: half of what is available) and `threads` CPUs.
@@ -72,7 +77,7 @@ def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget
     if total < least:
         raise BudgetError(
             f"--memory {format_size(total)} is too little: the process itself needs {format_size(reserve)}, "
-            f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_size(least)}"
+            f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_at_least(least)}"
         )
     return Budget(total, reserve, threads or available_cpus())
 
@@ -87,20 +92,6 @@ def device_block(share: int, n_inputs: int) -> int:
     return max(1 << 12, min(1 << 24, fit // 4096 * 4096))
 
 
-def available_memory() -> int:
-    """Return the bytes this process could still take: of the machine, or of its cgroup if that is less."""
-    import psutil
-
-    machine = int(psutil.virtual_memory().available)
-    limit = _cgroup_number("memory.max", "memory/memory.limit_in_bytes")
-    used = _cgroup_number("memory.current", "memory/memory.usage_in_bytes")
-    if limit is None or limit > 1 << 60:
-        return machine
-    # The page cache counts as used there, but is given up on demand.
-    cached = _cgroup_stat("inactive_file")
-    return max(0, min(machine, limit - (used or 0) + cached))
-
-
 def available_cpus() -> int:
     """Return the CPUs this process may keep busy: its affinity, or its cgroup's quota if that is less."""
     cpus = len(os.sched_getaffinity(0))
@@ -111,20 +102,3 @@ def available_cpus() -> int:
     except (OSError, ValueError):
         pass
     return cpus
-
-
-def _cgroup_number(*names: str) -> int | None:
-    for name in names:
-        try:
-            return int((Path("/sys/fs/cgroup") / name).read_text())
-        except (OSError, ValueError):
-            continue
-    return None
-
-
-def _cgroup_stat(field: str) -> int:
-    try:
-        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.split()[0] == field)
-    except (OSError, ValueError, StopIteration, IndexError):
-        return 0

@@ -19,7 +19,7 @@ _INPUT_SIDE = ("embed", "wte", "wpe")
 _OUTPUT_SIDE = ("embed_out",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
     """One output tensor, by name: whose tensors it is merged from, and by which settings."""
 

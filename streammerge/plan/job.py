@@ -14,7 +14,7 @@ from streammerge.methods.recipes import Sees
 Kind = Literal["merge", "copy", "agree"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """One output tensor and everything that decides its bytes."""
 

@@ -15,7 +15,7 @@ from streammerge.dtypes import RANK
 from streammerge.plan.job import Job
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """Where one tensor's bytes go."""
 

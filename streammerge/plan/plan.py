@@ -18,12 +18,13 @@ from streammerge.methods.recipes import Sees
 from streammerge.methods.registry import Access, Method
 from streammerge.methods.requests import AbsSum, FisherSquares, Gram, LowWords, Request, Squares, passes_of
 from streammerge.methods.scope import Scope
+from streammerge.plan.allot import Needs, Room, allot, asked_together, lists_nbytes
 from streammerge.plan.bind import bind_jobs
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
 from streammerge.plan.layout import Layout, lay_out
 from streammerge.plan.model_config import merged_config
-from streammerge.plan.schedule import Chunk, Interval, Step, Survey, Work, plan_work, steps
+from streammerge.plan.schedule import SURVEYS_AHEAD, Chunk, Interval, Step, Survey, Work, plan_work, steps
 from streammerge.plan.tokenizer_files import TokenizerFiles, tokenizer_files
 from streammerge.plan.vocabulary import align
 
@@ -64,6 +65,8 @@ class MergePlan:
     """Its tokenizer files, where they are not the donor's as they are."""
     vocabulary: str = ""
     """What identifies the rows that aligned vocabularies are gathered from."""
+    room: Room = field(default=Room())
+    """What statistics may take beside the buffers."""
 
     @property
     def donor(self) -> TensorIndex:
@@ -210,39 +213,60 @@ def make_plan(
     if alignment is not None or config.chat_template is not None:
         tokenizer = tokenizer_files(config, donor, indexes, alignment)
         remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
-    cache: dict[tuple[object, ...], tuple[Access, bool, bool, Sees]] = {}
-    access = []
-    work = []
+    cache: dict[tuple[object, ...], Needs] = {}
+    needs = []
     for job in jobs:
         key = (job.kind, *job.parameters.items())
         if key not in cache:
             cache[key] = _needs(job, method, jobs)
-        reach, holds, sums, sees = cache[key]
-        access.append(reach)
+        needs.append(cache[key])
+
+    def plan_one(job: Job, need: Needs, budget: Budget) -> Work:
         # On a GPU the temporaries lie in its own memory.
         on_host = device == "cpu" and (torch_only or runs_in_torch(job, method))
-        how = plan_work(
-            job, sees, budget, workspace=_workspace(sees, in_torch=on_host), holds=holds, sums=sums,
-            row_bytes=_kept_of_a_row(job),
+        return plan_work(
+            job, need.sees, budget, workspace=_workspace(need.sees, in_torch=on_host), holds=need.holds,
+            sums=need.sums, row_bytes=_kept_of_a_row(job),
         )  # fmt: skip
-        work.append(how)
+
+    n_refs = sum(len(index) for index in indexes.values())
+    n_stored = sum(len(index) for index in fishers)
+    lists = lists_nbytes(n_refs, n_stored, jobs, needs)
+    lists += 0 if alignment is None else alignment.nbytes
+    lists += 0 if tokenizer is None else sum(map(len, tokenizer.changed.values()))
+    allotted = allot(budget, jobs, needs, lists, plan_one, _kept_of_columns)
     return MergePlan(
-        config, method, tuple(models), base, jobs, tuple(access), tuple(work),
-        lay_out(jobs, shard_size), budget, config.seed if seed is None else seed,
+        config, method, tuple(models), base, jobs, tuple(need.access for need in needs), allotted.work,
+        lay_out(jobs, shard_size), allotted.budget, config.seed if seed is None else seed,
         torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), device, tuple(bases), settings,
-        tuple(sorted(left_out)), tokenizer, "" if alignment is None else alignment.digest(),
+        tuple(sorted(left_out)), tokenizer, "" if alignment is None else alignment.digest(), allotted.room,
     )  # fmt: skip
 
 
-def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> tuple[Access, bool, bool, Sees]:
-    """Return how far a job reaches, whether it takes statistics of its own tensor, if sums, and what it sees."""
+def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> Needs:
+    """Return what the merge of a job asks for."""
     if job.kind != "merge":
-        return Access.ELEMENTWISE, False, False, "elements"
+        return Needs(Access.ELEMENTWISE, holds=False, sums=False, sees="elements")
     scope = scope_of(job)
-    own = [r for requests in method.rounds(scope, job.parameters) for r in requests if r.scope == "tensor"]
+    rounds = method.rounds(scope, job.parameters)
+    own = [r for requests in rounds for r in requests if r.scope == "tensor"]
     holds = any(needs_data(request, jobs) for request in own)
     sums = any(isinstance(request, AbsSum | Squares | Gram) for request in own)
-    return method.access_with(scope, job.parameters), holds, sums, method.sees(scope, job.parameters)
+    sees = method.sees(scope, job.parameters)
+    return Needs(method.access_with(scope, job.parameters), holds, sums, sees, *asked_together(rounds))
+
+
+def _kept_of_columns(job: Job, need: Needs, work: Work) -> int:
+    """Return the bytes that are kept of the columns of a tensor whose statistics are streamed, beside its pieces.
+
+    While it is surveyed: the dot products, and what their coefficients are computed by. Until it is merged: the dot
+    products, of as many tensors as are surveyed ahead and of the one that is merging.
+    """
+    if work.mode != "surveyed" or need.sees != "columns":
+        return 0
+    k = len(job.inputs)
+    answers = (SURVEYS_AHEAD + 1) * 8 * (k * (k + 1) // 2)
+    return (_kept_of_a_row(job) + answers) * job.line_length("columns")
 
 
 def scope_of(job: Job) -> Scope:

@@ -25,10 +25,13 @@ from streammerge.methods.requests import rows_at_once
 from streammerge.plan.arena import alignment_bytes, bytes_per_element, slot_bytes
 from streammerge.plan.budget import Budget
 from streammerge.plan.job import Job
-from streammerge.units import format_size
+from streammerge.units import format_at_least, format_size
 
 ALIGN = 4096
 """Elements; the block of the fp64 statistics."""
+
+SURVEYS_AHEAD = 2
+"""Surveyed tensors not yet merging: more would drop from the page cache what is about to be read again."""
 
 _FRAME = 64
 """Bytes by which a chunk that does not compress may grow."""
@@ -38,7 +41,7 @@ Mode = Literal["cut", "whole", "surveyed"]
 Interval = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Elements `start` to `stop` of one job's tensor."""
 
@@ -66,7 +69,28 @@ class Survey:
 Step = Chunk | Survey
 
 
-@dataclass(frozen=True)
+class TooLarge(BudgetError):
+    """Less of a tensor fits the buffers than must be held of it.
+
+    Parameters
+    ----------
+    needed
+        Bytes of buffers.
+    least
+        Bytes of ``--memory`` that do; None: with the same reserve.
+    """
+
+    def __init__(self, name: str, what: str, needed: int, budget: Budget, least: int | None = None) -> None:
+        self.name, self.what, self.needed, self.budget = name, what, needed, budget
+        self.least = needed + budget.reserve if least is None else least
+        super().__init__(
+            f"{printable(name)}: this method holds {what}, {format_size(needed)}, in memory; "
+            f"--memory {format_size(budget.total)} leaves {format_size(budget.capacity)}: "
+            f"give at least {format_at_least(self.least)}, or use a method that splits further"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Work:
     """How the pieces of one job are handled, decided from the budget."""
 
@@ -164,13 +188,9 @@ def chunk_scratch(job: Job) -> int:
 
 def _fitting(job: Job, work: Work, n: int, what: str, budget: Budget) -> Work:
     """Return `work` if `n` elements and its workspace fit the capacity; else refuse with the numbers."""
-    needed = int(min(n, job.n_elements) * work.bytes_per_element) + work.workspace
+    needed = math.ceil(min(n, job.n_elements) * work.bytes_per_element) + work.workspace
     if needed > budget.capacity:
-        raise BudgetError(
-            f"{printable(job.name)}: this method holds {what}, {format_size(needed)}, in memory; "
-            f"--memory {format_size(budget.total)} leaves {format_size(budget.capacity)}: "
-            f"give at least {format_size(needed + budget.reserve)}, or use a method that splits further"
-        )
+        raise TooLarge(job.name, what, needed, budget)
     return work
 
 
@@ -223,12 +243,12 @@ def piece_elements(how: Work, budget: Budget) -> int:
     return max(1, fit // how.row) * how.row
 
 
-def survey_pieces(job: Job, how: Work, budget: Budget) -> Iterator[Chunk]:
-    """Yield the chunks of one streaming pass over all elements of a job, for its statistics."""
-    size = piece_elements(how, budget)
-    for first in range(0, job.n_elements, size):
-        piece = Piece(job.ordinal, first, min(job.n_elements, first + size))
-        yield Chunk((piece,), int((piece.stop - first) * how.bytes_per_element) + how.workspace)
+def survey_pieces(job: Job, how: Work, budget: Budget, start: int, stop: int, most: int) -> Iterator[Piece]:
+    """Yield the pieces of a streaming pass over a range of a job, for its statistics: of `most` elements, in whole rows."""
+    size = max(how.row, min(piece_elements(how, budget), most // how.row * how.row))
+    stop = min(stop, job.n_elements)
+    for first in range(start, stop, size):
+        yield Piece(job.ordinal, first, min(stop, first + size))
 
 
 def remaining(n: int, done: Sequence[Interval]) -> list[Interval]:

@@ -78,6 +78,11 @@ class Alignment:
     notes: tuple[str, ...] = ()
     _gathered: dict[tuple[str, str], SourceRef] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the maps."""
+        return sum(rows.nbytes for rows in self.maps.values() if rows is not None)
+
     def gather(
         self, reference: str, name: str, ref: SourceRef, find: Callable[[str], SourceRef | None]
     ) -> SourceRef:

@@ -32,6 +32,7 @@ from streammerge.engine import run
 from streammerge.engine.journal import NAME, STATE
 from streammerge.engine.warm import compile_kernels
 from streammerge.plan import budget
+from tests.fixed_budget import Fixed
 
 MODEL_SCOPE = {"density": 0.3, "trim_scope": "model"}
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -166,7 +167,7 @@ class Merge:
 def merges(directory: Path, kinds: Sequence[str] = tuple(CASES)) -> list[Merge]:
     """Prepare the cases and merge each once."""
     run._SYNC_SECONDS = 0.02
-    budget.make_budget = lambda memory, n, reserve: budget.Budget(reserve + (1 << 20), reserve, 1)
+    budget.make_budget = lambda memory, n, reserve: Fixed(reserve + (1 << 20), reserve, 1)
     made = directory / "configs.json"
     assert wait(fork(lambda: made.write_text(json.dumps(prepare(directory))))) == 0
     compile_kernels()

@@ -39,7 +39,8 @@ for name in ("replace", "fsync", "fdatasync"):
         return real(*arguments)
     setattr(os, name, slowly)
 from streammerge.plan import budget
-budget.make_budget = lambda memory, n, reserve: budget.Budget(reserve + (2 << 20), reserve, 1)
+from tests.fixed_budget import Fixed
+budget.make_budget = lambda memory, n, reserve: Fixed(reserve + (2 << 20), reserve, 1)
 from streammerge.cli import main
 main()
 """

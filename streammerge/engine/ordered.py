@@ -1,0 +1,60 @@
+"""Sums whose order is fixed, of parts that come in any order: of pieces, folded as soon as all before them are there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Partials = NDArray[np.float64]
+_ROWS = 64
+"""Blocks folded at a time: a fold is a copy."""
+
+
+class OrderedSum:
+    """The sums of the columns of partial sums (blocks, columns), each added one after the other in index order.
+
+    A piece that comes early waits. So long as pieces are handed out in order, few at a time, as few wait.
+
+    Parameters
+    ----------
+    tensors
+        Ordinal and elements of the tensors, in order, whose pieces come; none of them is empty.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[int, int]]) -> None:
+        self._ends = dict(tensors)
+        self._after = dict(zip(self._ends, [*list(self._ends)[1:], None], strict=True))
+        self._next: tuple[int | None, int] = (next(iter(self._ends), None), 0)
+        self._early: dict[tuple[int | None, int], tuple[int, Partials]] = {}
+        self._totals: Partials | None = None
+        self._lock = threading.Lock()
+
+    def add(self, tensor: int, start: int, n: int, partials: Partials) -> None:
+        """Take the partial sums, (blocks, columns), of `n` elements of a tensor, from element `start` on."""
+        with self._lock:
+            self._early[tensor, start] = n, partials
+            while self._next in self._early:
+                size, part = self._early.pop(self._next)
+                self._fold(part)
+                tensor_now, position = self._next
+                assert tensor_now is not None
+                position += size
+                done = position >= self._ends[tensor_now]
+                self._next = (self._after[tensor_now], 0) if done else (tensor_now, position)
+
+    def _fold(self, partials: Partials) -> None:
+        for first in range(0, len(partials), _ROWS):
+            rows = partials[first : first + _ROWS]
+            known = rows if self._totals is None else np.concatenate((self._totals[None], rows))
+            self._totals = np.add.accumulate(known)[
+                -1
+            ]  # one after the other, where `sum` chooses its own order
+
+    @property
+    def totals(self) -> list[float]:
+        """The sum of each column, when all pieces of all tensors have come."""
+        assert self._next[0] is None, "a piece is missing"
+        return [] if self._totals is None else [float(total) for total in self._totals]
