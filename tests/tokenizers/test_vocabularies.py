@@ -20,6 +20,7 @@ from streammerge.engine.reader import Reader
 from streammerge.engine.sources import read_elements
 from streammerge.errors import ModelError, OutputError, StreammergeError
 from streammerge.index.derived import GatheredRef
+from tests.adapters.scene import in_order, write_adapter
 from tests.conftest import read_tensors
 from tests.tokenizers.scene import EMBEDDING, HEAD, OTHER, Model, rows_by_token, words, write
 
@@ -268,3 +269,18 @@ def test_a_diagonal_does_not_follow_rows_that_were_moved(three: list[Model], tmp
     decided = plan({"merge_method": "fisher", "models": models, "tokenizer_source": "union"})
     assert any("rows put in another order" in note for note in decided.warnings)
     assert {job.name: len(job.fishers) for job in decided.jobs} == {EMBEDDING: 0, HEAD: 0, OTHER: 2}
+
+
+def test_rows_with_an_adapter_are_gathered_too(three: list[Model], tmp_path: Path) -> None:
+    """The embedding of the model that the others borrow from is itself computed as it is read."""
+    generator = torch.Generator().manual_seed(9)
+    b, a = (torch.randn(shape, generator=generator) for shape in ((three[1].n_rows, 2), (2, 6)))
+    parts = {"model.embed_tokens.lora_A.weight": a, "model.embed_tokens.lora_B.weight": b}
+    adapter = write_adapter(tmp_path / "adapter", parts, r=2, lora_alpha=3)
+    config = linear(three[:2], tokenizer_source="union")
+    config["models"][1]["model"] += f"+{adapter}"
+    merge(config, tmp_path / "out")
+    three[1].tensors[EMBEDDING] = in_order(three[1].tensors[EMBEDDING], a, b, 1.5)
+    rows = rows_by_token(three[:2], 0, output_ids(tmp_path / "out"), 10, EMBEDDING)
+    found = read_tensors(tmp_path / "out")[EMBEDDING].double()
+    assert torch.allclose(found, torch.stack(rows).mean(dim=0), rtol=1e-6, atol=1e-6)
