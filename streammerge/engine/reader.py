@@ -13,9 +13,11 @@ import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Literal
+
+import numpy as np
 
 from streammerge.engine.direct import (
     REFUSED,
@@ -34,6 +36,8 @@ Backend = Literal["direct", "read", "mmap"]
 """Past the page cache where that pays; through it; out of a memory map."""
 _OPEN_FILES = 48
 """Unless told otherwise; twice as many descriptors."""
+_MOST_VIEWS = 1024
+"""Buffers that one call of the system fills."""
 _GRAIN = 8
 """Kernels look at the buffer as words of up to this many bytes."""
 
@@ -88,6 +92,32 @@ class Reader:
             else:
                 _read_fully(file.descriptor, offset, target, path)
         self._count(target.size)
+
+    def read_parts(self, path: str, parts: Iterable[tuple[int, list[memoryview]]]) -> None:
+        """Fill buffers, several from each of some offsets of a file: one behind the other there, anywhere here.
+
+        Raises
+        ------
+        WorldError
+            As `read_into`.
+        """
+        total = 0
+        with self._open(path) as file, _reading(path):
+            for offset, views in parts:
+                for first in range(0, len(views), _MOST_VIEWS):
+                    some = views[first : first + _MOST_VIEWS]
+                    wanted = sum(map(len, some))
+                    n = os.preadv(file.descriptor, some, offset)
+                    if n < wanted:  # a signal, or the end
+                        position = 0
+                        for view in some:
+                            _read_fully(
+                                file.descriptor, offset + position, np.frombuffer(view, np.uint8), path
+                            )
+                            position += len(view)
+                    offset += wanted
+                    total += wanted
+        self._count(total)
 
     def read_slot(self, path: str, offset: int, nbytes: int, slot: Bytes, *, again: bool = False) -> int:
         """Read a range of a file into a slot (see `plan.arena`); return where in the slot the data begin.

@@ -9,6 +9,7 @@ a row that is the mean of several is summed in fp64 and rounded once.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,8 +35,6 @@ _GAP_BYTES = 1 << 14
 """Bytes between two rows that are rather read than skipped."""
 _SPAN_BYTES = 1 << 20
 """Bytes of rows read together before they are put in their places."""
-_RUN_BYTES = 1 << 16
-"""Bytes of rows in the right order that are read to where they belong."""
 _STEP = 1 << 18
 """Elements widened together."""
 _BYTE = np.dtype(np.uint8)
@@ -290,8 +289,11 @@ def _gather_rows(
         tensor = ref.tensors[model]
         assert tensor is not None
         _place_rows(reader, tensor, rows[mine], single[mine], lines, ref.dtype, scratch)
-    for place in np.flatnonzero(counts > 1):
-        lines[place] = _mean(reader, ref, int(starts[place]), int(starts[place + 1]), scratch.rest())
+    several = np.flatnonzero(counts > 1)
+    step = max(1, _SPAN_BYTES // (8 * ref.columns))
+    for begin in range(0, several.size, step):
+        some = several[begin : begin + step]
+        lines[some] = _means(reader, ref, starts[some], counts[some], scratch.rest())
 
 
 def _place_rows(
@@ -302,17 +304,9 @@ def _place_rows(
     columns, width = row_elements(tensor.shape), itemsize(tensor.dtype)
     order = np.argsort(rows, kind="stable")
     rows, places = rows[order], places[order]
-    if tensor.dtype == dtype:  # what follows each other there and here is read to where it belongs
-        bounds = np.flatnonzero((np.diff(rows) != 1) | (np.diff(places) != 1)) + 1
-        bounds = np.concatenate(([0], bounds, [rows.size]))
-        sizes = np.diff(bounds)
-        long = sizes * columns * width >= _RUN_BYTES
-        for begin, n in zip(bounds[:-1][long], sizes[long], strict=True):
-            row, place = int(rows[begin]), int(places[begin])
-            _compute(reader, tensor, row * columns, (row + int(n)) * columns, lines[place : place + n].reshape(-1),
-                     scratch)  # fmt: skip
-        short = np.repeat(~long, sizes)
-        rows, places = rows[short], places[short]
+    if tensor.dtype == dtype and isinstance(tensor, TensorRef):
+        _read_rows(reader, tensor, rows, places, lines)
+        return
     gaps = np.append(np.flatnonzero(np.diff(rows) > max(1, _GAP_BYTES // (columns * width))) + 1, rows.size)
     most = max(1, _SPAN_BYTES // (columns * width))
     begin = 0
@@ -330,17 +324,50 @@ def _place_rows(
         begin = end
 
 
-def _mean(reader: Reader, ref: GatheredRef, first: int, last: int, scratch: Scratch) -> Bytes:
-    """Return the mean of the rows that the map has from `first` to `last`."""
-    total = np.zeros(ref.columns)
-    for model, row in zip(ref.map.models[first:last], ref.map.rows[first:last], strict=True):
-        tensor = ref.tensors[model]
-        assert tensor is not None
-        room = scratch.rest()
-        raw = room.take((ref.columns * itemsize(tensor.dtype),), _BYTE)
-        _compute(reader, tensor, int(row) * ref.columns, int(row + 1) * ref.columns, raw, room.rest())
-        total += _widened(raw, tensor.dtype, F64)
-    return _rounded(total / (last - first), ref.dtype)
+def _read_rows(
+    reader: Reader, tensor: TensorRef, rows: NDArray[Any], places: NDArray[Any], lines: Bytes
+) -> None:
+    """Read rows, ascending, to their places: those that follow each other there in one go, wherever they belong here."""
+    nbytes = lines.shape[1]
+    view = lines.reshape(-1).data
+    bounds = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), rows.size]
+    starts = (places * nbytes).tolist()
+
+    def parts() -> Iterator[tuple[int, list[memoryview]]]:
+        for begin, end in itertools.pairwise(bounds):
+            # What follows each other here as well is one buffer.
+            views = []
+            first = begin
+            for i in range(begin, end):
+                if i + 1 == end or starts[i + 1] != starts[i] + nbytes:
+                    views.append(view[starts[first] : starts[i] + nbytes])
+                    first = i + 1
+            yield tensor.offset + int(rows[begin]) * nbytes, views
+
+    if rows.size:
+        reader.read_parts(tensor.path, parts())
+
+
+def _means(
+    reader: Reader, ref: GatheredRef, starts: NDArray[Any], counts: NDArray[Any], scratch: Scratch
+) -> Bytes:
+    """Return rows that are each the mean of some, of which the map has `counts` from `starts` on."""
+    total = scratch.take((counts.size, ref.columns), F64)
+    total[:] = 0
+    for k in range(int(counts.max())):
+        having = np.flatnonzero(counts > k)
+        at = starts[having] + k
+        lenders, rows = ref.map.models[at], ref.map.rows[at]
+        for model in np.unique(lenders):
+            mine = lenders == model
+            tensor = ref.tensors[model]
+            assert tensor is not None
+            room = scratch.rest()
+            raw = room.take((int(mine.sum()), ref.columns * itemsize(tensor.dtype)), _BYTE)
+            _place_rows(reader, tensor, rows[mine], np.arange(len(raw)), raw, tensor.dtype, room.rest())
+            total[having[mine]] += _widened(raw, tensor.dtype, F64).reshape(len(raw), -1)
+    total /= counts[:, None]
+    return _rounded(total.reshape(-1), ref.dtype).reshape(counts.size, -1)
 
 
 @functools.lru_cache(maxsize=4)

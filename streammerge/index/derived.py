@@ -144,9 +144,9 @@ class GatheredRef:
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading it takes beside the elements: a block of source rows, and a row in fp64."""
+        """What reading it takes beside the elements: a row, sums of rows in fp64, and blocks of source rows."""
         inner = max(scratch_bytes(ref) for ref in self.tensors if ref is not None)
-        return max(1 << 20, 8 * self.columns) + 24 * self.columns + (1 << 12) + inner
+        return 3 * max(1 << 20, 8 * self.columns) + 16 * self.columns + (1 << 12) + inner
 
 
 SourceRef = TensorRef | AdaptedRef | GatheredRef
