@@ -33,7 +33,8 @@ class Mutation:
     tests: str
 
 
-ENGINE, INDEX = "streammerge/engine/", "streammerge/index/"
+ENGINE, INDEX, PLAN = "streammerge/engine/", "streammerge/index/", "streammerge/plan/"
+MEMORY_PLAN, MEMORY_SHAPES = "tests/test_memory_plan.py", "tests/test_memory_shapes.py"
 MUTATIONS = [
     Mutation("P1", "nothing is left behind", ENGINE + "session.py", "                journal.remove()\n", "",
              "tests/resume/test_signals.py -k killed_at_random"),
@@ -113,6 +114,34 @@ MUTATIONS = [
              "tests/test_cli.py -k output"),
     Mutation("P15", "files of others are left alone", ENGINE + "output.py", "    if foreign:\n", "    if False:\n",
              "tests/test_cli.py -k output"),
+    Mutation("memory", "lists of tensors are counted", PLAN + "plan.py", "allot(budget, jobs, needs, lists,",
+             "allot(budget, jobs, needs, 0,", MEMORY_PLAN),
+    Mutation("memory", "statistics are counted", PLAN + "allot.py", "_with_buffers(budget, room.nbytes + extra,",
+             "_with_buffers(budget, extra,", MEMORY_PLAN),
+    Mutation("memory", "the most demanding tensor is named", PLAN + "allot.py", "or error.needed > refused.needed else",
+             "else", MEMORY_PLAN),
+    Mutation("memory", "what is asked for is found by trial", PLAN + "allot.py", "    while True:\n        try:\n            divide(",
+             "    while True:\n        return total\n        try:\n            divide(", MEMORY_PLAN),
+    Mutation("memory", "what is asked for is rounded up", "streammerge/units.py", "-(-math.ceil(nbytes) // (1 << 20))",
+             "(math.ceil(nbytes) // (1 << 20))", MEMORY_PLAN),
+    Mutation("memory", "a warning of memory that is not there", "streammerge/api.py", "        notes.append(warning)\n",
+             "        pass\n", MEMORY_PLAN),
+    Mutation("memory", "limits of control groups around count", PLAN + "free_memory.py", "(inner, *inner.parents)",
+             "(root,)", MEMORY_PLAN),
+    Mutation("memory", "ranks of many models are streamed in small windows", PLAN + "allot.py",
+             "bins = max(FEWEST_BINS, min(MOST_BINS, share // of_one_bin))", "bins = MOST_BINS", MEMORY_SHAPES),
+    Mutation("memory", "a sample of many models is small", ENGINE + "chunk.py",
+             "max(16, loaded.n >> 16), fitting))", "max(16, loaded.n >> 16)))", MEMORY_SHAPES),
+    Mutation("memory", "few pieces wait for a slow one", ENGINE + "run.py", "for p in pieces), in_order=True)",
+             "for p in pieces))", MEMORY_SHAPES),
+    Mutation("memory", "answers are forgotten with their tensor", ENGINE + "chunk.py",
+             "            context.answers.pop(job.ordinal, None)", "            pass", MEMORY_SHAPES),
+    Mutation("memory", "open files are shared out", ENGINE + "descriptors.py",
+             "return min(_MOST_INPUTS, n_threads + (allowed - least) // _EACH)", "return _MOST_INPUTS", MEMORY_SHAPES),
+    Mutation("memory", "too many shards are refused", ENGINE + "descriptors.py", "    if allowed < least:\n",
+             "    if False:\n", MEMORY_SHAPES),
+    Mutation("memory", "files are closed", ENGINE + "session.py", "    finally:\n        reader.close()\n",
+             "    finally:\n        pass\n", MEMORY_SHAPES),
 ]  # fmt: skip
 
 

@@ -366,7 +366,7 @@ class TieIndexAccumulator:
             self._answer = (job, first + 1)
             self.wants = (job, first, first + self._size)
             done = self._size == 1
-            self._size = 1 if self._size <= _MOST_RUNS else BLOCK
+            self._size = 1 if self._size <= max(BLOCK, _MOST_RUNS) else BLOCK
             return done
         raise AssertionError("fewer ties than were counted for the threshold")
 

@@ -207,7 +207,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], free_disk: int) -> str:
         f"read      {format_size(values['bytes_to_read'])}; streamed for their statistics: "
         f"{values['streamed_tensors']} tensors",
         f"write     {format_size(values['bytes_to_write'])} in {len(shards)} shard{'s' * (len(shards) != 1)}: {size}",
-        f"memory    at most {format_size(values['memory'])}: {format_size(values['memory_reserve'])} for the process, "
+        f"memory    at most {format_size(values['memory'])}: {format_size(values['memory_reserve'])} for the process, lists of tensors and statistics, "
         f"the rest for buffers; {values['chunks']} chunks, the largest {format_size(values['largest_chunk_bytes'])}",
         f"disk      {format_size(free_disk)} free here",
     ]
