@@ -98,7 +98,7 @@ class StoreWriter:
                 write_file(recorded, text)
             elif recorded.read_bytes() != text:
                 raise OutputError(
-                    f"{printable(self._partial)}: holds an unfinished import of something else; run it with what it "
+                    f"{printable(self._partial)}: holds an unfinished store of something else; run it with what it "
                     "began with, or start over with --overwrite"
                 )
             for left in self._partial.glob("*.partial"):  # what Zarr was writing when it was killed
@@ -193,7 +193,7 @@ def locked_partial(out: Path, overwrite: bool) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{printable(out)}: another import is writing it") from None
+            raise OutputError(f"{printable(out)}: another process is writing it") from None
         if overwrite:
             with world_errors(out):
                 for entry in partial.iterdir():
@@ -233,6 +233,21 @@ def chunk_runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         n = math.prod(_extent(place))
         yield start, start + n
         start += n
+
+
+def to_store(values: NDArray[Any], source: str, dtype: str) -> NDArray[Any]:
+    """Return values in the store's dtype: rounded once, to nearest even; fp16 and bf16 widen exactly."""
+    if source == dtype:
+        return values
+    if source == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(over="ignore"):  # an infinity is refused where the sums are taken
+        single = values.astype(np.float32)
+    if dtype == "F32":
+        return single
+    bits = single.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(single), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def _entry_of(directory: Path) -> dict[str, Any] | None:

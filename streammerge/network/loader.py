@@ -44,6 +44,15 @@ class Loader:
         for parameter in skeleton.aliases:
             self.parts(parameter, parameter)
 
+    @property
+    def reference(self) -> str:
+        """The model, as it was named."""
+        return self._index.reference
+
+    def name(self, parameter: nn.Parameter) -> str:
+        """Return a parameter's first name."""
+        return self._skeleton.name(parameter)
+
     def parts(self, parameter: nn.Parameter, values: Tensor) -> dict[str, Tensor]:
         """Return the tensors of the checkpoint that make up a parameter, as windows into `values` of its shape.
 
