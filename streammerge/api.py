@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from streammerge.compiled import missing_kernels
 from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
+from streammerge.dtypes import NAMES
 from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.reader import Backend
 from streammerge.engine.recompute import check_contents, check_made_from, recompute
@@ -27,6 +28,9 @@ from streammerge.plan.bases import settle_base
 from streammerge.plan.plan import LeftOut, MergePlan, make_plan
 from streammerge.report.card import model_card
 from streammerge.units import parse_size
+
+if TYPE_CHECKING:  # it imports torch
+    from streammerge.fisher.compute import Computed
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -217,6 +221,71 @@ def verify(
             raise
         return verdict  # which says why the tensors cannot be found
     return replace(verdict, problems=(*verdict.problems, *done.problems), recomputed=done)
+
+
+def compute_fisher(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    labels: str | None = None,
+    examples: int | None = None,
+    max_length: int = 512,
+    batch_size: int = 16,
+    memory: str | int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Computed:
+    """Estimate the Fisher diagonal of a model that need not fit in memory; run again, it continues.
+
+    Parameters
+    ----------
+    model
+        A causal language model or a sequence classifier that transformers can build.
+    data
+        A file of JSON lines: ``text`` or ``input_ids``, and ``label`` where a classifier's own are asked for.
+    out
+        The store to write.
+    labels
+        ``sampled``, ``empirical`` or ``exact``; default: exact for a classifier, sampled for a language model.
+    examples
+        How many are taken, from the first; default: all.
+    max_length
+        Tokens after which an example is cut.
+    batch_size
+        Examples that are read and written at a time; the values do not depend on it.
+    memory
+        Bound of the process's peak resident memory, ``"2GiB"`` or bytes; default: half of what is free.
+    device
+        ``cpu`` or ``cuda[:N]``.
+    seed
+        Of the drawn labels.
+    dtype
+        Of the stored values: ``float32`` or ``bfloat16``.
+    overwrite
+        Replace `out`, or what an unfinished run left.
+    on_event
+        Called from the calling thread with progress.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`.
+    """
+    from streammerge.fisher.compute import Settings, compute_diagonal
+
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype {printable(dtype)!r} is none of float32, bfloat16")
+    chosen = "cpu" if device == "cpu" else choose_device(device, _bytes(memory), _WORTH_A_GPU)
+    settings = Settings(labels, examples, max_length, batch_size, _bytes(memory), chosen, seed, NAMES[dtype])
+    return compute_diagonal(
+        model, data, Path(out), settings, overwrite=overwrite, emit=on_event, stop=stop, signal_received=signal_received
+    )
 
 
 def choose_device(device: str, memory: int | None, nbytes: int) -> str:

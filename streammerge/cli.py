@@ -270,6 +270,48 @@ def fisher_import(
         click.echo(imported_text(imported))
 
 
+@fisher.command("compute")
+@click.argument("model")
+@click.option("--data", required=True, metavar="FILE", help="JSON lines: text or input_ids, and label for empirical labels.")
+@click.option("--out", required=True, metavar="STORE", help="The store to write, such as math.zarr.")
+@click.option("--labels", type=click.Choice(["sampled", "empirical", "exact"]),
+              help="Drawn from the model, those of the data, or all of a classifier's. [exact for classifiers, else sampled]")
+@click.option("--examples", type=click.IntRange(1), metavar="N", help="Take the first N. [all]")
+@click.option("--max-length", type=click.IntRange(2), default=512, show_default=True, help="Cut examples after so many tokens.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True,
+              help="Examples read and written at a time; the values do not depend on it.")
+@click.option("--memory", metavar="SIZE", help="Peak resident memory of the process. [half of what is free]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the drawn labels.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
+              help="Of the stored values.")
+@click.option("--overwrite", is_flag=True, help="Replace STORE, or what an unfinished run left.")
+@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
+@click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line, on stdout.")
+def fisher_compute(model: str, data: str, out: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Estimate the Fisher diagonal of MODEL over examples, layer by layer within --memory. Run again, it continues.
+
+    A causal language model or a sequence classifier that transformers can build; the model need not fit in memory.
+    """
+    stop, signal_received = _stop_on_signals()
+    from streammerge.api import compute_fisher
+    from streammerge.report.fisher import computed_text, computed_values
+    from streammerge.report.progress import BarReporter, JsonReporter, LineReporter
+
+    bar = sys.stderr.isatty() and not quiet and not as_json
+    reporter = JsonReporter() if as_json else BarReporter("estimating") if bar else LineReporter(quiet)
+    try:
+        computed = compute_fisher(
+            model, data, out, on_event=reporter, stop=stop, signal_received=signal_received, **options
+        )
+    finally:
+        reporter.close()
+    if as_json:
+        click.echo(json.dumps({"event": "done", **computed_values(computed)}))
+    elif not quiet:
+        click.echo(computed_text(computed))
+
+
 @fisher.command("info")
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Print the store's table as JSON.")

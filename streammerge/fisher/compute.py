@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +28,41 @@ from streammerge.engine.reader import Reader, check_unchanged
 from streammerge.engine.session import Event
 from streammerge.engine.warm import ensure_compiled
 from streammerge.errors import InputError, Stopped, printable
-from streammerge.fisher.estimator import Estimate, Estimator
+from streammerge.fisher.estimator import Estimate, Estimator, Place
 from streammerge.fisher.labels import choose
 from streammerge.fisher.squares import RowSquares, Squares
 from streammerge.fisher.store import StoreWriter, chunk_runs, locked_partial, to_store
 from streammerge.index.model import TensorIndex, open_model
-from streammerge.network.examples import Example, Reading, Tokenize, digest, read_examples
+from streammerge.network.examples import Reading, Tokenize, digest, read_examples
 from streammerge.network.loader import Loader
 from streammerge.network.run import Network
 from streammerge.network.skeleton import CAUSAL, CLASSIFIER, Skeleton
 
 WORK = "__work__"
 """In the unfinished store; no array has such a name."""
-MAX_LENGTH = 512
+
+_EVENT_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a diagonal is estimated."""
+
+    labels: str | None = None
+    """``sampled``, ``empirical`` or ``exact``, see `fisher.labels`; None: exact for a classifier, else sampled."""
+    examples: int | None = None
+    """How many are taken, from the first; None: all."""
+    max_length: int = 512
+    """Tokens after which an example is cut."""
+    batch_size: int = 16
+    """Examples that are read and written at a time; the values do not depend on it."""
+    memory: int | None = None
+    """Bound of the peak resident memory in bytes; None: half of what is free."""
+    device: str = "cpu"
+    seed: int = 0
+    """Of the drawn labels."""
+    dtype: str = "F32"
+    """Of the stored values: F32 or BF16. All arithmetic is fp32, all sums fp64."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +71,9 @@ class Computed:
 
     out: str
     tensors: int
-    examples: int
-    tokens: int
     bytes_read: int
+    """In this run."""
+    seconds: float
     about: Mapping[str, Any]
 
 
@@ -58,14 +81,8 @@ def compute_diagonal(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
     out: Path,
+    settings: Settings = Settings(),  # noqa: B008  (frozen)
     *,
-    labels: str | None = None,
-    examples: int | None = None,
-    max_length: int = MAX_LENGTH,
-    memory: int | None = None,
-    device: str = "cpu",
-    seed: int = 0,
-    dtype: str = "F32",
     overwrite: bool = False,
     emit: Callable[[Event], None] = lambda event: None,
     stop: threading.Event | None = None,
@@ -77,46 +94,38 @@ def compute_diagonal(
     ----------
     data
         A file of JSON lines, see `network.examples`.
-    labels
-        ``sampled``, ``empirical`` or ``exact``, see `fisher.labels`; default: exact for a classifier, else sampled.
-    examples
-        How many are taken, from the first; default: all.
-    max_length
-        Tokens after which an example is cut.
-    memory
-        Bound of the peak resident memory in bytes; default: half of what is free.
-    seed
-        Of the drawn labels.
-    dtype
-        Of the stored values: F32 or BF16. All arithmetic is fp32, sums fp64.
 
     Raises
     ------
     StreammergeError
         See `streammerge.errors`; stages that are done stay for the next run.
     """
+    began = time.monotonic()
     index = open_model(model)
     skeleton = Skeleton(index)
-    chosen = choose(labels, skeleton.kind)
-    taken = read_examples(os.fspath(data), examples, _reading(skeleton, index, chosen, max_length))
-    estimate = Estimate(taken, chosen, seed)
+    labels = choose(settings.labels, skeleton.kind)
+    taken = read_examples(
+        os.fspath(data), settings.examples, _reading(skeleton, index, labels, settings.max_length)
+    )
+    estimate = Estimate(taken, labels, settings.seed)
     ensure_compiled()
+    device = torch.device(settings.device)
     stop = stop or threading.Event()
     reader = Reader()
     try:
         loader = Loader(skeleton, index, reader)
-        network = Network(skeleton, torch.device(device))
+        network = Network(skeleton, device)
         identity = {
             "version": __version__, "model": fingerprint(index, reader), "files": files_digest(index.stamps),
-            "dtype": dtype, "examples": digest(taken), "labels": chosen, "seed": str(seed),
+            "dtype": settings.dtype, "examples": digest(taken), "labels": labels, "seed": str(settings.seed),
         }  # fmt: skip
         with locked_partial(out, overwrite):
             store = StoreWriter(out, identity)
             work = out.with_name(out.name + ".partial") / WORK
             progress = _Progress(reader, len(index), emit, stop, signal_received)
-            results = _Results(store, loader, len(taken), dtype, progress)
+            results = _Results(store, loader, len(taken), settings.dtype, progress)
             estimator = Estimator(
-                network, loader, estimate, work, torch.device(device), results.write, progress.tick
+                network, loader, estimate, Place(work, settings.batch_size, device), results.write, progress.tick
             )
             progress.total = estimator.total_work
             estimator.run()
@@ -128,13 +137,13 @@ def compute_diagonal(
                 shutil.rmtree(work)
             attributes = store.commit(order, {
                 "model_fingerprint": identity["model"], "model_name": os.path.basename(os.path.normpath(model)),
-                "estimator": chosen, "kind": skeleton.kind, "examples": len(taken), "seed": seed,
-                "tokens": sum(example.length for example in taken), "max_length": max_length,
-                "data": identity["examples"], "dtype": dtype, "missing": missing,
+                "estimator": labels, "kind": skeleton.kind, "examples": len(taken), "seed": settings.seed,
+                "tokens": sum(example.length for example in taken), "max_length": settings.max_length,
+                "data": identity["examples"], "dtype": settings.dtype, "missing": missing,
             })  # fmt: skip
     finally:
         reader.close()
-    return Computed(str(out), len(order), len(taken), attributes["tokens"], reader.bytes_read, attributes)
+    return Computed(str(out), len(order), reader.bytes_read, time.monotonic() - began, attributes)
 
 
 def _reading(skeleton: Skeleton, index: TensorIndex, labels: str, max_length: int) -> Reading:
@@ -178,6 +187,7 @@ class _Progress:
         self._stop = stop
         self._signal = signal_received
         self._values = {"tensors": 0, "tensors_total": n_tensors, "bytes_written": 0}
+        self._next = 0.0
         self.done = 0
         self.total = 0
 
@@ -186,6 +196,9 @@ class _Progress:
         if self._stop.is_set():
             raise Stopped(self._signal() or 15)
         self.done += work
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _EVENT_SECONDS
         self._emit(Event("progress", {
             **self._values, "elements": self.done, "elements_total": self.total, "bytes_read": self._reader.bytes_read,
         }))  # fmt: skip

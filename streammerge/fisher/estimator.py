@@ -49,6 +49,17 @@ class Estimate:
     seed: int
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where it is done."""
+
+    directory: Path
+    """Of the files that pass between stages."""
+    batch_size: int
+    """Examples that are read and written at a time."""
+    device: torch.device
+
+
 Write = Callable[[nn.Parameter, "Squares | RowSquares | None", Path | None], None]
 """Writes the sums of a parameter (None: nothing touched it); the path holds fp64 sums to add to those of rows."""
 Tick = Callable[[int], None]
@@ -72,14 +83,15 @@ class Estimator:
     """
 
     def __init__(
-        self, network: Network, loader: Loader, estimate: Estimate, directory: Path, device: torch.device,
+        self, network: Network, loader: Loader, estimate: Estimate, place: Place,
         write: Write, tick: Tick,
     ) -> None:  # fmt: skip
         self._network = network
         self._loader = loader
         self._estimate = estimate
-        self._directory = directory
-        self._device = device
+        self._directory = place.directory
+        self._batch_size = place.batch_size
+        self._device = place.device
         self._write = write
         self._tick = tick
         skeleton = network.skeleton
@@ -101,8 +113,8 @@ class Estimator:
         self._gradient = [self._boundary(f"gradient-{i:05}", scored) for i in range(network.n_blocks + 1)]
         self._ids = [torch.from_numpy(np.unique(example.ids)) for example in estimate.examples]
         self._tied_rows = self._boundary("tied-rows", [self._n_scores * len(ids) for ids in self._ids])
-        self._tied_sums = directory / "tied-sums"
-        self._head_done = directory / "head.json"
+        self._tied_sums = self._directory / "tied-sums"
+        self._head_done = self._directory / "head.json"
 
     @property
     def total_work(self) -> int:
@@ -191,7 +203,7 @@ class Estimator:
             names = ", ".join(self._skeleton.name(p) for p in (*tied, *weights.rows))
             raise ModelError(f"{printable(self._loader.reference)}: {AFTER} uses the embeddings {printable(names)}")
         for parameter, squares in weights.dense.items():
-            if parameter not in tied:
+            if parameter not in set(tied):
                 self._write(parameter, squares, None)
         if tied:
             with world_errors(self._tied_sums), self._tied_sums.open("wb") as file:
@@ -260,7 +272,7 @@ class Estimator:
     # Small parts.
 
     def _boundary(self, name: str, rows: Sequence[int]) -> Boundary:
-        return Boundary(self._directory / name, rows)
+        return Boundary(self._directory / name, rows, self._batch_size)
 
     def _per_score(self, rows: Tensor) -> list[Tensor]:
         return list(rows.to(self._device).chunk(self._n_scores))

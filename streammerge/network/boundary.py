@@ -28,10 +28,13 @@ class Boundary:
     ----------
     rows
         How many rows each example has.
+    batch_size
+        Examples that are read and written at a time.
     """
 
-    def __init__(self, path: Path, rows: Sequence[int]) -> None:
+    def __init__(self, path: Path, rows: Sequence[int], batch_size: int = 16) -> None:
         self._path = path
+        self._batch_size = batch_size
         self._first = [0, *accumulate(rows)]
 
     def exists(self) -> bool:
@@ -45,7 +48,9 @@ class Boundary:
         with world_errors(self._path):
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
             try:
-                yield Writer(descriptor)
+                writer = Writer(descriptor, self._batch_size)
+                yield writer
+                writer.flush()
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -56,7 +61,7 @@ class Boundary:
     def reading(self) -> Iterator[Reader]:
         """Yield what returns the rows of any example."""
         with world_errors(self._path), self._path.open("rb", buffering=0) as file:
-            yield Reader(file.fileno(), self._first)
+            yield Reader(file.fileno(), self._first, self._batch_size)
 
     def remove(self) -> None:
         """Remove the file, if it is there."""
@@ -67,28 +72,47 @@ class Boundary:
 class Writer:
     """Takes rows in the order of the examples."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, batch_size: int) -> None:
         self._descriptor = descriptor
+        self._batch_size = batch_size
+        self._held: list[np.ndarray] = []
 
     def add(self, rows: Tensor) -> None:
         """Append rows, fp32 of any device."""
-        write_fully(self._descriptor, rows.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
+        self._held.append(rows.detach().cpu().contiguous().numpy().reshape(-1))
+        if len(self._held) >= self._batch_size:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._held:
+            write_fully(self._descriptor, np.concatenate(self._held).view(np.uint8).data)
+            self._held.clear()
 
 
 class Reader:
-    """Returns rows of any example."""
+    """Returns rows of any example; quick where they are asked for in order."""
 
-    def __init__(self, descriptor: int, first: Sequence[int]) -> None:
+    def __init__(self, descriptor: int, first: Sequence[int], batch_size: int) -> None:
         self._descriptor = descriptor
         self._first = first
-        total = os.fstat(descriptor).st_size
-        self._row = total // max(1, first[-1])
+        self._batch_size = batch_size
+        self._row = os.fstat(descriptor).st_size // max(1, first[-1])
+        self._held = range(0)
+        self._values = torch.empty(0)
 
     def rows(self, n: int) -> Tensor:
         """Return the rows of example `n`, fp32 [rows, width]."""
-        count = self._first[n + 1] - self._first[n]
-        buffer = np.empty(count * self._row, np.uint8)
-        offset, done = self._first[n] * self._row, 0
+        if n not in self._held:
+            self._held = range(n, min(n + self._batch_size, len(self._first) - 1))
+            self._values = torch.empty(0)  # given up before as much is taken again
+            self._values = self._read(self._first[n], self._first[self._held.stop])
+        base = self._first[self._held.start]
+        return self._values[self._first[n] - base : self._first[n + 1] - base]
+
+    def _read(self, first: int, end: int) -> Tensor:
+        buffer = np.empty((end - first) * self._row, np.uint8)
+        done = 0
         while done < buffer.size:
-            done += os.preadv(self._descriptor, [buffer.data[done:]], offset + done)
-        return torch.from_numpy(buffer.view(np.float32)).view(count, self._row // _WIDTH)
+            done += os.preadv(self._descriptor, [buffer.data[done:]], first * self._row + done)
+        return torch.from_numpy(buffer.view(np.float32)).view(end - first, self._row // _WIDTH)

@@ -15,6 +15,12 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+_FACTS = {
+    Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__,  # type: ignore[attr-defined]
+}  # fmt: skip
+"""What is asked of a parameter that needs no values: the absent one knows."""
+
 
 class Weights:
     """What a live model asks for. As it is, for runs that only find out what goes where: nothing is read.
@@ -63,6 +69,10 @@ class Live(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.embedding and _is_absent(args[1]):
             return self._embedding(*args, **kwargs)
+        if func in _FACTS and _is_absent(args[0]):
+            return func(*args, **kwargs)
+        if func == Tensor.device.__get__ and _is_absent(args[0]):  # type: ignore[attr-defined]
+            return self.weights.device
         found: list[nn.Parameter] = []
         given = args
         args = tuple(self._swap(arg, found) for arg in args)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import printable
 from streammerge.fisher.importing import Imported
 from streammerge.index.fishers import FisherIndex
-from streammerge.units import format_size
+from streammerge.report.progress import peak_resident_bytes
+from streammerge.units import format_seconds, format_size
+
+if TYPE_CHECKING:  # it imports torch
+    from streammerge.fisher.compute import Computed
 
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 _SHOWN = 12
@@ -24,6 +28,28 @@ def imported_text(imported: Imported) -> str:
     return (
         f"wrote {printable(imported.out)}: {imported.tensors} tensors{resumed}, {about['elements']:,} certainties in "
         f"{format_size(stored)}; norm {about['norm']:.6g}"
+    )
+
+
+def computed_values(computed: Computed) -> dict[str, Any]:
+    """Return what an estimate did as plain values."""
+    about = {key: value for key, value in computed.about.items() if key != "tensors"}
+    return {
+        "out": computed.out, "tensors": computed.tensors, "bytes_read": computed.bytes_read,
+        "seconds": round(computed.seconds, 3), "peak_resident_bytes": peak_resident_bytes(), **about,
+    }  # fmt: skip
+
+
+def computed_text(computed: Computed) -> str:
+    """Return what an estimate did."""
+    about = computed.about
+    stored = sum(entry["stored_nbytes"] for entry in about["tensors"].values())
+    return (
+        f"wrote {printable(computed.out)}: {computed.tensors} tensors, {about['elements']:,} certainties in "
+        f"{format_size(stored)}; norm {about['norm']:.6g}\n"
+        f"{about['examples']} examples, {about['tokens']:,} tokens, {about['estimator']} labels; read "
+        f"{format_size(computed.bytes_read)} in {format_seconds(computed.seconds)}, peak memory "
+        f"{format_size(peak_resident_bytes())}"
     )
 
 
