@@ -284,7 +284,14 @@ def compute_fisher(
     chosen = "cpu" if device == "cpu" else choose_device(device, _bytes(memory), _WORTH_A_GPU)
     settings = Settings(labels, examples, max_length, batch_size, _bytes(memory), chosen, seed, NAMES[dtype])
     return compute_diagonal(
-        model, data, Path(out), settings, overwrite=overwrite, emit=on_event, stop=stop, signal_received=signal_received
+        model,
+        data,
+        Path(out),
+        settings,
+        overwrite=overwrite,
+        emit=on_event,
+        stop=stop,
+        signal_received=signal_received,
     )
 
 

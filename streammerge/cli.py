@@ -272,19 +272,45 @@ def fisher_import(
 
 @fisher.command("compute")
 @click.argument("model")
-@click.option("--data", required=True, metavar="FILE", help="JSON lines: text or input_ids, and label for empirical labels.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="FILE",
+    help="JSON lines: text or input_ids, and label for empirical labels.",
+)
 @click.option("--out", required=True, metavar="STORE", help="The store to write, such as math.zarr.")
-@click.option("--labels", type=click.Choice(["sampled", "empirical", "exact"]),
-              help="Drawn from the model, those of the data, or all of a classifier's. [exact for classifiers, else sampled]")
+@click.option(
+    "--labels",
+    type=click.Choice(["sampled", "empirical", "exact"]),
+    help="Drawn from the model, those of the data, or all of a classifier's. [exact for classifiers, else sampled]",
+)
 @click.option("--examples", type=click.IntRange(1), metavar="N", help="Take the first N. [all]")
-@click.option("--max-length", type=click.IntRange(2), default=512, show_default=True, help="Cut examples after so many tokens.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True,
-              help="Examples read and written at a time; the values do not depend on it.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(2),
+    default=512,
+    show_default=True,
+    help="Cut examples after so many tokens.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Examples read and written at a time; the values do not depend on it.",
+)
 @click.option("--memory", metavar="SIZE", help="Peak resident memory of the process. [half of what is free]")
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N.")
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the drawn labels.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True,
-              help="Of the stored values.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the drawn labels."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the stored values.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace STORE, or what an unfinished run left.")
 @click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line, on stdout.")

@@ -56,7 +56,9 @@ def make_model(directory: Path, size: str) -> Path:
     from transformers import LlamaConfig
 
     sizes = SIZES[size]
-    config = LlamaConfig(**sizes, num_attention_heads=sizes["hidden_size"] // 64, architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(
+        **sizes, num_attention_heads=sizes["hidden_size"] // 64, architectures=["LlamaForCausalLM"]
+    )
     hidden, inter, vocab = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
     layer = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden), "self_attn.v_proj": (hidden, hidden),
              "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inter, hidden), "mlp.up_proj": (inter, hidden),
@@ -110,14 +112,16 @@ def main() -> None:
     parser.add_argument("--labels", default="empirical")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    script = "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import bench_fisher as b; "
+    script = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import bench_fisher as b; "
+    )
     script += "b.make_model(Path(sys.argv[2]), sys.argv[3])"
     model = args.work / args.size
     # In a process of its own: the peak of a process that forks is handed on to its children.
-    subprocess.run([sys.executable, "-c", script, str(Path(__file__).parent), str(model), args.size], check=True)
-    data = make_data(
-        args.work / "data.jsonl", args.examples, args.tokens, SIZES[args.size]["vocab_size"]
+    subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parent), str(model), args.size], check=True
     )
+    data = make_data(args.work / "data.jsonl", args.examples, args.tokens, SIZES[args.size]["vocab_size"])
     ours, theirs = [], []
     for _ in range(args.pairs):
         command = [sys.executable, "-m", "streammerge.cli", "fisher", "compute", str(model), "--data", str(data), "--out",
@@ -130,7 +134,9 @@ def main() -> None:
             print(f"plain loop  {theirs[-1][0]:7.1f} s  peak {theirs[-1][1] / 2**20:7.0f} MiB", flush=True)
     if theirs:
         ratios = [a[0] / b[0] for a, b in zip(ours, theirs, strict=True)]
-        print(f"time against the plain loop: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        print(
+            f"time against the plain loop: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
 
 
 if __name__ == "__main__":

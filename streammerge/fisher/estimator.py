@@ -96,13 +96,13 @@ class Estimator:
         self._tick = tick
         skeleton = network.skeleton
         self._skeleton: Skeleton = skeleton
-        self._n_scores = n_scores(
-            estimate.labels, skeleton.kind, 1 if skeleton.kind == CAUSAL else skeleton.n_labels
-        )
+        self._n_scores = n_scores(estimate.labels, skeleton.kind, skeleton.n_labels)
         self._blocks = [list(dict.fromkeys(block.parameters())) for block in skeleton.blocks]
         owned = [parameter for block in self._blocks for parameter in block]
         if len(set(owned)) < len(owned):
-            raise ModelError(f"{printable(loader.reference)}: its layers share parameters; such models are not run layer by layer")
+            raise ModelError(
+                f"{printable(loader.reference)}: its layers share parameters; such models are not run layer by layer"
+            )
         self._embeddings = [
             module.weight for module in skeleton.model.modules()
             if isinstance(module, nn.Embedding) and module.weight in set(skeleton.outer)
@@ -127,6 +127,8 @@ class Estimator:
         """Run every stage that is not done."""
         make_directory(self._directory)
         last = self._network.n_blocks
+        if last == 1:
+            self._run_first_example()
         begun = next((i for i in range(last + 1) if self._gradient[i].exists()), None)
         if begun is None:
             self._forward()
@@ -137,6 +139,14 @@ class Estimator:
         for i in range(begun - 1, -1, -1):
             self._backward(i)
         self._embed_backward()
+
+    @torch.no_grad()
+    def _run_first_example(self) -> None:
+        """Have the network see what a single layer returns, which no second one shows."""
+        example = self._estimate.examples[0]
+        before = Resident(self._loader, self._device, self._skeleton.outer, BEFORE)
+        layer = Resident(self._loader, self._device, self._blocks[0], "layer 0")
+        self._network.block(0, self._network.embed(example, before), self._network.call(0, example), layer)
 
     # Forward.
 
@@ -188,7 +198,9 @@ class Estimator:
                 hidden = given.rows(n).view(shape).to(self._device).requires_grad_(True)
                 logits = weights.forward(lambda e=example, h=hidden: self._network.head(e, h, weights))
                 tied = TiedRows(self._ids[n].to(self._device))
-                for gradient in weights.backward(logits, self._scores(logits.detach(), example), hidden, tied):
+                for gradient in weights.backward(
+                    logits, self._scores(logits.detach(), example), hidden, tied
+                ):
                     out.add(gradient)
                 for gradient in tied.gradients:
                     tied_out.add(gradient)
@@ -201,7 +213,9 @@ class Estimator:
         tied = [parameter for parameter in self._embeddings if parameter in weights.dense]
         if len(tied) > 1 or weights.rows:
             names = ", ".join(self._skeleton.name(p) for p in (*tied, *weights.rows))
-            raise ModelError(f"{printable(self._loader.reference)}: {AFTER} uses the embeddings {printable(names)}")
+            raise ModelError(
+                f"{printable(self._loader.reference)}: {AFTER} uses the embeddings {printable(names)}"
+            )
         for parameter, squares in weights.dense.items():
             if parameter not in set(tied):
                 self._write(parameter, squares, None)
@@ -230,9 +244,7 @@ class Estimator:
             for n, example in enumerate(self._estimate.examples):
                 call = self._network.call(i, example)
                 hidden = given.rows(n).view(call.hidden.shape).to(self._device).requires_grad_(True)
-                output = weights.forward(
-                    lambda c=call, h=hidden: self._network.block(i, h, c, weights)
-                )
+                output = weights.forward(lambda c=call, h=hidden: self._network.block(i, h, c, weights))
                 scores = [score.view(output.shape) for score in self._per_score(wanted.rows(n))]
                 for gradient in weights.backward(output, scores, hidden):
                     out.add(gradient)
@@ -256,7 +268,9 @@ class Estimator:
                 if tied is not None:
                     rows = TiedRows(ids, self._per_score(tied_given.rows(n)))
                 output = weights.forward(lambda e=example: self._network.embed(e, weights))
-                weights.backward(output, [s.view(output.shape) for s in self._per_score(wanted.rows(n))], None, rows)
+                weights.backward(
+                    output, [s.view(output.shape) for s in self._per_score(wanted.rows(n))], None, rows
+                )
                 self._tick(0)
         for parameter in self._skeleton.outer:
             if parameter in weights.dense and parameter in weights.rows:

@@ -63,7 +63,7 @@ class TiedRows:
     """The linear map's part, fp32 [len(ids), width], for each score."""
 
 
-class _UsedOtherwise(Exception):  # noqa: N818
+class _UsedOtherwise(Exception):
     """A weight was taken for that of a linear map and is used in another way: the example is run again."""
 
 
@@ -175,7 +175,9 @@ class Gradients(Resident):
                 for one in uses:
                     one.output_gradient = None
             found = list(
-                torch.autograd.grad(output, leaves, score, retain_graph=number + 1 < len(scores), allow_unused=True)
+                torch.autograd.grad(
+                    output, leaves, score, retain_graph=number + 1 < len(scores), allow_unused=True
+                )
             )
             if hidden is not None:
                 gradient = found.pop(0)

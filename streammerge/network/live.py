@@ -82,7 +82,9 @@ class Live(TorchFunctionMode):
         if found:
             matrix = _matrix_of(func, given)
             if matrix is not None:
-                self.weights.on_linear(matrix, args[0 if func is F.linear else 1], result, func is torch.addmm)
+                self.weights.on_linear(
+                    matrix, args[0 if func is F.linear else 1], result, func is torch.addmm
+                )
             if _holds_tensors(result):
                 for parameter in found:
                     if parameter is not matrix:

@@ -105,7 +105,9 @@ class Loader:
     def _check(self, parameter: nn.Parameter, values: Tensor, found: Mapping[str, Tensor]) -> None:
         name, where = printable(self._skeleton.name(parameter)), printable(self._index.reference)
         if sum(window.numel() for window in found.values()) < values.numel():
-            raise ModelError(f"{where}: the parameter {name} of {type(self._skeleton.model).__name__} is in none of its files")
+            raise ModelError(
+                f"{where}: the parameter {name} of {type(self._skeleton.model).__name__} is in none of its files"
+            )
         for tensor, window in found.items():
             ref = self._index[tensor]
             if ref.shape != tuple(window.shape):
@@ -113,7 +115,9 @@ class Loader:
                     f"{where}: tensor {printable(tensor)} has shape {list(ref.shape)}, config.json asks for {list(window.shape)}"
                 )
             if ref.dtype not in FLOATS:
-                raise ModelError(f"{where}: tensor {printable(tensor)} is {ref.dtype}; weights are run as floats")
+                raise ModelError(
+                    f"{where}: tensor {printable(tensor)} is {ref.dtype}; weights are run as floats"
+                )
 
 
 class _Names:

@@ -28,7 +28,9 @@ class Resident(Weights):
         What was asked for.
     """
 
-    def __init__(self, loader: Loader, device: torch.device, allowed: Collection[nn.Parameter], where: str) -> None:
+    def __init__(
+        self, loader: Loader, device: torch.device, allowed: Collection[nn.Parameter], where: str
+    ) -> None:
         super().__init__(device)
         self._loader = loader
         self._allowed = set(allowed)

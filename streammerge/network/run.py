@@ -33,7 +33,7 @@ class Call:
     kwargs: Mapping[str, Any]
 
 
-class _Reached(Exception):  # noqa: N818
+class _Reached(Exception):
     """Leaves a model's forward where no more of it is wanted."""
 
 
@@ -132,7 +132,9 @@ class Network:
 
         def enter(i: int, call: Call) -> Any:
             if i != len(calls):
-                raise self._refuse(f"its layers do not run once each, in order ({len(calls)} is followed by {i})")
+                raise self._refuse(
+                    f"its layers do not run once each, in order ({len(calls)} is followed by {i})"
+                )
             calls.append(call)
             if i == (self.n_blocks - 1 if last is None else last):
                 raise _Reached
@@ -163,7 +165,9 @@ class Network:
                 continue
             if all(call.hidden is calls[0].hidden for call in calls):
                 return in_tuple
-        raise self._refuse("its layers do not follow each other directly, hidden states in, hidden states out")
+        raise self._refuse(
+            "its layers do not follow each other directly, hidden states in, hidden states out"
+        )
 
     def _hand_on(self, hidden: Tensor) -> Any:
         return (hidden,) if self._in_tuple else hidden
@@ -188,7 +192,9 @@ class Network:
             self._enter = _not_running
 
     def _refuse(self, what: str) -> ModelError:
-        return ModelError(f"{printable(self.skeleton.reference)}: {type(self._model).__name__} is not run layer by layer: {what}")
+        return ModelError(
+            f"{printable(self.skeleton.reference)}: {type(self._model).__name__} is not run layer by layer: {what}"
+        )
 
 
 def _not_running(i: int, call: Call) -> Any:

@@ -72,7 +72,9 @@ class Skeleton:
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         padding = getattr(self.model.config, "pad_token_id", None) or 0
         # RoBERTa and its kin count positions from behind the padding id.
-        return None if not longest else int(longest) - (padding + 1 if _counts_from_padding(self.model) else 0)
+        return (
+            None if not longest else int(longest) - (padding + 1 if _counts_from_padding(self.model) else 0)
+        )
 
     def name(self, parameter: nn.Parameter) -> str:
         """Return the first name of a parameter."""
