@@ -315,8 +315,8 @@ def _sums_of_rows(
             sums = np.zeros(end - first)
         else:
             sums = np.fromfile(base, np.float64, end - first, offset=8 * first)
-        for row in range(first // width, -(-end // width)) if squares is not None else ():
-            added = squares.row(row)
+        for row in range(first // width, -(-end // width)):
+            added = None if squares is None else squares.row(row)
             if added is not None:
                 low, high = max(first, row * width), min(end, (row + 1) * width)
                 sums[low - first : high - first] += (

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,10 +104,7 @@ class Estimator:
             raise ModelError(
                 f"{printable(loader.reference)}: its layers share parameters; such models are not run layer by layer"
             )
-        self._embeddings = [
-            module.weight for module in skeleton.model.modules()
-            if isinstance(module, nn.Embedding) and module.weight in set(skeleton.outer)
-        ]  # fmt: skip
+        self._embeddings = skeleton.embeddings
         lengths = [example.length for example in estimate.examples]
         scored = [self._n_scores * length for length in lengths]
         self._hidden = [self._boundary(f"hidden-{i:05}", lengths) for i in range(network.n_blocks + 1)]
@@ -196,7 +194,7 @@ class Estimator:
             for n, example in enumerate(self._estimate.examples):
                 shape = self._network.call(last - 1, example).hidden.shape
                 hidden = given.rows(n).view(shape).to(self._device).requires_grad_(True)
-                logits = weights.forward(lambda e=example, h=hidden: self._network.head(e, h, weights))
+                logits = weights.forward(partial(self._network.head, example, hidden, weights))
                 tied = TiedRows(self._ids[n].to(self._device))
                 for gradient in weights.backward(
                     logits, self._scores(logits.detach(), example), hidden, tied
@@ -244,7 +242,7 @@ class Estimator:
             for n, example in enumerate(self._estimate.examples):
                 call = self._network.call(i, example)
                 hidden = given.rows(n).view(call.hidden.shape).to(self._device).requires_grad_(True)
-                output = weights.forward(lambda c=call, h=hidden: self._network.block(i, h, c, weights))
+                output = weights.forward(partial(self._network.block, i, hidden, call, weights))
                 scores = [score.view(output.shape) for score in self._per_score(wanted.rows(n))]
                 for gradient in weights.backward(output, scores, hidden):
                     out.add(gradient)
@@ -267,7 +265,7 @@ class Estimator:
                 rows = None
                 if tied is not None:
                     rows = TiedRows(ids, self._per_score(tied_given.rows(n)))
-                output = weights.forward(lambda e=example: self._network.embed(e, weights))
+                output = weights.forward(partial(self._network.embed, example, weights))
                 weights.backward(
                     output, [s.view(output.shape) for s in self._per_score(wanted.rows(n))], None, rows
                 )

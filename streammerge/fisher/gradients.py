@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from streammerge.errors import ModelError, printable
 from streammerge.fisher.squares import RowSquares, Squares
+from streammerge.network.live import distinct
 from streammerge.network.loader import Loader
 from streammerge.network.resident import Resident
 
@@ -106,7 +107,7 @@ class Gradients(Resident):
 
     def lookup(self, parameter: nn.Parameter, ids: Tensor, padding: int | None) -> Tensor:
         """Return rows of an embedding; that of the padding token has no gradient."""
-        found, places = ids.unique(return_inverse=True)
+        found, places = distinct(ids)
         table = self._loader.rows(parameter, found.cpu()).to(self.device).requires_grad_(True)
         self._lookups.append((parameter, _Lookup(found, table)))
         rows = table[places]
@@ -119,7 +120,7 @@ class Gradients(Resident):
         if not output.requires_grad:  # autograd would pass it by
             self.on_other(parameter)
         product = _Product(inputs.detach(), transposed)
-        output.register_hook(product.take)
+        output.register_hook(product.take)  # type: ignore[no-untyped-call]
         self._products.setdefault(parameter, []).append(product)
 
     def on_other(self, parameter: nn.Parameter) -> None:
@@ -208,7 +209,7 @@ class Gradients(Resident):
                 left = left.index_fill(1, tied.ids, 0.0)
             self.dense[parameter].add_product(left, right)
 
-    def _add_lookups(self, gradients: list[Tensor | None], score: int, tied: TiedRows | None) -> None:
+    def _add_lookups(self, gradients: Sequence[Tensor | None], score: int, tied: TiedRows | None) -> None:
         met: dict[nn.Parameter, list[tuple[Tensor, Tensor]]] = {}
         for (parameter, one), gradient in zip(self._lookups, gradients, strict=True):
             if gradient is not None:
@@ -216,7 +217,7 @@ class Gradients(Resident):
         for parameter, pairs in met.items():
             ids, gradient = pairs[0]
             if len(pairs) > 1:
-                ids, places = torch.cat([pair[0] for pair in pairs]).unique(return_inverse=True)
+                ids, places = distinct(torch.cat([pair[0] for pair in pairs]))
                 gradient = gradient.new_zeros(len(ids), gradient.shape[1])
                 gradient.index_add_(0, places, torch.cat([pair[1] for pair in pairs]))
             if parameter in self._tied and tied is not None:

@@ -71,7 +71,7 @@ class Live(TorchFunctionMode):
             return self._embedding(*args, **kwargs)
         if func in _FACTS and _is_absent(args[0]):
             return func(*args, **kwargs)
-        if func == Tensor.device.__get__ and _is_absent(args[0]):  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__ and _is_absent(args[0]):
             return self.weights.device
         found: list[nn.Parameter] = []
         given = args
@@ -122,3 +122,9 @@ def _holds_tensors(result: Any) -> bool:
     if isinstance(result, list | tuple):
         return any(isinstance(item, Tensor) for item in result)
     return isinstance(result, Tensor)
+
+
+def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct ids, ascending, and the place of each id among them."""
+    found: tuple[Tensor, Tensor] = torch.unique(ids, return_inverse=True)
+    return found

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from streammerge.errors import ModelError, printable
-from streammerge.network.live import Weights
+from streammerge.network.live import Weights, distinct
 from streammerge.network.loader import Loader
 
 
@@ -56,5 +56,5 @@ class Resident(Weights):
 
     def lookup(self, parameter: nn.Parameter, ids: Tensor, padding: int | None) -> Tensor:
         """Return rows of an embedding."""
-        found, places = ids.unique(return_inverse=True)
+        found, places = distinct(ids)
         return self._loader.rows(parameter, found.cpu()).to(self.device)[places]

@@ -33,6 +33,10 @@ class Skeleton:
         Its layers, in the order they run.
     aliases
         All names of each parameter: a tied one has several.
+    outer
+        The parameters outside of the layers.
+    embeddings
+        Those of them that are looked up.
     """
 
     def __init__(self, index: TensorIndex) -> None:
@@ -49,6 +53,8 @@ class Skeleton:
             self.aliases.setdefault(parameter, []).append(name)
         inner = {p for block in self.blocks for p in block.parameters()}
         self.outer = [p for p in self.aliases if p not in inner]
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        self.embeddings = [p for p in self.outer if id(p) in tables]
 
     @property
     def n_labels(self) -> int:
@@ -128,12 +134,12 @@ def _parameters_on_meta() -> Iterator[None]:
     """
     register = nn.Module.register_parameter
 
-    def register_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.data.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
+    def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
 
-    nn.Module.register_parameter = register_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
