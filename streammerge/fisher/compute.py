@@ -158,6 +158,11 @@ def compute_diagonal(
             for stamp in index.stamps:
                 check_unchanged(stamp)
             missing = [name for name, ref in index.items() if name not in names and ref.dtype in FLOATS]
+            if missing:
+                emit(Event("warning", {
+                    "message": f"{len(missing)} tensors of {printable(index.reference)} are no parameters of "
+                    f"{type(skeleton.model).__name__} (first: {printable(missing[0])}); they get no diagonal"
+                }))  # fmt: skip
             with world_errors(work):
                 shutil.rmtree(work, ignore_errors=True)
             attributes = store.commit(order, {

@@ -26,7 +26,7 @@ from streammerge.network.examples import Example
 from streammerge.network.skeleton import CAUSAL, CLASSIFIER
 
 Labels = Literal["sampled", "empirical", "exact"]
-_CHUNK = 1 << 21
+_CHUNK = 1 << 19
 """Logits that are taken in fp64 at a time."""
 
 

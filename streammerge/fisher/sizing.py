@@ -13,7 +13,7 @@ from streammerge.errors import BudgetError
 from streammerge.plan.budget import MIB, make_budget
 from streammerge.units import format_size
 
-RESERVE = 470 * MIB
+RESERVE = 480 * MIB
 """Interpreter, torch, transformers and the kernels, and what the store needs to write an array."""
 _WEIGHT, _SUM, _ACTIVATION = 4, 8, 4
 _KEPT = 3
