@@ -87,14 +87,20 @@ def make_data(path: Path, n: int, tokens: int, vocab: int) -> Path:
     return path
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Run a command; return its seconds and its peak resident bytes."""
+def run(command: list[str]) -> tuple[float, float, int]:
+    """Run a command; return its seconds, those of its CPUs, and its peak resident bytes."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"failed: {' '.join(command)}")
-    return time.perf_counter() - began, usage.ru_maxrss * 1024
+    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def show(name: str, measured: tuple[float, float, int]) -> None:
+    """Print one run."""
+    seconds, cpu, peak = measured
+    print(f"{name:12}{seconds:8.1f} s  CPU {cpu:8.1f} s  peak {peak / 2**20:7.0f} MiB", flush=True)
 
 
 def main() -> None:
@@ -128,15 +134,16 @@ def main() -> None:
                    str(args.work / f"{args.size}.zarr"), "--labels", args.labels, "--memory", args.memory, "--overwrite",
                    "--quiet"]  # fmt: skip
         ours.append(run(command))
-        print(f"streammerge {ours[-1][0]:7.1f} s  peak {ours[-1][1] / 2**20:7.0f} MiB", flush=True)
+        show("streammerge", ours[-1])
         if args.size != "large" or args.naive:
             theirs.append(run([sys.executable, "-c", _NAIVE, str(model), str(data)]))
-            print(f"plain loop  {theirs[-1][0]:7.1f} s  peak {theirs[-1][1] / 2**20:7.0f} MiB", flush=True)
+            show("plain loop", theirs[-1])
     if theirs:
-        ratios = [a[0] / b[0] for a, b in zip(ours, theirs, strict=True)]
-        print(
-            f"time against the plain loop: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        for place, what in enumerate(("time", "CPU time")):
+            ratios = [a[place] / b[place] for a, b in zip(ours, theirs, strict=True)]
+            print(
+                f"{what} against the plain loop: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            )
 
 
 if __name__ == "__main__":
