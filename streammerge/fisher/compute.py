@@ -27,7 +27,7 @@ from streammerge.engine.fingerprint import files_digest, fingerprint
 from streammerge.engine.reader import Reader, check_unchanged
 from streammerge.engine.session import Event
 from streammerge.engine.warm import ensure_compiled
-from streammerge.errors import InputError, Stopped, WorldError, printable
+from streammerge.errors import WorldError, printable
 from streammerge.fisher.estimator import AFTER, BEFORE, Estimate, Estimator, Place
 from streammerge.fisher.labels import choose, n_scores
 from streammerge.fisher.sizing import (
@@ -40,16 +40,16 @@ from streammerge.fisher.sizing import (
 from streammerge.fisher.squares import RowSquares, Squares
 from streammerge.fisher.store import StoreWriter, chunk_runs, locked_partial, to_store
 from streammerge.index.model import TensorIndex, open_model
-from streammerge.network.examples import Example, Reading, Tokenize, digest, read_examples
+from streammerge.network.examples import Example, digest, read_examples
 from streammerge.network.loader import Loader
+from streammerge.network.progress import Progress
 from streammerge.network.run import Network
 from streammerge.network.skeleton import CAUSAL, CLASSIFIER, Skeleton
+from streammerge.network.tokenizing import reading_for
 from streammerge.units import format_size
 
 WORK = "__work__"
 """In the unfinished store; no array has such a name."""
-
-_EVENT_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,11 @@ def compute_diagonal(
     index = open_model(model)
     skeleton = Skeleton(index)
     labels = choose(settings.labels, skeleton.kind)
+    with_labels = skeleton.kind == CLASSIFIER and labels == "empirical"
     taken = read_examples(
-        os.fspath(data), settings.examples, _reading(skeleton, index, labels, settings.max_length)
+        os.fspath(data),
+        settings.examples,
+        reading_for(skeleton, index, settings.max_length, with_labels=with_labels),
     )
     estimate = Estimate(taken, labels, settings.seed)
     ensure_compiled()
@@ -138,7 +141,7 @@ def compute_diagonal(
             work = out.with_name(out.name + ".partial") / WORK
             if not work.exists():
                 _check_disk(work, network.n_blocks, sum(e.length for e in taken) * width, scores, index)
-            progress = _Progress(reader, len(index), emit, stop, signal_received)
+            progress = Progress(reader, len(index), emit, stop, signal_received)
             results = _Results(store, loader, len(taken), settings.dtype, progress)
             estimator = Estimator(
                 network,
@@ -213,73 +216,10 @@ def _check_disk(work: Path, n_blocks: int, elements: int, scores: int, index: Te
         )
 
 
-def _reading(skeleton: Skeleton, index: TensorIndex, labels: str, max_length: int) -> Reading:
-    wants_labels = skeleton.kind == CLASSIFIER and labels == "empirical"
-    longest = min(max_length, skeleton.positions or max_length)
-    return Reading(
-        max_length=longest, min_length=2 if skeleton.kind == CAUSAL else 1, vocabulary=skeleton.vocabulary,
-        tokenize=lambda: _tokenizer(index, longest), labels=skeleton.label_numbers if wants_labels else None,
-    )  # fmt: skip
-
-
-def _tokenizer(index: TensorIndex, max_length: int) -> Tokenize:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(index.directory), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # whatever the library makes of the files
-        raise InputError(
-            f"{printable(index.reference)}: no tokenizer could be loaded for text: "
-            f"{printable(str(error).strip() or type(error).__name__, 300)}; give input_ids instead"
-        ) from error
-
-    def tokenize(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-        return ids
-
-    return tokenize
-
-
-class _Progress:
-    """Counts the work, tells of it, and stops it when asked to."""
-
-    def __init__(
-        self, reader: Reader, n_tensors: int, emit: Callable[[Event], None], stop: threading.Event,
-        signal_received: Callable[[], int | None],
-    ) -> None:  # fmt: skip
-        self._reader = reader
-        self._emit = emit
-        self._stop = stop
-        self._signal = signal_received
-        self._values = {"tensors": 0, "tensors_total": n_tensors, "bytes_written": 0}
-        self._next = 0.0
-        self.done = 0
-        self.total = 0
-
-    def tick(self, work: int) -> None:
-        """Count work; raise if the estimate is to stop."""
-        if self._stop.is_set():
-            raise Stopped(self._signal() or 15)
-        self.done += work
-        if time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + _EVENT_SECONDS
-        self._emit(Event("progress", {
-            **self._values, "elements": self.done, "elements_total": self.total, "bytes_read": self._reader.bytes_read,
-        }))  # fmt: skip
-
-    def wrote(self, nbytes: int) -> None:
-        """Count a tensor of the store."""
-        self._values["tensors"] += 1
-        self._values["bytes_written"] += nbytes
-
-
 class _Results:
     """Writes means of squares under the names that the checkpoint has for them."""
 
-    def __init__(self, store: StoreWriter, loader: Loader, n: int, dtype: str, progress: _Progress) -> None:
+    def __init__(self, store: StoreWriter, loader: Loader, n: int, dtype: str, progress: Progress) -> None:
         self._store = store
         self._loader = loader
         self._n = n

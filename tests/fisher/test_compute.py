@@ -143,12 +143,12 @@ def test_the_bytes_depend_on_neither_memory_nor_batch_size(tmp_path: Path) -> No
 def test_stopped_anywhere_it_continues_to_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streammerge.fisher import compute
+    from streammerge.network.progress import Progress
 
     make_model(name, tmp_path / "model")
     data = write_lines(tmp_path / "data.jsonl", make_lines(5))
     compute_fisher(tmp_path / "model", data, tmp_path / "whole.zarr")
-    tick = compute._Progress.tick
+    tick = Progress.tick
     stopped = 0
     for share in (0.0, 0.1, 0.3, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         stop = threading.Event()
@@ -158,7 +158,7 @@ def test_stopped_anywhere_it_continues_to_the_same_bytes(
                 stop.set()
             tick(self, work)
 
-        monkeypatch.setattr(compute._Progress, "tick", stopping)
+        monkeypatch.setattr(Progress, "tick", stopping)
         try:
             compute_fisher(tmp_path / "model", data, tmp_path / "parts.zarr", stop=stop)
             break
