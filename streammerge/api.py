@@ -19,7 +19,7 @@ from streammerge.engine.session import Event, NonFinite, Options, Summary, execu
 from streammerge.engine.verify import Verdict, manifest_of
 from streammerge.engine.verify import verify as verify_files
 from streammerge.errors import InputError, printable
-from streammerge.index.fishers import FisherIndex, open_fisher
+from streammerge.index.fishers import FisherIndex, open_fisher, open_grams
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
@@ -31,6 +31,7 @@ from streammerge.units import parse_size
 
 if TYPE_CHECKING:  # it imports torch
     from streammerge.fisher.compute import Computed
+    from streammerge.gram.compute import Collected
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -93,7 +94,8 @@ def plan(
     method = get_method(parsed.merge_method, f"{parsed.where}: merge_method")
     parsed = settle_base(parsed, method)
     models, base, bases = _open_models(parsed)
-    fishers = _open_fishers(parsed, method, models)
+    fishers = _open_beside("fisher", open_fisher, parsed, models) if method.fisher else []
+    grams = _open_beside("gram", open_grams, parsed, models) if method.gram else []
     total = _bytes(memory)
     nbytes = sum(index.nbytes for index in (*models, *([base] if base else [])))
     chosen = choose_device(device, total, nbytes)
@@ -108,7 +110,7 @@ def plan(
         left_out.append("model card")
     return make_plan(
         parsed, method, models, base, budget,
-        shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, device=chosen, torch_only=torch_only, fishers=fishers,
+        shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, device=chosen, torch_only=torch_only, fishers=fishers, grams=grams,
         notes=[] if missing is None else [_SLOWER.format(missing)], bases=bases, left_out=left_out,
     )  # fmt: skip
 
@@ -295,6 +297,47 @@ def compute_fisher(
     )
 
 
+def compute_grams(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    examples: int | None = None,
+    max_length: int = 512,
+    batch_size: int = 16,
+    memory: str | int | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Collected:
+    """Collect the Gram matrices of the linear maps in a model's layers, for `regmean`; run again, it continues.
+
+    The parameters are those of `compute_fisher`.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`.
+    """
+    from streammerge.gram.compute import Settings
+    from streammerge.gram.compute import compute_grams as run
+
+    chosen = "cpu" if device == "cpu" else choose_device(device, _bytes(memory), _WORTH_A_GPU)
+    settings = Settings(examples, max_length, batch_size, _bytes(memory), chosen)
+    return run(
+        model,
+        data,
+        Path(out),
+        settings,
+        overwrite=overwrite,
+        emit=on_event,
+        stop=stop,
+        signal_received=signal_received,
+    )
+
+
 def choose_device(device: str, memory: int | None, nbytes: int) -> str:
     """Return ``cpu`` or ``cuda:N`` for what a user asked for.
 
@@ -336,25 +379,26 @@ def _open_models(config: MergeConfig) -> tuple[list[TensorIndex], TensorIndex | 
     return models, base, [index for index in others.values() if index is not base]
 
 
-def _open_fishers(config: MergeConfig, method: Method, models: list[TensorIndex]) -> list[FisherIndex]:
-    """Open the diagonal beside each model; one that was made for another model is refused."""
-    if not method.fisher:
-        return []
-    fishers = []
+def _open_beside(
+    key: str, open_store: Callable[[str], FisherIndex], config: MergeConfig, models: list[TensorIndex]
+) -> list[FisherIndex]:
+    """Open what lies beside each model under `key`; what was made for another model is refused."""
+    stores = []
     for spec, model in zip(config.models, models, strict=True):
-        if spec.fisher is None:
+        reference = getattr(spec, key)
+        if reference is None:
             return []  # refused with the other parameters, by name
-        index = open_fisher(spec.fisher)
+        index = open_store(reference)
         check_belongs(index, model)
-        fishers.append(index)
-    return fishers
+        stores.append(index)
+    return stores
 
 
 def _cpu_reserve(
     models: list[TensorIndex], base: TensorIndex | None, method: Method, torch_only: bool
 ) -> int:
     wide = any(ref.dtype == "F64" for index in (*models, *([base] if base else [])) for ref in index.values())
-    uses_torch = torch_only or method.is_formula or wide
+    uses_torch = torch_only or method.is_formula or method.gram or wide
     return budgets.TORCH_RESERVE if uses_torch else budgets.KERNEL_RESERVE
 
 

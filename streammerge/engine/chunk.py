@@ -15,6 +15,7 @@ from streammerge.engine.checksum import crc32
 from streammerge.engine.gpu import share_of_memory, turn_on
 from streammerge.engine.journal import Receipt
 from streammerge.engine.memory import Bytes
+from streammerge.engine.mixers import MixerCache
 from streammerge.engine.nonfinite import bad_fisher, tally, trace
 from streammerge.engine.pieces import Applied, KernelMath, Loaded, Operand, PieceMath
 from streammerge.engine.reader import Reader
@@ -33,7 +34,7 @@ from streammerge.errors import ModelError
 from streammerge.index.fishers import ChunkedRef, FisherRef
 from streammerge.index.header import TensorRef
 from streammerge.methods.recipes import Recipe, WeightedSum
-from streammerge.methods.requests import Answer, Request
+from streammerge.methods.requests import Answer, Mixing, Request
 from streammerge.methods.rng import RandomKeys
 from streammerge.plan.arena import DIRECT_BYTES, divide, is_copied
 from streammerge.plan.budget import device_block
@@ -63,6 +64,8 @@ class Context:
     differing: set[int] = field(default_factory=set)
     """Integer tensors that the models do not agree on."""
     stages: Stages = field(default_factory=Stages)
+    mixers: MixerCache = field(default_factory=MixerCache)
+    """The matrices of a method that takes Gram matrices, of one tensor at a time."""
     tolerant: bool = False
     """Whether a value that is not finite is written and reported, not refused."""
 
@@ -248,7 +251,11 @@ def follow(context: Context, job: Job) -> Recipe | list[Request]:
     if job.kind != "merge":
         return WeightedSum((1.0,))
     answers = context.answers.get(job.ordinal, [])
-    return context.plan.method.start(scope_of(job), job.parameters, answers)
+    wanted = context.plan.method.start(scope_of(job), job.parameters, answers)
+    if isinstance(wanted, list) and isinstance(wanted[0], Mixing):
+        mixers = context.mixers.get(job, wanted[0], context.reader, context.stages)
+        return context.plan.method.start(scope_of(job), job.parameters, [*answers, [mixers]])
+    return wanted
 
 
 def resolve_in_memory(

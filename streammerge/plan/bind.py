@@ -10,7 +10,7 @@ from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS
 from streammerge.errors import ConfigError, ModelError, printable
-from streammerge.index.fishers import FisherIndex, FisherRef
+from streammerge.index.fishers import ChunkedRef, FisherIndex, FisherRef
 from streammerge.index.header import TensorRef
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
@@ -38,6 +38,7 @@ def bind_jobs(
     donor: TensorIndex,
     indexes: Indexes,
     fishers: Sequence[FisherIndex] = (),
+    grams: Sequence[FisherIndex] = (),
 ) -> Bound:
     """Return the jobs in the file order of the first input.
 
@@ -51,6 +52,8 @@ def bind_jobs(
         Every model by its reference.
     fishers
         One diagonal per model, for a method that weighs by them.
+    grams
+        One store of Gram matrices per model, for a method that takes them.
 
     Raises
     ------
@@ -69,7 +72,7 @@ def bind_jobs(
     finder = _Finder(indexes)
     finder.check([cell for cell in assembly.cells if cell.name not in copied])
     warnings += _compare_names(config, assembly.cells, donor, indexes, excluded)
-    binder = _Binder(config, method, fishers)
+    binder = _Binder(config, method, fishers, grams)
     jobs: list[Job] = []
     for cell in assembly.cells:
         ordinal = len(jobs)
@@ -266,8 +269,14 @@ def _copy(ordinal: int, name: str, ref: TensorRef, config: MergeConfig) -> Job:
 class _Binder:
     """Makes the jobs that are no plain copies, and remembers what the user should know of them."""
 
-    def __init__(self, config: MergeConfig, method: Method, fishers: Sequence[FisherIndex]) -> None:
-        self._config, self._method, self._fishers = config, method, fishers
+    def __init__(
+        self,
+        config: MergeConfig,
+        method: Method,
+        fishers: Sequence[FisherIndex],
+        grams: Sequence[FisherIndex],
+    ) -> None:
+        self._config, self._method, self._fishers, self._grams = config, method, fishers, grams
         self._places = {spec.name: place for place, spec in enumerate(config.models)}
         self._without_fisher: list[str] = []
 
@@ -284,7 +293,7 @@ class _Binder:
         members = tuple(self._places[spec.name] for spec in cell.part.sources)
         return Job(
             ordinal, cell.name, dtype, donor.shape, "merge", sources, self._recipe_base(base, parameters), parameters,
-            self._diagonals(cell, donor, members), members if members != tuple(range(len(self._places))) else (),
+            self._diagonals(cell, donor, members), self._matrices(cell, donor, members), members if members != tuple(range(len(self._places))) else (),
         )  # fmt: skip
 
     def _recipe_base(self, base: TensorRef | None, parameters: Mapping[str, object]) -> TensorRef | None:
@@ -315,6 +324,30 @@ class _Binder:
                     f"{list(index[name].shape)}, the tensor has {list(donor.shape)}; it belongs to another model"
                 )
         return tuple(index[name] for index, name in pairs)
+
+    def _matrices(self, cell: Cell, donor: TensorRef, members: Sequence[int]) -> tuple[ChunkedRef, ...]:
+        """Return the Gram matrices of a linear map's weight; none where a model has none, or of what is no matrix."""
+        pairs = (
+            [(self._grams[member], name) for member, name in zip(members, cell.sources, strict=True)]
+            if self._grams
+            else []
+        )
+        if len(donor.shape) != 2 or not pairs or not any(name in index for index, name in pairs):
+            return ()
+        found = []
+        for index, name in pairs:
+            ref = index.get(name)
+            if (
+                not isinstance(ref, ChunkedRef)
+                or ref.shape != (donor.shape[1], donor.shape[1])
+                or ref.dtype != "F32"
+            ):
+                raise ModelError(
+                    f"{printable(index.reference)}: no Gram matrix of {donor.shape[1]} inputs for tensor {printable(name)}, as "
+                    "others have; list the tensor under `exclude:` to copy it"
+                )
+            found.append(ref)
+        return tuple(found)
 
     def warnings(self) -> list[str]:
         """Return what the user should know of all jobs together."""

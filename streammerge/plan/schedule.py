@@ -19,7 +19,7 @@ from typing import Literal
 
 from streammerge.errors import BudgetError, printable
 from streammerge.index.fishers import ChunkedRef
-from streammerge.methods.recipes import Sees
+from streammerge.methods.recipes import ROWS_AT_ONCE, Sees
 from streammerge.methods.requests import rows_at_once
 from streammerge.plan.arena import alignment_bytes, bytes_per_element, slot_bytes
 from streammerge.plan.budget import Budget
@@ -135,7 +135,8 @@ def plan_work(
         what = "a block of it" if sees == "elements" else f"{row // line} rows of it"
         return _fitting(job, held if resident else work("surveyed", row), row, what, budget)
     if sees == "rows":
-        return _fitting(job, work("cut", job.row_length), job.row_length, "one row of it", budget)
+        row = job.row_length * (ROWS_AT_ONCE if job.grams else 1)
+        return _fitting(job, work("cut", row), row, "one row of it", budget)
     cut = work("cut", ALIGN)
     row = _store_row(job)
     if row * per_element <= min(budget.chunk_target, budget.capacity - cut.workspace):

@@ -15,6 +15,7 @@ from streammerge.units import format_seconds, format_size
 
 if TYPE_CHECKING:  # it imports torch
     from streammerge.fisher.compute import Computed
+    from streammerge.gram.compute import Collected
 
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 _SHOWN = 12
@@ -31,8 +32,8 @@ def imported_text(imported: Imported) -> str:
     )
 
 
-def computed_values(computed: Computed) -> dict[str, Any]:
-    """Return what an estimate did as plain values."""
+def computed_values(computed: Computed | Collected) -> dict[str, Any]:
+    """Return what a run over examples did as plain values."""
     about = {key: value for key, value in computed.about.items() if key != "tensors"}
     return {
         "out": computed.out, "tensors": computed.tensors, "bytes_read": computed.bytes_read,
@@ -40,16 +41,16 @@ def computed_values(computed: Computed) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def computed_text(computed: Computed) -> str:
-    """Return what an estimate did."""
+def computed_text(computed: Computed | Collected) -> str:
+    """Return what a run over examples did."""
     about = computed.about
     stored = sum(entry["stored_nbytes"] for entry in about["tensors"].values())
+    what = f"{about['elements']:,} certainties" if "estimator" in about else "Gram matrices"
+    labels = f", {about['estimator']} labels" if "estimator" in about else ""
     return (
-        f"wrote {printable(computed.out)}: {computed.tensors} tensors, {about['elements']:,} certainties in "
-        f"{format_size(stored)}; norm {about['norm']:.6g}\n"
-        f"{about['examples']} examples, {about['tokens']:,} tokens, {about['estimator']} labels; read "
-        f"{format_size(computed.bytes_read)} in {format_seconds(computed.seconds)}, peak memory "
-        f"{format_size(peak_resident_bytes())}"
+        f"wrote {printable(computed.out)}: {computed.tensors} tensors, {what} in {format_size(stored)}\n"
+        f"{about['examples']} examples, {about['tokens']:,} tokens{labels}; read {format_size(computed.bytes_read)} in "
+        f"{format_seconds(computed.seconds)}, peak memory {format_size(peak_resident_bytes())}"
     )
 
 

@@ -33,11 +33,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def make_model(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+def make_model(name: str, directory: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
     """Save a model of random weights, all of them random; return it."""
     transformers.utils.logging.disable_progress_bar()
     auto, kind, settings = MODELS[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(kind, **settings))
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
