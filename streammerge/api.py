@@ -102,7 +102,7 @@ def plan(
     missing = missing_kernels() if chosen == "cpu" and kernels and not method.is_formula else None
     torch_only = chosen != "cpu" or not kernels or missing is not None
     reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
-    budget = budgets.make_budget(total, threads, reserve)
+    budget = budgets.make_budget(total, threads, reserve + _mixer_bytes(grams))
     left_out: list[LeftOut] = []
     if not copy_tokenizer:
         left_out.append("tokenizer")
@@ -392,6 +392,11 @@ def _open_beside(
         check_belongs(index, model)
         stores.append(index)
     return stores
+
+
+def _mixer_bytes(grams: list[FisherIndex]) -> int:
+    """Return what is kept of the Gram matrices from one piece of a tensor to the next: fp64, of the largest."""
+    return 8 * len(grams) * max((ref.n_elements for index in grams for ref in index.values()), default=0)
 
 
 def _cpu_reserve(

@@ -1,10 +1,10 @@
-"""Fisher diagonals of real classifiers, estimated by `fisher compute` on their own tasks, and what merging with them brings.
+"""Fisher diagonals and Gram matrices of real classifiers, computed on their own tasks, and what merging with them brings.
 
     python tools/fisher_end_to_end.py WORKDIR --base BERT --examples 256
 
 BERT is a directory of a BERT encoder with its tokenizer (all-MiniLM-L6-v2 as the survey has it, by default). It is fine-tuned
 as a sequence classifier on the three tasks of `finetune_minilm.py`, all with heads of one size. Each classifier's diagonal
-is estimated over its first training texts, `exact` labels; the three are merged; each task's accuracy is that of the merged
+is estimated over its first training texts, `exact` labels, and its Gram matrices collected over the same; the three are merged; each task's accuracy is that of the merged
 encoder under the task's own classification layer. What is in the work directory is not made again.
 """
 
@@ -35,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "fisher, no floor, else average": {
         "merge_method": "fisher", "parameters": {"floor": 0.0, "fallback": "average"},
     },
+    "regmean, alpha 1": {"merge_method": "regmean"},
+    "regmean, alpha 0.9": {"merge_method": "regmean", "parameters": {"alpha": 0.9}},
 }  # fmt: skip
 
 
@@ -124,12 +126,17 @@ def main() -> None:
             streammerge("fisher", "compute", str(out), "--data", str(out / "train.jsonl"), "--out", str(args.work / f"{task}.zarr"),
                         "--examples", str(args.examples), "--max-length", str(MAX_TOKENS), "--labels", "exact")  # fmt: skip
             print(f"{task}: diagonal in {time.perf_counter() - began:.0f} s", flush=True)
+        if not (args.work / f"{task}-gram.zarr").exists():
+            streammerge("gram", "compute", str(out), "--data", str(out / "train.jsonl"), "--out",
+                        str(args.work / f"{task}-gram.zarr"), "--examples", str(args.examples), "--max-length", str(MAX_TOKENS))  # fmt: skip
     rows = {f"{task} alone": {on: accuracy(tasks[task], tasks[on]) for on in tasks} for task in tasks}
     for name, config in METHODS.items():
         models = [{"model": str(out.resolve())} for out in tasks.values()]
-        if config["merge_method"] == "fisher":
-            for task, model in zip(tasks, models, strict=True):
+        for task, model in zip(tasks, models, strict=True):
+            if config["merge_method"] == "fisher":
                 model["fisher"] = str((args.work / f"{task}.zarr").resolve())
+            elif config["merge_method"] == "regmean":
+                model["gram"] = str((args.work / f"{task}-gram.zarr").resolve())
         path = args.work / "merge.json"
         path.write_text(json.dumps({**config, "models": models}))  # JSON is YAML
         streammerge("merge", str(path), str(args.work / "merged"), "--overwrite", "--memory", "1GiB")

@@ -136,7 +136,8 @@ def plan_work(
         return _fitting(job, held if resident else work("surveyed", row), row, what, budget)
     if sees == "rows":
         row = job.row_length * (ROWS_AT_ONCE if job.grams else 1)
-        return _fitting(job, work("cut", row), row, "one row of it", budget)
+        what = f"{ROWS_AT_ONCE} rows of it and matrices of its inputs" if job.grams else "one row of it"
+        return _fitting(job, work("cut", row), row, what, budget)
     cut = work("cut", ALIGN)
     row = _store_row(job)
     if row * per_element <= min(budget.chunk_target, budget.capacity - cut.workspace):

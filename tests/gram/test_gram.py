@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import torch
 import zarr
 from torch import nn
 
-from streammerge.api import compute_grams, merge, verify
+from streammerge.api import compute_grams, merge, plan, verify
 from streammerge.engine.mixers import mixers_of
 from streammerge.errors import ConfigError, ModelError, Stopped
 from streammerge.methods.requests import Mixing
-from tests.conftest import output_bytes, read_tensors
+from streammerge.plan.schedule import Chunk
+from tests.conftest import config_for, output_bytes, read_tensors
 from tests.network.tiny import make_lines, make_model, write_lines
 
 
@@ -98,6 +99,7 @@ def test_stopped_and_run_again_the_store_has_the_same_bytes(tmp_path: Path) -> N
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two models and their matrices."""
     directory = tmp_path_factory.mktemp("pair")
+    torch.set_num_threads(1)
     for n, name in enumerate(("a", "b")):
         make_model("llama", directory / name, seed=n)
         data = write_lines(directory / f"{name}.jsonl", make_lines(20, seed=n))
@@ -142,6 +144,18 @@ def test_the_bytes_depend_on_neither_memory_nor_threads_and_verify_agrees(pair: 
     assert output_bytes(tmp_path / "one") == output_bytes(tmp_path / "two")
     verdict = verify(tmp_path / "one", against=config, sample=None)
     assert not verdict.problems
+
+
+def test_pieces_of_rows_give_the_bytes_of_the_whole(
+    make_models: Callable[..., list[Path]], small_capacity: Callable[[int, int], None], tmp_path: Path
+) -> None:
+    shapes = {"model.layers.0.mlp.up_proj.weight": (1000, 40), "model.norm.weight": (40,)}
+    config = config_for("regmean", make_models(n_models=2, shapes=shapes))
+    merge(config, tmp_path / "whole", memory="1GiB")
+    small_capacity(5_300_000, 2)  # little more than what torch needs for a block
+    assert sum(isinstance(step, Chunk) for step in plan(config).steps()) > 2
+    merge(config, tmp_path / "pieces")
+    assert output_bytes(tmp_path / "whole") == output_bytes(tmp_path / "pieces")
 
 
 def test_directions_without_data_keep_the_average() -> None:
