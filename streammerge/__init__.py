@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from streammerge.api import merge, plan, verify
+    from streammerge.api import compute_fisher, compute_grams, merge, plan, verify
     from streammerge.methods.registry import PerModel, method
 
-__all__ = ["PerModel", "merge", "method", "plan", "verify"]
+__all__ = ["PerModel", "compute_fisher", "compute_grams", "merge", "method", "plan", "verify"]
 
 _HOMES = {
+    "compute_fisher": "streammerge.api",
+    "compute_grams": "streammerge.api",
     "merge": "streammerge.api",
     "plan": "streammerge.api",
     "verify": "streammerge.api",

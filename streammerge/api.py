@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from streammerge.compiled import missing_kernels
 from streammerge.config.schema import MergeConfig, config_from_mapping, load_config
+from streammerge.dtypes import NAMES
 from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.reader import Backend
 from streammerge.engine.recompute import check_contents, check_made_from, recompute
@@ -18,7 +19,7 @@ from streammerge.engine.session import Event, NonFinite, Options, Summary, execu
 from streammerge.engine.verify import Verdict, manifest_of
 from streammerge.engine.verify import verify as verify_files
 from streammerge.errors import InputError, printable
-from streammerge.index.fishers import FisherIndex, open_fisher
+from streammerge.index.fishers import FisherIndex, open_fisher, open_grams
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
@@ -28,6 +29,10 @@ from streammerge.plan.free_memory import available_memory, own_memory, shortage
 from streammerge.plan.plan import LeftOut, MergePlan, make_plan
 from streammerge.report.card import model_card
 from streammerge.units import parse_size
+
+if TYPE_CHECKING:  # it imports torch
+    from streammerge.fisher.compute import Computed
+    from streammerge.gram.compute import Collected
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -90,14 +95,15 @@ def plan(
     method = get_method(parsed.merge_method, f"{parsed.where}: merge_method")
     parsed = settle_base(parsed, method)
     models, base, bases = _open_models(parsed)
-    fishers = _open_fishers(parsed, method, models)
+    fishers = _open_beside("fisher", open_fisher, parsed, models) if method.fisher else []
+    grams = _open_beside("gram", open_grams, parsed, models) if method.gram else []
     total = _bytes(memory)
     nbytes = sum(index.nbytes for index in (*models, *([base] if base else [])))
     chosen = choose_device(device, total, nbytes)
     missing = missing_kernels() if chosen == "cpu" and kernels and not method.is_formula else None
     torch_only = chosen != "cpu" or not kernels or missing is not None
     reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
-    budget = budgets.make_budget(total, threads, reserve)
+    budget = budgets.make_budget(total, threads, reserve + _mixer_bytes(grams))
     notes = [] if missing is None else [_SLOWER.format(missing)]
     if total is not None and (warning := shortage(total, available_memory(), own_memory())) is not None:
         notes.append(warning)
@@ -109,7 +115,7 @@ def plan(
     return make_plan(
         parsed, method, models, base, budget,
         shard_size=_bytes(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, device=chosen, torch_only=torch_only, fishers=fishers,
-        notes=notes, bases=bases, left_out=left_out,
+        grams=grams, notes=notes, bases=bases, left_out=left_out,
     )  # fmt: skip
 
 
@@ -223,6 +229,119 @@ def verify(
     return replace(verdict, problems=(*verdict.problems, *done.problems), recomputed=done)
 
 
+def compute_fisher(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    labels: str | None = None,
+    examples: int | None = None,
+    max_length: int = 512,
+    batch_size: int = 16,
+    memory: str | int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Computed:
+    """Estimate the Fisher diagonal of a model that need not fit in memory; run again, it continues.
+
+    Parameters
+    ----------
+    model
+        A causal language model or a sequence classifier that transformers can build.
+    data
+        A file of JSON lines: ``text`` or ``input_ids``, and ``label`` where a classifier's own are asked for.
+    out
+        The store to write.
+    labels
+        ``sampled``, ``empirical`` or ``exact``; default: exact for a classifier, sampled for a language model.
+    examples
+        How many are taken, from the first; default: all.
+    max_length
+        Tokens after which an example is cut.
+    batch_size
+        Examples that are read and written at a time; the values do not depend on it.
+    memory
+        Bound of the process's peak resident memory, ``"2GiB"`` or bytes; default: half of what is free.
+    device
+        ``cpu`` or ``cuda[:N]``.
+    seed
+        Of the drawn labels.
+    dtype
+        Of the stored values: ``float32`` or ``bfloat16``.
+    overwrite
+        Replace `out`, or what an unfinished run left.
+    on_event
+        Called from the calling thread with progress.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`.
+    """
+    from streammerge.fisher.compute import Settings, compute_diagonal
+
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype {printable(dtype)!r} is none of float32, bfloat16")
+    chosen = "cpu" if device == "cpu" else choose_device(device, _bytes(memory), _WORTH_A_GPU)
+    settings = Settings(labels, examples, max_length, batch_size, _bytes(memory), chosen, seed, NAMES[dtype])
+    return compute_diagonal(
+        model,
+        data,
+        Path(out),
+        settings,
+        overwrite=overwrite,
+        emit=on_event,
+        stop=stop,
+        signal_received=signal_received,
+    )
+
+
+def compute_grams(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    examples: int | None = None,
+    max_length: int = 512,
+    batch_size: int = 16,
+    memory: str | int | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    on_event: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Collected:
+    """Collect the Gram matrices of the linear maps in a model's layers, for `regmean`; run again, it continues.
+
+    The parameters are those of `compute_fisher`.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`.
+    """
+    from streammerge.gram.compute import Settings
+    from streammerge.gram.compute import compute_grams as run
+
+    chosen = "cpu" if device == "cpu" else choose_device(device, _bytes(memory), _WORTH_A_GPU)
+    settings = Settings(examples, max_length, batch_size, _bytes(memory), chosen)
+    return run(
+        model,
+        data,
+        Path(out),
+        settings,
+        overwrite=overwrite,
+        emit=on_event,
+        stop=stop,
+        signal_received=signal_received,
+    )
+
+
 def choose_device(device: str, memory: int | None, nbytes: int) -> str:
     """Return ``cpu`` or ``cuda:N`` for what a user asked for.
 
@@ -264,25 +383,31 @@ def _open_models(config: MergeConfig) -> tuple[list[TensorIndex], TensorIndex | 
     return models, base, [index for index in others.values() if index is not base]
 
 
-def _open_fishers(config: MergeConfig, method: Method, models: list[TensorIndex]) -> list[FisherIndex]:
-    """Open the diagonal beside each model; one that was made for another model is refused."""
-    if not method.fisher:
-        return []
-    fishers = []
+def _open_beside(
+    key: str, open_store: Callable[[str], FisherIndex], config: MergeConfig, models: list[TensorIndex]
+) -> list[FisherIndex]:
+    """Open what lies beside each model under `key`; what was made for another model is refused."""
+    stores = []
     for spec, model in zip(config.models, models, strict=True):
-        if spec.fisher is None:
+        reference = getattr(spec, key)
+        if reference is None:
             return []  # refused with the other parameters, by name
-        index = open_fisher(spec.fisher)
+        index = open_store(reference)
         check_belongs(index, model)
-        fishers.append(index)
-    return fishers
+        stores.append(index)
+    return stores
+
+
+def _mixer_bytes(grams: list[FisherIndex]) -> int:
+    """Return what is kept of the Gram matrices from one piece of a tensor to the next: fp64, of the largest."""
+    return 8 * len(grams) * max((ref.n_elements for index in grams for ref in index.values()), default=0)
 
 
 def _cpu_reserve(
     models: list[TensorIndex], base: TensorIndex | None, method: Method, torch_only: bool
 ) -> int:
     wide = any(ref.dtype == "F64" for index in (*models, *([base] if base else [])) for ref in index.values())
-    uses_torch = torch_only or method.is_formula or wide
+    uses_torch = torch_only or method.is_formula or method.gram or wide
     return budgets.TORCH_RESERVE if uses_torch else budgets.KERNEL_RESERVE
 
 

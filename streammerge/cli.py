@@ -265,6 +265,78 @@ def fisher_import(
         click.echo(imported_text(imported))
 
 
+def _streaming_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of what runs a model over examples."""
+    options = [
+        click.option("--examples", type=click.IntRange(1), metavar="N", help="Take the first N. [all]"),
+        click.option("--max-length", type=click.IntRange(2), default=512, show_default=True, help="Cut examples after so many tokens."),
+        click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True,
+                     help="Examples read and written at a time; the values do not depend on it."),
+        click.option("--memory", metavar="SIZE", help="Peak resident memory of the process. [half of what is free]"),
+        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N."),
+        click.option("--overwrite", is_flag=True, help="Replace STORE, or what an unfinished run left."),
+        click.option("--quiet", is_flag=True, help="Print warnings and errors only."),
+        click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object a line, on stdout."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _stream(run: str, what: str, *given: str, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Call the function `run` of the API, tell its progress under the name `what`, and print what it did."""
+    stop, signal_received = _stop_on_signals()
+    from streammerge import api
+    from streammerge.report.fisher import computed_text, computed_values
+    from streammerge.report.progress import BarReporter, JsonReporter, LineReporter
+
+    bar = sys.stderr.isatty() and not quiet and not as_json
+    reporter = JsonReporter() if as_json else BarReporter(what) if bar else LineReporter(quiet)
+    try:
+        computed = getattr(api, run)(
+            *given, on_event=reporter, stop=stop, signal_received=signal_received, **options
+        )
+    finally:
+        reporter.close()
+    if as_json:
+        click.echo(json.dumps({"event": "done", **computed_values(computed)}))
+    elif not quiet:
+        click.echo(computed_text(computed))
+
+
+@fisher.command("compute")
+@click.argument("model")
+@click.option(
+    "--data",
+    required=True,
+    metavar="FILE",
+    help="JSON lines: text or input_ids, and label for empirical labels.",
+)
+@click.option("--out", required=True, metavar="STORE", help="The store to write, such as math.zarr.")
+@click.option(
+    "--labels",
+    type=click.Choice(["sampled", "empirical", "exact"]),
+    help="Drawn from the model, those of the data, or all of a classifier's. [exact for classifiers, else sampled]",
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Of the drawn labels."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Of the stored values.",
+)
+@_streaming_options  # fmt: skip
+def fisher_compute(model: str, data: str, out: str, **options: Any) -> None:
+    """Estimate the Fisher diagonal of MODEL over examples, layer by layer within --memory. Run again, it continues.
+
+    A causal language model or a sequence classifier that transformers can build; the model need not fit in memory.
+    """
+    _stream("compute_fisher", "estimating", model, data, out, **options)
+
+
 @fisher.command("info")
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Print the store's table as JSON.")
@@ -277,6 +349,24 @@ def fisher_info(store: str, as_json: bool) -> None:
     if index.model is not None:
         raise InputError(f"{printable(store)}: a safetensors file, not a store: see `streammerge inspect`")
     click.echo(json.dumps(dict(index.about)) if as_json else info_text(index))
+
+
+@cli.group()
+def gram() -> None:
+    """Gram matrices in Zarr stores: what a model's linear maps are fed with, for `regmean`."""
+
+
+@gram.command("compute")
+@click.argument("model")
+@click.option("--data", required=True, metavar="FILE", help="JSON lines: text or input_ids.")
+@click.option("--out", required=True, metavar="STORE", help="The store to write, such as math-gram.zarr.")
+@_streaming_options
+def gram_compute(model: str, data: str, out: str, **options: Any) -> None:
+    """Collect the Gram matrices of MODEL over examples, layer by layer within --memory. Run again, it continues.
+
+    A causal language model or a sequence classifier that transformers can build; the model need not fit in memory.
+    """
+    _stream("compute_grams", "collecting", model, data, out, **options)
 
 
 @cli.command()

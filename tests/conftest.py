@@ -96,6 +96,9 @@ def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]
     if method in ("fisher", "dare_fisher"):
         for model, path in zip(config["models"], paths[1:], strict=True):
             model["fisher"] = str(write_fisher(path))
+    if registered is not None and registered.gram:
+        for model, path in zip(config["models"], paths[1:], strict=True):
+            model["gram"] = str(write_grams(path))
     return {**config, **top}
 
 
@@ -112,6 +115,36 @@ def write_fisher(model: Path, seed: int = 0) -> Path:
                 fisher[name].view(-1)[: tensor.numel() // 8] = 0.0
                 fisher[name].view(-1)[tensor.numel() // 2 :: 7] = 0.0
         save_file(fisher, path)
+    return path
+
+
+def write_grams(model: Path) -> Path:
+    """Write Gram matrices of the linear maps of a model beside its directory, if there are none."""
+    from streammerge.engine.fingerprint import fingerprint
+    from streammerge.engine.reader import Reader
+    from streammerge.fisher.store import StoreWriter, chunk_runs, locked_partial
+    from streammerge.gram.compute import GramSums
+    from streammerge.index.fishers import GRAM_ATTRIBUTE
+    from streammerge.index.model import open_model
+
+    path = model.with_name(f"{model.name}-gram.zarr")
+    if path.exists():
+        return path
+    generator = torch.Generator().manual_seed(sum(model.name.encode()))
+    widths = {
+        name: tensor.shape[1]
+        for name, tensor in read_tensors(model).items()
+        if "mlp" in name and tensor.dim() == 2
+    }
+    with locked_partial(path, False):
+        store = StoreWriter(path, {}, attribute=GRAM_ATTRIBUTE, sums=GramSums)
+        for name, n in widths.items():
+            inputs = torch.randn(2 * n, n, generator=generator)
+            gram = (inputs.T @ inputs / len(inputs)).numpy().reshape(-1)
+            store.write(name, (n, n), "F32", (gram[a:b] for a, b in chunk_runs((n, n))))
+        store.commit(
+            widths, {"model_fingerprint": fingerprint(open_model(model), Reader()), "model_name": model.name}
+        )
     return path
 
 

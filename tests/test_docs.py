@@ -14,7 +14,7 @@ import pytest
 from streammerge.api import merge
 from streammerge.config.schema import MergeConfig, parse_config
 from streammerge.fisher.importing import import_diagonal
-from tests.conftest import read_tensors, write_fisher
+from tests.conftest import read_tensors, write_fisher, write_grams
 from tests.tokenizers.scene import write_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +61,8 @@ def test_every_config_in_the_docs_runs_on_models_of_these_names(
     for spec in config.models:
         if spec.fisher:
             import_diagonal(spec.reference, write_fisher(Path(spec.reference)), Path(spec.fisher))
+        if spec.gram:
+            write_grams(Path(spec.reference)).rename(spec.gram)
     Path("config.yml").write_text(text)
     merge("config.yml", "out", memory="1GiB")
     assert read_tensors(Path("out"))

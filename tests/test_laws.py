@@ -42,6 +42,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("fisher", {"preset": "mergelm", "floor": 1e-9}),
     ("fisher", {"drop_rate": 0.4, "drop_rescale": "l1"}),
     ("dare_fisher", {"density": 0.5}),
+    ("regmean", {"alpha": 0.9}),
     ("dare_fisher", {"density": 0.5, "mask": "magnitude", "rescale": "none", "floor_on": "all"}),
     ("linear", {"drop_rate": 0.5, "shared_mask": True}),
     ("breadcrumbs", {"density": 0.5, "gamma": 0.1}),
@@ -100,7 +101,7 @@ def test_bytes_do_not_depend_on_memory_threads_or_shards_of_work(
     merge(config, tmp_path / "whole")
     # 64 KiB cannot hold the inputs of any matrix (nor 128 KiB with diagonals): all statistics are streamed.
     # A formula's temporaries take more, and so do rows cut at whole blocks, or a few rows of all columns.
-    if get_method(method).is_formula:
+    if get_method(method).is_formula or get_method(method).gram:
         bits = 23
     elif parameters.get("filter_wise") or method == "della":
         bits = 22

@@ -14,7 +14,7 @@ import pytest
 import streammerge
 
 PACKAGE = Path(streammerge.__file__).parent
-LAYERS = ["errors units dtypes compiled", "index", "config", "methods", "kernels", "plan", "engine", "fisher",
+LAYERS = ["errors units dtypes compiled", "index", "config", "methods", "kernels", "plan", "engine", "network", "fisher", "gram",
           "report", "api", "demo", "mergekit_options", "cli"]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 

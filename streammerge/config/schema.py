@@ -34,7 +34,7 @@ _KEYS = (
     "tokenizer_source",
     "chat_template",
 )
-_MODEL_KEYS = ("model", "parameters", "alias", "fisher")
+_MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
 _MODULE_KEYS = ("models", "slices", "parameters")
 _TOP_WITHOUT_EFFECT = ("name", "out_path")
@@ -58,6 +58,8 @@ class ModelSpec:
     """The name that stands for the model in random masks, and tells two entries apart."""
     fisher: str | None = None
     """Path of the model's Fisher diagonal."""
+    gram: str | None = None
+    """Path of the model's Gram matrices."""
     path: str = ""
     """Where it was written, for messages: ``config.yml: models[0]``."""
     layer_range: tuple[int, int] | None = None
@@ -276,8 +278,9 @@ def members_of(modules: tuple[Module, ...]) -> tuple[ModelSpec, ...]:
     members: dict[str, ModelSpec] = {}
     for spec in (spec for module in modules for part in module.slices for spec in part.sources):
         first = members.setdefault(spec.name, spec)
-        if (first.reference, first.fisher) != (spec.reference, spec.fisher):
-            what = "model" if first.reference != spec.reference else "Fisher diagonal"
+        if (first.reference, first.fisher, first.gram) != (spec.reference, spec.fisher, spec.gram):
+            beside = "Fisher diagonal" if first.fisher != spec.fisher else "store of Gram matrices"
+            what = "model" if first.reference != spec.reference else beside
             refuse(spec.path, f"{shown(spec.name)} has another {what} than at {first.path}")
     return tuple(members.values())
 
@@ -306,12 +309,15 @@ def _model(data: object, path: str, notes: list[str], layers: bool) -> ModelSpec
     for key in ("model", *(("layer_range",) if layers else ())):
         if key not in data:
             refuse(path, f"'{key}' is missing")
-    texts = {key: parse_text(data[key], child(path, key)) for key in ("alias", "fisher") if key in data}
+    texts = {
+        key: parse_text(data[key], child(path, key)) for key in ("alias", "fisher", "gram") if key in data
+    }
     return ModelSpec(
         reference=parse_reference(data["model"], child(path, "model")),
         parameters=_parameters(data.get("parameters"), child(path, "parameters")),
         alias=texts.get("alias"),
         fisher=texts.get("fisher"),
+        gram=texts.get("gram"),
         path=path,
         layer_range=_layer_range(data["layer_range"], child(path, "layer_range")) if layers else None,
     )

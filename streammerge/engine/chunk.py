@@ -15,6 +15,7 @@ from streammerge.engine.checksum import crc32
 from streammerge.engine.gpu import share_of_memory, turn_on
 from streammerge.engine.journal import Receipt
 from streammerge.engine.memory import Bytes
+from streammerge.engine.mixers import MixerCache
 from streammerge.engine.nonfinite import bad_fisher, tally, trace
 from streammerge.engine.pieces import Applied, KernelMath, Loaded, Operand, PieceMath
 from streammerge.engine.reader import Reader
@@ -34,7 +35,7 @@ from streammerge.errors import ModelError
 from streammerge.index.derived import SourceRef
 from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.recipes import Recipe, WeightedSum
-from streammerge.methods.requests import Answer, Request, partials_of
+from streammerge.methods.requests import Answer, Mixing, Request, partials_of
 from streammerge.methods.rng import RandomKeys
 from streammerge.plan.arena import DIRECT_BYTES, divide, is_copied
 from streammerge.plan.budget import device_block
@@ -66,6 +67,8 @@ class Context:
     differing: set[int] = field(default_factory=set)
     """Integer tensors that the models do not agree on."""
     stages: Stages = field(default_factory=Stages)
+    mixers: MixerCache = field(default_factory=MixerCache)
+    """The matrices of a method that takes Gram matrices, of one tensor at a time."""
     tolerant: bool = False
     """Whether a value that is not finite is written and reported, not refused."""
 
@@ -254,7 +257,11 @@ def follow(context: Context, job: Job) -> Recipe | list[Request]:
     if job.kind != "merge":
         return WeightedSum((1.0,))
     answers = context.answers.get(job.ordinal, [])
-    return context.plan.method.start(scope_of(job), job.parameters, answers)
+    wanted = context.plan.method.start(scope_of(job), job.parameters, answers)
+    if isinstance(wanted, list) and isinstance(wanted[0], Mixing):
+        mixers = context.mixers.get(job, wanted[0], context.reader, context.stages)
+        return context.plan.method.start(scope_of(job), job.parameters, [*answers, [mixers]])
+    return wanted
 
 
 def resolve_in_memory(

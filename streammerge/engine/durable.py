@@ -75,7 +75,7 @@ def make_directory(path: Path) -> None:
             continue  # nothing in a directory that we may not read was made by us
 
 
-def write_fully(descriptor: int, data: bytes) -> None:
+def write_fully(descriptor: int, data: bytes | memoryview) -> None:
     """Write all of `data` where the file stands."""
     view = memoryview(data)
     while view:

@@ -90,7 +90,7 @@ def check_belongs(diagonal: FisherIndex, model: TensorIndex) -> None:
         reader.close()
     if found != diagonal.fingerprint:
         raise ModelError(
-            f"{printable(diagonal.reference)}: this Fisher diagonal belongs to model "
+            f"{printable(diagonal.reference)}: this {'store' if diagonal.model is None else 'Fisher diagonal'} belongs to model "
             f"{printable(diagonal.model_name, 120)!r} ({diagonal.fingerprint}), not to {printable(model.reference)} "
-            f"({found}); give each model its own diagonal"
+            f"({found}); give each model its own"
         )

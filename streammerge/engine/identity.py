@@ -64,7 +64,11 @@ def identify(plan: MergePlan, reader: Reader) -> Identity:
         f"Fisher diagonal of model {place}": fisher_digest(index, reader)
         for place, index in enumerate(plan.fishers)
     }
-    shared = {VERSION: __version__, "random scheme": SCHEME, **plan.identity(), **fishers}
+    grams = {
+        f"Gram matrices of model {place}": fisher_digest(index, reader)
+        for place, index in enumerate(plan.grams)
+    }
+    shared = {VERSION: __version__, "random scheme": SCHEME, **plan.identity(), **fishers, **grams}
     inputs = [
         Entry(f"input {index.reference}", f"input {place}", digest)
         for place, (index, digest) in enumerate(zip(plan.inputs, fingerprints, strict=True))

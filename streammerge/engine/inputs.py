@@ -62,7 +62,7 @@ def find_inputs(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> list[Inpu
         (reference, stamp.path): _plain(f"of {reference}", stamp)
         for reference, stamps in plan.stamped.items() for stamp in stamps
     }  # fmt: skip
-    stores = {index.reference: index for index in plan.fishers if index.model is None}
+    stores = {index.reference: index for index in plan.stores if index.model is None}
     return [
         *found.values(),
         *(_chunks_of(index) for index in stores.values()),

@@ -15,11 +15,13 @@ from streammerge.engine.pieces import Applied, Bins, Counts, Loaded, Operand, op
 from streammerge.engine.statistics import block_sums
 from streammerge.errors import InputError, WorldError, printable
 from streammerge.methods.recipes import (
+    ROWS_AT_ONCE,
     ColumnCombination,
     CopyOf,
     FisherMean,
     Formula,
     Recipe,
+    RegressionMean,
     RowCombination,
     TaskVectorMerge,
     WeightedSum,
@@ -366,6 +368,8 @@ class TorchMath:
             return Applied(bad + self._store(merged, out, a, b), kept, floored)
 
         row = self._piece.row_length if len(self._piece.shape) > 1 or seen_by(recipe) == "rows" else 1
+        if isinstance(recipe, RegressionMean):
+            row *= ROWS_AT_ONCE
         parts = list(self._each(merge, row if self._block else max(1, self._piece.n)))
         kept = tuple(sum(part.kept[i] for part in parts) for i in range(n_vectors))
         return Applied(sum(part.not_finite for part in parts), kept, sum(part.floored for part in parts))

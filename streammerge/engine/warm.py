@@ -60,7 +60,9 @@ def _touch(mark: Path) -> None:
 
 
 def compile_kernels() -> None:
-    """Call every kernel once with the argument types a merge uses."""
+    """Call every kernel once with the argument types that are used."""
+    from streammerge.kernels.squares import add_squares
+
     arena = np.zeros(64 * 4, np.uint8)
     operands = tuple(Operand(64 * i, "BF16") for i in range(2))
     keys = RandomKeys(0, ("a", "b"))
@@ -88,3 +90,4 @@ def compile_kernels() -> None:
     math.apply(FisherMean((1.0, 1.0), (0.0, 0.0), vectors=vectors), Operand(128, "BF16"))
     add_products(np.ones((2, 5), np.float32), np.ones((5, 3), np.float32), 0, 3, np.empty((2, 3), np.float32))
     low_words(LowWords(TaskVector(0), 0.5), 8, keys.key("dare", 0, "t"))
+    add_squares(np.zeros(8), np.zeros(8, np.float32))

@@ -18,7 +18,7 @@ from streammerge.engine.fingerprint import files_digest, fingerprint
 from streammerge.engine.reader import Reader, check_unchanged
 from streammerge.engine.session import Event
 from streammerge.errors import ModelError, Stopped, printable
-from streammerge.fisher.store import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial
+from streammerge.fisher.store import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial, to_store
 from streammerge.index.header import FileStamp, TensorRef
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.index.pickles import read_pickle
@@ -135,22 +135,7 @@ def _runs(
         buffer = np.empty((end - first) * width, np.uint8)
         reader.read_into(ref.path, ref.offset + first * width, buffer)
         values = buffer.view(_NUMPY[ref.dtype])
-        yield _to_store(values, ref.dtype, dtype)
-
-
-def _to_store(values: NDArray[Any], source: str, dtype: str) -> NDArray[Any]:
-    """Return values in the store's dtype: rounded once, to nearest even; fp16 and bf16 widen exactly."""
-    if source == dtype:
-        return values
-    if source == "BF16":
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    with np.errstate(over="ignore"):  # an infinity is refused where the sums are taken
-        single = values.astype(np.float32)
-    if dtype == "F32":
-        return single
-    bits = single.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(single), np.uint32(0x7FC0), rounded).astype(np.uint16)
+        yield to_store(values, ref.dtype, dtype)
 
 
 def _open_source(source: str) -> tuple[Mapping[str, TensorRef], tuple[FileStamp, ...]]:

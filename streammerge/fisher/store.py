@@ -19,10 +19,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,16 @@ _ALIGN = 4096
 """Elements; chunks are multiples of it where rows allow, so that statistics by blocks need no second look."""
 _BINDING = "import.json"
 PARTIAL = ".partial"
+
+
+class Sums(Protocol):
+    """What is recorded of an array, from runs of its elements."""
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Take a run of elements into account; refuse what may not be stored."""
+
+    def values(self) -> dict[str, Any]:
+        """Return it, once all runs were added."""
 
 
 def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -83,10 +93,20 @@ class StoreWriter:
         The store's final directory; it must not exist.
     binding
         What the content depends on; an interrupted store is continued only for the same.
+    attribute
+        Under which the table is kept: it tells what kind of store it is.
+    sums
+        Makes what is recorded of each array, from tensor and dtype.
     """
 
-    def __init__(self, out: Path, binding: Mapping[str, str]) -> None:
+    def __init__(
+        self, out: Path, binding: Mapping[str, str], *, attribute: str = ATTRIBUTE,
+        sums: Callable[[str, str], Sums] = DiagonalSums,
+    ) -> None:  # fmt: skip
         import zarr
+
+        self._attribute = attribute
+        self._sums = sums
 
         self._out = out
         self._partial = out.with_name(out.name + PARTIAL)
@@ -98,7 +118,7 @@ class StoreWriter:
                 write_file(recorded, text)
             elif recorded.read_bytes() != text:
                 raise OutputError(
-                    f"{printable(self._partial)}: holds an unfinished import of something else; run it with what it "
+                    f"{printable(self._partial)}: holds an unfinished store of something else; run it with what it "
                     "began with, or start over with --overwrite"
                 )
             for left in self._partial.glob("*.partial"):  # what Zarr was writing when it was killed
@@ -110,7 +130,7 @@ class StoreWriter:
         directory = self._partial / array_name(tensor)
         if not directory.exists():
             return False
-        entry = _entry_of(directory)
+        entry = _entry_of(directory, self._attribute)
         if entry is not None and entry.get("stored_nbytes") == _chunk_bytes(directory):
             self._entries[tensor] = entry
             return True
@@ -137,7 +157,7 @@ class StoreWriter:
                 ],
                 config={"write_empty_chunks": True},
             )  # fmt: skip
-            sums = DiagonalSums(tensor, dtype)
+            sums = self._sums(tensor, dtype)
             for place, values in zip(_places(shape, chunk), runs, strict=True):
                 sums.add(values)
                 array[place] = values.reshape(_extent(place))
@@ -146,7 +166,7 @@ class StoreWriter:
                 "array": name, "dtype": dtype, "shape": list(shape), "chunk": list(chunk),
                 **sums.values(), "stored_nbytes": _chunk_bytes(self._partial / name),
             }  # fmt: skip
-            array.attrs.update({ATTRIBUTE: {"tensor": tensor, **entry}})
+            array.attrs.update({self._attribute: {"tensor": tensor, **entry}})
             _sync_tree(self._partial / name, chunks=False)
             fsync_directory(self._partial)
         self._entries[tensor] = entry
@@ -162,7 +182,7 @@ class StoreWriter:
             "norm": math.sqrt(squares), "tensors": table,
         }  # fmt: skip
         with world_errors(self._out):
-            self._group.attrs.update({ATTRIBUTE: attributes})
+            self._group.attrs.update({self._attribute: attributes})
             (self._partial / _BINDING).unlink(missing_ok=True)
             _sync_tree(self._partial, chunks=False)
             os.rename(self._partial, self._out)
@@ -193,7 +213,7 @@ def locked_partial(out: Path, overwrite: bool) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise OutputError(f"{printable(out)}: another import is writing it") from None
+            raise OutputError(f"{printable(out)}: another process is writing it") from None
         if overwrite:
             with world_errors(out):
                 for entry in partial.iterdir():
@@ -235,10 +255,25 @@ def chunk_runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         start += n
 
 
-def _entry_of(directory: Path) -> dict[str, Any] | None:
+def to_store(values: NDArray[Any], source: str, dtype: str) -> NDArray[Any]:
+    """Return values in the store's dtype: rounded once, to nearest even; fp16 and bf16 widen exactly."""
+    if source == dtype:
+        return values
+    if source == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    with np.errstate(over="ignore"):  # an infinity is refused where the sums are taken
+        single = values.astype(np.float32)
+    if dtype == "F32":
+        return single
+    bits = single.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(single), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def _entry_of(directory: Path, attribute: str) -> dict[str, Any] | None:
     """Return the table entry that a complete array has in its attributes."""
     try:
-        entry = json.loads((directory / GROUP_FILE).read_bytes())["attributes"][ATTRIBUTE]
+        entry = json.loads((directory / GROUP_FILE).read_bytes())["attributes"][attribute]
         return {key: value for key, value in entry.items() if key != "tensor"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

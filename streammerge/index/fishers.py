@@ -27,6 +27,8 @@ from streammerge.index.strict_json import MAX_NBYTES, parse_object
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "streammerge_fisher"
+GRAM_ATTRIBUTE = "streammerge_gram"
+"""The same of a store of Gram matrices."""
 FORMAT = 1
 STORED = {"F32": "float32", "BF16": "uint16"}
 """Dtypes of a store, and Zarr's name of what holds them: Zarr has no bfloat16, so its patterns are kept."""
@@ -142,7 +144,7 @@ def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) 
     if reference.endswith(PICKLES):
         raise bad(reference, "a PyTorch file: make a store of it with `streammerge fisher import`")
     if os.path.isdir(reference) and not _holds_safetensors(reference):
-        return _open_store(reference, with_table)
+        return _open_store(reference, ATTRIBUTE, "Fisher diagonals", "streammerge fisher import", with_table)
     if not os.path.exists(reference):
         raise bad(reference, "no such Fisher diagonal (a store, or a safetensors file)")
     model = open_model(reference)
@@ -155,6 +157,24 @@ def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) 
     return FisherIndex(reference, refs, model.stamps, model)
 
 
+def open_grams(reference: str | os.PathLike[str]) -> FisherIndex:
+    """Read the table of a store of Gram matrices: [inputs, inputs] of each linear map's weight, by its name.
+
+    Raises
+    ------
+    ModelError
+        If it is missing, malformed, unfinished, or something else.
+    WorldError
+        If the machine cannot read it.
+    """
+    reference = os.fspath(reference)
+    if not os.path.isdir(reference):
+        raise bad(reference, "no such store of Gram matrices")
+    return _open_store(
+        reference, GRAM_ATTRIBUTE, "Gram matrices", "streammerge gram compute", with_table=False
+    )
+
+
 def _holds_safetensors(directory: str) -> bool:
     try:
         return any(name.endswith(SUFFIX) for name in os.listdir(directory))
@@ -162,7 +182,7 @@ def _holds_safetensors(directory: str) -> bool:
         return False
 
 
-def _open_store(directory: str, with_table: bool) -> FisherIndex:
+def _open_store(directory: str, attribute: str, what: str, cure: str, with_table: bool) -> FisherIndex:
     path = os.path.join(directory, GROUP_FILE)
     if not os.path.lexists(path):
         raise bad(directory, f"neither a Zarr store (no {GROUP_FILE}) nor safetensors")
@@ -174,11 +194,9 @@ def _open_store(directory: str, with_table: bool) -> FisherIndex:
                       hashlib.blake2b(raw, digest_size=16).hexdigest())  # fmt: skip
     group = parse_object(raw, path, "the group", "finite")
     attributes = group.get("attributes")
-    about = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
+    about = attributes.get(attribute) if isinstance(attributes, dict) else None
     if group.get("zarr_format") != 3 or not isinstance(about, dict):
-        raise bad(
-            path, "not a store of Fisher diagonals, or an unfinished one: run `streammerge fisher import`"
-        )
+        raise bad(path, f"not a store of {what}, or an unfinished one: run `{cure}`")
     if about.get("format") != FORMAT:
         raise bad(
             path, f"a store of format {quoted(str(about.get('format')), 40)}, this version reads {FORMAT}"

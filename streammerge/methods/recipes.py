@@ -19,8 +19,13 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from streammerge.methods.requests import Mixers
+
     Coefficients = Callable[[NDArray[np.float64]], NDArray[np.float64]]
     """From Gram matrices, (rows, k, k), to the weights of the vectors, (rows, k)."""
+
+ROWS_AT_ONCE = 64
+"""Rows that a product with a matrix takes at a time."""
 
 Sees = Literal["elements", "rows", "columns", "tensor"]
 """What arithmetic must have before it at once: any elements; whole rows, the last axis; every column, along the first
@@ -354,9 +359,39 @@ class CopyOf:
     model: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class RegressionMean:
+    """theta = mean + sum_i (theta_i - mean) P_i, row by row; see `regmean`."""
+
+    weights: tuple[float, ...]
+    mixers: Mixers
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return theta in fp64, flat, for flat pieces of whole rows.
+
+        Rows are taken `ROWS_AT_ONCE` at a time from the first, so that a product has one shape however pieces are cut.
+        """
+        import torch
+
+        width = len(self.mixers.matrices[0])
+        rows = [model.double().reshape(-1, width) for model in models]
+        total = sum(self.weights)
+        mean = sum(w * theta for w, theta in zip(self.weights, rows, strict=True)) / total
+        assert isinstance(mean, torch.Tensor)
+        for first in range(0, len(mean), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            start = mean[some].clone()
+            for theta, mixer in zip(rows, self.mixers.matrices, strict=True):
+                mean[some] += (theta[some] - start) @ mixer.to(theta.device)
+        return mean.reshape(-1)
+
+
 Recipe = (
     WeightedSum | TaskVectorMerge | SelectedMerge | TouchedMerge | FisherMean | RowCombination | ColumnCombination
-    | Formula | CopyOf
+    | Formula | CopyOf | RegressionMean
 )  # fmt: skip
 
 
@@ -369,6 +404,8 @@ def seen_by(recipe: Recipe) -> Sees:
     """Return what a recipe must have before it at once; not of a formula, whose method declares it."""
     if isinstance(recipe, ColumnCombination):
         return "columns"
+    if isinstance(recipe, RegressionMean):
+        return "rows"
     by_rows = isinstance(recipe, SelectedMerge) and recipe.selection and sees_rows(recipe.selection.score)
     return "rows" if by_rows or isinstance(recipe, RowCombination) or ranked(recipe) else "elements"
 

@@ -87,6 +87,8 @@ class Method:
     """The names under which it takes a drop before it."""
     fisher: bool = False
     """Whether each model comes with a Fisher diagonal."""
+    gram: bool = False
+    """Whether each model comes with Gram matrices."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """mergekit's parameters without numeric effect here, each with the reason."""
     paper: str = ""
@@ -203,6 +205,7 @@ def method(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     drop: DropNames = GENERAL,
     fisher: bool = False,
+    gram: bool = False,
     ignored: Mapping[str, str] | None = None,
     paper: str = "",
     text: str | None = None,
@@ -228,6 +231,8 @@ def method(
         The names under which it takes a random drop before it; the method itself does not see them.
     fisher
         Whether each model needs a Fisher diagonal beside it.
+    gram
+        Whether each model needs Gram matrices beside it.
     text
         What it does, where that is not the function's docstring.
 
@@ -255,7 +260,7 @@ def method(
             declared[parameter.name] = parameter
         _METHODS[name] = Method(
             name, function, Access(access), base, models, declared,
-            presets or {}, drop, fisher, ignored or {}, paper, origin,
+            presets or {}, drop, fisher, gram, ignored or {}, paper, origin,
             inspect.cleandoc(text) if text is not None else inspect.getdoc(function) or "",
         )  # fmt: skip
         return function

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from streammerge.methods.recipes import TaskVectorMerge
 from streammerge.methods.scores import Score, Selection, sees_rows
 from streammerge.methods.vectors import TaskVector
+
+if TYPE_CHECKING:
+    import torch
 
 Scope = Literal["tensor", "model"]
 
@@ -328,11 +331,43 @@ class FisherSquares:
         return SquareTotal(1.0, 1)
 
 
+@dataclass(frozen=True)
+class Mixing:
+    """Ask for the matrices that turn the deviations of each model's rows from the average into a correction."""
+
+    alpha: float
+    """What lies off the diagonals of the Gram matrices is multiplied by it."""
+    weights: tuple[float, ...]
+    scope: Scope = "tensor"
+
+    def placeholder(self) -> Mixers:
+        """Return an answer of the right type, to follow a method without data."""
+        return Mixers(())
+
+
+@dataclass(frozen=True, eq=False)
+class Mixers:
+    """One matrix for each model, fp64 [inputs, inputs]."""
+
+    matrices: tuple[torch.Tensor, ...]
+
+
 Request = (
     TopK | Band | NonZero | Largest | Quantile | TieIndex | AbsSum | Squares | Touches | Gram | ColumnGram | SignTotal
-    | LowWords | FisherSquares
+    | LowWords | FisherSquares | Mixing
 )  # fmt: skip
-Answer = Threshold | Dots | ColumnDots | SquareSums | Touched | SquareTotal | tuple[int, int] | float | int
+Answer = (
+    Mixers
+    | Threshold
+    | Dots
+    | ColumnDots
+    | SquareSums
+    | Touched
+    | SquareTotal
+    | tuple[int, int]
+    | float
+    | int
+)
 
 
 def partials_of(request: Request) -> int:

@@ -17,6 +17,8 @@ class Scope:
     """Number of this tensor in the order of the merge."""
     fisher: bool = True
     """Whether the models' Fisher diagonals cover this tensor."""
+    gram: bool = True
+    """Whether the models' Gram matrices cover this tensor."""
     has_base: bool = False
     """Whether there is a base whose tensor takes part."""
     dropped: tuple[TaskVector, ...] = ()

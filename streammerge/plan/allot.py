@@ -262,4 +262,15 @@ def _likeness(job: Job, need: Needs) -> tuple[object, ...]:
     """Return what decides how a job is handled: those that share it are handled alike."""
     fishers = tuple((ref.dtype, getattr(ref, "chunk", None)) for ref in job.fishers)
     inputs = tuple((ref.dtype, scratch_bytes(ref)) for ref in job.inputs)
-    return job.kind, job.dtype, job.shape, inputs, fishers, need.access, need.holds, need.sums, need.sees
+    return (
+        job.kind,
+        job.dtype,
+        job.shape,
+        inputs,
+        fishers,
+        need.access,
+        need.holds,
+        need.sums,
+        need.sees,
+        bool(job.grams),
+    )

@@ -11,7 +11,7 @@ from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS
 from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.index.derived import GatheredRef, SourceRef, stored_dtype
-from streammerge.index.fishers import FisherIndex, FisherRef
+from streammerge.index.fishers import ChunkedRef, FisherIndex, FisherRef
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
 from streammerge.methods.requests import Band, TopK
@@ -40,6 +40,7 @@ def bind_jobs(
     indexes: Indexes,
     fishers: Sequence[FisherIndex] = (),
     alignment: Alignment | None = None,
+    grams: Sequence[FisherIndex] = (),
 ) -> Bound:
     """Return the jobs in the file order of the first input.
 
@@ -55,6 +56,8 @@ def bind_jobs(
         One diagonal per model, for a method that weighs by them.
     alignment
         How the rows of the models' vocabularies are put in one order.
+    grams
+        One store of Gram matrices per model, for a method that takes them.
 
     Raises
     ------
@@ -73,7 +76,7 @@ def bind_jobs(
     finder = _Finder(indexes, alignment)
     finder.check([cell for cell in assembly.cells if cell.name not in copied])
     warnings += _compare_names(config, assembly.cells, donor, indexes, excluded)
-    binder = _Binder(config, method, fishers)
+    binder = _Binder(config, method, fishers, grams)
     jobs: list[Job] = []
     for cell in assembly.cells:
         ordinal = len(jobs)
@@ -280,8 +283,14 @@ def _copy(ordinal: int, name: str, ref: SourceRef, config: MergeConfig) -> Job:
 class _Binder:
     """Makes the jobs that are no plain copies, and remembers what the user should know of them."""
 
-    def __init__(self, config: MergeConfig, method: Method, fishers: Sequence[FisherIndex]) -> None:
-        self._config, self._method, self._fishers = config, method, fishers
+    def __init__(
+        self,
+        config: MergeConfig,
+        method: Method,
+        fishers: Sequence[FisherIndex],
+        grams: Sequence[FisherIndex],
+    ) -> None:
+        self._config, self._method, self._fishers, self._grams = config, method, fishers, grams
         self._places = {spec.name: place for place, spec in enumerate(config.models)}
         self._without_fisher: list[str] = []
         self._shared: dict[tuple[object, ...], Mapping[str, object]] = {}
@@ -302,7 +311,8 @@ class _Binder:
         )  # there may be many tensors
         return Job(
             ordinal, cell.name, dtype, donor.shape, "merge", sources, self._recipe_base(base, parameters), parameters,
-            self._diagonals(cell, donor, members, sources), members if members != tuple(range(len(self._places))) else (),
+            self._diagonals(cell, donor, members, sources), self._matrices(cell, donor, members),
+            members if members != tuple(range(len(self._places))) else (),
         )  # fmt: skip
 
     def _recipe_base(self, base: SourceRef | None, parameters: Mapping[str, object]) -> SourceRef | None:
@@ -338,6 +348,30 @@ class _Binder:
                     f"{list(index[name].shape)}, the tensor has {list(donor.shape)}; it belongs to another model"
                 )
         return tuple(index[name] for index, name in pairs)
+
+    def _matrices(self, cell: Cell, donor: SourceRef, members: Sequence[int]) -> tuple[ChunkedRef, ...]:
+        """Return the Gram matrices of a linear map's weight; none where a model has none, or of what is no matrix."""
+        pairs = (
+            [(self._grams[member], name) for member, name in zip(members, cell.sources, strict=True)]
+            if self._grams
+            else []
+        )
+        if len(donor.shape) != 2 or not pairs or not any(name in index for index, name in pairs):
+            return ()
+        found = []
+        for index, name in pairs:
+            ref = index.get(name)
+            if (
+                not isinstance(ref, ChunkedRef)
+                or ref.shape != (donor.shape[1], donor.shape[1])
+                or ref.dtype != "F32"
+            ):
+                raise ModelError(
+                    f"{printable(index.reference)}: no Gram matrix of {donor.shape[1]} inputs for tensor {printable(name)}, as "
+                    "others have; list the tensor under `exclude:` to copy it"
+                )
+            found.append(ref)
+        return tuple(found)
 
     def warnings(self) -> list[str]:
         """Return what the user should know of all jobs together."""

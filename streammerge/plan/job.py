@@ -32,6 +32,8 @@ class Job:
     parameters: Mapping[str, Any]
     fishers: tuple[FisherRef, ...] = ()
     """The models' Fisher diagonals, for a method that weighs by them; empty where they lack the tensor."""
+    grams: tuple[ChunkedRef, ...] = ()
+    """The Gram matrices of the models' inputs to it, for a method that takes them; empty where they lack the tensor."""
     members: tuple[int, ...] = ()
     """Which of the plan's models the sources belong to; empty: to all, in order."""
 
@@ -76,6 +78,11 @@ class Job:
         """Most bytes of one chunk of a Fisher store, decompressed; 0 without a store."""
         chunked = [ref for ref in self.fishers if isinstance(ref, ChunkedRef)]
         return max((ref.chunk_elements * itemsize(ref.dtype) for ref in chunked), default=0)
+
+    @property
+    def mixer_bytes(self) -> int:
+        """Most bytes that it takes to make matrices from the Gram matrices, and to hold them."""
+        return 8 * (len(self.grams) + 5) * self.row_length**2 if self.grams else 0
 
     @property
     def output_bytes(self) -> int:

@@ -38,6 +38,13 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
                 f"{spec.path}: method {method.name!r} needs the model's Fisher diagonal: `fisher: PATH`, a store "
                 "or a safetensors file"
             )
+        if spec.gram is not None and not method.gram:
+            raise ConfigError(f"{spec.path}.gram: method {method.name!r} takes no Gram matrices")
+        if spec.gram is None and method.gram:
+            raise ConfigError(
+                f"{spec.path}: method {method.name!r} needs the model's Gram matrices: `gram: PATH`, a store that "
+                "`streammerge gram compute` makes"
+            )
     for settings, in_model in config.settings():
         for name, setting in settings.items():
             if name == PRESET and settings is config.parameters and method.presets:

@@ -16,7 +16,16 @@ from streammerge.index.header import FileStamp
 from streammerge.index.model import TensorIndex
 from streammerge.methods.recipes import Sees
 from streammerge.methods.registry import Access, Method
-from streammerge.methods.requests import AbsSum, FisherSquares, Gram, LowWords, Request, Squares, passes_of
+from streammerge.methods.requests import (
+    AbsSum,
+    FisherSquares,
+    Gram,
+    LowWords,
+    Mixing,
+    Request,
+    Squares,
+    passes_of,
+)
 from streammerge.methods.scope import Scope
 from streammerge.plan.allot import Needs, Room, allot, asked_together, lists_nbytes
 from streammerge.plan.bind import bind_jobs
@@ -53,6 +62,8 @@ class MergePlan:
     warnings: tuple[str, ...] = field(default=())
     fishers: tuple[FisherIndex, ...] = ()
     """The Fisher diagonal of each model, for a method that weighs by them."""
+    grams: tuple[FisherIndex, ...] = ()
+    """The Gram matrices of each model, for a method that takes them."""
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
     bases: tuple[TensorIndex, ...] = ()
@@ -88,10 +99,15 @@ class MergePlan:
 
     @property
     def stamped(self) -> dict[str, tuple[FileStamp, ...]]:
-        """The files behind every model and every Fisher diagonal, by its reference."""
+        """The files behind every model and what lies beside it, by its reference."""
         return {index.reference: index.stamps for index in self.inputs} | {
-            index.reference: index.stamps for index in self.fishers
+            index.reference: index.stamps for index in self.stores
         }
+
+    @property
+    def stores(self) -> tuple[FisherIndex, ...]:
+        """What lies beside the models: Fisher diagonals, Gram matrices."""
+        return (*self.fishers, *self.grams)
 
     @property
     def random(self) -> bool:
@@ -175,6 +191,7 @@ def make_plan(
     device: str = "cpu",
     torch_only: bool = False,
     fishers: Sequence[FisherIndex] = (),
+    grams: Sequence[FisherIndex] = (),
     notes: Sequence[str] = (),
     bases: Sequence[TensorIndex] = (),
     left_out: Sequence[LeftOut] = (),
@@ -185,6 +202,8 @@ def make_plan(
     ----------
     fishers
         The Fisher diagonal of each model, for a method that weighs by them.
+    grams
+        The Gram matrices of each model, for a method that takes them.
     seed
         Overrides the config's.
     device
@@ -206,7 +225,7 @@ def make_plan(
     donor = base if base is not None else models[0]
     indexes = {index.reference: index for index in (*models, *bases, donor)}
     alignment = None if config.tokenizer is None else align(config.tokenizer, donor, indexes)
-    bound = bind_jobs(config, method, donor, indexes, fishers, alignment)
+    bound = bind_jobs(config, method, donor, indexes, fishers, alignment, grams)
     jobs = bound.jobs
     settings, remarks = merged_config(config, donor, indexes, jobs, bound.stacks, alignment)
     tokenizer = None
@@ -216,7 +235,7 @@ def make_plan(
     cache: dict[tuple[object, ...], Needs] = {}
     needs = []
     for job in jobs:
-        key = (job.kind, *job.parameters.items())
+        key = (job.kind, bool(job.grams), *job.parameters.items())
         if key not in cache:
             cache[key] = _needs(job, method, jobs)
         needs.append(cache[key])
@@ -230,7 +249,7 @@ def make_plan(
         )  # fmt: skip
 
     n_refs = sum(len(index) for index in indexes.values())
-    n_stored = sum(len(index) for index in fishers)
+    n_stored = sum(len(index) for index in (*fishers, *grams))
     lists = lists_nbytes(n_refs, n_stored, jobs, needs)
     lists += 0 if alignment is None else alignment.nbytes
     lists += 0 if tokenizer is None else sum(map(len, tokenizer.changed.values()))
@@ -238,7 +257,7 @@ def make_plan(
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(need.access for need in needs), allotted.work,
         lay_out(jobs, shard_size), allotted.budget, config.seed if seed is None else seed,
-        torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), device, tuple(bases), settings,
+        torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), tuple(grams), device, tuple(bases), settings,
         tuple(sorted(left_out)), tokenizer, "" if alignment is None else alignment.digest(), allotted.room,
     )  # fmt: skip
 
@@ -271,28 +290,34 @@ def _kept_of_columns(job: Job, need: Needs, work: Work) -> int:
 
 def scope_of(job: Job) -> Scope:
     """Return what the method may know of a merge job."""
-    return Scope(job.n_models, job.ordinal, fisher=bool(job.fishers), has_base=job.base is not None)
+    return Scope(
+        job.n_models,
+        job.ordinal,
+        fisher=bool(job.fishers),
+        gram=bool(job.grams),
+        has_base=job.base is not None,
+    )
 
 
 def needs_data(request: Request, jobs: Sequence[Job]) -> bool:
     """Return whether the answer takes a pass over the inputs; a Fisher store records its squares."""
     if isinstance(request, FisherSquares):
         return any(job.fishers and not isinstance(job.fishers[request.model], ChunkedRef) for job in jobs)
-    return not isinstance(request, LowWords)
+    return not isinstance(request, LowWords | Mixing)
 
 
 def runs_in_torch(job: Job, method: Method) -> bool:
     """Return whether a job's arithmetic is done by torch on the CPU: plain formulas, and fp64."""
     if job.kind == "merge":
         wide = any(ref.dtype == "F64" for ref in (*job.inputs, *job.fishers))
-        return method.is_formula or wide or job.dtype == "F64"
+        return bool(job.grams) or method.is_formula or wide or job.dtype == "F64"
     return job.dtype != job.sources[0].dtype and "F64" in (job.dtype, job.sources[0].dtype)
 
 
 def torch_workspace(job: Job, n: int) -> int:
     """Return an upper bound of the temporaries of a formula on a block of `n` elements, in bytes."""
     block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
-    return block * 8 * (2 * len(job.inputs) + 3 * len(job.fishers) + 12)
+    return block * 8 * (2 * len(job.inputs) + 3 * len(job.fishers) + 12) + job.mixer_bytes
 
 
 def _workspace(sees: Sees, *, in_torch: bool) -> Callable[[Job, int], int]:
@@ -314,7 +339,7 @@ def _kept_of_a_row(job: Job) -> int:
 
 
 def _distinct(jobs: Sequence[Job]) -> list[Job]:
-    seen = {tuple(job.parameters.items()): job for job in jobs if job.kind == "merge"}
+    seen = {(bool(job.grams), *job.parameters.items()): job for job in jobs if job.kind == "merge"}
     return list(seen.values())
 
 

@@ -20,7 +20,7 @@ from typing import Literal
 from streammerge.errors import BudgetError, printable
 from streammerge.index.derived import scratch_bytes
 from streammerge.index.fishers import ChunkedRef
-from streammerge.methods.recipes import Sees
+from streammerge.methods.recipes import ROWS_AT_ONCE, Sees
 from streammerge.methods.requests import rows_at_once
 from streammerge.plan.arena import alignment_bytes, bytes_per_element, slot_bytes
 from streammerge.plan.budget import Budget
@@ -160,7 +160,9 @@ def plan_work(
         what = "a block of it" if sees == "elements" else f"{row // line} rows of it"
         return _fitting(job, held if resident else work("surveyed", row), row, what, budget)
     if sees == "rows":
-        return _fitting(job, work("cut", job.row_length), job.row_length, "one row of it", budget)
+        row = job.row_length * (ROWS_AT_ONCE if job.grams else 1)
+        what = f"{ROWS_AT_ONCE} rows of it and matrices of its inputs" if job.grams else "one row of it"
+        return _fitting(job, work("cut", row), row, what, budget)
     cut = work("cut", ALIGN)
     row = _store_row(job)
     if row * per_element <= min(budget.chunk_target, budget.capacity - cut.workspace):

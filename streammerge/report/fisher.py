@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import printable
 from streammerge.fisher.importing import Imported
 from streammerge.index.fishers import FisherIndex
-from streammerge.units import format_size
+from streammerge.report.progress import peak_resident_bytes
+from streammerge.units import format_seconds, format_size
+
+if TYPE_CHECKING:  # it imports torch
+    from streammerge.fisher.compute import Computed
+    from streammerge.gram.compute import Collected
 
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 _SHOWN = 12
@@ -24,6 +29,28 @@ def imported_text(imported: Imported) -> str:
     return (
         f"wrote {printable(imported.out)}: {imported.tensors} tensors{resumed}, {about['elements']:,} certainties in "
         f"{format_size(stored)}; norm {about['norm']:.6g}"
+    )
+
+
+def computed_values(computed: Computed | Collected) -> dict[str, Any]:
+    """Return what a run over examples did as plain values."""
+    about = {key: value for key, value in computed.about.items() if key != "tensors"}
+    return {
+        "out": computed.out, "tensors": computed.tensors, "bytes_read": computed.bytes_read,
+        "seconds": round(computed.seconds, 3), "peak_resident_bytes": peak_resident_bytes(), **about,
+    }  # fmt: skip
+
+
+def computed_text(computed: Computed | Collected) -> str:
+    """Return what a run over examples did."""
+    about = computed.about
+    stored = sum(entry["stored_nbytes"] for entry in about["tensors"].values())
+    what = f"{about['elements']:,} certainties" if "estimator" in about else "Gram matrices"
+    labels = f", {about['estimator']} labels" if "estimator" in about else ""
+    return (
+        f"wrote {printable(computed.out)}: {computed.tensors} tensors, {what} in {format_size(stored)}\n"
+        f"{about['examples']} examples, {about['tokens']:,} tokens{labels}; read {format_size(computed.bytes_read)} in "
+        f"{format_seconds(computed.seconds)}, peak memory {format_size(peak_resident_bytes())}"
     )
 
 

@@ -88,16 +88,16 @@ class LineReporter:
 class BarReporter:
     """A live bar on a terminal's stderr."""
 
-    def __init__(self, plan_elements: int | None = None) -> None:
+    def __init__(self, what: str = "merging") -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
         self._console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("merging"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
+            TextColumn(what), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
             console=self._console, transient=True,
         )  # fmt: skip
-        self._task = self._progress.add_task("merge", total=plan_elements, text="")
+        self._task = self._progress.add_task(what, total=None, text="")
         self._rate = Rate()
         self._progress.start()
 

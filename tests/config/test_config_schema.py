@@ -237,7 +237,7 @@ REFUSED = [
     ("merge_method: linear\nmodels: [{model: ' '}]", ": models[0].model: must not be empty"),
     (
         "merge_method: linear\nmodels: [{model: a, weight: 1}]",
-        ": models[0]: unknown key 'weight' (known: model, parameters, alias, fisher)",
+        ": models[0]: unknown key 'weight' (known: model, parameters, alias, fisher, gram)",
     ),
     (
         "merge_method: linear\nmodels: [{model: a, paramters: {}}]",

@@ -471,7 +471,7 @@ def test_finished_arrays_are_kept_and_damaged_ones_done_again(
     first = partial / written[0]
     (first / "c" / "0").unlink() if (first / "c" / "0").is_file() else shutil.rmtree(first / "c")
     monkeypatch.setattr(store.StoreWriter, "write", real)
-    with pytest.raises(OutputError, match="unfinished import of something else"):
+    with pytest.raises(OutputError, match="unfinished store of something else"):
         import_diagonal(paths[1], source, tmp_path / "s.zarr", dtype="BF16")
     with pytest.raises(OutputError, match="something else"):
         import_diagonal(paths[1], source, tmp_path / "s.zarr", about={"seed": 3})

@@ -1,0 +1,83 @@
+"""The matrices by which RegMean mixes the rows of one tensor: from the Gram matrices of its models, one tensor at a time."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.dtypes import itemsize
+from streammerge.engine.reader import Reader
+from streammerge.engine.stages import Stages
+from streammerge.engine.stored_chunks import read_stored
+from streammerge.index.fishers import ChunkedRef
+from streammerge.methods.requests import Mixers, Mixing
+from streammerge.plan.arena import slot_bytes
+from streammerge.plan.job import Job
+
+_FRAME = 64
+_SINGLE = float(np.finfo(np.float32).eps)
+
+
+class MixerCache:
+    """Computes mixers, and keeps those of the last tensor: its pieces come one after the other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last: tuple[int, Mixers] | None = None
+
+    def get(self, job: Job, request: Mixing, reader: Reader, stages: Stages) -> Mixers:
+        """Return the mixers of a job's tensor.
+
+        Raises
+        ------
+        ModelError
+            If a chunk of a store is damaged.
+        """
+        with self._lock:
+            if self._last is None or self._last[0] != job.ordinal:
+                self._last = None  # given up before as much is taken again
+                grams = (_read(ref, reader, stages) for ref in job.grams)
+                with stages.time("statistics"):
+                    self._last = job.ordinal, mixers_of(list(grams), request)
+            return self._last[1]
+
+
+def mixers_of(grams: list[NDArray[np.float32]], request: Mixing) -> Mixers:
+    """Return P_i = G_i (sum G)^+ of each model: by Cholesky, or by eigenvalues where directions have no data.
+
+    A direction has data if its share of the largest is above what fp32 matrices of this size can tell from 0.
+    """
+    import torch
+
+    n = len(grams[0])
+    scaled: list[torch.Tensor] = []
+    while grams:
+        gram = torch.from_numpy(grams.pop(0)).double()
+        diagonal = gram.diagonal().clone()
+        gram.mul_(request.alpha * request.weights[len(scaled)])
+        gram.diagonal().copy_(diagonal * request.weights[len(scaled)])
+        scaled.append(gram)
+    total = torch.zeros(n, n, dtype=torch.float64)
+    for gram in scaled:
+        total += gram
+    root, info = torch.linalg.cholesky_ex(total)
+    pivots = root.diagonal()
+    if int(info) == 0 and float((pivots.min() / pivots.max()) ** 2) > n * _SINGLE:
+        for i, gram in enumerate(scaled):
+            scaled[i] = torch.cholesky_solve(gram, root).T.contiguous()
+        return Mixers(tuple(scaled))
+    values, vectors = torch.linalg.eigh(total)
+    kept = values > n * _SINGLE * values[-1].clamp(min=0.0)
+    inverse = vectors[:, kept] / values[kept] @ vectors[:, kept].T
+    for i, gram in enumerate(scaled):
+        scaled[i] = gram @ inverse
+    return Mixers(tuple(scaled))
+
+
+def _read(ref: ChunkedRef, reader: Reader, stages: Stages) -> NDArray[np.float32]:
+    target = np.empty(ref.nbytes, np.uint8)
+    room = slot_bytes(ref.chunk_elements * itemsize(ref.dtype) + _FRAME)
+    read_stored(reader, stages, ref, 0, ref.n_elements, target, np.empty(2 * room, np.uint8))
+    return target.view(np.float32).reshape(ref.shape)
