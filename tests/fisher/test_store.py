@@ -235,7 +235,7 @@ def test_a_store_of_another_model_is_refused_naming_both(paths: list[Path], tmp_
     config = config_for("fisher", paths)
     config["models"][0]["fisher"] = str(make_store(paths[2]))
     with pytest.raises(
-        ModelError, match=r"m2\.zarr: this Fisher diagonal belongs to model 'm2' .* not to .*m1"
+        ModelError, match=r"m2\.zarr: this store belongs to model 'm2' .* not to .*m1"
     ):
         merge(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
