@@ -89,6 +89,13 @@ def test_the_memory_that_a_refusal_asks_for_is_enough(
             plan(config, memory=parse_size(asked[1]) - 3 * MIB, threads=2)
 
 
+def test_a_refusal_names_the_tensor_that_takes_the_most(tmp_path: Path) -> None:
+    shapes: Shapes = {"a": (3, 2_000_000), "b": (3, 4_000_000), "c": (3, 1_000_000)}
+    config = config_of("della", write_headers(tmp_path, shapes, 3), {"density": 0.5})
+    with pytest.raises(BudgetError, match=r"^b: this method holds one row of it"):
+        plan(config, memory="256MiB")
+
+
 @given(st.integers(1, 1 << 45))
 def test_a_size_that_is_asked_for_is_never_rounded_down(nbytes: int) -> None:
     assert nbytes <= parse_size(format_at_least(nbytes)) < nbytes + MIB
