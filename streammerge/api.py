@@ -393,7 +393,7 @@ def _open_beside(
         if reference is None:
             return []  # refused with the other parameters, by name
         index = open_store(reference)
-        check_belongs(index, model)
+        check_belongs(index, model, "Fisher diagonal" if key == "fisher" else "store of Gram matrices")
         stores.append(index)
     return stores
 

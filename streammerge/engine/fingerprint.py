@@ -73,8 +73,8 @@ def fisher_digest(index: FisherIndex, reader: Reader) -> str:
     return index.stamps[0].header_digest if index.model is None else fingerprint(index.model, reader)
 
 
-def check_belongs(diagonal: FisherIndex, model: TensorIndex) -> None:
-    """Refuse a Fisher diagonal that was recorded for a model of other content.
+def check_belongs(diagonal: FisherIndex, model: TensorIndex, what: str = "Fisher diagonal") -> None:
+    """Refuse a Fisher diagonal, or another store (`what`), that was recorded for a model of other content.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def check_belongs(diagonal: FisherIndex, model: TensorIndex) -> None:
         reader.close()
     if found != diagonal.fingerprint:
         raise ModelError(
-            f"{printable(diagonal.reference)}: this {'store' if diagonal.model is None else 'Fisher diagonal'} belongs to model "
+            f"{printable(diagonal.reference)}: this {what} belongs to model "
             f"{printable(diagonal.model_name, 120)!r} ({diagonal.fingerprint}), not to {printable(model.reference)} "
-            f"({found}); give each model its own"
+            f"({found}); give each model its own {what}"
         )

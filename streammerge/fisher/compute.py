@@ -154,9 +154,8 @@ def compute_diagonal(
             progress.total = estimator.total_work
             names = {name for parameter in skeleton.aliases for name in loader.parts(parameter, parameter)}
             order = [name for name in index if name in names]
-            if [
-                name for name in order if not store.known(name)
-            ]:  # else it was stopped just before it had its name
+            left = [name for name in order if not store.known(name)]
+            if left:  # else it was stopped just before the store had its name
                 estimator.run()
             for stamp in index.stamps:
                 check_unchanged(stamp)
@@ -191,9 +190,7 @@ def _stages(skeleton: Skeleton, examples: list[Example], width: int) -> Iterator
             f"layer {i}", sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.dim() != 2),
             activations=layer_activations([p.shape for p in weights], tokens, width, heads, used),
         )  # fmt: skip
-    embeddings = {m.weight for m in skeleton.model.modules() if isinstance(m, nn.Embedding)} & set(
-        skeleton.outer
-    )
+    embeddings = set(skeleton.embeddings)
     looked_up = sum(min(len(p), max(ids, tokens)) * p.shape[1] for p in embeddings)
     dense = [p for p in skeleton.outer if p not in embeddings or len(skeleton.aliases[p]) > 1]
     choices = skeleton.vocabulary if skeleton.kind == CAUSAL else skeleton.n_labels

@@ -36,8 +36,6 @@ from streammerge.network.skeleton import CAUSAL, Skeleton
 
 BEFORE, AFTER = "what comes before the layers", "what comes after the layers"
 _SAME_LENGTH_CHECKS = 8
-BACKWARD_COST = 3
-"""Of a stage, against 1 forward: it is run again, and its gradients take two products for each of its own."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,8 @@ class Estimator:
         skeleton = network.skeleton
         self._skeleton: Skeleton = skeleton
         self._n_scores = n_scores(estimate.labels, skeleton.kind, skeleton.n_labels)
+        # Of a stage on the way back, against 1 forward: it is run again, and each score takes two products for each of its own.
+        self._cost = 1 + 2 * self._n_scores
         self._blocks = [list(dict.fromkeys(block.parameters())) for block in skeleton.blocks]
         owned = [parameter for block in self._blocks for parameter in block]
         if len(set(owned)) < len(owned):
@@ -119,7 +119,7 @@ class Estimator:
         """Of a whole estimate, in the units of `tick`."""
         tokens = sum(example.length for example in self._estimate.examples)
         layers = sum(self._work(block, 1) for block in self._blocks)
-        return tokens * ((1 + BACKWARD_COST) * layers + BACKWARD_COST * self._work(self._skeleton.outer, 1))
+        return tokens * ((1 + self._cost) * layers + self._cost * self._work(self._skeleton.outer, 1))
 
     def run(self) -> None:
         """Run every stage that is not done."""
@@ -202,7 +202,7 @@ class Estimator:
                     out.add(gradient)
                 for gradient in tied.gradients:
                     tied_out.add(gradient)
-                self._tick(self._work(self._skeleton.outer, example.length, BACKWARD_COST))
+                self._tick(self._work(self._skeleton.outer, example.length, self._cost))
             self._finish_head(weights)
         self._hidden[last].remove()
 
@@ -246,7 +246,7 @@ class Estimator:
                 scores = [score.view(output.shape) for score in self._per_score(wanted.rows(n))]
                 for gradient in weights.backward(output, scores, hidden):
                     out.add(gradient)
-                self._tick(self._work(self._blocks[i], example.length, BACKWARD_COST))
+                self._tick(self._work(self._blocks[i], example.length, self._cost))
             for parameter in self._blocks[i]:
                 self._write(parameter, weights.dense.get(parameter), None)
         self._gradient[i + 1].remove()
@@ -300,6 +300,6 @@ class Estimator:
         """Count the work of the stages that are done, forward all and backward down to `begun`."""
         for block in self._blocks:
             self._tick_stage(block, 1)
-        self._tick_stage(self._skeleton.outer, BACKWARD_COST)
+        self._tick_stage(self._skeleton.outer, self._cost)
         for block in self._blocks[begun:]:
-            self._tick_stage(block, BACKWARD_COST)
+            self._tick_stage(block, self._cost)

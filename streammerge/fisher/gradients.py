@@ -26,6 +26,8 @@ class _Product:
 
     inputs: Tensor
     transposed: bool
+    version: int
+    """Of the inputs, when they went in: autograd does not look after what a weight without a gradient needs."""
     output_gradient: Tensor | None = None
     """Of the score at hand; None while backpropagation has not passed."""
 
@@ -119,7 +121,7 @@ class Gradients(Resident):
             return
         if not output.requires_grad:  # autograd would pass it by
             self.on_other(parameter)
-        product = _Product(inputs.detach(), transposed)
+        product = _Product(inputs.detach(), transposed, inputs._version)
         output.register_hook(product.take)  # type: ignore[no-untyped-call]
         self._products.setdefault(parameter, []).append(product)
 
@@ -142,9 +144,16 @@ class Gradients(Resident):
             self._lookups.clear()
             try:
                 with torch.enable_grad():
-                    return run()
+                    output = run()
             except _UsedOtherwise:
                 continue
+            for parameter, uses in self._products.items():
+                if any(one.inputs._version != one.version for one in uses):
+                    raise ModelError(
+                        f"{printable(self._loader.reference)}: {self._where} changes the inputs of "
+                        f"{printable(self._loader.name(parameter))} in place, so its gradient cannot be had"
+                    )
+            return output
 
     def backward(
         self, output: Tensor, scores: Sequence[Tensor], hidden: Tensor | None, tied: TiedRows | None = None

@@ -385,7 +385,9 @@ class RegressionMean:
             some = slice(first, first + ROWS_AT_ONCE)
             start = mean[some].clone()
             for theta, mixer in zip(rows, self.mixers.matrices, strict=True):
-                mean[some] += (theta[some] - start) @ mixer.to(theta.device)
+                # What is not finite stays so at its own element; the rest of its row takes it for the average.
+                away = (theta[some] - start).nan_to_num(0.0, 0.0, 0.0)
+                mean[some] += away @ mixer.to(theta.device)
         return mean.reshape(-1)
 
 
