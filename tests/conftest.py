@@ -131,11 +131,8 @@ def write_grams(model: Path) -> Path:
     if path.exists():
         return path
     generator = torch.Generator().manual_seed(sum(model.name.encode()))
-    widths = {
-        name: tensor.shape[1]
-        for name, tensor in read_tensors(model).items()
-        if "mlp" in name and tensor.dim() == 2
-    }
+    matrices = {name: t.shape[1] for name, t in read_tensors(model).items() if t.dim() == 2}
+    widths = {name: n for name, n in matrices.items() if "mlp" in name} or matrices
     with locked_partial(path, False):
         store = StoreWriter(path, {}, attribute=GRAM_ATTRIBUTE, sums=GramSums)
         for name, n in widths.items():

@@ -54,6 +54,8 @@ def test_blocks_shrink_until_they_fit_and_the_bytes_are_the_same(
     room: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch_pieces, "TorchMath", partial(TorchMath, keep=keep))
+    if method == "regmean":
+        pytest.skip("its matrix products are always of as many rows: smaller ones might round otherwise")
     # Rows that divide 4096: a block of whole rows and whole sums of 4096 elements is no larger than that.
     paths = make_models(shapes={"w": (96, 128), "v": (40, 256), "norm": (64,), "scalar": ()})
     config = config_for(method, paths, parameters=parameters)
