@@ -98,6 +98,30 @@ def streammerge(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "streammerge.cli", *arguments, "--quiet"], check=True)
 
 
+def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Write a figure: of each merge the accuracy on every task, beside that of the task's own classifier."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    merged = {name: row for name, row in rows.items() if not name.endswith(" alone")}
+    figure, axes = plt.subplots(figsize=(8, 3.9), dpi=100)
+    tasks = list(next(iter(merged.values())))
+    for i, task in enumerate(tasks):
+        places = [place + (i - 1) * 0.27 for place in range(len(merged))]
+        axes.bar(places, [row[task] for row in merged.values()], 0.25, color=f"C{i}", label=task)
+        axes.axhline(
+            rows[f"{task} alone"][task], color=f"C{i}", lw=1, ls=":", label=f"{task}, its own classifier"
+        )
+    axes.set_xticks(range(len(merged)), [name.replace(", ", ",\n", 1) for name in merged], fontsize=8)
+    axes.set_ylabel("accuracy on test examples, %")
+    axes.set_ylim(0, 115)
+    axes.legend(fontsize=7, ncol=2, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main() -> None:
     """Fine-tune, estimate, merge, score."""
     parser = argparse.ArgumentParser(
@@ -109,6 +133,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--figure", type=Path, help="a PNG to draw")
     args = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -141,6 +166,8 @@ def main() -> None:
         path.write_text(json.dumps({**config, "models": models}))  # JSON is YAML
         streammerge("merge", str(path), str(args.work / "merged"), "--overwrite", "--memory", "1GiB")
         rows[name] = {on: accuracy(args.work / "merged", tasks[on]) for on in tasks}
+    if args.figure is not None:
+        draw(rows, args.figure)
     print(f"{'':32}" + "".join(f"{task:>11}" for task in tasks) + f"{'mean':>8}")
     for name, row in rows.items():
         print(
