@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from streammerge.engine.session import Event
 from streammerge.errors import BudgetError
 from streammerge.plan.allot import FEWEST_BINS, MOST_BINS, Room, make_room
 from streammerge.plan.budget import KERNEL_RESERVE, MIB, SMALLEST_CAPACITY, Budget
-from streammerge.plan.free_memory import left_in_groups
+from streammerge.plan.free_memory import left_in_groups, peak_memory
 from streammerge.plan.plan import MergePlan
 from streammerge.units import format_at_least, parse_size
 
@@ -218,3 +219,13 @@ def test_a_machine_without_control_groups_limits_nothing(tmp_path: Path) -> None
     assert list(left_in_groups(tmp_path / "none", tmp_path)) == []
     (tmp_path / "cgroup").write_text("0::/\n")
     assert list(left_in_groups(tmp_path / "cgroup", tmp_path / "none")) == []
+
+
+def test_the_peak_is_the_process_s_own_and_not_that_of_the_one_that_started_it() -> None:
+    code = "from streammerge.plan.free_memory import peak_memory; print(peak_memory())"
+    held = bytearray(400 << 20)
+    held[:: 1 << 12] = bytes(len(held) >> 12)
+    assert held.count(1) == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1 << 20 < int(done.stdout) < 200 << 20
+    assert peak_memory() > 400 << 20

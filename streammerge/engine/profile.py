@@ -9,6 +9,7 @@ from typing import Any
 
 from streammerge.engine.durable import write_file
 from streammerge.engine.stages import BESIDE, Stages
+from streammerge.plan.free_memory import peak_memory
 
 
 def profile_values(
@@ -45,7 +46,7 @@ def profile_values(
         "process": {
             "user_seconds": round(usage.ru_utime, 3),
             "system_seconds": round(usage.ru_stime, 3),
-            "peak_resident_bytes": usage.ru_maxrss << 10,
+            "peak_resident_bytes": peak_memory(),
         },
     }
 

@@ -1,12 +1,14 @@
-"""How much memory this process could still take: of the machine, or of a control group that it runs in."""
+"""How much memory this process has, and could still take: of the machine, or of a control group that it runs in."""
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 from streammerge.units import format_at_least, format_size
 
+_STATUS = Path("/proc/self/status")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
@@ -24,6 +26,18 @@ def own_memory() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has had resident since its program began, by the system's own account.
+
+    What `getrusage` says includes the process that started this one: Linux hands its peak on.
+    """
+    try:
+        lines = _STATUS.read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, ValueError, StopIteration, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def left_in_groups(membership: Path, mount: Path) -> Iterator[int]:

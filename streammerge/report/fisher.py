@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.errors import printable
 from streammerge.fisher.importing import Imported
 from streammerge.index.fishers import FisherIndex
-from streammerge.report.progress import peak_resident_bytes
+from streammerge.plan.free_memory import peak_memory
 from streammerge.units import format_seconds, format_size
 
 if TYPE_CHECKING:  # it imports torch
@@ -37,7 +37,7 @@ def computed_values(computed: Computed | Collected) -> dict[str, Any]:
     about = {key: value for key, value in computed.about.items() if key != "tensors"}
     return {
         "out": computed.out, "tensors": computed.tensors, "bytes_read": computed.bytes_read,
-        "seconds": round(computed.seconds, 3), "peak_resident_bytes": peak_resident_bytes(), **about,
+        "seconds": round(computed.seconds, 3), "peak_resident_bytes": peak_memory(), **about,
     }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def computed_text(computed: Computed | Collected) -> str:
     return (
         f"wrote {printable(computed.out)}: {computed.tensors} tensors, {what} in {format_size(stored)}\n"
         f"{about['examples']} examples, {about['tokens']:,} tokens{labels}; read {format_size(computed.bytes_read)} in "
-        f"{format_seconds(computed.seconds)}, peak memory {format_size(peak_resident_bytes())}"
+        f"{format_seconds(computed.seconds)}, peak memory {format_size(peak_memory())}"
     )
 
 

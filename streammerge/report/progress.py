@@ -10,6 +10,7 @@ from typing import Any
 
 from streammerge.engine.session import Event, Summary
 from streammerge.errors import printable
+from streammerge.plan.free_memory import peak_memory
 from streammerge.plan.plan import MergePlan
 from streammerge.units import format_seconds, format_size
 
@@ -21,13 +22,6 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-def peak_resident_bytes() -> int:
-    """Return the most memory this process has had resident, by the operating system's own account."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class JsonReporter:
@@ -159,7 +153,7 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "out": summary.out, "already_complete": summary.already_complete, "tensors": summary.tensors,
         "shards": summary.shards, "bytes_read": summary.bytes_read, "bytes_written": summary.bytes_written,
         "bytes_resumed": summary.bytes_resumed, "seconds": round(summary.seconds, 3),
-        "peak_resident_bytes": peak_resident_bytes(), "densities": summary.densities,
+        "peak_resident_bytes": peak_memory(), "densities": summary.densities,
         **({"floored": dict(summary.floored)} if summary.floored is not None else {}),
     }  # fmt: skip
 
@@ -174,7 +168,7 @@ def summary_text(summary: Summary) -> str:
         f"wrote {out}: {summary.tensors} tensors in {summary.shards} shard{'s' * (summary.shards != 1)}, "
         f"{format_size(summary.bytes_written + summary.bytes_resumed)}",
         f"read {format_size(summary.bytes_read)} in {format_seconds(summary.seconds)} ({rate:.0f} MB/s read and written), "
-        f"peak memory {format_size(peak_resident_bytes())}",
+        f"peak memory {format_size(peak_memory())}",
     ]
     if summary.bytes_resumed:
         lines.append(f"{format_size(summary.bytes_resumed)} were finished by an earlier run")

@@ -234,7 +234,9 @@ def test_each_chunk_is_read_once_and_in_order(
 def test_a_store_of_another_model_is_refused_naming_both(paths: list[Path], tmp_path: Path) -> None:
     config = config_for("fisher", paths)
     config["models"][0]["fisher"] = str(make_store(paths[2]))
-    with pytest.raises(ModelError, match=r"m2\.zarr: this store belongs to model 'm2' .* not to .*m1"):
+    with pytest.raises(
+        ModelError, match=r"m2\.zarr: this Fisher diagonal belongs to model 'm2' .* not to .*m1"
+    ):
         merge(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
