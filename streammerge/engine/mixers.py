@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +17,29 @@ from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.requests import Mixers, Mixing
 from streammerge.plan.arena import slot_bytes
 from streammerge.plan.job import Job
+from streammerge.plan.plan import MergePlan
 
 _FRAME = 64
 _SINGLE = float(np.finfo(np.float32).eps)
+
+
+@contextmanager
+def products_in_one_order(plan: MergePlan) -> Iterator[None]:
+    """Have torch multiply matrices in one thread meanwhile, where a merge does so: how sums are cut changes their last bits.
+
+    Workers run beside each other, so little is lost.
+    """
+    if not plan.grams:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class MixerCache:

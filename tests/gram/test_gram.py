@@ -194,3 +194,18 @@ def test_what_does_not_belong_together_is_refused(pair: Path, tmp_path: Path) ->
         merge(none, tmp_path / "out")
     with pytest.raises(ConfigError, match="takes no Gram matrices"):
         merge({**config_of(pair), "merge_method": "linear"}, tmp_path / "out")
+
+
+def test_the_bytes_do_not_depend_on_the_threads_of_matrix_products(
+    make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    """With 300 inputs the products of two threads differ from those of one in their last bits."""
+    paths = make_models(shapes={"mlp.weight": (1100, 300)}, dtype=torch.float64)
+    config = config_for("regmean", paths)
+    found = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        merge(config, tmp_path / str(n))
+        assert torch.get_num_threads() == n
+        found.append(output_bytes(tmp_path / str(n)))
+    assert found[0] == found[1]
