@@ -136,8 +136,8 @@ def depth_of(config: Any) -> int:
 class Workshop:
     """A working directory with models, and a hub cache."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, layers: int) -> None:
+        self.root, self._layers = root, layers
         self.cache = root / "hub"
         self.environment = {**os.environ, "HF_HUB_CACHE": str(self.cache), "HF_HUB_OFFLINE": "1"}
 
@@ -154,13 +154,12 @@ class Workshop:
 
     def prepare(self, config: Any) -> None:
         """Write the models that a config names and that are not there yet."""
-        layers = depth_of(config) or LAYERS
         for reference in dict.fromkeys(references_of(config)):
             model, _, adapter = reference.partition("+")
             for seed, (name, write) in enumerate([(model, write_model), (adapter, write_adapter)]):
                 directory = self.place(name) if name else None
                 if directory is not None and not directory.exists():
-                    write(directory, layers, seed + sum(name.encode()))
+                    write(directory, self._layers, seed + sum(name.encode()))
 
     def run(self, *arguments: str) -> tuple[str | None, tuple[str, ...]]:
         """Run the command; return the error, if there is one, and the warnings."""
@@ -219,7 +218,8 @@ def main() -> None:
     outcomes = []
     for file in files:
         with tempfile.TemporaryDirectory() as root:
-            workshop = Workshop(Path(root))
+            layers = depth_of(list(yaml.safe_load_all(file.read_text()))) or LAYERS
+            workshop = Workshop(Path(root), layers)
             for text, name, out in documents(file):
                 outcomes.append(workshop.merge(text, name, out))
                 print(f"{name:40} {outcomes[-1].problem or 'merged, verified, loaded, run'}", flush=True)
