@@ -105,11 +105,13 @@ _DECODERS: dict[Numbers, JSONDecoder] = {
 }
 
 
-def parse_object(raw: bytes, path: str, what: str, numbers: Numbers) -> dict[str, Any]:
+def parse_object(
+    raw: bytes, path: str, what: str, numbers: Numbers, max_marks: int = MAX_MARKS
+) -> dict[str, Any]:
     """Return the JSON object that `raw` is; `path` and `what` (``"the header"``) go into errors."""
     marks = sum(raw.count(mark) for mark in (b"[", b"{", b","))
-    if marks > MAX_MARKS:
-        raise bad(path, f"{what} has {marks} brackets and commas, more than {MAX_MARKS}")
+    if marks > max_marks:
+        raise bad(path, f"{what} has {marks} brackets and commas, more than {max_marks}")
     try:
         value = _DECODERS[numbers].decode(raw.decode())
         if _ESCAPED_SURROGATE.search(raw):  # In UTF-8 itself there are none.
@@ -127,11 +129,11 @@ def parse_object(raw: bytes, path: str, what: str, numbers: Numbers) -> dict[str
     return value
 
 
-def read_object(path: str, numbers: Numbers = "any") -> dict[str, Any]:
-    """Return the JSON object in the file `path`, of at most `MAX_NBYTES`."""
+def read_object(path: str, numbers: Numbers = "any", max_marks: int = MAX_MARKS) -> dict[str, Any]:
+    """Return the JSON object in the file `path`, of at most `MAX_NBYTES` and `max_marks` brackets and commas."""
     with reading(path) as (fd, status):
         nbytes = status.st_size
         if nbytes > MAX_NBYTES:
             raise bad(path, f"has {nbytes} bytes, more than {MAX_NBYTES}")
         raw = read_exactly(fd, nbytes, 0, path)
-    return parse_object(raw, path, "the file", numbers)
+    return parse_object(raw, path, "the file", numbers, max_marks)

@@ -6,6 +6,8 @@ Read as data: no tokenizer is run, and none of its code. ``tokenizer.json`` wher
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +21,10 @@ from streammerge.index.strict_json import MAX_NBYTES, read_object
 FULL, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 JINJA = "chat_template.jinja"
 _WORDS, _LINES, _PIECES = "vocab.json", "vocab.txt", "tokenizer.model"
-MOST_ROWS = 1 << 24
-"""Most tokens of a vocabulary; the largest in use have a million."""
+MOST_ROWS = 1 << 21
+"""Most tokens of a vocabulary; the largest in use have a quarter of a million."""
+MOST_MARKS = 3_000_000
+"""Most brackets and commas of a file: the largest tokenizers in use have two million, nearly all of them merges."""
 _LONGEST = 1 << 16
 
 
@@ -74,20 +78,43 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
                 )
             _put(ids, entry.get("content"), int(number), path)
             added.setdefault(entry["content"], entry)
-    ordered = dict(sorted(ids.items(), key=lambda item: item[1]))
-    return Tokenizer(directory, ordered, added)
+    if any(a > b for a, b in itertools.pairwise(ids.values())):
+        ids = dict(sorted(ids.items(), key=lambda item: item[1]))
+    return Tokenizer(directory, ids, added)
 
 
-def _put(ids: dict[str, int], token: object, number: object, path: str) -> None:
+def tokenizer_digest(directory: Path) -> str:
+    """Return what tells the vocabularies of two directories apart: one of the files that they are read from.
+
+    Raises
+    ------
+    ModelError
+        If a file is too large, or not a file.
+    WorldError
+        If the machine cannot read one.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (FULL, _WORDS, _LINES, _PIECES, ADDED, SETTINGS):
+        if os.path.lexists(directory / name):
+            data = _bytes(directory / name)
+            digest.update(repr((name, len(data))).encode() + data)
+    return digest.hexdigest()
+
+
+def _put(ids: dict[str, int], token: Any, number: Any, path: str) -> None:
+    _check(token, number, path)
+    ids[token] = number
+
+
+def _check(token: object, number: object, path: str) -> None:
     if not isinstance(token, str) or len(token) > _LONGEST:
         raise bad(path, "a token that is no text, or a text without end")
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MOST_ROWS:
         raise bad(path, f"token {quoted(token, 60)}: {quoted(str(number), 40)} is not the number of a token")
-    ids[token] = number
 
 
 def _object(path: Path) -> dict[str, Any]:
-    return read_object(str(path)) if os.path.lexists(path) else {}
+    return read_object(str(path), max_marks=MOST_MARKS) if os.path.lexists(path) else {}
 
 
 def _read_full(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
@@ -95,13 +122,14 @@ def _read_full(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, 
     if not os.path.lexists(directory / FULL):
         return None
     path = str(directory / FULL)
-    data = read_object(path)
+    data = read_object(path, max_marks=MOST_MARKS)
     model = data.get("model")
     words = model.get("vocab") if isinstance(model, dict) else None
     ids: dict[str, int] = {}
     if isinstance(words, dict):
+        ids = words  # checked where it lies: there may be many
         for token, number in words.items():
-            _put(ids, token, number, path)
+            _check(token, number, path)
     elif isinstance(words, list):
         for number, entry in enumerate(words):
             _put(ids, entry[0] if isinstance(entry, list) and entry else None, number, path)
@@ -120,9 +148,9 @@ def _read_full(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, 
 def _read_words(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
     if not os.path.lexists(directory / _WORDS):
         return None
-    ids: dict[str, int] = {}
-    for token, number in _object(directory / _WORDS).items():
-        _put(ids, token, number, str(directory / _WORDS))
+    ids = _object(directory / _WORDS)
+    for token, number in ids.items():
+        _check(token, number, str(directory / _WORDS))
     return ids, {}
 
 

@@ -14,7 +14,7 @@ from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable
 from streammerge.index.model import TensorIndex
 from streammerge.index.strict_json import read_object
-from streammerge.index.tokenizers import ADDED, FULL, JINJA, SETTINGS, read_chat_template
+from streammerge.index.tokenizers import ADDED, FULL, JINJA, MOST_MARKS, SETTINGS, read_chat_template
 from streammerge.plan.vocabulary import Alignment, Ids, NewToken
 
 GENERATION = "generation_config.json"
@@ -85,7 +85,7 @@ def _with_tokens(directory: Path, new: tuple[NewToken, ...]) -> dict[str, dict[s
     found: dict[str, dict[str, Any]] = {}
     full = os.path.lexists(directory / FULL)
     if full:
-        data = read_object(str(directory / FULL))
+        data = read_object(str(directory / FULL), max_marks=MOST_MARKS)
         before = data.get("added_tokens")
         data["added_tokens"] = [
             *(before if isinstance(before, list) else []),

@@ -8,7 +8,8 @@ it, else zeros. Rows that no token names (padding of a vocabulary) stay what the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from streammerge.config.wording import refuse, shown
 from streammerge.errors import ModelError, printable
 from streammerge.index.derived import GatheredRef, RowMap, SourceRef, row_elements
 from streammerge.index.model import TensorIndex, locate
-from streammerge.index.tokenizers import MOST_ROWS, Tokenizer, read_tokenizer
+from streammerge.index.tokenizers import MOST_ROWS, Tokenizer, read_tokenizer, tokenizer_digest
 from streammerge.plan.tied import EMBEDDINGS, is_head
 
 Ids = NDArray[np.int32]
@@ -31,6 +32,8 @@ _OF_TOKENS = (
     "vocab_projector.weight", "vocab_projector.bias",
 )  # fmt: skip
 """Ends of the names of tensors with a row for each token."""
+_KEPT_TOKENIZERS = 3
+"""Vocabularies held at a time, some 30 MB for 128,000 tokens; the output's own beside them."""
 OWN = 0
 """Place, in a `RowMap`, of the model's own tensor; those of all models follow."""
 
@@ -49,8 +52,10 @@ class NewToken:
 class _Vocabulary:
     """The tokens of the output."""
 
-    source: Tokenizer
+    directory: Path
     """Whose files the output gets."""
+    has_gaps: bool
+    """Whether its numbers leave some out."""
     ids: Mapping[str, int]
     n_rows: int
     """One more than the highest number."""
@@ -81,7 +86,7 @@ class Alignment:
     @property
     def nbytes(self) -> int:
         """Of the maps."""
-        return sum(rows.nbytes for rows in self.maps.values() if rows is not None)
+        return sum({id(rows): rows.nbytes for rows in self.maps.values() if rows is not None}.values())
 
     def gather(
         self, reference: str, name: str, ref: SourceRef, find: Callable[[str], SourceRef | None]
@@ -124,11 +129,8 @@ class Alignment:
         digest = hashlib.blake2b(digest_size=16)
         for token in self.new:
             digest.update(repr((token.text, token.number)).encode())
-        for reference in self.order:
-            rows = self.maps[reference]
-            for part in () if rows is None else (rows.starts, rows.models, rows.rows):
-                digest.update(part.tobytes())
-            digest.update(b"=" if rows is None else str(rows.padding).encode())
+        for rows in map(self.maps.get, self.order):
+            digest.update(b"=" if rows is None else _digest_of(rows))
         return digest.hexdigest()
 
 
@@ -143,10 +145,10 @@ def align(spec: TokenizerSpec, donor: TensorIndex, indexes: Mapping[str, TensorI
         If a model has no tokenizer, or no tensor that is its embedding.
     """
     order = tuple(indexes)
-    tokenizers = {reference: _tokenizer_of(index) for reference, index in indexes.items()}
+    tokenizers = _Tokenizers(indexes)
     rows = {reference: embedding_rows(index) for reference, index in indexes.items()}
     vocabulary = _vocabulary(spec, donor, tokenizers)
-    same = [r for r in order if tokenizers[r].directory == vocabulary.source.directory]
+    same = [r for r in order if tokenizers.directory(r) == vocabulary.directory]
     n_rows = max([vocabulary.n_rows, *(rows[reference] for reference in same)])
     padding = -n_rows % spec.multiple_of
     own = [_own_rows(vocabulary.ids, tokenizers[reference], rows[reference], n_rows) for reference in order]
@@ -154,17 +156,20 @@ def align(spec: TokenizerSpec, donor: TensorIndex, indexes: Mapping[str, TensorI
     lacking = np.flatnonzero((np.min(own, axis=0) < 0) | forced)
     lenders, nowhere = _lenders(own, order.index(donor.reference), chosen, lacking)
     maps: dict[str, RowMap | None] = {}
+    known: dict[bytes, RowMap] = {}  # models that have the same vocabulary share a map
     for place, reference in enumerate(order):
         found = _map_of(np.where(forced, -1, own[place]), lenders, place + 1, padding)
-        maps[reference] = None if _is_identity(found, rows[reference]) else found
+        maps[reference] = (
+            None if _is_identity(found, rows[reference]) else known.setdefault(_digest_of(found), found)
+        )
     named = set(vocabulary.ids.values())
     n_zeros = sum(row in named for row in nowhere)
     notes = [f"{spec.path}: {n_zeros} tokens have a row in no model and get zeros"] if n_zeros else []
-    if vocabulary.new and vocabulary.source.n_rows > len(set(vocabulary.source.ids.values())):
+    if vocabulary.new and vocabulary.has_gaps:
         notes.append(f"{spec.path}: the numbers of the tokens have gaps; see that the output's tokenizer gives "
                      f"{shown(vocabulary.new[0].text)} the number {vocabulary.new[0].number}")  # fmt: skip
     return Alignment(
-        vocabulary.source.directory, vocabulary.new, n_rows + padding, maps, rows, order,
+        vocabulary.directory, vocabulary.new, n_rows + padding, maps, rows, order,
         _renumbered(tokenizers[donor.reference], vocabulary.ids), tuple(notes),
     )  # fmt: skip
 
@@ -178,14 +183,40 @@ def _renumbered(donor: Tokenizer, ids: Mapping[str, int]) -> Ids | None:
     return None if bool((numbers[kept] == kept).all()) else numbers
 
 
-def _tokenizer_of(index: TensorIndex) -> Tokenizer:
-    found = read_tokenizer(index.directory)
-    if found is None:
-        raise ModelError(
-            f"{printable(index.reference)}: no tokenizer here whose vocabulary can be read (tokenizer.json, vocab.json, "
-            "vocab.txt, tokenizer.model), and the config asks to align vocabularies"
-        )
-    return found
+class _Tokenizers:
+    """The tokenizers of all models: read when they are asked for, one for all that have the same, few at a time."""
+
+    def __init__(self, indexes: Mapping[str, TensorIndex]) -> None:
+        self._indexes = indexes
+        self._digests: dict[str, str] = {}
+        self._known: OrderedDict[str, Tokenizer] = OrderedDict()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indexes)
+
+    def __contains__(self, reference: str) -> bool:
+        return reference in self._indexes
+
+    def __getitem__(self, reference: str) -> Tokenizer:
+        index = self._indexes[reference]
+        if reference not in self._digests:
+            self._digests[reference] = tokenizer_digest(index.directory)
+        digest = self._digests[reference]
+        found = self._known.get(digest) or read_tokenizer(index.directory)
+        if found is None:
+            raise ModelError(
+                f"{printable(reference)}: no tokenizer here whose vocabulary can be read (tokenizer.json, vocab.json, "
+                "vocab.txt, tokenizer.model), and the config asks to align vocabularies"
+            )
+        self._known[digest] = found
+        self._known.move_to_end(digest)
+        if len(self._known) > _KEPT_TOKENIZERS:
+            self._known.popitem(last=False)
+        return found
+
+    def directory(self, reference: str) -> Path:
+        """Return where a model's tokenizer lies."""
+        return self._indexes[reference].directory
 
 
 def embedding_rows(index: TensorIndex) -> int:
@@ -208,12 +239,13 @@ def _has_tokens(name: str, ref: SourceRef, n_rows: int) -> bool:
     return known and bool(ref.shape) and ref.shape[0] == n_rows
 
 
-def _vocabulary(spec: TokenizerSpec, donor: TensorIndex, tokenizers: Mapping[str, Tokenizer]) -> _Vocabulary:
+def _vocabulary(spec: TokenizerSpec, donor: TensorIndex, tokenizers: _Tokenizers) -> _Vocabulary:
     """Return the tokens of the output: those of the tokenizer named, then what else is asked for."""
+    directory = tokenizers.directory(donor.reference)
     if spec.source in ("union", "base"):
         source = tokenizers[donor.reference]
     elif spec.source in tokenizers:
-        source = tokenizers[spec.source]
+        source, directory = tokenizers[spec.source], tokenizers.directory(spec.source)
     else:
         directory = locate(spec.source)
         found = read_tokenizer(directory)
@@ -234,13 +266,17 @@ def _vocabulary(spec: TokenizerSpec, donor: TensorIndex, tokenizers: Mapping[str
             n_rows += 1
 
     if spec.source == "union":
-        for tokenizer in tokenizers.values():
+        for reference in tokenizers:
+            tokenizer = tokenizers[reference]
             for text in tokenizer.ids:
                 add(text, tokenizer.added.get(text, {}))
     for text in spec.tokens:
-        about = next((t.added[text] for t in tokenizers.values() if text in t.added), {})
-        add(text, about)
-    return _Vocabulary(source, ids, n_rows, tuple(new))
+        if text not in ids:
+            add(
+                text, next((tokenizers[r].added[text] for r in tokenizers if text in tokenizers[r].added), {})
+            )
+    has_gaps = source.n_rows > len(set(source.ids.values()))
+    return _Vocabulary(directory, has_gaps, ids, n_rows, tuple(new))
 
 
 def _own_rows(ids: Mapping[str, int], tokenizer: Tokenizer, n_own: int, n_rows: int) -> Ids:
@@ -267,7 +303,7 @@ Sources = Sequence[tuple[int, int]]
 
 
 def _chosen(
-    spec: TokenizerSpec, vocabulary: _Vocabulary, tokenizers: Mapping[str, Tokenizer], rows: Mapping[str, int], n_rows: int
+    spec: TokenizerSpec, vocabulary: _Vocabulary, tokenizers: _Tokenizers, rows: Mapping[str, int], n_rows: int
 ) -> tuple[dict[int, Sources], NDArray[np.bool_]]:  # fmt: skip
     """Return the sources that the config gives for some rows, and in which of them they count for all models."""
     forced = np.zeros(n_rows, np.bool_)
@@ -280,7 +316,7 @@ def _chosen(
 
 
 def _row_named(
-    source: TokenSource, text: str, tokenizers: Mapping[str, Tokenizer], rows: Mapping[str, int]
+    source: TokenSource, text: str, tokenizers: _Tokenizers, rows: Mapping[str, int]
 ) -> tuple[int, int]:
     """Return the place of the model that a config names for a token, and the row there."""
     assert source.model is not None
@@ -341,6 +377,13 @@ def _map_of(own: Ids, lenders: _Lenders, place: int, padding: int) -> RowMap:
     models[targets], rows[targets] = lenders.places[sources], lenders.rows[sources]
     models[models == place] = OWN
     return RowMap(starts, models, rows, padding)
+
+
+def _digest_of(rows: RowMap) -> bytes:
+    digest = hashlib.blake2b(str(rows.padding).encode(), digest_size=16)
+    for part in (rows.starts, rows.models, rows.rows):
+        digest.update(part.tobytes())
+    return digest.digest()
 
 
 def _is_identity(rows: RowMap, n_own: int) -> bool:

@@ -72,7 +72,7 @@ HOSTILE: dict[str, tuple[str, bytes, str]] = {
     "no model": ("tokenizer.json", b"{}", "has no model.vocab"),
     "a vocabulary that is text": ("tokenizer.json", b'{"model": {"vocab": "a"}}', "has no model.vocab"),
     "a number below zero": ("tokenizer.json", b'{"model": {"vocab": {"a": -1}}}', "'-1' is not the number of a token"),
-    "a number without end": ("tokenizer.json", b'{"model": {"vocab": {"a": 16777216}}}', "is not the number of a token"),
+    "a number without end": ("tokenizer.json", b'{"model": {"vocab": {"a": 2097152}}}', "is not the number of a token"),
     "a fraction": ("tokenizer.json", b'{"model": {"vocab": {"a": 1.5}}}', "is not the number of a token"),
     "true": ("tokenizer.json", b'{"model": {"vocab": {"a": true}}}', "is not the number of a token"),
     "a list of numbers": ("tokenizer.json", b'{"model": {"vocab": [1, 2]}}', "a token that is no text"),

@@ -21,6 +21,7 @@ from streammerge.engine.reader import Reader
 from streammerge.engine.sources import read_elements
 from streammerge.errors import ModelError, OutputError, StreammergeError
 from streammerge.index.derived import GatheredRef
+from streammerge.plan import vocabulary
 from tests.adapters.scene import in_order, write_adapter
 from tests.conftest import read_tensors
 from tests.tokenizers.scene import EMBEDDING, HEAD, OTHER, Model, rows_by_token, words, write
@@ -221,6 +222,27 @@ def test_equal_vocabularies_are_read_as_they_lie(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
         models[0].path / "tokenizer.json"
     ).read_bytes()
+
+
+def test_of_many_models_few_tokenizers_are_held_and_like_ones_share_a_map(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    class Watched(vocabulary.OrderedDict[str, Any]):
+        def popitem(self, last: bool = True) -> Any:
+            held.append(len(self))
+            return super().popitem(last)
+
+    monkeypatch.setattr(vocabulary, "OrderedDict", Watched)
+    models = [
+        write(tmp_path / f"m{i}", words("abcd" if i % 2 else "abcdefgh"[i:] + "abcdefgh"[:i]), seed=i)
+        for i in range(8)
+    ]
+    refs = gathered(models, tokenizer_source="union")
+    assert max(held) == 4  # one more than are kept
+    assert len({id(ref.map) for ref in refs if ref.own.shape[0] == 4}) == 1
+    assert len(refs) == 2 * 7
 
 
 def test_the_identity_of_a_merge_has_its_vocabulary(three: list[Model], tmp_path: Path) -> None:
