@@ -42,7 +42,7 @@ TENSORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "alpha is true": (GOOD, {"lora_alpha": True}, "is no number"),
     "a flag that is text": (GOOD, {"use_rslora": "yes"}, "use_rslora is neither true nor false"),
     "a pattern that is a list": (GOOD, {"alpha_pattern": [1]}, "alpha_pattern is not a map"),
-    "a pattern that takes for ever": (GOOD, {"alpha_pattern": {"(a+)+$": 1}}, "too free an expression"),
+    "a pattern that takes for_ever": (GOOD, {"alpha_pattern": {"(a+)+$": 1}}, "too free an expression"),
     "a pattern that is none": (GOOD, {"alpha_pattern": {"(a": 1}}, "is no regular expression"),
     "another kind": (GOOD, {"peft_type": "LOHA"}, "peft_type is 'LOHA': only LORA"),
     "no kind": (GOOD, {"peft_type": None}, "only LORA"),
