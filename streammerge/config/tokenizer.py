@@ -111,6 +111,8 @@ def _tokens(data: object, path: str) -> dict[str, TokenSource]:
         refuse(path, f"must be a map (token: {{source: …}}), not {shown(data)}")
     if len(data) > _MOST_TOKENS:
         refuse(path, f"{len(data)} tokens, at most {_MOST_TOKENS}")
+    if "" in data:
+        refuse(path, "a token without text")
     return {token: _token(value, child(path, token)) for token, value in data.items()}
 
 

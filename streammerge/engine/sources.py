@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,18 @@ _BYTE = np.dtype(np.uint8)
 F32 = np.dtype(np.float32)
 F64 = np.dtype(np.float64)
 Floats = NDArray[Any]
+
+
+def _computed_once(function: Callable[[Reader, Any], Floats]) -> Callable[[Reader, Any], Floats]:
+    """Keep what takes a pass over a tensor, a row or so of it, for the pieces that follow; one thread computes it."""
+    cached = functools.lru_cache(maxsize=128)(function)
+    lock = threading.Lock()
+
+    def one_at_a_time(reader: Reader, ref: Any) -> Floats:
+        with lock:
+            return cached(reader, ref)
+
+    return one_at_a_time
 
 
 class Scratch:
@@ -216,7 +229,7 @@ class _Adapter:
         return squares
 
 
-@functools.lru_cache(maxsize=4)
+@_computed_once
 def _column_factors(reader: Reader, ref: AdaptedRef) -> Floats:
     """Return DoRA's factor of each column of a weight stored as (in, out): it takes a pass over the weight."""
     adapter = _Adapter(reader, ref, Scratch(np.empty(scratch_bytes(ref), np.uint8)))
@@ -370,7 +383,7 @@ def _means(
     return _rounded(total.reshape(-1), ref.dtype).reshape(counts.size, -1)
 
 
-@functools.lru_cache(maxsize=4)
+@_computed_once
 def _mean_of_all(reader: Reader, ref: GatheredRef) -> Bytes:
     """Return the mean of all rows but the padding, which takes a pass over them."""
     known, columns = len(ref.map.starts) - 1, ref.columns

@@ -7,10 +7,12 @@ the adapter is a factor of a weight's change, a magnitude of DoRA, or a whole te
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +44,24 @@ _REFUSED = {
     "arrow_config": "Arrow, which routes by the text",
 }
 """Entries of a configuration that change what the tensors mean, with what they stand for."""
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Beginnings of ways to initialise after which the base is another one."""
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""Modules that are stored as (in, out) by GPT-2 and its kin, and as any other by others."""
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+)
+_HEAD = "lm_head.weight"
+_TIED = "tie_word_embeddings"
+_LANGUAGE = ("text_config", "llm_config", "language_config")
 _MOST_RANK = 1 << 16
+_LARGEST_ALPHA = 1e30
+_LONGEST_MATCHED = 400
+"""Characters of a module's name that expressions are tried on."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +105,16 @@ def read_adapter(directory: Path) -> Adapter:
             continue
         plain = name.removeprefix(_PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         match = _PARTS.fullmatch(plain)
+        if match is None and (".lora_" in plain or "token_adapter" in plain):
+            raise bad(ref.path, f"tensor {quoted(name)}: a kind of adapter that is not supported")
         if match is None:
-            if ".lora_" in plain or "token_adapter" in plain:
-                raise bad(ref.path, f"tensor {quoted(name)}: a kind of adapter that is not supported")
-            replaced[plain] = ref
-            continue
-        part = match["part"] if match["leaf"] != "bias" else f"{match['part']}.bias"
-        modules.setdefault(match["module"], {})[part] = ref
+            place, key = replaced, plain
+        else:
+            place = modules.setdefault(match["module"], {})
+            key = match["part"] if match["leaf"] != "bias" else f"{match['part']}.bias"
+        if key in place:
+            raise bad(ref.path, f"tensor {quoted(name)} is there under another name too")
+        place[key] = ref
     return Adapter(directory, modules, replaced, settings, (stamp, config_stamp))
 
 
@@ -112,6 +134,10 @@ def _read_settings(path: Path) -> tuple[dict[str, Any], FileStamp]:
             str(path),
             f"peft_type is {quoted(str(kind), 40)}: only LORA is supported; merge it with PEFT first",
         )
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise bad(str(path), f"init_lora_weights: {quoted(start, 40)}: PEFT changes the base's weights before it adds the "
+                             "adapter, which is not supported; convert the adapter, or merge it with PEFT first")  # fmt: skip
     for key, what in _REFUSED.items():
         if settings.get(key):
             raise bad(str(path), f"{key}: {what} is not supported; merge the adapter with PEFT first")
@@ -150,13 +176,50 @@ def adapt(adapter: Adapter, base: Mapping[str, SourceRef], reference: str) -> di
                 weight.path,
                 f"tensor {quoted(name)} is {weight.dtype}: an adapter goes on float weights; dequantise",
             )
-        tensors[name] = _adapted(adapter, module, parts, weight)
+        adapted = tensors[name] = _adapted(adapter, module, parts, weight, base)
         bias = parts.get("lora_B.bias")
         if bias is not None:
-            tensors |= _adapted_bias(
-                adapter, module, parts, tensors, bias, name.removesuffix("weight") + "bias"
-            )
+            of_bias = name.removesuffix("weight") + "bias"
+            tensors[of_bias] = _adapted_bias(module, tensors.get(of_bias), bias, adapted.scale)
     return tensors
+
+
+def settle_vocabulary(
+    adapter: Adapter,
+    base: Mapping[str, SourceRef],
+    tensors: Mapping[str, SourceRef],
+    config: Mapping[str, Any],
+) -> tuple[dict[str, SourceRef], dict[str, Any]]:
+    """Return a model's tensors and settings after an adapter that brings an embedding or a head of its own.
+
+    A head that it brings is no copy of the embedding any more; where it brings only the embedding, the head stays that of the
+    base, as with PEFT (unless the adapter was trained with ``ensure_weight_tying``). The size of the vocabulary follows.
+    """
+    found, settings = dict(tensors), copy.deepcopy(dict(config))
+    parts = [
+        settings,
+        *(part for key, part in settings.items() if key in _LANGUAGE and isinstance(part, dict)),
+    ]
+    tied = any(part.get(_TIED) is True for part in parts)
+    embeddings = [name for name in base if name.endswith(_EMBEDDINGS) and tensors[name] is not base[name]]
+    brought = [name for name in embeddings if not isinstance(tensors[name], AdaptedRef)]
+    heads = [name for name in tensors if name.endswith(_HEAD)]
+    own_head = any(name not in base or tensors[name] is not base[name] for name in heads)
+    if tied and brought and not heads and not _flag(adapter, "ensure_weight_tying"):
+        embedding = base[brought[0]]
+        assert isinstance(embedding, TensorRef)
+        found[_HEAD] = replace(embedding, name=_HEAD)
+        own_head = True
+    if tied and own_head:
+        for part in parts:
+            if part is settings or _TIED in part:
+                part[_TIED] = False
+    for name in brought:
+        before, after = base[name].shape[0], tensors[name].shape[0]
+        for part in parts:
+            if before != after and part.get("vocab_size") == before:
+                part["vocab_size"] = after
+    return found, settings
 
 
 class _Names:
@@ -164,22 +227,28 @@ class _Names:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = dict.fromkeys(names)
-        self._by_tail: dict[str, list[str]] | None = None
+        self._inside: dict[str, list[str]] | None = None
+        self._by_parts: dict[tuple[str, ...], list[str]] = {}
 
     def find(self, plain: str) -> str | None:
-        """Return the base's name; None if there is none, or more than one."""
+        """Return the base's name; None if there is none, or more than one.
+
+        One of the names has to be the end of the other, or both have the same parts, as a language model beside a vision
+        tower may: ends that are alike mean nothing, as ``dense.weight`` of two heads.
+        """
         if plain in self._names:
             return plain
-        if self._by_tail is None:
-            self._by_tail = {}
+        if self._inside is None:
+            self._inside = {}
             for name in self._names:
+                self._by_parts.setdefault(tuple(sorted(name.split("."))), []).append(name)
                 for tail in _tails(name):
-                    self._by_tail.setdefault(tail, []).append(name)
-        for tail in _tails(plain):
-            found = self._by_tail.get(tail, [])
-            if len(found) > 1:  # as in a language model beside a vision tower
-                parts = sorted(plain.split("."))
-                found = [name for name in found if sorted(name.split(".")) == parts]
+                    self._inside.setdefault(tail, []).append(name)
+        for found in (
+            self._inside.get(plain, []),
+            [tail for tail in _tails(plain) if tail in self._names],
+            self._by_parts.get(tuple(sorted(plain.split("."))), []),
+        ):
             if found:
                 return found[0] if len(found) == 1 else None
         return None
@@ -194,7 +263,44 @@ def _tails(name: str) -> Iterator[str]:
             return
 
 
-def _adapted(adapter: Adapter, module: str, parts: Mapping[str, TensorRef], weight: TensorRef) -> AdaptedRef:
+def _is_transposed(
+    adapter: Adapter,
+    module: str,
+    a: TensorRef,
+    b: TensorRef,
+    weight: TensorRef,
+    base: Mapping[str, SourceRef],
+) -> bool:
+    """Return whether a weight is stored as (in, out).
+
+    The shapes tell, but of a square one. `fan_in_fan_out` alone does not: PEFT decides for each module, and saves what it
+    said of the last.
+    """
+    flag = _flag(adapter, "fan_in_fan_out")
+    if len(weight.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:
+        return False
+    as_stored = (b.shape[0], a.shape[1]) == weight.shape
+    turned = (a.shape[1], b.shape[0]) == weight.shape
+    if as_stored != turned or not as_stored:
+        return turned
+    if module.rpartition(".")[2] not in _CONV1D:
+        return flag and not any(name.rpartition(".")[2] in _CONV1D for name in adapter.modules)
+    for name, ref in base.items():
+        stem, _, leaf = name.rpartition(".")
+        bias = base.get(f"{stem}.bias")
+        known = leaf == "weight" and stem.rpartition(".")[2] in _CONV1D and len(ref.shape) == 2
+        if known and bias is not None and ref.shape[0] != ref.shape[1]:
+            return bias.shape == ref.shape[1:]  # which has an element for each output
+    return flag
+
+
+def _adapted(
+    adapter: Adapter,
+    module: str,
+    parts: Mapping[str, TensorRef],
+    weight: TensorRef,
+    base: Mapping[str, SourceRef],
+) -> AdaptedRef:
     """Return a weight with its two factors, whichever way it is stored."""
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     first, second = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -204,12 +310,12 @@ def _adapted(adapter: Adapter, module: str, parts: Mapping[str, TensorRef], weig
             raise bad(path, f"module {quoted(module)} has no {part}: the file is not complete")
     a, b = parts[first], parts[second]
     magnitude = parts.get("lora_magnitude_vector")
-    transposed = embedding or _flag(adapter, "fan_in_fan_out")
+    transposed = embedding or _is_transposed(adapter, module, a, b, weight, base)
     rank = a.shape[0] if a.shape else 0
     rows, columns = (weight.shape[0] if weight.shape else 0), row_elements(weight.shape)
     inputs, outputs = (rows, columns) if transposed else (columns, rows)
     fits = (
-        len(weight.shape) >= 2 and 1 <= rank <= _MOST_RANK
+        len(weight.shape) >= 2 and weight.n_elements and 1 <= rank <= _MOST_RANK
         and row_elements(a.shape) == inputs and (transposed or a.shape[1:] == weight.shape[1:])
         and b.shape[:2] == (outputs, rank) and math.prod(b.shape[2:]) == 1
     )  # fmt: skip
@@ -232,16 +338,11 @@ def _adapted(adapter: Adapter, module: str, parts: Mapping[str, TensorRef], weig
     return AdaptedRef(weight, left, right, rank, _scale(adapter, module, rank), transposed, magnitude)
 
 
-def _adapted_bias(
-    adapter: Adapter, module: str, parts: Mapping[str, TensorRef], tensors: Mapping[str, SourceRef], change: TensorRef,
-    name: str,
-) -> dict[str, SourceRef]:  # fmt: skip
+def _adapted_bias(module: str, bias: SourceRef | None, change: TensorRef, scale: float) -> AdaptedRef:
     """Return the bias of a module that was trained with ``lora_bias``: with a change that is scaled like the weight's."""
-    bias = tensors.get(name)
-    if not isinstance(bias, TensorRef) or bias.dtype not in FLOATS or bias.n_elements != change.n_elements:
+    if not isinstance(bias, TensorRef) or bias.dtype not in FLOATS or bias.shape != change.shape:
         raise bad(change.path, f"module {quoted(module)}: a change of a bias that the base has not")
-    rank = parts["lora_A"].shape[0]
-    return {name: AdaptedRef(bias, change, None, 1, _scale(adapter, module, rank))}
+    return AdaptedRef(bias, change, None, 1, scale)
 
 
 def _scale(adapter: Adapter, module: str, rank: int) -> float:
@@ -251,8 +352,8 @@ def _scale(adapter: Adapter, module: str, rank: int) -> float:
     stated = _of_module(adapter, "rank_pattern", module, adapter.settings.get("r", 8))
     if isinstance(stated, int) and stated != rank and adapter.settings.get("r") is not None:
         raise bad(path, f"module {quoted(module)}: rank {stated}, but its factors have {rank}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise bad(path, f"lora_alpha of module {quoted(module)} is no number")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST_ALPHA:
+        raise bad(path, f"lora_alpha of module {quoted(module)} is no number, or none of use")
     return alpha / math.sqrt(rank) if _flag(adapter, "use_rslora") else alpha / rank
 
 
@@ -265,22 +366,25 @@ def _of_module(adapter: Adapter, key: str, module: str, otherwise: Any) -> Any:
     for pattern, value in patterns.items():
         if module == pattern or module.endswith(f".{pattern}"):
             return value
-        if _SIMPLE.fullmatch(pattern.replace(".*", "", 2)) is None:
+        plain = pattern.replace(".*", "", 2).replace("(?:", "(")
+        if _SIMPLE.fullmatch(plain) is None or plain.count("(") > 3 or plain.count("|") > 20:
             raise bad(
                 path,
                 f"{key}: {quoted(pattern, 80)} is too free an expression; merge the adapter with PEFT first",
             )
         try:
-            found = re.fullmatch(rf"(.*\.)?({pattern})", module, re.DOTALL)
-        except re.error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                expression = re.compile(rf"(.*\.)?({pattern})", re.DOTALL)
+        except (re.error, Warning):
             raise bad(path, f"{key}: {quoted(pattern, 80)} is no regular expression") from None
-        if found:
+        if len(module) <= _LONGEST_MATCHED and expression.fullmatch(module):
             return value
     return otherwise
 
 
-_SIMPLE = re.compile(r"\^?[\w.\\|()?:\[\]-]{0,300}\$?", re.ASCII)
-"""Expressions with no repetition but two of ``.*``, so that no text takes long to match."""
+_SIMPLE = re.compile(r"\^?[\w.\\|()\[\]-]{0,600}\$?", re.ASCII)
+"""Expressions with no repetition but two of ``.*``, and few choices, so that no text takes long to match."""
 
 
 def _flag(adapter: Adapter, key: str) -> bool:

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import ModelError, WorldError
-from streammerge.index.adapters import ADAPTER_CONFIG, Adapter, adapt, read_adapter, split_reference
+from streammerge.index.adapters import (
+    ADAPTER_CONFIG,
+    Adapter,
+    adapt,
+    read_adapter,
+    settle_vocabulary,
+    split_reference,
+)
 from streammerge.index.derived import SourceRef
 from streammerge.index.files import bad, from_os, place, quoted, reading
 from streammerge.index.header import FileStamp, TensorRef, read_header
@@ -161,8 +168,9 @@ def _open_adapted(reference: str, cache: Path) -> TensorIndex:
         raise bad(str(directory), f"no adapter here: no {ADAPTER_CONFIG}")
     adapter = read_adapter(directory)
     tensors = adapt(adapter, base, model)
+    tensors, config = settle_vocabulary(adapter, base, tensors, base.config)
     stamps = (*base.stamps, *adapter.stamps)
-    return replace(base, reference=reference, tensors=tensors, stamps=stamps, adapter=adapter)
+    return replace(base, reference=reference, tensors=tensors, stamps=stamps, adapter=adapter, config=config)
 
 
 def locate(reference: str) -> Path:

@@ -256,13 +256,13 @@ def _check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
         if ref.shape != first.shape:
             embeds = len(ref.shape) == len(first.shape) == 2 and ref.shape[1] == first.shape[1]
             cause = (
-                "vocabularies differ: align them with `tokenizer_source: union` (or base, or a model), "
+                "vocabularies differ: align them with `tokenizer_source: union` (or base, or a model), or "
                 if embeds
                 else "shapes differ: "
             )
             raise ModelError(
                 f"tensor {printable(name)}: {list(ref.shape)} in {printable(ref.path)}, {list(first.shape)} in "
-                f"{printable(first.path)}; {cause}or list it under `exclude:` to copy it from one model"
+                f"{printable(first.path)}; {cause}list it under `exclude:` to copy it from one model"
             )
         if (ref.dtype in FLOATS) != (first.dtype in FLOATS):
             raise ModelError(

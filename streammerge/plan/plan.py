@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
+from streammerge.errors import BudgetError
 from streammerge.index.fishers import ChunkedRef, FisherIndex
 from streammerge.index.header import FileStamp
 from streammerge.index.model import TensorIndex
@@ -35,9 +36,12 @@ from streammerge.plan.layout import Layout, lay_out
 from streammerge.plan.model_config import merged_config
 from streammerge.plan.schedule import SURVEYS_AHEAD, Chunk, Interval, Step, Survey, Work, plan_work, steps
 from streammerge.plan.tokenizer_files import TokenizerFiles, tokenizer_files
-from streammerge.plan.vocabulary import align
+from streammerge.plan.vocabulary import Alignment, align
+from streammerge.units import format_at_least, format_size
 
 LeftOut = Literal["tokenizer", "model card"]
+NEW_TOKEN_NBYTES = 2000
+"""Of a token that is added to a tokenizer: its entries in two files, and their texts."""
 BLOCK_ELEMENTS = 1 << 16
 """Elements a torch formula works on at a time on the CPU, where it may be cut anywhere."""
 
@@ -225,6 +229,8 @@ def make_plan(
     donor = base if base is not None else models[0]
     indexes = {index.reference: index for index in (*models, *bases, donor)}
     alignment = None if config.tokenizer is None else align(config.tokenizer, donor, indexes)
+    if alignment is not None:
+        _check_tokens(alignment, budget)
     bound = bind_jobs(config, method, donor, indexes, fishers, alignment, grams)
     jobs = bound.jobs
     settings, remarks = merged_config(config, donor, indexes, jobs, bound.stacks, alignment)
@@ -260,6 +266,16 @@ def make_plan(
         torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), tuple(grams), device, tuple(bases), settings,
         tuple(sorted(left_out)), tokenizer, "" if alignment is None else alignment.digest(), allotted.room,
     )  # fmt: skip
+
+
+def _check_tokens(alignment: Alignment, budget: Budget) -> None:
+    """Refuse more new tokens than there is room for while the tokenizer's files are made."""
+    needed = len(alignment.new) * NEW_TOKEN_NBYTES
+    if needed > budget.capacity:
+        raise BudgetError(
+            f"a tokenizer with {len(alignment.new)} new tokens takes {format_size(needed)} to make: give at least "
+            f"{format_at_least(needed + budget.reserve)}, or `tokenizer_source: base`"
+        )
 
 
 def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> Needs:

@@ -14,7 +14,15 @@ from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable
 from streammerge.index.model import TensorIndex
 from streammerge.index.strict_json import read_object
-from streammerge.index.tokenizers import ADDED, FULL, JINJA, MOST_MARKS, SETTINGS, read_chat_template
+from streammerge.index.tokenizers import (
+    ADDED,
+    FULL,
+    JINJA,
+    MOST_MARKS,
+    SETTINGS,
+    read_chat_template,
+    read_tokenizer,
+)
 from streammerge.plan.vocabulary import Alignment, Ids, NewToken
 
 GENERATION = "generation_config.json"
@@ -63,33 +71,49 @@ def tokenizer_files(
         and os.path.lexists(donor.directory / GENERATION)
     ):
         settings = read_object(str(donor.directory / GENERATION))
-        renumber(settings, alignment.numbers)
+        if lost := renumber(settings, alignment.numbers):
+            notes.append(
+                f"{GENERATION}: {', '.join(lost)}: a token that the output's tokenizer lacks: set it by hand"
+            )
         objects[GENERATION] = settings
     changed = {name: _spelled(value) for name, value in objects.items()}
+    objects.clear()
     return TokenizerFiles(
         directory, changed | {name: text.encode() for name, text in texts.items()}, tuple(notes)
     )
 
 
 def _spelled(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    """Return a file's JSON: indented, but for a whole tokenizer, of which that would take half a minute and a gigabyte."""
+    indent = None if "added_tokens" in value else 2
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n"
 
 
 def _with_tokens(directory: Path, new: tuple[NewToken, ...]) -> dict[str, dict[str, Any]]:
-    """Return the files that list added tokens, with the new ones."""
-    entries = {
-        token.number: {"content": token.text}
-        | {flag: token.about[flag] if isinstance(token.about.get(flag), bool) else False for flag in _FLAGS}
-        for token in new
-    }
+    """Return the files that list added tokens, with the new ones, and with those that only some of the files list so far.
+
+    A loader that reads one of them would number what comes after the missing ones otherwise.
+    """
+    source = read_tokenizer(directory)
+    assert source is not None
+    entries = {token.number: _entry(token.text, token.about) for token in new}
     found: dict[str, dict[str, Any]] = {}
     full = os.path.lexists(directory / FULL)
     if full:
         data = read_object(str(directory / FULL), max_marks=MOST_MARKS)
         before = data.get("added_tokens")
+        listed = before if isinstance(before, list) else []
+        words = data["model"]["vocab"]
+        known = {entry["content"] for entry in listed}
+        known |= set(words) if isinstance(words, dict) else {word[0] for word in words}
+        lost = {
+            number: _entry(text, source.added.get(text, {}))
+            for text, number in source.ids.items()
+            if text not in known
+        }
         data["added_tokens"] = [
-            *(before if isinstance(before, list) else []),
-            *({"id": number, **entry} for number, entry in entries.items()),
+            *listed,
+            *({"id": number, **entry} for number, entry in sorted((lost | entries).items())),
         ]
         found[FULL] = data
     if not full or os.path.lexists(directory / ADDED):
@@ -99,11 +123,23 @@ def _with_tokens(directory: Path, new: tuple[NewToken, ...]) -> dict[str, dict[s
         data = read_object(str(directory / SETTINGS))
         decoder = data.get("added_tokens_decoder")
         if isinstance(decoder, dict) or not full:
-            data["added_tokens_decoder"] = (decoder if isinstance(decoder, dict) else {}) | {
-                str(number): entry for number, entry in entries.items()
+            kept: dict[str, Any] = dict(decoder) if isinstance(decoder, dict) else {}
+            added = read_object(str(directory / ADDED)) if os.path.lexists(directory / ADDED) else {}
+            lost = {
+                number: _entry(text, source.added.get(text, {}))
+                for text, number in added.items()
+                if str(number) not in kept
             }
-            found[SETTINGS] = data
+            kept |= {str(number): entry for number, entry in sorted((lost | entries).items())}
+            found[SETTINGS] = {**data, "added_tokens_decoder": kept}
     return found
+
+
+def _entry(text: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a tokenizer says of an added token, as its own files or those that it comes from do."""
+    return {"content": text} | {
+        flag: about[flag] if isinstance(about.get(flag), bool) else False for flag in _FLAGS
+    }
 
 
 def _most_common(indexes: Mapping[str, TensorIndex]) -> str | None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from streammerge.config.tokenizer import TokenizerSpec, TokenSource
 from streammerge.config.wording import refuse, shown
+from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
 from streammerge.index.derived import GatheredRef, RowMap, SourceRef, row_elements
 from streammerge.index.model import TensorIndex, locate
@@ -120,6 +121,11 @@ class Alignment:
                     + ("has no such tensor" if lender is None else "its rows have another length")
                 )
             lenders[place] = lender
+        for tensor in (tensor for tensor in lenders if tensor is not None and tensor.dtype not in FLOATS):
+            raise ModelError(
+                f"tensor {printable(name)} in {printable(tensor.path)} is {tensor.dtype}: its rows are not put in the order "
+                "of another vocabulary; dequantise the model first"
+            )
         dtypes = {tensor.dtype for tensor in lenders if tensor is not None}
         dtype = ref.dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
         return GatheredRef(name, dtype, (rows.n_rows, *ref.shape[1:]), tuple(lenders), rows, ref)
@@ -258,7 +264,7 @@ def _vocabulary(spec: TokenizerSpec, donor: TensorIndex, tokenizers: _Tokenizers
 
     def add(text: str, about: Mapping[str, Any]) -> None:
         nonlocal n_rows
-        if text not in ids:
+        if text and text not in ids:  # loaders pass over a token without text
             if n_rows >= MOST_ROWS:
                 refuse(spec.path, f"more than {MOST_ROWS} tokens")
             ids[text] = n_rows

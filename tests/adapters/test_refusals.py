@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from streammerge.errors import ModelError
 from streammerge.index.model import open_model
@@ -23,7 +24,14 @@ TENSORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "inputs": (factors(Q, 25, 40, 8), {}, r"factors \[40, 8\] and \[8, 25\] do not fit the weight \[40, 24\]"),
     "outputs": (factors(Q, 24, 41, 8), {}, "do not fit"),
     "ranks differ": ({A: GOOD[A], B: GOOD[B][:, :7]}, {}, "do not fit"),
-    "stored the other way": (GOOD, {"fan_in_fan_out": True}, "do not fit"),
+    **{f"begun as {how}": (GOOD, {"init_lora_weights": how}, "PEFT changes the base's weights") for how in (
+        "pissa", "pissa_niter_4", "olora", "OLoRA", "loftq", "corda", "lora_ga",
+    )},
+    "alpha has 350 digits": (GOOD, {"lora_alpha": 10**350}, "is no number, or none of use"),
+    "alpha overflows": (GOOD, {"lora_alpha": 1e39}, "is no number, or none of use"),
+    "a pattern of choices": (GOOD, {"alpha_pattern": {"(.|.)" * 28 + "Z": 1}}, "too free an expression"),
+    "a pattern that Python warns of": (GOOD, {"alpha_pattern": {"[[a]": 1}}, "is no regular expression"),
+    "a pattern with a question mark": (GOOD, {"alpha_pattern": {"(a?)(a?)": 1}}, "too free an expression"),
     "a scalar": ({A: torch.tensor(1.0), B: GOOD[B]}, {}, "do not fit"),
     "three axes": ({A: GOOD[A][:, :, None], B: GOOD[B]}, {}, "do not fit"),
     "rank stated": (GOOD, {"r": 4}, "rank 4, but its factors have 8"),
@@ -115,3 +123,22 @@ def test_a_pickled_adapter_is_read_without_running_it(base: Path, tmp_path: Path
     pickled = open_model(f"{base}+{adapter}")[f"{Q}.weight"]
     assert safe.shape == pickled.shape
     assert safe.dtype == pickled.dtype == "F32"
+
+
+def test_two_names_of_one_factor_are_refused(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", GOOD)
+    tensors = {PREFIX + name: t.clone() for name, t in GOOD.items()} | {A: GOOD[A].clone()}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="is there under another name too"):
+        open_model(f"{base}+{adapter}")
+
+
+@pytest.mark.parametrize("shape", [(5, 0), (0, 5)])
+def test_a_weight_without_elements_is_refused(shape: tuple[int, int], tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", **{"model.x.weight": torch.ones(shape)})
+    parts = {
+        "model.x.lora_A.weight": torch.ones(2, shape[1]),
+        "model.x.lora_B.weight": torch.ones(shape[0], 2),
+    }
+    with pytest.raises(ModelError, match="do not fit"):
+        open_model(f"{base}+{write_adapter(tmp_path / 'a', parts, r=2)}")

@@ -11,7 +11,7 @@ import pytest
 
 from streammerge.api import merge, plan
 from streammerge.config.tokenizer import TEMPLATES
-from streammerge.errors import ConfigError, ModelError
+from streammerge.errors import BudgetError, ConfigError, ModelError
 from streammerge.index.tokenizers import read_tokenizer
 from tests.conftest import read_tensors
 from tests.tokenizers.scene import EMBEDDING, Model, words, write, write_tokenizer
@@ -256,3 +256,51 @@ def test_mistakes_are_named(top: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan({"merge_method": "linear", "models": [{"model": "m"}], **top})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_tokens_that_only_one_file_lists_keep_their_numbers(full: bool, tmp_path: Path) -> None:
+    """A loader that reads another file would number all that follows otherwise."""
+    from transformers import AutoTokenizer
+
+    base = write(tmp_path / "base", words("abcd"), n_rows=6)
+    (base.path / "added_tokens.json").write_text('{"<q>": 4, "<r>": 5}')
+    if not full:
+        data = json.loads((base.path / "tokenizer.json").read_text())
+        (base.path / "tokenizer.json").unlink()
+        (base.path / "vocab.json").write_text(json.dumps(data["model"]["vocab"]))
+        (base.path / "merges.txt").write_text("#version: 0.2\n")
+        (base.path / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "GPT2Tokenizer", "unk_token": "a", "bos_token": "a", "eos_token": "a"}'
+        )
+    other = write(tmp_path / "other", words("abcd"), added={"<x>": 4}, seed=1)
+    merge(linear([base, other], tokenizer_source="union"), tmp_path / "out")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert {t: loaded.convert_tokens_to_ids(t) for t in ("<q>", "<r>", "<x>")} == {
+        "<q>": 4,
+        "<r>": 5,
+        "<x>": 6,
+    }
+
+
+def test_a_token_without_text_is_passed_over(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", words("abcd"))
+    other = write(tmp_path / "other", {"a": 0, "": 1, "x": 2}, seed=1)
+    merge(linear([base, other], tokenizer_source="union"), tmp_path / "out")
+    assert output_ids(tmp_path / "out") == {**words("abcd"), "x": 4}
+    with pytest.raises(ConfigError, match="a token without text"):
+        plan(linear([base], tokenizer={"tokens": {"": {"source": {"kind": "zero"}}}}))
+
+
+def test_more_new_tokens_than_there_is_room_for_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [
+        write(tmp_path / name, words(texts), seed=i)
+        for i, (name, texts) in enumerate({"x": "abcd", "y": "efgh"}.items())
+    ]
+    monkeypatch.setattr("streammerge.plan.plan.NEW_TOKEN_NBYTES", 1 << 28)
+    with pytest.raises(
+        BudgetError, match=r"a tokenizer with 4 new tokens takes 1.0 GiB to make: give at least"
+    ):
+        plan(linear(models, tokenizer_source="union"), memory="512MiB")

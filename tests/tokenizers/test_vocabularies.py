@@ -215,6 +215,16 @@ def test_without_a_tokenizer_of_its_own_each_vocabulary_must_fit(three: list[Mod
         plan(linear(three))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.parametrize("top", [{}, {"exclude": ["embed|head"]}])
+def test_rows_that_are_no_floats_are_refused(
+    dtype: torch.dtype, top: dict[str, Any], three: list[Model], tmp_path: Path
+) -> None:
+    other = write(tmp_path / "other", words("hgfedcba"), dtype=dtype)
+    with pytest.raises(ModelError, match=r"is not|are not put in the order of another vocabulary"):
+        plan(linear([other, three[0]], tokenizer_source=str(three[0].path), **top))
+
+
 def test_equal_vocabularies_are_read_as_they_lie(tmp_path: Path) -> None:
     models = [write(tmp_path / name, words("abcd"), n_rows=8, seed=i) for i, name in enumerate("xy")]
     assert gathered(models, tokenizer_source="union") == []
