@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from streammerge.engine.adapted import add_products
 from streammerge.engine.pieces import KernelMath, Loaded, Operand
-from streammerge.engine.sources import add_products
 from streammerge.engine.statistics import low_words
 from streammerge.methods.recipes import (
     ColumnCombination,

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from streammerge.api import merge, verify
-from streammerge.engine import sources
+from streammerge.engine import adapted as adapted_module
+from streammerge.engine.adapted import add_products, products_in_order
 from streammerge.engine.reader import Reader
-from streammerge.engine.sources import add_products, products_in_order, read_elements
+from streammerge.engine.sources import read_elements
 from streammerge.errors import OutputError
 from streammerge.index.model import TensorIndex, open_model
 from tests.adapters.scene import C, Q, adapted, factors, in_order, scale_of, write_adapter, write_base
@@ -95,7 +96,7 @@ def test_any_range_of_elements_is_that_of_the_whole(
     whole = read_elements(reader, ref, 0, ref.n_elements).reshape(-1, 4)
     rng = np.random.default_rng(3)
     for block in (50, 1 << 20):  # rows cut, and not
-        monkeypatch.setattr(sources, "READ_BLOCK", block)
+        monkeypatch.setattr(adapted_module, "READ_BLOCK", block)
         for _ in range(30):
             start, stop = sorted(rng.choice(ref.n_elements + 1, 2, replace=False))
             part = read_elements(reader, ref, int(start), int(stop)).reshape(-1, 4)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from streammerge.api import merge, plan, verify
+from streammerge.engine import gathered as gathered_module
 from streammerge.engine import reader as reader_module
-from streammerge.engine import sources
 from streammerge.engine.reader import Reader
 from streammerge.engine.sources import read_elements
 from streammerge.errors import ModelError, OutputError, StreammergeError
@@ -108,8 +108,8 @@ def test_any_range_of_elements_is_that_of_the_whole(
         width = ref.nbytes // ref.n_elements
         whole = read_elements(reader, ref, 0, ref.n_elements).reshape(-1, width)
         for span, gap, views in ((1, 0, 1), (60, 30, 2), (1 << 20, 1 << 14, 1024)):
-            monkeypatch.setattr(sources, "_SPAN_BYTES", span)
-            monkeypatch.setattr(sources, "_GAP_BYTES", gap)
+            monkeypatch.setattr(gathered_module, "_SPAN_BYTES", span)
+            monkeypatch.setattr(gathered_module, "_GAP_BYTES", gap)
             monkeypatch.setattr(reader_module, "_MOST_VIEWS", views)
             for _ in range(20):
                 start, stop = sorted(rng.choice(ref.n_elements + 1, 2, replace=False).tolist())
