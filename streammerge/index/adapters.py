@@ -23,6 +23,7 @@ from streammerge.errors import ModelError
 from streammerge.index.derived import AdaptedRef, SourceRef, row_elements
 from streammerge.index.files import bad, quoted, read_exactly, reading
 from streammerge.index.header import FileStamp, TensorRef, read_header
+from streammerge.index.naming import LANGUAGE_PARTS, TIED
 from streammerge.index.pickles import read_pickle
 from streammerge.index.strict_json import MAX_NBYTES, parse_object
 
@@ -56,8 +57,6 @@ _EMBEDDINGS = (
     "tok_embeddings.weight",
 )
 _HEAD = "lm_head.weight"
-_TIED = "tie_word_embeddings"
-_LANGUAGE = ("text_config", "llm_config", "language_config")
 _MOST_RANK = 1 << 16
 _LARGEST_ALPHA = 1e30
 _LONGEST_MATCHED = 400
@@ -198,9 +197,9 @@ def settle_vocabulary(
     found, settings = dict(tensors), copy.deepcopy(dict(config))
     parts = [
         settings,
-        *(part for key, part in settings.items() if key in _LANGUAGE and isinstance(part, dict)),
+        *(part for key, part in settings.items() if key in LANGUAGE_PARTS and isinstance(part, dict)),
     ]
-    tied = any(part.get(_TIED) is True for part in parts)
+    tied = any(part.get(TIED) is True for part in parts)
     embeddings = [name for name in base if name.endswith(_EMBEDDINGS) and tensors[name] is not base[name]]
     brought = [name for name in embeddings if not isinstance(tensors[name], AdaptedRef)]
     heads = [name for name in tensors if name.endswith(_HEAD)]
@@ -212,8 +211,8 @@ def settle_vocabulary(
         own_head = True
     if tied and own_head:
         for part in parts:
-            if part is settings or _TIED in part:
-                part[_TIED] = False
+            if part is settings or TIED in part:
+                part[TIED] = False
     for name in brought:
         before, after = base[name].shape[0], tensors[name].shape[0]
         for part in parts:

@@ -22,8 +22,36 @@ READ_BLOCK = 1 << 20
 """Elements computed at a time."""
 
 
+class _Made:
+    """What tensors that are made as they are read have in common."""
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+
+        @property
+        def shape(self) -> tuple[int, ...]: ...
+
+        @property
+        def dtype(self) -> str: ...
+
+    @property
+    def n_elements(self) -> int:
+        """How many elements the shape has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the elements once they are made."""
+        return self.n_elements * itemsize(self.dtype)
+
+    @property
+    def columns(self) -> int:
+        """Elements of one row: of all axes but the first."""
+        return row_elements(self.shape)
+
+
 @dataclass(frozen=True, eq=False, slots=True)
-class AdaptedRef:
+class AdaptedRef(_Made):
     """A weight with a LoRA adapter: ``W + s L R`` (Hu et al., 2021), or with DoRA its rows scaled to a magnitude.
 
     It is not rounded to the dtype in which the weight is stored: it is fp32, or fp64 where that is.
@@ -62,21 +90,6 @@ class AdaptedRef:
         return self.weight.path
 
     @property
-    def n_elements(self) -> int:
-        """How many elements the shape has."""
-        return self.weight.n_elements
-
-    @property
-    def nbytes(self) -> int:
-        """Of the elements once they are computed."""
-        return self.n_elements * itemsize(self.dtype)
-
-    @property
-    def columns(self) -> int:
-        """Elements of one row: of all axes but the first."""
-        return row_elements(self.shape)
-
-    @property
     def scratch_bytes(self) -> int:
         """What reading it takes beside the elements: the right factor, and blocks of the left, the weight and the sum."""
         rows = READ_BLOCK // max(1, self.columns) + 1
@@ -110,7 +123,7 @@ class RowMap:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class GatheredRef:
+class GatheredRef(_Made):
     """A tensor with one row per token, its rows put in the order of another vocabulary."""
 
     name: str
@@ -126,21 +139,6 @@ class GatheredRef:
     def path(self) -> str:
         """For messages: the file of the model's own tensor."""
         return self.own.path
-
-    @property
-    def n_elements(self) -> int:
-        """How many elements the shape has."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the elements once they are gathered."""
-        return self.n_elements * itemsize(self.dtype)
-
-    @property
-    def columns(self) -> int:
-        """Elements of one row."""
-        return row_elements(self.shape)
 
     @property
     def scratch_bytes(self) -> int:

@@ -11,9 +11,10 @@ from streammerge import dtypes
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable
 from streammerge.index.model import TensorIndex
+from streammerge.index.naming import LANGUAGE_PARTS, TIED
 from streammerge.plan.cells import Indexes, Stack
 from streammerge.plan.job import Job
-from streammerge.plan.tied import FLAG, flag_of, is_head
+from streammerge.plan.tied import flag_of, is_head
 from streammerge.plan.tokenizer_files import renumber
 from streammerge.plan.vocabulary import Alignment
 
@@ -24,7 +25,7 @@ _COUNTS = (
     "decoder_layers", "encoder_layers", "depth",
 )  # fmt: skip
 """What architectures call the number of their layers."""
-_LANGUAGE = ("", "text_config", "llm_config", "language_config")
+_LANGUAGE = ("", *LANGUAGE_PARTS)
 """The parts of a config that speak of the language model."""
 _QUANTISED = ("quantization_config", "compression_config")
 
@@ -170,9 +171,9 @@ def _untie(settings: Settings, donor: TensorIndex, indexes: Indexes, jobs: Seque
     if not own or (flag_of(donor.config) is not True and all(head in donor for head in heads)):
         return
     for _, part in _parts(settings):
-        if FLAG in part:
-            part[FLAG] = False
-    settings[FLAG] = False
+        if TIED in part:
+            part[TIED] = False
+    settings[TIED] = False
 
 
 def _drop_quantisation(settings: Settings, jobs: Sequence[Job]) -> list[str]:

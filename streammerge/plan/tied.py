@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from streammerge.index.model import TensorIndex
+from streammerge.index.naming import LANGUAGE_PARTS, TIED
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = (
     "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight",
     "shared.weight",
 )  # fmt: skip
-FLAG = "tie_word_embeddings"
 
 
 def is_head(name: str) -> bool:
@@ -33,10 +33,8 @@ def tied_to(index: TensorIndex, head: str) -> str | None:
 
 def flag_of(config: Mapping[str, Any]) -> bool | None:
     """Return what a model's config says of tied embeddings, itself or for its language model; None: nothing."""
-    nested = [
-        value for key, value in config.items() if key in ("text_config", "llm_config", "language_config")
-    ]
+    nested = [value for key, value in config.items() if key in LANGUAGE_PARTS]
     for part in (config, *(part for part in nested if isinstance(part, dict))):
-        if isinstance(part.get(FLAG), bool):
-            return bool(part[FLAG])
+        if isinstance(part.get(TIED), bool):
+            return bool(part[TIED])
     return None
