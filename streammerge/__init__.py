@@ -29,7 +29,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'streammerge' has no attribute {name!r}")
     import importlib
 
-    # `import streammerge.plan` binds the subpackage to this name; the function is put back over it.
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -23,10 +23,10 @@ from streammerge.index.fishers import FisherIndex, open_fisher, open_grams
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
-from streammerge.plan import budget as budgets
-from streammerge.plan.bases import settle_base
-from streammerge.plan.free_memory import available_memory, own_memory, shortage
-from streammerge.plan.plan import LeftOut, MergePlan, make_plan
+from streammerge.planning import budget as budgets
+from streammerge.planning.bases import settle_base
+from streammerge.planning.free_memory import available_memory, own_memory, shortage
+from streammerge.planning.plan import LeftOut, MergePlan, make_plan
 from streammerge.report.card import model_card
 from streammerge.units import parse_size
 

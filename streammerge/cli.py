@@ -136,7 +136,7 @@ def plan(config: str, as_json: bool, **options: Any) -> None:
     import shutil
 
     from streammerge.api import plan as decide
-    from streammerge.plan.plan import describe, plan_json
+    from streammerge.planning.plan import describe, plan_json
     from streammerge.report.progress import plan_text
 
     decided = decide(config, **options)

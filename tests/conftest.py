@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import streammerge.methods.builtin  # noqa: F401  (registers them)
 from streammerge.methods.registry import all_methods
-from streammerge.plan import budget as budgets
+from streammerge.planning import budget as budgets
 from tests.fixed_budget import Fixed
 
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -21,8 +21,8 @@ from streammerge.engine import direct
 from streammerge.engine.reader import Reader
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import WorldError
-from streammerge.plan.arena import DIRECT_BYTES, PAGE, divide, slot_bytes
-from streammerge.plan.layout import Layout, Shard
+from streammerge.planning.arena import DIRECT_BYTES, PAGE, divide, slot_bytes
+from streammerge.planning.layout import Layout, Shard
 from tests.conftest import config_for
 
 SHAPES = {"a.weight": (700, 1031), "b.bias": (13,), "c.weight": (1201, 997), "d.weight": (64, 64)}

@@ -14,7 +14,7 @@ import pytest
 import streammerge
 
 PACKAGE = Path(streammerge.__file__).parent
-LAYERS = ["errors units dtypes compiled", "index", "config", "methods", "kernels", "plan", "engine", "network", "fisher", "gram",
+LAYERS = ["errors units dtypes compiled", "index", "config", "methods", "kernels", "planning", "engine", "network", "fisher", "gram",
           "report", "api", "demo", "mergekit_options", "cli"]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
@@ -75,16 +75,27 @@ def test_every_part_of_the_package_has_a_layer() -> None:
 
 def test_the_check_finds_what_it_looks_for() -> None:
     bad = "if x:\n    def f():\n        from streammerge.engine import run\n"
-    assert upward_imports(bad, "streammerge.plan.plan") == ["streammerge.engine.run"]
+    assert upward_imports(bad, "streammerge.planning.plan") == ["streammerge.engine.run"]
     assert upward_imports("from streammerge import api", "streammerge.report.card") == ["streammerge.api"]
-    assert upward_imports("from ..engine.run import Runner", "streammerge.plan.plan") == [
+    assert upward_imports("from ..engine.run import Runner", "streammerge.planning.plan") == [
         "streammerge.engine.run.Runner"
     ]
     assert upward_imports("from .engine import run", "streammerge", True) == ["streammerge.engine.run"]
     assert upward_imports("import streammerge.cli", "streammerge.api") == ["streammerge.cli"]
     guarded = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from streammerge.engine import run\n"
-    assert upward_imports(guarded, "streammerge.plan.plan") == []
-    assert upward_imports("from streammerge.plan import job", "streammerge.plan.plan") == []
+    assert upward_imports(guarded, "streammerge.planning.plan") == []
+    assert upward_imports("from streammerge.planning import job", "streammerge.planning.plan") == []
+
+
+def test_no_part_of_the_package_has_a_public_name() -> None:
+    """Importing such a part would bind the module over the function of that name."""
+    assert {part.stem for part in PACKAGE.iterdir()} & set(streammerge.__all__) == set()
+
+
+@pytest.mark.parametrize("names", ["merge, plan", "plan, merge", "verify, plan, merge"])
+def test_public_names_are_functions_in_whatever_order_they_are_imported(names: str) -> None:
+    code = f"from streammerge import {names}\nimport streammerge\nassert all(map(callable, ({names}, streammerge.plan)))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 HEAVY = ("torch", "numba", "numpy", "safetensors", "zarr")

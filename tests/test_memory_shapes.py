@@ -24,7 +24,7 @@ from streammerge.engine.ordered import OrderedSum
 from streammerge.engine.pieces import Loaded, Operand
 from streammerge.errors import InputError
 from streammerge.methods.rng import RandomKeys
-from streammerge.plan import allot
+from streammerge.planning import allot
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
 from tests.test_memory import peak_of
 

@@ -22,12 +22,12 @@ from streammerge.dtypes import BITS, FLOATS, itemsize
 from streammerge.errors import BudgetError, ConfigError, InputError, ModelError
 from streammerge.index.header import TensorRef
 from streammerge.methods.registry import Access
-from streammerge.plan.arena import alignment_bytes
-from streammerge.plan.budget import MIB, SMALLEST_CAPACITY, Budget
-from streammerge.plan.job import Job
-from streammerge.plan.layout import lay_out
-from streammerge.plan.plan import MergePlan
-from streammerge.plan.schedule import (
+from streammerge.planning.arena import alignment_bytes
+from streammerge.planning.budget import MIB, SMALLEST_CAPACITY, Budget
+from streammerge.planning.job import Job
+from streammerge.planning.layout import lay_out
+from streammerge.planning.plan import MergePlan
+from streammerge.planning.schedule import (
     ALIGN,
     Chunk,
     Piece,
@@ -646,7 +646,7 @@ def test_config_errors_are_input_errors() -> None:
 
 @pytest.mark.parametrize("sees", ["elements", "tensor"])
 def test_a_formula_whose_temporaries_do_not_fit_is_refused_or_fits(sees: Sees) -> None:
-    from streammerge.plan.plan import torch_workspace
+    from streammerge.planning.plan import torch_workspace
 
     budget = Budget(100 * MIB + SMALLEST_CAPACITY, 100 * MIB, 1)
     job = make_job(0, (400, 300), n_models=20, dtype="F32")
@@ -679,7 +679,7 @@ def test_a_method_without_parameters_keeps_its_access_beside_copied_tensors(
 
 
 def test_a_gpus_block_fits_its_share_of_memory_and_is_a_multiple_of_4096() -> None:
-    from streammerge.plan.budget import device_block
+    from streammerge.planning.budget import device_block
 
     for share in (0, 1 << 28, 1 << 32, 13 << 30):
         block = device_block(share, 5)

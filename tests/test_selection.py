@@ -29,7 +29,7 @@ from streammerge.methods.requests import (
 )
 from streammerge.methods.scores import Importance, Selection, Spread
 from streammerge.methods.vectors import Cut, TaskVector, Where
-from streammerge.plan.plan import BLOCK_ELEMENTS
+from streammerge.planning.plan import BLOCK_ELEMENTS
 from tests import reference
 from tests.conftest import as_float64, config_for, output_bytes
 from tests.test_hand_tables import KEYS, call, follow, key

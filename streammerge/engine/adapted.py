@@ -16,7 +16,7 @@ from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
 from streammerge.engine.values import F32, F64, Floats, Scratch, computed_once, read_widened, widened
 from streammerge.index.derived import READ_BLOCK, AdaptedRef, scratch_bytes
-from streammerge.plan.arena import slot_bytes
+from streammerge.planning.arena import slot_bytes
 
 
 def read_adapted(

@@ -37,11 +37,11 @@ from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.recipes import Recipe, WeightedSum
 from streammerge.methods.requests import Answer, Mixing, Request, partials_of
 from streammerge.methods.rng import RandomKeys
-from streammerge.plan.arena import DIRECT_BYTES, divide, is_copied
-from streammerge.plan.budget import device_block
-from streammerge.plan.job import Job
-from streammerge.plan.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, scope_of
-from streammerge.plan.schedule import Chunk, Piece
+from streammerge.planning.arena import DIRECT_BYTES, divide, is_copied
+from streammerge.planning.budget import device_block
+from streammerge.planning.job import Job
+from streammerge.planning.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, scope_of
+from streammerge.planning.schedule import Chunk, Piece
 
 Answers = list[list[Answer]]
 _SAMPLE_ABOVE = 1 << 19

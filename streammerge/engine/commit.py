@@ -16,8 +16,8 @@ from streammerge.engine.manifest import FORMAT, MANIFEST, indented, seal
 from streammerge.engine.output import CONFIG_COPY
 from streammerge.engine.writer import ShardWriter
 from streammerge.index.model import CONFIG_NAME, INDEX_NAME
-from streammerge.plan.model_config import spelled
-from streammerge.plan.plan import MergePlan
+from streammerge.planning.model_config import spelled
+from streammerge.planning.plan import MergePlan
 
 
 def commit(

@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from streammerge.engine.memory import Bytes
-from streammerge.plan.arena import PAGE
+from streammerge.planning.arena import PAGE
 
 _AT_ONCE = 1 << 30
 """Linux moves at most 2 GiB a call."""

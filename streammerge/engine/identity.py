@@ -10,7 +10,7 @@ from streammerge.engine.fingerprint import fingerprint, fisher_digest
 from streammerge.engine.reader import Reader
 from streammerge.errors import ConfigError, printable
 from streammerge.methods.rng import SCHEME, RandomKeys
-from streammerge.plan.plan import MergePlan
+from streammerge.planning.plan import MergePlan
 
 VERSION = "version"
 LAYOUT = "shard size"

@@ -25,7 +25,7 @@ from streammerge.index.files import reading
 from streammerge.index.fishers import ChunkedRef, FisherIndex
 from streammerge.index.header import FileStamp
 from streammerge.index.model import TensorIndex
-from streammerge.plan.plan import MergePlan
+from streammerge.planning.plan import MergePlan
 
 CHUNKS = "chunks"
 """Name of the chunk files of a store together."""

@@ -15,9 +15,9 @@ from streammerge.engine.stages import Stages
 from streammerge.engine.stored_chunks import read_stored
 from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.requests import Mixers, Mixing
-from streammerge.plan.arena import slot_bytes
-from streammerge.plan.job import Job
-from streammerge.plan.plan import MergePlan
+from streammerge.planning.arena import slot_bytes
+from streammerge.planning.job import Job
+from streammerge.planning.plan import MergePlan
 
 _FRAME = 64
 _SINGLE = float(np.finfo(np.float32).eps)

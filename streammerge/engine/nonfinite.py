@@ -15,7 +15,7 @@ from streammerge.engine.reader import Reader
 from streammerge.engine.sources import read_elements
 from streammerge.errors import ModelError, printable
 from streammerge.index.header import TensorRef
-from streammerge.plan.job import Job
+from streammerge.planning.job import Job
 
 _STEP = 1 << 18
 """Elements looked at together."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from streammerge.engine.durable import write_file
 from streammerge.engine.stages import BESIDE, Stages
-from streammerge.plan.free_memory import peak_memory
+from streammerge.planning.free_memory import peak_memory
 
 
 def profile_values(

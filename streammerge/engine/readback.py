@@ -17,8 +17,8 @@ from streammerge.engine.checksum import combine_all, crc32
 from streammerge.engine.memory import Bytes, Pool
 from streammerge.engine.nonfinite import Tally, tally
 from streammerge.engine.reader import Reader
-from streammerge.plan.arena import slot_bytes
-from streammerge.plan.budget import available_cpus
+from streammerge.planning.arena import slot_bytes
+from streammerge.planning.budget import available_cpus
 
 _WINDOW = 8 << 20
 """Bytes read at once; a buffer of each thread."""

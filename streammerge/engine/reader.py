@@ -30,7 +30,7 @@ from streammerge.engine.mapped import copy_mapped
 from streammerge.engine.memory import Bytes
 from streammerge.errors import ModelError, StreammergeError, WorldError, printable
 from streammerge.index.header import FileStamp, open_regular
-from streammerge.plan.arena import DIRECT_BYTES, PAGE, slot_bytes
+from streammerge.planning.arena import DIRECT_BYTES, PAGE, slot_bytes
 
 Backend = Literal["direct", "read", "mmap"]
 """Past the page cache where that pays; through it; out of a memory map."""

@@ -32,9 +32,9 @@ from streammerge.engine.run import Runner
 from streammerge.errors import InputError, WorldError, printable
 from streammerge.index.header import read_header
 from streammerge.index.shards import SUFFIX
-from streammerge.plan.layout import Layout, Shard, Slot
-from streammerge.plan.plan import MergePlan
-from streammerge.plan.schedule import ALIGN, Piece, remaining
+from streammerge.planning.layout import Layout, Shard, Slot
+from streammerge.planning.plan import MergePlan
+from streammerge.planning.schedule import ALIGN, Piece, remaining
 
 _PIECE = 1 << 20
 """Elements of a piece of the sample, where a method may be cut anywhere."""

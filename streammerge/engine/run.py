@@ -59,8 +59,8 @@ from streammerge.methods.requests import (
     Threshold,
     Touched,
 )
-from streammerge.plan.job import Job
-from streammerge.plan.schedule import SURVEYS_AHEAD, Chunk, Piece, Survey, survey_pieces
+from streammerge.planning.job import Job
+from streammerge.planning.schedule import SURVEYS_AHEAD, Chunk, Piece, Survey, survey_pieces
 
 _SYNC_SECONDS = 1.0
 _MODEL_SAMPLE_BLOCKS = 192

@@ -50,10 +50,10 @@ from streammerge.engine.verify import check_files
 from streammerge.engine.warm import ensure_compiled
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import OutputError, Stopped, WorldError, printable
-from streammerge.plan.arena import is_copied
-from streammerge.plan.free_memory import available_memory
-from streammerge.plan.layout import Slot
-from streammerge.plan.plan import MergePlan
+from streammerge.planning.arena import is_copied
+from streammerge.planning.free_memory import available_memory
+from streammerge.planning.layout import Slot
+from streammerge.planning.plan import MergePlan
 
 NonFinite = Literal["error", "warn"]
 _CHECK_STEP = 1 << 20

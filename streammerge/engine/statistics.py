@@ -45,8 +45,8 @@ from streammerge.methods.rng import Key, RandomKeys
 from streammerge.methods.rng import words as random_words
 from streammerge.methods.scores import sees_rows
 from streammerge.methods.vectors import TaskVector
-from streammerge.plan.allot import MOST_BINS
-from streammerge.plan.job import Job
+from streammerge.planning.allot import MOST_BINS
+from streammerge.planning.job import Job
 
 BLOCK = 4096
 _TOP = (1 << 31) - 1

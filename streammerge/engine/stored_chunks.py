@@ -15,7 +15,7 @@ from streammerge.engine.reader import Reader
 from streammerge.engine.stages import Stages
 from streammerge.errors import ModelError, printable
 from streammerge.index.fishers import ChunkedRef
-from streammerge.plan.arena import PAGE
+from streammerge.planning.arena import PAGE
 
 _CRC_BYTES = 4
 _BLOSC_HEADER = 16

@@ -14,7 +14,7 @@ from streammerge.dtypes import itemsize
 from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
 from streammerge.index.header import TensorRef
-from streammerge.plan.arena import PAGE
+from streammerge.planning.arena import PAGE
 
 _STEP = 1 << 18
 """Elements widened together."""

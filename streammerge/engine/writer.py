@@ -11,8 +11,8 @@ from typing import Protocol
 from streammerge.engine.direct import REFUSED, open_direct, place_in_page, write_direct
 from streammerge.engine.durable import PARTIAL, fsync_directory, world_errors
 from streammerge.engine.memory import Bytes
-from streammerge.plan.arena import DIRECT_BYTES, PAGE
-from streammerge.plan.layout import Layout, Shard
+from streammerge.planning.arena import DIRECT_BYTES, PAGE
+from streammerge.planning.layout import Layout, Shard
 
 _AT_ONCE = 1 << 30
 """Linux moves at most 2 GiB a call."""

@@ -23,7 +23,7 @@ from streammerge.index.header import FileStamp, TensorRef
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.index.pickles import read_pickle
 from streammerge.index.shards import PICKLES
-from streammerge.plan.budget import KERNEL_RESERVE, make_budget
+from streammerge.planning.budget import KERNEL_RESERVE, make_budget
 
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _BUFFERS = 12

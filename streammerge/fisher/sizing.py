@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from streammerge.errors import BudgetError
-from streammerge.plan.budget import MIB, make_budget
+from streammerge.planning.budget import MIB, make_budget
 from streammerge.units import format_size
 
 RESERVE = 480 * MIB

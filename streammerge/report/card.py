@@ -6,7 +6,7 @@ import json
 import os
 import re
 
-from streammerge.plan.plan import MergePlan
+from streammerge.planning.plan import MergePlan
 
 
 def model_card(plan: MergePlan) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.errors import printable
 from streammerge.fisher.importing import Imported
 from streammerge.index.fishers import FisherIndex
-from streammerge.plan.free_memory import peak_memory
+from streammerge.planning.free_memory import peak_memory
 from streammerge.units import format_seconds, format_size
 
 if TYPE_CHECKING:  # it imports torch

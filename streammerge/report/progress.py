@@ -10,8 +10,8 @@ from typing import Any
 
 from streammerge.engine.session import Event, Summary
 from streammerge.errors import printable
-from streammerge.plan.free_memory import peak_memory
-from streammerge.plan.plan import MergePlan
+from streammerge.planning.free_memory import peak_memory
+from streammerge.planning.plan import MergePlan
 from streammerge.units import format_seconds, format_size
 
 _LINE_SECONDS = 10.0

@@ -17,7 +17,7 @@ from streammerge.api import compute_grams, merge, plan, verify
 from streammerge.engine.mixers import mixers_of
 from streammerge.errors import ConfigError, ModelError, Stopped
 from streammerge.methods.requests import Mixing
-from streammerge.plan.schedule import Chunk
+from streammerge.planning.schedule import Chunk
 from tests.conftest import config_for, output_bytes, read_tensors
 from tests.network.tiny import make_lines, make_model, write_lines
 

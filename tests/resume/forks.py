@@ -31,7 +31,7 @@ from streammerge.cli import main
 from streammerge.engine import run
 from streammerge.engine.journal import NAME, STATE
 from streammerge.engine.warm import compile_kernels
-from streammerge.plan import budget
+from streammerge.planning import budget
 from tests.fixed_budget import Fixed
 
 MODEL_SCOPE = {"density": 0.3, "trim_scope": "model"}

@@ -38,7 +38,7 @@ for name in ("replace", "fsync", "fdatasync"):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
     setattr(os, name, slowly)
-from streammerge.plan import budget
+from streammerge.planning import budget
 from tests.fixed_budget import Fixed
 budget.make_budget = lambda memory, n, reserve: Fixed(reserve + (2 << 20), reserve, 1)
 from streammerge.cli import main

@@ -15,7 +15,7 @@ from streammerge.engine.journal import NAME, STATE, _load
 from streammerge.engine.run import Runner
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import InputError, Stopped, WorldError
-from streammerge.plan.job import Job
+from streammerge.planning.job import Job
 from tests.conftest import config_for, output_bytes, read_tensors, write_model
 from tests.resume.scene import SHAPES, Scene
 from tests.resume.traps import Trap, interrupt, set_trap

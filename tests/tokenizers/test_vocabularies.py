@@ -21,7 +21,7 @@ from streammerge.engine.reader import Reader
 from streammerge.engine.sources import read_elements
 from streammerge.errors import ModelError, OutputError, StreammergeError
 from streammerge.index.derived import GatheredRef
-from streammerge.plan import vocabulary
+from streammerge.planning import vocabulary
 from tests.adapters.scene import in_order, write_adapter
 from tests.conftest import read_tensors
 from tests.tokenizers.scene import EMBEDDING, HEAD, OTHER, Model, rows_by_token, words, write

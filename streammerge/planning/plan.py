@@ -28,15 +28,15 @@ from streammerge.methods.requests import (
     passes_of,
 )
 from streammerge.methods.scope import Scope
-from streammerge.plan.allot import Needs, Room, allot, asked_together, lists_nbytes
-from streammerge.plan.bind import bind_jobs
-from streammerge.plan.budget import Budget
-from streammerge.plan.job import Job
-from streammerge.plan.layout import Layout, lay_out
-from streammerge.plan.model_config import merged_config
-from streammerge.plan.schedule import SURVEYS_AHEAD, Chunk, Interval, Step, Survey, Work, plan_work, steps
-from streammerge.plan.tokenizer_files import TokenizerFiles, tokenizer_files
-from streammerge.plan.vocabulary import Alignment, align
+from streammerge.planning.allot import Needs, Room, allot, asked_together, lists_nbytes
+from streammerge.planning.bind import bind_jobs
+from streammerge.planning.budget import Budget
+from streammerge.planning.job import Job
+from streammerge.planning.layout import Layout, lay_out
+from streammerge.planning.model_config import merged_config
+from streammerge.planning.schedule import SURVEYS_AHEAD, Chunk, Interval, Step, Survey, Work, plan_work, steps
+from streammerge.planning.tokenizer_files import TokenizerFiles, tokenizer_files
+from streammerge.planning.vocabulary import Alignment, align
 from streammerge.units import format_at_least, format_size
 
 LeftOut = Literal["tokenizer", "model card"]

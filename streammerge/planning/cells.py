@@ -9,8 +9,8 @@ from streammerge.config.schema import MergeConfig, ModelSpec, Module, Slice
 from streammerge.config.settings import Setting, count_layers, layer_fraction
 from streammerge.errors import ConfigError, printable
 from streammerge.index.model import TensorIndex
-from streammerge.plan.modules import split_modules
-from streammerge.plan.tied import is_head, tied_to
+from streammerge.planning.modules import split_modules
+from streammerge.planning.tied import is_head, tied_to
 
 Indexes = Mapping[str, TensorIndex]
 """Every model by its reference."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from streammerge.config.schema import MergeConfig, ModelSpec, Slice, members_of
 from streammerge.errors import ConfigError
 from streammerge.methods.registry import Method
-from streammerge.plan.parameters import wants_drop
+from streammerge.planning.parameters import wants_drop
 
 
 def settle_base(config: MergeConfig, method: Method) -> MergeConfig:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streammerge.dtypes import RANK
-from streammerge.plan.job import Job
+from streammerge.planning.job import Job
 
 
 @dataclass(frozen=True, slots=True)

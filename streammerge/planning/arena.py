@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.dtypes import BITS, itemsize
-from streammerge.plan.job import Job
+from streammerge.planning.job import Job
 
 PAGE = 4096
 """Bytes; what direct I/O is aligned to."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammerge.errors import BudgetError
-from streammerge.plan.free_memory import available_memory
+from streammerge.planning.free_memory import available_memory
 from streammerge.units import format_at_least, format_size
 
 MIB = 1 << 20

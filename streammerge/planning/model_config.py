@@ -12,11 +12,11 @@ from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable
 from streammerge.index.model import TensorIndex
 from streammerge.index.naming import LANGUAGE_PARTS, TIED
-from streammerge.plan.cells import Indexes, Stack
-from streammerge.plan.job import Job
-from streammerge.plan.tied import flag_of, is_head
-from streammerge.plan.tokenizer_files import renumber
-from streammerge.plan.vocabulary import Alignment
+from streammerge.planning.cells import Indexes, Stack
+from streammerge.planning.job import Job
+from streammerge.planning.tied import flag_of, is_head
+from streammerge.planning.tokenizer_files import renumber
+from streammerge.planning.vocabulary import Alignment
 
 Settings = dict[str, Any]
 

@@ -20,9 +20,9 @@ from streammerge.index.derived import scratch_bytes
 from streammerge.methods.recipes import Sees
 from streammerge.methods.registry import Access
 from streammerge.methods.requests import Band, Largest, Quantile, Request, TopK, partials_of
-from streammerge.plan.budget import MIB, SMALLEST_CAPACITY, Budget
-from streammerge.plan.job import Job
-from streammerge.plan.schedule import ALIGN, TooLarge, Work
+from streammerge.planning.budget import MIB, SMALLEST_CAPACITY, Budget
+from streammerge.planning.job import Job
+from streammerge.planning.schedule import ALIGN, TooLarge, Work
 from streammerge.units import format_at_least, format_size
 
 MOST_BINS = 1 << 19

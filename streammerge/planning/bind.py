@@ -16,11 +16,11 @@ from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
 from streammerge.methods.requests import Band, TopK
 from streammerge.methods.scope import Scope
-from streammerge.plan.cells import Cell, Indexes, Stack, assemble
-from streammerge.plan.job import Job
-from streammerge.plan.parameters import bind, check_names, preset_of
-from streammerge.plan.tied import tied_to
-from streammerge.plan.vocabulary import Alignment
+from streammerge.planning.cells import Cell, Indexes, Stack, assemble
+from streammerge.planning.job import Job
+from streammerge.planning.parameters import bind, check_names, preset_of
+from streammerge.planning.tied import tied_to
+from streammerge.planning.vocabulary import Alignment
 
 
 @dataclass(frozen=True)

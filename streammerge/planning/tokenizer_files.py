@@ -23,7 +23,7 @@ from streammerge.index.tokenizers import (
     read_chat_template,
     read_tokenizer,
 )
-from streammerge.plan.vocabulary import Alignment, Ids, NewToken
+from streammerge.planning.vocabulary import Alignment, Ids, NewToken
 
 GENERATION = "generation_config.json"
 _PROCESSOR = "chat_template.json"

@@ -24,7 +24,7 @@ from streammerge.errors import ModelError, printable
 from streammerge.index.derived import GatheredRef, RowMap, SourceRef, row_elements
 from streammerge.index.model import TensorIndex, locate
 from streammerge.index.tokenizers import MOST_ROWS, Tokenizer, read_tokenizer, tokenizer_digest
-from streammerge.plan.tied import EMBEDDINGS, is_head
+from streammerge.planning.tied import EMBEDDINGS, is_head
 
 Ids = NDArray[np.int32]
 _OF_TOKENS = (

@@ -22,9 +22,9 @@ from streammerge.index.derived import scratch_bytes
 from streammerge.index.fishers import ChunkedRef
 from streammerge.methods.recipes import ROWS_AT_ONCE, Sees
 from streammerge.methods.requests import rows_at_once
-from streammerge.plan.arena import alignment_bytes, bytes_per_element, slot_bytes
-from streammerge.plan.budget import Budget
-from streammerge.plan.job import Job
+from streammerge.planning.arena import alignment_bytes, bytes_per_element, slot_bytes
+from streammerge.planning.budget import Budget
+from streammerge.planning.job import Job
 from streammerge.units import format_at_least, format_size
 
 ALIGN = 4096
