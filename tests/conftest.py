@@ -39,7 +39,7 @@ def write_model(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
 @pytest.fixture(autouse=True)
 def auto_means_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a merge use a GPU only where a test asks for it, on any machine."""
-    monkeypatch.setattr("streammerge.api._GPU_DRIVER", "/nonexistent")
+    monkeypatch.setattr("streammerge.api.devices.GPU_DRIVER", "/nonexistent")
 
 
 def write_models(

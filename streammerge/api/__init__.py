@@ -1,0 +1,21 @@
+"""Merging from Python: what the command line calls, and what users call."""
+
+from __future__ import annotations
+
+from streammerge.api.checking import DEFAULT_SAMPLE, verify
+from streammerge.api.deciding import DEFAULT_SHARD_SIZE, ConfigLike, plan
+from streammerge.api.devices import choose_device
+from streammerge.api.merging import merge
+from streammerge.api.streaming import compute_fisher, compute_grams
+
+__all__ = [
+    "DEFAULT_SAMPLE",
+    "DEFAULT_SHARD_SIZE",
+    "ConfigLike",
+    "choose_device",
+    "compute_fisher",
+    "compute_grams",
+    "merge",
+    "plan",
+    "verify",
+]
