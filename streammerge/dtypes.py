@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 BITS: dict[str, int] = {
     "BOOL": 8,
     "F4": 4,
@@ -45,7 +47,34 @@ NAMES = {
 }
 """Config spellings (an optional ``torch.`` prefix aside) of the dtypes an output may have."""
 
+SHORT_NAMES = {
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "fp64": "float64",
+    "f64": "float64",
+    "double": "float64",
+}
+"""What people, and torch, call them too."""
+
 CONFIG_NAME = {code: name for name, code in NAMES.items()}
+
+
+def promoted(floats: Iterable[str]) -> str:
+    """Return the dtype of what is computed from tensors of these float dtypes: `torch.promote_types`, the order aside.
+
+    Of two that no rule of torch joins (FP8 of two kinds) it is F32; FP8 beside a wider float is that one.
+
+    >>> promoted(["BF16", "F16"]), promoted(["BF16", "F32"]), promoted(["F8_E4M3", "BF16"]), promoted(["F16", "F16"])
+    ('F32', 'F32', 'BF16', 'F16')
+    """
+    kinds = set(floats)
+    widest = {kind for kind in kinds if BITS[kind] == max(BITS[other] for other in kinds)}
+    return widest.pop() if len(widest) == 1 else "F32"
 
 
 def itemsize(dtype: str) -> int:

@@ -475,11 +475,11 @@ def test_a_tensor_that_some_models_have_beyond_the_base_is_left_out_with_a_warni
     assert any("1 tensors that" in w and "(first: b)" in w for w in decided.warnings)
 
 
-def test_float_dtypes_that_differ_are_merged_with_a_warning(tmp_path: Path) -> None:
+def test_float_dtypes_that_differ_are_promoted_with_a_warning(tmp_path: Path) -> None:
     paths = models_of(tmp_path, {"a": X.bfloat16()}, {"a": X}, {"a": X.half()})
     decided = plan(config_for("ties", paths), memory="1GiB")
-    assert decided.jobs[0].dtype == "BF16"
-    assert any("float dtypes differ" in warning for warning in decided.warnings)
+    assert decided.jobs[0].dtype == "F32"
+    assert any("1 tensors differ in dtype" in w and "(BF16, F16, F32)" in w for w in decided.warnings)
 
 
 Change = Callable[[dict[str, Any]], None]
@@ -521,8 +521,12 @@ WRONG: list[tuple[str, str, Change, str]] = [
     ("a preset where there is none", "linear", top(preset="paper"), "unknown parameter 'preset' of method 'linear'"),
     ("an unknown method", "tise", key(), "merge_method: unknown method 'tise' .did you mean 'ties'"),
     ("no base", "ties", lambda config: config.pop("base_model"), "base_model: 'ties' needs one"),
-    ("a base for an average", "linear", lambda config: config.update(base_model=config["models"][0]["model"] + "/"),
-     "base_model: 'linear' has no base"),
+    ("a base without a weight of its own", "linear",
+     lambda config: [config.update(base_model=config["models"].pop()["model"]), *(
+         m.update(parameters={"weight": 0.5}) for m in config["models"])],
+     "base_model: no weight for tensor .*; give it one under `parameters:` at the top level, or list it"),
+    ("a base of a copy", "passthrough", lambda config: config.update(base_model="/x", models=config["models"][:1]),
+     "base_model: 'passthrough' has no base"),
     ("two models to copy", "passthrough", lambda config: config["models"].append({"model": "/nowhere"}), "nowhere"),
     ("weights that cancel", "linear", top(weight=-1.0), "the weights sum to -3: `linear` divides by their sum"),
     ("a density per layer with one trim", "ties",

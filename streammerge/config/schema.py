@@ -17,8 +17,8 @@ from streammerge.config.references import parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
 from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, dump_yaml, load_yaml
 from streammerge.config.tokenizer import ChatTemplate, TokenizerSpec, parse_chat_template, parse_tokenizer
-from streammerge.config.wording import check_keys, child, refuse, shown
-from streammerge.dtypes import NAMES
+from streammerge.config.wording import check_keys, child, meant, refuse, shown
+from streammerge.dtypes import NAMES, SHORT_NAMES
 
 _INPUTS = ("models", "slices", "modules")
 _KEYS = (
@@ -353,9 +353,10 @@ def _parameters(data: object, path: str) -> dict[str, Setting]:
 def _dtype(value: object, path: str) -> str | None:
     if value is None:
         return None
-    code = NAMES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+    name = value.removeprefix("torch.").lower() if isinstance(value, str) else ""
+    code = NAMES.get(SHORT_NAMES.get(name, name))
     if code is None:
-        refuse(path, f"{shown(value)} is none of {', '.join(NAMES)}")
+        refuse(path, f"{shown(value)} is none of {', '.join(NAMES)}{meant(name, [*NAMES, *SHORT_NAMES])}")
     return code
 
 

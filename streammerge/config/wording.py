@@ -58,10 +58,32 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     "did you mean 'modules' or 'models'?"
     """
     words = list(known)
-    near = difflib.get_close_matches(word, words, n=1) if len(word) <= 60 else []
-    near += [other for other in difflib.get_close_matches(word, words, n=2, cutoff=0.8) if other not in near]
-    meant = " or ".join(f"'{other}'" for other in near)
-    return f"did you mean {meant}?" if near else f"known: {', '.join(words)}"
+    near = _nearest(word, words)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(words)}"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """Return the nearest of many known words as the end of a sentence that goes without where none is near.
+
+    >>> meant("self_atn", ["self_attn", "mlp"]), meant("x", ["self_attn", "mlp"])
+    (" (did you mean 'self_attn'?)", '')
+    """
+    near = _nearest(word, list(known))
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _nearest(word: str, words: list[str]) -> list[str]:
+    """Return the word that is like another, two where both are very like it, quoted; capitals are no difference."""
+    if len(word) > 60:
+        return []
+    spelled = {other.lower(): other for other in reversed(words)}
+    near = difflib.get_close_matches(word.lower(), spelled, n=1)
+    near += [
+        other
+        for other in difflib.get_close_matches(word.lower(), spelled, n=2, cutoff=0.8)
+        if other not in near
+    ]
+    return [f"'{printable(spelled[other], 200)}'" for other in near]
 
 
 def check_keys(data: Mapping[str, object], path: str, known: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from streammerge.methods.registry import PerModel, method
 from streammerge.methods.scope import Scope
 
 
-@method("linear", base="none", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
+@method("linear", base="member", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
 def linear(
     scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = True  # type: ignore[assignment]
 ) -> WeightedSum | TaskVectorMerge:  # fmt: skip

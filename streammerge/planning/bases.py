@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streammerge.config.schema import MergeConfig, ModelSpec, Slice, members_of
-from streammerge.errors import ConfigError
+from streammerge.errors import ConfigError, printable
 from streammerge.methods.registry import Method
 from streammerge.planning.parameters import wants_drop
 
@@ -25,7 +25,14 @@ def settle_base(config: MergeConfig, method: Method) -> MergeConfig:
         replace(module, slices=tuple(_settled(part, config, method, drops) for part in module.slices))
         for module in config.modules
     )
-    return replace(config, modules=modules, models=members_of(modules))
+    members, listed = members_of(modules), {spec.name for spec in config.models}
+    notes = tuple(
+        f"{spec.path}: {printable(spec.reference)} is not listed among the models and takes part as one more, with the "
+        "weight of the top level, as in mergekit"
+        for spec in members
+        if spec.name not in listed
+    )
+    return replace(config, modules=modules, models=members, notes=(*config.notes, *notes))
 
 
 def _settled(part: Slice, config: MergeConfig, method: Method, drops: bool) -> Slice:
@@ -36,13 +43,15 @@ def _settled(part: Slice, config: MergeConfig, method: Method, drops: bool) -> S
     listed = [spec for spec in part.sources if spec.reference == reference]
     layers = part.sources[0].layer_range
     base = listed[0] if listed else ModelSpec(reference, path=path, layer_range=layers)
-    if method.base == "member":
+    if method.base == "member" and not drops:
         whole = layers is None and not listed
         return replace(part, sources=(*part.sources, base)) if whole else part
     if method.base in ("required", "optional"):
         others = tuple(spec for spec in part.sources if spec.reference != reference)
         return replace(part, sources=others, base=base)
     if method.base == "none" and not listed and not drops:
+        if layers is not None:
+            return part  # As in mergekit it lends its config and its tokenizer.
         raise ConfigError(
             f"{path}: {method.name!r} has no base; list the model under `models` or remove the key"
         )

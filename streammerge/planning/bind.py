@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child
-from streammerge.dtypes import FLOATS, INTEGERS
+from streammerge.dtypes import FLOATS, INTEGERS, promoted
 from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.index.derived import GatheredRef, SourceRef, stored_dtype
 from streammerge.index.fishers import ChunkedRef, FisherIndex, FisherRef
@@ -90,11 +90,7 @@ def bind_jobs(
             parameters = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels)
             job = binder.merge(ordinal, cell, lender, sources, base, parameters)
         jobs.append(job)
-    dtypes = {stored_dtype(ref) for job in jobs for ref in job.inputs if job.kind == "merge"}
-    if len(dtypes) > 1 and not (config.dtype or config.out_dtype):
-        warnings.append("the models' float dtypes differ; each output tensor takes the dtype of "
-                        f"{printable(donor.reference)} unless `dtype` says otherwise")  # fmt: skip
-    warnings += [*finder.warnings(), *binder.warnings()]
+    warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
     _check_uniform_trim(jobs, method)
     return Bound(tuple(jobs), assembly.stacks, tuple(warnings))
 
@@ -271,13 +267,31 @@ def _check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
             )
 
 
-def _output_dtype(ref: SourceRef, config: MergeConfig) -> str:
+def _output_dtype(inputs: Sequence[SourceRef], config: MergeConfig) -> str:
+    """Return what the config says, of floats; else what the inputs, the base among them, promote to as in mergekit."""
     wanted = config.out_dtype or config.dtype
-    return wanted if wanted is not None and ref.dtype in FLOATS else stored_dtype(ref)
+    if inputs[0].dtype not in FLOATS:
+        return stored_dtype(inputs[0])
+    return wanted if wanted is not None else promoted(stored_dtype(ref) for ref in inputs)
+
+
+def _promotions(jobs: Sequence[Job], config: MergeConfig) -> list[str]:
+    """Say which tensors are wider than some model stores them, since no `dtype` was given."""
+    wider = [
+        job for job in jobs if job.kind == "merge" and len({stored_dtype(ref) for ref in job.inputs}) > 1
+    ]
+    if not wider or config.dtype or config.out_dtype:
+        return []
+    kinds = sorted({stored_dtype(ref) for job in wider for ref in job.inputs})
+    return [
+        f"{len(wider)} tensors differ in dtype between the models ({', '.join(kinds)}) and take the one that holds them all: "
+        f"{', '.join(sorted({job.dtype for job in wider}))}; `dtype:` in the config says otherwise "
+        f"(first: {printable(wider[0].name)})"
+    ]
 
 
 def _copy(ordinal: int, name: str, ref: SourceRef, config: MergeConfig) -> Job:
-    return Job(ordinal, name, _output_dtype(ref, config), ref.shape, "copy", (ref,), None, {})
+    return Job(ordinal, name, _output_dtype((ref,), config), ref.shape, "copy", (ref,), None, {})
 
 
 class _Binder:
@@ -304,13 +318,14 @@ class _Binder:
             return _copy(ordinal, cell.name, donor, self._config)
         if donor.dtype not in FLOATS:
             return _agree(ordinal, cell.name, donor, (*((base,) if base is not None else ()), *sources))
-        dtype = _output_dtype(donor, self._config)
+        recipe_base = self._recipe_base(base, parameters)
+        dtype = _output_dtype((*sources, *(() if recipe_base is None else (recipe_base,))), self._config)
         members = tuple(self._places[spec.name] for spec in cell.part.sources)
         parameters = self._shared.setdefault(
             tuple(parameters.items()), parameters
         )  # there may be many tensors
         return Job(
-            ordinal, cell.name, dtype, donor.shape, "merge", sources, self._recipe_base(base, parameters), parameters,
+            ordinal, cell.name, dtype, donor.shape, "merge", sources, recipe_base, parameters,
             self._diagonals(cell, donor, members, sources), self._matrices(cell, donor, members),
             members if members != tuple(range(len(self._places))) else (),
         )  # fmt: skip

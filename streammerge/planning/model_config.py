@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,7 +44,7 @@ def merged_config(
         return {}, []
     settings = copy.deepcopy(dict(donor.config))
     notes: list[str] = []
-    _set_dtype(settings, config)
+    _set_dtype(settings, config, jobs)
     for stack in stacks:
         notes += _set_layers(settings, stack, indexes)
     _untie(settings, donor, indexes, jobs)
@@ -63,9 +64,10 @@ def spelled(settings: Mapping[str, Any], raw: bytes) -> bytes:
     return raw if unchanged else json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _set_dtype(settings: Settings, config: MergeConfig) -> None:
+def _set_dtype(settings: Settings, config: MergeConfig, jobs: Sequence[Job]) -> None:
     wanted = config.out_dtype or config.dtype
     if wanted is None:
+        _follow_dtype(settings, jobs)
         return
     key = "torch_dtype" if "torch_dtype" in settings and "dtype" not in settings else "dtype"
     settings[key] = dtypes.CONFIG_NAME[wanted]
@@ -73,6 +75,21 @@ def _set_dtype(settings: Settings, config: MergeConfig) -> None:
         for name in ("torch_dtype", "dtype"):
             if part.get(name) is not None:
                 part[name] = dtypes.CONFIG_NAME[wanted]
+
+
+def _follow_dtype(settings: Settings, jobs: Sequence[Job]) -> None:
+    """Name the dtype that most bytes of the output have, where no config does; a part keeps one that occurs."""
+    nbytes = Counter[str]()
+    for job in jobs:
+        if job.dtype in dtypes.CONFIG_NAME:
+            nbytes[dtypes.CONFIG_NAME[job.dtype]] += job.output_bytes
+    if not nbytes:
+        return
+    most = max(nbytes, key=lambda name: (nbytes[name], name))
+    for where, part in _parts(settings):
+        for key in ("torch_dtype", "dtype"):
+            if isinstance(part.get(key), str) and (where == "" or part[key] not in nbytes):
+                part[key] = most
 
 
 def _name_code(settings: Settings, donor: TensorIndex) -> list[str]:

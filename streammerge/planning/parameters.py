@@ -120,6 +120,11 @@ def bind(
         given = [source is not None for _, source in found]
         if name == "weight" and any(given) and not all(given):
             missing = models[given.index(False)][0]
+            if missing.path.endswith("base_model"):
+                raise ConfigError(
+                    f"{missing.path}: no weight for tensor {printable(tensor, 120)}: the base takes part as one more model; "
+                    "give it one under `parameters:` at the top level, or list it under `models:` with its own"
+                )
             raise ConfigError(
                 f"{missing.path}: no weight for tensor {printable(tensor, 120)}, while other models have one; give all or none"
             )

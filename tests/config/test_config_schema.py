@@ -275,7 +275,10 @@ REFUSED = [
     # Options.
     (M + "dtype: float99", ": dtype: 'float99' is none of float16, bfloat16, float32, float64"),
     (M + "dtype: int8", ": dtype: 'int8' is none of"),
-    (M + "dtype: BF16", ": dtype: 'BF16' is none of"),
+    (
+        M + "dtype: BF17",
+        ": dtype: 'BF17' is none of float16, bfloat16, float32, float64 (did you mean 'bf16'",
+    ),
     (M + "out_dtype: 16", ": out_dtype: 16 is none of"),
     (M + "dtype: [float16]", ": dtype: a list is none of"),
     (M + "seed: -1", ": seed: must be an integer from 0 to 2**64 - 1, not -1"),
