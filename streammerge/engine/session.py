@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from streammerge.dtypes import BITS, itemsize
+from streammerge.dtypes import BITS
 from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
@@ -33,7 +33,6 @@ from streammerge.engine.inputs import (
 from streammerge.engine.journal import STATE, Journal, Known, Progress, Receipt, remove_state
 from streammerge.engine.manifest import read_manifest
 from streammerge.engine.memory import Bytes
-from streammerge.engine.nonfinite import trace
 from streammerge.engine.output import (
     check_contents,
     check_target,
@@ -46,28 +45,27 @@ from streammerge.engine.profile import profile_values, write_profile
 from streammerge.engine.reader import Backend, Reader
 from streammerge.engine.run import PREFETCHERS, Runner, Tick
 from streammerge.engine.sidecars import find_sidecars, read_sidecars
+from streammerge.engine.telling import (
+    Density,
+    differing,
+    named_densities,
+    not_finite_lines,
+    of_floor,
+    warning,
+)
+from streammerge.engine.telling import (
+    Event as Event,
+)
 from streammerge.engine.verify import check_files
 from streammerge.engine.warm import ensure_compiled
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import OutputError, Stopped, WorldError, printable
 from streammerge.planning.arena import is_copied
 from streammerge.planning.free_memory import available_memory
-from streammerge.planning.layout import Slot
 from streammerge.planning.plan import MergePlan
 
 NonFinite = Literal["error", "warn"]
 _CHECK_STEP = 1 << 20
-_FLOOR_WARNING = 0.1
-"""Fraction of elements decided by a Fisher floor above which it is likely a mistake."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a caller may want to show."""
-
-    kind: str
-    """``hash``, ``start``, ``resume``, ``progress``, ``warning``, ``commit``, ``verify`` or ``done``."""
-    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,8 @@ class Summary:
     bytes_resumed: int
     """Output bytes that an earlier run had finished."""
     seconds: float
-    densities: list[dict[str, Any]]
+    densities: tuple[Density, ...]
+    """Of each model whose task vector lost entries."""
     warnings: tuple[str, ...]
     floored: Mapping[str, Any] | None = None
     """Of a Fisher merge: the elements of which floors decided the most."""
@@ -128,8 +127,8 @@ def execute(
     """
     began = time.monotonic()
     check_target(out, plan.inputs, [index.reference for index in plan.fishers])
-    for warning in plan.warnings:
-        emit(Event("warning", {"message": warning}))
+    for line in plan.warnings:
+        emit(warning(line))
     inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)
     reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)
     if not plan.torch_only and not plan.method.is_formula and ensure_compiled():
@@ -204,7 +203,7 @@ def _finished(
     remove_state(out)
     return Summary(
         str(out), True, len(plan.jobs), len(plan.layout.shards), 0, 0, plan.layout.nbytes, 0.0,
-        manifest.get("densities", []), plan.warnings, manifest.get("floored"),
+        named_densities(plan, manifest.get("densities", [])), plan.warnings, manifest.get("floored"),
     )  # fmt: skip
 
 
@@ -258,8 +257,11 @@ class _Session:
                     raise Stopped(signum) from None
             for file in files:
                 confirm(file, progress.files[file.key], self._hasher)
-            self._warn_of_differing()
-            self._warn_of_nonfinite(runner.receipts)
+            for line in (
+                *differing(self._context),
+                *not_finite_lines(self._context, runner.receipts, self._output),
+            ):
+                self._emit(warning(line))
             self._emit(Event("commit"))
             with stages.time("commit"):
                 contents = {key: known.content for key, known in progress.files.items()}
@@ -274,7 +276,8 @@ class _Session:
             self._writer.close()
             if self._profile is not None:
                 write_profile(self._profile, self._profile_values(time.monotonic() - began))
-        self._warn_of_floor(manifest.get("floored"))
+        for line in of_floor(manifest.get("floored")):
+            self._emit(warning(line))
         return self._summary(manifest, resumed, began)
 
     def _continue(self, journal: Journal, files: Sequence[InputFile]) -> Progress:
@@ -341,33 +344,9 @@ class _Session:
             })
         )  # fmt: skip
 
-    def _warn_of_differing(self) -> None:
-        for ordinal in sorted(self._context.differing):
-            job = self._plan.jobs[ordinal]
-            self._emit(Event("warning", {
-                "message": f"tensor {printable(job.name)} ({job.dtype}) differs between the models; "
-                f"taken from {printable(self._plan.donor.reference)}"
-            }))  # fmt: skip
-
-    def _warn_of_nonfinite(self, receipts: Sequence[Receipt]) -> None:
-        """Say, for each tensor with NaN or infinity, where they come from."""
-        for ordinal in sorted({receipt.job for receipt in receipts if receipt.not_finite}):
-            job, slot = self._plan.jobs[ordinal], self._plan.layout.slots[ordinal]
-            width = itemsize(job.dtype)
-
-            def output(first: int, last: int, slot: Slot = slot, width: int = width) -> Bytes:
-                raw = self._writer.read(slot.shard, slot.offset + first * width, (last - first) * width)
-                return np.frombuffer(raw, np.uint8)
-
-            for line in trace(self._reader, job, 0, job.n_elements, output).warnings():
-                self._emit(Event("warning", {"message": line}))
-
-    def _warn_of_floor(self, floored: Mapping[str, Any] | None) -> None:
-        if floored is not None and floored["fraction"] > _FLOOR_WARNING:
-            self._emit(Event("warning", {
-                "message": f"the floor decided {100 * floored['fraction']:.1f} % of the elements: the models' own "
-                "certainties hardly count; a smaller `floor`, or `floor_units: rms`, lets them"
-            }))  # fmt: skip
+    def _output(self, job: int, first: int, last: int) -> Bytes:
+        slot = self._plan.layout.slots[job]
+        return np.frombuffer(self._writer.read(slot.shard, slot.offset + first, last - first), np.uint8)
 
     def _profile_values(self, seconds: float) -> dict[str, Any]:
         budget = self._plan.budget
@@ -380,7 +359,7 @@ class _Session:
         return Summary(
             str(self._out), False, len(self._plan.jobs), len(self._plan.layout.shards),
             self._reader.bytes_read, self._writer.bytes_written, resumed, time.monotonic() - began,
-            manifest["densities"], self._plan.warnings, manifest.get("floored"),
+            named_densities(self._plan, manifest["densities"]), self._plan.warnings, manifest.get("floored"),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streammerge.engine.session import Event, Summary
+from streammerge.engine.telling import Density
 from streammerge.errors import printable
 from streammerge.planning.free_memory import peak_memory
 from streammerge.planning.plan import MergePlan
@@ -153,8 +154,16 @@ def summary_values(summary: Summary) -> dict[str, Any]:
         "out": summary.out, "already_complete": summary.already_complete, "tensors": summary.tensors,
         "shards": summary.shards, "bytes_read": summary.bytes_read, "bytes_written": summary.bytes_written,
         "bytes_resumed": summary.bytes_resumed, "seconds": round(summary.seconds, 3),
-        "peak_resident_bytes": peak_memory(), "densities": summary.densities,
+        "peak_resident_bytes": peak_memory(), "densities": [density_values(density) for density in summary.densities],
         **({"floored": dict(summary.floored)} if summary.floored is not None else {}),
+    }  # fmt: skip
+
+
+def density_values(density: Density) -> dict[str, Any]:
+    """Return a density as plain values; `model` is its place."""
+    return {
+        "model": density.place, "name": density.model, "kept": density.kept, "of": density.of,
+        "density": density.density,
     }  # fmt: skip
 
 
@@ -173,7 +182,7 @@ def summary_text(summary: Summary) -> str:
     if summary.bytes_resumed:
         lines.append(f"{format_size(summary.bytes_resumed)} were finished by an earlier run")
     lines += [
-        f"model {entry['model']}: {entry['density']:.4f} of its task vector survived ({entry['kept']} of {entry['of']})"
+        f"{printable(entry.model, 60)}: {entry.density:.4f} of its task vector survived ({entry.kept} of {entry.of})"
         for entry in summary.densities
     ]
     if summary.floored is not None:

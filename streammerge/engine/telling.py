@@ -1,0 +1,94 @@
+"""What a merge tells of itself while it runs and when it has ended: progress, and what a user should know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streammerge.dtypes import itemsize
+from streammerge.engine.chunk import Context
+from streammerge.engine.journal import Receipt
+from streammerge.engine.memory import Bytes
+from streammerge.engine.nonfinite import trace
+from streammerge.errors import printable
+from streammerge.planning.plan import MergePlan
+
+_FLOOR_WARNING = 0.1
+"""Fraction of elements decided by a Fisher floor above which it is likely a mistake."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a caller may want to show."""
+
+    kind: str
+    """``compile``, ``hash``, ``start``, ``resume``, ``progress``, ``warning``, ``commit``, ``verify`` or ``done``."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Density:
+    """How much of one model's task vector survived trims and drops."""
+
+    model: str
+    """The model as the config names it."""
+    place: int
+    """Among the models of the config, from 0 on."""
+    kept: int
+    """Entries that survived."""
+    of: int
+    """Entries of the task vector."""
+    density: float
+    """The one over the other."""
+
+
+def warning(message: str) -> Event:
+    """Return the event of something a user should know."""
+    return Event("warning", {"message": message})
+
+
+def named_densities(plan: MergePlan, entries: Sequence[Mapping[str, Any]]) -> tuple[Density, ...]:
+    """Return a manifest's densities with the names that the models have in the config."""
+    return tuple(
+        Density(plan.models[place].reference, place, entry["kept"], entry["of"], entry["density"])
+        for entry in entries
+        if 0 <= (place := entry["model"]) < len(plan.models)
+    )
+
+
+def differing(context: Context) -> Iterator[str]:
+    """Yield a line for each integer tensor that the models do not agree on."""
+    plan = context.plan
+    for ordinal in sorted(context.differing):
+        job = plan.jobs[ordinal]
+        yield (
+            f"tensor {printable(job.name)} ({job.dtype}) differs between the models; "
+            f"taken from {printable(plan.donor.reference)}"
+        )
+
+
+def not_finite_lines(
+    context: Context, receipts: Sequence[Receipt], output: Callable[[int, int, int], Bytes]
+) -> Iterator[str]:
+    """Yield, for each tensor with NaN or infinity, where they come from.
+
+    `output` returns the bytes from one to another of a job's merged tensor.
+    """
+    for ordinal in sorted({receipt.job for receipt in receipts if receipt.not_finite}):
+        job = context.plan.jobs[ordinal]
+        width = itemsize(job.dtype)
+
+        def merged(first: int, last: int, ordinal: int = ordinal, width: int = width) -> Bytes:
+            return output(ordinal, first * width, last * width)
+
+        yield from trace(context.reader, job, 0, job.n_elements, merged).warnings()
+
+
+def of_floor(floored: Mapping[str, Any] | None) -> Iterator[str]:
+    """Yield a line where a Fisher floor decided much."""
+    if floored is not None and floored["fraction"] > _FLOOR_WARNING:
+        yield (
+            f"the floor decided {100 * floored['fraction']:.1f} % of the elements: the models' own "
+            "certainties hardly count; a smaller `floor`, or `floor_units: rms`, lets them"
+        )
