@@ -15,7 +15,7 @@ from streammerge.engine.journal import Receipt
 from streammerge.engine.manifest import FORMAT, MANIFEST, indented, seal
 from streammerge.engine.output import CONFIG_COPY
 from streammerge.engine.writer import ShardWriter
-from streammerge.index.model import CONFIG_NAME, INDEX_NAME
+from streammerge.index.model import CONFIG_NAME
 from streammerge.planning.model_config import spelled
 from streammerge.planning.plan import MergePlan
 
@@ -38,7 +38,7 @@ def commit(
     """
     chosen = cover(plan, receipts)
     shards = range(len(plan.layout.shards))
-    single = len(plan.layout.shards) == 1
+    single = plan.layout.index is None
     files = dict(sidecars)
     if plan.tokenizer is not None:
         files |= plan.tokenizer.changed
@@ -47,8 +47,8 @@ def commit(
     if "model card" not in plan.left_out:
         files["README.md"] = card.encode()
     files[CONFIG_COPY] = plan.config.text.encode("utf-8", "surrogatepass")
-    index = None if single else _index(plan)
-    small = {**files, **({INDEX_NAME: index} if index else {})}
+    index = {} if plan.layout.index is None else {plan.layout.index: _index(plan)}
+    small = {**files, **index}
     manifest = _manifest(plan, chosen, identity, small, contents)
     for name, data in files.items():
         write_file(out / name, data)
@@ -57,9 +57,9 @@ def commit(
     write_file(out / MANIFEST, seal(manifest))
     with world_errors(out):
         fsync_directory(out)
-    if index is not None:
-        write_file(out / INDEX_NAME, index)
-    else:
+    for name, data in index.items():
+        write_file(out / name, data)
+    if single:
         writer.publish(0)
     with world_errors(out):
         fsync_directory(out)

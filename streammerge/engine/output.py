@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,8 @@ from streammerge.engine.journal import STATE
 from streammerge.engine.manifest import MANIFEST, read_manifest
 from streammerge.engine.sidecars import COPIED
 from streammerge.errors import OutputError, printable
-from streammerge.index.model import CONFIG_NAME, INDEX_NAME, TensorIndex
+from streammerge.index.model import CONFIG_NAME, TensorIndex
+from streammerge.index.weight_names import INDEXES, LOADED, is_weight_file
 
 CONFIG_COPY = "streammerge_config.yml"
 
@@ -100,15 +100,12 @@ def check_contents(out: Path) -> None:
         )
 
 
-_SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors")
-_LOADS = (INDEX_NAME, "model.safetensors")
-"""What a loader looks for: its name means a finished model."""
-_FIXED = {CONFIG_NAME, *COPIED, "README.md", CONFIG_COPY, MANIFEST, INDEX_NAME}
+_FIXED = {CONFIG_NAME, *COPIED, "README.md", CONFIG_COPY, MANIFEST, *INDEXES}
 
 
 def withdraw(out: Path) -> None:
     """Take an index away, so that nothing loads while the files it speaks of are worked on."""
-    _remove(out, {INDEX_NAME})
+    _remove(out, set(INDEXES))
 
 
 def clear(out: Path) -> None:
@@ -117,11 +114,11 @@ def clear(out: Path) -> None:
     What loads goes first, for good: afterwards the rest may go in any order, and be there again after a loss of
     power.
     """
-    _remove(out, set(_LOADS))
+    _remove(out, set(LOADED))
     with world_errors(out):
         names = {entry.name for entry in out.iterdir() if entry.is_file() or entry.is_symlink()}
     whole = {name: name.removesuffix(PARTIAL) for name in names}
-    _remove(out, {name for name in names if whole[name] in _FIXED or _SHARD.fullmatch(whole[name])})
+    _remove(out, {name for name in names if whole[name] in _FIXED or is_weight_file(whole[name])})
 
 
 def _remove(out: Path, names: set[str]) -> None:

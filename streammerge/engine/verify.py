@@ -7,6 +7,7 @@ the index, and values that are finite except where the manifest says otherwise.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,9 @@ from streammerge.engine.sidecars import COPIED
 from streammerge.errors import ModelError, printable
 from streammerge.index.header import TensorRef, read_header
 from streammerge.index.model import CONFIG_NAME
-from streammerge.index.shards import INDEX_NAME, PICKLES, SUFFIX
+from streammerge.index.shards import PICKLES, SUFFIX
 from streammerge.index.strict_json import read_object
+from streammerge.index.weight_names import INDEXES, STEMS, index_file
 
 _LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)
 """How the names of files end that a loader may take for the model, or that a merge leaves unfinished."""
@@ -76,8 +78,8 @@ def check_files(
         one.name: [*one.problems] or _compare(one, found.get(str(out / one.name), []), manifest)
         for one in examined
     }
-    if not problems.get(INDEX_NAME):
-        problems[INDEX_NAME] = _index_problems(out, examined, manifest)
+    if not any(problems.get(name) for name in INDEXES):
+        problems["index"] = _index_problems(out, examined, manifest)
     extra, others = _beside(out, manifest)
     nbytes = sum(part.nbytes for parts in found.values() for part in parts)
     lines = [line for some in problems.values() for line in some]
@@ -199,30 +201,29 @@ def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> li
 def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
     """Return how the index does not lead to every tensor, and to nothing else."""
     shards = [one for one in examined if one.name.endswith(SUFFIX)]
-    if INDEX_NAME not in manifest["files"]:
-        return (
-            [f"{INDEX_NAME}: not in {MANIFEST}, though there are {len(shards)} shards"]
-            if len(shards) > 1
-            else []
-        )
+    name = next((name for name in INDEXES if name in manifest["files"]), None)
+    if name is None:
+        expected = index_file(re.sub(r"-\d+-of-\d+$", "", shards[0].name.removesuffix(SUFFIX)))
+        lost = f"{printable(expected)}: not in {MANIFEST}, though there are {len(shards)} shards"
+        return [lost] if len(shards) > 1 else []
     try:
-        index = read_object(str(out / INDEX_NAME), "finite")
+        index = read_object(str(out / name), "finite")
     except ModelError as error:
-        return [f"{INDEX_NAME}: {printable(str(error).removeprefix(f'{out / INDEX_NAME}: '))}"]
+        return [f"{name}: {printable(str(error).removeprefix(f'{out / name}: '))}"]
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     places = {tensor: one.name for one in shards for tensor in one.tensors or {}}
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
-        return [f"{INDEX_NAME}: no weight_map or no metadata"]
+        return [f"{name}: no weight_map or no metadata"]
     if any(one.tensors is None for one in shards):
         return []
     wrong = sorted(t for t in {*weight_map, *places} if weight_map.get(t) != places.get(t))
     if wrong:
         told, place = (printable(x.get(wrong[0], "nowhere"), 120) for x in (weight_map, places))
-        return [f"{INDEX_NAME}: leads for tensor {printable(wrong[0])} to {told}, it is in {place}"]
+        return [f"{name}: leads for tensor {printable(wrong[0])} to {told}, it is in {place}"]
     total = sum(ref.nbytes for one in shards for ref in (one.tensors or {}).values())
     if metadata.get("total_size") != total:
         told = printable(metadata.get("total_size"), 40)
-        return [f"{INDEX_NAME}: total_size is {told}, the tensors have {total} bytes"]
+        return [f"{name}: total_size is {told}, the tensors have {total} bytes"]
     return []
 
 
@@ -233,7 +234,7 @@ def _beside(out: Path, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[st
         names = sorted(name for name in os.listdir(out) if name not in known)
     loadable = [
         name for name in names
-        if name.endswith(_LOADABLE) or name.startswith("model") or name in _LOADED
+        if name.endswith(_LOADABLE) or name.startswith(STEMS) or name in _LOADED
     ]  # fmt: skip
     problems = [f"{printable(name)}: not in {MANIFEST}; no merge wrote it here" for name in loadable]
     return problems, tuple(name for name in names if name not in loadable)

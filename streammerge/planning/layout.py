@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streammerge.dtypes import RANK
+from streammerge.index.weight_names import index_file, weight_file
 from streammerge.planning.job import Job
 
 
@@ -44,6 +45,8 @@ class Layout:
 
     shards: tuple[Shard, ...]
     slots: tuple[Slot, ...]
+    index: str | None = None
+    """Name of the file that leads from tensors to shards; None where there is one shard."""
 
     @property
     def nbytes(self) -> int:
@@ -51,8 +54,8 @@ class Layout:
         return sum(shard.nbytes for shard in self.shards)
 
 
-def lay_out(jobs: Sequence[Job], shard_size: int) -> Layout:
-    """Distribute the jobs' tensors, in order, over shards of at most `shard_size` bytes of data.
+def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model") -> Layout:
+    """Distribute the jobs' tensors, in order, over shards of at most `shard_size` bytes of data, named after `stem`.
 
     A tensor larger than that has a shard of its own.
     """
@@ -73,11 +76,10 @@ def lay_out(jobs: Sequence[Job], shard_size: int) -> Layout:
         for job in ordered:
             slots[job.ordinal] = Slot(number, offset, job.output_bytes)
             offset += job.output_bytes
-        name = "model.safetensors"
-        if len(groups) > 1:
-            name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        name = weight_file(stem, number, len(groups))
         shards.append(Shard(name, header, offset, tuple(job.ordinal for job in ordered)))
-    return Layout(tuple(shards), tuple(slots[job.ordinal] for job in jobs))
+    index = index_file(stem) if len(groups) > 1 else None
+    return Layout(tuple(shards), tuple(slots[job.ordinal] for job in jobs), index)
 
 
 def _header(ordered: Sequence[Job]) -> bytes:

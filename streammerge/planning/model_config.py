@@ -14,6 +14,7 @@ from streammerge.errors import printable
 from streammerge.index.model import TensorIndex
 from streammerge.index.naming import LANGUAGE_PARTS, TIED
 from streammerge.planning.cells import Indexes, Stack
+from streammerge.planning.ecosystem import reads_dtype
 from streammerge.planning.job import Job
 from streammerge.planning.tied import flag_of, is_head
 from streammerge.planning.tokenizer_files import renumber
@@ -69,8 +70,8 @@ def _set_dtype(settings: Settings, config: MergeConfig, jobs: Sequence[Job]) -> 
     if wanted is None:
         _follow_dtype(settings, jobs)
         return
-    key = "torch_dtype" if "torch_dtype" in settings and "dtype" not in settings else "dtype"
-    settings[key] = dtypes.CONFIG_NAME[wanted]
+    if reads_dtype(settings) and "dtype" not in settings and "torch_dtype" not in settings:
+        settings["dtype"] = dtypes.CONFIG_NAME[wanted]
     for _, part in _parts(settings):
         for name in ("torch_dtype", "dtype"):
             if part.get(name) is not None:

@@ -31,6 +31,7 @@ from streammerge.methods.scope import Scope
 from streammerge.planning.allot import Needs, Room, allot, asked_together, lists_nbytes
 from streammerge.planning.bind import bind_jobs
 from streammerge.planning.budget import Budget
+from streammerge.planning.ecosystem import ecosystem_of
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout, lay_out
 from streammerge.planning.model_config import merged_config
@@ -262,7 +263,7 @@ def make_plan(
     allotted = allot(budget, jobs, needs, lists, plan_one, _kept_of_columns)
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(need.access for need in needs), allotted.work,
-        lay_out(jobs, shard_size), allotted.budget, config.seed if seed is None else seed,
+        lay_out(jobs, shard_size, ecosystem_of(donor).stem), allotted.budget, config.seed if seed is None else seed,
         torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), tuple(grams), device, tuple(bases), settings,
         tuple(sorted(left_out)), tokenizer, "" if alignment is None else alignment.digest(), allotted.room,
     )  # fmt: skip
