@@ -48,15 +48,48 @@ def format_size(nbytes: float) -> str:
     raise AssertionError("unreachable")
 
 
+def format_share(done: float, whole: float | None) -> str:
+    """Return a part of a size, the unit once where both have it.
+
+    >>> format_share(3 << 29, 7 << 30), format_share(5 << 20, 7 << 30), format_share(5 << 20, None)
+    ('1.5 of 7.0 GiB', '5.0 MiB of 7.0 GiB', '5.0 MiB')
+    """
+    part = format_size(done)
+    if whole is None:
+        return part
+    total = format_size(whole)
+    number, unit = part.split(" ")
+    return f"{number if total.endswith(' ' + unit) else part} of {total}"
+
+
+def plural(count: int, noun: str, many: str = "") -> str:
+    """Return a number with its noun.
+
+    >>> plural(1, "chunk"), plural(1200, "chunk"), plural(2, "pass", "passes")
+    ('1 chunk', '1,200 chunks', '2 passes')
+    """
+    return f"{count:,} {noun if count == 1 else many or noun + 's'}"
+
+
 def format_at_least(nbytes: float) -> str:
     """Return a size of no less than `nbytes`, in whole MiB, that `parse_size` takes: ``'1025 MiB'``."""
     return f"{-(-math.ceil(nbytes) // (1 << 20))} MiB"
 
 
-def format_seconds(seconds: float) -> str:
-    """Return a duration a person reads at a glance: ``'8.3 s'``, ``'4 min 10 s'``, ``'2 h 05 min'``."""
+def format_seconds(seconds: float, *, coarse: bool = False) -> str:
+    """Return a duration a person reads at a glance: ``'8.3 s'``, ``'4 min 10 s'``, ``'2 h 05 min'``.
+
+    With `coarse`, no more of it than an estimate deserves.
+
+    >>> format_seconds(8.31), format_seconds(8.31, coarse=True), format_seconds(700, coarse=True)
+    ('8.3 s', '8 s', '12 min')
+    """
     if not math.isfinite(seconds):
         return "?"
+    if coarse and seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if coarse and seconds < 5400:
+        return f"{round(seconds / 60)} min"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -140,7 +140,7 @@ def test_json_events_are_one_object_a_line_and_end_in_done(cli: Cli, config: Pat
     run = cli("merge", config, tmp_path / "out", "--json")
     events = [json.loads(line) for line in run.out.splitlines()]
     assert (run.code, run.err) == (0, "")
-    assert events[0] == {"event": "start", "bytes_done": 0}
+    assert (events[0]["event"], events[0]["bytes_done"]) == ("start", 0)
     assert [event["event"] for event in events[-2:]] == ["commit", "done"]
     assert events[-1]["tensors"] == 4
     assert events[-1]["already_complete"] is False

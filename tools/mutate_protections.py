@@ -67,7 +67,7 @@ MUTATIONS = [
              "_CURES.get(error.errno or 0, _KEPT)", "_KEPT", "tests/resume/test_faults.py"),
     Mutation("P5", "a failure of the thread that syncs stops the merge", ENGINE + "run.py",
              "                self._failure = error\n", "                pass\n", "tests/resume/test_failures.py"),
-    Mutation("P6", "signals set a flag, and pieces in hand are finished", "streammerge/cli.py",
+    Mutation("P6", "signals set a flag, and pieces in hand are finished", "streammerge/cli/process.py",
              "        received.append(signum)\n        stop.set()\n", "        raise KeyboardInterrupt\n",
              "tests/resume/test_signals.py"),
     Mutation("P7", "another merge is refused", ENGINE + "journal.py", "    if changed:\n", "    if False:\n",

@@ -62,7 +62,7 @@ from streammerge.engine.writer import ShardWriter
 from streammerge.errors import OutputError, Stopped, WorldError, printable
 from streammerge.planning.arena import is_copied
 from streammerge.planning.free_memory import available_memory
-from streammerge.planning.plan import MergePlan
+from streammerge.planning.plan import MergePlan, describe
 
 NonFinite = Literal["error", "warn"]
 _CHECK_STEP = 1 << 20
@@ -127,6 +127,7 @@ def execute(
     """
     began = time.monotonic()
     check_target(out, plan.inputs, [index.reference for index in plan.fishers])
+    emit(Event("plan", {**describe(plan), "out": str(out)}))
     for line in plan.warnings:
         emit(warning(line))
     inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)

@@ -23,7 +23,7 @@ class Event:
     """Something a caller may want to show."""
 
     kind: str
-    """``compile``, ``hash``, ``start``, ``resume``, ``progress``, ``warning``, ``commit``, ``verify`` or ``done``."""
+    """``plan``, ``compiling``, ``compiled``, ``hash``, ``start``, ``resume``, ``progress``, ``warning``, ``commit``, ``verify`` or ``done``."""
     values: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -158,9 +158,22 @@ class MergePlan:
             if how.mode == "surveyed":
                 rounds += self.rounds_reading(job, "tensor")
             for requests in rounds:
-                squares = all(isinstance(request, FisherSquares) for request in requests)
-                total += (job.fisher_bytes if squares else job.input_bytes) * passes_of(requests)
+                total += self._bytes_of(job, requests)
         return total
+
+    def bytes_of_passes(self) -> int:
+        """Return the bytes of `bytes_to_read` that whole-model statistics read before the first element is written."""
+        return sum(
+            self._bytes_of(job, requests)
+            for job in self.jobs
+            for requests in self.rounds_reading(job, "model")
+        )
+
+    @staticmethod
+    def _bytes_of(job: Job, requests: Sequence[Request]) -> int:
+        """Return the bytes that a round of statistics reads of a job."""
+        squares = all(isinstance(request, FisherSquares) for request in requests)
+        return (job.fisher_bytes if squares else job.input_bytes) * passes_of(requests)
 
     def identity(self) -> dict[str, str]:
         """Return what the output's bytes depend on, by name, each as a short digest or value."""
@@ -385,6 +398,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "chunks": len(chunks),
         "largest_chunk_bytes": max((chunk.nbytes for chunk in chunks), default=0),
         "bytes_to_read": plan.bytes_to_read(),
+        "bytes_of_passes": plan.bytes_of_passes(),
         "bytes_to_write": plan.layout.nbytes,
         "shards": [{"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.jobs)}
                    for shard in plan.layout.shards],

@@ -1,218 +1,336 @@
-"""What a person sees while a merge runs: a bar on a terminal, plain lines elsewhere, JSON on request."""
+"""What a person or a program sees while a merge runs: a bar on a terminal, plain lines elsewhere, JSON on request."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streammerge.engine.session import Event, Summary
-from streammerge.engine.telling import Density
-from streammerge.errors import printable
-from streammerge.planning.free_memory import peak_memory
-from streammerge.planning.plan import MergePlan
-from streammerge.units import format_seconds, format_size
+from streammerge.planning.free_memory import own_memory
+from streammerge.report.pace import Tracker
+from streammerge.report.summary import opening_line, summary_text, summary_values
+from streammerge.units import format_seconds, format_share, format_size, plural
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _LINE_SECONDS = 10.0
+_EVENT_SECONDS = 0.25
+"""Between two JSON events of progress, at least."""
+_PROGRESS = ("progress", "import", "hash", "verify")
+_STOPPING = "stopping after the pieces in hand…"
+_DUMB = ("", "dumb", "unknown")
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of this process now."""
-    import psutil
+def _never() -> int | None:
+    return None
 
-    return int(psutil.Process().memory_info().rss)
+
+class Reporter(Protocol):
+    """Shows the events of a run."""
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+
+    def finish(self, summary: Summary) -> None:
+        """Show what a merge did."""
+
+    def end(self, values: Mapping[str, Any], text: str) -> None:
+        """Show what another run did: its values to programs, its text to people."""
+
+    def close(self) -> None:
+        """Leave the terminal tidy, however the run ended."""
+
+
+def make_reporter(
+    what: str,
+    *,
+    quiet: bool = False,
+    as_json: bool = False,
+    signal_received: Callable[[], int | None] = _never,
+    began: float | None = None,
+) -> Reporter:
+    """Return what suits the standard streams.
+
+    Parameters
+    ----------
+    what
+        What the run does, in one word: ``merging``.
+    signal_received
+        Returns the signal that asked the run to stop, if any.
+    began
+        What ``seconds`` of a JSON event count from, by the monotonic clock; default: now.
+    """
+    if as_json:
+        return JsonReporter(signal_received, began)
+    # On a dumb terminal rich draws nothing at all.
+    if quiet or not sys.stderr.isatty() or os.environ.get("TERM", "") in _DUMB:
+        return LineReporter(quiet, signal_received)
+    return BarReporter(what, signal_received)
 
 
 class JsonReporter:
-    """One JSON object per event on stdout."""
+    """One JSON object per event on stdout; docs/json.md has the fields."""
+
+    def __init__(
+        self, signal_received: Callable[[], int | None] = _never, began: float | None = None
+    ) -> None:
+        self._signal_received = signal_received
+        self._began = time.monotonic() if began is None else began
+        self._tracker = Tracker()
+        self._next = 0.0
+        self._stopping = False
 
     def __call__(self, event: Event) -> None:
         """Print an event."""
-        self._print({"event": event.kind, **event.values})
+        self._tracker(event.kind, event.values)
+        self._tell_stop()
+        if event.kind == "plan":
+            return  # it comes with the start
+        values = dict(event.values)
+        if event.kind in ("start", "resume"):
+            values |= {key: value for key, value in self._tracker.plan.items() if key != "warnings"}
+        elif event.kind in _PROGRESS:
+            now = time.monotonic()
+            if now < self._next and values.get("elements") != values.get("elements_total", ""):
+                return
+            self._next = now + _EVENT_SECONDS
+            values |= self._progress()
+        self._print(event.kind, values)
 
     def finish(self, summary: Summary) -> None:
         """Print the summary."""
-        self._print({"event": "done", **summary_values(summary)})
+        values = summary_values(summary, self._tracker.plan.get("elements"))
+        self.end({**values, "compile_seconds": round(self._tracker.compiling, 3)}, "")
+
+    def end(self, values: Mapping[str, Any], text: str) -> None:
+        """Print the values."""
+        self._print("done", values)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Tell of a stop that no event has told of."""
+        with contextlib.suppress(OSError):
+            self._tell_stop()
 
-    def _print(self, values: dict[str, Any]) -> None:
-        print(json.dumps(values, ensure_ascii=True), flush=True)
+    def _tell_stop(self) -> None:
+        signum = self._signal_received()
+        if signum is not None and not self._stopping:
+            self._stopping = True
+            self._print("stopping", {"signal": signum})
+
+    def _progress(self) -> dict[str, Any]:
+        """Return what a progress event has beside the engine's own counts."""
+        tracker = self._tracker
+        totals = {
+            key: tracker.plan[key] for key in ("bytes_to_read", "bytes_to_write") if key in tracker.plan
+        }
+        return {
+            **totals,
+            "fraction": _rounded(tracker.fraction, 6),
+            "bytes_per_second": _rounded(tracker.bytes_per_second, 0),
+            "seconds_left": _rounded(tracker.seconds_left, 1),
+            "resident_bytes": own_memory(),
+        }
+
+    def _print(self, kind: str, values: Mapping[str, Any]) -> None:
+        seconds = round(time.monotonic() - self._began, 3)
+        print(json.dumps({"event": kind, "seconds": seconds, **values}, ensure_ascii=True), flush=True)
 
 
 class LineReporter:
-    """A line now and then on stderr, for logs."""
+    """Plain lines, for logs and dumb terminals.
 
-    def __init__(self, quiet: bool = False) -> None:
+    What the run is about goes to stdout, as the summary does; progress, every few seconds, to stderr.
+    """
+
+    def __init__(self, quiet: bool = False, signal_received: Callable[[], int | None] = _never) -> None:
         self._quiet = quiet
-        self._last = time.monotonic()
-        self._rate = Rate()
+        self._signal_received = signal_received
+        self._tracker = Tracker()
+        self._began = self._last = time.monotonic()
+        self._stopping = False
 
     def __call__(self, event: Event) -> None:
         """Print warnings always, and progress every few seconds unless quiet."""
+        self._tracker(event.kind, event.values)
         if event.kind == "warning":
             print(f"warning: {event.values['message']}", file=sys.stderr, flush=True)
-        elif self._quiet:
+        if self._quiet:
             return
+        self._tell_stop()
+        if event.kind == "compiling":
+            self._say(compiling_line(event.values))
         elif event.kind in ("start", "resume"):
-            # The clock starts with the bytes: a first compile of the kernels may have gone before.
-            self._last, self._rate = time.monotonic(), Rate()
-            if event.kind == "start":
-                return
-            print(
-                f"resuming: {format_size(event.values['bytes_done'])} of the output are done", file=sys.stderr
-            )
-        elif event.kind in ("progress", "import", "hash", "verify"):
-            text = self._rate.text(event.values) if event.kind == "progress" else _read_text(event.values)
-            if time.monotonic() - self._last >= _LINE_SECONDS:
-                self._last = time.monotonic()
-                print(text, file=sys.stderr, flush=True)
+            self._began = self._last = time.monotonic()
+            if self._tracker.plan:
+                self._say(opening_line(self._tracker.plan))
+            if event.kind == "resume":
+                self._say(resume_line(event.values, self._tracker.plan))
+        elif event.kind in _PROGRESS and time.monotonic() - self._last >= _LINE_SECONDS:
+            self._last = time.monotonic()
+            print(progress_line(event, self._tracker, self._last - self._began), file=sys.stderr, flush=True)
 
     def finish(self, summary: Summary) -> None:
         """Print the summary on stdout."""
+        self.end({}, summary_text(summary, self._tracker.compiling))
+
+    def end(self, values: Mapping[str, Any], text: str) -> None:
+        """Print the text on stdout."""
         if not self._quiet:
-            print(summary_text(summary))
+            print(text)
 
     def close(self) -> None:
         """Nothing is open."""
 
+    def _tell_stop(self) -> None:
+        if self._signal_received() is not None and not self._stopping:
+            self._stopping = True
+            self._say(_STOPPING)
+
+    def _say(self, text: str) -> None:
+        """Print to stdout; where that is full or closed, the end of the run will tell."""
+        with contextlib.suppress(OSError, ValueError):
+            print(text, flush=True)
+
 
 class BarReporter:
-    """A live bar on a terminal's stderr."""
+    """A live bar on a terminal's stderr, of as many columns as the terminal has room for.
 
-    def __init__(self, what: str = "merging") -> None:
+    Parameters
+    ----------
+    what
+        What the run does, in one word.
+    console
+        A terminal; default: stderr.
+    """
+
+    def __init__(
+        self, what: str = "merging", signal_received: Callable[[], int | None] = _never,
+        console: Console | None = None,
+    ) -> None:  # fmt: skip
         from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn(what), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"),
-            console=self._console, transient=True,
-        )  # fmt: skip
-        self._task = self._progress.add_task(what, total=None, text="")
-        self._rate = Rate()
+        from streammerge.report.bar import make_progress
+
+        self._what = what
+        self._signal_received = signal_received
+        self._console = console or Console(stderr=True)
+        self._progress = make_progress(self._console)
+        self._task = self._progress.add_task(what, total=None, rate="", read="", written="", memory="")
+        self._tracker = Tracker()
+        self._next = 0.0
+        self._stopping = False
         self._progress.start()
 
     def __call__(self, event: Event) -> None:
         """Move the bar; print warnings and the like above it."""
+        tracker, values = self._tracker, event.values
+        tracker(event.kind, values)
+        self._tell_stop()
         if event.kind == "warning":
-            self._console.print(f"warning: {event.values['message']}", markup=False, highlight=False)
-        elif event.kind == "resume":
-            self._console.print(f"resuming: {format_size(event.values['bytes_done'])} of the output are done")
-        elif event.kind == "hash":
-            self._progress.update(self._task, text=f"hashing the inputs, {_read_text(event.values)}")
-        elif event.kind == "progress":
-            values = event.values
-            self._progress.update(
-                self._task, completed=values["elements"], total=values["elements_total"],
-                text=self._rate.text(values),
-            )  # fmt: skip
+            self._say(f"warning: {values['message']}")
+        elif event.kind == "compiling":
+            self._say(compiling_line(values))
+            self._describe("compiling")
+        elif event.kind == "compiled":
+            self._describe(self._what)
+        elif event.kind in ("start", "resume"):
+            if tracker.plan:
+                self._say(opening_line(tracker.plan))
+            if event.kind == "resume":
+                self._say(resume_line(values, tracker.plan))
+            self._describe(self._what)
+            self._progress.reset(self._task, total=tracker.total, completed=int(tracker.done))
+        elif event.kind in _PROGRESS:
+            self._move(event)
+        elif event.kind == "commit":
+            self._describe("finishing")
+
+    def _move(self, event: Event) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + 0.1
+        if event.kind in ("hash", "verify"):
+            self._describe("hashing" if event.kind == "hash" else "verifying")
+            self._progress.update(self._task, read=f"read {format_size(event.values['bytes_read'])}")
+            return
+        tracker, plan = self._tracker, self._tracker.plan
+        rate = tracker.bytes_per_second
+        self._progress.update(
+            self._task,
+            completed=tracker.done,
+            total=tracker.total,
+            rate="" if rate is None else f"{format_size(rate)}/s",
+            read=f"read {format_share(event.values['bytes_read'], plan.get('bytes_to_read'))}",
+            written=f"wrote {format_share(event.values.get('bytes_written', 0), plan.get('bytes_to_write'))}",
+            memory=f"memory {format_share(own_memory(), plan.get('memory'))}",
+        )
 
     def finish(self, summary: Summary) -> None:
         """Remove the bar and print the summary on stdout."""
+        self.end({}, summary_text(summary, self._tracker.compiling))
+
+    def end(self, values: Mapping[str, Any], text: str) -> None:
+        """Remove the bar and print the text on stdout."""
         self.close()
-        print(summary_text(summary))
+        print(text)
 
     def close(self) -> None:
         """Remove the bar."""
         self._progress.stop()
 
+    def _tell_stop(self) -> None:
+        if self._signal_received() is not None and not self._stopping:
+            self._stopping = True
+            fraction = self._tracker.fraction
+            self._say(_STOPPING if fraction is None else f"{_STOPPING} ({100 * fraction:.0f} % done)")
+            self._describe("stopping")
 
-class Rate:
-    """Throughput and time left, from the elements done since this run began."""
+    def _describe(self, what: str) -> None:
+        self._progress.update(self._task, description="stopping" if self._stopping else what)
 
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._first: int | None = None
-
-    def text(self, values: Any) -> str:
-        """Return one line on how far a merge is."""
-        if self._first is None:
-            self._first = values["elements"]
-        seconds = max(1e-6, time.monotonic() - self._began)
-        read, written = values["bytes_read"], values["bytes_written"]
-        done = values["elements"] - self._first
-        left = values["elements_total"] - values["elements"]
-        remaining = format_seconds(left * seconds / done) if done else "?"
-        return (
-            f"{values['tensors']}/{values['tensors_total']} tensors, read {format_size(read)}, written {format_size(written)}, {(read + written) / seconds / 1e6:.0f} MB/s, "
-            f"{remaining} left, resident {format_size(resident_bytes())}"
-        )
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def _read_text(values: Mapping[str, Any]) -> str:
-    tensors = f"{values['tensors']}/{values['tensors_total']} tensors, " if "tensors" in values else ""
-    return f"{tensors}read {format_size(values['bytes_read'])}"
+def compiling_line(values: Mapping[str, Any]) -> str:
+    """Return what is compiled before a merge begins."""
+    count = values.get("kernels")
+    what = "the kernels" if count is None else plural(count, "kernel")
+    return f"compiling {what} for this machine, once…"
 
 
-def summary_values(summary: Summary) -> dict[str, Any]:
-    """Return a summary as plain values."""
-    return {
-        "out": summary.out, "already_complete": summary.already_complete, "tensors": summary.tensors,
-        "shards": summary.shards, "bytes_read": summary.bytes_read, "bytes_written": summary.bytes_written,
-        "bytes_resumed": summary.bytes_resumed, "seconds": round(summary.seconds, 3),
-        "peak_resident_bytes": peak_memory(), "densities": [density_values(density) for density in summary.densities],
-        **({"floored": dict(summary.floored)} if summary.floored is not None else {}),
-    }  # fmt: skip
+def resume_line(values: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
+    """Return how much an earlier run has finished."""
+    return (
+        f"resuming: {format_share(values['bytes_done'], plan.get('bytes_to_write'))} of the output are done"
+    )
 
 
-def density_values(density: Density) -> dict[str, Any]:
-    """Return a density as plain values; `model` is its place."""
-    return {
-        "model": density.place, "name": density.model, "kept": density.kept, "of": density.of,
-        "density": density.density,
-    }  # fmt: skip
+def progress_line(event: Event, tracker: Tracker, elapsed: float) -> str:
+    """Return how far a run is: the time it has run, percent, bytes, rate, time left."""
+    values, plan = event.values, tracker.plan
+    parts = [f"after {format_seconds(elapsed)}"]
+    if event.kind in ("hash", "verify"):
+        word = "hashed" if event.kind == "hash" else "checked"
+        return f"{parts[0]}: {word} {format_size(values['bytes_read'])}"
+    if tracker.fraction is not None:
+        parts.append(f"{100 * tracker.fraction:.0f} %")
+    parts.append(f"read {format_share(values['bytes_read'], plan.get('bytes_to_read'))}")
+    if "bytes_written" in values:
+        parts.append(f"wrote {format_share(values['bytes_written'], plan.get('bytes_to_write'))}")
+    if tracker.bytes_per_second is not None:
+        parts.append(f"{format_size(tracker.bytes_per_second)}/s")
+    if tracker.seconds_left is not None:
+        parts.append(f"about {format_seconds(tracker.seconds_left, coarse=True)} left")
+    return f"{parts[0]}: {', '.join(parts[1:])}"
 
 
-def summary_text(summary: Summary) -> str:
-    """Return a summary for people."""
-    out = printable(summary.out)
-    if summary.already_complete:
-        return f"{out} already holds this merge, complete ({summary.tensors} tensors); nothing was done"
-    rate = (summary.bytes_read + summary.bytes_written) / max(summary.seconds, 1e-6) / 1e6
-    lines = [
-        f"wrote {out}: {summary.tensors} tensors in {summary.shards} shard{'s' * (summary.shards != 1)}, "
-        f"{format_size(summary.bytes_written + summary.bytes_resumed)}",
-        f"read {format_size(summary.bytes_read)} in {format_seconds(summary.seconds)} ({rate:.0f} MB/s read and written), "
-        f"peak memory {format_size(peak_memory())}",
-    ]
-    if summary.bytes_resumed:
-        lines.append(f"{format_size(summary.bytes_resumed)} were finished by an earlier run")
-    lines += [
-        f"{printable(entry.model, 60)}: {entry.density:.4f} of its task vector survived ({entry.kept} of {entry.of})"
-        for entry in summary.densities
-    ]
-    if summary.floored is not None:
-        lines.append(
-            f"the floor decided {100 * summary.floored['fraction']:.3g} % of {summary.floored['of']:,} elements"
-        )
-    return "\n".join(lines)
-
-
-def plan_text(plan: MergePlan, values: dict[str, Any], free_disk: int) -> str:
-    """Return a plan for people."""
-    base = f", base {printable(values['base_model'])}" if values["base_model"] else ""
-    kinds = ", ".join(f"{n} {kind}" for kind, n in values["tensors_by_kind"].items())
-    passes = ""
-    if values["model_passes"]:
-        passes = (
-            f", {values['model_passes']} whole-model pass{'es' * (values['model_passes'] != 1)} before it"
-        )
-    shards = values["shards"]
-    size = f"{shards[0]['name']} … {shards[-1]['name']}" if len(shards) > 1 else shards[0]["name"]
-    lines = [
-        f"method    {values['method']} ({', '.join(values['access'])}){passes}",
-        f"models    {len(values['models'])}: {', '.join(printable(m, 60) for m in values['models'])}{base}",
-        f"tensors   {values['tensors']} ({kinds}), {', '.join(values['dtypes'])}, {values['elements']:,} parameters",
-        f"read      {format_size(values['bytes_to_read'])}; streamed for their statistics: "
-        f"{values['streamed_tensors']} tensors",
-        f"write     {format_size(values['bytes_to_write'])} in {len(shards)} shard{'s' * (len(shards) != 1)}: {size}",
-        f"memory    at most {format_size(values['memory'])}: {format_size(values['memory_reserve'])} for the process, lists of tensors and statistics, "
-        f"the rest for buffers; {values['chunks']} chunks, the largest {format_size(values['largest_chunk_bytes'])}",
-        f"disk      {format_size(free_disk)} free here",
-    ]
-    lines += [f"warning: {warning}" for warning in values["warnings"]]
-    return "\n".join(lines)
+def _rounded(number: float | None, digits: int) -> float | None:
+    return None if number is None else round(number, digits)

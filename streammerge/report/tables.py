@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+import textwrap
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from streammerge.errors import printable
+from streammerge.errors import InputError, printable
 from streammerge.index.derived import AdaptedRef
 from streammerge.index.header import TensorRef
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import REQUIRED, Method, Parameter
-from streammerge.units import format_size
+from streammerge.report.example import example_config
+from streammerge.report.wrapping import terminal_width
+from streammerge.units import format_size, plural
+
+_LISTED = 20
+"""Tensors that are listed where all are not asked for."""
 
 
 def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
@@ -29,31 +36,78 @@ def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
     return found
 
 
-def inspect_text(index: TensorIndex) -> str:
-    """Return a model's tensors, one a line, and totals by dtype."""
+def name_filter(pattern: str | None) -> Callable[[str], bool]:
+    """Return what tells whether a tensor's name is wanted; all are where there is no pattern.
+
+    Raises
+    ------
+    InputError
+        If the pattern is no regular expression.
+    """
+    if pattern is None:
+        return lambda name: True
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"pattern {printable(pattern)!r} is no regular expression: {error}") from None
+    return lambda name: compiled.search(name) is not None
+
+
+def inspect_text(
+    index: TensorIndex, wanted: Callable[[str], bool] | None = None, *, everything: bool = False
+) -> str:
+    """Return a model's totals, then its tensors, one a line.
+
+    Parameters
+    ----------
+    wanted
+        Tells which tensors are listed, all of them then; None: the first.
+    everything
+        List all.
+    """
     tensors = inspect_values(index)
-    width = min(80, max(len(printable(name)) for name in index))
-    lines = [
+    lines = [_totals(index, tensors)]
+    if wanted is not None:
+        tensors = [t for t in tensors if wanted(t["name"])]
+        nbytes = format_size(sum(t["nbytes"] for t in tensors))
+        lines.append(f"{plural(len(tensors), 'tensor')} of these match, {nbytes}")
+    shown = tensors if everything or wanted is not None else tensors[:_LISTED]
+    width = min(80, max((len(printable(t["name"])) for t in shown), default=0))
+    lines += [
         f"{printable(t['name']):<{width}}  {t['dtype']:<8} {t['shape']!s:<18} {format_size(t['nbytes']):>9}  "
         f"{printable(t['file'])}" + (f" + adapter of rank {t['adapter_rank']}" if "adapter_rank" in t else "")
-        for t in tensors
+        for t in shown
     ]
+    if len(shown) < len(tensors):
+        lines.append(f"… and {len(tensors) - len(shown):,} more: --all lists them, a PATTERN selects")
+    return "\n".join(lines)
+
+
+def _totals(index: TensorIndex, tensors: list[dict[str, Any]]) -> str:
     by_dtype: dict[str, int] = {}
     for t in tensors:
         by_dtype[t["dtype"]] = by_dtype.get(t["dtype"], 0) + t["nbytes"]
     totals = ", ".join(f"{dtype} {format_size(n)}" for dtype, n in sorted(by_dtype.items()))
     parameters = sum(ref.n_elements for ref in index.values())
-    lines.append(
-        f"{len(index)} tensors, {parameters:,} elements, {format_size(sum(by_dtype.values()))} ({totals}) in "
-        f"{len(index.stamps)} file{'s' * (len(index.stamps) != 1)}"
+    known = index.config.get("architectures")
+    named = isinstance(known, list) and known and isinstance(known[0], str)
+    architecture = f"{printable(known[0], 80)}: " if named and known else ""
+    return (
+        f"{architecture}{plural(len(index), 'tensor')}, {plural(parameters, 'element')}, "
+        f"{format_size(sum(by_dtype.values()))} ({totals}) in {plural(len(index.stamps), 'file')}"
     )
-    return "\n".join(lines)
 
 
 def methods_text(methods: Mapping[str, Method]) -> str:
-    """Return one line per method."""
-    width = max(map(len, methods))
-    return "\n".join(f"{name:<{width}}  {method.summary}" for name, method in methods.items())
+    """Return one line per method; on a terminal, wrapped between words."""
+    indent = max(map(len, methods)) + 2
+    return "\n".join(
+        textwrap.fill(
+            f"{name:<{indent}}{method.summary}", terminal_width(), subsequent_indent=" " * indent,
+            break_long_words=False, break_on_hyphens=False,
+        )
+        for name, method in methods.items()
+    )  # fmt: skip
 
 
 def method_text(method: Method) -> str:
@@ -72,6 +126,7 @@ def method_text(method: Method) -> str:
     lines += ["", "parameters:"] + [f"  {_parameter(p)}" for p in method.parameters.values()]
     lines += [f"  preset {name}: {dict(values)}" for name, values in method.presets.items()]
     lines += [f"  {name}: accepted and ignored, {why}" for name, why in method.ignored.items()]
+    lines += ["", "example:", *(f"  {line}" for line in example_config(method).splitlines())]
     return "\n".join(lines)
 
 

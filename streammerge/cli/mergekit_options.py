@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from streammerge.cli.options import MERGEKIT, MOST_SEED, OUTPUT, Whole, option, path
 from streammerge.units import parse_size
 
 _DECIMAL = {"k": 1000, "m": 1000**2, "b": 1000**3}
@@ -32,31 +33,33 @@ _NEEDLESS = {
 
 def mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options to a command; `translate` makes of their values what the command itself knows."""
-    hidden: dict[str, Any] = {"hidden": True}
+    hidden: dict[str, Any] = {"hidden": True, "group": MERGEKIT}
     off: dict[str, Any] = {**hidden, "default": None}
     options = [
-        click.option("--copy-tokenizer/--no-copy-tokenizer", default=True, show_default=True, help="Copy the tokenizer."),
-        click.option("--write-model-card/--no-write-model-card", default=True, show_default=True,
-                     help="Write README.md."),
-        click.option("--cuda/--no-cuda", **off),
-        click.option("--gpu-rich", is_flag=True, **hidden),
-        click.option("--random-seed", type=click.IntRange(0, 2**64 - 1), **hidden),
-        click.option("-j", "--num-threads", type=click.IntRange(1, 1024), **hidden),
-        click.option("--out-shard-size", **hidden),
-        click.option("--transformers-cache", **hidden),
-        click.option("--safe-serialization/--no-safe-serialization", **off),
-        click.option("--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings", **off),
-        *(click.option(f"--{name}/--no-{name}", **off) for name in (
+        option("--copy-tokenizer/--no-copy-tokenizer", default=True, group=OUTPUT,
+               help="Copy the tokenizer  [default: yes]"),
+        option("--write-model-card/--no-write-model-card", default=True, group=OUTPUT,
+               help="Write README.md  [default: yes]"),
+        option("--cuda/--no-cuda", **off),
+        option("--gpu-rich", is_flag=True, **hidden),
+        option("--random-seed", type=Whole(0, MOST_SEED), **hidden),
+        option("-j", "--num-threads", type=Whole(1, 1024), **hidden),
+        option("--out-shard-size", **hidden),
+        option("--transformers-cache", type=path(file_okay=False), **hidden),
+        option("--safe-serialization/--no-safe-serialization", **off),
+        option("--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings", **off),
+        *(option(f"--{name}/--no-{name}", **off) for name in (
             "allow-crimes", "trust-remote-code", "low-cpu-memory", "read-to-gpu", "multi-gpu", "lazy-unpickle",
             "clone-tensors", "async-write",
         )),
-        click.option("--lora-merge-cache", **hidden),
-        click.option("--lora-merge-dtype", **hidden),
-        click.option("--write-threads", **hidden),
-        click.option("-v", "--verbose", count=True, **hidden),
+        option("--lora-merge-cache", **hidden),
+        option("--lora-merge-dtype", **hidden),
+        option("--write-threads", **hidden),
+        option("--no-quiet", is_flag=True, **hidden),
+        option("-v", "--verbose", count=True, **hidden),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
+    for add in reversed(options):
+        command = add(command)
     return command
 
 
@@ -71,6 +74,7 @@ def translate(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         If one asks for what is not done, or says otherwise than the option it stands for.
     """
     given = dict(options)
+    given.pop("no_quiet")
     if given.pop("safe_serialization") is False:
         raise click.UsageError("--no-safe-serialization: outputs are safetensors")
     if given.pop("unsafe_truncate_embeddings"):

@@ -1,0 +1,63 @@
+"""The command group, and `main`: every error becomes one line and its exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import click
+
+from streammerge import __version__
+from streammerge.cli.estimating import fisher, gram
+from streammerge.cli.merging import merge, plan, verify
+from streammerge.cli.process import leave, open_closed_streams, report, report_usage
+from streammerge.cli.showing import completion, demo, inspect, methods, new
+from streammerge.errors import InputError, StreammergeError, WorldError
+
+_COMMANDS = (merge, plan, verify, inspect, methods, new, fisher, gram, demo, completion)
+
+
+class _InOrder(click.Group):
+    """A group that lists its commands in the order in which a person meets them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_InOrder,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="\b\nExamples:\n"
+    "  streammerge new ties > ties.yml       a commented config to start from\n"
+    "  streammerge plan ties.yml merged      memory, disk and time it will take\n"
+    "  streammerge merge ties.yml merged     merge; run the same line again to resume\n",
+)
+@click.version_option(__version__, "-V", "--version", prog_name="streammerge")
+def cli() -> None:
+    """Merge neural-network checkpoints larger than memory: streaming, exact, reproducible, resumable."""
+
+
+for _command in _COMMANDS:
+    cli.add_command(_command)
+
+
+def main() -> NoReturn:
+    """Run the command line; turn every error into one line and its exit code."""
+    code = 0
+    open_closed_streams()
+    try:
+        cli.main(prog_name="streammerge", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        code = report_usage(error)
+    except StreammergeError as error:
+        code = report(error, error.exit_code)
+    except BrokenPipeError:
+        code = 0
+    except KeyboardInterrupt:
+        code = report(InputError("stopped"), 130)
+    except (OSError, MemoryError) as error:
+        code = report(WorldError(f"{type(error).__name__}: {error}"), 1)
+    leave(code)

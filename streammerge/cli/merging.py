@@ -1,0 +1,190 @@
+"""The commands that merge, that tell beforehand what a merge will do, and that check what it did."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from streammerge.cli.mergekit_options import mergekit_options, translate
+from streammerge.cli.options import (
+    MEMORY_AND_SPEED,
+    MESSAGES,
+    MOST_SEED,
+    OUTPUT,
+    GroupedCommand,
+    Whole,
+    examples,
+    json_events_option,
+    memory_option,
+    methods_option,
+    option,
+    path,
+    planning_options,
+    quiet_option,
+)
+from streammerge.cli.process import BEGAN, leave_on_signals, stop_on_signals
+from streammerge.errors import InputError, printable
+
+
+@click.command(
+    cls=GroupedCommand,
+    epilog=examples(
+        "streammerge merge ties.yml merged                   merge, or continue after an interruption",
+        "streammerge merge ties.yml merged --memory 2GiB     never more resident memory than this",
+        "streammerge merge ties.yml merged --overwrite       discard what an earlier merge left there",
+        "streammerge merge ties.yml merged --json            events for another program",
+    ),
+)
+@click.argument("config", type=path())
+@click.argument("out", type=path(file_okay=False))
+@planning_options
+@option("--overwrite", is_flag=True, group=OUTPUT, help="Discard what an earlier merge left in OUT.")
+@option(
+    "--nonfinite",
+    type=click.Choice(["error", "warn"]),
+    default="error",
+    show_default=True,
+    group=OUTPUT,
+    help="What to do with a NaN or infinity, of an input or by overflow: stop, or write and report it.",
+)
+@option(
+    "--io",
+    type=click.Choice(["direct", "read", "mmap"]),
+    default="direct",
+    show_default=True,
+    group=MEMORY_AND_SPEED,
+    help="Read past the page cache, through it, or by memory map.",
+)
+@option(
+    "--no-kernels",
+    is_flag=True,
+    group=MEMORY_AND_SPEED,
+    help="Use the torch formulas instead of the compiled kernels: same bits, slower.",
+)
+@option(
+    "--hash-inputs",
+    is_flag=True,
+    group=OUTPUT,
+    help="Hash every input file first (one more read of it): a resumed merge then accepts a touched or copied file.",
+)
+@option(
+    "--profile",
+    type=path(dir_okay=False),
+    metavar="FILE",
+    group=MESSAGES,
+    help="Record in FILE, as JSON, where the time went, stage by stage.",
+)
+@quiet_option
+@json_events_option
+@mergekit_options
+def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:
+    """Merge the models that CONFIG names into the directory OUT. Run again, it continues.
+
+    After Ctrl-C, a kill or a crash the same command continues where it stopped, and the files are byte for byte
+    those of an uninterrupted run. The options of mergekit-yaml are accepted under their own names.
+    """
+    options, notes = translate(options)
+    stop, signal_received = stop_on_signals()
+    from streammerge.api import merge as run
+    from streammerge.engine.session import Event
+    from streammerge.report.progress import make_reporter
+
+    reporter = make_reporter(
+        "merging", quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN
+    )
+    for note in notes:
+        reporter(Event("warning", {"message": note}))
+    try:
+        summary = run(
+            config, out, on_event=reporter, stop=stop, kernels=not no_kernels,
+            signal_received=signal_received, **options,
+        )  # fmt: skip
+    finally:
+        reporter.close()
+    reporter.finish(summary)
+
+
+@click.command(
+    cls=GroupedCommand,
+    epilog=examples(
+        "streammerge plan ties.yml                      what it reads, writes and needs",
+        "streammerge plan ties.yml /data/merged         and whether that disk has room for it",
+        "streammerge plan ties.yml --memory 2GiB        with so much memory",
+    ),
+)
+@click.argument("config", type=path())
+@click.argument("out", type=path(file_okay=False), required=False)
+@planning_options
+@option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    group=MESSAGES,
+    help="Print the whole plan, tensor by tensor, as JSON.",
+)
+def plan(config: str, out: str | None, as_json: bool, **options: Any) -> None:
+    """Show what `merge CONFIG OUT` would do, from the models' headers alone. Nothing is written.
+
+    With OUT its disk is looked at, and so is what lies there already.
+    """
+    from streammerge.api import plan as decide
+    from streammerge.planning.plan import describe, plan_json
+    from streammerge.report.plan import plan_text
+
+    decided = decide(config, **options)
+    click.echo(plan_json(decided) if as_json else plan_text(decided, describe(decided), out))
+
+
+@click.command(
+    cls=GroupedCommand,
+    epilog=examples(
+        "streammerge verify merged                      every byte against the recorded checksums",
+        "streammerge verify merged --against ties.yml   and a random sample computed once more",
+    ),
+)
+@click.argument("out", type=path(file_okay=False))
+@option(
+    "--against",
+    type=path(),
+    metavar="CONFIG",
+    help="Recompute a sample of OUT from the inputs of CONFIG, and compare the bits.",
+)
+@option(
+    "--sample",
+    type=Whole(1),
+    metavar="N",
+    help="Number of pieces to recompute, a million elements each  [default: 16]",
+)
+@option("--all", "everything", is_flag=True, help="Recompute all of OUT.")
+@option("--seed", type=Whole(0, MOST_SEED), metavar="N", help="Seed of the sample's choice  [default: 0]")
+@memory_option
+@methods_option
+@option("--json", "as_json", is_flag=True, group=MESSAGES, help="Print the result as JSON.")
+def verify(
+    out: str, against: str | None, sample: int | None, everything: bool, as_json: bool, **options: Any
+) -> None:
+    """Re-read a finished output and compare it with its recorded checksums and structure.
+
+    With --against CONFIG a random sample is also computed once more, by the plain formulas, and compared bit by bit.
+    """
+    given = {"sample": sample, **options}
+    if against is None and (everything or any(value is not None for value in given.values())):
+        raise click.UsageError("--sample, --all, --seed, --memory and --methods go with --against CONFIG")
+    if everything and sample is not None:
+        raise click.UsageError("either --sample or --all")
+    leave_on_signals()
+    from streammerge.api import DEFAULT_SAMPLE
+    from streammerge.api import verify as check
+    from streammerge.report.progress import LineReporter
+    from streammerge.report.verdict import verdict_text, verdict_values
+
+    verdict = check(
+        out, against=against, sample=None if everything else sample or DEFAULT_SAMPLE, seed=options["seed"] or 0,
+        memory=options["memory"], methods=options["methods"], on_event=LineReporter(quiet=as_json),
+    )  # fmt: skip
+    click.echo(json.dumps(verdict_values(verdict)) if as_json else verdict_text(out, verdict))
+    if verdict.problems:
+        more = f" (and {len(verdict.problems) - 1} more problems)" if len(verdict.problems) > 1 else ""
+        raise InputError(f"{printable(out)}: {verdict.problems[0]}{more}")

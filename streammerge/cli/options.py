@@ -1,0 +1,168 @@
+"""What options have in common: sizes, sections of a help text, completion of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from streammerge.errors import InputError, printable
+from streammerge.units import parse_size
+
+MEMORY_AND_SPEED = "Memory and speed"
+OUTPUT = "Output"
+METHODS = "Methods and randomness"
+MESSAGES = "Messages"
+MERGEKIT = "As mergekit-yaml has them"
+MOST_SEED = 2**64 - 1
+_LEAST_PLAIN_MEMORY = 1 << 20
+"""Plain bytes below which a unit was forgotten: no process is that small."""
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Size(click.ParamType):
+    """Bytes, as ``512MiB``, ``2GiB``, ``5GB`` or a plain number.
+
+    Parameters
+    ----------
+    least_plain
+        A number without a unit that is below this was meant in GiB.
+    """
+
+    name = "size"
+
+    def __init__(self, least_plain: int = 0) -> None:
+        self._least_plain = least_plain
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the bytes; refuse, naming the option, what is no size."""
+        if isinstance(value, int):
+            return value
+        option = max(param.opts, key=len) if param is not None else "size"
+        try:
+            nbytes = parse_size(value)
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from None
+        if value.strip().isdecimal() and nbytes < self._least_plain:
+            raise InputError(f"{option} {printable(value)} is {nbytes} bytes: did you mean {nbytes}GiB?")
+        return nbytes
+
+
+class Whole(click.ParamType):
+    """A whole number within bounds."""
+
+    name = "integer"
+
+    def __init__(self, least: int, most: int | None = None) -> None:
+        self._least, self._most = least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number; refuse, naming the option, what is none or lies outside."""
+        try:
+            number = int(value)
+        except ValueError:
+            number = None
+        if number is not None and self._least <= number and (self._most is None or number <= self._most):
+            return number
+        span = f"of {self._least} or more" if self._most is None else f"from {self._least} to {self._most}"
+        option = max(param.opts, key=len) if param is not None else "number"
+        raise InputError(f"{option} {printable(value)!r}: give a whole number {span}")
+
+
+class GroupedOption(click.Option):
+    """An option that stands in a section of its command's help text."""
+
+    def __init__(self, *arguments: Any, group: str = "Options", **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose options are listed by section, in the order in which the sections first appear."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(parameter, "group", "Options"), []).append(record)
+        own = {"Options": sections.pop("Options", [])}  # the help option among them
+        ordered = own | sections if len(own["Options"]) > 1 else sections | own
+        for name, records in ordered.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def option(*names: str, group: str = "Options", **keywords: Any) -> Decorator:
+    """Return the decorator that adds an option to a section of the help text."""
+    return click.option(*names, cls=GroupedOption, group=group, **keywords)
+
+
+def together(*options: Decorator) -> Decorator:
+    """Return one decorator for several, listed in the order in which they are to be shown."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for add in reversed(options):
+            command = add(command)
+        return command
+
+    return decorate
+
+
+def complete_methods(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the names of the methods that begin so."""
+    from streammerge.methods.catalog import load_builtin
+    from streammerge.methods.registry import all_methods
+
+    load_builtin()
+    found = ((name, method.summary) for name, method in all_methods().items() if name.startswith(incomplete))
+    return [CompletionItem(name, help=summary) for name, summary in found]
+
+
+class _AnyPath(click.Path):
+    """A path that shells complete and that is not looked at here: the command itself says what is wrong with it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
+def path(**keywords: Any) -> click.Path:
+    """Return the type of a path; ``file_okay=False`` has shells complete directories alone."""
+    return _AnyPath(**keywords)
+
+
+def examples(*lines: str) -> str:
+    """Return the end of a help text: commands to imitate."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+memory_option = option(
+    "--memory", type=Size(_LEAST_PLAIN_MEMORY), metavar="SIZE", group=MEMORY_AND_SPEED,
+    help="Peak resident memory of the whole process, such as 2GiB  [default: half of what is free]",
+)  # fmt: skip
+methods_option = option(
+    "--methods", type=path(dir_okay=False), metavar="FILE", group=METHODS,
+    help="A Python file with your own merge methods (it will be executed).",
+)  # fmt: skip
+json_events_option = option(
+    "--json", "as_json", is_flag=True, group=MESSAGES,
+    help="Print events as JSON, one object a line, on stdout.",
+)  # fmt: skip
+quiet_option = option("--quiet", is_flag=True, group=MESSAGES, help="Print warnings and errors only.")
+
+planning_options = together(
+    memory_option,
+    option("--threads", type=Whole(1, 1024), metavar="N", group=MEMORY_AND_SPEED,
+           help="CPU threads to use  [default: all]"),
+    option("--device", default="auto", show_default=True, metavar="NAME", group=MEMORY_AND_SPEED,
+           help="auto, cpu, cuda or cuda:N."),
+    option("--shard-size", type=Size(), metavar="SIZE", default="5GB", show_default=True, group=OUTPUT,
+           help="Most bytes in one output file."),
+    option("--seed", type=Whole(0, MOST_SEED), metavar="N", group=METHODS,
+           help="Seed of the random drops  [default: the config's, else 0]"),
+    methods_option,
+)  # fmt: skip

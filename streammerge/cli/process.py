@@ -1,0 +1,122 @@
+"""What the command line owes the system: signals, standard streams, one line for an error, the exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+import click
+
+from streammerge.errors import InputError, StreammergeError, printable
+
+BEGAN = time.monotonic()
+"""When the command started; what ``seconds`` of a JSON event counts from."""
+_STREAMING = ("merge", "import", "compute")
+"""Commands whose ``--json`` prints events, an error among them."""
+
+
+def stop_on_signals() -> tuple[threading.Event, Callable[[], int | None]]:
+    """Return an event that SIGINT and SIGTERM set, and a function that returns which of them came first."""
+    stop = threading.Event()
+    received: list[int] = []
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        stop.set()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+    return stop, lambda: received[0] if received else None
+
+
+def leave_on_signals() -> None:
+    """Have SIGINT and SIGTERM end at once a command that writes nothing, and so has nothing to finish."""
+
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        report(InputError("stopped"), 0)
+        os._exit(128 + signum)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, on_signal)
+
+
+def open_closed_streams() -> None:
+    """Put the null device where the caller has closed a standard stream.
+
+    Otherwise the next file opened, perhaps a shard, would receive the messages.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
+
+
+def report(error: Exception, code: int) -> int:
+    """Print an error as one line on stderr, and under ``--json`` as an event too; return its exit code."""
+    if os.environ.get("STREAMMERGE_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    _report_line(printable(error, 2000), _kind_of(error), code)
+    return code
+
+
+def report_usage(error: click.ClickException) -> int:
+    """Print what is wrong with a command's arguments as one line; return the exit code.
+
+    A group that is called without a command shows its help instead.
+    """
+    ctx = getattr(error, "ctx", None)
+    if ctx is not None and isinstance(error, getattr(click.exceptions, "NoArgsIsHelpError", ())):
+        click.echo(ctx.get_help())
+        return error.exit_code
+    message = " ".join(error.format_message().split())
+    if ctx is not None:
+        message = f"{message.rstrip('.')} (see '{ctx.command_path} --help')"
+    _report_line(printable(message, 2000), "usage", error.exit_code)
+    return error.exit_code
+
+
+def _kind_of(error: Exception) -> str:
+    """Return the word for an error's kind: ``config``, ``model``, ``budget``, ``output``, ``world``, …
+
+    >>> from streammerge.errors import ConfigError, InputError
+    >>> _kind_of(ConfigError("")), _kind_of(InputError(""))
+    ('config', 'input')
+    """
+    for kind in type(error).__mro__:
+        if kind.__module__ == StreammergeError.__module__:
+            return kind.__name__.removesuffix("Error").lower()
+    return "world"
+
+
+def _report_line(message: str, kind: str, code: int) -> None:
+    with contextlib.suppress(OSError):
+        print(f"streammerge: {message}", file=sys.stderr, flush=True)
+    arguments = sys.argv[1:]
+    if code and "--json" in arguments and any(command in arguments[:2] for command in _STREAMING):
+        event = {"event": "error", "kind": kind, "message": message, "exit_code": code}
+        with contextlib.suppress(OSError):
+            print(json.dumps({**event, "seconds": round(time.monotonic() - BEGAN, 3)}), flush=True)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit without a traceback even where stdout or stderr is full or its reader gone."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = code or 1
+            os._exit(code)
+    sys.exit(code)

@@ -1,0 +1,59 @@
+"""The columns of the bar: rich's own, as many as there is room for, none that moves the bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+
+_SMOOTHED_SECONDS = 30.0
+_MARGIN = 3
+"""Columns left free on the right: the ^C that a terminal echoes does not wrap the line, which would stay behind."""
+_RATE_FROM, _READ_FROM, _ALL_FROM = 72, 96, 136
+"""Widths of a terminal from which more columns have room beside a bar of 20."""
+
+
+def make_progress(console: Console) -> Progress:
+    """Return the display, not started; its tasks have the fields `rate`, `read`, `written` and `memory`."""
+    return _Fitting(console=console, transient=True, expand=True, speed_estimate_period=_SMOOTHED_SECONDS)
+
+
+class _Fitting(Progress):
+    """A display whose columns follow the width of the terminal."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        self.columns = columns_for(self.console.width)
+        yield Padding(self.make_tasks_table(self.tasks), (0, _MARGIN, 0, 0))
+
+
+def columns_for(width: int) -> tuple[ProgressColumn, ...]:
+    """Return the columns for a terminal so wide: what it does, bar, percent, time left; rate; sizes; memory."""
+    columns: list[ProgressColumn] = [
+        _text("{task.description}", 10, "left"),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=20)),
+        TaskProgressColumn(table_column=Column(width=4, no_wrap=True, justify="right")),
+        TimeRemainingColumn(table_column=Column(width=7, no_wrap=True, justify="right")),
+        _text("left", 4, "left"),
+    ]
+    if width >= _RATE_FROM:
+        columns.append(_text("{task.fields[rate]}", 10, "right"))
+    if width >= _READ_FROM:
+        columns.append(_text("{task.fields[read]}", 23, "left"))
+    if width >= _ALL_FROM:
+        columns += [_text("{task.fields[written]}", 24, "left"), _text("{task.fields[memory]}", 25, "left")]
+    return tuple(columns)
+
+
+def _text(template: str, width: int, justify: str) -> TextColumn:
+    column = Column(width=width, no_wrap=True, justify="right" if justify == "right" else "left")
+    return TextColumn(template, markup=False, table_column=column)

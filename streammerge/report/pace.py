@@ -1,0 +1,131 @@
+"""How far a run is and how fast it goes: arithmetic of the events, for every kind of report."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_WINDOW_SECONDS = 30.0
+"""What is faster or slower than this is told as it is; what flickers faster is smoothed."""
+_LEAST_SECONDS = 1.0
+"""Before this nothing can be said."""
+
+
+class Pace:
+    """The speed of a growing number, over the last half minute.
+
+    Parameters
+    ----------
+    clock
+        Returns seconds, for tests.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._samples: deque[tuple[float, float]] = deque()
+
+    def add(self, value: float) -> None:
+        """Note the number as it is now."""
+        now = self._clock()
+        self._samples.append((now, value))
+        while len(self._samples) > 2 and now - self._samples[1][0] >= _WINDOW_SECONDS:
+            self._samples.popleft()
+
+    @property
+    def per_second(self) -> float | None:
+        """The speed; None until enough has been seen."""
+        if len(self._samples) < 2:
+            return None
+        (began, first), (ended, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (ended - began) if ended - began >= _LEAST_SECONDS else None
+
+
+class Tracker:
+    """Follows the events of a run.
+
+    The work of a merge is counted in bytes, read and written: whole-model passes come first, then elements are
+    finished, and each stands for its bytes. Of a resumed merge, the passes of an earlier run are not made again.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.plan: Mapping[str, Any] = {}
+        """The values of the event ``plan``; empty for what is not a merge."""
+        self.values: Mapping[str, Any] = {}
+        """The values of the last ``progress``."""
+        self.done = 0.0
+        """Work done, by earlier runs too; in the unit of `total`."""
+        self.total: float | None = None
+        """None until it is known."""
+        self.compiling = 0.0
+        """Seconds spent compiling."""
+        self._compiling_since: float | None = None
+        self._resumed = False
+        self._first_elements: int | None = None
+        self._bytes, self._work = Pace(clock), Pace(clock)
+
+    def __call__(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Take an event into account."""
+        if kind == "plan":
+            self.plan = values
+        elif kind == "compiling":
+            self._compiling_since = self._clock()
+        elif kind == "compiled" and self._compiling_since is not None:
+            self.compiling += self._clock() - self._compiling_since
+            self._compiling_since = None
+        elif kind in ("start", "resume"):
+            self._start(values["bytes_done"])
+        elif kind in ("progress", "import"):
+            self._progress(values)
+
+    def _start(self, bytes_done: int) -> None:
+        """Begin to measure: what went before, such as compiling and an earlier run, counts in no rate."""
+        self._bytes, self._work = Pace(self._clock), Pace(self._clock)
+        self._bytes.add(0)
+        if not self.plan:
+            return
+        merging = self._merging_bytes()
+        self._resumed = bytes_done > 0
+        self.total = float(self.plan["bytes_to_read"] + self.plan["bytes_to_write"])
+        self.done = merging * bytes_done / max(1, self.plan["bytes_to_write"])
+        self.done += self.plan["bytes_of_passes"] if self._resumed else 0
+        self._work.add(self.done)
+
+    def _progress(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+        elements, most = (
+            ("elements", "elements_total") if "elements" in values else ("tensors", "tensors_total")
+        )
+        if self._first_elements is None:
+            self._first_elements = values[elements]
+        share = values[elements] / max(1, values[most])
+        if self.plan:
+            passes = self.plan["bytes_of_passes"]
+            if not self._resumed and values[elements] == self._first_elements:
+                passes = min(passes, values["bytes_read"])
+            self.done = max(self.done, passes + self._merging_bytes() * share)
+        else:
+            self.done, self.total = float(values[elements]), float(values[most])
+        self._bytes.add(values["bytes_read"] + values.get("bytes_written", 0))
+        self._work.add(self.done)
+
+    def _merging_bytes(self) -> float:
+        return float(self.plan["bytes_to_read"] + self.plan["bytes_to_write"] - self.plan["bytes_of_passes"])
+
+    @property
+    def fraction(self) -> float | None:
+        """The part of the work that is done; None until the whole is known."""
+        return min(1.0, self.done / self.total) if self.total else None
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        """Bytes read and written a second, lately; None until that can be said."""
+        return self._bytes.per_second
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time that the rest takes at the pace of this run; None until that can be said."""
+        pace = self._work.per_second
+        return max(0.0, self.total - self.done) / pace if self.total and pace else None

@@ -1,0 +1,80 @@
+"""What a merge did, for people and as plain values; what it is about to do, in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streammerge.engine.session import Summary
+from streammerge.engine.telling import Density
+from streammerge.errors import printable
+from streammerge.planning.free_memory import peak_memory
+from streammerge.units import format_seconds, format_size, plural
+
+_NAMED = 4
+"""Models that a sentence names; more are counted."""
+
+
+def opening_line(plan: Mapping[str, Any]) -> str:
+    """Return what is about to be merged: models, method, where to, how much."""
+    names = [printable(name, 60) for name in plan["models"]]
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    base = f" (base {printable(plan['base_model'], 60)})" if plan["base_model"] else ""
+    return (
+        f"merging {', '.join(names[:_NAMED])}{more} by {printable(plan['method'])}{base} into {printable(plan['out'])}: "
+        f"reads {format_size(plan['bytes_to_read'])}, writes {format_size(plan['bytes_to_write'])}"
+    )
+
+
+def summary_values(summary: Summary, elements: int | None = None) -> dict[str, Any]:
+    """Return a summary as plain values."""
+    return {
+        "out": summary.out, "already_complete": summary.already_complete, "tensors": summary.tensors,
+        "elements": elements, "shards": summary.shards, "bytes_read": summary.bytes_read,
+        "bytes_written": summary.bytes_written, "bytes_resumed": summary.bytes_resumed,
+        "merge_seconds": round(summary.seconds, 3), "peak_resident_bytes": peak_memory(),
+        "densities": [density_values(density) for density in summary.densities],
+        **({"floored": dict(summary.floored)} if summary.floored is not None else {}),
+    }  # fmt: skip
+
+
+def density_values(density: Density) -> dict[str, Any]:
+    """Return a density as plain values; `model` is its place."""
+    return {
+        "model": density.place, "name": density.model, "kept": density.kept, "of": density.of,
+        "density": density.density,
+    }  # fmt: skip
+
+
+def summary_text(summary: Summary, compiling: float = 0.0) -> str:
+    """Return a summary for people.
+
+    Parameters
+    ----------
+    compiling
+        Seconds of the merge that went into compiling: no part of its rate.
+    """
+    out = printable(summary.out)
+    if summary.already_complete:
+        return f"{out} already holds this merge, complete ({plural(summary.tensors, 'tensor')}); nothing was done"
+    seconds = max(0.0, summary.seconds - compiling)
+    rate = (summary.bytes_read + summary.bytes_written) / max(seconds, 1e-6)
+    compiled = f", after {format_seconds(compiling)} of compiling" if compiling >= 0.1 else ""
+    lines = [
+        f"wrote {out}: {plural(summary.tensors, 'tensor')} in {plural(summary.shards, 'shard')}, "
+        f"{format_size(summary.bytes_written + summary.bytes_resumed)}",
+        f"read {format_size(summary.bytes_read)} in {format_seconds(seconds)}{compiled} "
+        f"({format_size(rate)}/s read and written), peak memory {format_size(peak_memory())}",
+    ]
+    if summary.bytes_resumed:
+        lines.append(f"{format_size(summary.bytes_resumed)} were finished by an earlier run")
+    lines += [
+        f"{printable(entry.model, 80)}: {100 * entry.density:.4g} % of its changes to the base were kept "
+        f"({entry.kept:,} of {entry.of:,}), the rest was dropped or trimmed"
+        for entry in summary.densities
+    ]
+    if summary.floored is not None:
+        lines.append(
+            f"the floor decided {100 * summary.floored['fraction']:.3g} % of {summary.floored['of']:,} elements"
+        )
+    return "\n".join(lines)
