@@ -37,12 +37,14 @@ _KEYS = (
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
 _MODULE_KEYS = ("models", "slices", "parameters")
-_TOP_WITHOUT_EFFECT = ("name", "out_path")
+_TOP_WITHOUT_EFFECT = ("name", "out_path", "int8_mask", "embed_slerp")
 _WITHOUT_EFFECT = {
     "name": "it names a stage of mergekit-multi; this merges into the directory that the command names",
     "out_path": "this merges into the directory that the command names",
     "override_architecture": "tensors go by their own names, whatever the architecture",
     "residual_weight": "mergekit reads it and does nothing with it",
+    "int8_mask": "signs take no memory here",
+    "embed_slerp": "vocabularies that differ are aligned by `tokenizer:`, whatever the method",
 }
 """Keys of mergekit that change no output, with the reason."""
 
@@ -82,6 +84,12 @@ class Slice:
     path: str = ""
     base: ModelSpec | None = None
     """The base that takes part, once that is settled; it is not among the sources then."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has a range without layers: the first slice then says the embedding, the last norm and head."""
+        spec = self.sources[0] if self.sources else self.base
+        return spec is not None and spec.layer_range is not None and len({*spec.layer_range}) == 1
 
 
 @dataclass(frozen=True)
@@ -246,13 +254,22 @@ def _slices(data: dict[str, object], path: str, notes: list[str]) -> tuple[Slice
     slices = data["slices"]
     if not isinstance(slices, list) or not slices:
         refuse(place, f"must be a list of slices (- sources: …), not {shown(slices)}")
-    return tuple(_slice(item, f"{place}[{i}]", notes) for i, item in enumerate(slices))
+    parts = tuple(_slice(item, f"{place}[{i}]", notes) for i, item in enumerate(slices))
+    empty = [part for part in parts if part.is_empty]
+    if len(empty) == len(parts):
+        refuse(place, "no slice holds a layer")
+    notes += [
+        f"{part.path}: ignored: a slice without layers, and neither the first nor the last"
+        for part in empty
+        if part not in (parts[0], parts[-1])
+    ]
+    return parts
 
 
 def _slice(data: object, path: str, notes: list[str]) -> Slice:
     if not isinstance(data, dict):
         refuse(path, f"must be a map (sources: …), not {shown(data)}")
-    data = _without(data, path, ("residual_weight",), notes)
+    data = _without(data, path, ("residual_weight", "int8_mask", "embed_slerp"), notes)
     check_keys(data, path, _SLICE_KEYS)
     if "sources" not in data:
         refuse(path, "'sources' is missing")
@@ -304,7 +321,7 @@ def _model(data: object, path: str, notes: list[str], layers: bool) -> ModelSpec
         data = {"model": data}
     if not isinstance(data, dict):
         refuse(path, f"must be a map (model: …), not {shown(data)}")
-    data = _without(data, path, ("override_architecture",), notes)
+    data = _without(data, path, ("override_architecture", "int8_mask", "embed_slerp"), notes)
     check_keys(data, path, (*_MODEL_KEYS, *(("layer_range",) if layers else ())))
     for key in ("model", *(("layer_range",) if layers else ())):
         if key not in data:
@@ -327,8 +344,8 @@ def _layer_range(data: object, path: str) -> tuple[int, int]:
     if not isinstance(data, list) or len(data) != 2 or not all(type(n) is int and n >= 0 for n in data):
         refuse(path, f"must be two layer numbers [first, end), not {shown(data)}")
     first, end = int(data[0]), int(data[1])
-    if not first < end <= 1_000_000:
-        refuse(path, f"[{first}, {end}) holds no layer" if first >= end else f"{end} layers")
+    if not first <= end <= 1_000_000:
+        refuse(path, f"[{first}, {end}) ends before it begins" if first > end else f"{end} layers")
     return first, end
 
 

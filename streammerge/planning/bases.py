@@ -46,6 +46,8 @@ def _settled(part: Slice, config: MergeConfig, method: Method, drops: bool) -> S
     if method.base == "member" and not drops:
         whole = layers is None and not listed
         return replace(part, sources=(*part.sources, base)) if whole else part
+    if method.base == "required" and method.n_models == (1, 1) and part.is_empty and len(part.sources) == 1:
+        return replace(part, sources=(), base=part.sources[0])  # Norm and head of this model, as in mergekit.
     if method.base in ("required", "optional"):
         others = tuple(spec for spec in part.sources if spec.reference != reference)
         return replace(part, sources=others, base=base)

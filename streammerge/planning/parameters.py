@@ -27,6 +27,15 @@ ELSEWHERE = frozenset(
 published configs do so; a name that no method has is a misspelt one."""
 
 
+OUTDATED = {
+    "embed_slerp": "it was for vocabularies that differ; `tokenizer:` aligns them, whatever the method",
+    "int8_mask": "it changes no number",
+    "consensus_method": "the method's name says it",
+    "naive_count": "mergekit reads it and does nothing with it",
+}
+"""Parameters of old versions of mergekit that published configs still carry."""
+
+
 def check_names(config: MergeConfig, method: Method) -> list[str]:
     """Refuse parameters the method does not declare; return notes on those without effect."""
     notes = []
@@ -51,6 +60,8 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
                 continue
             if name in method.ignored:
                 notes.append(f"{setting.path}: ignored: {method.ignored[name]}")
+            elif name not in method.parameters and name in OUTDATED:
+                notes.append(f"{setting.path}: ignored: {OUTDATED[name]}")
             elif name not in method.parameters and name in ELSEWHERE:
                 notes.append(f"{setting.path}: ignored: {method.name} has no {name!r}, as in mergekit")
             elif name not in method.parameters:
