@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from streammerge.api import merge
-from streammerge.config.schema import MergeConfig, parse_config
+from streammerge.config import MergeConfig, parse_config
 from streammerge.fisher.importing import import_diagonal
 from tests.conftest import read_tensors, write_fisher, write_grams
 from tests.tokenizers.scene import write_tokenizer

@@ -72,6 +72,45 @@ def test_layers_of_two_models_are_stacked(models: dict[str, Path], tmp_path: Pat
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 7
 
 
+def test_a_last_slice_without_layers_says_norm_and_head_and_a_first_one_the_embedding(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    a, b, base = (read_tensors(models[name]) for name in ("a", "b", "base"))
+    part = {"sources": [source(models["a"], 0, 4), source(models["base"], 0, 4)]}
+    slices = [{"sources": [source(models["b"], 0, 0)]}, part, {"sources": [source(models["b"], 4, 4)]}]
+    config = {
+        "merge_method": "slerp",
+        "base_model": str(models["base"]),
+        "parameters": {"t": 0.5},
+        "slices": slices,
+    }
+    found = merged(config, tmp_path / "out")
+    plain = merged({**config, "slices": [part]}, tmp_path / "plain")
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert torch.equal(found[name], b[name])
+        assert not torch.equal(plain[name], b[name])
+    for number in range(4):
+        assert_same(layer(found, number), layer(plain, number))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 4
+    both = {"sources": [source(models["a"], 4, 4, weight=0.25), source(models["b"], 4, 4, weight=0.75)]}
+    config = {
+        "merge_method": "linear",
+        "slices": [{"sources": [source(models["a"], 0, 4)]}, both],
+        "dtype": "float32",
+    }
+    head = merged(config, tmp_path / "both")["lm_head.weight"]
+    torch.testing.assert_close(head, 0.25 * a["lm_head.weight"].float() + 0.75 * b["lm_head.weight"].float())
+    assert base.keys() == found.keys()
+
+
+def test_a_slice_without_layers_in_the_middle_is_ignored_with_a_word(models: dict[str, Path]) -> None:
+    parts = [{"sources": [source(models["a"], *layers)]} for layers in ((0, 2), (3, 3), (2, 4))]
+    decided = plan({"merge_method": "passthrough", "slices": parts})
+    assert any("slices[1]: ignored: a slice without layers" in warning for warning in decided.warnings)
+    decided = plan({"merge_method": "passthrough", "slices": [parts[0], parts[2]]})
+    assert not any("ignored" in warning for warning in decided.warnings)
+
+
 def test_one_layer_repeated_is_read_as_often(models: dict[str, Path], tmp_path: Path) -> None:
     config = {"merge_method": "passthrough", "slices": [{"sources": [source(models["a"], 1, 2)]}] * 3}
     found, a = merged(config, tmp_path / "out"), read_tensors(models["a"])

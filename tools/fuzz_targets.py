@@ -26,7 +26,7 @@ from random import Random
 import fuzz_mutate
 from fuzz_models import AdapterSettings, TokenizerFile
 
-from streammerge.config.schema import config_from_mapping, parse_config
+from streammerge.config import config_from_mapping, parse_config
 from streammerge.config.settings import count_layers, layer_fraction, value_for
 from streammerge.config.strict_yaml import dump_yaml, load_yaml
 from streammerge.engine.journal import _line, _load

@@ -10,7 +10,7 @@ from typing import Any
 from streammerge.api.devices import choose_device, nbytes_of
 from streammerge.api.opening import open_beside, open_models
 from streammerge.compiled import missing_kernels
-from streammerge.config.schema import config_from_mapping, load_config
+from streammerge.config.reading import config_from_mapping, load_config
 from streammerge.index.fishers import FisherIndex, open_fisher, open_grams
 from streammerge.index.model import TensorIndex
 from streammerge.methods.catalog import load_builtin, load_file

@@ -1,12 +1,7 @@
 """The config: strict YAML in, frozen values out. Reads no model and imports no array library."""
 
-from streammerge.config.schema import (
-    MergeConfig,
-    ModelSpec,
-    config_from_mapping,
-    load_config,
-    parse_config,
-)
+from streammerge.config.reading import config_from_mapping, load_config, parse_config
+from streammerge.config.schema import MergeConfig, ModelSpec
 from streammerge.config.settings import (
     Clause,
     Scalar,

@@ -6,16 +6,14 @@ names inside `parameters` are checked later, against the method.
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from streammerge.config.known_keys import KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.references import parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
-from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, dump_yaml, load_yaml
 from streammerge.config.tokenizer import ChatTemplate, TokenizerSpec, parse_chat_template, parse_tokenizer
 from streammerge.config.wording import check_keys, child, meant, refuse, shown
 from streammerge.dtypes import NAMES, SHORT_NAMES
@@ -37,16 +35,6 @@ _KEYS = (
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
 _MODULE_KEYS = ("models", "slices", "parameters")
-_TOP_WITHOUT_EFFECT = ("name", "out_path", "int8_mask", "embed_slerp")
-_WITHOUT_EFFECT = {
-    "name": "it names a stage of mergekit-multi; this merges into the directory that the command names",
-    "out_path": "this merges into the directory that the command names",
-    "override_architecture": "tensors go by their own names, whatever the architecture",
-    "residual_weight": "mergekit reads it and does nothing with it",
-    "int8_mask": "signs take no memory here",
-    "embed_slerp": "vocabularies that differ are aligned by `tokenizer:`, whatever the method",
-}
-"""Keys of mergekit that change no output, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -150,54 +138,22 @@ class MergeConfig:
                     yield spec.parameters, True
 
 
-def parse_config(text: bytes | str, where: str = "config.yml") -> MergeConfig:
-    """Return the config that the YAML `text` describes; ConfigError names what is wrong in it."""
-    data = load_yaml(text, where)
-    if not isinstance(data, dict):
-        refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(data)}")
-    verbatim = text if isinstance(text, str) else bytes(text).decode("utf-8")
-    return _config(data, verbatim, where)
+def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
+    """Return the config that a map of plain values describes; ConfigError names what is wrong in it.
 
-
-def load_config(path: str | os.PathLike[str]) -> MergeConfig:
-    """Return the config in the file at `path`: a regular file of at most 4 MiB, or ConfigError."""
-    where = os.fspath(path)
-    if not isinstance(where, str):
-        where = os.fsdecode(where)
-    try:
-        # Not blocking: a FIFO without a writer must not hold us up before fstat sees it.
-        fd = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                refuse(where, "not a regular file (give the path of a YAML file)")
-            with open(fd, "rb", closefd=False) as file:
-                data = file.read(MAX_BYTES + 1)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        refuse(where or "config", f"cannot be read: {error.strerror}")
-    except ValueError:
-        refuse(where, "NUL in a path")
-    return parse_config(data, where)
-
-
-def config_from_mapping(data: Mapping[str, object], where: str = "config") -> MergeConfig:
-    """Return the config that `data`, shaped like the YAML, describes.
-
-    Paths may be given as `Path`, lists as tuples. The `text` of the result is YAML that parses to
-    the same config.
+    Parameters
+    ----------
+    data
+        Dicts with string keys, lists and scalars, as YAML gives them.
+    text
+        The YAML they come from.
+    where
+        The name of the config in messages.
     """
-    plain = _plain(data, f"{where}:", 0)
-    if not isinstance(plain, dict):
-        refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(plain)}")
-    return replace(_config(plain, "", where), text=dump_yaml(plain))
-
-
-def _config(data: dict[str, object], text: str, where: str) -> MergeConfig:
     top = f"{where}:"
     notes: list[str] = []
-    data = _without(data, top, _TOP_WITHOUT_EFFECT, notes)
-    check_keys(data, top, _KEYS)
+    data = _without(data, top, notes)
+    check_keys(data, top, _KEYS, misplaced)
     if "merge_method" not in data:
         refuse(top, "'merge_method' is missing")
     base = data.get("base_model")
@@ -236,7 +192,7 @@ def _modules(data: dict[str, object], path: str, notes: list[str]) -> tuple[Modu
         where = child(place, name)
         if not isinstance(item, dict):
             refuse(where, f"must be a map (models: … or slices: …), not {shown(item)}")
-        check_keys(item, where, _MODULE_KEYS)
+        check_keys(item, where, _MODULE_KEYS, misplaced)
         if item.get("models") is not None and item.get("slices") is not None:
             refuse(where, "'models' and 'slices' exclude each other")
         parameters = _parameters(item.get("parameters"), child(where, "parameters"))
@@ -269,8 +225,8 @@ def _slices(data: dict[str, object], path: str, notes: list[str]) -> tuple[Slice
 def _slice(data: object, path: str, notes: list[str]) -> Slice:
     if not isinstance(data, dict):
         refuse(path, f"must be a map (sources: …), not {shown(data)}")
-    data = _without(data, path, ("residual_weight", "int8_mask", "embed_slerp"), notes)
-    check_keys(data, path, _SLICE_KEYS)
+    data = _without(data, path, notes)
+    check_keys(data, path, _SLICE_KEYS, misplaced)
     if "sources" not in data:
         refuse(path, "'sources' is missing")
     sources = _models(data["sources"], child(path, "sources"), notes, layers=True)
@@ -321,8 +277,8 @@ def _model(data: object, path: str, notes: list[str], layers: bool) -> ModelSpec
         data = {"model": data}
     if not isinstance(data, dict):
         refuse(path, f"must be a map (model: …), not {shown(data)}")
-    data = _without(data, path, ("override_architecture", "int8_mask", "embed_slerp"), notes)
-    check_keys(data, path, (*_MODEL_KEYS, *(("layer_range",) if layers else ())))
+    data = _without(data, path, notes)
+    check_keys(data, path, (*_MODEL_KEYS, *(("layer_range",) if layers else ())), misplaced)
     for key in ("model", *(("layer_range",) if layers else ())):
         if key not in data:
             refuse(path, f"'{key}' is missing")
@@ -349,14 +305,14 @@ def _layer_range(data: object, path: str) -> tuple[int, int]:
     return first, end
 
 
-def _without(
-    data: dict[str, object], path: str, keys: tuple[str, ...], notes: list[str]
-) -> dict[str, object]:
+def _without(data: dict[str, object], path: str, notes: list[str]) -> dict[str, object]:
     """Return `data` without keys that mean nothing here; a note says so of each."""
     notes += [
-        f"{child(path, key)}: ignored: {_WITHOUT_EFFECT[key]}" for key in keys if data.get(key) is not None
+        f"{child(path, key)}: ignored: {KEYS_WITHOUT_EFFECT[key]}"
+        for key, value in data.items()
+        if key in KEYS_WITHOUT_EFFECT and value is not None
     ]
-    return {key: value for key, value in data.items() if key not in keys}
+    return {key: value for key, value in data.items() if key not in KEYS_WITHOUT_EFFECT}
 
 
 def _parameters(data: object, path: str) -> dict[str, Setting]:
@@ -401,26 +357,3 @@ def _exclude(data: object, path: str) -> tuple[str, ...]:
         except (re.error, OverflowError, RecursionError, Warning) as error:
             refuse(place, f"{shown(item)} is not a regular expression: {str(error)[:100]}")
     return tuple(patterns)
-
-
-def _plain(value: object, path: str, depth: int) -> object:
-    """Return `value` in the types that YAML has, sharing nothing with it."""
-    if depth > MAX_DEPTH:
-        refuse(path, f"nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str) or UNSPEAKABLE.search(key):
-                refuse(path, f"key {shown(key)} is not a string, or none that UTF-8 can encode")
-        return {str(key): _plain(item, child(path, key), depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
-    if isinstance(value, os.PathLike):
-        return _plain(os.fspath(value), path, depth)
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str) and UNSPEAKABLE.search(value):
-        refuse(path, f"NUL or half a surrogate pair in {shown(value)}")
-    for kind in (str, int, float):
-        if isinstance(value, kind):
-            return kind(value)
-    return refuse(path, f"{shown(value)} is not a value a config can hold (use float, int, str …)")

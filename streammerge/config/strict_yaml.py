@@ -25,6 +25,7 @@ from yaml.events import (
 from yaml.reader import Reader
 
 from streammerge.config.wording import refuse, shown
+from streammerge.config.yaml_errors import explain
 
 MAX_BYTES = 4 << 20
 """Size of the longest text that is read, in bytes."""
@@ -45,6 +46,11 @@ _SCALARS = frozenset({_STR, _MERGE, _TAG + "null", _TAG + "bool"}) | _NUMBERS
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
 """Floats which YAML 1.1 takes for strings because dot or sign is missing: 1e-5, 1.5e3."""
+
+_STAGES = (
+    "a second document begins here, and stages that build on each other are not merged in one go: write each document to "
+    "a file of its own, merge them one after the other, and name the directory of the first in the second"
+)
 
 UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
 """What no name may hold: NUL, and the surrogates that UTF-8 cannot encode."""
@@ -75,13 +81,12 @@ def load_yaml(text: bytes | str, where: str) -> object:
     Raises ConfigError, one line beginning with `where`, for anything else: syntax errors, bytes
     that are not UTF-8, duplicate keys, tags, a second document, aliases that recur or explode.
     """
-    loader = _Loader(_decode(text, where))
+    decoded = _decode(text, where)
+    loader = _Loader(decoded)
     try:
         return _Builder(loader).document()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = (mark.line if mark else loader.line) + 1
-        refuse(where, f"line {line}: {_explain(error)}")
+        refuse(where, explain(error, decoded, loader.line))
     except (ValueError, RecursionError, OverflowError) as error:
         # Numbers in directives and escapes: PyYAML converts them unchecked.
         refuse(where, f"line {loader.line + 1}: not YAML ({str(error)[:100]})")
@@ -109,15 +114,6 @@ def _decode(text: bytes | str, where: str) -> str:
         line = decoded.count("\n", 0, bad.start()) + 1
         refuse(where, f"line {line}: control character {bad.group()!r} (remove it)")
     return decoded
-
-
-def _explain(error: yaml.MarkedYAMLError) -> str:
-    problem = " ".join((error.problem or error.context or "not YAML").split())
-    if "'\\t'" in problem:
-        return "tab character (indent and separate with spaces)"
-    if error.problem and error.context and error.context_mark:
-        return f"{problem} ({error.context} which began on line {error.context_mark.line + 1})"
-    return problem
 
 
 def _fail(event: Any, problem: str) -> NoReturn:
@@ -160,7 +156,7 @@ class _Builder:
             self._take(event)
         event = self._next()
         if not isinstance(event, StreamEndEvent):
-            _fail(event, "a second document begins here (a config is one document)")
+            _fail(event, _STAGES)
         if self.root[0] is None:
             _fail(event, "the config is empty")
         return self.root[0]

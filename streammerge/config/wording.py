@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NoReturn
 
 from streammerge.errors import ConfigError, printable
@@ -86,8 +86,17 @@ def _nearest(word: str, words: list[str]) -> list[str]:
     return [f"'{printable(spelled[other], 200)}'" for other in near]
 
 
-def check_keys(data: Mapping[str, object], path: str, known: Iterable[str]) -> None:
+Cure = Callable[[str, object, Mapping[str, object]], str | None]
+"""What to say of a key, its value and the map it stands in, where there is more to say than which keys are known."""
+
+
+def check_keys(
+    data: Mapping[str, object], path: str, known: Iterable[str], cure: Cure = lambda *key: None
+) -> None:
     """Refuse keys that are unknown."""
-    for key in data:
+    for key, value in data.items():
         if key not in known:
+            better = cure(key, value, data)
+            if better is not None:
+                refuse(path, better)
             refuse(path, f"unknown key {shown(key)} ({suggestion(key, known)})")

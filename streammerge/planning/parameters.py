@@ -10,30 +10,13 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from streammerge.config.known_keys import OLD_PARAMETERS, PARAMETERS
 from streammerge.config.schema import MergeConfig, ModelSpec
 from streammerge.config.settings import Scalar, Setting, value_for
 from streammerge.errors import ConfigError, printable
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 
 PRESET = "preset"
-ELSEWHERE = frozenset(
-    {
-        "weight", "density", "gamma", "epsilon", "normalize", "rescale", "lambda", "int8_mask", "t", "scale",
-        "select_topk", "filter_wise", "max_iter", "tol", "eps", "r", "alpha", "normalize_weights",
-        "nuslerp_flatten", "nuslerp_row_wise",
-    }
-)  # fmt: skip
-"""Parameters that some method of mergekit's has. Given to a method that has not, they change nothing there, and many
-published configs do so; a name that no method has is a misspelt one."""
-
-
-OUTDATED = {
-    "embed_slerp": "it was for vocabularies that differ; `tokenizer:` aligns them, whatever the method",
-    "int8_mask": "it changes no number",
-    "consensus_method": "the method's name says it",
-    "naive_count": "mergekit reads it and does nothing with it",
-}
-"""Parameters of old versions of mergekit that published configs still carry."""
 
 
 def check_names(config: MergeConfig, method: Method) -> list[str]:
@@ -60,9 +43,9 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
                 continue
             if name in method.ignored:
                 notes.append(f"{setting.path}: ignored: {method.ignored[name]}")
-            elif name not in method.parameters and name in OUTDATED:
-                notes.append(f"{setting.path}: ignored: {OUTDATED[name]}")
-            elif name not in method.parameters and name in ELSEWHERE:
+            elif name not in method.parameters and name in OLD_PARAMETERS:
+                notes.append(f"{setting.path}: ignored: {OLD_PARAMETERS[name]}")
+            elif name not in method.parameters and name in PARAMETERS:
                 notes.append(f"{setting.path}: ignored: {method.name} has no {name!r}, as in mergekit")
             elif name not in method.parameters:
                 close = get_close_matches(name, [*method.parameters, PRESET], n=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,11 @@ REFUSED = [
     ),
     (
         S + "[{sources: [{model: a, layer_range: [4, 4]}]}]",
-        ": slices[0].sources[0].layer_range: [4, 4) holds no layer",
+        ": slices: no slice holds a layer",
+    ),
+    (
+        S + "[{sources: [{model: a, layer_range: [4, 3]}]}]",
+        ": slices[0].sources[0].layer_range: [4, 3) ends before it begins",
     ),
     (
         S + "[{sources: [{model: a, layer_range: [0, 99999999]}]}]",
@@ -237,16 +242,16 @@ REFUSED = [
     ("merge_method: linear\nmodels: [{model: ' '}]", ": models[0].model: must not be empty"),
     (
         "merge_method: linear\nmodels: [{model: a, weight: 1}]",
-        ": models[0]: unknown key 'weight' (known: model, parameters, alias, fisher, gram)",
+        ": models[0]: 'weight' goes under parameters: {model: 'a', parameters: {weight: 1}}",
     ),
     (
         "merge_method: linear\nmodels: [{model: a, paramters: {}}]",
         ": models[0]: unknown key 'paramters' (did you mean 'parameters'?)",
     ),
-    ("merge_method: linear\nmodels: [{model: a, lora: b}]", ": models[0]: unknown key 'lora'"),
+    ("merge_method: linear\nmodels: [{model: a, lora: b}]", ": models[0]: an adapter is part of the model"),
     (
         "merge_method: linear\nmodels: [{model: a, layer_range: [0, 1]}]",
-        ": models[0]: unknown key 'layer_range'",
+        ": models[0]: 'layer_range' stands in slices",
     ),
     # References.
     (M + "base_model: {path: 1}", ": base_model.path: must be a string, not 1"),
@@ -312,7 +317,7 @@ REFUSED = [
 def test_mistakes_are_named_with_their_place_and_cure(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "dir/c.yml")
-    message = str(caught.value)
+    message = re.sub(r", column \d+:", ":", str(caught.value), count=1)
     assert message.startswith("dir/c.yml" + words)
     assert len(message) < 400
     assert len(message.splitlines()) == 1

@@ -1,0 +1,117 @@
+"""Where a config comes from: a file, a pipe, standard input, a text, or a mapping from Python."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import replace
+
+from streammerge.config.schema import MergeConfig, config_of
+from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, dump_yaml, load_yaml
+from streammerge.config.wording import child, refuse, shown
+
+STDIN = "-"
+"""In place of a path: standard input."""
+_PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+"""Paths that stand for descriptors somebody has opened for us, as `<(command)` of a shell; a pipe is waited for there."""
+
+
+def parse_config(text: bytes | str, where: str = "config.yml") -> MergeConfig:
+    """Return the config that the YAML `text` describes; ConfigError names what is wrong in it."""
+    data = load_yaml(text, where)
+    if not isinstance(data, dict):
+        refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(data)}")
+    verbatim = text if isinstance(text, str) else bytes(text).decode("utf-8")
+    return config_of(data, verbatim, where)
+
+
+def load_config(path: str | os.PathLike[str]) -> MergeConfig:
+    """Return the config in the file at `path`, of at most 4 MiB, or ConfigError.
+
+    It is a regular file, or ``-`` for standard input, or a pipe that the caller's shell holds open (``/dev/fd/63``).
+    """
+    where = os.fspath(path)
+    if not isinstance(where, str):
+        where = os.fsdecode(where)
+    try:
+        if where == STDIN:
+            return parse_config(_read_all(os.dup(0)), "standard input")
+        # Not blocking: a FIFO without a writer must not hang before fstat sees it.
+        fd = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(fd).st_mode) and not where.startswith(_PIPES):
+            os.close(fd)
+            refuse(
+                where,
+                "not a regular file (give the path of a YAML file, or - and the text on standard input)",
+            )
+        data = _read_all(fd)
+    except OSError as error:
+        if "\n" in where.strip() or "merge_method:" in where:
+            refuse("config", "this is YAML text, not a path: write it to a file, or pass a mapping")
+        refuse(where or "config", f"cannot be read: {error.strerror}")
+    except ValueError:
+        refuse(where, "NUL in a path")
+    return parse_config(data, where)
+
+
+def _read_all(fd: int) -> bytes:
+    """Return what a descriptor holds, as far as a config may be long, and close it."""
+    with open(fd, "rb") as file:
+        os.set_blocking(file.fileno(), True)
+        return file.read(MAX_BYTES + 1)
+
+
+def config_from_mapping(data: Mapping[str, object], where: str = "config") -> MergeConfig:
+    """Return the config that `data`, shaped like the YAML, describes.
+
+    Paths may be given as `Path`, lists as tuples, numbers as numpy's scalars. The `text` of the result is YAML that
+    parses to the same config.
+    """
+    plain = _plain(data, f"{where}:", 0)
+    if not isinstance(plain, dict):
+        refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(plain)}")
+    return replace(config_of(plain, "", where), text=dump_yaml(plain))
+
+
+def _plain(value: object, path: str, depth: int) -> object:
+    """Return `value` in the types that YAML has, sharing nothing with it."""
+    if depth > MAX_DEPTH:
+        refuse(path, f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str) or UNSPEAKABLE.search(key):
+                refuse(path, f"key {shown(key)} is not a string, or none that UTF-8 can encode")
+        return {str(key): _plain(item, child(path, key), depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return _plain(os.fspath(value), path, depth)
+    if type(value).__module__ == "numpy":
+        value = _of_numpy(value, path)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, list):
+        return _plain(value, path, depth)
+    if isinstance(value, str) and UNSPEAKABLE.search(value):
+        refuse(path, f"NUL or half a surrogate pair in {shown(value)}")
+    for kind in (str, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return refuse(path, f"{shown(value)} is not a value a config can hold (use float, int, str …)")
+
+
+def _of_numpy(value: object, path: str) -> object:
+    """Return a numpy scalar or vector in Python's types: the number that its shortest decimal names, so that
+    ``np.float32(0.3)`` is 0.3 as a sweep means it."""
+    import numpy as np
+
+    if isinstance(value, np.floating):
+        return float(str(value))
+    if isinstance(value, np.bool_ | np.integer | np.str_):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        return _of_numpy(value[()], path)
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        return [_of_numpy(item, path) for item in value]
+    return refuse(path, f"a {type(value).__name__} is not a value a config can hold (use float, int, str …)")
