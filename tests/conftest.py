@@ -36,6 +36,14 @@ def write_model(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
     return directory
 
 
+@pytest.fixture(autouse=True, scope="session")
+def kernels() -> None:
+    """Compile all kernels once on a machine: merges as small as these would go through torch until then."""
+    from streammerge.engine.warm import ensure_compiled
+
+    assert ensure_compiled() is None
+
+
 @pytest.fixture(autouse=True)
 def auto_means_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a merge use a GPU only where a test asks for it, on any machine."""

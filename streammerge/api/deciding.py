@@ -11,6 +11,7 @@ from streammerge.api.devices import choose_device, nbytes_of
 from streammerge.api.opening import open_beside, open_models
 from streammerge.compiled import missing_kernels
 from streammerge.config.reading import config_from_mapping, load_config
+from streammerge.engine.first_use import SLOWER, from_cold
 from streammerge.index.fishers import FisherIndex, open_fisher, open_grams
 from streammerge.index.model import TensorIndex
 from streammerge.methods.catalog import load_builtin, load_file
@@ -22,10 +23,6 @@ from streammerge.planning.plan import LeftOut, MergePlan, make_plan
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 DEFAULT_SHARD_SIZE = 5_000_000_000
-_SLOWER = (
-    "the compiled kernels cannot be used ({}): merging through torch, the same bits at a fraction of the speed; "
-    "install a numba that suits this numpy"
-)
 
 
 def plan(
@@ -37,7 +34,7 @@ def plan(
     shard_size: str | int = DEFAULT_SHARD_SIZE,
     seed: int | None = None,
     methods: str | os.PathLike[str] | None = None,
-    kernels: bool = True,
+    kernels: bool | None = None,
     copy_tokenizer: bool = True,
     write_model_card: bool = True,
 ) -> MergePlan:
@@ -60,7 +57,8 @@ def plan(
     methods
         A Python file with methods of your own.
     kernels
-        False: the torch formulas in place of the compiled kernels; the bits are the same.
+        False: the torch formulas in place of the compiled kernels; the bits are the same. True: the kernels, whatever
+        compiling them takes. Default: the kernels, but while they are not compiled yet the formulas for a small merge.
     copy_tokenizer, write_model_card
         False: the output goes without.
 
@@ -81,11 +79,9 @@ def plan(
     total = nbytes_of(memory)
     nbytes = sum(index.nbytes for index in (*models, *([base] if base else [])))
     chosen = choose_device(device, total, nbytes)
-    missing = missing_kernels() if chosen == "cpu" and kernels and not method.is_formula else None
-    torch_only = chosen != "cpu" or not kernels or missing is not None
-    reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
-    budget = budgets.make_budget(total, threads, reserve + _mixer_bytes(grams))
-    notes = [] if missing is None else [_SLOWER.format(missing)]
+    wanted = chosen == "cpu" and kernels is not False
+    missing = missing_kernels() if wanted and not method.is_formula else None
+    notes = [] if missing is None else [SLOWER.format(f"{missing}; install a numba that suits this numpy")]
     if total is not None and (warning := shortage(total, available_memory(), own_memory())) is not None:
         notes.append(warning)
     left_out: list[LeftOut] = []
@@ -93,11 +89,19 @@ def plan(
         left_out.append("tokenizer")
     if not write_model_card:
         left_out.append("model card")
-    return make_plan(
-        parsed, method, models, base, budget,
-        shard_size=nbytes_of(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, device=chosen, torch_only=torch_only, fishers=fishers,
-        grams=grams, notes=notes, bases=bases, left_out=left_out,
-    )  # fmt: skip
+
+    def decide(torch_only: bool) -> MergePlan:
+        reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(models, base, method, torch_only)
+        budget = budgets.make_budget(total, threads, reserve + _mixer_bytes(grams))
+        return make_plan(
+            parsed, method, models, base, budget,
+            shard_size=nbytes_of(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, device=chosen, torch_only=torch_only, fishers=fishers,
+            grams=grams, notes=notes, bases=bases, left_out=left_out,
+        )  # fmt: skip
+
+    if not wanted or missing is not None:
+        return decide(True)
+    return decide(False) if kernels else from_cold(decide(False), lambda: decide(True))
 
 
 def _mixer_bytes(grams: list[FisherIndex]) -> int:

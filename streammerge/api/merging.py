@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from streammerge.api.deciding import ConfigLike, plan
+from streammerge.engine.first_use import SLOWER, CannotCompileError
 from streammerge.engine.reader import Backend
 from streammerge.engine.session import Event, NonFinite, Options, Summary, execute
+from streammerge.engine.telling import warning
 from streammerge.errors import InputError, printable
 from streammerge.report.card import model_card
 
@@ -63,4 +65,9 @@ def merge(
     if nonfinite not in get_args(NonFinite):
         raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
     how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs)
+    try:
+        return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
+    except CannotCompileError as error:
+        on_event(warning(SLOWER.format(error)))
+        decided = plan(config, device=device, **{**options, "kernels": False})
     return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)

@@ -98,7 +98,7 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
         reporter(Event("warning", {"message": note}))
     try:
         summary = run(
-            config, out, on_event=reporter, stop=stop, kernels=not no_kernels,
+            config, out, on_event=reporter, stop=stop, kernels=False if no_kernels else None,
             signal_received=signal_received, **options,
         )  # fmt: skip
     finally:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from streammerge.compiled import missing_kernels
+from streammerge.compiled import is_compiled
 from streammerge.dtypes import itemsize
 from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
@@ -144,7 +144,7 @@ def _over_norm(reader: Reader, ref: AdaptedRef, first: int, last: int, squares: 
 
 def add_products(left: Floats, right: Floats, first: int, last: int, out: Floats) -> None:
     """Write ``left @ right[:, first:last]`` to `out`, all of one dtype: each product rounded, and added in order of rank."""
-    if missing_kernels() is None:
+    if is_compiled("adapters"):
         from streammerge.kernels.products import add_products as compiled
 
         compiled(left, right, first, last, out)

@@ -19,6 +19,7 @@ from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
 from streammerge.engine.descriptors import share_out
 from streammerge.engine.durable import fsync_directory, world_errors
+from streammerge.engine.first_use import compile_first
 from streammerge.engine.identity import Identity, identify
 from streammerge.engine.inputs import (
     ContentHasher,
@@ -57,7 +58,6 @@ from streammerge.engine.telling import (
     Event as Event,
 )
 from streammerge.engine.verify import check_files
-from streammerge.engine.warm import ensure_compiled
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import OutputError, Stopped, WorldError, printable
 from streammerge.planning.arena import is_copied
@@ -86,6 +86,8 @@ class Summary:
     warnings: tuple[str, ...]
     floored: Mapping[str, Any] | None = None
     """Of a Fisher merge: the elements of which floors decided the most."""
+    compile_seconds: float = 0.0
+    """What compiling kernels took before it, once on a machine; no part of `seconds`."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +126,17 @@ def execute(
     ------
     StreammergeError
         See `streammerge.errors`; what is finished stays, durable, for the next run.
+    CannotCompileError
+        If the kernels cannot be compiled here, before anything is made: plan without them.
     """
-    began = time.monotonic()
     check_target(out, plan.inputs, [index.reference for index in plan.fishers])
     emit(Event("plan", {**describe(plan), "out": str(out)}))
     for line in plan.warnings:
         emit(warning(line))
+    compiling = compile_first(plan, emit, stop, signal_received)
+    began = time.monotonic()
     inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)
     reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)
-    if not plan.torch_only and not plan.method.is_formula and ensure_compiled():
-        emit(Event("compiled"))
     try:
         identity = identify(plan, reader)
         with locked(out):
@@ -142,9 +145,10 @@ def execute(
             if not options.overwrite and (
                 finished := _finished(out, plan, identity, hasher if options.hash_inputs else None, emit)
             ):
-                return finished
+                return replace(finished, compile_seconds=compiling)
             session = _Session(plan, out, reader, identity, options, emit, stop or threading.Event(), hasher)
-            return session.run(card(plan), began, signal_received)
+            summary = session.run(card(plan), began, signal_received)
+            return replace(summary, compile_seconds=compiling)
     finally:
         reader.close()
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.compiled import missing_kernels
+from streammerge.compiled import is_compiled
 from streammerge.engine.ordered import OrderedSum
 from streammerge.engine.pieces import Bins, Counts, PieceMath
 from streammerge.index.fishers import ChunkedRef
@@ -503,7 +503,7 @@ def _words_between(
     n: int, key: Key, low: int, high: int, words: NDArray[np.int64], elements: NDArray[np.int64]
 ) -> tuple[int, int]:
     """Do what the kernel of this name does, with it or with torch."""
-    if missing_kernels() is None:
+    if is_compiled("words"):
         from streammerge.kernels.deltas import words_between
 
         below, found = words_between(0, n, np.array(key, np.uint32), low, high, words, elements)

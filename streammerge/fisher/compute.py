@@ -24,9 +24,9 @@ from streammerge import __version__
 from streammerge.dtypes import FLOATS
 from streammerge.engine.durable import make_directory, world_errors
 from streammerge.engine.fingerprint import files_digest, fingerprint
+from streammerge.engine.first_use import compile_groups
 from streammerge.engine.reader import Reader, check_unchanged
 from streammerge.engine.session import Event
-from streammerge.engine.warm import ensure_compiled
 from streammerge.errors import WorldError, printable
 from streammerge.fisher.estimator import AFTER, BEFORE, Estimate, Estimator, Place
 from streammerge.fisher.labels import choose, n_scores
@@ -119,9 +119,9 @@ def compute_diagonal(
         reading_for(skeleton, index, settings.max_length, with_labels=with_labels),
     )
     estimate = Estimate(taken, labels, settings.seed)
-    ensure_compiled()
     device = torch.device(settings.device)
     stop = stop or threading.Event()
+    compile_groups(("adapters", "diagonals"), emit, stop, signal_received)
     reader = Reader()
     try:
         loader = Loader(skeleton, index, reader)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from streammerge.compiled import missing_kernels
+from streammerge.compiled import is_compiled
 
 _BLOCK = 1 << 19
 """Elements of a gradient that are computed, squared and added while they lie in the cache."""
@@ -84,7 +84,7 @@ class RowSquares:
 
 
 def _add_squares(sums: Tensor, values: Tensor) -> None:
-    if sums.device.type == "cpu" and missing_kernels() is None:
+    if sums.device.type == "cpu" and is_compiled("diagonals"):
         from streammerge.kernels.squares import add_squares
 
         add_squares(sums.numpy(), values.detach().numpy())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.compiled import missing_kernels
+from streammerge.compiled import is_compiled
 from streammerge.engine.statistics import BLOCK, block_sums, in_order
 from streammerge.errors import ModelError, printable
 
@@ -59,7 +59,7 @@ class DiagonalSums:
     def _take(self, values: NDArray[Any]) -> None:
         if not values.size:
             return
-        sums = _by_kernel if missing_kernels() is None else _by_numpy
+        sums = _by_kernel if is_compiled("diagonals") else _by_numpy
         partials, bad, total, largest, zeros = sums(values, self._dtype)
         if bad:
             raise self._bad(values)

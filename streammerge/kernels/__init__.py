@@ -5,28 +5,33 @@ no fast-math, no FMA contraction, one rounding at the end. Input and output regi
 offsets into one arena, so any number of models of any float dtype shares one compiled loop.
 """
 
-import hashlib
-import os
-from pathlib import Path
-
 import numba
 
+from streammerge.compiled import kernel_cache
 
-def _cache_directory() -> Path:
-    """Return a directory named by the kernels' sources.
 
-    numba renews a cached loop when its own file changes, not when a loop it calls does, which
-    lies in another file here: an upgrade in place could run half-old code.
+def njit(**options):
+    """Compile as numba does when first called, and keep the result where kernels are kept, or nowhere.
+
+    Left to itself numba would take the package's own folder where the user's cannot be written.
     """
-    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "streammerge" / f"kernels-{hashlib.blake2b(sources, digest_size=8).hexdigest()}"
 
+    def decorate(function):
+        directory = kernel_cache().directory
+        loop = numba.njit(**options)(function)
+        if directory is None or options.get("inline") == "always":
+            return loop
+        before = numba.config.CACHE_DIR, getattr(numba.config, "CACHE_LOCATOR_CLASSES", "")
+        numba.config.CACHE_DIR, numba.config.CACHE_LOCATOR_CLASSES = (
+            str(directory),
+            "UserProvidedCacheLocator",
+        )
+        try:
+            loop.enable_caching()
+        except RuntimeError:
+            pass  # taken away since: compiled for this process alone
+        finally:
+            numba.config.CACHE_DIR, numba.config.CACHE_LOCATOR_CLASSES = before
+        return loop
 
-if not numba.config.CACHE_DIR:
-    numba.config.CACHE_DIR = str(_cache_directory())
-
-
-def cache_directory() -> Path:
-    """Return where the compiled kernels are kept."""
-    return Path(numba.config.CACHE_DIR)
+    return decorate

@@ -5,8 +5,10 @@ Widening and rounding are integer operations on bit patterns, exact for bf16 and
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from streammerge.kernels import njit
 
 BLOCK = 512
 """Elements worked on at a time: a dozen fp32 and fp64 buffers of this length fit in 32 KiB."""
@@ -62,7 +64,7 @@ def eight_at_most(typing_context, address, limit):
     return types.uint64(types.intp, types.uint32), build
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def widen(half, full, offset, code, n, out):
     """Write `n` elements at byte `offset` of the arena as fp32 into `out`; exact for all codes.
 
@@ -90,7 +92,7 @@ def widen(half, full, offset, code, n, out):
             out[i] = f32_from_bits(bits | sign)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sticky_f32_bits(y):
     """Round fp64 to fp32 by round-to-odd, so that a second rounding to 16 bits is the only one."""
     f = np.float32(y)
@@ -100,7 +102,7 @@ def _sticky_f32_bits(y):
     return ((bits - np.uint32(away)) | np.uint32(1)) if inexact else bits
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def round_out(values, n, half, full, offset, code):
     """Round `n` fp64 `values` once, to nearest even, into the arena; return how many are not finite.
 
@@ -172,7 +174,7 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0 & mask, c1 & mask, c2 & mask, c3 & mask
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def words_at(element, places, count, key, out):
     """Fill `out` with the words of the elements ``element + places[:count]``.
 
@@ -191,7 +193,7 @@ def words_at(element, places, count, key, out):
         out[t] = np.uint32(high if at & np.uint64(2) else low)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def words(element, n, key, out):
     """Fill `out` with the words of `n` elements from the group of four that holds `element`.
 

@@ -1,8 +1,8 @@
 """The masked task vector of one model over one block: widen, subtract, drop, cut."""
 
 import numpy as np
-from numba import njit
 
+from streammerge.kernels import njit
 from streammerge.kernels.blocks import (
     BF16,
     BLOCK,
@@ -23,7 +23,7 @@ NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3
 """What happens to an element whose magnitude equals the threshold: see `recipes.Cut`."""
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def scratch():
     """Return the buffers that `delta_block` works in; made once, since it is called for every block."""
     return (
@@ -34,7 +34,7 @@ def scratch():
     )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut, cut_key, out, buffers):
     """Write the surviving delta of `n` elements from `element` on into `out`, else 0; count them.
 
@@ -74,7 +74,7 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
     return kept
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def survivors(half, full, offsets, codes, base_offset, base_code, element, n, drops, drop_keys, cuts, cut_keys,
               base, deltas, kept):  # fmt: skip
     """Write the surviving deltas of every model, (models, n), and the base, all fp32; add how many survive to `kept`."""
@@ -91,7 +91,7 @@ def survivors(half, full, offsets, codes, base_offset, base_code, element, n, dr
             )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _remove_outliers(element, n, cut, cut_key, out, buffers):
     """Zero the entries of `out` that the cut of the outliers keeps; return how many that were not zero already."""
     before, _, at_threshold, _ = buffers
@@ -113,7 +113,7 @@ def _remove_outliers(element, n, cut, cut_key, out, buffers):
     return count
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _drop_block(n, last, w, out):
     """Zero the elements whose word is at most `last`; return how many are left."""
     kept = np.uint32(0)
@@ -127,7 +127,7 @@ def _drop_block(n, last, w, out):
     return np.int64(kept)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _cut_block(n, cut, delta, out, at_threshold):
     """Write what the cut keeps into `out`, and which elements equal the threshold; return how many are kept."""
     threshold = np.uint32(cut[1])
@@ -144,7 +144,7 @@ def _cut_block(n, cut, delta, out, at_threshold):
     return np.int64(kept)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _settle_ties(element, n, cut, cut_key, out, buffers, inverted):
     """Zero the elements at the threshold that a thinning or an index removes, `inverted` those it keeps; count them."""
     _, w, at_threshold, places = buffers
@@ -177,7 +177,7 @@ def _settle_ties(element, n, cut, cut_key, out, buffers, inverted):
     return removed
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _bf16_keys(source, base, n, lo, hi, keys):
     """Do what `_keys` does to ``source - base``, both the patterns of bf16."""
     above, highest = np.uint32(0), np.uint32(0)
@@ -192,7 +192,7 @@ def _bf16_keys(source, base, n, lo, hi, keys):
     return np.int64(above), highest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _keys(deltas, n, lo, hi, keys):
     """Write ``pattern - lo`` of magnitudes into `keys`; return the count above `hi`, and the highest."""
     above, highest = np.uint32(0), np.uint32(0)
@@ -205,7 +205,7 @@ def _keys(deltas, n, lo, hi, keys):
     return np.int64(above), highest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
                    drop, drop_key, low, high, shift, bins):  # fmt: skip
     """Count the magnitude patterns of a piece: those above `high`; those in the window, in bins.
@@ -244,7 +244,7 @@ def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
     return above, highest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
              drop, drop_key, cut, cut_key, partials):  # fmt: skip
     """Write the fp64 sum of abs(surviving delta) of each 4096-element block into `partials`.
@@ -273,7 +273,7 @@ def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
         )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def ties_per_block(half, full, offset, code, base_offset, base_code, n, key, element,
                    drop, drop_key, counts, size):  # fmt: skip
     """Count the elements whose magnitude pattern is `key` in each run of `size` elements."""
@@ -289,7 +289,7 @@ def ties_per_block(half, full, offset, code, base_offset, base_code, n, key, ele
                 counts[(start + i) // size] += 1
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def words_between(element, n, key, low, high, found_words, found_elements):
     """Count the random words below `low`; write those up to `high` and their elements; return both counts.
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from streammerge.kernels import njit
 from streammerge.methods.elementary import (
     EXP_TERMS,
     LEAST,

@@ -1,13 +1,13 @@
 """The fused loops of Fisher merging, and the sums of squares that normalise a diagonal."""
 
 import numpy as np
-from numba import njit
 
+from streammerge.kernels import njit
 from streammerge.kernels.blocks import BLOCK, round_out, widen
 from streammerge.kernels.deltas import delta_block, scratch
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def fisher_mean(half, full, offsets, codes, fisher_offsets, fisher_codes, base_offset, base_code,
                 element, n, drops, drop_keys, cuts, cut_keys, rescales,
                 coefficients, floors, add, average, out_offset, out_code, kept):  # fmt: skip
@@ -75,7 +75,7 @@ def fisher_mean(half, full, offsets, codes, fisher_offsets, fisher_codes, base_o
     return bad, decided
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _in_order(values):
     total = 0.0
     for value in values:
@@ -88,7 +88,7 @@ def _in_order(values):
 # is vectorised.
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_model(
     m, theta, target, f, coefficient, floor, add, low, high, lower, higher, moved, raised, total, a
 ):
@@ -122,7 +122,7 @@ def _add_model(
     return np.int64(bad)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")  # else every division is a branch
+@njit(nogil=True, error_model="numpy")  # else every division is a branch
 def _finish(m, target, mean, weight_sum, low, high, moved, raised, total, theta, out):
     """Write the merged values of a block into `out`; return how many the floors decided.
 
@@ -144,7 +144,7 @@ def _finish(m, target, mean, weight_sum, low, high, moved, raised, total, theta,
     return decided
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def square_sums(half, full, offset, code, n, partials):
     """Write the fp64 sum of squares of each 4096-element block into `partials`; return the bad values.
 
@@ -171,7 +171,7 @@ def square_sums(half, full, offset, code, n, partials):
     return bad
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def sums(half, full, offset, code, n):
     """Return the plain sum, the largest value and the number of zeros of a piece, for reports."""
     x = np.empty(BLOCK, np.float32)

@@ -1,13 +1,13 @@
 """Dot products of models, or of task vectors, group by group; and sums whose weights differ from row to row."""
 
 import numpy as np
-from numba import njit
 
+from streammerge.kernels import njit
 from streammerge.kernels.blocks import BLOCK, round_out, widen
 from streammerge.kernels.deltas import LARGEST, delta_block, scratch
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _load(half, full, offsets, codes, first, n, deltas, b, element, drops, drop_keys, cuts, cut_keys,
           rescales, delta, buffers, out):  # fmt: skip
     """Widen a block of every vector to fp64: the models as they are or, with `deltas`, their task vectors.
@@ -31,7 +31,7 @@ def _load(half, full, offsets, codes, first, n, deltas, b, element, drops, drop_
         out[model, n : (n + 7) & ~7] = 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def dots(half, full, offsets, codes, base_offset, base_code, element, n, length, deltas,
          drops, drop_keys, cuts, cut_keys, rescales, sums):  # fmt: skip
     """Write the fp64 dot products of all pairs of vectors over every `length` elements into `sums`.
@@ -67,7 +67,7 @@ def dots(half, full, offsets, codes, base_offset, base_code, element, n, length,
             )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def weigh_rows(half, full, offsets, codes, base_offset, base_code, element, n, length, deltas,
                drops, drop_keys, cuts, cut_keys, rescales, weights, out_offset, out_code, kept):  # fmt: skip
     """Write, for every row of `length` elements, the sum of its vectors by its own weights; count the non-finite.

@@ -1,13 +1,13 @@
 """The fused apply loops: a weighted sum of models, and a merge of masked task vectors."""
 
 import numpy as np
-from numba import njit
 
+from streammerge.kernels import njit
 from streammerge.kernels.blocks import BLOCK, round_out, widen
 from streammerge.kernels.deltas import delta_block, scratch
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def weighted_sum(half, full, offsets, codes, weights, divisor, n, out_offset, out_code):
     """Write sum_i w_i x_i / divisor, summed in fp64 in model order; return the non-finite count."""
     x, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
@@ -29,7 +29,7 @@ def weighted_sum(half, full, offsets, codes, weights, divisor, n, out_offset, ou
     return bad
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _elect(m, positive, negative, positive_weight, negative_weight, zero_sign, normalize, merged):
     """Disjoint merge of the elected sign, the one of larger total magnitude; return the sign total."""
     ups, downs = np.int64(0), np.int64(0)
@@ -46,7 +46,7 @@ def _elect(m, positive, negative, positive_weight, negative_weight, zero_sign, n
     return ups - downs
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sum_signs(m, delta, coefficient, positive, negative):
     """Add a task vector to the totals of its signs; a NaN goes to the positive ones, where it is found."""
     for i in range(m):
@@ -56,7 +56,7 @@ def _sum_signs(m, delta, coefficient, positive, negative):
         negative[i] -= tau if down else 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _count_signs(m, delta, sign, ups, downs):
     """Count the models of each sign, in lanes of the deltas' width."""
     for i in range(m):
@@ -65,7 +65,7 @@ def _count_signs(m, delta, sign, ups, downs):
         downs[i] += np.float32(1) if signed < np.float32(0) else np.float32(0)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_weights(m, delta, coefficient, weight, positive_weight, negative_weight):
     for i in range(m):
         tau = coefficient * np.float64(delta[i])
@@ -73,7 +73,7 @@ def _add_weights(m, delta, coefficient, weight, positive_weight, negative_weight
         negative_weight[i] += weight if tau < 0.0 else 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _counts_serve(weights, coefficients):
     """Return whether counting signs serves for adding weights.
 
@@ -90,7 +90,7 @@ def _counts_serve(weights, coefficients):
     return True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def task_vector_merge(half, full, offsets, codes, base_offset, base_code, element, n,
                       drops, drop_keys, cuts, cut_keys, coefficients, weights,
                       elect, zero_sign, normalize, divisor, scale,

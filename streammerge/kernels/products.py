@@ -1,12 +1,12 @@
 """The product of two narrow matrices, as a LoRA adapter has them, summed in one order whatever the cut."""
 
-from numba import njit
+from streammerge.kernels import njit
 
 _COLUMNS = 1024
 """Elements of a row summed at a time: with the same columns of the right factor they stay in the cache."""
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def add_products(left, right, first, last, out):
     """Write ``left @ right[:, first:last]`` to `out`: each product rounded, and added in order of rank."""
     n, rank = left.shape

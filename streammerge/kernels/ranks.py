@@ -1,8 +1,8 @@
 """Drops by rank: entries survive with a probability that grows with the rank of their magnitude in their row."""
 
 import numpy as np
-from numba import njit
 
+from streammerge.kernels import njit
 from streammerge.kernels.blocks import BLOCK, bits_from_f32, round_out, widen, words
 from streammerge.kernels.deltas import LARGEST, MAGNITUDE
 from streammerge.kernels.merge import _add_weights, _elect, _sum_signs
@@ -12,7 +12,7 @@ _PATIENCE = 16
 """Moves for each entry after which sorting by insertion is given up."""
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def buckets_for(length):
     """Return how many buckets sort a row: one or two for each entry, as far as they stay in the cache."""
     count = 256
@@ -21,7 +21,7 @@ def buckets_for(length):
     return count
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _insert(entries, n):
     """Sort entries that nearly are; return whether that came to an end within bounds."""
     moves = 0
@@ -38,7 +38,7 @@ def _insert(entries, n):
     return True
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _sort(delta, n, entries, places, ends):
     """Sort the magnitudes of a row into `entries`, each as pattern << 32 | place.
 
@@ -71,7 +71,7 @@ def _sort(delta, n, entries, places, ends):
         entries[:n].sort()
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _survivors(delta, n, element, key, low, spread, unbiased, buffers, out):
     """Write the entries of a row that survive into `out`, fp64, else 0; return how many do.
 
@@ -113,7 +113,7 @@ def _survivors(delta, n, element, key, low, spread, unbiased, buffers, out):
     return kept
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _row_buffers(length):
     """Return what `_survivors` works in, made once: a row's sorted entries, places, buckets, words and deltas."""
     return (
@@ -125,7 +125,7 @@ def _row_buffers(length):
     )
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _delta_row(half, full, offset, code, base, n, out):
     """Write a model's row minus the base's, in fp32."""
     width = 4 if code == 2 else 2
@@ -136,14 +136,14 @@ def _delta_row(half, full, offset, code, base, n, out):
         out[i] -= base[i]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _widen_row(half, full, offset, code, n, out):
     width = 4 if code == 2 else 2
     for start in range(0, n, BLOCK):
         widen(half, full, offset + start * width, code, min(BLOCK, n - start), out[start:])
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def ranked_abs_sums(
     half, full, offset, code, base_offset, base_code, element, n, length, low, spread, key, partials
 ):
@@ -168,7 +168,7 @@ def ranked_abs_sums(
                 lanes[:] = 0.0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def ranked_merge(half, full, offsets, codes, base_offset, base_code, element, n, length,
                  lows, spreads, unbiased, keys, coefficients, weights,
                  elect, zero_sign, normalize, divisor, scale, out_offset, out_code, kept, signs):  # fmt: skip

@@ -1,8 +1,8 @@
 """Scores of elements as bit patterns, and merges of selected elements, from task vectors that `deltas.survivors` has left."""
 
 import numpy as np
-from numba import njit
 
+from streammerge.kernels import njit
 from streammerge.kernels.blocks import BLOCK, bits_from_f32
 from streammerge.kernels.deltas import LARGEST, MAGNITUDE
 from streammerge.kernels.elementary import exp, log
@@ -18,7 +18,7 @@ def _pattern(score):
     return np.uint32(bits_from_f32(single) & MAGNITUDE) if abs(score) < np.inf else np.uint32(UNKNOWN)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def spread_patterns(deltas, rescales, patterns):
     """Write the pattern of the variance over the models of each element."""
     k = len(deltas)
@@ -43,7 +43,7 @@ def spread_patterns(deltas, rescales, patterns):
             here[i] = _pattern(totals[i] / k)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def importance_patterns(deltas, divergences, first, length, patterns):
     """Write the pattern of abs(delta) times its row's divergence; `first` is the place of the first element."""
     i = 0
@@ -56,7 +56,7 @@ def importance_patterns(deltas, divergences, first, length, patterns):
         i = stop
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _lane_sum(values, lanes):
     """Return the sum of values in eight lanes, each in sequence, added pairwise."""
     lanes[:] = 0.0
@@ -69,7 +69,7 @@ def _lane_sum(values, lanes):
     return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def _probabilities(x, there, lanes):
     """Turn a row into its smoothed softmax, over the elements that are there."""
     top = -np.inf
@@ -85,7 +85,7 @@ def _probabilities(x, there, lanes):
         x[i] = x[i] / total + SMOOTHING
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def divergences(x, y, out):
     """Write KL(x || y) of the softmaxes of each row; both, (rows, length) in fp64, are overwritten."""
     there, lanes = np.empty(x.shape[1], np.bool_), np.empty(8, np.float64)
@@ -102,7 +102,7 @@ def divergences(x, y, out):
         out[row] = divergence if divergence > 0.0 else 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def count_patterns(patterns, low, high, shift, bins):
     """Count the patterns above `high`, and in the window by ``bins[(pattern - low) >> shift]``.
 
@@ -118,7 +118,7 @@ def count_patterns(patterns, low, high, shift, bins):
     return above, highest
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def square_sums(deltas, rescales, selected, sums):
     """Write the sum of squares of each task vector over the selected elements of every 4096, (blocks, models).
 
@@ -138,7 +138,7 @@ def square_sums(deltas, rescales, selected, sums):
             sums[block, model] = _lane_sum(squares[:m], lanes)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _add_signed(entries, rescale, weight, chosen, sums):
     """Add the chosen entries of one task vector to the sums of their sign; a NaN goes up, where it is found."""
     up, down, up_sum, down_sum, up_weight, down_weight = sums
@@ -156,7 +156,7 @@ def _add_signed(entries, rescale, weight, chosen, sums):
         down_weight[i] += weight if negative else 0.0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, out):
     """Write base + the weighted mean of the selected entries that have the sign of their sum, in fp64."""
     sums = (np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64),
@@ -180,7 +180,7 @@ def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, 
             here[i] = np.float64(b[i]) + merged / (weight if weight != 0.0 else 1.0)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _touch(entries, rescale, epsilon, touched, count):
     """Note which entries of a task vector are above `epsilon` in magnitude, and count them; a NaN is, to be found."""
     for i in range(len(entries)):
@@ -189,7 +189,7 @@ def _touch(entries, rescale, epsilon, touched, count):
         count[i] += 1.0 if above else 0.0
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def count_touched(deltas, rescales, epsilon, alone, shared):
     """Add how many elements each model has touched, alone and with others."""
     k, n = deltas.shape
@@ -208,7 +208,7 @@ def count_touched(deltas, rescales, epsilon, alone, shared):
             shared[model] += all_touched - lone
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, error_model="numpy")
 def touched_merge(base, deltas, rescales, epsilon, factors, out):
     """Write base + the mean of the entries above `epsilon` in magnitude, or the lone one times its model's factor."""
     touched, count = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.float64)
@@ -232,7 +232,7 @@ def touched_merge(base, deltas, rescales, epsilon, factors, out):
             here[i] = np.float64(b[i]) + (unique[i] if count[i] == 1.0 else mean)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def add_products(vectors, rescales, sums):
     """Add the products of all pairs of vectors, (vectors, rows, columns), to `sums`, (pairs, columns), row after row.
 

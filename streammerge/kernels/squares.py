@@ -1,10 +1,11 @@
 """The fused loop of Fisher estimation: squares of a gradient, added up in fp64."""
 
 import numpy as np
-from numba import njit
+
+from streammerge.kernels import njit
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def add_squares(sums, values):
     """Add the square of every fp32 value to its fp64 sum; see `fisher.squares`."""
     for i in range(values.size):

@@ -141,7 +141,7 @@ class Method:
 
     def draws(self, scope: Scope, parameters: Mapping[str, Any]) -> bool:
         """Return whether these parameters make each model draw random words of its own."""
-        recipe = self._recipe(scope, parameters)
+        recipe = self.recipe(scope, parameters)
         return any(vector.is_random and not vector.shared for vector in removing(recipe))
 
     def sees(self, scope: Scope, parameters: Mapping[str, Any]) -> Sees:
@@ -149,9 +149,9 @@ class Method:
         if self.is_formula:
             by_access: dict[Access, Sees] = {Access.ELEMENTWISE: "elements", Access.ROW: "rows"}
             return by_access.get(self.access, "tensor")
-        return seen_by(self._recipe(scope, parameters))
+        return seen_by(self.recipe(scope, parameters))
 
-    def _recipe(self, scope: Scope, parameters: Mapping[str, Any]) -> Recipe:
+    def recipe(self, scope: Scope, parameters: Mapping[str, Any]) -> Recipe:
         """Return the recipe that placeholder answers lead to."""
         answers = [[request.placeholder() for request in one] for one in self.rounds(scope, parameters)]
         recipe = self.start(scope, parameters, answers)

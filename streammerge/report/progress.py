@@ -106,7 +106,7 @@ class JsonReporter:
     def finish(self, summary: Summary) -> None:
         """Print the summary."""
         values = summary_values(summary, self._tracker.plan.get("elements"))
-        self.end({**values, "compile_seconds": round(self._tracker.compiling, 3)}, "")
+        self.end({**values, "compile_seconds": round(summary.compile_seconds, 3)}, "")
 
     def end(self, values: Mapping[str, Any], text: str) -> None:
         """Print the values."""

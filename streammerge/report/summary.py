@@ -52,12 +52,12 @@ def summary_text(summary: Summary, compiling: float = 0.0) -> str:
     Parameters
     ----------
     compiling
-        Seconds of the merge that went into compiling: no part of its rate.
+        Seconds that went into compiling before the merge: no part of its own.
     """
     out = printable(summary.out)
     if summary.already_complete:
         return f"{out} already holds this merge, complete ({plural(summary.tensors, 'tensor')}); nothing was done"
-    seconds = max(0.0, summary.seconds - compiling)
+    seconds = summary.seconds
     rate = (summary.bytes_read + summary.bytes_written) / max(seconds, 1e-6)
     compiled = f", after {format_seconds(compiling)} of compiling" if compiling >= 0.1 else ""
     lines = [

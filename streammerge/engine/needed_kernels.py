@@ -1,0 +1,124 @@
+"""Which groups of kernels a plan will call: known before a byte is read, so that no others are compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from streammerge.index.derived import AdaptedRef, GatheredRef
+from streammerge.methods.recipes import (
+    ColumnCombination,
+    CopyOf,
+    FisherMean,
+    RowCombination,
+    SelectedMerge,
+    TaskVectorMerge,
+    TouchedMerge,
+    WeightedSum,
+    ranked,
+)
+from streammerge.methods.requests import (
+    AbsSum,
+    Band,
+    ColumnGram,
+    FisherSquares,
+    Gram,
+    Largest,
+    LowWords,
+    NonZero,
+    Quantile,
+    SignTotal,
+    Squares,
+    TieIndex,
+    TopK,
+    Touches,
+)
+from streammerge.methods.scores import Importance, Score, Spread
+from streammerge.methods.vectors import TaskVector
+from streammerge.planning.arena import is_copied
+from streammerge.planning.job import Job
+from streammerge.planning.plan import MergePlan, runs_in_torch, scope_of
+
+Names = frozenset[str]
+
+
+def _of_ranked(what: TaskVector | Score) -> Names:
+    return _OF_RANKED[type(what)]
+
+
+def _of_merge(merge: TaskVectorMerge) -> Names:
+    return frozenset({"ranked" if ranked(merge) else "task_vectors"})
+
+
+def _of_selection(what: Squares | SelectedMerge) -> Names:
+    chosen = frozenset[str]() if what.selection is None else _of_ranked(what.selection.score)
+    return chosen | {"selected"}
+
+
+_OF_RANKED: Mapping[type, Names] = {
+    TaskVector: frozenset({"ranks"}),
+    Spread: frozenset({"spread"}),
+    Importance: frozenset({"importance"}),
+}
+_OF: Mapping[type, Callable[[Any], Names]] = {
+    TopK: lambda request: _of_ranked(request.vector),
+    Band: lambda request: _of_ranked(request.vector),
+    TieIndex: lambda request: _of_ranked(request.vector),
+    NonZero: lambda request: _of_ranked(request.score),
+    Largest: lambda request: _of_ranked(request.score),
+    Quantile: lambda request: _of_ranked(request.score),
+    AbsSum: lambda request: frozenset({"ranked" if request.vector.rank_drop else "abs_sums"}),
+    Squares: _of_selection,
+    Touches: lambda request: frozenset({"touched"}),
+    Gram: lambda request: frozenset({"dots"}),
+    ColumnGram: lambda request: frozenset({"columns"}),
+    SignTotal: lambda request: _of_merge(request.merge),
+    LowWords: lambda request: frozenset({"words"}),
+    FisherSquares: lambda request: frozenset({"fisher"}),
+    WeightedSum: lambda recipe: frozenset({"weighted_sum"}),
+    CopyOf: lambda recipe: frozenset({"weighted_sum"}),
+    TaskVectorMerge: _of_merge,
+    SelectedMerge: _of_selection,
+    TouchedMerge: lambda recipe: frozenset({"touched"}),
+    FisherMean: lambda recipe: frozenset({"fisher"}),
+    RowCombination: lambda recipe: frozenset({"dots", "rows"}),
+    ColumnCombination: lambda recipe: frozenset({"columns"}),
+}
+"""By the class of what a method asks or does; what is not here needs none."""
+_BESIDE_TORCH = frozenset({"words", "adapters"})
+"""What torch has no part in: random words are counted, and adapters applied, before it sees a value."""
+
+
+def needed_kernels(plan: MergePlan) -> Names:
+    """Return the names of the groups (see `streammerge.engine.warm`) that serve a merge."""
+    names: set[str] = set()
+    seen: set[tuple[object, ...]] = set()
+    for job in plan.jobs:
+        if any(_is_adapted(ref) for ref in (*job.inputs, *job.sources)):
+            names.add("adapters")
+        in_torch = plan.torch_only or runs_in_torch(job, plan.method)
+        key = (job.kind, in_torch, bool(job.grams), bool(job.fishers), *job.parameters.items())
+        if not is_copied(job) and key not in seen:
+            seen.add(key)
+            names |= _of_job(job, plan) & _BESIDE_TORCH if in_torch else _of_job(job, plan)
+    return frozenset(names)
+
+
+def _of_job(job: Job, plan: MergePlan) -> Names:
+    if job.kind != "merge":
+        return _OF[WeightedSum](None)
+    scope = scope_of(job)
+    rounds = plan.method.rounds(scope, job.parameters)
+    wanted: Iterable[Any] = [request for requests in rounds for request in requests]
+    found = [
+        _OF[type(one)](one)
+        for one in (*wanted, plan.method.recipe(scope, job.parameters))
+        if type(one) in _OF
+    ]
+    return frozenset().union(*found)
+
+
+def _is_adapted(ref: object) -> bool:
+    if isinstance(ref, GatheredRef):
+        return any(map(_is_adapted, (*ref.tensors, ref.own)))
+    return isinstance(ref, AdaptedRef)
