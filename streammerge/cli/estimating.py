@@ -72,9 +72,18 @@ def fisher() -> None:
 @quiet_option
 @json_events_option
 def fisher_import(
-    model: str, diagonals: str, out: str, dtype: str, memory: int | None, estimator: str | None,
-    examples: int | None, seed: int | None, overwrite: bool, quiet: bool, as_json: bool,
-) -> None:  # fmt: skip
+    model: str,
+    diagonals: str,
+    out: str,
+    dtype: str,
+    memory: int | None,
+    estimator: str | None,
+    examples: int | None,
+    seed: int | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
     """Stream DIAGONALS, a safetensors or PyTorch file, into a store for MODEL. Run again, it continues."""
     stop, signal_received = stop_on_signals()
     from streammerge.dtypes import NAMES
@@ -88,10 +97,17 @@ def fisher_import(
     known = {"estimator": estimator, "examples": examples, "seed": seed}
     try:
         imported = import_diagonal(
-            model, diagonals, Path(out), dtype=NAMES[dtype], memory=memory, overwrite=overwrite,
+            model,
+            diagonals,
+            Path(out),
+            dtype=NAMES[dtype],
+            memory=memory,
+            overwrite=overwrite,
             about={key: value for key, value in known.items() if value is not None},
-            emit=reporter, stop=stop, signal_received=signal_received,
-        )  # fmt: skip
+            emit=reporter,
+            stop=stop,
+            signal_received=signal_received,
+        )
     finally:
         reporter.close()
     summary = {key: value for key, value in imported.about.items() if key != "tensors"}
@@ -100,17 +116,36 @@ def fisher_import(
 
 _streaming_options = together(
     option("--examples", type=Whole(1), metavar="N", help="Use the first N examples  [default: all]"),
-    option("--max-length", type=Whole(2), metavar="N", default=512, show_default=True,
-           help="Cut examples after so many tokens."),
-    option("--batch-size", type=Whole(1), metavar="N", default=16, show_default=True, group=MEMORY_AND_SPEED,
-           help="Examples read and written at a time; the values do not depend on it."),
+    option(
+        "--max-length",
+        type=Whole(2),
+        metavar="N",
+        default=512,
+        show_default=True,
+        help="Cut examples after so many tokens.",
+    ),
+    option(
+        "--batch-size",
+        type=Whole(1),
+        metavar="N",
+        default=16,
+        show_default=True,
+        group=MEMORY_AND_SPEED,
+        help="Examples read and written at a time; the values do not depend on it.",
+    ),
     memory_option,
-    option("--device", default="cpu", show_default=True, metavar="NAME", group=MEMORY_AND_SPEED,
-           help="cpu, cuda or cuda:N."),
+    option(
+        "--device",
+        default="cpu",
+        show_default=True,
+        metavar="NAME",
+        group=MEMORY_AND_SPEED,
+        help="cpu, cuda or cuda:N.",
+    ),
     _overwrite_option,
     quiet_option,
     json_events_option,
-)  # fmt: skip
+)
 
 
 def _stream(run: str, what: str, *given: str, quiet: bool, as_json: bool, **options: Any) -> None:

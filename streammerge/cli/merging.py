@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
@@ -98,9 +99,14 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
         reporter(Event("warning", {"message": note}))
     try:
         summary = run(
-            config, out, on_event=reporter, stop=stop, kernels=False if no_kernels else None,
-            signal_received=signal_received, **options,
-        )  # fmt: skip
+            config,
+            out,
+            on_event=reporter,
+            stop=stop,
+            kernels=False if no_kernels else None,
+            signal_received=signal_received,
+            **options,
+        )
     finally:
         reporter.close()
     reporter.finish(summary)
@@ -130,11 +136,17 @@ def plan(config: str, out: str | None, as_json: bool, **options: Any) -> None:
     With OUT its disk is looked at, and so is what lies there already.
     """
     from streammerge.api import plan as decide
-    from streammerge.planning.plan import describe, plan_json
-    from streammerge.report.plan import plan_text
+    from streammerge.engine.precheck import check_beforehand
+    from streammerge.planning.plan import describe, tensor_values
+    from streammerge.report.plan import advice, plan_text
 
     decided = decide(config, **options)
-    click.echo(plan_json(decided) if as_json else plan_text(decided, describe(decided), out))
+    check_beforehand(decided, None if out is None else Path(out))
+    values = describe(decided) | advice(decided, out)
+    if as_json:
+        click.echo(json.dumps({**values, "tensor_plan": tensor_values(decided)}, ensure_ascii=False))
+    else:
+        click.echo(plan_text(decided, values, out))
 
 
 @click.command(
@@ -181,9 +193,14 @@ def verify(
     from streammerge.report.verdict import verdict_text, verdict_values
 
     verdict = check(
-        out, against=against, sample=None if everything else sample or DEFAULT_SAMPLE, seed=options["seed"] or 0,
-        memory=options["memory"], methods=options["methods"], on_event=LineReporter(quiet=as_json),
-    )  # fmt: skip
+        out,
+        against=against,
+        sample=None if everything else sample or DEFAULT_SAMPLE,
+        seed=options["seed"] or 0,
+        memory=options["memory"],
+        methods=options["methods"],
+        on_event=LineReporter(quiet=as_json),
+    )
     click.echo(json.dumps(verdict_values(verdict)) if as_json else verdict_text(out, verdict))
     if verdict.problems:
         more = f" (and {len(verdict.problems) - 1} more problems)" if len(verdict.problems) > 1 else ""

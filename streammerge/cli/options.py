@@ -141,28 +141,60 @@ def examples(*lines: str) -> str:
 
 
 memory_option = option(
-    "--memory", type=Size(_LEAST_PLAIN_MEMORY), metavar="SIZE", group=MEMORY_AND_SPEED,
+    "--memory",
+    type=Size(_LEAST_PLAIN_MEMORY),
+    metavar="SIZE",
+    group=MEMORY_AND_SPEED,
     help="Peak resident memory of the whole process, such as 2GiB  [default: half of what is free]",
-)  # fmt: skip
+)
 methods_option = option(
-    "--methods", type=path(dir_okay=False), metavar="FILE", group=METHODS,
+    "--methods",
+    type=path(dir_okay=False),
+    metavar="FILE",
+    group=METHODS,
     help="A Python file with your own merge methods (it will be executed).",
-)  # fmt: skip
+)
 json_events_option = option(
-    "--json", "as_json", is_flag=True, group=MESSAGES,
+    "--json",
+    "as_json",
+    is_flag=True,
+    group=MESSAGES,
     help="Print events as JSON, one object a line, on stdout.",
-)  # fmt: skip
+)
 quiet_option = option("--quiet", is_flag=True, group=MESSAGES, help="Print warnings and errors only.")
 
 planning_options = together(
     memory_option,
-    option("--threads", type=Whole(1, 1024), metavar="N", group=MEMORY_AND_SPEED,
-           help="CPU threads to use  [default: all]"),
-    option("--device", default="auto", show_default=True, metavar="NAME", group=MEMORY_AND_SPEED,
-           help="auto, cpu, cuda or cuda:N."),
-    option("--shard-size", type=Size(), metavar="SIZE", default="5GB", show_default=True, group=OUTPUT,
-           help="Most bytes in one output file."),
-    option("--seed", type=Whole(0, MOST_SEED), metavar="N", group=METHODS,
-           help="Seed of the random drops  [default: the config's, else 0]"),
+    option(
+        "--threads",
+        type=Whole(1, 1024),
+        metavar="N",
+        group=MEMORY_AND_SPEED,
+        help="CPU threads to use  [default: all]",
+    ),
+    option(
+        "--device",
+        default="auto",
+        show_default=True,
+        metavar="NAME",
+        group=MEMORY_AND_SPEED,
+        help="auto, cpu, cuda or cuda:N.",
+    ),
+    option(
+        "--shard-size",
+        type=Size(),
+        metavar="SIZE",
+        default="5GB",
+        show_default=True,
+        group=OUTPUT,
+        help="Most bytes in one output file.",
+    ),
+    option(
+        "--seed",
+        type=Whole(0, MOST_SEED),
+        metavar="N",
+        group=METHODS,
+        help="Seed of the random drops  [default: the config's, else 0]",
+    ),
     methods_option,
-)  # fmt: skip
+)

@@ -168,16 +168,16 @@ def allot(
         If it does not fit. The memory that the message asks for is enough.
     """
 
-    def divide(total: Budget) -> Allotment:
-        return _divide(total, jobs, needs, lists, plan_work, beside)
+    def divided(total: Budget) -> Allotment:
+        return divide(total, jobs, needs, lists, plan_work, beside)
 
     try:
-        return divide(budget)
+        return divided(budget)
     except TooLarge as error:
-        least = _least(budget, error.least, divide)
+        least = least_total(budget, error.least, divided)
         raise TooLarge(error.name, error.what, error.needed, error.budget, least) from None
-    except _TooLittle as error:
-        least = _least(budget, error.least, divide)
+    except TooLittle as error:
+        least = least_total(budget, error.least, divided)
         raise BudgetError(
             f"--memory {format_size(budget.total)} is too little: the process itself needs "
             f"{format_size(budget.reserve)}, lists of {len(jobs)} tensors and their inputs {format_size(lists)}, "
@@ -186,26 +186,26 @@ def allot(
         ) from None
 
 
-class _TooLittle(Exception):
+class TooLittle(Exception):
     """The buffers would have less than they need at least."""
 
     def __init__(self, least: int, statistics: int) -> None:
         self.least, self.statistics = least, statistics
 
 
-def _least(budget: Budget, known: int, divide: Callable[[Budget], Allotment]) -> int:
+def least_total(budget: Budget, known: int, divide: Callable[[Budget], Allotment]) -> int:
     """Return the least memory, in whole MiB, that is found to be enough; it is more than is `known` to be needed."""
     total = -(-known // MIB) * MIB
     while True:
         try:
             divide(Budget(total, budget.reserve, budget.threads))
-        except (TooLarge, _TooLittle) as error:
+        except (TooLarge, TooLittle) as error:
             total = max(total + MIB, -(-error.least // MIB) * MIB)
         else:
             return total
 
 
-def _divide(
+def divide(
     budget: Budget,
     jobs: Sequence[Job],
     needs: Sequence[Needs],
@@ -213,6 +213,13 @@ def _divide(
     plan_work: Callable[[Job, Needs, Budget], Work],
     beside: Callable[[Job, Needs, Work], int],
 ) -> Allotment:
+    """Divide the memory as `allot` does.
+
+    Raises
+    ------
+    TooLarge, TooLittle
+        If it does not fit.
+    """
     budget = _with_buffers(budget, lists, 0)
     ranks = max((need.ranks for need in needs), default=0)
     partials = max((need.partials for need in needs), default=0)
@@ -230,7 +237,7 @@ def _divide(
 def _with_buffers(budget: Budget, nbytes: int, statistics: int) -> Budget:
     left = budget.less(nbytes)
     if left is not budget and left.capacity < SMALLEST_CAPACITY:
-        raise _TooLittle(left.reserve + SMALLEST_CAPACITY, statistics)
+        raise TooLittle(left.reserve + SMALLEST_CAPACITY, statistics)
     return left
 
 

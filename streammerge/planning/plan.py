@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +14,6 @@ from streammerge.errors import BudgetError
 from streammerge.index.fishers import ChunkedRef, FisherIndex
 from streammerge.index.header import FileStamp
 from streammerge.index.model import TensorIndex
-from streammerge.methods.recipes import Sees
 from streammerge.methods.registry import Access, Method
 from streammerge.methods.requests import (
     AbsSum,
@@ -28,23 +26,35 @@ from streammerge.methods.requests import (
     passes_of,
 )
 from streammerge.methods.scope import Scope
-from streammerge.planning.allot import Needs, Room, allot, asked_together, lists_nbytes
+from streammerge.planning.allot import Needs, Room, asked_together, lists_nbytes
 from streammerge.planning.bind import bind_jobs
 from streammerge.planning.budget import Budget
+from streammerge.planning.division import BLOCK_ELEMENTS, Division, runs_in_torch, torch_workspace
 from streammerge.planning.ecosystem import ecosystem_of
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout, lay_out
 from streammerge.planning.model_config import merged_config
-from streammerge.planning.schedule import SURVEYS_AHEAD, Chunk, Interval, Step, Survey, Work, plan_work, steps
+from streammerge.planning.schedule import Chunk, Interval, Step, Survey, Work, steps
 from streammerge.planning.tokenizer_files import TokenizerFiles, tokenizer_files
 from streammerge.planning.vocabulary import Alignment, align
 from streammerge.units import format_at_least, format_size
 
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "LeftOut",
+    "MergePlan",
+    "describe",
+    "make_plan",
+    "needs_data",
+    "runs_in_torch",
+    "scope_of",
+    "tensor_values",
+    "torch_workspace",
+]
+
 LeftOut = Literal["tokenizer", "model card"]
 NEW_TOKEN_NBYTES = 2000
 """Of a token that is added to a tokenizer: its entries in two files, and their texts."""
-BLOCK_ELEMENTS = 1 << 16
-"""Elements a torch formula works on at a time on the CPU, where it may be cut anywhere."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,8 @@ class MergePlan:
     """What identifies the rows that aligned vocabularies are gathered from."""
     room: Room = field(default=Room())
     """What statistics may take beside the buffers."""
+    division: Division | None = None
+    """What the memory was divided by, to try other amounts of it."""
 
     @property
     def donor(self) -> TensorIndex:
@@ -260,25 +272,21 @@ def make_plan(
             cache[key] = _needs(job, method, jobs)
         needs.append(cache[key])
 
-    def plan_one(job: Job, need: Needs, budget: Budget) -> Work:
-        # On a GPU the temporaries lie in its own memory.
-        on_host = device == "cpu" and (torch_only or runs_in_torch(job, method))
-        return plan_work(
-            job, need.sees, budget, workspace=_workspace(need.sees, in_torch=on_host), holds=need.holds,
-            sums=need.sums, row_bytes=_kept_of_a_row(job),
-        )  # fmt: skip
-
     n_refs = sum(len(index) for index in indexes.values())
     n_stored = sum(len(index) for index in (*fishers, *grams))
     lists = lists_nbytes(n_refs, n_stored, jobs, needs)
     lists += 0 if alignment is None else alignment.nbytes
     lists += 0 if tokenizer is None else sum(map(len, tokenizer.changed.values()))
-    allotted = allot(budget, jobs, needs, lists, plan_one, _kept_of_columns)
+    division = Division(
+        budget, jobs, tuple(needs), lists, method, on_host=device == "cpu", torch_only=torch_only
+    )
+    allotted = division.allot()
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(need.access for need in needs), allotted.work,
         lay_out(jobs, shard_size, ecosystem_of(donor).stem), allotted.budget, config.seed if seed is None else seed,
         torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), tuple(grams), device, tuple(bases), settings,
         tuple(sorted(left_out)), tokenizer, "" if alignment is None else alignment.digest(), allotted.room,
+        division,
     )  # fmt: skip
 
 
@@ -305,19 +313,6 @@ def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> Needs:
     return Needs(method.access_with(scope, job.parameters), holds, sums, sees, *asked_together(rounds))
 
 
-def _kept_of_columns(job: Job, need: Needs, work: Work) -> int:
-    """Return the bytes that are kept of the columns of a tensor whose statistics are streamed, beside its pieces.
-
-    While it is surveyed: the dot products, and what their coefficients are computed by. Until it is merged: the dot
-    products, of as many tensors as are surveyed ahead and of the one that is merging.
-    """
-    if work.mode != "surveyed" or need.sees != "columns":
-        return 0
-    k = len(job.inputs)
-    answers = (SURVEYS_AHEAD + 1) * 8 * (k * (k + 1) // 2)
-    return (_kept_of_a_row(job) + answers) * job.line_length("columns")
-
-
 def scope_of(job: Job) -> Scope:
     """Return what the method may know of a merge job."""
     return Scope(
@@ -334,38 +329,6 @@ def needs_data(request: Request, jobs: Sequence[Job]) -> bool:
     if isinstance(request, FisherSquares):
         return any(job.fishers and not isinstance(job.fishers[request.model], ChunkedRef) for job in jobs)
     return not isinstance(request, LowWords | Mixing)
-
-
-def runs_in_torch(job: Job, method: Method) -> bool:
-    """Return whether a job's arithmetic is done by torch on the CPU: plain formulas, and fp64."""
-    if job.kind == "merge":
-        wide = any(ref.dtype == "F64" for ref in (*job.inputs, *job.fishers))
-        return bool(job.grams) or method.is_formula or wide or job.dtype == "F64"
-    return job.dtype != job.sources[0].dtype and "F64" in (job.dtype, job.sources[0].dtype)
-
-
-def torch_workspace(job: Job, n: int) -> int:
-    """Return an upper bound of the temporaries of a formula on a block of `n` elements, in bytes."""
-    block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
-    return block * 8 * (2 * len(job.inputs) + 3 * len(job.fishers) + 12) + job.mixer_bytes
-
-
-def _workspace(sees: Sees, *, in_torch: bool) -> Callable[[Job, int], int]:
-    """Return what bounds the temporaries, in bytes, of the kernels or of torch on blocks of some elements of a job."""
-
-    def beside(job: Job, n: int) -> int:
-        pairs = _kept_of_a_row(job) * job.line_length(sees) if sees == "columns" else 0
-        if in_torch:  # of columns, a row at a time will do
-            return pairs + torch_workspace(job, job.line_length(sees) if sees == "columns" else n)
-        return pairs + (72 * job.row_length if sees == "rows" else 0)
-
-    return beside
-
-
-def _kept_of_a_row(job: Job) -> int:
-    """Return an upper bound of the bytes kept of one row or column: dot products of its vectors, and their weights."""
-    k = len(job.inputs)
-    return 8 * (k * (k + 1) // 2 + 5 * k * k)
 
 
 def _distinct(jobs: Sequence[Job]) -> list[Job]:
@@ -410,9 +373,9 @@ def describe(plan: MergePlan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def plan_json(plan: MergePlan) -> str:
-    """Return `describe` and every tensor's slot as one JSON document."""
-    tensors = [
+def tensor_values(plan: MergePlan) -> list[dict[str, object]]:
+    """Return how every tensor is handled and where it goes, as plain values."""
+    return [
         {
             "name": job.name, "kind": job.kind, "dtype": job.dtype, "shape": list(job.shape),
             "access": str(plan.access[job.ordinal]), "mode": plan.work[job.ordinal].mode,
@@ -421,4 +384,3 @@ def plan_json(plan: MergePlan) -> str:
         }
         for job, slot in zip(plan.jobs, plan.layout.slots, strict=True)
     ]  # fmt: skip
-    return json.dumps({**describe(plan), "tensor_plan": tensors}, ensure_ascii=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 from rich.console import Console, RenderableType
 from rich.padding import Padding
@@ -23,19 +24,25 @@ _RATE_FROM, _READ_FROM, _ALL_FROM = 72, 96, 136
 """Widths of a terminal from which more columns have room beside a bar of 20."""
 
 
-def make_progress(console: Console) -> Progress:
-    """Return the display, not started; its tasks have the fields `rate`, `read`, `written` and `memory`."""
-    return _Fitting(console=console, transient=True, expand=True, speed_estimate_period=_SMOOTHED_SECONDS)
+class FittingProgress(Progress):
+    """A display whose columns follow the width of the terminal.
 
+    Its tasks have the fields `rate`, `read`, `written` and `memory`.
+    """
 
-class _Fitting(Progress):
-    """A display whose columns follow the width of the terminal."""
+    def __init__(self, console: Console) -> None:
+        self._terminal = console
+        super().__init__(
+            console=console, transient=True, expand=True, speed_estimate_period=_SMOOTHED_SECONDS
+        )
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        self.columns = columns_for(self.console.width)
+        """Yield the line, in the columns that the terminal has room for now."""
+        self.columns = columns_for(self._terminal.width)
         yield Padding(self.make_tasks_table(self.tasks), (0, _MARGIN, 0, 0))
 
 
+@cache
 def columns_for(width: int) -> tuple[ProgressColumn, ...]:
     """Return the columns for a terminal so wide: what it does, bar, percent, time left; rate; sizes; memory."""
     columns: list[ProgressColumn] = [

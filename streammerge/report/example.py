@@ -8,8 +8,14 @@ from streammerge.methods.registry import REQUIRED, Method, Parameter
 
 _MODELS = ("math", "code", "chat", "law", "biology")
 _SHOWN: dict[str, Any] = {
-    "t": 0.5, "weight": 1.0, "density": 0.5, "gamma": 0.01, "epsilon": 0.1, "select_topk": 0.1, "lambda": 1.0,
-}  # fmt: skip
+    "t": 0.5,
+    "weight": 1.0,
+    "density": 0.5,
+    "gamma": 0.01,
+    "epsilon": 0.1,
+    "select_topk": 0.1,
+    "lambda": 1.0,
+}
 """Values of parameters that are nearly always set."""
 _SHOWN_FOR: dict[str, dict[str, Any]] = {
     "nearswap": {"t": 0.001},

@@ -1,34 +1,72 @@
-"""A plan, for people."""
+"""A plan, for people: what is read, written and held, what it takes of memory, disk and time."""
 
 from __future__ import annotations
 
 import textwrap
+from pathlib import Path
 from typing import Any
 
+from streammerge.engine.disk import space_for
 from streammerge.errors import printable
 from streammerge.planning.plan import MergePlan
 from streammerge.report.wrapping import terminal_width
-from streammerge.units import format_size, plural
+from streammerge.units import format_at_least, format_seconds, format_size, plural
 
+ASSUMED_RATE = 500 << 20
+"""Bytes a second, read and written together, by which the time is estimated: a plain SSD."""
 _INDENT = 10
 
 
+def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
+    """Return what a person decides by: other amounts of memory, the disk, the time, and what is wrong with them.
+
+    Parameters
+    ----------
+    out
+        The output directory; None: the disk of the current directory is looked at, and nothing is warned of.
+    """
+    division = plan.division
+    found: dict[str, Any] = {
+        "memory_least": division.least() if division is not None else None,
+        "memory_read_once": division.least_unstreamed() if division is not None else None,
+        "seconds_estimate": round((plan.bytes_to_read() + plan.layout.nbytes) / ASSUMED_RATE, 1),
+        "bytes_per_second_assumed": ASSUMED_RATE,
+        "disk": None,
+        "advice": [],
+    }
+    try:
+        space = space_for(Path(out if out is not None else "."), plan.layout)
+    except OSError:
+        return found
+    found["disk"] = {"path": str(space.place), "bytes_needed": space.needed, "bytes_free": space.free}
+    if out is not None and not space.fits:
+        found["advice"].append(
+            f"{printable(out)} needs {format_size(space.needed)}, {format_size(space.free)} are free there: "
+            "free some space or choose another disk; the merge will be refused"
+        )
+    return found
+
+
 def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
-    """Return a plan for people."""
-    base = f", base {printable(values['base_model'])}" if values["base_model"] else ""
-    kinds = ", ".join(f"{n} {kind}" for kind, n in values["tensors_by_kind"].items())
-    shards = values["shards"]
-    size = f"{shards[0]['name']} … {shards[-1]['name']}" if len(shards) > 1 else shards[0]["name"]
+    """Return a plan for people, wrapped between words where stdout is a terminal.
+
+    Parameters
+    ----------
+    values
+        Those of `describe`, and of `advice`.
+    """
     lines = [
-        f"method    {values['method']} ({', '.join(values['access'])})",
-        f"models    {len(values['models'])}: {', '.join(printable(m, 60) for m in values['models'])}{base}",
-        f"tensors   {values['tensors']} ({kinds}), {', '.join(values['dtypes'])}, {values['elements']:,} parameters",
-        f"read      {format_size(values['bytes_to_read'])}",
-        f"write     {format_size(values['bytes_to_write'])} in {plural(len(shards), 'shard')}: {size}",
-        f"memory    at most {format_size(values['memory'])}: {format_size(values['memory_reserve'])} for the process, lists of tensors and statistics, "
-        f"the rest for buffers; {plural(values['chunks'], 'chunk')}, the largest {format_size(values['largest_chunk_bytes'])}",
+        f"method    {_method(values)}",
+        f"models    {_models(values)}",
+        f"tensors   {_tensors(values)}",
+        f"read      {_read(plan, values)}",
+        f"write     {_write(values)}",
+        f"memory    {_memory(values)}",
+        f"disk      {_disk(values, out)}",
+        f"time      about {format_seconds(values['seconds_estimate'], coarse=True)} if the disk reads and writes "
+        f"{format_size(values['bytes_per_second_assumed'])}/s together",
     ]
-    lines += [f"warning: {warning}" for warning in values["warnings"]]
+    lines += [f"warning: {warning}" for warning in (*values["warnings"], *values["advice"])]
     return "\n".join(
         textwrap.fill(
             line,
@@ -39,3 +77,73 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
         )
         for line in lines
     )
+
+
+def _method(values: dict[str, Any]) -> str:
+    passes = values["model_passes"]
+    before = f", {plural(passes, 'whole-model pass', 'whole-model passes')} before it" if passes else ""
+    return f"{values['method']} ({', '.join(values['access'])}){before}"
+
+
+def _models(values: dict[str, Any]) -> str:
+    base = f", base {printable(values['base_model'])}" if values["base_model"] else ""
+    return f"{len(values['models'])}: {', '.join(printable(m, 60) for m in values['models'])}{base}"
+
+
+def _tensors(values: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{n:,} {kind}" for kind, n in values["tensors_by_kind"].items())
+    dtypes = ", ".join(values["dtypes"])
+    return f"{values['tensors']:,} ({kinds}), {dtypes}, {plural(values['elements'], 'parameter')}"
+
+
+def _read(plan: MergePlan, values: dict[str, Any]) -> str:
+    parts = [format_size(values["bytes_to_read"])]
+    if values["streamed_tensors"]:
+        parts.append(
+            f"{plural(values['streamed_tensors'], 'tensor')} larger than half the buffers "
+            f"{'is' if values['streamed_tensors'] == 1 else 'are'} read more than once"
+        )
+        if (enough := values["memory_read_once"]) is not None:
+            once = "once" if not values["model_passes"] else "once a pass"
+            parts.append(f"with --memory {_option(enough)} each tensor is read {once}")
+    return "; ".join(parts)
+
+
+def _write(values: dict[str, Any]) -> str:
+    shards = values["shards"]
+    names = f"{shards[0]['name']} … {shards[-1]['name']}" if len(shards) > 1 else shards[0]["name"]
+    return f"{format_size(values['bytes_to_write'])} in {plural(len(shards), 'shard')}: {names}"
+
+
+def _memory(values: dict[str, Any]) -> str:
+    least, once = values["memory_least"], values["memory_read_once"]
+    parts = [f"at most {format_size(values['memory'])}"]
+    if least is not None:
+        parts.append(f"needs at least {format_at_least(least)}")
+    if once is not None and not values["streamed_tensors"]:
+        passes = " a pass" if values["model_passes"] else ""
+        from_where = "with that" if once == least else f"from {_option(once)} on"
+        parts.append(f"reads each tensor once{passes} {from_where}")
+    return (
+        f"{', '.join(parts)}; {format_size(values['memory_reserve'])} are for the process, lists of tensors and "
+        f"statistics, the rest is for buffers: {plural(values['chunks'], 'chunk')}, the largest "
+        f"{format_size(values['largest_chunk_bytes'])}"
+    )
+
+
+def _disk(values: dict[str, Any], out: str | None) -> str:
+    disk = values["disk"]
+    if disk is None:
+        return "unknown: the file system does not answer"
+    needed, free = format_size(disk["bytes_needed"]), format_size(disk["bytes_free"])
+    if out is None:
+        return f"needs {needed}; {free} are free here (give OUT to look at another disk)"
+    return f"{printable(out)} needs {needed}; {free} are free there"
+
+
+def _option(nbytes: int) -> str:
+    """Return a size of no less, as `--memory` takes it without quotes: ``255MiB``, ``31.7GiB``."""
+    if nbytes < 1 << 30:
+        return format_at_least(nbytes).replace(" ", "")
+    tenths = -(-nbytes * 10 // (1 << 30))
+    return f"{tenths / 10:g}GiB"

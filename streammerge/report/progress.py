@@ -210,17 +210,19 @@ class BarReporter:
     """
 
     def __init__(
-        self, what: str = "merging", signal_received: Callable[[], int | None] = _never,
+        self,
+        what: str = "merging",
+        signal_received: Callable[[], int | None] = _never,
         console: Console | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         from rich.console import Console
 
-        from streammerge.report.bar import make_progress
+        from streammerge.report.bar import FittingProgress
 
         self._what = what
         self._signal_received = signal_received
         self._console = console or Console(stderr=True)
-        self._progress = make_progress(self._console)
+        self._progress = FittingProgress(self._console)
         self._task = self._progress.add_task(what, total=None, rate="", read="", written="", memory="")
         self._tracker = Tracker()
         self._next = 0.0

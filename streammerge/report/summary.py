@@ -29,21 +29,30 @@ def opening_line(plan: Mapping[str, Any]) -> str:
 def summary_values(summary: Summary, elements: int | None = None) -> dict[str, Any]:
     """Return a summary as plain values."""
     return {
-        "out": summary.out, "already_complete": summary.already_complete, "tensors": summary.tensors,
-        "elements": elements, "shards": summary.shards, "bytes_read": summary.bytes_read,
-        "bytes_written": summary.bytes_written, "bytes_resumed": summary.bytes_resumed,
-        "merge_seconds": round(summary.seconds, 3), "peak_resident_bytes": peak_memory(),
+        "out": summary.out,
+        "already_complete": summary.already_complete,
+        "tensors": summary.tensors,
+        "elements": elements,
+        "shards": summary.shards,
+        "bytes_read": summary.bytes_read,
+        "bytes_written": summary.bytes_written,
+        "bytes_resumed": summary.bytes_resumed,
+        "merge_seconds": round(summary.seconds, 3),
+        "peak_resident_bytes": peak_memory(),
         "densities": [density_values(density) for density in summary.densities],
         **({"floored": dict(summary.floored)} if summary.floored is not None else {}),
-    }  # fmt: skip
+    }
 
 
 def density_values(density: Density) -> dict[str, Any]:
     """Return a density as plain values; `model` is its place."""
     return {
-        "model": density.place, "name": density.model, "kept": density.kept, "of": density.of,
+        "model": density.place,
+        "name": density.model,
+        "kept": density.kept,
+        "of": density.of,
         "density": density.density,
-    }  # fmt: skip
+    }
 
 
 def summary_text(summary: Summary, compiling: float = 0.0) -> str:

@@ -28,9 +28,13 @@ def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
         stored = ref.weight if isinstance(ref, AdaptedRef) else ref
         assert isinstance(stored, TensorRef)
         entry = {
-            "name": name, "dtype": stored.dtype, "shape": list(stored.shape), "file": os.path.basename(stored.path),
-            "offset": stored.offset, "nbytes": stored.nbytes,
-        }  # fmt: skip
+            "name": name,
+            "dtype": stored.dtype,
+            "shape": list(stored.shape),
+            "file": os.path.basename(stored.path),
+            "offset": stored.offset,
+            "nbytes": stored.nbytes,
+        }
         adapter = {"adapter_rank": ref.rank} if isinstance(ref, AdaptedRef) else {}
         found.append(entry | adapter)
     return found
@@ -103,11 +107,14 @@ def methods_text(methods: Mapping[str, Method]) -> str:
     indent = max(map(len, methods)) + 2
     return "\n".join(
         textwrap.fill(
-            f"{name:<{indent}}{method.summary}", terminal_width(), subsequent_indent=" " * indent,
-            break_long_words=False, break_on_hyphens=False,
+            f"{name:<{indent}}{method.summary}",
+            terminal_width(),
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
         for name, method in methods.items()
-    )  # fmt: skip
+    )
 
 
 def method_text(method: Method) -> str:

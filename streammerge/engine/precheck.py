@@ -1,0 +1,45 @@
+"""What a merge would refuse before its first byte, and `plan` so as well: all that is cheap to look at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from streammerge.engine.identity import identify
+from streammerge.engine.output import check_contents, check_target
+from streammerge.engine.reader import Reader
+from streammerge.planning.plan import MergePlan
+
+_BLOCK = 512
+"""Bytes; the unit of ``st_blocks``."""
+
+
+def check_beforehand(plan: MergePlan, out: Path | None) -> None:
+    """Refuse what a merge into `out` would refuse at its start; without `out`, what it would anywhere.
+
+    Where random numbers are drawn, samples of the models are read, to tell those of one content.
+
+    Raises
+    ------
+    StreammergeError
+        As the merge would.
+    """
+    if out is not None:
+        check_target(out, plan.inputs, [index.reference for index in plan.stores])
+        if out.is_dir():
+            check_contents(out)
+    if plan.random and _have_data(plan):
+        reader = Reader()
+        try:
+            identify(plan, reader)
+        finally:
+            reader.close()
+
+
+def _have_data(plan: MergePlan) -> bool:
+    """Return whether no file is a mere header: a large model is often planned for from those alone."""
+    return all(
+        os.stat(stamp.path).st_blocks * _BLOCK >= stamp.nbytes // 2
+        for index in plan.inputs
+        for stamp in index.stamps
+    )
