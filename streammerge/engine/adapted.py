@@ -12,13 +12,26 @@ import numpy as np
 
 from streammerge.compiled import is_compiled
 from streammerge.dtypes import itemsize
+from streammerge.engine.made import read_to, reads
 from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
-from streammerge.engine.values import F32, F64, Floats, Scratch, computed_once, read_widened, widened
+from streammerge.engine.values import (
+    BYTE,
+    F32,
+    F64,
+    Floats,
+    Scratch,
+    computed_once,
+    read_matrix,
+    read_widened,
+    widened,
+)
 from streammerge.index.derived import READ_BLOCK, AdaptedRef, scratch_bytes
+from streammerge.index.header import TensorRef
 from streammerge.planning.arena import slot_bytes
 
 
+@reads(AdaptedRef)
 def read_adapted(
     reader: Reader, ref: AdaptedRef, start: int, stop: int, target: Bytes, scratch: Scratch
 ) -> None:
@@ -32,10 +45,12 @@ def read_adapted(
     _Adapter(reader, ref, scratch).read(start, stop, target)
 
 
-def segments(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (first row, end, first column, end) of blocks that follow each other, of at most `READ_BLOCK` elements.
+def segments(
+    start: int, stop: int, columns: int, block_rows: int | None = None
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first row, end, first column, end) of pieces that follow each other, of at most `READ_BLOCK` elements.
 
-    Each lies in one piece: whole rows, or a part of one.
+    Each lies together: whole rows, or a part of one; and within one block of `block_rows`, if that is given.
     """
     rows = max(1, READ_BLOCK // columns)
     while start < stop:
@@ -46,6 +61,8 @@ def segments(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, in
             start += end - column
         else:
             last = min(row + rows, stop // columns)
+            if block_rows is not None:
+                last = min(last, (row // block_rows + 1) * block_rows)
             yield row, last, 0, columns
             start = last * columns
 
@@ -55,58 +72,62 @@ class _Adapter:
 
     def __init__(self, reader: Reader, ref: AdaptedRef, scratch: Scratch) -> None:
         self._reader, self._ref = reader, ref
-        columns = ref.columns
         self._dtype = F64 if ref.dtype == "F64" else F32
-        self._right = scratch.take((ref.rank, columns), self._dtype)
+        self._right = scratch.take((ref.rank, ref.columns), self._dtype)
         self._scratch = scratch
-        if ref.right is None:
-            self._right[:] = 1
-        else:
-            raw = scratch.rest().take((ref.rank * columns,), self._dtype)
-            read_widened(reader, ref.right, 0, ref.right.n_elements, raw)
-            self._right[:] = raw.reshape(columns, -1).T if ref.transposed else raw.reshape(-1, columns)
+        self._block_of_right: int | None = None
 
     def read(self, start: int, stop: int, target: Bytes) -> None:
         """Compute elements `start` to `stop`."""
         ref = self._ref
         out = target[: (stop - start) * itemsize(ref.dtype)].view(self._dtype)
-        for row, end, first, last in segments(start, stop, ref.columns):
+        for row, end, first, last in segments(start, stop, ref.columns, ref.block_rows):
             position = row * ref.columns + first - start
             part = out[position : position + (end - row) * (last - first)].reshape(end - row, -1)
-            self._block(row, end, first, last, part, self._scratch.rest())
+            self._compute(row, end, first, last, part, self._scratch.rest())
             if ref.magnitude is not None:
                 part *= self._factors(row, end, first, last)
 
-    def _block(self, row: int, end: int, first: int, last: int, out: Floats, scratch: Scratch) -> None:
-        """Compute ``W + s L R`` for a block that lies in one piece."""
+    def _compute(self, row: int, end: int, first: int, last: int, out: Floats, scratch: Scratch) -> None:
+        """Compute ``W + s L R`` for rows that lie in one piece, of one expert."""
         ref = self._ref
+        block, row_there = divmod(row, ref.block_rows)
+        self._load_right(block)
         left = scratch.take((end - row, ref.rank), self._dtype)
-        self._read_left(row, end, left, scratch.rest())
+        read_matrix(self._reader, ref.left, block, row_there, left)
         total = scratch.take(out.shape, self._dtype)
         add_products(left, self._right, first, last, total)
         total *= self._dtype.type(ref.scale)
-        width = itemsize(ref.weight.dtype)
-        slot = scratch.pages(slot_bytes(out.size * width))
-        offset = ref.weight.offset + (row * ref.columns + first) * width
-        begins = self._reader.read_slot(ref.weight.path, offset, out.size * width, slot)
-        weight = slot[begins : begins + out.size * width]
-        np.add(widened(weight, ref.weight.dtype, out.dtype).reshape(out.shape), total, out=out)
+        start = row * ref.columns + first
+        np.add(self._weight(start, start + out.size, scratch).reshape(out.shape), total, out=out)
 
-    def _read_left(self, row: int, end: int, left: Floats, scratch: Scratch) -> None:
-        ref = self._ref
-        if not ref.transposed:
-            read_widened(self._reader, ref.left, row * ref.rank, end * ref.rank, left.reshape(-1))
+    def _load_right(self, block: int) -> None:
+        if self._block_of_right == block:
             return
-        n_rows = ref.shape[0]
-        line = scratch.take((end - row,), self._dtype)
-        for k in range(ref.rank):
-            read_widened(self._reader, ref.left, k * n_rows + row, k * n_rows + end, line)
-            left[:, k] = line
+        if self._ref.right is None:
+            self._right[:] = 1
+        else:
+            read_matrix(self._reader, self._ref.right, block, 0, self._right)
+        self._block_of_right = block
+
+    def _weight(self, start: int, stop: int, scratch: Scratch) -> Floats:
+        """Return elements of the weight itself, widened."""
+        weight = self._ref.source
+        width = itemsize(weight.dtype)
+        nbytes = (stop - start) * width
+        if isinstance(weight, TensorRef):
+            slot = scratch.pages(slot_bytes(nbytes))
+            begins = self._reader.read_slot(weight.path, weight.offset + start * width, nbytes, slot)
+            raw = slot[begins : begins + nbytes]
+        else:
+            raw = scratch.take((nbytes,), BYTE)
+            read_to(self._reader, weight, start, stop, raw, scratch.rest())
+        return widened(raw, weight.dtype, self._dtype)
 
     def _factors(self, row: int, end: int, first: int, last: int) -> Floats:
         """Return what DoRA multiplies a block by: for each output feature its magnitude over its norm."""
         ref = self._ref
-        if ref.transposed:
+        if ref.by_column:
             return _column_factors(self._reader, ref)[first:last]
         squares = np.zeros(end - row)
         for r0, r1, c0, c1 in segments(row * ref.columns, end * ref.columns, ref.columns):
@@ -118,7 +139,7 @@ class _Adapter:
         scratch = self._scratch.rest()
         block = scratch.take((end - row, last - first), self._dtype)
         squares = scratch.take(block.shape, F64)
-        self._block(row, end, first, last, block, scratch.rest())
+        self._compute(row, end, first, last, block, scratch.rest())
         np.multiply(block, block, out=squares, dtype=F64)
         return squares
 

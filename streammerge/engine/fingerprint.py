@@ -31,14 +31,9 @@ def fingerprint(index: TensorIndex, reader: Reader) -> str:
     digest = hashlib.blake2b(digest_size=16)
     _add_tensors(digest, index, reader)
     if index.adapter is not None:
-        parts = {
-            f"{module}.{part}": ref
-            for module, refs in index.adapter.modules.items()
-            for part, ref in refs.items()
-        }
-        _add_tensors(digest, {**parts, **index.adapter.replaced}, reader)
+        _add_tensors(digest, index.adapter.tensors, reader)
         digest.update(
-            json.dumps(dict(index.adapter.settings), sort_keys=True).encode("utf-8", "surrogatepass")
+            json.dumps(dict(index.adapter.settings.entries), sort_keys=True).encode("utf-8", "surrogatepass")
         )
     return digest.hexdigest()
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import itemsize
-from streammerge.engine.adapted import read_adapted
+from streammerge.engine.made import read_to, reads
 from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
 from streammerge.engine.values import BYTE, F64, Scratch, computed_once, rounded, widened
-from streammerge.index.derived import AdaptedRef, GatheredRef, row_elements, scratch_bytes
+from streammerge.index.derived import GatheredRef, SourceRef, row_elements, scratch_bytes
 from streammerge.index.header import TensorRef
 
 _GAP_BYTES = 1 << 14
@@ -27,6 +27,7 @@ _SPAN_BYTES = 1 << 20
 """Bytes of rows read together before they are put in their places."""
 
 
+@reads(GatheredRef)
 def gather(reader: Reader, ref: GatheredRef, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
     """Read elements of a tensor whose rows are gathered; a row cut at an end is read whole."""
     width, columns = itemsize(ref.dtype), ref.columns
@@ -72,7 +73,7 @@ def _gather_rows(
 
 
 def _place_rows(
-    reader: Reader, tensor: TensorRef | AdaptedRef, rows: NDArray[Any], places: NDArray[Any], lines: Bytes, dtype: str,
+    reader: Reader, tensor: SourceRef, rows: NDArray[Any], places: NDArray[Any], lines: Bytes, dtype: str,
     scratch: Scratch,
 ) -> None:  # fmt: skip
     """Read some rows of a tensor, each to its place among `lines`, in the order in which they lie."""
@@ -91,7 +92,7 @@ def _place_rows(
         n = int(rows[end - 1]) - row + 1
         room = scratch.rest()
         span = room.take((n, columns * width), BYTE)
-        read_lender(reader, tensor, row * columns, (row + n) * columns, span.reshape(-1), room.rest())
+        read_to(reader, tensor, row * columns, (row + n) * columns, span.reshape(-1), room.rest())
         some = span[rows[begin:end] - row]
         lines[places[begin:end]] = some if tensor.dtype == dtype else rounded(
             widened(some, tensor.dtype, F64), dtype
@@ -158,14 +159,3 @@ def _mean_of_all(reader: Reader, ref: GatheredRef) -> Bytes:
         _gather_rows(reader, ref, first, first + n, block, scratch.rest())
         total += widened(block, ref.dtype, F64).reshape(n, columns).sum(axis=0)
     return rounded(total / max(1, known), ref.dtype)
-
-
-def read_lender(
-    reader: Reader, ref: TensorRef | AdaptedRef, start: int, stop: int, target: Bytes, scratch: Scratch
-) -> None:
-    """Read elements of a model's own tensor to the beginning of `target`, through the page cache where they lie in a file."""
-    if isinstance(ref, AdaptedRef):
-        read_adapted(reader, ref, start, stop, target, scratch)
-    else:
-        width = itemsize(ref.dtype)
-        reader.read_into(ref.path, ref.offset + start * width, target[: (stop - start) * width])

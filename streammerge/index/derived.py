@@ -1,7 +1,7 @@
-"""Tensors that no file holds as they are read: rows gathered by token, and weights with a LoRA adapter applied.
+"""Tensors that no file holds as they are read: rows gathered by token, weights with a LoRA adapter applied.
 
-They stand where a `TensorRef` stands; `streammerge.engine.sources` reads all three. Nothing of them is ever written
-but the merge's own output.
+They stand where a `TensorRef` stands, and may be made of one another; `streammerge.engine.sources` reads them all. Nothing
+of them is ever written but the merge's own output.
 """
 
 from __future__ import annotations
@@ -22,17 +22,38 @@ READ_BLOCK = 1 << 20
 """Elements computed at a time."""
 
 
-class _Made:
-    """What tensors that are made as they are read have in common."""
+class MadeRef:
+    """A tensor that is made as it is read: what every kind of them answers.
+
+    A new kind derives from this and registers its reader (`streammerge.engine.made.reads`); nothing else knows the kinds.
+    """
 
     __slots__ = ()
     if TYPE_CHECKING:
 
         @property
-        def shape(self) -> tuple[int, ...]: ...
+        def name(self) -> str:
+            """As its model calls it."""
 
         @property
-        def dtype(self) -> str: ...
+        def shape(self) -> tuple[int, ...]:
+            """Of the tensor as a merge sees it."""
+
+        @property
+        def dtype(self) -> str:
+            """Of the elements once they are made."""
+
+        @property
+        def path(self) -> str:
+            """For messages: the file of the tensor that it is mainly made of."""
+
+        @property
+        def source(self) -> SourceRef:
+            """The tensor that it is mainly made of: its dtype is the one that the model is stored in."""
+
+        @property
+        def scratch_bytes(self) -> int:
+            """Room that reading it takes beside the elements."""
 
     @property
     def n_elements(self) -> int:
@@ -44,50 +65,77 @@ class _Made:
         """Of the elements once they are made."""
         return self.n_elements * itemsize(self.dtype)
 
-    @property
-    def columns(self) -> int:
-        """Elements of one row: of all axes but the first."""
-        return row_elements(self.shape)
+
+SourceRef = TensorRef | MadeRef
+"""A model's tensor, as a merge reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One matrix of a low-rank change, or one for each expert: elements of a stored tensor at even distances."""
+
+    tensor: TensorRef
+    row_step: int
+    """Elements from a row to the next."""
+    column_step: int
+    """Elements from a column to the next; one of the two steps is often 1."""
+    first: int = 0
+    """Elements before the matrix."""
+    block_step: int = 0
+    """Elements from the matrix of an expert to that of the next."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class AdaptedRef(_Made):
+class AdaptedRef(MadeRef):
     """A weight with a LoRA adapter: ``W + s L R`` (Hu et al., 2021), or with DoRA its rows scaled to a magnitude.
 
     It is not rounded to the dtype in which the weight is stored: it is fp32, or fp64 where that is.
     """
 
-    weight: TensorRef
-    left: TensorRef
-    """``lora_B``, of as many rows as the weight; `transposed`: ``lora_A``, of as many columns as that has rows."""
-    right: TensorRef | None
-    """``lora_A``, or `transposed` ``lora_B``; None: ones, as for a bias."""
+    source: SourceRef
+    """The weight, whatever it is made of."""
+    left: Factor
+    """[rows of the weight, rank]"""
+    right: Factor | None
+    """[rank, columns of the weight]; None: ones, as for a bias."""
     rank: int
     scale: float
-    transposed: bool = False
-    """The weight is stored as (in, out), as by `Conv1D` and by embeddings."""
     magnitude: TensorRef | None = None
     """Of DoRA (Liu et al., 2024): the norm that each output feature gets."""
+    by_column: bool = False
+    """The output features are the columns, as where a weight is stored as (in, out), and of embeddings."""
+    blocks: int = 1
+    """Experts, each with factors of its own: the weight's first axis where it is more than 1."""
 
     @property
     def name(self) -> str:
         """As the base model calls it."""
-        return self.weight.name
+        return self.source.name
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As stored."""
-        return self.weight.shape
+        return self.source.shape
 
     @property
     def dtype(self) -> str:
         """Of the elements once they are computed."""
-        return "F64" if self.weight.dtype == "F64" else "F32"
+        return "F64" if self.source.dtype == "F64" else "F32"
 
     @property
     def path(self) -> str:
         """For messages: the file of the weight."""
-        return self.weight.path
+        return self.source.path
+
+    @property
+    def columns(self) -> int:
+        """Elements of one row of a matrix that has its own factors."""
+        return row_elements(self.shape if self.blocks == 1 else self.shape[1:])
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of that matrix."""
+        return self.n_elements // max(1, self.blocks * self.columns)
 
     @property
     def scratch_bytes(self) -> int:
@@ -96,7 +144,7 @@ class AdaptedRef(_Made):
         factors = self.rank * (self.columns + rows) * itemsize(self.dtype)
         # A factor is read before it is transposed; the weight as it is stored, before it is widened.
         block = READ_BLOCK * (16 if self.magnitude is None else 36)
-        return 2 * factors + block + 8 * rows + (1 << 16)
+        return 2 * factors + block + 8 * rows + (1 << 16) + scratch_bytes(self.source)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -123,22 +171,27 @@ class RowMap:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class GatheredRef(_Made):
+class GatheredRef(MadeRef):
     """A tensor with one row per token, its rows put in the order of another vocabulary."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    tensors: tuple[TensorRef | AdaptedRef | None, ...]
+    tensors: tuple[SourceRef | None, ...]
     """The models' tensors by place in the map; None where a model lends no row."""
     map: RowMap
-    own: TensorRef | AdaptedRef
+    source: SourceRef
     """The tensor of the model that it stands for."""
 
     @property
     def path(self) -> str:
         """For messages: the file of the model's own tensor."""
-        return self.own.path
+        return self.source.path
+
+    @property
+    def columns(self) -> int:
+        """Elements of one row."""
+        return row_elements(self.shape)
 
     @property
     def scratch_bytes(self) -> int:
@@ -147,8 +200,74 @@ class GatheredRef(_Made):
         return 3 * max(1 << 20, 8 * self.columns) + 16 * self.columns + (1 << 12) + inner
 
 
-SourceRef = TensorRef | AdaptedRef | GatheredRef
-"""A model's tensor, as a merge reads it."""
+@dataclass(frozen=True, eq=False, slots=True)
+class PatchedRef(MadeRef):
+    """An embedding in which an adapter trained single tokens: their rows come from the adapter, all others as they were.
+
+    Of the same dtype as the embedding once it is made, or of the wider one that the trained rows have.
+    """
+
+    source: SourceRef
+    """The embedding, whatever it is made of."""
+    rows: NDArray[np.int64]
+    """Ascending, each once."""
+    places: NDArray[np.int64]
+    """The row of `values` for each of them."""
+    values: TensorRef
+
+    @property
+    def name(self) -> str:
+        """As the base model calls it."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        """The one that both dtypes fit into."""
+        dtypes = {self.source.dtype, self.values.dtype}
+        return self.source.dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
+
+    @property
+    def path(self) -> str:
+        """For messages: the file of the embedding."""
+        return self.source.path
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What reading it takes beside the elements: a block of the embedding as it was."""
+        return 8 * READ_BLOCK + (1 << 14) + scratch_bytes(self.source)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RenamedRef(MadeRef):
+    """A tensor that is read as another one is, under a name of its own: a head that was its embedding."""
+
+    source: SourceRef
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the other's."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        """As the other's."""
+        return self.source.dtype
+
+    @property
+    def path(self) -> str:
+        """As the other's."""
+        return self.source.path
+
+    @property
+    def scratch_bytes(self) -> int:
+        """As the other's."""
+        return scratch_bytes(self.source)
 
 
 def row_elements(shape: Sequence[int]) -> int:
@@ -156,13 +275,18 @@ def row_elements(shape: Sequence[int]) -> int:
     return math.prod(shape[1:])
 
 
+def stored(ref: SourceRef) -> TensorRef:
+    """Return the tensor in a file that another is mainly made of; a stored one itself."""
+    while not isinstance(ref, TensorRef):
+        ref = ref.source
+    return ref
+
+
 def stored_dtype(ref: SourceRef) -> str:
     """Return the dtype that the tensor has in its file, whatever it is computed in."""
-    if isinstance(ref, AdaptedRef):
-        return ref.weight.dtype
-    return stored_dtype(ref.own) if isinstance(ref, GatheredRef) else ref.dtype
+    return stored(ref).dtype
 
 
 def scratch_bytes(ref: object) -> int:
     """Return what reading a tensor takes beside its elements; nothing for one that lies in a file."""
-    return ref.scratch_bytes if isinstance(ref, AdaptedRef | GatheredRef) else 0
+    return ref.scratch_bytes if isinstance(ref, MadeRef) else 0

@@ -12,14 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import ModelError, WorldError
-from streammerge.index.adapters import (
-    ADAPTER_CONFIG,
-    Adapter,
-    adapt,
-    read_adapter,
-    settle_vocabulary,
-    split_reference,
-)
+from streammerge.index.adapters import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
+from streammerge.index.adapting import adapt
 from streammerge.index.derived import SourceRef
 from streammerge.index.files import bad, from_os, place, quoted, reading
 from streammerge.index.header import FileStamp, TensorRef, read_header
@@ -63,6 +57,8 @@ class TensorIndex(Mapping[str, SourceRef]):
     """What its config.json says; empty where there is none."""
     adapter: Adapter | None = None
     """What was applied to its weights; its tensors are those that result."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it was read."""
 
     def __getitem__(self, name: str) -> SourceRef:
         return self.tensors[name]
@@ -162,15 +158,19 @@ def _open_adapted(reference: str, cache: Path) -> TensorIndex:
     model, place = split_reference(reference, exists)
     base = open_model(model, cache=cache)
     if base.adapter is not None:
-        raise bad(reference, "an adapter upon an adapter")
+        raise bad(
+            reference,
+            "adapters cannot be stacked: merge base and first adapter by a passthrough, then put the second on the result",
+        )
     directory = _locate(place, cache)
     if not os.path.lexists(directory / ADAPTER_CONFIG):
         raise bad(str(directory), f"no adapter here: no {ADAPTER_CONFIG}")
     adapter = read_adapter(directory)
-    tensors = adapt(adapter, base, model)
-    tensors, config = settle_vocabulary(adapter, base, tensors, base.config)
-    stamps = (*base.stamps, *adapter.stamps)
-    return replace(base, reference=reference, tensors=tensors, stamps=stamps, adapter=adapter, config=config)
+    adapted = adapt(adapter, base, base.config, model)
+    return replace(
+        base, reference=reference, tensors=adapted.tensors, stamps=(*base.stamps, *adapter.stamps), adapter=adapter,
+        config=adapted.config, notes=(*base.notes, *adapted.notes),
+    )  # fmt: skip
 
 
 def locate(reference: str) -> Path:

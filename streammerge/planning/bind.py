@@ -125,6 +125,7 @@ def _compare_names(
     """Return warnings of tensors that have no part in the merge; refuse where the donor alone lacks one."""
     warnings = []
     for index in indexes.values():
+        warnings += [f"{printable(index.reference)}: {note}" for note in index.notes]
         if index.unlisted:
             warnings.append(f"{printable(index.reference)}: {len(index.unlisted)} tensors in its shards are not "
                             f"in its index and are left out (first: {printable(index.unlisted[0])})")  # fmt: skip

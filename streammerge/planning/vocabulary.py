@@ -110,7 +110,6 @@ class Alignment:
     def _make(
         self, name: str, ref: SourceRef, rows: RowMap, find: Callable[[str], SourceRef | None]
     ) -> GatheredRef:
-        assert not isinstance(ref, GatheredRef)
         lenders: list[Any] = [ref, *(None for _ in self.order)]
         for place in sorted({int(model) for model in np.unique(rows.models)} - {OWN}):
             lender = find(self.order[place - 1])

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from streammerge.errors import InputError, printable
-from streammerge.index.derived import AdaptedRef
-from streammerge.index.header import TensorRef
+from streammerge.index.derived import AdaptedRef, stored
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 from streammerge.report.example import example_config
@@ -25,15 +24,14 @@ def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
     """Return a model's tensors as plain values; of one with an adapter, the weight in its file and the adapter's rank."""
     found: list[dict[str, Any]] = []
     for name, ref in index.items():
-        stored = ref.weight if isinstance(ref, AdaptedRef) else ref
-        assert isinstance(stored, TensorRef)
+        lies = stored(ref)
         entry = {
             "name": name,
-            "dtype": stored.dtype,
-            "shape": list(stored.shape),
-            "file": os.path.basename(stored.path),
-            "offset": stored.offset,
-            "nbytes": stored.nbytes,
+            "dtype": lies.dtype,
+            "shape": list(ref.shape),
+            "file": os.path.basename(lies.path),
+            "offset": lies.offset,
+            "nbytes": lies.nbytes,
         }
         adapter = {"adapter_rank": ref.rank} if isinstance(ref, AdaptedRef) else {}
         found.append(entry | adapter)

@@ -16,6 +16,11 @@ from tests.adapters.scene import PREFIX, Q, factors, write_adapter, write_base
 
 GOOD = factors(Q, 24, 40, 8)
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+TOKENS = "model.embed_tokens.token_adapter"
+ROWS = {f"{TOKENS}.trainable_tokens_delta": torch.ones(2, 24)}
+X = "model.layers.0.mlp.experts"
+EXPERTS = {f"{X}.lora_A.weight": torch.ones(8, 6), f"{X}.lora_B.weight": torch.ones(10, 8)}
+"""Of rank 2 for four experts of [10, 6]."""
 
 TENSORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "no factor b": ({A: GOOD[A]}, {}, "has no lora_B"),
@@ -24,7 +29,7 @@ TENSORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "inputs": (factors(Q, 25, 40, 8), {}, r"factors \[40, 8\] and \[8, 25\] do not fit the weight \[40, 24\]"),
     "outputs": (factors(Q, 24, 41, 8), {}, "do not fit"),
     "ranks differ": ({A: GOOD[A], B: GOOD[B][:, :7]}, {}, "do not fit"),
-    **{f"begun as {how}": (GOOD, {"init_lora_weights": how}, "PEFT changes the base's weights") for how in (
+    **{f"begun as {how}": (GOOD, {"init_lora_weights": how}, "modifies the base weights before training .* path_initial_model") for how in (
         "pissa", "pissa_niter_4", "olora", "OLoRA", "loftq", "corda", "lora_ga",
     )},
     "alpha has 350 digits": (GOOD, {"lora_alpha": 10**350}, "is no number, or none of use"),
@@ -41,7 +46,40 @@ TENSORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "no magnitude": (GOOD, {"use_dora": True}, "use_dora, and no lora_magnitude_vector"),
     "a short magnitude": ({**GOOD, f"{Q}.lora_magnitude_vector": torch.ones(39)}, {"use_dora": True}, "magnitude .* for 40 outputs"),
     "other kinds of factor": ({**GOOD, f"{Q}.lora_C.weight": GOOD[A]}, {}, "a kind of adapter that is not supported"),
-    "trained tokens": ({"model.embed_tokens.token_adapter.trainable_tokens_delta": GOOD[A]}, {}, "not supported"),
+    "trained tokens without numbers": (ROWS, {}, "has no tokens for the trained module"),
+    "tokens of another module": (ROWS, {"trainable_token_indices": {"wte": [1, 2]}}, "has no tokens for the trained module"),
+    "tokens that are fewer than rows": (ROWS, {"trainable_token_indices": [1]}, "1 trained tokens .* but 2 rows"),
+    "a token behind the last": (ROWS, {"trainable_token_indices": [1, 48]}, "trained token '48' .* is none of 48"),
+    "a token before the first": (ROWS, {"trainable_token_indices": [1, -1]}, "trained token '-1' .* is none of 48"),
+    "a token that is true": (ROWS, {"trainable_token_indices": [0, True]}, "trained token 'True'"),
+    "a token of 31 digits": (ROWS, {"trainable_token_indices": [0, 10**30]}, "trained token '1000"),
+    "a token twice": (ROWS, {"trainable_token_indices": [7, 7]}, "trained token 7 .* is listed twice"),
+    "tokens as a text": (ROWS, {"trainable_token_indices": "12"}, "has no tokens"),
+    "tokens of another width": (
+        {f"{TOKENS}.trainable_tokens_delta": torch.ones(2, 23)}, {"trainable_token_indices": [1, 2]},
+        r"trained tokens \[2, 23\] do not fit|which the base has not"),
+    "tokens that are a vector": (
+        {f"{TOKENS}.trainable_tokens_delta": torch.ones(2)}, {"trainable_token_indices": [1, 2]}, "do not fit|which the base has not"),
+    "no rows of tokens": (GOOD, {"trainable_token_indices": [1, 2]}, "has no rows of the trainable_token_indices"),
+    "tokens of a module that is not there": (
+        {"model.other.token_adapter.trainable_tokens_delta": torch.ones(2, 24)}, {"trainable_token_indices": [1, 2]}, "which the base has not"),
+    "experts without parameters": (
+        {**EXPERTS}, {"target_parameters": []}, "adapts module|which `target_parameters` does not explain"),
+    "parameters that are no list": (EXPERTS, {"target_parameters": {"a": 1}}, "target_parameters is not a list of names"),
+    "factors of experts that do not divide": (
+        {**EXPERTS, f"{X}.lora_A.weight": torch.ones(9, 6), f"{X}.lora_B.weight": torch.ones(8, 9)},
+        {"target_parameters": ["experts.gate_up_proj"], "r": 2}, "fit the parameters gate_up_proj in no way"),
+    "factors of experts of no rank": (
+        {f"{X}.lora_A.weight": torch.ones(0, 6), f"{X}.lora_B.weight": torch.ones(8, 0)},
+        {"target_parameters": ["experts.gate_up_proj"]}, "in no way"),
+    "factors of experts with another rank": (EXPERTS, {"target_parameters": ["experts.gate_up_proj"], "r": 3}, "rank 3, but its factors have 2"),
+    "one pair of factors for two parameters": (
+        EXPERTS, {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "r": 2}, "1 pairs of factors for the parameters down_proj, gate_up_proj"),
+    "factors within factors": (
+        {**GOOD, **{name.replace(".lora", ".base_layer.lora"): t for name, t in GOOD.items()}}, {}, "factors within factors"),
+    "inner factors alone": (
+        {name.replace(".lora", ".base_layer.lora"): t for name, t in GOOD.items()}, {}, "outer ones of its nested factors are missing"),
+    "no tensors": ({}, {}, "holds no tensors"),
     "a saved tensor of another width": ({**GOOD, "model.embed_tokens.weight": torch.ones(48, 23)}, {}, r"is \[48, 23\], the base's"),
     "a change of a bias that is not there": (
         {**factors("model.embed_tokens", 24, 48, 8), "model.embed_tokens.lora_B.bias": torch.ones(48)}, {}, "a bias that the base has not"),
@@ -55,15 +93,20 @@ TENSORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "another kind": (GOOD, {"peft_type": "LOHA"}, "peft_type is 'LOHA': only LORA"),
     "no kind": (GOOD, {"peft_type": None}, "only LORA"),
     **{key: (GOOD, {key: value}, "is not supported; merge the adapter with PEFT first") for key, value in {
-        "use_qalora": True, "alora_invocation_tokens": [1], "trainable_token_indices": [3], "layer_replication": [[0, 1]],
-        "target_parameters": ["experts.gate_up_proj"],
+        "use_qalora": True, "alora_invocation_tokens": [1], "layer_replication": [[0, 1]], "use_bdlora": {"nblocks": 2},
+        "kasa_config": {"beta": 1}, "monteclora_config": {"x": 1}, "megatron_config": {"x": 1},
     }.items()},
+    "arrow": (GOOD, {"arrow_config": {"top_k": 1}}, "no fixed change of the weights, and cannot be merged"),
+    **{kind: (GOOD, {"peft_type": kind}, "only LORA and TRAINABLE_TOKENS are supported; merge it into the base with PEFT") for kind in (
+        "IA3", "LOHA", "LOKR", "OFT", "VERA", "ADALORA")},
+    **{kind: (GOOD, {"peft_type": kind}, "changes no weights: it cannot be merged") for kind in ("PROMPT_TUNING", "PREFIX_TUNING", "XLORA")},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("models") / "base")
+    experts = {f"{X}.gate_up_proj": torch.ones(4, 10, 6), f"{X}.down_proj": torch.ones(4, 6, 5)}
+    return write_base(tmp_path_factory.mktemp("models") / "base", **experts)
 
 
 @pytest.mark.parametrize("case", TENSORS)
@@ -111,7 +154,9 @@ def test_a_name_with_a_plus_is_taken_as_it_exists(base: Path, tmp_path: Path) ->
 
 def test_two_adapters_are_refused(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a", GOOD)
-    with pytest.raises(ModelError, match=r"not one model and one adapter|no adapter here|an adapter upon"):
+    with pytest.raises(
+        ModelError, match=r"not one model and one adapter|no adapter here|adapters cannot be stacked"
+    ):
         open_model(f"{base}+{adapter}+{adapter}")
 
 
