@@ -151,7 +151,7 @@ def test_a_merge_is_that_of_models_written_out(method: str, three: list[Model], 
 
 def test_rows_of_other_dtypes_are_lent_exactly(three: list[Model], tmp_path: Path) -> None:
     """The base has fp32, the last model bf16: its matrix is gathered in fp32, and comes out as bf16 where it is alone."""
-    dtypes = {ref.own.dtype: ref.dtype for ref in gathered(three, tokenizer_source="union")}
+    dtypes = {ref.source.dtype: ref.dtype for ref in gathered(three, tokenizer_source="union")}
     assert dtypes["BF16"] == "F32"
 
 
@@ -251,7 +251,7 @@ def test_of_many_models_few_tokenizers_are_held_and_like_ones_share_a_map(
     ]
     refs = gathered(models, tokenizer_source="union")
     assert max(held) == 4  # one more than are kept
-    assert len({id(ref.map) for ref in refs if ref.own.shape[0] == 4}) == 1
+    assert len({id(ref.map) for ref in refs if ref.source.shape[0] == 4}) == 1
     assert len(refs) == 2 * 7
 
 
