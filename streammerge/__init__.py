@@ -1,4 +1,41 @@
-"""Merge neural-network checkpoints larger than memory: streaming, exact, reproducible, resumable."""
+"""Merge neural-network checkpoints larger than memory: streaming, exact, reproducible, resumable.
+
+Merge directories or names from the Hugging Face cache, from a YAML file or the same as a mapping::
+
+    import streammerge
+
+    config = {
+        "merge_method": "ties",
+        "base_model": "models/llama-base",
+        "models": ["models/llama-math", "models/llama-code"],
+        "parameters": {"density": 0.3, "lambda": 1.0},
+        "dtype": "bfloat16",
+    }
+    print(streammerge.plan(config).summary())                       # from headers alone, nothing is written
+    streammerge.merge(config, "merged", memory="4GiB")              # interrupted, the same call continues
+
+or models in memory::
+
+    merged = streammerge.merge_state_dicts(
+        {"merge_method": "linear", "models": ["a", "b"], "parameters": {"weight": 0.5}},
+        {"a": model_a, "b": model_b},                               # modules or state dicts
+    )
+
+Functions
+---------
+merge, plan, verify
+    From a config to a finished directory; what would be done; whether it is still what was written.
+merge_state_dicts, iter_merged
+    The same formulas and bits for models in memory.
+inspect_model, list_methods
+    A model's tensors; the methods and their parameters.
+compute_fisher, import_fisher, compute_grams
+    Fisher diagonals and Gram matrices, for the methods that weigh by them.
+method
+    Registers a method of your own.
+
+Errors are `StreammergeError` and its kinds, warnings are `StreammergeWarning`.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +44,91 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from streammerge.api import compute_fisher, compute_grams, merge, plan, verify
-    from streammerge.methods.registry import PerModel, method
+    from streammerge.api.checking import verify
+    from streammerge.api.deciding import plan
+    from streammerge.api.in_memory import iter_merged, merge_state_dicts
+    from streammerge.api.looking import inspect_model, list_methods
+    from streammerge.api.merging import merge
+    from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
+    from streammerge.engine.session import Summary
+    from streammerge.engine.telling import Density, Event
+    from streammerge.engine.verify import Verdict
+    from streammerge.errors import (
+        BudgetError,
+        ConfigError,
+        InputError,
+        ModelError,
+        OutputError,
+        Stopped,
+        StreammergeError,
+        StreammergeWarning,
+        WorldError,
+    )
+    from streammerge.methods.registry import Method, PerModel, method
+    from streammerge.planning.plan import MergePlan
 
-__all__ = ["PerModel", "compute_fisher", "compute_grams", "merge", "method", "plan", "verify"]
+__all__ = [
+    "BudgetError",
+    "ConfigError",
+    "Density",
+    "Event",
+    "InputError",
+    "MergePlan",
+    "Method",
+    "ModelError",
+    "OutputError",
+    "PerModel",
+    "Stopped",
+    "StreammergeError",
+    "StreammergeWarning",
+    "Summary",
+    "Verdict",
+    "WorldError",
+    "compute_fisher",
+    "compute_grams",
+    "import_fisher",
+    "inspect_model",
+    "iter_merged",
+    "list_methods",
+    "merge",
+    "merge_state_dicts",
+    "method",
+    "plan",
+    "verify",
+]
 
 _HOMES = {
-    "compute_fisher": "streammerge.api",
-    "compute_grams": "streammerge.api",
-    "merge": "streammerge.api",
-    "plan": "streammerge.api",
-    "verify": "streammerge.api",
-    "method": "streammerge.methods.registry",
-    "PerModel": "streammerge.methods.registry",
-}
+    "api.checking": ("verify",),
+    "api.deciding": ("plan",),
+    "api.in_memory": ("iter_merged", "merge_state_dicts"),
+    "api.looking": ("inspect_model", "list_methods"),
+    "api.merging": ("merge",),
+    "api.streaming": ("compute_fisher", "compute_grams", "import_fisher"),
+    "engine.session": ("Summary",),
+    "engine.telling": ("Density", "Event"),
+    "engine.verify": ("Verdict",),
+    "errors": (
+        "BudgetError", "ConfigError", "InputError", "ModelError", "OutputError", "Stopped", "StreammergeError",
+        "StreammergeWarning", "WorldError",
+    ),
+    "methods.registry": ("Method", "PerModel", "method"),
+    "planning.plan": ("MergePlan",),
+}  # fmt: skip
+"""Where the public names live."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import the public names when they are first used (PEP 562): `--help` needs none of them."""
-    if name not in _HOMES:
+    """Import a public name when it is first used (PEP 562): `--help` needs none of them."""
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'streammerge' has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    value = getattr(importlib.import_module(f"streammerge.{home}"), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """Name what is public, for Tab completion."""
+    return sorted([*__all__, "__doc__", "__file__", "__name__", "__path__", "__version__"])

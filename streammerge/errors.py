@@ -11,6 +11,8 @@
     ├── WorldError          1   disk full, I/O error: what is finished is kept and resumable
     └── Stopped       130/143   SIGINT or SIGTERM: stopped cleanly, resumable
 
+`StreammergeWarning` is what the Python functions warn with.
+
 A message is one line: what is wrong, where, and the cure, with both numbers where there are two.
 """
 
@@ -21,6 +23,10 @@ class StreammergeError(Exception):
     """Base of all errors a user can cause or meet; anything else is a bug."""
 
     exit_code = 1
+
+
+class StreammergeWarning(UserWarning):
+    """Something that a user of the Python functions should know; the command line prints it."""
 
 
 class InputError(StreammergeError):

@@ -5,8 +5,10 @@ from __future__ import annotations
 from streammerge.api.checking import DEFAULT_SAMPLE, verify
 from streammerge.api.deciding import DEFAULT_SHARD_SIZE, ConfigLike, plan
 from streammerge.api.devices import choose_device
+from streammerge.api.in_memory import iter_merged, merge_state_dicts
+from streammerge.api.looking import inspect_model, list_methods
 from streammerge.api.merging import merge
-from streammerge.api.streaming import compute_fisher, compute_grams
+from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
 
 __all__ = [
     "DEFAULT_SAMPLE",
@@ -15,7 +17,12 @@ __all__ = [
     "choose_device",
     "compute_fisher",
     "compute_grams",
+    "import_fisher",
+    "inspect_model",
+    "iter_merged",
+    "list_methods",
     "merge",
+    "merge_state_dicts",
     "plan",
     "verify",
 ]

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from streammerge.api.deciding import ConfigLike, plan
+from streammerge.api.feedback import OnEvent, told
 from streammerge.engine.recompute import check_contents, check_made_from, recompute
-from streammerge.engine.session import Event
+from streammerge.engine.telling import Event
 from streammerge.engine.verify import Verdict, manifest_of
 from streammerge.engine.verify import verify as verify_files
 from streammerge.errors import InputError
@@ -26,12 +27,15 @@ def verify(
     seed: int = 0,
     memory: str | int | None = None,
     methods: str | os.PathLike[str] | None = None,
-    on_event: Callable[[Event], None] = lambda event: None,
+    progress: bool = True,
+    on_event: OnEvent | None = None,
 ) -> Verdict:
     """Re-read a finished output and, on request, compute some of it once more from the inputs.
 
     Parameters
     ----------
+    out
+        The directory.
     against
         The config that `out` was made from: a sample of it is recomputed by the torch formulas and compared bit by bit.
     sample
@@ -43,20 +47,43 @@ def verify(
         Bound of the process's peak resident memory while it recomputes; default: half of what is free.
     methods
         A Python file with methods of your own.
+    progress
+        Whether to show, now and then, how far it is on stderr.
     on_event
-        Called from the calling thread with progress.
+        Told every event, from the calling thread, in place of that.
+
+    Returns
+    -------
+    Verdict
+        ``problems``, one line each, is empty if all is as it was written.
 
     Raises
     ------
     StreammergeError
         If there is no finished merge in `out`, or it was made from another config or other inputs, or the machine
         fails. What is damaged is in the verdict.
+
+    Examples
+    --------
+    >>> streammerge.verify("merged", against="ties.yml").problems  # doctest: +SKIP
+    ()
     """
-    out = Path(out)
+    with told(on_event, progress, "verifying") as tell:
+        return _verify(
+            Path(out), against, sample, seed, memory, methods,
+            lambda nbytes: tell(Event("verify", {"bytes_read": nbytes})),
+        )  # fmt: skip
 
-    def on_tick(nbytes: int) -> None:
-        on_event(Event("verify", {"bytes_read": nbytes}))
 
+def _verify(
+    out: Path,
+    against: ConfigLike | None,
+    sample: int | None,
+    seed: int,
+    memory: str | int | None,
+    methods: str | os.PathLike[str] | None,
+    on_tick: Callable[[int], None],
+) -> Verdict:
     if against is None:
         return verify_files(out, on_tick)
     manifest = manifest_of(out)

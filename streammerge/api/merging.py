@@ -6,14 +6,16 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
-from streammerge.api.deciding import ConfigLike, plan
+from streammerge.api.deciding import DEFAULT_SHARD_SIZE, ConfigLike, plan
+from streammerge.api.feedback import OnEvent, told
 from streammerge.engine.first_use import SLOWER, CannotCompileError
 from streammerge.engine.reader import Backend
-from streammerge.engine.session import Event, NonFinite, Options, Summary, execute
+from streammerge.engine.session import NonFinite, Options, Summary, execute
 from streammerge.engine.telling import warning
 from streammerge.errors import InputError, printable
+from streammerge.planning.plan import MergePlan
 from streammerge.report.card import model_card
 
 
@@ -21,53 +23,117 @@ def merge(
     config: ConfigLike,
     out: str | os.PathLike[str],
     *,
-    overwrite: bool = False,
+    memory: str | int | None = None,
+    threads: int | None = None,
     device: str = "auto",
-    io: Backend = "direct",
-    profile: str | os.PathLike[str] | None = None,
+    shard_size: str | int = DEFAULT_SHARD_SIZE,
+    seed: int | None = None,
+    methods: str | os.PathLike[str] | None = None,
+    kernels: bool | None = None,
+    copy_tokenizer: bool = True,
+    write_model_card: bool = True,
+    overwrite: bool = False,
     nonfinite: NonFinite = "error",
     hash_inputs: bool = False,
-    on_event: Callable[[Event], None] = lambda event: None,
+    io: Backend = "direct",
+    profile: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    on_event: OnEvent | None = None,
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
-    **options: Any,
 ) -> Summary:
     """Merge into the directory `out`; run again after an interruption, it continues.
 
+    Ctrl-C raises KeyboardInterrupt once the pieces in hand are done; what is finished is kept, and the same call
+    continues. The output is byte for byte that of a merge without interruption.
+
     Parameters
     ----------
+    config
+        Path of a YAML file, the same as a mapping, or its text (of more than one line).
+    out
+        The directory to write.
+    memory
+        Bound of the process's peak resident memory, ``"2GiB"`` or bytes; default: half of what is free.
+    threads
+        CPUs to keep busy; default: those available.
+    device
+        ``auto``, ``cpu`` or ``cuda[:N]``.
+    shard_size
+        Most bytes of tensors in one output file, ``"5GB"`` or a number.
+    seed
+        Overrides the config's.
+    methods
+        A Python file with methods of your own; it is run.
+    kernels
+        False: the torch formulas in place of the compiled kernels; the bits are the same. True: the kernels, whatever
+        it takes to compile them; default: where they are compiled, or worth it.
+    copy_tokenizer, write_model_card
+        False: the output goes without.
     overwrite
         Discard what an earlier merge left in `out`.
-    io
-        ``direct``: past the page cache, except for what lies in it; ``read``: through it; ``mmap``: reads are
-        copies out of a memory map.
-    profile
-        A JSON file to write: the seconds of every stage, and so what bounded the run.
     nonfinite
         ``error``: a NaN or an infinity, of an input or by overflow, stops the merge; ``warn``: it is written, at its own
         element alone, and reported.
     hash_inputs
         Hash every input file before the first byte, one more read of it: run again, the merge then knows a file that was
         touched or copied from one that changed. The manifest records the hashes.
+    io
+        ``direct``: past the page cache, except for what lies in it; ``read``: through it; ``mmap``: reads are
+        copies out of a memory map.
+    profile
+        A JSON file to write: the seconds of every stage, and so what bounded the run.
+    progress
+        Whether to show a bar (on terminals and in notebooks) or, elsewhere, lines on stderr.
     on_event
-        Called from the calling thread with progress, warnings and the like.
-    **options
-        Those of `plan`.
+        Told every event, warnings included, from the calling thread, in place of the bar and of Python's warnings.
+    stop
+        Set it, from another thread, to stop cleanly after the pieces in hand.
+    signal_received
+        Returns the number of the signal that set `stop`.
+
+    Returns
+    -------
+    Summary
+        What was read and written, how long it took, and how much of each task vector survived.
 
     Raises
     ------
-    StreammergeError
-        See `streammerge.errors`.
+    InputError
+        If the config, a model or the memory does not allow the merge; nothing was written.
+    OutputError
+        If `out` holds something else than this merge.
+    WorldError
+        If the disk is full, or the machine fails in another way; the same call continues.
+    Stopped
+        If `stop` was set; the same call continues.
+
+    Warns
+    -----
+    StreammergeWarning
+        Of what the config or the models leave open.
+
+    Examples
+    --------
+    >>> streammerge.merge("ties.yml", "merged", memory="4GiB")  # doctest: +SKIP
+    Summary(out='merged', already_complete=False, tensors=291, ...)
     """
     if io not in get_args(Backend):
         raise InputError(f"io {printable(io)!r} is none of {', '.join(get_args(Backend))}")
-    decided = plan(config, device=device, **options)
     if nonfinite not in get_args(NonFinite):
         raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
     how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs)
-    try:
-        return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
-    except CannotCompileError as error:
-        on_event(warning(SLOWER.format(error)))
-        decided = plan(config, device=device, **{**options, "kernels": False})
-    return execute(decided, Path(out), how, on_event, model_card, stop, signal_received)
+
+    def decide(kernels: bool | None) -> MergePlan:
+        return plan(
+            config, memory=memory, threads=threads, device=device, shard_size=shard_size, seed=seed, methods=methods,
+            kernels=kernels, copy_tokenizer=copy_tokenizer, write_model_card=write_model_card,
+        )  # fmt: skip
+
+    decided = decide(kernels)
+    with told(on_event, progress, "merging") as tell:
+        try:
+            return execute(decided, Path(out), how, tell, model_card, stop, signal_received)
+        except CannotCompileError as error:
+            tell(warning(SLOWER.format(error)))
+        return execute(decide(False), Path(out), how, tell, model_card, stop, signal_received)

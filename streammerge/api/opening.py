@@ -3,20 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from streammerge.config.schema import MergeConfig
 from streammerge.engine.fingerprint import check_belongs
-from streammerge.index.fishers import FisherIndex
+from streammerge.engine.reader import Reader
+from streammerge.index.fishers import FisherIndex, open_fisher, open_grams
 from streammerge.index.model import TensorIndex, open_model
+from streammerge.methods.registry import Method
 
 
-def open_models(config: MergeConfig) -> tuple[list[TensorIndex], TensorIndex | None, list[TensorIndex]]:
-    """Open every model once: those merged, the base, and the bases of slices where they are others."""
+@dataclass(frozen=True)
+class Sources:
+    """Where the references of a config lead."""
+
+    model: Callable[[str], TensorIndex] = open_model
+    fisher: Callable[[str], FisherIndex] = open_fisher
+    grams: Callable[[str], FisherIndex] = open_grams
+    reader: Reader | None = None
+    """What reads them, where that is no common one."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The models of a merge, each opened once."""
+
+    models: list[TensorIndex]
+    base: TensorIndex | None
+    bases: list[TensorIndex]
+    """Bases of slices, where they are others than `base`."""
+    fishers: list[FisherIndex]
+    grams: list[FisherIndex]
+
+    @property
+    def own(self) -> list[TensorIndex]:
+        """The models and the base."""
+        return [*self.models, *([self.base] if self.base is not None else [])]
+
+
+def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Opened:
+    """Open every model once: those merged, the base, and the bases of slices; and what lies beside them.
+
+    Raises
+    ------
+    InputError
+        If one is missing, malformed, or was made for another model.
+    """
     opened: dict[str, TensorIndex] = {}
 
     def get(reference: str) -> TensorIndex:
         if reference not in opened:
-            opened[reference] = open_model(reference)
+            opened[reference] = sources.model(reference)
         return opened[reference]
 
     models = [get(spec.reference) for spec in config.models]
@@ -25,11 +62,17 @@ def open_models(config: MergeConfig) -> tuple[list[TensorIndex], TensorIndex | N
         part.base.reference: get(part.base.reference)
         for module in config.modules for part in module.slices if part.base is not None
     }  # fmt: skip
-    return models, base, [index for index in others.values() if index is not base]
+    fishers = _open_beside("fisher", sources.fisher, config, models, sources.reader) if method.fisher else []
+    grams = _open_beside("gram", sources.grams, config, models, sources.reader) if method.gram else []
+    return Opened(models, base, [index for index in others.values() if index is not base], fishers, grams)
 
 
-def open_beside(
-    key: str, open_store: Callable[[str], FisherIndex], config: MergeConfig, models: list[TensorIndex]
+def _open_beside(
+    key: str,
+    open_store: Callable[[str], FisherIndex],
+    config: MergeConfig,
+    models: list[TensorIndex],
+    reader: Reader | None,
 ) -> list[FisherIndex]:
     """Open what lies beside each model under `key`; what was made for another model is refused."""
     stores = []
@@ -38,6 +81,7 @@ def open_beside(
         if reference is None:
             return []  # refused with the other parameters, by name
         index = open_store(reference)
-        check_belongs(index, model, "Fisher diagonal" if key == "fisher" else "store of Gram matrices")
+        what = "Fisher diagonal" if key == "fisher" else "store of Gram matrices"
+        check_belongs(index, model, what, reader)
         stores.append(index)
     return stores

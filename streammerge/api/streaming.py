@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge.api.devices import WORTH_A_GPU, choose_device, nbytes_of
+from streammerge.api.feedback import OnEvent, told
 from streammerge.dtypes import NAMES
-from streammerge.engine.session import Event
 from streammerge.errors import InputError, printable
 
 if TYPE_CHECKING:  # they import torch
     from streammerge.fisher.compute import Computed
+    from streammerge.fisher.importing import Imported
     from streammerge.gram.compute import Collected
 
 
@@ -32,7 +33,8 @@ def compute_fisher(
     seed: int = 0,
     dtype: str = "float32",
     overwrite: bool = False,
-    on_event: Callable[[Event], None] = lambda event: None,
+    progress: bool = True,
+    on_event: OnEvent | None = None,
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
 ) -> Computed:
@@ -64,32 +66,45 @@ def compute_fisher(
         Of the stored values: ``float32`` or ``bfloat16``.
     overwrite
         Replace `out`, or what an unfinished run left.
+    progress
+        Whether to show a bar (on terminals and in notebooks) or, elsewhere, lines on stderr.
     on_event
-        Called from the calling thread with progress.
+        Told every event, warnings included, from the calling thread, in place of the bar and of Python's warnings.
+    stop
+        Set it, from another thread, to stop cleanly.
+    signal_received
+        Returns the number of the signal that set `stop`.
+
+    Returns
+    -------
+    Computed
+        What was estimated: tensors, bytes read, seconds, and the store's own record.
 
     Raises
     ------
-    StreammergeError
-        See `streammerge.errors`.
+    InputError
+        If the model, the data or the memory does not allow it.
+    WorldError
+        If the disk is full, or the machine fails in another way; the same call continues.
+    Stopped
+        If `stop` was set; the same call continues.
+
+    Examples
+    --------
+    >>> streammerge.compute_fisher("models/math", "examples.jsonl", "math.zarr", examples=512)  # doctest: +SKIP
     """
     from streammerge.fisher.compute import Settings, compute_diagonal
 
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype {printable(dtype)!r} is none of float32, bfloat16")
+    _check_dtype(dtype)
     chosen = "cpu" if device == "cpu" else choose_device(device, nbytes_of(memory), WORTH_A_GPU)
     settings = Settings(
         labels, examples, max_length, batch_size, nbytes_of(memory), chosen, seed, NAMES[dtype]
     )
-    return compute_diagonal(
-        model,
-        data,
-        Path(out),
-        settings,
-        overwrite=overwrite,
-        emit=on_event,
-        stop=stop,
-        signal_received=signal_received,
-    )
+    with told(on_event, progress, "estimating") as tell:
+        return compute_diagonal(
+            model, data, Path(out), settings, overwrite=overwrite, emit=tell, stop=stop,
+            signal_received=signal_received,
+        )  # fmt: skip
 
 
 def compute_grams(
@@ -103,31 +118,109 @@ def compute_grams(
     memory: str | int | None = None,
     device: str = "cpu",
     overwrite: bool = False,
-    on_event: Callable[[Event], None] = lambda event: None,
+    progress: bool = True,
+    on_event: OnEvent | None = None,
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
 ) -> Collected:
     """Collect the Gram matrices of the linear maps in a model's layers, for `regmean`; run again, it continues.
 
-    The parameters are those of `compute_fisher`.
+    Parameters
+    ----------
+    model
+        A causal language model or a sequence classifier that transformers can build.
+    data
+        A file of JSON lines: ``text`` or ``input_ids``.
+    out
+        The store to write.
+    examples, max_length, batch_size, memory, device, overwrite, progress, on_event, stop, signal_received
+        As for `compute_fisher`.
+
+    Returns
+    -------
+    Collected
+        What was collected: tensors, bytes read, seconds, and the store's own record.
 
     Raises
     ------
     StreammergeError
-        See `streammerge.errors`.
+        As for `compute_fisher`.
+
+    Examples
+    --------
+    >>> streammerge.compute_grams("models/math", "examples.jsonl", "math-gram.zarr")  # doctest: +SKIP
     """
     from streammerge.gram.compute import Settings
     from streammerge.gram.compute import compute_grams as run
 
     chosen = "cpu" if device == "cpu" else choose_device(device, nbytes_of(memory), WORTH_A_GPU)
     settings = Settings(examples, max_length, batch_size, nbytes_of(memory), chosen)
-    return run(
-        model,
-        data,
-        Path(out),
-        settings,
-        overwrite=overwrite,
-        emit=on_event,
-        stop=stop,
-        signal_received=signal_received,
-    )
+    with told(on_event, progress, "collecting") as tell:
+        return run(
+            model, data, Path(out), settings, overwrite=overwrite, emit=tell, stop=stop,
+            signal_received=signal_received,
+        )  # fmt: skip
+
+
+def import_fisher(
+    model: str | os.PathLike[str],
+    diagonals: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    memory: str | int | None = None,
+    about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    on_event: OnEvent | None = None,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Imported:
+    """Stream Fisher diagonals that others estimated into a store; run again, it continues.
+
+    Parameters
+    ----------
+    model
+        The model they belong to: names and shapes must agree, and the store is bound to its content.
+    diagonals
+        A safetensors file or directory, or a PyTorch file of a flat dict of tensors.
+    out
+        The store to write.
+    dtype
+        Of the stored values: ``float32`` or ``bfloat16``.
+    memory
+        Bound of the process's peak resident memory, ``"2GiB"`` or bytes; default: half of what is free.
+    about
+        What is known of the estimate, for the record: ``estimator``, ``examples``, ``seed``.
+    overwrite
+        Replace `out`, or what an unfinished import left.
+    progress, on_event, stop, signal_received
+        As for `compute_fisher`.
+
+    Returns
+    -------
+    Imported
+        What was imported: tensors, those of an earlier run, and the store's own record.
+
+    Raises
+    ------
+    StreammergeError
+        As for `compute_fisher`.
+
+    Examples
+    --------
+    >>> streammerge.import_fisher("models/math", "diagonal.safetensors", "math.zarr")  # doctest: +SKIP
+    """
+    from streammerge.fisher.importing import import_diagonal
+
+    _check_dtype(dtype)
+    with told(on_event, progress, "importing") as tell:
+        return import_diagonal(
+            model, diagonals, Path(out), dtype=NAMES[dtype], memory=nbytes_of(memory), about=about,
+            overwrite=overwrite, emit=tell, stop=stop, signal_received=signal_received,
+        )  # fmt: skip
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype {printable(dtype)!r} is none of float32, bfloat16")

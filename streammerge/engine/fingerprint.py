@@ -68,8 +68,15 @@ def fisher_digest(index: FisherIndex, reader: Reader) -> str:
     return index.stamps[0].header_digest if index.model is None else fingerprint(index.model, reader)
 
 
-def check_belongs(diagonal: FisherIndex, model: TensorIndex, what: str = "Fisher diagonal") -> None:
+def check_belongs(
+    diagonal: FisherIndex, model: TensorIndex, what: str = "Fisher diagonal", reader: Reader | None = None
+) -> None:
     """Refuse a Fisher diagonal, or another store (`what`), that was recorded for a model of other content.
+
+    Parameters
+    ----------
+    reader
+        What reads the model, where that is no common one.
 
     Raises
     ------
@@ -78,11 +85,13 @@ def check_belongs(diagonal: FisherIndex, model: TensorIndex, what: str = "Fisher
     """
     if diagonal.fingerprint is None:
         return
-    reader = Reader()
+    given = reader
+    reader = given or Reader()
     try:
         found = fingerprint(model, reader)
     finally:
-        reader.close()
+        if given is None:
+            reader.close()
     if found != diagonal.fingerprint:
         raise ModelError(
             f"{printable(diagonal.reference)}: this {what} belongs to model "

@@ -42,9 +42,9 @@ def _between(
 def breadcrumbs(
     scope: Scope,
     *,
-    weight: PerModel[float] = 1.0,  # type: ignore[assignment]
-    density: PerModel[float] = 1.0,  # type: ignore[assignment]
-    gamma: PerModel[float] = 0.01,  # type: ignore[assignment]
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
+    gamma: PerModel[float] = 0.01,
     normalize: bool = False,
     lambda_: float = 1.0,
     ties: Literal["thin", "all", "index", "drop"] = "thin",
@@ -65,9 +65,9 @@ def breadcrumbs(
 def breadcrumbs_ties(
     scope: Scope,
     *,
-    weight: PerModel[float] = 1.0,  # type: ignore[assignment]
-    density: PerModel[float] = 1.0,  # type: ignore[assignment]
-    gamma: PerModel[float] = 0.01,  # type: ignore[assignment]
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
+    gamma: PerModel[float] = 0.01,
     normalize: bool = False,
     lambda_: float = 1.0,
     ties: Literal["thin", "all", "index", "drop"] = "thin",

@@ -59,7 +59,7 @@ method(
 def dare_ties(
     scope: Scope,
     *,
-    weight: PerModel[float] = 1.0,  # type: ignore[assignment]
+    weight: PerModel[float] = 1.0,
     normalize: bool = False,
     lambda_: float = 1.0,
     zero_sign: Literal["zero", "positive", "majority"] = "zero",

@@ -64,9 +64,9 @@ def _magprune(
 def della(
     scope: Scope,
     *,
-    weight: PerModel[float] = 1.0,  # type: ignore[assignment]
-    density: PerModel[float] = 1.0,  # type: ignore[assignment]
-    epsilon: PerModel[float] = 0.15,  # type: ignore[assignment]
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
+    epsilon: PerModel[float] = 0.15,
     normalize: bool = True,
     lambda_: float = 1.0,
     rescale: Rescale = "paper",
@@ -86,9 +86,9 @@ def della(
 def della_linear(
     scope: Scope,
     *,
-    weight: PerModel[float] = 1.0,  # type: ignore[assignment]
-    density: PerModel[float] = 1.0,  # type: ignore[assignment]
-    epsilon: PerModel[float] = 0.15,  # type: ignore[assignment]
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
+    epsilon: PerModel[float] = 0.15,
     normalize: bool = False,
     lambda_: float = 1.0,
     rescale: Rescale = "paper",

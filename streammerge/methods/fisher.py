@@ -40,7 +40,7 @@ def _coefficient(weight: float, squares: SquareTotal, normalize: bool) -> float:
 def fisher(
     scope: Scope,
     *,
-    weight: PerModel[float] = 1.0,  # type: ignore[assignment]
+    weight: PerModel[float] = 1.0,
     normalize: bool = True,
     floor: float = 1e-6,
     floor_units: Literal["rms", "raw"] = "rms",

@@ -18,7 +18,7 @@ from streammerge.methods.scope import Scope
     paper="Karcher 1977, https://doi.org/10.1002/cpa.3160300502",
 )
 def karcher(
-    scope: Scope, *, weight: PerModel[float] = 1.0, max_iter: int = 10, tol: float = 1e-5  # type: ignore[assignment]
+    scope: Scope, *, weight: PerModel[float] = 1.0, max_iter: int = 10, tol: float = 1e-5
 ) -> Combination:  # fmt: skip
     """The Riemannian mean of the models' directions on the sphere, times their mean length; each tensor as one vector.
 

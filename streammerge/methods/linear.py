@@ -11,7 +11,7 @@ from streammerge.methods.scope import Scope
 
 @method("linear", base="member", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
 def linear(
-    scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = True  # type: ignore[assignment]
+    scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = True
 ) -> WeightedSum | TaskVectorMerge:  # fmt: skip
     """Weighted average: theta = sum_i w_i theta_i / sum_i w_i.
 

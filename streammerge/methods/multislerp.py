@@ -19,7 +19,7 @@ from streammerge.methods.scope import Scope
     paper="https://github.com/arcee-ai/mergekit (method of its own)",
 )
 def multislerp(
-    scope: Scope, *, weight: PerModel[float] = 1.0, normalize_weights: bool = True, eps: float = 1e-8  # type: ignore[assignment]
+    scope: Scope, *, weight: PerModel[float] = 1.0, normalize_weights: bool = True, eps: float = 1e-8
 ) -> Combination:  # fmt: skip
     """The weighted mean direction times the weighted mean length, each tensor as one vector; of task vectors with a base.
 

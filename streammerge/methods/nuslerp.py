@@ -16,7 +16,7 @@ from streammerge.methods.scope import Scope
     paper="https://github.com/arcee-ai/mergekit (method of its own)",
 )
 def nuslerp(
-    scope: Scope, *, weight: PerModel[float] = 1.0, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False  # type: ignore[assignment]
+    scope: Scope, *, weight: PerModel[float] = 1.0, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
 ) -> Combination:  # fmt: skip
     """Spherical interpolation of two models at t = w_2 / (w_1 + w_2), or, with a base, of their task vectors.
 

@@ -10,7 +10,7 @@ from streammerge.methods.scope import Scope
 
 @method("passthrough", base="none", models=(1, 1))
 def passthrough(
-    scope: Scope, *, scale: PerModel[float | None] = None  # type: ignore[assignment]
+    scope: Scope, *, scale: PerModel[float | None] = None
 ) -> CopyOf | WeightedSum | TaskVectorMerge:  # fmt: skip
     """Copy the tensors of one model, times `scale` where it is given."""
     (factor,) = scale

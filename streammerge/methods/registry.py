@@ -19,7 +19,7 @@ from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace, UnionType
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.methods.drop import GENERAL, DropNames
@@ -36,8 +36,12 @@ REQUIRED = object()
 """The default of a parameter that has none: the config must give it."""
 
 
-class PerModel(tuple[T, ...], Generic[T]):
-    """Annotation of a parameter that has one value per model, in configured order."""
+if TYPE_CHECKING:
+    PerModel = tuple[T, ...] | Any  # a default is one value for all models
+else:
+
+    class PerModel(tuple[T, ...], Generic[T]):
+        """Annotation of a parameter that has one value per model, in configured order."""
 
 
 class Access(StrEnum):
@@ -233,6 +237,10 @@ def method(
         Whether each model needs a Fisher diagonal beside it.
     gram
         Whether each model needs Gram matrices beside it.
+    ignored
+        mergekit's parameters without numeric effect here, each with the reason.
+    paper
+        Where it was published.
     text
         What it does, where that is not the function's docstring.
 

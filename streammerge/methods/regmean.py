@@ -20,7 +20,7 @@ from streammerge.methods.scope import Scope
 def regmean(
     scope: Scope,
     *,
-    weight: PerModel[float] = 1.0,  # type: ignore[assignment]
+    weight: PerModel[float] = 1.0,
     alpha: float = 1.0,
 ) -> Generator[list[Request], list[Answer], Recipe]:
     """Linear maps by least squares: W = (sum_i W_i G_i) (sum_i G_i)^-1, everything else the weighted average.

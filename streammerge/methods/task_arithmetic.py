@@ -21,7 +21,7 @@ _UNUSED = "`task_arithmetic` has no sparsification, in mergekit neither"
     },
 )
 def task_arithmetic(
-    scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0  # type: ignore[assignment]
+    scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0
 ) -> TaskVectorMerge:  # fmt: skip
     """Sum of task vectors: theta = theta_0 + lambda * sum_i w_i (theta_i - theta_0).
 

@@ -32,8 +32,8 @@ from streammerge.methods.vectors import TiePolicy
 def ties(
     scope: Scope,
     *,
-    weight: PerModel[float] = 1.0,  # type: ignore[assignment]
-    density: PerModel[float] = 1.0,  # type: ignore[assignment]
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
     normalize: bool = True,
     lambda_: float = 1.0,
     trim_scope: Literal["tensor", "model"] = "tensor",

@@ -34,6 +34,7 @@ from streammerge.planning.ecosystem import ecosystem_of
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout, lay_out
 from streammerge.planning.model_config import merged_config
+from streammerge.planning.overview import as_html, as_text, overview
 from streammerge.planning.schedule import Chunk, Interval, Step, Survey, Work, steps
 from streammerge.planning.tokenizer_files import TokenizerFiles, tokenizer_files
 from streammerge.planning.vocabulary import Alignment, align
@@ -57,9 +58,9 @@ NEW_TOKEN_NBYTES = 2000
 """Of a token that is added to a tokenizer: its entries in two files, and their texts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergePlan:
-    """Everything `merge` will do."""
+    """Everything `merge` will do; `summary()` says it in a few lines."""
 
     config: MergeConfig
     method: Method
@@ -95,6 +96,20 @@ class MergePlan:
     """What statistics may take beside the buffers."""
     division: Division | None = None
     """What the memory was divided by, to try other amounts of it."""
+
+    def __repr__(self) -> str:
+        return f"<MergePlan\n{self.summary()}>"
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows."""
+        return as_html(overview(self))
+
+    def summary(self) -> str:
+        """Return the method, the models, the tensors, the bytes and the memory, one a line."""
+        return as_text(overview(self))
 
     @property
     def donor(self) -> TensorIndex:

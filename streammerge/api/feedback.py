@@ -1,0 +1,72 @@
+"""What a caller from Python sees of a run: a bar or lines, and warnings by Python's own means."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from streammerge.engine.telling import Event
+from streammerge.errors import StreammergeWarning
+from streammerge.report.progress import BarReporter, LineReporter
+
+OnEvent = Callable[[Event], None]
+_PACKAGE = os.path.join(Path(__file__).parent.parent, "")
+
+
+@contextmanager
+def told(on_event: OnEvent | None, progress: bool, what: str) -> Iterator[OnEvent]:
+    """Lend what the events of a run are told to.
+
+    Parameters
+    ----------
+    on_event
+        The caller's own: told everything, in place of all that follows.
+    progress
+        Whether to show how far the run is: a bar on terminals and in notebooks, lines on stderr elsewhere.
+    what
+        What is done, for the bar.
+    """
+    if on_event is not None:
+        yield on_event
+        return
+    reporter = _reporter(what) if progress else None
+
+    def tell(event: Event) -> None:
+        if event.kind == "warning":
+            warnings.warn(event.values["message"], StreammergeWarning, stacklevel=_callers_level())
+        elif reporter is not None:
+            reporter(event)
+
+    try:
+        yield tell
+    finally:
+        if reporter is not None:
+            reporter.close()
+
+
+def _reporter(what: str) -> BarReporter | LineReporter:
+    return BarReporter(what) if _in_notebook() or _on_terminal() else LineReporter()
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+def _in_notebook() -> bool:
+    """Return whether a notebook shows what is written, and has the widget that a bar needs there."""
+    shell = sys.modules.get("IPython")
+    kernel = shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+    return kernel and find_spec("ipywidgets") is not None
+
+
+def _callers_level() -> int:
+    """Return the `stacklevel` of the first frame outside of this package: the line that called it."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -1,0 +1,169 @@
+"""A merge whose output stays in memory: the run of a plan without shards, journal or a byte on the disk."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from streammerge.engine.chunk import Context
+from streammerge.engine.commit import cover, densities, floored
+from streammerge.engine.held import torch_dtype
+from streammerge.engine.identity import identify
+from streammerge.engine.journal import Receipt
+from streammerge.engine.memory import Bytes
+from streammerge.engine.nonfinite import trace
+from streammerge.engine.reader import Reader, check_unchanged
+from streammerge.engine.run import Runner, Tick
+from streammerge.engine.telling import Event, differing, named_densities, of_floor, warning
+from streammerge.errors import printable
+from streammerge.planning.plan import MergePlan
+
+if TYPE_CHECKING:
+    import torch
+
+Take = Callable[[str, "torch.Tensor"], None]
+"""Is handed each tensor once it is complete, from any thread."""
+
+
+class TensorSink:
+    """Takes merged bytes into tensors, and hands each of these on once it is complete.
+
+    Parameters
+    ----------
+    plan
+        What is merged; its layout says to which tensor a byte belongs.
+    take
+        May block, to slow the merge down to its taker.
+    """
+
+    def __init__(self, plan: MergePlan, take: Take) -> None:
+        self._plan, self._take = plan, take
+        self._lock = threading.Lock()
+        self._open: dict[int, tuple[torch.Tensor, Bytes]] = {}
+        self._left = [slot.nbytes for slot in plan.layout.slots]
+        self._places = [
+            sorted(
+                (plan.layout.slots[job].offset, job) for job in shard.jobs if plan.layout.slots[job].nbytes
+            )
+            for shard in plan.layout.shards
+        ]
+        self.bytes_written = 0
+
+    def write(self, shard: int, offset: int, data: Bytes) -> None:
+        """See `Sink`."""
+        if not data.size:
+            return  # tensors without elements are `hand_over_empty`'s
+        places = self._places[shard]
+        begins, ordinal = places[bisect_right(places, (offset, len(self._plan.jobs))) - 1]
+        with self._lock:
+            if ordinal not in self._open:
+                self._open[ordinal] = self._make(ordinal)
+            tensor, target = self._open[ordinal]
+        target[offset - begins : offset - begins + data.size] = data
+        with self._lock:
+            self.bytes_written += data.size
+            self._left[ordinal] -= data.size
+            complete = not self._left[ordinal]
+            if complete:
+                del self._open[ordinal]
+        if complete:
+            self._take(self._plan.jobs[ordinal].name, tensor)
+
+    def hand_over_empty(self) -> None:
+        """Hand over the tensors that have no elements."""
+        for job, slot in zip(self._plan.jobs, self._plan.layout.slots, strict=True):
+            if not slot.nbytes:
+                self._take(job.name, self._make(job.ordinal)[0])
+
+    def _make(self, ordinal: int) -> tuple[torch.Tensor, Bytes]:
+        import torch
+
+        job = self._plan.jobs[ordinal]
+        tensor = torch.empty(job.shape, dtype=torch_dtype(job.dtype))
+        return tensor, tensor.reshape(-1).view(torch.uint8).numpy()
+
+    def sync(self, shards: set[int]) -> None:
+        """See `Sink`: nothing outlives the process."""
+
+
+class _Unrecorded:
+    """Takes down nothing: an interrupted merge in memory is begun anew."""
+
+    def add(self, receipts: Sequence[Receipt]) -> None:
+        """See `Record`."""
+
+    def add_answers(self, answers: Mapping[str, Any]) -> None:
+        """See `Record`."""
+
+
+def merge_in_memory(
+    plan: MergePlan,
+    reader: Reader,
+    take: Take,
+    *,
+    tolerant: bool,
+    emit: Callable[[Event], None],
+    stop: threading.Event,
+) -> None:
+    """Run a plan and hand over every merged tensor, in the order in which they are finished.
+
+    Parameters
+    ----------
+    tolerant
+        Whether a value that is not finite is written and reported, not refused.
+    stop
+        Set it to stop after the pieces in hand.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`.
+    """
+    for line in plan.warnings:
+        emit(warning(line))
+    sink = TensorSink(plan, take)
+    keys = identify(plan, reader).keys
+    context = Context(plan, reader, sink, keys, stop, tolerant=tolerant)
+    elements = sum(job.n_elements for job in plan.jobs)
+
+    def on_tick(tick: Tick) -> None:
+        emit(Event("progress", {
+            "bytes_read": tick.bytes_read, "bytes_written": tick.bytes_written,
+            "tensors": tick.tensors_done, "tensors_total": len(plan.jobs),
+            "elements": tick.elements_done, "elements_total": elements,
+        }))  # fmt: skip
+
+    emit(Event("start", {"bytes_done": 0}))
+    sink.hand_over_empty()
+    runner = Runner(context, _Unrecorded(), on_tick)
+    runner.run([], {})
+    for stamp in (stamp for stamps in plan.stamped.values() for stamp in stamps):
+        check_unchanged(stamp)
+    chosen = cover(plan, runner.receipts)
+    for line in (
+        *differing(context),
+        *_not_finite_lines(context, runner.receipts),
+        *of_floor(floored(plan, chosen) if plan.fishers else None),
+    ):
+        emit(warning(line))
+    emit(Event("done", {
+        "tensors": len(plan.jobs), "bytes_read": reader.bytes_read, "bytes_written": sink.bytes_written,
+        "densities": named_densities(plan, densities(plan, chosen)),
+    }))  # fmt: skip
+
+
+def _not_finite_lines(context: Context, receipts: Sequence[Receipt]) -> list[str]:
+    """Return, for each tensor with NaN or infinity, where they come from; the output may be gone by now."""
+    counts: dict[int, int] = {}
+    for receipt in receipts:
+        counts[receipt.job] = counts.get(receipt.job, 0) + receipt.not_finite
+    lines: list[str] = []
+    for ordinal, count in sorted(counts.items()):
+        job = context.plan.jobs[ordinal]
+        if count:
+            of_inputs = trace(context.reader, job, 0, job.n_elements, None).warnings()
+            overflow = f"tensor {printable(job.name)}: {count} merged elements overflow {job.dtype}"
+            lines += of_inputs or [overflow]
+    return lines
