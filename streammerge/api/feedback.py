@@ -12,7 +12,7 @@ from pathlib import Path
 
 from streammerge.engine.telling import Event
 from streammerge.errors import StreammergeWarning
-from streammerge.report.progress import BarReporter, LineReporter
+from streammerge.report.progress import BarReporter, Reporter, make_reporter
 
 OnEvent = Callable[[Event], None]
 _PACKAGE = os.path.join(Path(__file__).parent.parent, "")
@@ -49,12 +49,9 @@ def told(on_event: OnEvent | None, progress: bool, what: str) -> Iterator[OnEven
             reporter.close()
 
 
-def _reporter(what: str) -> BarReporter | LineReporter:
-    return BarReporter(what) if _in_notebook() or _on_terminal() else LineReporter()
-
-
-def _on_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
+def _reporter(what: str) -> Reporter:
+    """Return a bar where one can be seen, else lines on stderr: stdout is the caller's."""
+    return BarReporter(what) if _in_notebook() else make_reporter(what, lines_to=sys.stderr)
 
 
 def _in_notebook() -> bool:

@@ -18,7 +18,7 @@ from streammerge.engine.reader import Reader, check_unchanged
 from streammerge.engine.run import Runner, Tick
 from streammerge.engine.telling import Event, differing, named_densities, of_floor, warning
 from streammerge.errors import printable
-from streammerge.planning.plan import MergePlan
+from streammerge.planning.plan import MergePlan, describe
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +121,7 @@ def merge_in_memory(
     StreammergeError
         See `streammerge.errors`.
     """
+    emit(Event("plan", {**describe(plan), "out": "memory"}))
     for line in plan.warnings:
         emit(warning(line))
     sink = TensorSink(plan, take)

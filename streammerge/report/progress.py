@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from streammerge.engine.session import Event, Summary
 from streammerge.planning.free_memory import own_memory
@@ -54,6 +54,7 @@ def make_reporter(
     as_json: bool = False,
     signal_received: Callable[[], int | None] = _never,
     began: float | None = None,
+    lines_to: TextIO | None = None,
 ) -> Reporter:
     """Return what suits the standard streams.
 
@@ -65,12 +66,14 @@ def make_reporter(
         Returns the signal that asked the run to stop, if any.
     began
         What ``seconds`` of a JSON event count from, by the monotonic clock; default: now.
+    lines_to
+        Where plain lines go that are not progress; default: stdout.
     """
     if as_json:
         return JsonReporter(signal_received, began)
     # On a dumb terminal rich draws nothing at all.
     if quiet or not sys.stderr.isatty() or os.environ.get("TERM", "") in _DUMB:
-        return LineReporter(quiet, signal_received)
+        return LineReporter(quiet, signal_received, lines_to)
     return BarReporter(what, signal_received)
 
 
@@ -148,8 +151,12 @@ class LineReporter:
     What the run is about goes to stdout, as the summary does; progress, every few seconds, to stderr.
     """
 
-    def __init__(self, quiet: bool = False, signal_received: Callable[[], int | None] = _never) -> None:
+    def __init__(
+        self, quiet: bool = False, signal_received: Callable[[], int | None] = _never,
+        lines_to: TextIO | None = None,
+    ) -> None:  # fmt: skip
         self._quiet = quiet
+        self._lines_to = lines_to
         self._signal_received = signal_received
         self._tracker = Tracker()
         self._began = self._last = time.monotonic()
@@ -195,7 +202,7 @@ class LineReporter:
     def _say(self, text: str) -> None:
         """Print to stdout; where that is full or closed, the end of the run will tell."""
         with contextlib.suppress(OSError, ValueError):
-            print(text, flush=True)
+            print(text, file=self._lines_to or sys.stdout, flush=True)
 
 
 class BarReporter:

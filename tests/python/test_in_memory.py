@@ -208,6 +208,13 @@ def test_tied_tensors_come_one_after_the_other_from_the_loop() -> None:
     assert x is y
 
 
+def test_progress_is_told_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    merge_state_dicts(LINEAR, two(w=torch.ones(4)))
+    stdout, stderr = capsys.readouterr()
+    assert stdout == ""
+    assert "merging a, b by linear into memory" in stderr
+
+
 def test_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     merge_state_dicts(LINEAR, two(w=torch.ones(4)), progress=False)
