@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
@@ -16,10 +16,11 @@ from streammerge.api.devices import nbytes_of
 from streammerge.api.feedback import OnEvent, told
 from streammerge.api.opening import Sources, open_inputs
 from streammerge.config.schema import MergeConfig
+from streammerge.engine.first_use import SLOWER, CannotCompileError, compile_first
 from streammerge.engine.in_memory import Take, merge_in_memory
 from streammerge.engine.session import NonFinite
 from streammerge.engine.state_dicts import HeldReader, StateDict, held_fisher, ties_of
-from streammerge.engine.telling import Event
+from streammerge.engine.telling import Event, warning
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.index.fishers import FisherIndex, open_fisher
 from streammerge.index.model import TensorIndex, open_model
@@ -48,7 +49,7 @@ def merge_state_dicts(
     device: str = "auto",
     seed: int | None = None,
     methods: str | os.PathLike[str] | None = None,
-    kernels: bool = True,
+    kernels: bool | None = None,
     nonfinite: NonFinite = "error",
     progress: bool = True,
     on_event: OnEvent | None = None,
@@ -78,7 +79,7 @@ def merge_state_dicts(
     methods
         A Python file with methods of your own.
     kernels
-        False: the torch formulas in place of the compiled kernels; the bits are the same.
+        As for `merge`.
     nonfinite
         ``error``: a NaN or an infinity, of an input or by overflow, stops the merge; ``warn``: it is kept and reported.
     progress
@@ -135,7 +136,7 @@ def iter_merged(
     device: str = "auto",
     seed: int | None = None,
     methods: str | os.PathLike[str] | None = None,
-    kernels: bool = True,
+    kernels: bool | None = None,
     nonfinite: NonFinite = "error",
     progress: bool = False,
     on_event: OnEvent | None = None,
@@ -223,6 +224,11 @@ def _run(
     plan: MergePlan, held: _Held, take: Take, tell: OnEvent, nonfinite: NonFinite, stop: threading.Event
 ) -> None:
     try:
+        try:
+            compile_first(plan, tell, stop, lambda: None)
+        except CannotCompileError as error:
+            tell(warning(SLOWER.format(error)))
+            plan = held.in_torch()
         merge_in_memory(plan, held.reader, take, tolerant=nonfinite == "warn", emit=tell, stop=stop)
     finally:
         held.reader.close()
@@ -245,6 +251,8 @@ class _Held:
         self._fisher_files = {name: path for name, path in fishers.items() if _is_path(path)}
         self._ties = ties_of(list(self._dicts.values()), list(self._files.values()))
         self._asked: set[str] = set()
+        self.in_torch: Callable[[], MergePlan]
+        """Makes the last plan anew, without compiled kernels."""
         self.reader = HeldReader([*self._dicts.values(), *self._fishers.values()])
 
     def plan(
@@ -260,8 +268,9 @@ class _Held:
             raise InputError(
                 f"models: {printable(repr(idle[0]), 120)} is given, but the config does not name it"
             )
-        options["memory"] = nbytes_of(options["memory"])
-        return decide(parsed, method, opened, shard_size=_ONE_SHARD, **options)
+        options |= {"memory": nbytes_of(options["memory"]), "shard_size": _ONE_SHARD}
+        self.in_torch = lambda: decide(parsed, method, opened, **{**options, "kernels": False})
+        return decide(parsed, method, opened, **options)
 
     def _model(self, reference: str) -> TensorIndex:
         self._asked.add(reference)

@@ -67,7 +67,7 @@ def merge(
         A Python file with methods of your own; it is run.
     kernels
         False: the torch formulas in place of the compiled kernels; the bits are the same. True: the kernels, whatever
-        it takes to compile them; default: where they are compiled, or worth it.
+        compiling them takes. Default: the kernels, but while they are not compiled yet the formulas for a small merge.
     copy_tokenizer, write_model_card
         False: the output goes without.
     overwrite
