@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 from pathlib import Path
 
 import pytest
@@ -150,12 +149,12 @@ REFUSED = [
     ("- a", ": a config is a map of keys (merge_method, models, …), not a list"),
     ("a", ": a config is a map of keys (merge_method, models, …), not 'a'"),
     ("2001-99-99", ": a config is a map of keys"),
-    ("", ": line 1: the config is empty"),
+    ("", ": line 1, column 1: the config is empty"),
     # Keys.
     (M + "merge_metod: x", ": unknown key 'merge_metod' (did you mean 'merge_method'?)"),
     (M + "parmeters: {}", ": unknown key 'parmeters' (did you mean 'parameters'?)"),
     (M + "xyz: 1", ": unknown key 'xyz' (known: merge_method, models,"),
-    (M + "merge_method: x", ": line 3: duplicate key 'merge_method'"),
+    (M + "merge_method: x", ": line 3, column 1: duplicate key 'merge_method'"),
     (M + f"? {'k' * 900}\n: 1", ": unknown key 'kkk"),
     (M + "slices: []", ": 'models' and 'slices' exclude each other"),
     (M + "modules: {}", ": 'models' and 'modules' exclude each other"),
@@ -238,7 +237,7 @@ REFUSED = [
     ("merge_method: linear\nmodels: [{model: 5}]", ": models[0].model: must be a string, not 5 (quote"),
     ("merge_method: linear\nmodels: [{model: no}]", ": models[0].model: must be a string, not false"),
     ("merge_method: linear\nmodels: [{model: [a]}]", ": models[0].model: must be a string, not a list"),
-    ('merge_method: linear\nmodels: [{model: "a\\0b"}]', ": line 2: NUL"),
+    ('merge_method: linear\nmodels: [{model: "a\\0b"}]', ": line 2, column 18: NUL"),
     ("merge_method: linear\nmodels: [{model: ' '}]", ": models[0].model: must not be empty"),
     (
         "merge_method: linear\nmodels: [{model: a, weight: 1}]",
@@ -317,7 +316,7 @@ REFUSED = [
 def test_mistakes_are_named_with_their_place_and_cure(text: str, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(text, "dir/c.yml")
-    message = re.sub(r", column \d+:", ":", str(caught.value), count=1)
+    message = str(caught.value)
     assert message.startswith("dir/c.yml" + words)
     assert len(message) < 400
     assert len(message.splitlines()) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 
 import pytest
@@ -82,10 +81,10 @@ REFUSED = [
     (b"# only a comment\n", "empty"),
     (b"---\n", "empty"),
     (b"null", "empty"),
-    (b"a: 1\n---\nb: 2\n", "line 2: a second document"),
-    (b"a: 1\na: 2\n", "line 2: duplicate key 'a'"),
+    (b"a: 1\n---\nb: 2\n", "line 2, column 1: a second document"),
+    (b"a: 1\na: 2\n", "line 2, column 1: duplicate key 'a'"),
     (b"x: {a: 1, 'a': 2}", "duplicate key 'a'"),
-    (b"a: [1\nb: 2", "line 2: expected ',' or ']'"),
+    (b"a: [1\nb: 2", "line 2, column 2: expected ',' or ']'"),
     (b"a: b: c", "mapping values are not allowed"),
     (b"a: 'x", "found unexpected end of stream"),
     (b"a:\n\t- 1", "line 2: tab character (indent and separate with spaces)"),
@@ -116,7 +115,7 @@ REFUSED = [
     (b"1e5: a", "key 100000.0 is not a string"),
     (b"<<: 1", "'<<' merges maps, not 1"),
     (b"<<: [a]", "'<<' merges maps, not 'a'"),
-    (b"a: &x {p: 1}\nb:\n  <<: *x\n  <<: *x", "line 4: duplicate key '<<'"),
+    (b"a: &x {p: 1}\nb:\n  <<: *x\n  <<: *x", "line 4, column 3: duplicate key '<<'"),
     (b"a: &x {<<: *x}", "alias 'x' contains itself"),
     (b"!!python/object/apply:os.system ['true']", "is not accepted (remove it)"),
     (b"a: !!python/name:os.system", "is not accepted"),
@@ -134,14 +133,14 @@ REFUSED = [
     (b"[" * (MAX_DEPTH + 1), "nested deeper than 50 levels"),
     (b"x" * (MAX_BYTES + 1), "larger than 4 MiB"),
     ("ü" * (MAX_BYTES // 2 + 1), "larger than 4 MiB"),
-    (b"a: '" + b"x" * 1000 + b"': 1", "line 1: "),
+    (b"a: '" + b"x" * 1000 + b"': 1", "line 1, column 1006: "),
     (b"a: [" + b"1," * MAX_COST + b"]", "more than 100000 values"),
 ]
 
 
 @pytest.mark.parametrize(("text", "words"), REFUSED, ids=range(len(REFUSED)))
 def test_all_else_is_refused_in_one_line(text: bytes | str, words: str) -> None:
-    assert words in re.sub(r", column \d+:", ":", _refusal(text))
+    assert words in _refusal(text)
 
 
 HUGE = [
