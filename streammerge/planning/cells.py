@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from streammerge.config.schema import MergeConfig, ModelSpec, Module, Slice
-from streammerge.config.settings import Setting, count_layers, layer_fraction
+from streammerge.config.settings import Setting
 from streammerge.errors import ConfigError, printable
 from streammerge.index.model import TensorIndex
+from streammerge.planning.extra_layers import count_real, depth_of, lies_apart
 from streammerge.planning.modules import split_modules
 from streammerge.planning.tied import is_head, tied_to
 
@@ -53,6 +55,10 @@ class Stack:
     """Layers that the donor has."""
     layers: tuple[tuple[str, int], ...]
     """Of each layer of the output, the model whose layer it is (of several the first) and its number there."""
+    extra_before: int = 0
+    """Layers behind the donor's last, for multi-token prediction."""
+    extra: int = 0
+    """Those of the output."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,10 @@ def assemble(config: MergeConfig, donor: TensorIndex, indexes: Indexes) -> Assem
     stacks: list[Stack] = []
     for module, own in zip(config.modules, owners, strict=True):
         if module.is_sliced:
-            stack, found = _stacked(config, module, own, indexes)
+            stack, found, told = _stacked(config, module, own, donor, indexes)
             stacks.append(stack)
             cells += found
+            notes += told
         else:
             cells += _whole(config, module, own, donor, indexes)
     names: set[str] = set()
@@ -117,7 +124,7 @@ def _whole(
     reference = _donor_of(part, donor)
     names = list(own[reference])
     names += _heads(part, reference, own, indexes)
-    counts = count_layers(names)
+    counts, _ = count_real(names, indexes[reference].config)
     levels = _levels(config, module, part)
     for name in names:
         yield Cell(
@@ -126,7 +133,7 @@ def _whole(
             (name,) * len(part.sources),
             name,
             (reference, name),
-            layer_fraction(name, counts),
+            depth_of(name, counts),
             levels,
         )
 
@@ -139,10 +146,17 @@ def _heads(part: Slice, reference: str, own: Mapping[str, Sequence[str]], indexe
 
 
 def _stacked(
-    config: MergeConfig, module: Module, own: Mapping[str, Sequence[str]], indexes: Indexes
-) -> tuple[Stack, list[Cell]]:
-    """Return the layers of a module's slices, one after the other, and what is not in any layer."""
-    places = {reference: _stack_of(names, reference, module) for reference, names in own.items()}
+    config: MergeConfig,
+    module: Module,
+    own: Mapping[str, Sequence[str]],
+    donor: TensorIndex,
+    indexes: Indexes,
+) -> tuple[Stack, list[Cell], list[str]]:
+    """Return the layers of a module's slices, one after the other, what is not in any layer, and what to tell of it."""
+    places = {
+        reference: _stack_of(names, reference, module, indexes[reference].config)
+        for reference, names in own.items()
+    }
     cells: list[Cell] = []
     layers: list[tuple[str, int]] = []
     first, last = module.slices[0], module.slices[-1]
@@ -169,10 +183,12 @@ def _stacked(
                 )  # fmt: skip
             layers.append((leader.reference, start + step))
     cells += _loose(config, module, last, places, input_side=False)
+    cells += _extra(config, module, last, places, len(layers))
     for name in _heads(last, _leader(last).reference, own, indexes):
         cells.append(_outside(config, module, last, name))
-    before = places[_leader(first).reference].count
-    return Stack(module.name, prefix, before, tuple(layers)), cells
+    before, tail = places[donor.reference], places[_leader(last).reference]
+    stack = Stack(module.name, prefix, before.count, tuple(layers), before.extra, tail.extra)
+    return stack, cells, _lost(places, _leader(last).reference)
 
 
 def _leader(part: Slice) -> ModelSpec:
@@ -190,13 +206,17 @@ class _Place:
     prefix: str
     count: int
     by_layer: Mapping[int, list[str]]
-    """What follows the number in the names of each layer's tensors."""
+    """What follows the number in the names of each layer's tensors, those behind the last included."""
     loose: tuple[str, ...]
     """The names outside of the layers."""
+    extra: int = 0
+    """How many layers lie behind the last, for multi-token prediction."""
+    apart: tuple[str, ...] = ()
+    """The names of such layers that have a name of their own."""
 
 
-def _stack_of(names: Sequence[str], reference: str, module: Module) -> _Place:
-    counts = count_layers(names)
+def _stack_of(names: Sequence[str], reference: str, module: Module, settings: Mapping[str, Any]) -> _Place:
+    counts, extra = count_real(names, settings)
     if len(counts) != 1:
         found = ", ".join(printable(prefix, 60) for prefix in sorted(counts)[:4]) or "none"
         cure = "give each of them its own slices under `modules:`" if counts else "list it under `models:`"
@@ -211,18 +231,20 @@ def _stack_of(names: Sequence[str], reference: str, module: Module) -> _Place:
         number, _, rest = name[len(prefix) + 1 :].partition(".")
         if name.startswith(f"{prefix}.") and number.isascii() and number.isdigit():
             by_layer.setdefault(int(number), []).append(rest)
-        else:
+        elif not lies_apart(name):
             loose.append(name)
-    return _Place(prefix, count, by_layer, tuple(loose))
+    apart = tuple(name for name in names if lies_apart(name))
+    return _Place(prefix, count, by_layer, tuple(loose), extra[prefix], apart)
 
 
 def _range(spec: ModelSpec, place: _Place) -> tuple[int, int]:
     assert spec.layer_range is not None
     first, end = spec.layer_range
     if end > place.count:
+        kept = f" (the {place.extra} behind them, for multi-token prediction, are kept behind the last by themselves)"
         raise ConfigError(
             f"{spec.path}.layer_range: [{first}, {end}] ends beyond the {place.count} layers of "
-            f"{printable(spec.reference)}"
+            f"{printable(spec.reference)}{kept if place.extra else ''}"
         )
     return first, end
 
@@ -240,6 +262,43 @@ def _loose(
     for name in places[_leader(part).reference].loose:
         if is_input_side(name) == input_side:
             yield _outside(config, module, part, name)
+
+
+def _extra(
+    config: MergeConfig, module: Module, part: Slice, places: Mapping[str, _Place], n_layers: int
+) -> Iterator[Cell]:
+    """Yield the cells behind the last layer, as the last slice says, numbered on: each source's own take part."""
+    lender, place = part.base or _leader(part), places[_leader(part).reference]
+    levels = _levels(config, module, part)
+
+    def name_in(spec: ModelSpec, step: int, rest: str) -> str:
+        return f"{places[spec.reference].prefix}.{places[spec.reference].count + step}.{rest}"
+
+    for step in range(place.extra):
+        for rest in place.by_layer.get(place.count + step, ()):
+            yield Cell(
+                f"{place.prefix}.{n_layers + step}.{rest}",
+                part,
+                tuple(name_in(spec, step, rest) for spec in part.sources),
+                "" if part.base is None else name_in(part.base, step, rest),
+                (lender.reference, name_in(lender, step, rest)),
+                1.0,
+                levels,
+            )
+    for name in place.apart:
+        yield replace(_outside(config, module, part, name), depth=1.0)
+
+
+def _lost(places: Mapping[str, _Place], last: str) -> list[str]:
+    """Say whose layers for multi-token prediction are left out, since the last slice has none."""
+    place = places[last]
+    if place.extra or place.apart:
+        return []
+    return [
+        f"{printable(reference)}: its layers for multi-token prediction are left out: {printable(last)}, of the last slice, has none"
+        for reference, other in places.items()
+        if other.extra or other.apart
+    ]
 
 
 def _outside(config: MergeConfig, module: Module, part: Slice, name: str) -> Cell:

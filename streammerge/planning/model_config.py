@@ -16,6 +16,7 @@ from streammerge.index.naming import LANGUAGE_PARTS, TIED
 from streammerge.planning.cells import Indexes, Stack
 from streammerge.planning.ecosystem import reads_dtype
 from streammerge.planning.job import Job
+from streammerge.planning.layer_settings import NUMBERS, follow_layers, tail_of
 from streammerge.planning.tied import flag_of, is_head
 from streammerge.planning.tokenizer_files import renumber
 from streammerge.planning.vocabulary import Alignment
@@ -133,12 +134,23 @@ def _set_layers(settings: Settings, stack: Stack, indexes: Indexes) -> list[str]
         ]
     part_name, part, _ = own[0]
     for key, value in list(part.items()):
-        if isinstance(value, list) and len(value) == stack.before and all(_is_simple(item) for item in value):
-            part[key] = [_entry(indexes, reference, part_name, key, number, value)
-                         for reference, number in stack.layers]  # fmt: skip
+        if key in NUMBERS or not isinstance(value, list) or not all(_is_simple(item) for item in value):
+            continue
+        if len(value) in (stack.before, stack.before + stack.extra_before):
+            entries = [
+                _entry(indexes, reference, part_name, key, number, value)
+                for reference, number in stack.layers
+            ]
+            part[key] = [*entries, *tail_of(value, stack)]
+    told = follow_layers(part, stack, lambda reference: _part_of(indexes[reference].config, part_name))
     for _, _, key in own:
         part[key] = len(stack.layers)
-    return []
+    return told
+
+
+def _part_of(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = settings.get(name, {}) if name else settings
+    return part if isinstance(part, Mapping) else {}
 
 
 def _belongs(part: str, key: str, stack: Stack) -> bool:
