@@ -62,14 +62,16 @@ class Slow:
         self.out = directory / "out"
         self.running: list[subprocess.Popen[str]] = []
 
-    def start(self, *options: str, kill_at: int = NEVER, slow_from: int = NEVER) -> subprocess.Popen[str]:
+    def start(
+        self, *options: str, kill_at: int = NEVER, slow_from: int = NEVER, stderr: int = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         """Start a merge that kills itself at a given call to the system, or dawdles from one on."""
         numbers = [str(kill_at), str(slow_from)]
         arguments = [*numbers, "merge", str(self.config), str(self.out), *_OPTIONS, *options]
         process = subprocess.Popen(
             [sys.executable, "-c", _SLOW, *arguments],
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
         self.running.append(process)
