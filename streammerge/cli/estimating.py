@@ -246,3 +246,15 @@ def gram_compute(model: str, data: str, out: str, **options: Any) -> None:
     MODEL is a causal language model or a sequence classifier that transformers can build; it need not fit in memory.
     """
     _stream("compute_grams", "collecting", model, data, out, **options)
+
+
+@gram.command("info", cls=GroupedCommand, epilog=examples("streammerge gram info math-gram.zarr"))
+@click.argument("store", type=path())
+@_info_json_option
+def gram_info(store: str, as_json: bool) -> None:
+    """Show what a store of Gram matrices holds: from which examples, of which linear maps."""
+    from streammerge.index.fishers import open_grams
+    from streammerge.report.fisher import gram_info_text
+
+    index = open_grams(store, with_table=True)
+    click.echo(json.dumps(dict(index.about)) if as_json else gram_info_text(index))

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from streammerge.cli.options import MERGEKIT, MOST_SEED, OUTPUT, Whole, option, path
+from streammerge.errors import InputError
 from streammerge.units import parse_size
 
 _DECIMAL = {"k": 1000, "m": 1000**2, "b": 1000**3}
@@ -85,7 +86,10 @@ def translate(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         _set(given, ours, given.pop(theirs), theirs)
     size = given.pop("out_shard_size")
     if size is not None:
-        given["shard_size"] = _shard_size(size)
+        try:
+            given["shard_size"] = _shard_size(size)
+        except InputError as error:
+            raise InputError(f"--out-shard-size: {error}") from None
     cuda, rich = given.pop("cuda"), given.pop("gpu_rich")
     if cuda is not None or rich:
         wanted = "cuda" if cuda or rich else "cpu"

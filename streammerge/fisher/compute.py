@@ -40,7 +40,7 @@ from streammerge.fisher.sizing import (
 from streammerge.fisher.squares import RowSquares, Squares
 from streammerge.fisher.store import StoreWriter, chunk_runs, locked_partial, to_store
 from streammerge.index.model import TensorIndex, open_model
-from streammerge.network.examples import Example, digest, read_examples
+from streammerge.network.examples import Example, digest, read_examples, too_few
 from streammerge.network.loader import Loader
 from streammerge.network.progress import Progress
 from streammerge.network.run import Network
@@ -118,6 +118,8 @@ def compute_diagonal(
         settings.examples,
         reading_for(skeleton, index, settings.max_length, with_labels=with_labels),
     )
+    if (few := too_few(os.fspath(data), settings.examples, len(taken))) is not None:
+        emit(Event("warning", {"message": few}))
     estimate = Estimate(taken, labels, settings.seed)
     device = torch.device(settings.device)
     stop = stop or threading.Event()

@@ -31,7 +31,7 @@ from streammerge.fisher.store import StoreWriter, chunk_runs, locked_partial
 from streammerge.index.fishers import GRAM_ATTRIBUTE
 from streammerge.index.model import open_model
 from streammerge.network.boundary import Boundary
-from streammerge.network.examples import Example, digest, read_examples
+from streammerge.network.examples import Example, digest, read_examples, too_few
 from streammerge.network.loader import Loader
 from streammerge.network.progress import Progress
 from streammerge.network.resident import Resident
@@ -155,6 +155,8 @@ def compute_grams(
     taken = read_examples(
         os.fspath(data), settings.examples, reading_for(skeleton, index, settings.max_length)
     )
+    if (few := too_few(os.fspath(data), settings.examples, len(taken))) is not None:
+        emit(Event("warning", {"message": few}))
     device = torch.device(settings.device)
     reader = Reader()
     try:

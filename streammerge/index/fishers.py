@@ -29,6 +29,11 @@ GROUP_FILE = "zarr.json"
 ATTRIBUTE = "streammerge_fisher"
 GRAM_ATTRIBUTE = "streammerge_gram"
 """The same of a store of Gram matrices."""
+_KINDS = {
+    ATTRIBUTE: ("Fisher diagonals", "streammerge fisher info"),
+    GRAM_ATTRIBUTE: ("Gram matrices", "streammerge gram info"),
+}
+"""What a store holds by its attribute, and the command that shows it."""
 FORMAT = 1
 STORED = {"F32": "float32", "BF16": "uint16"}
 """Dtypes of a store, and Zarr's name of what holds them: Zarr has no bfloat16, so its patterns are kept."""
@@ -157,8 +162,13 @@ def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) 
     return FisherIndex(reference, refs, model.stamps, model)
 
 
-def open_grams(reference: str | os.PathLike[str]) -> FisherIndex:
+def open_grams(reference: str | os.PathLike[str], *, with_table: bool = False) -> FisherIndex:
     """Read the table of a store of Gram matrices: [inputs, inputs] of each linear map's weight, by its name.
+
+    Parameters
+    ----------
+    with_table
+        As for `open_fisher`.
 
     Raises
     ------
@@ -170,9 +180,7 @@ def open_grams(reference: str | os.PathLike[str]) -> FisherIndex:
     reference = os.fspath(reference)
     if not os.path.isdir(reference):
         raise bad(reference, "no such store of Gram matrices")
-    return _open_store(
-        reference, GRAM_ATTRIBUTE, "Gram matrices", "streammerge gram compute", with_table=False
-    )
+    return _open_store(reference, GRAM_ATTRIBUTE, "Gram matrices", "streammerge gram compute", with_table)
 
 
 def _holds_safetensors(directory: str) -> bool:
@@ -194,7 +202,11 @@ def _open_store(directory: str, attribute: str, what: str, cure: str, with_table
                       hashlib.blake2b(raw, digest_size=16).hexdigest())  # fmt: skip
     group = parse_object(raw, path, "the group", "finite")
     attributes = group.get("attributes")
-    about = attributes.get(attribute) if isinstance(attributes, dict) else None
+    attributes = attributes if isinstance(attributes, dict) else {}
+    about = attributes.get(attribute)
+    for other, (kind, see) in _KINDS.items():
+        if about is None and other in attributes:
+            raise bad(path, f"a store of {kind}, not of {what}: see `{see}`")
     if group.get("zarr_format") != 3 or not isinstance(about, dict):
         raise bad(path, f"not a store of {what}, or an unfinished one: run `{cure}`")
     if about.get("format") != FORMAT:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from streammerge.errors import ModelError, printable
 from streammerge.index.files import open_regular, place
 from streammerge.index.strict_json import parse_object
+from streammerge.units import plural
 
 _LONGEST_LINE = 1 << 26
 """Bytes; a line is held whole."""
@@ -53,6 +54,17 @@ class Reading:
     """Makes the tokenizer; called when a line has text."""
     labels: Mapping[str, int] | int | None = None
     """Numbers of a classifier's labels by name, or how many there are; None where labels are not read."""
+
+
+def too_few(path: str, asked: int | None, found: int) -> str | None:
+    """Return a warning where a file has fewer examples than were asked for; else None.
+
+    >>> too_few("math.jsonl", 512, 3)
+    'math.jsonl: has 3 examples, 512 were asked for: all 3 are used'
+    """
+    if asked is None or found >= asked:
+        return None
+    return f"{place(path)}: has {plural(found, 'example')}, {asked} were asked for: all {found} are used"
 
 
 def read_examples(path: str, limit: int | None, how: Reading) -> list[Example]:

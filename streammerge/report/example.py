@@ -38,7 +38,6 @@ _MEANING = {
     "gamma": "the part of the largest changes that is dropped",
     "epsilon": "see `streammerge methods`",
 }
-_NO_BASE = "none"
 
 
 def example_config(method: Method) -> str:
@@ -58,8 +57,10 @@ def commented_config(method: Method) -> str:
         "",
     ]
     lines.append(f"merge_method: {method.name}")
-    if method.base in ("required", "member", "donor") or (method.base == "optional" and not method.fisher):
-        lines.append(_commented(f"base_model: {_path('base')}", _base_meaning(method)))
+    if method.base != "none":
+        # A base that is one more model would need a weight of its own.
+        mark = "# " if method.base == "member" else ""
+        lines.append(_commented(f"{mark}base_model: {_path('base')}", _base_meaning(method)))
     lines.append("models:")
     for name in _MODELS[:count]:
         lines.append(
@@ -87,7 +88,7 @@ def _base_meaning(method: Method) -> str:
     if method.base == "required":
         return "the model that the others were fine-tuned from"
     if method.base == "member":
-        return "one more model, and the one that lends its config and tokenizer"
+        return "optional: one more model, listed below too; lends its config and tokenizer"
     if method.base == "donor":
         return "optional: lends its config and tokenizer"
     return "optional: without it, whole models are merged and not their changes"

@@ -75,6 +75,25 @@ def info_text(store: FisherIndex) -> str:
     return "\n".join(lines)
 
 
+def gram_info_text(store: FisherIndex) -> str:
+    """Return what a store of Gram matrices was made from, and the matrices that are the largest."""
+    about, tensors = store.about, store.about["tensors"]
+    stored = sum(entry["stored_nbytes"] for entry in tensors.values())
+    largest = sorted(tensors, key=lambda name: (-math.prod(tensors[name]["shape"]), name))
+    lines = [
+        f"model      {printable(about.get('model_name'))} ({printable(about.get('model_fingerprint'))})",
+        f"examples   {printable(about.get('examples', 'unknown'))}, {printable(about.get('tokens', 'unknown'))} tokens",
+        f"matrices   {len(tensors)}, {format_size(stored)} as stored",
+        "",
+        "the largest:",
+    ]
+    lines += [
+        f"  {' x '.join(map(str, tensors[name]['shape'])):>15}  {printable(name, 80)}"
+        for name in largest[:_SHOWN]
+    ]
+    return "\n".join(lines)
+
+
 def _estimate(about: Mapping[str, Any]) -> str:
     parts = [printable(about["estimator"])] if about.get("estimator") else ["of unknown kind"]
     if about.get("examples") is not None:
