@@ -179,17 +179,19 @@ def test_dtypes_that_differ_are_no_surprise_where_the_config_says_the_output_s(p
 # --- what lies beside the weights
 
 
-def test_code_that_a_config_asks_for_is_named_and_not_copied(paths: list[Path], tmp_path: Path) -> None:
+def test_code_that_a_config_asks_for_is_named_and_copied_as_data(paths: list[Path], tmp_path: Path) -> None:
     asks = {
         "model_type": "x",
-        "auto_map": {"AutoModel": "org/repo--modeling_x.X", "AutoConfig": ["conf.C", None]},
+        "auto_map": {"AutoModel": "modeling_x.X", "AutoConfig": ["conf.C", None], "A": "org/repo--m.X"},
     }
     (paths[1] / "config.json").write_text(json.dumps(asks))
     (paths[1] / "modeling_x.py").write_text("raise SystemExit")
     config = {"merge_method": "linear", "models": [{"model": str(path)} for path in paths[1:]]}
-    assert "auto_map asks for Python code (conf.py, modeling_x.py)" in warnings_for(config)
+    told = warnings_for(config)
+    assert "auto_map asks for Python code (conf.py, modeling_x.py): conf.py is missing in" in told
+    assert "Python code of org/repo on the hub" in told
     merge(config, tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.py"))
+    assert (tmp_path / "out" / "modeling_x.py").read_text() == "raise SystemExit"
 
 
 def test_the_model_card_names_every_model_the_method_and_its_paper(paths: list[Path]) -> None:

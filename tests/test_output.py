@@ -119,7 +119,9 @@ def test_config_json_is_copied_byte_for_byte_where_the_dtype_stays(make_models: 
     assert (tmp_path / "out" / "config.json").read_bytes() == odd
 
 
-def test_tokenizer_files_come_from_the_base_and_nothing_else_does(make_models: Make, tmp_path: Path) -> None:
+def test_files_beside_the_weights_come_from_the_base_and_other_formats_do_not(
+    make_models: Make, tmp_path: Path
+) -> None:
     paths = make_models(shapes=SHAPES)
     for i, path in enumerate(paths):
         for name in (
@@ -129,7 +131,7 @@ def test_tokenizer_files_come_from_the_base_and_nothing_else_does(make_models: M
             "chat_template.jinja",
         ):
             (path / name).write_text(f"{name} of {i} ü\n")
-        (path / "modeling_evil.py").write_text("raise SystemExit")
+        (path / "modeling_new.py").write_text("raise SystemExit")
         (path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n")
         (path / "optimizer.pt").write_bytes(b"x")
     merge(config_for("ties", paths), tmp_path / "out")
@@ -137,7 +139,8 @@ def test_tokenizer_files_come_from_the_base_and_nothing_else_does(make_models: M
     assert files["tokenizer.json"] == (paths[0] / "tokenizer.json").read_bytes()
     assert "tokenizer_config.json" in files
     assert "chat_template.jinja" in files
-    assert not {"modeling_evil.py", "pytorch_model.bin", "optimizer.pt"} & set(files)
+    assert files["modeling_new.py"] == b"raise SystemExit"
+    assert not {"pytorch_model.bin", "optimizer.pt"} & set(files)
 
 
 def test_the_config_is_kept_word_for_word(make_models: Make, tmp_path: Path) -> None:

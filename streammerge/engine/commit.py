@@ -8,12 +8,13 @@ from typing import Any
 
 from streammerge import __version__, dtypes
 from streammerge.engine.checksum import combine_all, crc32
-from streammerge.engine.durable import fsync_directory, world_errors, write_file
+from streammerge.engine.durable import fsync_directory, make_folders, world_errors, write_file
 from streammerge.engine.identity import Identity
 from streammerge.engine.inputs import content_of
 from streammerge.engine.journal import Receipt
 from streammerge.engine.manifest import FORMAT, MANIFEST, indented, seal
 from streammerge.engine.output import CONFIG_COPY
+from streammerge.engine.sidecars import copy_sidecar, read_sidecar
 from streammerge.engine.writer import ShardWriter
 from streammerge.index.model import CONFIG_NAME
 from streammerge.planning.model_config import spelled
@@ -27,31 +28,37 @@ def commit(
     receipts: Sequence[Receipt],
     identity: Identity,
     card: str,
-    sidecars: Mapping[str, bytes],
+    hashes: Mapping[str, str],
     contents: Mapping[str, str],
 ) -> dict[str, Any]:
     """Publish a finished merge; everything is durable before the index (or single shard) has its name.
 
-    `contents` are the content hashes of input files, where they were hashed.
+    Parameters
+    ----------
+    hashes
+        SHA-256 of every file beside the weights when the merge began, by its path in the output.
+    contents
+        The content hashes of input files, where they were hashed.
 
     Returns the manifest. Running it again after an interruption at any point gives the same bytes.
     """
     chosen = cover(plan, receipts)
     shards = range(len(plan.layout.shards))
     single = plan.layout.index is None
-    files = dict(sidecars)
-    if plan.tokenizer is not None:
-        files |= plan.tokenizer.changed
-    if CONFIG_NAME in files:
-        files[CONFIG_NAME] = spelled(plan.settings, files[CONFIG_NAME])
-    if "model card" not in plan.left_out:
-        files["README.md"] = card.encode()
-    files[CONFIG_COPY] = plan.config.text.encode("utf-8", "surrogatepass")
+    made = _made(plan, card, hashes)
     index = {} if plan.layout.index is None else {plan.layout.index: _index(plan)}
-    small = {**files, **index}
-    manifest = _manifest(plan, chosen, identity, small, contents)
-    for name, data in files.items():
+    written = {
+        name: copy_sidecar(stamp, hashes[name], out, name)
+        for name, stamp in plan.beside.files.items() if name not in made
+    }  # fmt: skip
+    for name, data in made.items():
+        make_folders(out, name)
         write_file(out / name, data)
+    for folder in {(out / name).parent for name in (*written, *made)} - {out}:
+        with world_errors(folder):
+            fsync_directory(folder)
+    written |= {name: (len(data), crc32(data)) for name, data in {**made, **index}.items()}
+    manifest = _manifest(plan, chosen, identity, written, contents)
     for shard in shards if not single else ():
         writer.publish(shard)
     write_file(out / MANIFEST, seal(manifest))
@@ -64,6 +71,19 @@ def commit(
     with world_errors(out):
         fsync_directory(out)
     return manifest
+
+
+def _made(plan: MergePlan, card: str, hashes: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the files beside the weights that are not copies."""
+    made: dict[str, bytes] = {}
+    if plan.tokenizer is not None:
+        made |= plan.tokenizer.changed
+    if CONFIG_NAME in plan.beside.files:
+        raw = read_sidecar(plan.beside.files[CONFIG_NAME], hashes[CONFIG_NAME])
+        made[CONFIG_NAME] = spelled(plan.settings, raw)
+    if "model card" not in plan.left_out:
+        made["README.md"] = card.encode()
+    return made | {CONFIG_COPY: plan.config.text.encode("utf-8", "surrogatepass")}
 
 
 def cover(plan: MergePlan, receipts: Sequence[Receipt]) -> dict[int, list[Receipt]]:
@@ -91,7 +111,7 @@ def _manifest(
     plan: MergePlan,
     chosen: Mapping[int, Sequence[Receipt]],
     identity: Identity,
-    files: Mapping[str, bytes],
+    files: Mapping[str, tuple[int, int]],
     contents: Mapping[str, str],
 ) -> dict[str, Any]:
     tensors = {job.ordinal: tensor_crc(plan, chosen[job.ordinal]) for job in plan.jobs}
@@ -100,8 +120,8 @@ def _manifest(
         parts = [(crc32(shard.header), len(shard.header))]
         parts += [(tensors[job], plan.layout.slots[job].nbytes) for job in shard.jobs]
         written[shard.name] = {"nbytes": shard.nbytes, "crc32": f"{combine_all(parts):08x}"}
-    for name, data in files.items():
-        written[name] = {"nbytes": len(data), "crc32": f"{crc32(data):08x}"}
+    for name, (nbytes, crc) in files.items():
+        written[name] = {"nbytes": nbytes, "crc32": f"{crc:08x}"}
     fishers = [index.stamps[0].header_digest for index in plan.fishers]
     diagonals = [content_of(index, contents) for index in plan.fishers]
     return {

@@ -75,6 +75,24 @@ def make_directory(path: Path) -> None:
             continue  # nothing in a directory that we may not read was made by us
 
 
+def make_folders(out: Path, name: str) -> None:
+    """Make the folders that a path in a directory leads through, their names durable; none may be a link.
+
+    Raises
+    ------
+    WorldError
+        If that is not to be had.
+    """
+    folder = out
+    for part in name.split("/")[:-1]:
+        above, folder = folder, folder / part
+        with world_errors(folder):
+            if folder.is_symlink():
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            folder.mkdir(exist_ok=True)
+            fsync_directory(above)
+
+
 def write_fully(descriptor: int, data: bytes | memoryview) -> None:
     """Write all of `data` where the file stands."""
     view = memoryview(data)

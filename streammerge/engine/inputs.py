@@ -66,7 +66,7 @@ def find_inputs(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> list[Inpu
     return [
         *found.values(),
         *(_chunks_of(index) for index in stores.values()),
-        *(_plain(beside(plan), stamp) for _, stamp in sorted(sidecars.items())),
+        *(_plain(beside(plan), stamp, name) for name, stamp in sorted(sidecars.items())),
     ]
 
 
@@ -75,9 +75,9 @@ def beside(plan: MergePlan) -> str:
     return f"beside {plan.donor.reference}"
 
 
-def _plain(group: str, stamp: FileStamp) -> InputFile:
+def _plain(group: str, stamp: FileStamp, name: str = "") -> InputFile:
     return InputFile(
-        group, os.path.basename(stamp.path), stamp.nbytes, files_digest([stamp]),
+        group, name or os.path.basename(stamp.path), stamp.nbytes, files_digest([stamp]),
         lambda: (stamp.path,), lambda: check_unchanged(stamp),
     )  # fmt: skip
 

@@ -10,13 +10,14 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from streammerge.engine.durable import PARTIAL, fsync_directory, world_errors, write_file, write_fully
 from streammerge.errors import OutputError, printable
+from streammerge.index.beside_names import is_sound_path
 
 STATE = ".streammerge"
 NAME = "journal.jsonl"
@@ -57,6 +58,8 @@ class Progress:
     """Answers of streamed statistics so far, by job."""
     files: dict[str, Known] = field(default_factory=dict)
     """The input files, by their keys."""
+    beside: list[str] = field(default_factory=list)
+    """Paths of the files beside the weights that the output may hold already."""
 
 
 class Journal:
@@ -125,6 +128,15 @@ class Journal:
     def add_answers(self, answers: Mapping[str, Any]) -> None:
         """Record the answers of streamed statistics, by job."""
         self._append([{"answer": [job, known]} for job, known in answers.items()])
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Record the names of files beside the weights before they are written, for whoever starts over."""
+        self._append([{"beside": sorted(names)}])
+
+    def announced(self) -> set[str]:
+        """Return the names of files beside the weights that a merge, this one or another, may have written."""
+        progress, _ = _load(self._path)
+        return set() if progress is None else set(progress.beside)
 
     def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
         data = b"".join(_line(record) for record in records)
@@ -216,6 +228,8 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
         if not (isinstance(job_key, str) and job_key.isascii() and job_key.isdigit()):
             raise ValueError
         progress.answers[job_key] = [list(one) for one in answers]
+    elif "beside" in record:
+        progress.beside = [name for name in record["beside"] if isinstance(name, str) and is_sound_path(name)]
     elif "files" in record:
         progress.files = _known_files(record["files"])
     return progress

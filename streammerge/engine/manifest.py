@@ -16,6 +16,7 @@ from typing import Any
 from streammerge.dtypes import BITS
 from streammerge.engine.checksum import crc32
 from streammerge.errors import ModelError, StreammergeError
+from streammerge.index.beside_names import is_sound_path
 from streammerge.index.files import bad, place, quoted, read_exactly, reading
 from streammerge.index.header import MAX_RANK
 from streammerge.index.strict_json import MAX_NBYTES, parse_object
@@ -138,14 +139,9 @@ def _files(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and bool(value)
-        and all(map(_is_file_name, value))
+        and all(map(is_sound_path, value))
         and all(map(entry, value.values()))
     )
-
-
-def _is_file_name(name: str) -> bool:
-    plain = name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
-    return plain and name.isprintable() and len(name.encode()) <= 255
 
 
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {

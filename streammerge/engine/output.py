@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streammerge.engine.durable import PARTIAL, fsync_directory, make_directory, world_errors
 from streammerge.engine.journal import STATE
 from streammerge.engine.manifest import MANIFEST, read_manifest
-from streammerge.engine.sidecars import COPIED
 from streammerge.errors import OutputError, printable
 from streammerge.index.model import CONFIG_NAME, TensorIndex
 from streammerge.index.weight_names import INDEXES, LOADED, is_weight_file
@@ -100,7 +99,7 @@ def check_contents(out: Path) -> None:
         )
 
 
-_FIXED = {CONFIG_NAME, *COPIED, "README.md", CONFIG_COPY, MANIFEST, *INDEXES}
+_FIXED = {CONFIG_NAME, "README.md", CONFIG_COPY, *INDEXES}
 
 
 def withdraw(out: Path) -> None:
@@ -108,24 +107,45 @@ def withdraw(out: Path) -> None:
     _remove(out, set(INDEXES))
 
 
-def clear(out: Path) -> None:
+def clear(out: Path, announced: Collection[str] = ()) -> None:
     """Remove what a merge of ours left, but for its journal; files of others stay.
 
-    What loads goes first, for good: afterwards the rest may go in any order, and be there again after a loss of
-    power.
+    What loads goes first, for good, and the manifest, which names the rest, last: in between the rest may go in any
+    order, and be there again after a loss of power.
+
+    Parameters
+    ----------
+    announced
+        Paths of files beside the weights that an unfinished merge may have written.
     """
     _remove(out, set(LOADED))
+    manifest = read_manifest(out)
+    ours = {*_FIXED, *announced, *(manifest["files"] if manifest else ())}
     with world_errors(out):
         names = {entry.name for entry in out.iterdir() if entry.is_file() or entry.is_symlink()}
-    whole = {name: name.removesuffix(PARTIAL) for name in names}
-    _remove(out, {name for name in names if whole[name] in _FIXED or is_weight_file(whole[name])})
+    ours |= {name for name in names if is_weight_file(name.removesuffix(PARTIAL))}
+    _remove(out, ours | {name + PARTIAL for name in ours})
+    for folder in sorted({parent for name in ours for parent in PurePosixPath(name).parents}, reverse=True)[
+        :-1
+    ]:
+        with suppress(OSError):  # it holds something of others, or was never made
+            (out / folder).rmdir()
+    _remove(out, {MANIFEST, MANIFEST + PARTIAL})
 
 
 def _remove(out: Path, names: set[str]) -> None:
     """Remove those of some files that are there, for good."""
     with world_errors(out):
-        there = [name for name in sorted(names) if os.path.lexists(out / name)]
+        there = [name for name in sorted(names) if _is_removable(out, name)]
         for name in there:
             (out / name).unlink()
-        if there:
-            fsync_directory(out)
+        for folder in {(out / name).parent for name in there}:
+            fsync_directory(folder)
+
+
+def _is_removable(out: Path, name: str) -> bool:
+    """Return whether there is a file, or a link, of this name inside of a directory, no link on the way to it."""
+    path = out / name
+    return os.path.lexists(path) and not any(
+        (out / above).is_symlink() for above in PurePosixPath(name).parents
+    )

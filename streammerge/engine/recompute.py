@@ -159,7 +159,9 @@ def _placed(plan: MergePlan, out: Path, names: Sequence[str]) -> MergePlan:
     jobs = {job.name: job for job in plan.jobs}
     slots: dict[int, Slot] = {}
     shards = []
-    for number, name in enumerate(sorted(name for name in names if name.endswith(SUFFIX))):
+    for number, name in enumerate(
+        sorted(name for name in names if name.endswith(SUFFIX) and "/" not in name)
+    ):
         refs, _, stamp = read_header(out / name)
         for tensor, ref in refs.items():
             job = jobs.get(tensor)

@@ -45,7 +45,6 @@ from streammerge.engine.output import (
 from streammerge.engine.profile import profile_values, write_profile
 from streammerge.engine.reader import Backend, Reader
 from streammerge.engine.run import PREFETCHERS, Runner, Tick
-from streammerge.engine.sidecars import find_sidecars, read_sidecars
 from streammerge.engine.telling import (
     Density,
     differing,
@@ -241,8 +240,7 @@ class _Session:
         self._elements = sum(job.n_elements for job in plan.jobs)
 
     def run(self, card: str, began: float, signal_received: Callable[[], int | None]) -> Summary:
-        sidecars = find_sidecars(self._plan.donor.directory, self._plan.tokenizer_directory)
-        files = find_inputs(self._plan, sidecars)
+        files = find_inputs(self._plan, self._plan.beside.files)
         journal = Journal(self._out, self._identity.named)
         stages = self._context.stages
         try:
@@ -270,11 +268,18 @@ class _Session:
             self._emit(Event("commit"))
             with stages.time("commit"):
                 contents = {key: known.content for key, known in progress.files.items()}
-                small = {file.name: contents[file.key] for file in files if self._is_sidecar(file)}
+                hashes = {file.name: contents[file.key] for file in files if self._is_sidecar(file)}
+                journal.announce(hashes)
                 manifest = commit(
-                    self._plan, self._out, self._writer, runner.receipts, self._identity, card,
-                    read_sidecars(sidecars, small), contents,
-                )  # fmt: skip
+                    self._plan,
+                    self._out,
+                    self._writer,
+                    runner.receipts,
+                    self._identity,
+                    card,
+                    hashes,
+                    contents,
+                )
                 journal.remove()
         finally:
             journal.close()
@@ -301,8 +306,9 @@ class _Session:
         ])  # fmt: skip
         known |= {key: Known(known[key].stamp, content) for key, content in hashed.items()}
         if progress is None:
+            announced = journal.announced()
             journal.start_over()
-            clear(self._out)
+            clear(self._out, announced)
         else:
             withdraw(self._out)
         journal.open(known)

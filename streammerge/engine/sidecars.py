@@ -1,88 +1,94 @@
-"""The small files beside the weights: which the output gets from the donor, and that they stay the same meanwhile."""
+"""The small files beside the weights: copied as they were when the merge began."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-import stat
-from collections.abc import Mapping
 from pathlib import Path
 
+from streammerge.engine.checksum import crc32
+from streammerge.engine.durable import PARTIAL, make_folders, world_errors, write_fully
 from streammerge.engine.reader import changed, check_unchanged
-from streammerge.errors import WorldError, printable
+from streammerge.errors import ModelError, WorldError, printable
+from streammerge.index.files import reading
 from streammerge.index.header import FileStamp
-from streammerge.index.model import CONFIG_NAME
 
-TOKENIZER = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
-    "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json", "spiece.model",
-    "sentencepiece.bpe.model",
-)  # fmt: skip
-COPIED = (
-    "generation_config.json", *TOKENIZER, "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-)  # fmt: skip
-"""Files copied from the donor as they are."""
-
-_LARGEST = 1 << 28
+_STEP = 1 << 20
+"""Bytes copied at a time."""
 
 
-def find_sidecars(directory: Path, tokenizer: Path | None) -> dict[str, FileStamp]:
-    """Return, by name, the sidecars of a model directory, as they are now, with the tokenizer of a second, or without.
-
-    Raises
-    ------
-    WorldError
-        If that cannot be found out.
-    """
-    found = {}
-    for name in (CONFIG_NAME, *COPIED):
-        home = tokenizer if name in TOKENIZER else directory
-        if home is None:
-            continue
-        path = home / name
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                continue
-            raise _unreadable(path, error) from error
-        if stat.S_ISREG(status.st_mode) and status.st_size <= _LARGEST:
-            found[name] = FileStamp(
-                str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, ""
-            )
-    return found
-
-
-def read_sidecars(stamps: Mapping[str, FileStamp], contents: Mapping[str, str]) -> dict[str, bytes]:
-    """Return the content of sidecars by name.
+def read_sidecar(stamp: FileStamp, content: str) -> bytes:
+    """Return a small file.
 
     Parameters
     ----------
-    contents
-        SHA-256 of each when the merge began.
+    content
+        Its SHA-256 when the merge began.
 
     Raises
     ------
     WorldError
-        If one cannot be read or is not what it was then.
+        If it cannot be read or is not what it was then.
     """
-    found = {}
-    for name, stamp in stamps.items():
-        try:
-            found[name] = Path(stamp.path).read_bytes()
-        except OSError as error:
-            check_unchanged(stamp)
-            raise _unreadable(stamp.path, error) from error
-        if hashlib.sha256(found[name]).hexdigest() != contents[name]:
-            raise changed(stamp.path)
-    return found
+    try:
+        data = Path(stamp.path).read_bytes()
+    except OSError as error:
+        check_unchanged(stamp)
+        raise _unreadable(stamp, error.strerror or error) from error
+    if hashlib.sha256(data).hexdigest() != content:
+        raise changed(stamp.path)
+    return data
 
 
-def _unreadable(path: object, error: OSError) -> WorldError:
+def copy_sidecar(stamp: FileStamp, content: str, out: Path, name: str) -> tuple[int, int]:
+    """Copy a file into an output, a piece at a time; return its size in bytes and its CRC-32.
+
+    As for `write_file` the name always means all of the file, and is itself not yet durable.
+
+    Parameters
+    ----------
+    content
+        SHA-256 of the file when the merge began.
+    name
+        Its path in the output; folders are made.
+
+    Raises
+    ------
+    WorldError
+        If the file cannot be read or written, or is not what it was then.
+    """
+    target = out / name
+    make_folders(out, name)
+    partial = target.with_name(target.name + PARTIAL)
+    digest, crc, nbytes = hashlib.sha256(), 0, 0
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        with reading(stamp.path) as (source, _):
+            with world_errors(target):
+                descriptor = os.open(partial, flags, 0o666)
+            try:
+                while data := os.pread(source, _STEP, nbytes):
+                    with world_errors(target):
+                        write_fully(descriptor, data)
+                    digest.update(data)
+                    crc, nbytes = crc32(data, crc), nbytes + len(data)
+                with world_errors(target):
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except ModelError as error:
+        check_unchanged(stamp)
+        raise WorldError(f"{error}; run the same command again") from error
+    if digest.hexdigest() != content:
+        with world_errors(target):
+            partial.unlink()
+        raise changed(stamp.path)
+    with world_errors(target):
+        os.replace(partial, target)
+    return nbytes, crc
+
+
+def _unreadable(stamp: FileStamp, why: object) -> WorldError:
     return WorldError(
-        f"{printable(path)}: cannot be read: {error.strerror or error}; make it readable, or remove it, and run the "
-        "same command again"
+        f"{printable(stamp.path)}: cannot be read: {why}; make it readable, or remove it, and run the same command again"
     )

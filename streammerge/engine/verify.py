@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streammerge.engine.checksum import combine_all
@@ -20,17 +20,15 @@ from streammerge.engine.journal import STATE
 from streammerge.engine.manifest import MANIFEST, load_manifest
 from streammerge.engine.readback import Found, Part, read_back
 from streammerge.engine.recompute import Recomputed
-from streammerge.engine.sidecars import COPIED
 from streammerge.errors import ModelError, printable
+from streammerge.index.beside_names import is_loaded
 from streammerge.index.header import TensorRef, read_header
-from streammerge.index.model import CONFIG_NAME
 from streammerge.index.shards import PICKLES, SUFFIX
 from streammerge.index.strict_json import read_object
 from streammerge.index.weight_names import INDEXES, STEMS, index_file
 
 _LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)
 """How the names of files end that a loader may take for the model, or that a merge leaves unfinished."""
-_LOADED = {CONFIG_NAME, *COPIED, "adapter_config.json"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def _examine(out: Path, name: str, nbytes: int) -> _Examined:
     if status.st_size != nbytes:
         return _Examined(name, (f"{shown}: has {status.st_size} bytes, {nbytes} were written",))
     whole = Part("", 0, nbytes)
-    if not name.endswith(SUFFIX):
+    if not _is_shard(name):
         return _Examined(name, parts=(whole,))
     try:
         tensors, _, _ = read_header(path)
@@ -136,6 +134,11 @@ def _examine(out: Path, name: str, nbytes: int) -> _Examined:
     header = Part("", 0, refs[0].offset)
     parts = (header, *(Part(ref.name, ref.offset, ref.nbytes, ref.dtype) for ref in refs))
     return _Examined(name, parts=parts, tensors=tensors)
+
+
+def _is_shard(name: str) -> bool:
+    """Return whether a file holds merged tensors; what lies in folders is copied as it was."""
+    return name.endswith(SUFFIX) and "/" not in name
 
 
 def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]) -> list[str]:
@@ -191,7 +194,7 @@ def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> li
                     f"{printable(one.name)}: tensor {printable(tensor)} is in {printable(places[tensor])} too"
                 )
             places[tensor] = one.name
-    if all(one.tensors is not None for one in examined if one.name.endswith(SUFFIX)):
+    if all(one.tensors is not None for one in examined if _is_shard(one.name)):
         lost = [tensor for tensor in manifest["tensors"] if tensor not in places]
         more = f" and {len(lost) - 1} more tensors are" if len(lost) > 1 else " is"
         problems += [f"tensor {printable(lost[0])}{more} in no file, though in {MANIFEST}"] if lost else []
@@ -200,7 +203,7 @@ def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> li
 
 def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
     """Return how the index does not lead to every tensor, and to nothing else."""
-    shards = [one for one in examined if one.name.endswith(SUFFIX)]
+    shards = [one for one in examined if _is_shard(one.name)]
     name = next((name for name in INDEXES if name in manifest["files"]), None)
     if name is None:
         expected = index_file(re.sub(r"-\d+-of-\d+$", "", shards[0].name.removesuffix(SUFFIX)))
@@ -230,11 +233,21 @@ def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[
 def _beside(out: Path, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
     """Return what a loader may take for a part of the model and no merge wrote, and the names of all else."""
     known = {*manifest["files"], MANIFEST}
+    folders = {str(folder) for name in known for folder in PurePosixPath(name).parents}
     with world_errors(out):
-        names = sorted(name for name in os.listdir(out) if name not in known)
+        found = [
+            entry for folder in sorted(folders) if (out / folder).is_dir() for entry in _names(out, folder)
+        ]
+    names = sorted(name for name in found if name not in known and name not in folders)
     loadable = [
         name for name in names
-        if name.endswith(_LOADABLE) or name.startswith(STEMS) or name in _LOADED
+        if name.endswith(_LOADABLE) or name.startswith(STEMS) or is_loaded(name)
     ]  # fmt: skip
     problems = [f"{printable(name)}: not in {MANIFEST}; no merge wrote it here" for name in loadable]
     return problems, tuple(name for name in names if name not in loadable)
+
+
+def _names(out: Path, folder: str) -> list[str]:
+    """Return the paths of what lies in a folder of an output."""
+    prefix = "" if folder == "." else f"{folder}/"
+    return [prefix + name for name in os.listdir(out / folder)]

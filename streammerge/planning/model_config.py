@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from streammerge import dtypes
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable
+from streammerge.index.beside_names import is_sound_name
 from streammerge.index.model import TensorIndex
 from streammerge.index.naming import LANGUAGE_PARTS, TIED
 from streammerge.planning.cells import Indexes, Stack
@@ -95,22 +97,37 @@ def _follow_dtype(settings: Settings, jobs: Sequence[Job]) -> None:
 
 
 def _name_code(settings: Settings, donor: TensorIndex) -> list[str]:
-    """Say that the donor's own Python code, which a loader may be told to run, is not part of the output."""
+    """Say that a loader may be told to run Python code of the donor's, which the output gets as the data that it is."""
     named = settings.get("auto_map")
     values = list(named.values()) if isinstance(named, dict) else []
-    texts = [
+    texts = {
         text
         for value in values
         for text in (value if isinstance(value, list) else [value])
         if isinstance(text, str)
-    ]
-    modules = sorted({text.split("--")[-1].split(".")[0] + ".py" for text in texts})
-    if not modules:
-        return []
-    return [
-        f"config.json: auto_map asks for Python code ({printable(', '.join(modules), 200)}); code is never run or copied: if "
-        f"you trust that of {printable(donor.reference)}, copy it beside the output"
-    ]
+    }
+    modules = sorted({text.split(".")[0] + ".py" for text in texts if "--" not in text})
+    elsewhere = sorted({text.split("--")[0] for text in texts if "--" in text})
+    notes = []
+    if modules:
+        lost = [
+            name for name in modules if not is_sound_name(name) or not os.path.lexists(donor.directory / name)
+        ]
+        fate = (
+            f"{printable(', '.join(lost), 200)} is missing in {printable(donor.reference)}"
+            if lost
+            else "copied with it"
+        )
+        notes.append(
+            f"config.json: auto_map asks for Python code ({printable(', '.join(modules), 200)}): {fate}; it is never run "
+            "here, and by a loader only where `trust_remote_code` says so"
+        )
+    if elsewhere:
+        notes.append(
+            f"config.json: auto_map asks for Python code of {printable(', '.join(elsewhere), 200)} on the hub, which a loader "
+            "fetches where `trust_remote_code` says so"
+        )
+    return notes
 
 
 def _parts(settings: Settings) -> Iterator[tuple[str, Settings]]:
@@ -206,11 +223,18 @@ def _untie(settings: Settings, donor: TensorIndex, indexes: Indexes, jobs: Seque
     settings[TIED] = False
 
 
+def holds_codes(jobs: Sequence[Job]) -> bool:
+    """Return whether an output holds tensors that are no floats and not alike in all models, as a quantisation's are."""
+    return any(
+        job.dtype not in dtypes.FLOATS and (job.kind != "agree" or "weight" in job.name)
+        and (job.n_elements > 1 or "weight" in job.name)
+        for job in jobs
+    )  # fmt: skip
+
+
 def _drop_quantisation(settings: Settings, jobs: Sequence[Job]) -> list[str]:
     """Remove the entry of a quantisation where every tensor of the output is a plain float."""
-    if any(job.dtype not in dtypes.FLOATS and job.n_elements > 1 and job.kind != "agree" for job in jobs):
-        return []
-    if any(job.dtype not in dtypes.FLOATS and "weight" in job.name for job in jobs):
+    if holds_codes(jobs):
         return []
     notes = []
     for name, part in list(_parts(settings)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from streammerge.config.schema import MergeConfig
@@ -33,9 +32,10 @@ from streammerge.planning.division import BLOCK_ELEMENTS, Division, runs_in_torc
 from streammerge.planning.ecosystem import ecosystem_of
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout, lay_out
-from streammerge.planning.model_config import merged_config
+from streammerge.planning.model_config import holds_codes, merged_config
 from streammerge.planning.overview import as_html, as_text, overview
 from streammerge.planning.schedule import Chunk, Interval, Step, Survey, Work, steps
+from streammerge.planning.surroundings import Surroundings, surroundings
 from streammerge.planning.tokenizer_files import TokenizerFiles, tokenizer_files
 from streammerge.planning.vocabulary import Alignment, align
 from streammerge.units import format_at_least, format_size
@@ -96,6 +96,8 @@ class MergePlan:
     """What statistics may take beside the buffers."""
     division: Division | None = None
     """What the memory was divided by, to try other amounts of it."""
+    beside: Surroundings = field(default=Surroundings())
+    """The files beside the weights."""
 
     def __repr__(self) -> str:
         return f"<MergePlan\n{self.summary()}>"
@@ -115,13 +117,6 @@ class MergePlan:
     def donor(self) -> TensorIndex:
         """The model that lends its config, tokenizer and tensor names: the base, else the first."""
         return self.base if self.base is not None else self.models[0]
-
-    @property
-    def tokenizer_directory(self) -> Path | None:
-        """Where the output's tokenizer files come from; None if it gets none, which a config that makes one overrules."""
-        if self.tokenizer is not None:
-            return self.tokenizer.directory
-        return None if "tokenizer" in self.left_out else self.donor.directory
 
     @property
     def inputs(self) -> tuple[TensorIndex, ...]:
@@ -279,6 +274,9 @@ def make_plan(
     if alignment is not None or config.chat_template is not None:
         tokenizer = tokenizer_files(config, donor, indexes, alignment)
         remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
+    source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else donor.directory
+    beside = surroundings(donor, source, tokenizer, quantised=holds_codes(jobs))
+    remarks += beside.notes
     cache: dict[tuple[object, ...], Needs] = {}
     needs = []
     for job in jobs:
@@ -301,7 +299,7 @@ def make_plan(
         lay_out(jobs, shard_size, ecosystem_of(donor).stem), allotted.budget, config.seed if seed is None else seed,
         torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), tuple(grams), device, tuple(bases), settings,
         tuple(sorted(left_out)), tokenizer, "" if alignment is None else alignment.digest(), allotted.room,
-        division,
+        division, beside,
     )  # fmt: skip
 
 

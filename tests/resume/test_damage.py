@@ -164,7 +164,7 @@ def behind_the_last_name(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatc
 def behind_the_shards(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """All shards of several have their names, the index has not."""
     with monkeypatch.context() as patch:
-        set_trap(patch, "write_file", Trap(SimulatedKill(), 7 if len(scene.expected) > 6 else 6, once=False))
+        set_trap(patch, "write_file", Trap(SimulatedKill(), 6 if len(scene.expected) > 6 else 5, once=False))
         with pytest.raises(SimulatedKill):
             scene.merge(out)
     assert bool(partials(out)) == (len(scene.expected) == 6)

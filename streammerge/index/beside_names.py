@@ -1,0 +1,110 @@
+"""Which files of a model's folder an output gets, by name: all but weights, the traces of a training, and pictures.
+
+By exclusion: what a tokenizer or a processor needs has a new name every month, what it does not need has not.
+"""
+
+from __future__ import annotations
+
+import re
+
+_WEIGHTS = re.compile(
+    r".*\.(?:safetensors|bin|pt|pth|ckpt|h5|hdf5|keras|msgpack|gguf|ggml|ggla|onnx|onnx_data|ot|tflite|pb|mlmodel|nemo"
+    r"|engine|plan|pkl|pickle|joblib|distcp|llamafile|mar|npz|zip|tar|gz|tgz|bz2|xz|zst|7z|whl|parquet|arrow|exe|so|dll)"
+    r"|.*\.onnx[._]data.*|.*\.(?:safetensors|bin|h5|msgpack)\.index(?:\..*)?\.json|openvino.*\.xml",
+    re.ASCII | re.DOTALL | re.IGNORECASE,
+)
+_TRACES = re.compile(
+    r"optimizer.*|rng_state.*|trainer_.*|training_.*|(?:all|eval|train|test|predict)_results\.json|.*tfevents.*|.*\.log"
+    r"|latest|zero_to_fp32\.py|mergekit_(?:moe_)?config\.yml|adapter_config\.json",
+    re.ASCII | re.DOTALL | re.IGNORECASE,
+)
+_TRACE_FOLDERS = re.compile(
+    r"checkpoint-\d+|global_step\d+|runs|wandb|logs?|tensorboard|__pycache__|onnx|openvino|coreml|gguf|original",
+    re.ASCII | re.IGNORECASE,
+)
+_PICTURES = re.compile(
+    r".*\.(?:png|jpe?g|gif|webp|svg|mp4|webm|mov|pdf|ipynb)", re.ASCII | re.DOTALL | re.IGNORECASE
+)
+_TOKENIZER = re.compile(
+    r"(?:.*tokenizer.*|tokenization_.*\.py|added_tokens.*|special_tokens_map.*|vocab.*|.*[._-]vocab(?:\..*)?|merges.*"
+    r"|.*\.(?:model|spm|tiktoken|vocab|codes|bpe)|tekken.*|spiece.*|sentencepiece.*|normalizer\.json|encoder\.json"
+    r"|dict(?:\..*)?\.txt|chat_template.*|additional_chat_templates/.*)",
+    re.ASCII | re.DOTALL,
+)
+_SETTINGS = re.compile(r".*config.*\.json|modules\.json|params\.json|model_index\.json", re.ASCII | re.DOTALL)
+_EDITABLE = re.compile(
+    r"README.*|LICEN[SC]E.*|NOTICE.*|COPYING.*|[^/]*\.md|SYSTEM_PROMPT.*|generation_config\.json|tokenizer_config\.json"
+    r"|chat_template\.(?:jinja|json)|additional_chat_templates/.*",
+    re.ASCII | re.DOTALL,
+)
+QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files that declare how weights are quantised."""
+_OURS = ("streammerge.json", "streammerge_config.yml")
+_LONGEST = 255
+
+
+def is_weights(name: str) -> bool:
+    """Return whether a file holds weights, an archive or a program, by its name.
+
+    >>> is_weights("model.Q4_K_M.gguf"), is_weights("tokenizer.model")
+    (True, False)
+    """
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def is_left_behind(name: str) -> bool:
+    """Return whether a file is none that a loader of the output needs, by its name."""
+    return any(kind.fullmatch(name) is not None for kind in (_WEIGHTS, _TRACES, _PICTURES))
+
+
+def is_left_folder(name: str) -> bool:
+    """Return whether a folder holds traces of a training or another format of the model, by its name."""
+    return _TRACE_FOLDERS.fullmatch(name) is not None
+
+
+def is_replaced(name: str) -> bool:
+    """Return whether an output has a file of its own in place of this one, or a file is nobody's data."""
+    return name.startswith((".", "README")) or name in _OURS or name.endswith(".partial")
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Return whether a file, by its path in the folder, belongs to the tokenizer.
+
+    >>> [is_tokenizer_file(name) for name in ("spm.model", "tekken.json", "generation_config.json")]
+    [True, True, False]
+    """
+    return _TOKENIZER.fullmatch(name) is not None
+
+
+def is_loaded(name: str) -> bool:
+    """Return whether a loader takes up a file that has this name."""
+    return is_tokenizer_file(name) or _SETTINGS.fullmatch(name) is not None
+
+
+def is_editable(name: str) -> bool:
+    """Return whether a file of an output is one that people edit afterwards: what a reader or a prompt gets.
+
+    >>> is_editable("README.md"), is_editable("config.json"), is_editable("tokenizer.json")
+    (True, False, False)
+    """
+    return _EDITABLE.fullmatch(name) is not None
+
+
+def is_sound_name(name: str) -> bool:
+    """Return whether one part of a path can be written anywhere and shown on a terminal."""
+    plain = name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+    return plain and name.isprintable() and len(name.encode()) <= _LONGEST
+
+
+def is_sound_path(path: str) -> bool:
+    """Return whether a path leads to a file inside of a folder, a few folders deep at the most.
+
+    >>> [is_sound_path(path) for path in ("1_Pooling/config.json", "../x", "/etc/passwd")]
+    [True, False, False]
+    """
+    parts = path.split("/")
+    return len(parts) <= DEEPEST and all(map(is_sound_name, parts))
+
+
+DEEPEST = 5
+"""Folders above a file, and the file."""
