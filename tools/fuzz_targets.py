@@ -29,12 +29,16 @@ from fuzz_models import AdapterSettings, TokenizerFile
 from streammerge.config import config_from_mapping, parse_config
 from streammerge.config.settings import count_layers, layer_fraction, value_for
 from streammerge.config.strict_yaml import dump_yaml, load_yaml
+from streammerge.dtypes import itemsize
 from streammerge.engine.journal import _line, _load
 from streammerge.engine.manifest import MANIFEST, read_manifest, seal
 from streammerge.engine.output import is_complete
+from streammerge.engine.reader import Reader
+from streammerge.engine.sources import read_elements
 from streammerge.engine.stored_chunks import _decode
 from streammerge.engine.verify import verify
 from streammerge.errors import ConfigError, InputError, ModelError, StreammergeError
+from streammerge.index.derived import StridedRef, stored
 from streammerge.index.fishers import GROUP_FILE, open_fisher
 from streammerge.index.header import read_header
 from streammerge.index.hub import find_snapshot, parse_name
@@ -318,10 +322,12 @@ class Pickles:
             return
         require(stamp.nbytes == len(raw), "a stamp of another size")
         for name, ref in tensors.items():
-            require(
-                name == ref.name and 0 <= ref.offset <= ref.offset + ref.nbytes <= len(raw),
-                f"{ref} is outside",
-            )
+            lies = stored(ref)
+            inside = name == ref.name and 0 <= lies.offset <= lies.offset + lies.nbytes <= len(raw)
+            if isinstance(ref, StridedRef):
+                span = sum((n - 1) * step for n, step in zip(ref.shape, ref.strides, strict=True))
+                inside = inside and (1 + span) * itemsize(ref.dtype) <= lies.nbytes
+            require(inside, f"{ref} is outside")
         self._compare(raw, tensors)
 
     def _compare(self, raw: bytes, tensors: dict) -> None:
@@ -331,16 +337,22 @@ class Pickles:
             loaded = torch.load(self._path, weights_only=True)
         except Exception:
             return  # It checks what we do not look at: the names of devices, hooks, checksums.
-        if len(loaded) == 1 and isinstance(inner := next(iter(loaded.values())), dict):
-            loaded = inner
+        for wrapper in ("state_dict", "model", "module"):
+            if isinstance(loaded.get(wrapper), dict):
+                loaded = loaded[wrapper]
+                break
+        else:
+            if len(loaded) == 1 and isinstance(inner := next(iter(loaded.values())), dict):
+                loaded = inner
         require(loaded.keys() == tensors.keys(), "other names than torch reads")
         for name, ref in tensors.items():
             tensor = loaded[name].detach()
             require(tuple(tensor.shape) == ref.shape, f"{name}: another shape than torch reads")
             data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if ref.nbytes else b""
-            require(
-                data == raw[ref.offset : ref.offset + ref.nbytes], f"{name}: other bytes than torch reads"
-            )
+            reader = Reader("read")
+            found = read_elements(reader, ref, 0, ref.n_elements).tobytes() if ref.nbytes < 1 << 24 else data
+            reader.close()
+            require(data == found, f"{name}: other bytes than torch reads")
 
     @staticmethod
     def seeds() -> list[bytes]:
@@ -351,7 +363,7 @@ class Pickles:
 
         archive = _table("test_index_pickles", "archive")
         rows = [archive(row[1]) for row in _table("test_index_pickles", "PROGRAMS")]
-        rows += [row[1] for row in _table("test_index_pickles", "ARCHIVES")]
+        rows += [row[1] for table in ("ARCHIVES", "LEGACY") for row in _table("test_index_pickles", table)]
         x = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
         state = {"w": x, "tied": x, "row": x[1:], "b": torch.ones(3), "u": torch.ones(2).to(torch.uint16)}
         for value in (
@@ -359,10 +371,17 @@ class Pickles:
             {"state_dict": state},
             torch.nn.Linear(2, 3).state_dict(),
             {"p": torch.nn.Parameter(x)},
+            {"turned": x.T, "steps": x[::2, 1:], "more": x[0].expand(2, 4), "over": x.unfold(1, 2, 1)},
+            {
+                "state_dict": {"w": x},
+                "epoch": 3,
+                "lists": [1, 2.5, (None, "x")],
+                "optimizer": {0: {"step": 1}},
+            },
         ):
-            for protocol in (2, 4):
+            for protocol, new in ((2, True), (4, True), (2, False), (5, False)):
                 buffer = io.BytesIO()
-                torch.save(value, buffer, pickle_protocol=protocol)
+                torch.save(value, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=new)
                 rows.append(buffer.getvalue())
         rows += [fuzz_mutate.zipped(fuzz_mutate.unzip(row)) for row in rows if fuzz_mutate.unzip(row)]
         return _texts(rows)
@@ -668,9 +687,9 @@ def check_chunk(raw: bytes) -> None:
     sealed = raw + google_crc32c.value(raw).to_bytes(4, "little")
     wanted = int.from_bytes(raw[4:8], "little") % (1 << 16) if len(raw) >= 8 else 64
     room = np.full(wanted + 128, 0xA5, np.uint8)
-    for stored in (raw, sealed):
+    for data in (raw, sealed):
         try:
-            _decode("c/0", np.frombuffer(bytearray(stored), np.uint8), room[64 : 64 + wanted])
+            _decode("c/0", np.frombuffer(bytearray(data), np.uint8), room[64 : 64 + wanted])
         except Exception as error:
             refused(error, ModelError)
         require(

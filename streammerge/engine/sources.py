@@ -1,11 +1,11 @@
-"""Elements of a tensor as its model has them: as they lie in a file, with an adapter, or gathered row by row."""
+"""Elements of a tensor as its model has them: as they lie in a file, put in order, with an adapter, or gathered row by row."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from streammerge.dtypes import BITS
-from streammerge.engine import adapted, gathered, patched
+from streammerge.engine import adapted, gathered, patched, strided
 from streammerge.engine.made import read_to
 from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
@@ -13,7 +13,7 @@ from streammerge.engine.values import Scratch
 from streammerge.index.derived import AdaptedRef, PatchedRef, SourceRef, scratch_bytes
 from streammerge.index.header import TensorRef
 
-__all__ = ["adapted", "gathered", "patched", "prefetch_source", "read_elements", "read_source"]
+__all__ = ["adapted", "gathered", "patched", "prefetch_source", "read_elements", "read_source", "strided"]
 """The modules are the kinds whose readers are known once this is imported."""
 
 

@@ -19,6 +19,7 @@ from streammerge.engine.reader import Reader, check_unchanged
 from streammerge.engine.session import Event
 from streammerge.errors import ModelError, Stopped, printable
 from streammerge.fisher.store import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial, to_store
+from streammerge.index.derived import contiguous
 from streammerge.index.header import FileStamp, TensorRef
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.index.pickles import read_pickle
@@ -141,7 +142,7 @@ def _runs(
 def _open_source(source: str) -> tuple[Mapping[str, TensorRef], tuple[FileStamp, ...]]:
     if source.endswith(PICKLES):
         refs, stamp = read_pickle(source)
-        return refs, (stamp,)
+        return {name: contiguous(ref) for name, ref in refs.items()}, (stamp,)
     index = open_model(source)
     return index.stored(), index.stamps
 

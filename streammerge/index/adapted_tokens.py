@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
-
 from streammerge.dtypes import FLOATS
 from streammerge.index.adapted_head import HEADS, is_embedding, is_head, renamed
 from streammerge.index.adapter_names import Names
@@ -97,6 +95,8 @@ def _patched(
             raise bad(
                 path, f"trained token {quoted(str(index), 40)} of module {quoted(module)} is none of {n_rows}"
             )
+    import numpy as np
+
     rows = np.asarray(indices, np.int64)
     order = np.argsort(rows, kind="stable")
     twice = np.flatnonzero(np.diff(rows[order]) == 0)

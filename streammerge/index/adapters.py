@@ -16,6 +16,7 @@ from pathlib import Path
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError
 from streammerge.index.adapter_settings import ADAPTER_CONFIG, AdapterSettings, read_settings
+from streammerge.index.derived import contiguous
 from streammerge.index.files import bad, quoted
 from streammerge.index.header import FileStamp, TensorRef, read_header
 from streammerge.index.pickles import read_pickle
@@ -81,7 +82,8 @@ def read_adapter(directory: Path) -> Adapter:
         raise bad(str(directory), f"an adapter without {_WEIGHTS[0]}: download or copy it again")
     path = directory / names[0]
     if names[0].endswith(".bin"):
-        refs, stamp = read_pickle(path)
+        found, stamp = read_pickle(path)
+        refs = {name: contiguous(ref) for name, ref in found.items()}
     else:
         refs, _, stamp = read_header(path)
     sorted_out = _Sorted()

@@ -1,4 +1,5 @@
-"""Tensors that no file holds as they are read: rows gathered by token, weights with a LoRA adapter applied.
+"""Tensors that no file holds as they are read: rows gathered by token, views in another order, weights
+with a LoRA adapter applied.
 
 They stand where a `TensorRef` stands, and may be made of one another; `streammerge.engine.sources` reads them all. Nothing
 of them is ever written but the merge's own output.
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.dtypes import itemsize
+from streammerge.index.files import bad, quoted
 from streammerge.index.header import TensorRef
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 READ_BLOCK = 1 << 20
 """Elements computed at a time."""
+STRIDED_BLOCK = 1 << 20
+"""Bytes of a file that are read together, of which some elements are taken."""
 
 
 class MadeRef:
@@ -68,6 +72,51 @@ class MadeRef:
 
 SourceRef = TensorRef | MadeRef
 """A model's tensor, as a merge reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StridedRef(MadeRef):
+    """A view of a storage whose elements do not lie one after the other: transposed, channels last, expanded."""
+
+    source: TensorRef
+    """The stretch of its file from its first element to its last, as one row."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Elements from one index to the next, axis by axis; not negative, 0 where all are the same."""
+
+    @property
+    def name(self) -> str:
+        """As its model calls it."""
+        return self.source.name
+
+    @property
+    def dtype(self) -> str:
+        """As stored."""
+        return self.source.dtype
+
+    @property
+    def path(self) -> str:
+        """The file of its storage."""
+        return self.source.path
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What reading it takes beside the elements: a block of the file."""
+        return STRIDED_BLOCK + 64
+
+
+def contiguous(ref: SourceRef) -> TensorRef:
+    """Return a tensor that a file holds as it is.
+
+    Raises
+    ------
+    ModelError
+        If it does not.
+    """
+    if isinstance(ref, TensorRef):
+        return ref
+    what = "is not contiguous" if isinstance(ref, StridedRef) else "lies in no file as it is read"
+    raise bad(ref.path, f"tensor {quoted(ref.name)} {what}: save it so, or convert it to safetensors")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge.errors import ModelError, WorldError
+from streammerge.errors import ModelError, WorldError, printable
 from streammerge.index.adapters import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
 from streammerge.index.adapting import adapt
-from streammerge.index.derived import SourceRef
+from streammerge.index.derived import SourceRef, contiguous
 from streammerge.index.files import bad, from_os, place, quoted, reading
 from streammerge.index.header import FileStamp, TensorRef, read_header
 from streammerge.index.hub import cache_directory, find_snapshot, parse_name
-from streammerge.index.pickles import read_pickle
+from streammerge.index.pickles import Pickled, open_pickle
 from streammerge.index.shards import (
     INDEX_NAME,
     PICKLE_INDEX_NAME,
@@ -80,12 +80,11 @@ class TensorIndex(Mapping[str, SourceRef]):
         Raises
         ------
         ModelError
-            If an adapter changes some.
+            If an adapter changes some, or the elements of some do not lie one after the other.
         """
-        found = {name: ref for name, ref in self.tensors.items() if isinstance(ref, TensorRef)}
-        if len(found) < len(self.tensors):
+        if self.adapter is not None:
             raise ModelError(f"{place(self.reference)}: a model with an adapter cannot serve here")
-        return found
+        return {name: contiguous(ref) for name, ref in self.tensors.items()}
 
     def view(self, name: str) -> np.memmap:
         """Memory-map the bytes of one tensor, read-only, as `uint8`.
@@ -102,7 +101,7 @@ class TensorIndex(Mapping[str, SourceRef]):
 
         ref = self.tensors[name]
         if not isinstance(ref, TensorRef):
-            raise ModelError(f"{quoted(name)} lies in no file: an adapter changes it as it is read")
+            raise ModelError(f"{quoted(name)} lies in no file as it is: it is made as it is read")
         stamp = next(stamp for stamp in self.stamps if stamp.path == ref.path)
         with reading(ref.path) as (fd, status):
             if not stamp.describes(status):
@@ -221,12 +220,16 @@ def _exists(path: str) -> bool:
 def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     stamps: list[FileStamp] = []
     metadata: dict[str, str] = {}
-    tensors: dict[str, TensorRef] = {}
-    left_out: dict[str, TensorRef] = {}
+    tensors: dict[str, SourceRef] = {}
+    left_out: dict[str, SourceRef] = {}
+    notes = list(shards.notes)
     weight_map = shards.weight_map
     for shard in shards.names:
+        refs: Mapping[str, SourceRef]
         if shard.endswith(PICKLES):
-            refs, stamp = read_pickle(directory / shard)
+            file = open_pickle(directory / shard)
+            refs, stamp = file.refs, file.stamp
+            notes += _beside(directory / shard, file)
         else:
             refs, file_metadata, stamp = read_header(directory / shard)
             metadata = file_metadata | metadata
@@ -246,7 +249,18 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
             raise bad(str(directory / name_of_index), f"weight_map: {what}")
     unlisted = tuple(name for name in left_out if name not in tensors)
     config = _read_config(directory / CONFIG_NAME)
-    return TensorIndex(reference, directory, tuple(stamps), metadata, tensors, unlisted, config)
+    return TensorIndex(
+        reference, directory, tuple(stamps), metadata, tensors, unlisted, config, notes=tuple(notes)
+    )
+
+
+def _beside(path: Path, file: Pickled) -> list[str]:
+    """Return what is said of entries of a PyTorch file that are no weights."""
+    if not file.left_out:
+        return []
+    names = ", ".join(quoted(name, 40) for name in file.left_out[:4])
+    more = f" and {len(file.left_out) - 4} more" if len(file.left_out) > 4 else ""
+    return [f"{quoted(path.name)} holds {printable(names)}{more} beside the weights, which are left out"]
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -254,5 +268,5 @@ def _read_config(path: Path) -> dict[str, Any]:
     return read_object(str(path)) if os.path.lexists(path) else {}
 
 
-def _file(ref: TensorRef) -> str:
+def _file(ref: SourceRef) -> str:
     return quoted(os.path.basename(ref.path))

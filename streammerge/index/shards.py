@@ -29,6 +29,8 @@ class Shards:
 
     names: tuple[str, ...]
     weight_map: dict[str, str] | None
+    notes: tuple[str, ...] = ()
+    """What is said of files that were not taken."""
 
 
 def find_shards(directory: Path) -> Shards:

@@ -249,7 +249,7 @@ def pickles() -> Iterator[Case]:
         yield Case(
             f"a program: {what}", file("x.bin", pickle_tables.archive(program)), words, arguments=arguments
         )
-    for what, raw, words in pickle_tables.ARCHIVES:
+    for what, raw, words in (*pickle_tables.ARCHIVES, *pickle_tables.LEGACY):
         yield Case(f"an archive: {what}", file("x.bin", raw), words, arguments=arguments)
 
 
