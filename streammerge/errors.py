@@ -18,6 +18,9 @@ A message is one line: what is wrong, where, and the cure, with both numbers whe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class StreammergeError(Exception):
     """Base of all errors a user can cause or meet; anything else is a bug."""
@@ -71,6 +74,23 @@ class Stopped(StreammergeError):
     def __init__(self, signum: int) -> None:
         super().__init__("stopped; run the same command again to continue")
         self.exit_code = 128 + signum
+
+
+@contextmanager
+def blamed_on(method: str, tensor: str) -> Iterator[None]:
+    """Turn an error of a user's method into one line that names it and the tensor; ours, and of memory, stay as they are."""
+    try:
+        yield
+    except (StreammergeError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's: the engine tries with less
+            raise
+        text = f"{type(error).__name__}: {printable(error)}" if str(error) else type(error).__name__
+        raise InputError(
+            f"method {printable(method)!r} failed on tensor {printable(tensor)}: {text} "
+            "(STREAMMERGE_DEBUG=1 for the traceback)"
+        ) from error
 
 
 def printable(text: object, limit: int = 400) -> str:

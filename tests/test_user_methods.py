@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+import streammerge
 from streammerge.api import merge, plan
 from streammerge.errors import BudgetError, InputError, StreammergeError
 from streammerge.methods import catalog, registry
 from tests.conftest import config_for, output_bytes, read_tensors
+from tests.test_laws import VARIANTS
 
 METHODS = """
 import torch
@@ -198,3 +202,194 @@ def test_an_installed_package_adds_methods_through_its_entry_point(
     monkeypatch.setattr(catalog, "entry_points", lambda group: [broken])
     with pytest.raises(InputError, match="broken"):
         catalog.load_builtin()
+
+
+# --- the same bits on any number of threads
+
+
+@pytest.mark.parametrize(
+    "expression", ["models[0] @ models[1].T @ models[0]", "models[0] - models[1].mean()"]
+)
+def test_the_bytes_of_sums_and_products_do_not_depend_on_torchs_threads(
+    expression: str, make_models: Callable[..., list[Path]], methods: Path, tmp_path: Path
+) -> None:
+    paths = make_models(shapes={"a.weight": (300, 1100)}, dtype=torch.float32)
+    methods.write_text(
+        "import streammerge\n"
+        "@streammerge.method('my_sums', access='tensor', base='none')\n"
+        f"def my_sums(models, base):\n    return {expression}\n"
+    )
+    before = torch.get_num_threads()
+    outputs = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            merge(config_of("my_sums", paths), tmp_path / f"{threads}", methods=methods)
+            assert torch.get_num_threads() == threads
+            outputs.append(output_bytes(tmp_path / f"{threads}"))
+    finally:
+        torch.set_num_threads(before)
+    assert outputs[0] == outputs[1]
+
+
+# --- which code a method is
+
+HELPED = """
+import streammerge
+
+@streammerge.method("my_helped", base="none")
+def my_helped(models, base):
+    from helper_of_mine import scale
+    return models[0] * scale()
+"""
+
+
+@pytest.fixture
+def helped(methods: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a method that imports a module, which imports another."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("helper_of_mine", "helper_of_helper"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    methods.write_text(HELPED)
+    methods.with_name("helper_of_mine.py").write_text(
+        "from helper_of_helper import two\ndef scale():\n    return two / 2\n"
+    )
+    methods.with_name("helper_of_helper.py").write_text("two = 2.0\n")
+    return methods
+
+
+def test_a_method_is_all_local_files_that_it_imports(helped: Path, paths: list[Path]) -> None:
+    identity = plan(config_of("my_helped", paths), methods=helped).identity()
+    assert {"method module helper_of_mine", "method module helper_of_helper"} <= set(identity)
+    assert not any("torch" in name or "streammerge" in name for name in identity)
+
+
+@pytest.mark.parametrize("name", ["helper_of_mine", "helper_of_helper"])
+def test_a_finished_merge_is_not_taken_for_one_by_other_helpers(
+    name: str, helped: Path, paths: list[Path], tmp_path: Path
+) -> None:
+    out, config = tmp_path / "out", config_of("my_helped", paths)
+    merge(config, out, methods=helped)
+    assert merge(config, out, methods=helped).already_complete
+    with helped.with_name(f"{name}.py").open("a") as file:
+        file.write("two = 4.0\n")
+    with pytest.raises(StreammergeError, match=f"another method module {name}"):
+        merge(config, out, methods=helped)
+    merge(config, out, methods=helped, overwrite=True)
+    changed = read_tensors(out)["embed"]
+    expected = read_tensors(paths[1])["embed"] * 2.0
+    assert torch.equal(changed, expected), "a module that was edited is imported anew"
+
+
+def test_a_plan_with_a_users_method_goes_through_pickle(helped: Path, paths: list[Path]) -> None:
+    decided = plan(config_of("my_helped", paths), methods=helped)
+    packed = pickle.dumps(decided)
+    del registry._METHODS["my_helped"]
+    again = pickle.loads(packed)
+    assert again.identity() == decided.identity()
+    assert again.method.origin == "user_methods_my_methods"
+    helped.with_name("helper_of_helper.py").write_text("two = 8.0\n")
+    with pytest.raises(InputError, match=r"'my_helped' is another .*\(method module helper_of_helper\)"):
+        pickle.loads(packed)
+
+
+def test_a_plan_with_a_builtin_method_goes_through_pickle(paths: list[Path]) -> None:
+    decided = plan(config_for("slerp", paths[:2], parameters={"t": 0.5}))
+    again = pickle.loads(pickle.dumps(decided))
+    assert again.method is decided.method
+    assert pickle.loads(pickle.dumps(registry.REQUIRED)) is registry.REQUIRED
+
+
+def test_a_method_without_a_file_is_its_code(methods: Path) -> None:
+    found = []
+    for number in (1.0, 2.0):
+        space: dict[str, Any] = {"streammerge": streammerge, "__name__": "somewhere"}
+        exec(
+            "@streammerge.method('of_no_file', base='none')\n"
+            f"def of_no_file(models, base):\n    return models[0] * {number}\n",
+            space,
+        )
+        found.append(registry.get_method("of_no_file").fingerprint)
+    assert found[0] != found[1]
+
+
+# --- refused when it is registered, or named when it fails
+
+
+@pytest.mark.parametrize(
+    ("decorator", "signature", "words"),
+    [
+        ("access='model'", "models, base", r"access=\"model\" .* access=\"tensor\""),
+        ("", "models, base, x=1", r"parameter 'x'; put a \* before it: def f\(models, base, \*, x=…\)"),
+        ("", "scope, x=1", r"parameter 'x'; put a \* before it: def f\(scope, \*, x=…\)"),
+        ("", "models, base, **more", r"\*\*more"),
+        ("", "models, base, *more", r"\*more"),
+        ("", "models", "takes models, base"),
+        ("", "", "takes scope"),
+    ],
+)
+def test_what_no_config_could_use_is_refused_when_it_is_registered(
+    decorator: str, signature: str, words: str, methods: Path, paths: list[Path]
+) -> None:
+    methods.write_text(
+        f"import streammerge\n@streammerge.method('odd', {decorator})\ndef odd({signature}):\n    return None\n"
+    )
+    with pytest.raises(InputError, match=words) as caught:
+        plan(config_of("odd", paths), methods=methods)
+    assert str(caught.value).startswith("method 'odd': ")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return models[0].int()", r"^method 'odd': of tensor \S+ it returned int32 numbers"),
+        ("return models[0][:0]", r"^method 'odd': of tensor \S+ it returned \(0,\), not a tensor of shape"),
+        (
+            "raise ValueError('no\\nsuch thing')",
+            r"^method 'odd' failed on tensor \S+: ValueError: no\\nsuch thing \(STREAMMERGE_DEBUG=1 for the traceback\)$",
+        ),
+        ("models[7]", r"^method 'odd' failed on tensor \S+: IndexError"),
+        ("raise streammerge.errors.ModelError('x.safetensors: bad')", r"^x\.safetensors: bad$"),
+    ],
+)
+def test_a_method_that_fails_is_one_line_that_names_it_and_the_tensor(
+    body: str, words: str, methods: Path, paths: list[Path], tmp_path: Path
+) -> None:
+    methods.write_text(
+        "import streammerge, streammerge.errors\n@streammerge.method('odd', base='none')\n"
+        f"def odd(models, base):\n    {body}\n"
+    )
+    with pytest.raises(InputError, match=words) as caught:
+        merge(config_of("odd", paths), tmp_path / "out", methods=methods)
+    assert caught.value.exit_code == 2
+
+
+def test_a_method_that_chooses_a_recipe_and_fails_is_named_too(methods: Path, paths: list[Path]) -> None:
+    methods.write_text(
+        "import streammerge\n@streammerge.method('odd', base='none')\ndef odd(scope):\n    return scope.nothing\n"
+    )
+    with pytest.raises(InputError, match=r"^method 'odd' failed on tensor \S+: AttributeError"):
+        plan(config_of("odd", paths), methods=methods)
+
+
+def test_our_own_errors_keep_their_text_in_a_users_file(methods: Path, paths: list[Path]) -> None:
+    methods.write_text("import streammerge\nstreammerge.plan({'merge_method': 'tise', 'models': []})\n")
+    with pytest.raises(InputError) as caught:
+        plan(config_of("odd", paths), methods=methods)
+    assert "my_methods.py" not in str(caught.value)
+    assert "Error" not in str(caught.value)
+
+
+# --- what methods declare
+
+
+@pytest.mark.parametrize(("method", "parameters"), VARIANTS)
+def test_no_method_needs_more_than_it_declares(
+    method: str, parameters: dict[str, Any], make_models: Callable[..., list[Path]]
+) -> None:
+    decided = plan(config_for(method, make_models(), parameters=parameters))
+    declared = decided.method
+    if any(declared.drops(job.parameters) for job in decided.jobs if job.kind == "merge"):
+        return  # a drop before it is no part of it
+    order = list(registry.Access)
+    assert max(order.index(access) for access in decided.access) <= order.index(declared.access)

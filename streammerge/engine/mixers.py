@@ -24,12 +24,13 @@ _SINGLE = float(np.finfo(np.float32).eps)
 
 
 @contextmanager
-def products_in_one_order(plan: MergePlan) -> Iterator[None]:
-    """Have torch multiply matrices in one thread meanwhile, where a merge does so: how sums are cut changes their last bits.
+def torch_in_one_thread(plan: MergePlan) -> Iterator[None]:
+    """Have torch add up in one thread meanwhile, where a merge lets it: how sums are cut changes their last bits.
 
-    Workers run beside each other, so little is lost.
+    That is where matrices are multiplied, and in formulas, whose sums are their own affair. Workers run beside each
+    other, so little is lost.
     """
-    if not plan.grams:
+    if not plan.grams and not plan.method.is_formula:
         yield
         return
     import torch

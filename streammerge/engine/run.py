@@ -37,7 +37,7 @@ from streammerge.engine.chunk import (
 from streammerge.engine.gpu import pin, unpin
 from streammerge.engine.journal import Receipt
 from streammerge.engine.memory import Bytes, Pool
-from streammerge.engine.mixers import products_in_one_order
+from streammerge.engine.mixers import torch_in_one_thread
 from streammerge.engine.statistics import (
     Accumulator,
     NotFiniteError,
@@ -143,7 +143,7 @@ class Runner:
         syncer = threading.Thread(target=self._sync_loop, name="syncer")
         syncer.start()
         try:
-            with products_in_one_order(self._plan):
+            with torch_in_one_thread(self._plan):
                 self._model_rounds()
                 self._drain(self._submit_steps(self._plan.steps(done)))
         except BaseException:

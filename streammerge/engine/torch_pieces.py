@@ -13,7 +13,7 @@ from streammerge.engine.gpu import free_unused, synchronize
 from streammerge.engine.memory import Bytes
 from streammerge.engine.pieces import Applied, Bins, Counts, Loaded, Operand, operand_bytes
 from streammerge.engine.statistics import block_sums
-from streammerge.errors import InputError, WorldError, printable
+from streammerge.errors import InputError, WorldError, blamed_on, printable
 from streammerge.methods.recipes import (
     ROWS_AT_ONCE,
     ColumnCombination,
@@ -392,14 +392,18 @@ class TorchMath:
         if self._block and len(shape) > 1:
             shape = (-1, shape[-1])
         shaped = [model.reshape(shape) for model in models]
-        merged = recipe(shaped, None if base is None else base.reshape(shape), where)
+        with blamed_on(recipe.method, self._piece.tensor):
+            merged = recipe(shaped, None if base is None else base.reshape(shape), where)
+        what: str | None = None
         if not isinstance(merged, torch.Tensor) or merged.shape != shaped[0].shape:
-            what = tuple(merged.shape) if isinstance(merged, torch.Tensor) else type(merged).__name__
-            raise InputError(
-                f"tensor {printable(self._piece.tensor)}: the method returned {what}, not a tensor of shape "
-                f"{tuple(shaped[0].shape)}"
-            )
-        return merged.reshape(-1)
+            found = tuple(merged.shape) if isinstance(merged, torch.Tensor) else type(merged).__name__
+            what = f"{found}, not a tensor of shape {tuple(shaped[0].shape)}"
+        elif not merged.dtype.is_floating_point:
+            what = f"{str(merged.dtype).removeprefix('torch.')} numbers, not floating-point ones: call .float() on them"
+        if what is not None:
+            name, tensor = printable(recipe.method), printable(self._piece.tensor)
+            raise InputError(f"method {name!r}: of tensor {tensor} it returned {what}")
+        return merged.detach().reshape(-1)
 
     def _store(self, merged: torch.Tensor, out: Operand, a: int, b: int) -> int:
         import torch

@@ -288,6 +288,8 @@ class Formula:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     vectors: tuple[TaskVector, ...] = ()
     """A drop that comes before, as for `FisherMean`."""
+    method: str = ""
+    """The name of the method, for messages."""
 
     def __call__(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,

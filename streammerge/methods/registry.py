@@ -9,30 +9,37 @@ Three kinds of function may be registered, told apart by their signature:
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import typing
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from enum import StrEnum
+from enum import Enum, StrEnum
 from functools import cached_property
-from pathlib import Path
 from types import SimpleNamespace, UnionType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from streammerge.errors import ConfigError, InputError, printable
+from streammerge.errors import ConfigError, InputError, blamed_on, printable
 from streammerge.methods.drop import GENERAL, DropNames
 from streammerge.methods.recipes import Formula, Recipe, Sees, removing, seen_by
 from streammerge.methods.requests import Answer, Request
 from streammerge.methods.scope import Scope
+from streammerge.methods.sources import digest, imported_files, own_digest, source_file
 
 T = TypeVar("T")
 Base = Literal["required", "optional", "member", "donor", "none"]
 """What a method does with ``base_model``. `member`: it is one more model, listed or not. `donor`: its arithmetic
 has no base; the base lends its config, its tokenizer and the tensors that are copied. `none`: nothing. A drop
 before any of them needs one."""
-REQUIRED = object()
+
+
+class Missing(Enum):
+    """What stands where nothing was given; it stays itself when pickled."""
+
+    REQUIRED = "required"
+
+
+REQUIRED = Missing.REQUIRED
 """The default of a parameter that has none: the config must give it."""
 
 
@@ -110,9 +117,33 @@ class Method:
         """The name of a built-in method; with a digest of the source for a user's."""
         if self.origin == "built in":
             return self.name
-        source = inspect.getsourcefile(self.function)
-        content = Path(source).read_bytes() if source else b""
-        return f"{self.name} {hashlib.blake2b(content, digest_size=16).hexdigest()}"
+        package = DISTRIBUTIONS.get(self.function.__module__.partition(".")[0], "")
+        return " ".join(filter(None, (self.name, own_digest(self.function), package)))
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the method's code depends on, by name: itself, and every local module that a user's imports."""
+        if self.origin == "built in":
+            return {"method": self.fingerprint}
+        modules = {
+            f"method module {name}": digest(path.read_bytes())
+            for name, path in imported_files(self.function).items()
+        }
+        return {"method": self.fingerprint, **modules}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle a method by name; a user's by its file or module too, and what it must be there."""
+        from streammerge.methods.catalog import restore
+
+        if self.origin == "built in":
+            return restore, (self.name, None, "", {})
+        path = source_file(self.function)
+        return restore, (
+            self.name,
+            None if path is None else str(path),
+            self.function.__module__,
+            self.identity,
+        )
 
     @cached_property
     def is_formula(self) -> bool:
@@ -122,7 +153,10 @@ class Method:
     def start(self, scope: Scope, parameters: Mapping[str, Any], answers: Sequence[Sequence[Answer]]
               ) -> Recipe | list[Request]:  # fmt: skip
         """Follow the method through the `answers` known so far; return what it wants next, or its recipe."""
-        return _follow(self._steps(scope, parameters), answers)
+        if self.origin == "built in":
+            return _follow(self._steps(scope, parameters), answers)
+        with blamed_on(self.name, scope.tensor):
+            return _follow(self._steps(scope, parameters), answers)
 
     def _steps(
         self, scope: Scope, parameters: Mapping[str, Any]
@@ -135,7 +169,7 @@ class Method:
             scope = replace(scope, dropped=dropped, rescaled_by_norm=drop.rescale == "l1")
         keywords = {self.parameters[name].python_name: value for name, value in own.items()}
         if self.is_formula:
-            return Formula(self.function, keywords, scope.dropped)
+            return Formula(self.function, keywords, scope.dropped, self.name)
         result: Any = self.function(scope, **keywords)
         return (yield from result) if inspect.isgenerator(result) else result
 
@@ -197,6 +231,8 @@ def _follow(
 
 
 _METHODS: dict[str, Method] = {}
+DISTRIBUTIONS: dict[str, str] = {}
+"""Of packages that bring methods: what identifies what is installed, by the name of the package."""
 
 
 def method(
@@ -259,6 +295,7 @@ def method(
             raise InputError(
                 f"method {printable(name)!r} from {origin}: the name is taken by a built-in method"
             )
+        _check_signature(name, function, Access(access))
         declared = _declared(function, bounds or {})
         for parameter in _drop_parameters(drop):
             if parameter.name in declared:
@@ -274,6 +311,29 @@ def method(
         return function
 
     return register
+
+
+def _check_signature(name: str, function: Callable[..., Any], access: Access) -> None:
+    """Refuse what could never be called, or never be set."""
+    what, arguments = f"method {printable(name)!r}", inspect.signature(function).parameters.values()
+    positional = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
+    is_formula = any(argument.name == "models" for argument in arguments)
+    takes = ("models", "base") if is_formula else ("scope",)
+    if len(positional) < len(takes):
+        raise InputError(f"{what}: takes {', '.join(takes)} and parameters: def f({', '.join(takes)}, *, …)")
+    for argument in positional[len(takes) :]:
+        raise InputError(
+            f"{what}: no config could set its parameter {argument.name!r}; put a * before it: "
+            f"def f({', '.join(takes)}, *, {argument.name}=…)"
+        )
+    for argument in arguments:
+        if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
+            raise InputError(f"{what}: no config could set {argument}; name each parameter, with its default")
+    if is_formula and access is Access.MODEL:
+        raise InputError(
+            f'{what}: access="model" is for methods that ask for statistics, a formula sees one tensor at a time; use '
+            'access="tensor", or write a generator (see docs/extending.md)'
+        )
 
 
 def _declared(

@@ -14,7 +14,7 @@ from streammerge.methods.scope import Scope
 
 
 @method(
-    "regmean", access="row", base="donor", gram=True, bounds={"alpha": (0.0, 1.0)},
+    "regmean", access="tensor", base="donor", gram=True, bounds={"alpha": (0.0, 1.0)},
     paper="Jin et al. 2023, https://arxiv.org/abs/2212.09849",
 )  # fmt: skip
 def regmean(

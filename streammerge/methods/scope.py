@@ -25,6 +25,8 @@ class Scope:
     """The task vectors after a drop that comes before the method; empty without one."""
     rescaled_by_norm: bool = False
     """Whether that drop has a factor of its own for each tensor."""
+    tensor: str = ""
+    """Its name."""
 
     def task_vectors(self, weights: Sequence[float]) -> list[TaskVector]:
         """Return the models' task vectors with their weights, dropped entries already marked."""

@@ -425,7 +425,8 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             continue
         checked.add(key)
         try:
-            rounds = method.rounds(Scope(job.n_models, has_base=job.base is not None), job.parameters)
+            scope = Scope(job.n_models, has_base=job.base is not None, tensor=job.name)
+            rounds = method.rounds(scope, job.parameters)
         except ConfigError as error:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
         asked: list[tuple[object, ...]] = [

@@ -206,7 +206,7 @@ class MergePlan:
             "config": _digest(self.config.text),
             "seed": str(self.seed),
             "shard size": layout.hexdigest(),
-            "method": self.method.fingerprint,
+            **self.method.identity,
             "left out": ", ".join(self.left_out),
             **({} if self.tokenizer is None else {"tokenizer": self._tokenizer_digest()}),
         }
@@ -334,6 +334,7 @@ def scope_of(job: Job) -> Scope:
         fisher=bool(job.fishers),
         gram=bool(job.grams),
         has_base=job.base is not None,
+        tensor=job.name,
     )
 
 
