@@ -6,6 +6,7 @@ names inside `parameters` are checked later, against the method.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -289,11 +290,15 @@ def _model(data: object, path: str, notes: list[str], layers: bool) -> ModelSpec
         reference=parse_reference(data["model"], child(path, "model")),
         parameters=_parameters(data.get("parameters"), child(path, "parameters")),
         alias=texts.get("alias"),
-        fisher=texts.get("fisher"),
-        gram=texts.get("gram"),
+        fisher=_expanded(texts.get("fisher")),
+        gram=_expanded(texts.get("gram")),
         path=path,
         layer_range=_layer_range(data["layer_range"], child(path, "layer_range")) if layers else None,
     )
+
+
+def _expanded(path: str | None) -> str | None:
+    return None if path is None else os.path.expanduser(path)
 
 
 def _layer_range(data: object, path: str) -> tuple[int, int]:

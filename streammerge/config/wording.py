@@ -58,22 +58,28 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     "did you mean 'modules' or 'models'?"
     """
     words = list(known)
-    near = _nearest(word, words)
+    near = [f"'{other}'" for other in _nearest(word, words)]
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(words)}"
 
 
-def meant(word: str, known: Iterable[str]) -> str:
+def meant(word: str, known: Iterable[str], whole: Mapping[str, str] | None = None) -> str:
     """Return the nearest of many known words as the end of a sentence that goes without where none is near.
+
+    `whole` has what to show in place of a word that is only part of it.
 
     >>> meant("self_atn", ["self_attn", "mlp"]), meant("x", ["self_attn", "mlp"])
     (" (did you mean 'self_attn'?)", '')
     """
     near = _nearest(word, list(known))
+    if whole is not None:
+        near = list(dict.fromkeys(f"'{printable(whole[other], 200)}'" for other in near))
+    else:
+        near = [f"'{printable(other, 200)}'" for other in near]
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def _nearest(word: str, words: list[str]) -> list[str]:
-    """Return the word that is like another, two where both are very like it, quoted; capitals are no difference."""
+    """Return the word that is like another, two where both are very like it; capitals are no difference."""
     if len(word) > 60:
         return []
     spelled = {other.lower(): other for other in reversed(words)}
@@ -83,7 +89,7 @@ def _nearest(word: str, words: list[str]) -> list[str]:
         for other in difflib.get_close_matches(word.lower(), spelled, n=2, cutoff=0.8)
         if other not in near
     ]
-    return [f"'{printable(spelled[other], 200)}'" for other in near]
+    return [spelled[other] for other in near]
 
 
 Cure = Callable[[str, object, Mapping[str, object]], str | None]

@@ -386,6 +386,44 @@ def all_methods() -> Mapping[str, Method]:
     return dict(sorted(_METHODS.items()))
 
 
+_OTHER_NAMES = {
+    "average": "linear",
+    "averaging": "linear",
+    "mean": "linear",
+    "avg": "linear",
+    "soup": "linear",
+    "model_soup": "linear",
+    "weighted_average": "linear",
+    "weighted_sum": "linear",
+    "lerp": "linear",
+    "add_difference": "task_arithmetic",
+    "task_vector": "task_arithmetic",
+    "task_vectors": "task_arithmetic",
+    "negation": "task_arithmetic",
+    "ties_merging": "ties",
+    "dare": "dare_ties",
+    "magprune": "della",
+    "fisher_merging": "fisher",
+    "copy": "passthrough",
+    "stack": "passthrough",
+    "frankenmerge": "passthrough",
+    "nuslerp_flatten": "nuslerp",
+    "stock": "model_stock",
+}
+"""What papers, other tools and people call methods."""
+
+
+def _method_meant(name: str) -> str:
+    """Return the cure for the name of no method: the one that is meant, or where to find one."""
+    plain = name.strip().lower().replace("-", "_").replace(" ", "_")[:80]
+    if plain in _OTHER_NAMES:
+        return f"did you mean {_OTHER_NAMES[plain]!r}?"
+    close = get_close_matches(plain, _METHODS, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "`streammerge methods` lists them; a method of your own needs --methods FILE"
+
+
 def get_method(name: str, where: str = "merge_method") -> Method:
     """Return a method by name.
 
@@ -395,7 +433,5 @@ def get_method(name: str, where: str = "merge_method") -> Method:
         If there is none, naming the closest.
     """
     if name not in _METHODS:
-        close = get_close_matches(name, _METHODS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "see `streammerge methods`"
-        raise ConfigError(f"{where}: unknown method {printable(name)!r} ({hint})")
+        raise ConfigError(f"{where}: unknown method {printable(name)!r} ({_method_meant(name)})")
     return _METHODS[name]

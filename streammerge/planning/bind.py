@@ -20,6 +20,7 @@ from streammerge.planning.cells import Cell, Indexes, Stack, assemble
 from streammerge.planning.job import Job
 from streammerge.planning.parameters import bind, check_names, preset_of
 from streammerge.planning.tied import tied_to
+from streammerge.planning.unmatched import unmatched
 from streammerge.planning.vocabulary import Alignment
 
 
@@ -72,7 +73,7 @@ def bind_jobs(
     assembly = assemble(config, donor, indexes)
     excluded = [re.compile(pattern) for pattern in config.exclude]
     copied = {cell.name for cell in assembly.cells if any(p.search(cell.name) for p in excluded)}
-    warnings += assembly.notes
+    warnings += [*assembly.notes, *unmatched(config, assembly.cells, indexes)]
     finder = _Finder(indexes, alignment)
     finder.check([cell for cell in assembly.cells if cell.name not in copied])
     warnings += _compare_names(config, assembly.cells, donor, indexes, excluded)
@@ -87,7 +88,7 @@ def bind_jobs(
         else:
             inputs = (*((base,) if base is not None else ()), *sources)
             _check_shapes(cell.name, inputs)
-            parameters = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels)
+            parameters = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels, config.where)
             job = binder.merge(ordinal, cell, lender, sources, base, parameters)
         jobs.append(job)
     warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
@@ -115,7 +116,9 @@ def _check_models(config: MergeConfig, method: Method) -> None:
                 f"{child(part.path, key)}: {method.name!r} takes {wanted}, there are {n} (the base is not one of them)"
             )
         if method.base == "required" and part.base is None:
-            raise ConfigError(f"{config.where}: base_model: {method.name!r} needs one")
+            raise ConfigError(
+                f"{config.where}: base_model: {method.name!r} needs one: the model that the others were fine-tuned from"
+            )
 
 
 def _compare_names(

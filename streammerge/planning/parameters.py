@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 from streammerge.config.known_keys import OLD_PARAMETERS, PARAMETERS
 from streammerge.config.schema import MergeConfig, ModelSpec
 from streammerge.config.settings import Scalar, Setting, value_for
+from streammerge.config.wording import meant, suggestion
 from streammerge.errors import ConfigError, printable
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 
 PRESET = "preset"
+DENSITY = "density"
+_EXAMPLES = {
+    ("slerp", "t"): "0.5} (0 = the base, 1 = the other model)",
+    ("nearswap", "t"): "0.001} (the larger, the more of the other model)",
+}
+"""The end of what to write for parameters without a default."""
 
 
 def check_names(config: MergeConfig, method: Method) -> list[str]:
@@ -48,16 +54,22 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
             elif name not in method.parameters and name in PARAMETERS:
                 notes.append(f"{setting.path}: ignored: {method.name} has no {name!r}, as in mergekit")
             elif name not in method.parameters:
-                close = get_close_matches(name, [*method.parameters, PRESET], n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(method.parameters)}"
+                hint = suggestion(name, [*method.parameters, *([PRESET] if method.presets else [])])
                 raise ConfigError(
                     f"{setting.path}: unknown parameter {printable(name, 60)!r} of method {method.name!r} ({hint})"
                 )
             elif in_model and not method.parameters[name].per_model:
                 raise ConfigError(
-                    f"{setting.path}: {name!r} is one value for all models: put it under `parameters:`"
+                    f"{setting.path}: {name!r} is one value for all models: put it under `parameters:` at the top level"
                 )
+            elif name == DENSITY and _is_nought(setting):
+                whose = "this model contributes" if in_model else "the models contribute"
+                notes.append(f"{setting.path}: {whose} nothing to the merge: a density of 0 keeps no change")
     return notes
+
+
+def _is_nought(setting: Setting) -> bool:
+    return all(value == 0 and value is not False for clause in setting.clauses for value in clause.values)
 
 
 def wants_drop(config: MergeConfig, method: Method) -> bool:
@@ -73,14 +85,15 @@ def preset_of(config: MergeConfig, method: Method) -> Mapping[str, Any]:
     name = value_for(setting, "", 0.0)
     if name not in method.presets:
         raise ConfigError(
-            f"{setting.path}: {printable(name, 60)!r} is no preset of {method.name!r} (known: {', '.join(method.presets)})"
+            f"{setting.path}: {printable(name, 60)!r} is no preset of {method.name!r} "
+            f"({suggestion(str(name), method.presets)})"
         )
     return method.presets[str(name)]
 
 
 def bind(
     method: Method, preset: Mapping[str, Any], tensor: str, depth: float,
-    models: Sequence[tuple[ModelSpec, str]], levels: Sequence[Mapping[str, Setting]],
+    models: Sequence[tuple[ModelSpec, str]], levels: Sequence[Mapping[str, Setting]], where: str = "config",
 ) -> dict[str, Any]:  # fmt: skip
     """Return the value of each declared parameter for one tensor; a tuple where it is per model.
 
@@ -94,6 +107,8 @@ def bind(
         Each model, and the tensor's name there, which the filters of its own settings see.
     levels
         The settings that all models share, those that go first at the front.
+    where
+        The name of the config in messages.
 
     Raises
     ------
@@ -106,6 +121,8 @@ def bind(
         shared = [(level.get(name), tensor) for level in levels]
         if not parameter.per_model:
             values[name] = _one(parameter, shared, tensor, depth, default)[0]
+            if values[name] is REQUIRED:
+                _refuse_missing(method, name, [setting for setting, _ in shared], tensor, where)
             continue
         found = [
             _one(parameter, [(spec.parameters.get(name), own), *shared], tensor, depth, default)
@@ -113,7 +130,8 @@ def bind(
         ]
         given = [source is not None for _, source in found]
         if name == "weight" and any(given) and not all(given):
-            missing = models[given.index(False)][0]
+            missing, own = models[given.index(False)]
+            _refuse_unmatched([missing.parameters.get(name), *(setting for setting, _ in shared)], own)
             if missing.path.endswith("base_model"):
                 raise ConfigError(
                     f"{missing.path}: no weight for tensor {printable(tensor, 120)}: the base takes part as one more model; "
@@ -123,7 +141,31 @@ def bind(
                 f"{missing.path}: no weight for tensor {printable(tensor, 120)}, while other models have one; give all or none"
             )
         values[name] = tuple(value for value, _ in found)
+        if default is REQUIRED and not all(given):
+            spec, own = models[given.index(False)]
+            of_all = [spec.parameters.get(name), *(setting for setting, _ in shared)]
+            _refuse_missing(method, name, of_all, own, where)
     return values
+
+
+def _refuse_unmatched(settings: Sequence[Setting | None], tensor: str) -> None:
+    """Refuse a setting of filters alone that leaves a tensor without a value."""
+    for setting in settings:
+        if setting is not None:
+            raise ConfigError(
+                f"{setting.path}: only filters, and none matches tensor {printable(tensor, 120)}: add `- value: …` as the "
+                "last entry, for all others"
+            )
+
+
+def _refuse_missing(
+    method: Method, name: str, settings: Sequence[Setting | None], tensor: str, where: str
+) -> NoReturn:
+    _refuse_unmatched(settings, tensor)
+    example = _EXAMPLES.get((method.name, name), "…}")
+    raise ConfigError(
+        f"{where}: parameters: {name!r} is missing: {method.name} needs parameters: {{{name}: {example}"
+    )
 
 
 def _one(
@@ -136,10 +178,6 @@ def _one(
     for setting, name in settings:
         if setting is not None and (value := value_for(setting, name, depth)) is not None:
             return _checked(parameter, value, setting.path, default), setting
-    if default is REQUIRED:
-        raise ConfigError(
-            f"parameters: {parameter.name!r} is missing for tensor {printable(tensor, 120)}; it has no default"
-        )
     return default, None
 
 
@@ -151,6 +189,7 @@ def _checked(parameter: Parameter, value: Scalar, path: str, default: Any) -> Sc
         if value not in parameter.choices:
             raise ConfigError(
                 f"{path}: {printable(value, 60)!r} is not one of {', '.join(parameter.choices)}"
+                f"{meant(str(value), parameter.choices)}"
             )
         return value
     if bool in parameter.kind:
@@ -165,7 +204,9 @@ def _checked(parameter: Parameter, value: Scalar, path: str, default: Any) -> Sc
             raise ConfigError(f"{path}: {printable(value, 60)!r} is not a number")
         low, high = parameter.bounds or (-math.inf, math.inf)
         if not low <= value <= high:
-            raise ConfigError(f"{path}: {value!r} does not lie in [{low:g}, {high:g}]")
+            percent = (low, high) == (0, 1) and 1 < value <= 100
+            hint = f" (a fraction: {value / 100:g} for {value:g} %)" if percent else ""
+            raise ConfigError(f"{path}: {value!r} does not lie in [{low:g}, {high:g}]{hint}")
         return float(value)
     if int in parameter.kind and (isinstance(value, bool) or not isinstance(value, int)):
         raise ConfigError(f"{path}: {printable(value, 60)!r} is not a whole number")

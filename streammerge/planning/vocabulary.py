@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.config.tokenizer import TokenizerSpec, TokenSource
-from streammerge.config.wording import refuse, shown
+from streammerge.config.wording import meant, refuse, shown
 from streammerge.dtypes import FLOATS
-from streammerge.errors import ModelError, printable
+from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.index.derived import GatheredRef, RowMap, SourceRef, row_elements
 from streammerge.index.model import TensorIndex, locate
 from streammerge.index.tokenizers import MOST_ROWS, Tokenizer, read_tokenizer, tokenizer_digest
@@ -244,6 +244,19 @@ def _has_tokens(name: str, ref: SourceRef, n_rows: int) -> bool:
     return known and bool(ref.shape) and ref.shape[0] == n_rows
 
 
+def _directory_of(spec: TokenizerSpec) -> Path:
+    """Return where a source that is none of the models lies."""
+    try:
+        return locate(spec.source)
+    except ModelError as error:
+        if "/" in spec.source:
+            raise
+        hint = meant(spec.source, ("union", "base"))
+        raise ConfigError(
+            f"{spec.path}: {shown(spec.source)} is none of union, base{hint}, nor a model here"
+        ) from error
+
+
 def _vocabulary(spec: TokenizerSpec, donor: TensorIndex, tokenizers: _Tokenizers) -> _Vocabulary:
     """Return the tokens of the output: those of the tokenizer named, then what else is asked for."""
     directory = tokenizers.directory(donor.reference)
@@ -252,7 +265,7 @@ def _vocabulary(spec: TokenizerSpec, donor: TensorIndex, tokenizers: _Tokenizers
     elif spec.source in tokenizers:
         source, directory = tokenizers[spec.source], tokenizers.directory(spec.source)
     else:
-        directory = locate(spec.source)
+        directory = _directory_of(spec)
         found = read_tokenizer(directory)
         if found is None:
             refuse(spec.path, f"{shown(spec.source)} has no tokenizer whose vocabulary can be read")

@@ -19,7 +19,7 @@ from streammerge.engine import gathered as gathered_module
 from streammerge.engine import reader as reader_module
 from streammerge.engine.reader import Reader
 from streammerge.engine.sources import read_elements
-from streammerge.errors import ModelError, OutputError, StreammergeError
+from streammerge.errors import ConfigError, ModelError, OutputError, StreammergeError
 from streammerge.index.derived import GatheredRef
 from streammerge.planning import vocabulary
 from tests.adapters.scene import in_order, write_adapter
@@ -208,6 +208,14 @@ def test_a_source_that_is_not_there_is_refused(tokens: Any, message: str, three:
     text = json.dumps(tokens).replace("{base}", str(three[0].path))
     with pytest.raises(StreammergeError, match=message):
         plan(linear(three, tokenizer={"source": "union", "tokens": json.loads(text)}))
+
+
+@pytest.mark.parametrize("top", [{"tokenizer_source": "unoin"}, {"tokenizer": {"source": "unoin"}}])
+def test_a_source_misspelt_is_told_from_a_model(top: dict[str, Any], three: list[Model]) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'unoin' is none of union, base \(did you mean 'union'\?\), nor a model here"
+    ):
+        plan(linear(three, **top))
 
 
 def test_without_a_tokenizer_of_its_own_each_vocabulary_must_fit(three: list[Model], tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Filters and `exclude` patterns that are in no tensor's name: misspelt, or of modules that these models lack."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from streammerge.config.schema import MergeConfig
+from streammerge.config.wording import child, meant, shown
+from streammerge.planning.cells import Cell, Indexes
+
+_PLAIN = re.compile(r"[\w.]+")
+
+
+def unmatched(config: MergeConfig, cells: Sequence[Cell], indexes: Indexes) -> list[str]:
+    """Return warnings, not refusals: published configs have filters for modules that only some models have."""
+    names = {cell.name for cell in cells}
+    names |= {name for cell in cells for name in cell.sources if name not in names}
+    texts = _filters(config)
+    lost = {text: path for text, path in texts.items() if not any(text in name for name in names)}
+    stored = names.union(*(index for index in indexes.values())) if config.exclude else names
+    patterns = [
+        (place, text)
+        for place, text in enumerate(config.exclude)
+        if not any(re.search(text, name) for name in stored)
+    ]
+    if not lost and not patterns:
+        return []
+    parts = _parts_of(stored)
+    return [
+        *(
+            f"{path}: filter {shown(text)} is in no tensor's name{meant(text, parts)}"
+            for text, path in lost.items()
+        ),
+        *(
+            f"{child(f'{config.where}:', 'exclude')}[{place}]: {shown(text)} matches no tensor{_tensor_meant(text, parts)}"
+            for place, text in patterns
+        ),
+    ]
+
+
+def _filters(config: MergeConfig) -> dict[str, str]:
+    """Return every filter of the config, and where it is written first."""
+    found: dict[str, str] = {}
+    for settings, _ in config.settings():
+        for setting in settings.values():
+            for clause in setting.clauses:
+                if clause.filter is not None and clause.filter != "*":
+                    found.setdefault(clause.filter, setting.path)
+    return found
+
+
+def _parts_of(names: set[str]) -> Mapping[str, str]:
+    """Return the parts of tensors' names that are words, each with the first tensor that has it."""
+    parts: dict[str, str] = {}
+    for name in sorted(names):
+        words = [word for word in name.split(".") if not word.isdigit()]
+        for word in [*words, *(".".join(pair) for pair in pairwise(words)), name]:
+            parts.setdefault(word, name)
+    return parts
+
+
+def _tensor_meant(text: str, parts: Mapping[str, str]) -> str:
+    """Return the tensor that a pattern may mean, by the longest of its plain parts."""
+    words = sorted(_PLAIN.findall(text.replace("\\.", ".")), key=len, reverse=True)
+    return next((hint for word in words[:3] if (hint := meant(word.strip("."), parts.keys(), parts))), "")
