@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,3 +244,12 @@ def test_lines_wrap_between_words_on_a_terminal(
     text = cli("methods").out
     assert max(map(len, text.splitlines())) <= 60
     assert " ".join(text.split()).count("element's importance is at least the tensor's median + 1.5") == 1
+
+
+def test_the_page_names_every_environment_variable_that_is_looked_at() -> None:
+    root = Path(__file__).parent.parent
+    page = (root / "docs" / "cli.md").read_text()
+    sources = "".join(path.read_text() for path in (root / "streammerge").rglob("*.py"))
+    names = set(re.findall(r"""environ(?:\.get\(|\[)"(\w+)\"""", sources)) | {"HF_HUB_CACHE"}
+    assert len(names) >= 5
+    assert {name for name in names if f"`{name}" not in page} <= {"PYTHONPATH", "TERM"}

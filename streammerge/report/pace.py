@@ -59,9 +59,6 @@ class Tracker:
         """Work done, by earlier runs too; in the unit of `total`."""
         self.total: float | None = None
         """None until it is known."""
-        self.compiling = 0.0
-        """Seconds spent compiling."""
-        self._compiling_since: float | None = None
         self._resumed = False
         self._first_elements: int | None = None
         self._bytes, self._work = Pace(clock), Pace(clock)
@@ -70,11 +67,6 @@ class Tracker:
         """Take an event into account."""
         if kind == "plan":
             self.plan = values
-        elif kind == "compiling":
-            self._compiling_since = self._clock()
-        elif kind == "compiled" and self._compiling_since is not None:
-            self.compiling += self._clock() - self._compiling_since
-            self._compiling_since = None
         elif kind in ("start", "resume"):
             self._start(values["bytes_done"])
         elif kind in ("progress", "import"):

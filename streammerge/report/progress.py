@@ -103,13 +103,12 @@ class JsonReporter:
             if now < self._next and values.get("elements") != values.get("elements_total", ""):
                 return
             self._next = now + _EVENT_SECONDS
-            values |= self._progress()
+            values |= self._progress() if event.kind in ("progress", "import") else {}
         self._print(event.kind, values)
 
     def finish(self, summary: Summary) -> None:
         """Print the summary."""
-        values = summary_values(summary, self._tracker.plan.get("elements"))
-        self.end({**values, "compile_seconds": round(summary.compile_seconds, 3)}, "")
+        self.end(summary_values(summary, self._tracker.plan.get("elements")), "")
 
     def end(self, values: Mapping[str, Any], text: str) -> None:
         """Print the values."""
@@ -141,8 +140,10 @@ class JsonReporter:
         }
 
     def _print(self, kind: str, values: Mapping[str, Any]) -> None:
-        seconds = round(time.monotonic() - self._began, 3)
-        print(json.dumps({"event": kind, "seconds": seconds, **values}, ensure_ascii=True), flush=True)
+        told = {"event": kind, "seconds": round(time.monotonic() - self._began, 3)}
+        for key, value in values.items():
+            told["took_seconds" if key == "seconds" else key] = value
+        print(json.dumps(told, ensure_ascii=True), flush=True)
 
 
 class LineReporter:
@@ -184,7 +185,7 @@ class LineReporter:
 
     def finish(self, summary: Summary) -> None:
         """Print the summary on stdout."""
-        self.end({}, summary_text(summary, self._tracker.compiling))
+        self.end({}, summary_text(summary))
 
     def end(self, values: Mapping[str, Any], text: str) -> None:
         """Print the text on stdout."""
@@ -283,7 +284,7 @@ class BarReporter:
 
     def finish(self, summary: Summary) -> None:
         """Remove the bar and print the summary on stdout."""
-        self.end({}, summary_text(summary, self._tracker.compiling))
+        self.end({}, summary_text(summary))
 
     def end(self, values: Mapping[str, Any], text: str) -> None:
         """Remove the bar and print the text on stdout."""

@@ -37,7 +37,8 @@ def summary_values(summary: Summary, elements: int | None = None) -> dict[str, A
         "bytes_read": summary.bytes_read,
         "bytes_written": summary.bytes_written,
         "bytes_resumed": summary.bytes_resumed,
-        "merge_seconds": round(summary.seconds, 3),
+        "took_seconds": round(summary.seconds, 3),
+        "compile_seconds": round(summary.compile_seconds, 3),
         "peak_resident_bytes": peak_memory(),
         "densities": [density_values(density) for density in summary.densities],
         **({"floored": dict(summary.floored)} if summary.floored is not None else {}),
@@ -55,24 +56,18 @@ def density_values(density: Density) -> dict[str, Any]:
     }
 
 
-def summary_text(summary: Summary, compiling: float = 0.0) -> str:
-    """Return a summary for people.
-
-    Parameters
-    ----------
-    compiling
-        Seconds that went into compiling before the merge: no part of its own.
-    """
+def summary_text(summary: Summary) -> str:
+    """Return a summary for people."""
     out = printable(summary.out)
     if summary.already_complete:
         return f"{out} already holds this merge, complete ({plural(summary.tensors, 'tensor')}); nothing was done"
-    seconds = summary.seconds
-    rate = (summary.bytes_read + summary.bytes_written) / max(seconds, 1e-6)
+    rate = (summary.bytes_read + summary.bytes_written) / max(summary.seconds, 1e-6)
+    compiling = summary.compile_seconds
     compiled = f", after {format_seconds(compiling)} of compiling" if compiling >= 0.1 else ""
     lines = [
         f"wrote {out}: {plural(summary.tensors, 'tensor')} in {plural(summary.shards, 'shard')}, "
         f"{format_size(summary.bytes_written + summary.bytes_resumed)}",
-        f"read {format_size(summary.bytes_read)} in {format_seconds(seconds)}{compiled} "
+        f"read {format_size(summary.bytes_read)} in {format_seconds(summary.seconds)}{compiled} "
         f"({format_size(rate)}/s read and written), peak memory {format_size(peak_memory())}",
     ]
     if summary.bytes_resumed:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streammerge.errors import ModelError
-from streammerge.network.examples import Reading, digest, read_examples
+from streammerge.network.examples import Reading, digest, read_examples, too_few
 
 
 def reading(**changes: Any) -> Reading:
@@ -75,3 +75,9 @@ def test_the_digest_is_of_the_tokens_not_of_the_file(tmp_path: Path) -> None:
     paths[2].write_text('{"input_ids": [3, 4]}\n{"input_ids": [1, 2]}\n')
     found = [digest(read_examples(str(path), None, reading())) for path in paths]
     assert found[0] == found[1] != found[2]
+
+
+def test_fewer_examples_than_were_asked_for_are_told() -> None:
+    assert too_few("math.jsonl", 512, 3) == "math.jsonl: has 3 examples, 512 were asked for: all 3 are used"
+    assert too_few("math.jsonl", 3, 3) is None
+    assert too_few("math.jsonl", None, 3) is None
