@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
 
+import streammerge
 from streammerge.api import merge
 from streammerge.config import MergeConfig, parse_config
 from streammerge.fisher.importing import import_diagonal
@@ -68,10 +70,38 @@ def test_every_config_in_the_docs_runs_on_models_of_these_names(
     assert read_tensors(Path("out"))
 
 
-@pytest.mark.parametrize(("place", "text"), blocks("python"), ids=lambda value: str(value)[:40])
+PYTHON_PAGE = "python.md"
+"""Its blocks go on from one another, with the models that it names."""
+
+
+@pytest.mark.parametrize(
+    ("place", "text"),
+    [(place, text) for place, text in blocks("python") if not place.startswith(PYTHON_PAGE)],
+    ids=lambda value: str(value)[:40],
+)
 def test_every_python_block_in_the_docs_runs(place: str, text: str) -> None:
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_python_page_runs_from_its_beginning_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.network.tiny import make_lines, make_model, write_lines
+
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("base", "math", "code")):
+        make_model("llama", tmp_path / "models" / f"llama-{name}", seed=seed)
+    write_lines(tmp_path / "examples.jsonl", make_lines(4))
+    write_fisher(tmp_path / "models" / "llama-code").rename("code-fisher.safetensors")
+    names: dict[str, Any] = {"__name__": "page"}
+    for place, text in blocks("python"):
+        if place.startswith(PYTHON_PAGE):
+            exec(compile(text, place, "exec", dont_inherit=True), names)
+    assert read_tensors(tmp_path / "merged").keys() == read_tensors(tmp_path / "third").keys()
+    assert {name for name in streammerge.__all__ if isinstance(getattr(streammerge, name), FunctionType)} <= {
+        word for _, text in blocks("python") for word in re.findall(r"streammerge\.(\w+)", text)
+    }
 
 
 def test_every_link_between_the_docs_leads_to_a_file() -> None:
