@@ -140,8 +140,9 @@ def decide(
     kernels: bool | None,
     notes: Sequence[str] = (),
     left_out: Sequence[LeftOut] = (),
+    tensors_only: bool = False,
 ) -> MergePlan:
-    """Return the plan of a merge of opened models; the parameters are those of `plan`.
+    """Return the plan of a merge of opened models; the parameters are those of `plan` and of `make_plan`.
 
     Raises
     ------
@@ -160,6 +161,7 @@ def decide(
             config, method, opened.models, opened.base, budget,
             shard_size=shard_size, seed=seed, device=chosen, torch_only=torch_only, fishers=opened.fishers,
             grams=opened.grams, notes=[*slower, *notes], bases=opened.bases, left_out=left_out,
+            tensors_only=tensors_only,
         )  # fmt: skip
 
     if not wanted or missing is not None:

@@ -268,7 +268,7 @@ class _Held:
             raise InputError(
                 f"models: {printable(repr(idle[0]), 120)} is given, but the config does not name it"
             )
-        options |= {"memory": nbytes_of(options["memory"]), "shard_size": _ONE_SHARD}
+        options |= {"memory": nbytes_of(options["memory"]), "shard_size": _ONE_SHARD, "tensors_only": True}
         self.in_torch = lambda: decide(parsed, method, opened, **{**options, "kernels": False})
         return decide(parsed, method, opened, **options)
 

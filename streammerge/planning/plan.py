@@ -26,7 +26,7 @@ from streammerge.methods.requests import (
 )
 from streammerge.methods.scope import Scope
 from streammerge.planning.allot import Needs, Room, asked_together, lists_nbytes
-from streammerge.planning.bind import bind_jobs
+from streammerge.planning.bind import Bound, bind_jobs
 from streammerge.planning.budget import Budget
 from streammerge.planning.division import BLOCK_ELEMENTS, Division, runs_in_torch, torch_workspace
 from streammerge.planning.ecosystem import ecosystem_of
@@ -235,6 +235,7 @@ def make_plan(
     notes: Sequence[str] = (),
     bases: Sequence[TensorIndex] = (),
     left_out: Sequence[LeftOut] = (),
+    tensors_only: bool = False,
 ) -> MergePlan:
     """Decide everything about a merge.
 
@@ -256,6 +257,8 @@ def make_plan(
         Bases of slices, where they are others than `base`.
     left_out
         Files beside the weights that are not wanted.
+    tensors_only
+        No file is: the output stays in memory, and the models may have no folder.
 
     Raises
     ------
@@ -269,14 +272,9 @@ def make_plan(
         _check_tokens(alignment, budget)
     bound = bind_jobs(config, method, donor, indexes, fishers, alignment, grams)
     jobs = bound.jobs
-    settings, remarks = merged_config(config, donor, indexes, jobs, bound.stacks, alignment)
-    tokenizer = None
-    if alignment is not None or config.chat_template is not None:
-        tokenizer = tokenizer_files(config, donor, indexes, alignment)
-        remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
-    source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else donor.directory
-    beside = surroundings(donor, source, tokenizer, quantised=holds_codes(jobs))
-    remarks += beside.notes
+    files = _Files()
+    if not tensors_only:
+        files = _files_beside(config, donor, indexes, bound, alignment, left_out)
     cache: dict[tuple[object, ...], Needs] = {}
     needs = []
     for job in jobs:
@@ -289,7 +287,7 @@ def make_plan(
     n_stored = sum(len(index) for index in (*fishers, *grams))
     lists = lists_nbytes(n_refs, n_stored, jobs, needs)
     lists += 0 if alignment is None else alignment.nbytes
-    lists += 0 if tokenizer is None else sum(map(len, tokenizer.changed.values()))
+    lists += 0 if files.tokenizer is None else sum(map(len, files.tokenizer.changed.values()))
     division = Division(
         budget, jobs, tuple(needs), lists, method, on_host=device == "cpu", torch_only=torch_only
     )
@@ -297,10 +295,34 @@ def make_plan(
     return MergePlan(
         config, method, tuple(models), base, jobs, tuple(need.access for need in needs), allotted.work,
         lay_out(jobs, shard_size, ecosystem_of(donor).stem), allotted.budget, config.seed if seed is None else seed,
-        torch_only, (*notes, *bound.warnings, *remarks), tuple(fishers), tuple(grams), device, tuple(bases), settings,
-        tuple(sorted(left_out)), tokenizer, "" if alignment is None else alignment.digest(), allotted.room,
-        division, beside,
+        torch_only, (*notes, *bound.warnings, *files.remarks), tuple(fishers), tuple(grams), device, tuple(bases), files.settings,
+        tuple(sorted(left_out)), files.tokenizer, "" if alignment is None else alignment.digest(), allotted.room,
+        division, files.beside,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What an output has beside its weights."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: TokenizerFiles | None = None
+    beside: Surroundings = field(default=Surroundings())
+    remarks: tuple[str, ...] = ()
+
+
+def _files_beside(
+    config: MergeConfig, donor: TensorIndex, indexes: Mapping[str, TensorIndex], bound: Bound,
+    alignment: Alignment | None, left_out: Sequence[LeftOut],
+) -> _Files:  # fmt: skip
+    settings, remarks = merged_config(config, donor, indexes, bound.jobs, bound.stacks, alignment)
+    tokenizer = None
+    if alignment is not None or config.chat_template is not None:
+        tokenizer = tokenizer_files(config, donor, indexes, alignment)
+        remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
+    source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else donor.directory
+    beside = surroundings(donor, source, tokenizer, quantised=holds_codes(bound.jobs))
+    return _Files(settings, tokenizer, beside, (*remarks, *beside.notes))
 
 
 def _check_tokens(alignment: Alignment, budget: Budget) -> None:
