@@ -4,7 +4,9 @@
 
 Needs `peft` (and `accelerate`) beside what the tests need. Each case trains nothing: an adapter of random numbers is put on
 a small random model, saved as PEFT saves it, and merged here by `passthrough` of ``base+adapter`` in float32. Every
-parameter must be PEFT's own to a few float32 roundings, which its matrix product does in another order.
+parameter must be PEFT's own to a few float32 roundings, which its matrix product does in another order. Where an adapter
+acts on a tied embedding or head, PEFT's merge writes into the weight that both share; there (LOGITS) the logits of the
+model under its adapter, before any merge, are compared instead.
 """
 
 from __future__ import annotations
@@ -38,8 +40,31 @@ VIT = {
     "patch_size": 4,
 }
 CAUSAL, CLASSIFIER = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+VISION, SEQ2SEQ = "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"
 LLAMA = (CAUSAL, "llama", TEXT)
 ATTENTION = ["q_proj", "v_proj"]
+
+LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8}
+TIED = (CAUSAL, "llama", {**TEXT, "tie_word_embeddings": True})
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+QWEN_TOWER = {
+    "depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "patch_size": 4, "in_channels": 3, "mlp_ratio": 2,
+    "spatial_merge_size": 1,
+}  # fmt: skip
+QWEN3_TOWER = {
+    **VIT, "depth": 2, "num_heads": 4, "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    "spatial_merge_size": 1, "temporal_patch_size": 2, "head_dim": 8,
+}  # fmt: skip
+MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1, "moe_layers": [0, 1]},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 0, "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    },
+}  # fmt: skip
 
 CASES: dict[str, tuple[tuple[str, str, dict[str, Any]], dict[str, Any]]] = {
     "lora": (LLAMA, {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION}),
@@ -78,10 +103,59 @@ CASES: dict[str, tuple[tuple[str, str, dict[str, Any]], dict[str, Any]]] = {
         "r": 4, "lora_alpha": 8, "target_modules": ["projection"], "use_dora": True,
     }),
     "experts": ((CAUSAL, "mixtral", {**TEXT, "num_local_experts": 4}), {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION}),
-    "a tied head": ((CAUSAL, "llama", {**TEXT, "tie_word_embeddings": True}), {
-        "r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens"],
-    }),
+    "DoRA on an embedding": (LLAMA, {**LORA, "target_modules": ["embed_tokens", "q_proj"], "use_dora": True}),
+    "Qwen2-VL": ((VISION, "qwen2_vl", {"text_config": {**TEXT, **MROPE}, "vision_config": QWEN_TOWER}), {
+        **LORA, "target_modules": [*ATTENTION, "qkv", "mlp.0"]}),
+    "Qwen3-VL": ((VISION, "qwen3_vl", {"text_config": {**TEXT, **MROPE}, "vision_config": QWEN3_TOWER}), {
+        **LORA, "target_modules": [*ATTENTION, "qkv", "linear_fc1"]}),
+    "Gemma 3": ((VISION, "gemma3", {"text_config": {**TEXT, "sliding_window_pattern": 3}, "vision_config": VIT,
+                                    "mm_tokens_per_image": 4, "image_token_index": 95}), {**LORA, "target_modules": ATTENTION}),
+    "LLaVA": ((VISION, "llava", {"text_config": {"model_type": "llama", **TEXT}, "vision_config": {"model_type": "clip_vision_model", **VIT},
+                                 "image_token_index": 95}), {**LORA, "target_modules": [*ATTENTION, "linear_1"]}),
+    "T5": ((SEQ2SEQ, "t5", {**TEXT, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}), {
+        **LORA, "target_modules": ["q", "v", "wo"]}),
+    "ViT": (("AutoModelForImageClassification", "vit", VIT), {**LORA, "target_modules": "all-linear"}),
+    "Mamba": ((CAUSAL, "mamba", {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}), {
+        **LORA, "target_modules": ["in_proj", "x_proj"]}),
+    "GPT-NeoX": ((CAUSAL, "gpt_neox", {**TEXT, "num_key_value_heads": None}), {**LORA, "target_modules": ["query_key_value", "embed_out", "lm_head"]}),
+    **{f"experts of {kind}": ((CAUSAL, kind, {**TEXT, **settings}), {
+        **LORA, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "lora_dropout": 0.0,
+    }) for kind, settings in MOE.items()},
+    "experts down alone": ((CAUSAL, "mixtral", {**TEXT, **MOE["mixtral"]}), {
+        **LORA, "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}),
+    "experts with ranks by parameter": ((CAUSAL, "mixtral", {**TEXT, **MOE["mixtral"]}), {
+        **LORA, "target_modules": [], "target_parameters": ["mlp.experts.down_proj", "experts.gate_up_proj"], "use_rslora": True,
+        "rank_pattern": {"experts.down_proj": 3}, "alpha_pattern": {".*gate_up_proj": 3}}),
+    "biases of experts": ((CAUSAL, "gpt_oss", {**TEXT, **MOE["gpt_oss"]}), {
+        **LORA, "target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj", "experts.gate_up_proj_bias"]}),
+    "a router and experts": ((CAUSAL, "mixtral", {**TEXT, **MOE["mixtral"]}), {
+        **LORA, "target_modules": [], "target_parameters": ["mlp.gate.weight", "experts.gate_up_proj"]}),
+    "a parameter that is a weight": (LLAMA, {**LORA, "target_modules": [], "target_parameters": ["q_proj.weight"]}),
+    "trained tokens": (LLAMA, {**LORA, "target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [90, 3, 91]}}),
+    "trained tokens of the embedding": (LLAMA, {**LORA, "target_modules": ATTENTION, "trainable_token_indices": [5, 1]}),
+    "trained tokens of the head too": (LLAMA, {
+        **LORA, "target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [5, 1], "lm_head": [7]}}),
+    "trained tokens of a tied model": (TIED, {**LORA, "target_modules": ATTENTION, "trainable_token_indices": [5, 1]}),
+    "trained tokens, tied by name": (TIED, {
+        **LORA, "target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [5, 1], "lm_head": [5, 1]}}),
+    "trained tokens that differ under a tied head": (TIED, {
+        **LORA, "target_modules": ATTENTION, "trainable_token_indices": {"embed_tokens": [5, 1], "lm_head": [7]}}),
+    "trained tokens of a language model within another": ((VISION, "gemma3", {
+        "text_config": {**TEXT, "sliding_window_pattern": 3}, "vision_config": VIT, "mm_tokens_per_image": 4, "image_token_index": 95}), {
+        **LORA, "target_modules": ATTENTION, "trainable_token_indices": [5, 1]}),
+    "a tied head": (TIED, {**LORA, "target_modules": ["lm_head"]}),
+    "a tied embedding": (TIED, {**LORA, "target_modules": ["embed_tokens"]}),
+    "a tied head and its embedding": (TIED, {**LORA, "target_modules": ["embed_tokens", "lm_head"]}),
+    "tied, and to stay so": (TIED, {**LORA, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}),
+    "a tied head, to stay so": (TIED, {**LORA, "target_modules": ["lm_head"], "ensure_weight_tying": True}),
+    "a tied head saved whole": (TIED, {**LORA, "target_modules": ATTENTION, "modules_to_save": ["lm_head"]}),
+    "a tied embedding saved whole": (TIED, {**LORA, "target_modules": ATTENTION, "modules_to_save": ["embed_tokens"]}),
+    "saved whole, tied, and to stay so": (TIED, {
+        **LORA, "target_modules": ATTENTION, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "a head of Gemma 2": ((CAUSAL, "gemma2", TEXT), {**LORA, "target_modules": ["lm_head"]}),
 }  # fmt: skip
+LOGITS = {name for name in CASES if "tied" in name or name == "a head of Gemma 2"}
+"""Compared by what the model says."""
 
 
 def compare(name: str, room: Path) -> str:
@@ -97,12 +171,18 @@ def compare(name: str, room: Path) -> str:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     adapted.save_pretrained(room / "adapter")
+    said = _logits(adapted) if name in LOGITS else None
     theirs = adapted.merge_and_unload().state_dict()
     merge(
         {"merge_method": "passthrough", "models": [{"model": f"{room / 'base'}+{room / 'adapter'}"}]},
         room / "out",
     )
-    ours = getattr(transformers, auto).from_pretrained(room / "out").state_dict()
+    output = getattr(transformers, auto).from_pretrained(room / "out")
+    if said is not None:
+        distance = (_logits(output) - said).abs().max().item() / said.abs().max().item()
+        how = "tied" if output.config.tie_word_embeddings else "each stored"
+        return f"{'equal' if distance < 1e-5 else 'DIFFERENT'}: logits {distance:.1g} apart, embedding and head {how}"
+    ours = output.state_dict()
     plain = getattr(transformers, auto).from_pretrained(room / "base").state_dict()
     if ours.keys() != theirs.keys():
         return f"DIFFERENT NAMES: {sorted(ours.keys() ^ theirs.keys())[:3]}"
@@ -113,6 +193,11 @@ def compare(name: str, room: Path) -> str:
         changed += not torch.equal(ours[key], plain[key])
     verdict = "equal" if worst <= 8 and changed else "DIFFERENT"
     return f"{verdict}: {changed} of {len(ours)} tensors changed, at most {worst:.1f} roundings apart"
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(model.eval()(input_ids=torch.tensor([[3, 4, 5, 1, 7, 90]])).logits)
 
 
 def main() -> int:

@@ -58,6 +58,18 @@ def renamed(ref: SourceRef, name: str) -> SourceRef:
     return replace(ref, name=name) if isinstance(ref, TensorRef) else RenamedRef(ref, name)
 
 
+def shared_heads(adapter: Adapter) -> set[str]:
+    """Return the heads whose trained tokens are the embedding's: PEFT trains them as one where the model is tied."""
+    settings = adapter.settings
+    of_embeddings = [
+        settings.token_indices(module) for module in adapter.tokens if is_embedding(f"{module}.weight")
+    ]
+    return {
+        module for module in adapter.tokens
+        if is_head(f"{module}.weight") and settings.token_indices(module) in of_embeddings
+    }  # fmt: skip
+
+
 def settle_vocabulary(
     adapter: Adapter,
     base: Mapping[str, SourceRef],
@@ -91,7 +103,8 @@ def _part(
     adapter: Adapter, base: Mapping[str, SourceRef], found: dict[str, SourceRef], settings: dict[str, Any]
 ) -> tuple[str, ...]:
     """Store the head of a tied model by itself where the adapter changed only one of the two; return what to say of it."""
-    own_tokens = any(is_head(f"{module}.weight") for module in adapter.tokens)
+    shared = shared_heads(adapter)
+    own_tokens = any(is_head(f"{module}.weight") for module in adapter.tokens if module not in shared)
     changed = [name for name in base if is_embedding(name) and found[name] is not base[name]]
     trained = [name for name in changed if not isinstance(found[name], PatchedRef)]
     heads = [name for name in found if is_head(name) and (name not in base or found[name] is not base[name])]
@@ -108,6 +121,8 @@ def _part(
         stored = [HEADS[0]]
         found[HEADS[0]] = renamed(base[embedding], HEADS[0])
     elif not trained and not own:
+        for name in [name for name in stored if name not in base]:
+            found.pop(name)  # the same rows as the embedding's
         return ()
     if settings.get("model_type") in _SCALED:
         raise bad(str(adapter.directory), f"the adapter changes the head or the embedding alone, and {settings['model_type']} scales what a "
@@ -115,10 +130,10 @@ def _part(
     for part in _parts(settings):
         if part is settings or TIED in part:
             part[TIED] = False
-    which = "head" if own else "embedding"
+    how = "brings a head of its own" if own else "changes the embedding alone"
     return (
-        f"{quoted(stored[0])}: the base ties its head to the embedding, and the adapter changes the {which} alone: the output "
-        f"stores its head by itself, and {TIED} is false in config.json",
+        f"{quoted(stored[0])}: the base ties its head to the embedding, and the adapter {how}: the output stores its head by "
+        f"itself, and {TIED} is false in its config.json",
     )
 
 

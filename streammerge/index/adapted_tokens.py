@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from streammerge.dtypes import FLOATS
-from streammerge.index.adapted_head import HEADS, is_embedding, is_head, renamed
+from streammerge.index.adapted_head import HEADS, is_embedding, is_head, renamed, shared_heads
 from streammerge.index.adapter_names import Names
 from streammerge.index.adapters import Adapter
 from streammerge.index.derived import PatchedRef, SourceRef
@@ -31,13 +31,16 @@ def with_tokens(
         If the rows fit no embedding, or a token is none of it.
     """
     found = dict(tensors)
+    shared = shared_heads(adapter) if tied else set()
     for module, values in adapter.tokens.items():
+        if module in shared:
+            continue
         name = _place(names, base, found, module, values, tied=tied)
         indices = adapter.settings.token_indices(module)
         found[name] = _patched(adapter, module, found[name], values, indices)
-        own_head = any(is_head(f"{other}.weight") for other in adapter.tokens)
+        own_head = any(is_head(f"{other}.weight") for other in adapter.tokens if other not in shared)
         if tied and is_embedding(name) and not own_head:
-            for head in [head for head in base if is_head(head) and base[head].shape == base[name].shape]:
+            for head in [head for head in found if is_head(head) and found[head].shape == found[name].shape]:
                 found[head] = _patched(adapter, module, found[head], values, indices)
     return found
 

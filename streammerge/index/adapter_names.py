@@ -8,7 +8,6 @@ to more than one place is refused rather than guessed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import groupby
 
 from streammerge.index.files import bad, quoted
 
@@ -18,6 +17,7 @@ _AROUND = frozenset(
 """Modules around a language model that tell nothing of the place within it."""
 _VISION = frozenset({"visual", "vision_tower", "vision_model", "vision_encoder", "vit"})
 """Names of one thing, which may lie within each other."""
+_TOWER = "(vision)"
 _RENAMED = (
     (".attention.attention.query.", ".attention.q_proj."),
     (".attention.attention.key.", ".attention.k_proj."),
@@ -39,7 +39,7 @@ _RENAMED = (
     (".mlp.router.", ".mlp.gate."),
     (".embed_out.", ".lm_head."),
     (".word_embeddings.", ".embed_tokens."),
-    (".encoder.layer.", ".encoder.layers."),
+    (".encoder.layer.", ".layers."),
 )
 """What transformers calls differently in files and among modules; both sides are brought to the second form."""
 _MOST_AROUND = 3
@@ -108,20 +108,27 @@ class Names:
 
 
 def _tails(name: str) -> tuple[str, ...]:
-    """Return a name, and what is left without up to three modules around it; a layer's number is never one of them."""
+    """Return a name, and what is left without up to three modules around it.
+
+    A layer's number is never one of them, nor the word for vision towers, which nothing else may be taken for.
+    """
     found = []
     for _ in range(_MOST_AROUND + 1):
         found.append(name)
         outer, _, name = name.partition(".")
-        if outer.isdigit() or "." not in name:
+        if outer.isdigit() or outer == _TOWER or "." not in name:
             break
     return tuple(found)
 
 
 def _within(name: str) -> tuple[str, ...]:
     """Return a name without the modules around a language model, and with one word for the tower of a vision model."""
-    parts = ["vision" if part in _VISION else part for part in name.split(".") if part not in _AROUND]
-    return (".".join(part for part, _ in groupby(parts)),)
+    parts: list[str] = []
+    for part in name.split("."):
+        word = _TOWER if part in _VISION else part
+        if part not in _AROUND and (word != _TOWER or parts[-1:] != [word]):
+            parts.append(word)
+    return (".".join(parts),)
 
 
 def _renamed(name: str) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ __all__ = ["ADAPTER_CONFIG", "Adapter", "Parts", "read_adapter", "split_referenc
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _WRAPPED = ".base_layer"
+_AT_WORK = ".modules_to_save."
 _PARTS = re.compile(
     r"(?P<module>.+?)(?P<wrapped>(?:\.base_layer)*)"
     r"\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?P<leaf>weight|bias))?",
@@ -110,7 +111,14 @@ class _Sorted:
     def __init__(self) -> None:
         self.factors: dict[str, dict[int, dict[str, TensorRef]]] = {}
         self.tokens: dict[str, TensorRef] = {}
-        self.replaced: dict[str, TensorRef] = {}
+        self._saved: dict[str, TensorRef] = {}
+        self._at_work: dict[str, TensorRef] = {}
+        """Whole tensors under the names that they have in memory, as PEFT saves them beside the others after a resize."""
+
+    @property
+    def replaced(self) -> dict[str, TensorRef]:
+        """Whole tensors; what is saved under the module's own name goes before."""
+        return {**self._at_work, **self._saved}
 
     def add(self, name: str, ref: TensorRef) -> None:
         if ref.dtype not in FLOATS:
@@ -129,7 +137,8 @@ class _Sorted:
         else:
             if ".lora_" in plain or "token_adapter." in plain:
                 raise bad(ref.path, f"tensor {quoted(name)}: a kind of adapter that is not supported")
-            place, key = self.replaced, plain.replace(f"{_WRAPPED}.", ".")
+            place = self._at_work if _AT_WORK in name else self._saved
+            key = plain.replace(f"{_WRAPPED}.", ".")
         if key in place:
             raise bad(ref.path, f"tensor {quoted(name)} is there under another name too")
         place[key] = ref
@@ -151,7 +160,7 @@ def _plain(name: str) -> str:
     """Return a tensor's name among the base's modules, without what PEFT puts around and between them."""
     while name.startswith(_PREFIX):
         name = name.removeprefix(_PREFIX)
-    return name.replace(f".token_adapter{_WRAPPED}.", ".").replace(".modules_to_save.", ".")
+    return name.replace(f".token_adapter{_WRAPPED}.", ".").replace(_AT_WORK, ".")
 
 
 def split_reference(reference: str, exists: Callable[[str], bool]) -> tuple[str, str]:
