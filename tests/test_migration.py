@@ -196,16 +196,7 @@ def test_code_that_a_config_asks_for_is_named_and_copied_as_data(paths: list[Pat
 
 def test_the_model_card_names_every_model_the_method_and_its_paper(paths: list[Path]) -> None:
     card = model_card(plan({**config_for("ties", paths), "base_model": f"{paths[0]}"}))
-    front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model"] == ["base", "m1", "m2", "m3"]
+    assert all(f"- `{name}`" in card for name in ("m1", "m2", "m3"))
+    assert "- `base` (base)" in card
     assert "`ties` (Yadav et al. 2023, https://arxiv.org/abs/2306.01708)" in card
     assert "merge_method: ties" in card
-
-
-def test_a_name_that_yaml_would_misread_is_quoted_in_the_model_card(
-    make_models: Make, tmp_path: Path
-) -> None:
-    paths = make_models(n_models=1, shapes=FEW)
-    os.rename(paths[1], tmp_path / "a: [b #c")
-    card = model_card(plan({"merge_method": "linear", "models": [{"model": str(tmp_path / "a: [b #c")}]}))
-    assert yaml.safe_load(card.split("---")[1])["base_model"] == ["a: [b #c"]

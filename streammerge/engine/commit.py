@@ -16,8 +16,9 @@ from streammerge.engine.manifest import FORMAT, MANIFEST, indented, seal
 from streammerge.engine.output import CONFIG_COPY
 from streammerge.engine.sidecars import copy_sidecar, read_sidecar
 from streammerge.engine.writer import ShardWriter
-from streammerge.index.model import CONFIG_NAME
+from streammerge.index.model import CONFIG_NAME, TensorIndex
 from streammerge.planning.model_config import spelled
+from streammerge.planning.origins import origins_of
 from streammerge.planning.plan import MergePlan
 
 
@@ -131,7 +132,7 @@ def _manifest(
         "seed": plan.seed,
         "identity": identity.public,
         "inputs": [
-            {"role": "base" if index is plan.base else "model", "fingerprint": digest,
+            {"role": "base" if index is plan.base else "model", "name": _names(index), "fingerprint": digest,
              "tensors": len(index), "nbytes": index.nbytes,
              **({"sha256": hashes} if (hashes := content_of(index, contents)) else {})}
             for index, digest in zip(plan.inputs, identity.fingerprints, strict=True)
@@ -146,6 +147,13 @@ def _manifest(
             for job in plan.jobs
         },
     }  # fmt: skip
+
+
+def _names(index: TensorIndex) -> str:
+    """Return what a person knows an input by: names and snapshots on the hub, names of local folders; no path."""
+    return "+".join(
+        f"{origin.name}@{origin.revision}" if origin.on_hub else origin.name for origin in origins_of(index)
+    )
 
 
 def tensor_crc(plan: MergePlan, receipts: Sequence[Receipt]) -> int:

@@ -1,47 +1,131 @@
-"""The model card of an output: what was merged, how, and the config word for word."""
+"""The model card of an output: what was merged, how, how to load it, and the config.
+
+What the hub reads of it is what the hub knows: names of its own models, never a path. What people read has no path
+either that tells where somebody's files lie; the config beside it is word for word.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
+from collections.abc import Iterator, Mapping
 
+from streammerge import __version__
+from streammerge.config.settings import Setting
+from streammerge.errors import printable
+from streammerge.planning.ecosystem import Ecosystem, ecosystem_of
+from streammerge.planning.origins import Origin, origins_of, shared_licence, shown_reference
 from streammerge.planning.plan import MergePlan
+from streammerge.report.loading import how_to_load
+
+_PATH = re.compile(
+    r"(?<![\w.~/@:-])(?:~[\w-]*|\.\.?)?/(?:[^\s/'\"#,\[\]{}:]+/)*([^\s/'\"#,\[\]{}:]+)/?", re.ASCII
+)
 
 
 def model_card(plan: MergePlan) -> str:
-    """Return the text of README.md; a function of the plan alone."""
-    names = [_name(index.reference) for index in (*([] if plan.base is None else [plan.base]), *plan.models)]
-    sources = [f"- {_quoted(name)}" for name in dict.fromkeys(names)]
-    models = "\n".join(f"- {_name(model.reference)}" for model in plan.models)
-    front = "\n".join(
-        [
-            "---",
-            "base_model:",
-            *sources,
-            "library_name: transformers",
-            "tags:",
-            "- merge",
-            "- streammerge",
-            "---",
-        ]
-    )
-    of_base = "" if plan.base is None else f" with {_name(plan.base.reference)} as the base"
+    """Return the text of README.md: a function of the plan, and of what the inputs' own cards say of their licences."""
+    origins = {origin: None for index in plan.inputs for origin in origins_of(index)}
+    ecosystem = ecosystem_of(plan.donor)
     paper = f" ({plan.method.paper})" if plan.method.paper else ""
-    fence = "````" if "```" in plan.config.text else "```"
-    return (
-        f"{front}\n\n# Merged model\n\nMade by streammerge with the method `{plan.method.name}`{paper}{of_base}.\n\n"
-        f"## Models\n\n{models}\n\n## Configuration\n\n{fence}yaml\n{plan.config.text.rstrip()}\n{fence}\n"
-    )
+    parts = [
+        _front_matter(plan, ecosystem, tuple(origins)),
+        f"# A merge by {plan.method.name}",
+        f"Merged by streammerge {__version__} with the method `{plan.method.name}`{paper}.",
+        "## Models",
+        "\n".join(_models(plan)),
+        *_settings(plan),
+        *how_to_load(plan, ecosystem),
+        "## Configuration",
+        _configuration(plan),
+        "`streammerge.json` holds the checksums of all files and the fingerprints of all inputs; `streammerge verify` reads "
+        "every byte against them.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(plan: MergePlan, ecosystem: Ecosystem, origins: tuple[Origin, ...]) -> str:
+    """Return what the hub reads: https://huggingface.co/docs/hub/model-cards."""
+    hub = dict.fromkeys(origin.name for origin in origins if origin.on_hub)
+    lines = ["---"]
+    if hub:
+        lines += ["base_model:", *(f"- {_quoted(name)}" for name in hub)]
+    lines.append("base_model_relation: merge")
+    lines += [f"{key}: {_quoted(value)}" for key, value in shared_licence(origins)]
+    if ecosystem.library:
+        lines.append(f"library_name: {ecosystem.library}")
+    lines += ["tags:", *(f"- {_quoted(tag)}" for tag in ("merge", "streammerge", plan.method.name)), "---"]
+    return "\n".join(lines)
 
 
 def _quoted(name: str) -> str:
-    """Return a name as YAML takes it for a string."""
-    return name if re.fullmatch(r"[A-Za-z][\w./-]*", name, re.ASCII) else json.dumps(name)
+    """Return a text as YAML takes it for a string."""
+    plain = re.fullmatch(r"[A-Za-z][\w./-]*", name, re.ASCII)
+    return (
+        name
+        if plain and name.lower() not in ("true", "false", "yes", "no", "on", "off", "null")
+        else json.dumps(name)
+    )
 
 
-def _name(reference: str) -> str:
-    """Return a reference as a hub name, or the last part of a path."""
-    if os.path.isabs(reference) or reference.startswith("."):
-        return os.path.basename(os.path.normpath(reference))
-    return reference
+def _models(plan: MergePlan) -> Iterator[str]:
+    """Yield a line for every input: a link to what is on the hub."""
+    for index in plan.inputs:
+        names = " with the adapter ".join(_link(origin) for origin in origins_of(index))
+        yield f"- {names}{' (base)' if index is plan.base else ''}"
+
+
+def _link(origin: Origin) -> str:
+    if origin.on_hub:
+        return f"[{origin.name}](https://huggingface.co/{origin.name}/tree/{origin.revision})"
+    return _code(origin.name)
+
+
+def _code(text: object) -> str:
+    """Return a text that Markdown shows as it is, in a table too."""
+    return "`" + printable(text, 120).replace("`", "'").replace("|", "¦") + "`"
+
+
+def _settings(plan: MergePlan) -> Iterator[str]:
+    """Yield a table of what the config sets, and what else decides the values."""
+    rows = [("all", plan.config.parameters)]
+    rows += [(shown_reference(spec.reference), spec.parameters) for spec in plan.config.models]
+    cells = [
+        f"| {_code(name)} | {_code(key)} | {_code(_shown(setting))} |"
+        for name, settings in rows
+        for key, setting in sorted(settings.items())
+    ]
+    if cells:
+        yield "## Parameters"
+        yield "\n".join(["| model | parameter | value |", "|---|---|---|", *cells])
+    if plan.random:
+        yield f"Random drops are drawn from the seed {plan.seed}: the same seed gives the same bits."
+
+
+def _shown(setting: Setting) -> str:
+    clauses = [
+        (f"{clause.filter}: " if clause.filter is not None else "")
+        + (str(clause.values[0]) if len(clause.values) == 1 else f"[{', '.join(map(str, clause.values))}]")
+        for clause in setting.clauses
+    ]
+    return "; ".join(clauses)
+
+
+def _configuration(plan: MergePlan) -> str:
+    """Return the config, of whose paths only the last parts are told."""
+    text = plan.config.text
+    for reference in sorted(_references(plan), key=len, reverse=True):
+        text = text.replace(reference, shown_reference(reference))
+    text = _PATH.sub(r"\1", text).rstrip()
+    fence = "````" if "```" in text else "```"
+    return f"{fence}yaml\n{text}\n{fence}"
+
+
+def _references(plan: MergePlan) -> set[str]:
+    """Return what the config names that lies somewhere."""
+    stores: Mapping[str, object] = dict.fromkeys(index.reference for index in plan.stores)
+    return (
+        {index.reference for index in plan.inputs}
+        | {spec.reference for spec in plan.config.models}
+        | set(stores)
+    )
