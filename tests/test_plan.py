@@ -519,6 +519,10 @@ WRONG: list[tuple[str, str, Change, str]] = [
      lambda config: [m.update(parameters={"weight": w}) for m, w in zip(
          config["models"], [1, [{"filter": "mlp", "value": 0.5}], 1], strict=True)],
      r"models\[1\]\.parameters\.weight: only filters, and none matches tensor .*: add `- value: …` as the last entry"),
+    ("a key of the config among the parameters", "ties", top(dtype="bfloat16"),
+     "parameters.dtype: 'dtype' is no parameter: it stands at the top level of the config"),
+    ("no base for slerp", "slerp", lambda config: config.pop("base_model"),
+     "'slerp' needs one: the first of the two models"),
     ("a choice misspelt", "ties", top(ties="thni"), "'thni' is not one of thin, all, index, drop .did you mean 'thin'"),
     ("a method in capitals", "TIES", key(), "unknown method 'TIES' .did you mean 'ties'"),
     ("a method by another name", "average", key(), "unknown method 'average' .did you mean 'linear'"),

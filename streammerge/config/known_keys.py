@@ -6,6 +6,23 @@ from collections.abc import Mapping
 
 from streammerge.config.wording import shown
 
+KEYS = (
+    "merge_method",
+    "models",
+    "slices",
+    "modules",
+    "base_model",
+    "dtype",
+    "out_dtype",
+    "parameters",
+    "seed",
+    "exclude",
+    "tokenizer",
+    "tokenizer_source",
+    "chat_template",
+)
+"""Keys of a config, at its top level."""
+
 KEYS_WITHOUT_EFFECT: Mapping[str, str] = {
     "name": "it names a stage of mergekit-multi; this merges into the directory that the command names",
     "out_path": "this merges into the directory that the command names",
@@ -77,6 +94,8 @@ def misplaced(key: str, value: object, data: Mapping[str, object]) -> str | None
     if single in PARAMETERS and single != key and key not in ("parameters",):
         model = "{model: x, parameters: {" + single + ": 0.5}}"
         return f"'{key}' is no key: each model has its own '{single}' under parameters: {model}"
+    if key in KEYS:
+        return f"'{key}' stands at the top level of the config, once for the whole merge"
     return _ELSEWHERE.get(key)
 
 

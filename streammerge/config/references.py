@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from streammerge.config.wording import check_keys, child, refuse, shown
 
+_DIRECTORIES = (".", "/", "~")
+"""What only the path of a directory begins with: it has no revisions, and mergekit passes over one too."""
+
 
 def parse_text(value: object, path: str) -> str:
     """Return `value` if it is a string that can name something; ConfigError otherwise."""
@@ -48,6 +51,8 @@ def _parse_place(value: object, path: str) -> str:
     if value.get("revision") is None:
         return location
     revision = parse_text(value["revision"], child(path, "revision"))
+    if location.startswith(_DIRECTORIES):
+        return location
     for key, text in (("path", location), ("revision", revision)):
         if "@" in text:
             refuse(child(path, key), f"'@' in {shown(text)} (it divides path and revision)")

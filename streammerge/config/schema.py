@@ -12,27 +12,15 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from streammerge.config.known_keys import KEYS_WITHOUT_EFFECT, misplaced
+from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.references import parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
 from streammerge.config.tokenizer import ChatTemplate, TokenizerSpec, parse_chat_template, parse_tokenizer
-from streammerge.config.wording import check_keys, child, meant, refuse, shown
+from streammerge.config.wording import PATH_LIMIT, check_keys, child, meant, refuse, shown
 from streammerge.dtypes import NAMES, SHORT_NAMES
+from streammerge.errors import printable
 
 _INPUTS = ("models", "slices", "modules")
-_KEYS = (
-    "merge_method",
-    *_INPUTS,
-    "base_model",
-    "dtype",
-    "out_dtype",
-    "parameters",
-    "seed",
-    "exclude",
-    "tokenizer",
-    "tokenizer_source",
-    "chat_template",
-)
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
 _MODULE_KEYS = ("models", "slices", "parameters")
@@ -151,10 +139,11 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
     where
         The name of the config in messages.
     """
+    where = printable(where, PATH_LIMIT)
     top = f"{where}:"
     notes: list[str] = []
     data = _without(data, top, notes)
-    check_keys(data, top, _KEYS, misplaced)
+    check_keys(data, top, KEYS, misplaced)
     if "merge_method" not in data:
         refuse(top, "'merge_method' is missing")
     base = data.get("base_model")

@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from streammerge.errors import ConfigError, printable
 
+PATH_LIMIT = 4096
+"""Characters of the longest path a file can have."""
 _LINE_LIMIT = 5000
 """Room for the longest path a file can have; every other part of a message is cut much earlier."""
 

@@ -116,9 +116,12 @@ def _check_models(config: MergeConfig, method: Method) -> None:
                 f"{child(part.path, key)}: {method.name!r} takes {wanted}, there are {n} (the base is not one of them)"
             )
         if method.base == "required" and part.base is None:
-            raise ConfigError(
-                f"{config.where}: base_model: {method.name!r} needs one: the model that the others were fine-tuned from"
+            role = (
+                "the first of the two models"
+                if most == 1
+                else "the model that the others were fine-tuned from"
             )
+            raise ConfigError(f"{config.where}: base_model: {method.name!r} needs one: {role}")
 
 
 def _compare_names(

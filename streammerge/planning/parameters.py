@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from streammerge.config.known_keys import OLD_PARAMETERS, PARAMETERS
+from streammerge.config.known_keys import KEYS, OLD_PARAMETERS, PARAMETERS
 from streammerge.config.schema import MergeConfig, ModelSpec
 from streammerge.config.settings import Scalar, Setting, value_for
 from streammerge.config.wording import meant, suggestion
@@ -53,6 +53,10 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
                 notes.append(f"{setting.path}: ignored: {OLD_PARAMETERS[name]}")
             elif name not in method.parameters and name in PARAMETERS:
                 notes.append(f"{setting.path}: ignored: {method.name} has no {name!r}, as in mergekit")
+            elif name not in method.parameters and name in KEYS:
+                raise ConfigError(
+                    f"{setting.path}: {name!r} is no parameter: it stands at the top level of the config"
+                )
             elif name not in method.parameters:
                 hint = suggestion(name, [*method.parameters, *([PRESET] if method.presets else [])])
                 raise ConfigError(

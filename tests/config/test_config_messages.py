@@ -82,6 +82,10 @@ KEYS = [
     ),
     (M + "density: 0.5", "'density' goes under parameters: {density: 0.5}"),
     (M + "normalize: false", "'normalize' goes under parameters: {normalize: false}"),
+    (
+        "merge_method: slerp\nslices: [{sources: [{model: x, layer_range: [0, 1]}], merge_method: slerp}]",
+        "slices[0]: 'merge_method' stands at the top level of the config, once for the whole merge",
+    ),
     (M + "random_seed: 3", "'random_seed' is called 'seed' here"),
     (M + "Dtype: float16", "unknown key 'Dtype' (did you mean 'dtype'?)"),
     (
@@ -187,3 +191,14 @@ def test_numbers_of_numpy_are_the_ones_that_they_print() -> None:
     for wrong in (np.zeros((2, 2)), np.complex64(1), np.datetime64("2020-01-01")):
         with pytest.raises(ConfigError, match="is not a value a config can hold"):
             config_from_mapping({"merge_method": "ties", "seed": wrong})
+
+
+def test_a_directory_has_no_revisions() -> None:
+    text = "merge_method: linear\nmodels: [{model: {model: {path: org/base, revision: v1}, lora: {path: ./other, revision: main}}}]"
+    assert parse_config(text).models[0].reference == "org/base@v1+./other"
+
+
+def test_the_name_of_a_config_moves_no_cursor() -> None:
+    config = parse_config(M + "int8_mask: true", "x\x1b[31m.yml")
+    assert config.where == "x\\x1b[31m.yml"
+    assert config.notes[0].isprintable()
