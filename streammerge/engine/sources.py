@@ -1,19 +1,29 @@
-"""Elements of a tensor as its model has them: as they lie in a file, put in order, with an adapter, or gathered row by row."""
+"""Elements of a tensor as its model has them: as they lie in a file, put in order or together, with an adapter, gathered."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from streammerge.dtypes import BITS
-from streammerge.engine import adapted, gathered, patched, strided
+from streammerge.engine import adapted, blocks, gathered, patched, strided
 from streammerge.engine.made import read_to
 from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
 from streammerge.engine.values import Scratch
+from streammerge.index.blocks import BlocksRef
 from streammerge.index.derived import AdaptedRef, PatchedRef, SourceRef, scratch_bytes
 from streammerge.index.header import TensorRef
 
-__all__ = ["adapted", "gathered", "patched", "prefetch_source", "read_elements", "read_source", "strided"]
+__all__ = [
+    "adapted",
+    "blocks",
+    "gathered",
+    "patched",
+    "prefetch_source",
+    "read_elements",
+    "read_source",
+    "strided",
+]
 """The modules are the kinds whose readers are known once this is imported."""
 
 
@@ -53,6 +63,9 @@ def prefetch_source(reader: Reader, ref: SourceRef, start: int, stop: int) -> No
     """Ask the kernel to begin reading what elements `start` to `stop` are made of, where that lies together."""
     while isinstance(ref, AdaptedRef | PatchedRef):
         ref = ref.source
-    if isinstance(ref, TensorRef):
+    if isinstance(ref, BlocksRef):
+        for tensor, first, last in blocks.blocks_of(ref, start, stop):
+            prefetch_source(reader, tensor, first, last)
+    elif isinstance(ref, TensorRef):
         first, last = (element * BITS[ref.dtype] // 8 for element in (start, stop))
         reader.prefetch(ref.path, ref.offset + first, last - first)

@@ -60,6 +60,11 @@ class MadeRef:
             """Room that reading it takes beside the elements."""
 
     @property
+    def stored_dtype(self) -> str:
+        """Of the elements in their file, whatever they are computed in."""
+        return stored_dtype(self.source)
+
+    @property
     def n_elements(self) -> int:
         """How many elements the shape has."""
         return math.prod(self.shape)
@@ -333,7 +338,7 @@ def stored(ref: SourceRef) -> TensorRef:
 
 def stored_dtype(ref: SourceRef) -> str:
     """Return the dtype that the tensor has in its file, whatever it is computed in."""
-    return stored(ref).dtype
+    return ref.stored_dtype if isinstance(ref, MadeRef) else ref.dtype
 
 
 def scratch_bytes(ref: object) -> int:

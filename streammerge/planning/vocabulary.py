@@ -27,7 +27,7 @@ from streammerge.index.tokenizers import MOST_ROWS, Tokenizer, read_tokenizer, t
 from streammerge.planning.tied import EMBEDDINGS, is_head
 
 Ids = NDArray[np.int32]
-_OF_TOKENS = (
+OF_TOKENS = (
     *EMBEDDINGS, "lm_head.weight", "lm_head.bias", "embed_out.weight", "embed_out.bias", "predictions.bias",
     "predictions.decoder.weight", "predictions.decoder.bias", "lm_head.decoder.weight", "lm_head.decoder.bias",
     "vocab_projector.weight", "vocab_projector.bias",
@@ -240,7 +240,7 @@ def embedding_rows(index: TensorIndex) -> int:
 
 def _has_tokens(name: str, ref: SourceRef, n_rows: int) -> bool:
     """Return whether a tensor has a row for each token, by its name and shape."""
-    known = is_head(name) or name.endswith((*_OF_TOKENS, ".embeddings.weight"))
+    known = is_head(name) or name.endswith((*OF_TOKENS, ".embeddings.weight"))
     return known and bool(ref.shape) and ref.shape[0] == n_rows
 
 
