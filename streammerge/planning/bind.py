@@ -16,10 +16,12 @@ from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
 from streammerge.methods.requests import Band, TopK
 from streammerge.methods.scope import Scope
-from streammerge.planning.cells import Cell, Indexes, Stack, assemble
+from streammerge.planning.agreement import check_kinds, check_shapes, compare_names
+from streammerge.planning.cells import Cell, Stack, assemble
+from streammerge.planning.finder import Finder
 from streammerge.planning.job import Job
+from streammerge.planning.matching import Matched
 from streammerge.planning.parameters import bind, check_names, preset_of
-from streammerge.planning.tied import tied_to
 from streammerge.planning.unmatched import unmatched
 from streammerge.planning.vocabulary import Alignment
 
@@ -38,7 +40,7 @@ def bind_jobs(
     config: MergeConfig,
     method: Method,
     donor: TensorIndex,
-    indexes: Indexes,
+    matched: Matched,
     fishers: Sequence[FisherIndex] = (),
     alignment: Alignment | None = None,
     grams: Sequence[FisherIndex] = (),
@@ -51,8 +53,8 @@ def bind_jobs(
         With its bases settled.
     donor
         The model whose tensors decide the names and dtypes of the output.
-    indexes
-        Every model by its reference.
+    matched
+        Every model, in the donor's names.
     fishers
         One diagonal per model, for a method that weighs by them.
     alignment
@@ -67,27 +69,29 @@ def bind_jobs(
     ModelError
         If a tensor is missing, or shapes or dtypes do not fit; the message has the cure.
     """
-    warnings = [*config.notes, *check_names(config, method)]
+    indexes = matched.indexes
+    warnings = [*config.notes, *check_names(config, method), *matched.notes]
     _check_models(config, method)
     preset = preset_of(config, method)
     assembly = assemble(config, donor, indexes)
     excluded = [re.compile(pattern) for pattern in config.exclude]
     copied = {cell.name for cell in assembly.cells if any(p.search(cell.name) for p in excluded)}
     warnings += [*assembly.notes, *unmatched(config, assembly.cells, indexes)]
-    finder = _Finder(indexes, alignment)
+    check_kinds(config, donor, indexes)
+    finder = Finder(indexes, alignment, matched.prefixes)
     finder.check([cell for cell in assembly.cells if cell.name not in copied])
-    warnings += _compare_names(config, assembly.cells, donor, indexes, excluded)
-    binder = _Binder(config, method, fishers, grams)
+    warnings += compare_names(config, assembly.cells, donor, indexes, excluded)
+    binder = _Binder(config, method, fishers, grams, matched.own_names)
     jobs: list[Job] = []
     for cell in assembly.cells:
         ordinal = len(jobs)
         lender = finder.donor_of(cell)
         base, sources = finder.inputs(cell)
-        if cell.name in copied or not sources or cell.name in finder.buffers:
+        if cell.name in copied or not sources or finder.is_copied(cell):
             job = _copy(ordinal, cell.name, lender, config)
         else:
             inputs = (*((base,) if base is not None else ()), *sources)
-            _check_shapes(cell.name, inputs)
+            check_shapes(cell.name, inputs)
             parameters = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels, config.where)
             job = binder.merge(ordinal, cell, lender, sources, base, parameters)
         jobs.append(job)
@@ -122,156 +126,6 @@ def _check_models(config: MergeConfig, method: Method) -> None:
                 else "the model that the others were fine-tuned from"
             )
             raise ConfigError(f"{config.where}: base_model: {method.name!r} needs one: {role}")
-
-
-def _compare_names(
-    config: MergeConfig, cells: Sequence[Cell], donor: TensorIndex, indexes: Indexes,
-    excluded: Sequence[re.Pattern[str]],
-) -> list[str]:  # fmt: skip
-    """Return warnings of tensors that have no part in the merge; refuse where the donor alone lacks one."""
-    warnings = []
-    for index in indexes.values():
-        warnings += [f"{printable(index.reference)}: {note}" for note in index.notes]
-        if index.unlisted:
-            warnings.append(f"{printable(index.reference)}: {len(index.unlisted)} tensors in its shards are not "
-                            f"in its index and are left out (first: {printable(index.unlisted[0])})")  # fmt: skip
-    if len(config.modules) > 1 or config.modules[0].is_sliced or config.modules[0].name is not None:
-        return warnings
-    names = {cell.name for cell in cells}
-    models = [indexes[spec.reference] for spec in config.models]
-    extra_everywhere = [
-        n for n in models[0] if n not in names and all(n in model for model in models)
-        and not any(p.search(n) for p in excluded)
-    ]  # fmt: skip
-    if extra_everywhere:
-        raise ModelError(
-            f"{printable(donor.reference)}: tensor {printable(extra_everywhere[0])} is missing, all other models "
-            "have it; list it under `exclude:` to leave it out"
-        )
-    for model in (index for index in indexes.values() if any(index is model for model in models)):
-        extra = [name for name in model if name not in names]
-        if extra:
-            warnings.append(f"{printable(model.reference)}: {len(extra)} tensors that {printable(donor.reference)} "
-                            f"lacks are left out (first: {printable(extra[0])})")  # fmt: skip
-    return warnings
-
-
-class _Finder:
-    """Finds the tensors of a cell in the models, or what stands for them there."""
-
-    def __init__(self, indexes: Indexes, alignment: Alignment | None) -> None:
-        self._indexes, self._alignment = indexes, alignment
-        self._tied: dict[str, str] = {}
-        self.buffers: set[str] = set()
-        """Tensors that are no parameters and that not all models store: copied."""
-
-    def check(self, cells: Sequence[Cell]) -> None:
-        """Refuse a model that lacks tensors of the output, naming the first of them."""
-        missing: dict[str, list[Cell]] = {}
-        for cell in cells:
-            lacking = [
-                reference
-                for reference, name in dict.fromkeys(_places(cell))
-                if self._find(reference, name) is None
-            ]
-            if lacking and _BUFFER.search(cell.name) and self._find(*cell.donor) is not None:
-                self.buffers.add(cell.name)
-                continue
-            for reference in lacking:
-                missing.setdefault(reference, []).append(cell)
-        for reference in (reference for reference in self._indexes if reference in missing):
-            lacking_cells = missing[reference]
-            cell = lacking_cells[0]
-            more = f" and {len(lacking_cells) - 1} more" if len(lacking_cells) > 1 else ""
-            name = next(name for place, name in _places(cell) if place == reference)
-            raise ModelError(
-                f"{printable(reference)}: tensor {printable(name)}{more} is missing, "
-                f"{printable(_holder(cell, self._indexes))} has it; list it under `exclude:` to copy it from there"
-            )
-
-    def donor_of(self, cell: Cell) -> SourceRef:
-        """Return the tensor that lends its dtype and shape."""
-        found = self._find(*cell.donor)
-        if found is None:
-            reference, name = cell.donor
-            raise ModelError(
-                f"{printable(reference)}: tensor {printable(name)} is missing, and under `exclude:` it is to be "
-                "copied from there"
-            )
-        return found
-
-    def inputs(self, cell: Cell) -> tuple[SourceRef | None, tuple[SourceRef, ...]]:
-        """Return the base's tensor, if there is one, and each source's."""
-        if cell.name in self.buffers:
-            return None, ()
-        base = None if cell.part.base is None else self._find(cell.part.base.reference, cell.base)
-        sources = [self._find(spec.reference, name) for spec, name in cell.models]
-        return base, tuple(ref for ref in sources if ref is not None)
-
-    def _find(self, reference: str, name: str) -> SourceRef | None:
-        found = self._stored(reference, name)
-        if found is None or self._alignment is None:
-            return found
-        return self._alignment.gather(reference, name, found, lambda other: self._stored(other, name))
-
-    def _stored(self, reference: str, name: str) -> SourceRef | None:
-        index = self._indexes[reference]
-        if name in index:
-            return index[name]
-        embedding = tied_to(index, name)
-        if embedding is None:
-            return None
-        self._tied[reference] = name
-        return index[embedding]
-
-    def warnings(self) -> list[str]:
-        """Return what the user should know of all cells together."""
-        lines = [
-            f"{printable(reference)}: stores no {printable(name)}, its embedding takes part in its place (they are tied)"
-            for reference, name in self._tied.items()
-        ]
-        if self.buffers:
-            lines.append(f"{len(self.buffers)} buffers that not all models store are copied, not merged "
-                         f"(first: {printable(min(self.buffers))})")  # fmt: skip
-        return lines
-
-
-_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
-"""Tensors that some versions of `transformers` stored beside the parameters."""
-
-
-def _places(cell: Cell) -> list[tuple[str, str]]:
-    """Return every model that takes part in a cell, and the tensor's name there."""
-    base = [] if cell.part.base is None else [(cell.part.base.reference, cell.base)]
-    return [*base, *((spec.reference, name) for spec, name in cell.models)]
-
-
-def _holder(cell: Cell, indexes: Indexes) -> str:
-    """Return a model that has the tensor of a cell."""
-    return next(
-        (place for place, name in (cell.donor, *_places(cell)) if name in indexes[place]), cell.donor[0]
-    )
-
-
-def _check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
-    first = inputs[0]
-    for ref in inputs[1:]:
-        if ref.shape != first.shape:
-            embeds = len(ref.shape) == len(first.shape) == 2 and ref.shape[1] == first.shape[1]
-            cause = (
-                "vocabularies differ: align them with `tokenizer_source: union` (or base, or a model), or "
-                if embeds
-                else "shapes differ: "
-            )
-            raise ModelError(
-                f"tensor {printable(name)}: {list(ref.shape)} in {printable(ref.path)}, {list(first.shape)} in "
-                f"{printable(first.path)}; {cause}list it under `exclude:` to copy it from one model"
-            )
-        if (ref.dtype in FLOATS) != (first.dtype in FLOATS):
-            raise ModelError(
-                f"tensor {printable(name)}: {ref.dtype} in {printable(ref.path)}, {first.dtype} in {printable(first.path)}; "
-                "these cannot be merged; list it under `exclude:` to copy it from one model"
-            )
 
 
 def _output_dtype(inputs: Sequence[SourceRef], config: MergeConfig) -> str:
@@ -310,8 +164,10 @@ class _Binder:
         method: Method,
         fishers: Sequence[FisherIndex],
         grams: Sequence[FisherIndex],
+        own_names: Mapping[str, Mapping[str, str]],
     ) -> None:
         self._config, self._method, self._fishers, self._grams = config, method, fishers, grams
+        self._own_names = own_names
         self._places = {spec.name: place for place, spec in enumerate(config.models)}
         self._without_fisher: list[str] = []
         self._shared: dict[tuple[object, ...], Mapping[str, object]] = {}
@@ -353,7 +209,7 @@ class _Binder:
         if any(isinstance(ref, GatheredRef) for ref in sources):
             self._without_fisher.append(cell.name)  # its rows are in the order of the model's own vocabulary
             return ()
-        pairs = [(self._fishers[member], name) for member, name in zip(members, cell.sources, strict=True)]
+        pairs = self._stored(self._fishers, cell, members)
         found = [index for index, name in pairs if name in index]
         if not found:
             self._without_fisher.append(cell.name)
@@ -371,13 +227,18 @@ class _Binder:
                 )
         return tuple(index[name] for index, name in pairs)
 
+    def _stored(
+        self, stores: Sequence[FisherIndex], cell: Cell, members: Sequence[int]
+    ) -> list[tuple[FisherIndex, str]]:
+        """Return the store beside each source, and what the model itself calls the cell's tensor."""
+        return [
+            (stores[member], self._own_names.get(spec.reference, {}).get(name, name))
+            for member, (spec, name) in zip(members, cell.models, strict=True)
+        ]
+
     def _matrices(self, cell: Cell, donor: SourceRef, members: Sequence[int]) -> tuple[ChunkedRef, ...]:
         """Return the Gram matrices of a linear map's weight; none where a model has none, or of what is no matrix."""
-        pairs = (
-            [(self._grams[member], name) for member, name in zip(members, cell.sources, strict=True)]
-            if self._grams
-            else []
-        )
+        pairs = self._stored(self._grams, cell, members) if self._grams else []
         if len(donor.shape) != 2 or not pairs or not any(name in index for index, name in pairs):
             return ()
         found = []

@@ -11,22 +11,26 @@ from streammerge.index.model import TensorIndex
 Owned = Mapping[str, Sequence[str]]
 """Of each model, by reference, the names of a module's tensors in file order."""
 
+_PROJECTOR = "multi_modal_projector"
 _COMPONENTS = {
-    "vision_tower": ("vision_tower", "vision_model", "vision_encoder", "visual", "vit"),
-    "multi_modal_projector": (
-        "multi_modal_projector",
-        "mm_projector",
-        "connector",
-        "projector",
-        "embed_vision",
+    "vision_tower": (
+        "vision_tower", "vision_model", "vision_encoder", "visual", "vit", "vision_embed_tokens", "vpm",
+    ),
+    _PROJECTOR: (
+        "multi_modal_projector", "mm_projector", "multimodal_projector", "connector", "projector", "embed_vision", "aligner",
+        "vision_adapter", "vision_projection", "vision_proj", "mlp1", "resampler", "modality_projection",
     ),
     "audio_tower": ("audio_tower", "audio_encoder"),
     "encoder": ("encoder",),
     "decoder": ("decoder",),
-}
+}  # fmt: skip
 """The parts of tensor names that a module of mergekit goes by."""
+_MERGERS = ("merger", "merger_list", "deepstack_merger_list", "patch_merger", "perceive")
+"""Projectors that lie within the tower, right below it (Qwen2-VL and after, GLM-4V): without a module for the projector
+they belong to the tower."""
 _REST = ("text_decoder", "language_model", "text_model", "default")
 """Modules that own whatever no other does, in mergekit's words."""
+_TOWERS = ("vision_tower", _PROJECTOR, "audio_tower")
 _AFTER = ("decoder",)
 """Modules that own tensors outside of both stacks (``shared``, ``lm_head``) where there is no text decoder."""
 
@@ -76,6 +80,8 @@ def owner(tensor: str, modules: Sequence[str]) -> int | None:
     0
     """
     parts = tensor.split(".")
+    if _PROJECTOR in modules and _is_merger(parts):
+        return modules.index(_PROJECTOR)
     claims = {name: _position(parts, _COMPONENTS.get(name, (name,))) for name in {*modules, *_COMPONENTS}}
     claims = {
         name: position for name, position in claims.items() if position is not None and name not in _REST
@@ -89,6 +95,21 @@ def owner(tensor: str, modules: Sequence[str]) -> int | None:
     exact = [i for i, name in enumerate(modules) if name in _REST and name in parts]
     rest = [i for i, name in enumerate(modules) if name in _REST]
     return next(iter([*exact, *rest, *(i for i, name in enumerate(modules) if name in _AFTER)]), None)
+
+
+def of_a_tower(tensor: str) -> bool:
+    """Return whether a tensor belongs to what a model of text is without: a tower, or the projector behind one.
+
+    >>> of_a_tower("model.visual.blocks.0.norm.weight"), of_a_tower("model.layers.0.mlp.up_proj.weight")
+    (True, False)
+    """
+    parts = tensor.split(".")
+    return any(_position(parts, _COMPONENTS[name]) is not None for name in _TOWERS)
+
+
+def _is_merger(parts: Sequence[str]) -> bool:
+    tower = _position(parts, _COMPONENTS["vision_tower"])
+    return tower is not None and parts[tower + 1 : tower + 2] != [] and parts[tower + 1] in _MERGERS
 
 
 def _position(parts: Sequence[str], words: Iterable[str]) -> int | None:

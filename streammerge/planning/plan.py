@@ -32,6 +32,7 @@ from streammerge.planning.division import BLOCK_ELEMENTS, Division, runs_in_torc
 from streammerge.planning.ecosystem import ecosystem_of
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout, lay_out
+from streammerge.planning.matching import match_names
 from streammerge.planning.model_config import holds_codes, merged_config
 from streammerge.planning.overview import as_html, as_text, overview
 from streammerge.planning.schedule import Chunk, Interval, Step, Survey, Work, steps
@@ -266,11 +267,12 @@ def make_plan(
         If the models, the config or the budget do not allow the merge.
     """
     donor = base if base is not None else models[0]
-    indexes = {index.reference: index for index in (*models, *bases, donor)}
+    matched = match_names(donor, {index.reference: index for index in (*models, *bases, donor)})
+    indexes = matched.indexes
     alignment = None if config.tokenizer is None else align(config.tokenizer, donor, indexes)
     if alignment is not None:
         _check_tokens(alignment, budget)
-    bound = bind_jobs(config, method, donor, indexes, fishers, alignment, grams)
+    bound = bind_jobs(config, method, donor, matched, fishers, alignment, grams)
     jobs = bound.jobs
     files = _Files()
     if not tensors_only:
@@ -283,7 +285,7 @@ def make_plan(
             cache[key] = _needs(job, method, jobs)
         needs.append(cache[key])
 
-    n_refs = sum(len(index) for index in indexes.values())
+    n_refs = sum(len(index) for index in indexes.values()) + matched.n_blocks
     n_stored = sum(len(index) for index in (*fishers, *grams))
     lists = lists_nbytes(n_refs, n_stored, jobs, needs)
     lists += 0 if alignment is None else alignment.nbytes

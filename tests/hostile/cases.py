@@ -131,10 +131,61 @@ def tensors() -> Iterator[Case]:
     yield Case(
         "a tensor that only one model has", with_tensors(one, {**three, "z": three["n"]}), "left out (first: z)", "accepted"
     )  # fmt: skip
+    yield from kinds(one, three)
     for what, shape, n in (
         ("another shape", [3, 3], 9), ("transposed", [3, 2], 6), ("another rank", [6], 6), ("a larger vocabulary", [4, 3], 12),
     ):  # fmt: skip
         yield Case(what, with_tensors(one, {**three, "w": ("F32", shape, tensor(3.0, n))}), "tensor w")
+
+
+def kinds(one: Tensors, three: Tensors) -> Iterator[Case]:
+    """Models whose tensors must find each other, or be told from each other."""
+
+    def named(stems: list[str], n: int = 4, size: int = 2) -> Tensors:
+        return {f"{stem}{i}.w.weight": ("F32", [size], tensor(1.0, size)) for stem in stems for i in range(n)}
+
+    escape = "\x1b[31m\n\u202e."
+    yield Case(
+        "names that begin otherwise",
+        with_tensors(named(["model."]), named(["bert."])),
+        "bert.* is model.*",
+        "accepted",
+    )
+    yield Case(
+        "names that begin with an escape",
+        with_tensors(named(["model."]), named([escape])),
+        "is model.*",
+        "accepted",
+    )
+    yield Case(
+        "two places that fit",
+        with_tensors(named(["x.", "y."]), named([escape])),
+        "both fit: rename its tensors",
+    )
+    yield Case("other architectures", with_tensors(named(["x."]), {f"y.{i}": t for i, t in enumerate(one.values())}),
+               "share 0 of 2 tensors: not of one architecture")  # fmt: skip
+    yield Case("another depth", with_tensors(named(["x."], 4), named(["x."], 5)), "has 5 layers")
+    yield Case(
+        "another depth, the deeper first", with_tensors(named(["x."], 5), named(["x."], 4)), "has 4 layers"
+    )
+    yield Case(
+        "other widths", with_tensors(named(["x."]), named(["x."], size=3)), "4 of 4 tensors have other shapes"
+    )
+    dots = {f"{i}{'.' * 4000}w": t for i, t in enumerate(named(["x"], 40).values())}
+    yield Case(
+        "names of 4000 dots", with_tensors({**one, **dots}, {f"z{n}": t for n, t in dots.items()}), "tensor"
+    )
+    huge = {
+        "m.experts.999999.w1.weight": ("F32", [1, 1], tensor(1.0, 1)),
+        "m.experts.0.w2.weight": ("F32", [1, 1], tensor(1.0, 1)),
+    }
+    fused = {
+        "m.experts.gate_up_proj": ("F32", [0, 2, 1], b""),
+        "m.experts.down_proj": ("F32", [0, 1, 1], b""),
+    }
+    yield Case(
+        "experts without number or end", with_tensors({**one, **huge}, {**three, **fused}), "tensor m.experts"
+    )
 
 
 def directories() -> Iterator[Case]:

@@ -1,0 +1,376 @@
+"""Tensors of different models find each other by names and shapes; models that are not of one kind are told as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streammerge.api import merge, plan
+from streammerge.engine.identity import identify
+from streammerge.engine.reader import Reader
+from streammerge.errors import ConfigError, ModelError
+from streammerge.index.header import TensorRef
+from streammerge.planning.agreement import counted
+from streammerge.planning.modules import owner
+from streammerge.planning.prefixes import find_rules
+from tests.conftest import read_tensors, write_fisher, write_model
+
+Tensors = dict[str, torch.Tensor]
+LAYER = {"self_attn.q_proj.weight": (8, 8), "mlp.up_proj.weight": (12, 8), "input_layernorm.weight": (8,)}
+TOWER = {
+    "encoder.layers.0.self_attn.q_proj.weight": (8, 8),
+    "encoder.layers.1.self_attn.q_proj.weight": (8, 8),
+    "patch.weight": (8, 3),
+}
+
+
+def normal(seed: int, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def text(
+    seed: int, prefix: str = "model.", head: str = "lm_head.weight", layers: int = 2, h: int = 8
+) -> Tensors:
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{prefix}embed_tokens.weight": (32, h),
+        f"{prefix}norm.weight": (h,),
+    }
+    for i in range(layers):
+        shapes |= {f"{prefix}layers.{i}.{k}": tuple(h if n == 8 else n for n in s) for k, s in LAYER.items()}
+    return normal(seed, shapes | ({head: (32, h)} if head else {}))
+
+
+def tower(
+    seed: int, prefix: str = "model.vision_tower.", projector: str = "model.multi_modal_projector."
+) -> Tensors:
+    shapes = {prefix + name: shape for name, shape in TOWER.items()}
+    return normal(seed + 100, shapes | {f"{projector}linear.weight": (8, 8)})
+
+
+def write(path: Path, tensors: Tensors, **config: Any) -> Path:
+    write_model(path, tensors)
+    (path / "config.json").write_text(json.dumps({"torch_dtype": "float32", **config}))
+    return path
+
+
+def linear(*paths: Path, **top: Any) -> dict[str, Any]:
+    weights = [0.25, 0.75, 0.5][: len(paths)]
+    models = [{"model": str(p), "parameters": {"weight": w}} for p, w in zip(paths, weights, strict=True)]
+    return {"merge_method": "linear", "models": models, "parameters": {"normalize": False}, **top}
+
+
+def merged(config: Mapping[str, Any], out: Path) -> Tensors:
+    merge(config, out, memory="1GiB", kernels=False)
+    return read_tensors(out)
+
+
+def assert_is(found: Tensors, wanted: Tensors) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def mix(a: Tensors, b: Tensors, begins: Mapping[str, str]) -> Tensors:
+    """A quarter of each tensor of `a`, three of that of `b` whose name begins otherwise; what `b` lacks as it is."""
+    found = {}
+    for name, tensor in a.items():
+        own = next((begins[p] + name[len(p) :] for p in begins if name.startswith(p)), name)
+        found[name] = 0.25 * tensor + 0.75 * b[own] if own in b else tensor
+    return found
+
+
+@pytest.mark.parametrize(
+    ("prefix", "other"),
+    [("model.", ""), ("", "model."), ("bert.", ""), ("model.", "language_model.model."),
+     ("model.language_model.", "language_model.model."), ("transformer.", "base_model.model.model.")],
+)  # fmt: skip
+def test_names_that_begin_otherwise_are_matched_and_the_output_has_the_first_models(
+    prefix: str, other: str, tmp_path: Path
+) -> None:
+    a, b = text(1, prefix, head=""), text(2, other, head="")
+    config = linear(write(tmp_path / "a", a), write(tmp_path / "b", b))
+    assert_is(merged(config, tmp_path / "out"), mix(a, b, {prefix: other}))
+    notes = [line for line in plan(config, memory="1GiB").warnings if "names are matched" in line]
+    assert len(notes) == 1
+    common = "model." if prefix and other.endswith(prefix) else ""
+    assert f"{other.removesuffix(common)}* is {prefix.removesuffix(common)}* (8 tensors)" in notes[0]
+
+
+def test_the_heads_of_wrapped_models_move_with_them(tmp_path: Path) -> None:
+    old = text(2, "language_model.model.", "language_model.lm_head.weight") | tower(
+        2, "vision_tower.", "multi_modal_projector."
+    )
+    new = text(1, "model.language_model.") | tower(1)
+    config = linear(write(tmp_path / "new", new), write(tmp_path / "old", old))
+    begins = {
+        "model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head",
+        "model.": "",
+    }  # fmt: skip
+    assert_is(merged(config, tmp_path / "out"), mix(new, old, begins))
+
+
+def test_a_text_model_is_merged_into_the_text_part_of_a_vision_language_model(tmp_path: Path) -> None:
+    whole, part = text(1, "model.language_model.") | tower(1), text(2)
+    config = linear(write(tmp_path / "vlm", whole), write(tmp_path / "text", part))
+    assert_is(merged(config, tmp_path / "out"), mix(whole, part, {"model.language_model.": "model."}))
+    (note,) = [line for line in plan(config, memory="1GiB").warnings if "copied, not merged" in line]
+    assert note.startswith("model.vision_tower (3 tensors), model.multi_modal_projector.linear.weight: only ")
+
+
+def test_the_text_part_of_a_vision_language_model_is_merged_into_a_text_model(tmp_path: Path) -> None:
+    whole, part = text(1, "model.language_model.") | tower(1), text(2)
+    config = linear(write(tmp_path / "text", part), write(tmp_path / "vlm", whole))
+    assert_is(merged(config, tmp_path / "out"), mix(part, whole, {"model.": "model.language_model."}))
+    (note,) = [line for line in plan(config, memory="1GiB").warnings if "left out" in line]
+    assert "4 tensors that" in note
+    assert "model.vision_tower (3 tensors), model.multi_modal_projector" in note
+
+
+def test_a_change_of_text_is_brought_into_a_vision_language_model(tmp_path: Path) -> None:
+    whole, part, base = text(1, "model.language_model.") | tower(1), text(2), text(3)
+    paths = [write(tmp_path / n, t) for n, t in (("vlm", whole), ("part", part), ("base", base))]
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(paths[0]),
+        "models": [
+            {"model": str(paths[1]), "parameters": {"weight": 0.5}},
+            {"model": str(paths[2]), "parameters": {"weight": -0.5}},
+        ],
+    }
+    begin = "model.language_model."
+    wanted = {}
+    for name, tensor in whole.items():
+        own = "model." + name[len(begin) :] if name.startswith(begin) else name
+        wanted[name] = tensor + 0.5 * (part[own] - base[own]) if own in part else tensor
+    found = merged(config, tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tower_that_another_model_has_too_is_not_copied_from_the_first(tmp_path: Path) -> None:
+    vlms = [write(tmp_path / f"v{i}", text(i, "model.language_model.") | tower(i)) for i in range(2)]
+    part = write(tmp_path / "text", text(3))
+    message = (
+        r"text: tensor model\.multi_modal_projector\S+ and 3 more are missing, .*v0 has them \(model\.vision_tower \(3 tensors\), "
+        r"model\.multi_modal_projector\S+\); list them under `exclude:`"
+    )
+    with pytest.raises(ModelError, match=message):
+        plan(linear(*vlms, part), memory="1GiB")
+    plan(linear(*vlms, part, exclude=["vision_tower", "projector"]), memory="1GiB")
+
+
+def test_a_tower_under_the_same_names_is_copied_where_one_model_is_without(tmp_path: Path) -> None:
+    whole = text(1) | tower(1, "visual.", "visual.merger.")
+    config = linear(write(tmp_path / "vlm", whole), write(tmp_path / "text", part := text(2)))
+    assert_is(merged(config, tmp_path / "out"), mix(whole, part, {}))
+    notes = plan(config, memory="1GiB").warnings
+    assert any(line.startswith("visual (4 tensors): only ") for line in notes)
+
+
+def test_two_places_that_fit_equally_well_are_refused(tmp_path: Path) -> None:
+    twice = text(1, "talker.", head="") | text(2, "thinker.", head="")
+    config = linear(write(tmp_path / "twice", twice), write(tmp_path / "one", text(3, "model.", head="")))
+    with pytest.raises(
+        ModelError, match=r"one: its model\.\* may be talker\.\* or thinker\.\* of .*twice, both fit"
+    ):
+        plan(config, memory="1GiB")
+
+
+def test_shapes_tell_which_of_two_places_is_meant(tmp_path: Path) -> None:
+    twice = text(1, "talker.", head="", h=6) | text(2, "thinker.", head="")
+    config = linear(
+        write(tmp_path / "twice", twice),
+        write(tmp_path / "one", one := text(3, "model.", head="")),
+        exclude=["talker"],
+    )
+    assert_is(merged(config, tmp_path / "out"), mix(twice, one, {"thinker.": "model."}))
+
+
+def test_a_diagonal_is_found_by_its_own_models_names(tmp_path: Path) -> None:
+    paths = [
+        write(tmp_path / "a", text(1)),
+        write(tmp_path / "b", text(2, "language_model.model.", "language_model.lm_head.weight")),
+    ]
+    config = {
+        "merge_method": "fisher",
+        "models": [{"model": str(p), "fisher": str(write_fisher(p))} for p in paths],
+    }
+    jobs = plan(config, memory="1GiB").jobs
+    assert all(len(job.fishers) == 2 for job in jobs)
+    for job in jobs:
+        assert [ref.name for ref in job.fishers] == [ref.name for ref in job.sources]
+
+
+def test_slices_of_models_of_different_names_are_stacked(tmp_path: Path) -> None:
+    a, b = text(1), text(2, "language_model.model.", "language_model.lm_head.weight")
+    paths = [write(tmp_path / n, t, num_hidden_layers=2) for n, t in (("a", a), ("b", b))]
+    slices = [{"sources": [{"model": str(p), "layer_range": [i, i + 1]}]} for i, p in enumerate(paths)]
+    found = merged({"merge_method": "passthrough", "slices": slices}, tmp_path / "out")
+    assert torch.equal(
+        found["model.layers.1.mlp.up_proj.weight"], b["language_model.model.layers.1.mlp.up_proj.weight"]
+    )
+    assert torch.equal(found["lm_head.weight"], b["language_model.lm_head.weight"])
+
+
+# ---- models that are not of one kind ----------------------------------------------------------------
+
+BERT = {
+    f"bert.encoder.layer.{i}.attention.self.{k}.weight": (8, 8) for i in range(6) for k in ("query", "key")
+}
+
+
+def refusal(config: Mapping[str, Any]) -> str:
+    with pytest.raises((ConfigError, ModelError)) as caught:
+        plan(config, memory="1GiB")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_another_architecture_is_named_and_nothing_is_advised(tmp_path: Path) -> None:
+    bert = write(tmp_path / "bert", normal(1, BERT), architectures=["BertForSequenceClassification"])
+    llama = write(tmp_path / "llama", text(2), architectures=["LlamaForCausalLM"])
+    for order in ([bert, llama], [llama, bert]):
+        message = refusal(linear(*order))
+        assert (
+            f"{order[1]} ({'LlamaForCausalLM' if order[1] is llama else 'BertForSequenceClassification'})"
+            in message
+        )
+        assert message.endswith("share 0 of 9 tensors: not of one architecture")
+        assert "exclude" not in message
+
+
+def test_other_widths_are_told_once_for_all_tensors(tmp_path: Path) -> None:
+    wide = write(tmp_path / "wide", text(1, h=16), hidden_size=16)
+    narrow = write(tmp_path / "narrow", text(2), hidden_size=8)
+    message = refusal(linear(wide, narrow))
+    assert (
+        "9 of 9 tensors have other shapes (hidden_size 8 and 16 in config.json): these models cannot be merged"
+        in message
+    )
+    assert "exclude" not in message
+
+
+def test_one_tensor_of_another_shape_may_be_left_out(tmp_path: Path) -> None:
+    odd = {**text(2), "model.norm.weight": torch.ones(9)}
+    config = linear(write(tmp_path / "a", text(1)), write(tmp_path / "odd", odd))
+    assert "tensor model.norm.weight: [9] in" in refusal(config)
+    plan({**config, "exclude": ["model.norm"]}, memory="1GiB")
+
+
+@pytest.mark.parametrize("deeper_first", [True, False])
+def test_models_of_different_depth_are_refused_whichever_comes_first(
+    deeper_first: bool, tmp_path: Path
+) -> None:
+    deep, flat = write(tmp_path / "deep", text(1, layers=4)), write(tmp_path / "flat", text(2))
+    paths = [deep, flat] if deeper_first else [flat, deep]
+    message = refusal(linear(*paths))
+    n, m = (2, 4) if deeper_first else (4, 2)
+    assert f"{paths[1]} has {n} layers, {paths[0]} {m} (model.layers): say which" in message
+    assert "`slices:`" in message
+    plan(linear(*paths, exclude=[r"layers\.[23]\."]), memory="1GiB")
+
+
+def test_the_depth_of_a_tower_is_compared_too(tmp_path: Path) -> None:
+    longer = tower(2) | normal(9, {"model.vision_tower.encoder.layers.2.self_attn.q_proj.weight": (8, 8)})
+    a = write(tmp_path / "a", text(1, "model.language_model.") | tower(1))
+    b = write(tmp_path / "b", text(2, "model.language_model.") | longer)
+    assert "has 3 layers" in refusal(linear(a, b))
+    assert "(model.vision_tower.encoder.layers)" in refusal(linear(b, a))
+
+
+def test_layers_for_multi_token_prediction_are_no_depth(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", text(1))
+    b = write(tmp_path / "b", text(2, layers=3), num_nextn_predict_layers=1)
+    assert any("3 tensors that" in line for line in plan(linear(a, b), memory="1GiB").warnings)
+
+
+def test_what_is_missing_is_counted_by_what_it_has_in_common() -> None:
+    names = ["v.a.w", "v.b.w", "m.0.x", "m.0.y", "m.1.x", "n", "o"]
+    assert counted(names, ["m.0.z", "m.2"]) == "v (2 tensors), m.0.x, m.0.y, m.1.x and 2 more"
+
+
+# ---- the same model twice -------------------------------------------------------------------------
+
+
+def test_the_same_model_twice_is_fine_where_nothing_is_random(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / n, text(i)) for i, n in enumerate("ab"))
+    once = {"merge_method": "linear", "models": [{"model": str(a), "parameters": {"weight": 0.75}},
+            {"model": str(b), "parameters": {"weight": 0.25}}]}  # fmt: skip
+    twice = {"merge_method": "linear", "models": [{"model": str(p), "parameters": {"weight": w}}
+             for p, w in ((a, 0.5), (b, 0.25), (a, 0.25))]}  # fmt: skip
+    assert_is(merged(twice, tmp_path / "twice"), merged(once, tmp_path / "once"))
+    trimmed = {"merge_method": "ties", "base_model": str(b), "models": [str(a), str(a)],
+               "parameters": {"density": 0.5, "weight": 1.0}}  # fmt: skip
+    plan(trimmed, memory="1GiB")
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_two_models_of_the_same_content_are_refused_by_plan_where_drops_are_random(
+    copied: bool, tmp_path: Path
+) -> None:
+    base, a = write(tmp_path / "base", text(0)), write(tmp_path / "a", text(1))
+    b = write(tmp_path / "b", text(1)) if copied else a
+    config: dict[str, Any] = {
+        "merge_method": "dare_linear", "base_model": str(base), "parameters": {"density": 0.5, "weight": 1.0},
+        "models": [{"model": str(a)}, {"model": str(b)}],
+    }  # fmt: skip
+    assert "models[1]" in refusal(config)
+    assert "give it an `alias` of its own" in refusal(config)
+    config["models"][1]["alias"] = "other"
+    decided = plan(config, memory="1GiB")
+    assert len(set(identify(decided, Reader()).keys.models)) == 2
+
+
+# ---- modules of vision-language models --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "place"), [
+    ("visual.merger.mlp.0.weight", 2), ("model.visual.merger.ln_q.weight", 2),
+    ("model.visual.deepstack_merger_list.0.norm.weight", 2), ("thinker.visual.merger_list.1.mlp.0.weight", 2),
+    ("model.visual.blocks.0.attn.qkv.weight", 1), ("model.visual.patch_embed.proj.weight", 1),
+    ("model.connector.modality_projection.proj.weight", 2), ("mlp1.0.weight", 2), ("aligner.fc1.weight", 2),
+    ("vision_model.encoder.layers.0.mlp.fc1.weight", 1), ("model.layers.0.mlp.up_proj.weight", 0), ("lm_head.weight", 0),
+])  # fmt: skip
+def test_projectors_are_told_from_towers_by_their_names(name: str, place: int) -> None:
+    assert owner(name, ["text_decoder", "vision_tower", "multi_modal_projector"]) == place
+
+
+def test_a_projector_within_a_tower_belongs_to_it_where_no_module_is_for_projectors() -> None:
+    assert owner("model.visual.merger.ln_q.weight", ["text_decoder", "vision_tower"]) == 1
+
+
+# ---- any prefix, any model --------------------------------------------------------------------------
+
+WORD = st.sampled_from(["model", "language_model", "transformer", "bert", "inner", "wrap", "0"])
+PREFIX = st.lists(WORD, max_size=3).map(lambda words: "".join(f"{word}." for word in words))
+
+
+def refs(prefix: str, layers: int, heads: Mapping[str, str]) -> dict[str, TensorRef]:
+    shapes = {f"{prefix}{i}.{name}": shape for i in range(layers) for name, shape in LAYER.items()}
+    shapes |= {f"{prefix}norm.weight": (8,)} | {heads.get(n, n): (32, 8) for n in ("lm_head.weight",)}
+    return {name: TensorRef(name, "F32", shape, "x", 0, 0) for name, shape in shapes.items()}
+
+
+@given(PREFIX, PREFIX, st.integers(2, 5))
+@settings(max_examples=60, deadline=None)
+def test_any_prefix_is_found(own: str, donor: str, layers: int) -> None:
+    rules = find_rules(a := refs(own, layers, {}), b := refs(donor, layers, {}), "a", "b")
+    called = {name: rule.donor + name[len(rule.own) :] for rule in rules for name in rule.names}
+    assert {called.get(name, name) for name in a} == set(b)
+    assert len(set(called.values())) == len(called)
+
+
+def test_names_of_many_parts_cost_no_more_than_others() -> None:
+    """A name may have 4096 characters, all of them dots."""
+    many = {f"{i}{'.' * 4000}w": TensorRef("w", "F32", (1,), "x", 0, 0) for i in range(300)}
+    other = {f"{i}{'.' * 3999}w": TensorRef("w", "F32", (1,), "x", 0, 0) for i in range(300)}
+    assert find_rules(many, other, "a", "b") == []
