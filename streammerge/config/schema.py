@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.references import parse_reference, parse_text
@@ -43,11 +43,13 @@ class ModelSpec:
     """Where it was written, for messages: ``config.yml: models[0]``."""
     layer_range: tuple[int, int] | None = None
     """The layers that a slice takes, the second exclusive; None: all."""
+    again: int = 0
+    """How many times the same list names the model before, without an alias."""
 
     @property
     def name(self) -> str:
         """What tells it from the other models of the config."""
-        return self.alias or self.reference
+        return self.alias or self.reference + (f" ({self.again + 1})" if self.again else "")
 
 
 @dataclass(frozen=True)
@@ -252,14 +254,20 @@ def _models(data: object, path: str, notes: list[str], *, layers: bool = False) 
     """Return the models of a list; with `layers` each has a range of them."""
     if not isinstance(data, list) or not data:
         refuse(path, f"must be a list of models (- model: …), not {shown(data)}")
-    models = tuple(_model(item, f"{path}[{i}]", notes, layers) for i, item in enumerate(data))
+    models = [_model(item, f"{path}[{i}]", notes, layers) for i, item in enumerate(data)]
+    found: list[ModelSpec] = []
     seen: dict[str, int] = {}
+    times: dict[str, int] = {}
     for i, model in enumerate(models):
+        if model.alias is None:
+            times[model.reference] = times.get(model.reference, -1) + 1
+            model = replace(model, again=times[model.reference])
         first = seen.setdefault(model.name, i)
         if first != i:
             refuse(model.path, f"{shown(model.name)} is {path.split('.')[-1].split()[-1]}[{first}] already "
                                "(give one an own alias:)")  # fmt: skip
-    return models
+        found.append(model)
+    return tuple(found)
 
 
 def _model(data: object, path: str, notes: list[str], layers: bool) -> ModelSpec:

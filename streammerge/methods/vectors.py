@@ -109,9 +109,8 @@ class TaskVector:
 
     @property
     def is_random(self) -> bool:
-        """Whether any random word decides over its entries."""
-        dropped_by_word = 0 < self.drop < 2**32 or self.drop_end > 0 or self.rank_drop is not None
-        return dropped_by_word or (self.cut is not None and self.cut.ties == "thin")
+        """Whether entries are dropped at random; not that random words choose among equal magnitudes at a threshold."""
+        return 0 < self.drop < 2**32 or self.drop_end > 0 or self.rank_drop is not None
 
     @property
     def removes(self) -> bool:

@@ -189,8 +189,9 @@ REFUSED = [
         ": slices[0].sources[1].layer_range: 3 layers, but 2 of the slice's first source",
     ),
     (
-        S + "[{sources: [{model: a, layer_range: [0, 2]}, {model: a, layer_range: [2, 4]}]}]",
-        ": slices[0].sources[1]: 'a' is sources[0] already (give one an own alias:)",
+        S
+        + "[{sources: [{model: a, alias: x, layer_range: [0, 2]}, {model: a, alias: x, layer_range: [2, 4]}]}]",
+        ": slices[0].sources[1]: 'x' is sources[0] already (give one an own alias:)",
     ),
     (
         S
@@ -269,7 +270,7 @@ REFUSED = [
     ("merge_method: linear\nmodels: [{model: a, alias: 1}]", ": models[0].alias: must be a string, not 1"),
     ("merge_method: linear\nmodels: [{model: a, fisher: }]", ": models[0].fisher: must be a string, not nul"),
     (
-        "merge_method: linear\nmodels: [{model: a}, {model: b}, {model: a}]",
+        "merge_method: linear\nmodels: [{model: a}, {model: b}, {model: c, alias: a}]",
         ": models[2]: 'a' is models[0] already (give one an own alias:)",
     ),
     (
