@@ -16,6 +16,7 @@ import streammerge
 from streammerge.api import merge
 from streammerge.config import MergeConfig, parse_config
 from streammerge.fisher.importing import import_diagonal
+from tests.adapters.scene import factors, write_adapter
 from tests.conftest import read_tensors, write_fisher, write_grams
 from tests.tokenizers.scene import write_tokenizer
 
@@ -55,11 +56,18 @@ def test_every_config_in_the_docs_runs_on_models_of_these_names(
     config = parse_config(text, place)
     bases = [config.base_model] if config.base_model else []
     names = dict.fromkeys([*bases, *(spec.reference for spec in config.models)])
+    adapters = {name.partition("+")[2] for name in names if "+" in name}
+    names = dict.fromkeys(name.partition("+")[0] for name in names)
     for source, name in zip(make_models(n_models=len(names) - 1, **shapes_for(config)), names, strict=True):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         source.rename(name)
         if config.tokenizer is not None:
             write_tokenizer(Path(name), {"<s>": 0, "</s>": 1, "<|im_start|>": 2})
+    for seed, adapter in enumerate(sorted(adapters)):
+        matrix, shape = next(
+            (n, t.shape) for n, t in read_tensors(Path(next(iter(names)))).items() if t.dim() == 2
+        )
+        write_adapter(Path(adapter), factors(matrix.removesuffix(".weight"), shape[1], shape[0], 8, seed))
     for spec in config.models:
         if spec.fisher:
             import_diagonal(spec.reference, write_fisher(Path(spec.reference)), Path(spec.fisher))

@@ -193,13 +193,16 @@ def _locate(reference: str, cache: Path) -> Path:
     if reference.endswith(SUFFIX):
         raise bad(reference, "no such file")
     name = parse_name(reference)
+    snapshot = None if name is None else find_snapshot(name, cache)
+    if snapshot is not None:
+        return snapshot
+    path, _, revision = reference.rpartition("@")
+    if path and revision and any(_exists(text) for text in (path, os.path.expanduser(path))):
+        raise bad(path, f"a local directory has no revision {quoted(revision)}: leave the revision out")
     if name is None:
         raise bad(reference, "no such directory")
-    snapshot = find_snapshot(name, cache)
-    if snapshot is None:
-        what = f"no such directory, and not in the Hugging Face cache {place(str(cache))}"
-        raise bad(reference, f"{what}: {name.cure}")
-    return snapshot
+    what = f"no such directory, and not in the Hugging Face cache {place(str(cache))}"
+    raise bad(reference, f"{what}: {name.cure}")
 
 
 def _exists(path: str) -> bool:

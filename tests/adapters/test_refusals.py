@@ -187,3 +187,13 @@ def test_a_weight_without_elements_is_refused(shape: tuple[int, int], tmp_path: 
     }
     with pytest.raises(ModelError, match="do not fit"):
         open_model(f"{base}+{write_adapter(tmp_path / 'a', parts, r=2)}")
+
+
+def test_a_local_adapter_with_a_revision_is_refused_with_the_true_reason(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "a", GOOD)
+    with pytest.raises(
+        ModelError, match="/a: a local directory has no revision 'main': leave the revision out"
+    ):
+        open_model(f"{base}+{adapter}@main")
+    with pytest.raises(ModelError, match="/base: a local directory has no revision 'v2'"):
+        open_model(f"{base}@v2+{adapter}")
