@@ -240,10 +240,11 @@ def test_the_package_is_a_program() -> None:
 def test_lines_wrap_between_words_on_a_terminal(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, make_models: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("streammerge.report.tables.terminal_width", lambda: 60)
+    monkeypatch.setattr("streammerge.report.wrapping.terminal_width", lambda: 60)
     text = cli("methods").out
     assert max(map(len, text.splitlines())) <= 60
     assert " ".join(text.split()).count("element's importance is at least the tensor's median + 1.5") == 1
+    assert max(map(len, cli("methods", "ties").out.splitlines())) <= 60
 
 
 def test_the_page_names_every_environment_variable_that_is_looked_at() -> None:

@@ -191,6 +191,7 @@ def verify(
     from streammerge.api import verify as check
     from streammerge.report.progress import LineReporter
     from streammerge.report.verdict import verdict_text, verdict_values
+    from streammerge.report.wrapping import wrapped
 
     verdict = check(
         out,
@@ -201,7 +202,7 @@ def verify(
         methods=options["methods"],
         on_event=LineReporter(quiet=as_json),
     )
-    click.echo(json.dumps(verdict_values(verdict)) if as_json else verdict_text(out, verdict))
+    click.echo(json.dumps(verdict_values(verdict)) if as_json else wrapped(verdict_text(out, verdict)))
     if verdict.problems:
         more = f" (and {len(verdict.problems) - 1} more problems)" if len(verdict.problems) > 1 else ""
         raise InputError(f"{printable(out)}: {verdict.problems[0]}{more}")

@@ -61,11 +61,15 @@ def methods(name: str | None, methods: str | None) -> None:
     from streammerge.methods.catalog import load_builtin, load_file
     from streammerge.methods.registry import all_methods, get_method
     from streammerge.report.tables import method_text, methods_text
+    from streammerge.report.wrapping import wrapped
 
     load_builtin()
     if methods is not None:
         load_file(Path(methods))
-    click.echo(methods_text(all_methods()) if name is None else method_text(get_method(name, "methods")))
+    if name is None:
+        click.echo(methods_text(all_methods()))
+    else:
+        click.echo(wrapped(method_text(get_method(name, "methods"))))
 
 
 @click.command(

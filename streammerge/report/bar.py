@@ -11,17 +11,27 @@ from rich.progress import (
     BarColumn,
     Progress,
     ProgressColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Column
+from rich.text import Text
 
 _SMOOTHED_SECONDS = 30.0
 _MARGIN = 3
 """Columns left free on the right: the ^C that a terminal echoes does not wrap the line, which would stay behind."""
 _RATE_FROM, _READ_FROM, _ALL_FROM = 72, 96, 136
 """Widths of a terminal from which more columns have room beside a bar of 20."""
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Rich's estimate, with a word that says what it is."""
+
+    def render(self, task: Task) -> Text:
+        left = super().render(task)
+        return left.append(" left") if left.plain else left
 
 
 class FittingProgress(Progress):
@@ -49,8 +59,7 @@ def columns_for(width: int) -> tuple[ProgressColumn, ...]:
         _text("{task.description}", 10, "left"),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=20)),
         TaskProgressColumn(table_column=Column(width=4, no_wrap=True, justify="right")),
-        TimeRemainingColumn(table_column=Column(width=7, no_wrap=True, justify="right")),
-        _text("left", 4, "left"),
+        _TimeLeft(table_column=Column(width=12, no_wrap=True, justify="right")),
     ]
     if width >= _RATE_FROM:
         columns.append(_text("{task.fields[rate]}", 10, "right"))

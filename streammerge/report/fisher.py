@@ -11,7 +11,7 @@ from streammerge.errors import printable
 from streammerge.fisher.importing import Imported
 from streammerge.index.fishers import FisherIndex
 from streammerge.planning.free_memory import peak_memory
-from streammerge.units import format_seconds, format_size
+from streammerge.units import format_seconds, format_size, plural
 
 if TYPE_CHECKING:  # it imports torch
     from streammerge.fisher.compute import Computed
@@ -27,7 +27,7 @@ def imported_text(imported: Imported) -> str:
     stored = sum(entry["stored_nbytes"] for entry in about["tensors"].values())
     resumed = f", {imported.resumed} of them by an earlier run" if imported.resumed else ""
     return (
-        f"wrote {printable(imported.out)}: {imported.tensors} tensors{resumed}, {about['elements']:,} certainties in "
+        f"wrote {printable(imported.out)}: {plural(imported.tensors, 'tensor')}{resumed}, {about['elements']:,} certainties in "
         f"{format_size(stored)}; norm {about['norm']:.6g}"
     )
 
@@ -48,8 +48,8 @@ def computed_text(computed: Computed | Collected) -> str:
     what = f"{about['elements']:,} certainties" if "estimator" in about else "Gram matrices"
     labels = f", {about['estimator']} labels" if "estimator" in about else ""
     return (
-        f"wrote {printable(computed.out)}: {computed.tensors} tensors, {what} in {format_size(stored)}\n"
-        f"{about['examples']} examples, {about['tokens']:,} tokens{labels}; read {format_size(computed.bytes_read)} in "
+        f"wrote {printable(computed.out)}: {plural(computed.tensors, 'tensor')}, {what} in {format_size(stored)}\n"
+        f"{plural(about['examples'], 'example')}, {plural(about['tokens'], 'token')}{labels}; read {format_size(computed.bytes_read)} in "
         f"{format_seconds(computed.seconds)}, peak memory {format_size(peak_memory())}"
     )
 

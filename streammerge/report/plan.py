@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import Any
 
 from streammerge.engine.disk import space_for
 from streammerge.errors import printable
 from streammerge.planning.plan import MergePlan
-from streammerge.report.wrapping import terminal_width
+from streammerge.report.wrapping import wrapped
 from streammerge.units import format_at_least, format_seconds, format_size, plural
 
 ASSUMED_RATE = 500 << 20
@@ -67,16 +66,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
         f"{format_size(values['bytes_per_second_assumed'])}/s together",
     ]
     lines += [f"warning: {warning}" for warning in (*values["warnings"], *values["advice"])]
-    return "\n".join(
-        textwrap.fill(
-            line,
-            terminal_width(),
-            subsequent_indent=" " * _INDENT,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for line in lines
-    )
+    return wrapped("\n".join(lines), _INDENT)
 
 
 def _method(values: dict[str, Any]) -> str:

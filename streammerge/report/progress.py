@@ -14,6 +14,7 @@ from streammerge.engine.session import Event, Summary
 from streammerge.planning.free_memory import own_memory
 from streammerge.report.pace import Tracker
 from streammerge.report.summary import opening_line, summary_text, summary_values
+from streammerge.report.wrapping import wrapped
 from streammerge.units import format_seconds, format_share, format_size, plural
 
 if TYPE_CHECKING:
@@ -289,7 +290,7 @@ class BarReporter:
     def end(self, values: Mapping[str, Any], text: str) -> None:
         """Remove the bar and print the text on stdout."""
         self.close()
-        print(text)
+        print(wrapped(text))
 
     def close(self) -> None:
         """Remove the bar."""
@@ -306,7 +307,7 @@ class BarReporter:
         self._progress.update(self._task, description="stopping" if self._stopping else what)
 
     def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(text, markup=False, highlight=False)
 
 
 def compiling_line(values: Mapping[str, Any]) -> str:

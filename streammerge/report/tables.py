@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from streammerge.index.derived import AdaptedRef, stored
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 from streammerge.report.example import example_config
-from streammerge.report.wrapping import terminal_width
+from streammerge.report.wrapping import reflowed, wrapped
 from streammerge.units import format_size, plural
 
 _LISTED = 20
@@ -103,16 +102,7 @@ def _totals(index: TensorIndex, tensors: list[dict[str, Any]]) -> str:
 def methods_text(methods: Mapping[str, Method]) -> str:
     """Return one line per method; on a terminal, wrapped between words."""
     indent = max(map(len, methods)) + 2
-    return "\n".join(
-        textwrap.fill(
-            f"{name:<{indent}}{method.summary}",
-            terminal_width(),
-            subsequent_indent=" " * indent,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name, method in methods.items()
-    )
+    return wrapped("\n".join(f"{name:<{indent}}{method.summary}" for name, method in methods.items()), indent)
 
 
 def method_text(method: Method) -> str:
@@ -122,7 +112,7 @@ def method_text(method: Method) -> str:
     lines = [
         f"{method.name}  ({method.origin})",
         "",
-        method.text,
+        reflowed(method.text),
         "",
         f"models: {count}; base_model: {method.base}; access: at most {method.access}",
     ]

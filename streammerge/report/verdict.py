@@ -6,7 +6,7 @@ from typing import Any
 
 from streammerge.engine.verify import Verdict
 from streammerge.errors import printable
-from streammerge.units import format_size
+from streammerge.units import format_size, plural
 
 _SHOWN = 5
 """Names of files that are listed; more are counted."""
@@ -31,11 +31,11 @@ def verdict_text(out: str, verdict: Verdict) -> str:
     lines = [*verdict.problems]
     if not lines:
         size = format_size(verdict.nbytes)
-        lines.append(f"{printable(out)}: {verdict.files} files, {size}: all as written")
+        lines.append(f"{printable(out)}: {plural(verdict.files, 'file')}, {size}: all as written")
     if (done := verdict.recomputed) is not None and not done.problems:
         share = 100 * done.elements / max(1, done.of_elements)
         lines.append(
-            f"{done.pieces} of {done.of_pieces} pieces recomputed from the inputs ({share:.3g} % of the elements): "
+            f"{done.pieces:,} of {plural(done.of_pieces, 'piece')} recomputed from the inputs ({share:.3g} % of the elements): "
             "the same bits"
         )
     if verdict.others:

@@ -73,7 +73,7 @@ def test_what_the_kernels_merged_is_what_the_formulas_give_bit_for_bit(
 def give_memory(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
     """Give a capacity, and formulas blocks so small that they leave some of it."""
     use_capacity(monkeypatch, capacity, 2)
-    for module in ("plan.plan", "engine.chunk"):
+    for module in ("planning.division", "engine.chunk"):
         monkeypatch.setattr(f"streammerge.{module}.BLOCK_ELEMENTS", 4096)
 
 
