@@ -6,6 +6,7 @@
     ├── InputError          2   the config or an input file is bad: what, where, the cure
     │   ├── ConfigError     2   the YAML config
     │   ├── ModelError      2   a model directory or one of its files
+    │   │   └── NotDownloadedError  2   a model that is nowhere here, and may be on the hub
     │   └── BudgetError     2   the work does not fit the memory that was given
     ├── OutputError         2   the output directory holds something that must not be touched
     ├── WorldError          1   disk full, I/O error: what is finished is kept and resumable
@@ -44,6 +45,27 @@ class ConfigError(InputError):
 
 class ModelError(InputError):
     """A model directory or one of its files is malformed, missing or of the wrong kind."""
+
+
+class NotDownloadedError(ModelError):
+    """A model that may be one of the hub, and is in no directory and not in the local cache.
+
+    Parameters
+    ----------
+    reference
+        As the config names it.
+    where
+        What it was looked for in.
+    command
+        What downloads it.
+    """
+
+    def __init__(self, message: str, reference: str, where: str, command: str) -> None:
+        super().__init__(message)
+        self.reference, self.where, self.command = reference, where, command
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (str(self), self.reference, self.where, self.command)
 
 
 class BudgetError(InputError):

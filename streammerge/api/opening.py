@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from streammerge.config.schema import MergeConfig
 from streammerge.engine.fingerprint import check_belongs
 from streammerge.engine.reader import Reader
+from streammerge.errors import ModelError, NotDownloadedError, printable
+from streammerge.index.files import meant
 from streammerge.index.fishers import FisherIndex, open_fisher, open_grams
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.methods.registry import Method
@@ -56,6 +58,7 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Opened
             opened[reference] = sources.model(reference)
         return opened[reference]
 
+    _find_all(config, get)
     models = [get(spec.reference) for spec in config.models]
     base = get(config.base_model) if config.base_model is not None else None
     others = {
@@ -65,6 +68,30 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Opened
     fishers = _open_beside("fisher", sources.fisher, config, models, sources.reader) if method.fisher else []
     grams = _open_beside("gram", sources.grams, config, models, sources.reader) if method.gram else []
     return Opened(models, base, [index for index in others.values() if index is not base], fishers, grams)
+
+
+def _find_all(config: MergeConfig, get: Callable[[str], TensorIndex]) -> None:
+    """Open every model; refuse all at once that have to be downloaded first."""
+    parts = [part for module in config.modules for part in module.slices]
+    references = [spec.reference for spec in config.models]
+    references += [config.base_model] if config.base_model is not None else []
+    references += [part.base.reference for part in parts if part.base is not None]
+    lacking: dict[str, NotDownloadedError] = {}
+    for reference in dict.fromkeys(references):
+        try:
+            get(reference)
+        except NotDownloadedError as error:
+            lacking[error.reference] = error
+    if len(lacking) == 1:
+        raise next(iter(lacking.values()))
+    if lacking:
+        some = list(lacking.values())
+        names = ", ".join(printable(error.reference, 80) + meant(error.reference) for error in some)
+        commands = "; ".join(printable(error.command, 120) for error in some)
+        raise ModelError(
+            f"{len(some)} models are neither directories here nor in {some[0].where}: {names}; if these are hub names, "
+            f"download them first with `{commands}`"
+        )
 
 
 def _open_beside(

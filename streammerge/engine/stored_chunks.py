@@ -1,4 +1,4 @@
-"""Reads runs of elements out of a Fisher store, one compressed chunk file after the other.
+"""Reads runs of elements out of a store of Fisher diagonals or Gram matrices, one compressed chunk file after the other.
 
 A chunk lies on disk as the store's codecs left it: little-endian values, a Blosc frame, a CRC-32C. It is read,
 checked and decompressed in buffers of the caller, so that it counts against the budget; a whole chunk is
@@ -14,7 +14,7 @@ from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
 from streammerge.engine.stages import Stages
 from streammerge.errors import ModelError, printable
-from streammerge.index.fishers import ChunkedRef
+from streammerge.index.fishers import MADE_BY, ChunkedRef
 from streammerge.planning.arena import PAGE
 
 _CRC_BYTES = 4
@@ -24,7 +24,7 @@ _BLOSC_HEADER = 16
 def read_stored(
     reader: Reader, stages: Stages, ref: ChunkedRef, start: int, stop: int, target: Bytes, scratch: Bytes
 ) -> None:
-    """Fill `target` with elements `start` to `stop` of one tensor's diagonal.
+    """Fill `target` with elements `start` to `stop` of one tensor of a store.
 
     `scratch` has room for a chunk as it lies and for one decompressed.
 
@@ -45,7 +45,7 @@ def read_stored(
         place = (first - start) * width
         decoded = target[place : place + whole] if inside else scratch[room : room + whole]
         with stages.time("decompress"):
-            _decode(path, scratch[:nbytes], decoded)
+            _decode(path, scratch[:nbytes], decoded, ref.kind)
         if not inside:
             a, b = max(start, first), min(stop, end)
             target[(a - start) * width : (b - start) * width] = decoded[
@@ -53,7 +53,7 @@ def read_stored(
             ]
 
 
-def _decode(path: str, stored: Bytes, decoded: Bytes) -> None:
+def _decode(path: str, stored: Bytes, decoded: Bytes, kind: str = "Fisher diagonals") -> None:
     import google_crc32c
     from numcodecs import blosc
 
@@ -68,12 +68,15 @@ def _decode(path: str, stored: Bytes, decoded: Bytes) -> None:
         nbytes, _, frame_nbytes = np.frombuffer(frame[4:_BLOSC_HEADER], "<u4").tolist()
         sound = (nbytes, frame_nbytes) == (decoded.size, frame.size)
     if not sound:
-        raise _damaged(path, "its checksum is wrong")
+        raise _damaged(path, kind, "its checksum is wrong")
     try:
         blosc.decompress(frame, decoded)
     except RuntimeError:
-        raise _damaged(path, "it does not decompress") from None
+        raise _damaged(path, kind, "it does not decompress") from None
 
 
-def _damaged(path: str, how: str) -> ModelError:
-    return ModelError(f"{printable(path)}: a chunk of a Fisher store is damaged ({how}); import it again")
+def _damaged(path: str, kind: str, how: str) -> ModelError:
+    return ModelError(
+        f"{printable(path)}: a chunk of a store of {kind} is damaged ({how}); make the store again with "
+        f"`{MADE_BY[kind]}`"
+    )

@@ -6,6 +6,7 @@ is a `ModelError`; what the machine did (an I/O error, too many open files) is a
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
 import stat
@@ -43,6 +44,23 @@ def place(path: str, limit: int = 200) -> str:
 def quoted(text: str, limit: int = 120) -> str:
     """Return untrusted `text` in quotes, escaped and cut; never touches more than `limit` of it."""
     return repr(text) if len(text) <= limit else repr(text[:limit]) + "…"
+
+
+def expanded(path: str) -> str:
+    """Return a path with ``~`` at its beginning written out, unless there is something of that very name."""
+    return path if os.path.lexists(path) else os.path.expanduser(path)
+
+
+def meant(path: str) -> str:
+    """Return ``(did you mean …?)`` with a space before it, where a name beside a missing `path` is like its last part."""
+    parent, name = os.path.split(path.rstrip("/"))
+    try:
+        beside = os.listdir(os.path.expanduser(parent) or ".")
+    except (OSError, ValueError):
+        return ""
+    plain = {other.lower(): other for other in beside if not other.startswith(".")}
+    close = difflib.get_close_matches(name.lower(), plain, 1, 0.7) if len(name) < 256 else []
+    return f" (did you mean {place(os.path.join(parent, plain[close[0]]))}?)" if close else ""
 
 
 def bad(path: str, what: str) -> ModelError:

@@ -1,4 +1,4 @@
-"""One model's Fisher diagonal as an index: the name of a tensor leads to where its certainties lie.
+"""One model's Fisher diagonal, or its Gram matrices, as an index: the name of a tensor leads to where its certainties lie.
 
 Two kinds: a safetensors file (or directory) with the model's own names and shapes, and a store, a Zarr 3
 group with one array per tensor. `streammerge.fisher.store` writes stores; any Zarr reader opens them. Only
@@ -19,7 +19,7 @@ from typing import Any
 
 from streammerge.dtypes import FLOATS, itemsize
 from streammerge.errors import ModelError
-from streammerge.index.files import bad, quoted, read_exactly, reading
+from streammerge.index.files import bad, expanded, meant, quoted, read_exactly, reading
 from streammerge.index.header import FileStamp, TensorRef
 from streammerge.index.model import TensorIndex, open_model
 from streammerge.index.shards import PICKLES, SUFFIX
@@ -34,6 +34,8 @@ _KINDS = {
     GRAM_ATTRIBUTE: ("Gram matrices", "streammerge gram info"),
 }
 """What a store holds by its attribute, and the command that shows it."""
+MADE_BY = {"Fisher diagonals": "streammerge fisher import", "Gram matrices": "streammerge gram compute"}
+"""What stores hold, and the command that makes one."""
 FORMAT = 1
 STORED = {"F32": "float32", "BF16": "uint16"}
 """Dtypes of a store, and Zarr's name of what holds them: Zarr has no bfloat16, so its patterns are kept."""
@@ -54,6 +56,8 @@ class ChunkedRef:
     """Sum of squares of the diagonal, in fp64."""
     stored_nbytes: int
     """Of all its chunk files."""
+    kind: str = "Fisher diagonals"
+    """What its store holds: a key of `MADE_BY`."""
 
     @property
     def n_elements(self) -> int:
@@ -106,7 +110,7 @@ def cut_axis(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, eq=False)
 class FisherIndex(Mapping[str, FisherRef]):
-    """The Fisher diagonal of one model."""
+    """The Fisher diagonal of one model, or its Gram matrices."""
 
     reference: str
     """As the config names it."""
@@ -145,13 +149,13 @@ def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) 
     WorldError
         If the machine cannot read it.
     """
-    reference = os.fspath(reference)
+    reference = expanded(os.fspath(reference))
     if reference.endswith(PICKLES):
         raise bad(reference, "a PyTorch file: make a store of it with `streammerge fisher import`")
     if os.path.isdir(reference) and not _holds_safetensors(reference):
-        return _open_store(reference, ATTRIBUTE, "Fisher diagonals", "streammerge fisher import", with_table)
+        return _open_store(reference, ATTRIBUTE, "Fisher diagonals", with_table)
     if not os.path.exists(reference):
-        raise bad(reference, "no such Fisher diagonal (a store, or a safetensors file)")
+        raise bad(reference, f"no such Fisher diagonal (a store, or a safetensors file){meant(reference)}")
     model = open_model(reference)
     refs = model.stored()
     for ref in refs.values():
@@ -177,10 +181,10 @@ def open_grams(reference: str | os.PathLike[str], *, with_table: bool = False) -
     WorldError
         If the machine cannot read it.
     """
-    reference = os.fspath(reference)
+    reference = expanded(os.fspath(reference))
     if not os.path.isdir(reference):
-        raise bad(reference, "no such store of Gram matrices")
-    return _open_store(reference, GRAM_ATTRIBUTE, "Gram matrices", "streammerge gram compute", with_table)
+        raise bad(reference, f"no such store of Gram matrices{meant(reference)}")
+    return _open_store(reference, GRAM_ATTRIBUTE, "Gram matrices", with_table)
 
 
 def _holds_safetensors(directory: str) -> bool:
@@ -190,7 +194,8 @@ def _holds_safetensors(directory: str) -> bool:
         return False
 
 
-def _open_store(directory: str, attribute: str, what: str, cure: str, with_table: bool) -> FisherIndex:
+def _open_store(directory: str, attribute: str, what: str, with_table: bool) -> FisherIndex:
+    cure = MADE_BY[what]
     path = os.path.join(directory, GROUP_FILE)
     if not os.path.lexists(path):
         raise bad(directory, f"neither a Zarr store (no {GROUP_FILE}) nor safetensors")
@@ -215,8 +220,8 @@ def _open_store(directory: str, attribute: str, what: str, cure: str, with_table
         )
     table = about.get("tensors")
     if not isinstance(table, dict) or not table:
-        raise bad(path, "its table of tensors is missing or empty: import it again")
-    refs = {name: _store_ref(name, entry, directory, path) for name, entry in table.items()}
+        raise bad(path, f"its table of tensors is missing or empty: make it again with `{cure}`")
+    refs = {name: _store_ref(name, entry, directory, path, what) for name, entry in table.items()}
     if not with_table:
         del about["tensors"]
     fingerprint, model_name = about.get("model_fingerprint"), about.get("model_name", "")
@@ -228,7 +233,7 @@ def _open_store(directory: str, attribute: str, what: str, cure: str, with_table
     )  # fmt: skip
 
 
-def _store_ref(name: str, entry: Any, directory: str, path: str) -> ChunkedRef:
+def _store_ref(name: str, entry: Any, directory: str, path: str, kind: str) -> ChunkedRef:
     def refuse(what: str) -> ModelError:
         return bad(path, f"tensor {quoted(name)}: {what}")
 
@@ -245,16 +250,16 @@ def _store_ref(name: str, entry: Any, directory: str, path: str) -> ChunkedRef:
         raise refuse("its shape or chunk is not a list of sizes")
     axis = cut_axis(tuple(shape), tuple(chunk))
     if any(c != 1 for c in chunk[:axis]) or chunk[axis + 1 :] != shape[axis + 1 :]:
-        raise refuse("its chunks are not runs of elements: import it again")
+        raise refuse("its chunks are not runs of elements: make the store again")
     if math.prod(chunk) * 4 > 1 << 31:
-        raise refuse("its chunks are larger than 2 GiB: import it again")
+        raise refuse("its chunks are larger than 2 GiB: make the store again")
     for key in ("sum", "square_sum", "largest", "zeros", "stored_nbytes"):
         number = entry.get(key)
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 2**1000:
             raise refuse(f"its {key} is no number of 0 or more")
     return ChunkedRef(
         sys.intern(name), sys.intern(dtype), tuple(shape), str(Path(directory) / array), tuple(chunk),
-        float(entry["square_sum"]), int(entry["stored_nbytes"]),
+        float(entry["square_sum"]), int(entry["stored_nbytes"]), kind,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from streammerge.dtypes import BITS
 from streammerge.errors import ModelError
 from streammerge.index.files import bad, open_regular, quoted, read_exactly, reading
+from streammerge.index.lookalikes import lookalike
 from streammerge.index.strict_json import MAX_NBYTES, parse_object
 
 __all__ = ["FileStamp", "TensorRef", "open_regular", "read_header"]
@@ -34,14 +35,7 @@ MAX_NAME = 4096
 
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
-# What people have instead of a model, by its first bytes.
-_LOOKALIKES = (
-    (b"version ", "a git-lfs pointer, not the file itself: run `git lfs pull`"),
-    (b"<", "a web page, not a model: download it again"),
-    (b"PK\x03\x04", "a zip archive (a pickled checkpoint?): convert it to safetensors"),
-    (b"\x80\x02", "a pickle, which is not read: convert it to safetensors"),
-    (b"GGUF", "a GGUF file: only safetensors is read"),
-)
+_TORCH = "a file of torch.save, whose name should end in .bin, .pt, .pth or .ckpt: rename it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +117,9 @@ def _raw_header(fd: int, file_nbytes: int, path: str) -> bytes:
     first = read_exactly(fd, min(8, file_nbytes), 0, path)
     nbytes = int.from_bytes(first, "little")
     if nbytes > MAX_NBYTES:
-        for start, what in _LOOKALIKES:
-            if first.startswith(start):
-                raise bad(path, f"this is {what}")
+        torch = first.startswith((b"PK\x03\x04", b"\x80\x02"))
+        if what := _TORCH if torch else lookalike(first):
+            raise bad(path, f"this is {what}")
     if file_nbytes < 8:
         raise bad(path, f"{file_nbytes} bytes, too few for safetensors: download or copy it again")
     if nbytes > MAX_NBYTES:

@@ -31,8 +31,13 @@ class HubName:
     @property
     def cure(self) -> str:
         """What fills the cache."""
+        return f"download it first with `{self.command}`"
+
+    @property
+    def command(self) -> str:
+        """The command that does."""
         revision = "" if self.revision == "main" else f" --revision {self.revision}"
-        return f"download it first with `hf download {self.repo}{revision}`"
+        return f"hf download {self.repo}{revision}"
 
 
 def parse_name(text: str) -> HubName | None:

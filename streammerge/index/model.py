@@ -11,17 +11,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge.errors import ModelError, WorldError, printable
+from streammerge.errors import ModelError, NotDownloadedError, WorldError, printable
 from streammerge.index.adapters import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
 from streammerge.index.adapting import adapt
 from streammerge.index.derived import SourceRef, contiguous
-from streammerge.index.files import bad, from_os, place, quoted, reading
+from streammerge.index.files import bad, from_os, meant, place, quoted, reading
 from streammerge.index.header import FileStamp, TensorRef, read_header
 from streammerge.index.hub import cache_directory, find_snapshot, parse_name
 from streammerge.index.pickles import Pickled, open_pickle
 from streammerge.index.shards import (
     INDEX_NAME,
-    PICKLE_INDEX_NAME,
     PICKLES,
     SINGLE_NAME,
     SUFFIX,
@@ -29,6 +28,8 @@ from streammerge.index.shards import (
     find_shards,
 )
 from streammerge.index.strict_json import read_object
+from streammerge.index.tied_copies import is_tied_copy
+from streammerge.index.weight_sets import no_model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,7 +141,9 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
     if os.path.isdir(path):
         return _read_model(reference, path, find_shards(path))
     if not path.name.endswith((SUFFIX, *PICKLES)):
-        raise bad(str(path), f"neither a model directory nor a {SUFFIX} file")
+        raise bad(
+            str(path), no_model([path.name], f"neither a model directory nor a {SUFFIX} or PyTorch file")
+        )
     return _read_model(reference, path.parent, Shards((path.name,), None))
 
 
@@ -190,8 +193,9 @@ def _locate(reference: str, cache: Path) -> Path:
     for text in (reference, os.path.expanduser(reference)):
         if _exists(text):
             return Path(text)
-    if reference.endswith(SUFFIX):
-        raise bad(reference, "no such file")
+    guess = meant(reference)
+    if reference.endswith((SUFFIX, *PICKLES)):
+        raise bad(reference, f"no such file{guess}")
     name = parse_name(reference)
     snapshot = None if name is None else find_snapshot(name, cache)
     if snapshot is not None:
@@ -200,9 +204,10 @@ def _locate(reference: str, cache: Path) -> Path:
     if path and revision and any(_exists(text) for text in (path, os.path.expanduser(path))):
         raise bad(path, f"a local directory has no revision {quoted(revision)}: leave the revision out")
     if name is None:
-        raise bad(reference, "no such directory")
-    what = f"no such directory, and not in the Hugging Face cache {place(str(cache))}"
-    raise bad(reference, f"{what}: {name.cure}")
+        raise bad(reference, f"no such directory{guess}")
+    where = f"the Hugging Face cache {place(str(cache))}"
+    what = f"no such directory{guess}, and no model of that name in {where}; if it is a hub name, {name.cure}"
+    raise NotDownloadedError(str(bad(reference, what)), reference, where, name.command)
 
 
 def _exists(path: str) -> bool:
@@ -244,17 +249,34 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
                 raise bad(ref.path, f"tensor {quoted(name)} is in {_file(tensors[name])} too")
             else:
                 tensors[name] = ref
+    lost: list[tuple[str, str]] = []
     for name, shard in (weight_map or {}).items():
         if name not in tensors:
             where = f", but in {_file(left_out[name])}" if name in left_out else ""
             what = f"tensor {quoted(name)} is not in its shard {quoted(shard)}{where}"
-            name_of_index = PICKLE_INDEX_NAME if shard.endswith(PICKLES) else INDEX_NAME
-            raise bad(str(directory / name_of_index), f"weight_map: {what}")
+            lost.append((name, what))
+    notes += _tied_copies(lost, tensors, directory, shards)
     unlisted = tuple(name for name in left_out if name not in tensors)
     config = _read_config(directory / CONFIG_NAME)
     return TensorIndex(
         reference, directory, tuple(stamps), metadata, tensors, unlisted, config, notes=tuple(notes)
     )
+
+
+def _tied_copies(
+    lost: list[tuple[str, str]], tensors: Mapping[str, SourceRef], directory: Path, shards: Shards
+) -> list[str]:
+    """Return what is said of tensors that only the index has, copies of others; refuse one that is lost."""
+    config = _read_config(directory / CONFIG_NAME) if lost else {}
+    for name, what in lost:
+        if not is_tied_copy(name, tensors, config):
+            raise bad(str(directory / shards.index), f"weight_map: {what}: download or copy the model again")
+    if not lost:
+        return []
+    names = ", ".join(quoted(name, 80) for name, _ in lost[:3]) + (" …" if len(lost) > 3 else "")
+    return [
+        f"{quoted(shards.index)} lists {names}, which no shard has: left out, as tied copies of other tensors"
+    ]
 
 
 def _beside(path: Path, file: Pickled) -> list[str]:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.index.files import bad, from_os, quoted
 from streammerge.index.strict_json import read_object
+from streammerge.index.weight_sets import PICKLES, SUFFIX, WeightSet, find_sets, no_model
+
+__all__ = ["INDEX_NAME", "PICKLES", "SINGLE_NAME", "SUFFIX", "Shards", "find_shards"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-SUFFIX = ".safetensors"
-PICKLE_INDEX_NAME = "pytorch_model.bin.index.json"
-PICKLE_NAME = "pytorch_model.bin"
-PICKLE_SUFFIX = ".bin"
-PICKLES = (PICKLE_SUFFIX, ".pt", ".pth", ".ckpt")
 
-_NUMBERED = re.compile(r"(.*)-(\d{1,9})-of-(\d{1,9})\.(?:safetensors|bin)", re.ASCII | re.DOTALL)
-_NUMBERED_PICKLE = re.compile(r"pytorch_model-\d{1,9}-of-\d{1,9}\.bin", re.ASCII)
+PIPELINE = "model_index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +27,14 @@ class Shards:
     weight_map: dict[str, str] | None
     notes: tuple[str, ...] = ()
     """What is said of files that were not taken."""
+    index: str = ""
+    """The name of its index; empty without one."""
 
 
 def find_shards(directory: Path) -> Shards:
-    """Return the files of the model in `directory`.
+    """Return the files of the model in `directory`: one complete set of them (`streammerge.index.weight_sets`).
 
-    Safetensors first: the index decides if there is one; else ``model.safetensors``; else all ``*.safetensors``
-    together (hidden files aside). Where there is none, the same for ``pytorch_model*.bin``; other PyTorch files
+    Files of other names than libraries use are one model together, if they are all that there is. Other PyTorch files
     (optimizers, arguments) are no models.
 
     Raises
@@ -49,36 +46,68 @@ def find_shards(directory: Path) -> Shards:
         present = frozenset(os.listdir(directory))
     except OSError as error:
         raise from_os(str(directory), error) from error
-    if INDEX_NAME in present:
-        return _indexed(directory / INDEX_NAME, present, SUFFIX)
-    if SINGLE_NAME in present:
-        return Shards((SINGLE_NAME,), None)
-    if "adapter_config.json" in present:
+    if PIPELINE in present:
+        raise bad(str(directory), _pipeline(directory, present))
+    found = find_sets(present)
+    if not found and "adapter_config.json" in present:
         raise bad(
             str(directory),
             "a LoRA adapter, not a model: write `base+adapter`, the model that it was trained on before it",
         )
-    names = sorted(n for n in present if n.endswith(SUFFIX) and not n.startswith("."))
-    if not names and PICKLE_INDEX_NAME in present:
-        return _indexed(directory / PICKLE_INDEX_NAME, present, PICKLE_SUFFIX)
-    if not names and PICKLE_NAME in present:
-        return Shards((PICKLE_NAME,), None)
-    names = names or sorted(n for n in present if _NUMBERED_PICKLE.fullmatch(n))
-    if not names:
-        raise bad(
-            str(directory), f"no model here: neither {INDEX_NAME} nor any *{SUFFIX} file, nor {PICKLE_NAME}"
-        )
-    _refuse_gaps(directory, names)
-    return Shards(tuple(names), None)
+    if not found:
+        raise bad(str(directory), no_model(present))
+    ready = [
+        some for some in found if some.index is None or _has_shards(directory / some.index, some, present)
+    ]
+    best, *others = ready or found
+    if best.missing:
+        count = best.missing + len(best.names)
+        what = f"{len(best.names)} of {count} shards {quoted(best.stem)} and no index: download again"
+        raise bad(str(directory), what)
+    weight_map = None
+    names: tuple[str, ...] = best.names
+    if best.index is not None:
+        weight_map = _read_index(str(directory / best.index), present, best.suffix)
+        names = tuple(sorted(set(weight_map.values())))
+    taken = set(names)
+    others = [some for some in found if some is not best and (not some.names or not set(some.names) <= taken)]
+    return Shards(names, weight_map, _about(best, others), best.index or "")
 
 
-def _indexed(path: Path, present: Collection[str], suffix: str) -> Shards:
-    weight_map = _read_index(str(path), present, suffix)
-    return Shards(tuple(sorted(set(weight_map.values()))), weight_map)
+def _has_shards(path: Path, some: WeightSet, present: Collection[str]) -> bool:
+    """Whether a shard that an index names is there; an index without one came alone, as where only others were wanted."""
+    if not os.path.isfile(path) or some.names:
+        return True
+    return any(shard in present for shard in set(_read_index(str(path), None, some.suffix).values()))
 
 
-def _read_index(path: str, present: Collection[str], suffix: str) -> dict[str, str]:
-    """Return the weight map of the index at `path`, each shard in it a file of its directory."""
+def _about(best: WeightSet, others: Collection[WeightSet]) -> tuple[str, ...]:
+    if not others:
+        return ()
+    names = ", ".join(quoted(some.title, 60) for some in list(others)[:4])
+    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    return (f"its weights are there more than once: {quoted(best.title, 60)} is taken, not {names}{more}",)
+
+
+def _pipeline(directory: Path, present: Collection[str]) -> str:
+    """Return why a pipeline of diffusers is refused, and what to do."""
+    parts = []
+    for name in sorted(present):
+        try:
+            inside = os.listdir(directory / name)
+        except OSError:
+            continue
+        if find_sets(inside):
+            parts.append(name)
+    named = ", ".join(quoted(name, 40) for name in parts[:8]) or "none of which is here"
+    return (
+        f"a pipeline of diffusers ({PIPELINE}), not one model: merge its components one by one ({named}: "
+        f"write {quoted(os.path.join(directory.name, parts[0] if parts else 'unet'), 80)} and so on)"
+    )
+
+
+def _read_index(path: str, present: Collection[str] | None, suffix: str) -> dict[str, str]:
+    """Return the weight map of the index at `path`, each shard in it a file of its directory (if that is `present`)."""
     weight_map = read_object(path, "finite").get("weight_map")
     if not isinstance(weight_map, dict):
         raise bad(path, "has no weight_map (a map from tensors to shards)")
@@ -94,24 +123,12 @@ def _read_index(path: str, present: Collection[str], suffix: str) -> dict[str, s
     return weight_map
 
 
-def _check_shard(path: str, tensor: str, shard: str, present: Collection[str], suffix: str) -> None:
+def _check_shard(path: str, tensor: str, shard: str, present: Collection[str] | None, suffix: str) -> None:
     """Refuse a shard name that could lead out of the directory, or to a file of another kind."""
     where = f"weight_map: the shard {quoted(shard)} of tensor {quoted(tensor)}"
     if shard in ("", ".", "..") or any(c in shard for c in "/\\\0") or len(shard) > 255:
         raise bad(path, f"{where} is not a plain file name")
     if not shard.endswith(suffix):
         raise bad(path, f"{where} is not a {suffix} file")
-    if shard not in present:
+    if present is not None and shard not in present:
         raise bad(path, f"{where} is missing: download or copy the model again")
-
-
-def _refuse_gaps(directory: Path, names: list[str]) -> None:
-    """Refuse ``x-00001-of-00003`` without its sisters: no index would tell that tensors lack."""
-    sets: dict[tuple[str, int], set[int]] = {}
-    for name in names:
-        if match := _NUMBERED.fullmatch(name):
-            sets.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
-    for (stem, count), numbers in sets.items():
-        if len(numbers) < count:
-            what = f"{len(numbers)} of {count} shards {quoted(stem)} and no index: download again"
-            raise bad(str(directory), what)

@@ -80,7 +80,7 @@ def test_the_cache_may_be_given(cache, monkeypatch, tmp_path):
 
 def test_what_is_not_cached_is_refused_with_both_places_and_the_cure(cache):
     line = refusal("org/other")
-    assert "org/other: no such directory, and not in the Hugging Face cache" in line
+    assert "org/other: no such directory, and no model of that name in the Hugging Face cache" in line
     assert str(cache) in line
     assert "`hf download org/other`" in line
     assert "`hf download org/other --revision v2`" in refusal("org/other@v2")
