@@ -39,7 +39,9 @@ Errors are `StreammergeError` and its kinds, warnings are `StreammergeWarning`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from streammerge.lazy import importer
 
 __version__ = "0.1.0"
 
@@ -116,17 +118,7 @@ _HOMES = {
 }  # fmt: skip
 """Where the public names live."""
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used (PEP 562): `--help` needs none of them."""
-    home = next((home for home, names in _HOMES.items() if name in names), None)
-    if home is None:
-        raise AttributeError(f"module 'streammerge' has no attribute {name!r}")
-    import importlib
-
-    value = getattr(importlib.import_module(f"streammerge.{home}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = importer(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

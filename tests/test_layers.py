@@ -14,7 +14,7 @@ import pytest
 import streammerge
 
 PACKAGE = Path(streammerge.__file__).parent
-LAYERS = ["errors units dtypes compiled", "index", "config", "methods", "kernels", "planning", "engine", "network", "fisher", "gram",
+LAYERS = ["errors units dtypes compiled lazy", "index", "config", "methods", "kernels", "planning", "engine", "network", "fisher", "gram",
           "report", "api", "demo", "cli", "__main__"]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
@@ -48,7 +48,7 @@ def layer_of(module: str) -> str | None:
 
 def upward_imports(source: str, module: str, is_package: bool = False) -> list[str]:
     own = layer_of(module)
-    limit = RANK[own] if own else -1
+    limit = RANK[own] if own else 0
     found = (name for name in imports_of(ast.parse(source), module, is_package) if layer_of(name))
     return [name for name in found if RANK[str(layer_of(name))] > limit]
 

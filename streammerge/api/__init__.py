@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from streammerge.api.checking import DEFAULT_SAMPLE, verify
-from streammerge.api.deciding import DEFAULT_SHARD_SIZE, ConfigLike, plan
-from streammerge.api.devices import choose_device
-from streammerge.api.in_memory import iter_merged, merge_state_dicts
-from streammerge.api.looking import inspect_model, list_methods
-from streammerge.api.merging import merge
-from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
+from typing import TYPE_CHECKING
+
+from streammerge.lazy import importer
+
+if TYPE_CHECKING:
+    from streammerge.api.checking import DEFAULT_SAMPLE, verify
+    from streammerge.api.deciding import DEFAULT_SHARD_SIZE, ConfigLike, plan
+    from streammerge.api.devices import choose_device
+    from streammerge.api.in_memory import iter_merged, merge_state_dicts
+    from streammerge.api.looking import inspect_model, list_methods
+    from streammerge.api.merging import merge
+    from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
 
 __all__ = [
     "DEFAULT_SAMPLE",
@@ -26,3 +31,14 @@ __all__ = [
     "plan",
     "verify",
 ]
+
+_HOMES = {
+    "api.checking": ("DEFAULT_SAMPLE", "verify"),
+    "api.deciding": ("DEFAULT_SHARD_SIZE", "ConfigLike", "plan"),
+    "api.devices": ("choose_device",),
+    "api.in_memory": ("iter_merged", "merge_state_dicts"),
+    "api.looking": ("inspect_model", "list_methods"),
+    "api.merging": ("merge",),
+    "api.streaming": ("compute_fisher", "compute_grams", "import_fisher"),
+}
+__getattr__ = importer(__name__, _HOMES)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
@@ -86,8 +85,7 @@ def fisher_import(
 ) -> None:
     """Stream DIAGONALS, a safetensors or PyTorch file, into a store for MODEL. Run again, it continues."""
     stop, signal_received = stop_on_signals()
-    from streammerge.dtypes import NAMES
-    from streammerge.fisher.importing import import_diagonal
+    from streammerge.api import import_fisher
     from streammerge.report.fisher import imported_text
     from streammerge.report.progress import make_reporter
 
@@ -96,15 +94,15 @@ def fisher_import(
     )
     known = {"estimator": estimator, "examples": examples, "seed": seed}
     try:
-        imported = import_diagonal(
+        imported = import_fisher(
             model,
             diagonals,
-            Path(out),
-            dtype=NAMES[dtype],
+            out,
+            dtype=dtype,
             memory=memory,
             overwrite=overwrite,
             about={key: value for key, value in known.items() if value is not None},
-            emit=reporter,
+            on_event=reporter,
             stop=stop,
             signal_received=signal_received,
         )

@@ -35,11 +35,11 @@ def inspect(model: str, pattern: str | None, everything: bool, as_json: bool) ->
 
     PATTERN is a regular expression; tensors are listed in whose names it is found.
     """
-    from streammerge.index.model import open_model
+    from streammerge.api.looking import inspect_model
     from streammerge.report.tables import inspect_text, inspect_values, name_filter
 
     wanted = name_filter(pattern)
-    index = open_model(model)
+    index = inspect_model(model)
     if as_json:
         tensors = [tensor for tensor in inspect_values(index) if wanted(tensor["name"])]
         click.echo(json.dumps({"model": model, "nbytes": index.nbytes, "tensors": tensors}))
@@ -58,16 +58,14 @@ def inspect(model: str, pattern: str | None, everything: bool, as_json: bool) ->
 @methods_option
 def methods(name: str | None, methods: str | None) -> None:
     """List the merge methods, or show one: formula, parameters, defaults, paper, an example."""
-    from streammerge.methods.catalog import load_builtin, load_file
-    from streammerge.methods.registry import all_methods, get_method
+    from streammerge.api.looking import list_methods
+    from streammerge.methods.registry import get_method
     from streammerge.report.tables import method_text, methods_text
     from streammerge.report.wrapping import wrapped
 
-    load_builtin()
-    if methods is not None:
-        load_file(Path(methods))
+    known = list_methods(methods)
     if name is None:
-        click.echo(methods_text(all_methods()))
+        click.echo(methods_text(known))
     else:
         click.echo(wrapped(method_text(get_method(name, "methods"))))
 
@@ -83,13 +81,11 @@ def methods(name: str | None, methods: str | None) -> None:
 @methods_option
 def new(method: str, methods: str | None) -> None:
     """Print a commented config for METHOD, to edit and to merge by."""
-    from streammerge.methods.catalog import load_builtin, load_file
+    from streammerge.api.looking import list_methods
     from streammerge.methods.registry import get_method
     from streammerge.report.example import commented_config
 
-    load_builtin()
-    if methods is not None:
-        load_file(Path(methods))
+    list_methods(methods)  # registers them
     click.echo(commented_config(get_method(method, "new")), nl=False)
 
 
