@@ -14,6 +14,7 @@ import pytest
 from streammerge.api import plan
 from streammerge.engine import disk
 from streammerge.engine.disk import space_for
+from streammerge.engine.journal import STATE
 from streammerge.errors import BudgetError
 from streammerge.planning.plan import MergePlan, describe
 from streammerge.report.plan import ASSUMED_RATE, advice
@@ -151,3 +152,15 @@ def test_plan_refuses_two_models_of_one_content_that_would_draw_one_mask(
     assert_refused(cli("plan", refused), "alias")
     assert_refused(cli("merge", refused, tmp_path / "out"), "alias")
     assert cli("plan", write_config(tmp_path / "d.yml", config_for("task_arithmetic", paths))).code == 0
+
+
+def test_plan_says_what_an_earlier_merge_has_left(
+    cli: Cli, make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    path = write_config(tmp_path / "c.yml", config_for("linear", make_models(2, shapes={"w": (8, 8)})))
+    out = tmp_path / "out"
+    assert json.loads(cli("plan", path, out, "--json").out)["out_holds"] is None
+    cli("merge", path, out)
+    assert "holds a finished merge" in cli("plan", path, out).out
+    (out / STATE).mkdir()
+    assert json.loads(cli("plan", path, out, "--json").out)["out_holds"] == "unfinished"

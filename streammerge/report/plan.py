@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from streammerge.engine.disk import space_for
+from streammerge.engine.journal import STATE
+from streammerge.engine.manifest import MANIFEST
 from streammerge.errors import printable
 from streammerge.planning.plan import MergePlan
 from streammerge.report.wrapping import wrapped
@@ -14,6 +17,10 @@ from streammerge.units import format_at_least, format_seconds, format_size, plur
 ASSUMED_RATE = 500 << 20
 """Bytes a second, read and written together, by which the time is estimated: a plain SSD."""
 _INDENT = 10
+_HOLDS = {
+    "unfinished": "holds an unfinished merge: `merge` continues it if it is this one, else it takes --overwrite",
+    "finished": "holds a finished merge: `merge` does nothing if it is this one, else it takes --overwrite",
+}
 
 
 def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
@@ -31,6 +38,7 @@ def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
         "seconds_estimate": round((plan.bytes_to_read() + plan.layout.nbytes) / ASSUMED_RATE, 1),
         "bytes_per_second_assumed": ASSUMED_RATE,
         "disk": None,
+        "out_holds": None if out is None else _held_by(Path(out)),
         "advice": [],
     }
     try:
@@ -44,6 +52,13 @@ def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
             "free some space or choose another disk; the merge will be refused"
         )
     return found
+
+
+def _held_by(out: Path) -> Literal["finished", "unfinished"] | None:
+    """Return what an earlier merge has left in an output."""
+    if os.path.lexists(out / STATE):
+        return "unfinished"
+    return "finished" if os.path.lexists(out / MANIFEST) else None
 
 
 def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
@@ -65,6 +80,8 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
         f"time      about {format_seconds(values['seconds_estimate'], coarse=True)} if the disk reads and writes "
         f"{format_size(values['bytes_per_second_assumed'])}/s together",
     ]
+    if values["out_holds"] is not None:
+        lines.append(f"out       {printable(out)} {_HOLDS[values['out_holds']]}")
     lines += [f"warning: {warning}" for warning in (*values["warnings"], *values["advice"])]
     return wrapped("\n".join(lines), _INDENT)
 

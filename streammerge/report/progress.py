@@ -101,7 +101,7 @@ class JsonReporter:
             values |= {key: value for key, value in self._tracker.plan.items() if key != "warnings"}
         elif event.kind in _PROGRESS:
             now = time.monotonic()
-            if now < self._next and values.get("elements") != values.get("elements_total", ""):
+            if now < self._next and self._tracker.fraction != 1:
                 return
             self._next = now + _EVENT_SECONDS
             values |= self._progress() if event.kind in ("progress", "import") else {}
@@ -235,7 +235,7 @@ class BarReporter:
         self._task = self._progress.add_task(what, total=None, rate="", read="", written="", memory="")
         self._tracker = Tracker()
         self._next = 0.0
-        self._stopping = False
+        self._begun = self._stopping = False
         self._progress.start()
 
     def __call__(self, event: Event) -> None:
@@ -256,13 +256,20 @@ class BarReporter:
             if event.kind == "resume":
                 self._say(resume_line(values, tracker.plan))
             self._describe(self._what)
-            self._progress.reset(self._task, total=tracker.total, completed=int(tracker.done))
+            self._begin()
         elif event.kind in _PROGRESS:
             self._move(event)
         elif event.kind == "commit":
             self._describe("finishing")
 
+    def _begin(self) -> None:
+        """Have the estimate count from here: what earlier runs did is done, and says nothing of this one's pace."""
+        self._begun = True
+        self._progress.reset(self._task, total=self._tracker.total, completed=int(self._tracker.done))
+
     def _move(self, event: Event) -> None:
+        if not self._begun and self._tracker.total is not None:
+            self._begin()
         now = time.monotonic()
         if now < self._next:
             return
