@@ -11,7 +11,7 @@ from random import Random
 import fuzz_mutate
 
 from streammerge.errors import ModelError
-from streammerge.index.derived import AdaptedRef
+from streammerge.index.derived import AdaptedRef, PatchedRef
 from streammerge.index.model import open_model
 from streammerge.index.tokenizers import MOST_ROWS, read_tokenizer
 
@@ -31,7 +31,7 @@ TOKENIZER_WORDS = [
     *fuzz_mutate.TEXTS, "model", "vocab", "added_tokens", "content", "id", "special", "added_tokens_decoder", "chat_template", "0", "<s>",
 ]  # fmt: skip
 ADAPTER_WORDS = [
-    *fuzz_mutate.TEXTS, "LORA", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",
+    *fuzz_mutate.TEXTS, "LORA", "TRAINABLE_TOKENS", "target_parameters", "trainable_token_indices", "token_indices", "peft_version", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",
     "layers.0.q_proj", ".*q_proj", "(q|v)_proj", "^model.layers.\\d.q_proj$", "(.*.*)x",
 ]  # fmt: skip
 
@@ -103,29 +103,49 @@ class AdapterSettings:
     def __init__(
         self, directory: Path, require: Require, refused: Refused, sound: Callable[..., bytes]
     ) -> None:
-        self._base, self._adapter = directory / "base", directory / "adapter"
-        for path, tensors in (
-            (self._base, {"model.layers.0.q_proj.weight": ("F32", (4, 3)), "model.layers.1.v_proj.weight": ("F32", (4, 3))}),
-            (self._adapter, {f"base_model.model.model.layers.{i}_proj.lora_{part}.weight": ("F32", shape)
-                             for i in ("0.q", "1.v") for part, shape in (("A", (2, 3)), ("B", (4, 2)))}),
+        self._base, self._plain, self._rich = (directory / name for name in ("base", "adapter", "rich"))
+        experts = "model.layers.0.mlp.experts"
+        factors = {
+            f"base_model.model.model.layers.{i}_proj.lora_{part}.weight": ("F32", shape)
+            for i in ("0.q", "1.v")
+            for part, shape in (("A", (2, 3)), ("B", (4, 2)))
+        }
+        base = {
+            "model.layers.0.q_proj.weight": ("F32", (4, 3)), "model.layers.1.v_proj.weight": ("F32", (4, 3)),
+            "model.embed_tokens.weight": ("F32", (5, 3)), f"{experts}.down_proj": ("F32", (2, 3, 4)),
+        }  # fmt: skip
+        rich = {
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": ("F32", (2, 3)),
+            f"base_model.model.{experts}.lora_A.weight": ("F32", (4, 4)),
+            f"base_model.model.{experts}.lora_B.weight": ("F32", (3, 4)),
+        }
+        for path, name, tensors in (
+            (self._base, "model", base), (self._plain, "adapter_model", factors), (self._rich, "adapter_model", factors | rich),
         ):  # fmt: skip
             path.mkdir(exist_ok=True)
-            name = "model" if path == self._base else "adapter_model"
             (path / f"{name}.safetensors").write_bytes(sound(tensors))
         self._require, self._refused = require, refused
 
     def __call__(self, raw: bytes) -> None:
         """Check one input."""
-        (self._adapter / "adapter_config.json").write_bytes(raw)
-        try:
-            model = open_model(f"{self._base}+{self._adapter}")
-        except Exception as error:
-            self._refused(error, ModelError)
-            return
-        for ref in model.values():
-            assert isinstance(ref, AdaptedRef)
-            self._require(ref.rank == 2 and math.isfinite(ref.scale), f"{ref}")
-        self._require(json.loads(raw)["peft_type"] == "LORA", "another kind of adapter")
+        for adapter in (self._plain, self._rich):
+            (adapter / "adapter_config.json").write_bytes(raw)
+            try:
+                model = open_model(f"{self._base}+{adapter}")
+            except Exception as error:
+                self._refused(error, ModelError)
+                continue
+            adapted = [ref for ref in model.values() if isinstance(ref, AdaptedRef)]
+            patched = [ref for ref in model.values() if isinstance(ref, PatchedRef)]
+            for ref in adapted:
+                self._require(ref.rank == 2 and math.isfinite(ref.scale), f"{ref}")
+            for ref in patched:
+                self._require(0 <= ref.rows[0] < ref.rows[1] < 5 and set(ref.places) == {0, 1}, f"{ref}")
+            wanted = (2, 0) if adapter is self._plain else (3, 1)
+            self._require((len(adapted), len(patched)) == wanted, f"{len(adapted)}, {len(patched)}")
+            self._require(
+                json.loads(raw)["peft_type"] in ("LORA", "TRAINABLE_TOKENS"), "another kind of adapter"
+            )
 
     @staticmethod
     def seeds() -> Iterable[bytes]:
@@ -135,6 +155,9 @@ class AdapterSettings:
             plain, {**plain, "use_rslora": True}, {**plain, "fan_in_fan_out": True}, {**plain, "use_dora": True},
             {**plain, "alpha_pattern": {".*q_proj": 3, "layers.1.v_proj": 5}}, {**plain, "rank_pattern": {"(q|v)_proj": 2}},
             {**plain, "lora_alpha": 1e308}, {"peft_type": "LOHA"}, {**plain, "target_parameters": ["x"]}, {},
+            {**plain, "target_parameters": ["experts.down_proj"], "trainable_token_indices": [4, 1]},
+            {**plain, "target_parameters": ["down_proj"], "trainable_token_indices": {"embed_tokens": [0, 1]}, "peft_version": "0.18.1"},
+            {**plain, "target_parameters": ["down_proj"], "peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 2]},
         ]  # fmt: skip
         return [json.dumps(row).encode() for row in rows]
 

@@ -18,9 +18,9 @@ from streammerge.index.strict_json import MAX_NBYTES, parse_object
 ADAPTER_CONFIG = "adapter_config.json"
 LORA, TOKENS = "LORA", "TRAINABLE_TOKENS"
 _WITH_PEFT = "merge it into the base with PEFT's merge_and_unload first"
-_PROMPTS = {
+_PROMPTS = (
     "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE", "XLORA",
-}  # fmt: skip
+)  # fmt: skip
 """Kinds that change no weight, or by what is read only: nothing can merge them."""
 _REFUSED = {
     "use_qalora": "QA-LoRA",

@@ -90,6 +90,7 @@ TENSORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "a pattern that is a list": (GOOD, {"alpha_pattern": [1]}, "alpha_pattern is not a map"),
     "a pattern that takes for_ever": (GOOD, {"alpha_pattern": {"(a+)+$": 1}}, "too free an expression"),
     "a pattern that is none": (GOOD, {"alpha_pattern": {"(a": 1}}, "is no regular expression"),
+    "a kind that is a list": (GOOD, {"peft_type": ["LORA"]}, "only LORA and TRAINABLE_TOKENS"),
     "another kind": (GOOD, {"peft_type": "LOHA"}, "peft_type is 'LOHA': only LORA"),
     "no kind": (GOOD, {"peft_type": None}, "only LORA"),
     **{key: (GOOD, {key: value}, "is not supported; merge the adapter with PEFT first") for key, value in {
