@@ -11,10 +11,10 @@ from streammerge import __version__
 from streammerge.cli.estimating import fisher, gram
 from streammerge.cli.merging import merge, plan, verify
 from streammerge.cli.process import leave, open_closed_streams, report, report_usage
-from streammerge.cli.showing import completion, demo, inspect, methods, new
+from streammerge.cli.showing import completion, demo, inspect, methods, new, schema
 from streammerge.errors import InputError, StreammergeError, WorldError
 
-_COMMANDS = (merge, plan, verify, inspect, methods, new, fisher, gram, demo, completion)
+_COMMANDS = (merge, plan, verify, inspect, methods, new, fisher, gram, demo, completion, schema)
 
 
 class _InOrder(click.Group):

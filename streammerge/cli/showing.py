@@ -89,6 +89,27 @@ def new(method: str, methods: str | None) -> None:
     click.echo(commented_config(get_method(method, "new")), nl=False)
 
 
+@click.command(
+    cls=GroupedCommand,
+    epilog=examples(
+        "streammerge schema > streammerge.schema.json",
+        "# and as the first line of a config, for editors with a YAML language server:",
+        "# yaml-language-server: $schema=streammerge.schema.json",
+    ),
+)
+@methods_option
+def schema(methods: str | None) -> None:
+    """Print a JSON schema of the config, by which editors complete keys and mark misspelt ones."""
+    from streammerge.methods.catalog import load_builtin, load_file
+    from streammerge.methods.registry import all_methods
+    from streammerge.report.config_schema import config_schema
+
+    load_builtin()
+    if methods is not None:
+        load_file(Path(methods))
+    click.echo(json.dumps(config_schema(all_methods()), indent=2))
+
+
 @click.command(cls=GroupedCommand, epilog=examples("streammerge demo", "streammerge demo merges"))
 @click.argument("out", type=path(file_okay=False), required=False)
 def demo(out: str | None) -> None:

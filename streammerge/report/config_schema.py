@@ -1,0 +1,122 @@
+"""The config as a JSON schema: editors complete keys and method names by it, and mark what is misspelt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from streammerge.config.known_keys import KEYS_WITHOUT_EFFECT
+from streammerge.config.tokenizer import TEMPLATES
+from streammerge.dtypes import NAMES, SHORT_NAMES
+from streammerge.methods.registry import Method, Parameter
+
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+_SCALAR = {"type": ["number", "boolean", "string", "null"]}
+
+
+def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Return a schema of configs for these methods.
+
+    It knows the keys, not what they need of each other: that is for `streammerge plan` to say.
+    """
+    reference = {"$ref": "#/$defs/reference"}
+    parameters = {"$ref": "#/$defs/parameters"}
+    models = {
+        "type": "array",
+        "items": {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/model"}]},
+        "minItems": 1,
+    }
+    slices = {"type": "array", "items": {"$ref": "#/$defs/slice"}, "minItems": 1}
+    dtype = {"enum": [*NAMES, *(f"torch.{name}" for name in NAMES), *SHORT_NAMES]}
+    top = {
+        "merge_method": {"enum": list(methods), "description": "How: see `streammerge methods`"},
+        "models": models,
+        "slices": slices,
+        "modules": {"type": "object", "additionalProperties": {"$ref": "#/$defs/module"}},
+        "base_model": {**reference, "description": "The model that the others were fine-tuned from"},
+        "dtype": {**dtype, "description": "Of the output; the arithmetic does not depend on it"},
+        "out_dtype": {**dtype, "description": "The same as dtype, and wins over it"},
+        "parameters": parameters,
+        "seed": {"type": "integer", "minimum": 0, "description": "Of what is drawn at random"},
+        "exclude": {
+            "type": ["array", "string"],
+            "items": {"type": "string"},
+            "description": "Regular expressions of tensors that are copied, not merged",
+        },
+        "tokenizer": {"type": "object", "description": "The vocabulary of the output"},
+        "tokenizer_source": {**reference, "description": "union, base, or a model"},
+        "chat_template": {"type": "string", "description": f"auto, {', '.join(TEMPLATES)}, or Jinja"},
+    }
+    ignored: dict[str, Any] = {
+        name: {"description": f"No effect: {why}", "deprecated": True}
+        for name, why in KEYS_WITHOUT_EFFECT.items()
+    }
+    return {
+        "$schema": _DIALECT,
+        "title": "streammerge config",
+        "properties": top | ignored,
+        "required": ["merge_method"],
+        "$defs": {
+            "reference": {"type": ["string", "object"]},
+            "parameters": {"type": "object", "properties": _parameters(methods)},
+            "model": _object(_model(reference, parameters), "model"),
+            "slice": _object(
+                {
+                    "sources": {"type": "array", "items": {"$ref": "#/$defs/source"}, "minItems": 1},
+                    "base_model": reference,
+                    "parameters": parameters,
+                },
+                "sources",
+            ),
+            "source": _object({**_model(reference, parameters), "layer_range": _LAYER_RANGE}, "model"),
+            "module": _object({"models": models, "slices": slices, "parameters": parameters}),
+        },
+        **_OBJECT,
+    }
+
+
+_OBJECT = {"type": "object", "additionalProperties": False}
+_LAYER_RANGE = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+
+
+def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
+    return {**_OBJECT, "properties": properties, "required": list(required)}
+
+
+def _model(reference: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    path = {"type": "string"}
+    return {
+        "model": {
+            **reference,
+            "description": "A directory, or org/name in the Hugging Face cache; model+adapter",
+        },
+        "parameters": parameters,
+        "alias": {**path, "description": "Names the model's random stream"},
+        "fisher": {**path, "description": "Its Fisher diagonal: a store or a safetensors file"},
+        "gram": {**path, "description": "Its store of Gram matrices"},
+    }
+
+
+def _parameters(methods: Mapping[str, Method]) -> dict[str, Any]:
+    """Return the schema of every parameter that some method takes."""
+    takers: dict[str, list[tuple[str, Parameter]]] = {}
+    for name, method in methods.items():
+        for parameter in method.parameters.values():
+            takers.setdefault(parameter.name, []).append((name, parameter))
+    return {name: _setting(found, len(methods)) for name, found in sorted(takers.items())}
+
+
+def _setting(takers: list[tuple[str, Parameter]], n_methods: int) -> dict[str, Any]:
+    """Return the schema of a parameter: a value, a gradient over the layers, or values by filter."""
+    whose = "every method" if len(takers) == n_methods else ", ".join(name for name, _ in takers)
+    value: dict[str, Any] = dict(_SCALAR)
+    if all(parameter.choices for _, parameter in takers):
+        value = {"enum": sorted({choice for _, parameter in takers for choice in parameter.choices})}
+    by_filter = {
+        "type": "object",
+        "properties": {"filter": {"type": ["string", "null"]}, "value": True},
+        "required": ["value"],
+        "additionalProperties": False,
+    }
+    gradient = {"type": "array", "items": {"anyOf": [{"type": "number"}, by_filter]}, "minItems": 1}
+    return {"description": f"Of {whose}", "anyOf": [value, gradient]}
