@@ -193,8 +193,16 @@ def test_every_command_has_an_example_of_itself(path: str, cli: Cli) -> None:
 def test_the_options_of_merge_stand_in_sections(cli: Cli) -> None:
     shown = cli("merge", "--help").out
     titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Memory and speed:", "Output:", "Methods and randomness:", "Messages:", "Options:"]
-    assert "--no-quiet" not in shown
+    assert titles == [
+        "Memory and speed:",
+        "Output:",
+        "Methods and randomness:",
+        "Messages:",
+        "Options:",
+        "Mergekit compatibility:",
+    ]
+    assert "--quiet / --no-quiet" not in shown
+    assert "--random-seed" in shown.partition("Mergekit compatibility:")[2]
 
 
 @pytest.mark.parametrize(

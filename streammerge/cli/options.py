@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ MEMORY_AND_SPEED = "Memory and speed"
 OUTPUT = "Output"
 METHODS = "Methods and randomness"
 MESSAGES = "Messages"
-MERGEKIT = "As mergekit-yaml has them"
+MERGEKIT = "Mergekit compatibility"
+_COMPATIBLE = "Accepted as mergekit-yaml has them; those without effect are named in a warning"
 MOST_SEED = 2**64 - 1
 _LEAST_PLAIN_MEMORY = 1 << 20
 """Plain bytes below which a unit was forgotten: no process is that small."""
@@ -95,6 +97,22 @@ class GroupedCommand(click.Command):
         for name, records in ordered.items():
             with formatter.section(name):
                 formatter.write_dl(records)
+        compatible = [
+            max(p.opts, key=len) for p in self.get_params(ctx) if getattr(p, "group", "") == MERGEKIT
+        ]
+        if compatible:
+            with formatter.section(MERGEKIT):
+                names = ", ".join(compatible)
+                formatter.write(_filled(f"{_COMPATIBLE}: {names}.", formatter))
+
+
+def _filled(text: str, formatter: click.HelpFormatter) -> str:
+    """Return text wrapped for a section; unlike click's own, an option's name is not broken at its hyphens."""
+    indent = " " * formatter.current_indent
+    lines = textwrap.wrap(
+        text, formatter.width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return "\n".join(lines) + "\n"
 
 
 def option(*names: str, group: str = "Options", **keywords: Any) -> Decorator:
