@@ -452,10 +452,18 @@ def test_verify_says_how_much_it_read_and_answers_in_json(cli: Cli, config: Path
     assert verdict["problems"] == []
     assert verdict["files"] == 4
     (out / "README.md").write_text("changed")
-    assert_refused(cli("verify", out), "README.md")
+    edited = cli("verify", out)
+    assert (edited.code, edited.err) == (0, "")
+    assert "README.md: edited since" in edited.out
+    assert json.loads(cli("verify", out, "--json").out)["edits"] == {"README.md": "edited since"}
+    again = cli("merge", config, out)
+    assert again.code == 0
+    assert "README.md was edited since" in again.out
+    (out / "config.json").write_text("{ }")
+    assert_refused(cli("verify", out), "config.json")
     damaged = cli("verify", out, "--json")
     assert damaged.code == 2
-    assert "README.md" in json.loads(damaged.out)["problems"][0]
+    assert "config.json" in json.loads(damaged.out)["problems"][0]
 
 
 @pytest.mark.parametrize(

@@ -207,11 +207,11 @@ def recognize(
             raise _another(
                 what,
                 file.key,
-                "has another date, inode or size, and no content hash tells whether it is the same",
+                "has a different date, inode or size, and no content hash tells whether it is the same",
             )
     for key, content in hasher.hash(moved).items():
         if content != before[key].content:
-            raise _another(what, key, "has another content")
+            raise _another(what, key, "has a different content")
     return {key: Known(file.stamp, before[key].content) for key, file in now.items()}
 
 
@@ -259,6 +259,6 @@ def changed_contents(plan: MergePlan, manifest: Mapping[str, Any], hasher: Conte
 def _another(what: str, key: str, why: str) -> OutputError:
     group, _, name = key.rpartition("/")
     return OutputError(
-        f"{what} with another version of the files {printable(group, 200)}: {printable(name)} {why}; run it with what it "
-        "began with, or start over with --overwrite"
+        f"{what} with a different version of the files {printable(group, 200)}: {printable(name)} {why}: rerun it with the "
+        "original files, or discard it with --overwrite"
     )

@@ -172,8 +172,8 @@ def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) 
     changed = [key for key in now if before.get(key) != now[key]] or [key for key in before if key not in now]
     if changed:
         raise OutputError(
-            f"{printable(directory)}: holds an unfinished merge with another {printable(', '.join(changed[:3]))}; "
-            "run it with what it began with, or start over with --overwrite"
+            f"{printable(directory)}: holds an unfinished merge with a different {printable(', '.join(changed[:3]))}: rerun "
+            "it with the original settings, or discard it with --overwrite"
         )
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from streammerge.engine.durable import PARTIAL, fsync_directory, make_directory, world_errors
 from streammerge.engine.journal import STATE
 from streammerge.engine.manifest import MANIFEST, read_manifest
-from streammerge.errors import OutputError, printable
+from streammerge.errors import OutputError, WorldError, printable
 from streammerge.index.model import CONFIG_NAME, TensorIndex
 from streammerge.index.weight_names import INDEXES, LOADED, is_weight_file
 
@@ -30,7 +29,7 @@ def check_target(out: Path, inputs: Sequence[TensorIndex], others: Sequence[str]
     if "\0" in str(out):
         raise OutputError("the output path holds a NUL character")
     if os.path.lexists(out) and not out.is_dir():
-        raise OutputError(f"{printable(out)}: not a directory")
+        raise OutputError(f"{printable(out)}: exists and is not a directory; choose another OUT")
     if not out.exists():
         return
     target = out.resolve()
@@ -54,8 +53,8 @@ def locked(out: Path) -> Iterator[None]:
     OutputError
         If another merge runs there.
     """
+    _create(out)
     with world_errors(out):
-        make_directory(out)
         descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with world_errors(out):
@@ -68,16 +67,24 @@ def locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def is_complete(out: Path, manifest: Mapping[str, Any] | None, *, ignore_state: bool = False) -> bool:
-    """Return whether every file of the manifest is there with its size, the index included."""
-    if manifest is None or ((out / STATE).exists() and not ignore_state):
-        return False
+def _create(out: Path) -> None:
+    """Make the directory, for good.
+
+    Raises
+    ------
+    WorldError
+        If it cannot be made: nothing is kept then, for nothing is there.
+    """
+    if out.is_dir():
+        with world_errors(out):
+            make_directory(out)
+        return
     try:
-        return all(
-            (out / name).stat().st_size == entry["nbytes"] for name, entry in manifest["files"].items()
-        )
-    except OSError:
-        return False
+        make_directory(out)
+    except OSError as error:
+        raise WorldError(
+            f"cannot create {printable(out)}: {error.strerror or error}; choose another OUT, or see to its folder"
+        ) from error
 
 
 def check_contents(out: Path) -> None:

@@ -75,8 +75,8 @@ def check_made_from(plan: MergePlan, out: Path, manifest: Mapping[str, Any], con
         changed = ["set of tensors"]
     if changed:
         raise InputError(
-            f"{printable(out)}: was made with another {printable(', '.join(changed[:3]))} than {printable(config)} gives "
-            "now, so there is nothing to compare it with"
+            f"{printable(out)}: was made with a different {printable(', '.join(changed[:3]))} than {printable(config)} gives "
+            "now; the two cannot be compared"
         )
 
 
@@ -95,8 +95,8 @@ def check_contents(
     """
     if other := changed_contents(plan, manifest, ContentHasher(plan.budget.workers, on_tick=on_tick)):
         raise InputError(
-            f"{printable(out)}: was made from another content {printable(other[0], 300)}, so there is nothing to compare "
-            "it with"
+            f"{printable(out)}: the content {printable(other[0], 300)} has changed since this output was made; the two "
+            "cannot be compared"
         )
 
 

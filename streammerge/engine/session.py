@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,27 +18,23 @@ from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
 from streammerge.engine.descriptors import share_out
-from streammerge.engine.durable import fsync_directory, world_errors
+from streammerge.engine.finished import Finished, find_finished
 from streammerge.engine.first_use import compile_first
 from streammerge.engine.identity import Identity, identify
 from streammerge.engine.inputs import (
     ContentHasher,
     InputFile,
     beside,
-    changed_contents,
     confirm,
     find_inputs,
     recognize,
-    recorded_contents,
 )
-from streammerge.engine.journal import STATE, Journal, Known, Progress, Receipt, remove_state
-from streammerge.engine.manifest import read_manifest
+from streammerge.engine.journal import Journal, Known, Progress, Receipt
 from streammerge.engine.memory import Bytes
 from streammerge.engine.output import (
     check_contents,
     check_target,
     clear,
-    is_complete,
     locked,
     withdraw,
 )
@@ -56,9 +52,8 @@ from streammerge.engine.telling import (
 from streammerge.engine.telling import (
     Event as Event,
 )
-from streammerge.engine.verify import check_files
 from streammerge.engine.writer import ShardWriter
-from streammerge.errors import OutputError, Stopped, WorldError, printable
+from streammerge.errors import Stopped, WorldError, printable
 from streammerge.planning.arena import is_copied
 from streammerge.planning.free_memory import available_memory
 from streammerge.planning.plan import MergePlan, describe
@@ -85,6 +80,8 @@ class Summary:
     warnings: tuple[str, ...]
     floored: Mapping[str, Any] | None = None
     """Of a Fisher merge: the elements of which floors decided the most."""
+    edits: Mapping[str, str] = field(default_factory=dict)
+    """Of a merge that was complete before: its files that people edit which are not as they were written."""
     compile_seconds: float = 0.0
     """What compiling kernels took before it, once on a machine; no part of `seconds`."""
 
@@ -142,9 +139,9 @@ def execute(
             check_contents(out)
             hasher = _make_hasher(plan, emit, stop or threading.Event(), signal_received)
             if not options.overwrite and (
-                finished := _finished(out, plan, identity, hasher if options.hash_inputs else None, emit)
+                finished := find_finished(out, plan, identity, hasher if options.hash_inputs else None, emit)
             ):
-                return replace(finished, compile_seconds=compiling)
+                return replace(_complete(out, plan, finished), compile_seconds=compiling)
             session = _Session(plan, out, reader, identity, options, emit, stop or threading.Event(), hasher)
             summary = session.run(card(plan), began, signal_received)
             return replace(summary, compile_seconds=compiling)
@@ -167,56 +164,13 @@ def _make_hasher(
     )
 
 
-def _finished(
-    out: Path,
-    plan: MergePlan,
-    identity: Identity,
-    hasher: ContentHasher | None,
-    emit: Callable[[Event], None],
-) -> Summary | None:
-    """Return a summary if `out` already holds this very merge, complete; refuse if it holds another.
-
-    With a `hasher` the inputs are the same only if their content is, where the manifest records it.
-    """
-    manifest = read_manifest(out)
-    if manifest is None or ((out / STATE).exists() and not _is_sound(out, manifest)):
-        return None
-    if changed := identity.changed(manifest["identity"]):
-        raise OutputError(
-            f"{printable(out)}: holds a finished merge with another {printable(', '.join(changed[:3]))}; "
-            "choose another OUT, or replace it with --overwrite"
-        )
-    if not is_complete(out, manifest, ignore_state=True):
-        raise OutputError(
-            f"{printable(out)}: a finished merge of which files are missing or cut short; start over with --overwrite"
-        )
-    if hasher is not None:
-        if other := changed_contents(plan, manifest, hasher):
-            raise OutputError(
-                f"{printable(out)}: holds a finished merge of another content {printable(other[0], 300)}; choose another "
-                "OUT, or replace it with --overwrite"
-            )
-        if not recorded_contents(plan, manifest):
-            emit(Event("warning", {
-                "message": f"{printable(out)}: was finished without --hash-inputs, so there are no content hashes to "
-                "compare the inputs with"
-            }))  # fmt: skip
-    with world_errors(out):
-        # Whoever gave the last name may have been killed before it was durable.
-        fsync_directory(out)
-    remove_state(out)
+def _complete(out: Path, plan: MergePlan, finished: Finished) -> Summary:
+    """Return the summary of a merge that was there already."""
+    manifest = finished.manifest
     return Summary(
         str(out), True, len(plan.jobs), len(plan.layout.shards), 0, 0, plan.layout.nbytes, 0.0,
-        named_densities(plan, manifest.get("densities", [])), plan.warnings, manifest.get("floored"),
+        named_densities(plan, manifest.get("densities", [])), plan.warnings, manifest.get("floored"), finished.edits,
     )  # fmt: skip
-
-
-def _is_sound(out: Path, manifest: Mapping[str, Any]) -> bool:
-    """Return whether a commit that was interrupted left nothing to do but to forget the journal.
-
-    Every byte is read: once the journal is gone, a damaged one could not be made again.
-    """
-    return is_complete(out, manifest, ignore_state=True) and not check_files(out, manifest).problems
 
 
 class _Session:

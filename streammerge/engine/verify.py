@@ -10,12 +10,13 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from streammerge.engine.checksum import combine_all
 from streammerge.engine.durable import PARTIAL, world_errors
+from streammerge.engine.edits import find_edits
 from streammerge.engine.journal import STATE
 from streammerge.engine.manifest import MANIFEST, load_manifest
 from streammerge.engine.readback import Found, Part, read_back
@@ -43,6 +44,8 @@ class Verdict:
     """One line each; empty if the output is as it was written."""
     others: tuple[str, ...] = ()
     """Files beside those of the merge that no loader looks at."""
+    edits: Mapping[str, str] = field(default_factory=dict)
+    """Files that people edit, by name, which are not as they were written, and what became of them: no problem."""
     recomputed: Recomputed | None = None
     """What was computed once more from the inputs; None where that was not asked for, or no header could be read."""
 
@@ -69,7 +72,10 @@ def check_files(
     out: Path, manifest: Mapping[str, Any], on_tick: Callable[[int], None] = lambda nbytes: None
 ) -> Verdict:
     """Do what `verify` does, with a manifest that is believed."""
-    examined = [_examine(out, name, entry["nbytes"]) for name, entry in manifest["files"].items()]
+    edits = find_edits(out, manifest["files"])
+    examined = [
+        _examine(out, name, entry["nbytes"]) for name, entry in manifest["files"].items() if name not in edits
+    ]  # fmt: skip
     readable = {str(out / one.name): one.parts for one in examined if one.parts}
     found = read_back(readable, on_tick)
     problems = {
@@ -81,7 +87,7 @@ def check_files(
     extra, others = _beside(out, manifest)
     nbytes = sum(part.nbytes for parts in found.values() for part in parts)
     lines = [line for some in problems.values() for line in some]
-    return Verdict(len(examined), nbytes, (*lines, *_misplaced(examined, manifest), *extra), others)
+    return Verdict(len(examined), nbytes, (*lines, *_misplaced(examined, manifest), *extra), others, edits)
 
 
 def manifest_of(out: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def summary_values(summary: Summary, elements: int | None = None) -> dict[str, A
     return {
         "out": summary.out,
         "already_complete": summary.already_complete,
+        **({"edits": dict(summary.edits)} if summary.edits else {}),
         "tensors": summary.tensors,
         "elements": elements,
         "shards": summary.shards,
@@ -60,7 +61,8 @@ def summary_text(summary: Summary) -> str:
     """Return a summary for people."""
     out = printable(summary.out)
     if summary.already_complete:
-        return f"{out} already holds this merge, complete ({plural(summary.tensors, 'tensor')}); nothing was done"
+        edits = "".join(f"; {printable(name)} was {what}" for name, what in summary.edits.items())
+        return f"{out} already holds this merge, complete ({plural(summary.tensors, 'tensor')}){edits}; nothing was done"
     rate = (summary.bytes_read + summary.bytes_written) / max(summary.seconds, 1e-6)
     compiling = summary.compile_seconds
     compiled = f", after {format_seconds(compiling)} of compiling" if compiling >= 0.1 else ""

@@ -19,6 +19,7 @@ def verdict_values(verdict: Verdict) -> dict[str, Any]:
         "nbytes": verdict.nbytes,
         "problems": list(verdict.problems),
         "others": list(verdict.others),
+        "edits": dict(verdict.edits),
         **({} if (done := verdict.recomputed) is None else {"recomputed": {
             "pieces": done.pieces, "of_pieces": done.of_pieces,
             "elements": done.elements, "of_elements": done.of_elements,
@@ -32,6 +33,7 @@ def verdict_text(out: str, verdict: Verdict) -> str:
     if not lines:
         size = format_size(verdict.nbytes)
         lines.append(f"{printable(out)}: {plural(verdict.files, 'file')}, {size}: all as written")
+    lines += [f"{printable(name)}: {what}" for name, what in verdict.edits.items()]
     if (done := verdict.recomputed) is not None and not done.problems:
         share = 100 * done.elements / max(1, done.of_elements)
         lines.append(

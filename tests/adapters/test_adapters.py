@@ -237,5 +237,5 @@ def test_a_merge_knows_its_adapter_again(tmp_path: Path) -> None:
     assert merge(config, tmp_path / "out").already_complete
     entries = json.loads((adapter / "adapter_config.json").read_text()) | {"lora_alpha": 17}
     (adapter / "adapter_config.json").write_text(json.dumps(entries))
-    with pytest.raises(OutputError, match="another input"):
+    with pytest.raises(OutputError, match="a different input"):
         merge(config, tmp_path / "out")

@@ -101,7 +101,7 @@ def test_a_merge_that_changed_is_refused_by_name_and_overwrite_starts_over(
         interrupt(scene, out, monkeypatch)
     options = change(scene)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    with pytest.raises(OutputError, match=rf"with another .*{named}.*--overwrite") as caught:
+    with pytest.raises(OutputError, match=rf"with a different .*{named}.*--overwrite") as caught:
         scene.merge(out, **options)
     assert caught.value.exit_code == 2
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
@@ -117,7 +117,7 @@ def test_a_journal_of_another_version_is_refused_by_name(
     with monkeypatch.context() as patch:
         patch.setattr("streammerge.engine.identity.__version__", "0.0.9")
         interrupt(scene, out, monkeypatch)
-    with pytest.raises(OutputError, match=r"another version.*--overwrite"):
+    with pytest.raises(OutputError, match=r"a different version.*--overwrite"):
         scene.merge(out)
     scene.merge(out, overwrite=True)
     scene.assert_finished(out)

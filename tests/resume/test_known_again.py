@@ -26,7 +26,9 @@ from tests.conftest import output_bytes, use_capacity, write_fisher
 from tests.resume.scene import Scene, flip, make_scene
 from tests.resume.traps import interrupt
 
-REFUSED = r"with another version of the files of .*: model\.safetensors has another date, inode or size"
+REFUSED = (
+    r"with a different version of the files of .*: model\.safetensors has a different date, inode or size"
+)
 Change = Callable[[Path], None]
 
 
@@ -112,7 +114,7 @@ def test_a_file_whose_content_changed_is_refused_by_name_whatever_its_date(
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     flip_unseen(weights(scene, 1))
     with pytest.raises(
-        OutputError, match=r"of the files of .*m1: model\.safetensors has another content.*--overwrite"
+        OutputError, match=r"of the files of .*m1: model\.safetensors has a different content.*--overwrite"
     ):
         scene.merge(out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -230,7 +232,8 @@ def test_a_finished_merge_is_compared_by_content_where_that_is_asked_for(
     flip_unseen(weights(scene, 1))
     assert scene.merge(out, hash_inputs=False).already_complete
     with pytest.raises(
-        OutputError, match=r"finished merge of another content of .*m1/model\.safetensors.*--overwrite"
+        OutputError,
+        match=r"finished merge, but the content of .*m1/model\.safetensors has changed.*--overwrite",
     ):
         scene.merge(out)
 
@@ -250,7 +253,7 @@ def test_verify_against_all_compares_the_content_hashes_first(
     use_capacity(monkeypatch, 1 << 28, 2)
     assert verify(scene.directory / "expected", against=scene.config, sample=None).problems == ()
     flip_unseen(weights(scene, 1))
-    with pytest.raises(InputError, match=r"another content of .*m1/model\.safetensors"):
+    with pytest.raises(InputError, match=r"the content of .*m1/model\.safetensors has changed"):
         verify(scene.directory / "expected", against=scene.config, sample=None)
 
 
@@ -331,7 +334,7 @@ def test_a_chunk_of_a_store_that_was_replaced_is_refused_by_the_stores_name(
 ) -> None:
     interrupt(stored.scene, stored.out, monkeypatch)
     stored.replace_chunk()
-    with pytest.raises(OutputError, match=r"version of the files of .*m1\.zarr: chunks has another date"):
+    with pytest.raises(OutputError, match=r"version of the files of .*m1\.zarr: chunks has a different date"):
         stored.scene.merge(stored.out)
 
 

@@ -271,7 +271,7 @@ def test_the_identity_of_a_merge_has_its_vocabulary(three: list[Model], tmp_path
     data = json.loads((three[1].path / "tokenizer.json").read_text())
     data["model"]["vocab"] = words("hgfedcab")
     (three[1].path / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(OutputError, match="another tokenizer"):
+    with pytest.raises(OutputError, match="a different tokenizer"):
         merge(config, tmp_path / "out")
 
 

@@ -220,7 +220,7 @@ def test_another_config_is_refused_and_named(out: tuple[Path, dict[str, Any]]) -
     directory, config = out
     for change in ({"parameters": {"density": 0.4}}, {"seed": 5}, {"merge_method": "dare_ties"}):
         with pytest.raises(
-            InputError, match=r"was made with another config.* than the config gives now"
+            InputError, match=r"was made with a different config.* than the config gives now"
         ) as caught:
             verify(directory, against={**config, **change})
         assert caught.value.exit_code == 2
@@ -231,7 +231,7 @@ def test_other_inputs_are_refused_and_named(out: tuple[Path, dict[str, Any]], tm
     tensors = read_tensors(tmp_path / "m2")
     tensors["embed.weight"] += 1
     write_model(tmp_path / "m2", tensors)
-    with pytest.raises(InputError, match=r"another input .*m2 than"):
+    with pytest.raises(InputError, match=r"a different input .*m2 than"):
         verify(directory, against=config)
 
 
@@ -251,7 +251,7 @@ def test_a_seed_given_to_the_merge_is_the_manifests(make_models: Make, tmp_path:
     merge(config, tmp_path / "out", seed=5)
     assert verify(tmp_path / "out", against=config, sample=None).problems == ()
     reseal(tmp_path / "out", seed=6)
-    with pytest.raises(InputError, match="another seed"):
+    with pytest.raises(InputError, match="a different seed"):
         verify(tmp_path / "out", against=config)
 
 

@@ -61,8 +61,8 @@ def found(out: Path) -> str:
         verdict = verify(out)
     except ModelError as error:
         return str(error)
-    assert verdict.problems
-    return "\n".join(verdict.problems)
+    assert verdict.problems or verdict.edits
+    return "\n".join([*verdict.problems, *verdict.edits])
 
 
 def flip(path: Path, position: int, bit: int) -> None:
@@ -263,7 +263,7 @@ def test_other_files_are_told_of_and_are_no_problem(out: Path) -> None:
 
 
 def test_every_damaged_file_is_listed_not_only_the_first(out: Path) -> None:
-    for name in ("README.md", "config.json"):
+    for name in ("streammerge_config.yml", "config.json"):
         flip(out / name, 3, 1)
     flip(next(out.glob("model*.safetensors")), -1, 1)
     assert len(verify(out).problems) == 3
