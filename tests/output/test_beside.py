@@ -31,7 +31,7 @@ STAYS = (
     "pytorch_model.bin", "model.Q4.gguf", "model.onnx", "onnx/decoder.json", "optimizer.pt", "rng_state_0.pth",
     "trainer_state.json", "training_args.bin", "consolidated.safetensors", "tf_model.h5", "flax_model.msgpack",
     "checkpoint-5/config.json", "original/params.json", "other/weights.pt", "banner.png", "mergekit_config.yml",
-    "pytorch_model.bin.index.json", "quantize_config.json",
+    "quantize_config.json",
 )  # fmt: skip
 SILENT = (
     "README.md",
