@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from streammerge.dtypes import BITS
+from streammerge.engine.allocate import check_space
 from streammerge.engine.checksum import crc32
 from streammerge.engine.chunk import Context
 from streammerge.engine.commit import commit
@@ -58,6 +59,7 @@ from streammerge.planning.arena import is_copied
 from streammerge.planning.free_memory import available_memory
 from streammerge.planning.plan import MergePlan, describe
 
+_UNRESERVED = "cannot reserve space on this file system: if it fills up meanwhile, the merge stops, and goes on when it is run again"
 NonFinite = Literal["error", "warn"]
 _CHECK_STEP = 1 << 20
 
@@ -135,6 +137,8 @@ def execute(
     reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)
     try:
         identity = identify(plan, reader)
+        if not out.exists():
+            check_space(out, plan.layout)
         with locked(out):
             check_contents(out)
             hasher = _make_hasher(plan, emit, stop or threading.Event(), signal_received)
@@ -200,6 +204,8 @@ class _Session:
         try:
             progress = self._continue(journal, files)
             self._writer.open()
+            if self._writer.unreserved:
+                self._emit(warning(f"{printable(self._out)}: {_UNRESERVED}"))
             sound = self._believe(progress.receipts)
             resumed = sum(_receipt_bytes(self._plan, receipt) for receipt in sound)
             self._emit(Event("resume" if resumed else "start", {"bytes_done": resumed}))

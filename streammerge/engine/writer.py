@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from streammerge.engine.allocate import allocate, check_space
 from streammerge.engine.direct import REFUSED, open_direct, place_in_page, write_direct
 from streammerge.engine.durable import PARTIAL, fsync_directory, world_errors
 from streammerge.engine.memory import Bytes
@@ -47,11 +47,14 @@ class ShardWriter:
         self._directory = directory
         self._direct = direct
         self._direct_descriptors: list[int | None] = []
+        self._layout = layout
         self._shards = layout.shards
         self._descriptors: list[int] = []
         self.fresh: set[int] = set()
         """Shards that hold nothing yet: new, or not as they should be and made again."""
         self.bytes_written = 0
+        self.unreserved = False
+        """Whether the file system could not set room aside: a full disk is found when it is full."""
 
     def open(self) -> None:
         """Open or create every shard at its full size; a full disk is found here.
@@ -59,6 +62,7 @@ class ShardWriter:
         What an earlier run gave its final name is partial again until all is finished: no file is written to
         under its final name, and a name that could not be made durable then is given once more.
         """
+        check_space(self._directory, self._layout)
         try:
             for number, shard in enumerate(self._shards):
                 with world_errors(self._directory / shard.name):
@@ -87,7 +91,7 @@ class ShardWriter:
             self.fresh.add(number)
         try:
             if number in self.fresh:
-                _allocate(descriptor, shard.nbytes)
+                self.unreserved |= not allocate(descriptor, shard.nbytes)
             # An old one's too: where a sync failed, it is in the page cache and not on the disk.
             _write_all(descriptor, shard.header, 0)
         except BaseException:
@@ -171,12 +175,3 @@ def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     position = 0
     while position < len(view):
         position += os.pwrite(descriptor, view[position : position + _AT_ONCE], offset + position)
-
-
-def _allocate(descriptor: int, nbytes: int) -> None:
-    try:
-        os.posix_fallocate(descriptor, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-        os.ftruncate(descriptor, nbytes)

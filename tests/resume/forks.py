@@ -51,7 +51,6 @@ CHANGES = (
     "unlink",
     "mkdir",
     "rmdir",
-    "posix_fallocate",
     "open",
 )
 

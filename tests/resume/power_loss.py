@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 
+from streammerge.engine import allocate
 from tests.resume.scene import SimulatedKill
 
 Tree = dict[str, bytes | None]
@@ -181,12 +182,13 @@ class Recorder:
         """Stand in for the functions of `os` that change the file system."""
         wrappers: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
             "open": self._open, "close": self._close, "pwrite": self._pwrite, "write": self._write,
-            "posix_fallocate": self._fallocate, "ftruncate": self._ftruncate, "fsync": self._sync,
+            "ftruncate": self._ftruncate, "fsync": self._sync,
             "fdatasync": self._sync, "replace": self._rename, "rename": self._rename, "unlink": self._unlink,
             "rmdir": self._unlink, "mkdir": self._mkdir,
         }  # fmt: skip
         for name, wrapper in wrappers.items():
             monkeypatch.setattr(os, name, wrapper(getattr(os, name)))
+        monkeypatch.setattr(allocate, "fallocate", self._fallocate(allocate.fallocate))
 
     def _open(self, real: Callable[..., int]) -> Callable[..., int]:
         def call(path: Any, flags: int, *rest: Any, **options: Any) -> int:
@@ -254,11 +256,11 @@ class Recorder:
         return call
 
     def _fallocate(self, real: Callable[..., None]) -> Callable[..., None]:
-        def call(descriptor: int, offset: int, nbytes: int) -> None:
+        def call(descriptor: int, nbytes: int) -> None:
             self._changing(
                 descriptor,
-                lambda: real(descriptor, offset, nbytes),
-                lambda file, _: Resize(file, offset + nbytes, True),
+                lambda: real(descriptor, nbytes),
+                lambda file, _: Resize(file, nbytes, True),
             )
 
         return call

@@ -89,7 +89,7 @@ def test_what_was_surveyed_is_not_surveyed_again_and_the_bytes_are_the_same(
 
     def write_then_stop(self: ShardWriter, *arguments: Any) -> None:
         write(self, *arguments)
-        if surveyed:
+        if surveyed and arguments[2].size > 1024:  # not the small tensor beside it, whose turn may come first
             stop.set()
 
     with monkeypatch.context() as patch:

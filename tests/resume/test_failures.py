@@ -26,7 +26,7 @@ OPERATIONS = [
     "fsync_directory",
 ]
 SYSTEM_CALLS = [
-    "os.posix_fallocate",
+    "fallocate",
     "os.pwrite",
     "os.write",
     "os.fsync",

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
+from streammerge.engine import allocate
+from streammerge.engine.telling import Event
 from streammerge.errors import WorldError
 from tests.conftest import output_bytes
 from tests.resume.scene import Scene
@@ -45,9 +47,7 @@ def finishes(scene: Scene, out: Path) -> None:
 
 
 @one_scene
-@pytest.mark.parametrize(
-    "operation", ["os.posix_fallocate", "os.pwrite", "os.write", "os.ftruncate", "os.mkdir"]
-)
+@pytest.mark.parametrize("operation", ["fallocate", "os.pwrite", "os.write", "os.ftruncate", "os.mkdir"])
 @pytest.mark.parametrize(
     ("number", "cure"),
     [
@@ -181,7 +181,7 @@ def test_without_preallocation_and_without_direct_io_the_bytes_are_the_same(
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(path, flags, *rest, **options)
 
-    monkeypatch.setattr(os, "posix_fallocate", cannot_allocate)
+    monkeypatch.setattr(allocate, "fallocate", cannot_allocate)
     monkeypatch.setattr(os, "open", buffered_only)
     interrupt(scene, out, monkeypatch)
     finishes(scene, out)
@@ -218,9 +218,7 @@ def test_what_could_not_be_allocated_does_not_stay_on_the_full_disk(
 ) -> None:
     out = scene.directory / "out"
     with monkeypatch.context() as patch:
-        set_trap(
-            patch, "os.posix_fallocate", Trap(OSError(errno.ENOSPC, "No space left on device"), 1, once=False)
-        )
+        set_trap(patch, "fallocate", Trap(OSError(errno.ENOSPC, "No space left on device"), 1, once=False))
         failed(scene, out, "free some space")
     assert not list(out.glob("*.partial"))
 
@@ -243,7 +241,8 @@ def test_a_limit_of_file_size_stops_it_in_one_line_and_it_goes_on_without(
         "from streammerge.cli import main\n"
         "def refuse(*arguments): raise OSError(errno.EOPNOTSUPP, 'not supported')\n"
         "if sys.argv.pop() == 'False':\n"
-        "    os.posix_fallocate = refuse\n"
+        "    from streammerge.engine import allocate\n"
+        "    allocate.fallocate = refuse\n"
         "    os.ftruncate = lambda descriptor, nbytes: None\n"
         "limit = int(sys.argv.pop())\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
@@ -385,3 +384,35 @@ def test_a_mapped_file_that_shrinks_under_the_copy_is_an_error_and_no_bus_error(
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert f"{path}: the file became shorter while it was read" in done.stdout
+
+
+# --- room
+
+
+def test_where_no_room_can_be_reserved_nothing_is_written_to_reserve_it_and_a_warning_says_so(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """glibc would write a byte into every page of the file in place of what the file system does not know."""
+    written: list[int] = []
+    real = os.pwrite
+
+    def pwrite(descriptor: int, data: Any, offset: int) -> int:
+        written.append(len(data))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    monkeypatch.setattr(allocate, "fallocate", cannot_allocate)
+    events: list[Event] = []
+    out = scene.directory / "out"
+    scene.merge(out, on_event=events.append)
+    assert any("cannot reserve space on this file system" in str(event.values) for event in events)
+    assert 1 not in written
+
+
+def test_an_output_that_the_disk_has_no_room_for_is_refused_with_both_numbers_before_anything_is_made(
+    scene: Scene, tmpfs: Callable[[str], Path]
+) -> None:
+    out = tmpfs("size=1m") / "out"
+    with pytest.raises(WorldError, match=r"needs [\d.]+ [KM]iB, [\d.]+ [KM]iB are free.*free some space"):
+        scene.merge(out)
+    assert not out.exists()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from streammerge.engine import commit, durable, journal, output, writer
+from streammerge.engine import allocate, commit, durable, journal, output, writer
 from streammerge.engine.journal import NAME, STATE
 from streammerge.engine.writer import ShardWriter
 from streammerge.errors import WorldError
@@ -66,7 +66,9 @@ def set_trap(monkeypatch: pytest.MonkeyPatch, operation: str, trap: Trap) -> Non
 
         monkeypatch.setattr(os, name, call)
         if name == "ftruncate":
-            monkeypatch.setattr(os, "posix_fallocate", cannot_allocate)
+            monkeypatch.setattr(allocate, "fallocate", cannot_allocate)
+    elif operation == "fallocate":
+        monkeypatch.setattr(allocate, operation, guarded(allocate.fallocate, trap))
     elif operation.startswith(("ShardWriter.", "Journal.")):
         kind, name = operation.split(".")
         owner = ShardWriter if kind == "ShardWriter" else journal.Journal
