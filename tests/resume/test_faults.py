@@ -389,6 +389,7 @@ def test_a_mapped_file_that_shrinks_under_the_copy_is_an_error_and_no_bus_error(
 # --- room
 
 
+@one_scene
 def test_where_no_room_can_be_reserved_nothing_is_written_to_reserve_it_and_a_warning_says_so(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,10 +410,11 @@ def test_where_no_room_can_be_reserved_nothing_is_written_to_reserve_it_and_a_wa
     assert 1 not in written
 
 
+@one_scene
 def test_an_output_that_the_disk_has_no_room_for_is_refused_with_both_numbers_before_anything_is_made(
     scene: Scene, tmpfs: Callable[[str], Path]
 ) -> None:
-    out = tmpfs("size=1m") / "out"
+    out = tmpfs("size=64k") / "out"
     with pytest.raises(WorldError, match=r"needs [\d.]+ [KM]iB, [\d.]+ [KM]iB are free.*free some space"):
         scene.merge(out)
     assert not out.exists()
