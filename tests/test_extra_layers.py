@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from streammerge.api import merge, plan
-from streammerge.errors import ConfigError
+from streammerge.errors import ConfigError, ModelError
 from tests.conftest import read_tensors, write_model
 from tests.test_slices import LAYER, llama, source
 
@@ -155,3 +155,16 @@ def test_what_config_json_says_of_layers_by_number_follows_the_slices_or_is_name
     summary = merge(stack(source(a, 1, 4), source(a, 0, 2)), tmp_path / "turned")
     assert settings_of(tmp_path / "turned")["first_k_dense_replace"] == 0
     assert any("first_k_dense_replace is 0, but layers of its kind come later" in w for w in summary.warnings)
+
+
+def test_models_are_as_deep_as_their_real_layers(tmp_path: Path) -> None:
+    a, b = with_extra(tmp_path / "a", 1, 4), write_model(tmp_path / "b", llama(2, 5))
+    (b / "config.json").write_text(json.dumps({"num_hidden_layers": 5, "num_nextn_predict_layers": 1}))
+    for models in ([a, b], [b, a]):
+        with pytest.raises(ModelError, match=r"has 4 layers, .* 5|has 5 layers, .* 4"):
+            plan({"merge_method": "linear", "models": [str(path) for path in models]})
+    c = write_model(tmp_path / "c", llama(3, 4))
+    decided = plan({"merge_method": "linear", "models": [str(c), str(a)]})
+    assert any("7 tensors" in warning and "left out" in warning for warning in decided.warnings)
+    with pytest.raises(ModelError, match=r"eh_proj\.weight and 6 more are missing"):
+        plan({"merge_method": "linear", "models": [str(a), str(c)]})

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streammerge.config.schema import MergeConfig
-from streammerge.config.settings import count_layers
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
 from streammerge.index.derived import SourceRef
 from streammerge.index.model import TensorIndex
 from streammerge.index.naming import LANGUAGE_PARTS
 from streammerge.planning.cells import Cell, Indexes
+from streammerge.planning.extra_layers import count_real
 from streammerge.planning.vocabulary import OF_TOKENS
 
 _FEW = 4
@@ -23,8 +23,6 @@ _WIDTHS = (
     "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
 )  # fmt: skip
 """What architectures call sizes that shapes come from."""
-_NEXT_TOKENS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers")
-"""Layers behind the last, which are no part of the stack."""
 
 
 def check_kinds(config: MergeConfig, donor: TensorIndex, indexes: Indexes) -> None:
@@ -66,11 +64,10 @@ def _named(index: TensorIndex) -> str:
 
 def _check_depths(donor: TensorIndex, index: TensorIndex, own: Sequence[str], others: Sequence[str]) -> None:
     """Refuse another model's stack of layers that is longer or shorter than the donor's, so far as it is to be merged."""
-    counts, other_counts = count_layers(own), count_layers(others)
+    (counts, _), (other_counts, _) = count_real(own, donor.config), count_real(others, index.config)
     for prefix in (prefix for prefix in counts if prefix in other_counts):
         n, m = counts[prefix], other_counts[prefix]
-        longer = donor if n > m else index
-        if n == m or abs(n - m) <= _next_tokens(longer.config):
+        if n == m:
             continue
         raise ModelError(
             f"{printable(index.reference)} has {_layers(m)}, {printable(donor.reference)} {n} ({printable(prefix, 120)}): say "
@@ -80,13 +77,6 @@ def _check_depths(donor: TensorIndex, index: TensorIndex, own: Sequence[str], ot
 
 def _layers(n: int) -> str:
     return f"{n} layer" if n == 1 else f"{n} layers"
-
-
-def _next_tokens(config: Mapping[str, Any]) -> int:
-    """Return how many layers for multi-token prediction a model says that it has behind the last."""
-    parts = [config, *(config.get(name) for name in LANGUAGE_PARTS)]
-    found = [part.get(key) for part in parts if isinstance(part, dict) for key in _NEXT_TOKENS]
-    return max((n for n in found if isinstance(n, int)), default=0)
 
 
 def _check_widths(donor: TensorIndex, index: TensorIndex, shared: Sequence[str]) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from streammerge.config.settings import count_layers, layer_fraction
 from streammerge.index.naming import LANGUAGE_PARTS
 
-DECLARED = "num_nextn_predict_layers"
-"""The key of config.json that counts those which are numbered on."""
+DECLARED = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers")
+"""Keys of config.json that count them."""
 _MARKS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head"})
 """Parts of names that only such a layer has."""
 _STACKS = frozenset({"mtp", "mtp_layers", "mtp_block", "mtp_blocks", "mtp_module", "mtp_modules", "nextn"})
@@ -61,7 +61,10 @@ def _declared(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Return what a config says of the language model: its layers, and those behind the last."""
     parts = [config, *(config.get(name) for name in LANGUAGE_PARTS)]
     pairs = [
-        (part.get("num_hidden_layers"), part.get(DECLARED)) for part in parts if isinstance(part, Mapping)
+        (part.get("num_hidden_layers"), part.get(key))
+        for part in parts
+        if isinstance(part, Mapping)
+        for key in DECLARED
     ]
     return [
         (real, more)

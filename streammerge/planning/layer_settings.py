@@ -63,8 +63,9 @@ def follow_layers(part: dict[str, Any], stack: Stack, own: Own) -> list[str]:
                 f"config.json: {key}: {period} tells kinds of layers by their numbers, and some now have a number of another "
                 f"kind: stack whole groups of {period} layers, or set it by hand"
             )
-    if stack.extra_before != stack.extra and type(part.get(DECLARED)) is int:
-        part[DECLARED] = stack.extra
+    for key in DECLARED:
+        if stack.extra_before != stack.extra and type(part.get(key)) is int:
+            part[key] = stack.extra
     return notes
 
 

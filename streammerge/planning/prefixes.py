@@ -144,5 +144,10 @@ def _holds(found: _Counted, words: set[str]) -> bool:
     n = len(found.rule.names)
     if not n or 2 * n < min(found.under_own, found.under_donor):
         return False
+    numbers = [
+        [part for part in begin.split(".") if part.isdigit()] for begin in (found.rule.own, found.rule.donor)
+    ]
+    if all(numbers) and numbers[0] != numbers[1]:
+        return False  # A layer is never another layer, however alike.
     parts = {*found.rule.own.split("."), *found.rule.donor.split(".")}
     return n >= 3 or parts <= words | {""}
