@@ -288,7 +288,7 @@ def test_the_depth_of_a_tower_is_compared_too(tmp_path: Path) -> None:
 
 def test_layers_for_multi_token_prediction_are_no_depth(tmp_path: Path) -> None:
     a = write(tmp_path / "a", text(1))
-    b = write(tmp_path / "b", text(2, layers=3), num_nextn_predict_layers=1)
+    b = write(tmp_path / "b", text(2, layers=3), num_hidden_layers=2, num_nextn_predict_layers=1)
     assert any("3 tensors that" in line for line in plan(linear(a, b), memory="1GiB").warnings)
 
 
