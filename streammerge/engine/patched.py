@@ -33,9 +33,12 @@ def read_patched(
     for row, place in zip(ref.rows[first:last].tolist(), ref.places[first:last].tolist(), strict=True):
         begin, end = max(start, row * columns), min(stop, (row + 1) * columns)
         _read_row(
-            reader, ref, place * columns + begin - row * columns, end - begin,
+            reader,
+            ref,
+            place * columns + begin - row * columns,
+            end - begin,
             target[(begin - start) * width : (end - start) * width],
-        )  # fmt: skip
+        )
 
 
 def _read_row(reader: Reader, ref: PatchedRef, first: int, n: int, target: Bytes) -> None:

@@ -83,8 +83,11 @@ class Experts:
             return []
         path, listed = next(iter(levels[0].values())).path, ", ".join(leaves)
         if len(leaves) != len(levels):
-            raise bad(path, f"module {quoted(module)}: {len(levels)} pairs of factors for the parameters {listed}: "
-                            "the file is not complete, or of another base model")  # fmt: skip
+            raise bad(
+                path,
+                f"module {quoted(module)}: {len(levels)} pairs of factors for the parameters {listed}: "
+                "the file is not complete, or of another base model",
+            )
         orders = permutations(leaves) if len(leaves) <= _MOST_NESTED else ()
         ways = [
             order
@@ -215,9 +218,14 @@ class Experts:
         numbers = tuple(int(part) if part.isdigit() and len(part) < 9 else 0 for part in version)
         if numbers < _TURNED_UNTIL:
             return True
-        kinds = [self._config.get("model_type"), *(
-            part.get("model_type") for key, part in self._config.items() if key in LANGUAGE_PARTS and isinstance(part, dict)
-        )]  # fmt: skip
+        kinds = [
+            self._config.get("model_type"),
+            *(
+                part.get("model_type")
+                for key, part in self._config.items()
+                if key in LANGUAGE_PARTS and isinstance(part, dict)
+            ),
+        ]
         return any(kind in _IN_OUT for kind in kinds)
 
 

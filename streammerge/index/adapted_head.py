@@ -14,9 +14,13 @@ from streammerge.index.header import TensorRef
 from streammerge.index.naming import LANGUAGE_PARTS, TIED
 
 _EMBEDDINGS = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
     "shared.weight",
-)  # fmt: skip
+)
 HEADS = ("lm_head.weight", "embed_out.weight")
 _WITH_HEADS = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "ImageTextToText")
 """Ends of architectures that have a head, tied or not."""
@@ -65,9 +69,10 @@ def shared_heads(adapter: Adapter) -> set[str]:
         settings.token_indices(module) for module in adapter.tokens if is_embedding(f"{module}.weight")
     ]
     return {
-        module for module in adapter.tokens
+        module
+        for module in adapter.tokens
         if is_head(f"{module}.weight") and settings.token_indices(module) in of_embeddings
-    }  # fmt: skip
+    }
 
 
 def settle_vocabulary(
@@ -125,8 +130,11 @@ def _part(
             found.pop(name)  # the same rows as the embedding's
         return ()
     if settings.get("model_type") in _SCALED:
-        raise bad(str(adapter.directory), f"the adapter changes the head or the embedding alone, and {settings['model_type']} scales what a "
-                                          "tied head is given: untying it would change the model; merge it with PEFT first")  # fmt: skip
+        raise bad(
+            str(adapter.directory),
+            f"the adapter changes the head or the embedding alone, and {settings['model_type']} scales what a "
+            "tied head is given: untying it would change the model; merge it with PEFT first",
+        )
     for part in _parts(settings):
         if part is settings or TIED in part:
             part[TIED] = False

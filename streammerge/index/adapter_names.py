@@ -78,8 +78,11 @@ class Names:
             fitting = [name for name in dict.fromkeys(found) if fits(name)]
             if len(fitting) > 1:
                 some = ", ".join(quoted(name) for name in fitting[:3])
-                raise bad(path, f"{quoted(plain)} may be any of {len(fitting)} tensors of {self._reference} ({some} …); "
-                                "rename the adapter's tensors to say which")  # fmt: skip
+                raise bad(
+                    path,
+                    f"{quoted(plain)} may be any of {len(fitting)} tensors of {self._reference} ({some} …); "
+                    "rename the adapter's tensors to say which",
+                )
             if fitting:
                 return fitting[0]
         return plain if plain in self._names else None

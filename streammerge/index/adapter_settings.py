@@ -19,8 +19,15 @@ ADAPTER_CONFIG = "adapter_config.json"
 LORA, TOKENS = "LORA", "TRAINABLE_TOKENS"
 _WITH_PEFT = "merge it into the base with PEFT's merge_and_unload first"
 _PROMPTS = (
-    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE", "XLORA",
-)  # fmt: skip
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "CARTRIDGE",
+    "XLORA",
+)
 """Kinds that change no weight, or by what is read only: nothing can merge them."""
 _REFUSED = {
     "use_qalora": "QA-LoRA",
@@ -146,8 +153,11 @@ def read_settings(path: Path) -> tuple[AdapterSettings, FileStamp]:
 def _refuse_kinds(entries: Mapping[str, Any], path: str) -> None:
     kind = entries.get("peft_type")
     if kind in _PROMPTS:
-        raise bad(path, f"peft_type is {quoted(str(kind), 40)}, which changes no weights: it cannot be merged; "
-                        "keep it as an adapter of the merged model")  # fmt: skip
+        raise bad(
+            path,
+            f"peft_type is {quoted(str(kind), 40)}, which changes no weights: it cannot be merged; "
+            "keep it as an adapter of the merged model",
+        )
     if kind not in (LORA, TOKENS):
         raise bad(
             path,
@@ -155,9 +165,12 @@ def _refuse_kinds(entries: Mapping[str, Any], path: str) -> None:
         )
     start = entries.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
-        raise bad(path, f"init_lora_weights: {quoted(start, 40)}: this initialisation modifies the base weights before training "
-                        "(PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do), so the adapter does not fit the base; save it with PEFT's "
-                        f"path_initial_model_for_weight_conversion, or {_WITH_PEFT}")  # fmt: skip
+        raise bad(
+            path,
+            f"init_lora_weights: {quoted(start, 40)}: this initialisation modifies the base weights before training "
+            "(PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do), so the adapter does not fit the base; save it with PEFT's "
+            f"path_initial_model_for_weight_conversion, or {_WITH_PEFT}",
+        )
     for key, what in _REFUSED.items():
         if entries.get(key):
             raise bad(path, f"{key}: {what} is not supported; merge the adapter with PEFT first")

@@ -10,6 +10,7 @@ from typing import Any
 from streammerge.dtypes import FLOATS
 from streammerge.index.adapted_experts import MOST_RANK, Experts, pair
 from streammerge.index.adapted_head import HEADS, is_embedding, is_tied, renamed, settle_vocabulary
+from streammerge.index.adapted_slices import Slices
 from streammerge.index.adapted_tokens import with_tokens
 from streammerge.index.adapter_names import Names
 from streammerge.index.adapters import Adapter, Parts
@@ -77,6 +78,7 @@ class _Adapting:
 
     def change(self) -> None:
         """Add the changes of low rank."""
+        slices = Slices(self.names, self._base)
         experts = Experts(self._adapter, self.names, self._base, self._config)
         for module, levels in self._adapter.modules.items():
             targets = experts.targets(module, levels)
@@ -90,7 +92,9 @@ class _Adapting:
                     path,
                     f"module {quoted(module)}: factors within factors, which `target_parameters` does not explain",
                 )
-            self._change_module(module, levels[0])
+            if f"{module}.weight" in self._base or not slices.take(module, levels[0]):
+                self._change_module(module, levels[0])
+        self.tensors |= slices.together(self.tensors, self._adapted)
 
     def _change_module(self, module: str, parts: Parts) -> None:
         path = next(iter(parts.values())).path
@@ -140,13 +144,20 @@ class _Adapting:
         rows, columns = (weight.shape[0] if weight.shape else 0), row_elements(weight.shape)
         inputs, outputs = (rows, columns) if transposed else (columns, rows)
         fits = (
-            len(weight.shape) >= 2 and weight.n_elements and 1 <= rank <= MOST_RANK
-            and row_elements(a.shape) == inputs and (transposed or a.shape[1:] == weight.shape[1:])
-            and b.shape[:2] == (outputs, rank) and math.prod(b.shape[2:]) == 1
-        )  # fmt: skip
+            len(weight.shape) >= 2
+            and weight.n_elements
+            and 1 <= rank <= MOST_RANK
+            and row_elements(a.shape) == inputs
+            and (transposed or a.shape[1:] == weight.shape[1:])
+            and b.shape[:2] == (outputs, rank)
+            and math.prod(b.shape[2:]) == 1
+        )
         if not fits:
-            raise bad(a.path, f"module {quoted(module)}: factors {list(b.shape)} and {list(a.shape)} do not fit the weight "
-                              f"{list(weight.shape)}")  # fmt: skip
+            raise bad(
+                a.path,
+                f"module {quoted(module)}: factors {list(b.shape)} and {list(a.shape)} do not fit the weight "
+                f"{list(weight.shape)}",
+            )
         if magnitude is not None:
             if math.prod(magnitude.shape) != outputs:
                 raise bad(

@@ -202,3 +202,44 @@ def test_patterns_of_ranks_name_the_parameter(tmp_path: Path) -> None:
     assert torch.allclose(
         values(index, name).double(), FUSED[name].double() + change(*GATE_UP), rtol=2e-6, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("words", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
+def test_adapters_of_single_experts_change_their_slices_of_a_fused_base(
+    words: tuple[str, str, str], flipped: bool, tmp_path: Path
+) -> None:
+    """Experts 1 and 3 of five, the one without its up projection."""
+    base = {name: t.transpose(1, 2).contiguous() if flipped else t for name, t in FUSED.items()}
+    gate, up, down = words
+    parts: dict[str, torch.Tensor] = {}
+    wanted = {name: t.double().clone() for name, t in FUSED.items()}
+    for e, word, leaf, rows in (
+        (1, gate, "gate_up_proj", slice(0, INNER)), (3, gate, "gate_up_proj", slice(0, INNER)),
+        (3, up, "gate_up_proj", slice(INNER, 2 * INNER)), (1, down, "down_proj", slice(0, HIDDEN)),
+    ):  # fmt: skip
+        inputs, outputs = (INNER, HIDDEN) if leaf == "down_proj" else (HIDDEN, INNER)
+        a, b = normal(e, RANK, inputs), normal(e + 7, outputs, RANK)
+        module = f"model.layers.0.block_sparse_moe.experts.{e}.{word}"
+        parts |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+        wanted[f"{MODULE}.{leaf}"][e, rows] += 2 * b.double() @ a.double()
+    adapter = of_rank(tmp_path / "adapter", parts, target_parameters=None)
+    index = open_model(f"{write(tmp_path / 'base', base)}+{adapter}")
+    for name, tensor in wanted.items():
+        whole = values(index, name)
+        assert torch.allclose(
+            (whole.transpose(1, 2) if flipped else whole).double(), tensor, rtol=2e-6, atol=2e-6
+        ), name
+        untouched = index[name].shape[1] * index[name].shape[2]  # expert 0
+        assert torch.equal(whole.flatten()[:untouched], base[name].flatten()[:untouched])
+
+
+def test_an_expert_that_a_fused_base_has_not_is_refused(tmp_path: Path) -> None:
+    module = f"{MODULE}.5.gate_proj"
+    parts = {
+        f"{module}.lora_A.weight": normal(1, RANK, HIDDEN),
+        f"{module}.lora_B.weight": normal(2, INNER, RANK),
+    }
+    adapter = of_rank(tmp_path / "adapter", parts)
+    with pytest.raises(ModelError, match=r"do not fit it: .* holds all experts of the base"):
+        open_model(f"{write(tmp_path / 'base', FUSED)}+{adapter}")
