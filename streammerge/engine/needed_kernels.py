@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from streammerge.index.blocks import BlocksRef
 from streammerge.index.derived import AdaptedRef, GatheredRef, MadeRef
 from streammerge.methods.recipes import (
     ColumnCombination,
@@ -120,6 +121,10 @@ def _of_job(job: Job, plan: MergePlan) -> Names:
 
 def _is_adapted(ref: object) -> bool:
     """Return whether a tensor is made with an adapter, or of one that is."""
+    if isinstance(ref, AdaptedRef):
+        return True
     if isinstance(ref, GatheredRef):
         return any(map(_is_adapted, (*ref.tensors, ref.source)))
-    return isinstance(ref, AdaptedRef) or (isinstance(ref, MadeRef) and _is_adapted(ref.source))
+    if isinstance(ref, BlocksRef):
+        return any(_is_adapted(block.tensor) for block in ref.blocks)
+    return isinstance(ref, MadeRef) and _is_adapted(ref.source)

@@ -80,7 +80,8 @@ def values(index: TensorIndex, name: str) -> torch.Tensor:
     reader = Reader()
     raw = read_elements(reader, index[name], 0, index[name].n_elements)
     reader.close()
-    return torch.from_numpy(raw.view(np.float32)).reshape(index[name].shape)
+    dtype = torch.bfloat16 if index[name].dtype == "BF16" else torch.float32
+    return torch.from_numpy(raw).view(dtype).reshape(index[name].shape)
 
 
 WANTED = {
@@ -143,15 +144,19 @@ def test_square_experts_are_taken_as_that_version_of_peft_took_them(
     assert torch.allclose(found.double(), wanted, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("stored", ["fused", "one by one", "adapted one by one"])
 def test_any_range_of_elements_of_experts_is_that_of_the_whole(
-    fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = write(
-        tmp_path / "base",
-        FUSED if fused else one_by_one(FUSED, MODULE, ("gate_proj", "up_proj", "down_proj")),
-    )
-    index = open_model(f"{base}+{of_rank(tmp_path / 'adapter', adapter_of(GATE_UP, DOWN))}")
+    names = ("gate_proj", "up_proj", "down_proj")
+    base = write(tmp_path / "base", one_by_one(FUSED, MODULE, names) if stored == "one by one" else FUSED)
+    parts = adapter_of(GATE_UP, DOWN)
+    if stored == "adapted one by one":
+        parts = {
+            f"{MODULE}.2.up_proj.lora_A.weight": normal(1, RANK, HIDDEN),
+            f"{MODULE}.2.up_proj.lora_B.weight": normal(2, INNER, RANK),
+        }
+    index = open_model(f"{base}+{of_rank(tmp_path / 'adapter', parts)}")
     reader, rng = Reader(), np.random.default_rng(1)
     for name in sorted(index)[:4]:
         ref = index[name]
@@ -243,3 +248,36 @@ def test_an_expert_that_a_fused_base_has_not_is_refused(tmp_path: Path) -> None:
     adapter = of_rank(tmp_path / "adapter", parts)
     with pytest.raises(ModelError, match=r"do not fit it: .* holds all experts of the base"):
         open_model(f"{write(tmp_path / 'base', FUSED)}+{adapter}")
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_merge_is_that_of_models_written_out(method: str, tmp_path: Path) -> None:
+    """Of experts stored one by one, fused, and adapted one by one, with trained tokens."""
+    embedding = {"model.embed_tokens.weight": normal(11, 9, HIDDEN)}
+    base = write(tmp_path / "base", {name: t.bfloat16() for name, t in {**FUSED, **embedding}.items()})
+    rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": normal(12, 2, HIDDEN)}
+    one = {
+        f"{MODULE}.2.up_proj.lora_A.weight": normal(1, RANK, HIDDEN),
+        f"{MODULE}.2.up_proj.lora_B.weight": normal(2, INNER, RANK),
+    }
+    of_rank(tmp_path / "a0", {**adapter_of(GATE_UP, DOWN), **rows}, trainable_token_indices=[8, 3])
+    of_rank(tmp_path / "a1", {**one, **rows}, trainable_token_indices=[1, 0])
+    outs = []
+    for written in (False, True):
+        references = [f"{base}+{tmp_path / name}" for name in ("a0", "a1")]
+        if written:
+            for i, reference in enumerate(references):
+                tensors = {name: values(open_model(reference), name) for name in open_model(reference)}
+                references[i] = str(write(tmp_path / f"copy{i}", tensors))
+        models = [
+            {"model": r, "alias": f"m{i}", "parameters": {"weight": 0.4 + 0.3 * i}}
+            for i, r in enumerate(references)
+        ]
+        config: dict[str, Any] = {"merge_method": method, "models": models, "dtype": "bfloat16"}
+        if method == "ties":
+            config |= {"base_model": str(base), "parameters": {"density": 0.5}}
+        merge(config, tmp_path / f"out{written}", memory="300MiB" if written else "1GiB")
+        outs.append(read_tensors(tmp_path / f"out{written}"))
+    assert outs[0].keys() == outs[1].keys()
+    for name, tensor in outs[0].items():
+        assert torch.equal(tensor, outs[1][name]), name
