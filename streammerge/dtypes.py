@@ -36,6 +36,9 @@ RANK = {dtype: rank for rank, dtype in enumerate(BITS)}
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 """Dtypes that are merged by arithmetic."""
 
+FLOATS8 = frozenset({"F8_E4M3", "F8_E5M2"})
+"""Dtypes that are merged by arithmetic too, widened as they are read and rounded as they are written."""
+
 INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
 """Dtypes that must agree in all models, or come from the base."""
 

@@ -448,7 +448,7 @@ REFUSED: list[tuple[str, list[dict[str, torch.Tensor]], str]] = [
     ("integers against floats", [{"a": X, "b": X.int()}, ROWS, ROWS], "tensor b: F32 in .*, I32 in .*; these cannot"),
     ("integers of two widths", [{"b": X.int()}, {"b": X.int()}, {"b": X.long()}],
      r"tensor b: integer dtypes differ \(I32, I64\); list it under `exclude:`"),
-    ("a quantised dtype", [{"b": X.to(torch.float8_e4m3fn)}] * 3, "tensor b in .* is F8_E4M3, a quantised or complex"),
+    ("a quantised dtype", [{"b": X.to(torch.float8_e8m0fnu)}] * 3, "tensor b in .* is F8_E8M0, a quantised or complex"),
     ("complex numbers", [{"b": X.to(torch.complex64)}] * 3, "tensor b in .* is C64, a quantised or complex dtype"),
 ]  # fmt: skip
 

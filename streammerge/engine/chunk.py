@@ -12,6 +12,7 @@ import numpy as np
 
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.checksum import crc32
+from streammerge.engine.float8 import narrow
 from streammerge.engine.gpu import share_of_memory, turn_on
 from streammerge.engine.journal import Receipt
 from streammerge.engine.memory import Bytes
@@ -107,11 +108,18 @@ def _merge_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Rece
                 applied = math.apply(recipe, out)
     except NotFiniteError:
         raise not_finite(context, job, piece.start, piece.stop) from None
-    data = arena[out.offset : out.offset + loaded.n * itemsize(job.dtype)]
-    if applied.not_finite and not context.tolerant:
+    data = arena[out.offset : out.offset + loaded.n * itemsize(out.dtype)]
+    narrowed = clipped = 0
+    if out.dtype != job.dtype:
+        with context.stages.time("compute"):
+            narrowed, clipped = narrow(data.view(np.float32), job.dtype, data)
+        data = data[: loaded.n]
+    if (applied.not_finite or clipped) and not context.tolerant:
         raise not_finite(context, job, piece.start, piece.stop, data)
     if applied.not_finite and (error := bad_fisher(context.reader, job, piece.start, piece.stop)) is not None:
         raise error
+    if out.dtype != job.dtype:
+        applied = replace(applied, not_finite=narrowed)
     return _emit(context, job, piece, data, applied)
 
 
@@ -218,6 +226,12 @@ def prefetch(context: Context, chunk: Chunk) -> None:
 def _place_output(context: Context, job: Job, piece: Piece, loaded: Loaded) -> Operand:
     """Lay the output over the first input where its elements are not wider, else behind all inputs."""
     first = loaded.base or loaded.models[0]
+    if (
+        job.computed_dtype != job.dtype
+    ):  # Rounded in its own slot, which is not where it would lie for direct I/O.
+        own = divide(job, loaded.n).output
+        assert own is not None
+        return Operand(own, job.computed_dtype)
     offset = divide(job, loaded.n).output_at(first.offset, _file_offset(context, job, piece))
     return Operand(offset, job.dtype)
 

@@ -19,7 +19,14 @@ from streammerge.planning.job import Job
 
 _STEP = 1 << 18
 """Elements looked at together."""
-_EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000, "F64": 0x7FF0000000000000}
+_EXPONENT = {
+    "F8_E4M3": 0x7F,
+    "F8_E5M2": 0x7C,
+    "BF16": 0x7F80,
+    "F16": 0x7C00,
+    "F32": 0x7F800000,
+    "F64": 0x7FF0000000000000,
+}
 
 Read = Callable[[int, int], Bytes]
 """Returns the bytes of a tensor's elements from the first to before the last."""
@@ -117,7 +124,7 @@ def bad_fisher(reader: Reader, job: Job, start: int, stop: int) -> ModelError | 
 def tally(raw: Bytes, dtype: str, start: int = 0) -> Tally:
     """Return how many elements of a tensor are NaN or infinite; `raw` begins with its element `start`.
 
-    Dtypes of less than 16 bits, and complex ones, are never merged and not looked at.
+    Other dtypes of less than 16 bits, and complex ones, are never merged and not looked at.
     """
     found = Tally()
     if dtype in _EXPONENT:
@@ -141,7 +148,7 @@ def _is_negative(raw: Bytes, dtype: str) -> NDArray[np.bool_]:
 
 
 def _unsigned(dtype: str) -> Any:
-    return {2: np.uint16, 4: np.uint32, 8: np.uint64}[itemsize(dtype)]
+    return {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[itemsize(dtype)]
 
 
 def _steps(start: int, stop: int) -> Iterator[tuple[int, int]]:

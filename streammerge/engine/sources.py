@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from streammerge.dtypes import BITS
-from streammerge.engine import adapted, blocks, gathered, patched, strided
+from streammerge.engine import adapted, blocks, float8, gathered, patched, strided
 from streammerge.engine.made import read_to
 from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Reader
@@ -17,6 +17,7 @@ from streammerge.index.header import TensorRef
 __all__ = [
     "adapted",
     "blocks",
+    "float8",
     "gathered",
     "patched",
     "prefetch_source",

@@ -16,9 +16,11 @@ from streammerge.index.adapters import ADAPTER_CONFIG, Adapter, read_adapter, sp
 from streammerge.index.adapting import adapt
 from streammerge.index.derived import SourceRef, contiguous
 from streammerge.index.files import bad, from_os, meant, place, quoted, reading
+from streammerge.index.float8 import with_floats
 from streammerge.index.header import FileStamp, TensorRef, read_header
 from streammerge.index.hub import cache_directory, find_snapshot, parse_name
 from streammerge.index.pickles import Pickled, open_pickle
+from streammerge.index.quantization import DECLARED_BESIDE, Quantization, quantization_of
 from streammerge.index.shards import (
     INDEX_NAME,
     PICKLES,
@@ -60,6 +62,8 @@ class TensorIndex(Mapping[str, SourceRef]):
     """What was applied to its weights; its tensors are those that result."""
     notes: tuple[str, ...] = ()
     """What the user should know of how it was read."""
+    quantization: Quantization | None = None
+    """Which of its tensors are codes, and what belongs to them; None where all are plain."""
 
     def __getitem__(self, name: str) -> SourceRef:
         return self.tensors[name]
@@ -258,9 +262,12 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     notes += _tied_copies(lost, tensors, directory, shards)
     unlisted = tuple(name for name in left_out if name not in tensors)
     config = _read_config(directory / CONFIG_NAME)
+    beside = os.path.lexists(directory / DECLARED_BESIDE)
+    quantization = quantization_of(tensors, config, beside)
     return TensorIndex(
-        reference, directory, tuple(stamps), metadata, tensors, unlisted, config, notes=tuple(notes)
-    )
+        reference, directory, tuple(stamps), metadata, with_floats(tensors, quantization), unlisted, config,
+        notes=tuple(notes), quantization=quantization,
+    )  # fmt: skip
 
 
 def _tied_copies(

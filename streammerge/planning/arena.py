@@ -61,7 +61,7 @@ def divide(job: Job, n: int) -> Places:
     output = None
     if _output_is_wider(job):
         output = position
-        position += slot_bytes(n * itemsize(job.dtype), paged)
+        position += slot_bytes(n * itemsize(job.computed_dtype), paged)
     return Places(
         tuple(slots), output, -(-position // PAGE) * PAGE if job.fisher_chunk_bytes else position, paged
     )
@@ -74,7 +74,7 @@ def slot_bytes(nbytes: int, paged: bool = True) -> int:
 
 def bytes_per_element(job: Job) -> float:
     """Return the buffer bytes per element: all inputs, and the output where it has a slot of its own."""
-    output = BITS[job.dtype] / 8 if _output_is_wider(job) else 0.0
+    output = BITS[job.computed_dtype] / 8 if _output_is_wider(job) else 0.0
     return sum(_input_bits(job)) / 8 + output
 
 
@@ -102,4 +102,6 @@ def _is_paged(job: Job) -> bool:
 
 
 def _output_is_wider(job: Job) -> bool:
-    return not is_copied(job) and BITS[job.dtype] > BITS[job.inputs[0].dtype]
+    return not is_copied(job) and (
+        job.computed_dtype != job.dtype or BITS[job.dtype] > BITS[job.inputs[0].dtype]
+    )

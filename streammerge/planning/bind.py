@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child
@@ -12,6 +13,7 @@ from streammerge.dtypes import FLOATS, INTEGERS, promoted
 from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.index.derived import GatheredRef, SourceRef, stored_dtype
 from streammerge.index.fishers import ChunkedRef, FisherIndex, FisherRef
+from streammerge.index.float8 import as_it_lies
 from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import Method
 from streammerge.methods.requests import Band, TopK
@@ -22,6 +24,7 @@ from streammerge.planning.finder import Finder
 from streammerge.planning.job import Job
 from streammerge.planning.matching import Matched
 from streammerge.planning.parameters import bind, check_names, preset_of
+from streammerge.planning.quantised import codes_of, is_of_codes
 from streammerge.planning.unmatched import unmatched
 from streammerge.planning.vocabulary import Alignment
 
@@ -83,11 +86,17 @@ def bind_jobs(
     warnings += compare_names(config, assembly.cells, donor, indexes, excluded)
     binder = _Binder(config, method, fishers, grams, matched.own_names)
     jobs: list[Job] = []
+    codes = codes_of(indexes)
     for cell in assembly.cells:
         ordinal = len(jobs)
         lender = finder.donor_of(cell)
         base, sources = finder.inputs(cell)
-        if cell.name in copied or not sources or finder.is_copied(cell):
+        if is_of_codes(codes, cell.donor[0], lender):
+            if cell.name not in copied and method.name == "passthrough":
+                values = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels, config.where)
+                _check_scale(cell.name, method, values)
+            job = _copy(ordinal, cell.name, lender, config, as_stored=True)
+        elif cell.name in copied or not sources or finder.is_copied(cell):
             job = _copy(ordinal, cell.name, lender, config)
         else:
             inputs = (*((base,) if base is not None else ()), *sources)
@@ -151,8 +160,24 @@ def _promotions(jobs: Sequence[Job], config: MergeConfig) -> list[str]:
     ]
 
 
-def _copy(ordinal: int, name: str, ref: SourceRef, config: MergeConfig) -> Job:
-    return Job(ordinal, name, _output_dtype((ref,), config), ref.shape, "copy", (ref,), None, {})
+def _copy(ordinal: int, name: str, ref: SourceRef, config: MergeConfig, *, as_stored: bool = False) -> Job:
+    dtype = stored_dtype(ref) if as_stored else _output_dtype((ref,), config)
+    return Job(ordinal, name, dtype, ref.shape, "copy", (as_it_lies(ref, dtype),), None, {})
+
+
+def _is_scaled(method: Method, parameters: Mapping[str, Any]) -> bool:
+    """Return whether a `passthrough` multiplies what it copies."""
+    scale = parameters.get("scale", ()) if method.name == "passthrough" else ()
+    return any(factor not in (None, 1.0) for factor in scale)
+
+
+def _check_scale(name: str, method: Method, parameters: Mapping[str, Any]) -> None:
+    """Refuse to scale what is quantised: its codes are copied."""
+    if _is_scaled(method, parameters):
+        raise ModelError(
+            f"tensor {printable(name)} is quantised or belongs to what is, and is copied as it is: it cannot be scaled; "
+            "dequantise the model first"
+        )
 
 
 class _Binder:
@@ -181,6 +206,13 @@ class _Binder:
             return _copy(ordinal, cell.name, donor, self._config)
         if donor.dtype not in FLOATS:
             return _agree(ordinal, cell.name, donor, (*((base,) if base is not None else ()), *sources))
+        plain = as_it_lies(donor, _output_dtype((donor,), self._config))
+        if (
+            plain is not donor
+            and self._method.name == "passthrough"
+            and not _is_scaled(self._method, parameters)
+        ):
+            return _copy(ordinal, cell.name, donor, self._config)  # FP8, code by code
         recipe_base = self._recipe_base(base, parameters)
         dtype = _output_dtype((*sources, *(() if recipe_base is None else (recipe_base,))), self._config)
         members = tuple(self._places[spec.name] for spec in cell.part.sources)

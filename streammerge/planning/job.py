@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from streammerge.dtypes import itemsize
+from streammerge.dtypes import FLOATS8, itemsize
 from streammerge.index.derived import SourceRef
 from streammerge.index.fishers import ChunkedRef, FisherRef
 from streammerge.methods.recipes import Sees
@@ -36,6 +36,11 @@ class Job:
     """The Gram matrices of the models' inputs to it, for a method that takes them; empty where they lack the tensor."""
     members: tuple[int, ...] = ()
     """Which of the plan's models the sources belong to; empty: to all, in order."""
+
+    @property
+    def computed_dtype(self) -> str:
+        """The dtype in which its elements are computed: fp32 where they are then rounded to FP8."""
+        return "F32" if self.dtype in FLOATS8 and self.dtype != self.sources[0].dtype else self.dtype
 
     @property
     def n_elements(self) -> int:

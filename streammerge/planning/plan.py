@@ -35,6 +35,7 @@ from streammerge.planning.layout import Layout, lay_out
 from streammerge.planning.matching import match_names
 from streammerge.planning.model_config import holds_codes, merged_config
 from streammerge.planning.overview import as_html, as_text, overview
+from streammerge.planning.quantised import check_codes
 from streammerge.planning.schedule import Chunk, Interval, Step, Survey, Work, steps
 from streammerge.planning.surroundings import Surroundings, surroundings
 from streammerge.planning.tokenizer_files import TokenizerFiles, tokenizer_files
@@ -267,6 +268,7 @@ def make_plan(
         If the models, the config or the budget do not allow the merge.
     """
     donor = base if base is not None else models[0]
+    check_codes(config, method, (*models, *bases, donor))
     matched = match_names(donor, {index.reference: index for index in (*models, *bases, donor)})
     indexes = matched.indexes
     alignment = None if config.tokenizer is None else align(config.tokenizer, donor, indexes)
