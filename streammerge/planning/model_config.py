@@ -16,6 +16,7 @@ from streammerge.index.beside_names import is_sound_name
 from streammerge.index.model import TensorIndex
 from streammerge.index.naming import LANGUAGE_PARTS, TIED
 from streammerge.planning.cells import Indexes, Stack
+from streammerge.planning.codes import holds_codes
 from streammerge.planning.ecosystem import reads_dtype
 from streammerge.planning.job import Job
 from streammerge.planning.layer_settings import NUMBERS, follow_layers, tail_of
@@ -223,17 +224,8 @@ def _untie(settings: Settings, donor: TensorIndex, indexes: Indexes, jobs: Seque
     settings[TIED] = False
 
 
-def holds_codes(jobs: Sequence[Job]) -> bool:
-    """Return whether an output holds tensors that are no floats and not alike in all models, as a quantisation's are."""
-    return any(
-        job.dtype not in dtypes.FLOATS and (job.kind != "agree" or "weight" in job.name)
-        and (job.n_elements > 1 or "weight" in job.name)
-        for job in jobs
-    )  # fmt: skip
-
-
 def _drop_quantisation(settings: Settings, jobs: Sequence[Job]) -> list[str]:
-    """Remove the entry of a quantisation where every tensor of the output is a plain float."""
+    """Remove the entry of a quantisation where the output holds no codes."""
     if holds_codes(jobs):
         return []
     notes = []

@@ -28,12 +28,13 @@ from streammerge.methods.scope import Scope
 from streammerge.planning.allot import Needs, Room, asked_together, lists_nbytes
 from streammerge.planning.bind import Bound, bind_jobs
 from streammerge.planning.budget import Budget
+from streammerge.planning.codes import holds_codes
 from streammerge.planning.division import BLOCK_ELEMENTS, Division, runs_in_torch, torch_workspace
 from streammerge.planning.ecosystem import ecosystem_of
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout, lay_out
 from streammerge.planning.matching import match_names
-from streammerge.planning.model_config import holds_codes, merged_config
+from streammerge.planning.model_config import merged_config
 from streammerge.planning.overview import as_html, as_text, overview
 from streammerge.planning.quantised import check_codes
 from streammerge.planning.schedule import Chunk, Interval, Step, Survey, Work, steps

@@ -1,0 +1,41 @@
+"""Whether an output holds quantised weights: codes, known by the scales that lie beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from streammerge.planning.job import Job
+
+_PLAIN = ("F64", "F32", "F16", "BF16", "I64", "U64", "BOOL", "C64")
+"""Dtypes that hold values, numbers or masks, and no codes."""
+_COMPANION = re.compile(
+    r"(?:weight_)?scales?(?:_.*)?|qzeros|zeros|g_idx|SCB|absmax|quant_map|weight_(?:shape|zero_point|global_scale)",
+    re.ASCII,
+)
+"""What the tensors are called that say what a module's codes mean."""
+
+
+def holds_codes(jobs: Sequence[Job]) -> bool:
+    """Return whether some tensor of an output is a code: of an integer or byte dtype, its scales beside it.
+
+    A buffer of integers (positions, masks) has none, whatever it is called; codes have some, whatever they are called.
+    """
+    names = {job.name for job in jobs}
+    described = {name.rpartition(".")[0] for name in names if _COMPANION.fullmatch(name.rpartition(".")[2])}
+    return any(
+        job.dtype not in _PLAIN and job.n_elements > 1 and _is_described(job.name, names, described)
+        for job in jobs
+    )
+
+
+def _is_described(name: str, names: set[str], described: set[str]) -> bool:
+    """Return whether scales lie beside a tensor, behind its own name, or under its name with another end."""
+    stem = name.removesuffix("_blocks")
+    return (
+        name.rpartition(".")[0] in described
+        or name in described
+        or any(
+            f"{stem}{end}" in names for end in ("_scales", "_scale", "_scale_inv") if f"{stem}{end}" != name
+        )
+    )
