@@ -30,9 +30,9 @@ from streammerge.config import config_from_mapping, parse_config
 from streammerge.config.settings import count_layers, layer_fraction, value_for
 from streammerge.config.strict_yaml import dump_yaml, load_yaml
 from streammerge.dtypes import itemsize
+from streammerge.engine.edits import find_edits
 from streammerge.engine.journal import _line, _load
 from streammerge.engine.manifest import MANIFEST, read_manifest, seal
-from streammerge.engine.output import is_complete
 from streammerge.engine.reader import Reader
 from streammerge.engine.sources import read_elements
 from streammerge.engine.stored_chunks import _decode
@@ -577,8 +577,8 @@ class Manifest:
         """Check one input."""
         (self._out / MANIFEST).write_bytes(raw)
         manifest = read_manifest(self._out)
-        is_complete(self._out, manifest)
         if manifest is not None:
+            find_edits(self._out, manifest["files"])
             require(_same_json(manifest, json.loads(raw)), "read otherwise than json reads it")
             for entry in manifest["files"].values():
                 require(_natural(entry["nbytes"]) and re.fullmatch("[0-9a-f]{8}", entry["crc32"]), f"{entry}")

@@ -212,9 +212,10 @@ def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[
     shards = [one for one in examined if _is_shard(one.name)]
     name = next((name for name in INDEXES if name in manifest["files"]), None)
     if name is None:
+        if len(shards) < 2:
+            return []
         expected = index_file(re.sub(r"-\d+-of-\d+$", "", shards[0].name.removesuffix(SUFFIX)))
-        lost = f"{printable(expected)}: not in {MANIFEST}, though there are {len(shards)} shards"
-        return [lost] if len(shards) > 1 else []
+        return [f"{printable(expected)}: not in {MANIFEST}, though there are {len(shards)} shards"]
     try:
         index = read_object(str(out / name), "finite")
     except ModelError as error:
