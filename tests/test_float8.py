@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from streammerge import merge, verify
+from streammerge import merge, merge_state_dicts, verify
 from streammerge.engine.float8 import narrow, rounded8, table
 from streammerge.errors import ModelError
 
@@ -128,3 +128,18 @@ def test_a_nan_in_a_model_is_found(here: Path) -> None:
         save_file({"w": torch.full((2, 3), value).to(torch.float8_e5m2)}, here / name / "model.safetensors")
     with pytest.raises(ModelError, match="NaN or infinity at element 0"):
         merge(config("linear", "a", "b"), "out")
+
+
+def test_models_in_memory_give_the_same_bits(here: Path) -> None:
+    states = {name: write(here / name, seed, torch.float8_e4m3fn) for name, seed in (("a", 1), ("b", 2))}
+    merge(config("linear", "a", "b"), "out")
+    found, want = merge_state_dicts(config("linear", "a", "b"), states), load_file("out/model.safetensors")
+    for name, tensor in want.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_codes_in_memory_are_refused(here: Path) -> None:
+    state = {"w.weight": torch.ones(4, 8).to(torch.float8_e4m3fn), "w.weight_scale": torch.ones(1)}
+    with pytest.raises(ModelError, match=r"w\.weight is quantised"):
+        merge_state_dicts(config("linear", "a", "b"), {"a": state, "b": state})

@@ -12,6 +12,7 @@ from streammerge.engine.reader import Reader
 from streammerge.engine.values import Scratch
 from streammerge.index.blocks import BlocksRef
 from streammerge.index.derived import AdaptedRef, PatchedRef, SourceRef, scratch_bytes
+from streammerge.index.float8 import WidenedRef
 from streammerge.index.header import TensorRef
 
 __all__ = [
@@ -62,7 +63,7 @@ def read_elements(reader: Reader, ref: SourceRef, start: int, stop: int) -> Byte
 
 def prefetch_source(reader: Reader, ref: SourceRef, start: int, stop: int) -> None:
     """Ask the kernel to begin reading what elements `start` to `stop` are made of, where that lies together."""
-    while isinstance(ref, AdaptedRef | PatchedRef):
+    while isinstance(ref, AdaptedRef | PatchedRef | WidenedRef):
         ref = ref.source
     if isinstance(ref, BlocksRef):
         for tensor, first, last in blocks.blocks_of(ref, start, stop):

@@ -19,8 +19,10 @@ from streammerge.engine.memory import Bytes
 from streammerge.engine.reader import Backend, Reader
 from streammerge.errors import InputError, printable
 from streammerge.index.fishers import FisherIndex
+from streammerge.index.float8 import with_floats
 from streammerge.index.header import MAX_NAME, TensorRef
 from streammerge.index.model import TensorIndex
+from streammerge.index.quantization import quantization_of
 from streammerge.planning.tied import is_head
 
 _ALIGN = 64
@@ -84,7 +86,8 @@ class StateDict:
             self._starts.append(offset)
             self._placed.append(held)
             offset += -(-nbytes // _ALIGN) * _ALIGN
-        return TensorIndex(reference, Path(self.path), (), {}, refs)
+        found = quantization_of(refs, {})
+        return TensorIndex(reference, Path(self.path), (), {}, with_floats(refs, found), quantization=found)
 
     def read(self, offset: int, target: Bytes) -> None:
         """Fill `target` from a byte of the virtual file on; it lies within one tensor."""

@@ -168,6 +168,9 @@ def _open_adapted(reference: str, cache: Path) -> TensorIndex:
             reference,
             "adapters cannot be stacked: merge base and first adapter by a passthrough, then put the second on the result",
         )
+    if base.quantization is not None:
+        what = f"{model} is quantised ({base.quantization.format}), and an adapter goes on float weights"
+        raise bad(reference, f"{what}: dequantise it first, or name the weights that it was quantised from")
     directory = _locate(place, cache)
     if not os.path.lexists(directory / ADAPTER_CONFIG):
         raise bad(str(directory), f"no adapter here: no {ADAPTER_CONFIG}")

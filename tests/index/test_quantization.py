@@ -186,3 +186,12 @@ def test_codes_are_not_scaled(here):
     config = {"merge_method": "passthrough", "models": [{"model": "a", "parameters": {"scale": 0.5}}]}
     with pytest.raises(ModelError, match="it cannot be scaled"):
         plan(config)
+
+
+def test_an_adapter_goes_on_no_codes(here):
+    write(here / "a", 1)
+    (here / "lora").mkdir()
+    with pytest.raises(
+        ModelError, match=r"a is quantised \(GPTQ\), and an adapter goes on float weights: dequantise"
+    ):
+        plan(linear("a+lora", "a"))
