@@ -14,6 +14,9 @@
 
 `StreammergeWarning` is what the Python functions warn with.
 
+`InputError` and its kinds are ValueErrors as well, as other libraries' are; whoever catches those lets ours pass first
+(`tests/test_errors.py` looks).
+
 A message is one line: what is wrong, where, and the cure, with both numbers where there are two.
 """
 
@@ -33,7 +36,7 @@ class StreammergeWarning(UserWarning):
     """Something that a user of the Python functions should know; the command line prints it."""
 
 
-class InputError(StreammergeError):
+class InputError(StreammergeError, ValueError):
     """The config or an input is bad; raised before any byte is written wherever possible."""
 
     exit_code = 2

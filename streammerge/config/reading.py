@@ -10,6 +10,7 @@ from dataclasses import replace
 from streammerge.config.schema import MergeConfig, config_of
 from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, dump_yaml, load_yaml
 from streammerge.config.wording import child, refuse, shown
+from streammerge.errors import ConfigError
 
 STDIN = "-"
 """In place of a path: standard input."""
@@ -50,6 +51,8 @@ def load_config(path: str | os.PathLike[str]) -> MergeConfig:
         if "\n" in where.strip() or "merge_method:" in where:
             refuse("config", "this is YAML text, not a path: write it to a file, or pass a mapping")
         refuse(where or "config", f"cannot be read: {error.strerror}")
+    except ConfigError:
+        raise
     except ValueError:
         refuse(where, "NUL in a path")
     return parse_config(data, where)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streammerge.errors import ModelError, WorldError, printable
+from streammerge.errors import ModelError, StreammergeError, WorldError, printable
 from streammerge.index.beside_names import (
     DEEPEST,
     is_left_behind,
@@ -171,6 +171,8 @@ def _settings(path: Path) -> Any:
     """Return what a small JSON file says; None where it says nothing that can be read."""
     try:
         return json.loads(read_small(path.parent, path.name))
+    except StreammergeError:
+        raise
     except (ValueError, RecursionError):
         return None
 

@@ -96,6 +96,8 @@ def open_regular(path: str | os.PathLike[str]) -> int:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except OSError as error:
         raise from_os(path, error) from error
+    except StreammergeError:
+        raise
     except ValueError as error:  # A NUL or a lone surrogate, which no path can hold.
         raise bad(path, "not a valid path") from error
     try:
