@@ -44,11 +44,12 @@ def count_real(
     """
     names = [name for name in names if not lies_apart(name)]
     stored = count_layers(names)
-    marked = {prefix: _marked(names, prefix) for prefix in stored}
-    extra = {prefix: _trailing(count, marked[prefix]) for prefix, count in stored.items()}
+    marked = _marked(names, stored)
+    extra = {prefix: _trailing(count, marked.get(prefix, set())) for prefix, count in stored.items()}
+    declared = _declared(config)
     for prefix, count in stored.items():
-        if not extra[prefix] and not any(word in prefix.lower() for word in _OTHER_STACKS):
-            extra[prefix] = next((more for real, more in _declared(config) if real + more == count), 0)
+        if declared and not extra[prefix] and not any(word in prefix.lower() for word in _OTHER_STACKS):
+            extra[prefix] = next((more for real, more in declared if real + more == count), 0)
     return {prefix: count - extra[prefix] for prefix, count in stored.items()}, extra
 
 
@@ -73,19 +74,17 @@ def _declared(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     ]
 
 
-def _marked(names: Iterable[str], prefix: str) -> set[int]:
-    """Return the numbers of a stack's layers that have a name only an extra layer has."""
-    start = f"{prefix}." if prefix else ""
-    found = set()
-    for name in names:
-        number, _, rest = name.removeprefix(start).partition(".")
-        if (
-            name.startswith(start)
-            and number.isascii()
-            and number.isdigit()
-            and not _MARKS.isdisjoint(rest.split("."))
-        ):
-            found.add(int(number))
+def _marked(names: Iterable[str], stored: Mapping[str, int]) -> dict[str, set[int]]:
+    """Return the numbers of each stack's layers that have a name only an extra layer has."""
+    found: dict[str, set[int]] = {}
+    for parts in (name.split(".") for name in names):
+        if _MARKS.isdisjoint(parts):
+            continue
+        for place, part in enumerate(parts):
+            prefix = ".".join(parts[:place])
+            if part.isascii() and part.isdigit() and prefix in stored:
+                found.setdefault(prefix, set()).add(int(part[:9]))
+                break
     return found
 
 

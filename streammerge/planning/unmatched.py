@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child, meant, shown
 from streammerge.planning.cells import Cell, Indexes
 
 _PLAIN = re.compile(r"[\w.]+")
+_MOST = 200
+"""Filters, and patterns, that are looked at."""
 
 
 def unmatched(config: MergeConfig, cells: Sequence[Cell], indexes: Indexes) -> list[str]:
@@ -18,11 +20,13 @@ def unmatched(config: MergeConfig, cells: Sequence[Cell], indexes: Indexes) -> l
     names = {cell.name for cell in cells}
     names |= {name for cell in cells for name in cell.sources if name not in names}
     texts = _filters(config)
-    lost = {text: path for text, path in texts.items() if not any(text in name for name in names)}
+    lost = {
+        text: path for text, path in islice(texts.items(), _MOST) if not any(text in name for name in names)
+    }
     stored = names.union(*(index for index in indexes.values())) if config.exclude else names
     patterns = [
         (place, text)
-        for place, text in enumerate(config.exclude)
+        for place, text in enumerate(config.exclude[:_MOST])
         if not any(re.search(text, name) for name in stored)
     ]
     if not lost and not patterns:
