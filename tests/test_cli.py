@@ -228,7 +228,8 @@ def _short_model(paths: list[Path], config: dict[str, Any]) -> Any:
 
 
 def _escape_in_a_missing_tensor(paths: list[Path], config: dict[str, Any]) -> Any:
-    write_model(paths[0], {"a\x1b[31m\nb": torch.zeros(3)})
+    tensors = {name: torch.zeros(shape) for name, shape in FEW.items()}
+    write_model(paths[0], {**tensors, "a\x1b[31m\nb": torch.zeros(3)})
     return config
 
 

@@ -296,16 +296,16 @@ def signals(directory: Path, number: int, seed: int) -> dict[str, Any]:
 
 
 def _note_when_stoppable(ready: Path) -> None:
-    from streammerge import cli
+    from streammerge.cli import merging
 
-    real = cli._stop_on_signals
+    real = merging.stop_on_signals
 
     def noting() -> Any:
         result = real()
         ready.touch()
         return result
 
-    cli._stop_on_signals = noting
+    merging.stop_on_signals = noting
 
 
 # --- starts
