@@ -12,9 +12,10 @@ from streammerge.cli.estimating import fisher, gram
 from streammerge.cli.merging import merge, plan, verify
 from streammerge.cli.process import leave, open_closed_streams, report, report_usage
 from streammerge.cli.showing import completion, demo, inspect, methods, new, schema
+from streammerge.cli.warming import warm_up
 from streammerge.errors import InputError, StreammergeError, WorldError
 
-_COMMANDS = (merge, plan, verify, inspect, methods, new, fisher, gram, demo, completion, schema)
+_COMMANDS = (merge, plan, verify, inspect, methods, new, fisher, gram, demo, completion, schema, warm_up)
 
 
 class _InOrder(click.Group):

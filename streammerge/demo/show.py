@@ -40,7 +40,12 @@ def run_demo(out: Path | None) -> None:
     with _directory(out) as directory:
         for method, parameters in SETTINGS:
             target = directory / method
-            merge(demo_config(method, parameters), target, overwrite=target.exists())
+            merge(
+                demo_config(method, parameters),
+                target,
+                overwrite=target.exists(),
+                on_event=lambda event: None,  # each has its line of figures
+            )
             average = _show(_label(method, parameters), digits.load_model(target))
             beaten += average > best
     click.echo(

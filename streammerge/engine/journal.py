@@ -6,6 +6,8 @@ same. A line is appended after the bytes it speaks of are durable.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import threading
@@ -72,6 +74,34 @@ class Journal:
         self._identity = dict(identity)
         self._lock = threading.Lock()
         self._descriptor = -1
+        self._claim = -1
+
+    def claim(self) -> None:
+        """Lock the journal that is there, if one is, until this one is open.
+
+        The lock of the output directory holds on one machine alone, on NFS and Lustre; that of a file is the server's.
+
+        Raises
+        ------
+        OutputError
+            If another merge holds it.
+        """
+        with world_errors(self._path):
+            if self._state.is_symlink() or not self._path.is_file():
+                return
+            self._claim = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._lock_file(self._claim)
+
+    def _lock_file(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{printable(self._out)}: another merge is writing there, on this machine or another"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise  # a file system without locks has the directory's
 
     def read(self) -> Progress | None:
         """Return what is recorded; None if nothing is. Changes nothing.
@@ -117,7 +147,14 @@ class Journal:
             write_file(self._path, sound)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             self._descriptor = os.open(self._path, flags)
+            self._lock_file(self._descriptor)
             fsync_directory(self._state)
+        self._give_up_claim()
+
+    def _give_up_claim(self) -> None:
+        if self._claim >= 0:
+            os.close(self._claim)
+            self._claim = -1
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """Record finished elements."""
@@ -141,11 +178,18 @@ class Journal:
     def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
         data = b"".join(_line(record) for record in records)
         with self._lock, world_errors(self._path):
+            self._check_ours()
             write_fully(self._descriptor, data)
             os.fdatasync(self._descriptor)
 
+    def _check_ours(self) -> None:
+        """Stop where another machine has begun the same output at the same moment, and its journal lies in our place."""
+        if not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
+            raise OutputError(f"{printable(self._out)}: another merge has begun there meanwhile; stopped")
+
     def close(self) -> None:
         """Close the file."""
+        self._give_up_claim()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -255,6 +255,7 @@ class _Session:
 
         The files are those that it knows, by stamp or by content; what is to be hashed and is not yet, is now.
         """
+        journal.claim()
         progress = None if self._overwrite else journal.read()
         known = {file.key: Known(file.stamp) for file in files}
         if progress is not None:

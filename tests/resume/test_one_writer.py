@@ -6,14 +6,17 @@ import fcntl
 import os
 import signal
 from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import pytest
 
+from streammerge.engine.journal import NAME, STATE, Journal
 from streammerge.errors import OutputError
 from tests.conftest import output_bytes
 from tests.resume.scene import Scene
 from tests.resume.slow_merge import Slow, run_forks
+from tests.resume.traps import interrupt
 
 
 def test_a_directory_that_is_locked_is_refused(scene: Scene) -> None:
@@ -27,6 +30,48 @@ def test_a_directory_that_is_locked_is_refused(scene: Scene) -> None:
         assert list(out.iterdir()) == []
     finally:
         os.close(descriptor)
+    scene.merge(out)
+    scene.assert_finished(out)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_journal_that_another_machine_has_locked_is_refused_and_nothing_is_touched(
+    overwrite: bool, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS a directory's lock holds on one machine, a file's on all."""
+    out = scene.directory / "out"
+    interrupt(scene, out, monkeypatch)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    descriptor = os.open(out / STATE / NAME, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(OutputError, match="another merge is writing there, on this machine or another"):
+            scene.merge(out, overwrite=overwrite)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    finally:
+        os.close(descriptor)
+    assert (scene.merge(out).bytes_resumed > 0) or overwrite
+    scene.assert_finished(out)
+
+
+def test_a_merge_whose_journal_another_machine_has_replaced_stops(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both began at the same moment, before there was a journal to lock."""
+    out = scene.directory / "out"
+    real = Journal.open
+
+    def then_replaced(self: Journal, files: Any) -> None:
+        real(self, files)
+        copy = out / STATE / "other"
+        copy.write_bytes((out / STATE / NAME).read_bytes())
+        copy.replace(out / STATE / NAME)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "open", then_replaced)
+        with pytest.raises(OutputError, match="another merge has begun there meanwhile"):
+            scene.merge(out)
+    scene.assert_nothing_torn(out)
     scene.merge(out)
     scene.assert_finished(out)
 

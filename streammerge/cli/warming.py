@@ -1,0 +1,31 @@
+"""`warm-up`: everything that a first merge would compile, ahead of it."""
+
+from __future__ import annotations
+
+import click
+
+from streammerge.cli.options import GroupedCommand, examples
+
+
+@click.command("warm-up", cls=GroupedCommand, epilog=examples("streammerge warm-up"))
+def warm_up() -> None:
+    """Compile all kernels ahead, half a minute, as for a container image; a merge compiles those that it needs.
+
+    They are kept below NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, for this version and kind of CPU.
+    """
+    from streammerge.cli.process import stop_on_signals
+    from streammerge.compiled import kernel_cache
+    from streammerge.engine.first_use import compile_groups
+    from streammerge.engine.warm import GROUPS
+    from streammerge.errors import WorldError
+    from streammerge.report.progress import LineReporter
+
+    stop, signal_received = stop_on_signals()
+    if kernel_cache().directory is None:
+        from streammerge.compiled import NOWHERE
+
+        raise WorldError(f"the kernels: {NOWHERE.format('; '.join(kernel_cache().refused))}")
+    _, failure = compile_groups(GROUPS, LineReporter(), stop, signal_received)
+    if failure is not None:
+        raise WorldError(f"the kernels: {failure}")
+    click.echo(f"all kernels are compiled, in {kernel_cache().directory}")
