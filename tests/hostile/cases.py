@@ -254,6 +254,18 @@ def directories() -> Iterator[Case]:
         ("binary", b"\xff\xfe"),
     ):
         yield Case(f"a config.json that is {what}", file("a/config.json", raw), "config.json")
+    for what, raw in (
+        ("leads out", '[{"path": "../b"}, {"path": "/etc"}, {"path": "x\\u0000"}]'),
+        ("a bomb", "[" * 100_000),
+        ("of lone surrogates", '[{"path": "\\ud800"}]'),
+        ("endless digits", "9" * 100_000),
+        ("no text", b"\xff\xfe"),
+    ):
+        yield Case(f"a modules.json that is {what}", file("a/modules.json", raw), expect="mean")
+        yield Case(
+            f"a tokenizer_config.json that is {what}", file("a/tokenizer_config.json", raw), expect="mean"
+        )
+        yield Case(f"a README that is {what}", file("a/README.md", raw), expect="mean")
     for name in ("it's", "$(touch evil)", "%s%n", "-rf", "模型", "a b", "`id`"):
 
         def odd(d: Path, name: str = name) -> None:
