@@ -15,10 +15,12 @@ from typing import NoReturn
 
 import click
 
-from streammerge.errors import InputError, StreammergeError, printable
+from streammerge.errors import InputError, printable
 
 BEGAN = time.monotonic()
 """When the command started; what ``seconds`` of a JSON event counts from."""
+_KINDS = ("config", "model", "budget", "output", "input", "world", "stopped")
+"""Of errors, as docs/json.md has them; a narrower class is of the kind of the one that it narrows."""
 _STREAMING = ("merge", "import", "compute")
 """Commands whose ``--json`` prints events, an error among them."""
 
@@ -95,10 +97,8 @@ def _kind_of(error: Exception) -> str:
     >>> _kind_of(ConfigError("")), _kind_of(InputError(""))
     ('config', 'input')
     """
-    for kind in type(error).__mro__:
-        if kind.__module__ == StreammergeError.__module__:
-            return kind.__name__.removesuffix("Error").lower()
-    return "world"
+    names = (kind.__name__.removesuffix("Error").lower() for kind in type(error).__mro__)
+    return next((name for name in names if name in _KINDS), "world")
 
 
 def _report_line(message: str, kind: str, code: int) -> None:
