@@ -111,7 +111,12 @@ def tensors() -> Iterator[Case]:
     yield Case("mixed floats", extra("z", ("BF16", [2], bytes(4)), ("F16", [2], bytes(4))), expect="mean")
     yield Case("floats and integers", extra("z", ("F32", [2], bytes(8)), ("I32", [2], bytes(8))), "z")
     yield Case("integer dtypes that differ", extra("z", ("I64", [2], bytes(16)), ("I32", [2], bytes(8))), "z")
-    for dtype, nbytes in (("F8_E4M3", 4), ("F8_E5M2", 4), ("F8_E8M0", 4), ("F4", 2), ("C64", 32)):
+    for dtype in ("F8_E4M3", "F8_E5M2"):
+        yield Case(f"{dtype}, which is a float", extra("z", (dtype, [4], bytes(4))), expect="mean")
+        yield Case(f"{dtype}, not a number", extra("z", (dtype, [4], b"\x7f" * 4)), "z")
+        codes = {"z.weight": (dtype, [2, 2], bytes(4)), "z.weight_scale": ("F32", [1], bytes(4))}
+        yield Case(f"{dtype} with a scale", with_tensors({**one, **codes}, {**three, **codes}), "dequantise")
+    for dtype, nbytes in (("F8_E8M0", 4), ("F4", 2), ("C64", 32)):
         yield Case(f"{dtype}, which is not averaged", extra("z", (dtype, [4], bytes(nbytes))), "dequantise")
     for dtype, nbytes in (("U8", 4), ("U64", 32)):
         yield Case(f"{dtype}, equal", extra("z", (dtype, [4], bytes(nbytes))), expect="mean")
