@@ -21,6 +21,9 @@ from streammerge.index.header import TensorRef
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Modules that are stored as (in, out) by GPT-2 and its kin, and as any other by others."""
 
+_PACKED = ("qweight", "weight_packed", "weight_q")
+"""What quantisers call a module's weight."""
+
 
 @dataclass(frozen=True)
 class AdaptedModel:
@@ -129,6 +132,13 @@ class _Adapting:
             if len(embeddings) == 1:
                 self.tensors[head] = renamed(self._base[embeddings[0]], head)
                 return head
+        for leaf in _PACKED:
+            packed = self.names.find(f"{module}.{leaf}", path)
+            if packed is not None:
+                raise bad(
+                    self._base[packed].path,
+                    f"tensor {quoted(packed)} is packed: an adapter goes on float weights; dequantise",
+                )
         raise bad(
             path,
             f"adapts module {quoted(module)}, which {self._reference} has not: another base model's adapter",

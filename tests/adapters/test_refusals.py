@@ -141,6 +141,16 @@ def test_a_quantised_base_is_refused(dtype: torch.dtype, tmp_path: Path) -> None
         open_model(f"{base}+{adapter}")
 
 
+def test_a_packed_base_is_refused_as_such(tmp_path: Path) -> None:
+    """As GPTQ and AWQ store it."""
+    packed = {"model.layers.1.q_proj.qweight": torch.ones(3, 40, dtype=torch.int32)}
+    adapter = write_adapter(tmp_path / "adapter", factors("model.layers.1.q_proj", 24, 40, 8))
+    with pytest.raises(
+        ModelError, match=r"q_proj.qweight' is packed: an adapter goes on float weights; dequantise"
+    ):
+        open_model(f"{write_base(tmp_path / 'base', **packed)}+{adapter}")
+
+
 def test_a_name_with_a_plus_is_taken_as_it_exists(base: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "a+b", GOOD)
     other = write_base(tmp_path / "c+d")

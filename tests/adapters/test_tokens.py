@@ -193,3 +193,21 @@ def test_tensors_saved_twice_after_a_resize_are_the_trained_ones(tmp_path: Path)
     }
     found, _ = merged(base, {**saved, **factors(Q, 4, 4, 2)}, tmp_path / "out")
     assert torch.equal(found[HEAD], trained)
+
+
+def test_adapters_go_on_weights_of_eight_bits(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", tied=False, dtype=torch.float8_e4m3fn)
+    parts = factors(Q, 4, 4, 2)
+    adapter = write_adapter(
+        tmp_path / "a", {**parts, **rows(E)}, r=2, lora_alpha=2, trainable_token_indices=[7, 0, 9]
+    )
+    merge(
+        {"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}], "dtype": "float32"},
+        tmp_path / "out",
+    )
+    found, before = read_tensors(tmp_path / "out"), read_tensors(base)
+    assert torch.allclose(
+        found[f"{Q}.weight"].double(), adapted(before[f"{Q}.weight"].float(), *parts.values(), 1.0), atol=1e-5
+    )
+    assert torch.equal(found[EMBEDDING][[7, 0, 9]], ROWS)
+    assert torch.equal(found[EMBEDDING][1:7], before[EMBEDDING][1:7].float())
