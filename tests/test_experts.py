@@ -21,6 +21,7 @@ from streammerge.index.blocks import BlocksRef
 from streammerge.index.header import TensorRef
 from streammerge.index.model import open_model
 from streammerge.planning.experts import laid_out, layout_of
+from tests.adapters import test_experts as adapted_experts
 from tests.adapters.scene import factors, write_adapter
 from tests.conftest import read_tensors, write_model
 
@@ -226,6 +227,21 @@ def test_a_prefix_and_a_layout_may_differ_together(tmp_path: Path) -> None:
     merge(models(*paths), tmp_path / "out", memory="1GiB", kernels=False)
     a, b = (stored(projections(seed), "flipped", "model.language_model.", seed) for seed in (1, 2))
     assert_close(read_tensors(tmp_path / "out"), {name: 0.25 * a[name] + 0.75 * b[name] for name in a})
+
+
+def test_fused_experts_with_an_adapter_are_taken_apart_with_it(tmp_path: Path) -> None:
+    base = adapted_experts.write(tmp_path / "base", adapted_experts.FUSED)
+    changes = adapted_experts.adapter_of(adapted_experts.GATE_UP, adapted_experts.DOWN)
+    adapter = adapted_experts.of_rank(tmp_path / "adapter", changes)
+    names = ("gate_proj", "up_proj", "down_proj")
+    single = adapted_experts.one_by_one(adapted_experts.FUSED, adapted_experts.MODULE, names)
+    layout = layout_of(open_model(adapted_experts.write(tmp_path / "single", single)))
+    assert layout is not None
+    whole = open_model(f"{base}+{adapter}")
+    apart = laid_out(whole, layout)
+    wanted = {name: adapted_experts.values(whole, name) for name in whole}
+    for name, tensor in adapted_experts.one_by_one(wanted, adapted_experts.MODULE, names).items():
+        assert torch.equal(adapted_experts.values(apart, name), tensor)
 
 
 def test_layers_of_two_layouts_are_stacked(tmp_path: Path) -> None:
