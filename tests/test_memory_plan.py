@@ -16,7 +16,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge import api
 from streammerge.api import merge, plan
 from streammerge.engine.session import Event
 from streammerge.errors import BudgetError
@@ -179,8 +178,8 @@ def test_a_warning_says_so_where_less_memory_is_free_than_asked_for(
 ) -> None:
     config = config_of("linear", make_models(), {})
     assert not plan(config, memory="1GiB").warnings
-    monkeypatch.setattr(api, "available_memory", lambda: 300 * MIB)
-    monkeypatch.setattr(api, "own_memory", lambda: 100 * MIB)
+    monkeypatch.setattr("streammerge.api.deciding.available_memory", lambda: 300 * MIB)
+    monkeypatch.setattr("streammerge.api.deciding.own_memory", lambda: 100 * MIB)
     said = [
         w
         for w in plan(config, memory="1GiB").warnings
