@@ -182,6 +182,8 @@ def test_two_places_that_fit_equally_well_are_refused(tmp_path: Path) -> None:
         ModelError, match=r"one: its model\.\* may be talker\.\* or thinker\.\* of .*twice, both fit"
     ):
         plan(config, memory="1GiB")
+    chosen = plan({**config, "exclude": ["talker"]}, memory="1GiB")
+    assert {job.name.split(".")[0] for job in chosen.jobs if len(job.sources) == 2} == {"thinker"}
 
 
 def test_shapes_tell_which_of_two_places_is_meant(tmp_path: Path) -> None:

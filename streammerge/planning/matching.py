@@ -5,7 +5,7 @@ Settled before anything else is planned: below, all models speak the donor's nam
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streammerge.errors import printable
@@ -39,10 +39,12 @@ class Matched:
         )
 
 
-def match_names(donor: TensorIndex, indexes: Mapping[str, TensorIndex]) -> Matched:
+def match_names(
+    donor: TensorIndex, indexes: Mapping[str, TensorIndex], exclude: Sequence[str] = ()
+) -> Matched:
     """Return all models under the names that the donor has, with its layout of experts.
 
-    A tensor that the donor does not have keeps its name.
+    A tensor that the donor does not have, or that the config excludes by these expressions, keeps its name.
 
     Raises
     ------
@@ -60,7 +62,8 @@ def match_names(donor: TensorIndex, indexes: Mapping[str, TensorIndex]) -> Match
             continue
         matched = index if layout is None else _with_experts(index, donor, layout, notes)
         converted = matched is not index
-        rules = [] if _is_part(matched, donor) else find_rules(matched, donor, reference, donor.reference)
+        alike = _is_part(matched, donor)
+        rules = [] if alike else find_rules(matched, donor, reference, donor.reference, exclude)
         if rules:
             matched = _renamed(matched, rules)
             prefixes[reference] = tuple(dict.fromkeys(rule.donor for rule in rules))

@@ -270,7 +270,8 @@ def make_plan(
     """
     donor = base if base is not None else models[0]
     check_codes(config, method, (*models, *bases, donor))
-    matched = match_names(donor, {index.reference: index for index in (*models, *bases, donor)})
+    every = {index.reference: index for index in (*models, *bases, donor)}
+    matched = match_names(donor, every, config.exclude)
     indexes = matched.indexes
     alignment = None if config.tokenizer is None else align(config.tokenizer, donor, indexes)
     if alignment is not None:

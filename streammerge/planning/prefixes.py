@@ -7,8 +7,9 @@ is, and all tensors under one beginning move together.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streammerge.errors import ModelError, printable
@@ -38,9 +39,18 @@ class Rule:
 
 
 def find_rules(
-    own: Mapping[str, SourceRef], donor: Mapping[str, SourceRef], reference: str, donor_reference: str
+    own: Mapping[str, SourceRef],
+    donor: Mapping[str, SourceRef],
+    reference: str,
+    donor_reference: str,
+    exclude: Sequence[str] = (),
 ) -> list[Rule]:
     """Return the rules by which names of a model that the donor lacks become names of the donor.
+
+    Parameters
+    ----------
+    exclude
+        Regular expressions of the donor's tensors that no other is to be matched with.
 
     Raises
     ------
@@ -48,7 +58,12 @@ def find_rules(
         If there are two places in the donor that fit equally well.
     """
     left = {name: ref for name, ref in own.items() if name not in donor}
-    free = {name: ref for name, ref in donor.items() if name not in own}
+    patterns = [re.compile(pattern) for pattern in exclude]
+    free = {
+        name: ref
+        for name, ref in donor.items()
+        if name not in own and not any(pattern.search(name) for pattern in patterns)
+    }
     words: set[str] = set()
     rules: list[Rule] = []
     while left and free and len(rules) < _MOST_FOUND:
@@ -65,10 +80,10 @@ def find_rules(
                 best.alike,
                 len(best.rule.names),
             )
-            if twin and set(other.rule.names) & set(best.rule.names):
+            if twin and _holds(other, words) and set(other.rule.names) & set(best.rule.names):
                 raise ModelError(
                     f"{printable(reference)}: its {printable(best.rule.own + '*')} may be {printable(best.rule.donor + '*')} or "
-                    f"{printable(other.rule.donor + '*')} of {printable(donor_reference)}, both fit: rename its tensors"
+                    f"{printable(other.rule.donor + '*')} of {printable(donor_reference)}, both fit: list one of these under `exclude:`"
                 )
         rules.append(best.rule)
         words |= {*best.rule.own.split("."), *best.rule.donor.split(".")}

@@ -165,7 +165,7 @@ def kinds(one: Tensors, three: Tensors) -> Iterator[Case]:
     yield Case(
         "two places that fit",
         with_tensors(named(["x.", "y."]), named([escape])),
-        "both fit: rename its tensors",
+        "both fit: list one of these under",
     )
     yield Case("other architectures", with_tensors(named(["x."]), {f"y.{i}": t for i, t in enumerate(one.values())}),
                "share 0 of 2 tensors: not of one architecture")  # fmt: skip
