@@ -273,7 +273,7 @@ def test_a_finished_merge_is_not_taken_for_one_by_other_helpers(
     assert merge(config, out, methods=helped).already_complete
     with helped.with_name(f"{name}.py").open("a") as file:
         file.write("two = 4.0\n")
-    with pytest.raises(StreammergeError, match=f"another method module {name}"):
+    with pytest.raises(StreammergeError, match=f"method module {name}"):
         merge(config, out, methods=helped)
     merge(config, out, methods=helped, overwrite=True)
     changed = read_tensors(out)["embed"]
