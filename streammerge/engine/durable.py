@@ -36,6 +36,11 @@ _CURES = {
 }
 
 
+def cure_of(error: OSError, otherwise: str) -> str:
+    """Return how a failure is mended where nothing is there yet that could be kept."""
+    return _CURES.get(error.errno or 0, otherwise).removesuffix(f"; {_KEPT}")
+
+
 @contextmanager
 def world_errors(what: object) -> Iterator[None]:
     """Turn an OSError into a WorldError that names what was being done and how to go on."""

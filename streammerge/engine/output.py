@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from streammerge.engine.durable import PARTIAL, fsync_directory, make_directory, world_errors
+from streammerge.engine.durable import PARTIAL, cure_of, fsync_directory, make_directory, world_errors
 from streammerge.engine.journal import STATE
 from streammerge.engine.manifest import MANIFEST, read_manifest
 from streammerge.errors import OutputError, WorldError, printable
@@ -82,9 +82,8 @@ def _create(out: Path) -> None:
     try:
         make_directory(out)
     except OSError as error:
-        raise WorldError(
-            f"cannot create {printable(out)}: {error.strerror or error}; choose another OUT, or see to its folder"
-        ) from error
+        cure = cure_of(error, "choose another OUT")
+        raise WorldError(f"cannot create {printable(out)}: {error.strerror or error}; {cure}") from error
 
 
 def check_contents(out: Path) -> None:
