@@ -52,9 +52,8 @@ if TYPE_CHECKING:
     from streammerge.api.looking import inspect_model, list_methods
     from streammerge.api.merging import merge
     from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
-    from streammerge.engine.session import Summary
+    from streammerge.engine.merge import Summary
     from streammerge.engine.telling import Density, Event
-    from streammerge.engine.verify import Verdict
     from streammerge.errors import (
         BudgetError,
         ConfigError,
@@ -67,6 +66,7 @@ if TYPE_CHECKING:
         WorldError,
     )
     from streammerge.methods.registry import Method, PerModel, method
+    from streammerge.output.check import Verdict
     from streammerge.planning.plan import MergePlan
 
 __all__ = [

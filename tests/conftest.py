@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import streammerge.methods.builtin  # noqa: F401  (registers them)
 from streammerge.methods.registry import all_methods
-from streammerge.planning import budget as budgets
+from streammerge.planning.memory import budget as budgets
 from tests.fixed_budget import Fixed
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -39,7 +39,7 @@ def write_model(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def kernels() -> None:
     """Compile all kernels once on a machine: merges as small as these would go through torch until then."""
-    from streammerge.engine.warm import ensure_compiled
+    from streammerge.backends.cpu.compile import ensure_compiled
 
     assert ensure_compiled() is None
 
@@ -128,12 +128,12 @@ def write_fisher(model: Path, seed: int = 0) -> Path:
 
 def write_grams(model: Path) -> Path:
     """Write Gram matrices of the linear maps of a model beside its directory, if there are none."""
-    from streammerge.engine.fingerprint import fingerprint
-    from streammerge.engine.reader import Reader
-    from streammerge.fisher.store import StoreWriter, chunk_runs, locked_partial
-    from streammerge.gram.compute import GramSums
-    from streammerge.index.fishers import GRAM_ATTRIBUTE
-    from streammerge.index.model import open_model
+    from streammerge.checkpoint.companions import GRAM_ATTRIBUTE
+    from streammerge.checkpoint.index import open_model
+    from streammerge.estimate.gram.compute import GramSums
+    from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
+    from streammerge.io.reader import Reader
+    from streammerge.tensors.fingerprint import fingerprint
 
     path = model.with_name(f"{model.name}-gram.zarr")
     if path.exists():

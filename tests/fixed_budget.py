@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streammerge.planning.budget import Budget
+from streammerge.planning.memory.budget import Budget
 
 
 class Fixed(Budget):

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from streammerge.api import plan
-from streammerge.engine import disk
-from streammerge.engine.disk import space_for
-from streammerge.engine.journal import STATE
 from streammerge.errors import BudgetError
+from streammerge.io import disk
+from streammerge.io.disk import space_for
+from streammerge.output.journal import STATE
 from streammerge.planning.plan import MergePlan, describe
 from streammerge.report.plan import ASSUMED_RATE, advice
 from tests.conftest import config_for

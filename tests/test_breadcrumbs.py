@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from streammerge.algebra.task_vectors import TaskVector
 from streammerge.api import merge
-from streammerge.methods.requests import Band
-from streammerge.methods.vectors import TaskVector
+from streammerge.statistics.kinds import Band
 from tests import reference
 from tests.conftest import as_float64, config_for
 

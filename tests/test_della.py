@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from streammerge.algebra.task_vectors import RankDrop
 from streammerge.api import merge
 from streammerge.errors import ConfigError
-from streammerge.methods.vectors import RankDrop
 from tests import reference
 from tests.conftest import as_float64, config_for
 

@@ -15,7 +15,7 @@ import pytest
 import streammerge
 from streammerge.api import merge
 from streammerge.config import MergeConfig, parse_config
-from streammerge.fisher.importing import import_diagonal
+from streammerge.estimate.fisher.importing import import_diagonal
 from tests.adapters.scene import factors, write_adapter
 from tests.conftest import read_tensors, write_fisher, write_grams
 from tests.tokenizers.scene import write_tokenizer

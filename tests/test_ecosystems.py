@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge, verify
-from streammerge.engine.output import clear, withdraw
-from streammerge.index.model import open_model
+from streammerge.checkpoint.index import open_model
+from streammerge.output.directory import clear, withdraw
 
 DIFFUSERS = {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.35.0"}
 TIMM = {"architecture": "vit_tiny", "num_features": 8}

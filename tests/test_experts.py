@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from streammerge.api import merge, plan, verify
-from streammerge.engine import blocks as blocks_module
-from streammerge.engine.fingerprint import fingerprint
-from streammerge.engine.reader import Reader
-from streammerge.engine.sources import read_elements
+from streammerge.checkpoint.index import open_model
+from streammerge.checkpoint.refs.blocks import BlocksRef
 from streammerge.errors import ModelError
-from streammerge.index.blocks import BlocksRef
-from streammerge.index.header import TensorRef
-from streammerge.index.model import open_model
-from streammerge.planning.experts import laid_out, layout_of
+from streammerge.formats.safetensors import TensorRef
+from streammerge.io.reader import Reader
+from streammerge.planning.resolve.experts import laid_out, layout_of
+from streammerge.tensors import blocks as blocks_module
+from streammerge.tensors.fingerprint import fingerprint
+from streammerge.tensors.read import read_elements
 from tests.adapters import test_experts as adapted_experts
 from tests.adapters.scene import factors, write_adapter
 from tests.conftest import read_tensors, write_model

@@ -16,14 +16,15 @@ import pytest
 import yaml
 
 import streammerge
-from streammerge import compiled
 from streammerge.api import merge, plan
-from streammerge.engine import first_use, warm
+from streammerge.backends.cpu import compile as warm
+from streammerge.engine import first_use
 from streammerge.engine.needed_kernels import needed_kernels
 from streammerge.engine.telling import Event
 from streammerge.errors import Stopped
 from streammerge.kernels import blocks, deltas, fisher, gram, ranks, scores
 from streammerge.kernels import merge as merges
+from streammerge.numerics import compiled
 from tests.conftest import config_for, output_bytes, write_models
 from tests.test_laws import VARIANTS
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streammerge import merge, merge_state_dicts, verify
-from streammerge.engine.float8 import narrow, rounded8, table
 from streammerge.errors import ModelError
+from streammerge.tensors.float8 import narrow, rounded8, table
 
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import fuzz_mutate
 import fuzz_targets
 
-from streammerge.engine.journal import _line
-from streammerge.engine.manifest import seal
+from streammerge.output.journal import _line
+from streammerge.output.manifest import seal
 
 NAMES = ["header", "json", "model", "reference", "pickles", "yaml", "config", "journal", "manifest", "fisher",
          "chunk", "tokenizer", "adapter", "size"]  # fmt: skip

@@ -13,10 +13,10 @@ import torch
 
 from streammerge.api import merge
 from streammerge.errors import ConfigError
-from streammerge.methods.geometry import arc, cosines
-from streammerge.methods.karcher import sphere_mean
-from streammerge.methods.model_stock import towards_mean
-from streammerge.methods.multislerp import mean_direction
+from streammerge.methods.gram_space import arc, cosines
+from streammerge.methods.papers.karcher import sphere_mean
+from streammerge.methods.papers.model_stock import towards_mean
+from streammerge.methods.papers.multislerp import mean_direction
 from tests import reference
 from tests.conftest import as_float64, config_for
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from streammerge.api import choose_device, merge
-from streammerge.engine import torch_pieces
-from streammerge.engine.memory import Bytes, Pool
-from streammerge.engine.pieces import Operand
-from streammerge.engine.torch_pieces import TorchMath
+from streammerge.backends.cpu.math import Operand
+from streammerge.backends.torch import math as torch_pieces
+from streammerge.backends.torch.math import TorchMath
 from streammerge.errors import WorldError
+from streammerge.io.buffer_pool import Bytes, Pool
 from tests.conftest import config_for, output_bytes
 from tests.test_laws import VARIANTS
 
@@ -115,7 +115,7 @@ def test_auto_takes_the_gpu_only_with_memory_for_its_libraries_and_enough_to_do(
 
 @needs_gpu
 def test_buffers_are_pinned() -> None:
-    from streammerge.engine.gpu import pin, unpin
+    from streammerge.backends.torch.gpu import pin, unpin
 
     with Pool(1 << 20, pin, unpin).lease(1 << 20, threading.Event()) as buffer:
         assert buffer is not None

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from streammerge.algebra.rules import CopyOf, FisherMean, Formula, Recipe, TaskVectorMerge, WeightedSum
+from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.errors import ConfigError
 from streammerge.methods.catalog import load_builtin
-from streammerge.methods.recipes import CopyOf, FisherMean, Formula, Recipe, TaskVectorMerge, WeightedSum
 from streammerge.methods.registry import Scope, get_method
-from streammerge.methods.requests import (
+from streammerge.numerics.philox import RandomKeys
+from streammerge.statistics.kinds import (
     AbsSum,
     Answer,
     SignTotal,
@@ -25,8 +27,6 @@ from streammerge.methods.requests import (
     Touched,
     Touches,
 )  # fmt: skip
-from streammerge.methods.rng import RandomKeys
-from streammerge.methods.vectors import Cut, TaskVector, Where
 
 load_builtin()
 KEYS = RandomKeys(0, ("a", "b", "c"))

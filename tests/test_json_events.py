@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from streammerge.engine.session import Event
+from streammerge.engine.merge import Event
 from streammerge.report.progress import JsonReporter
 from tests.conftest import config_for, write_fisher
 from tests.test_cli import Cli, cli, write_config

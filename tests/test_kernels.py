@@ -16,21 +16,21 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streammerge.engine.pieces import KernelMath, Loaded, Operand, PieceMath
-from streammerge.engine.statistics import (
+from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
+from streammerge.algebra.scores import Importance, Selection, Spread
+from streammerge.algebra.task_vectors import Cut, TaskVector, Where, terms_of
+from streammerge.backends.cpu.math import KernelMath, Loaded, Operand, PieceMath
+from streammerge.backends.torch.math import TorchMath, round_to
+from streammerge.kernels.blocks import CODES, round_out, widen
+from streammerge.numerics.philox import RandomKeys
+from streammerge.statistics.kinds import AbsSum, Squares, Threshold, TieIndex, TopK, rows_at_once
+from streammerge.statistics.reducers import (
     NotFiniteError,
     SumsAccumulator,
     TieIndexAccumulator,
     TopKAccumulator,
     block_sums,
 )
-from streammerge.engine.torch_pieces import TorchMath, round_to
-from streammerge.kernels.blocks import CODES, round_out, widen
-from streammerge.methods.recipes import TaskVectorMerge, WeightedSum
-from streammerge.methods.requests import AbsSum, Squares, Threshold, TieIndex, TopK, rows_at_once
-from streammerge.methods.rng import RandomKeys
-from streammerge.methods.scores import Importance, Selection, Spread
-from streammerge.methods.vectors import Cut, TaskVector, Where, terms_of
 
 KEYS = RandomKeys(3, ("one", "two"))
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

@@ -75,12 +75,12 @@ def test_every_part_of_the_package_has_a_layer() -> None:
 
 def test_the_check_finds_what_it_looks_for() -> None:
     bad = "if x:\n    def f():\n        from streammerge.engine import run\n"
-    assert upward_imports(bad, "streammerge.planning.plan") == ["streammerge.engine.run"]
+    assert upward_imports(bad, "streammerge.planning.plan") == ["streammerge.engine.scheduler"]
     assert upward_imports("from streammerge import api", "streammerge.report.card") == ["streammerge.api"]
     assert upward_imports("from ..engine.run import Runner", "streammerge.planning.plan") == [
-        "streammerge.engine.run.Runner"
+        "streammerge.engine.scheduler.Runner"
     ]
-    assert upward_imports("from .engine import run", "streammerge", True) == ["streammerge.engine.run"]
+    assert upward_imports("from .engine import run", "streammerge", True) == ["streammerge.engine.scheduler"]
     assert upward_imports("import streammerge.cli", "streammerge.api") == ["streammerge.cli"]
     guarded = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from streammerge.engine import run\n"
     assert upward_imports(guarded, "streammerge.planning.plan") == []

@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streammerge.api import merge, plan
-from streammerge.engine.session import Event
+from streammerge.engine.merge import Event
 from streammerge.errors import BudgetError
-from streammerge.planning.allot import FEWEST_BINS, MOST_BINS, Room, make_room
-from streammerge.planning.budget import KERNEL_RESERVE, MIB, SMALLEST_CAPACITY, Budget
-from streammerge.planning.free_memory import left_in_groups, peak_memory
+from streammerge.machine import left_in_groups, peak_memory
+from streammerge.planning.allocate import FEWEST_BINS, MOST_BINS, Room, make_room
+from streammerge.planning.memory.budget import KERNEL_RESERVE, MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.plan import MergePlan
 from streammerge.units import format_at_least, parse_size
 
@@ -221,7 +221,7 @@ def test_a_machine_without_control_groups_limits_nothing(tmp_path: Path) -> None
 
 
 def test_the_peak_is_the_process_s_own_and_not_that_of_the_one_that_started_it() -> None:
-    code = "from streammerge.planning.free_memory import peak_memory; print(peak_memory())"
+    code = "from streammerge.machine import peak_memory; print(peak_memory())"
     held = bytearray(400 << 20)
     held[:: 1 << 12] = bytes(len(held) >> 12)
     assert held.count(1) == 0

@@ -17,14 +17,16 @@ import yaml
 from safetensors.numpy import save_file
 
 from streammerge.api import merge
-from streammerge.engine import chunk, run, statistics
-from streammerge.engine.chunk import Context, sample_of
-from streammerge.engine.descriptors import share_out
-from streammerge.engine.ordered import OrderedSum
-from streammerge.engine.pieces import Loaded, Operand
+from streammerge.backends.cpu.math import Loaded, Operand
+from streammerge.engine import scheduler as run
+from streammerge.engine import task as chunk
+from streammerge.engine.task import Context, sample_of
 from streammerge.errors import InputError
-from streammerge.methods.rng import RandomKeys
-from streammerge.planning import allot
+from streammerge.machine_files import share_out
+from streammerge.numerics.ordered_sum import OrderedSum
+from streammerge.numerics.philox import RandomKeys
+from streammerge.planning import allocate as allot
+from streammerge.statistics import reducers as statistics
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
 from tests.test_memory import peak_of
 

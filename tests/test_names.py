@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from streammerge.api import merge, plan
 from streammerge.engine.precheck import check_beforehand
 from streammerge.errors import ConfigError, ModelError
-from streammerge.index.header import TensorRef
-from streammerge.planning.agreement import counted
-from streammerge.planning.modules import owner
-from streammerge.planning.prefixes import find_rules
+from streammerge.formats.safetensors import TensorRef
+from streammerge.planning.resolve.agreement import counted
+from streammerge.planning.resolve.modules import owner
+from streammerge.planning.resolve.prefixes import find_rules
 from tests.conftest import read_tensors, write_fisher, write_model
 
 Tensors = dict[str, torch.Tensor]

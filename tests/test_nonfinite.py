@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge
 from streammerge.cli import cli
-from streammerge.engine.session import Event
+from streammerge.engine.merge import Event
 from streammerge.errors import ModelError, Stopped
 from tests.conftest import config_for, output_bytes, read_tensors
 from tests.test_laws import VARIANTS

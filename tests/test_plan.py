@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from streammerge.api import merge, plan
 from streammerge.dtypes import BITS, FLOATS, itemsize
 from streammerge.errors import BudgetError, ConfigError, InputError, ModelError
-from streammerge.index.header import TensorRef
+from streammerge.formats.safetensors import TensorRef
 from streammerge.methods.registry import Access
-from streammerge.planning.arena import alignment_bytes
-from streammerge.planning.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.job import Job
 from streammerge.planning.layout import lay_out
+from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
+from streammerge.planning.memory.buffers import alignment_bytes
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import (
     ALIGN,
@@ -700,7 +700,7 @@ def test_a_method_without_parameters_keeps_its_access_beside_copied_tensors(
 
 
 def test_a_gpus_block_fits_its_share_of_memory_and_is_a_multiple_of_4096() -> None:
-    from streammerge.planning.budget import device_block
+    from streammerge.planning.memory.budget import device_block
 
     for share in (0, 1 << 28, 1 << 32, 13 << 30):
         block = device_block(share, 5)

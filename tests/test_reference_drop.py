@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streammerge.algebra.rules import FisherMean
 from streammerge.api import merge
-from streammerge.engine.pieces import KernelMath, Loaded, Operand
-from streammerge.engine.torch_pieces import TorchMath
+from streammerge.backends.cpu.math import KernelMath, Loaded, Operand
+from streammerge.backends.torch.math import TorchMath
 from streammerge.errors import ConfigError
-from streammerge.methods.recipes import FisherMean
-from streammerge.methods.rng import RandomKeys
+from streammerge.numerics.philox import RandomKeys
 from tests import reference
 from tests.conftest import as_float64, config_for, read_tensors, write_fisher
 from tests.reference_drop import DropSpec, dropped, fisher

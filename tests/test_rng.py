@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba import njit
 
+from streammerge.algebra.task_vectors import TaskVector
 from streammerge.kernels import blocks
 from streammerge.methods.drop import Drop
-from streammerge.methods.rng import Key, RandomKeys, derive_key, threshold, words, words_at
-from streammerge.methods.vectors import TaskVector
+from streammerge.numerics.philox import Key, RandomKeys, derive_key, threshold, words, words_at
 from tests import reference
 
 NAME = "model.layers.0.mlp.down_proj.weight"

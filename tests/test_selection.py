@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
+from streammerge.algebra.rules import SelectedMerge
+from streammerge.algebra.scores import Importance, Selection, Spread
+from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.api import merge
-from streammerge.engine import chunk
-from streammerge.engine.run import Runner
-from streammerge.methods import elementary
-from streammerge.methods.recipes import SelectedMerge
+from streammerge.engine import task as chunk
+from streammerge.engine.scheduler import Runner
 from streammerge.methods.registry import get_method
-from streammerge.methods.requests import (
+from streammerge.numerics import elementary
+from streammerge.planning.plan import BLOCK_ELEMENTS
+from streammerge.statistics.kinds import (
     Answer,
     NonZero,
     Quantile,
@@ -27,9 +30,6 @@ from streammerge.methods.requests import (
     Threshold,
     rows_at_once,
 )
-from streammerge.methods.scores import Importance, Selection, Spread
-from streammerge.methods.vectors import Cut, TaskVector, Where
-from streammerge.planning.plan import BLOCK_ELEMENTS
 from tests import reference
 from tests.conftest import as_float64, config_for, output_bytes
 from tests.test_hand_tables import KEYS, call, follow, key

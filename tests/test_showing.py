@@ -17,7 +17,7 @@ from click.shell_completion import ShellComplete
 
 from streammerge.api import plan
 from streammerge.cli import cli as group
-from streammerge.fisher.importing import import_diagonal
+from streammerge.estimate.fisher.importing import import_diagonal
 from streammerge.methods.catalog import load_builtin
 from streammerge.methods.registry import all_methods
 from streammerge.report.example import commented_config, example_config

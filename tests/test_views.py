@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.engine import strided
-from streammerge.engine.reader import Reader
-from streammerge.engine.sources import read_elements, read_source
-from streammerge.engine.strided import boxes
+from streammerge.checkpoint.refs.made import StridedRef, scratch_bytes
 from streammerge.errors import ModelError
-from streammerge.index.derived import StridedRef, scratch_bytes
-from streammerge.index.pickles import open_pickle, read_pickle
+from streammerge.formats.torch_file import open_pickle, read_pickle
+from streammerge.io.reader import Reader
+from streammerge.tensors import strided
+from streammerge.tensors.read import read_elements, read_source
+from streammerge.tensors.strided import boxes
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.int32]
 YOUNG = [torch.float8_e4m3fn, torch.uint16]

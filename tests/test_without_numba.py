@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import yaml
 
-from streammerge.compiled import missing_kernels
-from streammerge.engine.statistics import low_words
-from streammerge.fisher.sums import DiagonalSums
-from streammerge.methods.requests import LowWords
-from streammerge.methods.rng import derive_key
-from streammerge.methods.vectors import TaskVector
+from streammerge.algebra.task_vectors import TaskVector
+from streammerge.estimate.fisher.sums import DiagonalSums
+from streammerge.numerics.compiled import missing_kernels
+from streammerge.numerics.philox import derive_key
+from streammerge.statistics.kinds import LowWords
+from streammerge.statistics.reducers import low_words
 from tests.conftest import config_for
 
 WITHOUT = "import sys; sys.modules['numba'] = None; from streammerge.cli import main; main()"
@@ -46,7 +46,7 @@ def test_a_merge_without_numba_has_the_same_bytes_and_says_that_it_is_slower(
 def test_exact_drop_counts_agree(n: int, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     request, key = LowWords(TaskVector(0), density), derive_key(3, "dare", "m", "t")
     compiled = low_words(request, n, key)
-    monkeypatch.setattr("streammerge.engine.statistics.is_compiled", lambda name: False)
+    monkeypatch.setattr("streammerge.statistics.reducers.is_compiled", lambda name: False)
     assert low_words(request, n, key) == compiled
 
 
@@ -58,7 +58,9 @@ def test_recorded_sums_of_a_diagonal_agree(n: int, dtype: str, monkeypatch: pyte
     stored = (values.view(np.uint32) >> 16).astype(np.uint16) if dtype == "BF16" else values
     found = []
     for compiled in (True, False):
-        monkeypatch.setattr("streammerge.fisher.sums.is_compiled", lambda name, compiled=compiled: compiled)
+        monkeypatch.setattr(
+            "streammerge.estimate.fisher.sums.is_compiled", lambda name, compiled=compiled: compiled
+        )
         sums = DiagonalSums("t", dtype)
         sums.add(stored[: n // 2])
         sums.add(stored[n // 2 :])

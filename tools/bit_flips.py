@@ -15,9 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-from streammerge.engine.verify import verify
 from streammerge.errors import ModelError
-from streammerge.index.header import read_header
+from streammerge.formats.safetensors import read_header
+from streammerge.output.check import verify
 
 
 def main() -> None:

@@ -10,10 +10,10 @@ from random import Random
 
 import fuzz_mutate
 
+from streammerge.checkpoint.index import open_model
+from streammerge.checkpoint.refs.made import AdaptedRef, PatchedRef
+from streammerge.checkpoint.tokenizer import MOST_ROWS, read_tokenizer
 from streammerge.errors import ModelError
-from streammerge.index.derived import AdaptedRef, PatchedRef
-from streammerge.index.model import open_model
-from streammerge.index.tokenizers import MOST_ROWS, read_tokenizer
 
 Require = Callable[[bool, str], None]
 Refused = Callable[..., str]

@@ -26,26 +26,26 @@ from random import Random
 import fuzz_mutate
 from fuzz_models import AdapterSettings, TokenizerFile
 
+from streammerge.checkpoint.companions import GROUP_FILE, open_fisher
+from streammerge.checkpoint.hub import find_snapshot, parse_name
+from streammerge.checkpoint.index import open_model
+from streammerge.checkpoint.refs.made import StridedRef, stored
+from streammerge.checkpoint.shards import INDEX_NAME
 from streammerge.config import config_from_mapping, parse_config
 from streammerge.config.settings import count_layers, layer_fraction, value_for
 from streammerge.config.strict_yaml import dump_yaml, load_yaml
 from streammerge.dtypes import itemsize
-from streammerge.engine.edits import find_edits
-from streammerge.engine.journal import _line, _load
-from streammerge.engine.manifest import MANIFEST, read_manifest, seal
-from streammerge.engine.reader import Reader
-from streammerge.engine.sources import read_elements
-from streammerge.engine.stored_chunks import _decode
-from streammerge.engine.verify import verify
 from streammerge.errors import ConfigError, InputError, ModelError, StreammergeError
-from streammerge.index.derived import StridedRef, stored
-from streammerge.index.fishers import GROUP_FILE, open_fisher
-from streammerge.index.header import read_header
-from streammerge.index.hub import find_snapshot, parse_name
-from streammerge.index.model import open_model
-from streammerge.index.pickles import read_pickle
-from streammerge.index.shards import INDEX_NAME
-from streammerge.index.strict_json import parse_object
+from streammerge.formats.safetensors import read_header
+from streammerge.formats.torch_file import read_pickle
+from streammerge.formats.zarr_chunks import _decode
+from streammerge.io.reader import Reader
+from streammerge.io.strict_json import parse_object
+from streammerge.output.check import verify
+from streammerge.output.edits import find_edits
+from streammerge.output.journal import _line, _load
+from streammerge.output.manifest import MANIFEST, read_manifest, seal
+from streammerge.tensors.read import read_elements
 from streammerge.units import format_size, parse_size
 
 MAX_NBYTES = 1 << 16
@@ -526,7 +526,7 @@ class JournalFile:
 
     @staticmethod
     def _check_answers(answers: dict) -> None:
-        from streammerge.engine.run import _plain, _restored
+        from streammerge.engine.scheduler import _plain, _restored
 
         for job, rounds in answers.items():
             require(isinstance(job, str) and job.isascii() and job.isdigit(), f"answers of job {job!r}")

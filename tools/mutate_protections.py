@@ -102,7 +102,7 @@ MUTATIONS = [
              "        if (module, name) not in _KNOWN:\n", "        if False:\n", "tests/index/test_index_pickles.py"),
     Mutation("P12", "a header is no longer than the format allows", INDEX + "header.py",
              "    if nbytes > MAX_NBYTES:\n        raise", "    if False:\n        raise", "tests/index/test_index_header.py"),
-    Mutation("P13", "a tensor that a model lacks is found before the first byte", "streammerge/planning/bind.py",
+    Mutation("P13", "a tensor that a model lacks is found before the first byte", "streammerge/planning/resolve/jobs.py",
              "    finder.check([cell for cell in assembly.cells if cell.name not in copied])\n", "",
              "tests/test_plan.py tests/hostile"),
     Mutation("P14", "random words are those of the element, not of the piece", ENGINE + "chunk.py",

@@ -90,7 +90,16 @@ def main() -> int:
             torch.manual_seed(0)
             for name, config in configs(directory):
                 out = Path(room) / "out"
-                merge(config, out, seed=7, overwrite=True, memory="1GiB", threads=2, kernels=True, progress=False)
+                merge(
+                    config,
+                    out,
+                    seed=7,
+                    overwrite=True,
+                    memory="1GiB",
+                    threads=2,
+                    kernels=True,
+                    progress=False,
+                )
                 hashes[f"{dtype}: {name}"] = weights_hash(out)
     arguments.file.write_text(json.dumps(hashes, indent=1) + "\n")
     if arguments.against is None:

@@ -26,7 +26,7 @@ import psutil
 from worst_models import Family, make_family
 
 from streammerge.api import merge
-from streammerge.engine.session import Event
+from streammerge.engine.merge import Event
 from streammerge.errors import StreammergeError
 from streammerge.units import parse_size
 

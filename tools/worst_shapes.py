@@ -133,7 +133,7 @@ def line(outcome: Outcome) -> str:
 
 def compile_kernels() -> None:
     """Have the kernels compiled, which a first merge does in a child that takes more than the least of budgets."""
-    code = "from streammerge.engine.warm import ensure_compiled; ensure_compiled()"
+    code = "from streammerge.backends.cpu.compile import ensure_compiled; ensure_compiled()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -11,9 +11,9 @@ from streammerge.api.deciding import ConfigLike, plan
 from streammerge.api.feedback import OnEvent, told
 from streammerge.engine.recompute import check_contents, check_made_from, recompute
 from streammerge.engine.telling import Event
-from streammerge.engine.verify import Verdict, manifest_of
-from streammerge.engine.verify import verify as verify_files
 from streammerge.errors import InputError
+from streammerge.output.check import Verdict, manifest_of
+from streammerge.output.check import verify as verify_files
 
 DEFAULT_SAMPLE = 16
 """Pieces that `verify` recomputes."""

@@ -9,18 +9,18 @@ from typing import Any
 
 from streammerge.api.devices import choose_device, nbytes_of
 from streammerge.api.opening import Opened, Sources, open_inputs
-from streammerge.compiled import missing_kernels
+from streammerge.checkpoint.companions import FisherIndex
+from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.reading import config_from_mapping, load_config, parse_config
 from streammerge.config.schema import MergeConfig
 from streammerge.engine.first_use import SLOWER, from_cold
-from streammerge.index.fishers import FisherIndex
-from streammerge.index.model import TensorIndex
+from streammerge.machine import available_memory, own_memory, shortage
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
-from streammerge.planning import budget as budgets
-from streammerge.planning.bases import settle_base
-from streammerge.planning.free_memory import available_memory, own_memory, shortage
+from streammerge.numerics.compiled import missing_kernels
+from streammerge.planning.memory import budget as budgets
 from streammerge.planning.plan import LeftOut, MergePlan, make_plan
+from streammerge.planning.resolve.base_models import settle_base
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
 DEFAULT_SHARD_SIZE = 5_000_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from streammerge.errors import InputError, printable
-from streammerge.planning import budget as budgets
+from streammerge.planning.memory import budget as budgets
 from streammerge.units import parse_size
 
 GPU_DRIVER = "/dev/nvidiactl"

@@ -15,16 +15,16 @@ from streammerge.api.deciding import ConfigLike, decide, read_config
 from streammerge.api.devices import nbytes_of
 from streammerge.api.feedback import OnEvent, told
 from streammerge.api.opening import Sources, open_inputs
+from streammerge.checkpoint.companions import FisherIndex, open_fisher
+from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.config.schema import MergeConfig
 from streammerge.engine.first_use import SLOWER, CannotCompileError, compile_first
 from streammerge.engine.in_memory import Take, merge_in_memory
-from streammerge.engine.session import NonFinite
-from streammerge.engine.state_dicts import HeldReader, StateDict, held_fisher, ties_of
+from streammerge.engine.merge import NonFinite
 from streammerge.engine.telling import Event, warning
 from streammerge.errors import ConfigError, InputError, printable
-from streammerge.index.fishers import FisherIndex, open_fisher
-from streammerge.index.model import TensorIndex, open_model
 from streammerge.planning.plan import MergePlan
+from streammerge.tensors.state_dicts import HeldReader, StateDict, held_fisher, ties_of
 
 if TYPE_CHECKING:
     import torch

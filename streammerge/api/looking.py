@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from streammerge.index.model import TensorIndex, open_model
+from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, all_methods
 

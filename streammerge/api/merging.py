@@ -11,10 +11,10 @@ from typing import get_args
 from streammerge.api.deciding import DEFAULT_SHARD_SIZE, ConfigLike, plan
 from streammerge.api.feedback import OnEvent, told
 from streammerge.engine.first_use import SLOWER, CannotCompileError
-from streammerge.engine.reader import Backend
-from streammerge.engine.session import NonFinite, Options, Summary, execute
+from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.engine.telling import warning
 from streammerge.errors import InputError, printable
+from streammerge.io.reader import Backend
 from streammerge.planning.plan import MergePlan
 from streammerge.report.card import model_card
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from streammerge.checkpoint.companions import FisherIndex, open_fisher, open_grams
+from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.config.schema import MergeConfig
-from streammerge.engine.fingerprint import check_belongs
-from streammerge.engine.reader import Reader
 from streammerge.errors import ModelError, NotDownloadedError, printable
-from streammerge.index.files import meant
-from streammerge.index.fishers import FisherIndex, open_fisher, open_grams
-from streammerge.index.model import TensorIndex, open_model
+from streammerge.io.files import meant
+from streammerge.io.reader import Reader
 from streammerge.methods.registry import Method
+from streammerge.tensors.fingerprint import check_belongs
 
 
 @dataclass(frozen=True)

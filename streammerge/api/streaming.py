@@ -14,9 +14,9 @@ from streammerge.dtypes import NAMES
 from streammerge.errors import InputError, printable
 
 if TYPE_CHECKING:  # they import torch
-    from streammerge.fisher.compute import Computed
-    from streammerge.fisher.importing import Imported
-    from streammerge.gram.compute import Collected
+    from streammerge.estimate.fisher.compute import Computed
+    from streammerge.estimate.fisher.importing import Imported
+    from streammerge.estimate.gram.compute import Collected
 
 
 def compute_fisher(
@@ -93,7 +93,7 @@ def compute_fisher(
     --------
     >>> streammerge.compute_fisher("models/math", "examples.jsonl", "math.zarr", examples=512)  # doctest: +SKIP
     """
-    from streammerge.fisher.compute import Settings, compute_diagonal
+    from streammerge.estimate.fisher.compute import Settings, compute_diagonal
 
     _check_dtype(dtype)
     chosen = "cpu" if device == "cpu" else choose_device(device, nbytes_of(memory), WORTH_A_GPU)
@@ -150,8 +150,8 @@ def compute_grams(
     --------
     >>> streammerge.compute_grams("models/math", "examples.jsonl", "math-gram.zarr")  # doctest: +SKIP
     """
-    from streammerge.gram.compute import Settings
-    from streammerge.gram.compute import compute_grams as run
+    from streammerge.estimate.gram.compute import Settings
+    from streammerge.estimate.gram.compute import compute_grams as run
 
     chosen = "cpu" if device == "cpu" else choose_device(device, nbytes_of(memory), WORTH_A_GPU)
     settings = Settings(examples, max_length, batch_size, nbytes_of(memory), chosen)
@@ -211,7 +211,7 @@ def import_fisher(
     --------
     >>> streammerge.import_fisher("models/math", "diagonal.safetensors", "math.zarr")  # doctest: +SKIP
     """
-    from streammerge.fisher.importing import import_diagonal
+    from streammerge.estimate.fisher.importing import import_diagonal
 
     _check_dtype(dtype)
     with told(on_event, progress, "importing") as tell:

@@ -86,8 +86,8 @@ def fisher_import(
     """Stream DIAGONALS, a safetensors or PyTorch file, into a store for MODEL. Run again, it continues."""
     stop, signal_received = stop_on_signals()
     from streammerge.api import import_fisher
-    from streammerge.report.fisher import imported_text
     from streammerge.report.progress import make_reporter
+    from streammerge.report.stores import imported_text
 
     reporter = make_reporter(
         "importing", quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN
@@ -150,8 +150,8 @@ def _stream(run: str, what: str, *given: str, quiet: bool, as_json: bool, **opti
     """Call the function `run` of the API, show its progress as `what`, and print what it did."""
     stop, signal_received = stop_on_signals()
     from streammerge import api
-    from streammerge.report.fisher import computed_text, computed_values
     from streammerge.report.progress import make_reporter
+    from streammerge.report.stores import computed_text, computed_values
 
     reporter = make_reporter(what, quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN)
     try:
@@ -209,8 +209,8 @@ def fisher_compute(model: str, data: str, out: str, **options: Any) -> None:
 @_info_json_option
 def fisher_info(store: str, as_json: bool) -> None:
     """Show a store's totals, the share of each layer, and which parameters are undecided."""
-    from streammerge.index.fishers import open_fisher
-    from streammerge.report.fisher import info_text
+    from streammerge.checkpoint.companions import open_fisher
+    from streammerge.report.stores import info_text
 
     index = open_fisher(store, with_table=True)
     if index.model is not None:
@@ -251,8 +251,8 @@ def gram_compute(model: str, data: str, out: str, **options: Any) -> None:
 @_info_json_option
 def gram_info(store: str, as_json: bool) -> None:
     """Show what a store of Gram matrices holds: from which examples, of which linear maps."""
-    from streammerge.index.fishers import open_grams
-    from streammerge.report.fisher import gram_info_text
+    from streammerge.checkpoint.companions import open_grams
+    from streammerge.report.stores import gram_info_text
 
     index = open_grams(store, with_table=True)
     click.echo(json.dumps(dict(index.about)) if as_json else gram_info_text(index))

@@ -89,7 +89,7 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
     options, notes = translate(options)
     stop, signal_received = stop_on_signals()
     from streammerge.api import merge as run
-    from streammerge.engine.session import Event
+    from streammerge.engine.merge import Event
     from streammerge.report.progress import make_reporter
 
     reporter = make_reporter(

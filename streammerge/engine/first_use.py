@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from streammerge.compiled import NOWHERE, kernel_cache, lacking
+from streammerge.backends.cpu.compile import ensure_compiled
 from streammerge.engine.needed_kernels import needed_kernels
 from streammerge.engine.telling import Event
-from streammerge.engine.warm import ensure_compiled
 from streammerge.errors import BudgetError, Stopped
+from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking
 from streammerge.planning.plan import MergePlan
 
 WORTH_COMPILING = 200_000_000

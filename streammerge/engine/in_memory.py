@@ -7,18 +7,18 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from streammerge.engine.chunk import Context
-from streammerge.engine.commit import cover, densities, floored
-from streammerge.engine.held import torch_dtype
-from streammerge.engine.identity import identify
-from streammerge.engine.journal import Receipt
-from streammerge.engine.memory import Bytes
 from streammerge.engine.nonfinite import trace
-from streammerge.engine.reader import Reader, check_unchanged
-from streammerge.engine.run import Runner, Tick
+from streammerge.engine.scheduler import Runner, Tick
+from streammerge.engine.task import Context
 from streammerge.engine.telling import Event, differing, named_densities, of_floor, warning
 from streammerge.errors import printable
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.reader import Reader, check_unchanged
+from streammerge.output.commit import cover, densities, floored
+from streammerge.output.identity import identify
+from streammerge.output.journal import Receipt
 from streammerge.planning.plan import MergePlan, describe
+from streammerge.tensors.held import torch_dtype
 
 if TYPE_CHECKING:
     import torch

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from streammerge.index.blocks import BlocksRef
-from streammerge.index.derived import AdaptedRef, GatheredRef, MadeRef
-from streammerge.methods.recipes import (
+from streammerge.algebra.rules import (
     ColumnCombination,
     CopyOf,
     FisherMean,
@@ -18,7 +16,14 @@ from streammerge.methods.recipes import (
     WeightedSum,
     ranked,
 )
-from streammerge.methods.requests import (
+from streammerge.algebra.scores import Importance, Score, Spread
+from streammerge.algebra.task_vectors import TaskVector
+from streammerge.checkpoint.refs.blocks import BlocksRef
+from streammerge.checkpoint.refs.made import AdaptedRef, GatheredRef, MadeRef
+from streammerge.planning.job import Job
+from streammerge.planning.memory.buffers import is_copied
+from streammerge.planning.plan import MergePlan, runs_in_torch, scope_of
+from streammerge.statistics.kinds import (
     AbsSum,
     Band,
     ColumnGram,
@@ -34,11 +39,6 @@ from streammerge.methods.requests import (
     TopK,
     Touches,
 )
-from streammerge.methods.scores import Importance, Score, Spread
-from streammerge.methods.vectors import TaskVector
-from streammerge.planning.arena import is_copied
-from streammerge.planning.job import Job
-from streammerge.planning.plan import MergePlan, runs_in_torch, scope_of
 
 Names = frozenset[str]
 
@@ -91,7 +91,7 @@ _BESIDE_TORCH = frozenset({"words", "adapters"})
 
 
 def needed_kernels(plan: MergePlan) -> Names:
-    """Return the names of the groups (see `streammerge.engine.warm`) that serve a merge."""
+    """Return the names of the groups (see `streammerge.backends.cpu.compile`) that serve a merge."""
     names: set[str] = set()
     seen: set[tuple[object, ...]] = set()
     for job in plan.jobs:

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import itemsize
-from streammerge.engine.memory import Bytes
-from streammerge.engine.reader import Reader
-from streammerge.engine.sources import read_elements
 from streammerge.errors import ModelError, printable
-from streammerge.index.header import TensorRef
+from streammerge.formats.safetensors import TensorRef
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.reader import Reader
 from streammerge.planning.job import Job
+from streammerge.tensors.read import read_elements
 
 _STEP = 1 << 18
 """Elements looked at together."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from streammerge.engine.identity import identify
-from streammerge.engine.output import check_contents, check_target
-from streammerge.engine.reader import Reader
+from streammerge.io.reader import Reader
+from streammerge.output.directory import check_contents, check_target
+from streammerge.output.identity import identify
 from streammerge.planning.plan import MergePlan
 
 _BLOCK = 512

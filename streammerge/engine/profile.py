@@ -7,9 +7,9 @@ import resource
 from pathlib import Path
 from typing import Any
 
-from streammerge.engine.durable import write_file
-from streammerge.engine.stages import BESIDE, Stages
-from streammerge.planning.free_memory import peak_memory
+from streammerge.io.durable import write_file
+from streammerge.machine import peak_memory
+from streammerge.timing import BESIDE, Stages
 
 
 def profile_values(

@@ -19,19 +19,19 @@ from typing import Any
 import numpy as np
 
 from streammerge import __version__
+from streammerge.checkpoint.shards import SUFFIX
 from streammerge.dtypes import BITS
-from streammerge.engine.chunk import Context
-from streammerge.engine.commit import cover, densities, floored, not_finite
-from streammerge.engine.identity import LAYOUT, VERSION, identify
-from streammerge.engine.inputs import ContentHasher, changed_contents
-from streammerge.engine.journal import Receipt
-from streammerge.engine.manifest import MANIFEST
-from streammerge.engine.memory import Bytes
-from streammerge.engine.reader import Reader
-from streammerge.engine.run import Runner
+from streammerge.engine.scheduler import Runner
+from streammerge.engine.task import Context
 from streammerge.errors import InputError, WorldError, printable
-from streammerge.index.header import read_header
-from streammerge.index.shards import SUFFIX
+from streammerge.formats.safetensors import read_header
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.reader import Reader
+from streammerge.output.commit import cover, densities, floored, not_finite
+from streammerge.output.identity import LAYOUT, VERSION, identify
+from streammerge.output.inputs import ContentHasher, changed_contents
+from streammerge.output.journal import Receipt
+from streammerge.output.manifest import MANIFEST
 from streammerge.planning.layout import Layout, Shard, Slot
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import ALIGN, Piece, remaining

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.dtypes import itemsize
-from streammerge.engine.chunk import Context
-from streammerge.engine.journal import Receipt
-from streammerge.engine.memory import Bytes
 from streammerge.engine.nonfinite import trace
+from streammerge.engine.task import Context
 from streammerge.errors import printable
+from streammerge.io.buffer_pool import Bytes
+from streammerge.output.journal import Receipt
 from streammerge.planning.plan import MergePlan
 
 _FLOOR_WARNING = 0.1

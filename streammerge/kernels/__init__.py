@@ -7,7 +7,7 @@ offsets into one arena, so any number of models of any float dtype shares one co
 
 import numba
 
-from streammerge.compiled import kernel_cache
+from streammerge.numerics.compiled import kernel_cache
 
 
 def njit(**options):

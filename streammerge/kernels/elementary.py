@@ -1,4 +1,4 @@
-"""exp and log, the steps of ``methods/elementary.py``: bit-equal to it on any CPU."""
+"""exp and log, the steps of ``numerics/elementary.py``: bit-equal to it on any CPU."""
 
 import numpy as np
 from llvmlite import ir
@@ -6,7 +6,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from streammerge.kernels import njit
-from streammerge.methods.elementary import (
+from streammerge.numerics.elementary import (
     EXP_TERMS,
     LEAST,
     LN2_HIGH,

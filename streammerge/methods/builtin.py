@@ -1,6 +1,6 @@
 """Importing this module registers every method that ships with the package."""
 
-from streammerge.methods import (
+from streammerge.methods.papers import (
     arcee_fusion,
     breadcrumbs,
     dare,

@@ -11,9 +11,9 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from streammerge.methods import rng
-from streammerge.methods.requests import AbsSum, Answer, LowWords, Request, Threshold, TopK
-from streammerge.methods.vectors import Cut, TaskVector
+from streammerge.algebra.task_vectors import Cut, TaskVector
+from streammerge.numerics import philox as rng
+from streammerge.statistics.kinds import AbsSum, Answer, LowWords, Request, Threshold, TopK
 
 Ask = Generator[list[Request], list[Answer], list[TaskVector]]
 Rescale = Literal["paper", "l1", "none"]

@@ -19,12 +19,12 @@ from functools import cached_property
 from types import SimpleNamespace, UnionType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from streammerge.algebra.rules import Formula, Recipe, Sees, removing, seen_by
 from streammerge.errors import ConfigError, InputError, blamed_on, printable
 from streammerge.methods.drop import GENERAL, DropNames
-from streammerge.methods.recipes import Formula, Recipe, Sees, removing, seen_by
-from streammerge.methods.requests import Answer, Request
-from streammerge.methods.scope import Scope
 from streammerge.methods.sources import digest, imported_files, own_digest, source_file
+from streammerge.methods.tensor_context import Scope
+from streammerge.statistics.kinds import Answer, Request
 
 T = TypeVar("T")
 Base = Literal["required", "optional", "member", "donor", "none"]

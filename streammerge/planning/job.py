@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from streammerge.algebra.rules import Sees
+from streammerge.checkpoint.companions import ChunkedRef, FisherRef
+from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import FLOATS8, itemsize
-from streammerge.index.derived import SourceRef
-from streammerge.index.fishers import ChunkedRef, FisherRef
-from streammerge.methods.recipes import Sees
 
 Kind = Literal["merge", "copy", "agree"]
 

@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from streammerge.checkpoint.weight_names import index_file, weight_file
 from streammerge.dtypes import RANK
-from streammerge.index.weight_names import index_file, weight_file
 from streammerge.planning.job import Job
 
 

@@ -7,14 +7,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from streammerge.checkpoint.companions import ChunkedRef, FisherIndex
+from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import BudgetError
-from streammerge.index.fishers import ChunkedRef, FisherIndex
-from streammerge.index.header import FileStamp
-from streammerge.index.model import TensorIndex
+from streammerge.formats.safetensors import FileStamp
 from streammerge.methods.registry import Access, Method
-from streammerge.methods.requests import (
+from streammerge.methods.tensor_context import Scope
+from streammerge.planning.allocate import Needs, Room, asked_together, lists_nbytes
+from streammerge.planning.files.config_json import merged_config
+from streammerge.planning.files.ecosystem import ecosystem_of
+from streammerge.planning.files.surroundings import Surroundings, surroundings
+from streammerge.planning.files.tokenizer import TokenizerFiles, tokenizer_files
+from streammerge.planning.job import Job
+from streammerge.planning.layout import Layout, lay_out
+from streammerge.planning.memory.budget import Budget
+from streammerge.planning.memory.division import BLOCK_ELEMENTS, Division, runs_in_torch, torch_workspace
+from streammerge.planning.overview import as_html, as_text, overview
+from streammerge.planning.resolve.codes import holds_codes
+from streammerge.planning.resolve.jobs import Bound, bind_jobs
+from streammerge.planning.resolve.matching import match_names
+from streammerge.planning.resolve.quantised import check_codes
+from streammerge.planning.resolve.vocabulary import Alignment, align
+from streammerge.planning.schedule import Chunk, Interval, Step, Survey, Work, steps
+from streammerge.statistics.kinds import (
     AbsSum,
     FisherSquares,
     Gram,
@@ -24,23 +41,6 @@ from streammerge.methods.requests import (
     Squares,
     passes_of,
 )
-from streammerge.methods.scope import Scope
-from streammerge.planning.allot import Needs, Room, asked_together, lists_nbytes
-from streammerge.planning.bind import Bound, bind_jobs
-from streammerge.planning.budget import Budget
-from streammerge.planning.codes import holds_codes
-from streammerge.planning.division import BLOCK_ELEMENTS, Division, runs_in_torch, torch_workspace
-from streammerge.planning.ecosystem import ecosystem_of
-from streammerge.planning.job import Job
-from streammerge.planning.layout import Layout, lay_out
-from streammerge.planning.matching import match_names
-from streammerge.planning.model_config import merged_config
-from streammerge.planning.overview import as_html, as_text, overview
-from streammerge.planning.quantised import check_codes
-from streammerge.planning.schedule import Chunk, Interval, Step, Survey, Work, steps
-from streammerge.planning.surroundings import Surroundings, surroundings
-from streammerge.planning.tokenizer_files import TokenizerFiles, tokenizer_files
-from streammerge.planning.vocabulary import Alignment, align
 from streammerge.units import format_at_least, format_size
 
 __all__ = [

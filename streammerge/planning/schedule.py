@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from streammerge.algebra.rules import ROWS_AT_ONCE, Sees
+from streammerge.checkpoint.companions import ChunkedRef
+from streammerge.checkpoint.refs.made import scratch_bytes
 from streammerge.errors import BudgetError, printable
-from streammerge.index.derived import scratch_bytes
-from streammerge.index.fishers import ChunkedRef
-from streammerge.methods.recipes import ROWS_AT_ONCE, Sees
-from streammerge.methods.requests import rows_at_once
-from streammerge.planning.arena import alignment_bytes, bytes_per_element, slot_bytes
-from streammerge.planning.budget import Budget
 from streammerge.planning.job import Job
+from streammerge.planning.memory.budget import Budget
+from streammerge.planning.memory.buffers import alignment_bytes, bytes_per_element, slot_bytes
+from streammerge.statistics.kinds import rows_at_once
 from streammerge.units import format_at_least, format_size
 
 ALIGN = 4096

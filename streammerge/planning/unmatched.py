@@ -8,7 +8,7 @@ from itertools import islice, pairwise
 
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child, meant, shown
-from streammerge.planning.cells import Cell, Indexes
+from streammerge.planning.resolve.assemble import Cell, Indexes
 
 _PLAIN = re.compile(r"[\w.]+")
 _MOST = 200

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from streammerge.planning.ecosystem import Ecosystem
+from streammerge.planning.files.ecosystem import Ecosystem
 from streammerge.planning.plan import MergePlan
 
 _HERE = "path/to/this/folder"

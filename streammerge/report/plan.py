@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from streammerge.engine.disk import space_for
-from streammerge.engine.journal import STATE
-from streammerge.engine.manifest import MANIFEST
 from streammerge.errors import printable
+from streammerge.io.disk import space_for
+from streammerge.output.journal import STATE
+from streammerge.output.manifest import MANIFEST
 from streammerge.planning.plan import MergePlan
 from streammerge.report.wrapping import wrapped
 from streammerge.units import format_at_least, format_seconds, format_size, plural

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from streammerge.engine.session import Event, Summary
-from streammerge.planning.free_memory import own_memory
+from streammerge.engine.merge import Event, Summary
+from streammerge.machine import own_memory
 from streammerge.report.pace import Tracker
 from streammerge.report.summary import opening_line, summary_text, summary_values
 from streammerge.report.wrapping import wrapped

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from streammerge.engine.session import Summary
+from streammerge.engine.merge import Summary
 from streammerge.engine.telling import Density
 from streammerge.errors import printable
-from streammerge.planning.free_memory import peak_memory
+from streammerge.machine import peak_memory
 from streammerge.units import format_seconds, format_size, plural
 
 _NAMED = 4

@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.refs.made import AdaptedRef, stored
 from streammerge.errors import InputError, printable
-from streammerge.index.derived import AdaptedRef, stored
-from streammerge.index.model import TensorIndex
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 from streammerge.report.example import example_config
 from streammerge.report.wrapping import reflowed, wrapped

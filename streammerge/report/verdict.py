@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from streammerge.engine.verify import Verdict
 from streammerge.errors import printable
+from streammerge.output.check import Verdict
 from streammerge.units import format_size, plural
 
 _SHOWN = 5

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from streammerge.api import merge, verify
-from streammerge.engine import adapted as adapted_module
-from streammerge.engine.adapted import add_products, products_in_order
-from streammerge.engine.reader import Reader
-from streammerge.engine.sources import read_elements
+from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.errors import OutputError
-from streammerge.index.model import TensorIndex, open_model
+from streammerge.io.reader import Reader
+from streammerge.tensors import adapted as adapted_module
+from streammerge.tensors.adapted import add_products, products_in_order
+from streammerge.tensors.read import read_elements
 from tests.adapters.scene import C, Q, adapted, factors, in_order, scale_of, write_adapter, write_base
 from tests.conftest import read_tensors
 

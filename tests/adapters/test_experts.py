@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from streammerge.api import merge, verify
-from streammerge.engine import adapted as adapted_module
-from streammerge.engine.reader import Reader
-from streammerge.engine.sources import read_elements
+from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.errors import ModelError
-from streammerge.index.model import TensorIndex, open_model
+from streammerge.io.reader import Reader
+from streammerge.tensors import adapted as adapted_module
+from streammerge.tensors.read import read_elements
 from tests.adapters.scene import Tensors, write_adapter
 from tests.conftest import read_tensors
 

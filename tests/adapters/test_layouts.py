@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from streammerge.api import merge
+from streammerge.checkpoint.index import TensorIndex, open_model
+from streammerge.checkpoint.refs.made import AdaptedRef
 from streammerge.errors import ModelError
-from streammerge.index.derived import AdaptedRef
-from streammerge.index.model import TensorIndex, open_model
 from tests.adapters.scene import adapted, factors, write_adapter
 from tests.conftest import read_tensors
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from streammerge.checkpoint.adapters.files import _plain
+from streammerge.checkpoint.adapters.names import Names
 from streammerge.errors import ModelError
-from streammerge.index.adapter_names import Names
-from streammerge.index.adapters import _plain
 from tests.adapters.scene import PREFIX
 
 Q = "layers.3.self_attn.q_proj.weight"

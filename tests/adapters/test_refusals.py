@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from streammerge.checkpoint.index import open_model
 from streammerge.errors import ModelError
-from streammerge.index.model import open_model
 from tests.adapters.scene import PREFIX, Q, factors, write_adapter, write_base
 
 GOOD = factors(Q, 24, 40, 8)

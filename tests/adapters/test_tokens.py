@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from streammerge.api import merge, plan
-from streammerge.engine.reader import Reader
-from streammerge.engine.sources import read_elements
+from streammerge.checkpoint.index import open_model
 from streammerge.errors import ModelError
-from streammerge.index.model import open_model
+from streammerge.io.reader import Reader
+from streammerge.tensors.read import read_elements
 from tests.adapters.scene import adapted, factors, write_adapter
 from tests.conftest import read_tensors
 

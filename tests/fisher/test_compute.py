@@ -19,9 +19,9 @@ import torch
 import zarr
 
 from streammerge.api import compute_fisher, merge
+from streammerge.checkpoint.companions import ATTRIBUTE, open_fisher
 from streammerge.errors import BudgetError, InputError, OutputError, Stopped
-from streammerge.fisher.labels import draw
-from streammerge.index.fishers import ATTRIBUTE, open_fisher
+from streammerge.estimate.fisher.labels import draw
 from tests.conftest import read_tensors
 from tests.fisher import naive
 from tests.network.tiny import MODELS, make_lines, make_model, write_lines
@@ -143,7 +143,7 @@ def test_the_bytes_depend_on_neither_memory_nor_batch_size(tmp_path: Path) -> No
 def test_stopped_anywhere_it_continues_to_the_same_bytes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streammerge.network.progress import Progress
+    from streammerge.estimate.network.progress import Progress
 
     make_model(name, tmp_path / "model")
     data = write_lines(tmp_path / "data.jsonl", make_lines(5))

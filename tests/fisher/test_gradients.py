@@ -11,8 +11,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from streammerge.errors import ModelError
-from streammerge.fisher.gradients import Gradients
-from streammerge.network.live import Live
+from streammerge.estimate.fisher.gradients import Gradients
+from streammerge.estimate.network.live import Live
 
 CPU = torch.device("cpu")
 

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge, plan
+from streammerge.checkpoint.companions import ATTRIBUTE, ChunkedRef, open_fisher
 from streammerge.errors import BudgetError, ModelError, OutputError, StreammergeError
-from streammerge.fisher import store
-from streammerge.fisher.importing import import_diagonal
-from streammerge.index.fishers import ATTRIBUTE, ChunkedRef, open_fisher
+from streammerge.estimate.fisher.importing import import_diagonal
+from streammerge.formats import zarr_writer as store
 from tests.conftest import config_for, output_bytes, write_fisher, write_model
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -211,7 +211,7 @@ def test_each_chunk_is_read_once_and_in_order(
     small_capacity: Callable[[int, int], None],
     tmp_path: Path,
 ) -> None:
-    from streammerge.engine.reader import Reader
+    from streammerge.io.reader import Reader
 
     monkeypatch.setattr(store, "CHUNK_ELEMENTS", 4096)
     config = config_for("fisher", paths)
@@ -394,7 +394,7 @@ def test_an_import_that_does_not_fit_the_memory_is_refused_before_it_begins(
 
 _KILLED = """
 import os, signal, sys
-from streammerge.fisher import store
+from streammerge.formats import zarr_writer as store
 store.CHUNK_ELEMENTS = 5000
 kill_at, calls = int(sys.argv.pop(1)), 0
 def trap(name):

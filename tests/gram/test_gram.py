@@ -14,10 +14,10 @@ import zarr
 from torch import nn
 
 from streammerge.api import compute_grams, merge, plan, verify
-from streammerge.engine.mixers import mixers_of
+from streammerge.engine.mixer_cache import mixers_of
 from streammerge.errors import ConfigError, ModelError, Stopped
-from streammerge.methods.requests import Mixing
 from streammerge.planning.schedule import Chunk
+from streammerge.statistics.kinds import Mixing
 from tests.conftest import config_for, output_bytes, read_tensors
 from tests.network.tiny import make_lines, make_model, write_lines
 
@@ -80,7 +80,7 @@ def test_stopped_and_run_again_the_store_has_the_same_bytes(tmp_path: Path) -> N
                 stop.set()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("streammerge.network.progress._EVENT_SECONDS", 0.0)
+            patch.setattr("streammerge.estimate.network.progress._EVENT_SECONDS", 0.0)
             try:
                 compute_grams(tmp_path / "model", data, tmp_path / "parts.zarr", on_event=watch, stop=stop)
             except Stopped:

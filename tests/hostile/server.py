@@ -66,9 +66,9 @@ def child(request: dict[str, Any], outputs: list[Path]) -> None:
 def main() -> None:
     """Import all that a merge needs but torch, then serve."""
     import streammerge.api
-    import streammerge.engine.pieces
-    import streammerge.fisher.importing  # noqa: F401
-    from streammerge.engine.warm import ensure_compiled
+    import streammerge.backends.cpu.math
+    import streammerge.estimate.fisher.importing  # noqa: F401
+    from streammerge.backends.cpu.compile import ensure_compiled
 
     ensure_compiled()
     scratch = Path(sys.argv[1])

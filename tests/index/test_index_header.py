@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors_files import BITS, entry, framed, sound, within
 
 from streammerge import dtypes
+from streammerge.checkpoint import read_header
 from streammerge.errors import ModelError, WorldError
-from streammerge.index import read_header
-from streammerge.index.files import from_os
+from streammerge.io.files import from_os
 
 E = json.dumps(entry())
 GOOD = framed({"a": entry()})

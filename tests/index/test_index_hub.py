@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from safetensors_files import write_model
 
+from streammerge.checkpoint import open_model
+from streammerge.checkpoint.hub import HubName, cache_directory, parse_name
 from streammerge.errors import ModelError
-from streammerge.index import open_model
-from streammerge.index.hub import HubName, cache_directory, parse_name
 
 OLD, NEW = "0a1b2c3d" * 5, "0a1bffff" * 5
 SINGLE = {"model.safetensors": {"w": ("F32", (2,))}}

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors_files import framed, sound, within, write_model
 
+from streammerge.checkpoint import open_model
 from streammerge.errors import ModelError, WorldError
-from streammerge.index import open_model
 
 F32 = ("F32", (2,))
 A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -421,7 +421,7 @@ def test_a_view_of_a_changed_file_is_refused_not_a_crash(tmp_path):
 
 def test_headers_need_neither_numpy_nor_torch_nor_safetensors():
     code = (
-        "import sys, streammerge.index\n"
+        "import sys, streammerge.checkpoint\n"
         "print(sorted({'numpy', 'torch', 'safetensors', 'numba'} & set(sys.modules)))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

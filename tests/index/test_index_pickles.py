@@ -15,11 +15,11 @@ import pytest
 import torch
 from safetensors_files import within
 
+from streammerge.checkpoint.refs.made import stored
 from streammerge.errors import ModelError, WorldError
-from streammerge.index import archive as archives
-from streammerge.index import machine
-from streammerge.index.derived import stored
-from streammerge.index.pickles import read_pickle
+from streammerge.formats import torch_pickle as machine
+from streammerge.formats import zip_archive as archives
+from streammerge.formats.torch_file import read_pickle
 
 # Programs, opcode by opcode.
 
@@ -326,7 +326,7 @@ def test_a_foreign_name_is_refused_by_name(tmp_path):
 
 
 def test_torch_is_not_imported():
-    code = "import sys, streammerge.index.pickles; assert not {'torch', 'numpy', 'pickle'} & set(sys.modules)"
+    code = "import sys, streammerge.formats.torch_file; assert not {'torch', 'numpy', 'pickle'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

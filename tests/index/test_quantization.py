@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streammerge import merge, plan
+from streammerge.checkpoint.quantization import quantization_of
 from streammerge.errors import ModelError
-from streammerge.index.quantization import quantization_of
 
 
 @dataclass

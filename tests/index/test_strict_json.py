@@ -5,7 +5,7 @@ import math
 import pytest
 
 from streammerge.errors import ModelError
-from streammerge.index.strict_json import read_object
+from streammerge.io.strict_json import read_object
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors_files import write_model
 
+from streammerge.checkpoint import open_model
+from streammerge.checkpoint.weight_sets import find_sets
 from streammerge.errors import ModelError
-from streammerge.index import open_model
-from streammerge.index.weight_sets import find_sets
 
 F32, F16 = ("F32", (2,)), ("F16", (2,))
 HF = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -180,7 +180,7 @@ def test_a_missing_directory_is_answered_with_one_that_is_there(tmp_path, monkey
 
 
 def test_a_home_directory_is_written_out_wherever_a_path_stands(tmp_path, monkeypatch):
-    from streammerge.index.fishers import open_fisher, open_grams
+    from streammerge.checkpoint.companions import open_fisher, open_grams
 
     monkeypatch.setenv("HOME", str(tmp_path))
     write_model(tmp_path / "f", {"model.safetensors": {"w": F32}})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streammerge.errors import ModelError
-from streammerge.network.examples import Reading, digest, read_examples, too_few
+from streammerge.estimate.network.examples import Reading, digest, read_examples, too_few
 
 
 def reading(**changes: Any) -> Reading:

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.engine.reader import Reader
+from streammerge.checkpoint.index import open_model
 from streammerge.errors import ModelError
-from streammerge.index.model import open_model
-from streammerge.network.examples import Example
-from streammerge.network.loader import Loader
-from streammerge.network.resident import Resident
-from streammerge.network.run import Network
-from streammerge.network.skeleton import Skeleton
+from streammerge.estimate.network.examples import Example
+from streammerge.estimate.network.loader import Loader
+from streammerge.estimate.network.resident import Resident
+from streammerge.estimate.network.run import Network
+from streammerge.estimate.network.skeleton import Skeleton
+from streammerge.io.reader import Reader
 from tests.network.tiny import MODELS, make_model
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from streammerge.api import merge, plan, verify
-from streammerge.engine.session import Event
-from streammerge.index import beside
-from streammerge.index.beside_names import is_editable, is_loaded, is_tokenizer_file
+from streammerge.checkpoint import sidecars as beside
+from streammerge.checkpoint.sidecar_names import is_editable, is_loaded, is_tokenizer_file
+from streammerge.engine.merge import Event
 from tests.conftest import write_model
 
 TRAVELS = (

@@ -12,9 +12,9 @@ import torch
 import yaml
 
 from streammerge.api import merge, plan
-from streammerge.engine.manifest import load_manifest
-from streammerge.index.model import open_model
-from streammerge.planning.origins import origins_of, shared_licence
+from streammerge.checkpoint.index import open_model
+from streammerge.output.manifest import load_manifest
+from streammerge.planning.files.origins import origins_of, shared_licence
 from streammerge.report.card import model_card
 from tests.conftest import write_model
 

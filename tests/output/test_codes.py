@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from streammerge.api import merge, plan
-from streammerge.planning.codes import holds_codes
+from streammerge.planning.resolve.codes import holds_codes
 
 M = "layers.0.mlp.down_proj"
 CODES, HALF = torch.ones(4, 4, dtype=torch.int32), torch.ones(4, dtype=torch.float16)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from streammerge.api import merge, verify
-from streammerge.engine.journal import STATE
 from streammerge.errors import OutputError, WorldError
+from streammerge.output.journal import STATE
 from tests.conftest import write_model
 
 EDITABLE = (

@@ -10,7 +10,7 @@ SCRIPT = """
 import json, torch
 from pathlib import Path
 from streammerge import iter_merged, merge_state_dicts
-from streammerge.planning.free_memory import own_memory, peak_memory
+from streammerge.machine import own_memory, peak_memory
 
 models = {key: {f"w{i}": torch.full((1 << 21,), float(i)) for i in range(8)} for key in "abc"}
 config = {"merge_method": "ties", "base_model": "a", "models": ["b", "c"], "parameters": {"density": 0.5}}

@@ -27,11 +27,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread ma
 
 import yaml
 
+from streammerge.backends.cpu.compile import compile_kernels
 from streammerge.cli import main
-from streammerge.engine import run
-from streammerge.engine.journal import NAME, STATE
-from streammerge.engine.warm import compile_kernels
-from streammerge.planning import budget
+from streammerge.engine import scheduler as run
+from streammerge.output.journal import NAME, STATE
+from streammerge.planning.memory import budget
 from tests.fixed_budget import Fixed
 
 MODEL_SCOPE = {"density": 0.3, "trim_scope": "model"}

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from streammerge.engine import allocate
+from streammerge.io import allocate
 from tests.resume.scene import SimulatedKill
 
 Tree = dict[str, bytes | None]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from streammerge.api import merge
-from streammerge.engine.session import Summary
+from streammerge.engine.merge import Summary
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
 
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 from streammerge.api import merge
-from streammerge.engine.journal import NAME, STATE
+from streammerge.output.journal import NAME, STATE
 from tests.conftest import config_for, output_bytes
 
 _SLOW = """
 import itertools, os, signal, sys, time
-from streammerge.engine import run, writer
+from streammerge.engine import scheduler as run
+from streammerge.output import shards as writer
 run._SYNC_SECONDS = 0.02
 kill_at, slow_from = (int(number) for number in sys.argv[1:3])
 del sys.argv[1:3]
@@ -38,7 +39,7 @@ for name in ("replace", "fsync", "fdatasync"):
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments)
     setattr(os, name, slowly)
-from streammerge.planning import budget
+from streammerge.planning.memory import budget
 from tests.fixed_budget import Fixed
 budget.make_budget = lambda memory, n, reserve: Fixed(reserve + (2 << 20), reserve, 1)
 from streammerge.cli import main

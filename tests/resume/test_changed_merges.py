@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from streammerge.errors import OutputError
-from streammerge.index.header import read_header
+from streammerge.formats.safetensors import read_header
 from tests.conftest import output_bytes
 from tests.resume.scene import Scene, flip, flip_middle_of_a_tensor
 from tests.resume.traps import interrupt
@@ -115,7 +115,7 @@ def test_a_journal_of_another_version_is_refused_by_name(
 ) -> None:
     out = scene.directory / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("streammerge.engine.identity.__version__", "0.0.9")
+        patch.setattr("streammerge.output.identity.__version__", "0.0.9")
         interrupt(scene, out, monkeypatch)
     with pytest.raises(OutputError, match=r"a different version.*--overwrite"):
         scene.merge(out)

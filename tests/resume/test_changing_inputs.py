@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.engine.session import Event
+from streammerge.engine.merge import Event
 from streammerge.errors import OutputError, StreammergeError, WorldError
 from tests.resume.scene import Scene, flip_middle_of_a_tensor
 from tests.resume.traps import interrupt

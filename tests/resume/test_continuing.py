@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from streammerge.api import merge
-from streammerge.engine.journal import NAME, STATE, _load
-from streammerge.engine.run import Runner
-from streammerge.engine.writer import ShardWriter
+from streammerge.engine.scheduler import Runner
 from streammerge.errors import InputError, Stopped, WorldError
+from streammerge.output.journal import NAME, STATE, _load
+from streammerge.output.shards import ShardWriter
 from streammerge.planning.job import Job
 from tests.conftest import config_for, output_bytes, read_tensors, write_model
 from tests.resume.scene import SHAPES, Scene

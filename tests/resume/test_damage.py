@@ -12,9 +12,9 @@ import pytest
 
 from streammerge.api import plan
 from streammerge.dtypes import itemsize
-from streammerge.engine.journal import NAME, STATE, _load
-from streammerge.engine.verify import verify
 from streammerge.errors import OutputError, StreammergeError
+from streammerge.output.check import verify
+from streammerge.output.journal import NAME, STATE, _load
 from tests.resume.scene import Scene, SimulatedKill, flip
 from tests.resume.traps import Trap, interrupt, set_trap
 

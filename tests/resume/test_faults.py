@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 
-from streammerge.engine import allocate
 from streammerge.engine.telling import Event
 from streammerge.errors import WorldError
+from streammerge.io import allocate
 from tests.conftest import output_bytes
 from tests.resume.scene import Scene
 from tests.resume.slow_merge import ROOT
@@ -354,7 +354,7 @@ def test_a_file_system_that_goes_read_only_during_the_merge_stops_it_and_it_goes
 _SHRINKS = """
 import os, sys
 import numpy as np
-from streammerge.engine import reader
+from streammerge.io import reader
 from streammerge.errors import WorldError
 path, moment = sys.argv[1:]
 def cut():

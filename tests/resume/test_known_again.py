@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 
 from streammerge import verify
-from streammerge.engine.inputs import ContentHasher
-from streammerge.engine.journal import NAME, STATE, _line
-from streammerge.engine.manifest import load_manifest
-from streammerge.engine.session import Event
+from streammerge.engine.merge import Event
 from streammerge.errors import InputError, OutputError, Stopped, WorldError
-from streammerge.fisher.importing import import_diagonal
-from streammerge.index.header import read_header
+from streammerge.estimate.fisher.importing import import_diagonal
+from streammerge.formats.safetensors import read_header
+from streammerge.output.inputs import ContentHasher
+from streammerge.output.journal import NAME, STATE, _line
+from streammerge.output.manifest import load_manifest
 from tests.conftest import output_bytes, use_capacity, write_fisher
 from tests.resume.scene import Scene, flip, make_scene
 from tests.resume.traps import interrupt
@@ -271,7 +271,7 @@ def test_a_signal_while_inputs_are_hashed_stops_it_and_nothing_is_begun(
         return real(descriptor, nbytes, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr("streammerge.engine.inputs.os.pread", pread)
+        patch.setattr("streammerge.output.inputs.os.pread", pread)
         with pytest.raises(Stopped) as caught:
             scene.merge(
                 out, hash_inputs=True, stop=stop, signal_received=lambda: 2 if stop.is_set() else None

@@ -11,8 +11,8 @@ from unittest.mock import ANY
 
 import pytest
 
-from streammerge.engine.journal import NAME, STATE, Journal
 from streammerge.errors import OutputError
+from streammerge.output.journal import NAME, STATE, Journal
 from tests.conftest import output_bytes
 from tests.resume.scene import Scene
 from tests.resume.slow_merge import Slow, run_forks

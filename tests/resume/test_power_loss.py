@@ -10,7 +10,7 @@ import random
 
 import pytest
 
-from streammerge.engine.journal import NAME, STATE
+from streammerge.output.journal import NAME, STATE
 from tests.resume.power_loss import Link, Sync, Write, blackouts, build, pending
 from tests.resume.scene import Scene, make_scene
 from tests.resume.trials import OUT, Trials

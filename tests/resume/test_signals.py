@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.engine.session import Event
+from streammerge.engine.merge import Event
 from streammerge.errors import Stopped
 from tests.resume.scene import Scene
 from tests.resume.slow_merge import Slow, run_forks

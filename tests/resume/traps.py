@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from streammerge.engine import allocate, commit, durable, journal, output, writer
-from streammerge.engine.journal import NAME, STATE
-from streammerge.engine.writer import ShardWriter
 from streammerge.errors import WorldError
+from streammerge.io import allocate, durable
+from streammerge.output import commit, journal
+from streammerge.output import directory as output
+from streammerge.output import shards as writer
+from streammerge.output.journal import NAME, STATE
+from streammerge.output.shards import ShardWriter
 from tests.resume.scene import Scene
 
 

@@ -44,7 +44,7 @@ class Trials:
         self.counts["merges recorded"] += 1
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("streammerge.engine.run._SYNC_SECONDS", 0.004)
+                patch.setattr("streammerge.engine.scheduler._SYNC_SECONDS", 0.004)
                 disk.patch(patch)
                 self.scene.merge(disk.root / OUT, **options)
         except SimulatedKill:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from streammerge.api import merge, plan
+from streammerge.checkpoint.tokenizer import read_tokenizer
 from streammerge.config.tokenizer import TEMPLATES
 from streammerge.errors import BudgetError, ConfigError, ModelError
-from streammerge.index.tokenizers import read_tokenizer
 from tests.conftest import read_tensors
 from tests.tokenizers.scene import EMBEDDING, Model, words, write, write_tokenizer
 from tests.tokenizers.test_vocabularies import linear, output_ids

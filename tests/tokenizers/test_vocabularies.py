@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from streammerge.api import merge, plan, verify
-from streammerge.engine import gathered as gathered_module
-from streammerge.engine import reader as reader_module
-from streammerge.engine.reader import Reader
-from streammerge.engine.sources import read_elements
+from streammerge.checkpoint.refs.made import GatheredRef
 from streammerge.errors import ConfigError, ModelError, OutputError, StreammergeError
-from streammerge.index.derived import GatheredRef
-from streammerge.planning import vocabulary
+from streammerge.io import reader as reader_module
+from streammerge.io.reader import Reader
+from streammerge.planning.resolve import vocabulary
+from streammerge.tensors import gathered as gathered_module
+from streammerge.tensors.read import read_elements
 from tests.adapters.scene import in_order, write_adapter
 from tests.conftest import read_tensors
 from tests.tokenizers.scene import EMBEDDING, HEAD, OTHER, Model, rows_by_token, words, write

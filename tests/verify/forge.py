@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from streammerge.engine.checksum import crc32
-from streammerge.engine.manifest import MANIFEST, load_manifest, seal
-from streammerge.index.header import read_header
+from streammerge.formats.safetensors import read_header
+from streammerge.numerics.crc32 import crc32
+from streammerge.output.manifest import MANIFEST, load_manifest, seal
 
 
 def reseal(out: Path, *files: str, **fields: Any) -> None:

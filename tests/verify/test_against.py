@@ -14,10 +14,10 @@ from click.testing import CliRunner, Result
 from streammerge import verify
 from streammerge.api import merge, plan
 from streammerge.cli import cli
-from streammerge.engine.manifest import load_manifest
 from streammerge.engine.recompute import pieces_of
 from streammerge.errors import InputError, StreammergeError, WorldError
-from streammerge.index.header import read_header
+from streammerge.formats.safetensors import read_header
+from streammerge.output.manifest import load_manifest
 from tests.conftest import config_for, read_tensors, use_capacity, write_model, write_models
 from tests.verify.forge import change_element, reseal
 
@@ -81,7 +81,7 @@ def forbid_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def used(*arguments: object) -> None:
         raise AssertionError("a compiled kernel was used")
 
-    monkeypatch.setattr("streammerge.engine.chunk.KernelMath", used)
+    monkeypatch.setattr("streammerge.engine.task.KernelMath", used)
 
 
 def test_the_tensor_and_the_element_that_differ_first_are_named(out: tuple[Path, dict[str, Any]]) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from streammerge.api import merge
-from streammerge.engine.manifest import MANIFEST, load_manifest
-from streammerge.engine.verify import verify
 from streammerge.errors import ModelError, WorldError
+from streammerge.output.check import verify
+from streammerge.output.manifest import MANIFEST, load_manifest
 from tests.conftest import config_for, write_models
 from tests.verify.forge import reseal
 
@@ -296,7 +296,7 @@ def test_a_disk_that_cannot_read_is_no_damage(out: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_it_at_once_in_one_line(signum: int, code: int, out: Path) -> None:
     program = (
-        "import os, sys, streammerge.engine.verify as v, streammerge.cli\n"
+        "import os, sys, streammerge.output.check as v, streammerge.cli\n"
         f"v.read_back = lambda *arguments: os.kill(os.getpid(), {int(signum)})\n"
         f"sys.argv = ['streammerge', 'verify', {str(out)!r}]\n"
         "streammerge.cli.main()"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from streammerge.dtypes import BITS
-from streammerge.engine import readback
 from streammerge.engine.nonfinite import Tally
-from streammerge.engine.readback import Part, read_back
-from streammerge.engine.reader import Reader
+from streammerge.io.reader import Reader
+from streammerge.output import readback
+from streammerge.output.readback import Part, read_back
 
 DTYPES = ("U8", "F64", "I64", "F32", "BF16", "F16", "BOOL")
 BAD = {"F64": (np.float64, np.nan), "F32": (np.float32, -np.inf), "F16": (np.float16, np.inf)}
@@ -57,7 +57,7 @@ def test_files_are_read_once_and_from_the_disk(monkeypatch: pytest.MonkeyPatch, 
     def ask(*arguments: object) -> float:
         raise AssertionError("the page cache was asked")
 
-    monkeypatch.setattr("streammerge.engine.reader.cached_share", ask)
+    monkeypatch.setattr("streammerge.io.reader.cached_share", ask)
     read: list[int] = []
     real = Reader.read_slot
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge
 from streammerge.cli import main
-from streammerge.engine.checksum import crc32
-from streammerge.engine.manifest import MANIFEST, load_manifest, seal
-from streammerge.engine.session import Event
-from streammerge.engine.verify import verify
+from streammerge.engine.merge import Event
 from streammerge.errors import ModelError, StreammergeError
+from streammerge.numerics.crc32 import crc32
+from streammerge.output.check import verify
+from streammerge.output.manifest import MANIFEST, load_manifest, seal
 from tests.conftest import config_for, read_tensors, write_model, write_models
 from tests.verify.forge import reseal
 

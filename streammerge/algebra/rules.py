@@ -1,0 +1,441 @@
+"""What happens to every element once the statistics are known: the formulas, in torch.
+
+A recipe is a frozen value. Called on fp32 pieces it is the reference and the GPU path; the engine
+has a fused CPU kernel for each kind, bit-equal by test. Sums over models run in fp64, in configured
+order, multiply and add apart; the engine rounds the fp64 result once, to the output's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from streammerge.algebra.scores import Selection, sees_rows
+from streammerge.algebra.task_vectors import TaskVector, Where, terms_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from streammerge.statistics.kinds import Mixers
+
+    Coefficients = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+    """From Gram matrices, (rows, k, k), to the weights of the vectors, (rows, k)."""
+
+ROWS_AT_ONCE = 64
+"""Rows that a product with a matrix takes at a time."""
+
+Sees = Literal["elements", "rows", "columns", "tensor"]
+"""What arithmetic must have before it at once: any elements; whole rows, the last axis; every column, along the first
+axis, of however many rows; all of the tensor."""
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """theta = (w_0 theta_0 + sum_i w_i theta_i) / divisor."""
+
+    weights: tuple[float, ...]
+    divisor: float = 1.0
+    base_weight: float = 0.0
+    """w_0; 0 where the base has no part in the sum."""
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the fp64 sum over fp32 (or fp64) `models` of equal shape."""
+        total = _zeros(models[0])
+        if self.base_weight:
+            assert base is not None
+            total = total + self.base_weight * base.double()
+        for weight, theta in zip(self.weights, models, strict=True):
+            total = total + weight * theta.double()
+        return total / self.divisor if self.divisor != 1.0 else total
+
+
+@dataclass(frozen=True)
+class TaskVectorMerge:
+    """theta = theta_0 + scale * tau, where tau sums the task vectors, all or those of one sign."""
+
+    vectors: tuple[TaskVector, ...]
+    elect: bool = False
+    """Elect a sign per element, the one with the larger total magnitude, and merge only its
+    entries (TIES, https://arxiv.org/abs/2306.01708, section 4)."""
+    zero_sign: int = 0
+    """The sign elected where the totals are equal: 0 nobody's (the base stays), +1 or -1."""
+    normalize: bool = False
+    """With `elect`: divide by the weights of the entries merged."""
+    divisor: float = 1.0
+    """Without `elect`: what the sum is divided by."""
+    scale: float = 1.0
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        assert base is not None
+        if self.elect:
+            tau = self._disjoint_merge(models, base, where)
+        else:
+            tau = _zeros(base)
+            for vector, theta in zip(self.vectors, models, strict=True):
+                tau = tau + vector.entries(theta, base, where)
+            tau = tau / self.divisor if self.divisor != 1.0 else tau
+        return base.double() + self.scale * tau
+
+    def _totals(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
+    ) -> tuple[torch.Tensor, ...]:
+        """Total magnitude and total weight of the entries of each sign: (up, down, w_up, w_down)."""
+        up = _zeros(base)
+        down, up_weight, down_weight = up.clone(), up.clone(), up.clone()
+        for vector, theta in zip(self.vectors, models, strict=True):
+            tau = vector.entries(theta, base, where)
+            up = up + tau.clamp(min=0.0)
+            down = down + (-tau).clamp(min=0.0)
+            up_weight = up_weight + vector.weight * (tau > 0).double()
+            down_weight = down_weight + vector.weight * (tau < 0).double()
+        return up, down, up_weight, down_weight
+
+    def _disjoint_merge(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
+    ) -> torch.Tensor:
+        import torch
+
+        up, down, up_weight, down_weight = self._totals(models, base, where)
+        lead = up - down  # elect: the sign of the lead; of a NaN it would be 0, which must not hide it
+        negative = (lead < 0) | ((lead == 0) & (self.zero_sign < 0))
+        merged = torch.where(negative, -down, up)
+        if self.zero_sign == 0:
+            merged = torch.where(lead == 0, 0.0, merged)
+        if self.normalize:
+            weight = torch.where(negative, down_weight, up_weight)
+            merged = merged / torch.where(weight == 0, 1.0, weight)
+        return merged
+
+    def sign_total(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> int:
+        """Return how many elements elect + minus how many elect - (TIES' whole-model majority)."""
+        up, down, _, _ = self._totals(models, base, where)
+        return int((up - down).sign().sum())
+
+
+@dataclass(frozen=True)
+class SelectedMerge:
+    """theta = theta_0 + the weighted mean of the selected entries that have the sign of their sum.
+
+    The election is unweighted: the weights count in the mean alone (SCE, https://arxiv.org/abs/2408.07990).
+    """
+
+    vectors: tuple[TaskVector, ...]
+    selection: Selection | None = None
+    """None: every element."""
+    zero_sign: int = 0
+    """The sign elected where the entries cancel: 0 nobody's (the base stays) or +1."""
+    floor: float = 0.0
+    """The least sum of agreeing weights that a mean is divided by."""
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return theta in fp64 for flat fp32 (or fp64) pieces."""
+        import torch
+
+        assert base is not None
+        selected = self.selection.mask(models, base, where) if self.selection is not None else None
+        up = _zeros(base)
+        down, up_sum, down_sum, up_weight, down_weight = (up.clone() for _ in range(5))
+        for vector, theta in zip(self.vectors, models, strict=True):
+            tau = vector.rescale * vector.surviving(theta, base, where).double()
+            if selected is not None:
+                tau = tau.masked_fill(~selected, 0.0)
+            positive, negative = tau.clamp(min=0.0), (-tau).clamp(min=0.0)
+            up, down = up + positive, down + negative
+            up_sum, down_sum = up_sum + vector.weight * positive, down_sum + vector.weight * negative
+            up_weight = up_weight + vector.weight * (tau > 0).double()
+            down_weight = down_weight + vector.weight * (tau < 0).double()
+        lead = up - down  # of a NaN not negative: it goes with the positive entries, where it is found
+        merged = torch.where(lead < 0, -down_sum, up_sum)
+        if self.zero_sign == 0:
+            merged = torch.where(lead == 0, 0.0, merged)
+        weight = torch.where(lead < 0, down_weight, up_weight).clamp(min=self.floor)
+        return base.double() + merged / torch.where(weight == 0, 1.0, weight)
+
+
+@dataclass(frozen=True)
+class TouchedMerge:
+    """theta = theta_0 + the mean of the task vectors over those models that have touched the element.
+
+    Touched is an entry above `epsilon` in magnitude. What one model alone has touched is multiplied by its factor
+    (RAM and RAM+, https://arxiv.org/abs/2601.13572).
+    """
+
+    vectors: tuple[TaskVector, ...]
+    epsilon: float
+    factors: tuple[float, ...]
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        import torch
+
+        assert base is not None
+        total = _zeros(base)
+        unique, count = total.clone(), total.clone()
+        for factor, (tau, touched) in zip(
+            self.factors, touched_entries(self.vectors, self.epsilon, models, base, where), strict=True
+        ):
+            entry = tau.masked_fill(~touched, 0.0)
+            total = total + entry
+            unique = unique + factor * entry
+            count = count + touched
+        return base.double() + torch.where(count == 1, unique, total / count.clamp(min=1.0))
+
+
+def touched_entries(
+    vectors: Sequence[TaskVector], epsilon: float, models: Sequence[torch.Tensor], base: torch.Tensor,
+    where: Where,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Yield each task vector in fp64, and which of its entries are touched; what is not finite is."""
+    for vector in vectors:
+        tau = vector.rescale * vector.surviving(models[vector.model], base, where).double()
+        yield tau, ~(tau.abs() <= epsilon)
+
+
+@dataclass(frozen=True)
+class FisherMean:
+    """theta = sum_i a_i theta_i / sum_i a_i, per element, with a_i = coefficient_i * floored F_i.
+
+    The mode of the product of the models' diagonal Laplace posteriors (Matena & Raffel 2022, equation 3).
+    Evaluated in fp64 around the target, the first model, and held between the smallest and the largest of
+    the models' values, where the formula puts it: rounding cannot move it out.
+    """
+
+    coefficients: tuple[float, ...]
+    """lambda_i, over the norm of the model's diagonal where that is asked for; none negative."""
+    floors: tuple[float, ...]
+    """Raised to (or by) this, in units of the raw diagonal; 0 leaves it as it is."""
+    add: bool = False
+    """F + floor; else max(F, floor)."""
+    average: tuple[float, ...] = ()
+    """Where no model knows anything: weights of a plain average; empty: the target's value."""
+    vectors: tuple[TaskVector, ...] = ()
+    """A drop that comes before: the models are theta_0 + their surviving, rescaled task vectors."""
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        import torch
+
+        thetas = [
+            self.vectors[i].dropped_model(theta, base, where)
+            if self.vectors and base is not None else theta.double()
+            for i, theta in enumerate(models)
+        ]  # fmt: skip
+        target = low = high = thetas[0]
+        moved, _, total = self._sums(thetas, fishers)
+        for theta in thetas[1:]:
+            low, high = torch.where(theta < low, theta, low), torch.where(theta > high, theta, high)
+        merged = target + moved / torch.where(total == 0, 1.0, total)
+        merged = torch.where(merged < low, low, merged)
+        merged = torch.where(merged > high, high, merged)
+        fallback = target
+        if self.average:
+            mean = _zeros(target)
+            for weight, theta in zip(self.average, thetas, strict=True):
+                mean = mean + weight * theta
+            fallback = mean / sum(self.average)
+        return torch.where(total == 0, fallback, merged)
+
+    def _sums(
+        self, thetas: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the sums of a_i (theta_i - theta_target), of the floors' share of a_i, and of a_i."""
+        import torch
+
+        moved = _zeros(fishers[0])
+        raised, total = moved.clone(), moved.clone()
+        for i, fisher in enumerate(fishers):
+            known = fisher.double()
+            floored = known + self.floors[i] if self.add else torch.where(
+                known < self.floors[i], self.floors[i], known
+            )  # fmt: skip
+            a = self.coefficients[i] * floored
+            moved = moved + a * (thetas[i] - thetas[0])
+            raised = raised + self.coefficients[i] * (floored - known)
+            total = total + a
+        return moved, raised, total
+
+    def decided_by_floor(self, fishers: Sequence[torch.Tensor]) -> int:
+        """Return the elements in which floors make up more than half of the weight."""
+        zeros = [_zeros(fisher) for fisher in fishers]
+        _, raised, total = self._sums(zeros, fishers)
+        return int((raised > 0.5 * total).sum())
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A method that is a plain torch function of the pieces, such as a user's own."""
+
+    function: Callable[..., Any]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    vectors: tuple[TaskVector, ...] = ()
+    """A drop that comes before, as for `FisherMean`."""
+    method: str = ""
+    """The name of the method, for messages."""
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return what the function returns: a floating tensor of the pieces' shape."""
+        return self.function(list(models), base, **self.parameters)
+
+    def dropped(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> list[torch.Tensor]:
+        """Return the models the function is to see, in the dtype of the pieces."""
+        if not self.vectors or base is None:
+            return list(models)
+        pairs = zip(self.vectors, models, strict=True)
+        return [vector.dropped_model(theta, base, where).to(theta.dtype) for vector, theta in pairs]
+
+
+@dataclass(frozen=True)
+class RowCombination:
+    """Each row a sum of the models' rows, or of their task vectors' beside the base, by weights of its own.
+
+    The weights are a function of the row's Gram matrix. A tensor without rows is one row.
+    """
+
+    coefficients: Coefficients
+    vectors: tuple[TaskVector, ...] = ()
+    """The task vectors; empty: the models themselves, and before them the base where the method has one."""
+
+    def combined(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum in fp64 for pieces of shape (rows, length) and `weights` (rows, k) in fp64."""
+        return _combined(self.vectors, [one.unsqueeze(1) for one in weights.unbind(1)], models, base, where)
+
+
+@dataclass(frozen=True)
+class ColumnCombination:
+    """Each column, along the first axis, a sum of the models', or of their task vectors' beside the base."""
+
+    weights: NDArray[np.float64] = field(compare=False)
+    """(k, columns), of the vectors as in `RowCombination`."""
+    vectors: tuple[TaskVector, ...] = ()
+
+    def combined(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum in fp64 for pieces of shape (rows, columns), with this recipe's `weights` as a tensor."""
+        return _combined(self.vectors, [one.unsqueeze(0) for one in weights], models, base, where)
+
+
+def _combined(
+    vectors: Sequence[TaskVector], weights: Sequence[torch.Tensor], models: Sequence[torch.Tensor],
+    base: torch.Tensor | None, where: Where,
+) -> torch.Tensor:  # fmt: skip
+    """Return the sum of vectors by weights of the pieces' shape; of task vectors, beside the base."""
+    assert base is not None or not vectors
+    scaled = [w * v.rescale for w, v in zip(weights, vectors, strict=True)] if vectors else weights
+    total = _zeros(models[0])
+    for weight, term in zip(scaled, terms_of(vectors, models, base, where), strict=True):
+        total = total + weight * term.double()
+    return base.double() + total if vectors and base is not None else total
+
+
+@dataclass(frozen=True)
+class CopyOf:
+    """The bytes of one model's tensor, unchanged but for the output's dtype."""
+
+    model: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class RegressionMean:
+    """theta = mean + sum_i (theta_i - mean) P_i, row by row; see `regmean`."""
+
+    weights: tuple[float, ...]
+    mixers: Mixers
+
+    def __call__(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:  # fmt: skip
+        """Return theta in fp64, flat, for flat pieces of whole rows.
+
+        Rows are taken `ROWS_AT_ONCE` at a time from the first, so that a product has one shape however pieces are cut.
+        """
+        import torch
+
+        width = len(self.mixers.matrices[0])
+        rows = [model.double().reshape(-1, width) for model in models]
+        total = sum(self.weights)
+        mean = sum(w * theta for w, theta in zip(self.weights, rows, strict=True)) / total
+        assert isinstance(mean, torch.Tensor)
+        for first in range(0, len(mean), ROWS_AT_ONCE):
+            some = slice(first, first + ROWS_AT_ONCE)
+            start = mean[some].clone()
+            for theta, mixer in zip(rows, self.mixers.matrices, strict=True):
+                # What is not finite stays so at its own element; the rest of its row takes it for the average.
+                away = (theta[some] - start).nan_to_num(0.0, 0.0, 0.0)
+                mean[some] += away @ mixer.to(theta.device)
+        return mean.reshape(-1)
+
+
+Recipe = (
+    WeightedSum | TaskVectorMerge | SelectedMerge | TouchedMerge | FisherMean | RowCombination | ColumnCombination
+    | Formula | CopyOf | RegressionMean
+)  # fmt: skip
+
+
+def ranked(recipe: Recipe) -> bool:
+    """Return whether entries are dropped by their rank in a row, which must then be whole."""
+    return any(vector.rank_drop is not None for vector in getattr(recipe, "vectors", ()))
+
+
+def seen_by(recipe: Recipe) -> Sees:
+    """Return what a recipe must have before it at once; not of a formula, whose method declares it."""
+    if isinstance(recipe, ColumnCombination):
+        return "columns"
+    if isinstance(recipe, RegressionMean):
+        return "rows"
+    by_rows = isinstance(recipe, SelectedMerge) and recipe.selection and sees_rows(recipe.selection.score)
+    return "rows" if by_rows or isinstance(recipe, RowCombination) or ranked(recipe) else "elements"
+
+
+def removing(recipe: Recipe) -> tuple[TaskVector, ...]:
+    """Return the task vectors of a recipe that may lose entries; empty if none does."""
+    vectors = getattr(recipe, "vectors", ())
+    selects = isinstance(recipe, SelectedMerge) and recipe.selection is not None
+    return vectors if selects or any(vector.removes for vector in vectors) else ()
+
+
+def kept_by(
+    recipe: Recipe, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+) -> tuple[int, ...]:
+    """Return how many entries of each task vector survive, or how many elements are selected; empty if all are."""
+    vectors = removing(recipe)
+    assert base is not None or not vectors
+    if base is None:
+        return ()
+    if isinstance(recipe, SelectedMerge) and recipe.selection is not None:
+        return (int(recipe.selection.mask(models, base, where).sum()),) * len(vectors)
+    return tuple(int(v.mask(models[i], base, where).sum()) for i, v in enumerate(vectors))
+
+
+def _zeros(like: torch.Tensor) -> torch.Tensor:
+    """Return fp64 zeros of a piece's shape; 0 times an infinity would be NaN."""
+    import torch
+
+    return torch.zeros_like(like, dtype=torch.float64)

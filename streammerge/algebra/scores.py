@@ -1,0 +1,123 @@
+"""Numbers by which methods select elements: computed in fp64, rounded to fp32, ranked by their bit patterns.
+
+A pattern orders as the score does. A score of what is not finite ranks above all others, so that it is selected and
+shows in the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streammerge.algebra.task_vectors import Cut, TaskVector, Where
+from streammerge.numerics import elementary
+
+if TYPE_CHECKING:
+    import torch
+
+LARGEST = 3.4028234663852886e38
+"""The largest finite fp32 number."""
+UNKNOWN = 0x7FC00000
+"""The pattern of a score that is not finite."""
+SMOOTHING = 1e-8
+"""Added to every probability (mergekit's)."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The population variance of an element's task vectors over the models (SCE, https://arxiv.org/abs/2408.07990)."""
+
+    vectors: tuple[TaskVector, ...]
+
+    def patterns(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the score's pattern of each element, int32."""
+        entries = [v.rescale * v.surviving(models[v.model], base, where).double() for v in self.vectors]
+        mean = total = base.new_zeros(base.shape).double()
+        for entry in entries:
+            mean = mean + entry
+        mean = mean / len(entries)
+        for entry in entries:
+            apart = entry - mean
+            total = total + apart * apart
+        return _patterns(total / len(entries))
+
+
+@dataclass(frozen=True)
+class Importance:
+    """abs(delta) times how far the rows' softmaxes diverge, KL(theta || theta_0), the row being the last axis.
+
+    Probabilities are smoothed by `SMOOTHING`. An element that is not finite has no part in its row's divergence.
+    """
+
+    vector: TaskVector
+
+    def patterns(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
+    ) -> torch.Tensor:  # fmt: skip
+        """Return the score's pattern of each element of whole rows, int32 and flat."""
+        theta = models[self.vector.model]
+        if self not in where.divergences:
+            where.divergences[self] = self.divergence(theta, base, where)
+        size = self.vector.surviving(theta, base, where).double().abs().reshape(-1, where.row_length)
+        return _patterns((size * where.divergences[self].unsqueeze(1)).reshape(-1))
+
+    def divergence(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the divergence of each row, fp64; where rounding makes it negative, 0."""
+        import torch
+
+        after = self.vector.dropped_model(theta, base, where) if self.vector.removes else theta.double()
+        x, y = (values.reshape(-1, where.row_length) for values in (after, base.double()))
+        there = torch.isfinite(x) & torch.isfinite(y)
+        p, q = _probabilities(x, there), _probabilities(y, there)
+        terms = torch.where(there, p * elementary.log(p / q), 0.0)
+        return elementary.lane_sums(terms).clamp(min=0.0)
+
+
+Score = Spread | Importance
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The elements whose score passes a cut; the cut's ties go by index, or all one way."""
+
+    score: Score
+    cut: Cut
+
+    def mask(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return which elements of the piece are selected."""
+        import torch
+
+        pattern = self.score.patterns(models, base, where)
+        above = pattern > self.cut.key
+        if self.cut.ties == "all":
+            return above | (pattern == self.cut.key)
+        if self.cut.ties == "drop":
+            return above
+        assert self.cut.ties == "index"
+        place = torch.arange(where.start, where.start + pattern.numel(), device=pattern.device)
+        return above | ((pattern == self.cut.key) & (place < self.cut.limit))
+
+
+def sees_rows(ranked: object) -> bool:
+    """Return whether what is ranked depends on whole rows."""
+    return isinstance(ranked, Importance)
+
+
+def _probabilities(rows: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Return the smoothed softmax of each row, over the elements that are there."""
+    import torch
+
+    top = rows.masked_fill(~there, -torch.inf).max(dim=1, keepdim=True).values
+    powers = torch.where(there, elementary.exp(rows - torch.where(torch.isfinite(top), top, 0.0)), 0.0)
+    total = elementary.lane_sums(powers).unsqueeze(1)
+    return powers / torch.where(total == 0, 1.0, total) + SMOOTHING
+
+
+def _patterns(score: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    patterns = score.clamp(max=LARGEST).float().view(torch.int32) & 0x7FFFFFFF
+    return torch.where(torch.isfinite(score), patterns, UNKNOWN)

@@ -1,0 +1,200 @@
+"""Task vectors, and which of their entries survive drops and cuts: the formulas, in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from streammerge.numerics import philox as rng
+
+if TYPE_CHECKING:
+    import torch
+
+TiePolicy = Literal["drop", "all", "thin", "index"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which elements of which tensor a piece holds."""
+
+    tensor: str
+    """Canonical output name; it keys the random words."""
+    start: int
+    """Flat row-major index of the piece's first element in the whole tensor."""
+    keys: rng.RandomKeys
+    row_length: int = 1
+    """Elements of a row, where the piece is of whole rows."""
+    masks: dict[TaskVector, torch.Tensor] = field(default_factory=dict, compare=False)
+    """The masks of these elements found so far: a formula, and who counts what it kept, ask for the same."""
+    divergences: dict[object, torch.Tensor] = field(default_factory=dict, compare=False)
+    """What is known of these rows by a score that depends on all of a row."""
+
+    def words(self, purpose: str, model: int | None, n: int, device: torch.device) -> torch.Tensor:
+        """Return one random word per element of the piece, int64 in [0, 2**32)."""
+        return rng.words(self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device)
+
+    def words_at(self, purpose: str, model: int | None, places: torch.Tensor) -> torch.Tensor:
+        """Return the random words of some elements of the piece, given by their places in it."""
+        return rng.words_at(self.keys.key(purpose, model, self.tensor), places + self.start)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Keep elements by magnitude: those above a threshold, and some of those at it."""
+
+    key: int
+    """Bit pattern of the fp32 threshold, sign bit off: patterns order as magnitudes do."""
+    ties: TiePolicy
+    limit: int = 0
+    """`thin`: the word below which a tie is kept. `index`: the element before which it is."""
+
+
+@dataclass(frozen=True)
+class RankDrop:
+    """Keep an entry with probability low + spread * (r - 1) / (n - 1), r the rank of its magnitude in its row of n.
+
+    DELLA's MagPrune (https://arxiv.org/abs/2406.11617). The smallest has rank 1, equal ones the mean of their ranks;
+    in a row of one the probability is that of the middle.
+    """
+
+    low: float
+    spread: float
+    unbiased: bool = True
+    """A survivor is divided by its probability."""
+
+    def probabilities(self, delta: torch.Tensor, row_length: int) -> torch.Tensor:
+        """Return the probability of each entry, fp64 and flat, for whole rows."""
+        import torch
+
+        rows = delta.float().view(torch.int32).bitwise_and(0x7FFFFFFF).reshape(-1, row_length)
+        if not self.spread or row_length == 1:
+            return torch.full(
+                (rows.numel(),), self.low + self.spread * 0.5, dtype=torch.float64, device=delta.device
+            )
+        ordered = rows.sort(dim=1).values
+        first = torch.searchsorted(ordered, rows)
+        last = torch.searchsorted(ordered, rows, right=True)
+        place = 0.5 * (first + last - 1).double()
+        return (self.low + self.spread * (place / (row_length - 1))).flatten()
+
+
+@dataclass(frozen=True)
+class TaskVector:
+    """delta_i = theta_i - theta_0 of one model, as it enters the sum: dropped, cut, rescaled, weighed.
+
+    A random drop comes first and a magnitude cut after it; either may be absent.
+    """
+
+    model: int
+    weight: float = 1.0
+    rescale: float = 1.0
+    """Factor that makes up for the removed entries."""
+    drop: int = 0
+    """Elements whose "dare" word lies below this are dropped; see `rng.threshold`."""
+    drop_end: int = 0
+    """Before this element, those whose word equals `drop` are dropped too."""
+    shared: bool = False
+    """The random words are those of all models together, not the model's own."""
+    cut: Cut | None = None
+    outliers: Cut | None = None
+    """What this cut keeps, the largest, is removed after all: only with `cut`, whose tie policy it shares."""
+    rank_drop: RankDrop | None = None
+    """Drops entries by the rank of their magnitude; none of the others with it."""
+
+    @property
+    def coefficient(self) -> float:
+        """The one factor that multiplies a surviving entry."""
+        return self.weight * self.rescale
+
+    @property
+    def is_random(self) -> bool:
+        """Whether entries are dropped at random; not that random words choose among equal magnitudes at a threshold."""
+        return 0 < self.drop < 2**32 or self.drop_end > 0 or self.rank_drop is not None
+
+    @property
+    def removes(self) -> bool:
+        """Whether any entry may be removed."""
+        return self.drop > 0 or self.drop_end > 0 or self.cut is not None or self.rank_drop is not None
+
+    @property
+    def stream(self) -> int | None:
+        """The model whose random words decide; None: the stream that all models share."""
+        return None if self.shared else self.model
+
+    def dropped_model(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return theta_0 + rescale * surviving delta in fp64: the model as it is after the drop."""
+        return base.double() + self.rescale * self.surviving(theta, base, where).double()
+
+    def entries(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the task vector as it enters the sum: its coefficient times what survives, in fp64."""
+        import torch
+
+        left = self.surviving(theta, base, where).double()
+        if self.rank_drop is not None and self.rank_drop.unbiased:
+            q = self.rank_drop.probabilities(theta - base, where.row_length)
+            left = torch.where(left == 0, left, left / q)
+        return self.coefficient * left
+
+    def surviving(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the entries of the task vector that survive, 0 elsewhere, in the inputs' dtype."""
+        return (theta - base).masked_fill(~self.mask(theta, base, where), 0.0)
+
+    def mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return which entries survive; a dropped entry counts as 0 for the cut."""
+        if self not in where.masks:
+            where.masks[self] = self._mask(theta, base, where)
+        return where.masks[self]
+
+    def _mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+        import torch
+
+        delta = theta - base
+        if self.rank_drop is not None:
+            words = where.words("della", self.stream, delta.numel(), delta.device)
+            q = self.rank_drop.probabilities(delta, where.row_length)
+            return (words < (q * 2.0**32 + 0.5).floor().long()) | ~torch.isfinite(delta)
+        keep = torch.ones_like(delta, dtype=torch.bool)
+        if self.drop or self.drop_end:
+            words = where.words("dare", self.stream, delta.numel(), delta.device)
+            keep = words >= self.drop
+            if self.drop_end:
+                place = torch.arange(where.start, where.start + delta.numel(), device=delta.device)
+                keep &= (words > self.drop) | (place >= self.drop_end)
+            # What is not finite is never dropped: it must show in the output, where it is found.
+            keep |= ~torch.isfinite(delta)
+            delta = delta.masked_fill(~keep, 0.0)
+        if self.cut is None:
+            return keep
+        key = delta.float().view(torch.int32) & 0x7FFFFFFF
+        kept = self._kept_by(self.cut, key, where)
+        if self.outliers is None:
+            return kept
+        # What is not finite is no outlier: it must show in the output, where it is found.
+        return kept & (~self._kept_by(self.outliers, key, where) | (key >= 0x7F800000))
+
+    def _kept_by(self, cut: Cut, key: torch.Tensor, where: Where) -> torch.Tensor:
+        above = key > cut.key
+        if cut.ties == "drop":
+            return above
+        if cut.ties == "all":
+            return key >= cut.key
+        tied = (key == cut.key).nonzero().squeeze(-1)
+        if cut.ties == "index":
+            kept = tied[tied + where.start < cut.limit]
+        elif 4 * tied.numel() < key.numel():  # a word for one costs as much as for four in a row
+            kept = tied[where.words_at("ties", self.stream, tied) < cut.limit]
+        else:
+            kept = tied[where.words("ties", self.stream, key.numel(), key.device)[tied] < cut.limit]
+        return above.index_fill(0, kept, True)
+
+
+def terms_of(
+    vectors: Sequence[TaskVector], models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+) -> list[torch.Tensor]:
+    """Return the surviving entries of task vectors; without any, the base, if there is one, and the models."""
+    if not vectors:
+        return [*([] if base is None else [base]), *models]
+    assert base is not None
+    shape = base.shape
+    return [v.surviving(models[v.model].flatten(), base.flatten(), where).reshape(shape) for v in vectors]

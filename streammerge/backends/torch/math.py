@@ -1,0 +1,458 @@
+"""A loaded piece through the torch formulas: the reference, users' own methods, fp64, and the GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.algebra.rules import (
+    ROWS_AT_ONCE,
+    ColumnCombination,
+    CopyOf,
+    FisherMean,
+    Formula,
+    Recipe,
+    RegressionMean,
+    RowCombination,
+    TaskVectorMerge,
+    WeightedSum,
+    kept_by,
+    ranked,
+    removing,
+    seen_by,
+    touched_entries,
+)
+from streammerge.algebra.scores import Score, sees_rows
+from streammerge.algebra.task_vectors import TaskVector, Where, terms_of
+from streammerge.backends.cpu.math import Applied, Bins, Counts, Loaded, Operand, operand_bytes
+from streammerge.backends.torch.gpu import free_unused, synchronize
+from streammerge.errors import InputError, WorldError, blamed_on, printable
+from streammerge.io.buffer_pool import Bytes
+from streammerge.statistics.kinds import Squares, Touches, full_matrices, rows_at_once
+from streammerge.statistics.reducers import block_sums
+
+if TYPE_CHECKING:
+    import torch
+
+_HITS_AT_ONCE = 1 << 22
+_Result = TypeVar("_Result")
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}
+
+
+class TorchMath:
+    """A piece on a torch device; statistics are integers or fixed-order sums, equal to the kernels'.
+
+    Parameters
+    ----------
+    device
+        ``cpu`` or ``cuda[:N]``.
+    block
+        Elements worked on at a time where the formula may be cut anywhere.
+    keep
+        Whether the piece's operands fit the device's memory whole: they are then copied there once, however often
+        they are passed over.
+    """
+
+    def __init__(self, piece: Loaded, device: str, block: int, *, keep: bool = False) -> None:
+        self._piece = piece
+        self._device = device
+        self._block = block
+        self._keep = keep
+        self._kept: dict[Operand, torch.Tensor] = {}
+        self._divergences: dict[tuple[int, int], dict[object, torch.Tensor]] = {}
+
+    def _each(self, run: Callable[[int, int], _Result], divisor: int = 1) -> Iterator[_Result]:
+        """Yield what `run` returns for each block; after an out-of-memory error the same block, cut smaller.
+
+        `run` takes nothing into account before it has succeeded.
+
+        Raises
+        ------
+        WorldError
+            If the device has no room for the smallest block.
+        """
+        import torch
+
+        start, size = 0, max(divisor, self._block // divisor * divisor)
+        while start < self._piece.n:
+            stop = min(self._piece.n, start + size)
+            try:
+                result = run(start, stop)
+            except torch.OutOfMemoryError:
+                if not self._keep:
+                    size = min(size, stop - start) // 2 // divisor * divisor
+                self._keep = False
+                self._kept.clear()
+                if size < divisor or not self._block:
+                    raise WorldError(
+                        f"tensor {printable(self._piece.tensor)}: {self._device} has no memory left for it; free "
+                        "some, or merge with --device cpu"
+                    ) from None
+                free_unused(self._device)
+                continue
+            yield result
+            start = stop
+
+    def _tensor(self, operand: Operand, a: int, b: int) -> torch.Tensor:
+        if self._keep:
+            if operand not in self._kept:
+                whole = self._host(operand, 0, self._piece.n)
+                self._kept[operand] = whole.to(self._device, non_blocking=True)
+            values = self._kept[operand][a:b]
+        else:
+            values = self._host(operand, a, b).to(self._device, non_blocking=True)
+        return values.clone() if operand.dtype == "F64" else values.float()
+
+    def _host(self, operand: Operand, a: int, b: int) -> torch.Tensor:
+        """Return a view of an operand's bytes in the buffer."""
+        import torch
+
+        width = operand_bytes(operand, 1)
+        raw: Bytes = self._piece.arena[operand.offset + a * width : operand.offset + b * width]
+        values = torch.from_numpy(raw.view(_NUMPY[operand.dtype]))
+        return values.view(torch.bfloat16) if operand.dtype == "BF16" else values
+
+    def _inputs(self, a: int, b: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+        import torch
+
+        base = self._tensor(self._piece.base, a, b) if self._piece.base is not None else None
+        models = [self._tensor(operand, a, b) for operand in self._piece.models]
+        if any(tensor.dtype == torch.float64 for tensor in [*models, *([] if base is None else [base])]):
+            models = [model.double() for model in models]
+            base = None if base is None else base.double()
+        return models, base
+
+    def _fishers(self, a: int, b: int) -> list[torch.Tensor]:
+        return [self._tensor(operand, a, b) for operand in self._piece.fishers]
+
+    def _where(self, a: int, b: int) -> Where:
+        piece = self._piece
+        known = self._divergences.setdefault((a, b), {})
+        return Where(piece.tensor, piece.start + a, piece.keys, piece.row_length, divergences=known)
+
+    def _surviving(self, vector: TaskVector, a: int, b: int) -> torch.Tensor:
+        models, base = self._inputs(a, b)
+        assert base is not None
+        return vector.surviving(models[vector.model], base, self._where(a, b))
+
+    def _patterns(self, vector: TaskVector | Score, a: int, b: int) -> torch.Tensor:
+        import torch
+
+        if not isinstance(vector, TaskVector):
+            models, base = self._inputs(a, b)
+            assert base is not None
+            return vector.patterns(models, base, self._where(a, b))
+        delta = self._surviving(vector, a, b).float()
+        return delta.view(torch.int32) & 0x7FFFFFFF
+
+    def count_keys(
+        self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
+    ) -> tuple[int, int]:
+        """See `PieceMath`."""
+        import torch
+
+        def count(a: int, b: int) -> tuple[int, int, torch.Tensor]:
+            keys = self._patterns(vector, a, b)
+            inside = keys[(keys >= low) & (keys <= high)]
+            return int((keys > high).sum()), int(keys.max()), (inside - low) >> shift
+
+        above = highest = waiting = 0
+        hits: list[torch.Tensor] = []
+
+        def add_up() -> None:  # few hits a block, many bins: a block by itself would cost all bins
+            if hits:
+                counted = torch.bincount(torch.cat(hits), minlength=len(bins))
+                bins[:] += counted.cpu().numpy().astype(np.int32)
+                hits.clear()
+
+        for more, top, hit in self._each(count, self._row_of(vector)):
+            above += more
+            highest = max(highest, top)
+            hits.append(hit)
+            waiting += hit.numel()
+            if waiting >= _HITS_AT_ONCE:
+                add_up()
+                waiting = 0
+        add_up()
+        return above, highest
+
+    def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
+        """See `PieceMath`."""
+
+        def sums(a: int, b: int) -> NDArray[np.float64]:
+            return block_sums(_finite(self._surviving(vector, a, b)).double().abs().cpu().numpy())
+
+        step = 4096 if vector.rank_drop is None else math.lcm(4096, self._piece.row_length)
+        partials = list(self._each(sums, step))
+        return np.concatenate(partials) if partials else np.zeros(0)
+
+    def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
+        """See `PieceMath`."""
+
+        def sums(a: int, b: int) -> tuple[NDArray[np.float64], int]:
+            values = self._fishers(a, b)[model].double().cpu().numpy()
+            return block_sums(values * values), int((~(values >= 0) | np.isinf(values)).sum())
+
+        found = list(self._each(sums, 4096))
+        partials = [partial for partial, _ in found]
+        return np.concatenate(partials) if partials else np.zeros(0), sum(bad for _, bad in found)
+
+    def _row_of(self, vector: TaskVector | Score) -> int:
+        """Return of how many elements a multiple is ranked at a time."""
+        return self._piece.row_length if sees_rows(vector) else 1
+
+    def squares(self, request: Squares) -> NDArray[np.float64]:
+        """See `PieceMath`."""
+
+        def sums(a: int, b: int) -> NDArray[np.float64]:
+            models, base = self._inputs(a, b)
+            assert base is not None
+            where = self._where(a, b)
+            selected = None if request.selection is None else request.selection.mask(models, base, where)
+            columns = []
+            for vector in request.vectors:
+                left = _finite(vector.surviving(models[vector.model], base, where)).double() * vector.rescale
+                left = left if selected is None else left.masked_fill(~selected, 0.0)
+                columns.append(block_sums((left * left).cpu().numpy()))
+            return np.stack(columns, axis=1)
+
+        return np.concatenate(list(self._each(sums, 4096)))
+
+    def touches(self, request: Touches) -> Counts:
+        """See `PieceMath`."""
+
+        def count(a: int, b: int) -> Counts:
+            import torch
+
+            models, base = self._inputs(a, b)
+            assert base is not None
+            entries = touched_entries(request.vectors, request.epsilon, models, base, self._where(a, b))
+            touched = torch.stack([mask for _, mask in entries])
+            by = touched.sum(dim=0)
+            alone, shared = (touched & (by == 1)).sum(dim=1), (touched & (by > 1)).sum(dim=1)
+            counts: Counts = torch.stack([alone, shared]).cpu().numpy()
+            return counts
+
+        return np.sum(list(self._each(count)), axis=0)
+
+    def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
+        """See `PieceMath`."""
+
+        def find(a: int, b: int) -> NDArray[np.int64]:
+            places: NDArray[np.int64] = (
+                (self._patterns(vector, a, b) == key).nonzero().flatten().cpu().numpy()
+            )
+            return places + a
+
+        counts = np.zeros(-(-self._piece.n // size), np.int64)
+        for places in self._each(find, self._row_of(vector)):
+            counts += np.bincount(places // size, minlength=len(counts))
+        return counts
+
+    def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
+        """See `PieceMath`."""
+
+        def sums(a: int, b: int) -> NDArray[np.float64]:
+            models, base = self._inputs(a, b)
+            return self._dots(vectors, models, base, self._where(a, b), length)
+
+        return np.concatenate(list(self._each(sums, length)))
+
+    def _dots(
+        self, vectors: Sequence[TaskVector], models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
+        length: int,
+    ) -> NDArray[np.float64]:  # fmt: skip
+        terms = self._terms(vectors, models, base, where)
+        pairs = [terms[i] * terms[j] for i in range(len(terms)) for j in range(i, len(terms))]
+        return np.stack([block_sums(pair.flatten().cpu().numpy(), length) for pair in pairs], axis=1)
+
+    @staticmethod
+    def _terms(
+        vectors: Sequence[TaskVector], models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> list[torch.Tensor]:
+        """Return the vectors whose products are summed, fp64: what is not finite has no part in sums."""
+        terms = [_finite(term).double() for term in terms_of(vectors, models, base, where)]
+        for i, vector in enumerate(vectors):
+            terms[i] = vector.rescale * terms[i]
+        return terms
+
+    def _combine_columns(
+        self, recipe: ColumnCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> torch.Tensor:
+        import torch
+
+        length = self._piece.row_length
+        rows = [model.reshape(-1, length) for model in models]
+        shaped = None if base is None else base.reshape(-1, length)
+        weights = torch.from_numpy(recipe.weights).to(self._device)
+        return recipe.combined(rows, shaped, where, weights).reshape(-1)
+
+    def _combine_rows(
+        self, recipe: RowCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> torch.Tensor:
+        import torch
+
+        length = self._piece.row_length
+        k = len(recipe.vectors) or len(models) + (base is not None)
+        pairs = self._dots(recipe.vectors, models, base, where, length)
+        weights = np.ascontiguousarray(recipe.coefficients(full_matrices(pairs, k)))
+        rows = [model.reshape(-1, length) for model in models]
+        shaped = None if base is None else base.reshape(-1, length)
+        merged = recipe.combined(rows, shaped, where, torch.from_numpy(weights).to(self._device))
+        return merged.reshape(-1)
+
+    def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
+        """See `PieceMath`."""
+        columns = self._piece.row_length
+        at_once = rows_at_once(columns)
+
+        def products(a: int, b: int) -> tuple[NDArray[np.float64], ...]:
+            """Return (pairs, rows, columns): rows that end a sum begun before, sums of whole runs of rows, and the rest."""
+            models, base = self._inputs(a, b)
+            terms = self._terms(vectors, models, base, self._where(a, b))
+            rows = [term.reshape(-1, columns) for term in terms]
+            first = min(len(rows[0]), -(a // columns) % at_once)
+            last = first + (len(rows[0]) - first) // at_once * at_once
+            pairs = [(x, y) for i, x in enumerate(rows) for y in rows[i:]]
+            return (
+                _stacked([x[:first] * y[:first] for x, y in pairs]),
+                _stacked([_sums_of_rows(x[first:last], y[first:last], at_once) for x, y in pairs]),
+                _stacked([x[last:] * y[last:] for x, y in pairs]),
+            )
+
+        part, waiting = np.zeros_like(sums), 0
+        for before, whole, after in self._each(products, columns):
+            for row in range(before.shape[1]):
+                part += before[:, row]
+            waiting = (waiting + before.shape[1]) % at_once
+            if not waiting:
+                sums += part
+                part[:] = 0.0
+            for run in range(whole.shape[1]):
+                sums += whole[:, run]
+            for row in range(after.shape[1]):
+                part += after[:, row]
+            waiting += after.shape[1]
+        sums += part
+
+    def sign_total(self, merge: TaskVectorMerge) -> int:
+        """See `PieceMath`."""
+
+        def total(a: int, b: int) -> int:
+            models, base = self._inputs(a, b)
+            assert base is not None
+            return merge.sign_total(models, base, self._where(a, b))
+
+        return sum(self._each(total, self._piece.row_length if ranked(merge) else 1))
+
+    def apply(self, recipe: Recipe, out: Operand) -> Applied:
+        """See `PieceMath`."""
+        if isinstance(recipe, CopyOf):
+            recipe = WeightedSum(tuple(float(i == recipe.model) for i in range(len(self._piece.models))))
+        n_vectors = len(removing(recipe))
+
+        def merge(a: int, b: int) -> Applied:
+            models, base = self._inputs(a, b)
+            where = self._where(a, b)
+            fishers = self._fishers(a, b)
+            bad = floored = 0
+            kept = kept_by(recipe, models, base, where)
+            if isinstance(recipe, FisherMean):
+                floored = recipe.decided_by_floor(fishers)
+                bad = sum(int((fisher < 0).sum()) for fisher in fishers)
+            merged = self._call(recipe, models, base, where, fishers)
+            return Applied(bad + self._store(merged, out, a, b), kept, floored)
+
+        row = self._piece.row_length if len(self._piece.shape) > 1 or seen_by(recipe) == "rows" else 1
+        if isinstance(recipe, RegressionMean):
+            row *= ROWS_AT_ONCE
+        parts = list(self._each(merge, row if self._block else max(1, self._piece.n)))
+        kept = tuple(sum(part.kept[i] for part in parts) for i in range(n_vectors))
+        return Applied(sum(part.not_finite for part in parts), kept, sum(part.floored for part in parts))
+
+    def _call(
+        self, recipe: Recipe, models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
+        fishers: list[torch.Tensor],
+    ) -> torch.Tensor:  # fmt: skip
+        import torch
+
+        assert not isinstance(recipe, CopyOf)
+        if isinstance(recipe, RowCombination):
+            return self._combine_rows(recipe, models, base, where)
+        if isinstance(recipe, ColumnCombination):
+            return self._combine_columns(recipe, models, base, where)
+        if not isinstance(recipe, Formula):
+            return recipe(models, base, where, fishers)
+        models = recipe.dropped(models, base, where)
+        shape = self._piece.shape if len(self._piece.shape) != 1 else (-1,)
+        if self._block and len(shape) > 1:
+            shape = (-1, shape[-1])
+        shaped = [model.reshape(shape) for model in models]
+        with blamed_on(recipe.method, self._piece.tensor):
+            merged = recipe(shaped, None if base is None else base.reshape(shape), where)
+        what: str | None = None
+        if not isinstance(merged, torch.Tensor) or merged.shape != shaped[0].shape:
+            found = tuple(merged.shape) if isinstance(merged, torch.Tensor) else type(merged).__name__
+            what = f"{found}, not a tensor of shape {tuple(shaped[0].shape)}"
+        elif not merged.dtype.is_floating_point:
+            what = f"{str(merged.dtype).removeprefix('torch.')} numbers, not floating-point ones: call .float() on them"
+        if what is not None:
+            name, tensor = printable(recipe.method), printable(self._piece.tensor)
+            raise InputError(f"method {name!r}: of tensor {tensor} it returned {what}")
+        return merged.detach().reshape(-1)
+
+    def _store(self, merged: torch.Tensor, out: Operand, a: int, b: int) -> int:
+        import torch
+
+        rounded = round_to(merged, out.dtype)
+        bad = int((~torch.isfinite(rounded)).sum())
+        if bad:
+            rounded = torch.where(torch.isnan(rounded), torch.full_like(rounded, float("nan")), rounded)
+        # Last, for it may lie over an input: until here the block can be done again.
+        self._host(out, a, b).copy_(rounded, non_blocking=True)
+        synchronize(self._device)
+        return bad
+
+
+def _stacked(tensors: Sequence[torch.Tensor]) -> NDArray[np.float64]:
+    import torch
+
+    stacked: NDArray[np.float64] = torch.stack(list(tensors)).cpu().numpy()
+    return stacked
+
+
+def _sums_of_rows(x: torch.Tensor, y: torch.Tensor, at_once: int) -> torch.Tensor:
+    """Return the sums of products over each run of `at_once` rows, row after row, (runs, columns)."""
+    x, y = (rows.reshape(-1, at_once, rows.shape[1]) for rows in (x, y))
+    total = x.new_zeros(x.shape[0], x.shape[2])
+    for row in range(at_once):
+        total = total + x[:, row] * y[:, row]
+    return total
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    """Return values with 0 in place of what is not finite, which has no part in sums."""
+    return values.masked_fill(~values.isfinite(), 0.0)
+
+
+def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Round once, to nearest even, to an output dtype; fp64 does not pass through a rounded fp32.
+
+    torch casts fp64 to 16 bits by way of fp32, which rounds twice: here the step in between is
+    round-to-odd, after which the second rounding is the only one.
+    """
+    import torch
+
+    target = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
+    if values.dtype != torch.float64 or target.itemsize != 2:
+        return values.to(target)
+    single = values.float()
+    bits = single.view(torch.int32)
+    inexact = (single.double() != values) & ~torch.isnan(values)
+    away = single.double().abs() > values.abs()
+    odd = (bits - away.int()) | 1
+    return torch.where(inexact, odd, bits).view(torch.float32).to(target)

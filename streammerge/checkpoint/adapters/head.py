@@ -1,0 +1,158 @@
+"""Output heads that share the embedding's weights, under an adapter that trains the one or the other by itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from streammerge.checkpoint.adapters.files import Adapter
+from streammerge.checkpoint.naming import LANGUAGE_PARTS, TIED
+from streammerge.checkpoint.refs.made import PatchedRef, RenamedRef, SourceRef
+from streammerge.formats.safetensors import TensorRef
+from streammerge.io.files import bad, quoted
+
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
+    "shared.weight",
+)
+HEADS = ("lm_head.weight", "embed_out.weight")
+_WITH_HEADS = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "ImageTextToText")
+"""Ends of architectures that have a head, tied or not."""
+_SCALED = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano")
+"""Models that scale what goes into a head which is tied, so that it cannot be untied as it is."""
+
+
+def is_embedding(name: str) -> bool:
+    """Return whether a tensor is the embedding of tokens, by its name."""
+    return name.endswith(tuple(f".{end}" for end in _EMBEDDINGS)) or name in _EMBEDDINGS
+
+
+def is_head(name: str) -> bool:
+    """Return whether a tensor is an output head, by its name."""
+    return name in HEADS or name.endswith(tuple(f".{end}" for end in HEADS))
+
+
+def is_tied(config: Mapping[str, Any], names: Mapping[str, SourceRef], *, asked: bool = False) -> bool:
+    """Return whether a model's head is its embedding.
+
+    config.json says so, or leaves it out and the model stores no head: `transformers` would read it so.
+
+    Parameters
+    ----------
+    asked
+        There is a head, whatever the architecture is called: the adapter has factors of it.
+    """
+    flag = next((part[TIED] for part in _parts(config) if isinstance(part.get(TIED), bool)), None)
+    architectures = config.get("architectures")
+    names_of = [str(name) for name in architectures] if isinstance(architectures, list) else []
+    known = any(name.endswith(_WITH_HEADS) for name in names_of)
+    if flag is True:
+        return asked or known or not names_of
+    return flag is None and not any(map(is_head, names)) and (asked or known)
+
+
+def renamed(ref: SourceRef, name: str) -> SourceRef:
+    """Return the same tensor under another name."""
+    return replace(ref, name=name) if isinstance(ref, TensorRef) else RenamedRef(ref, name)
+
+
+def shared_heads(adapter: Adapter) -> set[str]:
+    """Return the heads whose trained tokens are the embedding's: PEFT trains them as one where the model is tied."""
+    settings = adapter.settings
+    of_embeddings = [
+        settings.token_indices(module) for module in adapter.tokens if is_embedding(f"{module}.weight")
+    ]
+    return {
+        module
+        for module in adapter.tokens
+        if is_head(f"{module}.weight") and settings.token_indices(module) in of_embeddings
+    }
+
+
+def settle_vocabulary(
+    adapter: Adapter,
+    base: Mapping[str, SourceRef],
+    tensors: Mapping[str, SourceRef],
+    config: Mapping[str, Any],
+) -> tuple[dict[str, SourceRef], dict[str, Any], tuple[str, ...]]:
+    """Return a model's tensors, settings and notes after an adapter that changes the embedding or the head.
+
+    Of a tied model the two part ways where the adapter changes only one, as they did while it was trained: the other stays
+    that of the base. They stay one where single tokens of the embedding were trained, and with ``ensure_weight_tying``. The
+    size of the vocabulary follows the embedding.
+
+    Raises
+    ------
+    ModelError
+        If a head would be untied that cannot be.
+    """
+    found, settings = dict(tensors), copy.deepcopy(dict(config))
+    parts = _parts(settings)
+    embeddings = [name for name in base if is_embedding(name) and found[name] is not base[name]]
+    notes = _part(adapter, base, found, settings) if is_tied(config, base, asked=_asks(adapter)) else ()
+    for name in embeddings:
+        before, after = base[name].shape[0], found[name].shape[0]
+        for part in parts:
+            if before != after and part.get("vocab_size") == before:
+                part["vocab_size"] = after
+    return found, settings, notes
+
+
+def _part(
+    adapter: Adapter, base: Mapping[str, SourceRef], found: dict[str, SourceRef], settings: dict[str, Any]
+) -> tuple[str, ...]:
+    """Store the head of a tied model by itself where the adapter changed only one of the two; return what to say of it."""
+    shared = shared_heads(adapter)
+    own_tokens = any(is_head(f"{module}.weight") for module in adapter.tokens if module not in shared)
+    changed = [name for name in base if is_embedding(name) and found[name] is not base[name]]
+    trained = [name for name in changed if not isinstance(found[name], PatchedRef)]
+    heads = [name for name in found if is_head(name) and (name not in base or found[name] is not base[name])]
+    own = [name for name in heads if own_tokens or not isinstance(found[name], PatchedRef)]
+    stored = [name for name in found if is_head(name)]
+    if trained and adapter.settings.flag("ensure_weight_tying"):
+        for name in stored:
+            found.pop(name)
+        return ()
+    if trained and not stored:
+        embedding = trained[0]
+        if found[embedding].shape != base[embedding].shape:
+            return ()  # the head has the new size too, and the base has none of that
+        stored = [HEADS[0]]
+        found[HEADS[0]] = renamed(base[embedding], HEADS[0])
+    elif not trained and not own:
+        for name in [name for name in stored if name not in base]:
+            found.pop(name)  # the same rows as the embedding's
+        return ()
+    if settings.get("model_type") in _SCALED:
+        raise bad(
+            str(adapter.directory),
+            f"the adapter changes the head or the embedding alone, and {settings['model_type']} scales what a "
+            "tied head is given: untying it would change the model; merge it with PEFT first",
+        )
+    for part in _parts(settings):
+        if part is settings or TIED in part:
+            part[TIED] = False
+    how = "brings a head of its own" if own else "changes the embedding alone"
+    return (
+        f"{quoted(stored[0])}: the base ties its head to the embedding, and the adapter {how}: the output stores its head by "
+        f"itself, and {TIED} is false in its config.json",
+    )
+
+
+def _asks(adapter: Adapter) -> bool:
+    """Return whether an adapter changes a head, so that there is one."""
+    return any(is_head(f"{module}.weight") for module in (*adapter.modules, *adapter.tokens)) or any(
+        map(is_head, adapter.replaced)
+    )
+
+
+def _parts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what speaks of the language model: a config, and the parts of it for one within a larger model."""
+    nested = [part for key, part in config.items() if key in LANGUAGE_PARTS and isinstance(part, dict)]
+    return [config if isinstance(config, dict) else dict(config), *nested]

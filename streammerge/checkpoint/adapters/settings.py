@@ -1,0 +1,179 @@
+"""``adapter_config.json`` of PEFT: what an adapter is, what it scales its changes by, and what is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge.formats.safetensors import FileStamp
+from streammerge.io.files import bad, quoted, read_exactly, reading
+from streammerge.io.strict_json import MAX_NBYTES, parse_object
+
+ADAPTER_CONFIG = "adapter_config.json"
+LORA, TOKENS = "LORA", "TRAINABLE_TOKENS"
+_WITH_PEFT = "merge it into the base with PEFT's merge_and_unload first"
+_PROMPTS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "ADAPTION_PROMPT",
+    "CPT",
+    "CARTRIDGE",
+    "XLORA",
+)
+"""Kinds that change no weight, or by what is read only: nothing can merge them."""
+_REFUSED = {
+    "use_qalora": "QA-LoRA",
+    "alora_invocation_tokens": "an activated LoRA, which acts on a part of the text only",
+    "layer_replication": "a model of replicated layers",
+    "megatron_config": "a Megatron layout",
+    "use_bdlora": "a block-diagonal LoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+}
+"""Entries of a configuration that change what the tensors mean, with what they stand for."""
+_ROUTED = {"arrow_config": "Arrow, which routes by the text"}
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Beginnings of ways to initialise after which the base is another one."""
+_LARGEST_ALPHA = 1e30
+_LONGEST_MATCHED = 400
+"""Characters of a module's name that expressions are tried on."""
+_SIMPLE = re.compile(r"\^?[\w.\\|()\[\]-]{0,600}\$?", re.ASCII)
+"""Expressions with no repetition but two of ``.*``, and few choices, so that no text takes long to match."""
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """The entries of an adapter's configuration, with the checks that they need where they are used."""
+
+    path: str
+    entries: Mapping[str, Any]
+
+    def flag(self, key: str) -> bool:
+        """Return an entry that is true or false; false where there is none."""
+        value = self.entries.get(key, False)
+        if not isinstance(value, bool | None):
+            raise bad(self.path, f"{key} is neither true nor false")
+        return bool(value)
+
+    def texts(self, key: str) -> list[str]:
+        """Return an entry that is a list of texts; empty where there is none."""
+        value = self.entries.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
+            raise bad(self.path, f"{key} is not a list of names")
+        return value
+
+    def scale(self, module: str, rank: int) -> float:
+        """Return what the product of a module's factors is multiplied by: alpha over the rank, or over its root (rsLoRA)."""
+        alpha = self._of_module("alpha_pattern", module, self.entries.get("lora_alpha", 8))
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST_ALPHA:
+            raise bad(self.path, f"lora_alpha of module {quoted(module)} is no number, or none of use")
+        stated = self.rank(module)
+        if stated is not None and stated != rank:
+            raise bad(self.path, f"module {quoted(module)}: rank {stated}, but its factors have {rank}")
+        return alpha / math.sqrt(rank) if self.flag("use_rslora") else alpha / rank
+
+    def rank(self, module: str) -> int | None:
+        """Return the rank that is stated for a module; None where none is."""
+        stated = self._of_module("rank_pattern", module, self.entries.get("r", 8))
+        if not isinstance(stated, int) or isinstance(stated, bool) or self.entries.get("r") is None:
+            return None
+        return stated
+
+    def token_indices(self, module: str) -> list[Any]:
+        """Return the numbers of the tokens that were trained in a module.
+
+        Raises
+        ------
+        ModelError
+            If the configuration has none for it.
+        """
+        key = "token_indices" if self.entries.get("peft_type") == TOKENS else "trainable_token_indices"
+        value = self.entries.get(key)
+        if isinstance(value, dict):
+            ends = [name for name in value if module == name or module.endswith(f".{name}")]
+            value = value[ends[0]] if len(ends) == 1 else None
+        if not isinstance(value, list):
+            raise bad(self.path, f"{key} has no tokens for the trained module {quoted(module)}")
+        return value
+
+    def _of_module(self, key: str, module: str, otherwise: Any) -> Any:
+        """Return what a pattern says of a module, as PEFT matches them: the end of its name, or an expression for it."""
+        patterns = self.entries.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise bad(self.path, f"{key} is not a map")
+        for pattern, value in patterns.items():
+            if module == pattern or module.endswith(f".{pattern}"):
+                return value
+            plain = pattern.replace(".*", "", 2).replace("(?:", "(")
+            if _SIMPLE.fullmatch(plain) is None or plain.count("(") > 3 or plain.count("|") > 20:
+                raise bad(
+                    self.path,
+                    f"{key}: {quoted(pattern, 80)} is too free an expression; merge the adapter with PEFT first",
+                )
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    expression = re.compile(rf"(.*\.)?({pattern})", re.DOTALL)
+            except (re.error, Warning):
+                raise bad(self.path, f"{key}: {quoted(pattern, 80)} is no regular expression") from None
+            if len(module) <= _LONGEST_MATCHED and expression.fullmatch(module):
+                return value
+        return otherwise
+
+
+def read_settings(path: Path) -> tuple[AdapterSettings, FileStamp]:
+    """Read an adapter's configuration.
+
+    Raises
+    ------
+    ModelError
+        If it is malformed, or of a kind that is no fixed change of weights, by its name.
+    """
+    with reading(str(path)) as (fd, status):
+        if status.st_size > MAX_NBYTES:
+            raise bad(str(path), f"has {status.st_size} bytes, more than {MAX_NBYTES}")
+        raw = read_exactly(fd, status.st_size, 0, str(path))
+    entries = parse_object(raw, str(path), "the file", "any")
+    digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
+    stamp = FileStamp(
+        str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, digest
+    )
+    _refuse_kinds(entries, str(path))
+    return AdapterSettings(str(path), entries), stamp
+
+
+def _refuse_kinds(entries: Mapping[str, Any], path: str) -> None:
+    kind = entries.get("peft_type")
+    if kind in _PROMPTS:
+        raise bad(
+            path,
+            f"peft_type is {quoted(str(kind), 40)}, which changes no weights: it cannot be merged; "
+            "keep it as an adapter of the merged model",
+        )
+    if kind not in (LORA, TOKENS):
+        raise bad(
+            path,
+            f"peft_type is {quoted(str(kind), 40)}: only LORA and TRAINABLE_TOKENS are supported; {_WITH_PEFT}",
+        )
+    start = entries.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise bad(
+            path,
+            f"init_lora_weights: {quoted(start, 40)}: this initialisation modifies the base weights before training "
+            "(PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do), so the adapter does not fit the base; save it with PEFT's "
+            f"path_initial_model_for_weight_conversion, or {_WITH_PEFT}",
+        )
+    for key, what in _REFUSED.items():
+        if entries.get(key):
+            raise bad(path, f"{key}: {what} is not supported; merge the adapter with PEFT first")
+    for key, what in _ROUTED.items():
+        if entries.get(key):
+            raise bad(path, f"{key}: {what}: it is no fixed change of the weights, and cannot be merged")

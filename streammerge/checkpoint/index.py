@@ -1,0 +1,307 @@
+"""One model as an index: the name of a tensor leads to where its bytes lie, from headers alone.
+
+No architecture is known here; names decide.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streammerge.checkpoint.adapters.apply import adapt
+from streammerge.checkpoint.adapters.files import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
+from streammerge.checkpoint.hub import cache_directory, find_snapshot, parse_name
+from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, quantization_of
+from streammerge.checkpoint.refs.float8 import with_floats
+from streammerge.checkpoint.refs.made import SourceRef, contiguous
+from streammerge.checkpoint.shards import (
+    INDEX_NAME,
+    PICKLES,
+    SINGLE_NAME,
+    SUFFIX,
+    Shards,
+    find_shards,
+)
+from streammerge.checkpoint.tied_copies import is_tied_copy
+from streammerge.checkpoint.weight_sets import no_model
+from streammerge.errors import ModelError, NotDownloadedError, WorldError, printable
+from streammerge.formats.safetensors import FileStamp, TensorRef, read_header
+from streammerge.formats.torch_file import Pickled, open_pickle
+from streammerge.io.files import bad, from_os, meant, place, quoted, reading
+from streammerge.io.strict_json import read_object
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "TensorIndex", "open_model"]
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True, eq=False)
+class TensorIndex(Mapping[str, SourceRef]):
+    """The tensors of one model, in the order of their bytes: shard by shard, then by offset."""
+
+    reference: str
+    """The model as the config names it."""
+    directory: Path
+    """Where its files are; tokenizer and config lie beside them."""
+    stamps: tuple[FileStamp, ...]
+    """Of every file read, sorted by path."""
+    metadata: Mapping[str, str]
+    """Of all shards together; where two disagree, the first has its way."""
+    tensors: Mapping[str, SourceRef]
+    unlisted: tuple[str, ...] = ()
+    """Tensors that lie in a shard but not in the index file, and so are not part of the model."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What its config.json says; empty where there is none."""
+    adapter: Adapter | None = None
+    """What was applied to its weights; its tensors are those that result."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it was read."""
+    quantization: Quantization | None = None
+    """Which of its tensors are codes, and what belongs to them; None where all are plain."""
+
+    def __getitem__(self, name: str) -> SourceRef:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors of the model."""
+        return sum(ref.nbytes for ref in self.tensors.values())
+
+    def stored(self) -> dict[str, TensorRef]:
+        """Return the tensors of a model that all lie in files.
+
+        Raises
+        ------
+        ModelError
+            If an adapter changes some, or the elements of some do not lie one after the other.
+        """
+        if self.adapter is not None:
+            raise ModelError(f"{place(self.reference)}: a model with an adapter cannot serve here")
+        return {name: contiguous(ref) for name, ref in self.tensors.items()}
+
+    def view(self, name: str) -> np.memmap:
+        """Memory-map the bytes of one tensor, read-only, as `uint8`.
+
+        Right for a small or sparse look. The map of a file that shrinks later kills the process on
+        access (SIGBUS), so bulk reading should not go through it.
+
+        Raises
+        ------
+        WorldError
+            If the file is no longer the one whose header was read.
+        """
+        import numpy as np
+
+        ref = self.tensors[name]
+        if not isinstance(ref, TensorRef):
+            raise ModelError(f"{quoted(name)} lies in no file as it is: it is made as it is read")
+        stamp = next(stamp for stamp in self.stamps if stamp.path == ref.path)
+        with reading(ref.path) as (fd, status):
+            if not stamp.describes(status):
+                raise WorldError(f"{place(ref.path)}: changed since its header was read: run again")
+            if ref.nbytes == 0:  # An empty range cannot be mapped.
+                nothing = np.zeros(0, np.uint8)
+                nothing.flags.writeable = False
+                return nothing.view(np.memmap)
+            with open(fd, "rb", closefd=False) as file:
+                return np.memmap(file, np.uint8, "r", ref.offset, (ref.nbytes,))
+
+
+def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) -> TensorIndex:
+    """Read the headers of a model; no tensor is read and the network is never asked.
+
+    Parameters
+    ----------
+    reference
+        A directory, a ``.safetensors`` file, a file of ``torch.save``, or (if there is no such directory) ``org/name``,
+        ``name`` or ``org/name@revision`` in the local Hugging Face cache; and ``model+adapter``, two of these joined.
+    cache
+        That cache, if it is not where the environment says.
+
+    Raises
+    ------
+    ModelError
+        If the model is missing, malformed, or of a kind this version does not read.
+    WorldError
+        If the machine cannot read it.
+    """
+    reference = os.fspath(reference)
+    cache = cache_directory() if cache is None else cache
+    if "+" in reference and not _exists(os.path.expanduser(reference)):
+        return _open_adapted(reference, cache)
+    path = _locate(reference, cache)
+    if os.path.isdir(path):
+        return _read_model(reference, path, find_shards(path))
+    if not path.name.endswith((SUFFIX, *PICKLES)):
+        raise bad(
+            str(path), no_model([path.name], f"neither a model directory nor a {SUFFIX} or PyTorch file")
+        )
+    return _read_model(reference, path.parent, Shards((path.name,), None))
+
+
+def _open_adapted(reference: str, cache: Path) -> TensorIndex:
+    """Return a model with a LoRA adapter applied, which happens as its tensors are read."""
+
+    def exists(part: str) -> bool:
+        try:
+            _locate(part, cache)
+        except ModelError:
+            return False
+        return True
+
+    model, place = split_reference(reference, exists)
+    base = open_model(model, cache=cache)
+    if base.adapter is not None:
+        raise bad(
+            reference,
+            "adapters cannot be stacked: merge base and first adapter by a passthrough, then put the second on the result",
+        )
+    if base.quantization is not None:
+        what = f"{model} is quantised ({base.quantization.format}), and an adapter goes on float weights"
+        raise bad(reference, f"{what}: dequantise it first, or name the weights that it was quantised from")
+    directory = _locate(place, cache)
+    if not os.path.lexists(directory / ADAPTER_CONFIG):
+        raise bad(str(directory), f"no adapter here: no {ADAPTER_CONFIG}")
+    adapter = read_adapter(directory)
+    adapted = adapt(adapter, base, base.config, model)
+    return replace(
+        base, reference=reference, tensors=adapted.tensors, stamps=(*base.stamps, *adapter.stamps), adapter=adapter,
+        config=adapted.config, notes=(*base.notes, *adapted.notes),
+    )  # fmt: skip
+
+
+def locate(reference: str) -> Path:
+    """Return the existing path that a reference without an adapter stands for: a local one, or a cached snapshot.
+
+    Raises
+    ------
+    ModelError
+        If there is none.
+    """
+    return _locate(reference, cache_directory())
+
+
+def _locate(reference: str, cache: Path) -> Path:
+    """Return the existing path that `reference` stands for: a local one, or a cached snapshot."""
+    if not reference:
+        raise ModelError("the path of a model is empty")
+    for text in (reference, os.path.expanduser(reference)):
+        if _exists(text):
+            return Path(text)
+    guess = meant(reference)
+    if reference.endswith((SUFFIX, *PICKLES)):
+        raise bad(reference, f"no such file{guess}")
+    name = parse_name(reference)
+    snapshot = None if name is None else find_snapshot(name, cache)
+    if snapshot is not None:
+        return snapshot
+    path, _, revision = reference.rpartition("@")
+    if path and revision and any(_exists(text) for text in (path, os.path.expanduser(path))):
+        raise bad(path, f"a local directory has no revision {quoted(revision)}: leave the revision out")
+    if name is None:
+        raise bad(reference, f"no such directory{guess}")
+    where = f"the Hugging Face cache {place(str(cache))}"
+    what = f"no such directory{guess}, and no model of that name in {where}; if it is a hub name, {name.cure}"
+    raise NotDownloadedError(str(bad(reference, what)), reference, where, name.command)
+
+
+def _exists(path: str) -> bool:
+    """Whether something is there; a broken link or a forbidden directory is an error, not a no."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.islink(path):
+            raise from_os(path, error) from error
+        return False
+    except ValueError:  # A NUL or a lone surrogate, which no path can hold.
+        return False
+    except OSError as error:
+        raise from_os(path, error) from error
+    return True
+
+
+def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
+    stamps: list[FileStamp] = []
+    metadata: dict[str, str] = {}
+    tensors: dict[str, SourceRef] = {}
+    left_out: dict[str, SourceRef] = {}
+    notes = list(shards.notes)
+    weight_map = shards.weight_map
+    for shard in shards.names:
+        refs: Mapping[str, SourceRef]
+        if shard.endswith(PICKLES):
+            file = open_pickle(directory / shard)
+            refs, stamp = file.refs, file.stamp
+            notes += _beside(directory / shard, file)
+        else:
+            refs, file_metadata, stamp = read_header(directory / shard)
+            metadata = file_metadata | metadata
+        stamps.append(stamp)
+        for name, ref in refs.items():
+            if weight_map is not None and weight_map.get(name) != shard:
+                left_out[name] = ref
+            elif name in tensors:
+                raise bad(ref.path, f"tensor {quoted(name)} is in {_file(tensors[name])} too")
+            else:
+                tensors[name] = ref
+    lost: list[tuple[str, str]] = []
+    for name, shard in (weight_map or {}).items():
+        if name not in tensors:
+            where = f", but in {_file(left_out[name])}" if name in left_out else ""
+            what = f"tensor {quoted(name)} is not in its shard {quoted(shard)}{where}"
+            lost.append((name, what))
+    notes += _tied_copies(lost, tensors, directory, shards)
+    unlisted = tuple(name for name in left_out if name not in tensors)
+    config = _read_config(directory / CONFIG_NAME)
+    beside = os.path.lexists(directory / DECLARED_BESIDE)
+    quantization = quantization_of(tensors, config, beside)
+    return TensorIndex(
+        reference, directory, tuple(stamps), metadata, with_floats(tensors, quantization), unlisted, config,
+        notes=tuple(notes), quantization=quantization,
+    )  # fmt: skip
+
+
+def _tied_copies(
+    lost: list[tuple[str, str]], tensors: Mapping[str, SourceRef], directory: Path, shards: Shards
+) -> list[str]:
+    """Return what is said of tensors that only the index has, copies of others; refuse one that is lost."""
+    config = _read_config(directory / CONFIG_NAME) if lost else {}
+    for name, what in lost:
+        if not is_tied_copy(name, tensors, config):
+            raise bad(str(directory / shards.index), f"weight_map: {what}: download or copy the model again")
+    if not lost:
+        return []
+    names = ", ".join(quoted(name, 80) for name, _ in lost[:3]) + (" …" if len(lost) > 3 else "")
+    return [
+        f"{quoted(shards.index)} lists {names}, which no shard has: left out, as tied copies of other tensors"
+    ]
+
+
+def _beside(path: Path, file: Pickled) -> list[str]:
+    """Return what is said of entries of a PyTorch file that are no weights."""
+    if not file.left_out:
+        return []
+    names = ", ".join(quoted(name, 40) for name in file.left_out[:4])
+    more = f" and {len(file.left_out) - 4} more" if len(file.left_out) > 4 else ""
+    return [f"{quoted(path.name)} holds {printable(names)}{more} beside the weights, which are left out"]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Return a model's settings; infinities are theirs to have (Mamba writes them)."""
+    return read_object(str(path)) if os.path.lexists(path) else {}
+
+
+def _file(ref: SourceRef) -> str:
+    return quoted(os.path.basename(ref.path))

@@ -1,0 +1,174 @@
+"""Which tensors of a model are codes of a quantisation, and which belong to them: scales, zero points, maps.
+
+Codes of one model mean nothing with the scales of another. They are known by what the model declares (config.json,
+``hf_quant_config.json``) and by the names that lie beside them, whatever their dtype: packed integers, bytes, FP8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.checkpoint.naming import LANGUAGE_PARTS
+
+DECLARATIONS = ("quantization_config", "compression_config")
+"""Entries of config.json that say how weights are quantised."""
+DECLARED_BESIDE = "hf_quant_config.json"
+"""A file that says it too, of NVIDIA's modelopt."""
+_METHODS = {
+    "gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8 with scales", "fbgemm_fp8": "FBGEMM FP8",
+    "mxfp4": "MXFP4", "modelopt": "NVIDIA modelopt", "hqq": "HQQ", "eetq": "EETQ", "quanto": "Quanto",
+    "aqlm": "AQLM", "torchao": "torchao", "vptq": "VPTQ", "auto-round": "AutoRound", "bitnet": "BitNet",
+}  # fmt: skip
+"""What the formats are called, by ``quant_method``."""
+
+_PACKED = (
+    (".qweight", ("qzeros", "scales", "g_idx"), "GPTQ or AWQ"),
+    (".weight_packed", ("weight_scale", "weight_shape", "weight_global_scale"), "compressed-tensors"),
+    ("_blocks", (), "MXFP4"),
+    (".blocks", ("scales",), "MXFP4"),
+    (".Qidxs", (), "QuIP#"),
+    (".W_q", (), "HQQ"),
+    (".codes", ("codebooks",), "AQLM"),
+    ("._data", ("_scale",), "Quanto or torchao"),
+)
+"""Ends of the names of codes, what lies beside them (one of it, if anything is listed), and the format."""
+_BEHIND = (
+    "_scale", "_scale_inv", "_scales", "_scale_2", "_global_scale", "_zero_point", "_zeros", "_shape", "_g_idx", "_format",
+    "_activation_scale",
+)  # fmt: skip
+"""What the names of companions have behind that of the codes."""
+_BESIDE = (
+    "scales", "scale", "qzeros", "g_idx", "SCB", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_scales",
+    "weight_global_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_format", "scale_weight",
+    "scale_input", "input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale", "codebooks", "zeros",
+    "zero", "_scale", "absmax", "quant_map",
+)  # fmt: skip
+"""Companions in the same module."""
+_WITHIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "_data", "_scale")
+"""What the names of companions have behind the codes' own, after a point."""
+_BYTES = frozenset(
+    {"I8", "U8", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
+)
+_WORDS = frozenset({"I16", "U16", "I32", "U32"})
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """The quantised part of a model."""
+
+    format: str
+    """What it is called, for a message."""
+    codes: frozenset[str]
+    """Tensors that mean something only with their companions."""
+    companions: frozenset[str]
+    stems: frozenset[str]
+    """Names that the weights of `codes` have where they are not quantised, without a ``.weight`` at their end."""
+
+    def covers(self, name: str) -> bool:
+        """Return whether a tensor belongs to it, or would be one of its weights in a model that is not quantised."""
+        return name in self.codes or name in self.companions or name.removesuffix(".weight") in self.stems
+
+
+def quantization_of(
+    tensors: Mapping[str, Any], config: Mapping[str, Any], declared_beside: bool = False
+) -> Quantization | None:
+    """Return the quantised part of a model; None if none of its tensors are codes.
+
+    Parameters
+    ----------
+    tensors
+        By name; of each its dtype, shape and number of elements are looked at.
+    config
+        What its config.json says.
+    declared_beside
+        Whether a file beside config.json declares a quantisation.
+    """
+    declared = next(_declarations(config), {"quant_method": None} if declared_beside else None)
+    codes: dict[str, str] = {}
+    companions: set[str] = set()
+    formats: dict[str, None] = {}
+    for name, ref in tensors.items():
+        if ref.dtype not in _BYTES | _WORDS or ref.n_elements < 2:
+            continue
+        found = _packed(name, tensors) or _beside(name, ref, tensors, declared)
+        if found is None:
+            continue
+        stem, kind = found
+        codes[name] = stem
+        formats.setdefault(kind)
+    within = _by_module(tensors) if codes else {}
+    for name, stem in codes.items():
+        companions.update(_companions(name, stem, tensors, within))
+    if not codes:
+        return None
+    kind = next(iter(formats)) if declared is None else _declared_format(declared)
+    return Quantization(
+        kind, frozenset(codes), frozenset(companions) - codes.keys(), frozenset(codes.values())
+    )
+
+
+def _declarations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    parts = [config, *(config.get(key) for key in LANGUAGE_PARTS)]
+    for part in parts:
+        for key in DECLARATIONS:
+            if isinstance(part, Mapping) and isinstance(part.get(key), Mapping):
+                yield part[key]
+    if isinstance(config.get("expert_dtype"), str):
+        yield {"quant_method": "fp8"}
+
+
+def _declared_format(declared: Mapping[str, Any]) -> str:
+    method, detail = declared.get("quant_method"), declared.get("format")
+    name = _METHODS.get(method, method) if isinstance(method, str) else "quantised"
+    return f"{name} ({detail})"[:60] if isinstance(detail, str) else str(name)[:60]
+
+
+def _packed(name: str, tensors: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return stem and format of codes that have a name of their own."""
+    for end, beside, kind in _PACKED:
+        if name.endswith(end):
+            stem = name.removesuffix(end)
+            scaled = f"{stem}_scales" in tensors if end == "_blocks" else not beside
+            if scaled or any(f"{stem}.{other}" in tensors for other in beside):
+                return stem, kind
+    return None
+
+
+def _beside(
+    name: str, ref: Any, tensors: Mapping[str, Any], declared: Mapping[str, Any] | None
+) -> tuple[str, str] | None:
+    """Return stem and format of codes that are called as the weight is, known by what lies beside them."""
+    stem = name.removesuffix(".weight")
+    is_weight = stem != name
+    if any(f"{name}{end}" in tensors for end in _BEHIND) or f"{name}.absmax" in tensors:
+        kind = "bitsandbytes" if f"{name}.absmax" in tensors else "quantised"
+        return stem, f"{kind} {ref.dtype}"
+    if is_weight and any(f"{stem}.{other}" in tensors for other in _BESIDE):
+        return stem, f"quantised {ref.dtype}"
+    matrix = is_weight and len(ref.shape) >= 2
+    if matrix and (declared is not None or ref.dtype in ("I8", "U8", "F4")):
+        return stem, f"{ref.dtype} without a scale"
+    return None
+
+
+def _by_module(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the names below each name: ``x.weight.absmax`` is below ``x.weight``."""
+    below: dict[str, list[str]] = {}
+    for name in tensors:
+        for end in _WITHIN:
+            head, found, _ = name.rpartition(f".{end}")
+            if found:
+                below.setdefault(head, []).append(name)
+    return below
+
+
+def _companions(
+    name: str, stem: str, tensors: Mapping[str, Any], below: Mapping[str, list[str]]
+) -> Iterator[str]:
+    candidates = [
+        *(f"{name}{end}" for end in _BEHIND), *(f"{stem}{end}" for end in _BEHIND),
+        *(f"{stem}.{other}" for other in _BESIDE), *below.get(name, ()),
+    ]  # fmt: skip
+    yield from (candidate for candidate in candidates if candidate in tensors and candidate != name)

@@ -1,0 +1,61 @@
+"""Plain FP8 tensors, without scales: floats that are widened as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from streammerge.checkpoint.quantization import Quantization
+from streammerge.checkpoint.refs.made import MadeRef, SourceRef, scratch_bytes
+from streammerge.dtypes import FLOATS8
+
+WIDENED = "BF16"
+"""The dtype in which every FP8 number is exact."""
+WIDENED_BLOCK = 1 << 20
+"""Elements that are read before they are widened."""
+
+
+@dataclass(frozen=True, slots=True)
+class WidenedRef(MadeRef):
+    """A tensor that is stored in F8_E4M3 or F8_E5M2, as bf16, which holds every value of both."""
+
+    source: SourceRef
+
+    @property
+    def name(self) -> str:
+        """As its model calls it."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As stored."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        """Of the elements once they are widened."""
+        return WIDENED
+
+    @property
+    def path(self) -> str:
+        """Its file."""
+        return self.source.path
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What reading it takes beside the elements: a block of codes."""
+        return WIDENED_BLOCK + 64 + scratch_bytes(self.source)
+
+
+def with_floats(tensors: Mapping[str, SourceRef], quantization: Quantization | None) -> dict[str, SourceRef]:
+    """Return a model's tensors, those in FP8 that are numbers by themselves to be widened as they are read."""
+    codes = frozenset() if quantization is None else quantization.codes | quantization.companions
+    return {
+        name: WidenedRef(ref) if ref.dtype in FLOATS8 and name not in codes else ref
+        for name, ref in tensors.items()
+    }
+
+
+def as_it_lies(ref: SourceRef, dtype: str) -> SourceRef:
+    """Return what a copy in this dtype is read from: of an FP8 tensor that stays one, its codes."""
+    return ref.source if isinstance(ref, WidenedRef) and ref.source.dtype == dtype else ref

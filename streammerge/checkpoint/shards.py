@@ -1,0 +1,134 @@
+"""Which files of a directory make up the model, and what its index says about them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.checkpoint.weight_sets import PICKLES, SUFFIX, WeightSet, find_sets, no_model
+from streammerge.io.files import bad, from_os, quoted
+from streammerge.io.strict_json import read_object
+
+__all__ = ["INDEX_NAME", "PICKLES", "SINGLE_NAME", "SUFFIX", "Shards", "find_shards"]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+PIPELINE = "model_index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """The files of a model, by name, and where its index puts each tensor (None without one)."""
+
+    names: tuple[str, ...]
+    weight_map: dict[str, str] | None
+    notes: tuple[str, ...] = ()
+    """What is said of files that were not taken."""
+    index: str = ""
+    """The name of its index; empty without one."""
+
+
+def find_shards(directory: Path) -> Shards:
+    """Return the files of the model in `directory`: one complete set of them (`streammerge.checkpoint.weight_sets`).
+
+    Files of other names than libraries use are one model together, if they are all that there is. Other PyTorch files
+    (optimizers, arguments) are no models.
+
+    Raises
+    ------
+    ModelError
+        If there is no model, or only one that this version does not read, or a shard is missing.
+    """
+    try:
+        present = frozenset(os.listdir(directory))
+    except OSError as error:
+        raise from_os(str(directory), error) from error
+    if PIPELINE in present:
+        raise bad(str(directory), _pipeline(directory, present))
+    found = find_sets(present)
+    if not found and "adapter_config.json" in present:
+        raise bad(
+            str(directory),
+            "a LoRA adapter, not a model: write `base+adapter`, the model that it was trained on before it",
+        )
+    if not found:
+        raise bad(str(directory), no_model(present))
+    ready = [
+        some for some in found if some.index is None or _has_shards(directory / some.index, some, present)
+    ]
+    best, *others = ready or found
+    if best.missing:
+        count = best.missing + len(best.names)
+        what = f"{len(best.names)} of {count} shards {quoted(best.stem)} and no index: download again"
+        raise bad(str(directory), what)
+    weight_map = None
+    names: tuple[str, ...] = best.names
+    if best.index is not None:
+        weight_map = _read_index(str(directory / best.index), present, best.suffix)
+        names = tuple(sorted(set(weight_map.values())))
+    taken = set(names)
+    others = [some for some in found if some is not best and (not some.names or not set(some.names) <= taken)]
+    return Shards(names, weight_map, _about(best, others), best.index or "")
+
+
+def _has_shards(path: Path, some: WeightSet, present: Collection[str]) -> bool:
+    """Whether a shard that an index names is there; an index without one came alone, as where only others were wanted."""
+    if not os.path.isfile(path) or some.names:
+        return True
+    return any(shard in present for shard in set(_read_index(str(path), None, some.suffix).values()))
+
+
+def _about(best: WeightSet, others: Collection[WeightSet]) -> tuple[str, ...]:
+    if not others:
+        return ()
+    names = ", ".join(quoted(some.title, 60) for some in list(others)[:4])
+    more = f" and {len(others) - 4} more" if len(others) > 4 else ""
+    return (f"its weights are there more than once: {quoted(best.title, 60)} is taken, not {names}{more}",)
+
+
+def _pipeline(directory: Path, present: Collection[str]) -> str:
+    """Return why a pipeline of diffusers is refused, and what to do."""
+    parts = []
+    for name in sorted(present):
+        try:
+            inside = os.listdir(directory / name)
+        except OSError:
+            continue
+        if find_sets(inside):
+            parts.append(name)
+    named = ", ".join(quoted(name, 40) for name in parts[:8]) or "none of which is here"
+    return (
+        f"a pipeline of diffusers ({PIPELINE}), not one model: merge its components one by one ({named}: "
+        f"write {quoted(os.path.join(directory.name, parts[0] if parts else 'unet'), 80)} and so on)"
+    )
+
+
+def _read_index(path: str, present: Collection[str] | None, suffix: str) -> dict[str, str]:
+    """Return the weight map of the index at `path`, each shard in it a file of its directory (if that is `present`)."""
+    weight_map = read_object(path, "finite").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise bad(path, "has no weight_map (a map from tensors to shards)")
+    if not weight_map:
+        raise bad(path, "its weight_map is empty")
+    checked: set[str] = set()
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise bad(path, f"weight_map: the shard of tensor {quoted(tensor)} is not a string")
+        if shard not in checked:
+            _check_shard(path, tensor, shard, present, suffix)
+            checked.add(shard)
+    return weight_map
+
+
+def _check_shard(path: str, tensor: str, shard: str, present: Collection[str] | None, suffix: str) -> None:
+    """Refuse a shard name that could lead out of the directory, or to a file of another kind."""
+    where = f"weight_map: the shard {quoted(shard)} of tensor {quoted(tensor)}"
+    if shard in ("", ".", "..") or any(c in shard for c in "/\\\0") or len(shard) > 255:
+        raise bad(path, f"{where} is not a plain file name")
+    if not shard.endswith(suffix):
+        raise bad(path, f"{where} is not a {suffix} file")
+    if present is not None and shard not in present:
+        raise bad(path, f"{where} is missing: download or copy the model again")

@@ -1,0 +1,254 @@
+"""The vocabulary of a model: which row of its embedding belongs to which token, from the files beside its weights.
+
+Read as data: no tokenizer is run, and none of its code. ``tokenizer.json`` where there is one; else ``vocab.json``,
+``vocab.txt`` or a sentencepiece ``tokenizer.model``; tokens that were added later as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import ModelError
+from streammerge.io.files import bad, quoted, read_exactly, reading
+from streammerge.io.strict_json import MAX_NBYTES, read_object
+
+FULL, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+JINJA = "chat_template.jinja"
+_WORDS, _LINES, _PIECES = "vocab.json", "vocab.txt", "tokenizer.model"
+MOST_ROWS = 1 << 21
+"""Most tokens of a vocabulary; the largest in use have a quarter of a million."""
+MOST_MARKS = 3_000_000
+"""Most brackets and commas of a file: the largest tokenizers in use have two million, nearly all of them merges."""
+_LONGEST = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """The vocabulary beside one model."""
+
+    directory: Path
+    ids: Mapping[str, int]
+    """The number of each token, ascending; of two texts with one number the later is the one in use."""
+    added: Mapping[str, Mapping[str, Any]]
+    """What the files say of tokens that were added to the vocabulary: whether special, stripped, normalised."""
+
+    @property
+    def n_rows(self) -> int:
+        """One more than the highest number."""
+        return max(self.ids.values(), default=-1) + 1
+
+
+def read_tokenizer(directory: Path) -> Tokenizer | None:
+    """Return the tokenizer in a model's directory; None if there is none.
+
+    Raises
+    ------
+    ModelError
+        If its files are malformed, or of a kind whose vocabulary cannot be read.
+    WorldError
+        If the machine cannot read them.
+    """
+    settings = _object(directory / SETTINGS)
+    ids: dict[str, int] = {}
+    added: dict[str, Mapping[str, Any]] = {}
+    for read in (_read_full, _read_words, _read_lines, _read_pieces):
+        found = read(directory)
+        if found is not None:
+            ids, added = found
+            break
+    else:
+        return None
+    path = str(directory / ADDED)
+    for token, number in _object(directory / ADDED).items():
+        _put(ids, token, number, path)
+    decoder = settings.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        path = str(directory / SETTINGS)
+        for number, entry in decoder.items():
+            if not isinstance(entry, dict) or not number.isdecimal() or len(number) > 9:
+                raise bad(
+                    path,
+                    f"added_tokens_decoder: {quoted(number, 40)} is not the number of a token and what it is",
+                )
+            _put(ids, entry.get("content"), int(number), path)
+            added.setdefault(entry["content"], entry)
+    if any(a > b for a, b in itertools.pairwise(ids.values())):
+        ids = dict(sorted(ids.items(), key=lambda item: item[1]))
+    return Tokenizer(directory, ids, added)
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """Return what tells the vocabularies of two directories apart: one of the files that they are read from.
+
+    Raises
+    ------
+    ModelError
+        If a file is too large, or not a file.
+    WorldError
+        If the machine cannot read one.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (FULL, _WORDS, _LINES, _PIECES, ADDED, SETTINGS):
+        if os.path.lexists(directory / name):
+            data = _bytes(directory / name)
+            digest.update(repr((name, len(data))).encode() + data)
+    return digest.hexdigest()
+
+
+def _put(ids: dict[str, int], token: Any, number: Any, path: str) -> None:
+    _check(token, number, path)
+    ids[token] = number
+
+
+def _check(token: object, number: object, path: str) -> None:
+    if not isinstance(token, str) or len(token) > _LONGEST:
+        raise bad(path, "a token that is no text, or a text without end")
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < MOST_ROWS:
+        raise bad(path, f"token {quoted(token, 60)}: {quoted(str(number), 40)} is not the number of a token")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    return read_object(str(path), max_marks=MOST_MARKS) if os.path.lexists(path) else {}
+
+
+def _read_full(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
+    """Read ``tokenizer.json``: a vocabulary as a map or, of the kind Unigram, as a list, and the tokens added to it."""
+    if not os.path.lexists(directory / FULL):
+        return None
+    path = str(directory / FULL)
+    data = read_object(path, max_marks=MOST_MARKS)
+    model = data.get("model")
+    words = model.get("vocab") if isinstance(model, dict) else None
+    ids: dict[str, int] = {}
+    if isinstance(words, dict):
+        ids = words  # checked where it lies: there may be many
+        for token, number in words.items():
+            _check(token, number, path)
+    elif isinstance(words, list):
+        for number, entry in enumerate(words):
+            _put(ids, entry[0] if isinstance(entry, list) and entry else None, number, path)
+    else:
+        raise bad(path, "has no model.vocab: a kind of tokenizer whose vocabulary cannot be read")
+    added: dict[str, Mapping[str, Any]] = {}
+    entries = data.get("added_tokens")
+    for entry in entries if isinstance(entries, list) else []:
+        if not isinstance(entry, dict):
+            raise bad(path, "added_tokens: an entry that is not an object")
+        _put(ids, entry.get("content"), entry.get("id"), path)
+        added[entry["content"]] = entry
+    return ids, added
+
+
+def _read_words(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
+    if not os.path.lexists(directory / _WORDS):
+        return None
+    ids = _object(directory / _WORDS)
+    for token, number in ids.items():
+        _check(token, number, str(directory / _WORDS))
+    return ids, {}
+
+
+def _read_lines(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
+    path = directory / _LINES
+    if not os.path.lexists(path):
+        return None
+    ids: dict[str, int] = {}
+    try:
+        lines = _bytes(path).decode().split("\n")
+    except UnicodeDecodeError as error:
+        raise bad(str(path), f"not UTF-8 (byte {error.start})") from None
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines):
+        _put(ids, line.rstrip("\r"), number, str(path))
+    return ids, {}
+
+
+def _read_pieces(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
+    """Read a sentencepiece model: of its protocol buffer the pieces, field 1, and of each its text, field 1."""
+    path = directory / _PIECES
+    if not os.path.lexists(path):
+        return None
+    ids: dict[str, int] = {}
+    number = 0
+    for key, piece in _fields(memoryview(_bytes(path)), str(path)):
+        if key != 1:
+            continue
+        texts = [bytes(text) for inner, text in _fields(piece, str(path)) if inner == 1]
+        try:
+            _put(ids, texts[0].decode(), number, str(path))
+        except (IndexError, UnicodeDecodeError):
+            raise _no_pieces(str(path)) from None
+        number += 1
+    if not ids:
+        raise _no_pieces(str(path))
+    return ids, {}
+
+
+def _fields(data: memoryview, path: str) -> Iterator[tuple[int, memoryview]]:
+    """Yield the fields of a protocol buffer that have a length, each with its number; skip the others."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position, path)
+        kind = key & 7
+        if kind == 0:
+            _, position = _varint(data, position, path)
+        elif kind in (1, 5):
+            position += 8 if kind == 1 else 4
+        elif kind == 2:
+            length, position = _varint(data, position, path)
+            if length > len(data) - position:
+                raise _no_pieces(path)
+            yield key >> 3, data[position : position + length]
+            position += length
+        else:
+            raise _no_pieces(path)
+
+
+def _varint(data: memoryview, position: int, path: str) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 64, 7):
+        if position >= len(data):
+            raise _no_pieces(path)
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise _no_pieces(path)
+
+
+def _no_pieces(path: str) -> ModelError:
+    return bad(path, "not a sentencepiece model: save the tokenizer as tokenizer.json first")
+
+
+def _bytes(path: Path) -> bytes:
+    with reading(str(path)) as (fd, status):
+        if status.st_size > MAX_NBYTES:
+            raise bad(str(path), f"has {status.st_size} bytes, more than {MAX_NBYTES}")
+        return read_exactly(fd, status.st_size, 0, str(path))
+
+
+def read_chat_template(directory: Path) -> str | None:
+    """Return a model's chat template: of its own file, else of its settings; of several the default one.
+
+    Raises
+    ------
+    ModelError
+        If a file is malformed.
+    """
+    path = directory / JINJA
+    if os.path.lexists(path):
+        try:
+            return _bytes(path).decode()
+        except UnicodeDecodeError as error:
+            raise bad(str(path), f"not UTF-8 (byte {error.start})") from None
+    found = _object(directory / SETTINGS).get("chat_template")
+    if isinstance(found, list):
+        default = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = default[0].get("template") if default else None
+    return found if isinstance(found, str) else None

@@ -1,0 +1,179 @@
+"""The sets of weights in a directory, told apart by their names: of several, one is read.
+
+A repository may hold its weights several times: as safetensors and as PyTorch files, in full and in half precision
+(``model.fp16.safetensors``), as Hugging Face and as Mistral store them (``consolidated*.safetensors``). Tensors of two
+sets are never mixed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from streammerge.formats.lookalikes import GGUF
+
+SUFFIX = ".safetensors"
+PICKLE_SUFFIX = ".bin"
+PICKLES = (PICKLE_SUFFIX, ".pt", ".pth", ".ckpt")
+
+_VARIANTS = "fp16|bf16|f16|fp32|f32|fp8|half|8bit|4bit|int8|int4|non_ema|ema|no_ema|flax|tf"
+_FILE = re.compile(
+    rf"(?P<stem>.+?)(?P<variant>[.](?:{_VARIANTS}))?(?:-(?P<number>\d{{1,9}})-of-(?P<count>\d{{1,9}}))?"
+    rf"(?P<behind>[.](?:{_VARIANTS}))?(?P<suffix>\.safetensors|\.bin)",
+    re.ASCII | re.DOTALL,
+)
+_INDEX = re.compile(
+    rf"(?P<stem>.+?)(?P<suffix>\.safetensors|\.bin)\.index(?:\.(?P<variant>{_VARIANTS}))?\.json", re.ASCII
+)
+_KNOWN = ("model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model", "pytorch_model")
+"""Stems that libraries look for."""
+_PICKLE_STEMS = ("pytorch_model", "diffusion_pytorch_model", "open_clip_pytorch_model", "model")
+_CONSOLIDATED = "consolidated"
+_NO_WEIGHTS = ("adapter_model", "optimizer", "scheduler", "training_args", "rng_state")
+"""Stems of what trainers and adapters keep in files of the same kinds."""
+_OTHERS = {
+    ".gguf": GGUF,
+    ".h5": "HDF5 files of Keras (.h5)", ".msgpack": "files of Flax (.msgpack)", ".onnx": "ONNX files (.onnx)",
+    ".npz": "arrays of numpy (.npz)", ".ot": "files of rust-bert (.ot)", ".tflite": "TFLite files (.tflite)",
+    ".mlmodel": "Core ML files (.mlmodel)", ".keras": "files of Keras (.keras)",
+}  # fmt: skip
+"""What else people have in a directory, by the end of its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSet:
+    """Files that are a model together."""
+
+    stem: str
+    variant: str
+    """``fp16`` and the like; empty for the weights as they are."""
+    suffix: str
+    names: tuple[str, ...]
+    """Its files; of a set with an index those that are there and look like its shards."""
+    index: str | None = None
+    missing: int = 0
+    """Shards that their numbers say there are, and that are not there."""
+
+    @property
+    def title(self) -> str:
+        """What a message calls it."""
+        return self.index or (
+            self.names[0] if len(self.names) == 1 else f"{self.names[0]} … {self.names[-1]}"
+        )
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """What is taken first is least."""
+        kind = 0 if self.index is not None else 1 if len(self.names) == 1 else 2
+        return (
+            bool(self.missing),
+            bool(self.variant),
+            self.suffix != SUFFIX,
+            self.stem == _CONSOLIDATED,
+            self.stem not in _KNOWN,
+            kind,
+        )
+
+
+def find_sets(present: Iterable[str]) -> list[WeightSet]:
+    """Return the sets of weights among the names in a directory, the one to be read first.
+
+    >>> [some.title for some in find_sets(["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"])]
+    ['model.safetensors', 'pytorch_model.bin', 'model.fp16.safetensors']
+    """
+    files: dict[tuple[str, str, str], dict[str, tuple[int, int] | None]] = {}
+    indexes: dict[tuple[str, str, str], str] = {}
+    for name in sorted(present):
+        if name.startswith("."):
+            continue
+        if match := _INDEX.fullmatch(name):
+            key = match["stem"], match["variant"] or "", match["suffix"]
+            if _wanted(key):
+                indexes[_of_variant(key)] = name
+        elif match := _FILE.fullmatch(name):
+            variant = (match["variant"] or match["behind"] or "").removeprefix(".")
+            key = match["stem"], variant, match["suffix"]
+            if _wanted(key):
+                number = None if match["number"] is None else (int(match["number"]), int(match["count"]))
+                files.setdefault(key, {})[name] = number
+    found = [_with_index(key, name, files) for key, name in indexes.items()]
+    for key, names in files.items():
+        if key in indexes and any(number for number in names.values()):
+            names = {name: number for name, number in names.items() if number is None}
+        found += _without_index(key, names)
+    return sorted(_joined(found), key=lambda some: some.order)
+
+
+def _wanted(key: tuple[str, str, str]) -> bool:
+    stem, _, suffix = key
+    if suffix == SUFFIX:
+        return stem not in _NO_WEIGHTS
+    return stem in _PICKLE_STEMS
+
+
+def _of_variant(key: tuple[str, str, str]) -> tuple[str, str, str]:
+    """Return the key of an index whose variant stands in its stem: ``model.fp16.safetensors.index.json``."""
+    stem, variant, suffix = key
+    match = re.fullmatch(rf"(.+)\.({_VARIANTS})", stem)
+    return (match[1], match[2], suffix) if match and not variant else key
+
+
+def _with_index(
+    key: tuple[str, str, str], name: str, files: dict[tuple[str, str, str], dict[str, tuple[int, int] | None]]
+) -> WeightSet:
+    shards = tuple(file for file, number in files.get(key, {}).items() if number is not None)
+    return WeightSet(*key, shards, name)
+
+
+def _without_index(key: tuple[str, str, str], names: dict[str, tuple[int, int] | None]) -> list[WeightSet]:
+    """Return the sets of one stem: a single file, and shards by the number that they say they are."""
+    found = []
+    by_count: dict[int, dict[int, str]] = {}
+    for name, number in names.items():
+        if number is None:
+            found.append(WeightSet(*key, (name,)))
+        else:
+            by_count.setdefault(number[1], {})[number[0]] = name
+    for count, shards in by_count.items():
+        found.append(WeightSet(*key, tuple(sorted(shards.values())), None, max(0, count - len(shards))))
+    return found
+
+
+def _joined(found: list[WeightSet]) -> list[WeightSet]:
+    """Put sets of names that no library knows into one: they are shards of any name, if they are all that there is."""
+    own = [
+        some for some in found
+        if some.stem not in (*_KNOWN, _CONSOLIDATED) and some.suffix == SUFFIX and some.index is None
+    ]  # fmt: skip
+    plain = [some for some in own if not any(_is_variant_of(some, other) for other in own)]
+    if len(plain) < 2 or any(some.missing for some in plain):
+        return found
+    names = tuple(sorted(name for some in plain for name in some.names))
+    return [*(some for some in found if some not in plain), WeightSet(plain[0].stem, "", SUFFIX, names)]
+
+
+def _is_variant_of(some: WeightSet, other: WeightSet) -> bool:
+    return bool(some.variant) and not other.variant and some.stem == other.stem
+
+
+NOTHING = (
+    "no model here: neither model.safetensors.index.json nor any *.safetensors file, nor pytorch_model.bin"
+)
+
+
+def no_model(present: Collection[str], otherwise: str = NOTHING) -> str:
+    """Return why a directory without weights is refused, by what it holds instead; `otherwise` where that says nothing."""
+    for suffix, what in _OTHERS.items():
+        first = min((name for name in present if name.endswith(suffix)), default=None)
+        if first is not None:
+            cure = (
+                ""
+                if what is GGUF
+                else ", which cannot be merged; use the safetensors or PyTorch files of the model"
+            )
+            return f"no model here but {first!r}, {what}{cure}"
+    torch = sorted(name for name in present if name.endswith(PICKLES) and not name.startswith("."))
+    if torch:
+        return f"no model here under a usual name; if {torch[0]!r} is one, write its path itself"
+    return otherwise

@@ -1,0 +1,339 @@
+"""One merge from a plan to a finished directory: checks, resume, run, commit."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from streammerge.dtypes import BITS
+from streammerge.engine.first_use import compile_first
+from streammerge.engine.profile import profile_values, write_profile
+from streammerge.engine.scheduler import PREFETCHERS, Runner, Tick
+from streammerge.engine.task import Context
+from streammerge.engine.telling import (
+    Density,
+    differing,
+    named_densities,
+    not_finite_lines,
+    of_floor,
+    warning,
+)
+from streammerge.engine.telling import (
+    Event as Event,
+)
+from streammerge.errors import Stopped, WorldError, printable
+from streammerge.io.allocate import check_space
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.reader import Backend, Reader
+from streammerge.machine import available_memory
+from streammerge.machine_files import share_out
+from streammerge.numerics.crc32 import crc32
+from streammerge.output.commit import commit
+from streammerge.output.directory import (
+    check_contents,
+    check_target,
+    clear,
+    locked,
+    withdraw,
+)
+from streammerge.output.finished import Finished, find_finished
+from streammerge.output.identity import Identity, identify
+from streammerge.output.inputs import (
+    ContentHasher,
+    InputFile,
+    beside,
+    confirm,
+    find_inputs,
+    recognize,
+)
+from streammerge.output.journal import Journal, Known, Progress, Receipt
+from streammerge.output.shards import ShardWriter
+from streammerge.planning.memory.buffers import is_copied
+from streammerge.planning.plan import MergePlan, describe
+
+_UNRESERVED = "cannot reserve space on this file system: if it fills up meanwhile, the merge stops, and goes on when it is run again"
+NonFinite = Literal["error", "warn"]
+_CHECK_STEP = 1 << 20
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a merge did."""
+
+    out: str
+    already_complete: bool
+    tensors: int
+    shards: int
+    bytes_read: int
+    bytes_written: int
+    bytes_resumed: int
+    """Output bytes that an earlier run had finished."""
+    seconds: float
+    densities: tuple[Density, ...]
+    """Of each model whose task vector lost entries."""
+    warnings: tuple[str, ...]
+    floored: Mapping[str, Any] | None = None
+    """Of a Fisher merge: the elements of which floors decided the most."""
+    edits: Mapping[str, str] = field(default_factory=dict)
+    """Of a merge that was complete before: its files that people edit which are not as they were written."""
+    compile_seconds: float = 0.0
+    """What compiling kernels took before it, once on a machine; no part of `seconds`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a merge runs; none of it changes the output's bytes."""
+
+    overwrite: bool = False
+    backend: Backend = "direct"
+    profile: Path | None = None
+    """Where to write what the time went to, also when the run fails or is stopped."""
+    nonfinite: NonFinite = "error"
+    """What becomes of a NaN or an infinity: refused, or written and reported."""
+    hash_inputs: bool = False
+    """Hash every input file before the first byte, so that it is known again whatever its date; the manifest has it."""
+
+
+def execute(
+    plan: MergePlan,
+    out: Path,
+    options: Options,
+    emit: Callable[[Event], None],
+    card: Callable[[MergePlan], str],
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Summary:
+    """Merge into `out`, or continue there.
+
+    Parameters
+    ----------
+    stop
+        Set it to stop cleanly after the pieces in hand.
+    signal_received
+        Returns the number of the signal that set `stop`.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`; what is finished stays, durable, for the next run.
+    CannotCompileError
+        If the kernels cannot be compiled here, before anything is made: plan without them.
+    """
+    check_target(out, plan.inputs, [index.reference for index in plan.fishers])
+    emit(Event("plan", {**describe(plan), "out": str(out)}))
+    for line in plan.warnings:
+        emit(warning(line))
+    compiling = compile_first(plan, emit, stop, signal_received)
+    began = time.monotonic()
+    inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)
+    reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)
+    try:
+        identity = identify(plan, reader)
+        if not out.exists():
+            check_space(out, plan.layout)
+        with locked(out):
+            check_contents(out)
+            hasher = _make_hasher(plan, emit, stop or threading.Event(), signal_received)
+            if not options.overwrite and (
+                finished := find_finished(out, plan, identity, hasher if options.hash_inputs else None, emit)
+            ):
+                return replace(_complete(out, plan, finished), compile_seconds=compiling)
+            session = _Session(plan, out, reader, identity, options, emit, stop or threading.Event(), hasher)
+            summary = session.run(card(plan), began, signal_received)
+            return replace(summary, compile_seconds=compiling)
+    finally:
+        reader.close()
+
+
+def _make_hasher(
+    plan: MergePlan, emit: Callable[[Event], None], stop: threading.Event,
+    signal_received: Callable[[], int | None],
+) -> ContentHasher:  # fmt: skip
+    """Return what hashes input files for a run: stopped with it, and reporting how far it is."""
+
+    def check_stop() -> None:
+        if stop.is_set():
+            raise Stopped(signal_received() or signal.SIGTERM)
+
+    return ContentHasher(
+        plan.budget.workers, check_stop, lambda nbytes: emit(Event("hash", {"bytes_read": nbytes}))
+    )
+
+
+def _complete(out: Path, plan: MergePlan, finished: Finished) -> Summary:
+    """Return the summary of a merge that was there already."""
+    manifest = finished.manifest
+    return Summary(
+        str(out), True, len(plan.jobs), len(plan.layout.shards), 0, 0, plan.layout.nbytes, 0.0,
+        named_densities(plan, manifest.get("densities", [])), plan.warnings, manifest.get("floored"), finished.edits,
+    )  # fmt: skip
+
+
+class _Session:
+    """The state of one locked run."""
+
+    def __init__(
+        self, plan: MergePlan, out: Path, reader: Reader, identity: Identity, options: Options,
+        emit: Callable[[Event], None], stop: threading.Event, hasher: ContentHasher,
+    ) -> None:  # fmt: skip
+        self._hasher, self._hash_inputs = hasher, options.hash_inputs
+        self._plan, self._out, self._reader = plan, out, reader
+        self._identity = identity
+        self._emit, self._stop = emit, stop
+        self._writer = ShardWriter(out, plan.layout, direct=options.backend == "direct")
+        self._context = Context(
+            plan, reader, self._writer, identity.keys, stop, tolerant=options.nonfinite == "warn"
+        )
+        self._overwrite = options.overwrite
+        self._profile = options.profile
+        self._running = 0.0
+        self._elements = sum(job.n_elements for job in plan.jobs)
+
+    def run(self, card: str, began: float, signal_received: Callable[[], int | None]) -> Summary:
+        files = find_inputs(self._plan, self._plan.beside.files)
+        journal = Journal(self._out, self._identity.named)
+        stages = self._context.stages
+        try:
+            progress = self._continue(journal, files)
+            self._writer.open()
+            if self._writer.unreserved:
+                self._emit(warning(f"{printable(self._out)}: {_UNRESERVED}"))
+            sound = self._believe(progress.receipts)
+            resumed = sum(_receipt_bytes(self._plan, receipt) for receipt in sound)
+            self._emit(Event("resume" if resumed else "start", {"bytes_done": resumed}))
+            runner = Runner(self._context, journal, self._on_tick)
+            started = time.monotonic()
+            stages.add("start", started - began, time.process_time())
+            try:
+                runner.run(sound, progress.answers)
+            finally:
+                self._running = time.monotonic() - started
+                if (signum := signal_received()) is not None:
+                    raise Stopped(signum) from None
+            for file in files:
+                confirm(file, progress.files[file.key], self._hasher)
+            for line in (
+                *differing(self._context),
+                *not_finite_lines(self._context, runner.receipts, self._output),
+            ):
+                self._emit(warning(line))
+            self._emit(Event("commit"))
+            with stages.time("commit"):
+                contents = {key: known.content for key, known in progress.files.items()}
+                hashes = {file.name: contents[file.key] for file in files if self._is_sidecar(file)}
+                journal.announce(hashes)
+                manifest = commit(
+                    self._plan,
+                    self._out,
+                    self._writer,
+                    runner.receipts,
+                    self._identity,
+                    card,
+                    hashes,
+                    contents,
+                )
+                journal.remove()
+        finally:
+            journal.close()
+            self._writer.close()
+            if self._profile is not None:
+                write_profile(self._profile, self._profile_values(time.monotonic() - began))
+        for line in of_floor(manifest.get("floored")):
+            self._emit(warning(line))
+        return self._summary(manifest, resumed, began)
+
+    def _continue(self, journal: Journal, files: Sequence[InputFile]) -> Progress:
+        """Return what an earlier run recorded; where there is nothing, or it is not wanted, begin anew.
+
+        The files are those that it knows, by stamp or by content; what is to be hashed and is not yet, is now.
+        """
+        journal.claim()
+        progress = None if self._overwrite else journal.read()
+        known = {file.key: Known(file.stamp) for file in files}
+        if progress is not None:
+            what = f"{printable(self._out)}: holds an unfinished merge"
+            known = recognize(files, progress.files, self._hasher, what)
+        hashed = self._hasher.hash([
+            file for file in files
+            if not known[file.key].content and (self._hash_inputs or self._is_sidecar(file))
+        ])  # fmt: skip
+        known |= {key: Known(known[key].stamp, content) for key, content in hashed.items()}
+        if progress is None:
+            announced = journal.announced()
+            journal.start_over()
+            clear(self._out, announced)
+        else:
+            withdraw(self._out)
+        journal.open(known)
+        return replace(progress or Progress({}), files=known)
+
+    def _is_sidecar(self, file: InputFile) -> bool:
+        return file.group == beside(self._plan)
+
+    def _believe(self, receipts: Sequence[Receipt]) -> list[Receipt]:
+        """Return the receipts whose bytes are still what they say; the others are done again."""
+        slots = self._plan.layout.slots
+        plausible = [
+            r for r in receipts
+            if r.job < len(slots) and slots[r.job].shard not in self._writer.fresh
+            and 0 <= r.start <= r.stop <= self._plan.jobs[r.job].n_elements
+            and (self._context.tolerant or not r.not_finite or is_copied(self._plan.jobs[r.job]))
+        ]  # fmt: skip
+        with ThreadPoolExecutor(self._plan.budget.workers) as threads:
+            sound = list(threads.map(self._is_sound, plausible))
+        return [receipt for receipt, fine in zip(plausible, sound, strict=True) if fine]
+
+    def _is_sound(self, receipt: Receipt) -> bool:
+        slot = self._plan.layout.slots[receipt.job]
+        bits = BITS[self._plan.jobs[receipt.job].dtype]
+        position, end = slot.offset + receipt.start * bits // 8, slot.offset + receipt.stop * bits // 8
+        value = 0
+        while position < end and not self._stop.is_set():
+            try:
+                data = self._writer.read(slot.shard, position, min(_CHECK_STEP, end - position))
+            except WorldError:
+                return False  # Done again, it is written elsewhere, or the disk says what is wrong.
+            value = crc32(data, value)
+            position += len(data)
+            if not data:
+                return False
+        return value == receipt.crc
+
+    def _on_tick(self, tick: Tick) -> None:
+        self._emit(
+            Event("progress", {
+                "bytes_read": tick.bytes_read, "bytes_written": tick.bytes_written,
+                "tensors": tick.tensors_done, "tensors_total": len(self._plan.jobs),
+                "elements": tick.elements_done, "elements_total": self._elements,
+            })
+        )  # fmt: skip
+
+    def _output(self, job: int, first: int, last: int) -> Bytes:
+        slot = self._plan.layout.slots[job]
+        return np.frombuffer(self._writer.read(slot.shard, slot.offset + first, last - first), np.uint8)
+
+    def _profile_values(self, seconds: float) -> dict[str, Any]:
+        budget = self._plan.budget
+        return profile_values(
+            self._context.stages, seconds=seconds, running=self._running, workers=budget.workers,
+            threads=budget.threads, read=self._reader.bytes_read, written=self._writer.bytes_written,
+        )  # fmt: skip
+
+    def _summary(self, manifest: Mapping[str, Any], resumed: int, began: float) -> Summary:
+        return Summary(
+            str(self._out), False, len(self._plan.jobs), len(self._plan.layout.shards),
+            self._reader.bytes_read, self._writer.bytes_written, resumed, time.monotonic() - began,
+            named_densities(self._plan, manifest["densities"]), self._plan.warnings, manifest.get("floored"),
+        )  # fmt: skip
+
+
+def _receipt_bytes(plan: MergePlan, receipt: Receipt) -> int:
+    return (receipt.stop - receipt.start) * BITS[plan.jobs[receipt.job].dtype] // 8

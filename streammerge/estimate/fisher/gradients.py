@@ -1,0 +1,240 @@
+"""Per-example gradients of one stage's parameters, squared as they come.
+
+The weight of a linear map has the gradient ``outputs' gradients.T @ inputs``: both are kept, the gradient itself is only
+ever formed a block at a time. An embedding has gradients for the rows that were looked up. What is used in any other
+way (norms, biases, convolutions, experts in one tensor) gets its gradient from autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from streammerge.errors import ModelError, printable
+from streammerge.estimate.fisher.squares import RowSquares, Squares
+from streammerge.estimate.network.live import distinct
+from streammerge.estimate.network.loader import Loader
+from streammerge.estimate.network.resident import Resident
+
+
+@dataclass
+class _Product:
+    """One use of a linear map's weight."""
+
+    inputs: Tensor
+    transposed: bool
+    version: int
+    """Of the inputs, when they went in: autograd does not look after what a weight without a gradient needs."""
+    output_gradient: Tensor | None = None
+    """Of the score at hand; None while backpropagation has not passed."""
+
+    def take(self, gradient: Tensor) -> None:
+        """Keep the gradient of the outputs."""
+        self.output_gradient = gradient
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return left and right, of which the weight's gradient is ``left.T @ right``."""
+        assert self.output_gradient is not None
+        outputs = self.output_gradient.reshape(-1, self.output_gradient.shape[-1])
+        inputs = self.inputs.reshape(-1, self.inputs.shape[-1])
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
+
+
+@dataclass
+class _Lookup:
+    """One look into an embedding."""
+
+    ids: Tensor
+    """Each once."""
+    table: Tensor
+    """Their rows: a leaf."""
+
+
+@dataclass
+class TiedRows:
+    """The rows of a tied weight that an example's tokens look up: their gradient has a part from either use.
+
+    Its square is that of the sum, so the linear map leaves these rows out and hands its part on to the embedding.
+    """
+
+    ids: Tensor
+    """The example's tokens, each once, ascending."""
+    gradients: list[Tensor] = field(default_factory=list)
+    """The linear map's part, fp32 [len(ids), width], for each score."""
+
+
+class _UsedOtherwise(Exception):
+    """A weight was taken for that of a linear map and is used in another way: the example is run again."""
+
+
+class Gradients(Resident):
+    """The weights of one stage while its squares are summed.
+
+    Parameters
+    ----------
+    tied
+        Embeddings that are used as linear maps after the layers.
+
+    Attributes
+    ----------
+    dense, rows
+        The sums, by parameter: of all of it, or of the rows that were looked up.
+    """
+
+    def __init__(
+        self, loader: Loader, device: torch.device, allowed: Collection[nn.Parameter], where: str,
+        tied: Collection[nn.Parameter] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(loader, device, allowed, where)
+        self._tied = set(tied)
+        self._whole: set[nn.Parameter] = set()
+        self._products: dict[nn.Parameter, list[_Product]] = {}
+        self._lookups: list[tuple[nn.Parameter, _Lookup]] = []
+        self.dense: dict[nn.Parameter, Squares] = {}
+        self.rows: dict[nn.Parameter, RowSquares] = {}
+
+    # What the model asks for.
+
+    def value(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's values, read when they are first asked for."""
+        if parameter not in self.values:
+            super().value(parameter)
+            self.dense[parameter] = Squares(parameter.shape, self.device)
+            if parameter.dim() != 2:
+                self._take_whole(parameter)
+        return self.values[parameter]
+
+    def lookup(self, parameter: nn.Parameter, ids: Tensor, padding: int | None) -> Tensor:
+        """Return rows of an embedding; that of the padding token has no gradient."""
+        found, places = distinct(ids)
+        table = self._loader.rows(parameter, found.cpu()).to(self.device).requires_grad_(True)
+        self._lookups.append((parameter, _Lookup(found, table)))
+        rows = table[places]
+        return rows if padding is None else torch.where((ids == padding)[..., None], rows.detach(), rows)
+
+    def on_linear(self, parameter: nn.Parameter, inputs: Tensor, output: Tensor, transposed: bool) -> None:
+        """Keep a linear map's inputs, and have autograd bring the gradients of its outputs."""
+        if parameter in self._whole:
+            return
+        if not output.requires_grad:  # autograd would pass it by
+            self.on_other(parameter)
+        product = _Product(inputs.detach(), transposed, inputs._version)
+        output.register_hook(product.take)  # type: ignore[no-untyped-call]
+        self._products.setdefault(parameter, []).append(product)
+
+    def on_other(self, parameter: nn.Parameter) -> None:
+        """Leave a parameter to autograd from now on."""
+        if parameter not in self._whole:
+            self._take_whole(parameter)
+            raise _UsedOtherwise
+
+    def _take_whole(self, parameter: nn.Parameter) -> None:
+        self._whole.add(parameter)
+        self.values[parameter].requires_grad_(True)
+
+    # What the estimate asks for.
+
+    def forward(self, run: Callable[[], Tensor]) -> Tensor:
+        """Return what a stage makes of an example, with all that its gradients need."""
+        while True:
+            self._products.clear()
+            self._lookups.clear()
+            try:
+                with torch.enable_grad():
+                    output = run()
+            except _UsedOtherwise:
+                continue
+            for parameter, uses in self._products.items():
+                if any(one.inputs._version != one.version for one in uses):
+                    raise ModelError(
+                        f"{printable(self._loader.reference)}: {self._where} changes the inputs of "
+                        f"{printable(self._loader.name(parameter))} in place, so its gradient cannot be had"
+                    )
+            return output
+
+    def backward(
+        self, output: Tensor, scores: Sequence[Tensor], hidden: Tensor | None, tied: TiedRows | None = None
+    ) -> list[Tensor]:
+        """Add the squares of an example's gradients, one set for each score.
+
+        Parameters
+        ----------
+        output
+            What `forward` returned.
+        scores
+            Gradients of the log-likelihood with respect to it.
+        hidden
+            The leaf it was computed from.
+        tied
+            What the two uses of a tied weight have to tell each other.
+
+        Returns
+        -------
+        list of Tensor
+            The gradients with respect to `hidden`, for each score; none without it.
+        """
+        whole = [parameter for parameter in self.values if parameter in self._whole]
+        leaves = [*([] if hidden is None else [hidden]), *(self.values[p] for p in whole)]
+        leaves += [one.table for _, one in self._lookups]
+        passed = []
+        for number, score in enumerate(scores):
+            for uses in self._products.values():
+                for one in uses:
+                    one.output_gradient = None
+            found = list(
+                torch.autograd.grad(
+                    output, leaves, score, retain_graph=number + 1 < len(scores), allow_unused=True
+                )
+            )
+            if hidden is not None:
+                gradient = found.pop(0)
+                passed.append(torch.zeros_like(hidden) if gradient is None else gradient)
+            for parameter in whole:
+                gradient = found.pop(0)
+                if gradient is not None:
+                    if parameter in self._tied and tied is not None:
+                        tied.gradients.append(gradient[tied.ids])
+                        gradient = gradient.index_fill(0, tied.ids, 0.0)
+                    self.dense[parameter].add(gradient)
+            self._add_products(tied)
+            self._add_lookups(found, number, tied)
+        self._products.clear()
+        self._lookups.clear()
+        return passed
+
+    def _add_products(self, tied: TiedRows | None) -> None:
+        for parameter, uses in self._products.items():
+            pairs = [one.factors() for one in uses if one.output_gradient is not None]
+            if not pairs:
+                continue
+            left, right = pairs[0]
+            if len(pairs) > 1:  # used more than once: one gradient, the sum over the uses
+                left, right = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
+            if parameter in self._tied and tied is not None:
+                tied.gradients.append(left[:, tied.ids].T @ right)
+                left = left.index_fill(1, tied.ids, 0.0)
+            self.dense[parameter].add_product(left, right)
+
+    def _add_lookups(self, gradients: Sequence[Tensor | None], score: int, tied: TiedRows | None) -> None:
+        met: dict[nn.Parameter, list[tuple[Tensor, Tensor]]] = {}
+        for (parameter, one), gradient in zip(self._lookups, gradients, strict=True):
+            if gradient is not None:
+                met.setdefault(parameter, []).append((one.ids, gradient))
+        for parameter, pairs in met.items():
+            ids, gradient = pairs[0]
+            if len(pairs) > 1:
+                ids, places = distinct(torch.cat([pair[0] for pair in pairs]))
+                gradient = gradient.new_zeros(len(ids), gradient.shape[1])
+                gradient.index_add_(0, places, torch.cat([pair[1] for pair in pairs]))
+            if parameter in self._tied and tied is not None:
+                if not torch.equal(ids, tied.ids):
+                    raise ModelError(
+                        f"{printable(self._loader.reference)}: the tied embedding is looked up for more than the tokens"
+                    )
+                gradient = gradient + tied.gradients[score]
+            if parameter not in self.rows:
+                self.rows[parameter] = RowSquares(parameter.shape[1], self.device)
+            self.rows[parameter].add(ids, gradient)

@@ -1,0 +1,171 @@
+"""Imports a diagonal that others estimated: a safetensors or PyTorch file, streamed into a store."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge import __version__
+from streammerge.checkpoint.index import TensorIndex, open_model
+from streammerge.checkpoint.refs.made import contiguous
+from streammerge.checkpoint.shards import PICKLES
+from streammerge.dtypes import FLOATS, itemsize
+from streammerge.engine.merge import Event
+from streammerge.errors import ModelError, Stopped, printable
+from streammerge.formats.safetensors import FileStamp, TensorRef
+from streammerge.formats.torch_file import read_pickle
+from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial, to_store
+from streammerge.io.reader import Reader, check_unchanged
+from streammerge.planning.memory.budget import KERNEL_RESERVE, make_budget
+from streammerge.tensors.fingerprint import files_digest, fingerprint
+
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_BUFFERS = 12
+"""Chunks of fp32 held at a time: read, widened, summed, compressed, and what Zarr copies on the way."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did."""
+
+    out: str
+    tensors: int
+    resumed: int
+    """Tensors that an earlier run had finished."""
+    about: Mapping[str, Any]
+
+
+def import_diagonal(
+    model: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    out: Path,
+    *,
+    dtype: str = "F32",
+    memory: int | None = None,
+    about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    emit: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Imported:
+    """Stream the diagonals in `source` into a store for `model`; run again, it continues.
+
+    Parameters
+    ----------
+    model
+        The model they belong to: names and shapes must agree, and the store is bound to its content.
+    source
+        A safetensors file or directory, or a PyTorch file of a flat dict of tensors.
+    dtype
+        F32, or BF16: half the size, and estimates are noisier than its rounding.
+    memory
+        Bound of the peak resident memory in bytes; default: half of what is free.
+    about
+        What is known of the estimate: ``estimator``, ``examples``, ``seed``.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`; finished arrays stay for the next run.
+    """
+    make_budget(memory, 1, KERNEL_RESERVE + _BUFFERS * 4 * CHUNK_ELEMENTS)
+    index = open_model(model)
+    refs, stamps = _open_source(os.fspath(source))
+    _check_against(refs, index, os.fspath(source), emit)
+    reader = Reader()
+    stop = stop or threading.Event()
+    try:
+        identity = {
+            "version": __version__, "model": fingerprint(index, reader), "dtype": dtype,
+            "source": files_digest(stamps), "about": repr(sorted((about or {}).items())),
+        }  # fmt: skip
+        with locked_partial(out, overwrite):
+            store = StoreWriter(out, identity)
+            resumed = _write_all(store, refs, dtype, reader, emit, stop, signal_received)
+            for stamp in stamps:
+                check_unchanged(stamp)
+            attributes = store.commit(refs, {
+                "model_fingerprint": identity["model"], "model_name": os.path.basename(os.path.normpath(model)),
+                "estimator": None, "examples": None, "seed": None, **(about or {}), "dtype": dtype,
+                "missing": [n for n, ref in index.items() if n not in refs and ref.dtype in FLOATS],
+            })  # fmt: skip
+    finally:
+        reader.close()
+    return Imported(str(out), len(refs), resumed, attributes)
+
+
+def _write_all(
+    store: StoreWriter, refs: Mapping[str, TensorRef], dtype: str, reader: Reader,
+    emit: Callable[[Event], None], stop: threading.Event, signal_received: Callable[[], int | None],
+) -> int:  # fmt: skip
+    resumed = 0
+    for done, (name, ref) in enumerate(refs.items()):
+        if stop.is_set():
+            raise Stopped(signal_received() or 15)
+        if store.known(name):
+            resumed += 1
+        else:
+            store.write(name, ref.shape, dtype, _runs(ref, dtype, reader, stop, signal_received))
+        emit(
+            Event(
+                "import", {"tensors": done + 1, "tensors_total": len(refs), "bytes_read": reader.bytes_read}
+            )
+        )
+    return resumed
+
+
+def _runs(
+    ref: TensorRef,
+    dtype: str,
+    reader: Reader,
+    stop: threading.Event,
+    signal_received: Callable[[], int | None],
+) -> Iterator[NDArray[Any]]:
+    """Yield the elements of each chunk of the store, in its dtype."""
+    width = itemsize(ref.dtype)
+    for first, end in chunk_runs(ref.shape):
+        if stop.is_set():
+            raise Stopped(signal_received() or 15)
+        buffer = np.empty((end - first) * width, np.uint8)
+        reader.read_into(ref.path, ref.offset + first * width, buffer)
+        values = buffer.view(_NUMPY[ref.dtype])
+        yield to_store(values, ref.dtype, dtype)
+
+
+def _open_source(source: str) -> tuple[Mapping[str, TensorRef], tuple[FileStamp, ...]]:
+    if source.endswith(PICKLES):
+        refs, stamp = read_pickle(source)
+        return {name: contiguous(ref) for name, ref in refs.items()}, (stamp,)
+    index = open_model(source)
+    return index.stored(), index.stamps
+
+
+def _check_against(
+    refs: Mapping[str, TensorRef], model: TensorIndex, source: str, emit: Callable[[Event], None]
+) -> None:
+    for name, ref in refs.items():
+        if name not in model:
+            raise ModelError(
+                f"{printable(source)}: tensor {printable(name)} is not in {printable(model.reference)}; a diagonal has "
+                "the names of its model"
+            )
+        if ref.shape != model[name].shape:
+            raise ModelError(
+                f"{printable(source)}: tensor {printable(name)} has shape {list(ref.shape)}, "
+                f"{list(model[name].shape)} in {printable(model.reference)}"
+            )
+        if ref.dtype not in FLOATS:
+            raise ModelError(f"{printable(source)}: tensor {printable(name)} is {ref.dtype}, not a float")
+    missing = [name for name, ref in model.items() if name not in refs and ref.dtype in FLOATS]
+    if missing:
+        emit(Event("warning", {
+            "message": f"{len(missing)} tensors of {printable(model.reference)} have no diagonal "
+            f"(first: {printable(missing[0])})"
+        }))  # fmt: skip

@@ -1,0 +1,278 @@
+"""Collects the Gram matrices of a model's linear maps as examples pass through it, layer by layer, into a store.
+
+For a linear map with inputs x_1 .. x_n (one a token): G = (1/n) sum x_t x_t^T, fp32, [inputs, inputs]. The mean, not the sum:
+a model with more examples does not weigh more. Taken are the linear maps of the layers; what follows the layers is not run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from streammerge import __version__
+from streammerge.checkpoint.companions import GRAM_ATTRIBUTE
+from streammerge.checkpoint.index import open_model
+from streammerge.engine.merge import Event
+from streammerge.errors import ModelError, printable
+from streammerge.estimate.network.boundary import Boundary
+from streammerge.estimate.network.examples import Example, digest, read_examples, too_few
+from streammerge.estimate.network.loader import Loader
+from streammerge.estimate.network.progress import Progress
+from streammerge.estimate.network.resident import Resident
+from streammerge.estimate.network.run import Network
+from streammerge.estimate.network.sizing import StageSize, boundary_elements, check_fits, layer_activations
+from streammerge.estimate.network.skeleton import Skeleton
+from streammerge.estimate.network.tokenizing import reading_for
+from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
+from streammerge.io.durable import make_directory, world_errors
+from streammerge.io.reader import Reader, check_unchanged
+from streammerge.tensors.fingerprint import files_digest, fingerprint
+
+WORK = "__work__"
+_BLOCK = 1 << 19
+"""Elements of a product that are added at a time."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a collection did."""
+
+    out: str
+    tensors: int
+    bytes_read: int
+    """In this run."""
+    seconds: float
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How matrices are collected."""
+
+    examples: int | None = None
+    """How many are taken, from the first; None: all."""
+    max_length: int = 512
+    """Tokens after which an example is cut."""
+    batch_size: int = 16
+    """Examples that are read and written at a time; the values do not depend on it."""
+    memory: int | None = None
+    """Bound of the peak resident memory in bytes; None: half of what is free."""
+    device: str = "cpu"
+
+
+class Products(Resident):
+    """The weights of a layer while the products of its linear maps' inputs are summed.
+
+    Attributes
+    ----------
+    sums
+        Of x x^T over all tokens so far, by weight, fp64 [inputs, inputs].
+    """
+
+    def __init__(
+        self, loader: Loader, device: torch.device, allowed: Collection[nn.Parameter], where: str
+    ) -> None:
+        super().__init__(loader, device, allowed, where)
+        self.sums: dict[nn.Parameter, Tensor] = {}
+        self.tokens: dict[nn.Parameter, int] = {}
+
+    def on_linear(self, parameter: nn.Parameter, inputs: Tensor, output: Tensor, transposed: bool) -> None:
+        """Add the products of the inputs; a transposed weight is left out: regression works on its rows."""
+        if transposed:
+            return
+        x = inputs.reshape(-1, inputs.shape[-1])
+        n = x.shape[1]
+        if parameter not in self.sums:
+            self.sums[parameter] = torch.zeros(n, n, dtype=torch.float64, device=self.device)
+        step = max(1, _BLOCK // n)
+        for first in range(0, n, step):
+            self.sums[parameter][first : first + step] += x[:, first : first + step].T @ x
+        self.tokens[parameter] = self.tokens.get(parameter, 0) + len(x)
+
+
+class GramSums:
+    """What a store records of a matrix, from runs of its elements: sums of magnitudes, the largest, zeros."""
+
+    def __init__(self, tensor: str, dtype: str) -> None:
+        self._tensor = tensor
+        self._parts: list[tuple[float, float]] = []
+        self._largest = 0.0
+        self._zeros = 0
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Take a run of elements into account.
+
+        Raises
+        ------
+        ModelError
+            If one is not finite.
+        """
+        wide = np.abs(values.reshape(-1).astype(np.float64))
+        if not np.isfinite(wide).all():
+            raise ModelError(f"Gram matrix of tensor {printable(self._tensor)}: an input is not finite")
+        self._parts.append((float(wide.sum()), float((wide * wide).sum())))
+        self._largest = max(self._largest, float(wide.max(initial=0.0)))
+        self._zeros += int((wide == 0).sum())
+
+    def values(self) -> dict[str, Any]:
+        """Return what is recorded, once all runs were added."""
+        return {"sum": sum(p[0] for p in self._parts), "square_sum": sum(p[1] for p in self._parts),
+                "largest": self._largest, "zeros": self._zeros}  # fmt: skip
+
+
+def compute_grams(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: Path,
+    settings: Settings = Settings(),
+    *,
+    overwrite: bool = False,
+    emit: Callable[[Event], None] = lambda event: None,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Collected:
+    """Collect the Gram matrices of `model` over examples into a store; run again, it continues.
+
+    Raises
+    ------
+    StreammergeError
+        See `streammerge.errors`; layers that are done stay for the next run.
+    """
+    began = time.monotonic()
+    index = open_model(model)
+    skeleton = Skeleton(index)
+    taken = read_examples(
+        os.fspath(data), settings.examples, reading_for(skeleton, index, settings.max_length)
+    )
+    if (few := too_few(os.fspath(data), settings.examples, len(taken))) is not None:
+        emit(Event("warning", {"message": few}))
+    device = torch.device(settings.device)
+    reader = Reader()
+    try:
+        loader = Loader(skeleton, index, reader)
+        network = Network(skeleton, device)
+        width = network.call(0, taken[-1]).hidden.numel() // taken[-1].length
+        _check_memory(settings, skeleton, taken, width)
+        identity = {
+            "version": __version__, "model": fingerprint(index, reader), "files": files_digest(index.stamps),
+            "examples": digest(taken), "kind": "gram",
+        }  # fmt: skip
+        with locked_partial(out, overwrite):
+            store = StoreWriter(out, identity, attribute=GRAM_ATTRIBUTE, sums=GramSums)
+            work = out.with_name(out.name + ".partial") / WORK
+            make_directory(work)
+            progress = Progress(reader, len(index), emit, stop or threading.Event(), signal_received)
+            collection = _Collection(
+                network, loader, taken, work, settings.batch_size, device, store, progress
+            )
+            names = collection.run()
+            for stamp in index.stamps:
+                check_unchanged(stamp)
+            with world_errors(work):
+                shutil.rmtree(work, ignore_errors=True)
+            attributes = store.commit([name for name in index if name in names], {
+                "model_fingerprint": identity["model"], "model_name": os.path.basename(os.path.normpath(model)),
+                "examples": len(taken), "tokens": sum(example.length for example in taken), "max_length": settings.max_length,
+                "data": identity["examples"],
+            })  # fmt: skip
+    finally:
+        reader.close()
+    return Collected(str(out), len(names), reader.bytes_read, time.monotonic() - began, attributes)
+
+
+class _Collection:
+    """Passes all examples through one layer after the other."""
+
+    def __init__(
+        self, network: Network, loader: Loader, examples: list[Example], work: Path, batch_size: int,
+        device: torch.device, store: StoreWriter, progress: Progress,
+    ) -> None:  # fmt: skip
+        self._network = network
+        self._loader = loader
+        self._examples = examples
+        self._device = device
+        self._store = store
+        self._progress = progress
+        self._work = work
+        lengths = [example.length for example in examples]
+        self._hidden = [
+            Boundary(work / f"hidden-{i:05}", lengths, batch_size) for i in range(network.n_blocks + 1)
+        ]
+        progress.total = sum(lengths) * sum(p.numel() for p in network.skeleton.blocks.parameters())
+
+    @torch.no_grad()
+    def run(self) -> set[str]:
+        """Run what is not done; return the tensors that have a matrix."""
+        done = max((i for i, hidden in enumerate(self._hidden) if hidden.exists()), default=None)
+        if done is None:
+            self._embed()
+        for i in range(self._network.n_blocks):
+            if done is not None and i < done:
+                self._progress.tick(self._cost(i, sum(example.length for example in self._examples)))
+            else:
+                self._layer(i)
+        names = {
+            name
+            for block in self._network.skeleton.blocks
+            for p in block.parameters()
+            for name in self._loader.parts(p, p)
+        }
+        return {name for name in names if self._store.known(name)}
+
+    def _embed(self) -> None:
+        weights = Resident(
+            self._loader, self._device, self._network.skeleton.outer, "what comes before the layers"
+        )
+        with self._hidden[0].writing() as out:
+            for example in self._examples:
+                out.add(self._network.embed(example, weights))
+                self._progress.tick(0)
+
+    def _layer(self, i: int) -> None:
+        weights = Products(
+            self._loader, self._device, list(self._network.skeleton.blocks[i].parameters()), f"layer {i}"
+        )
+        with self._hidden[i].reading() as given, self._hidden[i + 1].writing() as out:
+            for n, example in enumerate(self._examples):
+                call = self._network.call(i, example)
+                hidden = given.rows(n).view(call.hidden.shape).to(self._device)
+                out.add(self._network.block(i, hidden, call, weights))
+                self._progress.tick(self._cost(i, example.length))
+            for parameter, sums in weights.sums.items():
+                self._write(parameter, sums / weights.tokens[parameter])
+        self._hidden[i].remove()
+
+    def _write(self, parameter: nn.Parameter, mean: Tensor) -> None:
+        values = mean.float().cpu().numpy().reshape(-1)
+        for name, window in self._loader.parts(parameter, parameter).items():
+            if tuple(window.shape) == tuple(parameter.shape) and not self._store.known(name):
+                shape = tuple(mean.shape)
+                self._store.write(name, shape, "F32", (values[a:b] for a, b in chunk_runs(shape)))
+                self._progress.wrote(values.nbytes)
+
+    def _cost(self, i: int, tokens: int) -> int:
+        return tokens * sum(p.numel() for p in self._network.skeleton.blocks[i].parameters())
+
+
+def _check_memory(settings: Settings, skeleton: Skeleton, examples: list[Example], width: int) -> None:
+    heads = getattr(skeleton.model.config.get_text_config(), "num_attention_heads", 1)
+    stages = []
+    for i, block in enumerate(skeleton.blocks):
+        weights = list(block.parameters())
+        matrices = sum(p.shape[1] ** 2 for p in weights if p.dim() == 2)
+        activations = layer_activations([p.shape for p in weights], examples[-1].length, width, heads, 1)
+        # A weight is 4 bytes and has no sums here; a matrix is fp64.
+        stages.append(StageSize(f"layer {i}", 0, whole=sum(p.numel() for p in weights) // 2, row_sums=matrices // 2 + 1,
+                                activations=activations))  # fmt: skip
+    check_fits(settings.memory, stages, boundary_elements(settings.batch_size, examples[-1].length, width, 1))

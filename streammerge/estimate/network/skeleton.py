@@ -1,0 +1,163 @@
+"""A transformers model without its weights: parameters on the meta device, its small buffers computed for real.
+
+The decoder or encoder layers are the largest list of modules in it; no architecture is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.errors import InputError, ModelError, printable
+
+CAUSAL, CLASSIFIER = "causal language model", "sequence classifier"
+_ENDS = {"ForCausalLM": CAUSAL, "LMHeadModel": CAUSAL, "ForSequenceClassification": CLASSIFIER}
+_CURE = "install it with `pip install 'streammerge[hf]'`"
+
+
+class Skeleton:
+    """A model of the right shape that holds no weights.
+
+    Attributes
+    ----------
+    model
+        In evaluation mode; every parameter on the meta device.
+    kind
+        What it is trained for: `CAUSAL` or `CLASSIFIER`.
+    blocks
+        Its layers, in the order they run.
+    aliases
+        All names of each parameter: a tied one has several.
+    outer
+        The parameters outside of the layers.
+    embeddings
+        Those of them that are looked up.
+    """
+
+    def __init__(self, index: TensorIndex) -> None:
+        self.reference = index.reference
+        self.kind, architecture = _kind_of(index)
+        self.model = _build(index, self.kind, architecture)
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{printable(self.reference)}: {architecture} has an encoder and a decoder; models of one stack of layers are run"
+            )
+        self.blocks_name, self.blocks = _largest_list(self.model, self.reference)
+        self.aliases: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            self.aliases.setdefault(parameter, []).append(name)
+        inner = {p for block in self.blocks for p in block.parameters()}
+        self.outer = [p for p in self.aliases if p not in inner]
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        self.embeddings = [p for p in self.outer if id(p) in tables]
+
+    @property
+    def n_labels(self) -> int:
+        """Of a classifier."""
+        return int(self.model.config.num_labels)
+
+    @property
+    def label_numbers(self) -> Mapping[str, int]:
+        """A classifier's labels, by name."""
+        names = {int(i): str(name) for i, name in self.model.config.id2label.items()}
+        return {names.get(i, str(i)): i for i in range(self.n_labels)}
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """Most tokens that its position embeddings allow; None where there is no limit in its config."""
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        padding = getattr(self.model.config, "pad_token_id", None) or 0
+        # RoBERTa and its kin count positions from behind the padding id.
+        return (
+            None if not longest else int(longest) - (padding + 1 if _counts_from_padding(self.model) else 0)
+        )
+
+    def name(self, parameter: nn.Parameter) -> str:
+        """Return the first name of a parameter."""
+        return self.aliases[parameter][0]
+
+
+def _kind_of(index: TensorIndex) -> tuple[str, str]:
+    names = index.config.get("architectures")
+    architecture = str(names[0]) if isinstance(names, list) and names else ""
+    for end, kind in _ENDS.items():
+        if architecture.endswith(end):
+            return kind, architecture
+    said = printable(architecture, 80) or "not said"
+    raise ModelError(
+        f"{printable(index.reference)}: config.json: its architecture is {said}; causal language models (…ForCausalLM) and "
+        "sequence classifiers (…ForSequenceClassification) are run"
+    )
+
+
+def _build(index: TensorIndex, kind: str, architecture: str) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(f"transformers is needed to run a model ({error}); {_CURE}") from None
+    transformers.utils.logging.set_verbosity_error()
+    auto = (
+        transformers.AutoModelForCausalLM
+        if kind == CAUSAL
+        else transformers.AutoModelForSequenceClassification
+    )
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(index.directory), local_files_only=True, trust_remote_code=False
+        )
+        config.use_cache = False
+        with _parameters_on_meta():
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # whatever a config from strangers makes of the library
+        raise ModelError(
+            f"{printable(index.reference)}: transformers cannot build {printable(architecture, 80)} from config.json: "
+            f"{printable(str(error).strip() or type(error).__name__, 300)}"
+        ) from error
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Have every parameter land on the meta device when a module takes it; buffers are left alone.
+
+    Memory that `torch.empty` gave was never touched by then, so it was never resident.
+    """
+    register = nn.Module.register_parameter
+
+    def register_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.data.to("meta"), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _largest_list(model: nn.Module, reference: str) -> tuple[str, nn.ModuleList]:
+    """Return the list of modules that holds most parameters: the layers."""
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ModelError(
+            f"{printable(reference)}: {type(model).__name__} has no list of layers to run one by one"
+        )
+    return max(lists, key=lambda entry: (sum(p.numel() for p in entry[1].parameters()), -len(entry[0])))
+
+
+def _counts_from_padding(model: nn.Module) -> bool:
+    return any(
+        name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx
+        for name, module in model.named_modules()
+    )

@@ -1,0 +1,39 @@
+"""How the lines of a file become examples of a model: its own tokenizer, its labels, its limits."""
+
+from __future__ import annotations
+
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.errors import InputError, printable
+from streammerge.estimate.network.examples import Reading, Tokenize
+from streammerge.estimate.network.skeleton import CAUSAL, Skeleton
+
+
+def reading_for(
+    skeleton: Skeleton, index: TensorIndex, max_length: int, *, with_labels: bool = False
+) -> Reading:
+    """Return how lines are read for a model, labels too where they are wanted."""
+    longest = min(max_length, skeleton.positions or max_length)
+    return Reading(
+        max_length=longest, min_length=2 if skeleton.kind == CAUSAL else 1, vocabulary=skeleton.vocabulary,
+        tokenize=lambda: _tokenizer(index, longest), labels=skeleton.label_numbers if with_labels else None,
+    )  # fmt: skip
+
+
+def _tokenizer(index: TensorIndex, max_length: int) -> Tokenize:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(index.directory), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever the library makes of the files
+        raise InputError(
+            f"{printable(index.reference)}: no tokenizer could be loaded for text: "
+            f"{printable(str(error).strip() or type(error).__name__, 300)}; give input_ids instead"
+        ) from error
+
+    def tokenize(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+        return ids
+
+    return tokenize

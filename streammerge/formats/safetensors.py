@@ -1,0 +1,223 @@
+"""The header of one safetensors file, checked completely before anything believes it.
+
+The file is 8 bytes of length, that many bytes of JSON, then the data of the tensors without a gap::
+
+    | n: u64 | {"a": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...} | data |
+
+Stricter than the reference library where that lets something ambiguous through: a duplicate tensor,
+an unknown field of an entry (it may change the meaning of the bytes), ``"__metadata__": null``, a
+header that does not begin with ``{`` (the specification's MUST), an empty or endless tensor name,
+more than 64 dimensions, a file without tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.dtypes import BITS
+from streammerge.errors import ModelError
+from streammerge.formats.lookalikes import lookalike
+from streammerge.io.files import bad, open_regular, quoted, read_exactly, reading
+from streammerge.io.strict_json import MAX_NBYTES, parse_object
+
+__all__ = ["FileStamp", "TensorRef", "open_regular", "read_header"]
+
+MAX_RANK = 64
+"""Most dimensions; numpy and torch stop at the same number."""
+
+MAX_NAME = 4096
+"""Longest tensor name, in characters; a report must be able to show it."""
+
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+
+_TORCH = "a file of torch.save, whose name should end in .bin, .pt, .pth or .ckpt: rename it"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where the bytes of one tensor lie."""
+
+    name: str
+    dtype: str
+    """The format's own code: a key of `streammerge.dtypes.BITS`."""
+    shape: tuple[int, ...]
+    path: str
+    offset: int
+    """Of the first byte, counted from the start of the file."""
+    nbytes: int
+
+    @property
+    def n_elements(self) -> int:
+        """How many elements the shape has; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What identifies an input file: if any of this differs on resume, the input has changed."""
+
+    path: str
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+    """Unlike mtime this cannot be set back, so it shows a change of equal size and mtime."""
+    inode: int
+    header_digest: str
+    """BLAKE2b-128 of the header's JSON bytes, in hex."""
+
+    def describes(self, status: os.stat_result) -> bool:
+        """Whether a file of this `status` is still the one stamped, so far as stat can tell."""
+        return (self.nbytes, self.mtime_ns, self.ctime_ns, self.inode) == (
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            status.st_ino,
+        )
+
+
+def read_header(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, TensorRef], dict[str, str], FileStamp]:
+    """Return the tensors of a file in the order of their bytes, its metadata and its stamp.
+
+    Reads the header only. Every byte of the file is accounted for: by the header or by one tensor.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, not a regular file, or breaks any rule of the format.
+    WorldError
+        If the machine cannot read it.
+    """
+    path = os.fspath(path)
+    with reading(path) as (fd, status):
+        raw = _raw_header(fd, status.st_size, path)
+    header = parse_object(raw, path, "the header", "natural")
+    metadata = _metadata(header.pop("__metadata__", {}), path)
+    tensors = _tensors(header, path, 8 + len(raw), status.st_size)
+    stamp = FileStamp(
+        path=path,
+        nbytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        ctime_ns=status.st_ctime_ns,
+        inode=status.st_ino,
+        header_digest=hashlib.blake2b(raw, digest_size=16).hexdigest(),
+    )
+    return tensors, metadata, stamp
+
+
+def _raw_header(fd: int, file_nbytes: int, path: str) -> bytes:
+    if file_nbytes == 0:
+        raise bad(path, "an empty file: download or copy it again")
+    first = read_exactly(fd, min(8, file_nbytes), 0, path)
+    nbytes = int.from_bytes(first, "little")
+    if nbytes > MAX_NBYTES:
+        torch = first.startswith((b"PK\x03\x04", b"\x80\x02"))
+        if what := _TORCH if torch else lookalike(first):
+            raise bad(path, f"this is {what}")
+    if file_nbytes < 8:
+        raise bad(path, f"{file_nbytes} bytes, too few for safetensors: download or copy it again")
+    if nbytes > MAX_NBYTES:
+        raise bad(path, f"header length {nbytes} exceeds the limit {MAX_NBYTES}: not safetensors")
+    if nbytes > file_nbytes - 8:
+        what = f"header length {nbytes} is beyond the end of the file ({file_nbytes} bytes)"
+        raise bad(path, f"{what}: download or copy it again")
+    raw = read_exactly(fd, nbytes, 8, path)
+    if not raw.startswith(b"{"):
+        raise bad(path, "the header is not a JSON object: not safetensors")
+    return raw
+
+
+def _metadata(value: Any, path: str) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise bad(path, "__metadata__ is not a map of strings")
+    for key, text in value.items():
+        if not isinstance(text, str):
+            raise bad(path, f"__metadata__ {quoted(key)} is not a string")
+    return value
+
+
+def _tensors(header: dict[str, Any], path: str, data_start: int, file_nbytes: int) -> dict[str, TensorRef]:
+    if not header:
+        raise bad(path, "holds no tensors")
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
+    refs = [_tensor(name, entry, path, data_start, shapes) for name, entry in header.items()]
+    # Of two tensors that begin together the empty one lies first.
+    refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
+    end = data_start
+    for i, ref in enumerate(refs):
+        if ref.offset > end:
+            raise bad(path, f"{ref.offset - end} bytes before tensor {quoted(ref.name)} are unused")
+        if ref.offset < end:
+            other = quoted(refs[i - 1].name)
+            raise bad(path, f"tensors {other} and {quoted(ref.name)} overlap")
+        end += ref.nbytes
+    if end > file_nbytes:
+        what = f"truncated: {file_nbytes} bytes, but its header describes {end}"
+        raise bad(path, f"{what}: download or copy it again")
+    if end < file_nbytes:
+        raise bad(path, f"{file_nbytes - end} bytes follow the last tensor: not valid safetensors")
+    return {ref.name: ref for ref in refs}
+
+
+def _tensor(
+    name: str, entry: Any, path: str, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
+) -> TensorRef:
+    """Return one entry, checked; of equal names, dtypes and `shapes` one object serves all, for there may be many."""
+
+    def refuse(what: str) -> ModelError:
+        return bad(path, f"tensor {quoted(name)}: {what}")
+
+    if not name:
+        raise bad(path, "a tensor has an empty name")
+    if len(name) > MAX_NAME:
+        raise refuse(f"its name has {len(name)} characters, more than {MAX_NAME}")
+    if not isinstance(entry, dict):
+        raise refuse("its entry is not an object")
+    if entry.keys() != _FIELDS:
+        missing, unknown = _FIELDS - entry.keys(), entry.keys() - _FIELDS
+        raise refuse(f"no {min(missing)}" if missing else f"unknown field {quoted(min(unknown))}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise refuse("its dtype is not a string")
+    if dtype not in BITS:
+        raise refuse(f"unknown dtype {quoted(dtype, 40)}")
+    if not _whole_numbers(shape):
+        raise refuse("its shape is not a list of whole numbers")
+    if len(shape) > MAX_RANK:
+        raise refuse(f"{len(shape)} dimensions, more than {MAX_RANK}")
+    if not _whole_numbers(offsets) or len(offsets) != 2:
+        raise refuse("its data_offsets are not two whole numbers")
+    begin, end = offsets
+    if begin > end:
+        raise refuse(f"its data_offsets {begin} and {end} are reversed")
+    if not _fits(shape, BITS[dtype], end - begin):
+        raise refuse(f"its {end - begin} bytes are not those of {dtype} with shape {shape}")
+    of_shape = shapes.setdefault(tuple(shape), tuple(shape))
+    return TensorRef(sys.intern(name), sys.intern(dtype), of_shape, path, data_start + begin, end - begin)
+
+
+def _whole_numbers(value: Any) -> bool:
+    """Whether `value` is a list of integers; the parser let no negative one through."""
+    return isinstance(value, list) and all(type(item) is int for item in value)  # True is no size.
+
+
+def _fits(shape: list[int], bits: int, nbytes: int) -> bool:
+    """Whether `shape` takes exactly `nbytes`; no intermediate number grows without bound.
+
+    A zero makes the tensor empty, but the other sizes must still multiply to something 64 bits can
+    count, or no library could hold it.
+    """
+    empty = 0 in shape
+    most = 2**63 - 1 if empty else 8 * nbytes
+    total = bits
+    for size in shape:
+        total *= size or 1
+        if total > most:
+            return False
+    return nbytes == 0 if empty else total == 8 * nbytes

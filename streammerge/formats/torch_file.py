@@ -1,0 +1,209 @@
+"""Checkpoints of ``torch.save``, read without torch and without running anything they say.
+
+Two formats: a zip archive (`streammerge.formats.zip_archive`), and what torch wrote before 1.6, pickles one after the other
+with the storages behind them (`streammerge.formats.torch_legacy`). The program in either is run by `streammerge.formats.torch_pickle`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.checkpoint.refs.made import StridedRef, stored
+from streammerge.dtypes import itemsize
+from streammerge.formats.lookalikes import lookalike
+from streammerge.formats.refusing import AGAIN, CONVERT, PLAIN, Refused, Source, need
+from streammerge.formats.safetensors import MAX_NAME, MAX_RANK, FileStamp, TensorRef
+from streammerge.formats.torch_legacy import is_legacy, read_legacy
+from streammerge.formats.torch_pickle import Foreign, Machine, Names, Root, Storage, Tensor
+from streammerge.formats.zip_archive import Entry, find_directory, find_members, read_entries
+from streammerge.io.files import bad, quoted, reading
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params")
+"""What trainers call the weights among the other things that they save; the first that is there is taken."""
+_MOST_WRAPPERS = 4
+_MOST_REPEATED = 1 << 20
+"""Bytes that an expanded tensor may have beyond the file's own."""
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """What a file of ``torch.save`` holds."""
+
+    refs: dict[str, TensorRef | StridedRef]
+    """In the order of their bytes."""
+    stamp: FileStamp
+    left_out: tuple[str, ...] = ()
+    """Names of what lies beside the tensors: the state of an optimizer, numbers, settings."""
+
+
+def read_pickle(path: str | os.PathLike[str]) -> tuple[dict[str, TensorRef | StridedRef], FileStamp]:
+    """Return the tensors and the stamp of `open_pickle`."""
+    file = open_pickle(path)
+    return file.refs, file.stamp
+
+
+def open_pickle(path: str | os.PathLike[str]) -> Pickled:
+    """Return what a ``torch.save`` file holds.
+
+    The file must hold a dict of tensors, by itself or where trainers put it (under ``state_dict``, ``model``,
+    ``module``, or alone in a dict); what lies beside that is passed over. Reads no tensor's data; the bytes at each
+    reference are the tensor's own, little-endian. Tensors may share bytes. The digest of the stamp is that of the
+    program and of what says where the storages lie.
+
+    Raises
+    ------
+    ModelError
+        If the file is missing, not a regular file, breaks any rule of its formats, or holds something else than
+        tensors.
+    WorldError
+        If the machine cannot read it.
+    """
+    path = os.fspath(path)
+    with reading(path) as (fd, status):
+        try:
+            source = Source(fd, status.st_size, path)
+            value, header = _run(source)
+            tensors, left_out = _tensors(value)
+            refs = [_ref(name, tensor, source) for name, tensor in tensors.items()]
+        except Refused as refusal:
+            raise bad(path, str(refusal)) from None
+    refs.sort(key=lambda ref: (stored(ref).offset, ref.nbytes))
+    digest = hashlib.blake2b(header, digest_size=16).hexdigest()
+    stamp = FileStamp(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, digest)
+    return Pickled({ref.name: ref for ref in refs}, stamp, left_out)
+
+
+def _run(source: Source) -> tuple[Any, bytes]:
+    """Return what the program of a file makes, and the bytes that decide it."""
+    need(source.nbytes > 0, f"an empty file: {AGAIN}")
+    first = source.read(0, min(512, source.nbytes), "its start")
+    if is_legacy(first):
+        return read_legacy(source)
+    if not first.startswith(b"PK\3\4"):
+        what = lookalike(first)
+        raise Refused(f"this is {what}" if what else f"no zip archive, as torch.save writes it: {CONVERT}")
+    directory, limit, count = find_directory(source)
+    program, storages = find_members(source, read_entries(source, directory, limit, count))
+    return Machine(program, _Members(storages)).run(), program + directory
+
+
+class _Members:
+    """The storages of an archive."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self._roots = {key: Root(entry.name, entry.nbytes, entry.begin) for key, entry in entries.items()}
+
+    def find(self, key: str, dtype: str | None, count: int, view: Any) -> Storage:
+        """Return the storage `key`, which must be an entry of this size."""
+        if view is not None:
+            raise ValueError
+        need(key in self._roots, f"its archive has no storage {quoted(key)}")
+        root, what = self._roots[key], f"{count} elements of {dtype or 'U8'}"
+        fits = count * itemsize(dtype or "U8") == root.nbytes
+        need(fits, f"{quoted(root.name)} has {root.nbytes} bytes, not {what}")
+        return Storage(root, dtype, 0, root.nbytes)
+
+
+def _tensors(value: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the dict of tensors in what a file holds, and the names of what lies beside it."""
+    left_out: list[str] = []
+    for _ in range(_MOST_WRAPPERS):
+        inner = _wrapped(value)
+        if inner is None:
+            break
+        left_out += [name for name in value if value[name] is not inner]
+        value = inner
+    if isinstance(value, Foreign):
+        raise Refused(
+            f"holds no tensors by name but {value.name}: save its state_dict(), or convert it to safetensors"
+        )
+    named = type(value) is Names
+    need(not (named and value.odd), f"its data.pkl has a key of type {getattr(value, 'odd', '')}: {PLAIN}")
+    found = {k: v for k, v in value.items() if not _is_extra(k, v)} if named else {}
+    need(len(found) > 0, f"holds no tensors by name: {PLAIN}")
+    left_out += [name for name in value if name not in found]
+    for name, tensor in found.items():
+        need(0 < len(name) <= MAX_NAME, f"the name {quoted(name)} has not 1 to {MAX_NAME} characters")
+        need(type(tensor) is Tensor, f"{quoted(name)} is no tensor but {_kind(tensor)}: {PLAIN}")
+    return found, tuple(left_out)
+
+
+def _wrapped(value: Any) -> Any:
+    """Return the entry of a dict under which the tensors are, None if they are in the dict itself."""
+    if type(value) is not Names:
+        return None
+    for name in _WRAPPERS:
+        inner = value.get(name)
+        if type(inner) is Names and inner and inner is not value:
+            return inner
+        if (
+            name == "model"
+            and isinstance(inner, Foreign)
+            and not any(type(v) is Tensor for v in value.values())
+        ):
+            return inner  # A whole module, which the refusal shall name.
+    if len(value) == 1 and not value.odd and type(inner := next(iter(value.values()))) is Names:
+        return inner if any(type(v) is not Names for v in inner.values()) or not inner else None
+    return None
+
+
+def _is_extra(name: str, value: Any) -> bool:
+    """Whether an entry is what Transformer Engine stores beside a module's tensors."""
+    return name.endswith("_extra_state") and type(value) is not Tensor
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Foreign):
+        return value.name
+    return f"of type {'dict' if type(value) is Names else type(value).__name__}"
+
+
+def _ref(name: str, tensor: Tensor, source: Source) -> TensorRef | StridedRef:
+    where, shape, strides = f"tensor {quoted(name)}", tensor.shape, tensor.strides
+    whole = _sizes(shape) and _sizes(strides) and _sizes((tensor.skip,)) and len(shape) == len(strides)
+    need(whole, f"{where}: its offset, shape or strides are not whole numbers from 0 on")
+    need(len(shape) <= MAX_RANK, f"{where}: {len(shape)} dimensions, more than {MAX_RANK}")
+    width = itemsize(tensor.dtype)
+    # The sizes of an empty tensor, too, must multiply to something that 64 bits can count.
+    countable = math.prod(size or 1 for size in shape) * width < 2**63
+    need(countable, f"{where}: its shape has more elements than 64 bits can count")
+    need(
+        len(tensor.bits) < 2 and not any(tensor.bits),
+        f"{where} is conjugated or negated (see resolve_conj): {CONVERT}",
+    )
+    storage = tensor.storage
+    n = math.prod(shape)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if n else 0
+    contiguous = _row_major(shape, strides)
+    # Torch leaves an empty view wherever it was cut, beyond the end too: it reads nothing.
+    begin, nbytes = tensor.skip * width if n else 0, (n if contiguous else span) * width
+    what = (
+        f"wants bytes {begin} to {begin + nbytes} of {quoted(storage.root.name)}, which has {storage.nbytes}"
+    )
+    need(begin + nbytes <= storage.nbytes, f"{where} {what}")
+    offset = storage.root.begin + storage.begin + begin
+    if contiguous:
+        return TensorRef(name, tensor.dtype, shape, source.path, offset, nbytes)
+    repeats = n * width > source.nbytes + _MOST_REPEATED
+    need(not repeats, f"{where}: a view of {n * width} bytes upon {nbytes} (stride 0): save it contiguous")
+    stretch = TensorRef(name, tensor.dtype, (span,), source.path, offset, nbytes)
+    return StridedRef(stretch, shape, strides)
+
+
+def _sizes(values: Any) -> bool:
+    return type(values) is tuple and all(type(value) is int and value >= 0 for value in values)
+
+
+def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements lie one after the other; a step along one element does not matter."""
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return 0 in shape
+        step *= size
+    return True

@@ -1,0 +1,428 @@
+"""The program in a PyTorch checkpoint, run by a machine of our own that knows nothing to call.
+
+A pickle is a program for a stack machine. What ``torch.save`` writes builds a dict of tensors, each a view into one
+storage; beside it may lie whatever a trainer keeps. Names of the outside world stay marks: of those that tensors are
+made with the machine does by itself what torch's function would do, and of all others, whatever is called, built or
+filled, it keeps but the name (`Foreign`). So nothing can run. Python's own unpickler, however restricted, will not do:
+it hashes what a file calls a key (a tuple nested deep enough overflows the C stack, which kills the process), and
+sizes its memo by the largest index (8 bytes of a file take 4 GiB).
+
+Nothing here recurses into, compares or prints what a file has nested.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from streammerge.formats.refusing import AGAIN, PLAIN, Refused, Source
+from streammerge.formats.safetensors import MAX_NAME
+from streammerge.io.files import quoted
+
+MAX_STEPS = 4_000_000
+"""Most opcodes, of which a tensor takes about 26; each costs up to 100 bytes of memory."""
+
+_WINDOW = 1 << 18
+"""Bytes that are read at first of a program of unknown length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A name of the outside world that a checkpoint needs; a mark, which nobody can call."""
+
+    kind: Literal[
+        "dict", "tensor", "old tensor", "young tensor", "parameter", "typed tensor", "storage", "dtype"
+    ]
+    dtype: str | None = None
+    """Of a storage (None: bytes of any dtype), or the dtype itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """What is no part of a tensor: an object of another class, or what a function returned; of it we keep the name."""
+
+    name: str
+    """What it is, for a message; fit for one."""
+
+
+@dataclass(eq=False, slots=True)
+class Root:
+    """A storage as it lies in the file."""
+
+    name: str
+    nbytes: int
+    begin: int
+    """In the file; -1 as long as that is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A storage, or the part of one that is called a storage too."""
+
+    root: Root
+    dtype: str | None
+    begin: int = 0
+    """In the root, in bytes."""
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """What a program says of one tensor: `skip` elements of its storage lie before it.
+
+    What is Any here is checked when the tensor's name is known.
+    """
+
+    storage: Storage
+    dtype: str
+    skip: Any
+    shape: Any
+    strides: Any
+    bits: list[Any]
+    """Nothing, or one value that is true if its numbers are stored conjugated or negated."""
+
+
+class Names(dict[str, Any]):
+    """A dict of the program, without the items whose keys are no strings: nothing else is ever hashed."""
+
+    odd: str = ""
+    """The type of the first key that is no string."""
+
+
+class Storages(Protocol):
+    """Knows the storages of a file."""
+
+    def find(self, key: str, dtype: str | None, count: int, view: Any) -> Storage:
+        """Return a storage of `count` elements, or the part of it that `view` says; refuse one that is not there."""
+
+
+_STORAGES = {
+    "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16",
+    "IntStorage": "I32", "LongStorage": "I64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "FloatStorage": "F32", "DoubleStorage": "F64", "ComplexFloatStorage": "C64",
+}  # fmt: skip
+_DTYPES = {
+    "uint16": "U16", "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+"""Dtypes too young to have a storage class: torch writes them beside a storage of bytes."""
+
+_KNOWN: dict[tuple[str, str], Known] = {
+    ("collections", "OrderedDict"): Known("dict"),
+    ("collections", "defaultdict"): Known("dict"),
+    ("torch._utils", "_rebuild_tensor"): Known("old tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"): Known("tensor"),
+    ("torch._utils", "_rebuild_tensor_v3"): Known("young tensor"),
+    ("torch._utils", "_rebuild_parameter"): Known("parameter"),
+    ("torch._utils", "_rebuild_parameter_with_state"): Known("parameter"),
+    ("torch._tensor", "_rebuild_from_type_v2"): Known("typed tensor"),
+    ("torch.storage", "UntypedStorage"): Known("storage"),
+    **{("torch", name): Known("storage", dtype) for name, dtype in _STORAGES.items()},
+    **{("torch", name): Known("dtype", dtype) for name, dtype in _DTYPES.items()},
+}
+
+_HARMFUL = frozenset(
+    [
+        "os",
+        "posix",
+        "nt",
+        "subprocess",
+        "sys",
+        "pty",
+        "socket",
+        "shutil",
+        "runpy",
+        "importlib",
+        "ctypes",
+        "commands",
+        "webbrowser",
+        "code",
+        "pickle",
+        "_pickle",
+        "multiprocessing",
+        "signal",
+    ]
+)
+"""Modules that no checkpoint needs a name of, but those who mean harm do."""
+_HARMFUL_BUILTINS = frozenset(
+    ["eval", "exec", "execfile", "compile", "__import__", "open", "input", "breakpoint"]
+)
+
+
+class Machine:
+    """Runs what ``torch.save`` writes; an opcode that it never writes is refused.
+
+    Values are None, booleans, numbers, strings, tuples, lists, `Names`, and the inert classes above. A step that fails
+    by `IndexError` (nothing on the stack) or `ValueError` shows that the program is broken.
+
+    Parameters
+    ----------
+    raw
+        The program.
+    storages
+        Those of the file.
+    source
+        Where more of it is read as it is needed; None if `raw` is all.
+    limit
+        Most bytes that are read of the source.
+    """
+
+    def __init__(self, raw: bytes, storages: Storages, source: Source | None = None, limit: int = 0) -> None:
+        self.raw, self.storages = raw, storages
+        self.source, self.limit = source, limit
+        self.at = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all values, as before the next of several programs in a file."""
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        """The stacks under each mark."""
+        self.memo: list[Any] = []
+
+    def run(self) -> Any:
+        """Return what the program leaves on the stack."""
+        self.clear()
+        try:
+            for _ in range(MAX_STEPS):
+                code = self.take(1)
+                if code == b".":
+                    return self.stack.pop()
+                if code not in _STEPS:
+                    raise Refused(f"its data.pkl has opcode 0x{code.hex()}, not one of tensors: {PLAIN}")
+                _STEPS[code](self)
+        except (IndexError, ValueError):
+            raise Refused(f"its data.pkl is broken before byte {self.at}: {AGAIN}") from None
+        raise Refused(f"its data.pkl has more than {MAX_STEPS} opcodes")
+
+    def _have(self, nbytes: int) -> bool:
+        """Read on until the program has `nbytes`, if the source has so many."""
+        while nbytes > len(self.raw):
+            more = 0
+            if self.source is not None:
+                most = min(self.source.nbytes, self.limit) - len(self.raw)
+                more = min(most, max(_WINDOW, len(self.raw), nbytes - len(self.raw)))
+            if more <= 0 or self.source is None:
+                return False
+            self.raw += self.source.read(len(self.raw), more, "its program")
+        return True
+
+    def take(self, nbytes: int) -> bytes:
+        """Return the next bytes."""
+        self.skip(nbytes)
+        return self.raw[self.at - nbytes : self.at]
+
+    def skip(self, nbytes: int) -> None:
+        """Pass over the next bytes."""
+        self.at += nbytes
+        if not self._have(self.at):
+            raise ValueError
+
+    def number(self, nbytes: int, signed: bool = False) -> int:
+        """Return the next bytes as an integer."""
+        return int.from_bytes(self.take(nbytes), "little", signed=signed)
+
+    def integer(self, nbytes: int) -> None:
+        """Push an integer; of one that is no size we keep that it is one."""
+        if nbytes <= 8:
+            self.push(self.number(nbytes, True))
+        else:
+            self.skip(nbytes)
+            self.push(Foreign("a long integer"))
+
+    def text(self, nbytes: int) -> None:
+        """Push a string; of one that is no name we keep that it is one."""
+        if nbytes <= 4 * MAX_NAME:
+            self.push(self.take(nbytes).decode())
+        else:
+            self.skip(nbytes)
+            self.push(Foreign("a long string"))
+
+    def pass_over(self, nbytes: int, what: str) -> None:
+        """Push a mark in place of the next bytes."""
+        self.skip(nbytes)
+        self.push(Foreign(what))
+
+    def line(self) -> str:
+        """Return the next line."""
+        self._have(self.at + MAX_NAME)
+        end = self.raw.index(b"\n", self.at, self.at + MAX_NAME)
+        return self.take(end + 1 - self.at)[:-1].decode()
+
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self.stack.append(value)
+
+    def pop(self, count: int) -> tuple[Any, ...]:
+        """Return the `count` topmost values, the top last."""
+        return tuple([self.stack.pop() for _ in range(count)][::-1])
+
+    def pop_one(self) -> None:
+        """Drop the topmost value, or a mark."""
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.pop_mark()
+
+    def mark(self) -> None:
+        """Begin a new stack above this one."""
+        self.below.append(self.stack)
+        self.stack = []
+
+    def pop_mark(self) -> tuple[Any, ...]:
+        """Return the values above the mark."""
+        values, self.stack = tuple(self.stack), self.below.pop()
+        return values
+
+    def pop_set(self) -> None:
+        """Push a mark in place of a frozen set of the values above the mark."""
+        self.pop_mark()
+        self.push(Foreign("a set"))
+
+    def put(self, index: int) -> None:
+        """Remember the top; picklers number from 0 (Python 2: from 1) without a gap, so steps bound the memory."""
+        if index > len(self.memo) + 1:
+            raise IndexError
+        if index > len(self.memo):
+            self.memo.append(None)
+        self.memo[index : index + 1] = [self.stack[-1]]
+
+    def set_items(self, items: tuple[Any, ...]) -> None:
+        """Put keys and values, alternating, into the dict on top."""
+        target = self.stack[-1]
+        if isinstance(target, Foreign):
+            return
+        if type(target) is not Names or len(items) % 2:
+            raise ValueError
+        fill(target, zip(items[::2], items[1::2], strict=True))
+
+    def append(self, items: tuple[Any, ...]) -> None:
+        """Put values into the list on top, or into an object of ours to ignore."""
+        target = self.stack[-1]
+        if isinstance(target, Foreign):
+            return
+        if type(target) is not list:
+            raise ValueError
+        target.extend(items)
+
+    def build(self) -> None:
+        """Drop the attributes of what is on top: torch's `_metadata`, or what somebody put on a tensor."""
+        self.stack.pop()
+        if type(self.stack[-1]) not in (Names, Tensor, Foreign):
+            raise ValueError
+
+    def find(self, module: Any, name: Any) -> None:
+        """Push the mark that stands for a name of the outside world."""
+        if type(module) is not str or type(name) is not str:
+            raise ValueError
+        full = quoted(f"{module}.{name}")
+        builtin = module in ("builtins", "__builtin__") and name in _HARMFUL_BUILTINS
+        if builtin or module.split(".")[0] in _HARMFUL:
+            raise Refused(f"its data.pkl wants {full}, which no checkpoint needs: do not use this file")
+        self.push(_KNOWN.get((module, name)) or Foreign(f"an object that needs {full}"))
+
+    def find_storage(self) -> None:
+        """Push the storage that a persistent id names."""
+        match self.pop(1):
+            case (("storage", Known("storage", dtype), str() as key, str(), int() as count),):
+                self.push(self.storages.find(key, dtype, count, None))
+            case (("storage", Known("storage", dtype), str() as key, str(), int() as count, view),):
+                self.push(self.storages.find(key, dtype, count, view))
+            case (("storage", Foreign() as dtype, *_),):
+                self.push(dtype)
+            case (("module", Foreign() as module, *_),):  # Before torch 1.6 a class came with its source.
+                self.push(module)
+            case _:
+                raise ValueError
+
+    def reduce(self) -> None:
+        """Push what a function makes of its arguments."""
+        function, args = self.pop(2)
+        if type(args) is not tuple:
+            raise ValueError
+        if function == Known("typed tensor"):
+            match args:
+                case Known(kind) as function, _, tuple() as args, _ if kind != "typed tensor":
+                    pass  # The class is torch's or another, the state are its attributes: neither changes a number.
+                case Foreign() as function, _, _, _:
+                    pass
+                case _:
+                    raise ValueError
+        self.push(call(function, args))
+
+    def reduce_with_keywords(self) -> None:
+        """Push what a class makes of arguments with keywords, which none of ours takes."""
+        function, args, _ = self.pop(3)
+        if not isinstance(function, Foreign) or type(args) is not tuple:
+            raise ValueError
+        self.push(function)
+
+
+def fill(target: Names, items: Any) -> None:
+    """Put pairs into a dict; refuse a key that is there already."""
+    for key, value in items:
+        if type(key) is not str:
+            target.odd = target.odd or type(key).__name__
+            continue
+        if key in target:
+            raise Refused(f"its data.pkl has the key {quoted(key)} twice")
+        target[key] = value
+
+
+def call(function: Any, args: tuple[Any, ...]) -> Any:
+    """Do what torch's functions do: one argument list for each, the last of it often left out."""
+    if isinstance(function, Foreign):
+        return function
+    if isinstance(function, Known) and function.kind != "dict" and args and isinstance(args[0], Foreign):
+        return args[0]  # Made of what we do not know, it is no more to us than that.
+    match function, args:
+        case Known("dict"), () | (Foreign() | None,):  # Of a defaultdict, the factory.
+            return Names()
+        case Known("dict"), (list() | tuple() as pairs,):  # Python 2 writes an OrderedDict so.
+            made = Names()
+            if any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs):
+                raise ValueError
+            fill(made, pairs)
+            return made
+        case Known("parameter"), (Tensor() as tensor, _, _) | (Tensor() as tensor, _, _, _):
+            return tensor
+        case Known("old tensor"), (Storage(_, str(code)) as storage, skip, shape, strides):
+            return Tensor(storage, code, skip, shape, strides, [])
+        case Known("tensor"), (Storage(_, str(code)) as storage, skip, shape, strides, _, _, *bits):
+            return Tensor(storage, code, skip, shape, strides, bits)
+        case Known("young tensor"), (
+            (Storage(_, None) as storage, skip, shape, strides, _, _, Known("dtype", str(code)), *bits)
+        ):
+            return Tensor(storage, code, skip, shape, strides, bits)
+    raise ValueError
+
+
+# By opcode: the protocol and the length of a frame, passed over; plain values; bytes, which no tensor is made of;
+# tuples; lists and sets; dicts; attributes; the memo; names; what makes something of them.
+_STEPS: dict[bytes, Callable[[Machine], object]] = {
+    b"\x80": lambda m: m.skip(1), b"\x95": lambda m: m.skip(8), b"0": Machine.pop_one, b"1": Machine.pop_mark,
+    b"2": lambda m: m.push(m.stack[-1]),
+    b"N": lambda m: m.push(None), b"\x88": lambda m: m.push(True), b"\x89": lambda m: m.push(False),
+    b"K": lambda m: m.push(m.number(1)), b"M": lambda m: m.push(m.number(2)),
+    b"J": lambda m: m.push(m.number(4, True)), b"\x8a": lambda m: m.integer(m.number(1)),
+    b"I": lambda m: m.push(int(m.line()[:20])), b"G": lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
+    b"X": lambda m: m.text(m.number(4)), b"\x8c": lambda m: m.text(m.number(1)),
+    b"\x8d": lambda m: m.text(m.number(8)), b"T": lambda m: m.text(m.number(4)), b"U": lambda m: m.text(m.number(1)),
+    b"B": lambda m: m.pass_over(m.number(4), "bytes"), b"C": lambda m: m.pass_over(m.number(1), "bytes"),
+    b"\x8e": lambda m: m.pass_over(m.number(8), "bytes"), b"\x96": lambda m: m.pass_over(m.number(8), "bytes"),
+    b")": lambda m: m.push(()), b"\x85": lambda m: m.push(m.pop(1)), b"\x86": lambda m: m.push(m.pop(2)),
+    b"\x87": lambda m: m.push(m.pop(3)), b"(": Machine.mark, b"t": lambda m: m.push(m.pop_mark()),
+    b"]": lambda m: m.push([]), b"a": lambda m: m.append(m.pop(1)), b"e": lambda m: m.append(m.pop_mark()),
+    b"\x8f": lambda m: m.push(Foreign("a set")), b"\x90": lambda m: m.append(m.pop_mark()),
+    b"\x91": Machine.pop_set,
+    b"}": lambda m: m.push(Names()), b"s": lambda m: m.set_items(m.pop(2)),
+    b"u": lambda m: m.set_items(m.pop_mark()), b"b": Machine.build,
+    b"q": lambda m: m.put(m.number(1)), b"r": lambda m: m.put(m.number(4)),
+    b"\x94": lambda m: m.put(len(m.memo)), b"h": lambda m: m.push(m.memo[m.number(1)]),
+    b"j": lambda m: m.push(m.memo[m.number(4)]), b"c": lambda m: m.find(m.line(), m.line()),
+    b"\x93": lambda m: m.find(*m.pop(2)), b"Q": Machine.find_storage, b"R": Machine.reduce,
+    b"\x81": Machine.reduce, b"\x92": Machine.reduce_with_keywords,
+}  # fmt: skip

@@ -1,0 +1,56 @@
+"""How much room there is where an output is to lie, and how much it takes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.io.durable import PARTIAL
+from streammerge.planning.layout import Layout
+
+_BLOCK = 512
+"""Bytes; the unit of ``st_blocks``."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The room for an output."""
+
+    place: Path
+    """The directory whose file system was looked at: OUT, or the nearest above it that exists."""
+    needed: int
+    """Bytes of the shards that are yet to be allocated."""
+    free: int
+    """Bytes that this user may still write."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the one is no more than the other."""
+        return self.needed <= self.free
+
+
+def space_for(out: Path, layout: Layout) -> Space:
+    """Look at the file system of an output; what shards of an earlier run have allocated is not needed again.
+
+    Raises
+    ------
+    OSError
+        If the file system does not answer.
+    """
+    place = out.absolute()
+    while not place.is_dir() and place != place.parent:
+        place = place.parent
+    status = os.statvfs(place)
+    held = 0
+    for shard in layout.shards:
+        held += max(min(_allocated(out / f"{shard.name}{end}"), shard.nbytes) for end in ("", PARTIAL))
+    needed = sum(shard.nbytes for shard in layout.shards) - held
+    return Space(place, needed, status.f_bavail * status.f_frsize)
+
+
+def _allocated(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * _BLOCK
+    except OSError:
+        return 0

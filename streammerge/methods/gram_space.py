@@ -1,0 +1,98 @@
+"""Angles and lengths of models from their Gram matrix: all that the geometric methods need.
+
+Every result of theirs is a sum of the models (or of their task vectors) whose weights follow from the dot products,
+so no vector is ever held. All functions take Gram matrices of shape (rows, k, k) in fp64 and treat each row alike;
+a flattened tensor is one row, and a column is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.algebra.rules import ColumnCombination, RowCombination, TaskVectorMerge, WeightedSum
+from streammerge.algebra.task_vectors import TaskVector
+from streammerge.statistics.kinds import Answer, ColumnDots, ColumnGram, Dots, Gram, Request
+
+Matrix = NDArray[np.float64]
+_PARALLEL = 1e-8
+"""Sine of an angle below which an arc is a straight line, to fp64's last digits."""
+
+By = Literal["tensor", "rows", "columns"]
+"""What is one vector: a tensor, each row (the last axis) or each column (along the first axis) of it."""
+Combination = Generator[
+    list[Request], list[Answer], WeightedSum | TaskVectorMerge | RowCombination | ColumnCombination
+]
+
+
+def combine(
+    coefficients: Callable[..., Matrix], *, n: int, vectors: Sequence[TaskVector] = (), base: bool = False,
+    by: By = "tensor", **parameters: Any,
+) -> Combination:  # fmt: skip
+    """Weigh vectors by a function of their Gram matrix, of the whole tensor or of each row or column.
+
+    Parameters
+    ----------
+    coefficients
+        From Gram matrices (rows, k, k) and `parameters` to the weights (rows, k).
+    n
+        How many models there are beside the base.
+    vectors
+        Task vectors to weigh, beside the base; empty: the models themselves.
+    base
+        Whether, without `vectors`, the base is one of what is weighed, the first.
+    """
+    if by == "rows":
+        return RowCombination(partial(coefficients, **parameters), tuple(vectors))
+    k = len(vectors) or n + base
+    if by == "columns":
+        (columns,) = yield [ColumnGram(k, tuple(vectors))]
+        assert isinstance(columns, ColumnDots)
+        by_column = coefficients(columns.matrices(), **parameters)
+        return ColumnCombination(np.ascontiguousarray(by_column.T), tuple(vectors))
+    (dots,) = yield [Gram(k, tuple(vectors))]
+    assert isinstance(dots, Dots)
+    weights = [float(weight) for weight in coefficients(dots.matrix(), **parameters)[0]]
+    if vectors:
+        return TaskVectorMerge(tuple(_weighed(vector, w) for vector, w in zip(vectors, weights, strict=True)))
+    return WeightedSum(tuple(weights[base:]), base_weight=weights[0] if base else 0.0)
+
+
+def _weighed(vector: TaskVector, weight: float) -> TaskVector:
+    from dataclasses import replace
+
+    return replace(vector, weight=weight)
+
+
+def lengths(gram: Matrix) -> Matrix:
+    """Return the norms of the vectors, (rows, k)."""
+    return np.sqrt(np.diagonal(gram, axis1=1, axis2=2))
+
+
+def cosines(gram: Matrix) -> Matrix:
+    """Return the cosines between all vectors, (rows, k, k); that of a vector of length 0 with any other is 0."""
+    norm = lengths(gram)
+    scale = norm[:, :, None] * norm[:, None, :]
+    with np.errstate(all="ignore"):
+        cosine = np.where(scale > 0, gram / np.where(scale > 0, scale, 1.0), 0.0)
+    return np.clip(cosine, -1.0, 1.0)
+
+
+def arc(gram: Matrix, *, t: float | Matrix, dot_threshold: float = 1.0) -> Matrix:
+    """Return the weights of two vectors at fraction `t` of the arc from the first to the second, (rows, 2).
+
+    sin((1 - t) w) / sin w and sin(t w) / sin w, w the angle between them; on a straight line where the cosine
+    exceeds `dot_threshold`, either way, or no arc is to be had.
+    """
+    cosine = cosines(gram)[:, 0, 1]
+    angle = np.arccos(cosine)
+    sine = np.sin(angle)
+    straight = (np.abs(cosine) > dot_threshold) | (sine < _PARALLEL)
+    safe = np.where(straight, 1.0, sine)
+    first = np.where(straight, 1.0 - t, np.sin((1.0 - t) * angle) / safe)
+    second = np.where(straight, t, np.sin(t * angle) / safe)
+    return np.stack([first, second], axis=1)

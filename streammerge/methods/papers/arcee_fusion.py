@@ -1,0 +1,49 @@
+"""Arcee Fusion: take over from another model the entries that matter most, and only those."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import numpy as np
+
+from streammerge.algebra.rules import SelectedMerge
+from streammerge.algebra.scores import Importance, Selection
+from streammerge.algebra.task_vectors import Cut
+from streammerge.methods.registry import Access, method
+from streammerge.methods.tensor_context import Scope
+from streammerge.statistics.kinds import Answer, Quantile, Request, Threshold
+
+
+@method(
+    "arcee_fusion",
+    access=Access.TENSOR,
+    base="required",
+    models=(1, 1),
+    paper="https://github.com/arcee-ai/mergekit (method of its own)",
+)
+def arcee_fusion(scope: Scope) -> Generator[list[Request], list[Answer], SelectedMerge]:
+    """theta = theta_0 + delta where an element's importance is at least the tensor's median + 1.5 (Q3 - Q1), else theta_0.
+
+    Importance: abs(delta) times the Kullback-Leibler divergence of the softmax of the model's row from that of the
+    base's; a row is the last axis, 1e-8 is added to every probability. The quantiles are order statistics of the whole
+    tensor, number int(q (n - 1)) in ascending order (mergekit draws a random sample above a million elements). Where at
+    least three quarters of a tensor have no importance the threshold is 0 and all of it is taken over.
+    """
+    (vector,) = scope.task_vectors((1.0,))
+    importance = Importance(vector)
+    lower, median, upper = yield [Quantile(importance, q) for q in (0.25, 0.5, 0.75)]
+    limit = _value(median) + 1.5 * (_value(upper) - _value(lower))
+    return SelectedMerge((vector,), Selection(importance, Cut(_pattern_from(limit), "all")))
+
+
+def _value(threshold: Answer) -> float:
+    assert isinstance(threshold, Threshold)
+    return float(np.array(threshold.key, np.int32).view(np.float32))
+
+
+def _pattern_from(limit: float) -> int:
+    """Return the bit pattern of the least fp32 number that is not below `limit`, which is not negative."""
+    with np.errstate(over="ignore"):
+        nearest = np.float32(limit)
+    least = np.nextafter(nearest, np.float32(np.inf)) if float(nearest) < limit else nearest
+    return int(least.view(np.int32))

@@ -1,0 +1,79 @@
+"""Model Breadcrumbs: leave out the largest entries of each task vector and the smallest, merge what is between."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Literal
+
+from streammerge.algebra.rules import TaskVectorMerge
+from streammerge.algebra.task_vectors import TaskVector, TiePolicy
+from streammerge.methods.drop import rescale_by_norm
+from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.steps import ZeroSign, divisor, elect, keep_band
+from streammerge.methods.tensor_context import Scope
+from streammerge.statistics.kinds import Answer, Request
+
+_PAPER = "Davari & Belilovsky 2024, https://arxiv.org/abs/2312.06795"
+_IGNORED = {"int8_mask": "it has no effect on the numbers"}
+_BAND = """
+    Of the n entries of a tensor int(density * n) stay: those next in magnitude to the int(gamma * n) largest, of which
+    fewer go where both together are more than n. `density: 1`, the default as in mergekit, leaves out none. `ties` as
+    for `ties`; `rescale: l1` restores the L1 norm.
+    """
+
+Vectors = Generator[list[Request], list[Answer], list[TaskVector]]
+Recipe = Generator[list[Request], list[Answer], TaskVectorMerge]
+
+
+def _between(
+    scope: Scope, weight: PerModel[float], density: PerModel[float], gamma: PerModel[float], ties: TiePolicy, rescale: str
+) -> Vectors:  # fmt: skip
+    whole = scope.task_vectors(weight)
+    vectors = yield from keep_band(whole, density, gamma, ties=ties)
+    return (yield from rescale_by_norm(whole, vectors)) if rescale == "l1" else vectors
+
+
+@method(
+    "breadcrumbs", access=Access.TENSOR, base="required", paper=_PAPER, ignored=_IGNORED,
+    bounds={"density": (0.0, 1.0), "gamma": (0.0, 1.0)}, presets={"mergekit": {"ties": "index"}},
+    text=f"""Sum of task vectors without outliers and noise: theta_0 + lambda * sum_i w_i m_i delta_i.
+    {_BAND}""",
+)  # fmt: skip
+def breadcrumbs(
+    scope: Scope,
+    *,
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
+    gamma: PerModel[float] = 0.01,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    ties: Literal["thin", "all", "index", "drop"] = "thin",
+    rescale: Literal["none", "l1"] = "none",
+) -> Recipe:
+    """Keep the band of each task vector, then sum."""
+    vectors = yield from _between(scope, weight, density, gamma, ties, rescale)
+    return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)
+
+
+@method(
+    "breadcrumbs_ties", access=Access.MODEL, base="required", paper=_PAPER, ignored=_IGNORED,
+    bounds={"density": (0.0, 1.0), "gamma": (0.0, 1.0)},
+    presets={"mergekit": {"ties": "index", "zero_sign": "positive"}},
+    text=f"""Breadcrumbs, then TIES' sign election: the agreeing entries are summed.
+    {_BAND}`zero_sign` and `normalize` as for `ties`.""",
+)  # fmt: skip
+def breadcrumbs_ties(
+    scope: Scope,
+    *,
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
+    gamma: PerModel[float] = 0.01,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    ties: Literal["thin", "all", "index", "drop"] = "thin",
+    zero_sign: ZeroSign = "zero",
+    rescale: Literal["none", "l1"] = "none",
+) -> Recipe:
+    """Keep the band of each task vector, then elect signs."""
+    vectors = yield from _between(scope, weight, density, gamma, ties, rescale)
+    return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))

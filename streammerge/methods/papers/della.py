@@ -1,0 +1,98 @@
+"""DELLA: drop entries by the rank of their magnitude in their row, rescale, merge.  https://arxiv.org/abs/2406.11617"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from streammerge.algebra.rules import TaskVectorMerge
+from streammerge.algebra.task_vectors import RankDrop
+from streammerge.errors import ConfigError
+from streammerge.methods.drop import Ask, rescale_by_norm
+from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.steps import ZeroSign, divisor, elect
+from streammerge.methods.tensor_context import Scope
+from streammerge.statistics.kinds import Answer, Request
+
+_PAPER = "Deep et al. 2024, https://arxiv.org/abs/2406.11617"
+_IGNORED = {"int8_mask": "it has no effect on the numbers"}
+_BOUNDS = {"density": (0.0, 1.0), "epsilon": (0.0, 1.0)}
+_DROP = """
+    Entry r of the n of a row, by ascending magnitude (equal ones share their mean rank), survives with probability
+    q = density - epsilon + 2 epsilon (r - 1) / (n - 1), independently. `rescale`: each survivor by 1/q (`paper`,
+    unbiased), the tensor's L1 norm restored (`l1`, mergekit's), or `none`. A density of 1 drops nothing, 0 everything;
+    between, density - epsilon and density + epsilon lie strictly between 0 and 1.
+    """
+Rescale = Literal["paper", "l1", "none"]
+Recipe = Generator[list[Request], list[Answer], TaskVectorMerge]
+
+
+def _magprune(
+    scope: Scope, weight: Sequence[float], density: Sequence[float], epsilon: Sequence[float], rescale: Rescale
+) -> Ask:  # fmt: skip
+    """Drop from each task vector by rank (MagPrune).
+
+    Raises
+    ------
+    ConfigError
+        If a probability would leave (0, 1), or after another drop.
+    """
+    if scope.dropped:
+        raise ConfigError(
+            "della drops by itself: a `drop_rate` before it has no meaning; leave one of them out"
+        )
+    whole = scope.task_vectors(weight)
+    vectors = []
+    for vector, rho, half in zip(whole, density, epsilon, strict=True):
+        if 0 < rho < 1 and not (rho - half > 0 and rho + half < 1):
+            raise ConfigError(
+                f"epsilon: density {rho:g} with epsilon {half:g} makes probabilities from {rho - half:g} to "
+                f"{rho + half:g}; they must lie strictly between 0 and 1"
+            )
+        low, spread = (rho - half, 2 * half) if 0 < rho < 1 else (rho, 0.0)
+        vectors.append(replace(vector, rank_drop=RankDrop(low, spread, rescale == "paper")))
+    return (yield from rescale_by_norm(whole, vectors)) if rescale == "l1" else vectors
+
+
+@method(
+    "della", access=Access.MODEL, base="required", paper=_PAPER, ignored=_IGNORED, bounds=_BOUNDS,
+    presets={"paper": {"zero_sign": "majority"}, "mergekit": {"rescale": "l1", "zero_sign": "positive"}},
+    text=f"""Drop by rank and rescale, then TIES' sign election and disjoint merge.
+    {_DROP}`zero_sign` and `normalize` as for `ties`.""",
+)  # fmt: skip
+def della(
+    scope: Scope,
+    *,
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
+    epsilon: PerModel[float] = 0.15,
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    rescale: Rescale = "paper",
+    zero_sign: ZeroSign = "zero",
+) -> Recipe:
+    """Drop by rank, then elect signs."""
+    vectors = yield from _magprune(scope, weight, density, epsilon, rescale)
+    return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))
+
+
+@method(
+    "della_linear", access=Access.TENSOR, base="required", paper=_PAPER, ignored=_IGNORED, bounds=_BOUNDS,
+    presets={"mergekit": {"rescale": "l1"}},
+    text=f"""Drop by rank and rescale, then task arithmetic: theta_0 + lambda * sum_i w_i m_i delta_i / q_i.
+    {_DROP}""",
+)  # fmt: skip
+def della_linear(
+    scope: Scope,
+    *,
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
+    epsilon: PerModel[float] = 0.15,
+    normalize: bool = False,
+    lambda_: float = 1.0,
+    rescale: Rescale = "paper",
+) -> Recipe:
+    """Drop by rank, then sum."""
+    vectors = yield from _magprune(scope, weight, density, epsilon, rescale)
+    return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)

@@ -1,0 +1,77 @@
+"""Fisher merging: the mode of the product of diagonal Laplace posteriors.  https://arxiv.org/abs/2111.09832"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from typing import Any, Literal
+
+from streammerge.algebra.rules import CopyOf, FisherMean, Recipe, TaskVectorMerge
+from streammerge.errors import ConfigError
+from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.steps import weighted_average
+from streammerge.methods.tensor_context import Scope
+from streammerge.statistics.kinds import Answer, FisherSquares, Request, SquareTotal
+
+FISHER: dict[str, Any] = {
+    "access": Access.MODEL,
+    "fisher": True,
+    "bounds": {"floor": (0.0, math.inf)},
+    "presets": {
+        "paper": {"floor_units": "raw"},
+        "mergelm": {"normalize": False, "floor_units": "raw", "floor_on": "all", "floor_how": "add"},
+    },
+}
+"""What Fisher methods declare. Presets: Matena and Raffel's code; the code of DARE's experiments."""
+
+
+def _rms(squares: SquareTotal) -> float:
+    return math.sqrt(squares.total / max(1, squares.n))
+
+
+def _coefficient(weight: float, squares: SquareTotal, normalize: bool) -> float:
+    """Return lambda_i, or lambda_i / norm(F_i); a diagonal of zeros has nothing to say."""
+    if not normalize:
+        return weight
+    return weight / math.sqrt(squares.total) if squares.total > 0 else 0.0
+
+
+@method("fisher", base="donor", paper="Matena & Raffel 2022, https://arxiv.org/abs/2111.09832", **FISHER)
+def fisher(
+    scope: Scope,
+    *,
+    weight: PerModel[float] = 1.0,
+    normalize: bool = True,
+    floor: float = 1e-6,
+    floor_units: Literal["rms", "raw"] = "rms",
+    floor_on: Literal["target", "all"] = "target",
+    floor_how: Literal["max", "add"] = "max",
+    fallback: Literal["target", "average"] = "target",
+) -> Generator[list[Request], list[Answer], Recipe]:
+    """Fisher-weighted average: theta = sum_i w_i F_i theta_i / sum_i w_i F_i, per element.
+
+    F_i is the diagonal Fisher information of model i, given beside it as ``fisher: PATH``. `normalize` divides
+    each diagonal by its L2 norm over all merged tensors. The first model is the target: its diagonal is
+    raised to at least `floor` (`floor_how: add`: by it) times the diagonal's root mean square
+    (`floor_units: raw`: times 1), so that entries of which no model knows anything stay the target's;
+    `floor_on: all` raises every model's, 0 switches it off. Where all certainties are 0 the `fallback` decides:
+    the target, or the average with weights w_i.
+    """
+    if min(weight) < 0 or not 0 < sum(weight) < math.inf:
+        raise ConfigError("Fisher merging takes weights of 0 or more, not all 0: they multiply precisions")
+    squares = [SquareTotal(1.0, 1)] * scope.n_models
+    if normalize or (floor > 0 and floor_units == "rms"):
+        asked = yield [FisherSquares(i) for i in range(scope.n_models)]
+        squares = [answer for answer in asked if isinstance(answer, SquareTotal)]
+    if not scope.fisher:
+        if fallback == "average":
+            return weighted_average(scope, weight)
+        return TaskVectorMerge((scope.dropped[0],)) if scope.dropped else CopyOf(0)
+    units = [_rms(s) if floor_units == "rms" else 1.0 for s in squares]
+    return FisherMean(
+        tuple(_coefficient(w, s, normalize) for w, s in zip(weight, squares, strict=True)),
+        tuple(floor * unit if i == 0 or floor_on == "all" else 0.0 for i, unit in enumerate(units)),
+        floor_how == "add",
+        tuple(weight) if fallback == "average" else (),
+        scope.dropped,
+    )

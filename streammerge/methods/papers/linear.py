@@ -1,0 +1,31 @@
+"""Isotropic merging: the (weighted) average of the models."""
+
+from __future__ import annotations
+
+from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
+from streammerge.errors import ConfigError
+from streammerge.methods.registry import PerModel, method
+from streammerge.methods.steps import weighted_average
+from streammerge.methods.tensor_context import Scope
+
+
+@method("linear", base="member", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
+def linear(
+    scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = True
+) -> WeightedSum | TaskVectorMerge:  # fmt: skip
+    """Weighted average: theta = sum_i w_i theta_i / sum_i w_i.
+
+    No weights at all is the uniform average, isotropic merging: each model's posterior is taken as
+    an isotropic Gaussian at its weights (Matena & Raffel 2022, section 2). ``normalize: false`` leaves
+    the sum undivided. A zero or negative sum of weights is an error with `normalize`.
+    """
+    if not normalize:
+        if scope.dropped:
+            raise ConfigError("normalize: false has no meaning after a drop; use `task_arithmetic`")
+        return WeightedSum(tuple(weight))
+    total = sum(weight)
+    if not total > 0:
+        raise ConfigError(
+            f"the weights sum to {total:g}: `linear` divides by their sum; use positive weights or normalize: false"
+        )
+    return weighted_average(scope, weight)

@@ -1,0 +1,40 @@
+"""Model Stock: how far to go from the base towards the mean of fine-tunes, from the angle between them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streammerge.methods.gram_space import By, Combination, Matrix, combine, cosines
+from streammerge.methods.registry import Access, method
+from streammerge.methods.tensor_context import Scope
+
+
+@method(
+    "model_stock",
+    access=Access.TENSOR,
+    base="required",
+    models=(2, None),
+    ignored={"int8_mask": "it has no effect on the numbers"},
+    paper="Jang et al. 2024, https://arxiv.org/abs/2403.19522",
+)
+def model_stock(scope: Scope, *, filter_wise: bool = False, clamp: bool = False) -> Combination:
+    """theta = theta_0 + t * mean of the task vectors, t = N c / (1 + (N - 1) c), c the cosine between task vectors.
+
+    c is the mean over all pairs (the paper assumes one angle), of the tensor or, with `filter_wise`, of each row. With
+    c < 0, t < 0 leads away from the models, unless `clamp` holds it in [0, 1]; at the pole c = -1 / (N - 1) the base stays.
+    """
+    vectors = scope.task_vectors((1.0,) * scope.n_models)
+    by: By = "rows" if filter_wise else "tensor"
+    return combine(towards_mean, n=scope.n_models, vectors=vectors, by=by, clamp=clamp)
+
+
+def towards_mean(gram: Matrix, *, clamp: bool) -> Matrix:
+    """Return the weights (rows, N) of the task vectors: t / N each (the paper's equation 5)."""
+    n = gram.shape[1]
+    pairs = cosines(gram)[:, *np.triu_indices(n, 1)]
+    c = pairs.mean(axis=1)
+    pole = 1.0 + (n - 1) * c
+    t = np.where(np.abs(pole) < 1e-12, 0.0, n * c / np.where(np.abs(pole) < 1e-12, 1.0, pole))
+    if clamp:
+        t = np.clip(t, 0.0, 1.0)
+    return np.repeat((t / n)[:, None], n, axis=1)

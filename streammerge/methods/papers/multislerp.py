@@ -1,0 +1,49 @@
+"""Multi-SLERP: the mean direction of several models, at their mean length."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streammerge.errors import ConfigError
+from streammerge.methods.gram_space import Combination, Matrix, combine, cosines, lengths
+from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.tensor_context import Scope
+
+
+@method(
+    "multislerp",
+    access=Access.TENSOR,
+    base="optional",
+    bounds={"eps": (0.0, 1.0)},
+    ignored={"int8_mask": "it has no effect on the numbers"},
+    paper="https://github.com/arcee-ai/mergekit (method of its own)",
+)
+def multislerp(
+    scope: Scope, *, weight: PerModel[float] = 1.0, normalize_weights: bool = True, eps: float = 1e-8
+) -> Combination:  # fmt: skip
+    """The weighted mean direction times the weighted mean length, each tensor as one vector; of task vectors with a base.
+
+    theta = (sum_i w_i |v_i|) M / |M|, M = sum_i w_i v_i / |v_i|. mergekit goes on to a tangent step from M, which is
+    identically zero: the tangents' weighted sum is M - |M| (M / |M|). Where the directions cancel, |M| < `eps`, the
+    weighted sum takes its place (in mergekit of two models only; more are an error).
+    """
+    total = sum(weight)
+    if normalize_weights and not abs(total) > 0:
+        raise ConfigError(f"the weights sum to {total:g}: give others, or normalize_weights: false")
+    weights = tuple(w / total for w in weight) if normalize_weights else tuple(weight)
+    vectors = scope.task_vectors((1.0,) * scope.n_models) if scope.has_base else ()
+    if scope.dropped and not vectors:
+        raise ConfigError("a drop before multislerp needs a base_model")
+    return combine(mean_direction, n=scope.n_models, vectors=vectors, weights=weights, eps=eps)
+
+
+def mean_direction(gram: Matrix, *, weights: tuple[float, ...], eps: float) -> Matrix:
+    """Return the weights (rows, k) of sum_i w_i v_i / |v_i|, set to the length sum_i w_i |v_i|."""
+    w, norm = np.array(weights), lengths(gram)
+    if len(w) == 1:
+        return np.ones_like(norm)
+    mean = np.sqrt(np.maximum(np.einsum("i,rij,j->r", w, cosines(gram), w), 0.0))
+    cancel = mean < eps
+    unit = w / np.where(norm > 0, norm, np.inf)
+    scale = (norm @ w) / np.where(cancel, 1.0, mean)
+    return np.where(cancel[:, None], w, unit * scale[:, None])

@@ -1,0 +1,31 @@
+"""NuSLERP: SLERP of two models by their weights, or of their task vectors; by tensor, row or column."""
+
+from __future__ import annotations
+
+from streammerge.methods.gram_space import By, Combination, arc, combine
+from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.tensor_context import Scope
+
+
+@method(
+    "nuslerp",
+    access=Access.TENSOR,
+    base="optional",
+    models=(2, 2),
+    ignored={"int8_mask": "it has no effect on the numbers"},
+    paper="https://github.com/arcee-ai/mergekit (method of its own)",
+)
+def nuslerp(
+    scope: Scope, *, weight: PerModel[float] = 1.0, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
+) -> Combination:  # fmt: skip
+    """Spherical interpolation of two models at t = w_2 / (w_1 + w_2), or, with a base, of their task vectors.
+
+    Half-way where the weights cancel. `nuslerp_flatten: false` interpolates each row of a matrix (the last axis; a 1-D
+    tensor is one row) by its own angle; with `nuslerp_row_wise: true` each column, along the first axis: the name is
+    mergekit's, and the wrong way round there too.
+    """
+    total = weight[0] + weight[1]
+    t = weight[1] / total if abs(total) >= 1e-6 else 0.5
+    vectors = scope.task_vectors((1.0, 1.0)) if scope.has_base else ()
+    by: By = "tensor" if nuslerp_flatten else "columns" if nuslerp_row_wise else "rows"
+    return combine(arc, n=2, vectors=vectors, by=by, t=t)

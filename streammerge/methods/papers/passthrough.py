@@ -1,0 +1,23 @@
+"""One model, copied; optionally scaled."""
+
+from __future__ import annotations
+
+from streammerge.algebra.rules import CopyOf, TaskVectorMerge, WeightedSum
+from streammerge.errors import ConfigError
+from streammerge.methods.registry import PerModel, method
+from streammerge.methods.tensor_context import Scope
+
+
+@method("passthrough", base="none", models=(1, 1))
+def passthrough(
+    scope: Scope, *, scale: PerModel[float | None] = None
+) -> CopyOf | WeightedSum | TaskVectorMerge:  # fmt: skip
+    """Copy the tensors of one model, times `scale` where it is given."""
+    (factor,) = scale
+    if factor == 1.0:
+        factor = None
+    if scope.dropped:
+        if factor is not None:
+            raise ConfigError("scale: has no meaning after a drop; use `task_arithmetic` with lambda")
+        return TaskVectorMerge(scope.dropped)
+    return CopyOf(0) if factor is None else WeightedSum((factor,))

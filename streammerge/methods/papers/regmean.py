@@ -1,0 +1,42 @@
+"""RegMean: the linear map that answers its models' own inputs best, by least squares.  https://arxiv.org/abs/2212.09849"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+
+from streammerge.algebra.rules import Recipe, RegressionMean
+from streammerge.errors import ConfigError
+from streammerge.methods.registry import PerModel, method
+from streammerge.methods.steps import weighted_average
+from streammerge.methods.tensor_context import Scope
+from streammerge.statistics.kinds import Answer, Mixers, Mixing, Request
+
+
+@method(
+    "regmean", access="tensor", base="donor", gram=True, bounds={"alpha": (0.0, 1.0)},
+    paper="Jin et al. 2023, https://arxiv.org/abs/2212.09849",
+)  # fmt: skip
+def regmean(
+    scope: Scope,
+    *,
+    weight: PerModel[float] = 1.0,
+    alpha: float = 1.0,
+) -> Generator[list[Request], list[Answer], Recipe]:
+    """Linear maps by least squares: W = (sum_i W_i G_i) (sum_i G_i)^-1, everything else the weighted average.
+
+    G_i = w_i X_i^T X_i / n_i is the mean over tokens of the products of the map's inputs, given beside each model as
+    ``gram: PATH``; `alpha` multiplies what lies off its diagonal (the paper uses 0.9). Computed as the average plus a
+    correction, so that directions of which no model has data keep the average.
+    """
+    if min(weight) < 0 or not 0 < sum(weight) < math.inf:
+        raise ConfigError("regmean takes weights of 0 or more, not all 0: they multiply sums of squares")
+    if scope.dropped:
+        raise ConfigError(
+            "regmean takes no drop before it: the Gram matrices are those of the models as they were"
+        )
+    if not scope.gram:
+        return weighted_average(scope, weight)
+    (mixers,) = yield [Mixing(alpha, tuple(weight))]
+    assert isinstance(mixers, Mixers)
+    return RegressionMean(tuple(weight), mixers)

@@ -1,0 +1,74 @@
+"""SCE: select where the task vectors differ most, calculate weights, erase minority signs.
+
+FuseChat, https://arxiv.org/abs/2408.07990 (section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Literal, cast
+
+from streammerge.algebra.rules import SelectedMerge
+from streammerge.algebra.scores import Selection, Spread
+from streammerge.algebra.task_vectors import Cut
+from streammerge.methods.registry import Access, method
+from streammerge.methods.tensor_context import Scope
+from streammerge.statistics.kinds import (
+    Answer,
+    Largest,
+    NonZero,
+    Request,
+    Squares,
+    SquareSums,
+    Threshold,
+    TieIndex,
+)
+
+Steps = Generator[list[Request], list[Answer], SelectedMerge]
+
+
+@method(
+    "sce",
+    access=Access.TENSOR,
+    base="required",
+    bounds={"select_topk": (0.0, 1.0), "floor": (0.0, 1.0)},
+    presets={"mergekit": {"zero_sign": "positive", "floor": 1e-6}},
+    ignored={"int8_mask": "it has no effect on the numbers"},
+    paper="Wan et al. 2024, https://arxiv.org/abs/2408.07990",
+)
+def sce(
+    scope: Scope,
+    *,
+    select_topk: float = 1.0,
+    zero_sign: Literal["zero", "positive"] = "zero",
+    floor: float = 0.0,
+) -> Steps:
+    """Select, calculate, erase: theta = theta_0 + sum_i s_i delta_i / sum_i s_i, over the models that agree in sign.
+
+    Select: of the elements whose variance over the models is not 0, the int(`select_topk` * count) largest of each
+    tensor; the others stay the base's. The variance is rounded to fp32 for that; equal ones go by index, lowest first.
+    Calculate: s_i = the mean over the tensor of the squares of the selected delta_i, over the sum of all s.
+    Erase: entries whose sign is not that of the models' sum; `zero_sign`: who wins where the sum is 0.
+
+    `floor` is mergekit's guard, 1e-6 there: tensors whose mean squares sum to less have equal weights (those of most
+    fine-tunes do), and no sum of agreeing weights counts as less.
+    """
+    vectors = tuple(scope.task_vectors((1.0,) * scope.n_models))
+    selection = None
+    if select_topk < 1:
+        spread = Spread(vectors)
+        (nonzero,) = yield [NonZero(spread)]
+        (threshold,) = yield [Largest(spread, int(select_topk * cast(int, nonzero)))]
+        assert isinstance(threshold, Threshold)
+        (end,) = yield [TieIndex(spread, threshold)]
+        selection = Selection(spread, Cut(threshold.key, "index", cast(tuple[int, int], end)[1]))
+    (squares,) = yield [Squares(vectors, selection)]
+    assert isinstance(squares, SquareSums)
+    total = sum(squares.totals)
+    equal = total == 0 or total / squares.n < floor
+    weights = [1.0 / len(vectors) if equal else square / total for square in squares.totals]
+    return SelectedMerge(
+        tuple(replace(vector, weight=weight) for vector, weight in zip(vectors, weights, strict=True)),
+        selection, int(zero_sign == "positive"), floor,
+    )  # fmt: skip

@@ -1,0 +1,31 @@
+"""SLERP: along the arc between two models (Shoemake 1985, "Animating rotation with quaternion curves")."""
+
+from __future__ import annotations
+
+from streammerge.errors import ConfigError
+from streammerge.methods.gram_space import Combination, arc, combine
+from streammerge.methods.registry import Access, method
+from streammerge.methods.tensor_context import Scope
+
+
+@method(
+    "slerp",
+    access=Access.TENSOR,
+    base="required",
+    models=(1, 1),
+    presets={"mergekit": {"dot_threshold": 0.9995}},
+    bounds={"dot_threshold": (0.0, 1.0)},
+    paper="Shoemake 1985, https://doi.org/10.1145/325334.325242",
+)
+def slerp(scope: Scope, *, t: float, dot_threshold: float = 1.0) -> Combination:
+    """Spherical interpolation from the base (t = 0) to the other model (t = 1), each tensor as one vector.
+
+    theta = (sin((1 - t) w) theta_0 + sin(t w) theta_1) / sin w, where w is the angle between them; on a straight
+    line where the cosine exceeds `dot_threshold` (mergekit: 0.9995, where fine-tunes of one base often lie), or
+    where they are parallel.
+    """
+    if scope.dropped:
+        raise ConfigError(
+            "slerp interpolates whole models: a drop before it has no meaning; use `nuslerp` with a base"
+        )
+    return combine(arc, n=1, base=True, t=t, dot_threshold=dot_threshold)

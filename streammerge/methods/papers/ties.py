@@ -1,0 +1,69 @@
+"""TIES-Merging: trim, elect sign, disjoint merge.  https://arxiv.org/abs/2306.01708"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Literal
+
+from streammerge.algebra.rules import TaskVectorMerge
+from streammerge.algebra.task_vectors import TiePolicy
+from streammerge.methods.drop import rescale_by_norm
+from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.steps import elect, trim
+from streammerge.methods.tensor_context import Scope
+from streammerge.statistics.kinds import Answer, Request
+from streammerge.statistics.kinds import Scope as TrimScope
+
+
+@method(
+    "ties",
+    access=Access.MODEL,
+    base="required",
+    bounds={"density": (0.0, 1.0)},
+    presets={
+        "paper": {
+            "density": 0.2, "trim_scope": "model", "count": "floor+1", "ties": "all", "zero_sign": "majority",
+        },
+        "mergekit": {"trim_scope": "tensor", "count": "floor", "ties": "index", "zero_sign": "positive"},
+    },
+    ignored={"int8_mask": "it has no effect on the numbers"},
+    paper="Yadav et al. 2023, https://arxiv.org/abs/2306.01708",
+)  # fmt: skip
+def ties(
+    scope: Scope,
+    *,
+    weight: PerModel[float] = 1.0,
+    density: PerModel[float] = 1.0,
+    normalize: bool = True,
+    lambda_: float = 1.0,
+    trim_scope: Literal["tensor", "model"] = "tensor",
+    count: Literal["floor", "floor+1"] = "floor",
+    ties: Literal["thin", "all", "index", "drop"] = "thin",
+    zero_sign: Literal["zero", "positive", "majority"] = "zero",
+    rescale: Literal["none", "l1"] = "none",
+) -> Generator[list[Request], list[Answer], TaskVectorMerge]:
+    """Trim, elect sign, disjoint merge: theta = theta_0 + lambda * mean of the agreeing trimmed deltas.
+
+    tau_i = w_i * (theta_i - theta_0 on its top `density` magnitudes, else 0); gamma = the sign with the
+    larger total magnitude; tau = sum of tau_i with sign gamma, over the sum of their weights when
+    `normalize` (with unit weights: their mean, the paper's).
+
+    `trim_scope`: the quantile of each tensor, or of the whole model (the paper). `ties`: elements at the
+    threshold are kept by a random draw that makes the count right (`thin`), `all`, by lowest `index`, or
+    `drop`ped. `zero_sign`: who wins where the signs cancel: nobody, + (mergekit) or the `majority` over
+    the model (the published code).
+    """
+    trim_policy: TiePolicy = ties
+    scope_of_trim: TrimScope = trim_scope
+    whole = scope.task_vectors(weight)
+    vectors = yield from trim(
+        scope,
+        whole,
+        density,
+        trim_scope=scope_of_trim,
+        ties=trim_policy,
+        plus_one=count == "floor+1",
+    )
+    if rescale == "l1":
+        vectors = yield from rescale_by_norm(whole, vectors)
+    return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))

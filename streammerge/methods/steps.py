@@ -1,0 +1,137 @@
+"""Steps that several methods share, named by the papers' verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from typing import Literal, cast
+
+from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
+from streammerge.algebra.task_vectors import Cut, TaskVector, TiePolicy
+from streammerge.errors import ConfigError
+from streammerge.methods.drop import Ask
+from streammerge.methods.tensor_context import Scope
+from streammerge.numerics import philox as rng
+from streammerge.statistics.kinds import Answer, Band, Request, SignTotal, Threshold, TieIndex, TopK
+from streammerge.statistics.kinds import Scope as TrimScope
+
+ZeroSign = Literal["zero", "positive", "majority"]
+
+
+def divisor(weights: Sequence[float], normalize: bool) -> float:
+    """Return what a plain sum is divided by: the sum of weights, or 1 where that vanishes."""
+    total = sum(weights)
+    return total if normalize and abs(total) >= 1e-8 else 1.0
+
+
+def trim(
+    scope: Scope, vectors: Sequence[TaskVector], densities: Sequence[float], *,
+    trim_scope: TrimScope, ties: TiePolicy, plus_one: bool,
+) -> Ask:  # fmt: skip
+    """Keep the top `density` fraction of each vector's magnitudes (TIES, step 1).
+
+    A density of 1 or more keeps the vector as it is; 0 or less removes it whole.
+
+    Raises
+    ------
+    ConfigError
+        After a drop with which a second cut by magnitude has no one meaning.
+    """
+    partial = [i for i, density in enumerate(densities) if 0 < density < 1]
+    trimmed = [replace(v, drop=2**32) if d <= 0 else v for v, d in zip(vectors, densities, strict=True)]
+    if not partial:
+        return trimmed
+    if any(vector.cut is not None for vector in vectors):
+        raise ConfigError("drop_mask: magnitude before a trim cuts by magnitude twice; set density: 1")
+    if trim_scope == "model" and scope.dropped and scope.rescaled_by_norm:
+        raise ConfigError(
+            "drop_rescale: l1 has a factor per tensor, which `trim_scope: model` cannot compare across tensors; "
+            "use drop_rescale: paper, or trim_scope: tensor"
+        )
+    thresholds = yield [TopK(vectors[i], densities[i], plus_one, trim_scope) for i in partial]
+    limits: list[int] = [0] * len(partial)
+    if ties == "index":
+        ends = yield [
+            TieIndex(vectors[i], cast(Threshold, t), trim_scope)
+            for i, t in zip(partial, thresholds, strict=True)
+        ]
+        limits = [_limit_here(scope, cast(tuple[int, int], end)) for end in ends]
+    for i, threshold, limit in zip(partial, thresholds, limits, strict=True):
+        trimmed[i] = replace(trimmed[i], cut=_cut(cast(Threshold, threshold), ties, limit))
+    return trimmed
+
+
+def keep_band(
+    vectors: Sequence[TaskVector], densities: Sequence[float], gammas: Sequence[float], *, ties: TiePolicy
+) -> Ask:
+    """Keep `density` of each vector's entries, those next in magnitude to the `gamma` that are the largest.
+
+    Raises
+    ------
+    ConfigError
+        After a drop with which a second cut by magnitude has no one meaning.
+    """
+    partial = [i for i, density in enumerate(densities) if density < 1]
+    if partial and any(vector.cut is not None for vector in vectors):
+        raise ConfigError("drop_mask: magnitude before a cut by magnitude cuts twice; set density: 1")
+    if not partial:
+        return list(vectors)
+    edges: tuple[Literal["upper", "lower"], ...] = ("upper", "lower")
+    asked = [(i, edge) for i in partial for edge in edges]
+    thresholds = yield [Band(vectors[i], densities[i], gammas[i], edge) for i, edge in asked]
+    ends: Sequence[Answer] = [(0, 0)] * len(asked)
+    if ties == "index":
+        pairs = zip(asked, thresholds, strict=True)
+        ends = yield [TieIndex(vectors[i], cast(Threshold, threshold)) for (i, _), threshold in pairs]
+    cuts = {
+        key: _cut(cast(Threshold, threshold), ties, cast(tuple[int, int], end)[1])
+        for key, threshold, end in zip(asked, thresholds, ends, strict=True)
+    }
+    return [
+        replace(vector, cut=cuts[i, "lower"], outliers=cuts[i, "upper"]) if i in partial else vector
+        for i, vector in enumerate(vectors)
+    ]
+
+
+def _cut(threshold: Threshold, ties: TiePolicy, end: int) -> Cut:
+    """Return the cut at a threshold; `end`: the element before which ties are kept by index."""
+    limit = rng.threshold(threshold.needed / threshold.ties) if ties == "thin" else end
+    return Cut(threshold.key, ties, limit)
+
+
+def _limit_here(scope: Scope, end: tuple[int, int]) -> int:
+    """Return the element of this tensor before which ties are kept, given where they end overall."""
+    ordinal, element = end
+    if scope.ordinal == ordinal:
+        return element
+    return 2**62 if scope.ordinal < ordinal else 0
+
+
+def weighted_average(scope: Scope, weights: Sequence[float]) -> WeightedSum | TaskVectorMerge:
+    """Return sum_i w_i theta_i / sum_i w_i, of the models as a drop before has left them."""
+    total = sum(weights)
+    if not scope.dropped:
+        return WeightedSum(tuple(weights), total)
+    return TaskVectorMerge(tuple(scope.task_vectors(weights)), divisor=total)
+
+
+def elect(
+    vectors: Sequence[TaskVector], *, zero_sign: ZeroSign, normalize: bool, scale: float
+) -> Generator[list[Request], list[Answer], TaskVectorMerge]:
+    """Merge the entries of the elected sign (TIES, steps 2 and 3).
+
+    ``majority`` gives an undecided element the sign that leads over the whole model; where even that
+    is undecided the published code takes the negative side, and so does this.
+    """
+    merge = TaskVectorMerge(
+        tuple(vectors),
+        elect=True,
+        zero_sign=int(zero_sign == "positive"),
+        normalize=normalize,
+        scale=scale,
+    )
+    if zero_sign != "majority":
+        return merge
+    (total,) = yield [SignTotal(merge)]
+    assert isinstance(total, int)
+    return replace(merge, zero_sign=1 if total > 0 else -1)

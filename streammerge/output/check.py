@@ -1,0 +1,260 @@
+"""Prove that a finished output is what was written: every byte of every file against the manifest.
+
+One pass over the disk, past the page cache. Beside checksums it finds what a loader relies on: each shard's header,
+the index, and values that are finite except where the manifest says otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from streammerge.checkpoint.shards import PICKLES, SUFFIX
+from streammerge.checkpoint.sidecar_names import is_loaded
+from streammerge.checkpoint.weight_names import INDEXES, STEMS, index_file
+from streammerge.engine.recompute import Recomputed
+from streammerge.errors import ModelError, printable
+from streammerge.formats.safetensors import TensorRef, read_header
+from streammerge.io.durable import PARTIAL, world_errors
+from streammerge.io.strict_json import read_object
+from streammerge.numerics.crc32 import combine_all
+from streammerge.output.edits import find_edits
+from streammerge.output.journal import STATE
+from streammerge.output.manifest import MANIFEST, load_manifest
+from streammerge.output.readback import Found, Part, read_back
+
+_LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)
+"""How the names of files end that a loader may take for the model, or that a merge leaves unfinished."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found."""
+
+    files: int
+    """Files checked."""
+    nbytes: int
+    """Bytes read."""
+    problems: tuple[str, ...]
+    """One line each; empty if the output is as it was written."""
+    others: tuple[str, ...] = ()
+    """Files beside those of the merge that no loader looks at."""
+    edits: Mapping[str, str] = field(default_factory=dict)
+    """Files that people edit, by name, which are not as they were written, and what became of them: no problem."""
+    recomputed: Recomputed | None = None
+    """What was computed once more from the inputs; None where that was not asked for, or no header could be read."""
+
+
+def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> Verdict:
+    """Re-read a finished output: sizes, checksums, headers, the index, and that its values are finite.
+
+    Parameters
+    ----------
+    on_tick
+        Called now and then with the bytes read so far.
+
+    Raises
+    ------
+    ModelError
+        If `out` holds no finished merge, or its manifest cannot be believed.
+    WorldError
+        If the machine cannot read it.
+    """
+    return check_files(out, manifest_of(out), on_tick)
+
+
+def check_files(
+    out: Path, manifest: Mapping[str, Any], on_tick: Callable[[int], None] = lambda nbytes: None
+) -> Verdict:
+    """Do what `verify` does, with a manifest that is believed."""
+    edits = find_edits(out, manifest["files"])
+    examined = [
+        _examine(out, name, entry["nbytes"]) for name, entry in manifest["files"].items() if name not in edits
+    ]  # fmt: skip
+    readable = {str(out / one.name): one.parts for one in examined if one.parts}
+    found = read_back(readable, on_tick)
+    problems = {
+        one.name: [*one.problems] or _compare(one, found.get(str(out / one.name), []), manifest)
+        for one in examined
+    }
+    if not any(problems.get(name) for name in INDEXES):
+        problems["index"] = _index_problems(out, examined, manifest)
+    extra, others = _beside(out, manifest)
+    nbytes = sum(part.nbytes for parts in found.values() for part in parts)
+    lines = [line for some in problems.values() for line in some]
+    return Verdict(len(examined), nbytes, (*lines, *_misplaced(examined, manifest), *extra), others, edits)
+
+
+def manifest_of(out: Path) -> dict[str, Any]:
+    """Return the manifest of a finished output; raise as `verify` does."""
+    if not out.is_dir():
+        raise ModelError(f"{printable(out)}: no such directory")
+    if os.path.lexists(out / STATE):
+        raise ModelError(
+            f"{printable(out)}: the merge is not finished; run the same `streammerge merge` again"
+        )
+    if not os.path.lexists(out / MANIFEST):
+        raise ModelError(f"{printable(out)}: no {MANIFEST} in it; not the output of a finished merge")
+    return load_manifest(out)
+
+
+@dataclass(frozen=True)
+class _Examined:
+    """A file of the manifest before its bytes are read."""
+
+    name: str
+    problems: tuple[str, ...] = ()
+    """Why there is nothing to read."""
+    parts: tuple[Part, ...] = ()
+    """What is read: a shard's header and its tensors, or the file as a whole."""
+    tensors: Mapping[str, TensorRef] | None = None
+    """Of a shard with a sound header."""
+    header_problem: str = ""
+
+
+def _examine(out: Path, name: str, nbytes: int) -> _Examined:
+    path, shown = out / name, printable(name)
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return _Examined(name, (f"{shown}: missing",))
+    except OSError as error:
+        return _Examined(name, (f"{shown}: cannot be looked at: {error.strerror}",))
+    if not stat.S_ISREG(status.st_mode):
+        return _Examined(name, (f"{shown}: not a regular file",))
+    if status.st_size != nbytes:
+        return _Examined(name, (f"{shown}: has {status.st_size} bytes, {nbytes} were written",))
+    whole = Part("", 0, nbytes)
+    if not _is_shard(name):
+        return _Examined(name, parts=(whole,))
+    try:
+        tensors, _, _ = read_header(path)
+    except ModelError as error:
+        return _Examined(name, parts=(whole,), header_problem=str(error).removeprefix(f"{path}: "))
+    refs = sorted(tensors.values(), key=lambda ref: (ref.offset, ref.nbytes))
+    header = Part("", 0, refs[0].offset)
+    parts = (header, *(Part(ref.name, ref.offset, ref.nbytes, ref.dtype) for ref in refs))
+    return _Examined(name, parts=parts, tensors=tensors)
+
+
+def _is_shard(name: str) -> bool:
+    """Return whether a file holds merged tensors; what lies in folders is copied as it was."""
+    return name.endswith(SUFFIX) and "/" not in name
+
+
+def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the bytes of a file."""
+    name, recorded = printable(one.name), manifest["tensors"]
+    crc = combine_all((part.crc, part.nbytes) for part in found)
+    by_tensor = {part.name: what for part, what in zip(one.parts, found, strict=True) if part.name}
+    damaged = [
+        tensor for tensor, what in by_tensor.items()
+        if tensor in recorded and f"{what.crc:08x}" != recorded[tensor]["crc32"]
+    ]  # fmt: skip
+    expected = manifest["files"][one.name]["crc32"]
+    if f"{crc:08x}" != expected or damaged:
+        more = f" and {len(damaged) - 1} more tensors are" if len(damaged) > 1 else " is"
+        what = f"tensor {printable(damaged[0])}{more} damaged" if damaged else "its bytes have changed"
+        if one.tensors is not None and not damaged:
+            what = "its header has changed"
+        if one.header_problem:
+            what = f"its header is damaged: {printable(one.header_problem)}"
+        return [f"{name}: {what} (checksum {crc:08x}, {expected} was written)"]
+    if one.header_problem:
+        return [f"{name}: {printable(one.header_problem)}"]
+    return [
+        problem for tensor, ref in (one.tensors or {}).items()
+        for problem in _tensor_problems(name, ref, by_tensor[tensor], manifest)
+    ]  # fmt: skip
+
+
+def _tensor_problems(file: str, ref: TensorRef, found: Found, manifest: Mapping[str, Any]) -> list[str]:
+    """Return how a tensor is not what the manifest says, though its bytes are."""
+    where = f"{file}: tensor {printable(ref.name)}"
+    recorded = manifest["tensors"].get(ref.name)
+    if recorded is None:
+        return [f"{where}: not in {MANIFEST}"]
+    if (ref.dtype, list(ref.shape)) != (recorded["dtype"], recorded["shape"]):
+        wanted = f"{recorded['dtype']} {recorded['shape']}"
+        return [f"{where}: {ref.dtype} {list(ref.shape)} in the header, {printable(wanted)} was written"]
+    known = manifest.get("not_finite", {}).get(ref.name, 0)
+    if found.bad.count != known:
+        first = f" (the first is {found.bad.first})" if found.bad.count else ""
+        return [f"{where}: {found.bad.count} elements are NaN or infinite{first}, {known} were written so"]
+    return []
+
+
+def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
+    """Return which tensors lie in two shards or in none, as far as the headers can be read."""
+    places: dict[str, str] = {}
+    problems = []
+    for one in examined:
+        for tensor in one.tensors or {}:
+            if tensor in places:
+                problems.append(
+                    f"{printable(one.name)}: tensor {printable(tensor)} is in {printable(places[tensor])} too"
+                )
+            places[tensor] = one.name
+    if all(one.tensors is not None for one in examined if _is_shard(one.name)):
+        lost = [tensor for tensor in manifest["tensors"] if tensor not in places]
+        more = f" and {len(lost) - 1} more tensors are" if len(lost) > 1 else " is"
+        problems += [f"tensor {printable(lost[0])}{more} in no file, though in {MANIFEST}"] if lost else []
+    return problems
+
+
+def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
+    """Return how the index does not lead to every tensor, and to nothing else."""
+    shards = [one for one in examined if _is_shard(one.name)]
+    name = next((name for name in INDEXES if name in manifest["files"]), None)
+    if name is None:
+        if len(shards) < 2:
+            return []
+        expected = index_file(re.sub(r"-\d+-of-\d+$", "", shards[0].name.removesuffix(SUFFIX)))
+        return [f"{printable(expected)}: not in {MANIFEST}, though there are {len(shards)} shards"]
+    try:
+        index = read_object(str(out / name), "finite")
+    except ModelError as error:
+        return [f"{name}: {printable(str(error).removeprefix(f'{out / name}: '))}"]
+    weight_map, metadata = index.get("weight_map"), index.get("metadata")
+    places = {tensor: one.name for one in shards for tensor in one.tensors or {}}
+    if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
+        return [f"{name}: no weight_map or no metadata"]
+    if any(one.tensors is None for one in shards):
+        return []
+    wrong = sorted(t for t in {*weight_map, *places} if weight_map.get(t) != places.get(t))
+    if wrong:
+        told, place = (printable(x.get(wrong[0], "nowhere"), 120) for x in (weight_map, places))
+        return [f"{name}: leads for tensor {printable(wrong[0])} to {told}, it is in {place}"]
+    total = sum(ref.nbytes for one in shards for ref in (one.tensors or {}).values())
+    if metadata.get("total_size") != total:
+        told = printable(metadata.get("total_size"), 40)
+        return [f"{name}: total_size is {told}, the tensors have {total} bytes"]
+    return []
+
+
+def _beside(out: Path, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+    """Return what a loader may take for a part of the model and no merge wrote, and the names of all else."""
+    known = {*manifest["files"], MANIFEST}
+    folders = {str(folder) for name in known for folder in PurePosixPath(name).parents}
+    with world_errors(out):
+        found = [
+            entry for folder in sorted(folders) if (out / folder).is_dir() for entry in _names(out, folder)
+        ]
+    names = sorted(name for name in found if name not in known and name not in folders)
+    loadable = [
+        name for name in names
+        if name.endswith(_LOADABLE) or name.startswith(STEMS) or is_loaded(name)
+    ]  # fmt: skip
+    problems = [f"{printable(name)}: not in {MANIFEST}; no merge wrote it here" for name in loadable]
+    return problems, tuple(name for name in names if name not in loadable)
+
+
+def _names(out: Path, folder: str) -> list[str]:
+    """Return the paths of what lies in a folder of an output."""
+    prefix = "" if folder == "." else f"{folder}/"
+    return [prefix + name for name in os.listdir(out / folder)]

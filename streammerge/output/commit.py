@@ -1,0 +1,199 @@
+"""The end of a merge: sidecar files, the manifest, final names, and the index last of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from streammerge import __version__, dtypes
+from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
+from streammerge.io.durable import fsync_directory, make_folders, world_errors, write_file
+from streammerge.numerics.crc32 import combine_all, crc32
+from streammerge.output.directory import CONFIG_COPY
+from streammerge.output.identity import Identity
+from streammerge.output.inputs import content_of
+from streammerge.output.journal import Receipt
+from streammerge.output.manifest import FORMAT, MANIFEST, indented, seal
+from streammerge.output.shards import ShardWriter
+from streammerge.output.sidecars import copy_sidecar, read_sidecar
+from streammerge.planning.files.config_json import spelled
+from streammerge.planning.files.origins import origins_of
+from streammerge.planning.plan import MergePlan
+
+
+def commit(
+    plan: MergePlan,
+    out: Path,
+    writer: ShardWriter,
+    receipts: Sequence[Receipt],
+    identity: Identity,
+    card: str,
+    hashes: Mapping[str, str],
+    contents: Mapping[str, str],
+) -> dict[str, Any]:
+    """Publish a finished merge; everything is durable before the index (or single shard) has its name.
+
+    Parameters
+    ----------
+    hashes
+        SHA-256 of every file beside the weights when the merge began, by its path in the output.
+    contents
+        The content hashes of input files, where they were hashed.
+
+    Returns the manifest. Running it again after an interruption at any point gives the same bytes.
+    """
+    chosen = cover(plan, receipts)
+    shards = range(len(plan.layout.shards))
+    single = plan.layout.index is None
+    made = _made(plan, card, hashes)
+    index = {} if plan.layout.index is None else {plan.layout.index: _index(plan)}
+    written = {
+        name: copy_sidecar(stamp, hashes[name], out, name)
+        for name, stamp in plan.beside.files.items() if name not in made
+    }  # fmt: skip
+    for name, data in made.items():
+        make_folders(out, name)
+        write_file(out / name, data)
+    for folder in {(out / name).parent for name in (*written, *made)} - {out}:
+        with world_errors(folder):
+            fsync_directory(folder)
+    written |= {name: (len(data), crc32(data)) for name, data in {**made, **index}.items()}
+    manifest = _manifest(plan, chosen, identity, written, contents)
+    for shard in shards if not single else ():
+        writer.publish(shard)
+    write_file(out / MANIFEST, seal(manifest))
+    with world_errors(out):
+        fsync_directory(out)
+    for name, data in index.items():
+        write_file(out / name, data)
+    if single:
+        writer.publish(0)
+    with world_errors(out):
+        fsync_directory(out)
+    return manifest
+
+
+def _made(plan: MergePlan, card: str, hashes: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the files beside the weights that are not copies."""
+    made: dict[str, bytes] = {}
+    if plan.tokenizer is not None:
+        made |= plan.tokenizer.changed
+    if CONFIG_NAME in plan.beside.files:
+        raw = read_sidecar(plan.beside.files[CONFIG_NAME], hashes[CONFIG_NAME])
+        made[CONFIG_NAME] = spelled(plan.settings, raw)
+    if "model card" not in plan.left_out:
+        made["README.md"] = card.encode()
+    return made | {CONFIG_COPY: plan.config.text.encode("utf-8", "surrogatepass")}
+
+
+def cover(plan: MergePlan, receipts: Sequence[Receipt]) -> dict[int, list[Receipt]]:
+    """Return, per job, receipts that follow each other from its first element to its last."""
+    longest: dict[tuple[int, int], Receipt] = {}
+    for receipt in receipts:
+        key = (receipt.job, receipt.start)
+        if key not in longest or longest[key].stop < receipt.stop:
+            longest[key] = receipt
+    chosen = {}
+    for job in plan.jobs:
+        chain: list[Receipt] = []
+        position = 0
+        while position < job.n_elements or not chain:
+            receipt = longest[job.ordinal, position]
+            chain.append(receipt)
+            if receipt.stop == position:
+                break
+            position = receipt.stop
+        chosen[job.ordinal] = chain
+    return chosen
+
+
+def _manifest(
+    plan: MergePlan,
+    chosen: Mapping[int, Sequence[Receipt]],
+    identity: Identity,
+    files: Mapping[str, tuple[int, int]],
+    contents: Mapping[str, str],
+) -> dict[str, Any]:
+    tensors = {job.ordinal: tensor_crc(plan, chosen[job.ordinal]) for job in plan.jobs}
+    written: dict[str, dict[str, Any]] = {}
+    for shard in plan.layout.shards:
+        parts = [(crc32(shard.header), len(shard.header))]
+        parts += [(tensors[job], plan.layout.slots[job].nbytes) for job in shard.jobs]
+        written[shard.name] = {"nbytes": shard.nbytes, "crc32": f"{combine_all(parts):08x}"}
+    for name, (nbytes, crc) in files.items():
+        written[name] = {"nbytes": nbytes, "crc32": f"{crc:08x}"}
+    fishers = [index.stamps[0].header_digest for index in plan.fishers]
+    diagonals = [content_of(index, contents) for index in plan.fishers]
+    return {
+        "format": FORMAT,
+        "streammerge": __version__,
+        "method": plan.method.name,
+        "seed": plan.seed,
+        "identity": identity.public,
+        "inputs": [
+            {"role": "base" if index is plan.base else "model", "name": _names(index), "fingerprint": digest,
+             "tensors": len(index), "nbytes": index.nbytes,
+             **({"sha256": hashes} if (hashes := content_of(index, contents)) else {})}
+            for index, digest in zip(plan.inputs, identity.fingerprints, strict=True)
+        ],
+        "densities": densities(plan, chosen),
+        **({"fisher_sha256": diagonals} if any(diagonals) else {}),
+        **({"fisher_tables": fishers, "floored": floored(plan, chosen)} if plan.fishers else {}),
+        **({"not_finite": bad} if (bad := not_finite(plan, chosen)) else {}),
+        "files": dict(sorted(written.items())),
+        "tensors": {
+            job.name: {"dtype": job.dtype, "shape": list(job.shape), "crc32": f"{tensors[job.ordinal]:08x}"}
+            for job in plan.jobs
+        },
+    }  # fmt: skip
+
+
+def _names(index: TensorIndex) -> str:
+    """Return what a person knows an input by: names and snapshots on the hub, names of local folders; no path."""
+    return "+".join(
+        f"{origin.name}@{origin.revision}" if origin.on_hub else origin.name for origin in origins_of(index)
+    )
+
+
+def tensor_crc(plan: MergePlan, receipts: Sequence[Receipt]) -> int:
+    """Return the CRC-32 of a tensor's bytes from the receipts of its pieces."""
+    bits = dtypes.BITS[plan.jobs[receipts[0].job].dtype]
+    return combine_all((r.crc, (r.stop - r.start) * bits // 8) for r in receipts)
+
+
+def densities(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> list[dict[str, Any]]:
+    """Return, for each model whose task vector lost entries, how many survived of how many."""
+    n = len(plan.models)
+    kept, total = [0] * n, 0
+    for ordinal, receipts in chosen.items():
+        if any(receipt.kept for receipt in receipts):
+            total += plan.jobs[ordinal].n_elements
+            for receipt in receipts:
+                for i, count in zip(plan.jobs[ordinal].members or range(n), receipt.kept, strict=False):
+                    kept[i] += count
+    if not total:
+        return []
+    return [{"model": i, "kept": k, "of": total, "density": round(k / total, 9)} for i, k in enumerate(kept)]
+
+
+def floored(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[str, Any]:
+    """Return of how many merged elements a Fisher floor decided the most, of how many."""
+    count = sum(receipt.floored for receipts in chosen.values() for receipt in receipts)
+    total = sum(job.n_elements for job in plan.jobs if job.fishers)
+    return {"elements": count, "of": total, "fraction": round(count / max(1, total), 9)}
+
+
+def not_finite(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[str, int]:
+    """Return how many elements of each tensor are NaN or infinite, of those that have any."""
+    counts = {job: sum(receipt.not_finite for receipt in receipts) for job, receipts in chosen.items()}
+    return {plan.jobs[job].name: count for job, count in sorted(counts.items()) if count}
+
+
+def _index(plan: MergePlan) -> bytes:
+    weight_map = {
+        job.name: plan.layout.shards[plan.layout.slots[job.ordinal].shard].name for job in plan.jobs
+    }
+    total = sum(slot.nbytes for slot in plan.layout.slots)
+    value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return bytes(indented(value, 2) + b"\n")

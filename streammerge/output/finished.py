@@ -1,0 +1,128 @@
+"""An output directory that holds a finished merge: this very one, or another, or one that is damaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streammerge.checkpoint.weight_names import LOADED
+from streammerge.engine.telling import Event, warning
+from streammerge.errors import OutputError, printable
+from streammerge.io.durable import PARTIAL, fsync_directory, world_errors
+from streammerge.output.check import check_files
+from streammerge.output.edits import find_edits
+from streammerge.output.identity import Identity
+from streammerge.output.inputs import ContentHasher, changed_contents, recorded_contents
+from streammerge.output.journal import STATE, remove_state
+from streammerge.output.manifest import read_manifest
+from streammerge.planning.plan import MergePlan
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished merge."""
+
+    manifest: Mapping[str, Any]
+    edits: Mapping[str, str] = field(default_factory=dict)
+    """Files that people edit which are not as they were written, by name, and what became of them."""
+
+
+def find_finished(
+    out: Path,
+    plan: MergePlan,
+    identity: Identity,
+    hasher: ContentHasher | None,
+    emit: Callable[[Event], None],
+) -> Finished | None:
+    """Return what `out` holds if it is this very merge, complete; None if it is unfinished, or nothing.
+
+    With a `hasher` the inputs are the same only if their content is, where the manifest records it.
+
+    Raises
+    ------
+    OutputError
+        If it holds another merge, or lacks files of this one.
+    """
+    manifest = read_manifest(out)
+    interrupted = (out / STATE).exists()
+    if manifest is None or (interrupted and not _is_sound(out, manifest)):
+        return None
+    if changed := identity.changed(manifest["identity"]):
+        raise OutputError(
+            f"{printable(out)}: holds a finished merge with a different {printable(', '.join(changed[:3]))}: choose "
+            "another OUT, or replace it with --overwrite"
+        )
+    edits = find_edits(out, manifest["files"])
+    if (lost := _lost(out, manifest, edits)) is not None:
+        raise OutputError(
+            f"{printable(out)}: holds this merge, finished, but {printable(lost)} is missing or cut short: restore it, or start "
+            "over with --overwrite"
+        )
+    if hasher is not None:
+        _compare_contents(out, plan, manifest, hasher, emit)
+    with world_errors(out):
+        if interrupted:
+            _name_again(out, manifest)
+        fsync_directory(out)
+    remove_state(out)
+    return Finished(manifest, edits)
+
+
+def _lost(out: Path, manifest: Mapping[str, Any], edits: Mapping[str, str]) -> str | None:
+    """Return the first file of the manifest that is not there with its size, edited ones aside."""
+    for name, entry in manifest["files"].items():
+        try:
+            if name not in edits and (out / name).stat().st_size != entry["nbytes"]:
+                return str(name)
+        except OSError:
+            return str(name)
+    return None
+
+
+def _is_sound(out: Path, manifest: Mapping[str, Any]) -> bool:
+    """Return whether a commit that was interrupted left nothing to do but to forget the journal.
+
+    Every byte is read: once the journal is gone, a damaged one could not be made again.
+    """
+    if _lost(out, manifest, {}) is not None:
+        return False
+    verdict = check_files(out, manifest)
+    return not verdict.problems and not verdict.edits
+
+
+def _name_again(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Give the last name of an interrupted commit once more.
+
+    Whoever gave it may have been killed before it was durable, or the sync of the directory failed: then the system has
+    dropped what it could not write, and a second sync would answer that all is well.
+    """
+    for name in LOADED:
+        if name in manifest["files"]:
+            os.replace(out / name, out / (name + PARTIAL))
+            fsync_directory(out)
+            os.replace(out / (name + PARTIAL), out / name)
+
+
+def _compare_contents(
+    out: Path,
+    plan: MergePlan,
+    manifest: Mapping[str, Any],
+    hasher: ContentHasher,
+    emit: Callable[[Event], None],
+) -> None:
+    """Refuse a merge of which an input has changed since, as far as content hashes are recorded."""
+    if other := changed_contents(plan, manifest, hasher):
+        raise OutputError(
+            f"{printable(out)}: holds a finished merge, but the content {printable(other[0], 300)} has changed since: choose "
+            "another OUT, or replace it with --overwrite"
+        )
+    if not recorded_contents(plan, manifest):
+        emit(
+            warning(
+                f"{printable(out)}: was finished without --hash-inputs, so there are no content hashes to compare the "
+                "inputs with"
+            )
+        )

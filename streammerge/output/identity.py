@@ -1,0 +1,89 @@
+"""What the bytes of an output depend on, by name: a merge continues, or is recomputed, only from the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from streammerge import __version__
+from streammerge.errors import ConfigError, printable
+from streammerge.io.reader import Reader
+from streammerge.numerics.philox import SCHEME, RandomKeys
+from streammerge.planning.plan import MergePlan
+from streammerge.tensors.fingerprint import fingerprint, fisher_digest
+
+VERSION = "version"
+LAYOUT = "shard size"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing that the output's bytes depend on."""
+
+    name: str
+    """As a person understands it, and as the journal has it; an input by its reference."""
+    public: str
+    """As the manifest has it: an input by its place, for a path is nobody's business."""
+    value: str
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that a merge must share with what it continues, or is compared with."""
+
+    entries: tuple[Entry, ...]
+    fingerprints: tuple[str, ...]
+    """Of the content of every model read, in the plan's order."""
+    keys: RandomKeys
+
+    @property
+    def named(self) -> dict[str, str]:
+        """The values by name, for a journal."""
+        return {entry.name: entry.value for entry in self.entries}
+
+    @property
+    def public(self) -> dict[str, str]:
+        """The values by public name, for a manifest."""
+        return {entry.public: entry.value for entry in self.entries}
+
+    def changed(self, recorded: Mapping[str, str]) -> list[str]:
+        """Return the names of what differs from a manifest's record."""
+        return [entry.name for entry in self.entries if recorded.get(entry.public) != entry.value]
+
+
+def identify(plan: MergePlan, reader: Reader) -> Identity:
+    """Read what it takes to tell the inputs of a plan from others.
+
+    Raises
+    ------
+    ConfigError
+        If two models are the same and would draw the same random mask.
+    """
+    fingerprints = tuple(fingerprint(index, reader) for index in plan.inputs)
+    fishers = {
+        f"Fisher diagonal of model {place}": fisher_digest(index, reader)
+        for place, index in enumerate(plan.fishers)
+    }
+    grams = {
+        f"Gram matrices of model {place}": fisher_digest(index, reader)
+        for place, index in enumerate(plan.grams)
+    }
+    shared = {VERSION: __version__, "random scheme": SCHEME, **plan.identity(), **fishers, **grams}
+    inputs = [
+        Entry(f"input {index.reference}", f"input {place}", digest)
+        for place, (index, digest) in enumerate(zip(plan.inputs, fingerprints, strict=True))
+    ]
+    entries = (*(Entry(name, name, value) for name, value in shared.items()), *inputs)
+    return Identity(entries, fingerprints, _random_keys(plan, fingerprints))
+
+
+def _random_keys(plan: MergePlan, fingerprints: Sequence[str]) -> RandomKeys:
+    specs = plan.config.models
+    names = tuple(spec.alias or digest for spec, digest in zip(specs, fingerprints, strict=False))
+    if plan.random and len(set(names)) < len(names):
+        twin = next(i for i, name in enumerate(names) if name in names[:i])
+        raise ConfigError(
+            f"{specs[twin].path}: {printable(specs[twin].reference)} has the same content as another model, so both "
+            "would draw the same random mask; give it an `alias` of its own"
+        )
+    return RandomKeys(plan.seed, names, {job.name: job.members for job in plan.jobs if job.members})

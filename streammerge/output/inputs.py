@@ -1,0 +1,264 @@
+"""The files that a merge reads, and how it knows them again.
+
+A *stamp* is what the system says of a file: size, dates, inode, and for a model the digest of its header. It costs
+nothing, and differs whenever the content may: also of a file that was only touched, or copied. A *content hash* is the
+SHA-256 of every byte: it costs a read of the file, and tells the one from the other. The small files beside the
+weights are hashed always, the weights on request (`merge --hash-inputs`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.checkpoint.companions import ChunkedRef, FisherIndex
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.errors import ModelError, OutputError, WorldError, printable
+from streammerge.formats.safetensors import FileStamp
+from streammerge.io.files import reading
+from streammerge.io.reader import check_unchanged
+from streammerge.output.journal import Known
+from streammerge.planning.plan import MergePlan
+from streammerge.tensors.fingerprint import files_digest
+
+CHUNKS = "chunks"
+"""Name of the chunk files of a store together."""
+_STEP = 1 << 20
+"""Bytes read and hashed at a time."""
+_TICK_SECONDS = 0.25
+_AHEAD = 1 << 25
+"""Bytes that the kernel is asked to read meanwhile."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file that a merge reads; or all chunk files of one Fisher store, which are one in this respect."""
+
+    group: str
+    """``of base``, or ``beside base`` for the small files there."""
+    name: str
+    nbytes: int
+    stamp: str
+    """A digest of what the system said of it when the merge was planned."""
+    paths: Callable[[], Iterable[str]]
+    check: Callable[[], None]
+    """Raises WorldError unless the system still says the same."""
+
+    @property
+    def key(self) -> str:
+        """Its name in a journal."""
+        return f"{self.group}/{self.name}"
+
+
+def find_inputs(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> list[InputFile]:
+    """Return every file that a merge reads: of the models, of their Fisher diagonals, and beside the weights."""
+    found = {
+        (reference, stamp.path): _plain(f"of {reference}", stamp)
+        for reference, stamps in plan.stamped.items() for stamp in stamps
+    }  # fmt: skip
+    stores = {index.reference: index for index in plan.stores if index.model is None}
+    return [
+        *found.values(),
+        *(_chunks_of(index) for index in stores.values()),
+        *(_plain(beside(plan), stamp, name) for name, stamp in sorted(sidecars.items())),
+    ]
+
+
+def beside(plan: MergePlan) -> str:
+    """Return the group of the small files beside the weights, which the output gets."""
+    return f"beside {plan.donor.reference}"
+
+
+def _plain(group: str, stamp: FileStamp, name: str = "") -> InputFile:
+    return InputFile(
+        group, name or os.path.basename(stamp.path), stamp.nbytes, files_digest([stamp]),
+        lambda: (stamp.path,), lambda: check_unchanged(stamp),
+    )  # fmt: skip
+
+
+def _chunks_of(index: FisherIndex) -> InputFile:
+    """Return the chunk files of a store; there may be a hundred thousand, so only a digest of their stamps is kept."""
+
+    def paths() -> Iterator[str]:
+        for ref in index.values():
+            assert isinstance(ref, ChunkedRef)
+            for path, _, _ in ref.chunks(0, ref.n_elements):
+                yield path
+
+    stamp, nbytes = _stamp_of(paths())
+
+    def check() -> None:
+        if _stamp_of(paths())[0] != stamp:
+            raise WorldError(
+                f"{printable(index.reference)}: a Fisher store changed while it was merged; start again with --overwrite"
+            )
+
+    return InputFile(f"of {index.reference}", CHUNKS, nbytes, stamp, paths, check)
+
+
+def _stamp_of(paths: Iterable[str]) -> tuple[str, int]:
+    """Return a digest of what the system says of some files, and their bytes; one that is gone is told when it is read."""
+    digest, total = hashlib.blake2b(digest_size=16), 0
+    for path in paths:
+        try:
+            s = os.stat(path)
+        except OSError as error:
+            digest.update(repr(error.errno).encode())
+            continue
+        digest.update(repr((s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino)).encode())
+        total += s.st_size
+    return digest.hexdigest(), total
+
+
+class ContentHasher:
+    """Hashes input files, several at a time.
+
+    Parameters
+    ----------
+    threads
+        Files hashed at once.
+    check_stop
+        Called often, from any thread; what it raises ends the hashing.
+    on_tick
+        Called now and then, from the thread that calls `hash`, with the bytes hashed so far.
+    """
+
+    def __init__(
+        self, threads: int, check_stop: Callable[[], None] = lambda: None,
+        on_tick: Callable[[int], None] = lambda nbytes: None,
+    ) -> None:  # fmt: skip
+        self._threads, self._check_stop, self._on_tick = threads, check_stop, on_tick
+        self._lock = threading.Lock()
+        self._nbytes = 0
+
+    def hash(self, files: Sequence[InputFile]) -> dict[str, str]:
+        """Return the content hashes of files by their keys.
+
+        One file has the SHA-256 that ``sha256sum`` prints; several together, that of their SHA-256 in a row.
+
+        Raises
+        ------
+        ModelError
+            If one is gone.
+        WorldError
+            If the machine cannot read it.
+        """
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="hash") as threads:
+            futures = {file.key: threads.submit(self._hash_one, file) for file in files}
+            try:
+                while wait(futures.values(), _TICK_SECONDS, FIRST_EXCEPTION).not_done:
+                    if any(future.done() and future.exception() for future in futures.values()):
+                        break
+                    self._on_tick(self._nbytes)
+                return {key: future.result() for key, future in futures.items()}
+            finally:
+                threads.shutdown(cancel_futures=True)
+
+    def _hash_one(self, file: InputFile) -> str:
+        digests = [self._hash_path(path) for path in file.paths()]
+        return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
+
+    def _hash_path(self, path: str) -> bytes:
+        digest, position = hashlib.sha256(), 0
+        with reading(path) as (descriptor, _):
+            while True:
+                self._check_stop()
+                if position % _AHEAD == 0:
+                    os.posix_fadvise(descriptor, position, 2 * _AHEAD, os.POSIX_FADV_WILLNEED)
+                data = os.pread(descriptor, _STEP, position)
+                if not data:
+                    return digest.digest()
+                digest.update(data)
+                position += len(data)
+                with self._lock:
+                    self._nbytes += len(data)
+
+
+def recognize(
+    files: Sequence[InputFile], before: Mapping[str, Known], hasher: ContentHasher, what: str
+) -> dict[str, Known]:
+    """Return what is known of input files, if they are those that a journal knows.
+
+    A file of which the stamp differs is hashed, if the journal has its content hash; all others cost nothing.
+
+    Parameters
+    ----------
+    what
+        Begins the refusal: which directory holds what.
+
+    Raises
+    ------
+    OutputError
+        Naming the first file that is another one.
+    """
+    now = {file.key: file for file in files}
+    for key in sorted({*now, *before}):
+        if key not in now or key not in before:
+            raise _another(what, key, "has come" if key in now else "is gone")
+    moved = [file for key, file in now.items() if file.stamp != before[key].stamp]
+    for file in moved:
+        if not before[file.key].content:
+            raise _another(
+                what,
+                file.key,
+                "has a different date, inode or size, and no content hash tells whether it is the same",
+            )
+    for key, content in hasher.hash(moved).items():
+        if content != before[key].content:
+            raise _another(what, key, "has a different content")
+    return {key: Known(file.stamp, before[key].content) for key, file in now.items()}
+
+
+def confirm(file: InputFile, known: Known, hasher: ContentHasher) -> None:
+    """Raise WorldError if an input file changed while it was merged; one that was but touched did not.
+
+    As for `recognize`, that takes a content hash.
+    """
+    try:
+        file.check()
+    except WorldError:
+        with suppress(ModelError):  # it is gone
+            if known.content and hasher.hash([file])[file.key] == known.content:
+                return
+        raise
+
+
+def content_of(index: TensorIndex | FisherIndex, contents: Mapping[str, str]) -> dict[str, str]:
+    """Return the content hashes of an input by file name, as a manifest has them; none unless all are known."""
+    group = f"of {index.reference}/"
+    names = [os.path.basename(stamp.path) for stamp in index.stamps]
+    names += [CHUNKS] if isinstance(index, FisherIndex) and index.model is None else []
+    hashed = {name: contents.get(group + name, "") for name in names}
+    return hashed if all(hashed.values()) else {}
+
+
+def recorded_contents(plan: MergePlan, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the content hashes that the manifest of a plan's merge records, by the files' keys."""
+    inputs = zip(plan.inputs, [entry.get("sha256", {}) for entry in manifest["inputs"]], strict=False)
+    fishers = zip(plan.fishers, manifest.get("fisher_sha256", []), strict=False)
+    named = [(index.reference, hashes) for index, hashes in inputs]
+    named += [(index.reference, hashes) for index, hashes in fishers]
+    return {
+        f"of {reference}/{name}": content for reference, hashes in named for name, content in hashes.items()
+    }
+
+
+def changed_contents(plan: MergePlan, manifest: Mapping[str, Any], hasher: ContentHasher) -> list[str]:
+    """Return the input files whose content is not the one that a manifest records; reads all that are recorded."""
+    recorded = recorded_contents(plan, manifest)
+    hashed = hasher.hash([file for file in find_inputs(plan, {}) if file.key in recorded])
+    return [key for key, content in recorded.items() if hashed.get(key) != content]
+
+
+def _another(what: str, key: str, why: str) -> OutputError:
+    group, _, name = key.rpartition("/")
+    return OutputError(
+        f"{what} with a different version of the files {printable(group, 200)}: {printable(name)} {why}: rerun it with the "
+        "original files, or discard it with --overwrite"
+    )

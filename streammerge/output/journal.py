@@ -1,0 +1,303 @@
+"""What is finished, durably: one line per record, each with its own checksum, a torn tail ignored.
+
+The first line says what the output depends on, and which files are read; a merge continues only if it says the
+same. A line is appended after the bytes it speaks of are durable.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streammerge.checkpoint.sidecar_names import is_sound_path
+from streammerge.errors import OutputError, printable
+from streammerge.io.durable import PARTIAL, fsync_directory, world_errors, write_file, write_fully
+
+STATE = ".streammerge"
+NAME = "journal.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Elements of one tensor that are written: their checksum and what there is to tell of them."""
+
+    job: int
+    start: int
+    stop: int
+    crc: int
+    kept: tuple[int, ...] = ()
+    """Surviving entries of each model's task vector."""
+    floored: int = 0
+    """Elements that a Fisher floor decided."""
+    not_finite: int = 0
+    """Elements that are NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of an input file; see `streammerge.output.inputs`."""
+
+    stamp: str
+    content: str = ""
+    """Its content hash; empty where it was not hashed."""
+
+
+@dataclass
+class Progress:
+    """What a journal records."""
+
+    identity: Mapping[str, str]
+    receipts: list[Receipt] = field(default_factory=list)
+    answers: dict[str, Any] = field(default_factory=dict)
+    """Answers of streamed statistics so far, by job."""
+    files: dict[str, Known] = field(default_factory=dict)
+    """The input files, by their keys."""
+    beside: list[str] = field(default_factory=list)
+    """Paths of the files beside the weights that the output may hold already."""
+
+
+class Journal:
+    """The journal of an output directory; `add` and `add_answers` may be called from any thread."""
+
+    def __init__(self, directory: Path, identity: Mapping[str, str]) -> None:
+        self._out = directory
+        self._state = directory / STATE
+        self._path = self._state / NAME
+        self._identity = dict(identity)
+        self._lock = threading.Lock()
+        self._descriptor = -1
+        self._claim = -1
+
+    def claim(self) -> None:
+        """Lock the journal that is there, if one is, until this one is open.
+
+        The lock of the output directory holds on one machine alone, on NFS and Lustre; that of a file is the server's.
+
+        Raises
+        ------
+        OutputError
+            If another merge holds it.
+        """
+        with world_errors(self._path):
+            if self._state.is_symlink() or not self._path.is_file():
+                return
+            self._claim = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self._lock_file(self._claim)
+
+    def _lock_file(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{printable(self._out)}: another merge is writing there, on this machine or another"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise  # a file system without locks has the directory's
+
+    def read(self) -> Progress | None:
+        """Return what is recorded; None if nothing is. Changes nothing.
+
+        Raises
+        ------
+        OutputError
+            If the recorded merge is another one; the message says what changed.
+        """
+        if self._state.is_symlink():
+            raise OutputError(
+                f"{printable(self._state)}: a link, which no merge made; remove it, or choose another OUT"
+            )
+        with world_errors(self._path):
+            progress, _ = _load(self._path)
+        if progress is not None:
+            compare(self._identity, progress.identity, self._out)
+        return progress
+
+    def start_over(self) -> None:
+        """Forget what is recorded; the directory is marked as ours from now on, for good."""
+        with world_errors(self._path):
+            self._state.mkdir(exist_ok=True)
+            fsync_directory(self._out)
+            self._path.unlink(missing_ok=True)
+            fsync_directory(self._state)
+
+    def open(self, files: Mapping[str, Known]) -> None:
+        """Make the journal ready to be added to: a new one after `start_over`, or the sound lines of the old one.
+
+        `files` are the input files as they are now.
+
+        They are written anew, as one file: what follows them may be torn, and where a sync has failed they may be
+        in the page cache alone.
+        """
+        with world_errors(self._path):
+            progress, sound = _load(self._path)
+            listed = {key: [known.stamp, known.content] for key, known in files.items()}
+            if progress is None:
+                sound = _line({"identity": self._identity, "files": listed})
+            elif progress.files != files:
+                sound += _line({"files": listed})
+            write_file(self._path, sound)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._descriptor = os.open(self._path, flags)
+            self._lock_file(self._descriptor)
+            fsync_directory(self._state)
+        self._give_up_claim()
+
+    def _give_up_claim(self) -> None:
+        if self._claim >= 0:
+            os.close(self._claim)
+            self._claim = -1
+
+    def add(self, receipts: Sequence[Receipt]) -> None:
+        """Record finished elements."""
+        self._append(
+            [{"done": [r.job, r.start, r.stop, r.crc, r.floored, r.not_finite, *r.kept]} for r in receipts]
+        )
+
+    def add_answers(self, answers: Mapping[str, Any]) -> None:
+        """Record the answers of streamed statistics, by job."""
+        self._append([{"answer": [job, known]} for job, known in answers.items()])
+
+    def announce(self, names: Iterable[str]) -> None:
+        """Record the names of files beside the weights before they are written, for whoever starts over."""
+        self._append([{"beside": sorted(names)}])
+
+    def announced(self) -> set[str]:
+        """Return the names of files beside the weights that a merge, this one or another, may have written."""
+        progress, _ = _load(self._path)
+        return set() if progress is None else set(progress.beside)
+
+    def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
+        data = b"".join(_line(record) for record in records)
+        with self._lock, world_errors(self._path):
+            self._check_ours()
+            write_fully(self._descriptor, data)
+            os.fdatasync(self._descriptor)
+
+    def _check_ours(self) -> None:
+        """Stop where another machine has begun the same output at the same moment, and its journal lies in our place."""
+        if not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
+            raise OutputError(f"{printable(self._out)}: another merge has begun there meanwhile; stopped")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._give_up_claim()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def remove(self) -> None:
+        """Remove the journal: the merge is complete."""
+        self.close()
+        remove_state(self._out)
+
+
+def remove_state(directory: Path) -> None:
+    """Remove the journal of an output directory, if there is one, for good."""
+    state = directory / STATE
+    with world_errors(state):
+        if state.is_dir() and not state.is_symlink():
+            for name in (NAME, NAME + PARTIAL):
+                (state / name).unlink(missing_ok=True)
+            state.rmdir()
+        fsync_directory(directory)
+
+
+def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) -> None:
+    """Refuse to continue a merge that is not this one, naming what changed."""
+    changed = [key for key in now if before.get(key) != now[key]] or [key for key in before if key not in now]
+    if changed:
+        raise OutputError(
+            f"{printable(directory)}: holds an unfinished merge with a different {printable(', '.join(changed[:3]))}: rerun "
+            "it with the original settings, or discard it with --overwrite"
+        )
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _load(path: Path) -> tuple[Progress | None, bytes]:
+    """Return what the sound lines say, and these lines; the first unsound line ends them."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None, b""
+    progress: Progress | None = None
+    length = 0
+    for line in raw.splitlines(keepends=True):
+        record = _parse(line)
+        if record is None:
+            break
+        try:
+            progress = _apply(progress, record)
+        except (TypeError, ValueError, KeyError):
+            break
+        length += len(line)
+    return progress, raw[:length]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n") or len(line) < 10 or line[8:9] != b" ":
+        return None
+    try:
+        sound = int(line[:8], 16) == zlib.crc32(line[9:-1])
+        record = json.loads(line[9:-1]) if sound else None
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
+    if progress is None:
+        return Progress(_texts(record["identity"]), files=_known_files(record["files"]))
+    if "identity" in record:
+        raise ValueError
+    if "done" in record:
+        job, start, stop, crc, floored, not_finite, *kept = _naturals(record["done"])
+        if stop < start or crc >> 32:
+            raise ValueError
+        progress.receipts.append(Receipt(job, start, stop, crc, tuple(kept), floored, not_finite))
+    elif "answer" in record:
+        job_key, answers = record["answer"]
+        if not (isinstance(job_key, str) and job_key.isascii() and job_key.isdigit()):
+            raise ValueError
+        progress.answers[job_key] = [list(one) for one in answers]
+    elif "beside" in record:
+        progress.beside = [name for name in record["beside"] if isinstance(name, str) and is_sound_path(name)]
+    elif "files" in record:
+        progress.files = _known_files(record["files"])
+    return progress
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise ValueError
+    return value
+
+
+def _known_files(value: Any) -> dict[str, Known]:
+    if not isinstance(value, dict):
+        raise ValueError
+    files = {}
+    for key, (stamp, content) in value.items():
+        if not isinstance(stamp, str) or not isinstance(content, str):
+            raise ValueError
+        files[key] = Known(stamp, content)
+    return files
+
+
+def _naturals(value: Any) -> list[int]:
+    """Return `value`, whole numbers from 0 on, as the checks of what they stand for take for granted."""
+    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+        raise ValueError
+    return value

@@ -1,0 +1,177 @@
+"""Output shards: preallocated, written in place at final offsets, renamed when all is durable."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from streammerge.io.allocate import allocate, check_space
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.direct import REFUSED, open_direct, place_in_page, write_direct
+from streammerge.io.durable import PARTIAL, fsync_directory, world_errors
+from streammerge.planning.layout import Layout, Shard
+from streammerge.planning.memory.buffers import DIRECT_BYTES, PAGE
+
+_AT_ONCE = 1 << 30
+"""Linux moves at most 2 GiB a call."""
+
+
+class Sink(Protocol):
+    """Where merged bytes go; may be used from many threads."""
+
+    bytes_written: int
+
+    def write(self, shard: int, offset: int, data: Bytes) -> None:
+        """Take bytes of a shard, from an absolute offset on."""
+
+    def sync(self, shards: set[int]) -> None:
+        """See to it that everything taken for some shards is durable."""
+
+
+class ShardWriter:
+    """The open shards of one merge.
+
+    Parameters
+    ----------
+    directory
+        The output directory.
+    layout
+        Where every byte goes.
+    direct
+        Write past the page cache where that is to be had.
+    """
+
+    def __init__(self, directory: Path, layout: Layout, *, direct: bool) -> None:
+        self._directory = directory
+        self._direct = direct
+        self._direct_descriptors: list[int | None] = []
+        self._layout = layout
+        self._shards = layout.shards
+        self._descriptors: list[int] = []
+        self.fresh: set[int] = set()
+        """Shards that hold nothing yet: new, or not as they should be and made again."""
+        self.bytes_written = 0
+        self.unreserved = False
+        """Whether the file system could not set room aside: a full disk is found when it is full."""
+
+    def open(self) -> None:
+        """Open or create every shard at its full size; a full disk is found here.
+
+        What an earlier run gave its final name is partial again until all is finished: no file is written to
+        under its final name, and a name that could not be made durable then is given once more.
+        """
+        check_space(self._directory, self._layout)
+        try:
+            for number, shard in enumerate(self._shards):
+                with world_errors(self._directory / shard.name):
+                    self._descriptors.append(self._open_one(number, shard))
+                direct = open_direct(self._descriptors[-1], os.O_RDWR) if self._direct else None
+                self._direct_descriptors.append(direct)
+            with world_errors(self._directory):
+                fsync_directory(self._directory)
+        except BaseException:
+            self._free_space()
+            raise
+
+    def _open_one(self, number: int, shard: Shard) -> int:
+        final, partial = self._directory / shard.name, self._partial(number)
+        if final.exists():
+            os.replace(final, partial)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        if partial.exists():
+            descriptor = os.open(partial, flags)
+            if not _begins_as(descriptor, shard):
+                os.close(descriptor)
+                partial.unlink()
+                return self._open_one(number, shard)
+        else:
+            descriptor = os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            self.fresh.add(number)
+        try:
+            if number in self.fresh:
+                self.unreserved |= not allocate(descriptor, shard.nbytes)
+            # An old one's too: where a sync failed, it is in the page cache and not on the disk.
+            _write_all(descriptor, shard.header, 0)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _partial(self, number: int) -> Path:
+        return self._directory / (self._shards[number].name + PARTIAL)
+
+    def _free_space(self) -> None:
+        """Remove what `open` made and nothing was written to: a disk that is full should not stay so."""
+        for number in self.fresh:
+            with suppress(OSError):
+                self._partial(number).unlink()
+
+    def write(self, shard: int, offset: int, data: Bytes) -> None:
+        """Write bytes at an absolute offset of a shard."""
+        with world_errors(self._directory / self._shards[shard].name):
+            direct = self._direct_descriptors[shard]
+            lead = -offset % PAGE
+            if direct is None or data.size < DIRECT_BYTES or place_in_page(data) != offset % PAGE:
+                self._write_cached(shard, offset, data)
+            else:
+                # Pages that other pieces have a part in go through the cache, where the parts meet.
+                self._write_cached(shard, offset, data[:lead])
+                done = lead + self._write_pages(shard, direct, offset + lead, data[lead:])
+                self._write_cached(shard, offset + done, data[done:])
+        self.bytes_written += data.size
+
+    def _write_pages(self, shard: int, direct: int, offset: int, data: Bytes) -> int:
+        try:
+            return write_direct(direct, offset, data)
+        except OSError as error:
+            if error.errno not in REFUSED:
+                raise
+            self._direct_descriptors[shard] = None
+            return 0
+
+    def _write_cached(self, shard: int, offset: int, data: Bytes) -> None:
+        _write_all(self._descriptors[shard], data.data, offset)
+
+    def read(self, shard: int, offset: int, nbytes: int) -> bytes:
+        """Read back bytes of a shard."""
+        with world_errors(self._directory / self._shards[shard].name):
+            return os.pread(self._descriptors[shard], nbytes, offset)
+
+    def sync(self, shards: set[int]) -> None:
+        """Make everything written to some shards durable. A failure is final: no retry could be trusted."""
+        for shard in shards:
+            with world_errors(self._directory / self._shards[shard].name):
+                os.fdatasync(self._descriptors[shard])
+
+    def publish(self, shard: int) -> None:
+        """Make a shard durable and give it its final name."""
+        name = self._directory / self._shards[shard].name
+        with world_errors(name):
+            os.fsync(self._descriptors[shard])
+            os.replace(self._partial(shard), name)
+
+    def close(self) -> None:
+        """Close all shards."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+        while self._direct_descriptors:
+            if (direct := self._direct_descriptors.pop()) is not None:
+                os.close(direct)
+
+
+def _begins_as(descriptor: int, shard: Shard) -> bool:
+    """Return whether a file has a shard's size and header; one that cannot be read has not."""
+    try:
+        whole = os.fstat(descriptor).st_size == shard.nbytes
+        return whole and os.pread(descriptor, len(shard.header), 0) == shard.header
+    except OSError:
+        return False
+
+
+def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data)
+    position = 0
+    while position < len(view):
+        position += os.pwrite(descriptor, view[position : position + _AT_ONCE], offset + position)

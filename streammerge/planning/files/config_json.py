@@ -1,0 +1,238 @@
+"""The output's config.json: the donor's, with what the merge has changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from streammerge import dtypes
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.names import flag_of, is_head
+from streammerge.checkpoint.naming import LANGUAGE_PARTS, TIED
+from streammerge.checkpoint.sidecar_names import is_sound_name
+from streammerge.config.schema import MergeConfig
+from streammerge.errors import printable
+from streammerge.planning.files.ecosystem import reads_dtype
+from streammerge.planning.files.layer_settings import NUMBERS, follow_layers, tail_of
+from streammerge.planning.files.tokenizer import renumber
+from streammerge.planning.job import Job
+from streammerge.planning.resolve.assemble import Indexes, Stack
+from streammerge.planning.resolve.codes import holds_codes
+from streammerge.planning.resolve.vocabulary import Alignment
+
+Settings = dict[str, Any]
+
+_COUNTS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_encoder_layers",
+    "decoder_layers", "encoder_layers", "depth",
+)  # fmt: skip
+"""What architectures call the number of their layers."""
+_LANGUAGE = ("", *LANGUAGE_PARTS)
+"""The parts of a config that speak of the language model."""
+_QUANTISED = ("quantization_config", "compression_config")
+
+
+def merged_config(
+    config: MergeConfig, donor: TensorIndex, indexes: Indexes, jobs: Sequence[Job], stacks: Sequence[Stack],
+    alignment: Alignment | None = None,
+) -> tuple[Settings, list[str]]:  # fmt: skip
+    """Return the settings of the output and what the user should know; empty where the donor has none.
+
+    Changed are the dtype, the number of layers and lists with an entry per layer, whether embedding and head are tied,
+    the size of the vocabulary and numbers of tokens, and a quantisation that the output no longer has.
+    """
+    if not donor.config:
+        return {}, []
+    settings = copy.deepcopy(dict(donor.config))
+    notes: list[str] = []
+    _set_dtype(settings, config, jobs)
+    for stack in stacks:
+        notes += _set_layers(settings, stack, indexes)
+    _untie(settings, donor, indexes, jobs)
+    if alignment is not None:
+        notes += _set_vocabulary(settings, alignment)
+    notes += _drop_quantisation(settings, jobs)
+    notes += _name_code(settings, donor)
+    return settings, notes
+
+
+def spelled(settings: Mapping[str, Any], raw: bytes) -> bytes:
+    """Return config.json as bytes: the donor's own where nothing has changed."""
+    try:
+        unchanged = json.loads(raw) == settings
+    except (ValueError, RecursionError):
+        unchanged = False
+    return raw if unchanged else json.dumps(settings, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _set_dtype(settings: Settings, config: MergeConfig, jobs: Sequence[Job]) -> None:
+    wanted = config.out_dtype or config.dtype
+    if wanted is None:
+        _follow_dtype(settings, jobs)
+        return
+    if reads_dtype(settings) and "dtype" not in settings and "torch_dtype" not in settings:
+        settings["dtype"] = dtypes.CONFIG_NAME[wanted]
+    for _, part in _parts(settings):
+        for name in ("torch_dtype", "dtype"):
+            if part.get(name) is not None:
+                part[name] = dtypes.CONFIG_NAME[wanted]
+
+
+def _follow_dtype(settings: Settings, jobs: Sequence[Job]) -> None:
+    """Name the dtype that most bytes of the output have, where no config does; a part keeps one that occurs."""
+    nbytes = Counter[str]()
+    for job in jobs:
+        if job.dtype in dtypes.CONFIG_NAME:
+            nbytes[dtypes.CONFIG_NAME[job.dtype]] += job.output_bytes
+    if not nbytes:
+        return
+    most = max(nbytes, key=lambda name: (nbytes[name], name))
+    for where, part in _parts(settings):
+        for key in ("torch_dtype", "dtype"):
+            if isinstance(part.get(key), str) and (where == "" or part[key] not in nbytes):
+                part[key] = most
+
+
+def _name_code(settings: Settings, donor: TensorIndex) -> list[str]:
+    """Say that a loader may be told to run Python code of the donor's, which the output gets as the data that it is."""
+    named = settings.get("auto_map")
+    values = list(named.values()) if isinstance(named, dict) else []
+    texts = {
+        text
+        for value in values
+        for text in (value if isinstance(value, list) else [value])
+        if isinstance(text, str)
+    }
+    modules = sorted({text.split(".")[0] + ".py" for text in texts if "--" not in text})
+    elsewhere = sorted({text.split("--")[0] for text in texts if "--" in text})
+    notes = []
+    if modules:
+        lost = [
+            name for name in modules if not is_sound_name(name) or not os.path.lexists(donor.directory / name)
+        ]
+        fate = (
+            f"{printable(', '.join(lost), 200)} is missing in {printable(donor.reference)}"
+            if lost
+            else "copied with it"
+        )
+        notes.append(
+            f"config.json: auto_map asks for Python code ({printable(', '.join(modules), 200)}): {fate}; it is never run "
+            "here, and by a loader only where `trust_remote_code` says so"
+        )
+    if elsewhere:
+        notes.append(
+            f"config.json: auto_map asks for Python code of {printable(', '.join(elsewhere), 200)} on the hub, which a loader "
+            "fetches where `trust_remote_code` says so"
+        )
+    return notes
+
+
+def _parts(settings: Settings) -> Iterator[tuple[str, Settings]]:
+    """Yield the settings themselves and those of their modules, each with its name."""
+    yield "", settings
+    for name, value in settings.items():
+        if isinstance(value, dict) and name.endswith("_config") and name not in _QUANTISED:
+            yield name, value
+
+
+def _set_layers(settings: Settings, stack: Stack, indexes: Indexes) -> list[str]:
+    """Set the number of layers of a stack, and put its lists with an entry per layer together anew."""
+    found = [
+        (name, part, key) for name, part in _parts(settings) for key in _COUNTS if part.get(key) == stack.before
+    ]  # fmt: skip
+    own = [entry for entry in found if _belongs(entry[0], entry[2], stack)] or found
+    if len({id(part) for _, part, _ in own}) != 1:
+        what = "more than one place" if own else "no place"
+        return [
+            f"config.json: {what} for the number of layers of {stack.prefix}, now {len(stack.layers)}: set it by hand"
+        ]
+    part_name, part, _ = own[0]
+    for key, value in list(part.items()):
+        if key in NUMBERS or not isinstance(value, list) or not all(_is_simple(item) for item in value):
+            continue
+        if len(value) in (stack.before, stack.before + stack.extra_before):
+            entries = [
+                _entry(indexes, reference, part_name, key, number, value)
+                for reference, number in stack.layers
+            ]
+            part[key] = [*entries, *tail_of(value, stack)]
+    told = follow_layers(part, stack, lambda reference: _part_of(indexes[reference].config, part_name))
+    for _, _, key in own:
+        part[key] = len(stack.layers)
+    return told
+
+
+def _part_of(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = settings.get(name, {}) if name else settings
+    return part if isinstance(part, Mapping) else {}
+
+
+def _belongs(part: str, key: str, stack: Stack) -> bool:
+    """Return whether a count speaks of a stack, by their names."""
+    prefix = stack.prefix.lower()
+    for word, names in (("vis", ("vision", "visual", "vit")), ("audio", ("audio",))):
+        if any(name in prefix for name in names):
+            return word in part
+    for word in ("encoder", "decoder"):
+        if word in prefix.split("."):
+            return key.startswith((word, f"num_{word}")) or key in ("num_layers", "num_hidden_layers")
+    return part in _LANGUAGE
+
+
+def _is_simple(item: object) -> bool:
+    return item is None or isinstance(item, str | int | float | bool)
+
+
+def _entry(indexes: Indexes, reference: str, part: str, key: str, number: int, own: Sequence[Any]) -> Any:
+    """Return what a layer's own model has in a list with an entry per layer; else what the donor has."""
+    settings: Any = indexes[reference].config
+    values = (settings.get(part, {}) if part else settings).get(key)
+    if isinstance(values, list) and number < len(values):
+        return values[number]
+    return own[min(number, len(own) - 1)]
+
+
+def _set_vocabulary(settings: Settings, alignment: Alignment) -> list[str]:
+    lost: list[str] = []
+    for name, part in _parts(settings):
+        if name not in _LANGUAGE:
+            continue
+        if type(part.get("vocab_size")) is int:
+            part["vocab_size"] = alignment.n_rows
+        if alignment.numbers is not None:
+            lost += renumber(part, alignment.numbers)
+    if not lost:
+        return []
+    return [f"config.json: {', '.join(lost)}: a token that the output's tokenizer lacks: set it by hand"]
+
+
+def _untie(settings: Settings, donor: TensorIndex, indexes: Indexes, jobs: Sequence[Job]) -> None:
+    """Say that the head is no copy of the embedding where a model with a head of its own has a part in it."""
+    heads = [job.name for job in jobs if is_head(job.name)]
+    own = any(
+        head in index and flag_of(index.config) is not True for head in heads for index in indexes.values()
+    )
+    if not own or (flag_of(donor.config) is not True and all(head in donor for head in heads)):
+        return
+    for _, part in _parts(settings):
+        if TIED in part:
+            part[TIED] = False
+    settings[TIED] = False
+
+
+def _drop_quantisation(settings: Settings, jobs: Sequence[Job]) -> list[str]:
+    """Remove the entry of a quantisation where the output holds no codes."""
+    if holds_codes(jobs):
+        return []
+    notes = []
+    for name, part in list(_parts(settings)):
+        for key in _QUANTISED:
+            if part.pop(key, None) is not None:
+                notes.append(
+                    f"config.json: {name + '.' if name else ''}{key} is left out: the output is not quantised"
+                )
+    return notes

@@ -1,0 +1,50 @@
+"""The library that an output is for: it decides what the weights are called and which settings are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.checkpoint.index import TensorIndex
+
+
+@dataclass(frozen=True)
+class Ecosystem:
+    """A library and its conventions."""
+
+    library: str
+    """The hub's name of it; empty where none is known."""
+    stem: str = "model"
+    """Beginning of the names of the weights' files."""
+
+
+UNKNOWN = Ecosystem("")
+TRANSFORMERS = Ecosystem("transformers")
+SENTENCE_TRANSFORMERS = Ecosystem("sentence-transformers")
+TIMM = Ecosystem("timm")
+DIFFUSERS = Ecosystem("diffusers", "diffusion_pytorch_model")
+OPEN_CLIP = Ecosystem("open_clip", "open_clip_model")
+
+
+def ecosystem_of(donor: TensorIndex) -> Ecosystem:
+    """Return what a model was saved by: its config.json decides, then the names of its files."""
+    config = donor.config
+    if "_diffusers_version" in config or ("_class_name" in config and "model_type" not in config):
+        return DIFFUSERS
+    names = {os.path.basename(stamp.path) for stamp in donor.stamps}
+    if any(name.startswith("open_clip_") for name in names):
+        return OPEN_CLIP
+    if any(name.startswith("diffusion_pytorch_model") for name in names):
+        return DIFFUSERS
+    if os.path.lexists(donor.directory / "modules.json"):
+        return SENTENCE_TRANSFORMERS
+    if reads_dtype(config):
+        return TRANSFORMERS
+    return TIMM if "architecture" in config and "num_features" in config else UNKNOWN
+
+
+def reads_dtype(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is one of transformers, whose loader takes a dtype from it."""
+    return any(key in config for key in ("model_type", "architectures", "transformers_version"))

@@ -1,0 +1,97 @@
+"""Where the inputs of a merge come from, as far as it may be told: names on the hub, and licences.
+
+A path is nobody's business: of a local folder only its own name is told.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.checkpoint.adapters.files import split_reference
+from streammerge.checkpoint.hub import parse_name
+from streammerge.checkpoint.index import TensorIndex, locate
+from streammerge.checkpoint.sidecars import read_small
+from streammerge.errors import StreammergeError, printable
+
+_README = "README.md"
+_MOST_README = 1 << 16
+"""Bytes of a README that are looked at: the front matter comes first."""
+_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)---[ \t]*\r?\n", re.DOTALL)
+_KEY = re.compile(
+    r"^(license|license_name|license_link):[ \t]*(?:\r?\n[ \t]*-[ \t]+)?([\"']?)([^\s\"'#\[\]{}|>&*!][^\r\n\"'#]{0,200}?)\2[ \t\r]*$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model, or an adapter."""
+
+    name: str
+    """On the hub, or of the local folder."""
+    revision: str = ""
+    """The snapshot of a model of the hub."""
+    on_hub: bool = False
+    licence: tuple[tuple[str, str], ...] = ()
+    """What the front matter of its README says of its licence, by key; empty where it says nothing."""
+
+
+def origins_of(index: TensorIndex) -> tuple[Origin, ...]:
+    """Return where a model comes from, and then the adapter on it."""
+    if index.adapter is None:
+        return (_origin(index.reference, index.directory),)
+    model, adapter = split_reference(index.reference, _exists)
+    return _origin(model, index.directory), _origin(adapter, index.adapter.directory)
+
+
+def shared_licence(origins: Sequence[Origin]) -> tuple[tuple[str, str], ...]:
+    """Return what all inputs say of their licences, word for word the same; nothing where they differ or one is silent."""
+    stated = {origin.licence for origin in origins}
+    (licence,) = stated if len(stated) == 1 else ((),)
+    return licence
+
+
+def shown_reference(reference: str) -> str:
+    """Return a reference as it may be published: of paths that tell where somebody's files lie, the last part.
+
+    >>> shown_reference("/home/me/models/math"), shown_reference("org/math@v1"), shown_reference("a/math+../my/lora")
+    ('math', 'org/math@v1', 'a/math+lora')
+    """
+    return "+".join(
+        _last(part) if part.startswith(("/", "~", ".")) else part for part in reference.split("+")
+    )
+
+
+def _origin(reference: str, directory: Path) -> Origin:
+    licence = () if os.path.isfile(os.path.expanduser(reference)) else tuple(_licence(directory))
+    named = parse_name(reference)
+    places = directory.parts[-3:]
+    if named is not None and len(places) == 3:
+        repository = "models--" + named.repo.replace("/", "--")
+        if places[:2] == (repository, "snapshots") and not os.path.exists(reference):
+            return Origin(named.repo, places[2], True, licence)
+    return Origin(printable(_last(reference), 120), licence=licence)
+
+
+def _last(path: str) -> str:
+    return os.path.basename(os.path.normpath(path)) or "model"
+
+
+def _exists(part: str) -> bool:
+    try:
+        locate(part)
+    except StreammergeError:
+        return False
+    return True
+
+
+def _licence(directory: Path) -> Iterator[tuple[str, str]]:
+    text = read_small(directory, _README, _MOST_README).decode(errors="replace")
+    front = _FRONT.match(text)
+    found = {key: value.strip() for key, _, value in _KEY.findall(front[1])} if front else {}
+    if "license" in found:
+        yield from ((key, value) for key, value in sorted(found.items()) if value.isprintable())

@@ -1,0 +1,105 @@
+"""What an output gets beside its weights, and what of the inputs' folders stays behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
+from streammerge.checkpoint.sidecar_names import QUANTISATION, is_tokenizer_file
+from streammerge.checkpoint.sidecars import stamp_of, survey, unreadable
+from streammerge.checkpoint.tokenizer import FULL
+from streammerge.errors import printable
+from streammerge.formats.safetensors import FileStamp
+from streammerge.planning.files.tokenizer import TokenizerFiles
+
+_SHOWN = 12
+"""Names that a warning lists; more are counted."""
+_FIXED_VOCABULARY = ("tekken", ".tiktoken")
+"""Parts of the names of tokenizers to which no token can be added."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The files beside the weights of an output."""
+
+    files: Mapping[str, FileStamp] = field(default_factory=dict)
+    """Those that are copied, by their path in the output."""
+    notes: tuple[str, ...] = ()
+
+
+def surroundings(
+    donor: TensorIndex, tokenizer: Path | None, changed: TokenizerFiles | None, *, quantised: bool
+) -> Surroundings:
+    """Return the files that an output gets from the folder of the donor, and of the tokenizer's source.
+
+    Parameters
+    ----------
+    tokenizer
+        Folder of the tokenizer's source; None: the output gets none.
+    changed
+        What the merge changes of the tokenizer.
+    quantised
+        Whether the output holds quantised weights, so that what declares them goes with them.
+
+    Raises
+    ------
+    WorldError
+        If the machine cannot look at them.
+    """
+    whole = not is_single_file(donor)
+    own = {os.path.basename(stamp.path) for stamp in donor.stamps}
+    beside = survey(donor.directory, own, whole=whole)
+    files = dict(beside.files)
+    if tokenizer != donor.directory:
+        files = {name: stamp for name, stamp in files.items() if not is_tokenizer_file(name)}
+        if tokenizer is not None:
+            others = survey(tokenizer, (), whole=True).files
+            files |= {name: stamp for name, stamp in others.items() if is_tokenizer_file(name)}
+    left = list(beside.left)
+    for name in [name for name in files if _is_untrue(name, changed, quantised=quantised)]:
+        del files[name]
+        left.append(name)
+    if os.path.exists(donor.directory / CONFIG_NAME):  # read already, wherever a link leads
+        files[CONFIG_NAME] = _stamp(donor.directory / CONFIG_NAME)
+        left = [name for name in left if not name.startswith(f"{CONFIG_NAME} (")]
+    notes = [
+        f"{printable(donor.reference)}: the weights in {printable(name, 80)}/ are copied, not merged"
+        for name in beside.modules
+    ]
+    return Surroundings(dict(sorted(files.items())), (*notes, *_left_behind(donor, left)))
+
+
+def is_single_file(index: TensorIndex) -> bool:
+    """Return whether a model is one file of a folder that may hold others'."""
+    reference = index.reference
+    cuts = [len(reference), *(i for i, c in enumerate(reference) if c == "+")]
+    return any(os.path.isfile(os.path.expanduser(reference[:cut])) for cut in cuts)
+
+
+def _is_untrue(name: str, changed: TokenizerFiles | None, *, quantised: bool) -> bool:
+    """Return whether a file would say of the output what holds for the donor only."""
+    if name in QUANTISATION:
+        return not quantised
+    grown = changed is not None and FULL in changed.changed
+    return grown and "/" not in name and any(part in name for part in _FIXED_VOCABULARY)
+
+
+def _stamp(path: Path) -> FileStamp:
+    try:
+        return stamp_of(path, os.stat(path))
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _left_behind(donor: TensorIndex, left: Sequence[str]) -> list[str]:
+    """Return one line on all that stays behind."""
+    if not left:
+        return []
+    more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+    names = ", ".join(printable(name, 80) for name in left[:_SHOWN])
+    return [
+        f"{printable(donor.reference)}: not copied to the output: {names}{more}; copy by hand what is needed of it"
+    ]

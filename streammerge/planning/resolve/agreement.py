@@ -1,0 +1,243 @@
+"""Whether the models of a merge are of one kind: names, depths and widths, compared with those of the donor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.naming import LANGUAGE_PARTS
+from streammerge.checkpoint.refs.made import SourceRef
+from streammerge.config.schema import MergeConfig
+from streammerge.dtypes import FLOATS
+from streammerge.errors import ModelError, printable
+from streammerge.planning.resolve.assemble import Cell, Indexes
+from streammerge.planning.resolve.extra_layers import count_real
+from streammerge.planning.resolve.vocabulary import OF_TOKENS
+
+_FEW = 4
+"""One of so many tensors at most differs in shape where leaving them out is a cure."""
+_WIDTHS = (
+    "hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
+)  # fmt: skip
+"""What architectures call sizes that shapes come from."""
+
+
+def check_kinds(config: MergeConfig, donor: TensorIndex, indexes: Indexes) -> None:
+    """Refuse models that are not of one architecture, depth or width; nothing is said of models that are sliced.
+
+    Raises
+    ------
+    ModelError
+        Naming both models, and what differs as a whole.
+    """
+    if any(module.is_sliced for module in config.modules):
+        return
+    excluded = [re.compile(pattern) for pattern in config.exclude]
+
+    def wanted(index: Mapping[str, SourceRef]) -> list[str]:
+        return [name for name in index if not any(pattern.search(name) for pattern in excluded)]
+
+    own = wanted(donor)
+    for index in indexes.values():
+        if index is donor:
+            continue
+        others = wanted(index)
+        shared = [name for name in own if name in index]
+        least = min(len(own), len(others))
+        if 2 * len(shared) < least:
+            raise ModelError(
+                f"{_named(index)} and {_named(donor)} share {len(shared)} of {least} tensors: not of one architecture"
+            )
+        _check_depths(donor, index, own, others)
+        _check_widths(donor, index, shared)
+
+
+def _named(index: TensorIndex) -> str:
+    found = index.config.get("architectures")
+    kind = found[0] if isinstance(found, list) and found else index.config.get("model_type")
+    name = printable(index.reference)
+    return f"{name} ({printable(kind, 80)})" if isinstance(kind, str) else name
+
+
+def _check_depths(donor: TensorIndex, index: TensorIndex, own: Sequence[str], others: Sequence[str]) -> None:
+    """Refuse another model's stack of layers that is longer or shorter than the donor's, so far as it is to be merged."""
+    (counts, _), (other_counts, _) = count_real(own, donor.config), count_real(others, index.config)
+    for prefix in (prefix for prefix in counts if prefix in other_counts):
+        n, m = counts[prefix], other_counts[prefix]
+        if n == m:
+            continue
+        raise ModelError(
+            f"{printable(index.reference)} has {_layers(m)}, {printable(donor.reference)} {n} ({printable(prefix, 120)}): say "
+            "which of them are meant with `slices:`, or list the others under `exclude:`"
+        )
+
+
+def _layers(n: int) -> str:
+    return f"{n} layer" if n == 1 else f"{n} layers"
+
+
+def _check_widths(donor: TensorIndex, index: TensorIndex, shared: Sequence[str]) -> None:
+    """Refuse a model most of whose tensors have other shapes."""
+    differing = [
+        name
+        for name in shared
+        if donor[name].shape != index[name].shape
+        and not (name.endswith(OF_TOKENS) and donor[name].shape[1:] == index[name].shape[1:])
+    ]
+    if len(differing) < 2 or len(differing) * _FEW <= len(shared):
+        return
+    first = differing[0]
+    sizes = _sizes(donor.config, index.config)
+    why = f" ({sizes} in config.json)" if sizes else ""
+    raise ModelError(
+        f"{printable(index.reference)} and {printable(donor.reference)}: {len(differing)} of {len(shared)} tensors have other "
+        f"shapes{why}: these models cannot be merged (first: {printable(first)}, {list(index[first].shape)} and "
+        f"{list(donor[first].shape)})"
+    )
+
+
+def _sizes(donor: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return the sizes that differ between two configs, as a text."""
+    found = []
+    for key in _WIDTHS:
+        n, m = _size(donor, key), _size(other, key)
+        if n is not None and m is not None and n != m:
+            found.append(f"{key} {m} and {n}")
+    return ", ".join(found[:3])
+
+
+def _size(config: Mapping[str, Any], key: str) -> int | None:
+    parts = [config, *(config.get(name) for name in LANGUAGE_PARTS)]
+    found = [part.get(key) for part in parts if isinstance(part, dict)]
+    return next((n for n in found if type(n) is int), None)
+
+
+def lacking(reference: str, first: str, cells: Sequence[Cell], indexes: Indexes) -> ModelError:
+    """Return the refusal of a model that lacks tensors of the output.
+
+    Parameters
+    ----------
+    first
+        The model's own name of the first of them.
+    """
+    holder = printable(_holder(cells[0], indexes))
+    if len(cells) == 1:
+        what, them = f"tensor {printable(first)} is missing, {holder} has it", "it"
+    elif len(cells) == 2:
+        what, them = f"tensor {printable(first)} and 1 more are missing, {holder} has them", "them"
+    else:
+        parts = counted([cell.name for cell in cells], indexes[reference])
+        what = f"tensor {printable(first)} and {len(cells) - 1} more are missing, {holder} has them ({parts})"
+        them = "them"
+    return ModelError(
+        f"{printable(reference)}: {what}; list {them} under `exclude:` to copy {them} from there"
+    )
+
+
+def _holder(cell: Cell, indexes: Indexes) -> str:
+    """Return a model that has the tensor of a cell."""
+    base = [] if cell.part.base is None else [(cell.part.base.reference, cell.base)]
+    places = (cell.donor, *base, *((spec.reference, name) for spec, name in cell.models))
+    return next((place for place, name in places if name in indexes[place]), cell.donor[0])
+
+
+def counted(names: Sequence[str], present: Iterable[str]) -> str:
+    """Return names by what they have in common and `present` has not, with their numbers.
+
+    >>> counted(["model.visual.a.w", "model.visual.b.w", "model.head.w"], ["model.norm.w"])
+    'model.visual (2 tensors), model.head.w'
+    """
+    known: set[str] = set()
+    for name in present:
+        at = name.find(".")
+        while at > 0:
+            known.add(name[:at])
+            at = name.find(".", at + 1)
+    counts: dict[str, int] = {}
+    alone: dict[str, str] = {}
+    for name in names:
+        at = name.find(".")
+        while at > 0 and name[:at] in known:
+            at = name.find(".", at + 1)
+        stem = name if at < 0 else name[:at]
+        counts[stem] = counts.get(stem, 0) + 1
+        alone.setdefault(stem, name)
+    listed = [
+        f"{printable(stem, 120)} ({n} tensors)" if n > 1 else printable(alone[stem], 120)
+        for stem, n in sorted(counts.items(), key=lambda item: -item[1])[:4]
+    ]
+    more = f" and {len(counts) - 4} more" if len(counts) > 4 else ""
+    return ", ".join(listed) + more
+
+
+def compare_names(
+    config: MergeConfig,
+    cells: Sequence[Cell],
+    donor: TensorIndex,
+    indexes: Indexes,
+    excluded: Sequence[re.Pattern[str]],
+) -> list[str]:
+    """Return warnings of tensors that have no part in the merge; refuse where the donor alone lacks one."""
+    warnings = []
+    for index in indexes.values():
+        warnings += [f"{printable(index.reference)}: {note}" for note in index.notes]
+        if index.unlisted:
+            warnings.append(f"{printable(index.reference)}: {len(index.unlisted)} tensors in its shards are not "
+                            f"in its index and are left out (first: {printable(index.unlisted[0])})")  # fmt: skip
+    if len(config.modules) > 1 or config.modules[0].is_sliced or config.modules[0].name is not None:
+        return warnings
+    names = {cell.name for cell in cells}
+    models = [indexes[spec.reference] for spec in config.models]
+    extra_everywhere = [
+        n for n in models[0] if n not in names and all(n in model for model in models)
+        and not any(p.search(n) for p in excluded)
+    ]  # fmt: skip
+    if extra_everywhere and any(model is not donor for model in models):
+        raise _donor_lacks(donor, extra_everywhere, many=len(models) > 1)
+    for model in (index for index in indexes.values() if any(index is model for model in models)):
+        extra = [name for name in model if name not in names]
+        if extra:
+            one = len(extra) == 1
+            parts = "" if one else f": {counted(extra, names)}"
+            warnings.append(f"{printable(model.reference)}: {len(extra)} tensor{'' if one else 's'} that "
+                            f"{printable(donor.reference)} lacks {'is' if one else 'are'} left out "
+                            f"(first: {printable(extra[0])}){parts}")  # fmt: skip
+    return warnings
+
+
+def _donor_lacks(donor: TensorIndex, names: Sequence[str], *, many: bool) -> ModelError:
+    n = len(names)
+    first = f"tensor {printable(names[0])}"
+    what = f"{first} is" if n == 1 else f"{first} and {n - 1} more are"
+    them = "it" if n == 1 else "them"
+    having = "all other models have" if many else "the other model has"
+    parts = "" if n < 3 else f" ({counted(names, donor)})"
+    return ModelError(
+        f"{printable(donor.reference)}: {what} missing, {having} {them}{parts}; list {them} under `exclude:` to leave "
+        f"{them} out"
+    )
+
+
+def check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
+    """Refuse a tensor whose shapes or kinds differ between the models."""
+    first = inputs[0]
+    for ref in inputs[1:]:
+        if ref.shape != first.shape:
+            embeds = len(ref.shape) == len(first.shape) == 2 and ref.shape[1] == first.shape[1]
+            cause = (
+                "vocabularies differ: align them with `tokenizer_source: union` (or base, or a model), or "
+                if embeds
+                else "shapes differ: "
+            )
+            raise ModelError(
+                f"tensor {printable(name)}: {list(ref.shape)} in {printable(ref.path)}, {list(first.shape)} in "
+                f"{printable(first.path)}; {cause}list it under `exclude:` to copy it from one model"
+            )
+        if (ref.dtype in FLOATS) != (first.dtype in FLOATS):
+            raise ModelError(
+                f"tensor {printable(name)}: {ref.dtype} in {printable(ref.path)}, {first.dtype} in {printable(first.path)}; "
+                "these cannot be merged; list it under `exclude:` to copy it from one model"
+            )

@@ -1,0 +1,327 @@
+"""Which tensors the output has, and which tensors of the models go into each: names and layers, no architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.names import is_head, tied_to
+from streammerge.config.schema import MergeConfig, ModelSpec, Module, Slice
+from streammerge.config.settings import Setting
+from streammerge.errors import ConfigError, printable
+from streammerge.planning.resolve.extra_layers import count_real, depth_of, lies_apart
+from streammerge.planning.resolve.modules import split_modules
+
+Indexes = Mapping[str, TensorIndex]
+"""Every model by its reference."""
+
+_INPUT_SIDE = ("embed", "wte", "wpe")
+_OUTPUT_SIDE = ("embed_out",)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One output tensor, by name: whose tensors it is merged from, and by which settings."""
+
+    name: str
+    part: Slice
+    sources: tuple[str, ...]
+    """Its name in each source of the slice."""
+    base: str
+    """Its name in the slice's base."""
+    donor: tuple[str, str]
+    """The model, by reference, and the name of its tensor that lends its dtype, and is copied where nothing is merged."""
+    depth: float
+    """Where in its stack of layers it lies, from 0 to 1."""
+    levels: tuple[Mapping[str, Setting], ...]
+    """The settings that all sources share, those that go first at the front."""
+
+    @property
+    def models(self) -> list[tuple[ModelSpec, str]]:
+        """Each source and the tensor's name there."""
+        return list(zip(self.part.sources, self.sources, strict=True))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers as the output has them."""
+
+    module: str | None
+    prefix: str
+    """Of the tensors' names: ``model.layers``."""
+    before: int
+    """Layers that the donor has."""
+    layers: tuple[tuple[str, int], ...]
+    """Of each layer of the output, the model whose layer it is (of several the first) and its number there."""
+    extra_before: int = 0
+    """Layers behind the donor's last, for multi-token prediction."""
+    extra: int = 0
+    """Those of the output."""
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What the output consists of."""
+
+    cells: tuple[Cell, ...]
+    stacks: tuple[Stack, ...]
+    """Those that are stacked anew."""
+    notes: tuple[str, ...]
+
+
+def assemble(config: MergeConfig, donor: TensorIndex, indexes: Indexes) -> Assembly:
+    """Return the tensors of the output.
+
+    Whole models: the tensors of the base, or else of the first model. Slices: the layers of their first sources, put
+    one after the other; of the tensors outside the layers those on the input side as the first slice says, the others
+    as the last says.
+
+    Raises
+    ------
+    ConfigError
+        If a slice or a module does not fit the models.
+    """
+    owners, notes = split_modules(config.modules, donor, indexes)
+    cells: list[Cell] = []
+    stacks: list[Stack] = []
+    for module, own in zip(config.modules, owners, strict=True):
+        if module.is_sliced:
+            stack, found, told = _stacked(config, module, own, donor, indexes)
+            stacks.append(stack)
+            cells += found
+            notes += told
+        else:
+            cells += _whole(config, module, own, donor, indexes)
+    names: set[str] = set()
+    for cell in cells:
+        if cell.name in names:
+            raise ConfigError(f"{config.where}: two modules or slices write tensor {printable(cell.name)}")
+        names.add(cell.name)
+    return Assembly(tuple(cells), tuple(stacks), tuple(notes))
+
+
+def _donor_of(part: Slice, donor: TensorIndex) -> str:
+    if part.base is not None:
+        return part.base.reference
+    references = [spec.reference for spec in part.sources]
+    return donor.reference if donor.reference in references else references[0]
+
+
+def _levels(config: MergeConfig, module: Module, part: Slice) -> tuple[Mapping[str, Setting], ...]:
+    return part.parameters, module.parameters, config.parameters
+
+
+def _whole(
+    config: MergeConfig,
+    module: Module,
+    own: Mapping[str, Sequence[str]],
+    donor: TensorIndex,
+    indexes: Indexes,
+) -> Iterator[Cell]:
+    (part,) = module.slices
+    reference = _donor_of(part, donor)
+    names = list(own[reference])
+    names += _heads(part, reference, own, indexes)
+    counts, _ = count_real(names, indexes[reference].config)
+    levels = _levels(config, module, part)
+    for name in names:
+        yield Cell(
+            name,
+            part,
+            (name,) * len(part.sources),
+            name,
+            (reference, name),
+            depth_of(name, counts),
+            levels,
+        )
+
+
+def _heads(part: Slice, reference: str, own: Mapping[str, Sequence[str]], indexes: Indexes) -> list[str]:
+    """Return the heads that other models of a slice store and this one has tied to its embedding."""
+    others = [*part.sources, *([part.base] if part.base is not None else [])]
+    found = dict.fromkeys(name for spec in others for name in own[spec.reference] if is_head(name))
+    return [name for name in found if tied_to(indexes[reference], name) is not None]
+
+
+def _stacked(
+    config: MergeConfig,
+    module: Module,
+    own: Mapping[str, Sequence[str]],
+    donor: TensorIndex,
+    indexes: Indexes,
+) -> tuple[Stack, list[Cell], list[str]]:
+    """Return the layers of a module's slices, one after the other, what is not in any layer, and what to tell of it."""
+    places = {
+        reference: _stack_of(names, reference, module, indexes[reference].config)
+        for reference, names in own.items()
+    }
+    cells: list[Cell] = []
+    layers: list[tuple[str, int]] = []
+    first, last = module.slices[0], module.slices[-1]
+    prefix = places[_leader(first).reference].prefix
+    cells += _loose(config, module, first, places, input_side=True)
+    for part in module.slices:
+        leader = _leader(part)
+        start, end = _range(leader, places[leader.reference])
+        for spec in part.sources:
+            _range(spec, places[spec.reference])
+        names = places[leader.reference].by_layer
+        for step in range(end - start):
+            depth = step / (end - start - 1) if end - start > 1 else 1.0
+            for rest in names.get(start + step, ()):
+                lender = part.base or leader
+                cells.append(
+                    Cell(
+                        f"{prefix}.{len(layers)}.{rest}", part,
+                        tuple(_layer_name(spec, step, rest, places) for spec in part.sources),
+                        "" if part.base is None else _layer_name(part.base, step, rest, places),
+                        (lender.reference, _layer_name(lender, step, rest, places)),
+                        depth, _levels(config, module, part),
+                    )
+                )  # fmt: skip
+            layers.append((leader.reference, start + step))
+    cells += _loose(config, module, last, places, input_side=False)
+    cells += _extra(config, module, last, places, len(layers))
+    for name in _heads(last, _leader(last).reference, own, indexes):
+        cells.append(_outside(config, module, last, name))
+    before, tail = places[donor.reference], places[_leader(last).reference]
+    stack = Stack(module.name, prefix, before.count, tuple(layers), before.extra, tail.extra)
+    return stack, cells, _lost(places, _leader(last).reference)
+
+
+def _leader(part: Slice) -> ModelSpec:
+    """Return the model whose names a slice goes by: the first source, or the base where it is the only one."""
+    if part.sources:
+        return part.sources[0]
+    assert part.base is not None
+    return part.base
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The one stack of layers of a model, or of its part in a module."""
+
+    prefix: str
+    count: int
+    by_layer: Mapping[int, list[str]]
+    """What follows the number in the names of each layer's tensors, those behind the last included."""
+    loose: tuple[str, ...]
+    """The names outside of the layers."""
+    extra: int = 0
+    """How many layers lie behind the last, for multi-token prediction."""
+    apart: tuple[str, ...] = ()
+    """The names of such layers that have a name of their own."""
+
+
+def _stack_of(names: Sequence[str], reference: str, module: Module, settings: Mapping[str, Any]) -> _Place:
+    counts, extra = count_real(names, settings)
+    if len(counts) != 1:
+        found = ", ".join(printable(prefix, 60) for prefix in sorted(counts)[:4]) or "none"
+        cure = "give each of them its own slices under `modules:`" if counts else "list it under `models:`"
+        raise ConfigError(
+            f"{module.path.rstrip(':')}: slices need one stack of layers, {printable(reference)} has {len(counts)} "
+            f"({found}); {cure}"
+        )
+    ((prefix, count),) = counts.items()
+    by_layer: dict[int, list[str]] = {}
+    loose = []
+    for name in names:
+        number, _, rest = name[len(prefix) + 1 :].partition(".")
+        if name.startswith(f"{prefix}.") and number.isascii() and number.isdigit():
+            by_layer.setdefault(int(number), []).append(rest)
+        elif not lies_apart(name):
+            loose.append(name)
+    apart = tuple(name for name in names if lies_apart(name))
+    return _Place(prefix, count, by_layer, tuple(loose), extra[prefix], apart)
+
+
+def _range(spec: ModelSpec, place: _Place) -> tuple[int, int]:
+    assert spec.layer_range is not None
+    first, end = spec.layer_range
+    if end > place.count:
+        kept = f" (the {place.extra} behind them, for multi-token prediction, are kept behind the last by themselves)"
+        raise ConfigError(
+            f"{spec.path}.layer_range: [{first}, {end}] ends beyond the {place.count} layers of "
+            f"{printable(spec.reference)}{kept if place.extra else ''}"
+        )
+    return first, end
+
+
+def _layer_name(spec: ModelSpec, step: int, rest: str, places: Mapping[str, _Place]) -> str:
+    assert spec.layer_range is not None
+    number = spec.layer_range[0] + step
+    return f"{places[spec.reference].prefix}.{number}.{rest}"
+
+
+def _loose(
+    config: MergeConfig, module: Module, part: Slice, places: Mapping[str, _Place], *, input_side: bool
+) -> Iterator[Cell]:
+    """Yield the cells outside the layers on one side of them."""
+    for name in places[_leader(part).reference].loose:
+        if is_input_side(name) == input_side:
+            yield _outside(config, module, part, name)
+
+
+def _extra(
+    config: MergeConfig, module: Module, part: Slice, places: Mapping[str, _Place], n_layers: int
+) -> Iterator[Cell]:
+    """Yield the cells behind the last layer, as the last slice says, numbered on: each source's own take part."""
+    lender, place = part.base or _leader(part), places[_leader(part).reference]
+    levels = _levels(config, module, part)
+
+    def name_in(spec: ModelSpec, step: int, rest: str) -> str:
+        return f"{places[spec.reference].prefix}.{places[spec.reference].count + step}.{rest}"
+
+    for step in range(place.extra):
+        for rest in place.by_layer.get(place.count + step, ()):
+            yield Cell(
+                f"{place.prefix}.{n_layers + step}.{rest}",
+                part,
+                tuple(name_in(spec, step, rest) for spec in part.sources),
+                "" if part.base is None else name_in(part.base, step, rest),
+                (lender.reference, name_in(lender, step, rest)),
+                1.0,
+                levels,
+            )
+    for name in place.apart:
+        yield replace(_outside(config, module, part, name), depth=1.0)
+
+
+def _lost(places: Mapping[str, _Place], last: str) -> list[str]:
+    """Say whose layers for multi-token prediction are left out, since the last slice has none."""
+    place = places[last]
+    if place.extra or place.apart:
+        return []
+    return [
+        f"{printable(reference)}: its layers for multi-token prediction are left out: {printable(last)}, of the last slice, has none"
+        for reference, other in places.items()
+        if other.extra or other.apart
+    ]
+
+
+def _outside(config: MergeConfig, module: Module, part: Slice, name: str) -> Cell:
+    """Return the cell of a tensor outside of the layers, which as in mergekit counts as depth 0."""
+    lender = part.base or _leader(part)
+    return Cell(
+        name,
+        part,
+        (name,) * len(part.sources),
+        name,
+        (lender.reference, name),
+        0.0,
+        _levels(config, module, part),
+    )
+
+
+def is_input_side(name: str) -> bool:
+    """Return whether a tensor outside the layers comes before them: an embedding, by its name.
+
+    >>> [is_input_side(name) for name in ("model.embed_tokens.weight", "model.norm.weight", "embed_out.weight")]
+    [True, False, False]
+    """
+    parts = name.lower().split(".")
+    return not any(part in _OUTPUT_SIDE for part in parts) and any(
+        word in part for part in parts for word in _INPUT_SIDE
+    )

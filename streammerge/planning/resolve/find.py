@@ -1,0 +1,139 @@
+"""The tensors of a cell in the models, or what stands for them there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from streammerge.checkpoint.names import tied_to
+from streammerge.checkpoint.refs.made import SourceRef
+from streammerge.errors import ModelError, printable
+from streammerge.planning.resolve.agreement import counted, lacking
+from streammerge.planning.resolve.assemble import Cell, Indexes
+from streammerge.planning.resolve.modules import of_a_tower
+from streammerge.planning.resolve.vocabulary import Alignment
+
+_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
+"""Tensors that some versions of `transformers` stored beside the parameters."""
+
+
+class Finder:
+    """Finds the tensors of a cell in the models.
+
+    Parameters
+    ----------
+    prefixes
+        Of models that call their tensors otherwise, what the names begin with that they share with the donor.
+    """
+
+    def __init__(
+        self, indexes: Indexes, alignment: Alignment | None, prefixes: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        self._indexes, self._alignment, self._prefixes = indexes, alignment, prefixes
+        self._tied: dict[str, str] = {}
+        self._towers: dict[str, bool] = {}
+        self._buffers: set[str] = set()
+        self._alone: dict[str, str] = {}
+
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Refuse a model that lacks tensors of the output, naming them as a whole."""
+        missing: dict[str, list[Cell]] = {}
+        for cell in cells:
+            places = dict.fromkeys(_places(cell))
+            without = [place for place in places if self._find(*place) is None]
+            if without and _BUFFER.search(cell.name) and self._find(*cell.donor) is not None:
+                self._buffers.add(cell.name)
+                continue
+            if without and self._is_alone(cell, [reference for reference, _ in without], len(places)):
+                self._alone[cell.name] = cell.donor[0]
+                continue
+            for reference, _ in without:
+                missing.setdefault(reference, []).append(cell)
+        for reference in (reference for reference in self._indexes if reference in missing):
+            raise lacking(
+                reference, _name_in(missing[reference][0], reference), missing[reference], self._indexes
+            )
+
+    def _is_alone(self, cell: Cell, without: Sequence[str], n_places: int) -> bool:
+        """Return whether a tensor is in a part of the donor that all others are without: a tower, a head of its own."""
+        others = n_places - (cell.donor[0] not in without and cell.donor in _places(cell))
+        if len(without) < others or self._find(*cell.donor) is None:
+            return False
+        return all(self._is_without(reference, cell.name) for reference in without)
+
+    def _is_without(self, reference: str, name: str) -> bool:
+        begins = self._prefixes.get(reference)
+        if begins is not None and not name.startswith(begins):
+            return True
+        if not of_a_tower(name):
+            return False
+        if reference not in self._towers:
+            self._towers[reference] = any(map(of_a_tower, self._indexes[reference]))
+        return not self._towers[reference]
+
+    def is_copied(self, cell: Cell) -> bool:
+        """Return whether a tensor is copied since not all models have it."""
+        return cell.name in self._buffers or cell.name in self._alone
+
+    def donor_of(self, cell: Cell) -> SourceRef:
+        """Return the tensor that lends its dtype and shape."""
+        found = self._find(*cell.donor)
+        if found is None:
+            reference, name = cell.donor
+            raise ModelError(
+                f"{printable(reference)}: tensor {printable(name)} is missing, and under `exclude:` it is to be "
+                "copied from there"
+            )
+        return found
+
+    def inputs(self, cell: Cell) -> tuple[SourceRef | None, tuple[SourceRef, ...]]:
+        """Return the base's tensor, if there is one, and each source's."""
+        if self.is_copied(cell):
+            return None, ()
+        base = None if cell.part.base is None else self._find(cell.part.base.reference, cell.base)
+        sources = [self._find(spec.reference, name) for spec, name in cell.models]
+        return base, tuple(ref for ref in sources if ref is not None)
+
+    def _find(self, reference: str, name: str) -> SourceRef | None:
+        found = self._stored(reference, name)
+        if found is None or self._alignment is None:
+            return found
+        return self._alignment.gather(reference, name, found, lambda other: self._stored(other, name))
+
+    def _stored(self, reference: str, name: str) -> SourceRef | None:
+        index = self._indexes[reference]
+        if name in index:
+            return index[name]
+        embedding = tied_to(index, name)
+        if embedding is None:
+            return None
+        self._tied[reference] = name
+        return index[embedding]
+
+    def warnings(self) -> list[str]:
+        """Return what the user should know of all cells together."""
+        lines = [
+            f"{printable(reference)}: stores no {printable(name)}, its embedding takes part in its place (they are tied)"
+            for reference, name in self._tied.items()
+        ]
+        if self._buffers:
+            lines.append(f"{len(self._buffers)} buffers that not all models store are copied, not merged "
+                         f"(first: {printable(min(self._buffers))})")  # fmt: skip
+        for holder in dict.fromkeys(self._alone.values()):
+            names = [name for name, having in self._alone.items() if having == holder]
+            others = next(index for reference, index in self._indexes.items() if reference != holder)
+            lines.append(
+                f"{counted(names, others)}: only {printable(holder)} has {'them' if len(names) > 1 else 'it'}, "
+                "copied, not merged"
+            )
+        return lines
+
+
+def _places(cell: Cell) -> list[tuple[str, str]]:
+    """Return every model that takes part in a cell, and the tensor's name there."""
+    base = [] if cell.part.base is None else [(cell.part.base.reference, cell.base)]
+    return [*base, *((spec.reference, name) for spec, name in cell.models)]
+
+
+def _name_in(cell: Cell, reference: str) -> str:
+    return next(name for place, name in _places(cell) if place == reference)

@@ -1,0 +1,347 @@
+"""From a config and the headers of its models to jobs: which tensor is merged from what, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.checkpoint.companions import ChunkedRef, FisherIndex, FisherRef
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.refs.float8 import as_it_lies
+from streammerge.checkpoint.refs.made import GatheredRef, SourceRef, stored_dtype
+from streammerge.config.schema import MergeConfig
+from streammerge.config.wording import child
+from streammerge.dtypes import FLOATS, INTEGERS, promoted
+from streammerge.errors import ConfigError, ModelError, printable
+from streammerge.methods.registry import Method
+from streammerge.methods.tensor_context import Scope
+from streammerge.planning.job import Job
+from streammerge.planning.resolve.agreement import check_kinds, check_shapes, compare_names
+from streammerge.planning.resolve.assemble import Cell, Stack, assemble
+from streammerge.planning.resolve.find import Finder
+from streammerge.planning.resolve.matching import Matched
+from streammerge.planning.resolve.parameters import bind, check_names, preset_of
+from streammerge.planning.resolve.quantised import codes_of, is_of_codes
+from streammerge.planning.resolve.vocabulary import Alignment
+from streammerge.planning.unmatched import unmatched
+from streammerge.statistics.kinds import Band, TopK
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What `bind_jobs` makes of a config."""
+
+    jobs: tuple[Job, ...]
+    stacks: tuple[Stack, ...]
+    """Layers that are stacked anew."""
+    warnings: tuple[str, ...]
+
+
+def bind_jobs(
+    config: MergeConfig,
+    method: Method,
+    donor: TensorIndex,
+    matched: Matched,
+    fishers: Sequence[FisherIndex] = (),
+    alignment: Alignment | None = None,
+    grams: Sequence[FisherIndex] = (),
+) -> Bound:
+    """Return the jobs in the file order of the first input.
+
+    Parameters
+    ----------
+    config
+        With its bases settled.
+    donor
+        The model whose tensors decide the names and dtypes of the output.
+    matched
+        Every model, in the donor's names.
+    fishers
+        One diagonal per model, for a method that weighs by them.
+    alignment
+        How the rows of the models' vocabularies are put in one order.
+    grams
+        One store of Gram matrices per model, for a method that takes them.
+
+    Raises
+    ------
+    ConfigError
+        If the config does not suit the method.
+    ModelError
+        If a tensor is missing, or shapes or dtypes do not fit; the message has the cure.
+    """
+    indexes = matched.indexes
+    warnings = [*config.notes, *check_names(config, method), *matched.notes]
+    _check_models(config, method)
+    preset = preset_of(config, method)
+    assembly = assemble(config, donor, indexes)
+    excluded = [re.compile(pattern) for pattern in config.exclude]
+    copied = {cell.name for cell in assembly.cells if any(p.search(cell.name) for p in excluded)}
+    warnings += [*assembly.notes, *unmatched(config, assembly.cells, indexes)]
+    check_kinds(config, donor, indexes)
+    finder = Finder(indexes, alignment, matched.prefixes)
+    finder.check([cell for cell in assembly.cells if cell.name not in copied])
+    warnings += compare_names(config, assembly.cells, donor, indexes, excluded)
+    binder = _Binder(config, method, fishers, grams, matched.own_names)
+    jobs: list[Job] = []
+    codes = codes_of(indexes)
+    for cell in assembly.cells:
+        ordinal = len(jobs)
+        lender = finder.donor_of(cell)
+        base, sources = finder.inputs(cell)
+        if is_of_codes(codes, cell.donor[0], lender):
+            if cell.name not in copied and method.name == "passthrough":
+                values = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels, config.where)
+                _check_scale(cell.name, method, values)
+            job = _copy(ordinal, cell.name, lender, config, as_stored=True)
+        elif cell.name in copied or not sources or finder.is_copied(cell):
+            job = _copy(ordinal, cell.name, lender, config)
+        else:
+            inputs = (*((base,) if base is not None else ()), *sources)
+            check_shapes(cell.name, inputs)
+            parameters = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels, config.where)
+            job = binder.merge(ordinal, cell, lender, sources, base, parameters)
+        jobs.append(job)
+    warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
+    _check_uniform_trim(jobs, method)
+    return Bound(tuple(jobs), assembly.stacks, tuple(warnings))
+
+
+def _check_models(config: MergeConfig, method: Method) -> None:
+    least, most = method.n_models
+    for part in (part for module in config.modules for part in module.slices):
+        n = len(part.sources)
+        sliced = part.base is not None and part.base.layer_range is not None
+        if n == 0 and sliced:
+            continue  # The base's own layers are copied.
+        key = "sources" if part.sources and part.sources[0].layer_range else "models"
+        if n < least or (most is not None and n > most):
+            wanted = (
+                f"exactly {least}"
+                if least == most
+                else f"at least {least}"
+                if n < least
+                else f"at most {most}"
+            )
+            raise ConfigError(
+                f"{child(part.path, key)}: {method.name!r} takes {wanted}, there are {n} (the base is not one of them)"
+            )
+        if method.base == "required" and part.base is None:
+            role = (
+                "the first of the two models"
+                if most == 1
+                else "the model that the others were fine-tuned from"
+            )
+            raise ConfigError(f"{config.where}: base_model: {method.name!r} needs one: {role}")
+
+
+def _output_dtype(inputs: Sequence[SourceRef], config: MergeConfig) -> str:
+    """Return what the config says, of floats; else what the inputs, the base among them, promote to as in mergekit."""
+    wanted = config.out_dtype or config.dtype
+    if inputs[0].dtype not in FLOATS:
+        return stored_dtype(inputs[0])
+    return wanted if wanted is not None else promoted(stored_dtype(ref) for ref in inputs)
+
+
+def _promotions(jobs: Sequence[Job], config: MergeConfig) -> list[str]:
+    """Say which tensors are wider than some model stores them, since no `dtype` was given."""
+    wider = [
+        job for job in jobs if job.kind == "merge" and len({stored_dtype(ref) for ref in job.inputs}) > 1
+    ]
+    if not wider or config.dtype or config.out_dtype:
+        return []
+    kinds = sorted({stored_dtype(ref) for job in wider for ref in job.inputs})
+    return [
+        f"{len(wider)} tensors differ in dtype between the models ({', '.join(kinds)}) and take the one that holds them all: "
+        f"{', '.join(sorted({job.dtype for job in wider}))}; `dtype:` in the config says otherwise "
+        f"(first: {printable(wider[0].name)})"
+    ]
+
+
+def _copy(ordinal: int, name: str, ref: SourceRef, config: MergeConfig, *, as_stored: bool = False) -> Job:
+    dtype = stored_dtype(ref) if as_stored else _output_dtype((ref,), config)
+    return Job(ordinal, name, dtype, ref.shape, "copy", (as_it_lies(ref, dtype),), None, {})
+
+
+def _is_scaled(method: Method, parameters: Mapping[str, Any]) -> bool:
+    """Return whether a `passthrough` multiplies what it copies."""
+    scale = parameters.get("scale", ()) if method.name == "passthrough" else ()
+    return any(factor not in (None, 1.0) for factor in scale)
+
+
+def _check_scale(name: str, method: Method, parameters: Mapping[str, Any]) -> None:
+    """Refuse to scale what is quantised: its codes are copied."""
+    if _is_scaled(method, parameters):
+        raise ModelError(
+            f"tensor {printable(name)} is quantised or belongs to what is, and is copied as it is: it cannot be scaled; "
+            "dequantise the model first"
+        )
+
+
+class _Binder:
+    """Makes the jobs that are no plain copies, and remembers what the user should know of them."""
+
+    def __init__(
+        self,
+        config: MergeConfig,
+        method: Method,
+        fishers: Sequence[FisherIndex],
+        grams: Sequence[FisherIndex],
+        own_names: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        self._config, self._method, self._fishers, self._grams = config, method, fishers, grams
+        self._own_names = own_names
+        self._places = {spec.name: place for place, spec in enumerate(config.models)}
+        self._without_fisher: list[str] = []
+        self._shared: dict[tuple[object, ...], Mapping[str, object]] = {}
+
+    def merge(
+        self, ordinal: int, cell: Cell, donor: SourceRef, sources: tuple[SourceRef, ...], base: SourceRef | None,
+        parameters: Mapping[str, object],
+    ) -> Job:  # fmt: skip
+        """Return the job of a tensor that every input has with the same shape."""
+        if not donor.n_elements:
+            return _copy(ordinal, cell.name, donor, self._config)
+        if donor.dtype not in FLOATS:
+            return _agree(ordinal, cell.name, donor, (*((base,) if base is not None else ()), *sources))
+        plain = as_it_lies(donor, _output_dtype((donor,), self._config))
+        if (
+            plain is not donor
+            and self._method.name == "passthrough"
+            and not _is_scaled(self._method, parameters)
+        ):
+            return _copy(ordinal, cell.name, donor, self._config)  # FP8, code by code
+        recipe_base = self._recipe_base(base, parameters)
+        dtype = _output_dtype((*sources, *(() if recipe_base is None else (recipe_base,))), self._config)
+        members = tuple(self._places[spec.name] for spec in cell.part.sources)
+        parameters = self._shared.setdefault(
+            tuple(parameters.items()), parameters
+        )  # there may be many tensors
+        return Job(
+            ordinal, cell.name, dtype, donor.shape, "merge", sources, recipe_base, parameters,
+            self._diagonals(cell, donor, members, sources), self._matrices(cell, donor, members),
+            members if members != tuple(range(len(self._places))) else (),
+        )  # fmt: skip
+
+    def _recipe_base(self, base: SourceRef | None, parameters: Mapping[str, object]) -> SourceRef | None:
+        drops = self._method.drops(parameters)
+        if drops and base is None:
+            raise ConfigError(
+                f"{self._config.where}: base_model: a drop acts on differences from a base; name it here"
+            )
+        return base if drops or self._method.base in ("required", "optional") else None
+
+    def _diagonals(
+        self, cell: Cell, donor: SourceRef, members: Sequence[int], sources: Sequence[SourceRef]
+    ) -> tuple[FisherRef, ...]:
+        if not self._fishers:
+            return ()
+        if any(isinstance(ref, GatheredRef) for ref in sources):
+            self._without_fisher.append(cell.name)  # its rows are in the order of the model's own vocabulary
+            return ()
+        pairs = self._stored(self._fishers, cell, members)
+        found = [index for index, name in pairs if name in index]
+        if not found:
+            self._without_fisher.append(cell.name)
+            return ()
+        for index, name in pairs:
+            if name not in index:
+                raise ModelError(
+                    f"{printable(index.reference)}: no Fisher diagonal of tensor {printable(name)}, "
+                    f"{printable(found[0].reference)} has one; list the tensor under `exclude:` to copy it"
+                )
+            if index[name].shape != donor.shape:
+                raise ModelError(
+                    f"{printable(index.reference)}: the Fisher diagonal of tensor {printable(name)} has shape "
+                    f"{list(index[name].shape)}, the tensor has {list(donor.shape)}; it belongs to another model"
+                )
+        return tuple(index[name] for index, name in pairs)
+
+    def _stored(
+        self, stores: Sequence[FisherIndex], cell: Cell, members: Sequence[int]
+    ) -> list[tuple[FisherIndex, str]]:
+        """Return the store beside each source, and what the model itself calls the cell's tensor."""
+        return [
+            (stores[member], self._own_names.get(spec.reference, {}).get(name, name))
+            for member, (spec, name) in zip(members, cell.models, strict=True)
+        ]
+
+    def _matrices(self, cell: Cell, donor: SourceRef, members: Sequence[int]) -> tuple[ChunkedRef, ...]:
+        """Return the Gram matrices of a linear map's weight; none where a model has none, or of what is no matrix."""
+        pairs = self._stored(self._grams, cell, members) if self._grams else []
+        if len(donor.shape) != 2 or not pairs or not any(name in index for index, name in pairs):
+            return ()
+        found = []
+        for index, name in pairs:
+            ref = index.get(name)
+            if (
+                not isinstance(ref, ChunkedRef)
+                or ref.shape != (donor.shape[1], donor.shape[1])
+                or ref.dtype != "F32"
+            ):
+                raise ModelError(
+                    f"{printable(index.reference)}: no Gram matrix of {donor.shape[1]} inputs for tensor {printable(name)}, as "
+                    "others have; list the tensor under `exclude:` to copy it"
+                )
+            found.append(ref)
+        return tuple(found)
+
+    def warnings(self) -> list[str]:
+        """Return what the user should know of all jobs together."""
+        if not self._without_fisher:
+            return []
+        n, first = len(self._without_fisher), printable(self._without_fisher[0])
+        return [
+            f"{n} tensors have no Fisher diagonal in any model, or rows put in another order, and take the `fallback` (first: {first})"
+        ]
+
+
+def _agree(ordinal: int, name: str, donor: SourceRef, inputs: Sequence[SourceRef]) -> Job:
+    dtypes = {ref.dtype for ref in inputs}
+    if donor.dtype not in INTEGERS and len(inputs) > 1:
+        raise ModelError(
+            f"tensor {printable(name)} in {printable(donor.path)} is {donor.dtype}, a quantised or complex dtype that "
+            "is not merged; dequantise the models first, or list it under `exclude:` to copy it from one model"
+        )
+    if len(dtypes) > 1:
+        raise ModelError(
+            f"tensor {printable(name)}: integer dtypes differ ({', '.join(sorted(dtypes))}); list it under `exclude:`"
+        )
+    others = tuple(ref for ref in dict.fromkeys(inputs) if ref != donor)
+    return Job(ordinal, name, donor.dtype, donor.shape, "agree", (donor, *others), None, {})
+
+
+def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
+    """A statistic of the whole model is one number: what is asked for must not vary with the tensor."""
+    first: list[tuple[object, ...]] | None = None
+    members: set[tuple[int, ...]] = set()
+    checked: set[tuple[object, ...]] = set()
+    for job in jobs:
+        key = (job.members, *job.parameters.items())
+        if job.kind != "merge" or key in checked:
+            continue
+        checked.add(key)
+        try:
+            scope = Scope(job.n_models, has_base=job.base is not None, tensor=job.name)
+            rounds = method.rounds(scope, job.parameters)
+        except ConfigError as error:
+            raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
+        asked: list[tuple[object, ...]] = [
+            (type(r), r.vector.model, r.density) if isinstance(r, TopK | Band) else (type(r),)
+            for requests in rounds for r in requests if r.scope == "model"
+        ]  # fmt: skip
+        if asked:
+            members.add(job.members)
+        if len(members) > 1:
+            raise ConfigError(
+                f"tensor {printable(job.name, 120)}: merged from other models than others, but `trim_scope: model` "
+                "trims each model as one; merge all slices from the same models"
+            )
+        if first is not None and asked != first:
+            raise ConfigError(
+                f"tensor {printable(job.name, 120)}: density differs from other tensors', but `trim_scope: model` "
+                "trims the model as one; give one density per model"
+            )
+        first = asked

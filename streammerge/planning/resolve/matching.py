@@ -1,0 +1,152 @@
+"""The models of a merge under the names of one of them: the same tensors, whatever each model calls them.
+
+Settled before anything else is planned: below, all models speak the donor's names, and have experts in its layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.refs.blocks import BlocksRef
+from streammerge.checkpoint.refs.made import SourceRef
+from streammerge.errors import printable
+from streammerge.planning.resolve.experts import Layout, has_experts, laid_out, layout_of
+from streammerge.planning.resolve.prefixes import Rule, find_rules
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The models in the donor's names."""
+
+    indexes: Mapping[str, TensorIndex]
+    """By reference."""
+    own_names: Mapping[str, Mapping[str, str]]
+    """By reference, of tensors that are called otherwise there: their own names by those of the donor."""
+    prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By reference, of models whose names differ: what the donor's names of the tensors that they share begin with."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def n_blocks(self) -> int:
+        """Of tensors that are put together as they are read."""
+        return sum(
+            len(ref.blocks)
+            for reference in self.own_names
+            for ref in self.indexes[reference].values()
+            if isinstance(ref, BlocksRef)
+        )
+
+
+def match_names(
+    donor: TensorIndex, indexes: Mapping[str, TensorIndex], exclude: Sequence[str] = ()
+) -> Matched:
+    """Return all models under the names that the donor has, with its layout of experts.
+
+    A tensor that the donor does not have, or that the config excludes by these expressions, keeps its name.
+
+    Raises
+    ------
+    ModelError
+        If two tensors of the donor could be meant.
+    """
+    found: dict[str, TensorIndex] = {}
+    own_names: dict[str, Mapping[str, str]] = {}
+    prefixes: dict[str, tuple[str, ...]] = {}
+    notes: list[str] = []
+    layout = layout_of(donor) if has_experts(donor) else None
+    for reference, index in indexes.items():
+        if index is donor:
+            found[reference] = index
+            continue
+        matched = index if layout is None else _with_experts(index, donor, layout, notes)
+        converted = matched is not index
+        alike = _is_part(matched, donor)
+        rules = [] if alike else find_rules(matched, donor, reference, donor.reference, exclude)
+        if rules:
+            matched = _renamed(matched, rules)
+            prefixes[reference] = tuple(dict.fromkeys(rule.donor for rule in rules))
+            notes.append(_told(reference, donor, rules))
+        if converted:
+            matched = _with_routers(matched, donor)
+        found[reference] = matched
+        if matched is not index:
+            own_names[reference] = _own_names(index, matched)
+    return Matched(found, own_names, prefixes, tuple(notes))
+
+
+def _is_part(index: Mapping[str, SourceRef], donor: Mapping[str, SourceRef]) -> bool:
+    """Return whether all names are the donor's, or all of the donor's are there."""
+    return index.keys() <= donor.keys() or donor.keys() <= index.keys()
+
+
+def _with_experts(index: TensorIndex, donor: TensorIndex, layout: Layout, notes: list[str]) -> TensorIndex:
+    if not has_experts(index):
+        return index
+    found = laid_out(index, layout)
+    if found is not index:
+        how = "fused" if layout.fused else "one by one"
+        notes.append(
+            f"{printable(index.reference)}: its experts are read as {printable(donor.reference)} has them, stored {how}"
+            f"{' as (in, out)' if layout.flipped else ''}"
+        )
+    return found
+
+
+def _with_routers(index: TensorIndex, donor: TensorIndex) -> TensorIndex:
+    """Return a model with what lies beside its experts called as in the donor, where shapes tell which is which.
+
+    Namings of experts differ in these too: ``gate.weight`` and ``router.weight``.
+    """
+    left = _by_module(donor, index)
+    mine = _by_module(index, donor)
+    called: dict[str, str] = {}
+    for module, shapes in mine.items():
+        for shape, names in shapes.items():
+            others = left.get(module, {}).get(shape, [])
+            if len(names) == len(others) == 1:
+                called[names[0]] = others[0]
+    return (
+        replace(index, tensors={called.get(name, name): ref for name, ref in index.items()})
+        if called
+        else index
+    )
+
+
+def _by_module(
+    index: Mapping[str, SourceRef], other: Mapping[str, SourceRef]
+) -> dict[str, dict[tuple[int, ...], list[str]]]:
+    """Return the names that only `index` has, of tensors in modules with experts, by module and shape."""
+    modules = {name[: name.index(".experts.") + 1] for name in index if ".experts." in name}
+    found: dict[str, dict[tuple[int, ...], list[str]]] = {}
+    for name in (name for name in index if name not in other and ".experts." not in name):
+        at = name.find(".") + 1
+        while at and name[:at] not in modules:
+            at = name.find(".", at) + 1
+        if at:
+            found.setdefault(name[:at], {}).setdefault(index[name].shape, []).append(name)
+    return found
+
+
+def _renamed(index: TensorIndex, rules: list[Rule]) -> TensorIndex:
+    called = {name: rule.donor + name[len(rule.own) :] for rule in rules for name in rule.names}
+    return replace(index, tensors={called.get(name, name): ref for name, ref in index.items()})
+
+
+def _own_names(index: TensorIndex, matched: TensorIndex) -> dict[str, str]:
+    """Return what tensors that are in the model as they are were called there."""
+    names = {id(ref): name for name, ref in index.items()}
+    return {
+        name: own for name, ref in matched.items() if (own := names.get(id(ref))) is not None and own != name
+    }
+
+
+def _told(reference: str, donor: TensorIndex, rules: list[Rule]) -> str:
+    pairs = ", ".join(
+        f"{printable(rule.own, 80)}* is {printable(rule.donor, 80)}* ({len(rule.names)} tensors)"
+        for rule in rules
+    )
+    return (
+        f"{printable(reference)}: its names are matched with those of {printable(donor.reference)}: {pairs}"
+    )

@@ -1,0 +1,168 @@
+"""Names of one model that are those of another but for what they begin with: found by comparing names and shapes.
+
+Models save the same layers under ``model.``, ``bert.``, ``language_model.model.``, ``model.language_model.`` or nothing at
+all. No list of architectures is needed: a name without its beginning (``layers.3.mlp.up_proj.weight``) says which tensor it
+is, and all tensors under one beginning move together.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from streammerge.checkpoint.refs.made import SourceRef
+from streammerge.errors import ModelError, printable
+
+_MOST_RULES = 12
+"""Candidates that are counted in full."""
+_SAMPLED = 4096
+"""Names of which candidates are taken."""
+_MOST_STARTS = 16
+"""Parts of a name that are looked at."""
+_MOST_FOUND = 12
+"""Rules for one model."""
+_MOST_TWINS = 6
+"""Tensors of like ends that a name is compared with."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Names that begin with `own` in a model begin with `donor` in the donor, otherwise alike."""
+
+    own: str
+    """Ends with a dot, or is empty."""
+    donor: str
+    names: tuple[str, ...] = ()
+    """Of the model's, those that the rule finds in the donor."""
+
+
+def find_rules(
+    own: Mapping[str, SourceRef],
+    donor: Mapping[str, SourceRef],
+    reference: str,
+    donor_reference: str,
+    exclude: Sequence[str] = (),
+) -> list[Rule]:
+    """Return the rules by which names of a model that the donor lacks become names of the donor.
+
+    Parameters
+    ----------
+    exclude
+        Regular expressions of the donor's tensors that no other is to be matched with.
+
+    Raises
+    ------
+    ModelError
+        If there are two places in the donor that fit equally well.
+    """
+    left = {name: ref for name, ref in own.items() if name not in donor}
+    patterns = [re.compile(pattern) for pattern in exclude]
+    free = {
+        name: ref
+        for name, ref in donor.items()
+        if name not in own and not any(pattern.search(name) for pattern in patterns)
+    }
+    words: set[str] = set()
+    rules: list[Rule] = []
+    while left and free and len(rules) < _MOST_FOUND:
+        candidates = _candidates(left, free)
+        counted = sorted(
+            (_count(prefixes, left, free) for prefixes in candidates),
+            key=lambda found: (-found.alike, -len(found.rule.names), found.rule.own, found.rule.donor),
+        )
+        best = next((found for found in counted if _holds(found, words)), None)
+        if best is None:
+            return rules
+        for other in counted:
+            twin = other is not best and (other.alike, len(other.rule.names)) == (
+                best.alike,
+                len(best.rule.names),
+            )
+            if twin and _holds(other, words) and set(other.rule.names) & set(best.rule.names):
+                raise ModelError(
+                    f"{printable(reference)}: its {printable(best.rule.own + '*')} may be {printable(best.rule.donor + '*')} or "
+                    f"{printable(other.rule.donor + '*')} of {printable(donor_reference)}, both fit: list one of these under `exclude:`"
+                )
+        rules.append(best.rule)
+        words |= {*best.rule.own.split("."), *best.rule.donor.split(".")}
+        for name in best.rule.names:
+            del left[name], free[best.rule.donor + name[len(best.rule.own) :]]
+    return rules
+
+
+def _candidates(left: Mapping[str, SourceRef], free: Mapping[str, SourceRef]) -> list[tuple[str, str]]:
+    """Return the beginnings, of the model and of the donor, behind which most names are alike."""
+    ends: dict[str, list[str]] = {}
+    for name in free:
+        for start in _starts(name):
+            if len(begins := ends.setdefault(name[start:], [])) <= _MOST_TWINS:
+                begins.append(name[:start])
+    votes: Counter[tuple[str, str]] = Counter()
+    for name in _spread(left):
+        for start in _starts(name):
+            begins = ends.get(name[start:], [])
+            if 0 < len(begins) <= _MOST_TWINS:
+                votes.update((name[:start], begin) for begin in begins)
+            if begins:
+                break
+    return [prefixes for prefixes, _ in votes.most_common(_MOST_RULES)]
+
+
+def _starts(name: str) -> Iterator[int]:
+    """Yield where the parts of a name begin, but for the last: a lone ``weight`` says nothing."""
+    yield 0
+    at = name.find(".") + 1
+    last = name.rfind(".") + 1
+    for _ in range(_MOST_STARTS):
+        if not 0 < at < last:
+            return
+        yield at
+        at = name.find(".", at) + 1
+
+
+def _spread(names: Mapping[str, SourceRef]) -> Iterable[str]:
+    """Return names from everywhere, not too many."""
+    listed = list(names)
+    return listed[:: max(1, len(listed) // _SAMPLED)]
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """How well a candidate fits."""
+
+    rule: Rule
+    alike: int
+    """Names found that have the same shape."""
+    under_own: int
+    """Names that begin so in the model."""
+    under_donor: int
+
+
+def _count(
+    prefixes: tuple[str, str], left: Mapping[str, SourceRef], free: Mapping[str, SourceRef]
+) -> _Counted:
+    own, donor = prefixes
+    mine = [name for name in left if name.startswith(own)]
+    names = tuple(name for name in mine if donor + name[len(own) :] in free)
+    alike = sum(left[name].shape == free[donor + name[len(own) :]].shape for name in names)
+    return _Counted(Rule(own, donor, names), alike, len(mine), sum(name.startswith(donor) for name in free))
+
+
+def _holds(found: _Counted, words: set[str]) -> bool:
+    """Return whether a candidate is no accident.
+
+    It finds at least half of what begins so, here or there, and several tensors; a single one (a head) only by words that
+    a rule of many has already shown to be wrappers.
+    """
+    n = len(found.rule.names)
+    if not n or 2 * n < min(found.under_own, found.under_donor):
+        return False
+    numbers = [
+        [part for part in begin.split(".") if part.isdigit()] for begin in (found.rule.own, found.rule.donor)
+    ]
+    if all(numbers) and numbers[0] != numbers[1]:
+        return False  # A layer is never another layer, however alike.
+    parts = {*found.rule.own.split("."), *found.rule.donor.split(".")}
+    return n >= 3 or parts <= words | {""}

@@ -1,0 +1,410 @@
+"""The output's vocabulary, and for each model which rows of which tensors stand for its tokens there.
+
+A token keeps the number that it has in the tokenizer the config names; a union appends what the other models have. A model
+that lacks a token gets a row for it: of the base if that has the token, else the mean of the rows of all models that have
+it, else zeros. Rows that no token names (padding of a vocabulary) stay what they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.checkpoint.index import TensorIndex, locate
+from streammerge.checkpoint.names import EMBEDDINGS, is_head
+from streammerge.checkpoint.refs.made import GatheredRef, RowMap, SourceRef, row_elements
+from streammerge.checkpoint.tokenizer import MOST_ROWS, Tokenizer, read_tokenizer, tokenizer_digest
+from streammerge.config.tokenizer import TokenizerSpec, TokenSource
+from streammerge.config.wording import meant, refuse, shown
+from streammerge.dtypes import FLOATS
+from streammerge.errors import ConfigError, ModelError, printable
+
+Ids = NDArray[np.int32]
+OF_TOKENS = (
+    *EMBEDDINGS, "lm_head.weight", "lm_head.bias", "embed_out.weight", "embed_out.bias", "predictions.bias",
+    "predictions.decoder.weight", "predictions.decoder.bias", "lm_head.decoder.weight", "lm_head.decoder.bias",
+    "vocab_projector.weight", "vocab_projector.bias",
+)  # fmt: skip
+"""Ends of the names of tensors with a row for each token."""
+_KEPT_TOKENIZERS = 3
+"""Vocabularies held at a time, some 30 MB for 128,000 tokens; the output's own beside them."""
+OWN = 0
+"""Place, in a `RowMap`, of the model's own tensor; those of all models follow."""
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token that the named tokenizer lacks."""
+
+    text: str
+    number: int
+    about: Mapping[str, Any]
+    """What the tokenizer it comes from says of it."""
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """The tokens of the output."""
+
+    directory: Path
+    """Whose files the output gets."""
+    has_gaps: bool
+    """Whether its numbers leave some out."""
+    ids: Mapping[str, int]
+    n_rows: int
+    """One more than the highest number."""
+    new: tuple[NewToken, ...]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the models' vocabularies become that of the output."""
+
+    directory: Path
+    """Whose tokenizer files the output gets."""
+    new: tuple[NewToken, ...]
+    """What is added to them."""
+    n_rows: int
+    """Of the embedding: one for each number, padding included."""
+    maps: Mapping[str, RowMap | None]
+    """By model; None where its rows stay as they are."""
+    rows: Mapping[str, int]
+    """By model, the rows of its embedding."""
+    order: tuple[str, ...]
+    """The models by their places in the maps."""
+    numbers: Ids | None
+    """The output's number of each token of the donor, -1 of those that it lacks; None where they are the same."""
+    notes: tuple[str, ...] = ()
+    _gathered: dict[tuple[str, str], SourceRef] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the maps."""
+        return sum({id(rows): rows.nbytes for rows in self.maps.values() if rows is not None}.values())
+
+    def gather(
+        self, reference: str, name: str, ref: SourceRef, find: Callable[[str], SourceRef | None]
+    ) -> SourceRef:
+        """Return a model's tensor with its rows in the output's order; one without a row for each token as it is.
+
+        Parameters
+        ----------
+        find
+            Returns another model's tensor of the same name, by its reference.
+        """
+        rows = self.maps.get(reference)
+        if rows is None or not _has_tokens(name, ref, self.rows[reference]) or isinstance(ref, GatheredRef):
+            return ref
+        key = reference, name
+        if key not in self._gathered:
+            self._gathered[key] = self._make(name, ref, rows, find)
+        return self._gathered[key]
+
+    def _make(
+        self, name: str, ref: SourceRef, rows: RowMap, find: Callable[[str], SourceRef | None]
+    ) -> GatheredRef:
+        lenders: list[Any] = [ref, *(None for _ in self.order)]
+        for place in sorted({int(model) for model in np.unique(rows.models)} - {OWN}):
+            lender = find(self.order[place - 1])
+            if lender is None or row_elements(lender.shape) != row_elements(ref.shape):
+                raise ModelError(
+                    f"tensor {printable(name)}: {printable(self.order[place - 1])} is to lend rows to "
+                    f"{printable(ref.path)}, and "
+                    + ("has no such tensor" if lender is None else "its rows have another length")
+                )
+            lenders[place] = lender
+        for tensor in (tensor for tensor in lenders if tensor is not None and tensor.dtype not in FLOATS):
+            raise ModelError(
+                f"tensor {printable(name)} in {printable(tensor.path)} is {tensor.dtype}: its rows are not put in the order "
+                "of another vocabulary; dequantise the model first"
+            )
+        dtypes = {tensor.dtype for tensor in lenders if tensor is not None}
+        dtype = ref.dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
+        return GatheredRef(name, dtype, (rows.n_rows, *ref.shape[1:]), tuple(lenders), rows, ref)
+
+    def digest(self) -> str:
+        """Return what identifies the vocabulary and the maps."""
+        digest = hashlib.blake2b(digest_size=16)
+        for token in self.new:
+            digest.update(repr((token.text, token.number)).encode())
+        for rows in map(self.maps.get, self.order):
+            digest.update(b"=" if rows is None else _digest_of(rows))
+        return digest.hexdigest()
+
+
+def align(spec: TokenizerSpec, donor: TensorIndex, indexes: Mapping[str, TensorIndex]) -> Alignment:
+    """Return how the vocabularies of all models become the one that the config asks for.
+
+    Raises
+    ------
+    ConfigError
+        If the config names a token or a model that is not there.
+    ModelError
+        If a model has no tokenizer, or no tensor that is its embedding.
+    """
+    order = tuple(indexes)
+    tokenizers = _Tokenizers(indexes)
+    rows = {reference: embedding_rows(index) for reference, index in indexes.items()}
+    vocabulary = _vocabulary(spec, donor, tokenizers)
+    same = [r for r in order if tokenizers.directory(r) == vocabulary.directory]
+    n_rows = max([vocabulary.n_rows, *(rows[reference] for reference in same)])
+    padding = -n_rows % spec.multiple_of
+    own = [_own_rows(vocabulary.ids, tokenizers[reference], rows[reference], n_rows) for reference in order]
+    chosen, forced = _chosen(spec, vocabulary, tokenizers, rows, n_rows)
+    lacking = np.flatnonzero((np.min(own, axis=0) < 0) | forced)
+    lenders, nowhere = _lenders(own, order.index(donor.reference), chosen, lacking)
+    maps: dict[str, RowMap | None] = {}
+    known: dict[bytes, RowMap] = {}  # models that have the same vocabulary share a map
+    for place, reference in enumerate(order):
+        found = _map_of(np.where(forced, -1, own[place]), lenders, place + 1, padding)
+        maps[reference] = (
+            None if _is_identity(found, rows[reference]) else known.setdefault(_digest_of(found), found)
+        )
+    named = set(vocabulary.ids.values())
+    n_zeros = sum(row in named for row in nowhere)
+    notes = [f"{spec.path}: {n_zeros} tokens have a row in no model and get zeros"] if n_zeros else []
+    if vocabulary.new and vocabulary.has_gaps:
+        notes.append(f"{spec.path}: the numbers of the tokens have gaps; see that the output's tokenizer gives "
+                     f"{shown(vocabulary.new[0].text)} the number {vocabulary.new[0].number}")  # fmt: skip
+    return Alignment(
+        vocabulary.directory, vocabulary.new, n_rows + padding, maps, rows, order,
+        _renumbered(tokenizers[donor.reference], vocabulary.ids), tuple(notes),
+    )  # fmt: skip
+
+
+def _renumbered(donor: Tokenizer, ids: Mapping[str, int]) -> Ids | None:
+    """Return the output's number of each token of the donor; None if they are the same."""
+    numbers = np.full(donor.n_rows, -1, np.int32)
+    for text, number in donor.ids.items():
+        numbers[number] = ids.get(text, numbers[number])
+    kept = np.array(sorted(set(donor.ids.values())), np.int32)
+    return None if bool((numbers[kept] == kept).all()) else numbers
+
+
+class _Tokenizers:
+    """The tokenizers of all models: read when they are asked for, one for all that have the same, few at a time."""
+
+    def __init__(self, indexes: Mapping[str, TensorIndex]) -> None:
+        self._indexes = indexes
+        self._digests: dict[str, str] = {}
+        self._known: OrderedDict[str, Tokenizer] = OrderedDict()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indexes)
+
+    def __contains__(self, reference: str) -> bool:
+        return reference in self._indexes
+
+    def __getitem__(self, reference: str) -> Tokenizer:
+        index = self._indexes[reference]
+        if reference not in self._digests:
+            self._digests[reference] = tokenizer_digest(index.directory)
+        digest = self._digests[reference]
+        found = self._known.get(digest) or read_tokenizer(index.directory)
+        if found is None:
+            raise ModelError(
+                f"{printable(reference)}: no tokenizer here whose vocabulary can be read (tokenizer.json, vocab.json, "
+                "vocab.txt, tokenizer.model), and the config asks to align vocabularies"
+            )
+        self._known[digest] = found
+        self._known.move_to_end(digest)
+        if len(self._known) > _KEPT_TOKENIZERS:
+            self._known.popitem(last=False)
+        return found
+
+    def directory(self, reference: str) -> Path:
+        """Return where a model's tokenizer lies."""
+        return self._indexes[reference].directory
+
+
+def embedding_rows(index: TensorIndex) -> int:
+    """Return the rows of a model's embedding of tokens: the first tensor of that name.
+
+    Raises
+    ------
+    ModelError
+        If it has none.
+    """
+    for name, ref in index.items():
+        if name.endswith((*EMBEDDINGS, ".embeddings.weight")) and len(ref.shape) == 2:
+            return ref.shape[0]
+    raise ModelError(f"{printable(index.reference)}: no tensor that is by its name the embedding of tokens")
+
+
+def _has_tokens(name: str, ref: SourceRef, n_rows: int) -> bool:
+    """Return whether a tensor has a row for each token, by its name and shape."""
+    known = is_head(name) or name.endswith((*OF_TOKENS, ".embeddings.weight"))
+    return known and bool(ref.shape) and ref.shape[0] == n_rows
+
+
+def _directory_of(spec: TokenizerSpec) -> Path:
+    """Return where a source that is none of the models lies."""
+    try:
+        return locate(spec.source)
+    except ModelError as error:
+        if "/" in spec.source:
+            raise
+        hint = meant(spec.source, ("union", "base"))
+        raise ConfigError(
+            f"{spec.path}: {shown(spec.source)} is none of union, base{hint}, nor a model here"
+        ) from error
+
+
+def _vocabulary(spec: TokenizerSpec, donor: TensorIndex, tokenizers: _Tokenizers) -> _Vocabulary:
+    """Return the tokens of the output: those of the tokenizer named, then what else is asked for."""
+    directory = tokenizers.directory(donor.reference)
+    if spec.source in ("union", "base"):
+        source = tokenizers[donor.reference]
+    elif spec.source in tokenizers:
+        source, directory = tokenizers[spec.source], tokenizers.directory(spec.source)
+    else:
+        directory = _directory_of(spec)
+        found = read_tokenizer(directory)
+        if found is None:
+            refuse(spec.path, f"{shown(spec.source)} has no tokenizer whose vocabulary can be read")
+        source = found
+    ids = dict(source.ids)
+    new: list[NewToken] = []
+    n_rows = source.n_rows
+
+    def add(text: str, about: Mapping[str, Any]) -> None:
+        nonlocal n_rows
+        if text and text not in ids:  # loaders pass over a token without text
+            if n_rows >= MOST_ROWS:
+                refuse(spec.path, f"more than {MOST_ROWS} tokens")
+            ids[text] = n_rows
+            new.append(NewToken(text, n_rows, about))
+            n_rows += 1
+
+    if spec.source == "union":
+        for reference in tokenizers:
+            tokenizer = tokenizers[reference]
+            for text in tokenizer.ids:
+                add(text, tokenizer.added.get(text, {}))
+    for text in spec.tokens:
+        if text not in ids:
+            add(
+                text, next((tokenizers[r].added[text] for r in tokenizers if text in tokenizers[r].added), {})
+            )
+    has_gaps = source.n_rows > len(set(source.ids.values()))
+    return _Vocabulary(directory, has_gaps, ids, n_rows, tuple(new))
+
+
+def _own_rows(ids: Mapping[str, int], tokenizer: Tokenizer, n_own: int, n_rows: int) -> Ids:
+    """Return for each row of the output the row of a model's own tensor; -1 where it has none.
+
+    What no token names, there or here, is kept at its place: the padding of a vocabulary, or rows held in reserve.
+    """
+    found = np.full(n_rows, -1, np.int32)
+    named = np.zeros(max(n_rows, n_own), np.bool_)
+    for text, number in ids.items():
+        named[number] = True
+        row = tokenizer.ids.get(text, -1)
+        if 0 <= row < n_own:
+            found[number] = row
+    for number in tokenizer.ids.values():
+        named[min(number, named.size - 1)] |= number < named.size
+    free = np.flatnonzero(~named[: min(n_rows, n_own)])
+    found[free] = free
+    return found
+
+
+Sources = Sequence[tuple[int, int]]
+"""Rows that a row is the mean of: the place of a model among all, and the row there."""
+
+
+def _chosen(
+    spec: TokenizerSpec, vocabulary: _Vocabulary, tokenizers: _Tokenizers, rows: Mapping[str, int], n_rows: int
+) -> tuple[dict[int, Sources], NDArray[np.bool_]]:  # fmt: skip
+    """Return the sources that the config gives for some rows, and in which of them they count for all models."""
+    forced = np.zeros(n_rows, np.bool_)
+    chosen: dict[int, Sources] = {}
+    for text, source in spec.tokens.items():
+        number = vocabulary.ids[text]
+        chosen[number] = [] if source.model is None else [_row_named(source, text, tokenizers, rows)]
+        forced[number] = source.force
+    return chosen, forced
+
+
+def _row_named(
+    source: TokenSource, text: str, tokenizers: _Tokenizers, rows: Mapping[str, int]
+) -> tuple[int, int]:
+    """Return the place of the model that a config names for a token, and the row there."""
+    assert source.model is not None
+    if source.model not in tokenizers:
+        refuse(source.path, f"{shown(source.model)} is no model of this merge")
+    wanted = text if source.token is None else source.token
+    row = wanted if isinstance(wanted, int) else tokenizers[source.model].ids.get(wanted, -1)
+    if not 0 <= row < rows[source.model]:
+        refuse(source.path, f"{shown(source.model)} has no row for the token {shown(wanted)}")
+    return list(tokenizers).index(source.model), row
+
+
+@dataclass(frozen=True)
+class _Lenders:
+    """For rows that some model lacks, the rows that stand for them: sources one after the other."""
+
+    counts: Ids
+    starts: Ids
+    places: NDArray[np.int16]
+    """Of models, counted from 1."""
+    rows: Ids
+
+
+def _lenders(
+    own: Sequence[Ids], base: int, chosen: Mapping[int, Sources], lacking: NDArray[Any]
+) -> tuple[_Lenders, list[int]]:
+    """Return what stands for each row that a model lacks, and the rows for which there is nothing."""
+    counts = np.zeros(own[0].size, np.int32)
+    places: list[int] = []
+    rows: list[int] = []
+    nowhere: list[int] = []
+    for number in lacking.tolist():
+        sources = chosen.get(number)
+        if sources is None:
+            having = [place for place, mine in enumerate(own) if mine[number] >= 0]
+            having = [base] if base in having else having
+            sources = [(place, int(own[place][number])) for place in having]
+            if not sources:
+                nowhere.append(number)
+        counts[number] = len(sources)
+        places += [place + 1 for place, _ in sources]
+        rows += [row for _, row in sources]
+    starts = np.concatenate(([0], np.cumsum(counts)[:-1])).astype(np.int32)
+    return _Lenders(counts, starts, np.array(places, np.int16), np.array(rows, np.int32)), nowhere
+
+
+def _map_of(own: Ids, lenders: _Lenders, place: int, padding: int) -> RowMap:
+    """Return the map of the model at a place: its own row where it has one, else what stands for it."""
+    lacks = own < 0
+    counts = np.where(lacks, lenders.counts, 1)
+    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+    models = np.zeros(starts[-1], np.int16)
+    rows = np.empty(starts[-1], np.int32)
+    rows[starts[:-1][~lacks]] = own[~lacks]
+    n = lenders.counts[lacks]
+    steps = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+    targets, sources = (np.repeat(begin[lacks], n) + steps for begin in (starts[:-1], lenders.starts))
+    models[targets], rows[targets] = lenders.places[sources], lenders.rows[sources]
+    models[models == place] = OWN
+    return RowMap(starts, models, rows, padding)
+
+
+def _digest_of(rows: RowMap) -> bytes:
+    digest = hashlib.blake2b(str(rows.padding).encode(), digest_size=16)
+    for part in (rows.starts, rows.models, rows.rows):
+        digest.update(part.tobytes())
+    return digest.digest()
+
+
+def _is_identity(rows: RowMap, n_own: int) -> bool:
+    """Return whether a map gives a model's own rows as they are."""
+    alone = not rows.padding and rows.rows.size == rows.n_rows == n_own and not rows.models.any()
+    return alone and bool((np.diff(rows.starts) == 1).all()) and bool((rows.rows == np.arange(n_own)).all())

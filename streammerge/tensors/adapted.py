@@ -1,0 +1,180 @@
+"""Weights with a LoRA adapter, computed a block of rows at a time: ``W + s L R`` (Hu et al., 2021), and DoRA's.
+
+In fp32 (fp64 if the weight is) and in one order: each product is added to the sum of those of lower rank, each step
+rounded, so that neither the cut nor the machine changes a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from streammerge.checkpoint.refs.made import READ_BLOCK, AdaptedRef, scratch_bytes
+from streammerge.dtypes import itemsize
+from streammerge.formats.safetensors import TensorRef
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.reader import Reader
+from streammerge.numerics.compiled import is_compiled
+from streammerge.planning.memory.buffers import slot_bytes
+from streammerge.tensors.made import read_to, reads
+from streammerge.tensors.scratch import (
+    BYTE,
+    F32,
+    F64,
+    Floats,
+    Scratch,
+    computed_once,
+    read_matrix,
+    read_widened,
+    widened,
+)
+
+
+@reads(AdaptedRef)
+def read_adapted(
+    reader: Reader, ref: AdaptedRef, start: int, stop: int, target: Bytes, scratch: Scratch
+) -> None:
+    """Compute elements `start` to `stop` of a weight with its adapter, to the beginning of `target`.
+
+    Raises
+    ------
+    WorldError
+        If a file ends early or the device fails.
+    """
+    _Adapter(reader, ref, scratch).read(start, stop, target)
+
+
+def segments(
+    start: int, stop: int, columns: int, block_rows: int | None = None
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (first row, end, first column, end) of pieces that follow each other, of at most `READ_BLOCK` elements.
+
+    Each lies together: whole rows, or a part of one; and within one block of `block_rows`, if that is given.
+    """
+    rows = max(1, READ_BLOCK // columns)
+    while start < stop:
+        row, column = divmod(start, columns)
+        if column or stop - start < columns or columns > READ_BLOCK:
+            end = min(columns, column + READ_BLOCK, column + stop - start)
+            yield row, row + 1, column, end
+            start += end - column
+        else:
+            last = min(row + rows, stop // columns)
+            if block_rows is not None:
+                last = min(last, (row // block_rows + 1) * block_rows)
+            yield row, last, 0, columns
+            start = last * columns
+
+
+class _Adapter:
+    """Computes elements of one weight with its adapter."""
+
+    def __init__(self, reader: Reader, ref: AdaptedRef, scratch: Scratch) -> None:
+        self._reader, self._ref = reader, ref
+        self._dtype = F64 if ref.dtype == "F64" else F32
+        self._right = scratch.take((ref.rank, ref.columns), self._dtype)
+        self._scratch = scratch
+        self._block_of_right: int | None = None
+
+    def read(self, start: int, stop: int, target: Bytes) -> None:
+        """Compute elements `start` to `stop`."""
+        ref = self._ref
+        out = target[: (stop - start) * itemsize(ref.dtype)].view(self._dtype)
+        for row, end, first, last in segments(start, stop, ref.columns, ref.block_rows):
+            position = row * ref.columns + first - start
+            part = out[position : position + (end - row) * (last - first)].reshape(end - row, -1)
+            self._compute(row, end, first, last, part, self._scratch.rest())
+            if ref.magnitude is not None:
+                part *= self._factors(row, end, first, last)
+
+    def _compute(self, row: int, end: int, first: int, last: int, out: Floats, scratch: Scratch) -> None:
+        """Compute ``W + s L R`` for rows that lie in one piece, of one expert."""
+        ref = self._ref
+        block, row_there = divmod(row, ref.block_rows)
+        self._load_right(block)
+        left = scratch.take((end - row, ref.rank), self._dtype)
+        read_matrix(self._reader, ref.left, block, row_there, left)
+        total = scratch.take(out.shape, self._dtype)
+        add_products(left, self._right, first, last, total)
+        total *= self._dtype.type(ref.scale)
+        start = row * ref.columns + first
+        np.add(self._weight(start, start + out.size, scratch).reshape(out.shape), total, out=out)
+
+    def _load_right(self, block: int) -> None:
+        if self._block_of_right == block:
+            return
+        if self._ref.right is None:
+            self._right[:] = 1
+        else:
+            read_matrix(self._reader, self._ref.right, block, 0, self._right)
+        self._block_of_right = block
+
+    def _weight(self, start: int, stop: int, scratch: Scratch) -> Floats:
+        """Return elements of the weight itself, widened."""
+        weight = self._ref.source
+        width = itemsize(weight.dtype)
+        nbytes = (stop - start) * width
+        if isinstance(weight, TensorRef):
+            slot = scratch.pages(slot_bytes(nbytes))
+            begins = self._reader.read_slot(weight.path, weight.offset + start * width, nbytes, slot)
+            raw = slot[begins : begins + nbytes]
+        else:
+            raw = scratch.take((nbytes,), BYTE)
+            read_to(self._reader, weight, start, stop, raw, scratch.rest())
+        return widened(raw, weight.dtype, self._dtype)
+
+    def _factors(self, row: int, end: int, first: int, last: int) -> Floats:
+        """Return what DoRA multiplies a block by: for each output feature its magnitude over its norm."""
+        ref = self._ref
+        if ref.by_column:
+            return _column_factors(self._reader, ref)[first:last]
+        squares = np.zeros(end - row)
+        for r0, r1, c0, c1 in segments(row * ref.columns, end * ref.columns, ref.columns):
+            squares[r0 - row : r1 - row] += self.squares(r0, r1, c0, c1).sum(axis=1)
+        return _over_norm(self._reader, ref, row, end, squares)[:, None]
+
+    def squares(self, row: int, end: int, first: int, last: int) -> Floats:
+        """Return the squares, in fp64, of a block that lies in one piece, before any magnitude."""
+        scratch = self._scratch.rest()
+        block = scratch.take((end - row, last - first), self._dtype)
+        squares = scratch.take(block.shape, F64)
+        self._compute(row, end, first, last, block, scratch.rest())
+        np.multiply(block, block, out=squares, dtype=F64)
+        return squares
+
+
+@computed_once
+def _column_factors(reader: Reader, ref: AdaptedRef) -> Floats:
+    """Return DoRA's factor of each column of a weight stored as (in, out): it takes a pass over the weight."""
+    adapter = _Adapter(reader, ref, Scratch(np.empty(scratch_bytes(ref), np.uint8)))
+    squares = np.zeros(ref.columns)
+    for row, end, first, last in segments(0, ref.n_elements, ref.columns):
+        squares[first:last] += adapter.squares(row, end, first, last).sum(axis=0)
+    return _over_norm(reader, ref, 0, ref.columns, squares)
+
+
+def _over_norm(reader: Reader, ref: AdaptedRef, first: int, last: int, squares: Floats) -> Floats:
+    assert ref.magnitude is not None
+    dtype = F64 if ref.dtype == "F64" else F32
+    magnitude = np.empty(last - first, dtype)
+    read_widened(reader, ref.magnitude, first, last, magnitude)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros: what is not finite is found later
+        return magnitude / np.sqrt(squares).astype(dtype)
+
+
+def add_products(left: Floats, right: Floats, first: int, last: int, out: Floats) -> None:
+    """Write ``left @ right[:, first:last]`` to `out`, all of one dtype: each product rounded, and added in order of rank."""
+    if is_compiled("adapters"):
+        from streammerge.kernels.products import add_products as compiled
+
+        compiled(left, right, first, last, out)
+    else:
+        products_in_order(left, right[:, first:last], out)
+
+
+def products_in_order(left: Floats, right: Floats, out: Floats) -> None:
+    """The same, by numpy: the formula that the kernel agrees with bit by bit."""
+    out[:] = 0
+    for k in range(left.shape[1]):
+        out += left[:, k : k + 1] * right[k]

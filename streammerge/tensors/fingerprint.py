@@ -1,0 +1,100 @@
+"""A model's identity from its content, cheaply: all names, dtypes, shapes, and samples of the values.
+
+It does not depend on paths, shards or dates. Two fine-tunes differ in almost every sampled block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from streammerge.checkpoint.companions import FisherIndex
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.refs.made import SourceRef, stored_dtype
+from streammerge.errors import ModelError, printable
+from streammerge.formats.safetensors import FileStamp, TensorRef
+from streammerge.io.reader import Reader
+from streammerge.tensors.read import read_elements
+
+_TENSORS = 256
+_BYTES = 4096
+
+
+def fingerprint(index: TensorIndex, reader: Reader) -> str:
+    """Return 32 hexadecimal digits: 4 KiB from the middle of up to 256 tensors spread over the names.
+
+    Of an adapter they are those of the model with it, of the adapter's own tensors and of its settings.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    _add_tensors(digest, index, reader)
+    if index.adapter is not None:
+        _add_tensors(digest, index.adapter.tensors, reader)
+        digest.update(
+            json.dumps(dict(index.adapter.settings.entries), sort_keys=True).encode("utf-8", "surrogatepass")
+        )
+    return digest.hexdigest()
+
+
+def _add_tensors(digest: hashlib.blake2b, tensors: Mapping[str, SourceRef], reader: Reader) -> None:
+    names = sorted(tensors)
+    table = [[name, stored_dtype(tensors[name]), list(tensors[name].shape)] for name in names]
+    digest.update(json.dumps(table).encode("utf-8", "surrogatepass"))
+    for name in names[:: max(1, -(-len(names) // _TENSORS))]:
+        ref = tensors[name]
+        if isinstance(ref, TensorRef):
+            size = min(_BYTES, ref.nbytes)
+            buffer = np.empty(size, np.uint8)
+            reader.read_into(ref.path, ref.offset + (ref.nbytes - size) // 2 // 8 * 8, buffer)
+        else:
+            n = min(_BYTES // 8, ref.n_elements)
+            first = (ref.n_elements - n) // 2
+            buffer = read_elements(reader, ref, first, first + n)
+        digest.update(buffer.tobytes())
+
+
+def files_digest(stamps: Iterable[FileStamp]) -> str:
+    """Return what identifies files themselves while work on them is unfinished."""
+    digest = hashlib.blake2b(digest_size=16)
+    for s in stamps:
+        digest.update(repr((s.nbytes, s.mtime_ns, s.ctime_ns, s.inode, s.header_digest)).encode())
+    return digest.hexdigest()
+
+
+def fisher_digest(index: FisherIndex, reader: Reader) -> str:
+    """Return the identity of a Fisher diagonal: its content's for a file, its table's for a store."""
+    return index.stamps[0].header_digest if index.model is None else fingerprint(index.model, reader)
+
+
+def check_belongs(
+    diagonal: FisherIndex, model: TensorIndex, what: str = "Fisher diagonal", reader: Reader | None = None
+) -> None:
+    """Refuse a Fisher diagonal, or another store (`what`), that was recorded for a model of other content.
+
+    Parameters
+    ----------
+    reader
+        What reads the model, where that is no common one.
+
+    Raises
+    ------
+    ModelError
+        Naming the diagonal, the model it belongs to and the model beside it.
+    """
+    if diagonal.fingerprint is None:
+        return
+    given = reader
+    reader = given or Reader()
+    try:
+        found = fingerprint(model, reader)
+    finally:
+        if given is None:
+            reader.close()
+    if found != diagonal.fingerprint:
+        raise ModelError(
+            f"{printable(diagonal.reference)}: this {what} belongs to model "
+            f"{printable(diagonal.model_name, 120)!r} ({diagonal.fingerprint}), not to {printable(model.reference)} "
+            f"({found}); give each model its own {what}"
+        )

@@ -1,0 +1,182 @@
+"""Models held in memory, read as if they were files: the plan and the engine know no other kind.
+
+Each is a virtual file with a name for messages, in which the tensors lie one after the other in the order in which
+the safetensors library would have written them; `TensorRef`s lead there. So a merge of state dicts goes through the
+same plan, statistics and kernels as one of files, in the same order, and gives the same bits.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from streammerge.checkpoint.companions import FisherIndex
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.names import is_head
+from streammerge.checkpoint.quantization import quantization_of
+from streammerge.checkpoint.refs.float8 import with_floats
+from streammerge.dtypes import BITS, RANK
+from streammerge.errors import InputError, printable
+from streammerge.formats.safetensors import MAX_NAME, TensorRef
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.reader import Backend, Reader
+from streammerge.tensors.held import Held, hold
+
+_ALIGN = 64
+"""Bytes; where tensors begin in a virtual file."""
+
+
+class StateDict:
+    """The tensors of one model in memory.
+
+    Parameters
+    ----------
+    path
+        What messages call it, and its virtual file.
+    values
+        Tensors of torch or arrays of numpy, by name.
+
+    Raises
+    ------
+    InputError
+        If a name or a value is none that can be merged.
+    """
+
+    def __init__(self, path: str, values: Mapping[str, object]) -> None:
+        self.path = path
+        self.tensors: dict[str, Held] = {}
+        """In the order in which they were given."""
+        for name, value in values.items():
+            what = f"{printable(path)}[{printable(repr(name), 200)}]"
+            if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+                raise InputError(f"{what}: a tensor's name is a text of 1 to {MAX_NAME} characters")
+            self.tensors[name] = hold(value, what)
+        if not self.tensors:
+            raise InputError(f"{printable(path)}: holds no tensor")
+        self._starts: list[int] = []
+        self._placed: list[Held] = []
+
+    def shared(self) -> dict[str, str]:
+        """Return the tensors that are another's memory, each with the name of that one: ``{head: embedding}``."""
+        first: dict[object, str] = {}
+        for name in sorted(self.tensors, key=is_head):  # stable: a head is never the first
+            first.setdefault(self.tensors[name].place, name)
+        return {
+            name: first[held.place]
+            for name, held in self.tensors.items()
+            if first[held.place] != name and all(held.shape)
+        }
+
+    def index(self, reference: str, leave_out: Iterable[str] = ()) -> TensorIndex:
+        """Return the model as a plan sees it, without some of its tensors."""
+        without = set(leave_out)
+        names = [name for name in self.tensors if name not in without]
+        names.sort(key=lambda name: (-RANK[self.tensors[name].dtype], name.encode("utf-8", "surrogatepass")))
+        self._starts, self._placed = [], []
+        refs: dict[str, TensorRef] = {}
+        offset = 0
+        for name in names:
+            held = self.tensors[name]
+            ref = TensorRef(name, held.dtype, held.shape, self.path, offset, 0)
+            nbytes = ref.n_elements * BITS[held.dtype] // 8
+            refs[name] = TensorRef(name, held.dtype, held.shape, self.path, offset, nbytes)
+            self._starts.append(offset)
+            self._placed.append(held)
+            offset += -(-nbytes // _ALIGN) * _ALIGN
+        found = quantization_of(refs, {})
+        return TensorIndex(reference, Path(self.path), (), {}, with_floats(refs, found), quantization=found)
+
+    def read(self, offset: int, target: Bytes) -> None:
+        """Fill `target` from a byte of the virtual file on; it lies within one tensor."""
+        if not target.size:
+            return
+        # Of several that begin at one place the last has bytes, the others none.
+        place = bisect_right(self._starts, offset) - 1
+        held = self._placed[place]
+        held.copy((offset - self._starts[place]) * 8 // BITS[held.dtype], target)
+
+
+class HeldReader(Reader):
+    """Reads virtual files from memory, and all others from the disk.
+
+    Parameters
+    ----------
+    models
+        What lies in memory.
+    """
+
+    def __init__(
+        self, models: Iterable[StateDict], backend: Backend = "direct", *, most_open: int = 48
+    ) -> None:
+        super().__init__(backend, most_open=most_open)
+        self._held = {model.path: model for model in models}
+
+    def read_into(self, path: str, offset: int, target: Bytes) -> None:
+        """See `Reader`."""
+        if (model := self._held.get(path)) is None:
+            super().read_into(path, offset, target)
+        else:
+            model.read(offset, target)
+            self._count(target.size)
+
+    def read_parts(self, path: str, parts: Iterable[tuple[int, list[memoryview]]]) -> None:
+        """See `Reader`."""
+        if path not in self._held:
+            super().read_parts(path, parts)
+            return
+        for offset, views in parts:
+            for view in views:
+                self.read_into(path, offset, np.frombuffer(view, np.uint8))
+                offset += len(view)
+
+    def read_slot(self, path: str, offset: int, nbytes: int, slot: Bytes, *, again: bool = False) -> int:
+        """See `Reader`."""
+        if path not in self._held:
+            return super().read_slot(path, offset, nbytes, slot, again=again)
+        self.read_into(path, offset, slot[:nbytes])
+        return 0
+
+    def prefetch(self, path: str, offset: int, nbytes: int) -> None:
+        """See `Reader`: what lies in memory is there."""
+        if path not in self._held:
+            super().prefetch(path, offset, nbytes)
+
+
+def ties_of(models: Sequence[StateDict], others: Sequence[TensorIndex]) -> dict[str, str]:
+    """Return the tensors that are another one in every model, by which: a file would hold one of the two.
+
+    Parameters
+    ----------
+    models
+        The first decides; where another has the two apart, they are two tensors.
+    others
+        Models in files, which hold what they have apart.
+    """
+    found = models[0].shared() if models else {}
+    for model in models[1:]:
+        theirs = model.shared()
+        found = {
+            name: first for name, first in found.items()
+            if theirs.get(name) == first or name not in model.tensors
+        }  # fmt: skip
+    return {name: first for name, first in found.items() if not any(name in index for index in others)}
+
+
+def held_fisher(model: StateDict) -> FisherIndex:
+    """Return tensors in memory as one model's Fisher diagonal.
+
+    Raises
+    ------
+    InputError
+        If one is not made of floats.
+    """
+    index = model.index(model.path)
+    for name, ref in index.items():
+        if ref.dtype not in ("F16", "BF16", "F32", "F64"):
+            raise InputError(
+                f"{printable(model.path)}[{printable(repr(name), 200)}]: is {ref.dtype}: a Fisher diagonal is made of floats"
+            )
+    return FisherIndex(model.path, index.stored(), (), index)

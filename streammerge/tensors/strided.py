@@ -1,0 +1,133 @@
+"""Elements of a tensor that do not lie one after the other, put in order as they are read.
+
+A range of elements of a tensor is a few boxes: the rest of a row, whole rows, the beginning of a row, on every axis.
+A box is cut along the axis with the largest step in the file until what it spans there is a block; the block is read
+whole and its elements are taken. Where they lie far apart each run is read by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from streammerge.checkpoint.refs.made import STRIDED_BLOCK, StridedRef
+from streammerge.dtypes import itemsize
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.reader import Reader
+from streammerge.tensors.made import reads
+from streammerge.tensors.scratch import BYTE, Scratch
+
+_GAP_BYTES = 1 << 14
+"""Bytes between two runs that are rather read than skipped."""
+_WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+Box = list[tuple[int, int]]
+"""Where it begins and ends on each axis."""
+
+
+@reads(StridedRef)
+def read_strided(
+    reader: Reader, ref: StridedRef, start: int, stop: int, target: Bytes, scratch: Scratch
+) -> None:
+    """Read elements `start` to `stop`, counted row by row, to the beginning of `target`.
+
+    Raises
+    ------
+    WorldError
+        If the file ends early or the device fails.
+    """
+    width = itemsize(ref.dtype)
+    room = scratch.take((max(STRIDED_BLOCK, 64),), BYTE)
+    out = target[: (stop - start) * width].reshape(-1, width)
+    steps = _row_major(ref.shape)
+    for box in boxes(ref.shape, start, stop):
+        for part in _blocks(box, ref.strides, width):
+            first = sum(begin * stride for (begin, _), stride in zip(part, ref.strides, strict=True))
+            span = _span(part, ref.strides)
+            block = room[: span * width]
+            reader.read_into(ref.path, ref.source.offset + first * width, block)
+            at = sum(begin * step for (begin, _), step in zip(part, steps, strict=True)) - start
+            _copy(out, at, steps, block.reshape(-1, width), ref.strides, [end - begin for begin, end in part])
+
+
+def _copy(
+    out: Bytes, at: int, steps: Sequence[int], block: Bytes, strides: Sequence[int], shape: Sequence[int]
+) -> None:
+    """Copy a box of elements, each one a row of bytes."""
+    width = block.shape[1]
+    axes = [axis for axis, size in enumerate(shape) if size > 1]  # numpy has no more than 64
+    sizes = [shape[axis] for axis in axes]
+    views = []
+    for rows, by in ((out[at:], steps), (block, strides)):
+        some = rows.reshape(-1)
+        # One word for each element where that can be; else its bytes.
+        aligned = some.ctypes.data % width == 0
+        words = some.view(_WORDS[width]) if aligned else rows
+        each = ([], []) if aligned else ([width], [1])
+        views.append(as_strided(words, [*sizes, *each[0]], [*(by[axis] * width for axis in axes), *each[1]]))
+    to, of = views
+    if to.ndim != of.ndim:
+        to, of = (view if view.dtype == np.uint8 and view.ndim > len(axes) else
+                  view[..., None].view(np.uint8) for view in (to, of))  # fmt: skip
+    to[...] = of
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """Yield the boxes that elements `start` to `stop` of a tensor make up, in their order.
+
+    >>> list(boxes((4, 3), 2, 10))
+    [[(0, 1), (2, 3)], [(1, 3), (0, 3)], [(3, 4), (0, 1)]]
+    """
+    steps = _row_major(shape)
+    position = start
+    while position < stop:
+        # The outermost axis along which a whole step fits, from here on.
+        axis = next(
+            (i for i, step in enumerate(steps) if position % step == 0 and position + step <= stop),
+            len(shape),
+        )
+        if axis == len(shape):  # a scalar
+            yield []
+            return
+        index = [position // step % size for step, size in zip(steps, shape, strict=True)]
+        n = min((stop - position) // steps[axis], shape[axis] - index[axis])
+        yield [
+            (index[i], index[i] + 1) if i < axis else (index[i], index[i] + n) if i == axis else (0, shape[i])
+            for i in range(len(shape))
+        ]
+        position += n * steps[axis]
+
+
+def _blocks(box: Box, strides: Sequence[int], width: int) -> Iterator[Box]:
+    """Yield the parts of a box, each within one block of the file."""
+    wide = [axis for axis, (begin, end) in enumerate(box) if end - begin > 1 and strides[axis]]
+    if not wide:
+        yield box
+        return
+    axis = max(wide, key=lambda i: strides[i])
+    begin, end = box[axis]
+    inner = _span([*box[:axis], (begin, begin + 1), *box[axis + 1 :]], strides)
+    if (strides[axis] - inner) * width > _GAP_BYTES:
+        n = 1
+    else:
+        n = max(1, (STRIDED_BLOCK // width - inner) // strides[axis] + 1)
+    if n >= end - begin and _span(box, strides) * width <= STRIDED_BLOCK:
+        yield box
+        return
+    for first in range(begin, end, n):
+        part = [*box[:axis], (first, min(end, first + n)), *box[axis + 1 :]]
+        if _span(part, strides) * width <= STRIDED_BLOCK and n > 1:
+            yield part
+        else:
+            yield from _blocks(part, strides, width)
+
+
+def _span(box: Box, strides: Sequence[int]) -> int:
+    """Return the elements of the file from the first to the last of a box."""
+    return 1 + sum((end - begin - 1) * stride for (begin, end), stride in zip(box, strides, strict=True))
+
+
+def _row_major(shape: Sequence[int]) -> list[int]:
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
