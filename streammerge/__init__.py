@@ -110,12 +110,19 @@ _HOMES = {
     "engine.telling": ("Density", "Event"),
     "engine.verify": ("Verdict",),
     "errors": (
-        "BudgetError", "ConfigError", "InputError", "ModelError", "OutputError", "Stopped", "StreammergeError",
-        "StreammergeWarning", "WorldError",
+        "BudgetError",
+        "ConfigError",
+        "InputError",
+        "ModelError",
+        "OutputError",
+        "Stopped",
+        "StreammergeError",
+        "StreammergeWarning",
+        "WorldError",
     ),
     "methods.registry": ("Method", "PerModel", "method"),
     "planning.plan": ("MergePlan",),
-}  # fmt: skip
+}
 """Where the public names live."""
 
 __getattr__ = importer(__name__, _HOMES)

@@ -93,18 +93,34 @@ def linear(models: Sequence[Tensors], weights: Sequence[float], normalize: bool 
 
 
 def task_arithmetic(
-    base: Tensors, models: Sequence[Tensors], weights: Sequence[float], *,
-    lam: float = 1.0, normalize: bool = False, double: bool = False,
-) -> Merged:  # fmt: skip
+    base: Tensors,
+    models: Sequence[Tensors],
+    weights: Sequence[float],
+    *,
+    lam: float = 1.0,
+    normalize: bool = False,
+    double: bool = False,
+) -> Merged:
     return _plain_sum(base, task_vectors(base, models, double), weights, weights, lam, normalize)
 
 
 def ties(
-    base: Tensors, models: Sequence[Tensors], weights: Sequence[float], densities: Sequence[float], *,
-    lam: float = 1.0, normalize: bool = True, scope: str = "tensor", plus_one: bool = False,
-    policy: str = "thin", zero_sign: str = "zero", l1: bool = False,
-    seed: int = 0, aliases: Sequence[str] = (), double: bool = False,
-) -> Merged:  # fmt: skip
+    base: Tensors,
+    models: Sequence[Tensors],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    *,
+    lam: float = 1.0,
+    normalize: bool = True,
+    scope: str = "tensor",
+    plus_one: bool = False,
+    policy: str = "thin",
+    zero_sign: str = "zero",
+    l1: bool = False,
+    seed: int = 0,
+    aliases: Sequence[str] = (),
+    double: bool = False,
+) -> Merged:
     deltas = task_vectors(base, models, double)
     masks, thresholds = [], []
     for i, (delta, density) in enumerate(zip(deltas, densities, strict=True)):
@@ -151,10 +167,20 @@ def _trim(
 
 
 def dare(
-    base: Tensors, models: Sequence[Tensors], weights: Sequence[float], densities: Sequence[float], *,
-    lam: float = 1.0, normalize: bool = False, rescale: str = "paper", elect: bool = False,
-    zero_sign: str = "zero", seed: int = 0, aliases: Sequence[str] = (), double: bool = False,
-) -> Merged:  # fmt: skip
+    base: Tensors,
+    models: Sequence[Tensors],
+    weights: Sequence[float],
+    densities: Sequence[float],
+    *,
+    lam: float = 1.0,
+    normalize: bool = False,
+    rescale: str = "paper",
+    elect: bool = False,
+    zero_sign: str = "zero",
+    seed: int = 0,
+    aliases: Sequence[str] = (),
+    double: bool = False,
+) -> Merged:
     deltas = task_vectors(base, models, double)
     masks = []
     for alias, delta, density in zip(aliases, deltas, densities, strict=True):
@@ -185,9 +211,13 @@ def _l1_factors(whole: Sequence[Tensors], left: Sequence[Tensors]) -> list[dict[
 
 
 def _plain_sum(
-    base: Tensors, deltas: Sequence[Tensors], coefficients: Sequence[float | Mapping[str, float]],
-    weights: Sequence[float], lam: float, normalize: bool,
-) -> Merged:  # fmt: skip
+    base: Tensors,
+    deltas: Sequence[Tensors],
+    coefficients: Sequence[float | Mapping[str, float]],
+    weights: Sequence[float],
+    lam: float,
+    normalize: bool,
+) -> Merged:
     total = sum(weights)
     divisor = total if normalize and abs(total) >= 1e-8 else 1.0
     theta, size = {}, {}
@@ -201,12 +231,15 @@ def _plain_sum(
 
 
 def disjoint_merge(
-    base: Tensors, deltas: Sequence[Tensors], weights: Sequence[float],
-    factors: Sequence[Mapping[str, float]], zero_sign: str, normalize: bool, lam: float,
-) -> Merged:  # fmt: skip
-    taus = [
-        {n: (w * f[n]) * d[n] for n in base} for w, f, d in zip(weights, factors, deltas, strict=True)
-    ]  # fmt: skip
+    base: Tensors,
+    deltas: Sequence[Tensors],
+    weights: Sequence[float],
+    factors: Sequence[Mapping[str, float]],
+    zero_sign: str,
+    normalize: bool,
+    lam: float,
+) -> Merged:
+    taus = [{n: (w * f[n]) * d[n] for n in base} for w, f, d in zip(weights, factors, deltas, strict=True)]
     elected = {}
     for n in base:
         up = sum(np.where(tau[n] > 0, tau[n], 0.0) for tau in taus)

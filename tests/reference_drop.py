@@ -89,10 +89,17 @@ def _factor(spec: DropSpec, delta: Array, left: Array) -> float:
 
 
 def fisher(
-    models: Sequence[Tensors], fishers: Sequence[Tensors], weights: Sequence[float], *,
-    normalize: bool = True, floor: float = 1e-6, floor_units: str = "rms", floor_on: str = "target",
-    floor_how: str = "max", fallback: str = "target",
-) -> Merged:  # fmt: skip
+    models: Sequence[Tensors],
+    fishers: Sequence[Tensors],
+    weights: Sequence[float],
+    *,
+    normalize: bool = True,
+    floor: float = 1e-6,
+    floor_units: str = "rms",
+    floor_on: str = "target",
+    floor_how: str = "max",
+    fallback: str = "target",
+) -> Merged:
     """Evaluated safely, as METHODS 2.3 says: scaled by the largest certainty, around the target."""
     merged = Merged({}, {})
     n = sum(f.size for f in fishers[0].values())

@@ -47,9 +47,14 @@ def band(delta: Array, density: float, gamma: float, ties: str) -> Array:
 @pytest.mark.parametrize(("density", "gamma"), [(0.5, 0.1), (0.9, 0.3), (0.003, 0.0), (0.4, 1.0)])
 @pytest.mark.parametrize("spread", [1e-3, 1e-4], ids=["few ties", "many ties"])
 def test_a_merge_is_the_reference_rounded_once(
-    method: str, ties: str, density: float, gamma: float, spread: float,
-    make_models: Callable[..., list[Path]], tmp_path: Path,
-) -> None:  # fmt: skip
+    method: str,
+    ties: str,
+    density: float,
+    gamma: float,
+    spread: float,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+) -> None:
     paths = make_models(n_models=2, spread=spread, shapes=SHAPES)
     parameters: dict[str, Any] = {"density": density, "gamma": gamma, "ties": ties, "lambda": 0.7}
     merge(config_for(method, paths, parameters=parameters), tmp_path / "out", memory="1GiB")

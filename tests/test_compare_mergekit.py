@@ -149,7 +149,7 @@ FLOAT64 = Difference("they differ", "sce", exact_in_float64=True)
         (2.5, 3.0, 0.0, FORMULA, False, "DIFFERENT by 2.1e+06 ulp in float32 beside what is meant"),
         (2.0, 3.0, 0.0, FLOAT64, False, "DIFFERENT in float64 too"),
     ],
-)  # fmt: skip
+)
 def test_a_difference_is_explained_only_by_its_proof(
     theirs: float, ours: float, cured: float, differs: Difference | None, explained: bool, verdict: str
 ) -> None:
@@ -163,7 +163,12 @@ def test_a_difference_is_explained_only_by_its_proof(
 
 def test_another_config_is_a_difference_that_no_row_explains(monkeypatch: pytest.MonkeyPatch) -> None:
     scripted = Scripted(2.0, 3.0, 2.0)
-    monkeypatch.setattr(scripted, "ours", lambda config, dtype, more=None: tool.Output(
-        {"w": np.full(2, 2.0 if more else 3.0, dtype)}, {"layers": 3}))  # fmt: skip
+    monkeypatch.setattr(
+        scripted,
+        "ours",
+        lambda config, dtype, more=None: tool.Output(
+            {"w": np.full(2, 2.0 if more else 3.0, dtype)}, {"layers": 3}
+        ),
+    )
     row = tool.judge(scripted, Case("a case", merge("sce", "a"), CURE))  # type: ignore[arg-type]
     assert (row.explained, row.verdict) == (False, "DIFFERENT: names, shapes, dtypes or config")

@@ -22,9 +22,14 @@ __all__ = ["cli"]
 load_builtin()
 SCHEMA = config_schema(all_methods())
 TYPES: dict[str, Any] = {
-    "object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool,
+    "object": dict,
+    "array": list,
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "boolean": bool,
     "null": type(None),
-}  # fmt: skip
+}
 
 
 def fits(value: Any, schema: Any) -> bool:

@@ -48,9 +48,13 @@ def survivors(
     ("dtype", "spread"), [(torch.float32, 1e-3), (torch.bfloat16, 1e-4)], ids=["continuous", "many equal"]
 )
 def test_a_merge_is_the_reference_rounded_once(
-    method: str, rescale: str, dtype: torch.dtype, spread: float, make_models: Callable[..., list[Path]],
+    method: str,
+    rescale: str,
+    dtype: torch.dtype,
+    spread: float,
+    make_models: Callable[..., list[Path]],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     paths = make_models(n_models=3, dtype=dtype, spread=spread, shapes=SHAPES)
     density, epsilon, weights, names = 0.4, 0.25, (1.0, 0.5, 0.75), ("one", "two", "three")
     models = [

@@ -182,9 +182,13 @@ def test_pieces_cut_anywhere_give_the_same_shard(
 @pytest.mark.parametrize("capacity", [12 << 20, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_way_of_io_gives_the_same_bytes(
-    method: str, top: dict[str, Any], capacity: int, dtype: torch.dtype,
-    tmp_path: Path, small_capacity: Callable[[int, int], None],
-) -> None:  # fmt: skip
+    method: str,
+    top: dict[str, Any],
+    capacity: int,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    small_capacity: Callable[[int, int], None],
+) -> None:
     generator = torch.Generator().manual_seed(1)
     paths = []
     for number in range(4):

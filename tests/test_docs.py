@@ -48,9 +48,12 @@ def shapes_for(config: MergeConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: str(value)[:40])
 def test_every_config_in_the_docs_runs_on_models_of_these_names(
-    place: str, text: str, make_models: Callable[..., list[Path]], tmp_path: Path,
+    place: str,
+    text: str,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """The first model the text names is the base; a store is made for each `fisher`."""
     monkeypatch.chdir(tmp_path)
     config = parse_config(text, place)

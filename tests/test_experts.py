@@ -324,9 +324,16 @@ def test_what_transformers_saves_in_two_layouts_loads_as_their_mean(
     if int(transformers.__version__.split(".")[0]) < 5:
         pytest.skip("transformers 5 stores experts fused")
     common = {
-        "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32, "num_experts_per_tok": 2,
-    }  # fmt: skip
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 32,
+        "num_experts_per_tok": 2,
+    }
     config = transformers.AutoConfig.for_model(kind, **{**common, **sizes})
     parameters = []
     for seed, name in enumerate("ab"):

@@ -261,13 +261,19 @@ def test_without_any_place_torch_serves_with_a_warning_and_nothing_is_left_anywh
     config.write_text(yaml.safe_dump(config_for("linear", paths)))
     environment = {
         **{key: value for key, value in os.environ.items() if key != "HOME"},
-        "XDG_CACHE_HOME": "/proc/nowhere", "TMPDIR": "/proc/nowhere", "PYTHONPATH": str(package.parent),
-    }  # fmt: skip
+        "XDG_CACHE_HOME": "/proc/nowhere",
+        "TMPDIR": "/proc/nowhere",
+        "PYTHONPATH": str(package.parent),
+    }
     code = "import tempfile; tempfile.tempdir = '/proc/nowhere'; from streammerge.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "merge", str(config), str(tmp_path / "out")],
-        capture_output=True, text=True, timeout=120, check=False, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("warning: the compiled kernels cannot be used (there is no place to keep them (")

@@ -21,15 +21,39 @@ import fuzz_targets
 from streammerge.output.journal import _line
 from streammerge.output.manifest import seal
 
-NAMES = ["header", "json", "model", "reference", "pickles", "yaml", "config", "journal", "manifest", "fisher",
-         "chunk", "tokenizer", "adapter", "size"]  # fmt: skip
+NAMES = [
+    "header",
+    "json",
+    "model",
+    "reference",
+    "pickles",
+    "yaml",
+    "config",
+    "journal",
+    "manifest",
+    "fisher",
+    "chunk",
+    "tokenizer",
+    "adapter",
+    "size",
+]
 
 IDENTITY = _line({"identity": {"config": "ab"}, "files": {"of base/w": ["00", ""]}})
 
 
 def store(**fields: object) -> bytes:
-    entry = {"array": "a", "dtype": "F32", "shape": [2], "chunk": [2], "sum": 1, "square_sum": 1, "largest": 1,
-             "zeros": 0, "stored_nbytes": 9, **fields}  # fmt: skip
+    entry = {
+        "array": "a",
+        "dtype": "F32",
+        "shape": [2],
+        "chunk": [2],
+        "sum": 1,
+        "square_sum": 1,
+        "largest": 1,
+        "zeros": 0,
+        "stored_nbytes": 9,
+        **fields,
+    }
     about = {"format": 1, "tensors": {"w": entry}}
     return json.dumps({"zarr_format": 3, "attributes": {"streammerge_fisher": about}}).encode()
 

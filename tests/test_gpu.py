@@ -50,9 +50,14 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize(("method", "parameters"), VARIANTS)
 def test_blocks_shrink_until_they_fit_and_the_bytes_are_the_same(
-    method: str, parameters: dict[str, Any], keep: bool, make_models: Callable[..., list[Path]], tmp_path: Path,
-    room: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    method: str,
+    parameters: dict[str, Any],
+    keep: bool,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+    room: Callable[[int], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch_pieces, "TorchMath", partial(TorchMath, keep=keep))
     if method == "regmean":
         pytest.skip("its matrix products are always of as many rows: smaller ones might round otherwise")
@@ -95,9 +100,12 @@ def test_a_pool_prepares_each_buffer_once_and_dismisses_all_of_them() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("method", "parameters"), VARIANTS)
 def test_a_gpu_gives_the_bytes_of_the_cpu(
-    method: str, parameters: dict[str, Any], dtype: torch.dtype, make_models: Callable[..., list[Path]],
+    method: str,
+    parameters: dict[str, Any],
+    dtype: torch.dtype,
+    make_models: Callable[..., list[Path]],
     tmp_path: Path,
-) -> None:  # fmt: skip
+) -> None:
     config = config_for(method, make_models(dtype=dtype), parameters=parameters)
     merge(config, tmp_path / "cpu", device="cpu")
     merge(config, tmp_path / "gpu", device="cuda")

@@ -26,7 +26,7 @@ from streammerge.statistics.kinds import (
     TopK,
     Touched,
     Touches,
-)  # fmt: skip
+)
 
 load_builtin()
 KEYS = RandomKeys(0, ("a", "b", "c"))
@@ -51,8 +51,13 @@ def key(magnitude: float) -> int:
     return int(np.float32(magnitude).view(np.uint32))
 
 
-def call(recipe: Recipe, deltas: Sequence[Sequence[float]], base: Sequence[float] = BASE, seed: int = 0,
-         start: int = 0) -> list[float]:  # fmt: skip
+def call(
+    recipe: Recipe,
+    deltas: Sequence[Sequence[float]],
+    base: Sequence[float] = BASE,
+    seed: int = 0,
+    start: int = 0,
+) -> list[float]:
     """Apply a recipe to base + deltas, in fp32 as the engine does."""
     assert not isinstance(recipe, CopyOf)
     theta_0 = torch.tensor(base)
@@ -151,17 +156,29 @@ def test_ties_is_antisymmetric_under_a_change_of_sign() -> None:
 def test_the_paper_preset_is_the_published_code() -> None:
     preset = dict(get_method("ties").presets["paper"])
     assert preset == {
-        "density": 0.2, "trim_scope": "model", "count": "floor+1", "ties": "all", "zero_sign": "majority",
-    }  # fmt: skip
+        "density": 0.2,
+        "trim_scope": "model",
+        "count": "floor+1",
+        "ties": "all",
+        "zero_sign": "majority",
+    }
     wanted = follow("ties", 3, **preset)
     assert [(r.scope, r.count(10), r.count(4)) for r in wanted] == [("model", 3, 1)] * 3
 
 
 @pytest.mark.parametrize(
     ("density", "n", "floor", "plus_one"),
-    [(0.2, 10, 2, 3), (0.29, 100, 28, 29), (1 - 0.9, 1000, 99, 100), (0.2, 4, 1, 1), (0.001, 1, 1, 1),
-     (0.999, 1, 1, 1), (0.5, 3, 1, 2), (0.999, 1000, 999, 1000)],
-)  # fmt: skip
+    [
+        (0.2, 10, 2, 3),
+        (0.29, 100, 28, 29),
+        (1 - 0.9, 1000, 99, 100),
+        (0.2, 4, 1, 1),
+        (0.001, 1, 1, 1),
+        (0.999, 1, 1, 1),
+        (0.5, 3, 1, 2),
+        (0.999, 1000, 999, 1000),
+    ],
+)
 def test_k_is_the_references_formula(density: float, n: int, floor: int, plus_one: int) -> None:
     assert TopK(TaskVector(0), density).count(n) == floor
     assert TopK(TaskVector(0), density, plus_one=True).count(n) == plus_one

@@ -146,8 +146,21 @@ def test_every_sixteen_bit_number_and_every_halfway_case_round_exactly(dtype: st
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_rounding_is_exact_around_every_edge_of_a_format(dtype: str) -> None:
     precision, least, greatest = FORMATS[dtype]
-    exponents = np.array([least - precision - 1, least - precision, least - precision + 1, least - 1, least,
-                          least + 1, -1, 0, 1, greatest - 1, greatest])  # fmt: skip
+    exponents = np.array(
+        [
+            least - precision - 1,
+            least - precision,
+            least - precision + 1,
+            least - 1,
+            least,
+            least + 1,
+            -1,
+            0,
+            1,
+            greatest - 1,
+            greatest,
+        ]
+    )
     fractions = np.array([1.0, 1.5, 1.25, 2 - 2.0 ** (1 - precision), 2 - 2.0**-precision, 1 + 2.0**-precision,
                           1 + 3 * 2.0**-precision, 1 + 2.0**-precision + 2.0**-30])  # fmt: skip
     values = np.ldexp(fractions[:, None], exponents[None, :]).ravel()
@@ -176,8 +189,9 @@ def test_rounding_is_exact_next_to_fp32_halfway_cases(
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 def test_a_nan_becomes_the_canonical_one_and_is_counted(dtype: str) -> None:
-    patterns = np.array([0x7FF8000000000000, 0xFFF8000000000001, 0x7FF0000000000001, 0x7FFFFFFFFFFFFFFF],
-                        np.uint64)  # fmt: skip
+    patterns = np.array(
+        [0x7FF8000000000000, 0xFFF8000000000001, 0x7FF0000000000001, 0x7FFFFFFFFFFFFFFF], np.uint64
+    )
     bits, bad = rounded_by_kernel(patterns.view(np.float64), dtype)
     assert bad == 4
     assert set(bits.tolist()) == {{"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC00000}[dtype]}
@@ -239,8 +253,13 @@ def expected_threshold(delta: torch.Tensor, k: int) -> Threshold:
     return Threshold(t, int((keys == t).sum()), k - int((keys > t).sum()))
 
 
-def select(delta: torch.Tensor, density: float, parts: Sequence[tuple[int, int]], math: Maths,
-           sample: Sequence[tuple[int, int]] = ()) -> tuple[Threshold, int]:  # fmt: skip
+def select(
+    delta: torch.Tensor,
+    density: float,
+    parts: Sequence[tuple[int, int]],
+    math: Maths,
+    sample: Sequence[tuple[int, int]] = (),
+) -> tuple[Threshold, int]:
     """Return the threshold of delta's magnitudes, and the passes it took."""
     pieces = [(a, math(load([torch.zeros(b - a), delta[a:b]], a)), b - a) for a, b in parts]
     accumulator = TopKAccumulator(TopK(TaskVector(0), density), delta.numel())
@@ -401,8 +420,13 @@ def survivors(delta: torch.Tensor, vector: TaskVector, start: int) -> np.ndarray
 
 
 KEY = int(np.float32(0.25).view(np.uint32))
-CUTS = [Cut(KEY, "drop"), Cut(KEY, "all"), Cut(KEY, "thin", 2**31), Cut(KEY, "thin", 2**27),
-        Cut(KEY, "index", 1500)]  # fmt: skip
+CUTS = [
+    Cut(KEY, "drop"),
+    Cut(KEY, "all"),
+    Cut(KEY, "thin", 2**31),
+    Cut(KEY, "thin", 2**27),
+    Cut(KEY, "index", 1500),
+]
 
 
 @pytest.mark.parametrize("cut", [None, *CUTS])

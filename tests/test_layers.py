@@ -14,8 +14,23 @@ import pytest
 import streammerge
 
 PACKAGE = Path(streammerge.__file__).parent
-LAYERS = ["errors units dtypes compiled lazy", "index", "config", "methods", "kernels", "planning", "engine", "network", "fisher", "gram",
-          "report", "api", "demo", "cli", "__main__"]  # fmt: skip
+LAYERS = [
+    "errors units dtypes compiled lazy",
+    "index",
+    "config",
+    "methods",
+    "kernels",
+    "planning",
+    "engine",
+    "network",
+    "fisher",
+    "gram",
+    "report",
+    "api",
+    "demo",
+    "cli",
+    "__main__",
+]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 
 
@@ -103,11 +118,14 @@ HEAVY = ("torch", "numba", "numpy", "safetensors", "zarr")
 
 @pytest.mark.parametrize(
     "code",
-    ["import streammerge", "import streammerge.cli",
-     "import sys\nfrom streammerge.cli import main\nsys.argv = ['streammerge', '--help']\ntry:\n    main()\n"
-     "except SystemExit as stop:\n    assert not stop.code"],
+    [
+        "import streammerge",
+        "import streammerge.cli",
+        "import sys\nfrom streammerge.cli import main\nsys.argv = ['streammerge', '--help']\ntry:\n    main()\n"
+        "except SystemExit as stop:\n    assert not stop.code",
+    ],
     ids=["import streammerge", "import streammerge.cli", "streammerge --help"],
-)  # fmt: skip
+)
 def test_starting_imports_no_array_library(code: str) -> None:
     report = f"\nimport sys, json\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=60)

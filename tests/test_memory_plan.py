@@ -72,7 +72,7 @@ def config_of(method: str, paths: Sequence[Path], parameters: dict[str, Any]) ->
         # Statistics grow with the memory: what they take of it has to be found.
         ("karcher", {}, {"w": (30_000_000,)}, 90, 250),
     ],
-)  # fmt: skip
+)
 def test_the_memory_that_a_refusal_asks_for_is_enough(
     method: str, parameters: dict[str, Any], shapes: Shapes, n_models: int, least: int, tmp_path: Path
 ) -> None:

@@ -54,17 +54,46 @@ def test_the_options_of_a_script_for_mergekit_are_taken_and_the_needless_ones_na
 ) -> None:
     plain = cli("merge", config, tmp_path / "plain", "--seed", 7)
     run = cli(
-        "merge", config, tmp_path / "out", "--copy-tokenizer", "--no-cuda", "--allow-crimes", "--lazy-unpickle",
-        "--low-cpu-memory", "--out-shard-size", "1B", "--random-seed", 7, "-j", 2, "--trust-remote-code", "-vv",
-        "--lora-merge-cache", "/tmp/x", "--write-threads", 4, "--async-write", "--clone-tensors", "--no-read-to-gpu",
-        "--safe-serialization", "--write-model-card", "--no-quiet",
-    )  # fmt: skip
+        "merge",
+        config,
+        tmp_path / "out",
+        "--copy-tokenizer",
+        "--no-cuda",
+        "--allow-crimes",
+        "--lazy-unpickle",
+        "--low-cpu-memory",
+        "--out-shard-size",
+        "1B",
+        "--random-seed",
+        7,
+        "-j",
+        2,
+        "--trust-remote-code",
+        "-vv",
+        "--lora-merge-cache",
+        "/tmp/x",
+        "--write-threads",
+        4,
+        "--async-write",
+        "--clone-tensors",
+        "--no-read-to-gpu",
+        "--safe-serialization",
+        "--write-model-card",
+        "--no-quiet",
+    )
     assert (plain.code, run.code) == (0, 0), run.err
     told = {line.split(":")[1].strip() for line in run.err.splitlines() if line.startswith("warning: --")}
     assert told == {
-        "--allow-crimes", "--trust-remote-code", "--lora-merge-cache", "--low-cpu-memory", "--lazy-unpickle",
-        "--clone-tensors", "--async-write", "--write-threads", "--verbose",
-    }  # fmt: skip
+        "--allow-crimes",
+        "--trust-remote-code",
+        "--lora-merge-cache",
+        "--low-cpu-memory",
+        "--lazy-unpickle",
+        "--clone-tensors",
+        "--async-write",
+        "--write-threads",
+        "--verbose",
+    }
     assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "plain")
 
 
@@ -132,8 +161,11 @@ def warnings_for(config: Any) -> str:
 
 def test_parameters_of_other_methods_change_nothing_and_are_named(paths: list[Path], tmp_path: Path) -> None:
     plain = config_for("model_stock", paths)
-    weighed = {**plain, "models": [{**model, "parameters": {"weight": [1, 2]}} for model in plain["models"]],
-               "parameters": {"int8_mask": True, "normalize": True}}  # fmt: skip
+    weighed = {
+        **plain,
+        "models": [{**model, "parameters": {"weight": [1, 2]}} for model in plain["models"]],
+        "parameters": {"int8_mask": True, "normalize": True},
+    }
     assert warnings_for(weighed).count("ignored: model_stock has no 'weight'") == 3
     for config, name in ((plain, "a"), (weighed, "b")):
         merge(config, tmp_path / name)

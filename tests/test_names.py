@@ -88,9 +88,16 @@ def mix(a: Tensors, b: Tensors, begins: Mapping[str, str]) -> Tensors:
 
 @pytest.mark.parametrize(
     ("prefix", "other"),
-    [("model.", ""), ("", "model."), ("bert.", ""), ("model.", "language_model.model."),
-     ("model.language_model.", "language_model.model."), ("transformer.", "base_model.model.model."), ("0.auto_model.", "")],
-)  # fmt: skip
+    [
+        ("model.", ""),
+        ("", "model."),
+        ("bert.", ""),
+        ("model.", "language_model.model."),
+        ("model.language_model.", "language_model.model."),
+        ("transformer.", "base_model.model.model."),
+        ("0.auto_model.", ""),
+    ],
+)
 def test_names_that_begin_otherwise_are_matched_and_the_output_has_the_first_models(
     prefix: str, other: str, tmp_path: Path
 ) -> None:
@@ -110,9 +117,10 @@ def test_the_heads_of_wrapped_models_move_with_them(tmp_path: Path) -> None:
     new = text(1, "model.language_model.") | tower(1)
     config = linear(write(tmp_path / "new", new), write(tmp_path / "old", old))
     begins = {
-        "model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head",
+        "model.language_model.": "language_model.model.",
+        "lm_head": "language_model.lm_head",
         "model.": "",
-    }  # fmt: skip
+    }
     assert_is(merged(config, tmp_path / "out"), mix(new, old, begins))
 
 
@@ -304,13 +312,26 @@ def test_what_is_missing_is_counted_by_what_it_has_in_common() -> None:
 
 def test_the_same_model_twice_is_fine_where_nothing_is_random(tmp_path: Path) -> None:
     a, b = (write(tmp_path / n, text(i)) for i, n in enumerate("ab"))
-    once = {"merge_method": "linear", "models": [{"model": str(a), "parameters": {"weight": 0.75}},
-            {"model": str(b), "parameters": {"weight": 0.25}}]}  # fmt: skip
-    twice = {"merge_method": "linear", "models": [{"model": str(p), "parameters": {"weight": w}}
-             for p, w in ((a, 0.5), (b, 0.25), (a, 0.25))]}  # fmt: skip
+    once = {
+        "merge_method": "linear",
+        "models": [
+            {"model": str(a), "parameters": {"weight": 0.75}},
+            {"model": str(b), "parameters": {"weight": 0.25}},
+        ],
+    }
+    twice = {
+        "merge_method": "linear",
+        "models": [
+            {"model": str(p), "parameters": {"weight": w}} for p, w in ((a, 0.5), (b, 0.25), (a, 0.25))
+        ],
+    }
     assert_is(merged(twice, tmp_path / "twice"), merged(once, tmp_path / "once"))
-    trimmed = {"merge_method": "ties", "base_model": str(b), "models": [str(a), str(a)],
-               "parameters": {"density": 0.5, "weight": 1.0}}  # fmt: skip
+    trimmed = {
+        "merge_method": "ties",
+        "base_model": str(b),
+        "models": [str(a), str(a)],
+        "parameters": {"density": 0.5, "weight": 1.0},
+    }
     plan(trimmed, memory="1GiB")
 
 
@@ -321,9 +342,11 @@ def test_two_models_of_the_same_content_are_refused_by_plan_where_drops_are_rand
     base, a = write(tmp_path / "base", text(0)), write(tmp_path / "a", text(1))
     b = write(tmp_path / "b", text(1)) if copied else a
     config: dict[str, Any] = {
-        "merge_method": "dare_linear", "base_model": str(base), "parameters": {"density": 0.5, "weight": 1.0},
+        "merge_method": "dare_linear",
+        "base_model": str(base),
+        "parameters": {"density": 0.5, "weight": 1.0},
         "models": [{"model": str(a)}, {"model": str(b)}],
-    }  # fmt: skip
+    }
     with pytest.raises(ConfigError, match=r"models\[1\]: .*give it an `alias` of its own"):
         check_beforehand(plan(config, memory="1GiB"), None)
     config["models"][1]["alias"] = "other"
@@ -333,13 +356,23 @@ def test_two_models_of_the_same_content_are_refused_by_plan_where_drops_are_rand
 # ---- modules of vision-language models --------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "place"), [
-    ("visual.merger.mlp.0.weight", 2), ("model.visual.merger.ln_q.weight", 2),
-    ("model.visual.deepstack_merger_list.0.norm.weight", 2), ("thinker.visual.merger_list.1.mlp.0.weight", 2),
-    ("model.visual.blocks.0.attn.qkv.weight", 1), ("model.visual.patch_embed.proj.weight", 1),
-    ("model.connector.modality_projection.proj.weight", 2), ("mlp1.0.weight", 2), ("aligner.fc1.weight", 2),
-    ("vision_model.encoder.layers.0.mlp.fc1.weight", 1), ("model.layers.0.mlp.up_proj.weight", 0), ("lm_head.weight", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("visual.merger.mlp.0.weight", 2),
+        ("model.visual.merger.ln_q.weight", 2),
+        ("model.visual.deepstack_merger_list.0.norm.weight", 2),
+        ("thinker.visual.merger_list.1.mlp.0.weight", 2),
+        ("model.visual.blocks.0.attn.qkv.weight", 1),
+        ("model.visual.patch_embed.proj.weight", 1),
+        ("model.connector.modality_projection.proj.weight", 2),
+        ("mlp1.0.weight", 2),
+        ("aligner.fc1.weight", 2),
+        ("vision_model.encoder.layers.0.mlp.fc1.weight", 1),
+        ("model.layers.0.mlp.up_proj.weight", 0),
+        ("lm_head.weight", 0),
+    ],
+)
 def test_projectors_are_told_from_towers_by_their_names(name: str, place: int) -> None:
     assert owner(name, ["text_decoder", "vision_tower", "multi_modal_projector"]) == place
 

@@ -44,9 +44,12 @@ def warnings_of(config: Any, out: Path, **options: Any) -> list[str]:
 
 @pytest.mark.parametrize(("method", "parameters"), VARIANTS)
 def test_only_the_elements_concerned_are_not_finite_whatever_the_method_and_the_pieces(
-    method: str, parameters: dict[str, Any], make_models: Callable[..., list[Path]],
-    small_capacity: Callable[[int, int], None], tmp_path: Path,
-) -> None:  # fmt: skip
+    method: str,
+    parameters: dict[str, Any],
+    make_models: Callable[..., list[Path]],
+    small_capacity: Callable[[int, int], None],
+    tmp_path: Path,
+) -> None:
     paths = make_models()
     plant(paths[1])
     config = config_for(method, paths, parameters=parameters, seed=7)
@@ -126,7 +129,14 @@ def test_a_merge_that_was_refused_goes_on_with_warn_and_back(
             stop.set()
 
     try:
-        merge(config, out, nonfinite="warn", stop=stop, on_event=stop_late, signal_received=lambda: 15 if stop.is_set() else None)  # fmt: skip
+        merge(
+            config,
+            out,
+            nonfinite="warn",
+            stop=stop,
+            on_event=stop_late,
+            signal_received=lambda: 15 if stop.is_set() else None,
+        )
     except Stopped:
         # What is not finite is not believed where it is an error.
         with pytest.raises(ModelError):

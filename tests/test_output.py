@@ -286,12 +286,18 @@ def test_empty_scalar_and_deep_tensors_are_merged(make_models: Make, tmp_path: P
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [("ties", {"density": 0.3}), ("ties", {"density": 0.3, "trim_scope": "model"}), ("task_arithmetic", {})],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("capacity", [1 << 16, 1 << 30])
 def test_a_value_that_is_not_finite_is_refused_naming_file_tensor_and_element(
-    capacity: int, method: str, parameters: dict[str, Any], which: int, value: float, make_models: Make,
-    small_capacity: Callable[[int, int], None], tmp_path: Path,
-) -> None:  # fmt: skip
+    capacity: int,
+    method: str,
+    parameters: dict[str, Any],
+    which: int,
+    value: float,
+    make_models: Make,
+    small_capacity: Callable[[int, int], None],
+    tmp_path: Path,
+) -> None:
     small_capacity(capacity, 2)
     paths = make_models(shapes=SHAPES)
     tensor = load_file(paths[which] / "model.safetensors")["embed.weight"]

@@ -45,13 +45,27 @@ from tests.conftest import config_for, read_tensors, write_model
 
 
 def make_job(
-    ordinal: int, shape: tuple[int, ...], n_models: int = 2, dtype: str = "BF16", kind: str = "merge",
-    out: str | None = None, has_base: bool = True, name: str | None = None,
-) -> Job:  # fmt: skip
+    ordinal: int,
+    shape: tuple[int, ...],
+    n_models: int = 2,
+    dtype: str = "BF16",
+    kind: str = "merge",
+    out: str | None = None,
+    has_base: bool = True,
+    name: str | None = None,
+) -> Job:
     n = math.prod(shape)
     ref = TensorRef(name or f"t{ordinal}", dtype, shape, "model.safetensors", 0, n * BITS[dtype] // 8)
-    return Job(ordinal, ref.name, out or dtype, shape, kind, (ref,) * n_models,  # type: ignore[arg-type]
-               ref if has_base else None, {})  # fmt: skip
+    return Job(
+        ordinal,
+        ref.name,
+        out or dtype,
+        shape,
+        kind,
+        (ref,) * n_models,  # type: ignore[arg-type]
+        ref if has_base else None,
+        {},
+    )
 
 
 def no_workspace(job: Job, n: int) -> int:
@@ -67,20 +81,30 @@ MERGE = st.builds(
     lambda shape, n, dtype, out, base: (
         {"shape": shape, "n_models": n, "dtype": dtype, "out": out, "has_base": base}
     ),
-    SHAPE, st.integers(1, 6), st.sampled_from(sorted(FLOATS)), st.sampled_from([None, *sorted(FLOATS)]),
+    SHAPE,
+    st.integers(1, 6),
+    st.sampled_from(sorted(FLOATS)),
+    st.sampled_from([None, *sorted(FLOATS)]),
     st.booleans(),
-)  # fmt: skip
+)
 OTHER = st.builds(
     lambda shape, kind, dtype: {
-        "shape": shape, "kind": kind, "dtype": dtype, "n_models": 1 if kind == "copy" else 3, "has_base": False,
+        "shape": shape,
+        "kind": kind,
+        "dtype": dtype,
+        "n_models": 1 if kind == "copy" else 3,
+        "has_base": False,
     },
-    SHAPE, st.sampled_from(["copy", "agree"]), st.sampled_from(["I64", "BOOL", "U8", "BF16"]),
-)  # fmt: skip
+    SHAPE,
+    st.sampled_from(["copy", "agree"]),
+    st.sampled_from(["I64", "BOOL", "U8", "BF16"]),
+)
 ACCESS = st.sampled_from([Access.ELEMENTWISE, Access.ROW, Access.TENSOR, Access.MODEL])
 BUDGET = st.builds(
     lambda capacity, threads: Budget(capacity + 100 * MIB, 100 * MIB, threads),
-    st.integers(SMALLEST_CAPACITY, 256 * MIB), st.integers(1, 64),
-)  # fmt: skip
+    st.integers(SMALLEST_CAPACITY, 256 * MIB),
+    st.integers(1, 64),
+)
 
 
 def arrange(
@@ -158,8 +182,11 @@ def test_a_tensor_too_large_to_hold_is_surveyed_once_before_its_pieces(
 
 @given(
     st.lists(st.tuples(st.one_of(MERGE, OTHER), ACCESS), min_size=1, max_size=5),
-    BUDGET, BUDGET, st.randoms(use_true_random=False), st.floats(0, 1),
-)  # fmt: skip
+    BUDGET,
+    BUDGET,
+    st.randoms(use_true_random=False),
+    st.floats(0, 1),
+)
 @settings(max_examples=60, deadline=None)
 def test_what_is_done_is_not_done_again_even_with_another_budget(
     descriptions: list[tuple[dict[str, Any], Access]],
@@ -191,8 +218,9 @@ def test_what_is_done_is_not_done_again_even_with_another_budget(
 def test_all_done_means_no_steps_but_empty_tensors() -> None:
     budget = Budget(200 * MIB, 100 * MIB, 2)
     descriptions: list[tuple[dict[str, Any], Access]] = [
-        ({"shape": (100, 100)}, Access.TENSOR), ({"shape": (7,)}, Access.ELEMENTWISE),
-    ]  # fmt: skip
+        ({"shape": (100, 100)}, Access.TENSOR),
+        ({"shape": (7,)}, Access.ELEMENTWISE),
+    ]
     jobs, work = arrange(descriptions, budget)
     assert list(steps(jobs, work, budget, {0: [(0, 10_000)], 1: [(0, 3), (3, 7)]})) == []
     assert list(steps(jobs, work, budget, {0: [(0, 10_000)]})) == [
@@ -284,10 +312,26 @@ def test_what_is_kept_of_every_row_or_column_counts_as_memory(make_models: Calla
 # --- the layout
 
 ALL_DTYPES = [
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64,
-    torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn,
-    torch.float8_e5m2, torch.float8_e8m0fnu, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.complex64,
-]  # fmt: skip
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.uint32,
+    torch.int64,
+    torch.uint64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e8m0fnu,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.complex64,
+]
 
 
 def tensors_of_all_dtypes() -> dict[str, torch.Tensor]:
@@ -322,9 +366,11 @@ def test_each_of_many_shards_is_what_safetensors_writes_too(shard_size: int, tmp
     tensors = tensors_of_all_dtypes()
     model = write_model(tmp_path / "in", tensors)
     merge(
-        {"merge_method": "passthrough", "models": [{"model": str(model)}]}, tmp_path / "out",
-        memory="1GiB", shard_size=shard_size,
-    )  # fmt: skip
+        {"merge_method": "passthrough", "models": [{"model": str(model)}]},
+        tmp_path / "out",
+        memory="1GiB",
+        shard_size=shard_size,
+    )
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 1
@@ -347,16 +393,24 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 
 
 @given(
-    st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(d for d in BITS if BITS[d] >= 8)),
-                                     st.lists(st.integers(0, 9), max_size=3)), min_size=1, max_size=12),
+    st.dictionaries(
+        NAMES,
+        st.tuples(
+            st.sampled_from(sorted(d for d in BITS if BITS[d] >= 8)), st.lists(st.integers(0, 9), max_size=3)
+        ),
+        min_size=1,
+        max_size=12,
+    ),
     st.integers(1, 3000),
-)  # fmt: skip
+)
 @settings(max_examples=100, deadline=None)
 def test_offsets_are_contiguous_and_headers_parse(
     tensors: dict[str, tuple[str, list[int]]], shard_size: int
 ) -> None:
-    jobs = [make_job(i, tuple(shape), 1, dtype, "copy", has_base=False, name=name)
-            for i, (name, (dtype, shape)) in enumerate(tensors.items())]  # fmt: skip
+    jobs = [
+        make_job(i, tuple(shape), 1, dtype, "copy", has_base=False, name=name)
+        for i, (name, (dtype, shape)) in enumerate(tensors.items())
+    ]
     layout = lay_out(jobs, shard_size)
     assert sorted(job for shard in layout.shards for job in shard.jobs) == list(range(len(jobs)))
     for number, shard in enumerate(layout.shards):
@@ -371,8 +425,10 @@ def test_offsets_are_contiguous_and_headers_parse(
             assert (slot.shard, slot.offset, slot.nbytes) == (number, position, job.output_bytes)
             begin = position - len(shard.header)
             assert header.pop(job.name) == {
-                "dtype": job.dtype, "shape": list(job.shape), "data_offsets": [begin, begin + slot.nbytes],
-            }  # fmt: skip
+                "dtype": job.dtype,
+                "shape": list(job.shape),
+                "data_offsets": [begin, begin + slot.nbytes],
+            }
             assert slot.offset % min(8, itemsize(job.dtype)) == 0 or job.output_bytes == 0
             position += slot.nbytes
         assert header == {}
@@ -393,8 +449,11 @@ def test_the_output_dtype_applies_to_floats_only(
     make_models: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     paths = make_models(shapes={"w": (4, 4)})
-    for keys, expected in [({}, "BF16"), ({"dtype": "float32"}, "F32"),
-                           ({"dtype": "float32", "out_dtype": "float16"}, "F16")]:  # fmt: skip
+    for keys, expected in [
+        ({}, "BF16"),
+        ({"dtype": "float32"}, "F32"),
+        ({"dtype": "float32", "out_dtype": "float16"}, "F16"),
+    ]:
         decided = plan(config_for("linear", paths, **keys), memory="1GiB")
         assert {job.name: job.dtype for job in decided.jobs} == {"w": expected, "position_ids": "I64"}
         merge(config_for("linear", paths, **keys), tmp_path / expected, memory="1GiB")
@@ -435,22 +494,54 @@ def models_of(tmp_path: Path, *models: dict[str, torch.Tensor]) -> list[Path]:
 X = torch.ones(4, 6)
 ROWS = {"a": X, "b": X}
 REFUSED: list[tuple[str, list[dict[str, torch.Tensor]], str]] = [
-    ("missing in a model", [ROWS, ROWS, {"a": X}],
-     "model 2: tensor b is missing, .*model 0 has it; list it under `exclude:` to copy it from there"),
+    (
+        "missing in a model",
+        [ROWS, ROWS, {"a": X}],
+        "model 2: tensor b is missing, .*model 0 has it; list it under `exclude:` to copy it from there",
+    ),
     ("several missing", [{**ROWS, "c": X}, ROWS, {"a": X}], "model 1: tensor c is missing"),
-    ("missing in the base", [{"a": X}, ROWS, ROWS],
-     "model 0: tensor b is missing, all other models have it; list it under `exclude:` to leave it out"),
-    ("another vocabulary", [ROWS, ROWS, {"a": X, "b": torch.ones(5, 6)}],
-     r"tensor b: \[5, 6\] in .*, \[4, 6\] in .*; vocabularies differ: align them with `tokenizer_source: union`"),
-    ("another shape", [ROWS, ROWS, {"a": X, "b": torch.ones(6, 4)}], r"tensor b: \[6, 4\] in .*; shapes differ: "),
+    (
+        "missing in the base",
+        [{"a": X}, ROWS, ROWS],
+        "model 0: tensor b is missing, all other models have it; list it under `exclude:` to leave it out",
+    ),
+    (
+        "another vocabulary",
+        [ROWS, ROWS, {"a": X, "b": torch.ones(5, 6)}],
+        r"tensor b: \[5, 6\] in .*, \[4, 6\] in .*; vocabularies differ: align them with `tokenizer_source: union`",
+    ),
+    (
+        "another shape",
+        [ROWS, ROWS, {"a": X, "b": torch.ones(6, 4)}],
+        r"tensor b: \[6, 4\] in .*; shapes differ: ",
+    ),
     ("same count, another rank", [ROWS, ROWS, {"a": X, "b": torch.ones(24)}], r"tensor b: \[24\] in "),
-    ("floats against integers", [ROWS, ROWS, {"a": X, "b": X.int()}], "tensor b: I32 in .*, F32 in .*; these cannot"),
-    ("integers against floats", [{"a": X, "b": X.int()}, ROWS, ROWS], "tensor b: F32 in .*, I32 in .*; these cannot"),
-    ("integers of two widths", [{"b": X.int()}, {"b": X.int()}, {"b": X.long()}],
-     r"tensor b: integer dtypes differ \(I32, I64\); list it under `exclude:`"),
-    ("a quantised dtype", [{"b": X.to(torch.float8_e8m0fnu)}] * 3, "tensor b in .* is F8_E8M0, a quantised or complex"),
-    ("complex numbers", [{"b": X.to(torch.complex64)}] * 3, "tensor b in .* is C64, a quantised or complex dtype"),
-]  # fmt: skip
+    (
+        "floats against integers",
+        [ROWS, ROWS, {"a": X, "b": X.int()}],
+        "tensor b: I32 in .*, F32 in .*; these cannot",
+    ),
+    (
+        "integers against floats",
+        [{"a": X, "b": X.int()}, ROWS, ROWS],
+        "tensor b: F32 in .*, I32 in .*; these cannot",
+    ),
+    (
+        "integers of two widths",
+        [{"b": X.int()}, {"b": X.int()}, {"b": X.long()}],
+        r"tensor b: integer dtypes differ \(I32, I64\); list it under `exclude:`",
+    ),
+    (
+        "a quantised dtype",
+        [{"b": X.to(torch.float8_e8m0fnu)}] * 3,
+        "tensor b in .* is F8_E8M0, a quantised or complex",
+    ),
+    (
+        "complex numbers",
+        [{"b": X.to(torch.complex64)}] * 3,
+        "tensor b in .* is C64, a quantised or complex dtype",
+    ),
+]
 
 
 @pytest.mark.parametrize(("tensors", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])

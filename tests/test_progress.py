@@ -21,9 +21,17 @@ from tests.resume.slow_merge import Slow
 
 GIB = 1 << 30
 PLAN = {
-    "models": ["m/math", "m/code"], "method": "ties", "base_model": "m/base", "out": "merged", "elements": 1000,
-    "bytes_to_read": 5 * GIB, "bytes_to_write": 2 * GIB, "bytes_of_passes": 0, "memory": GIB // 2, "warnings": [],
-}  # fmt: skip
+    "models": ["m/math", "m/code"],
+    "method": "ties",
+    "base_model": "m/base",
+    "out": "merged",
+    "elements": 1000,
+    "bytes_to_read": 5 * GIB,
+    "bytes_to_write": 2 * GIB,
+    "bytes_of_passes": 0,
+    "memory": GIB // 2,
+    "warnings": [],
+}
 
 
 class Clock:

@@ -55,9 +55,14 @@ CASES: list[Case] = [
 
 
 def run_both(
-    method: str, parameters: dict[str, Any], paths: list[Path], out: Path, double: bool = False,
-    weights: tuple[float, ...] = WEIGHTS, densities: tuple[float, ...] | None = None,
-) -> tuple[dict[str, np.ndarray], reference.Merged, list[int]]:  # fmt: skip
+    method: str,
+    parameters: dict[str, Any],
+    paths: list[Path],
+    out: Path,
+    double: bool = False,
+    weights: tuple[float, ...] = WEIGHTS,
+    densities: tuple[float, ...] | None = None,
+) -> tuple[dict[str, np.ndarray], reference.Merged, list[int]]:
     """Merge with the product and with the reference; also return the product's kept counts."""
     aliases = ALIASES[: len(weights)]
     models = [
@@ -81,17 +86,32 @@ def run_both(
         expected = reference.task_arithmetic(base, tensors, weights, **common)
     elif method == "ties":
         expected = reference.ties(
-            base, tensors, weights, densities, **common, **random,
-            normalize=parameters.get("normalize", True), scope=parameters.get("trim_scope", "tensor"),
-            plus_one=parameters.get("count") == "floor+1", policy=parameters.get("ties", "thin"),
-            zero_sign=parameters.get("zero_sign", "zero"), l1=parameters.get("rescale") == "l1",
-        )  # fmt: skip
+            base,
+            tensors,
+            weights,
+            densities,
+            **common,
+            **random,
+            normalize=parameters.get("normalize", True),
+            scope=parameters.get("trim_scope", "tensor"),
+            plus_one=parameters.get("count") == "floor+1",
+            policy=parameters.get("ties", "thin"),
+            zero_sign=parameters.get("zero_sign", "zero"),
+            l1=parameters.get("rescale") == "l1",
+        )
     else:
         expected = reference.dare(
-            base, tensors, weights, densities, **common, **random, elect=method == "dare_ties",
-            normalize=parameters.get("normalize", False), rescale=parameters.get("rescale", "paper"),
+            base,
+            tensors,
+            weights,
+            densities,
+            **common,
+            **random,
+            elect=method == "dare_ties",
+            normalize=parameters.get("normalize", False),
+            rescale=parameters.get("rescale", "paper"),
             zero_sign=parameters.get("zero_sign", "zero"),
-        )  # fmt: skip
+        )
     return as_float64(out), expected, [entry["kept"] for entry in found]
 
 
@@ -115,9 +135,13 @@ def assert_equal_to_the_last_bit_but_ties(
     ids=["continuous fp32", "bf16 lattice", "bf16 lattice with many ties", "fp16"],
 )
 def test_a_merge_is_the_reference_rounded_once(
-    method: str, parameters: dict[str, Any], dtype: torch.dtype, spread: float,
-    make_models: Callable[..., list[Path]], tmp_path: Path,
-) -> None:  # fmt: skip
+    method: str,
+    parameters: dict[str, Any],
+    dtype: torch.dtype,
+    spread: float,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+) -> None:
     paths = make_models(dtype=dtype, spread=spread, shapes=SHAPES)
     merged, expected, kept = run_both(method, parameters, paths, tmp_path / "out")
     if expected.masks:
@@ -144,9 +168,13 @@ def test_every_model_has_its_own_density_and_sign_of_weight(
 ) -> None:
     paths = make_models(spread=2e-4, shapes=SHAPES)
     merged, expected, kept = run_both(
-        "ties", {"trim_scope": scope, "normalize": False}, paths, tmp_path / "ties",
-        weights=(1.0, -0.5, 2.0), densities=(0.1, 1.0, 0.5),
-    )  # fmt: skip
+        "ties",
+        {"trim_scope": scope, "normalize": False},
+        paths,
+        tmp_path / "ties",
+        weights=(1.0, -0.5, 2.0),
+        densities=(0.1, 1.0, 0.5),
+    )
     assert kept == expected.kept
     assert_equal_to_the_last_bit_but_ties(merged, expected, "bfloat16")
     merged, expected, kept = run_both(

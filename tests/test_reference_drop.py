@@ -65,9 +65,13 @@ def kept_of(out: Path) -> list[int]:
 @pytest.mark.parametrize("parameters", FISHER, ids=str)
 @pytest.mark.parametrize(("dtype", "spread"), LATTICES, ids=NAMES)
 def test_a_fisher_merge_is_the_reference_rounded_once_at_any_memory(
-    parameters: dict[str, Any], dtype: torch.dtype, spread: float,
-    make_models: Callable[..., list[Path]], small_capacity: Callable[[int, int], None], tmp_path: Path,
-) -> None:  # fmt: skip
+    parameters: dict[str, Any],
+    dtype: torch.dtype,
+    spread: float,
+    make_models: Callable[..., list[Path]],
+    small_capacity: Callable[[int, int], None],
+    tmp_path: Path,
+) -> None:
     paths = make_models(dtype=dtype, spread=spread, shapes=SHAPES)
     options = {**PRESETS.get(parameters.get("preset", ""), {}), **parameters}
     options.pop("preset", None)
@@ -103,9 +107,15 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("method", "parameters"), METHODS, ids=[name for name, _ in METHODS])
 @pytest.mark.parametrize(("dtype", "spread"), [LATTICES[0], LATTICES[2]], ids=[NAMES[0], NAMES[2]])
 def test_a_drop_before_a_method_is_the_method_of_the_dropped_models(
-    spec: DropSpec, method: str, parameters: dict[str, Any], dtype: torch.dtype, spread: float,
-    make_models: Callable[..., list[Path]], small_capacity: Callable[[int, int], None], tmp_path: Path,
-) -> None:  # fmt: skip
+    spec: DropSpec,
+    method: str,
+    parameters: dict[str, Any],
+    dtype: torch.dtype,
+    spread: float,
+    make_models: Callable[..., list[Path]],
+    small_capacity: Callable[[int, int], None],
+    tmp_path: Path,
+) -> None:
     paths = make_models(dtype=dtype, spread=spread, shapes=SHAPES)
     drop = {
         "drop_rate": spec.rate,
@@ -220,21 +230,35 @@ def test_a_drop_without_a_base_is_refused(make_models: Callable[..., list[Path]]
 # --- Fisher: laws
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
-certainty = st.one_of(st.just(0.0), st.floats(0.0, 1.0, width=32), st.floats(0.0, 2.0**127, width=32),
-                      st.floats(0.0, 2.0**-126, width=32))  # fmt: skip
+certainty = st.one_of(
+    st.just(0.0),
+    st.floats(0.0, 1.0, width=32),
+    st.floats(0.0, 2.0**127, width=32),
+    st.floats(0.0, 2.0**-126, width=32),
+)
 
 
 @given(
-    st.lists(st.tuples(st.lists(finite, min_size=3, max_size=3), st.lists(certainty, min_size=3, max_size=3)),
-             min_size=1, max_size=40),
+    st.lists(
+        st.tuples(st.lists(finite, min_size=3, max_size=3), st.lists(certainty, min_size=3, max_size=3)),
+        min_size=1,
+        max_size=40,
+    ),
     st.lists(st.floats(1e-20, 1e20), min_size=3, max_size=3),
-    st.floats(0.0, 1.0), st.booleans(), st.booleans(), st.sampled_from(["F32", "BF16"]),
-)  # fmt: skip
+    st.floats(0.0, 1.0),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(["F32", "BF16"]),
+)
 @settings(max_examples=300, deadline=None)
 def test_the_result_lies_between_the_models_and_torch_and_kernel_agree(
-    elements: list[tuple[list[float], list[float]]], coefficients: list[float], floor: float, add: bool,
-    average: bool, out_dtype: str,
-) -> None:  # fmt: skip
+    elements: list[tuple[list[float], list[float]]],
+    coefficients: list[float],
+    floor: float,
+    add: bool,
+    average: bool,
+    out_dtype: str,
+) -> None:
     n = len(elements)
     values = np.array([theta for theta, _ in elements], np.float32).T.copy()
     fishers = np.array([known for _, known in elements], np.float32).T.copy()

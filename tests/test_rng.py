@@ -80,10 +80,16 @@ def test_any_key_is_that_of_the_reference(seed: int, purpose: str, model: str, t
 
 def test_no_two_coordinates_share_a_key() -> None:
     coordinates = [
-        (0, "dare", "a", "bc"), (0, "dare", "ab", "c"), (0, "dare", "", "abc"), (0, "dare", "abc", ""),
-        (0, "darea", "", "bc"), (0, "ties", "a", "bc"), (1, "dare", "a", "bc"), (2**63, "dare", "a", "bc"),
+        (0, "dare", "a", "bc"),
+        (0, "dare", "ab", "c"),
+        (0, "dare", "", "abc"),
+        (0, "dare", "abc", ""),
+        (0, "darea", "", "bc"),
+        (0, "ties", "a", "bc"),
+        (1, "dare", "a", "bc"),
+        (2**63, "dare", "a", "bc"),
         (struct.unpack("<Q", b"\1\0\0\0a\0\0\0")[0], "dare", "", "bc"),
-    ]  # fmt: skip
+    ]
     assert len({derive_key(*c) for c in coordinates}) == len(coordinates)
 
 
@@ -99,9 +105,11 @@ def test_words_are_the_known_ones_in_torch_in_the_kernel_and_in_the_reference() 
 
 @pytest.mark.parametrize(
     ("p", "limit", "keep"),
-    [(0.5, 2147483648, "10100010010001100101101000001101"),
-     (0.9, 3865470566, "00100000000000100000000000001000")],
-)  # fmt: skip
+    [
+        (0.5, 2147483648, "10100010010001100101101000001101"),
+        (0.9, 3865470566, "00100000000000100000000000001000"),
+    ],
+)
 def test_masks_are_the_known_ones(p: float, limit: int, keep: str) -> None:
     assert threshold(p) == limit
     for implementation in (kernel_words, numpy_words):
@@ -124,11 +132,15 @@ def test_thresholds_have_full_resolution(p: float, expected: int) -> None:
 
 
 @given(
-    start=st.one_of(st.integers(0, 5000), st.integers(2**32 - 9, 2**32 + 9), st.integers(2**34 - 9, 2**34 + 9),
-                    st.integers(2**40, 2**41)),
+    start=st.one_of(
+        st.integers(0, 5000),
+        st.integers(2**32 - 9, 2**32 + 9),
+        st.integers(2**34 - 9, 2**34 + 9),
+        st.integers(2**40, 2**41),
+    ),
     n=st.integers(0, 700),
     seed=st.integers(0, 9),
-)  # fmt: skip
+)
 @settings(max_examples=150, deadline=None)
 def test_torch_and_kernel_words_agree_for_any_start_and_length(start: int, n: int, seed: int) -> None:
     key = derive_key(seed, "ties", "m", "t")
@@ -296,9 +308,12 @@ def test_the_battery_finds_a_key_without_model_tensor_or_seed() -> None:
     def without(part: str) -> Mask:
         def mask(seed: int, model: str, tensor: str, n: int, p: float) -> np.ndarray:
             return product_mask(
-                0 if part == "seed" else seed, "" if part == "model" else model,
-                "" if part == "tensor" else tensor, n, p,
-            )  # fmt: skip
+                0 if part == "seed" else seed,
+                "" if part == "model" else model,
+                "" if part == "tensor" else tensor,
+                n,
+                p,
+            )
 
         return mask
 

@@ -95,8 +95,10 @@ def test_sce_of_models_that_are_the_same_selects_nothing() -> None:
 def test_arcee_fusion_takes_over_what_lies_far_above_the_median() -> None:
     wanted = follow("arcee_fusion", 1)
     assert [(type(r), r.q, r.count(9), r.count(1)) for r in wanted] == [
-        (Quantile, 0.25, 7, 1), (Quantile, 0.5, 5, 1), (Quantile, 0.75, 3, 1),
-    ]  # fmt: skip
+        (Quantile, 0.25, 7, 1),
+        (Quantile, 0.5, 5, 1),
+        (Quantile, 0.75, 3, 1),
+    ]
     # 1 + 1.5 (2 - 0.5) = 3.25
     recipe = follow("arcee_fusion", 1, [Threshold(key(value), 1, 1) for value in (0.5, 1.0, 2.0)])
     assert recipe.selection.cut == Cut(key(3.25), "all")
@@ -190,9 +192,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ids=["close", "far apart", "many ties", "fp16"],
 )
 def test_a_merge_is_the_reference_rounded_once(
-    method: str, parameters: dict[str, Any], dtype: torch.dtype, spread: float,
-    make_models: Callable[..., list[Path]], tmp_path: Path,
-) -> None:  # fmt: skip
+    method: str,
+    parameters: dict[str, Any],
+    dtype: torch.dtype,
+    spread: float,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+) -> None:
     paths = make_models(dtype=dtype, spread=spread, shapes=SHAPES)
     paths = paths[: 2 if method == "arcee_fusion" else 4]
     merge(config_for(method, paths, parameters=parameters), tmp_path / "out", memory="1GiB")
@@ -202,9 +208,12 @@ def test_a_merge_is_the_reference_rounded_once(
         thetas = [tensor[name] for tensor in tensors]
         if method == "sce":
             expected, count = sce(
-                base[name], thetas, parameters.get("select_topk", 1.0), "zero_sign" in parameters,
+                base[name],
+                thetas,
+                parameters.get("select_topk", 1.0),
+                "zero_sign" in parameters,
                 parameters.get("floor", 0.0),
-            )  # fmt: skip
+            )
         else:
             expected, count = arcee_fusion(base[name], thetas[0])
         selected += count
@@ -235,9 +244,12 @@ def test_ties_of_the_spread_go_by_index(make_models: Callable[..., list[Path]], 
     [(m, p) for m, p in VARIANTS if m in ("sce", "arcee_fusion", "ramplus_tl") or "nuslerp_row_wise" in p],
 )
 def test_a_tensor_in_memory_may_be_passed_over_in_parts(
-    method: str, parameters: dict[str, Any], make_models: Callable[..., list[Path]], tmp_path: Path,
+    method: str,
+    parameters: dict[str, Any],
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     config = config_for(method, make_models(spread=1e-4), parameters=parameters)
     merge(config, tmp_path / "whole")
     monkeypatch.setattr(chunk, "_COUNTED_AT_ONCE", 5000)

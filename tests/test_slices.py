@@ -158,12 +158,13 @@ def test_each_slice_has_sources_and_parameters_of_its_own(models: dict[str, Path
 
 def test_a_gradient_runs_over_the_layers_of_its_slice(models: dict[str, Path], tmp_path: Path) -> None:
     config = {
-        "merge_method": "linear", "parameters": {"normalize": False},
+        "merge_method": "linear",
+        "parameters": {"normalize": False},
         "slices": [
             {"sources": [source(models["c"], 0, 3, weight=[1.0, 3.0])]},
             {"sources": [source(models["c"], 3, 4, weight=[1.0, 3.0])]},
         ],
-    }  # fmt: skip
+    }
     found, c = merged(config, tmp_path / "out"), read_tensors(models["c"])
     for number, weight in enumerate([1.0, 2.0, 3.0, 3.0]):
         for rest, tensor in layer(found, number).items():
@@ -208,12 +209,13 @@ def test_the_base_may_have_layers_of_its_own_in_a_slice(
 
 def test_a_slice_of_the_base_alone_is_copied(models: dict[str, Path], tmp_path: Path) -> None:
     config = {
-        "merge_method": "task_arithmetic", "base_model": str(models["base"]),
+        "merge_method": "task_arithmetic",
+        "base_model": str(models["base"]),
         "slices": [
             {"sources": [source(models["base"], 0, 2)]},
             {"sources": [source(models["base"], 2, 4), source(models["a"], 2, 4, weight=1.0)]},
         ],
-    }  # fmt: skip
+    }
     found = merged(config, tmp_path / "out")
     base, a = read_tensors(models["base"]), read_tensors(models["a"])
     assert_same(layer(found, 1), layer(base, 1))
@@ -248,9 +250,11 @@ def test_memory_and_threads_change_no_byte_of_a_stack(
         {"sources": [source(models["a"], 0, 4), source(models["c"], 2, 6)]},
     ]
     config = {
-        "merge_method": "dare_ties", "base_model": str(models["base"]), "slices": slices,
+        "merge_method": "dare_ties",
+        "base_model": str(models["base"]),
+        "slices": slices,
         "parameters": {"density": 0.5, "weight": 0.7},
-    }  # fmt: skip
+    }
     merge(config, tmp_path / "one")
     small_capacity(300_000, 3)
     merge(config, tmp_path / "two")
@@ -324,11 +328,15 @@ def test_each_module_is_merged_by_itself(vlms: dict[str, Path], tmp_path: Path) 
             "text_decoder": {
                 "slices": [{"sources": [source(vlms["x"], 0, 2)]}, {"sources": [source(vlms["y"], 0, 3)]}]
             },
-            "vision_tower": {"models": [{"model": str(vlms["x"]), "parameters": {"weight": 3.0}},
-                                        {"model": str(vlms["y"]), "parameters": {"weight": 1.0}}]},
+            "vision_tower": {
+                "models": [
+                    {"model": str(vlms["x"]), "parameters": {"weight": 3.0}},
+                    {"model": str(vlms["y"]), "parameters": {"weight": 1.0}},
+                ]
+            },
             "multi_modal_projector": {"models": [str(vlms["y"])]},
         },
-    }  # fmt: skip
+    }
     found = merged(config, tmp_path / "out")
     x, y = read_tensors(vlms["x"]), read_tensors(vlms["y"])
     text = "model.language_model.layers"

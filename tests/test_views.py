@@ -156,12 +156,23 @@ def trainer_state(weights: dict[str, torch.Tensor], key: str) -> dict[str, objec
     parameter.sum().backward()
     optimizer.step()
     return {
-        key: weights, "epoch": 3, "lr_schedulers": [], "callbacks": {"early": Callback()}, 0: "a key of no text",
-        "optimizer_states": [optimizer.state_dict()], "hyper_parameters": argparse.Namespace(lr=1e-3, names=("a",)),
-        "text": "long " * 10_000, "count": 2**200, "losses": collections.defaultdict(list, a=[0.5]),
-        "random": np.random.default_rng(1).bit_generator.state, "frozen": frozenset({1}), "array": np.ones(3),
-        "dtype": torch.bfloat16, "device": torch.device("cpu"), "generator": torch.get_rng_state(),
-    }  # fmt: skip
+        key: weights,
+        "epoch": 3,
+        "lr_schedulers": [],
+        "callbacks": {"early": Callback()},
+        0: "a key of no text",
+        "optimizer_states": [optimizer.state_dict()],
+        "hyper_parameters": argparse.Namespace(lr=1e-3, names=("a",)),
+        "text": "long " * 10_000,
+        "count": 2**200,
+        "losses": collections.defaultdict(list, a=[0.5]),
+        "random": np.random.default_rng(1).bit_generator.state,
+        "frozen": frozenset({1}),
+        "array": np.ones(3),
+        "dtype": torch.bfloat16,
+        "device": torch.device("cpu"),
+        "generator": torch.get_rng_state(),
+    }
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -198,8 +209,11 @@ def test_attributes_and_classes_of_tensors_are_passed_over(tmp_path: pathlib.Pat
         file = open_pickle(tmp_path / "x.bin")
         assert file.left_out == ("x._extra_state",)
         assert {name: ref.shape for name, ref in file.refs.items()} == {
-            "a": (2, 3), "b": (2, 3), "c": (4,), "d": (1,)
-        }  # fmt: skip
+            "a": (2, 3),
+            "b": (2, 3),
+            "c": (4,),
+            "d": (1,),
+        }
 
 
 def test_nested_wrappers_are_unwrapped_and_a_second_set_of_weights_is_named(tmp_path: pathlib.Path) -> None:

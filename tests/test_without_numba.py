@@ -33,8 +33,11 @@ def test_a_merge_without_numba_has_the_same_bytes_and_says_that_it_is_slower(
         out = tmp_path / name
         done = subprocess.run(
             [sys.executable, "-c", code, "merge", str(config), str(out)],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         assert ("compiled kernels cannot be used" in done.stderr) == (name == "without")
         outputs.append({p.name: p.read_bytes() for p in out.iterdir() if p.suffix == ".safetensors"})

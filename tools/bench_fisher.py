@@ -60,18 +60,27 @@ def make_model(directory: Path, size: str) -> Path:
         **sizes, num_attention_heads=sizes["hidden_size"] // 64, architectures=["LlamaForCausalLM"]
     )
     hidden, inter, vocab = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
-    layer = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden, hidden), "self_attn.v_proj": (hidden, hidden),
-             "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inter, hidden), "mlp.up_proj": (inter, hidden),
-             "mlp.down_proj": (hidden, inter), "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}  # fmt: skip
+    layer = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden, hidden),
+        "self_attn.v_proj": (hidden, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inter, hidden),
+        "mlp.up_proj": (inter, hidden),
+        "mlp.down_proj": (hidden, inter),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
     shapes = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,), "lm_head": (vocab, hidden)}
     for i in range(sizes["num_hidden_layers"]):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     torch.manual_seed(0)
     tensors = {
-        f"{name}.weight": torch.ones(shape, dtype=torch.bfloat16) if len(shape) == 1
+        f"{name}.weight": torch.ones(shape, dtype=torch.bfloat16)
+        if len(shape) == 1
         else (torch.randn(shape) * 0.02).bfloat16()
         for name, shape in shapes.items()
-    }  # fmt: skip
+    }
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(directory)
@@ -130,9 +139,24 @@ def main() -> None:
     data = make_data(args.work / "data.jsonl", args.examples, args.tokens, SIZES[args.size]["vocab_size"])
     ours, theirs = [], []
     for _ in range(args.pairs):
-        command = [sys.executable, "-m", "streammerge.cli", "fisher", "compute", str(model), "--data", str(data), "--out",
-                   str(args.work / f"{args.size}.zarr"), "--labels", args.labels, "--memory", args.memory, "--overwrite",
-                   "--quiet"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "streammerge.cli",
+            "fisher",
+            "compute",
+            str(model),
+            "--data",
+            str(data),
+            "--out",
+            str(args.work / f"{args.size}.zarr"),
+            "--labels",
+            args.labels,
+            "--memory",
+            args.memory,
+            "--overwrite",
+            "--quiet",
+        ]
         ours.append(run(command))
         show("streammerge", ours[-1])
         if args.size != "large" or args.naive:

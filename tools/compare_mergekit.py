@@ -46,14 +46,32 @@ IGNORED_FIELDS = ("transformers_version", "_name_or_path")
 """Of config.json: who wrote it."""
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
-    "dtype": "float32", "eos_token_id": 2, "head_dim": 8, "hidden_act": "silu", "hidden_size": HIDDEN,
-    "initializer_range": 0.02, "intermediate_size": INTER, "max_position_embeddings": 128, "mlp_bias": False,
-    "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": LAYERS, "num_key_value_heads": 2,
-    "pad_token_id": None, "pretraining_tp": 1, "rms_norm_eps": 1e-06,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}, "tie_word_embeddings": False,
-    "transformers_version": "5.0.0", "use_cache": True, "vocab_size": VOCAB,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "dtype": "float32",
+    "eos_token_id": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": HIDDEN,
+    "initializer_range": 0.02,
+    "intermediate_size": INTER,
+    "max_position_embeddings": 128,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": LAYERS,
+    "num_key_value_heads": 2,
+    "pad_token_id": None,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "tie_word_embeddings": False,
+    "transformers_version": "5.0.0",
+    "use_cache": True,
+    "vocab_size": VOCAB,
+}
 
 
 # --- models
@@ -67,10 +85,14 @@ def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
         yield p + "input_layernorm.weight", (HIDDEN,)
         yield p + "post_attention_layernorm.weight", (HIDDEN,)
         for name, rows, columns in (
-            ("mlp.down_proj", HIDDEN, INTER), ("mlp.gate_proj", INTER, HIDDEN), ("mlp.up_proj", INTER, HIDDEN),
-            ("self_attn.k_proj", KV, HIDDEN), ("self_attn.v_proj", KV, HIDDEN),
-            ("self_attn.q_proj", HIDDEN, HIDDEN), ("self_attn.o_proj", HIDDEN, HIDDEN),
-        ):  # fmt: skip
+            ("mlp.down_proj", HIDDEN, INTER),
+            ("mlp.gate_proj", INTER, HIDDEN),
+            ("mlp.up_proj", INTER, HIDDEN),
+            ("self_attn.k_proj", KV, HIDDEN),
+            ("self_attn.v_proj", KV, HIDDEN),
+            ("self_attn.q_proj", HIDDEN, HIDDEN),
+            ("self_attn.o_proj", HIDDEN, HIDDEN),
+        ):
             yield f"{p}{name}.weight", (rows, columns)
     yield "model.norm.weight", (HIDDEN,)
     yield "lm_head.weight", (VOCAB, HIDDEN)
@@ -107,10 +129,17 @@ def write_tokenizer(model: Path, ids: Mapping[str, int]) -> None:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [{"id": n, "content": t, **flags, "special": True} for t, n in ids.items() if t.startswith("<")]
     bpe = {
-        "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-        "fuse_unk": False, "byte_fallback": False, "ignore_merges": True, "merges": [],
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+        "merges": [],
         "vocab": {text: number for text, number in ids.items() if not text.startswith("<")},
-    }  # fmt: skip
+    }
     nothing = dict.fromkeys(
         ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder")
     )
@@ -126,14 +155,20 @@ def write_adapter(directory: Path, rng: np.random.Generator) -> None:
         f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{part}.weight": (
             rng.standard_normal(shape) * 0.05
         ).astype(np.float32)
-        for layer in range(LAYERS) for name, rows in (("q_proj", HIDDEN), ("v_proj", KV))
+        for layer in range(LAYERS)
+        for name, rows in (("q_proj", HIDDEN), ("v_proj", KV))
         for part, shape in (("A", (4, HIDDEN)), ("B", (rows, 4)))
-    }  # fmt: skip
+    }
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
-        "base_model_name_or_path": str(directory.parent / "base"), "bias": "none",
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj"],
+        "base_model_name_or_path": str(directory.parent / "base"),
+        "bias": "none",
+    }
     (directory / "adapter_config.json").write_text(json.dumps(settings))
 
 
@@ -411,18 +446,19 @@ def judge_random(workshop: Workshop, case: RandomCase) -> RandomRow:
     """Measure a random case in float32 and say whether what is left is what the config asks for."""
     base, tuned = workshop.models(case.config, "float32")
     outputs = [
-        workshop.theirs(case.config, "float32"), workshop.ours(case.config, "float32"),
+        workshop.theirs(case.config, "float32"),
+        workshop.ours(case.config, "float32"),
         workshop.ours(case.config, "float32", case.cure),
-    ]  # fmt: skip
+    ]
     if error := next((one.error for one in outputs if one.error), None):
         raise SystemExit(f"{case.name}: {error}")
     theirs, ours, cured = (kept_of(one, base, tuned) for one in outputs)
     n = sum(tensor.size for tensor in base.values())
     deviation = 5 * (case.density * (1 - case.density) / n) ** 0.5
     halves = [(one.smaller_half, one.larger_half) for one in (theirs, ours, cured)]
-    problems = [
-        abs(one.fraction - case.density) > deviation for one in (theirs, ours, cured)
-    ] + [abs((high - low) - case.spread) > 3 * deviation for low, high in halves]  # fmt: skip
+    problems = [abs(one.fraction - case.density) > deviation for one in (theirs, ours, cured)] + [
+        abs((high - low) - case.spread) > 3 * deviation for low, high in halves
+    ]
     # mergekit gives the norm back exactly; dividing by probabilities does so on average.
     if case.cure:
         problems += [abs(one.norm - 1) > 1e-4 for one in (theirs, cured)] + [abs(ours.norm - 1) > 0.05]

@@ -27,9 +27,16 @@ from streammerge.api import merge
 from streammerge.errors import StreammergeError
 
 TEXT: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
 GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 VIT = {
     "hidden_size": 32,
@@ -48,13 +55,26 @@ LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8}
 TIED = (CAUSAL, "llama", {**TEXT, "tie_word_embeddings": True})
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 QWEN_TOWER = {
-    "depth": 2, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "patch_size": 4, "in_channels": 3, "mlp_ratio": 2,
+    "depth": 2,
+    "embed_dim": 32,
+    "num_heads": 4,
+    "hidden_size": 32,
+    "patch_size": 4,
+    "in_channels": 3,
+    "mlp_ratio": 2,
     "spatial_merge_size": 1,
-}  # fmt: skip
+}
 QWEN3_TOWER = {
-    **VIT, "depth": 2, "num_heads": 4, "out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-    "spatial_merge_size": 1, "temporal_patch_size": 2, "head_dim": 8,
-}  # fmt: skip
+    **VIT,
+    "depth": 2,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+    "spatial_merge_size": 1,
+    "temporal_patch_size": 2,
+    "head_dim": 8,
+}
 MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},

@@ -32,8 +32,10 @@ def timed(arguments: list[str], cache: Path) -> tuple[float, float]:
     began = time.monotonic()
     subprocess.run(
         [sys.executable, "-m", "streammerge", *arguments],
-        check=True, env=environment, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+        check=True,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
     wall = time.monotonic() - began
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall

@@ -33,11 +33,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "isotropic average": {"merge_method": "linear"},
     "fisher": {"merge_method": "fisher"},
     "fisher, no floor, else average": {
-        "merge_method": "fisher", "parameters": {"floor": 0.0, "fallback": "average"},
+        "merge_method": "fisher",
+        "parameters": {"floor": 0.0, "fallback": "average"},
     },
     "regmean, alpha 1": {"merge_method": "regmean"},
     "regmean, alpha 0.9": {"merge_method": "regmean", "parameters": {"alpha": 0.9}},
-}  # fmt: skip
+}
 
 
 def tokens(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
@@ -148,12 +149,36 @@ def main() -> None:
             print(f"{task}: fine-tuned in {time.perf_counter() - began:.0f} s", flush=True)
         if not (args.work / f"{task}.zarr").exists():
             began = time.perf_counter()
-            streammerge("fisher", "compute", str(out), "--data", str(out / "train.jsonl"), "--out", str(args.work / f"{task}.zarr"),
-                        "--examples", str(args.examples), "--max-length", str(MAX_TOKENS), "--labels", "exact")  # fmt: skip
+            streammerge(
+                "fisher",
+                "compute",
+                str(out),
+                "--data",
+                str(out / "train.jsonl"),
+                "--out",
+                str(args.work / f"{task}.zarr"),
+                "--examples",
+                str(args.examples),
+                "--max-length",
+                str(MAX_TOKENS),
+                "--labels",
+                "exact",
+            )
             print(f"{task}: diagonal in {time.perf_counter() - began:.0f} s", flush=True)
         if not (args.work / f"{task}-gram.zarr").exists():
-            streammerge("gram", "compute", str(out), "--data", str(out / "train.jsonl"), "--out",
-                        str(args.work / f"{task}-gram.zarr"), "--examples", str(args.examples), "--max-length", str(MAX_TOKENS))  # fmt: skip
+            streammerge(
+                "gram",
+                "compute",
+                str(out),
+                "--data",
+                str(out / "train.jsonl"),
+                "--out",
+                str(args.work / f"{task}-gram.zarr"),
+                "--examples",
+                str(args.examples),
+                "--max-length",
+                str(MAX_TOKENS),
+            )
     rows = {f"{task} alone": {on: accuracy(tasks[task], tasks[on]) for on in tasks} for task in tasks}
     for name, config in METHODS.items():
         models = [{"model": str(out.resolve())} for out in tasks.values()]

@@ -80,9 +80,13 @@ def fuzz(name: str, arguments: list[str], keep: Path | None) -> bool:
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as directory:
         work = Path(directory)
         process = subprocess.Popen(
-            [sys.executable, __file__, name, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", env={**os.environ, CHILD: directory},
-        )  # fmt: skip
+            [sys.executable, __file__, name, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env={**os.environ, CHILD: directory},
+        )
         assert process.stdout is not None
         statuses, tail = [], []
         for line in process.stdout:

@@ -28,12 +28,39 @@ FILES = (
 )
 SOUND = {"a": 0, "b": 1}
 TOKENIZER_WORDS = [
-    *fuzz_mutate.TEXTS, "model", "vocab", "added_tokens", "content", "id", "special", "added_tokens_decoder", "chat_template", "0", "<s>",
-]  # fmt: skip
+    *fuzz_mutate.TEXTS,
+    "model",
+    "vocab",
+    "added_tokens",
+    "content",
+    "id",
+    "special",
+    "added_tokens_decoder",
+    "chat_template",
+    "0",
+    "<s>",
+]
 ADAPTER_WORDS = [
-    *fuzz_mutate.TEXTS, "LORA", "TRAINABLE_TOKENS", "target_parameters", "trainable_token_indices", "token_indices", "peft_version", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out",
-    "layers.0.q_proj", ".*q_proj", "(q|v)_proj", "^model.layers.\\d.q_proj$", "(.*.*)x",
-]  # fmt: skip
+    *fuzz_mutate.TEXTS,
+    "LORA",
+    "TRAINABLE_TOKENS",
+    "target_parameters",
+    "trainable_token_indices",
+    "token_indices",
+    "peft_version",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "layers.0.q_proj",
+    ".*q_proj",
+    "(q|v)_proj",
+    "^model.layers.\\d.q_proj$",
+    "(.*.*)x",
+]
 
 
 class TokenizerFile:
@@ -72,8 +99,10 @@ class TokenizerFile:
         full = [
             {"added_tokens": [entry], "model": {"type": "BPE", "vocab": SOUND, "merges": ["a b"]}},
             {"model": {"type": "Unigram", "vocab": [["a", -1.5], ["b", 0]]}},
-            {"model": {"vocab": {"a": -1}}}, {"model": []}, {},
-        ]  # fmt: skip
+            {"model": {"vocab": {"a": -1}}},
+            {"model": []},
+            {},
+        ]
         settings = {
             "added_tokens_decoder": {"2": entry},
             "chat_template": [{"name": "default", "template": "x"}],
@@ -111,17 +140,21 @@ class AdapterSettings:
             for part, shape in (("A", (2, 3)), ("B", (4, 2)))
         }
         base = {
-            "model.layers.0.q_proj.weight": ("F32", (4, 3)), "model.layers.1.v_proj.weight": ("F32", (4, 3)),
-            "model.embed_tokens.weight": ("F32", (5, 3)), f"{experts}.down_proj": ("F32", (2, 3, 4)),
-        }  # fmt: skip
+            "model.layers.0.q_proj.weight": ("F32", (4, 3)),
+            "model.layers.1.v_proj.weight": ("F32", (4, 3)),
+            "model.embed_tokens.weight": ("F32", (5, 3)),
+            f"{experts}.down_proj": ("F32", (2, 3, 4)),
+        }
         rich = {
             "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": ("F32", (2, 3)),
             f"base_model.model.{experts}.lora_A.weight": ("F32", (4, 4)),
             f"base_model.model.{experts}.lora_B.weight": ("F32", (3, 4)),
         }
         for path, name, tensors in (
-            (self._base, "model", base), (self._plain, "adapter_model", factors), (self._rich, "adapter_model", factors | rich),
-        ):  # fmt: skip
+            (self._base, "model", base),
+            (self._plain, "adapter_model", factors),
+            (self._rich, "adapter_model", factors | rich),
+        ):
             path.mkdir(exist_ok=True)
             (path / f"{name}.safetensors").write_bytes(sound(tensors))
         self._require, self._refused = require, refused
@@ -152,13 +185,30 @@ class AdapterSettings:
         """Return settings as PEFT writes them."""
         plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
         rows = [
-            plain, {**plain, "use_rslora": True}, {**plain, "fan_in_fan_out": True}, {**plain, "use_dora": True},
-            {**plain, "alpha_pattern": {".*q_proj": 3, "layers.1.v_proj": 5}}, {**plain, "rank_pattern": {"(q|v)_proj": 2}},
-            {**plain, "lora_alpha": 1e308}, {"peft_type": "LOHA"}, {**plain, "target_parameters": ["x"]}, {},
+            plain,
+            {**plain, "use_rslora": True},
+            {**plain, "fan_in_fan_out": True},
+            {**plain, "use_dora": True},
+            {**plain, "alpha_pattern": {".*q_proj": 3, "layers.1.v_proj": 5}},
+            {**plain, "rank_pattern": {"(q|v)_proj": 2}},
+            {**plain, "lora_alpha": 1e308},
+            {"peft_type": "LOHA"},
+            {**plain, "target_parameters": ["x"]},
+            {},
             {**plain, "target_parameters": ["experts.down_proj"], "trainable_token_indices": [4, 1]},
-            {**plain, "target_parameters": ["down_proj"], "trainable_token_indices": {"embed_tokens": [0, 1]}, "peft_version": "0.18.1"},
-            {**plain, "target_parameters": ["down_proj"], "peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 2]},
-        ]  # fmt: skip
+            {
+                **plain,
+                "target_parameters": ["down_proj"],
+                "trainable_token_indices": {"embed_tokens": [0, 1]},
+                "peft_version": "0.18.1",
+            },
+            {
+                **plain,
+                "target_parameters": ["down_proj"],
+                "peft_type": "TRAINABLE_TOKENS",
+                "token_indices": [3, 2],
+            },
+        ]
         return [json.dumps(row).encode() for row in rows]
 
     @staticmethod

@@ -42,9 +42,33 @@ RAW = [
 ]
 """JSON (or nearly) that `json.dumps` would not write."""
 TEXTS = [
-    "", "a", "b", "w", "F32", "BF16", "F4", "F6_E2M3", "U8", "BOOL", "C64", "I64", "f32", "..", "/", "../x", "\0", "\n",
-    "\x1b[31m", "\u202e", "模型", "😀", "n" * 300, "x" * 5000, "__metadata__", "model.safetensors",
-]  # fmt: skip
+    "",
+    "a",
+    "b",
+    "w",
+    "F32",
+    "BF16",
+    "F4",
+    "F6_E2M3",
+    "U8",
+    "BOOL",
+    "C64",
+    "I64",
+    "f32",
+    "..",
+    "/",
+    "../x",
+    "\0",
+    "\n",
+    "\x1b[31m",
+    "\u202e",
+    "模型",
+    "😀",
+    "n" * 300,
+    "x" * 5000,
+    "__metadata__",
+    "model.safetensors",
+]
 
 
 class Raw(str):
@@ -320,8 +344,30 @@ def _change_program(program: bytes, rng: Random, blind: Blind) -> bytes:
             number = rng.choice([0, 1, 2, 3, 6, 2**31 - 1, 2**62, 2**63 - 1, -1, -(2**63)])
             ops[i] = b"\x8a\x08" + struct.pack("<q", number)
         else:
-            ops[i] = rng.choice([b"N", b"\x88", b"\x89", b")", b"}", b"(", b"t", b"R", b"Q", b"b", b"s", b"u",
-                                 b"\x85", b"\x86", b"\x87", b"\x94", b"h\0", b"q\0", b"h\1", b"K\3"])  # fmt: skip
+            ops[i] = rng.choice(
+                [
+                    b"N",
+                    b"\x88",
+                    b"\x89",
+                    b")",
+                    b"}",
+                    b"(",
+                    b"t",
+                    b"R",
+                    b"Q",
+                    b"b",
+                    b"s",
+                    b"u",
+                    b"\x85",
+                    b"\x86",
+                    b"\x87",
+                    b"\x94",
+                    b"h\0",
+                    b"q\0",
+                    b"h\1",
+                    b"K\3",
+                ]
+            )
     return b"".join(ops)
 
 

@@ -137,10 +137,20 @@ def _texts(rows: Iterable[bytes | str]) -> list[bytes]:
 # --- the header of a safetensors file
 
 STRICTER = (
-    "holds no tensors", "twice", "the header is not a JSON object: not", "unknown field", "empty name",
-    "characters, more than", "__metadata__ is not a map of strings", "dimensions, more than",
-    "negative number", "has an integer of", "where only whole numbers", "lone surrogate", "its 0 bytes are not those",
-)  # fmt: skip
+    "holds no tensors",
+    "twice",
+    "the header is not a JSON object: not",
+    "unknown field",
+    "empty name",
+    "characters, more than",
+    "__metadata__ is not a map of strings",
+    "dimensions, more than",
+    "negative number",
+    "has an integer of",
+    "where only whole numbers",
+    "lone surrogate",
+    "its 0 bytes are not those",
+)
 """What the reference library accepts and we refuse, by a part of the message: see header.py. It passes over the
 numbers and strings of unknown fields, and stops multiplying sizes at a zero."""
 
@@ -297,9 +307,26 @@ class Reference:
     @staticmethod
     def seeds() -> list[bytes]:
         """Return names as people write them, and worse."""
-        names = ["org/name", "org/name@main", "org/name@v1", "org/name@0123", "org/name@pr/1", "name", "a/b/c",
-                 "../name", "org/..", "org/name@../..", "org--x/name", "org/name@0123456789abcdef", "a" * 96,
-                 "org/name@refs/pr/1", "org/name@", "@x", "org/na\0me", "org/name\n"]  # fmt: skip
+        names = [
+            "org/name",
+            "org/name@main",
+            "org/name@v1",
+            "org/name@0123",
+            "org/name@pr/1",
+            "name",
+            "a/b/c",
+            "../name",
+            "org/..",
+            "org/name@../..",
+            "org--x/name",
+            "org/name@0123456789abcdef",
+            "a" * 96,
+            "org/name@refs/pr/1",
+            "org/name@",
+            "@x",
+            "org/na\0me",
+            "org/name\n",
+        ]
         return _texts(names)
 
 
@@ -458,11 +485,52 @@ def _config_seeds() -> list[bytes]:
 
 
 _WORDS = [
-    b"merge_method: ", b"models:", b"- model: ", b"base_model: ", b"parameters:", b"weight: ", b"{filter: mlp, value: 1}",
-    b"&a ", b"*a", b"<<: *a", b"!!int ", b"!!float ", b"!!str ", b"? ", b"| \n", b"> \n", b"\\x00", b"\\ud800", b"%YAML 1.1\n---\n",
-    b"1e400", b".nan", b".inf", b"0x", b"0b", b"0o7", b"1_000", b"12:30:45", b"~", b"\xc2\x85", b"\xe2\x80\xa8", b"\xef\xbb\xbf",
-    b"seed: ", b"exclude: ", b"dtype: ", b"[[", b"]]", b"{", b"}", b",", b"\n  ", b"\t", b"'", b'"', b"#", b"(?:a{1,99}){1,99}",
-]  # fmt: skip
+    b"merge_method: ",
+    b"models:",
+    b"- model: ",
+    b"base_model: ",
+    b"parameters:",
+    b"weight: ",
+    b"{filter: mlp, value: 1}",
+    b"&a ",
+    b"*a",
+    b"<<: *a",
+    b"!!int ",
+    b"!!float ",
+    b"!!str ",
+    b"? ",
+    b"| \n",
+    b"> \n",
+    b"\\x00",
+    b"\\ud800",
+    b"%YAML 1.1\n---\n",
+    b"1e400",
+    b".nan",
+    b".inf",
+    b"0x",
+    b"0b",
+    b"0o7",
+    b"1_000",
+    b"12:30:45",
+    b"~",
+    b"\xc2\x85",
+    b"\xe2\x80\xa8",
+    b"\xef\xbb\xbf",
+    b"seed: ",
+    b"exclude: ",
+    b"dtype: ",
+    b"[[",
+    b"]]",
+    b"{",
+    b"}",
+    b",",
+    b"\n  ",
+    b"\t",
+    b"'",
+    b'"',
+    b"#",
+    b"(?:a{1,99}){1,99}",
+]
 
 
 def _change_yaml(raw: bytes, rng: Random, blind: fuzz_mutate.Blind) -> bytes | None:
@@ -561,8 +629,18 @@ class JournalFile:
         answer = _line({"answer": ["3", [plain, [plain[0]]]]})
         whole = first + b"".join(done) + answer
         again = _line({"files": {"of base/model.safetensors": ["00" * 16, "cd" * 32]}})
-        return [first, first + again + done[0], whole, whole[:-5], whole + b"\0" * 64, done[0] + first, first + first, b"",
-                first + _line({"done": [-1, 0, 1, 0, 0, 0]}), first + _line({"other": 1}) + done[0]]  # fmt: skip
+        return [
+            first,
+            first + again + done[0],
+            whole,
+            whole[:-5],
+            whole + b"\0" * 64,
+            done[0] + first,
+            first + first,
+            b"",
+            first + _line({"done": [-1, 0, 1, 0, 0, 0]}),
+            first + _line({"other": 1}) + done[0],
+        ]
 
 
 class Manifest:
@@ -599,10 +677,19 @@ class Manifest:
         """Return manifests as merges write them."""
         files = {"a": {"nbytes": 3, "crc32": "352441c2"}, "b": {"nbytes": 1, "crc32": "00000000"}}
         tensor = {"dtype": "BF16", "shape": [2, 3], "crc32": "00000000"}
-        whole = {"format": 2, "streammerge": "1", "method": "ties", "seed": 0, "identity": {"config": "ab"},
-                 "inputs": [{"role": "base", "fingerprint": "x", "tensors": 1, "nbytes": 2}], "densities": [],
-                 "floored": {"elements": 1, "of": 2, "fraction": 0.5}, "not_finite": {"w": 1},
-                 "files": files, "tensors": {"w": tensor}}  # fmt: skip
+        whole = {
+            "format": 2,
+            "streammerge": "1",
+            "method": "ties",
+            "seed": 0,
+            "identity": {"config": "ab"},
+            "inputs": [{"role": "base", "fingerprint": "x", "tensors": 1, "nbytes": 2}],
+            "densities": [],
+            "floored": {"elements": 1, "of": 2, "fraction": 0.5},
+            "not_finite": {"w": 1},
+            "files": files,
+            "tensors": {"w": tensor},
+        }
         sealed = [
             seal(whole),
             seal({**whole, "files": {"a": files["a"]}}),
@@ -730,34 +817,75 @@ def check_size(raw: bytes) -> None:
 
 
 def _size_seeds() -> list[bytes]:
-    sizes = ["1", "512MiB", "2GiB", "5GB", "1.5 GiB", "0", "-1", "1e9", "nan", "inf", "", " 7 k ", "1024TiB", "0.1b",
-             "9" * 64, "9" * 65, "1..5G", "１２", "5 \u00a0GB", "1\n", "0x10", "1_000", "9" * 50 + "." + "9" * 9 + "PiB"]  # fmt: skip
+    sizes = [
+        "1",
+        "512MiB",
+        "2GiB",
+        "5GB",
+        "1.5 GiB",
+        "0",
+        "-1",
+        "1e9",
+        "nan",
+        "inf",
+        "",
+        " 7 k ",
+        "1024TiB",
+        "0.1b",
+        "9" * 64,
+        "9" * 65,
+        "1..5G",
+        "１２",
+        "5 \u00a0GB",
+        "1\n",
+        "0x10",
+        "1_000",
+        "9" * 50 + "." + "9" * 9 + "PiB",
+    ]
     return _texts(sizes)
 
 
 def make_targets(directory: Path) -> dict[str, Target]:
     """Return all targets by name; their inputs are written below `directory`."""
     model, journal, manifest, table = (
-        Model(directory), JournalFile(directory), Manifest(directory), FisherTable(directory))  # fmt: skip
+        Model(directory),
+        JournalFile(directory),
+        Manifest(directory),
+        FisherTable(directory),
+    )
     reference, pickles = Reference(directory), Pickles(directory)
     tokenizer = TokenizerFile(directory, require, refused)
     adapter = AdapterSettings(directory, require, refused, _table("safetensors_files", "sound"))
     targets = [
         Target("header", "safetensors headers", Header.seeds, Header(directory), fuzz_mutate.header),
         Target("json", "strict JSON", _json_seeds, check_json, _change_json),
-        Target("model", "the index of a sharded model", Model.seeds, model,
-               lambda raw, rng, blind: fuzz_mutate.json_text(raw, rng, blind, [*fuzz_mutate.TEXTS, *_NAMES])),
+        Target(
+            "model",
+            "the index of a sharded model",
+            Model.seeds,
+            model,
+            lambda raw, rng, blind: fuzz_mutate.json_text(raw, rng, blind, [*fuzz_mutate.TEXTS, *_NAMES]),
+        ),
         Target("reference", "names in the hub cache", Reference.seeds, reference),
         Target("pickles", "PyTorch checkpoints", Pickles.seeds, pickles, fuzz_mutate.pickled),
         Target("yaml", "strict YAML", _yaml_seeds, check_yaml, _change_yaml),
         Target("config", "merge configs", _config_seeds, check_config, _change_yaml),
         Target("journal", "journals of unfinished merges", JournalFile.seeds, journal, fuzz_mutate.journal),
         Target("manifest", "manifests of finished merges", Manifest.seeds, manifest, fuzz_mutate.manifest),
-        Target("fisher", "tables of Fisher stores", FisherTable.seeds, table,
-               lambda raw, rng, blind: fuzz_mutate.json_text(raw, rng, blind, _STORE_WORDS)),
+        Target(
+            "fisher",
+            "tables of Fisher stores",
+            FisherTable.seeds,
+            table,
+            lambda raw, rng, blind: fuzz_mutate.json_text(raw, rng, blind, _STORE_WORDS),
+        ),
         Target("chunk", "compressed chunks of Fisher stores", _chunk_seeds, check_chunk),
-        Target("tokenizer", "vocabularies of tokenizers", TokenizerFile.seeds, tokenizer, TokenizerFile.change),
-        Target("adapter", "settings of LoRA adapters", AdapterSettings.seeds, adapter, AdapterSettings.change),
+        Target(
+            "tokenizer", "vocabularies of tokenizers", TokenizerFile.seeds, tokenizer, TokenizerFile.change
+        ),
+        Target(
+            "adapter", "settings of LoRA adapters", AdapterSettings.seeds, adapter, AdapterSettings.change
+        ),
         Target("size", "sizes of memory and shards", _size_seeds, check_size),
-    ]  # fmt: skip
+    ]
     return {target.name: target for target in targets}

@@ -68,8 +68,9 @@ def models(names: Sequence[str], **per_model: Any) -> list[dict[str, Any]]:
     return listed
 
 
-def merge(method: str, names: str, base: bool = True, parameters: Mapping[str, Any] | None = None, **per_model: Any
-          ) -> dict[str, Any]:  # fmt: skip
+def merge(
+    method: str, names: str, base: bool = True, parameters: Mapping[str, Any] | None = None, **per_model: Any
+) -> dict[str, Any]:
     """Return a config of whole models."""
     config: dict[str, Any] = {"merge_method": method, "models": models(names, **per_model)}
     if base:
@@ -89,16 +90,18 @@ def with_base(config: Mapping[str, Any]) -> dict[str, Any]:
 SCE_FLOOR = Difference(
     "mean squares that sum to less than 1e-6 make equal weights in mergekit, so most tensors of fine-tunes are not "
     "weighted at all; and no sum of weights counts as less than 1e-6",
-    "sce", cure={"preset": "mergekit"},
-)  # fmt: skip
+    "sce",
+    cure={"preset": "mergekit"},
+)
 SLERP_LINE = Difference(
     "mergekit takes the straight line where the cosine exceeds 0.9995", "slerp", cure={"preset": "mergekit"}
 )
 FUSION = Difference(
     "mergekit sums divergences of some 1e-6 in float32 from terms of 1e-2: importances near the threshold fall on "
     "either side",
-    "arcee_fusion", exact_in_float64=True,
-)  # fmt: skip
+    "arcee_fusion",
+    exact_in_float64=True,
+)
 
 
 def model_stock_clamped(base: Array, *thetas: Array) -> Array:
@@ -145,9 +148,10 @@ def ramplus_in_float32(base: Array, *thetas: Array, r: float, alpha: float, epsi
 
 
 CLAMPED = Difference(
-    "mergekit holds the product of two norms above 1e-6, which pulls small tensors back to the base", "model_stock",
+    "mergekit holds the product of two norms above 1e-6, which pulls small tensors back to the base",
+    "model_stock",
     theirs=model_stock_clamped,
-)  # fmt: skip
+)
 EPS_WHY = (
     "mergekit adds 1e-8 to every norm, and 1e-8 to the length of a tangent step that is 0 without that: some 1e-9 of the "
     "result, to be seen in float64"
@@ -193,8 +197,9 @@ def _plain() -> Iterator[Case]:
         "task_arithmetic, lambda", merge("task_arithmetic", "ab", parameters={"lambda": 0.7}, weight=0.6)
     )
     yield Case(
-        "task_arithmetic, normalized", merge("task_arithmetic", "ab", parameters={"normalize": True}, weight=[0.7, 0.2])
-    )  # fmt: skip
+        "task_arithmetic, normalized",
+        merge("task_arithmetic", "ab", parameters={"normalize": True}, weight=[0.7, 0.2]),
+    )
     yield Case("task_arithmetic, negation", merge("task_arithmetic", "a", weight=-1.0))
     yield Case("task_arithmetic, analogy", merge("task_arithmetic", "abc", weight=[-1.0, 1.0, 1.0]))
     yield Case(
@@ -337,10 +342,18 @@ def _stacked() -> Iterator[Case]:
     yield Case(
         "slices, a gradient in each", {"merge_method": "slerp", "base_model": "base", "slices": gradients}
     )
-    yield Case("slices, ties", {
-        "merge_method": "ties", "base_model": "base", "parameters": {"weight": 0.5, "density": 0.4},
-        "slices": [_slices(("base", 0, 2), ("a", 0, 2), ("b", 0, 2)), _slices(("base", 2, 4), ("a", 2, 4), ("b", 1, 3))],
-    })  # fmt: skip
+    yield Case(
+        "slices, ties",
+        {
+            "merge_method": "ties",
+            "base_model": "base",
+            "parameters": {"weight": 0.5, "density": 0.4},
+            "slices": [
+                _slices(("base", 0, 2), ("a", 0, 2), ("b", 0, 2)),
+                _slices(("base", 2, 4), ("a", 2, 4), ("b", 1, 3)),
+            ],
+        },
+    )
     filters = [{"filter": "self_attn", "value": [0.2, 0.9]}, {"filter": "norm", "value": 0.1}, {"value": 0.6}]
     yield Case(
         "task_arithmetic, filters by model", merge("task_arithmetic", "ab", weight=[filters, [0.1, 0.2, 0.9]])
@@ -370,10 +383,15 @@ def _stacked() -> Iterator[Case]:
         "a LoRA adapter",
         {**merge("linear", "", False), "models": [{"model": "base+adapter", "parameters": {"weight": 0.5}}]},
     )
-    yield Case("ties, LoRA adapters beside models", {
-        **merge("ties", "a", weight=0.5, density=0.5),
-        "models": [{"model": m, "parameters": {"weight": 0.5, "density": 0.5}} for m in ("a", "base+adapter")],
-    })  # fmt: skip
+    yield Case(
+        "ties, LoRA adapters beside models",
+        {
+            **merge("ties", "a", weight=0.5, density=0.5),
+            "models": [
+                {"model": m, "parameters": {"weight": 0.5, "density": 0.5}} for m in ("a", "base+adapter")
+            ],
+        },
+    )
 
 
 def _vocabularies() -> Iterator[Case]:
@@ -430,18 +448,26 @@ def _random() -> Iterator[RandomCase]:
             )
         yield RandomCase(
             f"{method}, not rescaled",
-            merge(method, "a", parameters={"rescale": False}, weight=1.0, density=0.5), 0.5, {},
-        )  # fmt: skip
+            merge(method, "a", parameters={"rescale": False}, weight=1.0, density=0.5),
+            0.5,
+            {},
+        )
     for method in ("della", "della_linear"):
         for density, epsilon in ((0.5, 0.15), (0.3, 0.25), (0.8, 0.1)):
             yield RandomCase(
                 f"{method}, density {density}, epsilon {epsilon}",
-                merge(method, "a", weight=1.0, density=density, epsilon=epsilon), density, cure, epsilon,
-            )  # fmt: skip
+                merge(method, "a", weight=1.0, density=density, epsilon=epsilon),
+                density,
+                cure,
+                epsilon,
+            )
         yield RandomCase(
             f"{method}, not rescaled",
-            merge(method, "a", parameters={"rescale": False}, weight=1.0, density=0.5), 0.5, {}, 0.15,
-        )  # fmt: skip
+            merge(method, "a", parameters={"rescale": False}, weight=1.0, density=0.5),
+            0.5,
+            {},
+            0.15,
+        )
 
 
 RANDOM_CASES: tuple[RandomCase, ...] = tuple(_random())

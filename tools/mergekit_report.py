@@ -107,7 +107,7 @@ def page(rows: Sequence[Row], random_rows: Sequence[RandomRow], about: str) -> s
         "",
         "| config | kept: mergekit | here | smaller and larger half: mergekit | here | norm: mergekit | here | with the preset | |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for one in random_rows:
         halves = [f"{k.smaller_half:.3f}, {k.larger_half:.3f}" for k in (one.theirs, one.ours)]
         norms = [f"{k.norm:.4f}" for k in (one.theirs, one.ours, one.cured)]

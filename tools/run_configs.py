@@ -49,10 +49,14 @@ def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield p + "input_layernorm.weight", (HIDDEN,)
         yield p + "post_attention_layernorm.weight", (HIDDEN,)
         for name, rows, columns in (
-            ("mlp.down_proj", HIDDEN, INTER), ("mlp.gate_proj", INTER, HIDDEN), ("mlp.up_proj", INTER, HIDDEN),
-            ("self_attn.k_proj", KV, HIDDEN), ("self_attn.v_proj", KV, HIDDEN),
-            ("self_attn.q_proj", HIDDEN, HIDDEN), ("self_attn.o_proj", HIDDEN, HIDDEN),
-        ):  # fmt: skip
+            ("mlp.down_proj", HIDDEN, INTER),
+            ("mlp.gate_proj", INTER, HIDDEN),
+            ("mlp.up_proj", INTER, HIDDEN),
+            ("self_attn.k_proj", KV, HIDDEN),
+            ("self_attn.v_proj", KV, HIDDEN),
+            ("self_attn.q_proj", HIDDEN, HIDDEN),
+            ("self_attn.o_proj", HIDDEN, HIDDEN),
+        ):
             yield f"{p}{name}.weight", (rows, columns)
     yield "model.norm.weight", (HIDDEN,)
     yield "lm_head.weight", (VOCAB, HIDDEN)
@@ -68,11 +72,23 @@ def write_model(directory: Path, layers: int, seed: int) -> None:
         tensors[name] = (value + 0.01 * tuned.standard_normal(shape)).astype(np.float32)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "hidden_size": HIDDEN,
-        "intermediate_size": INTER, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
-        "num_hidden_layers": layers, "vocab_size": VOCAB, "max_position_embeddings": 64, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-6, "hidden_act": "silu",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTER,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "num_hidden_layers": layers,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+    }
     (directory / "config.json").write_text(json.dumps(config, indent=2))
     write_tokenizer(directory)
 
@@ -89,9 +105,12 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
         "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
-    }  # fmt: skip
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
@@ -164,9 +183,12 @@ class Workshop:
     def run(self, *arguments: str) -> tuple[str | None, tuple[str, ...]]:
         """Run the command; return the error, if there is one, and the warnings."""
         done = subprocess.run(
-            [sys.executable, "-m", "streammerge.cli", *arguments], cwd=self.root, env=self.environment,
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [sys.executable, "-m", "streammerge.cli", *arguments],
+            cwd=self.root,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+        )
         lines = done.stderr.splitlines()
         warnings = tuple(line.removeprefix("warning: ") for line in lines if line.startswith("warning: "))
         error = next((line for line in reversed(lines) if not line.startswith("warning: ")), "no message")

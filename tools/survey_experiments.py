@@ -53,13 +53,14 @@ JOINS: dict[str, Callable[[int], tuple[str, dict[str, Any]]]] = {
     "mean of all": lambda n: ("linear", {}),
     "mean of trimmed": lambda n: ("linear", TRIMMED),
     "mean of trimmed, elected": lambda n: (
-        "ties", {"density": TOP, "normalize": False, "lambda": 1 / n},
+        "ties",
+        {"density": TOP, "normalize": False, "lambda": 1 / n},
     ),
     "sum of all": lambda n: ("task_arithmetic", {"lambda": 1.0}),
     "sum of trimmed": lambda n: ("task_arithmetic", {"lambda": 1.0} | TRIMMED),
     "sum of trimmed, elected": lambda n: ("ties", {"density": TOP, "normalize": False, "lambda": 1.0}),
     "TIES": lambda n: ("ties", {"density": TOP, "lambda": 1.0}),
-}  # fmt: skip
+}
 """How several task vectors become one; each of the first six differs from the next by one step."""
 
 FISHERS: dict[str, dict[str, Any]] = {

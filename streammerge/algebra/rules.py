@@ -42,9 +42,12 @@ class WeightedSum:
     """w_0; 0 where the base has no part in the sum."""
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self,
+        models: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
         fishers: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return the fp64 sum over fp32 (or fp64) `models` of equal shape."""
         total = _zeros(models[0])
         if self.base_weight:
@@ -72,9 +75,12 @@ class TaskVectorMerge:
     scale: float = 1.0
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self,
+        models: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
         fishers: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
         assert base is not None
         if self.elect:
@@ -138,9 +144,12 @@ class SelectedMerge:
     """The least sum of agreeing weights that a mean is divided by."""
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self,
+        models: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
         fishers: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return theta in fp64 for flat fp32 (or fp64) pieces."""
         import torch
 
@@ -178,9 +187,12 @@ class TouchedMerge:
     factors: tuple[float, ...]
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self,
+        models: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
         fishers: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
         import torch
 
@@ -198,9 +210,12 @@ class TouchedMerge:
 
 
 def touched_entries(
-    vectors: Sequence[TaskVector], epsilon: float, models: Sequence[torch.Tensor], base: torch.Tensor,
+    vectors: Sequence[TaskVector],
+    epsilon: float,
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor,
     where: Where,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # fmt: skip
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield each task vector in fp64, and which of its entries are touched; what is not finite is."""
     for vector in vectors:
         tau = vector.rescale * vector.surviving(models[vector.model], base, where).double()
@@ -228,17 +243,21 @@ class FisherMean:
     """A drop that comes before: the models are theta_0 + their surviving, rescaled task vectors."""
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self,
+        models: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
         fishers: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
         import torch
 
         thetas = [
             self.vectors[i].dropped_model(theta, base, where)
-            if self.vectors and base is not None else theta.double()
+            if self.vectors and base is not None
+            else theta.double()
             for i, theta in enumerate(models)
-        ]  # fmt: skip
+        ]
         target = low = high = thetas[0]
         moved, _, total = self._sums(thetas, fishers)
         for theta in thetas[1:]:
@@ -264,9 +283,11 @@ class FisherMean:
         raised, total = moved.clone(), moved.clone()
         for i, fisher in enumerate(fishers):
             known = fisher.double()
-            floored = known + self.floors[i] if self.add else torch.where(
-                known < self.floors[i], self.floors[i], known
-            )  # fmt: skip
+            floored = (
+                known + self.floors[i]
+                if self.add
+                else torch.where(known < self.floors[i], self.floors[i], known)
+            )
             a = self.coefficients[i] * floored
             moved = moved + a * (thetas[i] - thetas[0])
             raised = raised + self.coefficients[i] * (floored - known)
@@ -292,9 +313,12 @@ class Formula:
     """The name of the method, for messages."""
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self,
+        models: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
         fishers: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return what the function returns: a floating tensor of the pieces' shape."""
         return self.function(list(models), base, **self.parameters)
 
@@ -342,9 +366,12 @@ class ColumnCombination:
 
 
 def _combined(
-    vectors: Sequence[TaskVector], weights: Sequence[torch.Tensor], models: Sequence[torch.Tensor],
-    base: torch.Tensor | None, where: Where,
-) -> torch.Tensor:  # fmt: skip
+    vectors: Sequence[TaskVector],
+    weights: Sequence[torch.Tensor],
+    models: Sequence[torch.Tensor],
+    base: torch.Tensor | None,
+    where: Where,
+) -> torch.Tensor:
     """Return the sum of vectors by weights of the pieces' shape; of task vectors, beside the base."""
     assert base is not None or not vectors
     scaled = [w * v.rescale for w, v in zip(weights, vectors, strict=True)] if vectors else weights
@@ -369,9 +396,12 @@ class RegressionMean:
     mixers: Mixers
 
     def __call__(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self,
+        models: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
         fishers: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """Return theta in fp64, flat, for flat pieces of whole rows.
 
         Rows are taken `ROWS_AT_ONCE` at a time from the first, so that a product has one shape however pieces are cut.
@@ -394,9 +424,17 @@ class RegressionMean:
 
 
 Recipe = (
-    WeightedSum | TaskVectorMerge | SelectedMerge | TouchedMerge | FisherMean | RowCombination | ColumnCombination
-    | Formula | CopyOf | RegressionMean
-)  # fmt: skip
+    WeightedSum
+    | TaskVectorMerge
+    | SelectedMerge
+    | TouchedMerge
+    | FisherMean
+    | RowCombination
+    | ColumnCombination
+    | Formula
+    | CopyOf
+    | RegressionMean
+)
 
 
 def ranked(recipe: Recipe) -> bool:

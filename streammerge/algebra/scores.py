@@ -30,9 +30,7 @@ class Spread:
 
     vectors: tuple[TaskVector, ...]
 
-    def patterns(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
-    ) -> torch.Tensor:  # fmt: skip
+    def patterns(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the score's pattern of each element, int32."""
         entries = [v.rescale * v.surviving(models[v.model], base, where).double() for v in self.vectors]
         mean = total = base.new_zeros(base.shape).double()
@@ -54,9 +52,7 @@ class Importance:
 
     vector: TaskVector
 
-    def patterns(
-        self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where
-    ) -> torch.Tensor:  # fmt: skip
+    def patterns(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the score's pattern of each element of whole rows, int32 and flat."""
         theta = models[self.vector.model]
         if self not in where.divergences:

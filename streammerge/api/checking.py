@@ -70,9 +70,14 @@ def verify(
     """
     with told(on_event, progress, "verifying") as tell:
         return _verify(
-            Path(out), against, sample, seed, memory, methods,
+            Path(out),
+            against,
+            sample,
+            seed,
+            memory,
+            methods,
             lambda nbytes: tell(Event("verify", {"bytes_read": nbytes})),
-        )  # fmt: skip
+        )
 
 
 def _verify(

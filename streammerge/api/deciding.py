@@ -95,10 +95,18 @@ def plan(
     if not write_model_card:
         left_out.append("model card")
     return decide(
-        parsed, method, open_inputs(parsed, method, Sources()), memory=total, threads=threads, device=device,
-        shard_size=nbytes_of(shard_size) or DEFAULT_SHARD_SIZE, seed=seed, kernels=kernels, notes=notes,
+        parsed,
+        method,
+        open_inputs(parsed, method, Sources()),
+        memory=total,
+        threads=threads,
+        device=device,
+        shard_size=nbytes_of(shard_size) or DEFAULT_SHARD_SIZE,
+        seed=seed,
+        kernels=kernels,
+        notes=notes,
         left_out=left_out,
-    )  # fmt: skip
+    )
 
 
 def read_config(
@@ -158,11 +166,22 @@ def decide(
         reserve = budgets.CUDA_RESERVE if chosen != "cpu" else _cpu_reserve(opened.own, method, torch_only)
         budget = budgets.make_budget(memory, threads, reserve + _mixer_bytes(opened.grams))
         return make_plan(
-            config, method, opened.models, opened.base, budget,
-            shard_size=shard_size, seed=seed, device=chosen, torch_only=torch_only, fishers=opened.fishers,
-            grams=opened.grams, notes=[*slower, *notes], bases=opened.bases, left_out=left_out,
+            config,
+            method,
+            opened.models,
+            opened.base,
+            budget,
+            shard_size=shard_size,
+            seed=seed,
+            device=chosen,
+            torch_only=torch_only,
+            fishers=opened.fishers,
+            grams=opened.grams,
+            notes=[*slower, *notes],
+            bases=opened.bases,
+            left_out=left_out,
             tensors_only=tensors_only,
-        )  # fmt: skip
+        )
 
     if not wanted or missing is not None:
         return make(True)

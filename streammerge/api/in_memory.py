@@ -292,9 +292,10 @@ class _Held:
         donor = self._dicts.get(plan.donor.reference)
         merged = {job.name for job in plan.jobs}
         return {
-            name: first for name, first in self._ties.items()
+            name: first
+            for name, first in self._ties.items()
             if donor is not None and name in donor.tensors and name not in merged
-        }  # fmt: skip
+        }
 
     def order(self, plan: MergePlan) -> dict[str, None]:
         """Return the names of the donor's tensors in the caller's order."""

@@ -126,9 +126,17 @@ def merge(
 
     def decide(kernels: bool | None) -> MergePlan:
         return plan(
-            config, memory=memory, threads=threads, device=device, shard_size=shard_size, seed=seed, methods=methods,
-            kernels=kernels, copy_tokenizer=copy_tokenizer, write_model_card=write_model_card,
-        )  # fmt: skip
+            config,
+            memory=memory,
+            threads=threads,
+            device=device,
+            shard_size=shard_size,
+            seed=seed,
+            methods=methods,
+            kernels=kernels,
+            copy_tokenizer=copy_tokenizer,
+            write_model_card=write_model_card,
+        )
 
     decided = decide(kernels)
     with told(on_event, progress, "merging") as tell:

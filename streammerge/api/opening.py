@@ -63,8 +63,10 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Opened
     base = get(config.base_model) if config.base_model is not None else None
     others = {
         part.base.reference: get(part.base.reference)
-        for module in config.modules for part in module.slices if part.base is not None
-    }  # fmt: skip
+        for module in config.modules
+        for part in module.slices
+        if part.base is not None
+    }
     fishers = _open_beside("fisher", sources.fisher, config, models, sources.reader) if method.fisher else []
     grams = _open_beside("gram", sources.grams, config, models, sources.reader) if method.gram else []
     return Opened(models, base, [index for index in others.values() if index is not base], fishers, grams)

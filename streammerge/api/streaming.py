@@ -102,9 +102,15 @@ def compute_fisher(
     )
     with told(on_event, progress, "estimating") as tell:
         return compute_diagonal(
-            model, data, Path(out), settings, overwrite=overwrite, emit=tell, stop=stop,
+            model,
+            data,
+            Path(out),
+            settings,
+            overwrite=overwrite,
+            emit=tell,
+            stop=stop,
             signal_received=signal_received,
-        )  # fmt: skip
+        )
 
 
 def compute_grams(
@@ -157,9 +163,15 @@ def compute_grams(
     settings = Settings(examples, max_length, batch_size, nbytes_of(memory), chosen)
     with told(on_event, progress, "collecting") as tell:
         return run(
-            model, data, Path(out), settings, overwrite=overwrite, emit=tell, stop=stop,
+            model,
+            data,
+            Path(out),
+            settings,
+            overwrite=overwrite,
+            emit=tell,
+            stop=stop,
             signal_received=signal_received,
-        )  # fmt: skip
+        )
 
 
 def import_fisher(
@@ -216,9 +228,17 @@ def import_fisher(
     _check_dtype(dtype)
     with told(on_event, progress, "importing") as tell:
         return import_diagonal(
-            model, diagonals, Path(out), dtype=NAMES[dtype], memory=nbytes_of(memory), about=about,
-            overwrite=overwrite, emit=tell, stop=stop, signal_received=signal_received,
-        )  # fmt: skip
+            model,
+            diagonals,
+            Path(out),
+            dtype=NAMES[dtype],
+            memory=nbytes_of(memory),
+            about=about,
+            overwrite=overwrite,
+            emit=tell,
+            stop=stop,
+            signal_received=signal_received,
+        )
 
 
 def _check_dtype(dtype: str) -> None:

@@ -203,8 +203,14 @@ def _open_store(directory: str, attribute: str, what: str, with_table: bool) -> 
         if status.st_size > MAX_NBYTES:
             raise bad(path, f"has {status.st_size} bytes, more than {MAX_NBYTES}")
         raw = read_exactly(fd, status.st_size, 0, path)
-    stamp = FileStamp(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino,
-                      hashlib.blake2b(raw, digest_size=16).hexdigest())  # fmt: skip
+    stamp = FileStamp(
+        path,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+        status.st_ino,
+        hashlib.blake2b(raw, digest_size=16).hexdigest(),
+    )
     group = parse_object(raw, path, "the group", "finite")
     attributes = group.get("attributes")
     attributes = attributes if isinstance(attributes, dict) else {}
@@ -226,11 +232,13 @@ def _open_store(directory: str, attribute: str, what: str, with_table: bool) -> 
         del about["tensors"]
     fingerprint, model_name = about.get("model_fingerprint"), about.get("model_name", "")
     return FisherIndex(
-        directory, refs, (stamp,),
+        directory,
+        refs,
+        (stamp,),
         fingerprint=fingerprint if isinstance(fingerprint, str) else None,
         model_name=model_name if isinstance(model_name, str) else "",
         about=about,
-    )  # fmt: skip
+    )
 
 
 def _store_ref(name: str, entry: Any, directory: str, path: str, kind: str) -> ChunkedRef:
@@ -258,9 +266,15 @@ def _store_ref(name: str, entry: Any, directory: str, path: str, kind: str) -> C
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 2**1000:
             raise refuse(f"its {key} is no number of 0 or more")
     return ChunkedRef(
-        sys.intern(name), sys.intern(dtype), tuple(shape), str(Path(directory) / array), tuple(chunk),
-        float(entry["square_sum"]), int(entry["stored_nbytes"]), kind,
-    )  # fmt: skip
+        sys.intern(name),
+        sys.intern(dtype),
+        tuple(shape),
+        str(Path(directory) / array),
+        tuple(chunk),
+        float(entry["square_sum"]),
+        int(entry["stored_nbytes"]),
+        kind,
+    )
 
 
 def _sizes(value: Any) -> bool:

@@ -177,9 +177,14 @@ def _open_adapted(reference: str, cache: Path) -> TensorIndex:
     adapter = read_adapter(directory)
     adapted = adapt(adapter, base, base.config, model)
     return replace(
-        base, reference=reference, tensors=adapted.tensors, stamps=(*base.stamps, *adapter.stamps), adapter=adapter,
-        config=adapted.config, notes=(*base.notes, *adapted.notes),
-    )  # fmt: skip
+        base,
+        reference=reference,
+        tensors=adapted.tensors,
+        stamps=(*base.stamps, *adapter.stamps),
+        adapter=adapter,
+        config=adapted.config,
+        notes=(*base.notes, *adapted.notes),
+    )
 
 
 def locate(reference: str) -> Path:
@@ -268,9 +273,16 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     beside = os.path.lexists(directory / DECLARED_BESIDE)
     quantization = quantization_of(tensors, config, beside)
     return TensorIndex(
-        reference, directory, tuple(stamps), metadata, with_floats(tensors, quantization), unlisted, config,
-        notes=tuple(notes), quantization=quantization,
-    )  # fmt: skip
+        reference,
+        directory,
+        tuple(stamps),
+        metadata,
+        with_floats(tensors, quantization),
+        unlisted,
+        config,
+        notes=tuple(notes),
+        quantization=quantization,
+    )
 
 
 def _tied_copies(

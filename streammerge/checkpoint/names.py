@@ -10,9 +10,13 @@ from streammerge.checkpoint.naming import LANGUAGE_PARTS, TIED
 
 _HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight",
+    "embed_tokens.weight",
+    "wte.weight",
+    "word_embeddings.weight",
+    "embed_in.weight",
+    "tok_embeddings.weight",
     "shared.weight",
-)  # fmt: skip
+)
 
 
 def is_head(name: str) -> bool:

@@ -17,10 +17,22 @@ DECLARATIONS = ("quantization_config", "compression_config")
 DECLARED_BESIDE = "hf_quant_config.json"
 """A file that says it too, of NVIDIA's modelopt."""
 _METHODS = {
-    "gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "fp8": "FP8 with scales", "fbgemm_fp8": "FBGEMM FP8",
-    "mxfp4": "MXFP4", "modelopt": "NVIDIA modelopt", "hqq": "HQQ", "eetq": "EETQ", "quanto": "Quanto",
-    "aqlm": "AQLM", "torchao": "torchao", "vptq": "VPTQ", "auto-round": "AutoRound", "bitnet": "BitNet",
-}  # fmt: skip
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+    "fp8": "FP8 with scales",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "mxfp4": "MXFP4",
+    "modelopt": "NVIDIA modelopt",
+    "hqq": "HQQ",
+    "eetq": "EETQ",
+    "quanto": "Quanto",
+    "aqlm": "AQLM",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+    "auto-round": "AutoRound",
+    "bitnet": "BitNet",
+}
 """What the formats are called, by ``quant_method``."""
 
 _PACKED = (
@@ -35,16 +47,48 @@ _PACKED = (
 )
 """Ends of the names of codes, what lies beside them (one of it, if anything is listed), and the format."""
 _BEHIND = (
-    "_scale", "_scale_inv", "_scales", "_scale_2", "_global_scale", "_zero_point", "_zeros", "_shape", "_g_idx", "_format",
+    "_scale",
+    "_scale_inv",
+    "_scales",
+    "_scale_2",
+    "_global_scale",
+    "_zero_point",
+    "_zeros",
+    "_shape",
+    "_g_idx",
+    "_format",
     "_activation_scale",
-)  # fmt: skip
+)
 """What the names of companions have behind that of the codes."""
 _BESIDE = (
-    "scales", "scale", "qzeros", "g_idx", "SCB", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_scales",
-    "weight_global_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "weight_format", "scale_weight",
-    "scale_input", "input_scale", "input_global_scale", "activation_scale", "k_scale", "v_scale", "codebooks", "zeros",
-    "zero", "_scale", "absmax", "quant_map",
-)  # fmt: skip
+    "scales",
+    "scale",
+    "qzeros",
+    "g_idx",
+    "SCB",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scale_2",
+    "weight_scales",
+    "weight_global_scale",
+    "weight_zero_point",
+    "weight_shape",
+    "weight_g_idx",
+    "weight_format",
+    "scale_weight",
+    "scale_input",
+    "input_scale",
+    "input_global_scale",
+    "activation_scale",
+    "k_scale",
+    "v_scale",
+    "codebooks",
+    "zeros",
+    "zero",
+    "_scale",
+    "absmax",
+    "quant_map",
+)
 """Companions in the same module."""
 _WITHIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "_data", "_scale")
 """What the names of companions have behind the codes' own, after a point."""
@@ -168,7 +212,9 @@ def _companions(
     name: str, stem: str, tensors: Mapping[str, Any], below: Mapping[str, list[str]]
 ) -> Iterator[str]:
     candidates = [
-        *(f"{name}{end}" for end in _BEHIND), *(f"{stem}{end}" for end in _BEHIND),
-        *(f"{stem}.{other}" for other in _BESIDE), *below.get(name, ()),
-    ]  # fmt: skip
+        *(f"{name}{end}" for end in _BEHIND),
+        *(f"{stem}{end}" for end in _BEHIND),
+        *(f"{stem}.{other}" for other in _BESIDE),
+        *below.get(name, ()),
+    ]
     yield from (candidate for candidate in candidates if candidate in tensors and candidate != name)

@@ -34,10 +34,15 @@ _NO_WEIGHTS = ("adapter_model", "optimizer", "scheduler", "training_args", "rng_
 """Stems of what trainers and adapters keep in files of the same kinds."""
 _OTHERS = {
     ".gguf": GGUF,
-    ".h5": "HDF5 files of Keras (.h5)", ".msgpack": "files of Flax (.msgpack)", ".onnx": "ONNX files (.onnx)",
-    ".npz": "arrays of numpy (.npz)", ".ot": "files of rust-bert (.ot)", ".tflite": "TFLite files (.tflite)",
-    ".mlmodel": "Core ML files (.mlmodel)", ".keras": "files of Keras (.keras)",
-}  # fmt: skip
+    ".h5": "HDF5 files of Keras (.h5)",
+    ".msgpack": "files of Flax (.msgpack)",
+    ".onnx": "ONNX files (.onnx)",
+    ".npz": "arrays of numpy (.npz)",
+    ".ot": "files of rust-bert (.ot)",
+    ".tflite": "TFLite files (.tflite)",
+    ".mlmodel": "Core ML files (.mlmodel)",
+    ".keras": "files of Keras (.keras)",
+}
 """What else people have in a directory, by the end of its name."""
 
 
@@ -143,9 +148,10 @@ def _without_index(key: tuple[str, str, str], names: dict[str, tuple[int, int] |
 def _joined(found: list[WeightSet]) -> list[WeightSet]:
     """Put sets of names that no library knows into one: they are shards of any name, if they are all that there is."""
     own = [
-        some for some in found
+        some
+        for some in found
         if some.stem not in (*_KNOWN, _CONSOLIDATED) and some.suffix == SUFFIX and some.index is None
-    ]  # fmt: skip
+    ]
     plain = [some for some in own if not any(_is_variant_of(some, other) for other in own)]
     if len(plain) < 2 or any(some.missing for some in plain):
         return found

@@ -37,10 +37,18 @@ def mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
     hidden: dict[str, Any] = {"hidden": True, "group": MERGEKIT}
     off: dict[str, Any] = {**hidden, "default": None}
     options = [
-        option("--copy-tokenizer/--no-copy-tokenizer", default=True, group=OUTPUT,
-               help="Copy the tokenizer  [default: yes]"),
-        option("--write-model-card/--no-write-model-card", default=True, group=OUTPUT,
-               help="Write README.md  [default: yes]"),
+        option(
+            "--copy-tokenizer/--no-copy-tokenizer",
+            default=True,
+            group=OUTPUT,
+            help="Copy the tokenizer  [default: yes]",
+        ),
+        option(
+            "--write-model-card/--no-write-model-card",
+            default=True,
+            group=OUTPUT,
+            help="Write README.md  [default: yes]",
+        ),
         option("--cuda/--no-cuda", **off),
         option("--gpu-rich", is_flag=True, **hidden),
         option("--random-seed", type=Whole(0, MOST_SEED), **hidden),
@@ -49,16 +57,25 @@ def mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
         option("--transformers-cache", type=path(file_okay=False), **hidden),
         option("--safe-serialization/--no-safe-serialization", **off),
         option("--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings", **off),
-        *(option(f"--{name}/--no-{name}", **off) for name in (
-            "allow-crimes", "trust-remote-code", "low-cpu-memory", "read-to-gpu", "multi-gpu", "lazy-unpickle",
-            "clone-tensors", "async-write",
-        )),
+        *(
+            option(f"--{name}/--no-{name}", **off)
+            for name in (
+                "allow-crimes",
+                "trust-remote-code",
+                "low-cpu-memory",
+                "read-to-gpu",
+                "multi-gpu",
+                "lazy-unpickle",
+                "clone-tensors",
+                "async-write",
+            )
+        ),
         option("--lora-merge-cache", **hidden),
         option("--lora-merge-dtype", **hidden),
         option("--write-threads", **hidden),
         option("--no-quiet", is_flag=True, **hidden),
         option("-v", "--verbose", count=True, **hidden),
-    ]  # fmt: skip
+    ]
     for add in reversed(options):
         command = add(command)
     return command
@@ -99,8 +116,10 @@ def translate(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if cache is not None:
         os.environ["HF_HUB_CACHE"] = cache
     notes = [
-        f"--{name.replace('_', '-')}: ignored: {why}" for name, why in _NEEDLESS.items() if given.pop(name) not in (None, False, 0)
-    ]  # fmt: skip
+        f"--{name.replace('_', '-')}: ignored: {why}"
+        for name, why in _NEEDLESS.items()
+        if given.pop(name) not in (None, False, 0)
+    ]
     return given, notes
 
 

@@ -264,8 +264,11 @@ def _models(data: object, path: str, notes: list[str], *, layers: bool = False) 
             model = replace(model, again=times[model.reference])
         first = seen.setdefault(model.name, i)
         if first != i:
-            refuse(model.path, f"{shown(model.name)} is {path.split('.')[-1].split()[-1]}[{first}] already "
-                               "(give one an own alias:)")  # fmt: skip
+            refuse(
+                model.path,
+                f"{shown(model.name)} is {path.split('.')[-1].split()[-1]}[{first}] already "
+                "(give one an own alias:)",
+            )
         found.append(model)
     return tuple(found)
 

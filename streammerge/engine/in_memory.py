@@ -130,11 +130,19 @@ def merge_in_memory(
     elements = sum(job.n_elements for job in plan.jobs)
 
     def on_tick(tick: Tick) -> None:
-        emit(Event("progress", {
-            "bytes_read": tick.bytes_read, "bytes_written": tick.bytes_written,
-            "tensors": tick.tensors_done, "tensors_total": len(plan.jobs),
-            "elements": tick.elements_done, "elements_total": elements,
-        }))  # fmt: skip
+        emit(
+            Event(
+                "progress",
+                {
+                    "bytes_read": tick.bytes_read,
+                    "bytes_written": tick.bytes_written,
+                    "tensors": tick.tensors_done,
+                    "tensors_total": len(plan.jobs),
+                    "elements": tick.elements_done,
+                    "elements_total": elements,
+                },
+            )
+        )
 
     emit(Event("start", {"bytes_done": 0}))
     sink.hand_over_empty()
@@ -149,10 +157,17 @@ def merge_in_memory(
         *of_floor(floored(plan, chosen) if plan.fishers else None),
     ):
         emit(warning(line))
-    emit(Event("done", {
-        "tensors": len(plan.jobs), "bytes_read": reader.bytes_read, "bytes_written": sink.bytes_written,
-        "densities": named_densities(plan, densities(plan, chosen)),
-    }))  # fmt: skip
+    emit(
+        Event(
+            "done",
+            {
+                "tensors": len(plan.jobs),
+                "bytes_read": reader.bytes_read,
+                "bytes_written": sink.bytes_written,
+                "densities": named_densities(plan, densities(plan, chosen)),
+            },
+        )
+    )
 
 
 def _not_finite_lines(context: Context, receipts: Sequence[Receipt]) -> list[str]:

@@ -154,9 +154,11 @@ def execute(
 
 
 def _make_hasher(
-    plan: MergePlan, emit: Callable[[Event], None], stop: threading.Event,
+    plan: MergePlan,
+    emit: Callable[[Event], None],
+    stop: threading.Event,
     signal_received: Callable[[], int | None],
-) -> ContentHasher:  # fmt: skip
+) -> ContentHasher:
     """Return what hashes input files for a run: stopped with it, and reporting how far it is."""
 
     def check_stop() -> None:
@@ -172,18 +174,35 @@ def _complete(out: Path, plan: MergePlan, finished: Finished) -> Summary:
     """Return the summary of a merge that was there already."""
     manifest = finished.manifest
     return Summary(
-        str(out), True, len(plan.jobs), len(plan.layout.shards), 0, 0, plan.layout.nbytes, 0.0,
-        named_densities(plan, manifest.get("densities", [])), plan.warnings, manifest.get("floored"), finished.edits,
-    )  # fmt: skip
+        str(out),
+        True,
+        len(plan.jobs),
+        len(plan.layout.shards),
+        0,
+        0,
+        plan.layout.nbytes,
+        0.0,
+        named_densities(plan, manifest.get("densities", [])),
+        plan.warnings,
+        manifest.get("floored"),
+        finished.edits,
+    )
 
 
 class _Session:
     """The state of one locked run."""
 
     def __init__(
-        self, plan: MergePlan, out: Path, reader: Reader, identity: Identity, options: Options,
-        emit: Callable[[Event], None], stop: threading.Event, hasher: ContentHasher,
-    ) -> None:  # fmt: skip
+        self,
+        plan: MergePlan,
+        out: Path,
+        reader: Reader,
+        identity: Identity,
+        options: Options,
+        emit: Callable[[Event], None],
+        stop: threading.Event,
+        hasher: ContentHasher,
+    ) -> None:
         self._hasher, self._hash_inputs = hasher, options.hash_inputs
         self._plan, self._out, self._reader = plan, out, reader
         self._identity = identity
@@ -261,10 +280,13 @@ class _Session:
         if progress is not None:
             what = f"{printable(self._out)}: holds an unfinished merge"
             known = recognize(files, progress.files, self._hasher, what)
-        hashed = self._hasher.hash([
-            file for file in files
-            if not known[file.key].content and (self._hash_inputs or self._is_sidecar(file))
-        ])  # fmt: skip
+        hashed = self._hasher.hash(
+            [
+                file
+                for file in files
+                if not known[file.key].content and (self._hash_inputs or self._is_sidecar(file))
+            ]
+        )
         known |= {key: Known(known[key].stamp, content) for key, content in hashed.items()}
         if progress is None:
             announced = journal.announced()
@@ -282,11 +304,13 @@ class _Session:
         """Return the receipts whose bytes are still what they say; the others are done again."""
         slots = self._plan.layout.slots
         plausible = [
-            r for r in receipts
-            if r.job < len(slots) and slots[r.job].shard not in self._writer.fresh
+            r
+            for r in receipts
+            if r.job < len(slots)
+            and slots[r.job].shard not in self._writer.fresh
             and 0 <= r.start <= r.stop <= self._plan.jobs[r.job].n_elements
             and (self._context.tolerant or not r.not_finite or is_copied(self._plan.jobs[r.job]))
-        ]  # fmt: skip
+        ]
         with ThreadPoolExecutor(self._plan.budget.workers) as threads:
             sound = list(threads.map(self._is_sound, plausible))
         return [receipt for receipt, fine in zip(plausible, sound, strict=True) if fine]
@@ -309,12 +333,18 @@ class _Session:
 
     def _on_tick(self, tick: Tick) -> None:
         self._emit(
-            Event("progress", {
-                "bytes_read": tick.bytes_read, "bytes_written": tick.bytes_written,
-                "tensors": tick.tensors_done, "tensors_total": len(self._plan.jobs),
-                "elements": tick.elements_done, "elements_total": self._elements,
-            })
-        )  # fmt: skip
+            Event(
+                "progress",
+                {
+                    "bytes_read": tick.bytes_read,
+                    "bytes_written": tick.bytes_written,
+                    "tensors": tick.tensors_done,
+                    "tensors_total": len(self._plan.jobs),
+                    "elements": tick.elements_done,
+                    "elements_total": self._elements,
+                },
+            )
+        )
 
     def _output(self, job: int, first: int, last: int) -> Bytes:
         slot = self._plan.layout.slots[job]
@@ -323,16 +353,29 @@ class _Session:
     def _profile_values(self, seconds: float) -> dict[str, Any]:
         budget = self._plan.budget
         return profile_values(
-            self._context.stages, seconds=seconds, running=self._running, workers=budget.workers,
-            threads=budget.threads, read=self._reader.bytes_read, written=self._writer.bytes_written,
-        )  # fmt: skip
+            self._context.stages,
+            seconds=seconds,
+            running=self._running,
+            workers=budget.workers,
+            threads=budget.threads,
+            read=self._reader.bytes_read,
+            written=self._writer.bytes_written,
+        )
 
     def _summary(self, manifest: Mapping[str, Any], resumed: int, began: float) -> Summary:
         return Summary(
-            str(self._out), False, len(self._plan.jobs), len(self._plan.layout.shards),
-            self._reader.bytes_read, self._writer.bytes_written, resumed, time.monotonic() - began,
-            named_densities(self._plan, manifest["densities"]), self._plan.warnings, manifest.get("floored"),
-        )  # fmt: skip
+            str(self._out),
+            False,
+            len(self._plan.jobs),
+            len(self._plan.layout.shards),
+            self._reader.bytes_read,
+            self._writer.bytes_written,
+            resumed,
+            time.monotonic() - began,
+            named_densities(self._plan, manifest["densities"]),
+            self._plan.warnings,
+            manifest.get("floored"),
+        )
 
 
 def _receipt_bytes(plan: MergePlan, receipt: Receipt) -> int:

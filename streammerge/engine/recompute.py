@@ -112,9 +112,14 @@ def pieces_of(plan: MergePlan) -> list[Piece]:
 
 
 def recompute(
-    plan: MergePlan, out: Path, manifest: Mapping[str, Any], *, sample: int | None, seed: int,
+    plan: MergePlan,
+    out: Path,
+    manifest: Mapping[str, Any],
+    *,
+    sample: int | None,
+    seed: int,
     on_tick: Callable[[int], None] = lambda nbytes: None,
-) -> Recomputed:  # fmt: skip
+) -> Recomputed:
     """Recompute a sample of an output, the same for the same seed, or all of it, and compare.
 
     Parameters
@@ -209,8 +214,9 @@ def _told_wrongly(plan: MergePlan, receipts: Sequence[Receipt], manifest: Mappin
         told["floored"] = floored(plan, chosen)
     return [
         f"{MANIFEST}: `{field}` is not what the merge gives"
-        for field, value in told.items() if (manifest.get(field) or None) != (value or None)
-    ]  # fmt: skip
+        for field, value in told.items()
+        if (manifest.get(field) or None) != (value or None)
+    ]
 
 
 class _Nothing:

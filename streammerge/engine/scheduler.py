@@ -223,8 +223,9 @@ class Runner:
             for receipt in receipts:
                 self.elements_done += receipt.stop - receipt.start
                 before, self._left[receipt.job] = (
-                    self._left[receipt.job], self._left[receipt.job] - (receipt.stop - receipt.start),
-                )  # fmt: skip
+                    self._left[receipt.job],
+                    self._left[receipt.job] - (receipt.stop - receipt.start),
+                )
                 if self._left[receipt.job] <= 0:
                     self._tensors_left -= before > 0
                     self._context.answers.pop(receipt.job, None)
@@ -309,11 +310,15 @@ class Runner:
             n = sum(job.n_elements for job in merged)
             accumulators = [
                 make_accumulator(
-                    request, merged, {job: requests[i] for job, requests in wanted.items()}, self._context.keys,
-                    self._context.tolerant, self._plan.room.bins,
+                    request,
+                    merged,
+                    {job: requests[i] for job, requests in wanted.items()},
+                    self._context.keys,
+                    self._context.tolerant,
+                    self._plan.room.bins,
                 )
                 for i, request in enumerate(shared)
-            ]  # fmt: skip
+            ]
 
             def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
                 self._stream(merged, some, only)
@@ -342,8 +347,9 @@ class Runner:
                         math_for(self._context, job, loaded) as math,
                         self._context.stages.time("statistics"),
                     ):
-                        self._guarded(job, lambda: resolve_in_memory(
-                            self._context, job, loaded, math, until_model=True))  # fmt: skip
+                        self._guarded(
+                            job, lambda: resolve_in_memory(self._context, job, loaded, math, until_model=True)
+                        )
 
         def futures() -> Iterable[Future[None]]:
             for job in jobs:

@@ -161,7 +161,7 @@ def _emit(context: Context, job: Job, piece: Piece, data: Bytes, applied: Applie
         checksum = crc32(data)
     return Receipt(
         job.ordinal, piece.start, piece.stop, checksum, applied.kept, applied.floored, applied.not_finite
-    )  # fmt: skip
+    )
 
 
 def load(
@@ -333,11 +333,14 @@ def slice_of(loaded: Loaded, start: int, stop: int) -> Loaded:
     line = loaded.row_length if len(loaded.shape) == 2 else 0
     shape = ((stop - start) // line, line) if line else (stop - start,)
     return replace(
-        loaded, start=loaded.start + start, n=stop - start, shape=shape,
+        loaded,
+        start=loaded.start + start,
+        n=stop - start,
+        shape=shape,
         models=tuple(moved(operand) for operand in loaded.models),
         base=None if loaded.base is None else moved(loaded.base),
         fishers=tuple(moved(operand) for operand in loaded.fishers),
-    )  # fmt: skip
+    )
 
 
 def sample_of(loaded: Loaded, model: int | None) -> Loaded:
@@ -366,9 +369,15 @@ def sample_of(loaded: Loaded, model: int | None) -> Loaded:
         position += parts[-1].size
     n = blocks * 4096
     return replace(
-        loaded, arena=np.concatenate(parts), base=copies[0] if first else None, models=tuple(copies[first:]),
-        start=0, n=n, shape=(n,), fishers=(),
-    )  # fmt: skip
+        loaded,
+        arena=np.concatenate(parts),
+        base=copies[0] if first else None,
+        models=tuple(copies[first:]),
+        start=0,
+        n=n,
+        shape=(n,),
+        fishers=(),
+    )
 
 
 def sample_starts(n: int, blocks: int) -> list[int]:

@@ -100,9 +100,13 @@ class StoreWriter:
     """
 
     def __init__(
-        self, out: Path, binding: Mapping[str, str], *, attribute: str = ATTRIBUTE,
+        self,
+        out: Path,
+        binding: Mapping[str, str],
+        *,
+        attribute: str = ATTRIBUTE,
         sums: Callable[[str, str], Sums] = DiagonalSums,
-    ) -> None:  # fmt: skip
+    ) -> None:
         import zarr
 
         self._attribute = attribute
@@ -150,22 +154,30 @@ class StoreWriter:
         name, chunk = array_name(tensor), chunk_shape(shape)
         with world_errors(self._partial / name):
             array = self._group.create_array(
-                name, shape=shape, chunks=chunk, dtype=STORED[dtype], fill_value=0,
+                name,
+                shape=shape,
+                chunks=chunk,
+                dtype=STORED[dtype],
+                fill_value=0,
                 compressors=[
                     BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=itemsize(dtype)),
                     Crc32cCodec(),
                 ],
                 config={"write_empty_chunks": True},
-            )  # fmt: skip
+            )
             sums = self._sums(tensor, dtype)
             for place, values in zip(_places(shape, chunk), runs, strict=True):
                 sums.add(values)
                 array[place] = values.reshape(_extent(place))
             _sync_tree(self._partial / name)
             entry = {
-                "array": name, "dtype": dtype, "shape": list(shape), "chunk": list(chunk),
-                **sums.values(), "stored_nbytes": _chunk_bytes(self._partial / name),
-            }  # fmt: skip
+                "array": name,
+                "dtype": dtype,
+                "shape": list(shape),
+                "chunk": list(chunk),
+                **sums.values(),
+                "stored_nbytes": _chunk_bytes(self._partial / name),
+            }
             array.attrs.update({self._attribute: {"tensor": tensor, **entry}})
             _sync_tree(self._partial / name, chunks=False)
             fsync_directory(self._partial)
@@ -176,11 +188,13 @@ class StoreWriter:
         table = {tensor: self._entries[tensor] for tensor in order}
         squares = np.cumsum([entry["square_sum"] for entry in table.values()])[-1]
         attributes = {
-            "format": FORMAT, **about,
+            "format": FORMAT,
+            **about,
             "elements": sum(math.prod(entry["shape"]) for entry in table.values()),
             "sum": float(np.cumsum([entry["sum"] for entry in table.values()])[-1]),
-            "norm": math.sqrt(squares), "tensors": table,
-        }  # fmt: skip
+            "norm": math.sqrt(squares),
+            "tensors": table,
+        }
         with world_errors(self._out):
             self._group.attrs.update({self._attribute: attributes})
             (self._partial / _BINDING).unlink(missing_ok=True)
@@ -283,8 +297,10 @@ def _chunk_bytes(directory: Path) -> int:
     """Return the bytes of all files of an array but its description."""
     return sum(
         os.path.getsize(os.path.join(folder, file))
-        for folder, _, files in os.walk(directory) for file in files if file != GROUP_FILE
-    )  # fmt: skip
+        for folder, _, files in os.walk(directory)
+        for file in files
+        if file != GROUP_FILE
+    )
 
 
 def _sync_tree(directory: Path, *, chunks: bool = True) -> None:

@@ -31,9 +31,11 @@ class Pool:
     """
 
     def __init__(
-        self, capacity: int, prepare: Callable[[Bytes], None] | None = None,
+        self,
+        capacity: int,
+        prepare: Callable[[Bytes], None] | None = None,
         dismiss: Callable[[Bytes], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._capacity = capacity
         self._prepare = prepare
         self._dismiss = dismiss

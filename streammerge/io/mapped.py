@@ -27,8 +27,13 @@ _COPY = getattr(_LIBC, "process_vm_readv", None)
 if _COPY is not None:
     _COPY.restype = ctypes.c_ssize_t
     _COPY.argtypes = (
-        ctypes.c_int, ctypes.POINTER(_Range), ctypes.c_ulong, ctypes.POINTER(_Range), ctypes.c_ulong, ctypes.c_ulong,
-    )  # fmt: skip
+        ctypes.c_int,
+        ctypes.POINTER(_Range),
+        ctypes.c_ulong,
+        ctypes.POINTER(_Range),
+        ctypes.c_ulong,
+        ctypes.c_ulong,
+    )
 
 
 def copy_mapped(mapped: mmap.mmap, offset: int, target: Bytes) -> int:

@@ -75,8 +75,23 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
 
 
 @njit(nogil=True)
-def survivors(half, full, offsets, codes, base_offset, base_code, element, n, drops, drop_keys, cuts, cut_keys,
-              base, deltas, kept):  # fmt: skip
+def survivors(
+    half,
+    full,
+    offsets,
+    codes,
+    base_offset,
+    base_code,
+    element,
+    n,
+    drops,
+    drop_keys,
+    cuts,
+    cut_keys,
+    base,
+    deltas,
+    kept,
+):
     """Write the surviving deltas of every model, (models, n), and the base, all fp32; add how many survive to `kept`."""
     buffers = scratch()
     for start in range(0, n, BLOCK):
@@ -86,9 +101,20 @@ def survivors(half, full, offsets, codes, base_offset, base_code, element, n, dr
         for model in range(len(offsets)):
             at = offsets[model] + start * (4 if codes[model] == 2 else 2)
             kept[model] += delta_block(
-                half, full, at, codes[model], b, element + start, m, drops[model], drop_keys[model], cuts[model],
-                cut_keys[model], deltas[model, start : start + m], buffers,
-            )  # fmt: skip
+                half,
+                full,
+                at,
+                codes[model],
+                b,
+                element + start,
+                m,
+                drops[model],
+                drop_keys[model],
+                cuts[model],
+                cut_keys[model],
+                deltas[model, start : start + m],
+                buffers,
+            )
 
 
 @njit(nogil=True)
@@ -206,8 +232,9 @@ def _keys(deltas, n, lo, hi, keys):
 
 
 @njit(nogil=True)
-def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
-                   drop, drop_key, low, high, shift, bins):  # fmt: skip
+def keys_in_window(
+    half, full, offset, code, base_offset, base_code, element, n, drop, drop_key, low, high, shift, bins
+):
     """Count the magnitude patterns of a piece: those above `high`; those in the window, in bins.
 
     Returns ``(above, highest)`` and adds to ``bins[(key - low) >> shift]``. `highest` is the
@@ -230,8 +257,21 @@ def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
             )
         else:
             widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
-            delta_block(half, full, offset + start * (4 if code == 2 else 2), code, b,
-                        element + start, m, drop, drop_key, no_cut, drop_key, out, buffers)  # fmt: skip
+            delta_block(
+                half,
+                full,
+                offset + start * (4 if code == 2 else 2),
+                code,
+                b,
+                element + start,
+                m,
+                drop,
+                drop_key,
+                no_cut,
+                drop_key,
+                out,
+                buffers,
+            )
             above_here, highest_here = _keys(out, m, lo, hi, keys)
         above += above_here
         highest = max(highest, highest_here)
@@ -245,8 +285,9 @@ def keys_in_window(half, full, offset, code, base_offset, base_code, element, n,
 
 
 @njit(nogil=True)
-def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
-             drop, drop_key, cut, cut_key, partials):  # fmt: skip
+def abs_sums(
+    half, full, offset, code, base_offset, base_code, element, n, drop, drop_key, cut, cut_key, partials
+):
     """Write the fp64 sum of abs(surviving delta) of each 4096-element block into `partials`.
 
     Eight lanes per block, added pairwise: a fixed order, whatever the chunk, thread or vector width.
@@ -260,8 +301,21 @@ def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
         for start in range(part * 4096, stop, BLOCK):
             m = min(BLOCK, stop - start)
             widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
-            delta_block(half, full, offset + start * (4 if code == 2 else 2), code, b,
-                        element + start, m, drop, drop_key, cut, cut_key, out, buffers)  # fmt: skip
+            delta_block(
+                half,
+                full,
+                offset + start * (4 if code == 2 else 2),
+                code,
+                b,
+                element + start,
+                m,
+                drop,
+                drop_key,
+                cut,
+                cut_key,
+                out,
+                buffers,
+            )
             for i in range(m, (m + 7) & ~7):
                 out[i] = np.float32(0)
             for i in range(0, m, 8):
@@ -274,16 +328,30 @@ def abs_sums(half, full, offset, code, base_offset, base_code, element, n,
 
 
 @njit(nogil=True)
-def ties_per_block(half, full, offset, code, base_offset, base_code, n, key, element,
-                   drop, drop_key, counts, size):  # fmt: skip
+def ties_per_block(
+    half, full, offset, code, base_offset, base_code, n, key, element, drop, drop_key, counts, size
+):
     """Count the elements whose magnitude pattern is `key` in each run of `size` elements."""
     b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     no_cut = np.array([NO_CUT, 0, 0, NO_CUT, 0, 0], np.int64)
     for start in range(0, n, BLOCK):
         m = min(BLOCK, n - start)
         widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
-        delta_block(half, full, offset + start * (4 if code == 2 else 2), code, b,
-                    element + start, m, drop, drop_key, no_cut, drop_key, out, buffers)  # fmt: skip
+        delta_block(
+            half,
+            full,
+            offset + start * (4 if code == 2 else 2),
+            code,
+            b,
+            element + start,
+            m,
+            drop,
+            drop_key,
+            no_cut,
+            drop_key,
+            out,
+            buffers,
+        )
         for i in range(m):
             if (bits_from_f32(out[i]) & MAGNITUDE) == np.uint32(key):
                 counts[(start + i) // size] += 1

@@ -8,9 +8,30 @@ from streammerge.kernels.deltas import delta_block, scratch
 
 
 @njit(nogil=True)
-def fisher_mean(half, full, offsets, codes, fisher_offsets, fisher_codes, base_offset, base_code,
-                element, n, drops, drop_keys, cuts, cut_keys, rescales,
-                coefficients, floors, add, average, out_offset, out_code, kept):  # fmt: skip
+def fisher_mean(
+    half,
+    full,
+    offsets,
+    codes,
+    fisher_offsets,
+    fisher_codes,
+    base_offset,
+    base_code,
+    element,
+    n,
+    drops,
+    drop_keys,
+    cuts,
+    cut_keys,
+    rescales,
+    coefficients,
+    floors,
+    add,
+    average,
+    out_offset,
+    out_code,
+    kept,
+):
     """Write sum a_i theta_i / sum a_i, a_i = coefficient * floored F_i; see `recipes.FisherMean`.
 
     With `rescales` the models are base + rescale * surviving delta. Returns the values that are not finite
@@ -48,9 +69,20 @@ def fisher_mean(half, full, offsets, codes, fisher_offsets, fisher_codes, base_o
             at = offsets[model] + start * (4 if codes[model] == 2 else 2)
             if len(rescales) > 0:
                 kept[model] += delta_block(
-                    half, full, at, codes[model], b, element + start, m,
-                    drops[model], drop_keys[model], cuts[model], cut_keys[model], delta, buffers,
-                )  # fmt: skip
+                    half,
+                    full,
+                    at,
+                    codes[model],
+                    b,
+                    element + start,
+                    m,
+                    drops[model],
+                    drop_keys[model],
+                    cuts[model],
+                    cut_keys[model],
+                    delta,
+                    buffers,
+                )
                 for i in range(m):
                     theta[i] = np.float64(b[i]) + rescales[model] * np.float64(delta[i])
             else:
@@ -64,8 +96,23 @@ def fisher_mean(half, full, offsets, codes, fisher_offsets, fisher_codes, base_o
                 low[0, :m] = theta[:m]
                 high[0, :m] = theta[:m]
             now, new = model & 1, 1 - (model & 1)
-            bad += _add_model(m, theta, target, f, coefficients[model], floors[model], add,
-                              low[now], high[now], low[new], high[new], moved, raised, total, a)  # fmt: skip
+            bad += _add_model(
+                m,
+                theta,
+                target,
+                f,
+                coefficients[model],
+                floors[model],
+                add,
+                low[now],
+                high[now],
+                low[new],
+                high[new],
+                moved,
+                raised,
+                total,
+                a,
+            )
             if len(average) > 0:
                 for i in range(m):
                     mean[i] += average[model] * theta[i]

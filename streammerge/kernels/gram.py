@@ -8,8 +8,25 @@ from streammerge.kernels.deltas import LARGEST, delta_block, scratch
 
 
 @njit(nogil=True)
-def _load(half, full, offsets, codes, first, n, deltas, b, element, drops, drop_keys, cuts, cut_keys,
-          rescales, delta, buffers, out):  # fmt: skip
+def _load(
+    half,
+    full,
+    offsets,
+    codes,
+    first,
+    n,
+    deltas,
+    b,
+    element,
+    drops,
+    drop_keys,
+    cuts,
+    cut_keys,
+    rescales,
+    delta,
+    buffers,
+    out,
+):
     """Widen a block of every vector to fp64: the models as they are or, with `deltas`, their task vectors.
 
     What is not finite counts as 0: it shows in the output, at its own element alone.
@@ -19,8 +36,21 @@ def _load(half, full, offsets, codes, first, n, deltas, b, element, drops, drop_
     for model in range(len(offsets)):
         at = offsets[model] + first * (4 if codes[model] == 2 else 2)
         if deltas:
-            delta_block(half, full, at, codes[model], b, element + first, n, drops[model], drop_keys[model],
-                        cuts[model], cut_keys[model], delta, buffers)  # fmt: skip
+            delta_block(
+                half,
+                full,
+                at,
+                codes[model],
+                b,
+                element + first,
+                n,
+                drops[model],
+                drop_keys[model],
+                cuts[model],
+                cut_keys[model],
+                delta,
+                buffers,
+            )
             rescale = rescales[model]
             for i in range(n):
                 out[model, i] = rescale * np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
@@ -32,8 +62,24 @@ def _load(half, full, offsets, codes, first, n, deltas, b, element, drops, drop_
 
 
 @njit(nogil=True)
-def dots(half, full, offsets, codes, base_offset, base_code, element, n, length, deltas,
-         drops, drop_keys, cuts, cut_keys, rescales, sums):  # fmt: skip
+def dots(
+    half,
+    full,
+    offsets,
+    codes,
+    base_offset,
+    base_code,
+    element,
+    n,
+    length,
+    deltas,
+    drops,
+    drop_keys,
+    cuts,
+    cut_keys,
+    rescales,
+    sums,
+):
     """Write the fp64 dot products of all pairs of vectors over every `length` elements into `sums`.
 
     Pairs are those of the upper triangle, row by row. Each product is summed in eight lanes, added pairwise at
@@ -50,8 +96,25 @@ def dots(half, full, offsets, codes, base_offset, base_code, element, n, length,
             m = min(BLOCK, stop - start)
             if deltas:
                 widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
-            _load(half, full, offsets, codes, start, m, deltas, b, element, drops, drop_keys, cuts, cut_keys,
-                  rescales, delta, buffers, x)  # fmt: skip
+            _load(
+                half,
+                full,
+                offsets,
+                codes,
+                start,
+                m,
+                deltas,
+                b,
+                element,
+                drops,
+                drop_keys,
+                cuts,
+                cut_keys,
+                rescales,
+                delta,
+                buffers,
+                x,
+            )
             pair = 0
             for i in range(k):
                 for j in range(i, k):
@@ -68,8 +131,27 @@ def dots(half, full, offsets, codes, base_offset, base_code, element, n, length,
 
 
 @njit(nogil=True)
-def weigh_rows(half, full, offsets, codes, base_offset, base_code, element, n, length, deltas,
-               drops, drop_keys, cuts, cut_keys, rescales, weights, out_offset, out_code, kept):  # fmt: skip
+def weigh_rows(
+    half,
+    full,
+    offsets,
+    codes,
+    base_offset,
+    base_code,
+    element,
+    n,
+    length,
+    deltas,
+    drops,
+    drop_keys,
+    cuts,
+    cut_keys,
+    rescales,
+    weights,
+    out_offset,
+    out_code,
+    kept,
+):
     """Write, for every row of `length` elements, the sum of its vectors by its own weights; count the non-finite.
 
     `weights` is (rows, vectors). With `deltas` the base is added, and the survivors of each model to `kept`.
@@ -91,9 +173,20 @@ def weigh_rows(half, full, offsets, codes, base_offset, base_code, element, n, l
                 weight = weights[row, model]
                 if deltas:
                     kept[model] += delta_block(
-                        half, full, at, codes[model], b, element + start, m, drops[model], drop_keys[model],
-                        cuts[model], cut_keys[model], delta, buffers,
-                    )  # fmt: skip
+                        half,
+                        full,
+                        at,
+                        codes[model],
+                        b,
+                        element + start,
+                        m,
+                        drops[model],
+                        drop_keys[model],
+                        cuts[model],
+                        cut_keys[model],
+                        delta,
+                        buffers,
+                    )
                     weight *= rescales[model]
                 else:
                     widen(half, full, at, codes[model], m, delta)

@@ -91,10 +91,31 @@ def _counts_serve(weights, coefficients):
 
 
 @njit(nogil=True, error_model="numpy")
-def task_vector_merge(half, full, offsets, codes, base_offset, base_code, element, n,
-                      drops, drop_keys, cuts, cut_keys, coefficients, weights,
-                      elect, zero_sign, normalize, divisor, scale,
-                      out_offset, out_code, kept, signs):  # fmt: skip
+def task_vector_merge(
+    half,
+    full,
+    offsets,
+    codes,
+    base_offset,
+    base_code,
+    element,
+    n,
+    drops,
+    drop_keys,
+    cuts,
+    cut_keys,
+    coefficients,
+    weights,
+    elect,
+    zero_sign,
+    normalize,
+    divisor,
+    scale,
+    out_offset,
+    out_code,
+    kept,
+    signs,
+):
     """Write base + scale * merged task vectors; return the non-finite count.
 
     Adds the survivors of each model to `kept`, and the elected signs to ``signs[0]``. With
@@ -125,9 +146,20 @@ def task_vector_merge(half, full, offsets, codes, base_offset, base_code, elemen
         for model in range(len(weights)):
             width = 4 if codes[model] == 2 else 2
             kept[model] += delta_block(
-                half, full, offsets[model] + start * width, codes[model], b, element + start, m,
-                drops[model], drop_keys[model], cuts[model], cut_keys[model], delta, buffers,
-            )  # fmt: skip
+                half,
+                full,
+                offsets[model] + start * width,
+                codes[model],
+                b,
+                element + start,
+                m,
+                drops[model],
+                drop_keys[model],
+                cuts[model],
+                cut_keys[model],
+                delta,
+                buffers,
+            )
             coefficient = coefficients[model]
             if elect:
                 _sum_signs(m, delta, coefficient, positive, negative)
@@ -143,8 +175,9 @@ def task_vector_merge(half, full, offsets, codes, base_offset, base_code, elemen
                 for i in range(m):
                     positive_weight[i] = weights[0] * np.float64(ups[i])
                     negative_weight[i] = weights[0] * np.float64(downs[i])
-            signs[0] += _elect(m, positive, negative, positive_weight, negative_weight,
-                               zero_sign, normalize, merged)  # fmt: skip
+            signs[0] += _elect(
+                m, positive, negative, positive_weight, negative_weight, zero_sign, normalize, merged
+            )
         elif divisor != 1.0:
             for i in range(m):
                 merged[i] = positive[i] / divisor

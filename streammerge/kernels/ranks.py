@@ -169,9 +169,32 @@ def ranked_abs_sums(
 
 
 @njit(nogil=True, error_model="numpy")
-def ranked_merge(half, full, offsets, codes, base_offset, base_code, element, n, length,
-                 lows, spreads, unbiased, keys, coefficients, weights,
-                 elect, zero_sign, normalize, divisor, scale, out_offset, out_code, kept, signs):  # fmt: skip
+def ranked_merge(
+    half,
+    full,
+    offsets,
+    codes,
+    base_offset,
+    base_code,
+    element,
+    n,
+    length,
+    lows,
+    spreads,
+    unbiased,
+    keys,
+    coefficients,
+    weights,
+    elect,
+    zero_sign,
+    normalize,
+    divisor,
+    scale,
+    out_offset,
+    out_code,
+    kept,
+    signs,
+):
     """Do what `merge.task_vector_merge` does, for rows of `length` elements and drops by rank.
 
     Where `unbiased` an entry that survives is divided by the probability that it does.
@@ -191,8 +214,17 @@ def ranked_merge(half, full, offsets, codes, base_offset, base_code, element, n,
         for model in range(len(weights)):
             width = 4 if codes[model] == 2 else 2
             _delta_row(half, full, offsets[model] + first * width, codes[model], b, length, buffers[4])
-            kept[model] += _survivors(buffers[4], length, element + first, keys[model], lows[model],
-                                      spreads[model], unbiased, buffers, left)  # fmt: skip
+            kept[model] += _survivors(
+                buffers[4],
+                length,
+                element + first,
+                keys[model],
+                lows[model],
+                spreads[model],
+                unbiased,
+                buffers,
+                left,
+            )
             coefficient = coefficients[model]
             if elect:
                 _sum_signs(length, left, coefficient, up, down)

@@ -159,8 +159,14 @@ def _add_signed(entries, rescale, weight, chosen, sums):
 @njit(nogil=True, error_model="numpy")
 def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, out):
     """Write base + the weighted mean of the selected entries that have the sign of their sum, in fp64."""
-    sums = (np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64),
-            np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64))  # fmt: skip
+    sums = (
+        np.empty(BLOCK, np.float64),
+        np.empty(BLOCK, np.float64),
+        np.empty(BLOCK, np.float64),
+        np.empty(BLOCK, np.float64),
+        np.empty(BLOCK, np.float64),
+        np.empty(BLOCK, np.float64),
+    )
     up, down, up_sum, down_sum, up_weight, down_weight = sums
     for start in range(0, len(out), BLOCK):
         m = min(BLOCK, len(out) - start)
@@ -168,8 +174,12 @@ def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, 
             one[:] = 0.0
         for model in range(len(deltas)):
             _add_signed(
-                deltas[model, start : start + m], rescales[model], weights[model], selected[start : start + m], sums
-            )  # fmt: skip
+                deltas[model, start : start + m],
+                rescales[model],
+                weights[model],
+                selected[start : start + m],
+                sums,
+            )
         b, here = base[start : start + m], out[start : start + m]
         for i in range(m):
             lead = up[i] - down[i]

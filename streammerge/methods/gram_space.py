@@ -30,9 +30,14 @@ Combination = Generator[
 
 
 def combine(
-    coefficients: Callable[..., Matrix], *, n: int, vectors: Sequence[TaskVector] = (), base: bool = False,
-    by: By = "tensor", **parameters: Any,
-) -> Combination:  # fmt: skip
+    coefficients: Callable[..., Matrix],
+    *,
+    n: int,
+    vectors: Sequence[TaskVector] = (),
+    base: bool = False,
+    by: By = "tensor",
+    **parameters: Any,
+) -> Combination:
     """Weigh vectors by a function of their Gram matrix, of the whole tensor or of each row or column.
 
     Parameters

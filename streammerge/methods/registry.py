@@ -150,8 +150,9 @@ class Method:
         """Whether the function is a plain formula of tensors."""
         return "models" in inspect.signature(self.function).parameters
 
-    def start(self, scope: Scope, parameters: Mapping[str, Any], answers: Sequence[Sequence[Answer]]
-              ) -> Recipe | list[Request]:  # fmt: skip
+    def start(
+        self, scope: Scope, parameters: Mapping[str, Any], answers: Sequence[Sequence[Answer]]
+    ) -> Recipe | list[Request]:
         """Follow the method through the `answers` known so far; return what it wants next, or its recipe."""
         if self.origin == "built in":
             return _follow(self._steps(scope, parameters), answers)
@@ -304,10 +305,21 @@ def method(
                 )
             declared[parameter.name] = parameter
         _METHODS[name] = Method(
-            name, function, Access(access), base, models, declared,
-            presets or {}, drop, fisher, gram, ignored or {}, paper, origin,
+            name,
+            function,
+            Access(access),
+            base,
+            models,
+            declared,
+            presets or {},
+            drop,
+            fisher,
+            gram,
+            ignored or {},
+            paper,
+            origin,
             inspect.cleandoc(text) if text is not None else inspect.getdoc(function) or "",
-        )  # fmt: skip
+        )
         return function
 
     return register

@@ -25,9 +25,14 @@ def divisor(weights: Sequence[float], normalize: bool) -> float:
 
 
 def trim(
-    scope: Scope, vectors: Sequence[TaskVector], densities: Sequence[float], *,
-    trim_scope: TrimScope, ties: TiePolicy, plus_one: bool,
-) -> Ask:  # fmt: skip
+    scope: Scope,
+    vectors: Sequence[TaskVector],
+    densities: Sequence[float],
+    *,
+    trim_scope: TrimScope,
+    ties: TiePolicy,
+    plus_one: bool,
+) -> Ask:
     """Keep the top `density` fraction of each vector's magnitudes (TIES, step 1).
 
     A density of 1 or more keeps the vector as it is; 0 or less removes it whole.

@@ -21,9 +21,25 @@ LN2_HIGH = 0.693147180369123816490
 """ln 2 to 32 bits, so that its small multiples are exact ..."""
 LN2_LOW = 1.90821492927058770002e-10
 """... and the rest."""
-EXP_TERMS = tuple(1.0 / f for f in (
-    6227020800, 479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1, 1,
-))  # fmt: skip
+EXP_TERMS = tuple(
+    1.0 / f
+    for f in (
+        6227020800,
+        479001600,
+        39916800,
+        3628800,
+        362880,
+        40320,
+        5040,
+        720,
+        120,
+        24,
+        6,
+        2,
+        1,
+        1,
+    )
+)
 """1/13! ... 1/1!, 1/0!: enough for abs(r) <= ln(2) / 2."""
 ROOT_HALF_BITS = 0x3FE6A09E667F3BCD
 """sqrt(1/2): mantissas lie between it and its double."""

@@ -75,7 +75,7 @@ def check_files(
     edits = find_edits(out, manifest["files"])
     examined = [
         _examine(out, name, entry["nbytes"]) for name, entry in manifest["files"].items() if name not in edits
-    ]  # fmt: skip
+    ]
     readable = {str(out / one.name): one.parts for one in examined if one.parts}
     found = read_back(readable, on_tick)
     problems = {
@@ -153,9 +153,10 @@ def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]
     crc = combine_all((part.crc, part.nbytes) for part in found)
     by_tensor = {part.name: what for part, what in zip(one.parts, found, strict=True) if part.name}
     damaged = [
-        tensor for tensor, what in by_tensor.items()
+        tensor
+        for tensor, what in by_tensor.items()
         if tensor in recorded and f"{what.crc:08x}" != recorded[tensor]["crc32"]
-    ]  # fmt: skip
+    ]
     expected = manifest["files"][one.name]["crc32"]
     if f"{crc:08x}" != expected or damaged:
         more = f" and {len(damaged) - 1} more tensors are" if len(damaged) > 1 else " is"
@@ -168,9 +169,10 @@ def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]
     if one.header_problem:
         return [f"{name}: {printable(one.header_problem)}"]
     return [
-        problem for tensor, ref in (one.tensors or {}).items()
+        problem
+        for tensor, ref in (one.tensors or {}).items()
         for problem in _tensor_problems(name, ref, by_tensor[tensor], manifest)
-    ]  # fmt: skip
+    ]
 
 
 def _tensor_problems(file: str, ref: TensorRef, found: Found, manifest: Mapping[str, Any]) -> list[str]:
@@ -247,9 +249,8 @@ def _beside(out: Path, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[st
         ]
     names = sorted(name for name in found if name not in known and name not in folders)
     loadable = [
-        name for name in names
-        if name.endswith(_LOADABLE) or name.startswith(STEMS) or is_loaded(name)
-    ]  # fmt: skip
+        name for name in names if name.endswith(_LOADABLE) or name.startswith(STEMS) or is_loaded(name)
+    ]
     problems = [f"{printable(name)}: not in {MANIFEST}; no merge wrote it here" for name in loadable]
     return problems, tuple(name for name in names if name not in loadable)
 

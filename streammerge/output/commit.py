@@ -50,8 +50,9 @@ def commit(
     index = {} if plan.layout.index is None else {plan.layout.index: _index(plan)}
     written = {
         name: copy_sidecar(stamp, hashes[name], out, name)
-        for name, stamp in plan.beside.files.items() if name not in made
-    }  # fmt: skip
+        for name, stamp in plan.beside.files.items()
+        if name not in made
+    }
     for name, data in made.items():
         make_folders(out, name)
         write_file(out / name, data)
@@ -132,9 +133,14 @@ def _manifest(
         "seed": plan.seed,
         "identity": identity.public,
         "inputs": [
-            {"role": "base" if index is plan.base else "model", "name": _names(index), "fingerprint": digest,
-             "tensors": len(index), "nbytes": index.nbytes,
-             **({"sha256": hashes} if (hashes := content_of(index, contents)) else {})}
+            {
+                "role": "base" if index is plan.base else "model",
+                "name": _names(index),
+                "fingerprint": digest,
+                "tensors": len(index),
+                "nbytes": index.nbytes,
+                **({"sha256": hashes} if (hashes := content_of(index, contents)) else {}),
+            }
             for index, digest in zip(plan.inputs, identity.fingerprints, strict=True)
         ],
         "densities": densities(plan, chosen),
@@ -146,7 +152,7 @@ def _manifest(
             job.name: {"dtype": job.dtype, "shape": list(job.shape), "crc32": f"{tensors[job.ordinal]:08x}"}
             for job in plan.jobs
         },
-    }  # fmt: skip
+    }
 
 
 def _names(index: TensorIndex) -> str:

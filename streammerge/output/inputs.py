@@ -60,8 +60,9 @@ def find_inputs(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> list[Inpu
     """Return every file that a merge reads: of the models, of their Fisher diagonals, and beside the weights."""
     found = {
         (reference, stamp.path): _plain(f"of {reference}", stamp)
-        for reference, stamps in plan.stamped.items() for stamp in stamps
-    }  # fmt: skip
+        for reference, stamps in plan.stamped.items()
+        for stamp in stamps
+    }
     stores = {index.reference: index for index in plan.stores if index.model is None}
     return [
         *found.values(),
@@ -77,9 +78,13 @@ def beside(plan: MergePlan) -> str:
 
 def _plain(group: str, stamp: FileStamp, name: str = "") -> InputFile:
     return InputFile(
-        group, name or os.path.basename(stamp.path), stamp.nbytes, files_digest([stamp]),
-        lambda: (stamp.path,), lambda: check_unchanged(stamp),
-    )  # fmt: skip
+        group,
+        name or os.path.basename(stamp.path),
+        stamp.nbytes,
+        files_digest([stamp]),
+        lambda: (stamp.path,),
+        lambda: check_unchanged(stamp),
+    )
 
 
 def _chunks_of(index: FisherIndex) -> InputFile:
@@ -130,9 +135,11 @@ class ContentHasher:
     """
 
     def __init__(
-        self, threads: int, check_stop: Callable[[], None] = lambda: None,
+        self,
+        threads: int,
+        check_stop: Callable[[], None] = lambda: None,
         on_tick: Callable[[int], None] = lambda nbytes: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._threads, self._check_stop, self._on_tick = threads, check_stop, on_tick
         self._lock = threading.Lock()
         self._nbytes = 0

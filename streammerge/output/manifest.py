@@ -165,6 +165,6 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         _map_of(_entry(dtype=_dtype, shape=_shape, crc32=_crc)),
         "a map of tensors to dtypes, shapes and checksums",
     ),
-}  # fmt: skip
+}
 """What each field must be; others are not looked at."""
 _NEEDED = frozenset(_FIELDS) - {"fisher_sha256", "floored", "not_finite"}

@@ -242,9 +242,11 @@ def _with_buffers(budget: Budget, nbytes: int, statistics: int) -> Budget:
 
 
 def _work_of(
-    jobs: Sequence[Job], needs: Sequence[Needs], budget: Budget,
+    jobs: Sequence[Job],
+    needs: Sequence[Needs],
+    budget: Budget,
     plan_work: Callable[[Job, Needs, Budget], Work],
-) -> list[Work]:  # fmt: skip
+) -> list[Work]:
     """Return how each job is handled; of those that do not fit, refuse the most demanding."""
     known: dict[tuple[object, ...], Work] = {}
     same: dict[Work, Work] = {}

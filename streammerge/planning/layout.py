@@ -88,8 +88,10 @@ def _header(ordered: Sequence[Job]) -> bytes:
     for job in ordered:
         end = offset + job.output_bytes
         entries[job.name] = {
-            "dtype": job.dtype, "shape": list(job.shape), "data_offsets": [offset, end],
-        }  # fmt: skip
+            "dtype": job.dtype,
+            "shape": list(job.shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

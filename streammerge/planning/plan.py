@@ -161,9 +161,10 @@ class MergePlan:
     def rounds_reading(self, job: Job, scope: str) -> list[list[Request]]:
         """Return the rounds of one scope that need a pass over the files."""
         return [
-            requests for requests in self.rounds_of(job)
+            requests
+            for requests in self.rounds_of(job)
             if requests[0].scope == scope and any(needs_data(request, self.jobs) for request in requests)
-        ]  # fmt: skip
+        ]
 
     def model_passes(self) -> int:
         """Return how many times the files are read for whole-model statistics before the merge."""
@@ -299,12 +300,30 @@ def make_plan(
     )
     allotted = division.allot()
     return MergePlan(
-        config, method, tuple(models), base, jobs, tuple(need.access for need in needs), allotted.work,
-        lay_out(jobs, shard_size, ecosystem_of(donor).stem), allotted.budget, config.seed if seed is None else seed,
-        torch_only, (*notes, *bound.warnings, *files.remarks), tuple(fishers), tuple(grams), device, tuple(bases), files.settings,
-        tuple(sorted(left_out)), files.tokenizer, "" if alignment is None else alignment.digest(), allotted.room,
-        division, files.beside,
-    )  # fmt: skip
+        config,
+        method,
+        tuple(models),
+        base,
+        jobs,
+        tuple(need.access for need in needs),
+        allotted.work,
+        lay_out(jobs, shard_size, ecosystem_of(donor).stem),
+        allotted.budget,
+        config.seed if seed is None else seed,
+        torch_only,
+        (*notes, *bound.warnings, *files.remarks),
+        tuple(fishers),
+        tuple(grams),
+        device,
+        tuple(bases),
+        files.settings,
+        tuple(sorted(left_out)),
+        files.tokenizer,
+        "" if alignment is None else alignment.digest(),
+        allotted.room,
+        division,
+        files.beside,
+    )
 
 
 @dataclass(frozen=True)
@@ -318,9 +337,13 @@ class _Files:
 
 
 def _files_beside(
-    config: MergeConfig, donor: TensorIndex, indexes: Mapping[str, TensorIndex], bound: Bound,
-    alignment: Alignment | None, left_out: Sequence[LeftOut],
-) -> _Files:  # fmt: skip
+    config: MergeConfig,
+    donor: TensorIndex,
+    indexes: Mapping[str, TensorIndex],
+    bound: Bound,
+    alignment: Alignment | None,
+    left_out: Sequence[LeftOut],
+) -> _Files:
     settings, remarks = merged_config(config, donor, indexes, bound.jobs, bound.stacks, alignment)
     tokenizer = None
     if alignment is not None or config.chat_template is not None:
@@ -405,24 +428,32 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "bytes_to_read": plan.bytes_to_read(),
         "bytes_of_passes": plan.bytes_of_passes(),
         "bytes_to_write": plan.layout.nbytes,
-        "shards": [{"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.jobs)}
-                   for shard in plan.layout.shards],
+        "shards": [
+            {"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.jobs)}
+            for shard in plan.layout.shards
+        ],
         "memory": plan.budget.total,
         "memory_reserve": plan.budget.reserve,
         "threads": plan.budget.threads,
         "device": plan.device,
         "warnings": list(plan.warnings),
-    }  # fmt: skip
+    }
 
 
 def tensor_values(plan: MergePlan) -> list[dict[str, object]]:
     """Return how every tensor is handled and where it goes, as plain values."""
     return [
         {
-            "name": job.name, "kind": job.kind, "dtype": job.dtype, "shape": list(job.shape),
-            "access": str(plan.access[job.ordinal]), "mode": plan.work[job.ordinal].mode,
-            "shard": plan.layout.shards[slot.shard].name, "offset": slot.offset, "nbytes": slot.nbytes,
+            "name": job.name,
+            "kind": job.kind,
+            "dtype": job.dtype,
+            "shape": list(job.shape),
+            "access": str(plan.access[job.ordinal]),
+            "mode": plan.work[job.ordinal].mode,
+            "shard": plan.layout.shards[slot.shard].name,
+            "offset": slot.offset,
+            "nbytes": slot.nbytes,
             "parameters": dict(job.parameters),
         }
         for job, slot in zip(plan.jobs, plan.layout.slots, strict=True)
-    ]  # fmt: skip
+    ]

@@ -154,9 +154,11 @@ class LineReporter:
     """
 
     def __init__(
-        self, quiet: bool = False, signal_received: Callable[[], int | None] = _never,
+        self,
+        quiet: bool = False,
+        signal_received: Callable[[], int | None] = _never,
         lines_to: TextIO | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._quiet = quiet
         self._lines_to = lines_to
         self._signal_received = signal_received

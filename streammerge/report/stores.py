@@ -36,9 +36,13 @@ def computed_values(computed: Computed | Collected) -> dict[str, Any]:
     """Return what a run over examples did as plain values."""
     about = {key: value for key, value in computed.about.items() if key != "tensors"}
     return {
-        "out": computed.out, "tensors": computed.tensors, "bytes_read": computed.bytes_read,
-        "seconds": round(computed.seconds, 3), "peak_resident_bytes": peak_memory(), **about,
-    }  # fmt: skip
+        "out": computed.out,
+        "tensors": computed.tensors,
+        "bytes_read": computed.bytes_read,
+        "seconds": round(computed.seconds, 3),
+        "peak_resident_bytes": peak_memory(),
+        **about,
+    }
 
 
 def computed_text(computed: Computed | Collected) -> str:

@@ -20,11 +20,19 @@ def verdict_values(verdict: Verdict) -> dict[str, Any]:
         "problems": list(verdict.problems),
         "others": list(verdict.others),
         "edits": dict(verdict.edits),
-        **({} if (done := verdict.recomputed) is None else {"recomputed": {
-            "pieces": done.pieces, "of_pieces": done.of_pieces,
-            "elements": done.elements, "of_elements": done.of_elements,
-        }}),
-    }  # fmt: skip
+        **(
+            {}
+            if (done := verdict.recomputed) is None
+            else {
+                "recomputed": {
+                    "pieces": done.pieces,
+                    "of_pieces": done.of_pieces,
+                    "elements": done.elements,
+                    "of_elements": done.of_elements,
+                }
+            }
+        ),
+    }
 
 
 def verdict_text(out: str, verdict: Verdict) -> str:

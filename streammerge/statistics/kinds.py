@@ -353,9 +353,22 @@ class Mixers:
 
 
 Request = (
-    TopK | Band | NonZero | Largest | Quantile | TieIndex | AbsSum | Squares | Touches | Gram | ColumnGram | SignTotal
-    | LowWords | FisherSquares | Mixing
-)  # fmt: skip
+    TopK
+    | Band
+    | NonZero
+    | Largest
+    | Quantile
+    | TieIndex
+    | AbsSum
+    | Squares
+    | Touches
+    | Gram
+    | ColumnGram
+    | SignTotal
+    | LowWords
+    | FisherSquares
+    | Mixing
+)
 Answer = (
     Mixers
     | Threshold

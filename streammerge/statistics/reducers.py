@@ -107,8 +107,12 @@ class TopKAccumulator:
     """
 
     def __init__(
-        self, request: TopK | Band | Largest | Quantile, n: int, tolerant: bool = False, most_bins: int = MOST_BINS
-    ) -> None:  # fmt: skip
+        self,
+        request: TopK | Band | Largest | Quantile,
+        n: int,
+        tolerant: bool = False,
+        most_bins: int = MOST_BINS,
+    ) -> None:
         self.wants: Range | None = None
         # More counts than elements only take time.
         self._most_bins = max(_FEWEST_BINS, n) if n < BLOCK else most_bins

@@ -73,9 +73,14 @@ def _gather_rows(
 
 
 def _place_rows(
-    reader: Reader, tensor: SourceRef, rows: NDArray[Any], places: NDArray[Any], lines: Bytes, dtype: str,
+    reader: Reader,
+    tensor: SourceRef,
+    rows: NDArray[Any],
+    places: NDArray[Any],
+    lines: Bytes,
+    dtype: str,
     scratch: Scratch,
-) -> None:  # fmt: skip
+) -> None:
     """Read some rows of a tensor, each to its place among `lines`, in the order in which they lie."""
     columns, width = row_elements(tensor.shape), itemsize(tensor.dtype)
     order = np.argsort(rows, kind="stable")
@@ -94,9 +99,11 @@ def _place_rows(
         span = room.take((n, columns * width), BYTE)
         read_to(reader, tensor, row * columns, (row + n) * columns, span.reshape(-1), room.rest())
         some = span[rows[begin:end] - row]
-        lines[places[begin:end]] = some if tensor.dtype == dtype else rounded(
-            widened(some, tensor.dtype, F64), dtype
-        ).reshape(len(some), -1)  # fmt: skip
+        lines[places[begin:end]] = (
+            some
+            if tensor.dtype == dtype
+            else rounded(widened(some, tensor.dtype, F64), dtype).reshape(len(some), -1)
+        )
         begin = end
 
 

@@ -159,9 +159,10 @@ def ties_of(models: Sequence[StateDict], others: Sequence[TensorIndex]) -> dict[
     for model in models[1:]:
         theirs = model.shared()
         found = {
-            name: first for name, first in found.items()
+            name: first
+            for name, first in found.items()
             if theirs.get(name) == first or name not in model.tensors
-        }  # fmt: skip
+        }
     return {name: first for name, first in found.items() if not any(name in index for index in others)}
 
 

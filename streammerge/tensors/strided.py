@@ -69,8 +69,10 @@ def _copy(
         views.append(as_strided(words, [*sizes, *each[0]], [*(by[axis] * width for axis in axes), *each[1]]))
     to, of = views
     if to.ndim != of.ndim:
-        to, of = (view if view.dtype == np.uint8 and view.ndim > len(axes) else
-                  view[..., None].view(np.uint8) for view in (to, of))  # fmt: skip
+        to, of = (
+            view if view.dtype == np.uint8 and view.ndim > len(axes) else view[..., None].view(np.uint8)
+            for view in (to, of)
+        )
     to[...] = of
 
 

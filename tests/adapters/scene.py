@@ -59,9 +59,14 @@ def factors(
 
 
 def adapted(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, *, transposed: bool = False,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: float,
+    *,
+    transposed: bool = False,
     magnitude: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Return ``W + s B A`` in fp64, and with a magnitude DoRA's; transposed: of a weight stored as (in, out)."""
     change = scale * (b.double().flatten(1) @ a.double().flatten(1))
     if not transposed:

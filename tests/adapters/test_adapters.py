@@ -194,8 +194,14 @@ def test_a_merge_is_that_of_models_written_out(method: str, kernels: bool, tmp_p
         references = [f"{base}+{tmp_path / f'adapter{i}'}" for i in range(2)]
         if copies:
             references = [str(materialised(r, tmp_path / f"copy{i}")) for i, r in enumerate(references)]
-        models = [{"model": r, "alias": f"m{i}", "parameters": {"weight": 0.4 + 0.3 * i} if method != "slerp" else {}}
-                  for i, r in enumerate(references)]  # fmt: skip
+        models = [
+            {
+                "model": r,
+                "alias": f"m{i}",
+                "parameters": {"weight": 0.4 + 0.3 * i} if method != "slerp" else {},
+            }
+            for i, r in enumerate(references)
+        ]
         if method in ("model_stock", "karcher"):
             models = [{"model": m["model"], "alias": m["alias"]} for m in models]
         config: dict[str, Any] = {"merge_method": method, "models": models, "seed": 3, "dtype": "bfloat16"}
@@ -216,8 +222,13 @@ def test_the_output_keeps_the_dtype_that_the_weights_are_stored_in(tmp_path: Pat
     base = write_base(tmp_path / "base")
     parts = factors(Q, 24, 40, 8)
     adapter = write_adapter(tmp_path / "adapter", parts)
-    merge({"merge_method": "passthrough", "models": [{"model": {"model": {"path": str(base)}, "lora": {"path": str(adapter)}}}]},
-          tmp_path / "out")  # fmt: skip
+    merge(
+        {
+            "merge_method": "passthrough",
+            "models": [{"model": {"model": {"path": str(base)}, "lora": {"path": str(adapter)}}}],
+        },
+        tmp_path / "out",
+    )
     found = read_tensors(tmp_path / "out")
     assert {t.dtype for t in found.values()} == {torch.bfloat16}
     assert torch.equal(

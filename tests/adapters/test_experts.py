@@ -45,9 +45,11 @@ def adapter_of(
     """As PEFT nests them: the parameter that is declared last is the outermost."""
     inner, outer = f"{module}.base_layer", module
     return {
-        f"{inner}.lora_A.weight": gate_up[0], f"{inner}.lora_B.weight": gate_up[1],
-        f"{outer}.lora_A.weight": down[0], f"{outer}.lora_B.weight": down[1],
-    }  # fmt: skip
+        f"{inner}.lora_A.weight": gate_up[0],
+        f"{inner}.lora_B.weight": gate_up[1],
+        f"{outer}.lora_A.weight": down[0],
+        f"{outer}.lora_B.weight": down[1],
+    }
 
 
 GATE_UP, DOWN = factors(HIDDEN, 2 * INNER, 1), factors(INNER, HIDDEN, 3)
@@ -127,9 +129,15 @@ def test_experts_stored_as_in_and_out_are_changed_as_such(tmp_path: Path) -> Non
         )
 
 
-@pytest.mark.parametrize(("version", "model_type", "turned"), [
-    ("0.21.2", "qwen3_moe", False), ("0.21.2", "gpt_oss", True), ("0.18.0", "qwen3_moe", True), (None, "qwen3_moe", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "model_type", "turned"),
+    [
+        ("0.21.2", "qwen3_moe", False),
+        ("0.21.2", "gpt_oss", True),
+        ("0.18.0", "qwen3_moe", True),
+        (None, "qwen3_moe", True),
+    ],
+)
 def test_square_experts_are_taken_as_that_version_of_peft_took_them(
     version: str | None, model_type: str, turned: bool, tmp_path: Path
 ) -> None:
@@ -199,9 +207,12 @@ def test_a_base_with_fewer_experts_is_refused(tmp_path: Path) -> None:
 def test_patterns_of_ranks_name_the_parameter(tmp_path: Path) -> None:
     base = write(tmp_path / "base", FUSED)
     adapter = of_rank(
-        tmp_path / "adapter", adapter_of(GATE_UP, DOWN), r=7, rank_pattern={".*experts.gate_up_proj": RANK, "down_proj": RANK},
+        tmp_path / "adapter",
+        adapter_of(GATE_UP, DOWN),
+        r=7,
+        rank_pattern={".*experts.gate_up_proj": RANK, "down_proj": RANK},
         alpha_pattern={"experts.gate_up_proj": 2},
-    )  # fmt: skip
+    )
     index = open_model(f"{base}+{adapter}")
     name = f"{MODULE}.gate_up_proj"
     assert torch.allclose(
@@ -220,9 +231,11 @@ def test_adapters_of_single_experts_change_their_slices_of_a_fused_base(
     parts: dict[str, torch.Tensor] = {}
     wanted = {name: t.double().clone() for name, t in FUSED.items()}
     for e, word, leaf, rows in (
-        (1, gate, "gate_up_proj", slice(0, INNER)), (3, gate, "gate_up_proj", slice(0, INNER)),
-        (3, up, "gate_up_proj", slice(INNER, 2 * INNER)), (1, down, "down_proj", slice(0, HIDDEN)),
-    ):  # fmt: skip
+        (1, gate, "gate_up_proj", slice(0, INNER)),
+        (3, gate, "gate_up_proj", slice(0, INNER)),
+        (3, up, "gate_up_proj", slice(INNER, 2 * INNER)),
+        (1, down, "down_proj", slice(0, HIDDEN)),
+    ):
         inputs, outputs = (INNER, HIDDEN) if leaf == "down_proj" else (HIDDEN, INNER)
         a, b = normal(e, RANK, inputs), normal(e + 7, outputs, RANK)
         module = f"model.layers.0.block_sparse_moe.experts.{e}.{word}"

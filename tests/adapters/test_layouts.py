@@ -35,11 +35,14 @@ def changed(index: TensorIndex) -> set[str]:
     return {name for name, ref in index.items() if isinstance(ref, AdaptedRef)}
 
 
-@pytest.mark.parametrize(("stored", "adapted_module"), [
-    ("model.decoder.layers.0.fc", "model.encoder.layers.0.fc"),
-    ("vis.blocks.0.q", "text.h.0.q"),
-    ("a.layers.0.q", "b.layers.0.q"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stored", "adapted_module"),
+    [
+        ("model.decoder.layers.0.fc", "model.encoder.layers.0.fc"),
+        ("vis.blocks.0.q", "text.h.0.q"),
+        ("a.layers.0.q", "b.layers.0.q"),
+    ],
+)
 def test_ends_that_are_alike_are_not_the_same_module(
     stored: str, adapted_module: str, tmp_path: Path
 ) -> None:
@@ -89,17 +92,27 @@ def test_which_way_a_weight_is_stored_is_told_by_the_shapes_of_the_model(
 SHAPES = {EMBEDDING: (10, 4), "model.layers.0.q_proj.weight": (4, 4)}
 
 
-@pytest.mark.parametrize(("saved", "ensured", "head"), [
-    ([EMBEDDING], False, "base"), ([EMBEDDING], True, None), ([HEAD], False, "saved"), ([EMBEDDING, HEAD], False, "saved"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("saved", "ensured", "head"),
+    [
+        ([EMBEDDING], False, "base"),
+        ([EMBEDDING], True, None),
+        ([HEAD], False, "saved"),
+        ([EMBEDDING, HEAD], False, "saved"),
+    ],
+)
 def test_a_tied_head_and_whole_tensors_of_an_adapter(
     saved: list[str], ensured: bool, head: str | None, tmp_path: Path
 ) -> None:
     """PEFT leaves the head of a tied model as it was where only the embedding was trained."""
     base = base_of(tmp_path / "base", SHAPES, tie_word_embeddings=True, vocab_size=10)
     whole = {name: torch.randn(10, 4) for name in saved}
-    adapter = write_adapter(tmp_path / "adapter", {**factors("model.layers.0.q_proj", 4, 4, 2), **whole}, r=2,
-                            ensure_weight_tying=ensured)  # fmt: skip
+    adapter = write_adapter(
+        tmp_path / "adapter",
+        {**factors("model.layers.0.q_proj", 4, 4, 2), **whole},
+        r=2,
+        ensure_weight_tying=ensured,
+    )
     merge({"merge_method": "passthrough", "models": [{"model": f"{base}+{adapter}"}]}, tmp_path / "out")
     found = read_tensors(tmp_path / "out")
     wanted = {"base": read_tensors(base)[EMBEDDING], "saved": whole.get(HEAD), None: None}[head]

@@ -20,43 +20,57 @@ def find(plain: str, *stored: str) -> str | None:
     return Names(stored, "base").find(plain, "adapter")
 
 
-@pytest.mark.parametrize(("plain", "stored"), [
-    (f"model.{Q}", f"model.{Q}"),
-    (f"model.language_model.{Q}", f"model.{Q}"),                          # Qwen2-VL: modules of 5, files of 4
-    (f"model.language_model.{Q}", f"language_model.model.{Q}"),           # Gemma 3, LLaVA
-    (f"language_model.model.{Q}", f"model.language_model.{Q}"),           # modules of 4, files of 5
-    (f"model.{Q}", f"language_model.model.{Q}"),                          # a text model's adapter
-    (Q, f"language_model.model.{Q}"),                                     # trained on the sub-model
-    (Q, f"model.{Q}"),
-    (f"model.{Q}", Q),                                                    # a base saved as the sub-model
-    (f"model.text_model.{Q}", f"text_model.model.{Q}"),
-    ("bert.encoder.layer.0.attention.self.query.weight", "encoder.layer.0.attention.self.query.weight"),
-    ("encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.0.attention.self.query.weight"),
-    ("vit.layers.0.attention.q_proj.weight", "vit.encoder.layer.0.attention.attention.query.weight"),
-    ("model.layers.0.mlp.gate.weight", "model.layers.0.block_sparse_moe.gate.weight"),
-    ("gpt_neox.embed_in.weight", "embed_in.weight"),
-    ("lm_head.weight", "embed_out.weight"),
-    ("lm_head.weight", "language_model.lm_head.weight"),
-    ("decoder.block.0.layer.0.SelfAttention.q.weight", "decoder.block.0.layer.0.SelfAttention.q.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("plain", "stored"),
+    [
+        (f"model.{Q}", f"model.{Q}"),
+        (f"model.language_model.{Q}", f"model.{Q}"),  # Qwen2-VL: modules of 5, files of 4
+        (f"model.language_model.{Q}", f"language_model.model.{Q}"),  # Gemma 3, LLaVA
+        (f"language_model.model.{Q}", f"model.language_model.{Q}"),  # modules of 4, files of 5
+        (f"model.{Q}", f"language_model.model.{Q}"),  # a text model's adapter
+        (Q, f"language_model.model.{Q}"),  # trained on the sub-model
+        (Q, f"model.{Q}"),
+        (f"model.{Q}", Q),  # a base saved as the sub-model
+        (f"model.text_model.{Q}", f"text_model.model.{Q}"),
+        ("bert.encoder.layer.0.attention.self.query.weight", "encoder.layer.0.attention.self.query.weight"),
+        ("encoder.layer.0.attention.self.query.weight", "bert.encoder.layer.0.attention.self.query.weight"),
+        ("vit.layers.0.attention.q_proj.weight", "vit.encoder.layer.0.attention.attention.query.weight"),
+        ("model.layers.0.mlp.gate.weight", "model.layers.0.block_sparse_moe.gate.weight"),
+        ("gpt_neox.embed_in.weight", "embed_in.weight"),
+        ("lm_head.weight", "embed_out.weight"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+        ("decoder.block.0.layer.0.SelfAttention.q.weight", "decoder.block.0.layer.0.SelfAttention.q.weight"),
+    ],
+)
 def test_both_namings_lead_to_one_place(plain: str, stored: str) -> None:
     assert find(plain, stored, "model.norm.weight") == stored
 
 
-@pytest.mark.parametrize(("plain", "place"), [
-    (f"model.language_model.{Q}", 0), (Q, 0), (f"model.{Q}", 0),
-    (f"model.visual.{TOWER}", 1), (f"model.vision_tower.vision_model.{TOWER}", 1), (f"vision_model.{TOWER}", 1), (TOWER, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("plain", "place"),
+    [
+        (f"model.language_model.{Q}", 0),
+        (Q, 0),
+        (f"model.{Q}", 0),
+        (f"model.visual.{TOWER}", 1),
+        (f"model.vision_tower.vision_model.{TOWER}", 1),
+        (f"vision_model.{TOWER}", 1),
+        (TOWER, 1),
+    ],
+)
 def test_text_and_vision_are_told_apart(plain: str, place: int) -> None:
     assert find(plain, *WITH_TOWER) == WITH_TOWER[place]
 
 
-@pytest.mark.parametrize(("plain", "stored"), [
-    ("model.encoder.layers.0.fc.weight", "model.decoder.layers.0.fc.weight"),
-    ("model.layers.4.q.weight", "model.layers.3.q.weight"),
-    ("classifier.dense.weight", "lm_head.dense.weight"),
-    ("visual.layers.0.q.weight", "model.layers.0.q.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("plain", "stored"),
+    [
+        ("model.encoder.layers.0.fc.weight", "model.decoder.layers.0.fc.weight"),
+        ("model.layers.4.q.weight", "model.layers.3.q.weight"),
+        ("classifier.dense.weight", "lm_head.dense.weight"),
+        ("visual.layers.0.q.weight", "model.layers.0.q.weight"),
+    ],
+)
 def test_another_place_is_none(plain: str, stored: str) -> None:
     assert find(plain, stored) is None
 

@@ -27,8 +27,10 @@ def test_a_model_with_an_adapter_is_estimated_as_if_written_out(module: str, tmp
     parts = factors(module, 32, rows, 4)
     adapter = write_adapter(tmp_path / "adapter", parts, r=4, lora_alpha=1)
     tensors = read_tensors(tmp_path / "base")
-    save_file({**tensors, f"{module}.weight": in_order(tensors[f"{module}.weight"], *parts.values(), 0.25)},
-              tmp_path / "written" / "model.safetensors")  # fmt: skip
+    save_file(
+        {**tensors, f"{module}.weight": in_order(tensors[f"{module}.weight"], *parts.values(), 0.25)},
+        tmp_path / "written" / "model.safetensors",
+    )
     data = write_lines(tmp_path / "data.jsonl", make_lines(4))
     references = {"read": f"{tmp_path / 'base'}+{adapter}", "written": str(tmp_path / "written")}
     for name, reference in references.items():

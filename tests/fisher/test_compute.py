@@ -79,8 +79,15 @@ def test_the_store_says_how_it_was_estimated_and_a_merge_takes_it(tmp_path: Path
         tmp_path / "model", data, tmp_path / "s.zarr", seed=7, examples=4, dtype="bfloat16"
     )
     about = dict(zarr.open_group(str(tmp_path / "s.zarr"), mode="r").attrs[ATTRIBUTE])
-    expected = {"estimator": "sampled", "examples": 4, "seed": 7, "kind": "causal language model", "dtype": "BF16",
-                "missing": [], "max_length": 512}  # fmt: skip
+    expected = {
+        "estimator": "sampled",
+        "examples": 4,
+        "seed": 7,
+        "kind": "causal language model",
+        "dtype": "BF16",
+        "missing": [],
+        "max_length": 512,
+    }
     assert {key: about[key] for key in expected} == expected
     assert computed.tensors == len(open_fisher(tmp_path / "s.zarr")) == len(read_tensors(tmp_path / "model"))
     (tmp_path / "same").symlink_to(tmp_path / "model")
@@ -200,7 +207,7 @@ def test_each_weight_is_read_twice_whatever_the_number_of_examples(tmp_path: Pat
         ({"memory": "100MiB"}, BudgetError, "is too little"),
         ({"memory": "512MiB", "batch_size": 100000}, BudgetError, "--memory is 512 MiB"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_done_is_refused_before_a_byte_is_written(
     changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
@@ -284,5 +291,7 @@ def test_the_command_runs_in_the_memory_that_it_asks_for(
     assert events[0]["event"] == "progress"
     assert events[0]["elements"] <= events[0]["elements_total"]
     assert {key: events[-1][key] for key in ("event", "estimator", "tokens")} == {
-        "event": "done", "estimator": "sampled", "tokens": 603,
-    }  # fmt: skip
+        "event": "done",
+        "estimator": "sampled",
+        "tokens": 603,
+    }

@@ -30,9 +30,13 @@ from streammerge.formats import zarr_writer as store
 from tests.conftest import config_for, output_bytes, write_fisher, write_model
 
 SHAPES: dict[str, tuple[int, ...]] = {
-    "embed": (700, 64), "layers.0.w": (96, 130), "layers.1.w": (6, 5, 7, 3), "norm": (4099,), "scalar": (),
+    "embed": (700, 64),
+    "layers.0.w": (96, 130),
+    "layers.1.w": (6, 5, 7, 3),
+    "norm": (4099,),
+    "scalar": (),
     "one": (1, 9),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -123,10 +123,15 @@ def tensors() -> Iterator[Case]:
     for what, value in (("NaN", float("nan")), ("infinity", float("inf"))):
         yield Case(what, extra("z", ("F32", [2], tensor(value, 2))), "holds NaN or infinity at element 0")
     for what, name in (
-        ("unicode", "模型.😀"), ("quotes", "it's \"it\""), ("a path", "../../x"), ("an absolute path", "/abs"),
-        ("a terminal escape", "\x1b[31mred\n"), ("4096 characters", "n" * 4096), ("a line separator", "a\u2028b"),
+        ("unicode", "模型.😀"),
+        ("quotes", 'it\'s "it"'),
+        ("a path", "../../x"),
+        ("an absolute path", "/abs"),
+        ("a terminal escape", "\x1b[31mred\n"),
+        ("4096 characters", "n" * 4096),
+        ("a line separator", "a\u2028b"),
         ("text that runs backwards", "\u202egnp"),
-    ):  # fmt: skip
+    ):
         yield Case(f"a name with {what}", extra(name, ("F32", [1], tensor(1.0, 1))), expect="accepted")
         other = ("F32", [2], tensor(1.0, 2))
         yield Case(
@@ -134,12 +139,18 @@ def tensors() -> Iterator[Case]:
         )
     yield Case("a tensor that one model lacks", with_tensors({**one, "z": one["n"]}, three), "z is missing")
     yield Case(
-        "a tensor that only one model has", with_tensors(one, {**three, "z": three["n"]}), "left out (first: z)", "accepted"
-    )  # fmt: skip
+        "a tensor that only one model has",
+        with_tensors(one, {**three, "z": three["n"]}),
+        "left out (first: z)",
+        "accepted",
+    )
     yield from kinds(one, three)
     for what, shape, n in (
-        ("another shape", [3, 3], 9), ("transposed", [3, 2], 6), ("another rank", [6], 6), ("a larger vocabulary", [4, 3], 12),
-    ):  # fmt: skip
+        ("another shape", [3, 3], 9),
+        ("transposed", [3, 2], 6),
+        ("another rank", [6], 6),
+        ("a larger vocabulary", [4, 3], 12),
+    ):
         yield Case(what, with_tensors(one, {**three, "w": ("F32", shape, tensor(3.0, n))}), "tensor w")
 
 
@@ -167,8 +178,11 @@ def kinds(one: Tensors, three: Tensors) -> Iterator[Case]:
         with_tensors(named(["x.", "y."]), named([escape])),
         "both fit: list one of these under",
     )
-    yield Case("other architectures", with_tensors(named(["x."]), {f"y.{i}": t for i, t in enumerate(one.values())}),
-               "share 0 of 2 tensors: not of one architecture")  # fmt: skip
+    yield Case(
+        "other architectures",
+        with_tensors(named(["x."]), {f"y.{i}": t for i, t in enumerate(one.values())}),
+        "share 0 of 2 tensors: not of one architecture",
+    )
     yield Case("another depth", with_tensors(named(["x."], 4), named(["x."], 5)), "has 5 layers")
     yield Case(
         "another depth, the deeper first", with_tensors(named(["x."], 5), named(["x."], 4)), "has 4 layers"
@@ -218,8 +232,11 @@ def directories() -> Iterator[Case]:
         ("another shard's tensor", {**model_tables.MAP, "w.0": b}, "but in"),
     ):
         yield Case(what, sharded(weight_map), words)
-    yield Case("a wrong total_size", sharded(None, json.dumps(
-        {"metadata": {"total_size": -7}, "weight_map": model_tables.MAP}).encode()), expect="accepted")  # fmt: skip
+    yield Case(
+        "a wrong total_size",
+        sharded(None, json.dumps({"metadata": {"total_size": -7}, "weight_map": model_tables.MAP}).encode()),
+        expect="accepted",
+    )
     left_out = {k: v for k, v in model_tables.MAP.items() if k != "w.1"}
     yield Case("a tensor that the index leaves out", sharded(left_out), "w.1", expect="either")
 
@@ -233,10 +250,21 @@ def directories() -> Iterator[Case]:
     yield Case("a shard is missing", damaged(Path.unlink), "missing")
     yield Case("a shard is cut", damaged(lambda p: p.write_bytes(p.read_bytes()[:-1])), "truncated")
     yield Case("a shard is a directory", damaged(lambda p: (p.unlink(), p.mkdir())), "a directory")
-    yield Case("the same name in two shards, no index", damaged(
-        lambda p: (p.write_bytes((p.parent / a).read_bytes()), (p.parent / "model.safetensors.index.json").unlink())), "is in")  # fmt: skip
-    yield Case("shards without an index", damaged(
-        lambda p: (p.parent / "model.safetensors.index.json").unlink()), expect="accepted")  # fmt: skip
+    yield Case(
+        "the same name in two shards, no index",
+        damaged(
+            lambda p: (
+                p.write_bytes((p.parent / a).read_bytes()),
+                (p.parent / "model.safetensors.index.json").unlink(),
+            )
+        ),
+        "is in",
+    )
+    yield Case(
+        "shards without an index",
+        damaged(lambda p: (p.parent / "model.safetensors.index.json").unlink()),
+        expect="accepted",
+    )
 
     def gone(d: Path) -> None:
         shutil.rmtree(d / "b")
@@ -355,9 +383,12 @@ def configs() -> Iterator[Case]:
     )
     yield Case("the same model twice", config(ab + "  - {model: a, alias: again}\n"), expect="accepted")
     for what, text in (
-        ("CRLF", ab.replace("\n", "\r\n")), ("a byte order mark", "\ufeff" + ab), ("comments", "# x\n" + ab + "# y"),
-        ("a gradient of weights", ab + "parameters: {weight: [1, 1]}"), ("no end of line", ab.rstrip()),
-    ):  # fmt: skip
+        ("CRLF", ab.replace("\n", "\r\n")),
+        ("a byte order mark", "\ufeff" + ab),
+        ("comments", "# x\n" + ab + "# y"),
+        ("a gradient of weights", ab + "parameters: {weight: [1, 1]}"),
+        ("no end of line", ab.rstrip()),
+    ):
         yield Case(f"sound: {what}", config(text), expect="mean")
     yield Case("a pipe for a config", _pipe_config, "not a regular file")
 
@@ -402,7 +433,12 @@ def options() -> Iterator[Case]:
 
     yield Case("OUT is a file", out(lambda p: p.write_text("x")), "not a directory", keep_out=True)
     yield Case("OUT holds another model", out(foreign), "did not make", keep_out=True)
-    yield Case("OUT holds a stranger's file", out(lambda p: (p.mkdir(), (p / "notes").write_text("x"))), "did not make", keep_out=True)  # fmt: skip
+    yield Case(
+        "OUT holds a stranger's file",
+        out(lambda p: (p.mkdir(), (p / "notes").write_text("x"))),
+        "did not make",
+        keep_out=True,
+    )
     yield Case("OUT is empty", out(Path.mkdir), expect="mean")
     yield Case("OUT is an input", nothing, "holds the input", arguments=("merge", "config.yml", "b"))
     yield Case(
@@ -414,6 +450,10 @@ def options() -> Iterator[Case]:
 
 
 SECTIONS = {
-    "file and header": headers, "tensors": tensors, "index, shards, directories": directories,
-    "pickles": pickles, "config": configs, "options and OUT": options,
-}  # fmt: skip
+    "file and header": headers,
+    "tensors": tensors,
+    "index, shards, directories": directories,
+    "pickles": pickles,
+    "config": configs,
+    "options and OUT": options,
+}

@@ -32,9 +32,12 @@ def run(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     code = os.waitstatus_to_exitcode(status) if ready else "hung"
     stdout, stderr = (path.read_bytes().decode("utf-8", "backslashreplace") for path in outputs)
     return {
-        "code": code, "stdout": stdout, "stderr": stderr, "peak": usage.ru_maxrss << 10,
+        "code": code,
+        "stdout": stdout,
+        "stderr": stderr,
+        "peak": usage.ru_maxrss << 10,
         "seconds": time.monotonic() - began,
-    }  # fmt: skip
+    }
 
 
 def child(request: dict[str, Any], outputs: list[Path]) -> None:

@@ -175,10 +175,18 @@ HOSTILE = [
 ]
 
 REFERENCE_ACCEPTS = {
-    "no tensors", "metadata but no tensors", "a duplicate tensor", "a duplicate by escape",
-    "a leading blank", "an unknown field", "an empty name", "a name of 10 000 characters",
-    "metadata that is null", "65 dimensions", "100 000 dimensions",
-}  # fmt: skip
+    "no tensors",
+    "metadata but no tensors",
+    "a duplicate tensor",
+    "a duplicate by escape",
+    "a leading blank",
+    "an unknown field",
+    "an empty name",
+    "a name of 10 000 characters",
+    "metadata that is null",
+    "65 dimensions",
+    "100 000 dimensions",
+}
 """What the safetensors library lets through and we do not; see the docstring of header.py."""
 
 

@@ -116,12 +116,33 @@ def test_an_incomplete_snapshot_is_refused(cache):
 @pytest.mark.parametrize(
     "text",
     [
-        "../name", "org/../name", "/org/name", "org/name/more", "org//name", "org/", "./name",
-        "org/name@", "org/name@../x", "org/name@a/../b", "org/name@/x", "org/name@a//b",
-        "org/na--me", "org/na..me", "-org/name", ".org/name", "org/name.", "org/n\0", "org/n\n",
-        "orgé/name", "org\\name", "o" * 500, "", "a b", "org/name@v1@v2",
+        "../name",
+        "org/../name",
+        "/org/name",
+        "org/name/more",
+        "org//name",
+        "org/",
+        "./name",
+        "org/name@",
+        "org/name@../x",
+        "org/name@a/../b",
+        "org/name@/x",
+        "org/name@a//b",
+        "org/na--me",
+        "org/na..me",
+        "-org/name",
+        ".org/name",
+        "org/name.",
+        "org/n\0",
+        "org/n\n",
+        "orgé/name",
+        "org\\name",
+        "o" * 500,
+        "",
+        "a b",
+        "org/name@v1@v2",
     ],
-)  # fmt: skip
+)
 def test_a_text_that_could_lead_out_of_the_cache_is_no_name(text, cache):
     assert parse_name(text) is None
     refusal(text)

@@ -442,7 +442,7 @@ def test_the_headers_of_four_models_of_405b_are_read_in_seconds(tmp_path):
             header = {
                 name: {"dtype": "BF16", "shape": [16384, 16384], "data_offsets": [i * size, i * size + size]}
                 for i, name in enumerate(names)
-            }  # fmt: skip
+            }
             file = f"model-{s + 1:05d}-of-00191.safetensors"
             shards |= dict.fromkeys(names, file)
             path = tmp_path / str(m) / file

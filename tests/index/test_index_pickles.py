@@ -165,11 +165,25 @@ def assert_same(path, tensors):
 
 
 DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "int32": "I32",
-    "uint32": "U32", "int64": "I64", "uint64": "U64", "float16": "F16", "bfloat16": "BF16",
-    "float32": "F32", "float64": "F64", "complex64": "C64", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
-}  # fmt: skip
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "uint16": "U16",
+    "int32": "I32",
+    "uint32": "U32",
+    "int64": "I64",
+    "uint64": "U64",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -516,9 +530,13 @@ def test_an_archive_that_lies_is_refused_in_one_line(tmp_path, raw, part):
 
 @pytest.mark.parametrize(
     ("limit", "value", "part"),
-    [("MAX_STEPS", 10, "more than 10 opcodes"), ("MAX_NBYTES", 180, "its data.pkl has 190"),
-     ("MAX_NBYTES", 100, "directory has 167"), ("MAX_ENTRIES", 2, "has 3 entries, more than 2")],
-)  # fmt: skip
+    [
+        ("MAX_STEPS", 10, "more than 10 opcodes"),
+        ("MAX_NBYTES", 180, "its data.pkl has 190"),
+        ("MAX_NBYTES", 100, "directory has 167"),
+        ("MAX_ENTRIES", 2, "has 3 entries, more than 2"),
+    ],
+)
 def test_size_is_bounded_before_it_is_read(tmp_path, monkeypatch, limit, value, part):
     path = write(tmp_path, archive())
     monkeypatch.setattr(machine if limit == "MAX_STEPS" else archives, limit, value)

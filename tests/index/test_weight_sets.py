@@ -38,20 +38,47 @@ TAKEN = [
     (["consolidated.safetensors", "tokenizer.json"], "consolidated.safetensors", []),
     ([*HF, INDEX, "model.safetensors"], INDEX, ["model.safetensors"]),
     ([*HF, "model.safetensors"], "model.safetensors", [f"{HF[0]} … {HF[1]}"]),
-    (["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
-     "diffusion_pytorch_model.safetensors", ["diffusion_pytorch_model.fp16.safetensors"]),
-    (["model.fp16-00001-of-00002.safetensors", "model.fp16-00002-of-00002.safetensors", *HF, INDEX,
-      "model.safetensors.index.fp16.json"], INDEX, ["model.safetensors.index.fp16.json"]),
-    (["diffusion_pytorch_model-00001-of-00001.fp16.safetensors", "diffusion_pytorch_model.non_ema.bin",
-      "diffusion_pytorch_model.bin"], "diffusion_pytorch_model.bin",
-     ["diffusion_pytorch_model-00001-of-00001.fp16.safetensors", "diffusion_pytorch_model.non_ema.bin"]),
-    (["model.safetensors", "optimizer.bin", "training_args.bin", "adapter_model.safetensors", ".x.safetensors"],
-     "model.safetensors", []),
+    (
+        ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
+        "diffusion_pytorch_model.safetensors",
+        ["diffusion_pytorch_model.fp16.safetensors"],
+    ),
+    (
+        [
+            "model.fp16-00001-of-00002.safetensors",
+            "model.fp16-00002-of-00002.safetensors",
+            *HF,
+            INDEX,
+            "model.safetensors.index.fp16.json",
+        ],
+        INDEX,
+        ["model.safetensors.index.fp16.json"],
+    ),
+    (
+        [
+            "diffusion_pytorch_model-00001-of-00001.fp16.safetensors",
+            "diffusion_pytorch_model.non_ema.bin",
+            "diffusion_pytorch_model.bin",
+        ],
+        "diffusion_pytorch_model.bin",
+        ["diffusion_pytorch_model-00001-of-00001.fp16.safetensors", "diffusion_pytorch_model.non_ema.bin"],
+    ),
+    (
+        [
+            "model.safetensors",
+            "optimizer.bin",
+            "training_args.bin",
+            "adapter_model.safetensors",
+            ".x.safetensors",
+        ],
+        "model.safetensors",
+        [],
+    ),
     (["part-a.safetensors", "part-b.safetensors"], "part-a.safetensors … part-b.safetensors", []),
     (["part-a.safetensors", "model.safetensors"], "model.safetensors", ["part-a.safetensors"]),
     (["sd.safetensors", "sd.fp16.safetensors"], "sd.safetensors", ["sd.fp16.safetensors"]),
     (["optimizer.bin", "scheduler.bin", "notes.txt"], None, []),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("present", "taken", "others"), TAKEN, ids=[str(row[0])[:60] for row in TAKEN])
@@ -87,11 +114,19 @@ def test_an_index_that_came_without_any_shard_is_in_nobodys_way(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("model-Q4_K_M.gguf", "quantised or made for llama.cpp and cannot be merged; use the original safetensors"),
-     ("tf_model.h5", "HDF5 files of Keras"), ("flax_model.msgpack", "Flax"), ("model.onnx", "ONNX"),
-     ("arrays.npz", "numpy"), ("epoch=3.ckpt", "if 'epoch=3.ckpt' is one, write its path itself"),
-     ("notes.txt", "no model here: neither")],
-)  # fmt: skip
+    [
+        (
+            "model-Q4_K_M.gguf",
+            "quantised or made for llama.cpp and cannot be merged; use the original safetensors",
+        ),
+        ("tf_model.h5", "HDF5 files of Keras"),
+        ("flax_model.msgpack", "Flax"),
+        ("model.onnx", "ONNX"),
+        ("arrays.npz", "numpy"),
+        ("epoch=3.ckpt", "if 'epoch=3.ckpt' is one, write its path itself"),
+        ("notes.txt", "no model here: neither"),
+    ],
+)
 def test_what_lies_there_instead_of_a_model_is_named(tmp_path, name, part):
     (tmp_path / name).write_bytes(b"GGUF" + bytes(100))
     line = refusal(tmp_path)
@@ -125,15 +160,26 @@ def write_indexed(path, names, extra, config=None):
 
 
 COPIES = [
-    (["shared.weight"], ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"], {"tie_word_embeddings": False}),
+    (
+        ["shared.weight"],
+        ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"],
+        {"tie_word_embeddings": False},
+    ),
     (["model.shared.weight"], ["model.decoder.embed_tokens.weight", "lm_head.weight"], {}),
     (["transformer.wte.weight"], ["lm_head.weight"], {}),
     (["model.embed_tokens.weight"], ["lm_head.weight"], {"text_config": {"tie_word_embeddings": True}}),
-    (["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"],
-     ["cls.predictions.decoder.weight", "cls.predictions.decoder.bias"], {}),
-    (["roberta.embeddings.word_embeddings.weight", "lm_head.bias"], ["lm_head.decoder.weight", "lm_head.decoder.bias"], {}),
+    (
+        ["bert.embeddings.word_embeddings.weight", "cls.predictions.bias"],
+        ["cls.predictions.decoder.weight", "cls.predictions.decoder.bias"],
+        {},
+    ),
+    (
+        ["roberta.embeddings.word_embeddings.weight", "lm_head.bias"],
+        ["lm_head.decoder.weight", "lm_head.decoder.bias"],
+        {},
+    ),
     (["model.decoder.embed_tokens.weight"], ["proj_out.weight"], {}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("names", "copies", "config"), COPIES, ids=[row[1][0] for row in COPIES])
@@ -146,12 +192,14 @@ def test_an_index_may_list_tied_copies_that_no_shard_has(tmp_path, names, copies
 
 @pytest.mark.parametrize(
     ("names", "lost", "config"),
-    [(["shared.weight"], "decoder.block.0.layer.0.SelfAttention.q.weight", {}),
-     (["model.embed_tokens.weight"], "lm_head.weight", {"tie_word_embeddings": False}),
-     (["model.norm.weight"], "lm_head.weight", {}),
-     (["model.norm.weight"], "encoder.embed_tokens.weight", {}),
-     (["lm_head.weight"], "model.embed_tokens.weight", {})],
-)  # fmt: skip
+    [
+        (["shared.weight"], "decoder.block.0.layer.0.SelfAttention.q.weight", {}),
+        (["model.embed_tokens.weight"], "lm_head.weight", {"tie_word_embeddings": False}),
+        (["model.norm.weight"], "lm_head.weight", {}),
+        (["model.norm.weight"], "encoder.embed_tokens.weight", {}),
+        (["lm_head.weight"], "model.embed_tokens.weight", {}),
+    ],
+)
 def test_a_tensor_that_is_lost_is_refused_by_name(tmp_path, names, lost, config):
     write_indexed(tmp_path, names, [lost], config)
     line = refusal(tmp_path)

@@ -105,7 +105,7 @@ def test_a_config_of_another_size_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architectures", "message"),
     [(["BertForMaskedLM"], "BertForMaskedLM"), ([], "not said"), (["NoSuchForCausalLM"], "cannot build")],
-)  # fmt: skip
+)
 def test_what_no_likelihood_is_known_of_is_refused(
     architectures: list[str], message: str, tmp_path: Path
 ) -> None:

@@ -19,20 +19,64 @@ from streammerge.engine.merge import Event
 from tests.conftest import write_model
 
 TRAVELS = (
-    "tokenizer.json", "tokenizer.model", "spm.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
-    "tekken.json", "vocab.json", "merges.txt", "vocab.txt", "bpe.codes", "dict.txt", "normalizer.json", "added_tokens.json",
-    "special_tokens_map.json", "qwen.tiktoken", "vocab-src.json", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/tools.jinja", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "feature_extractor_config.json", "audio_config.json", "generation_config.json",
-    "SYSTEM_PROMPT.txt", "params.json", "modeling_new.py", "configuration_new.py", "speakers/en/voice_1.npy", "LICENSE",
-    "NOTICE.txt", "USE_POLICY.md", "config_sentence_transformers.json", "sentence_bert_config.json", "a file nobody knows.xyz",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "spm.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "tekken.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "bpe.codes",
+    "dict.txt",
+    "normalizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "qwen.tiktoken",
+    "vocab-src.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/tools.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+    "audio_config.json",
+    "generation_config.json",
+    "SYSTEM_PROMPT.txt",
+    "params.json",
+    "modeling_new.py",
+    "configuration_new.py",
+    "speakers/en/voice_1.npy",
+    "LICENSE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "a file nobody knows.xyz",
+)
 STAYS = (
-    "pytorch_model.bin", "model.Q4.gguf", "model.onnx", "onnx/decoder.json", "optimizer.pt", "rng_state_0.pth",
-    "trainer_state.json", "training_args.bin", "consolidated.safetensors", "tf_model.h5", "flax_model.msgpack",
-    "checkpoint-5/config.json", "original/params.json", "other/weights.pt", "banner.png", "mergekit_config.yml",
+    "pytorch_model.bin",
+    "model.Q4.gguf",
+    "model.onnx",
+    "onnx/decoder.json",
+    "optimizer.pt",
+    "rng_state_0.pth",
+    "trainer_state.json",
+    "training_args.bin",
+    "consolidated.safetensors",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "checkpoint-5/config.json",
+    "original/params.json",
+    "other/weights.pt",
+    "banner.png",
+    "mergekit_config.yml",
     "quantize_config.json",
-)  # fmt: skip
+)
 SILENT = (
     "README.md",
     ".gitattributes",
@@ -59,9 +103,11 @@ def models(tmp_path: Path) -> list[Path]:
 
 def config_of(models: list[Path], **more: Any) -> dict[str, Any]:
     return {
-        "merge_method": "linear", "dtype": "float32", **more,
+        "merge_method": "linear",
+        "dtype": "float32",
+        **more,
         "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in models],
-    }  # fmt: skip
+    }
 
 
 def files_of(out: Path) -> set[str]:

@@ -124,9 +124,17 @@ def test_a_licence_of_its_own_name_is_taken_whole(home: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["license: mit", "---\nlicense: &a mit\n---\n", "---\nlicense: !!python/object:os.system x\n---\n", "---\nlicense: [a, b]\n---\n",
-     "---\nlicense: a\x1b[31m\n---\n", "---\n" + "x" * 10**6 + "\nlicense: mit\n---\n", "\xff\xfe", "---\n" * 10**5],
-)  # fmt: skip
+    [
+        "license: mit",
+        "---\nlicense: &a mit\n---\n",
+        "---\nlicense: !!python/object:os.system x\n---\n",
+        "---\nlicense: [a, b]\n---\n",
+        "---\nlicense: a\x1b[31m\n---\n",
+        "---\n" + "x" * 10**6 + "\nlicense: mit\n---\n",
+        "\xff\xfe",
+        "---\n" * 10**5,
+    ],
+)
 def test_a_readme_that_states_none_plainly_states_none(text: str, home: Path) -> None:
     (home / "exp/7/math" / "README.md").write_text(text, encoding="latin1")
     assert shared_licence(origins_of(open_model("exp/7/math"))) == ()

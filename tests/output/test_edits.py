@@ -37,9 +37,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path
     for name in (*EDITABLE, *FIXED[1:3]):
         (models[0] / name).write_text('{"a": 1}')
     config = {
-        "merge_method": "linear", "dtype": "float32",
+        "merge_method": "linear",
+        "dtype": "float32",
         "models": [{"model": str(path), "parameters": {"weight": 0.5}} for path in models],
-    }  # fmt: skip
+    }
     merge(config, home / "out")
     return config, home / "out"
 

@@ -87,9 +87,11 @@ def test_warnings_are_python_warnings_that_point_at_the_callers_line(
 
 
 def test_a_merge_shows_a_bar_on_a_terminal_lines_elsewhere_and_nothing_if_told_so(
-    make_models: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     made: list[str] = []
 
     class Bar:

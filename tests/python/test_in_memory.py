@@ -61,9 +61,12 @@ def named(config: Mapping[str, Any]) -> list[Path]:
     + [(method, parameters, dtype) for method, parameters in dict(VARIANTS).items() for dtype in DTYPES[1:]],
 )
 def test_state_dicts_merge_to_the_bits_of_files(
-    method: str, parameters: dict[str, Any], dtype: torch.dtype, tmp_path: Path,
+    method: str,
+    parameters: dict[str, Any],
+    dtype: torch.dtype,
+    tmp_path: Path,
     scenes: Callable[[torch.dtype], list[Path]],
-) -> None:  # fmt: skip
+) -> None:
     scene = scenes(dtype)
     config = config_for(method, scene, parameters=parameters, seed=7)
     merge(config, tmp_path / "out", memory="1GiB", progress=False)
@@ -71,8 +74,9 @@ def test_state_dicts_merge_to_the_bits_of_files(
     models = {path.name: read_tensors(path) for path in named(config)}
     fishers = {
         Path(spec["model"]).name: read_tensors_of(spec["fisher"])
-        for spec in config["models"] if "fisher" in spec
-    }  # fmt: skip
+        for spec in config["models"]
+        if "fisher" in spec
+    }
     found = merge_state_dicts(held_config(config), models, fishers=fishers, memory="1GiB", progress=False)
     assert found.keys() == expected.keys()
     assert all(same_bits(found[name], expected[name]) for name in expected)
@@ -116,9 +120,10 @@ def test_arrays_and_tensors_in_any_memory_order_are_read_in_that_of_their_shape(
     views = {"a": {"w": plain.permute(2, 0, 1)}, "b": {"w": plain.flip(1).permute(2, 0, 1)}}
     arrays = {k: {"w": v["w"].numpy().astype(">f4" if big_endian else "<f4")} for k, v in views.items()}
     expected = merge_state_dicts(
-        LINEAR, {k: {"w": v["w"].clone(memory_format=torch.contiguous_format)} for k, v in views.items()},
+        LINEAR,
+        {k: {"w": v["w"].clone(memory_format=torch.contiguous_format)} for k, v in views.items()},
         progress=False,
-    )  # fmt: skip
+    )
     assert torch.equal(expected["w"], (views["a"]["w"] + views["b"]["w"]) / 2)
     for models in (views, arrays, {"a": views["a"], "b": {"w": arrays["b"]["w"][:, ::-1][:, ::-1]}}):
         assert torch.equal(merge_state_dicts(LINEAR, models, progress=False)["w"], expected["w"])
@@ -179,9 +184,11 @@ def test_models_on_the_disk_merge_with_models_in_memory(
 
 def test_dtypes_that_are_not_merged_are_copied_and_tensors_without_elements_kept() -> None:
     special = {
-        "f8": torch.arange(8.0).to(torch.float8_e4m3fn), "flag": torch.tensor(True), "none": torch.empty(0, 4),
+        "f8": torch.arange(8.0).to(torch.float8_e4m3fn),
+        "flag": torch.tensor(True),
+        "none": torch.empty(0, 4),
         "count": torch.tensor([7], dtype=torch.uint16),
-    }  # fmt: skip
+    }
     models = {key: {"w": torch.ones(2), **special} for key in "ab"}
     merged = merge_state_dicts({**LINEAR, "exclude": ["f8"]}, models, progress=False)
     assert list(merged) == ["w", *special]
@@ -259,13 +266,28 @@ class Odd:
         ({"a": {"w": torch.ones(2, device="meta")}, "b": {}}, {}, "has no values: load the model first"),
         ({"a": {"w": torch.eye(2).to_sparse()}, "b": {}}, {}, "make it dense floats"),
         ({"a": {"w": np.array(["x"])}, "b": {}}, {}, "cannot be merged"),
-        ({"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(3)}}, {}, r"\[3\] in models\['b'\], \[2\] in models\['a'\]"),
-        (two(w=torch.ones(2)), {"tokenizer_source": "union"}, "tokenizer_source: models in memory have no tokenizer"),
-        (two(w=torch.ones(2)), {"merge_method": "fisher", "parameters": {}, "models": [
-            {"model": "a", "fisher": "x"}, {"model": "b", "fisher": "x"}]}, "fisher 'x' is no key of `fishers`"),
+        (
+            {"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(3)}},
+            {},
+            r"\[3\] in models\['b'\], \[2\] in models\['a'\]",
+        ),
+        (
+            two(w=torch.ones(2)),
+            {"tokenizer_source": "union"},
+            "tokenizer_source: models in memory have no tokenizer",
+        ),
+        (
+            two(w=torch.ones(2)),
+            {
+                "merge_method": "fisher",
+                "parameters": {},
+                "models": [{"model": "a", "fisher": "x"}, {"model": "b", "fisher": "x"}],
+            },
+            "fisher 'x' is no key of `fishers`",
+        ),
         ([], {}, "models: must be a mapping of names to state dicts, not a list"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_merged_is_refused_in_one_line(
     models: Any, change: dict[str, Any], message: str
 ) -> None:

@@ -124,9 +124,15 @@ class Merge:
             before()
             place = str(out or self.out)
             sys.argv = [
-                "streammerge", "merge", str(self.config), place, "--shard-size", CASES[self.name][2], "--quiet",
+                "streammerge",
+                "merge",
+                str(self.config),
+                place,
+                "--shard-size",
+                CASES[self.name][2],
+                "--quiet",
                 *more,
-            ]  # fmt: skip
+            ]
             main()
 
         return fork(action, self.stderr)
@@ -352,8 +358,10 @@ class Twin(Merge):
 
 
 ACTIONS: dict[str, Callable[[Path, int, int], dict[str, Any]]] = {
-    "kills": kills, "signals": signals, "starts": starts,
-}  # fmt: skip
+    "kills": kills,
+    "signals": signals,
+    "starts": starts,
+}
 
 
 def command() -> None:

@@ -181,11 +181,19 @@ class Recorder:
     def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Stand in for the functions of `os` that change the file system."""
         wrappers: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-            "open": self._open, "close": self._close, "pwrite": self._pwrite, "write": self._write,
-            "ftruncate": self._ftruncate, "fsync": self._sync,
-            "fdatasync": self._sync, "replace": self._rename, "rename": self._rename, "unlink": self._unlink,
-            "rmdir": self._unlink, "mkdir": self._mkdir,
-        }  # fmt: skip
+            "open": self._open,
+            "close": self._close,
+            "pwrite": self._pwrite,
+            "write": self._write,
+            "ftruncate": self._ftruncate,
+            "fsync": self._sync,
+            "fdatasync": self._sync,
+            "replace": self._rename,
+            "rename": self._rename,
+            "unlink": self._unlink,
+            "rmdir": self._unlink,
+            "mkdir": self._mkdir,
+        }
         for name, wrapper in wrappers.items():
             monkeypatch.setattr(os, name, wrapper(getattr(os, name)))
         monkeypatch.setattr(allocate, "fallocate", self._fallocate(allocate.fallocate))
@@ -419,9 +427,10 @@ TEARS: dict[str, Callable[[Write], list[Data]]] = {
     "zeros": length_only,
     "prefix, then zeros": lambda op: [*length_only(op), *slices(op, (0, len(op.data) // 3))],
     "every other sector": lambda op: [
-        *length_only(op), *slices(op, *((i, i + _SECTOR) for i in range(0, len(op.data), 2 * _SECTOR))),
+        *length_only(op),
+        *slices(op, *((i, i + _SECTOR) for i in range(0, len(op.data), 2 * _SECTOR))),
     ],
-}  # fmt: skip
+}
 
 
 def choices(

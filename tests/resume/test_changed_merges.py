@@ -84,10 +84,11 @@ CHANGES: list[tuple[Callable[[Scene], dict[str, Any]], str]] = [
 
 CASES = [
     pytest.param(finished, change, named, id=f"{'finished' if finished else 'unfinished'}-{change.__name__}")
-    for finished in (False, True) for change, named in CHANGES
+    for finished in (False, True)
+    for change, named in CHANGES
     # A finished merge knows the content of its inputs with --hash-inputs only: see test_known_again.py.
     if not (finished and change is changed_where_no_fingerprint_looks)
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("finished", "change", "named"), CASES)

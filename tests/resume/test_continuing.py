@@ -70,9 +70,14 @@ def test_a_value_that_is_not_finite_stops_a_resumed_merge_too(
     ],
 )
 def test_what_was_surveyed_is_not_surveyed_again_and_the_bytes_are_the_same(
-    method: str, parameters: dict[str, Any], again: bool, make_models: Callable[..., list[Path]], tmp_path: Path,
-    small_capacity: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    method: str,
+    parameters: dict[str, Any],
+    again: bool,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+    small_capacity: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     small_capacity(1 << 17, 1)
     config = config_for(method, make_models(shapes={"w": (700, 64)}), parameters=parameters)
     merge(config, tmp_path / "whole")
@@ -116,9 +121,11 @@ def test_a_stop_during_streamed_statistics_ends_and_concludes_nothing(scene: Sce
 
 
 def test_what_is_not_finite_in_a_copied_tensor_is_not_copied_twice(
-    make_models: Callable[..., list[Path]], tmp_path: Path, small_capacity: Callable[[int, int], None],
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+    small_capacity: Callable[[int, int], None],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     small_capacity(1 << 16, 1)
     paths = make_models(shapes=SHAPES)
     tensors = read_tensors(paths[0])

@@ -177,9 +177,11 @@ def behind_the_shards(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch) 
     "moment", [in_the_merge, in_a_small_file_of_the_commit, behind_the_shards, behind_the_last_name]
 )
 def test_no_harm_to_journal_temporary_files_or_finished_shards_is_believed(
-    moment: Callable[..., list[Path]], harm: Callable[[Path], None], scene: Scene,
+    moment: Callable[..., list[Path]],
+    harm: Callable[[Path], None],
+    scene: Scene,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     out = scene.directory / "out"
     for path in moment(scene, out, monkeypatch):
         harm(path)

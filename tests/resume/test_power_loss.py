@@ -76,10 +76,14 @@ def test_power_lost_while_another_merge_is_replaced(
     case = "dare" if "ties" in trials.scene.config.values() else "ties"
     old = make_scene(case, trials.scene.directory / "old", monkeypatch)
     disk = trials.replacing(old, finished=finished)
-    cleared = next(
-        place for place, op in enumerate(disk.log)
-        if place >= disk.begin and isinstance(op, Link) and op.name.startswith(NAME)
-    ) + 6  # fmt: skip
+    cleared = (
+        next(
+            place
+            for place, op in enumerate(disk.log)
+            if place >= disk.begin and isinstance(op, Link) and op.name.startswith(NAME)
+        )
+        + 6
+    )
     trials.n_random, trials.limit = 0, 60
     trials.try_replaced(disk, old, cleared)
     trials.limit = 12

@@ -46,22 +46,44 @@ def write_tokenizer(
         for text, number in (added or {}).items()
     ]
     data = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": entries, "normalizer": None,
-        "pre_tokenizer": None, "post_processor": None, "decoder": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": entries,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": True, "vocab": dict(words), "merges": [],
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
+            "vocab": dict(words),
+            "merges": [],
         },
-    }  # fmt: skip
+    }
     (directory / "tokenizer.json").write_text(json.dumps(data))
     entry = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     (directory / "tokenizer_config.json").write_text(json.dumps(entry))
 
 
 def write(
-    directory: Path, words: Mapping[str, int], *, added: Mapping[str, int] | None = None, n_rows: int | None = None, seed: int = 0,
-    dtype: torch.dtype = torch.float32, head: bool = True, config: Mapping[str, Any] | None = None, **settings: Any,
-) -> Model:  # fmt: skip
+    directory: Path,
+    words: Mapping[str, int],
+    *,
+    added: Mapping[str, int] | None = None,
+    n_rows: int | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    head: bool = True,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Model:
     """Write a model and its tokenizer; by default it has a row for each number."""
     write_tokenizer(directory, words, added, **settings)
     ids = {**words, **(added or {})}

@@ -43,9 +43,15 @@ KINDS: dict[str, dict[str, bytes]] = {
     "vocab.txt": {"vocab.txt": b"a\nb\nc\n"},
     "vocab.txt without an end": {"vocab.txt": b"a\r\nb\r\nc"},
     "sentencepiece": {"tokenizer.model": pieces(["a", "b", "c"])},
-    "Unigram": {"tokenizer.json": json.dumps({"model": {"type": "Unigram", "vocab": [["a", 0], ["b", -1.5], ["c", -2]]}}).encode()},
-    "WordPiece": {"tokenizer.json": json.dumps({"added_tokens": None, "model": {"vocab": words("abc")}}).encode()},
-}  # fmt: skip
+    "Unigram": {
+        "tokenizer.json": json.dumps(
+            {"model": {"type": "Unigram", "vocab": [["a", 0], ["b", -1.5], ["c", -2]]}}
+        ).encode()
+    },
+    "WordPiece": {
+        "tokenizer.json": json.dumps({"added_tokens": None, "model": {"vocab": words("abc")}}).encode()
+    },
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,24 +77,44 @@ HOSTILE: dict[str, tuple[str, bytes, str]] = {
     "no object": ("tokenizer.json", b"[]", "not a JSON object"),
     "no model": ("tokenizer.json", b"{}", "has no model.vocab"),
     "a vocabulary that is text": ("tokenizer.json", b'{"model": {"vocab": "a"}}', "has no model.vocab"),
-    "a number below zero": ("tokenizer.json", b'{"model": {"vocab": {"a": -1}}}', "'-1' is not the number of a token"),
-    "a number without end": ("tokenizer.json", b'{"model": {"vocab": {"a": 2097152}}}', "is not the number of a token"),
+    "a number below zero": (
+        "tokenizer.json",
+        b'{"model": {"vocab": {"a": -1}}}',
+        "'-1' is not the number of a token",
+    ),
+    "a number without end": (
+        "tokenizer.json",
+        b'{"model": {"vocab": {"a": 2097152}}}',
+        "is not the number of a token",
+    ),
     "a fraction": ("tokenizer.json", b'{"model": {"vocab": {"a": 1.5}}}', "is not the number of a token"),
     "true": ("tokenizer.json", b'{"model": {"vocab": {"a": true}}}', "is not the number of a token"),
     "a list of numbers": ("tokenizer.json", b'{"model": {"vocab": [1, 2]}}', "a token that is no text"),
     "an empty entry": ("tokenizer.json", b'{"model": {"vocab": [[]]}}', "a token that is no text"),
-    "added tokens that are none": ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [3]}', "an entry that is not an object"),
-    "an added token without text": ("tokenizer.json", b'{"model": {"vocab": {}}, "added_tokens": [{"id": 3}]}', "no text"),
+    "added tokens that are none": (
+        "tokenizer.json",
+        b'{"model": {"vocab": {}}, "added_tokens": [3]}',
+        "an entry that is not an object",
+    ),
+    "an added token without text": (
+        "tokenizer.json",
+        b'{"model": {"vocab": {}}, "added_tokens": [{"id": 3}]}',
+        "no text",
+    ),
     "a text without end": ("vocab.json", json.dumps({"a" * 70000: 1}).encode(), "a text without end"),
     "nested": ("tokenizer.json", b'{"model": ' + b"[" * 100_000, "nested too deeply"),
     "twice": ("tokenizer.json", b'{"model": {"vocab": {"a": 1, "a": 2}}}', "has the key 'a' twice"),
     "no sentencepiece": ("tokenizer.model", b"IQ== 0\nIg== 1\n", "not a sentencepiece model"),
     "an empty sentencepiece": ("tokenizer.model", b"", "not a sentencepiece model"),
     "cut sentencepiece": ("tokenizer.model", pieces(["abc"])[:6], "not a sentencepiece model"),
-    "a length without end": ("tokenizer.model", b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", "not a sentencepiece model"),
+    "a length without end": (
+        "tokenizer.model",
+        b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+        "not a sentencepiece model",
+    ),
     "a piece that is no text": ("tokenizer.model", b"\x0a\x03\x0a\x01\xff", "not a sentencepiece model"),
     "lines that are no text": ("vocab.txt", b"a\n\xff\n", "not UTF-8 (byte 2)"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -232,26 +258,42 @@ def test_merged_models_load_and_speak(tmp_path: Path) -> None:
         assert loaded.apply_chat_template(SPOKEN, tokenize=False) == text
 
 
-@pytest.mark.parametrize(("top", "message"), [
-    ({"tokenizer_source": "union", "tokenizer": {}}, "exclude each other"),
-    ({"tokenizer_source": 3}, "tokenizer_source: must be a string"),
-    ({"tokenizer": "union"}, "tokenizer: must be a map"),
-    ({"tokenizer": {"sources": "union"}}, "unknown key 'sources' (did you mean 'source'"),
-    ({"tokenizer": {"pad_to_multiple_of": 0}}, "must be an integer from 1"),
-    ({"tokenizer": {"pad_to_multiple_of": True}}, "must be an integer from 1"),
-    ({"tokenizer": {"pad_to_multiple_of": 2**40}}, "must be an integer from 1"),
-    ({"tokenizer": {"tokens": ["a"]}}, "tokens: must be a map"),
-    ({"tokenizer": {"tokens": {"a": "b"}}}, "tokens.a: must be a map"),
-    ({"tokenizer": {"tokens": {"a": {"force": True}}}}, "source: is missing"),
-    ({"tokenizer": {"tokens": {"a": {"source": "b", "force": 1}}}}, "force: must be true or false"),
-    ({"tokenizer": {"tokens": {"a": {"source": {"kind": "one"}}}}}, "'one' is none of model_token, zero"),
-    ({"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token", "model": "m"}}}}}, "one of 'token' and 'token_id'"),
-    ({"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token", "token": "m"}}}}}, "'model' is missing"),
-    ({"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token", "model": "m", "token_id": -1}}}}}, "must be the number of a token"),
-    ({"chat_template": "chatmll"}, "did you mean 'chatml'?"),
-    ({"chat_template": "{{x}}"}, "is no template"),
-    ({"chat_template": ["a"]}, "must be a string"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("top", "message"),
+    [
+        ({"tokenizer_source": "union", "tokenizer": {}}, "exclude each other"),
+        ({"tokenizer_source": 3}, "tokenizer_source: must be a string"),
+        ({"tokenizer": "union"}, "tokenizer: must be a map"),
+        ({"tokenizer": {"sources": "union"}}, "unknown key 'sources' (did you mean 'source'"),
+        ({"tokenizer": {"pad_to_multiple_of": 0}}, "must be an integer from 1"),
+        ({"tokenizer": {"pad_to_multiple_of": True}}, "must be an integer from 1"),
+        ({"tokenizer": {"pad_to_multiple_of": 2**40}}, "must be an integer from 1"),
+        ({"tokenizer": {"tokens": ["a"]}}, "tokens: must be a map"),
+        ({"tokenizer": {"tokens": {"a": "b"}}}, "tokens.a: must be a map"),
+        ({"tokenizer": {"tokens": {"a": {"force": True}}}}, "source: is missing"),
+        ({"tokenizer": {"tokens": {"a": {"source": "b", "force": 1}}}}, "force: must be true or false"),
+        ({"tokenizer": {"tokens": {"a": {"source": {"kind": "one"}}}}}, "'one' is none of model_token, zero"),
+        (
+            {"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token", "model": "m"}}}}},
+            "one of 'token' and 'token_id'",
+        ),
+        (
+            {"tokenizer": {"tokens": {"a": {"source": {"kind": "model_token", "token": "m"}}}}},
+            "'model' is missing",
+        ),
+        (
+            {
+                "tokenizer": {
+                    "tokens": {"a": {"source": {"kind": "model_token", "model": "m", "token_id": -1}}}
+                }
+            },
+            "must be the number of a token",
+        ),
+        ({"chat_template": "chatmll"}, "did you mean 'chatml'?"),
+        ({"chat_template": "{{x}}"}, "is no template"),
+        ({"chat_template": ["a"]}, "must be a string"),
+    ],
+)
 def test_mistakes_are_named(top: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan({"merge_method": "linear", "models": [{"model": "m"}], **top})

@@ -29,9 +29,11 @@ from tests.tokenizers.scene import EMBEDDING, HEAD, OTHER, Model, rows_by_token,
 
 def linear(models: list[Model], **top: Any) -> dict[str, Any]:
     return {
-        "merge_method": "linear", "base_model": str(models[0].path),
-        "models": [{"model": str(m.path), "parameters": {"weight": 1.0}} for m in models], **top,
-    }  # fmt: skip
+        "merge_method": "linear",
+        "base_model": str(models[0].path),
+        "models": [{"model": str(m.path), "parameters": {"weight": 1.0}} for m in models],
+        **top,
+    }
 
 
 def output_ids(out: Path) -> dict[str, int]:
@@ -125,8 +127,11 @@ def test_a_merge_is_that_of_models_written_out(method: str, three: list[Model], 
     copies = []
     for i, model in enumerate(models):
         tensors = {name: t for name, t in model.tensors.items() if name == OTHER}
-        rows = {name: rows_by_token(models, 0, union, 10, name)[i].float()
-                for name, t in model.tensors.items() if name != OTHER}  # fmt: skip
+        rows = {
+            name: rows_by_token(models, 0, union, 10, name)[i].float()
+            for name, t in model.tensors.items()
+            if name != OTHER
+        }
         copy = write(tmp_path / f"copy{i}", union, n_rows=10)
         save_file({**tensors, **rows}, copy.path / "model.safetensors")
         copies.append(copy)
@@ -170,13 +175,15 @@ def test_a_vocabulary_is_padded_with_the_mean_of_its_rows(three: list[Model], tm
 SOURCES: dict[str, tuple[dict[str, Any], Callable[[list[Model]], torch.Tensor]]] = {
     "a model's row": ({"source": "{one}"}, lambda m: m[1].tensors[EMBEDDING][7]),
     "another token": (
-        {"source": {"kind": "model_token", "model": "{two}", "token": "c"}}, lambda m: m[2].tensors[EMBEDDING][2].float(),
+        {"source": {"kind": "model_token", "model": "{two}", "token": "c"}},
+        lambda m: m[2].tensors[EMBEDDING][2].float(),
     ),
     "a row by number": (
-        {"source": {"kind": "model_token", "model": "{two}", "token_id": 11}}, lambda m: m[2].tensors[EMBEDDING][11].float(),
+        {"source": {"kind": "model_token", "model": "{two}", "token_id": 11}},
+        lambda m: m[2].tensors[EMBEDDING][11].float(),
     ),
     "zeros": ({"source": {"kind": "zero"}}, lambda m: torch.zeros(6)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -198,12 +205,21 @@ def test_a_token_may_have_a_source_of_its_own(
         assert torch.equal(found[ids["<new>"]], wanted)
 
 
-@pytest.mark.parametrize(("tokens", "message"), [
-    ({"<x>": {"source": "nowhere"}}, "'nowhere' is no model of this merge"),
-    ({"<y>": {"source": "{base}"}}, "has no row for the token '<y>'"),
-    ({"a": {"source": {"kind": "model_token", "model": "{base}", "token_id": 10}}}, "has no row for the token 10"),
-    ({"a": {"source": {"kind": "model_token", "model": "{base}", "token": "zz"}}}, "has no row for the token 'zz'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"<x>": {"source": "nowhere"}}, "'nowhere' is no model of this merge"),
+        ({"<y>": {"source": "{base}"}}, "has no row for the token '<y>'"),
+        (
+            {"a": {"source": {"kind": "model_token", "model": "{base}", "token_id": 10}}},
+            "has no row for the token 10",
+        ),
+        (
+            {"a": {"source": {"kind": "model_token", "model": "{base}", "token": "zz"}}},
+            "has no row for the token 'zz'",
+        ),
+    ],
+)
 def test_a_source_that_is_not_there_is_refused(tokens: Any, message: str, three: list[Model]) -> None:
     text = json.dumps(tokens).replace("{base}", str(three[0].path))
     with pytest.raises(StreammergeError, match=message):

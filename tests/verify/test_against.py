@@ -317,8 +317,11 @@ def test_the_command_says_how_much_was_recomputed(out: tuple[Path, dict[str, Any
     assert (done.exit_code, done.output.splitlines()[1][:36]) == (0, "2 of 4 pieces recomputed from the in")
     everything = json.loads(run(directory, "--against", tmp_path / "c.yml", "--all", "--json").output)
     assert everything["recomputed"] == {
-        "pieces": 4, "of_pieces": 4, "elements": 27600, "of_elements": 27600,
-    }  # fmt: skip
+        "pieces": 4,
+        "of_pieces": 4,
+        "elements": 27600,
+        "of_elements": 27600,
+    }
     change_element(directory, "norm", 5)
     found = run(directory, "--against", tmp_path / "c.yml", "--all")
     assert isinstance(found.exception, StreammergeError)

@@ -193,9 +193,12 @@ def kinds_of_damage(out: Path) -> dict[str, tuple[str, Callable[[Path], None]]]:
         raw = (out / shard).read_bytes()
         header = 8 + int.from_bytes(raw[:8], "little")
         places = {
-            "header length": 2, "header": header // 2, "middle": (header + len(raw)) // 2, "last byte": len(raw) - 1,
+            "header length": 2,
+            "header": header // 2,
+            "middle": (header + len(raw)) // 2,
+            "last byte": len(raw) - 1,
             "any byte": chance.randrange(len(raw)),
-        }  # fmt: skip
+        }
         kinds |= {f"{shard}, {place}": (shard, flipped(at)) for place, at in places.items()}
     for name in files(out):
         if not name.startswith("model-"):
@@ -242,8 +245,18 @@ def test_a_model_file_that_the_manifest_does_not_know_is_found(out: Path) -> Non
     assert "model-00009-of-00009.safetensors" in found(out)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "pytorch_model.bin", "modeling_x.py", "adapter_config.json",
-                                  "x.safetensors", "README.md.partial"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "config.json",
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "adapter_config.json",
+        "x.safetensors",
+        "README.md.partial",
+    ],
+)
 def test_a_file_that_a_loader_may_take_up_and_no_merge_wrote_is_found(name: str, out: Path) -> None:
     manifest = load_manifest(out)
     if name in manifest["files"]:

@@ -62,8 +62,9 @@ def problem_of(out: Path) -> str:
 def test_the_manifest_records_dtype_and_shape_of_every_tensor(out: Path) -> None:
     recorded = load_manifest(out)["tensors"]
     assert {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in recorded.items()} == {
-        **{name: ("BF16", shape) for name, shape in SHAPES.items()}, "position_ids": ("I64", (16,)),
-    }  # fmt: skip
+        **{name: ("BF16", shape) for name, shape in SHAPES.items()},
+        "position_ids": ("I64", (16,)),
+    }
 
 
 def test_a_shape_that_is_not_the_one_written_is_found_though_every_byte_of_the_values_is(out: Path) -> None:
@@ -114,16 +115,25 @@ def test_a_tensor_in_two_shards_is_found(out: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda index: index["weight_map"].update(norm=FIRST), f"leads for tensor norm to {FIRST}, it is in {SECOND}"),
-        (lambda index: index["weight_map"].pop("norm"), f"leads for tensor norm to nowhere, it is in {SECOND}"),
-        (lambda index: index["weight_map"].update(more=FIRST), f"leads for tensor more to {FIRST}, it is in nowhere"),
+        (
+            lambda index: index["weight_map"].update(norm=FIRST),
+            f"leads for tensor norm to {FIRST}, it is in {SECOND}",
+        ),
+        (
+            lambda index: index["weight_map"].pop("norm"),
+            f"leads for tensor norm to nowhere, it is in {SECOND}",
+        ),
+        (
+            lambda index: index["weight_map"].update(more=FIRST),
+            f"leads for tensor more to {FIRST}, it is in nowhere",
+        ),
         (lambda index: index["weight_map"].update(norm=["x\x1b"]), "leads for tensor norm to ['x\\x1b']"),
         (lambda index: index["metadata"].update(total_size=3), "total_size is 3, the tensors have"),
         (lambda index: index["metadata"].pop("total_size"), "total_size is None"),
         (lambda index: index.update(weight_map=[]), "no weight_map"),
         (lambda index: index.pop("metadata"), "no weight_map or no metadata"),
     ],
-)  # fmt: skip
+)
 def test_an_index_that_leads_elsewhere_is_found(
     change: Callable[[dict[str, Any]], None], words: str, out: Path
 ) -> None:
@@ -251,9 +261,12 @@ FORGED: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("words", "fields"), FORGED, ids=[f"{i} {row[0]}" for i, row in enumerate(FORGED)])
 def test_a_sealed_manifest_of_wrong_types_is_refused_in_one_line(
-    words: str, fields: dict[str, Any], out: Path, capsys: pytest.CaptureFixture[str],
+    words: str,
+    fields: dict[str, Any],
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     reseal(out, **fields)
     monkeypatch.setattr("sys.argv", ["streammerge", "verify", str(out)])
     with pytest.raises(SystemExit) as stopped:

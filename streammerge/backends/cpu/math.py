@@ -159,9 +159,13 @@ class KernelMath:
         assert piece.base is not None
         model = piece.models[vector.model]
         return (
-            self._half, self._full, model.offset, self._codes[model.dtype],
-            piece.base.offset, self._codes[piece.base.dtype],
-        )  # fmt: skip
+            self._half,
+            self._full,
+            model.offset,
+            self._codes[model.dtype],
+            piece.base.offset,
+            self._codes[piece.base.dtype],
+        )
 
     def _drop_key(self, vector: TaskVector) -> NDArray[np.uint32]:
         drops = vector.drop or vector.drop_end
@@ -174,16 +178,20 @@ class KernelMath:
     def _masks(self, vectors: tuple[TaskVector, ...]) -> tuple[Any, ...]:
         """Return the kernels' arguments that say which entries of each task vector survive."""
         return (
-            np.stack([self._drop(v) for v in vectors]), np.stack([self._drop_key(v) for v in vectors]),
-            np.stack([self._cut(v) for v in vectors]), np.stack([self._cut_key(v) for v in vectors]),
-        )  # fmt: skip
+            np.stack([self._drop(v) for v in vectors]),
+            np.stack([self._drop_key(v) for v in vectors]),
+            np.stack([self._cut(v) for v in vectors]),
+            np.stack([self._cut_key(v) for v in vectors]),
+        )
 
     def _cut(self, vector: TaskVector) -> Counts:
         """Return (rule, magnitude pattern, limit) of the cut, and the same of the outliers."""
         rules = {
-            "drop": self._deltas.ABOVE, "all": self._deltas.ALL,
-            "thin": self._deltas.THIN, "index": self._deltas.INDEX,
-        }  # fmt: skip
+            "drop": self._deltas.ABOVE,
+            "all": self._deltas.ALL,
+            "thin": self._deltas.THIN,
+            "index": self._deltas.INDEX,
+        }
         cut = np.tile(np.array([self._deltas.NO_CUT, 0, 0], np.int64), 2)
         for place, one in enumerate((vector.cut, vector.outliers)):
             if one is not None:
@@ -201,9 +209,16 @@ class KernelMath:
         if not isinstance(vector, TaskVector):
             return self._slabs.count_keys(vector, low, high, shift, bins)
         above, highest = self._deltas.keys_in_window(
-            *self._delta_arguments(vector), self._piece.start, self._piece.n,
-            self._drop(vector), self._drop_key(vector), low, high, shift, bins,
-        )  # fmt: skip
+            *self._delta_arguments(vector),
+            self._piece.start,
+            self._piece.n,
+            self._drop(vector),
+            self._drop_key(vector),
+            low,
+            high,
+            shift,
+            bins,
+        )
         return int(above), int(highest)
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
@@ -211,14 +226,25 @@ class KernelMath:
         partials = np.empty(-(-self._piece.n // 4096), np.float64)
         if (drop := vector.rank_drop) is not None:
             self._ranks.ranked_abs_sums(
-                *self._delta_arguments(vector), *self._span, self._piece.row_length, drop.low, drop.spread,
-                self._key("della", vector.stream), partials,
-            )  # fmt: skip
+                *self._delta_arguments(vector),
+                *self._span,
+                self._piece.row_length,
+                drop.low,
+                drop.spread,
+                self._key("della", vector.stream),
+                partials,
+            )
             return partials
         self._deltas.abs_sums(
-            *self._delta_arguments(vector), self._piece.start, self._piece.n, self._drop(vector),
-            self._drop_key(vector), self._cut(vector), self._cut_key(vector), partials,
-        )  # fmt: skip
+            *self._delta_arguments(vector),
+            self._piece.start,
+            self._piece.n,
+            self._drop(vector),
+            self._drop_key(vector),
+            self._cut(vector),
+            self._cut_key(vector),
+            partials,
+        )
         return partials
 
     def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
@@ -227,9 +253,15 @@ class KernelMath:
             return self._slabs.ties(vector, key, size)
         counts = np.zeros(-(-self._piece.n // size), np.int64)
         self._deltas.ties_per_block(
-            *self._delta_arguments(vector), self._piece.n, key, self._piece.start,
-            self._drop(vector), self._drop_key(vector), counts, size,
-        )  # fmt: skip
+            *self._delta_arguments(vector),
+            self._piece.n,
+            key,
+            self._piece.start,
+            self._drop(vector),
+            self._drop_key(vector),
+            counts,
+            size,
+        )
         return counts
 
     def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
@@ -259,8 +291,12 @@ class KernelMath:
         return values
 
     def survivors(
-        self, vectors: tuple[TaskVector, ...], first: int, base: NDArray[np.float32], deltas: NDArray[np.float32]
-    ) -> Counts:  # fmt: skip
+        self,
+        vectors: tuple[TaskVector, ...],
+        first: int,
+        base: NDArray[np.float32],
+        deltas: NDArray[np.float32],
+    ) -> Counts:
         """Write elements from `first` on of the base, and of every surviving task vector; return how many survive."""
         piece = self._piece
         assert piece.base is not None
@@ -268,10 +304,19 @@ class KernelMath:
         offsets, codes = self._places(tuple(piece.models[vector.model] for vector in vectors))
         widths = np.array([operand_bytes(piece.models[v.model], 1) for v in vectors])
         self._deltas.survivors(
-            self._half, self._full, offsets + first * widths, codes,
-            piece.base.offset + operand_bytes(piece.base, first), self._codes[piece.base.dtype],
-            piece.start + first, base.size, *self._masks(vectors), base, deltas, kept,
-        )  # fmt: skip
+            self._half,
+            self._full,
+            offsets + first * widths,
+            codes,
+            piece.base.offset + operand_bytes(piece.base, first),
+            self._codes[piece.base.dtype],
+            piece.start + first,
+            base.size,
+            *self._masks(vectors),
+            base,
+            deltas,
+            kept,
+        )
         return kept
 
     def write(self, values: NDArray[np.float64], out: Operand, first: int) -> int:
@@ -294,9 +339,15 @@ class KernelMath:
         masks = self._masks(tuple(vectors) if deltas else (TaskVector(0),))
         rescales = np.array([v.rescale for v in vectors] if deltas else [1.0], np.float64)
         arguments = [
-            self._half, self._full, *self._places(operands), base.offset, self._codes[base.dtype],
-            deltas, *masks, rescales,
-        ]  # fmt: skip
+            self._half,
+            self._full,
+            *self._places(operands),
+            base.offset,
+            self._codes[base.dtype],
+            deltas,
+            *masks,
+            rescales,
+        ]
         return arguments, len(operands)
 
     def _weigh_rows(self, recipe: RowCombination, out: Operand) -> Applied:
@@ -305,9 +356,15 @@ class KernelMath:
         weights = recipe.coefficients(full_matrices(self.dots(recipe.vectors, length), k))
         kept = np.zeros(k, np.int64)
         bad = self._gram.weigh_rows(
-            *arguments[:6], *self._span, length, *arguments[6:], np.ascontiguousarray(weights),
-            out.offset, self._codes[out.dtype], kept,
-        )  # fmt: skip
+            *arguments[:6],
+            *self._span,
+            length,
+            *arguments[6:],
+            np.ascontiguousarray(weights),
+            out.offset,
+            self._codes[out.dtype],
+            kept,
+        )
         return Applied(int(bad), tuple(int(n) for n in kept) if removing(recipe) else ())
 
     def sign_total(self, merge: TaskVectorMerge) -> int:
@@ -327,9 +384,15 @@ class KernelMath:
                 places = self._places((self._piece.base, *self._piece.models))
                 weights = (recipe.base_weight, *weights)
             bad = self._merge.weighted_sum(
-                self._half, self._full, *places,
-                np.array(weights, np.float64), float(recipe.divisor), self._piece.n, out.offset, code,
-            )  # fmt: skip
+                self._half,
+                self._full,
+                *places,
+                np.array(weights, np.float64),
+                float(recipe.divisor),
+                self._piece.n,
+                out.offset,
+                code,
+            )
             return Applied(int(bad), ())
         if isinstance(recipe, RowCombination):
             return self._weigh_rows(recipe, out)
@@ -356,12 +419,25 @@ class KernelMath:
         vectors = recipe.vectors or tuple(TaskVector(i) for i in range(len(piece.models)))
         kept = np.zeros(len(vectors), np.int64)
         bad, floored = self._fisher.fisher_mean(
-            self._half, self._full, self._offsets, self._dtypes, *self._places(piece.fishers),
-            base.offset, self._codes[base.dtype], piece.start, piece.n, *self._masks(vectors),
+            self._half,
+            self._full,
+            self._offsets,
+            self._dtypes,
+            *self._places(piece.fishers),
+            base.offset,
+            self._codes[base.dtype],
+            piece.start,
+            piece.n,
+            *self._masks(vectors),
             np.array([v.rescale for v in recipe.vectors], np.float64),
-            np.array(recipe.coefficients, np.float64), np.array(recipe.floors, np.float64), recipe.add,
-            np.array(recipe.average, np.float64), out_offset, code, kept,
-        )  # fmt: skip
+            np.array(recipe.coefficients, np.float64),
+            np.array(recipe.floors, np.float64),
+            recipe.add,
+            np.array(recipe.average, np.float64),
+            out_offset,
+            code,
+            kept,
+        )
         return Applied(int(bad), tuple(int(n) for n in kept) if removing(recipe) else (), int(floored))
 
     def _run_merge(
@@ -374,25 +450,54 @@ class KernelMath:
         if ranked(merge):
             drops = [v.rank_drop or RankDrop(1.0, 0.0) for v in vectors]
             bad = self._ranks.ranked_merge(
-                self._half, self._full, self._offsets, self._dtypes,
-                piece.base.offset, self._codes[piece.base.dtype], piece.start, piece.n, piece.row_length,
-                np.array([d.low for d in drops], np.float64), np.array([d.spread for d in drops], np.float64),
-                any(d.unbiased for d in drops), np.stack([self._key("della", v.stream) for v in vectors]),
+                self._half,
+                self._full,
+                self._offsets,
+                self._dtypes,
+                piece.base.offset,
+                self._codes[piece.base.dtype],
+                piece.start,
+                piece.n,
+                piece.row_length,
+                np.array([d.low for d in drops], np.float64),
+                np.array([d.spread for d in drops], np.float64),
+                any(d.unbiased for d in drops),
+                np.stack([self._key("della", v.stream) for v in vectors]),
                 np.array([v.coefficient for v in vectors], np.float64),
                 np.array([v.weight for v in vectors], np.float64),
-                merge.elect, merge.zero_sign, merge.normalize, float(merge.divisor), float(merge.scale),
-                out_offset, code, kept, signs,
-            )  # fmt: skip
+                merge.elect,
+                merge.zero_sign,
+                merge.normalize,
+                float(merge.divisor),
+                float(merge.scale),
+                out_offset,
+                code,
+                kept,
+                signs,
+            )
             return int(bad), tuple(int(n) for n in kept)
         bad = self._merge.task_vector_merge(
-            self._half, self._full, self._offsets, self._dtypes,
-            piece.base.offset, self._codes[piece.base.dtype], piece.start, piece.n,
+            self._half,
+            self._full,
+            self._offsets,
+            self._dtypes,
+            piece.base.offset,
+            self._codes[piece.base.dtype],
+            piece.start,
+            piece.n,
             *self._masks(vectors),
             np.array([v.coefficient for v in vectors], np.float64),
             np.array([v.weight for v in vectors], np.float64),
-            merge.elect, merge.zero_sign, merge.normalize, float(merge.divisor), float(merge.scale),
-            out_offset, code, kept, signs,
-        )  # fmt: skip
+            merge.elect,
+            merge.zero_sign,
+            merge.normalize,
+            float(merge.divisor),
+            float(merge.scale),
+            out_offset,
+            code,
+            kept,
+            signs,
+        )
         return int(bad), tuple(int(n) for n in kept)
 
 

@@ -196,8 +196,15 @@ class Slabs:
         merged = np.empty(span[1])
         weights = np.array([v.weight for v in recipe.vectors], np.float64)
         self._kernels.selected_merge(
-            base, deltas, _rescales(recipe.vectors), weights, recipe.zero_sign, float(recipe.floor), selected, merged
-        )  # fmt: skip
+            base,
+            deltas,
+            _rescales(recipe.vectors),
+            weights,
+            recipe.zero_sign,
+            float(recipe.floor),
+            selected,
+            merged,
+        )
         if recipe.selection is not None:
             kept[:] = np.count_nonzero(selected)
         return merged, kept

@@ -263,9 +263,13 @@ class TorchMath:
         return np.concatenate(list(self._each(sums, length)))
 
     def _dots(
-        self, vectors: Sequence[TaskVector], models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self,
+        vectors: Sequence[TaskVector],
+        models: list[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
         length: int,
-    ) -> NDArray[np.float64]:  # fmt: skip
+    ) -> NDArray[np.float64]:
         terms = self._terms(vectors, models, base, where)
         pairs = [terms[i] * terms[j] for i in range(len(terms)) for j in range(i, len(terms))]
         return np.stack([block_sums(pair.flatten().cpu().numpy(), length) for pair in pairs], axis=1)
@@ -375,9 +379,13 @@ class TorchMath:
         return Applied(sum(part.not_finite for part in parts), kept, sum(part.floored for part in parts))
 
     def _call(
-        self, recipe: Recipe, models: list[torch.Tensor], base: torch.Tensor | None, where: Where,
+        self,
+        recipe: Recipe,
+        models: list[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
         fishers: list[torch.Tensor],
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         import torch
 
         assert not isinstance(recipe, CopyOf)

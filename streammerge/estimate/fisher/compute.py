@@ -131,13 +131,19 @@ def compute_diagonal(
         scores = n_scores(labels, skeleton.kind, skeleton.n_labels)
         width = network.call(0, taken[-1]).hidden.numel() // taken[-1].length
         check_fits(
-            settings.memory, list(_stages(skeleton, taken, width)),
+            settings.memory,
+            list(_stages(skeleton, taken, width)),
             boundary_elements(settings.batch_size, taken[-1].length, width, scores),
-        )  # fmt: skip
+        )
         identity = {
-            "version": __version__, "model": fingerprint(index, reader), "files": files_digest(index.stamps),
-            "dtype": settings.dtype, "examples": digest(taken), "labels": labels, "seed": str(settings.seed),
-        }  # fmt: skip
+            "version": __version__,
+            "model": fingerprint(index, reader),
+            "files": files_digest(index.stamps),
+            "dtype": settings.dtype,
+            "examples": digest(taken),
+            "labels": labels,
+            "seed": str(settings.seed),
+        }
         with locked_partial(out, overwrite):
             store = StoreWriter(out, identity)
             work = out.with_name(out.name + ".partial") / WORK
@@ -163,18 +169,33 @@ def compute_diagonal(
                 check_unchanged(stamp)
             missing = [name for name, ref in index.items() if name not in names and ref.dtype in FLOATS]
             if missing:
-                emit(Event("warning", {
-                    "message": f"{len(missing)} tensors of {printable(index.reference)} are no parameters of "
-                    f"{type(skeleton.model).__name__} (first: {printable(missing[0])}); they get no diagonal"
-                }))  # fmt: skip
+                emit(
+                    Event(
+                        "warning",
+                        {
+                            "message": f"{len(missing)} tensors of {printable(index.reference)} are no parameters of "
+                            f"{type(skeleton.model).__name__} (first: {printable(missing[0])}); they get no diagonal"
+                        },
+                    )
+                )
             with world_errors(work):
                 shutil.rmtree(work, ignore_errors=True)
-            attributes = store.commit(order, {
-                "model_fingerprint": identity["model"], "model_name": os.path.basename(os.path.normpath(model)),
-                "estimator": labels, "kind": skeleton.kind, "examples": len(taken), "seed": settings.seed,
-                "tokens": sum(example.length for example in taken), "max_length": settings.max_length,
-                "data": identity["examples"], "dtype": settings.dtype, "missing": missing,
-            })  # fmt: skip
+            attributes = store.commit(
+                order,
+                {
+                    "model_fingerprint": identity["model"],
+                    "model_name": os.path.basename(os.path.normpath(model)),
+                    "estimator": labels,
+                    "kind": skeleton.kind,
+                    "examples": len(taken),
+                    "seed": settings.seed,
+                    "tokens": sum(example.length for example in taken),
+                    "max_length": settings.max_length,
+                    "data": identity["examples"],
+                    "dtype": settings.dtype,
+                    "missing": missing,
+                },
+            )
     finally:
         reader.close()
     return Computed(str(out), len(order), reader.bytes_read, time.monotonic() - began, attributes)
@@ -189,9 +210,11 @@ def _stages(skeleton: Skeleton, examples: list[Example], width: int) -> Iterator
     for i, block in enumerate(skeleton.blocks):
         weights = list(block.parameters())
         yield StageSize(
-            f"layer {i}", sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.dim() != 2),
+            f"layer {i}",
+            sum(p.numel() for p in weights),
+            sum(p.numel() for p in weights if p.dim() != 2),
             activations=layer_activations([p.shape for p in weights], tokens, width, heads, used),
-        )  # fmt: skip
+        )
     embeddings = set(skeleton.embeddings)
     looked_up = sum(min(len(p), max(ids, tokens)) * p.shape[1] for p in embeddings)
     dense = [p for p in skeleton.outer if p not in embeddings or len(skeleton.aliases[p]) > 1]

@@ -82,9 +82,14 @@ class Estimator:
     """
 
     def __init__(
-        self, network: Network, loader: Loader, estimate: Estimate, place: Place,
-        write: Write, tick: Tick,
-    ) -> None:  # fmt: skip
+        self,
+        network: Network,
+        loader: Loader,
+        estimate: Estimate,
+        place: Place,
+        write: Write,
+        tick: Tick,
+    ) -> None:
         self._network = network
         self._loader = loader
         self._estimate = estimate
@@ -188,9 +193,10 @@ class Estimator:
         last = self._network.n_blocks
         weights = Gradients(self._loader, self._device, self._skeleton.outer, AFTER, self._embeddings)
         with (
-            self._hidden[last].reading() as given, self._gradient[last].writing() as out,
+            self._hidden[last].reading() as given,
+            self._gradient[last].writing() as out,
             self._tied_rows.writing() as tied_out,
-        ):  # fmt: skip
+        ):
             for n, example in enumerate(self._estimate.examples):
                 shape = self._network.call(last - 1, example).hidden.shape
                 hidden = given.rows(n).view(shape).to(self._device).requires_grad_(True)
@@ -222,8 +228,10 @@ class Estimator:
                 weights.dense[tied[0]].sums.cpu().numpy().tofile(file)
                 file.flush()
                 os.fsync(file.fileno())
-        used = {"used": [self._skeleton.name(p) for p in weights.dense],
-                "tied": self._skeleton.name(tied[0]) if tied else None}  # fmt: skip
+        used = {
+            "used": [self._skeleton.name(p) for p in weights.dense],
+            "tied": self._skeleton.name(tied[0]) if tied else None,
+        }
         write_file(self._head_done, json.dumps(used).encode())
         fsync_directory(self._directory)
 
@@ -236,9 +244,10 @@ class Estimator:
     def _backward(self, i: int) -> None:
         weights = Gradients(self._loader, self._device, self._blocks[i], f"layer {i}")
         with (
-            self._hidden[i].reading() as given, self._gradient[i + 1].reading() as wanted,
+            self._hidden[i].reading() as given,
+            self._gradient[i + 1].reading() as wanted,
             self._gradient[i].writing() as out,
-        ):  # fmt: skip
+        ):
             for n, example in enumerate(self._estimate.examples):
                 call = self._network.call(i, example)
                 hidden = given.rows(n).view(call.hidden.shape).to(self._device).requires_grad_(True)

@@ -85,9 +85,13 @@ class Gradients(Resident):
     """
 
     def __init__(
-        self, loader: Loader, device: torch.device, allowed: Collection[nn.Parameter], where: str,
+        self,
+        loader: Loader,
+        device: torch.device,
+        allowed: Collection[nn.Parameter],
+        where: str,
         tied: Collection[nn.Parameter] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(loader, device, allowed, where)
         self._tied = set(tied)
         self._whole: set[nn.Parameter] = set()

@@ -83,28 +83,44 @@ def import_diagonal(
     stop = stop or threading.Event()
     try:
         identity = {
-            "version": __version__, "model": fingerprint(index, reader), "dtype": dtype,
-            "source": files_digest(stamps), "about": repr(sorted((about or {}).items())),
-        }  # fmt: skip
+            "version": __version__,
+            "model": fingerprint(index, reader),
+            "dtype": dtype,
+            "source": files_digest(stamps),
+            "about": repr(sorted((about or {}).items())),
+        }
         with locked_partial(out, overwrite):
             store = StoreWriter(out, identity)
             resumed = _write_all(store, refs, dtype, reader, emit, stop, signal_received)
             for stamp in stamps:
                 check_unchanged(stamp)
-            attributes = store.commit(refs, {
-                "model_fingerprint": identity["model"], "model_name": os.path.basename(os.path.normpath(model)),
-                "estimator": None, "examples": None, "seed": None, **(about or {}), "dtype": dtype,
-                "missing": [n for n, ref in index.items() if n not in refs and ref.dtype in FLOATS],
-            })  # fmt: skip
+            attributes = store.commit(
+                refs,
+                {
+                    "model_fingerprint": identity["model"],
+                    "model_name": os.path.basename(os.path.normpath(model)),
+                    "estimator": None,
+                    "examples": None,
+                    "seed": None,
+                    **(about or {}),
+                    "dtype": dtype,
+                    "missing": [n for n, ref in index.items() if n not in refs and ref.dtype in FLOATS],
+                },
+            )
     finally:
         reader.close()
     return Imported(str(out), len(refs), resumed, attributes)
 
 
 def _write_all(
-    store: StoreWriter, refs: Mapping[str, TensorRef], dtype: str, reader: Reader,
-    emit: Callable[[Event], None], stop: threading.Event, signal_received: Callable[[], int | None],
-) -> int:  # fmt: skip
+    store: StoreWriter,
+    refs: Mapping[str, TensorRef],
+    dtype: str,
+    reader: Reader,
+    emit: Callable[[Event], None],
+    stop: threading.Event,
+    signal_received: Callable[[], int | None],
+) -> int:
     resumed = 0
     for done, (name, ref) in enumerate(refs.items()):
         if stop.is_set():
@@ -165,7 +181,12 @@ def _check_against(
             raise ModelError(f"{printable(source)}: tensor {printable(name)} is {ref.dtype}, not a float")
     missing = [name for name, ref in model.items() if name not in refs and ref.dtype in FLOATS]
     if missing:
-        emit(Event("warning", {
-            "message": f"{len(missing)} tensors of {printable(model.reference)} have no diagonal "
-            f"(first: {printable(missing[0])})"
-        }))  # fmt: skip
+        emit(
+            Event(
+                "warning",
+                {
+                    "message": f"{len(missing)} tensors of {printable(model.reference)} have no diagonal "
+                    f"(first: {printable(missing[0])})"
+                },
+            )
+        )

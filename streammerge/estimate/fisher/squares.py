@@ -70,8 +70,12 @@ class RowSquares:
                 self._places[i] = len(self.ids)
                 self.ids.append(i)
         if len(self.ids) > len(self._sums):
-            grown = torch.zeros(len(self.ids) * 5 // 4 + 16, self._sums.shape[1], dtype=torch.float64,
-                                device=self._sums.device)  # fmt: skip
+            grown = torch.zeros(
+                len(self.ids) * 5 // 4 + 16,
+                self._sums.shape[1],
+                dtype=torch.float64,
+                device=self._sums.device,
+            )
             grown[: len(self._sums)] = self._sums
             self._sums = grown
         places = torch.tensor([self._places[i] for i in ids.tolist()], device=self._sums.device)

@@ -53,8 +53,11 @@ class DiagonalSums:
         self._take(self._left)
         partials = np.concatenate(self._partials) if self._partials else np.zeros(0)
         return {
-            "sum": self._sum, "square_sum": in_order(partials), "largest": self._largest, "zeros": self._zeros
-        }  # fmt: skip
+            "sum": self._sum,
+            "square_sum": in_order(partials),
+            "largest": self._largest,
+            "zeros": self._zeros,
+        }
 
     def _take(self, values: NDArray[Any]) -> None:
         if not values.size:

@@ -127,8 +127,12 @@ class GramSums:
 
     def values(self) -> dict[str, Any]:
         """Return what is recorded, once all runs were added."""
-        return {"sum": sum(p[0] for p in self._parts), "square_sum": sum(p[1] for p in self._parts),
-                "largest": self._largest, "zeros": self._zeros}  # fmt: skip
+        return {
+            "sum": sum(p[0] for p in self._parts),
+            "square_sum": sum(p[1] for p in self._parts),
+            "largest": self._largest,
+            "zeros": self._zeros,
+        }
 
 
 def compute_grams(
@@ -165,9 +169,12 @@ def compute_grams(
         width = network.call(0, taken[-1]).hidden.numel() // taken[-1].length
         _check_memory(settings, skeleton, taken, width)
         identity = {
-            "version": __version__, "model": fingerprint(index, reader), "files": files_digest(index.stamps),
-            "examples": digest(taken), "kind": "gram",
-        }  # fmt: skip
+            "version": __version__,
+            "model": fingerprint(index, reader),
+            "files": files_digest(index.stamps),
+            "examples": digest(taken),
+            "kind": "gram",
+        }
         with locked_partial(out, overwrite):
             store = StoreWriter(out, identity, attribute=GRAM_ATTRIBUTE, sums=GramSums)
             work = out.with_name(out.name + ".partial") / WORK
@@ -181,11 +188,17 @@ def compute_grams(
                 check_unchanged(stamp)
             with world_errors(work):
                 shutil.rmtree(work, ignore_errors=True)
-            attributes = store.commit([name for name in index if name in names], {
-                "model_fingerprint": identity["model"], "model_name": os.path.basename(os.path.normpath(model)),
-                "examples": len(taken), "tokens": sum(example.length for example in taken), "max_length": settings.max_length,
-                "data": identity["examples"],
-            })  # fmt: skip
+            attributes = store.commit(
+                [name for name in index if name in names],
+                {
+                    "model_fingerprint": identity["model"],
+                    "model_name": os.path.basename(os.path.normpath(model)),
+                    "examples": len(taken),
+                    "tokens": sum(example.length for example in taken),
+                    "max_length": settings.max_length,
+                    "data": identity["examples"],
+                },
+            )
     finally:
         reader.close()
     return Collected(str(out), len(names), reader.bytes_read, time.monotonic() - began, attributes)
@@ -195,9 +208,16 @@ class _Collection:
     """Passes all examples through one layer after the other."""
 
     def __init__(
-        self, network: Network, loader: Loader, examples: list[Example], work: Path, batch_size: int,
-        device: torch.device, store: StoreWriter, progress: Progress,
-    ) -> None:  # fmt: skip
+        self,
+        network: Network,
+        loader: Loader,
+        examples: list[Example],
+        work: Path,
+        batch_size: int,
+        device: torch.device,
+        store: StoreWriter,
+        progress: Progress,
+    ) -> None:
         self._network = network
         self._loader = loader
         self._examples = examples
@@ -273,6 +293,13 @@ def _check_memory(settings: Settings, skeleton: Skeleton, examples: list[Example
         matrices = sum(p.shape[1] ** 2 for p in weights if p.dim() == 2)
         activations = layer_activations([p.shape for p in weights], examples[-1].length, width, heads, 1)
         # A weight is 4 bytes and has no sums here; a matrix is fp64.
-        stages.append(StageSize(f"layer {i}", 0, whole=sum(p.numel() for p in weights) // 2, row_sums=matrices // 2 + 1,
-                                activations=activations))  # fmt: skip
+        stages.append(
+            StageSize(
+                f"layer {i}",
+                0,
+                whole=sum(p.numel() for p in weights) // 2,
+                row_sums=matrices // 2 + 1,
+                activations=activations,
+            )
+        )
     check_fits(settings.memory, stages, boundary_elements(settings.batch_size, examples[-1].length, width, 1))

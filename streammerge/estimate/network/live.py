@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _FACTS = {
-    Tensor.dtype.__get__, Tensor.shape.__get__, Tensor.ndim.__get__, Tensor.layout.__get__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__, Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__,  # type: ignore[attr-defined]
-}  # fmt: skip
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.layout.__get__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.is_floating_point,
+    Tensor.__len__,
+}
 """What is asked of a parameter that needs no values: the absent one knows."""
 
 
@@ -91,8 +99,9 @@ class Live(TorchFunctionMode):
                         self.weights.on_other(parameter)
         return result
 
-    def _embedding(self, ids: Tensor, parameter: nn.Parameter, padding_idx: int | None = None, *rest: Any,
-                   **options: Any) -> Tensor:  # fmt: skip
+    def _embedding(
+        self, ids: Tensor, parameter: nn.Parameter, padding_idx: int | None = None, *rest: Any, **options: Any
+    ) -> Tensor:
         if padding_idx is not None and padding_idx < 0:
             padding_idx += parameter.shape[0]
         return self.weights.lookup(parameter, ids, padding_idx)

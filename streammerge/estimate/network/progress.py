@@ -17,9 +17,13 @@ class Progress:
     """Counts the work, tells of it, and stops it when asked to."""
 
     def __init__(
-        self, reader: Reader, n_tensors: int, emit: Callable[[Event], None], stop: threading.Event,
+        self,
+        reader: Reader,
+        n_tensors: int,
+        emit: Callable[[Event], None],
+        stop: threading.Event,
         signal_received: Callable[[], int | None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._reader = reader
         self._emit = emit
         self._stop = stop
@@ -37,9 +41,17 @@ class Progress:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _EVENT_SECONDS
-        self._emit(Event("progress", {
-            **self._values, "elements": self.done, "elements_total": self.total, "bytes_read": self._reader.bytes_read,
-        }))  # fmt: skip
+        self._emit(
+            Event(
+                "progress",
+                {
+                    **self._values,
+                    "elements": self.done,
+                    "elements_total": self.total,
+                    "bytes_read": self._reader.bytes_read,
+                },
+            )
+        )
 
     def wrote(self, nbytes: int) -> None:
         """Count a tensor of the store."""

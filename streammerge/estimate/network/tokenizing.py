@@ -14,9 +14,12 @@ def reading_for(
     """Return how lines are read for a model, labels too where they are wanted."""
     longest = min(max_length, skeleton.positions or max_length)
     return Reading(
-        max_length=longest, min_length=2 if skeleton.kind == CAUSAL else 1, vocabulary=skeleton.vocabulary,
-        tokenize=lambda: _tokenizer(index, longest), labels=skeleton.label_numbers if with_labels else None,
-    )  # fmt: skip
+        max_length=longest,
+        min_length=2 if skeleton.kind == CAUSAL else 1,
+        vocabulary=skeleton.vocabulary,
+        tokenize=lambda: _tokenizer(index, longest),
+        labels=skeleton.label_numbers if with_labels else None,
+    )
 
 
 def _tokenizer(index: TensorIndex, max_length: int) -> Tokenize:

@@ -26,19 +26,29 @@ Recipe = Generator[list[Request], list[Answer], TaskVectorMerge]
 
 
 def _between(
-    scope: Scope, weight: PerModel[float], density: PerModel[float], gamma: PerModel[float], ties: TiePolicy, rescale: str
-) -> Vectors:  # fmt: skip
+    scope: Scope,
+    weight: PerModel[float],
+    density: PerModel[float],
+    gamma: PerModel[float],
+    ties: TiePolicy,
+    rescale: str,
+) -> Vectors:
     whole = scope.task_vectors(weight)
     vectors = yield from keep_band(whole, density, gamma, ties=ties)
     return (yield from rescale_by_norm(whole, vectors)) if rescale == "l1" else vectors
 
 
 @method(
-    "breadcrumbs", access=Access.TENSOR, base="required", paper=_PAPER, ignored=_IGNORED,
-    bounds={"density": (0.0, 1.0), "gamma": (0.0, 1.0)}, presets={"mergekit": {"ties": "index"}},
+    "breadcrumbs",
+    access=Access.TENSOR,
+    base="required",
+    paper=_PAPER,
+    ignored=_IGNORED,
+    bounds={"density": (0.0, 1.0), "gamma": (0.0, 1.0)},
+    presets={"mergekit": {"ties": "index"}},
     text=f"""Sum of task vectors without outliers and noise: theta_0 + lambda * sum_i w_i m_i delta_i.
     {_BAND}""",
-)  # fmt: skip
+)
 def breadcrumbs(
     scope: Scope,
     *,
@@ -56,12 +66,16 @@ def breadcrumbs(
 
 
 @method(
-    "breadcrumbs_ties", access=Access.MODEL, base="required", paper=_PAPER, ignored=_IGNORED,
+    "breadcrumbs_ties",
+    access=Access.MODEL,
+    base="required",
+    paper=_PAPER,
+    ignored=_IGNORED,
     bounds={"density": (0.0, 1.0), "gamma": (0.0, 1.0)},
     presets={"mergekit": {"ties": "index", "zero_sign": "positive"}},
     text=f"""Breadcrumbs, then TIES' sign election: the agreeing entries are summed.
     {_BAND}`zero_sign` and `normalize` as for `ties`.""",
-)  # fmt: skip
+)
 def breadcrumbs_ties(
     scope: Scope,
     *,

@@ -29,8 +29,12 @@ Recipe = Generator[list[Request], list[Answer], TaskVectorMerge]
 
 
 def _magprune(
-    scope: Scope, weight: Sequence[float], density: Sequence[float], epsilon: Sequence[float], rescale: Rescale
-) -> Ask:  # fmt: skip
+    scope: Scope,
+    weight: Sequence[float],
+    density: Sequence[float],
+    epsilon: Sequence[float],
+    rescale: Rescale,
+) -> Ask:
     """Drop from each task vector by rank (MagPrune).
 
     Raises
@@ -56,11 +60,16 @@ def _magprune(
 
 
 @method(
-    "della", access=Access.MODEL, base="required", paper=_PAPER, ignored=_IGNORED, bounds=_BOUNDS,
+    "della",
+    access=Access.MODEL,
+    base="required",
+    paper=_PAPER,
+    ignored=_IGNORED,
+    bounds=_BOUNDS,
     presets={"paper": {"zero_sign": "majority"}, "mergekit": {"rescale": "l1", "zero_sign": "positive"}},
     text=f"""Drop by rank and rescale, then TIES' sign election and disjoint merge.
     {_DROP}`zero_sign` and `normalize` as for `ties`.""",
-)  # fmt: skip
+)
 def della(
     scope: Scope,
     *,
@@ -78,11 +87,16 @@ def della(
 
 
 @method(
-    "della_linear", access=Access.TENSOR, base="required", paper=_PAPER, ignored=_IGNORED, bounds=_BOUNDS,
+    "della_linear",
+    access=Access.TENSOR,
+    base="required",
+    paper=_PAPER,
+    ignored=_IGNORED,
+    bounds=_BOUNDS,
     presets={"mergekit": {"rescale": "l1"}},
     text=f"""Drop by rank and rescale, then task arithmetic: theta_0 + lambda * sum_i w_i m_i delta_i / q_i.
     {_DROP}""",
-)  # fmt: skip
+)
 def della_linear(
     scope: Scope,
     *,

@@ -19,7 +19,7 @@ from streammerge.methods.tensor_context import Scope
 )
 def karcher(
     scope: Scope, *, weight: PerModel[float] = 1.0, max_iter: int = 10, tol: float = 1e-5
-) -> Combination:  # fmt: skip
+) -> Combination:
     """The Riemannian mean of the models' directions on the sphere, times their mean length; each tensor as one vector.
 
     u <- exp_u(sum_i a_i log_u u_i), from the normalised mean on, until the step is shorter than `tol` or after

@@ -12,7 +12,7 @@ from streammerge.methods.tensor_context import Scope
 @method("linear", base="member", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
 def linear(
     scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = True
-) -> WeightedSum | TaskVectorMerge:  # fmt: skip
+) -> WeightedSum | TaskVectorMerge:
     """Weighted average: theta = sum_i w_i theta_i / sum_i w_i.
 
     No weights at all is the uniform average, isotropic merging: each model's posterior is taken as

@@ -20,7 +20,7 @@ from streammerge.methods.tensor_context import Scope
 )
 def multislerp(
     scope: Scope, *, weight: PerModel[float] = 1.0, normalize_weights: bool = True, eps: float = 1e-8
-) -> Combination:  # fmt: skip
+) -> Combination:
     """The weighted mean direction times the weighted mean length, each tensor as one vector; of task vectors with a base.
 
     theta = (sum_i w_i |v_i|) M / |M|, M = sum_i w_i v_i / |v_i|. mergekit goes on to a tangent step from M, which is

@@ -16,8 +16,12 @@ from streammerge.methods.tensor_context import Scope
     paper="https://github.com/arcee-ai/mergekit (method of its own)",
 )
 def nuslerp(
-    scope: Scope, *, weight: PerModel[float] = 1.0, nuslerp_flatten: bool = True, nuslerp_row_wise: bool = False
-) -> Combination:  # fmt: skip
+    scope: Scope,
+    *,
+    weight: PerModel[float] = 1.0,
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+) -> Combination:
     """Spherical interpolation of two models at t = w_2 / (w_1 + w_2), or, with a base, of their task vectors.
 
     Half-way where the weights cancel. `nuslerp_flatten: false` interpolates each row of a matrix (the last axis; a 1-D

@@ -11,7 +11,7 @@ from streammerge.methods.tensor_context import Scope
 @method("passthrough", base="none", models=(1, 1))
 def passthrough(
     scope: Scope, *, scale: PerModel[float | None] = None
-) -> CopyOf | WeightedSum | TaskVectorMerge:  # fmt: skip
+) -> CopyOf | WeightedSum | TaskVectorMerge:
     """Copy the tensors of one model, times `scale` where it is given."""
     (factor,) = scale
     if factor == 1.0:

@@ -14,9 +14,13 @@ from streammerge.statistics.kinds import Answer, Mixers, Mixing, Request
 
 
 @method(
-    "regmean", access="tensor", base="donor", gram=True, bounds={"alpha": (0.0, 1.0)},
+    "regmean",
+    access="tensor",
+    base="donor",
+    gram=True,
+    bounds={"alpha": (0.0, 1.0)},
     paper="Jin et al. 2023, https://arxiv.org/abs/2212.09849",
-)  # fmt: skip
+)
 def regmean(
     scope: Scope,
     *,

@@ -70,5 +70,7 @@ def sce(
     weights = [1.0 / len(vectors) if equal else square / total for square in squares.totals]
     return SelectedMerge(
         tuple(replace(vector, weight=weight) for vector, weight in zip(vectors, weights, strict=True)),
-        selection, int(zero_sign == "positive"), floor,
-    )  # fmt: skip
+        selection,
+        int(zero_sign == "positive"),
+        floor,
+    )

@@ -22,7 +22,7 @@ _UNUSED = "`task_arithmetic` has no sparsification, in mergekit neither"
 )
 def task_arithmetic(
     scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0
-) -> TaskVectorMerge:  # fmt: skip
+) -> TaskVectorMerge:
     """Sum of task vectors: theta = theta_0 + lambda * sum_i w_i (theta_i - theta_0).
 
     Addition joins tasks; a negative weight forgets one; an analogy "A is to B as C is to D" is

@@ -22,13 +22,17 @@ from streammerge.statistics.kinds import Scope as TrimScope
     bounds={"density": (0.0, 1.0)},
     presets={
         "paper": {
-            "density": 0.2, "trim_scope": "model", "count": "floor+1", "ties": "all", "zero_sign": "majority",
+            "density": 0.2,
+            "trim_scope": "model",
+            "count": "floor+1",
+            "ties": "all",
+            "zero_sign": "majority",
         },
         "mergekit": {"trim_scope": "tensor", "count": "floor", "ties": "index", "zero_sign": "positive"},
     },
     ignored={"int8_mask": "it has no effect on the numbers"},
     paper="Yadav et al. 2023, https://arxiv.org/abs/2306.01708",
-)  # fmt: skip
+)
 def ties(
     scope: Scope,
     *,

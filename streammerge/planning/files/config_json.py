@@ -27,9 +27,16 @@ from streammerge.planning.resolve.vocabulary import Alignment
 Settings = dict[str, Any]
 
 _COUNTS = (
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "num_encoder_layers",
-    "decoder_layers", "encoder_layers", "depth",
-)  # fmt: skip
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "num_encoder_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "depth",
+)
 """What architectures call the number of their layers."""
 _LANGUAGE = ("", *LANGUAGE_PARTS)
 """The parts of a config that speak of the language model."""
@@ -37,9 +44,13 @@ _QUANTISED = ("quantization_config", "compression_config")
 
 
 def merged_config(
-    config: MergeConfig, donor: TensorIndex, indexes: Indexes, jobs: Sequence[Job], stacks: Sequence[Stack],
+    config: MergeConfig,
+    donor: TensorIndex,
+    indexes: Indexes,
+    jobs: Sequence[Job],
+    stacks: Sequence[Stack],
     alignment: Alignment | None = None,
-) -> tuple[Settings, list[str]]:  # fmt: skip
+) -> tuple[Settings, list[str]]:
     """Return the settings of the output and what the user should know; empty where the donor has none.
 
     Changed are the dtype, the number of layers and lists with an entry per layer, whether embedding and head are tied,
@@ -142,8 +153,11 @@ def _parts(settings: Settings) -> Iterator[tuple[str, Settings]]:
 def _set_layers(settings: Settings, stack: Stack, indexes: Indexes) -> list[str]:
     """Set the number of layers of a stack, and put its lists with an entry per layer together anew."""
     found = [
-        (name, part, key) for name, part in _parts(settings) for key in _COUNTS if part.get(key) == stack.before
-    ]  # fmt: skip
+        (name, part, key)
+        for name, part in _parts(settings)
+        for key in _COUNTS
+        if part.get(key) == stack.before
+    ]
     own = [entry for entry in found if _belongs(entry[0], entry[2], stack)] or found
     if len({id(part) for _, part, _ in own}) != 1:
         what = "more than one place" if own else "no place"

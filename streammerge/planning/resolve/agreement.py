@@ -19,9 +19,19 @@ from streammerge.planning.resolve.vocabulary import OF_TOKENS
 _FEW = 4
 """One of so many tensors at most differs in shape where leaving them out is a cure."""
 _WIDTHS = (
-    "hidden_size", "n_embd", "d_model", "dim", "intermediate_size", "moe_intermediate_size", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "n_routed_experts",
-)  # fmt: skip
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+)
 """What architectures call sizes that shapes come from."""
 
 
@@ -185,16 +195,19 @@ def compare_names(
     for index in indexes.values():
         warnings += [f"{printable(index.reference)}: {note}" for note in index.notes]
         if index.unlisted:
-            warnings.append(f"{printable(index.reference)}: {len(index.unlisted)} tensors in its shards are not "
-                            f"in its index and are left out (first: {printable(index.unlisted[0])})")  # fmt: skip
+            warnings.append(
+                f"{printable(index.reference)}: {len(index.unlisted)} tensors in its shards are not "
+                f"in its index and are left out (first: {printable(index.unlisted[0])})"
+            )
     if len(config.modules) > 1 or config.modules[0].is_sliced or config.modules[0].name is not None:
         return warnings
     names = {cell.name for cell in cells}
     models = [indexes[spec.reference] for spec in config.models]
     extra_everywhere = [
-        n for n in models[0] if n not in names and all(n in model for model in models)
-        and not any(p.search(n) for p in excluded)
-    ]  # fmt: skip
+        n
+        for n in models[0]
+        if n not in names and all(n in model for model in models) and not any(p.search(n) for p in excluded)
+    ]
     if extra_everywhere and any(model is not donor for model in models):
         raise _donor_lacks(donor, extra_everywhere, many=len(models) > 1)
     for model in (index for index in indexes.values() if any(index is model for model in models)):
@@ -202,9 +215,11 @@ def compare_names(
         if extra:
             one = len(extra) == 1
             parts = "" if one else f": {counted(extra, names)}"
-            warnings.append(f"{printable(model.reference)}: {len(extra)} tensor{'' if one else 's'} that "
-                            f"{printable(donor.reference)} lacks {'is' if one else 'are'} left out "
-                            f"(first: {printable(extra[0])}){parts}")  # fmt: skip
+            warnings.append(
+                f"{printable(model.reference)}: {len(extra)} tensor{'' if one else 's'} that "
+                f"{printable(donor.reference)} lacks {'is' if one else 'are'} left out "
+                f"(first: {printable(extra[0])}){parts}"
+            )
     return warnings
 
 

@@ -174,13 +174,15 @@ def _stacked(
                 lender = part.base or leader
                 cells.append(
                     Cell(
-                        f"{prefix}.{len(layers)}.{rest}", part,
+                        f"{prefix}.{len(layers)}.{rest}",
+                        part,
                         tuple(_layer_name(spec, step, rest, places) for spec in part.sources),
                         "" if part.base is None else _layer_name(part.base, step, rest, places),
                         (lender.reference, _layer_name(lender, step, rest, places)),
-                        depth, _levels(config, module, part),
+                        depth,
+                        _levels(config, module, part),
                     )
-                )  # fmt: skip
+                )
             layers.append((leader.reference, start + step))
     cells += _loose(config, module, last, places, input_side=False)
     cells += _extra(config, module, last, places, len(layers))

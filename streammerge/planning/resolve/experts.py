@@ -230,9 +230,10 @@ def _tensors(group: _Group, prefix: str, layout: Layout) -> dict[str, SourceRef]
     if not layout.fused:
         return {
             name: _taken_out(name, group.matrices[role][number])
-            for number in range(n) for role in sorted(group.matrices)
+            for number in range(n)
+            for role in sorted(group.matrices)
             for name in [f"{prefix}.{number}.{layout.words[role]}.weight"]
-        }  # fmt: skip
+        }
     together = {word: _roles(word) for word in layout.tensors}
     if {role for roles in together.values() for role in roles} != set(group.matrices):
         return None

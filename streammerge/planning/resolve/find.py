@@ -117,8 +117,10 @@ class Finder:
             for reference, name in self._tied.items()
         ]
         if self._buffers:
-            lines.append(f"{len(self._buffers)} buffers that not all models store are copied, not merged "
-                         f"(first: {printable(min(self._buffers))})")  # fmt: skip
+            lines.append(
+                f"{len(self._buffers)} buffers that not all models store are copied, not merged "
+                f"(first: {printable(min(self._buffers))})"
+            )
         for holder in dict.fromkeys(self._alone.values()):
             names = [name for name, having in self._alone.items() if having == holder]
             others = next(index for reference, index in self._indexes.items() if reference != holder)

@@ -198,9 +198,14 @@ class _Binder:
         self._shared: dict[tuple[object, ...], Mapping[str, object]] = {}
 
     def merge(
-        self, ordinal: int, cell: Cell, donor: SourceRef, sources: tuple[SourceRef, ...], base: SourceRef | None,
+        self,
+        ordinal: int,
+        cell: Cell,
+        donor: SourceRef,
+        sources: tuple[SourceRef, ...],
+        base: SourceRef | None,
         parameters: Mapping[str, object],
-    ) -> Job:  # fmt: skip
+    ) -> Job:
         """Return the job of a tensor that every input has with the same shape."""
         if not donor.n_elements:
             return _copy(ordinal, cell.name, donor, self._config)
@@ -220,10 +225,18 @@ class _Binder:
             tuple(parameters.items()), parameters
         )  # there may be many tensors
         return Job(
-            ordinal, cell.name, dtype, donor.shape, "merge", sources, recipe_base, parameters,
-            self._diagonals(cell, donor, members, sources), self._matrices(cell, donor, members),
+            ordinal,
+            cell.name,
+            dtype,
+            donor.shape,
+            "merge",
+            sources,
+            recipe_base,
+            parameters,
+            self._diagonals(cell, donor, members, sources),
+            self._matrices(cell, donor, members),
             members if members != tuple(range(len(self._places))) else (),
-        )  # fmt: skip
+        )
 
     def _recipe_base(self, base: SourceRef | None, parameters: Mapping[str, object]) -> SourceRef | None:
         drops = self._method.drops(parameters)
@@ -330,8 +343,10 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
         asked: list[tuple[object, ...]] = [
             (type(r), r.vector.model, r.density) if isinstance(r, TopK | Band) else (type(r),)
-            for requests in rounds for r in requests if r.scope == "model"
-        ]  # fmt: skip
+            for requests in rounds
+            for r in requests
+            if r.scope == "model"
+        ]
         if asked:
             members.add(job.members)
         if len(members) > 1:

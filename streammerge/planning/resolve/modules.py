@@ -14,16 +14,33 @@ Owned = Mapping[str, Sequence[str]]
 _PROJECTOR = "multi_modal_projector"
 _COMPONENTS = {
     "vision_tower": (
-        "vision_tower", "vision_model", "vision_encoder", "visual", "vit", "vision_embed_tokens", "vpm",
+        "vision_tower",
+        "vision_model",
+        "vision_encoder",
+        "visual",
+        "vit",
+        "vision_embed_tokens",
+        "vpm",
     ),
     _PROJECTOR: (
-        "multi_modal_projector", "mm_projector", "multimodal_projector", "connector", "projector", "embed_vision", "aligner",
-        "vision_adapter", "vision_projection", "vision_proj", "mlp1", "resampler", "modality_projection",
+        "multi_modal_projector",
+        "mm_projector",
+        "multimodal_projector",
+        "connector",
+        "projector",
+        "embed_vision",
+        "aligner",
+        "vision_adapter",
+        "vision_projection",
+        "vision_proj",
+        "mlp1",
+        "resampler",
+        "modality_projection",
     ),
     "audio_tower": ("audio_tower", "audio_encoder"),
     "encoder": ("encoder",),
     "decoder": ("decoder",),
-}  # fmt: skip
+}
 """The parts of tensor names that a module of mergekit goes by."""
 _MERGERS = ("merger", "merger_list", "deepstack_merger_list", "patch_merger", "perceive")
 """Projectors that lie within the tower, right below it (Qwen2-VL and after, GLM-4V): without a module for the projector
@@ -66,8 +83,10 @@ def split_modules(
             )
     notes = []
     if left:
-        notes.append(f"{len(left)} tensors of {printable(donor.reference)} belong to no module and are left out "
-                     f"(first: {printable(left[0])})")  # fmt: skip
+        notes.append(
+            f"{len(left)} tensors of {printable(donor.reference)} belong to no module and are left out "
+            f"(first: {printable(left[0])})"
+        )
     return list(owned), notes
 
 

@@ -96,9 +96,14 @@ def preset_of(config: MergeConfig, method: Method) -> Mapping[str, Any]:
 
 
 def bind(
-    method: Method, preset: Mapping[str, Any], tensor: str, depth: float,
-    models: Sequence[tuple[ModelSpec, str]], levels: Sequence[Mapping[str, Setting]], where: str = "config",
-) -> dict[str, Any]:  # fmt: skip
+    method: Method,
+    preset: Mapping[str, Any],
+    tensor: str,
+    depth: float,
+    models: Sequence[tuple[ModelSpec, str]],
+    levels: Sequence[Mapping[str, Setting]],
+    where: str = "config",
+) -> dict[str, Any]:
     """Return the value of each declared parameter for one tensor; a tuple where it is per model.
 
     Parameters

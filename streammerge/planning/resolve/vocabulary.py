@@ -28,10 +28,19 @@ from streammerge.errors import ConfigError, ModelError, printable
 
 Ids = NDArray[np.int32]
 OF_TOKENS = (
-    *EMBEDDINGS, "lm_head.weight", "lm_head.bias", "embed_out.weight", "embed_out.bias", "predictions.bias",
-    "predictions.decoder.weight", "predictions.decoder.bias", "lm_head.decoder.weight", "lm_head.decoder.bias",
-    "vocab_projector.weight", "vocab_projector.bias",
-)  # fmt: skip
+    *EMBEDDINGS,
+    "lm_head.weight",
+    "lm_head.bias",
+    "embed_out.weight",
+    "embed_out.bias",
+    "predictions.bias",
+    "predictions.decoder.weight",
+    "predictions.decoder.bias",
+    "lm_head.decoder.weight",
+    "lm_head.decoder.bias",
+    "vocab_projector.weight",
+    "vocab_projector.bias",
+)
 """Ends of the names of tensors with a row for each token."""
 _KEPT_TOKENIZERS = 3
 """Vocabularies held at a time, some 30 MB for 128,000 tokens; the output's own beside them."""
@@ -171,12 +180,20 @@ def align(spec: TokenizerSpec, donor: TensorIndex, indexes: Mapping[str, TensorI
     n_zeros = sum(row in named for row in nowhere)
     notes = [f"{spec.path}: {n_zeros} tokens have a row in no model and get zeros"] if n_zeros else []
     if vocabulary.new and vocabulary.has_gaps:
-        notes.append(f"{spec.path}: the numbers of the tokens have gaps; see that the output's tokenizer gives "
-                     f"{shown(vocabulary.new[0].text)} the number {vocabulary.new[0].number}")  # fmt: skip
+        notes.append(
+            f"{spec.path}: the numbers of the tokens have gaps; see that the output's tokenizer gives "
+            f"{shown(vocabulary.new[0].text)} the number {vocabulary.new[0].number}"
+        )
     return Alignment(
-        vocabulary.directory, vocabulary.new, n_rows + padding, maps, rows, order,
-        _renumbered(tokenizers[donor.reference], vocabulary.ids), tuple(notes),
-    )  # fmt: skip
+        vocabulary.directory,
+        vocabulary.new,
+        n_rows + padding,
+        maps,
+        rows,
+        order,
+        _renumbered(tokenizers[donor.reference], vocabulary.ids),
+        tuple(notes),
+    )
 
 
 def _renumbered(donor: Tokenizer, ids: Mapping[str, int]) -> Ids | None:
@@ -321,8 +338,12 @@ Sources = Sequence[tuple[int, int]]
 
 
 def _chosen(
-    spec: TokenizerSpec, vocabulary: _Vocabulary, tokenizers: _Tokenizers, rows: Mapping[str, int], n_rows: int
-) -> tuple[dict[int, Sources], NDArray[np.bool_]]:  # fmt: skip
+    spec: TokenizerSpec,
+    vocabulary: _Vocabulary,
+    tokenizers: _Tokenizers,
+    rows: Mapping[str, int],
+    n_rows: int,
+) -> tuple[dict[int, Sources], NDArray[np.bool_]]:
     """Return the sources that the config gives for some rows, and in which of them they count for all models."""
     forced = np.zeros(n_rows, np.bool_)
     chosen: dict[int, Sources] = {}
