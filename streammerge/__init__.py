@@ -42,8 +42,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from streammerge.lazy import importer
-
-__version__ = "0.1.0"
+from streammerge.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from streammerge.api.checking import verify

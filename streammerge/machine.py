@@ -1,4 +1,4 @@
-"""How much memory this process has, and could still take: of the machine, or of a control group that it runs in."""
+"""What the machine allows this process: memory, of the machine or of a control group, and open files."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
+from streammerge.errors import InputError
 from streammerge.units import format_at_least, format_size
 
 _STATUS = Path("/proc/self/status")
@@ -101,3 +102,36 @@ def _statistic(path: Path, field: str) -> int:
         return next(int(line.split()[1]) for line in lines if line.split()[0] == field)
     except (OSError, ValueError, StopIteration, IndexError):
         return 0
+
+
+_OTHERS = 48
+"""Standard streams, libraries, sockets of whoever called, the journal, the lock, directories, and a few to spare."""
+_MOST_INPUTS = 128
+"""Input files open at a time; more gain nothing."""
+_EACH = 2
+"""A file is opened through the page cache and past it."""
+
+
+def share_out(n_shards: int, n_threads: int) -> int:
+    """Return how many input files may be open at a time, beside `n_shards` of the output.
+
+    Parameters
+    ----------
+    n_threads
+        That read; each has an input open, and a file of a store.
+
+    Raises
+    ------
+    InputError
+        If the system allows too few; the message says how many it takes.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    least = _OTHERS + _EACH * (n_shards + 2 * n_threads)
+    if allowed == resource.RLIM_INFINITY:
+        return _MOST_INPUTS
+    if allowed < least:
+        raise InputError(
+            f"writing {n_shards} shards takes {least} open files, the limit is {allowed}: raise it with "
+            f"`ulimit -n {least}`, or write fewer shards with a larger --shard-size"
+        )
+    return min(_MOST_INPUTS, n_threads + (allowed - least) // _EACH)

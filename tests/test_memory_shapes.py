@@ -22,7 +22,7 @@ from streammerge.engine import scheduler as run
 from streammerge.engine import task as chunk
 from streammerge.engine.task import Context, sample_of
 from streammerge.errors import InputError
-from streammerge.machine_files import share_out
+from streammerge.machine import share_out
 from streammerge.numerics.ordered_sum import OrderedSum
 from streammerge.numerics.philox import RandomKeys
 from streammerge.planning import allocate as allot

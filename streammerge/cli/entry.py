@@ -7,13 +7,13 @@ from typing import NoReturn
 
 import click
 
-from streammerge import __version__
 from streammerge.cli.estimating import fisher, gram
 from streammerge.cli.merging import merge, plan, verify
 from streammerge.cli.process import leave, open_closed_streams, report, report_usage
 from streammerge.cli.showing import completion, demo, inspect, methods, new, schema
 from streammerge.cli.warming import warm_up
 from streammerge.errors import InputError, StreammergeError, WorldError
+from streammerge.version import __version__
 
 _COMMANDS = (merge, plan, verify, inspect, methods, new, fisher, gram, demo, completion, schema, warm_up)
 

@@ -33,8 +33,7 @@ from streammerge.errors import Stopped, WorldError, printable
 from streammerge.io.allocate import check_space
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Backend, Reader
-from streammerge.machine import available_memory
-from streammerge.machine_files import share_out
+from streammerge.machine import available_memory, share_out
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.commit import commit
 from streammerge.output.directory import (

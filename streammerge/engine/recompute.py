@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from streammerge import __version__
 from streammerge.checkpoint.shards import SUFFIX
 from streammerge.dtypes import BITS
 from streammerge.engine.scheduler import Runner
@@ -35,6 +34,7 @@ from streammerge.output.manifest import MANIFEST
 from streammerge.planning.layout import Layout, Shard, Slot
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import ALIGN, Piece, remaining
+from streammerge.version import __version__
 
 _PIECE = 1 << 20
 """Elements of a piece of the sample, where a method may be cut anywhere."""

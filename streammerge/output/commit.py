@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streammerge import __version__, dtypes
+from streammerge import dtypes
 from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
 from streammerge.io.durable import fsync_directory, make_folders, world_errors, write_file
 from streammerge.numerics.crc32 import combine_all, crc32
@@ -20,6 +20,7 @@ from streammerge.output.sidecars import copy_sidecar, read_sidecar
 from streammerge.planning.files.config_json import spelled
 from streammerge.planning.files.origins import origins_of
 from streammerge.planning.plan import MergePlan
+from streammerge.version import __version__
 
 
 def commit(

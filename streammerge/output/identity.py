@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge import __version__
 from streammerge.errors import ConfigError, printable
 from streammerge.io.reader import Reader
 from streammerge.numerics.philox import SCHEME, RandomKeys
 from streammerge.planning.plan import MergePlan
 from streammerge.tensors.fingerprint import fingerprint, fisher_digest
+from streammerge.version import __version__
 
 VERSION = "version"
 LAYOUT = "shard size"

@@ -10,13 +10,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 
-from streammerge import __version__
 from streammerge.config.settings import Setting
 from streammerge.errors import printable
 from streammerge.planning.files.ecosystem import Ecosystem, ecosystem_of
 from streammerge.planning.files.origins import Origin, origins_of, shared_licence, shown_reference
 from streammerge.planning.plan import MergePlan
 from streammerge.report.loading import how_to_load
+from streammerge.version import __version__
 
 _PATH = re.compile(
     r"(?<![\w.~/@:-])(?:~[\w-]*|\.\.?)?/(?:[^\s/'\"#,\[\]{}:]+/)*([^\s/'\"#,\[\]{}:]+)/?", re.ASCII

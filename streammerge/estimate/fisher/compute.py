@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from streammerge import __version__
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.dtypes import FLOATS
 from streammerge.engine.first_use import compile_groups
@@ -47,6 +46,7 @@ from streammerge.io.durable import make_directory, world_errors
 from streammerge.io.reader import Reader, check_unchanged
 from streammerge.tensors.fingerprint import files_digest, fingerprint
 from streammerge.units import format_size
+from streammerge.version import __version__
 
 WORK = "__work__"
 """In the unfinished store; no array has such a name."""

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge import __version__
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.checkpoint.refs.made import contiguous
 from streammerge.checkpoint.shards import PICKLES
@@ -25,6 +24,7 @@ from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, StoreWriter, chunk_r
 from streammerge.io.reader import Reader, check_unchanged
 from streammerge.planning.memory.budget import KERNEL_RESERVE, make_budget
 from streammerge.tensors.fingerprint import files_digest, fingerprint
+from streammerge.version import __version__
 
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _BUFFERS = 12

@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from streammerge import __version__
 from streammerge.checkpoint.companions import GRAM_ATTRIBUTE
 from streammerge.checkpoint.index import open_model
 from streammerge.engine.merge import Event
@@ -38,6 +37,7 @@ from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_part
 from streammerge.io.durable import make_directory, world_errors
 from streammerge.io.reader import Reader, check_unchanged
 from streammerge.tensors.fingerprint import files_digest, fingerprint
+from streammerge.version import __version__
 
 WORK = "__work__"
 _BLOCK = 1 << 19
