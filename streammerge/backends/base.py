@@ -1,0 +1,75 @@
+"""The contract of a backend: what computes loaded blocks, and what the planner and the engine must know of it.
+
+A backend is one value. It is registered in `streammerge.backends.registry`, and chosen in `streammerge.planning.backend`;
+everything else asks the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from streammerge.algebra.rules import Sees
+from streammerge.backends.cpu.math import Loaded, PieceMath
+from streammerge.io.buffer_pool import Bytes
+
+
+class TensorFacts(Protocol):
+    """The facts about a merged tensor that bound a backend's temporaries."""
+
+    @property
+    def n_elements(self) -> int:
+        """Number of elements."""
+
+    @property
+    def row_length(self) -> int:
+        """Elements of one row."""
+
+    @property
+    def inputs(self) -> Sequence[object]:
+        """The base, if there is one, and the models."""
+
+    @property
+    def fishers(self) -> Sequence[object]:
+        """Fisher diagonals, one a model; empty where they are not used."""
+
+    @property
+    def mixer_bytes(self) -> int:
+        """Bytes of the regression operators of this tensor."""
+
+    def line_length(self, sees: Sees) -> int:
+        """Return the elements of one line of what the arithmetic must see at once."""
+
+
+@dataclass(frozen=True)
+class BufferHooks:
+    """Calls around the life of a buffer: None where a backend takes any memory as it is."""
+
+    prepare: Callable[[Bytes], None] | None = None
+    """Called with each new buffer; raises WorldError if the device refuses it."""
+    release: Callable[[Bytes], None] | None = None
+    """Called before the buffer is unmapped."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute loaded blocks. All backends give the same bits."""
+
+    name: str
+    reserve: int
+    """Bytes of resident memory that its libraries and threads take, the interpreter included."""
+    workspace: Callable[[TensorFacts, int, Sees], int]
+    """Returns an upper bound, in bytes, of temporaries in this process's memory for a block of so many elements."""
+    math: Callable[[Loaded, str, Sees], PieceMath]
+    """Returns what computes a loaded block on a device, given how much the arithmetic must see at once."""
+    turn: Callable[[str], AbstractContextManager[None]] | None = None
+    """Waits for the device: a block is computed inside. None: threads never wait for each other."""
+    buffers: BufferHooks = BufferHooks()
+    device: str = "cpu"
+    """The kind of device it runs on: what precedes the colon in ``cuda:0``."""
+    compiled: bool = False
+    """Whether it runs compiled kernels, which must be compiled before their first use."""
+    formulas: bool = True
+    """Whether it computes plain formulas, Gram matrices and fp64; where it does not, `torch` does."""

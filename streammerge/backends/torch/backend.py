@@ -1,0 +1,70 @@
+"""The backends of torch formulas: the reference on the CPU, and a GPU."""
+
+from __future__ import annotations
+
+from streammerge.algebra.rules import Sees
+from streammerge.backends.base import Backend, BufferHooks, TensorFacts
+from streammerge.backends.cpu.math import Loaded, PieceMath, operand_bytes
+from streammerge.backends.torch.gpu import pin, share_of_memory, turn_on, unpin
+
+BLOCK_ELEMENTS = 1 << 16
+"""Elements of the blocks in which a formula that may be split anywhere is computed on the CPU."""
+
+
+def torch_workspace(tensor: TensorFacts, n: int) -> int:
+    """Return an upper bound, in bytes, of the temporaries of a formula on a block of `n` elements."""
+    block = max(n, min(BLOCK_ELEMENTS, tensor.n_elements))
+    return block * 8 * (2 * len(tensor.inputs) + 3 * len(tensor.fishers) + 12) + tensor.mixer_bytes
+
+
+def device_block(share: int, n_inputs: int) -> int:
+    """Return the elements of the blocks that fit a `share` of a GPU's memory, in bytes.
+
+    A formula has up to ``2 * n_inputs + 12`` fp64 temporaries. A block has at most 16M elements: larger ones launch no
+    faster.
+    """
+    fit = share // (8 * (2 * n_inputs + 12))
+    return max(1 << 12, min(1 << 24, fit // 4096 * 4096))
+
+
+def _workspace(tensor: TensorFacts, n: int, sees: Sees) -> int:
+    return torch_workspace(
+        tensor, tensor.line_length(sees) if sees == "columns" else n
+    )  # a row at a time will do
+
+
+def _math(block: Loaded, device: str, sees: Sees) -> PieceMath:
+    from streammerge.backends.torch.math import TorchMath
+
+    return TorchMath(block, device, 0 if sees == "tensor" else BLOCK_ELEMENTS)
+
+
+def _gpu_workspace(tensor: TensorFacts, n: int, sees: Sees) -> int:
+    """Return the bytes of temporaries in this process's memory: sums over one row; all others are the GPU's."""
+    return 72 * tensor.row_length if sees == "rows" else 0
+
+
+def _gpu_math(block: Loaded, device: str, sees: Sees) -> PieceMath:
+    from streammerge.backends.torch.math import TorchMath
+
+    inputs = [*block.models, *(() if block.base is None else (block.base,))]
+    share = share_of_memory(device)
+    nbytes = sum(operand_bytes(operand, block.n) for operand in (*inputs, *block.fishers))
+    keep = nbytes <= share // 2
+    size = device_block(share - nbytes if keep else share, len(inputs))
+    return TorchMath(block, device, 0 if sees == "tensor" else size, keep=keep)
+
+
+TORCH = Backend("torch", reserve=400 << 20, workspace=_workspace, math=_math)
+"""The reserve: as for `cpu`, and torch (CPU build)."""
+
+CUDA = Backend(
+    "cuda",
+    reserve=1600 << 20,
+    workspace=_gpu_workspace,
+    math=_gpu_math,
+    turn=turn_on,
+    buffers=BufferHooks(pin, unpin),
+    device="cuda",
+)
+"""The reserve: as for `torch`, and a CUDA context, whose libraries are resident."""
