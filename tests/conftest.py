@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import streammerge.methods.builtin  # noqa: F401  (registers them)
+import streammerge.methods.catalog  # noqa: F401  (registers them)
 from streammerge.methods.registry import all_methods
 from streammerge.planning.memory import budget as budgets
 from tests.fixed_budget import Fixed

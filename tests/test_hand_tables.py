@@ -14,7 +14,7 @@ from streammerge.algebra.rules import CopyOf, FisherMean, Formula, Recipe, TaskV
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.errors import ConfigError
 from streammerge.methods.catalog import load_builtin
-from streammerge.methods.registry import Scope, get_method
+from streammerge.methods.registry import TensorContext, get_method
 from streammerge.numerics.philox import RandomKeys
 from streammerge.statistics.kinds import (
     AbsSum,
@@ -79,7 +79,7 @@ def parameters_of(name: str, n: int, **given: Any) -> dict[str, Any]:
 
 
 def follow(name: str, n: int, *answers: list[Answer], **given: Any) -> Any:
-    return get_method(name).start(Scope(n), parameters_of(name, n, **given), answers)
+    return get_method(name).start(TensorContext(n), parameters_of(name, n, **given), answers)
 
 
 # --- TIES (https://arxiv.org/abs/2306.01708)
@@ -207,7 +207,7 @@ def test_a_tie_index_in_another_tensor_keeps_all_or_none_here() -> None:
     for ordinal, expected in [(3, [0.5, 0.5]), (5, [0.5, 0.0]), (9, [0.0, 0.0])]:
         # The ties end at element 1 of tensor 5.
         parameters = parameters_of("ties", 1, density=0.5, ties="index", trim_scope="model")
-        recipe = get_method("ties").start(Scope(1, ordinal), parameters, [[threshold], [(5, 1)]])
+        recipe = get_method("ties").start(TensorContext(1, ordinal), parameters, [[threshold], [(5, 1)]])
         assert not isinstance(recipe, list)
         assert call(recipe, [[0.5, 0.5]], [0.0, 0.0]) == expected
 
@@ -362,7 +362,7 @@ DIAGONALS = [[1.0, 0.0, 0.25, 3.0], [3.0, 2.0, 0.0, 1.0]]
 
 def fisher_merge(diagonals: Sequence[Sequence[float]], *answers: list[Answer], **given: Any) -> list[float]:
     recipe = get_method("fisher").start(
-        Scope(2, fisher=True), parameters_of("fisher", 2, **given), list(answers)
+        TensorContext(2, fisher=True), parameters_of("fisher", 2, **given), list(answers)
     )
     assert isinstance(recipe, FisherMean)
     models = [torch.tensor(values) for values in FISHER_MODELS]

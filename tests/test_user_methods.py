@@ -321,11 +321,11 @@ def test_a_method_without_a_file_is_its_code(methods: Path) -> None:
     [
         ("access='model'", "models, base", r"access=\"model\" .* access=\"tensor\""),
         ("", "models, base, x=1", r"parameter 'x'; put a \* before it: def f\(models, base, \*, x=…\)"),
-        ("", "scope, x=1", r"parameter 'x'; put a \* before it: def f\(scope, \*, x=…\)"),
+        ("", "context, x=1", r"parameter 'x'; put a \* before it: def f\(context, \*, x=…\)"),
         ("", "models, base, **more", r"\*\*more"),
         ("", "models, base, *more", r"\*more"),
         ("", "models", "takes models, base"),
-        ("", "", "takes scope"),
+        ("", "", "takes context"),
     ],
 )
 def test_what_no_config_could_use_is_refused_when_it_is_registered(

@@ -22,7 +22,7 @@ from streammerge.checkpoint.refs.blocks import BlocksRef
 from streammerge.checkpoint.refs.made import AdaptedRef, GatheredRef, MadeRef
 from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import is_copied
-from streammerge.planning.plan import MergePlan, runs_in_torch, scope_of
+from streammerge.planning.plan import MergePlan, runs_in_torch, tensor_context_of
 from streammerge.statistics.kinds import (
     AbsSum,
     Band,
@@ -108,12 +108,12 @@ def needed_kernels(plan: MergePlan) -> Names:
 def _of_job(job: Job, plan: MergePlan) -> Names:
     if job.kind != "merge":
         return _OF[WeightedSum](None)
-    scope = scope_of(job)
-    rounds = plan.method.rounds(scope, job.parameters)
+    context = tensor_context_of(job)
+    rounds = plan.method.rounds(context, job.parameters)
     wanted: Iterable[Any] = [request for requests in rounds for request in requests]
     found = [
         _OF[type(one)](one)
-        for one in (*wanted, plan.method.recipe(scope, job.parameters))
+        for one in (*wanted, plan.method.recipe(context, job.parameters))
         if type(one) in _OF
     ]
     return frozenset().union(*found)

@@ -29,7 +29,7 @@ from streammerge.output.shards import Sink
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import device_block
 from streammerge.planning.memory.buffers import DIRECT_BYTES, divide, is_copied
-from streammerge.planning.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, scope_of
+from streammerge.planning.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, tensor_context_of
 from streammerge.planning.schedule import Chunk, Piece
 from streammerge.statistics.kinds import Answer, Mixing, Request, partials_of
 from streammerge.statistics.reducers import (
@@ -271,10 +271,10 @@ def follow(context: Context, job: Job) -> Recipe | list[Request]:
     if job.kind != "merge":
         return WeightedSum((1.0,))
     answers = context.answers.get(job.ordinal, [])
-    wanted = context.plan.method.start(scope_of(job), job.parameters, answers)
+    wanted = context.plan.method.start(tensor_context_of(job), job.parameters, answers)
     if isinstance(wanted, list) and isinstance(wanted[0], Mixing):
         mixers = context.mixers.get(job, wanted[0], context.reader, context.stages)
-        return context.plan.method.start(scope_of(job), job.parameters, [*answers, [mixers]])
+        return context.plan.method.start(tensor_context_of(job), job.parameters, [*answers, [mixers]])
     return wanted
 
 

@@ -1,23 +1,32 @@
-"""Fills the register: the methods that ship, those of installed packages, and a user's file."""
+"""Fills the registry: the methods that ship, those of installed packages, and those of a user's file.
+
+Importing this module imports every paper in the folder `papers`, and each paper registers its methods.
+"""
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 import importlib.util
+import pkgutil
 import sys
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
-import streammerge.methods.builtin  # noqa: F401  (registers every method that ships)
 from streammerge.errors import InputError, StreammergeError, printable
+from streammerge.methods import papers
 from streammerge.methods.registry import DISTRIBUTIONS, Method, all_methods, get_method
-from streammerge.methods.sources import digest, imported_files
+from streammerge.methods.sources import digest, imported_files, source_file
 
 _FILES = "user_methods_"
 """Begins the module names of users' files."""
 _IMPORTED: dict[str, tuple[Path, str]] = {}
 """The modules that users' files have imported, each with its file and what it held then."""
+
+for _paper in sorted(found.name for found in pkgutil.iter_modules(papers.__path__, f"{papers.__name__}.")):
+    importlib.import_module(_paper)
 
 
 def load_builtin() -> None:
@@ -74,6 +83,15 @@ def _forget_changed() -> None:
     importlib.invalidate_caches()
 
 
+def _reduce(method: Method) -> tuple[Any, ...]:
+    """Pickle a method by name; a user's by its file or module too, and by what its code must be there."""
+    if method.origin == "built in":
+        return restore, (method.name, None, "", {})
+    path = source_file(method.function)
+    where = None if path is None else str(path)
+    return restore, (method.name, where, method.function.__module__, method.identity)
+
+
 def restore(name: str, path: str | None, module: str, identity: Mapping[str, str]) -> Method:
     """Return the method of a pickled plan, after loading where it comes from.
 
@@ -98,3 +116,6 @@ def restore(name: str, path: str | None, module: str, identity: Mapping[str, str
             f"method {printable(name)!r} is another than the plan was made with ({printable(', '.join(changed))})"
         )
     return method
+
+
+copyreg.pickle(Method, _reduce)

@@ -48,6 +48,13 @@ GENERAL = DropNames("drop_rate", "drop_rescale", "drop_mask")
 """The names under which every method takes a drop."""
 DARE = DropNames("density", "rescale", "mask", keeps=True)
 """The names of the ``dare_`` methods: mergekit's, as far as it has them."""
+DARE_TEXT = """
+    Each entry of each task vector survives with probability `density` (= 1 - p), independently. `rescale`:
+    1/density (`paper`, unbiased), the factor that restores the L1 norm of the tensor (`l1`, mergekit's),
+    or `none`. `mask`: `bernoulli`; `exact`, just the right number of each tensor at random; `magnitude`, the
+    smallest go. `shared_mask`: one random mask for all models.
+    """
+"""What a ``dare_`` method says of its drop."""
 
 
 @dataclass(frozen=True)

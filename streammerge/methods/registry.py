@@ -1,9 +1,9 @@
-"""The register of merge methods: what each declares, and how users add their own.
+"""The registry of merge methods: what each declares, and how users add their own.
 
 Three kinds of function may be registered, told apart by their signature:
 
 * ``f(models, base, *, parameters...) -> Tensor``: a plain torch formula of the pieces;
-* ``f(scope, *, parameters...) -> Recipe``: chooses a recipe, needs no statistics;
+* ``f(context, *, parameters...) -> Recipe``: chooses a recipe, needs no statistics;
 * a generator of the second kind that yields lists of requests and is sent the answers.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -22,15 +23,18 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 from streammerge.algebra.rules import Formula, Recipe, Sees, removing, seen_by
 from streammerge.errors import ConfigError, InputError, blamed_on, printable
 from streammerge.methods.drop import GENERAL, DropNames
-from streammerge.methods.sources import digest, imported_files, own_digest, source_file
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.sources import digest, imported_files, own_digest
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import Answer, Request
 
 T = TypeVar("T")
-Base = Literal["required", "optional", "member", "donor", "none"]
-"""What a method does with ``base_model``. `member`: it is one more model, listed or not. `donor`: its arithmetic
-has no base; the base lends its config, its tokenizer and the tensors that are copied. `none`: nothing. A drop
-before any of them needs one."""
+Base = Literal["required", "optional", "member", "template", "none"]
+"""What a method does with ``base_model``.
+
+`required`, `optional`: task vectors are differences from it. `member`: it is one more model, listed or not.
+`template`: the arithmetic has no base; the base gives its config, its tokenizer and the tensors that are copied.
+`none`: a config that names one is refused. A drop before the method needs a base in every case.
+"""
 
 
 class Missing(Enum):
@@ -131,91 +135,77 @@ class Method:
         }
         return {"method": self.fingerprint, **modules}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle a method by name; a user's by its file or module too, and what it must be there."""
-        from streammerge.methods.catalog import restore
-
-        if self.origin == "built in":
-            return restore, (self.name, None, "", {})
-        path = source_file(self.function)
-        return restore, (
-            self.name,
-            None if path is None else str(path),
-            self.function.__module__,
-            self.identity,
-        )
-
     @cached_property
     def is_formula(self) -> bool:
         """Whether the function is a plain formula of tensors."""
         return "models" in inspect.signature(self.function).parameters
 
     def start(
-        self, scope: Scope, parameters: Mapping[str, Any], answers: Sequence[Sequence[Answer]]
+        self, context: TensorContext, parameters: Mapping[str, Any], answers: Sequence[Sequence[Answer]]
     ) -> Recipe | list[Request]:
         """Follow the method through the `answers` known so far; return what it wants next, or its recipe."""
         if self.origin == "built in":
-            return _follow(self._steps(scope, parameters), answers)
-        with blamed_on(self.name, scope.tensor):
-            return _follow(self._steps(scope, parameters), answers)
+            return _follow(self._steps(context, parameters), answers)
+        with blamed_on(self.name, context.tensor):
+            return _follow(self._steps(context, parameters), answers)
 
     def _steps(
-        self, scope: Scope, parameters: Mapping[str, Any]
+        self, context: TensorContext, parameters: Mapping[str, Any]
     ) -> Generator[list[Request], list[Answer], Recipe]:
         """Drop first, where that is asked for; then the method itself."""
         own = dict(parameters)
         drop = self.drop.take(own)
         if drop is not None:
             dropped = tuple((yield from drop.steps()))
-            scope = replace(scope, dropped=dropped, rescaled_by_norm=drop.rescale == "l1")
+            context = replace(context, dropped=dropped, rescaled_by_norm=drop.rescale == "l1")
         keywords = {self.parameters[name].python_name: value for name, value in own.items()}
         if self.is_formula:
-            return Formula(self.function, keywords, scope.dropped, self.name)
-        result: Any = self.function(scope, **keywords)
+            return Formula(self.function, keywords, context.dropped, self.name)
+        result: Any = self.function(context, **keywords)
         return (yield from result) if inspect.isgenerator(result) else result
 
     def drops(self, parameters: Mapping[str, Any]) -> bool:
         """Return whether these parameters put a drop before the method."""
         return self.drop.wanted_by(parameters)
 
-    def draws(self, scope: Scope, parameters: Mapping[str, Any]) -> bool:
+    def draws(self, context: TensorContext, parameters: Mapping[str, Any]) -> bool:
         """Return whether these parameters make each model draw random words of its own."""
-        recipe = self.recipe(scope, parameters)
+        recipe = self.recipe(context, parameters)
         return any(vector.is_random and not vector.shared for vector in removing(recipe))
 
-    def sees(self, scope: Scope, parameters: Mapping[str, Any]) -> Sees:
+    def sees(self, context: TensorContext, parameters: Mapping[str, Any]) -> Sees:
         """Return what arithmetic with these parameters must have before it at once."""
         if self.is_formula:
             by_access: dict[Access, Sees] = {Access.ELEMENTWISE: "elements", Access.ROW: "rows"}
             return by_access.get(self.access, "tensor")
-        return seen_by(self.recipe(scope, parameters))
+        return seen_by(self.recipe(context, parameters))
 
-    def recipe(self, scope: Scope, parameters: Mapping[str, Any]) -> Recipe:
+    def recipe(self, context: TensorContext, parameters: Mapping[str, Any]) -> Recipe:
         """Return the recipe that placeholder answers lead to."""
-        answers = [[request.placeholder() for request in one] for one in self.rounds(scope, parameters)]
-        recipe = self.start(scope, parameters, answers)
+        answers = [[request.placeholder() for request in one] for one in self.rounds(context, parameters)]
+        recipe = self.start(context, parameters, answers)
         assert not isinstance(recipe, list)
         return recipe
 
-    def rounds(self, scope: Scope, parameters: Mapping[str, Any]) -> list[list[Request]]:
+    def rounds(self, context: TensorContext, parameters: Mapping[str, Any]) -> list[list[Request]]:
         """Return the requests of each round, following the method with placeholder answers."""
         answers: list[list[Answer]] = []
         rounds: list[list[Request]] = []
-        while isinstance(wanted := self.start(scope, parameters, answers), list):
+        while isinstance(wanted := self.start(context, parameters, answers), list):
             rounds.append(wanted)
             answers.append([request.placeholder() for request in wanted])
         return rounds
 
-    def access_with(self, scope: Scope, parameters: Mapping[str, Any]) -> Access:
+    def access_with(self, context: TensorContext, parameters: Mapping[str, Any]) -> Access:
         """Return the access these parameters need."""
         if self.is_formula:
             return self.access
-        scopes = {request.scope for requests in self.rounds(scope, parameters) for request in requests}
+        scopes = {request.scope for requests in self.rounds(context, parameters) for request in requests}
         if "model" in scopes:
             return Access.MODEL
         if scopes:
             return Access.TENSOR
-        return Access.ROW if self.sees(scope, parameters) == "rows" else Access.ELEMENTWISE
+        return Access.ROW if self.sees(context, parameters) == "rows" else Access.ELEMENTWISE
 
 
 def _follow(
@@ -240,7 +230,7 @@ def method(
     name: str,
     *,
     access: Access | str = Access.ELEMENTWISE,
-    base: Base = "optional",
+    base: Base | Literal["donor"] = "optional",
     models: tuple[int, int | None] = (1, None),
     bounds: Mapping[str, tuple[float, float]] | None = None,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
@@ -260,8 +250,8 @@ def method(
     access
         How its arithmetic may be cut: ``elementwise``, ``row``, ``tensor`` or ``model``.
     base
-        Whether ``base_model`` is required, optional, one more model (`member`), only lends its files (`donor`), or
-        is refused (`none`).
+        Whether ``base_model`` is required, optional, one more model (`member`), only the template of the output's
+        files (`template`), or refused (`none`).
     models
         Least and most number of models beside the base (None: no limit).
     bounds
@@ -289,6 +279,8 @@ def method(
     ...     return base + t * (models[0] - base)
     """
 
+    role = _current(base)
+
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         origin = "built in" if function.__module__.startswith("streammerge.") else function.__module__
         known = _METHODS.get(name)
@@ -308,7 +300,7 @@ def method(
             name,
             function,
             Access(access),
-            base,
+            role,
             models,
             declared,
             presets or {},
@@ -325,12 +317,20 @@ def method(
     return register
 
 
+def _current(base: Base | Literal["donor"]) -> Base:
+    """Return the role of the base in today's words."""
+    if base != "donor":
+        return base
+    warnings.warn('base="donor" is now called base="template"', DeprecationWarning, stacklevel=3)
+    return "template"
+
+
 def _check_signature(name: str, function: Callable[..., Any], access: Access) -> None:
     """Refuse what could never be called, or never be set."""
     what, arguments = f"method {printable(name)!r}", inspect.signature(function).parameters.values()
     positional = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
     is_formula = any(argument.name == "models" for argument in arguments)
-    takes = ("models", "base") if is_formula else ("scope",)
+    takes = ("models", "base") if is_formula else ("context",)
     if len(positional) < len(takes):
         raise InputError(f"{what}: takes {', '.join(takes)} and parameters: def f({', '.join(takes)}, *, …)")
     for argument in positional[len(takes) :]:

@@ -10,7 +10,7 @@ from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
 from streammerge.algebra.task_vectors import Cut, TaskVector, TiePolicy
 from streammerge.errors import ConfigError
 from streammerge.methods.drop import Ask
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.numerics import philox as rng
 from streammerge.statistics.kinds import Answer, Band, Request, SignTotal, Threshold, TieIndex, TopK
 from streammerge.statistics.kinds import Scope as TrimScope
@@ -25,7 +25,7 @@ def divisor(weights: Sequence[float], normalize: bool) -> float:
 
 
 def trim(
-    scope: Scope,
+    context: TensorContext,
     vectors: Sequence[TaskVector],
     densities: Sequence[float],
     *,
@@ -48,7 +48,7 @@ def trim(
         return trimmed
     if any(vector.cut is not None for vector in vectors):
         raise ConfigError("drop_mask: magnitude before a trim cuts by magnitude twice; set density: 1")
-    if trim_scope == "model" and scope.dropped and scope.rescaled_by_norm:
+    if trim_scope == "model" and context.dropped and context.rescaled_by_norm:
         raise ConfigError(
             "drop_rescale: l1 has a factor per tensor, which `trim_scope: model` cannot compare across tensors; "
             "use drop_rescale: paper, or trim_scope: tensor"
@@ -60,7 +60,7 @@ def trim(
             TieIndex(vectors[i], cast(Threshold, t), trim_scope)
             for i, t in zip(partial, thresholds, strict=True)
         ]
-        limits = [_limit_here(scope, cast(tuple[int, int], end)) for end in ends]
+        limits = [_limit_here(context, cast(tuple[int, int], end)) for end in ends]
     for i, threshold, limit in zip(partial, thresholds, limits, strict=True):
         trimmed[i] = replace(trimmed[i], cut=_cut(cast(Threshold, threshold), ties, limit))
     return trimmed
@@ -104,20 +104,20 @@ def _cut(threshold: Threshold, ties: TiePolicy, end: int) -> Cut:
     return Cut(threshold.key, ties, limit)
 
 
-def _limit_here(scope: Scope, end: tuple[int, int]) -> int:
+def _limit_here(context: TensorContext, end: tuple[int, int]) -> int:
     """Return the element of this tensor before which ties are kept, given where they end overall."""
     ordinal, element = end
-    if scope.ordinal == ordinal:
+    if context.ordinal == ordinal:
         return element
-    return 2**62 if scope.ordinal < ordinal else 0
+    return 2**62 if context.ordinal < ordinal else 0
 
 
-def weighted_average(scope: Scope, weights: Sequence[float]) -> WeightedSum | TaskVectorMerge:
+def weighted_average(context: TensorContext, weights: Sequence[float]) -> WeightedSum | TaskVectorMerge:
     """Return sum_i w_i theta_i / sum_i w_i, of the models as a drop before has left them."""
     total = sum(weights)
-    if not scope.dropped:
+    if not context.dropped:
         return WeightedSum(tuple(weights), total)
-    return TaskVectorMerge(tuple(scope.task_vectors(weights)), divisor=total)
+    return TaskVectorMerge(tuple(context.task_vectors(weights)), divisor=total)
 
 
 def elect(

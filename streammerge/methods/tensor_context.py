@@ -9,7 +9,7 @@ from streammerge.algebra.task_vectors import TaskVector
 
 
 @dataclass(frozen=True)
-class Scope:
+class TensorContext:
     """One tensor of a merge, from a method's side."""
 
     n_models: int

@@ -14,7 +14,7 @@ from streammerge.dtypes import FLOATS
 from streammerge.errors import BudgetError
 from streammerge.formats.safetensors import FileStamp
 from streammerge.methods.registry import Access, Method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.allocate import Needs, Room, asked_together, lists_nbytes
 from streammerge.planning.files.config_json import merged_config
 from streammerge.planning.files.ecosystem import ecosystem_of
@@ -51,7 +51,7 @@ __all__ = [
     "make_plan",
     "needs_data",
     "runs_in_torch",
-    "scope_of",
+    "tensor_context_of",
     "tensor_values",
     "torch_workspace",
 ]
@@ -142,7 +142,7 @@ class MergePlan:
     @property
     def random(self) -> bool:
         """Whether any random word may be drawn."""
-        return any(self.method.draws(scope_of(job), job.parameters) for job in _distinct(self.jobs))
+        return any(self.method.draws(tensor_context_of(job), job.parameters) for job in _distinct(self.jobs))
 
     def steps(self, done: Mapping[int, Sequence[Interval]] | None = None) -> Iterator[Step]:
         """Yield what is left to do when `done` elements of each job are finished."""
@@ -174,7 +174,7 @@ class MergePlan:
         """Return the statistics requests of each round of a merge job, with placeholder answers."""
         if job.kind != "merge":
             return []
-        return self.method.rounds(scope_of(job), job.parameters)
+        return self.method.rounds(tensor_context_of(job), job.parameters)
 
     def bytes_to_read(self) -> int:
         """Return the bytes all passes read: each input once, and once more for each streamed pass."""
@@ -368,18 +368,18 @@ def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> Needs:
     """Return what the merge of a job asks for."""
     if job.kind != "merge":
         return Needs(Access.ELEMENTWISE, holds=False, sums=False, sees="elements")
-    scope = scope_of(job)
-    rounds = method.rounds(scope, job.parameters)
+    context = tensor_context_of(job)
+    rounds = method.rounds(context, job.parameters)
     own = [r for requests in rounds for r in requests if r.scope == "tensor"]
     holds = any(needs_data(request, jobs) for request in own)
     sums = any(isinstance(request, AbsSum | Squares | Gram) for request in own)
-    sees = method.sees(scope, job.parameters)
-    return Needs(method.access_with(scope, job.parameters), holds, sums, sees, *asked_together(rounds))
+    sees = method.sees(context, job.parameters)
+    return Needs(method.access_with(context, job.parameters), holds, sums, sees, *asked_together(rounds))
 
 
-def scope_of(job: Job) -> Scope:
+def tensor_context_of(job: Job) -> TensorContext:
     """Return what the method may know of a merge job."""
-    return Scope(
+    return TensorContext(
         job.n_models,
         job.ordinal,
         fisher=bool(job.fishers),

@@ -89,7 +89,7 @@ def _base_meaning(method: Method) -> str:
         return "the model that the others were fine-tuned from"
     if method.base == "member":
         return "optional: one more model, listed below too; lends its config and tokenizer"
-    if method.base == "donor":
+    if method.base == "template":
         return "optional: lends its config and tokenizer"
     return "optional: without it, whole models are merged and not their changes"
 

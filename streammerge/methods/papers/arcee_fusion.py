@@ -10,7 +10,7 @@ from streammerge.algebra.rules import SelectedMerge
 from streammerge.algebra.scores import Importance, Selection
 from streammerge.algebra.task_vectors import Cut
 from streammerge.methods.registry import Access, method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import Answer, Quantile, Request, Threshold
 
 
@@ -21,7 +21,7 @@ from streammerge.statistics.kinds import Answer, Quantile, Request, Threshold
     models=(1, 1),
     paper="https://github.com/arcee-ai/mergekit (method of its own)",
 )
-def arcee_fusion(scope: Scope) -> Generator[list[Request], list[Answer], SelectedMerge]:
+def arcee_fusion(context: TensorContext) -> Generator[list[Request], list[Answer], SelectedMerge]:
     """theta = theta_0 + delta where an element's importance is at least the tensor's median + 1.5 (Q3 - Q1), else theta_0.
 
     Importance: abs(delta) times the Kullback-Leibler divergence of the softmax of the model's row from that of the
@@ -29,7 +29,7 @@ def arcee_fusion(scope: Scope) -> Generator[list[Request], list[Answer], Selecte
     tensor, number int(q (n - 1)) in ascending order (mergekit draws a random sample above a million elements). Where at
     least three quarters of a tensor have no importance the threshold is 0 and all of it is taken over.
     """
-    (vector,) = scope.task_vectors((1.0,))
+    (vector,) = context.task_vectors((1.0,))
     importance = Importance(vector)
     lower, median, upper = yield [Quantile(importance, q) for q in (0.25, 0.5, 0.75)]
     limit = _value(median) + 1.5 * (_value(upper) - _value(lower))

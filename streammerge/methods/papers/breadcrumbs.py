@@ -10,7 +10,7 @@ from streammerge.algebra.task_vectors import TaskVector, TiePolicy
 from streammerge.methods.drop import rescale_by_norm
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.steps import ZeroSign, divisor, elect, keep_band
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import Answer, Request
 
 _PAPER = "Davari & Belilovsky 2024, https://arxiv.org/abs/2312.06795"
@@ -26,14 +26,14 @@ Recipe = Generator[list[Request], list[Answer], TaskVectorMerge]
 
 
 def _between(
-    scope: Scope,
+    context: TensorContext,
     weight: PerModel[float],
     density: PerModel[float],
     gamma: PerModel[float],
     ties: TiePolicy,
     rescale: str,
 ) -> Vectors:
-    whole = scope.task_vectors(weight)
+    whole = context.task_vectors(weight)
     vectors = yield from keep_band(whole, density, gamma, ties=ties)
     return (yield from rescale_by_norm(whole, vectors)) if rescale == "l1" else vectors
 
@@ -50,7 +50,7 @@ def _between(
     {_BAND}""",
 )
 def breadcrumbs(
-    scope: Scope,
+    context: TensorContext,
     *,
     weight: PerModel[float] = 1.0,
     density: PerModel[float] = 1.0,
@@ -61,7 +61,7 @@ def breadcrumbs(
     rescale: Literal["none", "l1"] = "none",
 ) -> Recipe:
     """Keep the band of each task vector, then sum."""
-    vectors = yield from _between(scope, weight, density, gamma, ties, rescale)
+    vectors = yield from _between(context, weight, density, gamma, ties, rescale)
     return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)
 
 
@@ -77,7 +77,7 @@ def breadcrumbs(
     {_BAND}`zero_sign` and `normalize` as for `ties`.""",
 )
 def breadcrumbs_ties(
-    scope: Scope,
+    context: TensorContext,
     *,
     weight: PerModel[float] = 1.0,
     density: PerModel[float] = 1.0,
@@ -89,5 +89,5 @@ def breadcrumbs_ties(
     rescale: Literal["none", "l1"] = "none",
 ) -> Recipe:
     """Keep the band of each task vector, then elect signs."""
-    vectors = yield from _between(scope, weight, density, gamma, ties, rescale)
+    vectors = yield from _between(context, weight, density, gamma, ties, rescale)
     return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))

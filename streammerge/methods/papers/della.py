@@ -12,7 +12,7 @@ from streammerge.errors import ConfigError
 from streammerge.methods.drop import Ask, rescale_by_norm
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.steps import ZeroSign, divisor, elect
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import Answer, Request
 
 _PAPER = "Deep et al. 2024, https://arxiv.org/abs/2406.11617"
@@ -29,7 +29,7 @@ Recipe = Generator[list[Request], list[Answer], TaskVectorMerge]
 
 
 def _magprune(
-    scope: Scope,
+    context: TensorContext,
     weight: Sequence[float],
     density: Sequence[float],
     epsilon: Sequence[float],
@@ -42,11 +42,11 @@ def _magprune(
     ConfigError
         If a probability would leave (0, 1), or after another drop.
     """
-    if scope.dropped:
+    if context.dropped:
         raise ConfigError(
             "della drops by itself: a `drop_rate` before it has no meaning; leave one of them out"
         )
-    whole = scope.task_vectors(weight)
+    whole = context.task_vectors(weight)
     vectors = []
     for vector, rho, half in zip(whole, density, epsilon, strict=True):
         if 0 < rho < 1 and not (rho - half > 0 and rho + half < 1):
@@ -71,7 +71,7 @@ def _magprune(
     {_DROP}`zero_sign` and `normalize` as for `ties`.""",
 )
 def della(
-    scope: Scope,
+    context: TensorContext,
     *,
     weight: PerModel[float] = 1.0,
     density: PerModel[float] = 1.0,
@@ -82,7 +82,7 @@ def della(
     zero_sign: ZeroSign = "zero",
 ) -> Recipe:
     """Drop by rank, then elect signs."""
-    vectors = yield from _magprune(scope, weight, density, epsilon, rescale)
+    vectors = yield from _magprune(context, weight, density, epsilon, rescale)
     return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))
 
 
@@ -98,7 +98,7 @@ def della(
     {_DROP}""",
 )
 def della_linear(
-    scope: Scope,
+    context: TensorContext,
     *,
     weight: PerModel[float] = 1.0,
     density: PerModel[float] = 1.0,
@@ -108,5 +108,5 @@ def della_linear(
     rescale: Rescale = "paper",
 ) -> Recipe:
     """Drop by rank, then sum."""
-    vectors = yield from _magprune(scope, weight, density, epsilon, rescale)
+    vectors = yield from _magprune(context, weight, density, epsilon, rescale)
     return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)

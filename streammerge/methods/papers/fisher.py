@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from streammerge.algebra.rules import CopyOf, FisherMean, Recipe, TaskVectorMerge
 from streammerge.errors import ConfigError
+from streammerge.methods.drop import DARE, DARE_TEXT
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.steps import weighted_average
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import Answer, FisherSquares, Request, SquareTotal
 
-FISHER: dict[str, Any] = {
+_FISHER: dict[str, Any] = {
     "access": Access.MODEL,
     "fisher": True,
     "bounds": {"floor": (0.0, math.inf)},
@@ -36,9 +37,9 @@ def _coefficient(weight: float, squares: SquareTotal, normalize: bool) -> float:
     return weight / math.sqrt(squares.total) if squares.total > 0 else 0.0
 
 
-@method("fisher", base="donor", paper="Matena & Raffel 2022, https://arxiv.org/abs/2111.09832", **FISHER)
+@method("fisher", base="template", paper="Matena & Raffel 2022, https://arxiv.org/abs/2111.09832", **_FISHER)
 def fisher(
-    scope: Scope,
+    context: TensorContext,
     *,
     weight: PerModel[float] = 1.0,
     normalize: bool = True,
@@ -59,19 +60,34 @@ def fisher(
     """
     if min(weight) < 0 or not 0 < sum(weight) < math.inf:
         raise ConfigError("Fisher merging takes weights of 0 or more, not all 0: they multiply precisions")
-    squares = [SquareTotal(1.0, 1)] * scope.n_models
+    squares = [SquareTotal(1.0, 1)] * context.n_models
     if normalize or (floor > 0 and floor_units == "rms"):
-        asked = yield [FisherSquares(i) for i in range(scope.n_models)]
+        asked = yield [FisherSquares(i) for i in range(context.n_models)]
         squares = [answer for answer in asked if isinstance(answer, SquareTotal)]
-    if not scope.fisher:
+    if not context.fisher:
         if fallback == "average":
-            return weighted_average(scope, weight)
-        return TaskVectorMerge((scope.dropped[0],)) if scope.dropped else CopyOf(0)
+            return weighted_average(context, weight)
+        return TaskVectorMerge((context.dropped[0],)) if context.dropped else CopyOf(0)
     units = [_rms(s) if floor_units == "rms" else 1.0 for s in squares]
     return FisherMean(
         tuple(_coefficient(w, s, normalize) for w, s in zip(weight, squares, strict=True)),
         tuple(floor * unit if i == 0 or floor_on == "all" else 0.0 for i, unit in enumerate(units)),
         floor_how == "add",
         tuple(weight) if fallback == "average" else (),
-        scope.dropped,
+        context.dropped,
     )
+
+
+method(
+    "dare_fisher",
+    base="required",
+    drop=DARE,
+    ignored={"int8_mask": "it has no effect on the numbers"},
+    paper="Yu et al. 2024, https://arxiv.org/abs/2311.03099",
+    text=f"""Drop and rescale, then Fisher merging of the models theta_0 + m_i delta_i / density_i.
+    {DARE_TEXT}
+    Everything else as for `fisher`. The diagonals are those of the models as they were, not of the dropped
+    ones (the published script estimates them anew on the dropped models, which takes the data).
+    """,
+    **_FISHER,
+)(fisher)

@@ -7,7 +7,7 @@ import numpy as np
 from streammerge.errors import ConfigError
 from streammerge.methods.gram_space import Combination, Matrix, combine, cosines, lengths
 from streammerge.methods.registry import Access, PerModel, method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
@@ -18,7 +18,7 @@ from streammerge.methods.tensor_context import Scope
     paper="Karcher 1977, https://doi.org/10.1002/cpa.3160300502",
 )
 def karcher(
-    scope: Scope, *, weight: PerModel[float] = 1.0, max_iter: int = 10, tol: float = 1e-5
+    context: TensorContext, *, weight: PerModel[float] = 1.0, max_iter: int = 10, tol: float = 1e-5
 ) -> Combination:
     """The Riemannian mean of the models' directions on the sphere, times their mean length; each tensor as one vector.
 
@@ -26,13 +26,13 @@ def karcher(
     `max_iter` steps. All iterates lie in the span of the models, so their coefficients are iterated. A base is one
     more model.
     """
-    if scope.dropped:
+    if context.dropped:
         raise ConfigError("karcher averages whole models: a drop before it has no meaning")
     total = sum(weight)
     if not total > 0 or min(weight) < 0:
         raise ConfigError(f"karcher needs weights of 0 or more, some of them above; they sum to {total:g}")
     weights = tuple(w / total for w in weight)
-    return combine(sphere_mean, n=scope.n_models, weights=weights, max_iter=max_iter, tol=tol)
+    return combine(sphere_mean, n=context.n_models, weights=weights, max_iter=max_iter, tol=tol)
 
 
 def sphere_mean(gram: Matrix, *, weights: tuple[float, ...], max_iter: int, tol: float) -> Matrix:

@@ -6,12 +6,12 @@ from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
 from streammerge.errors import ConfigError
 from streammerge.methods.registry import PerModel, method
 from streammerge.methods.steps import weighted_average
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 
 
 @method("linear", base="member", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
 def linear(
-    scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = True
+    context: TensorContext, *, weight: PerModel[float] = 1.0, normalize: bool = True
 ) -> WeightedSum | TaskVectorMerge:
     """Weighted average: theta = sum_i w_i theta_i / sum_i w_i.
 
@@ -20,7 +20,7 @@ def linear(
     the sum undivided. A zero or negative sum of weights is an error with `normalize`.
     """
     if not normalize:
-        if scope.dropped:
+        if context.dropped:
             raise ConfigError("normalize: false has no meaning after a drop; use `task_arithmetic`")
         return WeightedSum(tuple(weight))
     total = sum(weight)
@@ -28,4 +28,4 @@ def linear(
         raise ConfigError(
             f"the weights sum to {total:g}: `linear` divides by their sum; use positive weights or normalize: false"
         )
-    return weighted_average(scope, weight)
+    return weighted_average(context, weight)

@@ -6,7 +6,7 @@ import numpy as np
 
 from streammerge.methods.gram_space import By, Combination, Matrix, combine, cosines
 from streammerge.methods.registry import Access, method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
@@ -17,15 +17,15 @@ from streammerge.methods.tensor_context import Scope
     ignored={"int8_mask": "it has no effect on the numbers"},
     paper="Jang et al. 2024, https://arxiv.org/abs/2403.19522",
 )
-def model_stock(scope: Scope, *, filter_wise: bool = False, clamp: bool = False) -> Combination:
+def model_stock(context: TensorContext, *, filter_wise: bool = False, clamp: bool = False) -> Combination:
     """theta = theta_0 + t * mean of the task vectors, t = N c / (1 + (N - 1) c), c the cosine between task vectors.
 
     c is the mean over all pairs (the paper assumes one angle), of the tensor or, with `filter_wise`, of each row. With
     c < 0, t < 0 leads away from the models, unless `clamp` holds it in [0, 1]; at the pole c = -1 / (N - 1) the base stays.
     """
-    vectors = scope.task_vectors((1.0,) * scope.n_models)
+    vectors = context.task_vectors((1.0,) * context.n_models)
     by: By = "rows" if filter_wise else "tensor"
-    return combine(towards_mean, n=scope.n_models, vectors=vectors, by=by, clamp=clamp)
+    return combine(towards_mean, n=context.n_models, vectors=vectors, by=by, clamp=clamp)
 
 
 def towards_mean(gram: Matrix, *, clamp: bool) -> Matrix:

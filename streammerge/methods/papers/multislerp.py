@@ -7,7 +7,7 @@ import numpy as np
 from streammerge.errors import ConfigError
 from streammerge.methods.gram_space import Combination, Matrix, combine, cosines, lengths
 from streammerge.methods.registry import Access, PerModel, method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
@@ -19,7 +19,11 @@ from streammerge.methods.tensor_context import Scope
     paper="https://github.com/arcee-ai/mergekit (method of its own)",
 )
 def multislerp(
-    scope: Scope, *, weight: PerModel[float] = 1.0, normalize_weights: bool = True, eps: float = 1e-8
+    context: TensorContext,
+    *,
+    weight: PerModel[float] = 1.0,
+    normalize_weights: bool = True,
+    eps: float = 1e-8,
 ) -> Combination:
     """The weighted mean direction times the weighted mean length, each tensor as one vector; of task vectors with a base.
 
@@ -31,10 +35,10 @@ def multislerp(
     if normalize_weights and not abs(total) > 0:
         raise ConfigError(f"the weights sum to {total:g}: give others, or normalize_weights: false")
     weights = tuple(w / total for w in weight) if normalize_weights else tuple(weight)
-    vectors = scope.task_vectors((1.0,) * scope.n_models) if scope.has_base else ()
-    if scope.dropped and not vectors:
+    vectors = context.task_vectors((1.0,) * context.n_models) if context.has_base else ()
+    if context.dropped and not vectors:
         raise ConfigError("a drop before multislerp needs a base_model")
-    return combine(mean_direction, n=scope.n_models, vectors=vectors, weights=weights, eps=eps)
+    return combine(mean_direction, n=context.n_models, vectors=vectors, weights=weights, eps=eps)
 
 
 def mean_direction(gram: Matrix, *, weights: tuple[float, ...], eps: float) -> Matrix:

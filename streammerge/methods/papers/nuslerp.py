@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from streammerge.methods.gram_space import By, Combination, arc, combine
 from streammerge.methods.registry import Access, PerModel, method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
@@ -16,7 +16,7 @@ from streammerge.methods.tensor_context import Scope
     paper="https://github.com/arcee-ai/mergekit (method of its own)",
 )
 def nuslerp(
-    scope: Scope,
+    context: TensorContext,
     *,
     weight: PerModel[float] = 1.0,
     nuslerp_flatten: bool = True,
@@ -30,6 +30,6 @@ def nuslerp(
     """
     total = weight[0] + weight[1]
     t = weight[1] / total if abs(total) >= 1e-6 else 0.5
-    vectors = scope.task_vectors((1.0, 1.0)) if scope.has_base else ()
+    vectors = context.task_vectors((1.0, 1.0)) if context.has_base else ()
     by: By = "tensor" if nuslerp_flatten else "columns" if nuslerp_row_wise else "rows"
     return combine(arc, n=2, vectors=vectors, by=by, t=t)

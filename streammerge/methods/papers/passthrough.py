@@ -5,19 +5,19 @@ from __future__ import annotations
 from streammerge.algebra.rules import CopyOf, TaskVectorMerge, WeightedSum
 from streammerge.errors import ConfigError
 from streammerge.methods.registry import PerModel, method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 
 
 @method("passthrough", base="none", models=(1, 1))
 def passthrough(
-    scope: Scope, *, scale: PerModel[float | None] = None
+    context: TensorContext, *, scale: PerModel[float | None] = None
 ) -> CopyOf | WeightedSum | TaskVectorMerge:
     """Copy the tensors of one model, times `scale` where it is given."""
     (factor,) = scale
     if factor == 1.0:
         factor = None
-    if scope.dropped:
+    if context.dropped:
         if factor is not None:
             raise ConfigError("scale: has no meaning after a drop; use `task_arithmetic` with lambda")
-        return TaskVectorMerge(scope.dropped)
+        return TaskVectorMerge(context.dropped)
     return CopyOf(0) if factor is None else WeightedSum((factor,))

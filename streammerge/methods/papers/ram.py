@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 from streammerge.algebra.rules import TouchedMerge
 from streammerge.methods.registry import Access, method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import Answer, Request, Touched, Touches
 
 _PAPER = "Yuan et al. 2026, https://arxiv.org/abs/2601.13572"
@@ -14,25 +14,25 @@ _BOUNDS = {"epsilon": (0.0, float("inf")), "alpha": (0.0, float("inf"))}
 
 
 @method("ram", base="required", bounds=_BOUNDS, paper=_PAPER)
-def ram(scope: Scope, *, epsilon: float = 1e-5) -> TouchedMerge:
+def ram(context: TensorContext, *, epsilon: float = 1e-5) -> TouchedMerge:
     """theta = theta_0 + the mean of the deltas above `epsilon` in magnitude, over the models that have one there.
 
     An element that one model alone has touched takes its whole delta; one that none has stays the base's.
     """
-    vectors = tuple(scope.task_vectors((1.0,) * scope.n_models))
+    vectors = tuple(context.task_vectors((1.0,) * context.n_models))
     return TouchedMerge(vectors, epsilon, (1.0,) * len(vectors))
 
 
 @method("ramplus_tl", access=Access.TENSOR, base="required", bounds=_BOUNDS, paper=_PAPER)
 def ramplus_tl(
-    scope: Scope, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
+    context: TensorContext, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
 ) -> Generator[list[Request], list[Answer], TouchedMerge]:
     """RAM, with what one model alone has touched made larger, the more of that model's changes others share.
 
     Its delta there is multiplied by 1 + r * min(rho, alpha), rho = how many elements of the tensor it shares with
     others / how many it has touched alone. (The paper counts over the whole model; mergekit and this, over each tensor.)
     """
-    vectors = tuple(scope.task_vectors((1.0,) * scope.n_models))
+    vectors = tuple(context.task_vectors((1.0,) * context.n_models))
     (touched,) = yield [Touches(vectors, epsilon)]
     assert isinstance(touched, Touched)
     pairs = zip(touched.unique, touched.shared, strict=True)

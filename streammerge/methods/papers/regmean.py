@@ -9,20 +9,20 @@ from streammerge.algebra.rules import Recipe, RegressionMean
 from streammerge.errors import ConfigError
 from streammerge.methods.registry import PerModel, method
 from streammerge.methods.steps import weighted_average
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import Answer, Mixers, Mixing, Request
 
 
 @method(
     "regmean",
     access="tensor",
-    base="donor",
+    base="template",
     gram=True,
     bounds={"alpha": (0.0, 1.0)},
     paper="Jin et al. 2023, https://arxiv.org/abs/2212.09849",
 )
 def regmean(
-    scope: Scope,
+    context: TensorContext,
     *,
     weight: PerModel[float] = 1.0,
     alpha: float = 1.0,
@@ -35,12 +35,12 @@ def regmean(
     """
     if min(weight) < 0 or not 0 < sum(weight) < math.inf:
         raise ConfigError("regmean takes weights of 0 or more, not all 0: they multiply sums of squares")
-    if scope.dropped:
+    if context.dropped:
         raise ConfigError(
             "regmean takes no drop before it: the Gram matrices are those of the models as they were"
         )
-    if not scope.gram:
-        return weighted_average(scope, weight)
+    if not context.gram:
+        return weighted_average(context, weight)
     (mixers,) = yield [Mixing(alpha, tuple(weight))]
     assert isinstance(mixers, Mixers)
     return RegressionMean(tuple(weight), mixers)

@@ -13,7 +13,7 @@ from streammerge.algebra.rules import SelectedMerge
 from streammerge.algebra.scores import Selection, Spread
 from streammerge.algebra.task_vectors import Cut
 from streammerge.methods.registry import Access, method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import (
     Answer,
     Largest,
@@ -38,7 +38,7 @@ Steps = Generator[list[Request], list[Answer], SelectedMerge]
     paper="Wan et al. 2024, https://arxiv.org/abs/2408.07990",
 )
 def sce(
-    scope: Scope,
+    context: TensorContext,
     *,
     select_topk: float = 1.0,
     zero_sign: Literal["zero", "positive"] = "zero",
@@ -54,7 +54,7 @@ def sce(
     `floor` is mergekit's guard, 1e-6 there: tensors whose mean squares sum to less have equal weights (those of most
     fine-tunes do), and no sum of agreeing weights counts as less.
     """
-    vectors = tuple(scope.task_vectors((1.0,) * scope.n_models))
+    vectors = tuple(context.task_vectors((1.0,) * context.n_models))
     selection = None
     if select_topk < 1:
         spread = Spread(vectors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from streammerge.errors import ConfigError
 from streammerge.methods.gram_space import Combination, arc, combine
 from streammerge.methods.registry import Access, method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
@@ -17,14 +17,14 @@ from streammerge.methods.tensor_context import Scope
     bounds={"dot_threshold": (0.0, 1.0)},
     paper="Shoemake 1985, https://doi.org/10.1145/325334.325242",
 )
-def slerp(scope: Scope, *, t: float, dot_threshold: float = 1.0) -> Combination:
+def slerp(context: TensorContext, *, t: float, dot_threshold: float = 1.0) -> Combination:
     """Spherical interpolation from the base (t = 0) to the other model (t = 1), each tensor as one vector.
 
     theta = (sin((1 - t) w) theta_0 + sin(t w) theta_1) / sin w, where w is the angle between them; on a straight
     line where the cosine exceeds `dot_threshold` (mergekit: 0.9995, where fine-tunes of one base often lie), or
     where they are parallel.
     """
-    if scope.dropped:
+    if context.dropped:
         raise ConfigError(
             "slerp interpolates whole models: a drop before it has no meaning; use `nuslerp` with a base"
         )

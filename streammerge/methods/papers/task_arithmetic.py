@@ -5,7 +5,7 @@ from __future__ import annotations
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.methods.registry import PerModel, method
 from streammerge.methods.steps import divisor
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 
 _UNUSED = "`task_arithmetic` has no sparsification, in mergekit neither"
 
@@ -21,12 +21,12 @@ _UNUSED = "`task_arithmetic` has no sparsification, in mergekit neither"
     },
 )
 def task_arithmetic(
-    scope: Scope, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0
+    context: TensorContext, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0
 ) -> TaskVectorMerge:
     """Sum of task vectors: theta = theta_0 + lambda * sum_i w_i (theta_i - theta_0).
 
     Addition joins tasks; a negative weight forgets one; an analogy "A is to B as C is to D" is
     weights +1 for B and C, -1 for A, with the common ancestor as base.
     """
-    vectors = scope.task_vectors(weight)
+    vectors = context.task_vectors(weight)
     return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)

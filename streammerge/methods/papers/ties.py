@@ -10,7 +10,7 @@ from streammerge.algebra.task_vectors import TiePolicy
 from streammerge.methods.drop import rescale_by_norm
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.steps import elect, trim
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import Answer, Request
 from streammerge.statistics.kinds import Scope as TrimScope
 
@@ -34,7 +34,7 @@ from streammerge.statistics.kinds import Scope as TrimScope
     paper="Yadav et al. 2023, https://arxiv.org/abs/2306.01708",
 )
 def ties(
-    scope: Scope,
+    context: TensorContext,
     *,
     weight: PerModel[float] = 1.0,
     density: PerModel[float] = 1.0,
@@ -59,9 +59,9 @@ def ties(
     """
     trim_policy: TiePolicy = ties
     scope_of_trim: TrimScope = trim_scope
-    whole = scope.task_vectors(weight)
+    whole = context.task_vectors(weight)
     vectors = yield from trim(
-        scope,
+        context,
         whole,
         density,
         trim_scope=scope_of_trim,

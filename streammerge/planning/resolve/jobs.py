@@ -16,7 +16,7 @@ from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS, promoted
 from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.methods.registry import Method
-from streammerge.methods.tensor_context import Scope
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.job import Job
 from streammerge.planning.resolve.agreement import check_kinds, check_shapes, compare_names
 from streammerge.planning.resolve.assemble import Cell, Stack, assemble
@@ -337,8 +337,8 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             continue
         checked.add(key)
         try:
-            scope = Scope(job.n_models, has_base=job.base is not None, tensor=job.name)
-            rounds = method.rounds(scope, job.parameters)
+            context = TensorContext(job.n_models, has_base=job.base is not None, tensor=job.name)
+            rounds = method.rounds(context, job.parameters)
         except ConfigError as error:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
         asked: list[tuple[object, ...]] = [
