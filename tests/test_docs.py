@@ -16,9 +16,9 @@ import streammerge
 from streammerge.api import merge
 from streammerge.config import MergeConfig, parse_config
 from streammerge.estimate.fisher.importing import import_diagonal
-from tests.adapters.scene import factors, write_adapter
+from tests.checkpoint.adapters.scene import factors, write_adapter
+from tests.checkpoint.tokenizers.scene import write_tokenizer
 from tests.conftest import read_tensors, write_fisher, write_grams
-from tests.tokenizers.scene import write_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,7 +98,7 @@ def test_every_python_block_in_the_docs_runs(place: str, text: str) -> None:
 def test_the_python_page_runs_from_its_beginning_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.network.tiny import make_lines, make_model, write_lines
+    from tests.estimate.network.tiny import make_lines, make_model, write_lines
 
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("base", "math", "code")):

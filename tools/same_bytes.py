@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_mergekit import placed, write_models
-from mergekit_cases import CASES
-from mergekit_cases import merge as config_of
 from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge
+
+sys.path.append(str(Path(__file__).resolve().parent / "compare"))
+
+from compare_mergekit import placed, write_models
+from mergekit_cases import CASES
+from mergekit_cases import merge as config_of
 
 DTYPES = ("float32", "float16", "bfloat16")
 DROPS = ("dare_linear", "dare_ties", "della", "della_linear", "dare_fisher")

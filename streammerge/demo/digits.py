@@ -4,7 +4,7 @@ Four views of the same handwritten digits, and how well a network reads each.
 `base` was trained on plain 8x8 digits and then fine-tuned, with one shared ten-way head, to four views of
 them. Each fine-tune reads its own view and little else; a merge has to read all four. No image shipped here
 was seen in any training.
-`tools/make_demo_models.py` makes the data.
+`tools/make/make_demo_models.py` makes the data.
 
 Images: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI repository, CC BY 4.0,
 as packaged by scikit-learn.

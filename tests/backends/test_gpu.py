@@ -1,0 +1,130 @@
+"""The GPU path: where there is one, the same bytes as the CPU; anywhere, what happens when its memory runs out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streammerge.api import choose_device, merge
+from streammerge.backends.cpu.math import Operand
+from streammerge.backends.torch import math as torch_pieces
+from streammerge.backends.torch.math import TorchMath
+from streammerge.errors import WorldError
+from streammerge.io.buffer_pool import Bytes, Pool
+from tests.conftest import config_for, output_bytes
+from tests.laws.test_methods import VARIANTS
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Return a function that makes every block larger than so many elements run out of memory.
+
+    It returns a list of the blocks that did.
+    """
+
+    def allow(elements: int) -> list[int]:
+        failed: list[int] = []
+        tensor = TorchMath._tensor
+
+        def limited(self: TorchMath, operand: Operand, a: int, b: int) -> torch.Tensor:
+            if b - a > elements:
+                failed.append(b - a)
+                raise torch.OutOfMemoryError
+            return tensor(self, operand, a, b)
+
+        monkeypatch.setattr(TorchMath, "_tensor", limited)
+        return failed
+
+    return allow
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize(("method", "parameters"), VARIANTS)
+def test_blocks_shrink_until_they_fit_and_the_bytes_are_the_same(
+    method: str,
+    parameters: dict[str, Any],
+    keep: bool,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+    room: Callable[[int], list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch_pieces, "TorchMath", partial(TorchMath, keep=keep))
+    if method == "regmean":
+        pytest.skip("its matrix products are always of as many rows: smaller ones might round otherwise")
+    # Rows that divide 4096: a block of whole rows and whole sums of 4096 elements is no larger than that.
+    paths = make_models(shapes={"w": (96, 128), "v": (40, 256), "norm": (64,), "scalar": ()})
+    config = config_for(method, paths, parameters=parameters)
+    merge(config, tmp_path / "whole", kernels=False)
+    failed = room(4096)
+    merge(config, tmp_path / "shrunk", kernels=False)
+    assert failed
+    assert output_bytes(tmp_path / "shrunk") == output_bytes(tmp_path / "whole")
+
+
+def test_where_the_smallest_block_does_not_fit_the_error_says_what_to_do(
+    make_models: Callable[..., list[Path]], tmp_path: Path, room: Callable[[int], list[int]]
+) -> None:
+    room(0)
+    with pytest.raises(WorldError, match=r"has no memory left for it; .*--device cpu"):
+        merge(config_for("task_arithmetic", make_models()), tmp_path / "out", kernels=False)
+
+
+def test_a_pool_prepares_each_buffer_once_and_dismisses_all_of_them() -> None:
+    made: list[int] = []
+    given_up: list[int] = []
+
+    def note(where: list[int]) -> Callable[[Bytes], None]:
+        return lambda buffer: where.append(buffer.ctypes.data)
+
+    pool, stop = Pool(1 << 20, note(made), note(given_up)), threading.Event()
+    for size in (1 << 18, 1 << 18, 1 << 19, 1 << 20):
+        with pool.lease(size, stop) as buffer:
+            assert buffer is not None
+            assert buffer.ctypes.data in made
+    pool.close()
+    assert len(made) == 3
+    assert sorted(given_up) == sorted(made)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("method", "parameters"), VARIANTS)
+def test_a_gpu_gives_the_bytes_of_the_cpu(
+    method: str,
+    parameters: dict[str, Any],
+    dtype: torch.dtype,
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+) -> None:
+    config = config_for(method, make_models(dtype=dtype), parameters=parameters)
+    merge(config, tmp_path / "cpu", device="cpu")
+    merge(config, tmp_path / "gpu", device="cuda")
+    assert output_bytes(tmp_path / "gpu") == output_bytes(tmp_path / "cpu")
+
+
+@needs_gpu
+def test_auto_takes_the_gpu_only_with_memory_for_its_libraries_and_enough_to_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("streammerge.api.devices.GPU_DRIVER", "/dev/nvidiactl")
+    assert choose_device("auto", None, 10**11) == choose_device("auto", 4 << 30, 10**11) == "cuda:0"
+    assert choose_device("auto", 512 << 20, 10**11) == choose_device("auto", 4 << 30, 10**9) == "cpu"
+
+
+@needs_gpu
+def test_buffers_are_pinned() -> None:
+    from streammerge.backends.torch.gpu import pin, unpin
+
+    with Pool(1 << 20, pin, unpin).lease(1 << 20, threading.Event()) as buffer:
+        assert buffer is not None
+        assert torch.from_numpy(buffer.view(np.uint8)).is_pinned()

@@ -1,0 +1,456 @@
+"""Model directories: which files count, what the index may say, and what is refused."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from streammerge.checkpoint import open_model
+from streammerge.errors import ModelError, WorldError
+from tests.formats.safetensors_files import framed, sound, within, write_model
+
+F32 = ("F32", (2,))
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+SHARDS = {A: {"w.1": F32, "w.0": F32}, B: {"w.2": F32}}
+MAP = {"w.0": A, "w.1": A, "w.2": B}
+
+
+def refusal(reference, **options):
+    with within(20), pytest.raises(ModelError) as caught:
+        open_model(reference, **options)
+    line = str(caught.value)
+    assert line.isprintable()
+    assert len(line) < 1000
+    return line
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no cache"))
+
+
+# Which files.
+
+
+def test_a_sharded_model_is_one_map_in_file_order(tmp_path):
+    index = open_model(write_model(tmp_path / "m", SHARDS, MAP))
+    assert list(index) == ["w.1", "w.0", "w.2"]
+    assert (len(index), index.nbytes, index.unlisted) == (3, 24, ())
+    assert (index.reference, index.directory) == (str(tmp_path / "m"), tmp_path / "m")
+    assert [stamp.path for stamp in index.stamps] == [str(tmp_path / "m" / f) for f in (A, B)]
+    assert index["w.2"].path == str(tmp_path / "m" / B)
+    assert "w.9" not in index
+    with pytest.raises(KeyError):
+        index["w.9"]
+
+
+def test_a_single_file_model_is_found_in_its_directory_and_by_its_path(tmp_path):
+    write_model(tmp_path, {"model.safetensors": {"w": F32}})
+    for reference in (tmp_path, tmp_path / "model.safetensors"):
+        index = open_model(reference)
+        assert list(index) == ["w"]
+        assert index.directory == tmp_path
+        assert index.reference == str(reference)
+
+
+def test_any_name_will_do_for_a_file_that_is_given_by_path(tmp_path):
+    write_model(tmp_path, {"a.safetensors": {"w": F32}, "b.safetensors": {"w": F32}})
+    assert list(open_model(tmp_path / "b.safetensors")) == ["w"]
+
+
+def test_shards_without_an_index_are_one_model_but_may_not_share_a_name(tmp_path):
+    write_model(tmp_path, SHARDS)
+    assert list(open_model(tmp_path)) == ["w.1", "w.0", "w.2"]
+    (tmp_path / B).write_bytes(sound({"w.0": F32}))
+    assert f"{B}: tensor 'w.0' is in '{A}' too" in refusal(tmp_path)
+
+
+def test_shards_without_an_index_must_be_all_there(tmp_path):
+    # Nothing else would tell: the names of the lost tensors are lost too.
+    write_model(tmp_path, {A: SHARDS[A]})
+    assert "1 of 2 shards 'model' and no index" in refusal(tmp_path)
+
+
+def test_the_index_wins_over_a_single_file_and_over_other_files(tmp_path):
+    # As in repositories that hold the original `consolidated.safetensors` too.
+    others = {"model.safetensors": {"x": F32}, "consolidated.safetensors": {"w.0": F32}}
+    write_model(tmp_path, {**SHARDS, **others}, MAP)
+    assert set(open_model(tmp_path)) == set(MAP)
+
+
+def test_the_single_file_wins_over_shards_without_an_index(tmp_path):
+    write_model(tmp_path, {**SHARDS, "model.safetensors": {"x": F32}})
+    assert set(open_model(tmp_path)) == {"x"}
+
+
+def test_hidden_files_are_no_shards(tmp_path):
+    write_model(tmp_path, {"model.fp16.safetensors": {"x": F32}})
+    (tmp_path / "._model.fp16.safetensors").write_bytes(b"left by another system")
+    assert set(open_model(tmp_path)) == {"x"}
+
+
+def test_what_the_index_leaves_out_is_kept_out_and_listed(tmp_path):
+    write_model(tmp_path, SHARDS, {"w.0": A, "w.2": B})
+    index = open_model(tmp_path)
+    assert set(index) == {"w.0", "w.2"}
+    assert index.unlisted == ("w.1",)
+
+
+def test_of_a_name_in_two_shards_the_index_picks_one(tmp_path):
+    write_model(tmp_path, {A: {"w": F32}, B: {"w": F32, "v": F32}}, {"w": B, "v": B})
+    assert open_model(tmp_path)["w"].path.endswith(B)
+    write_model(tmp_path, {}, {"w": A, "v": B})
+    index = open_model(tmp_path)
+    assert index["w"].path.endswith(A)
+    assert index.unlisted == ()
+
+
+@pytest.mark.parametrize("total", [-1, 0, 1e30, 12.5, "many", None, {}, [1]])
+def test_a_wrong_total_size_does_not_matter(tmp_path, total):
+    # Nobody reads it, and transformers itself has written fractions.
+    write_model(tmp_path, SHARDS, MAP, metadata={"total_size": total})
+    assert set(open_model(tmp_path)) == set(MAP)
+
+
+def test_an_index_without_metadata_is_sound(tmp_path):
+    write_model(tmp_path, SHARDS)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": MAP}))
+    assert set(open_model(tmp_path)) == set(MAP)
+
+
+def test_metadata_of_the_shards_is_put_together(tmp_path):
+    (tmp_path / A).write_bytes(sound({"a": F32}, {"format": "pt", "n": "1"}))
+    (tmp_path / B).write_bytes(sound({"b": F32}, {"n": "2", "only": "here"}))
+    assert open_model(tmp_path).metadata == {"format": "pt", "n": "1", "only": "here"}
+
+
+def test_shards_may_be_links_to_blobs(tmp_path):
+    model = tmp_path / "m"
+    write_model(model, SHARDS, MAP)
+    (tmp_path / "blobs").mkdir()
+    for file in os.listdir(model):
+        os.rename(model / file, tmp_path / "blobs" / file)
+        (model / file).symlink_to(f"../blobs/{file}")
+    assert set(open_model(model)) == set(MAP)
+
+
+@pytest.mark.parametrize(
+    "name", ["it's", 'say "a"', "$(touch x)", "%s{0}", "-rf", "模型", "two words", "a@b", "~"]
+)
+def test_odd_directory_names_are_just_names(tmp_path, name, monkeypatch):
+    write_model(tmp_path / name, {"model.safetensors": {"w": F32}})
+    assert set(open_model(tmp_path / name)) == {"w"}
+    monkeypatch.chdir(tmp_path)
+    assert set(open_model(name)) == {"w"}
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_model(tmp_path / "m", {"model.safetensors": {"w": F32}})
+    assert open_model("~/m").directory == tmp_path / "m"
+
+
+# What the index says.
+
+HOSTILE_SHARD_NAMES = [
+    ("parent", "../secret.safetensors", "plain file name"),
+    ("inner parent", "x/../../secret.safetensors", "plain file name"),
+    ("subdirectory", "sub/x.safetensors", "plain file name"),
+    ("absolute", "/etc/x.safetensors", "plain file name"),
+    ("backslash", "..\\x.safetensors", "plain file name"),
+    ("NUL", "x\0.safetensors", "plain file name"),
+    ("empty", "", "plain file name"),
+    ("dot", ".", "plain file name"),
+    ("two dots", "..", "plain file name"),
+    ("5000 characters", "x" * 5000 + ".safetensors", "plain file name"),
+    ("a number", 1, "is not a string"),
+    ("null", None, "is not a string"),
+    ("a list", [A], "is not a string"),
+    ("an object", {}, "is not a string"),
+    ("a surrogate", "\ud800.safetensors", "surrogate"),
+    ("another file of the model", "config.json", "not a .safetensors file"),
+    ("a pickle", "pytorch_model.bin", "not a .safetensors file"),
+    ("missing", "model-00003-of-00003.safetensors", "is missing: download"),
+    ("escape", "\x1b[31m\n.safetensors", "is missing"),
+]
+
+
+@pytest.mark.parametrize(("shard", "message"), [pytest.param(*r[1:], id=r[0]) for r in HOSTILE_SHARD_NAMES])
+def test_a_shard_that_is_no_file_of_the_directory_is_refused(tmp_path, shard, message):
+    write_model(tmp_path, {"secret.safetensors": {"w.2": F32}})
+    model = write_model(tmp_path / "m", SHARDS, {**MAP, "w.2": shard})
+    (model / "config.json").write_text("{}")
+    line = refusal(model)
+    assert message in line
+    assert "model.safetensors.index.json: " in line
+
+
+HOSTILE_INDEX = [
+    ("empty", b"", "not JSON"),
+    ("truncated", b'{"weight_map": {"w.0"', "not JSON"),
+    ("not an object", b"[]", "not a JSON object"),
+    ("not UTF-8", b'{"weight_map":{"\xff":"x"}}', "not UTF-8"),
+    ("no weight_map", b'{"metadata": {}}', "no weight_map"),
+    ("weight_map is a list", b'{"weight_map": []}', "no weight_map"),
+    ("weight_map is null", b'{"weight_map": null}', "no weight_map"),
+    ("weight_map is empty", b'{"weight_map": {}}', "weight_map is empty"),
+    ("a tensor twice", b'{"weight_map": {"w": "a", "w": "b"}}', "'w' twice"),
+    ("two weight_maps", b'{"weight_map": {}, "weight_map": {}}', "'weight_map' twice"),
+    ("deep", b'{"weight_map":' + b"[" * 200_000, "nested too deeply"),
+    ("NaN", b'{"metadata": NaN}', "NaN"),
+    ("1e999", b'{"metadata": 1e999}', "too large"),
+    ("5000 digits", b'{"metadata": %s}' % (b"9" * 5000), "5000 digits"),
+    ("a surrogate as a name", b'{"weight_map": {"\\udfff": "x"}}', "surrogate"),
+    ("a million lists", b"[%s]" % (b"[]," * 3_000_000), "brackets"),
+]
+
+
+@pytest.mark.parametrize(("raw", "message"), [pytest.param(*r[1:], id=r[0]) for r in HOSTILE_INDEX])
+def test_a_malformed_index_is_refused(tmp_path, raw, message):
+    write_model(tmp_path, SHARDS)
+    (tmp_path / "model.safetensors.index.json").write_bytes(raw)
+    line = refusal(tmp_path)
+    assert message in line
+    assert "model.safetensors.index.json: " in line
+
+
+def test_an_index_above_the_limit_is_refused_unread(tmp_path):
+    write_model(tmp_path, SHARDS)
+    (tmp_path / "model.safetensors.index.json").touch()
+    os.truncate(tmp_path / "model.safetensors.index.json", 2**40)
+    assert f"has {2**40} bytes" in refusal(tmp_path)
+
+
+def test_an_index_that_is_a_pipe_a_directory_or_a_broken_link_is_refused(tmp_path):
+    write_model(tmp_path, SHARDS)
+    path = tmp_path / "model.safetensors.index.json"
+    os.mkfifo(path)
+    assert "a pipe" in refusal(tmp_path)
+    path.unlink()
+    path.mkdir()
+    assert "a directory" in refusal(tmp_path)
+    path.rmdir()
+    path.symlink_to("nowhere")
+    assert "a symbolic link to a file that is missing" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({**MAP, "w.9": A}, f"tensor 'w.9' is not in its shard '{A}'"),
+        ({**MAP, "w.2": A}, f"tensor 'w.2' is not in its shard '{A}'"),
+        ({**MAP, "w.0": B}, f"tensor 'w.0' is not in its shard '{B}', but in '{A}'"),
+        ({**MAP, "": A}, f"tensor '' is not in its shard '{A}'"),
+        ({**MAP, "__metadata__": A}, "tensor '__metadata__' is not in its shard"),
+    ],
+)
+def test_an_index_that_the_shards_contradict_is_refused(tmp_path, weight_map, message):
+    line = refusal(write_model(tmp_path, SHARDS, weight_map))
+    assert message in line
+    assert "index.json: weight_map: " in line
+
+
+def test_a_bad_shard_is_named(tmp_path):
+    write_model(tmp_path, SHARDS, MAP)
+    whole = (tmp_path / B).read_bytes()
+    (tmp_path / B).write_bytes(whole[:-1])
+    assert f"{B}: truncated" in refusal(tmp_path)
+    (tmp_path / B).write_bytes(framed("{}", b""))
+    assert f"{B}: holds no tensors" in refusal(tmp_path)
+    (tmp_path / B).unlink()
+    (tmp_path / B).mkdir()
+    assert f"{B}: a directory" in refusal(tmp_path)
+    (tmp_path / B).rmdir()
+    (tmp_path / B).symlink_to("../../blobs/gone")
+    assert f"{B}: a symbolic link to a file that is missing" in refusal(tmp_path)
+
+
+# What is no model.
+
+
+def test_a_missing_directory_a_file_and_an_empty_directory_are_refused(tmp_path):
+    assert "no such directory" in refusal(tmp_path / "none")
+    assert "no such file" in refusal(tmp_path / "none.safetensors")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "neither a model directory nor" in refusal(tmp_path / "notes.txt")
+    assert "no such directory" in refusal(tmp_path / "notes.txt" / "below")
+    (tmp_path / "empty").mkdir()
+    assert "no model here" in refusal(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("text", ["", "nul\0", "\ud800", "x" * 5000, "a\nb", "\x1b[31m", "../.."])
+def test_a_reference_that_can_be_no_model_is_refused_in_one_line(text, tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert refusal(text)
+
+
+def test_broken_and_looping_links_are_named_as_such(tmp_path):
+    (tmp_path / "broken").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    assert "link to a file that is missing" in refusal(tmp_path / "broken")
+    assert "leads back to itself" in refusal(tmp_path / "loop")
+
+
+def saved(directory, **shards):
+    """Write files of torch.save, and return what they hold together."""
+    directory.mkdir(exist_ok=True)
+    for name, tensors in shards.items():
+        torch.save(tensors, directory / f"{name.replace('_of_', '-of-').replace('model_0', 'model-0')}.bin")
+    return {name: tensor for tensors in shards.values() for name, tensor in tensors.items()}
+
+
+def assert_holds(index, tensors):
+    assert set(index) == set(tensors)
+    for name, tensor in tensors.items():
+        own = tensor.contiguous().view(torch.uint8).flatten().numpy()
+        assert (index.view(name) == own).all()
+        assert index[name].shape == tuple(tensor.shape)
+
+
+def test_a_checkpoint_of_torch_save_is_a_model(tmp_path):
+    tensors = saved(tmp_path / "m", pytorch_model={"w": torch.randn(2, 3), "b": torch.randn(3).bfloat16()})
+    (tmp_path / "m" / "training_args.bin").write_bytes(b"not a model at all")
+    assert_holds(open_model(tmp_path / "m"), tensors)
+    assert_holds(open_model(tmp_path / "m" / "pytorch_model.bin"), tensors)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_a_checkpoint_of_torch_save_may_have_shards(tmp_path, with_index):
+    parts = {
+        "pytorch_model_00001_of_00002": {"w": torch.randn(2, 3)},
+        "pytorch_model_00002_of_00002": {"v": torch.ones(4)},
+    }
+    tensors = saved(tmp_path / "m", **parts)
+    files = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    if with_index:
+        index = {"weight_map": dict(zip("wv", files, strict=True))}
+        (tmp_path / "m" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert_holds(open_model(tmp_path / "m"), tensors)
+    (tmp_path / "m" / files[1]).unlink()
+    assert "missing" in refusal(tmp_path / "m") if with_index else "1 of 2 shards" in refusal(tmp_path / "m")
+
+
+def test_an_index_of_pickles_leads_to_no_other_files(tmp_path):
+    saved(tmp_path / "m", pytorch_model_00001_of_00001={"w": torch.ones(2)})
+    for shard, words in (
+        ("../x.bin", "not a plain file name"),
+        ("config.json", "not a .bin file"),
+        ("y.bin", "missing"),
+    ):
+        (tmp_path / "m" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+        line = refusal(tmp_path / "m")
+        assert "pytorch_model.bin.index.json" in line
+        assert words in line
+
+
+def test_other_files_of_torch_save_are_no_model(tmp_path):
+    saved(tmp_path / "m", optimizer={"w": torch.ones(2)}, training_args={"v": torch.ones(2)})
+    assert "no model here" in refusal(tmp_path / "m")
+
+
+def test_a_program_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    for name in ("pytorch_model.bin", "model.pt"):
+        directory = tmp_path / name.replace(".", "_")
+        directory.mkdir()
+        (directory / name).write_bytes(pickle.dumps(Evil()))
+        assert "no zip archive" in refusal(directory / name)
+        torch.save({"w": Evil()}, directory / name)
+        assert "mkdir" in refusal(directory / name)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_pickles_beside_safetensors_are_never_opened(tmp_path):
+    write_model(tmp_path, {"model.safetensors": {"w": F32}})
+    os.mkfifo(tmp_path / "pytorch_model.bin")  # Opening it would hang.
+    with within(2):
+        assert set(open_model(tmp_path)) == {"w"}
+
+
+def test_an_adapter_alone_is_refused_but_its_config_beside_a_model_is_not_in_the_way(tmp_path):
+    write_model(tmp_path, {"adapter_model.safetensors": {"lora_A": F32}})
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "a LoRA adapter, not a model: write `base+adapter`" in refusal(tmp_path)
+    write_model(tmp_path, {"model.safetensors": {"w": F32}})
+    assert set(open_model(tmp_path)) == {"w"}
+    assert "base: no such directory" in refusal("base+adapter")
+
+
+# Views.
+
+
+def test_a_view_maps_the_bytes_of_one_tensor_read_only(tmp_path):
+    index = open_model(write_model(tmp_path, SHARDS, MAP))
+    for name, ref in index.items():
+        view = index.view(name)
+        with open(ref.path, "rb") as file:
+            file.seek(ref.offset)
+            assert view.tobytes() == file.read(ref.nbytes)
+        assert isinstance(view, np.memmap)
+        assert (view.dtype, view.flags.writeable) == (np.uint8, False)
+    with pytest.raises(KeyError):
+        index.view("w.9")
+
+
+def test_a_view_of_an_empty_tensor_is_empty(tmp_path):
+    write_model(tmp_path, {"model.safetensors": {"w": F32, "none": ("F32", (0, 3))}})
+    view = open_model(tmp_path).view("none")
+    assert isinstance(view, np.memmap)
+    assert (view.shape, view.dtype, view.flags.writeable) == ((0,), np.uint8, False)
+
+
+def test_a_view_of_a_changed_file_is_refused_not_a_crash(tmp_path):
+    index = open_model(write_model(tmp_path, SHARDS, MAP))
+    os.truncate(tmp_path / B, 20)
+    with pytest.raises(WorldError, match=f"{B}: changed since its header was read"):
+        index.view("w.2")
+
+
+# Weight.
+
+
+def test_headers_need_neither_numpy_nor_torch_nor_safetensors():
+    code = (
+        "import sys, streammerge.checkpoint\n"
+        "print(sorted({'numpy', 'torch', 'safetensors', 'numba'} & set(sys.modules)))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_an_index_travels_to_another_process(tmp_path):
+    index = open_model(write_model(tmp_path, SHARDS, MAP))
+    assert pickle.loads(pickle.dumps(index)) == index
+
+
+def test_the_headers_of_four_models_of_405b_are_read_in_seconds(tmp_path):
+    models = []
+    for m in range(4):
+        shards, size = {}, 2 * 16384 * 16384
+        for s in range(191):
+            names = [f"model.layers.{s}.self_attn.{i}_proj.weight" for i in range(6)]
+            header = {
+                name: {"dtype": "BF16", "shape": [16384, 16384], "data_offsets": [i * size, i * size + size]}
+                for i, name in enumerate(names)
+            }
+            file = f"model-{s + 1:05d}-of-00191.safetensors"
+            shards |= dict.fromkeys(names, file)
+            path = tmp_path / str(m) / file
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(framed(header, b""))
+            os.truncate(path, path.stat().st_size + 6 * size)  # Sparse.
+        models.append(write_model(tmp_path / str(m), {}, shards))
+    with within(5):  # It takes 0.1 s on an idle core; the test machine may be busy.
+        indexes = [open_model(model) for model in models]
+    assert [len(index) for index in indexes] == [1146] * 4
+    assert indexes[0].nbytes == 1146 * size

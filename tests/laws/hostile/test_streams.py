@@ -1,0 +1,46 @@
+"""Standard streams that are closed, full, or that nobody reads: a merge is done at once, or when run again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.laws.hostile.case import MEAN, sound
+
+CLOSED = [">&-", "2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"]
+FULL = [">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full", "| true", "2>&1 | true"]
+
+
+def shell(directory: Path, command: str, config: str = "config.yml") -> subprocess.CompletedProcess[str]:
+    line = f"{sys.executable} -m streammerge.cli merge {config} out {command}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(["bash", "-c", line], cwd=directory, capture_output=True, text=True, check=False)
+
+
+def assert_merged(directory: Path) -> None:
+    merged = load_file(directory / "out" / "model.safetensors")
+    assert set(merged) == {"w", "n"}
+    assert all((tensor == MEAN).all() for tensor in merged.values())
+
+
+@pytest.mark.parametrize("streams", CLOSED)
+def test_a_stream_that_the_caller_closed_is_done_without(streams: str, tmp_path: Path) -> None:
+    sound(tmp_path)
+    run = shell(tmp_path, "--json " + streams)
+    assert run.returncode == 0
+    assert run.stderr == ""
+    assert_merged(tmp_path)
+    assert shell(tmp_path, streams, "nowhere.yml").returncode == 2
+
+
+@pytest.mark.parametrize("streams", FULL)
+def test_a_stream_that_takes_nothing_costs_at_most_a_second_run(streams: str, tmp_path: Path) -> None:
+    sound(tmp_path)
+    run = shell(tmp_path, "--json " + streams)
+    assert run.returncode in (0, 1)
+    assert "Traceback" not in run.stderr
+    assert shell(tmp_path, "").returncode == 0
+    assert_merged(tmp_path)

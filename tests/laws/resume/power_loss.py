@@ -1,0 +1,537 @@
+"""What a loss of power may leave: every change to the file system is recorded, and the log cut anywhere.
+
+POSIX promises little. Of a file, what was written before its last good sync is on the disk; of a directory, the names
+given before its last good sync. Of what came after, any part may be there and any part not, in any order: a rename
+without the data of the file it renames, a file's length without its bytes, half a write. The data that a failed sync
+did not write stay in the page cache, marked clean, and no later sync writes them. (Names do not: a file system keeps
+them in a journal, and one whose journal cannot be written stops for good.)
+
+`Recorder` stands between a merge and the functions of `os`; `states` yields the directories that may be found after a
+cut. The idea is that of ALICE (OSDI 2014) and of LevelDB's FaultInjectionTestEnv.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from streammerge.io import allocate
+from tests.laws.resume.scene import SimulatedKill
+
+Tree = dict[str, bytes | None]
+"""Content by path under the root; None for a directory."""
+
+ROOT = 0
+
+
+@dataclass(frozen=True)
+class Resize:
+    """A file gets a length; what is new is zero."""
+
+    file: int
+    nbytes: int
+    grow_only: bool
+
+
+@dataclass(frozen=True)
+class Write:
+    """Bytes are put into a file."""
+
+    file: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Link:
+    """A new file or directory gets its name."""
+
+    directory: int
+    name: str
+    target: int
+    is_directory: bool = False
+
+
+@dataclass(frozen=True)
+class Move:
+    """A file gets another name in its directory."""
+
+    directory: int
+    name: str
+    new_name: str
+    target: int
+
+
+@dataclass(frozen=True)
+class Unlink:
+    """A name is taken away."""
+
+    directory: int
+    name: str
+    target: int
+
+
+@dataclass(frozen=True)
+class Sync:
+    """All earlier changes of a file, or of the names in a directory, are durable; or, if it failed, never will be."""
+
+    target: int
+    good: bool = True
+
+
+Data = Resize | Write
+Name = Link | Move | Unlink
+Op = Data | Name | Sync
+
+
+def changed(op: Data | Name) -> int:
+    """Return the file or directory that an operation changes."""
+    return op.file if isinstance(op, Resize | Write) else op.directory
+
+
+# --- recording
+
+
+@dataclass
+class Recorder:
+    """Records, in order, what is done under a root; kills or fails where it is told to.
+
+    Parameters
+    ----------
+    root
+        A directory; what it holds already is taken as durable.
+    pause
+        Seconds to sleep after each write, so that a small merge syncs more than once.
+    """
+
+    root: Path
+    pause: float = 0.0
+    log: list[Op] = field(default_factory=list)
+    kill_at: int | None = None
+    """The operation from which on nothing is done any more."""
+    fail_sync: int | None = None
+    """The number of the sync that fails, counted from 0 over all runs."""
+
+    def __post_init__(self) -> None:
+        self._lock = threading.RLock()
+        self._names: dict[int, dict[str, int]] = {ROOT: {}}
+        self._directories = {ROOT}
+        self._descriptors: dict[int, int] = {}
+        self._last = ROOT
+        self.syncs = 0
+        self._adopt(self.root, ROOT)
+        self.begin = len(self.log)
+
+    def _adopt(self, place: Path, directory: int) -> None:
+        for entry in sorted(place.iterdir()):
+            number = self._new(directory, entry.name, entry.is_dir())
+            if entry.is_dir():
+                self._adopt(entry, number)
+            else:
+                self.log.append(Write(number, 0, entry.read_bytes()))
+                self.log.append(Sync(number))
+        self.log.append(Sync(directory))
+
+    def _new(self, directory: int, name: str, is_directory: bool) -> int:
+        self._last += 1
+        self._names[directory][name] = self._last
+        if is_directory:
+            self._names[self._last] = {}
+            self._directories.add(self._last)
+        self.log.append(Link(directory, name, self._last, is_directory))
+        return self._last
+
+    def _place(self, path: Any) -> tuple[int, str] | None:
+        """Return directory and name of a path under the root; None for one that is elsewhere."""
+        whole = os.path.abspath(os.fsdecode(path))
+        if os.path.commonpath([whole, self.root]) != str(self.root) or whole == str(self.root):
+            return None
+        parts = Path(whole).relative_to(self.root).parts
+        directory = ROOT
+        for part in parts[:-1]:
+            if part not in self._names[directory]:
+                return None
+            directory = self._names[directory][part]
+        return directory, parts[-1]
+
+    def _find(self, path: Any) -> int | None:
+        text = os.fsdecode(path)
+        if text.startswith("/proc/self/fd/"):
+            return self._descriptors.get(int(text.rpartition("/")[2]))
+        if os.path.abspath(text) == str(self.root):
+            return ROOT
+        place = self._place(text)
+        return None if place is None else self._names[place[0]].get(place[1])
+
+    def _next(self) -> None:
+        if self.kill_at is not None and len(self.log) >= self.kill_at:
+            raise SimulatedKill
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Stand in for the functions of `os` that change the file system."""
+        wrappers: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+            "open": self._open,
+            "close": self._close,
+            "pwrite": self._pwrite,
+            "write": self._write,
+            "ftruncate": self._ftruncate,
+            "fsync": self._sync,
+            "fdatasync": self._sync,
+            "replace": self._rename,
+            "rename": self._rename,
+            "unlink": self._unlink,
+            "rmdir": self._unlink,
+            "mkdir": self._mkdir,
+        }
+        for name, wrapper in wrappers.items():
+            monkeypatch.setattr(os, name, wrapper(getattr(os, name)))
+        monkeypatch.setattr(allocate, "fallocate", self._fallocate(allocate.fallocate))
+
+    def _open(self, real: Callable[..., int]) -> Callable[..., int]:
+        def call(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+            with self._lock:
+                place = self._place(path) if isinstance(path, str | os.PathLike) else None
+                known = self._find(path)
+                creates = place is not None and known is None and bool(flags & os.O_CREAT)
+                cuts = known is not None and bool(flags & os.O_TRUNC)
+                if creates or cuts:
+                    self._next()
+                descriptor = real(path, flags, *rest, **options)
+                if creates:
+                    assert place is not None
+                    known = self._new(*place, False)
+                if cuts:
+                    assert known is not None
+                    self.log.append(Resize(known, 0, False))
+                if known is not None:
+                    self._descriptors[descriptor] = known
+                return descriptor
+
+        return call
+
+    def _close(self, real: Callable[[int], None]) -> Callable[[int], None]:
+        def call(descriptor: int) -> None:
+            with self._lock:
+                self._descriptors.pop(descriptor, None)
+                real(descriptor)
+
+        return call
+
+    def _changing(self, descriptor: int, real: Callable[[], Any], op: Callable[[int, Any], Op]) -> Any:
+        with self._lock:
+            known = self._descriptors.get(descriptor)
+            if known is not None:
+                self._next()
+            result = real()
+            if known is not None:
+                self.log.append(op(known, result))
+        if known is not None and self.pause:
+            time.sleep(self.pause)
+        return result
+
+    def _pwrite(self, real: Callable[..., int]) -> Callable[..., int]:
+        def call(descriptor: int, data: Any, offset: int) -> int:
+            content = bytes(data)
+            return self._changing(
+                descriptor,
+                lambda: real(descriptor, data, offset),
+                lambda file, n: Write(file, offset, content[:n]),
+            )
+
+        return call
+
+    def _write(self, real: Callable[..., int]) -> Callable[..., int]:
+        def call(descriptor: int, data: Any) -> int:
+            if descriptor not in self._descriptors:
+                return real(descriptor, data)
+            content = bytes(data)
+            end = os.lseek(descriptor, 0, os.SEEK_END)  # we only ever append
+            return self._changing(
+                descriptor, lambda: real(descriptor, data), lambda file, n: Write(file, end, content[:n])
+            )
+
+        return call
+
+    def _fallocate(self, real: Callable[..., None]) -> Callable[..., None]:
+        def call(descriptor: int, nbytes: int) -> None:
+            self._changing(
+                descriptor,
+                lambda: real(descriptor, nbytes),
+                lambda file, _: Resize(file, nbytes, True),
+            )
+
+        return call
+
+    def _ftruncate(self, real: Callable[..., None]) -> Callable[..., None]:
+        def call(descriptor: int, nbytes: int) -> None:
+            self._changing(
+                descriptor, lambda: real(descriptor, nbytes), lambda file, _: Resize(file, nbytes, False)
+            )
+
+        return call
+
+    def _sync(self, real: Callable[[int], None]) -> Callable[[int], None]:
+        def call(descriptor: int) -> None:
+            with self._lock:
+                known = self._descriptors.get(descriptor)
+                if known is None:
+                    return real(descriptor)
+                self._next()
+                number, self.syncs = self.syncs, self.syncs + 1
+                self.log.append(Sync(known, number != self.fail_sync))
+                if number == self.fail_sync:
+                    raise OSError(errno.EIO, "Input/output error")
+                return real(descriptor)
+
+        return call
+
+    def _rename(self, real: Callable[..., None]) -> Callable[..., None]:
+        def call(source: Any, target: Any, **options: Any) -> None:
+            with self._lock:
+                here, there = self._place(source), self._place(target)
+                if here is None or there is None:
+                    real(source, target, **options)
+                    return
+                assert here[0] == there[0], "a rename between directories"
+                self._next()
+                real(source, target, **options)
+                names = self._names[here[0]]
+                names[there[1]] = names.pop(here[1])
+                self.log.append(Move(here[0], here[1], there[1], names[there[1]]))
+
+        return call
+
+    def _unlink(self, real: Callable[..., None]) -> Callable[..., None]:
+        def call(path: Any, **options: Any) -> None:
+            with self._lock:
+                place = self._place(path)
+                if place is None or place[1] not in self._names[place[0]]:
+                    real(path, **options)
+                    return
+                self._next()
+                real(path, **options)
+                self.log.append(Unlink(*place, self._names[place[0]].pop(place[1])))
+
+        return call
+
+    def _mkdir(self, real: Callable[..., None]) -> Callable[..., None]:
+        def call(path: Any, *rest: Any, **options: Any) -> None:
+            with self._lock:
+                place = self._place(path)
+                if place is None:
+                    real(path, *rest, **options)
+                    return
+                if place[1] not in self._names[place[0]]:
+                    self._next()
+                real(path, *rest, **options)
+                self._new(*place, True)
+
+        return call
+
+
+# --- what may be found afterwards
+
+
+def pending(log: Sequence[Op]) -> list[int]:
+    """Return the places in a log of the changes that no good sync has made durable."""
+    waiting: dict[int, list[int]] = {}
+    lost: list[int] = []
+    for place, op in enumerate(log):
+        if not isinstance(op, Sync):
+            waiting.setdefault(changed(op), []).append(place)
+        elif op.good:
+            waiting.pop(op.target, None)
+        elif waiting.get(op.target) and isinstance(log[waiting[op.target][0]], Resize | Write):
+            lost += waiting.pop(op.target)
+    return sorted(lost + [place for places in waiting.values() for place in places])
+
+
+def build(log: Sequence[Op], dropped: set[int], torn: dict[int, list[Data]]) -> Tree:
+    """Return what is found if some changes of a log are not on the disk and some only in part."""
+    files: dict[int, bytearray] = {}
+    names: dict[int, dict[str, int]] = {ROOT: {}}
+    for place, op in enumerate(log):
+        if place in dropped or isinstance(op, Sync):
+            continue
+        if isinstance(op, Resize | Write):
+            for part in torn.get(place, [op]):
+                _put(files.setdefault(part.file, bytearray()), part)
+        else:
+            _rename(names.setdefault(op.directory, {}), op)
+            if isinstance(op, Link):
+                if op.is_directory:
+                    names.setdefault(op.target, {})
+                else:
+                    files.setdefault(op.target, bytearray())
+            elif isinstance(op, Move):
+                files.setdefault(op.target, bytearray())
+    tree: Tree = {}
+
+    def walk(directory: int, prefix: str) -> None:
+        for name, target in names[directory].items():
+            if target in files:
+                tree[prefix + name] = bytes(files[target])
+            elif target in names:
+                tree[prefix + name] = None
+                walk(target, f"{prefix}{name}/")
+
+    walk(ROOT, "")
+    return tree
+
+
+def _put(content: bytearray, op: Data) -> None:
+    end = op.nbytes if isinstance(op, Resize) else op.offset + len(op.data)
+    if end > len(content):
+        content.extend(bytes(end - len(content)))
+    if isinstance(op, Write):
+        content[op.offset : end] = op.data
+    elif not op.grow_only:
+        del content[op.nbytes :]
+
+
+def _rename(names: dict[str, int], op: Name) -> None:
+    if isinstance(op, Link):
+        names[op.name] = op.target
+        return
+    if names.get(op.name) == op.target:
+        del names[op.name]
+    if isinstance(op, Move):
+        names[op.new_name] = op.target
+
+
+def slices(op: Write, *bounds: tuple[int, int]) -> list[Data]:
+    """Return parts of a write."""
+    return [replace(op, offset=op.offset + a, data=op.data[a:b]) for a, b in bounds if a < b]
+
+
+def length_only(op: Write) -> list[Data]:
+    """Return what lengthens a file as a write does, without its bytes."""
+    return [Resize(op.file, op.offset + len(op.data), True)]
+
+
+_SECTOR = 512
+TEARS: dict[str, Callable[[Write], list[Data]]] = {
+    "prefix": lambda op: slices(op, (0, len(op.data) // 2)),
+    "suffix": lambda op: slices(op, (len(op.data) // 2, len(op.data))),
+    "zeros": length_only,
+    "prefix, then zeros": lambda op: [*length_only(op), *slices(op, (0, len(op.data) // 3))],
+    "every other sector": lambda op: [
+        *length_only(op),
+        *slices(op, *((i, i + _SECTOR) for i in range(0, len(op.data), 2 * _SECTOR))),
+    ],
+}
+
+
+def choices(
+    log: Sequence[Op], chance: random.Random, n_random: int
+) -> Iterator[tuple[set[int], dict[int, list[Data]]]]:
+    """Yield which changes of a log are not on the disk, and which in part: systematic ones, then random ones."""
+    open_ = pending(log)
+    data = {place for place in open_ if isinstance(log[place], Resize | Write)}
+    names = set(open_) - data
+    writes = {place: op for place in data if isinstance(op := log[place], Write)}
+    for gone in (set(), names):
+        yield gone, {}
+        yield gone | data, {}
+        for tear in TEARS.values():
+            yield gone, {place: tear(op) for place, op in writes.items()}
+    for place in sorted(names):
+        for lost_data in (set(), data):
+            yield lost_data | {place}, {}
+            yield lost_data | (names - {place}), {}
+    for place in sorted(data):
+        yield {place}, {}
+        yield data - {place}, {}
+        if place in writes:
+            for tear in TEARS.values():
+                yield set(), {place: tear(writes[place])}
+    for _ in range(n_random if open_ else 0):
+        share = chance.random()
+        gone = {place for place in open_ if chance.random() < share}
+        torn = {}
+        for place, op in writes.items():
+            if chance.random() < 0.3:
+                cuts = sorted(chance.randint(0, len(op.data)) for _ in range(4))
+                kept = slices(op, (cuts[0], cuts[1]), (cuts[2], cuts[3]))
+                torn[place] = [*(length_only(op) if chance.random() < 0.5 else []), *kept]
+        yield gone, torn
+
+
+def digest(tree: Tree) -> bytes:
+    """Return what two equal trees have in common."""
+    state = hashlib.blake2b(digest_size=16)
+    for path, content in sorted(tree.items()):
+        state.update(repr((path, None if content is None else hashlib.blake2b(content).hexdigest())).encode())
+    return state.digest()
+
+
+@dataclass(frozen=True)
+class Blackout:
+    """One loss of power: where the log is cut, what is gone and what is there in part."""
+
+    cut: int
+    dropped: frozenset[int]
+    torn: dict[int, list[Data]]
+
+    def tree(self, log: Sequence[Op]) -> Tree:
+        """Return what is found."""
+        return build(log[: self.cut], set(self.dropped), self.torn)
+
+
+def blackouts(
+    log: Sequence[Op], begin: int, chance: random.Random, n_random: int, limit: int | None = None
+) -> list[Blackout]:
+    """Return a loss of power for every different directory that may be found after a cut at or after `begin`.
+
+    With a limit only that many, spread over the cuts.
+    """
+    cuts = list(range(begin, len(log) + 1))
+    chance.shuffle(cuts)
+    seen: set[bytes] = set()
+    found: list[Blackout] = []
+    while limit is None or len(found) < limit:
+        before = len(found)
+        for cut in cuts:
+            some = list(choices(log[:cut], chance, n_random))
+            if limit is not None:
+                some = chance.sample(some, min(len(some), 2))
+            for dropped, torn in some:
+                one = Blackout(cut, frozenset(dropped), torn)
+                key = digest(one.tree(log))
+                if key not in seen:
+                    seen.add(key)
+                    found.append(one)
+            if limit is not None and len(found) >= limit:
+                return found[:limit]
+        if limit is None or len(found) == before:
+            break
+    return found
+
+
+def lay_out(tree: Tree, root: Path) -> None:
+    """Make a directory that holds a tree and nothing else."""
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    for path, content in sorted(tree.items()):
+        if content is None:
+            (root / path).mkdir()
+        else:
+            (root / path).write_bytes(content)
+
+
+def tree_of(root: Path) -> Tree:
+    """Return what a directory holds."""
+    return {
+        str(path.relative_to(root)): None if path.is_dir() else path.read_bytes() for path in root.rglob("*")
+    }

@@ -1,0 +1,70 @@
+"""Signals: stopped cleanly, or killed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from streammerge.engine.merge import Event
+from streammerge.errors import Stopped
+from tests.laws.resume.scene import Scene
+from tests.laws.resume.slow_merge import Slow, run_forks
+
+
+def test_a_stop_that_was_asked_for_is_clean_and_resumable(scene: Scene) -> None:
+    out = scene.directory / "out"
+    stop = threading.Event()
+
+    def on_event(event: Event) -> None:
+        if event.kind == "progress" and event.values["elements"]:
+            stop.set()
+
+    with pytest.raises(Stopped) as caught:
+        scene.merge(out, stop=stop, on_event=on_event, signal_received=lambda: signal.SIGTERM)
+    assert caught.value.exit_code == 143
+    scene.assert_nothing_torn(out)
+    scene.merge(out)
+    scene.assert_finished(out)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    """Of four methods, one shard and several, one to three kills in a row; tools/prove/random_kills.py does more."""
+    figures = run_forks("kills", tmp_path, 24)
+    assert figures["kills"] >= 24
+    assert figures["killed three times in a row"] >= 1
+
+
+@pytest.mark.slow
+def test_signals_at_random_moments_stop_it_in_one_line_within_seconds(tmp_path: Path) -> None:
+    figures = run_forks("signals", tmp_path, 8)
+    assert figures["stopped"] >= 4
+    assert figures["longest seconds"] < 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_it_in_one_line_and_it_goes_on(number: int, code: int, slow: Slow) -> None:
+    process = slow.start_and_wait_for_work()
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert len(err.splitlines()) == 1
+    assert "run the same command again" in err
+    assert not (slow.out / "model.safetensors.index.json").exists()
+    slow.finish()
+
+
+@pytest.mark.slow
+def test_a_signal_before_any_work_stops_it_without_a_traceback(slow: Slow) -> None:
+    process = slow.start()
+    time.sleep(0.25)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (143, -signal.SIGTERM)
+    assert "Traceback" not in err
+    slow.finish()

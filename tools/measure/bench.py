@@ -1,0 +1,428 @@
+"""Measure merges against what the disk can do, and against mergekit.
+
+    bash tools/bench WORKDIR                          # 4 models of 1.7 GB, every method, 5 cold runs of each
+    bash tools/bench WORKDIR --methods linear,ties --runs 3 --mergekit VENV --warm
+    bash tools/bench WORKDIR --methods ties --sizes 1.7GB,5GB,10GB --memory 512MiB,4GiB
+    bash tools/bench WORKDIR --methods ties --device cpu,cuda --memory 4GiB
+    bash tools/bench --render WORKDIR/bench.json      # the report and the plot from earlier figures
+
+A shared disk's speed varies severalfold within minutes, so every merge runs right after its own limit: the
+time of `cat` of the files it merges beside `dd ... conv=fdatasync` of the bytes it writes, both from a dropped
+page cache (which needs root; without, and with --no-drop, the report says so). --warm adds as many pairs with
+the inputs in the page cache. Writes bench.md, bench.json after each run and, where matplotlib is installed,
+bench.png, all of it, models included, in WORKDIR. Models and Fisher stores are made once and kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench_measure import (
+    Case,
+    Run,
+    Usage,
+    drop_caches,
+    fill_cache,
+    gpu,
+    machine,
+    measure,
+    measure_limit,
+    meminfo,
+)
+from bench_report import GB, MIB, Results, plot, report
+
+from streammerge.errors import InputError
+from streammerge.units import parse_size
+
+TOOLS = Path(__file__).resolve().parents[1]
+STREAMMERGE = [sys.executable, "-m", "streammerge.cli"]
+NAMES = ("base", "tuned1", "tuned2", "tuned3")
+TINY = "tiny"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge to measure, and what its config says."""
+
+    merge_method: str
+    parameters: str
+    """Of each model, as YAML; what mergekit reads as well."""
+    based: bool = True
+    """Whether the base is a base; else it is one more model."""
+    top: str = ""
+    """Top-level lines of streammerge's alone."""
+    fisher: bool = False
+    """Whether each model comes with a store of its Fisher diagonal."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether mergekit can run the same config."""
+        return not self.top and not self.fisher
+
+
+METHODS = {
+    "linear": Method("linear", "weight: 1.0", based=False),
+    "task_arithmetic": Method("task_arithmetic", "weight: 1.0"),
+    "ties": Method("ties", "weight: 1.0, density: 0.2"),
+    "dare_linear": Method("dare_linear", "weight: 1.0, density: 0.5"),
+    "dare_ties": Method("dare_ties", "weight: 1.0, density: 0.5"),
+    "della": Method("della", "weight: 1.0, density: 0.5, epsilon: 0.15"),
+    # Reads its inputs twice; its limit is still one read.
+    "ties-model": Method("ties", "weight: 1.0, density: 0.2", top="parameters: {trim_scope: model}\n"),
+    # float32 stores: reads nearly thrice the bytes of the others, and so does its limit.
+    "fisher": Method("fisher", "weight: 1.0", based=False, fisher=True),
+}
+
+
+def say(text: str) -> None:
+    """Print progress beside the report, which goes to stdout."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def shape_of(nbytes: int) -> dict[str, int]:
+    """Return the shape of a llama of about that size; a small one is an eighth as wide, the least has a layer."""
+    narrow = 1 if nbytes >= GB // 2 else 8
+    hidden, inter, vocab = 2048 // narrow, 5632 // narrow, 32000 // narrow
+    layer = 2 * hidden * (3 * inter + 4 * hidden)
+    layers = max(1, round((nbytes - 4 * vocab * hidden) / layer))
+    return {"layers": layers, "hidden": hidden, "inter": inter, "kv": hidden, "vocab": vocab}
+
+
+def llama_config(shape: dict[str, int]) -> str:
+    """Return a config.json that tells mergekit how many layers there are."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "hidden_size": shape["hidden"],
+        "intermediate_size": shape["inter"],
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_hidden_layers": shape["layers"],
+        "vocab_size": shape["vocab"],
+        "tie_word_embeddings": False,
+    }
+    return json.dumps(config, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where everything lies."""
+
+    path: Path
+
+    def models(self, size: str) -> Path:
+        """Return the directory of the models of a size."""
+        return self.path / f"models-{size}"
+
+    def store(self, size: str, name: str) -> Path:
+        """Return the Fisher store of a model."""
+        return self.models(size) / f"{name}.zarr"
+
+    def inputs(self, method: Method, size: str) -> list[Path]:
+        """Return the files a method merges, model by model."""
+        paths: list[Path] = []
+        for name in NAMES:
+            paths += sorted((self.models(size) / name).glob("*.safetensors"))
+            if method.fisher:
+                paths += sorted(p for p in self.store(size, name).rglob("*") if p.is_file())
+        return paths
+
+    def nbytes(self, size: str) -> int:
+        """Return the bytes of one model."""
+        return sum(p.stat().st_size for p in (self.models(size) / "base").glob("*.safetensors"))
+
+    @property
+    def out(self) -> Path:
+        """Where merges write; removed after each."""
+        return self.path / "out"
+
+    def scrub(self, text: str) -> str:
+        """Return a command's words without the paths of this machine."""
+        here = {str(self.path): "WORKDIR", sys.prefix: "VENV", str(TOOLS.parent): ".", str(Path.home()): "~"}
+        for path, name in here.items():
+            text = text.replace(path, name) if path != "/" else text
+        return text
+
+    def make_models(self, size: str) -> None:
+        """Make the models that are not there yet; a directory that has its final name is complete."""
+        target = self.models(size)
+        if target.exists():
+            return
+        say(f"making models of {size}")
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shape = shape_of(0 if size == TINY else parse_size(size))
+        options = [text for key, value in shape.items() for text in (f"--{key}", str(value))]
+        command = [
+            sys.executable,
+            TOOLS / "make" / "make_models.py",
+            partial,
+            "--models",
+            str(len(NAMES) - 1),
+        ]
+        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL)
+        for name in NAMES:
+            (partial / name / "config.json").write_text(llama_config(shape))
+        partial.rename(target)
+
+    def make_stores(self, size: str) -> None:
+        """Make the Fisher stores that are not there yet, through diagonals that are removed again."""
+        for seed, name in enumerate(NAMES):
+            model, store = self.models(size) / name, self.store(size, name)
+            if store.exists():
+                continue
+            say(f"making the Fisher store of {name} of {size}")
+            diagonal = self.path / "diagonal.safetensors"
+            make = [
+                sys.executable,
+                TOOLS / "make" / "make_diagonals.py",
+                model,
+                diagonal,
+                "--seed",
+                str(seed),
+            ]
+            subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+            options = ["--out", store, "--memory", "512MiB", "--quiet", "--overwrite"]
+            subprocess.run([*STREAMMERGE, "fisher", "import", model, diagonal, *options], check=True)
+            diagonal.unlink()
+
+    def write_config(self, name: str, size: str) -> Path:
+        """Write a method's config: one file, for streammerge and mergekit alike."""
+        method, models = METHODS[name], self.models(size)
+        lines = [f"merge_method: {method.merge_method}"]
+        if method.based:
+            lines.append(f"base_model: {json.dumps(str(models / NAMES[0]))}")
+        lines.append("models:")
+        for model in NAMES[1 if method.based else 0 :]:
+            fisher = f"fisher: {json.dumps(str(self.store(size, model)))}, " if method.fisher else ""
+            path = json.dumps(str(models / model))
+            lines.append(f"  - {{model: {path}, {fisher}parameters: {{{method.parameters}}}}}")
+        config = self.path / f"{name}-{size}.yml"
+        config.write_text("\n".join(lines) + f"\n{method.top}dtype: bfloat16\n")
+        return config
+
+
+def check_space(place: Workplace, sizes: Sequence[str], fisher: bool) -> None:
+    """Refuse before hours of work what the disk cannot hold: inputs, one output and, for fisher, a diagonal."""
+    asked = [parse_size(size) for size in sizes]
+    need = sum(
+        len(NAMES) * n for n, size in zip(asked, sizes, strict=True) if not place.models(size).exists()
+    )
+    need += max(asked) + (2 * len(NAMES) * sum(asked) + 2 * max(asked) if fisher else 0)
+    free = shutil.disk_usage(place.path).free
+    if need > free:
+        sys.exit(f"WORKDIR needs {need / GB:.0f} GB free and has {free / GB:.0f} GB: give smaller --sizes")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The settings of a benchmark."""
+
+    place: Workplace
+    mergekit: Path | None
+    """The virtual environment that holds mergekit."""
+    drop: bool = True
+    """Whether the page cache may be dropped."""
+
+    def command(self, case: Case, config: Path) -> list[str | Path]:
+        """Return the command line of a case."""
+        if case.program == "mergekit":
+            assert self.mergekit is not None
+            program = self.mergekit / "bin" / "mergekit-yaml"
+            return [program, config, self.place.out, "--quiet", "--no-copy-tokenizer"]
+        options = ["--memory", case.memory, "--quiet", "--device", case.device]
+        return [*STREAMMERGE, "merge", config, self.place.out, *options]
+
+    def environment(self, program: str) -> dict[str, str]:
+        """Return what keeps a program's caches below WORKDIR, and mergekit off the network.
+
+        Python's byte code is cached even where the caller's environment forbids it: a package installed by
+        pip, as mergekit is, comes with it, one run from its sources does not.
+        """
+        cache = self.place.path / "cache"
+        if program == "mergekit":
+            return {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
+        byte_code = {"PYTHONPYCACHEPREFIX": str(cache / "python"), "PYTHONDONTWRITEBYTECODE": ""}
+        return {"XDG_CACHE_HOME": str(cache), **byte_code}
+
+    def merge(self, case: Case) -> tuple[Usage, str]:
+        """Run a case and remove its output; return what it used, and what went wrong if anything did."""
+        config, out = self.place.write_config(case.method, case.size), self.place.out
+        shutil.rmtree(out, ignore_errors=True)
+        usage, words = measure(self.command(case, config), self.environment(case.program))
+        written = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+        shutil.rmtree(out, ignore_errors=True)
+        words = self.place.scrub(words)
+        failure = f"exit code {usage.exit_code}\n{words}" if usage.exit_code else ""
+        if not failure and abs(written - self.place.nbytes(case.size)) > MIB:
+            failure = f"wrote {written} bytes instead of {self.place.nbytes(case.size)}\n{words}"
+        return usage, failure
+
+    def pair(self, case: Case, number: int, warm: bool = False) -> Run:
+        """Measure a limit and, right after it, the merge it belongs to."""
+        inputs = self.place.inputs(METHODS[case.method], case.size)
+        nbytes = self.place.nbytes(case.size)
+
+        def prepare() -> str:
+            if warm:
+                os.sync()
+                fill_cache(inputs)
+                return "warm"
+            return "cold" if self.drop and drop_caches() else "as found"
+
+        prepare()
+        limit = measure_limit(self.place.path / "zeros", inputs, nbytes)
+        cache = prepare()
+        usage, failure = self.merge(case)
+        read = sum(path.stat().st_size for path in inputs)
+        run = Run(case, number, cache, nbytes, limit, usage, failure, read)
+        say(
+            f"{case.program} {case.method} {case.memory} {case.device}, {nbytes / GB:.2f} GB, run {number + 1}, {cache}: "
+            f"limit {limit.limit_s:.2f} s, wall {usage.wall_s:.2f} s, peak {usage.peak_nbytes / MIB:.0f} MiB"
+            + (f", FAILED: {failure}" if failure else "")
+        )
+        return run
+
+    def start(self, methods: Sequence[str], memory: str, devices: Sequence[str]) -> dict[str, float]:
+        """Merge tiny models: first with every method, so that no measured run compiles kernels.
+
+        Then once more, which tells what starting costs: the seconds by program. A method that fails here fails
+        in its runs as well, where it is reported.
+        """
+        self.place.make_models(TINY)
+        if any(METHODS[method].fisher for method in methods):
+            self.place.make_stores(TINY)
+        for method in methods:
+            self.merge(Case("streammerge", method, TINY, memory))
+        start = {}
+        for device in devices:
+            case = Case("streammerge", methods[0], TINY, memory, device)
+            self.merge(case)
+            start["streammerge" if device == "cpu" else f"streammerge on {device}"] = self.merge(case)[
+                0
+            ].wall_s
+        shared = [method for method in methods if METHODS[method].shared]
+        if self.mergekit is not None and shared:
+            case = Case("mergekit", shared[0], TINY, "")
+            self.merge(case)
+            start["mergekit"] = self.merge(case)[0].wall_s
+        return start
+
+    def runs(self, args: argparse.Namespace) -> Iterator[Run]:
+        """Yield every run; what is to be compared stands next to each other in time."""
+        for size in args.sizes:
+            self.place.make_models(size)
+            if any(METHODS[method].fisher for method in args.methods):
+                self.place.make_stores(size)
+            for method in args.methods:
+                cases = [
+                    Case("streammerge", method, size, memory, device)
+                    for memory in args.memory
+                    for device in args.device
+                ]
+                if self.mergekit is not None and METHODS[method].shared:
+                    cases.append(Case("mergekit", method, size, ""))
+                yield from (self.pair(case, number) for number in range(args.runs) for case in cases)
+                if args.warm and self.fits_cache(method, size):
+                    yield from (
+                        self.pair(case, number, True) for number in range(args.runs) for case in cases
+                    )
+
+    def fits_cache(self, method: str, size: str) -> bool:
+        """Return whether inputs and output lie in the page cache together, beside a merge of 4 GiB."""
+        inputs = sum(path.stat().st_size for path in self.place.inputs(METHODS[method], size))
+        fits = inputs + self.place.nbytes(size) + (4 << 30) < meminfo("MemAvailable")
+        if not fits:
+            say(f"no warm run of {method} at {size}: it does not fit in the page cache")
+        return fits
+
+
+def comma_list(text: str) -> list[str]:
+    """Return the parts of a comma-separated list, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse and check the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("workdir", type=Path, nargs="?", help="for models, outputs, caches and the report")
+    parser.add_argument("--sizes", default="1.7GB", help="of each of the four models, one or more [1.7GB]")
+    parser.add_argument("--methods", default=",".join(METHODS), help=f"of {','.join(METHODS)} [all]")
+    parser.add_argument("--memory", default="512MiB", help="one or more [512MiB]")
+    parser.add_argument("--device", default="cpu", help="one or more of cpu, cuda[:N] [cpu]")
+    parser.add_argument("--runs", type=int, default=5, help="pairs of each [5]")
+    parser.add_argument("--warm", action="store_true", help="and as many with a warm page cache")
+    parser.add_argument("--mergekit", type=Path, metavar="VENV", help="measure the mergekit installed there")
+    parser.add_argument(
+        "--no-drop", action="store_true", help="leave the page cache alone: a trial, not a figure"
+    )
+    parser.add_argument("--render", type=Path, metavar="JSON", help="measure nothing; report earlier figures")
+    args = parser.parse_args(arguments)
+    if (args.workdir is None) == (args.render is None):
+        parser.error("give either WORKDIR or --render JSON")
+    for option in ("sizes", "methods", "memory", "device"):
+        setattr(args, option, comma_list(getattr(args, option)))
+        if not getattr(args, option):
+            parser.error(f"--{option} is empty")
+    if unknown := set(args.methods) - set(METHODS):
+        parser.error(f"--methods: unknown {', '.join(sorted(unknown))}; known: {', '.join(METHODS)}")
+    try:
+        for text in (*args.sizes, *args.memory):
+            parse_size(text)
+    except InputError as error:
+        parser.error(str(error))
+    if args.runs < 1:
+        parser.error("--runs takes a number from 1")
+    return args
+
+
+def write_report(results: Results, path: Path) -> None:
+    """Print and write the report, and draw the plot."""
+    text = report(results)
+    path.write_text(text)
+    drawn = plot(results, path.with_suffix(".png"))
+    say(
+        f"wrote {path}"
+        if drawn
+        else f"wrote {path}; no plot: install matplotlib, then --render the JSON file"
+    )
+    print(text, end="")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and report; the exit code tells whether every run was good."""
+    args = parse_args(arguments)
+    if args.render is not None:
+        write_report(Results.load(args.render), args.render.with_suffix(".md"))
+        return 0
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    place = Workplace(args.workdir.resolve())
+    check_space(place, args.sizes, any(METHODS[method].fisher for method in args.methods))
+    mergekit = Path(os.path.abspath(args.mergekit)) if args.mergekit else None
+    data = machine(mergekit)
+    if not args.no_drop and not drop_caches():
+        say("the page cache cannot be dropped (no permission): the runs will not be cold")
+    bench = Bench(place, mergekit, not args.no_drop)
+    if set(args.device) != {"cpu"}:
+        data |= gpu()
+    results = Results(data, bench.start(args.methods, args.memory[0], args.device), [])
+    for run in bench.runs(args):
+        results.runs.append(run)
+        results.save(place.path / "bench.json")
+    write_report(results, place.path / "bench.md")
+    return 1 if any(run.failure for run in results.runs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
