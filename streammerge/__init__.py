@@ -105,9 +105,9 @@ _HOMES = {
     "api.looking": ("inspect_model", "list_methods"),
     "api.merging": ("merge",),
     "api.streaming": ("compute_fisher", "compute_grams", "import_fisher"),
-    "engine.session": ("Summary",),
+    "engine.merge": ("Summary",),
     "engine.telling": ("Density", "Event"),
-    "engine.verify": ("Verdict",),
+    "output.check": ("Verdict",),
     "errors": (
         "BudgetError",
         "ConfigError",
