@@ -288,19 +288,19 @@ class _Held:
         raise _unknown("fisher", "fishers", reference, [*self._fishers, *self._fisher_files])
 
     def ties(self, plan: MergePlan) -> dict[str, str]:
-        """Return the tensors of the donor that are left to be another one, by which."""
-        donor = self._dicts.get(plan.donor.reference)
+        """Return the tensors of the template model that are left to be another one, by which."""
+        template = self._dicts.get(plan.template.reference)
         merged = {job.name for job in plan.jobs}
         return {
             name: first
             for name, first in self._ties.items()
-            if donor is not None and name in donor.tensors and name not in merged
+            if template is not None and name in template.tensors and name not in merged
         }
 
     def order(self, plan: MergePlan) -> dict[str, None]:
-        """Return the names of the donor's tensors in the caller's order."""
-        donor = self._dicts.get(plan.donor.reference)
-        return dict.fromkeys(plan.donor if donor is None else donor.tensors)
+        """Return the names of the template model's tensors in the caller's order."""
+        template = self._dicts.get(plan.template.reference)
+        return dict.fromkeys(plan.template if template is None else template.tensors)
 
 
 def _is_path(value: object) -> bool:

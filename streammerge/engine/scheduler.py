@@ -40,7 +40,7 @@ from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes, Pool
 from streammerge.output.journal import Receipt
 from streammerge.planning.job import Job
-from streammerge.planning.schedule import SURVEYS_AHEAD, Chunk, Piece, Survey, survey_pieces
+from streammerge.planning.schedule import PASSES_AHEAD, Chunk, Piece, StatisticsPass, streamed_pieces
 from streammerge.statistics.kinds import (
     Answer,
     ColumnDots,
@@ -171,7 +171,7 @@ class Runner:
 
     # --- chunks
 
-    def _submit_steps(self, steps: Iterable[Chunk | Survey]) -> Iterable[Future[None]]:
+    def _submit_steps(self, steps: Iterable[Chunk | StatisticsPass]) -> Iterable[Future[None]]:
         """Submit the chunks in file order, but those of a surveyed tensor when its survey has ended.
 
         A survey runs beside the chunks of other tensors, so that its waits are not the merge's.
@@ -179,8 +179,8 @@ class Runner:
         surveys: dict[int, Future[None]] = {}
         waiting: list[Chunk] = []
         for step in steps:
-            if isinstance(step, Survey):
-                while len(surveys) >= SURVEYS_AHEAD:
+            if isinstance(step, StatisticsPass):
+                while len(surveys) >= PASSES_AHEAD:
                     oldest = next(iter(surveys))
                     yield from self._submit_surveyed(waiting, surveys, oldest)
                 surveys[step.job] = self._surveyor.submit(self._survey, self._plan.jobs[step.job])
@@ -315,7 +315,7 @@ class Runner:
                     {job: requests[i] for job, requests in wanted.items()},
                     self._context.keys,
                     self._context.tolerant,
-                    self._plan.room.bins,
+                    self._plan.statistics_memory.bins,
                 )
                 for i, request in enumerate(shared)
             ]
@@ -356,7 +356,7 @@ class Runner:
                 wanted = follow(self._context, job)
                 if not isinstance(wanted, list) or wanted[0].scope == "model":
                     continue
-                if self._plan.work[job.ordinal].mode == "whole":
+                if self._plan.work[job.ordinal].mode == "resident":
                     yield self._threads.submit(bring, job)
                 else:
                     self._survey(job)
@@ -372,7 +372,7 @@ class Runner:
     def _survey(self, job: Job) -> None:
         """Answer the tensor-scope requests of one tensor that is too large to hold, by streaming it."""
         while isinstance(wanted := follow(self._context, job), list) and wanted[0].scope == "tensor":
-            keys, bins = self._context.keys, self._plan.room.bins
+            keys, bins = self._context.keys, self._plan.statistics_memory.bins
             accumulators = [
                 make_accumulator(r, [job], {job.ordinal: r}, keys, self._context.tolerant, bins)
                 for r in wanted
@@ -403,7 +403,9 @@ class Runner:
 
     def _survey_pieces(self, job: Job, start: int, stop: int) -> Iterator[Piece]:
         plan = self._plan
-        return survey_pieces(job, plan.work[job.ordinal], plan.budget, start, stop, plan.room.elements)
+        return streamed_pieces(
+            job, plan.work[job.ordinal], plan.budget, start, stop, plan.statistics_memory.elements
+        )
 
     def _sample_chunks(
         self, jobs: Sequence[Job], some: Sequence[TopKAccumulator], n: int, blocks: int

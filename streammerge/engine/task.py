@@ -299,7 +299,7 @@ def _answer_in_memory(
     context: Context, job: Job, loaded: Loaded, math: PieceMath, request: Request
 ) -> Answer:
     """Answer one request from the tensor in memory."""
-    room, row = context.plan.room, context.plan.work[job.ordinal].row
+    room, row = context.plan.statistics_memory, context.plan.work[job.ordinal].row
     most = room.elements if partials_of(request) else _COUNTED_AT_ONCE
     step = max(row, most // row * row)
 

@@ -64,7 +64,7 @@ def differing(context: Context) -> Iterator[str]:
         job = plan.jobs[ordinal]
         yield (
             f"tensor {printable(job.name)} ({job.dtype}) differs between the models; "
-            f"taken from {printable(plan.donor.reference)}"
+            f"taken from {printable(plan.template.reference)}"
         )
 
 

@@ -73,7 +73,7 @@ def find_inputs(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> list[Inpu
 
 def beside(plan: MergePlan) -> str:
     """Return the group of the small files beside the weights, which the output gets."""
-    return f"beside {plan.donor.reference}"
+    return f"beside {plan.template.reference}"
 
 
 def _plain(group: str, stamp: FileStamp, name: str = "") -> InputFile:

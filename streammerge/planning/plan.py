@@ -15,22 +15,22 @@ from streammerge.errors import BudgetError
 from streammerge.formats.safetensors import FileStamp
 from streammerge.methods.registry import Access, Method
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.planning.allocate import Needs, Room, asked_together, lists_nbytes
 from streammerge.planning.files.config_json import merged_config
 from streammerge.planning.files.ecosystem import ecosystem_of
 from streammerge.planning.files.surroundings import Surroundings, surroundings
 from streammerge.planning.files.tokenizer import TokenizerFiles, tokenizer_files
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout, lay_out
+from streammerge.planning.memory.allocate import Needs, StatisticsMemory, asked_together, lists_nbytes
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import BLOCK_ELEMENTS, Division, runs_in_torch, torch_workspace
 from streammerge.planning.overview import as_html, as_text, overview
 from streammerge.planning.resolve.codes import holds_codes
-from streammerge.planning.resolve.jobs import Bound, bind_jobs
+from streammerge.planning.resolve.jobs import Resolved, resolve_jobs
 from streammerge.planning.resolve.matching import match_names
 from streammerge.planning.resolve.quantised import check_codes
 from streammerge.planning.resolve.vocabulary import Alignment, align
-from streammerge.planning.schedule import Chunk, Interval, Step, Survey, Work, steps
+from streammerge.planning.schedule import Chunk, Interval, StatisticsPass, Step, Work, steps
 from streammerge.statistics.kinds import (
     AbsSum,
     FisherSquares,
@@ -88,14 +88,14 @@ class MergePlan:
     bases: tuple[TensorIndex, ...] = ()
     """Bases of slices, where they are others than `base`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The output's config.json; empty where the donor has none."""
+    """The output's config.json; empty where the template model has none."""
     left_out: tuple[LeftOut, ...] = ()
     """Files beside the weights that are not wanted."""
     tokenizer: TokenizerFiles | None = None
-    """Its tokenizer files, where they are not the donor's as they are."""
+    """Its tokenizer files, where they are not the template model's as they are."""
     vocabulary: str = ""
     """What identifies the rows that aligned vocabularies are gathered from."""
-    room: Room = field(default=Room())
+    statistics_memory: StatisticsMemory = field(default=StatisticsMemory())
     """What statistics may take beside the buffers."""
     division: Division | None = None
     """What the memory was divided by, to try other amounts of it."""
@@ -117,7 +117,7 @@ class MergePlan:
         return as_text(overview(self))
 
     @property
-    def donor(self) -> TensorIndex:
+    def template(self) -> TensorIndex:
         """The model that lends its config, tokenizer and tensor names: the base, else the first."""
         return self.base if self.base is not None else self.models[0]
 
@@ -181,7 +181,7 @@ class MergePlan:
         total = sum(job.input_bytes + job.fisher_bytes for job in self.jobs)
         for job, how in zip(self.jobs, self.work, strict=True):
             rounds = self.rounds_reading(job, "model")
-            if how.mode == "surveyed":
+            if how.mode == "streamed":
                 rounds += self.rounds_reading(job, "tensor")
             for requests in rounds:
                 total += self._bytes_of(job, requests)
@@ -269,19 +269,19 @@ def make_plan(
     InputError
         If the models, the config or the budget do not allow the merge.
     """
-    donor = base if base is not None else models[0]
-    check_codes(config, method, (*models, *bases, donor))
-    every = {index.reference: index for index in (*models, *bases, donor)}
-    matched = match_names(donor, every, config.exclude)
+    template = base if base is not None else models[0]
+    check_codes(config, method, (*models, *bases, template))
+    every = {index.reference: index for index in (*models, *bases, template)}
+    matched = match_names(template, every, config.exclude)
     indexes = matched.indexes
-    alignment = None if config.tokenizer is None else align(config.tokenizer, donor, indexes)
+    alignment = None if config.tokenizer is None else align(config.tokenizer, template, indexes)
     if alignment is not None:
         _check_tokens(alignment, budget)
-    bound = bind_jobs(config, method, donor, matched, fishers, alignment, grams)
-    jobs = bound.jobs
+    resolved = resolve_jobs(config, method, template, matched, fishers, alignment, grams)
+    jobs = resolved.jobs
     files = _Files()
     if not tensors_only:
-        files = _files_beside(config, donor, indexes, bound, alignment, left_out)
+        files = _files_beside(config, template, indexes, resolved, alignment, left_out)
     cache: dict[tuple[object, ...], Needs] = {}
     needs = []
     for job in jobs:
@@ -298,7 +298,7 @@ def make_plan(
     division = Division(
         budget, jobs, tuple(needs), lists, method, on_host=device == "cpu", torch_only=torch_only
     )
-    allotted = division.allot()
+    allocation = division.allocate()
     return MergePlan(
         config,
         method,
@@ -306,12 +306,12 @@ def make_plan(
         base,
         jobs,
         tuple(need.access for need in needs),
-        allotted.work,
-        lay_out(jobs, shard_size, ecosystem_of(donor).stem),
-        allotted.budget,
+        allocation.work,
+        lay_out(jobs, shard_size, ecosystem_of(template).stem),
+        allocation.budget,
         config.seed if seed is None else seed,
         torch_only,
-        (*notes, *bound.warnings, *files.remarks),
+        (*notes, *resolved.warnings, *files.remarks),
         tuple(fishers),
         tuple(grams),
         device,
@@ -320,7 +320,7 @@ def make_plan(
         tuple(sorted(left_out)),
         files.tokenizer,
         "" if alignment is None else alignment.digest(),
-        allotted.room,
+        allocation.statistics,
         division,
         files.beside,
     )
@@ -338,19 +338,19 @@ class _Files:
 
 def _files_beside(
     config: MergeConfig,
-    donor: TensorIndex,
+    template: TensorIndex,
     indexes: Mapping[str, TensorIndex],
-    bound: Bound,
+    resolved: Resolved,
     alignment: Alignment | None,
     left_out: Sequence[LeftOut],
 ) -> _Files:
-    settings, remarks = merged_config(config, donor, indexes, bound.jobs, bound.stacks, alignment)
+    settings, remarks = merged_config(config, template, indexes, resolved.jobs, resolved.stacks, alignment)
     tokenizer = None
     if alignment is not None or config.chat_template is not None:
-        tokenizer = tokenizer_files(config, donor, indexes, alignment)
+        tokenizer = tokenizer_files(config, template, indexes, alignment)
         remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
-    source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else donor.directory
-    beside = surroundings(donor, source, tokenizer, quantised=holds_codes(bound.jobs))
+    source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else template.directory
+    beside = surroundings(template, source, tokenizer, quantised=holds_codes(resolved.jobs))
     return _Files(settings, tokenizer, beside, (*remarks, *beside.notes))
 
 
@@ -408,7 +408,7 @@ def _digest(text: str) -> str:
 def describe(plan: MergePlan) -> dict[str, object]:
     """Return the plan as plain values, for people and for ``--json``."""
     chunks = [step for step in plan.steps() if isinstance(step, Chunk)]
-    surveys = sum(isinstance(step, Survey) for step in plan.steps())
+    surveys = sum(isinstance(step, StatisticsPass) for step in plan.steps())
     kinds: dict[str, int] = {}
     for job in plan.jobs:
         kinds[job.kind] = kinds.get(job.kind, 0) + 1

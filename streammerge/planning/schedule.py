@@ -30,13 +30,13 @@ from streammerge.units import format_at_least, format_size
 ALIGN = 4096
 """Elements; the block of the fp64 statistics."""
 
-SURVEYS_AHEAD = 2
+PASSES_AHEAD = 2
 """Surveyed tensors not yet merging: more would drop from the page cache what is about to be read again."""
 
 _FRAME = 64
 """Bytes by which a chunk that does not compress may grow."""
 
-Mode = Literal["cut", "whole", "surveyed"]
+Mode = Literal["split", "resident", "streamed"]
 
 Interval = tuple[int, int]
 
@@ -60,13 +60,13 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Survey:
+class StatisticsPass:
     """Statistics of one tensor that is too large to hold: streamed before its pieces are merged."""
 
     job: int
 
 
-Step = Chunk | Survey
+Step = Chunk | StatisticsPass
 
 
 class TooLarge(BudgetError):
@@ -95,7 +95,7 @@ class Work:
     """How the pieces of one job are handled, decided from the budget."""
 
     mode: Mode
-    """`cut` anywhere; held `whole` with its statistics taken in RAM; `surveyed` by streaming, then cut."""
+    """`split` anywhere; held `resident` with its statistics taken from memory; or `streamed` for its statistics, then split."""
     row: int
     """Cuts lie at multiples of this many elements."""
     bytes_per_element: float
@@ -148,22 +148,22 @@ def plan_work(
 
     if sees == "tensor":
         n = job.n_elements
-        return _fitting(job, work("whole", n), n, "the whole tensor", budget)
+        return _fitting(job, work("resident", n), n, "the whole tensor", budget)
     if holds:
         line = job.line_length(sees)
         row = ALIGN
         if sees != "elements":
             row = line * (rows_at_once(line) if sees == "columns" else 1)
             row = min(job.n_elements, math.lcm(ALIGN, row) if sums else row)
-        held = work("whole", row)
+        held = work("resident", row)
         resident = job.n_elements * per_element + held.workspace <= budget.resident_limit
         what = "a block of it" if sees == "elements" else f"{row // line} rows of it"
-        return _fitting(job, held if resident else work("surveyed", row), row, what, budget)
+        return _fitting(job, held if resident else work("streamed", row), row, what, budget)
     if sees == "rows":
         row = job.row_length * (ROWS_AT_ONCE if job.grams else 1)
         what = f"{ROWS_AT_ONCE} rows of it and matrices of its inputs" if job.grams else "one row of it"
-        return _fitting(job, work("cut", row), row, what, budget)
-    cut = work("cut", ALIGN)
+        return _fitting(job, work("split", row), row, what, budget)
+    cut = work("split", ALIGN)
     row = _store_row(job)
     if row * per_element <= min(budget.chunk_target, budget.capacity - cut.workspace):
         cut = replace(cut, row=row)
@@ -210,11 +210,11 @@ def steps(
         left = remaining(job.n_elements, done.get(job.ordinal, ()))
         if not left and job.n_elements:
             continue
-        if how.mode == "surveyed":
+        if how.mode == "streamed":
             if pieces:
                 yield Chunk(tuple(pieces), int(held) + workspace)
                 pieces, held, workspace = [], 0.0, 0
-            yield Survey(job.ordinal)
+            yield StatisticsPass(job.ordinal)
         for piece in _pieces(job, how, budget, left):
             nbytes = (piece.stop - piece.start) * how.bytes_per_element
             too_much = held + nbytes > budget.chunk_target or held + nbytes + how.workspace > budget.capacity
@@ -229,7 +229,7 @@ def steps(
 
 
 def _pieces(job: Job, how: Work, budget: Budget, left: Sequence[Interval]) -> Iterator[Piece]:
-    if how.mode == "whole" or not job.n_elements:
+    if how.mode == "resident" or not job.n_elements:
         yield Piece(job.ordinal, 0, job.n_elements)
         return
     size = piece_elements(how, budget)
@@ -245,7 +245,7 @@ def piece_elements(how: Work, budget: Budget) -> int:
     return max(1, fit // how.row) * how.row
 
 
-def survey_pieces(job: Job, how: Work, budget: Budget, start: int, stop: int, most: int) -> Iterator[Piece]:
+def streamed_pieces(job: Job, how: Work, budget: Budget, start: int, stop: int, most: int) -> Iterator[Piece]:
     """Yield the pieces of a streaming pass over a range of a job, for its statistics: of `most` elements, in whole rows."""
     size = max(how.row, min(piece_elements(how, budget), most // how.row * how.row))
     stop = min(stop, job.n_elements)

@@ -26,7 +26,7 @@ _PATH = re.compile(
 def model_card(plan: MergePlan) -> str:
     """Return the text of README.md: a function of the plan, and of what the inputs' own cards say of their licences."""
     origins = {origin: None for index in plan.inputs for origin in origins_of(index)}
-    ecosystem = ecosystem_of(plan.donor)
+    ecosystem = ecosystem_of(plan.template)
     paper = f" ({plan.method.paper})" if plan.method.paper else ""
     parts = [
         _front_matter(plan, ecosystem, tuple(origins)),

@@ -35,7 +35,7 @@ def how_to_load(plan: MergePlan, ecosystem: Ecosystem) -> Iterator[str]:
     }.get(ecosystem.library)
     if lines is not None:
         yield "## How to load it"
-        yield "\n".join(["```python", *lines(plan.settings or plan.donor.config), "```"])
+        yield "\n".join(["```python", *lines(plan.settings or plan.template.config), "```"])
 
 
 def _transformers(config: Mapping[str, Any]) -> list[str]:

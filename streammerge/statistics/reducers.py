@@ -21,8 +21,8 @@ from streammerge.numerics.compiled import is_compiled
 from streammerge.numerics.ordered_sum import OrderedSum
 from streammerge.numerics.philox import Key, RandomKeys
 from streammerge.numerics.philox import words as random_words
-from streammerge.planning.allocate import MOST_BINS
 from streammerge.planning.job import Job
+from streammerge.planning.memory.allocate import MOST_BINS
 from streammerge.statistics.kinds import (
     AbsSum,
     Answer,

@@ -148,7 +148,7 @@ def test_a_file_that_settings_name_travels_whatever_it_looks_like(models: list[P
     assert "else.bin" in told(models)
 
 
-def test_the_tokenizer_comes_from_its_source_and_the_rest_from_the_donor(
+def test_the_tokenizer_comes_from_its_source_and_the_rest_from_the_template_model(
     models: list[Path], tmp_path: Path
 ) -> None:
     for path in models:

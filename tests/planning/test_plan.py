@@ -32,12 +32,12 @@ from streammerge.planning.schedule import (
     Chunk,
     Piece,
     Sees,
-    Survey,
+    StatisticsPass,
     Work,
     plan_work,
     remaining,
     steps,
-    survey_pieces,
+    streamed_pieces,
 )
 from tests.conftest import config_for, read_tensors, write_model
 
@@ -151,29 +151,29 @@ def test_pieces_tile_every_job_once_in_order_within_the_memory(
         assert all(p.stop > p.start for p in own) or job.n_elements == 0
         assert all(p.start % how.row == 0 for p in own)
         assert how.row in (ALIGN, job.row_length)
-        if how.mode == "whole":
+        if how.mode == "resident":
             assert len(own) == 1
 
 
 @given(st.lists(st.tuples(MERGE, ACCESS), min_size=1, max_size=5), BUDGET)
 @settings(max_examples=60, deadline=None)
-def test_a_tensor_too_large_to_hold_is_surveyed_once_before_its_pieces(
+def test_a_tensor_too_large_to_hold_is_streamed_once_before_its_pieces(
     descriptions: list[tuple[dict[str, Any], Access]], budget: Budget
 ) -> None:
     jobs, work = arrange(descriptions, budget)
     found = list(steps(jobs, work, budget, {}))
     seen: list[int] = []
     for step in found:
-        if isinstance(step, Survey):
+        if isinstance(step, StatisticsPass):
             assert step.job not in seen
             seen.append(step.job)
         else:
-            assert not any(work[p.job].mode == "surveyed" and p.job not in seen for p in step.pieces)
+            assert not any(work[p.job].mode == "streamed" and p.job not in seen for p in step.pieces)
     for job, how in zip(jobs, work, strict=True):
-        assert (how.mode == "surveyed") == (job.ordinal in seen)
-        if how.mode == "surveyed":
+        assert (how.mode == "streamed") == (job.ordinal in seen)
+        if how.mode == "streamed":
             assert job.n_elements * how.bytes_per_element > budget.resident_limit
-            passes = list(survey_pieces(job, how, budget, 0, job.n_elements, 1 << 20))
+            passes = list(streamed_pieces(job, how, budget, 0, job.n_elements, 1 << 20))
             assert (covered(passes, job.n_elements) == 1).all()
             assert all(p.start % ALIGN == 0 for p in passes)
             assert all(p.stop - p.start <= max(1 << 20, how.row) for p in passes)
@@ -206,7 +206,7 @@ def test_what_is_done_is_not_done_again_even_with_another_budget(
     for job in jobs:
         old = [Piece(job.ordinal, *interval) for interval in done.get(job.ordinal, ())]
         new = [p for p in rest if p.job == job.ordinal]
-        held_whole = work[job.ordinal].mode == "whole" and len(new) == 1 and new[0].stop == job.n_elements
+        held_whole = work[job.ordinal].mode == "resident" and len(new) == 1 and new[0].stop == job.n_elements
         if job.n_elements == 0:
             assert len(new) == 1
         elif not held_whole:
@@ -260,28 +260,28 @@ def test_a_formula_of_whole_tensors_is_refused_with_the_memory_that_would_do() -
     ):
         plan_work(job, "tensor", budget, workspace=no_workspace, holds=False)
     work = plan_work(job, "elements", budget, workspace=no_workspace, holds=True)
-    assert work.mode == "surveyed"
+    assert work.mode == "streamed"
     large = Budget(400 * MIB, 0, 2)
     for sees, holds in (("tensor", False), ("tensor", True), ("elements", True)):
         how = plan_work(job, sees, large, workspace=no_workspace, holds=holds)  # type: ignore[arg-type]
-        assert how.mode == "whole"
+        assert how.mode == "resident"
 
 
 def test_rows_with_statistics_of_the_whole_tensor_before_them_are_held_or_cut_at_rows_and_blocks() -> None:
     job = make_job(0, (8192, 96), dtype="F32")
     large, small = Budget(400 * MIB, 0, 2), Budget(2 * MIB, 0, 2)
-    assert plan_work(job, "rows", large, workspace=no_workspace, holds=True).mode == "whole"
+    assert plan_work(job, "rows", large, workspace=no_workspace, holds=True).mode == "resident"
     work = plan_work(job, "rows", small, workspace=no_workspace, holds=True)
-    assert (work.mode, work.row) == ("surveyed", 3 * 4096)
+    assert (work.mode, work.row) == ("streamed", 3 * 4096)
 
 
 def test_columns_are_cut_at_as_many_rows_as_are_summed_at_once_and_at_blocks_only_for_other_sums() -> None:
     large, small = Budget(400 * MIB, 0, 2), Budget(6 * MIB, 0, 2)
     job = make_job(0, (8192, 3, 33), dtype="F32")
     assert job.line_length("columns") == 99
-    assert plan_work(job, "columns", large, workspace=no_workspace, holds=True).mode == "whole"
+    assert plan_work(job, "columns", large, workspace=no_workspace, holds=True).mode == "resident"
     work = plan_work(job, "columns", small, workspace=no_workspace, holds=True, sums=False)
-    assert (work.mode, work.row) == ("surveyed", 64 * 99)
+    assert (work.mode, work.row) == ("streamed", 64 * 99)
     assert plan_work(job, "columns", small, workspace=no_workspace, holds=True).row == 64 * 64 * 99
     wide = make_job(0, (5, 3 << 20), dtype="BF16")
     assert plan_work(wide, "columns", large, workspace=no_workspace, holds=True, sums=False).row == 3 << 20
@@ -301,7 +301,7 @@ def test_what_is_kept_of_every_row_or_column_counts_as_memory(make_models: Calla
     ):  # streamed, as much again is kept beside its pieces
         plan(config, memory="1GiB", threads=1)
     how = plan(config, memory="1200MiB", threads=1).work[-1]
-    assert how.mode == "whole"
+    assert how.mode == "resident"
     assert how.workspace >= 8 * 51 << 20
     by_rows = config_for(
         "nuslerp", make_models(shapes={"w": (1 << 16, 1)}), parameters={"nuslerp_flatten": False}
@@ -706,17 +706,17 @@ def test_the_plan_says_how_many_passes_a_method_needs(
 ) -> None:
     paths = make_models(shapes={"w": (300, 200), "v": (7,)})
     cases: list[tuple[str, dict[str, Any], int, str]] = [
-        ("task_arithmetic", {}, 0, "cut"),
-        ("ties", {}, 0, "cut"),  # density 1: nothing to trim
-        ("ties", {"density": 0.5}, 0, "whole"),
-        ("ties", {"density": 0.5, "trim_scope": "model"}, 1, "cut"),
-        ("ties", {"density": 0.5, "trim_scope": "model", "ties": "index"}, 2, "cut"),
-        ("ties", {"density": 0.5, "trim_scope": "model", "zero_sign": "majority"}, 2, "cut"),
-        ("dare_ties", {"density": 0.5}, 0, "cut"),
-        ("dare_ties", {"density": 0.5, "zero_sign": "majority"}, 1, "cut"),
-        ("dare_ties", {"density": 0.5, "mask": "exact"}, 0, "cut"),  # the random stream is no input
-        ("dare_ties", {"density": 0.5, "mask": "magnitude"}, 0, "whole"),
-        ("dare_linear", {"density": 0.5, "rescale": "l1"}, 0, "whole"),
+        ("task_arithmetic", {}, 0, "split"),
+        ("ties", {}, 0, "split"),  # density 1: nothing to trim
+        ("ties", {"density": 0.5}, 0, "resident"),
+        ("ties", {"density": 0.5, "trim_scope": "model"}, 1, "split"),
+        ("ties", {"density": 0.5, "trim_scope": "model", "ties": "index"}, 2, "split"),
+        ("ties", {"density": 0.5, "trim_scope": "model", "zero_sign": "majority"}, 2, "split"),
+        ("dare_ties", {"density": 0.5}, 0, "split"),
+        ("dare_ties", {"density": 0.5, "zero_sign": "majority"}, 1, "split"),
+        ("dare_ties", {"density": 0.5, "mask": "exact"}, 0, "split"),  # the random stream is no input
+        ("dare_ties", {"density": 0.5, "mask": "magnitude"}, 0, "resident"),
+        ("dare_linear", {"density": 0.5, "rescale": "l1"}, 0, "resident"),
     ]
     for method, parameters, rounds, mode in cases:
         decided = plan_with(1 << 30, 1, paths, small_capacity, method=method, parameters=parameters)
@@ -724,7 +724,7 @@ def test_the_plan_says_how_many_passes_a_method_needs(
         assert decided.model_rounds() == decided.model_passes() == rounds, (method, parameters)
         assert decided.work[job.ordinal].mode == mode, (method, parameters)
         small = plan_with(1 << 16, 1, paths, small_capacity, method=method, parameters=parameters)
-        assert small.work[job.ordinal].mode == ("surveyed" if mode == "whole" else "cut")
+        assert small.work[job.ordinal].mode == ("streamed" if mode == "resident" else "split")
 
 
 def test_the_identity_depends_on_what_the_bytes_depend_on(

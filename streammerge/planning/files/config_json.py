@@ -1,4 +1,4 @@
-"""The output's config.json: the donor's, with what the merge has changed."""
+"""The output's config.json: the template model's, with what the merge has changed."""
 
 from __future__ import annotations
 
@@ -45,34 +45,34 @@ _QUANTISED = ("quantization_config", "compression_config")
 
 def merged_config(
     config: MergeConfig,
-    donor: TensorIndex,
+    template: TensorIndex,
     indexes: Indexes,
     jobs: Sequence[Job],
     stacks: Sequence[Stack],
     alignment: Alignment | None = None,
 ) -> tuple[Settings, list[str]]:
-    """Return the settings of the output and what the user should know; empty where the donor has none.
+    """Return the settings of the output and what the user should know; empty where the template model has none.
 
     Changed are the dtype, the number of layers and lists with an entry per layer, whether embedding and head are tied,
     the size of the vocabulary and numbers of tokens, and a quantisation that the output no longer has.
     """
-    if not donor.config:
+    if not template.config:
         return {}, []
-    settings = copy.deepcopy(dict(donor.config))
+    settings = copy.deepcopy(dict(template.config))
     notes: list[str] = []
     _set_dtype(settings, config, jobs)
     for stack in stacks:
         notes += _set_layers(settings, stack, indexes)
-    _untie(settings, donor, indexes, jobs)
+    _untie(settings, template, indexes, jobs)
     if alignment is not None:
         notes += _set_vocabulary(settings, alignment)
     notes += _drop_quantisation(settings, jobs)
-    notes += _name_code(settings, donor)
+    notes += _name_code(settings, template)
     return settings, notes
 
 
 def spelled(settings: Mapping[str, Any], raw: bytes) -> bytes:
-    """Return config.json as bytes: the donor's own where nothing has changed."""
+    """Return config.json as bytes: the template model's own where nothing has changed."""
     try:
         unchanged = json.loads(raw) == settings
     except (ValueError, RecursionError):
@@ -108,8 +108,8 @@ def _follow_dtype(settings: Settings, jobs: Sequence[Job]) -> None:
                 part[key] = most
 
 
-def _name_code(settings: Settings, donor: TensorIndex) -> list[str]:
-    """Say that a loader may be told to run Python code of the donor's, which the output gets as the data that it is."""
+def _name_code(settings: Settings, template: TensorIndex) -> list[str]:
+    """Say that a loader may be told to run Python code of the template model's, which the output gets as the data that it is."""
     named = settings.get("auto_map")
     values = list(named.values()) if isinstance(named, dict) else []
     texts = {
@@ -123,10 +123,12 @@ def _name_code(settings: Settings, donor: TensorIndex) -> list[str]:
     notes = []
     if modules:
         lost = [
-            name for name in modules if not is_sound_name(name) or not os.path.lexists(donor.directory / name)
+            name
+            for name in modules
+            if not is_sound_name(name) or not os.path.lexists(template.directory / name)
         ]
         fate = (
-            f"{printable(', '.join(lost), 200)} is missing in {printable(donor.reference)}"
+            f"{printable(', '.join(lost), 200)} is missing in {printable(template.reference)}"
             if lost
             else "copied with it"
         )
@@ -202,7 +204,7 @@ def _is_simple(item: object) -> bool:
 
 
 def _entry(indexes: Indexes, reference: str, part: str, key: str, number: int, own: Sequence[Any]) -> Any:
-    """Return what a layer's own model has in a list with an entry per layer; else what the donor has."""
+    """Return what a layer's own model has in a list with an entry per layer; else what the template model has."""
     settings: Any = indexes[reference].config
     values = (settings.get(part, {}) if part else settings).get(key)
     if isinstance(values, list) and number < len(values):
@@ -224,13 +226,13 @@ def _set_vocabulary(settings: Settings, alignment: Alignment) -> list[str]:
     return [f"config.json: {', '.join(lost)}: a token that the output's tokenizer lacks: set it by hand"]
 
 
-def _untie(settings: Settings, donor: TensorIndex, indexes: Indexes, jobs: Sequence[Job]) -> None:
+def _untie(settings: Settings, template: TensorIndex, indexes: Indexes, jobs: Sequence[Job]) -> None:
     """Say that the head is no copy of the embedding where a model with a head of its own has a part in it."""
     heads = [job.name for job in jobs if is_head(job.name)]
     own = any(
         head in index and flag_of(index.config) is not True for head in heads for index in indexes.values()
     )
-    if not own or (flag_of(donor.config) is not True and all(head in donor for head in heads)):
+    if not own or (flag_of(template.config) is not True and all(head in template for head in heads)):
         return
     for _, part in _parts(settings):
         if TIED in part:

@@ -28,17 +28,17 @@ DIFFUSERS = Ecosystem("diffusers", "diffusion_pytorch_model")
 OPEN_CLIP = Ecosystem("open_clip", "open_clip_model")
 
 
-def ecosystem_of(donor: TensorIndex) -> Ecosystem:
+def ecosystem_of(template: TensorIndex) -> Ecosystem:
     """Return what a model was saved by: its config.json decides, then the names of its files."""
-    config = donor.config
+    config = template.config
     if "_diffusers_version" in config or ("_class_name" in config and "model_type" not in config):
         return DIFFUSERS
-    names = {os.path.basename(stamp.path) for stamp in donor.stamps}
+    names = {os.path.basename(stamp.path) for stamp in template.stamps}
     if any(name.startswith("open_clip_") for name in names):
         return OPEN_CLIP
     if any(name.startswith("diffusion_pytorch_model") for name in names):
         return DIFFUSERS
-    if os.path.lexists(donor.directory / "modules.json"):
+    if os.path.lexists(template.directory / "modules.json"):
         return SENTENCE_TRANSFORMERS
     if reads_dtype(config):
         return TRANSFORMERS

@@ -31,9 +31,9 @@ class Surroundings:
 
 
 def surroundings(
-    donor: TensorIndex, tokenizer: Path | None, changed: TokenizerFiles | None, *, quantised: bool
+    template: TensorIndex, tokenizer: Path | None, changed: TokenizerFiles | None, *, quantised: bool
 ) -> Surroundings:
-    """Return the files that an output gets from the folder of the donor, and of the tokenizer's source.
+    """Return the files that an output gets from the folder of the template model, and of the tokenizer's source.
 
     Parameters
     ----------
@@ -49,11 +49,11 @@ def surroundings(
     WorldError
         If the machine cannot look at them.
     """
-    whole = not is_single_file(donor)
-    own = {os.path.basename(stamp.path) for stamp in donor.stamps}
-    beside = survey(donor.directory, own, whole=whole)
+    whole = not is_single_file(template)
+    own = {os.path.basename(stamp.path) for stamp in template.stamps}
+    beside = survey(template.directory, own, whole=whole)
     files = dict(beside.files)
-    if tokenizer != donor.directory:
+    if tokenizer != template.directory:
         files = {name: stamp for name, stamp in files.items() if not is_tokenizer_file(name)}
         if tokenizer is not None:
             others = survey(tokenizer, (), whole=True).files
@@ -62,14 +62,14 @@ def surroundings(
     for name in [name for name in files if _is_untrue(name, changed, quantised=quantised)]:
         del files[name]
         left.append(name)
-    if os.path.exists(donor.directory / CONFIG_NAME):  # read already, wherever a link leads
-        files[CONFIG_NAME] = _stamp(donor.directory / CONFIG_NAME)
+    if os.path.exists(template.directory / CONFIG_NAME):  # read already, wherever a link leads
+        files[CONFIG_NAME] = _stamp(template.directory / CONFIG_NAME)
         left = [name for name in left if not name.startswith(f"{CONFIG_NAME} (")]
     notes = [
-        f"{printable(donor.reference)}: the weights in {printable(name, 80)}/ are copied, not merged"
+        f"{printable(template.reference)}: the weights in {printable(name, 80)}/ are copied, not merged"
         for name in beside.modules
     ]
-    return Surroundings(dict(sorted(files.items())), (*notes, *_left_behind(donor, left)))
+    return Surroundings(dict(sorted(files.items())), (*notes, *_left_behind(template, left)))
 
 
 def is_single_file(index: TensorIndex) -> bool:
@@ -80,7 +80,7 @@ def is_single_file(index: TensorIndex) -> bool:
 
 
 def _is_untrue(name: str, changed: TokenizerFiles | None, *, quantised: bool) -> bool:
-    """Return whether a file would say of the output what holds for the donor only."""
+    """Return whether a file would say of the output what holds for the template model only."""
     if name in QUANTISATION:
         return not quantised
     grown = changed is not None and FULL in changed.changed
@@ -94,12 +94,12 @@ def _stamp(path: Path) -> FileStamp:
         raise unreadable(path, error) from error
 
 
-def _left_behind(donor: TensorIndex, left: Sequence[str]) -> list[str]:
+def _left_behind(template: TensorIndex, left: Sequence[str]) -> list[str]:
     """Return one line on all that stays behind."""
     if not left:
         return []
     more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
     names = ", ".join(printable(name, 80) for name in left[:_SHOWN])
     return [
-        f"{printable(donor.reference)}: not copied to the output: {names}{more}; copy by hand what is needed of it"
+        f"{printable(template.reference)}: not copied to the output: {names}{more}; copy by hand what is needed of it"
     ]

@@ -44,7 +44,10 @@ class TokenizerFiles:
 
 
 def tokenizer_files(
-    config: MergeConfig, donor: TensorIndex, indexes: Mapping[str, TensorIndex], alignment: Alignment | None
+    config: MergeConfig,
+    template: TensorIndex,
+    indexes: Mapping[str, TensorIndex],
+    alignment: Alignment | None,
 ) -> TokenizerFiles:
     """Return the tokenizer files of a merge.
 
@@ -53,24 +56,24 @@ def tokenizer_files(
     ModelError
         If a file that is to be changed is malformed.
     """
-    directory = donor.directory if alignment is None else alignment.directory
+    directory = template.directory if alignment is None else alignment.directory
     objects: dict[str, dict[str, Any]] = {}
     texts: dict[str, str] = {}
     notes: list[str] = []
     if alignment is not None and alignment.new:
         objects |= _with_tokens(directory, alignment.new)
     if config.chat_template is not None:
-        template = config.chat_template if config.chat_template != "auto" else _most_common(indexes)
-        if template is None:
+        chat = config.chat_template if config.chat_template != "auto" else _most_common(indexes)
+        if chat is None:
             notes.append("chat_template: auto: no model has one")
         else:
-            _set_template(directory, template, objects, texts)
+            _set_template(directory, chat, objects, texts)
     if (
         alignment is not None
         and alignment.numbers is not None
-        and os.path.lexists(donor.directory / GENERATION)
+        and os.path.lexists(template.directory / GENERATION)
     ):
-        settings = read_object(str(donor.directory / GENERATION))
+        settings = read_object(str(template.directory / GENERATION))
         if lost := renumber(settings, alignment.numbers):
             notes.append(
                 f"{GENERATION}: {', '.join(lost)}: a token that the output's tokenizer lacks: set it by hand"
@@ -164,7 +167,7 @@ def _set_template(
 
 
 def renumber(settings: dict[str, Any], numbers: Ids) -> list[str]:
-    """Put the output's numbers of tokens in place of the donor's; return the settings whose token the output lacks."""
+    """Put the output's numbers of tokens in place of the template model's; return the settings whose token the output lacks."""
     lost = []
     for key, value in settings.items():
         if not key.endswith(_NUMBERS):

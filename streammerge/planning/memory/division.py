@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from streammerge.algebra.rules import Sees
 from streammerge.methods.registry import Method
-from streammerge.planning.allocate import Allotment, Needs, TooLittle, allot, divide, least_total
 from streammerge.planning.job import Job
+from streammerge.planning.memory.allocate import Allocation, Needs, TooLittle, allocate, divide, least_total
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
-from streammerge.planning.schedule import SURVEYS_AHEAD, TooLarge, Work, plan_work
+from streammerge.planning.schedule import PASSES_AHEAD, TooLarge, Work, plan_work
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements a torch formula works on at a time on the CPU, where it may be cut anywhere."""
@@ -34,7 +34,7 @@ class Division:
     """Whether temporaries lie in this process's memory, and not in a GPU's."""
     torch_only: bool
 
-    def allot(self) -> Allotment:
+    def allocate(self) -> Allocation:
         """Divide the memory that was given.
 
         Raises
@@ -42,7 +42,7 @@ class Division:
         BudgetError
             If it does not fit. The memory that the message asks for is enough.
         """
-        return allot(self.budget, self.jobs, self.needs, self.lists, self._work_of, _kept_of_columns)
+        return allocate(self.budget, self.jobs, self.needs, self.lists, self._work_of, _kept_of_columns)
 
     def least(self) -> int:
         """Return the least memory, in bytes, that is found to be enough."""
@@ -65,12 +65,12 @@ class Division:
 
     def _streams(self, total: int) -> bool:
         try:
-            allotment = self._divide(Budget(total, self.budget.reserve, self.budget.threads))
+            allocation = self._divide(Budget(total, self.budget.reserve, self.budget.threads))
         except (TooLarge, TooLittle):
             return True
-        return any(work.mode == "surveyed" for work in allotment.work)
+        return any(work.mode == "streamed" for work in allocation.work)
 
-    def _divide(self, budget: Budget) -> Allotment:
+    def _divide(self, budget: Budget) -> Allocation:
         return divide(budget, self.jobs, self.needs, self.lists, self._work_of, _kept_of_columns)
 
     def _work_of(self, job: Job, need: Needs, budget: Budget) -> Work:
@@ -92,10 +92,10 @@ def _kept_of_columns(job: Job, need: Needs, work: Work) -> int:
     While it is surveyed: the dot products, and what their coefficients are computed by. Until it is merged: the dot
     products, of as many tensors as are surveyed ahead and of the one that is merging.
     """
-    if work.mode != "surveyed" or need.sees != "columns":
+    if work.mode != "streamed" or need.sees != "columns":
         return 0
     k = len(job.inputs)
-    answers = (SURVEYS_AHEAD + 1) * 8 * (k * (k + 1) // 2)
+    answers = (PASSES_AHEAD + 1) * 8 * (k * (k + 1) // 2)
     return (_kept_of_a_row(job) + answers) * job.line_length("columns")
 
 

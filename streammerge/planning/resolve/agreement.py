@@ -1,4 +1,4 @@
-"""Whether the models of a merge are of one kind: names, depths and widths, compared with those of the donor."""
+"""Whether the models of a merge are of one kind: names, depths and widths, compared with those of the template model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
-from streammerge.planning.resolve.assemble import Cell, Indexes
+from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 from streammerge.planning.resolve.extra_layers import count_real
 from streammerge.planning.resolve.vocabulary import OF_TOKENS
 
@@ -35,7 +35,7 @@ _WIDTHS = (
 """What architectures call sizes that shapes come from."""
 
 
-def check_kinds(config: MergeConfig, donor: TensorIndex, indexes: Indexes) -> None:
+def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) -> None:
     """Refuse models that are not of one architecture, depth or width; nothing is said of models that are sliced.
 
     Raises
@@ -50,19 +50,19 @@ def check_kinds(config: MergeConfig, donor: TensorIndex, indexes: Indexes) -> No
     def wanted(index: Mapping[str, SourceRef]) -> list[str]:
         return [name for name in index if not any(pattern.search(name) for pattern in excluded)]
 
-    own = wanted(donor)
+    own = wanted(template)
     for index in indexes.values():
-        if index is donor:
+        if index is template:
             continue
         others = wanted(index)
         shared = [name for name in own if name in index]
         least = min(len(own), len(others))
         if 2 * len(shared) < least:
             raise ModelError(
-                f"{_named(index)} and {_named(donor)} share {len(shared)} of {least} tensors: not of one architecture"
+                f"{_named(index)} and {_named(template)} share {len(shared)} of {least} tensors: not of one architecture"
             )
-        _check_depths(donor, index, own, others)
-        _check_widths(donor, index, shared)
+        _check_depths(template, index, own, others)
+        _check_widths(template, index, shared)
 
 
 def _named(index: TensorIndex) -> str:
@@ -72,15 +72,17 @@ def _named(index: TensorIndex) -> str:
     return f"{name} ({printable(kind, 80)})" if isinstance(kind, str) else name
 
 
-def _check_depths(donor: TensorIndex, index: TensorIndex, own: Sequence[str], others: Sequence[str]) -> None:
-    """Refuse another model's stack of layers that is longer or shorter than the donor's, so far as it is to be merged."""
-    (counts, _), (other_counts, _) = count_real(own, donor.config), count_real(others, index.config)
+def _check_depths(
+    template: TensorIndex, index: TensorIndex, own: Sequence[str], others: Sequence[str]
+) -> None:
+    """Refuse another model's stack of layers that is longer or shorter than the template model's, so far as it is to be merged."""
+    (counts, _), (other_counts, _) = count_real(own, template.config), count_real(others, index.config)
     for prefix in (prefix for prefix in counts if prefix in other_counts):
         n, m = counts[prefix], other_counts[prefix]
         if n == m:
             continue
         raise ModelError(
-            f"{printable(index.reference)} has {_layers(m)}, {printable(donor.reference)} {n} ({printable(prefix, 120)}): say "
+            f"{printable(index.reference)} has {_layers(m)}, {printable(template.reference)} {n} ({printable(prefix, 120)}): say "
             "which of them are meant with `slices:`, or list the others under `exclude:`"
         )
 
@@ -89,31 +91,31 @@ def _layers(n: int) -> str:
     return f"{n} layer" if n == 1 else f"{n} layers"
 
 
-def _check_widths(donor: TensorIndex, index: TensorIndex, shared: Sequence[str]) -> None:
+def _check_widths(template: TensorIndex, index: TensorIndex, shared: Sequence[str]) -> None:
     """Refuse a model most of whose tensors have other shapes."""
     differing = [
         name
         for name in shared
-        if donor[name].shape != index[name].shape
-        and not (name.endswith(OF_TOKENS) and donor[name].shape[1:] == index[name].shape[1:])
+        if template[name].shape != index[name].shape
+        and not (name.endswith(OF_TOKENS) and template[name].shape[1:] == index[name].shape[1:])
     ]
     if len(differing) < 2 or len(differing) * _FEW <= len(shared):
         return
     first = differing[0]
-    sizes = _sizes(donor.config, index.config)
+    sizes = _sizes(template.config, index.config)
     why = f" ({sizes} in config.json)" if sizes else ""
     raise ModelError(
-        f"{printable(index.reference)} and {printable(donor.reference)}: {len(differing)} of {len(shared)} tensors have other "
+        f"{printable(index.reference)} and {printable(template.reference)}: {len(differing)} of {len(shared)} tensors have other "
         f"shapes{why}: these models cannot be merged (first: {printable(first)}, {list(index[first].shape)} and "
-        f"{list(donor[first].shape)})"
+        f"{list(template[first].shape)})"
     )
 
 
-def _sizes(donor: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def _sizes(template: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Return the sizes that differ between two configs, as a text."""
     found = []
     for key in _WIDTHS:
-        n, m = _size(donor, key), _size(other, key)
+        n, m = _size(template, key), _size(other, key)
         if n is not None and m is not None and n != m:
             found.append(f"{key} {m} and {n}")
     return ", ".join(found[:3])
@@ -125,7 +127,7 @@ def _size(config: Mapping[str, Any], key: str) -> int | None:
     return next((n for n in found if type(n) is int), None)
 
 
-def lacking(reference: str, first: str, cells: Sequence[Cell], indexes: Indexes) -> ModelError:
+def lacking(reference: str, first: str, outputs: Sequence[OutputTensor], indexes: Indexes) -> ModelError:
     """Return the refusal of a model that lacks tensors of the output.
 
     Parameters
@@ -133,25 +135,27 @@ def lacking(reference: str, first: str, cells: Sequence[Cell], indexes: Indexes)
     first
         The model's own name of the first of them.
     """
-    holder = printable(_holder(cells[0], indexes))
-    if len(cells) == 1:
+    holder = printable(_holder(outputs[0], indexes))
+    if len(outputs) == 1:
         what, them = f"tensor {printable(first)} is missing, {holder} has it", "it"
-    elif len(cells) == 2:
+    elif len(outputs) == 2:
         what, them = f"tensor {printable(first)} and 1 more are missing, {holder} has them", "them"
     else:
-        parts = counted([cell.name for cell in cells], indexes[reference])
-        what = f"tensor {printable(first)} and {len(cells) - 1} more are missing, {holder} has them ({parts})"
+        parts = counted([output.name for output in outputs], indexes[reference])
+        what = (
+            f"tensor {printable(first)} and {len(outputs) - 1} more are missing, {holder} has them ({parts})"
+        )
         them = "them"
     return ModelError(
         f"{printable(reference)}: {what}; list {them} under `exclude:` to copy {them} from there"
     )
 
 
-def _holder(cell: Cell, indexes: Indexes) -> str:
-    """Return a model that has the tensor of a cell."""
-    base = [] if cell.part.base is None else [(cell.part.base.reference, cell.base)]
-    places = (cell.donor, *base, *((spec.reference, name) for spec, name in cell.models))
-    return next((place for place, name in places if name in indexes[place]), cell.donor[0])
+def _holder(output: OutputTensor, indexes: Indexes) -> str:
+    """Return a model that has the tensor of an output tensor."""
+    base = [] if output.part.base is None else [(output.part.base.reference, output.base)]
+    places = (output.template, *base, *((spec.reference, name) for spec, name in output.models))
+    return next((place for place, name in places if name in indexes[place]), output.template[0])
 
 
 def counted(names: Sequence[str], present: Iterable[str]) -> str:
@@ -185,12 +189,12 @@ def counted(names: Sequence[str], present: Iterable[str]) -> str:
 
 def compare_names(
     config: MergeConfig,
-    cells: Sequence[Cell],
-    donor: TensorIndex,
+    outputs: Sequence[OutputTensor],
+    template: TensorIndex,
     indexes: Indexes,
     excluded: Sequence[re.Pattern[str]],
 ) -> list[str]:
-    """Return warnings of tensors that have no part in the merge; refuse where the donor alone lacks one."""
+    """Return warnings of tensors that have no part in the merge; refuse where the template model alone lacks one."""
     warnings = []
     for index in indexes.values():
         warnings += [f"{printable(index.reference)}: {note}" for note in index.notes]
@@ -201,15 +205,15 @@ def compare_names(
             )
     if len(config.modules) > 1 or config.modules[0].is_sliced or config.modules[0].name is not None:
         return warnings
-    names = {cell.name for cell in cells}
+    names = {output.name for output in outputs}
     models = [indexes[spec.reference] for spec in config.models]
     extra_everywhere = [
         n
         for n in models[0]
         if n not in names and all(n in model for model in models) and not any(p.search(n) for p in excluded)
     ]
-    if extra_everywhere and any(model is not donor for model in models):
-        raise _donor_lacks(donor, extra_everywhere, many=len(models) > 1)
+    if extra_everywhere and any(model is not template for model in models):
+        raise _template_lacks(template, extra_everywhere, many=len(models) > 1)
     for model in (index for index in indexes.values() if any(index is model for model in models)):
         extra = [name for name in model if name not in names]
         if extra:
@@ -217,21 +221,21 @@ def compare_names(
             parts = "" if one else f": {counted(extra, names)}"
             warnings.append(
                 f"{printable(model.reference)}: {len(extra)} tensor{'' if one else 's'} that "
-                f"{printable(donor.reference)} lacks {'is' if one else 'are'} left out "
+                f"{printable(template.reference)} lacks {'is' if one else 'are'} left out "
                 f"(first: {printable(extra[0])}){parts}"
             )
     return warnings
 
 
-def _donor_lacks(donor: TensorIndex, names: Sequence[str], *, many: bool) -> ModelError:
+def _template_lacks(template: TensorIndex, names: Sequence[str], *, many: bool) -> ModelError:
     n = len(names)
     first = f"tensor {printable(names[0])}"
     what = f"{first} is" if n == 1 else f"{first} and {n - 1} more are"
     them = "it" if n == 1 else "them"
     having = "all other models have" if many else "the other model has"
-    parts = "" if n < 3 else f" ({counted(names, donor)})"
+    parts = "" if n < 3 else f" ({counted(names, template)})"
     return ModelError(
-        f"{printable(donor.reference)}: {what} missing, {having} {them}{parts}; list {them} under `exclude:` to leave "
+        f"{printable(template.reference)}: {what} missing, {having} {them}{parts}; list {them} under `exclude:` to leave "
         f"{them} out"
     )
 

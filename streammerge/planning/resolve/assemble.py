@@ -22,7 +22,7 @@ _OUTPUT_SIDE = ("embed_out",)
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class OutputTensor:
     """One output tensor, by name: whose tensors it is merged from, and by which settings."""
 
     name: str
@@ -31,7 +31,7 @@ class Cell:
     """Its name in each source of the slice."""
     base: str
     """Its name in the slice's base."""
-    donor: tuple[str, str]
+    template: tuple[str, str]
     """The model, by reference, and the name of its tensor that lends its dtype, and is copied where nothing is merged."""
     depth: float
     """Where in its stack of layers it lies, from 0 to 1."""
@@ -52,11 +52,11 @@ class Stack:
     prefix: str
     """Of the tensors' names: ``model.layers``."""
     before: int
-    """Layers that the donor has."""
+    """Layers that the template model has."""
     layers: tuple[tuple[str, int], ...]
     """Of each layer of the output, the model whose layer it is (of several the first) and its number there."""
     extra_before: int = 0
-    """Layers behind the donor's last, for multi-token prediction."""
+    """Layers behind the template model's last, for multi-token prediction."""
     extra: int = 0
     """Those of the output."""
 
@@ -65,13 +65,13 @@ class Stack:
 class Assembly:
     """What the output consists of."""
 
-    cells: tuple[Cell, ...]
+    outputs: tuple[OutputTensor, ...]
     stacks: tuple[Stack, ...]
     """Those that are stacked anew."""
     notes: tuple[str, ...]
 
 
-def assemble(config: MergeConfig, donor: TensorIndex, indexes: Indexes) -> Assembly:
+def assemble(config: MergeConfig, template: TensorIndex, indexes: Indexes) -> Assembly:
     """Return the tensors of the output.
 
     Whole models: the tensors of the base, or else of the first model. Slices: the layers of their first sources, put
@@ -83,30 +83,30 @@ def assemble(config: MergeConfig, donor: TensorIndex, indexes: Indexes) -> Assem
     ConfigError
         If a slice or a module does not fit the models.
     """
-    owners, notes = split_modules(config.modules, donor, indexes)
-    cells: list[Cell] = []
+    owners, notes = split_modules(config.modules, template, indexes)
+    outputs: list[OutputTensor] = []
     stacks: list[Stack] = []
     for module, own in zip(config.modules, owners, strict=True):
         if module.is_sliced:
-            stack, found, told = _stacked(config, module, own, donor, indexes)
+            stack, found, told = _stacked(config, module, own, template, indexes)
             stacks.append(stack)
-            cells += found
+            outputs += found
             notes += told
         else:
-            cells += _whole(config, module, own, donor, indexes)
+            outputs += _whole(config, module, own, template, indexes)
     names: set[str] = set()
-    for cell in cells:
-        if cell.name in names:
-            raise ConfigError(f"{config.where}: two modules or slices write tensor {printable(cell.name)}")
-        names.add(cell.name)
-    return Assembly(tuple(cells), tuple(stacks), tuple(notes))
+    for output in outputs:
+        if output.name in names:
+            raise ConfigError(f"{config.where}: two modules or slices write tensor {printable(output.name)}")
+        names.add(output.name)
+    return Assembly(tuple(outputs), tuple(stacks), tuple(notes))
 
 
-def _donor_of(part: Slice, donor: TensorIndex) -> str:
+def _template_of(part: Slice, template: TensorIndex) -> str:
     if part.base is not None:
         return part.base.reference
     references = [spec.reference for spec in part.sources]
-    return donor.reference if donor.reference in references else references[0]
+    return template.reference if template.reference in references else references[0]
 
 
 def _levels(config: MergeConfig, module: Module, part: Slice) -> tuple[Mapping[str, Setting], ...]:
@@ -117,17 +117,17 @@ def _whole(
     config: MergeConfig,
     module: Module,
     own: Mapping[str, Sequence[str]],
-    donor: TensorIndex,
+    template: TensorIndex,
     indexes: Indexes,
-) -> Iterator[Cell]:
+) -> Iterator[OutputTensor]:
     (part,) = module.slices
-    reference = _donor_of(part, donor)
+    reference = _template_of(part, template)
     names = list(own[reference])
     names += _heads(part, reference, own, indexes)
     counts, _ = count_real(names, indexes[reference].config)
     levels = _levels(config, module, part)
     for name in names:
-        yield Cell(
+        yield OutputTensor(
             name,
             part,
             (name,) * len(part.sources),
@@ -149,19 +149,19 @@ def _stacked(
     config: MergeConfig,
     module: Module,
     own: Mapping[str, Sequence[str]],
-    donor: TensorIndex,
+    template: TensorIndex,
     indexes: Indexes,
-) -> tuple[Stack, list[Cell], list[str]]:
+) -> tuple[Stack, list[OutputTensor], list[str]]:
     """Return the layers of a module's slices, one after the other, what is not in any layer, and what to tell of it."""
     places = {
         reference: _stack_of(names, reference, module, indexes[reference].config)
         for reference, names in own.items()
     }
-    cells: list[Cell] = []
+    outputs: list[OutputTensor] = []
     layers: list[tuple[str, int]] = []
     first, last = module.slices[0], module.slices[-1]
     prefix = places[_leader(first).reference].prefix
-    cells += _loose(config, module, first, places, input_side=True)
+    outputs += _loose(config, module, first, places, input_side=True)
     for part in module.slices:
         leader = _leader(part)
         start, end = _range(leader, places[leader.reference])
@@ -172,8 +172,8 @@ def _stacked(
             depth = step / (end - start - 1) if end - start > 1 else 1.0
             for rest in names.get(start + step, ()):
                 lender = part.base or leader
-                cells.append(
-                    Cell(
+                outputs.append(
+                    OutputTensor(
                         f"{prefix}.{len(layers)}.{rest}",
                         part,
                         tuple(_layer_name(spec, step, rest, places) for spec in part.sources),
@@ -184,13 +184,13 @@ def _stacked(
                     )
                 )
             layers.append((leader.reference, start + step))
-    cells += _loose(config, module, last, places, input_side=False)
-    cells += _extra(config, module, last, places, len(layers))
+    outputs += _loose(config, module, last, places, input_side=False)
+    outputs += _extra(config, module, last, places, len(layers))
     for name in _heads(last, _leader(last).reference, own, indexes):
-        cells.append(_outside(config, module, last, name))
-    before, tail = places[donor.reference], places[_leader(last).reference]
+        outputs.append(_outside(config, module, last, name))
+    before, tail = places[template.reference], places[_leader(last).reference]
     stack = Stack(module.name, prefix, before.count, tuple(layers), before.extra, tail.extra)
-    return stack, cells, _lost(places, _leader(last).reference)
+    return stack, outputs, _lost(places, _leader(last).reference)
 
 
 def _leader(part: Slice) -> ModelSpec:
@@ -259,8 +259,8 @@ def _layer_name(spec: ModelSpec, step: int, rest: str, places: Mapping[str, _Pla
 
 def _loose(
     config: MergeConfig, module: Module, part: Slice, places: Mapping[str, _Place], *, input_side: bool
-) -> Iterator[Cell]:
-    """Yield the cells outside the layers on one side of them."""
+) -> Iterator[OutputTensor]:
+    """Yield the output tensors outside the layers on one side of them."""
     for name in places[_leader(part).reference].loose:
         if is_input_side(name) == input_side:
             yield _outside(config, module, part, name)
@@ -268,8 +268,8 @@ def _loose(
 
 def _extra(
     config: MergeConfig, module: Module, part: Slice, places: Mapping[str, _Place], n_layers: int
-) -> Iterator[Cell]:
-    """Yield the cells behind the last layer, as the last slice says, numbered on: each source's own take part."""
+) -> Iterator[OutputTensor]:
+    """Yield the output tensors behind the last layer, as the last slice says, numbered on: each source's own take part."""
     lender, place = part.base or _leader(part), places[_leader(part).reference]
     levels = _levels(config, module, part)
 
@@ -278,7 +278,7 @@ def _extra(
 
     for step in range(place.extra):
         for rest in place.by_layer.get(place.count + step, ()):
-            yield Cell(
+            yield OutputTensor(
                 f"{place.prefix}.{n_layers + step}.{rest}",
                 part,
                 tuple(name_in(spec, step, rest) for spec in part.sources),
@@ -303,10 +303,10 @@ def _lost(places: Mapping[str, _Place], last: str) -> list[str]:
     ]
 
 
-def _outside(config: MergeConfig, module: Module, part: Slice, name: str) -> Cell:
-    """Return the cell of a tensor outside of the layers, which as in mergekit counts as depth 0."""
+def _outside(config: MergeConfig, module: Module, part: Slice, name: str) -> OutputTensor:
+    """Return the output tensor outside of the layers, which as in mergekit counts as depth 0."""
     lender = part.base or _leader(part)
-    return Cell(
+    return OutputTensor(
         name,
         part,
         (name,) * len(part.sources),

@@ -1,4 +1,4 @@
-"""The tensors of a cell in the models, or what stands for them there."""
+"""The tensors of an output tensor in the models, or what stands for them there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streammerge.checkpoint.names import tied_to
 from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.errors import ModelError, printable
 from streammerge.planning.resolve.agreement import counted, lacking
-from streammerge.planning.resolve.assemble import Cell, Indexes
+from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 from streammerge.planning.resolve.modules import of_a_tower
 from streammerge.planning.resolve.vocabulary import Alignment
 
@@ -18,12 +18,12 @@ _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?b
 
 
 class Finder:
-    """Finds the tensors of a cell in the models.
+    """Finds the tensors of an output tensor in the models.
 
     Parameters
     ----------
     prefixes
-        Of models that call their tensors otherwise, what the names begin with that they share with the donor.
+        Of models that call their tensors otherwise, what the names begin with that they share with the template model.
     """
 
     def __init__(
@@ -35,31 +35,31 @@ class Finder:
         self._buffers: set[str] = set()
         self._alone: dict[str, str] = {}
 
-    def check(self, cells: Sequence[Cell]) -> None:
+    def check(self, outputs: Sequence[OutputTensor]) -> None:
         """Refuse a model that lacks tensors of the output, naming them as a whole."""
-        missing: dict[str, list[Cell]] = {}
-        for cell in cells:
-            places = dict.fromkeys(_places(cell))
+        missing: dict[str, list[OutputTensor]] = {}
+        for output in outputs:
+            places = dict.fromkeys(_places(output))
             without = [place for place in places if self._find(*place) is None]
-            if without and _BUFFER.search(cell.name) and self._find(*cell.donor) is not None:
-                self._buffers.add(cell.name)
+            if without and _BUFFER.search(output.name) and self._find(*output.template) is not None:
+                self._buffers.add(output.name)
                 continue
-            if without and self._is_alone(cell, [reference for reference, _ in without], len(places)):
-                self._alone[cell.name] = cell.donor[0]
+            if without and self._is_alone(output, [reference for reference, _ in without], len(places)):
+                self._alone[output.name] = output.template[0]
                 continue
             for reference, _ in without:
-                missing.setdefault(reference, []).append(cell)
+                missing.setdefault(reference, []).append(output)
         for reference in (reference for reference in self._indexes if reference in missing):
             raise lacking(
                 reference, _name_in(missing[reference][0], reference), missing[reference], self._indexes
             )
 
-    def _is_alone(self, cell: Cell, without: Sequence[str], n_places: int) -> bool:
-        """Return whether a tensor is in a part of the donor that all others are without: a tower, a head of its own."""
-        others = n_places - (cell.donor[0] not in without and cell.donor in _places(cell))
-        if len(without) < others or self._find(*cell.donor) is None:
+    def _is_alone(self, output: OutputTensor, without: Sequence[str], n_places: int) -> bool:
+        """Return whether a tensor is in a part of the template model that all others are without: a tower, a head of its own."""
+        others = n_places - (output.template[0] not in without and output.template in _places(output))
+        if len(without) < others or self._find(*output.template) is None:
             return False
-        return all(self._is_without(reference, cell.name) for reference in without)
+        return all(self._is_without(reference, output.name) for reference in without)
 
     def _is_without(self, reference: str, name: str) -> bool:
         begins = self._prefixes.get(reference)
@@ -71,27 +71,27 @@ class Finder:
             self._towers[reference] = any(map(of_a_tower, self._indexes[reference]))
         return not self._towers[reference]
 
-    def is_copied(self, cell: Cell) -> bool:
+    def is_copied(self, output: OutputTensor) -> bool:
         """Return whether a tensor is copied since not all models have it."""
-        return cell.name in self._buffers or cell.name in self._alone
+        return output.name in self._buffers or output.name in self._alone
 
-    def donor_of(self, cell: Cell) -> SourceRef:
+    def template_of(self, output: OutputTensor) -> SourceRef:
         """Return the tensor that lends its dtype and shape."""
-        found = self._find(*cell.donor)
+        found = self._find(*output.template)
         if found is None:
-            reference, name = cell.donor
+            reference, name = output.template
             raise ModelError(
                 f"{printable(reference)}: tensor {printable(name)} is missing, and under `exclude:` it is to be "
                 "copied from there"
             )
         return found
 
-    def inputs(self, cell: Cell) -> tuple[SourceRef | None, tuple[SourceRef, ...]]:
+    def inputs(self, output: OutputTensor) -> tuple[SourceRef | None, tuple[SourceRef, ...]]:
         """Return the base's tensor, if there is one, and each source's."""
-        if self.is_copied(cell):
+        if self.is_copied(output):
             return None, ()
-        base = None if cell.part.base is None else self._find(cell.part.base.reference, cell.base)
-        sources = [self._find(spec.reference, name) for spec, name in cell.models]
+        base = None if output.part.base is None else self._find(output.part.base.reference, output.base)
+        sources = [self._find(spec.reference, name) for spec, name in output.models]
         return base, tuple(ref for ref in sources if ref is not None)
 
     def _find(self, reference: str, name: str) -> SourceRef | None:
@@ -111,7 +111,7 @@ class Finder:
         return index[embedding]
 
     def warnings(self) -> list[str]:
-        """Return what the user should know of all cells together."""
+        """Return what the user should know of all output tensors together."""
         lines = [
             f"{printable(reference)}: stores no {printable(name)}, its embedding takes part in its place (they are tied)"
             for reference, name in self._tied.items()
@@ -131,11 +131,11 @@ class Finder:
         return lines
 
 
-def _places(cell: Cell) -> list[tuple[str, str]]:
-    """Return every model that takes part in a cell, and the tensor's name there."""
-    base = [] if cell.part.base is None else [(cell.part.base.reference, cell.base)]
-    return [*base, *((spec.reference, name) for spec, name in cell.models)]
+def _places(output: OutputTensor) -> list[tuple[str, str]]:
+    """Return every model that takes part in an output tensor, and the tensor's name there."""
+    base = [] if output.part.base is None else [(output.part.base.reference, output.base)]
+    return [*base, *((spec.reference, name) for spec, name in output.models)]
 
 
-def _name_in(cell: Cell, reference: str) -> str:
-    return next(name for place, name in _places(cell) if place == reference)
+def _name_in(output: OutputTensor, reference: str) -> str:
+    return next(name for place, name in _places(output) if place == reference)

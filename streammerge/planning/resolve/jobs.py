@@ -19,19 +19,19 @@ from streammerge.methods.registry import Method
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.job import Job
 from streammerge.planning.resolve.agreement import check_kinds, check_shapes, compare_names
-from streammerge.planning.resolve.assemble import Cell, Stack, assemble
+from streammerge.planning.resolve.assemble import OutputTensor, Stack, assemble
 from streammerge.planning.resolve.find import Finder
 from streammerge.planning.resolve.matching import Matched
 from streammerge.planning.resolve.parameters import bind, check_names, preset_of
 from streammerge.planning.resolve.quantised import codes_of, is_of_codes
+from streammerge.planning.resolve.unmatched import unmatched
 from streammerge.planning.resolve.vocabulary import Alignment
-from streammerge.planning.unmatched import unmatched
 from streammerge.statistics.kinds import Band, TopK
 
 
 @dataclass(frozen=True)
-class Bound:
-    """What `bind_jobs` makes of a config."""
+class Resolved:
+    """What `resolve_jobs` makes of a config."""
 
     jobs: tuple[Job, ...]
     stacks: tuple[Stack, ...]
@@ -39,25 +39,25 @@ class Bound:
     warnings: tuple[str, ...]
 
 
-def bind_jobs(
+def resolve_jobs(
     config: MergeConfig,
     method: Method,
-    donor: TensorIndex,
+    template: TensorIndex,
     matched: Matched,
     fishers: Sequence[FisherIndex] = (),
     alignment: Alignment | None = None,
     grams: Sequence[FisherIndex] = (),
-) -> Bound:
+) -> Resolved:
     """Return the jobs in the file order of the first input.
 
     Parameters
     ----------
     config
         With its bases settled.
-    donor
+    template
         The model whose tensors decide the names and dtypes of the output.
     matched
-        Every model, in the donor's names.
+        Every model, in the template model's names.
     fishers
         One diagonal per model, for a method that weighs by them.
     alignment
@@ -76,37 +76,41 @@ def bind_jobs(
     warnings = [*config.notes, *check_names(config, method), *matched.notes]
     _check_models(config, method)
     preset = preset_of(config, method)
-    assembly = assemble(config, donor, indexes)
+    assembly = assemble(config, template, indexes)
     excluded = [re.compile(pattern) for pattern in config.exclude]
-    copied = {cell.name for cell in assembly.cells if any(p.search(cell.name) for p in excluded)}
-    warnings += [*assembly.notes, *unmatched(config, assembly.cells, indexes)]
-    check_kinds(config, donor, indexes)
+    copied = {output.name for output in assembly.outputs if any(p.search(output.name) for p in excluded)}
+    warnings += [*assembly.notes, *unmatched(config, assembly.outputs, indexes)]
+    check_kinds(config, template, indexes)
     finder = Finder(indexes, alignment, matched.prefixes)
-    finder.check([cell for cell in assembly.cells if cell.name not in copied])
-    warnings += compare_names(config, assembly.cells, donor, indexes, excluded)
+    finder.check([output for output in assembly.outputs if output.name not in copied])
+    warnings += compare_names(config, assembly.outputs, template, indexes, excluded)
     binder = _Binder(config, method, fishers, grams, matched.own_names)
     jobs: list[Job] = []
     codes = codes_of(indexes)
-    for cell in assembly.cells:
+    for output in assembly.outputs:
         ordinal = len(jobs)
-        lender = finder.donor_of(cell)
-        base, sources = finder.inputs(cell)
-        if is_of_codes(codes, cell.donor[0], lender):
-            if cell.name not in copied and method.name == "passthrough":
-                values = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels, config.where)
-                _check_scale(cell.name, method, values)
-            job = _copy(ordinal, cell.name, lender, config, as_stored=True)
-        elif cell.name in copied or not sources or finder.is_copied(cell):
-            job = _copy(ordinal, cell.name, lender, config)
+        lender = finder.template_of(output)
+        base, sources = finder.inputs(output)
+        if is_of_codes(codes, output.template[0], lender):
+            if output.name not in copied and method.name == "passthrough":
+                values = bind(
+                    method, preset, output.name, output.depth, output.models, output.levels, config.where
+                )
+                _check_scale(output.name, method, values)
+            job = _copy(ordinal, output.name, lender, config, as_stored=True)
+        elif output.name in copied or not sources or finder.is_copied(output):
+            job = _copy(ordinal, output.name, lender, config)
         else:
             inputs = (*((base,) if base is not None else ()), *sources)
-            check_shapes(cell.name, inputs)
-            parameters = bind(method, preset, cell.name, cell.depth, cell.models, cell.levels, config.where)
-            job = binder.merge(ordinal, cell, lender, sources, base, parameters)
+            check_shapes(output.name, inputs)
+            parameters = bind(
+                method, preset, output.name, output.depth, output.models, output.levels, config.where
+            )
+            job = binder.merge(ordinal, output, lender, sources, base, parameters)
         jobs.append(job)
     warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
     _check_uniform_trim(jobs, method)
-    return Bound(tuple(jobs), assembly.stacks, tuple(warnings))
+    return Resolved(tuple(jobs), assembly.stacks, tuple(warnings))
 
 
 def _check_models(config: MergeConfig, method: Method) -> None:
@@ -200,41 +204,41 @@ class _Binder:
     def merge(
         self,
         ordinal: int,
-        cell: Cell,
-        donor: SourceRef,
+        output: OutputTensor,
+        template: SourceRef,
         sources: tuple[SourceRef, ...],
         base: SourceRef | None,
         parameters: Mapping[str, object],
     ) -> Job:
         """Return the job of a tensor that every input has with the same shape."""
-        if not donor.n_elements:
-            return _copy(ordinal, cell.name, donor, self._config)
-        if donor.dtype not in FLOATS:
-            return _agree(ordinal, cell.name, donor, (*((base,) if base is not None else ()), *sources))
-        plain = as_it_lies(donor, _output_dtype((donor,), self._config))
+        if not template.n_elements:
+            return _copy(ordinal, output.name, template, self._config)
+        if template.dtype not in FLOATS:
+            return _agree(ordinal, output.name, template, (*((base,) if base is not None else ()), *sources))
+        plain = as_it_lies(template, _output_dtype((template,), self._config))
         if (
-            plain is not donor
+            plain is not template
             and self._method.name == "passthrough"
             and not _is_scaled(self._method, parameters)
         ):
-            return _copy(ordinal, cell.name, donor, self._config)  # FP8, code by code
+            return _copy(ordinal, output.name, template, self._config)  # FP8, code by code
         recipe_base = self._recipe_base(base, parameters)
         dtype = _output_dtype((*sources, *(() if recipe_base is None else (recipe_base,))), self._config)
-        members = tuple(self._places[spec.name] for spec in cell.part.sources)
+        members = tuple(self._places[spec.name] for spec in output.part.sources)
         parameters = self._shared.setdefault(
             tuple(parameters.items()), parameters
         )  # there may be many tensors
         return Job(
             ordinal,
-            cell.name,
+            output.name,
             dtype,
-            donor.shape,
+            template.shape,
             "merge",
             sources,
             recipe_base,
             parameters,
-            self._diagonals(cell, donor, members, sources),
-            self._matrices(cell, donor, members),
+            self._diagonals(output, template, members, sources),
+            self._matrices(output, template, members),
             members if members != tuple(range(len(self._places))) else (),
         )
 
@@ -247,17 +251,19 @@ class _Binder:
         return base if drops or self._method.base in ("required", "optional") else None
 
     def _diagonals(
-        self, cell: Cell, donor: SourceRef, members: Sequence[int], sources: Sequence[SourceRef]
+        self, output: OutputTensor, template: SourceRef, members: Sequence[int], sources: Sequence[SourceRef]
     ) -> tuple[FisherRef, ...]:
         if not self._fishers:
             return ()
         if any(isinstance(ref, GatheredRef) for ref in sources):
-            self._without_fisher.append(cell.name)  # its rows are in the order of the model's own vocabulary
+            self._without_fisher.append(
+                output.name
+            )  # its rows are in the order of the model's own vocabulary
             return ()
-        pairs = self._stored(self._fishers, cell, members)
+        pairs = self._stored(self._fishers, output, members)
         found = [index for index, name in pairs if name in index]
         if not found:
-            self._without_fisher.append(cell.name)
+            self._without_fisher.append(output.name)
             return ()
         for index, name in pairs:
             if name not in index:
@@ -265,37 +271,39 @@ class _Binder:
                     f"{printable(index.reference)}: no Fisher diagonal of tensor {printable(name)}, "
                     f"{printable(found[0].reference)} has one; list the tensor under `exclude:` to copy it"
                 )
-            if index[name].shape != donor.shape:
+            if index[name].shape != template.shape:
                 raise ModelError(
                     f"{printable(index.reference)}: the Fisher diagonal of tensor {printable(name)} has shape "
-                    f"{list(index[name].shape)}, the tensor has {list(donor.shape)}; it belongs to another model"
+                    f"{list(index[name].shape)}, the tensor has {list(template.shape)}; it belongs to another model"
                 )
         return tuple(index[name] for index, name in pairs)
 
     def _stored(
-        self, stores: Sequence[FisherIndex], cell: Cell, members: Sequence[int]
+        self, stores: Sequence[FisherIndex], output: OutputTensor, members: Sequence[int]
     ) -> list[tuple[FisherIndex, str]]:
-        """Return the store beside each source, and what the model itself calls the cell's tensor."""
+        """Return the store beside each source, and what the model itself calls the output's tensor."""
         return [
             (stores[member], self._own_names.get(spec.reference, {}).get(name, name))
-            for member, (spec, name) in zip(members, cell.models, strict=True)
+            for member, (spec, name) in zip(members, output.models, strict=True)
         ]
 
-    def _matrices(self, cell: Cell, donor: SourceRef, members: Sequence[int]) -> tuple[ChunkedRef, ...]:
+    def _matrices(
+        self, output: OutputTensor, template: SourceRef, members: Sequence[int]
+    ) -> tuple[ChunkedRef, ...]:
         """Return the Gram matrices of a linear map's weight; none where a model has none, or of what is no matrix."""
-        pairs = self._stored(self._grams, cell, members) if self._grams else []
-        if len(donor.shape) != 2 or not pairs or not any(name in index for index, name in pairs):
+        pairs = self._stored(self._grams, output, members) if self._grams else []
+        if len(template.shape) != 2 or not pairs or not any(name in index for index, name in pairs):
             return ()
         found = []
         for index, name in pairs:
             ref = index.get(name)
             if (
                 not isinstance(ref, ChunkedRef)
-                or ref.shape != (donor.shape[1], donor.shape[1])
+                or ref.shape != (template.shape[1], template.shape[1])
                 or ref.dtype != "F32"
             ):
                 raise ModelError(
-                    f"{printable(index.reference)}: no Gram matrix of {donor.shape[1]} inputs for tensor {printable(name)}, as "
+                    f"{printable(index.reference)}: no Gram matrix of {template.shape[1]} inputs for tensor {printable(name)}, as "
                     "others have; list the tensor under `exclude:` to copy it"
                 )
             found.append(ref)
@@ -311,19 +319,19 @@ class _Binder:
         ]
 
 
-def _agree(ordinal: int, name: str, donor: SourceRef, inputs: Sequence[SourceRef]) -> Job:
+def _agree(ordinal: int, name: str, template: SourceRef, inputs: Sequence[SourceRef]) -> Job:
     dtypes = {ref.dtype for ref in inputs}
-    if donor.dtype not in INTEGERS and len(inputs) > 1:
+    if template.dtype not in INTEGERS and len(inputs) > 1:
         raise ModelError(
-            f"tensor {printable(name)} in {printable(donor.path)} is {donor.dtype}, a quantised or complex dtype that "
+            f"tensor {printable(name)} in {printable(template.path)} is {template.dtype}, a quantised or complex dtype that "
             "is not merged; dequantise the models first, or list it under `exclude:` to copy it from one model"
         )
     if len(dtypes) > 1:
         raise ModelError(
             f"tensor {printable(name)}: integer dtypes differ ({', '.join(sorted(dtypes))}); list it under `exclude:`"
         )
-    others = tuple(ref for ref in dict.fromkeys(inputs) if ref != donor)
-    return Job(ordinal, name, donor.dtype, donor.shape, "agree", (donor, *others), None, {})
+    others = tuple(ref for ref in dict.fromkeys(inputs) if ref != template)
+    return Job(ordinal, name, template.dtype, template.shape, "agree", (template, *others), None, {})
 
 
 def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:

@@ -1,6 +1,6 @@
 """The models of a merge under the names of one of them: the same tensors, whatever each model calls them.
 
-Settled before anything else is planned: below, all models speak the donor's names, and have experts in its layout.
+Settled before anything else is planned: below, all models speak the template model's names, and have experts in its layout.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from streammerge.planning.resolve.prefixes import Rule, find_rules
 
 @dataclass(frozen=True)
 class Matched:
-    """The models in the donor's names."""
+    """The models in the template model's names."""
 
     indexes: Mapping[str, TensorIndex]
     """By reference."""
     own_names: Mapping[str, Mapping[str, str]]
-    """By reference, of tensors that are called otherwise there: their own names by those of the donor."""
+    """By reference, of tensors that are called otherwise there: their own names by those of the template model."""
     prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By reference, of models whose names differ: what the donor's names of the tensors that they share begin with."""
+    """By reference, of models whose names differ: what the template model's names of the tensors that they share begin with."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -40,67 +40,67 @@ class Matched:
 
 
 def match_names(
-    donor: TensorIndex, indexes: Mapping[str, TensorIndex], exclude: Sequence[str] = ()
+    template: TensorIndex, indexes: Mapping[str, TensorIndex], exclude: Sequence[str] = ()
 ) -> Matched:
-    """Return all models under the names that the donor has, with its layout of experts.
+    """Return all models under the names that the template model has, with its layout of experts.
 
-    A tensor that the donor does not have, or that the config excludes by these expressions, keeps its name.
+    A tensor that the template model does not have, or that the config excludes by these expressions, keeps its name.
 
     Raises
     ------
     ModelError
-        If two tensors of the donor could be meant.
+        If two tensors of the template model could be meant.
     """
     found: dict[str, TensorIndex] = {}
     own_names: dict[str, Mapping[str, str]] = {}
     prefixes: dict[str, tuple[str, ...]] = {}
     notes: list[str] = []
-    layout = layout_of(donor) if has_experts(donor) else None
+    layout = layout_of(template) if has_experts(template) else None
     for reference, index in indexes.items():
-        if index is donor:
+        if index is template:
             found[reference] = index
             continue
-        matched = index if layout is None else _with_experts(index, donor, layout, notes)
+        matched = index if layout is None else _with_experts(index, template, layout, notes)
         converted = matched is not index
-        alike = _is_part(matched, donor)
-        rules = [] if alike else find_rules(matched, donor, reference, donor.reference, exclude)
+        alike = _is_part(matched, template)
+        rules = [] if alike else find_rules(matched, template, reference, template.reference, exclude)
         if rules:
             matched = _renamed(matched, rules)
-            prefixes[reference] = tuple(dict.fromkeys(rule.donor for rule in rules))
-            notes.append(_told(reference, donor, rules))
+            prefixes[reference] = tuple(dict.fromkeys(rule.template for rule in rules))
+            notes.append(_told(reference, template, rules))
         if converted:
-            matched = _with_routers(matched, donor)
+            matched = _with_routers(matched, template)
         found[reference] = matched
         if matched is not index:
             own_names[reference] = _own_names(index, matched)
     return Matched(found, own_names, prefixes, tuple(notes))
 
 
-def _is_part(index: Mapping[str, SourceRef], donor: Mapping[str, SourceRef]) -> bool:
-    """Return whether all names are the donor's, or all of the donor's are there."""
-    return index.keys() <= donor.keys() or donor.keys() <= index.keys()
+def _is_part(index: Mapping[str, SourceRef], template: Mapping[str, SourceRef]) -> bool:
+    """Return whether all names are the template model's, or all of the template model's are there."""
+    return index.keys() <= template.keys() or template.keys() <= index.keys()
 
 
-def _with_experts(index: TensorIndex, donor: TensorIndex, layout: Layout, notes: list[str]) -> TensorIndex:
+def _with_experts(index: TensorIndex, template: TensorIndex, layout: Layout, notes: list[str]) -> TensorIndex:
     if not has_experts(index):
         return index
     found = laid_out(index, layout)
     if found is not index:
         how = "fused" if layout.fused else "one by one"
         notes.append(
-            f"{printable(index.reference)}: its experts are read as {printable(donor.reference)} has them, stored {how}"
+            f"{printable(index.reference)}: its experts are read as {printable(template.reference)} has them, stored {how}"
             f"{' as (in, out)' if layout.flipped else ''}"
         )
     return found
 
 
-def _with_routers(index: TensorIndex, donor: TensorIndex) -> TensorIndex:
-    """Return a model with what lies beside its experts called as in the donor, where shapes tell which is which.
+def _with_routers(index: TensorIndex, template: TensorIndex) -> TensorIndex:
+    """Return a model with what lies beside its experts called as in the template model, where shapes tell which is which.
 
     Namings of experts differ in these too: ``gate.weight`` and ``router.weight``.
     """
-    left = _by_module(donor, index)
-    mine = _by_module(index, donor)
+    left = _by_module(template, index)
+    mine = _by_module(index, template)
     called: dict[str, str] = {}
     for module, shapes in mine.items():
         for shape, names in shapes.items():
@@ -130,7 +130,7 @@ def _by_module(
 
 
 def _renamed(index: TensorIndex, rules: list[Rule]) -> TensorIndex:
-    called = {name: rule.donor + name[len(rule.own) :] for rule in rules for name in rule.names}
+    called = {name: rule.template + name[len(rule.own) :] for rule in rules for name in rule.names}
     return replace(index, tensors={called.get(name, name): ref for name, ref in index.items()})
 
 
@@ -142,11 +142,9 @@ def _own_names(index: TensorIndex, matched: TensorIndex) -> dict[str, str]:
     }
 
 
-def _told(reference: str, donor: TensorIndex, rules: list[Rule]) -> str:
+def _told(reference: str, template: TensorIndex, rules: list[Rule]) -> str:
     pairs = ", ".join(
-        f"{printable(rule.own, 80)}* is {printable(rule.donor, 80)}* ({len(rule.names)} tensors)"
+        f"{printable(rule.own, 80)}* is {printable(rule.template, 80)}* ({len(rule.names)} tensors)"
         for rule in rules
     )
-    return (
-        f"{printable(reference)}: its names are matched with those of {printable(donor.reference)}: {pairs}"
-    )
+    return f"{printable(reference)}: its names are matched with those of {printable(template.reference)}: {pairs}"

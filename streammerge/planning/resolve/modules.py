@@ -53,14 +53,14 @@ _AFTER = ("decoder",)
 
 
 def split_modules(
-    modules: Sequence[Module], donor: TensorIndex, indexes: Mapping[str, TensorIndex]
+    modules: Sequence[Module], template: TensorIndex, indexes: Mapping[str, TensorIndex]
 ) -> tuple[list[Owned], list[str]]:
     """Return what each module owns of each model, and what the user should know.
 
     Raises
     ------
     ConfigError
-        If a module is none of the donor's.
+        If a module is none of the template model's.
     """
     if [module.name for module in modules] == [None]:
         return [{reference: tuple(index) for reference, index in indexes.items()}], []
@@ -72,19 +72,19 @@ def split_modules(
             place = owner(tensor, names)
             if place is not None:
                 owned[place][reference].append(tensor)
-            elif reference == donor.reference:
+            elif reference == template.reference:
                 left.append(tensor)
     for module, own in zip(modules, owned, strict=True):
-        if not own[donor.reference]:
-            heads = sorted({name.split(".")[0] for name in donor})[:6]
+        if not own[template.reference]:
+            heads = sorted({name.split(".")[0] for name in template})[:6]
             raise ConfigError(
-                f"{module.path}: no tensor of {printable(donor.reference)} belongs to this module; its names begin with "
+                f"{module.path}: no tensor of {printable(template.reference)} belongs to this module; its names begin with "
                 f"{printable(', '.join(heads), 200)}"
             )
     notes = []
     if left:
         notes.append(
-            f"{len(left)} tensors of {printable(donor.reference)} belong to no module and are left out "
+            f"{len(left)} tensors of {printable(template.reference)} belong to no module and are left out "
             f"(first: {printable(left[0])})"
         )
     return list(owned), notes

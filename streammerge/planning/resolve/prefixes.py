@@ -29,39 +29,39 @@ _MOST_TWINS = 6
 
 @dataclass(frozen=True)
 class Rule:
-    """Names that begin with `own` in a model begin with `donor` in the donor, otherwise alike."""
+    """Names that begin with `own` in a model begin with `template` in the template model, otherwise alike."""
 
     own: str
     """Ends with a dot, or is empty."""
-    donor: str
+    template: str
     names: tuple[str, ...] = ()
-    """Of the model's, those that the rule finds in the donor."""
+    """Of the model's, those that the rule finds in the template model."""
 
 
 def find_rules(
     own: Mapping[str, SourceRef],
-    donor: Mapping[str, SourceRef],
+    template: Mapping[str, SourceRef],
     reference: str,
-    donor_reference: str,
+    template_reference: str,
     exclude: Sequence[str] = (),
 ) -> list[Rule]:
-    """Return the rules by which names of a model that the donor lacks become names of the donor.
+    """Return the rules by which names of a model that the template model lacks become names of the template model.
 
     Parameters
     ----------
     exclude
-        Regular expressions of the donor's tensors that no other is to be matched with.
+        Regular expressions of the template model's tensors that no other is to be matched with.
 
     Raises
     ------
     ModelError
-        If there are two places in the donor that fit equally well.
+        If there are two places in the template model that fit equally well.
     """
-    left = {name: ref for name, ref in own.items() if name not in donor}
+    left = {name: ref for name, ref in own.items() if name not in template}
     patterns = [re.compile(pattern) for pattern in exclude]
     free = {
         name: ref
-        for name, ref in donor.items()
+        for name, ref in template.items()
         if name not in own and not any(pattern.search(name) for pattern in patterns)
     }
     words: set[str] = set()
@@ -70,7 +70,7 @@ def find_rules(
         candidates = _candidates(left, free)
         counted = sorted(
             (_count(prefixes, left, free) for prefixes in candidates),
-            key=lambda found: (-found.alike, -len(found.rule.names), found.rule.own, found.rule.donor),
+            key=lambda found: (-found.alike, -len(found.rule.names), found.rule.own, found.rule.template),
         )
         best = next((found for found in counted if _holds(found, words)), None)
         if best is None:
@@ -82,18 +82,18 @@ def find_rules(
             )
             if twin and _holds(other, words) and set(other.rule.names) & set(best.rule.names):
                 raise ModelError(
-                    f"{printable(reference)}: its {printable(best.rule.own + '*')} may be {printable(best.rule.donor + '*')} or "
-                    f"{printable(other.rule.donor + '*')} of {printable(donor_reference)}, both fit: list one of these under `exclude:`"
+                    f"{printable(reference)}: its {printable(best.rule.own + '*')} may be {printable(best.rule.template + '*')} or "
+                    f"{printable(other.rule.template + '*')} of {printable(template_reference)}, both fit: list one of these under `exclude:`"
                 )
         rules.append(best.rule)
-        words |= {*best.rule.own.split("."), *best.rule.donor.split(".")}
+        words |= {*best.rule.own.split("."), *best.rule.template.split(".")}
         for name in best.rule.names:
-            del left[name], free[best.rule.donor + name[len(best.rule.own) :]]
+            del left[name], free[best.rule.template + name[len(best.rule.own) :]]
     return rules
 
 
 def _candidates(left: Mapping[str, SourceRef], free: Mapping[str, SourceRef]) -> list[tuple[str, str]]:
-    """Return the beginnings, of the model and of the donor, behind which most names are alike."""
+    """Return the beginnings, of the model and of the template model, behind which most names are alike."""
     ends: dict[str, list[str]] = {}
     for name in free:
         for start in _starts(name):
@@ -137,17 +137,19 @@ class _Counted:
     """Names found that have the same shape."""
     under_own: int
     """Names that begin so in the model."""
-    under_donor: int
+    under_template: int
 
 
 def _count(
     prefixes: tuple[str, str], left: Mapping[str, SourceRef], free: Mapping[str, SourceRef]
 ) -> _Counted:
-    own, donor = prefixes
+    own, template = prefixes
     mine = [name for name in left if name.startswith(own)]
-    names = tuple(name for name in mine if donor + name[len(own) :] in free)
-    alike = sum(left[name].shape == free[donor + name[len(own) :]].shape for name in names)
-    return _Counted(Rule(own, donor, names), alike, len(mine), sum(name.startswith(donor) for name in free))
+    names = tuple(name for name in mine if template + name[len(own) :] in free)
+    alike = sum(left[name].shape == free[template + name[len(own) :]].shape for name in names)
+    return _Counted(
+        Rule(own, template, names), alike, len(mine), sum(name.startswith(template) for name in free)
+    )
 
 
 def _holds(found: _Counted, words: set[str]) -> bool:
@@ -157,12 +159,13 @@ def _holds(found: _Counted, words: set[str]) -> bool:
     a rule of many has already shown to be wrappers.
     """
     n = len(found.rule.names)
-    if not n or 2 * n < min(found.under_own, found.under_donor):
+    if not n or 2 * n < min(found.under_own, found.under_template):
         return False
     numbers = [
-        [part for part in begin.split(".") if part.isdigit()] for begin in (found.rule.own, found.rule.donor)
+        [part for part in begin.split(".") if part.isdigit()]
+        for begin in (found.rule.own, found.rule.template)
     ]
     if all(numbers) and numbers[0] != numbers[1]:
         return False  # A layer is never another layer, however alike.
-    parts = {*found.rule.own.split("."), *found.rule.donor.split(".")}
+    parts = {*found.rule.own.split("."), *found.rule.template.split(".")}
     return n >= 3 or parts <= words | {""}

@@ -89,7 +89,7 @@ class Alignment:
     order: tuple[str, ...]
     """The models by their places in the maps."""
     numbers: Ids | None
-    """The output's number of each token of the donor, -1 of those that it lacks; None where they are the same."""
+    """The output's number of each token of the template model, -1 of those that it lacks; None where they are the same."""
     notes: tuple[str, ...] = ()
     _gathered: dict[tuple[str, str], SourceRef] = field(default_factory=dict)
 
@@ -148,7 +148,7 @@ class Alignment:
         return digest.hexdigest()
 
 
-def align(spec: TokenizerSpec, donor: TensorIndex, indexes: Mapping[str, TensorIndex]) -> Alignment:
+def align(spec: TokenizerSpec, template: TensorIndex, indexes: Mapping[str, TensorIndex]) -> Alignment:
     """Return how the vocabularies of all models become the one that the config asks for.
 
     Raises
@@ -161,14 +161,14 @@ def align(spec: TokenizerSpec, donor: TensorIndex, indexes: Mapping[str, TensorI
     order = tuple(indexes)
     tokenizers = _Tokenizers(indexes)
     rows = {reference: embedding_rows(index) for reference, index in indexes.items()}
-    vocabulary = _vocabulary(spec, donor, tokenizers)
+    vocabulary = _vocabulary(spec, template, tokenizers)
     same = [r for r in order if tokenizers.directory(r) == vocabulary.directory]
     n_rows = max([vocabulary.n_rows, *(rows[reference] for reference in same)])
     padding = -n_rows % spec.multiple_of
     own = [_own_rows(vocabulary.ids, tokenizers[reference], rows[reference], n_rows) for reference in order]
     chosen, forced = _chosen(spec, vocabulary, tokenizers, rows, n_rows)
     lacking = np.flatnonzero((np.min(own, axis=0) < 0) | forced)
-    lenders, nowhere = _lenders(own, order.index(donor.reference), chosen, lacking)
+    lenders, nowhere = _lenders(own, order.index(template.reference), chosen, lacking)
     maps: dict[str, RowMap | None] = {}
     known: dict[bytes, RowMap] = {}  # models that have the same vocabulary share a map
     for place, reference in enumerate(order):
@@ -191,17 +191,17 @@ def align(spec: TokenizerSpec, donor: TensorIndex, indexes: Mapping[str, TensorI
         maps,
         rows,
         order,
-        _renumbered(tokenizers[donor.reference], vocabulary.ids),
+        _renumbered(tokenizers[template.reference], vocabulary.ids),
         tuple(notes),
     )
 
 
-def _renumbered(donor: Tokenizer, ids: Mapping[str, int]) -> Ids | None:
-    """Return the output's number of each token of the donor; None if they are the same."""
-    numbers = np.full(donor.n_rows, -1, np.int32)
-    for text, number in donor.ids.items():
+def _renumbered(template: Tokenizer, ids: Mapping[str, int]) -> Ids | None:
+    """Return the output's number of each token of the template model; None if they are the same."""
+    numbers = np.full(template.n_rows, -1, np.int32)
+    for text, number in template.ids.items():
         numbers[number] = ids.get(text, numbers[number])
-    kept = np.array(sorted(set(donor.ids.values())), np.int32)
+    kept = np.array(sorted(set(template.ids.values())), np.int32)
     return None if bool((numbers[kept] == kept).all()) else numbers
 
 
@@ -274,11 +274,11 @@ def _directory_of(spec: TokenizerSpec) -> Path:
         ) from error
 
 
-def _vocabulary(spec: TokenizerSpec, donor: TensorIndex, tokenizers: _Tokenizers) -> _Vocabulary:
+def _vocabulary(spec: TokenizerSpec, template: TensorIndex, tokenizers: _Tokenizers) -> _Vocabulary:
     """Return the tokens of the output: those of the tokenizer named, then what else is asked for."""
-    directory = tokenizers.directory(donor.reference)
+    directory = tokenizers.directory(template.reference)
     if spec.source in ("union", "base"):
-        source = tokenizers[donor.reference]
+        source = tokenizers[template.reference]
     elif spec.source in tokenizers:
         source, directory = tokenizers[spec.source], tokenizers.directory(spec.source)
     else:

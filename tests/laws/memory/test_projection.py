@@ -20,7 +20,7 @@ from streammerge.api import merge, plan
 from streammerge.engine.merge import Event
 from streammerge.errors import BudgetError
 from streammerge.machine import left_in_groups, peak_memory
-from streammerge.planning.allocate import FEWEST_BINS, MOST_BINS, Room, make_room
+from streammerge.planning.memory.allocate import FEWEST_BINS, MOST_BINS, StatisticsMemory, statistics_memory
 from streammerge.planning.memory.budget import KERNEL_RESERVE, MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.plan import MergePlan
 from streammerge.units import format_at_least, parse_size
@@ -105,7 +105,7 @@ def test_a_size_that_is_asked_for_is_never_rounded_down(nbytes: int) -> None:
 
 
 def lists_of(decided: MergePlan) -> int:
-    return decided.budget.reserve - KERNEL_RESERVE - decided.room.nbytes
+    return decided.budget.reserve - KERNEL_RESERVE - decided.statistics_memory.nbytes
 
 
 def traced_peak(directory: Path, shapes: Shapes) -> tuple[int, int]:
@@ -147,7 +147,7 @@ def test_statistics_take_a_share_of_the_memory_unless_they_need_more(
     ranks: int, partials: int, threads: int, capacity: int
 ) -> None:
     budget = Budget(capacity * MIB, 0, threads)
-    room = make_room(ranks, partials, 1 << 30, budget)
+    room = statistics_memory(ranks, partials, 1 << 30, budget)
     assert room.bins == MOST_BINS or FEWEST_BINS <= room.bins < MOST_BINS
     windows = 4 * room.bins * (ranks + budget.workers) if ranks else 0
     sums = 3 * budget.workers * 8 * partials * (room.elements // 4096) if partials else 0
@@ -159,15 +159,15 @@ def test_statistics_take_a_share_of_the_memory_unless_they_need_more(
 @given(st.integers(1, 300), st.integers(24, 4000))
 def test_more_memory_never_leaves_less_for_buffers(ranks: int, capacity: int) -> None:
     def left(nbytes: int) -> int:
-        return nbytes - make_room(ranks, 1, 1 << 30, Budget(nbytes, 0, 2)).nbytes
+        return nbytes - statistics_memory(ranks, 1, 1 << 30, Budget(nbytes, 0, 2)).nbytes
 
     assert left(capacity * MIB) <= left((capacity + 1) * MIB)
 
 
 def test_a_merge_without_statistics_gives_them_no_room(make_models: Callable[..., list[Path]]) -> None:
     paths = make_models()
-    assert plan(config_of("linear", paths, {}), memory="512MiB").room == Room()
-    assert plan(config_of("ties", paths, {"density": 0.3}), memory="512MiB").room.nbytes > 0
+    assert plan(config_of("linear", paths, {}), memory="512MiB").statistics_memory == StatisticsMemory()
+    assert plan(config_of("ties", paths, {"density": 0.3}), memory="512MiB").statistics_memory.nbytes > 0
 
 
 # --- memory that is not there

@@ -206,7 +206,7 @@ def test_one_piece_is_recomputed_with_the_statistics_of_all_of_its_tensor_or_mod
     give_memory(monkeypatch, LITTLE)
     for seed in range(3):
         if method == "ties" and not parameters.get("trim_scope"):
-            assert "surveyed" in [how.mode for how in plan(config, kernels=False).work]
+            assert "streamed" in [how.mode for how in plan(config, kernels=False).work]
         verdict = verify(tmp_path / "out", against=config, sample=1, seed=seed)
         assert verdict.problems == ()
         assert verdict.recomputed is not None

@@ -395,9 +395,9 @@ def refs(prefix: str, layers: int, heads: Mapping[str, str]) -> dict[str, Tensor
 
 @given(PREFIX, PREFIX, st.integers(2, 5))
 @settings(max_examples=60, deadline=None)
-def test_any_prefix_is_found(own: str, donor: str, layers: int) -> None:
-    rules = find_rules(a := refs(own, layers, {}), b := refs(donor, layers, {}), "a", "b")
-    called = {name: rule.donor + name[len(rule.own) :] for rule in rules for name in rule.names}
+def test_any_prefix_is_found(own: str, template: str, layers: int) -> None:
+    rules = find_rules(a := refs(own, layers, {}), b := refs(template, layers, {}), "a", "b")
+    called = {name: rule.template + name[len(rule.own) :] for rule in rules for name in rule.names}
     assert {called.get(name, name) for name in a} == set(b)
     assert len(set(called.values())) == len(called)
 

@@ -66,7 +66,7 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class Room:
+class StatisticsMemory:
     """What statistics may take beside the buffers."""
 
     bins: int = MOST_BINS
@@ -78,12 +78,12 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Allotment:
+class Allocation:
     """How the memory is divided, and how each job is handled within it."""
 
     budget: Budget
     """Of the buffers: what else is needed is in its reserve."""
-    room: Room
+    statistics: StatisticsMemory
     work: tuple[Work, ...]
 
 
@@ -97,7 +97,7 @@ def asked_together(rounds: Sequence[Sequence[Request]]) -> tuple[int, int, int]:
     return ranks, partials, sum(len(one) for one in rounds[:last] if one[0].scope == "tensor")
 
 
-def make_room(ranks: int, partials: int, largest: int, budget: Budget) -> Room:
+def statistics_memory(ranks: int, partials: int, largest: int, budget: Budget) -> StatisticsMemory:
     """Return the room for statistics.
 
     A window is counted by every worker on its own and added up once for each rank. The partial sums of a piece wait
@@ -124,7 +124,7 @@ def make_room(ranks: int, partials: int, largest: int, budget: Budget) -> Room:
         blocks = max(1, min(_MOST_PARTIALS, share // waiting) // of_one_block)
         elements = blocks * ALIGN
         nbytes += waiting * blocks * of_one_block
-    return Room(bins, elements, nbytes)
+    return StatisticsMemory(bins, elements, nbytes)
 
 
 def lists_nbytes(n_refs: int, n_stored: int, jobs: Sequence[Job], needs: Sequence[Needs]) -> int:
@@ -141,14 +141,14 @@ def lists_nbytes(n_refs: int, n_stored: int, jobs: Sequence[Job], needs: Sequenc
     return of_inputs + len(jobs) * JOB_NBYTES + NAME_COPIES * names + kept * ANSWER_NBYTES
 
 
-def allot(
+def allocate(
     budget: Budget,
     jobs: Sequence[Job],
     needs: Sequence[Needs],
     lists: int,
     plan_work: Callable[[Job, Needs, Budget], Work],
     beside: Callable[[Job, Needs, Work], int],
-) -> Allotment:
+) -> Allocation:
     """Divide the memory, and decide how each job is handled.
 
     Parameters
@@ -168,7 +168,7 @@ def allot(
         If it does not fit. The memory that the message asks for is enough.
     """
 
-    def divided(total: Budget) -> Allotment:
+    def divided(total: Budget) -> Allocation:
         return divide(total, jobs, needs, lists, plan_work, beside)
 
     try:
@@ -193,7 +193,7 @@ class TooLittle(Exception):
         self.least, self.statistics = least, statistics
 
 
-def least_total(budget: Budget, known: int, divide: Callable[[Budget], Allotment]) -> int:
+def least_total(budget: Budget, known: int, divide: Callable[[Budget], Allocation]) -> int:
     """Return the least memory, in whole MiB, that is found to be enough; it is more than is `known` to be needed."""
     total = -(-known // MIB) * MIB
     while True:
@@ -212,8 +212,8 @@ def divide(
     lists: int,
     plan_work: Callable[[Job, Needs, Budget], Work],
     beside: Callable[[Job, Needs, Work], int],
-) -> Allotment:
-    """Divide the memory as `allot` does.
+) -> Allocation:
+    """Divide the memory as `allocate` does.
 
     Raises
     ------
@@ -223,14 +223,16 @@ def divide(
     budget = _with_buffers(budget, lists, 0)
     ranks = max((need.ranks for need in needs), default=0)
     partials = max((need.partials for need in needs), default=0)
-    room = make_room(ranks, partials, sum(job.n_elements for job in jobs if job.kind == "merge"), budget)
+    statistics = statistics_memory(
+        ranks, partials, sum(job.n_elements for job in jobs if job.kind == "merge"), budget
+    )
     extra = 0
     while True:  # the less is left for buffers, the more tensors are streamed for their statistics
-        left = _with_buffers(budget, room.nbytes + extra, room.nbytes + extra)
+        left = _with_buffers(budget, statistics.nbytes + extra, statistics.nbytes + extra)
         work = _work_of(jobs, needs, left, plan_work)
         wanted = max(map(beside, jobs, needs, work), default=0)
         if wanted <= extra:
-            return Allotment(left, room, tuple(work))
+            return Allocation(left, statistics, tuple(work))
         extra = wanted
 
 

@@ -8,17 +8,17 @@ from itertools import islice, pairwise
 
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child, meant, shown
-from streammerge.planning.resolve.assemble import Cell, Indexes
+from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 
 _PLAIN = re.compile(r"[\w.]+")
 _MOST = 200
 """Filters, and patterns, that are looked at."""
 
 
-def unmatched(config: MergeConfig, cells: Sequence[Cell], indexes: Indexes) -> list[str]:
+def unmatched(config: MergeConfig, outputs: Sequence[OutputTensor], indexes: Indexes) -> list[str]:
     """Return warnings, not refusals: published configs have filters for modules that only some models have."""
-    names = {cell.name for cell in cells}
-    names |= {name for cell in cells for name in cell.sources if name not in names}
+    names = {output.name for output in outputs}
+    names |= {name for output in outputs for name in output.sources if name not in names}
     texts = _filters(config)
     lost = {
         text: path for text, path in islice(texts.items(), _MOST) if not any(text in name for name in names)
