@@ -2,7 +2,7 @@
 
     python tools/make/make_models.py OUT --models 3 --layers 14             # 1.7 GB each
     python tools/make/make_models.py OUT --models 3 --layers 1 --vocab 1000000 --tied  # one 4 GB tensor
-    python tools/make/make_models.py OUT --models 3 --preset 405b --sparse   # true headers, no data
+    python tools/make/make_models.py OUT --models 3 --preset 405b --sparse   # true headers, no data (7b, 70b too)
 
 Weights are normal with deviation 0.02, fine-tunes add normal noise of 1e-3; all rounded to bf16, so that the
 deltas lie on the lattice of real checkpoints. Blocks are generated one at a time, by a process for each CPU:
@@ -22,6 +22,12 @@ import numpy as np
 
 BLOCK = 1 << 22
 SHARD = 5_000_000_000
+PRESETS = {
+    "7b": (32, 4096, 11008, 4096, 32000, False),
+    "70b": (80, 8192, 28672, 1024, 128256, False),
+    "405b": (126, 16384, 53248, 1024, 128256, False),
+}
+"""Layers, width, width of the MLP, of keys and values, vocabulary, tied: Llama 2 7B, Llama 3 70B and 405B."""
 
 
 def shapes(
@@ -111,12 +117,12 @@ def main() -> None:
     parser.add_argument("--kv", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--tied", action="store_true", help="no lm_head beside the embedding")
-    parser.add_argument("--preset", choices=["405b"])
+    parser.add_argument("--preset", choices=sorted(PRESETS))
     parser.add_argument("--sparse", action="store_true")
     args = parser.parse_args()
     size = (args.layers, args.hidden, args.inter, args.kv, args.vocab, args.tied)
-    if args.preset == "405b":
-        size = (126, 16384, 53248, 1024, 128256)
+    if args.preset:
+        size = PRESETS[args.preset]
     shards = split(list(shapes(*size)))
     names = ["base", *(f"tuned{i + 1}" for i in range(args.models))]
     for name in names:
