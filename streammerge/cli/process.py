@@ -20,7 +20,7 @@ from streammerge.errors import InputError, printable
 BEGAN = time.monotonic()
 """When the command started; what ``seconds`` of a JSON event counts from."""
 _KINDS = ("config", "model", "budget", "output", "input", "world", "stopped")
-"""Of errors, as docs/json.md has them; a narrower class is of the kind of the one that it narrows."""
+"""Of errors, as docs/use/json.md has them; a narrower class is of the kind of the one that it narrows."""
 _STREAMING = ("merge", "import", "compute")
 """Commands whose ``--json`` prints events, an error among them."""
 

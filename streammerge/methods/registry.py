@@ -344,7 +344,7 @@ def _check_signature(name: str, function: Callable[..., Any], access: Access) ->
     if is_formula and access is Access.MODEL:
         raise InputError(
             f'{what}: access="model" is for methods that ask for statistics, a formula sees one tensor at a time; use '
-            'access="tensor", or write a generator (see docs/extending.md)'
+            'access="tensor", or write a generator (see docs/build/extending.md)'
         )
 
 

@@ -79,7 +79,7 @@ def make_reporter(
 
 
 class JsonReporter:
-    """One JSON object per event on stdout; docs/json.md has the fields."""
+    """One JSON object per event on stdout; docs/use/json.md has the fields."""
 
     def __init__(
         self, signal_received: Callable[[], int | None] = _never, began: float | None = None

@@ -1,4 +1,4 @@
-"""`--json`: what docs/json.md says is printed is what is printed, errors and stops too."""
+"""`--json`: what docs/use/json.md says is printed is what is printed, errors and stops too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.conftest import config_for, write_fisher
 
 __all__ = ["cli"]
 
-PAGE = (Path(__file__).parents[2] / "docs" / "json.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "use" / "json.md").read_text()
 ALWAYS = {"event", "seconds"}
 
 

@@ -145,7 +145,7 @@ def test_the_cache_of_models_may_be_named(
 
 
 def test_every_option_in_the_guide_is_one_of_the_command(cli: Cli) -> None:
-    guide = (Path(__file__).parents[2] / "docs" / "from-mergekit.md").read_text()
+    guide = (Path(__file__).parents[2] / "docs" / "use" / "from-mergekit.md").read_text()
     named = set(re.findall(r"`(--?[a-z][a-z-]*)`", guide))
     known = {name for option in merge_command.params for name in (*option.opts, *option.secondary_opts)}
     assert len(named) > 25

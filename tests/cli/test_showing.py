@@ -257,7 +257,7 @@ def test_lines_wrap_between_words_on_a_terminal(
 
 def test_the_page_names_every_environment_variable_that_is_looked_at() -> None:
     root = Path(__file__).parents[2]
-    page = (root / "docs" / "cli.md").read_text()
+    page = (root / "docs" / "use" / "cli.md").read_text()
     sources = "".join(path.read_text() for path in (root / "streammerge").rglob("*.py"))
     names = set(re.findall(r"""environ(?:\.get\(|\[)"(\w+)\"""", sources)) | {"HF_HUB_CACHE"}
     assert len(names) >= 5

@@ -1,7 +1,7 @@
 """Run the same configs, unmodified, through mergekit and through this program, and write down what differs.
 
     python -m venv mk && mk/bin/pip install mergekit==0.1.5 torch==2.13.0
-    python tools/compare/compare_mergekit.py mk            # writes docs/mergekit-comparison.md
+    python tools/compare/compare_mergekit.py mk            # writes docs/results/mergekit-comparison.md
 
 Tiny llama-shaped models, in float32 and in float64, since mergekit computes in the dtype of the merge. Exits with 1 where
 something differs that `mergekit_cases.py` does not explain.
@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from streammerge.api import merge
 from streammerge.errors import StreammergeError
 
-PAGE = Path(__file__).parents[2] / "docs" / "mergekit-comparison.md"
+PAGE = Path(__file__).parents[2] / "docs" / "results" / "mergekit-comparison.md"
 LAYERS, HIDDEN, INTER, KV, VOCAB = 4, 32, 48, 16, 64
 SPREADS = {"a": 5e-3, "b": 4e-3, "c": 5e-2, "d": 1e-4, "e": 5e-5, "v": 6e-2, "w": 4e-3}
 """Deviation of each model from the base, whose weights are normal with 0.05."""

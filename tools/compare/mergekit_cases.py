@@ -24,7 +24,7 @@ class Difference:
 
     why: str
     where: str
-    """Where it is explained: a section of docs/methods.md."""
+    """Where it is explained: a section of docs/use/methods.md."""
     cure: Mapping[str, Any] = field(default_factory=dict)
     """Parameters with which this program does as mergekit does; the results must then be equal but for rounding."""
     theirs: Theirs | None = None

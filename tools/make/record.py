@@ -1,6 +1,6 @@
 """Record a merge in a terminal, Ctrl-C and the same command again, as an animated SVG.
 
-    python tools/make/record.py WORKDIR --svg docs/merge-and-resume.svg
+    python tools/make/record.py WORKDIR --svg docs/results/merge-and-resume.svg
 
 A shell in a pseudo-terminal is typed into, so all that is seen is what the programs printed. WORKDIR gets three models
 of 3.2 GB (made once), the config, the output and `session.cast`, an asciicast of version 2 that any player of
@@ -165,7 +165,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--svg", type=Path, default=Path("docs/merge-and-resume.svg"))
+    parser.add_argument("--svg", type=Path, default=Path("docs/results/merge-and-resume.svg"))
     parser.add_argument("--cast", type=Path, help="draw this recording; record nothing")
     args = parser.parse_args()
     if args.cast is None:

