@@ -15,12 +15,12 @@ import torch
 import yaml
 
 import streammerge.cli
-from tests.network.tiny import make_model
-from tests.tokenizers.scene import write_tokenizer
+from tests.checkpoint.tokenizers.scene import write_tokenizer
+from tests.estimate.network.tiny import make_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "measure"))
 
 import plan_table  # noqa: E402
 
