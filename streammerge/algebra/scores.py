@@ -12,16 +12,10 @@ from typing import TYPE_CHECKING
 
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.numerics import elementary
+from streammerge.numerics.finite import LARGEST, SMOOTHING, UNKNOWN
 
 if TYPE_CHECKING:
     import torch
-
-LARGEST = 3.4028234663852886e38
-"""The largest finite fp32 number."""
-UNKNOWN = 0x7FC00000
-"""The pattern of a score that is not finite."""
-SMOOTHING = 1e-8
-"""Added to every probability (mergekit's)."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from streammerge.kernels.blocks import (
     words,
     words_at,
 )
+from streammerge.numerics import finite
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
-LARGEST = np.float32(3.4028234663852886e38)
+LARGEST = np.float32(finite.LARGEST)
 """The largest finite fp32 number."""
 
 NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3

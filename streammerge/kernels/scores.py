@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from streammerge.algebra.scores import SMOOTHING, UNKNOWN
 from streammerge.kernels import njit
 from streammerge.kernels.blocks import BLOCK, bits_from_f32
 from streammerge.kernels.deltas import LARGEST, MAGNITUDE
 from streammerge.kernels.elementary import exp, log
+from streammerge.numerics.finite import SMOOTHING, UNKNOWN
 
 _MOST = np.float64(LARGEST)
 

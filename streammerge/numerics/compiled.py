@@ -19,7 +19,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_KERNELS = Path(__file__).parent / "kernels"
+_PACKAGE = Path(__file__).parent.parent
+_SOURCES = ("kernels/*.py", "numerics/elementary.py", "numerics/finite.py")
+"""The kernels, and the files whose constants are compiled into them."""
 _MARK = ".compiled"
 _PROBE = b"\0" * (1 << 16)
 """Written where kernels are to be kept: a disk that is full takes a file, but no content."""
@@ -123,13 +125,17 @@ def _digest() -> str:
     only when it compiles again, in the middle of a merge.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(_KERNELS.glob("*.py")):
+    for path in _sources(_PACKAGE):
         digest.update(path.read_bytes())
     for package in ("numba", "llvmlite", "numpy"):
         with suppress(PackageNotFoundError):
             digest.update(version(package).encode())
     digest.update(f"{sys.implementation.cache_tag} {_cpu()}".encode())
     return digest.hexdigest()
+
+
+def _sources(package: Path) -> list[Path]:
+    return sorted(path for pattern in _SOURCES for path in package.glob(pattern))
 
 
 def _cpu() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from streammerge.kernels import merge as merges
 from streammerge.numerics import compiled
 from tests.conftest import config_for, output_bytes, write_models
 from tests.laws.test_methods import VARIANTS
+from tests.test_layers import ARROWS
 
 Make = Callable[..., list[Path]]
 Calls = set[tuple[str, tuple[str, ...]]]
@@ -302,3 +304,26 @@ def test_kernels_compiled_ahead_in_a_folder_that_cannot_be_written_are_taken_ove
     assert directory is not None
     assert directory != ahead
     assert compiled.lacking(["weighted_sum", "ranks"]) == ["ranks"]
+
+
+def test_kernels_are_kept_by_the_content_of_every_file_they_are_compiled_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(streammerge.__file__).parent
+    compiled_in = {
+        name
+        for module, names in ARROWS.items()
+        if module.startswith("streammerge.kernels.")
+        for name in (module, *names)
+    } - {"streammerge.numerics.compiled", "streammerge.kernels"}
+    files = {package.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in compiled_in}
+    assert files | {package / "kernels" / "__init__.py"} == set(compiled._sources(package))
+    shutil.copytree(
+        package, tmp_path / "copy", ignore=lambda where, names: [n for n in names if n == "__pycache__"]
+    )
+    monkeypatch.setattr(compiled, "_PACKAGE", tmp_path / "copy")
+    found = {compiled._digest()}
+    for path in compiled._sources(tmp_path / "copy"):
+        path.write_text(path.read_text() + "\n")
+        found.add(compiled._digest())
+    assert len(found) == 1 + len(files) + 1
