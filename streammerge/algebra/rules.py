@@ -1,6 +1,6 @@
 """What happens to every element once the statistics are known: the formulas, in torch.
 
-A recipe is a frozen value. Called on fp32 pieces it is the reference and the GPU path; the engine
+A rule is a frozen value. Called on fp32 pieces it is the reference and the GPU path; the engine
 has a fused CPU kernel for each kind, bit-equal by test. Sums over models run in fp64, in configured
 order, multiply and add apart; the engine rounds the fp64 result once, to the output's dtype.
 """
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.scores import Selection, sees_rows
 from streammerge.algebra.task_vectors import TaskVector, Where, terms_of
 
@@ -19,17 +20,11 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from streammerge.statistics.kinds import Mixers
-
     Coefficients = Callable[[NDArray[np.float64]], NDArray[np.float64]]
     """From Gram matrices, (rows, k, k), to the weights of the vectors, (rows, k)."""
 
 ROWS_AT_ONCE = 64
 """Rows that a product with a matrix takes at a time."""
-
-Sees = Literal["elements", "rows", "columns", "tensor"]
-"""What arithmetic must have before it at once: any elements; whole rows, the last axis; every column, along the first
-axis, of however many rows; all of the tensor."""
 
 
 @dataclass(frozen=True)
@@ -361,7 +356,7 @@ class ColumnCombination:
     def combined(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sum in fp64 for pieces of shape (rows, columns), with this recipe's `weights` as a tensor."""
+        """Return the sum in fp64 for pieces of shape (rows, columns), with this rule's `weights` as a tensor."""
         return _combined(self.vectors, [one.unsqueeze(0) for one in weights], models, base, where)
 
 
@@ -386,6 +381,13 @@ class CopyOf:
     """The bytes of one model's tensor, unchanged but for the output's dtype."""
 
     model: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Mixers:
+    """One matrix for each model, fp64 [inputs, inputs]."""
+
+    matrices: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -423,7 +425,7 @@ class RegressionMean:
         return mean.reshape(-1)
 
 
-Recipe = (
+Rule = (
     WeightedSum
     | TaskVectorMerge
     | SelectedMerge
@@ -437,38 +439,38 @@ Recipe = (
 )
 
 
-def ranked(recipe: Recipe) -> bool:
+def ranked(rule: Rule) -> bool:
     """Return whether entries are dropped by their rank in a row, which must then be whole."""
-    return any(vector.rank_drop is not None for vector in getattr(recipe, "vectors", ()))
+    return any(vector.rank_drop is not None for vector in getattr(rule, "vectors", ()))
 
 
-def seen_by(recipe: Recipe) -> Sees:
-    """Return what a recipe must have before it at once; not of a formula, whose method declares it."""
-    if isinstance(recipe, ColumnCombination):
-        return "columns"
-    if isinstance(recipe, RegressionMean):
-        return "rows"
-    by_rows = isinstance(recipe, SelectedMerge) and recipe.selection and sees_rows(recipe.selection.score)
-    return "rows" if by_rows or isinstance(recipe, RowCombination) or ranked(recipe) else "elements"
+def seen_by(rule: Rule) -> Extent:
+    """Return what a rule must have before it at once; not of a formula, whose method declares it."""
+    if isinstance(rule, ColumnCombination):
+        return Extent.COLUMN
+    if isinstance(rule, RegressionMean):
+        return Extent.ROW
+    by_rows = isinstance(rule, SelectedMerge) and rule.selection and sees_rows(rule.selection.score)
+    return Extent.ROW if by_rows or isinstance(rule, RowCombination) or ranked(rule) else Extent.ELEMENT
 
 
-def removing(recipe: Recipe) -> tuple[TaskVector, ...]:
-    """Return the task vectors of a recipe that may lose entries; empty if none does."""
-    vectors = getattr(recipe, "vectors", ())
-    selects = isinstance(recipe, SelectedMerge) and recipe.selection is not None
+def removing(rule: Rule) -> tuple[TaskVector, ...]:
+    """Return the task vectors of a rule that may lose entries; empty if none does."""
+    vectors = getattr(rule, "vectors", ())
+    selects = isinstance(rule, SelectedMerge) and rule.selection is not None
     return vectors if selects or any(vector.removes for vector in vectors) else ()
 
 
 def kept_by(
-    recipe: Recipe, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    rule: Rule, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
 ) -> tuple[int, ...]:
     """Return how many entries of each task vector survive, or how many elements are selected; empty if all are."""
-    vectors = removing(recipe)
+    vectors = removing(rule)
     assert base is not None or not vectors
     if base is None:
         return ()
-    if isinstance(recipe, SelectedMerge) and recipe.selection is not None:
-        return (int(recipe.selection.mask(models, base, where).sum()),) * len(vectors)
+    if isinstance(rule, SelectedMerge) and rule.selection is not None:
+        return (int(rule.selection.mask(models, base, where).sum()),) * len(vectors)
     return tuple(int(v.mask(models[i], base, where).sum()) for i, v in enumerate(vectors))
 
 

@@ -1,4 +1,4 @@
-"""The contract of a backend: what computes loaded blocks, and what the planner and the engine must know of it.
+"""The contract of a backend: what computes blocks, and what the planner and the engine must know of it.
 
 A backend is one value. It is registered in `streammerge.backends.registry`, and chosen in `streammerge.planning.backend`;
 everything else asks the value.
@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from streammerge.algebra.rules import Sees
-from streammerge.backends.cpu.math import Loaded, PieceMath
+from streammerge.algebra.block import Block, BlockMath
+from streammerge.algebra.extent import Extent
 from streammerge.io.buffer_pool import Bytes
 
 
@@ -39,7 +39,7 @@ class TensorFacts(Protocol):
     def mixer_bytes(self) -> int:
         """Bytes of the regression operators of this tensor."""
 
-    def line_length(self, sees: Sees) -> int:
+    def line_length(self, sees: Extent) -> int:
         """Return the elements of one line of what the arithmetic must see at once."""
 
 
@@ -55,15 +55,15 @@ class BufferHooks:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute loaded blocks. All backends give the same bits."""
+    """One way to compute blocks. All backends give the same bits."""
 
     name: str
     reserve: int
     """Bytes of resident memory that its libraries and threads take, the interpreter included."""
-    workspace: Callable[[TensorFacts, int, Sees], int]
+    workspace: Callable[[TensorFacts, int, Extent], int]
     """Returns an upper bound, in bytes, of temporaries in this process's memory for a block of so many elements."""
-    math: Callable[[Loaded, str, Sees], PieceMath]
-    """Returns what computes a loaded block on a device, given how much the arithmetic must see at once."""
+    math: Callable[[Block, str, Extent], BlockMath]
+    """Returns what computes a block on a device, given how much the arithmetic must see at once."""
     turn: Callable[[str], AbstractContextManager[None]] | None = None
     """Waits for the device: a block is computed inside. None: threads never wait for each other."""
     buffers: BufferHooks = BufferHooks()

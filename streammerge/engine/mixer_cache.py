@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.algebra.rules import Mixers
 from streammerge.checkpoint.companions import ChunkedRef
 from streammerge.dtypes import itemsize
 from streammerge.formats.zarr_chunks import read_stored
@@ -16,7 +17,7 @@ from streammerge.io.reader import Reader
 from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import slot_bytes
 from streammerge.planning.plan import MergePlan
-from streammerge.statistics.kinds import Mixers, Mixing
+from streammerge.statistics.kinds import Mixing
 from streammerge.timing import Stages
 
 _FRAME = 64
@@ -50,7 +51,7 @@ class MixerCache:
         self._lock = threading.Lock()
         self._last: tuple[int, Mixers] | None = None
 
-    def get(self, job: Job, request: Mixing, reader: Reader, stages: Stages) -> Mixers:
+    def get(self, job: Job, statistic: Mixing, reader: Reader, stages: Stages) -> Mixers:
         """Return the mixers of a job's tensor.
 
         Raises
@@ -63,11 +64,11 @@ class MixerCache:
                 self._last = None  # given up before as much is taken again
                 grams = (_read(ref, reader, stages) for ref in job.grams)
                 with stages.time("statistics"):
-                    self._last = job.ordinal, mixers_of(list(grams), request)
+                    self._last = job.ordinal, mixers_of(list(grams), statistic)
             return self._last[1]
 
 
-def mixers_of(grams: list[NDArray[np.float32]], request: Mixing) -> Mixers:
+def mixers_of(grams: list[NDArray[np.float32]], statistic: Mixing) -> Mixers:
     """Return P_i = G_i (sum G)^+ of each model: by Cholesky, or by eigenvalues where directions have no data.
 
     A direction has data if its share of the largest is above what fp32 matrices of this size can tell from 0.
@@ -79,8 +80,8 @@ def mixers_of(grams: list[NDArray[np.float32]], request: Mixing) -> Mixers:
     while grams:
         gram = torch.from_numpy(grams.pop(0)).double()
         diagonal = gram.diagonal().clone()
-        gram.mul_(request.alpha * request.weights[len(scaled)])
-        gram.diagonal().copy_(diagonal * request.weights[len(scaled)])
+        gram.mul_(statistic.alpha * statistic.weights[len(scaled)])
+        gram.diagonal().copy_(diagonal * statistic.weights[len(scaled)])
         scaled.append(gram)
     total = torch.zeros(n, n, dtype=torch.float64)
     for gram in scaled:

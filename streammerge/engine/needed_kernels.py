@@ -62,28 +62,28 @@ _OF_RANKED: Mapping[type, Names] = {
     Importance: frozenset({"importance"}),
 }
 _OF: Mapping[type, Callable[[Any], Names]] = {
-    TopK: lambda request: _of_ranked(request.vector),
-    Band: lambda request: _of_ranked(request.vector),
-    TieIndex: lambda request: _of_ranked(request.vector),
-    NonZero: lambda request: _of_ranked(request.score),
-    Largest: lambda request: _of_ranked(request.score),
-    Quantile: lambda request: _of_ranked(request.score),
-    AbsSum: lambda request: frozenset({"ranked" if request.vector.rank_drop else "abs_sums"}),
+    TopK: lambda statistic: _of_ranked(statistic.vector),
+    Band: lambda statistic: _of_ranked(statistic.vector),
+    TieIndex: lambda statistic: _of_ranked(statistic.vector),
+    NonZero: lambda statistic: _of_ranked(statistic.score),
+    Largest: lambda statistic: _of_ranked(statistic.score),
+    Quantile: lambda statistic: _of_ranked(statistic.score),
+    AbsSum: lambda statistic: frozenset({"ranked" if statistic.vector.rank_drop else "abs_sums"}),
     Squares: _of_selection,
-    Touches: lambda request: frozenset({"touched"}),
-    Gram: lambda request: frozenset({"dots"}),
-    ColumnGram: lambda request: frozenset({"columns"}),
-    SignTotal: lambda request: _of_merge(request.merge),
-    LowWords: lambda request: frozenset({"words"}),
-    FisherSquares: lambda request: frozenset({"fisher"}),
-    WeightedSum: lambda recipe: frozenset({"weighted_sum"}),
-    CopyOf: lambda recipe: frozenset({"weighted_sum"}),
+    Touches: lambda statistic: frozenset({"touched"}),
+    Gram: lambda statistic: frozenset({"dots"}),
+    ColumnGram: lambda statistic: frozenset({"columns"}),
+    SignTotal: lambda statistic: _of_merge(statistic.merge),
+    LowWords: lambda statistic: frozenset({"words"}),
+    FisherSquares: lambda statistic: frozenset({"fisher"}),
+    WeightedSum: lambda rule: frozenset({"weighted_sum"}),
+    CopyOf: lambda rule: frozenset({"weighted_sum"}),
     TaskVectorMerge: _of_merge,
     SelectedMerge: _of_selection,
-    TouchedMerge: lambda recipe: frozenset({"touched"}),
-    FisherMean: lambda recipe: frozenset({"fisher"}),
-    RowCombination: lambda recipe: frozenset({"dots", "rows"}),
-    ColumnCombination: lambda recipe: frozenset({"columns"}),
+    TouchedMerge: lambda rule: frozenset({"touched"}),
+    FisherMean: lambda rule: frozenset({"fisher"}),
+    RowCombination: lambda rule: frozenset({"dots", "rows"}),
+    ColumnCombination: lambda rule: frozenset({"columns"}),
 }
 """By the class of what a method asks or does; what is not here needs none."""
 _BESIDE_TORCH = frozenset({"words", "adapters"})
@@ -110,10 +110,10 @@ def _of_job(job: Job, plan: MergePlan) -> Names:
         return _OF[WeightedSum](None)
     context = tensor_context_of(job)
     rounds = plan.method.rounds(context, job.parameters)
-    wanted: Iterable[Any] = [request for requests in rounds for request in requests]
+    wanted: Iterable[Any] = [statistic for statistics in rounds for statistic in statistics]
     found = [
         _OF[type(one)](one)
-        for one in (*wanted, plan.method.recipe(context, job.parameters))
+        for one in (*wanted, plan.method.rule(context, job.parameters))
         if type(one) in _OF
     ]
     return frozenset().union(*found)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.shards import SUFFIX
 from streammerge.dtypes import BITS
 from streammerge.engine.scheduler import Runner
@@ -104,8 +105,8 @@ def pieces_of(plan: MergePlan) -> list[Piece]:
     """Return what a sample is drawn from: all tensors in pieces that do not depend on the budget."""
     pieces = []
     for job, how in zip(plan.jobs, plan.work, strict=True):
-        row = ALIGN if how.sees == "elements" else how.row
-        size = job.n_elements if how.sees == "tensor" else max(row, _PIECE // row * row)
+        row = ALIGN if how.extent == Extent.ELEMENT else how.row
+        size = job.n_elements if how.extent == Extent.TENSOR else max(row, _PIECE // row * row)
         for start in range(0, job.n_elements, max(1, size)):
             pieces.append(Piece(job.ordinal, start, min(job.n_elements, start + size)))
     return pieces

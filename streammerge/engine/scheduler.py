@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Protocol
 
+from streammerge.algebra.extent import Extent
 from streammerge.backends.torch.gpu import pin, unpin
 from streammerge.engine.mixer_cache import torch_in_one_thread
 from streammerge.engine.task import (
@@ -45,19 +46,19 @@ from streammerge.statistics.kinds import (
     Answer,
     ColumnDots,
     Dots,
-    Request,
     SquareSums,
     SquareTotal,
+    Statistic,
     Threshold,
     Touched,
 )
 from streammerge.statistics.reducers import (
-    Accumulator,
     NotFiniteError,
     Range,
-    TopKAccumulator,
+    Reducer,
+    TopKReducer,
     collect,
-    make_accumulator,
+    make_reducer,
     needs_models,
     one_after_another,
 )
@@ -300,7 +301,7 @@ class Runner:
     # --- statistics that are streamed
 
     def _model_rounds(self) -> None:
-        """Answer every whole-model request, round by round, before the merge begins."""
+        """Answer every whole-model statistic, round by round, before the merge begins."""
         merged = [job for job in self._plan.jobs if job.kind == "merge"]
         if not merged:
             return
@@ -308,25 +309,25 @@ class Runner:
             wanted = self._wanted_at_model_scope(merged)
             shared = wanted[merged[0].ordinal]
             n = sum(job.n_elements for job in merged)
-            accumulators = [
-                make_accumulator(
-                    request,
+            reducers = [
+                make_reducer(
+                    statistic,
                     merged,
-                    {job: requests[i] for job, requests in wanted.items()},
+                    {job: statistics[i] for job, statistics in wanted.items()},
                     self._context.keys,
                     self._context.tolerant,
                     self._plan.statistics_memory.bins,
                 )
-                for i, request in enumerate(shared)
+                for i, statistic in enumerate(shared)
             ]
 
-            def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
+            def run_pass(some: Sequence[Reducer], only: Range | None) -> None:
                 self._stream(merged, some, only)
 
-            def run_sample(some: Sequence[TopKAccumulator], n: int = n) -> None:
+            def run_sample(some: Sequence[TopKReducer], n: int = n) -> None:
                 self._drain(self._sample_chunks(merged, some, n, _MODEL_SAMPLE_BLOCKS))
 
-            answers = collect(accumulators, run_pass, run_sample)
+            answers = collect(reducers, run_pass, run_sample)
             for job in merged:
                 self._context.answers.setdefault(job.ordinal, []).append(answers)
             self._note_answers(merged)
@@ -334,10 +335,10 @@ class Runner:
     def _known_model_rounds(self, job: Job) -> int:
         known = len(self._context.answers.get(job.ordinal, []))
         rounds = self._plan.rounds_of(job)[:known]
-        return sum(any(request.scope == "model" for request in requests) for requests in rounds)
+        return sum(any(statistic.extent == Extent.MODEL for statistic in statistics) for statistics in rounds)
 
-    def _wanted_at_model_scope(self, jobs: Sequence[Job]) -> dict[int, list[Request]]:
-        """Bring every job to its next whole-model request, answering tensor-scope ones on the way."""
+    def _wanted_at_model_scope(self, jobs: Sequence[Job]) -> dict[int, list[Statistic]]:
+        """Bring every job to its next whole-model statistic, answering tensor-scope ones on the way."""
 
         def bring(job: Job) -> None:
             with self._lease(self._plan.work[job.ordinal].lease_bytes(job.n_elements)) as arena:
@@ -354,7 +355,7 @@ class Runner:
         def futures() -> Iterable[Future[None]]:
             for job in jobs:
                 wanted = follow(self._context, job)
-                if not isinstance(wanted, list) or wanted[0].scope == "model":
+                if not isinstance(wanted, list) or wanted[0].extent == Extent.MODEL:
                     continue
                 if self._plan.work[job.ordinal].mode == "resident":
                     yield self._threads.submit(bring, job)
@@ -370,25 +371,24 @@ class Runner:
         return result
 
     def _survey(self, job: Job) -> None:
-        """Answer the tensor-scope requests of one tensor that is too large to hold, by streaming it."""
-        while isinstance(wanted := follow(self._context, job), list) and wanted[0].scope == "tensor":
+        """Answer the tensor-scope statistics of one tensor that is too large to hold, by streaming it."""
+        while isinstance(wanted := follow(self._context, job), list) and wanted[0].extent == Extent.TENSOR:
             keys, bins = self._context.keys, self._plan.statistics_memory.bins
-            accumulators = [
-                make_accumulator(r, [job], {job.ordinal: r}, keys, self._context.tolerant, bins)
-                for r in wanted
+            reducers = [
+                make_reducer(r, [job], {job.ordinal: r}, keys, self._context.tolerant, bins) for r in wanted
             ]
 
-            def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
+            def run_pass(some: Sequence[Reducer], only: Range | None) -> None:
                 self._stream([job], some, only)
 
-            def run_sample(some: Sequence[TopKAccumulator]) -> None:
+            def run_sample(some: Sequence[TopKReducer]) -> None:
                 self._drain(self._sample_chunks([job], some, job.n_elements, _SAMPLE_BLOCKS))
 
-            answers = collect(accumulators, run_pass, run_sample)
+            answers = collect(reducers, run_pass, run_sample)
             self._context.answers.setdefault(job.ordinal, []).append(answers)
             self._note_answers([job])
 
-    def _stream(self, jobs: Sequence[Job], some: Sequence[Accumulator], only: Range | None) -> None:
+    def _stream(self, jobs: Sequence[Job], some: Sequence[Reducer], only: Range | None) -> None:
         if only is None:
             ranges = [(job, 0, job.n_elements) for job in jobs]
         else:
@@ -408,7 +408,7 @@ class Runner:
         )
 
     def _sample_chunks(
-        self, jobs: Sequence[Job], some: Sequence[TopKAccumulator], n: int, blocks: int
+        self, jobs: Sequence[Job], some: Sequence[TopKReducer], n: int, blocks: int
     ) -> Iterable[Future[None]]:
         """Feed blocks spread evenly over the elements of all jobs."""
         pieces = []
@@ -426,7 +426,7 @@ class Runner:
         for piece in pieces:
             yield self._threads.submit(self._add_piece, piece, some)
 
-    def _add_piece(self, piece: Piece, some: Sequence[Accumulator]) -> None:
+    def _add_piece(self, piece: Piece, some: Sequence[Reducer]) -> None:
         if self._context.stop.is_set() or piece.stop <= piece.start:
             return
         job = self._plan.jobs[piece.job]
@@ -434,14 +434,14 @@ class Runner:
             if arena is not None:
                 self._guarded(job, lambda: self._add_loaded(job, piece, some, arena))
 
-    def _add_loaded(self, job: Job, piece: Piece, some: Sequence[Accumulator], arena: Bytes) -> None:
+    def _add_loaded(self, job: Job, piece: Piece, some: Sequence[Reducer], arena: Bytes) -> None:
         reads = needs_models(some)
         if not reads and not job.fishers:
             return
         loaded = load(self._context, job, piece.start, piece.stop, arena, models_too=reads, again=True)
         with math_for(self._context, job, loaded) as math, self._context.stages.time("statistics"):
-            for accumulator in some:
-                accumulator.add(job.ordinal, piece.start, loaded.n, math)
+            for reducer in some:
+                reducer.add(job.ordinal, piece.start, loaded.n, math)
 
     def _guarded(self, job: Job, action: Callable[[], object]) -> None:
         try:

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from streammerge.algebra.rules import Recipe, WeightedSum
-from streammerge.backends.cpu.math import Applied, KernelMath, Loaded, Operand, PieceMath
+from streammerge.algebra.block import Applied, Block, BlockMath, Operand
+from streammerge.algebra.extent import Extent
+from streammerge.algebra.rules import Rule, WeightedSum
+from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.torch.gpu import share_of_memory, turn_on
 from streammerge.checkpoint.companions import ChunkedRef
 from streammerge.checkpoint.refs.made import SourceRef
@@ -31,14 +33,14 @@ from streammerge.planning.memory.budget import device_block
 from streammerge.planning.memory.buffers import DIRECT_BYTES, divide, is_copied
 from streammerge.planning.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, tensor_context_of
 from streammerge.planning.schedule import Chunk, Piece
-from streammerge.statistics.kinds import Answer, Mixing, Request, partials_of
+from streammerge.statistics.kinds import Answer, Mixing, Statistic, partials_of
 from streammerge.statistics.reducers import (
-    Accumulator,
     NotFiniteError,
     Range,
-    TopKAccumulator,
+    Reducer,
+    TopKReducer,
     collect,
-    make_accumulator,
+    make_reducer,
 )
 from streammerge.tensors.float8 import narrow
 from streammerge.tensors.read import prefetch_source, read_source
@@ -101,11 +103,11 @@ def _merge_piece(context: Context, job: Job, piece: Piece, arena: Bytes) -> Rece
     try:
         with math_for(context, job, loaded) as math:
             with context.stages.time("statistics"):
-                recipe = resolve_in_memory(context, job, loaded, math, until_model=False)
-            assert not isinstance(recipe, list)
+                rule = resolve_in_memory(context, job, loaded, math, until_model=False)
+            assert not isinstance(rule, list)
             out = _place_output(context, job, piece, loaded)
             with context.stages.time("compute"):
-                applied = math.apply(recipe, out)
+                applied = math.apply(rule, out)
     except NotFiniteError:
         raise not_finite(context, job, piece.start, piece.stop) from None
     data = arena[out.offset : out.offset + loaded.n * itemsize(out.dtype)]
@@ -173,7 +175,7 @@ def load(
     *,
     models_too: bool = True,
     again: bool = False,
-) -> Loaded:
+) -> Block:
     """Read elements `start` to `stop` of every input of a job into the arena: base, models, diagonals.
 
     Without `models_too` the Fisher diagonals alone are read, to the same places. `again` says that the same
@@ -198,15 +200,15 @@ def load(
     fishers = tuple(operands[len(job.inputs) :])
     first = int(job.base is not None)
     base, models = (operands[0] if first else None), operands[first : len(job.inputs)]
-    sees = context.plan.work[job.ordinal].sees
+    extent = context.plan.work[job.ordinal].extent
     shape: tuple[int, ...] = (stop - start,)
-    if sees in ("rows", "columns"):
-        line = job.line_length(sees)
+    if extent.is_line:
+        line = job.line_length(extent)
         shape = ((stop - start) // line, line)
-    elif sees == "tensor":
+    elif extent == Extent.TENSOR:
         shape = job.shape
     end = arena.size - arena.size % 8
-    return Loaded(
+    return Block(
         arena[:end], tuple(models), base, job.name, start, stop - start, shape, context.keys, fishers
     )
 
@@ -223,7 +225,7 @@ def prefetch(context: Context, chunk: Chunk) -> None:
                 prefetch_source(context.reader, ref, piece.start, piece.stop)
 
 
-def _place_output(context: Context, job: Job, piece: Piece, loaded: Loaded) -> Operand:
+def _place_output(context: Context, job: Job, piece: Piece, loaded: Block) -> Operand:
     """Lay the output over the first input where its elements are not wider, else behind all inputs."""
     first = loaded.base or loaded.models[0]
     if (
@@ -237,7 +239,7 @@ def _place_output(context: Context, job: Job, piece: Piece, loaded: Loaded) -> O
 
 
 @contextmanager
-def math_for(context: Context, job: Job, loaded: Loaded) -> Iterator[PieceMath]:
+def math_for(context: Context, job: Job, loaded: Block) -> Iterator[BlockMath]:
     """Lend what computes a loaded piece; on a GPU, once it is this thread's turn there."""
     device = context.plan.device
     if device == "cpu":
@@ -249,14 +251,14 @@ def math_for(context: Context, job: Job, loaded: Loaded) -> Iterator[PieceMath]:
         yield _math_of(context, job, loaded)
 
 
-def _math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:
+def _math_of(context: Context, job: Job, loaded: Block) -> BlockMath:
     """Return what computes a loaded piece: compiled kernels, or torch where they do not serve."""
     plan = context.plan
     if not plan.torch_only and not runs_in_torch(job, plan.method):
         return KernelMath(loaded)
     from streammerge.backends.torch.math import TorchMath
 
-    whole = plan.work[job.ordinal].sees == "tensor"
+    whole = plan.work[job.ordinal].extent == Extent.TENSOR
     if plan.device == "cpu":
         return TorchMath(loaded, "cpu", 0 if whole else BLOCK_ELEMENTS)
     share = share_of_memory(plan.device)
@@ -266,8 +268,8 @@ def _math_of(context: Context, job: Job, loaded: Loaded) -> PieceMath:
     return TorchMath(loaded, plan.device, 0 if whole else block, keep=keep)
 
 
-def follow(context: Context, job: Job) -> Recipe | list[Request]:
-    """Return a job's recipe, or the requests it has after the answers known so far."""
+def follow(context: Context, job: Job) -> Rule | list[Statistic]:
+    """Return a job's rule, or the statistics it has after the answers known so far."""
     if job.kind != "merge":
         return WeightedSum((1.0,))
     answers = context.answers.get(job.ordinal, [])
@@ -279,52 +281,52 @@ def follow(context: Context, job: Job) -> Recipe | list[Request]:
 
 
 def resolve_in_memory(
-    context: Context, job: Job, loaded: Loaded, math: PieceMath, *, until_model: bool
-) -> Recipe | list[Request]:
-    """Answer a job's tensor-scope requests from the tensor in memory.
+    context: Context, job: Job, loaded: Block, math: BlockMath, *, until_model: bool
+) -> Rule | list[Statistic]:
+    """Answer a job's tensor-scope statistics from the tensor in memory.
 
-    Returns its recipe or, with `until_model`, the whole-model requests it stops at.
+    Returns its rule or, with `until_model`, the whole-model statistics it stops at.
     """
     while isinstance(wanted := follow(context, job), list):
-        if wanted[0].scope == "model":
+        if wanted[0].extent == Extent.MODEL:
             assert until_model, "whole-model statistics come before the merge"
             return wanted
         # One after the other: the tensor lies in memory, and of many models each has counts of its own.
-        known = [_answer_in_memory(context, job, loaded, math, request) for request in wanted]
+        known = [_answer_in_memory(context, job, loaded, math, statistic) for statistic in wanted]
         context.answers.setdefault(job.ordinal, []).append(known)
     return wanted
 
 
 def _answer_in_memory(
-    context: Context, job: Job, loaded: Loaded, math: PieceMath, request: Request
+    context: Context, job: Job, loaded: Block, math: BlockMath, statistic: Statistic
 ) -> Answer:
-    """Answer one request from the tensor in memory."""
+    """Answer one statistic from the tensor in memory."""
     room, row = context.plan.statistics_memory, context.plan.work[job.ordinal].row
-    most = room.elements if partials_of(request) else _COUNTED_AT_ONCE
+    most = room.elements if partials_of(statistic) else _COUNTED_AT_ONCE
     step = max(row, most // row * row)
 
-    def run_pass(some: Sequence[Accumulator], only: Range | None) -> None:
+    def run_pass(some: Sequence[Reducer], only: Range | None) -> None:
         first, last = (0, loaded.n) if only is None else (only[1], min(only[2], loaded.n))
         for start in range(first, last, step):
             stop = min(last, start + step)
             whole = stop - start == loaded.n
             part = loaded if whole else slice_of(loaded, start, stop)
             its_math = math if whole else _math_of(context, job, part)
-            for accumulator in some:
-                accumulator.add(job.ordinal, part.start, part.n, its_math)
+            for reducer in some:
+                reducer.add(job.ordinal, part.start, part.n, its_math)
 
-    def run_sample(some: Sequence[TopKAccumulator]) -> None:
-        for accumulator in some:
-            part = sample_of(loaded, accumulator.model)
-            accumulator.add(job.ordinal, 0, part.n, _math_of(context, job, part))
+    def run_sample(some: Sequence[TopKReducer]) -> None:
+        for reducer in some:
+            part = sample_of(loaded, reducer.model)
+            reducer.add(job.ordinal, 0, part.n, _math_of(context, job, part))
 
-    accumulator = make_accumulator(
-        request, [job], {job.ordinal: request}, context.keys, context.tolerant, room.bins
+    reducer = make_reducer(
+        statistic, [job], {job.ordinal: statistic}, context.keys, context.tolerant, room.bins
     )
-    return collect([accumulator], run_pass, run_sample if loaded.n > _SAMPLE_ABOVE else None)[0]
+    return collect([reducer], run_pass, run_sample if loaded.n > _SAMPLE_ABOVE else None)[0]
 
 
-def slice_of(loaded: Loaded, start: int, stop: int) -> Loaded:
+def slice_of(loaded: Block, start: int, stop: int) -> Block:
     """Return elements `start` to `stop` of a loaded piece as a piece of its own, without copying."""
 
     def moved(operand: Operand) -> Operand:
@@ -343,7 +345,7 @@ def slice_of(loaded: Loaded, start: int, stop: int) -> Loaded:
     )
 
 
-def sample_of(loaded: Loaded, model: int | None) -> Loaded:
+def sample_of(loaded: Block, model: int | None) -> Block:
     """Return a copy of blocks of 4096 elements spread over a piece, one after the other.
 
     Random masks are drawn as if it began the tensor, which for a sample is as good. Where one `model` alone is

@@ -21,7 +21,7 @@ LARGEST = np.float32(finite.LARGEST)
 """The largest finite fp32 number."""
 
 NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3
-"""What happens to an element whose magnitude equals the threshold: see `recipes.Cut`."""
+"""What happens to an element whose magnitude equals the threshold: see `rules.Cut`."""
 
 
 @njit(nogil=True)

@@ -32,7 +32,7 @@ def fisher_mean(
     out_code,
     kept,
 ):
-    """Write sum a_i theta_i / sum a_i, a_i = coefficient * floored F_i; see `recipes.FisherMean`.
+    """Write sum a_i theta_i / sum a_i, a_i = coefficient * floored F_i; see `rules.FisherMean`.
 
     With `rescales` the models are base + rescale * surviving delta. Returns the values that are not finite
     (a negative F counts as one) and the elements that floors decided; adds survivors to `kept`.

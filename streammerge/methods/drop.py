@@ -13,9 +13,9 @@ from typing import Any, Literal, cast
 
 from streammerge.algebra.task_vectors import Cut, TaskVector
 from streammerge.numerics import philox as rng
-from streammerge.statistics.kinds import AbsSum, Answer, LowWords, Request, Threshold, TopK
+from streammerge.statistics.kinds import AbsSum, Answer, LowWords, Statistic, Threshold, TopK
 
-Ask = Generator[list[Request], list[Answer], list[TaskVector]]
+Ask = Generator[list[Statistic], list[Answer], list[TaskVector]]
 Rescale = Literal["paper", "l1", "none"]
 Mask = Literal["bernoulli", "exact", "magnitude"]
 

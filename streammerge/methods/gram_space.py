@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import ColumnCombination, RowCombination, TaskVectorMerge, WeightedSum
 from streammerge.algebra.task_vectors import TaskVector
-from streammerge.statistics.kinds import Answer, ColumnDots, ColumnGram, Dots, Gram, Request
+from streammerge.statistics.kinds import Answer, ColumnDots, ColumnGram, Dots, Gram, Statistic
 
 Matrix = NDArray[np.float64]
 _PARALLEL = 1e-8
 """Sine of an angle below which an arc is a straight line, to fp64's last digits."""
 
-By = Literal["tensor", "rows", "columns"]
-"""What is one vector: a tensor, each row (the last axis) or each column (along the first axis) of it."""
 Combination = Generator[
-    list[Request], list[Answer], WeightedSum | TaskVectorMerge | RowCombination | ColumnCombination
+    list[Statistic], list[Answer], WeightedSum | TaskVectorMerge | RowCombination | ColumnCombination
 ]
 
 
@@ -35,7 +34,7 @@ def combine(
     n: int,
     vectors: Sequence[TaskVector] = (),
     base: bool = False,
-    by: By = "tensor",
+    by: Extent = Extent.TENSOR,
     **parameters: Any,
 ) -> Combination:
     """Weigh vectors by a function of their Gram matrix, of the whole tensor or of each row or column.
@@ -48,13 +47,15 @@ def combine(
         How many models there are beside the base.
     vectors
         Task vectors to weigh, beside the base; empty: the models themselves.
+    by
+        What is one vector: the tensor, each row or each column of it.
     base
         Whether, without `vectors`, the base is one of what is weighed, the first.
     """
-    if by == "rows":
+    if by is Extent.ROW:
         return RowCombination(partial(coefficients, **parameters), tuple(vectors))
     k = len(vectors) or n + base
-    if by == "columns":
+    if by is Extent.COLUMN:
         (columns,) = yield [ColumnGram(k, tuple(vectors))]
         assert isinstance(columns, ColumnDots)
         by_column = coefficients(columns.matrices(), **parameters)

@@ -3,8 +3,8 @@
 Three kinds of function may be registered, told apart by their signature:
 
 * ``f(models, base, *, parameters...) -> Tensor``: a plain torch formula of the pieces;
-* ``f(context, *, parameters...) -> Recipe``: chooses a recipe, needs no statistics;
-* a generator of the second kind that yields lists of requests and is sent the answers.
+* ``f(context, *, parameters...) -> Rule``: chooses a rule, needs no statistics;
+* a generator of the second kind that yields lists of statistics and is sent the answers.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from functools import cached_property
 from types import SimpleNamespace, UnionType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from streammerge.algebra.rules import Formula, Recipe, Sees, removing, seen_by
+from streammerge.algebra.extent import Extent
+from streammerge.algebra.rules import Formula, Rule, removing, seen_by
 from streammerge.errors import ConfigError, InputError, blamed_on, printable
 from streammerge.methods.drop import GENERAL, DropNames
 from streammerge.methods.sources import digest, imported_files, own_digest
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Request
+from streammerge.statistics.kinds import Answer, Statistic
 
 T = TypeVar("T")
 Base = Literal["required", "optional", "member", "template", "none"]
@@ -142,8 +143,8 @@ class Method:
 
     def start(
         self, context: TensorContext, parameters: Mapping[str, Any], answers: Sequence[Sequence[Answer]]
-    ) -> Recipe | list[Request]:
-        """Follow the method through the `answers` known so far; return what it wants next, or its recipe."""
+    ) -> Rule | list[Statistic]:
+        """Follow the method through the `answers` known so far; return what it wants next, or its rule."""
         if self.origin == "built in":
             return _follow(self._steps(context, parameters), answers)
         with blamed_on(self.name, context.tensor):
@@ -151,7 +152,7 @@ class Method:
 
     def _steps(
         self, context: TensorContext, parameters: Mapping[str, Any]
-    ) -> Generator[list[Request], list[Answer], Recipe]:
+    ) -> Generator[list[Statistic], list[Answer], Rule]:
         """Drop first, where that is asked for; then the method itself."""
         own = dict(parameters)
         drop = self.drop.take(own)
@@ -170,47 +171,49 @@ class Method:
 
     def draws(self, context: TensorContext, parameters: Mapping[str, Any]) -> bool:
         """Return whether these parameters make each model draw random words of its own."""
-        recipe = self.recipe(context, parameters)
-        return any(vector.is_random and not vector.shared for vector in removing(recipe))
+        rule = self.rule(context, parameters)
+        return any(vector.is_random and not vector.shared for vector in removing(rule))
 
-    def sees(self, context: TensorContext, parameters: Mapping[str, Any]) -> Sees:
+    def sees(self, context: TensorContext, parameters: Mapping[str, Any]) -> Extent:
         """Return what arithmetic with these parameters must have before it at once."""
         if self.is_formula:
-            by_access: dict[Access, Sees] = {Access.ELEMENTWISE: "elements", Access.ROW: "rows"}
-            return by_access.get(self.access, "tensor")
-        return seen_by(self.recipe(context, parameters))
+            by_access: dict[Access, Extent] = {Access.ELEMENTWISE: Extent.ELEMENT, Access.ROW: Extent.ROW}
+            return by_access.get(self.access, Extent.TENSOR)
+        return seen_by(self.rule(context, parameters))
 
-    def recipe(self, context: TensorContext, parameters: Mapping[str, Any]) -> Recipe:
-        """Return the recipe that placeholder answers lead to."""
-        answers = [[request.placeholder() for request in one] for one in self.rounds(context, parameters)]
-        recipe = self.start(context, parameters, answers)
-        assert not isinstance(recipe, list)
-        return recipe
+    def rule(self, context: TensorContext, parameters: Mapping[str, Any]) -> Rule:
+        """Return the rule that placeholder answers lead to."""
+        answers = [[statistic.placeholder() for statistic in one] for one in self.rounds(context, parameters)]
+        rule = self.start(context, parameters, answers)
+        assert not isinstance(rule, list)
+        return rule
 
-    def rounds(self, context: TensorContext, parameters: Mapping[str, Any]) -> list[list[Request]]:
-        """Return the requests of each round, following the method with placeholder answers."""
+    def rounds(self, context: TensorContext, parameters: Mapping[str, Any]) -> list[list[Statistic]]:
+        """Return the statistics of each round, following the method with placeholder answers."""
         answers: list[list[Answer]] = []
-        rounds: list[list[Request]] = []
+        rounds: list[list[Statistic]] = []
         while isinstance(wanted := self.start(context, parameters, answers), list):
             rounds.append(wanted)
-            answers.append([request.placeholder() for request in wanted])
+            answers.append([statistic.placeholder() for statistic in wanted])
         return rounds
 
     def access_with(self, context: TensorContext, parameters: Mapping[str, Any]) -> Access:
         """Return the access these parameters need."""
         if self.is_formula:
             return self.access
-        scopes = {request.scope for requests in self.rounds(context, parameters) for request in requests}
-        if "model" in scopes:
+        extents = {
+            statistic.extent for statistics in self.rounds(context, parameters) for statistic in statistics
+        }
+        if Extent.MODEL in extents:
             return Access.MODEL
-        if scopes:
+        if extents:
             return Access.TENSOR
-        return Access.ROW if self.sees(context, parameters) == "rows" else Access.ELEMENTWISE
+        return Access.ROW if self.sees(context, parameters) == Extent.ROW else Access.ELEMENTWISE
 
 
 def _follow(
     generator: Generator[Any, Any, Any], answers: Sequence[Sequence[Answer]]
-) -> Recipe | list[Request]:
+) -> Rule | list[Statistic]:
     try:
         wanted = next(generator)
         for known in answers:

@@ -6,14 +6,14 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Literal, cast
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
 from streammerge.algebra.task_vectors import Cut, TaskVector, TiePolicy
 from streammerge.errors import ConfigError
 from streammerge.methods.drop import Ask
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.numerics import philox as rng
-from streammerge.statistics.kinds import Answer, Band, Request, SignTotal, Threshold, TieIndex, TopK
-from streammerge.statistics.kinds import Scope as TrimScope
+from streammerge.statistics.kinds import Answer, Band, SignTotal, Statistic, Threshold, TieIndex, TopK
 
 ZeroSign = Literal["zero", "positive", "majority"]
 
@@ -29,7 +29,7 @@ def trim(
     vectors: Sequence[TaskVector],
     densities: Sequence[float],
     *,
-    trim_scope: TrimScope,
+    trim_scope: Extent,
     ties: TiePolicy,
     plus_one: bool,
 ) -> Ask:
@@ -48,7 +48,7 @@ def trim(
         return trimmed
     if any(vector.cut is not None for vector in vectors):
         raise ConfigError("drop_mask: magnitude before a trim cuts by magnitude twice; set density: 1")
-    if trim_scope == "model" and context.dropped and context.rescaled_by_norm:
+    if trim_scope == Extent.MODEL and context.dropped and context.rescaled_by_norm:
         raise ConfigError(
             "drop_rescale: l1 has a factor per tensor, which `trim_scope: model` cannot compare across tensors; "
             "use drop_rescale: paper, or trim_scope: tensor"
@@ -122,7 +122,7 @@ def weighted_average(context: TensorContext, weights: Sequence[float]) -> Weight
 
 def elect(
     vectors: Sequence[TaskVector], *, zero_sign: ZeroSign, normalize: bool, scale: float
-) -> Generator[list[Request], list[Answer], TaskVectorMerge]:
+) -> Generator[list[Statistic], list[Answer], TaskVectorMerge]:
     """Merge the entries of the elected sign (TIES, steps 2 and 3).
 
     ``majority`` gives an undecided element the sign that leads over the whole model; where even that

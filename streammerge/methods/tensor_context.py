@@ -1,4 +1,4 @@
-"""What a method may know of the merge when it chooses its recipe for one tensor."""
+"""What a method may know of the merge when it chooses its rule for one tensor."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Partials = NDArray[np.float64]
+BLOCK = 4096
+"""Elements of one partial sum."""
 _ROWS = 64
 """Blocks folded at a time: a fold is a copy."""
 
@@ -58,3 +60,24 @@ class OrderedSum:
         """The sum of each column, when all pieces of all tensors have come."""
         assert self._next[0] is None, "a piece is missing"
         return [] if self._totals is None else [float(total) for total in self._totals]
+
+
+def in_order(values: NDArray[np.float64]) -> float:
+    """Return the sum of values added one after the other, where `sum` chooses its own order."""
+    return float(np.cumsum(values)[-1]) if values.size else 0.0
+
+
+def block_sums(values: NDArray[np.float64], length: int = BLOCK) -> NDArray[np.float64]:
+    """Return the sum of each `length` values in the kernels' order: eight lanes, each in sequence, added pairwise."""
+    groups, lines = -(-values.size // length), -(-length // 8)
+    padded = np.zeros((groups, length))
+    padded.reshape(-1)[: values.size] = values
+    blocks = np.zeros((groups, lines, 8))
+    blocks.reshape(groups, -1)[:, :length] = padded
+    lanes = np.zeros((groups, 8))
+    for line in range(lines):  # all groups at a time, each in its order
+        lanes += blocks[:, line]
+    total: NDArray[np.float64] = ((lanes[:, 0] + lanes[:, 1]) + (lanes[:, 2] + lanes[:, 3])) + (
+        (lanes[:, 4] + lanes[:, 5]) + (lanes[:, 6] + lanes[:, 7])
+    )
+    return total

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from streammerge.algebra.rules import Sees
+from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import ChunkedRef, FisherRef
 from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import FLOATS8, itemsize
@@ -57,9 +57,9 @@ class Job:
         """Elements of one row, the last axis; a scalar is one row of one."""
         return max(1, self.shape[-1]) if self.shape else 1
 
-    def line_length(self, sees: Sees) -> int:
+    def line_length(self, extent: Extent) -> int:
         """Return the elements that lie side by side where whole rows are seen, or columns along the first axis."""
-        if sees == "columns":
+        if extent == Extent.COLUMN:
             return max(1, self.n_elements // max(1, self.shape[0])) if self.shape else 1
         return self.row_length
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import ChunkedRef, FisherIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
@@ -37,8 +38,8 @@ from streammerge.statistics.kinds import (
     Gram,
     LowWords,
     Mixing,
-    Request,
     Squares,
+    Statistic,
     passes_of,
 )
 from streammerge.units import format_at_least, format_size
@@ -152,26 +153,27 @@ class MergePlan:
         """Return how many whole-model statistics rounds come before the merge."""
         return max(
             (
-                sum(requests[0].scope == "model" for requests in self.rounds_of(job))
+                sum(statistics[0].extent == Extent.MODEL for statistics in self.rounds_of(job))
                 for job in _distinct(self.jobs)
             ),
             default=0,
         )
 
-    def rounds_reading(self, job: Job, scope: str) -> list[list[Request]]:
-        """Return the rounds of one scope that need a pass over the files."""
+    def rounds_reading(self, job: Job, extent: Extent) -> list[list[Statistic]]:
+        """Return the rounds of one extent that need a pass over the files."""
         return [
-            requests
-            for requests in self.rounds_of(job)
-            if requests[0].scope == scope and any(needs_data(request, self.jobs) for request in requests)
+            statistics
+            for statistics in self.rounds_of(job)
+            if statistics[0].extent == extent
+            and any(needs_data(statistic, self.jobs) for statistic in statistics)
         ]
 
     def model_passes(self) -> int:
         """Return how many times the files are read for whole-model statistics before the merge."""
-        return max((len(self.rounds_reading(job, "model")) for job in _distinct(self.jobs)), default=0)
+        return max((len(self.rounds_reading(job, Extent.MODEL)) for job in _distinct(self.jobs)), default=0)
 
-    def rounds_of(self, job: Job) -> list[list[Request]]:
-        """Return the statistics requests of each round of a merge job, with placeholder answers."""
+    def rounds_of(self, job: Job) -> list[list[Statistic]]:
+        """Return the statistics statistics of each round of a merge job, with placeholder answers."""
         if job.kind != "merge":
             return []
         return self.method.rounds(tensor_context_of(job), job.parameters)
@@ -180,26 +182,26 @@ class MergePlan:
         """Return the bytes all passes read: each input once, and once more for each streamed pass."""
         total = sum(job.input_bytes + job.fisher_bytes for job in self.jobs)
         for job, how in zip(self.jobs, self.work, strict=True):
-            rounds = self.rounds_reading(job, "model")
+            rounds = self.rounds_reading(job, Extent.MODEL)
             if how.mode == "streamed":
-                rounds += self.rounds_reading(job, "tensor")
-            for requests in rounds:
-                total += self._bytes_of(job, requests)
+                rounds += self.rounds_reading(job, Extent.TENSOR)
+            for statistics in rounds:
+                total += self._bytes_of(job, statistics)
         return total
 
     def bytes_of_passes(self) -> int:
         """Return the bytes of `bytes_to_read` that whole-model statistics read before the first element is written."""
         return sum(
-            self._bytes_of(job, requests)
+            self._bytes_of(job, statistics)
             for job in self.jobs
-            for requests in self.rounds_reading(job, "model")
+            for statistics in self.rounds_reading(job, Extent.MODEL)
         )
 
     @staticmethod
-    def _bytes_of(job: Job, requests: Sequence[Request]) -> int:
+    def _bytes_of(job: Job, statistics: Sequence[Statistic]) -> int:
         """Return the bytes that a round of statistics reads of a job."""
-        squares = all(isinstance(request, FisherSquares) for request in requests)
-        return (job.fisher_bytes if squares else job.input_bytes) * passes_of(requests)
+        squares = all(isinstance(statistic, FisherSquares) for statistic in statistics)
+        return (job.fisher_bytes if squares else job.input_bytes) * passes_of(statistics)
 
     def identity(self) -> dict[str, str]:
         """Return what the output's bytes depend on, by name, each as a short digest or value."""
@@ -367,14 +369,14 @@ def _check_tokens(alignment: Alignment, budget: Budget) -> None:
 def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> Needs:
     """Return what the merge of a job asks for."""
     if job.kind != "merge":
-        return Needs(Access.ELEMENTWISE, holds=False, sums=False, sees="elements")
+        return Needs(Access.ELEMENTWISE, holds=False, sums=False, extent=Extent.ELEMENT)
     context = tensor_context_of(job)
     rounds = method.rounds(context, job.parameters)
-    own = [r for requests in rounds for r in requests if r.scope == "tensor"]
-    holds = any(needs_data(request, jobs) for request in own)
-    sums = any(isinstance(request, AbsSum | Squares | Gram) for request in own)
-    sees = method.sees(context, job.parameters)
-    return Needs(method.access_with(context, job.parameters), holds, sums, sees, *asked_together(rounds))
+    own = [r for statistics in rounds for r in statistics if r.extent == Extent.TENSOR]
+    holds = any(needs_data(statistic, jobs) for statistic in own)
+    sums = any(isinstance(statistic, AbsSum | Squares | Gram) for statistic in own)
+    extent = method.sees(context, job.parameters)
+    return Needs(method.access_with(context, job.parameters), holds, sums, extent, *asked_together(rounds))
 
 
 def tensor_context_of(job: Job) -> TensorContext:
@@ -389,11 +391,11 @@ def tensor_context_of(job: Job) -> TensorContext:
     )
 
 
-def needs_data(request: Request, jobs: Sequence[Job]) -> bool:
+def needs_data(statistic: Statistic, jobs: Sequence[Job]) -> bool:
     """Return whether the answer takes a pass over the inputs; a Fisher store records its squares."""
-    if isinstance(request, FisherSquares):
-        return any(job.fishers and not isinstance(job.fishers[request.model], ChunkedRef) for job in jobs)
-    return not isinstance(request, LowWords | Mixing)
+    if isinstance(statistic, FisherSquares):
+        return any(job.fishers and not isinstance(job.fishers[statistic.model], ChunkedRef) for job in jobs)
+    return not isinstance(statistic, LowWords | Mixing)
 
 
 def _distinct(jobs: Sequence[Job]) -> list[Job]:

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from streammerge.algebra.rules import ROWS_AT_ONCE, Sees
+from streammerge.algebra.extent import Extent
+from streammerge.algebra.gram_matrix import rows_at_once
+from streammerge.algebra.rules import ROWS_AT_ONCE
 from streammerge.checkpoint.companions import ChunkedRef
 from streammerge.checkpoint.refs.made import scratch_bytes
 from streammerge.errors import BudgetError, printable
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.buffers import alignment_bytes, bytes_per_element, slot_bytes
-from streammerge.statistics.kinds import rows_at_once
 from streammerge.units import format_at_least, format_size
 
 ALIGN = 4096
@@ -102,7 +103,7 @@ class Work:
     """Buffer bytes a piece needs for each of its elements."""
     workspace: int
     """Buffer bytes a chunk needs beside: alignment, scratch, temporaries of a torch formula."""
-    sees: Sees = "elements"
+    extent: Extent = Extent.ELEMENT
 
     def lease_bytes(self, n: int) -> int:
         """Return the bytes of the buffer in which `n` elements are read and merged."""
@@ -111,7 +112,7 @@ class Work:
 
 def plan_work(
     job: Job,
-    sees: Sees,
+    extent: Extent,
     budget: Budget,
     *,
     workspace: Callable[[Job, int], int],
@@ -123,7 +124,7 @@ def plan_work(
 
     Parameters
     ----------
-    sees
+    extent
         What its arithmetic must see at once.
     workspace
         Bytes of temporaries for a block of the given number of elements of a job.
@@ -139,27 +140,27 @@ def plan_work(
     BudgetError
         If the tensor, or one row of it, must be held and cannot.
     """
-    per_element = bytes_per_element(job) + (row_bytes / job.row_length if sees == "rows" else 0.0)
+    per_element = bytes_per_element(job) + (row_bytes / job.row_length if extent == Extent.ROW else 0.0)
 
     def work(mode: Mode, row: int) -> Work:
         # A piece reads one chunk of a Fisher store after the other, by way of a buffer of its own.
         beside = workspace(job, row) + chunk_scratch(job) + alignment_bytes(job)
-        return Work(mode, row, per_element, beside, sees)
+        return Work(mode, row, per_element, beside, extent)
 
-    if sees == "tensor":
+    if extent == Extent.TENSOR:
         n = job.n_elements
         return _fitting(job, work("resident", n), n, "the whole tensor", budget)
     if holds:
-        line = job.line_length(sees)
+        line = job.line_length(extent)
         row = ALIGN
-        if sees != "elements":
-            row = line * (rows_at_once(line) if sees == "columns" else 1)
+        if extent != Extent.ELEMENT:
+            row = line * (rows_at_once(line) if extent == Extent.COLUMN else 1)
             row = min(job.n_elements, math.lcm(ALIGN, row) if sums else row)
         held = work("resident", row)
         resident = job.n_elements * per_element + held.workspace <= budget.resident_limit
-        what = "a block of it" if sees == "elements" else f"{row // line} rows of it"
+        what = "a block of it" if extent == Extent.ELEMENT else f"{row // line} rows of it"
         return _fitting(job, held if resident else work("streamed", row), row, what, budget)
-    if sees == "rows":
+    if extent == Extent.ROW:
         row = job.row_length * (ROWS_AT_ONCE if job.grams else 1)
         what = f"{ROWS_AT_ONCE} rows of it and matrices of its inputs" if job.grams else "one row of it"
         return _fitting(job, work("split", row), row, what, budget)

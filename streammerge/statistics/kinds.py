@@ -1,7 +1,7 @@
 """What a method may ask about its inputs before it is applied, each answered exactly.
 
-A method that needs statistics is a generator: it yields a list of requests, is sent the list of
-answers, and returns its recipe. How a request is answered (in RAM, streamed, for one tensor or over
+A method that needs statistics is a generator: it yields a list of statistics, is sent the list of
+answers, and returns its rule. How a statistic is answered (in RAM, streamed, for one tensor or over
 the whole model) is the engine's concern; the answer is the same.
 """
 
@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.algebra.rules import TaskVectorMerge
+from streammerge.algebra.extent import Extent
+from streammerge.algebra.gram_matrix import full_matrices
+from streammerge.algebra.rules import Mixers, TaskVectorMerge
 from streammerge.algebra.scores import Score, Selection, sees_rows
 from streammerge.algebra.task_vectors import TaskVector
-
-if TYPE_CHECKING:
-    import torch
-
-Scope = Literal["tensor", "model"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class TopK:
     density: float
     plus_one: bool = False
     """k = int(density * n) + 1, as the published TIES code keeps; else int(density * n), at least 1."""
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def count(self, n: int) -> int:
         """Return k for `n` elements, at most `n`."""
@@ -67,7 +64,7 @@ class Band:
     gamma: float
     edge: Literal["upper", "lower"]
     """Above the band lie the outliers; above its lower edge these and the band."""
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def count(self, n: int) -> int:
         """Return how many of `n` elements lie above the edge."""
@@ -85,7 +82,7 @@ class NonZero:
     """Ask how many elements of a tensor have a score above 0."""
 
     score: Score
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def placeholder(self) -> int:
         """Return an answer of the right type, to follow a method without data."""
@@ -98,7 +95,7 @@ class Largest:
 
     score: Score
     k: int
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def count(self, n: int) -> int:
         """Return k for `n` elements, at most `n`."""
@@ -115,7 +112,7 @@ class Quantile:
 
     score: Score
     q: float
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def count(self, n: int) -> int:
         """Return its place of `n` in descending order, from 1."""
@@ -135,7 +132,7 @@ class TieIndex:
 
     vector: TaskVector | Score
     threshold: Threshold
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def placeholder(self) -> tuple[int, int]:
         """Return an answer of the right type, to follow a method without data."""
@@ -147,7 +144,7 @@ class AbsSum:
     """Ask for the sum of abs(delta) over the surviving entries of one task vector, in fp64."""
 
     vector: TaskVector
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def placeholder(self) -> float:
         """Return an answer of the right type, to follow a method without data."""
@@ -161,7 +158,7 @@ class Squares:
     vectors: tuple[TaskVector, ...]
     selection: Selection | None = None
     """None: every element."""
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def placeholder(self) -> SquareSums:
         """Return an answer of the right type, to follow a method without data."""
@@ -183,7 +180,7 @@ class Touches:
 
     vectors: tuple[TaskVector, ...]
     epsilon: float
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def placeholder(self) -> Touched:
         """Return an answer of the right type, to follow a method without data."""
@@ -208,7 +205,7 @@ class Gram:
     """How many vectors there are."""
     vectors: tuple[TaskVector, ...] = ()
     """The task vectors, as they survive and are rescaled; empty: the models themselves, the base first if there is one."""
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def placeholder(self) -> Dots:
         """Return an answer of the right type, to follow a method without data: orthogonal unit vectors."""
@@ -228,15 +225,6 @@ class Dots:
         return full_matrices(np.array([self.values]), self.n)
 
 
-def full_matrices(pairs: NDArray[np.float64], n: int) -> NDArray[np.float64]:
-    """Return the symmetric matrices, (rows, n, n), whose upper triangles are the rows of `pairs`."""
-    rows, columns = np.triu_indices(n)
-    matrices = np.empty((len(pairs), n, n))
-    matrices[:, rows, columns] = pairs
-    matrices[:, columns, rows] = pairs
-    return matrices
-
-
 @dataclass(frozen=True)
 class ColumnGram:
     """Ask for the dot products of all pairs of vectors over each column, along a tensor's first axis, in fp64.
@@ -248,7 +236,7 @@ class ColumnGram:
     """How many vectors there are."""
     vectors: tuple[TaskVector, ...] = ()
     """As for `Gram`."""
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def placeholder(self) -> ColumnDots:
         """Return an answer of the right type, to follow a method without data: orthogonal unit vectors, one column."""
@@ -269,20 +257,12 @@ class ColumnDots:
         return full_matrices(self.values.T, self.n)
 
 
-def rows_at_once(n_columns: int) -> int:
-    """Return how many rows' products are summed before they are added to the sum of those before.
-
-    A function of the shape alone, so that sums do not depend on the cuts: these lie at multiples of it.
-    """
-    return max(1, min(64, (1 << 20) // n_columns))
-
-
 @dataclass(frozen=True)
 class SignTotal:
     """Ask how many elements of the whole model elect + minus how many elect -."""
 
     merge: TaskVectorMerge
-    scope: Scope = "model"
+    extent: Extent = Extent.MODEL
 
     def placeholder(self) -> int:
         """Return an answer of the right type, to follow a method without data."""
@@ -299,7 +279,7 @@ class LowWords:
 
     vector: TaskVector
     rate: float
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def count(self, n: int) -> int:
         """Return how many of `n` elements are dropped."""
@@ -324,7 +304,7 @@ class FisherSquares:
     """Ask for the sum of squares of one model's Fisher diagonal over the whole model, in fp64."""
 
     model: int
-    scope: Scope = "model"
+    extent: Extent = Extent.MODEL
 
     def placeholder(self) -> SquareTotal:
         """Return an answer of the right type, to follow a method without data."""
@@ -338,21 +318,14 @@ class Mixing:
     alpha: float
     """What lies off the diagonals of the Gram matrices is multiplied by it."""
     weights: tuple[float, ...]
-    scope: Scope = "tensor"
+    extent: Extent = Extent.TENSOR
 
     def placeholder(self) -> Mixers:
         """Return an answer of the right type, to follow a method without data."""
         return Mixers(())
 
 
-@dataclass(frozen=True, eq=False)
-class Mixers:
-    """One matrix for each model, fp64 [inputs, inputs]."""
-
-    matrices: tuple[torch.Tensor, ...]
-
-
-Request = (
+Statistic = (
     TopK
     | Band
     | NonZero
@@ -383,15 +356,15 @@ Answer = (
 )
 
 
-def partials_of(request: Request) -> int:
-    """Return how many fp64 partial sums answer a request for each block of elements."""
-    if isinstance(request, Gram):
-        return request.n * (request.n + 1) // 2
-    if isinstance(request, Squares):
-        return len(request.vectors)
-    return int(isinstance(request, AbsSum | FisherSquares))
+def partials_of(statistic: Statistic) -> int:
+    """Return how many fp64 partial sums answer a statistic for each block of elements."""
+    if isinstance(statistic, Gram):
+        return statistic.n * (statistic.n + 1) // 2
+    if isinstance(statistic, Squares):
+        return len(statistic.vectors)
+    return int(isinstance(statistic, AbsSum | FisherSquares))
 
 
-def passes_of(requests: Sequence[Request]) -> int:
-    """Return how many passes over a scope answer the requests, as a rule: ranks take a second where nothing is sampled."""
-    return 1 + any(isinstance(r, Largest | Quantile) and sees_rows(r.score) for r in requests)
+def passes_of(statistics: Sequence[Statistic]) -> int:
+    """Return how many passes over a scope answer the statistics, as a rule: ranks take a second where nothing is sampled."""
+    return 1 + any(isinstance(r, Largest | Quantile) and sees_rows(r.score) for r in statistics)

@@ -1,4 +1,4 @@
-"""Exact answers to a method's requests, from one pass over the pieces or a few.
+"""Exact answers to a method's statistics, from one pass over the pieces or a few.
 
 Everything that is added up is an integer, or an fp64 partial sum of a fixed 4096-element block folded
 in index order, so the answer does not depend on pieces, threads or memory.
@@ -13,16 +13,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.algebra.block import Bins, BlockMath, Counts
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.scores import sees_rows
 from streammerge.algebra.task_vectors import TaskVector
-from streammerge.backends.cpu.math import Bins, Counts, PieceMath
 from streammerge.checkpoint.companions import ChunkedRef
 from streammerge.numerics.compiled import is_compiled
-from streammerge.numerics.ordered_sum import OrderedSum
+from streammerge.numerics.ordered_sum import BLOCK, OrderedSum, in_order
 from streammerge.numerics.philox import Key, RandomKeys
 from streammerge.numerics.philox import words as random_words
 from streammerge.planning.job import Job
-from streammerge.planning.memory.allocate import MOST_BINS
 from streammerge.statistics.kinds import (
     AbsSum,
     Answer,
@@ -36,11 +36,11 @@ from streammerge.statistics.kinds import (
     LowWords,
     NonZero,
     Quantile,
-    Request,
     SignTotal,
     Squares,
     SquareSums,
     SquareTotal,
+    Statistic,
     Threshold,
     TieIndex,
     TopK,
@@ -48,9 +48,12 @@ from streammerge.statistics.kinds import (
     Touches,
 )
 
-BLOCK = 4096
 _TOP = (1 << 31) - 1
 _COARSE = 15
+MOST_BINS = 1 << 19
+"""Counts of a window of magnitudes: more of them do not make fewer passes."""
+FEWEST_BINS = 1 << 12
+"""Counts of a window that a plan leaves room for, at least."""
 _FEWEST_BINS = 1 << 8
 _BIN_BLOCK = 1 << 14
 _WORDS_AT_ONCE = 1 << 20
@@ -72,13 +75,13 @@ class NotFiniteError(Exception):
         self.job = job
 
 
-class Accumulator(Protocol):
-    """Collects what a request asks for; `add` may be called from many threads."""
+class Reducer(Protocol):
+    """Collects what a statistic asks for; `add` may be called from many threads."""
 
     wants: Range | None
     """The only elements the next pass needs; None: all of the scope."""
 
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+    def add(self, job: int, start: int, n: int, math: BlockMath) -> None:
         """Take one piece into account."""
 
     def end(self) -> bool:
@@ -89,7 +92,7 @@ class Accumulator(Protocol):
         """The answer, once `end` has returned True."""
 
 
-class TopKAccumulator:
+class TopKReducer:
     """The k-th largest magnitude by counting bit patterns (METHODS: integer radix selection).
 
     A pass counts the patterns above a window and, in bins, those inside it. The window narrows to the
@@ -108,7 +111,7 @@ class TopKAccumulator:
 
     def __init__(
         self,
-        request: TopK | Band | Largest | Quantile,
+        statistic: TopK | Band | Largest | Quantile,
         n: int,
         tolerant: bool = False,
         most_bins: int = MOST_BINS,
@@ -117,8 +120,8 @@ class TopKAccumulator:
         # More counts than elements only take time.
         self._most_bins = max(_FEWEST_BINS, n) if n < BLOCK else most_bins
         self._tolerant = tolerant
-        self._ranked = request.score if isinstance(request, Largest | Quantile) else request.vector
-        self._k = request.count(n)
+        self._ranked = statistic.score if isinstance(statistic, Largest | Quantile) else statistic.vector
+        self._k = statistic.count(n)
         self._n = n
         self._lock = threading.Lock()
         self._open(0, _TOP)
@@ -132,7 +135,7 @@ class TopKAccumulator:
         self._bins: Counts | Bins | None = None
         self._n_bins = ((high - low) >> self._shift) + 1
 
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+    def add(self, job: int, start: int, n: int, math: BlockMath) -> None:
         """Count one piece."""
         bins = np.zeros(self._n_bins, np.int32)
         above, highest = math.count_keys(self._ranked, self._low, self._high, self._shift, bins)
@@ -214,19 +217,19 @@ def _place_from_top(bins: Counts | Bins, rank: float) -> tuple[int, int]:
     return -1, above
 
 
-class NonZeroAccumulator:
+class NonZeroReducer:
     """Elements whose score is above 0."""
 
-    def __init__(self, request: NonZero, tolerant: bool) -> None:
+    def __init__(self, statistic: NonZero, tolerant: bool) -> None:
         self.wants: Range | None = None
-        self._request = request
+        self._statistic = statistic
         self._tolerant = tolerant
         self._lock = threading.Lock()
         self._total = 0
 
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+    def add(self, job: int, start: int, n: int, math: BlockMath) -> None:
         """Count one piece."""
-        above, highest = math.count_keys(self._request.score, 0, 0, 0, np.zeros(1, np.int32))
+        above, highest = math.count_keys(self._statistic.score, 0, 0, 0, np.zeros(1, np.int32))
         if highest >= _INFINITE and not self._tolerant:
             raise NotFiniteError(job)
         with self._lock:
@@ -242,7 +245,7 @@ class NonZeroAccumulator:
         return self._total
 
 
-class SumsAccumulator:
+class SumsReducer:
     """Sums over the elements, of one kind or several, from the partial sums of all blocks in index order.
 
     Of magnitudes, of dot products of all pairs of vectors, or of squares.
@@ -253,22 +256,22 @@ class SumsAccumulator:
         Job and elements of each tensor of the scope, in order.
     """
 
-    def __init__(self, request: AbsSum | Gram | Squares, tensors: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, statistic: AbsSum | Gram | Squares, tensors: Sequence[tuple[int, int]]) -> None:
         self.wants: Range | None = None
-        self._request = request
+        self._statistic = statistic
         self._n = sum(n for _, n in tensors)
         self._sums = OrderedSum(tensors)
 
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+    def add(self, job: int, start: int, n: int, math: BlockMath) -> None:
         """Add the partial sums of one piece."""
         self._sums.add(job, start, n, self._partials(math))
 
-    def _partials(self, math: PieceMath) -> NDArray[np.float64]:
-        if isinstance(self._request, AbsSum):
-            return math.abs_sums(self._request.vector)[:, None]
-        if isinstance(self._request, Gram):
-            return math.dots(self._request.vectors, BLOCK)
-        return math.squares(self._request)
+    def _partials(self, math: BlockMath) -> NDArray[np.float64]:
+        if isinstance(self._statistic, AbsSum):
+            return math.abs_sums(self._statistic.vector)[:, None]
+        if isinstance(self._statistic, Gram):
+            return math.dots(self._statistic.vectors, BLOCK)
+        return math.squares(self._statistic.vectors, self._statistic.selection)
 
     def end(self) -> bool:
         """One pass is enough."""
@@ -278,26 +281,26 @@ class SumsAccumulator:
     def answer(self) -> float | Dots | SquareSums:
         """The sum, or the sums."""
         totals = self._sums.totals
-        if isinstance(self._request, AbsSum):
+        if isinstance(self._statistic, AbsSum):
             return totals[0]
-        if isinstance(self._request, Gram):
-            return Dots(tuple(totals), self._request.n)
+        if isinstance(self._statistic, Gram):
+            return Dots(tuple(totals), self._statistic.n)
         return SquareSums(tuple(totals), self._n)
 
 
-class ColumnGramAccumulator:
+class ColumnGramReducer:
     """The dot products of all pairs of vectors over each column, piece after piece: they must come in order."""
 
-    def __init__(self, request: ColumnGram, columns: int) -> None:
+    def __init__(self, statistic: ColumnGram, columns: int) -> None:
         self.wants: Range | None = None
-        self._request = request
-        self._sums = np.zeros((request.n * (request.n + 1) // 2, columns))
+        self._statistic = statistic
+        self._sums = np.zeros((statistic.n * (statistic.n + 1) // 2, columns))
         self._next = 0
 
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+    def add(self, job: int, start: int, n: int, math: BlockMath) -> None:
         """Add the products of one piece."""
         assert start == self._next, "pieces out of order"
-        math.add_column_dots(self._request.vectors, self._sums)
+        math.add_column_dots(self._statistic.vectors, self._sums)
         self._next += n
 
     def end(self) -> bool:
@@ -307,21 +310,21 @@ class ColumnGramAccumulator:
     @property
     def answer(self) -> ColumnDots:
         """The upper triangles of the Gram matrices."""
-        return ColumnDots(self._sums, self._request.n)
+        return ColumnDots(self._sums, self._statistic.n)
 
 
-class TouchesAccumulator:
+class TouchesReducer:
     """How many elements each model has touched, alone and with others."""
 
-    def __init__(self, request: Touches) -> None:
+    def __init__(self, statistic: Touches) -> None:
         self.wants: Range | None = None
-        self._request = request
+        self._statistic = statistic
         self._lock = threading.Lock()
-        self._counts = np.zeros((2, len(request.vectors)), np.int64)
+        self._counts = np.zeros((2, len(statistic.vectors)), np.int64)
 
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+    def add(self, job: int, start: int, n: int, math: BlockMath) -> None:
         """Count one piece."""
-        counts = math.touches(self._request)
+        counts = math.touches(self._statistic.vectors, self._statistic.epsilon)
         with self._lock:
             self._counts += counts
 
@@ -336,7 +339,7 @@ class TouchesAccumulator:
         return Touched(tuple(alone), tuple(shared))
 
 
-class TieIndexAccumulator:
+class TieIndexReducer:
     """Where the last tie that is needed lies: ties per run of elements, then looks into the run that holds it.
 
     Parameters
@@ -345,15 +348,15 @@ class TieIndexAccumulator:
         Elements of the scope; the more there are, the longer the runs.
     """
 
-    def __init__(self, request: TieIndex, n: int) -> None:
+    def __init__(self, statistic: TieIndex, n: int) -> None:
         self.wants: Range | None = None
-        self._vector = request.vector
-        self._key = request.threshold.key
-        self._left = request.threshold.needed
+        self._vector = statistic.vector
+        self._key = statistic.threshold.key
+        self._left = statistic.threshold.needed
         self._size = -(-n // _MOST_RUNS // BLOCK) * BLOCK
         self._parts: dict[tuple[int, int], NDArray[np.int32]] = {}
 
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+    def add(self, job: int, start: int, n: int, math: BlockMath) -> None:
         """Count the ties of one piece, per run."""
         self._parts[job, start] = math.ties(self._vector, self._key, self._size).astype(np.int32)
 
@@ -380,18 +383,18 @@ class TieIndexAccumulator:
         return self._answer
 
 
-class SignTotalAccumulator:
-    """Elements that elect + minus elements that elect -, over all jobs, each with its own recipe."""
+class SignTotalReducer:
+    """Elements that elect + minus elements that elect -, over all jobs, each with its own rule."""
 
-    def __init__(self, requests: Mapping[int, SignTotal]) -> None:
+    def __init__(self, statistics: Mapping[int, SignTotal]) -> None:
         self.wants: Range | None = None
-        self._requests = requests
+        self._statistics = statistics
         self._lock = threading.Lock()
         self._total = 0
 
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+    def add(self, job: int, start: int, n: int, math: BlockMath) -> None:
         """Add one piece's total."""
-        total = math.sign_total(self._requests[job].merge)
+        total = math.sign_total(self._statistics[job].merge)
         with self._lock:
             self._total += total
 
@@ -405,7 +408,7 @@ class SignTotalAccumulator:
         return self._total
 
 
-class FisherSquaresAccumulator:
+class FisherSquaresReducer:
     """The sum of squares of one model's diagonal: of each tensor by blocks in index order, then over tensors.
 
     Parameters
@@ -425,7 +428,7 @@ class FisherSquaresAccumulator:
         self._read = {job: 0 for job in lengths if job not in recorded}
         self._lock = threading.Lock()
 
-    def add(self, job: int, start: int, n: int, math: PieceMath) -> None:
+    def add(self, job: int, start: int, n: int, math: BlockMath) -> None:
         """Add the partial sums of one piece."""
         if job not in self._read:
             return
@@ -451,27 +454,6 @@ class FisherSquaresAccumulator:
         return SquareTotal(in_order(totals), sum(self._lengths.values()))
 
 
-def in_order(values: NDArray[np.float64]) -> float:
-    """Return the sum of values added one after the other, where `sum` chooses its own order."""
-    return float(np.cumsum(values)[-1]) if values.size else 0.0
-
-
-def block_sums(values: NDArray[np.float64], length: int = BLOCK) -> NDArray[np.float64]:
-    """Return the sum of each `length` values in the kernels' order: eight lanes, each in sequence, added pairwise."""
-    groups, lines = -(-values.size // length), -(-length // 8)
-    padded = np.zeros((groups, length))
-    padded.reshape(-1)[: values.size] = values
-    blocks = np.zeros((groups, lines, 8))
-    blocks.reshape(groups, -1)[:, :length] = padded
-    lanes = np.zeros((groups, 8))
-    for line in range(lines):  # all groups at a time, each in its order
-        lanes += blocks[:, line]
-    total: NDArray[np.float64] = ((lanes[:, 0] + lanes[:, 1]) + (lanes[:, 2] + lanes[:, 3])) + (
-        (lanes[:, 4] + lanes[:, 5]) + (lanes[:, 6] + lanes[:, 7])
-    )
-    return total
-
-
 class Known:
     """An answer that takes no data."""
 
@@ -479,14 +461,14 @@ class Known:
         self.answer = answer
 
 
-def low_words(request: LowWords, n: int, key: Key) -> tuple[int, int]:
+def low_words(statistic: LowWords, n: int, key: Key) -> tuple[int, int]:
     """Return which words drop exactly the asked number of `n` elements; see `LowWords`.
 
     The words are uniform, so the last one to go lies within a few deviations of its expectation; those in
     a window around it are sorted, the ones below counted. The counts prove that it lies inside, or
     the window grows.
     """
-    count = request.count(n)
+    count = statistic.count(n)
     if count <= 0:
         return 0, 0
     share = count / n
@@ -524,80 +506,80 @@ def _words_between(
     return below, found
 
 
-def make_accumulator(
-    request: Request,
+def make_reducer(
+    statistic: Statistic,
     jobs: Sequence[Job],
-    by_job: Mapping[int, Request],
+    by_job: Mapping[int, Statistic],
     keys: RandomKeys,
     tolerant: bool = False,
     most_bins: int = MOST_BINS,
-) -> Accumulator | Known:
-    """Return the accumulator of a request over some jobs; `by_job` has each job's own version of it.
+) -> Reducer | Known:
+    """Return the reducer of a statistic over some jobs; `by_job` has each job's own version of it.
 
     Entries that are not finite rank above all others and are left out of sums; unless `tolerant`, a rank over them
     is refused, for the merge will be. A rank counts in windows of `most_bins` at most.
     """
     n = sum(job.n_elements for job in jobs)
-    if isinstance(request, TopK | Band | Largest | Quantile):
-        return TopKAccumulator(request, n, tolerant, most_bins) if request.count(n) else Known(_ABOVE_ALL)
-    if isinstance(request, TieIndex):
-        needed = request.threshold.needed
-        return TieIndexAccumulator(request, n) if needed else Known((jobs[0].ordinal, 0))
-    if isinstance(request, AbsSum | Gram | Squares):
-        return SumsAccumulator(request, [(job.ordinal, job.n_elements) for job in jobs])
-    if isinstance(request, NonZero):
-        return NonZeroAccumulator(request, tolerant)
-    if isinstance(request, Touches):
-        return TouchesAccumulator(request)
-    if isinstance(request, ColumnGram):
-        return ColumnGramAccumulator(request, jobs[0].line_length("columns"))
-    if isinstance(request, LowWords):
-        return Known(low_words(request, n, keys.key("dare", request.vector.stream, jobs[0].name)))
-    if isinstance(request, FisherSquares):
-        known = {job.ordinal: job.fishers[request.model] for job in jobs if job.fishers}
+    if isinstance(statistic, TopK | Band | Largest | Quantile):
+        return TopKReducer(statistic, n, tolerant, most_bins) if statistic.count(n) else Known(_ABOVE_ALL)
+    if isinstance(statistic, TieIndex):
+        needed = statistic.threshold.needed
+        return TieIndexReducer(statistic, n) if needed else Known((jobs[0].ordinal, 0))
+    if isinstance(statistic, AbsSum | Gram | Squares):
+        return SumsReducer(statistic, [(job.ordinal, job.n_elements) for job in jobs])
+    if isinstance(statistic, NonZero):
+        return NonZeroReducer(statistic, tolerant)
+    if isinstance(statistic, Touches):
+        return TouchesReducer(statistic)
+    if isinstance(statistic, ColumnGram):
+        return ColumnGramReducer(statistic, jobs[0].line_length(Extent.COLUMN))
+    if isinstance(statistic, LowWords):
+        return Known(low_words(statistic, n, keys.key("dare", statistic.vector.stream, jobs[0].name)))
+    if isinstance(statistic, FisherSquares):
+        known = {job.ordinal: job.fishers[statistic.model] for job in jobs if job.fishers}
         recorded = {job: ref.square_sum for job, ref in known.items() if isinstance(ref, ChunkedRef)}
         lengths = {job.ordinal: job.n_elements for job in jobs if job.fishers}
-        squares = FisherSquaresAccumulator(request.model, recorded, lengths)
+        squares = FisherSquaresReducer(statistic.model, recorded, lengths)
         return squares if len(recorded) < len(known) else Known(squares.answer)
-    return SignTotalAccumulator({job: r for job, r in by_job.items() if isinstance(r, SignTotal)})
+    return SignTotalReducer({job: r for job, r in by_job.items() if isinstance(r, SignTotal)})
 
 
 def collect(
-    accumulators: Sequence[Accumulator | Known],
-    run_pass: Callable[[Sequence[Accumulator], Range | None], None],
-    run_sample: Callable[[Sequence[TopKAccumulator]], None] | None,
+    reducers: Sequence[Reducer | Known],
+    run_pass: Callable[[Sequence[Reducer], Range | None], None],
+    run_sample: Callable[[Sequence[TopKReducer]], None] | None,
 ) -> list[Answer]:
-    """Run as many passes as the accumulators need and return their answers.
+    """Run as many passes as the reducers need and return their answers.
 
     Parameters
     ----------
     run_pass
-        Feeds every piece of the scope (or of the range) to the given accumulators.
+        Feeds every piece of the scope (or of the range) to the given reducers.
     run_sample
         Feeds some pieces spread over the scope; None where the scope is too small to sample.
     """
-    selections = [a for a in accumulators if isinstance(a, TopKAccumulator) and a.can_be_sampled]
+    selections = [a for a in reducers if isinstance(a, TopKReducer) and a.can_be_sampled]
     if run_sample is not None and selections:
         run_sample(selections)
         for selection in selections:
             selection.narrow_by_sample()
-    pending = [accumulator for accumulator in accumulators if not isinstance(accumulator, Known)]
+    pending = [reducer for reducer in reducers if not isinstance(reducer, Known)]
     while pending:
         everything = [a for a in pending if a.wants is None]
         if everything:
             run_pass(everything, None)
-        for accumulator in pending:
-            if accumulator.wants is not None:
-                run_pass([accumulator], accumulator.wants)
+        for reducer in pending:
+            if reducer.wants is not None:
+                run_pass([reducer], reducer.wants)
         pending = [a for a in pending if not a.end()]
-    return [accumulator.answer for accumulator in accumulators]
+    return [reducer.answer for reducer in reducers]
 
 
-def one_after_another(accumulators: Sequence[Accumulator]) -> bool:
+def one_after_another(reducers: Sequence[Reducer]) -> bool:
     """Return whether any of them must be fed piece after piece."""
-    return any(isinstance(accumulator, ColumnGramAccumulator) for accumulator in accumulators)
+    return any(isinstance(reducer, ColumnGramReducer) for reducer in reducers)
 
 
-def needs_models(accumulators: Sequence[Accumulator]) -> bool:
+def needs_models(reducers: Sequence[Reducer]) -> bool:
     """Return whether any of them looks at the models, not at their Fisher diagonals alone."""
-    return not all(isinstance(accumulator, FisherSquaresAccumulator) for accumulator in accumulators)
+    return not all(isinstance(reducer, FisherSquaresReducer) for reducer in reducers)

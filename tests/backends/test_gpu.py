@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from streammerge.algebra.block import Operand
 from streammerge.api import choose_device, merge
-from streammerge.backends.cpu.math import Operand
 from streammerge.backends.torch import math as torch_pieces
 from streammerge.backends.torch.math import TorchMath
 from streammerge.errors import WorldError

@@ -47,10 +47,10 @@ def test_a_merge_without_numba_has_the_same_bytes_and_says_that_it_is_slower(
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.999])
 @pytest.mark.parametrize("n", [5, 4099, (1 << 20) + 3])
 def test_exact_drop_counts_agree(n: int, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    request, key = LowWords(TaskVector(0), density), derive_key(3, "dare", "m", "t")
-    compiled = low_words(request, n, key)
+    statistic, key = LowWords(TaskVector(0), density), derive_key(3, "dare", "m", "t")
+    compiled = low_words(statistic, n, key)
     monkeypatch.setattr("streammerge.statistics.reducers.is_compiled", lambda name: False)
-    assert low_words(request, n, key) == compiled
+    assert low_words(statistic, n, key) == compiled
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])

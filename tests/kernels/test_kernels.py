@@ -16,20 +16,22 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from streammerge.algebra.block import Block, BlockMath, Operand
+from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
 from streammerge.algebra.scores import Importance, Selection, Spread
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where, terms_of
-from streammerge.backends.cpu.math import KernelMath, Loaded, Operand, PieceMath
+from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.torch.math import TorchMath, round_to
 from streammerge.kernels.blocks import CODES, round_out, widen
+from streammerge.numerics.ordered_sum import block_sums
 from streammerge.numerics.philox import RandomKeys
-from streammerge.statistics.kinds import AbsSum, Squares, Threshold, TieIndex, TopK, rows_at_once
+from streammerge.statistics.kinds import AbsSum, Threshold, TieIndex, TopK
 from streammerge.statistics.reducers import (
     NotFiniteError,
-    SumsAccumulator,
-    TieIndexAccumulator,
-    TopKAccumulator,
-    block_sums,
+    SumsReducer,
+    TieIndexReducer,
+    TopKReducer,
 )
 
 KEYS = RandomKeys(3, ("one", "two"))
@@ -204,7 +206,7 @@ def aligned(n: int) -> int:
     return (n + 7) // 8 * 8
 
 
-def load(tensors: Sequence[torch.Tensor], start: int = 0, has_base: bool = True) -> Loaded:
+def load(tensors: Sequence[torch.Tensor], start: int = 0, has_base: bool = True) -> Block:
     """Lay out [base, models...] in an arena, as the engine does."""
     codes = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
     raws = [t.contiguous().view(torch.uint8).numpy() for t in tensors]
@@ -216,7 +218,7 @@ def load(tensors: Sequence[torch.Tensor], start: int = 0, has_base: bool = True)
         offset += aligned(len(raw))
     base = operands.pop(0) if has_base else None
     n = tensors[0].numel()
-    return Loaded(arena, tuple(operands), base, "t", start, n, (n,), KEYS)
+    return Block(arena, tuple(operands), base, "t", start, n, (n,), KEYS)
 
 
 def cuts_of(n: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
@@ -242,7 +244,7 @@ def deltas(kind: str, n: int, seed: int = 0) -> torch.Tensor:
 
 
 KINDS = ["gaussian", "lattice", "denormal", "mostly zero", "constant", "wide"]
-Maths = Callable[[Loaded], PieceMath]
+Maths = Callable[[Block], BlockMath]
 MATHS: list[Maths] = [KernelMath, lambda piece: TorchMath(piece, "cpu", 4096)]
 BOTH = pytest.mark.parametrize("math", MATHS, ids=["kernels", "torch"])
 
@@ -262,16 +264,16 @@ def select(
 ) -> tuple[Threshold, int]:
     """Return the threshold of delta's magnitudes, and the passes it took."""
     pieces = [(a, math(load([torch.zeros(b - a), delta[a:b]], a)), b - a) for a, b in parts]
-    accumulator = TopKAccumulator(TopK(TaskVector(0), density), delta.numel())
+    reducer = TopKReducer(TopK(TaskVector(0), density), delta.numel())
     if sample:
         for a, b in sample:
-            accumulator.add(0, a, b - a, math(load([torch.zeros(b - a), delta[a:b]], a)))
-        accumulator.narrow_by_sample()
+            reducer.add(0, a, b - a, math(load([torch.zeros(b - a), delta[a:b]], a)))
+        reducer.narrow_by_sample()
     for passes in range(1, 10):
         for a, piece, n in pieces:
-            accumulator.add(0, a, n, piece)
-        if accumulator.end():
-            return accumulator.answer, passes
+            reducer.add(0, a, n, piece)
+        if reducer.end():
+            return reducer.answer, passes
     raise AssertionError("no end")
 
 
@@ -337,9 +339,9 @@ def test_a_merge_counts_what_is_not_finite_in_its_output(place: int, elect: bool
         tensors[-1][place] = value
         piece = load(tensors, has_base=has_base)
         vectors = (TaskVector(0), TaskVector(1))
-        recipe = TaskVectorMerge(vectors, elect=elect) if has_base else WeightedSum((1.0, 1.0, 1.0))
+        rule = TaskVectorMerge(vectors, elect=elect) if has_base else WeightedSum((1.0, 1.0, 1.0))
         for math in MATHS:
-            assert math(piece).apply(recipe, Operand(piece.models[-1].offset, "F32")).not_finite == 1
+            assert math(piece).apply(rule, Operand(piece.models[-1].offset, "F32")).not_finite == 1
             piece = load(tensors, has_base=has_base)
 
 
@@ -370,12 +372,12 @@ def test_abs_sums_have_the_same_bits_for_any_cut_at_4096(
     delta = deltas(kind, n)
 
     def total(parts: Sequence[tuple[int, int]], math: Maths) -> float:
-        accumulator = SumsAccumulator(AbsSum(vector), [(0, n)])
+        reducer = SumsReducer(AbsSum(vector), [(0, n)])
         for a, b in reversed(parts):  # in any order, too
-            accumulator.add(0, a, b - a, math(load([torch.zeros(b - a), delta[a:b]], a)))
-        assert accumulator.end()
-        assert isinstance(accumulator.answer, float)
-        return accumulator.answer
+            reducer.add(0, a, b - a, math(load([torch.zeros(b - a), delta[a:b]], a)))
+        assert reducer.end()
+        assert isinstance(reducer.answer, float)
+        return reducer.answer
 
     whole = total([(0, n)], KernelMath)
     parts = cuts_of(n, [4096 * c for c in cuts])
@@ -394,15 +396,15 @@ def test_the_last_needed_tie_is_found_across_pieces(needed: int, cuts: list[int]
     places = np.sort(np.random.default_rng(0).choice(n, 100, replace=False))
     delta[torch.from_numpy(places)] = torch.where(torch.arange(100) % 2 == 0, 9.5, -9.5)
     key = int(np.float32(9.5).view(np.uint32))
-    accumulator = TieIndexAccumulator(TieIndex(vector_of(), Threshold(key, 100, needed)), n)
+    reducer = TieIndexReducer(TieIndex(vector_of(), Threshold(key, 100, needed)), n)
     while True:
-        parts = cuts_of(n, cuts) if accumulator.wants is None else [accumulator.wants[1:]]
+        parts = cuts_of(n, cuts) if reducer.wants is None else [reducer.wants[1:]]
         for a, b in parts:
             b = min(b, n)
-            accumulator.add(0, a, b - a, math(load([torch.zeros(b - a), delta[a:b]], a)))
-        if accumulator.end():
+            reducer.add(0, a, b - a, math(load([torch.zeros(b - a), delta[a:b]], a)))
+        if reducer.end():
             break
-    assert accumulator.answer == (0, int(places[needed - 1]) + 1)
+    assert reducer.answer == (0, int(places[needed - 1]) + 1)
 
 
 # --- masks
@@ -466,8 +468,8 @@ def test_an_election_does_not_hide_what_is_not_finite_in_torch(value: float) -> 
     tensors = [torch.ones(1001), deltas("gaussian", 1001), deltas("gaussian", 1001, 1)]
     tensors[-1][511] = value
     piece = load(tensors)
-    recipe = TaskVectorMerge((TaskVector(0), TaskVector(1)), elect=True)
-    assert TorchMath(piece, "cpu", 4096).apply(recipe, Operand(0, "F32")).not_finite == 1
+    rule = TaskVectorMerge((TaskVector(0), TaskVector(1)), elect=True)
+    assert TorchMath(piece, "cpu", 4096).apply(rule, Operand(0, "F32")).not_finite == 1
 
 
 # --- sums over columns
@@ -532,7 +534,7 @@ def test_sums_of_squares_have_the_same_bits_for_any_cut_and_any_block(selection:
                 piece = load([tensor[a:b] for tensor in tensors], a)
                 if selection == "importance":
                     piece = replace(piece, shape=(n // length, length))
-                parts.append(math(piece).squares(Squares(vectors, chosen)))
+                parts.append(math(piece).squares(vectors, chosen))
             found.append(np.concatenate(parts))
     assert all(np.array_equal(parts, found[0]) for parts in found)
     where = Where("t", 0, KEYS, length)
@@ -550,7 +552,7 @@ def test_what_computes_a_piece_lets_go_of_its_buffer_at_once(math: Maths) -> Non
     gc.disable()
     try:
         one = math(load([deltas("gaussian", 1000, seed) for seed in range(3)]))
-        one.squares(Squares(vectors))
+        one.squares(vectors, None)
         one.count_keys(Spread(vectors), 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
         one.dots(vectors, 1000)
         gone = weakref.ref(one)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.algebra.rules import CopyOf, FisherMean, Formula, Recipe, TaskVectorMerge, WeightedSum
+from streammerge.algebra.rules import CopyOf, FisherMean, Formula, Rule, TaskVectorMerge, WeightedSum
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.errors import ConfigError
 from streammerge.methods.catalog import load_builtin
@@ -52,17 +52,17 @@ def key(magnitude: float) -> int:
 
 
 def call(
-    recipe: Recipe,
+    rule: Rule,
     deltas: Sequence[Sequence[float]],
     base: Sequence[float] = BASE,
     seed: int = 0,
     start: int = 0,
 ) -> list[float]:
-    """Apply a recipe to base + deltas, in fp32 as the engine does."""
-    assert not isinstance(recipe, CopyOf)
+    """Apply a rule to base + deltas, in fp32 as the engine does."""
+    assert not isinstance(rule, CopyOf)
     theta_0 = torch.tensor(base)
     models = [theta_0 + torch.tensor(delta) for delta in deltas]
-    merged = recipe(models, theta_0, Where("t", start, RandomKeys(seed, KEYS.models)))
+    merged = rule(models, theta_0, Where("t", start, RandomKeys(seed, KEYS.models)))
     assert merged.dtype == torch.float64
     return merged.tolist()
 
@@ -98,14 +98,14 @@ def test_ties_scales_by_lambda() -> None:
     assert call(cut_at(TRIMMED_AT, scale=0.5), DELTAS) == [0.5, 2.25, 3.0, 3.5]
 
 
-def test_the_method_asks_for_the_top_half_and_returns_that_recipe() -> None:
+def test_the_method_asks_for_the_top_half_and_returns_that_rule() -> None:
     wanted = follow("ties", 3, density=0.5)
-    assert [(r.vector.model, r.density, r.count(4), r.scope) for r in wanted] == [
+    assert [(r.vector.model, r.density, r.count(4), r.extent) for r in wanted] == [
         (i, 0.5, 2, "tensor") for i in range(3)
     ]
     thresholds: list[Answer] = [Threshold(key(m), 1, 1) for m in TRIMMED_AT]
-    recipe = follow("ties", 3, thresholds, density=0.5)
-    assert call(recipe, DELTAS) == TIES
+    rule = follow("ties", 3, thresholds, density=0.5)
+    assert call(rule, DELTAS) == TIES
     assert call(follow("ties", 3, thresholds, density=0.5, ties="all"), DELTAS) == TIES
     # `drop` removes the thresholds too: 0.5; -1 in the last place; -1 in the first, which outweighs 0.5.
     dropped = follow("ties", 3, thresholds, density=0.5, ties="drop")
@@ -137,14 +137,14 @@ def test_an_undecided_element_goes_where_zero_sign_says(sign: int, expected: lis
 
 def test_the_majority_of_elected_signs_decides_and_a_draw_is_negative() -> None:
     deltas = [[0.5, 1.0, 1.0, -1.0], [-0.5, 0.0, 0.0, 0.0]]
-    (request,) = follow("ties", 2, zero_sign="majority")
-    assert isinstance(request, SignTotal)
+    (statistic,) = follow("ties", 2, zero_sign="majority")
+    assert isinstance(statistic, SignTotal)
     base = torch.zeros(4)
-    total = request.merge.sign_total([torch.tensor(d) for d in deltas], base, Where("t", 0, KEYS))
+    total = statistic.merge.sign_total([torch.tensor(d) for d in deltas], base, Where("t", 0, KEYS))
     assert total == 1
     for answer, expected in [(total, 0.5), (0, -0.5), (-3, -0.5)]:
-        recipe = follow("ties", 2, [answer], zero_sign="majority")
-        assert call(recipe, deltas, [0.0] * 4) == [expected, 1.0, 1.0, -1.0]
+        rule = follow("ties", 2, [answer], zero_sign="majority")
+        assert call(rule, deltas, [0.0] * 4) == [expected, 1.0, 1.0, -1.0]
 
 
 def test_ties_is_antisymmetric_under_a_change_of_sign() -> None:
@@ -163,7 +163,7 @@ def test_the_paper_preset_is_the_published_code() -> None:
         "zero_sign": "majority",
     }
     wanted = follow("ties", 3, **preset)
-    assert [(r.scope, r.count(10), r.count(4)) for r in wanted] == [("model", 3, 1)] * 3
+    assert [(r.extent, r.count(10), r.count(4)) for r in wanted] == [("model", 3, 1)] * 3
 
 
 @pytest.mark.parametrize(
@@ -189,13 +189,13 @@ def test_ties_at_the_threshold_are_kept_by_policy() -> None:
     threshold = Threshold(key(0.5), 3, 1)
 
     def kept(policy: str, *more: list[Answer]) -> list[float]:
-        recipe = follow("ties", 1, [threshold], *more, density=0.5, ties=policy)
-        return call(recipe, [delta], [0.0] * 4)
+        rule = follow("ties", 1, [threshold], *more, density=0.5, ties=policy)
+        return call(rule, [delta], [0.0] * 4)
 
     assert kept("all") == delta
     assert kept("drop") == [0.0, 0.0, 0.0, 1.0]
-    (request,) = follow("ties", 1, [threshold], density=0.5, ties="index")
-    assert request == TieIndex(TaskVector(0), threshold)
+    (statistic,) = follow("ties", 1, [threshold], density=0.5, ties="index")
+    assert statistic == TieIndex(TaskVector(0), threshold)
     assert kept("index", [(0, 1)]) == [0.5, 0.0, 0.0, 1.0]
     words = Where("t", 0, KEYS).words("ties", 0, 4, torch.device("cpu")).tolist()
     limit = math.floor(2**32 / 3 + 0.5)
@@ -207,9 +207,9 @@ def test_a_tie_index_in_another_tensor_keeps_all_or_none_here() -> None:
     for ordinal, expected in [(3, [0.5, 0.5]), (5, [0.5, 0.0]), (9, [0.0, 0.0])]:
         # The ties end at element 1 of tensor 5.
         parameters = parameters_of("ties", 1, density=0.5, ties="index", trim_scope="model")
-        recipe = get_method("ties").start(TensorContext(1, ordinal), parameters, [[threshold], [(5, 1)]])
-        assert not isinstance(recipe, list)
-        assert call(recipe, [[0.5, 0.5]], [0.0, 0.0]) == expected
+        rule = get_method("ties").start(TensorContext(1, ordinal), parameters, [[threshold], [(5, 1)]])
+        assert not isinstance(rule, list)
+        assert call(rule, [[0.5, 0.5]], [0.0, 0.0]) == expected
 
 
 def test_density_one_keeps_all_zero_keeps_nothing_and_neither_asks() -> None:
@@ -233,27 +233,27 @@ def test_density_one_keeps_all_zero_keeps_nothing_and_neither_asks() -> None:
 def test_task_vectors_are_added_and_negated(
     weights: tuple[float, ...], more: dict[str, Any], expected: list[float]
 ) -> None:
-    recipe = follow("task_arithmetic", 2, weight=weights, **more)
-    assert call(recipe, [[0.5, 0.0], [0.25, -0.25]], [1.0, 2.0]) == expected
+    rule = follow("task_arithmetic", 2, weight=weights, **more)
+    assert call(rule, [[0.5, 0.0], [0.25, -0.25]], [1.0, 2.0]) == expected
 
 
 def test_an_analogy_is_c_plus_b_minus_a() -> None:
     # A is to B as C is to D, with the ancestor as base: D = base + (C + B - A).
     a, b, c = [0.5, 0.0, 0.25], [0.5, 1.0, 0.25], [0.0, 0.0, -2.0]
-    recipe = follow("task_arithmetic", 3, weight=(-1.0, 1.0, 1.0))
-    assert call(recipe, [a, b, c], [1.0, 1.0, 1.0]) == [1.0, 2.0, -1.0]
+    rule = follow("task_arithmetic", 3, weight=(-1.0, 1.0, 1.0))
+    assert call(rule, [a, b, c], [1.0, 1.0, 1.0]) == [1.0, 2.0, -1.0]
 
 
 # --- DARE (https://arxiv.org/abs/2311.03099)
 
 
 def test_dare_divides_what_survives_by_its_probability() -> None:
-    recipe = follow("dare_linear", 1, density=0.25)
-    (vector,) = recipe.vectors
+    rule = follow("dare_linear", 1, density=0.25)
+    (vector,) = rule.vectors
     assert vector == TaskVector(0, rescale=4.0, drop=3 << 30)
     words = Where("t", 0, KEYS).words("dare", 0, 4, torch.device("cpu")).tolist()
     expected = [4 * d if w >= 3 << 30 else 0.0 for d, w in zip(DELTAS[0], words, strict=True)]
-    assert call(recipe, DELTAS[:1], [0.0] * 4) == expected
+    assert call(rule, DELTAS[:1], [0.0] * 4) == expected
     unscaled = follow("dare_linear", 1, density=0.25, rescale="none")
     assert call(unscaled, DELTAS[:1], [0.0] * 4) == [x / 4 for x in expected]
 
@@ -262,9 +262,9 @@ def test_dare_is_unbiased_with_the_variance_of_the_paper() -> None:
     # METHODS section 4, test 8: E = delta, Var = delta^2 p / (1 - p); 400 seeds x 256 elements.
     seeds, n, density = 400, 256, 0.25
     delta = (torch.arange(n) + 1) / 256
-    recipe = follow("dare_linear", 1, density=density)
+    rule = follow("dare_linear", 1, density=density)
     base = torch.zeros(n)
-    draws = torch.stack([recipe([delta], base, Where("t", 0, RandomKeys(s, ("a",)))) for s in range(seeds)])
+    draws = torch.stack([rule([delta], base, Where("t", 0, RandomKeys(s, ("a",)))) for s in range(seeds)])
     variance = delta.double() ** 2 * (1 - density) / density
     z2 = float(((draws.mean(0) - delta) ** 2 / (variance / seeds)).sum())
     assert abs((z2 / n) ** (1 / 3) - (1 - 2 / (9 * n))) < 5 * math.sqrt(2 / (9 * n))
@@ -277,8 +277,8 @@ def test_dare_by_l1_restores_the_norm() -> None:
     wanted = follow("dare_linear", 1, density=0.5, rescale="l1")
     whole, masked = TaskVector(0), TaskVector(0, drop=1 << 31)
     assert wanted == [AbsSum(whole), AbsSum(masked)]
-    recipe = follow("dare_linear", 1, [3.0, 2.0], density=0.5, rescale="l1")
-    assert [v.rescale for v in recipe.vectors] == [1.5]
+    rule = follow("dare_linear", 1, [3.0, 2.0], density=0.5, rescale="l1")
+    assert [v.rescale for v in rule.vectors] == [1.5]
     nothing_left = follow("dare_linear", 1, [3.0, 0.0], density=0.5, rescale="l1")
     assert [v.rescale for v in nothing_left.vectors] == [1.0]
 
@@ -286,14 +286,14 @@ def test_dare_by_l1_restores_the_norm() -> None:
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_dare_at_the_ends_is_the_base_or_task_arithmetic(density: float) -> None:
     for name in ("dare_linear", "dare_ties"):
-        recipe = follow(name, 1, density=density)
-        assert call(recipe, DELTAS[:1]) == [b + density * d for b, d in zip(BASE, DELTAS[0], strict=True)]
+        rule = follow(name, 1, density=density)
+        assert call(rule, DELTAS[:1]) == [b + density * d for b, d in zip(BASE, DELTAS[0], strict=True)]
 
 
 def test_dare_ties_sums_the_agreeing_survivors() -> None:
-    recipe = follow("dare_ties", 3)
+    rule = follow("dare_ties", 3)
     # Untrimmed totals: -0.25, +0.375, +0.25, -0.1875.
-    assert call(recipe, DELTAS) == [1.0 - 1.0, 2.0 + 0.625, 3.0 + 0.375, 4.0 - 1.0]
+    assert call(rule, DELTAS) == [1.0 - 1.0, 2.0 + 0.625, 3.0 + 0.375, 4.0 - 1.0]
     mean = follow("dare_ties", 3, normalize=True)
     assert call(mean, DELTAS) == [0.0, 2.0 + 0.3125, 3.0 + 0.1875, 3.0]
 
@@ -305,17 +305,17 @@ RAM_DELTAS = [[1.0, 0.5, 0.0, 0.25], [0.0, 0.25, 0.0, 0.125], [0.0, -0.5, 0.0, 0
 
 
 def test_ram_takes_what_one_model_touched_whole_and_averages_what_several_did() -> None:
-    recipe = follow("ram", 3, epsilon=0.125)
-    assert call(recipe, RAM_DELTAS, [0.0] * 4) == [1.0, 0.25 / 3, 0.0, 0.25]
+    rule = follow("ram", 3, epsilon=0.125)
+    assert call(rule, RAM_DELTAS, [0.0] * 4) == [1.0, 0.25 / 3, 0.0, 0.25]
 
 
 def test_ramplus_makes_what_one_model_touched_larger_by_what_it_shares() -> None:
-    (request,) = follow("ramplus_tl", 3, epsilon=0.125)
-    assert isinstance(request, Touches)
+    (statistic,) = follow("ramplus_tl", 3, epsilon=0.125)
+    assert isinstance(statistic, Touches)
     touched = Touched((2, 0, 0), (1, 1, 1))  # rho = 1/2 for the first; the others have nothing alone
-    recipe = follow("ramplus_tl", 3, [touched], epsilon=0.125, r=0.5, alpha=1.0)
-    assert recipe.factors == (1.25, 1.0, 1.0)
-    assert call(recipe, RAM_DELTAS, [0.0] * 4) == [1.25, 0.25 / 3, 0.0, 0.3125]
+    rule = follow("ramplus_tl", 3, [touched], epsilon=0.125, r=0.5, alpha=1.0)
+    assert rule.factors == (1.25, 1.0, 1.0)
+    assert call(rule, RAM_DELTAS, [0.0] * 4) == [1.25, 0.25 / 3, 0.0, 0.3125]
     clipped = follow("ramplus_tl", 3, [touched], epsilon=0.125, r=0.5, alpha=0.25)
     assert call(clipped, RAM_DELTAS, [0.0] * 4) == [1.125, 0.25 / 3, 0.0, 0.28125]
 
@@ -336,10 +336,10 @@ def test_ramplus_makes_what_one_model_touched_larger_by_what_it_shares() -> None
 def test_linear_is_the_weighted_average(
     weights: tuple[float, ...], more: dict[str, Any], expected: list[float]
 ) -> None:
-    recipe = follow("linear", 2, weight=weights, **more)
-    assert isinstance(recipe, WeightedSum)
+    rule = follow("linear", 2, weight=weights, **more)
+    assert isinstance(rule, WeightedSum)
     assert (
-        recipe([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], None, Where("t", 0, KEYS)).tolist()
+        rule([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], None, Where("t", 0, KEYS)).tolist()
         == expected
     )
 
@@ -361,12 +361,12 @@ DIAGONALS = [[1.0, 0.0, 0.25, 3.0], [3.0, 2.0, 0.0, 1.0]]
 
 
 def fisher_merge(diagonals: Sequence[Sequence[float]], *answers: list[Answer], **given: Any) -> list[float]:
-    recipe = get_method("fisher").start(
+    rule = get_method("fisher").start(
         TensorContext(2, fisher=True), parameters_of("fisher", 2, **given), list(answers)
     )
-    assert isinstance(recipe, FisherMean)
+    assert isinstance(rule, FisherMean)
     models = [torch.tensor(values) for values in FISHER_MODELS]
-    merged = recipe(models, None, Where("t", 0, KEYS), [torch.tensor(values) for values in diagonals])
+    merged = rule(models, None, Where("t", 0, KEYS), [torch.tensor(values) for values in diagonals])
     return merged.tolist()
 
 
@@ -416,8 +416,8 @@ def test_sums_run_in_fp64_and_deltas_in_fp32() -> None:
     where = Where("t", 0, KEYS)
     assert WeightedSum((1.0, 1.0))(models, None, where).tolist() == [2.0**24 + 1]
     # ... while delta = fl32(theta - theta_0) is rounded, by definition.
-    recipe = TaskVectorMerge((TaskVector(0),))
-    assert recipe(models[:1], torch.tensor([-1.0]), where).tolist() == [2.0**24 - 1]
+    rule = TaskVectorMerge((TaskVector(0),))
+    assert rule(models[:1], torch.tensor([-1.0]), where).tolist() == [2.0**24 - 1]
 
 
 def test_a_plain_formula_sees_the_pieces_and_its_parameters() -> None:

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streammerge.algebra.block import Block, Operand
 from streammerge.algebra.rules import FisherMean
 from streammerge.api import merge
-from streammerge.backends.cpu.math import KernelMath, Loaded, Operand
+from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.torch.math import TorchMath
 from streammerge.errors import ConfigError
 from streammerge.numerics.philox import RandomKeys
@@ -262,7 +263,7 @@ def test_the_result_lies_between_the_models_and_torch_and_kernel_agree(
     n = len(elements)
     values = np.array([theta for theta, _ in elements], np.float32).T.copy()
     fishers = np.array([known for _, known in elements], np.float32).T.copy()
-    recipe = FisherMean(tuple(coefficients), (floor, 0.0, floor), add, (1.0, 2.0, 3.0) if average else ())
+    rule = FisherMean(tuple(coefficients), (floor, 0.0, floor), add, (1.0, 2.0, 3.0) if average else ())
     width = -(-n * 4 // 64) * 64
     results = []
     for math in (KernelMath, lambda piece: TorchMath(piece, "cpu", 16)):
@@ -270,10 +271,10 @@ def test_the_result_lies_between_the_models_and_torch_and_kernel_agree(
         for i, row in enumerate([*values, *fishers]):
             arena[i * width : i * width + 4 * n] = row.view(np.uint8)
         operands = tuple(Operand(i * width, "F32") for i in range(6))
-        piece = Loaded(
+        piece = Block(
             arena, operands[:3], None, "t", 0, n, (n,), RandomKeys(0, ("a", "b", "c")), operands[3:]
         )
-        applied = math(piece).apply(recipe, Operand(6 * width, out_dtype))  # type: ignore[operator]
+        applied = math(piece).apply(rule, Operand(6 * width, out_dtype))  # type: ignore[operator]
         results.append((arena[6 * width :].tobytes(), applied))
     assert results[0] == results[1]
     raw = np.frombuffer(results[0][0], np.uint8)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import SelectedMerge
 from streammerge.algebra.scores import Importance, Selection, Spread
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
@@ -28,7 +29,6 @@ from streammerge.statistics.kinds import (
     Squares,
     SquareSums,
     Threshold,
-    rows_at_once,
 )
 from tests.conftest import as_float64, config_for, output_bytes
 from tests.laws.test_methods import VARIANTS
@@ -53,14 +53,14 @@ def spread_of(deltas: Sequence[Sequence[float]]) -> list[float]:
 
 def test_sce_selects_where_models_differ_most_weighs_them_by_what_is_left_and_erases_minorities() -> None:
     assert spread_of(DELTAS) == [1.0, 0.0, 0.140625, 0.0625]
-    (request,) = follow("sce", 2, select_topk=0.7)
-    assert request == NonZero(Spread((TaskVector(0), TaskVector(1))))
-    (request,) = follow("sce", 2, [3], select_topk=0.7)
-    assert request.count(4) == 2  # int(0.7 * 3)
+    (statistic,) = follow("sce", 2, select_topk=0.7)
+    assert statistic == NonZero(Spread((TaskVector(0), TaskVector(1))))
+    (statistic,) = follow("sce", 2, [3], select_topk=0.7)
+    assert statistic.count(4) == 2  # int(0.7 * 3)
     # The first and the third are left: squares 1.25 and 1.0625. The first cancels, the third is negative.
     answers: list[list[Answer]] = [[3], [Threshold(key(0.140625), 1, 1)], [(0, 3)]]
-    (request,) = follow("sce", 2, *answers, select_topk=0.7)
-    assert isinstance(request, Squares)
+    (statistic,) = follow("sce", 2, *answers, select_topk=0.7)
+    assert isinstance(statistic, Squares)
     answers.append([SquareSums((1.25, 1.0625), 4)])
     assert call(follow("sce", 2, *answers, select_topk=0.7), DELTAS, ZERO) == [0.0, 0.0, -0.5, 0.0]
     mergekit = dict(get_method("sce").presets["mergekit"])
@@ -81,8 +81,8 @@ def test_sce_without_a_selection_is_the_mean_weighed_by_mean_squares() -> None:
 def test_sce_of_models_that_are_the_same_selects_nothing() -> None:
     same = [[0.5, -0.25], [0.5, -0.25]]
     assert spread_of(same) == [0.0, 0.0]
-    (request,) = follow("sce", 2, [0], select_topk=0.9)
-    assert request.count(2) == 0
+    (statistic,) = follow("sce", 2, [0], select_topk=0.9)
+    assert statistic.count(2) == 0
     none = [[0], [Threshold(key(math.inf), 1, 0)], [(0, 0)], [SquareSums((0.0, 0.0), 2)]]
     assert call(follow("sce", 2, *none, select_topk=0.9), same, [1.0, 2.0]) == [1.0, 2.0]
     squares: list[Answer] = [SquareSums((0.3125, 0.3125), 2)]
@@ -100,11 +100,11 @@ def test_arcee_fusion_takes_over_what_lies_far_above_the_median() -> None:
         (Quantile, 0.75, 3, 1),
     ]
     # 1 + 1.5 (2 - 0.5) = 3.25
-    recipe = follow("arcee_fusion", 1, [Threshold(key(value), 1, 1) for value in (0.5, 1.0, 2.0)])
-    assert recipe.selection.cut == Cut(key(3.25), "all")
+    rule = follow("arcee_fusion", 1, [Threshold(key(value), 1, 1) for value in (0.5, 1.0, 2.0)])
+    assert rule.selection.cut == Cut(key(3.25), "all")
     # 1 + 1.5 * 2^-25 lies between two fp32 numbers: the upper, further away, is the least that is not below.
-    recipe = follow("arcee_fusion", 1, [Threshold(key(value), 1, 1) for value in (0.0, 1.0, 2.0**-25)])
-    assert recipe.selection.cut.key == key(1.0 + 2.0**-23)
+    rule = follow("arcee_fusion", 1, [Threshold(key(value), 1, 1) for value in (0.0, 1.0, 2.0**-25)])
+    assert rule.selection.cut.key == key(1.0 + 2.0**-23)
 
 
 def test_arcee_fusion_measures_importance_by_the_divergence_of_rows() -> None:
@@ -115,8 +115,8 @@ def test_arcee_fusion_measures_importance_by_the_divergence_of_rows() -> None:
     divergence = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
     expected = [math.log(3.0) * divergence, 0.0, 0.0, 0.0]
     assert patterns.view(torch.float32).tolist() == pytest.approx(expected, rel=1e-6)
-    recipe = SelectedMerge((TaskVector(0),), Selection(importance, Cut(key(1e-3), "all")))
-    merged = recipe([theta], base, Where("t", 0, KEYS, row_length=2))
+    rule = SelectedMerge((TaskVector(0),), Selection(importance, Cut(key(1e-3), "all")))
+    merged = rule([theta], base, Where("t", 0, KEYS, row_length=2))
     assert merged.tolist() == [float(theta[0]), 0.0, 0.0, 0.0]
     # A row of one element has one probability, 1: nothing diverges.
     assert importance.patterns([theta], base, Where("t", 0, KEYS, row_length=1)).tolist() == [0] * 4

@@ -364,7 +364,7 @@ def test_a_method_that_fails_is_one_line_that_names_it_and_the_tensor(
     assert caught.value.exit_code == 2
 
 
-def test_a_method_that_chooses_a_recipe_and_fails_is_named_too(methods: Path, paths: list[Path]) -> None:
+def test_a_method_that_chooses_a_rule_and_fails_is_named_too(methods: Path, paths: list[Path]) -> None:
     methods.write_text(
         "import streammerge\n@streammerge.method('odd', base='none')\ndef odd(scope):\n    return scope.nothing\n"
     )

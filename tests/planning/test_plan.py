@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from streammerge.algebra.extent import Extent
 from streammerge.api import merge, plan
 from streammerge.dtypes import BITS, FLOATS, itemsize
 from streammerge.errors import BudgetError, ConfigError, InputError, ModelError
@@ -31,7 +32,6 @@ from streammerge.planning.schedule import (
     ALIGN,
     Chunk,
     Piece,
-    Sees,
     StatisticsPass,
     Work,
     plan_work,
@@ -116,9 +116,9 @@ def arrange(
         jobs.append(job)
         if access is Access.ROW and job.row_length * 8 * (len(job.inputs) + 1) > budget.capacity:
             access = Access.ELEMENTWISE  # a row may not fit
-        sees: Sees = "rows" if access is Access.ROW else "elements"
+        extent: Extent = Extent.ROW if access is Access.ROW else Extent.ELEMENT
         holds = access in (Access.TENSOR, Access.MODEL)
-        work.append(plan_work(job, sees, budget, workspace=no_workspace, holds=holds))
+        work.append(plan_work(job, extent, budget, workspace=no_workspace, holds=holds))
     return jobs, work
 
 
@@ -242,14 +242,14 @@ def test_remaining_is_the_complement(n: int, intervals: list[tuple[int, int]]) -
 def test_a_row_method_is_cut_between_rows_and_refused_where_a_row_does_not_fit() -> None:
     budget = Budget(124 * MIB, 100 * MIB, 2)
     job = make_job(0, (1000, 999), dtype="F32")
-    work = plan_work(job, "rows", budget, workspace=no_workspace, holds=False)
+    work = plan_work(job, Extent.ROW, budget, workspace=no_workspace, holds=False)
     assert work.row == 999
     pieces = [p for s in steps([job], [work], budget, {}) if isinstance(s, Chunk) for p in s.pieces]
     assert len(pieces) > 1
     assert all(p.start % 999 == 0 and p.stop % 999 == 0 for p in pieces)
     wide = make_job(0, (2, 3_000_000), dtype="F32")
     with pytest.raises(BudgetError, match=r"one row of it, .* give at least "):
-        plan_work(wide, "rows", budget, workspace=no_workspace, holds=False)
+        plan_work(wide, Extent.ROW, budget, workspace=no_workspace, holds=False)
 
 
 def test_a_formula_of_whole_tensors_is_refused_with_the_memory_that_would_do() -> None:
@@ -258,35 +258,37 @@ def test_a_formula_of_whole_tensors_is_refused_with_the_memory_that_would_do() -
     with pytest.raises(
         BudgetError, match=r"the whole tensor, 68.7 MiB, .* leaves 24.0 MiB: give at least 169 MiB"
     ):
-        plan_work(job, "tensor", budget, workspace=no_workspace, holds=False)
-    work = plan_work(job, "elements", budget, workspace=no_workspace, holds=True)
+        plan_work(job, Extent.TENSOR, budget, workspace=no_workspace, holds=False)
+    work = plan_work(job, Extent.ELEMENT, budget, workspace=no_workspace, holds=True)
     assert work.mode == "streamed"
     large = Budget(400 * MIB, 0, 2)
-    for sees, holds in (("tensor", False), ("tensor", True), ("elements", True)):
-        how = plan_work(job, sees, large, workspace=no_workspace, holds=holds)  # type: ignore[arg-type]
+    for extent, holds in ((Extent.TENSOR, False), (Extent.TENSOR, True), (Extent.ELEMENT, True)):
+        how = plan_work(job, extent, large, workspace=no_workspace, holds=holds)  # type: ignore[arg-type]
         assert how.mode == "resident"
 
 
 def test_rows_with_statistics_of_the_whole_tensor_before_them_are_held_or_cut_at_rows_and_blocks() -> None:
     job = make_job(0, (8192, 96), dtype="F32")
     large, small = Budget(400 * MIB, 0, 2), Budget(2 * MIB, 0, 2)
-    assert plan_work(job, "rows", large, workspace=no_workspace, holds=True).mode == "resident"
-    work = plan_work(job, "rows", small, workspace=no_workspace, holds=True)
+    assert plan_work(job, Extent.ROW, large, workspace=no_workspace, holds=True).mode == "resident"
+    work = plan_work(job, Extent.ROW, small, workspace=no_workspace, holds=True)
     assert (work.mode, work.row) == ("streamed", 3 * 4096)
 
 
 def test_columns_are_cut_at_as_many_rows_as_are_summed_at_once_and_at_blocks_only_for_other_sums() -> None:
     large, small = Budget(400 * MIB, 0, 2), Budget(6 * MIB, 0, 2)
     job = make_job(0, (8192, 3, 33), dtype="F32")
-    assert job.line_length("columns") == 99
-    assert plan_work(job, "columns", large, workspace=no_workspace, holds=True).mode == "resident"
-    work = plan_work(job, "columns", small, workspace=no_workspace, holds=True, sums=False)
+    assert job.line_length(Extent.COLUMN) == 99
+    assert plan_work(job, Extent.COLUMN, large, workspace=no_workspace, holds=True).mode == "resident"
+    work = plan_work(job, Extent.COLUMN, small, workspace=no_workspace, holds=True, sums=False)
     assert (work.mode, work.row) == ("streamed", 64 * 99)
-    assert plan_work(job, "columns", small, workspace=no_workspace, holds=True).row == 64 * 64 * 99
+    assert plan_work(job, Extent.COLUMN, small, workspace=no_workspace, holds=True).row == 64 * 64 * 99
     wide = make_job(0, (5, 3 << 20), dtype="BF16")
-    assert plan_work(wide, "columns", large, workspace=no_workspace, holds=True, sums=False).row == 3 << 20
+    assert (
+        plan_work(wide, Extent.COLUMN, large, workspace=no_workspace, holds=True, sums=False).row == 3 << 20
+    )
     for shape, columns in (((), 1), ((7,), 1), ((0, 4), 1)):
-        assert make_job(0, shape).line_length("columns") == columns
+        assert make_job(0, shape).line_length(Extent.COLUMN) == columns
 
 
 def test_what_is_kept_of_every_row_or_column_counts_as_memory(make_models: Callable[..., list[Path]]) -> None:
@@ -756,14 +758,14 @@ def test_config_errors_are_input_errors() -> None:
     assert issubclass(BudgetError, InputError)
 
 
-@pytest.mark.parametrize("sees", ["elements", "tensor"])
-def test_a_formula_whose_temporaries_do_not_fit_is_refused_or_fits(sees: Sees) -> None:
+@pytest.mark.parametrize("extent", [Extent.ELEMENT, Extent.TENSOR], ids=["elements", "tensor"])
+def test_a_formula_whose_temporaries_do_not_fit_is_refused_or_fits(extent: Extent) -> None:
     from streammerge.planning.plan import torch_workspace
 
     budget = Budget(100 * MIB + SMALLEST_CAPACITY, 100 * MIB, 1)
     job = make_job(0, (400, 300), n_models=20, dtype="F32")
     try:
-        work = plan_work(job, sees, budget, workspace=torch_workspace, holds=False)
+        work = plan_work(job, extent, budget, workspace=torch_workspace, holds=False)
     except BudgetError:
         return
     assert all(s.nbytes <= budget.capacity for s in steps([job], [work], budget, {}) if isinstance(s, Chunk))

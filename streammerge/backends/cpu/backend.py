@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from streammerge.algebra.rules import Sees
+from streammerge.algebra.block import Block
+from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend, TensorFacts
-from streammerge.backends.cpu.math import KernelMath, Loaded
+from streammerge.backends.cpu.math import KernelMath
 
 
-def _workspace(tensor: TensorFacts, n: int, sees: Sees) -> int:
+def _workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
     """Return the bytes of temporaries: kernels have none but for sums over one row."""
-    return 72 * tensor.row_length if sees == "rows" else 0
+    return 72 * tensor.row_length if sees == Extent.ROW else 0
 
 
-def _math(block: Loaded, device: str, sees: Sees) -> KernelMath:
+def _math(block: Block, device: str, sees: Extent) -> KernelMath:
     return KernelMath(block)
 
 

@@ -17,6 +17,7 @@ from functools import partial
 
 import numpy as np
 
+from streammerge.algebra.block import Block, Operand
 from streammerge.algebra.rules import (
     ColumnCombination,
     FisherMean,
@@ -28,7 +29,7 @@ from streammerge.algebra.rules import (
 )
 from streammerge.algebra.scores import Importance, Score, Spread
 from streammerge.algebra.task_vectors import Cut, RankDrop, TaskVector
-from streammerge.backends.cpu.math import KernelMath, Loaded, Operand
+from streammerge.backends.cpu.math import KernelMath
 from streammerge.numerics.compiled import (
     NOWHERE,
     kernel_cache,
@@ -38,7 +39,6 @@ from streammerge.numerics.compiled import (
     missing_kernels,
 )
 from streammerge.numerics.philox import RandomKeys
-from streammerge.statistics.kinds import Squares, Touches
 
 _POLL_SECONDS = 0.05
 _OUT = Operand(128, "BF16")
@@ -70,12 +70,12 @@ def _score(score: Score, math: KernelMath) -> None:
 
 
 def _select(math: KernelMath) -> None:
-    math.squares(Squares(_VECTORS))
+    math.squares(_VECTORS, None)
     math.apply(SelectedMerge(_VECTORS, None), _OUT)
 
 
 def _touch(math: KernelMath) -> None:
-    math.touches(Touches(_VECTORS, 0.0))
+    math.touches(_VECTORS, 0.0)
     math.apply(TouchedMerge(_VECTORS, 0.0, (1.0, 1.0)), _OUT)
 
 
@@ -133,7 +133,7 @@ def compile_kernels(names: Iterable[str] = tuple(GROUPS)) -> None:
     arena = np.zeros(64 * 4, np.uint8)
     operands = tuple(Operand(64 * i, "BF16") for i in range(2))
     keys = RandomKeys(0, ("a", "b"))
-    math = KernelMath(Loaded(arena, operands, _OUT, "t", 0, 8, (8,), keys, operands))
+    math = KernelMath(Block(arena, operands, _OUT, "t", 0, 8, (8,), keys, operands))
     for name in names:
         GROUPS[name](math)
         mark_compiled(name)

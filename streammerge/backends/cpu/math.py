@@ -1,24 +1,25 @@
 """One piece of every model in memory, and what can be asked of it: statistics and the merge.
 
 Two implementations with the same bits: compiled kernels on the CPU (fp32 and narrower), and the
-recipes' own torch formulas (fp64 inputs, users' formulas, a GPU).
+rules' own torch formulas (fp64 inputs, users' formulas, a GPU).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.algebra.block import Applied, Bins, Block, Counts, Operand, operand_bytes
+from streammerge.algebra.gram_matrix import full_matrices
 from streammerge.algebra.rules import (
     ColumnCombination,
     CopyOf,
     FisherMean,
-    Recipe,
     RowCombination,
+    Rule,
     SelectedMerge,
     TaskVectorMerge,
     TouchedMerge,
@@ -26,106 +27,15 @@ from streammerge.algebra.rules import (
     ranked,
     removing,
 )
-from streammerge.algebra.scores import Score
+from streammerge.algebra.scores import Score, Selection
 from streammerge.algebra.task_vectors import RankDrop, TaskVector
 from streammerge.backends.cpu.tiles import Divergences, Slabs
-from streammerge.dtypes import itemsize
-from streammerge.io.buffer_pool import Bytes
-from streammerge.numerics.philox import RandomKeys
-from streammerge.statistics.kinds import Squares, Touches, full_matrices
-
-Counts = NDArray[np.int64]
-Bins = NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One input's bytes inside the arena."""
-
-    offset: int
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A piece of one job, read: the same elements of every model."""
-
-    arena: Bytes
-    """Its length and every offset are multiples of 8."""
-    models: tuple[Operand, ...]
-    base: Operand | None
-    tensor: str
-    start: int
-    """Flat index of the first element in the whole tensor."""
-    n: int
-    """Number of elements."""
-    shape: tuple[int, ...]
-    """Shape that a plain formula sees: flat, rows, or the whole tensor."""
-    keys: RandomKeys
-    fishers: tuple[Operand, ...] = ()
-    """The models' Fisher diagonals, for methods that weigh by them."""
-
-    @property
-    def row_length(self) -> int:
-        """Elements of one row of what a plain formula sees."""
-        return self.shape[-1] if self.shape else 1
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What a merge of one piece reports."""
-
-    not_finite: int
-    """Elements of the output that are NaN or infinite, and Fisher diagonals that are negative."""
-    kept: tuple[int, ...]
-    """Entries of each model's task vector that survived; empty for methods without removal."""
-    floored: int = 0
-    """Elements of which a Fisher floor decided the most."""
-
-
-class PieceMath(Protocol):
-    """What the engine asks of a loaded piece."""
-
-    def count_keys(
-        self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
-    ) -> tuple[int, int]:
-        """Count patterns of magnitudes, or scores, above `high`, and in the window by bins; return (above, highest)."""
-
-    def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
-        """Return the sums of abs(surviving delta) per 4096 elements."""
-
-    def squares(self, request: Squares) -> NDArray[np.float64]:
-        """Return the sums of squares that a request asks for, per 4096 elements, (blocks, vectors)."""
-
-    def touches(self, request: Touches) -> Counts:
-        """Return how many elements each vector has touched alone, and how many with others, (2, vectors)."""
-
-    def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
-        """Return how many elements have the pattern `key`, per run of `size` elements."""
-
-    def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
-        """Return the dot products of all pairs of vectors over every `length` elements, (groups, pairs).
-
-        The vectors are the surviving, rescaled task vectors or, where there are none, the base and the models.
-        """
-
-    def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
-        """Add the dot products of all pairs over the rows of the piece to `sums`, (pairs, columns)."""
-
-    def sign_total(self, merge: TaskVectorMerge) -> int:
-        """Return elements that elect + minus elements that elect -."""
-
-    def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
-        """Return the sums of squares of a diagonal per 4096 elements, and how many values are no certainty."""
-
-    def apply(self, recipe: Recipe, out: Operand) -> Applied:
-        """Write the merged piece at `out`, which may lie over an input of at least its width."""
 
 
 class KernelMath:
     """A piece on the CPU through the compiled kernels."""
 
-    def __init__(self, piece: Loaded) -> None:
+    def __init__(self, piece: Block) -> None:
         from streammerge.kernels import blocks, deltas, fisher, gram, merge, ranks
         from streammerge.kernels.blocks import CODES
 
@@ -205,7 +115,7 @@ class KernelMath:
     def count_keys(
         self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
     ) -> tuple[int, int]:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
         if not isinstance(vector, TaskVector):
             return self._slabs.count_keys(vector, low, high, shift, bins)
         above, highest = self._deltas.keys_in_window(
@@ -222,7 +132,7 @@ class KernelMath:
         return int(above), int(highest)
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
         partials = np.empty(-(-self._piece.n // 4096), np.float64)
         if (drop := vector.rank_drop) is not None:
             self._ranks.ranked_abs_sums(
@@ -248,7 +158,7 @@ class KernelMath:
         return partials
 
     def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
         if not isinstance(vector, TaskVector):
             return self._slabs.ties(vector, key, size)
         counts = np.zeros(-(-self._piece.n // size), np.int64)
@@ -265,23 +175,23 @@ class KernelMath:
         return counts
 
     def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
         arguments, k = self._combined(vectors)
         sums = np.empty((-(-self._piece.n // length), k * (k + 1) // 2))
         self._gram.dots(*arguments[:6], *self._span, length, *arguments[6:], sums)
         return sums
 
     def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
         self._slabs.add_column_dots(vectors, sums)
 
-    def squares(self, request: Squares) -> NDArray[np.float64]:
-        """See `PieceMath`."""
-        return self._slabs.squares(request)
+    def squares(self, vectors: tuple[TaskVector, ...], selection: Selection | None) -> NDArray[np.float64]:
+        """See `BlockMath`."""
+        return self._slabs.squares(vectors, selection)
 
-    def touches(self, request: Touches) -> Counts:
-        """See `PieceMath`."""
-        return self._slabs.touches(request)
+    def touches(self, vectors: tuple[TaskVector, ...], epsilon: float) -> Counts:
+        """See `BlockMath`."""
+        return self._slabs.touches(vectors, epsilon)
 
     def widened(self, operand: Operand, first: int, n: int) -> NDArray[np.float32]:
         """Return `n` elements from `first` of an input on, in fp32."""
@@ -350,10 +260,10 @@ class KernelMath:
         ]
         return arguments, len(operands)
 
-    def _weigh_rows(self, recipe: RowCombination, out: Operand) -> Applied:
+    def _weigh_rows(self, rule: RowCombination, out: Operand) -> Applied:
         length = self._piece.row_length
-        arguments, k = self._combined(recipe.vectors)
-        weights = recipe.coefficients(full_matrices(self.dots(recipe.vectors, length), k))
+        arguments, k = self._combined(rule.vectors)
+        weights = rule.coefficients(full_matrices(self.dots(rule.vectors, length), k))
         kept = np.zeros(k, np.int64)
         bad = self._gram.weigh_rows(
             *arguments[:6],
@@ -365,47 +275,47 @@ class KernelMath:
             self._codes[out.dtype],
             kept,
         )
-        return Applied(int(bad), tuple(int(n) for n in kept) if removing(recipe) else ())
+        return Applied(int(bad), tuple(int(n) for n in kept) if removing(rule) else ())
 
     def sign_total(self, merge: TaskVectorMerge) -> int:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
         signs = np.zeros(1, np.int64)
         self._run_merge(merge, 0, -1, signs)
         return int(signs[0])
 
-    def apply(self, recipe: Recipe, out: Operand) -> Applied:
-        """See `PieceMath`."""
+    def apply(self, rule: Rule, out: Operand) -> Applied:
+        """See `BlockMath`."""
         code = self._codes[out.dtype]
-        if isinstance(recipe, CopyOf):
-            recipe = WeightedSum(tuple(float(i == recipe.model) for i in range(len(self._piece.models))))
-        if isinstance(recipe, WeightedSum):
-            places, weights = (self._offsets, self._dtypes), recipe.weights
-            if recipe.base_weight and self._piece.base is not None:
+        if isinstance(rule, CopyOf):
+            rule = WeightedSum(tuple(float(i == rule.model) for i in range(len(self._piece.models))))
+        if isinstance(rule, WeightedSum):
+            places, weights = (self._offsets, self._dtypes), rule.weights
+            if rule.base_weight and self._piece.base is not None:
                 places = self._places((self._piece.base, *self._piece.models))
-                weights = (recipe.base_weight, *weights)
+                weights = (rule.base_weight, *weights)
             bad = self._merge.weighted_sum(
                 self._half,
                 self._full,
                 *places,
                 np.array(weights, np.float64),
-                float(recipe.divisor),
+                float(rule.divisor),
                 self._piece.n,
                 out.offset,
                 code,
             )
             return Applied(int(bad), ())
-        if isinstance(recipe, RowCombination):
-            return self._weigh_rows(recipe, out)
-        if isinstance(recipe, SelectedMerge | TouchedMerge | ColumnCombination):
-            return self._slabs.apply(recipe, out)
-        if isinstance(recipe, FisherMean):
-            return self._run_fisher(recipe, out.offset, code)
-        assert isinstance(recipe, TaskVectorMerge)
-        bad, kept = self._run_merge(recipe, out.offset, code, np.zeros(1, np.int64))
-        return Applied(bad, kept if removing(recipe) else ())
+        if isinstance(rule, RowCombination):
+            return self._weigh_rows(rule, out)
+        if isinstance(rule, SelectedMerge | TouchedMerge | ColumnCombination):
+            return self._slabs.apply(rule, out)
+        if isinstance(rule, FisherMean):
+            return self._run_fisher(rule, out.offset, code)
+        assert isinstance(rule, TaskVectorMerge)
+        bad, kept = self._run_merge(rule, out.offset, code, np.zeros(1, np.int64))
+        return Applied(bad, kept if removing(rule) else ())
 
     def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
         partials = np.empty(-(-self._piece.n // 4096), np.float64)
         fisher = self._piece.fishers[model]
         bad = self._fisher.square_sums(
@@ -413,10 +323,10 @@ class KernelMath:
         )
         return partials, int(bad)
 
-    def _run_fisher(self, recipe: FisherMean, out_offset: int, code: int) -> Applied:
+    def _run_fisher(self, rule: FisherMean, out_offset: int, code: int) -> Applied:
         piece = self._piece
         base = piece.base or Operand(0, "F32")
-        vectors = recipe.vectors or tuple(TaskVector(i) for i in range(len(piece.models)))
+        vectors = rule.vectors or tuple(TaskVector(i) for i in range(len(piece.models)))
         kept = np.zeros(len(vectors), np.int64)
         bad, floored = self._fisher.fisher_mean(
             self._half,
@@ -429,16 +339,16 @@ class KernelMath:
             piece.start,
             piece.n,
             *self._masks(vectors),
-            np.array([v.rescale for v in recipe.vectors], np.float64),
-            np.array(recipe.coefficients, np.float64),
-            np.array(recipe.floors, np.float64),
-            recipe.add,
-            np.array(recipe.average, np.float64),
+            np.array([v.rescale for v in rule.vectors], np.float64),
+            np.array(rule.coefficients, np.float64),
+            np.array(rule.floors, np.float64),
+            rule.add,
+            np.array(rule.average, np.float64),
             out_offset,
             code,
             kept,
         )
-        return Applied(int(bad), tuple(int(n) for n in kept) if removing(recipe) else (), int(floored))
+        return Applied(int(bad), tuple(int(n) for n in kept) if removing(rule) else (), int(floored))
 
     def _run_merge(
         self, merge: TaskVectorMerge, out_offset: int, code: int, signs: Counts
@@ -499,8 +409,3 @@ class KernelMath:
             signs,
         )
         return int(bad), tuple(int(n) for n in kept)
-
-
-def operand_bytes(operand: Operand, n: int) -> int:
-    """Return the bytes of `n` elements of an operand."""
-    return n * itemsize(operand.dtype)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.algebra.block import Applied, Bins, Block, Counts, Operand
+from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import ColumnCombination, SelectedMerge, TouchedMerge, removing
 from streammerge.algebra.scores import Importance, Score, Selection, Spread
 from streammerge.algebra.task_vectors import TaskVector
-from streammerge.statistics.kinds import Squares, Touches, rows_at_once
 
 if TYPE_CHECKING:
-    from streammerge.backends.cpu.math import Applied, Bins, Counts, KernelMath, Loaded, Operand
+    from streammerge.backends.cpu.math import KernelMath
 
 _SLAB = 1 << 15
 """Elements; a multiple of 4096."""
@@ -31,7 +32,7 @@ Span = tuple[int, int]
 
 
 class Slabs:
-    """A piece through the kernels that work on slabs; see `PieceMath` for what the methods return.
+    """A piece through the kernels that work on slabs; see `BlockMath` for what the methods return.
 
     Parameters
     ----------
@@ -41,7 +42,7 @@ class Slabs:
         What is known of the rows of the piece; filled on the way.
     """
 
-    def __init__(self, math: KernelMath, piece: Loaded, divergences: Divergences) -> None:
+    def __init__(self, math: KernelMath, piece: Block, divergences: Divergences) -> None:
         from streammerge.kernels import scores
 
         self._kernels: Any = scores  # numba erases signatures
@@ -126,22 +127,22 @@ class Slabs:
 
     # --- sums and counts
 
-    def squares(self, request: Squares) -> NDArray[np.float64]:
+    def squares(self, vectors: tuple[TaskVector, ...], selection: Selection | None) -> NDArray[np.float64]:
         """Return the sums of squares per 4096 elements, (blocks, vectors)."""
-        sums = np.empty((-(-self._piece.n // 4096), len(request.vectors)), np.float64)
+        sums = np.empty((-(-self._piece.n // 4096), len(vectors)), np.float64)
         for first, n in self._spans():
-            selected = self._selected(request.selection, (first, n))
-            _, deltas, _ = self._survivors(request.vectors, (first, n))
+            selected = self._selected(selection, (first, n))
+            _, deltas, _ = self._survivors(vectors, (first, n))
             blocks = sums[first // 4096 : -(-(first + n) // 4096)]
-            self._kernels.square_sums(deltas, _rescales(request.vectors), selected, blocks)
+            self._kernels.square_sums(deltas, _rescales(vectors), selected, blocks)
         return sums
 
-    def touches(self, request: Touches) -> Counts:
+    def touches(self, vectors: tuple[TaskVector, ...], epsilon: float) -> Counts:
         """Return how many elements each vector has touched alone, and how many with others."""
-        counts = np.zeros((2, len(request.vectors)), np.int64)
+        counts = np.zeros((2, len(vectors)), np.int64)
         for span in self._spans():
-            _, deltas, _ = self._survivors(request.vectors, span)
-            self._kernels.count_touched(deltas, _rescales(request.vectors), request.epsilon, *counts)
+            _, deltas, _ = self._survivors(vectors, span)
+            self._kernels.count_touched(deltas, _rescales(vectors), epsilon, *counts)
         return counts
 
     def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
@@ -174,54 +175,52 @@ class Slabs:
 
     # --- merges
 
-    def apply(self, recipe: SelectedMerge | TouchedMerge | ColumnCombination, out: Operand) -> Applied:
+    def apply(self, rule: SelectedMerge | TouchedMerge | ColumnCombination, out: Operand) -> Applied:
         """Write the merged piece, slab after slab: the output may lie over an input."""
-        from streammerge.backends.cpu.math import Applied
-
-        bad, kept = 0, np.zeros(len(recipe.vectors), np.int64)
-        for span in self._spans(self._piece.row_length if isinstance(recipe, ColumnCombination) else 1):
-            if isinstance(recipe, SelectedMerge):
-                values, survived = self._select(recipe, span)
-            elif isinstance(recipe, TouchedMerge):
-                values, survived = self._touch(recipe, span)
+        bad, kept = 0, np.zeros(len(rule.vectors), np.int64)
+        for span in self._spans(self._piece.row_length if isinstance(rule, ColumnCombination) else 1):
+            if isinstance(rule, SelectedMerge):
+                values, survived = self._select(rule, span)
+            elif isinstance(rule, TouchedMerge):
+                values, survived = self._touch(rule, span)
             else:
-                values, survived = self._combine(recipe, span)
+                values, survived = self._combine(rule, span)
             bad += self._math.write(values, out, span[0])
             kept += survived[: kept.size]
-        return Applied(bad, tuple(int(n) for n in kept) if removing(recipe) else ())
+        return Applied(bad, tuple(int(n) for n in kept) if removing(rule) else ())
 
-    def _select(self, recipe: SelectedMerge, span: Span) -> tuple[NDArray[np.float64], Counts]:
-        selected = self._selected(recipe.selection, span)
-        base, deltas, kept = self._survivors(recipe.vectors, span)
+    def _select(self, rule: SelectedMerge, span: Span) -> tuple[NDArray[np.float64], Counts]:
+        selected = self._selected(rule.selection, span)
+        base, deltas, kept = self._survivors(rule.vectors, span)
         merged = np.empty(span[1])
-        weights = np.array([v.weight for v in recipe.vectors], np.float64)
+        weights = np.array([v.weight for v in rule.vectors], np.float64)
         self._kernels.selected_merge(
             base,
             deltas,
-            _rescales(recipe.vectors),
+            _rescales(rule.vectors),
             weights,
-            recipe.zero_sign,
-            float(recipe.floor),
+            rule.zero_sign,
+            float(rule.floor),
             selected,
             merged,
         )
-        if recipe.selection is not None:
+        if rule.selection is not None:
             kept[:] = np.count_nonzero(selected)
         return merged, kept
 
-    def _touch(self, recipe: TouchedMerge, span: Span) -> tuple[NDArray[np.float64], Counts]:
-        base, deltas, kept = self._survivors(recipe.vectors, span)
+    def _touch(self, rule: TouchedMerge, span: Span) -> tuple[NDArray[np.float64], Counts]:
+        base, deltas, kept = self._survivors(rule.vectors, span)
         merged = np.empty(span[1])
-        factors = np.array(recipe.factors, np.float64)
+        factors = np.array(rule.factors, np.float64)
         self._kernels.touched_merge(
-            base, deltas, _rescales(recipe.vectors), float(recipe.epsilon), factors, merged
+            base, deltas, _rescales(rule.vectors), float(rule.epsilon), factors, merged
         )
         return merged, kept
 
-    def _combine(self, recipe: ColumnCombination, span: Span) -> tuple[NDArray[np.float64], Counts]:
-        base, terms, rescales, kept = self._terms(recipe.vectors, span)
+    def _combine(self, rule: ColumnCombination, span: Span) -> tuple[NDArray[np.float64], Counts]:
+        base, terms, rescales, kept = self._terms(rule.vectors, span)
         merged = np.zeros((span[1] // self._piece.row_length, self._piece.row_length))
-        for weights, rescale, term in zip(recipe.weights, rescales, terms, strict=True):
+        for weights, rescale, term in zip(rule.weights, rescales, terms, strict=True):
             merged += (weights * rescale) * term.reshape(merged.shape).astype(np.float64)
         if base is not None:
             merged = base.reshape(merged.shape).astype(np.float64) + merged

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from streammerge.algebra.rules import Sees
+from streammerge.algebra.block import Block, BlockMath, operand_bytes
+from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend, BufferHooks, TensorFacts
-from streammerge.backends.cpu.math import Loaded, PieceMath, operand_bytes
 from streammerge.backends.torch.gpu import pin, share_of_memory, turn_on, unpin
 
 BLOCK_ELEMENTS = 1 << 16
@@ -27,24 +27,24 @@ def device_block(share: int, n_inputs: int) -> int:
     return max(1 << 12, min(1 << 24, fit // 4096 * 4096))
 
 
-def _workspace(tensor: TensorFacts, n: int, sees: Sees) -> int:
+def _workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
     return torch_workspace(
-        tensor, tensor.line_length(sees) if sees == "columns" else n
+        tensor, tensor.line_length(sees) if sees == Extent.COLUMN else n
     )  # a row at a time will do
 
 
-def _math(block: Loaded, device: str, sees: Sees) -> PieceMath:
+def _math(block: Block, device: str, sees: Extent) -> BlockMath:
     from streammerge.backends.torch.math import TorchMath
 
-    return TorchMath(block, device, 0 if sees == "tensor" else BLOCK_ELEMENTS)
+    return TorchMath(block, device, 0 if sees == Extent.TENSOR else BLOCK_ELEMENTS)
 
 
-def _gpu_workspace(tensor: TensorFacts, n: int, sees: Sees) -> int:
+def _gpu_workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
     """Return the bytes of temporaries in this process's memory: sums over one row; all others are the GPU's."""
-    return 72 * tensor.row_length if sees == "rows" else 0
+    return 72 * tensor.row_length if sees == Extent.ROW else 0
 
 
-def _gpu_math(block: Loaded, device: str, sees: Sees) -> PieceMath:
+def _gpu_math(block: Block, device: str, sees: Extent) -> BlockMath:
     from streammerge.backends.torch.math import TorchMath
 
     inputs = [*block.models, *(() if block.base is None else (block.base,))]
@@ -52,7 +52,7 @@ def _gpu_math(block: Loaded, device: str, sees: Sees) -> PieceMath:
     nbytes = sum(operand_bytes(operand, block.n) for operand in (*inputs, *block.fishers))
     keep = nbytes <= share // 2
     size = device_block(share - nbytes if keep else share, len(inputs))
-    return TorchMath(block, device, 0 if sees == "tensor" else size, keep=keep)
+    return TorchMath(block, device, 0 if sees == Extent.TENSOR else size, keep=keep)
 
 
 TORCH = Backend("torch", reserve=400 << 20, workspace=_workspace, math=_math)

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.algebra.block import Applied, Bins, Block, Counts, Operand, operand_bytes
+from streammerge.algebra.extent import Extent
+from streammerge.algebra.gram_matrix import full_matrices, rows_at_once
 from streammerge.algebra.rules import (
     ROWS_AT_ONCE,
     ColumnCombination,
     CopyOf,
     FisherMean,
     Formula,
-    Recipe,
     RegressionMean,
     RowCombination,
+    Rule,
     TaskVectorMerge,
     WeightedSum,
     kept_by,
@@ -26,14 +29,12 @@ from streammerge.algebra.rules import (
     seen_by,
     touched_entries,
 )
-from streammerge.algebra.scores import Score, sees_rows
+from streammerge.algebra.scores import Score, Selection, sees_rows
 from streammerge.algebra.task_vectors import TaskVector, Where, terms_of
-from streammerge.backends.cpu.math import Applied, Bins, Counts, Loaded, Operand, operand_bytes
 from streammerge.backends.torch.gpu import free_unused, synchronize
 from streammerge.errors import InputError, WorldError, blamed_on, printable
 from streammerge.io.buffer_pool import Bytes
-from streammerge.statistics.kinds import Squares, Touches, full_matrices, rows_at_once
-from streammerge.statistics.reducers import block_sums
+from streammerge.numerics.ordered_sum import block_sums
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class TorchMath:
         they are passed over.
     """
 
-    def __init__(self, piece: Loaded, device: str, block: int, *, keep: bool = False) -> None:
+    def __init__(self, piece: Block, device: str, block: int, *, keep: bool = False) -> None:
         self._piece = piece
         self._device = device
         self._block = block
@@ -152,7 +153,7 @@ class TorchMath:
     def count_keys(
         self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
     ) -> tuple[int, int]:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
         import torch
 
         def count(a: int, b: int) -> tuple[int, int, torch.Tensor]:
@@ -181,7 +182,7 @@ class TorchMath:
         return above, highest
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
 
         def sums(a: int, b: int) -> NDArray[np.float64]:
             return block_sums(_finite(self._surviving(vector, a, b)).double().abs().cpu().numpy())
@@ -191,7 +192,7 @@ class TorchMath:
         return np.concatenate(partials) if partials else np.zeros(0)
 
     def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
 
         def sums(a: int, b: int) -> tuple[NDArray[np.float64], int]:
             values = self._fishers(a, b)[model].double().cpu().numpy()
@@ -205,16 +206,16 @@ class TorchMath:
         """Return of how many elements a multiple is ranked at a time."""
         return self._piece.row_length if sees_rows(vector) else 1
 
-    def squares(self, request: Squares) -> NDArray[np.float64]:
-        """See `PieceMath`."""
+    def squares(self, vectors: tuple[TaskVector, ...], selection: Selection | None) -> NDArray[np.float64]:
+        """See `BlockMath`."""
 
         def sums(a: int, b: int) -> NDArray[np.float64]:
             models, base = self._inputs(a, b)
             assert base is not None
             where = self._where(a, b)
-            selected = None if request.selection is None else request.selection.mask(models, base, where)
+            selected = None if selection is None else selection.mask(models, base, where)
             columns = []
-            for vector in request.vectors:
+            for vector in vectors:
                 left = _finite(vector.surviving(models[vector.model], base, where)).double() * vector.rescale
                 left = left if selected is None else left.masked_fill(~selected, 0.0)
                 columns.append(block_sums((left * left).cpu().numpy()))
@@ -222,15 +223,15 @@ class TorchMath:
 
         return np.concatenate(list(self._each(sums, 4096)))
 
-    def touches(self, request: Touches) -> Counts:
-        """See `PieceMath`."""
+    def touches(self, vectors: tuple[TaskVector, ...], epsilon: float) -> Counts:
+        """See `BlockMath`."""
 
         def count(a: int, b: int) -> Counts:
             import torch
 
             models, base = self._inputs(a, b)
             assert base is not None
-            entries = touched_entries(request.vectors, request.epsilon, models, base, self._where(a, b))
+            entries = touched_entries(vectors, epsilon, models, base, self._where(a, b))
             touched = torch.stack([mask for _, mask in entries])
             by = touched.sum(dim=0)
             alone, shared = (touched & (by == 1)).sum(dim=1), (touched & (by > 1)).sum(dim=1)
@@ -240,7 +241,7 @@ class TorchMath:
         return np.sum(list(self._each(count)), axis=0)
 
     def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
 
         def find(a: int, b: int) -> NDArray[np.int64]:
             places: NDArray[np.int64] = (
@@ -254,7 +255,7 @@ class TorchMath:
         return counts
 
     def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
 
         def sums(a: int, b: int) -> NDArray[np.float64]:
             models, base = self._inputs(a, b)
@@ -285,32 +286,32 @@ class TorchMath:
         return terms
 
     def _combine_columns(
-        self, recipe: ColumnCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+        self, rule: ColumnCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
     ) -> torch.Tensor:
         import torch
 
         length = self._piece.row_length
         rows = [model.reshape(-1, length) for model in models]
         shaped = None if base is None else base.reshape(-1, length)
-        weights = torch.from_numpy(recipe.weights).to(self._device)
-        return recipe.combined(rows, shaped, where, weights).reshape(-1)
+        weights = torch.from_numpy(rule.weights).to(self._device)
+        return rule.combined(rows, shaped, where, weights).reshape(-1)
 
     def _combine_rows(
-        self, recipe: RowCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+        self, rule: RowCombination, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
     ) -> torch.Tensor:
         import torch
 
         length = self._piece.row_length
-        k = len(recipe.vectors) or len(models) + (base is not None)
-        pairs = self._dots(recipe.vectors, models, base, where, length)
-        weights = np.ascontiguousarray(recipe.coefficients(full_matrices(pairs, k)))
+        k = len(rule.vectors) or len(models) + (base is not None)
+        pairs = self._dots(rule.vectors, models, base, where, length)
+        weights = np.ascontiguousarray(rule.coefficients(full_matrices(pairs, k)))
         rows = [model.reshape(-1, length) for model in models]
         shaped = None if base is None else base.reshape(-1, length)
-        merged = recipe.combined(rows, shaped, where, torch.from_numpy(weights).to(self._device))
+        merged = rule.combined(rows, shaped, where, torch.from_numpy(weights).to(self._device))
         return merged.reshape(-1)
 
     def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
         columns = self._piece.row_length
         at_once = rows_at_once(columns)
 
@@ -344,7 +345,7 @@ class TorchMath:
         sums += part
 
     def sign_total(self, merge: TaskVectorMerge) -> int:
-        """See `PieceMath`."""
+        """See `BlockMath`."""
 
         def total(a: int, b: int) -> int:
             models, base = self._inputs(a, b)
@@ -353,26 +354,26 @@ class TorchMath:
 
         return sum(self._each(total, self._piece.row_length if ranked(merge) else 1))
 
-    def apply(self, recipe: Recipe, out: Operand) -> Applied:
-        """See `PieceMath`."""
-        if isinstance(recipe, CopyOf):
-            recipe = WeightedSum(tuple(float(i == recipe.model) for i in range(len(self._piece.models))))
-        n_vectors = len(removing(recipe))
+    def apply(self, rule: Rule, out: Operand) -> Applied:
+        """See `BlockMath`."""
+        if isinstance(rule, CopyOf):
+            rule = WeightedSum(tuple(float(i == rule.model) for i in range(len(self._piece.models))))
+        n_vectors = len(removing(rule))
 
         def merge(a: int, b: int) -> Applied:
             models, base = self._inputs(a, b)
             where = self._where(a, b)
             fishers = self._fishers(a, b)
             bad = floored = 0
-            kept = kept_by(recipe, models, base, where)
-            if isinstance(recipe, FisherMean):
-                floored = recipe.decided_by_floor(fishers)
+            kept = kept_by(rule, models, base, where)
+            if isinstance(rule, FisherMean):
+                floored = rule.decided_by_floor(fishers)
                 bad = sum(int((fisher < 0).sum()) for fisher in fishers)
-            merged = self._call(recipe, models, base, where, fishers)
+            merged = self._call(rule, models, base, where, fishers)
             return Applied(bad + self._store(merged, out, a, b), kept, floored)
 
-        row = self._piece.row_length if len(self._piece.shape) > 1 or seen_by(recipe) == "rows" else 1
-        if isinstance(recipe, RegressionMean):
+        row = self._piece.row_length if len(self._piece.shape) > 1 or seen_by(rule) == Extent.ROW else 1
+        if isinstance(rule, RegressionMean):
             row *= ROWS_AT_ONCE
         parts = list(self._each(merge, row if self._block else max(1, self._piece.n)))
         kept = tuple(sum(part.kept[i] for part in parts) for i in range(n_vectors))
@@ -380,7 +381,7 @@ class TorchMath:
 
     def _call(
         self,
-        recipe: Recipe,
+        rule: Rule,
         models: list[torch.Tensor],
         base: torch.Tensor | None,
         where: Where,
@@ -388,20 +389,20 @@ class TorchMath:
     ) -> torch.Tensor:
         import torch
 
-        assert not isinstance(recipe, CopyOf)
-        if isinstance(recipe, RowCombination):
-            return self._combine_rows(recipe, models, base, where)
-        if isinstance(recipe, ColumnCombination):
-            return self._combine_columns(recipe, models, base, where)
-        if not isinstance(recipe, Formula):
-            return recipe(models, base, where, fishers)
-        models = recipe.dropped(models, base, where)
+        assert not isinstance(rule, CopyOf)
+        if isinstance(rule, RowCombination):
+            return self._combine_rows(rule, models, base, where)
+        if isinstance(rule, ColumnCombination):
+            return self._combine_columns(rule, models, base, where)
+        if not isinstance(rule, Formula):
+            return rule(models, base, where, fishers)
+        models = rule.dropped(models, base, where)
         shape = self._piece.shape if len(self._piece.shape) != 1 else (-1,)
         if self._block and len(shape) > 1:
             shape = (-1, shape[-1])
         shaped = [model.reshape(shape) for model in models]
-        with blamed_on(recipe.method, self._piece.tensor):
-            merged = recipe(shaped, None if base is None else base.reshape(shape), where)
+        with blamed_on(rule.method, self._piece.tensor):
+            merged = rule(shaped, None if base is None else base.reshape(shape), where)
         what: str | None = None
         if not isinstance(merged, torch.Tensor) or merged.shape != shaped[0].shape:
             found = tuple(merged.shape) if isinstance(merged, torch.Tensor) else type(merged).__name__
@@ -409,7 +410,7 @@ class TorchMath:
         elif not merged.dtype.is_floating_point:
             what = f"{str(merged.dtype).removeprefix('torch.')} numbers, not floating-point ones: call .float() on them"
         if what is not None:
-            name, tensor = printable(recipe.method), printable(self._piece.tensor)
+            name, tensor = printable(rule.method), printable(self._piece.tensor)
             raise InputError(f"method {name!r}: of tensor {tensor} it returned {what}")
         return merged.detach().reshape(-1)
 

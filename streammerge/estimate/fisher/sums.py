@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from streammerge.errors import ModelError, printable
 from streammerge.numerics.compiled import is_compiled
-from streammerge.statistics.reducers import BLOCK, block_sums, in_order
+from streammerge.numerics.ordered_sum import BLOCK, block_sums, in_order
 
 
 class DiagonalSums:

@@ -11,7 +11,7 @@ from streammerge.algebra.scores import Importance, Selection
 from streammerge.algebra.task_vectors import Cut
 from streammerge.methods.registry import Access, method
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Quantile, Request, Threshold
+from streammerge.statistics.kinds import Answer, Quantile, Statistic, Threshold
 
 
 @method(
@@ -21,7 +21,7 @@ from streammerge.statistics.kinds import Answer, Quantile, Request, Threshold
     models=(1, 1),
     paper="https://github.com/arcee-ai/mergekit (method of its own)",
 )
-def arcee_fusion(context: TensorContext) -> Generator[list[Request], list[Answer], SelectedMerge]:
+def arcee_fusion(context: TensorContext) -> Generator[list[Statistic], list[Answer], SelectedMerge]:
     """theta = theta_0 + delta where an element's importance is at least the tensor's median + 1.5 (Q3 - Q1), else theta_0.
 
     Importance: abs(delta) times the Kullback-Leibler divergence of the softmax of the model's row from that of the

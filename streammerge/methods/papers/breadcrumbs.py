@@ -11,7 +11,7 @@ from streammerge.methods.drop import rescale_by_norm
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.steps import ZeroSign, divisor, elect, keep_band
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Request
+from streammerge.statistics.kinds import Answer, Statistic
 
 _PAPER = "Davari & Belilovsky 2024, https://arxiv.org/abs/2312.06795"
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}
@@ -21,8 +21,8 @@ _BAND = """
     for `ties`; `rescale: l1` restores the L1 norm.
     """
 
-Vectors = Generator[list[Request], list[Answer], list[TaskVector]]
-Recipe = Generator[list[Request], list[Answer], TaskVectorMerge]
+Vectors = Generator[list[Statistic], list[Answer], list[TaskVector]]
+Rule = Generator[list[Statistic], list[Answer], TaskVectorMerge]
 
 
 def _between(
@@ -59,7 +59,7 @@ def breadcrumbs(
     lambda_: float = 1.0,
     ties: Literal["thin", "all", "index", "drop"] = "thin",
     rescale: Literal["none", "l1"] = "none",
-) -> Recipe:
+) -> Rule:
     """Keep the band of each task vector, then sum."""
     vectors = yield from _between(context, weight, density, gamma, ties, rescale)
     return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)
@@ -87,7 +87,7 @@ def breadcrumbs_ties(
     ties: Literal["thin", "all", "index", "drop"] = "thin",
     zero_sign: ZeroSign = "zero",
     rescale: Literal["none", "l1"] = "none",
-) -> Recipe:
+) -> Rule:
     """Keep the band of each task vector, then elect signs."""
     vectors = yield from _between(context, weight, density, gamma, ties, rescale)
     return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))

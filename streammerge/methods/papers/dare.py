@@ -14,7 +14,7 @@ from streammerge.methods.drop import DARE, DARE_TEXT
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.steps import divisor, elect
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Request
+from streammerge.statistics.kinds import Answer, Statistic
 
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}
 _PAPER = "Yu et al. 2024, https://arxiv.org/abs/2311.03099"
@@ -65,7 +65,7 @@ def dare_ties(
     normalize: bool = False,
     lambda_: float = 1.0,
     zero_sign: Literal["zero", "positive", "majority"] = "zero",
-) -> Generator[list[Request], list[Answer], TaskVectorMerge]:
+) -> Generator[list[Statistic], list[Answer], TaskVectorMerge]:
     """Elect signs among the dropped task vectors and sum the agreeing entries."""
     vectors = context.task_vectors(weight)
     return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))

@@ -13,7 +13,7 @@ from streammerge.methods.drop import Ask, rescale_by_norm
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.steps import ZeroSign, divisor, elect
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Request
+from streammerge.statistics.kinds import Answer, Statistic
 
 _PAPER = "Deep et al. 2024, https://arxiv.org/abs/2406.11617"
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}
@@ -25,7 +25,7 @@ _DROP = """
     between, density - epsilon and density + epsilon lie strictly between 0 and 1.
     """
 Rescale = Literal["paper", "l1", "none"]
-Recipe = Generator[list[Request], list[Answer], TaskVectorMerge]
+Rule = Generator[list[Statistic], list[Answer], TaskVectorMerge]
 
 
 def _magprune(
@@ -80,7 +80,7 @@ def della(
     lambda_: float = 1.0,
     rescale: Rescale = "paper",
     zero_sign: ZeroSign = "zero",
-) -> Recipe:
+) -> Rule:
     """Drop by rank, then elect signs."""
     vectors = yield from _magprune(context, weight, density, epsilon, rescale)
     return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))
@@ -106,7 +106,7 @@ def della_linear(
     normalize: bool = False,
     lambda_: float = 1.0,
     rescale: Rescale = "paper",
-) -> Recipe:
+) -> Rule:
     """Drop by rank, then sum."""
     vectors = yield from _magprune(context, weight, density, epsilon, rescale)
     return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Generator
 from typing import Any, Literal
 
-from streammerge.algebra.rules import CopyOf, FisherMean, Recipe, TaskVectorMerge
+from streammerge.algebra.rules import CopyOf, FisherMean, Rule, TaskVectorMerge
 from streammerge.errors import ConfigError
 from streammerge.methods.drop import DARE, DARE_TEXT
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.steps import weighted_average
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, FisherSquares, Request, SquareTotal
+from streammerge.statistics.kinds import Answer, FisherSquares, SquareTotal, Statistic
 
 _FISHER: dict[str, Any] = {
     "access": Access.MODEL,
@@ -48,7 +48,7 @@ def fisher(
     floor_on: Literal["target", "all"] = "target",
     floor_how: Literal["max", "add"] = "max",
     fallback: Literal["target", "average"] = "target",
-) -> Generator[list[Request], list[Answer], Recipe]:
+) -> Generator[list[Statistic], list[Answer], Rule]:
     """Fisher-weighted average: theta = sum_i w_i F_i theta_i / sum_i w_i F_i, per element.
 
     F_i is the diagonal Fisher information of model i, given beside it as ``fisher: PATH``. `normalize` divides

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from streammerge.methods.gram_space import By, Combination, Matrix, combine, cosines
+from streammerge.algebra.extent import Extent
+from streammerge.methods.gram_space import Combination, Matrix, combine, cosines
 from streammerge.methods.registry import Access, method
 from streammerge.methods.tensor_context import TensorContext
 
@@ -24,7 +25,7 @@ def model_stock(context: TensorContext, *, filter_wise: bool = False, clamp: boo
     c < 0, t < 0 leads away from the models, unless `clamp` holds it in [0, 1]; at the pole c = -1 / (N - 1) the base stays.
     """
     vectors = context.task_vectors((1.0,) * context.n_models)
-    by: By = "rows" if filter_wise else "tensor"
+    by = Extent.ROW if filter_wise else Extent.TENSOR
     return combine(towards_mean, n=context.n_models, vectors=vectors, by=by, clamp=clamp)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from streammerge.methods.gram_space import By, Combination, arc, combine
+from streammerge.algebra.extent import Extent
+from streammerge.methods.gram_space import Combination, arc, combine
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.tensor_context import TensorContext
 
@@ -31,5 +32,5 @@ def nuslerp(
     total = weight[0] + weight[1]
     t = weight[1] / total if abs(total) >= 1e-6 else 0.5
     vectors = context.task_vectors((1.0, 1.0)) if context.has_base else ()
-    by: By = "tensor" if nuslerp_flatten else "columns" if nuslerp_row_wise else "rows"
+    by = Extent.TENSOR if nuslerp_flatten else Extent.COLUMN if nuslerp_row_wise else Extent.ROW
     return combine(arc, n=2, vectors=vectors, by=by, t=t)

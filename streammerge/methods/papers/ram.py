@@ -7,7 +7,7 @@ from collections.abc import Generator
 from streammerge.algebra.rules import TouchedMerge
 from streammerge.methods.registry import Access, method
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Request, Touched, Touches
+from streammerge.statistics.kinds import Answer, Statistic, Touched, Touches
 
 _PAPER = "Yuan et al. 2026, https://arxiv.org/abs/2601.13572"
 _BOUNDS = {"epsilon": (0.0, float("inf")), "alpha": (0.0, float("inf"))}
@@ -26,7 +26,7 @@ def ram(context: TensorContext, *, epsilon: float = 1e-5) -> TouchedMerge:
 @method("ramplus_tl", access=Access.TENSOR, base="required", bounds=_BOUNDS, paper=_PAPER)
 def ramplus_tl(
     context: TensorContext, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
-) -> Generator[list[Request], list[Answer], TouchedMerge]:
+) -> Generator[list[Statistic], list[Answer], TouchedMerge]:
     """RAM, with what one model alone has touched made larger, the more of that model's changes others share.
 
     Its delta there is multiplied by 1 + r * min(rho, alpha), rho = how many elements of the tensor it shares with

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Generator
 
-from streammerge.algebra.rules import Recipe, RegressionMean
+from streammerge.algebra.rules import Mixers, RegressionMean, Rule
 from streammerge.errors import ConfigError
 from streammerge.methods.registry import PerModel, method
 from streammerge.methods.steps import weighted_average
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Mixers, Mixing, Request
+from streammerge.statistics.kinds import Answer, Mixing, Statistic
 
 
 @method(
@@ -26,7 +26,7 @@ def regmean(
     *,
     weight: PerModel[float] = 1.0,
     alpha: float = 1.0,
-) -> Generator[list[Request], list[Answer], Recipe]:
+) -> Generator[list[Statistic], list[Answer], Rule]:
     """Linear maps by least squares: W = (sum_i W_i G_i) (sum_i G_i)^-1, everything else the weighted average.
 
     G_i = w_i X_i^T X_i / n_i is the mean over tokens of the products of the map's inputs, given beside each model as

@@ -18,14 +18,14 @@ from streammerge.statistics.kinds import (
     Answer,
     Largest,
     NonZero,
-    Request,
     Squares,
     SquareSums,
+    Statistic,
     Threshold,
     TieIndex,
 )
 
-Steps = Generator[list[Request], list[Answer], SelectedMerge]
+Steps = Generator[list[Statistic], list[Answer], SelectedMerge]
 
 
 @method(

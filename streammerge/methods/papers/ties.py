@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Literal
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.task_vectors import TiePolicy
 from streammerge.methods.drop import rescale_by_norm
 from streammerge.methods.registry import Access, PerModel, method
 from streammerge.methods.steps import elect, trim
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Request
-from streammerge.statistics.kinds import Scope as TrimScope
+from streammerge.statistics.kinds import Answer, Statistic
 
 
 @method(
@@ -45,7 +45,7 @@ def ties(
     ties: Literal["thin", "all", "index", "drop"] = "thin",
     zero_sign: Literal["zero", "positive", "majority"] = "zero",
     rescale: Literal["none", "l1"] = "none",
-) -> Generator[list[Request], list[Answer], TaskVectorMerge]:
+) -> Generator[list[Statistic], list[Answer], TaskVectorMerge]:
     """Trim, elect sign, disjoint merge: theta = theta_0 + lambda * mean of the agreeing trimmed deltas.
 
     tau_i = w_i * (theta_i - theta_0 on its top `density` magnitudes, else 0); gamma = the sign with the
@@ -58,13 +58,12 @@ def ties(
     the model (the published code).
     """
     trim_policy: TiePolicy = ties
-    scope_of_trim: TrimScope = trim_scope
     whole = context.task_vectors(weight)
     vectors = yield from trim(
         context,
         whole,
         density,
-        trim_scope=scope_of_trim,
+        trim_scope=Extent(trim_scope),
         ties=trim_policy,
         plus_one=count == "floor+1",
     )

@@ -15,19 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from streammerge.algebra.rules import Sees
+from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.refs.made import scratch_bytes
 from streammerge.errors import BudgetError
 from streammerge.methods.registry import Access
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.schedule import ALIGN, TooLarge, Work
-from streammerge.statistics.kinds import Band, Largest, Quantile, Request, TopK, partials_of
+from streammerge.statistics.kinds import Band, Largest, Quantile, Statistic, TopK, partials_of
+from streammerge.statistics.reducers import FEWEST_BINS, MOST_BINS
 from streammerge.units import format_at_least, format_size
 
-MOST_BINS = 1 << 19
-"""Counts of a window of magnitudes: more of them do not make fewer passes."""
-FEWEST_BINS = 1 << 12
 _MOST_PARTIALS = 1 << 20
 """Bytes of the partial sums of one piece, at most: more of them do not make larger reads."""
 _SHARE = 8
@@ -55,7 +53,7 @@ class Needs:
     """Whether it takes statistics of its own tensor."""
     sums: bool
     """Whether these are sums over blocks of elements."""
-    sees: Sees
+    extent: Extent
     """What its arithmetic must see at once."""
     ranks: int = 0
     """Order statistics asked for together, at most."""
@@ -87,14 +85,14 @@ class Allocation:
     work: tuple[Work, ...]
 
 
-def asked_together(rounds: Sequence[Sequence[Request]]) -> tuple[int, int, int]:
+def asked_together(rounds: Sequence[Sequence[Statistic]]) -> tuple[int, int, int]:
     """Return `ranks`, `partials` and `kept` of `Needs`."""
     ranks = max(
         (sum(isinstance(r, TopK | Band | Largest | Quantile) for r in one) for one in rounds), default=0
     )
     partials = max((sum(map(partials_of, one)) for one in rounds), default=0)
-    last = max((i for i, one in enumerate(rounds) if one[0].scope == "model"), default=0)
-    return ranks, partials, sum(len(one) for one in rounds[:last] if one[0].scope == "tensor")
+    last = max((i for i, one in enumerate(rounds) if one[0].extent == Extent.MODEL), default=0)
+    return ranks, partials, sum(len(one) for one in rounds[:last] if one[0].extent == Extent.TENSOR)
 
 
 def statistics_memory(ranks: int, partials: int, largest: int, budget: Budget) -> StatisticsMemory:
@@ -282,6 +280,6 @@ def _likeness(job: Job, need: Needs) -> tuple[object, ...]:
         need.access,
         need.holds,
         need.sums,
-        need.sees,
+        need.extent,
         bool(job.grams),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from streammerge.algebra.rules import Sees
+from streammerge.algebra.extent import Extent
 from streammerge.methods.registry import Method
 from streammerge.planning.job import Job
 from streammerge.planning.memory.allocate import Allocation, Needs, TooLittle, allocate, divide, least_total
@@ -77,9 +77,9 @@ class Division:
         in_torch = self.on_host and (self.torch_only or runs_in_torch(job, self.method))
         return plan_work(
             job,
-            need.sees,
+            need.extent,
             budget,
-            workspace=_workspace(need.sees, in_torch=in_torch),
+            workspace=_workspace(need.extent, in_torch=in_torch),
             holds=need.holds,
             sums=need.sums,
             row_bytes=_kept_of_a_row(job),
@@ -92,11 +92,11 @@ def _kept_of_columns(job: Job, need: Needs, work: Work) -> int:
     While it is surveyed: the dot products, and what their coefficients are computed by. Until it is merged: the dot
     products, of as many tensors as are surveyed ahead and of the one that is merging.
     """
-    if work.mode != "streamed" or need.sees != "columns":
+    if work.mode != "streamed" or need.extent != Extent.COLUMN:
         return 0
     k = len(job.inputs)
     answers = (PASSES_AHEAD + 1) * 8 * (k * (k + 1) // 2)
-    return (_kept_of_a_row(job) + answers) * job.line_length("columns")
+    return (_kept_of_a_row(job) + answers) * job.line_length(Extent.COLUMN)
 
 
 def runs_in_torch(job: Job, method: Method) -> bool:
@@ -113,14 +113,14 @@ def torch_workspace(job: Job, n: int) -> int:
     return block * 8 * (2 * len(job.inputs) + 3 * len(job.fishers) + 12) + job.mixer_bytes
 
 
-def _workspace(sees: Sees, *, in_torch: bool) -> Callable[[Job, int], int]:
+def _workspace(extent: Extent, *, in_torch: bool) -> Callable[[Job, int], int]:
     """Return what bounds the temporaries, in bytes, of the kernels or of torch on blocks of some elements of a job."""
 
     def beside(job: Job, n: int) -> int:
-        pairs = _kept_of_a_row(job) * job.line_length(sees) if sees == "columns" else 0
+        pairs = _kept_of_a_row(job) * job.line_length(extent) if extent == Extent.COLUMN else 0
         if in_torch:  # of columns, a row at a time will do
-            return pairs + torch_workspace(job, job.line_length(sees) if sees == "columns" else n)
-        return pairs + (72 * job.row_length if sees == "rows" else 0)
+            return pairs + torch_workspace(job, job.line_length(extent) if extent == Extent.COLUMN else n)
+        return pairs + (72 * job.row_length if extent == Extent.ROW else 0)
 
     return beside
 

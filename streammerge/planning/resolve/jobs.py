@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import ChunkedRef, FisherIndex, FisherRef
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.refs.float8 import as_it_lies
@@ -222,8 +223,8 @@ class _Binder:
             and not _is_scaled(self._method, parameters)
         ):
             return _copy(ordinal, output.name, template, self._config)  # FP8, code by code
-        recipe_base = self._recipe_base(base, parameters)
-        dtype = _output_dtype((*sources, *(() if recipe_base is None else (recipe_base,))), self._config)
+        rule_base = self._rule_base(base, parameters)
+        dtype = _output_dtype((*sources, *(() if rule_base is None else (rule_base,))), self._config)
         members = tuple(self._places[spec.name] for spec in output.part.sources)
         parameters = self._shared.setdefault(
             tuple(parameters.items()), parameters
@@ -235,14 +236,14 @@ class _Binder:
             template.shape,
             "merge",
             sources,
-            recipe_base,
+            rule_base,
             parameters,
             self._diagonals(output, template, members, sources),
             self._matrices(output, template, members),
             members if members != tuple(range(len(self._places))) else (),
         )
 
-    def _recipe_base(self, base: SourceRef | None, parameters: Mapping[str, object]) -> SourceRef | None:
+    def _rule_base(self, base: SourceRef | None, parameters: Mapping[str, object]) -> SourceRef | None:
         drops = self._method.drops(parameters)
         if drops and base is None:
             raise ConfigError(
@@ -351,9 +352,9 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
         asked: list[tuple[object, ...]] = [
             (type(r), r.vector.model, r.density) if isinstance(r, TopK | Band) else (type(r),)
-            for requests in rounds
-            for r in requests
-            if r.scope == "model"
+            for statistics in rounds
+            for r in statistics
+            if r.extent == Extent.MODEL
         ]
         if asked:
             members.add(job.members)

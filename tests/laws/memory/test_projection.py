@@ -20,9 +20,10 @@ from streammerge.api import merge, plan
 from streammerge.engine.merge import Event
 from streammerge.errors import BudgetError
 from streammerge.machine import left_in_groups, peak_memory
-from streammerge.planning.memory.allocate import FEWEST_BINS, MOST_BINS, StatisticsMemory, statistics_memory
+from streammerge.planning.memory.allocate import StatisticsMemory, statistics_memory
 from streammerge.planning.memory.budget import KERNEL_RESERVE, MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.plan import MergePlan
+from streammerge.statistics.reducers import FEWEST_BINS, MOST_BINS
 from streammerge.units import format_at_least, parse_size
 
 Shapes = dict[str, tuple[int, ...]]

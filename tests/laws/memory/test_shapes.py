@@ -16,8 +16,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
+from streammerge.algebra.block import Loaded, Operand
 from streammerge.api import merge
-from streammerge.backends.cpu.math import Loaded, Operand
 from streammerge.engine import scheduler as run
 from streammerge.engine import task as chunk
 from streammerge.engine.task import Context, sample_of
@@ -135,7 +135,7 @@ def test_few_pieces_wait_for_a_slow_one(tmp_path: Path, monkeypatch: pytest.Monk
     waiting = []
     add, add_piece = OrderedSum.add, run.Runner._add_piece
 
-    def slow_add_piece(self: run.Runner, piece: run.Piece, some: Sequence[statistics.Accumulator]) -> None:
+    def slow_add_piece(self: run.Runner, piece: run.Piece, some: Sequence[statistics.Reducer]) -> None:
         if piece.start == 0:
             time.sleep(0.3)
         add_piece(self, piece, some)
