@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from streammerge.api.merging import merge
     from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
     from streammerge.engine.merge import Summary
-    from streammerge.engine.telling import Density, Event
+    from streammerge.engine.telling import Density
     from streammerge.errors import (
         BudgetError,
         ConfigError,
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         StreammergeWarning,
         WorldError,
     )
+    from streammerge.events import Event
     from streammerge.methods.registry import Method, PerModel, method
     from streammerge.output.check import Verdict
     from streammerge.planning.plan import MergePlan
@@ -106,8 +107,7 @@ _HOMES = {
     "api.merging": ("merge",),
     "api.streaming": ("compute_fisher", "compute_grams", "import_fisher"),
     "engine.merge": ("Summary",),
-    "engine.telling": ("Density", "Event"),
-    "output.check": ("Verdict",),
+    "engine.telling": ("Density",),
     "errors": (
         "BudgetError",
         "ConfigError",
@@ -119,7 +119,9 @@ _HOMES = {
         "StreammergeWarning",
         "WorldError",
     ),
+    "events": ("Event",),
     "methods.registry": ("Method", "PerModel", "method"),
+    "output.check": ("Verdict",),
     "planning.plan": ("MergePlan",),
 }
 """Where the public names live."""

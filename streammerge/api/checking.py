@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from streammerge.api.deciding import ConfigLike, plan
-from streammerge.api.feedback import OnEvent, told
+from streammerge.api.feedback import OnEvent, controlled
 from streammerge.engine.recompute import check_contents, check_made_from, recompute
-from streammerge.engine.telling import Event
 from streammerge.errors import InputError
+from streammerge.events import Event
 from streammerge.output.check import Verdict, manifest_of
 from streammerge.output.check import verify as verify_files
 
@@ -68,7 +68,7 @@ def verify(
     >>> streammerge.verify("merged", against="ties.yml").problems  # doctest: +SKIP
     ()
     """
-    with told(on_event, progress, "verifying") as tell:
+    with controlled(on_event, progress, "verifying") as control:
         return _verify(
             Path(out),
             against,
@@ -76,7 +76,7 @@ def verify(
             seed,
             memory,
             methods,
-            lambda nbytes: tell(Event("verify", {"bytes_read": nbytes})),
+            lambda nbytes: control.emit(Event("verify", {"bytes_read": nbytes})),
         )
 
 

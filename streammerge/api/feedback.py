@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from streammerge.engine.telling import Event
 from streammerge.errors import StreammergeWarning
+from streammerge.events import Control, Event
 from streammerge.report.progress import BarReporter, Reporter, make_reporter
 
 OnEvent = Callable[[Event], None]
@@ -19,8 +20,14 @@ _PACKAGE = os.path.join(Path(__file__).parent.parent, "")
 
 
 @contextmanager
-def told(on_event: OnEvent | None, progress: bool, what: str) -> Iterator[OnEvent]:
-    """Lend what the events of a run are told to.
+def controlled(
+    on_event: OnEvent | None,
+    progress: bool,
+    what: str,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Iterator[Control]:
+    """Lend the caller's side of a run: where its events go, and what stops it.
 
     Parameters
     ----------
@@ -30,9 +37,12 @@ def told(on_event: OnEvent | None, progress: bool, what: str) -> Iterator[OnEven
         Whether to show how far the run is: a bar on terminals and in notebooks, lines on stderr elsewhere.
     what
         What is done, for the bar.
+    stop, signal_received
+        The caller's own, where it has them.
     """
+    stop = stop or threading.Event()
     if on_event is not None:
-        yield on_event
+        yield Control(on_event, stop, signal_received)
         return
     reporter = _reporter(what) if progress else None
 
@@ -43,7 +53,7 @@ def told(on_event: OnEvent | None, progress: bool, what: str) -> Iterator[OnEven
             reporter(event)
 
     try:
-        yield tell
+        yield Control(tell, stop, signal_received)
     finally:
         if reporter is not None:
             reporter.close()

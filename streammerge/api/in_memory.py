@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from streammerge.api.deciding import ConfigLike, decide, read_config
 from streammerge.api.devices import nbytes_of
-from streammerge.api.feedback import OnEvent, told
+from streammerge.api.feedback import OnEvent, controlled
 from streammerge.api.opening import Sources, open_inputs
 from streammerge.checkpoint.companions import FisherIndex, open_fisher
 from streammerge.checkpoint.index import TensorIndex, open_model
@@ -21,8 +21,8 @@ from streammerge.config.schema import MergeConfig
 from streammerge.engine.first_use import SLOWER, CannotCompileError, compile_first
 from streammerge.engine.in_memory import Take, merge_in_memory
 from streammerge.engine.merge import NonFinite
-from streammerge.engine.telling import Event, warning
 from streammerge.errors import ConfigError, InputError, printable
+from streammerge.events import Control, Event
 from streammerge.planning.plan import MergePlan
 from streammerge.tensors.state_dicts import HeldReader, StateDict, held_fisher, ties_of
 
@@ -117,8 +117,8 @@ def merge_state_dicts(
         config, memory=memory, threads=threads, device=device, seed=seed, methods=methods, kernels=kernels
     )
     done: dict[str, torch.Tensor] = {}
-    with told(on_event, progress, "merging") as tell:
-        _run(plan, held, done.__setitem__, tell, nonfinite, stop or threading.Event())
+    with controlled(on_event, progress, "merging", stop) as control:
+        _run(plan, held, done.__setitem__, nonfinite, control)
     order = held.order(plan)
     done |= {name: done[first] for name, first in held.ties(plan).items() if first in done}
     return {
@@ -197,7 +197,7 @@ def _stream(
 
     def run() -> None:
         try:
-            _run(plan, held, lambda name, tensor: put((name, tensor)), put, nonfinite, stop)
+            _run(plan, held, lambda name, tensor: put((name, tensor)), nonfinite, Control(put, stop))
             put(None)
         except BaseException as error:  # raised where the caller waits
             put(error)
@@ -205,12 +205,12 @@ def _stream(
     thread = threading.Thread(target=run, name="merging")
     thread.start()
     try:
-        with told(on_event, progress, "merging") as tell:
+        with controlled(on_event, progress, "merging") as control:
             while (item := finished.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 if isinstance(item, Event):
-                    tell(item)
+                    control.emit(item)
                 else:
                     yield item
                     yield from ((name, item[1]) for name in again.get(item[0], ()))
@@ -220,16 +220,14 @@ def _stream(
         thread.join()
 
 
-def _run(
-    plan: MergePlan, held: _Held, take: Take, tell: OnEvent, nonfinite: NonFinite, stop: threading.Event
-) -> None:
+def _run(plan: MergePlan, held: _Held, take: Take, nonfinite: NonFinite, control: Control) -> None:
     try:
         try:
-            compile_first(plan, tell, stop, lambda: None)
+            compile_first(plan, control)
         except CannotCompileError as error:
-            tell(warning(SLOWER.format(error)))
+            control.warn(SLOWER.format(error))
             plan = held.in_torch()
-        merge_in_memory(plan, held.reader, take, tolerant=nonfinite == "warn", emit=tell, stop=stop)
+        merge_in_memory(plan, held.reader, take, tolerant=nonfinite == "warn", control=control)
     finally:
         held.reader.close()
 

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import get_args
 
 from streammerge.api.deciding import DEFAULT_SHARD_SIZE, ConfigLike, plan
-from streammerge.api.feedback import OnEvent, told
+from streammerge.api.feedback import OnEvent, controlled
 from streammerge.engine.first_use import SLOWER, CannotCompileError
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
-from streammerge.engine.telling import warning
 from streammerge.errors import InputError, printable
 from streammerge.io.reader import Backend
 from streammerge.planning.plan import MergePlan
@@ -139,9 +138,9 @@ def merge(
         )
 
     decided = decide(kernels)
-    with told(on_event, progress, "merging") as tell:
+    with controlled(on_event, progress, "merging", stop, signal_received) as control:
         try:
-            return execute(decided, Path(out), how, tell, model_card, stop, signal_received)
+            return execute(decided, Path(out), how, control, model_card)
         except CannotCompileError as error:
-            tell(warning(SLOWER.format(error)))
-        return execute(decide(False), Path(out), how, tell, model_card, stop, signal_received)
+            control.warn(SLOWER.format(error))
+        return execute(decide(False), Path(out), how, control, model_card)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.api.devices import WORTH_A_GPU, choose_device, nbytes_of
-from streammerge.api.feedback import OnEvent, told
+from streammerge.api.feedback import OnEvent, controlled
 from streammerge.dtypes import NAMES
 from streammerge.errors import InputError, printable
 
@@ -100,16 +100,14 @@ def compute_fisher(
     settings = Settings(
         labels, examples, max_length, batch_size, nbytes_of(memory), chosen, seed, NAMES[dtype]
     )
-    with told(on_event, progress, "estimating") as tell:
+    with controlled(on_event, progress, "estimating", stop, signal_received) as control:
         return compute_diagonal(
             model,
             data,
             Path(out),
             settings,
             overwrite=overwrite,
-            emit=tell,
-            stop=stop,
-            signal_received=signal_received,
+            control=control,
         )
 
 
@@ -161,16 +159,14 @@ def compute_grams(
 
     chosen = "cpu" if device == "cpu" else choose_device(device, nbytes_of(memory), WORTH_A_GPU)
     settings = Settings(examples, max_length, batch_size, nbytes_of(memory), chosen)
-    with told(on_event, progress, "collecting") as tell:
+    with controlled(on_event, progress, "collecting", stop, signal_received) as control:
         return run(
             model,
             data,
             Path(out),
             settings,
             overwrite=overwrite,
-            emit=tell,
-            stop=stop,
-            signal_received=signal_received,
+            control=control,
         )
 
 
@@ -226,7 +222,7 @@ def import_fisher(
     from streammerge.estimate.fisher.importing import import_diagonal
 
     _check_dtype(dtype)
-    with told(on_event, progress, "importing") as tell:
+    with controlled(on_event, progress, "importing", stop, signal_received) as control:
         return import_diagonal(
             model,
             diagonals,
@@ -235,9 +231,7 @@ def import_fisher(
             memory=nbytes_of(memory),
             about=about,
             overwrite=overwrite,
-            emit=tell,
-            stop=stop,
-            signal_received=signal_received,
+            control=control,
         )
 
 

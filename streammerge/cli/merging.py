@@ -89,14 +89,14 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
     options, notes = translate(options)
     stop, signal_received = stop_on_signals()
     from streammerge.api import merge as run
-    from streammerge.engine.merge import Event
+    from streammerge.events import warning
     from streammerge.report.progress import make_reporter
 
     reporter = make_reporter(
         "merging", quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN
     )
     for note in notes:
-        reporter(Event("warning", {"message": note}))
+        reporter(warning(note))
     try:
         summary = run(
             config,

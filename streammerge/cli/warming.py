@@ -13,19 +13,20 @@ def warm_up() -> None:
 
     They are kept below NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, for this version and kind of CPU.
     """
+    from streammerge.backends.cpu.before_use import compile_groups
     from streammerge.backends.cpu.compile import GROUPS
     from streammerge.cli.process import stop_on_signals
-    from streammerge.engine.first_use import compile_groups
     from streammerge.errors import WorldError
+    from streammerge.events import Control
     from streammerge.numerics.compiled import kernel_cache
     from streammerge.report.progress import LineReporter
 
-    stop, signal_received = stop_on_signals()
+    control = Control(LineReporter(), *stop_on_signals())
     if kernel_cache().directory is None:
         from streammerge.numerics.compiled import NOWHERE
 
         raise WorldError(f"the kernels: {NOWHERE.format('; '.join(kernel_cache().refused))}")
-    _, failure = compile_groups(GROUPS, LineReporter(), stop, signal_received)
+    _, failure = compile_groups(GROUPS, control)
     if failure is not None:
         raise WorldError(f"the kernels: {failure}")
     click.echo(f"all kernels are compiled, in {kernel_cache().directory}")

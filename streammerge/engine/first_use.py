@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
-from streammerge.backends.cpu.compile import ensure_compiled
+from streammerge.backends.cpu.before_use import compile_groups
 from streammerge.engine.needed_kernels import needed_kernels
-from streammerge.engine.telling import Event
-from streammerge.errors import BudgetError, Stopped
+from streammerge.errors import BudgetError
+from streammerge.events import Control
 from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking
 from streammerge.planning.plan import MergePlan
 
@@ -47,50 +44,22 @@ class CannotCompileError(Exception):
     """Kernels cannot be compiled here; the message says why."""
 
 
-def compile_first(
-    plan: MergePlan,
-    emit: Callable[[Event], None],
-    stop: threading.Event | None,
-    signal_received: Callable[[], int | None],
-) -> float:
+def compile_first(plan: MergePlan, control: Control) -> float:
     """Compile what a plan needs and is not compiled; return the seconds it took.
 
     Raises
     ------
     Stopped
-        If `stop` is set meanwhile, within a twentieth of a second.
+        If the caller stops it meanwhile, within a twentieth of a second.
     CannotCompileError
         If that fails and the plan cannot do without.
     """
     if plan.torch_only and _is_small(plan):
         return 0.0
-    seconds, failure = compile_groups(needed_kernels(plan), emit, stop, signal_received)
+    seconds, failure = compile_groups(needed_kernels(plan), control)
     if failure is not None and not plan.torch_only:
         raise CannotCompileError(failure)
     return seconds
-
-
-def compile_groups(
-    wanted: Iterable[str],
-    emit: Callable[[Event], None],
-    stop: threading.Event | None,
-    signal_received: Callable[[], int | None],
-) -> tuple[float, str | None]:
-    """Compile groups of kernels unless they are; return the seconds it took, and why it failed, if it did."""
-    names = lacking(wanted)
-    if not names or kernel_cache().directory is None:
-        return 0.0, None
-
-    def check_stop() -> None:
-        if stop is not None and stop.is_set():
-            raise Stopped(signal_received() or signal.SIGTERM)
-
-    began = time.monotonic()
-    emit(Event("compiling", {"kernels": len(names), "names": names}))
-    failure = ensure_compiled(names, check_stop)
-    seconds = time.monotonic() - began
-    emit(Event("compiled", {"kernels": len(names), "seconds": round(seconds, 3)}))
-    return seconds, failure
 
 
 def _is_small(plan: MergePlan) -> bool:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from streammerge.engine.nonfinite import trace
 from streammerge.engine.scheduler import Runner, Tick
 from streammerge.engine.task import Context
-from streammerge.engine.telling import Event, differing, named_densities, of_floor, warning
+from streammerge.engine.telling import differing, named_densities, of_floor
 from streammerge.errors import printable
+from streammerge.events import Control, Event
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader, check_unchanged
 from streammerge.output.commit import cover, densities, floored
@@ -104,8 +105,7 @@ def merge_in_memory(
     take: Take,
     *,
     tolerant: bool,
-    emit: Callable[[Event], None],
-    stop: threading.Event,
+    control: Control,
 ) -> None:
     """Run a plan and hand over every merged tensor, in the order in which they are finished.
 
@@ -113,24 +113,22 @@ def merge_in_memory(
     ----------
     tolerant
         Whether a value that is not finite is written and reported, not refused.
-    stop
-        Set it to stop after the pieces in hand.
 
     Raises
     ------
     StreammergeError
         See `streammerge.errors`.
     """
-    emit(Event("plan", {**describe(plan), "out": "memory"}))
+    control.emit(Event("plan", {**describe(plan), "out": "memory"}))
     for line in plan.warnings:
-        emit(warning(line))
+        control.warn(line)
     sink = TensorSink(plan, take)
     keys = identify(plan, reader).keys
-    context = Context(plan, reader, sink, keys, stop, tolerant=tolerant)
+    context = Context(plan, reader, sink, keys, control.stop, tolerant=tolerant)
     elements = sum(job.n_elements for job in plan.jobs)
 
     def on_tick(tick: Tick) -> None:
-        emit(
+        control.emit(
             Event(
                 "progress",
                 {
@@ -144,7 +142,7 @@ def merge_in_memory(
             )
         )
 
-    emit(Event("start", {"bytes_done": 0}))
+    control.emit(Event("start", {"bytes_done": 0}))
     sink.hand_over_empty()
     runner = Runner(context, _Unrecorded(), on_tick)
     runner.run([], {})
@@ -156,8 +154,8 @@ def merge_in_memory(
         *_not_finite_lines(context, runner.receipts),
         *of_floor(floored(plan, chosen) if plan.fishers else None),
     ):
-        emit(warning(line))
-    emit(
+        control.warn(line)
+    control.emit(
         Event(
             "done",
             {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,18 +16,9 @@ from streammerge.engine.first_use import compile_first
 from streammerge.engine.profile import profile_values, write_profile
 from streammerge.engine.scheduler import PREFETCHERS, Runner, Tick
 from streammerge.engine.task import Context
-from streammerge.engine.telling import (
-    Density,
-    differing,
-    named_densities,
-    not_finite_lines,
-    of_floor,
-    warning,
-)
-from streammerge.engine.telling import (
-    Event as Event,
-)
+from streammerge.engine.telling import Density, differing, named_densities, not_finite_lines, of_floor
 from streammerge.errors import Stopped, WorldError, printable
+from streammerge.events import Control, Event
 from streammerge.io.allocate import check_space
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Backend, Reader
@@ -105,19 +94,10 @@ def execute(
     plan: MergePlan,
     out: Path,
     options: Options,
-    emit: Callable[[Event], None],
+    control: Control,
     card: Callable[[MergePlan], str],
-    stop: threading.Event | None = None,
-    signal_received: Callable[[], int | None] = lambda: None,
 ) -> Summary:
     """Merge into `out`, or continue there.
-
-    Parameters
-    ----------
-    stop
-        Set it to stop cleanly after the pieces in hand.
-    signal_received
-        Returns the number of the signal that set `stop`.
 
     Raises
     ------
@@ -127,10 +107,10 @@ def execute(
         If the kernels cannot be compiled here, before anything is made: plan without them.
     """
     check_target(out, plan.inputs, [index.reference for index in plan.fishers])
-    emit(Event("plan", {**describe(plan), "out": str(out)}))
+    control.emit(Event("plan", {**describe(plan), "out": str(out)}))
     for line in plan.warnings:
-        emit(warning(line))
-    compiling = compile_first(plan, emit, stop, signal_received)
+        control.warn(line)
+    compiling = compile_first(plan, control)
     began = time.monotonic()
     inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)
     reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)
@@ -140,33 +120,27 @@ def execute(
             check_space(out, plan.layout)
         with locked(out):
             check_contents(out)
-            hasher = _make_hasher(plan, emit, stop or threading.Event(), signal_received)
+            hasher = _make_hasher(plan, control)
             if not options.overwrite and (
-                finished := find_finished(out, plan, identity, hasher if options.hash_inputs else None, emit)
+                finished := find_finished(
+                    out, plan, identity, hasher if options.hash_inputs else None, control
+                )
             ):
                 return replace(_complete(out, plan, finished), compile_seconds=compiling)
-            session = _Session(plan, out, reader, identity, options, emit, stop or threading.Event(), hasher)
-            summary = session.run(card(plan), began, signal_received)
+            session = _Session(plan, out, reader, identity, options, control, hasher)
+            summary = session.run(card(plan), began)
             return replace(summary, compile_seconds=compiling)
     finally:
         reader.close()
 
 
-def _make_hasher(
-    plan: MergePlan,
-    emit: Callable[[Event], None],
-    stop: threading.Event,
-    signal_received: Callable[[], int | None],
-) -> ContentHasher:
+def _make_hasher(plan: MergePlan, control: Control) -> ContentHasher:
     """Return what hashes input files for a run: stopped with it, and reporting how far it is."""
 
-    def check_stop() -> None:
-        if stop.is_set():
-            raise Stopped(signal_received() or signal.SIGTERM)
+    def on_tick(nbytes: int) -> None:
+        control.emit(Event("hash", {"bytes_read": nbytes}))
 
-    return ContentHasher(
-        plan.budget.workers, check_stop, lambda nbytes: emit(Event("hash", {"bytes_read": nbytes}))
-    )
+    return ContentHasher(plan.budget.workers, control.check, on_tick)
 
 
 def _complete(out: Path, plan: MergePlan, finished: Finished) -> Summary:
@@ -198,24 +172,23 @@ class _Session:
         reader: Reader,
         identity: Identity,
         options: Options,
-        emit: Callable[[Event], None],
-        stop: threading.Event,
+        control: Control,
         hasher: ContentHasher,
     ) -> None:
         self._hasher, self._hash_inputs = hasher, options.hash_inputs
         self._plan, self._out, self._reader = plan, out, reader
         self._identity = identity
-        self._emit, self._stop = emit, stop
+        self._control = control
         self._writer = ShardWriter(out, plan.layout, direct=options.backend == "direct")
         self._context = Context(
-            plan, reader, self._writer, identity.keys, stop, tolerant=options.nonfinite == "warn"
+            plan, reader, self._writer, identity.keys, control.stop, tolerant=options.nonfinite == "warn"
         )
         self._overwrite = options.overwrite
         self._profile = options.profile
         self._running = 0.0
         self._elements = sum(job.n_elements for job in plan.jobs)
 
-    def run(self, card: str, began: float, signal_received: Callable[[], int | None]) -> Summary:
+    def run(self, card: str, began: float) -> Summary:
         files = find_inputs(self._plan, self._plan.beside.files)
         journal = Journal(self._out, self._identity.named)
         stages = self._context.stages
@@ -223,10 +196,10 @@ class _Session:
             progress = self._continue(journal, files)
             self._writer.open()
             if self._writer.unreserved:
-                self._emit(warning(f"{printable(self._out)}: {_UNRESERVED}"))
+                self._control.warn(f"{printable(self._out)}: {_UNRESERVED}")
             sound = self._believe(progress.receipts)
             resumed = sum(_receipt_bytes(self._plan, receipt) for receipt in sound)
-            self._emit(Event("resume" if resumed else "start", {"bytes_done": resumed}))
+            self._control.emit(Event("resume" if resumed else "start", {"bytes_done": resumed}))
             runner = Runner(self._context, journal, self._on_tick)
             started = time.monotonic()
             stages.add("start", started - began, time.process_time())
@@ -234,7 +207,7 @@ class _Session:
                 runner.run(sound, progress.answers)
             finally:
                 self._running = time.monotonic() - started
-                if (signum := signal_received()) is not None:
+                if (signum := self._control.signal()) is not None:
                     raise Stopped(signum) from None
             for file in files:
                 confirm(file, progress.files[file.key], self._hasher)
@@ -242,8 +215,8 @@ class _Session:
                 *differing(self._context),
                 *not_finite_lines(self._context, runner.receipts, self._output),
             ):
-                self._emit(warning(line))
-            self._emit(Event("commit"))
+                self._control.warn(line)
+            self._control.emit(Event("commit"))
             with stages.time("commit"):
                 contents = {key: known.content for key, known in progress.files.items()}
                 hashes = {file.name: contents[file.key] for file in files if self._is_sidecar(file)}
@@ -265,7 +238,7 @@ class _Session:
             if self._profile is not None:
                 write_profile(self._profile, self._profile_values(time.monotonic() - began))
         for line in of_floor(manifest.get("floored")):
-            self._emit(warning(line))
+            self._control.warn(line)
         return self._summary(manifest, resumed, began)
 
     def _continue(self, journal: Journal, files: Sequence[InputFile]) -> Progress:
@@ -319,7 +292,7 @@ class _Session:
         bits = BITS[self._plan.jobs[receipt.job].dtype]
         position, end = slot.offset + receipt.start * bits // 8, slot.offset + receipt.stop * bits // 8
         value = 0
-        while position < end and not self._stop.is_set():
+        while position < end and not self._control.stop.is_set():
             try:
                 data = self._writer.read(slot.shard, position, min(_CHECK_STEP, end - position))
             except WorldError:
@@ -331,7 +304,7 @@ class _Session:
         return value == receipt.crc
 
     def _on_tick(self, tick: Tick) -> None:
-        self._emit(
+        self._control.emit(
             Event(
                 "progress",
                 {

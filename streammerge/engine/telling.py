@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from streammerge.dtypes import itemsize
@@ -16,15 +16,6 @@ from streammerge.planning.plan import MergePlan
 
 _FLOOR_WARNING = 0.1
 """Fraction of elements decided by a Fisher floor above which it is likely a mistake."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a caller may want to show."""
-
-    kind: str
-    """``plan``, ``compiling``, ``compiled``, ``hash``, ``start``, ``resume``, ``progress``, ``warning``, ``commit``, ``verify`` or ``done``."""
-    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -41,11 +32,6 @@ class Density:
     """Entries of the task vector."""
     density: float
     """The one over the other."""
-
-
-def warning(message: str) -> Event:
-    """Return the event of something a user should know."""
-    return Event("warning", {"message": message})
 
 
 def named_densities(plan: MergePlan, entries: Sequence[Mapping[str, Any]]) -> tuple[Density, ...]:

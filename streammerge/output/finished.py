@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoint.weight_names import LOADED
-from streammerge.engine.telling import Event, warning
 from streammerge.errors import OutputError, printable
+from streammerge.events import Control
 from streammerge.io.durable import PARTIAL, fsync_directory, world_errors
 from streammerge.output.check import check_files
 from streammerge.output.edits import find_edits
@@ -35,7 +35,7 @@ def find_finished(
     plan: MergePlan,
     identity: Identity,
     hasher: ContentHasher | None,
-    emit: Callable[[Event], None],
+    control: Control,
 ) -> Finished | None:
     """Return what `out` holds if it is this very merge, complete; None if it is unfinished, or nothing.
 
@@ -62,7 +62,7 @@ def find_finished(
             "over with --overwrite"
         )
     if hasher is not None:
-        _compare_contents(out, plan, manifest, hasher, emit)
+        _compare_contents(out, plan, manifest, hasher, control)
     with world_errors(out):
         if interrupted:
             _name_again(out, manifest)
@@ -111,7 +111,7 @@ def _compare_contents(
     plan: MergePlan,
     manifest: Mapping[str, Any],
     hasher: ContentHasher,
-    emit: Callable[[Event], None],
+    control: Control,
 ) -> None:
     """Refuse a merge of which an input has changed since, as far as content hashes are recorded."""
     if other := changed_contents(plan, manifest, hasher):
@@ -120,9 +120,7 @@ def _compare_contents(
             "another OUT, or replace it with --overwrite"
         )
     if not recorded_contents(plan, manifest):
-        emit(
-            warning(
-                f"{printable(out)}: was finished without --hash-inputs, so there are no content hashes to compare the "
-                "inputs with"
-            )
+        control.warn(
+            f"{printable(out)}: was finished without --hash-inputs, so there are no content hashes to compare the "
+            "inputs with"
         )

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from streammerge.engine.merge import Event, Summary
+from streammerge.engine.merge import Summary
+from streammerge.events import Event
 from streammerge.machine import own_memory
 from streammerge.report.pace import Tracker
 from streammerge.report.summary import opening_line, summary_text, summary_values

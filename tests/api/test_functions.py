@@ -15,7 +15,7 @@ import pytest
 
 import streammerge
 from streammerge import api
-from streammerge.engine.merge import Event
+from streammerge.events import Event
 from tests.conftest import config_for
 
 FUNCTIONS = [name for name in streammerge.__all__ if inspect.isfunction(getattr(streammerge, name))]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from streammerge.engine.merge import Event
+from streammerge.events import Event
 from streammerge.report.progress import JsonReporter
 from tests.cli.test_cli import Cli, cli, write_config
 from tests.conftest import config_for, write_fisher

@@ -21,8 +21,8 @@ from streammerge.api import merge, plan
 from streammerge.backends.cpu import compile as warm
 from streammerge.engine import first_use
 from streammerge.engine.needed_kernels import needed_kernels
-from streammerge.engine.telling import Event
 from streammerge.errors import Stopped
+from streammerge.events import Event
 from streammerge.kernels import blocks, deltas, fisher, gram, ranks, scores
 from streammerge.kernels import merge as merges
 from streammerge.numerics import compiled

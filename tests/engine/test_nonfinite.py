@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge
 from streammerge.cli import cli
-from streammerge.engine.merge import Event
 from streammerge.errors import ModelError, Stopped
+from streammerge.events import Event
 from tests.conftest import config_for, output_bytes, read_tensors
 from tests.laws.test_methods import VARIANTS
 

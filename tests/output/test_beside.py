@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from streammerge.api import merge, plan, verify
 from streammerge.checkpoint import sidecars as beside
 from streammerge.checkpoint.sidecar_names import is_editable, is_loaded, is_tokenizer_file
-from streammerge.engine.merge import Event
+from streammerge.events import Event
 from tests.conftest import write_model
 
 TRAVELS = (

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge
-from streammerge.engine.merge import Event
 from streammerge.errors import ModelError
+from streammerge.events import Event
 from tests.conftest import config_for, output_bytes, read_tensors, write_model
 
 SHAPES: dict[str, tuple[int, ...]] = {

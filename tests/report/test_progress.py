@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.engine.merge import Event
+from streammerge.events import Event
 from streammerge.report import progress
 from streammerge.report.pace import Pace, Tracker
 from streammerge.report.progress import BarReporter, LineReporter, make_reporter

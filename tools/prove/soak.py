@@ -26,8 +26,8 @@ import psutil
 from worst_models import Family, make_family
 
 from streammerge.api import merge
-from streammerge.engine.merge import Event
 from streammerge.errors import StreammergeError
+from streammerge.events import Event
 from streammerge.units import parse_size
 
 MIB = 1 << 20

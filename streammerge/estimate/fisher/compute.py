@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from streammerge.backends.cpu.before_use import compile_groups
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.dtypes import FLOATS
-from streammerge.engine.first_use import compile_groups
-from streammerge.engine.merge import Event
 from streammerge.errors import WorldError, printable
 from streammerge.estimate.fisher.estimator import AFTER, BEFORE, Estimate, Estimator, Place
 from streammerge.estimate.fisher.labels import choose, n_scores
@@ -41,6 +39,7 @@ from streammerge.estimate.network.sizing import (
 )
 from streammerge.estimate.network.skeleton import CAUSAL, CLASSIFIER, Skeleton
 from streammerge.estimate.network.tokenizing import reading_for
+from streammerge.events import Control
 from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial, to_store
 from streammerge.io.durable import make_directory, world_errors
 from streammerge.io.reader import Reader, check_unchanged
@@ -92,9 +91,7 @@ def compute_diagonal(
     settings: Settings = Settings(),
     *,
     overwrite: bool = False,
-    emit: Callable[[Event], None] = lambda event: None,
-    stop: threading.Event | None = None,
-    signal_received: Callable[[], int | None] = lambda: None,
+    control: Control | None = None,
 ) -> Computed:
     """Estimate the diagonal of `model` over examples into a store; run again, it continues.
 
@@ -108,7 +105,7 @@ def compute_diagonal(
     StreammergeError
         See `streammerge.errors`; stages that are done stay for the next run.
     """
-    began = time.monotonic()
+    control, began = control or Control(), time.monotonic()
     index = open_model(model)
     skeleton = Skeleton(index)
     labels = choose(settings.labels, skeleton.kind)
@@ -119,11 +116,10 @@ def compute_diagonal(
         reading_for(skeleton, index, settings.max_length, with_labels=with_labels),
     )
     if (few := too_few(os.fspath(data), settings.examples, len(taken))) is not None:
-        emit(Event("warning", {"message": few}))
+        control.warn(few)
     estimate = Estimate(taken, labels, settings.seed)
     device = torch.device(settings.device)
-    stop = stop or threading.Event()
-    compile_groups(("adapters", "diagonals"), emit, stop, signal_received)
+    compile_groups(("adapters", "diagonals"), control)
     reader = Reader()
     try:
         loader = Loader(skeleton, index, reader)
@@ -149,7 +145,7 @@ def compute_diagonal(
             work = out.with_name(out.name + ".partial") / WORK
             if not work.exists():
                 _check_disk(work, network.n_blocks, sum(e.length for e in taken) * width, scores, index)
-            progress = Progress(reader, len(index), emit, stop, signal_received)
+            progress = Progress(reader, len(index), control)
             results = _Results(store, loader, len(taken), settings.dtype, progress)
             estimator = Estimator(
                 network,
@@ -169,14 +165,9 @@ def compute_diagonal(
                 check_unchanged(stamp)
             missing = [name for name, ref in index.items() if name not in names and ref.dtype in FLOATS]
             if missing:
-                emit(
-                    Event(
-                        "warning",
-                        {
-                            "message": f"{len(missing)} tensors of {printable(index.reference)} are no parameters of "
-                            f"{type(skeleton.model).__name__} (first: {printable(missing[0])}); they get no diagonal"
-                        },
-                    )
+                control.warn(
+                    f"{len(missing)} tensors of {printable(index.reference)} are no parameters of "
+                    f"{type(skeleton.model).__name__} (first: {printable(missing[0])}); they get no diagonal"
                 )
             with world_errors(work):
                 shutil.rmtree(work, ignore_errors=True)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.checkpoint.refs.made import contiguous
 from streammerge.checkpoint.shards import PICKLES
 from streammerge.dtypes import FLOATS, itemsize
-from streammerge.engine.merge import Event
-from streammerge.errors import ModelError, Stopped, printable
+from streammerge.errors import ModelError, printable
+from streammerge.events import Control, Event
 from streammerge.formats.safetensors import FileStamp, TensorRef
 from streammerge.formats.torch_file import read_pickle
 from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial, to_store
@@ -51,9 +50,7 @@ def import_diagonal(
     memory: int | None = None,
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
-    emit: Callable[[Event], None] = lambda event: None,
-    stop: threading.Event | None = None,
-    signal_received: Callable[[], int | None] = lambda: None,
+    control: Control | None = None,
 ) -> Imported:
     """Stream the diagonals in `source` into a store for `model`; run again, it continues.
 
@@ -75,12 +72,12 @@ def import_diagonal(
     StreammergeError
         See `streammerge.errors`; finished arrays stay for the next run.
     """
+    control = control or Control()
     make_budget(memory, 1, KERNEL_RESERVE + _BUFFERS * 4 * CHUNK_ELEMENTS)
     index = open_model(model)
     refs, stamps = _open_source(os.fspath(source))
-    _check_against(refs, index, os.fspath(source), emit)
+    _check_against(refs, index, os.fspath(source), control)
     reader = Reader()
-    stop = stop or threading.Event()
     try:
         identity = {
             "version": __version__,
@@ -91,7 +88,7 @@ def import_diagonal(
         }
         with locked_partial(out, overwrite):
             store = StoreWriter(out, identity)
-            resumed = _write_all(store, refs, dtype, reader, emit, stop, signal_received)
+            resumed = _write_all(store, refs, dtype, reader, control)
             for stamp in stamps:
                 check_unchanged(stamp)
             attributes = store.commit(
@@ -117,19 +114,16 @@ def _write_all(
     refs: Mapping[str, TensorRef],
     dtype: str,
     reader: Reader,
-    emit: Callable[[Event], None],
-    stop: threading.Event,
-    signal_received: Callable[[], int | None],
+    control: Control,
 ) -> int:
     resumed = 0
     for done, (name, ref) in enumerate(refs.items()):
-        if stop.is_set():
-            raise Stopped(signal_received() or 15)
+        control.check()
         if store.known(name):
             resumed += 1
         else:
-            store.write(name, ref.shape, dtype, _runs(ref, dtype, reader, stop, signal_received))
-        emit(
+            store.write(name, ref.shape, dtype, _runs(ref, dtype, reader, control))
+        control.emit(
             Event(
                 "import", {"tensors": done + 1, "tensors_total": len(refs), "bytes_read": reader.bytes_read}
             )
@@ -141,14 +135,12 @@ def _runs(
     ref: TensorRef,
     dtype: str,
     reader: Reader,
-    stop: threading.Event,
-    signal_received: Callable[[], int | None],
+    control: Control,
 ) -> Iterator[NDArray[Any]]:
     """Yield the elements of each chunk of the store, in its dtype."""
     width = itemsize(ref.dtype)
     for first, end in chunk_runs(ref.shape):
-        if stop.is_set():
-            raise Stopped(signal_received() or 15)
+        control.check()
         buffer = np.empty((end - first) * width, np.uint8)
         reader.read_into(ref.path, ref.offset + first * width, buffer)
         values = buffer.view(_NUMPY[ref.dtype])
@@ -163,9 +155,7 @@ def _open_source(source: str) -> tuple[Mapping[str, TensorRef], tuple[FileStamp,
     return index.stored(), index.stamps
 
 
-def _check_against(
-    refs: Mapping[str, TensorRef], model: TensorIndex, source: str, emit: Callable[[Event], None]
-) -> None:
+def _check_against(refs: Mapping[str, TensorRef], model: TensorIndex, source: str, control: Control) -> None:
     for name, ref in refs.items():
         if name not in model:
             raise ModelError(
@@ -181,12 +171,7 @@ def _check_against(
             raise ModelError(f"{printable(source)}: tensor {printable(name)} is {ref.dtype}, not a float")
     missing = [name for name, ref in model.items() if name not in refs and ref.dtype in FLOATS]
     if missing:
-        emit(
-            Event(
-                "warning",
-                {
-                    "message": f"{len(missing)} tensors of {printable(model.reference)} have no diagonal "
-                    f"(first: {printable(missing[0])})"
-                },
-            )
+        control.warn(
+            f"{len(missing)} tensors of {printable(model.reference)} have no diagonal "
+            f"(first: {printable(missing[0])})"
         )

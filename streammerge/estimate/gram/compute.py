@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from streammerge.checkpoint.companions import GRAM_ATTRIBUTE
 from streammerge.checkpoint.index import open_model
-from streammerge.engine.merge import Event
 from streammerge.errors import ModelError, printable
 from streammerge.estimate.network.boundary import Boundary
 from streammerge.estimate.network.examples import Example, digest, read_examples, too_few
@@ -33,6 +31,7 @@ from streammerge.estimate.network.run import Network
 from streammerge.estimate.network.sizing import StageSize, boundary_elements, check_fits, layer_activations
 from streammerge.estimate.network.skeleton import Skeleton
 from streammerge.estimate.network.tokenizing import reading_for
+from streammerge.events import Control
 from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
 from streammerge.io.durable import make_directory, world_errors
 from streammerge.io.reader import Reader, check_unchanged
@@ -142,9 +141,7 @@ def compute_grams(
     settings: Settings = Settings(),
     *,
     overwrite: bool = False,
-    emit: Callable[[Event], None] = lambda event: None,
-    stop: threading.Event | None = None,
-    signal_received: Callable[[], int | None] = lambda: None,
+    control: Control | None = None,
 ) -> Collected:
     """Collect the Gram matrices of `model` over examples into a store; run again, it continues.
 
@@ -153,14 +150,14 @@ def compute_grams(
     StreammergeError
         See `streammerge.errors`; layers that are done stay for the next run.
     """
-    began = time.monotonic()
+    control, began = control or Control(), time.monotonic()
     index = open_model(model)
     skeleton = Skeleton(index)
     taken = read_examples(
         os.fspath(data), settings.examples, reading_for(skeleton, index, settings.max_length)
     )
     if (few := too_few(os.fspath(data), settings.examples, len(taken))) is not None:
-        emit(Event("warning", {"message": few}))
+        control.warn(few)
     device = torch.device(settings.device)
     reader = Reader()
     try:
@@ -179,7 +176,7 @@ def compute_grams(
             store = StoreWriter(out, identity, attribute=GRAM_ATTRIBUTE, sums=GramSums)
             work = out.with_name(out.name + ".partial") / WORK
             make_directory(work)
-            progress = Progress(reader, len(index), emit, stop or threading.Event(), signal_received)
+            progress = Progress(reader, len(index), control)
             collection = _Collection(
                 network, loader, taken, work, settings.batch_size, device, store, progress
             )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
 
-from streammerge.engine.merge import Event
-from streammerge.errors import Stopped
+from streammerge.events import Control, Event
 from streammerge.io.reader import Reader
 
 _EVENT_SECONDS = 0.2
@@ -20,14 +17,10 @@ class Progress:
         self,
         reader: Reader,
         n_tensors: int,
-        emit: Callable[[Event], None],
-        stop: threading.Event,
-        signal_received: Callable[[], int | None],
+        control: Control,
     ) -> None:
         self._reader = reader
-        self._emit = emit
-        self._stop = stop
-        self._signal = signal_received
+        self._control = control
         self._values = {"tensors": 0, "tensors_total": n_tensors, "bytes_written": 0}
         self._next = 0.0
         self.done = 0
@@ -35,13 +28,12 @@ class Progress:
 
     def tick(self, work: int) -> None:
         """Count work; raise if the estimate is to stop."""
-        if self._stop.is_set():
-            raise Stopped(self._signal() or 15)
+        self._control.check()
         self.done += work
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + _EVENT_SECONDS
-        self._emit(
+        self._control.emit(
             Event(
                 "progress",
                 {

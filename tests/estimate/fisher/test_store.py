@@ -26,6 +26,7 @@ from streammerge.api import merge, plan
 from streammerge.checkpoint.companions import ATTRIBUTE, ChunkedRef, open_fisher
 from streammerge.errors import BudgetError, ModelError, OutputError, StreammergeError
 from streammerge.estimate.fisher.importing import import_diagonal
+from streammerge.events import Control
 from streammerge.formats import zarr_writer as store
 from tests.conftest import config_for, output_bytes, write_fisher, write_model
 
@@ -301,7 +302,9 @@ def test_names_shapes_and_dtypes_must_be_the_models(
     save_file(fisher, tmp_path / "f.safetensors")
     if "tensors" in message:  # an incomplete diagonal is imported, and a merge refuses what it lacks
         said: list[Any] = []
-        import_diagonal(paths[1], tmp_path / "f.safetensors", tmp_path / "s.zarr", emit=said.append)
+        import_diagonal(
+            paths[1], tmp_path / "f.safetensors", tmp_path / "s.zarr", control=Control(said.append)
+        )
         assert any("1 tensors" in event.values.get("message", "") for event in said)
         config = config_for("fisher", paths)
         config["models"][0]["fisher"] = str(tmp_path / "s.zarr")

@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streammerge.api import merge, plan
-from streammerge.engine.merge import Event
 from streammerge.errors import BudgetError
+from streammerge.events import Event
 from streammerge.machine import left_in_groups, peak_memory
 from streammerge.planning.memory.allocate import StatisticsMemory, statistics_memory
 from streammerge.planning.memory.budget import KERNEL_RESERVE, MIB, SMALLEST_CAPACITY, Budget

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.engine.merge import Event
 from streammerge.errors import OutputError, StreammergeError, WorldError
+from streammerge.events import Event
 from tests.laws.resume.scene import Scene, flip_middle_of_a_tensor
 from tests.laws.resume.traps import interrupt
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from streammerge.engine.telling import Event
 from streammerge.errors import WorldError
+from streammerge.events import Event
 from streammerge.io import allocate
 from tests.conftest import output_bytes
 from tests.laws.resume.scene import Scene

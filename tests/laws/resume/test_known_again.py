@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from streammerge import verify
-from streammerge.engine.merge import Event
 from streammerge.errors import InputError, OutputError, Stopped, WorldError
 from streammerge.estimate.fisher.importing import import_diagonal
+from streammerge.events import Event
 from streammerge.formats.safetensors import read_header
 from streammerge.output.inputs import ContentHasher
 from streammerge.output.journal import NAME, STATE, _line

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.engine.merge import Event
 from streammerge.errors import Stopped
+from streammerge.events import Event
 from tests.laws.resume.scene import Scene
 from tests.laws.resume.slow_merge import Slow, run_forks
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge
 from streammerge.cli import main
-from streammerge.engine.merge import Event
 from streammerge.errors import ModelError, StreammergeError
+from streammerge.events import Event
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.check import verify
 from streammerge.output.manifest import MANIFEST, load_manifest, seal

@@ -1,0 +1,54 @@
+"""What a run tells its caller, and how the caller stops it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streammerge.errors import Stopped
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a caller may want to show."""
+
+    kind: str
+    """``plan``, ``compiling``, ``compiled``, ``hash``, ``start``, ``resume``, ``progress``, ``import``, ``warning``, ``commit``, ``verify`` or ``done``."""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+def warning(message: str) -> Event:
+    """Return the event of something a user should know."""
+    return Event("warning", {"message": message})
+
+
+def _ignore(event: Event) -> None:
+    """Show nothing."""
+
+
+def _no_signal() -> int | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Control:
+    """The caller's side of a run: it is told of events, and may stop the run from a different thread."""
+
+    emit: Callable[[Event], None] = _ignore
+    """Called with every event, from the thread that runs."""
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set it to stop cleanly after the work in hand."""
+    signal: Callable[[], int | None] = _no_signal
+    """Returns the number of the signal that set `stop`; None where no signal did."""
+
+    def warn(self, message: str) -> None:
+        """Tell of something a user should know."""
+        self.emit(warning(message))
+
+    def check(self) -> None:
+        """Raise `Stopped` once `stop` is set."""
+        if self.stop.is_set():
+            raise Stopped(self.signal() or signal.SIGTERM)
