@@ -1,0 +1,154 @@
+"""The laws of methods, each a function of one trial; it raises AssertionError where the law is broken."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from streammerge.methods.registry import Method
+from streammerge.testing.models import read_tensors
+from streammerge.testing.trial import Trial, difference
+
+INTERRUPTIONS = (2, 9)
+"""After how many looks at the stop signal a merge is stopped: in its first pieces, and later."""
+
+_MEASURE = """
+import os, sys
+log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
+to_log = [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ, file_actions=to_log), 0)
+print(os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10)
+"""
+"""Runs a command and prints its exit code and its peak in bytes; small itself, for a child's peak begins at its parent's."""
+
+
+def assert_same(trial: Trial, outputs: Mapping[str, bytes], name: str, law: str) -> None:
+    """Raise AssertionError unless the files of a merge are those of the merge in plenty of memory."""
+    expected = trial.expected()
+    if outputs == expected:
+        return
+    files = sorted(file for file in {*expected, *outputs} if expected.get(file) != outputs.get(file))
+    where = difference(trial.tensors("expected"), trial.tensors(name)) or f"files {', '.join(files)}"
+    raise AssertionError(f"{trial.title}: {law} ({where})")
+
+
+def same_bytes_at_any_memory(trial: Trial) -> None:
+    """Merge with the least memory in which the plan fits, with many small pieces, and through other I/O."""
+    least = trial.least()
+    cure = _cure_of_cuts(trial.method)
+    law = f"the bytes depend on how the tensors are cut; {cure}"
+    assert_same(trial, trial.merge("streamed", least, 3), "streamed", law)
+    assert_same(trial, trial.merge("mapped", least, 3, io="mmap"), "mapped", law)
+    assert_same(trial, trial.merge("cut", max(least, 1 << 23), 40), "cut", law)
+
+
+def _cure_of_cuts(method: Method) -> str:
+    wider = {"elementwise": "row", "row": "tensor"}.get(str(method.access))
+    if not method.is_formula or wider is None:
+        return "let each result depend on the elements, the parameters and the statistics alone, in a fixed order"
+    return f'if elements depend on their neighbours, declare access="{wider}" (it is {str(method.access)!r})'
+
+
+def same_bytes_when_interrupted(trial: Trial) -> None:
+    """Stop the merge in the middle, and run it again."""
+    least = trial.least()
+    for questions in INTERRUPTIONS:
+        name = f"interrupted {questions}"
+        outputs = trial.interrupted(name, questions, nbytes=least)
+        if outputs is not None:
+            assert_same(trial, outputs, name, "interrupted and continued, the merge gives other bytes")
+
+
+def same_bytes_in_torch(trial: Trial) -> None:
+    """Merge by compiled kernels and by torch formulas."""
+    assert_same(
+        trial, trial.merge("kernels", kernels=True), "kernels", "the compiled kernels give other bytes"
+    )
+    assert_same(trial, trial.merge("torch", kernels=False), "torch", "the torch formulas give other bytes")
+
+
+def same_bytes_with_any_threads_of_torch(trial: Trial) -> None:
+    """Merge while torch may use four threads: a sum must not be split by them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        outputs = trial.merge("four threads")
+        changed = torch.get_num_threads() != 4
+    finally:
+        torch.set_num_threads(before)
+    assert_same(trial, outputs, "four threads", "the bytes depend on torch's threads")
+    assert not changed, f"{trial.title}: the merge changed torch's number of threads; leave it to the engine"
+
+
+def shapes_and_dtypes_are_kept(trial: Trial) -> None:
+    """Compare names, shapes and dtypes with those of the first model."""
+    trial.expected()
+    template = trial.config.get("base_model") or trial.config["models"][0]["model"]
+    merged = trial.tensors("expected")
+    for name, tensor in read_tensors(Path(template)).items():
+        assert name in merged, f"{trial.title}: tensor {name!r} is missing from the output"
+        found = (tuple(merged[name].shape), merged[name].dtype)
+        assert found == (tuple(tensor.shape), tensor.dtype), (
+            f"{trial.title}: tensor {name!r} became {found}; return one of the shape of models[0]"
+        )
+
+
+def order_matters_only_to_rounding(trial: Trial) -> None:
+    """Merge with the models in reverse order; all must have the same parameters."""
+    config = {**trial.config, "models": list(reversed(trial.config["models"]))}
+    turned = replace(trial, config=config, directory=trial.directory / "reversed", _outputs={})
+    trial.expected()
+    turned.expected()
+    first, second = trial.tensors("expected"), turned.tensors("expected")
+    for name, tensor in first.items():
+        width = max(torch.finfo(tensor.dtype).eps, 2e-7) if tensor.is_floating_point() else 0.0
+        close = torch.isclose(second[name].double(), tensor.double(), rtol=width, atol=1e-12)
+        assert close.all(), f"{trial.title}: tensor {name!r} depends on the order of the models"
+
+
+def plans_travel(trial: Trial) -> None:
+    """Pickle the plan and read it back, as a worker elsewhere would."""
+    decided = trial.plan()
+    try:
+        again = pickle.loads(pickle.dumps(decided))
+    except Exception as error:
+        raise AssertionError(
+            f"{trial.title}: its plan does not pickle ({type(error).__name__}: {error}); write the method in a file"
+        ) from error
+    assert again.identity() == decided.identity(), f"{trial.title}: a pickled plan has a different identity"
+
+
+def peak_is_within_memory(trial: Trial) -> None:
+    """Merge in a process of its own with the least memory that the plan says is enough, and measure its peak.
+
+    The trial's models must be large: below some tens of MiB the process itself hides what the method takes.
+    """
+    import streammerge
+
+    decided = streammerge.plan(
+        dict(trial.config), methods=trial.methods, device="cpu", memory="16GiB", threads=2
+    )
+    assert decided.division is not None
+    least = decided.division.least()
+    config, log = trial.directory / "peak.yml", trial.directory / "peak.log"
+    config.write_text(yaml.safe_dump(dict(trial.config)))
+    command = [sys.executable, "-m", "streammerge", "merge", str(config), str(trial.directory / "peak")]
+    command += ["--memory", str(least), "--threads", "2", "--device", "cpu"]
+    command += ["--methods", str(trial.methods)] if trial.methods else []
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _MEASURE, str(log), *command], check=False, stdout=subprocess.PIPE
+    )
+    code, peak = map(int, done.stdout.split())
+    text = log.read_text(errors="replace")[-500:]
+    assert code == 0, f"{trial.title}: the merge failed: {text}"
+    assert peak <= least, (
+        f"{trial.title}: took {peak >> 20} MiB where --memory {least >> 20}MiB allowed less; declare what the formula "
+        "needs: @method(..., workspace=...)"
+    )

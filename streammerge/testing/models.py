@@ -1,0 +1,144 @@
+"""Small models on disk, and configs over them: what the laws are tried on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from streammerge.methods.registry import Method, get_method
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (700, 64),
+    "model.layers.0.self_attn.q_proj.weight": (96, 130),
+    "model.layers.0.mlp.down_proj.weight": (37, 53),
+    "model.layers.0.input_layernorm.weight": (64,),
+    "model.layers.1.self_attn.q_proj.weight": (96, 130),
+    "model.layers.1.mlp.down_proj.weight": (37, 53),
+    "model.layers.1.input_layernorm.weight": (64,),
+    "conv.weight": (8, 3, 3, 3),
+    "column": (301, 1),
+    "scalar": (),
+    "empty": (0, 5),
+    "lm_head.weight": (700, 64),
+}
+"""Shapes that a model has, and odd ones: rows of one element, no axes, no elements."""
+
+
+def write_model(directory: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write a model directory and return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "bfloat16"}))
+    return directory
+
+
+def write_models(
+    directory: Path,
+    n_models: int = 3,
+    dtype: torch.dtype = torch.bfloat16,
+    spread: float = 1e-3,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    seed: int = 0,
+) -> list[Path]:
+    """Write a base and fine-tunes of it: [base, model 1, model 2, ...].
+
+    Parameters
+    ----------
+    spread
+        Standard deviation of what the fine-tunes add; the base's is 0.02. Small: many ties once rounded.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    base = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+    paths = []
+    for i in range(n_models + 1):
+        tensors = {
+            name: (t + (torch.randn(t.shape, generator=generator) * spread if i else 0)).to(dtype)
+            for name, t in base.items()
+        }
+        tensors["position_ids"] = torch.arange(16)
+        paths.append(write_model(directory / ("base" if i == 0 else f"m{i}"), tensors))
+    return paths
+
+
+def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]:
+    """Return a config for a registered method over [base, models...], with what its traits ask for.
+
+    A base unless it is refused; at most as many models as it takes; a Fisher diagonal or Gram matrices for each where it
+    weighs by them. `top` sets and overrides keys.
+    """
+    registered = get_method(method)
+    models = [{"model": str(path)} for path in paths[1:]][: registered.n_models[1]]
+    for model in models:
+        if registered.fisher:
+            model["fisher"] = str(write_fisher(Path(model["model"])))
+        if registered.gram:
+            model["gram"] = str(write_grams(Path(model["model"])))
+    config: dict[str, Any] = {"merge_method": method, "models": models}
+    if registered.base != "none" or _drops(registered, top.get("parameters", {})):
+        config["base_model"] = str(paths[0])
+    return {**config, **top}
+
+
+def _drops(method: Method, parameters: Mapping[str, Any]) -> bool:
+    return method.drop.fraction in parameters
+
+
+def write_fisher(model: Path, seed: int = 0) -> Path:
+    """Write a diagonal beside a model's directory, if there is none: skewed, with zeros that all models share."""
+    path = model.with_name(f"{model.name}-fisher.safetensors")
+    if not path.exists():
+        generator = torch.Generator().manual_seed(sum(model.name.encode()) + seed)
+        fisher = {}
+        for name, tensor in read_tensors(model).items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator)
+                fisher[name] = (noise * 1e-4).square() * torch.exp(2 * noise)
+                fisher[name].view(-1)[: tensor.numel() // 8] = 0.0
+                fisher[name].view(-1)[tensor.numel() // 2 :: 7] = 0.0
+        save_file(fisher, path)
+    return path
+
+
+def write_grams(model: Path) -> Path:
+    """Write Gram matrices of the linear maps of a model beside its directory, if there are none."""
+    from streammerge.checkpoint.companions import GRAM_ATTRIBUTE
+    from streammerge.checkpoint.index import open_model
+    from streammerge.estimate.gram.compute import GramSums
+    from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
+    from streammerge.io.reader import Reader
+    from streammerge.tensors.fingerprint import fingerprint
+
+    path = model.with_name(f"{model.name}-gram.zarr")
+    if path.exists():
+        return path
+    generator = torch.Generator().manual_seed(sum(model.name.encode()))
+    matrices = {name: t.shape[1] for name, t in read_tensors(model).items() if t.dim() == 2 and t.numel()}
+    widths = {name: n for name, n in matrices.items() if "mlp" in name} or matrices
+    with locked_partial(path, False):
+        store = StoreWriter(path, {}, attribute=GRAM_ATTRIBUTE, sums=GramSums)
+        for name, n in widths.items():
+            inputs = torch.randn(2 * n, n, generator=generator)
+            gram = (inputs.T @ inputs / len(inputs)).numpy().reshape(-1)
+            store.write(name, (n, n), "F32", (gram[a:b] for a, b in chunk_runs((n, n))))
+        store.commit(
+            widths, {"model_fingerprint": fingerprint(open_model(model), Reader()), "model_name": model.name}
+        )
+    return path
+
+
+def output_bytes(out: Path) -> dict[str, bytes]:
+    """Return the bytes of every file of an output."""
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def read_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of an output, shards joined."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(out.glob("model*.safetensors")):
+        tensors.update(load_file(path))
+    return tensors
