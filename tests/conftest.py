@@ -94,19 +94,19 @@ def small_capacity(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None
 
 
 def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]:
-    """Return a config mapping for a method over [base, models...]; `top` overrides keys."""
-    config: dict[str, Any] = {"merge_method": method, "models": [{"model": str(p)} for p in paths[1:]]}
+    """Return a config mapping for a method over [base, models...], by what the method declares; `top` overrides keys."""
+    models: list[dict[str, Any]] = [{"model": str(path)} for path in paths[1:]]
+    config: dict[str, Any] = {"merge_method": method, "models": models, "base_model": str(paths[0])}
     registered = all_methods().get(method)
-    most = registered.n_models[1] if registered is not None else None
-    if method not in ("linear", "passthrough") or "drop_rate" in top.get("parameters", {}):
-        config["base_model"] = str(paths[0])
-    config["models"] = config["models"][:most]
-    if method in ("fisher", "dare_fisher"):
-        for model, path in zip(config["models"], paths[1:], strict=True):
-            model["fisher"] = str(write_fisher(path))
-    if registered is not None and registered.gram:
-        for model, path in zip(config["models"], paths[1:], strict=True):
-            model["gram"] = str(write_grams(path))
+    if registered is not None:
+        config["models"] = models = models[: registered.n_models[1]]
+        drops = registered.drop.fraction in top.get("parameters", {})
+        if registered.base in ("member", "none") and not drops:
+            del config["base_model"]
+        stores = {"fisher": (registered.fisher, write_fisher), "gram": (registered.gram, write_grams)}
+        for key, (needed, write) in stores.items():
+            for model in models if needed else ():
+                model[key] = str(write(Path(model["model"])))
     return {**config, **top}
 
 

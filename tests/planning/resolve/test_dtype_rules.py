@@ -61,7 +61,7 @@ def mixed(tmp_path: Path) -> list[Path]:
         ("linear", (0, 2, 1)),
         ("task_arithmetic", (0, 1, 2)),
         ("slerp", (1, 2)),
-        ("karcher", (1, 2)),
+        ("karcher", (0, 1, 2)),
     ],
 )
 def test_without_a_dtype_each_tensor_has_the_one_its_inputs_promote_to(
