@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +11,12 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+import click
 import pytest
 
 import streammerge
 from streammerge.api import merge
+from streammerge.cli.entry import cli
 from streammerge.config import MergeConfig, parse_config
 from streammerge.estimate.fisher.importing import import_diagonal
 from tests.checkpoint.adapters.scene import factors, write_adapter
@@ -134,3 +137,46 @@ def test_readme_names_every_builtin_method() -> None:
         if method.origin == "built in":
             assert f"`{name}`" in table
             assert name in pages
+
+
+def commands() -> list[str]:
+    """Return every line of a block that calls the program, and every call within a sentence."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+            found += (
+                []
+                if language
+                else [line.removeprefix("$ ") for line in block.splitlines() if "streammerge " in line]
+            )
+        found += re.findall(r"`(streammerge [a-z][^`\n]*)`", text)
+    return [line for line in dict.fromkeys(found) if line.startswith("streammerge ")]
+
+
+def test_every_command_in_the_docs_has_these_options() -> None:
+    assert len(commands()) > 40
+    for line in commands():
+        _, *words = shlex.split(re.split(r" [>|] ", line)[0], comments=True)
+        command: click.Command = cli
+        while isinstance(command, click.Group) and words and not words[0].startswith("-"):
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        known = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+        known |= {"-h", "--help"}
+        assert {word.partition("=")[0] for word in words if word.startswith("-") and word != "-"} <= known, (
+            line
+        )
+
+
+def test_the_page_of_the_command_line_lists_every_command() -> None:
+    table = next(page for page in PAGES if page.name == "cli.md").read_text()
+    assert {name for name in cli.commands if not re.search(rf"\| `{name}\b", table)} == set()
+
+
+def test_every_file_that_the_docs_speak_of_is_there() -> None:
+    for page in PAGES:
+        named = re.findall(
+            r"\b((?:tools|tests|docs|streammerge)/[\w./-]*\w\.(?:py|md|png|svg))\b", page.read_text()
+        )
+        assert [name for name in named if not (ROOT / name).exists()] == [], page.name
