@@ -61,7 +61,7 @@ def page(rows: Sequence[Row], random_rows: Sequence[RandomRow], about: str) -> s
     """Return the page of results; `about` says what the models are."""
     counts = {v: sum(r.verdict.startswith(v) for r in rows) for v in ("equal", "as documented")}
     lines = [
-        "# Beside mergekit",
+        "# Compared with mergekit",
         "",
         "Written by `python tools/compare/compare_mergekit.py MERGEKIT_ENVIRONMENT`: the same configs, unmodified, through mergekit 0.1.5",
         f"and through this program, on a base and fine-tunes of it ({about}), in float32 and in",
