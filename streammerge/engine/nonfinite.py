@@ -1,53 +1,22 @@
-"""NaN and infinity: counted in all that is written, and traced to where they come from only when there are any."""
+"""Traces NaN and infinity to where they come from, once some have been counted in what is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from streammerge.dtypes import itemsize
 from streammerge.errors import ModelError, printable
 from streammerge.formats.safetensors import TensorRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
+from streammerge.numerics.finite import Tally, is_bad, is_negative, steps
 from streammerge.planning.job import Job
 from streammerge.tensors.read import read_elements
 
-_STEP = 1 << 18
-"""Elements looked at together."""
-_EXPONENT = {
-    "F8_E4M3": 0x7F,
-    "F8_E5M2": 0x7C,
-    "BF16": 0x7F80,
-    "F16": 0x7C00,
-    "F32": 0x7F800000,
-    "F64": 0x7FF0000000000000,
-}
-
 Read = Callable[[int, int], Bytes]
 """Returns the bytes of a tensor's elements from the first to before the last."""
-
-
-@dataclass(frozen=True)
-class Tally:
-    """How many elements there are of a kind, and the first of them."""
-
-    count: int = 0
-    first: int = -1
-
-    def plus(self, mask: NDArray[np.bool_], start: int) -> Tally:
-        """Take the elements from `start` on into account."""
-        count = int(np.count_nonzero(mask))
-        first = start + int(np.argmax(mask)) if self.count == 0 and count else self.first
-        return Tally(self.count + count, first)
-
-    def then(self, later: Tally) -> Tally:
-        """Take a tally of later elements into account."""
-        return Tally(self.count + later.count, self.first if self.count else later.first)
 
 
 @dataclass(frozen=True)
@@ -94,7 +63,7 @@ def trace(reader: Reader, job: Job, start: int, stop: int, output: Read | None) 
     """Return what is not finite in elements `start` to `stop` of a job; without `output`, in its inputs."""
     inputs = [Tally() for _ in job.inputs]
     overflow = Tally()
-    for first, last in _steps(start, stop):
+    for first, last in steps(start, stop):
         anywhere = np.zeros(last - first, np.bool_)
         for i, ref in enumerate(job.inputs):
             bad = is_bad(read_elements(reader, ref, first, last), ref.dtype)
@@ -110,47 +79,12 @@ def bad_fisher(reader: Reader, job: Job, start: int, stop: int) -> ModelError | 
     for fisher in job.fishers:
         if not isinstance(fisher, TensorRef):
             continue
-        for first, last in _steps(start, stop):
+        for first, last in steps(start, stop):
             raw = read_elements(reader, fisher, first, last)
-            bad = is_bad(raw, fisher.dtype) | _is_negative(raw, fisher.dtype)
+            bad = is_bad(raw, fisher.dtype) | is_negative(raw, fisher.dtype)
             if bad.any():
                 return ModelError(
                     f"{printable(fisher.path)}: the Fisher diagonal of tensor {printable(job.name)} holds NaN, "
                     f"infinity or a negative number at element {first + int(np.argmax(bad))}; estimate it anew"
                 )
     return None
-
-
-def tally(raw: Bytes, dtype: str, start: int = 0) -> Tally:
-    """Return how many elements of a tensor are NaN or infinite; `raw` begins with its element `start`.
-
-    Other dtypes of less than 16 bits, and complex ones, are never merged and not looked at.
-    """
-    found = Tally()
-    if dtype in _EXPONENT:
-        width = itemsize(dtype)
-        for first, last in _steps(0, raw.size // width):
-            found = found.plus(is_bad(raw[first * width : last * width], dtype), start + first)
-    return found
-
-
-def is_bad(raw: Bytes, dtype: str) -> NDArray[np.bool_]:
-    """Return which elements are NaN or infinite: those whose exponent is all ones."""
-    bits = raw.view(_unsigned(dtype))
-    exponent = bits.dtype.type(_EXPONENT[dtype])
-    return (bits & exponent) == exponent
-
-
-def _is_negative(raw: Bytes, dtype: str) -> NDArray[np.bool_]:
-    bits = raw.view(_unsigned(dtype))
-    shift = bits.dtype.type(8 * bits.itemsize - 1)
-    return (bits >> shift == 1) & (bits << bits.dtype.type(1) != 0)
-
-
-def _unsigned(dtype: str) -> Any:
-    return {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[itemsize(dtype)]
-
-
-def _steps(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    for first in range(start, stop, _STEP):
-        yield first, min(stop, first + _STEP)

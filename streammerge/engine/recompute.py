@@ -27,6 +27,7 @@ from streammerge.errors import InputError, WorldError, printable
 from streammerge.formats.safetensors import read_header
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
+from streammerge.output.check import Recomputed
 from streammerge.output.commit import cover, densities, floored, not_finite
 from streammerge.output.identity import LAYOUT, VERSION, identify
 from streammerge.output.inputs import ContentHasher, changed_contents
@@ -41,19 +42,6 @@ _PIECE = 1 << 20
 """Elements of a piece of the sample, where a method may be cut anywhere."""
 _STEP = 1 << 20
 """Bytes compared at a time."""
-
-
-@dataclass(frozen=True)
-class Recomputed:
-    """What was computed once more."""
-
-    pieces: int
-    of_pieces: int
-    elements: int
-    """Compared; more than those of the pieces where a method needs a whole tensor."""
-    of_elements: int
-    problems: tuple[str, ...]
-    """One line for each tensor that differs, the first in file order first."""
 
 
 def check_made_from(plan: MergePlan, out: Path, manifest: Mapping[str, Any], config: str) -> None:

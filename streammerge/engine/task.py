@@ -19,12 +19,13 @@ from streammerge.checkpoint.companions import ChunkedRef
 from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.mixer_cache import MixerCache
-from streammerge.engine.nonfinite import bad_fisher, tally, trace
+from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.errors import ModelError
 from streammerge.formats.zarr_chunks import read_stored
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.numerics.crc32 import crc32
+from streammerge.numerics.finite import tally
 from streammerge.numerics.philox import RandomKeys
 from streammerge.output.journal import Receipt
 from streammerge.output.shards import Sink

@@ -1,4 +1,15 @@
-"""Constants of fp32 arithmetic that the torch formulas and the compiled kernels share."""
+"""Finite values: the constants of fp32 arithmetic that all backends share, and counts of NaN and infinity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.dtypes import itemsize
 
 LARGEST = 3.4028234663852886e38
 """The largest finite fp32 number."""
@@ -6,3 +17,68 @@ UNKNOWN = 0x7FC00000
 """The pattern of a score that is not finite: it ranks above all others."""
 SMOOTHING = 1e-8
 """Added to every probability of a softmax (mergekit's)."""
+_STEP = 1 << 18
+"""Elements looked at together."""
+_EXPONENT = {
+    "F8_E4M3": 0x7F,
+    "F8_E5M2": 0x7C,
+    "BF16": 0x7F80,
+    "F16": 0x7C00,
+    "F32": 0x7F800000,
+    "F64": 0x7FF0000000000000,
+}
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many elements there are of a kind, and the first of them."""
+
+    count: int = 0
+    first: int = -1
+
+    def plus(self, mask: NDArray[np.bool_], start: int) -> Tally:
+        """Take the elements from `start` on into account."""
+        count = int(np.count_nonzero(mask))
+        first = start + int(np.argmax(mask)) if self.count == 0 and count else self.first
+        return Tally(self.count + count, first)
+
+    def then(self, later: Tally) -> Tally:
+        """Take a tally of later elements into account."""
+        return Tally(self.count + later.count, self.first if self.count else later.first)
+
+
+def tally(raw: NDArray[np.uint8], dtype: str, start: int = 0) -> Tally:
+    """Return how many elements of a tensor are NaN or infinite; `raw` begins with its element `start`.
+
+    Other dtypes of less than 16 bits, and complex ones, are never merged and not looked at.
+    """
+    found = Tally()
+    if dtype in _EXPONENT:
+        width = itemsize(dtype)
+        for first, last in steps(0, raw.size // width):
+            found = found.plus(is_bad(raw[first * width : last * width], dtype), start + first)
+    return found
+
+
+def is_bad(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_]:
+    """Return which elements are NaN or infinite: those whose exponent is all ones."""
+    bits = raw.view(_unsigned(dtype))
+    exponent = bits.dtype.type(_EXPONENT[dtype])
+    return (bits & exponent) == exponent
+
+
+def is_negative(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_]:
+    """Return which elements are below zero; a negative zero is not."""
+    bits = raw.view(_unsigned(dtype))
+    shift = bits.dtype.type(8 * bits.itemsize - 1)
+    return (bits >> shift == 1) & (bits << bits.dtype.type(1) != 0)
+
+
+def _unsigned(dtype: str) -> Any:
+    return {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[itemsize(dtype)]
+
+
+def steps(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of elements into ranges that are looked at together."""
+    for first in range(start, stop, _STEP):
+        yield first, min(stop, first + _STEP)

@@ -17,7 +17,6 @@ from typing import Any
 from streammerge.checkpoint.shards import PICKLES, SUFFIX
 from streammerge.checkpoint.sidecar_names import is_loaded
 from streammerge.checkpoint.weight_names import INDEXES, STEMS, index_file
-from streammerge.engine.recompute import Recomputed
 from streammerge.errors import ModelError, printable
 from streammerge.formats.safetensors import TensorRef, read_header
 from streammerge.io.durable import PARTIAL, world_errors
@@ -30,6 +29,19 @@ from streammerge.output.readback import Found, Part, read_back
 
 _LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)
 """How the names of files end that a loader may take for the model, or that a merge leaves unfinished."""
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What was computed once more."""
+
+    pieces: int
+    of_pieces: int
+    elements: int
+    """Compared; more than those of the pieces where a method needs a whole tensor."""
+    of_elements: int
+    problems: tuple[str, ...]
+    """One line for each tensor that differs, the first in file order first."""
 
 
 @dataclass(frozen=True)

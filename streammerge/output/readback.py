@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from functools import reduce
 
 from streammerge.dtypes import BITS
-from streammerge.engine.nonfinite import Tally, tally
 from streammerge.io.buffer_pool import Bytes, Pool
 from streammerge.io.reader import Reader
 from streammerge.numerics.crc32 import combine_all, crc32
+from streammerge.numerics.finite import Tally, tally
 from streammerge.planning.memory.budget import available_cpus
 from streammerge.planning.memory.buffers import slot_bytes
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from streammerge.dtypes import BITS
-from streammerge.engine.nonfinite import Tally
 from streammerge.io.reader import Reader
+from streammerge.numerics.finite import Tally
 from streammerge.output import readback
 from streammerge.output.readback import Part, read_back
 
