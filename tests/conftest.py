@@ -128,9 +128,9 @@ def write_fisher(model: Path, seed: int = 0) -> Path:
 
 def write_grams(model: Path) -> Path:
     """Write Gram matrices of the linear maps of a model beside its directory, if there are none."""
-    from streammerge.checkpoint.companions import GRAM_ATTRIBUTE
     from streammerge.checkpoint.index import open_model
     from streammerge.estimate.gram.compute import GramSums
+    from streammerge.formats.zarr_store import GRAM_ATTRIBUTE
     from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
     from streammerge.io.reader import Reader
     from streammerge.tensors.fingerprint import fingerprint

@@ -9,7 +9,7 @@ from typing import Any
 
 from streammerge.api.devices import choose_device, nbytes_of
 from streammerge.api.opening import Opened, Sources, open_inputs
-from streammerge.checkpoint.companions import FisherIndex
+from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.reading import config_from_mapping, load_config, parse_config
 from streammerge.config.schema import MergeConfig
@@ -188,7 +188,7 @@ def decide(
     return make(False) if kernels else from_cold(make(False), lambda: make(True))
 
 
-def _mixer_bytes(grams: list[FisherIndex]) -> int:
+def _mixer_bytes(grams: list[CompanionIndex]) -> int:
     """Return what is kept of the Gram matrices from one piece of a tensor to the next: fp64, of the largest."""
     return 8 * len(grams) * max((ref.n_elements for index in grams for ref in index.values()), default=0)
 

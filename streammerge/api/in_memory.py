@@ -15,7 +15,7 @@ from streammerge.api.deciding import ConfigLike, decide, read_config
 from streammerge.api.devices import nbytes_of
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.api.opening import Sources, open_inputs
-from streammerge.checkpoint.companions import FisherIndex, open_fisher
+from streammerge.checkpoint.companions import CompanionIndex, open_fisher
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.config.schema import MergeConfig
 from streammerge.engine.first_use import SLOWER, CannotCompileError, compile_first
@@ -278,7 +278,7 @@ class _Held:
             return self._files[reference]
         raise _unknown("model", "models", reference, [*self._dicts, *self._files])
 
-    def _fisher(self, reference: str) -> FisherIndex:
+    def _fisher(self, reference: str) -> CompanionIndex:
         if reference in self._fishers:
             return held_fisher(self._fishers[reference])
         if reference in self._fisher_files:

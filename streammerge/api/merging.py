@@ -13,7 +13,7 @@ from streammerge.api.feedback import OnEvent, controlled
 from streammerge.engine.first_use import SLOWER, CannotCompileError
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.errors import InputError, printable
-from streammerge.io.reader import Backend
+from streammerge.io.reader import IoMode
 from streammerge.planning.plan import MergePlan
 from streammerge.report.card import model_card
 
@@ -34,7 +34,7 @@ def merge(
     overwrite: bool = False,
     nonfinite: NonFinite = "error",
     hash_inputs: bool = False,
-    io: Backend = "direct",
+    io: IoMode = "direct",
     profile: str | os.PathLike[str] | None = None,
     progress: bool = True,
     on_event: OnEvent | None = None,
@@ -117,8 +117,8 @@ def merge(
     >>> streammerge.merge("ties.yml", "merged", memory="4GiB")  # doctest: +SKIP
     Summary(out='merged', already_complete=False, tensors=291, ...)
     """
-    if io not in get_args(Backend):
-        raise InputError(f"io {printable(io)!r} is none of {', '.join(get_args(Backend))}")
+    if io not in get_args(IoMode):
+        raise InputError(f"io {printable(io)!r} is none of {', '.join(get_args(IoMode))}")
     if nonfinite not in get_args(NonFinite):
         raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
     how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from streammerge.checkpoint.companions import FisherIndex, open_fisher, open_grams
+from streammerge.checkpoint.companions import CompanionIndex, open_fisher, open_grams
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import ModelError, NotDownloadedError, printable
@@ -20,8 +20,8 @@ class Sources:
     """Where the references of a config lead."""
 
     model: Callable[[str], TensorIndex] = open_model
-    fisher: Callable[[str], FisherIndex] = open_fisher
-    grams: Callable[[str], FisherIndex] = open_grams
+    fisher: Callable[[str], CompanionIndex] = open_fisher
+    grams: Callable[[str], CompanionIndex] = open_grams
     reader: Reader | None = None
     """What reads them, where that is no common one."""
 
@@ -34,8 +34,8 @@ class Opened:
     base: TensorIndex | None
     bases: list[TensorIndex]
     """Bases of slices, where they are others than `base`."""
-    fishers: list[FisherIndex]
-    grams: list[FisherIndex]
+    fishers: list[CompanionIndex]
+    grams: list[CompanionIndex]
 
     @property
     def own(self) -> list[TensorIndex]:
@@ -98,11 +98,11 @@ def _find_all(config: MergeConfig, get: Callable[[str], TensorIndex]) -> None:
 
 def _open_beside(
     key: str,
-    open_store: Callable[[str], FisherIndex],
+    open_store: Callable[[str], CompanionIndex],
     config: MergeConfig,
     models: list[TensorIndex],
     reader: Reader | None,
-) -> list[FisherIndex]:
+) -> list[CompanionIndex]:
     """Open what lies beside each model under `key`; what was made for another model is refused."""
     stores = []
     for spec, model in zip(config.models, models, strict=True):

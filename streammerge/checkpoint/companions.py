@@ -1,120 +1,34 @@
-"""One model's Fisher diagonal, or its Gram matrices, as an index: the name of a tensor leads to where its certainties lie.
+"""One model's Fisher diagonal, or its Gram matrices, as an index: the name of a tensor leads to where its values lie.
 
-Two kinds: a safetensors file (or directory) with the model's own names and shapes, and a store, a Zarr 3
-group with one array per tensor. `streammerge.formats.zarr_writer` writes stores; any Zarr reader opens them. Only
-the group's ``zarr.json`` is read here: its attributes hold a table of all arrays, and a store without the
-table is unfinished.
+Two kinds: a safetensors file (or directory) with the model's own names and shapes, and a store
+(`streammerge.formats.zarr_store`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.checkpoint.shards import PICKLES, SUFFIX
-from streammerge.dtypes import FLOATS, itemsize
-from streammerge.errors import ModelError
-from streammerge.formats.safetensors import FileStamp, TensorRef
-from streammerge.io.files import bad, expanded, meant, quoted, read_exactly, reading
-from streammerge.io.strict_json import MAX_NBYTES, parse_object
+from streammerge.dtypes import FLOATS
+from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.zarr_store import ATTRIBUTE, GRAM_ATTRIBUTE, ChunkedRef, read_table
+from streammerge.io.files import bad, expanded, meant, quoted
+from streammerge.io.stamp import FileStamp
 
-GROUP_FILE = "zarr.json"
-ATTRIBUTE = "streammerge_fisher"
-GRAM_ATTRIBUTE = "streammerge_gram"
-"""The same of a store of Gram matrices."""
-_KINDS = {
-    ATTRIBUTE: ("Fisher diagonals", "streammerge fisher info"),
-    GRAM_ATTRIBUTE: ("Gram matrices", "streammerge gram info"),
-}
-"""What a store holds by its attribute, and the command that shows it."""
-MADE_BY = {"Fisher diagonals": "streammerge fisher import", "Gram matrices": "streammerge gram compute"}
-"""What stores hold, and the command that makes one."""
-FORMAT = 1
-STORED = {"F32": "float32", "BF16": "uint16"}
-"""Dtypes of a store, and Zarr's name of what holds them: Zarr has no bfloat16, so its patterns are kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkedRef:
-    """Where one tensor's diagonal lies in a store: runs of elements, each a compressed file of its own."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: str
-    """The array's directory."""
-    chunk: tuple[int, ...]
-    """Shape of a chunk: ones, then one axis that is cut, then whole axes. Its elements lie in a row."""
-    square_sum: float
-    """Sum of squares of the diagonal, in fp64."""
-    stored_nbytes: int
-    """Of all its chunk files."""
-    kind: str = "Fisher diagonals"
-    """What its store holds: a key of `MADE_BY`."""
-
-    @property
-    def n_elements(self) -> int:
-        """How many elements the shape has; 1 for a scalar."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the elements once they are decompressed."""
-        return self.n_elements * itemsize(self.dtype)
-
-    @property
-    def chunk_elements(self) -> int:
-        """Elements of a whole chunk."""
-        return math.prod(self.chunk)
-
-    def chunks(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        """Yield the chunks that hold elements `start` to `stop`: (file, first element, end)."""
-        axis = cut_axis(self.shape, self.chunk)
-        line = math.prod(self.shape[axis:])
-        size = min(self.chunk_elements, line)
-        per_line = -(-line // size) if line else 0
-        while start < stop:
-            row, inside = divmod(start, line)
-            number = inside // size
-            first = row * line + number * size
-            end = row * line + min(line, (number + 1) * size)
-            yield self._file(row, number if axis < len(self.shape) else 0), first, end
-            assert number < per_line
-            start = end
-
-    def _file(self, row: int, number: int) -> str:
-        """Return the file of a chunk by Zarr's default key encoding: ``c/0/3/0``; a scalar's is ``c``."""
-        axis = cut_axis(self.shape, self.chunk)
-        place = []
-        for size in reversed(self.shape[:axis]):
-            row, index = divmod(row, size)
-            place.append(index)
-        keys = [*place[::-1], number, *(0 for _ in self.shape[axis + 1 :])] if self.shape else []
-        return os.path.join(self.path, "c", *map(str, keys))
-
-
-FisherRef = TensorRef | ChunkedRef
-
-
-def cut_axis(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
-    """Return the axis along which a tensor is cut into chunks: the first that a chunk has more than one of."""
-    return next((i for i, size in enumerate(chunk) if size != 1), max(0, len(shape) - 1))
+CompanionRef = TensorRef | ChunkedRef
 
 
 @dataclass(frozen=True, eq=False)
-class FisherIndex(Mapping[str, FisherRef]):
+class CompanionIndex(Mapping[str, CompanionRef]):
     """The Fisher diagonal of one model, or its Gram matrices."""
 
     reference: str
     """As the config names it."""
-    refs: Mapping[str, FisherRef]
+    refs: Mapping[str, CompanionRef]
     stamps: tuple[FileStamp, ...]
     model: TensorIndex | None = None
     """The safetensors file as a model; None for a store."""
@@ -124,7 +38,7 @@ class FisherIndex(Mapping[str, FisherRef]):
     about: Mapping[str, Any] = field(default_factory=dict)
     """A store's attributes, without the table unless it was asked for."""
 
-    def __getitem__(self, name: str) -> FisherRef:
+    def __getitem__(self, name: str) -> CompanionRef:
         return self.refs[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -134,7 +48,7 @@ class FisherIndex(Mapping[str, FisherRef]):
         return len(self.refs)
 
 
-def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) -> FisherIndex:
+def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) -> CompanionIndex:
     """Read the table of a store, or the headers of safetensors files, of Fisher diagonals.
 
     Parameters
@@ -163,10 +77,10 @@ def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) 
             raise bad(
                 ref.path, f"tensor {quoted(ref.name)} is {ref.dtype}: a Fisher diagonal is made of floats"
             )
-    return FisherIndex(reference, refs, model.stamps, model)
+    return CompanionIndex(reference, refs, model.stamps, model)
 
 
-def open_grams(reference: str | os.PathLike[str], *, with_table: bool = False) -> FisherIndex:
+def open_grams(reference: str | os.PathLike[str], *, with_table: bool = False) -> CompanionIndex:
     """Read the table of a store of Gram matrices: [inputs, inputs] of each linear map's weight, by its name.
 
     Parameters
@@ -194,90 +108,14 @@ def _holds_safetensors(directory: str) -> bool:
         return False
 
 
-def _open_store(directory: str, attribute: str, what: str, with_table: bool) -> FisherIndex:
-    cure = MADE_BY[what]
-    path = os.path.join(directory, GROUP_FILE)
-    if not os.path.lexists(path):
-        raise bad(directory, f"neither a Zarr store (no {GROUP_FILE}) nor safetensors")
-    with reading(path) as (fd, status):
-        if status.st_size > MAX_NBYTES:
-            raise bad(path, f"has {status.st_size} bytes, more than {MAX_NBYTES}")
-        raw = read_exactly(fd, status.st_size, 0, path)
-    stamp = FileStamp(
-        path,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-        status.st_ino,
-        hashlib.blake2b(raw, digest_size=16).hexdigest(),
-    )
-    group = parse_object(raw, path, "the group", "finite")
-    attributes = group.get("attributes")
-    attributes = attributes if isinstance(attributes, dict) else {}
-    about = attributes.get(attribute)
-    for other, (kind, see) in _KINDS.items():
-        if about is None and other in attributes:
-            raise bad(path, f"a store of {kind}, not of {what}: see `{see}`")
-    if group.get("zarr_format") != 3 or not isinstance(about, dict):
-        raise bad(path, f"not a store of {what}, or an unfinished one: run `{cure}`")
-    if about.get("format") != FORMAT:
-        raise bad(
-            path, f"a store of format {quoted(str(about.get('format')), 40)}, this version reads {FORMAT}"
-        )
-    table = about.get("tensors")
-    if not isinstance(table, dict) or not table:
-        raise bad(path, f"its table of tensors is missing or empty: make it again with `{cure}`")
-    refs = {name: _store_ref(name, entry, directory, path, what) for name, entry in table.items()}
-    if not with_table:
-        del about["tensors"]
-    fingerprint, model_name = about.get("model_fingerprint"), about.get("model_name", "")
-    return FisherIndex(
+def _open_store(directory: str, attribute: str, what: str, with_table: bool) -> CompanionIndex:
+    table = read_table(directory, attribute, what, with_table=with_table)
+    fingerprint, model_name = table.about.get("model_fingerprint"), table.about.get("model_name", "")
+    return CompanionIndex(
         directory,
-        refs,
-        (stamp,),
+        table.refs,
+        (table.stamp,),
         fingerprint=fingerprint if isinstance(fingerprint, str) else None,
         model_name=model_name if isinstance(model_name, str) else "",
-        about=about,
-    )
-
-
-def _store_ref(name: str, entry: Any, directory: str, path: str, kind: str) -> ChunkedRef:
-    def refuse(what: str) -> ModelError:
-        return bad(path, f"tensor {quoted(name)}: {what}")
-
-    if not isinstance(entry, dict):
-        raise refuse("its entry is not an object")
-    array, dtype = entry.get("array"), entry.get("dtype")
-    shape: Any = entry.get("shape")
-    chunk: Any = entry.get("chunk")
-    if not isinstance(array, str) or array in ("", ".", "..") or any(c in array for c in "/\\\0"):
-        raise refuse("its array is not a plain name")
-    if not isinstance(dtype, str) or dtype not in STORED:
-        raise refuse(f"dtype {quoted(str(dtype), 40)} is none of {', '.join(STORED)}")
-    if not _sizes(shape) or not _sizes(chunk) or len(shape) != len(chunk) or 0 in chunk:
-        raise refuse("its shape or chunk is not a list of sizes")
-    axis = cut_axis(tuple(shape), tuple(chunk))
-    if any(c != 1 for c in chunk[:axis]) or chunk[axis + 1 :] != shape[axis + 1 :]:
-        raise refuse("its chunks are not runs of elements: make the store again")
-    if math.prod(chunk) * 4 > 1 << 31:
-        raise refuse("its chunks are larger than 2 GiB: make the store again")
-    for key in ("sum", "square_sum", "largest", "zeros", "stored_nbytes"):
-        number = entry.get(key)
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 2**1000:
-            raise refuse(f"its {key} is no number of 0 or more")
-    return ChunkedRef(
-        sys.intern(name),
-        sys.intern(dtype),
-        tuple(shape),
-        str(Path(directory) / array),
-        tuple(chunk),
-        float(entry["square_sum"]),
-        int(entry["stored_nbytes"]),
-        kind,
-    )
-
-
-def _sizes(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) <= 64 and all(type(n) is int and 0 <= n < 2**62 for n in value)
+        about=table.about,
     )

@@ -28,9 +28,10 @@ from streammerge.checkpoint.shards import (
 from streammerge.checkpoint.tied_copies import is_tied_copy
 from streammerge.checkpoint.weight_sets import no_model
 from streammerge.errors import ModelError, NotDownloadedError, WorldError, printable
-from streammerge.formats.safetensors import FileStamp, TensorRef, read_header
+from streammerge.formats.safetensors import TensorRef, read_header
 from streammerge.formats.torch_file import Pickled, open_pickle
 from streammerge.io.files import bad, from_os, meant, place, quoted, reading
+from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import read_object
 
 if TYPE_CHECKING:

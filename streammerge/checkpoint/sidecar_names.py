@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from streammerge.io.durable import PARTIAL
+
 _WEIGHTS = re.compile(
     r".*\.(?:safetensors|bin|pt|pth|ckpt|h5|hdf5|keras|msgpack|gguf|ggml|ggla|onnx|onnx_data|ot|tflite|pb|mlmodel|nemo"
     r"|engine|plan|pkl|pickle|joblib|distcp|llamafile|mar|npz|zip|tar|gz|tgz|bz2|xz|zst|7z|whl|parquet|arrow|exe|so|dll)"
@@ -64,7 +66,7 @@ def is_left_folder(name: str) -> bool:
 
 def is_replaced(name: str) -> bool:
     """Return whether an output has a file of its own in place of this one, or a file is nobody's data."""
-    return name.startswith((".", "README")) or name in _OURS or name.endswith(".partial")
+    return name.startswith((".", "README")) or name in _OURS or name.endswith(PARTIAL)
 
 
 def is_tokenizer_file(name: str) -> bool:

@@ -28,8 +28,8 @@ from streammerge.checkpoint.sidecar_names import (
     is_weights,
 )
 from streammerge.errors import ModelError, StreammergeError, WorldError, printable
-from streammerge.formats.safetensors import FileStamp
 from streammerge.io.files import read_exactly, reading
+from streammerge.io.stamp import FileStamp
 from streammerge.units import format_size
 
 MODULES = "modules.json"
@@ -235,12 +235,7 @@ def _take(found: Beside, directory: Path, name: str) -> None:
     if why:
         found.left.append(f"{printable(name, 60)} ({why})")
     else:
-        found.files[name] = stamp_of(path, status)
-
-
-def stamp_of(path: Path, status: os.stat_result) -> FileStamp:
-    """Return the stamp of a small file."""
-    return FileStamp(str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, "")
+        found.files[name] = FileStamp.of(path, status)
 
 
 def unreadable(path: object, error: OSError) -> WorldError:

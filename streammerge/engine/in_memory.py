@@ -14,7 +14,8 @@ from streammerge.engine.telling import differing, named_densities, of_floor
 from streammerge.errors import printable
 from streammerge.events import Control, Event
 from streammerge.io.buffer_pool import Bytes
-from streammerge.io.reader import Reader, check_unchanged
+from streammerge.io.reader import Reader
+from streammerge.io.stamp import check_unchanged
 from streammerge.output.commit import cover, densities, floored
 from streammerge.output.identity import identify
 from streammerge.output.journal import Receipt

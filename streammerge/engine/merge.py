@@ -21,7 +21,7 @@ from streammerge.errors import Stopped, WorldError, printable
 from streammerge.events import Control, Event
 from streammerge.io.allocate import check_space
 from streammerge.io.buffer_pool import Bytes
-from streammerge.io.reader import Backend, Reader
+from streammerge.io.reader import IoMode, Reader
 from streammerge.machine import available_memory, share_out
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.commit import commit
@@ -81,7 +81,7 @@ class Options:
     """How a merge runs; none of it changes the output's bytes."""
 
     overwrite: bool = False
-    backend: Backend = "direct"
+    backend: IoMode = "direct"
     profile: Path | None = None
     """Where to write what the time went to, also when the run fails or is stopped."""
     nonfinite: NonFinite = "error"
@@ -117,7 +117,7 @@ def execute(
     try:
         identity = identify(plan, reader)
         if not out.exists():
-            check_space(out, plan.layout)
+            check_space(out, plan.layout.sizes)
         with locked(out):
             check_contents(out)
             hasher = _make_hasher(plan, control)

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.algebra.rules import Mixers
-from streammerge.checkpoint.companions import ChunkedRef
 from streammerge.dtypes import itemsize
 from streammerge.formats.zarr_chunks import read_stored
+from streammerge.formats.zarr_store import ChunkedRef
+from streammerge.io.pages import slot_bytes
 from streammerge.io.reader import Reader
 from streammerge.planning.job import Job
-from streammerge.planning.memory.buffers import slot_bytes
 from streammerge.planning.plan import MergePlan
 from streammerge.statistics.kinds import Mixing
 from streammerge.timing import Stages

@@ -15,14 +15,15 @@ from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import Rule, WeightedSum
 from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.torch.gpu import share_of_memory, turn_on
-from streammerge.checkpoint.companions import ChunkedRef
 from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.mixer_cache import MixerCache
 from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.errors import ModelError
 from streammerge.formats.zarr_chunks import read_stored
+from streammerge.formats.zarr_store import ChunkedRef
 from streammerge.io.buffer_pool import Bytes
+from streammerge.io.pages import DIRECT_BYTES
 from streammerge.io.reader import Reader
 from streammerge.numerics.crc32 import crc32
 from streammerge.numerics.finite import tally
@@ -31,7 +32,7 @@ from streammerge.output.journal import Receipt
 from streammerge.output.shards import Sink
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import device_block
-from streammerge.planning.memory.buffers import DIRECT_BYTES, divide, is_copied
+from streammerge.planning.memory.buffers import divide, is_copied
 from streammerge.planning.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, tensor_context_of
 from streammerge.planning.schedule import Chunk, Piece
 from streammerge.statistics.kinds import Answer, Mixing, Statistic, partials_of

@@ -12,7 +12,6 @@ more than 64 dimensions, a file without tensors.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import sys
@@ -22,10 +21,9 @@ from typing import Any
 from streammerge.dtypes import BITS
 from streammerge.errors import ModelError
 from streammerge.formats.lookalikes import lookalike
-from streammerge.io.files import bad, open_regular, quoted, read_exactly, reading
+from streammerge.io.files import bad, quoted, read_exactly, reading
+from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
-
-__all__ = ["FileStamp", "TensorRef", "open_regular", "read_header"]
 
 MAX_RANK = 64
 """Most dimensions; numpy and torch stop at the same number."""
@@ -56,28 +54,15 @@ class TensorRef:
         """How many elements the shape has; 1 for a scalar."""
         return math.prod(self.shape)
 
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes in the file, which are those of the elements."""
+        return self.nbytes
 
-@dataclass(frozen=True, slots=True)
-class FileStamp:
-    """What identifies an input file: if any of this differs on resume, the input has changed."""
-
-    path: str
-    nbytes: int
-    mtime_ns: int
-    ctime_ns: int
-    """Unlike mtime this cannot be set back, so it shows a change of equal size and mtime."""
-    inode: int
-    header_digest: str
-    """BLAKE2b-128 of the header's JSON bytes, in hex."""
-
-    def describes(self, status: os.stat_result) -> bool:
-        """Whether a file of this `status` is still the one stamped, so far as stat can tell."""
-        return (self.nbytes, self.mtime_ns, self.ctime_ns, self.inode) == (
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-            status.st_ino,
-        )
+    @property
+    def square_sum(self) -> float | None:
+        """The recorded sum of squares: none is."""
+        return None
 
 
 def read_header(
@@ -100,14 +85,7 @@ def read_header(
     header = parse_object(raw, path, "the header", "natural")
     metadata = _metadata(header.pop("__metadata__", {}), path)
     tensors = _tensors(header, path, 8 + len(raw), status.st_size)
-    stamp = FileStamp(
-        path=path,
-        nbytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        ctime_ns=status.st_ctime_ns,
-        inode=status.st_ino,
-        header_digest=hashlib.blake2b(raw, digest_size=16).hexdigest(),
-    )
+    stamp = FileStamp.of(path, status, raw)
     return tensors, metadata, stamp
 
 

@@ -6,7 +6,6 @@ with the storages behind them (`streammerge.formats.torch_legacy`). The program 
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -17,11 +16,12 @@ from streammerge.checkpoint.refs.made import StridedRef, stored
 from streammerge.dtypes import itemsize
 from streammerge.formats.lookalikes import lookalike
 from streammerge.formats.refusing import AGAIN, CONVERT, PLAIN, Refused, Source, need
-from streammerge.formats.safetensors import MAX_NAME, MAX_RANK, FileStamp, TensorRef
+from streammerge.formats.safetensors import MAX_NAME, MAX_RANK, TensorRef
 from streammerge.formats.torch_legacy import is_legacy, read_legacy
 from streammerge.formats.torch_pickle import Foreign, Machine, Names, Root, Storage, Tensor
 from streammerge.formats.zip_archive import Entry, find_directory, find_members, read_entries
 from streammerge.io.files import bad, quoted, reading
+from streammerge.io.stamp import FileStamp
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params")
 """What trainers call the weights among the other things that they save; the first that is there is taken."""
@@ -73,9 +73,7 @@ def open_pickle(path: str | os.PathLike[str]) -> Pickled:
         except Refused as refusal:
             raise bad(path, str(refusal)) from None
     refs.sort(key=lambda ref: (stored(ref).offset, ref.nbytes))
-    digest = hashlib.blake2b(header, digest_size=16).hexdigest()
-    stamp = FileStamp(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, digest)
-    return Pickled({ref.name: ref for ref in refs}, stamp, left_out)
+    return Pickled({ref.name: ref for ref in refs}, FileStamp.of(path, status, header), left_out)
 
 
 def _run(source: Source) -> tuple[Any, bytes]:

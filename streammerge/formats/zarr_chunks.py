@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from streammerge.checkpoint.companions import MADE_BY, ChunkedRef
 from streammerge.dtypes import itemsize
 from streammerge.errors import ModelError, printable
+from streammerge.formats.zarr_store import MADE_BY, ChunkedRef
 from streammerge.io.buffer_pool import Bytes
+from streammerge.io.pages import PAGE
 from streammerge.io.reader import Reader
-from streammerge.planning.memory.buffers import PAGE
 from streammerge.timing import Stages
 
 _CRC_BYTES = 4

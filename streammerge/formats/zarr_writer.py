@@ -27,17 +27,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.checkpoint.companions import ATTRIBUTE, FORMAT, GROUP_FILE, STORED, cut_axis
 from streammerge.dtypes import itemsize
 from streammerge.errors import OutputError, printable
-from streammerge.estimate.fisher.sums import DiagonalSums
-from streammerge.io.durable import fsync_directory, world_errors, write_file
+from streammerge.formats.zarr_store import FORMAT, GROUP_FILE, STORED, cut_axis
+from streammerge.io.durable import PARTIAL, fsync_directory, world_errors, write_file
 
 CHUNK_ELEMENTS = 1 << 20
 _ALIGN = 4096
 """Elements; chunks are multiples of it where rows allow, so that statistics by blocks need no second look."""
 _BINDING = "import.json"
-PARTIAL = ".partial"
 
 
 class Sums(Protocol):
@@ -104,8 +102,8 @@ class StoreWriter:
         out: Path,
         binding: Mapping[str, str],
         *,
-        attribute: str = ATTRIBUTE,
-        sums: Callable[[str, str], Sums] = DiagonalSums,
+        attribute: str,
+        sums: Callable[[str, str], Sums],
     ) -> None:
         import zarr
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from streammerge.errors import WorldError, printable
 from streammerge.io.disk import space_for
-from streammerge.planning.layout import Layout
 from streammerge.units import format_size
 
 _REFUSED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -53,8 +53,13 @@ def allocate(descriptor: int, nbytes: int) -> bool:
     return True
 
 
-def check_space(out: Path, layout: Layout) -> None:
+def check_space(out: Path, sizes: Mapping[str, int]) -> None:
     """Refuse an output that its disk has no room for, before any of it is taken from others.
+
+    Parameters
+    ----------
+    sizes
+        Bytes of each file that is to lie in `out`, by its name.
 
     Raises
     ------
@@ -62,7 +67,7 @@ def check_space(out: Path, layout: Layout) -> None:
         With both numbers.
     """
     try:
-        space = space_for(out, layout)
+        space = space_for(out, sizes)
     except OSError:
         return  # what is wrong shows when it is written to
     if not space.fits:

@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from streammerge.io.buffer_pool import Bytes
-from streammerge.planning.memory.buffers import PAGE
+from streammerge.io.pages import PAGE
 
 _AT_ONCE = 1 << 30
 """Linux moves at most 2 GiB a call."""

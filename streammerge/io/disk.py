@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.io.durable import PARTIAL
-from streammerge.planning.layout import Layout
 
 _BLOCK = 512
 """Bytes; the unit of ``st_blocks``."""
@@ -20,7 +20,7 @@ class Space:
     place: Path
     """The directory whose file system was looked at: OUT, or the nearest above it that exists."""
     needed: int
-    """Bytes of the shards that are yet to be allocated."""
+    """Bytes of the files that are yet to be allocated."""
     free: int
     """Bytes that this user may still write."""
 
@@ -30,8 +30,13 @@ class Space:
         return self.needed <= self.free
 
 
-def space_for(out: Path, layout: Layout) -> Space:
-    """Look at the file system of an output; what shards of an earlier run have allocated is not needed again.
+def space_for(out: Path, sizes: Mapping[str, int]) -> Space:
+    """Look at the file system of an output; what an earlier run has allocated is not needed again.
+
+    Parameters
+    ----------
+    sizes
+        Bytes of each file that is to lie in `out`, by its name.
 
     Raises
     ------
@@ -43,10 +48,9 @@ def space_for(out: Path, layout: Layout) -> Space:
         place = place.parent
     status = os.statvfs(place)
     held = 0
-    for shard in layout.shards:
-        held += max(min(_allocated(out / f"{shard.name}{end}"), shard.nbytes) for end in ("", PARTIAL))
-    needed = sum(shard.nbytes for shard in layout.shards) - held
-    return Space(place, needed, status.f_bavail * status.f_frsize)
+    for name, nbytes in sizes.items():
+        held += max(min(_allocated(out / f"{name}{end}"), nbytes) for end in ("", PARTIAL))
+    return Space(place, sum(sizes.values()) - held, status.f_bavail * status.f_frsize)
 
 
 def _allocated(path: Path) -> int:

@@ -8,7 +8,6 @@ out of it for us (`mapped`).
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import threading
@@ -20,7 +19,6 @@ from typing import Literal
 import numpy as np
 
 from streammerge.errors import ModelError, StreammergeError, WorldError, printable
-from streammerge.formats.safetensors import FileStamp, open_regular
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.direct import (
     REFUSED,
@@ -29,10 +27,11 @@ from streammerge.io.direct import (
     place_in_page,
     read_direct,
 )
+from streammerge.io.files import open_regular
 from streammerge.io.mapped import copy_mapped
-from streammerge.planning.memory.buffers import DIRECT_BYTES, PAGE, slot_bytes
+from streammerge.io.pages import DIRECT_BYTES, PAGE, slot_bytes
 
-Backend = Literal["direct", "read", "mmap"]
+IoMode = Literal["direct", "read", "mmap"]
 """Past the page cache where that pays; through it; out of a memory map."""
 _OPEN_FILES = 48
 """Unless told otherwise; twice as many descriptors."""
@@ -62,7 +61,7 @@ class Reader:
 
     def __init__(
         self,
-        backend: Backend = "direct",
+        backend: IoMode = "direct",
         cache_bytes: int = 0,
         *,
         most_open: int = _OPEN_FILES,
@@ -263,7 +262,7 @@ class Reader:
 class _File:
     """An input file, open through the page cache and, where that is to be had, past it."""
 
-    def __init__(self, path: str, backend: Backend) -> None:
+    def __init__(self, path: str, backend: IoMode) -> None:
         self.descriptor = open_regular(path)
         self.direct = open_direct(self.descriptor, os.O_RDONLY) if backend == "direct" else None
         self.users = 0
@@ -332,25 +331,4 @@ def _copy_from_map(descriptor: int, offset: int, target: Bytes, path: str) -> No
 def _shrunk(path: str) -> WorldError:
     return WorldError(
         f"{printable(path)}: the file became shorter while it was read; restore it and start again with --overwrite"
-    )
-
-
-def check_unchanged(stamp: FileStamp) -> None:
-    """Raise WorldError if an input file is no longer the one whose header was read."""
-    try:
-        now = os.stat(stamp.path)
-    except OSError as error:
-        reason = "is gone" if error.errno == errno.ENOENT else str(error.strerror)
-        raise WorldError(
-            f"{printable(stamp.path)}: an input {reason}; restore it and start again with --overwrite"
-        ) from None
-    known = (stamp.nbytes, stamp.mtime_ns, stamp.inode)
-    if (now.st_size, now.st_mtime_ns, now.st_ino) != known or now.st_ctime_ns != stamp.ctime_ns:
-        raise changed(stamp.path)
-
-
-def changed(path: str) -> WorldError:
-    """Return the failure of a merge of which an input changed meanwhile."""
-    return WorldError(
-        f"{printable(path)}: an input changed while it was merged; start again with --overwrite"
     )

@@ -9,7 +9,7 @@ from streammerge.errors import ConfigError, printable
 from streammerge.io.reader import Reader
 from streammerge.numerics.philox import SCHEME, RandomKeys
 from streammerge.planning.plan import MergePlan
-from streammerge.tensors.fingerprint import fingerprint, fisher_digest
+from streammerge.tensors.fingerprint import companion_digest, fingerprint
 from streammerge.version import __version__
 
 VERSION = "version"
@@ -61,11 +61,11 @@ def identify(plan: MergePlan, reader: Reader) -> Identity:
     """
     fingerprints = tuple(fingerprint(index, reader) for index in plan.inputs)
     fishers = {
-        f"Fisher diagonal of model {place}": fisher_digest(index, reader)
+        f"Fisher diagonal of model {place}": companion_digest(index, reader)
         for place, index in enumerate(plan.fishers)
     }
     grams = {
-        f"Gram matrices of model {place}": fisher_digest(index, reader)
+        f"Gram matrices of model {place}": companion_digest(index, reader)
         for place, index in enumerate(plan.grams)
     }
     shared = {VERSION: __version__, "random scheme": SCHEME, **plan.identity(), **fishers, **grams}

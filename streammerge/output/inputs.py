@@ -17,12 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from streammerge.checkpoint.companions import ChunkedRef, FisherIndex
+from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import ModelError, OutputError, WorldError, printable
-from streammerge.formats.safetensors import FileStamp
+from streammerge.formats.zarr_store import ChunkedRef
 from streammerge.io.files import reading
-from streammerge.io.reader import check_unchanged
+from streammerge.io.stamp import FileStamp, check_unchanged
 from streammerge.output.journal import Known
 from streammerge.planning.plan import MergePlan
 from streammerge.tensors.fingerprint import files_digest
@@ -87,7 +87,7 @@ def _plain(group: str, stamp: FileStamp, name: str = "") -> InputFile:
     )
 
 
-def _chunks_of(index: FisherIndex) -> InputFile:
+def _chunks_of(index: CompanionIndex) -> InputFile:
     """Return the chunk files of a store; there may be a hundred thousand, so only a digest of their stamps is kept."""
 
     def paths() -> Iterator[str]:
@@ -236,11 +236,11 @@ def confirm(file: InputFile, known: Known, hasher: ContentHasher) -> None:
         raise
 
 
-def content_of(index: TensorIndex | FisherIndex, contents: Mapping[str, str]) -> dict[str, str]:
+def content_of(index: TensorIndex | CompanionIndex, contents: Mapping[str, str]) -> dict[str, str]:
     """Return the content hashes of an input by file name, as a manifest has them; none unless all are known."""
     group = f"of {index.reference}/"
     names = [os.path.basename(stamp.path) for stamp in index.stamps]
-    names += [CHUNKS] if isinstance(index, FisherIndex) and index.model is None else []
+    names += [CHUNKS] if isinstance(index, CompanionIndex) and index.model is None else []
     hashed = {name: contents.get(group + name, "") for name in names}
     return hashed if all(hashed.values()) else {}
 

@@ -14,11 +14,11 @@ from functools import reduce
 
 from streammerge.dtypes import BITS
 from streammerge.io.buffer_pool import Bytes, Pool
+from streammerge.io.pages import slot_bytes
 from streammerge.io.reader import Reader
 from streammerge.numerics.crc32 import combine_all, crc32
 from streammerge.numerics.finite import Tally, tally
 from streammerge.planning.memory.budget import available_cpus
-from streammerge.planning.memory.buffers import slot_bytes
 
 _WINDOW = 8 << 20
 """Bytes read at once; a buffer of each thread."""

@@ -11,8 +11,8 @@ from streammerge.io.allocate import allocate, check_space
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.direct import REFUSED, open_direct, place_in_page, write_direct
 from streammerge.io.durable import PARTIAL, fsync_directory, world_errors
+from streammerge.io.pages import DIRECT_BYTES, PAGE
 from streammerge.planning.layout import Layout, Shard
-from streammerge.planning.memory.buffers import DIRECT_BYTES, PAGE
 
 _AT_ONCE = 1 << 30
 """Linux moves at most 2 GiB a call."""
@@ -62,7 +62,7 @@ class ShardWriter:
         What an earlier run gave its final name is partial again until all is finished: no file is written to
         under its final name, and a name that could not be made durable then is given once more.
         """
-        check_space(self._directory, self._layout)
+        check_space(self._directory, self._layout.sizes)
         try:
             for number, shard in enumerate(self._shards):
                 with world_errors(self._directory / shard.name):

@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 
 from streammerge.errors import ModelError, WorldError, printable
-from streammerge.formats.safetensors import FileStamp
 from streammerge.io.durable import PARTIAL, make_folders, world_errors, write_fully
 from streammerge.io.files import reading
-from streammerge.io.reader import changed, check_unchanged
+from streammerge.io.stamp import FileStamp, changed, check_unchanged
 from streammerge.numerics.crc32 import crc32
 
 _STEP = 1 << 20

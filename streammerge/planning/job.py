@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
-from streammerge.checkpoint.companions import ChunkedRef, FisherRef
+from streammerge.checkpoint.companions import CompanionRef
 from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import FLOATS8, itemsize
+from streammerge.formats.zarr_store import ChunkedRef
 
 Kind = Literal["merge", "copy", "agree"]
 
@@ -30,7 +31,7 @@ class Job:
     """The models' tensors in configured order."""
     base: SourceRef | None
     parameters: Mapping[str, Any]
-    fishers: tuple[FisherRef, ...] = ()
+    fishers: tuple[CompanionRef, ...] = ()
     """The models' Fisher diagonals, for a method that weighs by them; empty where they lack the tensor."""
     grams: tuple[ChunkedRef, ...] = ()
     """The Gram matrices of the models' inputs to it, for a method that takes them; empty where they lack the tensor."""
@@ -76,7 +77,7 @@ class Job:
     @property
     def fisher_bytes(self) -> int:
         """Bytes read by one pass over the Fisher diagonals, compressed where they are."""
-        return sum(r.stored_nbytes if isinstance(r, ChunkedRef) else r.nbytes for r in self.fishers)
+        return sum(r.stored_nbytes for r in self.fishers)
 
     @property
     def fisher_chunk_bytes(self) -> int:

@@ -53,6 +53,11 @@ class Layout:
         """Bytes of all shards, headers included."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each shard by its name."""
+        return {shard.name: shard.nbytes for shard in self.shards}
+
 
 def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model") -> Layout:
     """Distribute the jobs' tensors, in order, over shards of at most `shard_size` bytes of data, named after `stem`.

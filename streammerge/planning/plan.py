@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
-from streammerge.checkpoint.companions import ChunkedRef, FisherIndex
+from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import BudgetError
-from streammerge.formats.safetensors import FileStamp
+from streammerge.formats.zarr_store import ChunkedRef
+from streammerge.io.stamp import FileStamp
 from streammerge.methods.registry import Access, Method
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.files.config_json import merged_config
@@ -80,9 +81,9 @@ class MergePlan:
     torch_only: bool
     """Every piece goes through the torch formulas."""
     warnings: tuple[str, ...] = field(default=())
-    fishers: tuple[FisherIndex, ...] = ()
+    fishers: tuple[CompanionIndex, ...] = ()
     """The Fisher diagonal of each model, for a method that weighs by them."""
-    grams: tuple[FisherIndex, ...] = ()
+    grams: tuple[CompanionIndex, ...] = ()
     """The Gram matrices of each model, for a method that takes them."""
     device: str = "cpu"
     """``cpu`` or ``cuda:N``."""
@@ -136,7 +137,7 @@ class MergePlan:
         }
 
     @property
-    def stores(self) -> tuple[FisherIndex, ...]:
+    def stores(self) -> tuple[CompanionIndex, ...]:
         """What lies beside the models: Fisher diagonals, Gram matrices."""
         return (*self.fishers, *self.grams)
 
@@ -236,8 +237,8 @@ def make_plan(
     seed: int | None = None,
     device: str = "cpu",
     torch_only: bool = False,
-    fishers: Sequence[FisherIndex] = (),
-    grams: Sequence[FisherIndex] = (),
+    fishers: Sequence[CompanionIndex] = (),
+    grams: Sequence[CompanionIndex] = (),
     notes: Sequence[str] = (),
     bases: Sequence[TensorIndex] = (),
     left_out: Sequence[LeftOut] = (),

@@ -20,12 +20,13 @@ from typing import Literal
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import ROWS_AT_ONCE
-from streammerge.checkpoint.companions import ChunkedRef
 from streammerge.checkpoint.refs.made import scratch_bytes
 from streammerge.errors import BudgetError, printable
+from streammerge.formats.zarr_store import ChunkedRef
+from streammerge.io.pages import slot_bytes
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import Budget
-from streammerge.planning.memory.buffers import alignment_bytes, bytes_per_element, slot_bytes
+from streammerge.planning.memory.buffers import alignment_bytes, bytes_per_element
 from streammerge.units import format_at_least, format_size
 
 ALIGN = 4096

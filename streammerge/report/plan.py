@@ -42,7 +42,7 @@ def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
         "advice": [],
     }
     try:
-        space = space_for(Path(out if out is not None else "."), plan.layout)
+        space = space_for(Path(out if out is not None else "."), plan.layout.sizes)
     except OSError:
         return found
     found["disk"] = {"path": str(space.place), "bytes_needed": space.needed, "bytes_free": space.free}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from streammerge.checkpoint.companions import FisherIndex
+from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.errors import printable
 from streammerge.estimate.fisher.importing import Imported
 from streammerge.machine import peak_memory
@@ -58,7 +58,7 @@ def computed_text(computed: Computed | Collected) -> str:
     )
 
 
-def info_text(store: FisherIndex) -> str:
+def info_text(store: CompanionIndex) -> str:
     """Return totals, the share of each layer in the sum, and what is undecided."""
     about, tensors = store.about, store.about["tensors"]
     stored = sum(entry["stored_nbytes"] for entry in tensors.values())
@@ -79,7 +79,7 @@ def info_text(store: FisherIndex) -> str:
     return "\n".join(lines)
 
 
-def gram_info_text(store: FisherIndex) -> str:
+def gram_info_text(store: CompanionIndex) -> str:
     """Return what a store of Gram matrices was made from, and the matrices that are the largest."""
     about, tensors = store.about, store.about["tensors"]
     stored = sum(entry["stored_nbytes"] for entry in tensors.values())

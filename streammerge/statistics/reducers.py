@@ -17,7 +17,6 @@ from streammerge.algebra.block import Bins, BlockMath, Counts
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.scores import sees_rows
 from streammerge.algebra.task_vectors import TaskVector
-from streammerge.checkpoint.companions import ChunkedRef
 from streammerge.numerics.compiled import is_compiled
 from streammerge.numerics.ordered_sum import BLOCK, OrderedSum, in_order
 from streammerge.numerics.philox import Key, RandomKeys
@@ -537,7 +536,7 @@ def make_reducer(
         return Known(low_words(statistic, n, keys.key("dare", statistic.vector.stream, jobs[0].name)))
     if isinstance(statistic, FisherSquares):
         known = {job.ordinal: job.fishers[statistic.model] for job in jobs if job.fishers}
-        recorded = {job: ref.square_sum for job, ref in known.items() if isinstance(ref, ChunkedRef)}
+        recorded = {job: total for job, ref in known.items() if (total := ref.square_sum) is not None}
         lengths = {job.ordinal: job.n_elements for job in jobs if job.fishers}
         squares = FisherSquaresReducer(statistic.model, recorded, lengths)
         return squares if len(recorded) < len(known) else Known(squares.answer)

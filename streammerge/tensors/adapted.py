@@ -14,9 +14,9 @@ from streammerge.checkpoint.refs.made import READ_BLOCK, AdaptedRef, scratch_byt
 from streammerge.dtypes import itemsize
 from streammerge.formats.safetensors import TensorRef
 from streammerge.io.buffer_pool import Bytes
+from streammerge.io.pages import slot_bytes
 from streammerge.io.reader import Reader
 from streammerge.numerics.compiled import is_compiled
-from streammerge.planning.memory.buffers import slot_bytes
 from streammerge.tensors.made import read_to, reads
 from streammerge.tensors.scratch import (
     BYTE,

@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from streammerge.checkpoint.companions import FisherIndex
+from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.refs.made import SourceRef, stored_dtype
 from streammerge.errors import ModelError, printable
-from streammerge.formats.safetensors import FileStamp, TensorRef
+from streammerge.formats.safetensors import TensorRef
 from streammerge.io.reader import Reader
+from streammerge.io.stamp import FileStamp
 from streammerge.tensors.read import read_elements
 
 _TENSORS = 256
@@ -63,13 +64,13 @@ def files_digest(stamps: Iterable[FileStamp]) -> str:
     return digest.hexdigest()
 
 
-def fisher_digest(index: FisherIndex, reader: Reader) -> str:
+def companion_digest(index: CompanionIndex, reader: Reader) -> str:
     """Return the identity of a Fisher diagonal: its content's for a file, its table's for a store."""
     return index.stamps[0].header_digest if index.model is None else fingerprint(index.model, reader)
 
 
 def check_belongs(
-    diagonal: FisherIndex, model: TensorIndex, what: str = "Fisher diagonal", reader: Reader | None = None
+    diagonal: CompanionIndex, model: TensorIndex, what: str = "Fisher diagonal", reader: Reader | None = None
 ) -> None:
     """Refuse a Fisher diagonal, or another store (`what`), that was recorded for a model of other content.
 

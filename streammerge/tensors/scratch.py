@@ -14,8 +14,8 @@ from streammerge.checkpoint.refs.made import Factor
 from streammerge.dtypes import itemsize
 from streammerge.formats.safetensors import TensorRef
 from streammerge.io.buffer_pool import Bytes
+from streammerge.io.pages import PAGE
 from streammerge.io.reader import Reader
-from streammerge.planning.memory.buffers import PAGE
 
 _STEP = 1 << 18
 """Elements widened together."""

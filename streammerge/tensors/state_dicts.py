@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from streammerge.checkpoint.companions import FisherIndex
+from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.names import is_head
 from streammerge.checkpoint.quantization import quantization_of
@@ -22,7 +22,7 @@ from streammerge.dtypes import BITS, RANK
 from streammerge.errors import InputError, printable
 from streammerge.formats.safetensors import MAX_NAME, TensorRef
 from streammerge.io.buffer_pool import Bytes
-from streammerge.io.reader import Backend, Reader
+from streammerge.io.reader import IoMode, Reader
 from streammerge.tensors.held import Held, hold
 
 _ALIGN = 64
@@ -109,7 +109,7 @@ class HeldReader(Reader):
     """
 
     def __init__(
-        self, models: Iterable[StateDict], backend: Backend = "direct", *, most_open: int = 48
+        self, models: Iterable[StateDict], backend: IoMode = "direct", *, most_open: int = 48
     ) -> None:
         super().__init__(backend, most_open=most_open)
         self._held = {model.path: model for model in models}
@@ -166,7 +166,7 @@ def ties_of(models: Sequence[StateDict], others: Sequence[TensorIndex]) -> dict[
     return {name: first for name, first in found.items() if not any(name in index for index in others)}
 
 
-def held_fisher(model: StateDict) -> FisherIndex:
+def held_fisher(model: StateDict) -> CompanionIndex:
     """Return tensors in memory as one model's Fisher diagonal.
 
     Raises
@@ -180,4 +180,4 @@ def held_fisher(model: StateDict) -> FisherIndex:
             raise InputError(
                 f"{printable(model.path)}[{printable(repr(name), 200)}]: is {ref.dtype}: a Fisher diagonal is made of floats"
             )
-    return FisherIndex(model.path, index.stored(), (), index)
+    return CompanionIndex(model.path, index.stored(), (), index)

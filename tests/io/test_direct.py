@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from streammerge.api import merge, plan
 from streammerge.errors import WorldError
 from streammerge.io import direct
+from streammerge.io.pages import DIRECT_BYTES, PAGE, slot_bytes
 from streammerge.io.reader import Reader
 from streammerge.output.shards import ShardWriter
 from streammerge.planning.layout import Layout, Shard
-from streammerge.planning.memory.buffers import DIRECT_BYTES, PAGE, divide, slot_bytes
+from streammerge.planning.memory.buffers import divide
 from tests.conftest import config_for
 
 SHAPES = {"a.weight": (700, 1031), "b.bias": (13,), "c.weight": (1201, 997), "d.weight": (64, 64)}

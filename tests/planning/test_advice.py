@@ -123,10 +123,10 @@ def test_what_an_earlier_run_has_allocated_is_not_needed_again(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     layout = plan(config).layout
-    whole = space_for(tmp_path / "out", layout).needed
+    whole = space_for(tmp_path / "out", layout.sizes).needed
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / f"{layout.shards[0].name}.partial").write_bytes(b"x" * MIB)
-    assert space_for(tmp_path / "out", layout).needed == whole - MIB
+    assert space_for(tmp_path / "out", layout.sizes).needed == whole - MIB
 
 
 # --- what a merge would refuse

@@ -26,7 +26,7 @@ from random import Random
 import fuzz_mutate
 from fuzz_models import AdapterSettings, TokenizerFile
 
-from streammerge.checkpoint.companions import GROUP_FILE, open_fisher
+from streammerge.checkpoint.companions import open_fisher
 from streammerge.checkpoint.hub import find_snapshot, parse_name
 from streammerge.checkpoint.index import open_model
 from streammerge.checkpoint.refs.made import StridedRef, stored
@@ -39,6 +39,7 @@ from streammerge.errors import ConfigError, InputError, ModelError, StreammergeE
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.torch_file import read_pickle
 from streammerge.formats.zarr_chunks import _decode
+from streammerge.formats.zarr_store import GROUP_FILE
 from streammerge.io.reader import Reader
 from streammerge.io.strict_json import parse_object
 from streammerge.output.check import verify

@@ -17,9 +17,10 @@ from streammerge.checkpoint.adapters.settings import ADAPTER_CONFIG, AdapterSett
 from streammerge.checkpoint.refs.made import contiguous
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError
-from streammerge.formats.safetensors import FileStamp, TensorRef, read_header
+from streammerge.formats.safetensors import TensorRef, read_header
 from streammerge.formats.torch_file import read_pickle
 from streammerge.io.files import bad, quoted
+from streammerge.io.stamp import FileStamp
 
 __all__ = ["ADAPTER_CONFIG", "Adapter", "Parts", "read_adapter", "split_reference"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 import warnings
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streammerge.formats.safetensors import FileStamp
 from streammerge.io.files import bad, quoted, read_exactly, reading
+from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -142,12 +141,8 @@ def read_settings(path: Path) -> tuple[AdapterSettings, FileStamp]:
             raise bad(str(path), f"has {status.st_size} bytes, more than {MAX_NBYTES}")
         raw = read_exactly(fd, status.st_size, 0, str(path))
     entries = parse_object(raw, str(path), "the file", "any")
-    digest = hashlib.blake2b(raw, digest_size=16).hexdigest()
-    stamp = FileStamp(
-        str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, digest
-    )
     _refuse_kinds(entries, str(path))
-    return AdapterSettings(str(path), entries), stamp
+    return AdapterSettings(str(path), entries), FileStamp.of(path, status, raw)
 
 
 def _refuse_kinds(entries: Mapping[str, Any], path: str) -> None:

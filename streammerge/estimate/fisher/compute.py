@@ -26,6 +26,7 @@ from streammerge.errors import WorldError, printable
 from streammerge.estimate.fisher.estimator import AFTER, BEFORE, Estimate, Estimator, Place
 from streammerge.estimate.fisher.labels import choose, n_scores
 from streammerge.estimate.fisher.squares import RowSquares, Squares
+from streammerge.estimate.fisher.sums import DiagonalSums
 from streammerge.estimate.network.examples import Example, digest, read_examples, too_few
 from streammerge.estimate.network.loader import Loader
 from streammerge.estimate.network.progress import Progress
@@ -40,9 +41,11 @@ from streammerge.estimate.network.sizing import (
 from streammerge.estimate.network.skeleton import CAUSAL, CLASSIFIER, Skeleton
 from streammerge.estimate.network.tokenizing import reading_for
 from streammerge.events import Control
+from streammerge.formats.zarr_store import ATTRIBUTE
 from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial, to_store
-from streammerge.io.durable import make_directory, world_errors
-from streammerge.io.reader import Reader, check_unchanged
+from streammerge.io.durable import PARTIAL, make_directory, world_errors
+from streammerge.io.reader import Reader
+from streammerge.io.stamp import check_unchanged
 from streammerge.tensors.fingerprint import files_digest, fingerprint
 from streammerge.units import format_size
 from streammerge.version import __version__
@@ -141,8 +144,8 @@ def compute_diagonal(
             "seed": str(settings.seed),
         }
         with locked_partial(out, overwrite):
-            store = StoreWriter(out, identity)
-            work = out.with_name(out.name + ".partial") / WORK
+            store = StoreWriter(out, identity, attribute=ATTRIBUTE, sums=DiagonalSums)
+            work = out.with_name(out.name + PARTIAL) / WORK
             if not work.exists():
                 _check_disk(work, network.n_blocks, sum(e.length for e in taken) * width, scores, index)
             progress = Progress(reader, len(index), control)

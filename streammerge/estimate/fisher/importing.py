@@ -16,11 +16,14 @@ from streammerge.checkpoint.refs.made import contiguous
 from streammerge.checkpoint.shards import PICKLES
 from streammerge.dtypes import FLOATS, itemsize
 from streammerge.errors import ModelError, printable
+from streammerge.estimate.fisher.sums import DiagonalSums
 from streammerge.events import Control, Event
-from streammerge.formats.safetensors import FileStamp, TensorRef
+from streammerge.formats.safetensors import TensorRef
 from streammerge.formats.torch_file import read_pickle
+from streammerge.formats.zarr_store import ATTRIBUTE
 from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial, to_store
-from streammerge.io.reader import Reader, check_unchanged
+from streammerge.io.reader import Reader
+from streammerge.io.stamp import FileStamp, check_unchanged
 from streammerge.planning.memory.budget import KERNEL_RESERVE, make_budget
 from streammerge.tensors.fingerprint import files_digest, fingerprint
 from streammerge.version import __version__
@@ -87,7 +90,7 @@ def import_diagonal(
             "about": repr(sorted((about or {}).items())),
         }
         with locked_partial(out, overwrite):
-            store = StoreWriter(out, identity)
+            store = StoreWriter(out, identity, attribute=ATTRIBUTE, sums=DiagonalSums)
             resumed = _write_all(store, refs, dtype, reader, control)
             for stamp in stamps:
                 check_unchanged(stamp)

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from streammerge.checkpoint.companions import GRAM_ATTRIBUTE
 from streammerge.checkpoint.index import open_model
 from streammerge.errors import ModelError, printable
 from streammerge.estimate.network.boundary import Boundary
@@ -32,9 +31,11 @@ from streammerge.estimate.network.sizing import StageSize, boundary_elements, ch
 from streammerge.estimate.network.skeleton import Skeleton
 from streammerge.estimate.network.tokenizing import reading_for
 from streammerge.events import Control
+from streammerge.formats.zarr_store import GRAM_ATTRIBUTE
 from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
-from streammerge.io.durable import make_directory, world_errors
-from streammerge.io.reader import Reader, check_unchanged
+from streammerge.io.durable import PARTIAL, make_directory, world_errors
+from streammerge.io.reader import Reader
+from streammerge.io.stamp import check_unchanged
 from streammerge.tensors.fingerprint import files_digest, fingerprint
 from streammerge.version import __version__
 
@@ -174,7 +175,7 @@ def compute_grams(
         }
         with locked_partial(out, overwrite):
             store = StoreWriter(out, identity, attribute=GRAM_ATTRIBUTE, sums=GramSums)
-            work = out.with_name(out.name + ".partial") / WORK
+            work = out.with_name(out.name + PARTIAL) / WORK
             make_directory(work)
             progress = Progress(reader, len(index), control)
             collection = _Collection(

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
 from streammerge.checkpoint.sidecar_names import QUANTISATION, is_tokenizer_file
-from streammerge.checkpoint.sidecars import stamp_of, survey, unreadable
+from streammerge.checkpoint.sidecars import survey, unreadable
 from streammerge.checkpoint.tokenizer import FULL
 from streammerge.errors import printable
-from streammerge.formats.safetensors import FileStamp
+from streammerge.io.stamp import FileStamp
 from streammerge.planning.files.tokenizer import TokenizerFiles
 
 _SHOWN = 12
@@ -89,7 +89,7 @@ def _is_untrue(name: str, changed: TokenizerFiles | None, *, quantised: bool) ->
 
 def _stamp(path: Path) -> FileStamp:
     try:
-        return stamp_of(path, os.stat(path))
+        return FileStamp.of(path, os.stat(path))
     except OSError as error:
         raise unreadable(path, error) from error
 

@@ -15,13 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.dtypes import BITS, itemsize
+from streammerge.io.pages import DIRECT_BYTES, LINE, PAGE, slot_bytes
 from streammerge.planning.job import Job
-
-PAGE = 4096
-"""Bytes; what direct I/O is aligned to."""
-DIRECT_BYTES = 1 << 20
-"""Least bytes worth a direct transfer: smaller ones gain from the kernel's read-ahead and write-back."""
-_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -67,11 +62,6 @@ def divide(job: Job, n: int) -> Places:
     )
 
 
-def slot_bytes(nbytes: int, paged: bool = True) -> int:
-    """Return the size of the slot of an operand."""
-    return -(-nbytes // PAGE) * PAGE + PAGE if paged else -(-nbytes // _LINE) * _LINE
-
-
 def bytes_per_element(job: Job) -> float:
     """Return the buffer bytes per element: all inputs, and the output where it has a slot of its own."""
     output = BITS[job.computed_dtype] / 8 if _output_is_wider(job) else 0.0
@@ -82,7 +72,7 @@ def alignment_bytes(job: Job) -> int:
     """Return what `divide` needs at most beside `bytes_per_element`."""
     slots = len(_input_bits(job)) + 1
     scratch = PAGE if job.fisher_chunk_bytes else 0
-    return ((2 * slots + 1) * PAGE if _is_paged(job) else (slots + 1) * _LINE) + scratch
+    return ((2 * slots + 1) * PAGE if _is_paged(job) else (slots + 1) * LINE) + scratch
 
 
 def is_copied(job: Job) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.algebra.extent import Extent
-from streammerge.checkpoint.companions import ChunkedRef, FisherIndex, FisherRef
+from streammerge.checkpoint.companions import CompanionIndex, CompanionRef
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.refs.float8 import as_it_lies
 from streammerge.checkpoint.refs.made import GatheredRef, SourceRef, stored_dtype
@@ -16,6 +16,7 @@ from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS, promoted
 from streammerge.errors import ConfigError, ModelError, printable
+from streammerge.formats.zarr_store import ChunkedRef
 from streammerge.methods.registry import Method
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.job import Job
@@ -45,9 +46,9 @@ def resolve_jobs(
     method: Method,
     template: TensorIndex,
     matched: Matched,
-    fishers: Sequence[FisherIndex] = (),
+    fishers: Sequence[CompanionIndex] = (),
     alignment: Alignment | None = None,
-    grams: Sequence[FisherIndex] = (),
+    grams: Sequence[CompanionIndex] = (),
 ) -> Resolved:
     """Return the jobs in the file order of the first input.
 
@@ -192,8 +193,8 @@ class _Binder:
         self,
         config: MergeConfig,
         method: Method,
-        fishers: Sequence[FisherIndex],
-        grams: Sequence[FisherIndex],
+        fishers: Sequence[CompanionIndex],
+        grams: Sequence[CompanionIndex],
         own_names: Mapping[str, Mapping[str, str]],
     ) -> None:
         self._config, self._method, self._fishers, self._grams = config, method, fishers, grams
@@ -253,7 +254,7 @@ class _Binder:
 
     def _diagonals(
         self, output: OutputTensor, template: SourceRef, members: Sequence[int], sources: Sequence[SourceRef]
-    ) -> tuple[FisherRef, ...]:
+    ) -> tuple[CompanionRef, ...]:
         if not self._fishers:
             return ()
         if any(isinstance(ref, GatheredRef) for ref in sources):
@@ -280,8 +281,8 @@ class _Binder:
         return tuple(index[name] for index, name in pairs)
 
     def _stored(
-        self, stores: Sequence[FisherIndex], output: OutputTensor, members: Sequence[int]
-    ) -> list[tuple[FisherIndex, str]]:
+        self, stores: Sequence[CompanionIndex], output: OutputTensor, members: Sequence[int]
+    ) -> list[tuple[CompanionIndex, str]]:
         """Return the store beside each source, and what the model itself calls the output's tensor."""
         return [
             (stores[member], self._own_names.get(spec.reference, {}).get(name, name))

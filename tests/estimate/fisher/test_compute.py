@@ -19,9 +19,10 @@ import torch
 import zarr
 
 from streammerge.api import compute_fisher, merge
-from streammerge.checkpoint.companions import ATTRIBUTE, open_fisher
+from streammerge.checkpoint.companions import open_fisher
 from streammerge.errors import BudgetError, InputError, OutputError, Stopped
 from streammerge.estimate.fisher.labels import draw
+from streammerge.formats.zarr_store import ATTRIBUTE
 from tests.conftest import read_tensors
 from tests.estimate.fisher import naive
 from tests.estimate.network.tiny import MODELS, make_lines, make_model, write_lines

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge, plan
-from streammerge.checkpoint.companions import ATTRIBUTE, ChunkedRef, open_fisher
+from streammerge.checkpoint.companions import open_fisher
 from streammerge.errors import BudgetError, ModelError, OutputError, StreammergeError
 from streammerge.estimate.fisher.importing import import_diagonal
 from streammerge.events import Control
 from streammerge.formats import zarr_writer as store
+from streammerge.formats.zarr_store import ATTRIBUTE, ChunkedRef
 from tests.conftest import config_for, output_bytes, write_fisher, write_model
 
 SHAPES: dict[str, tuple[int, ...]] = {
