@@ -148,7 +148,6 @@ def record(folder: Path) -> Path:
     """Play the steps; return the asciicast."""
     terminal = Terminal(folder)
     terminal.wait()
-    terminal.rest(0.5)
     for step in STEPS:
         terminal.play(step)
     terminal.close()

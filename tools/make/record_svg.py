@@ -1,6 +1,6 @@
 """Draw an asciicast as one SVG that moves by itself: no script, no font of its own, for <img> in a README.
 
-The screens are laid under each other as on a film, which one animation of CSS pulls through the window; a line that
+What cannot move shows the last screen. The screens are laid under each other as on a film, which one animation of CSS pulls through the window; a line that
 several screens show is drawn once. Characters of bars are rectangles, since fonts draw them with gaps.
 """
 
@@ -164,10 +164,10 @@ def draw(cast: str) -> str:
     style = (
         f"text{{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono','Liberation Mono',"
         f"monospace;font-size:{SIZE}px;white-space:pre}}"
-        f"#film{{animation:film {total:.2f}s step-end infinite}}"
+        f"#film{{transform:translateY(-{last:g}px);animation:film {total:.2f}s step-end infinite}}"
         f"@keyframes film{{{''.join(moves)}}}"
         f"#key{{opacity:0;animation:key {total:.2f}s step-end infinite}}@keyframes key{{0%{{opacity:0}}{pressed}}}"
-        f"@media(prefers-reduced-motion:reduce){{#key{{animation:none}}#film{{animation:none;transform:translateY(-{last:g}px)}}}}"
+        f"@media(prefers-reduced-motion:reduce){{#key{{animation:none}}#film{{animation:none}}}}"
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '

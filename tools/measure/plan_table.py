@@ -25,8 +25,8 @@ RATES = (("500 MiB/s", 500 << 20), ("2 GiB/s", 2 << 30))
 SIZES = {"7B": "7b", "70B": "70b", "405B": "405b"}
 """How the table calls a preset of tools/make/make_models.py."""
 METHODS: dict[str, dict[str, Any]] = {
-    "`linear`, two models": {"merge_method": "linear", "models": ["tuned1", "tuned2"]},
-    "`ties`, two models and a base": {
+    "`linear`, 2 models": {"merge_method": "linear", "models": ["tuned1", "tuned2"]},
+    "`ties`, 2 models, base": {
         "merge_method": "ties",
         "base_model": "base",
         "models": ["tuned1", "tuned2"],
@@ -85,10 +85,10 @@ def table(sizes: Iterable[str] = tuple(SIZES)) -> str:
     titles = [
         "models",
         "merge",
-        f"read with `--memory {MEMORY}`",
-        "output on disk",
+        f"read at {MEMORY.replace('GiB', ' GiB')}",
+        "written",
         "least memory",
-        "memory to read each byte once",
+        "each byte read once from",
         *(f"time at {name}" for name, _ in RATES),
     ]
     head = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
