@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from streammerge.checkpoint.companions import CompanionIndex, open_fisher, open_grams
 from streammerge.checkpoint.index import TensorIndex, open_model
+from streammerge.checkpoint.submodules import shared_folders
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import ModelError, NotDownloadedError, printable
 from streammerge.io.files import meant
@@ -59,6 +60,9 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Opened
         return opened[reference]
 
     _find_all(config, get)
+    if sources.model is open_model and len(config.modules) == 1 and not config.modules[0].is_sliced:
+        joined = shared_folders(list(opened.values()), open_model)
+        opened = dict(zip(opened, joined, strict=True))
     models = [get(spec.reference) for spec in config.models]
     base = get(config.base_model) if config.base_model is not None else None
     others = {

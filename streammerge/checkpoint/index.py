@@ -65,6 +65,8 @@ class TensorIndex(Mapping[str, SourceRef]):
     """What the user should know of how it was read."""
     quantization: Quantization | None = None
     """Which of its tensors are codes, and what belongs to them; None where all are plain."""
+    folders: tuple[str, ...] = ()
+    """Folders of further modules whose tensors are among its own, as ``FOLDER/name``."""
 
     def __getitem__(self, name: str) -> SourceRef:
         return self.tensors[name]

@@ -44,6 +44,7 @@ from streammerge.output.inputs import (
 )
 from streammerge.output.journal import Journal, Known, Progress, Receipt
 from streammerge.output.shards import ShardWriter
+from streammerge.planning.layout import folder_of
 from streammerge.planning.memory.buffers import is_copied
 from streammerge.planning.plan import MergePlan, describe
 
@@ -194,6 +195,9 @@ class _Session:
         stages = self._context.stages
         try:
             progress = self._continue(journal, files)
+            shards = [shard.name for shard in self._plan.layout.shards if folder_of(shard.name)]
+            if shards:
+                journal.announce(shards)  # started over, another merge has to know of them
             self._writer.open()
             if self._writer.unreserved:
                 self._control.warn(f"{printable(self._out)}: {_UNRESERVED}")

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from streammerge.algebra.extent import Extent
-from streammerge.checkpoint.shards import SUFFIX
 from streammerge.dtypes import BITS
 from streammerge.engine.scheduler import Runner
 from streammerge.engine.task import Context
@@ -33,7 +32,7 @@ from streammerge.output.identity import LAYOUT, VERSION, identify
 from streammerge.output.inputs import ContentHasher, changed_contents
 from streammerge.output.journal import Receipt
 from streammerge.output.manifest import MANIFEST
-from streammerge.planning.layout import Layout, Shard, Slot
+from streammerge.planning.layout import Layout, Shard, Slot, folder_of, is_shard
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import ALIGN, Piece, remaining
 from streammerge.version import __version__
@@ -153,10 +152,9 @@ def _placed(plan: MergePlan, out: Path, names: Sequence[str]) -> MergePlan:
     jobs = {job.name: job for job in plan.jobs}
     slots: dict[int, Slot] = {}
     shards = []
-    for number, name in enumerate(
-        sorted(name for name in names if name.endswith(SUFFIX) and "/" not in name)
-    ):
+    for number, name in enumerate(sorted(name for name in names if is_shard(name, plan.template.folders))):
         refs, _, stamp = read_header(out / name)
+        refs = {f"{folder_of(name)}{tensor}": ref for tensor, ref in refs.items()}
         for tensor, ref in refs.items():
             job = jobs.get(tensor)
             if job is None or (job.dtype, job.shape) != (ref.dtype, ref.shape):

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -26,6 +26,7 @@ from streammerge.output.edits import find_edits
 from streammerge.output.journal import STATE
 from streammerge.output.manifest import MANIFEST, load_manifest
 from streammerge.output.readback import Found, Part, read_back
+from streammerge.planning.layout import folder_of, is_shard
 
 _LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)
 """How the names of files end that a loader may take for the model, or that a merge leaves unfinished."""
@@ -86,7 +87,9 @@ def check_files(
     """Do what `verify` does, with a manifest that is believed."""
     edits = find_edits(out, manifest["files"])
     examined = [
-        _examine(out, name, entry["nbytes"]) for name, entry in manifest["files"].items() if name not in edits
+        _examine(out, name, entry["nbytes"], manifest.get("folders", ()))
+        for name, entry in manifest["files"].items()
+        if name not in edits
     ]
     readable = {str(out / one.name): one.parts for one in examined if one.parts}
     found = read_back(readable, on_tick)
@@ -129,7 +132,7 @@ class _Examined:
     header_problem: str = ""
 
 
-def _examine(out: Path, name: str, nbytes: int) -> _Examined:
+def _examine(out: Path, name: str, nbytes: int, folders: Sequence[str]) -> _Examined:
     path, shown = out / name, printable(name)
     try:
         status = os.lstat(path)
@@ -142,21 +145,18 @@ def _examine(out: Path, name: str, nbytes: int) -> _Examined:
     if status.st_size != nbytes:
         return _Examined(name, (f"{shown}: has {status.st_size} bytes, {nbytes} were written",))
     whole = Part("", 0, nbytes)
-    if not _is_shard(name):
+    if not is_shard(name, folders):
         return _Examined(name, parts=(whole,))
     try:
         tensors, _, _ = read_header(path)
     except ModelError as error:
         return _Examined(name, parts=(whole,), header_problem=str(error).removeprefix(f"{path}: "))
+    tensors = {f"{folder_of(name)}{tensor}": ref for tensor, ref in tensors.items()}
+    tensors = {tensor: replace(ref, name=tensor) for tensor, ref in tensors.items()}
     refs = sorted(tensors.values(), key=lambda ref: (ref.offset, ref.nbytes))
     header = Part("", 0, refs[0].offset)
     parts = (header, *(Part(ref.name, ref.offset, ref.nbytes, ref.dtype) for ref in refs))
     return _Examined(name, parts=parts, tensors=tensors)
-
-
-def _is_shard(name: str) -> bool:
-    """Return whether a file holds merged tensors; what lies in folders is copied as it was."""
-    return name.endswith(SUFFIX) and "/" not in name
 
 
 def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]) -> list[str]:
@@ -214,7 +214,8 @@ def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> li
                     f"{printable(one.name)}: tensor {printable(tensor)} is in {printable(places[tensor])} too"
                 )
             places[tensor] = one.name
-    if all(one.tensors is not None for one in examined if _is_shard(one.name)):
+    folders = manifest.get("folders", ())
+    if all(one.tensors is not None for one in examined if is_shard(one.name, folders)):
         lost = [tensor for tensor in manifest["tensors"] if tensor not in places]
         more = f" and {len(lost) - 1} more tensors are" if len(lost) > 1 else " is"
         problems += [f"tensor {printable(lost[0])}{more} in no file, though in {MANIFEST}"] if lost else []
@@ -223,7 +224,7 @@ def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> li
 
 def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
     """Return how the index does not lead to every tensor, and to nothing else."""
-    shards = [one for one in examined if _is_shard(one.name)]
+    shards = [one for one in examined if is_shard(one.name, ())]
     name = next((name for name in INDEXES if name in manifest["files"]), None)
     if name is None:
         if len(shards) < 2:

@@ -19,6 +19,7 @@ from streammerge.output.shards import ShardWriter
 from streammerge.output.sidecars import copy_sidecar, read_sidecar
 from streammerge.planning.files.config_json import spelled
 from streammerge.planning.files.origins import origins_of
+from streammerge.planning.layout import folder_of
 from streammerge.planning.plan import MergePlan
 from streammerge.version import __version__
 
@@ -62,7 +63,7 @@ def commit(
             fsync_directory(folder)
     written |= {name: (len(data), crc32(data)) for name, data in {**made, **index}.items()}
     manifest = _manifest(plan, chosen, identity, written, contents)
-    for shard in shards if not single else ():
+    for shard in shards[1:] if single else shards:
         writer.publish(shard)
     write_file(out / MANIFEST, seal(manifest))
     with world_errors(out):
@@ -148,6 +149,7 @@ def _manifest(
         **({"fisher_sha256": diagonals} if any(diagonals) else {}),
         **({"fisher_tables": fishers, "floored": floored(plan, chosen)} if plan.fishers else {}),
         **({"not_finite": bad} if (bad := not_finite(plan, chosen)) else {}),
+        **({"folders": list(plan.template.folders)} if plan.template.folders else {}),
         "files": dict(sorted(written.items())),
         "tensors": {
             job.name: {"dtype": job.dtype, "shape": list(job.shape), "crc32": f"{tensors[job.ordinal]:08x}"}
@@ -198,9 +200,9 @@ def not_finite(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict
 
 
 def _index(plan: MergePlan) -> bytes:
-    weight_map = {
-        job.name: plan.layout.shards[plan.layout.slots[job.ordinal].shard].name for job in plan.jobs
-    }
-    total = sum(slot.nbytes for slot in plan.layout.slots)
+    slots = {job.name: plan.layout.slots[job.ordinal] for job in plan.jobs}
+    own = {name: slot for name, slot in slots.items() if not folder_of(plan.layout.shards[slot.shard].name)}
+    weight_map = {name: plan.layout.shards[slot.shard].name for name, slot in own.items()}
+    total = sum(slot.nbytes for slot in own.values())
     value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return bytes(indented(value, 2) + b"\n")

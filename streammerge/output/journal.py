@@ -273,7 +273,9 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
             raise ValueError
         progress.answers[job_key] = [list(one) for one in answers]
     elif "beside" in record:
-        progress.beside = [name for name in record["beside"] if isinstance(name, str) and is_sound_path(name)]
+        progress.beside += [
+            name for name in record["beside"] if isinstance(name, str) and is_sound_path(name)
+        ]
     elif "files" in record:
         progress.files = _known_files(record["files"])
     return progress

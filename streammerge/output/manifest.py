@@ -160,6 +160,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "floored": (_entry(elements=_natural, of=_natural, fraction=_fraction), "two numbers and their fraction"),
     "not_finite": (_counts, "a map of numbers of elements"),
+    "folders": (_list_of(lambda one: _text(one) and is_sound_path(one)), "a list of folders"),
     "files": (_files, "a map of file names to sizes and checksums"),
     "tensors": (
         _map_of(_entry(dtype=_dtype, shape=_shape, crc32=_crc)),
@@ -167,4 +168,4 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """What each field must be; others are not looked at."""
-_NEEDED = frozenset(_FIELDS) - {"fisher_sha256", "floored", "not_finite"}
+_NEEDED = frozenset(_FIELDS) - {"fisher_sha256", "floored", "folders", "not_finite"}

@@ -10,7 +10,7 @@ from typing import Protocol
 from streammerge.io.allocate import allocate, check_space
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.direct import REFUSED, open_direct, place_in_page, write_direct
-from streammerge.io.durable import PARTIAL, fsync_directory, world_errors
+from streammerge.io.durable import PARTIAL, fsync_directory, make_folders, world_errors
 from streammerge.io.pages import DIRECT_BYTES, PAGE
 from streammerge.planning.layout import Layout, Shard
 
@@ -69,14 +69,18 @@ class ShardWriter:
                     self._descriptors.append(self._open_one(number, shard))
                 direct = open_direct(self._descriptors[-1], os.O_RDWR) if self._direct else None
                 self._direct_descriptors.append(direct)
-            with world_errors(self._directory):
-                fsync_directory(self._directory)
+            for folder in sorted(
+                {(self._directory / shard.name).parent for shard in self._shards}, reverse=True
+            ):
+                with world_errors(folder):
+                    fsync_directory(folder)
         except BaseException:
             self._free_space()
             raise
 
     def _open_one(self, number: int, shard: Shard) -> int:
         final, partial = self._directory / shard.name, self._partial(number)
+        make_folders(self._directory, shard.name)
         if final.exists():
             os.replace(final, partial)
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -151,6 +155,8 @@ class ShardWriter:
         with world_errors(name):
             os.fsync(self._descriptors[shard])
             os.replace(self._partial(shard), name)
+            if name.parent != self._directory:
+                fsync_directory(name.parent)
 
     def close(self) -> None:
         """Close all shards."""

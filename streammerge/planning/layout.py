@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from streammerge.checkpoint.shards import SUFFIX
 from streammerge.checkpoint.weight_names import index_file, weight_file
 from streammerge.dtypes import RANK
 from streammerge.planning.job import Job
@@ -59,14 +60,17 @@ class Layout:
         return {shard.name: shard.nbytes for shard in self.shards}
 
 
-def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model") -> Layout:
+def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model", folders: Sequence[str] = ()) -> Layout:
     """Distribute the jobs' tensors, in order, over shards of at most `shard_size` bytes of data, named after `stem`.
 
-    A tensor larger than that has a shard of its own.
+    A tensor larger than that has a shard of its own, and so have all tensors ``FOLDER/name`` of one of the `folders`
+    together, whatever their size: the libraries that read such folders look for one file.
     """
     groups: list[list[Job]] = []
     filled = 0
-    for job in jobs:
+    parted = {folder: [job for job in jobs if job.name.startswith(f"{folder}/")] for folder in folders}
+    apart = {job.ordinal for own in parted.values() for job in own}
+    for job in (job for job in jobs if job.ordinal not in apart):
         if not groups or (filled + job.output_bytes > shard_size and groups[-1]):
             groups.append([])
             filled = 0
@@ -74,25 +78,43 @@ def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model") -> Layout
         filled += job.output_bytes
     shards = []
     slots: dict[int, Slot] = {}
-    for number, group in enumerate(groups):
+    n_own = len(groups)
+    names = [weight_file(stem, number, n_own) for number in range(n_own)]
+    names += [f"{folder}/{weight_file('model')}" for folder, own in parted.items() if own]
+    groups += [own for own in parted.values() if own]
+    for number, (name, group) in enumerate(zip(names, groups, strict=True)):
         ordered = sorted(group, key=lambda job: (-RANK[job.dtype], job.name.encode()))
-        header = _header(ordered)
+        header = _header(ordered, len(folder_of(name)))
         offset = len(header)
         for job in ordered:
             slots[job.ordinal] = Slot(number, offset, job.output_bytes)
             offset += job.output_bytes
-        name = weight_file(stem, number, len(groups))
         shards.append(Shard(name, header, offset, tuple(job.ordinal for job in ordered)))
-    index = index_file(stem) if len(groups) > 1 else None
+    index = index_file(stem) if n_own > 1 else None
     return Layout(tuple(shards), tuple(slots[job.ordinal] for job in jobs), index)
 
 
-def _header(ordered: Sequence[Job]) -> bytes:
+def folder_of(name: str) -> str:
+    """Return what the names of a shard's tensors begin with in the plan and not in the file.
+
+    >>> folder_of("2_Dense/model.safetensors"), folder_of("model.safetensors")
+    ('2_Dense/', '')
+    """
+    return name[: name.rfind("/") + 1]
+
+
+def is_shard(name: str, folders: Sequence[str]) -> bool:
+    """Return whether a file of an output holds merged tensors; what lies in folders other than `folders` is a copy."""
+    folder = folder_of(name)
+    return name.endswith(SUFFIX) and (not folder or folder[:-1] in folders)
+
+
+def _header(ordered: Sequence[Job], cut: int) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for job in ordered:
         end = offset + job.output_bytes
-        entries[job.name] = {
+        entries[job.name[cut:]] = {
             "dtype": job.dtype,
             "shape": list(job.shape),
             "data_offsets": [offset, end],

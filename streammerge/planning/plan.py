@@ -310,7 +310,7 @@ def make_plan(
         jobs,
         tuple(need.access for need in needs),
         allocation.work,
-        lay_out(jobs, shard_size, ecosystem_of(template).stem),
+        lay_out(jobs, shard_size, ecosystem_of(template).stem, template.folders),
         allocation.budget,
         config.seed if seed is None else seed,
         torch_only,

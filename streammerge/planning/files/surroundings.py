@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
-from streammerge.checkpoint.sidecar_names import QUANTISATION, is_tokenizer_file
+from streammerge.checkpoint.sidecar_names import QUANTISATION, is_tokenizer_file, is_weights
 from streammerge.checkpoint.sidecars import survey, unreadable
 from streammerge.checkpoint.tokenizer import FULL
 from streammerge.errors import printable
@@ -52,7 +52,7 @@ def surroundings(
     whole = not is_single_file(template)
     own = {os.path.basename(stamp.path) for stamp in template.stamps}
     beside = survey(template.directory, own, whole=whole)
-    files = dict(beside.files)
+    files = {name: stamp for name, stamp in beside.files.items() if not _is_merged(name, template.folders)}
     if tokenizer != template.directory:
         files = {name: stamp for name, stamp in files.items() if not is_tokenizer_file(name)}
         if tokenizer is not None:
@@ -68,8 +68,15 @@ def surroundings(
     notes = [
         f"{printable(template.reference)}: the weights in {printable(name, 80)}/ are copied, not merged"
         for name in beside.modules
+        if name not in template.folders
     ]
     return Surroundings(dict(sorted(files.items())), (*notes, *_left_behind(template, left)))
+
+
+def _is_merged(name: str, folders: Sequence[str]) -> bool:
+    """Return whether a file holds weights of a module that is merged, or is their index."""
+    folder, _, base = name.rpartition("/")
+    return folder in folders and (is_weights(base) or base.endswith(".index.json"))
 
 
 def is_single_file(index: TensorIndex) -> bool:

@@ -1,0 +1,81 @@
+"""Folders of weights that belong to one model: the modules of sentence-transformers behind the transformer itself.
+
+A tensor of such a folder is one more tensor of the model, called ``FOLDER/name``; the output has it in the same folder,
+under its own name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.sidecar_names import is_weights
+from streammerge.checkpoint.sidecars import leads_inside, module_folders
+
+
+def shared_folders(
+    indexes: Sequence[TensorIndex], opening: Callable[[str], TensorIndex]
+) -> list[TensorIndex]:
+    """Return models with the tensors of those module folders that all of them have, with the same names and shapes.
+
+    A folder that differs, or that not all have, is left to be copied from one of them.
+
+    Parameters
+    ----------
+    opening
+        Opens the weights of one folder.
+    """
+    if any(index.adapter is not None for index in indexes):
+        return list(indexes)
+    folders = [folder for folder in _with_weights(indexes[0].directory) if all(map(_is_directory, indexes))]
+    shared: dict[str, list[TensorIndex]] = {}
+    for folder in folders:
+        if all(folder in _with_weights(index.directory) for index in indexes):
+            parts = [opening(str(index.directory / folder)) for index in indexes]
+            if len({tuple((name, ref.shape) for name, ref in sorted(part.items())) for part in parts}) == 1:
+                shared[folder] = parts
+    return [
+        _joined(index, {folder: parts[place] for folder, parts in shared.items()})
+        for place, index in enumerate(indexes)
+    ]
+
+
+def _is_directory(index: TensorIndex) -> bool:
+    """Return whether a model is a directory of its own, and no file of one that may be another's."""
+    return (
+        index.directory == Path(os.path.expanduser(index.reference)) or "snapshots" in index.directory.parts
+    )
+
+
+def _with_weights(directory: Path) -> list[str]:
+    """Return the folders named as modules that hold weights, none of them by a link that leads elsewhere."""
+    found = []
+    for folder in module_folders(directory):
+        try:
+            names = [name for name in os.listdir(directory / folder) if is_weights(name)]
+            if names and all(leads_inside(directory, directory / folder / name) for name in names):
+                found.append(folder)
+        except OSError:
+            continue
+    return found
+
+
+def _joined(index: TensorIndex, parts: dict[str, TensorIndex]) -> TensorIndex:
+    """Return a model with the tensors of some folders among its own."""
+    if not parts:
+        return index
+    tensors = dict(index.tensors)
+    for folder, part in parts.items():
+        tensors |= {f"{folder}/{name}": ref for name, ref in part.items()}
+    stamps = (*index.stamps, *(stamp for part in parts.values() for stamp in part.stamps))
+    notes = (*index.notes, *(note for part in parts.values() for note in part.notes))
+    return replace(
+        index,
+        tensors=tensors,
+        stamps=tuple(sorted(stamps, key=lambda stamp: stamp.path)),
+        notes=notes,
+        folders=tuple(parts),
+    )
