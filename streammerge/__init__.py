@@ -31,8 +31,8 @@ inspect_model, list_methods
     A model's tensors; the methods and their parameters.
 compute_fisher, import_fisher, compute_grams
     Fisher diagonals and Gram matrices, for the methods that weigh by them.
-method
-    Registers a method of your own.
+method, per_model
+    Registers a method of your own; the default of its parameters that have a value per model.
 
 Errors are `StreammergeError` and its kinds, warnings are `StreammergeWarning`.
 """
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
         WorldError,
     )
     from streammerge.events import Event
-    from streammerge.methods.registry import Method, PerModel, method
+    from streammerge.methods.registry import Method, PerModel, method, per_model
     from streammerge.output.check import Verdict
     from streammerge.planning.plan import MergePlan
 
@@ -95,6 +95,7 @@ __all__ = [
     "merge",
     "merge_state_dicts",
     "method",
+    "per_model",
     "plan",
     "verify",
 ]
@@ -120,7 +121,7 @@ _HOMES = {
         "WorldError",
     ),
     "events": ("Event",),
-    "methods.registry": ("Method", "PerModel", "method"),
+    "methods.registry": ("Method", "PerModel", "method", "per_model"),
     "output.check": ("Verdict",),
     "planning.plan": ("MergePlan",),
 }

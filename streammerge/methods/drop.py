@@ -7,15 +7,16 @@ random (`exact`), or the smallest magnitudes (`magnitude`, the paper's ablation)
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from streammerge.algebra.task_vectors import Cut, TaskVector
 from streammerge.numerics import philox as rng
-from streammerge.statistics.kinds import AbsSum, Answer, LowWords, Statistic, Threshold, TopK
+from streammerge.statistics.asking import Steps, ask_all
+from streammerge.statistics.kinds import AbsSum, LowWords, TopK
 
-Ask = Generator[list[Statistic], list[Answer], list[TaskVector]]
+Vectors = Steps[list[TaskVector]]
 Rescale = Literal["paper", "l1", "none"]
 Mask = Literal["bernoulli", "exact", "magnitude"]
 
@@ -70,7 +71,7 @@ class Drop:
     shared: bool
     """One random mask for all models."""
 
-    def steps(self) -> Ask:
+    def steps(self) -> Vectors:
         """Ask for the statistics it takes and return the models' task vectors, dropped and rescaled."""
         vectors = [TaskVector(i, shared=self.shared) for i in range(len(self.rates))]
         if self.mask == "magnitude":
@@ -89,28 +90,26 @@ class Drop:
         return vectors
 
 
-def _drop_exactly(vectors: Sequence[TaskVector], rates: Sequence[float]) -> Ask:
+def _drop_exactly(vectors: Sequence[TaskVector], rates: Sequence[float]) -> Vectors:
     """Drop round(n p) entries of each tensor: those of the smallest random words, ties by index."""
     partial = [i for i, rate in enumerate(rates) if 0 < rate < 1]
     dropped = [replace(v, drop=2**32) if rate >= 1 else v for v, rate in zip(vectors, rates, strict=True)]
     if not partial:
         return dropped
-    ends = yield [LowWords(vectors[i], rates[i]) for i in partial]
-    for i, end in zip(partial, ends, strict=True):
-        word, element = cast(tuple[int, int], end)
+    ends = yield from ask_all([LowWords(vectors[i], rates[i]) for i in partial])
+    for i, (word, element) in zip(partial, ends, strict=True):
         dropped[i] = replace(dropped[i], drop=word, drop_end=element)
     return dropped
 
 
-def _drop_smallest(vectors: Sequence[TaskVector], densities: Sequence[float]) -> Ask:
+def _drop_smallest(vectors: Sequence[TaskVector], densities: Sequence[float]) -> Vectors:
     """Keep the top `density` of magnitudes per tensor; entries at the threshold by a thinning draw."""
     dropped = [replace(v, drop=2**32) if d <= 0 else v for v, d in zip(vectors, densities, strict=True)]
     partial = [i for i, density in enumerate(densities) if 0 < density < 1]
     if not partial:
         return dropped
-    thresholds = yield [TopK(vectors[i], densities[i]) for i in partial]
+    thresholds = yield from ask_all([TopK(vectors[i], densities[i]) for i in partial])
     for i, threshold in zip(partial, thresholds, strict=True):
-        assert isinstance(threshold, Threshold)
         limit = rng.threshold(threshold.needed / threshold.ties)
         dropped[i] = replace(dropped[i], cut=Cut(threshold.key, "thin", limit))
     return dropped
@@ -124,17 +123,15 @@ def _rescale_by_probability(vectors: Sequence[TaskVector], densities: Sequence[f
     ]
 
 
-def rescale_by_norm(before: Sequence[TaskVector], after: Sequence[TaskVector]) -> Ask:
+def rescale_by_norm(before: Sequence[TaskVector], after: Sequence[TaskVector]) -> Vectors:
     """Give each vector back the L1 norm it had before, per tensor, as mergekit's ``rescale: true`` does."""
     rescaled = list(after)
     touched = [i for i, pair in enumerate(zip(before, after, strict=True)) if _differ(*pair)]
     if not touched:
         return rescaled
-    sums = yield [AbsSum(vectors[i]) for vectors in (before, after) for i in touched]
+    sums = yield from ask_all([AbsSum(vectors[i]) for vectors in (before, after) for i in touched])
     for place, i in enumerate(touched):
         whole, left = sums[place], sums[len(touched) + place]
-        assert isinstance(whole, float)
-        assert isinstance(left, float)
         rescaled[i] = replace(after[i], rescale=after[i].rescale * (whole / left if left > 0 else 1.0))
     return rescaled
 

@@ -7,7 +7,8 @@ a flattened tensor is one row, and a column is one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,15 +18,14 @@ from numpy.typing import NDArray
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import ColumnCombination, RowCombination, TaskVectorMerge, WeightedSum
 from streammerge.algebra.task_vectors import TaskVector
-from streammerge.statistics.kinds import Answer, ColumnDots, ColumnGram, Dots, Gram, Statistic
+from streammerge.statistics.asking import Steps, ask
+from streammerge.statistics.kinds import ColumnGram, Gram
 
 Matrix = NDArray[np.float64]
 _PARALLEL = 1e-8
 """Sine of an angle below which an arc is a straight line, to fp64's last digits."""
 
-Combination = Generator[
-    list[Statistic], list[Answer], WeightedSum | TaskVectorMerge | RowCombination | ColumnCombination
-]
+Combination = Steps[WeightedSum | TaskVectorMerge | RowCombination | ColumnCombination]
 
 
 def combine(
@@ -56,12 +56,10 @@ def combine(
         return RowCombination(partial(coefficients, **parameters), tuple(vectors))
     k = len(vectors) or n + base
     if by is Extent.COLUMN:
-        (columns,) = yield [ColumnGram(k, tuple(vectors))]
-        assert isinstance(columns, ColumnDots)
+        columns = yield from ask(ColumnGram(k, tuple(vectors)))
         by_column = coefficients(columns.matrices(), **parameters)
         return ColumnCombination(np.ascontiguousarray(by_column.T), tuple(vectors))
-    (dots,) = yield [Gram(k, tuple(vectors))]
-    assert isinstance(dots, Dots)
+    dots = yield from ask(Gram(k, tuple(vectors)))
     weights = [float(weight) for weight in coefficients(dots.matrix(), **parameters)[0]]
     if vectors:
         return TaskVectorMerge(tuple(_weighed(vector, w) for vector, w in zip(vectors, weights, strict=True)))
@@ -69,8 +67,6 @@ def combine(
 
 
 def _weighed(vector: TaskVector, weight: float) -> TaskVector:
-    from dataclasses import replace
-
     return replace(vector, weight=weight)
 
 

@@ -10,25 +10,41 @@ Three kinds of function may be registered, told apart by their signature:
 from __future__ import annotations
 
 import inspect
-import typing
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
-from enum import Enum, StrEnum
 from functools import cached_property
-from types import SimpleNamespace, UnionType
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import Formula, Rule, removing, seen_by
 from streammerge.errors import ConfigError, InputError, blamed_on, printable
 from streammerge.methods.drop import GENERAL, DropNames
+from streammerge.methods.other_names import method_meant
+from streammerge.methods.parameters import (
+    REQUIRED,
+    Parameter,
+    PerModel,
+    declared,
+    drop_parameters,
+    per_model,
+)
 from streammerge.methods.sources import digest, imported_files, own_digest
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.kinds import Answer, Statistic
 
-T = TypeVar("T")
+__all__ = [
+    "REQUIRED",
+    "Base",
+    "Method",
+    "Parameter",
+    "PerModel",
+    "all_methods",
+    "get_method",
+    "method",
+    "per_model",
+]
+
 Base = Literal["required", "optional", "member", "template", "none"]
 """What a method does with ``base_model``.
 
@@ -38,62 +54,13 @@ Base = Literal["required", "optional", "member", "template", "none"]
 """
 
 
-class Missing(Enum):
-    """What stands where nothing was given; it stays itself when pickled."""
-
-    REQUIRED = "required"
-
-
-REQUIRED = Missing.REQUIRED
-"""The default of a parameter that has none: the config must give it."""
-
-
-if TYPE_CHECKING:
-    PerModel = tuple[T, ...] | Any  # a default is one value for all models
-else:
-
-    class PerModel(tuple[T, ...], Generic[T]):
-        """Annotation of a parameter that has one value per model, in configured order."""
-
-
-class Access(StrEnum):
-    """How a method's arithmetic may be cut into pieces."""
-
-    ELEMENTWISE = "elementwise"
-    """Anywhere."""
-    ROW = "row"
-    """Between rows (the last axis stays whole)."""
-    TENSOR = "tensor"
-    """Needs statistics of the whole tensor (a plain formula: the whole tensor itself)."""
-    MODEL = "model"
-    """Needs statistics of the whole model."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter as a method declares it."""
-
-    name: str
-    """As written in YAML: a trailing underscore of the Python name is dropped."""
-    kind: tuple[type, ...]
-    per_model: bool
-    default: Any
-    choices: tuple[str, ...] = ()
-    bounds: tuple[float, float] | None = None
-
-    @property
-    def python_name(self) -> str:
-        """The keyword of the Python function."""
-        return self.name + "_" if self.name == "lambda" else self.name
-
-
 @dataclass(frozen=True)
 class Method:
     """A registered method: its function and everything the planner must know about it."""
 
     name: str
     function: Callable[..., Any]
-    access: Access
+    access: Extent
     """The most the method may need; `passes` tells what a given choice of parameters does need."""
     base: Base
     n_models: tuple[int, int | None]
@@ -177,7 +144,7 @@ class Method:
     def sees(self, context: TensorContext, parameters: Mapping[str, Any]) -> Extent:
         """Return what arithmetic with these parameters must have before it at once."""
         if self.is_formula:
-            by_access: dict[Access, Extent] = {Access.ELEMENTWISE: Extent.ELEMENT, Access.ROW: Extent.ROW}
+            by_access: dict[Extent, Extent] = {Extent.ELEMENT: Extent.ELEMENT, Extent.ROW: Extent.ROW}
             return by_access.get(self.access, Extent.TENSOR)
         return seen_by(self.rule(context, parameters))
 
@@ -197,7 +164,7 @@ class Method:
             answers.append([statistic.placeholder() for statistic in wanted])
         return rounds
 
-    def access_with(self, context: TensorContext, parameters: Mapping[str, Any]) -> Access:
+    def access_with(self, context: TensorContext, parameters: Mapping[str, Any]) -> Extent:
         """Return the access these parameters need."""
         if self.is_formula:
             return self.access
@@ -205,10 +172,10 @@ class Method:
             statistic.extent for statistics in self.rounds(context, parameters) for statistic in statistics
         }
         if Extent.MODEL in extents:
-            return Access.MODEL
+            return Extent.MODEL
         if extents:
-            return Access.TENSOR
-        return Access.ROW if self.sees(context, parameters) == Extent.ROW else Access.ELEMENTWISE
+            return Extent.TENSOR
+        return Extent.ROW if self.sees(context, parameters) == Extent.ROW else Extent.ELEMENT
 
 
 def _follow(
@@ -232,7 +199,7 @@ DISTRIBUTIONS: dict[str, str] = {}
 def method(
     name: str,
     *,
-    access: Access | str = Access.ELEMENTWISE,
+    access: Extent | str = Extent.ELEMENT,
     base: Base | Literal["donor"] = "optional",
     models: tuple[int, int | None] = (1, None),
     bounds: Mapping[str, tuple[float, float]] | None = None,
@@ -291,21 +258,21 @@ def method(
             raise InputError(
                 f"method {printable(name)!r} from {origin}: the name is taken by a built-in method"
             )
-        _check_signature(name, function, Access(access))
-        declared = _declared(function, bounds or {})
-        for parameter in _drop_parameters(drop):
-            if parameter.name in declared:
+        _check_signature(name, function, Extent(access))
+        parameters = declared(function, bounds or {})
+        for parameter in drop_parameters(drop):
+            if parameter.name in parameters:
                 raise InputError(
                     f"method {printable(name)!r}: the parameter {parameter.name!r} is every method's own"
                 )
-            declared[parameter.name] = parameter
+            parameters[parameter.name] = parameter
         _METHODS[name] = Method(
             name,
             function,
-            Access(access),
+            Extent(access),
             role,
             models,
-            declared,
+            parameters,
             presets or {},
             drop,
             fisher,
@@ -328,7 +295,7 @@ def _current(base: Base | Literal["donor"]) -> Base:
     return "template"
 
 
-def _check_signature(name: str, function: Callable[..., Any], access: Access) -> None:
+def _check_signature(name: str, function: Callable[..., Any], access: Extent) -> None:
     """Refuse what could never be called, or never be set."""
     what, arguments = f"method {printable(name)!r}", inspect.signature(function).parameters.values()
     positional = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
@@ -344,99 +311,16 @@ def _check_signature(name: str, function: Callable[..., Any], access: Access) ->
     for argument in arguments:
         if argument.kind in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD):
             raise InputError(f"{what}: no config could set {argument}; name each parameter, with its default")
-    if is_formula and access is Access.MODEL:
+    if is_formula and access is Extent.MODEL:
         raise InputError(
             f'{what}: access="model" is for methods that ask for statistics, a formula sees one tensor at a time; use '
             'access="tensor", or write a generator (see docs/build/extending.md)'
         )
 
 
-def _declared(
-    function: Callable[..., Any], bounds: Mapping[str, tuple[float, float]]
-) -> dict[str, Parameter]:
-    declared = {}
-    keywords = {
-        name: argument
-        for name, argument in inspect.signature(function).parameters.items()
-        if argument.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    # Of these alone: the tensors' annotation may name a torch that only type checkers import.
-    written = SimpleNamespace(
-        __annotations__={n: h for n, h in function.__annotations__.items() if n in keywords}
-    )
-    hints = typing.get_type_hints(written, getattr(function, "__globals__", {}))
-    for name, argument in keywords.items():
-        hint = hints.get(name, float)
-        per_model = typing.get_origin(hint) is PerModel
-        if per_model:
-            (hint,) = typing.get_args(hint)
-        kinds, choices = _kinds(hint)
-        yaml_name = name.rstrip("_")
-        default = REQUIRED if argument.default is inspect.Parameter.empty else argument.default
-        declared[yaml_name] = Parameter(yaml_name, kinds, per_model, default, choices, bounds.get(yaml_name))
-    return declared
-
-
-def _drop_parameters(names: DropNames) -> list[Parameter]:
-    nothing = 1.0 if names.keeps else 0.0
-    return [
-        Parameter(names.fraction, (float,), True, nothing, (), (0.0, 1.0)),
-        Parameter(names.rescale, (str,), False, "paper", ("paper", "l1", "none")),
-        Parameter(names.mask, (str,), False, "bernoulli", ("bernoulli", "exact", "magnitude")),
-        Parameter(names.shared, (bool,), False, False),
-    ]
-
-
-def _kinds(hint: Any) -> tuple[tuple[type, ...], tuple[str, ...]]:
-    if typing.get_origin(hint) is Literal:
-        return (str,), typing.get_args(hint)
-    if typing.get_origin(hint) in (typing.Union, UnionType):
-        parts = [_kinds(part) for part in typing.get_args(hint) if part is not type(None)]
-        return sum((kinds for kinds, _ in parts), ()), sum((names for _, names in parts), ())
-    return (hint,), ()
-
-
 def all_methods() -> Mapping[str, Method]:
     """Return every registered method by name, in alphabetical order."""
     return dict(sorted(_METHODS.items()))
-
-
-_OTHER_NAMES = {
-    "average": "linear",
-    "averaging": "linear",
-    "mean": "linear",
-    "avg": "linear",
-    "soup": "linear",
-    "model_soup": "linear",
-    "weighted_average": "linear",
-    "weighted_sum": "linear",
-    "lerp": "linear",
-    "add_difference": "task_arithmetic",
-    "task_vector": "task_arithmetic",
-    "task_vectors": "task_arithmetic",
-    "negation": "task_arithmetic",
-    "ties_merging": "ties",
-    "dare": "dare_ties",
-    "magprune": "della",
-    "fisher_merging": "fisher",
-    "copy": "passthrough",
-    "stack": "passthrough",
-    "frankenmerge": "passthrough",
-    "nuslerp_flatten": "nuslerp",
-    "stock": "model_stock",
-}
-"""What papers, other tools and people call methods."""
-
-
-def _method_meant(name: str) -> str:
-    """Return the cure for the name of no method: the one that is meant, or where to find one."""
-    plain = name.strip().lower().replace("-", "_").replace(" ", "_")[:80]
-    if plain in _OTHER_NAMES:
-        return f"did you mean {_OTHER_NAMES[plain]!r}?"
-    close = get_close_matches(plain, _METHODS, n=1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return "`streammerge methods` lists them; a method of your own needs --methods FILE"
 
 
 def get_method(name: str, where: str = "merge_method") -> Method:
@@ -448,5 +332,5 @@ def get_method(name: str, where: str = "merge_method") -> Method:
         If there is none, naming the closest.
     """
     if name not in _METHODS:
-        raise ConfigError(f"{where}: unknown method {printable(name)!r} ({_method_meant(name)})")
+        raise ConfigError(f"{where}: unknown method {printable(name)!r} ({method_meant(name, _METHODS)})")
     return _METHODS[name]

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
 from streammerge.algebra.task_vectors import Cut, TaskVector, TiePolicy
 from streammerge.errors import ConfigError
-from streammerge.methods.drop import Ask
+from streammerge.methods.drop import Vectors
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.numerics import philox as rng
-from streammerge.statistics.kinds import Answer, Band, SignTotal, Statistic, Threshold, TieIndex, TopK
+from streammerge.statistics.asking import Steps, ask, ask_all
+from streammerge.statistics.kinds import Band, SignTotal, Threshold, TieIndex, TopK
 
 ZeroSign = Literal["zero", "positive", "majority"]
 
@@ -32,7 +33,7 @@ def trim(
     trim_scope: Extent,
     ties: TiePolicy,
     plus_one: bool,
-) -> Ask:
+) -> Vectors:
     """Keep the top `density` fraction of each vector's magnitudes (TIES, step 1).
 
     A density of 1 or more keeps the vector as it is; 0 or less removes it whole.
@@ -53,22 +54,20 @@ def trim(
             "drop_rescale: l1 has a factor per tensor, which `trim_scope: model` cannot compare across tensors; "
             "use drop_rescale: paper, or trim_scope: tensor"
         )
-    thresholds = yield [TopK(vectors[i], densities[i], plus_one, trim_scope) for i in partial]
+    thresholds = yield from ask_all([TopK(vectors[i], densities[i], plus_one, trim_scope) for i in partial])
     limits: list[int] = [0] * len(partial)
     if ties == "index":
-        ends = yield [
-            TieIndex(vectors[i], cast(Threshold, t), trim_scope)
-            for i, t in zip(partial, thresholds, strict=True)
-        ]
-        limits = [_limit_here(context, cast(tuple[int, int], end)) for end in ends]
+        pairs = zip(partial, thresholds, strict=True)
+        ends = yield from ask_all([TieIndex(vectors[i], threshold, trim_scope) for i, threshold in pairs])
+        limits = [_limit_here(context, end) for end in ends]
     for i, threshold, limit in zip(partial, thresholds, limits, strict=True):
-        trimmed[i] = replace(trimmed[i], cut=_cut(cast(Threshold, threshold), ties, limit))
+        trimmed[i] = replace(trimmed[i], cut=_cut(threshold, ties, limit))
     return trimmed
 
 
 def keep_band(
     vectors: Sequence[TaskVector], densities: Sequence[float], gammas: Sequence[float], *, ties: TiePolicy
-) -> Ask:
+) -> Vectors:
     """Keep `density` of each vector's entries, those next in magnitude to the `gamma` that are the largest.
 
     Raises
@@ -83,13 +82,13 @@ def keep_band(
         return list(vectors)
     edges: tuple[Literal["upper", "lower"], ...] = ("upper", "lower")
     asked = [(i, edge) for i in partial for edge in edges]
-    thresholds = yield [Band(vectors[i], densities[i], gammas[i], edge) for i, edge in asked]
-    ends: Sequence[Answer] = [(0, 0)] * len(asked)
+    thresholds = yield from ask_all([Band(vectors[i], densities[i], gammas[i], edge) for i, edge in asked])
+    ends = [(0, 0)] * len(asked)
     if ties == "index":
         pairs = zip(asked, thresholds, strict=True)
-        ends = yield [TieIndex(vectors[i], cast(Threshold, threshold)) for (i, _), threshold in pairs]
+        ends = yield from ask_all([TieIndex(vectors[i], threshold) for (i, _), threshold in pairs])
     cuts = {
-        key: _cut(cast(Threshold, threshold), ties, cast(tuple[int, int], end)[1])
+        key: _cut(threshold, ties, end[1])
         for key, threshold, end in zip(asked, thresholds, ends, strict=True)
     }
     return [
@@ -122,7 +121,7 @@ def weighted_average(context: TensorContext, weights: Sequence[float]) -> Weight
 
 def elect(
     vectors: Sequence[TaskVector], *, zero_sign: ZeroSign, normalize: bool, scale: float
-) -> Generator[list[Statistic], list[Answer], TaskVectorMerge]:
+) -> Steps[TaskVectorMerge]:
     """Merge the entries of the elected sign (TIES, steps 2 and 3).
 
     ``majority`` gives an undecided element the sign that leads over the whole model; where even that
@@ -137,6 +136,5 @@ def elect(
     )
     if zero_sign != "majority":
         return merge
-    (total,) = yield [SignTotal(merge)]
-    assert isinstance(total, int)
+    total = yield from ask(SignTotal(merge))
     return replace(merge, zero_sign=1 if total > 0 else -1)

@@ -15,7 +15,7 @@ from streammerge.dtypes import FLOATS
 from streammerge.errors import BudgetError
 from streammerge.formats.zarr_store import ChunkedRef
 from streammerge.io.stamp import FileStamp
-from streammerge.methods.registry import Access, Method
+from streammerge.methods.registry import Method
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.files.config_json import merged_config
 from streammerge.planning.files.ecosystem import ecosystem_of
@@ -72,7 +72,7 @@ class MergePlan:
     models: tuple[TensorIndex, ...]
     base: TensorIndex | None
     jobs: tuple[Job, ...]
-    access: tuple[Access, ...]
+    access: tuple[Extent, ...]
     """What each job needs to see at once."""
     work: tuple[Work, ...]
     layout: Layout
@@ -370,7 +370,7 @@ def _check_tokens(alignment: Alignment, budget: Budget) -> None:
 def _needs(job: Job, method: Method, jobs: Sequence[Job]) -> Needs:
     """Return what the merge of a job asks for."""
     if job.kind != "merge":
-        return Needs(Access.ELEMENTWISE, holds=False, sums=False, extent=Extent.ELEMENT)
+        return Needs(Extent.ELEMENT, holds=False, sums=False, extent=Extent.ELEMENT)
     context = tensor_context_of(job)
     rounds = method.rounds(context, job.parameters)
     own = [r for statistics in rounds for r in statistics if r.extent == Extent.TENSOR]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import streammerge
+from streammerge.algebra.extent import Extent
 from streammerge.api import merge, plan
 from streammerge.errors import BudgetError, InputError, StreammergeError
 from streammerge.methods import catalog, registry
@@ -391,5 +392,53 @@ def test_no_method_needs_more_than_it_declares(
     declared = decided.method
     if any(declared.drops(job.parameters) for job in decided.jobs if job.kind == "merge"):
         return  # a drop before it is no part of it
-    order = list(registry.Access)
+    order = list(Extent)
     assert max(order.index(access) for access in decided.access) <= order.index(declared.access)
+
+
+# --- words of the version before
+
+
+def test_modules_of_the_version_before_are_found_with_a_warning() -> None:
+    from streammerge.algebra.rules import Rule, WeightedSum
+    from streammerge.statistics.kinds import AbsSum, Statistic
+
+    with pytest.warns(DeprecationWarning, match=r"methods\.recipes\.WeightedSum is now .*rules\.WeightedSum"):
+        from streammerge.methods.recipes import WeightedSum as OldSum
+    with pytest.warns(DeprecationWarning, match=r"methods\.requests\.AbsSum is now"):
+        from streammerge.methods.requests import AbsSum as OldAbsSum
+    with pytest.warns(DeprecationWarning, match="Statistic"):
+        from streammerge.methods.requests import Request
+    with pytest.warns(DeprecationWarning, match="Rule"):
+        from streammerge.methods.recipes import Recipe
+    assert (OldSum, OldAbsSum, Request, Recipe) == (WeightedSum, AbsSum, Statistic, Rule)
+    with pytest.raises(ImportError, match="Nothing"):
+        from streammerge.methods.requests import Nothing  # noqa: F401
+
+
+def test_a_base_called_donor_is_the_template_with_a_warning(methods: Path) -> None:
+    with pytest.warns(DeprecationWarning, match=r"base=\"template\""):
+        streammerge.method("of_a_donor", base="donor")(lambda models, base: models[0])
+    assert registry.get_method("of_a_donor").base == "template"
+
+
+# --- what the types say
+
+
+def test_a_value_per_model_and_a_statistic_have_their_types() -> None:
+    from streammerge.algebra.task_vectors import TaskVector
+    from streammerge.statistics.asking import ask, ask_all
+    from streammerge.statistics.kinds import AbsSum
+
+    def steps() -> Any:
+        total = yield from ask(AbsSum(TaskVector(0)))
+        both = yield from ask_all([AbsSum(TaskVector(1)), AbsSum(TaskVector(2))])
+        return total, both
+
+    asked = steps()
+    assert next(asked) == [AbsSum(TaskVector(0))]
+    assert asked.send([1.5]) == [AbsSum(TaskVector(1)), AbsSum(TaskVector(2))]
+    with pytest.raises(StopIteration) as stop:
+        asked.send([2.0, 3.0])
+    assert stop.value.value == (1.5, [2.0, 3.0])
+    assert streammerge.per_model(1.0) == 1.0

@@ -22,7 +22,6 @@ from streammerge.api import merge, plan
 from streammerge.dtypes import BITS, FLOATS, itemsize
 from streammerge.errors import BudgetError, ConfigError, InputError, ModelError
 from streammerge.formats.safetensors import TensorRef
-from streammerge.methods.registry import Access
 from streammerge.planning.job import Job
 from streammerge.planning.layout import lay_out
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
@@ -99,7 +98,7 @@ OTHER = st.builds(
     st.sampled_from(["copy", "agree"]),
     st.sampled_from(["I64", "BOOL", "U8", "BF16"]),
 )
-ACCESS = st.sampled_from([Access.ELEMENTWISE, Access.ROW, Access.TENSOR, Access.MODEL])
+ACCESS = st.sampled_from([Extent.ELEMENT, Extent.ROW, Extent.TENSOR, Extent.MODEL])
 BUDGET = st.builds(
     lambda capacity, threads: Budget(capacity + 100 * MIB, 100 * MIB, threads),
     st.integers(SMALLEST_CAPACITY, 256 * MIB),
@@ -108,16 +107,16 @@ BUDGET = st.builds(
 
 
 def arrange(
-    descriptions: Sequence[tuple[dict[str, Any], Access]], budget: Budget
+    descriptions: Sequence[tuple[dict[str, Any], Extent]], budget: Budget
 ) -> tuple[list[Job], list[Work]]:
     jobs, work = [], []
     for description, access in descriptions:
         job = make_job(len(jobs), **description)
         jobs.append(job)
-        if access is Access.ROW and job.row_length * 8 * (len(job.inputs) + 1) > budget.capacity:
-            access = Access.ELEMENTWISE  # a row may not fit
-        extent: Extent = Extent.ROW if access is Access.ROW else Extent.ELEMENT
-        holds = access in (Access.TENSOR, Access.MODEL)
+        if access is Extent.ROW and job.row_length * 8 * (len(job.inputs) + 1) > budget.capacity:
+            access = Extent.ELEMENT  # a row may not fit
+        extent: Extent = Extent.ROW if access is Extent.ROW else Extent.ELEMENT
+        holds = access in (Extent.TENSOR, Extent.MODEL)
         work.append(plan_work(job, extent, budget, workspace=no_workspace, holds=holds))
     return jobs, work
 
@@ -133,7 +132,7 @@ def covered(pieces: Sequence[Piece], n: int) -> np.ndarray:
 @given(st.lists(st.tuples(st.one_of(MERGE, OTHER), ACCESS), min_size=1, max_size=8), BUDGET)
 @settings(max_examples=150, deadline=None)
 def test_pieces_tile_every_job_once_in_order_within_the_memory(
-    descriptions: list[tuple[dict[str, Any], Access]], budget: Budget
+    descriptions: list[tuple[dict[str, Any], Extent]], budget: Budget
 ) -> None:
     jobs, work = arrange(descriptions, budget)
     found = list(steps(jobs, work, budget, {}))
@@ -158,7 +157,7 @@ def test_pieces_tile_every_job_once_in_order_within_the_memory(
 @given(st.lists(st.tuples(MERGE, ACCESS), min_size=1, max_size=5), BUDGET)
 @settings(max_examples=60, deadline=None)
 def test_a_tensor_too_large_to_hold_is_streamed_once_before_its_pieces(
-    descriptions: list[tuple[dict[str, Any], Access]], budget: Budget
+    descriptions: list[tuple[dict[str, Any], Extent]], budget: Budget
 ) -> None:
     jobs, work = arrange(descriptions, budget)
     found = list(steps(jobs, work, budget, {}))
@@ -189,7 +188,7 @@ def test_a_tensor_too_large_to_hold_is_streamed_once_before_its_pieces(
 )
 @settings(max_examples=60, deadline=None)
 def test_what_is_done_is_not_done_again_even_with_another_budget(
-    descriptions: list[tuple[dict[str, Any], Access]],
+    descriptions: list[tuple[dict[str, Any], Extent]],
     first: Budget,
     second: Budget,
     random: Any,
@@ -217,9 +216,9 @@ def test_what_is_done_is_not_done_again_even_with_another_budget(
 
 def test_all_done_means_no_steps_but_empty_tensors() -> None:
     budget = Budget(200 * MIB, 100 * MIB, 2)
-    descriptions: list[tuple[dict[str, Any], Access]] = [
-        ({"shape": (100, 100)}, Access.TENSOR),
-        ({"shape": (7,)}, Access.ELEMENTWISE),
+    descriptions: list[tuple[dict[str, Any], Extent]] = [
+        ({"shape": (100, 100)}, Extent.TENSOR),
+        ({"shape": (7,)}, Extent.ELEMENT),
     ]
     jobs, work = arrange(descriptions, budget)
     assert list(steps(jobs, work, budget, {0: [(0, 10_000)], 1: [(0, 3), (3, 7)]})) == []

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 import numpy as np
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import SelectedMerge
 from streammerge.algebra.scores import Importance, Selection
 from streammerge.algebra.task_vectors import Cut
-from streammerge.methods.registry import Access, method
+from streammerge.methods.registry import method
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Quantile, Statistic, Threshold
+from streammerge.statistics.asking import Steps, ask_all
+from streammerge.statistics.kinds import Quantile, Threshold
 
 
 @method(
     "arcee_fusion",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="required",
     models=(1, 1),
     paper="https://github.com/arcee-ai/mergekit (method of its own)",
 )
-def arcee_fusion(context: TensorContext) -> Generator[list[Statistic], list[Answer], SelectedMerge]:
+def arcee_fusion(context: TensorContext) -> Steps[SelectedMerge]:
     """theta = theta_0 + delta where an element's importance is at least the tensor's median + 1.5 (Q3 - Q1), else theta_0.
 
     Importance: abs(delta) times the Kullback-Leibler divergence of the softmax of the model's row from that of the
@@ -31,13 +31,12 @@ def arcee_fusion(context: TensorContext) -> Generator[list[Statistic], list[Answ
     """
     (vector,) = context.task_vectors((1.0,))
     importance = Importance(vector)
-    lower, median, upper = yield [Quantile(importance, q) for q in (0.25, 0.5, 0.75)]
+    lower, median, upper = yield from ask_all([Quantile(importance, q) for q in (0.25, 0.5, 0.75)])
     limit = _value(median) + 1.5 * (_value(upper) - _value(lower))
     return SelectedMerge((vector,), Selection(importance, Cut(_pattern_from(limit), "all")))
 
 
-def _value(threshold: Answer) -> float:
-    assert isinstance(threshold, Threshold)
+def _value(threshold: Threshold) -> float:
     return float(np.array(threshold.key, np.int32).view(np.float32))
 
 

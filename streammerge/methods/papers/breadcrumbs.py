@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Literal
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge
-from streammerge.algebra.task_vectors import TaskVector, TiePolicy
-from streammerge.methods.drop import rescale_by_norm
-from streammerge.methods.registry import Access, PerModel, method
+from streammerge.algebra.task_vectors import TiePolicy
+from streammerge.methods.drop import Vectors, rescale_by_norm
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import ZeroSign, divisor, elect, keep_band
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Statistic
+from streammerge.statistics.asking import Steps
 
 _PAPER = "Davari & Belilovsky 2024, https://arxiv.org/abs/2312.06795"
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}
@@ -20,9 +20,6 @@ _BAND = """
     fewer go where both together are more than n. `density: 1`, the default as in mergekit, leaves out none. `ties` as
     for `ties`; `rescale: l1` restores the L1 norm.
     """
-
-Vectors = Generator[list[Statistic], list[Answer], list[TaskVector]]
-Rule = Generator[list[Statistic], list[Answer], TaskVectorMerge]
 
 
 def _between(
@@ -40,7 +37,7 @@ def _between(
 
 @method(
     "breadcrumbs",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="required",
     paper=_PAPER,
     ignored=_IGNORED,
@@ -52,14 +49,14 @@ def _between(
 def breadcrumbs(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
-    density: PerModel[float] = 1.0,
-    gamma: PerModel[float] = 0.01,
+    weight: PerModel[float] = per_model(1.0),
+    density: PerModel[float] = per_model(1.0),
+    gamma: PerModel[float] = per_model(0.01),
     normalize: bool = False,
     lambda_: float = 1.0,
     ties: Literal["thin", "all", "index", "drop"] = "thin",
     rescale: Literal["none", "l1"] = "none",
-) -> Rule:
+) -> Steps[TaskVectorMerge]:
     """Keep the band of each task vector, then sum."""
     vectors = yield from _between(context, weight, density, gamma, ties, rescale)
     return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)
@@ -67,7 +64,7 @@ def breadcrumbs(
 
 @method(
     "breadcrumbs_ties",
-    access=Access.MODEL,
+    access=Extent.MODEL,
     base="required",
     paper=_PAPER,
     ignored=_IGNORED,
@@ -79,15 +76,15 @@ def breadcrumbs(
 def breadcrumbs_ties(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
-    density: PerModel[float] = 1.0,
-    gamma: PerModel[float] = 0.01,
+    weight: PerModel[float] = per_model(1.0),
+    density: PerModel[float] = per_model(1.0),
+    gamma: PerModel[float] = per_model(0.01),
     normalize: bool = False,
     lambda_: float = 1.0,
     ties: Literal["thin", "all", "index", "drop"] = "thin",
     zero_sign: ZeroSign = "zero",
     rescale: Literal["none", "l1"] = "none",
-) -> Rule:
+) -> Steps[TaskVectorMerge]:
     """Keep the band of each task vector, then elect signs."""
     vectors = yield from _between(context, weight, density, gamma, ties, rescale)
     return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))

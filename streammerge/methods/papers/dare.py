@@ -6,15 +6,15 @@ beside `fisher`.
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Literal
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.methods.drop import DARE, DARE_TEXT
-from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import divisor, elect
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Statistic
+from streammerge.statistics.asking import Steps
 
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}
 _PAPER = "Yu et al. 2024, https://arxiv.org/abs/2311.03099"
@@ -22,7 +22,7 @@ _PAPER = "Yu et al. 2024, https://arxiv.org/abs/2311.03099"
 
 @method(
     "dare_linear",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="required",
     drop=DARE,
     presets={"paper": {}, "mergekit": {"rescale": "l1"}},
@@ -34,7 +34,11 @@ _PAPER = "Yu et al. 2024, https://arxiv.org/abs/2311.03099"
     """,
 )
 def dare_linear(
-    context: TensorContext, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0
+    context: TensorContext,
+    *,
+    weight: PerModel[float] = per_model(1.0),
+    normalize: bool = False,
+    lambda_: float = 1.0,
 ) -> TaskVectorMerge:
     """Sum the dropped task vectors."""
     vectors = context.task_vectors(weight)
@@ -43,7 +47,7 @@ def dare_linear(
 
 @method(
     "dare_ties",
-    access=Access.MODEL,
+    access=Extent.MODEL,
     base="required",
     drop=DARE,
     presets={
@@ -61,11 +65,11 @@ def dare_linear(
 def dare_ties(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
+    weight: PerModel[float] = per_model(1.0),
     normalize: bool = False,
     lambda_: float = 1.0,
     zero_sign: Literal["zero", "positive", "majority"] = "zero",
-) -> Generator[list[Statistic], list[Answer], TaskVectorMerge]:
+) -> Steps[TaskVectorMerge]:
     """Elect signs among the dropped task vectors and sum the agreeing entries."""
     vectors = context.task_vectors(weight)
     return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))

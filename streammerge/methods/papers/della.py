@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.task_vectors import RankDrop
 from streammerge.errors import ConfigError
-from streammerge.methods.drop import Ask, rescale_by_norm
-from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.drop import Vectors, rescale_by_norm
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import ZeroSign, divisor, elect
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Statistic
+from streammerge.statistics.asking import Steps
 
 _PAPER = "Deep et al. 2024, https://arxiv.org/abs/2406.11617"
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}
@@ -25,7 +26,6 @@ _DROP = """
     between, density - epsilon and density + epsilon lie strictly between 0 and 1.
     """
 Rescale = Literal["paper", "l1", "none"]
-Rule = Generator[list[Statistic], list[Answer], TaskVectorMerge]
 
 
 def _magprune(
@@ -34,7 +34,7 @@ def _magprune(
     density: Sequence[float],
     epsilon: Sequence[float],
     rescale: Rescale,
-) -> Ask:
+) -> Vectors:
     """Drop from each task vector by rank (MagPrune).
 
     Raises
@@ -61,7 +61,7 @@ def _magprune(
 
 @method(
     "della",
-    access=Access.MODEL,
+    access=Extent.MODEL,
     base="required",
     paper=_PAPER,
     ignored=_IGNORED,
@@ -73,14 +73,14 @@ def _magprune(
 def della(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
-    density: PerModel[float] = 1.0,
-    epsilon: PerModel[float] = 0.15,
+    weight: PerModel[float] = per_model(1.0),
+    density: PerModel[float] = per_model(1.0),
+    epsilon: PerModel[float] = per_model(0.15),
     normalize: bool = True,
     lambda_: float = 1.0,
     rescale: Rescale = "paper",
     zero_sign: ZeroSign = "zero",
-) -> Rule:
+) -> Steps[TaskVectorMerge]:
     """Drop by rank, then elect signs."""
     vectors = yield from _magprune(context, weight, density, epsilon, rescale)
     return (yield from elect(vectors, zero_sign=zero_sign, normalize=normalize, scale=lambda_))
@@ -88,7 +88,7 @@ def della(
 
 @method(
     "della_linear",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="required",
     paper=_PAPER,
     ignored=_IGNORED,
@@ -100,13 +100,13 @@ def della(
 def della_linear(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
-    density: PerModel[float] = 1.0,
-    epsilon: PerModel[float] = 0.15,
+    weight: PerModel[float] = per_model(1.0),
+    density: PerModel[float] = per_model(1.0),
+    epsilon: PerModel[float] = per_model(0.15),
     normalize: bool = False,
     lambda_: float = 1.0,
     rescale: Rescale = "paper",
-) -> Rule:
+) -> Steps[TaskVectorMerge]:
     """Drop by rank, then sum."""
     vectors = yield from _magprune(context, weight, density, epsilon, rescale)
     return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)

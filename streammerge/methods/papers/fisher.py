@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from typing import Any, Literal
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import CopyOf, FisherMean, Rule, TaskVectorMerge
 from streammerge.errors import ConfigError
 from streammerge.methods.drop import DARE, DARE_TEXT
-from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import weighted_average
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, FisherSquares, SquareTotal, Statistic
+from streammerge.statistics.asking import Steps, ask_all
+from streammerge.statistics.kinds import FisherSquares, SquareTotal
 
 _FISHER: dict[str, Any] = {
-    "access": Access.MODEL,
+    "access": Extent.MODEL,
     "fisher": True,
     "bounds": {"floor": (0.0, math.inf)},
     "presets": {
@@ -41,14 +42,14 @@ def _coefficient(weight: float, squares: SquareTotal, normalize: bool) -> float:
 def fisher(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
+    weight: PerModel[float] = per_model(1.0),
     normalize: bool = True,
     floor: float = 1e-6,
     floor_units: Literal["rms", "raw"] = "rms",
     floor_on: Literal["target", "all"] = "target",
     floor_how: Literal["max", "add"] = "max",
     fallback: Literal["target", "average"] = "target",
-) -> Generator[list[Statistic], list[Answer], Rule]:
+) -> Steps[Rule]:
     """Fisher-weighted average: theta = sum_i w_i F_i theta_i / sum_i w_i F_i, per element.
 
     F_i is the diagonal Fisher information of model i, given beside it as ``fisher: PATH``. `normalize` divides
@@ -62,8 +63,7 @@ def fisher(
         raise ConfigError("Fisher merging takes weights of 0 or more, not all 0: they multiply precisions")
     squares = [SquareTotal(1.0, 1)] * context.n_models
     if normalize or (floor > 0 and floor_units == "rms"):
-        asked = yield [FisherSquares(i) for i in range(context.n_models)]
-        squares = [answer for answer in asked if isinstance(answer, SquareTotal)]
+        squares = yield from ask_all([FisherSquares(i) for i in range(context.n_models)])
     if not context.fisher:
         if fallback == "average":
             return weighted_average(context, weight)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
+from streammerge.algebra.extent import Extent
 from streammerge.errors import ConfigError
 from streammerge.methods.gram_space import Combination, Matrix, combine, cosines, lengths
-from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
     "karcher",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="member",
     bounds={"tol": (0.0, 1.0), "max_iter": (1, 10_000)},
     paper="Karcher 1977, https://doi.org/10.1002/cpa.3160300502",
 )
 def karcher(
-    context: TensorContext, *, weight: PerModel[float] = 1.0, max_iter: int = 10, tol: float = 1e-5
+    context: TensorContext, *, weight: PerModel[float] = per_model(1.0), max_iter: int = 10, tol: float = 1e-5
 ) -> Combination:
     """The Riemannian mean of the models' directions on the sphere, times their mean length; each tensor as one vector.
 

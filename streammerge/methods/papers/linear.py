@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
 from streammerge.errors import ConfigError
-from streammerge.methods.registry import PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import weighted_average
 from streammerge.methods.tensor_context import TensorContext
 
 
 @method("linear", base="member", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
 def linear(
-    context: TensorContext, *, weight: PerModel[float] = 1.0, normalize: bool = True
+    context: TensorContext, *, weight: PerModel[float] = per_model(1.0), normalize: bool = True
 ) -> WeightedSum | TaskVectorMerge:
     """Weighted average: theta = sum_i w_i theta_i / sum_i w_i.
 

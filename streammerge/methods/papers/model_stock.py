@@ -6,13 +6,13 @@ import numpy as np
 
 from streammerge.algebra.extent import Extent
 from streammerge.methods.gram_space import Combination, Matrix, combine, cosines
-from streammerge.methods.registry import Access, method
+from streammerge.methods.registry import method
 from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
     "model_stock",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="required",
     models=(2, None),
     ignored={"int8_mask": "it has no effect on the numbers"},

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from streammerge.algebra.extent import Extent
 from streammerge.errors import ConfigError
 from streammerge.methods.gram_space import Combination, Matrix, combine, cosines, lengths
-from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
     "multislerp",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="optional",
     bounds={"eps": (0.0, 1.0)},
     ignored={"int8_mask": "it has no effect on the numbers"},
@@ -21,7 +22,7 @@ from streammerge.methods.tensor_context import TensorContext
 def multislerp(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
+    weight: PerModel[float] = per_model(1.0),
     normalize_weights: bool = True,
     eps: float = 1e-8,
 ) -> Combination:

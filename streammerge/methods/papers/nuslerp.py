@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from streammerge.algebra.extent import Extent
 from streammerge.methods.gram_space import Combination, arc, combine
-from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
     "nuslerp",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="optional",
     models=(2, 2),
     ignored={"int8_mask": "it has no effect on the numbers"},
@@ -19,7 +19,7 @@ from streammerge.methods.tensor_context import TensorContext
 def nuslerp(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
+    weight: PerModel[float] = per_model(1.0),
     nuslerp_flatten: bool = True,
     nuslerp_row_wise: bool = False,
 ) -> Combination:

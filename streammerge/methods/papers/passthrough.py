@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from streammerge.algebra.rules import CopyOf, TaskVectorMerge, WeightedSum
 from streammerge.errors import ConfigError
-from streammerge.methods.registry import PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.tensor_context import TensorContext
 
 
 @method("passthrough", base="none", models=(1, 1))
 def passthrough(
-    context: TensorContext, *, scale: PerModel[float | None] = None
+    context: TensorContext, *, scale: PerModel[float | None] = per_model(None)
 ) -> CopyOf | WeightedSum | TaskVectorMerge:
     """Copy the tensors of one model, times `scale` where it is given."""
     (factor,) = scale

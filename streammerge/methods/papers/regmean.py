@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 
-from streammerge.algebra.rules import Mixers, RegressionMean, Rule
+from streammerge.algebra.rules import RegressionMean, Rule
 from streammerge.errors import ConfigError
-from streammerge.methods.registry import PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import weighted_average
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Mixing, Statistic
+from streammerge.statistics.asking import Steps, ask
+from streammerge.statistics.kinds import Mixing
 
 
 @method(
@@ -24,9 +24,9 @@ from streammerge.statistics.kinds import Answer, Mixing, Statistic
 def regmean(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
+    weight: PerModel[float] = per_model(1.0),
     alpha: float = 1.0,
-) -> Generator[list[Statistic], list[Answer], Rule]:
+) -> Steps[Rule]:
     """Linear maps by least squares: W = (sum_i W_i G_i) (sum_i G_i)^-1, everything else the weighted average.
 
     G_i = w_i X_i^T X_i / n_i is the mean over tokens of the products of the map's inputs, given beside each model as
@@ -41,6 +41,5 @@ def regmean(
         )
     if not context.gram:
         return weighted_average(context, weight)
-    (mixers,) = yield [Mixing(alpha, tuple(weight))]
-    assert isinstance(mixers, Mixers)
+    mixers = yield from ask(Mixing(alpha, tuple(weight)))
     return RegressionMean(tuple(weight), mixers)

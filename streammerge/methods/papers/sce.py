@@ -5,32 +5,27 @@ FuseChat, https://arxiv.org/abs/2408.07990 (section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import replace
-from typing import Literal, cast
+from typing import Literal
 
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import SelectedMerge
 from streammerge.algebra.scores import Selection, Spread
 from streammerge.algebra.task_vectors import Cut
-from streammerge.methods.registry import Access, method
+from streammerge.methods.registry import method
 from streammerge.methods.tensor_context import TensorContext
+from streammerge.statistics.asking import Steps, ask
 from streammerge.statistics.kinds import (
-    Answer,
     Largest,
     NonZero,
     Squares,
-    SquareSums,
-    Statistic,
-    Threshold,
     TieIndex,
 )
-
-Steps = Generator[list[Statistic], list[Answer], SelectedMerge]
 
 
 @method(
     "sce",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="required",
     bounds={"select_topk": (0.0, 1.0), "floor": (0.0, 1.0)},
     presets={"mergekit": {"zero_sign": "positive", "floor": 1e-6}},
@@ -43,7 +38,7 @@ def sce(
     select_topk: float = 1.0,
     zero_sign: Literal["zero", "positive"] = "zero",
     floor: float = 0.0,
-) -> Steps:
+) -> Steps[SelectedMerge]:
     """Select, calculate, erase: theta = theta_0 + sum_i s_i delta_i / sum_i s_i, over the models that agree in sign.
 
     Select: of the elements whose variance over the models is not 0, the int(`select_topk` * count) largest of each
@@ -58,13 +53,11 @@ def sce(
     selection = None
     if select_topk < 1:
         spread = Spread(vectors)
-        (nonzero,) = yield [NonZero(spread)]
-        (threshold,) = yield [Largest(spread, int(select_topk * cast(int, nonzero)))]
-        assert isinstance(threshold, Threshold)
-        (end,) = yield [TieIndex(spread, threshold)]
-        selection = Selection(spread, Cut(threshold.key, "index", cast(tuple[int, int], end)[1]))
-    (squares,) = yield [Squares(vectors, selection)]
-    assert isinstance(squares, SquareSums)
+        nonzero = yield from ask(NonZero(spread))
+        threshold = yield from ask(Largest(spread, int(select_topk * nonzero)))
+        _, end = yield from ask(TieIndex(spread, threshold))
+        selection = Selection(spread, Cut(threshold.key, "index", end))
+    squares = yield from ask(Squares(vectors, selection))
     total = sum(squares.totals)
     equal = total == 0 or total / squares.n < floor
     weights = [1.0 / len(vectors) if equal else square / total for square in squares.totals]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from streammerge.algebra.extent import Extent
 from streammerge.errors import ConfigError
 from streammerge.methods.gram_space import Combination, arc, combine
-from streammerge.methods.registry import Access, method
+from streammerge.methods.registry import method
 from streammerge.methods.tensor_context import TensorContext
 
 
 @method(
     "slerp",
-    access=Access.TENSOR,
+    access=Extent.TENSOR,
     base="required",
     models=(1, 1),
     presets={"mergekit": {"dot_threshold": 0.9995}},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streammerge.algebra.rules import TaskVectorMerge
-from streammerge.methods.registry import PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import divisor
 from streammerge.methods.tensor_context import TensorContext
 
@@ -21,7 +21,11 @@ _UNUSED = "`task_arithmetic` has no sparsification, in mergekit neither"
     },
 )
 def task_arithmetic(
-    context: TensorContext, *, weight: PerModel[float] = 1.0, normalize: bool = False, lambda_: float = 1.0
+    context: TensorContext,
+    *,
+    weight: PerModel[float] = per_model(1.0),
+    normalize: bool = False,
+    lambda_: float = 1.0,
 ) -> TaskVectorMerge:
     """Sum of task vectors: theta = theta_0 + lambda * sum_i w_i (theta_i - theta_0).
 

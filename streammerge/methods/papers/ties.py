@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from typing import Literal
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.task_vectors import TiePolicy
 from streammerge.methods.drop import rescale_by_norm
-from streammerge.methods.registry import Access, PerModel, method
+from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import elect, trim
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Statistic
+from streammerge.statistics.asking import Steps
 
 
 @method(
     "ties",
-    access=Access.MODEL,
+    access=Extent.MODEL,
     base="required",
     bounds={"density": (0.0, 1.0)},
     presets={
@@ -36,8 +35,8 @@ from streammerge.statistics.kinds import Answer, Statistic
 def ties(
     context: TensorContext,
     *,
-    weight: PerModel[float] = 1.0,
-    density: PerModel[float] = 1.0,
+    weight: PerModel[float] = per_model(1.0),
+    density: PerModel[float] = per_model(1.0),
     normalize: bool = True,
     lambda_: float = 1.0,
     trim_scope: Literal["tensor", "model"] = "tensor",
@@ -45,7 +44,7 @@ def ties(
     ties: Literal["thin", "all", "index", "drop"] = "thin",
     zero_sign: Literal["zero", "positive", "majority"] = "zero",
     rescale: Literal["none", "l1"] = "none",
-) -> Generator[list[Statistic], list[Answer], TaskVectorMerge]:
+) -> Steps[TaskVectorMerge]:
     """Trim, elect sign, disjoint merge: theta = theta_0 + lambda * mean of the agreeing trimmed deltas.
 
     tau_i = w_i * (theta_i - theta_0 on its top `density` magnitudes, else 0); gamma = the sign with the

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.refs.made import scratch_bytes
 from streammerge.errors import BudgetError
-from streammerge.methods.registry import Access
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.schedule import ALIGN, TooLarge, Work
@@ -47,7 +46,7 @@ NAME_COPIES = 8
 class Needs:
     """What the merge of a tensor asks for."""
 
-    access: Access
+    access: Extent
     """How far it reaches."""
     holds: bool
     """Whether it takes statistics of its own tensor."""
