@@ -73,7 +73,7 @@ def paths(make_models: Callable[..., list[Path]]) -> list[Path]:
 def config_of(method: str, paths: list[Path], **parameters: Any) -> dict[str, Any]:
     config = config_for(method, paths, parameters=parameters)
     if method != "my_midpoint":
-        del config["base_model"]
+        config.pop("base_model", None)
     return config
 
 
