@@ -13,10 +13,8 @@ import pytest
 
 from streammerge.events import Event
 from streammerge.report.progress import JsonReporter
-from tests.cli.test_cli import Cli, cli, write_config
+from tests.cli.running import Cli, write_config
 from tests.conftest import config_for, write_fisher
-
-__all__ = ["cli"]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "use" / "json.md").read_text()
 ALWAYS = {"event", "seconds"}

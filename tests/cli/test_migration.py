@@ -18,10 +18,8 @@ from streammerge.api import merge, plan
 from streammerge.cli import merge as merge_command
 from streammerge.errors import ConfigError, InputError
 from streammerge.report.card import model_card
-from tests.cli.test_cli import Cli, assert_refused, cli, write_config
+from tests.cli.running import Cli, assert_refused, write_config
 from tests.conftest import config_for, output_bytes, read_tensors
-
-__all__ = ["cli"]
 
 FEW = {
     "embed.weight": (40, 8),

@@ -21,10 +21,8 @@ from streammerge.estimate.fisher.importing import import_diagonal
 from streammerge.methods.catalog import load_builtin
 from streammerge.methods.registry import all_methods
 from streammerge.report.example import commented_config, example_config
-from tests.cli.test_cli import Cli, assert_refused, cli
+from tests.cli.running import Cli, assert_refused
 from tests.conftest import write_fisher, write_grams, write_model, write_models
-
-__all__ = ["cli"]
 
 load_builtin()
 BUILT_IN = [name for name, method in all_methods().items() if method.origin == "built in"]

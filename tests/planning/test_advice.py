@@ -18,7 +18,7 @@ from streammerge.io.disk import space_for
 from streammerge.output.journal import STATE
 from streammerge.planning.plan import MergePlan, describe
 from streammerge.report.plan import ASSUMED_RATE, advice
-from tests.cli.test_cli import Cli, assert_refused, cli, write_config
+from tests.cli.running import Cli, assert_refused, cli, write_config
 from tests.conftest import config_for
 
 __all__ = ["cli"]

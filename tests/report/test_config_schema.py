@@ -14,7 +14,7 @@ from streammerge.methods.catalog import load_builtin
 from streammerge.methods.registry import all_methods
 from streammerge.report.config_schema import config_schema
 from streammerge.report.example import commented_config
-from tests.cli.test_cli import Cli, cli
+from tests.cli.running import Cli, cli
 from tests.test_docs import blocks
 
 __all__ = ["cli"]

@@ -330,7 +330,7 @@ MUTATIONS = [
         "streammerge/output/directory.py",
         "        if target in places:\n",
         "        if False:\n",
-        "tests/cli/test_cli.py -k output",
+        "tests/cli/test_refusals.py -k output",
     ),
     Mutation(
         "P15",
@@ -338,7 +338,7 @@ MUTATIONS = [
         "streammerge/output/directory.py",
         "    if foreign:\n",
         "    if False:\n",
-        "tests/cli/test_cli.py -k output",
+        "tests/cli/test_refusals.py -k output",
     ),
     Mutation(
         "memory",
