@@ -96,3 +96,8 @@ def format_seconds(seconds: float, *, coarse: bool = False) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def nbytes_of(size: str | int | None) -> int | None:
+    """Return a size that a user gave as text or as a number, in bytes; None if none was given."""
+    return parse_size(size) if isinstance(size, str) else size

@@ -8,12 +8,13 @@ from streammerge.lazy import importer
 
 if TYPE_CHECKING:
     from streammerge.api.checking import DEFAULT_SAMPLE, verify
-    from streammerge.api.deciding import DEFAULT_SHARD_SIZE, ConfigLike, plan
-    from streammerge.api.devices import choose_device
+    from streammerge.api.deciding import ConfigLike, plan
     from streammerge.api.in_memory import iter_merged, merge_state_dicts
     from streammerge.api.looking import inspect_model, list_methods
     from streammerge.api.merging import merge
     from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
+    from streammerge.planning.backend import choose_device
+    from streammerge.planning.options import DEFAULT_SHARD_SIZE
 
 __all__ = [
     "DEFAULT_SAMPLE",
@@ -34,11 +35,12 @@ __all__ = [
 
 _HOMES = {
     "api.checking": ("DEFAULT_SAMPLE", "verify"),
-    "api.deciding": ("DEFAULT_SHARD_SIZE", "ConfigLike", "plan"),
-    "api.devices": ("choose_device",),
+    "api.deciding": ("ConfigLike", "plan"),
     "api.in_memory": ("iter_merged", "merge_state_dicts"),
     "api.looking": ("inspect_model", "list_methods"),
     "api.merging": ("merge",),
     "api.streaming": ("compute_fisher", "compute_grams", "import_fisher"),
+    "planning.backend": ("choose_device",),
+    "planning.options": ("DEFAULT_SHARD_SIZE",),
 }
 __getattr__ = importer(__name__, _HOMES)

@@ -11,20 +11,22 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
-from streammerge.api.deciding import ConfigLike, decide, read_config
-from streammerge.api.devices import nbytes_of
+from streammerge.api.deciding import ConfigLike, read_config
 from streammerge.api.feedback import OnEvent, controlled
-from streammerge.api.opening import Sources, open_inputs
 from streammerge.checkpoint.companions import CompanionIndex, open_fisher
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.config.schema import MergeConfig
-from streammerge.engine.first_use import SLOWER, CannotCompileError, compile_first
+from streammerge.engine.first_use import CannotCompileError, compile_first
 from streammerge.engine.in_memory import Take, merge_in_memory
 from streammerge.engine.merge import NonFinite
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.events import Control, Event
+from streammerge.planning.inputs import Sources, open_inputs
+from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
+from streammerge.planning.prepare import SLOWER, prepare
 from streammerge.tensors.state_dicts import HeldReader, StateDict, held_fisher, ties_of
+from streammerge.units import nbytes_of
 
 if TYPE_CHECKING:
     import torch
@@ -267,8 +269,9 @@ class _Held:
                 f"models: {printable(repr(idle[0]), 120)} is given, but the config does not name it"
             )
         options |= {"memory": nbytes_of(options["memory"]), "shard_size": _ONE_SHARD, "tensors_only": True}
-        self.in_torch = lambda: decide(parsed, method, opened, **{**options, "kernels": False})
-        return decide(parsed, method, opened, **options)
+        chosen = PlanOptions(**options)
+        self.in_torch = lambda: prepare(parsed, method, opened, replace(chosen, kernels=False))
+        return prepare(parsed, method, opened, chosen)
 
     def _model(self, reference: str) -> TensorIndex:
         self._asked.add(reference)

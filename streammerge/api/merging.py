@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
-from streammerge.api.deciding import DEFAULT_SHARD_SIZE, ConfigLike, plan
+from streammerge.api.deciding import ConfigLike, plan
 from streammerge.api.feedback import OnEvent, controlled
-from streammerge.engine.first_use import SLOWER, CannotCompileError
+from streammerge.engine.first_use import CannotCompileError
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.errors import InputError, printable
 from streammerge.io.reader import IoMode
+from streammerge.planning.options import DEFAULT_SHARD_SIZE
 from streammerge.planning.plan import MergePlan
+from streammerge.planning.prepare import SLOWER
 from streammerge.report.card import model_card
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streammerge.api.devices import WORTH_A_GPU, choose_device, nbytes_of
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.dtypes import NAMES
 from streammerge.errors import InputError, printable
+from streammerge.planning.backend import WORTH_A_GPU, choose_device
+from streammerge.units import nbytes_of
 
 if TYPE_CHECKING:  # they import torch
     from streammerge.estimate.fisher.compute import Computed

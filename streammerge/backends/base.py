@@ -68,7 +68,9 @@ class Backend:
     """Waits for the device: a block is computed inside. None: threads never wait for each other."""
     buffers: BufferHooks = BufferHooks()
     device: str = "cpu"
-    """The kind of device it runs on: what precedes the colon in ``cuda:0``."""
+    """The kind of device it runs on: ``cuda`` of ``cuda:0``."""
+    find: Callable[[int], str | None] | None = None
+    """Returns the device of a number, ``cuda:0``, or None if there is none. None: its devices have no numbers."""
     compiled: bool = False
     """Whether it runs compiled kernels, which must be compiled before their first use."""
     formulas: bool = True

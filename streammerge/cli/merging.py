@@ -137,7 +137,7 @@ def plan(config: str, out: str | None, as_json: bool, **options: Any) -> None:
     """
     from streammerge.api import plan as decide
     from streammerge.engine.precheck import check_beforehand
-    from streammerge.planning.plan import describe, tensor_values
+    from streammerge.planning.description import describe, tensor_values
     from streammerge.report.plan import advice, plan_text
 
     decided = decide(config, **options)

@@ -2,42 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 from streammerge.backends.cpu.before_use import compile_groups
-from streammerge.engine.needed_kernels import needed_kernels
-from streammerge.errors import BudgetError
 from streammerge.events import Control
-from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking
+from streammerge.planning.needed_kernels import needed_kernels
 from streammerge.planning.plan import MergePlan
-
-WORTH_COMPILING = 200_000_000
-"""Bytes of inputs; torch has merged less than this before the kernels are compiled."""
-SLOWER = "the compiled kernels cannot be used ({}): merging through torch, the same bits at a fraction of the speed"
-
-
-def from_cold(plan: MergePlan, in_torch: Callable[[], MergePlan]) -> MergePlan:
-    """Return the plan, or where its kernels are not compiled and not worth it, the same one through torch.
-
-    Parameters
-    ----------
-    in_torch
-        Makes that one.
-    """
-    if not lacking(needed_kernels(plan)):
-        return plan
-    cache = kernel_cache()
-    if cache.directory is not None and not _is_small(plan):
-        return plan
-    try:
-        other = in_torch()
-    except BudgetError:  # torch takes more memory
-        return plan
-    if cache.directory is not None:
-        return other
-    note = SLOWER.format(NOWHERE.format("; ".join(cache.refused)))
-    return replace(other, warnings=(note, *other.warnings))
+from streammerge.planning.prepare import is_small
 
 
 class CannotCompileError(Exception):
@@ -54,13 +23,9 @@ def compile_first(plan: MergePlan, control: Control) -> float:
     CannotCompileError
         If that fails and the plan cannot do without.
     """
-    if plan.torch_only and _is_small(plan):
+    if not plan.backend.compiled and is_small(plan):
         return 0.0
     seconds, failure = compile_groups(needed_kernels(plan), control)
-    if failure is not None and not plan.torch_only:
+    if failure is not None and plan.backend.compiled:
         raise CannotCompileError(failure)
     return seconds
-
-
-def _is_small(plan: MergePlan) -> bool:
-    return sum(index.nbytes for index in plan.inputs) < WORTH_COMPILING

@@ -19,7 +19,8 @@ from streammerge.io.stamp import check_unchanged
 from streammerge.output.commit import cover, densities, floored
 from streammerge.output.identity import identify
 from streammerge.output.journal import Receipt
-from streammerge.planning.plan import MergePlan, describe
+from streammerge.planning.description import describe
+from streammerge.planning.plan import MergePlan
 from streammerge.tensors.held import torch_dtype
 
 if TYPE_CHECKING:

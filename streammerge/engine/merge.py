@@ -44,9 +44,10 @@ from streammerge.output.inputs import (
 )
 from streammerge.output.journal import Journal, Known, Progress, Receipt
 from streammerge.output.shards import ShardWriter
+from streammerge.planning.description import describe
 from streammerge.planning.layout import folder_of
 from streammerge.planning.memory.buffers import is_copied
-from streammerge.planning.plan import MergePlan, describe
+from streammerge.planning.plan import MergePlan
 
 _UNRESERVED = "cannot reserve space on this file system: if it fills up meanwhile, the merge stops, and goes on when it is run again"
 NonFinite = Literal["error", "warn"]

@@ -2,7 +2,7 @@
 
 It is a merge of which all but the sample counts as done, and whose writer compares: statistics of whole tensors and of
 the whole model are taken from the inputs anew, the plan's budget holds, and no compiled kernel serves where the plan
-says `torch_only`.
+says so (its `backend`).
 """
 
 from __future__ import annotations

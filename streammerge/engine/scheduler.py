@@ -24,7 +24,6 @@ from itertools import takewhile
 from typing import Any, Protocol
 
 from streammerge.algebra.extent import Extent
-from streammerge.backends.torch.gpu import pin, unpin
 from streammerge.engine.mixer_cache import torch_in_one_thread
 from streammerge.engine.task import (
     Context,
@@ -108,8 +107,8 @@ class Runner:
         self._plan = context.plan
         self._journal = journal
         self._on_tick = on_tick
-        on_gpu = self._plan.device != "cpu"
-        self._pool = Pool(self._plan.budget.capacity, pin if on_gpu else None, unpin if on_gpu else None)
+        buffers = self._plan.backend.buffers
+        self._pool = Pool(self._plan.budget.capacity, buffers.prepare, buffers.release)
         self._threads = ThreadPoolExecutor(self._plan.budget.workers, thread_name_prefix="merge")
         self._prefetchers = ThreadPoolExecutor(PREFETCHERS, thread_name_prefix="prefetch")
         self._caller = threading.current_thread()

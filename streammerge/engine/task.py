@@ -13,8 +13,6 @@ import numpy as np
 from streammerge.algebra.block import Applied, Block, BlockMath, Operand
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import Rule, WeightedSum
-from streammerge.backends.cpu.math import KernelMath
-from streammerge.backends.torch.gpu import share_of_memory, turn_on
 from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.mixer_cache import MixerCache
@@ -31,9 +29,9 @@ from streammerge.numerics.philox import RandomKeys
 from streammerge.output.journal import Receipt
 from streammerge.output.shards import Sink
 from streammerge.planning.job import Job
-from streammerge.planning.memory.budget import device_block
 from streammerge.planning.memory.buffers import divide, is_copied
-from streammerge.planning.plan import BLOCK_ELEMENTS, MergePlan, runs_in_torch, tensor_context_of
+from streammerge.planning.needs import tensor_context_of
+from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import Chunk, Piece
 from streammerge.statistics.kinds import Answer, Mixing, Statistic, partials_of
 from streammerge.statistics.reducers import (
@@ -242,32 +240,19 @@ def _place_output(context: Context, job: Job, piece: Piece, loaded: Block) -> Op
 
 @contextmanager
 def math_for(context: Context, job: Job, loaded: Block) -> Iterator[BlockMath]:
-    """Lend what computes a loaded piece; on a GPU, once it is this thread's turn there."""
-    device = context.plan.device
-    if device == "cpu":
-        yield _math_of(context, job, loaded)
-        return
+    """Lend the arithmetic of a block, once it is this thread's turn on the device."""
+    turn = context.plan.backend_of(job).turn
     with ExitStack() as held:
-        with context.stages.time("wait for the GPU"):
-            held.enter_context(turn_on(device))
+        if turn is not None:
+            with context.stages.time("wait for the GPU"):
+                held.enter_context(turn(context.plan.device))
         yield _math_of(context, job, loaded)
 
 
 def _math_of(context: Context, job: Job, loaded: Block) -> BlockMath:
-    """Return what computes a loaded piece: compiled kernels, or torch where they do not serve."""
+    """Return the arithmetic of a block, by the backend of its job."""
     plan = context.plan
-    if not plan.torch_only and not runs_in_torch(job, plan.method):
-        return KernelMath(loaded)
-    from streammerge.backends.torch.math import TorchMath
-
-    whole = plan.work[job.ordinal].extent == Extent.TENSOR
-    if plan.device == "cpu":
-        return TorchMath(loaded, "cpu", 0 if whole else BLOCK_ELEMENTS)
-    share = share_of_memory(plan.device)
-    operands = loaded.n * sum(itemsize(ref.dtype) for ref in (*job.inputs, *job.fishers))
-    keep = operands <= share // 2
-    block = device_block(share - operands if keep else share, len(job.inputs))
-    return TorchMath(loaded, plan.device, 0 if whole else block, keep=keep)
+    return plan.backend_of(job).math(loaded, plan.device, plan.work[job.ordinal].extent)
 
 
 def follow(context: Context, job: Job) -> Rule | list[Statistic]:

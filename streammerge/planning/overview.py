@@ -1,43 +1,21 @@
-"""A plan at a glance: what is merged, how much is read and written, in how much memory."""
+"""A plan in a few lines, for a prompt or a notebook."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
-
-from streammerge.dtypes import FLOATS
-from streammerge.errors import printable
-from streammerge.units import format_size
-
-if TYPE_CHECKING:
-    from streammerge.planning.plan import MergePlan
 
 _SHOWN = 4
-"""Models and warnings that are spelt out; more are counted."""
-
-
-def overview(plan: MergePlan) -> dict[str, str]:
-    """Return a few lines, each under a name."""
-    elements = sum(job.n_elements for job in plan.jobs if job.dtype in FLOATS)
-    names = [printable(model.reference, 80) for model in plan.models]
-    lines = {
-        "method": plan.method.name,
-        "models": f"{len(names)}: {_some(names)}",
-        **({} if plan.base is None else {"base": printable(plan.base.reference, 80)}),
-        "tensors": f"{len(plan.jobs)} tensors, {elements:,} parameters, {', '.join(sorted({job.dtype for job in plan.jobs}))}",
-        "bytes": f"reads {format_size(plan.bytes_to_read())}, writes {format_size(plan.layout.nbytes)}",
-        "memory": f"at most {format_size(plan.budget.total)}, on {plan.device}, {plan.budget.threads} threads",
-    }
-    return lines | ({"warnings": _some(list(plan.warnings), "; ")} if plan.warnings else {})
+"""Models and warnings that are spelled out; more are counted."""
 
 
 def as_text(lines: dict[str, str]) -> str:
-    """Return the lines under each other."""
+    """Return the lines, one below the other, each after its name."""
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
 
 
 def as_html(lines: dict[str, str]) -> str:
-    """Return the lines as a table for a notebook."""
+    """Return the lines as a table."""
     rows = "".join(
         f"<tr><th style='text-align:left'>{escape(name)}</th><td style='text-align:left'>{escape(text)}</td></tr>"
         for name, text in lines.items()
@@ -45,6 +23,7 @@ def as_html(lines: dict[str, str]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _some(parts: list[str], separator: str = ", ") -> str:
+def first_few(parts: Sequence[str], separator: str = ", ") -> str:
+    """Return the first of some texts, and how many more there are."""
     more = f"{separator}and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
     return separator.join(parts[:_SHOWN]) + more

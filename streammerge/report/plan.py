@@ -33,8 +33,8 @@ def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
     """
     division = plan.division
     found: dict[str, Any] = {
-        "memory_least": division.least() if division is not None else None,
-        "memory_read_once": division.least_unstreamed() if division is not None else None,
+        "memory_least": division.least(),
+        "memory_read_once": division.least_unstreamed(),
         "seconds_estimate": round((plan.bytes_to_read() + plan.layout.nbytes) / ASSUMED_RATE, 1),
         "bytes_per_second_assumed": ASSUMED_RATE,
         "disk": None,

@@ -116,7 +116,7 @@ def test_a_gpu_gives_the_bytes_of_the_cpu(
 def test_auto_takes_the_gpu_only_with_memory_for_its_libraries_and_enough_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("streammerge.api.devices.GPU_DRIVER", "/dev/nvidiactl")
+    monkeypatch.setattr("streammerge.planning.backend.GPU_DRIVER", "/dev/nvidiactl")
     assert choose_device("auto", None, 10**11) == choose_device("auto", 4 << 30, 10**11) == "cuda:0"
     assert choose_device("auto", 512 << 20, 10**11) == choose_device("auto", 4 << 30, 10**9) == "cpu"
 

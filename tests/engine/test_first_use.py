@@ -19,13 +19,15 @@ import yaml
 import streammerge
 from streammerge.api import merge, plan
 from streammerge.backends.cpu import compile as warm
-from streammerge.engine import first_use
-from streammerge.engine.needed_kernels import needed_kernels
+from streammerge.backends.cpu.backend import CPU
+from streammerge.backends.torch.backend import TORCH
 from streammerge.errors import Stopped
 from streammerge.events import Event
 from streammerge.kernels import blocks, deltas, fisher, gram, ranks, scores
 from streammerge.kernels import merge as merges
 from streammerge.numerics import compiled
+from streammerge.planning import prepare
+from streammerge.planning.needed_kernels import needed_kernels
 from tests.conftest import config_for, output_bytes, write_models
 from tests.laws.test_methods import VARIANTS
 from tests.test_layers import ARROWS
@@ -107,7 +109,7 @@ def test_a_small_merge_compiles_nothing_and_has_the_same_bytes(
 ) -> None:
     events: list[Event] = []
     config = config_for("ties", paths)
-    assert plan(config).torch_only
+    assert plan(config).backend is TORCH
     summary = merge(config, tmp_path / "out", on_event=events.append)
     assert marks(cold) == []
     assert summary.compile_seconds == 0.0
@@ -118,13 +120,13 @@ def test_a_small_merge_compiles_nothing_and_has_the_same_bytes(
 
 
 def test_where_torch_would_not_fit_the_kernels_are_compiled(paths: list[Path], cold: Path) -> None:
-    assert not plan(config_for("linear", paths), memory="300MiB").torch_only
+    assert plan(config_for("linear", paths), memory="300MiB").backend is CPU
 
 
 def test_a_large_merge_says_that_it_compiles_and_compiles_what_it_needs(
     paths: list[Path], cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(first_use, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(prepare, "WORTH_COMPILING", 0)
     events: list[Event] = []
     summary = merge(config_for("linear", paths), tmp_path / "out", on_event=events.append)
     kinds = [event.kind for event in events]
@@ -156,7 +158,7 @@ def test_compiling_is_stopped_at_once_and_leaves_nothing(
 def test_where_compiling_fails_torch_serves_and_a_warning_says_so(
     paths: list[Path], cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(first_use, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(prepare, "WORTH_COMPILING", 0)
     monkeypatch.setattr(warm, "_compile_in_child", lambda names, check_stop: None)
     events: list[Event] = []
     merge(config_for("linear", paths), tmp_path / "out", on_event=events.append)

@@ -17,11 +17,11 @@ from streammerge.algebra.rules import SelectedMerge
 from streammerge.algebra.scores import Importance, Selection, Spread
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.api import merge
+from streammerge.backends.torch.backend import BLOCK_ELEMENTS
 from streammerge.engine import task as chunk
 from streammerge.engine.scheduler import Runner
 from streammerge.methods.registry import get_method
 from streammerge.numerics import elementary
-from streammerge.planning.plan import BLOCK_ELEMENTS
 from streammerge.statistics.kinds import (
     Answer,
     NonZero,

@@ -16,7 +16,8 @@ from streammerge.errors import BudgetError
 from streammerge.io import disk
 from streammerge.io.disk import space_for
 from streammerge.output.journal import STATE
-from streammerge.planning.plan import MergePlan, describe
+from streammerge.planning.description import describe
+from streammerge.planning.plan import MergePlan
 from streammerge.report.plan import ASSUMED_RATE, advice
 from tests.cli.running import Cli, assert_refused, cli, write_config
 from tests.conftest import config_for

@@ -759,7 +759,7 @@ def test_config_errors_are_input_errors() -> None:
 
 @pytest.mark.parametrize("extent", [Extent.ELEMENT, Extent.TENSOR], ids=["elements", "tensor"])
 def test_a_formula_whose_temporaries_do_not_fit_is_refused_or_fits(extent: Extent) -> None:
-    from streammerge.planning.plan import torch_workspace
+    from streammerge.backends.torch.backend import torch_workspace
 
     budget = Budget(100 * MIB + SMALLEST_CAPACITY, 100 * MIB, 1)
     job = make_job(0, (400, 300), n_models=20, dtype="F32")
@@ -792,7 +792,7 @@ def test_a_method_without_parameters_keeps_its_access_beside_copied_tensors(
 
 
 def test_a_gpus_block_fits_its_share_of_memory_and_is_a_multiple_of_4096() -> None:
-    from streammerge.planning.memory.budget import device_block
+    from streammerge.backends.torch.backend import device_block
 
     for share in (0, 1 << 28, 1 << 32, 13 << 30):
         block = device_block(share, 5)

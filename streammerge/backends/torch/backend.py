@@ -5,7 +5,7 @@ from __future__ import annotations
 from streammerge.algebra.block import Block, BlockMath, operand_bytes
 from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend, BufferHooks, TensorFacts
-from streammerge.backends.torch.gpu import pin, share_of_memory, turn_on, unpin
+from streammerge.backends.torch.gpu import find_gpu, pin, share_of_memory, turn_on, unpin
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements of the blocks in which a formula that may be split anywhere is computed on the CPU."""
@@ -66,5 +66,6 @@ CUDA = Backend(
     turn=turn_on,
     buffers=BufferHooks(pin, unpin),
     device="cuda",
+    find=find_gpu,
 )
 """The reserve: as for `torch`, and a CUDA context, whose libraries are resident."""

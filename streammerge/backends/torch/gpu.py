@@ -21,6 +21,14 @@ _lock = threading.Lock()
 _idle: dict[str, queue.SimpleQueue[Any]] = {}
 
 
+def find_gpu(number: int) -> str | None:
+    """Return the torch device of a GPU; None if torch finds no such GPU."""
+    import torch
+
+    found = torch.cuda.is_available() and number < torch.cuda.device_count()
+    return f"cuda:{number}" if found else None
+
+
 @contextmanager
 def turn_on(device: str) -> Iterator[None]:
     """Wait for a stream of a GPU; what this thread asks of the GPU goes to it until the block ends."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.backends.cpu.backend import CPU
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.checkpoint.refs.made import contiguous
 from streammerge.checkpoint.shards import PICKLES
@@ -24,7 +25,7 @@ from streammerge.formats.zarr_store import ATTRIBUTE
 from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial, to_store
 from streammerge.io.reader import Reader
 from streammerge.io.stamp import FileStamp, check_unchanged
-from streammerge.planning.memory.budget import KERNEL_RESERVE, make_budget
+from streammerge.planning.memory.budget import make_budget
 from streammerge.tensors.fingerprint import files_digest, fingerprint
 from streammerge.version import __version__
 
@@ -76,7 +77,7 @@ def import_diagonal(
         See `streammerge.errors`; finished arrays stay for the next run.
     """
     control = control or Control()
-    make_budget(memory, 1, KERNEL_RESERVE + _BUFFERS * 4 * CHUNK_ELEMENTS)
+    make_budget(memory, 1, CPU.reserve + _BUFFERS * 4 * CHUNK_ELEMENTS)
     index = open_model(model)
     refs, stamps = _open_source(os.fspath(source))
     _check_against(refs, index, os.fspath(source), control)

@@ -16,15 +16,6 @@ from streammerge.units import format_at_least, format_size
 
 MIB = 1 << 20
 
-KERNEL_RESERVE = 224 * MIB
-"""Interpreter, numpy, numba with its kernels compiled or loaded, and what threads need."""
-TORCH_RESERVE = 400 * MIB
-"""The same with torch (CPU build) imported as well."""
-CUDA_RESERVE = 1600 * MIB
-"""The same with a CUDA context: its libraries are resident."""
-CUDA_LEAST = CUDA_RESERVE + 512 * MIB
-"""Memory below which a GPU is used only where it is asked for."""
-
 SMALLEST_CAPACITY = 24 * MIB
 
 
@@ -80,16 +71,6 @@ def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget
             f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_at_least(least)}"
         )
     return Budget(total, reserve, threads or available_cpus())
-
-
-def device_block(share: int, n_inputs: int) -> int:
-    """Return the elements a GPU works on at a time in its `share` of memory, in bytes.
-
-    A formula has up to ``2 * n_inputs + 12`` fp64 temporaries. At most 16M elements, beyond which launching
-    costs nothing anyway.
-    """
-    fit = share // (8 * (2 * n_inputs + 12))
-    return max(1 << 12, min(1 << 24, fit // 4096 * 4096))
 
 
 def available_cpus() -> int:

@@ -17,11 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streammerge.api import merge, plan
+from streammerge.backends.cpu.backend import CPU
 from streammerge.errors import BudgetError
 from streammerge.events import Event
 from streammerge.machine import left_in_groups, peak_memory
 from streammerge.planning.memory.allocate import StatisticsMemory, statistics_memory
-from streammerge.planning.memory.budget import KERNEL_RESERVE, MIB, SMALLEST_CAPACITY, Budget
+from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.plan import MergePlan
 from streammerge.statistics.reducers import FEWEST_BINS, MOST_BINS
 from streammerge.units import format_at_least, parse_size
@@ -79,7 +80,7 @@ def test_the_memory_that_a_refusal_asks_for_is_enough(
 ) -> None:
     config = config_of(method, write_headers(tmp_path, shapes, n_models), parameters)
     with pytest.raises(BudgetError) as refused:
-        plan(config, memory=KERNEL_RESERVE + SMALLEST_CAPACITY, threads=2)
+        plan(config, memory=CPU.reserve + SMALLEST_CAPACITY, threads=2)
     asked = re.search(r"give at least (\d+ MiB)", str(refused.value))
     assert asked is not None
     assert parse_size(asked[1]) >= least * MIB
@@ -106,7 +107,7 @@ def test_a_size_that_is_asked_for_is_never_rounded_down(nbytes: int) -> None:
 
 
 def lists_of(decided: MergePlan) -> int:
-    return decided.budget.reserve - KERNEL_RESERVE - decided.statistics_memory.nbytes
+    return decided.budget.reserve - CPU.reserve - decided.statistics_memory.nbytes
 
 
 def traced_peak(directory: Path, shapes: Shapes) -> tuple[int, int]:

@@ -147,7 +147,7 @@ def test_the_bits_do_not_depend_on_how_the_work_is_cut(
 
 def set_block(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     """Have elements that are made as they are read be made `n` at a time."""
-    for module in ("index.derived", "index.blocks", "engine.adapted", "engine.blocks"):
+    for module in ("checkpoint.refs.made", "checkpoint.refs.blocks", "tensors.adapted", "tensors.blocks"):
         monkeypatch.setattr(f"streammerge.{module}.READ_BLOCK", n)
 
 

@@ -22,7 +22,8 @@ from streammerge.checkpoint.refs.blocks import BlocksRef
 from streammerge.checkpoint.refs.made import AdaptedRef, GatheredRef, MadeRef
 from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import is_copied
-from streammerge.planning.plan import MergePlan, runs_in_torch, tensor_context_of
+from streammerge.planning.needs import tensor_context_of
+from streammerge.planning.plan import MergePlan
 from streammerge.statistics.kinds import (
     AbsSum,
     Band,
@@ -97,7 +98,7 @@ def needed_kernels(plan: MergePlan) -> Names:
     for job in plan.jobs:
         if any(_is_adapted(ref) for ref in (*job.inputs, *job.sources)):
             names.add("adapters")
-        in_torch = plan.torch_only or runs_in_torch(job, plan.method)
+        in_torch = not plan.backend_of(job).compiled
         key = (job.kind, in_torch, bool(job.grams), bool(job.fishers), *job.parameters.items())
         if not is_copied(job) and key not in seen:
             seen.add(key)

@@ -1,4 +1,4 @@
-"""Opens what a config names: its models, and what lies beside them."""
+"""Opens the inputs of a merge: its models, and the stores that accompany them."""
 
 from __future__ import annotations
 
@@ -18,39 +18,51 @@ from streammerge.tensors.fingerprint import check_belongs
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the references of a config lead."""
+    """How the references of a config are opened: from files, unless a caller holds the models itself."""
 
     model: Callable[[str], TensorIndex] = open_model
     fisher: Callable[[str], CompanionIndex] = open_fisher
     grams: Callable[[str], CompanionIndex] = open_grams
     reader: Reader | None = None
-    """What reads them, where that is no common one."""
+    """Reads what was opened; None: a reader of its own, for files."""
 
 
 @dataclass(frozen=True)
-class Opened:
-    """The models of a merge, each opened once."""
+class Inputs:
+    """The models of a merge, each opened once, and the stores that accompany them."""
 
-    models: list[TensorIndex]
-    base: TensorIndex | None
-    bases: list[TensorIndex]
-    """Bases of slices, where they are others than `base`."""
-    fishers: list[CompanionIndex]
-    grams: list[CompanionIndex]
+    models: tuple[TensorIndex, ...]
+    base: TensorIndex | None = None
+    bases: tuple[TensorIndex, ...] = ()
+    """Bases of single slices, where these differ from `base`."""
+    fishers: tuple[CompanionIndex, ...] = ()
+    """The Fisher diagonal of each model, for a method that weights by them."""
+    grams: tuple[CompanionIndex, ...] = ()
+    """The Gram matrices of each model, for a method that takes them."""
 
     @property
-    def own(self) -> list[TensorIndex]:
+    def template(self) -> TensorIndex:
+        """The model whose config.json, tokenizer and tensor names the output has: the base, else the first model."""
+        return self.base if self.base is not None else self.models[0]
+
+    @property
+    def own(self) -> tuple[TensorIndex, ...]:
         """The models and the base."""
-        return [*self.models, *([self.base] if self.base is not None else [])]
+        return (*self.models, *(() if self.base is None else (self.base,)))
+
+    @property
+    def by_reference(self) -> dict[str, TensorIndex]:
+        """Every model and base, by its reference."""
+        return {index.reference: index for index in (*self.models, *self.bases, self.template)}
 
 
-def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Opened:
-    """Open every model once: those merged, the base, and the bases of slices; and what lies beside them.
+def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs:
+    """Open every model once, the base, the bases of slices, and the stores that accompany the models.
 
     Raises
     ------
     InputError
-        If one is missing, malformed, or was made for another model.
+        If one of them is missing, malformed, or a store was made for a different model.
     """
     opened: dict[str, TensorIndex] = {}
 
@@ -73,11 +85,12 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Opened
     }
     fishers = _open_beside("fisher", sources.fisher, config, models, sources.reader) if method.fisher else []
     grams = _open_beside("gram", sources.grams, config, models, sources.reader) if method.gram else []
-    return Opened(models, base, [index for index in others.values() if index is not base], fishers, grams)
+    bases = (index for index in others.values() if index is not base)
+    return Inputs(tuple(models), base, tuple(bases), tuple(fishers), tuple(grams))
 
 
 def _find_all(config: MergeConfig, get: Callable[[str], TensorIndex]) -> None:
-    """Open every model; refuse all at once that have to be downloaded first."""
+    """Open every model; name all those together that must be downloaded first."""
     parts = [part for module in config.modules for part in module.slices]
     references = [spec.reference for spec in config.models]
     references += [config.base_model] if config.base_model is not None else []
@@ -107,7 +120,7 @@ def _open_beside(
     models: list[TensorIndex],
     reader: Reader | None,
 ) -> list[CompanionIndex]:
-    """Open what lies beside each model under `key`; what was made for another model is refused."""
+    """Open the store that each model has under `key`; refuse one that was made for a different model."""
     stores = []
     for spec, model in zip(config.models, models, strict=True):
         reference = getattr(spec, key)

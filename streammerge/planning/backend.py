@@ -1,0 +1,89 @@
+"""The choice of a backend: which one computes a merge, which one a tensor, and what memory these take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from streammerge.backends.base import Backend
+from streammerge.backends.cpu.backend import CPU
+from streammerge.backends.registry import BACKENDS
+from streammerge.backends.torch.backend import CUDA, TORCH
+from streammerge.checkpoint.companions import CompanionIndex
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.errors import InputError, printable
+from streammerge.methods.registry import Method
+from streammerge.planning.job import Job
+
+GPU_DRIVER = "/dev/nvidiactl"
+WORTH_A_GPU = 8_000_000_000
+"""Bytes of inputs: without a GPU, fewer are merged in the time that starting one takes."""
+CUDA_LEAST = CUDA.reserve + (512 << 20)
+"""Bytes of memory below which a GPU is used only on request."""
+
+
+def choose_device(device: str, memory: int | None, nbytes: int) -> str:
+    """Return the device that a user asked for: ``cpu``, ``cuda:N``, or the kind of a registered backend.
+
+    ``auto`` is the GPU if there is one, `memory` suffices for its libraries, and `nbytes` of inputs are worth the
+    seconds that it takes to start. Torch is imported only then.
+
+    Raises
+    ------
+    InputError
+        If there is no such device.
+    """
+    kind, _, number = device.partition(":")
+    if device == "auto":
+        small = nbytes < WORTH_A_GPU or (memory is not None and memory < CUDA_LEAST)
+        gpu = None if small or not os.path.exists(GPU_DRIVER) or CUDA.find is None else CUDA.find(0)
+        return CPU.device if gpu is None else gpu
+    backend = _on(kind)
+    if backend is None or (number and (backend.find is None or not number.isdecimal())):
+        kinds = ", ".join(dict.fromkeys(backend.device for backend in BACKENDS.values()))
+        raise InputError(f"device {printable(device)!r} is none of auto, {kinds}, cuda:N")
+    found = kind if backend.find is None else backend.find(int(number or 0))
+    if found is None:
+        raise InputError(f"device {printable(device)!r}: torch finds no such GPU here; use --device cpu")
+    return found
+
+
+def backend_on(device: str, kernels: bool | None) -> Backend:
+    """Return the backend of a chosen device; `kernels` False: torch's formulas instead of compiled kernels."""
+    chosen = _on(device.partition(":")[0])
+    assert chosen is not None
+    return TORCH if chosen.compiled and kernels is False else chosen
+
+
+def _on(kind: str) -> Backend | None:
+    """Return the first backend that is registered for a kind of device."""
+    return next((backend for backend in BACKENDS.values() if backend.device == kind), None)
+
+
+def backend_of(job: Job, method: Method, chosen: Backend) -> Backend:
+    """Return the backend that computes a job: the `chosen` one, but torch for what that has no kernels for."""
+    return chosen if chosen.formulas or not _takes_formulas(job, method) else TORCH
+
+
+def reserve_of(chosen: Backend, method: Method, models: Sequence[TensorIndex]) -> int:
+    """Return the bytes that the process needs for the backends that a merge of some models may use."""
+    if chosen.formulas or not (method.is_formula or method.gram or any(map(_has_fp64, models))):
+        return chosen.reserve
+    return max(chosen.reserve, TORCH.reserve)
+
+
+def operator_bytes(grams: Sequence[CompanionIndex]) -> int:
+    """Return the bytes of Gram matrices that are kept between the pieces of one tensor: fp64, those of the largest."""
+    return 8 * len(grams) * max((ref.n_elements for index in grams for ref in index.values()), default=0)
+
+
+def _takes_formulas(job: Job, method: Method) -> bool:
+    """Return whether a job has no compiled kernels: a plain formula, Gram matrices, fp64."""
+    if job.kind == "merge":
+        wide = any(ref.dtype == "F64" for ref in (*job.inputs, *job.fishers))
+        return bool(job.grams) or method.is_formula or wide or job.dtype == "F64"
+    return job.dtype != job.sources[0].dtype and "F64" in (job.dtype, job.sources[0].dtype)
+
+
+def _has_fp64(index: TensorIndex) -> bool:
+    return any(ref.dtype == "F64" for ref in index.values())

@@ -1,0 +1,64 @@
+"""A plan as plain values, for ``--json``, for events and for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from streammerge.dtypes import FLOATS
+from streammerge.planning.plan import MergePlan
+from streammerge.planning.schedule import Chunk
+
+
+def describe(plan: MergePlan) -> dict[str, object]:
+    """Return the plan as plain values."""
+    chunks = streamed = largest = 0
+    for step in plan.steps():
+        if isinstance(step, Chunk):
+            chunks, largest = chunks + 1, max(largest, step.nbytes)
+        else:
+            streamed += 1
+    return {
+        "method": plan.method.name,
+        "models": [model.reference for model in plan.models],
+        "base_model": plan.base.reference if plan.base is not None else None,
+        "tensors": len(plan.jobs),
+        "tensors_by_kind": dict(Counter(job.kind for job in plan.jobs)),
+        "elements": sum(job.n_elements for job in plan.jobs if job.dtype in FLOATS),
+        "dtypes": sorted({job.dtype for job in plan.jobs}),
+        "access": sorted({str(access) for access in plan.access}),
+        "model_passes": plan.model_passes(),
+        "streamed_tensors": streamed,
+        "chunks": chunks,
+        "largest_chunk_bytes": largest,
+        "bytes_to_read": plan.bytes_to_read(),
+        "bytes_of_passes": plan.bytes_of_passes(),
+        "bytes_to_write": plan.layout.nbytes,
+        "shards": [
+            {"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.jobs)}
+            for shard in plan.layout.shards
+        ],
+        "memory": plan.budget.total,
+        "memory_reserve": plan.budget.reserve,
+        "threads": plan.budget.threads,
+        "device": plan.device,
+        "warnings": list(plan.warnings),
+    }
+
+
+def tensor_values(plan: MergePlan) -> list[dict[str, object]]:
+    """Return how every tensor is handled and where it goes, as plain values."""
+    return [
+        {
+            "name": job.name,
+            "kind": job.kind,
+            "dtype": job.dtype,
+            "shape": list(job.shape),
+            "access": str(plan.access[job.ordinal]),
+            "mode": plan.work[job.ordinal].mode,
+            "shard": plan.layout.shards[slot.shard].name,
+            "offset": slot.offset,
+            "nbytes": slot.nbytes,
+            "parameters": dict(job.parameters),
+        }
+        for job, slot in zip(plan.jobs, plan.layout.slots, strict=True)
+    ]

@@ -1,0 +1,166 @@
+"""Makes the plan: resolves the jobs, divides the memory, lays out the shards, and collects the files beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streammerge.backends.base import Backend
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.config.schema import MergeConfig
+from streammerge.errors import BudgetError
+from streammerge.methods.registry import Method
+from streammerge.planning.files.config_json import merged_config
+from streammerge.planning.files.ecosystem import ecosystem_of
+from streammerge.planning.files.surroundings import Surroundings, surroundings
+from streammerge.planning.files.tokenizer import TokenizerFiles, tokenizer_files
+from streammerge.planning.inputs import Inputs
+from streammerge.planning.job import Job
+from streammerge.planning.layout import lay_out
+from streammerge.planning.memory.allocate import Needs, lists_nbytes
+from streammerge.planning.memory.budget import Budget
+from streammerge.planning.memory.division import Division
+from streammerge.planning.needs import needs_of
+from streammerge.planning.options import LeftOut, PlanOptions
+from streammerge.planning.plan import MergePlan
+from streammerge.planning.resolve.codes import holds_codes
+from streammerge.planning.resolve.jobs import Resolved, resolve_jobs
+from streammerge.planning.resolve.matching import Matched, match_names
+from streammerge.planning.resolve.quantised import check_codes
+from streammerge.planning.resolve.vocabulary import Alignment, align
+from streammerge.units import format_at_least, format_size
+
+NEW_TOKEN_NBYTES = 2000
+"""Bytes per token that is added to a tokenizer: its entries in two files, and their text."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """The memory, threads and processor of a merge."""
+
+    budget: Budget
+    """The memory of the process; lists and statistics are still to be subtracted."""
+    device: str
+    """``cpu`` or ``cuda:N``."""
+    backend: Backend
+
+
+def make_plan(
+    config: MergeConfig, method: Method, inputs: Inputs, resources: Resources, options: PlanOptions
+) -> MergePlan:
+    """Decide everything about a merge.
+
+    Parameters
+    ----------
+    options
+        Only what `resources` does not settle: shard size, seed, notes, and the files that are left out.
+
+    Raises
+    ------
+    InputError
+        If the models, the config or the budget do not allow the merge.
+    """
+    template, every = inputs.template, inputs.by_reference
+    check_codes(config, method, (*inputs.models, *inputs.bases, template))
+    matched = match_names(template, every, config.exclude)
+    alignment = None if config.tokenizer is None else align(config.tokenizer, template, matched.indexes)
+    if alignment is not None:
+        _check_tokens(alignment, resources.budget)
+    resolved = resolve_jobs(config, method, template, matched, inputs.fishers, alignment, inputs.grams)
+    jobs = resolved.jobs
+    files = _Files()
+    if not options.tensors_only:
+        files = _files_beside(config, template, matched, resolved, alignment, options.left_out)
+    needs = _needs_of_all(jobs, method)
+    lists = _lists_nbytes(inputs, matched, jobs, needs) + files.nbytes
+    lists += 0 if alignment is None else alignment.nbytes
+    division = Division(resources.budget, jobs, needs, lists, method, resources.backend)
+    allocation = division.allocate()
+    return MergePlan(
+        config=config,
+        method=method,
+        models=inputs.models,
+        base=inputs.base,
+        jobs=jobs,
+        access=tuple(need.access for need in needs),
+        work=allocation.work,
+        layout=lay_out(jobs, options.shard_size, ecosystem_of(template).stem, template.folders),
+        budget=allocation.budget,
+        seed=config.seed if options.seed is None else options.seed,
+        backend=resources.backend,
+        device=resources.device,
+        division=division,
+        warnings=(*options.notes, *resolved.warnings, *files.remarks),
+        fishers=inputs.fishers,
+        grams=inputs.grams,
+        bases=inputs.bases,
+        settings=files.settings,
+        left_out=tuple(sorted(options.left_out)),
+        tokenizer=files.tokenizer,
+        vocabulary="" if alignment is None else alignment.digest(),
+        statistics_memory=allocation.statistics,
+        beside=files.beside,
+    )
+
+
+def _needs_of_all(jobs: Sequence[Job], method: Method) -> tuple[Needs, ...]:
+    """Return the needs of each job; jobs with the same parameters share theirs."""
+    known: dict[tuple[object, ...], Needs] = {}
+    needs = []
+    for job in jobs:
+        key = (job.kind, bool(job.grams), *job.parameters.items())
+        if key not in known:
+            known[key] = needs_of(job, method, jobs)
+        needs.append(known[key])
+    return tuple(needs)
+
+
+def _lists_nbytes(inputs: Inputs, matched: Matched, jobs: Sequence[Job], needs: Sequence[Needs]) -> int:
+    n_refs = sum(len(index) for index in matched.indexes.values()) + matched.n_blocks
+    n_stored = sum(len(index) for index in (*inputs.fishers, *inputs.grams))
+    return lists_nbytes(n_refs, n_stored, jobs, needs)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of an output in addition to its weights."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: TokenizerFiles | None = None
+    beside: Surroundings = field(default=Surroundings())
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the files that are held until they are written."""
+        return 0 if self.tokenizer is None else sum(map(len, self.tokenizer.changed.values()))
+
+
+def _files_beside(
+    config: MergeConfig,
+    template: TensorIndex,
+    matched: Matched,
+    resolved: Resolved,
+    alignment: Alignment | None,
+    left_out: Sequence[LeftOut],
+) -> _Files:
+    indexes = matched.indexes
+    settings, remarks = merged_config(config, template, indexes, resolved.jobs, resolved.stacks, alignment)
+    tokenizer = None
+    if alignment is not None or config.chat_template is not None:
+        tokenizer = tokenizer_files(config, template, indexes, alignment)
+        remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
+    source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else template.directory
+    beside = surroundings(template, source, tokenizer, quantised=holds_codes(resolved.jobs))
+    return _Files(settings, tokenizer, beside, (*remarks, *beside.notes))
+
+
+def _check_tokens(alignment: Alignment, budget: Budget) -> None:
+    """Refuse more new tokens than the memory holds while the tokenizer's files are made."""
+    needed = len(alignment.new) * NEW_TOKEN_NBYTES
+    if needed > budget.capacity:
+        raise BudgetError(
+            f"a tokenizer with {len(alignment.new)} new tokens takes {format_size(needed)} to make: give at least "
+            f"{format_at_least(needed + budget.reserve)}, or `tokenizer_source: base`"
+        )

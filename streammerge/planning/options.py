@@ -1,0 +1,33 @@
+"""The choices a caller has about a merge that its config does not make."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+LeftOut = Literal["tokenizer", "model card"]
+DEFAULT_SHARD_SIZE = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """The choices a caller has about a merge."""
+
+    memory: int | None = None
+    """Bound of the process's peak resident memory, in bytes; None: half of what is free."""
+    threads: int | None = None
+    """CPUs to keep busy; None: those available."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or the device of a registered backend."""
+    kernels: bool | None = None
+    """Whether to use compiled kernels; None: unless compiling them takes longer than the merge."""
+    shard_size: int = DEFAULT_SHARD_SIZE
+    """Most bytes of tensors in one output file."""
+    seed: int | None = None
+    """Overrides the config's seed."""
+    notes: tuple[str, ...] = ()
+    """Warnings that the plan shows before its own."""
+    left_out: tuple[LeftOut, ...] = ()
+    """Files that are not written in addition to the weights."""
+    tensors_only: bool = False
+    """Whether the output stays in memory: no other file is written, and the models need no folder."""

@@ -1,0 +1,72 @@
+"""Turns opened models and a caller's options into a plan: device, backend, budget, then the plan itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from streammerge.backends.base import Backend
+from streammerge.backends.torch.backend import TORCH
+from streammerge.config.schema import MergeConfig
+from streammerge.errors import BudgetError
+from streammerge.methods.registry import Method
+from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking, missing_kernels
+from streammerge.planning.backend import backend_on, choose_device, operator_bytes, reserve_of
+from streammerge.planning.inputs import Inputs
+from streammerge.planning.make import Resources, make_plan
+from streammerge.planning.memory import budget as budgets
+from streammerge.planning.needed_kernels import needed_kernels
+from streammerge.planning.options import PlanOptions
+from streammerge.planning.plan import MergePlan
+
+WORTH_COMPILING = 200_000_000
+"""Bytes of inputs: torch merges fewer in the time that compiling the kernels takes."""
+SLOWER = "the compiled kernels cannot be used ({}): merging through torch, the same bits at a fraction of the speed"
+
+
+def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOptions) -> MergePlan:
+    """Return the plan of a merge of opened models.
+
+    Raises
+    ------
+    InputError
+        If the models, the config or the memory do not allow the merge.
+    """
+    device = choose_device(options.device, options.memory, sum(index.nbytes for index in inputs.own))
+    chosen = backend_on(device, options.kernels)
+    missing = missing_kernels() if chosen.compiled and not method.is_formula else None
+    if missing is not None:
+        note = SLOWER.format(f"{missing}; install a numba that suits this numpy")
+        options = replace(options, notes=(note, *options.notes))
+
+    def plan_on(backend: Backend) -> MergePlan:
+        reserve = reserve_of(backend, method, inputs.own) + operator_bytes(inputs.grams)
+        budget = budgets.make_budget(options.memory, options.threads, reserve)
+        return make_plan(config, method, inputs, Resources(budget, device, backend), options)
+
+    if missing is not None:
+        return plan_on(TORCH)
+    plan = plan_on(chosen)
+    return _unless_cold(plan, plan_on) if chosen.compiled and not options.kernels else plan
+
+
+def _unless_cold(plan: MergePlan, plan_on: Callable[[Backend], MergePlan]) -> MergePlan:
+    """Return the plan; or that of torch, if kernels the plan needs are not compiled and not worth it for one merge."""
+    if not lacking(needed_kernels(plan)):
+        return plan
+    cache = kernel_cache()
+    if cache.directory is not None and not is_small(plan):
+        return plan
+    try:
+        other = plan_on(TORCH)
+    except BudgetError:  # torch needs more memory
+        return plan
+    if cache.directory is not None:
+        return other
+    note = SLOWER.format(NOWHERE.format("; ".join(cache.refused)))
+    return replace(other, warnings=(note, *other.warnings))
+
+
+def is_small(plan: MergePlan) -> bool:
+    """Return whether a merge is over before its kernels would be compiled."""
+    return sum(index.nbytes for index in plan.inputs) < WORTH_COMPILING
