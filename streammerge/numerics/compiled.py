@@ -151,7 +151,16 @@ def _cpu() -> str:
 @cache
 def _is_marked(name: str) -> bool:
     directory = kernel_cache().directory
-    return directory is not None and (directory / f"{name}{_MARK}").exists()
+    return directory is not None and _mark(directory, name).exists()
+
+
+def _mark(directory: Path, name: str) -> Path:
+    """Return the file that says that a group is compiled, for the package where it lies.
+
+    numba keeps a loop under the path of its source: another installation of the same version finds none of it.
+    """
+    place = hashlib.blake2b(os.fsencode(_PACKAGE), digest_size=4).hexdigest()
+    return directory / f"{name}-{place}{_MARK}"
 
 
 def lacking(names: Iterable[str]) -> list[str]:
@@ -164,7 +173,7 @@ def mark_compiled(name: str) -> None:
     directory = kernel_cache().directory
     if directory is not None:
         with suppress(OSError):
-            (directory / f"{name}{_MARK}").touch()
+            _mark(directory, name).touch()
     look_again()
 
 

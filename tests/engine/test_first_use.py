@@ -57,7 +57,7 @@ def forget() -> None:
 
 
 def marks(cache: Path) -> list[str]:
-    return sorted(path.stem for path in cache.glob("streammerge/kernels-*/*.compiled"))
+    return sorted(path.stem.rpartition("-")[0] for path in cache.glob("streammerge/kernels-*/*.compiled"))
 
 
 # --- which kernels
@@ -102,6 +102,18 @@ def test_a_linear_merge_needs_one_kernel(paths: list[Path]) -> None:
 
 
 # --- a cold cache
+
+
+def test_kernels_of_another_installation_are_not_taken_for_this_ones(
+    cold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numba finds a loop by the path of its source: marked for another one, all would be compiled amid the merge."""
+    compiled.mark_compiled("weighted_sum")
+    assert compiled.lacking(["weighted_sum"]) == []
+    compiled.kernel_cache()
+    monkeypatch.setattr(compiled, "_PACKAGE", Path("/opt/elsewhere/streammerge"))
+    compiled.look_again()
+    assert compiled.lacking(["weighted_sum"]) == ["weighted_sum"]
 
 
 def test_a_small_merge_compiles_nothing_and_has_the_same_bytes(
