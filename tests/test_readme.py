@@ -102,3 +102,12 @@ def test_the_figures_beside_mergekit_are_those_of_the_performance_page() -> None
         )
         _, _, _, ours, our_peak, theirs, their_peak, *_ = (cell.strip() for cell in row.split("|"))
         assert f"| {ours} s, {our_peak} MiB | {theirs} s, {their_peak} MiB |" in README
+
+
+def test_the_recording_is_one_small_picture_that_runs_nothing_and_fetches_nothing() -> None:
+    (name,) = re.findall(r"!\[.*?\]\((.*?\.svg)\)", README)
+    picture = (ROOT / name).read_text()
+    assert len(picture) < 500_000
+    assert not re.search(r"<script|<foreignObject|@import|url\(|href=\"(?!#)|\bon\w+=", picture)
+    for seen in ("streammerge merge", "Ctrl-C", "resuming:", "all as written"):
+        assert seen in picture
