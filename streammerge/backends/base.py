@@ -36,7 +36,7 @@ class TensorFacts(Protocol):
         """Fisher diagonals, one a model; empty where they are not used."""
 
     @property
-    def mixer_bytes(self) -> int:
+    def operator_bytes(self) -> int:
         """Bytes of the regression operators of this tensor."""
 
     def line_length(self, sees: Extent) -> int:

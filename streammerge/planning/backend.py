@@ -44,7 +44,7 @@ def choose_device(device: str, memory: int | None, nbytes: int) -> str:
         raise InputError(f"device {printable(device)!r} is none of auto, {kinds}, cuda:N")
     found = kind if backend.find is None else backend.find(int(number or 0))
     if found is None:
-        raise InputError(f"device {printable(device)!r}: torch finds no such GPU here; use --device cpu")
+        raise InputError(f"device {printable(device)!r}: no such device here; use --device cpu")
     return found
 
 

@@ -86,7 +86,7 @@ class Job:
         return max((ref.chunk_elements * itemsize(ref.dtype) for ref in chunked), default=0)
 
     @property
-    def mixer_bytes(self) -> int:
+    def operator_bytes(self) -> int:
         """Most bytes that it takes to make matrices from the Gram matrices, and to hold them."""
         return 8 * (len(self.grams) + 5) * self.row_length**2 if self.grams else 0
 

@@ -14,7 +14,7 @@ BLOCK_ELEMENTS = 1 << 16
 def torch_workspace(tensor: TensorFacts, n: int) -> int:
     """Return an upper bound, in bytes, of the temporaries of a formula on a block of `n` elements."""
     block = max(n, min(BLOCK_ELEMENTS, tensor.n_elements))
-    return block * 8 * (2 * len(tensor.inputs) + 3 * len(tensor.fishers) + 12) + tensor.mixer_bytes
+    return block * 8 * (2 * len(tensor.inputs) + 3 * len(tensor.fishers) + 12) + tensor.operator_bytes
 
 
 def device_block(share: int, n_inputs: int) -> int:
