@@ -123,7 +123,7 @@ def merge(
         raise InputError(f"io {printable(io)!r} is none of {', '.join(get_args(IoMode))}")
     if nonfinite not in get_args(NonFinite):
         raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
-    how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs)
+    how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs=hash_inputs)
 
     def decide(kernels: bool | None) -> MergePlan:
         return plan(

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streammerge.engine.nonfinite import trace
-from streammerge.engine.scheduler import Runner, Tick
-from streammerge.engine.task import Context
+from streammerge.engine.scheduler import Scheduler, Tick
 from streammerge.engine.telling import differing, named_densities, of_floor
+from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import printable
 from streammerge.events import Control, Event
 from streammerge.io.buffer_pool import Bytes
@@ -125,8 +125,8 @@ def merge_in_memory(
     for line in plan.warnings:
         control.warn(line)
     sink = TensorSink(plan, take)
-    keys = identify(plan, reader).keys
-    context = Context(plan, reader, sink, keys, control.stop, tolerant=tolerant)
+    spec = RunSpec(plan, None, identify(plan, reader), tolerant)
+    worker = Worker(spec, reader, sink, control.stop)
     elements = sum(job.n_elements for job in plan.jobs)
 
     def on_tick(tick: Tick) -> None:
@@ -146,14 +146,14 @@ def merge_in_memory(
 
     control.emit(Event("start", {"bytes_done": 0}))
     sink.hand_over_empty()
-    runner = Runner(context, _Unrecorded(), on_tick)
-    runner.run([], {})
+    scheduler = Scheduler(worker, _Unrecorded(), on_tick)
+    scheduler.run([], {})
     for stamp in (stamp for stamps in plan.stamped.values() for stamp in stamps):
         check_unchanged(stamp)
-    chosen = cover(plan, runner.receipts)
+    chosen = cover(plan, scheduler.receipts)
     for line in (
-        *differing(context),
-        *_not_finite_lines(context, runner.receipts),
+        *differing(plan, scheduler.receipts),
+        *_not_finite_lines(plan, reader, scheduler.receipts),
         *of_floor(floored(plan, chosen) if plan.fishers else None),
     ):
         control.warn(line)
@@ -170,16 +170,16 @@ def merge_in_memory(
     )
 
 
-def _not_finite_lines(context: Context, receipts: Sequence[Receipt]) -> list[str]:
+def _not_finite_lines(plan: MergePlan, reader: Reader, receipts: Sequence[Receipt]) -> list[str]:
     """Return, for each tensor with NaN or infinity, where they come from; the output may be gone by now."""
     counts: dict[int, int] = {}
     for receipt in receipts:
         counts[receipt.job] = counts.get(receipt.job, 0) + receipt.not_finite
     lines: list[str] = []
     for ordinal, count in sorted(counts.items()):
-        job = context.plan.jobs[ordinal]
+        job = plan.jobs[ordinal]
         if count:
-            of_inputs = trace(context.reader, job, 0, job.n_elements, None).warnings()
+            of_inputs = trace(reader, job, 0, job.n_elements, None).warnings()
             overflow = f"tensor {printable(job.name)}: {count} merged elements overflow {job.dtype}"
             lines += of_inputs or [overflow]
     return lines

@@ -12,17 +12,17 @@ from typing import Any, Literal
 import numpy as np
 
 from streammerge.dtypes import BITS
+from streammerge.engine.executors.base import make_executor
 from streammerge.engine.first_use import compile_first
 from streammerge.engine.profile import profile_values, write_profile
-from streammerge.engine.scheduler import PREFETCHERS, Runner, Tick
-from streammerge.engine.task import Context
+from streammerge.engine.scheduler import Scheduler, Tick
 from streammerge.engine.telling import Density, differing, named_densities, not_finite_lines, of_floor
+from streammerge.engine.worker import RunSpec, Worker, open_reader
 from streammerge.errors import Stopped, WorldError, printable
 from streammerge.events import Control, Event
 from streammerge.io.allocate import check_space
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import IoMode, Reader
-from streammerge.machine import available_memory, share_out
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.commit import commit
 from streammerge.output.directory import (
@@ -83,11 +83,13 @@ class Options:
     """How a merge runs; none of it changes the output's bytes."""
 
     overwrite: bool = False
-    backend: IoMode = "direct"
+    io: IoMode = "direct"
     profile: Path | None = None
     """Where to write what the time went to, also when the run fails or is stopped."""
     nonfinite: NonFinite = "error"
     """What becomes of a NaN or an infinity: refused, or written and reported."""
+    executor: str = "threads"
+    """The name of what runs the chunks; see `streammerge.engine.executors`."""
     hash_inputs: bool = False
     """Hash every input file before the first byte, so that it is known again whatever its date; the manifest has it."""
 
@@ -114,8 +116,7 @@ def execute(
         control.warn(line)
     compiling = compile_first(plan, control)
     began = time.monotonic()
-    inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)
-    reader = Reader(options.backend, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)
+    reader = open_reader(plan, options.io)
     try:
         identity = identify(plan, reader)
         if not out.exists():
@@ -181,10 +182,10 @@ class _Session:
         self._plan, self._out, self._reader = plan, out, reader
         self._identity = identity
         self._control = control
-        self._writer = ShardWriter(out, plan.layout, direct=options.backend == "direct")
-        self._context = Context(
-            plan, reader, self._writer, identity.keys, control.stop, tolerant=options.nonfinite == "warn"
-        )
+        self._writer = ShardWriter(out, plan.layout, direct=options.io == "direct")
+        spec = RunSpec(plan, out, identity, options.nonfinite == "warn", options.io)
+        self._worker = Worker(spec, reader, self._writer, control.stop)
+        self._executor = make_executor(options.executor)
         self._overwrite = options.overwrite
         self._profile = options.profile
         self._running = 0.0
@@ -193,7 +194,7 @@ class _Session:
     def run(self, card: str, began: float) -> Summary:
         files = find_inputs(self._plan, self._plan.beside.files)
         journal = Journal(self._out, self._identity.named)
-        stages = self._context.stages
+        stages = self._worker.stages
         try:
             progress = self._continue(journal, files)
             shards = [shard.name for shard in self._plan.layout.shards if folder_of(shard.name)]
@@ -205,11 +206,11 @@ class _Session:
             sound = self._believe(progress.receipts)
             resumed = sum(_receipt_bytes(self._plan, receipt) for receipt in sound)
             self._control.emit(Event("resume" if resumed else "start", {"bytes_done": resumed}))
-            runner = Runner(self._context, journal, self._on_tick)
+            scheduler = Scheduler(self._worker, journal, self._on_tick, self._executor)
             started = time.monotonic()
             stages.add("start", started - began, time.process_time())
             try:
-                runner.run(sound, progress.answers)
+                scheduler.run(sound, progress.answers)
             finally:
                 self._running = time.monotonic() - started
                 if (signum := self._control.signal()) is not None:
@@ -217,8 +218,8 @@ class _Session:
             for file in files:
                 confirm(file, progress.files[file.key], self._hasher)
             for line in (
-                *differing(self._context),
-                *not_finite_lines(self._context, runner.receipts, self._output),
+                *differing(self._plan, scheduler.receipts),
+                *not_finite_lines(self._plan, self._reader, scheduler.receipts, self._output),
             ):
                 self._control.warn(line)
             self._control.emit(Event("commit"))
@@ -230,7 +231,7 @@ class _Session:
                     self._plan,
                     self._out,
                     self._writer,
-                    runner.receipts,
+                    scheduler.receipts,
                     self._identity,
                     card,
                     hashes,
@@ -286,7 +287,7 @@ class _Session:
             if r.job < len(slots)
             and slots[r.job].shard not in self._writer.fresh
             and 0 <= r.start <= r.stop <= self._plan.jobs[r.job].n_elements
-            and (self._context.tolerant or not r.not_finite or is_copied(self._plan.jobs[r.job]))
+            and (self._worker.tolerant or not r.not_finite or is_copied(self._plan.jobs[r.job]))
         ]
         with ThreadPoolExecutor(self._plan.budget.workers) as threads:
             sound = list(threads.map(self._is_sound, plausible))
@@ -330,7 +331,7 @@ class _Session:
     def _profile_values(self, seconds: float) -> dict[str, Any]:
         budget = self._plan.budget
         return profile_values(
-            self._context.stages,
+            self._worker.stages,
             seconds=seconds,
             running=self._running,
             workers=budget.workers,

@@ -20,8 +20,8 @@ import numpy as np
 
 from streammerge.algebra.extent import Extent
 from streammerge.dtypes import BITS
-from streammerge.engine.scheduler import Runner
-from streammerge.engine.task import Context
+from streammerge.engine.scheduler import Scheduler
+from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import InputError, WorldError, printable
 from streammerge.formats.safetensors import read_header
 from streammerge.io.buffer_pool import Bytes
@@ -131,18 +131,16 @@ def recompute(
     chosen = every if sample is None else random.Random(seed).sample(every, min(sample, len(every)))
     reader = Reader()
     comparer = _Comparer(placed, out, reader)
-    context = Context(
-        placed, reader, comparer, identify(placed, reader).keys, threading.Event(), tolerant=True
-    )
+    worker = Worker(RunSpec(placed, None, identify(placed, reader), tolerant=True), reader, comparer)
     try:
-        runner = Runner(context, _Nothing(), lambda tick: on_tick(tick.bytes_read))
-        runner.run(_all_but(placed, chosen), {})
+        scheduler = Scheduler(worker, _Nothing(), lambda tick: on_tick(tick.bytes_read))
+        scheduler.run(_all_but(placed, chosen), {})
     finally:
         reader.close()
     _check_inputs(placed)
     problems = [comparer.describe(job, manifest) for job in sorted(comparer.differences)]
     if sample is None and not problems:
-        problems = _told_wrongly(placed, runner.receipts, manifest)
+        problems = _told_wrongly(placed, scheduler.receipts, manifest)
     n = sum(job.n_elements for job in placed.jobs)
     return Recomputed(len(chosen), len(every), comparer.elements, n, tuple(problems))
 

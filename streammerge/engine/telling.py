@@ -8,9 +8,9 @@ from typing import Any
 
 from streammerge.dtypes import itemsize
 from streammerge.engine.nonfinite import trace
-from streammerge.engine.task import Context
 from streammerge.errors import printable
 from streammerge.io.buffer_pool import Bytes
+from streammerge.io.reader import Reader
 from streammerge.output.journal import Receipt
 from streammerge.planning.plan import MergePlan
 
@@ -43,10 +43,9 @@ def named_densities(plan: MergePlan, entries: Sequence[Mapping[str, Any]]) -> tu
     )
 
 
-def differing(context: Context) -> Iterator[str]:
+def differing(plan: MergePlan, receipts: Sequence[Receipt]) -> Iterator[str]:
     """Yield a line for each integer tensor that the models do not agree on."""
-    plan = context.plan
-    for ordinal in sorted(context.differing):
+    for ordinal in sorted({receipt.job for receipt in receipts if receipt.differs}):
         job = plan.jobs[ordinal]
         yield (
             f"tensor {printable(job.name)} ({job.dtype}) differs between the models; "
@@ -55,20 +54,20 @@ def differing(context: Context) -> Iterator[str]:
 
 
 def not_finite_lines(
-    context: Context, receipts: Sequence[Receipt], output: Callable[[int, int, int], Bytes]
+    plan: MergePlan, reader: Reader, receipts: Sequence[Receipt], output: Callable[[int, int, int], Bytes]
 ) -> Iterator[str]:
     """Yield, for each tensor with NaN or infinity, where they come from.
 
     `output` returns the bytes from one to another of a job's merged tensor.
     """
     for ordinal in sorted({receipt.job for receipt in receipts if receipt.not_finite}):
-        job = context.plan.jobs[ordinal]
+        job = plan.jobs[ordinal]
         width = itemsize(job.dtype)
 
         def merged(first: int, last: int, ordinal: int = ordinal, width: int = width) -> Bytes:
             return output(ordinal, first * width, last * width)
 
-        yield from trace(context.reader, job, 0, job.n_elements, merged).warnings()
+        yield from trace(reader, job, 0, job.n_elements, merged).warnings()
 
 
 def of_floor(floored: Mapping[str, Any] | None) -> Iterator[str]:

@@ -39,6 +39,8 @@ class Receipt:
     """Elements that a Fisher floor decided."""
     not_finite: int = 0
     """Elements that are NaN or infinite."""
+    differs: bool = False
+    """Of a copied tensor: whether the models do not agree on it. No journal has it."""
 
 
 @dataclass(frozen=True)

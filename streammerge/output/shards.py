@@ -56,6 +56,30 @@ class ShardWriter:
         self.unreserved = False
         """Whether the file system could not set room aside: a full disk is found when it is full."""
 
+    @classmethod
+    def attach(cls, directory: Path, layout: Layout, *, direct: bool) -> ShardWriter:
+        """Return a writer to shards that the merge has opened already: nothing is made, renamed or allocated.
+
+        Raises
+        ------
+        WorldError
+            If one is not there.
+        """
+        writer = cls(directory, layout, direct=direct)
+        try:
+            for number, shard in enumerate(layout.shards):
+                with world_errors(directory / shard.name):
+                    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+                    writer._take(os.open(writer._partial(number), flags))
+        except BaseException:
+            writer.close()
+            raise
+        return writer
+
+    def _take(self, descriptor: int) -> None:
+        self._descriptors.append(descriptor)
+        self._direct_descriptors.append(open_direct(descriptor, os.O_RDWR) if self._direct else None)
+
     def open(self) -> None:
         """Open or create every shard at its full size; a full disk is found here.
 
@@ -66,9 +90,8 @@ class ShardWriter:
         try:
             for number, shard in enumerate(self._shards):
                 with world_errors(self._directory / shard.name):
-                    self._descriptors.append(self._open_one(number, shard))
-                direct = open_direct(self._descriptors[-1], os.O_RDWR) if self._direct else None
-                self._direct_descriptors.append(direct)
+                    descriptor = self._open_one(number, shard)
+                self._take(descriptor)
             for folder in sorted(
                 {(self._directory / shard.name).parent for shard in self._shards}, reverse=True
             ):

@@ -19,7 +19,7 @@ from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.api import merge
 from streammerge.backends.torch.backend import BLOCK_ELEMENTS
 from streammerge.engine import task as chunk
-from streammerge.engine.scheduler import Runner
+from streammerge.engine.scheduler import Scheduler
 from streammerge.methods.registry import get_method
 from streammerge.numerics import elementary
 from streammerge.statistics.kinds import (
@@ -271,13 +271,13 @@ def test_answers_are_given_up_with_their_tensor(
     make_models: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left: list[int] = []
-    run = Runner.run
+    run = Scheduler.run
 
-    def run_and_look(self: Runner, *arguments: Any) -> None:
+    def run_and_look(self: Scheduler, *arguments: Any) -> None:
         run(self, *arguments)
-        left.append(len(self._context.answers))
+        left.append(len(self._worker.answers))
 
-    monkeypatch.setattr(Runner, "run", run_and_look)
+    monkeypatch.setattr(Scheduler, "run", run_and_look)
     merge(config_for("sce", make_models()), tmp_path / "out")
     assert left == [0]
 

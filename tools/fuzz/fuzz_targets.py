@@ -598,15 +598,15 @@ class JournalFile:
 
     @staticmethod
     def _check_answers(answers: dict) -> None:
-        from streammerge.engine.scheduler import _plain, _restored
+        from streammerge.engine.answers import plain, restored
 
         for job, rounds in answers.items():
             require(isinstance(job, str) and job.isascii() and job.isdigit(), f"answers of job {job!r}")
             for one in rounds:
                 for answer in one:
                     with suppress(ValueError):
-                        restored = _restored(answer)
-                        require(repr(_restored(_plain(restored))) == repr(restored), f"the answer {answer!r}")
+                        value = restored(answer)
+                        require(repr(restored(plain(value))) == repr(value), f"the answer {answer!r}")
 
     @staticmethod
     def seeds() -> list[bytes]:

@@ -407,7 +407,7 @@ MUTATIONS = [
     Mutation(
         "memory",
         "a sample of many models is small",
-        "streammerge/engine/task.py",
+        "streammerge/engine/answers.py",
         "max(16, loaded.n >> 16), fitting))",
         "max(16, loaded.n >> 16)))",
         MEMORY_SHAPES,
@@ -415,7 +415,7 @@ MUTATIONS = [
     Mutation(
         "memory",
         "few pieces wait for a slow one",
-        "streammerge/engine/scheduler.py",
+        "streammerge/engine/streaming.py",
         "for p in pieces), in_order=True)",
         "for p in pieces))",
         MEMORY_SHAPES,
@@ -424,8 +424,8 @@ MUTATIONS = [
         "memory",
         "answers are forgotten with their tensor",
         "streammerge/engine/task.py",
-        "            context.answers.pop(job.ordinal, None)",
-        "            pass",
+        "                worker.answers.pop(job.ordinal, None)",
+        "                pass",
         MEMORY_SHAPES,
     ),
     Mutation(

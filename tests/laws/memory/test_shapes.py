@@ -16,16 +16,17 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from streammerge.algebra.block import Loaded, Operand
+from streammerge.algebra.block import Block, Operand
 from streammerge.api import merge
-from streammerge.engine import scheduler as run
+from streammerge.engine import streaming
 from streammerge.engine import task as chunk
-from streammerge.engine.task import Context, sample_of
+from streammerge.engine.answers import sample_of
+from streammerge.engine.worker import Worker
 from streammerge.errors import InputError
 from streammerge.machine import share_out
 from streammerge.numerics.ordered_sum import OrderedSum
 from streammerge.numerics.philox import RandomKeys
-from streammerge.planning import allocate as allot
+from streammerge.planning.memory import allocate
 from streammerge.statistics import reducers as statistics
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
 from tests.laws.memory.test_peak import peak_of
@@ -77,7 +78,7 @@ def test_a_sample_of_many_models_is_small() -> None:
     arena = np.zeros((k + 1) * n * 2, np.uint8)
     operands = [Operand(2 * n * i, "BF16") for i in range(k + 1)]
     keys = RandomKeys(0, tuple(map(str, range(k))))
-    loaded = Loaded(arena, tuple(operands[1:]), operands[0], "t", 0, n, (n,), keys)
+    loaded = Block(arena, tuple(operands[1:]), operands[0], "t", 0, n, (n,), keys)
     for model in (None, 5):
         sample = sample_of(loaded, model)
         assert sample.arena.size <= 4 * MIB
@@ -106,7 +107,9 @@ def test_bits_do_not_depend_on_the_room_for_statistics(
     config = config_for(method, paths, parameters=parameters)
     use_capacity(monkeypatch, capacity, 2)
     merge(config, tmp_path / "large", device="cpu")
-    monkeypatch.setattr(allot, "make_room", lambda *arguments: allot.Room(bins=300, elements=4096))
+    monkeypatch.setattr(
+        allocate, "statistics_memory", lambda *arguments: allocate.StatisticsMemory(bins=300, elements=4096)
+    )
     monkeypatch.setattr(statistics, "_MOST_RUNS", 2)
     merge(config, tmp_path / "little", device="cpu")
     assert output_bytes(tmp_path / "little") == output_bytes(tmp_path / "large")
@@ -133,9 +136,11 @@ def test_partial_sums_are_folded_in_order_whatever_order_they_come_in() -> None:
 def test_few_pieces_wait_for_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums wait for those of the piece before them: others may not run ahead of it without end."""
     waiting = []
-    add, add_piece = OrderedSum.add, run.Runner._add_piece
+    add, add_piece = OrderedSum.add, streaming.Streamer._add_piece
 
-    def slow_add_piece(self: run.Runner, piece: run.Piece, some: Sequence[statistics.Reducer]) -> None:
+    def slow_add_piece(
+        self: streaming.Streamer, piece: streaming.Piece, some: Sequence[statistics.Reducer]
+    ) -> None:
         if piece.start == 0:
             time.sleep(0.3)
         add_piece(self, piece, some)
@@ -144,7 +149,7 @@ def test_few_pieces_wait_for_a_slow_one(tmp_path: Path, monkeypatch: pytest.Monk
         add(self, *piece)
         waiting.append(len(self._early))
 
-    monkeypatch.setattr(run.Runner, "_add_piece", slow_add_piece)
+    monkeypatch.setattr(streaming.Streamer, "_add_piece", slow_add_piece)
     monkeypatch.setattr(OrderedSum, "add", noting_add)
     use_capacity(monkeypatch, 1 << 18, 2)
     paths = write_models(tmp_path, shapes={"w": (400, 1024)})
@@ -158,9 +163,9 @@ def test_answers_are_forgotten_tensor_by_tensor(tmp_path: Path, monkeypatch: pyt
     known = []
     merge_piece = chunk._merge_piece
 
-    def noting(context: Context, *arguments: Any) -> Any:
-        known.append(len(context.answers))
-        return merge_piece(context, *arguments)
+    def noting(worker: Worker, *arguments: Any) -> Any:
+        known.append(len(worker.answers))
+        return merge_piece(worker, *arguments)
 
     monkeypatch.setattr(chunk, "_merge_piece", noting)
     paths = write_models(tmp_path, shapes={f"w{i}": (8,) for i in range(300)})

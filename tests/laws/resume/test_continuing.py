@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from streammerge.api import merge
-from streammerge.engine.scheduler import Runner
+from streammerge.engine.streaming import Streamer
 from streammerge.errors import InputError, Stopped, WorldError
 from streammerge.output.journal import NAME, STATE, _load
 from streammerge.output.shards import ShardWriter
@@ -83,13 +83,13 @@ def test_what_was_surveyed_is_not_surveyed_again_and_the_bytes_are_the_same(
     merge(config, tmp_path / "whole")
     stop = threading.Event()
     surveyed: list[int] = []
-    survey = Runner._add_loaded
+    survey = Streamer._add_loaded
 
-    def counted(self: Runner, job: Job, *rest: Any) -> None:
+    def counted(self: Streamer, job: Job, *rest: Any) -> None:
         surveyed.append(job.ordinal)
         survey(self, job, *rest)
 
-    monkeypatch.setattr(Runner, "_add_loaded", counted)
+    monkeypatch.setattr(Streamer, "_add_loaded", counted)
     write = ShardWriter.write
 
     def write_then_stop(self: ShardWriter, *arguments: Any) -> None:

@@ -1,0 +1,68 @@
+"""Runs chunks on the threads of this process.
+
+More threads than CPUs, so that reading and writing overlap with arithmetic. A thread holds a buffer only while it runs a
+chunk; the pool grants buffers in order and never more than the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, wait
+from queue import Empty, SimpleQueue
+
+from streammerge.engine.executors.base import executor
+from streammerge.engine.in_flight import finished
+from streammerge.engine.task import prefetch, run_chunk
+from streammerge.engine.worker import RunSpec, Worker
+from streammerge.output.journal import Receipt
+from streammerge.planning.schedule import Chunk
+
+
+@executor("threads")
+class Threads:
+    """Runs chunks on the threads of the driver, while two more ask for the bytes of those to come."""
+
+    durable = False
+
+    def run(
+        self, spec: RunSpec, chunks: Iterable[Chunk | None], driver: Worker
+    ) -> Generator[list[Receipt], None, None]:
+        """See `Executor`."""
+        written: SimpleQueue[list[Receipt]] = SimpleQueue()
+        pending: set[Future[None]] = set()
+
+        def do(chunk: Chunk) -> None:
+            written.put(run_chunk(driver, chunk))
+
+        def submitted() -> Iterator[Future[None] | None]:
+            for chunk in chunks:
+                if chunk is None:
+                    yield None
+                    continue
+                driver.prefetchers.submit(prefetch, driver, chunk)
+                future = driver.threads.submit(do, chunk)
+                pending.add(future)
+                yield future
+
+        try:
+            for some in finished(submitted(), 2 * driver.plan.budget.workers):
+                pending.difference_update(some)
+                for future in some:
+                    future.result()
+                yield _all_of(written)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            driver.stop.set()
+            wait(pending)
+            yield _all_of(written)  # what is written need not be done again
+            raise
+
+
+def _all_of(written: SimpleQueue[list[Receipt]]) -> list[Receipt]:
+    receipts: list[Receipt] = []
+    while True:
+        try:
+            receipts += written.get_nowait()
+        except Empty:
+            return receipts
