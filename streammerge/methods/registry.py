@@ -2,7 +2,8 @@
 
 Three kinds of function may be registered, told apart by their signature:
 
-* ``f(models, base, *, parameters...) -> Tensor``: a plain torch formula of the pieces;
+* ``f(models, base, *, parameters...) -> Tensor``: a plain torch formula of the pieces; with a keyword-only argument
+  `context` it is told which tensor they belong to;
 * ``f(context, *, parameters...) -> Rule``: chooses a rule, needs no statistics;
 * a generator of the second kind that yields lists of statistics and is sent the answers.
 """
@@ -22,6 +23,7 @@ from streammerge.errors import ConfigError, InputError, blamed_on, printable
 from streammerge.methods.drop import GENERAL, DropNames
 from streammerge.methods.other_names import method_meant
 from streammerge.methods.parameters import (
+    CONTEXT,
     REQUIRED,
     Parameter,
     PerModel,
@@ -54,6 +56,10 @@ Base = Literal["required", "optional", "member", "template", "none"]
 """
 
 
+Workspace = int | Callable[[TensorContext], int]
+"""Bytes per element of a piece, or a function that returns the bytes for any piece of a tensor."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered method: its function and everything the planner must know about it."""
@@ -72,6 +78,8 @@ class Method:
     """Whether each model comes with a Fisher diagonal."""
     gram: bool = False
     """Whether each model comes with Gram matrices."""
+    workspace: Workspace = 0
+    """Bytes that a formula holds at once beyond what every formula may."""
     ignored: Mapping[str, str] = field(default_factory=dict)
     """mergekit's parameters without numeric effect here, each with the reason."""
     paper: str = ""
@@ -108,13 +116,42 @@ class Method:
         """Whether the function is a plain formula of tensors."""
         return "models" in inspect.signature(self.function).parameters
 
+    @cached_property
+    def takes_context(self) -> bool:
+        """Whether a plain formula wants to know which tensor it is given."""
+        return self.is_formula and CONTEXT in inspect.signature(self.function).parameters
+
+    @property
+    def looks_at_names(self) -> bool:
+        """Whether what it asks for may differ from tensor to tensor even with the same parameters."""
+        return not self.is_formula and self.origin != "built in"
+
+    def workspace_bytes(self, context: TensorContext, n: int) -> int:
+        """Return the bytes that it declares for a piece of `n` elements of a tensor.
+
+        Raises
+        ------
+        InputError
+            If what it declares is no number of bytes.
+        """
+        if not callable(self.workspace):
+            return self.workspace * n
+        with blamed_on(self.name, context.name):
+            nbytes = self.workspace(context)
+        if not isinstance(nbytes, int) or nbytes < 0:
+            raise InputError(
+                f"method {printable(self.name)!r}: workspace(context) returned {printable(nbytes)} for tensor "
+                f"{printable(context.name)}; return a number of bytes, an int of 0 or more"
+            )
+        return nbytes
+
     def start(
         self, context: TensorContext, parameters: Mapping[str, Any], answers: Sequence[Sequence[Answer]]
     ) -> Rule | list[Statistic]:
         """Follow the method through the `answers` known so far; return what it wants next, or its rule."""
         if self.origin == "built in":
             return _follow(self._steps(context, parameters), answers)
-        with blamed_on(self.name, context.tensor):
+        with blamed_on(self.name, context.name):
             return _follow(self._steps(context, parameters), answers)
 
     def _steps(
@@ -128,6 +165,8 @@ class Method:
             context = replace(context, dropped=dropped, rescaled_by_norm=drop.rescale == "l1")
         keywords = {self.parameters[name].python_name: value for name, value in own.items()}
         if self.is_formula:
+            if self.takes_context:
+                keywords[CONTEXT] = context
             return Formula(self.function, keywords, context.dropped, self.name)
         result: Any = self.function(context, **keywords)
         return (yield from result) if inspect.isgenerator(result) else result
@@ -207,6 +246,7 @@ def method(
     drop: DropNames = GENERAL,
     fisher: bool = False,
     gram: bool = False,
+    workspace: Workspace = 0,
     ignored: Mapping[str, str] | None = None,
     paper: str = "",
     text: str | None = None,
@@ -234,6 +274,9 @@ def method(
         Whether each model needs a Fisher diagonal beside it.
     gram
         Whether each model needs Gram matrices beside it.
+    workspace
+        Bytes that a formula holds at once beyond 8 (2 n + 12) for each element of a piece, n the number of inputs:
+        bytes per element, or a function of the `TensorContext` that returns bytes. The planner counts them.
     ignored
         mergekit's parameters without numeric effect here, each with the reason.
     paper
@@ -258,18 +301,19 @@ def method(
             raise InputError(
                 f"method {printable(name)!r} from {origin}: the name is taken by a built-in method"
             )
-        _check_signature(name, function, Extent(access))
+        extent = _extent(name, access)
+        _check_signature(name, function, extent)
         parameters = declared(function, bounds or {})
         for parameter in drop_parameters(drop):
             if parameter.name in parameters:
                 raise InputError(
-                    f"method {printable(name)!r}: the parameter {parameter.name!r} is every method's own"
+                    f"method {printable(name)!r}: {parameter.name!r} is reserved: every method already has it"
                 )
             parameters[parameter.name] = parameter
         _METHODS[name] = Method(
             name,
             function,
-            Extent(access),
+            extent,
             role,
             models,
             parameters,
@@ -277,6 +321,7 @@ def method(
             drop,
             fisher,
             gram,
+            workspace,
             ignored or {},
             paper,
             origin,
@@ -293,6 +338,15 @@ def _current(base: Base | Literal["donor"]) -> Base:
         return base
     warnings.warn('base="donor" is now called base="template"', DeprecationWarning, stacklevel=3)
     return "template"
+
+
+def _extent(name: str, access: Extent | str) -> Extent:
+    allowed = [extent for extent in Extent if extent is not Extent.COLUMN]
+    if access not in allowed:
+        raise InputError(
+            f"method {printable(name)!r}: unknown access {printable(access)!r}: give one of {', '.join(allowed)}"
+        )
+    return Extent(access)
 
 
 def _check_signature(name: str, function: Callable[..., Any], access: Extent) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
@@ -37,6 +37,8 @@ class Job:
     """The Gram matrices of the models' inputs to it, for a method that takes them; empty where they lack the tensor."""
     members: tuple[int, ...] = ()
     """Which of the plan's models the sources belong to; empty: to all, in order."""
+    stacks: Mapping[str, int] = field(default_factory=dict)
+    """Number of layers of each stack of the output, by its prefix; one mapping for all jobs."""
 
     @property
     def computed_dtype(self) -> str:

@@ -21,7 +21,7 @@ from streammerge.planning.layout import lay_out
 from streammerge.planning.memory.allocate import Needs, lists_nbytes
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import Division
-from streammerge.planning.needs import needs_of
+from streammerge.planning.needs import likeness, needs_of
 from streammerge.planning.options import LeftOut, PlanOptions
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.resolve.codes import holds_codes
@@ -109,7 +109,7 @@ def _needs_of_all(jobs: Sequence[Job], method: Method) -> tuple[Needs, ...]:
     known: dict[tuple[object, ...], Needs] = {}
     needs = []
     for job in jobs:
-        key = (job.kind, bool(job.grams), *job.parameters.items())
+        key = likeness(job, method)
         if key not in known:
             known[key] = needs_of(job, method, jobs)
         needs.append(known[key])

@@ -22,7 +22,7 @@ from streammerge.checkpoint.refs.blocks import BlocksRef
 from streammerge.checkpoint.refs.made import AdaptedRef, GatheredRef, MadeRef
 from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import is_copied
-from streammerge.planning.needs import tensor_context_of
+from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.planning.plan import MergePlan
 from streammerge.statistics.kinds import (
     AbsSum,
@@ -99,7 +99,7 @@ def needed_kernels(plan: MergePlan) -> Names:
         if any(_is_adapted(ref) for ref in (*job.inputs, *job.sources)):
             names.add("adapters")
         in_torch = not plan.backend_of(job).compiled
-        key = (job.kind, in_torch, bool(job.grams), bool(job.fishers), *job.parameters.items())
+        key = (in_torch, bool(job.fishers), *likeness(job, plan.method))
         if not is_copied(job) and key not in seen:
             seen.add(key)
             names |= _of_job(job, plan) & _BESIDE_TORCH if in_torch else _of_job(job, plan)

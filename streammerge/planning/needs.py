@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from streammerge.algebra.extent import Extent
+from streammerge.checkpoint.tensor_kinds import kind_of
 from streammerge.formats.zarr_store import ChunkedRef
 from streammerge.methods.registry import Method
 from streammerge.methods.tensor_context import TensorContext
@@ -15,14 +16,39 @@ from streammerge.statistics.kinds import AbsSum, FisherSquares, Gram, LowWords, 
 
 def tensor_context_of(job: Job) -> TensorContext:
     """Return what the method may know of a merge job."""
+    layer, n_layers = _layer_of(job.name, job.stacks)
     return TensorContext(
         job.n_models,
         job.ordinal,
+        job.name,
+        job.shape,
+        kind_of(job.name),
+        layer,
+        n_layers,
+        has_base=job.base is not None,
         fisher=bool(job.fishers),
         gram=bool(job.grams),
-        has_base=job.base is not None,
-        tensor=job.name,
     )
+
+
+def _layer_of(name: str, stacks: Mapping[str, int]) -> tuple[int, int] | tuple[None, None]:
+    """Return the number of a tensor's layer and how many its stack has.
+
+    >>> _layer_of("model.layers.3.mlp.up_proj.weight", {"model.layers": 8}), _layer_of("lm_head.weight", {})
+    ((3, 8), (None, None))
+    """
+    for prefix, n_layers in stacks.items():
+        if name.startswith(f"{prefix}."):
+            number = name[len(prefix) + 1 :].partition(".")[0]
+            if number.isdigit() and int(number) < n_layers:
+                return int(number), n_layers
+    return None, None
+
+
+def likeness(job: Job, method: Method) -> tuple[object, ...]:
+    """Return a key that jobs with the same needs share: their kind and parameters, as a rule."""
+    own = (job.ordinal,) if method.looks_at_names else ()
+    return (job.kind, bool(job.grams), *job.parameters.items(), *own)
 
 
 def needs_data(statistic: Statistic, jobs: Sequence[Job]) -> bool:

@@ -24,7 +24,7 @@ from streammerge.planning.layout import Layout
 from streammerge.planning.memory.allocate import StatisticsMemory
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import Division
-from streammerge.planning.needs import needs_data, tensor_context_of
+from streammerge.planning.needs import likeness, needs_data, tensor_context_of
 from streammerge.planning.options import LeftOut
 from streammerge.planning.overview import as_html, as_text, first_few
 from streammerge.planning.schedule import Interval, Step, Work, steps
@@ -131,7 +131,10 @@ class MergePlan:
     @property
     def random(self) -> bool:
         """Whether the merge may draw random words."""
-        return any(self.method.draws(tensor_context_of(job), job.parameters) for job in _distinct(self.jobs))
+        return any(
+            self.method.draws(tensor_context_of(job), job.parameters)
+            for job in _distinct(self.jobs, self.method)
+        )
 
     def steps(self, done: Mapping[int, Sequence[Interval]] | None = None) -> Iterator[Step]:
         """Yield the steps that are left when `done` elements of each job are finished."""
@@ -142,7 +145,7 @@ class MergePlan:
         return max(
             (
                 sum(statistics[0].extent == Extent.MODEL for statistics in self.rounds_of(job))
-                for job in _distinct(self.jobs)
+                for job in _distinct(self.jobs, self.method)
             ),
             default=0,
         )
@@ -158,7 +161,10 @@ class MergePlan:
 
     def model_passes(self) -> int:
         """Return how many times the files are read for whole-model statistics before the merge."""
-        return max((len(self.rounds_reading(job, Extent.MODEL)) for job in _distinct(self.jobs)), default=0)
+        return max(
+            (len(self.rounds_reading(job, Extent.MODEL)) for job in _distinct(self.jobs, self.method)),
+            default=0,
+        )
 
     def rounds_of(self, job: Job) -> list[list[Statistic]]:
         """Return the statistics of each round of a merge job, assuming placeholder values."""
@@ -213,9 +219,9 @@ class MergePlan:
         return digest.hexdigest()
 
 
-def _distinct(jobs: Sequence[Job]) -> list[Job]:
+def _distinct(jobs: Sequence[Job], method: Method) -> list[Job]:
     """Return one merge job of each set of parameters."""
-    seen = {(bool(job.grams), *job.parameters.items()): job for job in jobs if job.kind == "merge"}
+    seen = {likeness(job, method): job for job in jobs if job.kind == "merge"}
     return list(seen.values())
 
 

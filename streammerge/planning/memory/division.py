@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend
+from streammerge.backends.torch.backend import BLOCK_ELEMENTS
 from streammerge.methods.registry import Method
 from streammerge.planning.backend import backend_of
 from streammerge.planning.job import Job
 from streammerge.planning.memory.allocate import Allocation, Needs, TooLittle, allocate, divide, least_total
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
+from streammerge.planning.needs import tensor_context_of
 from streammerge.planning.schedule import PASSES_AHEAD, TooLarge, Work, plan_work
 
 _MOST_MEMORY = 1 << 46
@@ -75,7 +77,7 @@ class Division:
 
         def workspace(job: Job, n: int) -> int:
             pairs = _kept_of_a_row(job) * job.line_length(need.extent) if need.extent == Extent.COLUMN else 0
-            return pairs + backend.workspace(job, n, need.extent)
+            return pairs + backend.workspace(job, n, need.extent) + _declared(job, n, self.method, backend)
 
         return plan_work(
             job,
@@ -86,6 +88,14 @@ class Division:
             sums=need.sums,
             row_bytes=_kept_of_a_row(job),
         )
+
+
+def _declared(job: Job, n: int, method: Method, backend: Backend) -> int:
+    """Return the bytes that a formula declares for a piece of `n` elements; on a GPU they are not this process's."""
+    if job.kind != "merge" or backend.device != "cpu":
+        return 0
+    block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
+    return method.workspace_bytes(tensor_context_of(job), block)
 
 
 def _kept_of_columns(job: Job, need: Needs, work: Work) -> int:

@@ -13,13 +13,14 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.refs.float8 import as_it_lies
 from streammerge.checkpoint.refs.made import GatheredRef, SourceRef, stored_dtype
 from streammerge.config.schema import MergeConfig
+from streammerge.config.settings import count_layers
 from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS, promoted
 from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.formats.zarr_store import ChunkedRef
 from streammerge.methods.registry import Method
-from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.job import Job
+from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.planning.resolve.agreement import check_kinds, check_shapes, compare_names
 from streammerge.planning.resolve.assemble import OutputTensor, Stack, assemble
 from streammerge.planning.resolve.find import Finder
@@ -86,7 +87,8 @@ def resolve_jobs(
     finder = Finder(indexes, alignment, matched.prefixes)
     finder.check([output for output in assembly.outputs if output.name not in copied])
     warnings += compare_names(config, assembly.outputs, template, indexes, excluded)
-    binder = _Binder(config, method, fishers, grams, matched.own_names)
+    stacks = count_layers(output.name for output in assembly.outputs)
+    binder = _Binder(config, method, fishers, grams, matched.own_names, stacks)
     jobs: list[Job] = []
     codes = codes_of(indexes)
     for output in assembly.outputs:
@@ -196,9 +198,10 @@ class _Binder:
         fishers: Sequence[CompanionIndex],
         grams: Sequence[CompanionIndex],
         own_names: Mapping[str, Mapping[str, str]],
+        stacks: Mapping[str, int],
     ) -> None:
         self._config, self._method, self._fishers, self._grams = config, method, fishers, grams
-        self._own_names = own_names
+        self._own_names, self._stacks = own_names, stacks
         self._places = {spec.name: place for place, spec in enumerate(config.models)}
         self._without_fisher: list[str] = []
         self._shared: dict[tuple[object, ...], Mapping[str, object]] = {}
@@ -242,6 +245,7 @@ class _Binder:
             self._diagonals(output, template, members, sources),
             self._matrices(output, template, members),
             members if members != tuple(range(len(self._places))) else (),
+            self._stacks,
         )
 
     def _rule_base(self, base: SourceRef | None, parameters: Mapping[str, object]) -> SourceRef | None:
@@ -342,13 +346,12 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
     members: set[tuple[int, ...]] = set()
     checked: set[tuple[object, ...]] = set()
     for job in jobs:
-        key = (job.members, *job.parameters.items())
+        key = (job.members, *likeness(job, method))
         if job.kind != "merge" or key in checked:
             continue
         checked.add(key)
         try:
-            context = TensorContext(job.n_models, has_base=job.base is not None, tensor=job.name)
-            rounds = method.rounds(context, job.parameters)
+            rounds = method.rounds(tensor_context_of(job), job.parameters)
         except ConfigError as error:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
         asked: list[tuple[object, ...]] = [
@@ -363,6 +366,11 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             raise ConfigError(
                 f"tensor {printable(job.name, 120)}: merged from other models than others, but `trim_scope: model` "
                 "trims each model as one; merge all slices from the same models"
+            )
+        if first is not None and asked != first and method.looks_at_names:
+            raise ConfigError(
+                f"tensor {printable(job.name, 120)}: {method.name!r} asks for statistics of the whole model that differ "
+                "from other tensors'; ask for the same for every tensor"
             )
         if first is not None and asked != first:
             raise ConfigError(

@@ -1,0 +1,36 @@
+"""What a tensor of a network is, as far as its name tells."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from streammerge.checkpoint.names import EMBEDDINGS, is_head
+
+TensorKind = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
+_WORDS: tuple[tuple[TensorKind, tuple[str, ...]], ...] = (
+    ("norm", ("norm", "ln_", "ln1", "ln2")),
+    ("embedding", ("embed", "wte", "wpe")),
+    ("attention", ("attn", "attention")),
+    ("mlp", ("mlp", "ffn", "feed_forward", "feedforward", "expert", "moe", "intermediate", "densereludense")),
+)
+"""Words within a component of a name. A norm is told by the last module alone; of the others the first kind counts."""
+
+
+def kind_of(name: str) -> TensorKind:
+    """Return the kind of a tensor.
+
+    >>> kind_of("model.layers.0.self_attn.q_norm.weight"), kind_of("model.layers.0.self_attn.q_proj.weight")
+    ('norm', 'attention')
+    >>> kind_of("lm_head.weight"), kind_of("transformer.h.0.mlp.c_fc.bias"), kind_of("scale")
+    ('head', 'mlp', 'other')
+    """
+    if is_head(name):
+        return "head"
+    if name.endswith(EMBEDDINGS):
+        return "embedding"
+    modules = name.lower().split(".")[:-1]
+    for kind, words in _WORDS:
+        some = modules[-1:] if kind == "norm" else modules
+        if any(word in module for module in some for word in words):
+            return kind
+    return "other"
