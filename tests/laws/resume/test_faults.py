@@ -241,7 +241,7 @@ def test_a_limit_of_file_size_stops_it_in_one_line_and_it_goes_on_without(
         "from streammerge.cli import main\n"
         "def refuse(*arguments): raise OSError(errno.EOPNOTSUPP, 'not supported')\n"
         "if sys.argv.pop() == 'False':\n"
-        "    from streammerge.engine import allocate\n"
+        "    from streammerge.io import allocate\n"
         "    allocate.fallocate = refuse\n"
         "    os.ftruncate = lambda descriptor, nbytes: None\n"
         "limit = int(sys.argv.pop())\n"

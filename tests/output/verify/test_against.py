@@ -73,8 +73,7 @@ def test_what_the_kernels_merged_is_what_the_formulas_give_bit_for_bit(
 def give_memory(monkeypatch: pytest.MonkeyPatch, capacity: int) -> None:
     """Give a capacity, and formulas blocks so small that they leave some of it."""
     use_capacity(monkeypatch, capacity, 2)
-    for module in ("planning.division", "engine.chunk"):
-        monkeypatch.setattr(f"streammerge.{module}.BLOCK_ELEMENTS", 4096)
+    monkeypatch.setattr("streammerge.backends.torch.backend.BLOCK_ELEMENTS", 4096)
 
 
 def forbid_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
