@@ -14,8 +14,9 @@ from typing import Any
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.checkpoint.shards import PICKLES, SUFFIX
 from streammerge.dtypes import FLOATS
-from streammerge.formats.safetensors import TensorRef
-from streammerge.formats.zarr_store import ATTRIBUTE, GRAM_ATTRIBUTE, ChunkedRef, read_table
+from streammerge.formats.refs import TensorRef
+from streammerge.formats.zarr_chunks import ChunkedRef
+from streammerge.formats.zarr_store import ATTRIBUTE, GRAM_ATTRIBUTE, read_table
 from streammerge.io.files import bad, expanded, meant, quoted
 from streammerge.io.stamp import FileStamp
 

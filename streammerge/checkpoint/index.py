@@ -16,7 +16,6 @@ from streammerge.checkpoint.adapters.files import ADAPTER_CONFIG, Adapter, read_
 from streammerge.checkpoint.hub import cache_directory, find_snapshot, parse_name
 from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, quantization_of
 from streammerge.checkpoint.refs.float8 import with_floats
-from streammerge.checkpoint.refs.made import SourceRef, contiguous
 from streammerge.checkpoint.shards import (
     INDEX_NAME,
     PICKLES,
@@ -28,7 +27,8 @@ from streammerge.checkpoint.shards import (
 from streammerge.checkpoint.tied_copies import is_tied_copy
 from streammerge.checkpoint.weight_sets import no_model
 from streammerge.errors import ModelError, NotDownloadedError, WorldError, printable
-from streammerge.formats.safetensors import TensorRef, read_header
+from streammerge.formats.refs import SourceRef, TensorRef, contiguous
+from streammerge.formats.safetensors import read_header
 from streammerge.formats.torch_file import Pickled, open_pickle
 from streammerge.io.files import bad, from_os, meant, place, quoted, reading
 from streammerge.io.stamp import FileStamp

@@ -10,17 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.algebra.rules import Mixers
-from streammerge.dtypes import itemsize
-from streammerge.formats.zarr_chunks import read_stored
-from streammerge.formats.zarr_store import ChunkedRef
-from streammerge.io.pages import slot_bytes
+from streammerge.checkpoint.companions import CompanionRef
 from streammerge.io.reader import Reader
+from streammerge.io.scratch import Scratch
 from streammerge.planning.job import Job
 from streammerge.planning.plan import MergePlan
 from streammerge.statistics.kinds import Mixing
 from streammerge.timing import Stages
 
-_FRAME = 64
 _SINGLE = float(np.finfo(np.float32).eps)
 
 
@@ -100,8 +97,7 @@ def mixers_of(grams: list[NDArray[np.float32]], statistic: Mixing) -> Mixers:
     return Mixers(tuple(scaled))
 
 
-def _read(ref: ChunkedRef, reader: Reader, stages: Stages) -> NDArray[np.float32]:
+def _read(ref: CompanionRef, reader: Reader, stages: Stages) -> NDArray[np.float32]:
     target = np.empty(ref.nbytes, np.uint8)
-    room = slot_bytes(ref.chunk_elements * itemsize(ref.dtype) + _FRAME)
-    read_stored(reader, stages, ref, 0, ref.n_elements, target, np.empty(2 * room, np.uint8))
+    ref.read_slot(reader, 0, ref.n_elements, target, Scratch(np.empty(ref.scratch_bytes, np.uint8)), stages)
     return target.view(np.float32).reshape(ref.shape)

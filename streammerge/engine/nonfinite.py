@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from streammerge.errors import ModelError, printable
-from streammerge.formats.safetensors import TensorRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.numerics.finite import Tally, is_bad, is_negative, steps
@@ -77,7 +76,7 @@ def trace(reader: Reader, job: Job, start: int, stop: int, output: Read | None) 
 def bad_fisher(reader: Reader, job: Job, start: int, stop: int) -> ModelError | None:
     """Return the refusal of the first Fisher diagonal with a value that is no certainty, if one has any."""
     for fisher in job.fishers:
-        if not isinstance(fisher, TensorRef):
+        if fisher.chunk_elements:  # checked when it was stored
             continue
         for first, last in steps(start, stop):
             raw = read_elements(reader, fisher, first, last)

@@ -9,16 +9,15 @@ import numpy as np
 
 from streammerge.algebra.block import Applied, Block, Operand
 from streammerge.algebra.extent import Extent
-from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.answers import resolve_in_memory
 from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.engine.worker import Worker, math_for
 from streammerge.errors import ModelError
-from streammerge.formats.zarr_chunks import read_stored
-from streammerge.formats.zarr_store import ChunkedRef
+from streammerge.formats.refs import SourceRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import DIRECT_BYTES
+from streammerge.numerics.casts import narrow
 from streammerge.numerics.crc32 import crc32
 from streammerge.numerics.finite import tally
 from streammerge.output.journal import Receipt
@@ -26,8 +25,7 @@ from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import divide, is_copied
 from streammerge.planning.schedule import Chunk, Piece
 from streammerge.statistics.reducers import NotFiniteError
-from streammerge.tensors.float8 import narrow
-from streammerge.tensors.read import prefetch_source, read_source
+from streammerge.tensors.read import read_source
 
 
 def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
@@ -92,10 +90,8 @@ def _copy_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receip
     places = divide(job, piece.stop - piece.start)
 
     def read(ref: SourceRef, slot: int) -> tuple[int, Bytes]:
-        with worker.stages.time("read"):
-            begins = slot + read_source(
-                worker.reader, ref, piece.start, piece.stop, buffer[slot:], buffer[places.scratch :]
-            )
+        room, scratch = buffer[slot:], buffer[places.scratch :]
+        begins = slot + read_source(worker.reader, ref, piece.start, piece.stop, room, scratch, worker.stages)
         return begins, buffer[begins : begins + last - first]
 
     source, *others = job.sources
@@ -145,19 +141,14 @@ def load(
     """
     operands = []
     places = divide(job, stop - start)
-    refs: tuple[SourceRef | ChunkedRef, ...] = (*job.inputs, *job.fishers)
+    refs = (*job.inputs, *job.fishers)
     for number, (ref, slot) in enumerate(zip(refs, places.slots, strict=True)):
-        width = itemsize(ref.dtype)
-        size = (stop - start) * width
         position = slot
-        if isinstance(ref, ChunkedRef):
-            target, scratch = buffer[slot : slot + size], buffer[places.scratch :]
-            read_stored(worker.reader, worker.stages, ref, start, stop, target, scratch)
-        elif models_too or number >= len(job.inputs):
-            with worker.stages.time("read"):
-                position += read_source(
-                    worker.reader, ref, start, stop, buffer[slot:], buffer[places.scratch :], again=again
-                )
+        if models_too or number >= len(job.inputs):
+            scratch = buffer[places.scratch :]
+            position += read_source(
+                worker.reader, ref, start, stop, buffer[slot:], scratch, worker.stages, again=again
+            )
         operands.append(Operand(position, ref.dtype))
     fishers = tuple(operands[len(job.inputs) :])
     first = int(job.base is not None)
@@ -180,11 +171,7 @@ def prefetch(worker: Worker, chunk: Chunk) -> None:
     for piece in chunk.pieces:
         job = worker.plan.jobs[piece.job]
         for ref in (*job.inputs, *job.fishers) if job.kind == "merge" else job.sources:
-            if isinstance(ref, ChunkedRef):
-                for path, _, _ in ref.chunks(piece.start, piece.stop):
-                    worker.reader.prefetch_file(path)
-            else:
-                prefetch_source(worker.reader, ref, piece.start, piece.stop)
+            ref.prefetch(worker.reader, piece.start, piece.stop)
 
 
 def _place_output(worker: Worker, job: Job, piece: Piece, loaded: Block) -> Operand:

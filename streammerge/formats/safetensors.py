@@ -12,15 +12,14 @@ more than 64 dimensions, a file without tensors.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.dtypes import BITS
 from streammerge.errors import ModelError
 from streammerge.formats.lookalikes import lookalike
+from streammerge.formats.refs import TensorRef
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
@@ -34,35 +33,6 @@ MAX_NAME = 4096
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 _TORCH = "a file of torch.save, whose name should end in .bin, .pt, .pth or .ckpt: rename it"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRef:
-    """Where the bytes of one tensor lie."""
-
-    name: str
-    dtype: str
-    """The format's own code: a key of `streammerge.dtypes.BITS`."""
-    shape: tuple[int, ...]
-    path: str
-    offset: int
-    """Of the first byte, counted from the start of the file."""
-    nbytes: int
-
-    @property
-    def n_elements(self) -> int:
-        """How many elements the shape has; 1 for a scalar."""
-        return math.prod(self.shape)
-
-    @property
-    def stored_nbytes(self) -> int:
-        """Bytes in the file, which are those of the elements."""
-        return self.nbytes
-
-    @property
-    def square_sum(self) -> float | None:
-        """The recorded sum of squares: none is."""
-        return None
 
 
 def read_header(

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streammerge.checkpoint.refs.made import StridedRef, stored
 from streammerge.dtypes import itemsize
 from streammerge.formats.lookalikes import lookalike
+from streammerge.formats.refs import StridedRef, TensorRef
 from streammerge.formats.refusing import AGAIN, CONVERT, PLAIN, Refused, Source, need
-from streammerge.formats.safetensors import MAX_NAME, MAX_RANK, TensorRef
+from streammerge.formats.safetensors import MAX_NAME, MAX_RANK
 from streammerge.formats.torch_legacy import is_legacy, read_legacy
 from streammerge.formats.torch_pickle import Foreign, Machine, Names, Root, Storage, Tensor
 from streammerge.formats.zip_archive import Entry, find_directory, find_members, read_entries
@@ -72,7 +72,7 @@ def open_pickle(path: str | os.PathLike[str]) -> Pickled:
             refs = [_ref(name, tensor, source) for name, tensor in tensors.items()]
         except Refused as refusal:
             raise bad(path, str(refusal)) from None
-    refs.sort(key=lambda ref: (stored(ref).offset, ref.nbytes))
+    refs.sort(key=lambda ref: (ref.stored.offset, ref.nbytes))
     return Pickled({ref.name: ref for ref in refs}, FileStamp.of(path, status, header), left_out)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streammerge.dtypes import itemsize
 from streammerge.errors import ModelError
+from streammerge.formats.zarr_chunks import MADE_BY, ChunkedRef, cut_axis
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
@@ -29,75 +29,9 @@ KINDS = {
     GRAM_ATTRIBUTE: ("Gram matrices", "streammerge gram info"),
 }
 """What a store holds by its attribute, and the command that shows it."""
-MADE_BY = {"Fisher diagonals": "streammerge fisher import", "Gram matrices": "streammerge gram compute"}
-"""What stores hold, and the command that makes one."""
 FORMAT = 1
 STORED = {"F32": "float32", "BF16": "uint16"}
 """Dtypes of a store, and Zarr's name of what holds them: Zarr has no bfloat16, so its patterns are kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkedRef:
-    """Where one tensor's diagonal lies in a store: runs of elements, each a compressed file of its own."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: str
-    """The array's directory."""
-    chunk: tuple[int, ...]
-    """Shape of a chunk: ones, then one axis that is cut, then whole axes. Its elements lie in a row."""
-    square_sum: float
-    """Sum of squares of the diagonal, in fp64."""
-    stored_nbytes: int
-    """Of all its chunk files."""
-    kind: str = "Fisher diagonals"
-    """What its store holds: a key of `MADE_BY`."""
-
-    @property
-    def n_elements(self) -> int:
-        """How many elements the shape has; 1 for a scalar."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the elements once they are decompressed."""
-        return self.n_elements * itemsize(self.dtype)
-
-    @property
-    def chunk_elements(self) -> int:
-        """Elements of a whole chunk."""
-        return math.prod(self.chunk)
-
-    def chunks(self, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-        """Yield the chunks that hold elements `start` to `stop`: (file, first element, end)."""
-        axis = cut_axis(self.shape, self.chunk)
-        line = math.prod(self.shape[axis:])
-        size = min(self.chunk_elements, line)
-        per_line = -(-line // size) if line else 0
-        while start < stop:
-            row, inside = divmod(start, line)
-            number = inside // size
-            first = row * line + number * size
-            end = row * line + min(line, (number + 1) * size)
-            yield self._file(row, number if axis < len(self.shape) else 0), first, end
-            assert number < per_line
-            start = end
-
-    def _file(self, row: int, number: int) -> str:
-        """Return the file of a chunk by Zarr's default key encoding: ``c/0/3/0``; a scalar's is ``c``."""
-        axis = cut_axis(self.shape, self.chunk)
-        place = []
-        for size in reversed(self.shape[:axis]):
-            row, index = divmod(row, size)
-            place.append(index)
-        keys = [*place[::-1], number, *(0 for _ in self.shape[axis + 1 :])] if self.shape else []
-        return os.path.join(self.path, "c", *map(str, keys))
-
-
-def cut_axis(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
-    """Return the axis along which a tensor is cut into chunks: the first that a chunk has more than one of."""
-    return next((i for i, size in enumerate(chunk) if size != 1), max(0, len(shape) - 1))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from streammerge.dtypes import itemsize
 from streammerge.errors import OutputError, printable
-from streammerge.formats.zarr_store import FORMAT, GROUP_FILE, STORED, cut_axis
+from streammerge.formats.zarr_chunks import cut_axis
+from streammerge.formats.zarr_store import FORMAT, GROUP_FILE, STORED
 from streammerge.io.durable import PARTIAL, fsync_directory, world_errors, write_file
 
 CHUNK_ELEMENTS = 1 << 20
@@ -265,21 +266,6 @@ def chunk_runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         n = math.prod(_extent(place))
         yield start, start + n
         start += n
-
-
-def to_store(values: NDArray[Any], source: str, dtype: str) -> NDArray[Any]:
-    """Return values in the store's dtype: rounded once, to nearest even; fp16 and bf16 widen exactly."""
-    if source == dtype:
-        return values
-    if source == "BF16":
-        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    with np.errstate(over="ignore"):  # an infinity is refused where the sums are taken
-        single = values.astype(np.float32)
-    if dtype == "F32":
-        return single
-    bits = single.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(single), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
 def _entry_of(directory: Path, attribute: str) -> dict[str, Any] | None:

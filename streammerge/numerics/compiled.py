@@ -20,7 +20,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent.parent
-_SOURCES = ("kernels/*.py", "numerics/elementary.py", "numerics/finite.py")
+_SOURCES = (
+    "kernels/*.py",
+    "numerics/elementary.py",
+    "numerics/finite.py",
+    "numerics/jit.py",
+    "numerics/products.py",
+)
 """The kernels, and the files whose constants are compiled into them."""
 _MARK = ".compiled"
 _PROBE = b"\0" * (1 << 16)

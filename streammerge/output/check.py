@@ -18,7 +18,8 @@ from streammerge.checkpoint.shards import PICKLES, SUFFIX
 from streammerge.checkpoint.sidecar_names import is_loaded
 from streammerge.checkpoint.weight_names import INDEXES, STEMS, index_file
 from streammerge.errors import ModelError, printable
-from streammerge.formats.safetensors import TensorRef, read_header
+from streammerge.formats.refs import TensorRef
+from streammerge.formats.safetensors import read_header
 from streammerge.io.durable import PARTIAL, world_errors
 from streammerge.io.strict_json import read_object
 from streammerge.numerics.crc32 import combine_all

@@ -20,7 +20,6 @@ from typing import Any
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import ModelError, OutputError, WorldError, printable
-from streammerge.formats.zarr_store import ChunkedRef
 from streammerge.io.files import reading
 from streammerge.io.stamp import FileStamp, check_unchanged
 from streammerge.output.journal import Known
@@ -92,9 +91,7 @@ def _chunks_of(index: CompanionIndex) -> InputFile:
 
     def paths() -> Iterator[str]:
         for ref in index.values():
-            assert isinstance(ref, ChunkedRef)
-            for path, _, _ in ref.chunks(0, ref.n_elements):
-                yield path
+            yield from ref.files(0, ref.n_elements)
 
     stamp, nbytes = _stamp_of(paths())
 

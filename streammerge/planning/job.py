@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import CompanionRef
-from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import FLOATS8, itemsize
-from streammerge.formats.zarr_store import ChunkedRef
+from streammerge.formats.refs import SourceRef
 
 Kind = Literal["merge", "copy", "agree"]
 
@@ -33,7 +32,7 @@ class Job:
     parameters: Mapping[str, Any]
     fishers: tuple[CompanionRef, ...] = ()
     """The models' Fisher diagonals, for a method that weighs by them; empty where they lack the tensor."""
-    grams: tuple[ChunkedRef, ...] = ()
+    grams: tuple[CompanionRef, ...] = ()
     """The Gram matrices of the models' inputs to it, for a method that takes them; empty where they lack the tensor."""
     members: tuple[int, ...] = ()
     """Which of the plan's models the sources belong to; empty: to all, in order."""
@@ -84,8 +83,7 @@ class Job:
     @property
     def fisher_chunk_bytes(self) -> int:
         """Most bytes of one chunk of a Fisher store, decompressed; 0 without a store."""
-        chunked = [ref for ref in self.fishers if isinstance(ref, ChunkedRef)]
-        return max((ref.chunk_elements * itemsize(ref.dtype) for ref in chunked), default=0)
+        return max((ref.chunk_bytes for ref in self.fishers), default=0)
 
     @property
     def operator_bytes(self) -> int:

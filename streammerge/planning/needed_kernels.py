@@ -18,8 +18,6 @@ from streammerge.algebra.rules import (
 )
 from streammerge.algebra.scores import Importance, Score, Spread
 from streammerge.algebra.task_vectors import TaskVector
-from streammerge.checkpoint.refs.blocks import BlocksRef
-from streammerge.checkpoint.refs.made import AdaptedRef, GatheredRef, MadeRef
 from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import is_copied
 from streammerge.planning.needs import likeness, tensor_context_of
@@ -96,8 +94,7 @@ def needed_kernels(plan: MergePlan) -> Names:
     names: set[str] = set()
     seen: set[tuple[object, ...]] = set()
     for job in plan.jobs:
-        if any(_is_adapted(ref) for ref in (*job.inputs, *job.sources)):
-            names.add("adapters")
+        names.update(*(ref.kernels for ref in (*job.inputs, *job.sources)))
         in_torch = not plan.backend_of(job).compiled
         key = (in_torch, bool(job.fishers), *likeness(job, plan.method))
         if not is_copied(job) and key not in seen:
@@ -118,14 +115,3 @@ def _of_job(job: Job, plan: MergePlan) -> Names:
         if type(one) in _OF
     ]
     return frozenset().union(*found)
-
-
-def _is_adapted(ref: object) -> bool:
-    """Return whether a tensor is made with an adapter, or of one that is."""
-    if isinstance(ref, AdaptedRef):
-        return True
-    if isinstance(ref, GatheredRef):
-        return any(map(_is_adapted, (*ref.tensors, ref.source)))
-    if isinstance(ref, BlocksRef):
-        return any(_is_adapted(block.tensor) for block in ref.blocks)
-    return isinstance(ref, MadeRef) and _is_adapted(ref.source)

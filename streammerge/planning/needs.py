@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.tensor_kinds import kind_of
-from streammerge.formats.zarr_store import ChunkedRef
 from streammerge.methods.registry import Method
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.job import Job
@@ -54,7 +53,7 @@ def likeness(job: Job, method: Method) -> tuple[object, ...]:
 def needs_data(statistic: Statistic, jobs: Sequence[Job]) -> bool:
     """Return whether the answer takes a pass over the inputs; a Fisher store records its squares."""
     if isinstance(statistic, FisherSquares):
-        return any(job.fishers and not isinstance(job.fishers[statistic.model], ChunkedRef) for job in jobs)
+        return any(job.fishers and job.fishers[statistic.model].square_sum is None for job in jobs)
     return not isinstance(statistic, LowWords | Mixing)
 
 

@@ -20,10 +20,7 @@ from typing import Literal
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import ROWS_AT_ONCE
-from streammerge.checkpoint.refs.made import scratch_bytes
 from streammerge.errors import BudgetError, printable
-from streammerge.formats.zarr_store import ChunkedRef
-from streammerge.io.pages import slot_bytes
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.buffers import alignment_bytes, bytes_per_element
@@ -174,7 +171,7 @@ def plan_work(
 
 def _store_row(job: Job) -> int:
     """Return the elements of a chunk of the first Fisher store: pieces cut there read each chunk once."""
-    stores = [ref for ref in job.fishers if isinstance(ref, ChunkedRef)]
+    stores = [ref for ref in job.fishers if ref.chunk_elements]
     if not stores or stores[0].chunk_elements >= job.n_elements:
         return ALIGN
     row = stores[0].chunk_elements
@@ -184,10 +181,9 @@ def _store_row(job: Job) -> int:
 def chunk_scratch(job: Job) -> int:
     """Return the buffer bytes it takes to read what does not lie ready in a file.
 
-    A Fisher store: a chunk as it lies, and decompressed. An adapter or gathered rows: see `scratch_bytes`.
+    Of a Fisher store it is a chunk as it lies and decompressed.
     """
-    stored = 2 * slot_bytes(job.fisher_chunk_bytes + _FRAME) if job.fisher_chunk_bytes else 0
-    return max(stored, *(scratch_bytes(ref) for ref in job.inputs))
+    return max(ref.scratch_bytes for ref in (*job.inputs, *job.fishers))
 
 
 def _fitting(job: Job, work: Work, n: int, what: str, budget: Budget) -> Work:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.refs.made import AdaptedRef, stored
 from streammerge.errors import InputError, printable
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 from streammerge.report.example import example_config
@@ -23,7 +22,7 @@ def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
     """Return a model's tensors as plain values; of one with an adapter, the weight in its file and the adapter's rank."""
     found: list[dict[str, Any]] = []
     for name, ref in index.items():
-        lies = stored(ref)
+        lies = ref.stored
         entry = {
             "name": name,
             "dtype": lies.dtype,
@@ -32,8 +31,7 @@ def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
             "offset": lies.offset,
             "nbytes": lies.nbytes,
         }
-        adapter = {"adapter_rank": ref.rank} if isinstance(ref, AdaptedRef) else {}
-        found.append(entry | adapter)
+        found.append({**entry, **ref.shown})
     return found
 
 

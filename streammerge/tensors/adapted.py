@@ -10,25 +10,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from streammerge.checkpoint.refs.made import READ_BLOCK, AdaptedRef, scratch_bytes
+from streammerge.checkpoint.refs.adapted import AdaptedRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import READ_BLOCK, reads
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import slot_bytes
 from streammerge.io.reader import Reader
+from streammerge.io.scratch import Scratch
+from streammerge.numerics.casts import BYTE, F32, F64, Floats, widened
 from streammerge.numerics.compiled import is_compiled
-from streammerge.tensors.made import read_to, reads
-from streammerge.tensors.scratch import (
-    BYTE,
-    F32,
-    F64,
-    Floats,
-    Scratch,
-    computed_once,
-    read_matrix,
-    read_widened,
-    widened,
-)
+from streammerge.tensors.matrices import computed_once, read_matrix, read_widened
 
 
 @reads(AdaptedRef)
@@ -115,13 +106,13 @@ class _Adapter:
         weight = self._ref.source
         width = itemsize(weight.dtype)
         nbytes = (stop - start) * width
-        if isinstance(weight, TensorRef):
+        if (plain := weight.plain) is not None:
             slot = scratch.pages(slot_bytes(nbytes))
-            begins = self._reader.read_slot(weight.path, weight.offset + start * width, nbytes, slot)
+            begins = self._reader.read_slot(plain.path, plain.offset + start * width, nbytes, slot)
             raw = slot[begins : begins + nbytes]
         else:
             raw = scratch.take((nbytes,), BYTE)
-            read_to(self._reader, weight, start, stop, raw, scratch.rest())
+            weight.read(self._reader, start, stop, raw, scratch.rest())
         return widened(raw, weight.dtype, self._dtype)
 
     def _factors(self, row: int, end: int, first: int, last: int) -> Floats:
@@ -147,7 +138,7 @@ class _Adapter:
 @computed_once
 def _column_factors(reader: Reader, ref: AdaptedRef) -> Floats:
     """Return DoRA's factor of each column of a weight stored as (in, out): it takes a pass over the weight."""
-    adapter = _Adapter(reader, ref, Scratch(np.empty(scratch_bytes(ref), np.uint8)))
+    adapter = _Adapter(reader, ref, Scratch(np.empty(ref.scratch_bytes, np.uint8)))
     squares = np.zeros(ref.columns)
     for row, end, first, last in segments(0, ref.n_elements, ref.columns):
         squares[first:last] += adapter.squares(row, end, first, last).sum(axis=0)
@@ -166,7 +157,7 @@ def _over_norm(reader: Reader, ref: AdaptedRef, first: int, last: int, squares: 
 def add_products(left: Floats, right: Floats, first: int, last: int, out: Floats) -> None:
     """Write ``left @ right[:, first:last]`` to `out`, all of one dtype: each product rounded, and added in order of rank."""
     if is_compiled("adapters"):
-        from streammerge.kernels.products import add_products as compiled
+        from streammerge.numerics.products import add_products as compiled
 
         compiled(left, right, first, last, out)
     else:

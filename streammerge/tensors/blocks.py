@@ -6,28 +6,22 @@ are read to their places; transposed ones a rectangle at a time, by way of a buf
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.checkpoint.refs.blocks import Block, BlocksRef
-from streammerge.checkpoint.refs.made import READ_BLOCK, SourceRef
+from streammerge.checkpoint.refs.blocks import Block, BlocksRef, Rectangle, overlapping, span_of
 from streammerge.dtypes import itemsize
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import READ_BLOCK, SourceRef, reads
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
+from streammerge.io.scratch import Scratch
+from streammerge.numerics.casts import BYTE, F64, rounded, widened
 from streammerge.tensors.adapted import segments
-from streammerge.tensors.made import read_to, reads
-from streammerge.tensors.scratch import BYTE, F64, Scratch, rounded, widened
 
 _WORTH_READING = 4
 """So many times the bytes that are wanted are rather read in one go than in many."""
-
-Rectangle = tuple[int, int, int, int]
-"""First row, end, first column, end: of a block."""
 
 
 @reads(BlocksRef)
@@ -46,47 +40,10 @@ def read_blocks(
         begins = (row * columns + first - start) * width
         part = target[begins : begins + (end - row) * (last - first) * width]
         out = part.reshape(end - row, (last - first), width)
-        for block, (top, bottom, left, right) in _overlapping(ref, row, end, first, last):
+        for block, (top, bottom, left, right) in overlapping(ref, row, end, first, last):
             inside = (top - block.row, bottom - block.row, left - block.column, right - block.column)
             some = out[top - row : bottom - row, left - first : right - first]
             _fill(reader, ref.dtype, block, inside, some, scratch.rest())
-
-
-def blocks_of(ref: BlocksRef, start: int, stop: int) -> Iterator[tuple[SourceRef, int, int]]:
-    """Yield the ranges of elements, each with its tensor, that elements `start` to `stop` lie within."""
-    columns = max(1, ref.shape[-1])
-    rows = start // columns, -(-stop // columns)
-    for block, (top, bottom, left, right) in _overlapping(ref, *rows, 0, columns):
-        yield (
-            block.tensor,
-            *_span(block, (top - block.row, bottom - block.row, left - block.column, right - block.column)),
-        )
-
-
-def _overlapping(
-    ref: BlocksRef, row: int, end: int, first: int, last: int
-) -> Iterator[tuple[Block, Rectangle]]:
-    """Yield the blocks that have a part in a rectangle of the tensor, and that part, in its rows and columns."""
-    at = bisect_right(ref.blocks, row, key=lambda block: block.row)
-    while at and ref.blocks[at - 1].row + ref.blocks[at - 1].rows > row:
-        at -= 1
-    for block in ref.blocks[at:]:
-        if block.row >= end:
-            return
-        top, bottom = max(row, block.row), min(end, block.row + block.rows)
-        left, right = max(first, block.column), min(last, block.column + block.columns)
-        if top < bottom and left < right:
-            yield block, (top, bottom, left, right)
-
-
-def _span(block: Block, inside: Rectangle) -> tuple[int, int]:
-    """Return the first element, and the end, of what a part of a block lies within in its tensor."""
-    top, bottom, left, right = inside
-    lines, window = ((left, right), (top, bottom)) if block.transposed else ((top, bottom), (left, right))
-    return (
-        block.start + lines[0] * block.pitch + window[0],
-        block.start + (lines[1] - 1) * block.pitch + window[1],
-    )
 
 
 def _fill(
@@ -95,11 +52,11 @@ def _fill(
     """Read a part of a block to `out`, [rows, columns, bytes]."""
     top, bottom, left, right = inside
     tensor = block.tensor
-    begins, ends = _span(block, inside)
+    begins, ends = span_of(block, inside)
     n = (bottom - top) * (right - left)
     together = not block.transposed and (bottom - top == 1 or right - left == block.pitch)
     if together and tensor.dtype == dtype and out.flags.c_contiguous:
-        read_to(reader, tensor, begins, ends, out.reshape(-1), scratch)
+        tensor.read(reader, begins, ends, out.reshape(-1), scratch)
         return
     if block.transposed:
         lines, window = right - left, bottom - top
@@ -121,7 +78,7 @@ def _fill(
 
 def _reads_between(tensor: SourceRef, block: Block, window: int) -> bool:
     """Return whether what lies between the lines of a window is rather read than skipped."""
-    return not isinstance(tensor, TensorRef) or window * _WORTH_READING >= block.pitch
+    return tensor.plain is None or window * _WORTH_READING >= block.pitch
 
 
 def _lines(
@@ -132,13 +89,14 @@ def _lines(
     if _reads_between(tensor, block, window):
         n = (lines - 1) * block.pitch + window
         span = scratch.take((((lines - 1) * block.pitch + max(window, block.pitch)) * width,), BYTE)
-        read_to(reader, tensor, begins, begins + n, span[: n * width], scratch.rest())
+        tensor.read(reader, begins, begins + n, span[: n * width], scratch.rest())
         return span[: lines * block.pitch * width].reshape(lines, block.pitch, width)[:, :window]
-    assert isinstance(tensor, TensorRef)
+    plain = tensor.plain
+    assert plain is not None
     values: NDArray[Any] = scratch.take((lines, window * width), BYTE)
-    offset = tensor.offset + begins * width
+    offset = plain.offset + begins * width
     reader.read_parts(
-        tensor.path,
+        plain.path,
         ((offset + line * block.pitch * width, [values[line].data]) for line in range(lines)),
     )
     return values.reshape(lines, window, width)

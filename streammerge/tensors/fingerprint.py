@@ -13,9 +13,8 @@ import numpy as np
 
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.refs.made import SourceRef, stored_dtype
 from streammerge.errors import ModelError, printable
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import SourceRef
 from streammerge.io.reader import Reader
 from streammerge.io.stamp import FileStamp
 from streammerge.tensors.read import read_elements
@@ -41,14 +40,14 @@ def fingerprint(index: TensorIndex, reader: Reader) -> str:
 
 def _add_tensors(digest: hashlib.blake2b, tensors: Mapping[str, SourceRef], reader: Reader) -> None:
     names = sorted(tensors)
-    table = [[name, stored_dtype(tensors[name]), list(tensors[name].shape)] for name in names]
+    table = [[name, tensors[name].stored_dtype, list(tensors[name].shape)] for name in names]
     digest.update(json.dumps(table).encode("utf-8", "surrogatepass"))
     for name in names[:: max(1, -(-len(names) // _TENSORS))]:
         ref = tensors[name]
-        if isinstance(ref, TensorRef):
-            size = min(_BYTES, ref.nbytes)
+        if (plain := ref.plain) is not None:
+            size = min(_BYTES, plain.nbytes)
             buffer = np.empty(size, np.uint8)
-            reader.read_into(ref.path, ref.offset + (ref.nbytes - size) // 2 // 8 * 8, buffer)
+            reader.read_into(plain.path, plain.offset + (plain.nbytes - size) // 2 // 8 * 8, buffer)
         else:
             n = min(_BYTES // 8, ref.n_elements)
             first = (ref.n_elements - n) // 2

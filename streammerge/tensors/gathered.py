@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.checkpoint.refs.made import GatheredRef, SourceRef, row_elements, scratch_bytes
+from streammerge.checkpoint.refs.rows import GatheredRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import SourceRef, TensorRef, reads, row_elements
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
-from streammerge.tensors.made import read_to, reads
-from streammerge.tensors.scratch import BYTE, F64, Scratch, computed_once, rounded, widened
+from streammerge.io.scratch import Scratch
+from streammerge.numerics.casts import BYTE, F64, rounded, widened
+from streammerge.tensors.matrices import computed_once
 
 _GAP_BYTES = 1 << 14
 """Bytes between two rows that are rather read than skipped."""
@@ -85,8 +86,8 @@ def _place_rows(
     columns, width = row_elements(tensor.shape), itemsize(tensor.dtype)
     order = np.argsort(rows, kind="stable")
     rows, places = rows[order], places[order]
-    if tensor.dtype == dtype and isinstance(tensor, TensorRef):
-        _read_rows(reader, tensor, rows, places, lines)
+    if tensor.dtype == dtype and (plain := tensor.plain) is not None:
+        _read_rows(reader, plain, rows, places, lines)
         return
     gaps = np.append(np.flatnonzero(np.diff(rows) > max(1, _GAP_BYTES // (columns * width))) + 1, rows.size)
     most = max(1, _SPAN_BYTES // (columns * width))
@@ -97,7 +98,7 @@ def _place_rows(
         n = int(rows[end - 1]) - row + 1
         room = scratch.rest()
         span = room.take((n, columns * width), BYTE)
-        read_to(reader, tensor, row * columns, (row + n) * columns, span.reshape(-1), room.rest())
+        tensor.read(reader, row * columns, (row + n) * columns, span.reshape(-1), room.rest())
         some = span[rows[begin:end] - row]
         lines[places[begin:end]] = (
             some
@@ -158,7 +159,7 @@ def _mean_of_all(reader: Reader, ref: GatheredRef) -> Bytes:
     """Return the mean of all rows but the padding, which takes a pass over them."""
     known, columns = len(ref.map.starts) - 1, ref.columns
     step = max(1, _SPAN_BYTES // (columns * itemsize(ref.dtype)))
-    scratch = Scratch(np.empty(scratch_bytes(ref), np.uint8))
+    scratch = Scratch(np.empty(ref.scratch_bytes, np.uint8))
     total = np.zeros(columns)
     for first in range(0, known, step):
         n = min(step, known - first)

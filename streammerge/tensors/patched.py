@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from streammerge.checkpoint.refs.made import READ_BLOCK, PatchedRef, row_elements
+from streammerge.checkpoint.refs.rows import PatchedRef
 from streammerge.dtypes import itemsize
+from streammerge.formats.refs import READ_BLOCK, reads, row_elements
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
-from streammerge.tensors.made import read_to, reads
-from streammerge.tensors.scratch import BYTE, F32, F64, Scratch, read_widened, widened
+from streammerge.io.scratch import Scratch
+from streammerge.numerics.casts import BYTE, F32, F64, widened
+from streammerge.tensors.matrices import read_widened
 
 
 @reads(PatchedRef)
@@ -26,7 +28,7 @@ def read_patched(
     width, columns = itemsize(ref.dtype), row_elements(ref.shape)
     target = target[: (stop - start) * width]
     if ref.source.dtype == ref.dtype:
-        read_to(reader, ref.source, start, stop, target, scratch)
+        ref.source.read(reader, start, stop, target, scratch)
     else:
         _read_wide(reader, ref, start, stop, target, scratch)
     first, last = np.searchsorted(ref.rows, (start // columns, -(-stop // columns)))
@@ -60,5 +62,5 @@ def _read_wide(
     for begin in range(start, stop, READ_BLOCK):
         end = min(stop, begin + READ_BLOCK)
         part = raw[: (end - begin) * narrow]
-        read_to(reader, ref.source, begin, end, part, scratch.rest())
+        ref.source.read(reader, begin, end, part, scratch.rest())
         out[begin - start : end - start] = widened(part, ref.source.dtype, out.dtype)

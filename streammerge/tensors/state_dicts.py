@@ -20,7 +20,8 @@ from streammerge.checkpoint.quantization import quantization_of
 from streammerge.checkpoint.refs.float8 import with_floats
 from streammerge.dtypes import BITS, RANK
 from streammerge.errors import InputError, printable
-from streammerge.formats.safetensors import MAX_NAME, TensorRef
+from streammerge.formats.refs import TensorRef
+from streammerge.formats.safetensors import MAX_NAME
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import IoMode, Reader
 from streammerge.tensors.held import Held, hold

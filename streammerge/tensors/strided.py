@@ -13,12 +13,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from streammerge.checkpoint.refs.made import STRIDED_BLOCK, StridedRef
 from streammerge.dtypes import itemsize
+from streammerge.formats.refs import STRIDED_BLOCK, StridedRef, reads
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
-from streammerge.tensors.made import reads
-from streammerge.tensors.scratch import BYTE, Scratch
+from streammerge.io.scratch import Scratch
+from streammerge.numerics.casts import BYTE
 
 _GAP_BYTES = 1 << 14
 """Bytes between two runs that are rather read than skipped."""

@@ -14,7 +14,6 @@ import zipfile
 import pytest
 import torch
 
-from streammerge.checkpoint.refs.made import stored
 from streammerge.errors import ModelError, WorldError
 from streammerge.formats import torch_pickle as machine
 from streammerge.formats import zip_archive as archives
@@ -585,7 +584,7 @@ def assert_parsed_or_refused(path):
     except (ModelError, WorldError):
         return False
     assert refs
-    lie = [stored(ref) for ref in refs.values()]
+    lie = [ref.stored for ref in refs.values()]
     assert all(0 <= ref.offset <= ref.offset + ref.nbytes <= os.stat(path).st_size for ref in lie)
     return True
 

@@ -21,7 +21,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.api import merge, plan
 from streammerge.dtypes import BITS, FLOATS, itemsize
 from streammerge.errors import BudgetError, ConfigError, InputError, ModelError
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import TensorRef
 from streammerge.planning.job import Job
 from streammerge.planning.layout import lay_out
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget

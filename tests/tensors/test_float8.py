@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from streammerge import merge, merge_state_dicts, verify
 from streammerge.errors import ModelError
-from streammerge.tensors.float8 import narrow, rounded8, table
+from streammerge.numerics.casts import narrow, rounded8, table
 
 KINDS = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streammerge.checkpoint.refs.made import StridedRef, scratch_bytes
 from streammerge.errors import ModelError
+from streammerge.formats.refs import StridedRef
 from streammerge.formats.torch_file import open_pickle, read_pickle
 from streammerge.io.reader import Reader
 from streammerge.tensors import strided
@@ -118,7 +118,7 @@ def test_blocks_and_gaps_change_no_element(
         assert isinstance(ref, StridedRef)
         want = own_bytes(state[name])
         for first, last in [(0, ref.n_elements), (1, 2), (13, 79), (ref.n_elements - 5, ref.n_elements)]:
-            slot, room = np.zeros(4 * (last - first), np.uint8), np.zeros(scratch_bytes(ref), np.uint8)
+            slot, room = np.zeros(4 * (last - first), np.uint8), np.zeros(ref.scratch_bytes, np.uint8)
             assert read_source(reader, ref, first, last, slot, room) == 0
             assert slot.tobytes() == want[4 * first : 4 * last], (name, first, last)
 
@@ -133,7 +133,7 @@ def test_elements_may_begin_at_any_byte_of_a_file(tmp_path: pathlib.Path) -> Non
     source = replace(ref.source, path=str(tmp_path / "y"), offset=ref.source.offset + 3)
     odd = StridedRef(source, ref.shape, ref.strides)
     target = np.zeros(49, np.uint8)[1:]
-    read_source(Reader("read"), odd, 0, 12, target, np.zeros(scratch_bytes(odd), np.uint8))
+    read_source(Reader("read"), odd, 0, 12, target, np.zeros(odd.scratch_bytes, np.uint8))
     assert target.tobytes() == own_bytes(x.as_strided((3, 4), (1, 250), 1))
 
 

@@ -11,7 +11,8 @@ from random import Random
 import fuzz_mutate
 
 from streammerge.checkpoint.index import open_model
-from streammerge.checkpoint.refs.made import AdaptedRef, PatchedRef
+from streammerge.checkpoint.refs.adapted import AdaptedRef
+from streammerge.checkpoint.refs.rows import PatchedRef
 from streammerge.checkpoint.tokenizer import MOST_ROWS, read_tokenizer
 from streammerge.errors import ModelError
 

@@ -29,13 +29,13 @@ from fuzz_models import AdapterSettings, TokenizerFile
 from streammerge.checkpoint.companions import open_fisher
 from streammerge.checkpoint.hub import find_snapshot, parse_name
 from streammerge.checkpoint.index import open_model
-from streammerge.checkpoint.refs.made import StridedRef, stored
 from streammerge.checkpoint.shards import INDEX_NAME
 from streammerge.config import config_from_mapping, parse_config
 from streammerge.config.settings import count_layers, layer_fraction, value_for
 from streammerge.config.strict_yaml import dump_yaml, load_yaml
 from streammerge.dtypes import itemsize
 from streammerge.errors import ConfigError, InputError, ModelError, StreammergeError
+from streammerge.formats.refs import StridedRef
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.torch_file import read_pickle
 from streammerge.formats.zarr_chunks import _decode
@@ -351,7 +351,7 @@ class Pickles:
             return
         require(stamp.nbytes == len(raw), "a stamp of another size")
         for name, ref in tensors.items():
-            lies = stored(ref)
+            lies = ref.stored
             inside = name == ref.name and 0 <= lies.offset <= lies.offset + lies.nbytes <= len(raw)
             if isinstance(ref, StridedRef):
                 span = sum((n - 1) * step for n, step in zip(ref.shape, ref.strides, strict=True))

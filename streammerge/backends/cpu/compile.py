@@ -91,7 +91,7 @@ def _words(math: KernelMath) -> None:
 
 
 def _adapters(math: KernelMath) -> None:
-    from streammerge.kernels.products import add_products
+    from streammerge.numerics.products import add_products
 
     for dtype in (np.float32, np.float64):
         add_products(np.ones((2, 5), dtype), np.ones((5, 3), dtype), 0, 3, np.empty((2, 3), dtype))

@@ -13,9 +13,9 @@ from streammerge.checkpoint.adapters.head import HEADS, is_embedding, is_tied, r
 from streammerge.checkpoint.adapters.names import Names
 from streammerge.checkpoint.adapters.slices import Slices
 from streammerge.checkpoint.adapters.tokens import with_tokens
-from streammerge.checkpoint.refs.made import AdaptedRef, Factor, SourceRef, row_elements
+from streammerge.checkpoint.refs.adapted import AdaptedRef, Factor
 from streammerge.dtypes import FLOATS
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import SourceRef, TensorRef, row_elements
 from streammerge.io.files import bad, quoted
 
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")

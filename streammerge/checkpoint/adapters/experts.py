@@ -15,9 +15,9 @@ from typing import Any
 from streammerge.checkpoint.adapters.files import Adapter, Parts
 from streammerge.checkpoint.adapters.names import Names
 from streammerge.checkpoint.naming import LANGUAGE_PARTS
-from streammerge.checkpoint.refs.made import AdaptedRef, Factor, SourceRef
+from streammerge.checkpoint.refs.adapted import AdaptedRef, Factor
 from streammerge.dtypes import FLOATS
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import SourceRef, TensorRef
 from streammerge.io.files import bad, quoted
 
 _ONE_BY_ONE = {

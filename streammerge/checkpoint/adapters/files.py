@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.checkpoint.adapters.settings import ADAPTER_CONFIG, AdapterSettings, read_settings
-from streammerge.checkpoint.refs.made import contiguous
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError
-from streammerge.formats.safetensors import TensorRef, read_header
+from streammerge.formats.refs import TensorRef, contiguous
+from streammerge.formats.safetensors import read_header
 from streammerge.formats.torch_file import read_pickle
 from streammerge.io.files import bad, quoted
 from streammerge.io.stamp import FileStamp

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoint.adapters.files import Adapter
 from streammerge.checkpoint.naming import LANGUAGE_PARTS, TIED
-from streammerge.checkpoint.refs.made import PatchedRef, RenamedRef, SourceRef
-from streammerge.formats.safetensors import TensorRef
+from streammerge.checkpoint.refs.rows import PatchedRef
+from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _EMBEDDINGS = (
@@ -59,7 +58,7 @@ def is_tied(config: Mapping[str, Any], names: Mapping[str, SourceRef], *, asked:
 
 def renamed(ref: SourceRef, name: str) -> SourceRef:
     """Return the same tensor under another name."""
-    return replace(ref, name=name) if isinstance(ref, TensorRef) else RenamedRef(ref, name)
+    return ref.renamed(name)
 
 
 def shared_heads(adapter: Adapter) -> set[str]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from streammerge.checkpoint.adapters.experts import pair
 from streammerge.checkpoint.adapters.files import Parts
 from streammerge.checkpoint.adapters.names import Names
+from streammerge.checkpoint.refs.adapted import AdaptedRef
 from streammerge.checkpoint.refs.blocks import Block, BlocksRef
-from streammerge.checkpoint.refs.made import AdaptedRef, SourceRef
 from streammerge.dtypes import FLOATS
+from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _EXPERT = re.compile(r"(?P<stem>.+\.experts)\.(?P<expert>\d{1,6})\.(?P<word>\w+)", re.DOTALL)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from streammerge.checkpoint.adapters.files import Adapter
 from streammerge.checkpoint.adapters.head import HEADS, is_embedding, is_head, renamed, shared_heads
 from streammerge.checkpoint.adapters.names import Names
-from streammerge.checkpoint.refs.made import PatchedRef, SourceRef
+from streammerge.checkpoint.refs.rows import PatchedRef
 from streammerge.dtypes import FLOATS
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import SourceRef, TensorRef
 from streammerge.io.files import bad, quoted
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from streammerge.checkpoint.refs.made import READ_BLOCK, MadeRef, SourceRef, scratch_bytes, stored_dtype
 from streammerge.dtypes import itemsize
+from streammerge.formats.refs import READ_BLOCK, MadeRef, SourceRef, TensorRef
+
+Rectangle = tuple[int, int, int, int]
+"""First row, end, first column, end: of a block."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,16 +54,60 @@ class BlocksRef(MadeRef):
         return self.source.path
 
     @property
+    def parts(self) -> tuple[SourceRef, ...]:
+        """See `SourceRef`."""
+        return tuple(block.tensor for block in self.blocks)
+
+    @property
+    def n_blocks(self) -> int:
+        """See `SourceRef`."""
+        return len(self.blocks)
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
+        """See `SourceRef`."""
+        columns = max(1, self.shape[-1])
+        rows = start // columns, -(-stop // columns)
+        for block, (top, bottom, left, right) in overlapping(self, *rows, 0, columns):
+            inside = top - block.row, bottom - block.row, left - block.column, right - block.column
+            yield from block.tensor.extents(*span_of(block, inside))
+
+    @property
     def stored_dtype(self) -> str:
         """Of all blocks; where they differ the one that holds them all."""
-        found = {stored_dtype(block.tensor) for block in self.blocks}
+        found = {block.tensor.stored_dtype for block in self.blocks}
         return found.pop() if len(found) == 1 else self.dtype
 
     @property
     def scratch_bytes(self) -> int:
         """What reading it takes beside the elements: lines of a block as they lie, and in the other order."""
         line = max(max(block.pitch, block.columns, block.rows) for block in self.blocks)
-        inner = max(scratch_bytes(block.tensor) for block in self.blocks)
+        inner = max(block.tensor.scratch_bytes for block in self.blocks)
         mixed = any(block.tensor.dtype != self.dtype for block in self.blocks)
         # Values of another dtype are widened, and rounded.
         return (32 if mixed else itemsize(self.dtype)) * max(READ_BLOCK, line) + (1 << 12) + inner
+
+
+def overlapping(
+    ref: BlocksRef, row: int, end: int, first: int, last: int
+) -> Iterator[tuple[Block, Rectangle]]:
+    """Yield the blocks that have a part in a rectangle of the tensor, and that part, in its rows and columns."""
+    at = bisect_right(ref.blocks, row, key=lambda block: block.row)
+    while at and ref.blocks[at - 1].row + ref.blocks[at - 1].rows > row:
+        at -= 1
+    for block in ref.blocks[at:]:
+        if block.row >= end:
+            return
+        top, bottom = max(row, block.row), min(end, block.row + block.rows)
+        left, right = max(first, block.column), min(last, block.column + block.columns)
+        if top < bottom and left < right:
+            yield block, (top, bottom, left, right)
+
+
+def span_of(block: Block, inside: Rectangle) -> tuple[int, int]:
+    """Return the first element, and the end, of what a part of a block lies within in its tensor."""
+    top, bottom, left, right = inside
+    lines, window = ((left, right), (top, bottom)) if block.transposed else ((top, bottom), (left, right))
+    return (
+        block.start + lines[0] * block.pitch + window[0],
+        block.start + (lines[1] - 1) * block.pitch + window[1],
+    )

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from streammerge.checkpoint.quantization import Quantization
-from streammerge.checkpoint.refs.made import MadeRef, SourceRef, scratch_bytes
 from streammerge.dtypes import FLOATS8
+from streammerge.formats.refs import ElementwiseRef, SourceRef
 
 WIDENED = "BF16"
 """The dtype in which every FP8 number is exact."""
@@ -16,20 +16,10 @@ WIDENED_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class WidenedRef(MadeRef):
+class WidenedRef(ElementwiseRef):
     """A tensor that is stored in F8_E4M3 or F8_E5M2, as bf16, which holds every value of both."""
 
     source: SourceRef
-
-    @property
-    def name(self) -> str:
-        """As its model calls it."""
-        return self.source.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As stored."""
-        return self.source.shape
 
     @property
     def dtype(self) -> str:
@@ -37,14 +27,13 @@ class WidenedRef(MadeRef):
         return WIDENED
 
     @property
-    def path(self) -> str:
-        """Its file."""
-        return self.source.path
-
-    @property
     def scratch_bytes(self) -> int:
         """What reading it takes beside the elements: a block of codes."""
-        return WIDENED_BLOCK + 64 + scratch_bytes(self.source)
+        return WIDENED_BLOCK + 64 + self.source.scratch_bytes
+
+    def as_stored(self, dtype: str) -> SourceRef:
+        """See `SourceRef`."""
+        return self.source if self.source.dtype == dtype else self
 
 
 def with_floats(tensors: Mapping[str, SourceRef], quantization: Quantization | None) -> dict[str, SourceRef]:
@@ -54,8 +43,3 @@ def with_floats(tensors: Mapping[str, SourceRef], quantization: Quantization | N
         name: WidenedRef(ref) if ref.dtype in FLOATS8 and name not in codes else ref
         for name, ref in tensors.items()
     }
-
-
-def as_it_lies(ref: SourceRef, dtype: str) -> SourceRef:
-    """Return what a copy in this dtype is read from: of an FP8 tensor that stays one, its codes."""
-    return ref.source if isinstance(ref, WidenedRef) and ref.source.dtype == dtype else ref

@@ -42,10 +42,11 @@ from streammerge.estimate.network.skeleton import CAUSAL, CLASSIFIER, Skeleton
 from streammerge.estimate.network.tokenizing import reading_for
 from streammerge.events import Control
 from streammerge.formats.zarr_store import ATTRIBUTE
-from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial, to_store
+from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
 from streammerge.io.durable import PARTIAL, make_directory, world_errors
 from streammerge.io.reader import Reader
 from streammerge.io.stamp import check_unchanged
+from streammerge.numerics.casts import to_store
 from streammerge.tensors.fingerprint import files_digest, fingerprint
 from streammerge.units import format_size
 from streammerge.version import __version__

@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 
 from streammerge.backends.cpu.backend import CPU
 from streammerge.checkpoint.index import TensorIndex, open_model
-from streammerge.checkpoint.refs.made import contiguous
 from streammerge.checkpoint.shards import PICKLES
 from streammerge.dtypes import FLOATS, itemsize
 from streammerge.errors import ModelError, printable
 from streammerge.estimate.fisher.sums import DiagonalSums
 from streammerge.events import Control, Event
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import TensorRef, contiguous
 from streammerge.formats.torch_file import read_pickle
 from streammerge.formats.zarr_store import ATTRIBUTE
-from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial, to_store
+from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial
 from streammerge.io.reader import Reader
 from streammerge.io.stamp import FileStamp, check_unchanged
+from streammerge.numerics.casts import to_store
 from streammerge.planning.memory.budget import make_budget
 from streammerge.tensors.fingerprint import files_digest, fingerprint
 from streammerge.version import __version__

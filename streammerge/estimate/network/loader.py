@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import FLOATS, itemsize
 from streammerge.errors import InputError, ModelError, printable
 from streammerge.estimate.network.skeleton import Skeleton
+from streammerge.formats.refs import SourceRef
 from streammerge.io.reader import Reader
 from streammerge.tensors.read import read_elements
 

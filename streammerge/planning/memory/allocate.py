@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from streammerge.algebra.extent import Extent
-from streammerge.checkpoint.refs.made import scratch_bytes
 from streammerge.errors import BudgetError
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
@@ -269,7 +268,7 @@ def _work_of(
 def _likeness(job: Job, need: Needs) -> tuple[object, ...]:
     """Return what decides how a job is handled: those that share it are handled alike."""
     fishers = tuple((ref.dtype, getattr(ref, "chunk", None)) for ref in job.fishers)
-    inputs = tuple((ref.dtype, scratch_bytes(ref)) for ref in job.inputs)
+    inputs = tuple((ref.dtype, ref.scratch_bytes) for ref in job.inputs)
     return (
         job.kind,
         job.dtype,

@@ -8,10 +8,10 @@ from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.naming import LANGUAGE_PARTS
-from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
+from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 from streammerge.planning.resolve.extra_layers import count_real
 from streammerge.planning.resolve.vocabulary import OF_TOKENS

@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.refs.blocks import Block, BlocksRef
-from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.dtypes import FLOATS, itemsize
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import SourceRef, TensorRef
 
 _WORDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("fc1", "fc3", "fc2"))
 """What the projections of an expert are called: gate, up, down."""
@@ -251,10 +250,10 @@ def _taken_out(name: str, matrix: _Matrix) -> SourceRef:
     shape, tensor = (matrix.rows, matrix.columns), matrix.tensor
     if tensor.shape == shape and not matrix.flipped:
         return tensor
-    if isinstance(tensor, TensorRef) and not matrix.flipped:
+    if (plain := tensor.plain) is not None and not matrix.flipped:
         width = itemsize(tensor.dtype)
         nbytes = matrix.rows * matrix.columns * width
-        return TensorRef(name, tensor.dtype, shape, tensor.path, tensor.offset + matrix.start * width, nbytes)
+        return TensorRef(name, plain.dtype, shape, plain.path, plain.offset + matrix.start * width, nbytes)
     return BlocksRef(name, tensor.dtype, shape, (_block(matrix, 0, 0, flipped=False),))
 
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 
 from streammerge.checkpoint.names import tied_to
-from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.errors import ModelError, printable
+from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.agreement import counted, lacking
 from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 from streammerge.planning.resolve.modules import of_a_tower

@@ -10,14 +10,12 @@ from typing import Any
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import CompanionIndex, CompanionRef
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.refs.float8 import as_it_lies
-from streammerge.checkpoint.refs.made import GatheredRef, SourceRef, stored_dtype
 from streammerge.config.schema import MergeConfig
 from streammerge.config.settings import count_layers
 from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS, promoted
 from streammerge.errors import ConfigError, ModelError, printable
-from streammerge.formats.zarr_store import ChunkedRef
+from streammerge.formats.refs import SourceRef
 from streammerge.methods.registry import Method
 from streammerge.planning.job import Job
 from streammerge.planning.needs import likeness, tensor_context_of
@@ -149,18 +147,16 @@ def _output_dtype(inputs: Sequence[SourceRef], config: MergeConfig) -> str:
     """Return what the config says, of floats; else what the inputs, the base among them, promote to as in mergekit."""
     wanted = config.out_dtype or config.dtype
     if inputs[0].dtype not in FLOATS:
-        return stored_dtype(inputs[0])
-    return wanted if wanted is not None else promoted(stored_dtype(ref) for ref in inputs)
+        return inputs[0].stored_dtype
+    return wanted if wanted is not None else promoted(ref.stored_dtype for ref in inputs)
 
 
 def _promotions(jobs: Sequence[Job], config: MergeConfig) -> list[str]:
     """Say which tensors are wider than some model stores them, since no `dtype` was given."""
-    wider = [
-        job for job in jobs if job.kind == "merge" and len({stored_dtype(ref) for ref in job.inputs}) > 1
-    ]
+    wider = [job for job in jobs if job.kind == "merge" and len({ref.stored_dtype for ref in job.inputs}) > 1]
     if not wider or config.dtype or config.out_dtype:
         return []
-    kinds = sorted({stored_dtype(ref) for job in wider for ref in job.inputs})
+    kinds = sorted({ref.stored_dtype for job in wider for ref in job.inputs})
     return [
         f"{len(wider)} tensors differ in dtype between the models ({', '.join(kinds)}) and take the one that holds them all: "
         f"{', '.join(sorted({job.dtype for job in wider}))}; `dtype:` in the config says otherwise "
@@ -169,8 +165,8 @@ def _promotions(jobs: Sequence[Job], config: MergeConfig) -> list[str]:
 
 
 def _copy(ordinal: int, name: str, ref: SourceRef, config: MergeConfig, *, as_stored: bool = False) -> Job:
-    dtype = stored_dtype(ref) if as_stored else _output_dtype((ref,), config)
-    return Job(ordinal, name, dtype, ref.shape, "copy", (as_it_lies(ref, dtype),), None, {})
+    dtype = ref.stored_dtype if as_stored else _output_dtype((ref,), config)
+    return Job(ordinal, name, dtype, ref.shape, "copy", (ref.as_stored(dtype),), None, {})
 
 
 def _is_scaled(method: Method, parameters: Mapping[str, Any]) -> bool:
@@ -220,7 +216,7 @@ class _Binder:
             return _copy(ordinal, output.name, template, self._config)
         if template.dtype not in FLOATS:
             return _agree(ordinal, output.name, template, (*((base,) if base is not None else ()), *sources))
-        plain = as_it_lies(template, _output_dtype((template,), self._config))
+        plain = template.as_stored(_output_dtype((template,), self._config))
         if (
             plain is not template
             and self._method.name == "passthrough"
@@ -261,7 +257,7 @@ class _Binder:
     ) -> tuple[CompanionRef, ...]:
         if not self._fishers:
             return ()
-        if any(isinstance(ref, GatheredRef) for ref in sources):
+        if any(ref.is_gathered for ref in sources):
             self._without_fisher.append(
                 output.name
             )  # its rows are in the order of the model's own vocabulary
@@ -295,7 +291,7 @@ class _Binder:
 
     def _matrices(
         self, output: OutputTensor, template: SourceRef, members: Sequence[int]
-    ) -> tuple[ChunkedRef, ...]:
+    ) -> tuple[CompanionRef, ...]:
         """Return the Gram matrices of a linear map's weight; none where a model has none, or of what is no matrix."""
         pairs = self._stored(self._grams, output, members) if self._grams else []
         if len(template.shape) != 2 or not pairs or not any(name in index for index, name in pairs):
@@ -303,11 +299,7 @@ class _Binder:
         found = []
         for index, name in pairs:
             ref = index.get(name)
-            if (
-                not isinstance(ref, ChunkedRef)
-                or ref.shape != (template.shape[1], template.shape[1])
-                or ref.dtype != "F32"
-            ):
+            if ref is None or ref.shape != (template.shape[1], template.shape[1]) or ref.dtype != "F32":
                 raise ModelError(
                     f"{printable(index.reference)}: no Gram matrix of {template.shape[1]} inputs for tensor {printable(name)}, as "
                     "others have; list the tensor under `exclude:` to copy it"

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.refs.blocks import BlocksRef
-from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.errors import printable
+from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.experts import Layout, has_experts, laid_out, layout_of
 from streammerge.planning.resolve.prefixes import Rule, find_rules
 
@@ -31,12 +30,7 @@ class Matched:
     @property
     def n_blocks(self) -> int:
         """Of tensors that are put together as they are read."""
-        return sum(
-            len(ref.blocks)
-            for reference in self.own_names
-            for ref in self.indexes[reference].values()
-            if isinstance(ref, BlocksRef)
-        )
+        return sum(ref.n_blocks for reference in self.own_names for ref in self.indexes[reference].values())
 
 
 def match_names(

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from streammerge.checkpoint.refs.made import SourceRef
 from streammerge.errors import ModelError, printable
+from streammerge.formats.refs import SourceRef
 
 _MOST_RULES = 12
 """Candidates that are counted in full."""

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.quantization import Quantization
-from streammerge.checkpoint.refs.made import SourceRef, stored
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import ModelError, printable
+from streammerge.formats.refs import SourceRef
 from streammerge.methods.registry import Method
 
 
@@ -59,4 +59,4 @@ def codes_of(indexes: Mapping[str, TensorIndex]) -> dict[str, frozenset[str]]:
 
 def is_of_codes(codes: Mapping[str, frozenset[str]], reference: str, ref: SourceRef) -> bool:
     """Return whether a tensor of a model is quantised or belongs to what is."""
-    return reference in codes and stored(ref).name in codes[reference]
+    return reference in codes and ref.stored.name in codes[reference]

@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.index import TensorIndex, locate
 from streammerge.checkpoint.names import EMBEDDINGS, is_head
-from streammerge.checkpoint.refs.made import GatheredRef, RowMap, SourceRef, row_elements
+from streammerge.checkpoint.refs.rows import GatheredRef, RowMap
 from streammerge.checkpoint.tokenizer import MOST_ROWS, Tokenizer, read_tokenizer, tokenizer_digest
 from streammerge.config.tokenizer import TokenizerSpec, TokenSource
 from streammerge.config.wording import meant, refuse, shown
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ConfigError, ModelError, printable
+from streammerge.formats.refs import SourceRef, row_elements
 
 Ids = NDArray[np.int32]
 OF_TOKENS = (
@@ -109,7 +110,7 @@ class Alignment:
             Returns another model's tensor of the same name, by its reference.
         """
         rows = self.maps.get(reference)
-        if rows is None or not _has_tokens(name, ref, self.rows[reference]) or isinstance(ref, GatheredRef):
+        if rows is None or not _has_tokens(name, ref, self.rows[reference]) or ref.is_gathered:
             return ref
         key = reference, name
         if key not in self._gathered:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from streammerge.api import merge
 from streammerge.checkpoint.index import TensorIndex, open_model
-from streammerge.checkpoint.refs.made import AdaptedRef
+from streammerge.checkpoint.refs.adapted import AdaptedRef
 from streammerge.errors import ModelError
 from tests.checkpoint.adapters.scene import adapted, factors, write_adapter
 from tests.conftest import read_tensors

@@ -28,7 +28,8 @@ from streammerge.errors import BudgetError, ModelError, OutputError, Streammerge
 from streammerge.estimate.fisher.importing import import_diagonal
 from streammerge.events import Control
 from streammerge.formats import zarr_writer as store
-from streammerge.formats.zarr_store import ATTRIBUTE, ChunkedRef
+from streammerge.formats.zarr_chunks import ChunkedRef
+from streammerge.formats.zarr_store import ATTRIBUTE
 from tests.conftest import config_for, output_bytes, write_fisher, write_model
 
 SHAPES: dict[str, tuple[int, ...]] = {

@@ -15,7 +15,7 @@ from streammerge.api import merge, plan, verify
 from streammerge.checkpoint.index import open_model
 from streammerge.checkpoint.refs.blocks import BlocksRef
 from streammerge.errors import ModelError
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import TensorRef
 from streammerge.io.reader import Reader
 from streammerge.planning.resolve.experts import laid_out, layout_of
 from streammerge.tensors import blocks as blocks_module
@@ -147,7 +147,7 @@ def test_the_bits_do_not_depend_on_how_the_work_is_cut(
 
 def set_block(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     """Have elements that are made as they are read be made `n` at a time."""
-    for module in ("checkpoint.refs.made", "checkpoint.refs.blocks", "tensors.adapted", "tensors.blocks"):
+    for module in ("checkpoint.refs.adapted", "checkpoint.refs.blocks", "tensors.adapted", "tensors.blocks"):
         monkeypatch.setattr(f"streammerge.{module}.READ_BLOCK", n)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from streammerge.api import merge, plan
 from streammerge.engine.precheck import check_beforehand
 from streammerge.errors import ConfigError, ModelError
-from streammerge.formats.safetensors import TensorRef
+from streammerge.formats.refs import TensorRef
 from streammerge.planning.resolve.agreement import counted
 from streammerge.planning.resolve.modules import owner
 from streammerge.planning.resolve.prefixes import find_rules

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from streammerge.api import merge, plan, verify
-from streammerge.checkpoint.refs.made import GatheredRef
+from streammerge.checkpoint.refs.rows import GatheredRef
 from streammerge.errors import ConfigError, ModelError, OutputError, StreammergeError
 from streammerge.io import reader as reader_module
 from streammerge.io.reader import Reader

@@ -1,6 +1,6 @@
 """The product of two narrow matrices, as a LoRA adapter has them, summed in one order whatever the cut."""
 
-from streammerge.kernels import njit
+from streammerge.numerics.jit import njit
 
 _COLUMNS = 1024
 """Elements of a row summed at a time: with the same columns of the right factor they stay in the cache."""

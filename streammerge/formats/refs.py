@@ -1,0 +1,408 @@
+"""References to tensors: each answers for itself how it is read, what it needs and what its dtype is.
+
+A new kind is one class: it derives from `MadeRef` (or `Ref`), answers what is asked of it here and registers its reader
+with `reads`. Nothing else knows the kinds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from streammerge.dtypes import BITS, itemsize
+from streammerge.io.files import bad, quoted
+
+if TYPE_CHECKING:
+    from streammerge.io.buffer_pool import Bytes
+    from streammerge.io.reader import Reader
+    from streammerge.io.scratch import Scratch
+    from streammerge.timing import Stages
+
+READ_BLOCK = 1 << 20
+"""Elements computed at a time."""
+STRIDED_BLOCK = 1 << 20
+"""Bytes of a file that are read together, of which some elements are taken."""
+
+Read = Callable[["Reader", Any, int, int, "Bytes", "Scratch"], None]
+"""Puts elements (first, end) of a tensor at the beginning of the bytes, with scratch of its `scratch_bytes`."""
+_READERS: dict[type[Any], Read] = {}
+
+
+def reads(kind: type[Ref]) -> Callable[[Read], Read]:
+    """Register the reader of a kind of tensors."""
+
+    def register(read: Read) -> Read:
+        _READERS[kind] = read
+        return read
+
+    return register
+
+
+class Ref:
+    """A tensor or a companion of one, as a merge reads it."""
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+
+        @property
+        def name(self) -> str:
+            """The name that its model gives it."""
+
+        @property
+        def shape(self) -> tuple[int, ...]:
+            """The shape that a merge sees."""
+
+        @property
+        def dtype(self) -> str:
+            """The dtype of the elements once they are read."""
+
+        @property
+        def path(self) -> str:
+            """For messages: the file of the tensor that it is mainly made of."""
+
+        @property
+        def nbytes(self) -> int:
+            """Bytes of the elements once they are read."""
+
+    @property
+    def n_elements(self) -> int:
+        """How many elements the shape has; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that reading takes in addition to the elements."""
+        return 0
+
+    @property
+    def chunk_elements(self) -> int:
+        """Elements of one compressed chunk; 0 where elements can be read one by one."""
+        return 0
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of one chunk, decompressed."""
+        return self.chunk_elements * itemsize(self.dtype)
+
+    def read(self, reader: Reader, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
+        """Read elements `start` to `stop` to the beginning of `target`.
+
+        Raises
+        ------
+        WorldError
+            If a file ends early or the device fails.
+        """
+        _READERS[type(self)](reader, self, start, stop, target, scratch)
+
+    def read_slot(
+        self,
+        reader: Reader,
+        start: int,
+        stop: int,
+        slot: Bytes,
+        scratch: Scratch,
+        stages: Stages,
+        *,
+        again: bool = False,
+    ) -> int:
+        """Read elements into a slot (`streammerge.planning.memory.buffers`); return where in it they begin.
+
+        Parameters
+        ----------
+        stages
+            Takes the time.
+        again
+            The same elements will be read once more.
+        """
+        with stages.time("read"):
+            self.read(reader, start, stop, slot, scratch)
+        return 0
+
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        """Ask the kernel to begin reading what elements `start` to `stop` are made of, where that lies together."""
+
+    def files(self, start: int, stop: int) -> Iterator[str]:
+        """Yield the files that elements `start` to `stop` lie in."""
+        yield self.path
+
+
+class SourceRef(Ref):
+    """A model's tensor."""
+
+    __slots__ = ()
+
+    @property
+    def plain(self) -> TensorRef | None:
+        """The tensor itself where a file holds its elements as they are read; else None."""
+        return None
+
+    @property
+    def stored(self) -> TensorRef:
+        """The tensor in a file that it is mainly made of."""
+        raise NotImplementedError
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype that the model is stored in, whatever the elements are computed in."""
+        return self.dtype
+
+    @property
+    def parts(self) -> tuple[SourceRef, ...]:
+        """The tensors that it is made of."""
+        return ()
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """Groups of compiled kernels that reading it makes use of."""
+        return frozenset().union(*(part.kernels for part in self.parts))
+
+    @property
+    def shown(self) -> Mapping[str, Any]:
+        """What `inspect` says of it in addition to where it is stored."""
+        return {}
+
+    @property
+    def is_gathered(self) -> bool:
+        """Whether its rows are in the order of another vocabulary."""
+        return False
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of other tensors that it is put together from."""
+        return 0
+
+    def renamed(self, name: str) -> SourceRef:
+        """Return the same tensor under another name."""
+        return RenamedRef(self, name)
+
+    def as_stored(self, dtype: str) -> SourceRef:
+        """Return what a copy in this dtype is read from: the stored codes where they have it already."""
+        return self
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
+        """Yield the stretches (tensor in a file, first element, end) that elements `start` to `stop` are made of."""
+        return iter(())
+
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        """See `Ref`."""
+        for tensor, first, last in self.extents(start, stop):
+            tensor.prefetch(reader, first, last)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef(SourceRef):
+    """Where the bytes of one tensor lie."""
+
+    name: str
+    dtype: str
+    """The format's own code: a key of `streammerge.dtypes.BITS`."""
+    shape: tuple[int, ...]
+    path: str
+    offset: int
+    """Of the first byte, counted from the start of the file."""
+    nbytes: int
+
+    @property
+    def plain(self) -> TensorRef:
+        """Itself."""
+        return self
+
+    @property
+    def stored(self) -> TensorRef:
+        """Itself."""
+        return self
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes in the file, which are those of the elements."""
+        return self.nbytes
+
+    @property
+    def square_sum(self) -> float | None:
+        """The recorded sum of squares: none is."""
+        return None
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Return offset and number of the bytes that elements `start` to `stop` have in the file."""
+        first, last = (element * BITS[self.dtype] // 8 for element in (start, stop))
+        return self.offset + first, last - first
+
+    def read(self, reader: Reader, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
+        """See `Ref`: through the page cache."""
+        offset, nbytes = self.span(start, stop)
+        reader.read_into(self.path, offset, target[:nbytes])
+
+    def read_slot(
+        self,
+        reader: Reader,
+        start: int,
+        stop: int,
+        slot: Bytes,
+        scratch: Scratch,
+        stages: Stages,
+        *,
+        again: bool = False,
+    ) -> int:
+        """See `Ref`: past the page cache where that pays."""
+        with stages.time("read"):
+            return reader.read_slot(self.path, *self.span(start, stop), slot, again=again)
+
+    def renamed(self, name: str) -> TensorRef:
+        """See `SourceRef`."""
+        return replace(self, name=name)
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
+        """See `SourceRef`: itself."""
+        yield self, start, stop
+
+    def prefetch(self, reader: Reader, start: int, stop: int) -> None:
+        """See `Ref`."""
+        reader.prefetch(self.path, *self.span(start, stop))
+
+
+class MadeRef(SourceRef):
+    """A tensor that is made as it is read; nothing of it is ever written but the merge's own output."""
+
+    __slots__ = ()
+    why_made = "lies in no file as it is read"
+    """What a message says where only a tensor in a file serves."""
+    if TYPE_CHECKING:
+
+        @property
+        def source(self) -> SourceRef:
+            """The tensor that it is mainly made of."""
+
+    @property
+    def stored(self) -> TensorRef:
+        """See `SourceRef`."""
+        return self.source.stored
+
+    @property
+    def stored_dtype(self) -> str:
+        """See `SourceRef`."""
+        return self.source.stored_dtype
+
+    @property
+    def parts(self) -> tuple[SourceRef, ...]:
+        """See `SourceRef`."""
+        return (self.source,)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements once they are made."""
+        return self.n_elements * itemsize(self.dtype)
+
+
+class ElementwiseRef(MadeRef):
+    """A tensor each element of which is made of the same element of another."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The name of that tensor."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of that tensor."""
+        return self.source.shape
+
+    @property
+    def path(self) -> str:
+        """The file of that tensor."""
+        return self.source.path
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
+        """See `SourceRef`."""
+        return self.source.extents(start, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class StridedRef(MadeRef):
+    """A view of a storage whose elements do not lie one after the other: transposed, channels last, expanded."""
+
+    source: TensorRef
+    """The stretch of its file from its first element to its last, as one row."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Elements from one index to the next, axis by axis; not negative, 0 where all are the same."""
+
+    why_made = "is not contiguous"
+
+    @property
+    def name(self) -> str:
+        """The name that its model gives it."""
+        return self.source.name
+
+    @property
+    def dtype(self) -> str:
+        """As stored."""
+        return self.source.dtype
+
+    @property
+    def path(self) -> str:
+        """The file of its storage."""
+        return self.source.path
+
+    @property
+    def scratch_bytes(self) -> int:
+        """See `Ref`: a block of the file."""
+        return STRIDED_BLOCK + 64
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class RenamedRef(MadeRef):
+    """A tensor that is read as another one is, under a name of its own: a head that was its embedding."""
+
+    source: SourceRef
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the other."""
+        return self.source.shape
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the other."""
+        return self.source.dtype
+
+    @property
+    def path(self) -> str:
+        """The file of the other."""
+        return self.source.path
+
+    @property
+    def scratch_bytes(self) -> int:
+        """See `Ref`: that of the other."""
+        return self.source.scratch_bytes
+
+    def read(self, reader: Reader, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
+        """See `Ref`: as the other is read."""
+        self.source.read(reader, start, stop, target, scratch)
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
+        """See `SourceRef`: those of the other."""
+        return self.source.extents(start, stop)
+
+
+def contiguous(ref: SourceRef) -> TensorRef:
+    """Return a tensor that a file holds as it is.
+
+    Raises
+    ------
+    ModelError
+        If it does not.
+    """
+    if (plain := ref.plain) is not None:
+        return plain
+    why = getattr(ref, "why_made", MadeRef.why_made)
+    raise bad(ref.path, f"tensor {quoted(ref.name)} {why}: save it so, or convert it to safetensors")
+
+
+def row_elements(shape: Sequence[int]) -> int:
+    """Return the elements of one row: of all axes but the first."""
+    return math.prod(shape[1:])
