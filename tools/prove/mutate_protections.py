@@ -384,8 +384,8 @@ MUTATIONS = [
         "memory",
         "a warning of memory that is not there",
         "streammerge/api/deciding.py",
-        "        notes.append(warning)\n",
-        "        pass\n",
+        "notes=() if warning is None else (warning,),",
+        "notes=(),",
         MEMORY_PLAN,
     ),
     Mutation(
