@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streammerge.checkpoint.naming import LANGUAGE_PARTS
+from streammerge.checkpoint.names import LANGUAGE_PARTS
 
 DECLARATIONS = ("quantization_config", "compression_config")
 """Entries of config.json that say how weights are quantised."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from streammerge.checkpoint.naming import LANGUAGE_PARTS, TIED
+from streammerge.checkpoint.names import LANGUAGE_PARTS, TIED
 
 _EMBEDDING = re.compile(
     r"(^|\.)(shared|wte|(tok|word|embed)_(embeddings?|tokens|in)|embedding|tokens_embed)\.weight$"

@@ -6,8 +6,6 @@ from streammerge.config.settings import (
     Clause,
     Scalar,
     Setting,
-    count_layers,
-    layer_fraction,
     parse_setting,
     value_for,
 )
@@ -19,8 +17,6 @@ __all__ = [
     "Scalar",
     "Setting",
     "config_from_mapping",
-    "count_layers",
-    "layer_fraction",
     "load_config",
     "parse_config",
     "parse_setting",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from streammerge.config.wording import check_keys, child, refuse, shown
@@ -132,52 +132,3 @@ def _at(values: tuple[Scalar, ...], t: float) -> Scalar:
     if isinstance(values[0], bool | str) or fraction == 0:
         return values[left]
     return (1 - fraction) * float(values[left]) + fraction * float(values[left + 1])
-
-
-def count_layers(names: Iterable[str]) -> Mapping[str, int]:
-    """Return the number of layers under each prefix, from the tensors' names alone.
-
-    A tensor's layer is the first component of its name that is a number; its prefix is the text
-    before. So experts (``model.layers.3.mlp.experts.7.w1``) belong to layer 3, and the encoder and
-    the decoder of one model are counted apart. The count is the highest number + 1: gaps, as
-    pruning, `nn.Sequential` or a share of a pipeline leave them, keep their place.
-
-    A number that begins the name counts only if it varies: the lone 0 of
-    ``0.auto_model.encoder.layer.3`` wraps a module, and the next number is the layer.
-
-    >>> dict(count_layers(["embed.weight", "model.layers.0.up.weight", "model.layers.1.up.weight"]))
-    {'model.layers': 2}
-    """
-    found = [list(_numbers(name)) for name in names]
-    leading = {numbers[0][1] for numbers in found if numbers and numbers[0][0] == ""}
-    counts: dict[str, int] = {}
-    for numbers in found:
-        if len(leading) == 1 and numbers and numbers[0][0] == "":
-            numbers = numbers[1:]
-        for prefix, number in numbers[:1]:
-            counts[prefix] = max(counts.get(prefix, 0), number + 1)
-    return counts
-
-
-def layer_fraction(tensor_name: str, n_layers: Mapping[str, int]) -> float:
-    """Return the tensor's relative depth: layer / (n_layers - 1), by the counts of `count_layers`.
-
-    As in mergekit it is 1 for the only layer of a stack, and 0 for every tensor outside the
-    layers, the final norm and the output head included.
-
-    >>> layer_fraction("model.layers.3.up.weight", {"model.layers": 7})
-    0.5
-    """
-    for prefix, number in _numbers(tensor_name):
-        if prefix in n_layers:
-            last = n_layers[prefix] - 1
-            return min(number / last, 1.0) if last > 0 else 1.0
-    return 0.0
-
-
-def _numbers(name: str) -> Iterator[tuple[str, int]]:
-    """Yield (prefix, number) for each component of the name that is a layer number."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isascii() and part.isdigit() and len(part) <= 9:
-            yield ".".join(parts[:i]), int(part)

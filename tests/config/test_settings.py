@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge.config import Clause, Setting, count_layers, layer_fraction, parse_setting, value_for
+from streammerge.checkpoint.names import count_layers, layer_fraction
+from streammerge.config import Clause, Setting, parse_setting, value_for
 from streammerge.errors import ConfigError
 
 PATH = "config.yml: models[1].parameters.weight"

@@ -29,9 +29,10 @@ from fuzz_models import AdapterSettings, TokenizerFile
 from streammerge.checkpoint.companions import open_fisher
 from streammerge.checkpoint.hub import find_snapshot, parse_name
 from streammerge.checkpoint.index import open_model
+from streammerge.checkpoint.names import count_layers, layer_fraction
 from streammerge.checkpoint.shards import INDEX_NAME
 from streammerge.config import config_from_mapping, parse_config
-from streammerge.config.settings import count_layers, layer_fraction, value_for
+from streammerge.config.settings import value_for
 from streammerge.config.strict_yaml import dump_yaml, load_yaml
 from streammerge.dtypes import itemsize
 from streammerge.errors import ConfigError, InputError, ModelError, StreammergeError

@@ -9,10 +9,11 @@ from typing import Any
 
 from streammerge.checkpoint.adapters.experts import MOST_RANK, Experts, pair
 from streammerge.checkpoint.adapters.files import Adapter, Parts
-from streammerge.checkpoint.adapters.head import HEADS, is_embedding, is_tied, renamed, settle_vocabulary
+from streammerge.checkpoint.adapters.head import is_tied, renamed, settle_vocabulary
 from streammerge.checkpoint.adapters.names import Names
 from streammerge.checkpoint.adapters.slices import Slices
 from streammerge.checkpoint.adapters.tokens import with_tokens
+from streammerge.checkpoint.names import HEADS, is_embedding
 from streammerge.checkpoint.refs.adapted import AdaptedRef, Factor
 from streammerge.dtypes import FLOATS
 from streammerge.formats.refs import SourceRef, TensorRef, row_elements

@@ -14,7 +14,7 @@ from typing import Any
 
 from streammerge.checkpoint.adapters.files import Adapter, Parts
 from streammerge.checkpoint.adapters.names import Names
-from streammerge.checkpoint.naming import LANGUAGE_PARTS
+from streammerge.checkpoint.names import LANGUAGE_PARTS
 from streammerge.checkpoint.refs.adapted import AdaptedRef, Factor
 from streammerge.dtypes import FLOATS
 from streammerge.formats.refs import SourceRef, TensorRef

@@ -7,34 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from streammerge.checkpoint.adapters.files import Adapter
-from streammerge.checkpoint.naming import LANGUAGE_PARTS, TIED
+from streammerge.checkpoint.names import HEADS, LANGUAGE_PARTS, TIED, is_embedding, is_head
 from streammerge.checkpoint.refs.rows import PatchedRef
 from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
-_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "word_embeddings.weight",
-    "embed_in.weight",
-    "tok_embeddings.weight",
-    "shared.weight",
-)
-HEADS = ("lm_head.weight", "embed_out.weight")
 _WITH_HEADS = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "ImageTextToText")
 """Ends of architectures that have a head, tied or not."""
 _SCALED = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano")
 """Models that scale what goes into a head which is tied, so that it cannot be untied as it is."""
-
-
-def is_embedding(name: str) -> bool:
-    """Return whether a tensor is the embedding of tokens, by its name."""
-    return name.endswith(tuple(f".{end}" for end in _EMBEDDINGS)) or name in _EMBEDDINGS
-
-
-def is_head(name: str) -> bool:
-    """Return whether a tensor is an output head, by its name."""
-    return name in HEADS or name.endswith(tuple(f".{end}" for end in HEADS))
 
 
 def is_tied(config: Mapping[str, Any], names: Mapping[str, SourceRef], *, asked: bool = False) -> bool:

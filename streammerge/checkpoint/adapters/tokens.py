@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from streammerge.checkpoint.adapters.files import Adapter
-from streammerge.checkpoint.adapters.head import HEADS, is_embedding, is_head, renamed, shared_heads
+from streammerge.checkpoint.adapters.head import renamed, shared_heads
 from streammerge.checkpoint.adapters.names import Names
+from streammerge.checkpoint.names import HEADS, is_embedding, is_head
 from streammerge.checkpoint.refs.rows import PatchedRef
 from streammerge.dtypes import FLOATS
 from streammerge.formats.refs import SourceRef, TensorRef

@@ -11,8 +11,7 @@ from typing import Any
 
 from streammerge import dtypes
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.names import flag_of, is_head
-from streammerge.checkpoint.naming import LANGUAGE_PARTS, TIED
+from streammerge.checkpoint.names import LANGUAGE_PARTS, TIED, flag_of, is_head
 from streammerge.checkpoint.sidecar_names import is_sound_name
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable

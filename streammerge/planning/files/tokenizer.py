@@ -23,7 +23,8 @@ from streammerge.checkpoint.tokenizer import (
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable
 from streammerge.io.strict_json import read_object
-from streammerge.planning.resolve.vocabulary import Alignment, Ids, NewToken
+from streammerge.planning.resolve.row_maps import Ids
+from streammerge.planning.resolve.vocabulary import Alignment, NewToken
 
 GENERATION = "generation_config.json"
 _PROCESSOR = "chat_template.json"

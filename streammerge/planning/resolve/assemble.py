@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.names import is_head, tied_to
+from streammerge.checkpoint.names import is_head, is_input_side, tied_to
 from streammerge.config.schema import MergeConfig, ModelSpec, Module, Slice
 from streammerge.config.settings import Setting
 from streammerge.errors import ConfigError, printable
@@ -16,9 +16,6 @@ from streammerge.planning.resolve.modules import split_modules
 
 Indexes = Mapping[str, TensorIndex]
 """Every model by its reference."""
-
-_INPUT_SIDE = ("embed", "wte", "wpe")
-_OUTPUT_SIDE = ("embed_out",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +139,9 @@ def _heads(part: Slice, reference: str, own: Mapping[str, Sequence[str]], indexe
     """Return the heads that other models of a slice store and this one has tied to its embedding."""
     others = [*part.sources, *([part.base] if part.base is not None else [])]
     found = dict.fromkeys(name for spec in others for name in own[spec.reference] if is_head(name))
-    return [name for name in found if tied_to(indexes[reference], name) is not None]
+    return [
+        name for name in found if tied_to(indexes[reference], indexes[reference].config, name) is not None
+    ]
 
 
 def _stacked(
@@ -314,16 +313,4 @@ def _outside(config: MergeConfig, module: Module, part: Slice, name: str) -> Out
         (lender.reference, name),
         0.0,
         _levels(config, module, part),
-    )
-
-
-def is_input_side(name: str) -> bool:
-    """Return whether a tensor outside the layers comes before them: an embedding, by its name.
-
-    >>> [is_input_side(name) for name in ("model.embed_tokens.weight", "model.norm.weight", "embed_out.weight")]
-    [True, False, False]
-    """
-    parts = name.lower().split(".")
-    return not any(part in _OUTPUT_SIDE for part in parts) and any(
-        word in part for part in parts for word in _INPUT_SIDE
     )

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from streammerge.checkpoint.naming import LANGUAGE_PARTS
-from streammerge.config.settings import count_layers, layer_fraction
+from streammerge.checkpoint.names import LANGUAGE_PARTS, count_layers, layer_fraction
 
 DECLARED = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers")
 """Keys of config.json that count them."""

@@ -104,7 +104,7 @@ class Finder:
         index = self._indexes[reference]
         if name in index:
             return index[name]
-        embedding = tied_to(index, name)
+        embedding = tied_to(index, index.config, name)
         if embedding is None:
             return None
         self._tied[reference] = name

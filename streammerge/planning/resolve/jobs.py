@@ -10,8 +10,8 @@ from typing import Any
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import CompanionIndex, CompanionRef
 from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.names import count_layers
 from streammerge.config.schema import MergeConfig
-from streammerge.config.settings import count_layers
 from streammerge.config.wording import child
 from streammerge.dtypes import FLOATS, INTEGERS, promoted
 from streammerge.errors import ConfigError, ModelError, printable

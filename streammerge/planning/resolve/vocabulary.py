@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.checkpoint.index import TensorIndex, locate
-from streammerge.checkpoint.names import EMBEDDINGS, is_head
+from streammerge.checkpoint.names import embedding_of, has_tokens
 from streammerge.checkpoint.refs.rows import GatheredRef, RowMap
 from streammerge.checkpoint.tokenizer import MOST_ROWS, Tokenizer, read_tokenizer, tokenizer_digest
 from streammerge.config.tokenizer import TokenizerSpec, TokenSource
@@ -26,27 +26,19 @@ from streammerge.config.wording import meant, refuse, shown
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.formats.refs import SourceRef, row_elements
-
-Ids = NDArray[np.int32]
-OF_TOKENS = (
-    *EMBEDDINGS,
-    "lm_head.weight",
-    "lm_head.bias",
-    "embed_out.weight",
-    "embed_out.bias",
-    "predictions.bias",
-    "predictions.decoder.weight",
-    "predictions.decoder.bias",
-    "lm_head.decoder.weight",
-    "lm_head.decoder.bias",
-    "vocab_projector.weight",
-    "vocab_projector.bias",
+from streammerge.planning.resolve.row_maps import (
+    OWN,
+    Ids,
+    Sources,
+    digest_of,
+    is_identity,
+    lenders_of,
+    map_of,
+    own_rows,
 )
-"""Ends of the names of tensors with a row for each token."""
+
 _KEPT_TOKENIZERS = 3
 """Vocabularies held at a time, some 30 MB for 128,000 tokens; the output's own beside them."""
-OWN = 0
-"""Place, in a `RowMap`, of the model's own tensor; those of all models follow."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +102,7 @@ class Alignment:
             Returns another model's tensor of the same name, by its reference.
         """
         rows = self.maps.get(reference)
-        if rows is None or not _has_tokens(name, ref, self.rows[reference]) or ref.is_gathered:
+        if rows is None or not has_tokens(name, ref.shape, self.rows[reference]) or ref.is_gathered:
             return ref
         key = reference, name
         if key not in self._gathered:
@@ -145,7 +137,7 @@ class Alignment:
         for token in self.new:
             digest.update(repr((token.text, token.number)).encode())
         for rows in map(self.maps.get, self.order):
-            digest.update(b"=" if rows is None else _digest_of(rows))
+            digest.update(b"=" if rows is None else digest_of(rows))
         return digest.hexdigest()
 
 
@@ -161,21 +153,21 @@ def align(spec: TokenizerSpec, template: TensorIndex, indexes: Mapping[str, Tens
     """
     order = tuple(indexes)
     tokenizers = _Tokenizers(indexes)
-    rows = {reference: embedding_rows(index) for reference, index in indexes.items()}
+    rows = {reference: _embedding_rows(index) for reference, index in indexes.items()}
     vocabulary = _vocabulary(spec, template, tokenizers)
     same = [r for r in order if tokenizers.directory(r) == vocabulary.directory]
     n_rows = max([vocabulary.n_rows, *(rows[reference] for reference in same)])
     padding = -n_rows % spec.multiple_of
-    own = [_own_rows(vocabulary.ids, tokenizers[reference], rows[reference], n_rows) for reference in order]
+    own = [own_rows(vocabulary.ids, tokenizers[reference], rows[reference], n_rows) for reference in order]
     chosen, forced = _chosen(spec, vocabulary, tokenizers, rows, n_rows)
     lacking = np.flatnonzero((np.min(own, axis=0) < 0) | forced)
-    lenders, nowhere = _lenders(own, order.index(template.reference), chosen, lacking)
+    lenders, nowhere = lenders_of(own, order.index(template.reference), chosen, lacking)
     maps: dict[str, RowMap | None] = {}
     known: dict[bytes, RowMap] = {}  # models that have the same vocabulary share a map
     for place, reference in enumerate(order):
-        found = _map_of(np.where(forced, -1, own[place]), lenders, place + 1, padding)
+        found = map_of(np.where(forced, -1, own[place]), lenders, place + 1, padding)
         maps[reference] = (
-            None if _is_identity(found, rows[reference]) else known.setdefault(_digest_of(found), found)
+            None if is_identity(found, rows[reference]) else known.setdefault(digest_of(found), found)
         )
     named = set(vocabulary.ids.values())
     n_zeros = sum(row in named for row in nowhere)
@@ -242,24 +234,20 @@ class _Tokenizers:
         return self._indexes[reference].directory
 
 
-def embedding_rows(index: TensorIndex) -> int:
-    """Return the rows of a model's embedding of tokens: the first tensor of that name.
+def _embedding_rows(index: TensorIndex) -> int:
+    """Return the rows of a model's token embedding.
 
     Raises
     ------
     ModelError
         If it has none.
     """
-    for name, ref in index.items():
-        if name.endswith((*EMBEDDINGS, ".embeddings.weight")) and len(ref.shape) == 2:
-            return ref.shape[0]
-    raise ModelError(f"{printable(index.reference)}: no tensor that is by its name the embedding of tokens")
-
-
-def _has_tokens(name: str, ref: SourceRef, n_rows: int) -> bool:
-    """Return whether a tensor has a row for each token, by its name and shape."""
-    known = is_head(name) or name.endswith((*OF_TOKENS, ".embeddings.weight"))
-    return known and bool(ref.shape) and ref.shape[0] == n_rows
+    name = embedding_of(index)
+    if name is None:
+        raise ModelError(
+            f"{printable(index.reference)}: no tensor that is by its name the embedding of tokens"
+        )
+    return index[name].shape[0]
 
 
 def _directory_of(spec: TokenizerSpec) -> Path:
@@ -315,29 +303,6 @@ def _vocabulary(spec: TokenizerSpec, template: TensorIndex, tokenizers: _Tokeniz
     return _Vocabulary(directory, has_gaps, ids, n_rows, tuple(new))
 
 
-def _own_rows(ids: Mapping[str, int], tokenizer: Tokenizer, n_own: int, n_rows: int) -> Ids:
-    """Return for each row of the output the row of a model's own tensor; -1 where it has none.
-
-    What no token names, there or here, is kept at its place: the padding of a vocabulary, or rows held in reserve.
-    """
-    found = np.full(n_rows, -1, np.int32)
-    named = np.zeros(max(n_rows, n_own), np.bool_)
-    for text, number in ids.items():
-        named[number] = True
-        row = tokenizer.ids.get(text, -1)
-        if 0 <= row < n_own:
-            found[number] = row
-    for number in tokenizer.ids.values():
-        named[min(number, named.size - 1)] |= number < named.size
-    free = np.flatnonzero(~named[: min(n_rows, n_own)])
-    found[free] = free
-    return found
-
-
-Sources = Sequence[tuple[int, int]]
-"""Rows that a row is the mean of: the place of a model among all, and the row there."""
-
-
 def _chosen(
     spec: TokenizerSpec,
     vocabulary: _Vocabulary,
@@ -367,66 +332,3 @@ def _row_named(
     if not 0 <= row < rows[source.model]:
         refuse(source.path, f"{shown(source.model)} has no row for the token {shown(wanted)}")
     return list(tokenizers).index(source.model), row
-
-
-@dataclass(frozen=True)
-class _Lenders:
-    """For rows that some model lacks, the rows that stand for them: sources one after the other."""
-
-    counts: Ids
-    starts: Ids
-    places: NDArray[np.int16]
-    """Of models, counted from 1."""
-    rows: Ids
-
-
-def _lenders(
-    own: Sequence[Ids], base: int, chosen: Mapping[int, Sources], lacking: NDArray[Any]
-) -> tuple[_Lenders, list[int]]:
-    """Return what stands for each row that a model lacks, and the rows for which there is nothing."""
-    counts = np.zeros(own[0].size, np.int32)
-    places: list[int] = []
-    rows: list[int] = []
-    nowhere: list[int] = []
-    for number in lacking.tolist():
-        sources = chosen.get(number)
-        if sources is None:
-            having = [place for place, mine in enumerate(own) if mine[number] >= 0]
-            having = [base] if base in having else having
-            sources = [(place, int(own[place][number])) for place in having]
-            if not sources:
-                nowhere.append(number)
-        counts[number] = len(sources)
-        places += [place + 1 for place, _ in sources]
-        rows += [row for _, row in sources]
-    starts = np.concatenate(([0], np.cumsum(counts)[:-1])).astype(np.int32)
-    return _Lenders(counts, starts, np.array(places, np.int16), np.array(rows, np.int32)), nowhere
-
-
-def _map_of(own: Ids, lenders: _Lenders, place: int, padding: int) -> RowMap:
-    """Return the map of the model at a place: its own row where it has one, else what stands for it."""
-    lacks = own < 0
-    counts = np.where(lacks, lenders.counts, 1)
-    starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
-    models = np.zeros(starts[-1], np.int16)
-    rows = np.empty(starts[-1], np.int32)
-    rows[starts[:-1][~lacks]] = own[~lacks]
-    n = lenders.counts[lacks]
-    steps = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
-    targets, sources = (np.repeat(begin[lacks], n) + steps for begin in (starts[:-1], lenders.starts))
-    models[targets], rows[targets] = lenders.places[sources], lenders.rows[sources]
-    models[models == place] = OWN
-    return RowMap(starts, models, rows, padding)
-
-
-def _digest_of(rows: RowMap) -> bytes:
-    digest = hashlib.blake2b(str(rows.padding).encode(), digest_size=16)
-    for part in (rows.starts, rows.models, rows.rows):
-        digest.update(part.tobytes())
-    return digest.digest()
-
-
-def _is_identity(rows: RowMap, n_own: int) -> bool:
-    """Return whether a map gives a model's own rows as they are."""
-    alone = not rows.padding and rows.rows.size == rows.n_rows == n_own and not rows.models.any()
-    return alone and bool((np.diff(rows.starts) == 1).all()) and bool((rows.rows == np.arange(n_own)).all())

@@ -341,7 +341,7 @@ def test_more_new_tokens_than_there_is_room_for_are_refused(
         write(tmp_path / name, words(texts), seed=i)
         for i, (name, texts) in enumerate({"x": "abcd", "y": "efgh"}.items())
     ]
-    monkeypatch.setattr("streammerge.planning.plan.NEW_TOKEN_NBYTES", 1 << 28)
+    monkeypatch.setattr("streammerge.planning.make.NEW_TOKEN_NBYTES", 1 << 28)
     with pytest.raises(
         BudgetError, match=r"a tokenizer with 4 new tokens takes 1.0 GiB to make: give at least"
     ):
