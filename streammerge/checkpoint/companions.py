@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex, open_model
-from streammerge.checkpoint.shards import PICKLES, SUFFIX
 from streammerge.dtypes import FLOATS
 from streammerge.formats.refs import TensorRef
+from streammerge.formats.safetensors import SUFFIX
+from streammerge.formats.torch_file import PICKLES
 from streammerge.formats.zarr_chunks import ChunkedRef
 from streammerge.formats.zarr_store import ATTRIBUTE, GRAM_ATTRIBUTE, read_table
 from streammerge.io.files import bad, expanded, meant, quoted

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streammerge.checkpoint.adapters.apply import adapt
 from streammerge.checkpoint.adapters.files import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
@@ -18,24 +18,19 @@ from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, q
 from streammerge.checkpoint.refs.float8 import with_floats
 from streammerge.checkpoint.shards import (
     INDEX_NAME,
-    PICKLES,
     SINGLE_NAME,
-    SUFFIX,
     Shards,
     find_shards,
 )
 from streammerge.checkpoint.tied_copies import is_tied_copy
 from streammerge.checkpoint.weight_sets import no_model
-from streammerge.errors import ModelError, NotDownloadedError, WorldError, printable
+from streammerge.errors import ModelError, NotDownloadedError, printable
 from streammerge.formats.refs import SourceRef, TensorRef, contiguous
-from streammerge.formats.safetensors import read_header
-from streammerge.formats.torch_file import Pickled, open_pickle
-from streammerge.io.files import bad, from_os, meant, place, quoted, reading
+from streammerge.formats.registry import Contents, open_file, suffixes
+from streammerge.formats.safetensors import SUFFIX
+from streammerge.io.files import bad, from_os, meant, place, quoted
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import read_object
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "TensorIndex", "open_model"]
 
@@ -52,8 +47,6 @@ class TensorIndex(Mapping[str, SourceRef]):
     """Where its files are; tokenizer and config lie beside them."""
     stamps: tuple[FileStamp, ...]
     """Of every file read, sorted by path."""
-    metadata: Mapping[str, str]
-    """Of all shards together; where two disagree, the first has its way."""
     tensors: Mapping[str, SourceRef]
     unlisted: tuple[str, ...] = ()
     """Tensors that lie in a shard but not in the index file, and so are not part of the model."""
@@ -94,33 +87,6 @@ class TensorIndex(Mapping[str, SourceRef]):
             raise ModelError(f"{place(self.reference)}: a model with an adapter cannot serve here")
         return {name: contiguous(ref) for name, ref in self.tensors.items()}
 
-    def view(self, name: str) -> np.memmap:
-        """Memory-map the bytes of one tensor, read-only, as `uint8`.
-
-        Right for a small or sparse look. The map of a file that shrinks later kills the process on
-        access (SIGBUS), so bulk reading should not go through it.
-
-        Raises
-        ------
-        WorldError
-            If the file is no longer the one whose header was read.
-        """
-        import numpy as np
-
-        ref = self.tensors[name]
-        if not isinstance(ref, TensorRef):
-            raise ModelError(f"{quoted(name)} lies in no file as it is: it is made as it is read")
-        stamp = next(stamp for stamp in self.stamps if stamp.path == ref.path)
-        with reading(ref.path) as (fd, status):
-            if not stamp.describes(status):
-                raise WorldError(f"{place(ref.path)}: changed since its header was read: run again")
-            if ref.nbytes == 0:  # An empty range cannot be mapped.
-                nothing = np.zeros(0, np.uint8)
-                nothing.flags.writeable = False
-                return nothing.view(np.memmap)
-            with open(fd, "rb", closefd=False) as file:
-                return np.memmap(file, np.uint8, "r", ref.offset, (ref.nbytes,))
-
 
 def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) -> TensorIndex:
     """Read the headers of a model; no tensor is read and the network is never asked.
@@ -147,7 +113,7 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
     path = _locate(reference, cache)
     if os.path.isdir(path):
         return _read_model(reference, path, find_shards(path))
-    if not path.name.endswith((SUFFIX, *PICKLES)):
+    if not path.name.endswith(suffixes()):
         raise bad(
             str(path), no_model([path.name], f"neither a model directory nor a {SUFFIX} or PyTorch file")
         )
@@ -209,7 +175,7 @@ def _locate(reference: str, cache: Path) -> Path:
         if _exists(text):
             return Path(text)
     guess = meant(reference)
-    if reference.endswith((SUFFIX, *PICKLES)):
+    if reference.endswith(suffixes()):
         raise bad(reference, f"no such file{guess}")
     name = parse_name(reference)
     snapshot = None if name is None else find_snapshot(name, cache)
@@ -242,22 +208,15 @@ def _exists(path: str) -> bool:
 
 def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     stamps: list[FileStamp] = []
-    metadata: dict[str, str] = {}
     tensors: dict[str, SourceRef] = {}
     left_out: dict[str, SourceRef] = {}
     notes = list(shards.notes)
     weight_map = shards.weight_map
     for shard in shards.names:
-        refs: Mapping[str, SourceRef]
-        if shard.endswith(PICKLES):
-            file = open_pickle(directory / shard)
-            refs, stamp = file.refs, file.stamp
-            notes += _beside(directory / shard, file)
-        else:
-            refs, file_metadata, stamp = read_header(directory / shard)
-            metadata = file_metadata | metadata
-        stamps.append(stamp)
-        for name, ref in refs.items():
+        contents = open_file(directory / shard)
+        notes += _beside(directory / shard, contents)
+        stamps.append(contents.stamp)
+        for name, ref in contents.refs.items():
             if weight_map is not None and weight_map.get(name) != shard:
                 left_out[name] = ref
             elif name in tensors:
@@ -279,7 +238,6 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
         reference,
         directory,
         tuple(stamps),
-        metadata,
         with_floats(tensors, quantization),
         unlisted,
         config,
@@ -304,8 +262,8 @@ def _tied_copies(
     ]
 
 
-def _beside(path: Path, file: Pickled) -> list[str]:
-    """Return what is said of entries of a PyTorch file that are no weights."""
+def _beside(path: Path, file: Contents) -> list[str]:
+    """Return what is said of entries of a file that are no weights."""
     if not file.left_out:
         return []
     names = ", ".join(quoted(name, 40) for name in file.left_out[:4])

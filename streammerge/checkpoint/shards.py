@@ -7,11 +7,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.checkpoint.weight_sets import PICKLES, SUFFIX, WeightSet, find_sets, no_model
+from streammerge.checkpoint.weight_sets import WeightSet, find_sets, no_model
 from streammerge.io.files import bad, from_os, quoted
 from streammerge.io.strict_json import read_object
-
-__all__ = ["INDEX_NAME", "PICKLES", "SINGLE_NAME", "SUFFIX", "Shards", "find_shards"]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

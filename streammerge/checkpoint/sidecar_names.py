@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from streammerge.formats.registry import suffixes
 from streammerge.io.durable import PARTIAL
 
 _WEIGHTS = re.compile(
@@ -56,7 +57,8 @@ def is_weights(name: str) -> bool:
 
 def is_left_behind(name: str) -> bool:
     """Return whether a file is none that a loader of the output needs, by its name."""
-    return any(kind.fullmatch(name) is not None for kind in (_WEIGHTS, _TRACES, _PICTURES))
+    kinds = (_WEIGHTS, _TRACES, _PICTURES)
+    return name.endswith(suffixes()) or any(kind.fullmatch(name) is not None for kind in kinds)
 
 
 def is_left_folder(name: str) -> bool:

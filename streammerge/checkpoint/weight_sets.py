@@ -10,22 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from streammerge.formats.lookalikes import GGUF
-
-SUFFIX = ".safetensors"
-PICKLE_SUFFIX = ".bin"
-PICKLES = (PICKLE_SUFFIX, ".pt", ".pth", ".ckpt")
+from streammerge.formats.registry import suffixes
+from streammerge.formats.safetensors import SUFFIX
+from streammerge.formats.torch_file import PICKLES
 
 _VARIANTS = "fp16|bf16|f16|fp32|f32|fp8|half|8bit|4bit|int8|int4|non_ema|ema|no_ema|flax|tf"
-_FILE = re.compile(
-    rf"(?P<stem>.+?)(?P<variant>[.](?:{_VARIANTS}))?(?:-(?P<number>\d{{1,9}})-of-(?P<count>\d{{1,9}}))?"
-    rf"(?P<behind>[.](?:{_VARIANTS}))?(?P<suffix>\.safetensors|\.bin)",
-    re.ASCII | re.DOTALL,
-)
-_INDEX = re.compile(
-    rf"(?P<stem>.+?)(?P<suffix>\.safetensors|\.bin)\.index(?:\.(?P<variant>{_VARIANTS}))?\.json", re.ASCII
-)
+_BY_PATH_ONLY = PICKLES[1:]
+"""Ends of names that may be anything in a directory: such a file is a model only where it is named itself."""
 _KNOWN = ("model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model", "pytorch_model")
 """Stems that libraries look for."""
 _PICKLE_STEMS = ("pytorch_model", "diffusion_pytorch_model", "open_clip_pytorch_model", "model")
@@ -44,6 +38,19 @@ _OTHERS = {
     ".keras": "files of Keras (.keras)",
 }
 """What else people have in a directory, by the end of its name."""
+
+
+@cache
+def _patterns(suffixes: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Return what the names of files of weights, and of their indexes, look like."""
+    suffix = rf"(?P<suffix>{'|'.join(map(re.escape, suffixes))})"
+    file = re.compile(
+        rf"(?P<stem>.+?)(?P<variant>[.](?:{_VARIANTS}))?(?:-(?P<number>\d{{1,9}})-of-(?P<count>\d{{1,9}}))?"
+        rf"(?P<behind>[.](?:{_VARIANTS}))?{suffix}",
+        re.ASCII | re.DOTALL,
+    )
+    index = re.compile(rf"(?P<stem>.+?){suffix}\.index(?:\.(?P<variant>{_VARIANTS}))?\.json", re.ASCII)
+    return file, index
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +94,17 @@ def find_sets(present: Iterable[str]) -> list[WeightSet]:
     >>> [some.title for some in find_sets(["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"])]
     ['model.safetensors', 'pytorch_model.bin', 'model.fp16.safetensors']
     """
+    file, index = _patterns(tuple(suffix for suffix in suffixes() if suffix not in _BY_PATH_ONLY))
     files: dict[tuple[str, str, str], dict[str, tuple[int, int] | None]] = {}
     indexes: dict[tuple[str, str, str], str] = {}
     for name in sorted(present):
         if name.startswith("."):
             continue
-        if match := _INDEX.fullmatch(name):
+        if match := index.fullmatch(name):
             key = match["stem"], match["variant"] or "", match["suffix"]
             if _wanted(key):
                 indexes[_of_variant(key)] = name
-        elif match := _FILE.fullmatch(name):
+        elif match := file.fullmatch(name):
             variant = (match["variant"] or match["behind"] or "").removeprefix(".")
             key = match["stem"], variant, match["suffix"]
             if _wanted(key):
@@ -112,9 +120,7 @@ def find_sets(present: Iterable[str]) -> list[WeightSet]:
 
 def _wanted(key: tuple[str, str, str]) -> bool:
     stem, _, suffix = key
-    if suffix == SUFFIX:
-        return stem not in _NO_WEIGHTS
-    return stem in _PICKLE_STEMS
+    return stem in _PICKLE_STEMS if suffix in PICKLES else stem not in _NO_WEIGHTS
 
 
 def _of_variant(key: tuple[str, str, str]) -> tuple[str, str, str]:

@@ -20,6 +20,7 @@ from streammerge.dtypes import BITS
 from streammerge.errors import ModelError
 from streammerge.formats.lookalikes import lookalike
 from streammerge.formats.refs import TensorRef
+from streammerge.formats.registry import Contents, opens
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
@@ -33,6 +34,16 @@ MAX_NAME = 4096
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 _TORCH = "a file of torch.save, whose name should end in .bin, .pt, .pth or .ckpt: rename it"
+
+
+SUFFIX = ".safetensors"
+
+
+@opens(SUFFIX)
+def open_safetensors(path: str | os.PathLike[str]) -> Contents:
+    """Return what `read_header` finds in a file."""
+    tensors, _, stamp = read_header(path)
+    return Contents(tensors, stamp)
 
 
 def read_header(

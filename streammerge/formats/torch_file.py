@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.dtypes import itemsize
 from streammerge.formats.lookalikes import lookalike
-from streammerge.formats.refs import StridedRef, TensorRef
+from streammerge.formats.refs import SourceRef, StridedRef, TensorRef
 from streammerge.formats.refusing import AGAIN, CONVERT, PLAIN, Refused, Source, need
+from streammerge.formats.registry import Contents, opens
 from streammerge.formats.safetensors import MAX_NAME, MAX_RANK
 from streammerge.formats.torch_legacy import is_legacy, read_legacy
 from streammerge.formats.torch_pickle import Foreign, Machine, Names, Root, Storage, Tensor
@@ -30,24 +30,17 @@ _MOST_REPEATED = 1 << 20
 """Bytes that an expanded tensor may have beyond the file's own."""
 
 
-@dataclass(frozen=True)
-class Pickled:
-    """What a file of ``torch.save`` holds."""
-
-    refs: dict[str, TensorRef | StridedRef]
-    """In the order of their bytes."""
-    stamp: FileStamp
-    left_out: tuple[str, ...] = ()
-    """Names of what lies beside the tensors: the state of an optimizer, numbers, settings."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-def read_pickle(path: str | os.PathLike[str]) -> tuple[dict[str, TensorRef | StridedRef], FileStamp]:
+def read_pickle(path: str | os.PathLike[str]) -> tuple[Mapping[str, SourceRef], FileStamp]:
     """Return the tensors and the stamp of `open_pickle`."""
     file = open_pickle(path)
     return file.refs, file.stamp
 
 
-def open_pickle(path: str | os.PathLike[str]) -> Pickled:
+@opens(*PICKLES)
+def open_pickle(path: str | os.PathLike[str]) -> Contents:
     """Return what a ``torch.save`` file holds.
 
     The file must hold a dict of tensors, by itself or where trainers put it (under ``state_dict``, ``model``,
@@ -73,7 +66,7 @@ def open_pickle(path: str | os.PathLike[str]) -> Pickled:
         except Refused as refusal:
             raise bad(path, str(refusal)) from None
     refs.sort(key=lambda ref: (ref.stored.offset, ref.nbytes))
-    return Pickled({ref.name: ref for ref in refs}, FileStamp.of(path, status, header), left_out)
+    return Contents({ref.name: ref for ref in refs}, FileStamp.of(path, status, header), left_out)
 
 
 def _run(source: Source) -> tuple[Any, bytes]:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from streammerge.checkpoint.shards import PICKLES, SUFFIX
 from streammerge.checkpoint.sidecar_names import is_loaded
 from streammerge.checkpoint.weight_names import INDEXES, STEMS, index_file
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import TensorRef
-from streammerge.formats.safetensors import read_header
+from streammerge.formats.safetensors import SUFFIX, read_header
+from streammerge.formats.torch_file import PICKLES
 from streammerge.io.durable import PARTIAL, world_errors
 from streammerge.io.strict_json import read_object
 from streammerge.numerics.crc32 import combine_all

@@ -11,9 +11,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streammerge.checkpoint.shards import SUFFIX
 from streammerge.checkpoint.weight_names import index_file, weight_file
 from streammerge.dtypes import RANK
+from streammerge.formats.safetensors import SUFFIX
 from streammerge.planning.job import Job
 
 

@@ -88,7 +88,7 @@ class StateDict:
             self._placed.append(held)
             offset += -(-nbytes // _ALIGN) * _ALIGN
         found = quantization_of(refs, {})
-        return TensorIndex(reference, Path(self.path), (), {}, with_floats(refs, found), quantization=found)
+        return TensorIndex(reference, Path(self.path), (), with_floats(refs, found), quantization=found)
 
     def read(self, offset: int, target: Bytes) -> None:
         """Fill `target` from a byte of the virtual file on; it lies within one tensor."""

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from streammerge.backends.cpu.backend import CPU
 from streammerge.checkpoint.index import TensorIndex, open_model
-from streammerge.checkpoint.shards import PICKLES
 from streammerge.dtypes import FLOATS, itemsize
 from streammerge.errors import ModelError, printable
 from streammerge.estimate.fisher.sums import DiagonalSums
 from streammerge.events import Control, Event
 from streammerge.formats.refs import TensorRef, contiguous
-from streammerge.formats.torch_file import read_pickle
+from streammerge.formats.torch_file import PICKLES, read_pickle
 from streammerge.formats.zarr_store import ATTRIBUTE
 from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial
 from streammerge.io.reader import Reader

@@ -1,0 +1,91 @@
+"""The registry of checkpoint formats: the end of a file's name leads to what opens it.
+
+A new format is one module in this folder, or in an installed package (entry points ``streammerge.formats``): a function
+that opens a file, decorated with `opens`, and a class of references where its elements are not read as they lie
+(`streammerge.formats.refs`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TypeVar
+
+from streammerge.errors import InputError, StreammergeError, printable
+from streammerge.formats.refs import SourceRef
+from streammerge.io.stamp import FileStamp
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one file of a model holds; no tensor is read for it."""
+
+    refs: Mapping[str, SourceRef]
+    """Its tensors by name, in the order of their bytes."""
+    stamp: FileStamp
+    left_out: tuple[str, ...] = field(default=())
+    """Names of entries that are not tensors: the state of an optimizer, numbers, settings."""
+
+
+Open = Callable[["str | os.PathLike[str]"], Contents]
+"""Opens a file; raises ModelError, naming the file, if it is malformed."""
+_OPENERS: dict[str, Open] = {}
+_STORES = "zarr_"
+"""Begins the names of modules that read what goes with a model, not models; they need numpy."""
+_Function = TypeVar("_Function", bound=Open)
+
+
+def opens(*suffixes: str) -> Callable[[_Function], _Function]:
+    """Register what opens the files whose names end in one of these suffixes (``.safetensors``)."""
+
+    def register(function: _Function) -> _Function:
+        _OPENERS.update(dict.fromkeys(suffixes, function))
+        return function
+
+    return register
+
+
+def suffixes() -> tuple[str, ...]:
+    """Return the ends of names of all files that can be opened."""
+    _load()
+    return tuple(_OPENERS)
+
+
+def open_file(path: str | os.PathLike[str]) -> Contents:
+    """Open one file of a model by the end of its name, which is one of `suffixes()`.
+
+    Raises
+    ------
+    ModelError
+        If it is malformed.
+    WorldError
+        If the machine cannot read it.
+    """
+    _load()
+    name = os.path.basename(os.fspath(path))
+    suffix = max((suffix for suffix in _OPENERS if name.endswith(suffix)), key=len)
+    return _OPENERS[suffix](path)
+
+
+@cache
+def _load() -> None:
+    """Import the modules of this folder but those of stores, and what installed packages add."""
+    package = __name__.rpartition(".")[0]
+    folder = importlib.import_module(package).__path__
+    for name in sorted(module.name for module in pkgutil.iter_modules(folder)):
+        if not name.startswith(_STORES):
+            importlib.import_module(f"{package}.{name}")
+    for point in entry_points(group="streammerge.formats"):
+        try:
+            point.load()
+        except StreammergeError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"installed format {point.name!r} ({point.value}) cannot be imported: {printable(error)}"
+            ) from error
