@@ -1,4 +1,4 @@
-"""What the documentation shows works: the YAML parses, the example method runs, every command is described."""
+"""The documentation is true: the YAML parses, the example method runs, every command is described."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What README.md tells a stranger to do works, and its table is what `plan` says."""
+"""The steps of README.md work, and its table is what `plan` says."""
 
 from __future__ import annotations
 

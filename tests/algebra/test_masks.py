@@ -17,7 +17,7 @@ from tests.statistics.test_reducers import cuts_of, deltas, load, vector_of
 
 
 def survivors(delta: torch.Tensor, vector: TaskVector, start: int) -> np.ndarray:
-    """Which elements a kernel merge keeps, seen in its output over a base of zeros."""
+    """Return the elements that a kernel merge keeps, seen in its output over a base of zeros."""
     piece = load([torch.zeros(delta.numel()), delta], start)
     out = Operand(piece.models[0].offset, "F32")
     applied = KernelMath(piece).apply(TaskVectorMerge((vector,)), out)

@@ -1,4 +1,4 @@
-"""What a merge of models in memory takes beside them, by the operating system's own account."""
+"""A merge of models in memory takes little in addition to them, by the operating system's own account."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def test_a_home_directory_is_found(tmp_path, monkeypatch):
     assert open_model("~/m").directory == tmp_path / "m"
 
 
-# What the index says.
+# The index.
 
 HOSTILE_SHARD_NAMES = [
     ("parent", "../secret.safetensors", "plain file name"),
@@ -266,7 +266,7 @@ def test_a_bad_shard_is_named(tmp_path):
     assert f"{B}: a symbolic link to a file that is missing" in refusal(tmp_path)
 
 
-# What is no model.
+# Directories and files that are not models.
 
 
 def test_a_missing_directory_a_file_and_an_empty_directory_are_refused(tmp_path):

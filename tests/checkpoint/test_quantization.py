@@ -1,4 +1,4 @@
-"""Which tensors are codes: by what a model declares, and by what lies beside them; and that no merge mixes them."""
+"""Tensors of codes are told by the model's declaration and by the tensors next to them; no merge mixes them."""
 
 import json
 from dataclasses import dataclass

@@ -80,7 +80,7 @@ def test_every_event_is_as_the_page_says_and_the_page_names_no_other(
     assert imported.pop()["event"] == "done"  # its fields are the store's own
     seen.pop()
 
-    # What a test cannot wait for, through the reporter itself.
+    # Events that a test cannot wait for go through the reporter itself.
     received: list[int] = []
     reporter = JsonReporter(lambda: received[0] if received else None)
     capsys.readouterr()

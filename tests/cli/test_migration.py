@@ -1,4 +1,4 @@
-"""What scripts and configs written for mergekit find here: its options, and what its configs say beside the schema."""
+"""Scripts and configs written for mergekit work: its options, and the keys of its configs outside the schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a config's author reads who made one of the common mistakes: the place, the line itself, the cure."""
+"""A common mistake in a config is answered with the place, the line itself and the cure."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_a_merge_that_was_refused_goes_on_with_warn_and_back(
             signal_received=lambda: 15 if stop.is_set() else None,
         )
     except Stopped:
-        # What is not finite is not believed where it is an error.
+        # A non-finite value is not believed where it is an error.
         with pytest.raises(ModelError):
             merge(config, out)
     warnings_of(config, out)

@@ -187,7 +187,7 @@ REFERENCE_ACCEPTS = {
     "65 dimensions",
     "100 000 dimensions",
 }
-"""What the safetensors library lets through and we do not; see the docstring of header.py."""
+"""Files that the safetensors library accepts and we refuse; see the docstring of formats/safetensors.py."""
 
 
 def by_name(rows):
@@ -325,7 +325,7 @@ def test_the_stamp_identifies_the_file(write):
     assert not stamp.describes(os.stat(path))
 
 
-# What is no file.
+# Paths that are not files.
 
 
 def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path):

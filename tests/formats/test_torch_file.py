@@ -142,7 +142,7 @@ def refusal(path):
     return line
 
 
-# What torch saves.
+# Files that torch saves.
 
 
 def own_bytes(value):
@@ -283,7 +283,7 @@ def test_the_stamp_shows_a_change_of_names_or_places(tmp_path):
     assert all(len(digest) == 32 for digest in digests)
 
 
-# What must never run.
+# Programs that must never run.
 
 
 class Run:
@@ -343,7 +343,7 @@ def test_torch_is_not_imported():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-# What is broken, or a lie.
+# Files that are broken, or lie.
 
 TUPLES = named(("w", b")" + b"\x85" * 100_000))
 DICTS = b"\x80\x02" + (b"}" + text("w")) * 100_000 + b"}" + b"s" * 100_000 + b"."
@@ -616,7 +616,7 @@ def test_random_damage_is_parsed_or_refused(tmp_path, part):
     assert 0 < kept < 400  # Both happen, or the damage is not of the right size.
 
 
-# What torch wrote before 1.6.
+# Files that torch wrote before 1.6.
 
 MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 KEYS = b"\x80\x02](" + text("0") + b"e."

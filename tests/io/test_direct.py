@@ -112,7 +112,7 @@ def test_reading_past_the_cache_leaves_nothing_in_it(noise: Path, tmp_path: Path
     # And not more than was allowed.
     Reader(cache_bytes=size - 1).read_slot(os.fspath(path), 64, size, slot, again=True)
     assert share(path) < 0.1
-    # What others brought there stays.
+    # Pages that others brought there stay.
     path.read_bytes()
     reader.read_slot(os.fspath(path), 64, size, slot)
     assert share(path) == 1.0

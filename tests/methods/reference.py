@@ -63,7 +63,7 @@ def all_words(n: int, key: Sequence[int]) -> Array:
 
 @dataclass
 class Merged:
-    """What a reference merge returns."""
+    """The result of a reference merge."""
 
     theta: dict[str, Array]
     size: dict[str, Array]

@@ -12,7 +12,7 @@ from tests.methods.reference import Array, Merged, Tensors, _trim, all_words, ke
 
 @dataclass(frozen=True)
 class DropSpec:
-    """What is dropped of every model."""
+    """The drop applied to every model."""
 
     rate: float
     mask: str = "bernoulli"
@@ -23,7 +23,7 @@ class DropSpec:
 def drop_masks(
     deltas: Sequence[Tensors], spec: DropSpec, seed: int, aliases: Sequence[str]
 ) -> list[dict[str, Array]]:
-    """Which entries of each model's task vector survive."""
+    """Return the entries of each model's task vector that survive."""
     masks = []
     for alias, delta in zip(aliases, deltas, strict=True):
         name = "" if spec.shared else alias

@@ -1,4 +1,4 @@
-"""What lies beside the weights: all that a model needs travels, what does not is named, and nothing leads out."""
+"""Files next to the weights: those that a model needs are copied, the others are named, and no link leads out."""
 
 from __future__ import annotations
 

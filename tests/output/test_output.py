@@ -1,4 +1,4 @@
-"""What a finished output holds: what a loader reads, and what must not be there."""
+"""A finished output holds what a loader reads, and nothing that must not be there."""
 
 from __future__ import annotations
 

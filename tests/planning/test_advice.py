@@ -1,4 +1,4 @@
-"""What `plan` advises: the least memory, the memory that streams nothing, the disk, the time."""
+"""The advice of `plan`: the least memory, the memory that streams nothing, the disk, the time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is seen while a merge runs: the bar by width, plain lines, estimates that do not flicker, a tidy end."""
+"""Progress while a merge runs: the bar by width, plain lines, estimates that do not flicker, a tidy end."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_elements_may_begin_at_any_byte_of_a_file(tmp_path: pathlib.Path) -> Non
 
 
 class Callback:
-    """What a trainer keeps beside its weights."""
+    """The objects that a trainer keeps next to its weights."""
 
     def __init__(self) -> None:
         self.settings = {

@@ -92,7 +92,7 @@ FOUND: list[tuple[str, str, bytes]] = [
     ("fisher", "a dtype that is a list", store(dtype=["F32"])),
     ("chunk", "a sound frame around damage", b"\2\1!\4\x90\1\0\0\x90\1\0\0\x18\0\0\0\xff\xff\xff\xff\xff\xff\xff\xff"),
 ]  # fmt: skip
-"""What broke a promise once: the target, what was wrong, the input."""
+"""Inputs that once broke a promise: the target, the fault, the input."""
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ TOKENIZERS = {
 }
 """Vocabularies; `v` and `w` have others than the base, and `v` more rows."""
 IGNORED_FIELDS = ("transformers_version", "_name_or_path")
-"""Of config.json: who wrote it."""
+"""Keys of config.json that say who wrote it."""
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -248,13 +248,13 @@ def inputs_of(config: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Output:
-    """What a merge wrote, or why it did not."""
+    """The output of a merge, or the reason why there is none."""
 
     tensors: Mapping[str, Array] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     ids: Mapping[str, int] = field(default_factory=dict)
-    """Of its tokens, where it has a tokenizer."""
+    """The ids of its tokens, where it has a tokenizer."""
 
 
 def read(out: Path) -> Output:

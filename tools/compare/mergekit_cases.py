@@ -15,7 +15,7 @@ import numpy as np
 
 Array = np.ndarray
 Theirs = Callable[..., Array]
-"""What mergekit is said to compute, from the base (if the config has one) and the models of one tensor."""
+"""The formula ascribed to mergekit, of the base (if the config has one) and the models of one tensor."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""What `compare_mergekit.py` finds, and the page it writes."""
+"""The findings of `compare_mergekit.py`, and the page it writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a merge of one model with random drops has left of its task vector."""
+    """The part of its task vector that a merge of one model with random drops keeps."""
 
     fraction: float
     smaller_half: float
@@ -83,7 +83,7 @@ def page(rows: Sequence[Row], random_rows: Sequence[RandomRow], about: str) -> s
         ]
         ulps = [f"{row.found[dtype].ulp:.3g}" if dtype in row.found else "" for dtype in PRECISIONS]
         lines.append(f"| {row.case.name} | {' | '.join([*same, *ulps])} | {row.verdict} |")
-    lines += ["", "## What differs, and why", ""]
+    lines += ["", "## Differences, and their reasons", ""]
     said: set[str] = set()
     for one in (row.case.differs for row in rows):
         if one is None or one.why in said:

@@ -147,7 +147,7 @@ def _new_value(old: Any, rng: Random, texts: list[str], holders: list[list[Any]]
         return rng.choice([old + 1, old - 1, old * 2, old // 2, old + 4, -old, rng.choice(NUMBERS)])
     if isinstance(old, str) and rng.random() < 0.5:
         return rng.choice([old + "x", old[1:], old.upper(), old * 2, rng.choice(texts)])
-    if rng.random() < 0.2:  # What stands somewhere else, copied.
+    if rng.random() < 0.2:  # Bytes from somewhere else, copied.
         copied = parse_json(render_json(rng.choice(holders[1:] or holders)).encode()[:20_000])
         return copied if copied is not None else 0
     return any_json(rng, texts)

@@ -1,4 +1,4 @@
-"""What the fuzzer feeds, and what must hold of every input: the readers of what strangers wrote.
+"""The fuzzer's targets: readers of files from strangers, the inputs they start from, and what must hold of each.
 
 A target's `check` returns quietly where the input was accepted and is read rightly, or refused as promised: an
 error of our own, in one bounded line that a terminal can show. Everything else leaves it as an exception. No
@@ -53,7 +53,7 @@ from streammerge.units import format_size, parse_size
 MAX_NBYTES = 1 << 16
 """Longest input."""
 MAX_SECONDS = 1.0
-"""Of CPU time for one input."""
+"""The most seconds of CPU time that one input may take."""
 MAX_GROWTH = 64 << 20
 """Bytes by which one input may raise the peak memory of the process."""
 MAX_LINE = 1000
@@ -152,7 +152,7 @@ STRICTER = (
     "lone surrogate",
     "its 0 bytes are not those",
 )
-"""What the reference library accepts and we refuse, by a part of the message: see header.py. It passes over the
+"""Files that the reference library accepts and we refuse, by a part of the message: see formats/safetensors.py. It passes over the
 numbers and strings of unknown fields, and stops multiplying sizes at a zero."""
 
 
@@ -206,7 +206,7 @@ def _same_json(ours: object, theirs: object) -> bool:
 
 
 def check_json(raw: bytes) -> None:
-    """What is accepted is what `json` reads; the first byte chooses the numbers allowed."""
+    """Accepted text reads as `json` reads it; the first byte chooses the numbers allowed."""
     numbers = ("natural", "finite", "any")[raw[0] % 3] if raw else "any"
     text = raw[1:]
     try:
@@ -423,7 +423,7 @@ class Pickles:
 
 
 def check_yaml(raw: bytes) -> None:
-    """What is accepted can be written and read back; its strings can be encoded."""
+    """An accepted config can be written and read back; its strings can be encoded."""
     try:
         value = load_yaml(raw, "c.yml")
     except Exception as error:

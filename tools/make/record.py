@@ -29,7 +29,7 @@ from record_svg import draw
 
 COLUMNS, ROWS = 104, 25
 PROMPT = b"\x1b]133;A\x07"
-"""What terminals take for the mark of a prompt, and do not show."""
+"""The sequence that terminals take for the mark of a prompt, and do not show."""
 KEY_SECONDS = 0.035
 PATIENCE = 300.0
 """Seconds that a step may take."""

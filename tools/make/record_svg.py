@@ -21,7 +21,7 @@ LAST_REST = 6.0
 KEY_REST = 1.6
 """So long a key that was pressed is shown, in seconds."""
 SIZE, WIDTH, HEIGHT = 14, 8.4, 19
-"""Of a character, in pixels: the font's size, and the cell."""
+"""The size of a character in pixels: the font's, and the cell's."""
 MARGIN, TITLE = 16, 34
 BACKGROUND, BORDER, DEFAULT = "#0d1117", "#3d444d", "#e6edf3"
 COLOURS = {

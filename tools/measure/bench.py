@@ -54,17 +54,17 @@ class Method:
 
     merge_method: str
     parameters: str
-    """Of each model, as YAML; what mergekit reads as well."""
+    """The parameters of each model, as YAML; mergekit reads them as well."""
     based: bool = True
-    """Whether the base is a base; else it is one more model."""
+    """True if the base is a base; else it is one more model."""
     top: str = ""
     """Top-level lines of streammerge's alone."""
     fisher: bool = False
-    """Whether each model comes with a store of its Fisher diagonal."""
+    """True if each model comes with a store of its Fisher diagonal."""
 
     @property
     def shared(self) -> bool:
-        """Whether mergekit can run the same config."""
+        """True if mergekit can run the same config."""
         return not self.top and not self.fisher
 
 
@@ -231,7 +231,7 @@ class Bench:
     mergekit: Path | None
     """The virtual environment that holds mergekit."""
     drop: bool = True
-    """Whether the page cache may be dropped."""
+    """True if the page cache may be dropped."""
 
     def command(self, case: Case, config: Path) -> list[str | Path]:
         """Return the command line of a case."""
@@ -357,7 +357,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workdir", type=Path, nargs="?", help="for models, outputs, caches and the report")
-    parser.add_argument("--sizes", default="1.7GB", help="of each of the four models, one or more [1.7GB]")
+    parser.add_argument(
+        "--sizes", default="1.7GB", help="size of each of the four models, one or more [1.7GB]"
+    )
     parser.add_argument("--methods", default=",".join(METHODS), help=f"of {','.join(METHODS)} [all]")
     parser.add_argument("--memory", default="512MiB", help="one or more [512MiB]")
     parser.add_argument("--device", default="cpu", help="one or more of cpu, cuda[:N] [cpu]")

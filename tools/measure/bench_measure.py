@@ -1,4 +1,4 @@
-"""What a merge took, and what the disk can do: the measures of tools/measure/bench.py."""
+"""Measures a merge, and the disk it runs on, for tools/measure/bench.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Case:
     """`streammerge` or `mergekit`."""
     method: str
     size: str
-    """Of one model, as asked for."""
+    """The size of one model, as asked for."""
     memory: str
     """The value of --memory; empty for mergekit, which has no such thing."""
     device: str = "cpu"
@@ -32,7 +32,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Limit:
-    """What the disk did, right before a merge."""
+    """The disk's times, right before a merge."""
 
     limit_s: float
     """Until all was read and all was on the disk."""
@@ -68,13 +68,13 @@ class Run:
     cache: str
     """`cold`, `warm`, or `as found` where the page cache was not dropped."""
     model_nbytes: int
-    """Of one model, which is also what the merge writes."""
+    """Bytes of one model, which the merge writes as well."""
     limit: Limit
     usage: Usage
     failure: str = ""
-    """What went wrong, with the command's own words; empty for a good run."""
+    """The failure in the command's own words; empty for a good run."""
     input_nbytes: int = 0
-    """Of all that is merged; 0 in figures of before this was noted."""
+    """Bytes of all inputs; 0 in figures from before this was noted."""
 
     @property
     def ratio(self) -> float:

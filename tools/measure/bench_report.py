@@ -17,7 +17,7 @@ COLD = ("cold", "as found")
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured, as it stands in the JSON file."""
+    """The measurements, as they stand in the JSON file."""
 
     machine: dict[str, str]
     start_s: dict[str, float]

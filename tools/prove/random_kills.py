@@ -26,7 +26,7 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=120)
     parser.add_argument("--signals", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5, help="of three merges started at once")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of three merges started at once")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for action, number in (("kills", args.kills), ("signals", args.signals), ("starts", args.rounds)):

@@ -48,7 +48,7 @@ ALLOWED = 2 * MIB
 
 @dataclass(frozen=True)
 class Sample:
-    """What the process holds between two merges."""
+    """The resources that the process holds between two merges."""
 
     resident: int
     """Bytes."""

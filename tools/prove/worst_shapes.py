@@ -41,7 +41,7 @@ class Case:
     method: str
     parameters: dict[str, object] = field(default_factory=dict)
     n_models: int | None = None
-    """Of the family's, the first so many; None: all."""
+    """The first so many models of the family; None: all."""
     fisher: bool = False
 
 
@@ -75,7 +75,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a merge under a budget."""
+    """The outcome of a merge under a budget."""
 
     case: Case
     memory: str
@@ -86,7 +86,7 @@ class Outcome:
 
     @property
     def problem(self) -> str:
-        """What is wrong with it; empty for nothing."""
+        """Return the fault; empty if there is none."""
         if self.refused:
             return "refused with what a refusal asked for" if self.asked else ""
         if self.usage.exit_code:

@@ -46,7 +46,7 @@ from transformers import AutoModel, AutoTokenizer
 Example = tuple[str, str, str]  # Text, label, and the group that is either training or test.
 
 MAX_TOKENS = 48
-N_TRAIN, N_TEST = 2400, 600  # Of each task, in equal parts from each class.
+N_TRAIN, N_TEST = 2400, 600  # Examples of each task, in equal parts from each class.
 BATCH = 32
 MODEL_FILES = (
     "config.json",

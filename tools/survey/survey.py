@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="scores, diagonals and the latest merge")
     parser.add_argument("--docs", type=Path, default=Path("docs/results"))
-    parser.add_argument("--minilm", type=Path, help="what `finetune_minilm.py train` wrote")
+    parser.add_argument("--minilm", type=Path, help="directory that `finetune_minilm.py train` wrote")
     parser.add_argument("--part", choices=(*ORDER, "all"), default="all")
     arguments = parser.parse_args()
     if arguments.part != "demo" and arguments.minilm is None:

@@ -16,7 +16,7 @@ from survey_models import Bench, accuracy
 Result = dict[str, Any]
 Vector = NDArray[np.float32]
 
-TOP = 0.2  # Of a task vector's entries: the influential ones.
+TOP = 0.2  # The influential fraction of a task vector's entries.
 SEEDS = (0, 1, 2)
 DENSITIES = {
     "demo": (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0),

@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "make"))
 from make_demo_models import exact_diagonal
 
 N_TEXTS = 256
-DEMO_SEED, MINILM_SEED = 1, 0  # Of the models' own training, so that the examples are from it.
+DEMO_SEED, MINILM_SEED = 1, 0  # The seeds of the models' own training, so that the examples are from it.
 
 
 def make_diagonals(bench: Bench) -> None:

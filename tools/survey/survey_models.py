@@ -20,7 +20,7 @@ from streammerge.demo import digits
 
 Flags = NDArray[np.bool_]
 Scores = dict[str, list[int]]
-"""Of each task: right answers and examples of the tuning half, right answers and examples of the report half."""
+"""Each task's right answers and examples of the tuning half, right answers and examples of the report half."""
 
 MEMORY = "1GiB"
 
@@ -36,7 +36,7 @@ class Part(Protocol):
         """Directory of `base` or of a task's fine-tune."""
 
     def right(self, directory: Path, tasks: Sequence[str]) -> dict[str, Flags]:
-        """Which test examples of each task the model in `directory` gets right."""
+        """Return the test examples of each task that the model in `directory` gets right."""
 
 
 class Demo:

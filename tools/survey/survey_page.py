@@ -13,7 +13,7 @@ from survey_plots import figure_name
 from survey_text import HEAD, NOTES, TAIL, TITLES
 
 Results = Mapping[str, Any]
-"""Of one set of models: the result of each experiment."""
+"""The result of each experiment on one set of models."""
 
 LEVEL = 0.01
 """A difference of mean accuracy up to this is called none: about the standard error of one figure."""

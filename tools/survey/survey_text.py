@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 TITLES = {"demo": "demo models", "minilm": "MiniLM"}
-"""What the page calls each set of models."""
+"""The page's name of each set of models."""
 
 HEAD = """# The survey's claims, reproduced
 
@@ -46,7 +46,7 @@ NOTES = {
         "diagonals of Fisher merging are those of the models before the drop."
     ),
 }
-"""What the figures of a claim mean; the figures themselves are read by `survey_page`."""
+"""The meaning of a claim's figures; the figures themselves are read by `survey_page`."""
 
 TAIL = """## To make everything again
 

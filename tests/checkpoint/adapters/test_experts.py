@@ -265,7 +265,7 @@ def test_an_expert_that_a_fused_base_has_not_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_a_merge_is_that_of_models_written_out(method: str, tmp_path: Path) -> None:
-    """Of experts stored one by one, fused, and adapted one by one, with trained tokens."""
+    """Experts stored one by one, fused, and adapted one by one, with trained tokens."""
     embedding = {"model.embed_tokens.weight": normal(11, 9, HIDDEN)}
     base = write(tmp_path / "base", {name: t.bfloat16() for name, t in {**FUSED, **embedding}.items()})
     rows = {"model.embed_tokens.token_adapter.trainable_tokens_delta": normal(12, 2, HIDDEN)}

@@ -20,7 +20,7 @@ TOKENS = "model.embed_tokens.token_adapter"
 ROWS = {f"{TOKENS}.trainable_tokens_delta": torch.ones(2, 24)}
 X = "model.layers.0.mlp.experts"
 EXPERTS = {f"{X}.lora_A.weight": torch.ones(8, 6), f"{X}.lora_B.weight": torch.ones(10, 8)}
-"""Of rank 2 for four experts of [10, 6]."""
+"""An adapter of rank 2 for four experts of [10, 6]."""
 
 TENSORS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "no factor b": ({A: GOOD[A]}, {}, "has no lora_B"),

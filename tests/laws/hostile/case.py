@@ -1,4 +1,4 @@
-"""What a case of hostile input is, and the sound models around it."""
+"""A case of hostile input, and the sound models around it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Case:
     one of both. `failed`: exit 1 or 2, one line."""
     arguments: tuple[str, ...] = ("merge", "config.yml", "out", "--memory", "512MiB")
     keep_out: bool = False
-    """Whether OUT is there before, and must be as it was."""
+    """True if OUT exists before, and must stay as it was."""
     environment: dict[str, str] = field(default_factory=dict)
 
 

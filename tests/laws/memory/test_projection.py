@@ -1,4 +1,4 @@
-"""What a merge will take is known before it starts: lists, statistics, buffers; and what a refusal asks for is enough."""
+"""The memory of a merge is known before it starts: lists, statistics, buffers; and a refusal asks for enough."""
 
 from __future__ import annotations
 

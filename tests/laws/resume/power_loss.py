@@ -1,4 +1,4 @@
-"""What a loss of power may leave: every change to the file system is recorded, and the log cut anywhere.
+"""Simulates a loss of power: every change to the file system is recorded, and the log cut anywhere.
 
 POSIX promises little. Of a file, what was written before its last good sync is on the disk; of a directory, the names
 given before its last good sync. Of what came after, any part may be there and any part not, in any order: a rename

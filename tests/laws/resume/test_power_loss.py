@@ -29,7 +29,7 @@ def test_power_lost_in_a_merge(trials: Trials) -> None:
 
 
 def test_power_lost_in_a_merge_that_was_killed_twice_before(trials: Trials) -> None:
-    """What the killed runs wrote is in the page cache, believed by the next run, and perhaps not on the disk."""
+    """The killed runs' writes are in the page cache, believed by the next run, and perhaps not on the disk."""
     plain = trials.disk("disk")
     trials.run(plain)
     n_ops = len(plain.log) - plain.begin

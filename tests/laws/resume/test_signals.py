@@ -33,7 +33,7 @@ def test_a_stop_that_was_asked_for_is_clean_and_resumable(scene: Scene) -> None:
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    """Of four methods, one shard and several, one to three kills in a row; tools/prove/random_kills.py does more."""
+    """Four methods, one shard and several, one to three kills in a row; tools/prove/random_kills.py does more."""
     figures = run_forks("kills", tmp_path, 24)
     assert figures["kills"] >= 24
     assert figures["killed three times in a row"] >= 1

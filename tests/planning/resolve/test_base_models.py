@@ -1,4 +1,4 @@
-"""What `base_model` means to each method, listed among the models or not."""
+"""The role of `base_model` in each method, listed among the models or not."""
 
 from __future__ import annotations
 
