@@ -113,21 +113,13 @@ def compute_diagonal(
     index = open_model(model)
     skeleton = Skeleton(index)
     labels = choose(settings.labels, skeleton.kind)
-    with_labels = skeleton.kind == CLASSIFIER and labels == "empirical"
-    taken = read_examples(
-        os.fspath(data),
-        settings.examples,
-        reading_for(skeleton, index, settings.max_length, with_labels=with_labels),
-    )
-    if (few := too_few(os.fspath(data), settings.examples, len(taken))) is not None:
-        control.warn(few)
+    taken = _read(os.fspath(data), skeleton, index, settings, labels, control)
     estimate = Estimate(taken, labels, settings.seed)
-    device = torch.device(settings.device)
     compile_groups(("adapters", "diagonals"), control)
     reader = Reader()
     try:
         loader = Loader(skeleton, index, reader)
-        network = Network(skeleton, device)
+        network = Network(skeleton, torch.device(settings.device))
         scores = n_scores(labels, skeleton.kind, skeleton.n_labels)
         width = network.call(0, taken[-1]).hidden.numel() // taken[-1].length
         check_fits(
@@ -135,15 +127,7 @@ def compute_diagonal(
             list(_stages(skeleton, taken, width)),
             boundary_elements(settings.batch_size, taken[-1].length, width, scores),
         )
-        identity = {
-            "version": __version__,
-            "model": fingerprint(index, reader),
-            "files": files_digest(index.stamps),
-            "dtype": settings.dtype,
-            "examples": digest(taken),
-            "labels": labels,
-            "seed": str(settings.seed),
-        }
+        identity = _identity(index, reader, settings, taken, labels)
         with locked_partial(out, overwrite):
             store = StoreWriter(out, identity, attribute=ATTRIBUTE, sums=DiagonalSums)
             work = out.with_name(out.name + PARTIAL) / WORK
@@ -151,19 +135,12 @@ def compute_diagonal(
                 _check_disk(work, network.n_blocks, sum(e.length for e in taken) * width, scores, index)
             progress = Progress(reader, len(index), control)
             results = _Results(store, loader, len(taken), settings.dtype, progress)
-            estimator = Estimator(
-                network,
-                loader,
-                estimate,
-                Place(work, settings.batch_size, device),
-                results.write,
-                progress.tick,
-            )
+            place = Place(work, settings.batch_size, torch.device(settings.device))
+            estimator = Estimator(network, loader, estimate, place, results.write, progress.tick)
             progress.total = estimator.total_work
             names = {name for parameter in skeleton.aliases for name in loader.parts(parameter, parameter)}
             order = [name for name in index if name in names]
-            left = [name for name in order if not store.known(name)]
-            if left:  # else it was stopped just before the store had its name
+            if not all(map(store.known, order)):  # else it was stopped just before the store had its name
                 estimator.run()
             for stamp in index.stamps:
                 check_unchanged(stamp)
@@ -175,25 +152,56 @@ def compute_diagonal(
                 )
             with world_errors(work):
                 shutil.rmtree(work, ignore_errors=True)
-            attributes = store.commit(
-                order,
-                {
-                    "model_fingerprint": identity["model"],
-                    "model_name": os.path.basename(os.path.normpath(model)),
-                    "estimator": labels,
-                    "kind": skeleton.kind,
-                    "examples": len(taken),
-                    "seed": settings.seed,
-                    "tokens": sum(example.length for example in taken),
-                    "max_length": settings.max_length,
-                    "data": identity["examples"],
-                    "dtype": settings.dtype,
-                    "missing": missing,
-                },
-            )
+            about = _about(os.path.basename(os.path.normpath(model)), skeleton, settings, taken, identity)
+            attributes = store.commit(order, {**about, "missing": missing})
     finally:
         reader.close()
     return Computed(str(out), len(order), reader.bytes_read, time.monotonic() - began, attributes)
+
+
+def _read(
+    data: str, skeleton: Skeleton, index: TensorIndex, settings: Settings, labels: str, control: Control
+) -> list[Example]:
+    """Read the examples; warn where there are fewer than were asked for."""
+    with_labels = skeleton.kind == CLASSIFIER and labels == "empirical"
+    reading = reading_for(skeleton, index, settings.max_length, with_labels=with_labels)
+    taken = read_examples(data, settings.examples, reading)
+    if (few := too_few(data, settings.examples, len(taken))) is not None:
+        control.warn(few)
+    return taken
+
+
+def _identity(
+    index: TensorIndex, reader: Reader, settings: Settings, taken: list[Example], labels: str
+) -> dict[str, str]:
+    """Return the names and values that a run must share with the one that it continues."""
+    return {
+        "version": __version__,
+        "model": fingerprint(index, reader),
+        "files": files_digest(index.stamps),
+        "dtype": settings.dtype,
+        "examples": digest(taken),
+        "labels": labels,
+        "seed": str(settings.seed),
+    }
+
+
+def _about(
+    name: str, skeleton: Skeleton, settings: Settings, taken: list[Example], identity: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the store's record of the estimate."""
+    return {
+        "model_fingerprint": identity["model"],
+        "model_name": name,
+        "estimator": identity["labels"],
+        "kind": skeleton.kind,
+        "examples": len(taken),
+        "seed": settings.seed,
+        "tokens": sum(example.length for example in taken),
+        "max_length": settings.max_length,
+        "data": identity["examples"],
+        "dtype": settings.dtype,
+    }
 
 
 def _stages(skeleton: Skeleton, examples: list[Example], width: int) -> Iterator[StageSize]:
