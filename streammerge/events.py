@@ -1,4 +1,4 @@
-"""What a run tells its caller, and how the caller stops it."""
+"""Events of a run, and the caller's means to stop it."""
 
 from __future__ import annotations
 

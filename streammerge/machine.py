@@ -1,4 +1,4 @@
-"""What the machine allows this process: memory, of the machine or of a control group, and open files."""
+"""Limits of the machine for this process: memory, of the machine or of a control group, and open files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: seconds of wall clock and of CPU per stage, summed over all threads."""
+"""A stopwatch per stage of a run: seconds of wall clock and of CPU, summed over all threads."""
 
 from __future__ import annotations
 

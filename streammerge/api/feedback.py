@@ -1,4 +1,4 @@
-"""What a caller from Python sees of a run: a bar or lines, and warnings by Python's own means."""
+"""Feedback to callers from Python: a bar or lines, and warnings by Python's own means."""
 
 from __future__ import annotations
 

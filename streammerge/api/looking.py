@@ -1,4 +1,4 @@
-"""What there is: a model's tensors, the methods."""
+"""Lists what there is: a model's tensors, the methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs a model over examples: Fisher diagonals and Gram matrices."""
+"""Estimates that run a model over examples: Fisher diagonals and Gram matrices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What options have in common: sizes, sections of a help text, completion of names."""
+"""Common parts of options: sizes, sections of a help text, completion of names."""
 
 from __future__ import annotations
 

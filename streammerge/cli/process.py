@@ -1,4 +1,4 @@
-"""What the command line owes the system: signals, standard streams, one line for an error, the exit code."""
+"""The command line as a process: signals, standard streams, one line for an error, the exit code."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import click
 from streammerge.errors import InputError, printable
 
 BEGAN = time.monotonic()
-"""When the command started; what ``seconds`` of a JSON event counts from."""
+"""The time when the command started; ``seconds`` of a JSON event counts from it."""
 _KINDS = ("config", "model", "budget", "output", "input", "world", "stopped")
-"""Of errors, as docs/use/json.md has them; a narrower class is of the kind of the one that it narrows."""
+"""Kinds of errors, as docs/use/json.md has them; a narrower class is of the kind of the one that it narrows."""
 _STREAMING = ("merge", "import", "compute")
 """Commands whose ``--json`` prints events, an error among them."""
 

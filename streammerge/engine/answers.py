@@ -39,7 +39,7 @@ _SAMPLE_ABOVE = 1 << 19
 """Elements; below, one full pass costs no more than sampling."""
 _SAMPLE_BLOCKS = 64
 _SAMPLE_BYTES = 1 << 22
-"""Of a sample, at most: of many models together it has fewer blocks."""
+"""Upper bound of a sample: with many models it has fewer blocks."""
 _COUNTED_AT_ONCE = 1 << 30
 """Elements; a piece counts in 32 bits."""
 

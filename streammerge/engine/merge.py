@@ -56,7 +56,7 @@ _CHECK_STEP = 1 << 20
 
 @dataclass(frozen=True)
 class Summary:
-    """What a merge did."""
+    """The result of a merge."""
 
     out: str
     already_complete: bool
@@ -68,26 +68,26 @@ class Summary:
     """Output bytes that an earlier run had finished."""
     seconds: float
     densities: tuple[Density, ...]
-    """Of each model whose task vector lost entries."""
+    """One for each model whose task vector lost entries."""
     warnings: tuple[str, ...]
     floored: Mapping[str, Any] | None = None
-    """Of a Fisher merge: the elements of which floors decided the most."""
+    """Fisher merges only: the number of elements that floors decided, of all elements, and the fraction."""
     edits: Mapping[str, str] = field(default_factory=dict)
-    """Of a merge that was complete before: its files that people edit which are not as they were written."""
+    """Files that people edit and that have changed since, if the merge was complete before."""
     compile_seconds: float = 0.0
-    """What compiling kernels took before it, once on a machine; no part of `seconds`."""
+    """Time to compile kernels, once on a machine; not part of `seconds`."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a merge runs; none of it changes the output's bytes."""
+    """Options of a run; none of them changes the output's bytes."""
 
     overwrite: bool = False
     io: IoMode = "direct"
     profile: Path | None = None
-    """Where to write what the time went to, also when the run fails or is stopped."""
+    """The file to write the profile to, also when the run fails or is stopped; see `streammerge.engine.profile`."""
     nonfinite: NonFinite = "error"
-    """What becomes of a NaN or an infinity: refused, or written and reported."""
+    """Non-finite values are refused, or written and reported."""
     executor: str = "threads"
     """The name of what runs the chunks; see `streammerge.engine.executors`."""
     hash_inputs: bool = False

@@ -20,7 +20,7 @@ Read = Callable[[int, int], Bytes]
 
 @dataclass(frozen=True)
 class Finding:
-    """What is not finite in a tensor: in its inputs, and in the output though every input is finite there."""
+    """Non-finite elements of a tensor: those of its inputs, and those of the output where every input is finite."""
 
     job: Job
     inputs: tuple[Tally, ...]

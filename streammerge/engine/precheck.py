@@ -1,4 +1,4 @@
-"""What a merge would refuse before its first byte, and `plan` so as well: all that is cheap to look at."""
+"""Checks that are cheap: `plan` refuses what `merge` would refuse before its first byte."""
 
 from __future__ import annotations
 

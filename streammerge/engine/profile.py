@@ -1,4 +1,4 @@
-"""What bounded a run: the file that ``merge --profile`` writes."""
+"""The profile of a run, which says what bounded it: the file that ``merge --profile`` writes."""
 
 from __future__ import annotations
 

@@ -216,14 +216,14 @@ class _Nothing:
 
 @dataclass(frozen=True)
 class _Difference:
-    """Where a tensor differs from what was recomputed."""
+    """The first difference between a tensor and its recomputed values, and their number."""
 
     first: int
     """Element."""
     count: int
     found: str
     recomputed: str
-    """Of the first one, as they lie: hexadecimal digits of the number that its bytes are."""
+    """The first differing element, both as hexadecimal digits of its bytes."""
 
 
 class _Comparer:

@@ -32,7 +32,7 @@ _WAIT_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class Tick:
-    """How far a merge is."""
+    """The progress of a merge."""
 
     bytes_read: int
     bytes_written: int
@@ -41,7 +41,7 @@ class Tick:
 
 
 class Record(Protocol):
-    """What is told of finished work; may be used from many threads."""
+    """Records finished work; may be used from many threads."""
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """Take down finished elements."""

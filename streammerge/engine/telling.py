@@ -1,4 +1,4 @@
-"""What a merge tells of itself while it runs and when it has ended: progress, and what a user should know."""
+"""Lines for the user when a merge has ended: densities, floors, tensors that differ, non-finite values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLOOR_WARNING = 0.1
 
 @dataclass(frozen=True)
 class Density:
-    """How much of one model's task vector survived trims and drops."""
+    """The part of one model's task vector that survived trims and drops."""
 
     model: str
     """The model as the config names it."""

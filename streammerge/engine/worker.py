@@ -37,12 +37,12 @@ class RunSpec:
     identity: Identity
     """What the output depends on; a worker takes the keys of its random numbers from it."""
     tolerant: bool = False
-    """Whether a value that is not finite is written and reported, not refused."""
+    """Non-finite values are written and reported, not refused."""
     io: IoMode = "direct"
 
 
 class Worker:
-    """What runs chunks in one process. Everything in it may be used from many threads.
+    """Runs chunks in one process. Everything in it may be used from many threads.
 
     Parameters
     ----------

@@ -30,12 +30,12 @@ from streammerge.output.readback import Found, Part, read_back
 from streammerge.planning.layout import folder_of, is_shard
 
 _LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)
-"""How the names of files end that a loader may take for the model, or that a merge leaves unfinished."""
+"""Ends of file names that a loader may take for the model, or that a merge leaves unfinished."""
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What was computed once more."""
+    """The result of a recomputation."""
 
     pieces: int
     of_pieces: int
@@ -48,7 +48,7 @@ class Recomputed:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     files: int
     """Files checked."""
@@ -61,7 +61,7 @@ class Verdict:
     edits: Mapping[str, str] = field(default_factory=dict)
     """Files that people edit, by name, which are not as they were written, and what became of them: no problem."""
     recomputed: Recomputed | None = None
-    """What was computed once more from the inputs; None where that was not asked for, or no header could be read."""
+    """The recomputation from the inputs; None if it was not asked for, or no header could be read."""
 
 
 def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> Verdict:
@@ -125,11 +125,11 @@ class _Examined:
 
     name: str
     problems: tuple[str, ...] = ()
-    """Why there is nothing to read."""
+    """Reasons why there is nothing to read."""
     parts: tuple[Part, ...] = ()
-    """What is read: a shard's header and its tensors, or the file as a whole."""
+    """Parts to read: a shard's header and its tensors, or the file as a whole."""
     tensors: Mapping[str, TensorRef] | None = None
-    """Of a shard with a sound header."""
+    """The tensors of a shard, if its header is sound."""
     header_problem: str = ""
 
 

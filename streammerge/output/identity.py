@@ -1,4 +1,4 @@
-"""What the bytes of an output depend on, by name: a merge continues, or is recomputed, only from the same."""
+"""The identity of a merge: everything that its output depends on, by name. Only the same merge is continued or recomputed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Identity:
 
     entries: tuple[Entry, ...]
     fingerprints: tuple[str, ...]
-    """Of the content of every model read, in the plan's order."""
+    """One for the content of each model that is read, in the plan's order."""
     keys: RandomKeys
 
     @property

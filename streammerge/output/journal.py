@@ -1,4 +1,4 @@
-"""What is finished, durably: one line per record, each with its own checksum, a torn tail ignored.
+"""An append-only journal. Each record is one checksummed line; a torn last line is ignored.
 
 The first line says what the output depends on, and which files are read; a merge continues only if it says the
 same. A line is appended after the bytes it speaks of are durable.
@@ -40,12 +40,12 @@ class Receipt:
     not_finite: int = 0
     """Elements that are NaN or infinite."""
     differs: bool = False
-    """Of a copied tensor: whether the models do not agree on it. No journal has it."""
+    """True for a copied tensor that the models do not agree on. The journal does not record it."""
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of an input file; see `streammerge.output.inputs`."""
+    """The stamp and content hash of an input file; see `streammerge.output.inputs`."""
 
     stamp: str
     content: str = ""
@@ -54,7 +54,7 @@ class Known:
 
 @dataclass
 class Progress:
-    """What a journal records."""
+    """The records of a journal."""
 
     identity: Mapping[str, str]
     receipts: list[Receipt] = field(default_factory=list)

@@ -167,5 +167,5 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a map of tensors to dtypes, shapes and checksums",
     ),
 }
-"""What each field must be; others are not looked at."""
+"""The type of each field; others are not looked at."""
 _NEEDED = frozenset(_FIELDS) - {"fisher_sha256", "floored", "folders", "not_finite"}

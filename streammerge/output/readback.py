@@ -37,12 +37,12 @@ class Part:
     offset: int
     nbytes: int
     dtype: str = "U8"
-    """Of its elements; floats are looked at."""
+    """The dtype of its elements; floats are checked for non-finite values."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a part holds."""
+    """The checksum, length and non-finite values of a part."""
 
     crc: int
     nbytes: int
@@ -52,7 +52,7 @@ class Found:
 
 @dataclass
 class _Reading:
-    """What is known of a part so far: by offset, the checksum, length and tally of each of its windows."""
+    """Checksum, length and tally of each window read so far, by offset."""
 
     part: Part
     windows: dict[int, Found] = field(default_factory=dict)

@@ -19,7 +19,7 @@ _AT_ONCE = 1 << 30
 
 
 class Sink(Protocol):
-    """Where merged bytes go; may be used from many threads."""
+    """Takes merged bytes; may be used from many threads."""
 
     bytes_written: int
 
@@ -54,7 +54,7 @@ class ShardWriter:
         """Shards that hold nothing yet: new, or not as they should be and made again."""
         self.bytes_written = 0
         self.unreserved = False
-        """Whether the file system could not set room aside: a full disk is found when it is full."""
+        """True if the file system could not reserve space: a full disk is found only when it is full."""
 
     @classmethod
     def attach(cls, directory: Path, layout: Layout, *, direct: bool) -> ShardWriter:

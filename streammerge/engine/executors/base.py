@@ -18,7 +18,7 @@ class Executor(Protocol):
     """Takes a run specification and chunks, and yields receipts."""
 
     durable: bool
-    """Whether the bytes that a receipt tells of are synced before it is yielded.
+    """True where the bytes of a receipt are synced before it is yielded.
 
     They must be where a worker has descriptors of its own: only the machine that wrote can sync.
     """

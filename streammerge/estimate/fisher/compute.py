@@ -57,12 +57,12 @@ WORK = "__work__"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a diagonal is estimated."""
+    """Settings of an estimate."""
 
     labels: str | None = None
     """``sampled``, ``empirical`` or ``exact``, see `fisher.labels`; None: exact for a classifier, else sampled."""
     examples: int | None = None
-    """How many are taken, from the first; None: all."""
+    """Number of examples, from the first; None: all."""
     max_length: int = 512
     """Tokens after which an example is cut."""
     batch_size: int = 16
@@ -71,14 +71,14 @@ class Settings:
     """Bound of the peak resident memory in bytes; None: half of what is free."""
     device: str = "cpu"
     seed: int = 0
-    """Of the drawn labels."""
+    """Seed of the drawn labels."""
     dtype: str = "F32"
-    """Of the stored values: F32 or BF16. All arithmetic is fp32, all sums fp64."""
+    """Dtype of the stored values: F32 or BF16. All arithmetic is fp32, all sums fp64."""
 
 
 @dataclass(frozen=True)
 class Computed:
-    """What an estimate did."""
+    """The result of an estimate."""
 
     out: str
     tensors: int

@@ -40,7 +40,7 @@ _SAME_LENGTH_CHECKS = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is estimated."""
+    """The quantity to estimate."""
 
     examples: Sequence[Example]
     """Shortest first."""
@@ -50,10 +50,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Place:
-    """Where it is done."""
+    """The folder and device of an estimate."""
 
     directory: Path
-    """Of the files that pass between stages."""
+    """Folder of the files that pass between stages."""
     batch_size: int
     """Examples that are read and written at a time."""
     device: torch.device
@@ -121,7 +121,7 @@ class Estimator:
 
     @property
     def total_work(self) -> int:
-        """Of a whole estimate, in the units of `tick`."""
+        """The work of a whole estimate, in the units of `tick`."""
         tokens = sum(example.length for example in self._estimate.examples)
         layers = sum(self._work(block, 1) for block in self._blocks)
         return tokens * ((1 + self._cost) * layers + self._cost * self._work(self._skeleton.outer, 1))

@@ -27,9 +27,9 @@ class _Product:
     inputs: Tensor
     transposed: bool
     version: int
-    """Of the inputs, when they went in: autograd does not look after what a weight without a gradient needs."""
+    """Version of the inputs when they went in: autograd does not check them for a weight without a gradient."""
     output_gradient: Tensor | None = None
-    """Of the score at hand; None while backpropagation has not passed."""
+    """Gradient of the outputs for the current score; None until backpropagation has passed."""
 
     def take(self, gradient: Tensor) -> None:
         """Keep the gradient of the outputs."""

@@ -35,7 +35,7 @@ _BUFFERS = 12
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import did."""
+    """The result of an import."""
 
     out: str
     tensors: int

@@ -1,4 +1,4 @@
-"""What a store records of each diagonal: sums, by which merging normalises and floors without a pass."""
+"""The sums that a store records of each diagonal: with them, merging normalises and floors without a pass."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class DiagonalSums:
 
 
 _Sums = tuple[NDArray[np.float64], int, float, float, int]
-"""Of squares per 4096 elements, bad values, plain sum, largest, zeros."""
+"""Sums of squares per 4096 elements, bad values, plain sum, largest, zeros."""
 
 
 def _by_kernel(values: NDArray[Any], dtype: str) -> _Sums:

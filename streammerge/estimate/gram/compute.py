@@ -46,7 +46,7 @@ _BLOCK = 1 << 19
 
 @dataclass(frozen=True)
 class Collected:
-    """What a collection did."""
+    """The result of a collection."""
 
     out: str
     tensors: int
@@ -58,10 +58,10 @@ class Collected:
 
 @dataclass(frozen=True)
 class Settings:
-    """How matrices are collected."""
+    """Settings of a collection."""
 
     examples: int | None = None
-    """How many are taken, from the first; None: all."""
+    """Number of examples, from the first; None: all."""
     max_length: int = 512
     """Tokens after which an example is cut."""
     batch_size: int = 16
@@ -102,7 +102,7 @@ class Products(Resident):
 
 
 class GramSums:
-    """What a store records of a matrix, from runs of its elements: sums of magnitudes, the largest, zeros."""
+    """The sums that a store records of a matrix, from runs of its elements: magnitudes, the largest, zeros."""
 
     def __init__(self, tensor: str, dtype: str) -> None:
         self._tensor = tensor

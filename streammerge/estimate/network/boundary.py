@@ -1,4 +1,4 @@
-"""What passes between two layers, of all examples, in a file: fp32 rows, example after example.
+"""The activations of all examples between two layers, in a file: fp32 rows, example after example.
 
 The file has its name once all of it is durable, so a name says that a stage is done. Until then, and while it is read,
 it lies in the page cache as far as that has room, and never in the memory of the process.
@@ -38,7 +38,7 @@ class Boundary:
         self._first = [0, *accumulate(rows)]
 
     def exists(self) -> bool:
-        """Whether it was written completely."""
+        """True once it is written completely."""
         return self._path.exists()
 
     @contextmanager

@@ -42,7 +42,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Reading:
-    """How the lines of a file become examples."""
+    """Settings by which the lines of a file become examples."""
 
     max_length: int
     """Tokens after which an example is cut."""

@@ -27,11 +27,11 @@ _FACTS = {
     Tensor.is_floating_point,
     Tensor.__len__,
 }
-"""What is asked of a parameter that needs no values: the absent one knows."""
+"""Attributes of a parameter that need no values: the absent parameter has them."""
 
 
 class Weights:
-    """What a live model asks for. As it is, for runs that only find out what goes where: nothing is read.
+    """The values that a live model asks for. As it is, for runs that only find out what goes where: nothing is read.
 
     Parameters
     ----------

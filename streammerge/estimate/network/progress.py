@@ -1,4 +1,4 @@
-"""How far a run is: what it tells, and where it stops when it is asked to."""
+"""The progress of an estimate: events while it runs, and the places where it can be stopped."""
 
 from __future__ import annotations
 

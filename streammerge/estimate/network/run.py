@@ -25,7 +25,7 @@ _HIDDEN = "hidden_states"
 
 @dataclass(frozen=True)
 class Call:
-    """What a layer is given."""
+    """The inputs of a layer."""
 
     hidden: Tensor
     args: tuple[Any, ...]

@@ -1,4 +1,4 @@
-"""How much memory an estimate needs, stage by stage: numbers in, numbers out.
+"""The memory that an estimate needs, stage by stage: numbers in, numbers out.
 
 Estimates err on the large side; a test holds the measured peak below them.
 """
@@ -23,7 +23,7 @@ _ATTENTION = 4
 _LOGITS = 6
 """Matrices of tokens by vocabulary: logits, scores, what is between them, and copies on the way."""
 _SPREAD = 1.1
-"""What an allocator holds beside what is asked for."""
+"""Bytes that an allocator holds in addition to what is asked for."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StageSize:
     weights: int
     """Parameters that are resident, with their sums."""
     whole: int = 0
-    """Of them those whose gradients are formed whole, by autograd."""
+    """Those among them whose gradients autograd forms whole."""
     row_sums: int = 0
     """Sums of the rows of embeddings that are looked up."""
     activations: int = 0

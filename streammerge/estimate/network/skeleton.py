@@ -58,7 +58,7 @@ class Skeleton:
 
     @property
     def n_labels(self) -> int:
-        """Of a classifier."""
+        """Number of labels, for a classifier."""
         return int(self.model.config.num_labels)
 
     @property

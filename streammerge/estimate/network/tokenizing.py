@@ -1,4 +1,4 @@
-"""How the lines of a file become examples of a model: its own tokenizer, its labels, its limits."""
+"""Turns the lines of a file into examples of a model: its own tokenizer, its labels, its limits."""
 
 from __future__ import annotations
 
