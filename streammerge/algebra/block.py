@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,15 @@ class Applied:
     """Entries of each model's task vector that survived; empty for methods without removal."""
     floored: int = 0
     """Elements in which a Fisher floor makes up more than half of the weight."""
+
+
+class Call(NamedTuple):
+    """A method of `BlockMath` that a statistic calls: a backend knows by it which kernels to compile beforehand."""
+
+    method: str
+    """Its name; `words_between`: no method, the random stream alone."""
+    subject: object = None
+    """The vector, score, selection or rule that it is called with, where kernels differ by that."""
 
 
 class BlockMath(Protocol):

@@ -384,18 +384,12 @@ class CopyOf:
 
 
 @dataclass(frozen=True, eq=False)
-class Mixers:
-    """One matrix for each model, fp64 [inputs, inputs]."""
-
-    matrices: tuple[torch.Tensor, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class RegressionMean:
     """theta = mean + sum_i (theta_i - mean) P_i, row by row; see `regmean`."""
 
     weights: tuple[float, ...]
-    mixers: Mixers
+    operators: tuple[torch.Tensor, ...]
+    """P_i of each model, fp64 (inputs, inputs)."""
 
     def __call__(
         self,
@@ -410,7 +404,7 @@ class RegressionMean:
         """
         import torch
 
-        width = len(self.mixers.matrices[0])
+        width = len(self.operators[0])
         rows = [model.double().reshape(-1, width) for model in models]
         total = sum(self.weights)
         mean = sum(w * theta for w, theta in zip(self.weights, rows, strict=True)) / total
@@ -418,10 +412,10 @@ class RegressionMean:
         for first in range(0, len(mean), ROWS_AT_ONCE):
             some = slice(first, first + ROWS_AT_ONCE)
             start = mean[some].clone()
-            for theta, mixer in zip(rows, self.mixers.matrices, strict=True):
+            for theta, operator in zip(rows, self.operators, strict=True):
                 # What is not finite stays so at its own element; the rest of its row takes it for the average.
                 away = (theta[some] - start).nan_to_num(0.0, 0.0, 0.0)
-                mean[some] += away @ mixer.to(theta.device)
+                mean[some] += away @ operator.to(theta.device)
         return mean.reshape(-1)
 
 

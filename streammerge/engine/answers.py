@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,28 +12,11 @@ from streammerge.algebra.block import Block, BlockMath, Operand
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import Rule, WeightedSum
 from streammerge.dtypes import itemsize
-from streammerge.engine.worker import Worker, math_of
-from streammerge.planning.job import Job
+from streammerge.engine.worker import Answers, Worker, math_of
+from streammerge.planning.job import Job, measured
 from streammerge.planning.needs import tensor_context_of
-from streammerge.statistics.kinds import (
-    Answer,
-    ColumnDots,
-    Dots,
-    Mixing,
-    SquareSums,
-    SquareTotal,
-    Statistic,
-    Threshold,
-    Touched,
-    partials_of,
-)
-from streammerge.statistics.reducers import (
-    Range,
-    Reducer,
-    TopKReducer,
-    collect,
-    make_reducer,
-)
+from streammerge.statistics.base import A, Known, Measurement, Range, Reducer, Source, Statistic
+from streammerge.statistics.passes import collect
 
 _SAMPLE_ABOVE = 1 << 19
 """Elements; below, one full pass costs no more than sampling."""
@@ -44,21 +27,42 @@ _COUNTED_AT_ONCE = 1 << 30
 """Elements; a piece counts in 32 bits."""
 
 
-def follow(worker: Worker, job: Job) -> Rule | list[Statistic]:
-    """Return a job's rule, or the statistics it has after the answers known so far."""
+def follow(worker: Worker, job: Job, known: Answers | None = None) -> Rule | list[Statistic[Any]]:
+    """Return a job's rule, or the statistics it has after the values `known`: by default all so far.
+
+    Statistics of Gram matrices are taken at once: of one tensor at a time, they are not kept among the values.
+    """
     if job.kind != "merge":
         return WeightedSum((1.0,))
-    answers = worker.answers.get(job.ordinal, [])
-    wanted = worker.plan.method.start(tensor_context_of(job), job.parameters, answers)
-    if isinstance(wanted, list) and isinstance(wanted[0], Mixing):
-        mixers = worker.mixers.get(job, wanted[0], worker.reader, worker.stages)
-        return worker.plan.method.start(tensor_context_of(job), job.parameters, [*answers, [mixers]])
+    if known is None:
+        known = worker.answers.get(job.ordinal, [])
+    start, tensor = worker.plan.method.start, tensor_context_of(job)
+    if not job.grams:
+        return start(tensor, job.parameters, known)
+    answers: Answers = []
+    waiting = list(known)
+    while isinstance(wanted := start(tensor, job.parameters, answers), list):
+        if all(statistic.source is Source.GRAMS for statistic in wanted):
+            answers.append([worker.grams.get(job, one, worker.reader, worker.stages) for one in wanted])
+        elif waiting:
+            answers.append(waiting.pop(0))
+        else:
+            return wanted
     return wanted
+
+
+def reducer_of(
+    worker: Worker, statistic: Statistic[A], jobs: Sequence[Job], versions: Mapping[int, Statistic[Any]]
+) -> Reducer[A] | Known[A]:
+    """Return what takes a statistic over the tensors of some jobs; `versions`: the statistic of each, by ordinal."""
+    bins = worker.plan.statistics_memory.bins
+    tensors = [measured(job) for job in jobs]
+    return statistic.reducer(Measurement(tensors, worker.keys, versions, worker.tolerant, bins))
 
 
 def resolve_in_memory(
     worker: Worker, job: Job, loaded: Block, math: BlockMath, *, until_model: bool
-) -> Rule | list[Statistic]:
+) -> Rule | list[Statistic[Any]]:
     """Answer a job's tensor-scope statistics from the tensor in memory.
 
     Returns its rule or, with `until_model`, the whole-model statistics it stops at.
@@ -74,14 +78,14 @@ def resolve_in_memory(
 
 
 def _answer_in_memory(
-    worker: Worker, job: Job, loaded: Block, math: BlockMath, statistic: Statistic
-) -> Answer:
+    worker: Worker, job: Job, loaded: Block, math: BlockMath, statistic: Statistic[Any]
+) -> Any:
     """Answer one statistic from the tensor in memory."""
     room, row = worker.plan.statistics_memory, worker.plan.work[job.ordinal].row
-    most = room.elements if partials_of(statistic) else _COUNTED_AT_ONCE
+    most = room.elements if statistic.cost.partials else _COUNTED_AT_ONCE
     step = max(row, most // row * row)
 
-    def run_pass(some: Sequence[Reducer], only: Range | None) -> None:
+    def run_pass(some: Sequence[Reducer[Any]], only: Range | None) -> None:
         first, last = (0, loaded.n) if only is None else (only[1], min(only[2], loaded.n))
         for start in range(first, last, step):
             stop = min(last, start + step)
@@ -91,14 +95,12 @@ def _answer_in_memory(
             for reducer in some:
                 reducer.add(job.ordinal, part.start, part.n, its_math)
 
-    def run_sample(some: Sequence[TopKReducer]) -> None:
+    def run_sample(some: Sequence[Reducer[Any]]) -> None:
         for reducer in some:
-            part = sample_of(loaded, reducer.model)
+            part = sample_of(loaded, reducer.sampled_model)
             reducer.add(job.ordinal, 0, part.n, math_of(worker, job, part))
 
-    reducer = make_reducer(
-        statistic, [job], {job.ordinal: statistic}, worker.keys, worker.tolerant, room.bins
-    )
+    reducer = reducer_of(worker, statistic, [job], {job.ordinal: statistic})
     return collect([reducer], run_pass, run_sample if loaded.n > _SAMPLE_ABOVE else None)[0]
 
 
@@ -166,54 +168,29 @@ def sample_starts(n: int, blocks: int) -> list[int]:
 # --- as a journal has them
 
 
-def is_short(answers: Sequence[Answer]) -> bool:
-    """Return whether the answers of a round are a few numbers, not several for each column: these are asked anew."""
-    return not any(isinstance(answer, ColumnDots) for answer in answers)
+def plain(worker: Worker, job: Job) -> list[list[object]]:
+    """Return the values of a job's statistics as JSON holds them, up to the first round with one that is too large."""
+    known = worker.answers[job.ordinal]
+    rounds: list[list[object]] = []
+    for i, values in enumerate(known):
+        wanted = follow(worker, job, known[:i])
+        assert isinstance(wanted, list)
+        one = [statistic.to_json(value) for statistic, value in zip(wanted, values, strict=True)]
+        if any(value is None for value in one):
+            break
+        rounds.append(one)
+    return rounds
 
 
-def plain(answer: Answer) -> object:
-    """Return an answer as JSON holds it exactly."""
-    if isinstance(answer, Threshold):
-        return {"threshold": [answer.key, answer.ties, answer.needed]}
-    if isinstance(answer, Dots):
-        return {"dots": [[value.hex() for value in answer.values], answer.n]}
-    if isinstance(answer, SquareSums):
-        return {"sums": [[total.hex() for total in answer.totals], answer.n]}
-    if isinstance(answer, Touched):
-        return {"touched": [list(answer.unique), list(answer.shared)]}
-    if isinstance(answer, SquareTotal):
-        return {"squares": [answer.total.hex(), answer.n]}
-    if isinstance(answer, float):
-        return {"float": answer.hex()}
-    return {"pair": list(answer)} if isinstance(answer, tuple) else answer
-
-
-def restored(plain: object) -> Answer:
-    """Return the answer that `plain` made this of; ValueError if it made nothing like it."""
-    match plain:
-        case {"threshold": [int(key), int(ties), int(needed)]}:
-            return Threshold(key, ties, needed)
-        case {"squares": [str(total), int(n)]}:
-            return SquareTotal(_from_hex(total), n)
-        case {"dots": [[*values], int(n)]}:
-            return Dots(tuple(map(_from_hex, values)), n)
-        case {"sums": [[*totals], int(n)]}:
-            return SquareSums(tuple(map(_from_hex, totals)), n)
-        case {"touched": [[*unique], [*shared]]} if all(
-            isinstance(count, int) for count in (*unique, *shared)
-        ):
-            return Touched(tuple(unique), tuple(shared))
-        case {"float": str(text)}:
-            return _from_hex(text)
-        case {"pair": [int(first), int(second)]}:
-            return (first, second)
-        case int():
-            return plain
-    raise ValueError("no answer")
-
-
-def _from_hex(text: Any) -> float:
+def restored(worker: Worker, job: Job, rounds: Sequence[Sequence[object]]) -> Answers:
+    """Return the values that `plain` made these of; none if it made nothing like them: they are taken anew."""
+    known: Answers = []
     try:
-        return float.fromhex(text)
-    except (OverflowError, TypeError):
-        raise ValueError("no answer") from None
+        for one in rounds:
+            wanted = follow(worker, job, known)
+            if not isinstance(wanted, list):
+                return []
+            known.append([statistic.from_json(value) for statistic, value in zip(wanted, one, strict=True)])
+    except ValueError:
+        return []
+    return known

@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +24,6 @@ from streammerge.engine.worker import Worker
 from streammerge.errors import Stopped
 from streammerge.output.journal import Receipt
 from streammerge.planning.schedule import PASSES_AHEAD, Chunk, StatisticsPass
-from streammerge.statistics.kinds import Answer
 
 _SYNC_SECONDS = 1.0
 _WAIT_SECONDS = 0.25
@@ -127,14 +126,13 @@ class Scheduler:
             raise self._failure
 
     def _restore_answers(self, answers: Mapping[str, list[list[object]]]) -> None:
-        known: dict[int, list[list[Answer]]] = {}
-        for job, rounds in answers.items():
-            with suppress(ValueError):  # What no merge of ours wrote is asked anew.
-                known[int(job)] = [[restored(answer) for answer in one] for one in rounds]
-        merged = [job.ordinal for job in self._plan.jobs if job.kind == "merge"]
-        even = len({len(known.get(ordinal, [])) for ordinal in merged}) <= 1
+        merged = [job for job in self._plan.jobs if job.kind == "merge"]
+        known = {
+            job.ordinal: restored(self._worker, job, answers.get(str(job.ordinal), [])) for job in merged
+        }
+        even = len({len(rounds) for rounds in known.values()}) <= 1
         if even or not self._plan.model_rounds():
-            self._worker.learn(known)
+            self._worker.learn({ordinal: rounds for ordinal, rounds in known.items() if rounds})
 
     # --- chunks
 

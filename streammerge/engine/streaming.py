@@ -5,11 +5,10 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from itertools import takewhile
 from typing import Any
 
 from streammerge.algebra.extent import Extent
-from streammerge.engine.answers import follow, is_short, plain, resolve_in_memory, sample_starts
+from streammerge.engine.answers import follow, plain, reducer_of, resolve_in_memory, sample_starts
 from streammerge.engine.in_flight import finished
 from streammerge.engine.task import load, not_finite, prefetch
 from streammerge.engine.worker import Worker, math_for
@@ -17,17 +16,8 @@ from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes
 from streammerge.planning.job import Job
 from streammerge.planning.schedule import Chunk, Piece, streamed_pieces
-from streammerge.statistics.kinds import Statistic
-from streammerge.statistics.reducers import (
-    NotFiniteError,
-    Range,
-    Reducer,
-    TopKReducer,
-    collect,
-    make_reducer,
-    needs_models,
-    one_after_another,
-)
+from streammerge.statistics.base import NotFiniteError, Range, Reducer, Statistic
+from streammerge.statistics.passes import collect
 
 _MODEL_SAMPLE_BLOCKS = 192
 _SAMPLE_BLOCKS = 64
@@ -62,21 +52,19 @@ class Streamer:
             shared = wanted[merged[0].ordinal]
             n = sum(job.n_elements for job in merged)
             reducers = [
-                make_reducer(
+                reducer_of(
+                    self._worker,
                     statistic,
                     merged,
                     {job: statistics[i] for job, statistics in wanted.items()},
-                    self._worker.keys,
-                    self._worker.tolerant,
-                    self._plan.statistics_memory.bins,
                 )
                 for i, statistic in enumerate(shared)
             ]
 
-            def run_pass(some: Sequence[Reducer], only: Range | None) -> None:
+            def run_pass(some: Sequence[Reducer[Any]], only: Range | None) -> None:
                 self._stream(merged, some, only)
 
-            def run_sample(some: Sequence[TopKReducer], n: int = n) -> None:
+            def run_sample(some: Sequence[Reducer[Any]], n: int = n) -> None:
                 self._drain(self._sample_chunks(merged, some, n, _MODEL_SAMPLE_BLOCKS))
 
             answers = collect(reducers, run_pass, run_sample)
@@ -89,7 +77,7 @@ class Streamer:
         rounds = self._plan.rounds_of(job)[:known]
         return sum(any(statistic.extent == Extent.MODEL for statistic in statistics) for statistics in rounds)
 
-    def _wanted_at_model_scope(self, jobs: Sequence[Job]) -> dict[int, list[Statistic]]:
+    def _wanted_at_model_scope(self, jobs: Sequence[Job]) -> dict[int, list[Statistic[Any]]]:
         """Bring every job to its next whole-model statistic, answering tensor-scope ones on the way."""
 
         def bring(job: Job) -> None:
@@ -125,28 +113,27 @@ class Streamer:
     def answer(self, job: Job) -> None:
         """Answer the tensor-scope statistics of one tensor that is too large to hold, by streaming it."""
         while isinstance(wanted := follow(self._worker, job), list) and wanted[0].extent == Extent.TENSOR:
-            keys, bins = self._worker.keys, self._plan.statistics_memory.bins
             reducers = [
-                make_reducer(r, [job], {job.ordinal: r}, keys, self._worker.tolerant, bins) for r in wanted
+                reducer_of(self._worker, statistic, [job], {job.ordinal: statistic}) for statistic in wanted
             ]
 
-            def run_pass(some: Sequence[Reducer], only: Range | None) -> None:
+            def run_pass(some: Sequence[Reducer[Any]], only: Range | None) -> None:
                 self._stream([job], some, only)
 
-            def run_sample(some: Sequence[TopKReducer]) -> None:
+            def run_sample(some: Sequence[Reducer[Any]]) -> None:
                 self._drain(self._sample_chunks([job], some, job.n_elements, _SAMPLE_BLOCKS))
 
             answers = collect(reducers, run_pass, run_sample)
             self._worker.answers.setdefault(job.ordinal, []).append(answers)
             self._record([job])
 
-    def _stream(self, jobs: Sequence[Job], some: Sequence[Reducer], only: Range | None) -> None:
+    def _stream(self, jobs: Sequence[Job], some: Sequence[Reducer[Any]], only: Range | None) -> None:
         if only is None:
             ranges = [(job, 0, job.n_elements) for job in jobs]
         else:
             ranges = [(self._plan.jobs[only[0]], only[1], only[2])]
         pieces = (piece for one in ranges for piece in self._pieces(*one))
-        if one_after_another(some):
+        if any(reducer.in_order for reducer in some):
             for piece in pieces:
                 self._drain([self._worker.threads.submit(self._add_piece, piece, some)])
             return
@@ -160,7 +147,7 @@ class Streamer:
         )
 
     def _sample_chunks(
-        self, jobs: Sequence[Job], some: Sequence[TopKReducer], n: int, blocks: int
+        self, jobs: Sequence[Job], some: Sequence[Reducer[Any]], n: int, blocks: int
     ) -> Iterable[Future[None]]:
         """Feed blocks spread evenly over the elements of all jobs."""
         pieces = []
@@ -178,7 +165,7 @@ class Streamer:
         for piece in pieces:
             yield self._worker.threads.submit(self._add_piece, piece, some)
 
-    def _add_piece(self, piece: Piece, some: Sequence[Reducer]) -> None:
+    def _add_piece(self, piece: Piece, some: Sequence[Reducer[Any]]) -> None:
         if self._worker.stop.is_set() or piece.stop <= piece.start:
             return
         job = self._plan.jobs[piece.job]
@@ -186,8 +173,8 @@ class Streamer:
             if buffer is not None:
                 self._guarded(job, lambda: self._add_loaded(job, piece, some, buffer))
 
-    def _add_loaded(self, job: Job, piece: Piece, some: Sequence[Reducer], buffer: Bytes) -> None:
-        reads = needs_models(some)
+    def _add_loaded(self, job: Job, piece: Piece, some: Sequence[Reducer[Any]], buffer: Bytes) -> None:
+        reads = any(reducer.reads_models for reducer in some)
         if not reads and not job.fishers:
             return
         loaded = load(self._worker, job, piece.start, piece.stop, buffer, models_too=reads, again=True)
@@ -203,14 +190,7 @@ class Streamer:
 
     def _record(self, jobs: Sequence[Job]) -> None:
         """Record the answers of some jobs in one append, so that a streamed pass is not done twice."""
-        self._note(
-            {
-                str(job.ordinal): [
-                    [plain(a) for a in one] for one in takewhile(is_short, self._worker.answers[job.ordinal])
-                ]
-                for job in jobs
-            }
-        )
+        self._note({str(job.ordinal): plain(self._worker, job) for job in jobs})
 
     def _drain(self, futures: Iterable[Future[None]], *, in_order: bool = False) -> None:
         """Wait for pieces, a few in flight, and stop at the first failure."""

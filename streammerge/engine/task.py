@@ -24,7 +24,7 @@ from streammerge.output.journal import Receipt
 from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import divide, is_copied
 from streammerge.planning.schedule import Chunk, Piece
-from streammerge.statistics.reducers import NotFiniteError
+from streammerge.statistics.base import NotFiniteError
 from streammerge.tensors.read import read_source
 
 

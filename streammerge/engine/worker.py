@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from streammerge.algebra.block import Block, BlockMath
-from streammerge.engine.mixer_cache import MixerCache, torch_in_one_thread
+from streammerge.engine.gram_cache import GramCache, torch_in_one_thread
 from streammerge.io.buffer_pool import Bytes, Pool
 from streammerge.io.reader import IoMode, Reader
 from streammerge.machine import available_memory, share_out
@@ -19,10 +20,10 @@ from streammerge.output.shards import ShardWriter, Sink
 from streammerge.planning.job import Job
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import Chunk
-from streammerge.statistics.kinds import Answer
 from streammerge.timing import Stages
 
-Answers = list[list[Answer]]
+Answers = list[list[Any]]
+"""Values of statistics, round by round."""
 PREFETCHERS = 2
 """Threads that ask for the bytes of chunks to come; asking blocks while the disk's queue is full."""
 
@@ -64,8 +65,8 @@ class Worker:
         self.stages = Stages()
         self.answers: dict[int, Answers] = {}
         """Values of statistics already known of each job, by ordinal, round by round: whole-model and streamed ones."""
-        self.mixers = MixerCache()
-        """The matrices of a method that takes Gram matrices, of one tensor at a time."""
+        self.grams = GramCache()
+        """Statistics of Gram matrices, of one tensor at a time."""
         buffers = self.plan.backend.buffers
         self._pool = Pool(self.plan.budget.capacity, buffers.prepare, buffers.release)
         self.threads = ThreadPoolExecutor(self.plan.budget.workers, thread_name_prefix="merge")

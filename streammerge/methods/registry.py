@@ -33,7 +33,8 @@ from streammerge.methods.parameters import (
 )
 from streammerge.methods.sources import digest, imported_files, own_digest
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.kinds import Answer, Statistic
+from streammerge.statistics.asking import Steps
+from streammerge.statistics.base import Statistic
 
 __all__ = [
     "REQUIRED",
@@ -146,17 +147,15 @@ class Method:
         return nbytes
 
     def start(
-        self, context: TensorContext, parameters: Mapping[str, Any], answers: Sequence[Sequence[Answer]]
-    ) -> Rule | list[Statistic]:
+        self, context: TensorContext, parameters: Mapping[str, Any], answers: Sequence[Sequence[Any]]
+    ) -> Rule | list[Statistic[Any]]:
         """Follow the method through the `answers` known so far; return what it wants next, or its rule."""
         if self.origin == "built in":
             return _follow(self._steps(context, parameters), answers)
         with blamed_on(self.name, context.name):
             return _follow(self._steps(context, parameters), answers)
 
-    def _steps(
-        self, context: TensorContext, parameters: Mapping[str, Any]
-    ) -> Generator[list[Statistic], list[Answer], Rule]:
+    def _steps(self, context: TensorContext, parameters: Mapping[str, Any]) -> Steps[Rule]:
         """Drop first, where that is asked for; then the method itself."""
         own = dict(parameters)
         drop = self.drop.take(own)
@@ -194,10 +193,10 @@ class Method:
         assert not isinstance(rule, list)
         return rule
 
-    def rounds(self, context: TensorContext, parameters: Mapping[str, Any]) -> list[list[Statistic]]:
+    def rounds(self, context: TensorContext, parameters: Mapping[str, Any]) -> list[list[Statistic[Any]]]:
         """Return the statistics of each round, following the method with placeholder answers."""
-        answers: list[list[Answer]] = []
-        rounds: list[list[Statistic]] = []
+        answers: list[list[Any]] = []
+        rounds: list[list[Statistic[Any]]] = []
         while isinstance(wanted := self.start(context, parameters, answers), list):
             rounds.append(wanted)
             answers.append([statistic.placeholder() for statistic in wanted])
@@ -218,8 +217,8 @@ class Method:
 
 
 def _follow(
-    generator: Generator[Any, Any, Any], answers: Sequence[Sequence[Answer]]
-) -> Rule | list[Statistic]:
+    generator: Generator[Any, Any, Any], answers: Sequence[Sequence[Any]]
+) -> Rule | list[Statistic[Any]]:
     try:
         wanted = next(generator)
         for known in answers:

@@ -4,4 +4,8 @@ from streammerge.algebra import extent, rules
 from streammerge.methods.renamed import finder
 from streammerge.statistics import kinds
 
-__getattr__ = finder(__name__, (kinds, rules, extent), {"Request": "Statistic", "Scope": "Extent"})
+__getattr__ = finder(
+    __name__,
+    (kinds, rules, extent),
+    {"Request": "Statistic", "Scope": "Extent", "Mixing": "RegressionOperators"},
+)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 Partials = NDArray[np.float64]
 BLOCK = 4096
 """Elements of one partial sum."""
+Part = tuple[tuple[int | None, int], Partials | None, dict[tuple[int | None, int], tuple[int, Partials]]]
+"""The next block to fold, the sums of all before it, and blocks that wait, by tensor and first element."""
 _ROWS = 64
 """Blocks folded at a time: a fold is a copy."""
 
@@ -38,6 +40,11 @@ class OrderedSum:
         """Take the partial sums, (blocks, columns), of `n` elements of a tensor, from element `start` on."""
         with self._lock:
             self._early[tensor, start] = n, partials
+        self._fold_early()
+
+    def _fold_early(self) -> None:
+        """Fold all blocks that nothing before is missing of."""
+        with self._lock:
             while self._next in self._early:
                 size, part = self._early.pop(self._next)
                 self._fold(part)
@@ -54,6 +61,33 @@ class OrderedSum:
             self._totals = np.add.accumulate(known)[
                 -1
             ]  # one after the other, where `sum` chooses its own order
+
+    def part(self) -> Part:
+        """Return all that was added, as a value that pickles: what is folded, and what waits for others."""
+        with self._lock:
+            return self._next, self._totals, dict(self._early)
+
+    def absorb(self, part: Part) -> None:
+        """Add what another instance over the same tensors was given: no block twice.
+
+        Of several that share the blocks only the one with the first of all has folded any.
+        """
+        following, totals, early = part
+        if totals is not None:
+            with self._lock:
+                assert self._totals is None, "blocks that came twice"
+                self._next, self._totals = following, totals
+        for (tensor, start), (n, partials) in early.items():
+            assert tensor is not None
+            self.add(tensor, start, n, partials)
+        self._fold_early()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     @property
     def totals(self) -> list[float]:

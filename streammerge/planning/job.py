@@ -10,6 +10,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import CompanionRef
 from streammerge.dtypes import FLOATS8, itemsize
 from streammerge.formats.refs import SourceRef
+from streammerge.statistics.base import MeasuredTensor
 
 Kind = Literal["merge", "copy", "agree"]
 
@@ -96,3 +97,9 @@ class Job:
         if self.dtype == self.sources[0].dtype:
             return self.sources[0].nbytes
         return self.n_elements * itemsize(self.dtype)
+
+
+def measured(job: Job) -> MeasuredTensor:
+    """Return what a statistic may know of the tensor of a job."""
+    sums = tuple(ref.square_sum for ref in job.fishers)
+    return MeasuredTensor(job.ordinal, job.n_elements, job.name, job.line_length(Extent.COLUMN), sums)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from streammerge.algebra.rules import (
@@ -14,77 +14,25 @@ from streammerge.algebra.rules import (
     TaskVectorMerge,
     TouchedMerge,
     WeightedSum,
-    ranked,
 )
-from streammerge.algebra.scores import Importance, Score, Spread
-from streammerge.algebra.task_vectors import TaskVector
+from streammerge.backends.cpu.groups import groups_of_call, groups_of_merge, groups_of_selection
 from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import is_copied
 from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.planning.plan import MergePlan
-from streammerge.statistics.kinds import (
-    AbsSum,
-    Band,
-    ColumnGram,
-    FisherSquares,
-    Gram,
-    Largest,
-    LowWords,
-    NonZero,
-    Quantile,
-    SignTotal,
-    Squares,
-    TieIndex,
-    TopK,
-    Touches,
-)
 
 Names = frozenset[str]
-
-
-def _of_ranked(what: TaskVector | Score) -> Names:
-    return _OF_RANKED[type(what)]
-
-
-def _of_merge(merge: TaskVectorMerge) -> Names:
-    return frozenset({"ranked" if ranked(merge) else "task_vectors"})
-
-
-def _of_selection(what: Squares | SelectedMerge) -> Names:
-    chosen = frozenset[str]() if what.selection is None else _of_ranked(what.selection.score)
-    return chosen | {"selected"}
-
-
-_OF_RANKED: Mapping[type, Names] = {
-    TaskVector: frozenset({"ranks"}),
-    Spread: frozenset({"spread"}),
-    Importance: frozenset({"importance"}),
-}
-_OF: Mapping[type, Callable[[Any], Names]] = {
-    TopK: lambda statistic: _of_ranked(statistic.vector),
-    Band: lambda statistic: _of_ranked(statistic.vector),
-    TieIndex: lambda statistic: _of_ranked(statistic.vector),
-    NonZero: lambda statistic: _of_ranked(statistic.score),
-    Largest: lambda statistic: _of_ranked(statistic.score),
-    Quantile: lambda statistic: _of_ranked(statistic.score),
-    AbsSum: lambda statistic: frozenset({"ranked" if statistic.vector.rank_drop else "abs_sums"}),
-    Squares: _of_selection,
-    Touches: lambda statistic: frozenset({"touched"}),
-    Gram: lambda statistic: frozenset({"dots"}),
-    ColumnGram: lambda statistic: frozenset({"columns"}),
-    SignTotal: lambda statistic: _of_merge(statistic.merge),
-    LowWords: lambda statistic: frozenset({"words"}),
-    FisherSquares: lambda statistic: frozenset({"fisher"}),
+_OF_RULE: Mapping[type, Callable[[Any], Names]] = {
     WeightedSum: lambda rule: frozenset({"weighted_sum"}),
     CopyOf: lambda rule: frozenset({"weighted_sum"}),
-    TaskVectorMerge: _of_merge,
-    SelectedMerge: _of_selection,
+    TaskVectorMerge: groups_of_merge,
+    SelectedMerge: lambda rule: groups_of_selection(rule.selection),
     TouchedMerge: lambda rule: frozenset({"touched"}),
     FisherMean: lambda rule: frozenset({"fisher"}),
     RowCombination: lambda rule: frozenset({"dots", "rows"}),
     ColumnCombination: lambda rule: frozenset({"columns"}),
 }
-"""By the class of what a method asks or does; what is not here needs none."""
+"""By the class of a rule; one that is not here needs none."""
 _BESIDE_TORCH = frozenset({"words", "adapters"})
 """What torch has no part in: random words are counted, and adapters applied, before it sees a value."""
 
@@ -105,13 +53,10 @@ def needed_kernels(plan: MergePlan) -> Names:
 
 def _of_job(job: Job, plan: MergePlan) -> Names:
     if job.kind != "merge":
-        return _OF[WeightedSum](None)
+        return _OF_RULE[WeightedSum](None)
     context = tensor_context_of(job)
     rounds = plan.method.rounds(context, job.parameters)
-    wanted: Iterable[Any] = [statistic for statistics in rounds for statistic in statistics]
-    found = [
-        _OF[type(one)](one)
-        for one in (*wanted, plan.method.rule(context, job.parameters))
-        if type(one) in _OF
-    ]
-    return frozenset().union(*found)
+    rule = plan.method.rule(context, job.parameters)
+    calls = [call for statistics in rounds for statistic in statistics for call in statistic.calls()]
+    of_rule = _OF_RULE[type(rule)](rule) if type(rule) in _OF_RULE else frozenset[str]()
+    return of_rule.union(*map(groups_of_call, calls))

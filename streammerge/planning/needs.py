@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.tensor_kinds import kind_of
 from streammerge.methods.registry import Method
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.planning.job import Job
+from streammerge.planning.job import Job, measured
 from streammerge.planning.memory.allocate import Needs, asked_together
-from streammerge.statistics.kinds import AbsSum, FisherSquares, Gram, LowWords, Mixing, Squares, Statistic
+from streammerge.statistics.base import Statistic
 
 
 def tensor_context_of(job: Job) -> TensorContext:
@@ -50,11 +51,9 @@ def likeness(job: Job, method: Method) -> tuple[object, ...]:
     return (job.kind, bool(job.grams), *job.parameters.items(), *own)
 
 
-def needs_data(statistic: Statistic, jobs: Sequence[Job]) -> bool:
-    """Return whether the answer takes a pass over the inputs; a Fisher store records its squares."""
-    if isinstance(statistic, FisherSquares):
-        return any(job.fishers and job.fishers[statistic.model].square_sum is None for job in jobs)
-    return not isinstance(statistic, LowWords | Mixing)
+def needs_data(statistic: Statistic[Any], jobs: Sequence[Job]) -> bool:
+    """Return whether it takes a pass over the inputs: not if it needs no data, or what it needs is recorded."""
+    return any(statistic.reads(measured(job)) for job in jobs if job.kind == "merge")
 
 
 def needs_of(job: Job, method: Method, jobs: Sequence[Job]) -> Needs:
@@ -65,6 +64,6 @@ def needs_of(job: Job, method: Method, jobs: Sequence[Job]) -> Needs:
     rounds = method.rounds(context, job.parameters)
     own = [r for statistics in rounds for r in statistics if r.extent == Extent.TENSOR]
     holds = any(needs_data(statistic, jobs) for statistic in own)
-    sums = any(isinstance(statistic, AbsSum | Squares | Gram) for statistic in own)
+    sums = any(statistic.cost.partials for statistic in own)
     extent = method.sees(context, job.parameters)
     return Needs(method.access_with(context, job.parameters), holds, sums, extent, *asked_together(rounds))

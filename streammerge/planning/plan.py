@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from streammerge.algebra.extent import Extent
@@ -28,7 +29,7 @@ from streammerge.planning.needs import likeness, needs_data, tensor_context_of
 from streammerge.planning.options import LeftOut
 from streammerge.planning.overview import as_html, as_text, first_few
 from streammerge.planning.schedule import Interval, Step, Work, steps
-from streammerge.statistics.kinds import FisherSquares, Statistic, passes_of
+from streammerge.statistics.base import Source, Statistic
 from streammerge.units import format_size
 
 
@@ -150,14 +151,22 @@ class MergePlan:
             default=0,
         )
 
-    def rounds_reading(self, job: Job, extent: Extent) -> list[list[Statistic]]:
+    def rounds_reading(self, job: Job, extent: Extent) -> list[list[Statistic[Any]]]:
         """Return the rounds of one extent that need a pass over the files."""
         return [
             statistics
             for statistics in self.rounds_of(job)
-            if statistics[0].extent == extent
-            and any(needs_data(statistic, self.jobs) for statistic in statistics)
+            if statistics[0].extent == extent and any(map(self._is_read, statistics))
         ]
+
+    def _is_read(self, statistic: Statistic[Any]) -> bool:
+        if statistic not in self._known_reads:  # of thousands of tensors, each asks for the same
+            self._known_reads[statistic] = needs_data(statistic, self.jobs)
+        return self._known_reads[statistic]
+
+    @cached_property
+    def _known_reads(self) -> dict[Statistic[Any], bool]:
+        return {}
 
     def model_passes(self) -> int:
         """Return how many times the files are read for whole-model statistics before the merge."""
@@ -166,7 +175,7 @@ class MergePlan:
             default=0,
         )
 
-    def rounds_of(self, job: Job) -> list[list[Statistic]]:
+    def rounds_of(self, job: Job) -> list[list[Statistic[Any]]]:
         """Return the statistics of each round of a merge job, assuming placeholder values."""
         if job.kind != "merge":
             return []
@@ -192,10 +201,11 @@ class MergePlan:
         )
 
     @staticmethod
-    def _bytes_of(job: Job, statistics: Sequence[Statistic]) -> int:
+    def _bytes_of(job: Job, statistics: Sequence[Statistic[Any]]) -> int:
         """Return the bytes that a round of statistics reads of a job."""
-        squares = all(isinstance(statistic, FisherSquares) for statistic in statistics)
-        return (job.fisher_bytes if squares else job.input_bytes) * passes_of(statistics)
+        fishers = all(statistic.source is Source.FISHERS for statistic in statistics)
+        passes = max(statistic.cost.passes for statistic in statistics)
+        return (job.fisher_bytes if fishers else job.input_bytes) * passes
 
     def identity(self) -> dict[str, str]:
         """Return everything that the output's bytes depend on, by name, each as a short digest or value."""

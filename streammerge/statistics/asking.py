@@ -7,24 +7,17 @@ values; `ask` and `ask_all` are rounds of one statistic and of several of one ki
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-A = TypeVar("A")
-A_co = TypeVar("A_co", covariant=True)
+from streammerge.statistics.base import A, Statistic
+
 R = TypeVar("R")
 
-Steps = Generator[list[Any], list[Any], R]
+Steps = Generator[list[Statistic[Any]], list[Any], R]
 """The rounds of a method, which end in R: a rule, or task vectors on the way to one."""
 
 
-class Asked(Protocol[A_co]):
-    """A statistic, by the type of its value."""
-
-    def placeholder(self) -> A_co:
-        """Return a value of the right type, to follow a method without data."""
-
-
-def ask(statistic: Asked[A]) -> Steps[A]:
+def ask(statistic: Statistic[A]) -> Steps[A]:
     """Ask for one statistic.
 
     >>> def steps():
@@ -33,6 +26,6 @@ def ask(statistic: Asked[A]) -> Steps[A]:
     return (yield from ask_all([statistic]))[0]
 
 
-def ask_all(statistics: Sequence[Asked[A]]) -> Steps[list[A]]:
+def ask_all(statistics: Sequence[Statistic[A]]) -> Steps[list[A]]:
     """Ask for several statistics in one round: one pass over the data answers all of them."""
     return cast(list[A], (yield list(statistics)))

@@ -15,8 +15,7 @@ from streammerge.algebra.task_vectors import TaskVector
 from streammerge.estimate.fisher.sums import DiagonalSums
 from streammerge.numerics.compiled import missing_kernels
 from streammerge.numerics.philox import derive_key
-from streammerge.statistics.kinds import LowWords
-from streammerge.statistics.reducers import low_words
+from streammerge.statistics.random_words import LowWords, low_words
 from tests.conftest import config_for
 
 WITHOUT = "import sys; sys.modules['numba'] = None; from streammerge.cli import main; main()"
@@ -49,7 +48,7 @@ def test_a_merge_without_numba_has_the_same_bytes_and_says_that_it_is_slower(
 def test_exact_drop_counts_agree(n: int, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
     statistic, key = LowWords(TaskVector(0), density), derive_key(3, "dare", "m", "t")
     compiled = low_words(statistic, n, key)
-    monkeypatch.setattr("streammerge.statistics.reducers.is_compiled", lambda name: False)
+    monkeypatch.setattr("streammerge.statistics.random_words.is_compiled", lambda name: False)
     assert low_words(statistic, n, key) == compiled
 
 

@@ -18,7 +18,6 @@ from streammerge.methods.registry import TensorContext, get_method
 from streammerge.numerics.philox import RandomKeys
 from streammerge.statistics.kinds import (
     AbsSum,
-    Answer,
     SignTotal,
     SquareTotal,
     Threshold,
@@ -78,7 +77,7 @@ def parameters_of(name: str, n: int, **given: Any) -> dict[str, Any]:
     return bound
 
 
-def follow(name: str, n: int, *answers: list[Answer], **given: Any) -> Any:
+def follow(name: str, n: int, *answers: list[Any], **given: Any) -> Any:
     return get_method(name).start(TensorContext(n), parameters_of(name, n, **given), answers)
 
 
@@ -103,7 +102,7 @@ def test_the_method_asks_for_the_top_half_and_returns_that_rule() -> None:
     assert [(r.vector.model, r.density, r.count(4), r.extent) for r in wanted] == [
         (i, 0.5, 2, "tensor") for i in range(3)
     ]
-    thresholds: list[Answer] = [Threshold(key(m), 1, 1) for m in TRIMMED_AT]
+    thresholds: list[Any] = [Threshold(key(m), 1, 1) for m in TRIMMED_AT]
     rule = follow("ties", 3, thresholds, density=0.5)
     assert call(rule, DELTAS) == TIES
     assert call(follow("ties", 3, thresholds, density=0.5, ties="all"), DELTAS) == TIES
@@ -188,7 +187,7 @@ def test_ties_at_the_threshold_are_kept_by_policy() -> None:
     delta = [0.5, 0.5, 0.5, 1.0]
     threshold = Threshold(key(0.5), 3, 1)
 
-    def kept(policy: str, *more: list[Answer]) -> list[float]:
+    def kept(policy: str, *more: list[Any]) -> list[float]:
         rule = follow("ties", 1, [threshold], *more, density=0.5, ties=policy)
         return call(rule, [delta], [0.0] * 4)
 
@@ -360,7 +359,7 @@ FISHER_MODELS = [[1.0, 2.0, 3.0, -4.0], [5.0, 6.0, 7.0, 4.0]]
 DIAGONALS = [[1.0, 0.0, 0.25, 3.0], [3.0, 2.0, 0.0, 1.0]]
 
 
-def fisher_merge(diagonals: Sequence[Sequence[float]], *answers: list[Answer], **given: Any) -> list[float]:
+def fisher_merge(diagonals: Sequence[Sequence[float]], *answers: list[Any], **given: Any) -> list[float]:
     rule = get_method("fisher").start(
         TensorContext(2, fisher=True), parameters_of("fisher", 2, **given), list(answers)
     )
@@ -378,7 +377,7 @@ def test_fisher_is_the_average_weighed_by_certainty() -> None:
 
 def test_fisher_divides_each_diagonal_by_its_norm() -> None:
     # Norms 4 and 2: the certainties become 0.25:1.5, 0:1, 0.0625:0 and 0.75:0.5.
-    squares: list[Answer] = [SquareTotal(16.0, 4), SquareTotal(4.0, 4)]
+    squares: list[Any] = [SquareTotal(16.0, 4), SquareTotal(4.0, 4)]
     merged = fisher_merge(DIAGONALS, squares, floor=0.0)
     assert merged == pytest.approx([31 / 7, 6.0, 3.0, -0.8])
 

@@ -18,12 +18,11 @@ from streammerge.algebra.scores import Importance, Selection, Spread
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.api import merge
 from streammerge.backends.torch.backend import BLOCK_ELEMENTS
-from streammerge.engine import task as chunk
+from streammerge.engine import answers
 from streammerge.engine.scheduler import Scheduler
 from streammerge.methods.registry import get_method
 from streammerge.numerics import elementary
 from streammerge.statistics.kinds import (
-    Answer,
     NonZero,
     Quantile,
     Squares,
@@ -58,7 +57,7 @@ def test_sce_selects_where_models_differ_most_weighs_them_by_what_is_left_and_er
     (statistic,) = follow("sce", 2, [3], select_topk=0.7)
     assert statistic.count(4) == 2  # int(0.7 * 3)
     # The first and the third are left: squares 1.25 and 1.0625. The first cancels, the third is negative.
-    answers: list[list[Answer]] = [[3], [Threshold(key(0.140625), 1, 1)], [(0, 3)]]
+    answers: list[list[Any]] = [[3], [Threshold(key(0.140625), 1, 1)], [(0, 3)]]
     (statistic,) = follow("sce", 2, *answers, select_topk=0.7)
     assert isinstance(statistic, Squares)
     answers.append([SquareSums((1.25, 1.0625), 4)])
@@ -69,7 +68,7 @@ def test_sce_selects_where_models_differ_most_weighs_them_by_what_is_left_and_er
 
 
 def test_sce_without_a_selection_is_the_mean_weighed_by_mean_squares() -> None:
-    squares: list[Answer] = [SquareSums((1.5625, 1.875), 4)]
+    squares: list[Any] = [SquareSums((1.5625, 1.875), 4)]
     expected = [0.0, 0.5, -0.5, (5 * 0.25 + 6 * 0.75) / 11]
     assert call(follow("sce", 2, squares), DELTAS, ZERO) == pytest.approx(expected, rel=1e-15)
     # mergekit's guard: mean squares that sum to less than the floor (here 3.4375 / 4) make equal weights ...
@@ -85,7 +84,7 @@ def test_sce_of_models_that_are_the_same_selects_nothing() -> None:
     assert statistic.count(2) == 0
     none = [[0], [Threshold(key(math.inf), 1, 0)], [(0, 0)], [SquareSums((0.0, 0.0), 2)]]
     assert call(follow("sce", 2, *none, select_topk=0.9), same, [1.0, 2.0]) == [1.0, 2.0]
-    squares: list[Answer] = [SquareSums((0.3125, 0.3125), 2)]
+    squares: list[Any] = [SquareSums((0.3125, 0.3125), 2)]
     assert call(follow("sce", 2, squares), same, [1.0, 2.0]) == [1.5, 1.75]
 
 
@@ -252,7 +251,7 @@ def test_a_tensor_in_memory_may_be_passed_over_in_parts(
 ) -> None:
     config = config_for(method, make_models(spread=1e-4), parameters=parameters)
     merge(config, tmp_path / "whole")
-    monkeypatch.setattr(chunk, "_COUNTED_AT_ONCE", 5000)
+    monkeypatch.setattr(answers, "_COUNTED_AT_ONCE", 5000)
     merge(config, tmp_path / "parts")
     assert output_bytes(tmp_path / "parts") == output_bytes(tmp_path / "whole")
 

@@ -24,13 +24,10 @@ from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.torch.math import TorchMath
 from streammerge.numerics.ordered_sum import block_sums
 from streammerge.numerics.philox import RandomKeys
+from streammerge.statistics.base import NotFiniteError
 from streammerge.statistics.kinds import AbsSum, Threshold, TieIndex, TopK
-from streammerge.statistics.reducers import (
-    NotFiniteError,
-    SumsReducer,
-    TieIndexReducer,
-    TopKReducer,
-)
+from streammerge.statistics.ranks import TieIndexReducer, TopKReducer
+from streammerge.statistics.sums import SumsReducer
 
 # --- pieces
 
@@ -108,7 +105,7 @@ def select(
         for a, piece, n in pieces:
             reducer.add(0, a, n, piece)
         if reducer.end():
-            return reducer.answer, passes
+            return reducer.value, passes
     raise AssertionError("no end")
 
 
@@ -211,8 +208,8 @@ def test_abs_sums_have_the_same_bits_for_any_cut_at_4096(
         for a, b in reversed(parts):  # in any order, too
             reducer.add(0, a, b - a, math(load([torch.zeros(b - a), delta[a:b]], a)))
         assert reducer.end()
-        assert isinstance(reducer.answer, float)
-        return reducer.answer
+        assert isinstance(reducer.value, float)
+        return reducer.value
 
     whole = total([(0, n)], KernelMath)
     parts = cuts_of(n, [4096 * c for c in cuts])
@@ -239,7 +236,7 @@ def test_the_last_needed_tie_is_found_across_pieces(needed: int, cuts: list[int]
             reducer.add(0, a, b - a, math(load([torch.zeros(b - a), delta[a:b]], a)))
         if reducer.end():
             break
-    assert reducer.answer == (0, int(places[needed - 1]) + 1)
+    assert reducer.value == (0, int(places[needed - 1]) + 1)
 
 
 # --- sums over columns

@@ -295,7 +295,7 @@ MUTATIONS = [
     Mutation(
         "P14",
         "matrix products are summed in one thread",
-        "streammerge/engine/mixer_cache.py",
+        "streammerge/engine/gram_cache.py",
         "    torch.set_num_threads(1)\n",
         "",
         "tests/estimate/gram -k threads_of_matrix",

@@ -10,7 +10,7 @@ from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import weighted_average
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.asking import Steps, ask
-from streammerge.statistics.kinds import Mixing
+from streammerge.statistics.kinds import RegressionOperators
 
 
 @method(
@@ -41,5 +41,5 @@ def regmean(
         )
     if not context.gram:
         return weighted_average(context, weight)
-    mixers = yield from ask(Mixing(alpha, tuple(weight)))
-    return RegressionMean(tuple(weight), mixers)
+    operators = yield from ask(RegressionOperators(alpha, tuple(weight)))
+    return RegressionMean(tuple(weight), operators)

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from streammerge.algebra.extent import Extent
 from streammerge.errors import BudgetError
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.schedule import ALIGN, TooLarge, Work
-from streammerge.statistics.kinds import Band, Largest, Quantile, Statistic, TopK, partials_of
-from streammerge.statistics.reducers import FEWEST_BINS, MOST_BINS
+from streammerge.statistics.base import FEWEST_BINS, MOST_BINS, Statistic
 from streammerge.units import format_at_least, format_size
 
 _MOST_PARTIALS = 1 << 20
@@ -83,12 +83,10 @@ class Allocation:
     work: tuple[Work, ...]
 
 
-def asked_together(rounds: Sequence[Sequence[Statistic]]) -> tuple[int, int, int]:
+def asked_together(rounds: Sequence[Sequence[Statistic[Any]]]) -> tuple[int, int, int]:
     """Return `ranks`, `partials` and `kept` of `Needs`."""
-    ranks = max(
-        (sum(isinstance(r, TopK | Band | Largest | Quantile) for r in one) for one in rounds), default=0
-    )
-    partials = max((sum(map(partials_of, one)) for one in rounds), default=0)
+    ranks = max((sum(statistic.cost.windows for statistic in one) for one in rounds), default=0)
+    partials = max((sum(statistic.cost.partials for statistic in one) for one in rounds), default=0)
     last = max((i for i, one in enumerate(rounds) if one[0].extent == Extent.MODEL), default=0)
     return ranks, partials, sum(len(one) for one in rounds[:last] if one[0].extent == Extent.TENSOR)
 

@@ -27,7 +27,6 @@ from streammerge.planning.resolve.parameters import bind, check_names, preset_of
 from streammerge.planning.resolve.quantised import codes_of, is_of_codes
 from streammerge.planning.resolve.unmatched import unmatched
 from streammerge.planning.resolve.vocabulary import Alignment
-from streammerge.statistics.kinds import Band, TopK
 
 
 @dataclass(frozen=True)
@@ -347,10 +346,7 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
         except ConfigError as error:
             raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
         asked: list[tuple[object, ...]] = [
-            (type(r), r.vector.model, r.density) if isinstance(r, TopK | Band) else (type(r),)
-            for statistics in rounds
-            for r in statistics
-            if r.extent == Extent.MODEL
+            r.common for statistics in rounds for r in statistics if r.extent == Extent.MODEL
         ]
         if asked:
             members.add(job.members)

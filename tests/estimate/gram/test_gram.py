@@ -13,11 +13,10 @@ import torch
 import zarr
 from torch import nn
 
+from streammerge.algebra.regression import regression_operators
 from streammerge.api import compute_grams, merge, plan, verify
-from streammerge.engine.mixer_cache import mixers_of
 from streammerge.errors import ConfigError, ModelError, Stopped
 from streammerge.planning.schedule import Chunk
-from streammerge.statistics.kinds import Mixing
 from tests.conftest import config_for, output_bytes, read_tensors
 from tests.estimate.network.tiny import make_lines, make_model, write_lines
 
@@ -167,8 +166,8 @@ def test_directions_without_data_keep_the_average() -> None:
         x[:, 4:] = 0.0
         grams.append(x.T @ x / 50)
     few = [gram[:4, :4].copy() for gram in grams]
-    found = mixers_of(grams, Mixing(1.0, (1.0, 1.0))).matrices
-    expected = mixers_of(few, Mixing(1.0, (1.0, 1.0))).matrices
+    found = regression_operators(grams, 1.0, (1.0, 1.0))
+    expected = regression_operators(few, 1.0, (1.0, 1.0))
     for mixer, alone in zip(found, expected, strict=True):
         assert torch.allclose(mixer[:4, :4], alone, atol=1e-5)
         assert not mixer[4:].any()

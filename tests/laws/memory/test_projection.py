@@ -24,7 +24,7 @@ from streammerge.machine import left_in_groups, peak_memory
 from streammerge.planning.memory.allocate import StatisticsMemory, statistics_memory
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.plan import MergePlan
-from streammerge.statistics.reducers import FEWEST_BINS, MOST_BINS
+from streammerge.statistics.base import FEWEST_BINS, MOST_BINS
 from streammerge.units import format_at_least, parse_size
 
 Shapes = dict[str, tuple[int, ...]]

@@ -1,0 +1,72 @@
+"""Statistics of the Gram matrices of one tensor, read from their stores: one tensor at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.checkpoint.companions import CompanionRef
+from streammerge.io.reader import Reader
+from streammerge.io.scratch import Scratch
+from streammerge.planning.job import Job
+from streammerge.planning.plan import MergePlan
+from streammerge.statistics.base import A, Statistic
+from streammerge.timing import Stages
+
+
+@contextmanager
+def torch_in_one_thread(plan: MergePlan) -> Iterator[None]:
+    """Have torch add up in one thread meanwhile, where a merge lets it: how sums are cut changes their last bits.
+
+    That is where matrices are multiplied, and in formulas, whose sums are their own affair. Workers run beside each
+    other, so little is lost.
+    """
+    if not plan.grams and not plan.method.is_formula:
+        yield
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class GramCache:
+    """Takes statistics of Gram matrices, and keeps those of the last tensor: its pieces come one after the other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._of: int | None = None
+        self._known: dict[Statistic[Any], Any] = {}
+
+    def get(self, job: Job, statistic: Statistic[A], reader: Reader, stages: Stages) -> A:
+        """Return the value of a statistic of the Gram matrices of a job's tensor.
+
+        Raises
+        ------
+        ModelError
+            If a chunk of a store is damaged.
+        """
+        with self._lock:
+            if self._of != job.ordinal:
+                self._of, self._known = job.ordinal, {}  # given up before as much is taken again
+            if statistic not in self._known:
+                grams = [_read(ref, reader, stages) for ref in job.grams]
+                with stages.time("statistics"):
+                    self._known[statistic] = statistic.of_grams(grams)
+            value: A = self._known[statistic]
+            return value
+
+
+def _read(ref: CompanionRef, reader: Reader, stages: Stages) -> NDArray[np.float32]:
+    target = np.empty(ref.nbytes, np.uint8)
+    ref.read_slot(reader, 0, ref.n_elements, target, Scratch(np.empty(ref.scratch_bytes, np.uint8)), stages)
+    return target.view(np.float32).reshape(ref.shape)

@@ -1,0 +1,202 @@
+"""Statistics that count elements: those with a score, those that models have touched, those that elect a sign."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from streammerge.algebra.block import BlockMath, Call, Counts
+from streammerge.algebra.extent import Extent
+from streammerge.algebra.rules import TaskVectorMerge
+from streammerge.algebra.scores import Score
+from streammerge.algebra.task_vectors import TaskVector
+from streammerge.statistics.base import Lock, Measurement, NotFiniteError, Reducer, Statistic, integers
+
+_INFINITE = 0x7F800000
+
+
+@dataclass(frozen=True)
+class NonZero(Statistic[int]):
+    """Ask how many elements of a tensor have a score above 0."""
+
+    score: Score
+    extent: Extent = Extent.TENSOR
+
+    def calls(self) -> tuple[Call, ...]:
+        """Return the methods of a block that it calls."""
+        return (Call("count_keys", self.score),)
+
+    def placeholder(self) -> int:
+        """Return one element."""
+        return 1
+
+    def reducer(self, over: Measurement) -> Reducer[int]:
+        """Return a counter of patterns above that of 0."""
+        return _NonZeroReducer(self, over.tolerant)
+
+    def to_json(self, value: int) -> object:
+        """Return the number."""
+        return value
+
+    def from_json(self, plain: Any) -> int:
+        """Return the number."""
+        return integers([plain])[0]
+
+
+class _Total(Reducer[int]):
+    """Adds one integer a block."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._total = 0
+
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self._total += more
+
+    @property
+    def value(self) -> int:
+        """The total."""
+        return self._total
+
+    def part(self) -> int:
+        """Return the total so far."""
+        return self._total
+
+    def absorb(self, part: int) -> None:
+        """Add another's total."""
+        self._count(part)
+
+
+class _NonZeroReducer(_Total):
+    """Counts elements whose score is above 0."""
+
+    def __init__(self, statistic: NonZero, tolerant: bool) -> None:
+        super().__init__()
+        self._statistic = statistic
+        self._tolerant = tolerant
+
+    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
+        """Count one block."""
+        above, highest = math.count_keys(self._statistic.score, 0, 0, 0, np.zeros(1, np.int32))
+        if highest >= _INFINITE and not self._tolerant:
+            raise NotFiniteError(ordinal)
+        self._count(above)
+
+
+@dataclass(frozen=True)
+class Touched:
+    """How many elements each model has touched."""
+
+    unique: tuple[int, ...]
+    """By it alone."""
+    shared: tuple[int, ...]
+    """By it and at least one other."""
+
+
+@dataclass(frozen=True)
+class Touches(Statistic[Touched]):
+    """Ask how many entries of each task vector exceed `epsilon` in magnitude, and how many of them alone."""
+
+    vectors: tuple[TaskVector, ...]
+    epsilon: float
+    extent: Extent = Extent.TENSOR
+
+    def calls(self) -> tuple[Call, ...]:
+        """Return the methods of a block that it calls."""
+        return (Call("touches"),)
+
+    def placeholder(self) -> Touched:
+        """Return one element for each model, touched by it alone."""
+        return Touched((1,) * len(self.vectors), (0,) * len(self.vectors))
+
+    def reducer(self, over: Measurement) -> Reducer[Touched]:
+        """Return a counter."""
+        return _TouchesReducer(self)
+
+    def to_json(self, value: Touched) -> object:
+        """Return both lists of counts."""
+        return {"touched": [list(value.unique), list(value.shared)]}
+
+    def from_json(self, plain: Any) -> Touched:
+        """Return the counts."""
+        match plain:
+            case {"touched": [unique, shared]}:
+                return Touched(integers(unique), integers(shared))
+        raise ValueError("no counts of touched elements")
+
+
+class _TouchesReducer(Reducer[Touched]):
+    """Counts the elements each model has touched, alone and with others."""
+
+    def __init__(self, statistic: Touches) -> None:
+        self._statistic = statistic
+        self._lock = Lock()
+        self._counts: Counts = np.zeros((2, len(statistic.vectors)), np.int64)
+
+    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
+        """Count one block."""
+        self.absorb(math.touches(self._statistic.vectors, self._statistic.epsilon))
+
+    @property
+    def value(self) -> Touched:
+        """The counts."""
+        alone, shared = self._counts.tolist()
+        return Touched(tuple(alone), tuple(shared))
+
+    def part(self) -> Counts:
+        """Return the counts so far, (2, vectors)."""
+        return self._counts
+
+    def absorb(self, part: Counts) -> None:
+        """Add another's counts."""
+        with self._lock:
+            self._counts = self._counts + part
+
+
+@dataclass(frozen=True)
+class SignTotal(Statistic[int]):
+    """Ask how many elements of the whole model elect + minus how many elect -."""
+
+    merge: TaskVectorMerge
+    extent: Extent = Extent.MODEL
+
+    def calls(self) -> tuple[Call, ...]:
+        """Return the methods of a block that it calls."""
+        return (Call("sign_total", self.merge),)
+
+    def placeholder(self) -> int:
+        """Return a tie."""
+        return 0
+
+    def reducer(self, over: Measurement) -> Reducer[int]:
+        """Return a counter that elects in each tensor by that tensor's own rule."""
+        merges = {tensor.ordinal: self.merge for tensor in over.tensors}
+        merges |= {
+            ordinal: version.merge
+            for ordinal, version in over.versions.items()
+            if isinstance(version, SignTotal)
+        }
+        return _SignTotalReducer(merges)
+
+    def to_json(self, value: int) -> object:
+        """Return the number."""
+        return value
+
+    def from_json(self, plain: Any) -> int:
+        """Return the number."""
+        return integers([plain])[0]
+
+
+class _SignTotalReducer(_Total):
+    """Counts elements that elect + minus elements that elect -, each tensor by a rule of its own."""
+
+    def __init__(self, merges: dict[int, TaskVectorMerge]) -> None:
+        super().__init__()
+        self._merges = merges
+
+    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
+        """Add one block's total."""
+        self._count(math.sign_total(self._merges[ordinal]))
