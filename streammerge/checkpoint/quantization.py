@@ -37,6 +37,14 @@ _METHODS = {
 
 _PACKED = (
     (".qweight", ("qzeros", "scales", "g_idx"), "GPTQ or AWQ"),
+    (".qweight", ("wscales", "wtscale", "tables"), "Nunchaku or HIGGS"),
+    (".q_weight", ("q_scale", "q_scale_max", "q_groups"), "EXL2"),
+    (".trellis", ("suh", "svh", "su", "sv"), "EXL3"),
+    (".indices", ("centroids.weight", "centroids"), "VPTQ"),
+    (".dense_weights", ("second_order_data", "in_perm"), "SpQR"),
+    (".sign_mantissa", ("encoded_exponent",), "DFloat11"),
+    (".encoded_exponent", ("sign_mantissa",), "DFloat11"),
+    (".B", ("s",), "Marlin"),
     (".weight_packed", ("weight_scale", "weight_shape", "weight_global_scale"), "compressed-tensors"),
     ("_blocks", (), "MXFP4"),
     (".blocks", ("scales",), "MXFP4"),
@@ -44,6 +52,7 @@ _PACKED = (
     (".W_q", (), "HQQ"),
     (".codes", ("codebooks",), "AQLM"),
     ("._data", ("_scale",), "Quanto or torchao"),
+    ("qdata", (), "torchao"),
 )
 """Ends of the names of codes, what lies beside them (one of it, if anything is listed), and the format."""
 _BEHIND = (
@@ -88,6 +97,16 @@ _BESIDE = (
     "_scale",
     "absmax",
     "quant_map",
+    "wscales",
+    "wtscale",
+    "q_scale",
+    "q_scale_max",
+    "q_groups",
+    "q_group_map",
+    "q_perm",
+    "q_invperm",
+    "centroids.weight",
+    "weight_bias",
 )
 """Companions in the same module."""
 _WITHIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "_data", "_scale")

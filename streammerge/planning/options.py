@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from streammerge.errors import InputError
+
 LeftOut = Literal["tokenizer", "model card"]
 DEFAULT_SHARD_SIZE = 5_000_000_000
 
@@ -31,3 +33,10 @@ class PlanOptions:
     """Files that are not written in addition to the weights."""
     tensors_only: bool = False
     """Whether the output stays in memory: no other file is written, and the models need no folder."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers of a merge called from Python that no merge can be made with."""
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise InputError(f"threads {self.threads!r} is not a positive integer")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**64):
+            raise InputError(f"seed {self.seed!r} is not an integer from 0 to 2**64 - 1")

@@ -185,3 +185,19 @@ def test_a_plan_shows_itself_in_a_few_lines(make_models: Callable[..., list[Path
     html = decided._repr_html_()
     assert "<table" in html
     assert "ties" in html
+
+
+@pytest.mark.parametrize(
+    "option", [{"seed": -1}, {"seed": 2**64}, {"seed": "1"}, {"threads": "2"}, {"threads": 0}]
+)
+def test_a_seed_or_a_number_of_threads_that_is_none_is_refused(
+    make_models: Callable[..., list[Path]], tmp_path: Path, option: dict[str, Any]
+) -> None:
+    """A manifest with such a seed could not be read again."""
+    config = {"merge_method": "linear", "models": list(map(str, make_models(2))), "parameters": {"weight": 1}}
+    for called in (
+        lambda: streammerge.plan(config, **option),
+        lambda: streammerge.merge(config, tmp_path / "out", **option),
+    ):
+        with pytest.raises(streammerge.InputError, match=next(iter(option))):
+            called()

@@ -62,6 +62,11 @@ FORMATS = [
      {"x.weight.absmax", "x.weight.quant_map", "x.weight.quant_state.bitsandbytes.nf4"}),
     ("quantised I8", {"x__weight": ("I8", M), "x__SCB": ("F32", (8,)), "x__weight_format": ("U8", ())}, {},
      {"x.weight"}, {"x.SCB", "x.weight_format"}),
+    ("EXL2", {"x__q_weight": ("I32", M), "x__q_scale": ("I32", M), "x__q_scale_max": ("F16", (4,)), "x__q_groups": ("I16", (8,))}, {},
+     {"x.q_weight"}, {"x.q_scale", "x.q_scale_max", "x.q_groups"}),
+    ("VPTQ", {"x__indices": ("I32", (1, *M)), "x__centroids__weight": ("F16", (1, 64)), "x__weight_bias": ("F16", (8,))}, {},
+     {"x.indices"}, {"x.centroids.weight", "x.weight_bias"}),
+    ("Nunchaku or HIGGS", {"x__qweight": ("I8", M), "x__wscales": ("BF16", (1, 8))}, {}, {"x.qweight"}, {"x.wscales"}),
     ("I8 without a scale", {"x__weight": ("I8", M)}, {}, {"x.weight"}, set()),
     ("FP8 with scales", {"x__weight": ("F8_E4M3", M)}, FP8, {"x.weight"}, set()),
 ]  # fmt: skip

@@ -12,7 +12,8 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import printable
 from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.experts import Layout, has_experts, laid_out, layout_of
-from streammerge.planning.resolve.prefixes import Rule, find_rules
+from streammerge.planning.resolve.prefixes import Rule, find_rules, layers_behind
+from streammerge.planning.resolve.spellings import spelt_alike
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def match_names(
             continue
         matched = index if layout is None else _with_experts(index, template, layout, notes)
         converted = matched is not index
+        matched = spelt_alike(matched, template, notes)
         alike = _is_part(matched, template)
         rules = [] if alike else find_rules(matched, template, reference, template.reference, exclude)
         if rules:
@@ -125,6 +127,7 @@ def _by_module(
 
 def _renamed(index: TensorIndex, rules: list[Rule]) -> TensorIndex:
     called = {name: rule.template + name[len(rule.own) :] for rule in rules for name in rule.names}
+    called |= layers_behind(index, rules, called.keys())
     return replace(index, tensors={called.get(name, name): ref for name, ref in index.items()})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from streammerge.errors import ModelError, printable
@@ -75,21 +75,83 @@ def find_rules(
         best = next((found for found in counted if _holds(found, words)), None)
         if best is None:
             return rules
-        for other in counted:
-            twin = other is not best and (other.alike, len(other.rule.names)) == (
-                best.alike,
-                len(best.rule.names),
-            )
-            if twin and _holds(other, words) and set(other.rule.names) & set(best.rule.names):
+        twins = [other for other in counted if _is_twin(other, best) and _holds(other, words)]
+        for other in twins:
+            if set(other.rule.names) & set(best.rule.names):
                 raise ModelError(
                     f"{printable(reference)}: its {printable(best.rule.own + '*')} may be {printable(best.rule.template + '*')} or "
                     f"{printable(other.rule.template + '*')} of {printable(template_reference)}, both fit: list one of these under `exclude:`"
                 )
+        best = _meant([best, *twins], patterns, reference, template_reference)
         rules.append(best.rule)
         words |= {*best.rule.own.split("."), *best.rule.template.split(".")}
         for name in best.rule.names:
             del left[name], free[best.rule.template + name[len(best.rule.own) :]]
     return rules
+
+
+def layers_behind(own: Iterable[str], rules: Sequence[Rule], found: Collection[str]) -> dict[str, str]:
+    """Return names in stacks of layers that rules have found, of layers that the template model lacks, in its manner.
+
+    Parameters
+    ----------
+    found
+        Names that rules have found.
+    """
+    stacks = {
+        own_stack: rule.template + own_stack[len(rule.own) :]
+        for rule in rules
+        for name in rule.names
+        if (own_stack := _stack(name, len(rule.own))) is not None
+    }
+    starts = tuple(stacks)
+    behind: dict[str, str] = {}
+    for name in own:
+        if name not in found and name.startswith(starts):
+            stack = next(stack for stack in starts if name.startswith(stack))
+            behind[name] = stacks[stack] + name[len(stack) :]
+    return behind
+
+
+def _stack(name: str, start: int) -> str | None:
+    """Return what a name begins with before the number of its layer, the first behind `start`."""
+    at = start
+    for part in name[start:].split("."):
+        if part.isdigit():
+            return name[:at]
+        at += len(part) + 1
+    return None
+
+
+def _is_twin(other: _Counted, best: _Counted) -> bool:
+    return other is not best and (other.alike, len(other.rule.names)) == (best.alike, len(best.rule.names))
+
+
+def _meant(
+    fits: Sequence[_Counted], patterns: Sequence[re.Pattern[str]], reference: str, template_reference: str
+) -> _Counted:
+    """Return the first of candidates that fit equally well, or the one that finds the same tensors and is not excluded."""
+    best = fits[0]
+    rivals = [found for found in fits if _targets(found.rule) & _targets(best.rule)]
+    if len(rivals) == 1:
+        return best
+    left = [
+        found
+        for found in rivals
+        if not all(any(pattern.search(name) for pattern in patterns) for name in found.rule.names)
+    ]
+    if len(left) == 1:
+        return left[0]
+    one, other = (found.rule for found in rivals[:2])
+    raise ModelError(
+        f"{printable(reference)}: its {printable(one.own + '*')} and its {printable(other.own + '*')} both fit "
+        f"{printable(one.template + '*')} of {printable(template_reference)}: list one of these under `exclude:`"
+    )
+
+
+def _targets(rule: Rule) -> set[str]:
+    """Return the names of the template model that a rule finds."""
+    return {rule.template + name[len(rule.own) :] for name in rule.names}
 
 
 def _candidates(left: Mapping[str, SourceRef], free: Mapping[str, SourceRef]) -> list[tuple[str, str]]:

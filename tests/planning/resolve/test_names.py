@@ -194,6 +194,37 @@ def test_two_places_that_fit_equally_well_are_refused(tmp_path: Path) -> None:
     assert {job.name.split(".")[0] for job in chosen.jobs if len(job.sources) == 2} == {"thinker"}
 
 
+def test_two_parts_of_a_model_that_fit_one_place_equally_well_are_refused(tmp_path: Path) -> None:
+    layers = {f"layers.{i}.q.weight": (8, 8) for i in range(4)}
+    a = write(tmp_path / "a", normal(1, layers))
+    both = normal(
+        2, {f"{part}.{name}": shape for part in ("query", "document") for name, shape in layers.items()}
+    )
+    b = write(tmp_path / "b", both)
+    with pytest.raises(ModelError, match=r"its document\.\* and its query\.\* both fit \* of .*`exclude:`"):
+        plan(linear(a, b))
+    found = merged(linear(a, b, exclude=["^document"]), tmp_path / "out")
+    one = normal(1, layers)
+    assert_is(found, {name: 0.25 * one[name] + 0.75 * both[f"query.{name}"] for name in layers})
+
+
+SPELT = [("LayerNorm.gamma", "LayerNorm.weight"), ("conv.weight_g", "conv.parametrizations.weight.original0")]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("old", "new"), SPELT)
+def test_ends_that_versions_of_a_library_spell_differently_are_one(
+    tmp_path: Path, old: str, new: str, turned: bool
+) -> None:
+    own, other = (new, old) if turned else (old, new)
+    shapes = {f"layer.{i}.dense.weight": (8, 8) for i in range(2)}
+    a = normal(1, shapes | {f"layer.{i}.{own}": (8,) for i in range(2)})
+    b = normal(2, {f"bert.{name}": shape for name, shape in shapes.items()})
+    b |= normal(3, {f"bert.layer.{i}.{other}": (8,) for i in range(2)})
+    found = merged(linear(write(tmp_path / "a", a), write(tmp_path / "b", b)), tmp_path / "out")
+    assert_is(found, {n: 0.25 * t + 0.75 * b["bert." + n.replace(own, other)] for n, t in a.items()})
+
+
 def test_shapes_tell_which_of_two_places_is_meant(tmp_path: Path) -> None:
     twice = text(1, "talker.", head="", h=6) | text(2, "thinker.", head="")
     config = linear(
@@ -286,6 +317,18 @@ def test_models_of_different_depth_are_refused_whichever_comes_first(
     assert f"{paths[1]} has {n} layers, {paths[0]} {m} (model.layers): say which" in message
     assert "`slices:`" in message
     plan(linear(*paths, exclude=[r"layers\.[23]\."]), memory="1GiB")
+
+
+@pytest.mark.parametrize("deeper", ["text", "vision-language"])
+@pytest.mark.parametrize("first", ["text", "vision-language"])
+def test_depths_are_compared_whatever_the_layers_are_called(tmp_path: Path, deeper: str, first: str) -> None:
+    n, m = (3, 2) if deeper == "text" else (2, 3)
+    one = write(tmp_path / "text", text(1, layers=n))
+    wrapped = {f"language_model.{name}": tensor for name, tensor in text(2, layers=m).items()}
+    other = write(tmp_path / "vlm", wrapped | tower(3, "vision_tower.", "multi_modal_projector."))
+    both = (one, other) if first == "text" else (other, one)
+    with pytest.raises(ModelError, match=r"has [23] layers, .* [23] \(.*model\.layers\): say which of them"):
+        plan(linear(*both))
 
 
 def test_the_depth_of_a_tower_is_compared_too(tmp_path: Path) -> None:
