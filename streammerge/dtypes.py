@@ -65,6 +65,10 @@ SHORT_NAMES = {
 """What people, and torch, call them too."""
 
 CONFIG_NAME = {code: name for name, code in NAMES.items()}
+"""The same names by code; torch has its dtypes under them."""
+
+NUMPY = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
+"""What numpy reads the elements of a float dtype as: bf16, which it lacks, as patterns."""
 
 
 def promoted(floats: Iterable[str]) -> str:

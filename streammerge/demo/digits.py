@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.numerics.casts import F32, widened
+
 Floats = NDArray[np.float32]
 
 TASKS: tuple[str, ...] = ("edges", "haze", "mirrored", "shifted")
 MODELS: tuple[str, ...] = ("base", *TASKS)
-
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 def view(task: str, images: NDArray[np.uint8]) -> Floats:
@@ -122,8 +122,6 @@ def _read(content: bytes) -> dict[str, Floats]:
     tensors: dict[str, Floats] = {}
     for name, entry in header.items():
         first, last = (start + offset for offset in entry["data_offsets"])
-        values = np.frombuffer(content[first:last], dtype=_DTYPES[entry["dtype"]])
-        if entry["dtype"] == "BF16":  # The upper half of a float32.
-            values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        tensors[name] = values.astype(np.float32).reshape(entry["shape"])
+        raw = np.frombuffer(content[first:last], np.uint8)
+        tensors[name] = widened(raw, entry["dtype"], F32).reshape(entry["shape"])
     return tensors

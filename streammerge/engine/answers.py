@@ -13,6 +13,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import Rule, WeightedSum
 from streammerge.dtypes import itemsize
 from streammerge.engine.worker import Answers, Worker, math_of
+from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.planning.job import Job, measured
 from streammerge.planning.needs import tensor_context_of
 from streammerge.statistics.base import A, Known, Measurement, Range, Reducer, Source, Statistic
@@ -132,9 +133,9 @@ def sample_of(loaded: Block, model: int | None) -> Block:
     operands = (*(() if loaded.base is None else (loaded.base,)), *loaded.models)
     first = len(operands) - len(loaded.models)
     copied = [i for i in range(len(operands)) if i < first or model is None or i - first == model]
-    fitting = _SAMPLE_BYTES // (4096 * sum(itemsize(operands[i].dtype) for i in copied))
+    fitting = _SAMPLE_BYTES // (BLOCK * sum(itemsize(operands[i].dtype) for i in copied))
     blocks = max(1, min(_SAMPLE_BLOCKS, max(16, loaded.n >> 16), fitting))
-    stride = loaded.n // blocks // 4096 * 4096
+    stride = loaded.n // blocks // BLOCK * BLOCK
     parts = []
     copies = []
     position = 0
@@ -144,10 +145,10 @@ def sample_of(loaded: Block, model: int | None) -> Block:
             continue
         width = itemsize(operand.dtype)
         spread = loaded.arena[operand.offset : operand.offset + blocks * stride * width]
-        parts.append(spread.reshape(blocks, stride * width)[:, : 4096 * width].ravel())
+        parts.append(spread.reshape(blocks, stride * width)[:, : BLOCK * width].ravel())
         copies.append(Operand(position, operand.dtype))
         position += parts[-1].size
-    n = blocks * 4096
+    n = blocks * BLOCK
     return replace(
         loaded,
         arena=np.concatenate(parts),
@@ -162,7 +163,7 @@ def sample_of(loaded: Block, model: int | None) -> Block:
 
 def sample_starts(n: int, blocks: int) -> list[int]:
     """Return where `blocks` blocks spread over `n` elements begin, each at a multiple of 4096."""
-    return sorted({int(i * n / blocks) // 4096 * 4096 for i in range(blocks)})
+    return sorted({int(i * n / blocks) // BLOCK * BLOCK for i in range(blocks)})
 
 
 # --- as a journal has them

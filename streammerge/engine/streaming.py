@@ -14,6 +14,7 @@ from streammerge.engine.task import load, not_finite, prefetch
 from streammerge.engine.worker import Worker, math_for
 from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes
+from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.planning.job import Job
 from streammerge.planning.schedule import Chunk, Piece, streamed_pieces
 from streammerge.statistics.base import NotFiniteError, Range, Reducer, Statistic
@@ -157,8 +158,8 @@ class Streamer:
             for start in starts:
                 local = start - position
                 if 0 <= local < job.n_elements:
-                    first = local // 4096 * 4096
-                    pieces.append(Piece(job.ordinal, first, min(job.n_elements, first + 4096)))
+                    first = local // BLOCK * BLOCK
+                    pieces.append(Piece(job.ordinal, first, min(job.n_elements, first + BLOCK)))
             position += job.n_elements
         for piece in pieces:
             self._worker.prefetchers.submit(prefetch, self._worker, Chunk((piece,), 0))

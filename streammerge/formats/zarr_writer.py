@@ -32,9 +32,10 @@ from streammerge.errors import OutputError, printable
 from streammerge.formats.zarr_chunks import cut_axis
 from streammerge.formats.zarr_store import FORMAT, GROUP_FILE, STORED
 from streammerge.io.durable import PARTIAL, fsync_directory, world_errors, write_file
+from streammerge.numerics.ordered_sum import BLOCK
 
 CHUNK_ELEMENTS = 1 << 20
-_ALIGN = 4096
+_ALIGN = BLOCK
 """Elements; chunks are multiples of it where rows allow, so that statistics by blocks need no second look."""
 _BINDING = "import.json"
 

@@ -8,18 +8,21 @@ largest number in F8_E4M3, which has no infinity.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from streammerge.dtypes import CONFIG_NAME, NUMPY
+
+if TYPE_CHECKING:
+    import torch
 
 Floats = NDArray[Any]
 Bytes = NDArray[np.uint8]
 BYTE = np.dtype(np.uint8)
 F32 = np.dtype(np.float32)
 F64 = np.dtype(np.float64)
-NUMPY: dict[str, np.dtype[Any]] = {"F16": np.dtype(np.float16), "F32": F32, "F64": F64}
-"""The float dtypes that numpy has by itself."""
 _NAN16 = np.uint32(0x7FC0)
 _AT_ONCE = 1 << 15
 """Elements rounded together."""
@@ -72,6 +75,33 @@ def rounded(values: NDArray[np.float64], dtype: str) -> Bytes:
             return values.astype(NUMPY[dtype]).view(np.uint8)
         bits = odd_bits(values)
     return _bf16(bits, np.isnan(values)).view(np.uint8)
+
+
+def torch_dtype(dtype: str) -> torch.dtype:
+    """Return torch's dtype of a float dtype."""
+    import torch
+
+    found: torch.dtype = getattr(torch, CONFIG_NAME[dtype])
+    return found
+
+
+def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
+    """Round once, to nearest even, to an output dtype; fp64 does not pass through a rounded fp32.
+
+    torch casts fp64 to 16 bits by way of fp32, which rounds twice: here the step in between is
+    round-to-odd, after which the second rounding is the only one.
+    """
+    import torch
+
+    target = torch_dtype(dtype)
+    if values.dtype != torch.float64 or target.itemsize != 2:
+        return values.to(target)
+    single = values.float()
+    bits = single.view(torch.int32)
+    inexact = (single.double() != values) & ~torch.isnan(values)
+    away = single.double().abs() > values.abs()
+    odd = (bits - away.int()) | 1
+    return torch.where(inexact, odd, bits).view(torch.float32).to(target)
 
 
 def to_store(values: NDArray[Any], source: str, dtype: str) -> NDArray[Any]:

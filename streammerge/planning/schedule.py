@@ -21,12 +21,13 @@ from streammerge.algebra.extent import Extent
 from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import ROWS_AT_ONCE
 from streammerge.errors import BudgetError, printable
+from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.buffers import alignment_bytes, bytes_per_element
 from streammerge.units import format_at_least, format_size
 
-ALIGN = 4096
+ALIGN = BLOCK
 """Elements; the block of the fp64 statistics."""
 
 PASSES_AHEAD = 2

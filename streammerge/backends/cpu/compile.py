@@ -38,6 +38,7 @@ from streammerge.numerics.compiled import (
     mark_compiled,
     missing_kernels,
 )
+from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.numerics.philox import RandomKeys
 
 _POLL_SECONDS = 0.05
@@ -48,7 +49,7 @@ _RANKED = tuple(TaskVector(i, rank_drop=RankDrop(0.4, 0.2)) for i in range(2))
 
 def _ranks(math: KernelMath) -> None:
     math.count_keys(_VECTORS[0], 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
-    math.ties(_VECTORS[0], 0, 4096)
+    math.ties(_VECTORS[0], 0, BLOCK)
 
 
 def _ranked(math: KernelMath) -> None:
@@ -113,7 +114,7 @@ GROUPS: Mapping[str, Callable[[KernelMath], object]] = {
     "ranked": _ranked,
     "ranks": _ranks,
     "abs_sums": lambda math: math.abs_sums(_VECTORS[0]),
-    "dots": lambda math: math.dots(_VECTORS, 4096),
+    "dots": lambda math: math.dots(_VECTORS, BLOCK),
     "rows": _rows,
     "columns": _columns,
     "spread": partial(_score, Spread(_VECTORS)),

@@ -30,6 +30,7 @@ from streammerge.algebra.rules import (
 from streammerge.algebra.scores import Score, Selection
 from streammerge.algebra.task_vectors import RankDrop, TaskVector
 from streammerge.backends.cpu.tiles import Divergences, Slabs
+from streammerge.numerics.ordered_sum import BLOCK
 
 
 class KernelMath:
@@ -133,7 +134,7 @@ class KernelMath:
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
         """See `BlockMath`."""
-        partials = np.empty(-(-self._piece.n // 4096), np.float64)
+        partials = np.empty(-(-self._piece.n // BLOCK), np.float64)
         if (drop := vector.rank_drop) is not None:
             self._ranks.ranked_abs_sums(
                 *self._delta_arguments(vector),
@@ -316,7 +317,7 @@ class KernelMath:
 
     def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
         """See `BlockMath`."""
-        partials = np.empty(-(-self._piece.n // 4096), np.float64)
+        partials = np.empty(-(-self._piece.n // BLOCK), np.float64)
         fisher = self._piece.fishers[model]
         bad = self._fisher.square_sums(
             self._half, self._full, fisher.offset, self._codes[fisher.dtype], self._piece.n, partials

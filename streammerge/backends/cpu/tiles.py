@@ -17,6 +17,7 @@ from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import ColumnCombination, SelectedMerge, TouchedMerge, removing
 from streammerge.algebra.scores import Importance, Score, Selection, Spread
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.numerics.ordered_sum import BLOCK
 
 if TYPE_CHECKING:
     from streammerge.backends.cpu.math import KernelMath
@@ -53,8 +54,8 @@ class Slabs:
 
     def _spans(self, unit: int = 1) -> Iterator[Span]:
         """Yield slabs of a multiple of `unit` elements, at least one."""
-        fitting = _SLAB_BYTES // (4 * (len(self._piece.models) + 1)) // 4096 * 4096
-        size = max(unit, max(4096, min(_SLAB, fitting)) // unit * unit)
+        fitting = _SLAB_BYTES // (4 * (len(self._piece.models) + 1)) // BLOCK * BLOCK
+        size = max(unit, max(BLOCK, min(_SLAB, fitting)) // unit * unit)
         for first in range(0, self._piece.n, size):
             yield first, min(size, self._piece.n - first)
 
@@ -129,11 +130,11 @@ class Slabs:
 
     def squares(self, vectors: tuple[TaskVector, ...], selection: Selection | None) -> NDArray[np.float64]:
         """Return the sums of squares per 4096 elements, (blocks, vectors)."""
-        sums = np.empty((-(-self._piece.n // 4096), len(vectors)), np.float64)
+        sums = np.empty((-(-self._piece.n // BLOCK), len(vectors)), np.float64)
         for first, n in self._spans():
             selected = self._selected(selection, (first, n))
             _, deltas, _ = self._survivors(vectors, (first, n))
-            blocks = sums[first // 4096 : -(-(first + n) // 4096)]
+            blocks = sums[first // BLOCK : -(-(first + n) // BLOCK)]
             self._kernels.square_sums(deltas, _rescales(vectors), selected, blocks)
         return sums
 

@@ -6,6 +6,7 @@ from streammerge.algebra.block import Block, BlockMath, operand_bytes
 from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend, BufferHooks, TensorFacts
 from streammerge.backends.torch.gpu import find_gpu, pin, share_of_memory, turn_on, unpin
+from streammerge.numerics.ordered_sum import BLOCK
 
 BLOCK_ELEMENTS = 1 << 16
 """Elements of the blocks in which a formula that may be split anywhere is computed on the CPU."""
@@ -24,7 +25,7 @@ def device_block(share: int, n_inputs: int) -> int:
     faster.
     """
     fit = share // (8 * (2 * n_inputs + 12))
-    return max(1 << 12, min(1 << 24, fit // 4096 * 4096))
+    return max(1 << 12, min(1 << 24, fit // BLOCK * BLOCK))
 
 
 def _workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:

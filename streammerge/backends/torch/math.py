@@ -34,14 +34,14 @@ from streammerge.algebra.task_vectors import TaskVector, Where, terms_of
 from streammerge.backends.torch.gpu import free_unused, synchronize
 from streammerge.errors import InputError, WorldError, blamed_on, printable
 from streammerge.io.buffer_pool import Bytes
-from streammerge.numerics.ordered_sum import block_sums
+from streammerge.numerics.casts import round_to, torch_dtype
+from streammerge.numerics.ordered_sum import BLOCK, block_sums
 
 if TYPE_CHECKING:
     import torch
 
 _HITS_AT_ONCE = 1 << 22
 _Result = TypeVar("_Result")
-_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.int16}
 
 
 class TorchMath:
@@ -114,8 +114,7 @@ class TorchMath:
 
         width = operand_bytes(operand, 1)
         raw: Bytes = self._piece.arena[operand.offset + a * width : operand.offset + b * width]
-        values = torch.from_numpy(raw.view(_NUMPY[operand.dtype]))
-        return values.view(torch.bfloat16) if operand.dtype == "BF16" else values
+        return torch.from_numpy(raw).view(torch_dtype(operand.dtype))
 
     def _inputs(self, a: int, b: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         import torch
@@ -187,7 +186,7 @@ class TorchMath:
         def sums(a: int, b: int) -> NDArray[np.float64]:
             return block_sums(_finite(self._surviving(vector, a, b)).double().abs().cpu().numpy())
 
-        step = 4096 if vector.rank_drop is None else math.lcm(4096, self._piece.row_length)
+        step = BLOCK if vector.rank_drop is None else math.lcm(BLOCK, self._piece.row_length)
         partials = list(self._each(sums, step))
         return np.concatenate(partials) if partials else np.zeros(0)
 
@@ -198,7 +197,7 @@ class TorchMath:
             values = self._fishers(a, b)[model].double().cpu().numpy()
             return block_sums(values * values), int((~(values >= 0) | np.isinf(values)).sum())
 
-        found = list(self._each(sums, 4096))
+        found = list(self._each(sums, BLOCK))
         partials = [partial for partial, _ in found]
         return np.concatenate(partials) if partials else np.zeros(0), sum(bad for _, bad in found)
 
@@ -221,7 +220,7 @@ class TorchMath:
                 columns.append(block_sums((left * left).cpu().numpy()))
             return np.stack(columns, axis=1)
 
-        return np.concatenate(list(self._each(sums, 4096)))
+        return np.concatenate(list(self._each(sums, BLOCK)))
 
     def touches(self, vectors: tuple[TaskVector, ...], epsilon: float) -> Counts:
         """See `BlockMath`."""
@@ -446,22 +445,3 @@ def _sums_of_rows(x: torch.Tensor, y: torch.Tensor, at_once: int) -> torch.Tenso
 def _finite(values: torch.Tensor) -> torch.Tensor:
     """Return values with 0 in place of what is not finite, which has no part in sums."""
     return values.masked_fill(~values.isfinite(), 0.0)
-
-
-def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
-    """Round once, to nearest even, to an output dtype; fp64 does not pass through a rounded fp32.
-
-    torch casts fp64 to 16 bits by way of fp32, which rounds twice: here the step in between is
-    round-to-odd, after which the second rounding is the only one.
-    """
-    import torch
-
-    target = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[dtype]
-    if values.dtype != torch.float64 or target.itemsize != 2:
-        return values.to(target)
-    single = values.float()
-    bits = single.view(torch.int32)
-    inexact = (single.double() != values) & ~torch.isnan(values)
-    away = single.double().abs() > values.abs()
-    odd = (bits - away.int()) | 1
-    return torch.where(inexact, odd, bits).view(torch.float32).to(target)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from streammerge.backends.cpu.backend import CPU
 from streammerge.checkpoint.index import TensorIndex, open_model
-from streammerge.dtypes import FLOATS, itemsize
+from streammerge.dtypes import FLOATS, NUMPY, itemsize
 from streammerge.errors import ModelError, printable
 from streammerge.estimate.fisher.sums import DiagonalSums
 from streammerge.events import Control, Event
@@ -28,7 +28,6 @@ from streammerge.planning.memory.budget import make_budget
 from streammerge.tensors.fingerprint import files_digest, fingerprint
 from streammerge.version import __version__
 
-_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _BUFFERS = 12
 """Chunks of fp32 held at a time: read, widened, summed, compressed, and what Zarr copies on the way."""
 
@@ -146,7 +145,7 @@ def _runs(
         control.check()
         buffer = np.empty((end - first) * width, np.uint8)
         reader.read_into(ref.path, ref.offset + first * width, buffer)
-        values = buffer.view(_NUMPY[ref.dtype])
+        values = buffer.view(NUMPY[ref.dtype])
         yield to_store(values, ref.dtype, dtype)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.errors import ModelError, printable
+from streammerge.numerics.casts import from_bf16
 from streammerge.numerics.compiled import is_compiled
 from streammerge.numerics.ordered_sum import BLOCK, block_sums, in_order
 
@@ -104,4 +105,4 @@ def _by_numpy(values: NDArray[Any], dtype: str) -> _Sums:
 
 
 def _as_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
+    return from_bf16(values) if dtype == "BF16" else values

@@ -21,11 +21,11 @@ from streammerge.errors import InputError, ModelError, printable
 from streammerge.estimate.network.skeleton import Skeleton
 from streammerge.formats.refs import SourceRef
 from streammerge.io.reader import Reader
+from streammerge.numerics.casts import torch_dtype
 from streammerge.tensors.read import read_elements
 
 _PIECE = 1 << 22
 """Elements that are read and widened at a time."""
-_TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Loader:
@@ -89,14 +89,19 @@ class Loader:
         buffer = np.empty((len(ids), width * itemsize(ref.dtype)), np.uint8)
         for row, i in zip(buffer, ids.tolist(), strict=True):
             row[:] = read_elements(self._reader, ref, i * width, (i + 1) * width)
-        return torch.from_numpy(buffer.reshape(-1)).view(_TORCH[ref.dtype]).to(torch.float32).view(-1, width)
+        return (
+            torch.from_numpy(buffer.reshape(-1))
+            .view(torch_dtype(ref.dtype))
+            .to(torch.float32)
+            .view(-1, width)
+        )
 
     def _fill(self, ref: SourceRef, window: Tensor) -> None:
         flat = window.view(-1) if window.is_contiguous() else torch.empty(ref.n_elements)
         for first in range(0, ref.n_elements, _PIECE):
             n = min(_PIECE, ref.n_elements - first)
             buffer = read_elements(self._reader, ref, first, first + n)
-            flat[first : first + n] = torch.from_numpy(buffer).view(_TORCH[ref.dtype])
+            flat[first : first + n] = torch.from_numpy(buffer).view(torch_dtype(ref.dtype))
         if not window.is_contiguous():
             window.copy_(flat.view(window.shape))
 
