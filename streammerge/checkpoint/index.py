@@ -14,6 +14,7 @@ from typing import Any
 from streammerge.checkpoint.adapters.apply import adapt
 from streammerge.checkpoint.adapters.files import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
 from streammerge.checkpoint.hub import cache_directory, find_snapshot, parse_name
+from streammerge.checkpoint.names import is_tied_copy
 from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, quantization_of
 from streammerge.checkpoint.refs.float8 import with_floats
 from streammerge.checkpoint.shards import (
@@ -22,7 +23,6 @@ from streammerge.checkpoint.shards import (
     Shards,
     find_shards,
 )
-from streammerge.checkpoint.tied_copies import is_tied_copy
 from streammerge.checkpoint.weight_sets import no_model
 from streammerge.errors import ModelError, NotDownloadedError, printable
 from streammerge.formats.refs import SourceRef, TensorRef, contiguous

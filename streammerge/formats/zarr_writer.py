@@ -13,7 +13,6 @@ directory has its final name. What an interrupted run has completed is kept.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
@@ -32,6 +31,7 @@ from streammerge.errors import OutputError, printable
 from streammerge.formats.zarr_chunks import cut_axis
 from streammerge.formats.zarr_store import FORMAT, GROUP_FILE, STORED
 from streammerge.io.durable import PARTIAL, fsync_directory, world_errors, write_file
+from streammerge.io.lock import locked_directory
 from streammerge.numerics.ordered_sum import BLOCK
 
 CHUNK_ELEMENTS = 1 << 20
@@ -222,12 +222,7 @@ def locked_partial(out: Path, overwrite: bool) -> Iterator[None]:
         raise OutputError(f"{printable(out)}: is no Zarr store; it is not replaced, choose another name")
     with world_errors(partial):
         partial.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"{printable(out)}: another process is writing it") from None
+    with locked_directory(partial, f"{printable(out)}: another process is writing it"):
         if overwrite:
             with world_errors(out):
                 for entry in partial.iterdir():
@@ -235,8 +230,6 @@ def locked_partial(out: Path, overwrite: bool) -> Iterator[None]:
                 if out.exists():
                     shutil.rmtree(out)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _places(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

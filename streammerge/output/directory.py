@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
 from streammerge.checkpoint.weight_names import INDEXES, LOADED, is_weight_file
 from streammerge.errors import OutputError, WorldError, printable
 from streammerge.io.durable import PARTIAL, cure_of, fsync_directory, make_directory, world_errors
+from streammerge.io.lock import locked_directory
 from streammerge.output.journal import STATE
 from streammerge.output.manifest import MANIFEST, read_manifest
 
@@ -54,17 +54,8 @@ def locked(out: Path) -> Iterator[None]:
         If another merge runs there.
     """
     _create(out)
-    with world_errors(out):
-        descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with world_errors(out):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{printable(out)}: another merge is writing there") from None
+    with locked_directory(out, f"{printable(out)}: another merge is writing there"):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _create(out: Path) -> None:

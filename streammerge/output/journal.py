@@ -7,7 +7,6 @@ same. A line is appended after the bytes it speaks of are durable.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 from streammerge.checkpoint.sidecar_names import is_sound_path
 from streammerge.errors import OutputError, printable
 from streammerge.io.durable import PARTIAL, fsync_directory, world_errors, write_file, write_fully
+from streammerge.io.lock import try_lock
 
 STATE = ".streammerge"
 NAME = "journal.jsonl"
@@ -96,14 +96,15 @@ class Journal:
 
     def _lock_file(self, descriptor: int) -> None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(
-                f"{printable(self._out)}: another merge is writing there, on this machine or another"
-            ) from None
+            free = try_lock(descriptor)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise  # a file system without locks has the directory's
+                raise
+            return  # a file system without locks has the directory's
+        if not free:
+            raise OutputError(
+                f"{printable(self._out)}: another merge is writing there, on this machine or another"
+            )
 
     def read(self) -> Progress | None:
         """Return what is recorded; None if nothing is. Changes nothing.

@@ -6,7 +6,6 @@ from within; the result is kept on disk and loaded in a fraction of a second aft
 
 from __future__ import annotations
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from streammerge.algebra.rules import (
 from streammerge.algebra.scores import Importance, Score, Spread
 from streammerge.algebra.task_vectors import Cut, RankDrop, TaskVector
 from streammerge.backends.cpu.math import KernelMath
+from streammerge.io.lock import try_lock
 from streammerge.numerics.compiled import (
     NOWHERE,
     kernel_cache,
@@ -198,14 +198,12 @@ def _alone(directory: str, check_stop: Callable[[], object]) -> Iterator[None]:
     try:
         while True:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                check_stop()
-                time.sleep(_POLL_SECONDS)
+                if try_lock(descriptor):
+                    break
             except OSError:
                 break  # a file system without locks: work is done twice, and does no harm
-            else:
-                break
+            check_stop()
+            time.sleep(_POLL_SECONDS)
         yield
     finally:
         os.close(descriptor)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from streammerge.checkpoint.names import DECLARED
 from streammerge.planning.resolve.assemble import Stack
-from streammerge.planning.resolve.extra_layers import DECLARED
 
 Own = Callable[[str], Mapping[str, Any]]
 """A model's settings, of the part that speaks of the stack, by its reference."""

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.names import LANGUAGE_PARTS, OF_TOKENS
+from streammerge.checkpoint.names import LANGUAGE_PARTS, OF_TOKENS, count_real
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.assemble import Indexes, OutputTensor
-from streammerge.planning.resolve.extra_layers import count_real
 
 _FEW = 4
 """One of so many tensors at most differs in shape where leaving them out is a cure."""

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.names import is_head, is_input_side, tied_to
+from streammerge.checkpoint.names import count_real, depth_of, is_head, is_input_side, lies_apart, tied_to
 from streammerge.config.schema import MergeConfig, ModelSpec, Module, Slice
 from streammerge.config.settings import Setting
 from streammerge.errors import ConfigError, printable
-from streammerge.planning.resolve.extra_layers import count_real, depth_of, lies_apart
 from streammerge.planning.resolve.modules import split_modules
 
 Indexes = Mapping[str, TensorIndex]

@@ -1,0 +1,55 @@
+"""Locks of directories and files: one process at a time, until it ends, however it ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from streammerge.errors import OutputError
+from streammerge.io.durable import world_errors
+
+
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file or directory until it is closed; return False if another process holds it.
+
+    Raises
+    ------
+    OSError
+        If the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def locked_directory(path: Path, taken: str) -> Iterator[None]:
+    """Hold the lock of an existing directory.
+
+    Parameters
+    ----------
+    taken
+        What is said if another process holds it.
+
+    Raises
+    ------
+    OutputError
+        If another process holds it.
+    WorldError
+        If it cannot be opened or locked.
+    """
+    with world_errors(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with world_errors(path):
+            free = try_lock(descriptor)
+        if not free:
+            raise OutputError(taken)
+        yield
+    finally:
+        os.close(descriptor)
