@@ -16,7 +16,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "fuzz"))
 
 import fuzz_mutate
-import fuzz_targets
+from fuzz_files import Header, Pickles
+from fuzz_outputs import JournalFile
+from fuzz_promises import Target, examine, refused
+from fuzz_targets import make_targets
 
 from streammerge.output.journal import _line
 from streammerge.output.manifest import seal
@@ -96,25 +99,23 @@ FOUND: list[tuple[str, str, bytes]] = [
 
 
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz_targets.Target]:
-    return fuzz_targets.make_targets(tmp_path_factory.mktemp("fuzz"))
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
+    return make_targets(tmp_path_factory.mktemp("fuzz"))
 
 
-def test_every_target_is_named_here(targets: dict[str, fuzz_targets.Target]) -> None:
+def test_every_target_is_named_here(targets: dict[str, Target]) -> None:
     assert list(targets) == NAMES
 
 
 @pytest.mark.parametrize(("name", "what", "raw"), FOUND, ids=[f"{row[0]}: {row[1]}" for row in FOUND])
 def test_what_was_found_once_is_refused_as_promised(
-    name: str, what: str, raw: bytes, targets: dict[str, fuzz_targets.Target]
+    name: str, what: str, raw: bytes, targets: dict[str, Target]
 ) -> None:
-    assert fuzz_targets.examine(targets[name], raw) is None
+    assert examine(targets[name], raw) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_seeds_and_a_few_changes_of_them_keep_every_promise(
-    name: str, targets: dict[str, fuzz_targets.Target]
-) -> None:
+def test_seeds_and_a_few_changes_of_them_keep_every_promise(name: str, targets: dict[str, Target]) -> None:
     target, rng = targets[name], random.Random(name)
     seeds = [seed for seed in target.seeds() if len(seed) < 20_000]
     assert len(seeds) > 5
@@ -126,22 +127,22 @@ def test_seeds_and_a_few_changes_of_them_keep_every_promise(
     changed = [blind(seed) for seed in rng.sample(seeds, min(len(seeds), 20))]
     if target.change is not None:
         changed += [target.change(seed, rng, blind) or b"" for seed in rng.choices(seeds, k=60)]
-    broken = {what: raw for raw in (*seeds, *changed) if (what := fuzz_targets.examine(target, raw))}
+    broken = {what: raw for raw in (*seeds, *changed) if (what := examine(target, raw))}
     # Slowness alone may be the machine's.
     assert not {what: raw for what, raw in broken.items() if not what.startswith("took")}
 
 
 def promise(check: Callable[[bytes], None]) -> str | None:
-    target = fuzz_targets.Target("x", "x", list, check)
-    return fuzz_targets.examine(target, b"")
+    target = Target("x", "x", list, check)
+    return examine(target, b"")
 
 
 def test_a_broken_promise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def raise_two_lines(raw: bytes) -> None:
-        fuzz_targets.refused(ValueError("two\nlines"), ValueError)
+        refused(ValueError("two\nlines"), ValueError)
 
     def raise_another(raw: bytes) -> None:
-        fuzz_targets.refused(KeyError("x"), ValueError)
+        refused(KeyError("x"), ValueError)
 
     def take_memory(raw: bytes) -> None:
         held = bytearray(1 << 20)
@@ -151,9 +152,9 @@ def test_a_broken_promise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "KeyError" in str(promise(raise_another))
     assert "ZeroDivisionError" in str(promise(lambda raw: print(1 / 0)))
     assert promise(take_memory) is None
-    monkeypatch.setattr(fuzz_targets, "MAX_GROWTH", -1)
+    monkeypatch.setattr("fuzz_promises.MAX_GROWTH", -1)
     assert "MiB of memory" in str(promise(take_memory))
-    monkeypatch.setattr(fuzz_targets, "MAX_SECONDS", -1.0)
+    monkeypatch.setattr("fuzz_promises.MAX_SECONDS", -1.0)
     assert "s of CPU time" in str(promise(take_memory))
 
 
@@ -163,13 +164,13 @@ def test_changed_files_have_their_frames_right_again() -> None:
     def blind(raw: bytes) -> bytes:
         return raw
 
-    header = next(seed for seed in fuzz_targets.Header.seeds() if b"data_offsets" in seed and len(seed) > 100)
+    header = next(seed for seed in Header.seeds() if b"data_offsets" in seed and len(seed) > 100)
     for _ in range(20):
         changed = fuzz_mutate.header(header, rng, blind)
         assert changed is not None
-    lines = fuzz_mutate.journal(fuzz_targets.JournalFile.seeds()[1], rng, blind)
+    lines = fuzz_mutate.journal(JournalFile.seeds()[1], rng, blind)
     assert lines is not None
     assert lines.count(b"\n") > 1
-    archive = next(seed for seed in fuzz_targets.Pickles.seeds() if fuzz_mutate.unzip(seed))
+    archive = next(seed for seed in Pickles.seeds() if fuzz_mutate.unzip(seed))
     entries = fuzz_mutate.unzip(archive)
     assert fuzz_mutate.unzip(fuzz_mutate.zipped(entries)) == entries

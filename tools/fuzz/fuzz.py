@@ -6,7 +6,7 @@
     python tools/fuzz/fuzz.py --all --runs 200000 --keep findings
     python tools/fuzz/fuzz.py header --replay findings/header-0a1b2c3d
 
-Each target runs in a process of its own. An input that breaks a promise (see fuzz_targets.py) is a finding: it is
+Each target runs in a process of its own. An input that breaks a promise (see fuzz_promises.py) is a finding: it is
 kept, once for each thing that can be wrong, and the run goes on. Exits 1 if there is any.
 """
 
@@ -34,6 +34,7 @@ def child(name: str, work: Path, arguments: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["streammerge", "yaml"]):
+        import fuzz_promises
         import fuzz_targets
     target = fuzz_targets.make_targets(work)[name]
     corpus, findings = work / "corpus", work / "findings"
@@ -41,11 +42,11 @@ def child(name: str, work: Path, arguments: list[str]) -> None:
         directory.mkdir(exist_ok=True)
     for seed in target.seeds():
         (corpus / hashlib.blake2b(seed, digest_size=8).hexdigest()).write_bytes(seed)
-        fuzz_targets.examine(target, seed)  # Imports and caches are no growth of the first input.
+        fuzz_promises.examine(target, seed)  # Imports and caches are no growth of the first input.
     known: set[str] = set()
 
     def run(raw: bytes) -> None:
-        if (what := fuzz_targets.examine(target, raw)) is None:
+        if (what := fuzz_promises.examine(target, raw)) is None:
             return
         # The same complaint with other names and numbers is the same finding.
         kind = re.sub(r"['\"(].*|\d+", "", what.split(" at ")[0])[:40] + "".join(
@@ -131,15 +132,16 @@ def _tell(name: str, statuses: list[tuple[int, str, int, int]], findings: int, w
 
 def replay(name: str, paths: list[Path]) -> bool:
     """Run kept inputs, without a fuzzer; return whether all was well."""
+    import fuzz_promises
     import fuzz_targets
 
     well = True
     with tempfile.TemporaryDirectory() as directory:
         target = fuzz_targets.make_targets(Path(directory))[name]
         for seed in target.seeds():  # Imports and caches are no growth of the first input.
-            fuzz_targets.examine(target, seed)
+            fuzz_promises.examine(target, seed)
         for path in paths:
-            what = fuzz_targets.examine(target, path.read_bytes())
+            what = fuzz_promises.examine(target, path.read_bytes())
             print(f"{path}: {what or 'fine'}")
             well &= what is None
     return well
