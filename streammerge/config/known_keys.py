@@ -1,4 +1,4 @@
-"""What published configs write beside the schema: names with the reason why they change nothing, and where others belong."""
+"""Keys of published configs that are not in the schema: why they change nothing, or where they belong."""
 
 from __future__ import annotations
 

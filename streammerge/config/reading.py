@@ -1,4 +1,4 @@
-"""Where a config comes from: a file, a pipe, standard input, a text, or a mapping from Python."""
+"""Reads a config from a file, a pipe, standard input, a text, or a mapping from Python."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streammerge.config.wording import child, refuse, shown
 from streammerge.errors import ConfigError
 
 STDIN = "-"
-"""In place of a path: standard input."""
+"""Standard input, in place of a path."""
 _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 """Paths that stand for descriptors somebody has opened for us, as `<(command)` of a shell; a pipe is waited for there."""
 

@@ -1,11 +1,11 @@
-"""How a config names a model."""
+"""References: the ways a config names a model."""
 
 from __future__ import annotations
 
 from streammerge.config.wording import check_keys, child, refuse, shown
 
 _DIRECTORIES = (".", "/", "~")
-"""What only the path of a directory begins with: it has no revisions, and mergekit passes over one too."""
+"""Beginnings that only the path of a directory has: it has no revision, and mergekit ignores one too."""
 
 
 def parse_text(value: object, path: str) -> str:

@@ -40,15 +40,15 @@ class ModelSpec:
     gram: str | None = None
     """Path of the model's Gram matrices."""
     path: str = ""
-    """Where it was written, for messages: ``config.yml: models[0]``."""
+    """Its place in the config, for messages: ``config.yml: models[0]``."""
     layer_range: tuple[int, int] | None = None
     """The layers that a slice takes, the second exclusive; None: all."""
     again: int = 0
-    """How many times the same list names the model before, without an alias."""
+    """Number of times that the list names the model before, without an alias."""
 
     @property
     def name(self) -> str:
-        """What tells it from the other models of the config."""
+        """The name that tells it from the other models of the config."""
         return self.alias or self.reference + (f" ({self.again + 1})" if self.again else "")
 
 
@@ -58,7 +58,7 @@ class Slice:
 
     sources: tuple[ModelSpec, ...]
     base_model: str | None = None
-    """In place of the config's."""
+    """The slice's own base, in place of the config's."""
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     path: str = ""
     base: ModelSpec | None = None
@@ -66,7 +66,7 @@ class Slice:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it has a range without layers: the first slice then says the embedding, the last norm and head."""
+        """Whether its range has no layers: the first such slice decides the embedding, the last one norm and head."""
         spec = self.sources[0] if self.sources else self.base
         return spec is not None and spec.layer_range is not None and len({*spec.layer_range}) == 1
 
@@ -76,7 +76,7 @@ class Module:
     """A part of the output with a stack of layers of its own, such as a text decoder."""
 
     name: str | None
-    """As mergekit calls it; None: the whole model."""
+    """Its name in mergekit; None: the whole model."""
     slices: tuple[Slice, ...]
     """One without layer ranges where whole models are merged."""
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
@@ -84,7 +84,7 @@ class Module:
 
     @property
     def is_sliced(self) -> bool:
-        """Whether layers are stacked anew."""
+        """Whether layers are put together from slices."""
         return any(spec.layer_range is not None for part in self.slices for spec in part.sources)
 
 
@@ -100,7 +100,7 @@ class MergeConfig:
     """Format code of the output dtype, such as `BF16`; the arithmetic does not depend on it. None:
     that of the inputs."""
     out_dtype: str | None = None
-    """As `dtype`, and goes before it."""
+    """The dtype of the output; it overrides `dtype`."""
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     seed: int = 0
     exclude: tuple[str, ...] = ()
@@ -110,13 +110,13 @@ class MergeConfig:
     where: str = "config"
     """The name of the config in messages."""
     modules: tuple[Module, ...] = ()
-    """What is merged into what; every config comes down to this."""
+    """The modules and their slices, which every form of config is reduced to."""
     notes: tuple[str, ...] = ()
-    """What it says without effect."""
+    """Warnings about keys without effect."""
     tokenizer: TokenizerSpec | None = None
     """The vocabulary of the output, where the models' are to be aligned."""
     chat_template: ChatTemplate | None = None
-    """Of the output; ``auto``: the one that most models have; None: that of the tokenizer."""
+    """The output's chat template; ``auto``: the one that most models have; None: that of the tokenizer."""
 
     def settings(self) -> Iterator[tuple[Mapping[str, Setting], bool]]:
         """Yield every map of parameters, and whether it is that of one model."""
@@ -172,7 +172,7 @@ def _modules(data: dict[str, object], path: str, notes: list[str]) -> tuple[Modu
     """Return what is merged into what, from whichever of the three keys says it."""
     given = [key for key in _INPUTS if data.get(key) is not None]
     if len(given) > 1:
-        refuse(path, f"'{given[0]}' and '{given[1]}' exclude each other")
+        refuse(path, f"'{given[0]}' and '{given[1]}' cannot both be set")
     if given != ["modules"]:
         return (Module(None, _slices(data, path, notes), {}, path),)
     place = child(path, "modules")
@@ -186,7 +186,7 @@ def _modules(data: dict[str, object], path: str, notes: list[str]) -> tuple[Modu
             refuse(where, f"must be a map (models: … or slices: …), not {shown(item)}")
         check_keys(item, where, _MODULE_KEYS, misplaced)
         if item.get("models") is not None and item.get("slices") is not None:
-            refuse(where, "'models' and 'slices' exclude each other")
+            refuse(where, "'models' and 'slices' cannot both be set")
         parameters = _parameters(item.get("parameters"), child(where, "parameters"))
         found.append(Module(parse_text(name, where), _slices(item, where, notes), parameters, where))
     return tuple(found)
@@ -246,7 +246,7 @@ def members_of(modules: tuple[Module, ...]) -> tuple[ModelSpec, ...]:
         if (first.reference, first.fisher, first.gram) != (spec.reference, spec.fisher, spec.gram):
             beside = "Fisher diagonal" if first.fisher != spec.fisher else "store of Gram matrices"
             what = "model" if first.reference != spec.reference else beside
-            refuse(spec.path, f"{shown(spec.name)} has another {what} than at {first.path}")
+            refuse(spec.path, f"{shown(spec.name)} has a different {what} at {first.path}")
     return tuple(members.values())
 
 
@@ -267,7 +267,7 @@ def _models(data: object, path: str, notes: list[str], *, layers: bool = False) 
             refuse(
                 model.path,
                 f"{shown(model.name)} is {path.split('.')[-1].split()[-1]}[{first}] already "
-                "(give one an own alias:)",
+                "(give one of them its own `alias:`)",
             )
         found.append(model)
     return tuple(found)

@@ -46,7 +46,7 @@ class Setting:
     """A parameter's clauses in the order of the config."""
 
     path: str
-    """Where it was written, for messages: ``config.yml: models[1].parameters.weight``."""
+    """Its place in the config, for messages: ``config.yml: models[1].parameters.weight``."""
     clauses: tuple[Clause, ...]
 
 

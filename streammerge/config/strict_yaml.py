@@ -48,12 +48,12 @@ _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][
 """Floats which YAML 1.1 takes for strings because dot or sign is missing: 1e-5, 1.5e3."""
 
 _STAGES = (
-    "a second document begins here, and stages that build on each other are not merged in one go: write each document to "
+    "a second document begins here, and stages that build on each other are not merged in one run: write each document to "
     "a file of its own, merge them one after the other, and name the directory of the first in the second"
 )
 
 UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
-"""What no name may hold: NUL, and the surrogates that UTF-8 cannot encode."""
+"""Characters that no name may have: NUL, and the surrogates that UTF-8 cannot encode."""
 
 _Anchored = tuple[object, int, int]
 """A finished value, its cost and its height."""
@@ -134,7 +134,7 @@ class _Open:
     merging: bool = False
     """The key that waits is the merge key `<<`."""
     merged: dict[str, object] | None = None
-    """What `<<` brings in; keys written out go before it."""
+    """The entries that `<<` merges in; keys that are written out override them."""
 
 
 class _Builder:

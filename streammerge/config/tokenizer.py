@@ -1,4 +1,4 @@
-"""What a config says of the output's tokenizer: whose vocabulary it has, and where the rows of its tokens come from."""
+"""The tokenizer section of a config: the vocabulary of the output, and the sources of its tokens' rows."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ TEMPLATES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class TokenSource:
-    """Where the rows of one token come from, in models that lack it or, if forced, in all."""
+    """The source of one token's row, for models that lack it or, if forced, for all."""
 
     model: str | None
     """A reference; None: zeros."""
     token: str | int | None = None
-    """Whose row there, by its text or its number; None: that of the same token."""
+    """The token there, by its text or its number; None: the same token."""
     force: bool = False
     path: str = ""
-    """Where it was written, for messages."""
+    """Its place in the config, for messages."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def parse_tokenizer(data: Mapping[str, object], path: str) -> TokenizerSpec | No
     """Return what `tokenizer_source` or `tokenizer` of a config says; None if there is neither."""
     short, full = data.get("tokenizer_source"), data.get("tokenizer")
     if short is not None and full is not None:
-        refuse(path, "'tokenizer_source' and 'tokenizer' exclude each other")
+        refuse(path, "'tokenizer_source' and 'tokenizer' cannot both be set")
     if short is not None:
         place = child(path, "tokenizer_source")
         return TokenizerSpec(_source(short, place), path=place)
@@ -170,6 +170,6 @@ def parse_chat_template(value: object, path: str) -> ChatTemplate | None:
     if "{" not in text or len(text) < _SHORTEST_TEMPLATE:
         refuse(
             path,
-            f"{shown(text)} is no template ({suggestion(text, ['auto', *TEMPLATES])}, or Jinja written out)",
+            f"{shown(text)} is not a template ({suggestion(text, ['auto', *TEMPLATES])}, or Jinja written out)",
         )
     return text

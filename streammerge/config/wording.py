@@ -95,7 +95,7 @@ def _nearest(word: str, words: list[str]) -> list[str]:
 
 
 Cure = Callable[[str, object, Mapping[str, object]], str | None]
-"""What to say of a key, its value and the map it stands in, where there is more to say than which keys are known."""
+"""Returns a message about a key, its value and its map, if there is more to say than which keys are known."""
 
 
 def check_keys(

@@ -1,4 +1,4 @@
-"""What is wrong with a text that is not YAML: the place, the line itself, and the cure, all in one line."""
+"""Explains why a text is not YAML: the place, the line itself, and the cure, all in one line."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ def _beside_list(key: str, mark: yaml.Mark, lines: list[str]) -> str:
         item -= 1
     first, at = _key(lines, item), _column(lines[item])
     if key in _OF_A_MODEL and first is not None:
-        return f"'{key}:' stands beside the list; indent it under '- {first}:' ({at} spaces)"
-    return f"'{key}:' stands in the column of the list's dashes: begin it where the list's own key begins"
+        return f"'{key}:' is next to the list; indent it under '- {first}:' ({at} spaces)"
+    return f"'{key}:' is in the column of the list's dashes: begin it in the column of the list's own key"
 
 
 def _second_colon(mark: yaml.Mark, lines: list[str], key: str | None) -> str:
@@ -121,7 +121,7 @@ def _second_colon(mark: yaml.Mark, lines: list[str], key: str | None) -> str:
     before = _next_line(lines, mark.line - 1, -1)
     outer = None if before is None else _key(lines, before)
     if key is not None and before is not None and outer is None and "- " not in lines[before]:
-        return f"'{lines[before].strip()[:40]}' on line {before + 1} has no ':' behind it"
+        return f"'{lines[before].strip()[:40]}' on line {before + 1} has no ':' after it"
     if (
         key is not None
         and line[: mark.column].strip("- ") == key

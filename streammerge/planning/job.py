@@ -1,4 +1,4 @@
-"""What is merged: one job per output tensor, bound to its inputs and parameters."""
+"""The unit of planning: one job per output tensor, with its inputs and parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Kind = Literal["merge", "copy", "agree"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One output tensor and everything that decides its bytes."""
+    """One output tensor, and everything that decides its bytes."""
 
     ordinal: int
     """Place in the order of the merge: the file order of the first input."""
@@ -32,11 +32,11 @@ class Job:
     base: SourceRef | None
     parameters: Mapping[str, Any]
     fishers: tuple[CompanionRef, ...] = ()
-    """The models' Fisher diagonals, for a method that weighs by them; empty where they lack the tensor."""
+    """The models' Fisher diagonals, for a method that weights by them; empty if they lack the tensor."""
     grams: tuple[CompanionRef, ...] = ()
     """The Gram matrices of the models' inputs to it, for a method that takes them; empty where they lack the tensor."""
     members: tuple[int, ...] = ()
-    """Which of the plan's models the sources belong to; empty: to all, in order."""
+    """Places of the sources' models among the plan's; empty: all, in order."""
     stacks: Mapping[str, int] = field(default_factory=dict)
     """Number of layers of each stack of the output, by its prefix; one mapping for all jobs."""
 
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def n_models(self) -> int:
-        """Number of models beside the base."""
+        """Number of models, the base not counted."""
         return len(self.sources)
 
     @property
@@ -61,7 +61,7 @@ class Job:
         return max(1, self.shape[-1]) if self.shape else 1
 
     def line_length(self, extent: Extent) -> int:
-        """Return the elements that lie side by side where whole rows are seen, or columns along the first axis."""
+        """Return the elements of one line: of a row or, for columns along the first axis, of one slice of that axis."""
         if extent == Extent.COLUMN:
             return max(1, self.n_elements // max(1, self.shape[0])) if self.shape else 1
         return self.row_length
@@ -78,7 +78,7 @@ class Job:
 
     @property
     def fisher_bytes(self) -> int:
-        """Bytes read by one pass over the Fisher diagonals, compressed where they are."""
+        """Bytes read by one pass over the Fisher diagonals, in their stored, compressed form."""
         return sum(r.stored_nbytes for r in self.fishers)
 
     @property
@@ -88,7 +88,7 @@ class Job:
 
     @property
     def operator_bytes(self) -> int:
-        """Most bytes that it takes to make matrices from the Gram matrices, and to hold them."""
+        """Upper bound of the bytes needed to compute operators from the Gram matrices, and to hold them."""
         return 8 * (len(self.grams) + 5) * self.row_length**2 if self.grams else 0
 
     @property

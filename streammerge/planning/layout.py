@@ -1,4 +1,4 @@
-"""Where every output byte goes: shards, their headers, and each tensor's final offset.
+"""Lays out the output: shards, their headers, and each tensor's final offset.
 
 Headers fix every dtype and shape, so all of it is known before any data is read. Inside a shard,
 tensors are ordered and the header is spelled as the safetensors library does: a shard is
@@ -19,7 +19,7 @@ from streammerge.planning.job import Job
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Where one tensor's bytes go."""
+    """The place of one tensor's bytes."""
 
     shard: int
     offset: int

@@ -1,4 +1,4 @@
-"""Which groups of kernels a plan will call: known before a byte is read, so that no others are compiled."""
+"""Finds the groups of kernels that a plan will call, before a byte is read, so that no others are compiled."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _OF_RULE: Mapping[type, Callable[[Any], Names]] = {
     RowCombination: lambda rule: frozenset({"dots", "rows"}),
     ColumnCombination: lambda rule: frozenset({"columns"}),
 }
-"""By the class of a rule; one that is not here needs none."""
+"""Groups by the class of a rule; classes that are not here need none."""
 _BESIDE_TORCH = frozenset({"words", "adapters"})
-"""What torch has no part in: random words are counted, and adapters applied, before it sees a value."""
+"""Groups that serve torch too: random words are counted, and adapters applied, before it sees a value."""
 
 
 def needed_kernels(plan: MergePlan) -> Names:

@@ -31,10 +31,10 @@ ALIGN = BLOCK
 """Elements; the block of the fp64 statistics."""
 
 PASSES_AHEAD = 2
-"""Surveyed tensors not yet merging: more would drop from the page cache what is about to be read again."""
+"""Streamed tensors that wait for their merge; more of them would evict pages from the cache that are about to be read again."""
 
 _FRAME = 64
-"""Bytes by which a chunk that does not compress may grow."""
+"""Bytes by which an incompressible chunk may grow."""
 
 Mode = Literal["split", "resident", "streamed"]
 
@@ -70,14 +70,14 @@ Step = Chunk | StatisticsPass
 
 
 class TooLarge(BudgetError):
-    """Less of a tensor fits the buffers than must be held of it.
+    """The part of a tensor that must be held does not fit the buffers.
 
     Parameters
     ----------
     needed
         Bytes of buffers.
     least
-        Bytes of ``--memory`` that do; None: with the same reserve.
+        Bytes of ``--memory`` that suffice; None: the needed ones and the reserve.
     """
 
     def __init__(self, name: str, what: str, needed: int, budget: Budget, least: int | None = None) -> None:
@@ -92,7 +92,7 @@ class TooLarge(BudgetError):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How the pieces of one job are handled, decided from the budget."""
+    """The way the pieces of one job are handled, decided from the budget."""
 
     mode: Mode
     """`split` anywhere; held `resident` with its statistics taken from memory; or `streamed` for its statistics, then split."""
@@ -101,7 +101,7 @@ class Work:
     bytes_per_element: float
     """Buffer bytes a piece needs for each of its elements."""
     workspace: int
-    """Buffer bytes a chunk needs beside: alignment, scratch, temporaries of a torch formula."""
+    """Buffer bytes a chunk needs in addition: alignment, scratch, temporaries of a torch formula."""
     extent: Extent = Extent.ELEMENT
 
     def lease_bytes(self, n: int) -> int:
@@ -119,7 +119,7 @@ def plan_work(
     sums: bool = True,
     row_bytes: int = 0,
 ) -> Work:
-    """Decide how one job is handled.
+    """Decide how the pieces of one job are handled.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def _store_row(job: Job) -> int:
 
 
 def chunk_scratch(job: Job) -> int:
-    """Return the buffer bytes it takes to read what does not lie ready in a file.
+    """Return the buffer bytes needed to read data that no file holds as it is.
 
     Of a Fisher store it is a chunk as it lies and decompressed.
     """
@@ -201,7 +201,7 @@ def steps(
     budget: Budget,
     done: Mapping[int, Sequence[Interval]],
 ) -> Iterator[Step]:
-    """Yield what is left to do, in file order; `done` has the finished elements of each job."""
+    """Yield the steps that are left, in file order; `done` has the finished elements of each job."""
     pieces: list[Piece] = []
     held = 0.0
     workspace = 0

@@ -1,4 +1,4 @@
-"""How an output is loaded by the library that it is for: lines for a model card."""
+"""Lines for a model card that show how a library loads the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a run is and how fast it goes: arithmetic of the events, for every kind of report."""
+"""The progress and speed of a run, from its events, for every kind of report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _WINDOW_SECONDS = 30.0
-"""What is faster or slower than this is told as it is; what flickers faster is smoothed."""
+"""Seconds over which the speed is averaged, so that it does not flicker."""
 _LEAST_SECONDS = 1.0
 """Before this nothing can be said."""
 

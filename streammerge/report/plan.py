@@ -1,4 +1,4 @@
-"""A plan, for people: what is read, written and held, what it takes of memory, disk and time."""
+"""Describes a plan for people: what it reads, writes and holds; the memory, disk and time it takes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _HOLDS = {
 
 
 def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
-    """Return what a person decides by: other amounts of memory, the disk, the time, and what is wrong with them.
+    """Return the facts a person decides by: other amounts of memory, disk, time, and warnings about them.
 
     Parameters
     ----------
     out
-        The output directory; None: the disk of the current directory is looked at, and nothing is warned of.
+        The output directory; None: examine the disk of the current directory, and warn of nothing.
     """
     division = plan.division
     found: dict[str, Any] = {
@@ -55,7 +55,7 @@ def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
 
 
 def _held_by(out: Path) -> Literal["finished", "unfinished"] | None:
-    """Return what an earlier merge has left in an output."""
+    """Return the state in which an earlier merge has left an output."""
     if os.path.lexists(out / STATE):
         return "unfinished"
     return "finished" if os.path.lexists(out / MANIFEST) else None
@@ -67,7 +67,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
     Parameters
     ----------
     values
-        Those of `describe`, and of `advice`.
+        The values of `describe` and of `advice`.
     """
     lines = [
         f"method    {_method(values)}",
@@ -132,8 +132,8 @@ def _memory(values: dict[str, Any]) -> str:
         from_where = "with that" if once == least else f"from {_option(once)} on"
         parts.append(f"reads each tensor once{passes} {from_where}")
     return (
-        f"{', '.join(parts)}; {format_size(values['memory_reserve'])} are for the process, lists of tensors and "
-        f"statistics, the rest is for buffers: {plural(values['chunks'], 'chunk')}, the largest "
+        f"{', '.join(parts)}; {format_size(values['memory_reserve'])} for the process, lists of tensors and "
+        f"statistics, the rest for buffers: {plural(values['chunks'], 'chunk')}, the largest "
         f"{format_size(values['largest_chunk_bytes'])}"
     )
 
@@ -149,7 +149,7 @@ def _disk(values: dict[str, Any], out: str | None) -> str:
 
 
 def _option(nbytes: int) -> str:
-    """Return a size of no less, as `--memory` takes it without quotes: ``255MiB``, ``31.7GiB``."""
+    """Return a size, rounded up, as `--memory` takes it without quotes: ``255MiB``, ``31.7GiB``."""
     if nbytes < 1 << 30:
         return format_at_least(nbytes).replace(" ", "")
     tenths = -(-nbytes * 10 // (1 << 30))

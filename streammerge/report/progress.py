@@ -1,4 +1,4 @@
-"""What a person or a program sees while a merge runs: a bar on a terminal, plain lines elsewhere, JSON on request."""
+"""Shows a running merge: a bar on a terminal, plain lines elsewhere, JSON on request."""
 
 from __future__ import annotations
 

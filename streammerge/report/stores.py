@@ -1,4 +1,4 @@
-"""What a store of Fisher diagonals holds, for people."""
+"""Describes the contents of a store of Fisher diagonals, for people."""
 
 from __future__ import annotations
 

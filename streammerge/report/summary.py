@@ -1,4 +1,4 @@
-"""What a merge did, for people and as plain values; what it is about to do, in a sentence."""
+"""The summary of a merge, for people and as plain values; before it, one sentence about what will be done."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def name_filter(pattern: str | None) -> Callable[[str], bool]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise InputError(f"pattern {printable(pattern)!r} is no regular expression: {error}") from None
+        raise InputError(f"pattern {printable(pattern)!r} is not a regular expression: {error}") from None
     return lambda name: compiled.search(name) is not None
 
 

@@ -1,4 +1,4 @@
-"""What `verify` found, for people and as plain values."""
+"""The result of `verify`, for people and as plain values."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def verdict_text(out: str, verdict: Verdict) -> str:
     if verdict.others:
         names = ", ".join(printable(name, 60) for name in verdict.others[:_SHOWN])
         more = f" and {len(verdict.others) - _SHOWN} more" if len(verdict.others) > _SHOWN else ""
-        lines.append(f"not of the merge, and not looked at: {names}{more}")
+        lines.append(f"not part of the merge, and not checked: {names}{more}")
     return "\n".join(lines)

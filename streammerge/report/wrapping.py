@@ -1,4 +1,4 @@
-"""How wide text may be."""
+"""Wraps text to the width of the terminal."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_code_that_a_config_asks_for_is_named_and_copied_as_data(paths: list[Pat
     (paths[1] / "modeling_x.py").write_text("raise SystemExit")
     config = {"merge_method": "linear", "models": [{"model": str(path)} for path in paths[1:]]}
     told = warnings_for(config)
-    assert "auto_map asks for Python code (conf.py, modeling_x.py): conf.py is missing in" in told
+    assert "auto_map refers to Python code (conf.py, modeling_x.py): conf.py is missing in" in told
     assert "Python code of org/repo on the hub" in told
     merge(config, tmp_path / "out")
     assert (tmp_path / "out" / "modeling_x.py").read_text() == "raise SystemExit"

@@ -126,7 +126,7 @@ def test_inspect_takes_a_pattern(cli: Cli, model: Path) -> None:
     assert len(lines) == 12
     listed = json.loads(cli("inspect", model, r"\.1\d\.q", "--json").out)
     assert len(listed["tensors"]) == 10
-    assert_refused(cli("inspect", model, "("), "no regular expression")
+    assert_refused(cli("inspect", model, "("), "not a regular expression")
 
 
 # --- stores

@@ -16,12 +16,12 @@ from streammerge.errors import ConfigError
 YAML = [
     (
         "models:\n  - model: a\n  parameters:\n    weight: 1\n",
-        "line 3, column 3: 'parameters:' stands beside the list; indent it under '- model:' (4 spaces) "
+        "line 3, column 3: 'parameters:' is next to the list; indent it under '- model:' (4 spaces) "
         '(at ^ in "  ^parameters:")',
     ),
     (
         "models:\n  - model: a\n  dtype: float16\n",
-        "line 3, column 3: 'dtype:' stands in the column of the list's dashes: begin it where the list's own key begins",
+        "line 3, column 3: 'dtype:' is in the column of the list's dashes: begin it in the column of the list's own key",
     ),
     (
         "models:\n  - model: a\n   parameters:\n    weight: 1\n",
@@ -39,7 +39,7 @@ YAML = [
         "  a: 1\nb: 2\n",
         "line 2, column 1: 'b:' is indented differently from line 1 ('a:' begins in column 3)",
     ),
-    ("merge_method\nmodels: a\n", "'merge_method' on line 1 has no ':' behind it"),
+    ("merge_method\nmodels: a\n", "'merge_method' on line 1 has no ':' after it"),
     (
         "a: b: c\n",
         "line 1, column 5: a second ': ' in one line, mapping values are not allowed here: quote the text, "
@@ -58,7 +58,7 @@ YAML = [
     (
         "a: 1\n---\nb: 2\n",
         "line 2, column 1: a second document begins here, and stages that build on each other are not "
-        "merged in one go: write each document to a file of its own",
+        "merged in one run: write each document to a file of its own",
     ),
 ]
 
@@ -108,7 +108,7 @@ KEYS = [
         M + "dtype: bfloat6",
         "dtype: 'bfloat6' is none of float16, bfloat16, float32, float64 (did you mean 'bfloat16'",
     ),
-    (M + "chat_template: chatlm", "chat_template: 'chatlm' is no template (did you mean 'chatml'?"),
+    (M + "chat_template: chatlm", "chat_template: 'chatlm' is not a template (did you mean 'chatml'?"),
 ]
 
 

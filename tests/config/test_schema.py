@@ -156,8 +156,8 @@ REFUSED = [
     (M + "xyz: 1", ": unknown key 'xyz' (known: merge_method, models,"),
     (M + "merge_method: x", ": line 3, column 1: duplicate key 'merge_method'"),
     (M + f"? {'k' * 900}\n: 1", ": unknown key 'kkk"),
-    (M + "slices: []", ": 'models' and 'slices' exclude each other"),
-    (M + "modules: {}", ": 'models' and 'modules' exclude each other"),
+    (M + "slices: []", ": 'models' and 'slices' cannot both be set"),
+    (M + "modules: {}", ": 'models' and 'modules' cannot both be set"),
     (S + "[]", ": slices: must be a list of slices (- sources: …), not an empty list"),
     (S + "[a]", ": slices[0]: must be a map (sources: …), not 'a'"),
     (S + "[{source: []}]", ": slices[0]: unknown key 'source' (did you mean 'sources'?)"),
@@ -191,12 +191,12 @@ REFUSED = [
     (
         S
         + "[{sources: [{model: a, alias: x, layer_range: [0, 2]}, {model: a, alias: x, layer_range: [2, 4]}]}]",
-        ": slices[0].sources[1]: 'x' is sources[0] already (give one an own alias:)",
+        ": slices[0].sources[1]: 'x' is sources[0] already (give one of them its own `alias:`)",
     ),
     (
         S
         + "[{sources: [{model: a, alias: x, layer_range: [0, 2]}]}, {sources: [{model: b, alias: x, layer_range: [2, 4]}]}]",
-        ": slices[1].sources[0]: 'x' has another model than at ",
+        ": slices[1].sources[0]: 'x' has a different model at ",
     ),
     (
         "merge_method: linear\nmodules: []",
@@ -216,11 +216,11 @@ REFUSED = [
     ),
     (
         "merge_method: linear\nmodules: {text: {models: [a], slices: []}}",
-        ": modules.text: 'models' and 'slices' exclude",
+        ": modules.text: 'models' and 'slices' cannot both be set",
     ),
     (M + "tokenizer: {sorce: union}", ": tokenizer: unknown key 'sorce' (did you mean 'source'"),
     (M + "tokenizer_source: [base]", ": tokenizer_source: must be a string"),
-    (M + "chat_template: auto_", ": chat_template: 'auto_' is no template (did you mean 'auto'"),
+    (M + "chat_template: auto_", ": chat_template: 'auto_' is not a template (did you mean 'auto'"),
     # The method and the models.
     ("models: [{model: a}]", ": 'merge_method' is missing"),
     ("merge_method: null\nmodels: [{model: a}]", ": merge_method: must be a string, not null"),
@@ -271,11 +271,11 @@ REFUSED = [
     ("merge_method: linear\nmodels: [{model: a, fisher: }]", ": models[0].fisher: must be a string, not nul"),
     (
         "merge_method: linear\nmodels: [{model: a}, {model: b}, {model: c, alias: a}]",
-        ": models[2]: 'a' is models[0] already (give one an own alias:)",
+        ": models[2]: 'a' is models[0] already (give one of them its own `alias:`)",
     ),
     (
         "merge_method: linear\nmodels: [{model: a, alias: x}, {model: b, alias: x}]",
-        ": models[1]: 'x' is models[0] already (give one an own alias:)",
+        ": models[1]: 'x' is models[0] already (give one of them its own `alias:`)",
     ),
     # Options.
     (M + "dtype: float99", ": dtype: 'float99' is none of float16, bfloat16, float32, float64"),

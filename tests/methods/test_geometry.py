@@ -277,7 +277,7 @@ def test_directions_that_cancel_give_the_weighted_sum() -> None:
         ("nearswap", {}, "'t' is missing"),
         ("karcher", {"weight": -1.0}, "weights of 0 or more"),
         ("multislerp", {"weight": 0.0}, "the weights sum to 0"),
-        ("ramplus_tl", {"alpha": -1.0}, r"does not lie in \[0, inf\]"),
+        ("ramplus_tl", {"alpha": -1.0}, r"is outside the range \[0, inf\]"),
     ],
 )
 def test_a_wrong_config_is_refused(

@@ -206,7 +206,7 @@ def test_an_exact_mask_drops_exactly_the_right_number_of_each_tensor(
         ),
         ("fisher", {"weight": -1.0}, "weights of 0 or more"),
         ("fisher", {"weight": 0.0}, "not all 0"),
-        ("ties", {"drop_rate": 1.5}, r"does not lie in \[0, 1\]"),
+        ("ties", {"drop_rate": 1.5}, r"is outside the range \[0, 1\]"),
     ],
 )
 def test_what_has_no_one_meaning_is_refused(

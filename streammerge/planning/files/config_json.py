@@ -1,4 +1,4 @@
-"""The output's config.json: the template model's, with what the merge has changed."""
+"""The output's config.json: that of the template model, with the changes that the merge makes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _COUNTS = (
     "encoder_layers",
     "depth",
 )
-"""What architectures call the number of their layers."""
+"""Names of the setting for the number of layers."""
 _LANGUAGE = ("", *LANGUAGE_PARTS)
 """The parts of a config that speak of the language model."""
 _QUANTISED = ("quantization_config", "compression_config")
@@ -50,7 +50,7 @@ def merged_config(
     stacks: Sequence[Stack],
     alignment: Alignment | None = None,
 ) -> tuple[Settings, list[str]]:
-    """Return the settings of the output and what the user should know; empty where the template model has none.
+    """Return the settings of the output, and warnings; no settings if the template model has none.
 
     Changed are the dtype, the number of layers and lists with an entry per layer, whether embedding and head are tied,
     the size of the vocabulary and numbers of tokens, and a quantisation that the output no longer has.
@@ -132,13 +132,13 @@ def _name_code(settings: Settings, template: TensorIndex) -> list[str]:
             else "copied with it"
         )
         notes.append(
-            f"config.json: auto_map asks for Python code ({printable(', '.join(modules), 200)}): {fate}; it is never run "
-            "here, and by a loader only where `trust_remote_code` says so"
+            f"config.json: auto_map refers to Python code ({printable(', '.join(modules), 200)}): {fate}; streammerge never runs it, "
+            "and a loader only with `trust_remote_code`"
         )
     if elsewhere:
         notes.append(
-            f"config.json: auto_map asks for Python code of {printable(', '.join(elsewhere), 200)} on the hub, which a loader "
-            "fetches where `trust_remote_code` says so"
+            f"config.json: auto_map refers to Python code of {printable(', '.join(elsewhere), 200)} on the hub, which a loader "
+            "fetches only with `trust_remote_code`"
         )
     return notes
 
@@ -222,7 +222,7 @@ def _set_vocabulary(settings: Settings, alignment: Alignment) -> list[str]:
             lost += renumber(part, alignment.numbers)
     if not lost:
         return []
-    return [f"config.json: {', '.join(lost)}: a token that the output's tokenizer lacks: set it by hand"]
+    return [f"config.json: {', '.join(lost)}: the output's tokenizer lacks this token: set it by hand"]
 
 
 def _untie(settings: Settings, template: TensorIndex, indexes: Indexes, jobs: Sequence[Job]) -> None:

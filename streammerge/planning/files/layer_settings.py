@@ -1,4 +1,4 @@
-"""What a config.json says of layers by their numbers, once they are stacked anew."""
+"""Renumbers the settings of config.json that name layers by number, once the layers are restacked."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def follow_layers(part: dict[str, Any], stack: Stack, own: Own) -> list[str]:
             continue
         if any((place - number) % period for place, (_, number) in enumerate(stack.layers)):
             notes.append(
-                f"config.json: {key}: {period} tells kinds of layers by their numbers, and some now have a number of another "
+                f"config.json: {key}: {period} tells kinds of layers by their numbers, and some layers now have a number of the other "
                 f"kind: stack whole groups of {period} layers, or set it by hand"
             )
     for key in DECLARED:
@@ -89,6 +89,6 @@ def _follow_threshold(part: dict[str, Any], key: str, stack: Stack, own: Own) ->
     if not any(below[first:]):
         return []
     return [
-        f"config.json: {key} is {first}, but layers of its kind come later too (the first: {below.index(True, first)}): a loader "
+        f"config.json: {key} is {first}, but some layers of that kind come later (the first: {below.index(True, first)}): a loader "
         "will take them for the other kind"
     ]

@@ -1,4 +1,4 @@
-"""Where the inputs of a merge come from, as far as it may be told: names on the hub, and licences.
+"""Finds the origins of a merge's inputs that may be published: names on the hub, and licences.
 
 A path is nobody's business: of a local folder only its own name is told.
 """
@@ -32,12 +32,12 @@ class Origin:
     """A model, or an adapter."""
 
     name: str
-    """On the hub, or of the local folder."""
+    """Its name on the hub, or that of the local folder."""
     revision: str = ""
     """The snapshot of a model of the hub."""
     on_hub: bool = False
     licence: tuple[tuple[str, str], ...] = ()
-    """What the front matter of its README says of its licence, by key; empty where it says nothing."""
+    """Its licence in the front matter of its README, by key; empty if it states none."""
 
 
 def origins_of(index: TensorIndex) -> tuple[Origin, ...]:

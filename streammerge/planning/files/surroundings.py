@@ -1,4 +1,4 @@
-"""What an output gets beside its weights, and what of the inputs' folders stays behind."""
+"""Selects the files that are copied to the output in addition to the weights, and names those that are not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Surroundings:
     """The files beside the weights of an output."""
 
     files: Mapping[str, FileStamp] = field(default_factory=dict)
-    """Those that are copied, by their path in the output."""
+    """The copied files, by their path in the output."""
     notes: tuple[str, ...] = ()
 
 
@@ -87,7 +87,7 @@ def is_single_file(index: TensorIndex) -> bool:
 
 
 def _is_untrue(name: str, changed: TokenizerFiles | None, *, quantised: bool) -> bool:
-    """Return whether a file would say of the output what holds for the template model only."""
+    """Return whether a file describes the template model, and would be wrong for the output."""
     if name in QUANTISATION:
         return not quantised
     grown = changed is not None and FULL in changed.changed

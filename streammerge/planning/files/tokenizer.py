@@ -29,18 +29,18 @@ from streammerge.planning.resolve.vocabulary import Alignment, NewToken
 GENERATION = "generation_config.json"
 _PROCESSOR = "chat_template.json"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""What a tokenizer says of a token that was added to it."""
+"""Properties of an added token in a tokenizer's files."""
 _NUMBERS = ("_token_id", "_token_ids", "_token_index")
 """Ends of the names of settings that are numbers of tokens."""
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Where the output's tokenizer files come from."""
+    """The tokenizer files of the output."""
 
     directory: Path
     changed: Mapping[str, bytes]
-    """Files by name that are not as they are there."""
+    """Files by name that differ from those in the directory."""
     notes: tuple[str, ...] = ()
 
 
@@ -77,7 +77,7 @@ def tokenizer_files(
         settings = read_object(str(template.directory / GENERATION))
         if lost := renumber(settings, alignment.numbers):
             notes.append(
-                f"{GENERATION}: {', '.join(lost)}: a token that the output's tokenizer lacks: set it by hand"
+                f"{GENERATION}: {', '.join(lost)}: the output's tokenizer lacks this token: set it by hand"
             )
         objects[GENERATION] = settings
     changed = {name: _spelled(value) for name, value in objects.items()}

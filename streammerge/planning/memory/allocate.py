@@ -1,4 +1,4 @@
-"""How the memory is divided: what the process needs, lists of tensors, statistics, and what is left for buffers.
+"""Divides the memory between the process, lists of tensors, statistics and buffers.
 
 ::
 
@@ -25,60 +25,60 @@ from streammerge.statistics.base import FEWEST_BINS, MOST_BINS, Statistic
 from streammerge.units import format_at_least, format_size
 
 _MOST_PARTIALS = 1 << 20
-"""Bytes of the partial sums of one piece, at most: more of them do not make larger reads."""
+"""Most bytes of the partial sums of one piece: more do not make reads larger."""
 _SHARE = 8
-"""Windows of counts, and partial sums, take at most one in so many bytes of what is not the process's own."""
+"""Windows of counts, and partial sums, each take at most this fraction (one in 8) of the memory that is not the process's own."""
 
 REF_NBYTES = 240
-"""Of a tensor of an input: its entry in the list of the model's tensors."""
+"""Bytes per input tensor: its entry in the list of the model's tensors."""
 STORED_REF_NBYTES = 900
-"""The same of a Fisher store, which has a file path for each."""
+"""Bytes per tensor of a Fisher store, which has a file path for each."""
 JOB_NBYTES = 1400
-"""Of a tensor of the output: its job, slot and header, receipts of its pieces, journal and manifest."""
+"""Bytes per output tensor: its job, slot and header, receipts of its pieces, journal and manifest."""
 ANSWER_NBYTES = 250
-"""Of an answer that is kept until the whole model is known: itself, and as the journal has it."""
+"""Bytes per answer that is kept until the whole model is known: the answer, and its text in the journal."""
 NAME_COPIES = 8
-"""How often its name is held at the same time: itself, in headers, in the manifest and its text."""
+"""Copies of a tensor's name that are held at the same time: the name, in headers, in the manifest and its text."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What the merge of a tensor asks for."""
+    """The needs of one job."""
 
     access: Extent
-    """How far it reaches."""
+    """The largest extent of its statistics and of its arithmetic."""
     holds: bool
-    """Whether it takes statistics of its own tensor."""
+    """Whether the merge needs statistics of its own tensor."""
     sums: bool
-    """Whether these are sums over blocks of elements."""
+    """Whether these statistics are sums over blocks of elements."""
     extent: Extent
-    """What its arithmetic must see at once."""
+    """The elements that its arithmetic must see at once."""
     ranks: int = 0
-    """Order statistics asked for together, at most."""
+    """Upper bound of the order statistics that are taken in one pass."""
     partials: int = 0
-    """fp64 partial sums of each block of elements asked for together, at most."""
+    """Upper bound of the fp64 partial sums per block of elements that are taken in one pass."""
     kept: int = 0
-    """Answers of its own tensor that wait for those of the whole model, as all other tensors' do."""
+    """Answers of its own tensor that are kept until those of the whole model are known."""
 
 
 @dataclass(frozen=True)
 class StatisticsMemory:
-    """What statistics may take beside the buffers."""
+    """The memory that statistics may take in addition to the buffers."""
 
     bins: int = MOST_BINS
-    """Counts of one window, at most."""
+    """Most counts of one window."""
     elements: int = 1 << 62
-    """Elements of which partial sums are taken at a time, at most."""
+    """Most elements whose partial sums are taken at a time."""
     nbytes: int = 0
-    """Of all windows and all partial sums together."""
+    """Bytes of all windows and all partial sums together."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """How the memory is divided, and how each job is handled within it."""
+    """The divided memory, and how each job is handled within it."""
 
     budget: Budget
-    """Of the buffers: what else is needed is in its reserve."""
+    """The budget of the buffers; everything else is in its reserve."""
     statistics: StatisticsMemory
     work: tuple[Work, ...]
 
@@ -92,7 +92,7 @@ def asked_together(rounds: Sequence[Sequence[Statistic[Any]]]) -> tuple[int, int
 
 
 def statistics_memory(ranks: int, partials: int, largest: int, budget: Budget) -> StatisticsMemory:
-    """Return the room for statistics.
+    """Return the memory for statistics.
 
     A window is counted by every worker on its own and added up once for each rank. The partial sums of a piece wait
     for those of all before it, of which two for each worker are in flight, and one more is summed by each.
@@ -104,7 +104,7 @@ def statistics_memory(ranks: int, partials: int, largest: int, budget: Budget) -
     largest
         Elements of the largest scope that is ranked.
     budget
-        Before statistics are taken off.
+        The memory, before statistics are subtracted.
     """
     share = budget.capacity // _SHARE
     bins, elements, nbytes = MOST_BINS, 1 << 62, 0
@@ -122,7 +122,7 @@ def statistics_memory(ranks: int, partials: int, largest: int, budget: Budget) -
 
 
 def lists_nbytes(n_refs: int, n_stored: int, jobs: Sequence[Job], needs: Sequence[Needs]) -> int:
-    """Return an upper bound of what lists of tensors take, from the headers to the manifest.
+    """Return an upper bound of the bytes of lists of tensors, from the headers to the manifest.
 
     Parameters
     ----------
@@ -148,13 +148,13 @@ def allocate(
     Parameters
     ----------
     budget
-        Of the process alone.
+        The memory, before lists and statistics are subtracted.
     lists
         Bytes of lists of tensors.
     plan_work
         Decides how one job is handled; raises `TooLarge`.
     beside
-        Bytes that the statistics of a job take beside buffers and windows, handled so.
+        Bytes that the statistics of a job take in addition to buffers and windows, handled this way.
 
     Raises
     ------
@@ -181,14 +181,14 @@ def allocate(
 
 
 class TooLittle(Exception):
-    """The buffers would have less than they need at least."""
+    """The memory left for buffers is below the least that they need."""
 
     def __init__(self, least: int, statistics: int) -> None:
         self.least, self.statistics = least, statistics
 
 
 def least_total(budget: Budget, known: int, divide: Callable[[Budget], Allocation]) -> int:
-    """Return the least memory, in whole MiB, that is found to be enough; it is more than is `known` to be needed."""
+    """Return the least memory, in whole MiB, that suffices, starting from the bytes `known` to be needed."""
     total = -(-known // MIB) * MIB
     while True:
         try:
@@ -243,7 +243,7 @@ def _work_of(
     budget: Budget,
     plan_work: Callable[[Job, Needs, Budget], Work],
 ) -> list[Work]:
-    """Return how each job is handled; of those that do not fit, refuse the most demanding."""
+    """Return how each job is handled; if some do not fit, refuse the most demanding one."""
     known: dict[tuple[object, ...], Work] = {}
     same: dict[Work, Work] = {}
     refused: TooLarge | None = None
@@ -264,7 +264,7 @@ def _work_of(
 
 
 def _likeness(job: Job, need: Needs) -> tuple[object, ...]:
-    """Return what decides how a job is handled: those that share it are handled alike."""
+    """Return a key of everything that decides how a job is handled."""
     fishers = tuple((ref.dtype, getattr(ref, "chunk", None)) for ref in job.fishers)
     inputs = tuple((ref.dtype, ref.scratch_bytes) for ref in job.inputs)
     return (

@@ -1,4 +1,4 @@
-"""How much memory there is and how much of it the work may take.
+"""The memory budget of a merge: how much there is, and how much of it the buffers may take.
 
 `--memory` bounds the resident memory of the whole process. What the interpreter and its libraries
 take is subtracted first; the rest, the capacity, is all that buffers may ever hold together.
@@ -26,7 +26,7 @@ class Budget:
     total: int
     """Bound of the process's peak resident memory."""
     reserve: int
-    """What the process needs beside the buffers."""
+    """Bytes that the process needs in addition to the buffers."""
     threads: int
     """CPUs that may be busy."""
 
@@ -51,7 +51,7 @@ class Budget:
         return min(48 * MIB, self.capacity // (self.workers + 1))
 
     def less(self, nbytes: int) -> Budget:
-        """Return the budget of buffers when `nbytes` more are needed beside them."""
+        """Return the budget that is left for buffers when `nbytes` more are needed for other things."""
         return replace(self, reserve=self.reserve + nbytes)
 
 
@@ -61,7 +61,7 @@ def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget
     Raises
     ------
     BudgetError
-        If `memory` leaves no room for any buffer.
+        If `memory` does not suffice for the smallest buffers.
     """
     total = available_memory() // 2 if memory is None else memory
     least = reserve + SMALLEST_CAPACITY

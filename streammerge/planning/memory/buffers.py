@@ -1,4 +1,4 @@
-"""Where the operands of a piece lie in its buffer: numbers only.
+"""Lays out the operands of a piece in its buffer: arithmetic of offsets.
 
 Direct I/O moves whole pages between a file and memory at the same place of a page. So every operand has a slot of
 its bytes in whole pages and one page more, and in front of the first a page in which the output, laid over that
@@ -24,13 +24,13 @@ class Places:
     """Byte offsets into the buffer of a piece."""
 
     slots: tuple[int, ...]
-    """Of the inputs, base first, then the models, then their Fisher diagonals."""
+    """Offsets of the inputs: the base, the models, their Fisher diagonals."""
     output: int | None
-    """Of the output's own slot; None where it is laid over the first input."""
+    """Offset of the output's own slot; None if the output is laid over the first input."""
     scratch: int
-    """Where free room begins."""
+    """Offset of the first free byte."""
     paged: bool
-    """Whether direct I/O may come into it: then all offsets are multiples of `PAGE`."""
+    """Whether direct I/O may use it: all offsets are then multiples of `PAGE`."""
 
     def output_at(self, first_input: int, file_offset: int) -> int:
         """Return where the output begins so that it lies in its page as it will lie in the file.
@@ -69,7 +69,7 @@ def bytes_per_element(job: Job) -> float:
 
 
 def alignment_bytes(job: Job) -> int:
-    """Return what `divide` needs at most beside `bytes_per_element`."""
+    """Return an upper bound of what `divide` needs in addition to `bytes_per_element`."""
     slots = len(_input_bits(job)) + 1
     scratch = PAGE if job.fisher_chunk_bytes else 0
     return ((2 * slots + 1) * PAGE if _is_paged(job) else (slots + 1) * LINE) + scratch

@@ -1,4 +1,4 @@
-"""Whether the models of a merge are of one kind: names, depths and widths, compared with those of the template model."""
+"""Checks that the models of a merge are of one kind: names, depths and widths, compared with the template model."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _WIDTHS = (
     "num_local_experts",
     "n_routed_experts",
 )
-"""What architectures call sizes that shapes come from."""
+"""Settings of config.json that shapes follow from."""
 
 
 def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) -> None:
-    """Refuse models that are not of one architecture, depth or width; nothing is said of models that are sliced.
+    """Refuse models that are different architectures, depth or width; nothing is said of models that are sliced.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) ->
         least = min(len(own), len(others))
         if 2 * len(shared) < least:
             raise ModelError(
-                f"{_named(index)} and {_named(template)} share {len(shared)} of {least} tensors: not of one architecture"
+                f"{_named(index)} and {_named(template)} share {len(shared)} of {least} tensors: different architectures"
             )
         _check_depths(template, index, own, others)
         _check_widths(template, index, shared)
@@ -90,7 +90,7 @@ def _layers(n: int) -> str:
 
 
 def _check_widths(template: TensorIndex, index: TensorIndex, shared: Sequence[str]) -> None:
-    """Refuse a model most of whose tensors have other shapes."""
+    """Refuse a model most of whose tensors differ in shape."""
     differing = [
         name
         for name in shared
@@ -103,8 +103,8 @@ def _check_widths(template: TensorIndex, index: TensorIndex, shared: Sequence[st
     sizes = _sizes(template.config, index.config)
     why = f" ({sizes} in config.json)" if sizes else ""
     raise ModelError(
-        f"{printable(index.reference)} and {printable(template.reference)}: {len(differing)} of {len(shared)} tensors have other "
-        f"shapes{why}: these models cannot be merged (first: {printable(first)}, {list(index[first].shape)} and "
+        f"{printable(index.reference)} and {printable(template.reference)}: {len(differing)} of {len(shared)} tensors differ in "
+        f"shape{why}: these models cannot be merged (first: {printable(first)}, {list(index[first].shape)} and "
         f"{list(template[first].shape)})"
     )
 
@@ -256,5 +256,5 @@ def check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
         if (ref.dtype in FLOATS) != (first.dtype in FLOATS):
             raise ModelError(
                 f"tensor {printable(name)}: {ref.dtype} in {printable(ref.path)}, {first.dtype} in {printable(first.path)}; "
-                "these cannot be merged; list it under `exclude:` to copy it from one model"
+                "these dtypes cannot be merged; list it under `exclude:` to copy it from one model"
             )

@@ -1,4 +1,4 @@
-"""Which tensors the output has, and which tensors of the models go into each: names and layers, no architecture."""
+"""Assembles the output: its tensors, and those of the models that go into each, by names and layers alone."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class OutputTensor:
     template: tuple[str, str]
     """The model, by reference, and the name of its tensor that lends its dtype, and is copied where nothing is merged."""
     depth: float
-    """Where in its stack of layers it lies, from 0 to 1."""
+    """Its place in its stack of layers, from 0 to 1."""
     levels: tuple[Mapping[str, Setting], ...]
     """The settings that all sources share, those that go first at the front."""
 
     @property
     def models(self) -> list[tuple[ModelSpec, str]]:
-        """Each source and the tensor's name there."""
+        """The sources, each with the tensor's name there."""
         return list(zip(self.part.sources, self.sources, strict=True))
 
 
@@ -46,24 +46,24 @@ class Stack:
 
     module: str | None
     prefix: str
-    """Of the tensors' names: ``model.layers``."""
+    """The beginning of the tensors' names: ``model.layers``."""
     before: int
     """Layers that the template model has."""
     layers: tuple[tuple[str, int], ...]
-    """Of each layer of the output, the model whose layer it is (of several the first) and its number there."""
+    """For each layer of the output, its model (the first of several) and its number there."""
     extra_before: int = 0
     """Layers behind the template model's last, for multi-token prediction."""
     extra: int = 0
-    """Those of the output."""
+    """Extra layers of the output."""
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """What the output consists of."""
+    """The tensors and the stacks of layers of the output."""
 
     outputs: tuple[OutputTensor, ...]
     stacks: tuple[Stack, ...]
-    """Those that are stacked anew."""
+    """The stacks that are put together from slices."""
     notes: tuple[str, ...]
 
 
@@ -206,11 +206,11 @@ class _Place:
     prefix: str
     count: int
     by_layer: Mapping[int, list[str]]
-    """What follows the number in the names of each layer's tensors, those behind the last included."""
+    """The rest of the names of each layer's tensors, after the number; layers behind the last included."""
     loose: tuple[str, ...]
     """The names outside of the layers."""
     extra: int = 0
-    """How many layers lie behind the last, for multi-token prediction."""
+    """Number of layers behind the last, for multi-token prediction."""
     apart: tuple[str, ...] = ()
     """The names of such layers that have a name of their own."""
 
@@ -241,7 +241,7 @@ def _range(spec: ModelSpec, place: _Place) -> tuple[int, int]:
     assert spec.layer_range is not None
     first, end = spec.layer_range
     if end > place.count:
-        kept = f" (the {place.extra} behind them, for multi-token prediction, are kept behind the last by themselves)"
+        kept = f" (the {place.extra} behind them, for multi-token prediction, are kept without being listed)"
         raise ConfigError(
             f"{spec.path}.layer_range: [{first}, {end}] ends beyond the {place.count} layers of "
             f"{printable(spec.reference)}{kept if place.extra else ''}"
@@ -302,7 +302,7 @@ def _lost(places: Mapping[str, _Place], last: str) -> list[str]:
 
 
 def _outside(config: MergeConfig, module: Module, part: Slice, name: str) -> OutputTensor:
-    """Return the output tensor outside of the layers, which as in mergekit counts as depth 0."""
+    """Return an output tensor outside of the layers; as in mergekit, its depth is 0."""
     lender = part.base or _leader(part)
     return OutputTensor(
         name,

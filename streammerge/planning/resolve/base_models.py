@@ -1,4 +1,4 @@
-"""Which model is the base of what, as mergekit's configs say it: often among the models, often not."""
+"""Settles the base model of each slice; mergekit's configs often list it among the models, and often do not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def settle_base(config: MergeConfig, method: Method) -> MergeConfig:
     Raises
     ------
     ConfigError
-        If a base is named that the method has no use for.
+        If the config names a base that the method cannot use.
     """
     drops = wants_drop(config, method)
     modules = tuple(
@@ -55,6 +55,6 @@ def _settled(part: Slice, config: MergeConfig, method: Method, drops: bool) -> S
         if layers is not None:
             return part  # As in mergekit it lends its config and its tokenizer.
         raise ConfigError(
-            f"{path}: {method.name!r} has no base; list the model under `models` or remove the key"
+            f"{path}: {method.name!r} takes no base; list the model under `models`, or remove the key"
         )
     return replace(part, base=base)

@@ -1,4 +1,4 @@
-"""Whether an output holds quantised weights: codes, known by the scales that lie beside them."""
+"""Tells whether an output holds quantised weights: codes, recognised by the scales that accompany them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _COMPANION = re.compile(
     r"(?:weight_)?scales?(?:_.*)?|qzeros|zeros|g_idx|SCB|absmax|quant_map|weight_(?:shape|zero_point|global_scale)",
     re.ASCII,
 )
-"""What the tensors are called that say what a module's codes mean."""
+"""Names of the tensors that decode a module's codes."""
 
 
 def holds_codes(jobs: Sequence[Job]) -> bool:

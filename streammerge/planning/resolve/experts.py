@@ -18,19 +18,19 @@ from streammerge.dtypes import FLOATS, itemsize
 from streammerge.formats.refs import SourceRef, TensorRef
 
 _WORDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("fc1", "fc3", "fc2"))
-"""What the projections of an expert are called: gate, up, down."""
+"""Names of the projections of an expert: gate, up, down."""
 _GATE, _UP, _DOWN = range(3)
 _ONE = re.compile(r"^(.*)\.(experts)\.(\d{1,6})\.(\w+)\.weight$")
 _FUSED = re.compile(r"^(.*)\.(experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
 _TOGETHER = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}, {"gate_proj", "up_proj", "down_proj"})
 """Tensors that hold all experts of a layer."""
 _INTERLEAVED = "gate_up_proj_bias"
-"""Where experts have biases (gpt-oss), rows of gate and up projection take turns: another arithmetic, not only a layout."""
+"""Experts with biases (gpt-oss) interleave the rows of gate and up projection: a different arithmetic, not only a layout."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the experts of a model are stored."""
+    """The way a model stores its experts."""
 
     fused: bool
     parent: str
@@ -66,7 +66,7 @@ class _Group:
     layout: Layout
     names: list[str]
     matrices: dict[int, list[_Matrix]]
-    """Of each projection, by expert."""
+    """The tensors of each projection, by expert."""
 
 
 def layout_of(index: Mapping[str, SourceRef]) -> Layout | None:

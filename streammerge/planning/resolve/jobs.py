@@ -1,4 +1,4 @@
-"""From a config and the headers of its models to jobs: which tensor is merged from what, and how."""
+"""Resolves a config and the headers of its models to jobs: each output tensor, its inputs and its parameters."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from streammerge.planning.resolve.vocabulary import Alignment
 
 @dataclass(frozen=True)
 class Resolved:
-    """What `resolve_jobs` makes of a config."""
+    """The jobs of a config, with everything that the user should know of them."""
 
     jobs: tuple[Job, ...]
     stacks: tuple[Stack, ...]
-    """Layers that are stacked anew."""
+    """Stacks of layers that are put together from slices."""
     warnings: tuple[str, ...]
 
 
@@ -59,7 +59,7 @@ def resolve_jobs(
     matched
         Every model, in the template model's names.
     fishers
-        One diagonal per model, for a method that weighs by them.
+        One diagonal per model, for a method that weights by them.
     alignment
         How the rows of the models' vocabularies are put in one order.
     grams
@@ -143,7 +143,7 @@ def _check_models(config: MergeConfig, method: Method) -> None:
 
 
 def _output_dtype(inputs: Sequence[SourceRef], config: MergeConfig) -> str:
-    """Return what the config says, of floats; else what the inputs, the base among them, promote to as in mergekit."""
+    """Return the dtype of an output tensor: the config's, or else, as in mergekit, the one that all inputs promote to."""
     wanted = config.out_dtype or config.dtype
     if inputs[0].dtype not in FLOATS:
         return inputs[0].stored_dtype
@@ -151,14 +151,14 @@ def _output_dtype(inputs: Sequence[SourceRef], config: MergeConfig) -> str:
 
 
 def _promotions(jobs: Sequence[Job], config: MergeConfig) -> list[str]:
-    """Say which tensors are wider than some model stores them, since no `dtype` was given."""
+    """Name the tensors that become wider than some model stores them, since no `dtype` is given."""
     wider = [job for job in jobs if job.kind == "merge" and len({ref.stored_dtype for ref in job.inputs}) > 1]
     if not wider or config.dtype or config.out_dtype:
         return []
     kinds = sorted({ref.stored_dtype for job in wider for ref in job.inputs})
     return [
-        f"{len(wider)} tensors differ in dtype between the models ({', '.join(kinds)}) and take the one that holds them all: "
-        f"{', '.join(sorted({job.dtype for job in wider}))}; `dtype:` in the config says otherwise "
+        f"{len(wider)} tensors differ in dtype between the models ({', '.join(kinds)}) and take the dtype that holds them all: "
+        f"{', '.join(sorted({job.dtype for job in wider}))}; set `dtype:` to choose another "
         f"(first: {printable(wider[0].name)})"
     ]
 
@@ -175,16 +175,16 @@ def _is_scaled(method: Method, parameters: Mapping[str, Any]) -> bool:
 
 
 def _check_scale(name: str, method: Method, parameters: Mapping[str, Any]) -> None:
-    """Refuse to scale what is quantised: its codes are copied."""
+    """Refuse to scale a quantised tensor, whose codes are copied."""
     if _is_scaled(method, parameters):
         raise ModelError(
-            f"tensor {printable(name)} is quantised or belongs to what is, and is copied as it is: it cannot be scaled; "
+            f"tensor {printable(name)} is quantised, or a scale of a quantised tensor, and is copied: it cannot be scaled; "
             "dequantise the model first"
         )
 
 
 class _Binder:
-    """Makes the jobs that are no plain copies, and remembers what the user should know of them."""
+    """Makes the jobs that are not plain copies, and collects warnings."""
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class _Binder:
         drops = self._method.drops(parameters)
         if drops and base is None:
             raise ConfigError(
-                f"{self._config.where}: base_model: a drop acts on differences from a base; name it here"
+                f"{self._config.where}: base_model: a drop needs a base model; set `base_model`"
             )
         return base if drops or self._method.base in ("required", "optional") else None
 
@@ -275,14 +275,14 @@ class _Binder:
             if index[name].shape != template.shape:
                 raise ModelError(
                     f"{printable(index.reference)}: the Fisher diagonal of tensor {printable(name)} has shape "
-                    f"{list(index[name].shape)}, the tensor has {list(template.shape)}; it belongs to another model"
+                    f"{list(index[name].shape)}, the tensor has {list(template.shape)}: the store belongs to a different model"
                 )
         return tuple(index[name] for index, name in pairs)
 
     def _stored(
         self, stores: Sequence[CompanionIndex], output: OutputTensor, members: Sequence[int]
     ) -> list[tuple[CompanionIndex, str]]:
-        """Return the store beside each source, and what the model itself calls the output's tensor."""
+        """Return the store of each source, and the model's own name of the output tensor."""
         return [
             (stores[member], self._own_names.get(spec.reference, {}).get(name, name))
             for member, (spec, name) in zip(members, output.models, strict=True)
@@ -291,7 +291,7 @@ class _Binder:
     def _matrices(
         self, output: OutputTensor, template: SourceRef, members: Sequence[int]
     ) -> tuple[CompanionRef, ...]:
-        """Return the Gram matrices of a linear map's weight; none where a model has none, or of what is no matrix."""
+        """Return the Gram matrices of the weight of a linear map; none if no model has one, or if the tensor is not a matrix."""
         pairs = self._stored(self._grams, output, members) if self._grams else []
         if len(template.shape) != 2 or not pairs or not any(name in index for index, name in pairs):
             return ()
@@ -312,7 +312,7 @@ class _Binder:
             return []
         n, first = len(self._without_fisher), printable(self._without_fisher[0])
         return [
-            f"{n} tensors have no Fisher diagonal in any model, or rows put in another order, and take the `fallback` (first: {first})"
+            f"{n} tensors have no Fisher diagonal in any model, or reordered rows, and take the `fallback` (first: {first})"
         ]
 
 
@@ -332,7 +332,7 @@ def _agree(ordinal: int, name: str, template: SourceRef, inputs: Sequence[Source
 
 
 def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
-    """A statistic of the whole model is one number: what is asked for must not vary with the tensor."""
+    """Refuse whole-model statistics that differ between tensors: each is one number for all."""
     first: list[tuple[object, ...]] | None = None
     members: set[tuple[int, ...]] = set()
     checked: set[tuple[object, ...]] = set()
@@ -352,8 +352,8 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             members.add(job.members)
         if len(members) > 1:
             raise ConfigError(
-                f"tensor {printable(job.name, 120)}: merged from other models than others, but `trim_scope: model` "
-                "trims each model as one; merge all slices from the same models"
+                f"tensor {printable(job.name, 120)}: this tensor comes from a different set of models; `trim_scope: model` "
+                "needs the same models in every slice"
             )
         if first is not None and asked != first and method.looks_at_names:
             raise ConfigError(

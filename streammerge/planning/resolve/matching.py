@@ -21,16 +21,16 @@ class Matched:
     """The models in the template model's names."""
 
     indexes: Mapping[str, TensorIndex]
-    """By reference."""
+    """The models, by reference."""
     own_names: Mapping[str, Mapping[str, str]]
-    """By reference, of tensors that are called otherwise there: their own names by those of the template model."""
+    """Own names, by reference and by the template model's name, of tensors that a model calls otherwise."""
     prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By reference, of models whose names differ: what the template model's names of the tensors that they share begin with."""
+    """Beginnings of the template model's names of shared tensors, by reference, for models whose names differ."""
     notes: tuple[str, ...] = ()
 
     @property
     def n_blocks(self) -> int:
-        """Of tensors that are put together as they are read."""
+        """Blocks of tensors that are assembled as they are read."""
         return sum(ref.n_blocks for reference in self.own_names for ref in self.indexes[reference].values())
 
 

@@ -1,4 +1,4 @@
-"""Which tensors make up a module, such as the vision tower of a vision-language model: by their names."""
+"""Finds the tensors of a module, such as the vision tower of a vision-language model, by their names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streammerge.config.schema import Module
 from streammerge.errors import ConfigError, printable
 
 Owned = Mapping[str, Sequence[str]]
-"""Of each model, by reference, the names of a module's tensors in file order."""
+"""Names of a module's tensors in file order, by model reference."""
 
 _PROJECTOR = "multi_modal_projector"
 _COMPONENTS = {

@@ -55,7 +55,7 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
                 notes.append(f"{setting.path}: ignored: {method.name} has no {name!r}, as in mergekit")
             elif name not in method.parameters and name in KEYS:
                 raise ConfigError(
-                    f"{setting.path}: {name!r} is no parameter: it stands at the top level of the config"
+                    f"{setting.path}: {name!r} is not a parameter: move it to the top level of the config"
                 )
             elif name not in method.parameters:
                 hint = suggestion(name, [*method.parameters, *([PRESET] if method.presets else [])])
@@ -89,7 +89,7 @@ def preset_of(config: MergeConfig, method: Method) -> Mapping[str, Any]:
     name = value_for(setting, "", 0.0)
     if name not in method.presets:
         raise ConfigError(
-            f"{setting.path}: {printable(name, 60)!r} is no preset of {method.name!r} "
+            f"{setting.path}: {printable(name, 60)!r} is not a preset of {method.name!r} "
             f"({suggestion(str(name), method.presets)})"
         )
     return method.presets[str(name)]
@@ -144,10 +144,10 @@ def bind(
             if missing.path.endswith("base_model"):
                 raise ConfigError(
                     f"{missing.path}: no weight for tensor {printable(tensor, 120)}: the base takes part as one more model; "
-                    "give it one under `parameters:` at the top level, or list it under `models:` with its own"
+                    "set one under `parameters:` at the top level, or list it under `models:` with its own"
                 )
             raise ConfigError(
-                f"{missing.path}: no weight for tensor {printable(tensor, 120)}, while other models have one; give all or none"
+                f"{missing.path}: no weight for tensor {printable(tensor, 120)}, but other models have one; give a weight to all or none"
             )
         values[name] = tuple(value for value, _ in found)
         if default is REQUIRED and not all(given):
@@ -215,7 +215,7 @@ def _checked(parameter: Parameter, value: Scalar, path: str, default: Any) -> Sc
         if not low <= value <= high:
             percent = (low, high) == (0, 1) and 1 < value <= 100
             hint = f" (a fraction: {value / 100:g} for {value:g} %)" if percent else ""
-            raise ConfigError(f"{path}: {value!r} does not lie in [{low:g}, {high:g}]{hint}")
+            raise ConfigError(f"{path}: {value!r} is outside the range [{low:g}, {high:g}]{hint}")
         return float(value)
     if int in parameter.kind and (isinstance(value, bool) or not isinstance(value, int)):
         raise ConfigError(f"{path}: {printable(value, 60)!r} is not a whole number")

@@ -35,7 +35,7 @@ class Rule:
     """Ends with a dot, or is empty."""
     template: str
     names: tuple[str, ...] = ()
-    """Of the model's, those that the rule finds in the template model."""
+    """The model's names that the rule finds in the template model."""
 
 
 def find_rules(
@@ -192,7 +192,7 @@ def _spread(names: Mapping[str, SourceRef]) -> Iterable[str]:
 
 @dataclass(frozen=True)
 class _Counted:
-    """How well a candidate fits."""
+    """A candidate, and how well it fits."""
 
     rule: Rule
     alike: int

@@ -23,7 +23,7 @@ Sources = Sequence[tuple[int, int]]
 def own_rows(ids: Mapping[str, int], tokenizer: Tokenizer, n_own: int, n_rows: int) -> Ids:
     """Return for each row of the output the row of a model's own tensor; -1 where it has none.
 
-    What no token names, there or here, is kept at its place: the padding of a vocabulary, or rows held in reserve.
+    Rows that no token names on either side keep their place: the padding of a vocabulary, or rows held in reserve.
     """
     found = np.full(n_rows, -1, np.int32)
     named = np.zeros(max(n_rows, n_own), np.bool_)
@@ -41,19 +41,19 @@ def own_rows(ids: Mapping[str, int], tokenizer: Tokenizer, n_own: int, n_rows: i
 
 @dataclass(frozen=True)
 class Lenders:
-    """For rows that some model lacks, the rows that stand for them: sources one after the other."""
+    """The rows that replace those that some model lacks: sources, one after the other."""
 
     counts: Ids
     starts: Ids
     places: NDArray[np.int16]
-    """Of models, counted from 1."""
+    """Places of models, counted from 1."""
     rows: Ids
 
 
 def lenders_of(
     own: Sequence[Ids], base: int, chosen: Mapping[int, Sources], lacking: NDArray[Any]
 ) -> tuple[Lenders, list[int]]:
-    """Return what stands for each row that a model lacks, and the rows for which there is nothing."""
+    """Return the replacement of each row that a model lacks, and the rows that have none."""
     counts = np.zeros(own[0].size, np.int32)
     places: list[int] = []
     rows: list[int] = []
@@ -74,7 +74,7 @@ def lenders_of(
 
 
 def map_of(own: Ids, lenders: Lenders, place: int, padding: int) -> RowMap:
-    """Return the map of the model at a place: its own row where it has one, else what stands for it."""
+    """Return the map of the model at a place: its own row if it has one, else the replacement."""
     lacks = own < 0
     counts = np.where(lacks, lenders.counts, 1)
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
@@ -90,7 +90,7 @@ def map_of(own: Ids, lenders: Lenders, place: int, padding: int) -> RowMap:
 
 
 def digest_of(rows: RowMap) -> bytes:
-    """Return what identifies a map."""
+    """Return a digest that identifies a map."""
     digest = hashlib.blake2b(str(rows.padding).encode(), digest_size=16)
     for part in (rows.starts, rows.models, rows.rows):
         digest.update(part.tobytes())
@@ -98,6 +98,6 @@ def digest_of(rows: RowMap) -> bytes:
 
 
 def is_identity(rows: RowMap, n_own: int) -> bool:
-    """Return whether a map gives a model's own rows as they are."""
+    """Return whether a map leaves a model's rows unchanged."""
     alone = not rows.padding and rows.rows.size == rows.n_rows == n_own and not rows.models.any()
     return alone and bool((np.diff(rows.starts) == 1).all()) and bool((rows.rows == np.arange(n_own)).all())

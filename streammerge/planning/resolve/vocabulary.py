@@ -48,7 +48,7 @@ class NewToken:
     text: str
     number: int
     about: Mapping[str, Any]
-    """What the tokenizer it comes from says of it."""
+    """Its entry in the tokenizer it comes from."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class _Vocabulary:
     """The tokens of the output."""
 
     directory: Path
-    """Whose files the output gets."""
+    """The folder whose tokenizer files the output gets."""
     has_gaps: bool
-    """Whether its numbers leave some out."""
+    """Whether its numbers have gaps."""
     ids: Mapping[str, int]
     n_rows: int
     """One more than the highest number."""
@@ -67,18 +67,18 @@ class _Vocabulary:
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the models' vocabularies become that of the output."""
+    """The output's vocabulary, and a map of rows for each model."""
 
     directory: Path
-    """Whose tokenizer files the output gets."""
+    """The folder whose tokenizer files the output gets."""
     new: tuple[NewToken, ...]
-    """What is added to them."""
+    """Tokens that are added to these files."""
     n_rows: int
-    """Of the embedding: one for each number, padding included."""
+    """Rows of the output's embedding: one for each number, padding included."""
     maps: Mapping[str, RowMap | None]
-    """By model; None where its rows stay as they are."""
+    """The maps, by model; None if its rows stay unchanged."""
     rows: Mapping[str, int]
-    """By model, the rows of its embedding."""
+    """Rows of each model's embedding."""
     order: tuple[str, ...]
     """The models by their places in the maps."""
     numbers: Ids | None
@@ -88,7 +88,7 @@ class Alignment:
 
     @property
     def nbytes(self) -> int:
-        """Of the maps."""
+        """Bytes of the maps."""
         return sum({id(rows): rows.nbytes for rows in self.maps.values() if rows is not None}.values())
 
     def gather(
@@ -117,9 +117,9 @@ class Alignment:
             lender = find(self.order[place - 1])
             if lender is None or row_elements(lender.shape) != row_elements(ref.shape):
                 raise ModelError(
-                    f"tensor {printable(name)}: {printable(self.order[place - 1])} is to lend rows to "
-                    f"{printable(ref.path)}, and "
-                    + ("has no such tensor" if lender is None else "its rows have another length")
+                    f"tensor {printable(name)}: {printable(self.order[place - 1])} must supply rows for "
+                    f"{printable(ref.path)}, but "
+                    + ("has no such tensor" if lender is None else "its rows have a different length")
                 )
             lenders[place] = lender
         for tensor in (tensor for tensor in lenders if tensor is not None and tensor.dtype not in FLOATS):
@@ -132,7 +132,7 @@ class Alignment:
         return GatheredRef(name, dtype, (rows.n_rows, *ref.shape[1:]), tuple(lenders), rows, ref)
 
     def digest(self) -> str:
-        """Return what identifies the vocabulary and the maps."""
+        """Return a digest that identifies the vocabulary and the maps."""
         digest = hashlib.blake2b(digest_size=16)
         for token in self.new:
             digest.update(repr((token.text, token.number)).encode())
@@ -171,10 +171,10 @@ def align(spec: TokenizerSpec, template: TensorIndex, indexes: Mapping[str, Tens
         )
     named = set(vocabulary.ids.values())
     n_zeros = sum(row in named for row in nowhere)
-    notes = [f"{spec.path}: {n_zeros} tokens have a row in no model and get zeros"] if n_zeros else []
+    notes = [f"{spec.path}: {n_zeros} tokens have no row in any model and get zeros"] if n_zeros else []
     if vocabulary.new and vocabulary.has_gaps:
         notes.append(
-            f"{spec.path}: the numbers of the tokens have gaps; see that the output's tokenizer gives "
+            f"{spec.path}: the numbers of the tokens have gaps; check that the output's tokenizer gives "
             f"{shown(vocabulary.new[0].text)} the number {vocabulary.new[0].number}"
         )
     return Alignment(
@@ -244,14 +244,12 @@ def _embedding_rows(index: TensorIndex) -> int:
     """
     name = embedding_of(index)
     if name is None:
-        raise ModelError(
-            f"{printable(index.reference)}: no tensor that is by its name the embedding of tokens"
-        )
+        raise ModelError(f"{printable(index.reference)}: no tensor has the name of a token embedding")
     return index[name].shape[0]
 
 
 def _directory_of(spec: TokenizerSpec) -> Path:
-    """Return where a source that is none of the models lies."""
+    """Return the folder of a source that is not one of the models."""
     try:
         return locate(spec.source)
     except ModelError as error:
@@ -259,12 +257,12 @@ def _directory_of(spec: TokenizerSpec) -> Path:
             raise
         hint = meant(spec.source, ("union", "base"))
         raise ConfigError(
-            f"{spec.path}: {shown(spec.source)} is none of union, base{hint}, nor a model here"
+            f"{spec.path}: {shown(spec.source)} is neither union nor base{hint}, nor a model here"
         ) from error
 
 
 def _vocabulary(spec: TokenizerSpec, template: TensorIndex, tokenizers: _Tokenizers) -> _Vocabulary:
-    """Return the tokens of the output: those of the tokenizer named, then what else is asked for."""
+    """Return the tokens of the output: those of the named tokenizer, then the others that the config asks for."""
     directory = tokenizers.directory(template.reference)
     if spec.source in ("union", "base"):
         source = tokenizers[template.reference]
@@ -326,7 +324,7 @@ def _row_named(
     """Return the place of the model that a config names for a token, and the row there."""
     assert source.model is not None
     if source.model not in tokenizers:
-        refuse(source.path, f"{shown(source.model)} is no model of this merge")
+        refuse(source.path, f"{shown(source.model)} is not one of the models being merged")
     wanted = text if source.token is None else source.token
     row = wanted if isinstance(wanted, int) else tokenizers[source.model].ids.get(wanted, -1)
     if not 0 <= row < rows[source.model]:

@@ -149,7 +149,7 @@ def test_a_model_without_a_tokenizer_or_an_embedding_is_named(tmp_path: Path) ->
     from safetensors.torch import save_file
 
     save_file({"x": other.tensors[EMBEDDING]}, other.path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"other: no tensor that is by its name the embedding"):
+    with pytest.raises(ModelError, match=r"other: no tensor has the name of a token embedding"):
         plan(linear([base, other], tokenizer_source="union"))
 
 
@@ -261,7 +261,7 @@ def test_merged_models_load_and_speak(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("top", "message"),
     [
-        ({"tokenizer_source": "union", "tokenizer": {}}, "exclude each other"),
+        ({"tokenizer_source": "union", "tokenizer": {}}, "cannot both be set"),
         ({"tokenizer_source": 3}, "tokenizer_source: must be a string"),
         ({"tokenizer": "union"}, "tokenizer: must be a map"),
         ({"tokenizer": {"sources": "union"}}, "unknown key 'sources' (did you mean 'source'"),
@@ -290,7 +290,7 @@ def test_merged_models_load_and_speak(tmp_path: Path) -> None:
             "must be the number of a token",
         ),
         ({"chat_template": "chatmll"}, "did you mean 'chatml'?"),
-        ({"chat_template": "{{x}}"}, "is no template"),
+        ({"chat_template": "{{x}}"}, "is not a template"),
         ({"chat_template": ["a"]}, "must be a string"),
     ],
 )

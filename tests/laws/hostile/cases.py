@@ -177,14 +177,14 @@ def kinds(one: Tensors, three: Tensors) -> Iterator[Case]:
     yield Case(
         "other architectures",
         with_tensors(named(["x."]), {f"y.{i}": t for i, t in enumerate(one.values())}),
-        "share 0 of 2 tensors: not of one architecture",
+        "share 0 of 2 tensors: different architectures",
     )
     yield Case("another depth", with_tensors(named(["x."], 4), named(["x."], 5)), "has 5 layers")
     yield Case(
         "another depth, the deeper first", with_tensors(named(["x."], 5), named(["x."], 4)), "has 4 layers"
     )
     yield Case(
-        "other widths", with_tensors(named(["x."]), named(["x."], size=3)), "4 of 4 tensors have other shapes"
+        "other widths", with_tensors(named(["x."]), named(["x."], size=3)), "4 of 4 tensors differ in shape"
     )
     dots = {f"{i}{'.' * 4000}w": t for i, t in enumerate(named(["x"], 40).values())}
     yield Case(

@@ -154,7 +154,9 @@ def test_what_config_json_says_of_layers_by_number_follows_the_slices_or_is_name
     assert "first_k_dense_replace" not in told
     summary = merge(stack(source(a, 1, 4), source(a, 0, 2)), tmp_path / "turned")
     assert settings_of(tmp_path / "turned")["first_k_dense_replace"] == 0
-    assert any("first_k_dense_replace is 0, but layers of its kind come later" in w for w in summary.warnings)
+    assert any(
+        "first_k_dense_replace is 0, but some layers of that kind come later" in w for w in summary.warnings
+    )
 
 
 def test_models_are_as_deep_as_their_real_layers(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def test_another_architecture_is_named_and_nothing_is_advised(tmp_path: Path) ->
             f"{order[1]} ({'LlamaForCausalLM' if order[1] is llama else 'BertForSequenceClassification'})"
             in message
         )
-        assert message.endswith("share 0 of 9 tensors: not of one architecture")
+        assert message.endswith("share 0 of 9 tensors: different architectures")
         assert "exclude" not in message
 
 
@@ -293,7 +293,7 @@ def test_other_widths_are_told_once_for_all_tensors(tmp_path: Path) -> None:
     narrow = write(tmp_path / "narrow", text(2), hidden_size=8)
     message = refusal(linear(wide, narrow))
     assert (
-        "9 of 9 tensors have other shapes (hidden_size 8 and 16 in config.json): these models cannot be merged"
+        "9 of 9 tensors differ in shape (hidden_size 8 and 16 in config.json): these models cannot be merged"
         in message
     )
     assert "exclude" not in message

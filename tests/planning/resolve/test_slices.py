@@ -279,7 +279,7 @@ WRONG: list[tuple[str, Callable[[dict[str, Path]], dict[str, Any]], str]] = [
      lambda m: {"merge_method": "ties", "base_model": str(m["base"]),
                 "parameters": {"density": 0.5, "trim_scope": "model"},
                 "slices": [{"sources": [source(m["a"], 0, 2)]}, {"sources": [source(m["b"], 2, 4)]}]},
-     "merged from other models than others, but `trim_scope: model`"),
+     "comes from a different set of models; `trim_scope: model`"),
     ("a module that is none", lambda m: {"modules": {"vision_tower": {"models": [str(m["a"])]}}},
      "modules.vision_tower: no tensor of .* belongs to this module; its names begin with lm_head, model"),
 ]  # fmt: skip

@@ -208,7 +208,7 @@ def test_a_token_may_have_a_source_of_its_own(
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ({"<x>": {"source": "nowhere"}}, "'nowhere' is no model of this merge"),
+        ({"<x>": {"source": "nowhere"}}, "'nowhere' is not one of the models being merged"),
         ({"<y>": {"source": "{base}"}}, "has no row for the token '<y>'"),
         (
             {"a": {"source": {"kind": "model_token", "model": "{base}", "token_id": 10}}},
@@ -229,7 +229,7 @@ def test_a_source_that_is_not_there_is_refused(tokens: Any, message: str, three:
 @pytest.mark.parametrize("top", [{"tokenizer_source": "unoin"}, {"tokenizer": {"source": "unoin"}}])
 def test_a_source_misspelt_is_told_from_a_model(top: dict[str, Any], three: list[Model]) -> None:
     with pytest.raises(
-        ConfigError, match=r"'unoin' is none of union, base \(did you mean 'union'\?\), nor a model here"
+        ConfigError, match=r"'unoin' is neither union nor base \(did you mean 'union'\?\), nor a model here"
     ):
         plan(linear(three, **top))
 
@@ -312,7 +312,7 @@ def test_numbers_of_tokens_follow_the_tokenizer(tmp_path: Path) -> None:
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": 1, "temperature": 0.5}
     notes = plan(linear([base, other], tokenizer_source=str(other.path))).warnings
-    assert any("pad_token_id: a token that the output's tokenizer lacks" in note for note in notes)
+    assert any("pad_token_id: the output's tokenizer lacks this token" in note for note in notes)
 
 
 def test_a_diagonal_does_not_follow_rows_that_were_moved(three: list[Model], tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_a_diagonal_does_not_follow_rows_that_were_moved(three: list[Model], tmp
         )
         models.append({"model": str(model.path), "fisher": str(model.path.with_suffix(".safetensors"))})
     decided = plan({"merge_method": "fisher", "models": models, "tokenizer_source": "union"})
-    assert any("rows put in another order" in note for note in decided.warnings)
+    assert any("reordered rows" in note for note in decided.warnings)
     assert {job.name: len(job.fishers) for job in decided.jobs} == {EMBEDDING: 0, HEAD: 0, OTHER: 2}
 
 
