@@ -224,7 +224,7 @@ def test_what_has_no_one_meaning_is_refused(
 def test_a_drop_without_a_base_is_refused(make_models: Callable[..., list[Path]], tmp_path: Path) -> None:
     config = config_for("linear", make_models(), parameters={"drop_rate": 0.5})
     del config["base_model"]
-    with pytest.raises(ConfigError, match="base_model: a drop acts on differences from a base"):
+    with pytest.raises(ConfigError, match="base_model: a drop needs a base model"):
         merge(config, tmp_path / "out")
 
 
