@@ -38,7 +38,7 @@ def load_builtin() -> None:
             raise
         except Exception as error:
             raise InputError(
-                f"installed methods {point.name!r} ({point.value}) cannot be imported: {printable(error)}"
+                f"cannot import the installed methods {point.name!r} ({point.value}): {printable(error)}"
             ) from error
         DISTRIBUTIONS[point.module.partition(".")[0]] = _installed(point)
 
@@ -104,7 +104,9 @@ def restore(name: str, path: str | None, module: str, identity: Mapping[str, str
         return get_method(name)
     if name not in all_methods() or get_method(name).identity != identity:
         if path is None:
-            raise InputError(f"method {printable(name)!r} lies in no file: write it to one, and give that")
+            raise InputError(
+                f"method {printable(name)!r} has no file to load it from: write it in one, and pass that file"
+            )
         if module.startswith(_FILES):
             load_file(Path(path))
         else:
@@ -113,7 +115,7 @@ def restore(name: str, path: str | None, module: str, identity: Mapping[str, str
     now = method.identity
     if changed := sorted(key for key in {*now, *identity} if now.get(key) != identity.get(key)):
         raise InputError(
-            f"method {printable(name)!r} is another than the plan was made with ({printable(', '.join(changed))})"
+            f"method {printable(name)!r} has changed since the plan was made ({printable(', '.join(changed))}): plan again"
         )
     return method
 

@@ -298,7 +298,7 @@ def method(
         known = _METHODS.get(name)
         if known is not None and known.origin == "built in" and origin != "built in":
             raise InputError(
-                f"method {printable(name)!r} from {origin}: the name is taken by a built-in method"
+                f"method {printable(name)!r} of {origin}: the name is taken by a built-in method; choose a different one"
             )
         extent = _extent(name, access)
         _check_signature(name, function, extent)
@@ -366,7 +366,7 @@ def _check_signature(name: str, function: Callable[..., Any], access: Extent) ->
             raise InputError(f"{what}: no config could set {argument}; name each parameter, with its default")
     if is_formula and access is Extent.MODEL:
         raise InputError(
-            f'{what}: access="model" is for methods that ask for statistics, a formula sees one tensor at a time; use '
+            f'{what}: access="model" is for methods that ask for statistics, and a formula sees one tensor at a time: use '
             'access="tensor", or write a generator (see docs/build/extending.md)'
         )
 

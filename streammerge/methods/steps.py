@@ -48,7 +48,7 @@ def trim(
     if not partial:
         return trimmed
     if any(vector.cut is not None for vector in vectors):
-        raise ConfigError("drop_mask: magnitude before a trim cuts by magnitude twice; set density: 1")
+        raise ConfigError("drop_mask: magnitude and a trim cut by magnitude twice: set density: 1")
     if trim_scope == Extent.MODEL and context.dropped and context.rescaled_by_norm:
         raise ConfigError(
             "drop_rescale: l1 has a factor per tensor, which `trim_scope: model` cannot compare across tensors; "
@@ -77,7 +77,7 @@ def keep_band(
     """
     partial = [i for i, density in enumerate(densities) if density < 1]
     if partial and any(vector.cut is not None for vector in vectors):
-        raise ConfigError("drop_mask: magnitude before a cut by magnitude cuts twice; set density: 1")
+        raise ConfigError("drop_mask: magnitude and this method cut by magnitude twice: set density: 1")
     if not partial:
         return list(vectors)
     edges: tuple[Literal["upper", "lower"], ...] = ("upper", "lower")

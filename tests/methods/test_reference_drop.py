@@ -198,7 +198,7 @@ def test_an_exact_mask_drops_exactly_the_right_number_of_each_tensor(
     [
         ("linear", {"drop_rate": 0.5, "normalize": False}, "normalize: false"),
         ("passthrough", {"drop_rate": 0.5, "scale": 2.0}, "scale"),
-        ("ties", {"drop_rate": 0.5, "density": 0.5, "drop_mask": "magnitude"}, "cuts by magnitude twice"),
+        ("ties", {"drop_rate": 0.5, "density": 0.5, "drop_mask": "magnitude"}, "cut by magnitude twice"),
         (
             "ties",
             {"drop_rate": 0.5, "density": 0.5, "drop_rescale": "l1", "trim_scope": "model"},

@@ -290,7 +290,7 @@ def test_a_plan_with_a_users_method_goes_through_pickle(helped: Path, paths: lis
     assert again.identity() == decided.identity()
     assert again.method.origin == "user_methods_my_methods"
     helped.with_name("helper_of_helper.py").write_text("two = 8.0\n")
-    with pytest.raises(InputError, match=r"'my_helped' is another .*\(method module helper_of_helper\)"):
+    with pytest.raises(InputError, match=r"'my_helped' has changed .*\(method module helper_of_helper\)"):
         pickle.loads(packed)
 
 

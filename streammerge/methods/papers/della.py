@@ -43,16 +43,14 @@ def _magprune(
         If a probability would leave (0, 1), or after another drop.
     """
     if context.dropped:
-        raise ConfigError(
-            "della drops by itself: a `drop_rate` before it has no meaning; leave one of them out"
-        )
+        raise ConfigError("`della` already drops parameters; remove `drop_rate`")
     whole = context.task_vectors(weight)
     vectors = []
     for vector, rho, half in zip(whole, density, epsilon, strict=True):
         if 0 < rho < 1 and not (rho - half > 0 and rho + half < 1):
             raise ConfigError(
-                f"epsilon: density {rho:g} with epsilon {half:g} makes probabilities from {rho - half:g} to "
-                f"{rho + half:g}; they must lie strictly between 0 and 1"
+                f"epsilon: density {rho:g} and epsilon {half:g} give probabilities from {rho - half:g} to {rho + half:g}; they "
+                "must lie strictly between 0 and 1: use a smaller epsilon"
             )
         low, spread = (rho - half, 2 * half) if 0 < rho < 1 else (rho, 0.0)
         vectors.append(replace(vector, rank_drop=RankDrop(low, spread, rescale == "paper")))

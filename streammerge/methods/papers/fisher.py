@@ -60,7 +60,7 @@ def fisher(
     the target, or the average with weights w_i.
     """
     if min(weight) < 0 or not 0 < sum(weight) < math.inf:
-        raise ConfigError("Fisher merging takes weights of 0 or more, not all 0: they multiply precisions")
+        raise ConfigError("weight: Fisher merging multiplies precisions; use weights of 0 or more, not all 0")
     squares = [SquareTotal(1.0, 1)] * context.n_models
     if normalize or (floor > 0 and floor_units == "rms"):
         squares = yield from ask_all([FisherSquares(i) for i in range(context.n_models)])

@@ -28,10 +28,10 @@ def karcher(
     more model.
     """
     if context.dropped:
-        raise ConfigError("karcher averages whole models: a drop before it has no meaning")
+        raise ConfigError("karcher averages whole models, which a drop is not part of: remove `drop_rate`")
     total = sum(weight)
     if not total > 0 or min(weight) < 0:
-        raise ConfigError(f"karcher needs weights of 0 or more, some of them above; they sum to {total:g}")
+        raise ConfigError(f"the weights sum to {total:g}: karcher needs weights of 0 or more, not all 0")
     weights = tuple(w / total for w in weight)
     return combine(sphere_mean, n=context.n_models, weights=weights, max_iter=max_iter, tol=tol)
 

@@ -21,7 +21,7 @@ def linear(
     """
     if not normalize:
         if context.dropped:
-            raise ConfigError("normalize: false has no meaning after a drop; use `task_arithmetic`")
+            raise ConfigError("normalize: false cannot follow a drop: use `task_arithmetic`")
         return WeightedSum(tuple(weight))
     total = sum(weight)
     if not total > 0:

@@ -34,11 +34,11 @@ def multislerp(
     """
     total = sum(weight)
     if normalize_weights and not abs(total) > 0:
-        raise ConfigError(f"the weights sum to {total:g}: give others, or normalize_weights: false")
+        raise ConfigError(f"the weights sum to {total:g}: use different weights, or normalize_weights: false")
     weights = tuple(w / total for w in weight) if normalize_weights else tuple(weight)
     vectors = context.task_vectors((1.0,) * context.n_models) if context.has_base else ()
     if context.dropped and not vectors:
-        raise ConfigError("a drop before multislerp needs a base_model")
+        raise ConfigError("a drop needs a base model; set `base_model`")
     return combine(mean_direction, n=context.n_models, vectors=vectors, weights=weights, eps=eps)
 
 

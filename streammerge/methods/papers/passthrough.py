@@ -18,6 +18,6 @@ def passthrough(
         factor = None
     if context.dropped:
         if factor is not None:
-            raise ConfigError("scale: has no meaning after a drop; use `task_arithmetic` with lambda")
+            raise ConfigError("scale: cannot follow a drop: use `task_arithmetic` with lambda")
         return TaskVectorMerge(context.dropped)
     return CopyOf(0) if factor is None else WeightedSum((factor,))

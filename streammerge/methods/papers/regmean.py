@@ -34,11 +34,9 @@ def regmean(
     correction, so that directions of which no model has data keep the average.
     """
     if min(weight) < 0 or not 0 < sum(weight) < math.inf:
-        raise ConfigError("regmean takes weights of 0 or more, not all 0: they multiply sums of squares")
+        raise ConfigError("weight: regmean multiplies sums of squares; use weights of 0 or more, not all 0")
     if context.dropped:
-        raise ConfigError(
-            "regmean takes no drop before it: the Gram matrices are those of the models as they were"
-        )
+        raise ConfigError("the Gram matrices belong to the models before a drop: remove `drop_rate`")
     if not context.gram:
         return weighted_average(context, weight)
     operators = yield from ask(RegressionOperators(alpha, tuple(weight)))

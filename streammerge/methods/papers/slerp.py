@@ -27,6 +27,6 @@ def slerp(context: TensorContext, *, t: float, dot_threshold: float = 1.0) -> Co
     """
     if context.dropped:
         raise ConfigError(
-            "slerp interpolates whole models: a drop before it has no meaning; use `nuslerp` with a base"
+            "slerp interpolates whole models, which a drop is not part of: use `nuslerp` with a base"
         )
     return combine(arc, n=1, base=True, t=t, dot_threshold=dot_threshold)

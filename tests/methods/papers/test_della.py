@@ -101,7 +101,7 @@ def test_the_larger_an_entry_the_likelier_it_stays_and_the_mean_is_the_density()
         ({"density": 0.9}, "probabilities from 0.75 to 1.05"),
         ({"density": 0.66, "epsilon": 1.35}, r"is outside the range \[0, 1\]"),
         ({"density": 0.1}, "probabilities from -0.05 to 0.25"),
-        ({"density": 0.5, "drop_rate": 0.5}, "drops by itself"),
+        ({"density": 0.5, "drop_rate": 0.5}, "already drops parameters; remove `drop_rate`"),
     ],
 )
 def test_probabilities_that_are_none_are_refused_before_anything_is_written(
