@@ -184,15 +184,14 @@ def _value(
             some = blocks(only)
             if shuffled and not reducer.in_order:
                 order.shuffle(some)
-            made = []
+            made: list[Any] = []
             before = pickle.dumps(reducer)
             for one, start, stop in some:
                 target = pickle.loads(before) if parts else reducer
+                if reducer.in_order and made:
+                    target.absorb(made.pop())  # another takes over what was added before
                 target.add(one.tensor.ordinal, start, stop - start, make_math(one.block(start, stop, keys)))
-                if parts and reducer.in_order:  # each part is handed on before the next block
-                    reducer.absorb(target.part())
-                    before = pickle.dumps(reducer)
-                elif parts:
+                if parts:
                     made.append(pickle.loads(pickle.dumps(target.part())))
             order.shuffle(made)
             for part in made:
