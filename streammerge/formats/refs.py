@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 READ_BLOCK = 1 << 20
 """Elements computed at a time."""
-STRIDED_BLOCK = 1 << 20
-"""Bytes of a file that are read together, of which some elements are taken."""
 
 Read = Callable[["Reader", Any, int, int, "Bytes", "Scratch"], None]
 """Puts elements (first, end) of a tensor at the beginning of the bytes, with scratch of its `scratch_bytes`."""
@@ -318,39 +316,6 @@ class ElementwiseRef(MadeRef):
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
         """See `SourceRef`."""
         return self.source.extents(start, stop)
-
-
-@dataclass(frozen=True, slots=True)
-class StridedRef(MadeRef):
-    """A view of a storage whose elements do not lie one after the other: transposed, channels last, expanded."""
-
-    source: TensorRef
-    """The stretch of its file from its first element to its last, as one row."""
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    """Elements from one index to the next, axis by axis; not negative, 0 where all are the same."""
-
-    why_made = "is not contiguous"
-
-    @property
-    def name(self) -> str:
-        """The name that its model gives it."""
-        return self.source.name
-
-    @property
-    def dtype(self) -> str:
-        """As stored."""
-        return self.source.dtype
-
-    @property
-    def path(self) -> str:
-        """The file of its storage."""
-        return self.source.path
-
-    @property
-    def scratch_bytes(self) -> int:
-        """See `Ref`: a block of the file."""
-        return STRIDED_BLOCK + 64
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -13,12 +13,14 @@ from typing import Any
 
 from streammerge.dtypes import itemsize
 from streammerge.formats.lookalikes import lookalike
-from streammerge.formats.refs import SourceRef, StridedRef, TensorRef
+from streammerge.formats.refs import SourceRef, TensorRef
 from streammerge.formats.refusing import AGAIN, CONVERT, PLAIN, Refused, Source, need
 from streammerge.formats.registry import Contents, opens
 from streammerge.formats.safetensors import MAX_NAME, MAX_RANK
+from streammerge.formats.strided_refs import StridedRef
 from streammerge.formats.torch_legacy import is_legacy, read_legacy
-from streammerge.formats.torch_pickle import Foreign, Machine, Names, Root, Storage, Tensor
+from streammerge.formats.torch_names import Foreign, Names, Root, Storage, Tensor
+from streammerge.formats.torch_pickle import Machine
 from streammerge.formats.zip_archive import Entry, find_directory, find_members, read_entries
 from streammerge.io.files import bad, quoted, reading
 from streammerge.io.stamp import FileStamp

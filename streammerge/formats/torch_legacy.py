@@ -15,7 +15,8 @@ from typing import Any
 from streammerge.dtypes import itemsize
 from streammerge.formats import zip_archive as archive
 from streammerge.formats.refusing import AGAIN, CONVERT, Refused, Source, need
-from streammerge.formats.torch_pickle import Machine, Names, Root, Storage
+from streammerge.formats.torch_names import Names, Root, Storage
+from streammerge.formats.torch_pickle import Machine
 from streammerge.io.files import quoted
 
 _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.errors import ModelError
-from streammerge.formats.refs import StridedRef
+from streammerge.formats.strided_refs import StridedRef
 from streammerge.formats.torch_file import open_pickle, read_pickle
 from streammerge.io.reader import Reader
 from streammerge.tensors import strided

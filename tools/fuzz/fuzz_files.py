@@ -15,8 +15,8 @@ from streammerge.checkpoint.index import open_model
 from streammerge.checkpoint.shards import INDEX_NAME
 from streammerge.dtypes import itemsize
 from streammerge.errors import ModelError
-from streammerge.formats.refs import StridedRef
 from streammerge.formats.safetensors import read_header
+from streammerge.formats.strided_refs import StridedRef
 from streammerge.formats.torch_file import read_pickle
 from streammerge.io.reader import Reader
 from streammerge.io.strict_json import parse_object
