@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from streammerge.dtypes import BITS
-from streammerge.engine.executors.base import make_executor
+from streammerge.engine.executors.base import Executor, make_executor
 from streammerge.engine.first_use import compile_first
 from streammerge.engine.profile import profile_values, write_profile
 from streammerge.engine.scheduler import Scheduler, Tick
@@ -110,6 +110,7 @@ def execute(
     CannotCompileError
         If the kernels cannot be compiled here, before anything is made: plan without them.
     """
+    executor = make_executor(options.executor)
     check_target(out, plan.inputs, [index.reference for index in plan.fishers])
     control.emit(Event("plan", {**describe(plan), "out": str(out)}))
     for line in plan.warnings:
@@ -130,7 +131,7 @@ def execute(
                 )
             ):
                 return replace(_complete(out, plan, finished), compile_seconds=compiling)
-            session = _Session(plan, out, reader, identity, options, control, hasher)
+            session = _Session(plan, out, reader, identity, options, executor, control, hasher)
             summary = session.run(card(plan), began)
             return replace(summary, compile_seconds=compiling)
     finally:
@@ -175,6 +176,7 @@ class _Session:
         reader: Reader,
         identity: Identity,
         options: Options,
+        executor: Executor,
         control: Control,
         hasher: ContentHasher,
     ) -> None:
@@ -185,7 +187,7 @@ class _Session:
         self._writer = ShardWriter(out, plan.layout, direct=options.io == "direct")
         spec = RunSpec(plan, out, identity, options.nonfinite == "warn", options.io)
         self._worker = Worker(spec, reader, self._writer, control.stop)
-        self._executor = make_executor(options.executor)
+        self._executor = executor
         self._overwrite = options.overwrite
         self._profile = options.profile
         self._running = 0.0

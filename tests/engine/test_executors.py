@@ -175,3 +175,15 @@ def test_a_name_is_given_once() -> None:
     assert executor("processes")(Processes) is Processes
     with pytest.raises(ValueError, match="registered already"):
         executor("threads")(Processes)
+
+
+def test_the_page_shows_the_executor_that_is_tested_here() -> None:
+    root = Path(__file__).parents[2]
+    source = (root / "tests/engine/process_executor.py").read_text()
+    assert f"```python\n{source}```\n" in (root / "docs/build/executor.md").read_text()
+
+
+def test_an_unknown_executor_is_refused_before_anything_is_made(paths: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no executor 'clouds'"):
+        merge_by("clouds", config_for("linear", paths), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
