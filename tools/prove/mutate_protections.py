@@ -183,7 +183,7 @@ MUTATIONS = [
     Mutation(
         "P9",
         "the directory is locked",
-        "streammerge/output/directory.py",
+        "streammerge/io/lock.py",
         "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
         "tests/laws/resume/test_one_writer.py",

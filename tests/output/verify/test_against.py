@@ -80,7 +80,7 @@ def forbid_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def used(*arguments: object) -> None:
         raise AssertionError("a compiled kernel was used")
 
-    monkeypatch.setattr("streammerge.engine.worker.KernelMath", used)
+    monkeypatch.setattr("streammerge.backends.cpu.backend.KernelMath", used)
 
 
 def test_the_tensor_and_the_element_that_differ_first_are_named(out: tuple[Path, dict[str, Any]]) -> None:
