@@ -9,13 +9,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from streammerge.kernels import njit
+from streammerge.kernels.operands import BF16, F32, width_of
 
 BLOCK = 512
 """Elements worked on at a time: a dozen fp32 and fp64 buffers of this length fit in 32 KiB."""
-
-BF16, F16, F32 = 0, 1, 2
-CODES = {"BF16": BF16, "F16": F16, "F32": F32}
-"""Dtypes the kernels read and write; an fp64 tensor goes through the torch formula."""
 
 
 @intrinsic
@@ -65,11 +62,23 @@ def eight_at_most(typing_context, address, limit):
 
 
 @njit(nogil=True)
-def widen(half, full, offset, code, n, out):
-    """Write `n` elements at byte `offset` of the arena as fp32 into `out`; exact for all codes.
+def widen(operand, first, n, out):
+    """Write elements of an operand as fp32; exact for all codes.
 
-    `half` and `full` are the arena seen as uint16 and as uint32.
+    =======  ==============  ============================================
+    operand  Operand         the input
+    first    int64           elements before the first one
+    n        int64           number of elements
+    out      float32 (>=n,)  written
+    =======  ==============  ============================================
     """
+    offset = operand.offset + first * width_of(operand.code)
+    widen_at(operand.half, operand.full, offset, operand.code, n, out)
+
+
+@njit(nogil=True)
+def widen_at(half, full, offset, code, n, out):
+    """Do what `widen` does from a byte of the buffer on, given as words of 16 and of 32 bits."""
     if code == BF16:
         source = half[offset >> 1 : (offset >> 1) + n]
         for i in range(n):
@@ -103,14 +112,22 @@ def _sticky_f32_bits(y):
 
 
 @njit(nogil=True)
-def round_out(values, n, half, full, offset, code):
-    """Round `n` fp64 `values` once, to nearest even, into the arena; return how many are not finite.
+def round_out(values, n, out, first):
+    """Round fp64 values once, to nearest even, into the output; return how many are not finite.
 
     A NaN becomes the canonical quiet NaN, so that its bits do not depend on the device.
+
+    ======  ==============  ============================================
+    values  float64 (>=n,)  the values
+    n       int64           number of elements
+    out     Operand         the output
+    first   int64           elements of the output before the first one
+    ======  ==============  ============================================
     """
+    offset = out.offset + first * width_of(out.code)
     bad = 0
-    if code == BF16:
-        target = half[offset >> 1 : (offset >> 1) + n]
+    if out.code == BF16:
+        target = out.half[offset >> 1 : (offset >> 1) + n]
         for i in range(n):
             bits = _sticky_f32_bits(values[i])
             rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -118,8 +135,8 @@ def round_out(values, n, half, full, offset, code):
             rounded = np.uint32(0x7FC0) if nan else rounded
             bad += (rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)
             target[i] = np.uint16(rounded)
-    elif code == F32:
-        words32 = full[offset >> 2 : (offset >> 2) + n]
+    elif out.code == F32:
+        words32 = out.full[offset >> 2 : (offset >> 2) + n]
         for i in range(n):
             bits = bits_from_f32(np.float32(values[i]))
             nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
@@ -127,7 +144,7 @@ def round_out(values, n, half, full, offset, code):
             bad += (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
             words32[i] = bits
     else:
-        target = half[offset >> 1 : (offset >> 1) + n]
+        target = out.half[offset >> 1 : (offset >> 1) + n]
         for i in range(n):
             bits = _sticky_f32_bits(values[i])
             sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
@@ -179,6 +196,14 @@ def words_at(element, places, count, key, out):
     """Fill `out` with the words of the elements ``element + places[:count]``.
 
     `places` and `out` need room for `count` rounded up to a multiple of 8: a loop over whole vectors.
+
+    =======  ===================  ============================================
+    element  int64                flat index that places are counted from
+    places   int64 (count + 7,)   places; those behind `count` are overwritten
+    count    int64                number of words
+    key      uint32 (4,)          Philox key
+    out      uint32 (count + 7,)  written
+    =======  ===================  ============================================
     """
     k0, k1 = np.uint64(key[0]), np.uint64(key[1])
     c2, c3 = np.uint64(key[2]), np.uint64(key[3])
@@ -197,7 +222,14 @@ def words_at(element, places, count, key, out):
 def words(element, n, key, out):
     """Fill `out` with the words of `n` elements from the group of four that holds `element`.
 
-    Returns the place of `element` itself in `out` (0 to 3); `out` needs room for ``n + 7`` words.
+    Returns the place of `element` itself in `out` (0 to 3).
+
+    =======  ===============  ============================================
+    element  int64            flat index of the first element
+    n        int64            number of elements
+    key      uint32 (4,)      Philox key
+    out      uint32 (n + 7,)  written
+    =======  ===============  ============================================
     """
     shift = element & 3
     first = np.uint64(element) >> np.uint64(2)

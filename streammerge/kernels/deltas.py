@@ -1,19 +1,23 @@
 """The masked task vector of one model over one block: widen, subtract, drop, cut."""
 
+from typing import NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.kernels import njit
 from streammerge.kernels.blocks import (
-    BF16,
     BLOCK,
     bits_from_f32,
     eight_at_most,
     f32_from_bits,
     trailing_zeros,
     widen,
+    widen_at,
     words,
     words_at,
 )
+from streammerge.kernels.operands import BF16, Mask, width_of
 from streammerge.numerics import finite
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -21,13 +25,26 @@ LARGEST = np.float32(finite.LARGEST)
 """The largest finite fp32 number."""
 
 NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3
-"""What happens to an element whose magnitude equals the threshold: see `rules.Cut`."""
+"""What happens to an element whose magnitude equals the threshold: see `task_vectors.Cut`."""
+
+
+class Scratch(NamedTuple):
+    """The buffers that `delta_block` works in."""
+
+    x: NDArray[np.float32]
+    """(BLOCK,): widened values"""
+    words: NDArray[np.uint32]
+    """(BLOCK + 8,): random words"""
+    at_threshold: NDArray[np.uint8]
+    """(BLOCK,): 1 where a magnitude equals the cut's"""
+    places: NDArray[np.int64]
+    """(BLOCK + 8,): places of these"""
 
 
 @njit(nogil=True)
 def scratch():
-    """Return the buffers that `delta_block` works in; made once, since it is called for every block."""
-    return (
+    """Return the buffers for `delta_block`; made once, since it is called for every block."""
+    return Scratch(
         np.empty(BLOCK, np.float32),
         np.empty(BLOCK + 8, np.uint32),
         np.empty(BLOCK, np.uint8),
@@ -36,14 +53,23 @@ def scratch():
 
 
 @njit(nogil=True)
-def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut, cut_key, out, buffers):
-    """Write the surviving delta of `n` elements from `element` on into `out`, else 0; count them.
+def delta_block(half, full, offset, code, base, element, n, mask, out, buffers):
+    """Write the surviving task vector of at most `BLOCK` elements into `out`, 0 elsewhere; return how many survive.
 
-    `base` holds the block of the base in fp32; `offset` is the model's byte offset of this block;
-    `drop` is (the integer threshold below which a random word drops its element, the element before which a
-    word equal to it does too), 0 for none; `cut` is (rule, magnitude pattern, limit), and the same of the outliers.
+    ==========  ==============  ============================================
+    half, full  uint16, uint32  the buffer, as in `Operands`
+    offset      int64           bytes before the model's block
+    code        int64           the model's dtype
+    base        float32 (n,)    the same elements of the base
+    element     int64           flat index of the first element
+    n           int64           number of elements
+    mask        Mask            the drop and the cuts
+    out         float32 (>=n,)  written
+    buffers     Scratch         overwritten
+    ==========  ==============  ============================================
     """
-    x, w, at_threshold, _ = buffers
+    x, w = buffers.x, buffers.words
+    drop, drop_key, cut, cut_key = mask
     # A cut in place would not vectorise (LLVM makes its stores conditional): it goes from x to out.
     delta = out if cut[0] == NO_CUT else x
     if code == BF16:
@@ -51,7 +77,7 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
         for i in range(n):
             delta[i] = f32_from_bits(np.uint32(source[i]) << np.uint32(16)) - base[i]
     else:
-        widen(half, full, offset, code, n, x)
+        widen_at(half, full, offset, code, n, x)
         for i in range(n):
             delta[i] = x[i] - base[i]
     kept = n
@@ -67,7 +93,7 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
                 delta[i] = np.float32(0)
                 kept -= 1
     if cut[0] != NO_CUT:
-        kept = _cut_block(n, cut, delta, out, at_threshold)
+        kept = _cut_block(n, cut, delta, out, buffers.at_threshold)
         if cut[0] in (THIN, INDEX):
             kept -= _settle_ties(element, n, cut, cut_key, out, buffers, False)
         if cut[3] != NO_CUT:
@@ -76,52 +102,45 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
 
 
 @njit(nogil=True)
-def survivors(
-    half,
-    full,
-    offsets,
-    codes,
-    base_offset,
-    base_code,
-    element,
-    n,
-    drops,
-    drop_keys,
-    cuts,
-    cut_keys,
-    base,
-    deltas,
-    kept,
-):
-    """Write the surviving deltas of every model, (models, n), and the base, all fp32; add how many survive to `kept`."""
+def survivors(models, base, first, span, masks, base_out, deltas, kept):
+    """Write a tile: the base and the surviving task vectors of all models, all fp32.
+
+    ========  ==============  ============================================
+    models    Operands        the models, k of them
+    base      Operand         the base
+    first     int64           elements of the operands before the tile
+    span      Span            the tile
+    masks     Masks           the drops and the cuts
+    base_out  float32 (n,)    written
+    deltas    float32 (k, n)  written
+    kept      int64 (k,)      how many entries survive is added
+    ========  ==============  ============================================
+    """
     buffers = scratch()
-    for start in range(0, n, BLOCK):
-        m = min(BLOCK, n - start)
-        b = base[start : start + m]
-        widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
-        for model in range(len(offsets)):
-            at = offsets[model] + start * (4 if codes[model] == 2 else 2)
-            kept[model] += delta_block(
-                half,
-                full,
-                at,
-                codes[model],
-                b,
-                element + start,
-                m,
-                drops[model],
-                drop_keys[model],
-                cuts[model],
-                cut_keys[model],
-                deltas[model, start : start + m],
-                buffers,
-            )
+    half, full, offsets, codes = models
+    drops, drop_keys, cuts, cut_keys = masks
+    for start in range(0, span.n, BLOCK):
+        m = min(BLOCK, span.n - start)
+        b = base_out[start : start + m]
+        widen(base, first + start, m, b)
+        for i in range(len(offsets)):
+            at = offsets[i] + (first + start) * width_of(codes[i])
+            mask = Mask(drops[i], drop_keys[i], cuts[i], cut_keys[i])
+            out = deltas[i, start : start + m]
+            kept[i] += delta_block(half, full, at, codes[i], b, span.element + start, m, mask, out, buffers)
+
+
+@njit(nogil=True)
+def alone(model, mask):
+    """Return the fields of one model, and its mask."""
+    one = Mask(mask.drops[0], mask.drop_keys[0], mask.cuts[0], mask.cut_keys[0])
+    return model.half, model.full, model.offsets[0], model.codes[0], one
 
 
 @njit(nogil=True)
 def _remove_outliers(element, n, cut, cut_key, out, buffers):
     """Zero the entries of `out` that the cut of the outliers keeps; return how many that were not zero already."""
-    before, _, at_threshold, _ = buffers
+    before, at_threshold = buffers.x, buffers.at_threshold
     before[:n] = out[:n]
     threshold = np.uint32(cut[1])
     least = np.uint32(threshold + np.uint32(cut[0] != ALL))  # ties are settled below, or stay
@@ -129,7 +148,7 @@ def _remove_outliers(element, n, cut, cut_key, out, buffers):
     for i in range(n):
         bits = bits_from_f32(before[i])
         magnitude = np.uint32(bits & MAGNITUDE)
-        # What is not finite stays: it must show in the output, where it is found.
+        # Keep non-finite values: the check on the output must see them.
         remove = (magnitude >= least) & (magnitude < np.uint32(0x7F800000))
         at_threshold[i] = np.uint8((magnitude == threshold) & (magnitude < np.uint32(0x7F800000)))
         removed = np.uint32(removed + np.uint32(remove))
@@ -145,7 +164,7 @@ def _drop_block(n, last, w, out):
     """Zero the elements whose word is at most `last`; return how many are left."""
     kept = np.uint32(0)
     for i in range(n):
-        # What is not finite is never dropped: it must show in the output, where it is found.
+        # Never drop a non-finite value: the check on the output must see it.
         bits = bits_from_f32(out[i])
         infinite = np.uint32(bits & MAGNITUDE) >= np.uint32(0x7F800000)
         keep = (np.uint32(w[i]) > last) | infinite
@@ -174,7 +193,7 @@ def _cut_block(n, cut, delta, out, at_threshold):
 @njit(nogil=True)
 def _settle_ties(element, n, cut, cut_key, out, buffers, inverted):
     """Zero the elements at the threshold that a thinning or an index removes, `inverted` those it keeps; count them."""
-    _, w, at_threshold, places = buffers
+    w, at_threshold, places = buffers.words, buffers.at_threshold, buffers.places
     rule, limit = cut[0], cut[2]
     at_threshold[n : (n + 7) & ~7] = 0
     eights = at_threshold.view(np.uint64)
@@ -233,45 +252,41 @@ def _keys(deltas, n, lo, hi, keys):
 
 
 @njit(nogil=True)
-def keys_in_window(
-    half, full, offset, code, base_offset, base_code, element, n, drop, drop_key, low, high, shift, bins
-):
-    """Count the magnitude patterns of a piece: those above `high`; those in the window, in bins.
+def keys_in_window(model, base, span, mask, window, bins):
+    """Count the magnitude patterns of a block: those above the window; those inside, in bins.
 
     Returns ``(above, highest)`` and adds to ``bins[(key - low) >> shift]``. `highest` is the
     largest pattern seen: one with all exponent bits set betrays a NaN or an infinity.
+
+    ======  ============  ============================================
+    model   Operands      one model
+    base    Operand       the base
+    span    Span          the block
+    mask    Masks         its drop; there is no cut
+    window  Window        the patterns to count
+    bins    int32 (>=1,)  counts, added to
+    ======  ============  ============================================
     """
+    half, full, offset, code, one = alone(model, mask)
+    itemsize = width_of(code)
     b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     keys = np.empty(BLOCK, np.uint32)
-    plain = code == BF16 and base_code == BF16 and drop[0] == 0 and drop[1] == 0
-    no_cut = np.array([NO_CUT, 0, 0, NO_CUT, 0, 0], np.int64)
-    lo, hi = np.uint32(low), np.uint32(high)
-    width, s = np.uint32(hi - lo), np.uint32(shift)
+    plain = code == BF16 and base.code == BF16 and one.drop[0] == 0 and one.drop[1] == 0
+    lo, hi = np.uint32(window.low), np.uint32(window.high)
+    width, s = np.uint32(hi - lo), np.uint32(window.shift)
     above = 0
     highest = np.uint32(0)
-    for start in range(0, n, BLOCK):
-        m = min(BLOCK, n - start)
+    for start in range(0, span.n, BLOCK):
+        m = min(BLOCK, span.n - start)
         if plain:  # the common case in one loop, at two thirds of the time
-            first, base_first = (offset >> 1) + start, (base_offset >> 1) + start
+            at, base_at = (offset >> 1) + start, (base.offset >> 1) + start
             above_here, highest_here = _bf16_keys(
-                half[first : first + m], half[base_first : base_first + m], m, lo, hi, keys
+                half[at : at + m], half[base_at : base_at + m], m, lo, hi, keys
             )
         else:
-            widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
+            widen(base, start, m, b)
             delta_block(
-                half,
-                full,
-                offset + start * (4 if code == 2 else 2),
-                code,
-                b,
-                element + start,
-                m,
-                drop,
-                drop_key,
-                no_cut,
-                drop_key,
-                out,
-                buffers,
+                half, full, offset + start * itemsize, code, b, span.element + start, m, one, out, buffers
             )
             above_here, highest_here = _keys(out, m, lo, hi, keys)
         above += above_here
@@ -286,36 +301,31 @@ def keys_in_window(
 
 
 @njit(nogil=True)
-def abs_sums(
-    half, full, offset, code, base_offset, base_code, element, n, drop, drop_key, cut, cut_key, partials
-):
-    """Write the fp64 sum of abs(surviving delta) of each 4096-element block into `partials`.
+def abs_sums(model, base, span, mask, partials):
+    """Write the fp64 sum of abs(surviving entry) of each run of 4096 elements.
 
-    Eight lanes per block, added pairwise: a fixed order, whatever the chunk, thread or vector width.
-    `element` is a multiple of 4096.
+    Eight lanes per run, added pairwise: a fixed order, whatever the block, thread or vector width.
+
+    ========  =====================  ============================================
+    model     Operands               one model
+    base      Operand                the base
+    span      Span                   the block; its first element is a multiple of 4096
+    mask      Masks                  its drop and cuts
+    partials  float64 (n / 4096 up)  written
+    ========  =====================  ============================================
     """
+    half, full, offset, code, one = alone(model, mask)
+    itemsize = width_of(code)
     b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     lanes = np.empty(8, np.float64)
-    for part in range((n + 4095) // 4096):
+    for part in range((span.n + 4095) // 4096):
         lanes[:] = 0.0
-        stop = min(n, (part + 1) * 4096)
+        stop = min(span.n, (part + 1) * 4096)
         for start in range(part * 4096, stop, BLOCK):
             m = min(BLOCK, stop - start)
-            widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
+            widen(base, start, m, b)
             delta_block(
-                half,
-                full,
-                offset + start * (4 if code == 2 else 2),
-                code,
-                b,
-                element + start,
-                m,
-                drop,
-                drop_key,
-                cut,
-                cut_key,
-                out,
-                buffers,
+                half, full, offset + start * itemsize, code, b, span.element + start, m, one, out, buffers
             )
             for i in range(m, (m + 7) & ~7):
                 out[i] = np.float32(0)
@@ -329,29 +339,27 @@ def abs_sums(
 
 
 @njit(nogil=True)
-def ties_per_block(
-    half, full, offset, code, base_offset, base_code, n, key, element, drop, drop_key, counts, size
-):
-    """Count the elements whose magnitude pattern is `key` in each run of `size` elements."""
+def ties_per_run(model, base, span, mask, key, size, counts):
+    """Count the elements whose magnitude pattern is `key` in each run of `size` elements.
+
+    ======  ===================  ============================================
+    model   Operands             one model
+    base    Operand              the base
+    span    Span                 the block
+    mask    Masks                its drop; there is no cut
+    key     int64                the pattern
+    size    int64                elements of a run
+    counts  int64 (n / size up)  added to
+    ======  ===================  ============================================
+    """
+    half, full, offset, code, one = alone(model, mask)
+    itemsize = width_of(code)
     b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    no_cut = np.array([NO_CUT, 0, 0, NO_CUT, 0, 0], np.int64)
-    for start in range(0, n, BLOCK):
-        m = min(BLOCK, n - start)
-        widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
+    for start in range(0, span.n, BLOCK):
+        m = min(BLOCK, span.n - start)
+        widen(base, start, m, b)
         delta_block(
-            half,
-            full,
-            offset + start * (4 if code == 2 else 2),
-            code,
-            b,
-            element + start,
-            m,
-            drop,
-            drop_key,
-            no_cut,
-            drop_key,
-            out,
-            buffers,
+            half, full, offset + start * itemsize, code, b, span.element + start, m, one, out, buffers
         )
         for i in range(m):
             if (bits_from_f32(out[i]) & MAGNITUDE) == np.uint32(key):
@@ -363,6 +371,15 @@ def words_between(element, n, key, low, high, found_words, found_elements):
     """Count the random words below `low`; write those up to `high` and their elements; return both counts.
 
     Stops writing where the arrays are full; the count goes on.
+
+    ==============  ============  ============================================
+    element         int64         flat index of the first element
+    n               int64         number of elements
+    key             uint32 (4,)   Philox key
+    low, high       int64         words from the one to the other are written
+    found_words     int64 (>=1,)  written
+    found_elements  int64 (>=1,)  written, flat indices
+    ==============  ============  ============================================
     """
     w = np.empty(BLOCK + 8, np.uint32)
     below, found = 0, 0

@@ -3,118 +3,64 @@
 import numpy as np
 
 from streammerge.kernels import njit
-from streammerge.kernels.blocks import BLOCK, round_out, widen
+from streammerge.kernels.blocks import BLOCK, round_out, widen, widen_at
 from streammerge.kernels.deltas import LARGEST, delta_block, scratch
+from streammerge.kernels.operands import Mask, width_of
 
 
 @njit(nogil=True)
-def _load(
-    half,
-    full,
-    offsets,
-    codes,
-    first,
-    n,
-    deltas,
-    b,
-    element,
-    drops,
-    drop_keys,
-    cuts,
-    cut_keys,
-    rescales,
-    delta,
-    buffers,
-    out,
-):
-    """Widen a block of every vector to fp64: the models as they are or, with `deltas`, their task vectors.
+def _load(operands, first, n, b, span, terms, delta, buffers, out):
+    """Widen a block of every vector to fp64, (k, >=n): the operands as they are, or their task vectors.
 
-    What is not finite counts as 0: it shows in the output, at its own element alone.
+    Non-finite values count as 0: they show in the output, at their own elements alone.
 
-    `b` holds the block of the base in fp32. What lies behind `n`, up to a multiple of 8, is zero.
+    `b` holds the block of the base in fp32, (n,). Entries behind `n`, up to a multiple of 8, are zero.
     """
+    half, full, offsets, codes = operands
+    drops, drop_keys, cuts, cut_keys = terms.masks
     for model in range(len(offsets)):
-        at = offsets[model] + first * (4 if codes[model] == 2 else 2)
-        if deltas:
-            delta_block(
-                half,
-                full,
-                at,
-                codes[model],
-                b,
-                element + first,
-                n,
-                drops[model],
-                drop_keys[model],
-                cuts[model],
-                cut_keys[model],
-                delta,
-                buffers,
-            )
-            rescale = rescales[model]
+        at = offsets[model] + first * width_of(codes[model])
+        if terms.task_vectors:
+            mask = Mask(drops[model], drop_keys[model], cuts[model], cut_keys[model])
+            delta_block(half, full, at, codes[model], b, span.element + first, n, mask, delta, buffers)
+            rescale = terms.rescales[model]
             for i in range(n):
                 out[model, i] = rescale * np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
         else:
-            widen(half, full, at, codes[model], n, delta)
+            widen_at(half, full, at, codes[model], n, delta)
             for i in range(n):
                 out[model, i] = np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
         out[model, n : (n + 7) & ~7] = 0.0
 
 
 @njit(nogil=True)
-def dots(
-    half,
-    full,
-    offsets,
-    codes,
-    base_offset,
-    base_code,
-    element,
-    n,
-    length,
-    deltas,
-    drops,
-    drop_keys,
-    cuts,
-    cut_keys,
-    rescales,
-    sums,
-):
-    """Write the fp64 dot products of all pairs of vectors over every `length` elements into `sums`.
+def dots(operands, base, span, length, terms, sums):
+    """Write the fp64 dot products of all pairs of vectors over every `length` elements.
 
     Pairs are those of the upper triangle, row by row. Each product is summed in eight lanes, added pairwise at
-    the end of a group: a fixed order, whatever the chunk, thread or vector width.
+    the end of a group: a fixed order, whatever the block, thread or vector width.
+
+    ========  =======================  ============================================
+    operands  Operands                 the vectors, or the models they are made from, k of them
+    base      Operand                  the base; read for task vectors only
+    span      Span                     the block
+    length    int64                    elements of a group
+    terms     Terms                    task vectors, or operands as they are
+    sums      float64 (groups, pairs)  written
+    ========  =======================  ============================================
     """
-    k = len(offsets)
+    k = len(operands.offsets)
     b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     x = np.empty((k, BLOCK), np.float64)
     lanes = np.empty((len(sums[0]), 8), np.float64)
     for group in range(len(sums)):
         lanes[:] = 0.0
-        stop = min(n, (group + 1) * length)
+        stop = min(span.n, (group + 1) * length)
         for start in range(group * length, stop, BLOCK):
             m = min(BLOCK, stop - start)
-            if deltas:
-                widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
-            _load(
-                half,
-                full,
-                offsets,
-                codes,
-                start,
-                m,
-                deltas,
-                b,
-                element,
-                drops,
-                drop_keys,
-                cuts,
-                cut_keys,
-                rescales,
-                delta,
-                buffers,
-                x,
-            )
+            if terms.task_vectors:
+                widen(base, start, m, b)
+            _load(operands, start, m, b, span, terms, delta, buffers, x)
             pair = 0
             for i in range(k):
                 for j in range(i, k):
@@ -131,69 +77,50 @@ def dots(
 
 
 @njit(nogil=True)
-def weigh_rows(
-    half,
-    full,
-    offsets,
-    codes,
-    base_offset,
-    base_code,
-    element,
-    n,
-    length,
-    deltas,
-    drops,
-    drop_keys,
-    cuts,
-    cut_keys,
-    rescales,
-    weights,
-    out_offset,
-    out_code,
-    kept,
-):
-    """Write, for every row of `length` elements, the sum of its vectors by its own weights; count the non-finite.
+def weigh_rows(operands, base, span, length, terms, weights, out, kept):
+    """Write each row as the sum of its vectors by its own weights; return how many results are not finite.
 
-    `weights` is (rows, vectors). With `deltas` the base is added, and the survivors of each model to `kept`.
+    Of task vectors the base is added.
+
+    ========  =================  ============================================
+    operands  Operands           the vectors, or the models they are made from, k of them
+    base      Operand            the base; read for task vectors only
+    span      Span               the block, of whole rows
+    length    int64              elements of a row
+    terms     Terms              task vectors, or operands as they are
+    weights   float64 (rows, k)  the weights
+    out       Operand            the output
+    kept      int64 (k,)         the survivors of each task vector are added
+    ========  =================  ============================================
     """
-    k = len(offsets)
     b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     total = np.empty(BLOCK, np.float64)
-    out_width = 4 if out_code == 2 else 2
+    half, full, offsets, codes = operands
+    task_vectors, masks, rescales = terms
+    drops, drop_keys, cuts, cut_keys = masks
     bad = 0
     for row in range(len(weights)):
-        stop = min(n, (row + 1) * length)
+        stop = min(span.n, (row + 1) * length)
         for start in range(row * length, stop, BLOCK):
             m = min(BLOCK, stop - start)
             total[:] = 0.0
-            if deltas:
-                widen(half, full, base_offset + start * (4 if base_code == 2 else 2), base_code, m, b)
-            for model in range(k):
-                at = offsets[model] + start * (4 if codes[model] == 2 else 2)
+            if task_vectors:
+                widen(base, start, m, b)
+            for model in range(len(offsets)):
+                at = offsets[model] + start * width_of(codes[model])
                 weight = weights[row, model]
-                if deltas:
+                if task_vectors:
+                    mask = Mask(drops[model], drop_keys[model], cuts[model], cut_keys[model])
                     kept[model] += delta_block(
-                        half,
-                        full,
-                        at,
-                        codes[model],
-                        b,
-                        element + start,
-                        m,
-                        drops[model],
-                        drop_keys[model],
-                        cuts[model],
-                        cut_keys[model],
-                        delta,
-                        buffers,
+                        half, full, at, codes[model], b, span.element + start, m, mask, delta, buffers
                     )
                     weight *= rescales[model]
                 else:
-                    widen(half, full, at, codes[model], m, delta)
+                    widen_at(half, full, at, codes[model], m, delta)
                 for i in range(m):
                     total[i] += weight * np.float64(delta[i])
-            if deltas:
+            if task_vectors:
                 for i in range(m):
                     total[i] = np.float64(b[i]) + total[i]
-            bad += round_out(total, m, half, full, out_offset + start * out_width, out_code)
+            bad += round_out(total, m, out, start)
     return bad

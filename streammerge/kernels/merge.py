@@ -3,29 +3,38 @@
 import numpy as np
 
 from streammerge.kernels import njit
-from streammerge.kernels.blocks import BLOCK, round_out, widen
+from streammerge.kernels.blocks import BLOCK, round_out, widen, widen_at
 from streammerge.kernels.deltas import delta_block, scratch
+from streammerge.kernels.operands import Mask, width_of
 
 
 @njit(nogil=True, error_model="numpy")
-def weighted_sum(half, full, offsets, codes, weights, divisor, n, out_offset, out_code):
-    """Write sum_i w_i x_i / divisor, summed in fp64 in model order; return the non-finite count."""
+def weighted_sum(models, weights, divisor, n, out):
+    """Write sum_i w_i x_i / divisor, summed in fp64 in model order; return how many results are not finite.
+
+    =======  ============  ============================================
+    models   Operands      the terms, k of them
+    weights  float64 (k,)  their weights
+    divisor  float64       1.0 where the sum is not divided
+    n        int64         number of elements
+    out      Operand       the output
+    =======  ============  ============================================
+    """
+    half, full, offsets, codes = models
     x, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
-    out_width = 4 if out_code == 2 else 2
     bad = 0
     for start in range(0, n, BLOCK):
         m = min(BLOCK, n - start)
         total[:] = 0.0
-        for model in range(len(weights)):
-            width = 4 if codes[model] == 2 else 2
-            widen(half, full, offsets[model] + start * width, codes[model], m, x)
-            weight = weights[model]
-            for i in range(m):
-                total[i] += weight * np.float64(x[i])
+        for i in range(len(weights)):
+            widen_at(half, full, offsets[i] + start * width_of(codes[i]), codes[i], m, x)
+            weight = weights[i]
+            for at in range(m):
+                total[at] += weight * np.float64(x[at])
         if divisor != 1.0:
-            for i in range(m):
-                total[i] /= divisor
-        bad += round_out(total, m, half, full, out_offset + start * out_width, out_code)
+            for at in range(m):
+                total[at] /= divisor
+        bad += round_out(total, m, out, start)
     return bad
 
 
@@ -91,49 +100,38 @@ def _counts_serve(weights, coefficients):
 
 
 @njit(nogil=True, error_model="numpy")
-def task_vector_merge(
-    half,
-    full,
-    offsets,
-    codes,
-    base_offset,
-    base_code,
-    element,
-    n,
-    drops,
-    drop_keys,
-    cuts,
-    cut_keys,
-    coefficients,
-    weights,
-    elect,
-    zero_sign,
-    normalize,
-    divisor,
-    scale,
-    out_offset,
-    out_code,
-    kept,
-    signs,
-):
-    """Write base + scale * merged task vectors; return the non-finite count.
+def task_vector_merge(models, base, span, masks, how, out, tally):
+    """Write base + scale * merged task vectors; return how many results are not finite.
 
-    Adds the survivors of each model to `kept`, and the elected signs to ``signs[0]``. With
-    `elect`, entries of the elected sign are summed (and divided by their weights when `normalize`);
-    without, all are summed and divided by `divisor`. An output code of -1 writes nothing: only the
-    counts are wanted.
+    With `how.elect`, entries of the elected sign are summed (and divided by their weights when `how.normalize`);
+    without, all are summed and divided by `how.divisor`. An output of code `NOTHING` is not written: only the counts
+    are wanted.
+
+    ======  ===========  ============================================
+    models  Operands     the models, k of them
+    base    Operand      the base
+    span    Span         the block
+    masks   Masks        the drops and the cuts
+    how     Combination  weights, signs, scale
+    out     Operand      the output
+    tally   Tally        survivors and elected signs, added to
+    ======  ===========  ============================================
     """
     b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     positive, negative = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
     positive_weight, negative_weight = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
     ups, downs = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     merged = np.empty(BLOCK, np.float64)
+    half, full, offsets, codes = models
+    drops, drop_keys, cuts, cut_keys = masks
+    kept, signs = tally
+    coefficients, weights, elect, normalize = how.coefficients, how.weights, how.elect, how.normalize
+    divisor, scale = how.divisor, how.scale
     counted = normalize and _counts_serve(weights, coefficients)
-    base_width, out_width = (4 if base_code == 2 else 2), (4 if out_code == 2 else 2)
     bad = 0
-    for start in range(0, n, BLOCK):
-        m = min(BLOCK, n - start)
-        widen(half, full, base_offset + start * base_width, base_code, m, b)
+    for start in range(0, span.n, BLOCK):
+        m = min(BLOCK, span.n - start)
+        widen(base, start, m, b)
         positive[:] = 0.0
         if elect:
             negative[:] = 0.0
@@ -143,47 +141,34 @@ def task_vector_merge(
             else:
                 positive_weight[:] = 0.0
                 negative_weight[:] = 0.0
-        for model in range(len(weights)):
-            width = 4 if codes[model] == 2 else 2
-            kept[model] += delta_block(
-                half,
-                full,
-                offsets[model] + start * width,
-                codes[model],
-                b,
-                element + start,
-                m,
-                drops[model],
-                drop_keys[model],
-                cuts[model],
-                cut_keys[model],
-                delta,
-                buffers,
-            )
-            coefficient = coefficients[model]
+        for i in range(len(weights)):
+            at = offsets[i] + start * width_of(codes[i])
+            mask = Mask(drops[i], drop_keys[i], cuts[i], cut_keys[i])
+            kept[i] += delta_block(half, full, at, codes[i], b, span.element + start, m, mask, delta, buffers)
+            coefficient = coefficients[i]
             if elect:
                 _sum_signs(m, delta, coefficient, positive, negative)
                 if counted:
                     _count_signs(m, delta, np.float32(np.sign(coefficient)), ups, downs)
                 elif normalize:
-                    _add_weights(m, delta, coefficient, weights[model], positive_weight, negative_weight)
+                    _add_weights(m, delta, coefficient, weights[i], positive_weight, negative_weight)
             else:
-                for i in range(m):
-                    positive[i] += coefficient * np.float64(delta[i])
+                for at in range(m):
+                    positive[at] += coefficient * np.float64(delta[at])
         if elect:
             if counted:
-                for i in range(m):
-                    positive_weight[i] = weights[0] * np.float64(ups[i])
-                    negative_weight[i] = weights[0] * np.float64(downs[i])
+                for at in range(m):
+                    positive_weight[at] = weights[0] * np.float64(ups[at])
+                    negative_weight[at] = weights[0] * np.float64(downs[at])
             signs[0] += _elect(
-                m, positive, negative, positive_weight, negative_weight, zero_sign, normalize, merged
+                m, positive, negative, positive_weight, negative_weight, how.zero_sign, normalize, merged
             )
         elif divisor != 1.0:
-            for i in range(m):
-                merged[i] = positive[i] / divisor
-        if out_code >= 0:
+            for at in range(m):
+                merged[at] = positive[at] / divisor
+        if out.code >= 0:
             source = merged if elect or divisor != 1.0 else positive
-            for i in range(m):
-                positive[i] = np.float64(b[i]) + scale * source[i]
-            bad += round_out(positive, m, half, full, out_offset + start * out_width, out_code)
+            for at in range(m):
+                positive[at] = np.float64(b[at]) + scale * source[at]
+            bad += round_out(positive, m, out, start)
     return bad

@@ -1,11 +1,15 @@
 """Drops by rank: entries survive with a probability that grows with the rank of their magnitude in their row."""
 
+from typing import NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.kernels import njit
-from streammerge.kernels.blocks import BLOCK, bits_from_f32, round_out, widen, words
+from streammerge.kernels.blocks import BLOCK, bits_from_f32, round_out, widen, widen_at, words
 from streammerge.kernels.deltas import LARGEST, MAGNITUDE
 from streammerge.kernels.merge import _add_weights, _elect, _sum_signs
+from streammerge.kernels.operands import width_of
 
 _INFINITE = np.uint32(0x7F800000)
 _PATIENCE = 16
@@ -72,22 +76,24 @@ def _sort(delta, n, entries, places, ends):
 
 
 @njit(nogil=True, error_model="numpy")
-def _survivors(delta, n, element, key, low, spread, unbiased, buffers, out):
-    """Write the entries of a row that survive into `out`, fp64, else 0; return how many do.
+def _survivors(n, element, drops, i, buffers, out):
+    """Write the entries of the row in `buffers.delta` that survive into `out`, fp64 (n,), else 0; return how many do.
 
     An entry survives with probability low + spread * (r - 1) / (n - 1), r the mid-rank of its magnitude; where
-    `unbiased` it is divided by that. What is not finite always survives: it must be found.
+    `drops.unbiased` it is divided by that. A non-finite value always survives: it must be found.
     """
-    entries, places, ends, w, _ = buffers
-    shift = words(element, n, key, w)
+    entries, places, ends = buffers.entries, buffers.places, buffers.ends
+    delta, w = buffers.delta, buffers.words
+    low, spread, unbiased = drops.lows[i], drops.spreads[i], drops.unbiased
+    shift = words(element, n, drops.keys[i], w)
     kept = 0
     if spread == 0.0 or n == 1:
         q = low + spread * 0.5
         limit = np.int64(np.floor(q * 4294967296.0 + 0.5))
-        for i in range(n):
-            infinite = (bits_from_f32(delta[i]) & MAGNITUDE) >= _INFINITE
-            keep = np.int64(w[shift + i]) < limit or infinite
-            out[i] = np.float64(delta[i]) / (q if unbiased else 1.0) if keep else 0.0
+        for at in range(n):
+            infinite = (bits_from_f32(delta[at]) & MAGNITUDE) >= _INFINITE
+            keep = np.int64(w[shift + at]) < limit or infinite
+            out[at] = np.float64(delta[at]) / (q if unbiased else 1.0) if keep else 0.0
             kept += keep
         return kept
     _sort(delta, n, entries, places, ends)
@@ -104,19 +110,34 @@ def _survivors(delta, n, element, key, low, spread, unbiased, buffers, out):
             else np.int64(1) << 32
         )
         divisor = q if unbiased else 1.0
-        for at in range(first, last):
-            i = np.int64(entries[at] & np.uint64(0xFFFFFFFF))
-            keep = np.int64(w[shift + i]) < limit
-            out[i] = np.float64(delta[i]) / divisor if keep else 0.0
+        for place in range(first, last):
+            at = np.int64(entries[place] & np.uint64(0xFFFFFFFF))
+            keep = np.int64(w[shift + at]) < limit
+            out[at] = np.float64(delta[at]) / divisor if keep else 0.0
             kept += keep
         first = last
     return kept
 
 
+class RowBuffers(NamedTuple):
+    """The buffers that `_survivors` works in; n is the length of a row."""
+
+    entries: NDArray[np.uint64]
+    """(n,): sorted magnitudes, pattern << 32 | place"""
+    places: NDArray[np.int32]
+    """(n,): the bucket of each entry"""
+    ends: NDArray[np.int32]
+    """(buckets,): where each bucket ends"""
+    words: NDArray[np.uint32]
+    """(n + 8,): random words"""
+    delta: NDArray[np.float32]
+    """(n,): the row of the model minus that of the base"""
+
+
 @njit(nogil=True)
 def _row_buffers(length):
-    """Return what `_survivors` works in, made once: a row's sorted entries, places, buckets, words and deltas."""
-    return (
+    """Return the buffers for rows of `length` elements, made once."""
+    return RowBuffers(
         np.empty(length, np.uint64),
         np.empty(length, np.int32),
         np.empty(buckets_for(length), np.int32),
@@ -126,42 +147,48 @@ def _row_buffers(length):
 
 
 @njit(nogil=True)
-def _delta_row(half, full, offset, code, base, n, out):
+def _delta_row(models, i, first, base, n, out):
     """Write a model's row minus the base's, in fp32."""
-    width = 4 if code == 2 else 2
+    half, full, offsets, codes = models
     for start in range(0, n, BLOCK):
-        m = min(BLOCK, n - start)
-        widen(half, full, offset + start * width, code, m, out[start:])
-    for i in range(n):
-        out[i] -= base[i]
+        at = offsets[i] + (first + start) * width_of(codes[i])
+        widen_at(half, full, at, codes[i], min(BLOCK, n - start), out[start:])
+    for at in range(n):
+        out[at] -= base[at]
 
 
 @njit(nogil=True)
-def _widen_row(half, full, offset, code, n, out):
-    width = 4 if code == 2 else 2
+def _widen_row(operand, first, n, out):
     for start in range(0, n, BLOCK):
-        widen(half, full, offset + start * width, code, min(BLOCK, n - start), out[start:])
+        widen(operand, first + start, min(BLOCK, n - start), out[start:])
 
 
 @njit(nogil=True)
-def ranked_abs_sums(
-    half, full, offset, code, base_offset, base_code, element, n, length, low, spread, key, partials
-):
-    """Write the fp64 sum of abs(surviving delta) of each 4096-element block of whole rows into `partials`.
+def ranked_abs_sums(model, base, span, length, drop, partials):
+    """Write the fp64 sum of abs(surviving entry) of each run of 4096 elements, of whole rows.
 
     In the lanes and the order of `deltas.abs_sums`.
+
+    ========  =====================  ============================================
+    model     Operands               one model
+    base      Operand                the base
+    span      Span                   the block; its first element is a multiple of 4096
+    length    int64                  elements of a row
+    drop      RankDrops              its drop; not unbiased
+    partials  float64 (n / 4096 up)  written
+    ========  =====================  ============================================
     """
     b, left, buffers = np.empty(length, np.float32), np.empty(length, np.float64), _row_buffers(length)
     lanes = np.zeros(8, np.float64)
-    for first in range(0, n, length):
-        _widen_row(half, full, base_offset + first * (4 if base_code == 2 else 2), base_code, length, b)
-        _delta_row(half, full, offset + first * (4 if code == 2 else 2), code, b, length, buffers[4])
-        _survivors(buffers[4], length, element + first, key, low, spread, False, buffers, left)
+    for first in range(0, span.n, length):
+        _widen_row(base, first, length, b)
+        _delta_row(model, 0, first, b, length, buffers.delta)
+        _survivors(length, span.element + first, drop, 0, buffers, left)
         for i in range(length):
             at = first + i
             size = abs(left[i])
             lanes[at & 7] += size if size <= np.float64(LARGEST) else 0.0
-            if (at & 4095) == 4095 or at == n - 1:
+            if (at & 4095) == 4095 or at == span.n - 1:
                 partials[at >> 12] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
                     (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
                 )
@@ -169,81 +196,53 @@ def ranked_abs_sums(
 
 
 @njit(nogil=True, error_model="numpy")
-def ranked_merge(
-    half,
-    full,
-    offsets,
-    codes,
-    base_offset,
-    base_code,
-    element,
-    n,
-    length,
-    lows,
-    spreads,
-    unbiased,
-    keys,
-    coefficients,
-    weights,
-    elect,
-    zero_sign,
-    normalize,
-    divisor,
-    scale,
-    out_offset,
-    out_code,
-    kept,
-    signs,
-):
-    """Do what `merge.task_vector_merge` does, for rows of `length` elements and drops by rank.
+def ranked_merge(models, base, span, length, drops, how, out, tally):
+    """Do what `merge.task_vector_merge` does, for whole rows and drops by rank.
 
-    Where `unbiased` an entry that survives is divided by the probability that it does.
+    ======  ===========  ============================================
+    models  Operands     the models, k of them
+    base    Operand      the base
+    span    Span         the block, of whole rows
+    length  int64        elements of a row
+    drops   RankDrops    the drops
+    how     Combination  weights, signs, scale
+    out     Operand      the output; of code `NOTHING` it is not written
+    tally   Tally        survivors and elected signs, added to
+    ======  ===========  ============================================
     """
     b, left, buffers = np.empty(length, np.float32), np.empty(length, np.float64), _row_buffers(length)
     up, down, merged = np.empty(length), np.empty(length), np.empty(length)
     up_weight, down_weight = np.empty(length), np.empty(length)
-    base_width, out_width = (4 if base_code == 2 else 2), (4 if out_code == 2 else 2)
+    elect, normalize, divisor, scale = how.elect, how.normalize, how.divisor, how.scale
     bad = 0
-    for first in range(0, n, length):
-        _widen_row(half, full, base_offset + first * base_width, base_code, length, b)
+    for first in range(0, span.n, length):
+        _widen_row(base, first, length, b)
         up[:] = 0.0
         if elect:
             down[:] = 0.0
             up_weight[:] = 0.0
             down_weight[:] = 0.0
-        for model in range(len(weights)):
-            width = 4 if codes[model] == 2 else 2
-            _delta_row(half, full, offsets[model] + first * width, codes[model], b, length, buffers[4])
-            kept[model] += _survivors(
-                buffers[4],
-                length,
-                element + first,
-                keys[model],
-                lows[model],
-                spreads[model],
-                unbiased,
-                buffers,
-                left,
-            )
-            coefficient = coefficients[model]
+        for model in range(len(how.weights)):
+            _delta_row(models, model, first, b, length, buffers.delta)
+            tally.kept[model] += _survivors(length, span.element + first, drops, model, buffers, left)
+            coefficient = how.coefficients[model]
             if elect:
                 _sum_signs(length, left, coefficient, up, down)
                 if normalize:
-                    _add_weights(length, left, coefficient, weights[model], up_weight, down_weight)
+                    _add_weights(length, left, coefficient, how.weights[model], up_weight, down_weight)
             else:
                 for i in range(length):
                     up[i] += coefficient * left[i]
         if elect:
-            signs[0] += _elect(length, up, down, up_weight, down_weight, zero_sign, normalize, merged)
+            tally.signs[0] += _elect(
+                length, up, down, up_weight, down_weight, how.zero_sign, normalize, merged
+            )
         else:
             for i in range(length):
                 merged[i] = up[i] / divisor
-        if out_code >= 0:
+        if out.code >= 0:
             for i in range(length):
                 merged[i] = np.float64(b[i]) + scale * merged[i]
             for start in range(0, length, BLOCK):
-                m = min(BLOCK, length - start)
-                bad += round_out(
-                    merged[start:], m, half, full, out_offset + (first + start) * out_width, out_code
-                )
+                bad += round_out(merged[start:], min(BLOCK, length - start), out, first + start)
     return bad

@@ -13,14 +13,21 @@ _MOST = np.float64(LARGEST)
 
 @njit(inline="always")
 def _pattern(score):
-    """Return the bit pattern of a score rounded to fp32, sign bit off; what is not finite ranks above all others."""
+    """Return the bit pattern of a score rounded to fp32, sign bit off; a non-finite score ranks above all others."""
     single = np.float32(score if score <= _MOST else _MOST)
     return np.uint32(bits_from_f32(single) & MAGNITUDE) if abs(score) < np.inf else np.uint32(UNKNOWN)
 
 
 @njit(nogil=True, error_model="numpy")
 def spread_patterns(deltas, rescales, patterns):
-    """Write the pattern of the variance over the models of each element."""
+    """Write the fp32 pattern of the variance over the models of each element.
+
+    ========  ==============  ============================================
+    deltas    float32 (k, n)  the surviving task vectors of a tile
+    rescales  float64 (k,)    their factors
+    patterns  uint32 (n,)     written
+    ========  ==============  ============================================
+    """
     k = len(deltas)
     means, totals = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
     for start in range(0, len(patterns), BLOCK):
@@ -45,7 +52,16 @@ def spread_patterns(deltas, rescales, patterns):
 
 @njit(nogil=True)
 def importance_patterns(deltas, divergences, first, length, patterns):
-    """Write the pattern of abs(delta) times its row's divergence; `first` is the place of the first element."""
+    """Write the fp32 pattern of abs(entry) times its row's divergence.
+
+    ===========  ===============  ============================================
+    deltas       float32 (1, n)   the surviving task vector of a tile
+    divergences  float64 (rows,)  those of all rows of the block
+    first        int64            elements of the block before the tile
+    length       int64            elements of a row
+    patterns     uint32 (n,)      written
+    ===========  ===============  ============================================
+    """
     i = 0
     while i < len(patterns):  # row by row
         row = (first + i) // length
@@ -87,7 +103,13 @@ def _probabilities(x, there, lanes):
 
 @njit(nogil=True, error_model="numpy")
 def divergences(x, y, out):
-    """Write KL(x || y) of the softmaxes of each row; both, (rows, length) in fp64, are overwritten."""
+    """Write KL(x || y) of the softmaxes of each row.
+
+    ====  ======================  ============================================
+    x, y  float64 (rows, length)  overwritten
+    out   float64 (rows,)         written
+    ====  ======================  ============================================
+    """
     there, lanes = np.empty(x.shape[1], np.bool_), np.empty(8, np.float64)
     for row in range(len(out)):
         p, q = x[row], y[row]
@@ -103,13 +125,19 @@ def divergences(x, y, out):
 
 
 @njit(nogil=True)
-def count_patterns(patterns, low, high, shift, bins):
-    """Count the patterns above `high`, and in the window by ``bins[(pattern - low) >> shift]``.
+def count_patterns(patterns, window, bins):
+    """Count the patterns above a window, and those inside by ``bins[(pattern - low) >> shift]``.
 
     Returns ``(above, highest)``.
+
+    ========  ============  ============================================
+    patterns  uint32 (n,)   the patterns of a tile
+    window    Window        the patterns to count
+    bins      int32 (>=1,)  counts, added to
+    ========  ============  ============================================
     """
     above, highest = 0, np.uint32(0)
-    lo, hi, s = np.uint32(low), np.uint32(high), np.uint32(shift)
+    lo, hi, s = np.uint32(window.low), np.uint32(window.high), np.uint32(window.shift)
     for pattern in patterns:
         highest = max(highest, pattern)
         above += pattern > hi
@@ -120,9 +148,16 @@ def count_patterns(patterns, low, high, shift, bins):
 
 @njit(nogil=True)
 def square_sums(deltas, rescales, selected, sums):
-    """Write the sum of squares of each task vector over the selected elements of every 4096, (blocks, models).
+    """Write the sum of squares of each task vector over the selected elements of every 4096.
 
-    `selected` has a byte for each element. What is not finite has no part.
+    Non-finite values count as 0.
+
+    ========  ========================  ============================================
+    deltas    float32 (k, n)            the surviving task vectors of a tile
+    rescales  float64 (k,)              their factors
+    selected  bool (n,)                 the elements that count
+    sums      float64 (n / 4096 up, k)  written
+    ========  ========================  ============================================
     """
     squares, lanes = np.empty(4096, np.float64), np.empty(8, np.float64)
     n = deltas.shape[1]
@@ -158,7 +193,19 @@ def _add_signed(entries, rescale, weight, chosen, sums):
 
 @njit(nogil=True, error_model="numpy")
 def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, out):
-    """Write base + the weighted mean of the selected entries that have the sign of their sum, in fp64."""
+    """Write base + the weighted mean of the selected entries that have the sign of their sum.
+
+    =========  ==============  ============================================
+    base       float32 (n,)    the base
+    deltas     float32 (k, n)  the surviving task vectors of a tile
+    rescales   float64 (k,)    their factors
+    weights    float64 (k,)    the weights of the mean
+    zero_sign  int64           the sign elected where entries cancel: 0 for none, or 1
+    floor      float64         the least sum of weights that a mean is divided by
+    selected   bool (n,)       the elements that count
+    out        float64 (n,)    written
+    =========  ==============  ============================================
+    """
     sums = (
         np.empty(BLOCK, np.float64),
         np.empty(BLOCK, np.float64),
@@ -201,7 +248,16 @@ def _touch(entries, rescale, epsilon, touched, count):
 
 @njit(nogil=True)
 def count_touched(deltas, rescales, epsilon, alone, shared):
-    """Add how many elements each model has touched, alone and with others."""
+    """Add how many elements each model has touched, alone and with others.
+
+    ========  ==============  ============================================
+    deltas    float32 (k, n)  the surviving task vectors of a tile
+    rescales  float64 (k,)    their factors
+    epsilon   float64         entries above it in magnitude are touched
+    alone     int64 (k,)      added to
+    shared    int64 (k,)      added to
+    ========  ==============  ============================================
+    """
     k, n = deltas.shape
     touched, count = np.empty((k, BLOCK), np.uint8), np.empty(BLOCK, np.float64)
     for start in range(0, n, BLOCK):
@@ -220,7 +276,17 @@ def count_touched(deltas, rescales, epsilon, alone, shared):
 
 @njit(nogil=True, error_model="numpy")
 def touched_merge(base, deltas, rescales, epsilon, factors, out):
-    """Write base + the mean of the entries above `epsilon` in magnitude, or the lone one times its model's factor."""
+    """Write base + the mean of the touched entries, or the only touched one times its model's factor.
+
+    ========  ==============  ============================================
+    base      float32 (n,)    the base
+    deltas    float32 (k, n)  the surviving task vectors of a tile
+    rescales  float64 (k,)    their factors
+    epsilon   float64         entries above it in magnitude are touched
+    factors   float64 (k,)    factors of entries that one model alone touched
+    out       float64 (n,)    written
+    ========  ==============  ============================================
+    """
     touched, count = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.float64)
     total, unique = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
     for start in range(0, len(out), BLOCK):
@@ -244,9 +310,15 @@ def touched_merge(base, deltas, rescales, epsilon, factors, out):
 
 @njit(nogil=True)
 def add_products(vectors, rescales, sums):
-    """Add the products of all pairs of vectors, (vectors, rows, columns), to `sums`, (pairs, columns), row after row.
+    """Add the products of all pairs of vectors, row after row; pairs are those of the upper triangle, row by row.
 
-    What is not finite has no part.
+    Non-finite values count as 0.
+
+    ========  ==========================  ============================================
+    vectors   float32 (k, rows, columns)  the vectors
+    rescales  float64 (k,)                their factors
+    sums      float64 (pairs, columns)    added to
+    ========  ==========================  ============================================
     """
     k, rows, columns = vectors.shape
     x = np.empty((k, columns), np.float64)

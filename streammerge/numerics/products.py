@@ -8,7 +8,15 @@ _COLUMNS = 1024
 
 @njit(nogil=True)
 def add_products(left, right, first, last, out):
-    """Write ``left @ right[:, first:last]`` to `out`: each product rounded, and added in order of rank."""
+    """Write ``left @ right[:, first:last]``: each product rounded, and added in order of rank.
+
+    ===========  ===================================  ============================================
+    left         float32 or float64 (n, rank)         the left factor
+    right        of the same dtype (rank, columns)    the right factor
+    first, last  int64                                columns of the right factor
+    out          of the same dtype (n, last - first)  written
+    ===========  ===================================  ============================================
+    """
     n, rank = left.shape
     for begin in range(first, last, _COLUMNS):
         m = min(_COLUMNS, last - begin)

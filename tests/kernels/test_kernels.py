@@ -11,7 +11,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streammerge.kernels.blocks import CODES, round_out, widen
+from streammerge.kernels.blocks import round_out, widen
+from streammerge.kernels.operands import CODES, Operand
 from streammerge.numerics.casts import round_to
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -26,7 +27,7 @@ FORMATS = {"BF16": (8, -126, 127), "F16": (11, -14, 15), "F32": (24, -126, 127)}
 def test_widening_is_exact_for_all_65536_patterns(dtype: str) -> None:
     patterns = np.arange(1 << 16, dtype=np.uint16)
     out = np.empty(1 << 16, np.float32)
-    widen(patterns, patterns.view(np.uint32), 0, CODES[dtype], 1 << 16, out)
+    widen(Operand(patterns, patterns.view(np.uint32), 0, CODES[dtype]), 0, 1 << 16, out)
     expected = torch.from_numpy(patterns.view(np.int16)).view(TORCH[dtype]).float().numpy()
     number = ~np.isnan(expected)
     assert (out[number].view(np.uint32) == expected[number].view(np.uint32)).all()
@@ -37,7 +38,7 @@ def test_widening_is_exact_for_all_65536_patterns(dtype: str) -> None:
 def test_fp32_passes_through_bit_for_bit_at_any_offset(patterns: list[int], before: int) -> None:
     arena = np.array([0] * before + patterns, np.uint32)
     out = np.empty(len(patterns), np.float32)
-    widen(arena.view(np.uint16), arena, 4 * before, CODES["F32"], len(patterns), out)
+    widen(Operand(arena.view(np.uint16), arena, 0, CODES["F32"]), before, len(patterns), out)
     assert out.view(np.uint32).tolist() == patterns
 
 
@@ -61,7 +62,8 @@ def exactly_rounded(value: float, dtype: str) -> float:
 def rounded_by_kernel(values: np.ndarray, dtype: str) -> tuple[np.ndarray, int]:
     """Return the bits, and the number of values that are not finite."""
     arena = np.zeros(len(values) + 2, np.uint32)
-    bad = round_out(values, len(values), arena.view(np.uint16), arena, 0, CODES[dtype])
+    out = Operand(arena.view(np.uint16), arena, 0, CODES[dtype])
+    bad = round_out(values, len(values), out, 0)
     width = np.uint32 if dtype == "F32" else np.uint16
     return arena.view(width)[: len(values)].copy(), bad
 

@@ -10,25 +10,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import numpy as np
 
-from streammerge.algebra.block import Block, Operand
-from streammerge.algebra.rules import (
-    ColumnCombination,
-    FisherMean,
-    RowCombination,
-    SelectedMerge,
-    TaskVectorMerge,
-    TouchedMerge,
-    WeightedSum,
-)
-from streammerge.algebra.scores import Importance, Score, Spread
-from streammerge.algebra.task_vectors import Cut, RankDrop, TaskVector
+from streammerge.algebra.block import Block, BlockMath, Operand
 from streammerge.backends.cpu.math import KernelMath
+from streammerge.backends.cpu.registry import (
+    OUT,
+    answers,
+    example,
+    groups,
+    kernels_of_call,
+    kernels_of_rule,
+)
 from streammerge.io.lock import try_lock
 from streammerge.numerics.compiled import (
     NOWHERE,
@@ -38,110 +34,63 @@ from streammerge.numerics.compiled import (
     mark_compiled,
     missing_kernels,
 )
-from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.numerics.philox import RandomKeys
 
+__all__ = ["GROUPS", "compile_kernels", "ensure_compiled", "kernels_of_call", "kernels_of_rule"]
+
 _POLL_SECONDS = 0.05
-_OUT = Operand(128, "BF16")
-_VECTORS = tuple(TaskVector(i, drop=1 << 31, cut=Cut(1, "thin", 1 << 31)) for i in range(2))
-_RANKED = tuple(TaskVector(i, rank_drop=RankDrop(0.4, 0.2)) for i in range(2))
 
 
-def _ranks(math: KernelMath) -> None:
-    math.count_keys(_VECTORS[0], 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
-    math.ties(_VECTORS[0], 0, BLOCK)
+# --- kernels that no method of a block calls
 
 
-def _ranked(math: KernelMath) -> None:
-    math.abs_sums(_RANKED[0])
-    math.apply(TaskVectorMerge(_RANKED, elect=True), _OUT)
-
-
-def _rows(math: KernelMath) -> None:
-    math.apply(RowCombination(lambda gram: gram[:, 0], _VECTORS), _OUT)
-
-
-def _columns(math: KernelMath) -> None:
-    math.add_column_dots(_VECTORS, np.zeros((3, 8)))
-    math.apply(ColumnCombination(np.ones((2, 8)), _VECTORS), _OUT)
-
-
-def _score(score: Score, math: KernelMath) -> None:
-    math.count_keys(score, 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
-
-
-def _select(math: KernelMath) -> None:
-    math.squares(_VECTORS, None)
-    math.apply(SelectedMerge(_VECTORS, None), _OUT)
-
-
-def _touch(math: KernelMath) -> None:
-    math.touches(_VECTORS, 0.0)
-    math.apply(TouchedMerge(_VECTORS, 0.0, (1.0, 1.0)), _OUT)
-
-
-def _fisher(math: KernelMath) -> None:
-    math.fisher_squares(0)
-    math.apply(FisherMean((1.0, 1.0), (0.0, 0.0), vectors=_VECTORS), _OUT)
-
-
-def _words(math: KernelMath) -> None:
+@answers("words", call="words_between")
+@example("words")
+def _words(math: BlockMath) -> None:
     from streammerge.kernels.deltas import words_between
 
     words_between(0, 8, np.zeros(4, np.uint32), 0, 8, np.empty(8, np.int64), np.empty(8, np.int64))
 
 
-def _adapters(math: KernelMath) -> None:
+@example("adapters")
+def _adapters(math: BlockMath) -> None:
     from streammerge.numerics.products import add_products
 
     for dtype in (np.float32, np.float64):
         add_products(np.ones((2, 5), dtype), np.ones((5, 3), dtype), 0, 3, np.empty((2, 3), dtype))
 
 
-def _diagonals(math: KernelMath) -> None:
+@example("diagonals")
+def _diagonals(math: BlockMath) -> None:
     from streammerge.kernels.fisher import square_sums, sums
+    from streammerge.kernels.operands import Operand as Diagonal
     from streammerge.kernels.squares import add_squares
 
-    half, full = np.zeros(8, np.uint16), np.zeros(4, np.uint32)
-    square_sums(half, full, 0, 2, 4, np.empty(1))
-    sums(half, full, 0, 2, 4)
+    diagonal = Diagonal(np.zeros(8, np.uint16), np.zeros(4, np.uint32), 0, 2)
+    square_sums(diagonal, 4, np.empty(1))
+    sums(diagonal, 4)
     add_squares(np.zeros(8), np.zeros(8, np.float32))
 
 
-GROUPS: Mapping[str, Callable[[KernelMath], object]] = {
-    "weighted_sum": lambda math: math.apply(WeightedSum((1.0, 1.0)), _OUT),
-    "task_vectors": lambda math: math.apply(TaskVectorMerge(_VECTORS, elect=True), _OUT),
-    "ranked": _ranked,
-    "ranks": _ranks,
-    "abs_sums": lambda math: math.abs_sums(_VECTORS[0]),
-    "dots": lambda math: math.dots(_VECTORS, BLOCK),
-    "rows": _rows,
-    "columns": _columns,
-    "spread": partial(_score, Spread(_VECTORS)),
-    "importance": partial(_score, Importance(_VECTORS[0])),
-    "selected": _select,
-    "touched": _touch,
-    "fisher": _fisher,
-    "words": _words,
-    "adapters": _adapters,
-    "diagonals": _diagonals,
-}
-"""What calls every kernel of a group once, with the argument types that are used."""
+GROUPS = tuple(groups())
+"""The names of all groups of kernels."""
 
 
-def compile_kernels(names: Iterable[str] = tuple(GROUPS)) -> None:
-    """Call the kernels of some groups, and take down each that is done."""
-    arena = np.zeros(64 * 4, np.uint8)
+def compile_kernels(names: Iterable[str] = GROUPS) -> None:
+    """Run the examples of some groups of kernels, and note each group that is done."""
+    buffer = np.zeros(64 * 4, np.uint8)
     operands = tuple(Operand(64 * i, "BF16") for i in range(2))
     keys = RandomKeys(0, ("a", "b"))
-    math = KernelMath(Block(arena, operands, _OUT, "t", 0, 8, (8,), keys, operands))
+    math = KernelMath(Block(buffer, operands, OUT, "t", 0, 8, (8,), keys, operands))
+    examples = groups()
     for name in names:
-        GROUPS[name](math)
+        for run in examples[name]:
+            run(math)
         mark_compiled(name)
 
 
 def ensure_compiled(
-    names: Iterable[str] = tuple(GROUPS), check_stop: Callable[[], object] = lambda: None
+    names: Iterable[str] = GROUPS, check_stop: Callable[[], object] = lambda: None
 ) -> str | None:
     """Compile groups of kernels in a child process unless they are; return why that failed, None if it did not.
 

@@ -1,232 +1,307 @@
-"""The rarer statistics and merges of a loaded piece on the CPU, a slab at a time.
+"""Statistics and merges on the CPU that work tile by tile.
 
-A slab is as many elements as stay in the cache as fp32: those of the base, and of every task vector as drops and cuts
-have left it. One kernel makes a slab; those that work on it are short, and never see dtypes, masks or offsets.
+A tile is as many elements as stay in the cache as fp32: those of the base, and of every task vector after its drops and
+cuts. One kernel makes a tile; those that work on it are short, and never see dtypes, masks or offsets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.algebra.block import Applied, Bins, Block, Counts, Operand
+from streammerge.algebra.block import Applied, Bins, BlockMath, Counts, Operand
 from streammerge.algebra.gram_matrix import rows_at_once
-from streammerge.algebra.rules import ColumnCombination, SelectedMerge, TouchedMerge, removing
+from streammerge.algebra.rules import ColumnCombination, SelectedMerge, TouchedMerge
 from streammerge.algebra.scores import Importance, Score, Selection, Spread
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.backends.cpu.memory import BlockMemory, kernels
+from streammerge.backends.cpu.registry import OUT, VECTORS, Names, applies, example
+from streammerge.backends.cpu.rules import applied
 from streammerge.numerics.ordered_sum import BLOCK
 
-if TYPE_CHECKING:
-    from streammerge.backends.cpu.math import KernelMath
-
-_SLAB = 1 << 15
+_TILE = 1 << 15
 """Elements; a multiple of 4096."""
-_SLAB_BYTES = 1 << 20
-"""Of the base and all task vectors together in fp32, at most: of many models a slab has fewer elements, but a block."""
+_TILE_BYTES = 1 << 20
+"""The most that the base and all task vectors of a tile take in fp32; of many models a tile has fewer elements."""
 
-Divergences = dict[Importance, NDArray[np.float64]]
 Span = tuple[int, int]
-"""The first element of a slab, counted from that of the piece, and how many there are."""
+"""The first element of a tile, counted from that of the block, and how many there are."""
 
 
-class Slabs:
-    """A piece through the kernels that work on slabs; see `BlockMath` for what the methods return.
+class Tiles:
+    """A block through the kernels that work on tiles; see `BlockMath` for what the methods return.
 
     Parameters
     ----------
-    math
-        Makes the slabs and writes the results.
-    divergences
-        What is known of the rows of the piece; filled on the way.
+    memory
+        Makes the tiles and writes the results.
     """
 
-    def __init__(self, math: KernelMath, piece: Block, divergences: Divergences) -> None:
-        from streammerge.kernels import scores
+    def __init__(self, memory: BlockMemory) -> None:
+        self._kernels = kernels().scores
+        self._memory = memory
+        self.block = memory.block
+        self._buffers: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
 
-        self._kernels: Any = scores  # numba erases signatures
-        self._math = math
-        self._piece = piece
-        self._divergences = divergences
-        self._room: dict[int, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    def spans(self, unit: int = 1) -> Iterator[Span]:
+        """Yield tiles of a multiple of `unit` elements, at least one unit."""
+        fitting = _TILE_BYTES // (4 * (len(self.block.models) + 1)) // BLOCK * BLOCK
+        size = max(unit, max(BLOCK, min(_TILE, fitting)) // unit * unit)
+        for first in range(0, self.block.n, size):
+            yield first, min(size, self.block.n - first)
 
-    def _spans(self, unit: int = 1) -> Iterator[Span]:
-        """Yield slabs of a multiple of `unit` elements, at least one."""
-        fitting = _SLAB_BYTES // (4 * (len(self._piece.models) + 1)) // BLOCK * BLOCK
-        size = max(unit, max(BLOCK, min(_SLAB, fitting)) // unit * unit)
-        for first in range(0, self._piece.n, size):
-            yield first, min(size, self._piece.n - first)
-
-    def _survivors(
+    def survivors(
         self, vectors: Sequence[TaskVector], span: Span
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], Counts]:
-        """Return a slab: of the base, of every task vector, and how many entries survive. The next one takes its room."""
+        """Return a tile: the base, (n,), every task vector, (vectors, n), and how many entries of each survive.
+
+        The next tile overwrites it.
+        """
         first, n = span
         k = len(vectors)
-        if k not in self._room or self._room[k][0].size < n:
-            self._room[k] = np.empty(n, np.float32), np.empty(k * n, np.float32)
-        base, deltas = self._room[k][0][:n], self._room[k][1][: k * n].reshape(k, n)
-        return base, deltas, self._math.survivors(tuple(vectors), first, base, deltas)
+        if k not in self._buffers or self._buffers[k][0].size < n:
+            self._buffers[k] = np.empty(n, np.float32), np.empty(k * n, np.float32)
+        base, deltas = self._buffers[k][0][:n], self._buffers[k][1][: k * n].reshape(k, n)
+        return base, deltas, self._memory.survivors(vectors, first, base, deltas)
+
+    def terms(
+        self, vectors: Sequence[TaskVector], span: Span
+    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32], NDArray[np.float64], Counts]:
+        """Return the base, the task vectors, their factors, and how many entries survive.
+
+        Without task vectors, return None for the base, and in place of them the base, if there is one, and the models.
+        """
+        if vectors:
+            base, deltas, kept = self.survivors(vectors, span)
+            return base, deltas, rescales(vectors), kept
+        block = self.block
+        operands = (*(() if block.base is None else (block.base,)), *block.models)
+        models = np.stack([self._memory.widened(operand, *span) for operand in operands])
+        return None, models, np.ones(len(operands)), np.zeros(len(operands), np.int64)
 
     # --- scores
 
-    def count_keys(self, score: Score, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
-        """Count the patterns of a score above `high`, and in the window by bins."""
+    def count_keys(self, score: Score, window: object, bins: Bins) -> tuple[int, int]:
+        """Count the patterns of a score above a window, and those inside by bins."""
         above = highest = 0
-        for span in self._spans():
-            more, top = self._kernels.count_patterns(self._patterns(score, span), low, high, shift, bins)
+        for span in self.spans():
+            more, top = self._kernels.count_patterns(self.patterns(score, span), window, bins)
             above, highest = above + int(more), max(highest, int(top))
         return above, highest
 
     def ties(self, score: Score, key: int, size: int) -> Counts:
         """Return how many elements have the pattern `key`, per run of `size` elements."""
-        counts = np.zeros(-(-self._piece.n // size), np.int64)
-        for first, n in self._spans():
-            places = first + np.flatnonzero(self._patterns(score, (first, n)) == key)
+        counts = np.zeros(-(-self.block.n // size), np.int64)
+        for first, n in self.spans():
+            places = first + np.flatnonzero(self.patterns(score, (first, n)) == key)
             counts += np.bincount(places // size, minlength=counts.size)
         return counts
 
-    def _patterns(self, score: Score, span: Span) -> NDArray[np.uint32]:
+    def patterns(self, score: Score, span: Span) -> NDArray[np.uint32]:
+        """Return the fp32 patterns of a score, (n,)."""
         patterns = np.empty(span[1], np.uint32)
-        if isinstance(score, Spread):
-            _, deltas, _ = self._survivors(score.vectors, span)
-            self._kernels.spread_patterns(deltas, _rescales(score.vectors), patterns)
-        else:
-            by_row = self._divergence(score)
-            _, deltas, _ = self._survivors((score.vector,), span)
-            self._kernels.importance_patterns(deltas, by_row, span[0], self._piece.row_length, patterns)
+        _SCORES[type(score)][1](self, score, span, patterns)
         return patterns
 
-    def _divergence(self, score: Importance) -> NDArray[np.float64]:
-        """Return the divergence of each row of the piece, computed once: before the first slab is written over."""
-        if score not in self._divergences:
-            vector, length = score.vector, self._piece.row_length
-            rows = np.empty(self._piece.n // length, np.float64)
-            for first, n in self._spans(length):
-                base, deltas, _ = self._survivors((vector,), (first, n))
+    def divergence(self, score: Importance) -> NDArray[np.float64]:
+        """Return the divergence of each row, (rows,), computed once: before the first tile is written over."""
+        known = self._memory.divergences
+        if score not in known:
+            vector, length = score.vector, self.block.row_length
+            rows = np.empty(self.block.n // length, np.float64)
+            for first, n in self.spans(length):
+                base, deltas, _ = self.survivors((vector,), (first, n))
                 y = base.astype(np.float64).reshape(-1, length)
-                x = self._math.widened(self._piece.models[vector.model], first, n).astype(np.float64)
+                x = self._memory.widened(self.block.models[vector.model], first, n).astype(np.float64)
                 if vector.removes:
                     x = y.ravel() + vector.rescale * deltas[0].astype(np.float64)
-                self._kernels.divergences(
-                    x.reshape(-1, length), y, rows[first // length : (first + n) // length]
-                )
-            self._divergences[score] = rows
-        return self._divergences[score]
+                here = rows[first // length : (first + n) // length]
+                self._kernels.divergences(x.reshape(-1, length), y, here)
+            known[score] = rows
+        return known[score]
 
-    def _selected(self, selection: Selection | None, span: Span) -> NDArray[np.bool_]:
+    def selected(self, selection: Selection | None, span: Span) -> NDArray[np.bool_]:
+        """Return which elements a selection takes, (n,); without one, all."""
         if selection is None:
             return np.ones(span[1], np.bool_)
-        cut, patterns = selection.cut, self._patterns(selection.score, span)
+        cut, patterns = selection.cut, self.patterns(selection.score, span)
         kept: NDArray[np.bool_] = patterns >= cut.key if cut.ties == "all" else patterns > cut.key
         if cut.ties == "index":
-            before = max(0, cut.limit - self._piece.start - span[0])
+            before = max(0, cut.limit - self.block.start - span[0])
             kept[:before] |= patterns[:before] == cut.key
         return kept
 
     # --- sums and counts
 
-    def squares(self, vectors: tuple[TaskVector, ...], selection: Selection | None) -> NDArray[np.float64]:
+    def squares(self, vectors: Sequence[TaskVector], selection: Selection | None) -> NDArray[np.float64]:
         """Return the sums of squares per 4096 elements, (blocks, vectors)."""
-        sums = np.empty((-(-self._piece.n // BLOCK), len(vectors)), np.float64)
-        for first, n in self._spans():
-            selected = self._selected(selection, (first, n))
-            _, deltas, _ = self._survivors(vectors, (first, n))
+        sums = np.empty((-(-self.block.n // BLOCK), len(vectors)), np.float64)
+        for first, n in self.spans():
+            chosen = self.selected(selection, (first, n))
+            _, deltas, _ = self.survivors(vectors, (first, n))
             blocks = sums[first // BLOCK : -(-(first + n) // BLOCK)]
-            self._kernels.square_sums(deltas, _rescales(vectors), selected, blocks)
+            self._kernels.square_sums(deltas, rescales(vectors), chosen, blocks)
         return sums
 
-    def touches(self, vectors: tuple[TaskVector, ...], epsilon: float) -> Counts:
-        """Return how many elements each vector has touched alone, and how many with others."""
+    def touches(self, vectors: Sequence[TaskVector], epsilon: float) -> Counts:
+        """Return how many elements each vector has touched alone, and how many with others, (2, vectors)."""
         counts = np.zeros((2, len(vectors)), np.int64)
-        for span in self._spans():
-            _, deltas, _ = self._survivors(vectors, span)
-            self._kernels.count_touched(deltas, _rescales(vectors), epsilon, *counts)
+        for span in self.spans():
+            _, deltas, _ = self.survivors(vectors, span)
+            self._kernels.count_touched(deltas, rescales(vectors), float(epsilon), *counts)
         return counts
 
     def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
-        """Add the dot products of all pairs over the rows of the piece, a fixed number of rows at a time, to `sums`."""
-        columns = self._piece.row_length
+        """Add the dot products of all pairs over the rows, a fixed number of rows at a time, to `sums`."""
+        columns = self.block.row_length
         part = np.empty_like(sums)
-        for first in range(0, self._piece.n, rows_at_once(columns) * columns):
-            stop = min(self._piece.n, first + rows_at_once(columns) * columns)
+        for first in range(0, self.block.n, rows_at_once(columns) * columns):
+            stop = min(self.block.n, first + rows_at_once(columns) * columns)
             part[:] = 0.0
-            step = max(columns, _SLAB // columns * columns)
+            step = max(columns, _TILE // columns * columns)
             for start in range(first, stop, step):
-                _, terms, rescales, _ = self._terms(vectors, (start, min(step, stop - start)))
-                self._kernels.add_products(terms.reshape(len(terms), -1, columns), rescales, part)
+                _, terms, factors, _ = self.terms(vectors, (start, min(step, stop - start)))
+                self._kernels.add_products(terms.reshape(len(terms), -1, columns), factors, part)
             sums += part
 
-    def _terms(
-        self, vectors: Sequence[TaskVector], span: Span
-    ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32], NDArray[np.float64], Counts]:
-        """Return the base, the task vectors, their factors, and how many entries survive; or the models alone.
 
-        These are the base, where there is one, and the models.
-        """
-        if vectors:
-            base, deltas, kept = self._survivors(vectors, span)
-            return base, deltas, _rescales(vectors), kept
-        piece = self._piece
-        operands = (*(() if piece.base is None else (piece.base,)), *piece.models)
-        models = np.stack([self._math.widened(operand, *span) for operand in operands])
-        return None, models, np.ones(len(operands)), np.zeros(len(operands), np.int64)
+def rescales(vectors: Sequence[TaskVector]) -> NDArray[np.float64]:
+    """Return the factors of task vectors, (vectors,)."""
+    return np.array([vector.rescale for vector in vectors], np.float64)
 
-    # --- merges
 
-    def apply(self, rule: SelectedMerge | TouchedMerge | ColumnCombination, out: Operand) -> Applied:
-        """Write the merged piece, slab after slab: the output may lie over an input."""
-        bad, kept = 0, np.zeros(len(rule.vectors), np.int64)
-        for span in self._spans(self._piece.row_length if isinstance(rule, ColumnCombination) else 1):
-            if isinstance(rule, SelectedMerge):
-                values, survived = self._select(rule, span)
-            elif isinstance(rule, TouchedMerge):
-                values, survived = self._touch(rule, span)
-            else:
-                values, survived = self._combine(rule, span)
-            bad += self._math.write(values, out, span[0])
-            kept += survived[: kept.size]
-        return Applied(bad, tuple(int(n) for n in kept) if removing(rule) else ())
+# --- scores, each with its kernel
 
-    def _select(self, rule: SelectedMerge, span: Span) -> tuple[NDArray[np.float64], Counts]:
-        selected = self._selected(rule.selection, span)
-        base, deltas, kept = self._survivors(rule.vectors, span)
+
+def _spread(tiles: Tiles, score: Spread, span: Span, patterns: NDArray[np.uint32]) -> None:
+    _, deltas, _ = tiles.survivors(score.vectors, span)
+    kernels().scores.spread_patterns(deltas, rescales(score.vectors), patterns)
+
+
+def _importance(tiles: Tiles, score: Importance, span: Span, patterns: NDArray[np.uint32]) -> None:
+    by_row = tiles.divergence(score)
+    _, deltas, _ = tiles.survivors((score.vector,), span)
+    kernels().scores.importance_patterns(deltas, by_row, span[0], tiles.block.row_length, patterns)
+
+
+_SCORES: dict[type, tuple[str, Callable[..., None]]] = {
+    Spread: ("spread", _spread),
+    Importance: ("importance", _importance),
+}
+"""The group of kernels and the function that writes the patterns of each kind of score."""
+
+
+def kernels_of_score(score: Score) -> Names:
+    """Return the groups of kernels that a score's patterns take."""
+    return frozenset({_SCORES[type(score)][0]})
+
+
+def kernels_of_selection(selection: Selection | None) -> Names:
+    """Return the groups of kernels that sums over selected elements take."""
+    return frozenset({"selected"}) | (frozenset() if selection is None else kernels_of_score(selection.score))
+
+
+@example("spread")
+def _spreads(math: BlockMath) -> None:
+    math.count_keys(Spread(VECTORS), 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
+
+
+@example("importance")
+def _importances(math: BlockMath) -> None:
+    math.count_keys(Importance(VECTORS[0]), 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
+
+
+# --- merges: each returns the values of a tile, fp64 (n,), and how many entries survive
+
+
+def _written(
+    memory: BlockMemory,
+    rule: SelectedMerge | TouchedMerge | ColumnCombination,
+    out: Operand,
+    merge: Callable[[Tiles, Span], tuple[NDArray[np.float64], Counts]],
+    unit: int = 1,
+) -> Applied:
+    """Write a block tile after tile: the output may lie over an input."""
+    tiles = Tiles(memory)
+    bad, kept = 0, np.zeros(len(rule.vectors), np.int64)
+    for span in tiles.spans(unit):
+        values, survived = merge(tiles, span)
+        bad += memory.write(values, out, span[0])
+        kept += survived[: kept.size]
+    return applied(rule, bad, kept)
+
+
+@applies(SelectedMerge, kernels=lambda rule: kernels_of_selection(rule.selection))
+def _select(memory: BlockMemory, rule: SelectedMerge, out: Operand) -> Applied:
+    weights = np.array([v.weight for v in rule.vectors], np.float64)
+
+    def merge(tiles: Tiles, span: Span) -> tuple[NDArray[np.float64], Counts]:
+        chosen = tiles.selected(rule.selection, span)
+        base, deltas, kept = tiles.survivors(rule.vectors, span)
         merged = np.empty(span[1])
-        weights = np.array([v.weight for v in rule.vectors], np.float64)
-        self._kernels.selected_merge(
+        kernels().scores.selected_merge(
             base,
             deltas,
-            _rescales(rule.vectors),
+            rescales(rule.vectors),
             weights,
             rule.zero_sign,
             float(rule.floor),
-            selected,
+            chosen,
             merged,
         )
         if rule.selection is not None:
-            kept[:] = np.count_nonzero(selected)
+            kept[:] = np.count_nonzero(chosen)
         return merged, kept
 
-    def _touch(self, rule: TouchedMerge, span: Span) -> tuple[NDArray[np.float64], Counts]:
-        base, deltas, kept = self._survivors(rule.vectors, span)
+    return _written(memory, rule, out, merge)
+
+
+@example("selected")
+def _selected(math: BlockMath) -> None:
+    math.squares(VECTORS, None)
+    math.apply(SelectedMerge(VECTORS, None), OUT)
+
+
+@applies(TouchedMerge, kernels="touched")
+def _touch(memory: BlockMemory, rule: TouchedMerge, out: Operand) -> Applied:
+    factors = np.array(rule.factors, np.float64)
+
+    def merge(tiles: Tiles, span: Span) -> tuple[NDArray[np.float64], Counts]:
+        base, deltas, kept = tiles.survivors(rule.vectors, span)
         merged = np.empty(span[1])
-        factors = np.array(rule.factors, np.float64)
-        self._kernels.touched_merge(
-            base, deltas, _rescales(rule.vectors), float(rule.epsilon), factors, merged
+        kernels().scores.touched_merge(
+            base, deltas, rescales(rule.vectors), float(rule.epsilon), factors, merged
         )
         return merged, kept
 
-    def _combine(self, rule: ColumnCombination, span: Span) -> tuple[NDArray[np.float64], Counts]:
-        base, terms, rescales, kept = self._terms(rule.vectors, span)
-        merged = np.zeros((span[1] // self._piece.row_length, self._piece.row_length))
-        for weights, rescale, term in zip(rule.weights, rescales, terms, strict=True):
-            merged += (weights * rescale) * term.reshape(merged.shape).astype(np.float64)
+    return _written(memory, rule, out, merge)
+
+
+@example("touched")
+def _touched(math: BlockMath) -> None:
+    math.touches(VECTORS, 0.0)
+    math.apply(TouchedMerge(VECTORS, 0.0, (1.0, 1.0)), OUT)
+
+
+@applies(ColumnCombination, kernels="columns")
+def _combine_columns(memory: BlockMemory, rule: ColumnCombination, out: Operand) -> Applied:
+    length = memory.block.row_length
+
+    def merge(tiles: Tiles, span: Span) -> tuple[NDArray[np.float64], Counts]:
+        base, terms, factors, kept = tiles.terms(rule.vectors, span)
+        merged = np.zeros((span[1] // length, length))
+        for weights, factor, term in zip(rule.weights, factors, terms, strict=True):
+            merged += (weights * factor) * term.reshape(merged.shape).astype(np.float64)
         if base is not None:
             merged = base.reshape(merged.shape).astype(np.float64) + merged
         return merged.ravel(), kept
 
+    return _written(memory, rule, out, merge, length)
 
-def _rescales(vectors: Sequence[TaskVector]) -> NDArray[np.float64]:
-    return np.array([vector.rescale for vector in vectors], np.float64)
+
+@example("columns")
+def _columns(math: BlockMath) -> None:
+    math.add_column_dots(VECTORS, np.zeros((3, 8)))
+    math.apply(ColumnCombination(np.ones((2, 8)), VECTORS), OUT)

@@ -88,14 +88,14 @@ _Sums = tuple[NDArray[np.float64], int, float, float, int]
 
 def _by_kernel(values: NDArray[Any], dtype: str) -> _Sums:
     from streammerge.kernels import fisher
-    from streammerge.kernels.blocks import CODES
+    from streammerge.kernels.operands import CODES, Operand
 
-    arena = np.zeros(-(-values.nbytes // 8) * 8, np.uint8)
-    arena[: values.nbytes] = values.view(np.uint8)
-    half, full, code = arena.view(np.uint16), arena.view(np.uint32), CODES[dtype]
+    buffer = np.zeros(-(-values.nbytes // 8) * 8, np.uint8)
+    buffer[: values.nbytes] = values.view(np.uint8)
+    diagonal = Operand(buffer.view(np.uint16), buffer.view(np.uint32), 0, CODES[dtype])
     partials = np.empty(-(-values.size // BLOCK), np.float64)
-    bad = fisher.square_sums(half, full, 0, code, values.size, partials)
-    return partials, bad, *fisher.sums(half, full, 0, code, values.size)
+    bad = fisher.square_sums(diagonal, values.size, partials)
+    return partials, bad, *fisher.sums(diagonal, values.size)
 
 
 def _by_numpy(values: NDArray[Any], dtype: str) -> _Sums:

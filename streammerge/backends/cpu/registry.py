@@ -1,0 +1,100 @@
+"""The rules and questions that compiled kernels serve: each registers what runs it, and the groups of kernels it calls.
+
+A group is compiled as a whole, before the first block that needs it, by running its examples. So whoever adds a rule or a
+method of `BlockMath` declares its group and an example beside the code that calls the kernels; a statistic declares nothing
+but its calls (`Statistic.calls`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+from streammerge.algebra.block import Applied, BlockMath, Call, Operand
+from streammerge.algebra.task_vectors import Cut, RankDrop, TaskVector
+from streammerge.backends.cpu.memory import BlockMemory
+
+Names = frozenset[str]
+Apply = Callable[[BlockMemory, Any, Operand], Applied]
+Example = Callable[[BlockMath], object]
+_F = TypeVar("_F", bound=Callable[..., Any])
+_E = TypeVar("_E", bound=Example)
+
+VECTORS = tuple(TaskVector(i, drop=1 << 31, cut=Cut(1, "thin", 1 << 31)) for i in range(2))
+RANKED = tuple(TaskVector(i, rank_drop=RankDrop(0.4, 0.2)) for i in range(2))
+OUT = Operand(128, "BF16")
+"""For examples: task vectors of both models of their block, and its output."""
+
+
+class Implementation(NamedTuple):
+    """A merge rule on the CPU."""
+
+    apply: Apply
+    kernels: Callable[[Any], Names]
+    """Returns the groups that a rule of this class calls."""
+
+
+_RULES: dict[type, Implementation] = {}
+_CALLS: dict[str, Callable[[Any], Names]] = {}
+_EXAMPLES: dict[str, list[Example]] = {}
+
+
+def applies(
+    *rules: type, kernels: str | Callable[[Any], Names]
+) -> Callable[[Callable[[BlockMemory, Any, Operand], Applied]], Apply]:
+    """Register what applies a class of rules, and the groups of kernels that it calls, or how a rule says which."""
+
+    def register(function: Apply) -> Apply:
+        for rule in rules:
+            _RULES[rule] = Implementation(function, _names(kernels))
+        return function
+
+    return register
+
+
+def answers(kernels: str | Callable[[Any], Names], *, call: str | None = None) -> Callable[[_F], _F]:
+    """Register the groups of kernels that a method of `BlockMath` calls, or how its subject says which.
+
+    `call` is the name that statistics know it by; default: its own.
+    """
+
+    def register(method: _F) -> _F:
+        _CALLS[call or method.__name__] = _names(kernels)
+        return method
+
+    return register
+
+
+def example(group: str) -> Callable[[_E], _E]:
+    """Register a call that compiles kernels of a group, with arguments of the types that are used."""
+
+    def register(function: _E) -> _E:
+        _EXAMPLES.setdefault(group, []).append(function)
+        return function
+
+    return register
+
+
+def _names(kernels: str | Callable[[Any], Names]) -> Callable[[Any], Names]:
+    return (lambda subject: frozenset({kernels})) if isinstance(kernels, str) else kernels
+
+
+def implementation_of(rule: object) -> Implementation | None:
+    """Return what applies a rule; None: torch does."""
+    return _RULES.get(type(rule))
+
+
+def kernels_of_rule(rule: object) -> Names:
+    """Return the groups of kernels that a rule calls."""
+    found = implementation_of(rule)
+    return frozenset() if found is None else found.kernels(rule)
+
+
+def kernels_of_call(call: Call) -> Names:
+    """Return the groups of kernels that serve a statistic's call."""
+    return _CALLS[call.method](call.subject)
+
+
+def groups() -> dict[str, list[Example]]:
+    """Return the examples of every group of kernels, by its name."""
+    return dict(_EXAMPLES)
