@@ -86,6 +86,11 @@ def resolve_jobs(
     warnings += compare_names(config, assembly.outputs, template, indexes, excluded)
     stacks = count_layers(output.name for output in assembly.outputs)
     binder = _Binder(config, method, fishers, grams, matched.own_names, stacks)
+
+    def parameters_of(output: OutputTensor) -> Mapping[str, Any]:
+        where = config.where
+        return bind(method, preset, output.name, output.depth, output.models, output.levels, where)
+
     jobs: list[Job] = []
     codes = codes_of(indexes)
     for output in assembly.outputs:
@@ -94,20 +99,14 @@ def resolve_jobs(
         base, sources = finder.inputs(output)
         if is_of_codes(codes, output.template[0], lender):
             if output.name not in copied and method.name == "passthrough":
-                values = bind(
-                    method, preset, output.name, output.depth, output.models, output.levels, config.where
-                )
-                _check_scale(output.name, method, values)
+                _check_scale(output.name, method, parameters_of(output))
             job = _copy(ordinal, output.name, lender, config, as_stored=True)
         elif output.name in copied or not sources or finder.is_copied(output):
             job = _copy(ordinal, output.name, lender, config)
         else:
             inputs = (*((base,) if base is not None else ()), *sources)
             check_shapes(output.name, inputs)
-            parameters = bind(
-                method, preset, output.name, output.depth, output.models, output.levels, config.where
-            )
-            job = binder.merge(ordinal, output, lender, sources, base, parameters)
+            job = binder.merge(ordinal, output, lender, sources, base, parameters_of(output))
         jobs.append(job)
     warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
     _check_uniform_trim(jobs, method)
