@@ -23,7 +23,7 @@ from streammerge.planning.resolve.agreement import check_kinds, check_shapes, co
 from streammerge.planning.resolve.assemble import OutputTensor, Stack, assemble
 from streammerge.planning.resolve.find import Finder
 from streammerge.planning.resolve.matching import Matched
-from streammerge.planning.resolve.parameters import bind, check_names, preset_of
+from streammerge.planning.resolve.parameters import check_names, preset_of, resolve_parameters
 from streammerge.planning.resolve.quantised import codes_of, is_of_codes
 from streammerge.planning.resolve.unmatched import unmatched
 from streammerge.planning.resolve.vocabulary import Alignment
@@ -86,11 +86,6 @@ def resolve_jobs(
     warnings += compare_names(config, assembly.outputs, template, indexes, excluded)
     stacks = count_layers(output.name for output in assembly.outputs)
     binder = _Binder(config, method, fishers, grams, matched.own_names, stacks)
-
-    def parameters_of(output: OutputTensor) -> Mapping[str, Any]:
-        where = config.where
-        return bind(method, preset, output.name, output.depth, output.models, output.levels, where)
-
     jobs: list[Job] = []
     codes = codes_of(indexes)
     for output in assembly.outputs:
@@ -99,14 +94,14 @@ def resolve_jobs(
         base, sources = finder.inputs(output)
         if is_of_codes(codes, output.template[0], lender):
             if output.name not in copied and method.name == "passthrough":
-                _check_scale(output.name, method, parameters_of(output))
+                _check_scale(output.name, method, resolve_parameters(method, preset, output, config.where))
             job = _copy(ordinal, output.name, lender, config, as_stored=True)
         elif output.name in copied or not sources or finder.is_copied(output):
             job = _copy(ordinal, output.name, lender, config)
         else:
-            inputs = (*((base,) if base is not None else ()), *sources)
-            check_shapes(output.name, inputs)
-            job = binder.merge(ordinal, output, lender, sources, base, parameters_of(output))
+            check_shapes(output.name, (*((base,) if base is not None else ()), *sources))
+            parameters = resolve_parameters(method, preset, output, config.where)
+            job = binder.merge(ordinal, output, lender, sources, base, parameters)
         jobs.append(job)
     warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
     _check_uniform_trim(jobs, method)

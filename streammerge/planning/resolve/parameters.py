@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from streammerge.config.known_keys import KEYS, OLD_PARAMETERS, PARAMETERS
-from streammerge.config.schema import MergeConfig, ModelSpec
+from streammerge.config.schema import MergeConfig
 from streammerge.config.settings import Scalar, Setting, value_for
 from streammerge.config.wording import meant, suggestion
 from streammerge.errors import ConfigError, printable
 from streammerge.methods.registry import REQUIRED, Method, Parameter
+from streammerge.planning.resolve.assemble import OutputTensor
 
 PRESET = "preset"
 DENSITY = "density"
@@ -95,27 +96,15 @@ def preset_of(config: MergeConfig, method: Method) -> Mapping[str, Any]:
     return method.presets[str(name)]
 
 
-def bind(
-    method: Method,
-    preset: Mapping[str, Any],
-    tensor: str,
-    depth: float,
-    models: Sequence[tuple[ModelSpec, str]],
-    levels: Sequence[Mapping[str, Setting]],
-    where: str = "config",
+def resolve_parameters(
+    method: Method, preset: Mapping[str, Any], output: OutputTensor, where: str = "config"
 ) -> dict[str, Any]:
-    """Return the value of each declared parameter for one tensor; a tuple where it is per model.
+    """Return the value of each declared parameter for one output tensor; a tuple if it is per model.
 
     Parameters
     ----------
-    tensor
-        Its name in the output, which the filters of shared settings see.
-    depth
-        Where in its stack of layers it lies, from 0 to 1.
-    models
-        Each model, and the tensor's name there, which the filters of its own settings see.
-    levels
-        The settings that all models share, those that go first at the front.
+    output
+        Filters of shared settings see its name in the output; filters of a model's own settings, the name there.
     where
         The name of the config in messages.
 
@@ -124,10 +113,11 @@ def bind(
     ConfigError
         If a value has the wrong type or lies out of range, or a weight is given for some models only.
     """
+    tensor, depth, models = output.name, output.depth, output.models
     values: dict[str, Any] = {}
     for name, parameter in method.parameters.items():
         default = preset.get(name, parameter.default)
-        shared = [(level.get(name), tensor) for level in levels]
+        shared = [(level.get(name), tensor) for level in output.levels]
         if not parameter.per_model:
             values[name] = _one(parameter, shared, tensor, depth, default)[0]
             if values[name] is REQUIRED:
