@@ -1,16 +1,18 @@
-"""A new input format is one file of code: here int16 fixed point, big-endian, with a scale for each tensor.
+"""A new input format is one file of code: here int16 fixed point, big-endian, with a step for each tensor.
 
-The format lives in this file alone. It is merged from end to end, in whatever memory, interrupted and continued, and
+The code is the block of docs/build/formats.md. It is merged from end to end, in whatever memory, interrupted and continued, and
 gives the bytes that the same values give as fp32 in safetensors.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,93 +23,27 @@ from streammerge import merge
 from streammerge.checkpoint.index import open_model
 from streammerge.errors import ModelError
 from streammerge.formats import registry
-from streammerge.formats.refs import ElementwiseRef, TensorRef
-from streammerge.formats.registry import Contents, opens
-from streammerge.io.buffer_pool import Bytes
-from streammerge.io.files import bad, read_exactly, reading
-from streammerge.io.reader import Reader
-from streammerge.io.scratch import Scratch
-from streammerge.io.stamp import FileStamp
-from streammerge.io.strict_json import parse_object
 from streammerge.methods.registry import get_method
 from streammerge.report.tables import inspect_values
 from streammerge.testing.laws import same_bytes_at_any_memory, same_bytes_when_interrupted
 from streammerge.testing.models import output_bytes, write_model
 from streammerge.testing.trial import Trial
 
-# The format: what a module of streammerge/formats would hold.
-
-MAGIC = b"FIXED16\n"
-_BLOCK = 1 << 12
-"""Elements widened at a time."""
+PAGE = Path(__file__).parents[2] / "docs" / "build" / "formats.md"
 
 
-@dataclass(frozen=True, slots=True)
-class FixedPointRef(ElementwiseRef):
-    """A tensor of integers, each a number of steps of one size."""
-
-    source: TensorRef
-    scale: float
-    """The step, a power of two: every value is exact in fp32."""
-
-    @property
-    def dtype(self) -> str:
-        """The values are fp32."""
-        return "F32"
-
-    @property
-    def stored_dtype(self) -> str:
-        """What an output has unless told: the values, not the codes."""
-        return "F32"
-
-    @property
-    def scratch_bytes(self) -> int:
-        """A block of codes."""
-        return 2 * _BLOCK + 64
-
-    @property
-    def shown(self) -> Mapping[str, float]:
-        """Its step."""
-        return {"scale": self.scale}
-
-    def read(self, reader: Reader, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
-        """Widen a block of codes after the other."""
-        out = target[: 4 * (stop - start)].view(np.float32)
-        codes = scratch.take((_BLOCK,), np.dtype(">i2"))
-        for first in range(start, stop, _BLOCK):
-            some = codes[: min(_BLOCK, stop - first)]
-            self.source.read(reader, first, first + some.size, some.view(np.uint8), scratch.rest())
-            np.multiply(some, np.float32(self.scale), out=out[first - start : first - start + some.size])
-
-
-def open_fixed(path: str | os.PathLike[str]) -> Contents:
-    """Read the header: the magic, its length, then JSON of shape, scale and offset by name."""
-    path = os.fspath(path)
-    with reading(path) as (fd, status):
-        first = read_exactly(fd, min(16, status.st_size), 0, path)
-        nbytes = int.from_bytes(first[8:], "big")
-        if first[:8] != MAGIC or nbytes > status.st_size - 16:
-            raise bad(path, "not a file of fixed-point numbers: download it again")
-        raw = read_exactly(fd, nbytes, 16, path)
-    refs = {}
-    for name, entry in parse_object(raw, path, "the header", "finite").items():
-        shape = tuple(entry["shape"])
-        size = 2 * int(np.prod(shape))
-        if entry["offset"] + size > status.st_size:
-            raise bad(path, f"tensor {name!r} ends beyond the file: download it again")
-        stored = TensorRef(name, "I16", shape, path, entry["offset"], size)
-        refs[name] = FixedPointRef(stored, entry["scale"])
-    return Contents(refs, FileStamp.of(path, status, raw))
-
-
-# The proof.
-
-
-@pytest.fixture(autouse=True)
-def format_is_registered() -> Iterator[None]:
-    opens(".fixed16")(open_fixed)
-    yield
-    del registry._OPENERS[".fixed16"]
+@pytest.fixture(scope="module", autouse=True)
+def format_is_registered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Import the page's module, as a package would bring it."""
+    block = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert block is not None
+    directory = tmp_path_factory.mktemp("package")
+    (directory / "fixed16.py").write_text(block[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(directory)
+        importlib.import_module("fixed16")
+        yield
+    del registry._OPENERS[".fixed16"], sys.modules["fixed16"]
 
 
 def write_fixed(directory: Path, codes: Mapping[str, np.ndarray], scales: Mapping[str, float]) -> Path:
@@ -120,7 +56,7 @@ def write_fixed(directory: Path, codes: Mapping[str, np.ndarray], scales: Mappin
         offset += array.nbytes
     text = json.dumps(header).encode().ljust(1024)
     data = b"".join(array.astype(">i2").tobytes() for array in codes.values())
-    (directory / "model.fixed16").write_bytes(MAGIC + len(text).to_bytes(8, "big") + text + data)
+    (directory / "model.fixed16").write_bytes(b"FIXED16\n" + len(text).to_bytes(8, "big") + text + data)
     return directory
 
 
@@ -186,5 +122,5 @@ def test_a_file_by_itself_is_a_model_and_inspect_says_what_it_says(pairs: list[t
 def test_a_file_that_is_cut_is_refused(pairs: list[tuple[Path, Path]], tmp_path: Path) -> None:
     shutil.copytree(pairs[0][0], tmp_path / "cut")
     os.truncate(tmp_path / "cut" / "model.fixed16", 20_000)
-    with pytest.raises(ModelError, match="ends beyond the file: download it again"):
+    with pytest.raises(ModelError, match="lies outside the file: download it again"):
         open_model(tmp_path / "cut")
