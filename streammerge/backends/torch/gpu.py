@@ -1,4 +1,4 @@
-"""What a GPU needs beside torch's formulas: pinned buffers, and streams that the workers take turns on.
+"""Pinned buffers for a GPU, and streams that the workers take turns on.
 
 While one stream copies a chunk's operands in, a second merges and a third copies a result out. More streams than
 these would only multiply the memory that torch keeps for each. A copy overlaps with anything only from pinned
@@ -31,7 +31,7 @@ def find_gpu(number: int) -> str | None:
 
 @contextmanager
 def turn_on(device: str) -> Iterator[None]:
-    """Wait for a stream of a GPU; what this thread asks of the GPU goes to it until the block ends."""
+    """Wait for a stream of a GPU; the work that this thread gives the GPU goes to it until the block ends."""
     import torch
 
     with _lock:
@@ -44,7 +44,7 @@ def turn_on(device: str) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
     finally:
-        stream.synchronize()  # the chunk's buffer will be another's
+        stream.synchronize()  # the next chunk reuses the buffer
         _idle[device].put(stream)
 
 
@@ -65,7 +65,7 @@ def synchronize(device: str) -> None:
 
 
 def free_unused(device: str) -> None:
-    """Give a GPU's memory that torch keeps for later back to it, for any stream to use."""
+    """Return the memory that torch keeps for later to the GPU, for any stream to use."""
     if device != "cpu":
         import torch
 
@@ -74,7 +74,7 @@ def free_unused(device: str) -> None:
 
 
 def pin(buffer: Bytes) -> None:
-    """Lock a buffer's pages, so that copies from and to a GPU run beside other work.
+    """Lock a buffer's pages, so that copies from and to a GPU overlap with other work.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A loaded piece through the torch formulas: the reference, users' own methods, fp64, and the GPU."""
+"""A block through the torch formulas: the reference, users' own methods, fp64, and the GPU."""
 
 from __future__ import annotations
 
@@ -45,21 +45,23 @@ _Result = TypeVar("_Result")
 
 
 class TorchMath:
-    """A piece on a torch device; statistics are integers or fixed-order sums, equal to the kernels'.
+    """A block on a torch device; statistics are integers or fixed-order sums, equal to the kernels'.
 
     Parameters
     ----------
+    loaded
+        The block.
     device
         ``cpu`` or ``cuda[:N]``.
     block
         Elements worked on at a time where the formula may be cut anywhere.
     keep
-        Whether the piece's operands fit the device's memory whole: they are then copied there once, however often
+        Whether the block's operands fit the device's memory whole: they are then copied there once, however often
         they are passed over.
     """
 
-    def __init__(self, piece: Block, device: str, block: int, *, keep: bool = False) -> None:
-        self._piece = piece
+    def __init__(self, loaded: Block, device: str, block: int, *, keep: bool = False) -> None:
+        self._loaded = loaded
         self._device = device
         self._block = block
         self._keep = keep
@@ -79,8 +81,8 @@ class TorchMath:
         import torch
 
         start, size = 0, max(divisor, self._block // divisor * divisor)
-        while start < self._piece.n:
-            stop = min(self._piece.n, start + size)
+        while start < self._loaded.n:
+            stop = min(self._loaded.n, start + size)
             try:
                 result = run(start, stop)
             except torch.OutOfMemoryError:
@@ -90,7 +92,7 @@ class TorchMath:
                 self._kept.clear()
                 if size < divisor or not self._block:
                     raise WorldError(
-                        f"tensor {printable(self._piece.tensor)}: {self._device} has no memory left for it; free "
+                        f"tensor {printable(self._loaded.tensor)}: {self._device} has no memory left for it; free "
                         "some, or merge with --device cpu"
                     ) from None
                 free_unused(self._device)
@@ -101,7 +103,7 @@ class TorchMath:
     def _tensor(self, operand: Operand, a: int, b: int) -> torch.Tensor:
         if self._keep:
             if operand not in self._kept:
-                whole = self._host(operand, 0, self._piece.n)
+                whole = self._host(operand, 0, self._loaded.n)
                 self._kept[operand] = whole.to(self._device, non_blocking=True)
             values = self._kept[operand][a:b]
         else:
@@ -113,26 +115,26 @@ class TorchMath:
         import torch
 
         width = operand_bytes(operand, 1)
-        raw: Bytes = self._piece.arena[operand.offset + a * width : operand.offset + b * width]
+        raw: Bytes = self._loaded.arena[operand.offset + a * width : operand.offset + b * width]
         return torch.from_numpy(raw).view(torch_dtype(operand.dtype))
 
     def _inputs(self, a: int, b: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
         import torch
 
-        base = self._tensor(self._piece.base, a, b) if self._piece.base is not None else None
-        models = [self._tensor(operand, a, b) for operand in self._piece.models]
+        base = self._tensor(self._loaded.base, a, b) if self._loaded.base is not None else None
+        models = [self._tensor(operand, a, b) for operand in self._loaded.models]
         if any(tensor.dtype == torch.float64 for tensor in [*models, *([] if base is None else [base])]):
             models = [model.double() for model in models]
             base = None if base is None else base.double()
         return models, base
 
     def _fishers(self, a: int, b: int) -> list[torch.Tensor]:
-        return [self._tensor(operand, a, b) for operand in self._piece.fishers]
+        return [self._tensor(operand, a, b) for operand in self._loaded.fishers]
 
     def _where(self, a: int, b: int) -> Where:
-        piece = self._piece
+        loaded = self._loaded
         known = self._divergences.setdefault((a, b), {})
-        return Where(piece.tensor, piece.start + a, piece.keys, piece.row_length, divergences=known)
+        return Where(loaded.tensor, loaded.start + a, loaded.keys, loaded.row_length, divergences=known)
 
     def _surviving(self, vector: TaskVector, a: int, b: int) -> torch.Tensor:
         models, base = self._inputs(a, b)
@@ -186,7 +188,7 @@ class TorchMath:
         def sums(a: int, b: int) -> NDArray[np.float64]:
             return block_sums(_finite(self._surviving(vector, a, b)).double().abs().cpu().numpy())
 
-        step = BLOCK if vector.rank_drop is None else math.lcm(BLOCK, self._piece.row_length)
+        step = BLOCK if vector.rank_drop is None else math.lcm(BLOCK, self._loaded.row_length)
         partials = list(self._each(sums, step))
         return np.concatenate(partials) if partials else np.zeros(0)
 
@@ -203,7 +205,7 @@ class TorchMath:
 
     def _row_of(self, vector: TaskVector | Score) -> int:
         """Return of how many elements a multiple is ranked at a time."""
-        return self._piece.row_length if sees_rows(vector) else 1
+        return self._loaded.row_length if sees_rows(vector) else 1
 
     def squares(self, vectors: tuple[TaskVector, ...], selection: Selection | None) -> NDArray[np.float64]:
         """See `BlockMath`."""
@@ -248,7 +250,7 @@ class TorchMath:
             )
             return places + a
 
-        counts = np.zeros(-(-self._piece.n // size), np.int64)
+        counts = np.zeros(-(-self._loaded.n // size), np.int64)
         for places in self._each(find, self._row_of(vector)):
             counts += np.bincount(places // size, minlength=len(counts))
         return counts
@@ -289,7 +291,7 @@ class TorchMath:
     ) -> torch.Tensor:
         import torch
 
-        length = self._piece.row_length
+        length = self._loaded.row_length
         rows = [model.reshape(-1, length) for model in models]
         shaped = None if base is None else base.reshape(-1, length)
         weights = torch.from_numpy(rule.weights).to(self._device)
@@ -300,7 +302,7 @@ class TorchMath:
     ) -> torch.Tensor:
         import torch
 
-        length = self._piece.row_length
+        length = self._loaded.row_length
         k = len(rule.vectors) or len(models) + (base is not None)
         pairs = self._dots(rule.vectors, models, base, where, length)
         weights = np.ascontiguousarray(rule.coefficients(full_matrices(pairs, k)))
@@ -311,7 +313,7 @@ class TorchMath:
 
     def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
         """See `BlockMath`."""
-        columns = self._piece.row_length
+        columns = self._loaded.row_length
         at_once = rows_at_once(columns)
 
         def products(a: int, b: int) -> tuple[NDArray[np.float64], ...]:
@@ -351,12 +353,12 @@ class TorchMath:
             assert base is not None
             return merge.sign_total(models, base, self._where(a, b))
 
-        return sum(self._each(total, self._piece.row_length if ranked(merge) else 1))
+        return sum(self._each(total, self._loaded.row_length if ranked(merge) else 1))
 
     def apply(self, rule: Rule, out: Operand) -> Applied:
         """See `BlockMath`."""
         if isinstance(rule, CopyOf):
-            rule = WeightedSum(tuple(float(i == rule.model) for i in range(len(self._piece.models))))
+            rule = WeightedSum(tuple(float(i == rule.model) for i in range(len(self._loaded.models))))
         n_vectors = len(removing(rule))
 
         def merge(a: int, b: int) -> Applied:
@@ -371,10 +373,10 @@ class TorchMath:
             merged = self._call(rule, models, base, where, fishers)
             return Applied(bad + self._store(merged, out, a, b), kept, floored)
 
-        row = self._piece.row_length if len(self._piece.shape) > 1 or seen_by(rule) == Extent.ROW else 1
+        row = self._loaded.row_length if len(self._loaded.shape) > 1 or seen_by(rule) == Extent.ROW else 1
         if isinstance(rule, RegressionMean):
             row *= ROWS_AT_ONCE
-        parts = list(self._each(merge, row if self._block else max(1, self._piece.n)))
+        parts = list(self._each(merge, row if self._block else max(1, self._loaded.n)))
         kept = tuple(sum(part.kept[i] for part in parts) for i in range(n_vectors))
         return Applied(sum(part.not_finite for part in parts), kept, sum(part.floored for part in parts))
 
@@ -396,11 +398,11 @@ class TorchMath:
         if not isinstance(rule, Formula):
             return rule(models, base, where, fishers)
         models = rule.dropped(models, base, where)
-        shape = self._piece.shape if len(self._piece.shape) != 1 else (-1,)
+        shape = self._loaded.shape if len(self._loaded.shape) != 1 else (-1,)
         if self._block and len(shape) > 1:
             shape = (-1, shape[-1])
         shaped = [model.reshape(shape) for model in models]
-        with blamed_on(rule.method, self._piece.tensor):
+        with blamed_on(rule.method, self._loaded.tensor):
             merged = rule(shaped, None if base is None else base.reshape(shape), where)
         what: str | None = None
         if not isinstance(merged, torch.Tensor) or merged.shape != shaped[0].shape:
@@ -409,7 +411,7 @@ class TorchMath:
         elif not merged.dtype.is_floating_point:
             what = f"{str(merged.dtype).removeprefix('torch.')} numbers, not floating-point ones: call .float() on them"
         if what is not None:
-            name, tensor = printable(rule.method), printable(self._piece.tensor)
+            name, tensor = printable(rule.method), printable(self._loaded.tensor)
             raise InputError(f"method {name!r}: of tensor {tensor} it returned {what}")
         return merged.detach().reshape(-1)
 
