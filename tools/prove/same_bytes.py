@@ -1,7 +1,7 @@
 """Hash the weights that a fixed set of merges writes, so that two versions of the program can be compared.
 
-    python tools/same_bytes.py before.json                    # writes a hash for each merge
-    python tools/same_bytes.py after.json --against before.json   # and exits with 1 where one differs
+    python tools/prove/same_bytes.py before.json                    # writes a hash for each merge
+    python tools/prove/same_bytes.py after.json --against before.json   # and exits with 1 where one differs
 
 The set: the configs of `mergekit_cases.py` (methods, slices, adapters, vocabularies, gradients, output dtypes) on float32,
 float16 and bfloat16 models, random drops with seeds, and merges weighted by Fisher diagonals and Gram matrices.
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge
 
-sys.path.append(str(Path(__file__).resolve().parent / "compare"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "compare"))
 
 from compare_mergekit import placed, write_models
 from mergekit_cases import CASES
@@ -52,7 +52,7 @@ def configs(directory: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def with_stores(config: dict[str, Any], key: str, method: str) -> dict[str, Any]:
     """Give each model of a config the store that its method weighs by."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from tests.conftest import write_fisher, write_grams
 
     if method in ("fisher", "dare_fisher", "regmean"):
