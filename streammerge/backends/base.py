@@ -71,6 +71,8 @@ class Backend:
     """The kind of device it runs on: ``cuda`` of ``cuda:0``."""
     find: Callable[[int], str | None] | None = None
     """Returns the device of a number, ``cuda:0``, or None if there is none. None: its devices have no numbers."""
+    on_host: bool = True
+    """Whether temporaries of formulas lie in this process's memory, not in the device's."""
     compiled: bool = False
     """Whether it runs compiled kernels, which must be compiled before their first use."""
     formulas: bool = True

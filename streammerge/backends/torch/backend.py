@@ -68,5 +68,6 @@ CUDA = Backend(
     buffers=BufferHooks(pin, unpin),
     device="cuda",
     find=find_gpu,
+    on_host=False,
 )
 """The reserve: as for `torch`, and a CUDA context, whose libraries are resident."""

@@ -91,8 +91,8 @@ class Division:
 
 
 def _declared(job: Job, n: int, method: Method, backend: Backend) -> int:
-    """Return the bytes that a formula declares for a piece of `n` elements; on a GPU they are not this process's."""
-    if job.kind != "merge" or backend.device != "cpu":
+    """Return the bytes that a formula declares for a piece of `n` elements; none if they lie in a device's memory."""
+    if job.kind != "merge" or not backend.on_host:
         return 0
     block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
     return method.workspace_bytes(tensor_context_of(job), block)
