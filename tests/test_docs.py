@@ -100,6 +100,23 @@ def test_every_python_block_in_the_docs_runs(place: str, text: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "text",
+    [text for place, text in blocks("python") if place.startswith("extending.md") and text.startswith("# ")],
+    ids=lambda text: text.split("\n", 1)[0][2:],
+)
+def test_every_method_of_the_page_on_extending_keeps_the_laws(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from streammerge.methods import registry
+    from streammerge.testing import check_method
+
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    file = tmp_path / text.split("\n", 1)[0][2:]
+    file.write_text(text)
+    check_method(file, peak=False, dtypes=["bfloat16"])
+
+
 def test_the_python_page_runs_from_its_beginning_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
