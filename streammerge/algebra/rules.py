@@ -27,8 +27,51 @@ ROWS_AT_ONCE = 64
 """Rows that a product with a matrix takes at a time."""
 
 
+class Rule:
+    """What happens to every element of a tensor once the statistics are known: a frozen value.
+
+    Called on pieces it returns theta in fp64; that is the reference, and what runs wherever a backend has registered
+    nothing faster for its class. A subclass is a frozen dataclass; one that merges task vectors has a field `vectors`.
+    """
+
+    rows_at_once = 1
+    """Rows whose arithmetic is one operation: where it sees rows, a piece is cut at multiples of so many."""
+
+    @property
+    def extent(self) -> Extent:
+        """What it must have before it at once."""
+        return Extent.ROW if ranked(self) else Extent.ELEMENT
+
+    @property
+    def removes(self) -> bool:
+        """Whether entries of task vectors may be lost."""
+        return any(vector.removes for vector in vectors_of(self))
+
+    def __call__(
+        self,
+        models: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        raise NotImplementedError
+
+    def kept(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> tuple[int, ...]:
+        """Return how many entries of each task vector survive; empty if all do."""
+        if base is None or not self.removes:
+            return ()
+        return tuple(int(v.mask(models[i], base, where).sum()) for i, v in enumerate(vectors_of(self)))
+
+    def look_at_fishers(self, fishers: Sequence[torch.Tensor]) -> tuple[int, int]:
+        """Return how many values of the diagonals are no certainty, and how many elements a floor decides."""
+        return 0, 0
+
+
 @dataclass(frozen=True)
-class WeightedSum:
+class WeightedSum(Rule):
     """theta = (w_0 theta_0 + sum_i w_i theta_i) / divisor."""
 
     weights: tuple[float, ...]
@@ -54,7 +97,7 @@ class WeightedSum:
 
 
 @dataclass(frozen=True)
-class TaskVectorMerge:
+class TaskVectorMerge(Rule):
     """theta = theta_0 + scale * tau, where tau sums the task vectors, all or those of one sign."""
 
     vectors: tuple[TaskVector, ...]
@@ -124,7 +167,7 @@ class TaskVectorMerge:
 
 
 @dataclass(frozen=True)
-class SelectedMerge:
+class SelectedMerge(Rule):
     """theta = theta_0 + the weighted mean of the selected entries that have the sign of their sum.
 
     The election is unweighted: the weights count in the mean alone (SCE, https://arxiv.org/abs/2408.07990).
@@ -137,6 +180,25 @@ class SelectedMerge:
     """The sign elected where the entries cancel: 0 nobody's (the base stays) or +1."""
     floor: float = 0.0
     """The least sum of agreeing weights that a mean is divided by."""
+
+    @property
+    def extent(self) -> Extent:
+        """Rows, where entries are selected by a score of rows."""
+        by_rows = self.selection is not None and sees_rows(self.selection.score)
+        return Extent.ROW if by_rows else super().extent
+
+    @property
+    def removes(self) -> bool:
+        """Whether entries may be lost, or are not selected."""
+        return self.selection is not None or super().removes
+
+    def kept(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> tuple[int, ...]:
+        """Return how many elements are selected, for each task vector; or how many entries survive."""
+        if self.selection is None or base is None:
+            return super().kept(models, base, where)
+        return (int(self.selection.mask(models, base, where).sum()),) * len(self.vectors)
 
     def __call__(
         self,
@@ -170,7 +232,7 @@ class SelectedMerge:
 
 
 @dataclass(frozen=True)
-class TouchedMerge:
+class TouchedMerge(Rule):
     """theta = theta_0 + the mean of the task vectors over those models that have touched the element.
 
     Touched is an entry above `epsilon` in magnitude. What one model alone has touched is multiplied by its factor
@@ -218,7 +280,7 @@ def touched_entries(
 
 
 @dataclass(frozen=True)
-class FisherMean:
+class FisherMean(Rule):
     """theta = sum_i a_i theta_i / sum_i a_i, per element, with a_i = coefficient_i * floored F_i.
 
     The mode of the product of the models' diagonal Laplace posteriors (Matena & Raffel 2022, equation 3).
@@ -289,6 +351,10 @@ class FisherMean:
             total = total + a
         return moved, raised, total
 
+    def look_at_fishers(self, fishers: Sequence[torch.Tensor]) -> tuple[int, int]:
+        """Return how many values are negative, and in how many elements floors make up more than half of the weight."""
+        return sum(int((fisher < 0).sum()) for fisher in fishers), self.decided_by_floor(fishers)
+
     def decided_by_floor(self, fishers: Sequence[torch.Tensor]) -> int:
         """Return the elements in which floors make up more than half of the weight."""
         zeros = [_zeros(fisher) for fisher in fishers]
@@ -297,7 +363,7 @@ class FisherMean:
 
 
 @dataclass(frozen=True)
-class Formula:
+class Formula(Rule):
     """A method that is a plain torch function of the pieces, such as a user's own."""
 
     function: Callable[..., Any]
@@ -328,7 +394,7 @@ class Formula:
 
 
 @dataclass(frozen=True)
-class RowCombination:
+class RowCombination(Rule):
     """Each row a sum of the models' rows, or of their task vectors' beside the base, by weights of its own.
 
     The weights are a function of the row's Gram matrix. A tensor without rows is one row.
@@ -338,6 +404,11 @@ class RowCombination:
     vectors: tuple[TaskVector, ...] = ()
     """The task vectors; empty: the models themselves, and before them the base where the method has one."""
 
+    @property
+    def extent(self) -> Extent:
+        """Whole rows."""
+        return Extent.ROW
+
     def combined(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
     ) -> torch.Tensor:
@@ -346,12 +417,17 @@ class RowCombination:
 
 
 @dataclass(frozen=True)
-class ColumnCombination:
+class ColumnCombination(Rule):
     """Each column, along the first axis, a sum of the models', or of their task vectors' beside the base."""
 
     weights: NDArray[np.float64] = field(compare=False)
     """(k, columns), of the vectors as in `RowCombination`."""
     vectors: tuple[TaskVector, ...] = ()
+
+    @property
+    def extent(self) -> Extent:
+        """Every column."""
+        return Extent.COLUMN
 
     def combined(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
@@ -377,19 +453,37 @@ def _combined(
 
 
 @dataclass(frozen=True)
-class CopyOf:
+class CopyOf(Rule):
     """The bytes of one model's tensor, unchanged but for the output's dtype."""
 
     model: int = 0
 
+    def __call__(
+        self,
+        models: Sequence[torch.Tensor],
+        base: torch.Tensor | None,
+        where: Where,
+        fishers: Sequence[torch.Tensor] = (),
+    ) -> torch.Tensor:
+        """Return the model's values, as a weighted sum does: what is not finite in any model shows."""
+        weights = tuple(float(i == self.model) for i in range(len(models)))
+        return WeightedSum(weights)(models, base, where)
+
 
 @dataclass(frozen=True, eq=False)
-class RegressionMean:
+class RegressionMean(Rule):
     """theta = mean + sum_i (theta_i - mean) P_i, row by row; see `regmean`."""
 
     weights: tuple[float, ...]
     operators: tuple[torch.Tensor, ...]
     """P_i of each model, fp64 (inputs, inputs)."""
+
+    rows_at_once = ROWS_AT_ONCE
+
+    @property
+    def extent(self) -> Extent:
+        """Whole rows."""
+        return Extent.ROW
 
     def __call__(
         self,
@@ -419,53 +513,20 @@ class RegressionMean:
         return mean.reshape(-1)
 
 
-Rule = (
-    WeightedSum
-    | TaskVectorMerge
-    | SelectedMerge
-    | TouchedMerge
-    | FisherMean
-    | RowCombination
-    | ColumnCombination
-    | Formula
-    | CopyOf
-    | RegressionMean
-)
+def vectors_of(rule: Rule) -> tuple[TaskVector, ...]:
+    """Return the task vectors of a rule; empty if it has none."""
+    vectors: tuple[TaskVector, ...] = getattr(rule, "vectors", ())
+    return vectors
 
 
 def ranked(rule: Rule) -> bool:
     """Return whether entries are dropped by their rank in a row, which must then be whole."""
-    return any(vector.rank_drop is not None for vector in getattr(rule, "vectors", ()))
-
-
-def seen_by(rule: Rule) -> Extent:
-    """Return what a rule must have before it at once; not of a formula, whose method declares it."""
-    if isinstance(rule, ColumnCombination):
-        return Extent.COLUMN
-    if isinstance(rule, RegressionMean):
-        return Extent.ROW
-    by_rows = isinstance(rule, SelectedMerge) and rule.selection and sees_rows(rule.selection.score)
-    return Extent.ROW if by_rows or isinstance(rule, RowCombination) or ranked(rule) else Extent.ELEMENT
+    return any(vector.rank_drop is not None for vector in vectors_of(rule))
 
 
 def removing(rule: Rule) -> tuple[TaskVector, ...]:
     """Return the task vectors of a rule that may lose entries; empty if none does."""
-    vectors = getattr(rule, "vectors", ())
-    selects = isinstance(rule, SelectedMerge) and rule.selection is not None
-    return vectors if selects or any(vector.removes for vector in vectors) else ()
-
-
-def kept_by(
-    rule: Rule, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
-) -> tuple[int, ...]:
-    """Return how many entries of each task vector survive, or how many elements are selected; empty if all are."""
-    vectors = removing(rule)
-    assert base is not None or not vectors
-    if base is None:
-        return ()
-    if isinstance(rule, SelectedMerge) and rule.selection is not None:
-        return (int(rule.selection.mask(models, base, where).sum()),) * len(vectors)
-    return tuple(int(v.mask(models[i], base, where).sum()) for i, v in enumerate(vectors))
+    return vectors_of(rule) if rule.removes else ()
 
 
 def _zeros(like: torch.Tensor) -> torch.Tensor:

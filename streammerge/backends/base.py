@@ -13,6 +13,7 @@ from typing import Protocol
 
 from streammerge.algebra.block import Block, BlockMath
 from streammerge.algebra.extent import Extent
+from streammerge.algebra.rules import Rule
 from streammerge.io.buffer_pool import Bytes
 
 
@@ -53,6 +54,10 @@ class BufferHooks:
     """Called before the buffer is unmapped."""
 
 
+def _any_rule(rule: type[Rule]) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute blocks. All backends give the same bits."""
@@ -77,3 +82,5 @@ class Backend:
     """Whether it runs compiled kernels, which must be compiled before their first use."""
     formulas: bool = True
     """Whether it computes plain formulas, Gram matrices and fp64; where it does not, `torch` does."""
+    applies: Callable[[type[Rule]], bool] = _any_rule
+    """Returns whether it applies rules of a class; where it does not, `torch` calls them."""

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
-from streammerge.algebra.rules import Formula, Rule, removing, seen_by
+from streammerge.algebra.rules import Formula, Rule, removing
 from streammerge.errors import ConfigError, InputError, blamed_on, printable
 from streammerge.methods.drop import GENERAL, DropNames
 from streammerge.methods.other_names import method_meant
@@ -113,6 +113,11 @@ class Method:
         return {"method": self.fingerprint, **modules}
 
     @cached_property
+    def known_rules(self) -> dict[tuple[object, ...], type[Rule]]:
+        """The classes of rules that it is known to choose, by what jobs share; filled by the planner."""
+        return {}
+
+    @cached_property
     def is_formula(self) -> bool:
         """Whether the function is a plain formula of tensors."""
         return "models" in inspect.signature(self.function).parameters
@@ -184,7 +189,7 @@ class Method:
         if self.is_formula:
             by_access: dict[Extent, Extent] = {Extent.ELEMENT: Extent.ELEMENT, Extent.ROW: Extent.ROW}
             return by_access.get(self.access, Extent.TENSOR)
-        return seen_by(self.rule(context, parameters))
+        return self.rule(context, parameters).extent
 
     def rule(self, context: TensorContext, parameters: Mapping[str, Any]) -> Rule:
         """Return the rule that placeholder answers lead to."""

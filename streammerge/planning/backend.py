@@ -14,6 +14,7 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import InputError, printable
 from streammerge.methods.registry import Method
 from streammerge.planning.job import Job
+from streammerge.planning.needs import likeness, tensor_context_of
 
 GPU_DRIVER = "/dev/nvidiactl"
 WORTH_A_GPU = 8_000_000_000
@@ -62,12 +63,16 @@ def _on(kind: str) -> Backend | None:
 
 def backend_of(job: Job, method: Method, chosen: Backend) -> Backend:
     """Return the backend that computes a job: the `chosen` one, but torch for what that has no kernels for."""
-    return chosen if chosen.formulas or not _takes_formulas(job, method) else TORCH
+    if chosen.formulas or not _takes_formulas(job, method):
+        return chosen
+    return TORCH
 
 
 def reserve_of(chosen: Backend, method: Method, models: Sequence[TensorIndex]) -> int:
     """Return the bytes that the process needs for the backends that a merge of some models may use."""
-    if chosen.formulas or not (method.is_formula or method.gram or any(map(_has_fp64, models))):
+    if chosen.formulas or not (
+        method.is_formula or method.gram or method.origin != "built in" or any(map(_has_fp64, models))
+    ):
         return chosen.reserve
     return max(chosen.reserve, TORCH.reserve)
 
@@ -78,11 +83,20 @@ def operator_bytes(grams: Sequence[CompanionIndex]) -> int:
 
 
 def _takes_formulas(job: Job, method: Method) -> bool:
-    """Return whether a job has no compiled kernels: a plain formula, Gram matrices, fp64."""
+    """Return whether a job has no compiled kernels: a plain formula, a rule without one, fp64."""
     if job.kind == "merge":
         wide = any(ref.dtype == "F64" for ref in (*job.inputs, *job.fishers))
-        return bool(job.grams) or method.is_formula or wide or job.dtype == "F64"
+        return method.is_formula or wide or job.dtype == "F64" or not _has_kernel(job, method)
     return job.dtype != job.sources[0].dtype and "F64" in (job.dtype, job.sources[0].dtype)
+
+
+def _has_kernel(job: Job, method: Method) -> bool:
+    """Return whether a kernel applies the rule of a job; every piece asks, so it is kept."""
+    key = (*likeness(job, method), bool(job.fishers), job.base is not None, job.n_models)
+    known = method.known_rules
+    if key not in known:
+        known[key] = type(method.rule(tensor_context_of(job), job.parameters))
+    return CPU.applies(known[key])
 
 
 def _has_fp64(index: TensorIndex) -> bool:

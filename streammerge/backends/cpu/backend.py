@@ -6,6 +6,7 @@ from streammerge.algebra.block import Block
 from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend, TensorFacts
 from streammerge.backends.cpu.math import KernelMath
+from streammerge.backends.cpu.registry import is_applied
 
 
 def _workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
@@ -17,5 +18,13 @@ def _math(block: Block, device: str, sees: Extent) -> KernelMath:
     return KernelMath(block)
 
 
-CPU = Backend("cpu", reserve=224 << 20, workspace=_workspace, math=_math, compiled=True, formulas=False)
+CPU = Backend(
+    "cpu",
+    reserve=224 << 20,
+    workspace=_workspace,
+    math=_math,
+    compiled=True,
+    formulas=False,
+    applies=is_applied,
+)
 """The reserve: the interpreter, numpy, numba with its kernels compiled or loaded, and what threads need."""

@@ -84,6 +84,11 @@ def implementation_of(rule: object) -> Implementation | None:
     return _RULES.get(type(rule))
 
 
+def is_applied(rule: type) -> bool:
+    """Return whether kernels apply rules of a class."""
+    return rule in _RULES
+
+
 def kernels_of_rule(rule: object) -> Names:
     """Return the groups of kernels that a rule calls."""
     found = implementation_of(rule)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -13,20 +13,13 @@ from streammerge.algebra.block import Applied, Bins, Block, Counts, Operand, ope
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.gram_matrix import full_matrices, rows_at_once
 from streammerge.algebra.rules import (
-    ROWS_AT_ONCE,
     ColumnCombination,
-    CopyOf,
-    FisherMean,
     Formula,
-    RegressionMean,
     RowCombination,
     Rule,
     TaskVectorMerge,
-    WeightedSum,
-    kept_by,
     ranked,
     removing,
-    seen_by,
     touched_entries,
 )
 from streammerge.algebra.scores import Score, Selection, sees_rows
@@ -357,25 +350,19 @@ class TorchMath:
 
     def apply(self, rule: Rule, out: Operand) -> Applied:
         """See `BlockMath`."""
-        if isinstance(rule, CopyOf):
-            rule = WeightedSum(tuple(float(i == rule.model) for i in range(len(self._loaded.models))))
         n_vectors = len(removing(rule))
 
         def merge(a: int, b: int) -> Applied:
             models, base = self._inputs(a, b)
             where = self._where(a, b)
             fishers = self._fishers(a, b)
-            bad = floored = 0
-            kept = kept_by(rule, models, base, where)
-            if isinstance(rule, FisherMean):
-                floored = rule.decided_by_floor(fishers)
-                bad = sum(int((fisher < 0).sum()) for fisher in fishers)
+            kept = rule.kept(models, base, where)
+            bad, floored = rule.look_at_fishers(fishers)
             merged = self._call(rule, models, base, where, fishers)
             return Applied(bad + self._store(merged, out, a, b), kept, floored)
 
-        row = self._loaded.row_length if len(self._loaded.shape) > 1 or seen_by(rule) == Extent.ROW else 1
-        if isinstance(rule, RegressionMean):
-            row *= ROWS_AT_ONCE
+        by_rows = len(self._loaded.shape) > 1 or rule.extent == Extent.ROW
+        row = rule.rows_at_once * (self._loaded.row_length if by_rows else 1)
         parts = list(self._each(merge, row if self._block else max(1, self._loaded.n)))
         kept = tuple(sum(part.kept[i] for part in parts) for i in range(n_vectors))
         return Applied(sum(part.not_finite for part in parts), kept, sum(part.floored for part in parts))
@@ -388,15 +375,14 @@ class TorchMath:
         where: Where,
         fishers: list[torch.Tensor],
     ) -> torch.Tensor:
+        own = _OWN.get(type(rule))
+        return rule(models, base, where, fishers) if own is None else own(self, rule, models, base, where)
+
+    def _call_formula(
+        self, rule: Formula, models: list[torch.Tensor], base: torch.Tensor | None, where: Where
+    ) -> torch.Tensor:
         import torch
 
-        assert not isinstance(rule, CopyOf)
-        if isinstance(rule, RowCombination):
-            return self._combine_rows(rule, models, base, where)
-        if isinstance(rule, ColumnCombination):
-            return self._combine_columns(rule, models, base, where)
-        if not isinstance(rule, Formula):
-            return rule(models, base, where, fishers)
         models = rule.dropped(models, base, where)
         shape = self._loaded.shape if len(self._loaded.shape) != 1 else (-1,)
         if self._block and len(shape) > 1:
@@ -426,6 +412,14 @@ class TorchMath:
         self._host(out, a, b).copy_(rounded, non_blocking=True)
         synchronize(self._device)
         return bad
+
+
+_OWN: Mapping[type[Rule], Callable[..., torch.Tensor]] = {
+    RowCombination: TorchMath._combine_rows,
+    ColumnCombination: TorchMath._combine_columns,
+    Formula: TorchMath._call_formula,
+}
+"""What computes rules that are more than a formula of pieces; all others are called."""
 
 
 def _stacked(tensors: Sequence[torch.Tensor]) -> NDArray[np.float64]:
