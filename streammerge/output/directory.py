@@ -30,6 +30,7 @@ def check_target(out: Path, inputs: Sequence[TensorIndex], others: Sequence[str]
         raise OutputError("the output path holds a NUL character")
     if os.path.lexists(out) and not out.is_dir():
         raise OutputError(f"{printable(out)}: exists and is not a directory; choose another OUT")
+    _check_place(out)
     if not out.exists():
         return
     target = out.resolve()
@@ -42,6 +43,17 @@ def check_target(out: Path, inputs: Sequence[TensorIndex], others: Sequence[str]
             raise OutputError(
                 f"{printable(out)}: holds the input {printable(index.reference)}; choose another OUT"
             )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a place where nothing can be created, by what exists of its path."""
+    place = out.absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"{printable(out)}: {printable(place)} is not a directory; choose another OUT")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{printable(out)}: {printable(place)} cannot be written to; choose another OUT")
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def find_finished(
     edits = find_edits(out, manifest["files"])
     if (lost := _lost(out, manifest, edits)) is not None:
         raise OutputError(
-            f"{printable(out)}: holds this merge, finished, but {printable(lost)} is missing or cut short: restore it, or start "
+            f"{printable(out)}: holds this merge, finished, but {printable(lost)} is missing or of another size: restore it, or start "
             "over with --overwrite"
         )
     if hasher is not None:

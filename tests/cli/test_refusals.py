@@ -206,3 +206,13 @@ def test_a_finished_merge_is_not_replaced_by_another_without_overwrite(
     assert tree_of(out) == before
     assert cli("merge", config, out, "--seed", "5", "--overwrite").code == 0
     assert json.loads((out / "streammerge.json").read_text())["seed"] == 5
+
+
+@pytest.mark.parametrize("command", ["plan", "merge"])
+def test_an_output_below_a_file_is_refused_by_plan_and_merge_alike(
+    cli: Cli, config: Path, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(
+        cli(command, config, tmp_path / "file" / "out"), "file is not a directory; choose another OUT"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +30,11 @@ _WRAPPED = ".base_layer"
 _AT_WORK = ".modules_to_save."
 _PARTS = re.compile(
     r"(?P<module>.+?)(?P<wrapped>(?:\.base_layer)*)"
-    r"\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.(?P<leaf>weight|bias))?",
+    r"\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?",
     re.DOTALL,
 )
-_TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta", re.DOTALL)
+_TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?", re.DOTALL)
 _COPIES = (".original_module.", ".trainable_tokens_original")
 """What a trained part took the place of."""
 
@@ -88,7 +89,7 @@ def read_adapter(directory: Path) -> Adapter:
         refs = {name: contiguous(ref) for name, ref in found.items()}
     else:
         refs, _, stamp = read_header(path)
-    sorted_out = _Sorted()
+    sorted_out = _Sorted(_adapters(refs))
     for name, ref in refs.items():
         sorted_out.add(name, ref)
     if settings.entries.get("trainable_token_indices") and not sorted_out.tokens:
@@ -109,7 +110,8 @@ def read_adapter(directory: Path) -> Adapter:
 class _Sorted:
     """Sorts an adapter's tensors by what they are."""
 
-    def __init__(self) -> None:
+    def __init__(self, adapters: Collection[str]) -> None:
+        self._adapters = adapters
         self.factors: dict[str, dict[int, dict[str, TensorRef]]] = {}
         self.tokens: dict[str, TensorRef] = {}
         self._saved: dict[str, TensorRef] = {}
@@ -127,7 +129,7 @@ class _Sorted:
         if any(part in name for part in _COPIES):
             return
         place: dict[str, TensorRef]
-        plain = _plain(name)
+        plain = _plain(name, self._adapters)
         if match := _TOKENS.fullmatch(plain):
             place, key = self.tokens, match["module"].replace(f"{_WRAPPED}.", ".")
         elif match := _PARTS.fullmatch(plain):
@@ -157,10 +159,19 @@ class _Sorted:
         return found
 
 
-def _plain(name: str) -> str:
+def _adapters(names: Iterable[str]) -> set[str]:
+    """Return what the adapter is called within names that were saved as they are in memory: ``lora_A.default.weight``."""
+    matches = (_PARTS.fullmatch(name) for name in names)
+    return {"default", *(match["adapter"] for match in matches if match is not None and match["adapter"])}
+
+
+def _plain(name: str, adapters: Collection[str] = ("default",)) -> str:
     """Return a tensor's name among the base's modules, without what PEFT puts around and between them."""
     while name.startswith(_PREFIX):
         name = name.removeprefix(_PREFIX)
+    module, saved, inner = name.partition(_AT_WORK)
+    if saved and inner.partition(".")[0] in adapters:
+        name = f"{module}{_AT_WORK}{inner.partition('.')[2]}"
     return name.replace(f".token_adapter{_WRAPPED}.", ".").replace(_AT_WORK, ".")
 
 

@@ -13,6 +13,7 @@ from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.assemble import Indexes, OutputTensor
+from streammerge.planning.resolve.experts import are_interleaved, has_experts, n_experts
 
 _FEW = 4
 """One of so many tensors at most differs in shape where leaving them out is a cure."""
@@ -53,6 +54,7 @@ def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) ->
         if index is template:
             continue
         others = wanted(index)
+        _check_experts(template, index, own, others)
         shared = [name for name in own if name in index]
         least = min(len(own), len(others))
         if 2 * len(shared) < least:
@@ -82,6 +84,25 @@ def _check_depths(
         raise ModelError(
             f"{printable(index.reference)} has {_layers(m)}, {printable(template.reference)} {n} ({printable(prefix, 120)}): say "
             "which of them are meant with `slices:`, or list the others under `exclude:`"
+        )
+
+
+def _check_experts(
+    template: TensorIndex, index: TensorIndex, own: Sequence[str], others: Sequence[str]
+) -> None:
+    """Refuse models whose experts are of another number or another arithmetic, so far as they are to be merged."""
+    if not (has_experts(own) and has_experts(others)):
+        return
+    if are_interleaved(own) != are_interleaved(others):
+        raise ModelError(
+            f"{_named(index)} and {_named(template)}: the experts of one have biases, and rows of gate and up projection that take "
+            "turns (gpt-oss), those of the other have not: they cannot be merged with each other"
+        )
+    n, m = n_experts(own), n_experts(others)
+    if n != m and n and m:
+        raise ModelError(
+            f"{printable(index.reference)} has {m} experts in a layer, {printable(template.reference)} {n}: these models cannot be "
+            "merged, but for their other tensors: list experts and routers under `exclude:`"
         )
 
 
@@ -243,7 +264,11 @@ def check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
     first = inputs[0]
     for ref in inputs[1:]:
         if ref.shape != first.shape:
-            embeds = len(ref.shape) == len(first.shape) == 2 and ref.shape[1] == first.shape[1]
+            embeds = (
+                len(ref.shape) == len(first.shape) == 2
+                and ref.shape[1] == first.shape[1]
+                and not any(part.isdigit() for part in name.split("."))
+            )
             cause = (
                 "vocabularies differ: align them with `tokenizer_source: union` (or base, or a model), or "
                 if embeds

@@ -9,7 +9,7 @@ transformers 5 keeps them; or both are stored with the last two axes exchanged (
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from streammerge.checkpoint.index import TensorIndex
@@ -77,7 +77,17 @@ def layout_of(index: Mapping[str, SourceRef]) -> Layout | None:
     return max(counts, key=lambda layout: counts[layout]) if counts else None
 
 
-def has_experts(index: Mapping[str, SourceRef]) -> bool:
+def are_interleaved(names: Iterable[str]) -> bool:
+    """Return whether rows of gate and up projection take turns in the experts of these names, as in gpt-oss."""
+    return any(name.endswith(f".experts.{_INTERLEAVED}") for name in names)
+
+
+def n_experts(names: Iterable[str]) -> int:
+    """Return how many experts the layer that has most of them has, by the names of those stored one by one."""
+    return max((int(match[3]) + 1 for name in names if (match := _ONE.match(name)) is not None), default=0)
+
+
+def has_experts(index: Iterable[str]) -> bool:
     """Return whether any tensor is an expert's, by its name."""
     return any(".experts." in name for name in index)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from streammerge.checkpoint.adapters.files import _plain
+from streammerge.checkpoint.adapters.files import _plain, read_adapter
 from streammerge.checkpoint.adapters.names import Names
 from streammerge.errors import ModelError
 from tests.checkpoint.adapters.scene import PREFIX
@@ -93,3 +95,28 @@ def test_of_several_places_the_one_that_fits_is_taken() -> None:
 def test_what_peft_puts_around_a_name_is_taken_off_however_often(tmp_path: Path) -> None:
     assert _plain(f"{PREFIX}{PREFIX}model.x.modules_to_save.weight") == "model.x.weight"
     assert _plain(f"{PREFIX}model.e.token_adapter.base_layer.weight") == "model.e.weight"
+    assert _plain(f"{PREFIX}model.x.modules_to_save.default.dense.weight") == "model.x.dense.weight"
+    assert _plain(f"{PREFIX}model.x.modules_to_save.mine.weight", {"mine"}) == "model.x.weight"
+    assert _plain(f"{PREFIX}model.x.modules_to_save.dense.weight") == "model.x.dense.weight"
+
+
+@pytest.mark.parametrize("called", ["default", "mine"])
+def test_names_saved_as_they_are_in_memory_lead_to_the_same_changes(tmp_path: Path, called: str) -> None:
+    """Saving a model's state_dict instead of the adapter keeps the adapter's own name within each tensor's."""
+    at = f"{PREFIX}model.layers.0.q_proj"
+    found = {}
+    for kind, name in (("plain", ""), ("kept", f".{called}")):
+        tensors = {
+            f"{at}.lora_A{name}.weight": torch.ones(2, 8),
+            f"{at}.lora_B{name}.weight": torch.ones(8, 2),
+            f"{at}.lora_magnitude_vector{name or '.weight'}": torch.ones(8),
+            f"{PREFIX}model.embed_tokens.lora_embedding_A{name}": torch.ones(2, 8),
+            f"{PREFIX}model.embed_tokens.lora_embedding_B{name}": torch.ones(8, 2),
+            f"{PREFIX}lm_head{f'.modules_to_save{name}' if name else ''}.weight": torch.ones(4, 8),
+        }
+        (tmp_path / kind).mkdir()
+        save_file(tensors, tmp_path / kind / "adapter_model.safetensors")
+        (tmp_path / kind / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+        found[kind] = read_adapter(tmp_path / kind)
+    assert found["kept"].tensors.keys() == found["plain"].tensors.keys()
+    assert "lm_head.weight" in found["kept"].replaced

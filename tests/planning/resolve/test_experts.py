@@ -295,15 +295,6 @@ def test_experts_that_are_not_complete_are_not_converted(change: str, tmp_path: 
         plan(models(*paths), memory="1GiB")
 
 
-def test_gpt_oss_whose_rows_take_turns_is_not_taken_for_another_layout(tmp_path: Path) -> None:
-    tensors = stored(projections(1), "flipped", seed=1)
-    for i in range(2):
-        tensors[f"model.layers.{i}.mlp.experts.gate_up_proj_bias"] = torch.ones(N, 2 * I)
-    paths = [write_model(tmp_path / "oss", tensors), write(tmp_path / "b", "one by one", 2)]
-    with pytest.raises(ModelError, match=r"share 5 of 11 tensors"):
-        plan(models(*paths), memory="1GiB")
-
-
 ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {"num_local_experts": 4}),
     ("qwen2_moe", {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}),
@@ -353,3 +344,37 @@ def test_what_transformers_saves_in_two_layouts_loads_as_their_mean(
             {k: 0.25 * v + 0.75 * b[k] for k, v in a.items()},
         )
         assert json.loads((out / "config.json").read_text())["model_type"] == kind
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_whose_gate_and_up_rows_take_turns_are_refused_beside_others(
+    tmp_path: Path, layout: str, first: int
+) -> None:
+    a = write(tmp_path / "a", layout, 1)
+    turns = stored(projections(2), "flipped", seed=2)
+    for i in range(2):
+        turns[f"model.layers.{i}.mlp.experts.gate_up_proj_bias"] = torch.zeros(N, 2 * I)
+        turns[f"model.layers.{i}.mlp.experts.down_proj_bias"] = torch.zeros(N, H)
+    write_model(tmp_path / "b", turns)
+    both = [a, tmp_path / "b"]
+    with pytest.raises(ModelError, match="take turns"):
+        plan(models(both[first], both[1 - first]))
+
+
+def test_another_number_of_experts_is_told_as_such(tmp_path: Path) -> None:
+    """A router of another size is no vocabulary, and experts that one model lacks are not left out."""
+    a, b = write(tmp_path / "a", "one by one", 1), stored(projections(2), "one by one", seed=2)
+    for i in range(2):
+        stem = f"model.layers.{i}.mlp"
+        b[f"{stem}.gate.weight"] = torch.ones(N + 1, H)
+        b |= {
+            name.replace(".experts.0.", f".experts.{N}."): tensor.clone()
+            for name, tensor in b.items()
+            if f"{stem}.experts.0." in name
+        }
+    write_model(tmp_path / "b", b)
+    for both in ((a, tmp_path / "b"), (tmp_path / "b", a)):
+        with pytest.raises(ModelError, match=r"has [34] experts in a layer, .* [34]: "):
+            plan(models(*both))
+    plan(models(a, tmp_path / "b", exclude=[r"\.experts\.", r"\.gate\."]))
