@@ -79,6 +79,22 @@ def tied_to(tensors: Mapping[str, Shaped], config: Mapping[str, Any], head: str)
     return found[0] if len(found) == 1 else None
 
 
+_SHARED = re.compile(r"(.*\.)?(shared|encoder\.embed_tokens|decoder\.embed_tokens)\.weight", re.DOTALL)
+"""What models of an encoder and a decoder call the one embedding of both."""
+
+
+def shared_as(tensors: Mapping[str, Shaped], name: str) -> str | None:
+    """Return under which name a model stores the embedding that an encoder and a decoder share; None if it is not stored.
+
+    PyTorch files keep it under three names, safetensors under one of them.
+    """
+    if name in tensors or (match := _SHARED.fullmatch(name)) is None:
+        return None
+    around = match[1] or ""
+    ends = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+    return next((other for end in ends if (other := f"{around}{end}.weight") in tensors), None)
+
+
 def flag_of(config: Mapping[str, Any]) -> bool | None:
     """Return `TIED` of a model's config, at the top or for its language model; None if neither sets it."""
     nested = [value for key, value in config.items() if key in LANGUAGE_PARTS]

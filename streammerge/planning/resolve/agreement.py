@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
@@ -17,6 +17,8 @@ from streammerge.planning.resolve.experts import are_interleaved, has_experts, n
 
 _FEW = 4
 """One of so many tensors at most differs in shape where leaving them out is a cure."""
+_OF_LABELS = ("score.weight", "classifier.weight", "out_proj.weight", "head.weight", "fc.weight")
+"""Ends of the names of heads with a row for each label; a head of tokens, `lm_head.weight`, is told from them by `OF_TOKENS`."""
 _WIDTHS = (
     "hidden_size",
     "n_embd",
@@ -235,6 +237,7 @@ def compare_names(
         raise _template_lacks(template, extra_everywhere, many=len(models) > 1)
     for model in (index for index in indexes.values() if any(index is model for model in models)):
         extra = [name for name in model if name not in names]
+        _check_biases(template, model, extra, names, excluded)
         if extra:
             one = len(extra) == 1
             parts = "" if one else f": {counted(extra, names)}"
@@ -244,6 +247,29 @@ def compare_names(
                 f"(first: {printable(extra[0])}){parts}"
             )
     return warnings
+
+
+def _check_biases(
+    template: TensorIndex,
+    model: TensorIndex,
+    extra: Sequence[str],
+    names: Container[str],
+    excluded: Sequence[re.Pattern[str]],
+) -> None:
+    """Refuse a model whose layers have biases that the output would be without, though it has the weights beside them."""
+    lost = [
+        name
+        for name in extra
+        if name.endswith(".bias")
+        and f"{name.removesuffix('bias')}weight" in names
+        and any(part.isdigit() for part in name.split("."))
+        and not any(pattern.search(name) for pattern in excluded)
+    ]
+    if lost:
+        raise ModelError(
+            f"{_named(model)} has {len(lost)} biases beside weights of its layers that {_named(template)} is without (first: "
+            f"{printable(lost[0])}): other models; list them under `exclude:` to leave them out"
+        )
 
 
 def _template_lacks(template: TensorIndex, names: Sequence[str], *, many: bool) -> ModelError:
@@ -268,6 +294,7 @@ def check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
                 len(ref.shape) == len(first.shape) == 2
                 and ref.shape[1] == first.shape[1]
                 and not any(part.isdigit() for part in name.split("."))
+                and (name.endswith(OF_TOKENS) or not name.endswith(_OF_LABELS))
             )
             cause = (
                 "vocabularies differ: align them with `tokenizer_source: union` (or base, or a model), or "

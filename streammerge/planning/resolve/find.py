@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from streammerge.checkpoint.names import tied_to
+from streammerge.checkpoint.names import shared_as, tied_to
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.agreement import counted, lacking
@@ -104,6 +104,8 @@ class Finder:
         index = self._indexes[reference]
         if name in index:
             return index[name]
+        if (shared := shared_as(index, name)) is not None:
+            return index[shared]
         embedding = tied_to(index, index.config, name)
         if embedding is None:
             return None

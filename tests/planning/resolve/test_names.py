@@ -339,6 +339,41 @@ def test_the_depth_of_a_tower_is_compared_too(tmp_path: Path) -> None:
     assert "(model.vision_tower.encoder.layers)" in refusal(linear(b, a))
 
 
+def test_biases_of_layers_are_not_left_out_beside_merged_weights(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", text(1), architectures=["LlamaForCausalLM"])
+    biases = {f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(8) for i in range(2)}
+    b = write(tmp_path / "b", text(2) | biases, architectures=["Qwen2ForCausalLM"])
+    with pytest.raises(
+        ModelError, match=r"b \(Qwen2ForCausalLM\) has 2 biases .*a \(LlamaForCausalLM\) is without"
+    ):
+        plan(linear(a, b))
+    assert plan(linear(a, b, exclude=[r"q_proj\.bias$"])).jobs
+
+
+def test_another_number_of_labels_is_no_vocabulary(tmp_path: Path) -> None:
+    models = [write(tmp_path / str(n), text(n) | {"score.weight": torch.ones(n, 8)}) for n in (2, 3)]
+    with pytest.raises(ModelError, match=r"tensor score.weight: .*; shapes differ: list it"):
+        plan(linear(*models))
+
+
+SHARED = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("own", [SHARED, *([name] for name in SHARED)])
+@pytest.mark.parametrize("other", [SHARED, *([name] for name in SHARED)])
+def test_an_embedding_of_encoder_and_decoder_is_found_under_any_of_its_names(
+    tmp_path: Path, own: list[str], other: list[str]
+) -> None:
+    layers = {f"{part}.block.{i}.q.weight": (8, 8) for part in ("encoder", "decoder") for i in range(2)}
+    one, two = torch.randn(20, 8), torch.randn(20, 8)
+    a = normal(1, layers) | {name: one.clone() for name in own}
+    b = normal(2, layers) | {name: two.clone() for name in other}
+    found = merged(linear(write(tmp_path / "a", a), write(tmp_path / "b", b)), tmp_path / "out")
+    assert found.keys() == a.keys()
+    for name in own:
+        torch.testing.assert_close(found[name], 0.25 * one + 0.75 * two)
+
+
 def test_layers_for_multi_token_prediction_are_no_depth(tmp_path: Path) -> None:
     a = write(tmp_path / "a", text(1))
     b = write(tmp_path / "b", text(2, layers=3), num_hidden_layers=2, num_nextn_predict_layers=1)
