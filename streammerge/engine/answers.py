@@ -186,12 +186,12 @@ def plain(worker: Worker, job: Job) -> list[list[object]]:
 def restored(worker: Worker, job: Job, rounds: Sequence[Sequence[object]]) -> Answers:
     """Return the values that `plain` made these of; none if it made nothing like them: they are taken anew."""
     known: Answers = []
-    try:
-        for one in rounds:
-            wanted = follow(worker, job, known)
-            if not isinstance(wanted, list):
-                return []
+    for one in rounds:
+        wanted = follow(worker, job, known)
+        if not isinstance(wanted, list):
+            return []
+        try:
             known.append([statistic.from_json(value) for statistic, value in zip(wanted, one, strict=True)])
-    except ValueError:
-        return []
+        except ValueError:
+            return []
     return known

@@ -38,6 +38,13 @@ else:
 def per_model(default: T) -> PerModel[T]:
     """Return the default of a parameter with one value per model: the same for all of them.
 
+    Parameters
+    ----------
+    default
+        The value of each model that the config gives none.
+
+    Examples
+    --------
     >>> import streammerge
     >>> from streammerge import PerModel, per_model
     >>> @streammerge.method("half_docs", base="none")

@@ -7,6 +7,7 @@ import re
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fuzz_files import same_json
 from fuzz_promises import MAX_LINE, refused, require
@@ -60,15 +61,22 @@ class JournalFile:
 
     @staticmethod
     def _check_answers(answers: dict) -> None:
-        from streammerge.engine.answers import plain, restored
+        from streammerge.statistics import companions, counts, random_words, ranks, sums
 
+        kinds = (
+            *(sums.AbsSum, sums.Squares, companions.FisherSquares, counts.NonZero, counts.Touches),
+            *(counts.SignTotal, ranks.TopK, ranks.TieIndex, random_words.LowWords),
+        )
+        statistics: list[Any] = [kind.__new__(kind) for kind in kinds]
         for job, rounds in answers.items():
             require(isinstance(job, str) and job.isascii() and job.isdigit(), f"answers of job {job!r}")
             for one in rounds:
                 for answer in one:
-                    with suppress(ValueError):
-                        value = restored(answer)
-                        require(repr(restored(plain(value))) == repr(value), f"the answer {answer!r}")
+                    for statistic in statistics:
+                        with suppress(ValueError):
+                            value = statistic.from_json(answer)
+                            again = statistic.from_json(statistic.to_json(value))
+                            require(repr(again) == repr(value), f"the answer {answer!r}")
 
     @staticmethod
     def seeds() -> list[bytes]:
