@@ -140,7 +140,10 @@ def compute_diagonal(
             progress.total = estimator.total_work
             names = {name for parameter in skeleton.aliases for name in loader.parts(parameter, parameter)}
             order = [name for name in index if name in names]
-            if not all(map(store.known, order)):  # else it was stopped just before the store had its name
+            known = [
+                store.known(name) for name in order
+            ]  # asked of every tensor: the store takes up its entry
+            if not all(known):  # else it was stopped just before the store had its name
                 estimator.run()
             for stamp in index.stamps:
                 check_unchanged(stamp)
