@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -46,12 +47,18 @@ def check_target(out: Path, inputs: Sequence[TensorIndex], others: Sequence[str]
 
 
 def _check_place(out: Path) -> None:
-    """Refuse a place where nothing can be created, by what exists of its path."""
+    """Refuse a place where nothing can be created, by what exists of its path.
+
+    A file system that is read-only is a failure of the machine: written to again, it lets the same command go on.
+    """
     place = out.absolute()
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
         raise OutputError(f"{printable(out)}: {printable(place)} is not a directory; choose another OUT")
+    with world_errors(out):
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     if not os.access(place, os.W_OK | os.X_OK):
         raise OutputError(f"{printable(out)}: {printable(place)} cannot be written to; choose another OUT")
 

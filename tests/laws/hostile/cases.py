@@ -363,7 +363,9 @@ def configs() -> Iterator[Case]:
 
     yield Case("an unknown method", config(ab.replace("linear", "lineer")), "did you mean 'linear'")
     yield Case("a misspelt parameter", parameters("wieght: 1"), "did you mean 'weight'")
-    yield Case("a weight for one model", config(ab + "    parameters: {weight: 1}\n"), "give all or none")
+    yield Case(
+        "a weight for one model", config(ab + "    parameters: {weight: 1}\n"), "give a weight to all or none"
+    )
     for value in ("true", "x", "null", "'1'", ".inf", "1e999", "[]", "[x, y]"):
         yield Case(f"weight: {value}", parameters(f"weight: {value}"), "weight")
     yield Case("weights that sum to zero", parameters("weight: 0"), "sum to 0")

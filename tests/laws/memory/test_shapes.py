@@ -27,7 +27,8 @@ from streammerge.machine import share_out
 from streammerge.numerics.ordered_sum import OrderedSum
 from streammerge.numerics.philox import RandomKeys
 from streammerge.planning.memory import allocate
-from streammerge.statistics import reducers as statistics
+from streammerge.statistics import ranks
+from streammerge.statistics.base import Reducer
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
 from tests.laws.memory.test_peak import peak_of
 
@@ -110,7 +111,7 @@ def test_bits_do_not_depend_on_the_room_for_statistics(
     monkeypatch.setattr(
         allocate, "statistics_memory", lambda *arguments: allocate.StatisticsMemory(bins=300, elements=4096)
     )
-    monkeypatch.setattr(statistics, "_MOST_RUNS", 2)
+    monkeypatch.setattr(ranks, "_MOST_RUNS", 2)
     merge(config, tmp_path / "little", device="cpu")
     assert output_bytes(tmp_path / "little") == output_bytes(tmp_path / "large")
 
@@ -139,7 +140,7 @@ def test_few_pieces_wait_for_a_slow_one(tmp_path: Path, monkeypatch: pytest.Monk
     add, add_piece = OrderedSum.add, streaming.Streamer._add_piece
 
     def slow_add_piece(
-        self: streaming.Streamer, piece: streaming.Piece, some: Sequence[statistics.Reducer]
+        self: streaming.Streamer, piece: streaming.Piece, some: Sequence[Reducer[Any]]
     ) -> None:
         if piece.start == 0:
             time.sleep(0.3)
