@@ -196,7 +196,7 @@ def circles(arrows: Arrows) -> list[list[str]]:
 
 
 def test_no_module_is_in_a_circle_not_even_for_type_checking() -> None:
-    assert list(" ~ ".join(group) for group in circles(ARROWS)) == []
+    assert [" ~ ".join(group) for group in circles(ARROWS)] == []
 
 
 def test_a_circle_is_found_through_an_import_for_type_checking() -> None:
