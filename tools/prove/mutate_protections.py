@@ -306,7 +306,7 @@ MUTATIONS = [
         "streammerge/planning/plan.py",
         'else {"tokenizer": self._tokenizer_digest()}',
         "else {}",
-        "tests/checkpoint/tokenizers -k identity",
+        "tests/planning/resolve/test_vocabulary.py -k identity",
     ),
     Mutation(
         "P12",
