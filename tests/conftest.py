@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 import streammerge.methods.catalog  # noqa: F401  (registers them)
 from streammerge.methods.registry import all_methods
 from streammerge.planning.memory import budget as budgets
+from streammerge.testing.models import read_tensors, write_fisher, write_grams
 from tests.fixed_budget import Fixed
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -110,62 +111,9 @@ def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]
     return {**config, **top}
 
 
-def write_fisher(model: Path, seed: int = 0) -> Path:
-    """Write a diagonal beside a model's directory, if there is none: skewed, with zeros all models share."""
-    path = model.with_name(f"{model.name}-fisher.safetensors")
-    if not path.exists():
-        generator = torch.Generator().manual_seed(sum(model.name.encode()) + seed)
-        fisher = {}
-        for name, tensor in read_tensors(model).items():
-            if tensor.is_floating_point():
-                noise = torch.randn(tensor.shape, generator=generator)
-                fisher[name] = (noise * 1e-4).square() * torch.exp(2 * noise)
-                fisher[name].view(-1)[: tensor.numel() // 8] = 0.0
-                fisher[name].view(-1)[tensor.numel() // 2 :: 7] = 0.0
-        save_file(fisher, path)
-    return path
-
-
-def write_grams(model: Path) -> Path:
-    """Write Gram matrices of the linear maps of a model beside its directory, if there are none."""
-    from streammerge.checkpoint.index import open_model
-    from streammerge.estimate.gram.compute import GramSums
-    from streammerge.formats.zarr_store import GRAM_ATTRIBUTE
-    from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
-    from streammerge.io.reader import Reader
-    from streammerge.tensors.fingerprint import fingerprint
-
-    path = model.with_name(f"{model.name}-gram.zarr")
-    if path.exists():
-        return path
-    generator = torch.Generator().manual_seed(sum(model.name.encode()))
-    matrices = {name: t.shape[1] for name, t in read_tensors(model).items() if t.dim() == 2}
-    widths = {name: n for name, n in matrices.items() if "mlp" in name} or matrices
-    with locked_partial(path, False):
-        store = StoreWriter(path, {}, attribute=GRAM_ATTRIBUTE, sums=GramSums)
-        for name, n in widths.items():
-            inputs = torch.randn(2 * n, n, generator=generator)
-            gram = (inputs.T @ inputs / len(inputs)).numpy().reshape(-1)
-            store.write(name, (n, n), "F32", (gram[a:b] for a, b in chunk_runs((n, n))))
-        store.commit(
-            widths, {"model_fingerprint": fingerprint(open_model(model), Reader()), "model_name": model.name}
-        )
-    return path
-
-
 def output_bytes(out: Path) -> dict[str, bytes]:
     """Return the bytes of every file of an output."""
     return {p.name: p.read_bytes() for p in sorted(out.iterdir())}
-
-
-def read_tensors(out: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of an output, shards joined."""
-    from safetensors.torch import load_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    for path in sorted(out.glob("model*.safetensors")):
-        tensors.update(load_file(path))
-    return tensors
 
 
 def as_float64(path: Path) -> dict[str, np.ndarray]:

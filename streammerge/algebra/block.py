@@ -63,7 +63,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Applied:
-    """What the merge of one block reports."""
+    """The report of the merge of one block."""
 
     not_finite: int
     """Elements of the output that are NaN or infinite, and Fisher diagonals that are negative."""
@@ -83,7 +83,7 @@ class Call(NamedTuple):
 
 
 class BlockMath(Protocol):
-    """What statistics and the engine ask of a loaded block.
+    """The arithmetic that statistics and the engine ask of a loaded block.
 
     No method keeps a result, and only `apply` writes to the buffer. Task vectors are taken after their drops and cuts
     ("surviving"), and in sums after their rescaling too. Entries that are not finite count as 0 in sums of task

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Extent(StrEnum):
-    """What must be in memory, or counted, together: element < row and column < tensor < model.
+    """The elements that must be in memory, or counted, together: element < row and column < tensor < model.
 
     A row lies along the last axis, a column along the first.
     """
@@ -24,5 +24,5 @@ class Extent(StrEnum):
 
     @property
     def is_line(self) -> bool:
-        """Whether it is a row or a column."""
+        """True for a row and for a column."""
         return self in (Extent.ROW, Extent.COLUMN)

@@ -1,4 +1,4 @@
-"""What happens to every element once the statistics are known: the formulas, in torch.
+"""The arithmetic on every element once the statistics are known: the formulas, in torch.
 
 A rule is a frozen value. Called on fp32 pieces it is the reference and the GPU path; the engine
 has a fused CPU kernel for each kind, bit-equal by test. Sums over models run in fp64, in configured
