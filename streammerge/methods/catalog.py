@@ -1,4 +1,4 @@
-"""Fills the registry: the methods that ship, those of installed packages, and those of a user's file.
+"""Fill the registry: built-in methods, methods of installed packages, and methods of a user's file.
 
 Importing this module imports every paper in the folder `papers`, and each paper registers its methods.
 """
@@ -21,16 +21,16 @@ from streammerge.methods.registry import DISTRIBUTIONS, Method, all_methods, get
 from streammerge.methods.sources import digest, imported_files, source_file
 
 _FILES = "user_methods_"
-"""Begins the module names of users' files."""
+"""Prefix of the module names that users' files are imported under."""
 _IMPORTED: dict[str, tuple[Path, str]] = {}
-"""The modules that users' files have imported, each with its file and what it held then."""
+"""Modules imported by users' files, each with its file and the file's content at import."""
 
 for _paper in sorted(found.name for found in pkgutil.iter_modules(papers.__path__, f"{papers.__name__}.")):
     importlib.import_module(_paper)
 
 
 def load_builtin() -> None:
-    """Register the methods that installed packages add to those that ship."""
+    """Register the methods that installed packages provide through the entry point `streammerge.methods`."""
     for point in entry_points(group="streammerge.methods"):
         try:
             point.load()
@@ -44,7 +44,7 @@ def load_builtin() -> None:
 
 
 def _installed(point: EntryPoint) -> str:
-    """Return what identifies the distribution that an entry point comes from: its version, and its list of files."""
+    """Return the name, the version and a digest of the file list of the distribution that provides an entry point."""
     if point.dist is None:
         return ""
     files = point.dist.read_text("RECORD") or ""
@@ -52,13 +52,13 @@ def _installed(point: EntryPoint) -> str:
 
 
 def load_file(path: Path) -> None:
-    """Run a user's Python file so that the methods it decorates are registered; it may import modules from beside it."""
+    """Run a user's Python file, which registers the methods it decorates. It may import modules from its own directory."""
     spec = importlib.util.spec_from_file_location(f"{_FILES}{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise InputError(f"{printable(path)}: not a Python file with merge methods")
     beside = str(path.resolve().parent)
     if beside not in sys.path:
-        sys.path.append(beside)  # last, so that nothing is hidden by a module of the user's
+        sys.path.append(beside)  # last, so that the user's modules shadow no installed one
     _forget_changed()
     module = importlib.util.module_from_spec(spec)
     try:
@@ -74,17 +74,17 @@ def load_file(path: Path) -> None:
 
 
 def _forget_changed() -> None:
-    """Have modules that were edited since a user's file imported them imported anew: a method is what its files say."""
+    """Drop edited modules of users' files from `sys.modules`, so that the next import runs the code on disk."""
     held = list(_IMPORTED.values())
     if any(not file.is_file() or digest(file.read_bytes()) != before for file, before in held):
-        for name in _IMPORTED:  # all: one may have taken names from another
+        for name in _IMPORTED:  # all: they may import names from each other
             sys.modules.pop(name, None)
         _IMPORTED.clear()
     importlib.invalidate_caches()
 
 
 def _reduce(method: Method) -> tuple[Any, ...]:
-    """Pickle a method by name; a user's by its file or module too, and by what its code must be there."""
+    """Pickle a built-in method by name; a user's by name, file or module, and the digests of its code."""
     if method.origin == "built in":
         return restore, (method.name, None, "", {})
     path = source_file(method.function)
@@ -93,19 +93,19 @@ def _reduce(method: Method) -> tuple[Any, ...]:
 
 
 def restore(name: str, path: str | None, module: str, identity: Mapping[str, str]) -> Method:
-    """Return the method of a pickled plan, after loading where it comes from.
+    """Return the method of a pickled plan; load its file or module first.
 
     Raises
     ------
     InputError
-        If it cannot be had, or is not what it was.
+        If it cannot be loaded, or its code has changed.
     """
     if not identity:
         return get_method(name)
     if name not in all_methods() or get_method(name).identity != identity:
         if path is None:
             raise InputError(
-                f"method {printable(name)!r} has no file to load it from: write it in one, and pass that file"
+                f"method {printable(name)!r} is not defined in a file: define it in a Python file and load that file"
             )
         if module.startswith(_FILES):
             load_file(Path(path))

@@ -1,7 +1,7 @@
 """DARE's drop and rescale, put before any method.  https://arxiv.org/abs/2311.03099 (section 3.2)
 
-A drop turns each model into theta_0 + rescale * mask * delta; the method that follows sees nothing else.
-Which entries go: each with the same probability (`bernoulli`, the paper), exactly the right number at
+A drop turns each model into theta_0 + rescale * mask * delta; the method after it sees only that.
+The mask drops each entry with the same probability (`bernoulli`, the paper), exactly the right number at
 random (`exact`), or the smallest magnitudes (`magnitude`, the paper's ablation).
 """
 
@@ -23,10 +23,10 @@ Mask = Literal["bernoulli", "exact", "magnitude"]
 
 @dataclass(frozen=True)
 class DropNames:
-    """What a method calls the parameters of the drop before it."""
+    """The names that a method gives to the parameters of the drop before it."""
 
     fraction: str
-    """One number per model; the fraction that is dropped, or kept if `keeps`."""
+    """Name of the fraction per model: the fraction dropped, or the fraction kept if `keeps`."""
     rescale: str
     mask: str
     shared: str = "shared_mask"
@@ -48,31 +48,31 @@ class DropNames:
 GENERAL = DropNames("drop_rate", "drop_rescale", "drop_mask")
 """The names under which every method takes a drop."""
 DARE = DropNames("density", "rescale", "mask", keeps=True)
-"""The names of the ``dare_`` methods: mergekit's, as far as it has them."""
+"""The names under which the ``dare_`` methods take their drop: mergekit's, where mergekit has one."""
 DARE_TEXT = """
-    Each entry of each task vector survives with probability `density` (= 1 - p), independently. `rescale`:
-    1/density (`paper`, unbiased), the factor that restores the L1 norm of the tensor (`l1`, mergekit's),
-    or `none`. `mask`: `bernoulli`; `exact`, just the right number of each tensor at random; `magnitude`, the
-    smallest go. `shared_mask`: one random mask for all models.
+    Each entry of each task vector survives with probability `density` (= 1 - p), independently. Survivors are
+    rescaled by 1/density (`rescale: paper`, unbiased), by the factor that restores the tensor's L1 norm (`l1`,
+    mergekit's), or not at all (`none`). `mask: bernoulli` draws each entry; `exact` keeps exactly the right number
+    per tensor, at random; `magnitude` drops the smallest. `shared_mask` uses one random mask for all models.
     """
-"""What a ``dare_`` method says of its drop."""
+"""The paragraph on the drop in the text of every ``dare_`` method."""
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Which fraction of each model's task vector goes, and how."""
+    """A drop: the fraction of each model's task vector that is dropped, the mask and the rescaling."""
 
     rates: tuple[float, ...]
-    """The paper's p, per model."""
+    """The paper's p (the fraction dropped), per model."""
     densities: tuple[float, ...]
-    """1 - p, as it was written where it was."""
+    """1 - p per model; exactly the configured number where the config gives a density."""
     rescale: Rescale
     mask: Mask
     shared: bool
-    """One random mask for all models."""
+    """Whether all models share one random mask."""
 
     def steps(self) -> Vectors:
-        """Ask for the statistics it takes and return the models' task vectors, dropped and rescaled."""
+        """Ask for the statistics that the drop needs and return the models' task vectors, dropped and rescaled."""
         vectors = [TaskVector(i, shared=self.shared) for i in range(len(self.rates))]
         if self.mask == "magnitude":
             vectors = yield from _drop_smallest(vectors, self.densities)
@@ -103,7 +103,7 @@ def _drop_exactly(vectors: Sequence[TaskVector], rates: Sequence[float]) -> Vect
 
 
 def _drop_smallest(vectors: Sequence[TaskVector], densities: Sequence[float]) -> Vectors:
-    """Keep the top `density` of magnitudes per tensor; entries at the threshold by a thinning draw."""
+    """Keep the top `density` of magnitudes per tensor; a random draw thins the entries at the threshold."""
     dropped = [replace(v, drop=2**32) if d <= 0 else v for v, d in zip(vectors, densities, strict=True)]
     partial = [i for i, density in enumerate(densities) if 0 < density < 1]
     if not partial:
@@ -116,7 +116,7 @@ def _drop_smallest(vectors: Sequence[TaskVector], densities: Sequence[float]) ->
 
 
 def _rescale_by_probability(vectors: Sequence[TaskVector], densities: Sequence[float]) -> list[TaskVector]:
-    """Divide what survives by the fraction that survives: unbiased for a random mask."""
+    """Divide the survivors by the surviving fraction: unbiased for a random mask."""
     return [
         replace(vector, rescale=1.0 / density if 0 < density < 1 else 1.0)
         for vector, density in zip(vectors, densities, strict=True)

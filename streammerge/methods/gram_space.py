@@ -1,8 +1,8 @@
-"""Angles and lengths of models from their Gram matrix: all that the geometric methods need.
+"""Angles and lengths of models, computed from their Gram matrix, for the geometric methods.
 
-Every result of theirs is a sum of the models (or of their task vectors) whose weights follow from the dot products,
-so no vector is ever held. All functions take Gram matrices of shape (rows, k, k) in fp64 and treat each row alike;
-a flattened tensor is one row, and a column is one.
+Each geometric method returns a sum of the models (or of their task vectors) whose weights follow from the dot
+products, so no vector is held in memory. All functions take Gram matrices of shape (rows, k, k) in fp64 and treat
+each row independently. A flattened tensor counts as one row; so does a column.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from streammerge.statistics.kinds import ColumnGram, Gram
 
 Matrix = NDArray[np.float64]
 _PARALLEL = 1e-8
-"""Sine of an angle below which an arc is a straight line, to fp64's last digits."""
+"""The sine of the angle below which an arc equals a straight line to the last digits of fp64."""
 
 Combination = Steps[WeightedSum | TaskVectorMerge | RowCombination | ColumnCombination]
 
@@ -42,15 +42,15 @@ def combine(
     Parameters
     ----------
     coefficients
-        From Gram matrices (rows, k, k) and `parameters` to the weights (rows, k).
+        Function of the Gram matrices (rows, k, k) and `parameters` that returns the weights (rows, k).
     n
-        How many models there are beside the base.
+        Number of models without the base.
     vectors
-        Task vectors to weigh, beside the base; empty: the models themselves.
+        Task vectors to weigh and add to the base; empty: weigh the models themselves.
     by
-        What is one vector: the tensor, each row or each column of it.
+        What counts as one vector: the whole tensor, each row or each column.
     base
-        Whether, without `vectors`, the base is one of what is weighed, the first.
+        Whether the base is weighed too, as the first, where there are no `vectors`.
     """
     if by is Extent.ROW:
         return RowCombination(partial(coefficients, **parameters), tuple(vectors))
@@ -76,7 +76,7 @@ def lengths(gram: Matrix) -> Matrix:
 
 
 def cosines(gram: Matrix) -> Matrix:
-    """Return the cosines between all vectors, (rows, k, k); that of a vector of length 0 with any other is 0."""
+    """Return the cosines between all vectors, (rows, k, k); a vector of length 0 has cosine 0 with every other."""
     norm = lengths(gram)
     scale = norm[:, :, None] * norm[:, None, :]
     with np.errstate(all="ignore"):
@@ -87,8 +87,8 @@ def cosines(gram: Matrix) -> Matrix:
 def arc(gram: Matrix, *, t: float | Matrix, dot_threshold: float = 1.0) -> Matrix:
     """Return the weights of two vectors at fraction `t` of the arc from the first to the second, (rows, 2).
 
-    sin((1 - t) w) / sin w and sin(t w) / sin w, w the angle between them; on a straight line where the cosine
-    exceeds `dot_threshold`, either way, or no arc is to be had.
+    The weights are sin((1 - t) w) / sin w and sin(t w) / sin w, where w is the angle between the vectors. They follow
+    a straight line where the absolute cosine exceeds `dot_threshold`, or where the arc is not defined.
     """
     cosine = cosines(gram)[:, 0, 1]
     angle = np.arccos(cosine)

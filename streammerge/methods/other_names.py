@@ -1,4 +1,4 @@
-"""Names that papers, other tools and people give to methods, and what to say to one that is unknown."""
+"""Other names of methods, from papers, tools and common use, and the suggestion for an unknown name."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _OTHER_NAMES = {
 
 
 def method_meant(name: str, known: Iterable[str]) -> str:
-    """Return the cure for the name of no method: the one that is meant, or where to find one."""
+    """Return the cure for an unknown method name: the likely name, or where to find the list."""
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")[:80]
     if plain in _OTHER_NAMES:
         return f"did you mean {_OTHER_NAMES[plain]!r}?"
     close = get_close_matches(plain, known, n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    return "`streammerge methods` lists them; a method of your own needs --methods FILE"
+    return "`streammerge methods` lists them; your own methods need --methods FILE"

@@ -1,4 +1,4 @@
-"""The parameters of a method: its keyword-only arguments, as a config may give them."""
+"""The parameters of a method: its keyword-only arguments, which a config may set."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from streammerge.methods.drop import DropNames
 
 T = TypeVar("T")
 CONTEXT = "context"
-"""The argument by which a formula is told which tensor it is given; no parameter."""
+"""The argument through which a formula receives its `TensorContext`; not a parameter of the config."""
 
 
 class Missing(Enum):
-    """What stands where nothing was given; it stays itself when pickled."""
+    """The type of `REQUIRED`, a singleton also after pickling."""
 
     REQUIRED = "required"
 
 
 REQUIRED = Missing.REQUIRED
-"""The default of a parameter that has none: the config must give it."""
+"""The default of a parameter without a default: the config must give its value."""
 
 
 if TYPE_CHECKING:
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 else:
 
     class PerModel(tuple[T, ...], Generic[T]):
-        """Annotation of a parameter that has one value per model, in configured order."""
+        """Annotation of a parameter that has one value per model, in the config's order."""
 
 
 def per_model(default: T) -> PerModel[T]:
-    """Return the default of a parameter with one value per model: the same for all of them.
+    """Return the default of a parameter with one value per model: `default` for every model.
 
     Parameters
     ----------
     default
-        The value of each model that the config gives none.
+        The value for each model whose value the config does not give.
 
     Examples
     --------
@@ -59,7 +59,7 @@ class Parameter:
     """One parameter as a method declares it."""
 
     name: str
-    """As written in YAML: a trailing underscore of the Python name is dropped."""
+    """The name in YAML: the Python name without a trailing underscore."""
     kind: tuple[type, ...]
     per_model: bool
     default: Any
@@ -80,7 +80,7 @@ def declared(function: Callable[..., Any], bounds: Mapping[str, tuple[float, flo
         for name, argument in inspect.signature(function).parameters.items()
         if argument.kind is inspect.Parameter.KEYWORD_ONLY and name != CONTEXT
     }
-    # Of these alone: the tensors' annotation may name a torch that only type checkers import.
+    # Only these are resolved: annotations of the tensors may name a torch that only type checkers import.
     written = SimpleNamespace(
         __annotations__={n: h for n, h in function.__annotations__.items() if n in keywords}
     )

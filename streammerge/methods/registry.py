@@ -1,11 +1,11 @@
-"""The registry of merge methods: what each declares, and how users add their own.
+"""The registry of merge methods: what a method declares, and the decorator that registers one.
 
-Three kinds of function may be registered, told apart by their signature:
+Three kinds of function can be registered. Their signature tells them apart:
 
-* ``f(models, base, *, parameters...) -> Tensor``: a plain torch formula of the pieces; with a keyword-only argument
-  `context` it is told which tensor they belong to;
-* ``f(context, *, parameters...) -> Rule``: chooses a rule, needs no statistics;
-* a generator of the second kind that yields lists of statistics and is sent the answers.
+* ``f(models, base, *, parameters...) -> Tensor``: a plain torch formula of blocks of the tensors; a keyword-only argument
+  `context` receives the `TensorContext`;
+* ``f(context, *, parameters...) -> Rule``: chooses a rule and needs no statistics;
+* a generator with the second signature that yields lists of statistics, is sent their values, and returns a rule.
 """
 
 from __future__ import annotations
@@ -51,51 +51,51 @@ __all__ = [
 Base = Literal["required", "optional", "member", "template", "none"]
 """What a method does with ``base_model``.
 
-`required`, `optional`: task vectors are differences from it. `member`: it is one more model, listed or not.
-`template`: the arithmetic has no base; the base gives its config, its tokenizer and the tensors that are copied.
-`none`: a config that names one is refused. A drop before the method needs a base in every case.
+`required`, `optional`: task vectors are differences from the base. `member`: the base is one more model, whether it is
+listed or not. `template`: the arithmetic has no base; the base provides config.json, the tokenizer and the tensors
+that are copied. `none`: a config with a base is refused. A drop before the method needs a base in every case.
 """
 
 
 Workspace = int | Callable[[TensorContext], int]
-"""Bytes per element of a piece, or a function that returns the bytes for any piece of a tensor."""
+"""Bytes per element of a block, or a function that returns the bytes for any block of a tensor."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its function and everything the planner must know about it."""
+    """A registered method: its function, and everything that the planner must know about it."""
 
     name: str
     function: Callable[..., Any]
     access: Extent
-    """The most the method may need; `passes` tells what a given choice of parameters does need."""
+    """The largest extent that any choice of parameters needs; `access_with` returns that of a given choice."""
     base: Base
     n_models: tuple[int, int | None]
     parameters: Mapping[str, Parameter]
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     drop: DropNames = GENERAL
-    """The names under which it takes a drop before it."""
+    """The names of the parameters of the drop before the method."""
     fisher: bool = False
     """Whether each model comes with a Fisher diagonal."""
     gram: bool = False
     """Whether each model comes with Gram matrices."""
     workspace: Workspace = 0
-    """Bytes that a formula holds at once beyond what every formula may."""
+    """Bytes that a formula holds at once in addition to what every formula may hold."""
     ignored: Mapping[str, str] = field(default_factory=dict)
-    """mergekit's parameters without numeric effect here, each with the reason."""
+    """Parameters of mergekit that have no numeric effect here, each with the reason."""
     paper: str = ""
     origin: str = "built in"
     text: str = ""
-    """What it does, for people."""
+    """A description for users."""
 
     @property
     def summary(self) -> str:
-        """The first line of what it does."""
+        """The first line of the description."""
         return self.text.split("\n", 1)[0]
 
     @property
     def fingerprint(self) -> str:
-        """The name of a built-in method; with a digest of the source for a user's."""
+        """The name; of a user's method together with a digest of its source."""
         if self.origin == "built in":
             return self.name
         package = DISTRIBUTIONS.get(self.function.__module__.partition(".")[0], "")
@@ -103,7 +103,7 @@ class Method:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the method's code depends on, by name: itself, and every local module that a user's imports."""
+        """The digests of the method's code by name: its own and, for a user's method, those of all local modules it imports."""
         if self.origin == "built in":
             return {"method": self.fingerprint}
         modules = {
@@ -114,7 +114,7 @@ class Method:
 
     @cached_property
     def known_rules(self) -> dict[tuple[object, ...], type[Rule]]:
-        """The classes of rules that it is known to choose, by what jobs share; filled by the planner."""
+        """The rules that the method is known to choose, by the key that jobs share. The planner fills it."""
         return {}
 
     @cached_property
@@ -124,21 +124,21 @@ class Method:
 
     @cached_property
     def takes_context(self) -> bool:
-        """Whether a plain formula wants to know which tensor it is given."""
+        """Whether a plain formula takes the `TensorContext`."""
         return self.is_formula and CONTEXT in inspect.signature(self.function).parameters
 
     @property
     def looks_at_names(self) -> bool:
-        """Whether what it asks for may differ from tensor to tensor even with the same parameters."""
+        """Whether the method may ask for different statistics for different tensors with the same parameters."""
         return not self.is_formula and self.origin != "built in"
 
     def workspace_bytes(self, context: TensorContext, n: int) -> int:
-        """Return the bytes that it declares for a piece of `n` elements of a tensor.
+        """Return the workspace in bytes that the method declares for a block of `n` elements of a tensor.
 
         Raises
         ------
         InputError
-            If what it declares is no number of bytes.
+            If the declared value is not a number of bytes.
         """
         if not callable(self.workspace):
             return self.workspace * n
@@ -154,14 +154,14 @@ class Method:
     def start(
         self, context: TensorContext, parameters: Mapping[str, Any], answers: Sequence[Sequence[Any]]
     ) -> Rule | list[Statistic[Any]]:
-        """Follow the method through the `answers` known so far; return what it wants next, or its rule."""
+        """Send the method the `answers` known so far; return the statistics it asks for next, or its rule."""
         if self.origin == "built in":
             return _follow(self._steps(context, parameters), answers)
         with blamed_on(self.name, context.name):
             return _follow(self._steps(context, parameters), answers)
 
     def _steps(self, context: TensorContext, parameters: Mapping[str, Any]) -> Steps[Rule]:
-        """Drop first, where that is asked for; then the method itself."""
+        """Run the drop, if the parameters ask for one, and then the method."""
         own = dict(parameters)
         drop = self.drop.take(own)
         if drop is not None:
@@ -180,26 +180,26 @@ class Method:
         return self.drop.wanted_by(parameters)
 
     def draws(self, context: TensorContext, parameters: Mapping[str, Any]) -> bool:
-        """Return whether these parameters make each model draw random words of its own."""
+        """Return whether each model draws its own random words with these parameters."""
         rule = self.rule(context, parameters)
         return any(vector.is_random and not vector.shared for vector in removing(rule))
 
     def sees(self, context: TensorContext, parameters: Mapping[str, Any]) -> Extent:
-        """Return what arithmetic with these parameters must have before it at once."""
+        """Return the extent that arithmetic with these parameters needs at once."""
         if self.is_formula:
             by_access: dict[Extent, Extent] = {Extent.ELEMENT: Extent.ELEMENT, Extent.ROW: Extent.ROW}
             return by_access.get(self.access, Extent.TENSOR)
         return self.rule(context, parameters).extent
 
     def rule(self, context: TensorContext, parameters: Mapping[str, Any]) -> Rule:
-        """Return the rule that placeholder answers lead to."""
+        """Return the rule that the method chooses for placeholder values of its statistics."""
         answers = [[statistic.placeholder() for statistic in one] for one in self.rounds(context, parameters)]
         rule = self.start(context, parameters, answers)
         assert not isinstance(rule, list)
         return rule
 
     def rounds(self, context: TensorContext, parameters: Mapping[str, Any]) -> list[list[Statistic[Any]]]:
-        """Return the statistics of each round, following the method with placeholder answers."""
+        """Return the statistics that the method asks for in each round, given placeholder values."""
         answers: list[list[Any]] = []
         rounds: list[list[Statistic[Any]]] = []
         while isinstance(wanted := self.start(context, parameters, answers), list):
@@ -208,7 +208,7 @@ class Method:
         return rounds
 
     def access_with(self, context: TensorContext, parameters: Mapping[str, Any]) -> Extent:
-        """Return the access these parameters need."""
+        """Return the extent that these parameters need, statistics included."""
         if self.is_formula:
             return self.access
         extents = {
@@ -236,7 +236,7 @@ def _follow(
 
 _METHODS: dict[str, Method] = {}
 DISTRIBUTIONS: dict[str, str] = {}
-"""Of packages that bring methods: what identifies what is installed, by the name of the package."""
+"""The identity of each installed package that provides methods, by the package's name."""
 
 
 def method(
@@ -262,31 +262,31 @@ def method(
     name
         What ``merge_method:`` calls it.
     access
-        How its arithmetic may be cut: ``elementwise``, ``row``, ``tensor`` or ``model``.
+        What the arithmetic must see at once: ``elementwise``, ``row``, ``tensor`` or ``model``.
     base
-        Whether ``base_model`` is required, optional, one more model (`member`), only the template of the output's
-        files (`template`), or refused (`none`).
+        Whether ``base_model`` is required, optional, one more model (``member``), only the template for the output's
+        files (``template``), or refused (``none``).
     models
-        Least and most number of models beside the base (None: no limit).
+        Smallest and largest number of models without the base (None: no limit).
     bounds
         Inclusive range of a numeric parameter, by name.
     presets
         Defaults that ``preset: NAME`` switches to.
     drop
-        The names under which it takes a random drop before it; the method itself does not see them.
+        The names of the parameters of the random drop before the method; the method itself does not receive them.
     fisher
-        Whether each model needs a Fisher diagonal beside it.
+        Whether each model needs a Fisher diagonal.
     gram
-        Whether each model needs Gram matrices beside it.
+        Whether each model needs Gram matrices.
     workspace
-        Bytes that a formula holds at once beyond 8 (2 n + 12) for each element of a piece, n the number of inputs:
-        bytes per element, or a function of the `TensorContext` that returns bytes. The planner counts them.
+        Bytes that a formula holds at once beyond 8 (2 n + 12) per element of a block, n being the number of inputs:
+        bytes per element, or a function of the `TensorContext` that returns bytes. The planner reserves them.
     ignored
-        mergekit's parameters without numeric effect here, each with the reason.
+        Parameters of mergekit that have no numeric effect here, each with the reason.
     paper
         Where it was published.
     text
-        What it does, where that is not the function's docstring.
+        A description for users; default: the function's docstring.
 
     Examples
     --------
@@ -337,7 +337,7 @@ def method(
 
 
 def _current(base: Base | Literal["donor"]) -> Base:
-    """Return the role of the base in today's words."""
+    """Return the role of the base; replace its old name."""
     if base != "donor":
         return base
     warnings.warn('base="donor" is now called base="template"', DeprecationWarning, stacklevel=3)
@@ -354,7 +354,7 @@ def _extent(name: str, access: Extent | str) -> Extent:
 
 
 def _check_signature(name: str, function: Callable[..., Any], access: Extent) -> None:
-    """Refuse what could never be called, or never be set."""
+    """Refuse a function that could not be called, and parameters that no config could set."""
     what, arguments = f"method {printable(name)!r}", inspect.signature(function).parameters.values()
     positional = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
     is_formula = any(argument.name == "models" for argument in arguments)
@@ -387,7 +387,7 @@ def get_method(name: str, where: str = "merge_method") -> Method:
     Raises
     ------
     ConfigError
-        If there is none, naming the closest.
+        If there is none; the message names the closest.
     """
     if name not in _METHODS:
         raise ConfigError(f"{where}: unknown method {printable(name)!r} ({method_meant(name, _METHODS)})")

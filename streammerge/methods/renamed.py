@@ -1,4 +1,4 @@
-"""Modules under their old names, for one version: each name is found where it lives now, with a DeprecationWarning."""
+"""Old names of modules, kept for one version: each name is looked up at its new place, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def finder(module: str, homes: Sequence[ModuleType], new: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module whose names have moved to `homes`; `new`: those that changed as well."""
+    """Return the ``__getattr__`` of a module whose names have moved to `homes`; `new` maps old names to changed ones."""
 
     def find(name: str) -> Any:
         now = new.get(name, name)

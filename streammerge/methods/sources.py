@@ -1,7 +1,8 @@
-"""Which files a user's method consists of: its own, and every local one that they import.
+"""Find the files that a user's method consists of: its own, and every local module it imports, directly or not.
 
-Local is what neither Python nor an installed package brings, and of an installed package's method the package itself:
-a merge may only be continued by the very code that began it.
+A module is local if it belongs neither to Python nor to an installed package; for a method of an installed package, the
+package itself is local too. The digests of these files are recorded, since a merge may only be resumed by the code that
+began it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ _INSTALLED = frozenset({"site-packages", "dist-packages"})
 
 
 def digest(data: bytes) -> str:
-    """Return what stands for the content of a file."""
+    """Return the digest of a file's content."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def own_digest(function: Callable[..., Any]) -> str:
-    """Return the digest of a function's file or, where it has none, as in a notebook, of its text or its code."""
+    """Return the digest of a function's file; without a file, as in a notebook, that of its source text or bytecode."""
     source = source_file(function)
     if source is not None:
         return digest(source.read_bytes())
@@ -36,7 +37,7 @@ def own_digest(function: Callable[..., Any]) -> str:
 
 
 def source_file(function: Callable[..., Any]) -> Path | None:
-    """Return the file that a function is written in, if it is in one."""
+    """Return the file that defines a function, or None."""
     try:
         found = inspect.getsourcefile(function)
     except TypeError:
@@ -46,7 +47,7 @@ def source_file(function: Callable[..., Any]) -> Path | None:
 
 
 def imported_files(function: Callable[..., Any]) -> dict[str, Path]:
-    """Return the local modules that a function's file imports, and those that they do, each with its file."""
+    """Return the local modules that a function's file imports, directly or not, each with its file."""
     source = source_file(function)
     if source is None:
         return {}
@@ -66,7 +67,7 @@ def imported_files(function: Callable[..., Any]) -> dict[str, Path]:
 
 
 def _imports(path: Path, module: str) -> Iterator[str]:
-    """Yield the names of all modules that a file may import, those inside of functions too, and what leads to them."""
+    """Yield the names of all modules that a file may import, also inside functions, and of their parent packages."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -87,7 +88,7 @@ def _imports(path: Path, module: str) -> Iterator[str]:
 
 
 def _file_of(name: str) -> Path | None:
-    """Return the file of a module, without importing anything."""
+    """Return the file of a module without importing it."""
     known = sys.modules.get(name)
     origin = getattr(known, "__file__", None)
     parent = name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""Steps that several methods share, named by the papers' verbs."""
+"""Steps that several methods share, named with the papers' verbs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ZeroSign = Literal["zero", "positive", "majority"]
 
 
 def divisor(weights: Sequence[float], normalize: bool) -> float:
-    """Return what a plain sum is divided by: the sum of weights, or 1 where that vanishes."""
+    """Return the divisor of a weighted sum: with `normalize` the sum of weights, or 1 if that is 0; else 1."""
     total = sum(weights)
     return total if normalize and abs(total) >= 1e-8 else 1.0
 
@@ -36,7 +36,7 @@ def trim(
 ) -> Vectors:
     """Keep the top `density` fraction of each vector's magnitudes (TIES, step 1).
 
-    A density of 1 or more keeps the vector as it is; 0 or less removes it whole.
+    A density of 1 or more keeps the whole vector; 0 or less removes all of it.
 
     Raises
     ------
@@ -68,7 +68,7 @@ def trim(
 def keep_band(
     vectors: Sequence[TaskVector], densities: Sequence[float], gammas: Sequence[float], *, ties: TiePolicy
 ) -> Vectors:
-    """Keep `density` of each vector's entries, those next in magnitude to the `gamma` that are the largest.
+    """Drop the fraction `gamma` of largest magnitudes of each vector and keep the next `density`.
 
     Raises
     ------
@@ -98,13 +98,13 @@ def keep_band(
 
 
 def _cut(threshold: Threshold, ties: TiePolicy, end: int) -> Cut:
-    """Return the cut at a threshold; `end`: the element before which ties are kept by index."""
+    """Return the cut at a threshold. With ``ties: index``, ties before element `end` are kept."""
     limit = rng.threshold(threshold.needed / threshold.ties) if ties == "thin" else end
     return Cut(threshold.key, ties, limit)
 
 
 def _limit_here(context: TensorContext, end: tuple[int, int]) -> int:
-    """Return the element of this tensor before which ties are kept, given where they end overall."""
+    """Return the element of this tensor before which ties are kept, given (tensor, element) where they end overall."""
     ordinal, element = end
     if context.ordinal == ordinal:
         return element
@@ -112,7 +112,7 @@ def _limit_here(context: TensorContext, end: tuple[int, int]) -> int:
 
 
 def weighted_average(context: TensorContext, weights: Sequence[float]) -> WeightedSum | TaskVectorMerge:
-    """Return sum_i w_i theta_i / sum_i w_i, of the models as a drop before has left them."""
+    """Return sum_i w_i theta_i / sum_i w_i of the models, after the drop if there is one."""
     total = sum(weights)
     if not context.dropped:
         return WeightedSum(tuple(weights), total)
@@ -124,8 +124,8 @@ def elect(
 ) -> Steps[TaskVectorMerge]:
     """Merge the entries of the elected sign (TIES, steps 2 and 3).
 
-    ``majority`` gives an undecided element the sign that leads over the whole model; where even that
-    is undecided the published code takes the negative side, and so does this.
+    ``majority`` gives an undecided element the sign that prevails over the whole model; if that is undecided too, the
+    sign is negative, as in the published code.
     """
     merge = TaskVectorMerge(
         tuple(vectors),

@@ -249,7 +249,7 @@ def test_lines_wrap_between_words_on_a_terminal(
     monkeypatch.setattr("streammerge.report.wrapping.terminal_width", lambda: 60)
     text = cli("methods").out
     assert max(map(len, text.splitlines())) <= 60
-    assert " ".join(text.split()).count("element's importance is at least the tensor's median + 1.5") == 1
+    assert " ".join(text.split()).count("where the importance reaches the tensor's median + 1.5") == 1
     assert max(map(len, cli("methods", "ties").out.splitlines())) <= 60
 
 

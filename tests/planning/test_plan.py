@@ -620,7 +620,7 @@ WRONG: list[tuple[str, str, Change, str]] = [
     ("a method by another name", "average", key(), "unknown method 'average' .did you mean 'linear'"),
     ("a method by the name of its paper", "model-soup", key(), "unknown method 'model-soup' .did you mean 'linear'"),
     ("a method of one's own without its file", "sign_averaging", key(),
-     "unknown method 'sign_averaging' .`streammerge methods` lists them; a method of your own needs --methods FILE"),
+     "unknown method 'sign_averaging' .`streammerge methods` lists them; your own methods need --methods FILE"),
     ("a gradient that leaves the range", "ties", top(density=[0.5, 1.5]), r"density: 1\.\d+ is outside the range|1\.5"),
     ("a shared parameter of one model", "ties", first(normalize=False),
      r"models\[0\]\.parameters\.normalize: 'normalize' is one value for all models: put it under `parameters:`"),

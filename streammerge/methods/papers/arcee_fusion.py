@@ -1,4 +1,4 @@
-"""Arcee Fusion: take over from another model the entries that matter most, and only those."""
+"""Arcee Fusion: take only the most important entries of a second model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from streammerge.statistics.kinds import Quantile, Threshold
     paper="https://github.com/arcee-ai/mergekit (method of its own)",
 )
 def arcee_fusion(context: TensorContext) -> Steps[SelectedMerge]:
-    """theta = theta_0 + delta where an element's importance is at least the tensor's median + 1.5 (Q3 - Q1), else theta_0.
+    """theta = theta_0 + delta where the importance reaches the tensor's median + 1.5 (Q3 - Q1), else theta_0.
 
-    Importance: abs(delta) times the Kullback-Leibler divergence of the softmax of the model's row from that of the
-    base's; a row is the last axis, 1e-8 is added to every probability. The quantiles are order statistics of the whole
-    tensor, number int(q (n - 1)) in ascending order (mergekit draws a random sample above a million elements). Where at
-    least three quarters of a tensor have no importance the threshold is 0 and all of it is taken over.
+    Importance is abs(delta) times the Kullback-Leibler divergence between the softmax of the model's row and that of
+    the base's row; a row runs along the last axis, and 1e-8 is added to every probability. The quantiles are order
+    statistics of the whole tensor, number int(q (n - 1)) in ascending order (mergekit draws a random sample above a
+    million elements). If at least three quarters of a tensor have no importance, the threshold is 0 and the whole
+    tensor is taken from the second model.
     """
     (vector,) = context.task_vectors((1.0,))
     importance = Importance(vector)
@@ -41,7 +42,7 @@ def _value(threshold: Threshold) -> float:
 
 
 def _pattern_from(limit: float) -> int:
-    """Return the bit pattern of the least fp32 number that is not below `limit`, which is not negative."""
+    """Return the bit pattern of the smallest fp32 number >= `limit`; `limit` is >= 0."""
     with np.errstate(over="ignore"):
         nearest = np.float32(limit)
     least = np.nextafter(nearest, np.float32(np.inf)) if float(nearest) < limit else nearest

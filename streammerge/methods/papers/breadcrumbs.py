@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: leave out the largest entries of each task vector and the smallest, merge what is between."""
+"""Model Breadcrumbs: drop the largest and the smallest entries of each task vector, merge the rest."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from streammerge.statistics.asking import Steps
 _PAPER = "Davari & Belilovsky 2024, https://arxiv.org/abs/2312.06795"
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}
 _BAND = """
-    Of the n entries of a tensor int(density * n) stay: those next in magnitude to the int(gamma * n) largest, of which
-    fewer go where both together are more than n. `density: 1`, the default as in mergekit, leaves out none. `ties` as
-    for `ties`; `rescale: l1` restores the L1 norm.
+    In each tensor of n entries the int(gamma * n) largest magnitudes are dropped and the next int(density * n) are
+    kept; if the two numbers add to more than n, fewer of the largest are dropped. `density: 1`, the default as in
+    mergekit, drops nothing. `ties` means what it means for the method `ties`; `rescale: l1` restores the L1 norm.
     """
 
 

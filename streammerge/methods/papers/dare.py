@@ -1,7 +1,7 @@
 """DARE: drop entries of the task vectors at random, rescale, merge.  https://arxiv.org/abs/2311.03099
 
-Each is a different method with a drop before it (`streammerge.methods.drop`), under mergekit's names. `dare_fisher` is
-beside `fisher`.
+Each method here is a drop (`streammerge.methods.drop`) followed by a known method, under mergekit's name. `dare_fisher`
+is in `fisher.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PAPER = "Yu et al. 2024, https://arxiv.org/abs/2311.03099"
     paper=_PAPER,
     text=f"""Drop and rescale, then task arithmetic: theta_0 + lambda * sum_i w_i m_i delta_i / density_i.
     {DARE_TEXT}
-    `normalize: true` divides by the sum of weights: DARE before averaging, the mean of the dropped models.
+    `normalize: true` divides by the sum of weights: the mean of the models after the drop.
     """,
 )
 def dare_linear(
@@ -58,8 +58,8 @@ def dare_linear(
     paper=_PAPER,
     text=f"""Drop and rescale, then TIES' sign election and disjoint merge, without a magnitude trim.
     {DARE_TEXT}
-    Agreeing entries are summed; `normalize` divides by their weights. `zero_sign` as for `ties`. The paper's
-    own combination trims as well: that is `ties` with `drop_rate`.
+    Agreeing entries are summed; `normalize` divides by the sum of their weights. `zero_sign` means what it means for
+    `ties`. The paper's own combination also trims: use `ties` with `drop_rate` for it.
     """,
 )
 def dare_ties(

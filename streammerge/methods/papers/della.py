@@ -20,10 +20,11 @@ _PAPER = "Deep et al. 2024, https://arxiv.org/abs/2406.11617"
 _IGNORED = {"int8_mask": "it has no effect on the numbers"}
 _BOUNDS = {"density": (0.0, 1.0), "epsilon": (0.0, 1.0)}
 _DROP = """
-    Entry r of the n of a row, by ascending magnitude (equal ones share their mean rank), survives with probability
-    q = density - epsilon + 2 epsilon (r - 1) / (n - 1), independently. `rescale`: each survivor by 1/q (`paper`,
-    unbiased), the tensor's L1 norm restored (`l1`, mergekit's), or `none`. A density of 1 drops nothing, 0 everything;
-    between, density - epsilon and density + epsilon lie strictly between 0 and 1.
+    The entry of rank r among the n of its row, by ascending magnitude (equal magnitudes share their mean rank), survives
+    with probability q = density - epsilon + 2 epsilon (r - 1) / (n - 1), independently. Survivors are rescaled by 1/q
+    (`rescale: paper`, unbiased), by the factor that restores the tensor's L1 norm (`l1`, mergekit's), or not at all
+    (`none`). A density of 1 drops nothing, a density of 0 everything. For any other density, density - epsilon and
+    density + epsilon must lie strictly between 0 and 1.
     """
 Rescale = Literal["paper", "l1", "none"]
 
@@ -40,7 +41,7 @@ def _magprune(
     Raises
     ------
     ConfigError
-        If a probability would leave (0, 1), or after another drop.
+        If a probability falls outside (0, 1), or if a drop comes before.
     """
     if context.dropped:
         raise ConfigError("`della` already drops parameters; remove `drop_rate`")

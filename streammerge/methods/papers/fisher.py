@@ -24,7 +24,7 @@ _FISHER: dict[str, Any] = {
         "mergelm": {"normalize": False, "floor_units": "raw", "floor_on": "all", "floor_how": "add"},
     },
 }
-"""What Fisher methods declare. Presets: Matena and Raffel's code; the code of DARE's experiments."""
+"""The declarations shared by the Fisher methods. Presets: Matena and Raffel's code, and the code of DARE's experiments."""
 
 
 def _rms(squares: SquareTotal) -> float:
@@ -32,7 +32,7 @@ def _rms(squares: SquareTotal) -> float:
 
 
 def _coefficient(weight: float, squares: SquareTotal, normalize: bool) -> float:
-    """Return lambda_i, or lambda_i / norm(F_i); a diagonal of zeros has nothing to say."""
+    """Return lambda_i, or lambda_i / norm(F_i); 0 for a diagonal of zeros."""
     if not normalize:
         return weight
     return weight / math.sqrt(squares.total) if squares.total > 0 else 0.0
@@ -52,12 +52,12 @@ def fisher(
 ) -> Steps[Rule]:
     """Fisher-weighted average: theta = sum_i w_i F_i theta_i / sum_i w_i F_i, per element.
 
-    F_i is the diagonal Fisher information of model i, given beside it as ``fisher: PATH``. `normalize` divides
-    each diagonal by its L2 norm over all merged tensors. The first model is the target: its diagonal is
-    raised to at least `floor` (`floor_how: add`: by it) times the diagonal's root mean square
-    (`floor_units: raw`: times 1), so that entries of which no model knows anything stay the target's;
-    `floor_on: all` raises every model's, 0 switches it off. Where all certainties are 0 the `fallback` decides:
-    the target, or the average with weights w_i.
+    F_i is the diagonal Fisher information of model i, which its entry in the config names: ``fisher: PATH``.
+    `normalize` divides each diagonal by its L2 norm over all merged tensors. The first model is the target: its
+    diagonal is raised to at least `floor` times its own root mean square, so that entries about which no model has
+    information keep the target's value. `floor_how: add` adds the floor instead, `floor_units: raw` uses `floor`
+    itself, `floor_on: all` raises every model's diagonal, and `floor: 0` switches it off. Where all diagonals are 0,
+    `fallback` decides: the target, or the average with weights w_i.
     """
     if min(weight) < 0 or not 0 < sum(weight) < math.inf:
         raise ConfigError("weight: Fisher merging multiplies precisions; use weights of 0 or more, not all 0")
@@ -86,8 +86,8 @@ method(
     paper="Yu et al. 2024, https://arxiv.org/abs/2311.03099",
     text=f"""Drop and rescale, then Fisher merging of the models theta_0 + m_i delta_i / density_i.
     {DARE_TEXT}
-    Everything else as for `fisher`. The diagonals are those of the models as they were, not of the dropped
-    ones (the published script estimates them anew on the dropped models, which takes the data).
+    Everything else is as for `fisher`. The diagonals are those of the original models, not of the dropped ones
+    (the published script estimates them again on the dropped models, which needs the data).
     """,
     **_FISHER,
 )(fisher)

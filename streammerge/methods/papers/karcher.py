@@ -1,4 +1,4 @@
-"""The Karcher mean: the point of the sphere nearest to all models' directions, at their mean length."""
+"""The Karcher mean: the point on the sphere closest to all models' directions, at their mean length."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from streammerge.methods.tensor_context import TensorContext
 def karcher(
     context: TensorContext, *, weight: PerModel[float] = per_model(1.0), max_iter: int = 10, tol: float = 1e-5
 ) -> Combination:
-    """The Riemannian mean of the models' directions on the sphere, times their mean length; each tensor as one vector.
+    """Riemannian mean of the models' directions on the sphere, times their mean length; each tensor is one vector.
 
-    u <- exp_u(sum_i a_i log_u u_i), from the normalised mean on, until the step is shorter than `tol` or after
-    `max_iter` steps. All iterates lie in the span of the models, so their coefficients are iterated. A base is one
-    more model.
+    u <- exp_u(sum_i a_i log_u u_i), starting at the normalised mean, until a step is shorter than `tol` or `max_iter`
+    steps are done. All iterates lie in the span of the models, so only their coefficients are iterated. A base counts
+    as one more model.
     """
     if context.dropped:
-        raise ConfigError("karcher averages whole models, which a drop is not part of: remove `drop_rate`")
+        raise ConfigError(
+            "`karcher` averages whole models, so no drop can come before it: remove `drop_rate`"
+        )
     total = sum(weight)
     if not total > 0 or min(weight) < 0:
         raise ConfigError(f"the weights sum to {total:g}: karcher needs weights of 0 or more, not all 0")
@@ -43,7 +45,7 @@ def sphere_mean(gram: Matrix, *, weights: tuple[float, ...], max_iter: int, tol:
 
 
 def _one(norm: Matrix, cosine: Matrix, weights: Matrix, max_iter: int, tol: float) -> Matrix:
-    """Return the weights of one row; `u` holds the coefficients of the unit vectors."""
+    """Return the weights of one row. `u` holds the coefficients of the current iterate in the unit vectors."""
     there = norm > 0
     if not there.any():
         return np.zeros_like(norm)

@@ -15,9 +15,9 @@ def linear(
 ) -> WeightedSum | TaskVectorMerge:
     """Weighted average: theta = sum_i w_i theta_i / sum_i w_i.
 
-    No weights at all is the uniform average, isotropic merging: each model's posterior is taken as
-    an isotropic Gaussian at its weights (Matena & Raffel 2022, section 2). ``normalize: false`` leaves
-    the sum undivided. A zero or negative sum of weights is an error with `normalize`.
+    Without weights it is the uniform average, isotropic merging: each model's posterior is taken to be an
+    isotropic Gaussian at its weights (Matena & Raffel 2022, section 2). ``normalize: false`` does not divide
+    the sum. With `normalize`, a sum of weights that is zero or negative is an error.
     """
     if not normalize:
         if context.dropped:

@@ -21,8 +21,9 @@ from streammerge.methods.tensor_context import TensorContext
 def model_stock(context: TensorContext, *, filter_wise: bool = False, clamp: bool = False) -> Combination:
     """theta = theta_0 + t * mean of the task vectors, t = N c / (1 + (N - 1) c), c the cosine between task vectors.
 
-    c is the mean over all pairs (the paper assumes one angle), of the tensor or, with `filter_wise`, of each row. With
-    c < 0, t < 0 leads away from the models, unless `clamp` holds it in [0, 1]; at the pole c = -1 / (N - 1) the base stays.
+    c is the mean over all pairs (the paper assumes one angle), for each tensor or, with `filter_wise`, for each row.
+    c < 0 gives t < 0, which leads away from the models, unless `clamp` keeps t in [0, 1]. At the pole
+    c = -1 / (N - 1) the result is the base.
     """
     vectors = context.task_vectors((1.0,) * context.n_models)
     by = Extent.ROW if filter_wise else Extent.TENSOR

@@ -26,11 +26,11 @@ def multislerp(
     normalize_weights: bool = True,
     eps: float = 1e-8,
 ) -> Combination:
-    """The weighted mean direction times the weighted mean length, each tensor as one vector; of task vectors with a base.
+    """Weighted mean direction times weighted mean length of the models, or of their task vectors if there is a base.
 
-    theta = (sum_i w_i |v_i|) M / |M|, M = sum_i w_i v_i / |v_i|. mergekit goes on to a tangent step from M, which is
-    identically zero: the tangents' weighted sum is M - |M| (M / |M|). Where the directions cancel, |M| < `eps`, the
-    weighted sum takes its place (in mergekit of two models only; more are an error).
+    theta = (sum_i w_i |v_i|) M / |M|, M = sum_i w_i v_i / |v_i|; each tensor is one vector. mergekit adds a tangent
+    step from M, which is identically zero: the weighted sum of the tangents is M - |M| (M / |M|). Where the directions
+    cancel (|M| < `eps`), the weighted sum of the vectors is used (mergekit does so for two models, and fails for more).
     """
     total = sum(weight)
     if normalize_weights and not abs(total) > 0:
@@ -43,7 +43,7 @@ def multislerp(
 
 
 def mean_direction(gram: Matrix, *, weights: tuple[float, ...], eps: float) -> Matrix:
-    """Return the weights (rows, k) of sum_i w_i v_i / |v_i|, set to the length sum_i w_i |v_i|."""
+    """Return the weights (rows, k) of sum_i w_i v_i / |v_i|, scaled to the length sum_i w_i |v_i|."""
     w, norm = np.array(weights), lengths(gram)
     if len(w) == 1:
         return np.ones_like(norm)

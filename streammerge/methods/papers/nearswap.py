@@ -1,4 +1,4 @@
-"""NearSwap: take the other model's values where they lie near the base's."""
+"""NearSwap: take the second model's values where they are close to the base's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NuSLERP: SLERP of two models by their weights, or of their task vectors; by tensor, row or column."""
+"""NuSLERP: SLERP of two models, or of their task vectors, at a point set by their weights; by tensor, row or column."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def nuslerp(
 ) -> Combination:
     """Spherical interpolation of two models at t = w_2 / (w_1 + w_2), or, with a base, of their task vectors.
 
-    Half-way where the weights cancel. `nuslerp_flatten: false` interpolates each row of a matrix (the last axis; a 1-D
-    tensor is one row) by its own angle; with `nuslerp_row_wise: true` each column, along the first axis: the name is
-    mergekit's, and the wrong way round there too.
+    Where the weights cancel, t = 1/2. `nuslerp_flatten: false` interpolates each row of a matrix (along the last axis; a
+    1-D tensor is one row) by its own angle. `nuslerp_row_wise: true` interpolates each column (along the first axis)
+    instead: the name is mergekit's, where it is reversed as well.
     """
     total = weight[0] + weight[1]
     t = weight[1] / total if abs(total) >= 1e-6 else 0.5

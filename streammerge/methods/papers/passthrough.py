@@ -1,4 +1,4 @@
-"""One model, copied; optionally scaled."""
+"""Copy one model, optionally scaled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streammerge.methods.tensor_context import TensorContext
 def passthrough(
     context: TensorContext, *, scale: PerModel[float | None] = per_model(None)
 ) -> CopyOf | WeightedSum | TaskVectorMerge:
-    """Copy the tensors of one model, times `scale` where it is given."""
+    """Copy the tensors of one model, multiplied by `scale` if it is given."""
     (factor,) = scale
     if factor == 1.0:
         factor = None

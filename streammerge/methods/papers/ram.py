@@ -1,4 +1,4 @@
-"""RAM: keep what one model alone has learnt whole, and average what several have.  https://arxiv.org/abs/2601.13572"""
+"""RAM: keep changes of a single model in full, average shared changes.  https://arxiv.org/abs/2601.13572"""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _BOUNDS = {"epsilon": (0.0, float("inf")), "alpha": (0.0, float("inf"))}
 
 @method("ram", base="required", bounds=_BOUNDS, paper=_PAPER)
 def ram(context: TensorContext, *, epsilon: float = 1e-5) -> TouchedMerge:
-    """theta = theta_0 + the mean of the deltas above `epsilon` in magnitude, over the models that have one there.
+    """theta = theta_0 + the mean of those deltas of an element whose magnitude exceeds `epsilon`.
 
-    An element that one model alone has touched takes its whole delta; one that none has stays the base's.
+    An element that a single model changed takes that model's whole delta; an element that none changed stays the base's.
     """
     vectors = tuple(context.task_vectors((1.0,) * context.n_models))
     return TouchedMerge(vectors, epsilon, (1.0,) * len(vectors))
@@ -27,10 +27,11 @@ def ram(context: TensorContext, *, epsilon: float = 1e-5) -> TouchedMerge:
 def ramplus_tl(
     context: TensorContext, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
 ) -> Steps[TouchedMerge]:
-    """RAM, with what one model alone has touched made larger, the more of that model's changes others share.
+    """RAM that amplifies the changes made by a single model, the more so the more of its other changes are shared.
 
-    Its delta there is multiplied by 1 + r * min(rho, alpha), rho = how many elements of the tensor it shares with
-    others / how many it has touched alone. (The paper counts over the whole model; mergekit and this, over each tensor.)
+    The delta of an element that only one model changed is multiplied by 1 + r * min(rho, alpha), where rho = (number of
+    elements that this model and others changed) / (number that only it changed). The counts are per tensor, as in
+    mergekit; the paper counts over the whole model.
     """
     vectors = tuple(context.task_vectors((1.0,) * context.n_models))
     touched = yield from ask(Touches(vectors, epsilon))

@@ -1,4 +1,4 @@
-"""RegMean: the linear map that answers its models' own inputs best, by least squares.  https://arxiv.org/abs/2212.09849"""
+"""RegMean: the least-squares fit of one linear map to each model's outputs on its own inputs.  https://arxiv.org/abs/2212.09849"""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def regmean(
     weight: PerModel[float] = per_model(1.0),
     alpha: float = 1.0,
 ) -> Steps[Rule]:
-    """Linear maps by least squares: W = (sum_i W_i G_i) (sum_i G_i)^-1, everything else the weighted average.
+    """Linear maps by least squares, W = (sum_i W_i G_i) (sum_i G_i)^-1; other tensors by weighted average.
 
-    G_i = w_i X_i^T X_i / n_i is the mean over tokens of the products of the map's inputs, given beside each model as
-    ``gram: PATH``; `alpha` multiplies what lies off its diagonal (the paper uses 0.9). Computed as the average plus a
-    correction, so that directions of which no model has data keep the average.
+    G_i = w_i X_i^T X_i / n_i is the mean over tokens of the products of the map's inputs; each model's entry in the
+    config names its own: ``gram: PATH``. `alpha` multiplies the off-diagonal entries (the paper uses 0.9). The result is
+    computed as the average plus a correction, so that directions in which no model has data keep the average.
     """
     if min(weight) < 0 or not 0 < sum(weight) < math.inf:
         raise ConfigError("weight: regmean multiplies sums of squares; use weights of 0 or more, not all 0")
     if context.dropped:
-        raise ConfigError("the Gram matrices belong to the models before a drop: remove `drop_rate`")
+        raise ConfigError("the Gram matrices describe the models before a drop: remove `drop_rate`")
     if not context.gram:
         return weighted_average(context, weight)
     operators = yield from ask(RegressionOperators(alpha, tuple(weight)))

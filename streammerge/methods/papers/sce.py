@@ -41,13 +41,14 @@ def sce(
 ) -> Steps[SelectedMerge]:
     """Select, calculate, erase: theta = theta_0 + sum_i s_i delta_i / sum_i s_i, over the models that agree in sign.
 
-    Select: of the elements whose variance over the models is not 0, the int(`select_topk` * count) largest of each
-    tensor; the others stay the base's. The variance is rounded to fp32 for that; equal ones go by index, lowest first.
-    Calculate: s_i = the mean over the tensor of the squares of the selected delta_i, over the sum of all s.
-    Erase: entries whose sign is not that of the models' sum; `zero_sign`: who wins where the sum is 0.
+    Select, per tensor, the int(`select_topk` * count) elements of largest variance over the models, where count is the
+    number of elements with non-zero variance; all others stay the base's. Variances are rounded to fp32 first; of equal
+    variances the lowest index wins. Calculate s_i as the mean over the tensor of the squares of the selected delta_i,
+    divided by the sum over all models. Erase entries whose sign differs from that of the models' sum; `zero_sign`
+    decides where the sum is 0.
 
-    `floor` is mergekit's guard, 1e-6 there: tensors whose mean squares sum to less have equal weights (those of most
-    fine-tunes do), and no sum of agreeing weights counts as less.
+    `floor` is mergekit's guard, 1e-6 there: tensors whose mean squares sum to less get equal weights (as most
+    fine-tunes do), and a sum of agreeing weights is never taken to be less.
     """
     vectors = tuple(context.task_vectors((1.0,) * context.n_models))
     selection = None

@@ -21,12 +21,12 @@ from streammerge.methods.tensor_context import TensorContext
 def slerp(context: TensorContext, *, t: float, dot_threshold: float = 1.0) -> Combination:
     """Spherical interpolation from the base (t = 0) to the other model (t = 1), each tensor as one vector.
 
-    theta = (sin((1 - t) w) theta_0 + sin(t w) theta_1) / sin w, where w is the angle between them; on a straight
-    line where the cosine exceeds `dot_threshold` (mergekit: 0.9995, where fine-tunes of one base often lie), or
-    where they are parallel.
+    theta = (sin((1 - t) w) theta_0 + sin(t w) theta_1) / sin w, where w is the angle between them. The interpolation
+    is linear where the cosine exceeds `dot_threshold` (mergekit: 0.9995, which fine-tunes of one base often exceed),
+    or where the two are parallel.
     """
     if context.dropped:
         raise ConfigError(
-            "slerp interpolates whole models, which a drop is not part of: use `nuslerp` with a base"
+            "`slerp` interpolates whole models, so no drop can come before it: use `nuslerp` with a base"
         )
     return combine(arc, n=1, base=True, t=t, dot_threshold=dot_threshold)

@@ -7,7 +7,7 @@ from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import divisor
 from streammerge.methods.tensor_context import TensorContext
 
-_UNUSED = "`task_arithmetic` has no sparsification, in mergekit neither"
+_UNUSED = "`task_arithmetic` does not sparsify, neither here nor in mergekit"
 
 
 @method(
@@ -29,8 +29,8 @@ def task_arithmetic(
 ) -> TaskVectorMerge:
     """Sum of task vectors: theta = theta_0 + lambda * sum_i w_i (theta_i - theta_0).
 
-    Addition joins tasks; a negative weight forgets one; an analogy "A is to B as C is to D" is
-    weights +1 for B and C, -1 for A, with the common ancestor as base.
+    Addition combines tasks; a negative weight forgets one. The analogy "A is to B as C is to D" takes
+    weights +1 for B and C, -1 for A, and the common ancestor as base.
     """
     vectors = context.task_vectors(weight)
     return TaskVectorMerge(tuple(vectors), divisor=divisor(weight, normalize), scale=lambda_)

@@ -47,14 +47,14 @@ def ties(
 ) -> Steps[TaskVectorMerge]:
     """Trim, elect sign, disjoint merge: theta = theta_0 + lambda * mean of the agreeing trimmed deltas.
 
-    tau_i = w_i * (theta_i - theta_0 on its top `density` magnitudes, else 0); gamma = the sign with the
-    larger total magnitude; tau = sum of tau_i with sign gamma, over the sum of their weights when
-    `normalize` (with unit weights: their mean, the paper's).
+    tau_i is w_i * (theta_i - theta_0) on its top `density` magnitudes, and 0 elsewhere. gamma is the sign with the
+    larger total magnitude. The result adds the tau_i of sign gamma, divided by the sum of their weights if
+    `normalize` (with unit weights: their mean, as in the paper).
 
-    `trim_scope`: the quantile of each tensor, or of the whole model (the paper). `ties`: elements at the
-    threshold are kept by a random draw that makes the count right (`thin`), `all`, by lowest `index`, or
-    `drop`ped. `zero_sign`: who wins where the signs cancel: nobody, + (mergekit) or the `majority` over
-    the model (the published code).
+    `trim_scope` takes the quantile over each tensor, or over the whole model (the paper). `ties` decides about
+    elements equal to the threshold: `thin` keeps a random draw that makes the count right, `all` keeps them, `index`
+    keeps the lowest indices, `drop` drops them. `zero_sign` decides where the signs cancel: no sign, `+` (mergekit), or
+    the `majority` over the model (the published code).
     """
     trim_policy: TiePolicy = ties
     whole = context.task_vectors(weight)
