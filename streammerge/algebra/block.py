@@ -1,7 +1,7 @@
-"""A block: the same elements of every model, in memory. What can be asked of it, and what a merge of it reports.
+"""Blocks (the same elements of every model, in memory), the arithmetic on them, and the report of a block's merge.
 
-A backend implements `BlockMath`. All backends return the same bits: integers, or fp64 sums of fixed runs of elements,
-each in one order (`streammerge.numerics.ordered_sum.block_sums`).
+A backend implements `BlockMath`. All backends return the same bits: integers, or fp64 sums of fixed runs of elements in
+a fixed order (`streammerge.numerics.ordered_sum.block_sums`).
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ Bins = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Operand:
-    """Where one input, or the output, lies inside a block's buffer."""
+    """The place of one input, or of the output, in a block's buffer."""
 
     offset: int
-    """Bytes from the start of the buffer; a multiple of 8."""
+    """Offset from the start of the buffer in bytes; a multiple of 8."""
     dtype: str
-    """As safetensors names it: F64, F32, F16 or BF16."""
+    """The dtype in safetensors' notation: F64, F32, F16 or BF16."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """The same elements of every model of one tensor, as they were read."""
+    """The same elements of one tensor of every model, as read."""
 
     arena: NDArray[np.uint8]
-    """The buffer that all operands lie in; its length is a multiple of 8 bytes."""
+    """The buffer that contains all operands; its length is a multiple of 8 bytes."""
     models: tuple[Operand, ...]
     base: Operand | None
     tensor: str
     """Canonical output name; it keys the random words."""
     start: int
-    """Flat row-major index of the first element in the whole tensor."""
+    """Flat row-major index of the first element within the whole tensor."""
     n: int
     """Number of elements."""
     shape: tuple[int, ...]
-    """Shape that a plain formula sees: (n,), (rows, row length), or that of the whole tensor."""
+    """The shape in which a plain formula sees it: (n,), (rows, row length), or the shape of the whole tensor."""
     keys: RandomKeys
     fishers: tuple[Operand, ...] = ()
-    """The models' Fisher diagonals, for methods that weigh by them; otherwise empty."""
+    """The models' Fisher diagonals for methods that use them; otherwise empty."""
 
     @property
     def row_length(self) -> int:
-        """Elements of one row of what a plain formula sees."""
+        """Number of elements in one row of the shape that a plain formula sees."""
         return self.shape[-1] if self.shape else 1
 
 
@@ -66,77 +66,77 @@ class Applied:
     """The report of the merge of one block."""
 
     not_finite: int
-    """Elements of the output that are NaN or infinite, and Fisher diagonals that are negative."""
+    """Number of output elements that are NaN or infinite, and of negative Fisher values."""
     kept: tuple[int, ...]
-    """Entries of each model's task vector that survived; empty for methods without removal."""
+    """Number of surviving entries of each model's task vector; empty for methods that remove none."""
     floored: int = 0
-    """Elements in which a Fisher floor makes up more than half of the weight."""
+    """Number of elements in which a Fisher floor makes up more than half of the weight."""
 
 
 class Call(NamedTuple):
-    """A method of `BlockMath` that a statistic calls: a backend knows by it which kernels to compile beforehand."""
+    """A method of `BlockMath` that a statistic calls. It tells a backend which kernels to compile beforehand."""
 
     method: str
-    """Its name; `words_between`: no method, the random stream alone."""
+    """The method's name; `words_between` is not a method but a function of the random stream."""
     subject: object = None
-    """The vector, score, selection or rule that it is called with, where kernels differ by that."""
+    """The vector, score, selection or rule that it is called with, if the kernels depend on it."""
 
 
 class BlockMath(Protocol):
-    """The arithmetic that statistics and the engine ask of a loaded block.
+    """The arithmetic on a loaded block that statistics and the engine use.
 
-    No method keeps a result, and only `apply` writes to the buffer. Task vectors are taken after their drops and cuts
-    ("surviving"), and in sums after their rescaling too. Entries that are not finite count as 0 in sums of task
-    vectors, and rank above all others.
+    No method keeps state, and only `apply` writes to the buffer. Task vectors are used after their drops and cuts
+    ("surviving"), and in sums after their rescaling as well. Non-finite entries count as 0 in sums of task vectors, and
+    rank above all others.
     """
 
     def count_keys(
         self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
     ) -> tuple[int, int]:
-        """Count fp32 bit patterns (sign bit off) of magnitudes of a task vector before its cut, or of scores.
+        """Count the fp32 bit patterns (sign bit cleared) of a task vector's magnitudes before its cut, or of scores.
 
-        Adds to `bins` (int32) those in `low` to `high`, pattern p in bin (p - low) >> shift. Returns how many lie above
-        `high`, and the largest pattern in the block.
+        Patterns p from `low` to `high` are counted in `bins` (int32), at (p - low) >> shift. Returns the number of
+        patterns above `high`, and the largest pattern in the block.
         """
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
-        """Return the sums of abs(surviving entry) per 4096 elements, (blocks,); not rescaled."""
+        """Return the sums of abs(surviving entry) per 4096 elements, (blocks,), without rescaling."""
 
     def squares(self, vectors: tuple[TaskVector, ...], selection: Selection | None) -> NDArray[np.float64]:
         """Return the sums of squares of each vector over the selected elements, per 4096, (blocks, vectors).
 
-        Without a `selection` all elements count.
+        Without a `selection`, all elements count.
         """
 
     def touches(self, vectors: tuple[TaskVector, ...], epsilon: float) -> Counts:
-        """Return how many elements each vector alone exceeds `epsilon` at, and how many it and others do, (2, vectors)."""
+        """Count the elements at which a vector exceeds `epsilon` alone, and together with others, (2, vectors)."""
 
     def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
-        """Return how many elements have the pattern `key`, per run of `size` elements, (runs,)."""
+        """Return the number of elements with pattern `key` per run of `size` elements, (runs,)."""
 
     def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
         """Return the dot products of all pairs of vectors over every `length` elements, (groups, pairs).
 
-        The vectors are the surviving, rescaled task vectors or, where there are none, the base and the models. Pairs
-        are those of the upper triangle of a Gram matrix, row by row.
+        The vectors are the surviving, rescaled task vectors; without any, the base and the models. The pairs follow the
+        upper triangle of a Gram matrix, row by row.
         """
 
     def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
         """Add the dot products of all pairs over the rows of the block to `sums`, (pairs, columns)."""
 
     def sign_total(self, merge: TaskVectorMerge) -> int:
-        """Return elements that elect + minus elements that elect -."""
+        """Return the number of elements that elect + minus the number that elect -."""
 
     def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
-        """Return the sums of squares of a diagonal per 4096 elements, (blocks,), and how many values are no certainty.
+        """Return the sums of squares of a Fisher diagonal per 4096 elements, (blocks,), and the number of invalid values.
 
-        No certainty: negative, NaN or infinite.
+        A value is invalid if it is negative, NaN or infinite.
         """
 
     def apply(self, rule: Rule, out: Operand) -> Applied:
-        """Write the merged block at `out`, rounded once to its dtype; it may lie over an input of at least its width."""
+        """Write the merged block to `out`, rounded once to its dtype. `out` may overlay an input that is at least as wide."""
 
 
 def operand_bytes(operand: Operand, n: int) -> int:
-    """Return the bytes of `n` elements of an operand."""
+    """Return the size of `n` elements of an operand in bytes."""
     return n * itemsize(operand.dtype)

@@ -1,4 +1,4 @@
-"""How much of a tensor, or of a model, must be seen at once: the one scale that rules, statistics and methods use."""
+"""`Extent`: how much of a tensor or model must be seen at once, for rules, statistics and methods alike."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from enum import StrEnum
 
 
 class Extent(StrEnum):
-    """The elements that must be in memory, or counted, together: element < row and column < tensor < model.
+    """The elements that must be processed together: element < row, column < tensor < model.
 
-    A row lies along the last axis, a column along the first.
+    A row runs along the last axis, a column along the first.
     """
 
     ELEMENT = "elementwise"
-    """Each element by itself: a tensor may be cut anywhere."""
+    """Each element independently: a tensor may be cut anywhere."""
     ROW = "row"
     """Whole rows: a tensor may be cut between them."""
     COLUMN = "column"
-    """Every column, of however many rows: cut between rows, but the rows depend on each other through statistics."""
+    """Whole columns: a tensor may be cut between rows, which depend on each other through statistics only."""
     TENSOR = "tensor"
     """All of one tensor."""
     MODEL = "model"
@@ -24,5 +24,5 @@ class Extent(StrEnum):
 
     @property
     def is_line(self) -> bool:
-        """True for a row and for a column."""
+        """Whether it is ROW or COLUMN."""
         return self in (Extent.ROW, Extent.COLUMN)

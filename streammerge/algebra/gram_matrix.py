@@ -1,4 +1,4 @@
-"""Gram matrices as they are stored, the upper triangle alone, and how many rows are summed at a time."""
+"""Gram matrices from their stored upper triangles, and the number of rows that are summed at a time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def full_matrices(pairs: NDArray[np.float64], n: int) -> NDArray[np.float64]:
 
 
 def rows_at_once(n_columns: int) -> int:
-    """Return how many rows' products are summed before they are added to the sum of those before.
+    """Return the number of rows whose products are summed before they are added to the running sum.
 
-    A function of the shape alone, so that sums do not depend on the cuts: these lie at multiples of it.
+    It depends on the shape only, and cuts lie at its multiples, so that sums do not depend on the cuts.
     """
     return max(1, min(64, (1 << 20) // n_columns))

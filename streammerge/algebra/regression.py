@@ -1,4 +1,4 @@
-"""The matrices by which regression mixes models (RegMean), from Gram matrices: linear algebra in torch, in fp64."""
+"""The matrices of RegMean's regression, computed from Gram matrices with torch in fp64."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ def regression_operators(
 ) -> tuple[torch.Tensor, ...]:
     """Return P_i = G_i (sum G)^+ of each model: by Cholesky, or by eigenvalues where directions have no data.
 
-    A direction has data if its share of the largest is above what fp32 matrices of this size can tell from 0.
+    A direction has data if its eigenvalue, relative to the largest, exceeds the rounding error of an fp32 matrix of
+    this size.
 
     Parameters
     ----------
     grams
-        One for each model, (inputs, inputs); taken out of the list one by one, so that they are not held twice.
+        One per model, (inputs, inputs); removed from the list one by one, so that none is held twice.
     alpha
-        What lies off their diagonals is multiplied by it.
+        Factor of the off-diagonal entries.
     weights
-        Each matrix is multiplied by its own.
+        Factor of each model's matrix.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""The arithmetic on every element once the statistics are known: the formulas, in torch.
+"""Rules: the arithmetic on every element once the statistics are known, as formulas in torch.
 
-A rule is a frozen value. Called on fp32 pieces it is the reference and the GPU path; the engine
-has a fused CPU kernel for each kind, bit-equal by test. Sums over models run in fp64, in configured
-order, multiply and add apart; the engine rounds the fp64 result once, to the output's dtype.
+A rule is a frozen value. Called on fp32 blocks it is the reference implementation and the GPU path. The CPU backend
+has a fused kernel for each built-in rule; tests hold it to the same bits. Sums over models run in fp64, in configured
+order, with separate multiplication and addition; the fp64 result is rounded once, to the output's dtype.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Coefficients = Callable[[NDArray[np.float64]], NDArray[np.float64]]
-    """From Gram matrices, (rows, k, k), to the weights of the vectors, (rows, k)."""
+    """Function from Gram matrices, (rows, k, k), to the weights of the vectors, (rows, k)."""
 
 ROWS_AT_ONCE = 64
-"""Rows that a product with a matrix takes at a time."""
+"""Number of rows per matrix product."""
 
 
 class Rule:
-    """What happens to every element of a tensor once the statistics are known: a frozen value.
+    """The formula that computes every element of a tensor once the statistics are known: a frozen value.
 
-    Called on pieces it returns theta in fp64; that is the reference, and what runs wherever a backend has registered
-    nothing faster for its class. A subclass is a frozen dataclass; one that merges task vectors has a field `vectors`.
+    Called on blocks it returns theta in fp64. That is the reference, and it runs wherever a backend has not registered
+    a faster implementation for the class. A subclass is a frozen dataclass; if it merges task vectors, it has a field
+    `vectors`.
     """
 
     rows_at_once = 1
-    """Rows whose arithmetic is one operation: where it sees rows, a piece is cut at multiples of so many."""
+    """If the extent is ROW: the number of rows computed in one operation; blocks are cut at its multiples."""
 
     @property
     def extent(self) -> Extent:
-        """What it must have before it at once."""
+        """The elements that it must see at once."""
         return Extent.ROW if ranked(self) else Extent.ELEMENT
 
     @property
     def removes(self) -> bool:
-        """Whether entries of task vectors may be lost."""
+        """Whether it may remove entries of task vectors."""
         return any(vector.removes for vector in vectors_of(self))
 
     def __call__(
@@ -54,7 +55,7 @@ class Rule:
         where: Where,
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        """Return theta in fp64 for fp32 (or fp64) blocks of equal shape."""
         raise NotImplementedError
 
     def kept(
@@ -66,7 +67,7 @@ class Rule:
         return tuple(int(v.mask(models[i], base, where).sum()) for i, v in enumerate(vectors_of(self)))
 
     def look_at_fishers(self, fishers: Sequence[torch.Tensor]) -> tuple[int, int]:
-        """Return how many values of the diagonals are no certainty, and how many elements a floor decides."""
+        """Return the number of invalid values of the diagonals, and of elements that a floor decides."""
         return 0, 0
 
 
@@ -77,7 +78,7 @@ class WeightedSum(Rule):
     weights: tuple[float, ...]
     divisor: float = 1.0
     base_weight: float = 0.0
-    """w_0; 0 where the base has no part in the sum."""
+    """w_0; 0 if the base is not part of the sum."""
 
     def __call__(
         self,
@@ -98,18 +99,18 @@ class WeightedSum(Rule):
 
 @dataclass(frozen=True)
 class TaskVectorMerge(Rule):
-    """theta = theta_0 + scale * tau, where tau sums the task vectors, all or those of one sign."""
+    """theta = theta_0 + scale * tau, where tau sums all task vectors' entries, or those of the elected sign."""
 
     vectors: tuple[TaskVector, ...]
     elect: bool = False
     """Elect a sign per element, the one with the larger total magnitude, and merge only its
     entries (TIES, https://arxiv.org/abs/2306.01708, section 4)."""
     zero_sign: int = 0
-    """The sign elected where the totals are equal: 0 nobody's (the base stays), +1 or -1."""
+    """The sign elected where the totals are equal: +1, -1, or 0 for none (the base stays)."""
     normalize: bool = False
-    """With `elect`: divide by the weights of the entries merged."""
+    """With `elect`: divide by the sum of the weights of the merged entries."""
     divisor: float = 1.0
-    """Without `elect`: what the sum is divided by."""
+    """Without `elect`: the divisor of the sum."""
     scale: float = 1.0
 
     def __call__(
@@ -119,7 +120,7 @@ class TaskVectorMerge(Rule):
         where: Where,
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        """Return theta in fp64 for fp32 (or fp64) blocks of equal shape."""
         assert base is not None
         if self.elect:
             tau = self._disjoint_merge(models, base, where)
@@ -150,7 +151,7 @@ class TaskVectorMerge(Rule):
         import torch
 
         up, down, up_weight, down_weight = self._totals(models, base, where)
-        lead = up - down  # elect: the sign of the lead; of a NaN it would be 0, which must not hide it
+        lead = up - down  # the elected sign is that of the lead; a NaN has sign 0, which must not hide it
         negative = (lead < 0) | ((lead == 0) & (self.zero_sign < 0))
         merged = torch.where(negative, -down, up)
         if self.zero_sign == 0:
@@ -161,41 +162,41 @@ class TaskVectorMerge(Rule):
         return merged
 
     def sign_total(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> int:
-        """Return how many elements elect + minus how many elect - (TIES' whole-model majority)."""
+        """Return the number of elements that elect + minus the number that elect - (TIES' whole-model majority)."""
         up, down, _, _ = self._totals(models, base, where)
         return int((up - down).sign().sum())
 
 
 @dataclass(frozen=True)
 class SelectedMerge(Rule):
-    """theta = theta_0 + the weighted mean of the selected entries that have the sign of their sum.
+    """theta = theta_0 + the weighted mean of those selected entries whose sign is that of their sum.
 
-    The election is unweighted: the weights count in the mean alone (SCE, https://arxiv.org/abs/2408.07990).
+    The election is unweighted; weights enter the mean only (SCE, https://arxiv.org/abs/2408.07990).
     """
 
     vectors: tuple[TaskVector, ...]
     selection: Selection | None = None
-    """None: every element."""
+    """The selected elements; None: all of them."""
     zero_sign: int = 0
-    """The sign elected where the entries cancel: 0 nobody's (the base stays) or +1."""
+    """The sign elected where the entries cancel: +1, or 0 for none (the base stays)."""
     floor: float = 0.0
-    """The least sum of agreeing weights that a mean is divided by."""
+    """The smallest divisor of the mean; smaller sums of agreeing weights are raised to it."""
 
     @property
     def extent(self) -> Extent:
-        """Rows, where entries are selected by a score of rows."""
+        """ROW if the selection's score depends on whole rows, else ELEMENT."""
         by_rows = self.selection is not None and sees_rows(self.selection.score)
         return Extent.ROW if by_rows else super().extent
 
     @property
     def removes(self) -> bool:
-        """Whether entries may be lost, or are not selected."""
+        """Whether entries may be dropped or not selected."""
         return self.selection is not None or super().removes
 
     def kept(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
     ) -> tuple[int, ...]:
-        """Return how many elements are selected, for each task vector; or how many entries survive."""
+        """Return the number of selected elements for each task vector; without a selection, of surviving entries."""
         if self.selection is None or base is None:
             return super().kept(models, base, where)
         return (int(self.selection.mask(models, base, where).sum()),) * len(self.vectors)
@@ -207,7 +208,7 @@ class SelectedMerge(Rule):
         where: Where,
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return theta in fp64 for flat fp32 (or fp64) pieces."""
+        """Return theta in fp64 for flat fp32 (or fp64) blocks."""
         import torch
 
         assert base is not None
@@ -223,7 +224,9 @@ class SelectedMerge(Rule):
             up_sum, down_sum = up_sum + vector.weight * positive, down_sum + vector.weight * negative
             up_weight = up_weight + vector.weight * (tau > 0).double()
             down_weight = down_weight + vector.weight * (tau < 0).double()
-        lead = up - down  # of a NaN not negative: it goes with the positive entries, where it is found
+        lead = (
+            up - down
+        )  # a NaN is not negative, so it joins the positive entries, where the check on the output finds it
         merged = torch.where(lead < 0, -down_sum, up_sum)
         if self.zero_sign == 0:
             merged = torch.where(lead == 0, 0.0, merged)
@@ -233,10 +236,10 @@ class SelectedMerge(Rule):
 
 @dataclass(frozen=True)
 class TouchedMerge(Rule):
-    """theta = theta_0 + the mean of the task vectors over those models that have touched the element.
+    """theta = theta_0 + the mean of the task vectors over the models that touched the element.
 
-    Touched is an entry above `epsilon` in magnitude. What one model alone has touched is multiplied by its factor
-    (RAM and RAM+, https://arxiv.org/abs/2601.13572).
+    A model touched an element if its entry exceeds `epsilon` in magnitude. An entry that a single model touched is
+    multiplied by that model's factor (RAM and RAM+, https://arxiv.org/abs/2601.13572).
     """
 
     vectors: tuple[TaskVector, ...]
@@ -250,7 +253,7 @@ class TouchedMerge(Rule):
         where: Where,
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        """Return theta in fp64 for fp32 (or fp64) blocks of equal shape."""
         import torch
 
         assert base is not None
@@ -273,7 +276,7 @@ def touched_entries(
     base: torch.Tensor,
     where: Where,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield each task vector in fp64, and which of its entries are touched; what is not finite is."""
+    """Yield each task vector in fp64 with the mask of its touched entries; non-finite entries count as touched."""
     for vector in vectors:
         tau = vector.rescale * vector.surviving(models[vector.model], base, where).double()
         yield tau, ~(tau.abs() <= epsilon)
@@ -283,21 +286,21 @@ def touched_entries(
 class FisherMean(Rule):
     """theta = sum_i a_i theta_i / sum_i a_i, per element, with a_i = coefficient_i * floored F_i.
 
-    The mode of the product of the models' diagonal Laplace posteriors (Matena & Raffel 2022, equation 3).
-    Evaluated in fp64 around the target, the first model, and held between the smallest and the largest of
-    the models' values, where the formula puts it: rounding cannot move it out.
+    It is the mode of the product of the models' diagonal Laplace posteriors (Matena & Raffel 2022, equation 3). It is
+    evaluated in fp64 relative to the target, the first model, and clamped to the range of the models' values, which
+    the exact formula never leaves.
     """
 
     coefficients: tuple[float, ...]
-    """lambda_i, over the norm of the model's diagonal where that is asked for; none negative."""
+    """lambda_i, divided by the norm of the model's diagonal if normalised; not negative."""
     floors: tuple[float, ...]
-    """Raised to (or by) this, in units of the raw diagonal; 0 leaves it as it is."""
+    """The floor of each diagonal, in units of the raw diagonal; 0: none."""
     add: bool = False
-    """F + floor; else max(F, floor)."""
+    """Whether the floor is added (F + floor); else F is raised to it (max(F, floor))."""
     average: tuple[float, ...] = ()
-    """Where no model knows anything: weights of a plain average; empty: the target's value."""
+    """Weights of the plain average used where all diagonals are 0; empty: the target's value is used."""
     vectors: tuple[TaskVector, ...] = ()
-    """A drop that comes before: the models are theta_0 + their surviving, rescaled task vectors."""
+    """The task vectors after a drop, if any: the models are theta_0 + their surviving, rescaled task vectors."""
 
     def __call__(
         self,
@@ -306,7 +309,7 @@ class FisherMean(Rule):
         where: Where,
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return theta in fp64 for fp32 (or fp64) pieces of equal shape."""
+        """Return theta in fp64 for fp32 (or fp64) blocks of equal shape."""
         import torch
 
         thetas = [
@@ -333,7 +336,7 @@ class FisherMean(Rule):
     def _sums(
         self, thetas: Sequence[torch.Tensor], fishers: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the sums of a_i (theta_i - theta_target), of the floors' share of a_i, and of a_i."""
+        """Return the sums of a_i (theta_i - theta_target), of the floors' part of a_i, and of a_i."""
         import torch
 
         moved = _zeros(fishers[0])
@@ -352,11 +355,11 @@ class FisherMean(Rule):
         return moved, raised, total
 
     def look_at_fishers(self, fishers: Sequence[torch.Tensor]) -> tuple[int, int]:
-        """Return how many values are negative, and in how many elements floors make up more than half of the weight."""
+        """Return the number of negative values, and of elements in which floors make up more than half of the weight."""
         return sum(int((fisher < 0).sum()) for fisher in fishers), self.decided_by_floor(fishers)
 
     def decided_by_floor(self, fishers: Sequence[torch.Tensor]) -> int:
-        """Return the elements in which floors make up more than half of the weight."""
+        """Return the number of elements in which floors make up more than half of the weight."""
         zeros = [_zeros(fisher) for fisher in fishers]
         _, raised, total = self._sums(zeros, fishers)
         return int((raised > 0.5 * total).sum())
@@ -364,12 +367,12 @@ class FisherMean(Rule):
 
 @dataclass(frozen=True)
 class Formula(Rule):
-    """A method that is a plain torch function of the pieces, such as a user's own."""
+    """A plain torch function of the blocks, such as a user's own method."""
 
     function: Callable[..., Any]
     parameters: Mapping[str, Any] = field(default_factory=dict)
     vectors: tuple[TaskVector, ...] = ()
-    """A drop that comes before, as for `FisherMean`."""
+    """The task vectors after a drop, if any, as in `FisherMean`."""
     method: str = ""
     """The name of the method, for messages."""
 
@@ -380,13 +383,13 @@ class Formula(Rule):
         where: Where,
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return what the function returns: a floating tensor of the pieces' shape."""
+        """Return the function's result: a floating-point tensor of the blocks' shape."""
         return self.function(list(models), base, **self.parameters)
 
     def dropped(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
     ) -> list[torch.Tensor]:
-        """Return the models the function is to see, in the dtype of the pieces."""
+        """Return the models that the function is given, in the dtype of the blocks."""
         if not self.vectors or base is None:
             return list(models)
         pairs = zip(self.vectors, models, strict=True)
@@ -395,14 +398,14 @@ class Formula(Rule):
 
 @dataclass(frozen=True)
 class RowCombination(Rule):
-    """Each row a sum of the models' rows, or of their task vectors' beside the base, by weights of its own.
+    """Each row is a weighted sum of the models' rows, or of the base's and the task vectors', with its own weights.
 
-    The weights are a function of the row's Gram matrix. A tensor without rows is one row.
+    The weights are a function of the row's Gram matrix. A tensor with one axis is one row.
     """
 
     coefficients: Coefficients
     vectors: tuple[TaskVector, ...] = ()
-    """The task vectors; empty: the models themselves, and before them the base where the method has one."""
+    """The task vectors; empty: the models themselves, after the base if the method has one."""
 
     @property
     def extent(self) -> Extent:
@@ -412,27 +415,27 @@ class RowCombination(Rule):
     def combined(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sum in fp64 for pieces of shape (rows, length) and `weights` (rows, k) in fp64."""
+        """Return the sum in fp64 for blocks of shape (rows, length) and `weights` (rows, k) in fp64."""
         return _combined(self.vectors, [one.unsqueeze(1) for one in weights.unbind(1)], models, base, where)
 
 
 @dataclass(frozen=True)
 class ColumnCombination(Rule):
-    """Each column, along the first axis, a sum of the models', or of their task vectors' beside the base."""
+    """Each column (along the first axis) is a weighted sum of the models', or of the base's and the task vectors'."""
 
     weights: NDArray[np.float64] = field(compare=False)
-    """(k, columns), of the vectors as in `RowCombination`."""
+    """Weights (k, columns) of the vectors, which are those of `RowCombination`."""
     vectors: tuple[TaskVector, ...] = ()
 
     @property
     def extent(self) -> Extent:
-        """Every column."""
+        """Whole columns."""
         return Extent.COLUMN
 
     def combined(
         self, models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where, weights: torch.Tensor
     ) -> torch.Tensor:
-        """Return the sum in fp64 for pieces of shape (rows, columns), with this rule's `weights` as a tensor."""
+        """Return the sum in fp64 for blocks of shape (rows, columns); `weights` are this rule's, as a tensor."""
         return _combined(self.vectors, [one.unsqueeze(0) for one in weights], models, base, where)
 
 
@@ -443,7 +446,7 @@ def _combined(
     base: torch.Tensor | None,
     where: Where,
 ) -> torch.Tensor:
-    """Return the sum of vectors by weights of the pieces' shape; of task vectors, beside the base."""
+    """Return the weighted sum of vectors, plus the base if they are task vectors; weights broadcast to the blocks."""
     assert base is not None or not vectors
     scaled = [w * v.rescale for w, v in zip(weights, vectors, strict=True)] if vectors else weights
     total = _zeros(models[0])
@@ -454,7 +457,7 @@ def _combined(
 
 @dataclass(frozen=True)
 class CopyOf(Rule):
-    """The bytes of one model's tensor, unchanged but for the output's dtype."""
+    """One model's tensor, unchanged except for the output's dtype."""
 
     model: int = 0
 
@@ -465,7 +468,7 @@ class CopyOf(Rule):
         where: Where,
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return the model's values, as a weighted sum does: what is not finite in any model shows."""
+        """Return the model's values as a weighted sum, so that a non-finite value in any model shows."""
         weights = tuple(float(i == self.model) for i in range(len(models)))
         return WeightedSum(weights)(models, base, where)
 
@@ -476,7 +479,7 @@ class RegressionMean(Rule):
 
     weights: tuple[float, ...]
     operators: tuple[torch.Tensor, ...]
-    """P_i of each model, fp64 (inputs, inputs)."""
+    """P_i per model, fp64 (inputs, inputs)."""
 
     rows_at_once = ROWS_AT_ONCE
 
@@ -492,9 +495,9 @@ class RegressionMean(Rule):
         where: Where,
         fishers: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """Return theta in fp64, flat, for flat pieces of whole rows.
+        """Return theta in fp64, flat, for flat blocks of whole rows.
 
-        Rows are taken `ROWS_AT_ONCE` at a time from the first, so that a product has one shape however pieces are cut.
+        Products take `ROWS_AT_ONCE` rows at a time, so that their shape does not depend on how blocks are cut.
         """
         import torch
 
@@ -507,7 +510,7 @@ class RegressionMean(Rule):
             some = slice(first, first + ROWS_AT_ONCE)
             start = mean[some].clone()
             for theta, operator in zip(rows, self.operators, strict=True):
-                # What is not finite stays so at its own element; the rest of its row takes it for the average.
+                # A non-finite value shows at its own element only; the rest of its row uses the average in its place.
                 away = (theta[some] - start).nan_to_num(0.0, 0.0, 0.0)
                 mean[some] += away @ operator.to(theta.device)
         return mean.reshape(-1)
@@ -520,17 +523,17 @@ def vectors_of(rule: Rule) -> tuple[TaskVector, ...]:
 
 
 def ranked(rule: Rule) -> bool:
-    """Return whether entries are dropped by their rank in a row, which must then be whole."""
+    """Return whether entries are dropped by their rank in a row, which needs whole rows."""
     return any(vector.rank_drop is not None for vector in vectors_of(rule))
 
 
 def removing(rule: Rule) -> tuple[TaskVector, ...]:
-    """Return the task vectors of a rule that may lose entries; empty if none does."""
+    """Return the task vectors of a rule if any of them may lose entries; else an empty tuple."""
     return vectors_of(rule) if rule.removes else ()
 
 
 def _zeros(like: torch.Tensor) -> torch.Tensor:
-    """Return fp64 zeros of a piece's shape; 0 times an infinity would be NaN."""
+    """Return fp64 zeros of a block's shape; multiplying by 0 would turn infinity into NaN."""
     import torch
 
     return torch.zeros_like(like, dtype=torch.float64)

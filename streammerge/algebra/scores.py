@@ -1,7 +1,7 @@
-"""Numbers by which methods select elements: computed in fp64, rounded to fp32, ranked by their bit patterns.
+"""Scores by which methods select elements: computed in fp64, rounded to fp32, ranked by their bit patterns.
 
-A pattern orders as the score does. A score of what is not finite ranks above all others, so that it is selected and
-shows in the output.
+Patterns order as the scores do. A non-finite score ranks above all others, so that the element is selected and the
+check on the output finds it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Importance:
-    """abs(delta) times how far the rows' softmaxes diverge, KL(theta || theta_0), the row being the last axis.
+    """abs(delta) times the divergence KL(theta || theta_0) of the softmaxes of the element's row (the last axis).
 
-    Probabilities are smoothed by `SMOOTHING`. An element that is not finite has no part in its row's divergence.
+    Probabilities are smoothed by `SMOOTHING`. Non-finite elements are left out of their row's divergence.
     """
 
     vector: TaskVector
@@ -55,7 +55,7 @@ class Importance:
         return _patterns((size * where.divergences[self].unsqueeze(1)).reshape(-1))
 
     def divergence(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
-        """Return the divergence of each row, fp64; where rounding makes it negative, 0."""
+        """Return the divergence of each row, fp64; values that rounding made negative become 0."""
         import torch
 
         after = self.vector.dropped_model(theta, base, where) if self.vector.removes else theta.double()
@@ -71,13 +71,13 @@ Score = Spread | Importance
 
 @dataclass(frozen=True)
 class Selection:
-    """The elements whose score passes a cut; the cut's ties go by index, or all one way."""
+    """The elements whose score passes a cut; ties are all kept, all dropped, or kept by index."""
 
     score: Score
     cut: Cut
 
     def mask(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
-        """Return which elements of the piece are selected."""
+        """Return the mask of the selected elements of the block."""
         import torch
 
         pattern = self.score.patterns(models, base, where)
@@ -92,12 +92,12 @@ class Selection:
 
 
 def sees_rows(ranked: object) -> bool:
-    """Return whether what is ranked depends on whole rows."""
+    """Return whether the ranked quantity depends on whole rows."""
     return isinstance(ranked, Importance)
 
 
 def _probabilities(rows: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    """Return the smoothed softmax of each row, over the elements that are there."""
+    """Return the smoothed softmax of each row over the elements where `there` is True."""
     import torch
 
     top = rows.masked_fill(~there, -torch.inf).max(dim=1, keepdim=True).values

@@ -1,4 +1,4 @@
-"""Task vectors, and which of their entries survive drops and cuts: the formulas, in torch."""
+"""Task vectors and the masks of entries that survive drops and cuts, as formulas in torch."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ TiePolicy = Literal["drop", "all", "thin", "index"]
 
 @dataclass(frozen=True)
 class Where:
-    """Which elements of which tensor a piece holds."""
+    """The position of a block: the tensor, and the elements of it."""
 
     tensor: str
     """Canonical output name; it keys the random words."""
     start: int
-    """Flat row-major index of the piece's first element in the whole tensor."""
+    """Flat row-major index of the block's first element within the whole tensor."""
     keys: rng.RandomKeys
     row_length: int = 1
-    """Elements of a row, where the piece is of whole rows."""
+    """Number of elements per row, if the block consists of whole rows."""
     masks: dict[TaskVector, torch.Tensor] = field(default_factory=dict, compare=False)
-    """The masks of these elements found so far: a formula, and who counts what it kept, ask for the same."""
+    """Masks computed so far; the formula and the count of survivors need the same ones."""
     divergences: dict[object, torch.Tensor] = field(default_factory=dict, compare=False)
-    """What is known of these rows by a score that depends on all of a row."""
+    """Values per row computed so far by a score that depends on whole rows."""
 
     def words(self, purpose: str, model: int | None, n: int, device: torch.device) -> torch.Tensor:
-        """Return one random word per element of the piece, int64 in [0, 2**32)."""
+        """Return one random word per element of the block, int64 in [0, 2**32)."""
         return rng.words(self.keys.key(purpose, model, self.tensor), self.start, self.start + n, device)
 
     def words_at(self, purpose: str, model: int | None, places: torch.Tensor) -> torch.Tensor:
-        """Return the random words of some elements of the piece, given by their places in it."""
+        """Return the random words of some elements, given by their indices within the block."""
         return rng.words_at(self.keys.key(purpose, model, self.tensor), places + self.start)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Keep elements by magnitude: those above a threshold, and some of those at it."""
+    """Keep elements by magnitude: those above a threshold, and some of those equal to it."""
 
     key: int
-    """Bit pattern of the fp32 threshold, sign bit off: patterns order as magnitudes do."""
+    """Bit pattern of the fp32 threshold (sign bit cleared); patterns order as magnitudes do."""
     ties: TiePolicy
     limit: int = 0
-    """`thin`: the word below which a tie is kept. `index`: the element before which it is."""
+    """With `thin`: ties whose word is below it are kept. With `index`: ties before this element are kept."""
 
 
 @dataclass(frozen=True)
 class RankDrop:
-    """Keep an entry with probability low + spread * (r - 1) / (n - 1), r the rank of its magnitude in its row of n.
+    """Keep an entry with probability low + spread * (r - 1) / (n - 1), where r is its magnitude's rank in a row of n.
 
-    DELLA's MagPrune (https://arxiv.org/abs/2406.11617). The smallest has rank 1, equal ones the mean of their ranks;
-    in a row of one the probability is that of the middle.
+    This is DELLA's MagPrune (https://arxiv.org/abs/2406.11617). The smallest magnitude has rank 1; equal magnitudes
+    share the mean of their ranks. In a row of one element the probability is low + spread / 2.
     """
 
     low: float
     spread: float
     unbiased: bool = True
-    """A survivor is divided by its probability."""
+    """Whether survivors are divided by their probability."""
 
     def probabilities(self, delta: torch.Tensor, row_length: int) -> torch.Tensor:
         """Return the probability of each entry, fp64 and flat, for whole rows."""
@@ -81,7 +81,7 @@ class RankDrop:
 
 @dataclass(frozen=True)
 class TaskVector:
-    """delta_i = theta_i - theta_0 of one model, as it enters the sum: dropped, cut, rescaled, weighed.
+    """delta_i = theta_i - theta_0 of one model as it enters the sum: after drop, cut, rescaling and weighting.
 
     A random drop comes first and a magnitude cut after it; either may be absent.
     """
@@ -89,27 +89,27 @@ class TaskVector:
     model: int
     weight: float = 1.0
     rescale: float = 1.0
-    """Factor that makes up for the removed entries."""
+    """Factor that compensates for the removed entries."""
     drop: int = 0
-    """Elements whose "dare" word lies below this are dropped; see `rng.threshold`."""
+    """Elements whose "dare" word is below this are dropped; see `numerics.philox.threshold`."""
     drop_end: int = 0
-    """Before this element, those whose word equals `drop` are dropped too."""
+    """Elements before this one whose word equals `drop` are dropped too."""
     shared: bool = False
-    """The random words are those of all models together, not the model's own."""
+    """Whether the random words are those shared by all models, not the model's own."""
     cut: Cut | None = None
     outliers: Cut | None = None
-    """What this cut keeps, the largest, is removed after all: only with `cut`, whose tie policy it shares."""
+    """A second cut whose kept (largest) entries are removed. It requires `cut`, and shares its tie policy."""
     rank_drop: RankDrop | None = None
-    """Drops entries by the rank of their magnitude; none of the others with it."""
+    """A drop by the rank of the magnitude; it excludes `drop` and `cut`."""
 
     @property
     def coefficient(self) -> float:
-        """The one factor that multiplies a surviving entry."""
+        """The factor of a surviving entry: weight times rescale."""
         return self.weight * self.rescale
 
     @property
     def is_random(self) -> bool:
-        """Whether entries are dropped at random; not that random words choose among equal magnitudes at a threshold."""
+        """Whether entries are dropped at random. Random choices among ties at a threshold do not count."""
         return 0 < self.drop < 2**32 or self.drop_end > 0 or self.rank_drop is not None
 
     @property
@@ -119,15 +119,15 @@ class TaskVector:
 
     @property
     def stream(self) -> int | None:
-        """The model whose random words decide; None: the stream that all models share."""
+        """The model whose random words are used; None: the stream that all models share."""
         return None if self.shared else self.model
 
     def dropped_model(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
-        """Return theta_0 + rescale * surviving delta in fp64: the model as it is after the drop."""
+        """Return theta_0 + rescale * surviving delta in fp64: the model after the drop."""
         return base.double() + self.rescale * self.surviving(theta, base, where).double()
 
     def entries(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
-        """Return the task vector as it enters the sum: its coefficient times what survives, in fp64."""
+        """Return the task vector as it enters the sum: coefficient times surviving entries, in fp64."""
         import torch
 
         left = self.surviving(theta, base, where).double()
@@ -141,7 +141,7 @@ class TaskVector:
         return (theta - base).masked_fill(~self.mask(theta, base, where), 0.0)
 
     def mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
-        """Return which entries survive; a dropped entry counts as 0 for the cut."""
+        """Return the mask of surviving entries; a dropped entry counts as 0 for the cut."""
         if self not in where.masks:
             where.masks[self] = self._mask(theta, base, where)
         return where.masks[self]
@@ -161,7 +161,7 @@ class TaskVector:
             if self.drop_end:
                 place = torch.arange(where.start, where.start + delta.numel(), device=delta.device)
                 keep &= (words > self.drop) | (place >= self.drop_end)
-            # What is not finite is never dropped: it must show in the output, where it is found.
+            # Never drop a non-finite value: the check on the output must see it.
             keep |= ~torch.isfinite(delta)
             delta = delta.masked_fill(~keep, 0.0)
         if self.cut is None:
@@ -170,7 +170,7 @@ class TaskVector:
         kept = self._kept_by(self.cut, key, where)
         if self.outliers is None:
             return kept
-        # What is not finite is no outlier: it must show in the output, where it is found.
+        # Never remove a non-finite value as an outlier: the check on the output must see it.
         return kept & (~self._kept_by(self.outliers, key, where) | (key >= 0x7F800000))
 
     def _kept_by(self, cut: Cut, key: torch.Tensor, where: Where) -> torch.Tensor:
@@ -182,7 +182,7 @@ class TaskVector:
         tied = (key == cut.key).nonzero().squeeze(-1)
         if cut.ties == "index":
             kept = tied[tied + where.start < cut.limit]
-        elif 4 * tied.numel() < key.numel():  # a word for one costs as much as for four in a row
+        elif 4 * tied.numel() < key.numel():  # one scattered word costs as much as four consecutive ones
             kept = tied[where.words_at("ties", self.stream, tied) < cut.limit]
         else:
             kept = tied[where.words("ties", self.stream, key.numel(), key.device)[tied] < cut.limit]
@@ -192,7 +192,7 @@ class TaskVector:
 def terms_of(
     vectors: Sequence[TaskVector], models: Sequence[torch.Tensor], base: torch.Tensor | None, where: Where
 ) -> list[torch.Tensor]:
-    """Return the surviving entries of task vectors; without any, the base, if there is one, and the models."""
+    """Return the surviving entries of the task vectors; without task vectors, the base (if any) and the models."""
     if not vectors:
         return [*([] if base is None else [base]), *models]
     assert base is not None

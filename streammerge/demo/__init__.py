@@ -1,1 +1,1 @@
-"""A merge that runs in seconds: four fine-tunes of one small network, shipped with the package."""
+"""A demonstration that runs in seconds: merges of four fine-tunes of a small network that ship with the package."""

@@ -1,5 +1,5 @@
 """
-Four views of the same handwritten digits, and how well a network reads each.
+Four views of the same handwritten digits, and the accuracy of a network on each.
 
 `base` was trained on plain 8x8 digits and then fine-tuned, with one shared ten-way head, to four views of
 them. Each fine-tune reads its own view and little else; a merge has to read all four. No image shipped here
@@ -61,12 +61,12 @@ def model_dir(name: str) -> Path:
 
 
 def fisher_path(task: str) -> Path:
-    """The shipped Fisher diagonal of a fine-tune, exact over its training images."""
+    """Path of the shipped Fisher diagonal of a fine-tune, computed exactly over its training images."""
     return _data() / "fisher" / f"{task}.safetensors"
 
 
 def load_model(directory: str | Path) -> dict[str, Floats]:
-    """Every tensor of every .safetensors file of a directory, as float32; merged models may be bf16."""
+    """Read every tensor of every .safetensors file in a directory as float32; merged models may be bf16."""
     weights: dict[str, Floats] = {}
     for path in sorted(Path(directory).glob("*.safetensors")):
         weights |= _read(path.read_bytes())

@@ -14,7 +14,7 @@ import click
 from streammerge.api import merge
 from streammerge.demo import digits
 
-# Round numbers, not tuned for these models; a user would tune lambda and density on held-out data.
+# Round numbers, not tuned for these models: a user tunes lambda and density on held-out data.
 SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("linear", {}),
     ("task_arithmetic", {"lambda": 0.4}),
@@ -27,7 +27,7 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def run_demo(out: Path | None) -> None:
-    """Merge with each method into a directory of its own under `out` and print the table."""
+    """Merge with each method into its own directory under `out`, and print the table."""
     began = time.monotonic()
     click.echo(
         f"{len(digits.TASKS)} fine-tunes of one small network, one per task; accuracy on test images, %\n"
@@ -44,7 +44,7 @@ def run_demo(out: Path | None) -> None:
                 demo_config(method, parameters),
                 target,
                 overwrite=target.exists(),
-                on_event=lambda event: None,  # each has its line of figures
+                on_event=lambda event: None,  # the table has one line for each merge
             )
             average = _show(_label(method, parameters), digits.load_model(target))
             beaten += average > best

@@ -1,7 +1,7 @@
-"""How a method asks for statistics: `yield from ask(statistic)` gives the value, with its type.
+"""How a method asks for statistics: `yield from ask(statistic)` returns the typed value.
 
-A method with statistics is a generator. It yields lists of statistics, one list a round, and is sent the list of their
-values; `ask` and `ask_all` are rounds of one statistic and of several of one kind.
+A method with statistics is a generator. It yields lists of statistics, one list per round, and is sent the list of
+their values. `ask` is a round of one statistic, `ask_all` a round of several of the same kind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from streammerge.statistics.base import A, Statistic
 R = TypeVar("R")
 
 Steps = Generator[list[Statistic[Any]], list[Any], R]
-"""The rounds of a method, which end in R: a rule, or task vectors on the way to one."""
+"""The rounds of a method, which return R: a rule, or task vectors to build one from."""
 
 
 def ask(statistic: Statistic[A]) -> Steps[A]:
@@ -27,5 +27,5 @@ def ask(statistic: Statistic[A]) -> Steps[A]:
 
 
 def ask_all(statistics: Sequence[Statistic[A]]) -> Steps[list[A]]:
-    """Ask for several statistics in one round: one pass over the data answers all of them."""
+    """Ask for several statistics in one round, which share the passes over the data."""
     return cast(list[A], (yield list(statistics)))

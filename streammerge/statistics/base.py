@@ -1,9 +1,9 @@
-"""The contract of a statistic: a question about tensors that is answered exactly, before they are merged.
+"""The contract of a statistic: an exact number (or several) computed from tensors before they are merged.
 
-A statistic is one class in one file: its question (its fields), its cost, its value to and from JSON, and its reducer.
-The planner, the engine and the backends know this contract and no kind of it, so a new kind is a new file. A method
-asks by ``value = yield from ask(TopK(...))``; how that is answered (in memory, streamed, by several processes, over one
-tensor or the whole model) is the engine's concern, and does not change the value.
+A statistic is one class in one file: its fields say what to compute, and its methods give the cost, the conversion of
+the value to and from JSON, and the reducer. The planner, the engine and the backends know only this contract, so a new
+kind of statistic is a new file. A method asks with ``value = yield from ask(TopK(...))``. The engine decides how the
+value is computed (in memory, streamed, by several processes, over a tensor or the whole model); the value is the same.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ A = TypeVar("A")
 _A = TypeVar("_A", covariant=True)
 
 Range = tuple[int, int, int]
-"""(ordinal of a tensor, start, stop)"""
+"""A range of elements: (ordinal of the tensor, start, stop)."""
 
 MOST_BINS = 1 << 19
-"""Counts of a window of magnitudes: more of them do not make fewer passes."""
+"""The most bins in a window of magnitudes; more bins do not save passes."""
 FEWEST_BINS = 1 << 12
-"""Counts of a window that a plan leaves room for, at least."""
+"""The fewest bins in a window that a plan reserves memory for."""
 
 
 class NotFiniteError(Exception):
-    """A task vector holds a NaN or an infinity; the engine finds out where."""
+    """A task vector contains NaN or infinity; the engine locates it."""
 
     def __init__(self, job: int) -> None:
         super().__init__(job)
@@ -43,95 +43,95 @@ class NotFiniteError(Exception):
 
 
 class Source(Enum):
-    """The data that a statistic is taken from."""
+    """The data that a statistic is computed from."""
 
     NOTHING = "nothing"
-    """No data: the random stream, or numbers that are recorded already."""
+    """No data: the random stream, or numbers that are already recorded."""
     MODELS = "models"
     """Blocks of the base, the models and their Fisher diagonals."""
     FISHERS = "fishers"
     """Blocks of the Fisher diagonals alone."""
     GRAMS = "grams"
-    """The models' Gram matrices, whole: see `Statistic.of_grams`."""
+    """The models' whole Gram matrices; see `Statistic.of_grams`."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What it costs to take a statistic, in memory and in passes over its tensors."""
+    """The cost of a statistic, in memory and in passes over its tensors."""
 
     windows: int = 0
-    """Windows of counts: each has up to `most_bins` of 4 or 8 bytes, and one more for each worker."""
+    """Number of windows of counts. Each holds up to `most_bins` bins of 4 or 8 bytes, plus one copy per worker."""
     partials: int = 0
-    """fp64 partial sums for each block of 4096 elements."""
+    """Number of fp64 partial sums per block of 4096 elements."""
     passes: int = 1
-    """Passes over the tensors, as a rule; 0 where no data is read."""
+    """The usual number of passes over the tensors; 0 if no data is read."""
 
 
 @dataclass(frozen=True)
 class MeasuredTensor:
-    """One tensor that a statistic is taken over."""
+    """One tensor that a statistic is computed over."""
 
     ordinal: int
-    """Its number in the order of the merge."""
+    """Index of the tensor in the order of the merge."""
     n: int
     """Elements."""
     name: str = ""
     """Canonical output name; it keys the random words."""
     columns: int = 1
-    """Elements of what lies along all axes but the first; 1 for a tensor of one axis."""
+    """Elements along all axes but the first; 1 for a tensor with one axis."""
     square_sums: tuple[float | None, ...] = ()
-    """For each model, the sum of squares of its Fisher diagonal, if a store recorded it; empty without diagonals."""
+    """Sum of squares of each model's Fisher diagonal, where its store recorded one; empty without diagonals."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The tensors over which a statistic is taken, and the limits within which."""
+    """The tensors that a statistic is computed over, and the limits of the computation."""
 
     tensors: Sequence[MeasuredTensor]
-    """In order."""
+    """The tensors in the order of the merge."""
     keys: RandomKeys
     versions: Mapping[int, Statistic[Any]] = field(default_factory=dict)
-    """Each tensor's own version of a statistic of the whole model, by ordinal."""
+    """Each tensor's own form of a statistic of the whole model, by ordinal."""
     tolerant: bool = False
-    """Whether entries that are not finite are ranked, above all others, instead of raising `NotFiniteError`."""
+    """Whether non-finite entries are ranked above all others; otherwise they raise `NotFiniteError`."""
     most_bins: int = MOST_BINS
-    """Counts of one window, at most."""
+    """The most bins in one window."""
 
     @property
     def n(self) -> int:
-        """Elements of all tensors."""
+        """Number of elements of all tensors."""
         return sum(tensor.n for tensor in self.tensors)
 
 
 class Reducer(Protocol[_A]):
-    """Reduces blocks to the value of a statistic, in one pass or in several.
+    """A fold over blocks that yields the value of a statistic, in one pass or several.
 
-    `add` may be called from many threads. A pass may also be split over processes: each fills a reducer of its own (a
-    pickled copy of this one before the pass), and this one absorbs their parts before `end`. Parts are exact and
-    order-free: integers add; fp64 sums keep the partial sums of blocks until all before them are there.
+    `add` may be called from many threads. A pass may also be split over processes: each fills its own reducer (a pickled
+    copy of this one from before the pass), and this one absorbs their parts before `end`. Parts are exact and do not
+    depend on their order: integers add, and fp64 sums keep partial sums of blocks until all earlier blocks are there.
     """
 
     wants: Range | None = None
-    """The only elements that the next pass needs; None: all of them."""
+    """The only elements that the next pass must read; None: all of them."""
     in_order: bool = False
-    """Whether blocks must come one after the other: then a part is handed on before the next block is added."""
+    """Whether blocks must be added in order; then each part is handed on before the next block is added."""
     samples: bool = False
-    """Whether some blocks, added before the first pass, narrow down what it must count: see `narrow_by_sample`."""
+    """Whether a sample of blocks, added before the first pass, narrows what is counted; see `narrow_by_sample`."""
     reads_models: bool = True
-    """Whether it looks at the models, not at their Fisher diagonals alone."""
+    """Whether it reads the models; False: only their Fisher diagonals."""
 
     @abstractmethod
     def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Take into account `n` elements of a tensor, from element `start` on; `math` holds them.
+        """Add elements `start` to `start + n` of a tensor; `math` holds them.
 
         Raises
         ------
         NotFiniteError
-            If a value is not finite and that cannot be tolerated.
+            If a value is not finite and non-finite values are not tolerated.
         """
 
     def end(self) -> bool:
-        """End a pass; return whether the value is known. One pass is enough unless a reducer says otherwise."""
+        """End a pass and return whether the value is known. By default one pass is enough."""
         return True
 
     @property
@@ -141,34 +141,34 @@ class Reducer(Protocol[_A]):
 
     @abstractmethod
     def part(self) -> Any:
-        """Return what was added in this pass: a value that pickles, for `absorb` of a reducer in the same pass."""
+        """Return what was added in this pass, as a picklable value for `absorb` of a reducer in the same pass."""
 
     @abstractmethod
     def absorb(self, part: Any) -> None:
-        """Take into account what another reducer was given in this pass."""
+        """Add the part of a different reducer of the same pass."""
 
     @property
     def sampled_model(self) -> int | None:
-        """The one model that a sample must hold; None: all of them."""
+        """The only model that a sample needs; None: all of them."""
         return None
 
     def narrow_by_sample(self) -> None:
-        """Take what was added so far as a sample of blocks, and start over with what it tells."""
+        """Treat what was added so far as a sample, narrow the window by it, and start over."""
         return
 
 
 class Known(Generic[_A]):
-    """A value that takes no pass."""
+    """A value that is known without a pass."""
 
     def __init__(self, value: _A) -> None:
         self.value = value
 
 
 class Statistic(Generic[A]):
-    """A question about one tensor or about the whole model; a frozen dataclass whose fields say which.
+    """Something to compute over a tensor or over the whole model: a frozen dataclass whose fields specify it.
 
-    A subclass has a field `extent`, and defines `placeholder`, `reducer`, `to_json`, `from_json` and, where it differs
-    from one pass without memory, `cost`. Subclasses are listed in `KINDS`.
+    A subclass has a field `extent` and defines `placeholder`, `reducer`, `to_json` and `from_json`; it defines `cost` too
+    unless it takes one pass and no memory. Subclasses are listed in `KINDS`.
     """
 
     source: ClassVar[Source] = Source.MODELS
@@ -179,60 +179,60 @@ class Statistic(Generic[A]):
 
     @property
     def extent(self) -> Extent:
-        """The tensor, or the whole model."""
+        """TENSOR, or MODEL for the whole model."""
         return Extent.TENSOR
 
     @property
     def cost(self) -> Cost:
-        """What it costs to take it."""
+        """Its cost in memory and passes."""
         return Cost(passes=int(self.source in (Source.MODELS, Source.FISHERS)))
 
     def calls(self) -> Sequence[Call]:
-        """Return which methods of `BlockMath` its reducer calls, so that their kernels are compiled before."""
+        """Return the methods of `BlockMath` that its reducer calls, so that their kernels are compiled beforehand."""
         return ()
 
     def reads(self, tensor: MeasuredTensor) -> bool:
-        """Return whether blocks of this tensor must be read for it."""
+        """Return whether it needs the blocks of this tensor."""
         return self.source in (Source.MODELS, Source.FISHERS)
 
     @property
     def common(self) -> tuple[object, ...]:
-        """What must be the same in every tensor that it is taken over, where it is of the whole model."""
+        """The part of a whole-model statistic that must be equal for all tensors."""
         return (type(self),)
 
     def placeholder(self) -> A:
-        """Return a value of the right type, to follow a method without data."""
+        """Return some value of the right type; the planner uses it to follow a method without data."""
         raise NotImplementedError
 
     def reducer(self, over: Measurement) -> Reducer[A] | Known[A]:
-        """Return what takes it over some tensors, or its value where no data is needed for it."""
+        """Return the reducer that computes it over some tensors, or its value if that needs no data."""
         raise NotImplementedError
 
     def of_grams(self, grams: list[NDArray[np.float32]]) -> A:
-        """Return its value from the models' Gram matrices, (inputs, inputs) each; it may take them out of the list."""
+        """Return its value from the models' Gram matrices, (inputs, inputs) each; it may remove them from the list."""
         raise NotImplementedError
 
     def to_json(self, value: A) -> object:
-        """Return a value as JSON holds it exactly; None: it is large, and is not recorded but taken anew."""
+        """Return a value in a form that JSON holds exactly; None: too large to record, so it is computed again."""
         return None
 
     def from_json(self, plain: Any) -> A:
-        """Return the value that `to_json` made this of.
+        """Return the value that `to_json` converted.
 
         Raises
         ------
         ValueError
-            If it made nothing like it.
+            If `to_json` cannot have produced it.
         """
         raise ValueError(f"no value of {type(self).__name__}")
 
 
 KINDS: dict[str, type[Statistic[Any]]] = {}
-"""Every kind of statistic that was imported, by its dotted name."""
+"""Every imported kind of statistic, by its dotted name."""
 
 
 class Lock:
-    """A lock that a pickled copy of its owner has anew."""
+    """A lock that pickles as a new lock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -248,19 +248,19 @@ class Lock:
 
 
 def integers(plain: Any) -> tuple[int, ...]:
-    """Return a JSON list of integers as a tuple; ValueError if it is no such list."""
+    """Return a JSON list of integers as a tuple; raise ValueError if it is not one."""
     if not isinstance(plain, list) or not all(type(number) is int for number in plain):
         raise ValueError("not a list of integers")
     return tuple(plain)
 
 
 def hex_of(number: float) -> str:
-    """Return an fp64 number as JSON holds it exactly."""
+    """Return an fp64 number as text that JSON holds exactly."""
     return number.hex()
 
 
 def from_hex(text: Any) -> float:
-    """Return the fp64 number that `hex_of` made this of; ValueError if it made nothing like it."""
+    """Return the fp64 number of a text from `hex_of`; raise ValueError if it is not one."""
     try:
         return float.fromhex(text)
     except (OverflowError, TypeError):

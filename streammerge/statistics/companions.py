@@ -1,4 +1,4 @@
-"""Statistics of what comes with the models: their Fisher diagonals, their Gram matrices."""
+"""Statistics of the models' Fisher diagonals and Gram matrices."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class SquareTotal:
 
     total: float
     n: int
-    """Elements it was taken over."""
+    """Number of elements summed."""
 
 
 @dataclass(frozen=True)
 class FisherSquares(Statistic[SquareTotal]):
-    """Ask for the sum of squares of one model's Fisher diagonal over the whole model, in fp64.
+    """The sum of squares of one model's Fisher diagonal over the whole model, in fp64.
 
-    A store may have recorded the sums of its tensors; these are not read again.
+    Tensors whose sums the store recorded are not read.
     """
 
     source = Source.FISHERS
@@ -53,15 +53,15 @@ class FisherSquares(Statistic[SquareTotal]):
 
     @property
     def cost(self) -> Cost:
-        """One sum a block."""
+        """One sum per block."""
         return Cost(partials=1)
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("fisher_squares"),)
 
     def reads(self, tensor: MeasuredTensor) -> bool:
-        """Return whether the diagonal of this tensor must be read: no sum of its squares is recorded."""
+        """Return whether the diagonal of this tensor must be read because its sum of squares is not recorded."""
         return bool(tensor.square_sums) and tensor.square_sums[self.model] is None
 
     def placeholder(self) -> SquareTotal:
@@ -69,7 +69,7 @@ class FisherSquares(Statistic[SquareTotal]):
         return SquareTotal(1.0, 1)
 
     def reducer(self, over: Measurement) -> Reducer[SquareTotal] | Known[SquareTotal]:
-        """Return what adds up the tensors whose sums are not recorded."""
+        """Return the reducer over the tensors whose sums are not recorded."""
         lengths = {tensor.ordinal: tensor.n for tensor in over.tensors if tensor.square_sums}
         sums = (
             (tensor.ordinal, tensor.square_sums[self.model]) for tensor in over.tensors if tensor.square_sums
@@ -91,14 +91,14 @@ class FisherSquares(Statistic[SquareTotal]):
 
 
 class FisherSquaresReducer(Reducer[SquareTotal]):
-    """Adds the squares of one model's diagonal: of each tensor by blocks in index order, then over tensors in order.
+    """Sums the squares of one model's diagonal: per tensor over blocks in index order, then over tensors in order.
 
     Parameters
     ----------
     recorded
-        The sums of tensors that need not be read, by ordinal.
+        Sums of the tensors that need not be read, by ordinal.
     lengths
-        The elements of every tensor that has a diagonal, by ordinal.
+        Number of elements of every tensor that has a diagonal, by ordinal.
     """
 
     reads_models = False
@@ -135,13 +135,13 @@ class FisherSquaresReducer(Reducer[SquareTotal]):
 
     @property
     def value(self) -> SquareTotal:
-        """The sum, the same whether tensors were read or their sums recorded in a store."""
+        """The sum; recorded sums give the same bits as reading the tensors."""
         known = self._recorded | self._totals
         totals = np.array([known[ordinal] for ordinal in sorted(known)])
         return SquareTotal(in_order(totals), sum(self._lengths.values()))
 
     def part(self) -> tuple[dict[int, float], dict[int, tuple[int, Part]]]:
-        """Return the sums of tensors that are complete, and of others the elements added and their partial sums."""
+        """Return the sums of complete tensors, and for other tensors the number of elements added and the partial sums."""
         begun = {
             ordinal: (self._lengths[ordinal] - self._left[ordinal], sums.part())
             for ordinal, sums in self._sums.items()
@@ -149,7 +149,7 @@ class FisherSquaresReducer(Reducer[SquareTotal]):
         return self._totals, begun
 
     def absorb(self, part: tuple[dict[int, float], dict[int, tuple[int, Part]]]) -> None:
-        """Add another's sums, each in its place."""
+        """Add the sums of a different reducer, each at its place."""
         complete, begun = part
         with self._lock:
             self._totals |= complete
@@ -164,14 +164,14 @@ class FisherSquaresReducer(Reducer[SquareTotal]):
 
 @dataclass(frozen=True)
 class RegressionOperators(Statistic["tuple[torch.Tensor, ...]"]):
-    """Ask for the matrices P_i, fp64 (inputs, inputs), by which regression mixes the models' deviations from their average.
+    """The matrices P_i, fp64 (inputs, inputs), that RegMean applies to the models' deviations from their average.
 
-    P_i = G_i (sum_j G_j)^+, where G_i is the Gram matrix of model i times its weight.
+    P_i = G_i (sum_j G_j)^+, where G_i is the Gram matrix of model i multiplied by its weight.
     """
 
     source = Source.GRAMS
     alpha: float
-    """What lies off the diagonals of the Gram matrices is multiplied by it."""
+    """Factor of the off-diagonal entries of the Gram matrices."""
     weights: tuple[float, ...]
     extent: Extent = Extent.TENSOR
 
@@ -180,5 +180,5 @@ class RegressionOperators(Statistic["tuple[torch.Tensor, ...]"]):
         return ()
 
     def of_grams(self, grams: list[NDArray[np.float32]]) -> tuple[torch.Tensor, ...]:
-        """Return the matrices, one for each model; the Gram matrices are taken out of the list one by one."""
+        """Return the matrices, one per model; the Gram matrices are removed from the list one by one."""
         return regression_operators(grams, self.alpha, self.weights)

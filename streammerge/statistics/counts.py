@@ -1,4 +1,4 @@
-"""Statistics that count elements: those with a score, those that models have touched, those that elect a sign."""
+"""Statistics that count elements: non-zero scores, elements that models changed, elected signs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _INFINITE = 0x7F800000
 
 @dataclass(frozen=True)
 class NonZero(Statistic[int]):
-    """Ask how many elements of a tensor have a score above 0."""
+    """The number of elements of a tensor whose score is above 0."""
 
     score: Score
     extent: Extent = Extent.TENSOR
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("count_keys", self.score),)
 
     def placeholder(self) -> int:
@@ -33,7 +33,7 @@ class NonZero(Statistic[int]):
         return 1
 
     def reducer(self, over: Measurement) -> Reducer[int]:
-        """Return a counter of patterns above that of 0."""
+        """Return a counter of patterns above the pattern of 0."""
         return _NonZeroReducer(self, over.tolerant)
 
     def to_json(self, value: int) -> object:
@@ -46,7 +46,7 @@ class NonZero(Statistic[int]):
 
 
 class _Total(Reducer[int]):
-    """Adds one integer a block."""
+    """Adds one integer per block."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -66,7 +66,7 @@ class _Total(Reducer[int]):
         return self._total
 
     def absorb(self, part: int) -> None:
-        """Add another's total."""
+        """Add the total of a different reducer."""
         self._count(part)
 
 
@@ -88,28 +88,28 @@ class _NonZeroReducer(_Total):
 
 @dataclass(frozen=True)
 class Touched:
-    """How many elements each model has touched."""
+    """Numbers of elements that each model touched (changed by more than epsilon)."""
 
     unique: tuple[int, ...]
-    """By it alone."""
+    """Elements that this model alone touched, per model."""
     shared: tuple[int, ...]
-    """By it and at least one other."""
+    """Elements that this model and at least one other touched, per model."""
 
 
 @dataclass(frozen=True)
 class Touches(Statistic[Touched]):
-    """Ask how many entries of each task vector exceed `epsilon` in magnitude, and how many of them alone."""
+    """The number of entries of each task vector that exceed `epsilon` in magnitude, alone and together with others."""
 
     vectors: tuple[TaskVector, ...]
     epsilon: float
     extent: Extent = Extent.TENSOR
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("touches"),)
 
     def placeholder(self) -> Touched:
-        """Return one element for each model, touched by it alone."""
+        """Return one element per model, touched by that model alone."""
         return Touched((1,) * len(self.vectors), (0,) * len(self.vectors))
 
     def reducer(self, over: Measurement) -> Reducer[Touched]:
@@ -129,7 +129,7 @@ class Touches(Statistic[Touched]):
 
 
 class _TouchesReducer(Reducer[Touched]):
-    """Counts the elements each model has touched, alone and with others."""
+    """Counts the elements that each model touched, alone and with others."""
 
     def __init__(self, statistic: Touches) -> None:
         self._statistic = statistic
@@ -151,20 +151,20 @@ class _TouchesReducer(Reducer[Touched]):
         return self._counts
 
     def absorb(self, part: Counts) -> None:
-        """Add another's counts."""
+        """Add the counts of a different reducer."""
         with self._lock:
             self._counts = self._counts + part
 
 
 @dataclass(frozen=True)
 class SignTotal(Statistic[int]):
-    """Ask how many elements of the whole model elect + minus how many elect -."""
+    """The number of elements of the whole model that elect + minus the number that elect -."""
 
     merge: TaskVectorMerge
     extent: Extent = Extent.MODEL
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("sign_total", self.merge),)
 
     def placeholder(self) -> int:
@@ -172,7 +172,7 @@ class SignTotal(Statistic[int]):
         return 0
 
     def reducer(self, over: Measurement) -> Reducer[int]:
-        """Return a counter that elects in each tensor by that tensor's own rule."""
+        """Return a counter that applies each tensor's own rule."""
         merges = {tensor.ordinal: self.merge for tensor in over.tensors}
         merges |= {
             ordinal: version.merge
@@ -191,7 +191,7 @@ class SignTotal(Statistic[int]):
 
 
 class _SignTotalReducer(_Total):
-    """Counts elements that elect + minus elements that elect -, each tensor by a rule of its own."""
+    """Counts elements that elect + minus elements that elect -, with each tensor's own rule."""
 
     def __init__(self, merges: dict[int, TaskVectorMerge]) -> None:
         super().__init__()

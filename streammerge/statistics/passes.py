@@ -1,4 +1,4 @@
-"""Runs as many passes over the data as the reducers of some statistics need."""
+"""Run as many passes over the data as the reducers need."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def collect(
     Parameters
     ----------
     run_pass
-        Feeds every block of the tensors (or of the range) to the given reducers.
+        Function that feeds every block of the tensors (or of the range) to the given reducers.
     run_sample
-        Feeds some blocks spread over the tensors; None where these are too small to sample.
+        Function that feeds some blocks spread over the tensors; None if the tensors are too small to sample.
     """
     pending = [reducer for reducer in reducers if not isinstance(reducer, Known)]
     sampled = [reducer for reducer in pending if reducer.samples]

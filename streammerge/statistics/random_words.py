@@ -1,4 +1,4 @@
-"""The statistic of the random stream: which words drop exactly so many elements of a tensor."""
+"""A statistic of the random stream: the word up to which exactly the wanted number of elements is dropped."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _WORDS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class LowWords(Statistic[tuple[int, int]]):
-    """Ask which random words drop exactly round(rate * n) elements of a tensor: the smallest (word, index).
+    """The (word, element) below which exactly round(rate * n) elements of a tensor lie.
 
-    The value (w, e): those with a word below w, and those before element e whose word is w. It is a function of the
-    random stream alone; no data is read for it.
+    The value (w, e) selects the elements whose word is below w, and those before element e whose word equals w. It
+    depends only on the random stream; no data is read.
     """
 
     source = Source.NOTHING
@@ -33,7 +33,7 @@ class LowWords(Statistic[tuple[int, int]]):
     extent: Extent = Extent.TENSOR
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the kernel that it calls."""
+        """Return the kernel of the random stream that it calls."""
         return (Call("words_between"),)
 
     def count(self, n: int) -> int:
@@ -41,20 +41,20 @@ class LowWords(Statistic[tuple[int, int]]):
         return round(self.rate * n)
 
     def placeholder(self) -> tuple[int, int]:
-        """Return the lowest word alone."""
+        """Return the lowest word."""
         return (1, 0)
 
     def reducer(self, over: Measurement) -> Known[tuple[int, int]]:
-        """Return the value: it is known from the random stream."""
+        """Return the value, computed from the random stream."""
         (tensor,) = over.tensors
         return Known(low_words(self, tensor.n, over.keys.key("dare", self.vector.stream, tensor.name)))
 
     def to_json(self, value: tuple[int, int]) -> object:
-        """Return word and element."""
+        """Return the word and the element."""
         return {"pair": list(value)}
 
     def from_json(self, plain: Any) -> tuple[int, int]:
-        """Return word and element."""
+        """Return the word and the element."""
         match plain:
             case {"pair": [int(word), int(element)]}:
                 word, element = integers([word, element])
@@ -63,11 +63,11 @@ class LowWords(Statistic[tuple[int, int]]):
 
 
 def low_words(statistic: LowWords, n: int, key: Key) -> tuple[int, int]:
-    """Return which words drop exactly the asked number of `n` elements; see `LowWords`.
+    """Return the (word, element) below which the wanted number of `n` elements lies; see `LowWords`.
 
-    The words are uniform, so the last one to go lies within a few deviations of its expectation; those in
-    a window around it are sorted, the ones below counted. The counts prove that it lies inside, or
-    the window grows.
+    The words are uniform, so the wanted word lies within a few standard deviations of its expectation. Words in a
+    window around the expectation are sorted, and words below it counted. The counts prove that the wanted word lies
+    in the window; otherwise the window grows.
     """
     count = statistic.count(n)
     if count <= 0:
@@ -89,7 +89,7 @@ def low_words(statistic: LowWords, n: int, key: Key) -> tuple[int, int]:
 def _words_between(
     n: int, key: Key, low: int, high: int, words: NDArray[np.int64], elements: NDArray[np.int64]
 ) -> tuple[int, int]:
-    """Do what the kernel of this name does, with it or with torch."""
+    """Run the kernel of this name if it is compiled, else the same computation in torch."""
     if is_compiled("words"):
         from streammerge.kernels.deltas import words_between
 

@@ -1,6 +1,6 @@
-"""Statistics of ranks: the k-th largest magnitude or score, and where ties at it end, by counting bit patterns.
+"""Rank statistics, found by counting bit patterns: the k-th largest magnitude or score, and where its ties end.
 
-All of it is integers. Where the counting starts affects the number of passes, never the value.
+All arithmetic is on integers. The initial window affects the number of passes, never the value.
 """
 
 from __future__ import annotations
@@ -35,45 +35,45 @@ _COARSE = 15
 _FEWEST_BINS = 1 << 8
 _BIN_BLOCK = 1 << 14
 _MOST_RUNS = 1 << 14
-"""Runs of elements of which the ties are counted at a time, and elements of a run looked at one by one."""
+"""The number of runs whose ties are counted in one pass, and the length of a run that is searched element by element."""
 _INFINITE = 0x7F800000
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The k-th largest magnitude of a task vector and how the elements lie around it."""
+    """The k-th largest magnitude of a task vector, and the number of elements tied with it."""
 
     key: int
-    """Bit pattern of the fp32 magnitude, sign bit off."""
+    """Bit pattern of the fp32 magnitude (sign bit cleared)."""
     ties: int
-    """Elements whose magnitude equals it."""
+    """Number of elements whose magnitude equals the threshold."""
     needed: int
-    """How many of the ties belong to the k largest."""
+    """Number of ties that belong to the k largest."""
 
 
 _ABOVE_ALL = Threshold(_INFINITE, 1, 0)
-"""The threshold of no elements at all."""
+"""The threshold that no element reaches."""
 
 
 class Rank(Statistic[Threshold]):
-    """A statistic that is an element of a given rank."""
+    """A statistic whose value is the element of a given rank."""
 
     @property
     @abstractmethod
     def ranked(self) -> TaskVector | Score:
-        """What is ranked: the magnitudes of a task vector, or scores."""
+        """The ranked quantity: a task vector, by magnitude, or a score."""
 
     @abstractmethod
     def count(self, n: int) -> int:
-        """Return its rank of `n` elements in descending order, from 1; 0: above all."""
+        """Return the rank among `n` elements in descending order, from 1; 0: above all elements."""
 
     @property
     def cost(self) -> Cost:
-        """One window; where no sample can be taken, a second pass."""
+        """One window, and a second pass if no sample can be taken."""
         return Cost(windows=1, passes=1 + sees_rows(self.ranked))
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("count_keys", self.ranked),)
 
     def placeholder(self) -> Threshold:
@@ -81,12 +81,12 @@ class Rank(Statistic[Threshold]):
         return Threshold(key=0, ties=1, needed=1)
 
     def reducer(self, over: Measurement) -> Reducer[Threshold] | Known[Threshold]:
-        """Return what counts patterns, unless the rank is above all."""
+        """Return the reducer that counts patterns; the value itself if the rank is 0."""
         n = over.n
         return TopKReducer(self, n, over.tolerant, over.most_bins) if self.count(n) else Known(_ABOVE_ALL)
 
     def to_json(self, value: Threshold) -> object:
-        """Return pattern, ties and needed ties."""
+        """Return the pattern, the ties and the needed ties."""
         return {"threshold": [value.key, value.ties, value.needed]}
 
     def from_json(self, plain: Any) -> Threshold:
@@ -99,12 +99,12 @@ class Rank(Statistic[Threshold]):
 
 @dataclass(frozen=True)
 class TopK(Rank):
-    """Ask for the threshold of the k largest magnitudes of one task vector."""
+    """The threshold of the k largest magnitudes of one task vector."""
 
     vector: TaskVector
     density: float
     plus_one: bool = False
-    """k = int(density * n) + 1, as the published TIES code keeps; else int(density * n), at least 1."""
+    """Whether k = int(density * n) + 1, as in the published TIES code; else k = int(density * n), at least 1."""
     extent: Extent = Extent.TENSOR
 
     @property
@@ -124,16 +124,16 @@ class TopK(Rank):
 
 @dataclass(frozen=True)
 class Band(Rank):
-    """Ask for a threshold of a band of magnitudes: `density` of them, below the `gamma` that are the largest.
+    """A threshold of the band of magnitudes that follows the largest: skip the fraction `gamma`, keep `density`.
 
-    Fewer of the largest are left out where both together are more than all.
+    If the two fractions add to more than 1, fewer of the largest are skipped.
     """
 
     vector: TaskVector
     density: float
     gamma: float
     edge: Literal["upper", "lower"]
-    """Above the band lie the outliers; above its lower edge these and the band."""
+    """Whether to return the upper edge, above which the outliers lie, or the lower edge, above which band and outliers lie."""
     extent: Extent = Extent.TENSOR
 
     @property
@@ -147,7 +147,7 @@ class Band(Rank):
         return (type(self), self.vector.model, self.density)
 
     def count(self, n: int) -> int:
-        """Return how many of `n` elements lie above the edge."""
+        """Return the number of elements above the edge among `n`."""
         inside = min(n, int(self.density * n))
         outliers = min(int(self.gamma * n), n - inside)
         return outliers + (inside if self.edge == "lower" else 0)
@@ -155,7 +155,7 @@ class Band(Rank):
 
 @dataclass(frozen=True)
 class Largest(Rank):
-    """Ask for the threshold of the k largest scores of a tensor."""
+    """The threshold of the k largest scores of a tensor."""
 
     score: Score
     k: int
@@ -173,7 +173,7 @@ class Largest(Rank):
 
 @dataclass(frozen=True)
 class Quantile(Rank):
-    """Ask for an order statistic of a tensor's scores: number int(q (n - 1)) of them in ascending order, from 0."""
+    """An order statistic of a tensor's scores: number int(q (n - 1)) in ascending order, from 0."""
 
     score: Score
     q: float
@@ -185,7 +185,7 @@ class Quantile(Rank):
         return self.score
 
     def count(self, n: int) -> int:
-        """Return its place of `n` in descending order, from 1."""
+        """Return its rank among `n` in descending order, from 1."""
         return n - int(self.q * (n - 1))
 
 
@@ -194,31 +194,31 @@ Window = tuple[int, int, int]
 
 
 class TopKReducer(Reducer[Threshold]):
-    """Finds the k-th largest magnitude by counting bit patterns (METHODS: integer radix selection).
+    """Finds the k-th largest magnitude by counting bit patterns (integer radix selection).
 
-    A pass counts the patterns above a window and, in bins, those inside it. The window narrows to the bin that holds
-    rank k until a bin is one pattern. Where it starts, sampled or all patterns, affects the number of passes only: the
-    counts prove that rank k lies inside, or the next pass takes all.
+    A pass counts the patterns above a window and, in bins, those inside it. The window narrows to the bin that contains
+    rank k until a bin is a single pattern. The first window, all patterns or one estimated from a sample, affects only the
+    number of passes: the counts prove that rank k lies inside, or else the next pass covers all patterns.
 
     Parameters
     ----------
     n
-        Elements that are ranked.
+        Number of elements ranked.
     tolerant
-        Whether what is not finite is ranked, above all else, not refused.
+        Whether non-finite elements are ranked above all others; otherwise they raise.
     most_bins
-        Counts of a window, at most. It too affects the number of passes only.
+        The most bins in a window; it affects only the number of passes.
     """
 
     def __init__(self, statistic: Rank, n: int, tolerant: bool = False, most_bins: int = MOST_BINS) -> None:
-        # More counts than elements only take time.
+        # More bins than elements only cost time.
         self._most_bins = max(_FEWEST_BINS, n) if n < BLOCK else most_bins
         self._tolerant = tolerant
         self._ranked = statistic.ranked
         self._k = statistic.count(n)
         self._n = n
         self._lock = Lock()
-        # Blocks tell nothing where an element's rank depends on all of its row.
+        # A sample of blocks tells nothing if an element's score depends on its whole row.
         self.samples = not sees_rows(self._ranked)
         self._open(0, _TOP)
 
@@ -252,20 +252,20 @@ class TopKReducer(Reducer[Threshold]):
         return self._low, self._high, self._shift
 
     def part(self) -> tuple[Window, int, Counts | Bins | None]:
-        """Return the window, the elements above it, and those inside it by bins."""
+        """Return the window, the number of elements above it, and the bins inside it."""
         return self._window, self._above, self._bins
 
     def absorb(self, part: tuple[Window, int, Counts | Bins | None]) -> None:
-        """Add another's counts, of the same window."""
+        """Add the counts of a different reducer with the same window."""
         window, above, bins = part
         assert window == self._window, "counts of a different pass"
         if bins is not None:
             self._count(above, bins.copy())
 
     def narrow_by_sample(self) -> None:
-        """Take what was counted as a sample and start over in a window around its estimate of rank k.
+        """Treat what was counted as a sample, and start over with a window around its estimate of rank k.
 
-        The window spans six standard errors of the sampled rank to each side.
+        The window extends six standard errors of the sampled rank to each side.
         """
         bins = self._counted()
         sampled = int(bins.sum()) + self._above
@@ -278,7 +278,7 @@ class TopKReducer(Reducer[Threshold]):
         self._open(low, high) if low_bin >= 0 and rank > error else self._open(0, _TOP)
 
     def end(self) -> bool:
-        """Narrow the window to the bin that holds rank k, or open it wide if rank k is not inside."""
+        """Narrow the window to the bin that contains rank k, or open it to all patterns if rank k is not inside."""
         inside = self._k - self._above
         bins = self._counted()
         place, higher = _place_from_top(bins, inside) if inside > 0 else (-1, 0)
@@ -291,13 +291,13 @@ class TopKReducer(Reducer[Threshold]):
             return False
         self._value = Threshold(low, int(bins[place]), inside - higher)
         self._bins = None
-        if low >= _INFINITE:  # more than k are not finite: these stay, all of them, and nothing else does
+        if low >= _INFINITE:  # more than k elements are not finite: exactly these are kept
             self._value = Threshold(_INFINITE - 1, 1, 0)
         return True
 
     @property
     def sampled_model(self) -> int | None:
-        """The one model whose task vector is ranked; None where it takes all of them."""
+        """The model whose task vector is ranked; None if the score needs all models."""
         return self._ranked.model if isinstance(self._ranked, TaskVector) else None
 
     def _counted(self) -> Counts | Bins:
@@ -310,9 +310,9 @@ class TopKReducer(Reducer[Threshold]):
 
 
 def _place_from_top(bins: Counts | Bins, rank: float) -> tuple[int, int]:
-    """Return the highest bin that holds, together with all above it, `rank` elements, and how many those above hold.
+    """Return the highest bin such that it and all higher bins hold at least `rank` elements, and the count above it.
 
-    The bin is -1 where all together hold fewer.
+    The bin is -1 if all bins together hold fewer.
     """
     above = 0
     for stop in range(len(bins), 0, -_BIN_BLOCK):
@@ -328,9 +328,9 @@ def _place_from_top(bins: Counts | Bins, rank: float) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class TieIndex(Statistic[tuple[int, int]]):
-    """Ask where the first `needed` elements equal to a threshold end, in index order.
+    """The position in index order after which `needed` elements equal to a threshold have occurred.
 
-    Over the whole model the order is that of the tensors; the value is an (ordinal, element) pair.
+    Over the whole model the tensors follow in order; the value is an (ordinal, element) pair.
     """
 
     vector: TaskVector | Score
@@ -338,7 +338,7 @@ class TieIndex(Statistic[tuple[int, int]]):
     extent: Extent = Extent.TENSOR
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("ties", self.vector),)
 
     def placeholder(self) -> tuple[int, int]:
@@ -346,15 +346,15 @@ class TieIndex(Statistic[tuple[int, int]]):
         return (0, 0)
 
     def reducer(self, over: Measurement) -> Reducer[tuple[int, int]] | Known[tuple[int, int]]:
-        """Return what counts ties by runs of elements, unless none is needed."""
+        """Return the reducer that counts ties per run of elements; the value itself if no tie is needed."""
         return TieIndexReducer(self, over.n) if self.threshold.needed else Known((over.tensors[0].ordinal, 0))
 
     def to_json(self, value: tuple[int, int]) -> object:
-        """Return ordinal and element."""
+        """Return the ordinal and the element."""
         return {"pair": list(value)}
 
     def from_json(self, plain: Any) -> tuple[int, int]:
-        """Return ordinal and element."""
+        """Return the ordinal and the element."""
         match plain:
             case {"pair": [ordinal, element]}:
                 ordinal, element = integers([ordinal, element])
@@ -368,7 +368,7 @@ class TieIndexReducer(Reducer[tuple[int, int]]):
     Parameters
     ----------
     n
-        Elements of all tensors; the more there are, the longer the runs.
+        Number of elements of all tensors, which determines the length of the runs.
     """
 
     def __init__(self, statistic: TieIndex, n: int) -> None:
@@ -388,11 +388,11 @@ class TieIndexReducer(Reducer[tuple[int, int]]):
         return self._parts
 
     def absorb(self, part: dict[tuple[int, int], NDArray[np.int32]]) -> None:
-        """Add another's blocks."""
+        """Add the blocks of a different reducer."""
         self._parts |= part
 
     def end(self) -> bool:
-        """Choose the run in which the count is reached; finish where it is one element."""
+        """Choose the run in which the count is reached; finish when a run is a single element."""
         for (ordinal, start), counts in sorted(self._parts.items()):
             if (here := int(counts.sum())) < self._left:
                 self._left -= here
@@ -406,9 +406,9 @@ class TieIndexReducer(Reducer[tuple[int, int]]):
             done = self._size == 1
             self._size = 1 if self._size <= max(BLOCK, _MOST_RUNS) else BLOCK
             return done
-        raise AssertionError("fewer ties than were counted for the threshold")
+        raise AssertionError("fewer ties than the threshold's count")
 
     @property
     def value(self) -> tuple[int, int]:
-        """The tensor's ordinal, and the element of it before which ties are kept."""
+        """The tensor's ordinal, and its element before which ties are kept."""
         return self._value

@@ -1,7 +1,7 @@
-"""Statistics that are fp64 sums: of magnitudes, of squares, of the dot products of all pairs of vectors.
+"""Statistics that are fp64 sums: of magnitudes, of squares, and of dot products of all pairs of vectors.
 
-Each is a sum of partial sums of 4096 elements, added one after the other in index order: the same bits however blocks
-are cut, in whatever order they come.
+Partial sums of 4096 elements are added one after the other in index order, so the bits depend neither on how blocks are
+cut nor on the order in which they arrive.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from streammerge.statistics.base import (
 
 
 class BlockSums(Statistic[A]):
-    """A statistic whose value follows from sums over all elements, of one column or several."""
+    """A statistic whose value follows from one or more sums over all elements."""
 
     @abstractmethod
     def partials(self, math: BlockMath) -> NDArray[np.float64]:
@@ -42,17 +42,17 @@ class BlockSums(Statistic[A]):
         """Return the value, given the sum of each column and the number of elements."""
 
     def reducer(self, over: Measurement) -> Reducer[A]:
-        """Return what adds up partial sums in index order."""
+        """Return the reducer that adds partial sums in index order."""
         return SumsReducer(self, [(tensor.ordinal, tensor.n) for tensor in over.tensors])
 
 
 class SumsReducer(Reducer[A]):
-    """Adds up the partial sums of all blocks in index order.
+    """Adds the partial sums of all blocks in index order.
 
     Parameters
     ----------
     tensors
-        Ordinal and elements of each tensor, in order.
+        Ordinal and number of elements of each tensor, in order.
     """
 
     def __init__(self, statistic: BlockSums[A], tensors: list[tuple[int, int]]) -> None:
@@ -66,11 +66,11 @@ class SumsReducer(Reducer[A]):
 
     @property
     def value(self) -> A:
-        """The value that follows from the sums."""
+        """The value computed from the sums."""
         return self._statistic.of_totals(self._sums.totals, self._n)
 
     def part(self) -> Part:
-        """Return the sums so far, and the partial sums that wait for others."""
+        """Return the sums so far and the waiting partial sums."""
         return self._sums.part()
 
     def absorb(self, part: Part) -> None:
@@ -80,18 +80,18 @@ class SumsReducer(Reducer[A]):
 
 @dataclass(frozen=True)
 class AbsSum(BlockSums[float]):
-    """Ask for the sum of abs(delta) over the surviving entries of one task vector, in fp64."""
+    """The sum of abs(delta) over the surviving entries of one task vector, in fp64."""
 
     vector: TaskVector
     extent: Extent = Extent.TENSOR
 
     @property
     def cost(self) -> Cost:
-        """One sum a block."""
+        """One sum per block."""
         return Cost(partials=1)
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("abs_sums", self.vector),)
 
     def placeholder(self) -> float:
@@ -124,29 +124,29 @@ class SquareSums:
 
     totals: tuple[float, ...]
     n: int
-    """Elements of the tensor, selected or not."""
+    """Number of elements of the tensor, selected or not."""
 
 
 @dataclass(frozen=True)
 class Squares(BlockSums[SquareSums]):
-    """Ask for the sum of squares of each task vector over the selected elements, in fp64."""
+    """The sum of squares of each task vector over the selected elements, in fp64."""
 
     vectors: tuple[TaskVector, ...]
     selection: Selection | None = None
-    """None: every element."""
+    """The selected elements; None: all of them."""
     extent: Extent = Extent.TENSOR
 
     @property
     def cost(self) -> Cost:
-        """One sum a block for each vector."""
+        """One sum per block and vector."""
         return Cost(partials=len(self.vectors))
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("squares", self.selection),)
 
     def placeholder(self) -> SquareSums:
-        """Return unit vectors of one element."""
+        """Return the sums of one-element unit vectors."""
         return SquareSums((1.0,) * len(self.vectors), 1)
 
     def partials(self, math: BlockMath) -> NDArray[np.float64]:
@@ -176,7 +176,7 @@ class Dots:
     values: tuple[float, ...]
     """The upper triangle of the Gram matrix, row by row."""
     n: int
-    """How many vectors there are."""
+    """Number of vectors."""
 
     def matrix(self) -> NDArray[np.float64]:
         """Return the Gram matrix, (1, n, n)."""
@@ -185,21 +185,21 @@ class Dots:
 
 @dataclass(frozen=True)
 class Gram(BlockSums[Dots]):
-    """Ask for the dot products of all pairs of models, or of task vectors, in fp64."""
+    """The dot products of all pairs of models, or of task vectors, in fp64."""
 
     n: int
-    """How many vectors there are."""
+    """Number of vectors."""
     vectors: tuple[TaskVector, ...] = ()
-    """The task vectors, as they survive and are rescaled; empty: the models themselves, the base first if there is one."""
+    """The task vectors, after drops, cuts and rescaling; empty: the models themselves, after the base if there is one."""
     extent: Extent = Extent.TENSOR
 
     @property
     def cost(self) -> Cost:
-        """One sum a block for each pair."""
+        """One sum per block and pair."""
         return Cost(partials=self.n * (self.n + 1) // 2)
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("dots"),)
 
     def placeholder(self) -> Dots:
@@ -228,12 +228,12 @@ class Gram(BlockSums[Dots]):
 
 @dataclass(frozen=True)
 class ColumnDots:
-    """The dot products of all pairs of vectors, column by column."""
+    """The dot products of all pairs of vectors, for each column."""
 
     values: NDArray[np.float64] = field(compare=False)
-    """(pairs, columns); pairs are those of the upper triangle of a Gram matrix, row by row."""
+    """Array (pairs, columns); the pairs follow the upper triangle of a Gram matrix, row by row."""
     n: int
-    """How many vectors there are."""
+    """Number of vectors."""
 
     def matrices(self) -> NDArray[np.float64]:
         """Return the Gram matrices, (columns, n, n)."""
@@ -242,37 +242,37 @@ class ColumnDots:
 
 @dataclass(frozen=True)
 class ColumnGram(Statistic[ColumnDots]):
-    """Ask for the dot products of all pairs of vectors over each column, along a tensor's first axis, in fp64.
+    """The dot products of all pairs of vectors over each column (along a tensor's first axis), in fp64.
 
-    A tensor of one axis is one column. The value has several numbers a column, so it is not recorded.
+    A tensor with one axis is one column. The value holds several numbers per column, so it is not recorded.
     """
 
     n: int
-    """How many vectors there are."""
+    """Number of vectors."""
     vectors: tuple[TaskVector, ...] = ()
-    """As for `Gram`."""
+    """As in `Gram`."""
     extent: Extent = Extent.TENSOR
 
     def calls(self) -> tuple[Call, ...]:
-        """Return the methods of a block that it calls."""
+        """Return the methods of `BlockMath` that it calls."""
         return (Call("add_column_dots"),)
 
     def placeholder(self) -> ColumnDots:
-        """Return orthogonal unit vectors, of one column."""
+        """Return the dot products of orthogonal unit vectors, of one column."""
         unit = np.eye(self.n)[np.triu_indices(self.n)]
         return ColumnDots(unit[:, None], self.n)
 
     def reducer(self, over: Measurement) -> Reducer[ColumnDots]:
-        """Return what adds the products of blocks that come in order."""
+        """Return the reducer, which needs the blocks in order."""
         (tensor,) = over.tensors
         return _ColumnGramReducer(self, tensor.columns)
 
 
 class _ColumnGramReducer(Reducer[ColumnDots]):
-    """Adds the dot products over each column, block after block.
+    """Adds the dot products of each column, block after block.
 
-    As many sums as columns are too large to be kept block by block, so blocks come in order, and a part is the sum of
-    all blocks before: another reducer takes it over first, and adds its own blocks then.
+    One sum per column is too much to keep for every block, so blocks must come in order. A part is the sum of all blocks
+    so far; the next reducer absorbs it first, and then adds its own blocks.
     """
 
     in_order = True
@@ -298,6 +298,6 @@ class _ColumnGramReducer(Reducer[ColumnDots]):
         return self._next, self._sums
 
     def absorb(self, part: tuple[int, NDArray[np.float64]]) -> None:
-        """Take over the sums of all blocks before; nothing may have been added."""
+        """Continue from the sums of all earlier blocks; nothing may have been added yet."""
         assert self._next == 0, "blocks out of order"
         self._next, self._sums = part[0], part[1].copy()
