@@ -94,7 +94,9 @@ def test_the_time_is_the_bytes_by_a_rate_that_is_stated(
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(disk.os, "statvfs", lambda place: SimpleNamespace(f_bavail=free, f_frsize=1, f_flag=0))
+    monkeypatch.setattr(
+        disk.os, "statvfs", lambda place: SimpleNamespace(f_bavail=free, f_frsize=1, f_flag=0)
+    )
 
 
 def test_a_disk_without_room_is_warned_of_with_both_numbers(
