@@ -37,7 +37,8 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("place", "text"), blocks("yaml"), ids=lambda value: str(value)[:40])
 def test_every_config_in_the_docs_is_accepted(place: str, text: str) -> None:
-    assert parse_config(text, place).models
+    config = parse_config(text, place)
+    assert config.models or config.checkpoints
 
 
 def shapes_for(config: MergeConfig) -> dict[str, Any]:
@@ -61,7 +62,9 @@ def test_every_config_in_the_docs_runs_on_models_of_these_names(
     monkeypatch.chdir(tmp_path)
     config = parse_config(text, place)
     bases = [config.base_model] if config.base_model else []
-    names = dict.fromkeys([*bases, *(spec.reference for spec in config.models)])
+    asked = config.checkpoints
+    runs = [] if asked is None else [f"{asked.places[0]}/checkpoint-{i}" for i in range(asked.last or 3)]
+    names = dict.fromkeys([*bases, *runs, *(spec.reference for spec in config.models)])
     adapters = {name.partition("+")[2] for name in names if "+" in name}
     names = dict.fromkeys(name.partition("+")[0] for name in names)
     for source, name in zip(make_models(n_models=len(names) - 1, **shapes_for(config)), names, strict=True):

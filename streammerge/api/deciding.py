@@ -12,6 +12,7 @@ from streammerge.config.schema import MergeConfig
 from streammerge.machine import available_memory, own_memory, shortage
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
+from streammerge.planning.averages import settle_checkpoints
 from streammerge.planning.inputs import Sources, open_inputs
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, PlanOptions
 from streammerge.planning.plan import MergePlan
@@ -102,14 +103,14 @@ def plan(
 def read_config(
     config: ConfigLike, methods: str | os.PathLike[str] | None = None
 ) -> tuple[MergeConfig, Method]:
-    """Return a config with its bases settled, and its method; `methods` is a file with methods of the user's own.
+    """Return a config with its checkpoints found and its bases settled, and its method; `methods` is a file with methods of the user's own.
 
     Raises
     ------
     InputError
         If the config or the file of methods is bad.
     """
-    parsed = _parse(config)
+    parsed = settle_checkpoints(_parse(config))
     load_builtin()
     if methods is not None:
         load_file(Path(methods))

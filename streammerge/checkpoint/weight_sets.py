@@ -75,6 +75,11 @@ class WeightSet:
         )
 
     @property
+    def is_known(self) -> bool:
+        """Whether libraries look for it under this name."""
+        return self.stem in (*_KNOWN, _CONSOLIDATED)
+
+    @property
     def order(self) -> tuple[int, ...]:
         """What is taken first is least."""
         kind = 0 if self.index is not None else 1 if len(self.names) == 1 else 2

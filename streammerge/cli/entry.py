@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import click
 
+from streammerge.cli.averaging import average
 from streammerge.cli.estimating import fisher, gram
 from streammerge.cli.merging import merge, plan, verify
 from streammerge.cli.process import leave, open_closed_streams, report, report_usage
@@ -15,7 +16,21 @@ from streammerge.cli.warming import warm_up
 from streammerge.errors import InputError, StreammergeError, WorldError
 from streammerge.version import __version__
 
-_COMMANDS = (merge, plan, verify, inspect, methods, new, fisher, gram, demo, completion, schema, warm_up)
+_COMMANDS = (
+    merge,
+    average,
+    plan,
+    verify,
+    inspect,
+    methods,
+    new,
+    fisher,
+    gram,
+    demo,
+    completion,
+    schema,
+    warm_up,
+)
 
 
 class _InOrder(click.Group):

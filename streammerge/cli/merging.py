@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,8 @@ import click
 
 from streammerge.cli.mergekit_options import mergekit_options, translate
 from streammerge.cli.options import (
-    MEMORY_AND_SPEED,
     MESSAGES,
     MOST_SEED,
-    OUTPUT,
     GroupedCommand,
     Whole,
     examples,
@@ -24,6 +23,7 @@ from streammerge.cli.options import (
     path,
     planning_options,
     quiet_option,
+    writing_options,
 )
 from streammerge.cli.process import BEGAN, leave_on_signals, stop_on_signals
 from streammerge.errors import InputError, printable
@@ -41,42 +41,7 @@ from streammerge.errors import InputError, printable
 @click.argument("config", type=path())
 @click.argument("out", type=path(file_okay=False))
 @planning_options
-@option("--overwrite", is_flag=True, group=OUTPUT, help="Discard what an earlier merge left in OUT.")
-@option(
-    "--nonfinite",
-    type=click.Choice(["error", "warn"]),
-    default="error",
-    show_default=True,
-    group=OUTPUT,
-    help="What to do with a NaN or infinity, of an input or by overflow: stop, or write and report it.",
-)
-@option(
-    "--io",
-    type=click.Choice(["direct", "read", "mmap"]),
-    default="direct",
-    show_default=True,
-    group=MEMORY_AND_SPEED,
-    help="Read past the page cache, through it, or by memory map.",
-)
-@option(
-    "--no-kernels",
-    is_flag=True,
-    group=MEMORY_AND_SPEED,
-    help="Use the torch formulas instead of the compiled kernels: same bits, slower.",
-)
-@option(
-    "--hash-inputs",
-    is_flag=True,
-    group=OUTPUT,
-    help="Hash every input file first (one more read of it): a resumed merge then accepts a touched or copied file.",
-)
-@option(
-    "--profile",
-    type=path(dir_okay=False),
-    metavar="FILE",
-    group=MESSAGES,
-    help="Record in FILE, as JSON, where the time went, stage by stage.",
-)
+@writing_options
 @quiet_option
 @json_events_option
 @mergekit_options
@@ -87,23 +52,48 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
     those of an uninterrupted run. The options of mergekit-yaml are accepted under their own names.
     """
     options, notes = translate(options)
+    run(config, out, "merging", quiet=quiet, as_json=as_json, kernels=not no_kernels, notes=notes, **options)
+
+
+def run(
+    config: Any,
+    out: str,
+    what: str,
+    *,
+    quiet: bool,
+    as_json: bool,
+    kernels: bool,
+    notes: Sequence[str] = (),
+    **options: Any,
+) -> None:
+    """Merge by a config and show how it goes.
+
+    Parameters
+    ----------
+    config
+        A path, or the config as a mapping.
+    what
+        What the run does, in one word.
+    notes
+        Warnings that come first.
+    options
+        Those of `streammerge.merge`.
+    """
     stop, signal_received = stop_on_signals()
-    from streammerge.api import merge as run
+    from streammerge.api import merge
     from streammerge.events import warning
     from streammerge.report.progress import make_reporter
 
-    reporter = make_reporter(
-        "merging", quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN
-    )
+    reporter = make_reporter(what, quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN)
     for note in notes:
         reporter(warning(note))
     try:
-        summary = run(
+        summary = merge(
             config,
             out,
             on_event=reporter,
             stop=stop,
-            kernels=False if no_kernels else None,
+            kernels=None if kernels else False,
             signal_received=signal_received,
             **options,
         )
@@ -135,6 +125,11 @@ def plan(config: str, out: str | None, as_json: bool, **options: Any) -> None:
 
     With OUT its disk is looked at, and so is what lies there already.
     """
+    show_plan(config, out, as_json=as_json, **options)
+
+
+def show_plan(config: Any, out: str | None, *, as_json: bool, **options: Any) -> None:
+    """Print the plan of a config, which is a path or a mapping; `options` are those of `streammerge.plan`."""
     from streammerge.api import plan as decide
     from streammerge.engine.precheck import check_beforehand
     from streammerge.planning.description import describe, tensor_values

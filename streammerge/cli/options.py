@@ -181,7 +181,7 @@ json_events_option = option(
 )
 quiet_option = option("--quiet", is_flag=True, group=MESSAGES, help="Print warnings and errors only.")
 
-planning_options = together(
+resource_options = together(
     memory_option,
     option(
         "--threads",
@@ -207,6 +207,9 @@ planning_options = together(
         group=OUTPUT,
         help="Most bytes in one output file.",
     ),
+)
+planning_options = together(
+    resource_options,
     option(
         "--seed",
         type=Whole(0, MOST_SEED),
@@ -216,3 +219,43 @@ planning_options = together(
     ),
     methods_option,
 )
+
+writing_options = together(
+    option("--overwrite", is_flag=True, group=OUTPUT, help="Discard what an earlier merge left in OUT."),
+    option(
+        "--nonfinite",
+        type=click.Choice(["error", "warn"]),
+        default="error",
+        show_default=True,
+        group=OUTPUT,
+        help="What to do with a NaN or infinity, of an input or by overflow: stop, or write and report it.",
+    ),
+    option(
+        "--io",
+        type=click.Choice(["direct", "read", "mmap"]),
+        default="direct",
+        show_default=True,
+        group=MEMORY_AND_SPEED,
+        help="Read past the page cache, through it, or by memory map.",
+    ),
+    option(
+        "--no-kernels",
+        is_flag=True,
+        group=MEMORY_AND_SPEED,
+        help="Use the torch formulas instead of the compiled kernels: same bits, slower.",
+    ),
+    option(
+        "--hash-inputs",
+        is_flag=True,
+        group=OUTPUT,
+        help="Hash every input file first (one more read of it): a resumed merge then accepts a touched or copied file.",
+    ),
+    option(
+        "--profile",
+        type=path(dir_okay=False),
+        metavar="FILE",
+        group=MESSAGES,
+        help="Record in FILE, as JSON, where the time went, stage by stage.",
+    ),
+)
+"""Of the commands that merge."""

@@ -11,6 +11,7 @@ KEYS = (
     "models",
     "slices",
     "modules",
+    "checkpoints",
     "base_model",
     "dtype",
     "out_dtype",

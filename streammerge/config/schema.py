@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoints
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.references import parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
@@ -20,7 +21,7 @@ from streammerge.config.wording import PATH_LIMIT, check_keys, child, meant, ref
 from streammerge.dtypes import NAMES, SHORT_NAMES
 from streammerge.errors import printable
 
-_INPUTS = ("models", "slices", "modules")
+_INPUTS = ("models", "slices", "modules", "checkpoints")
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
 _MODULE_KEYS = ("models", "slices", "parameters")
@@ -117,6 +118,10 @@ class MergeConfig:
     """The vocabulary of the output, where the models' are to be aligned."""
     chat_template: ChatTemplate | None = None
     """The output's chat template; ``auto``: the one that most models have; None: that of the tokenizer."""
+    checkpoints: Checkpoints | None = None
+    """What is averaged in place of models that are listed; `models` has none of them until they are looked for."""
+    averaged: tuple[Averaged, ...] = ()
+    """The checkpoints that were found, oldest first, those that have no part too."""
 
     def settings(self) -> Iterator[tuple[Mapping[str, Setting], bool]]:
         """Yield every map of parameters, and whether it is that of one model."""
@@ -165,6 +170,7 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         notes=tuple(notes),
         tokenizer=parse_tokenizer(data, top),
         chat_template=parse_chat_template(data.get("chat_template"), child(top, "chat_template")),
+        checkpoints=parse_checkpoints(data, top),
     )
 
 
@@ -173,6 +179,8 @@ def _modules(data: dict[str, object], path: str, notes: list[str]) -> tuple[Modu
     given = [key for key in _INPUTS if data.get(key) is not None]
     if len(given) > 1:
         refuse(path, f"'{given[0]}' and '{given[1]}' cannot both be set")
+    if given == ["checkpoints"]:
+        return (Module(None, (Slice((), path=path),), {}, path),)
     if given != ["modules"]:
         return (Module(None, _slices(data, path, notes), {}, path),)
     place = child(path, "modules")

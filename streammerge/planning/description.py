@@ -20,6 +20,9 @@ def describe(plan: MergePlan) -> dict[str, object]:
     return {
         "method": plan.method.name,
         "models": [model.reference for model in plan.models],
+        "checkpoints": [
+            {"model": one.reference, "coefficient": one.coefficient} for one in plan.config.averaged
+        ],
         "base_model": plan.base.reference if plan.base is not None else None,
         "tensors": len(plan.jobs),
         "tensors_by_kind": dict(Counter(job.kind for job in plan.jobs)),

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from streammerge.config.known_keys import KEYS_WITHOUT_EFFECT
+from streammerge.config.schedules import KINDS
 from streammerge.config.tokenizer import TEMPLATES
 from streammerge.dtypes import NAMES, SHORT_NAMES
 from streammerge.methods.registry import Method, Parameter
@@ -33,6 +34,7 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
         "models": models,
         "slices": slices,
         "modules": {"type": "object", "additionalProperties": {"$ref": "#/$defs/module"}},
+        "checkpoints": _checkpoints(),
         "base_model": {**reference, "description": "The model that the others were fine-tuned from"},
         "dtype": {**dtype, "description": "Of the output; the arithmetic does not depend on it"},
         "out_dtype": {**dtype, "description": "The same as dtype, and wins over it"},
@@ -77,6 +79,26 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
 
 _OBJECT = {"type": "object", "additionalProperties": False}
 _LAYER_RANGE = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+
+
+def _checkpoints() -> dict[str, Any]:
+    text = {"type": "string"}
+    named = [kind if not known.decay else f"{kind}:…" for kind, known in KINDS.items()]
+    return _object(
+        {
+            "directory": {
+                "anyOf": [text, {"type": "array", "items": text, "minItems": 1}],
+                "description": "Its children are averaged, in natural order",
+            },
+            "pattern": {**text, "description": "What their names look like: checkpoint-*"},
+            "last": {"type": "integer", "minimum": 1, "description": "So many of the newest"},
+            "schedule": {
+                "anyOf": [text, _object({"kind": {"enum": list(KINDS)}, "decay": True}, "kind")],
+                "description": ", ".join(named),
+            },
+        },
+        "directory",
+    )
 
 
 def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:

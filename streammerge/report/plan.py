@@ -71,7 +71,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
     """
     lines = [
         f"method    {_method(values)}",
-        f"models    {_models(values)}",
+        *_models(plan, values),
         f"tensors   {_tensors(values)}",
         f"read      {_read(plan, values)}",
         f"write     {_write(values)}",
@@ -92,9 +92,23 @@ def _method(values: dict[str, Any]) -> str:
     return f"{values['method']} ({', '.join(values['access'])}){before}"
 
 
-def _models(values: dict[str, Any]) -> str:
+def _models(plan: MergePlan, values: dict[str, Any]) -> list[str]:
+    """Return the line of the models; of an average, a line for each checkpoint with its coefficient."""
+    if plan.config.checkpoints is not None:
+        n = plural(len(values["checkpoints"]), "checkpoint")
+        rows = [(f"{one['coefficient']:.6g}", one) for one in values["checkpoints"]]
+        width = max(len(number) for number, _ in rows)
+        return [
+            f"average   {plan.config.checkpoints.schedule} of {n}, oldest first:",
+            *(
+                f"{'':{_INDENT}}{number:<{width}}  {printable(one['model'])}{'' if one['coefficient'] else ' (not read)'}"
+                for number, one in rows
+            ),
+        ]
     base = f", base {printable(values['base_model'])}" if values["base_model"] else ""
-    return f"{len(values['models'])}: {', '.join(printable(m, 60) for m in values['models'])}{base}"
+    return [
+        f"models    {len(values['models'])}: {', '.join(printable(m, 60) for m in values['models'])}{base}"
+    ]
 
 
 def _tensors(values: dict[str, Any]) -> str:

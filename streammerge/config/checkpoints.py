@@ -1,0 +1,78 @@
+"""The key `checkpoints`: what is averaged, and by which schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from streammerge.config.references import parse_text
+from streammerge.config.schedules import Schedule, parse_schedule
+from streammerge.config.wording import check_keys, child, refuse, shown
+
+_KEYS = ("directory", "pattern", "last", "schedule")
+_METHOD = "linear"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of a training run, to be averaged. They are found when the merge is planned."""
+
+    places: tuple[str, ...]
+    """A directory of checkpoints; or several of these, and of models."""
+    pattern: str | None = None
+    """What the names of those that are meant look like, as a shell's; None: all that are checkpoints."""
+    last: int | None = None
+    """How many of the newest are taken; None: all."""
+    schedule: Schedule = field(default=Schedule())
+    path: str = ""
+    """Its place in the config, for messages."""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """One checkpoint and its share in the average."""
+
+    reference: str
+    coefficient: float
+    """One of 0 has no part: the checkpoint is not read."""
+
+
+def parse_checkpoints(data: dict[str, object], top: str) -> Checkpoints | None:
+    """Return what the key says; None without it.
+
+    Raises
+    ------
+    ConfigError
+        If it is malformed, or the config has what an average cannot have.
+    """
+    value = data.get("checkpoints")
+    if value is None:
+        return None
+    path = child(top, "checkpoints")
+    if data.get("merge_method") != _METHOD:
+        refuse(path, f"checkpoints are averaged: merge_method: {_METHOD}, and the schedule gives the weights")
+    for key in ("base_model", "parameters"):
+        if data.get(key) is not None:
+            refuse(child(top, key), "an average of `checkpoints` has none: the schedule gives the weights")
+    if not isinstance(value, dict):
+        refuse(path, f"must be a map (directory: …), not {shown(value)}")
+    check_keys(value, path, _KEYS)
+    pattern, last = value.get("pattern"), value.get("last")
+    if last is not None and (type(last) is not int or last < 1):
+        refuse(child(path, "last"), f"must be a whole number of at least 1, not {shown(last)}")
+    return Checkpoints(
+        places=_places(value.get("directory"), child(path, "directory")),
+        pattern=None if pattern is None else parse_text(pattern, child(path, "pattern")),
+        last=last,
+        schedule=parse_schedule(value.get("schedule", "sma"), child(path, "schedule")),
+        path=path,
+    )
+
+
+def _places(value: object, path: str) -> tuple[str, ...]:
+    if value is None:
+        refuse(path, "is missing (the directory that the checkpoints lie in)")
+    if not isinstance(value, list):
+        return (parse_text(value, path),)
+    if not value:
+        refuse(path, "an empty list")
+    return tuple(parse_text(item, f"{path}[{i}]") for i, item in enumerate(value))
