@@ -27,6 +27,8 @@ merge, plan, verify
     From a config to a finished directory; what would be done; whether it is still what was written.
 merge_state_dicts, iter_merged
     The same formulas and bits for models in memory.
+compare
+    How models differ from their base and from each other.
 inspect_model, list_methods
     A model's tensors; the methods and their parameters.
 compute_fisher, import_fisher, compute_grams
@@ -46,6 +48,7 @@ from streammerge.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from streammerge.api.checking import verify
+    from streammerge.api.comparing import compare
     from streammerge.api.deciding import plan
     from streammerge.api.in_memory import iter_merged, merge_state_dicts
     from streammerge.api.looking import inspect_model, list_methods
@@ -86,6 +89,7 @@ __all__ = [
     "Summary",
     "Verdict",
     "WorldError",
+    "compare",
     "compute_fisher",
     "compute_grams",
     "import_fisher",
@@ -102,6 +106,7 @@ __all__ = [
 
 _HOMES = {
     "api.checking": ("verify",),
+    "api.comparing": ("compare",),
     "api.deciding": ("plan",),
     "api.in_memory": ("iter_merged", "merge_state_dicts"),
     "api.looking": ("inspect_model", "list_methods"),

@@ -124,6 +124,15 @@ class BlockMath(Protocol):
     def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
         """Add the dot products of all pairs over the rows of the block to `sums`, (pairs, columns)."""
 
+    def own_squares(self) -> NDArray[np.float64]:
+        """Return the sums of squares of the base, if there is one, and of the models per 4096 elements, (blocks, tensors).
+
+        Of weights, not of task vectors.
+        """
+
+    def agreements(self, vectors: tuple[TaskVector, ...]) -> Counts:
+        """Return at how many elements two vectors or more are not zero: of one sign, and of both, (2,)."""
+
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """Return the number of elements that elect + minus the number that elect -."""
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 import click
 
 from streammerge.cli.averaging import average
+from streammerge.cli.comparing import compare
 from streammerge.cli.estimating import fisher, gram
 from streammerge.cli.merging import merge, plan, verify
 from streammerge.cli.process import leave, open_closed_streams, report, report_usage
@@ -21,6 +22,7 @@ _COMMANDS = (
     average,
     plan,
     verify,
+    compare,
     inspect,
     methods,
     new,

@@ -80,6 +80,19 @@ class Streamer:
 
     def _wanted_at_model_scope(self, jobs: Sequence[Job]) -> dict[int, list[Statistic[Any]]]:
         """Bring every job to its next whole-model statistic, answering tensor-scope ones on the way."""
+        self.tensor_rounds(jobs)
+        result = {}
+        for job in jobs:
+            wanted = follow(self._worker, job)
+            assert isinstance(wanted, list)
+            result[job.ordinal] = wanted
+        return result
+
+    def tensor_rounds(self, jobs: Sequence[Job], on_job: Callable[[Job], None] | None = None) -> None:
+        """Answer the tensor-scope statistics of every job, up to its next whole-model statistic or its rule.
+
+        `on_job` is called from any thread, once for each tensor that is done.
+        """
 
         def bring(job: Job) -> None:
             with self._worker.lease(self._plan.work[job.ordinal].lease_bytes(job.n_elements)) as buffer:
@@ -92,6 +105,8 @@ class Streamer:
                         self._guarded(
                             job, lambda: resolve_in_memory(self._worker, job, loaded, math, until_model=True)
                         )
+                    if on_job is not None:
+                        on_job(job)
 
         def futures() -> Iterable[Future[None]]:
             for job in jobs:
@@ -102,14 +117,10 @@ class Streamer:
                     yield self._worker.threads.submit(bring, job)
                 else:
                     self.answer(job)
+                    if on_job is not None:
+                        on_job(job)
 
         self._drain(futures())
-        result = {}
-        for job in jobs:
-            wanted = follow(self._worker, job)
-            assert isinstance(wanted, list)
-            result[job.ordinal] = wanted
-        return result
 
     def answer(self, job: Job) -> None:
         """Answer the tensor-scope statistics of one tensor that is too large to hold, by streaming it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from streammerge.methods.parameters import (
 )
 from streammerge.methods.sources import digest, imported_files, own_digest
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.statistics.asking import Steps
+from streammerge.statistics.asking import Steps, follow
 from streammerge.statistics.base import Statistic
 
 __all__ = [
@@ -156,9 +156,9 @@ class Method:
     ) -> Rule | list[Statistic[Any]]:
         """Send the method the `answers` known so far; return the statistics it asks for next, or its rule."""
         if self.origin == "built in":
-            return _follow(self._steps(context, parameters), answers)
+            return follow(self._steps(context, parameters), answers)
         with blamed_on(self.name, context.name):
-            return _follow(self._steps(context, parameters), answers)
+            return follow(self._steps(context, parameters), answers)
 
     def _steps(self, context: TensorContext, parameters: Mapping[str, Any]) -> Steps[Rule]:
         """Run the drop, if the parameters ask for one, and then the method."""
@@ -219,19 +219,6 @@ class Method:
         if extents:
             return Extent.TENSOR
         return Extent.ROW if self.sees(context, parameters) == Extent.ROW else Extent.ELEMENT
-
-
-def _follow(
-    generator: Generator[Any, Any, Any], answers: Sequence[Sequence[Any]]
-) -> Rule | list[Statistic[Any]]:
-    try:
-        wanted = next(generator)
-        for known in answers:
-            wanted = generator.send(list(known))
-    except StopIteration as stop:
-        return stop.value
-    generator.close()
-    return wanted
 
 
 _METHODS: dict[str, Method] = {}

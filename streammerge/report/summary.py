@@ -16,10 +16,14 @@ _NAMED = 4
 
 
 def opening_line(plan: Mapping[str, Any]) -> str:
-    """Return what is about to be merged: models, method, where to, how much."""
+    """Return what is about to be merged or, without ``out``, compared: models, method, where to, how much."""
     names = [printable(name, 60) for name in plan["models"]]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     base = f" (base {printable(plan['base_model'], 60)})" if plan["base_model"] else ""
+    if "out" not in plan:
+        return (
+            f"comparing {', '.join(names[:_NAMED])}{more}{base}: reads {format_size(plan['bytes_to_read'])}"
+        )
     return (
         f"merging {', '.join(names[:_NAMED])}{more} by {printable(plan['method'])}{base} into {printable(plan['out'])}: "
         f"reads {format_size(plan['bytes_to_read'])}, writes {format_size(plan['bytes_to_write'])}"

@@ -29,3 +29,16 @@ def ask(statistic: Statistic[A]) -> Steps[A]:
 def ask_all(statistics: Sequence[Statistic[A]]) -> Steps[list[A]]:
     """Ask for several statistics in one round, which share the passes over the data."""
     return cast(list[A], (yield list(statistics)))
+
+
+def follow(steps: Steps[R], answers: Sequence[Sequence[Any]]) -> R | list[Statistic[Any]]:
+    """Return what comes after the answers to the first rounds: the statistics of the next round, or the result."""
+    try:
+        wanted = next(steps)
+        for known in answers:
+            wanted = steps.send(list(known))
+    except StopIteration as stop:
+        result: R = stop.value
+        return result
+    steps.close()
+    return wanted

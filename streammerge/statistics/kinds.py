@@ -4,6 +4,7 @@ from streammerge.statistics.asking import Steps, ask, ask_all
 from streammerge.statistics.base import KINDS, Statistic
 from streammerge.statistics.companions import FisherSquares, RegressionOperators, SquareTotal
 from streammerge.statistics.counts import NonZero, SignTotal, Touched, Touches
+from streammerge.statistics.describing import Magnitudes, OwnSquares, SignAgreement, SignCounts
 from streammerge.statistics.random_words import LowWords
 from streammerge.statistics.ranks import Band, Largest, Quantile, Threshold, TieIndex, TopK
 from streammerge.statistics.sums import AbsSum, ColumnDots, ColumnGram, Dots, Gram, Squares, SquareSums
@@ -19,9 +20,13 @@ __all__ = [
     "Gram",
     "Largest",
     "LowWords",
+    "Magnitudes",
     "NonZero",
+    "OwnSquares",
     "Quantile",
     "RegressionOperators",
+    "SignAgreement",
+    "SignCounts",
     "SignTotal",
     "SquareSums",
     "SquareTotal",

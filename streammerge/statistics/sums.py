@@ -127,8 +127,27 @@ class SquareSums:
     """Number of elements of the tensor, selected or not."""
 
 
+class SumsOfSquares(BlockSums[SquareSums]):
+    """A statistic that is a sum of squares of several vectors."""
+
+    def of_totals(self, totals: list[float], n: int) -> SquareSums:
+        """Return the sums."""
+        return SquareSums(tuple(totals), n)
+
+    def to_json(self, value: SquareSums) -> object:
+        """Return the sums and the number of elements."""
+        return {"sums": [[hex_of(total) for total in value.totals], value.n]}
+
+    def from_json(self, plain: Any) -> SquareSums:
+        """Return the sums."""
+        match plain:
+            case {"sums": [[*totals], int(n)]}:
+                return SquareSums(tuple(map(from_hex, totals)), n)
+        raise ValueError("no sums of squares")
+
+
 @dataclass(frozen=True)
-class Squares(BlockSums[SquareSums]):
+class Squares(SumsOfSquares):
     """The sum of squares of each task vector over the selected elements, in fp64."""
 
     vectors: tuple[TaskVector, ...]
@@ -152,21 +171,6 @@ class Squares(BlockSums[SquareSums]):
     def partials(self, math: BlockMath) -> NDArray[np.float64]:
         """Return the sums of squares, (blocks, vectors)."""
         return math.squares(self.vectors, self.selection)
-
-    def of_totals(self, totals: list[float], n: int) -> SquareSums:
-        """Return the sums."""
-        return SquareSums(tuple(totals), n)
-
-    def to_json(self, value: SquareSums) -> object:
-        """Return the sums and the number of elements."""
-        return {"sums": [[hex_of(total) for total in value.totals], value.n]}
-
-    def from_json(self, plain: Any) -> SquareSums:
-        """Return the sums."""
-        match plain:
-            case {"sums": [[*totals], int(n)]}:
-                return SquareSums(tuple(map(from_hex, totals)), n)
-        raise ValueError("no sums of squares")
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,16 @@ class KernelMath:
         """See `BlockMath`."""
         return self._tiles.touches(vectors, epsilon)
 
+    @answers("selected")
+    def own_squares(self) -> NDArray[np.float64]:
+        """See `BlockMath`."""
+        return self._tiles.own_squares()
+
+    @answers("agreements")
+    def agreements(self, vectors: tuple[TaskVector, ...]) -> Counts:
+        """See `BlockMath`."""
+        return self._tiles.agreements(vectors)
+
     @answers(kernels_of_merge)
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """See `BlockMath`."""

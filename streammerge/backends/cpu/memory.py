@@ -22,7 +22,7 @@ _TIES = {"drop": 0, "all": 1, "thin": 2, "index": 3}
 @cache
 def kernels() -> Any:
     """Return the modules of kernels as attributes; imported late, for numba takes a second. It erases signatures."""
-    from streammerge.kernels import blocks, deltas, fisher, gram, merge, operands, ranks, scores
+    from streammerge.kernels import blocks, deltas, fisher, gram, merge, operands, ranks, scores, signs
 
     return SimpleNamespace(
         blocks=blocks,
@@ -33,6 +33,7 @@ def kernels() -> Any:
         operands=operands,
         ranks=ranks,
         scores=scores,
+        signs=signs,
     )
 
 

@@ -153,6 +153,25 @@ class Tiles:
             self._kernels.count_touched(deltas, rescales(vectors), float(epsilon), *counts)
         return counts
 
+    def own_squares(self) -> NDArray[np.float64]:
+        """Return the sums of squares of the base, if there is one, and of the models per 4096 elements, (blocks, tensors)."""
+        sums = np.empty(
+            (-(-self.block.n // BLOCK), len(self.block.models) + (self.block.base is not None)), np.float64
+        )
+        for first, n in self.spans():
+            _, tensors, factors, _ = self.terms((), (first, n))
+            blocks = sums[first // BLOCK : -(-(first + n) // BLOCK)]
+            self._kernels.square_sums(tensors, factors, self.selected(None, (first, n)), blocks)
+        return sums
+
+    def agreements(self, vectors: Sequence[TaskVector]) -> Counts:
+        """Return at how many elements two vectors or more are not zero: of one sign, and of both, (2,)."""
+        counts = np.zeros(2, np.int64)
+        for span in self.spans():
+            _, deltas, _ = self.survivors(vectors, span)
+            kernels().signs.count_agreements(deltas, counts)
+        return counts
+
     def add_column_dots(self, vectors: Sequence[TaskVector], sums: NDArray[np.float64]) -> None:
         """Add the dot products of all pairs over the rows, a fixed number of rows at a time, to `sums`."""
         columns = self.block.row_length
@@ -262,6 +281,16 @@ def _select(memory: BlockMemory, rule: SelectedMerge, out: Operand) -> Applied:
 def _selected(math: BlockMath) -> None:
     math.squares(VECTORS, None)
     math.apply(SelectedMerge(VECTORS, None), OUT)
+
+
+@example("selected")
+def _own_squares(math: BlockMath) -> None:
+    math.own_squares()
+
+
+@example("agreements")
+def _agreements(math: BlockMath) -> None:
+    math.agreements(VECTORS)
 
 
 @applies(TouchedMerge, kernels="touched")

@@ -234,6 +234,35 @@ class TorchMath:
 
         return np.sum(list(self._each(count)), axis=0)
 
+    def own_squares(self) -> NDArray[np.float64]:
+        """See `BlockMath`."""
+
+        def sums(a: int, b: int) -> NDArray[np.float64]:
+            models, base = self._inputs(a, b)
+            tensors = [*([] if base is None else [base]), *models]
+            squares = [_finite(tensor).double() for tensor in tensors]
+            return np.stack([block_sums((one * one).cpu().numpy()) for one in squares], axis=1)
+
+        return np.concatenate(list(self._each(sums, BLOCK)))
+
+    def agreements(self, vectors: tuple[TaskVector, ...]) -> Counts:
+        """See `BlockMath`."""
+
+        def count(a: int, b: int) -> Counts:
+            import torch
+
+            models, base = self._inputs(a, b)
+            assert base is not None
+            where = self._where(a, b)
+            left = torch.stack([vector.surviving(models[vector.model], base, where) for vector in vectors])
+            ups, downs = (left > 0).sum(dim=0), (left < 0).sum(dim=0)
+            conflict = (ups > 0) & (downs > 0)
+            agree = (ups + downs > 1) & ~conflict
+            counts: Counts = torch.stack([agree.sum(), conflict.sum()]).cpu().numpy()
+            return counts
+
+        return np.sum(list(self._each(count)), axis=0)
+
     def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
         """See `BlockMath`."""
 

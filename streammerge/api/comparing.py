@@ -1,0 +1,137 @@
+"""`compare`: how models differ from their base and from each other, in one pass over their files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from streammerge.api.feedback import OnEvent, controlled
+from streammerge.checkpoint.tensor_kinds import kind_of
+from streammerge.config.reading import config_from_mapping
+from streammerge.engine.first_use import CannotCompileError
+from streammerge.engine.measuring import measure
+from streammerge.errors import InputError
+from streammerge.machine import available_memory, own_memory, shortage
+from streammerge.methods.comparison import COMPARISON, difference_of
+from streammerge.planning.inputs import Sources, open_inputs
+from streammerge.planning.needs import tensor_context_of
+from streammerge.planning.options import PlanOptions
+from streammerge.planning.plan import MergePlan
+from streammerge.planning.prepare import SLOWER, prepare
+from streammerge.planning.resolve.base_models import settle_base
+from streammerge.report.comparison import ComparedTensor, Comparison
+from streammerge.units import nbytes_of
+
+Path = str | os.PathLike[str]
+
+
+def compare(
+    models: Sequence[Path],
+    base: Path | None = None,
+    *,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    progress: bool = True,
+    on_event: OnEvent | None = None,
+    stop: threading.Event | None = None,
+    signal_received: Callable[[], int | None] = lambda: None,
+) -> Comparison:
+    """Measure how models differ from their base and from each other, out of core; nothing is written.
+
+    Parameters
+    ----------
+    models
+        Directories, files, or names in the Hugging Face cache.
+    base
+        The model that they were fine-tuned from; None: the first of them.
+    memory
+        Bound of the process's peak resident memory, ``"2GiB"`` or bytes; default: half of what is free.
+    threads
+        CPUs to keep busy; default: those available.
+    device
+        ``auto``, ``cpu`` or ``cuda[:N]``.
+    progress
+        Whether to show a bar (on terminals and in notebooks) or, elsewhere, lines on stderr.
+    on_event
+        Told every event, warnings included, from the calling thread, in place of the bar and of Python's warnings.
+    stop
+        Set it, from another thread, to stop.
+    signal_received
+        Returns the number of the signal that set `stop`.
+
+    Returns
+    -------
+    Comparison
+        Norms, cosines, signs and magnitudes. All of it is exact (integers, and fp64 sums in one order): the same bits
+        whatever the memory and the threads.
+
+    Raises
+    ------
+    InputError
+        If the models or the memory do not allow it, or a value is not finite.
+    WorldError
+        If the machine cannot read them.
+    Stopped
+        If `stop` was set.
+
+    Examples
+    --------
+    >>> found = streammerge.compare(["models/math", "models/code"], "models/base")  # doctest: +SKIP
+    >>> found.cosines[0][1]  # doctest: +SKIP
+    0.013
+    """
+    options = PlanOptions(memory=nbytes_of(memory), threads=threads, device=device, tensors_only=True)
+
+    def decide(kernels: bool | None) -> MergePlan:
+        return _plan(
+            [os.fspath(model) for model in models],
+            None if base is None else os.fspath(base),
+            options,
+            kernels,
+        )
+
+    plan = decide(None)
+    with controlled(on_event, progress, "comparing", stop, signal_received) as control:
+        try:
+            answers = measure(plan, control)
+        except CannotCompileError as error:
+            control.warn(SLOWER.format(error))
+            plan = decide(False)
+            answers = measure(plan, control)
+    assert plan.base is not None
+    tensors = []
+    for job in plan.jobs:
+        if job.ordinal in answers:
+            context = tensor_context_of(job)
+            stack = next((prefix for prefix in job.stacks if job.name.startswith(f"{prefix}.")), None)
+            found = difference_of(context, answers[job.ordinal])
+            tensors.append(
+                ComparedTensor(
+                    job.name,
+                    kind_of(job.name),
+                    None if context.layer is None else (stack or "", context.layer),
+                    tuple(ref.stored_dtype for ref in job.inputs),
+                    found,
+                )
+            )
+    names = tuple(plan.models[i].reference for i in range(len(plan.models)))
+    return Comparison(plan.base.reference, names, tuple(tensors))
+
+
+def _plan(models: list[str], base: str | None, options: PlanOptions, kernels: bool | None) -> MergePlan:
+    """Return the plan that reads every tensor once."""
+    if base is None:
+        if len(models) < 2:
+            raise InputError("compare: one model and no base: name at least two models, or give --base")
+        base, *models = models
+    if not models:
+        raise InputError("compare: no model: name at least one")
+    config = config_from_mapping({"merge_method": COMPARISON.name, "base_model": base, "models": models})
+    settled = settle_base(config, COMPARISON)
+    total = options.memory
+    warning = None if total is None else shortage(total, available_memory(), own_memory())
+    options = replace(options, kernels=kernels, notes=() if warning is None else (warning,))
+    return prepare(settled, COMPARISON, open_inputs(settled, COMPARISON, Sources()), options)

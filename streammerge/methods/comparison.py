@@ -1,0 +1,133 @@
+"""How fine-tunes differ from their base, tensor by tensor: rounds of statistics, as a method asks for them.
+
+`COMPARISON` is what the engine follows; it is in no list of methods, for it merges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.algebra.extent import Extent
+from streammerge.algebra.rules import WeightedSum
+from streammerge.algebra.task_vectors import Cut, TaskVector
+from streammerge.methods.drop import GENERAL
+from streammerge.methods.parameters import drop_parameters
+from streammerge.methods.registry import Method
+from streammerge.methods.tensor_context import TensorContext
+from streammerge.statistics.asking import Steps, ask, ask_all, follow
+from streammerge.statistics.kinds import (
+    Gram,
+    Magnitudes,
+    OwnSquares,
+    SignAgreement,
+    SignCounts,
+    Squares,
+    Threshold,
+    TieIndex,
+    TopK,
+)
+
+SHARES = (0.01, 0.05, 0.2)
+"""The shares of a tensor's entries whose part of the squared norm is asked for."""
+TOP = 0.2
+"""The share of its largest entries that "top20" signs look at."""
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """How the task vectors of one tensor differ from 0 and from each other; all of it is exact."""
+
+    n: int
+    """Elements of the tensor."""
+    base_square: float
+    """Sum of the base's squares."""
+    dots: NDArray[np.float64]
+    """Dot products of the task vectors, (vectors, vectors); their squared norms on the diagonal."""
+    top_squares: NDArray[np.float64]
+    """Sums of squares of each vector's largest entries, (vectors, `SHARES`)."""
+    signs: SignCounts
+    """Over all elements."""
+    top_signs: SignCounts
+    """Over each vector's `TOP` largest entries."""
+    exponents: NDArray[np.int64]
+    """Entries of each vector by fp32 exponent, (vectors, 256)."""
+
+
+def difference(context: TensorContext) -> Steps[TensorDifference]:
+    """Ask for everything about the task vectors of one tensor.
+
+    Of equal magnitudes at a threshold those of lowest index count among the largest, as in `torch.sort(stable=True)`.
+    """
+    vectors = tuple(TaskVector(i) for i in range(context.n_models))
+    own = yield from ask(OwnSquares(len(vectors) + 1))
+    dots = yield from ask(Gram(len(vectors), vectors))
+    exponents = yield from ask_all([Magnitudes(vector) for vector in vectors])
+    signs = yield from ask(SignAgreement(vectors))
+    asked = [(vector, share) for vector in vectors for share in SHARES]
+    found = yield from ask_all([TopK(vector, share) for vector, share in asked])
+    thresholds = dict(zip(asked, found, strict=True))
+    top = [thresholds[vector, TOP] for vector in vectors]
+    ends = yield from ask_all(
+        [TieIndex(vector, threshold) for vector, threshold in zip(vectors, top, strict=True)]
+    )
+    kept = tuple(
+        replace(vector, cut=Cut(threshold.key, "index", end))
+        for vector, threshold, (_, end) in zip(vectors, top, ends, strict=True)
+    )
+    top_signs = yield from ask(SignAgreement(kept))
+    above = []
+    for share in SHARES:
+        cut = tuple(replace(v, cut=Cut(thresholds[v, share].key, "drop")) for v in vectors)
+        above.append((yield from ask(Squares(cut))))
+    squares = np.array(
+        [
+            [
+                strictly.totals[i] + _of_ties(thresholds[vector, share])
+                for share, strictly in zip(SHARES, above, strict=True)
+            ]
+            for i, vector in enumerate(vectors)
+        ]
+    )
+    return TensorDifference(
+        context.n_elements,
+        own.totals[0],
+        dots.matrix()[0],
+        squares,
+        signs,
+        top_signs,
+        np.array(exponents, np.int64),
+    )
+
+
+def _of_ties(threshold: Threshold) -> float:
+    """Return the sum of squares of the entries at a threshold that count among the largest."""
+    magnitude = float(np.uint32(threshold.key).view(np.float32))
+    return threshold.needed * magnitude * magnitude
+
+
+def _compare(context: TensorContext) -> Steps[WeightedSum]:
+    """Compare models with their base."""
+    yield from difference(context)
+    return WeightedSum((1.0,))
+
+
+COMPARISON = Method(
+    "compare",
+    _compare,
+    Extent.TENSOR,
+    "required",
+    (1, None),
+    {one.name: one for one in drop_parameters(GENERAL)},
+)
+
+
+def difference_of(context: TensorContext, answers: Sequence[Sequence[Any]]) -> TensorDifference:
+    """Return what the answers to all rounds of `COMPARISON` say of a tensor."""
+    found = follow(difference(context), answers)
+    assert isinstance(found, TensorDifference)
+    return found

@@ -1,0 +1,176 @@
+"""Statistics that describe models and are asked by no merge: own norms, agreeing signs, magnitudes by power of two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.algebra.block import BlockMath, Call, Counts
+from streammerge.algebra.extent import Extent
+from streammerge.algebra.task_vectors import TaskVector
+from streammerge.statistics.base import Cost, Lock, Measurement, NotFiniteError, Reducer, Statistic, integers
+from streammerge.statistics.sums import SquareSums, SumsOfSquares
+
+_TOP = (1 << 31) - 1
+_MANTISSA = 23
+"""Bits of an fp32 pattern below its exponent."""
+_INFINITE = 0x7F800000
+EXPONENTS = 1 << 8
+"""Magnitudes are counted by their fp32 exponent: bin e holds those from 2^(e - 127) to twice that; bin 0 the smaller ones."""
+
+
+@dataclass(frozen=True)
+class OwnSquares(SumsOfSquares):
+    """The sums of squares of the base, if there is one, and of every model: of weights, not of task vectors."""
+
+    n: int
+    """Number of these tensors."""
+    extent: Extent = Extent.TENSOR
+
+    @property
+    def cost(self) -> Cost:
+        """One sum a block for each tensor."""
+        return Cost(partials=self.n)
+
+    def calls(self) -> tuple[Call, ...]:
+        """Return the methods of `BlockMath` that it calls."""
+        return (Call("own_squares"),)
+
+    def placeholder(self) -> SquareSums:
+        """Return unit vectors of one element."""
+        return SquareSums((1.0,) * self.n, 1)
+
+    def partials(self, math: BlockMath) -> NDArray[np.float64]:
+        """Return the sums of squares, (blocks, tensors)."""
+        return math.own_squares()
+
+
+@dataclass(frozen=True)
+class SignCounts:
+    """The elements where two task vectors or more are not zero."""
+
+    agree: int
+    """Those where all that are not zero have one sign."""
+    conflict: int
+    """Those where two differ in sign."""
+
+
+@dataclass(frozen=True)
+class SignAgreement(Statistic[SignCounts]):
+    """The number of elements at which the surviving entries of task vectors agree in sign, and at which they conflict."""
+
+    vectors: tuple[TaskVector, ...]
+    extent: Extent = Extent.TENSOR
+
+    def calls(self) -> tuple[Call, ...]:
+        """Return the methods of `BlockMath` that it calls."""
+        return (Call("agreements"),)
+
+    def placeholder(self) -> SignCounts:
+        """Return one element that agrees."""
+        return SignCounts(1, 0)
+
+    def reducer(self, over: Measurement) -> Reducer[SignCounts]:
+        """Return a counter."""
+        return _AgreementReducer(self)
+
+    def to_json(self, value: SignCounts) -> object:
+        """Return both counts."""
+        return {"signs": [value.agree, value.conflict]}
+
+    def from_json(self, plain: Any) -> SignCounts:
+        """Return both counts."""
+        match plain:
+            case {"signs": [agree, conflict]}:
+                return SignCounts(*integers([agree, conflict]))
+        raise ValueError("no counts of signs")
+
+
+class _AgreementReducer(Reducer[SignCounts]):
+    """Adds the counts of blocks."""
+
+    def __init__(self, statistic: SignAgreement) -> None:
+        self._vectors, self._lock = statistic.vectors, Lock()
+        self._counts: Counts = np.zeros(2, np.int64)
+
+    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
+        """Count one block."""
+        self.absorb(math.agreements(self._vectors))
+
+    @property
+    def value(self) -> SignCounts:
+        """The counts."""
+        return SignCounts(*map(int, self._counts))
+
+    def part(self) -> Counts:
+        """Return the counts so far, (2,)."""
+        return self._counts
+
+    def absorb(self, part: Counts) -> None:
+        """Add another's counts."""
+        with self._lock:
+            self._counts = self._counts + part
+
+
+@dataclass(frozen=True)
+class Magnitudes(Statistic[tuple[int, ...]]):
+    """The number of entries of a task vector with each fp32 exponent, before its cut: `EXPONENTS` counts."""
+
+    vector: TaskVector
+    extent: Extent = Extent.TENSOR
+
+    def calls(self) -> tuple[Call, ...]:
+        """Return the methods of `BlockMath` that it calls."""
+        return (Call("count_keys", self.vector),)
+
+    def placeholder(self) -> tuple[int, ...]:
+        """Return one entry of magnitude 1."""
+        return tuple(int(exponent == 127) for exponent in range(EXPONENTS))
+
+    def reducer(self, over: Measurement) -> Reducer[tuple[int, ...]]:
+        """Return a counter."""
+        return _MagnitudesReducer(self, over.tolerant)
+
+    def to_json(self, value: tuple[int, ...]) -> object:
+        """Return the counts."""
+        return {"exponents": list(value)}
+
+    def from_json(self, plain: Any) -> tuple[int, ...]:
+        """Return the counts."""
+        match plain:
+            case {"exponents": [*counts]} if len(counts) == EXPONENTS:
+                return integers(counts)
+        raise ValueError("no counts of exponents")
+
+
+class _MagnitudesReducer(Reducer[tuple[int, ...]]):
+    """Adds the counts of blocks."""
+
+    def __init__(self, statistic: Magnitudes, tolerant: bool) -> None:
+        self._vector, self._tolerant, self._lock = statistic.vector, tolerant, Lock()
+        self._counts: Counts = np.zeros(EXPONENTS, np.int64)
+
+    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
+        """Count one block."""
+        bins = np.zeros(EXPONENTS, np.int32)
+        _, highest = math.count_keys(self._vector, 0, _TOP, _MANTISSA, bins)
+        if highest >= _INFINITE and not self._tolerant:
+            raise NotFiniteError(ordinal)
+        self.absorb(bins.astype(np.int64))
+
+    @property
+    def value(self) -> tuple[int, ...]:
+        """The counts."""
+        return tuple(map(int, self._counts))
+
+    def part(self) -> Counts:
+        """Return the counts so far, (exponents,)."""
+        return self._counts
+
+    def absorb(self, part: Counts) -> None:
+        """Add another's counts."""
+        with self._lock:
+            self._counts = self._counts + part
