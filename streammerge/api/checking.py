@@ -93,7 +93,13 @@ def _verify(
         return verify_files(out, on_tick)
     manifest = manifest_of(out)
     decided = plan(
-        against, memory=memory, device="cpu", seed=manifest["seed"], methods=methods, kernels=False
+        against,
+        memory=memory,
+        device="cpu",
+        seed=manifest["seed"],
+        methods=methods,
+        kernels=False,
+        out=out,
     )
     name = "the config" if isinstance(against, Mapping) else str(against)
     check_made_from(decided, out, manifest, name)

@@ -12,6 +12,7 @@ from streammerge.config.schema import MergeConfig
 from streammerge.machine import available_memory, own_memory, shortage
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
+from streammerge.output.place import place_of
 from streammerge.planning.averages import settle_checkpoints
 from streammerge.planning.inputs import Sources, open_inputs
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, PlanOptions
@@ -35,6 +36,7 @@ def plan(
     kernels: bool | None = None,
     copy_tokenizer: bool = True,
     write_model_card: bool = True,
+    out: str | os.PathLike[str] | None = None,
 ) -> MergePlan:
     """Decide everything about a merge from headers alone; nothing is written.
 
@@ -59,6 +61,8 @@ def plan(
         compiling them takes. Default: the kernels, but while they are not compiled yet the formulas for a small merge.
     copy_tokenizer, write_model_card
         False: the output goes without.
+    out
+        The output, which decides by its name whether it is a directory (default) or a single ``.safetensors`` file.
 
     Returns
     -------
@@ -91,6 +95,7 @@ def plan(
         kernels=kernels,
         shard_size=nbytes_of(shard_size) or DEFAULT_SHARD_SIZE,
         seed=seed,
+        file=None if out is None else place_of(Path(out)).file,
         notes=() if warning is None else (warning,),
         left_out=(
             *(() if copy_tokenizer else ("tokenizer",)),

@@ -137,6 +137,7 @@ def merge(
             kernels=kernels,
             copy_tokenizer=copy_tokenizer,
             write_model_card=write_model_card,
+            out=out,
         )
 
     decided = decide(kernels)

@@ -58,6 +58,8 @@ class TensorIndex(Mapping[str, SourceRef]):
     """What the user should know of how it was read."""
     quantization: Quantization | None = None
     """Which of its tensors are codes, and what belongs to them; None where all are plain."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the header of a model of one file says of itself."""
     folders: tuple[str, ...] = ()
     """Folders of further modules whose tensors are among its own, as ``FOLDER/name``."""
 
@@ -212,10 +214,12 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     left_out: dict[str, SourceRef] = {}
     notes = list(shards.notes)
     weight_map = shards.weight_map
+    metadata: Mapping[str, str] = {}
     for shard in shards.names:
         contents = open_file(directory / shard)
         notes += _beside(directory / shard, contents)
         stamps.append(contents.stamp)
+        metadata = contents.metadata
         for name, ref in contents.refs.items():
             if weight_map is not None and weight_map.get(name) != shard:
                 left_out[name] = ref
@@ -243,6 +247,7 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
         config,
         notes=tuple(notes),
         quantization=quantization,
+        metadata=metadata if len(shards.names) == 1 else {},
     )
 
 

@@ -35,18 +35,21 @@ from streammerge.errors import InputError, printable
         "streammerge merge ties.yml merged                   merge, or continue after an interruption",
         "streammerge merge ties.yml merged --memory 2GiB     never more resident memory than this",
         "streammerge merge ties.yml merged --overwrite       discard what an earlier merge left there",
+        "streammerge merge sdxl.yml models/mix.safetensors   one file, as programs for images load it",
         "streammerge merge ties.yml merged --json            events for another program",
     ),
 )
 @click.argument("config", type=path())
-@click.argument("out", type=path(file_okay=False))
+@click.argument("out", type=path())
 @planning_options
 @writing_options
 @quiet_option
 @json_events_option
 @mergekit_options
 def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:
-    """Merge the models that CONFIG names into the directory OUT. Run again, it continues.
+    """Merge the models that CONFIG names into OUT. Run again, it continues.
+
+    OUT is a directory, or one file if its name ends in .safetensors.
 
     After Ctrl-C, a kill or a crash the same command continues where it stopped, and the files are byte for byte
     those of an uninterrupted run. The options of mergekit-yaml are accepted under their own names.
@@ -111,7 +114,7 @@ def run(
     ),
 )
 @click.argument("config", type=path())
-@click.argument("out", type=path(file_okay=False), required=False)
+@click.argument("out", type=path(), required=False)
 @planning_options
 @option(
     "--json",
@@ -135,7 +138,7 @@ def show_plan(config: Any, out: str | None, *, as_json: bool, **options: Any) ->
     from streammerge.planning.description import describe, tensor_values
     from streammerge.report.plan import advice, plan_text
 
-    decided = decide(config, **options)
+    decided = decide(config, out=out, **options)
     check_beforehand(decided, None if out is None else Path(out))
     values = describe(decided) | advice(decided, out)
     if as_json:
@@ -151,7 +154,7 @@ def show_plan(config: Any, out: str | None, *, as_json: bool, **options: Any) ->
         "streammerge verify merged --against ties.yml   and a random sample computed once more",
     ),
 )
-@click.argument("out", type=path(file_okay=False))
+@click.argument("out", type=path())
 @option(
     "--against",
     type=path(),

@@ -43,6 +43,7 @@ from streammerge.output.inputs import (
     recognize,
 )
 from streammerge.output.journal import Journal, Known, Progress, Receipt
+from streammerge.output.place import Place, place_of
 from streammerge.output.shards import ShardWriter
 from streammerge.planning.description import describe
 from streammerge.planning.layout import folder_of
@@ -111,7 +112,8 @@ def execute(
         If the kernels cannot be compiled here, before anything is made: plan without them.
     """
     executor = make_executor(options.executor)
-    check_target(out, plan.inputs, [index.reference for index in plan.fishers])
+    place = place_of(out)
+    check_target(place, plan.inputs, [index.reference for index in plan.fishers])
     control.emit(Event("plan", {**describe(plan), "out": str(out)}))
     for line in plan.warnings:
         control.warn(line)
@@ -121,17 +123,17 @@ def execute(
     try:
         identity = identify(plan, reader)
         if not out.exists():
-            check_space(out, plan.layout.sizes)
-        with locked(out):
-            check_contents(out)
+            check_space(out, plan.layout.sizes, place.paths)
+        with locked(place):
+            check_contents(place)
             hasher = _make_hasher(plan, control)
             if not options.overwrite and (
                 finished := find_finished(
-                    out, plan, identity, hasher if options.hash_inputs else None, control
+                    place, plan, identity, hasher if options.hash_inputs else None, control
                 )
             ):
                 return replace(_complete(out, plan, finished), compile_seconds=compiling)
-            session = _Session(plan, out, reader, identity, options, executor, control, hasher)
+            session = _Session(plan, place, reader, identity, options, executor, control, hasher)
             summary = session.run(card(plan), began)
             return replace(summary, compile_seconds=compiling)
     finally:
@@ -172,7 +174,7 @@ class _Session:
     def __init__(
         self,
         plan: MergePlan,
-        out: Path,
+        place: Place,
         reader: Reader,
         identity: Identity,
         options: Options,
@@ -181,11 +183,11 @@ class _Session:
         hasher: ContentHasher,
     ) -> None:
         self._hasher, self._hash_inputs = hasher, options.hash_inputs
-        self._plan, self._out, self._reader = plan, out, reader
+        self._plan, self._place, self._reader = plan, place, reader
         self._identity = identity
         self._control = control
-        self._writer = ShardWriter(out, plan.layout, direct=options.io == "direct")
-        spec = RunSpec(plan, out, identity, options.nonfinite == "warn", options.io)
+        self._writer = ShardWriter(place, plan.layout, direct=options.io == "direct")
+        spec = RunSpec(plan, place.out, identity, options.nonfinite == "warn", options.io)
         self._worker = Worker(spec, reader, self._writer, control.stop)
         self._executor = executor
         self._overwrite = options.overwrite
@@ -195,7 +197,7 @@ class _Session:
 
     def run(self, card: str, began: float) -> Summary:
         files = find_inputs(self._plan, self._plan.beside.files)
-        journal = Journal(self._out, self._identity.named)
+        journal = Journal(self._place, self._identity.named)
         stages = self._worker.stages
         try:
             progress = self._continue(journal, files)
@@ -204,7 +206,7 @@ class _Session:
                 journal.announce(shards)  # started over, another merge has to know of them
             self._writer.open()
             if self._writer.unreserved:
-                self._control.warn(f"{printable(self._out)}: {_UNRESERVED}")
+                self._control.warn(f"{printable(self._place.out)}: {_UNRESERVED}")
             sound = self._believe(progress.receipts)
             resumed = sum(_receipt_bytes(self._plan, receipt) for receipt in sound)
             self._control.emit(Event("resume" if resumed else "start", {"bytes_done": resumed}))
@@ -231,7 +233,7 @@ class _Session:
                 journal.announce(hashes)
                 manifest = commit(
                     self._plan,
-                    self._out,
+                    self._place,
                     self._writer,
                     scheduler.receipts,
                     self._identity,
@@ -258,7 +260,7 @@ class _Session:
         progress = None if self._overwrite else journal.read()
         known = {file.key: Known(file.stamp) for file in files}
         if progress is not None:
-            what = f"{printable(self._out)}: holds an unfinished merge"
+            what = f"{printable(self._place.out)}: holds an unfinished merge"
             known = recognize(files, progress.files, self._hasher, what)
         hashed = self._hasher.hash(
             [
@@ -271,9 +273,9 @@ class _Session:
         if progress is None:
             announced = journal.announced()
             journal.start_over()
-            clear(self._out, announced)
+            clear(self._place, announced)
         else:
-            withdraw(self._out)
+            withdraw(self._place)
         journal.open(known)
         return replace(progress or Progress({}), files=known)
 
@@ -344,7 +346,7 @@ class _Session:
 
     def _summary(self, manifest: Mapping[str, Any], resumed: int, began: float) -> Summary:
         return Summary(
-            str(self._out),
+            str(self._place.out),
             False,
             len(self._plan.jobs),
             len(self._plan.layout.shards),

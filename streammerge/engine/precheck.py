@@ -8,6 +8,7 @@ from pathlib import Path
 from streammerge.io.reader import Reader
 from streammerge.output.directory import check_contents, check_target
 from streammerge.output.identity import identify
+from streammerge.output.place import place_of
 from streammerge.planning.plan import MergePlan
 
 _BLOCK = 512
@@ -25,9 +26,10 @@ def check_beforehand(plan: MergePlan, out: Path | None) -> None:
         As the merge would.
     """
     if out is not None:
-        check_target(out, plan.inputs, [index.reference for index in plan.stores])
-        if out.is_dir():
-            check_contents(out)
+        place = place_of(out)
+        check_target(place, plan.inputs, [index.reference for index in plan.stores])
+        if place.folder.is_dir():
+            check_contents(place)
     if plan.random and _have_data(plan):
         reader = Reader()
         try:

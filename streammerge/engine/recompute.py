@@ -31,7 +31,7 @@ from streammerge.output.commit import cover, densities, floored, not_finite
 from streammerge.output.identity import LAYOUT, VERSION, identify
 from streammerge.output.inputs import ContentHasher, changed_contents
 from streammerge.output.journal import Receipt
-from streammerge.output.manifest import MANIFEST
+from streammerge.output.place import Place, place_of
 from streammerge.planning.layout import Layout, Shard, Slot, folder_of, is_shard
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import ALIGN, Piece, remaining
@@ -126,11 +126,12 @@ def recompute(
     WorldError
         If the machine cannot read it, or an input changes meanwhile.
     """
-    placed = _placed(plan, out, list(manifest["files"]))
+    place = place_of(out)
+    placed = _placed(plan, place, list(manifest["files"]))
     every = pieces_of(placed)
     chosen = every if sample is None else random.Random(seed).sample(every, min(sample, len(every)))
     reader = Reader()
-    comparer = _Comparer(placed, out, reader)
+    comparer = _Comparer(placed, place, reader)
     worker = Worker(RunSpec(placed, None, identify(placed, reader), tolerant=True), reader, comparer)
     try:
         scheduler = Scheduler(worker, _Nothing(), lambda tick: on_tick(tick.bytes_read))
@@ -140,31 +141,31 @@ def recompute(
     _check_inputs(placed)
     problems = [comparer.describe(job, manifest) for job in sorted(comparer.differences)]
     if sample is None and not problems:
-        problems = _told_wrongly(placed, scheduler.receipts, manifest)
+        problems = _told_wrongly(placed, scheduler.receipts, manifest, place)
     n = sum(job.n_elements for job in placed.jobs)
     return Recomputed(len(chosen), len(every), comparer.elements, n, tuple(problems))
 
 
-def _placed(plan: MergePlan, out: Path, names: Sequence[str]) -> MergePlan:
+def _placed(plan: MergePlan, place: Place, names: Sequence[str]) -> MergePlan:
     """Return the plan with the layout that the output has, whatever the size of its shards."""
     jobs = {job.name: job for job in plan.jobs}
     slots: dict[int, Slot] = {}
     shards = []
     for number, name in enumerate(sorted(name for name in names if is_shard(name, plan.template.folders))):
-        refs, _, stamp = read_header(out / name)
+        refs, _, stamp = read_header(place.path(name))
         refs = {f"{folder_of(name)}{tensor}": ref for tensor, ref in refs.items()}
         for tensor, ref in refs.items():
             job = jobs.get(tensor)
             if job is None or (job.dtype, job.shape) != (ref.dtype, ref.shape):
                 raise InputError(
-                    f"{printable(out / name)}: tensor {printable(tensor)} is not one of the merge"
+                    f"{printable(place.path(name))}: tensor {printable(tensor)} is not one of the merge"
                 )
             slots[job.ordinal] = Slot(number, ref.offset, ref.nbytes)
         ordinals = tuple(jobs[tensor].ordinal for tensor in refs)
         shards.append(Shard(name, b"", stamp.nbytes, ordinals))
     lost = [job.name for job in plan.jobs if job.ordinal not in slots]
     if lost:
-        raise InputError(f"{printable(out)}: tensor {printable(lost[0])} is in none of its files")
+        raise InputError(f"{printable(place.out)}: tensor {printable(lost[0])} is in none of its files")
     return replace(plan, layout=Layout(tuple(shards), tuple(slots[job.ordinal] for job in plan.jobs)))
 
 
@@ -191,14 +192,16 @@ def _check_inputs(plan: MergePlan) -> None:
                 raise WorldError(f"{printable(stamp.path)}: an input changed while it was read; run again")
 
 
-def _told_wrongly(plan: MergePlan, receipts: Sequence[Receipt], manifest: Mapping[str, Any]) -> list[str]:
+def _told_wrongly(
+    plan: MergePlan, receipts: Sequence[Receipt], manifest: Mapping[str, Any], place: Place
+) -> list[str]:
     """Return what the manifest says of the merge beside its bytes, and is not so."""
     chosen = cover(plan, receipts)
     told: dict[str, Any] = {"densities": densities(plan, chosen), "not_finite": not_finite(plan, chosen)}
     if plan.fishers:
         told["floored"] = floored(plan, chosen)
     return [
-        f"{MANIFEST}: `{field}` is not what the merge gives"
+        f"{printable(place.manifest.name)}: `{field}` is not what the merge gives"
         for field, value in told.items()
         if (manifest.get(field) or None) != (value or None)
     ]
@@ -229,8 +232,8 @@ class _Difference:
 class _Comparer:
     """Takes merged bytes and compares them with those of an output."""
 
-    def __init__(self, plan: MergePlan, out: Path, reader: Reader) -> None:
-        self._plan, self._out, self._reader = plan, out, reader
+    def __init__(self, plan: MergePlan, place: Place, reader: Reader) -> None:
+        self._plan, self._place, self._reader = plan, place, reader
         self._lock = threading.Lock()
         self._by_shard = [
             sorted(
@@ -251,7 +254,7 @@ class _Comparer:
         places = self._by_shard[shard]
         begins, ordinal = places[bisect_right(places, (offset, len(self._plan.jobs))) - 1]
         bits = BITS[self._plan.jobs[ordinal].dtype]
-        path = str(self._out / self._plan.layout.shards[shard].name)
+        path = str(self._place.path(self._plan.layout.shards[shard].name))
         for position in range(0, data.size, _STEP):
             ours = data[position : position + _STEP]
             theirs = np.empty(ours.size, np.uint8)

@@ -16,6 +16,7 @@ from streammerge.io.buffer_pool import Bytes, Pool
 from streammerge.io.reader import IoMode, Reader
 from streammerge.machine import available_memory, share_out
 from streammerge.output.identity import Identity
+from streammerge.output.place import place_of
 from streammerge.output.shards import ShardWriter, Sink
 from streammerge.planning.job import Job
 from streammerge.planning.plan import MergePlan
@@ -34,7 +35,7 @@ class RunSpec:
 
     plan: MergePlan
     out: Path | None
-    """The output directory; None where merged tensors go elsewhere, and no worker can open it."""
+    """The output; None where merged tensors go elsewhere, and no worker can open it."""
     identity: Identity
     """What the output depends on; a worker takes the keys of its random numbers from it."""
     tolerant: bool = False
@@ -116,7 +117,7 @@ def open_worker(spec: RunSpec) -> Iterator[Worker]:
     """
     assert spec.out is not None, "a merge whose tensors stay in memory has no worker elsewhere"
     reader = open_reader(spec.plan, spec.io)
-    writer = ShardWriter.attach(spec.out, spec.plan.layout, direct=spec.io == "direct")
+    writer = ShardWriter.attach(place_of(spec.out), spec.plan.layout, direct=spec.io == "direct")
     try:
         with Worker(spec, reader, writer) as worker:
             yield worker

@@ -30,6 +30,8 @@ class Contents:
     stamp: FileStamp
     left_out: tuple[str, ...] = field(default=())
     """Names of entries that are not tensors: the state of an optimizer, numbers, settings."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Texts that the file says of itself."""
 
 
 Open = Callable[["str | os.PathLike[str]"], Contents]

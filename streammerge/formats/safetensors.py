@@ -42,8 +42,8 @@ SUFFIX = ".safetensors"
 @opens(SUFFIX)
 def open_safetensors(path: str | os.PathLike[str]) -> Contents:
     """Return what `read_header` finds in a file."""
-    tensors, _, stamp = read_header(path)
-    return Contents(tensors, stamp)
+    tensors, metadata, stamp = read_header(path)
+    return Contents(tensors, stamp, metadata=metadata)
 
 
 def read_header(

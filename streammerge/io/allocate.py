@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from streammerge.errors import WorldError, printable
-from streammerge.io.disk import space_for
+from streammerge.io.disk import Paths, space_for
 from streammerge.units import format_size
 
 _REFUSED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
@@ -53,13 +53,13 @@ def allocate(descriptor: int, nbytes: int) -> bool:
     return True
 
 
-def check_space(out: Path, sizes: Mapping[str, int]) -> None:
+def check_space(out: Path, sizes: Mapping[str, int], paths: Paths | None = None) -> None:
     """Refuse an output that its disk has no room for, before any of it is taken from others.
 
     Parameters
     ----------
-    sizes
-        Bytes of each file that is to lie in `out`, by its name.
+    sizes, paths
+        As for `space_for`.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def check_space(out: Path, sizes: Mapping[str, int]) -> None:
         With both numbers.
     """
     try:
-        space = space_for(out, sizes)
+        space = space_for(out, sizes, paths)
     except OSError:
         return  # what is wrong shows when it is written to
     if not space.fits:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.io.durable import PARTIAL
 
+Paths = Callable[[str], Iterable[Path]]
+"""Returns the paths that a file of an output may have, by its name."""
 _BLOCK = 512
 """Bytes; the unit of ``st_blocks``."""
 
@@ -30,13 +32,15 @@ class Space:
         return self.needed <= self.free
 
 
-def space_for(out: Path, sizes: Mapping[str, int]) -> Space:
+def space_for(out: Path, sizes: Mapping[str, int], paths: Paths | None = None) -> Space:
     """Look at the file system of an output; what an earlier run has allocated is not needed again.
 
     Parameters
     ----------
     sizes
-        Bytes of each file that is to lie in `out`, by its name.
+        Bytes of each file of the output, by its name.
+    paths
+        Returns the paths that a file may have while the merge runs, by its name; default: those in a directory `out`.
 
     Raises
     ------
@@ -49,7 +53,8 @@ def space_for(out: Path, sizes: Mapping[str, int]) -> Space:
     status = os.statvfs(place)
     held = 0
     for name, nbytes in sizes.items():
-        held += max(min(_allocated(out / f"{name}{end}"), nbytes) for end in ("", PARTIAL))
+        found = paths(name) if paths is not None else (out / name, out / f"{name}{PARTIAL}")
+        held += max(min(_allocated(path), nbytes) for path in found)
     return Space(place, sum(sizes.values()) - held, status.f_bavail * status.f_frsize)
 
 

@@ -105,9 +105,15 @@ def write_fully(descriptor: int, data: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that its name always means all of it; the name itself is not yet durable."""
-    partial = path.with_name(path.name + PARTIAL)
+def write_file(path: Path, data: bytes, partial: Path | None = None) -> None:
+    """Write a small file so that its name always means all of it; the name itself is not yet durable.
+
+    Parameters
+    ----------
+    partial
+        Its path until it is finished; default: next to it.
+    """
+    partial = partial or path.with_name(path.name + PARTIAL)
     with world_errors(path):
         descriptor = os.open(
             partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666

@@ -27,6 +27,14 @@ def try_lock(descriptor: int) -> bool:
     return True
 
 
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Return whether an open directory is still the one of this path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
 def locked_directory(path: Path, taken: str) -> Iterator[None]:
     """Hold the lock of an existing directory.
@@ -39,7 +47,7 @@ def locked_directory(path: Path, taken: str) -> Iterator[None]:
     Raises
     ------
     OutputError
-        If another process holds it.
+        If another process holds it, or has held it until now and removed the directory.
     WorldError
         If it cannot be opened or locked.
     """
@@ -48,7 +56,7 @@ def locked_directory(path: Path, taken: str) -> Iterator[None]:
     try:
         with world_errors(path):
             free = try_lock(descriptor)
-        if not free:
+        if not free or not _is_at(path, descriptor):
             raise OutputError(taken)
         yield
     finally:

@@ -24,8 +24,8 @@ from streammerge.io.durable import PARTIAL, world_errors
 from streammerge.io.strict_json import read_object
 from streammerge.numerics.crc32 import combine_all
 from streammerge.output.edits import find_edits
-from streammerge.output.journal import STATE
-from streammerge.output.manifest import MANIFEST, load_manifest
+from streammerge.output.manifest import load_manifest
+from streammerge.output.place import Place, place_of
 from streammerge.output.readback import Found, Part, read_back
 from streammerge.planning.layout import folder_of, is_shard
 
@@ -79,13 +79,14 @@ def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> V
     WorldError
         If the machine cannot read it.
     """
-    return check_files(out, manifest_of(out), on_tick)
+    return check_files(place_of(out), manifest_of(out), on_tick)
 
 
 def check_files(
-    out: Path, manifest: Mapping[str, Any], on_tick: Callable[[int], None] = lambda nbytes: None
+    place: Place, manifest: Mapping[str, Any], on_tick: Callable[[int], None] = lambda nbytes: None
 ) -> Verdict:
     """Do what `verify` does, with a manifest that is believed."""
+    out = place.folder
     edits = find_edits(out, manifest["files"])
     examined = [
         _examine(out, name, entry["nbytes"], manifest.get("folders", ()))
@@ -95,27 +96,35 @@ def check_files(
     readable = {str(out / one.name): one.parts for one in examined if one.parts}
     found = read_back(readable, on_tick)
     problems = {
-        one.name: [*one.problems] or _compare(one, found.get(str(out / one.name), []), manifest)
+        one.name: [*one.problems] or _compare(one, found.get(str(out / one.name), []), manifest, place)
         for one in examined
     }
     if not any(problems.get(name) for name in INDEXES):
-        problems["index"] = _index_problems(out, examined, manifest)
-    extra, others = _beside(out, manifest)
+        problems["index"] = _index_problems(place, examined, manifest)
+    extra, others = _beside(place, manifest)
     nbytes = sum(part.nbytes for parts in found.values() for part in parts)
     lines = [line for some in problems.values() for line in some]
-    return Verdict(len(examined), nbytes, (*lines, *_misplaced(examined, manifest), *extra), others, edits)
+    return Verdict(
+        len(examined), nbytes, (*lines, *_misplaced(examined, manifest, place), *extra), others, edits
+    )
 
 
 def manifest_of(out: Path) -> dict[str, Any]:
     """Return the manifest of a finished output; raise as `verify` does."""
-    if not out.is_dir():
+    place = place_of(out)
+    if place.file is None and not out.is_dir():
         raise ModelError(f"{printable(out)}: no such directory")
-    if os.path.lexists(out / STATE):
+    if place.is_unfinished:
         raise ModelError(
             f"{printable(out)}: the merge is not finished; run the same `streammerge merge` again"
         )
-    if not os.path.lexists(out / MANIFEST):
-        raise ModelError(f"{printable(out)}: no {MANIFEST} in it; not the output of a finished merge")
+    if place.file is not None and not os.path.lexists(out):
+        raise ModelError(f"{printable(out)}: no such file")
+    if not os.path.lexists(place.manifest):
+        where = "in it" if place.file is None else "next to it"
+        raise ModelError(
+            f"{printable(out)}: no {printable(place.manifest.name)} {where}; not the output of a finished merge"
+        )
     return load_manifest(out)
 
 
@@ -160,7 +169,7 @@ def _examine(out: Path, name: str, nbytes: int, folders: Sequence[str]) -> _Exam
     return _Examined(name, parts=parts, tensors=tensors)
 
 
-def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]) -> list[str]:
+def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any], place: Place) -> list[str]:
     """Return what is wrong with the bytes of a file."""
     name, recorded = printable(one.name), manifest["tensors"]
     crc = combine_all((part.crc, part.nbytes) for part in found)
@@ -184,16 +193,18 @@ def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]
     return [
         problem
         for tensor, ref in (one.tensors or {}).items()
-        for problem in _tensor_problems(name, ref, by_tensor[tensor], manifest)
+        for problem in _tensor_problems(name, ref, by_tensor[tensor], manifest, place)
     ]
 
 
-def _tensor_problems(file: str, ref: TensorRef, found: Found, manifest: Mapping[str, Any]) -> list[str]:
+def _tensor_problems(
+    file: str, ref: TensorRef, found: Found, manifest: Mapping[str, Any], place: Place
+) -> list[str]:
     """Return how a tensor is not what the manifest says, though its bytes are."""
     where = f"{file}: tensor {printable(ref.name)}"
     recorded = manifest["tensors"].get(ref.name)
     if recorded is None:
-        return [f"{where}: not in {MANIFEST}"]
+        return [f"{where}: not in {printable(place.manifest.name)}"]
     if (ref.dtype, list(ref.shape)) != (recorded["dtype"], recorded["shape"]):
         wanted = f"{recorded['dtype']} {recorded['shape']}"
         return [f"{where}: {ref.dtype} {list(ref.shape)} in the header, {printable(wanted)} was written"]
@@ -204,7 +215,7 @@ def _tensor_problems(file: str, ref: TensorRef, found: Found, manifest: Mapping[
     return []
 
 
-def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
+def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any], place: Place) -> list[str]:
     """Return which tensors lie in two shards or in none, as far as the headers can be read."""
     places: dict[str, str] = {}
     problems = []
@@ -219,11 +230,15 @@ def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> li
     if all(one.tensors is not None for one in examined if is_shard(one.name, folders)):
         lost = [tensor for tensor in manifest["tensors"] if tensor not in places]
         more = f" and {len(lost) - 1} more tensors are" if len(lost) > 1 else " is"
-        problems += [f"tensor {printable(lost[0])}{more} in no file, though in {MANIFEST}"] if lost else []
+        problems += (
+            [f"tensor {printable(lost[0])}{more} in no file, though in {printable(place.manifest.name)}"]
+            if lost
+            else []
+        )
     return problems
 
 
-def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
+def _index_problems(place: Place, examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
     """Return how the index does not lead to every tensor, and to nothing else."""
     shards = [one for one in examined if is_shard(one.name, ())]
     name = next((name for name in INDEXES if name in manifest["files"]), None)
@@ -231,11 +246,12 @@ def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[
         if len(shards) < 2:
             return []
         expected = index_file(re.sub(r"-\d+-of-\d+$", "", shards[0].name.removesuffix(SUFFIX)))
-        return [f"{printable(expected)}: not in {MANIFEST}, though there are {len(shards)} shards"]
+        listed = printable(place.manifest.name)
+        return [f"{printable(expected)}: not in {listed}, though there are {len(shards)} shards"]
     try:
-        index = read_object(str(out / name), "finite")
+        index = read_object(str(place.path(name)), "finite")
     except ModelError as error:
-        return [f"{name}: {printable(str(error).removeprefix(f'{out / name}: '))}"]
+        return [f"{name}: {printable(str(error).removeprefix(f'{place.path(name)}: '))}"]
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
     places = {tensor: one.name for one in shards for tensor in one.tensors or {}}
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
@@ -244,8 +260,8 @@ def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[
         return []
     wrong = sorted(t for t in {*weight_map, *places} if weight_map.get(t) != places.get(t))
     if wrong:
-        told, place = (printable(x.get(wrong[0], "nowhere"), 120) for x in (weight_map, places))
-        return [f"{name}: leads for tensor {printable(wrong[0])} to {told}, it is in {place}"]
+        told, there = (printable(x.get(wrong[0], "nowhere"), 120) for x in (weight_map, places))
+        return [f"{name}: leads for tensor {printable(wrong[0])} to {told}, it is in {there}"]
     total = sum(ref.nbytes for one in shards for ref in (one.tensors or {}).values())
     if metadata.get("total_size") != total:
         told = printable(metadata.get("total_size"), 40)
@@ -253,9 +269,12 @@ def _index_problems(out: Path, examined: Sequence[_Examined], manifest: Mapping[
     return []
 
 
-def _beside(out: Path, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
+def _beside(place: Place, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
     """Return what a loader may take for a part of the model and no merge wrote, and the names of all else."""
-    known = {*manifest["files"], MANIFEST}
+    if place.file is not None:
+        return [], ()  # its folder is not the merge's
+    out = place.folder
+    known = {*manifest["files"], place.manifest.name}
     folders = {str(folder) for name in known for folder in PurePosixPath(name).parents}
     with world_errors(out):
         found = [
@@ -265,7 +284,9 @@ def _beside(out: Path, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[st
     loadable = [
         name for name in names if name.endswith(_LOADABLE) or name.startswith(STEMS) or is_loaded(name)
     ]
-    problems = [f"{printable(name)}: not in {MANIFEST}; no merge wrote it here" for name in loadable]
+    problems = [
+        f"{printable(name)}: not in {place.manifest.name}; no merge wrote it here" for name in loadable
+    ]
     return problems, tuple(name for name in names if name not in loadable)
 
 

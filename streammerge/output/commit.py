@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from streammerge import dtypes
 from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
 from streammerge.io.durable import fsync_directory, make_folders, world_errors, write_file
 from streammerge.numerics.crc32 import combine_all, crc32
-from streammerge.output.directory import CONFIG_COPY
 from streammerge.output.identity import Identity
 from streammerge.output.inputs import content_of
 from streammerge.output.journal import Receipt
-from streammerge.output.manifest import FORMAT, MANIFEST, indented, seal
+from streammerge.output.manifest import FORMAT, indented, seal
+from streammerge.output.place import CONFIG_COPY, Place
 from streammerge.output.shards import ShardWriter
 from streammerge.output.sidecars import copy_sidecar, read_sidecar
 from streammerge.planning.files.config_json import spelled
@@ -26,7 +25,7 @@ from streammerge.version import __version__
 
 def commit(
     plan: MergePlan,
-    out: Path,
+    place: Place,
     writer: ShardWriter,
     receipts: Sequence[Receipt],
     identity: Identity,
@@ -51,35 +50,37 @@ def commit(
     made = _made(plan, card, hashes)
     index = {} if plan.layout.index is None else {plan.layout.index: _index(plan)}
     written = {
-        name: copy_sidecar(stamp, hashes[name], out, name)
+        name: copy_sidecar(stamp, hashes[name], place.folder, name)
         for name, stamp in plan.beside.files.items()
         if name not in made
     }
     for name, data in made.items():
-        make_folders(out, name)
-        write_file(out / name, data)
-    for folder in {(out / name).parent for name in (*written, *made)} - {out}:
+        make_folders(place.folder, name)
+        write_file(place.path(name), data)
+    for folder in {place.path(name).parent for name in (*written, *made)} - {place.folder}:
         with world_errors(folder):
             fsync_directory(folder)
     written |= {name: (len(data), crc32(data)) for name, data in {**made, **index}.items()}
     manifest = _manifest(plan, chosen, identity, written, contents)
     for shard in shards[1:] if single else shards:
         writer.publish(shard)
-    write_file(out / MANIFEST, seal(manifest))
-    with world_errors(out):
-        fsync_directory(out)
+    write_file(place.manifest, seal(manifest), place.partial(place.manifest.name))
+    with world_errors(place.out):
+        fsync_directory(place.folder)
     for name, data in index.items():
-        write_file(out / name, data)
+        write_file(place.path(name), data)
     if single:
         writer.publish(0)
-    with world_errors(out):
-        fsync_directory(out)
+    with world_errors(place.out):
+        fsync_directory(place.folder)
     return manifest
 
 
 def _made(plan: MergePlan, card: str, hashes: Mapping[str, str]) -> dict[str, bytes]:
     """Return the files beside the weights that are not copies."""
     made: dict[str, bytes] = {}
+    if plan.layout.single_file:
+        return made
     if plan.tokenizer is not None:
         made |= plan.tokenizer.changed
     if CONFIG_NAME in plan.beside.files:

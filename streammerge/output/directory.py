@@ -1,4 +1,4 @@
-"""The output directory: one writer at a time, nothing of others touched, resumed or refused."""
+"""The output's place: one writer at a time, nothing of others touched, resumed or refused."""
 
 from __future__ import annotations
 
@@ -13,25 +13,28 @@ from streammerge.checkpoint.weight_names import INDEXES, LOADED, is_weight_file
 from streammerge.errors import OutputError, WorldError, printable
 from streammerge.io.durable import PARTIAL, cure_of, fsync_directory, make_directory, world_errors
 from streammerge.io.lock import locked_directory
-from streammerge.output.journal import STATE
-from streammerge.output.manifest import MANIFEST, read_manifest
-
-CONFIG_COPY = "streammerge_config.yml"
+from streammerge.output.manifest import read_manifest
+from streammerge.output.place import CONFIG_COPY, Place
 
 
-def check_target(out: Path, inputs: Sequence[TensorIndex], others: Sequence[str] = ()) -> None:
-    """Refuse an output that is a file or is where an input lies; `others` are paths that are read too.
+def check_target(place: Place, inputs: Sequence[TensorIndex], others: Sequence[str] = ()) -> None:
+    """Refuse an output that nothing can be written to, or that an input lies in; `others` are paths that are read too.
+
+    A single file may lie among the inputs, and be none of them.
 
     Raises
     ------
     OutputError
         Before anything is created.
     """
+    out = place.out
     if "\0" in str(out):
         raise OutputError("the output path holds a NUL character")
-    if os.path.lexists(out) and not out.is_dir():
+    if place.file is not None:
+        _check_file(place)
+    elif os.path.lexists(out) and not out.is_dir():
         raise OutputError(f"{printable(out)}: exists and is not a directory; choose another OUT")
-    _check_place(out)
+    _check_place(place)
     if not out.exists():
         return
     target = out.resolve()
@@ -39,19 +42,31 @@ def check_target(out: Path, inputs: Sequence[TensorIndex], others: Sequence[str]
         if target == Path(other).resolve():
             raise OutputError(f"{printable(out)}: is the input {printable(other)}; choose another OUT")
     for index in inputs:
-        places = {index.directory.resolve(), *(Path(stamp.path).resolve().parent for stamp in index.stamps)}
-        if target in places:
+        files = [Path(stamp.path).resolve() for stamp in index.stamps]
+        places = {index.directory.resolve(), *(path.parent for path in files)}
+        if target in (places if place.file is None else files):
+            holds = "holds" if place.file is None else "is a file of"
             raise OutputError(
-                f"{printable(out)}: holds the input {printable(index.reference)}; choose another OUT"
+                f"{printable(out)}: {holds} the input {printable(index.reference)}; choose another OUT"
             )
 
 
-def _check_place(out: Path) -> None:
+def _check_file(place: Place) -> None:
+    """Refuse a single file in whose place something lies that no merge made."""
+    if place.out.is_symlink() or (place.out.exists() and not place.out.is_file()):
+        raise OutputError(f"{printable(place.out)}: exists and is not a regular file; choose another OUT")
+    if os.path.lexists(place.state) and (place.state.is_symlink() or not place.state.is_dir()):
+        raise OutputError(
+            f"{printable(place.state)}: exists and is not a directory, which is to hold the journal; choose another OUT"
+        )
+
+
+def _check_place(target: Place) -> None:
     """Refuse a place where nothing can be created, by what exists of its path.
 
     A file system that is read-only is a failure of the machine: written to again, it lets the same command go on.
     """
-    place = out.absolute()
+    out, place = target.out, target.folder.absolute()
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
@@ -64,17 +79,30 @@ def _check_place(out: Path) -> None:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def locked(place: Place) -> Iterator[None]:
     """Create the directory if needed and hold its lock; the lock goes with the process.
+
+    Of a single file the lock is that of the journal's directory, which is removed again if nothing is begun.
 
     Raises
     ------
     OutputError
         If another merge runs there.
     """
-    _create(out)
-    with locked_directory(out, f"{printable(out)}: another merge is writing there"):
-        yield
+    taken = f"{printable(place.out)}: another merge is writing there"
+    _create(place.folder)
+    if place.file is None:
+        with locked_directory(place.out, taken):
+            yield
+        return
+    with world_errors(place.state):
+        place.state.mkdir(exist_ok=True)
+    with locked_directory(place.state, taken):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds a journal
+                place.state.rmdir()
 
 
 def _create(out: Path) -> None:
@@ -96,15 +124,19 @@ def _create(out: Path) -> None:
         raise WorldError(f"cannot create {printable(out)}: {error.strerror or error}; {cure}") from error
 
 
-def check_contents(out: Path) -> None:
-    """Refuse a directory that holds files no merge of ours made.
+def check_contents(place: Place) -> None:
+    """Refuse a directory that holds files no merge of ours made, or a file that none made.
 
     Raises
     ------
     OutputError
         If there is neither a journal nor a manifest, but something else.
     """
-    if (out / STATE).exists() or read_manifest(out) is not None:
+    out = place.out
+    if place.file is not None:
+        _check_single(place)
+        return
+    if place.is_unfinished or read_manifest(out) is not None:
         return
     with world_errors(out):
         foreign = sorted(entry.name for entry in out.iterdir())
@@ -115,15 +147,27 @@ def check_contents(out: Path) -> None:
         )
 
 
+def _check_single(place: Place) -> None:
+    """Refuse a file, or what lies where its manifest is to be, that no merge of ours made; a journal speaks for neither."""
+    if read_manifest(place.out) is not None:
+        return
+    for path in (place.manifest, place.out):
+        if os.path.lexists(path):
+            raise OutputError(
+                f"{printable(path)}: exists, and streammerge did not make it; move it away, or choose another OUT"
+            )
+
+
 _FIXED = {CONFIG_NAME, "README.md", CONFIG_COPY, *INDEXES}
 
 
-def withdraw(out: Path) -> None:
+def withdraw(place: Place) -> None:
     """Take an index away, so that nothing loads while the files it speaks of are worked on."""
-    _remove(out, set(INDEXES))
+    if place.file is None:
+        _remove(place.folder, set(INDEXES))
 
 
-def clear(out: Path, announced: Collection[str] = ()) -> None:
+def clear(place: Place, announced: Collection[str] = ()) -> None:
     """Remove what a merge of ours left, but for its journal; files of others stay.
 
     What loads goes first, for good, and the manifest, which names the rest, last: in between the rest may go in any
@@ -134,8 +178,12 @@ def clear(out: Path, announced: Collection[str] = ()) -> None:
     announced
         Paths of files beside the weights that an unfinished merge may have written.
     """
+    out = place.folder
+    if place.file is not None:
+        _clear_single(place)
+        return
     _remove(out, set(LOADED))
-    manifest = read_manifest(out)
+    manifest = read_manifest(place.out)
     ours = {*_FIXED, *announced, *(manifest["files"] if manifest else ())}
     with world_errors(out):
         names = {entry.name for entry in out.iterdir() if entry.is_file() or entry.is_symlink()}
@@ -146,7 +194,15 @@ def clear(out: Path, announced: Collection[str] = ()) -> None:
     ]:
         with suppress(OSError):  # it holds something of others, or was never made
             (out / folder).rmdir()
-    _remove(out, {MANIFEST, MANIFEST + PARTIAL})
+    _remove(out, {place.manifest.name, place.manifest.name + PARTIAL})
+
+
+def _clear_single(place: Place) -> None:
+    """Remove a single file, what there is of an unfinished one, and then the manifest."""
+    names = (place.out.name, place.manifest.name)
+    _remove(place.folder, {place.out.name})
+    _remove(place.state, {place.partial(name).name for name in names})
+    _remove(place.folder, {place.manifest.name})
 
 
 def _remove(out: Path, names: set[str]) -> None:

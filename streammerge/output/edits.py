@@ -14,6 +14,7 @@ from typing import Any
 
 from streammerge.checkpoint.sidecar_names import is_editable
 from streammerge.errors import StreammergeError
+from streammerge.formats.safetensors import SUFFIX
 from streammerge.io.files import read_exactly, reading
 from streammerge.numerics.crc32 import crc32
 
@@ -22,17 +23,23 @@ _LARGEST = 1 << 26
 """Most bytes of a file that a person has edited."""
 
 
-def find_edits(out: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+def find_edits(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return what became of the files that may be edited, by name; of those that are as written nothing.
 
     One that is neither as it was written nor soundly edited is not in it either: that is damage, and the caller's to find.
 
     Parameters
     ----------
+    folder
+        The directory of an output's files.
     files
         Size and checksum of every file, as the manifest has them.
     """
-    found = {name: _edit_of(out / name, name, files[name]) for name in files if is_editable(name)}
+    found = {
+        name: _edit_of(folder / name, name, files[name])
+        for name in files
+        if is_editable(name) and not name.endswith(SUFFIX)
+    }
     return {name: what for name, what in found.items() if what}
 
 

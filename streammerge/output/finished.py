@@ -1,23 +1,23 @@
-"""An output directory that holds a finished merge: this very one, or another, or one that is damaged."""
+"""An output that is a finished merge: this very one, or another, or one that is damaged."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoint.weight_names import LOADED
 from streammerge.errors import OutputError, printable
 from streammerge.events import Control
-from streammerge.io.durable import PARTIAL, fsync_directory, world_errors
+from streammerge.io.durable import fsync_directory, world_errors
 from streammerge.output.check import check_files
 from streammerge.output.edits import find_edits
 from streammerge.output.identity import Identity
 from streammerge.output.inputs import ContentHasher, changed_contents, recorded_contents
-from streammerge.output.journal import STATE, remove_state
+from streammerge.output.journal import remove_state
 from streammerge.output.manifest import read_manifest
+from streammerge.output.place import Place
 from streammerge.planning.plan import MergePlan
 
 
@@ -31,13 +31,13 @@ class Finished:
 
 
 def find_finished(
-    out: Path,
+    place: Place,
     plan: MergePlan,
     identity: Identity,
     hasher: ContentHasher | None,
     control: Control,
 ) -> Finished | None:
-    """Return what `out` holds if it is this very merge, complete; None if it is unfinished, or nothing.
+    """Return what an output holds if it is this very merge, complete; None if it is unfinished, or nothing.
 
     With a `hasher` the inputs are the same only if their content is, where the manifest records it.
 
@@ -46,68 +46,70 @@ def find_finished(
     OutputError
         If it holds another merge, or lacks files of this one.
     """
+    out = place.out
     manifest = read_manifest(out)
-    interrupted = (out / STATE).exists()
-    if manifest is None or (interrupted and not _is_sound(out, manifest)):
+    interrupted = place.is_unfinished
+    if manifest is None or (interrupted and not _is_sound(place, manifest)):
         return None
     if changed := identity.changed(manifest["identity"]):
         raise OutputError(
             f"{printable(out)}: holds a finished merge with a different {printable(', '.join(changed[:3]))}: choose "
             "another OUT, or replace it with --overwrite"
         )
-    edits = find_edits(out, manifest["files"])
-    if (lost := _lost(out, manifest, edits)) is not None:
+    edits = find_edits(place.folder, manifest["files"])
+    if (lost := _lost(place, manifest, edits)) is not None:
         raise OutputError(
             f"{printable(out)}: holds this merge, finished, but {printable(lost)} is missing or of another size: restore it, or start "
             "over with --overwrite"
         )
     if hasher is not None:
-        _compare_contents(out, plan, manifest, hasher, control)
+        _compare_contents(place, plan, manifest, hasher, control)
     with world_errors(out):
         if interrupted:
-            _name_again(out, manifest)
-        fsync_directory(out)
-    remove_state(out)
+            _name_again(place, manifest)
+        fsync_directory(place.folder)
+    remove_state(place)
     return Finished(manifest, edits)
 
 
-def _lost(out: Path, manifest: Mapping[str, Any], edits: Mapping[str, str]) -> str | None:
+def _lost(place: Place, manifest: Mapping[str, Any], edits: Mapping[str, str]) -> str | None:
     """Return the first file of the manifest that is not there with its size, edited ones aside."""
     for name, entry in manifest["files"].items():
         try:
-            if name not in edits and (out / name).stat().st_size != entry["nbytes"]:
+            if name not in edits and place.path(name).stat().st_size != entry["nbytes"]:
                 return str(name)
         except OSError:
             return str(name)
     return None
 
 
-def _is_sound(out: Path, manifest: Mapping[str, Any]) -> bool:
+def _is_sound(place: Place, manifest: Mapping[str, Any]) -> bool:
     """Return whether a commit that was interrupted left nothing to do but to forget the journal.
 
     Every byte is read: once the journal is gone, a damaged one could not be made again.
     """
-    if _lost(out, manifest, {}) is not None:
+    if _lost(place, manifest, {}) is not None:
         return False
-    verdict = check_files(out, manifest)
+    verdict = check_files(place, manifest)
     return not verdict.problems and not verdict.edits
 
 
-def _name_again(out: Path, manifest: Mapping[str, Any]) -> None:
+def _name_again(place: Place, manifest: Mapping[str, Any]) -> None:
     """Give the last name of an interrupted commit once more.
 
     Whoever gave it may have been killed before it was durable, or the sync of the directory failed: then the system has
     dropped what it could not write, and a second sync would answer that all is well.
     """
-    for name in LOADED:
+    for name in LOADED if place.file is None else (place.file,):
         if name in manifest["files"]:
-            os.replace(out / name, out / (name + PARTIAL))
-            fsync_directory(out)
-            os.replace(out / (name + PARTIAL), out / name)
+            os.replace(place.path(name), place.partial(name))
+            for folder in {place.partial(name).parent, place.folder}:
+                fsync_directory(folder)
+            os.replace(place.partial(name), place.path(name))
 
 
 def _compare_contents(
-    out: Path,
+    place: Place,
     plan: MergePlan,
     manifest: Mapping[str, Any],
     hasher: ContentHasher,
@@ -116,11 +118,11 @@ def _compare_contents(
     """Refuse a merge of which an input has changed since, as far as content hashes are recorded."""
     if other := changed_contents(plan, manifest, hasher):
         raise OutputError(
-            f"{printable(out)}: holds a finished merge, but the content {printable(other[0], 300)} has changed since: choose "
+            f"{printable(place.out)}: holds a finished merge, but the content {printable(other[0], 300)} has changed since: choose "
             "another OUT, or replace it with --overwrite"
         )
     if not recorded_contents(plan, manifest):
         control.warn(
-            f"{printable(out)}: was finished without --hash-inputs, so there are no content hashes to compare the "
+            f"{printable(place.out)}: was finished without --hash-inputs, so there are no content hashes to compare the "
             "inputs with"
         )

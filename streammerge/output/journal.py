@@ -18,11 +18,9 @@ from typing import Any
 
 from streammerge.checkpoint.sidecar_names import is_sound_path
 from streammerge.errors import OutputError, printable
-from streammerge.io.durable import PARTIAL, fsync_directory, world_errors, write_file, write_fully
+from streammerge.io.durable import fsync_directory, world_errors, write_file, write_fully
 from streammerge.io.lock import try_lock
-
-STATE = ".streammerge"
-NAME = "journal.jsonl"
+from streammerge.output.place import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +65,11 @@ class Progress:
 
 
 class Journal:
-    """The journal of an output directory; `add` and `add_answers` may be called from any thread."""
+    """The journal of an output; `add` and `add_answers` may be called from any thread."""
 
-    def __init__(self, directory: Path, identity: Mapping[str, str]) -> None:
-        self._out = directory
-        self._state = directory / STATE
-        self._path = self._state / NAME
+    def __init__(self, place: Place, identity: Mapping[str, str]) -> None:
+        self._place, self._out = place, place.out
+        self._state, self._path = place.state, place.journal
         self._identity = dict(identity)
         self._lock = threading.Lock()
         self._descriptor = -1
@@ -125,11 +122,11 @@ class Journal:
         return progress
 
     def start_over(self) -> None:
-        """Forget what is recorded; the directory is marked as ours from now on, for good."""
+        """Forget what is recorded; the output is marked as begun, and as ours, from now on, for good."""
         with world_errors(self._path):
             self._state.mkdir(exist_ok=True)
-            fsync_directory(self._out)
-            self._path.unlink(missing_ok=True)
+            fsync_directory(self._place.folder)
+            write_file(self._path, b"")
             fsync_directory(self._state)
 
     def open(self, files: Mapping[str, Known]) -> None:
@@ -200,18 +197,18 @@ class Journal:
     def remove(self) -> None:
         """Remove the journal: the merge is complete."""
         self.close()
-        remove_state(self._out)
+        remove_state(self._place)
 
 
-def remove_state(directory: Path) -> None:
-    """Remove the journal of an output directory, if there is one, for good."""
-    state = directory / STATE
+def remove_state(place: Place) -> None:
+    """Remove the journal of an output, if there is one, for good."""
+    state = place.state
     with world_errors(state):
         if state.is_dir() and not state.is_symlink():
-            for name in (NAME, NAME + PARTIAL):
-                (state / name).unlink(missing_ok=True)
+            for path in place.in_state:
+                path.unlink(missing_ok=True)
             state.rmdir()
-        fsync_directory(directory)
+        fsync_directory(place.folder)
 
 
 def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) -> None:

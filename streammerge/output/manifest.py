@@ -20,8 +20,8 @@ from streammerge.formats.safetensors import MAX_RANK
 from streammerge.io.files import bad, place, quoted, read_exactly, reading
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
 from streammerge.numerics.crc32 import crc32
+from streammerge.output.place import place_of
 
-MANIFEST = "streammerge.json"
 FORMAT = 2
 
 _SEAL = b'\n"manifest_crc32": '
@@ -55,7 +55,7 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 
 
 def load_manifest(out: Path) -> dict[str, Any]:
-    """Return the manifest of a finished output.
+    """Return the manifest of a finished output; that of a single file calls it what it is called now.
 
     Raises
     ------
@@ -64,7 +64,8 @@ def load_manifest(out: Path) -> dict[str, Any]:
     WorldError
         If the machine cannot read it.
     """
-    path = str(out / MANIFEST)
+    lies = place_of(out)
+    path = str(lies.manifest)
     if os.path.islink(path):
         raise bad(path, "a symbolic link, which no merge made")
     with reading(path) as (fd, status):
@@ -80,6 +81,10 @@ def load_manifest(out: Path) -> dict[str, Any]:
     for field, (holds, otherwise) in _FIELDS.items():
         if field in manifest or field in _NEEDED:
             _check(holds, manifest.get(field), path, field, otherwise)
+    if lies.file is not None:
+        _check(lambda files: len(files) == 1, manifest["files"], path, "files", "one file")
+        (entry,) = manifest["files"].values()
+        manifest["files"] = {lies.file: entry}
     return manifest
 
 

@@ -10,8 +10,9 @@ from typing import Protocol
 from streammerge.io.allocate import allocate, check_space
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.direct import REFUSED, open_direct, place_in_page, write_direct
-from streammerge.io.durable import PARTIAL, fsync_directory, make_folders, world_errors
+from streammerge.io.durable import fsync_directory, make_folders, world_errors
 from streammerge.io.pages import DIRECT_BYTES, PAGE
+from streammerge.output.place import Place
 from streammerge.planning.layout import Layout, Shard
 
 _AT_ONCE = 1 << 30
@@ -35,16 +36,16 @@ class ShardWriter:
 
     Parameters
     ----------
-    directory
-        The output directory.
+    place
+        Where the output lies.
     layout
         Where every byte goes.
     direct
         Write past the page cache where that is to be had.
     """
 
-    def __init__(self, directory: Path, layout: Layout, *, direct: bool) -> None:
-        self._directory = directory
+    def __init__(self, place: Place, layout: Layout, *, direct: bool) -> None:
+        self._place = place
         self._direct = direct
         self._direct_descriptors: list[int | None] = []
         self._layout = layout
@@ -57,7 +58,7 @@ class ShardWriter:
         """True if the file system could not reserve space: a full disk is found only when it is full."""
 
     @classmethod
-    def attach(cls, directory: Path, layout: Layout, *, direct: bool) -> ShardWriter:
+    def attach(cls, place: Place, layout: Layout, *, direct: bool) -> ShardWriter:
         """Return a writer to shards that the merge has opened already: nothing is made, renamed or allocated.
 
         Raises
@@ -65,10 +66,10 @@ class ShardWriter:
         WorldError
             If one is not there.
         """
-        writer = cls(directory, layout, direct=direct)
+        writer = cls(place, layout, direct=direct)
         try:
             for number, shard in enumerate(layout.shards):
-                with world_errors(directory / shard.name):
+                with world_errors(place.path(shard.name)):
                     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
                     writer._take(os.open(writer._partial(number), flags))
         except BaseException:
@@ -86,15 +87,13 @@ class ShardWriter:
         What an earlier run gave its final name is partial again until all is finished: no file is written to
         under its final name, and a name that could not be made durable then is given once more.
         """
-        check_space(self._directory, self._layout.sizes)
+        check_space(self._place.out, self._layout.sizes, self._place.paths)
         try:
             for number, shard in enumerate(self._shards):
-                with world_errors(self._directory / shard.name):
+                with world_errors(self._final(number)):
                     descriptor = self._open_one(number, shard)
                 self._take(descriptor)
-            for folder in sorted(
-                {(self._directory / shard.name).parent for shard in self._shards}, reverse=True
-            ):
+            for folder in sorted(self._folders(), reverse=True):
                 with world_errors(folder):
                     fsync_directory(folder)
         except BaseException:
@@ -102,8 +101,8 @@ class ShardWriter:
             raise
 
     def _open_one(self, number: int, shard: Shard) -> int:
-        final, partial = self._directory / shard.name, self._partial(number)
-        make_folders(self._directory, shard.name)
+        final, partial = self._final(number), self._partial(number)
+        make_folders(self._place.folder, shard.name)
         if final.exists():
             os.replace(final, partial)
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -126,8 +125,15 @@ class ShardWriter:
             raise
         return descriptor
 
+    def _final(self, number: int) -> Path:
+        return self._place.path(self._shards[number].name)
+
     def _partial(self, number: int) -> Path:
-        return self._directory / (self._shards[number].name + PARTIAL)
+        return self._place.partial(self._shards[number].name)
+
+    def _folders(self) -> set[Path]:
+        numbers = range(len(self._shards))
+        return {path(number).parent for number in numbers for path in (self._final, self._partial)}
 
     def _free_space(self) -> None:
         """Remove what `open` made and nothing was written to: a disk that is full should not stay so."""
@@ -137,7 +143,7 @@ class ShardWriter:
 
     def write(self, shard: int, offset: int, data: Bytes) -> None:
         """Write bytes at an absolute offset of a shard."""
-        with world_errors(self._directory / self._shards[shard].name):
+        with world_errors(self._final(shard)):
             direct = self._direct_descriptors[shard]
             lead = -offset % PAGE
             if direct is None or data.size < DIRECT_BYTES or place_in_page(data) != offset % PAGE:
@@ -163,22 +169,22 @@ class ShardWriter:
 
     def read(self, shard: int, offset: int, nbytes: int) -> bytes:
         """Read back bytes of a shard."""
-        with world_errors(self._directory / self._shards[shard].name):
+        with world_errors(self._final(shard)):
             return os.pread(self._descriptors[shard], nbytes, offset)
 
     def sync(self, shards: set[int]) -> None:
         """Make everything written to some shards durable. A failure is final: no retry could be trusted."""
         for shard in shards:
-            with world_errors(self._directory / self._shards[shard].name):
+            with world_errors(self._final(shard)):
                 os.fdatasync(self._descriptors[shard])
 
     def publish(self, shard: int) -> None:
         """Make a shard durable and give it its final name."""
-        name = self._directory / self._shards[shard].name
+        name = self._final(shard)
         with world_errors(name):
             os.fsync(self._descriptors[shard])
             os.replace(self._partial(shard), name)
-            if name.parent != self._directory:
+            if name.parent != self._place.folder:
                 fsync_directory(name.parent)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ byte-equal to what its `save_file` writes for the same tensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streammerge.checkpoint.weight_names import index_file, weight_file
@@ -48,6 +48,8 @@ class Layout:
     slots: tuple[Slot, ...]
     index: str | None = None
     """Name of the file that leads from tensors to shards; None where there is one shard."""
+    single_file: bool = False
+    """Whether the output is one file, whatever its name, and not a directory."""
 
     @property
     def nbytes(self) -> int:
@@ -83,15 +85,17 @@ def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model", folders: 
     names += [f"{folder}/{weight_file('model')}" for folder, own in parted.items() if own]
     groups += [own for own in parted.values() if own]
     for number, (name, group) in enumerate(zip(names, groups, strict=True)):
-        ordered = sorted(group, key=lambda job: (-RANK[job.dtype], job.name.encode()))
-        header = _header(ordered, len(folder_of(name)))
-        offset = len(header)
-        for job in ordered:
-            slots[job.ordinal] = Slot(number, offset, job.output_bytes)
-            offset += job.output_bytes
-        shards.append(Shard(name, header, offset, tuple(job.ordinal for job in ordered)))
+        shard, placed = _shard(number, name, group, len(folder_of(name)), {})
+        shards.append(shard)
+        slots |= placed
     index = index_file(stem) if n_own > 1 else None
     return Layout(tuple(shards), tuple(slots[job.ordinal] for job in jobs), index)
+
+
+def lay_out_file(jobs: Sequence[Job], name: str, metadata: Mapping[str, str]) -> Layout:
+    """Place the tensors of all jobs in one file, in whose header `metadata` stands."""
+    shard, slots = _shard(0, name, jobs, 0, metadata)
+    return Layout((shard,), tuple(slots[job.ordinal] for job in jobs), single_file=True)
 
 
 def folder_of(name: str) -> str:
@@ -109,8 +113,28 @@ def is_shard(name: str, folders: Sequence[str]) -> bool:
     return name.endswith(SUFFIX) and (not folder or folder[:-1] in folders)
 
 
-def _header(ordered: Sequence[Job], cut: int) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _shard(
+    number: int, name: str, jobs: Sequence[Job], cut: int, metadata: Mapping[str, str]
+) -> tuple[Shard, dict[int, Slot]]:
+    """Return a shard, and the slots of its jobs by their ordinals.
+
+    Parameters
+    ----------
+    cut
+        Characters at the beginning of a job's name that the tensor's name in the file is without.
+    """
+    ordered = sorted(jobs, key=lambda job: (-RANK[job.dtype], job.name.encode()))
+    header = _header(ordered, cut, metadata)
+    offset = len(header)
+    slots: dict[int, Slot] = {}
+    for job in ordered:
+        slots[job.ordinal] = Slot(number, offset, job.output_bytes)
+        offset += job.output_bytes
+    return Shard(name, header, offset, tuple(job.ordinal for job in ordered)), slots
+
+
+def _header(ordered: Sequence[Job], cut: int, metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for job in ordered:
         end = offset + job.output_bytes

@@ -13,11 +13,12 @@ from streammerge.errors import BudgetError
 from streammerge.methods.registry import Method
 from streammerge.planning.files.config_json import merged_config
 from streammerge.planning.files.ecosystem import ecosystem_of
+from streammerge.planning.files.single_file import check_fits_one_file, kept_metadata, not_written
 from streammerge.planning.files.surroundings import Surroundings, surroundings
 from streammerge.planning.files.tokenizer import TokenizerFiles, tokenizer_files
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.job import Job
-from streammerge.planning.layout import lay_out
+from streammerge.planning.layout import Layout, lay_out, lay_out_file
 from streammerge.planning.memory.allocate import Needs, lists_nbytes
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import Division
@@ -72,6 +73,8 @@ def make_plan(
     files = _Files()
     if not options.tensors_only:
         files = _files_beside(config, template, matched, resolved, alignment, options.left_out)
+    if options.file is not None:
+        files = _of_single_file(files, template, config.where)
     needs = _needs_of_all(jobs, method)
     lists = _lists_nbytes(inputs, matched, jobs, needs) + files.nbytes
     lists += 0 if alignment is None else alignment.nbytes
@@ -85,7 +88,7 @@ def make_plan(
         jobs=jobs,
         access=tuple(need.access for need in needs),
         work=allocation.work,
-        layout=lay_out(jobs, options.shard_size, ecosystem_of(template).stem, template.folders),
+        layout=_layout_of(jobs, template, options),
         budget=allocation.budget,
         seed=config.seed if options.seed is None else options.seed,
         backend=resources.backend,
@@ -154,6 +157,18 @@ def _files_beside(
     source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else template.directory
     beside = surroundings(template, source, tokenizer, quantised=holds_codes(resolved.jobs))
     return _Files(settings, tokenizer, beside, (*remarks, *beside.notes))
+
+
+def _layout_of(jobs: Sequence[Job], template: TensorIndex, options: PlanOptions) -> Layout:
+    if options.file is not None:
+        return lay_out_file(jobs, options.file, kept_metadata(template))
+    return lay_out(jobs, options.shard_size, ecosystem_of(template).stem, template.folders)
+
+
+def _of_single_file(files: _Files, template: TensorIndex, where: str) -> _Files:
+    """Return the files of an output that is one file: none; refuse one that is incomplete without them."""
+    check_fits_one_file(template, {} if files.tokenizer is None else files.tokenizer.changed, where)
+    return _Files(remarks=not_written(template, list(files.beside.files)))
 
 
 def _check_tokens(alignment: Alignment, budget: Budget) -> None:

@@ -29,6 +29,8 @@ class PlanOptions:
     """Overrides the config's seed."""
     notes: tuple[str, ...] = ()
     """Warnings that the plan shows before its own."""
+    file: str | None = None
+    """The name of the single file that is written; None: a directory."""
     left_out: tuple[LeftOut, ...] = ()
     """Files that are not written in addition to the weights."""
     tensors_only: bool = False

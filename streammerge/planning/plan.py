@@ -211,7 +211,8 @@ class MergePlan:
         """Return everything that the output's bytes depend on, by name, each as a short digest or value."""
         layout = hashlib.blake2b(digest_size=16)
         for shard in self.layout.shards:
-            layout.update(shard.name.encode() + shard.header)
+            # A single file may be called anything, later too.
+            layout.update((b"" if self.layout.single_file else shard.name.encode()) + shard.header)
         return {
             "config": _digest(self.config.text),
             "seed": str(self.seed),

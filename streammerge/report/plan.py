@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from streammerge.errors import printable
 from streammerge.io.disk import space_for
-from streammerge.output.journal import STATE
-from streammerge.output.manifest import MANIFEST
+from streammerge.output.place import Place, place_of
 from streammerge.planning.plan import MergePlan
 from streammerge.report.wrapping import wrapped
 from streammerge.units import format_at_least, format_seconds, format_size, plural
@@ -38,11 +37,12 @@ def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
         "seconds_estimate": round((plan.bytes_to_read() + plan.layout.nbytes) / ASSUMED_RATE, 1),
         "bytes_per_second_assumed": ASSUMED_RATE,
         "disk": None,
-        "out_holds": None if out is None else _held_by(Path(out)),
+        "out_holds": None if out is None else _held_by(place_of(Path(out))),
         "advice": [],
     }
     try:
-        space = space_for(Path(out if out is not None else "."), plan.layout.sizes)
+        place = place_of(Path(out if out is not None else "."))
+        space = space_for(place.out, plan.layout.sizes, place.paths)
     except OSError:
         return found
     found["disk"] = {"path": str(space.place), "bytes_needed": space.needed, "bytes_free": space.free}
@@ -54,11 +54,11 @@ def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
     return found
 
 
-def _held_by(out: Path) -> Literal["finished", "unfinished"] | None:
+def _held_by(place: Place) -> Literal["finished", "unfinished"] | None:
     """Return the state in which an earlier merge has left an output."""
-    if os.path.lexists(out / STATE):
+    if place.is_unfinished:
         return "unfinished"
-    return "finished" if os.path.lexists(out / MANIFEST) else None
+    return "finished" if os.path.lexists(place.manifest) else None
 
 
 def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:

@@ -21,6 +21,7 @@ from streammerge.errors import WorldError
 from streammerge.io import direct
 from streammerge.io.pages import DIRECT_BYTES, PAGE, slot_bytes
 from streammerge.io.reader import Reader
+from streammerge.output.place import place_of
 from streammerge.output.shards import ShardWriter
 from streammerge.planning.layout import Layout, Shard
 from streammerge.planning.memory.buffers import divide
@@ -154,7 +155,7 @@ def test_pieces_cut_anywhere_give_the_same_shard(
     pieces = list(zip([len(header), *cuts], [*cuts, len(content)], strict=True))
     directory = tmp_path_factory.mktemp("shard")
     writer = ShardWriter(
-        directory, Layout((Shard("model.safetensors", header, len(content), ()),), ()), direct=True
+        place_of(directory), Layout((Shard("model.safetensors", header, len(content), ()),), ()), direct=True
     )
     writer.open()
     for start, stop in data.draw(st.permutations(pieces)):

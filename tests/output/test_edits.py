@@ -15,7 +15,7 @@ import torch
 
 from streammerge.api import merge, verify
 from streammerge.errors import OutputError, WorldError
-from streammerge.output.journal import STATE
+from streammerge.output.place import STATE
 from tests.conftest import write_model
 
 EDITABLE = (

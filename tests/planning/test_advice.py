@@ -15,7 +15,7 @@ from streammerge.api import plan
 from streammerge.errors import BudgetError
 from streammerge.io import disk
 from streammerge.io.disk import space_for
-from streammerge.output.journal import STATE
+from streammerge.output.place import STATE
 from streammerge.planning.description import describe
 from streammerge.planning.plan import MergePlan
 from streammerge.report.plan import ASSUMED_RATE, advice

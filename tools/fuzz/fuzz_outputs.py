@@ -16,7 +16,8 @@ from streammerge.errors import ModelError
 from streammerge.output.check import verify
 from streammerge.output.edits import find_edits
 from streammerge.output.journal import _line, _load
-from streammerge.output.manifest import MANIFEST, read_manifest, seal
+from streammerge.output.manifest import read_manifest, seal
+from streammerge.output.place import MANIFEST
 
 # --- what a merge leaves for the next
 

@@ -30,7 +30,8 @@ import yaml
 from streammerge.backends.cpu.compile import compile_kernels
 from streammerge.cli import main
 from streammerge.engine import scheduler as run
-from streammerge.output.journal import NAME, STATE
+from streammerge.output.place import JOURNAL as NAME
+from streammerge.output.place import STATE
 from streammerge.planning.memory import budget
 from tests.fixed_budget import Fixed
 

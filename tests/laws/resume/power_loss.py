@@ -303,12 +303,14 @@ class Recorder:
                 if here is None or there is None:
                     real(source, target, **options)
                     return
-                assert here[0] == there[0], "a rename between directories"
                 self._next()
                 real(source, target, **options)
-                names = self._names[here[0]]
-                names[there[1]] = names.pop(here[1])
-                self.log.append(Move(here[0], here[1], there[1], names[there[1]]))
+                file = self._names[here[0]].pop(here[1])
+                self._names[there[0]][there[1]] = file
+                if here[0] == there[0]:
+                    self.log.append(Move(here[0], here[1], there[1], file))
+                else:  # each directory has its own sync
+                    self.log += [Link(there[0], there[1], file), Unlink(here[0], here[1], file)]
 
         return call
 

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from streammerge.api import merge
-from streammerge.output.journal import NAME, STATE
+from streammerge.output.place import JOURNAL as NAME
+from streammerge.output.place import STATE
 from tests.conftest import config_for, output_bytes
 
 _SLOW = """

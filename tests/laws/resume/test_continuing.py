@@ -13,7 +13,9 @@ import torch
 from streammerge.api import merge
 from streammerge.engine.streaming import Streamer
 from streammerge.errors import InputError, Stopped, WorldError
-from streammerge.output.journal import NAME, STATE, _load
+from streammerge.output.journal import _load
+from streammerge.output.place import JOURNAL as NAME
+from streammerge.output.place import STATE
 from streammerge.output.shards import ShardWriter
 from streammerge.planning.job import Job
 from tests.conftest import config_for, output_bytes, read_tensors, write_model

@@ -14,7 +14,9 @@ from streammerge.api import plan
 from streammerge.dtypes import itemsize
 from streammerge.errors import OutputError, StreammergeError
 from streammerge.output.check import verify
-from streammerge.output.journal import NAME, STATE, _load
+from streammerge.output.journal import _load
+from streammerge.output.place import JOURNAL as NAME
+from streammerge.output.place import STATE
 from tests.laws.resume.scene import Scene, SimulatedKill, flip
 from tests.laws.resume.traps import Trap, interrupt, set_trap
 

@@ -20,8 +20,10 @@ from streammerge.estimate.fisher.importing import import_diagonal
 from streammerge.events import Event
 from streammerge.formats.safetensors import read_header
 from streammerge.output.inputs import ContentHasher
-from streammerge.output.journal import NAME, STATE, _line
+from streammerge.output.journal import _line
 from streammerge.output.manifest import load_manifest
+from streammerge.output.place import JOURNAL as NAME
+from streammerge.output.place import STATE
 from tests.conftest import output_bytes, use_capacity, write_fisher
 from tests.laws.resume.scene import Scene, flip, make_scene
 from tests.laws.resume.traps import interrupt

@@ -12,7 +12,9 @@ from unittest.mock import ANY
 import pytest
 
 from streammerge.errors import OutputError
-from streammerge.output.journal import NAME, STATE, Journal
+from streammerge.output.journal import Journal
+from streammerge.output.place import JOURNAL as NAME
+from streammerge.output.place import STATE
 from tests.conftest import output_bytes
 from tests.laws.resume.scene import Scene
 from tests.laws.resume.slow_merge import Slow, run_forks

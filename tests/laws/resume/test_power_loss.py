@@ -10,7 +10,8 @@ import random
 
 import pytest
 
-from streammerge.output.journal import NAME, STATE
+from streammerge.output.place import JOURNAL as NAME
+from streammerge.output.place import STATE
 from tests.laws.resume.power_loss import Link, Sync, Write, blackouts, build, pending
 from tests.laws.resume.scene import Scene, make_scene
 from tests.laws.resume.trials import OUT, Trials

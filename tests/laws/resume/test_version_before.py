@@ -13,7 +13,8 @@ import pytest
 from streammerge.api import merge
 from streammerge.errors import OutputError
 from streammerge.io.durable import PARTIAL
-from streammerge.output.journal import NAME, STATE
+from streammerge.output.place import JOURNAL as NAME
+from streammerge.output.place import STATE
 from tests.conftest import output_bytes
 
 JOURNAL = Path(__file__).with_name("journal_of_the_version_before.jsonl")

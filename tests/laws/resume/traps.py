@@ -16,7 +16,8 @@ from streammerge.io import allocate, durable
 from streammerge.output import commit, journal
 from streammerge.output import directory as output
 from streammerge.output import shards as writer
-from streammerge.output.journal import NAME, STATE
+from streammerge.output.place import JOURNAL as NAME
+from streammerge.output.place import STATE
 from streammerge.output.shards import ShardWriter
 from tests.laws.resume.scene import Scene
 

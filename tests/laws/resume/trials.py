@@ -25,10 +25,15 @@ class Trials:
         Most power losses tried of one log, drawn by `chance` from all; None: all of them.
     n_random
         Random ones at every cut, beside the systematic ones.
+    out
+        The output, on a disk.
     """
 
-    def __init__(self, scene: Scene, chance: random.Random, *, limit: int | None, n_random: int) -> None:
+    def __init__(
+        self, scene: Scene, chance: random.Random, *, limit: int | None, n_random: int, out: Path = OUT
+    ) -> None:
         self.scene, self.chance, self.limit, self.n_random = scene, chance, limit, n_random
+        self.out = out
         self.counts: Counter[str] = Counter()
         self._tried: set[bytes] = set()
 
@@ -46,7 +51,7 @@ class Trials:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("streammerge.engine.scheduler._SYNC_SECONDS", 0.004)
                 disk.patch(patch)
-                self.scene.merge(disk.root / OUT, **options)
+                self.scene.merge(disk.root / self.out, **options)
         except SimulatedKill:
             assert kill_at is not None
             return False
@@ -92,10 +97,10 @@ class Trials:
         self.counts["states tried"] += 1
         root = self.scene.directory / "after"
         lay_out(tree, root)
-        self.scene.assert_nothing_torn(root / OUT)
+        self.scene.assert_nothing_torn(root / self.out)
         if not ended:
-            self.scene.merge(root / OUT)
-        self.scene.assert_finished(root / OUT)
+            self.scene.merge(root / self.out)
+        self.scene.assert_finished(root / self.out)
 
     def replacing(self, old: Scene, *, finished: bool) -> Recorder:
         """Merge with --overwrite over another scene's merge, beside a file of the user's; return the disk."""

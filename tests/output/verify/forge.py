@@ -7,7 +7,8 @@ from typing import Any
 
 from streammerge.formats.safetensors import read_header
 from streammerge.numerics.crc32 import crc32
-from streammerge.output.manifest import MANIFEST, load_manifest, seal
+from streammerge.output.manifest import load_manifest, seal
+from streammerge.output.place import MANIFEST
 
 
 def reseal(out: Path, *files: str, **fields: Any) -> None:

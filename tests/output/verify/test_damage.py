@@ -18,7 +18,8 @@ import pytest
 from streammerge.api import merge
 from streammerge.errors import ModelError, WorldError
 from streammerge.output.check import verify
-from streammerge.output.manifest import MANIFEST, load_manifest
+from streammerge.output.manifest import load_manifest
+from streammerge.output.place import MANIFEST
 from tests.conftest import config_for, write_models
 from tests.output.verify.forge import reseal
 

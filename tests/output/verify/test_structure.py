@@ -18,7 +18,8 @@ from streammerge.errors import ModelError, StreammergeError
 from streammerge.events import Event
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.check import verify
-from streammerge.output.manifest import MANIFEST, load_manifest, seal
+from streammerge.output.manifest import load_manifest, seal
+from streammerge.output.place import MANIFEST
 from tests.conftest import config_for, read_tensors, write_model, write_models
 from tests.output.verify.forge import reseal
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from streammerge.api import merge, verify
 from streammerge.checkpoint.index import open_model
 from streammerge.output.directory import clear, withdraw
+from streammerge.output.place import place_of
 
 DIFFUSERS = {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.35.0"}
 TIMM = {"architecture": "vit_tiny", "num_features": 8}
@@ -85,7 +86,7 @@ def test_a_missing_index_is_found_by_its_own_name(tmp_path: Path) -> None:
 def test_what_loads_is_taken_away_whatever_its_name(tmp_path: Path) -> None:
     out = tmp_path / "out"
     merge(configure(tmp_path, *CASES["diffusers"][:2]), out, shard_size=256)
-    withdraw(out)
+    withdraw(place_of(out))
     assert not list(out.glob("*.index.json"))
-    clear(out)
+    clear(place_of(out))
     assert not list(out.glob("*.safetensors"))

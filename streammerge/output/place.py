@@ -1,0 +1,82 @@
+"""Where an output lies, and where its working files lie until it is finished.
+
+An output is a directory, with its working files in it, or one safetensors file. A single file's working files lie in a
+directory of their own next to it, so that nothing in its folder changes before the merge is finished, and merges
+into one folder do not wait for each other::
+
+    merged/                          models/
+      .streammerge/journal.jsonl       merged.safetensors.streammerge/journal.jsonl
+      model.safetensors.partial        merged.safetensors.streammerge/merged.safetensors.partial
+      model.safetensors                merged.safetensors
+      streammerge.json                 merged.safetensors.json
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.formats.safetensors import SUFFIX
+from streammerge.io.durable import PARTIAL
+
+STATE = ".streammerge"
+"""Name of the directory of a journal; after the name of a single file, the end of it."""
+JOURNAL = "journal.jsonl"
+MANIFEST = "streammerge.json"
+CONFIG_COPY = "streammerge_config.yml"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an output and its working files lie."""
+
+    out: Path
+    """The output as the user names it."""
+    folder: Path
+    """The directory of its finished files."""
+    state: Path
+    """The directory of its journal, which is there only until the merge is finished."""
+    manifest: Path
+    file: str | None = None
+    """The name of the single file; None where the output is a directory."""
+
+    @property
+    def journal(self) -> Path:
+        """The path of the journal."""
+        return self.state / JOURNAL
+
+    @property
+    def in_state(self) -> tuple[Path, ...]:
+        """Every file that may be left where the journal lies."""
+        own = (self.journal, self.journal.with_name(JOURNAL + PARTIAL))
+        return own if self.file is None else (*own, self.partial(self.file), self.partial(self.manifest.name))
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether a merge has begun here that has not ended."""
+        return os.path.lexists(self.state if self.file is None else self.journal)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a finished file."""
+        return self.folder / name
+
+    def partial(self, name: str) -> Path:
+        """Return the path of a file until it is finished."""
+        return (self.folder if self.file is None else self.state) / (name + PARTIAL)
+
+    def paths(self, name: str) -> tuple[Path, ...]:
+        """Return both paths of a file: until it is finished, and then."""
+        return self.partial(name), self.path(name)
+
+
+def place_of(out: Path) -> Place:
+    """Return the place of an output: a single file where its name ends in ``.safetensors``, unless a directory has that name.
+
+    >>> place_of(Path("models/merged.safetensors")).manifest.name
+    'merged.safetensors.json'
+    """
+    if not out.name.endswith(SUFFIX) or out.name == SUFFIX or out.is_dir():
+        return Place(out, out, out / STATE, out / MANIFEST)
+    name = out.name
+    return Place(out, out.parent, out.with_name(name + STATE), out.with_name(f"{name}.json"), name)
