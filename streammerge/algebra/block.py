@@ -18,7 +18,7 @@ from streammerge.numerics.philox import RandomKeys
 
 if TYPE_CHECKING:
     from streammerge.algebra.rules import Rule, TaskVectorMerge
-    from streammerge.algebra.scores import Score, Selection
+    from streammerge.algebra.scores import Ranked, Selection
     from streammerge.algebra.task_vectors import TaskVector
 
 Counts = NDArray[np.int64]
@@ -90,9 +90,7 @@ class BlockMath(Protocol):
     rank above all others.
     """
 
-    def count_keys(
-        self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
-    ) -> tuple[int, int]:
+    def count_keys(self, subject: Ranked, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
         """Count the fp32 bit patterns (sign bit cleared) of a task vector's magnitudes before its cut, or of scores.
 
         Patterns p from `low` to `high` are counted in `bins` (int32), at (p - low) >> shift. Returns the number of
@@ -111,7 +109,7 @@ class BlockMath(Protocol):
     def touches(self, vectors: tuple[TaskVector, ...], epsilon: float) -> Counts:
         """Count the elements at which a vector exceeds `epsilon` alone, and together with others, (2, vectors)."""
 
-    def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
+    def ties(self, subject: Ranked, key: int, size: int) -> Counts:
         """Return the number of elements with pattern `key` per run of `size` elements, (runs,)."""
 
     def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:

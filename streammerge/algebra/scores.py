@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.numerics import elementary
@@ -18,8 +18,34 @@ if TYPE_CHECKING:
     import torch
 
 
+class Ranked(Protocol):
+    """What ranks elements: a task vector, by magnitude, or a score."""
+
+    @property
+    def sees_rows(self) -> bool:
+        """Whether an element's pattern depends on all of its row."""
+
+    @property
+    def only_model(self) -> int | None:
+        """The one model that it looks at; None: it may look at all of them."""
+
+    def patterns(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the pattern of each element, int32."""
+
+
+class Score:
+    """A number by which elements are selected. A subclass is a frozen dataclass that defines `patterns`."""
+
+    sees_rows = False
+    only_model: int | None = None
+
+    def patterns(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the score's pattern of each element, int32."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Spread:
+class Spread(Score):
     """The population variance of an element's task vectors over the models (SCE, https://arxiv.org/abs/2408.07990)."""
 
     vectors: tuple[TaskVector, ...]
@@ -38,13 +64,15 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Importance:
+class Importance(Score):
     """abs(delta) times the divergence KL(theta || theta_0) of the softmaxes of the element's row (the last axis).
 
     Probabilities are smoothed by `SMOOTHING`. Non-finite elements are left out of their row's divergence.
     """
 
     vector: TaskVector
+
+    sees_rows = True
 
     def patterns(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the score's pattern of each element of whole rows, int32 and flat."""
@@ -64,9 +92,6 @@ class Importance:
         p, q = _probabilities(x, there), _probabilities(y, there)
         terms = torch.where(there, p * elementary.log(p / q), 0.0)
         return elementary.lane_sums(terms).clamp(min=0.0)
-
-
-Score = Spread | Importance
 
 
 @dataclass(frozen=True)
@@ -89,11 +114,6 @@ class Selection:
         assert self.cut.ties == "index"
         place = torch.arange(where.start, where.start + pattern.numel(), device=pattern.device)
         return above | ((pattern == self.cut.key) & (place < self.cut.limit))
-
-
-def sees_rows(ranked: object) -> bool:
-    """Return whether the ranked quantity depends on whole rows."""
-    return isinstance(ranked, Importance)
 
 
 def _probabilities(rows: torch.Tensor, there: torch.Tensor) -> torch.Tensor:

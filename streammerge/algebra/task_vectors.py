@@ -102,6 +102,14 @@ class TaskVector:
     rank_drop: RankDrop | None = None
     """A drop by the rank of the magnitude; it excludes `drop` and `cut`."""
 
+    sees_rows = False
+    """Its entries before a drop by rank or a cut are ranked one by one."""
+
+    @property
+    def only_model(self) -> int:
+        """The one model that its magnitudes depend on."""
+        return self.model
+
     @property
     def coefficient(self) -> float:
         """The factor of a surviving entry: weight times rescale."""
@@ -139,6 +147,13 @@ class TaskVector:
     def surviving(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the entries of the task vector that survive, 0 elsewhere, in the inputs' dtype."""
         return (theta - base).masked_fill(~self.mask(theta, base, where), 0.0)
+
+    def patterns(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the fp32 patterns of the magnitudes of surviving entries, int32: they order as magnitudes do."""
+        import torch
+
+        delta = self.surviving(models[self.model], base, where).float()
+        return delta.view(torch.int32) & 0x7FFFFFFF
 
     def mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the mask of surviving entries; a dropped entry counts as 0 for the cut."""

@@ -97,7 +97,7 @@ def compute_fisher(
     from streammerge.estimate.fisher.compute import Settings, compute_diagonal
 
     _check_dtype(dtype)
-    chosen = "cpu" if device == "cpu" else choose_device(device, nbytes_of(memory), WORTH_A_GPU)
+    chosen = choose_device(device, nbytes_of(memory), WORTH_A_GPU)
     settings = Settings(
         labels, examples, max_length, batch_size, nbytes_of(memory), chosen, seed, NAMES[dtype]
     )
@@ -158,7 +158,7 @@ def compute_grams(
     from streammerge.estimate.gram.compute import Settings
     from streammerge.estimate.gram.compute import compute_grams as run
 
-    chosen = "cpu" if device == "cpu" else choose_device(device, nbytes_of(memory), WORTH_A_GPU)
+    chosen = choose_device(device, nbytes_of(memory), WORTH_A_GPU)
     settings = Settings(examples, max_length, batch_size, nbytes_of(memory), chosen)
     with controlled(on_event, progress, "collecting", stop, signal_received) as control:
         return run(

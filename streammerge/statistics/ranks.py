@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from streammerge.algebra.block import Bins, BlockMath, Call, Counts
 from streammerge.algebra.extent import Extent
-from streammerge.algebra.scores import Score, sees_rows
+from streammerge.algebra.scores import Ranked, Score
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.statistics.base import (
@@ -60,7 +60,7 @@ class Rank(Statistic[Threshold]):
 
     @property
     @abstractmethod
-    def ranked(self) -> TaskVector | Score:
+    def ranked(self) -> Ranked:
         """The ranked quantity: a task vector, by magnitude, or a score."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Rank(Statistic[Threshold]):
     @property
     def cost(self) -> Cost:
         """One window, and a second pass if no sample can be taken."""
-        return Cost(windows=1, passes=1 + sees_rows(self.ranked))
+        return Cost(windows=1, passes=1 + self.ranked.sees_rows)
 
     def calls(self) -> tuple[Call, ...]:
         """Return the methods of `BlockMath` that it calls."""
@@ -219,7 +219,7 @@ class TopKReducer(Reducer[Threshold]):
         self._n = n
         self._lock = Lock()
         # A sample of blocks tells nothing if an element's score depends on its whole row.
-        self.samples = not sees_rows(self._ranked)
+        self.samples = not self._ranked.sees_rows
         self._open(0, _TOP)
 
     def _open(self, low: int, high: int) -> None:
@@ -298,7 +298,7 @@ class TopKReducer(Reducer[Threshold]):
     @property
     def sampled_model(self) -> int | None:
         """The model whose task vector is ranked; None if the score needs all models."""
-        return self._ranked.model if isinstance(self._ranked, TaskVector) else None
+        return self._ranked.only_model
 
     def _counted(self) -> Counts | Bins:
         return np.zeros(self._n_bins, np.int64) if self._bins is None else self._bins
@@ -333,7 +333,7 @@ class TieIndex(Statistic[tuple[int, int]]):
     Over the whole model the tensors follow in order; the value is an (ordinal, element) pair.
     """
 
-    vector: TaskVector | Score
+    vector: Ranked
     threshold: Threshold
     extent: Extent = Extent.TENSOR
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from streammerge.algebra.rules import Rule
-from streammerge.algebra.task_vectors import TaskVector, Where
+from streammerge.algebra.rules import Inputs, Rule
+from streammerge.algebra.task_vectors import TaskVector
 
 
 @dataclass(frozen=True)
@@ -18,14 +17,8 @@ class CappedMerge(Rule):
     vectors: tuple[TaskVector, ...]
     limits: tuple[float, ...]
 
-    def __call__(
-        self,
-        models: Sequence[torch.Tensor],
-        base: torch.Tensor | None,
-        where: Where,
-        fishers: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:
-        assert base is not None
+    def merged(self, inputs: Inputs) -> torch.Tensor:
+        models, base, where = inputs.models, inputs.theta_0, inputs.where
         merged = base.double()
         for vector, theta, limit in zip(self.vectors, models, self.limits, strict=True):
             tau = vector.rescale * vector.surviving(theta, base, where).double()

@@ -15,6 +15,7 @@ import torch
 from streammerge.algebra.block import Operand
 from streammerge.api import choose_device, merge
 from streammerge.backends.torch import math as torch_pieces
+from streammerge.backends.torch.device_block import DeviceBlock
 from streammerge.backends.torch.math import TorchMath
 from streammerge.errors import WorldError
 from streammerge.io.buffer_pool import Bytes, Pool
@@ -33,15 +34,15 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
 
     def allow(elements: int) -> list[int]:
         failed: list[int] = []
-        tensor = TorchMath._tensor
+        tensor = DeviceBlock.tensor
 
-        def limited(self: TorchMath, operand: Operand, a: int, b: int) -> torch.Tensor:
+        def limited(self: DeviceBlock, operand: Operand, a: int, b: int) -> torch.Tensor:
             if b - a > elements:
                 failed.append(b - a)
                 raise torch.OutOfMemoryError
             return tensor(self, operand, a, b)
 
-        monkeypatch.setattr(TorchMath, "_tensor", limited)
+        monkeypatch.setattr(DeviceBlock, "tensor", limited)
         return failed
 
     return allow

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.algebra.rules import CopyOf, FisherMean, Formula, Rule, TaskVectorMerge, WeightedSum
+from streammerge.algebra.rules import CopyOf, FisherMean, Formula, Inputs, Rule, TaskVectorMerge, WeightedSum
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.errors import ConfigError
 from streammerge.methods.catalog import load_builtin
@@ -139,7 +139,7 @@ def test_the_majority_of_elected_signs_decides_and_a_draw_is_negative() -> None:
     (statistic,) = follow("ties", 2, zero_sign="majority")
     assert isinstance(statistic, SignTotal)
     base = torch.zeros(4)
-    total = statistic.merge.sign_total([torch.tensor(d) for d in deltas], base, Where("t", 0, KEYS))
+    total = statistic.merge.sign_total(Inputs([torch.tensor(d) for d in deltas], base, Where("t", 0, KEYS)))
     assert total == 1
     for answer, expected in [(total, 0.5), (0, -0.5), (-3, -0.5)]:
         rule = follow("ties", 2, [answer], zero_sign="majority")

@@ -258,7 +258,7 @@ def test_column_dots_have_the_same_bits_for_any_cut_between_runs_of_rows_and_any
     tensors[1][77] = float("nan")  # no part in sums
     math = [
         KernelMath,
-        *(partial(TorchMath, device="cpu", block=b) for b in (100, 300, 3200, 6400, 7000, 1 << 20)),
+        *(partial(TorchMath, device="cpu", at_once=b) for b in (100, 300, 3200, 6400, 7000, 1 << 20)),
     ]
     found = []
     for one in math:
@@ -292,7 +292,7 @@ def test_sums_of_squares_have_the_same_bits_for_any_cut_and_any_block(selection:
     scores = {"spread": Spread(vectors), "importance": Importance(vectors[0])}
     chosen = None if selection == "none" else Selection(scores[selection], Cut(0x3C000000, "index", 9000))
     found = []
-    for math in (KernelMath, *(partial(TorchMath, device="cpu", block=b) for b in (4096, 8192, 1 << 20))):
+    for math in (KernelMath, *(partial(TorchMath, device="cpu", at_once=b) for b in (4096, 8192, 1 << 20))):
         for cuts in [], [4096], [4096, 3 * 4096]:
             if selection == "importance" and (cuts or math is not KernelMath):
                 continue  # its rows would be cut

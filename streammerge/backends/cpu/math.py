@@ -9,17 +9,14 @@ from numpy.typing import NDArray
 
 from streammerge.algebra.block import Applied, Bins, Block, BlockMath, Counts, Operand
 from streammerge.algebra.rules import Rule, TaskVectorMerge
-from streammerge.algebra.scores import Score, Selection
+from streammerge.algebra.scores import Ranked, Selection
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.backends.cpu.memory import BlockMemory, kernels
+from streammerge.backends.cpu.ranking import kernels_of_ranking, ranking_of
 from streammerge.backends.cpu.registry import VECTORS, Names, answers, example, implementation_of
 from streammerge.backends.cpu.rules import dot_products, kernels_of_merge, run_merge
-from streammerge.backends.cpu.tiles import Tiles, kernels_of_score, kernels_of_selection
+from streammerge.backends.cpu.tiles import Tiles, kernels_of_selection
 from streammerge.numerics.ordered_sum import BLOCK
-
-
-def _kernels_of_ranked(ranked: TaskVector | Score) -> Names:
-    return frozenset({"ranks"}) if isinstance(ranked, TaskVector) else kernels_of_score(ranked)
 
 
 def _kernels_of_sum(vector: TaskVector) -> Names:
@@ -37,19 +34,11 @@ class KernelMath:
     def _tiles(self) -> Tiles:
         return Tiles(self._memory)  # not kept: its buffers are as large as a few tiles
 
-    @answers(_kernels_of_ranked)
-    def count_keys(
-        self, vector: TaskVector | Score, low: int, high: int, shift: int, bins: Bins
-    ) -> tuple[int, int]:
+    @answers(kernels_of_ranking)
+    def count_keys(self, subject: Ranked, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
         """See `BlockMath`."""
         window = kernels().operands.Window(low, high, shift)
-        if not isinstance(vector, TaskVector):
-            return self._tiles.count_keys(vector, window, bins)
-        memory = self._memory
-        above, highest = kernels().deltas.keys_in_window(
-            *memory.pair(vector), memory.span(), memory.masks((vector,), cut=False), window, bins
-        )
-        return int(above), int(highest)
+        return ranking_of(subject).count_keys(self._memory, subject, window, bins)
 
     @answers(_kernels_of_sum)
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
@@ -65,17 +54,10 @@ class KernelMath:
         kernels().deltas.abs_sums(*memory.pair(vector), memory.span(), memory.masks((vector,)), partials)
         return partials
 
-    @answers(_kernels_of_ranked)
-    def ties(self, vector: TaskVector | Score, key: int, size: int) -> Counts:
+    @answers(kernels_of_ranking)
+    def ties(self, subject: Ranked, key: int, size: int) -> Counts:
         """See `BlockMath`."""
-        if not isinstance(vector, TaskVector):
-            return self._tiles.ties(vector, key, size)
-        counts = np.zeros(-(-self._block.n // size), np.int64)
-        memory = self._memory
-        kernels().deltas.ties_per_run(
-            *memory.pair(vector), memory.span(), memory.masks((vector,), cut=False), key, size, counts
-        )
-        return counts
+        return ranking_of(subject).ties(self._memory, subject, key, size)
 
     @answers("dots")
     def dots(self, vectors: Sequence[TaskVector], length: int) -> NDArray[np.float64]:
@@ -125,12 +107,6 @@ class KernelMath:
         found = implementation_of(rule)
         assert found is not None, f"no kernel applies {type(rule).__name__}"
         return found.apply(self._memory, rule, out)
-
-
-@example("ranks")
-def _ranks(math: BlockMath) -> None:
-    math.count_keys(VECTORS[0], 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
-    math.ties(VECTORS[0], 0, BLOCK)
 
 
 @example("abs_sums")

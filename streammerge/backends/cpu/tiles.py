@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.algebra.block import Applied, Bins, BlockMath, Counts, Operand
+from streammerge.algebra.block import Applied, BlockMath, Counts, Operand
 from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import ColumnCombination, SelectedMerge, TouchedMerge
 from streammerge.algebra.scores import Importance, Score, Selection, Spread
@@ -83,26 +83,10 @@ class Tiles:
 
     # --- scores
 
-    def count_keys(self, score: Score, window: object, bins: Bins) -> tuple[int, int]:
-        """Count the patterns of a score above a window, and those inside by bins."""
-        above = highest = 0
-        for span in self.spans():
-            more, top = self._kernels.count_patterns(self.patterns(score, span), window, bins)
-            above, highest = above + int(more), max(highest, int(top))
-        return above, highest
-
-    def ties(self, score: Score, key: int, size: int) -> Counts:
-        """Return how many elements have the pattern `key`, per run of `size` elements."""
-        counts = np.zeros(-(-self.block.n // size), np.int64)
-        for first, n in self.spans():
-            places = first + np.flatnonzero(self.patterns(score, (first, n)) == key)
-            counts += np.bincount(places // size, minlength=counts.size)
-        return counts
-
     def patterns(self, score: Score, span: Span) -> NDArray[np.uint32]:
         """Return the fp32 patterns of a score, (n,)."""
         patterns = np.empty(span[1], np.uint32)
-        _SCORES[type(score)][1](self, score, span, patterns)
+        SCORES[type(score)][1](self, score, span, patterns)
         return patterns
 
     def divergence(self, score: Importance) -> NDArray[np.float64]:
@@ -205,7 +189,7 @@ def _importance(tiles: Tiles, score: Importance, span: Span, patterns: NDArray[n
     kernels().scores.importance_patterns(deltas, by_row, span[0], tiles.block.row_length, patterns)
 
 
-_SCORES: dict[type, tuple[str, Callable[..., None]]] = {
+SCORES: dict[type, tuple[str, Callable[..., None]]] = {
     Spread: ("spread", _spread),
     Importance: ("importance", _importance),
 }
@@ -214,7 +198,7 @@ _SCORES: dict[type, tuple[str, Callable[..., None]]] = {
 
 def kernels_of_score(score: Score) -> Names:
     """Return the groups of kernels that a score's patterns take."""
-    return frozenset({_SCORES[type(score)][0]})
+    return frozenset({SCORES[type(score)][0]})
 
 
 def kernels_of_selection(selection: Selection | None) -> Names:

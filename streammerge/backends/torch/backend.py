@@ -5,7 +5,15 @@ from __future__ import annotations
 from streammerge.algebra.block import Block, BlockMath, operand_bytes
 from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend, BufferHooks, TensorFacts
-from streammerge.backends.torch.gpu import find_gpu, pin, share_of_memory, turn_on, unpin
+from streammerge.backends.torch.gpu import (
+    find_gpu,
+    free_unused,
+    pin,
+    share_of_memory,
+    synchronize,
+    turn_on,
+    unpin,
+)
 from streammerge.numerics.ordered_sum import BLOCK
 
 BLOCK_ELEMENTS = 1 << 16
@@ -46,14 +54,16 @@ def _gpu_workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
 
 
 def _gpu_math(block: Block, device: str, sees: Extent) -> BlockMath:
+    from streammerge.backends.torch.device_block import DeviceHooks
     from streammerge.backends.torch.math import TorchMath
 
     inputs = [*block.models, *(() if block.base is None else (block.base,))]
     share = share_of_memory(device)
     nbytes = sum(operand_bytes(operand, block.n) for operand in (*inputs, *block.fishers))
     keep = nbytes <= share // 2
+    hooks = DeviceHooks(synchronize, free_unused)
     size = device_block(share - nbytes if keep else share, len(inputs))
-    return TorchMath(block, device, 0 if sees == Extent.TENSOR else size, keep=keep)
+    return TorchMath(block, device, 0 if sees == Extent.TENSOR else size, keep=keep, hooks=hooks)
 
 
 TORCH = Backend("torch", reserve=400 << 20, workspace=_workspace, math=_math)

@@ -58,19 +58,17 @@ def share_of_memory(device: str) -> int:
 
 def synchronize(device: str) -> None:
     """Wait until what this thread asked of a GPU is done."""
-    if device != "cpu":
-        import torch
+    import torch
 
-        torch.cuda.current_stream(device).synchronize()
+    torch.cuda.current_stream(device).synchronize()
 
 
 def free_unused(device: str) -> None:
     """Return the memory that torch keeps for later to the GPU, for any stream to use."""
-    if device != "cpu":
-        import torch
+    import torch
 
-        synchronize(device)
-        torch.cuda.empty_cache()
+    synchronize(device)
+    torch.cuda.empty_cache()
 
 
 def pin(buffer: Bytes) -> None:

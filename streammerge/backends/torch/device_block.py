@@ -1,0 +1,150 @@
+"""A block on a torch device: its inputs taken there a part at a time, and the results written back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from streammerge.algebra.block import Block, Operand, operand_bytes
+from streammerge.algebra.rules import Inputs
+from streammerge.algebra.task_vectors import Where
+from streammerge.errors import WorldError, printable
+from streammerge.io.buffer_pool import Bytes
+from streammerge.numerics.casts import round_to, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+_Result = TypeVar("_Result")
+
+
+def _nothing(device: str) -> None:
+    return
+
+
+class DeviceHooks(NamedTuple):
+    """What a device wants to be asked; the host, whose calls end when they return, nothing."""
+
+    synchronize: Callable[[str], None] = _nothing
+    """Waits until what this thread asked of the device is done."""
+    free_unused: Callable[[str], None] = _nothing
+    """Gives back memory that is kept for later."""
+
+
+HOST = DeviceHooks()
+
+
+class DeviceBlock:
+    """A block and the device that its parts are computed on.
+
+    Parameters
+    ----------
+    block
+        The block, in this process's memory.
+    device
+        ``cpu`` or ``cuda[:N]``.
+    at_once
+        Elements worked on at a time where the formula may be cut anywhere; 0: it sees the whole tensor.
+    keep
+        Whether the block's operands fit the device's memory whole: they are then copied there once, however often
+        they are passed over.
+    hooks
+        What the device wants to be asked.
+    """
+
+    def __init__(
+        self, block: Block, device: str, at_once: int, *, keep: bool = False, hooks: DeviceHooks = HOST
+    ) -> None:
+        self.block = block
+        self.device = device
+        self.at_once = at_once
+        self._keep = keep
+        self._hooks = hooks
+        self._kept: dict[Operand, torch.Tensor] = {}
+        self._divergences: dict[tuple[int, int], dict[object, torch.Tensor]] = {}
+
+    def each(self, run: Callable[[int, int], _Result], divisor: int = 1) -> Iterator[_Result]:
+        """Yield what `run` returns for each part; after an out-of-memory error the same part, cut smaller.
+
+        `run` is given the first element and the one after the last: a multiple of `divisor` apart, but for the end of
+        the block. It takes nothing into account before it has succeeded.
+
+        Raises
+        ------
+        WorldError
+            If the device has no room for the smallest part.
+        """
+        import torch
+
+        start, size = 0, max(divisor, self.at_once // divisor * divisor)
+        while start < self.block.n:
+            stop = min(self.block.n, start + size)
+            try:
+                result = run(start, stop)
+            except torch.OutOfMemoryError:
+                if not self._keep:
+                    size = min(size, stop - start) // 2 // divisor * divisor
+                self._keep = False
+                self._kept.clear()
+                if size < divisor or not self.at_once:
+                    raise WorldError(
+                        f"tensor {printable(self.block.tensor)}: {self.device} has no memory left for it; free "
+                        "some, or merge with --device cpu"
+                    ) from None
+                self._hooks.free_unused(self.device)
+                continue
+            yield result
+            start = stop
+
+    def tensor(self, operand: Operand, a: int, b: int) -> torch.Tensor:
+        """Return elements `a` to `b` of an operand on the device, fp32; fp64 where they are."""
+        if self._keep:
+            if operand not in self._kept:
+                whole = self._host(operand, 0, self.block.n)
+                self._kept[operand] = whole.to(self.device, non_blocking=True)
+            values = self._kept[operand][a:b]
+        else:
+            values = self._host(operand, a, b).to(self.device, non_blocking=True)
+        return values.clone() if operand.dtype == "F64" else values.float()
+
+    def _host(self, operand: Operand, a: int, b: int) -> torch.Tensor:
+        """Return a view of an operand's bytes in the buffer."""
+        import torch
+
+        width = operand_bytes(operand, 1)
+        raw: Bytes = self.block.arena[operand.offset + a * width : operand.offset + b * width]
+        return torch.from_numpy(raw).view(torch_dtype(operand.dtype))
+
+    def inputs(self, a: int, b: int) -> Inputs:
+        """Return elements `a` to `b` of the base and the models, flat; all fp64 where any is, else fp32."""
+        import torch
+
+        block = self.block
+        base = self.tensor(block.base, a, b) if block.base is not None else None
+        models = [self.tensor(operand, a, b) for operand in block.models]
+        if any(tensor.dtype == torch.float64 for tensor in [*models, *([] if base is None else [base])]):
+            models = [model.double() for model in models]
+            base = None if base is None else base.double()
+        known = self._divergences.setdefault((a, b), {})
+        return Inputs(
+            models,
+            base,
+            Where(block.tensor, block.start + a, block.keys, block.row_length, divergences=known),
+        )
+
+    def fishers(self, a: int, b: int) -> list[torch.Tensor]:
+        """Return elements `a` to `b` of the Fisher diagonals."""
+        return [self.tensor(operand, a, b) for operand in self.block.fishers]
+
+    def store(self, merged: torch.Tensor, out: Operand, a: int, b: int) -> int:
+        """Write elements `a` to `b` of the output, rounded once; return how many are not finite."""
+        import torch
+
+        rounded = round_to(merged, out.dtype)
+        bad = int((~torch.isfinite(rounded)).sum())
+        if bad:
+            rounded = torch.where(torch.isnan(rounded), torch.full_like(rounded, float("nan")), rounded)
+        # Last, for it may lie over an input: until here the part can be done again.
+        self._host(out, a, b).copy_(rounded, non_blocking=True)
+        self._hooks.synchronize(self.device)
+        return bad
