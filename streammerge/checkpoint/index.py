@@ -16,6 +16,8 @@ from streammerge.checkpoint.adapters.files import ADAPTER_CONFIG, Adapter, read_
 from streammerge.checkpoint.hub import cache_directory, find_snapshot, parse_name
 from streammerge.checkpoint.names import is_tied_copy
 from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, quantization_of
+from streammerge.checkpoint.quantized.declarations import declaration_of
+from streammerge.checkpoint.quantized.registry import decoded
 from streammerge.checkpoint.refs.float8 import with_floats
 from streammerge.checkpoint.shards import (
     INDEX_NAME,
@@ -57,9 +59,11 @@ class TensorIndex(Mapping[str, SourceRef]):
     notes: tuple[str, ...] = ()
     """What the user should know of how it was read."""
     quantization: Quantization | None = None
-    """Which of its tensors are codes, and what belongs to them; None where all are plain."""
+    """Which of its tensors are codes that nothing decodes, and what belongs to them; None where there are none."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """What the header of a model of one file says of itself."""
+    activations: Mapping[str, SourceRef] = field(default_factory=dict)
+    """What scales the activations of a quantised model; none of its weights."""
     folders: tuple[str, ...] = ()
     """Folders of further modules whose tensors are among its own, as ``FOLDER/name``."""
 
@@ -237,17 +241,21 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     unlisted = tuple(name for name in left_out if name not in tensors)
     config = _read_config(directory / CONFIG_NAME)
     beside = os.path.lexists(directory / DECLARED_BESIDE)
-    quantization = quantization_of(tensors, config, beside)
+    found = decoded(
+        tensors, declaration_of(config, _read_config(directory / DECLARED_BESIDE) if beside else None)
+    )
+    quantization = quantization_of(found.tensors, config, beside)
     return TensorIndex(
         reference,
         directory,
         tuple(stamps),
-        with_floats(tensors, quantization),
+        with_floats(found.tensors, quantization),
         unlisted,
         config,
         notes=tuple(notes),
         quantization=quantization,
         metadata=metadata if len(shards.names) == 1 else {},
+        activations=found.activations,
     )
 
 

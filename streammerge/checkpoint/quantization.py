@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoint.names import LANGUAGE_PARTS
+from streammerge.checkpoint.quantized.declarations import DECLARATIONS
 
-DECLARATIONS = ("quantization_config", "compression_config")
-"""Entries of config.json that say how weights are quantised."""
 DECLARED_BESIDE = "hf_quant_config.json"
 """A file that says it too, of NVIDIA's modelopt."""
 _METHODS = {

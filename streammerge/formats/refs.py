@@ -147,6 +147,11 @@ class SourceRef(Ref):
         return self.dtype
 
     @property
+    def stored_format(self) -> str | None:
+        """How its values are stored where they are quantised, as `inspect` shows it; else None."""
+        return None
+
+    @property
     def parts(self) -> tuple[SourceRef, ...]:
         """The tensors that it is made of."""
         return ()
@@ -281,6 +286,11 @@ class MadeRef(SourceRef):
     def stored_dtype(self) -> str:
         """See `SourceRef`."""
         return self.source.stored_dtype
+
+    @property
+    def stored_format(self) -> str | None:
+        """See `SourceRef`."""
+        return self.source.stored_format
 
     @property
     def parts(self) -> tuple[SourceRef, ...]:

@@ -10,29 +10,10 @@ from numba.extending import intrinsic
 
 from streammerge.kernels import njit
 from streammerge.kernels.operands import BF16, F32, width_of
+from streammerge.numerics.bits import bits_from_f32, f32_from_bits
 
 BLOCK = 512
 """Elements worked on at a time: a dozen fp32 and fp64 buffers of this length fit in 32 KiB."""
-
-
-@intrinsic
-def f32_from_bits(typing_context, bits):
-    """Reinterpret a uint32 as float32."""
-
-    def build(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.FloatType())
-
-    return types.float32(types.uint32), build
-
-
-@intrinsic
-def bits_from_f32(typing_context, value):
-    """Reinterpret a float32 as uint32."""
-
-    def build(context, builder, signature, args):
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), build
 
 
 @intrinsic

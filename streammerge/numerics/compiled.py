@@ -22,6 +22,8 @@ from pathlib import Path
 _PACKAGE = Path(__file__).parent.parent
 _SOURCES = (
     "kernels/*.py",
+    "numerics/bits.py",
+    "numerics/decoding.py",
     "numerics/elementary.py",
     "numerics/finite.py",
     "numerics/jit.py",

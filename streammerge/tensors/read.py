@@ -9,10 +9,20 @@ from streammerge.formats.refs import Ref
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
-from streammerge.tensors import adapted, blocks, float8, gathered, patched, strided
+from streammerge.tensors import adapted, blocks, float8, gathered, patched, quantized, strided
 from streammerge.timing import Stages
 
-__all__ = ["adapted", "blocks", "float8", "gathered", "patched", "read_elements", "read_source", "strided"]
+__all__ = [
+    "adapted",
+    "blocks",
+    "float8",
+    "gathered",
+    "patched",
+    "quantized",
+    "read_elements",
+    "read_source",
+    "strided",
+]
 """The modules register the readers of their kinds when this is imported."""
 
 

@@ -17,6 +17,8 @@ from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.names import is_head
 from streammerge.checkpoint.quantization import quantization_of
+from streammerge.checkpoint.quantized.declarations import NOTHING
+from streammerge.checkpoint.quantized.registry import decoded
 from streammerge.checkpoint.refs.float8 import with_floats
 from streammerge.dtypes import BITS, RANK
 from streammerge.errors import InputError, printable
@@ -87,8 +89,9 @@ class StateDict:
             self._starts.append(offset)
             self._placed.append(held)
             offset += -(-nbytes // _ALIGN) * _ALIGN
-        found = quantization_of(refs, {})
-        return TensorIndex(reference, Path(self.path), (), with_floats(refs, found), quantization=found)
+        tensors = decoded(refs, NOTHING).tensors
+        found = quantization_of(tensors, {})
+        return TensorIndex(reference, Path(self.path), (), with_floats(tensors, found), quantization=found)
 
     def read(self, offset: int, target: Bytes) -> None:
         """Fill `target` from a byte of the virtual file on; it lies within one tensor."""

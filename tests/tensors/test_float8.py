@@ -139,7 +139,7 @@ def test_models_in_memory_give_the_same_bits(here: Path) -> None:
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
-def test_codes_in_memory_are_refused(here: Path) -> None:
-    state = {"w.weight": torch.ones(4, 8).to(torch.float8_e4m3fn), "w.weight_scale": torch.ones(1)}
+def test_codes_in_memory_that_nothing_decodes_are_refused(here: Path) -> None:
+    state = {"w.weight": torch.ones(4, 8).to(torch.float8_e4m3fn), "w.scale_weight": torch.ones(1)}
     with pytest.raises(ModelError, match=r"w\.weight is quantised"):
         merge_state_dicts(config("linear", "a", "b"), {"a": state, "b": state})

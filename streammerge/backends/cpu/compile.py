@@ -60,6 +60,14 @@ def _adapters(math: BlockMath) -> None:
         add_products(np.ones((2, 5), dtype), np.ones((5, 3), dtype), 0, 3, np.empty((2, 3), dtype))
 
 
+@example("decoding")
+def _decoding(math: BlockMath) -> None:
+    from streammerge.numerics.decoding import KERNELS
+
+    for kernel in KERNELS.values():
+        kernel(np.zeros(4, np.uint8), np.ones((1, 1), np.float32), 0, 0, 4, 1, 4, np.empty(4, np.float32))
+
+
 @example("diagonals")
 def _diagonals(math: BlockMath) -> None:
     from streammerge.kernels.fisher import square_sums, sums

@@ -12,6 +12,7 @@ from typing import Any
 from streammerge import dtypes
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.names import LANGUAGE_PARTS, TIED, flag_of, is_head
+from streammerge.checkpoint.quantized.declarations import DECLARATIONS, EXPERT_DTYPE
 from streammerge.checkpoint.sidecar_names import is_sound_name
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable
@@ -39,7 +40,6 @@ _COUNTS = (
 """Names of the setting for the number of layers."""
 _LANGUAGE = ("", *LANGUAGE_PARTS)
 """The parts of a config that speak of the language model."""
-_QUANTISED = ("quantization_config", "compression_config")
 
 
 def merged_config(
@@ -147,7 +147,7 @@ def _parts(settings: Settings) -> Iterator[tuple[str, Settings]]:
     """Yield the settings themselves and those of their modules, each with its name."""
     yield "", settings
     for name, value in settings.items():
-        if isinstance(value, dict) and name.endswith("_config") and name not in _QUANTISED:
+        if isinstance(value, dict) and name.endswith("_config") and name not in DECLARATIONS:
             yield name, value
 
 
@@ -245,7 +245,7 @@ def _drop_quantisation(settings: Settings, jobs: Sequence[Job]) -> list[str]:
         return []
     notes = []
     for name, part in list(_parts(settings)):
-        for key in _QUANTISED:
+        for key in (*DECLARATIONS, EXPERT_DTYPE):
             if part.pop(key, None) is not None:
                 notes.append(
                     f"config.json: {name + '.' if name else ''}{key} is left out: the output is not quantised"

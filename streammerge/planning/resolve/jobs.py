@@ -217,7 +217,8 @@ class _Binder:
         ):
             return _copy(ordinal, output.name, template, self._config)  # FP8, code by code
         rule_base = self._rule_base(base, parameters)
-        dtype = _output_dtype((*sources, *(() if rule_base is None else (rule_base,))), self._config)
+        lenders = (template,) if template.stored_format else (*sources, *((rule_base,) if rule_base else ()))
+        dtype = _output_dtype(lenders, self._config)
         members = tuple(self._places[spec.name] for spec in output.part.sources)
         parameters = self._shared.setdefault(
             tuple(parameters.items()), parameters

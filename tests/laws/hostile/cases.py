@@ -110,8 +110,25 @@ def tensors() -> Iterator[Case]:
     for dtype in ("F8_E4M3", "F8_E5M2"):
         yield Case(f"{dtype}, which is a float", extra("z", (dtype, [4], bytes(4))), expect="mean")
         yield Case(f"{dtype}, not a number", extra("z", (dtype, [4], b"\x7f" * 4)), "z")
-        codes = {"z.weight": (dtype, [2, 2], bytes(4)), "z.weight_scale": ("F32", [1], bytes(4))}
-        yield Case(f"{dtype} with a scale", with_tensors({**one, **codes}, {**three, **codes}), "dequantise")
+        codes = {"z.weight": (dtype, [2, 2], bytes(4))}
+        scaled = {**codes, "z.weight_scale": ("F32", [1], tensor(2.0, 1))}
+        yield Case(
+            f"{dtype} with a scale", with_tensors({**one, **scaled}, {**three, **scaled}), expect="mean"
+        )
+        for value in (float("nan"), float("inf"), -1.0):
+            bad = {**codes, "z.weight_scale": ("F32", [1], tensor(value, 1))}
+            yield Case(
+                f"{dtype} with a scale of {value}",
+                with_tensors({**one, **bad}, {**three, **bad}),
+                "z.weight_scale",
+            )
+        for scale in (("F32", [3], bytes(12)), ("I32", [1], bytes(4))):
+            bad = {**codes, "z.weight_scale": scale}
+            yield Case(
+                f"{dtype} with scales {scale[:2]}",
+                with_tensors({**one, **bad}, {**three, **bad}),
+                "z.weight_scale",
+            )
     for dtype, nbytes in (("F8_E8M0", 4), ("F4", 2), ("C64", 32)):
         yield Case(f"{dtype}, which is not averaged", extra("z", (dtype, [4], bytes(nbytes))), "dequantise")
     for dtype, nbytes in (("U8", 4), ("U64", 32)):

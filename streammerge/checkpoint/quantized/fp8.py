@@ -1,0 +1,57 @@
+"""FP8 with scales: DeepSeek's blocks, and scales of rows, groups, experts or whole tensors.
+
+``X.weight`` with ``X.weight_scale_inv`` (DeepSeek-V3, Qwen3-FP8; multiplied, in spite of the name) or ``X.weight_scale``
+(FBGEMM, vLLM); experts that lie together as ``experts.gate_up_proj`` with ``experts.gate_up_proj_scale_inv`` (transformers
+5). The dtype of the scales is what the file says: F32, BF16, F16, F8_E8M0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from streammerge.checkpoint.quantized.declarations import Declaration
+from streammerge.checkpoint.quantized.grids import DEEPSEEK, scales_of
+from streammerge.checkpoint.quantized.registry import Weight, finds
+from streammerge.checkpoint.refs.quantized import Encoding, QuantizedRef, Scales
+from streammerge.dtypes import FLOATS8
+from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.io.files import bad, quoted
+
+_SUFFIXES = ("_scale_inv", "_scale")
+
+
+@finds("fp8", "fbgemm_fp8", None)
+def find_fp8(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iterator[Weight]:
+    """Yield the tensors of FP8 codes that have a scale.
+
+    Raises
+    ------
+    ModelError
+        If a scale does not fit its codes, or a tensor has two.
+    """
+    encodings: dict[tuple[object, ...], Encoding] = {}
+    for name, codes in tensors.items():
+        if codes.dtype not in FLOATS8:
+            continue
+        found = [tensors[name + end] for end in _SUFFIXES if name + end in tensors]
+        if not found:
+            continue
+        if len(found) > 1:
+            what = " and ".join(quoted(scale.name) for scale in found)
+            raise bad(codes.path, f"tensor {quoted(name)} has two scales, {what}: remove the wrong one")
+        (scale,) = found
+        block = declaration.block()
+        if block is None and declaration.method is None and scale.name.endswith(_SUFFIXES[0]):
+            block = DEEPSEEK
+        is_e8m0 = declaration.settings.get("scale_fmt") == "ue8m0"
+        scales = scales_of(codes, codes.shape, scale, block, bytes_are_e8m0=is_e8m0)
+        key = codes.dtype, scales.dtype, scales.extent, scales.shape == (1, 1, 1)
+        encoding = encodings.setdefault(key, Encoding(title_of(codes.dtype, scales), codes.dtype))
+        yield Weight(QuantizedRef(name, codes.shape, contiguous(codes), scales, encoding))
+
+
+def title_of(element: str, scales: Scales) -> str:
+    """Return what is shown of a format: ``F8_E4M3, F32 scales of 128 x 128``."""
+    _, rows, columns = scales.extent
+    size = "the tensor" if scales.shape == (1, 1, 1) else f"{rows} x {columns}"
+    return f"{element}, {scales.dtype} scales of {size}"
