@@ -15,6 +15,7 @@ KEYS = (
     "base_model",
     "dtype",
     "out_dtype",
+    "quantize",
     "parameters",
     "seed",
     "exclude",
@@ -70,6 +71,8 @@ published configs do so; a name that no method has is a misspelt one."""
 
 _ELSEWHERE: Mapping[str, str] = {
     "random_seed": "'random_seed' is called 'seed' here",
+    "quantization": "'quantization' is called 'quantize'",
+    "quantization_config": "'quantization_config' is a key of config.json; the output's follows from 'quantize'",
     "output_dtype": "'output_dtype' is called 'dtype'",
     "torch_dtype": "'torch_dtype' is called 'dtype'",
     "method": "'method' is called 'merge_method'",

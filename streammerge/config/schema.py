@@ -21,6 +21,8 @@ from streammerge.config.wording import PATH_LIMIT, check_keys, child, meant, ref
 from streammerge.dtypes import NAMES, SHORT_NAMES
 from streammerge.errors import printable
 
+QUANTIZE = ("none", "same", "fp8")
+"""Values of the key `quantize`: floats, the format of the base (or first model), FP8 by blocks."""
 _INPUTS = ("models", "slices", "modules", "checkpoints")
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
@@ -102,6 +104,8 @@ class MergeConfig:
     that of the inputs."""
     out_dtype: str | None = None
     """The dtype of the output; it overrides `dtype`."""
+    quantize: str = "none"
+    """How the output is stored: one of `QUANTIZE`."""
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     seed: int = 0
     exclude: tuple[str, ...] = ()
@@ -161,6 +165,7 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         base_model=None if base is None else parse_reference(base, child(top, "base_model")),
         dtype=_dtype(data.get("dtype"), child(top, "dtype")),
         out_dtype=_dtype(data.get("out_dtype"), child(top, "out_dtype")),
+        quantize=_quantize(data.get("quantize"), child(top, "quantize")),
         parameters=_parameters(data.get("parameters"), child(top, "parameters")),
         seed=_seed(data.get("seed", 0), child(top, "seed")),
         exclude=_exclude(data.get("exclude", []), child(top, "exclude")),
@@ -344,6 +349,15 @@ def _dtype(value: object, path: str) -> str | None:
     if code is None:
         refuse(path, f"{shown(value)} is none of {', '.join(NAMES)}{meant(name, [*NAMES, *SHORT_NAMES])}")
     return code
+
+
+def _quantize(value: object, path: str) -> str:
+    if value is None:
+        return "none"
+    name = value.lower() if isinstance(value, str) else ""
+    if name not in QUANTIZE:
+        refuse(path, f"{shown(value)} is none of {', '.join(QUANTIZE)}{meant(name, QUANTIZE)}")
+    return name
 
 
 def _seed(value: object, path: str) -> int:

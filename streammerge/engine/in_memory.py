@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,9 @@ from streammerge.output.commit import cover, densities, floored
 from streammerge.output.identity import identify
 from streammerge.output.journal import Receipt
 from streammerge.planning.description import describe
+from streammerge.planning.layout import Places
 from streammerge.planning.plan import MergePlan
+from streammerge.tensors.encoders.base import Stored
 from streammerge.tensors.held import torch_dtype
 
 if TYPE_CHECKING:
@@ -44,47 +45,42 @@ class TensorSink:
     def __init__(self, plan: MergePlan, take: Take) -> None:
         self._plan, self._take = plan, take
         self._lock = threading.Lock()
-        self._open: dict[int, tuple[torch.Tensor, Bytes]] = {}
-        self._left = [slot.nbytes for slot in plan.layout.slots]
-        self._places = [
-            sorted(
-                (plan.layout.slots[job].offset, job) for job in shard.jobs if plan.layout.slots[job].nbytes
-            )
-            for shard in plan.layout.shards
-        ]
+        self._parts = {(job.ordinal, i): part for job in plan.jobs for i, part in enumerate(job.parts)}
+        self._open: dict[tuple[int, int], tuple[torch.Tensor, Bytes]] = {}
+        self._left = {key: part.nbytes for key, part in self._parts.items()}
+        self._places = Places(plan.layout)
         self.bytes_written = 0
 
     def write(self, shard: int, offset: int, data: Bytes) -> None:
         """See `Sink`."""
         if not data.size:
             return  # tensors without elements are `hand_over_empty`'s
-        places = self._places[shard]
-        begins, ordinal = places[bisect_right(places, (offset, len(self._plan.jobs))) - 1]
+        begins, key = self._places.find(shard, offset)
         with self._lock:
-            if ordinal not in self._open:
-                self._open[ordinal] = self._make(ordinal)
-            tensor, target = self._open[ordinal]
+            if key not in self._open:
+                self._open[key] = self._make(self._parts[key])
+            tensor, target = self._open[key]
         target[offset - begins : offset - begins + data.size] = data
         with self._lock:
             self.bytes_written += data.size
-            self._left[ordinal] -= data.size
-            complete = not self._left[ordinal]
+            self._left[key] -= data.size
+            complete = not self._left[key]
             if complete:
-                del self._open[ordinal]
+                del self._open[key]
         if complete:
-            self._take(self._plan.jobs[ordinal].name, tensor)
+            self._take(self._parts[key].name, tensor)
 
     def hand_over_empty(self) -> None:
         """Hand over the tensors that have no elements."""
-        for job, slot in zip(self._plan.jobs, self._plan.layout.slots, strict=True):
-            if not slot.nbytes:
-                self._take(job.name, self._make(job.ordinal)[0])
+        for part in self._parts.values():
+            if not part.nbytes:
+                self._take(part.name, self._make(part)[0])
 
-    def _make(self, ordinal: int) -> tuple[torch.Tensor, Bytes]:
+    @staticmethod
+    def _make(part: Stored) -> tuple[torch.Tensor, Bytes]:
         import torch
 
-        job = self._plan.jobs[ordinal]
-        tensor = torch.empty(job.shape, dtype=torch_dtype(job.dtype))
+        tensor = torch.empty(part.shape, dtype=torch_dtype(part.dtype))
         return tensor, tensor.reshape(-1).view(torch.uint8).numpy()
 
     def sync(self, shards: set[int]) -> None:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from streammerge.dtypes import BITS
 from streammerge.engine.executors.base import Executor, make_executor
 from streammerge.engine.first_use import compile_first
 from streammerge.engine.profile import profile_values, write_profile
@@ -46,8 +45,8 @@ from streammerge.output.journal import Journal, Known, Progress, Receipt
 from streammerge.output.place import Place, place_of
 from streammerge.output.shards import ShardWriter
 from streammerge.planning.description import describe
+from streammerge.planning.job import Job
 from streammerge.planning.layout import folder_of
-from streammerge.planning.memory.buffers import is_copied
 from streammerge.planning.plan import MergePlan
 
 _UNRESERVED = "cannot reserve space on this file system: if it fills up meanwhile, the merge stops, and goes on when it is run again"
@@ -289,29 +288,36 @@ class _Session:
             r
             for r in receipts
             if r.job < len(slots)
-            and slots[r.job].shard not in self._writer.fresh
-            and 0 <= r.start <= r.stop <= self._plan.jobs[r.job].n_elements
-            and (self._worker.tolerant or not r.not_finite or is_copied(self._plan.jobs[r.job]))
+            and len(r.crcs) == len(slots[r.job])
+            and not any(slot.shard in self._writer.fresh for slot in slots[r.job])
+            and _is_cut(self._plan.jobs[r.job], r.start, r.stop)
+            and (self._worker.tolerant or not r.not_finite or self._plan.jobs[r.job].is_copied)
         ]
         with ThreadPoolExecutor(self._plan.budget.workers) as threads:
             sound = list(threads.map(self._is_sound, plausible))
         return [receipt for receipt, fine in zip(plausible, sound, strict=True) if fine]
 
     def _is_sound(self, receipt: Receipt) -> bool:
-        slot = self._plan.layout.slots[receipt.job]
-        bits = BITS[self._plan.jobs[receipt.job].dtype]
-        position, end = slot.offset + receipt.start * bits // 8, slot.offset + receipt.stop * bits // 8
+        spans = self._plan.jobs[receipt.job].spans(receipt.start, receipt.stop)
+        slots = self._plan.layout.slots[receipt.job]
+        return all(
+            self._has(slot.shard, slot.offset + first, slot.offset + last, crc)
+            for slot, (first, last), crc in zip(slots, spans, receipt.crcs, strict=True)
+        )
+
+    def _has(self, shard: int, position: int, end: int, crc: int) -> bool:
+        """Return whether the bytes of a shard from `position` to `end` have a checksum."""
         value = 0
         while position < end and not self._control.stop.is_set():
             try:
-                data = self._writer.read(slot.shard, position, min(_CHECK_STEP, end - position))
+                data = self._writer.read(shard, position, min(_CHECK_STEP, end - position))
             except WorldError:
                 return False  # Done again, it is written elsewhere, or the disk says what is wrong.
             value = crc32(data, value)
             position += len(data)
             if not data:
                 return False
-        return value == receipt.crc
+        return value == crc
 
     def _on_tick(self, tick: Tick) -> None:
         self._control.emit(
@@ -329,7 +335,7 @@ class _Session:
         )
 
     def _output(self, job: int, first: int, last: int) -> Bytes:
-        slot = self._plan.layout.slots[job]
+        slot = self._plan.layout.slots[job][0]
         return np.frombuffer(self._writer.read(slot.shard, slot.offset + first, last - first), np.uint8)
 
     def _profile_values(self, seconds: float) -> dict[str, Any]:
@@ -360,5 +366,12 @@ class _Session:
         )
 
 
+def _is_cut(job: Job, start: int, stop: int) -> bool:
+    """Return whether a piece of a job may reach from one element to another."""
+    ends = stop % job.unit == 0 or stop == job.n_elements
+    return 0 <= start <= stop <= job.n_elements and start % job.unit == 0 and ends
+
+
 def _receipt_bytes(plan: MergePlan, receipt: Receipt) -> int:
-    return (receipt.stop - receipt.start) * BITS[plan.jobs[receipt.job].dtype] // 8
+    spans = plan.jobs[receipt.job].spans(receipt.start, receipt.stop)
+    return sum(last - first for first, last in spans)

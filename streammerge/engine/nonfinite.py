@@ -29,16 +29,19 @@ class Finding:
     def error(self) -> ModelError:
         """Return the refusal that names the first input, or else the overflow."""
         name = printable(self.job.name)
+        go_on = "or go on with --nonfinite warn"
+        if self.job.encoder is not None:
+            go_on = "or leave `quantize` out, for no quantised tensor can hold it"
         for ref, tally in zip(self.job.inputs, self.inputs, strict=True):
             if tally.count:
                 return ModelError(
                     f"{printable(ref.path)}: tensor {name} holds NaN or infinity at element {tally.first}; repair the "
-                    "model, list the tensor under `exclude:` to copy it, or go on with --nonfinite warn"
+                    f"model, list the tensor under `exclude:` to copy it, {go_on}"
                 )
         where = f" at element {self.overflow.first}" if self.overflow.count else ""
         return ModelError(
             f"tensor {name}: the merged values overflow {self.job.dtype}{where}; smaller weights, or a wider `dtype`, "
-            "avoid it; or go on with --nonfinite warn"
+            f"avoid it; {go_on}"
         )
 
     def warnings(self) -> list[str]:

@@ -7,10 +7,10 @@ says so (its `backend`).
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,9 +32,10 @@ from streammerge.output.identity import LAYOUT, VERSION, identify
 from streammerge.output.inputs import ContentHasher, changed_contents
 from streammerge.output.journal import Receipt
 from streammerge.output.place import Place, place_of
-from streammerge.planning.layout import Layout, Shard, Slot, folder_of, is_shard
+from streammerge.planning.layout import Layout, Places, Shard, Slot, folder_of, is_shard
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import ALIGN, Piece, remaining
+from streammerge.tensors.encoders.base import Stored
 from streammerge.version import __version__
 
 _PIECE = 1 << 20
@@ -59,7 +60,7 @@ def check_made_from(plan: MergePlan, out: Path, manifest: Mapping[str, Any], con
     finally:
         reader.close()
     changed = [name for name in identity.changed(manifest["identity"]) if name not in (VERSION, LAYOUT)]
-    if not changed and manifest["tensors"].keys() != {job.name for job in plan.jobs}:
+    if not changed and manifest["tensors"].keys() != {part.name for job in plan.jobs for part in job.parts}:
         changed = ["set of tensors"]
     if changed:
         raise InputError(
@@ -92,7 +93,7 @@ def pieces_of(plan: MergePlan) -> list[Piece]:
     """Return what a sample is drawn from: all tensors in pieces that do not depend on the budget."""
     pieces = []
     for job, how in zip(plan.jobs, plan.work, strict=True):
-        row = ALIGN if how.extent == Extent.ELEMENT else how.row
+        row = math.lcm(ALIGN, job.unit) if how.extent == Extent.ELEMENT else how.row
         size = job.n_elements if how.extent == Extent.TENSOR else max(row, _PIECE // row * row)
         for start in range(0, job.n_elements, max(1, size)):
             pieces.append(Piece(job.ordinal, start, min(job.n_elements, start + size)))
@@ -139,7 +140,7 @@ def recompute(
     finally:
         reader.close()
     _check_inputs(placed)
-    problems = [comparer.describe(job, manifest) for job in sorted(comparer.differences)]
+    problems = [comparer.describe(key, manifest) for key in sorted(comparer.differences)]
     if sample is None and not problems:
         problems = _told_wrongly(placed, scheduler.receipts, manifest, place)
     n = sum(job.n_elements for job in placed.jobs)
@@ -148,25 +149,25 @@ def recompute(
 
 def _placed(plan: MergePlan, place: Place, names: Sequence[str]) -> MergePlan:
     """Return the plan with the layout that the output has, whatever the size of its shards."""
-    jobs = {job.name: job for job in plan.jobs}
-    slots: dict[int, Slot] = {}
+    parts = {part.name: (job.ordinal, i) for job in plan.jobs for i, part in enumerate(job.parts)}
+    slots: dict[tuple[int, int], Slot] = {}
     shards = []
     for number, name in enumerate(sorted(name for name in names if is_shard(name, plan.template.folders))):
         refs, _, stamp = read_header(place.path(name))
         refs = {f"{folder_of(name)}{tensor}": ref for tensor, ref in refs.items()}
         for tensor, ref in refs.items():
-            job = jobs.get(tensor)
-            if job is None or (job.dtype, job.shape) != (ref.dtype, ref.shape):
+            key = parts.get(tensor)
+            if key is None or plan.jobs[key[0]].parts[key[1]] != Stored(tensor, ref.dtype, ref.shape):
                 raise InputError(
                     f"{printable(place.path(name))}: tensor {printable(tensor)} is not one of the merge"
                 )
-            slots[job.ordinal] = Slot(number, ref.offset, ref.nbytes)
-        ordinals = tuple(jobs[tensor].ordinal for tensor in refs)
-        shards.append(Shard(name, b"", stamp.nbytes, ordinals))
-    lost = [job.name for job in plan.jobs if job.ordinal not in slots]
+            slots[key] = Slot(number, ref.offset, ref.nbytes)
+        shards.append(Shard(name, b"", stamp.nbytes, tuple(parts[tensor] for tensor in refs)))
+    lost = [tensor for tensor, key in parts.items() if key not in slots]
     if lost:
         raise InputError(f"{printable(place.out)}: tensor {printable(lost[0])} is in none of its files")
-    return replace(plan, layout=Layout(tuple(shards), tuple(slots[job.ordinal] for job in plan.jobs)))
+    placed = tuple(tuple(slots[job.ordinal, i] for i in range(len(job.parts))) for job in plan.jobs)
+    return replace(plan, layout=Layout(tuple(shards), placed))
 
 
 def _all_but(plan: MergePlan, chosen: Sequence[Piece]) -> list[Receipt]:
@@ -175,7 +176,7 @@ def _all_but(plan: MergePlan, chosen: Sequence[Piece]) -> list[Receipt]:
     for piece in chosen:
         wanted.setdefault(piece.job, []).append((piece.start, piece.stop))
     return [
-        Receipt(job.ordinal, start, stop, 0)
+        Receipt(job.ordinal, start, stop, (0,) * len(job.parts))
         for job in plan.jobs
         for start, stop in remaining(job.n_elements, wanted.get(job.ordinal, ()))
     ]
@@ -235,14 +236,9 @@ class _Comparer:
     def __init__(self, plan: MergePlan, place: Place, reader: Reader) -> None:
         self._plan, self._place, self._reader = plan, place, reader
         self._lock = threading.Lock()
-        self._by_shard = [
-            sorted(
-                (plan.layout.slots[job].offset, job) for job in shard.jobs if plan.layout.slots[job].nbytes
-            )
-            for shard in plan.layout.shards
-        ]
-        self.differences: dict[int, _Difference] = {}
-        """By job."""
+        self._places = Places(plan.layout)
+        self.differences: dict[tuple[int, int], _Difference] = {}
+        """By job and part."""
         self.elements = 0
         """Compared."""
         self.bytes_written = 0
@@ -251,21 +247,25 @@ class _Comparer:
         """Compare what would be written at an absolute offset of a shard."""
         if not data.size:
             return
-        places = self._by_shard[shard]
-        begins, ordinal = places[bisect_right(places, (offset, len(self._plan.jobs))) - 1]
-        bits = BITS[self._plan.jobs[ordinal].dtype]
+        begins, key = self._places.find(shard, offset)
+        bits = BITS[self._part(key).dtype]
         path = str(self._place.path(self._plan.layout.shards[shard].name))
         for position in range(0, data.size, _STEP):
             ours = data[position : position + _STEP]
             theirs = np.empty(ours.size, np.uint8)
             self._reader.read_into(path, offset + position, theirs)
             if not np.array_equal(ours, theirs):
-                self._note(ordinal, (offset + position - begins) * 8 // bits, ours, theirs)
+                self._note(key, (offset + position - begins) * 8 // bits, ours, theirs)
+        job = self._plan.jobs[key[0]]
         with self._lock:
-            self.elements += data.size * 8 // bits
+            if not key[1]:  # what decodes an element is not one more
+                self.elements += data.size * job.n_elements // job.parts[0].nbytes
 
-    def _note(self, ordinal: int, start: int, ours: Bytes, theirs: Bytes) -> None:
-        width = max(1, BITS[self._plan.jobs[ordinal].dtype] // 8)
+    def _part(self, key: tuple[int, int]) -> Stored:
+        return self._plan.jobs[key[0]].parts[key[1]]
+
+    def _note(self, key: tuple[int, int], start: int, ours: Bytes, theirs: Bytes) -> None:
+        width = max(1, BITS[self._part(key).dtype] // 8)
         differ = np.flatnonzero((ours != theirs).reshape(-1, width).any(axis=1))
         at = slice(differ[0] * width, (differ[0] + 1) * width)
         found, recomputed = (
@@ -273,17 +273,17 @@ class _Comparer:
         )
         new = _Difference(start + int(differ[0]), differ.size, found, recomputed)
         with self._lock:
-            old = self.differences.get(ordinal)
+            old = self.differences.get(key)
             earlier = new if old is None or new.first < old.first else old
-            self.differences[ordinal] = replace(earlier, count=new.count + (old.count if old else 0))
+            self.differences[key] = replace(earlier, count=new.count + (old.count if old else 0))
 
     def sync(self, shards: set[int]) -> None:
         """See `Sink`: nothing is written."""
 
-    def describe(self, ordinal: int, manifest: Mapping[str, Any]) -> str:
+    def describe(self, key: tuple[int, int], manifest: Mapping[str, Any]) -> str:
         """Return one line on how a tensor differs."""
-        job, what = self._plan.jobs[ordinal], self.differences[ordinal]
-        file = self._plan.layout.shards[self._plan.layout.slots[ordinal].shard].name
+        part, what = self._part(key), self.differences[key]
+        file = self._plan.layout.shards[self._plan.layout.slots[key[0]][key[1]].shard].name
         more = f", and {what.count - 1} more elements differ" if what.count > 1 else ""
         version = manifest["streammerge"]
         other = (
@@ -292,6 +292,6 @@ class _Comparer:
             else ""
         )
         return (
-            f"{file}: tensor {printable(job.name)}: element {what.first} is {what.found}, recomputed from the inputs "
+            f"{file}: tensor {printable(part.name)}: element {what.first} is {what.found}, recomputed from the inputs "
             f"{what.recomputed}{more}{other}"
         )

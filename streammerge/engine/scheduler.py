@@ -231,4 +231,4 @@ class Scheduler:
             return
         slots = self._plan.layout.slots
         with self._worker.stages.time("sync"):
-            self._worker.writer.sync({slots[receipt.job].shard for receipt in receipts})
+            self._worker.writer.sync({slot.shard for receipt in receipts for slot in slots[receipt.job]})

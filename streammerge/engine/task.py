@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.algebra.block import Applied, Block, Operand
 from streammerge.algebra.extent import Extent
@@ -22,7 +24,7 @@ from streammerge.numerics.crc32 import crc32
 from streammerge.numerics.finite import tally
 from streammerge.output.journal import Receipt
 from streammerge.planning.job import Job
-from streammerge.planning.memory.buffers import divide, is_copied
+from streammerge.planning.memory.buffers import divide
 from streammerge.planning.schedule import Chunk, Piece
 from streammerge.statistics.base import NotFiniteError
 from streammerge.tensors.read import read_source
@@ -51,7 +53,7 @@ def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
             if worker.stop.is_set():
                 break
             job = worker.plan.jobs[piece.job]
-            run = _copy_piece if is_copied(job) else _merge_piece
+            run = _copy_piece if job.is_copied else _merge_piece
             receipts.append(run(worker, job, piece, buffer))
             if piece.stop - piece.start == job.n_elements:
                 worker.answers.pop(job.ordinal, None)  # thousands of tensors may share a chunk
@@ -71,6 +73,10 @@ def _merge_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Recei
     except NotFiniteError:
         raise not_finite(worker, job, piece.start, piece.stop) from None
     data = buffer[out.offset : out.offset + loaded.n * itemsize(out.dtype)]
+    if job.encoder is not None:
+        if applied.not_finite:
+            raise not_finite(worker, job, piece.start, piece.stop, data)
+        return _emit(worker, job, piece, _encoded(worker, job, piece, data.view(np.float32), buffer), applied)
     narrowed = clipped = 0
     if out.dtype != job.dtype:
         with worker.stages.time("compute"):
@@ -82,7 +88,23 @@ def _merge_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Recei
         raise error
     if out.dtype != job.dtype:
         applied = replace(applied, not_finite=narrowed)
-    return _emit(worker, job, piece, data, applied)
+    return _emit(worker, job, piece, [data], applied)
+
+
+def _encoded(
+    worker: Worker, job: Job, piece: Piece, values: NDArray[np.float32], buffer: Bytes
+) -> list[Bytes]:
+    """Return the bytes of each part that merged values are stored as, laid where the file will have them in its pages."""
+    assert job.encoder is not None
+    places = divide(job, values.size)
+    spans, slots = job.spans(piece.start, piece.stop), worker.plan.layout.slots[job.ordinal]
+    outs = []
+    for i, (slot, (first, last)) in enumerate(zip(slots, spans, strict=True)):
+        begins = places.part_at(i, slot.offset + first)
+        outs.append(buffer[begins : begins + last - first])
+    with worker.stages.time("compute"):
+        job.encoder.encode(values, piece.start, outs, None)
+    return outs
 
 
 def _copy_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receipt:
@@ -106,21 +128,30 @@ def _copy_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receip
         data = moved
     with worker.stages.time("compute"):
         bad = tally(data, job.dtype).count
-    return replace(_emit(worker, job, piece, data, Applied(bad, ())), differs=differs)
+    return replace(_emit(worker, job, piece, [data], Applied(bad, ())), differs=differs)
 
 
 def _file_offset(worker: Worker, job: Job, piece: Piece) -> int:
-    return worker.plan.layout.slots[job.ordinal].offset + piece.start * BITS[job.dtype] // 8
+    return worker.plan.layout.slots[job.ordinal][0].offset + job.spans(piece.start, piece.stop)[0][0]
 
 
-def _emit(worker: Worker, job: Job, piece: Piece, data: Bytes, applied: Applied) -> Receipt:
-    shard = worker.plan.layout.slots[job.ordinal].shard
-    with worker.stages.time("write"):
-        worker.writer.write(shard, _file_offset(worker, job, piece), data)
-    with worker.stages.time("checksum"):
-        checksum = crc32(data)
+def _emit(worker: Worker, job: Job, piece: Piece, parts: Sequence[Bytes], applied: Applied) -> Receipt:
+    """Write the bytes of each part of a piece, and return their receipt."""
+    spans, slots = job.spans(piece.start, piece.stop), worker.plan.layout.slots[job.ordinal]
+    checksums = []
+    for data, slot, (first, _) in zip(parts, slots, spans, strict=True):
+        with worker.stages.time("write"):
+            worker.writer.write(slot.shard, slot.offset + first, data)
+        with worker.stages.time("checksum"):
+            checksums.append(crc32(data))
     return Receipt(
-        job.ordinal, piece.start, piece.stop, checksum, applied.kept, applied.floored, applied.not_finite
+        job.ordinal,
+        piece.start,
+        piece.stop,
+        tuple(checksums),
+        applied.kept,
+        applied.floored,
+        applied.not_finite,
     )
 
 
@@ -177,9 +208,8 @@ def prefetch(worker: Worker, chunk: Chunk) -> None:
 def _place_output(worker: Worker, job: Job, piece: Piece, loaded: Block) -> Operand:
     """Lay the output over the first input where its elements are not wider, else behind all inputs."""
     first = loaded.base or loaded.models[0]
-    if (
-        job.computed_dtype != job.dtype
-    ):  # Rounded in its own slot, which is not where it would lie for direct I/O.
+    # Rounded or encoded from its own slot, which is not where it would lie for direct I/O.
+    if job.computed_dtype != job.dtype or job.encoder is not None:
         own = divide(job, loaded.n).output
         assert own is not None
         return Operand(own, job.computed_dtype)

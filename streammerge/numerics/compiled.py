@@ -25,6 +25,7 @@ _SOURCES = (
     "numerics/bits.py",
     "numerics/decoding.py",
     "numerics/elementary.py",
+    "numerics/encoding_loops.py",
     "numerics/finite.py",
     "numerics/jit.py",
     "numerics/products.py",

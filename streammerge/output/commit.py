@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streammerge import dtypes
 from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
 from streammerge.io.durable import fsync_directory, make_folders, world_errors, write_file
 from streammerge.numerics.crc32 import combine_all, crc32
@@ -119,11 +118,11 @@ def _manifest(
     files: Mapping[str, tuple[int, int]],
     contents: Mapping[str, str],
 ) -> dict[str, Any]:
-    tensors = {job.ordinal: tensor_crc(plan, chosen[job.ordinal]) for job in plan.jobs}
+    tensors = {job.ordinal: tensor_crcs(plan, chosen[job.ordinal]) for job in plan.jobs}
     written: dict[str, dict[str, Any]] = {}
     for shard in plan.layout.shards:
         parts = [(crc32(shard.header), len(shard.header))]
-        parts += [(tensors[job], plan.layout.slots[job].nbytes) for job in shard.jobs]
+        parts += [(tensors[job][i], plan.layout.slots[job][i].nbytes) for job, i in shard.parts]
         written[shard.name] = {"nbytes": shard.nbytes, "crc32": f"{combine_all(parts):08x}"}
     for name, (nbytes, crc) in files.items():
         written[name] = {"nbytes": nbytes, "crc32": f"{crc:08x}"}
@@ -153,8 +152,9 @@ def _manifest(
         **({"folders": list(plan.template.folders)} if plan.template.folders else {}),
         "files": dict(sorted(written.items())),
         "tensors": {
-            job.name: {"dtype": job.dtype, "shape": list(job.shape), "crc32": f"{tensors[job.ordinal]:08x}"}
+            part.name: {"dtype": part.dtype, "shape": list(part.shape), "crc32": f"{crc:08x}"}
             for job in plan.jobs
+            for part, crc in zip(job.parts, tensors[job.ordinal], strict=True)
         },
     }
 
@@ -166,10 +166,14 @@ def _names(index: TensorIndex) -> str:
     )
 
 
-def tensor_crc(plan: MergePlan, receipts: Sequence[Receipt]) -> int:
-    """Return the CRC-32 of a tensor's bytes from the receipts of its pieces."""
-    bits = dtypes.BITS[plan.jobs[receipts[0].job].dtype]
-    return combine_all((r.crc, (r.stop - r.start) * bits // 8) for r in receipts)
+def tensor_crcs(plan: MergePlan, receipts: Sequence[Receipt]) -> list[int]:
+    """Return the CRC-32 of the bytes of each part of a job from the receipts of its pieces."""
+    job = plan.jobs[receipts[0].job]
+    spans = [job.spans(receipt.start, receipt.stop) for receipt in receipts]
+    return [
+        combine_all((r.crcs[i], own[i][1] - own[i][0]) for r, own in zip(receipts, spans, strict=True))
+        for i in range(len(job.parts))
+    ]
 
 
 def densities(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> list[dict[str, Any]]:
@@ -201,7 +205,11 @@ def not_finite(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict
 
 
 def _index(plan: MergePlan) -> bytes:
-    slots = {job.name: plan.layout.slots[job.ordinal] for job in plan.jobs}
+    slots = {
+        part.name: slot
+        for job in plan.jobs
+        for part, slot in zip(job.parts, plan.layout.slots[job.ordinal], strict=True)
+    }
     own = {name: slot for name, slot in slots.items() if not folder_of(plan.layout.shards[slot.shard].name)}
     weight_map = {name: plan.layout.shards[slot.shard].name for name, slot in own.items()}
     total = sum(slot.nbytes for slot in own.values())

@@ -25,12 +25,13 @@ from streammerge.output.place import Place
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Elements of one tensor that are written: their checksum and what there is to tell of them."""
+    """Elements of one tensor that are written: their checksums and what there is to tell of them."""
 
     job: int
     start: int
     stop: int
-    crc: int
+    crcs: tuple[int, ...]
+    """Of the bytes of each part of the job."""
     kept: tuple[int, ...] = ()
     """Surviving entries of each model's task vector."""
     floored: int = 0
@@ -158,9 +159,7 @@ class Journal:
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """Record finished elements."""
-        self._append(
-            [{"done": [r.job, r.start, r.stop, r.crc, r.floored, r.not_finite, *r.kept]} for r in receipts]
-        )
+        self._append([_record_of(receipt) for receipt in receipts])
 
     def add_answers(self, answers: Mapping[str, Any]) -> None:
         """Record the answers of streamed statistics, by job."""
@@ -263,10 +262,7 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
     if "identity" in record:
         raise ValueError
     if "done" in record:
-        job, start, stop, crc, floored, not_finite, *kept = _naturals(record["done"])
-        if stop < start or crc >> 32:
-            raise ValueError
-        progress.receipts.append(Receipt(job, start, stop, crc, tuple(kept), floored, not_finite))
+        progress.receipts.append(_receipt_of(record))
     elif "answer" in record:
         job_key, answers = record["answer"]
         if not (isinstance(job_key, str) and job_key.isascii() and job_key.isdigit()):
@@ -279,6 +275,28 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
     elif "files" in record:
         progress.files = _known_files(record["files"])
     return progress
+
+
+def _record_of(receipt: Receipt) -> dict[str, Any]:
+    first, *others = receipt.crcs
+    numbers = [
+        receipt.job,
+        receipt.start,
+        receipt.stop,
+        first,
+        receipt.floored,
+        receipt.not_finite,
+        *receipt.kept,
+    ]
+    return {"done": numbers, **({"parts": others} if others else {})}
+
+
+def _receipt_of(record: Mapping[str, Any]) -> Receipt:
+    job, start, stop, crc, floored, not_finite, *kept = _naturals(record["done"])
+    crcs = (crc, *_naturals(record.get("parts", [])))
+    if stop < start or any(crc >> 32 for crc in crcs):
+        raise ValueError
+    return Receipt(job, start, stop, crcs, tuple(kept), floored, not_finite)
 
 
 def _texts(value: Any) -> dict[str, str]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from streammerge.dtypes import FLOATS
+from streammerge.planning.job import Job
+from streammerge.planning.layout import Slot
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import Chunk
 
@@ -27,7 +30,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "tensors": len(plan.jobs),
         "tensors_by_kind": dict(Counter(job.kind for job in plan.jobs)),
         "elements": sum(job.n_elements for job in plan.jobs if job.dtype in FLOATS),
-        "dtypes": sorted({job.dtype for job in plan.jobs}),
+        "dtypes": sorted({part.dtype for job in plan.jobs for part in job.parts}),
         "access": sorted({str(access) for access in plan.access}),
         "model_passes": plan.model_passes(),
         "streamed_tensors": streamed,
@@ -37,7 +40,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "bytes_of_passes": plan.bytes_of_passes(),
         "bytes_to_write": plan.layout.nbytes,
         "shards": [
-            {"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.jobs)}
+            {"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.parts)}
             for shard in plan.layout.shards
         ],
         "memory": plan.budget.total,
@@ -54,14 +57,29 @@ def tensor_values(plan: MergePlan) -> list[dict[str, object]]:
         {
             "name": job.name,
             "kind": job.kind,
-            "dtype": job.dtype,
+            "dtype": job.parts[0].dtype,
             "shape": list(job.shape),
             "access": str(plan.access[job.ordinal]),
             "mode": plan.work[job.ordinal].mode,
-            "shard": plan.layout.shards[slot.shard].name,
+            "shard": plan.layout.shards[slots[0].shard].name,
+            "offset": slots[0].offset,
+            "nbytes": sum(slot.nbytes for slot in slots),
+            "parameters": dict(job.parameters),
+            **({} if job.encoder is None else {"stored": job.encoder.label, "parts": _parts(job, slots)}),
+        }
+        for job, slots in zip(plan.jobs, plan.layout.slots, strict=True)
+    ]
+
+
+def _parts(job: Job, slots: Sequence[Slot]) -> list[dict[str, object]]:
+    """Return the tensors that a job is stored as, and where."""
+    return [
+        {
+            "name": part.name,
+            "dtype": part.dtype,
+            "shape": list(part.shape),
             "offset": slot.offset,
             "nbytes": slot.nbytes,
-            "parameters": dict(job.parameters),
         }
-        for job, slot in zip(plan.jobs, plan.layout.slots, strict=True)
+        for part, slot in zip(job.parts, slots, strict=True)
     ]

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import CompanionRef
-from streammerge.dtypes import FLOATS8, itemsize
+from streammerge.dtypes import BITS, FLOATS8
 from streammerge.formats.refs import SourceRef
 from streammerge.statistics.base import MeasuredTensor
+from streammerge.tensors.encoders.base import Encoder, Span, Stored
 
 Kind = Literal["merge", "copy", "agree"]
 
@@ -23,6 +24,7 @@ class Job:
     """Place in the order of the merge: the file order of the first input."""
     name: str
     dtype: str
+    """That its elements are rounded to: F32 where an encoder takes them."""
     shape: tuple[int, ...]
     kind: Kind
     """`merge`: the method. `copy`: the bytes of sources[0], cast if the dtype differs. `agree`: an
@@ -39,6 +41,32 @@ class Job:
     """Places of the sources' models among the plan's; empty: all, in order."""
     stacks: Mapping[str, int] = field(default_factory=dict)
     """Number of layers of each stack of the output, by its prefix; one mapping for all jobs."""
+    encoder: Encoder | None = None
+    """Stores the merged elements as codes and scales; None: they are stored as they are."""
+
+    @property
+    def parts(self) -> tuple[Stored, ...]:
+        """The tensors that are written, in an order that slots and checksums have too: the tensor itself, as a rule."""
+        if self.encoder is not None:
+            return self.encoder.parts
+        return (Stored(self.name, self.dtype, self.shape),)
+
+    def spans(self, start: int, stop: int) -> tuple[Span, ...]:
+        """Return the bytes of each part that elements `start` to `stop` are stored in."""
+        if self.encoder is not None:
+            return self.encoder.spans(start, stop)
+        bits = BITS[self.dtype]
+        return ((start * bits // 8, stop * bits // 8),)
+
+    @property
+    def unit(self) -> int:
+        """Elements between two places where it may be cut, as far as the way it is stored decides."""
+        return 1 if self.encoder is None else self.encoder.unit
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether the bytes of its tensor are copied as they are."""
+        return self.kind != "merge" and self.encoder is None and self.dtype == self.sources[0].dtype
 
     @property
     def computed_dtype(self) -> str:
@@ -93,10 +121,8 @@ class Job:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the output tensor."""
-        if self.dtype == self.sources[0].dtype:
-            return self.sources[0].nbytes
-        return self.n_elements * itemsize(self.dtype)
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
 
 
 def measured(job: Job) -> MeasuredTensor:

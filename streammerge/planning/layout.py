@@ -8,18 +8,24 @@ byte-equal to what its `save_file` writes for the same tensors.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 from streammerge.checkpoint.weight_names import index_file, weight_file
 from streammerge.dtypes import RANK
 from streammerge.formats.safetensors import SUFFIX
 from streammerge.planning.job import Job
+from streammerge.tensors.encoders.base import Stored
+
+Key = tuple[int, int]
+"""A tensor of the output: the ordinal of its job, and its number among the job's parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one tensor's bytes."""
+    """The place of the bytes of one tensor of the output: of one part of a job."""
 
     shard: int
     offset: int
@@ -36,16 +42,16 @@ class Shard:
     """The first bytes of the file: length, JSON, padding."""
     nbytes: int
     """Size of the whole file."""
-    jobs: tuple[int, ...]
-    """Ordinals of its tensors, in file order."""
+    parts: tuple[Key, ...]
+    """Its tensors in file order."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All output files and the slot of every job, by ordinal."""
+    """All output files and the slots of every job, by ordinal: one for each of its parts."""
 
     shards: tuple[Shard, ...]
-    slots: tuple[Slot, ...]
+    slots: tuple[tuple[Slot, ...], ...]
     index: str | None = None
     """Name of the file that leads from tensors to shards; None where there is one shard."""
     single_file: bool = False
@@ -62,10 +68,29 @@ class Layout:
         return {shard.name: shard.nbytes for shard in self.shards}
 
 
+class Places:
+    """Finds the tensor that a byte of a layout belongs to."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._by_shard = [
+            sorted(
+                (layout.slots[job][part].offset, (job, part))
+                for job, part in shard.parts
+                if layout.slots[job][part].nbytes
+            )
+            for shard in layout.shards
+        ]
+
+    def find(self, shard: int, offset: int) -> tuple[int, Key]:
+        """Return where the tensor at an offset of a shard begins, and which it is."""
+        places = self._by_shard[shard]
+        return places[bisect_right(places, offset, key=itemgetter(0)) - 1]
+
+
 def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model", folders: Sequence[str] = ()) -> Layout:
     """Distribute the jobs' tensors, in order, over shards of at most `shard_size` bytes of data, named after `stem`.
 
-    A tensor larger than that has a shard of its own, and so have all tensors ``FOLDER/name`` of one of the `folders`
+    The parts of a job lie in one shard. A tensor larger than a shard has one of its own, and so have all tensors ``FOLDER/name`` of one of the `folders`
     together, whatever their size: the libraries that read such folders look for one file.
     """
     groups: list[list[Job]] = []
@@ -79,7 +104,7 @@ def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model", folders: 
         groups[-1].append(job)
         filled += job.output_bytes
     shards = []
-    slots: dict[int, Slot] = {}
+    slots: dict[Key, Slot] = {}
     n_own = len(groups)
     names = [weight_file(stem, number, n_own) for number in range(n_own)]
     names += [f"{folder}/{weight_file('model')}" for folder, own in parted.items() if own]
@@ -89,13 +114,17 @@ def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model", folders: 
         shards.append(shard)
         slots |= placed
     index = index_file(stem) if n_own > 1 else None
-    return Layout(tuple(shards), tuple(slots[job.ordinal] for job in jobs), index)
+    return Layout(tuple(shards), _by_job(jobs, slots), index)
 
 
 def lay_out_file(jobs: Sequence[Job], name: str, metadata: Mapping[str, str]) -> Layout:
     """Place the tensors of all jobs in one file, in whose header `metadata` stands."""
     shard, slots = _shard(0, name, jobs, 0, metadata)
-    return Layout((shard,), tuple(slots[job.ordinal] for job in jobs), single_file=True)
+    return Layout((shard,), _by_job(jobs, slots), single_file=True)
+
+
+def _by_job(jobs: Sequence[Job], slots: Mapping[Key, Slot]) -> tuple[tuple[Slot, ...], ...]:
+    return tuple(tuple(slots[job.ordinal, i] for i in range(len(job.parts))) for job in jobs)
 
 
 def folder_of(name: str) -> str:
@@ -115,32 +144,33 @@ def is_shard(name: str, folders: Sequence[str]) -> bool:
 
 def _shard(
     number: int, name: str, jobs: Sequence[Job], cut: int, metadata: Mapping[str, str]
-) -> tuple[Shard, dict[int, Slot]]:
-    """Return a shard, and the slots of its jobs by their ordinals.
+) -> tuple[Shard, dict[Key, Slot]]:
+    """Return a shard, and the slots of its tensors.
 
     Parameters
     ----------
     cut
         Characters at the beginning of a job's name that the tensor's name in the file is without.
     """
-    ordered = sorted(jobs, key=lambda job: (-RANK[job.dtype], job.name.encode()))
-    header = _header(ordered, cut, metadata)
+    parts = {(job.ordinal, i): part for job in jobs for i, part in enumerate(job.parts)}
+    ordered = sorted(parts, key=lambda key: (-RANK[parts[key].dtype], parts[key].name.encode()))
+    header = _header([parts[key] for key in ordered], cut, metadata)
     offset = len(header)
-    slots: dict[int, Slot] = {}
-    for job in ordered:
-        slots[job.ordinal] = Slot(number, offset, job.output_bytes)
-        offset += job.output_bytes
-    return Shard(name, header, offset, tuple(job.ordinal for job in ordered)), slots
+    slots: dict[Key, Slot] = {}
+    for key in ordered:
+        slots[key] = Slot(number, offset, parts[key].nbytes)
+        offset += parts[key].nbytes
+    return Shard(name, header, offset, tuple(ordered)), slots
 
 
-def _header(ordered: Sequence[Job], cut: int, metadata: Mapping[str, str]) -> bytes:
+def _header(ordered: Sequence[Stored], cut: int, metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
-    for job in ordered:
-        end = offset + job.output_bytes
-        entries[job.name[cut:]] = {
-            "dtype": job.dtype,
-            "shape": list(job.shape),
+    for part in ordered:
+        end = offset + part.nbytes
+        entries[part.name[cut:]] = {
+            "dtype": part.dtype,
+            "shape": list(part.shape),
             "data_offsets": [offset, end],
         }
         offset = end

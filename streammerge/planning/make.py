@@ -9,7 +9,7 @@ from typing import Any
 from streammerge.backends.base import Backend
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
-from streammerge.errors import BudgetError
+from streammerge.errors import BudgetError, ConfigError
 from streammerge.methods.registry import Method
 from streammerge.planning.files.config_json import merged_config
 from streammerge.planning.files.ecosystem import ecosystem_of
@@ -25,6 +25,8 @@ from streammerge.planning.memory.division import Division
 from streammerge.planning.needs import likeness, needs_of
 from streammerge.planning.options import LeftOut, PlanOptions
 from streammerge.planning.plan import MergePlan
+from streammerge.planning.quantize.base import Storage
+from streammerge.planning.quantize.choose import choose_storage
 from streammerge.planning.resolve.codes import holds_codes
 from streammerge.planning.resolve.jobs import Resolved, resolve_jobs
 from streammerge.planning.resolve.matching import Matched, match_names
@@ -69,12 +71,13 @@ def make_plan(
     if alignment is not None:
         _check_tokens(alignment, resources.budget)
     resolved = resolve_jobs(config, method, template, matched, inputs.fishers, alignment, inputs.grams)
-    jobs = resolved.jobs
+    storage = choose_storage(config, resolved.jobs, template)
+    jobs = storage.jobs
     files = _Files()
     if not options.tensors_only:
-        files = _files_beside(config, template, matched, resolved, alignment, options.left_out)
+        files = _files_beside(config, template, matched, resolved, storage, alignment, options.left_out)
     if options.file is not None:
-        files = _of_single_file(files, template, config.where)
+        files = _of_single_file(files, storage, template, config)
     needs = _needs_of_all(jobs, method)
     lists = _lists_nbytes(inputs, matched, jobs, needs) + files.nbytes
     lists += 0 if alignment is None else alignment.nbytes
@@ -94,7 +97,7 @@ def make_plan(
         backend=resources.backend,
         device=resources.device,
         division=division,
-        warnings=(*options.notes, *resolved.warnings, *files.remarks),
+        warnings=(*options.notes, *resolved.warnings, *storage.notes, *files.remarks),
         fishers=inputs.fishers,
         grams=inputs.grams,
         bases=inputs.bases,
@@ -145,17 +148,20 @@ def _files_beside(
     template: TensorIndex,
     matched: Matched,
     resolved: Resolved,
+    storage: Storage,
     alignment: Alignment | None,
     left_out: Sequence[LeftOut],
 ) -> _Files:
     indexes = matched.indexes
-    settings, remarks = merged_config(config, template, indexes, resolved.jobs, resolved.stacks, alignment)
+    settings, remarks = merged_config(config, template, indexes, storage, resolved.stacks, alignment)
     tokenizer = None
     if alignment is not None or config.chat_template is not None:
         tokenizer = tokenizer_files(config, template, indexes, alignment)
         remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
     source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else template.directory
-    beside = surroundings(template, source, tokenizer, quantised=holds_codes(resolved.jobs))
+    beside = surroundings(
+        template, source, tokenizer, quantised=storage.declared is None and holds_codes(storage.jobs)
+    )
     return _Files(settings, tokenizer, beside, (*remarks, *beside.notes))
 
 
@@ -165,9 +171,14 @@ def _layout_of(jobs: Sequence[Job], template: TensorIndex, options: PlanOptions)
     return lay_out(jobs, options.shard_size, ecosystem_of(template).stem, template.folders)
 
 
-def _of_single_file(files: _Files, template: TensorIndex, where: str) -> _Files:
+def _of_single_file(files: _Files, storage: Storage, template: TensorIndex, config: MergeConfig) -> _Files:
     """Return the files of an output that is one file: none; refuse one that is incomplete without them."""
-    check_fits_one_file(template, {} if files.tokenizer is None else files.tokenizer.changed, where)
+    if storage.declared is not None:
+        raise ConfigError(
+            f"{config.where}: quantize: what is quantised is declared in config.json, which one file has not: give a "
+            "directory as OUT, or leave `quantize` out"
+        )
+    check_fits_one_file(template, {} if files.tokenizer is None else files.tokenizer.changed, config.where)
     return _Files(remarks=not_written(template, list(files.beside.files)))
 
 

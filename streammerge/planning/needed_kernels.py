@@ -6,7 +6,6 @@ from streammerge.algebra.rules import WeightedSum
 from streammerge.backends.cpu.compile import kernels_of_call, kernels_of_rule
 from streammerge.backends.cpu.registry import Names
 from streammerge.planning.job import Job
-from streammerge.planning.memory.buffers import is_copied
 from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.planning.plan import MergePlan
 
@@ -20,9 +19,11 @@ def needed_kernels(plan: MergePlan) -> Names:
     seen: set[tuple[object, ...]] = set()
     for job in plan.jobs:
         names.update(*(ref.kernels for ref in (*job.inputs, *job.sources)))
+        if job.encoder is not None:
+            names |= job.encoder.kernels
         in_torch = not plan.backend_of(job).compiled
         key = (in_torch, bool(job.fishers), *likeness(job, plan.method))
-        if not is_copied(job) and key not in seen:
+        if not job.is_copied and key not in seen:
             seen.add(key)
             names |= _of_job(job, plan) & _BESIDE_TORCH if in_torch else _of_job(job, plan)
     return frozenset(names)

@@ -91,7 +91,7 @@ class MergePlan:
     def _overview(self) -> dict[str, str]:
         names = [printable(model.reference, 80) for model in self.models]
         elements = sum(job.n_elements for job in self.jobs if job.dtype in FLOATS)
-        dtypes = ", ".join(sorted({job.dtype for job in self.jobs}))
+        dtypes = ", ".join(sorted({part.dtype for job in self.jobs for part in job.parts}))
         return {
             "method": self.method.name,
             "models": f"{len(names)}: {first_few(names)}",

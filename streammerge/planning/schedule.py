@@ -7,7 +7,7 @@ Pure: numbers in, values out. A chunk is the unit of memory, of work and of the 
     chunks    [------][------][----------------------][----------]
 
 Every cut lies at a multiple of `ALIGN` elements (or of a row), so statistics summed per block do
-not depend on where the cuts are.
+not depend on where the cuts are; and between whole units of what a tensor is stored as (`Encoder.unit`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.buffers import alignment_bytes, bytes_per_element
+from streammerge.tensors.encoders.base import Encoder
 from streammerge.units import format_at_least, format_size
 
 ALIGN = BLOCK
@@ -139,6 +140,28 @@ def plan_work(
     BudgetError
         If the tensor, or one row of it, must be held and cannot.
     """
+    how = _work_of_method(job, extent, budget, workspace, holds, sums, row_bytes)
+    return how if job.encoder is None else _in_units(job, job.encoder, how, budget)
+
+
+def _in_units(job: Job, encoder: Encoder, how: Work, budget: Budget) -> Work:
+    """Return the way of a job whose pieces are cut between whole units of an encoder too."""
+    row = min(job.n_elements, math.lcm(how.row, encoder.unit))
+    rows = -(-row // job.row_length)
+    return _fitting(
+        job, replace(how, row=row), row, f"{rows} rows of it, as it is stored ({encoder.label}),", budget
+    )
+
+
+def _work_of_method(
+    job: Job,
+    extent: Extent,
+    budget: Budget,
+    workspace: Callable[[Job, int], int],
+    holds: bool,
+    sums: bool,
+    row_bytes: int,
+) -> Work:
     per_element = bytes_per_element(job) + (row_bytes / job.row_length if extent == Extent.ROW else 0.0)
 
     def work(mode: Mode, row: int) -> Work:

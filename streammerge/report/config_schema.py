@@ -7,6 +7,7 @@ from typing import Any
 
 from streammerge.config.known_keys import KEYS_WITHOUT_EFFECT
 from streammerge.config.schedules import KINDS
+from streammerge.config.schema import QUANTIZE
 from streammerge.config.tokenizer import TEMPLATES
 from streammerge.dtypes import NAMES, SHORT_NAMES
 from streammerge.methods.registry import Method, Parameter
@@ -38,6 +39,10 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
         "base_model": {**reference, "description": "The model that the others were fine-tuned from"},
         "dtype": {**dtype, "description": "Of the output; the arithmetic does not depend on it"},
         "out_dtype": {**dtype, "description": "The same as dtype, and wins over it"},
+        "quantize": {
+            "enum": list(QUANTIZE),
+            "description": "How the output is stored: none, as floats; same, as the base (or first model) is; fp8, in blocks",
+        },
         "parameters": parameters,
         "seed": {"type": "integer", "minimum": 0, "description": "Of what is drawn at random"},
         "exclude": {

@@ -71,6 +71,7 @@ def commented_config(method: Method) -> str:
     lines += _block(method, shared, "")
     lines += [
         _commented("dtype: bfloat16", "of the output"),
+        _commented("# quantize: fp8", "how the output is stored: none, same or fp8"),
         _commented("# seed: 0", "of what is drawn at random"),
         _commented('# exclude: ["lm_head"]', "regular expressions of tensors to copy instead of merging"),
         _commented("# tokenizer_source: union", "where the models' vocabularies differ"),

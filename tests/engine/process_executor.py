@@ -33,7 +33,7 @@ def _do(chunk: Chunk, answers: Mapping[int, Answers]) -> list[Receipt]:
     _worker.learn(answers)
     receipts = run_chunk(_worker, chunk)
     slots = _worker.plan.layout.slots
-    _worker.writer.sync({slots[receipt.job].shard for receipt in receipts})
+    _worker.writer.sync({slot.shard for receipt in receipts for slot in slots[receipt.job]})
     return receipts
 
 

@@ -147,7 +147,7 @@ def test_what_is_handed_to_a_worker_pickles_and_survives_it(
     assert list(again.plan.steps()) == list(decided.steps())
     for step in decided.steps():
         assert pickle.loads(pickle.dumps(step)) == step
-    receipt = Receipt(0, 0, 4096, 7, (1, 2), 3, 4, differs=True)
+    receipt = Receipt(0, 0, 4096, (7,), (1, 2), 3, 4, differs=True)
     assert pickle.loads(pickle.dumps(receipt)) == receipt
 
 

@@ -413,7 +413,9 @@ def test_offsets_are_contiguous_and_headers_parse(
         for i, (name, (dtype, shape)) in enumerate(tensors.items())
     ]
     layout = lay_out(jobs, shard_size)
-    assert sorted(job for shard in layout.shards for job in shard.jobs) == list(range(len(jobs)))
+    assert sorted(part for shard in layout.shards for part in shard.parts) == [
+        (i, 0) for i in range(len(jobs))
+    ]
     for number, shard in enumerate(layout.shards):
         length = int.from_bytes(shard.header[:8], "little")
         assert len(shard.header) == 8 + length
@@ -421,8 +423,8 @@ def test_offsets_are_contiguous_and_headers_parse(
         header = json.loads(shard.header[8:])
         assert header.pop("__metadata__") == {"format": "pt"}
         position = len(shard.header)
-        for ordinal in shard.jobs:
-            job, slot = jobs[ordinal], layout.slots[ordinal]
+        for ordinal, part in shard.parts:
+            job, slot = jobs[ordinal], layout.slots[ordinal][part]
             assert (slot.shard, slot.offset, slot.nbytes) == (number, position, job.output_bytes)
             begin = position - len(shard.header)
             assert header.pop(job.name) == {
@@ -435,7 +437,7 @@ def test_offsets_are_contiguous_and_headers_parse(
         assert header == {}
         assert shard.nbytes == position
         filled = position - len(shard.header)
-        assert filled <= shard_size or sum(jobs[o].output_bytes > 0 for o in shard.jobs) == 1
+        assert filled <= shard_size or sum(jobs[o].output_bytes > 0 for o, _ in shard.parts) == 1
 
 
 # --- what is merged, and what is refused

@@ -68,6 +68,15 @@ def _decoding(math: BlockMath) -> None:
         kernel(np.zeros(4, np.uint8), np.ones((1, 1), np.float32), 0, 0, 4, 1, 4, np.empty(4, np.float32))
 
 
+@example("encoding_f8")
+def _codes(math: BlockMath) -> None:
+    from streammerge.numerics.encoding_loops import largest_patterns, write_f8
+
+    values = np.ones((2, 4), np.float32)
+    largest_patterns(values.view(np.uint32), 2, 2, np.zeros((1, 2), np.uint32))
+    write_f8(values, np.ones((1, 2), np.float32), 2, 2, np.empty((2, 4), np.uint8))
+
+
 @example("diagonals")
 def _diagonals(math: BlockMath) -> None:
     from streammerge.kernels.fisher import square_sums, sums

@@ -20,6 +20,7 @@ from streammerge.planning.files.ecosystem import reads_dtype
 from streammerge.planning.files.layer_settings import NUMBERS, follow_layers, tail_of
 from streammerge.planning.files.tokenizer import renumber
 from streammerge.planning.job import Job
+from streammerge.planning.quantize.base import Storage
 from streammerge.planning.resolve.assemble import Indexes, Stack
 from streammerge.planning.resolve.codes import holds_codes
 from streammerge.planning.resolve.vocabulary import Alignment
@@ -46,7 +47,7 @@ def merged_config(
     config: MergeConfig,
     template: TensorIndex,
     indexes: Indexes,
-    jobs: Sequence[Job],
+    storage: Storage,
     stacks: Sequence[Stack],
     alignment: Alignment | None = None,
 ) -> tuple[Settings, list[str]]:
@@ -57,6 +58,7 @@ def merged_config(
     """
     if not template.config:
         return {}, []
+    jobs = storage.jobs
     settings = copy.deepcopy(dict(template.config))
     notes: list[str] = []
     _set_dtype(settings, config, jobs)
@@ -65,7 +67,11 @@ def merged_config(
     _untie(settings, template, indexes, jobs)
     if alignment is not None:
         notes += _set_vocabulary(settings, alignment)
-    notes += _drop_quantisation(settings, jobs)
+    if storage.declared is not None:
+        _drop_quantisation(settings)
+        settings["quantization_config"] = dict(storage.declared)
+    elif not holds_codes(jobs):
+        notes += _drop_quantisation(settings)
     notes += _name_code(settings, template)
     return settings, notes
 
@@ -96,7 +102,7 @@ def _follow_dtype(settings: Settings, jobs: Sequence[Job]) -> None:
     """Name the dtype that most bytes of the output have, where no config does; a part keeps one that occurs."""
     nbytes = Counter[str]()
     for job in jobs:
-        if job.dtype in dtypes.CONFIG_NAME:
+        if job.encoder is None and job.dtype in dtypes.CONFIG_NAME:
             nbytes[dtypes.CONFIG_NAME[job.dtype]] += job.output_bytes
     if not nbytes:
         return
@@ -239,10 +245,8 @@ def _untie(settings: Settings, template: TensorIndex, indexes: Indexes, jobs: Se
     settings[TIED] = False
 
 
-def _drop_quantisation(settings: Settings, jobs: Sequence[Job]) -> list[str]:
-    """Remove the entry of a quantisation where the output holds no codes."""
-    if holds_codes(jobs):
-        return []
+def _drop_quantisation(settings: Settings) -> list[str]:
+    """Remove the entry of a quantisation that the output does not have."""
     notes = []
     for name, part in list(_parts(settings)):
         for key in (*DECLARATIONS, EXPERT_DTYPE):

@@ -270,6 +270,8 @@ def _likeness(job: Job, need: Needs) -> tuple[object, ...]:
     return (
         job.kind,
         job.dtype,
+        None if job.encoder is None else tuple((part.dtype, part.shape) for part in job.parts),
+        None if job.encoder is None else job.encoder.unit,
         job.shape,
         inputs,
         fishers,

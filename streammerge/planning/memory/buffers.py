@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from streammerge.dtypes import BITS, itemsize
 from streammerge.io.pages import DIRECT_BYTES, LINE, PAGE, slot_bytes
 from streammerge.planning.job import Job
+from streammerge.tensors.encoders.base import Encoder
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Places:
     """Offsets of the inputs: the base, the models, their Fisher diagonals."""
     output: int | None
     """Offset of the output's own slot; None if the output is laid over the first input."""
+    parts: tuple[int, ...]
+    """Offsets of what an encoder stores the output as; empty without one."""
     scratch: int
     """Offset of the first free byte."""
     paged: bool
@@ -44,6 +47,10 @@ class Places:
             return self.output + file_offset % PAGE
         return first_input - (first_input - file_offset) % PAGE
 
+    def part_at(self, part: int, file_offset: int) -> int:
+        """Return where a part of an encoded output begins so that it lies in its page as it will lie in the file."""
+        return self.parts[part] + (file_offset % PAGE if self.paged else 0)
+
 
 def divide(job: Job, n: int) -> Places:
     """Divide the buffer of a piece of `n` elements."""
@@ -57,14 +64,19 @@ def divide(job: Job, n: int) -> Places:
     if _output_is_wider(job):
         output = position
         position += slot_bytes(n * itemsize(job.computed_dtype), paged)
-    return Places(
-        tuple(slots), output, -(-position // PAGE) * PAGE if job.fisher_chunk_bytes else position, paged
-    )
+    parts = []
+    for nbytes in () if job.encoder is None else job.encoder.room(n):
+        parts.append(position)
+        position += slot_bytes(nbytes, paged)
+    scratch = -(-position // PAGE) * PAGE if job.fisher_chunk_bytes else position
+    return Places(tuple(slots), output, tuple(parts), scratch, paged)
 
 
 def bytes_per_element(job: Job) -> float:
     """Return the buffer bytes per element: all inputs, and the output where it has a slot of its own."""
     output = BITS[job.computed_dtype] / 8 if _output_is_wider(job) else 0.0
+    if job.encoder is not None:
+        output += sum(job.encoder.unit_nbytes) / job.encoder.unit
     return sum(_input_bits(job)) / 8 + output
 
 
@@ -72,17 +84,24 @@ def alignment_bytes(job: Job) -> int:
     """Return an upper bound of what `divide` needs in addition to `bytes_per_element`."""
     slots = len(_input_bits(job)) + 1
     scratch = PAGE if job.fisher_chunk_bytes else 0
+    if job.encoder is not None:
+        slots += len(job.parts)
+        scratch += _beyond_units(job, job.encoder)
     return ((2 * slots + 1) * PAGE if _is_paged(job) else (slots + 1) * LINE) + scratch
 
 
-def is_copied(job: Job) -> bool:
-    """Return whether the bytes of a job's tensor are copied as they are."""
-    return job.kind != "merge" and job.dtype == job.sources[0].dtype
+def _beyond_units(job: Job, encoder: Encoder) -> int:
+    """Return the bytes of parts that are not in proportion to the elements: of a last unit cut short, of the whole tensor."""
+    cut_short = job.n_elements % encoder.unit != 0
+    return sum(
+        min(part.nbytes, per if cut_short else 0) if per else part.nbytes
+        for part, per in zip(encoder.parts, encoder.unit_nbytes, strict=True)
+    )
 
 
 def _input_bits(job: Job) -> tuple[int, ...]:
     """Bits per element of all that is held together. Of copies that are compared, two at a time."""
-    if is_copied(job):
+    if job.is_copied:
         return (BITS[job.dtype],) * min(2, len(job.sources))
     return tuple(BITS[ref.dtype] for ref in (*job.inputs, *job.fishers))
 
@@ -92,6 +111,8 @@ def _is_paged(job: Job) -> bool:
 
 
 def _output_is_wider(job: Job) -> bool:
-    return not is_copied(job) and (
-        job.computed_dtype != job.dtype or BITS[job.dtype] > BITS[job.inputs[0].dtype]
+    return not job.is_copied and (
+        job.encoder is not None
+        or job.computed_dtype != job.dtype
+        or BITS[job.dtype] > BITS[job.inputs[0].dtype]
     )

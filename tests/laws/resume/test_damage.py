@@ -218,7 +218,7 @@ def test_only_what_no_longer_matches_its_receipt_is_done_again(
     for receipt in progress.receipts:
         shutil.rmtree(out)
         shutil.copytree(saved, out)
-        slot, width = jobs.layout.slots[receipt.job], itemsize(jobs.jobs[receipt.job].dtype)
+        (slot,), width = jobs.layout.slots[receipt.job], itemsize(jobs.jobs[receipt.job].dtype)
         flip(partials(out)[slot.shard], slot.offset + receipt.stop * width - 1)
         assert scene.merge(out).bytes_resumed == whole - (receipt.stop - receipt.start) * width
         scene.assert_finished(out)

@@ -1,0 +1,103 @@
+"""`quantize: fp8`: DeepSeek's layout, for the weight matrices of the layers whose sides are multiples of 128.
+
+vLLM, SGLang and transformers read it. They disagree on blocks that are cut short, so a matrix with such a side stays in
+`dtype`, like embeddings, heads, norms, routers and biases; its module is named in `modules_to_not_convert`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.names import flag_of, is_head
+from streammerge.checkpoint.tensor_kinds import kind_of
+from streammerge.config.schema import MergeConfig
+from streammerge.dtypes import FLOATS
+from streammerge.errors import ModelError
+from streammerge.planning.job import Job
+from streammerge.planning.quantize.base import Storage, stores
+from streammerge.tensors.encoders.fp8_blocks import Fp8Blocks
+
+SIDE = 128
+"""Rows and columns of a block."""
+_ROUTERS = frozenset({"gate", "router", "gating", "wg", "shared_expert_gate", "switch"})
+"""Modules that send a token to its experts."""
+_KEPT_KINDS = ("norm", "embedding", "head")
+_TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+"""Model types whose layers are stored as (in, out), which no loader takes for linear maps in FP8."""
+_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+"""The experts of a layer in one tensor, as transformers 5 names them."""
+
+
+@stores("fp8")
+def _choose(config: MergeConfig, jobs: Sequence[Job], template: TensorIndex) -> Storage:
+    shapes = {job.name: job.shape for job in jobs}
+    transposed = template.config.get("model_type") in _TRANSPOSED
+    stored = [job if transposed else _stored(job, shapes) for job in jobs]
+    if all(job.encoder is None for job in stored):
+        raise ModelError(
+            f"{config.where}: quantize: fp8 stores the matrices of layers whose sides are multiples of {SIDE}, and this "
+            "model has none: leave `quantize` out"
+        )
+    kept = [_module(job.name) for job in stored if job.encoder is None and _is_matrix(job)]
+    if flag_of(template.config) is True and not any(is_head(job.name) for job in jobs):
+        kept.append("lm_head")  # tied: a loader would make a map in FP8 of it
+    declared: dict[str, Any] = {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [SIDE, SIDE],
+    }
+    if kept:
+        declared["modules_to_not_convert"] = list(dict.fromkeys(kept))
+    return Storage(tuple(stored), declared)
+
+
+def _stored(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> Job:
+    """Return a job with its encoder, if its tensor is stored in FP8."""
+    if not _is_matrix(job) or not (_is_of_layer(job.name, job.shape) or _is_fused(job.name, shapes)):
+        return job
+    if any(side % SIDE or not side for side in job.shape[-2:]):
+        return job
+    encoder = Fp8Blocks(job.name, job.shape, f"{job.name}_scale_inv")
+    return replace(job, dtype="F32", encoder=encoder)
+
+
+def _is_matrix(job: Job) -> bool:
+    return job.dtype in FLOATS and len(job.shape) >= 2
+
+
+def _module(name: str) -> str:
+    fused = _FUSED.fullmatch(name)
+    return fused[1] if fused else name.removesuffix(".weight")
+
+
+def _is_of_layer(name: str, shape: Sequence[int]) -> bool:
+    """Return whether a tensor is the weight of a linear map of a layer, and no router.
+
+    >>> _is_of_layer("model.layers.0.mlp.up_proj.weight", (8, 8)), _is_of_layer("model.layers.0.mlp.gate.weight", (8, 8))
+    (True, False)
+    """
+    modules = name.split(".")[:-1]
+    return (
+        len(shape) == 2
+        and name.endswith(".weight")
+        and any(part.isdigit() for part in modules)
+        and not _ROUTERS.intersection(modules)
+        and kind_of(name) not in _KEPT_KINDS
+    )
+
+
+def _is_fused(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether a tensor holds the experts of a layer as transformers keeps them in FP8: (out, in), without biases."""
+    fused = _FUSED.fullmatch(name)
+    if fused is None or f"{fused[1]}.gate_up_proj_bias" in shapes:
+        return False
+    up, down = (shapes.get(f"{fused[1]}.{end}", ()) for end in ("gate_up_proj", "down_proj"))
+    if len(up) != 3 or len(down) != 3:
+        return False
+    width, inner = down[1:]
+    return up == (down[0], 2 * inner, width) and inner % SIDE == 0
