@@ -9,14 +9,26 @@ from streammerge.formats.refs import Ref
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
-from streammerge.tensors import adapted, blocks, float8, gathered, patched, quantized, strided
+from streammerge.tensors import (
+    adapted,
+    blocks,
+    codebooks,
+    float8,
+    gathered,
+    integers,
+    patched,
+    quantized,
+    strided,
+)
 from streammerge.timing import Stages
 
 __all__ = [
     "adapted",
     "blocks",
+    "codebooks",
     "float8",
     "gathered",
+    "integers",
     "patched",
     "quantized",
     "read_elements",

@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from streammerge.checkpoint.quantized.declarations import Declaration
-from streammerge.checkpoint.refs.quantized import QuantizedRef
-from streammerge.formats.refs import SourceRef
+from streammerge.formats.refs import MadeRef, SourceRef
 
 
 @dataclass(frozen=True)
 class Weight:
     """One quantised weight of a model."""
 
-    ref: QuantizedRef
+    ref: MadeRef
+    """Its values, decoded as they are read; its `stored_format` says how."""
     beside: tuple[str, ...] = ()
     """Stored tensors that belong to it and that its values do not need: a packed weight's shape."""
 
@@ -87,7 +87,7 @@ def decoded(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Decod
         If codes and scales of a known format do not fit together; it names the tensor.
     """
     _load()
-    found: dict[str, QuantizedRef] = {}
+    found: dict[str, MadeRef] = {}
     taken: set[str] = set()
     for family in _FAMILIES:
         if declaration.method not in family.methods:
@@ -108,7 +108,7 @@ def decoded(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Decod
             kept[found[name].name] = found[name]
         elif name not in taken and name not in activations:
             kept[name] = stored
-    formats = dict.fromkeys(ref.encoding.title for ref in found.values())
+    formats = dict.fromkeys(ref.stored_format or "" for ref in found.values())
     return Decoded(kept, activations, tuple(formats))
 
 

@@ -114,9 +114,13 @@ def blocks(height: int, width: int) -> Callable[[int, int], tuple[int, int]]:
 
 
 _BLOCK = _declared("fp8", fmt="e4m3", weight_block_size=[32, 32], activation_scheme="dynamic")
+_E8M0 = _declared("fp8", fmt="e4m3", weight_block_size=[32, 32], scale_fmt="ue8m0")
 for _scale in ("F32", "BF16", "F16", "F8_E8M0", "U8"):
     FORMATS[f"fp8 blocks {_scale}"] = Format(
-        fp8("F8_E4M3", _scale, blocks(32, 32), (32, 32), ".weight_scale_inv"), _BLOCK, 48, 80
+        fp8("F8_E4M3", _scale, blocks(32, 32), (32, 32), ".weight_scale_inv"),
+        _E8M0 if _scale == "U8" else _BLOCK,
+        48,
+        80,
     )
 FORMATS["fp8 blocks e5m2"] = Format(
     fp8("F8_E5M2", "F32", blocks(32, 32), (32, 32), ".weight_scale_inv"), _BLOCK, 48, 80
@@ -485,14 +489,16 @@ FORMATS["nf4 nested"] = Format(
 )
 
 
-def write(path: Path, name: str, seed: int = 0, **config: Any) -> dict[str, np.ndarray]:
+def write(
+    path: Path, name: str, seed: int = 0, rows: int = 0, columns: int = 0, **config: Any
+) -> dict[str, np.ndarray]:
     """Write a model with two weights of a format and a plain norm; return its values in fp32 by logical name."""
     made = FORMATS[name]
     rng = np.random.default_rng(seed)
     tensors: dict[str, Entry] = {}
     values: dict[str, np.ndarray] = {}
     for module in made.modules:
-        weight = made.build(rng, made.rows, made.columns)
+        weight = made.build(rng, rows or made.rows, columns or made.columns)
         tensors |= {f"{module}{end}": entry for end, entry in weight.parts.items()}
         values[f"{module}{weight.logical}"] = weight.single
     norm, plain = floats_of(rng.uniform(0.5, 1.5, 24), "BF16")

@@ -1,0 +1,112 @@
+"""GPTQ: integers packed along the inputs, zero points along the outputs, a group listed for each input.
+
+Layouts are those of GPTQModel (7.7) and AutoGPTQ. Format ``gptq`` stores a zero point less one, ``gptq_v2`` as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from streammerge.checkpoint.quantized.declarations import Declaration
+from streammerge.checkpoint.quantized.registry import Weight, finds
+from streammerge.checkpoint.quantized.small import misfit
+from streammerge.checkpoint.refs.integers import Groups, IntegersRef, Packed
+from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.io.files import bad, quoted
+
+_BITS = (2, 3, 4, 8)
+_STORED_LESS = {"gptq": 1, "gptq_v2": 0}
+"""What is stored of a zero point is less by this."""
+_CODES = ".qweight"
+
+
+@finds("gptq")
+def find_gptq(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iterator[Weight]:
+    """Yield the weights that GPTQ has packed.
+
+    Raises
+    ------
+    ModelError
+        If the format is another one, or tensors do not fit together.
+    """
+    for name, codes in tensors.items():
+        if not name.endswith(_CODES):
+            continue
+        kind = declaration.settings.get("checkpoint_format") or declaration.settings.get("format") or "gptq"
+        if kind not in _STORED_LESS:
+            what = (
+                f"its {declaration.where} says checkpoint_format {quoted(str(kind), 40)}, which is not read"
+            )
+            raise bad(
+                codes.path, f"{what}: save it as gptq_v2, or dequantise it with the library that wrote it"
+            )
+        yield _weight(name.removesuffix(_CODES), tensors, declaration, codes, str(kind))
+
+
+def _weight(
+    module: str, tensors: Mapping[str, SourceRef], declaration: Declaration, codes: SourceRef, kind: str
+) -> Weight:
+    zero, scale = (needed(tensors, codes, f"{module}.{end}") for end in ("qzeros", "scales"))
+    index = tensors.get(f"{module}.g_idx")
+    if scale.dtype not in ("F16", "BF16", "F32") or len(scale.shape) != 2:
+        raise misfit(scale, f"is {scale.dtype} {list(scale.shape)}, where scales are a matrix of floats")
+    n_groups, outputs = scale.shape
+    if codes.dtype != "I32" or len(codes.shape) != 2 or codes.shape[1] != outputs:
+        raise misfit(
+            codes, f"is {codes.dtype} {list(codes.shape)}, which does not fit scales of {outputs} outputs"
+        )
+    bits = _bits(declaration, codes, zero, outputs)
+    if zero.dtype != "I32" or zero.shape != (n_groups, outputs * bits // 32):
+        raise misfit(
+            zero, f"is {zero.dtype} {list(zero.shape)}, which does not fit scales of {list(scale.shape)}"
+        )
+    inputs = codes.shape[0] * 32 // bits
+    if index is not None:
+        if index.dtype != "I32" or len(index.shape) != 1 or -(-index.shape[0] * bits // 32) != codes.shape[0]:
+            what = f"is {index.dtype} {list(index.shape)}, which does not fit the {list(codes.shape)} of its codes"
+            raise misfit(index, what)
+        inputs = index.shape[0]
+    size = declaration.settings.get("group_size")
+    size = size if type(size) is int and size > 0 else inputs
+    if index is None and -(-inputs // size) != n_groups:
+        raise misfit(
+            scale, f"has {n_groups} groups, where {inputs} inputs make {-(-inputs // size)} of {size}"
+        )
+    less = _STORED_LESS[kind]
+    ref = IntegersRef(
+        f"{module}.weight",
+        (outputs, inputs),
+        Packed(contiguous(codes), bits, inputs, axis=0),
+        contiguous(scale),
+        Groups(size, 1, None if index is None else contiguous(index)),
+        f"GPTQ INT{bits}",
+        Packed(contiguous(zero), bits, outputs, offset=less),
+        transposed=True,
+        # Writers and readers of format 1 disagree on what the largest code plus one is.
+        largest_zero=(1 << bits) - 1,
+    )
+    return Weight(ref)
+
+
+def _bits(declaration: Declaration, codes: SourceRef, zero: SourceRef, outputs: int) -> int:
+    """Return the bits of a code: of this layer, which may differ from those of the model."""
+    declared = declaration.settings.get("bits")
+    found = 32 * zero.shape[1] // outputs if len(zero.shape) == 2 and outputs else 0
+    if found not in _BITS or (found != declared and not declaration.settings.get("dynamic")):
+        what = f"has {found} bits an element by its zero points, where config.json declares {quoted(str(declared), 20)}"
+        raise misfit(codes, f"{what}, and {', '.join(map(str, _BITS))} are read")
+    return found
+
+
+def needed(tensors: Mapping[str, SourceRef], codes: SourceRef, name: str) -> SourceRef:
+    """Return a tensor that codes mean nothing without.
+
+    Raises
+    ------
+    ModelError
+        If it is missing.
+    """
+    found = tensors.get(name)
+    if found is None:
+        raise misfit(codes, f"is quantised, and its {quoted(name)} is missing")
+    return found

@@ -1,0 +1,117 @@
+"""Quantised tensors whose codes of 4 bits look up a value: NVFP4 with two scales, and blocks of bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
+
+AT_ONCE = 1 << 16
+"""Elements that are decoded together; even."""
+_TEMPORARY = 16
+"""Bytes that an element takes while it is decoded."""
+_ROOM = 1 << 16
+"""Bytes of tables, and of alignment."""
+
+
+class CodebookRef(MadeRef):
+    """A tensor of 4-bit codes, two to a byte."""
+
+    __slots__ = ()
+
+    @property
+    def dtype(self) -> str:
+        """Of the values."""
+        return "F32"
+
+    @property
+    def path(self) -> str:
+        """The file of the codes."""
+        return self.source.path
+
+    @property
+    def stored_dtype(self) -> str:
+        """See `SourceRef`: that of the weights which it was quantised from."""
+        return "BF16"
+
+    @property
+    def stored_format(self) -> str:
+        """See `SourceRef`."""
+        title: str = self.title  # type: ignore[attr-defined]
+        return title
+
+    @property
+    def shown(self) -> Mapping[str, Any]:
+        """See `SourceRef`."""
+        return {"stored_as": self.stored_format}
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What reading takes in addition to the values: bytes, codes, scales, places in the table."""
+        return _TEMPORARY * AT_ONCE + _ROOM
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
+        """See `SourceRef`: two elements a byte."""
+        yield self.stored, start // 2, -(-stop // 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Ref(CodebookRef):
+    """E2M1 codes in groups along the columns, F8_E4M3 scales, and one F32 scale for the tensor or for each matrix.
+
+    A value is ``code * scale * whole``, or ``code * scale / whole`` where that divides: the exact result rounded once.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    source: TensorRef
+    """U8 [..., columns / 2], the even column in the low nibble."""
+    scales: TensorRef
+    """F8_E4M3 [..., columns / group]."""
+    whole: TensorRef
+    """F32, one or one for each matrix."""
+    divides: bool
+    group: int
+    title: str
+
+    @property
+    def parts(self) -> tuple[SourceRef, ...]:
+        """See `SourceRef`."""
+        return self.source, self.scales, self.whole
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """Maxima of blocks that are codes themselves: ``map[code] * maximum of 256 blocks + offset``, in fp32."""
+
+    absmax: TensorRef
+    map: TensorRef
+    blocksize: int
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksOf4BitsRef(CodebookRef):
+    """bitsandbytes' NF4 and FP4: blocks of elements in the order of the tensor, each with its largest magnitude."""
+
+    name: str
+    shape: tuple[int, ...]
+    source: TensorRef
+    """U8, the first of two elements in the high nibble."""
+    absmax: TensorRef
+    """One for each block: F32, or U8 where they are nested."""
+    map: TensorRef
+    """F32 [16]: the value of each code."""
+    blocksize: int
+    title: str
+    nested: Nested | None = None
+    beside: tuple[TensorRef, ...] = ()
+    """What belongs to it and is known already: its state."""
+
+    @property
+    def parts(self) -> tuple[SourceRef, ...]:
+        """See `SourceRef`."""
+        nested = () if self.nested is None else (self.nested.absmax, self.nested.map)
+        return self.source, self.absmax, self.map, *nested

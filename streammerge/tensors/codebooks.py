@@ -1,0 +1,125 @@
+"""4-bit codes decoded as they are read, through tables of every product that occurs: the same bits however they are cut."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.checkpoint.refs.codebooks import AT_ONCE, BlocksOf4BitsRef, Nvfp4Ref
+from streammerge.errors import ModelError
+from streammerge.formats.refs import TensorRef, reads
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.files import bad, quoted
+from streammerge.io.reader import Reader
+from streammerge.io.scratch import Scratch
+from streammerge.numerics.casts import from_bf16
+from streammerge.numerics.casts import table as e4m3_table
+from streammerge.numerics.packing import pairs_of, products_of_e4m3
+
+_FIRST_BAD = 0x7F
+"""A code of F8_E4M3 from here on is NaN or negative; 0x80, which is zero, aside."""
+
+
+@reads(Nvfp4Ref)
+def read_nvfp4(reader: Reader, ref: Nvfp4Ref, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
+    """Decode elements `start` to `stop` of a tensor to the beginning of `target`.
+
+    Raises
+    ------
+    ModelError
+        If a scale is NaN, infinite or negative, or a scale that divides is zero.
+    WorldError
+        If a file ends early or the device fails.
+    """
+    out = target[: 4 * (stop - start)].view(np.float32)
+    per_matrix = ref.shape[-2] * ref.shape[-1]
+    whole = _read(reader, ref.whole, 0, ref.whole.n_elements).view("<f4")
+    first = start
+    while first < stop:
+        matrix = first // per_matrix
+        last = min(stop, (first // AT_ONCE + 1) * AT_ONCE, (matrix + 1) * per_matrix)
+        factor = float(whole[matrix if whole.size > 1 else 0])
+        if not 0 <= factor < np.inf or (ref.divides and factor == 0):
+            raise _refused(ref.whole, matrix if whole.size > 1 else 0, factor)
+        table = products_of_e4m3(factor, ref.divides)
+        codes = pairs_of(_read(reader, ref.source, first // 2, -(-last // 2)), high_first=False)
+        # Groups do not reach over the end of a row, so they follow each other as the elements do.
+        begins, ends = first // ref.group, -(-last // ref.group)
+        scales = _read(reader, ref.scales, begins, ends)
+        wrong = (scales >= _FIRST_BAD) & (scales != 0x80)
+        if wrong.any():
+            place = int(np.argmax(wrong))
+            raise _refused(ref.scales, begins + place, float(from_bf16(e4m3_table("F8_E4M3"))[scales[place]]))
+        of_element = np.repeat(scales, ref.group)[first - begins * ref.group :][: last - first]
+        places = of_element.astype(np.intp) << 4
+        places |= codes[first % 2 :][: last - first]
+        np.take(table, places, out=out[first - start : last - start])
+        first = last
+
+
+@reads(BlocksOf4BitsRef)
+def read_blocks_of_4_bits(
+    reader: Reader, ref: BlocksOf4BitsRef, start: int, stop: int, target: Bytes, scratch: Scratch
+) -> None:
+    """Decode elements `start` to `stop` of a tensor to the beginning of `target`.
+
+    Raises
+    ------
+    ModelError
+        If the largest magnitude of a block is NaN, infinite or negative, or a value of the table is not finite.
+    WorldError
+        If a file ends early or the device fails.
+    """
+    out = target[: 4 * (stop - start)].view(np.float32)
+    values = _table(reader, ref.map)
+    for first in range(start, stop, AT_ONCE):
+        last = min(stop, first + AT_ONCE)
+        codes = pairs_of(_read(reader, ref.source, first // 2, -(-last // 2)), high_first=True)
+        begins, ends = first // ref.blocksize, -(-last // ref.blocksize)
+        largest = _largest(reader, ref, begins, ends)
+        part = out[first - start : last - start]
+        np.take(values, codes[first % 2 :][: last - first], out=part)
+        part *= np.repeat(largest, ref.blocksize)[first - begins * ref.blocksize :][: last - first]
+
+
+def _largest(reader: Reader, ref: BlocksOf4BitsRef, begins: int, ends: int) -> NDArray[np.float32]:
+    """Return the largest magnitudes of some blocks."""
+    raw = _read(reader, ref.absmax, begins, ends)
+    found: NDArray[np.float32]
+    if ref.nested is None:
+        found = raw.view("<f4")
+    else:
+        inner = ref.nested
+        first, last = begins // inner.blocksize, -(-ends // inner.blocksize)
+        outer = _read(reader, inner.absmax, first, last).view("<f4")
+        of_block = np.repeat(outer, inner.blocksize)[begins - first * inner.blocksize :][: ends - begins]
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = _table(reader, inner.map)[raw] * of_block + np.float32(inner.offset)
+    fine = (found >= 0) & (found < np.inf)
+    if not fine.all():
+        place = int(np.argmin(fine))
+        raise _refused(ref.absmax, begins + place, float(found[place]))
+    return found
+
+
+def _table(reader: Reader, tensor: TensorRef) -> NDArray[np.float32]:
+    values = _read(reader, tensor, 0, tensor.n_elements).view("<f4")
+    if not np.isfinite(values).all():
+        place = int(np.argmin(np.isfinite(values)))
+        raise _refused(tensor, place, float(values[place]))
+    return values
+
+
+def _read(reader: Reader, tensor: TensorRef, first: int, last: int) -> NDArray[np.uint8]:
+    offset, nbytes = tensor.span(first, last)
+    raw = np.empty(nbytes, np.uint8)
+    reader.read_into(tensor.path, offset, raw)
+    return raw
+
+
+def _refused(tensor: TensorRef, place: int, value: float) -> ModelError:
+    return bad(
+        tensor.path,
+        f"tensor {quoted(tensor.name)}: scale {place} is {value:g}, which no scale can be: "
+        "download or convert the model again",
+    )

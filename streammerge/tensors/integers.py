@@ -1,0 +1,230 @@
+"""Quantised tensors of integers, decoded as they are read: the same bits however they are cut.
+
+A part of a tensor is a rectangle of its stored matrix. The words that hold it are read, and the scales and zero points of
+the groups that its rows and columns belong to; no more of any is held than the rectangle needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.checkpoint.refs.integers import AT_ONCE, IntegersRef, Packed
+from streammerge.dtypes import itemsize
+from streammerge.formats.refs import TensorRef, reads
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.files import bad, quoted
+from streammerge.io.reader import Reader
+from streammerge.io.scratch import Scratch
+from streammerge.numerics.elements import first_bad_scale, scale_values
+from streammerge.numerics.packing import reordered, unpacked, unpacked_rows, values_of
+from streammerge.tensors.adapted import segments
+
+Indices = NDArray[np.int64]
+_WORDS = 32
+"""So many integers fill whole words, whatever their bits."""
+_WORTH_READING = 4
+"""So many times the bytes that are wanted are rather read in one go than line by line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rectangle:
+    """A part of one of a tensor's stored matrices."""
+
+    matrix: int
+    row: int
+    end: int
+    column: int
+    last: int
+
+
+@reads(IntegersRef)
+def read_integers(
+    reader: Reader, ref: IntegersRef, start: int, stop: int, target: Bytes, scratch: Scratch
+) -> None:
+    """Decode elements `start` to `stop` of a tensor to the beginning of `target`.
+
+    Raises
+    ------
+    ModelError
+        If a scale is NaN, infinite or negative, a group or a zero point is out of range.
+    WorldError
+        If a file ends early or the device fails.
+    """
+    out = target[: 4 * (stop - start)].view(np.float32)
+    rows, columns = ref.shape[-2:]
+    for row, end, first, last in segments(start, stop, columns, rows):
+        matrix = row // rows
+        begins = row * columns + first - start
+        part = out[begins : begins + (end - row) * (last - first)].reshape(end - row, last - first)
+        high, wide = _steps(ref, *part.shape)
+        for top in range(0, end - row, high):
+            for left in range(0, last - first, wide):
+                some = part[top : top + high, left : left + wide]
+                place = row - matrix * rows + top, first + left
+                some[...] = _values(reader, ref, _stored(ref, matrix, place, some.shape))
+
+
+def _steps(ref: IntegersRef, height: int, width: int) -> tuple[int, int]:
+    """Return the rows and columns of what is decoded together; whole words of what is packed along the inputs."""
+    wide = min(width, AT_ONCE)
+    if ref.transposed:
+        wide = min(width, max(_WORDS, AT_ONCE // height // _WORDS * _WORDS))
+    return min(height, max(1, AT_ONCE // wide)), wide
+
+
+def _stored(ref: IntegersRef, matrix: int, place: tuple[int, int], shape: tuple[int, ...]) -> Rectangle:
+    (row, column), (height, width) = place, shape
+    if ref.transposed:
+        return Rectangle(matrix, column, column + width, row, row + height)
+    return Rectangle(matrix, row, row + height, column, column + width)
+
+
+def _values(reader: Reader, ref: IntegersRef, some: Rectangle) -> NDArray[np.float32]:
+    codes = read_packed(reader, ref.codes, some)
+    by_row, by_column = _groups(reader, ref, some)
+    lines, line_of = np.unique(by_row, return_inverse=True)
+    left, right = int(by_column.min()), int(by_column.max()) + 1
+    scales = _scales(reader, ref, some.matrix, lines, left, right)
+    zeros = _zeros(reader, ref, some.matrix, lines, left, right)
+    column_of = by_column - left
+    values = values_of(
+        codes,
+        _spread(scales, line_of, column_of),
+        None if zeros is None else _spread(zeros, line_of, column_of),
+        ref.divisor,
+    )
+    return values.T if ref.transposed else values
+
+
+def _spread(of_groups: NDArray[np.float32], lines: Indices, columns: Indices) -> NDArray[np.float32]:
+    """Return what groups have, for each element; one line or column of it stays one."""
+    if of_groups.shape[0] > 1:
+        of_groups = of_groups[lines]
+    return of_groups[:, columns] if of_groups.shape[1] > 1 else of_groups
+
+
+def _groups(reader: Reader, ref: IntegersRef, some: Rectangle) -> tuple[Indices, Indices]:
+    """Return the row and the column of the scale of each row and column of a rectangle."""
+    groups = ref.groups
+    by_row = np.arange(some.row, some.end) // groups.rows
+    by_column = np.arange(some.column, some.last) // groups.columns
+    if groups.index is None:
+        return by_row, by_column
+    first, last = (some.row, some.end) if ref.transposed else (some.column, some.last)
+    raw = np.empty(4 * (last - first), np.uint8)
+    reader.read_into(groups.index.path, groups.index.offset + 4 * first, raw)
+    index = raw.view("<i4").astype(np.int64)
+    n = ref.scales.shape[-2] if ref.transposed else ref.scales.shape[-1]
+    if index.min() < 0 or index.max() >= n:
+        wrong = int(np.argmax((index < 0) | (index >= n)))
+        raise bad(
+            groups.index.path,
+            f"tensor {quoted(groups.index.name)}: entry {first + wrong} is {index[wrong]}, and there are {n} groups: "
+            "download or convert the model again",
+        )
+    return (index, by_column) if ref.transposed else (by_row, index)
+
+
+def _scales(
+    reader: Reader, ref: IntegersRef, matrix: int, lines: Indices, left: int, right: int
+) -> NDArray[np.float32]:
+    """Return lines of a matrix of scales, some columns of each, in fp32."""
+    tensor = ref.scales
+    width = itemsize(tensor.dtype)
+    high, wide = _matrix_of(tensor, ref)
+    out = np.empty((lines.size, right - left), np.float32)
+    for begin, end in _runs(lines):
+        raw = _rectangle(
+            reader, tensor, matrix * high * wide * width, wide * width,
+            (int(lines[begin]), int(lines[end - 1]) + 1), (left * width, right * width),
+        )  # fmt: skip
+        values = scale_values(np.ascontiguousarray(raw).reshape(-1), tensor.dtype)
+        if (place := first_bad_scale(values)) is not None:
+            row, column = divmod(place, right - left)
+            raise bad(
+                tensor.path,
+                f"tensor {quoted(tensor.name)}: scale [{lines[begin] + row}, {left + column}] is {values[place]:g}, "
+                "which no scale can be: download or convert the model again",
+            )
+        out[begin:end] = values.reshape(end - begin, -1)
+    return out
+
+
+def _matrix_of(tensor: TensorRef, ref: IntegersRef) -> tuple[int, int]:
+    """Return rows and columns of the matrix that scales are: of a vector or a scalar, one for each row or one."""
+    if len(tensor.shape) >= 2 and (len(tensor.shape) == len(ref.shape)):
+        return tensor.shape[-2], tensor.shape[-1]
+    return tensor.n_elements, 1
+
+
+def _zeros(
+    reader: Reader, ref: IntegersRef, matrix: int, lines: Indices, left: int, right: int
+) -> NDArray[np.float32] | None:
+    """Return zero points of the same groups; None where there are none."""
+    packed = ref.zeros
+    if packed is None:
+        return None
+    out = np.empty((lines.size, right - left), np.float32)
+    for begin, end in _runs(lines):
+        some = Rectangle(matrix, int(lines[begin]), int(lines[end - 1]) + 1, left, right)
+        out[begin:end] = read_packed(reader, packed, some)
+    if ref.largest_zero is not None and out.max(initial=0) > ref.largest_zero:
+        raise bad(
+            packed.tensor.path,
+            f"tensor {quoted(packed.tensor.name)} holds a zero point of {int(out.max())}, which loaders read "
+            f"differently in this format: save the model as gptq_v2, or dequantise it with the library that wrote it",
+        )
+    return out
+
+
+def _runs(lines: Indices) -> list[tuple[int, int]]:
+    """Return the runs of lines that follow each other: ascending, each once."""
+    breaks = np.flatnonzero(np.diff(lines) != 1) + 1
+    edges = [0, *breaks.tolist(), lines.size]
+    return list(pairwise(edges))
+
+
+def read_packed(reader: Reader, packed: Packed, some: Rectangle) -> NDArray[np.int16]:
+    """Return the integers of a rectangle, their offset added, [rows, columns]."""
+    tensor, bits = packed.tensor, packed.bits
+    lines, words = tensor.shape[-2:]
+    width = itemsize(tensor.dtype)
+    base, pitch = some.matrix * lines * words * width, words * width
+    if packed.axis == 0:
+        begins, ends = some.row * bits // 32, -(-some.end * bits // 32)
+        raw = _rectangle(reader, tensor, base, pitch, (begins, ends), (4 * some.column, 4 * some.last))
+        codes = unpacked_rows(np.ascontiguousarray(raw).view("<u4"), bits, some.row, some.end - some.row)
+    else:
+        first, last = some.column, some.last
+        if packed.order:
+            each = len(packed.order)
+            first, last = first // each * each, -(-last // each) * each
+        edges = first * bits // 8, -(-last * bits // 8)
+        raw = _rectangle(reader, tensor, base, pitch, (some.row, some.end), edges)
+        codes = unpacked(raw, bits, first, last - first)
+        if packed.order:
+            codes = reordered(codes, packed.order)[:, some.column - first : some.last - first]
+    if packed.signed:
+        return codes.view(np.int8).astype(np.int16)
+    return codes.astype(np.int16) + np.int16(packed.offset)
+
+
+def _rectangle(
+    reader: Reader, tensor: TensorRef, base: int, pitch: int, lines: tuple[int, int], edges: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """Return some bytes of each of some lines of a tensor, [lines, bytes]; `base` is where its matrix begins."""
+    first, last = lines
+    left, right = edges
+    offset = tensor.offset + base + first * pitch
+    n, wide = last - first, right - left
+    if wide * _WORTH_READING >= pitch or n == 1:
+        raw = np.empty((n - 1) * pitch + wide, np.uint8)
+        reader.read_into(tensor.path, offset + left, raw)
+        return np.lib.stride_tricks.as_strided(raw, (n, wide), (pitch, 1), writeable=False)
+    some = np.empty((n, wide), np.uint8)
+    reader.read_parts(tensor.path, ((offset + left + line * pitch, [some[line].data]) for line in range(n)))
+    return some
