@@ -19,6 +19,7 @@ KEYS = (
     "parameters",
     "seed",
     "exclude",
+    "tensors",
     "tokenizer",
     "tokenizer_source",
     "chat_template",

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal, cast, get_args
 
 from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoints
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
@@ -23,6 +24,7 @@ from streammerge.errors import printable
 
 QUANTIZE = ("none", "same", "fp8")
 """Values of the key `quantize`: floats, the format of the base (or first model), FP8 by blocks."""
+Tensors = Literal["same", "common", "any"]
 _INPUTS = ("models", "slices", "modules", "checkpoints")
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
@@ -110,6 +112,8 @@ class MergeConfig:
     seed: int = 0
     exclude: tuple[str, ...] = ()
     """Regular expressions of tensors that are copied from the base (or first) model."""
+    tensors: Tensors = "same"
+    """Which tensors are merged: all models must have the same, those that all have, or each over those that have it."""
     text: str = ""
     """The YAML, verbatim."""
     where: str = "config"
@@ -169,6 +173,7 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         parameters=_parameters(data.get("parameters"), child(top, "parameters")),
         seed=_seed(data.get("seed", 0), child(top, "seed")),
         exclude=_exclude(data.get("exclude", []), child(top, "exclude")),
+        tensors=_tensors(data.get("tensors", "same"), child(top, "tensors"), modules),
         text=text,
         where=where,
         modules=modules,
@@ -358,6 +363,21 @@ def _quantize(value: object, path: str) -> str:
     if name not in QUANTIZE:
         refuse(path, f"{shown(value)} is none of {', '.join(QUANTIZE)}{meant(name, QUANTIZE)}")
     return name
+
+
+def _tensors(value: object, path: str, modules: tuple[Module, ...]) -> Tensors:
+    for known in get_args(Tensors):
+        if value == known:
+            break
+    else:
+        refuse(path, f"{shown(value)} is none of {', '.join(get_args(Tensors))}")
+    whole = len(modules) == 1 and modules[0].name is None and not modules[0].is_sliced
+    if known != "same" and not whole:
+        refuse(
+            path,
+            f"{shown(value)} goes with whole models: list them under 'models', without slices and modules",
+        )
+    return cast(Tensors, known)
 
 
 def _seed(value: object, path: str) -> int:

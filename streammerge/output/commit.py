@@ -179,16 +179,21 @@ def tensor_crcs(plan: MergePlan, receipts: Sequence[Receipt]) -> list[int]:
 def densities(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> list[dict[str, Any]]:
     """Return, for each model whose task vector lost entries, how many survived of how many."""
     n = len(plan.models)
-    kept, total = [0] * n, 0
+    kept, total = [0] * n, [0] * n
     for ordinal, receipts in chosen.items():
         if any(receipt.kept for receipt in receipts):
-            total += plan.jobs[ordinal].n_elements
+            members = plan.jobs[ordinal].members or range(n)
+            for i in members:
+                total[i] += plan.jobs[ordinal].n_elements
             for receipt in receipts:
-                for i, count in zip(plan.jobs[ordinal].members or range(n), receipt.kept, strict=False):
+                for i, count in zip(members, receipt.kept, strict=False):
                     kept[i] += count
-    if not total:
+    if not any(total):
         return []
-    return [{"model": i, "kept": k, "of": total, "density": round(k / total, 9)} for i, k in enumerate(kept)]
+    return [
+        {"model": i, "kept": k, "of": of, "density": round(k / max(1, of), 9)}
+        for i, (k, of) in enumerate(zip(kept, total, strict=True))
+    ]
 
 
 def floored(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[str, Any]:

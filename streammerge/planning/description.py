@@ -29,6 +29,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "base_model": plan.base.reference if plan.base is not None else None,
         "tensors": len(plan.jobs),
         "tensors_by_kind": dict(Counter(job.kind for job in plan.jobs)),
+        "tensors_left_out": dict(plan.tensors_left_out),
         "elements": sum(job.n_elements for job in plan.jobs if job.dtype in FLOATS),
         "dtypes": sorted({part.dtype for job in plan.jobs for part in job.parts}),
         "access": sorted({str(access) for access in plan.access}),

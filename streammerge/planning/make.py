@@ -107,6 +107,7 @@ def make_plan(
         vocabulary="" if alignment is None else alignment.digest(),
         statistics_memory=allocation.statistics,
         beside=files.beside,
+        tensors_left_out=resolved.left_out,
     )
 
 

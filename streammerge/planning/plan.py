@@ -71,6 +71,8 @@ class MergePlan:
     """A digest of the rows that aligned vocabularies are gathered from."""
     statistics_memory: StatisticsMemory = field(default=StatisticsMemory())
     """The memory that statistics may take in addition to the buffers."""
+    tensors_left_out: Mapping[str, str] = field(default_factory=dict)
+    """Names of the models' tensors that are not in the output, each with the reason (`tensors: common` or `any`)."""
     beside: Surroundings = field(default=Surroundings())
     """Files that are copied to the output in addition to the weights."""
 

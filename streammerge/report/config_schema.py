@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from streammerge.config.known_keys import KEYS_WITHOUT_EFFECT
 from streammerge.config.schedules import KINDS
-from streammerge.config.schema import QUANTIZE
+from streammerge.config.schema import QUANTIZE, Tensors
 from streammerge.config.tokenizer import TEMPLATES
 from streammerge.dtypes import NAMES, SHORT_NAMES
 from streammerge.methods.registry import Method, Parameter
@@ -49,6 +49,10 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
             "type": ["array", "string"],
             "items": {"type": "string"},
             "description": "Regular expressions of tensors that are copied, not merged",
+        },
+        "tensors": {
+            "enum": list(get_args(Tensors)),
+            "description": "Which are merged: all models have the same; those that all have; each over those that have it",
         },
         "tokenizer": {"type": "object", "description": "The vocabulary of the output"},
         "tokenizer_source": {**reference, "description": "union, base, or a model"},

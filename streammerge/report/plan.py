@@ -16,6 +16,8 @@ from streammerge.units import format_at_least, format_seconds, format_size, plur
 ASSUMED_RATE = 500 << 20
 """Bytes a second, read and written together, by which the time is estimated: a plain SSD."""
 _INDENT = 10
+_SHOWN = 20
+"""Tensors left out that are named; more are counted."""
 _HOLDS = {
     "unfinished": "holds an unfinished merge: `merge` continues it if it is this one, else it takes --overwrite",
     "finished": "holds a finished merge: `merge` does nothing if it is this one, else it takes --overwrite",
@@ -73,6 +75,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
         f"method    {_method(values)}",
         *_models(plan, values),
         f"tensors   {_tensors(values)}",
+        *_left_out(values),
         f"read      {_read(plan, values)}",
         f"write     {_write(values)}",
         f"memory    {_memory(values)}",
@@ -115,6 +118,16 @@ def _tensors(values: dict[str, Any]) -> str:
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in values["tensors_by_kind"].items())
     dtypes = ", ".join(values["dtypes"])
     return f"{values['tensors']:,} ({kinds}), {dtypes}, {plural(values['elements'], 'parameter')}"
+
+
+def _left_out(values: dict[str, Any]) -> list[str]:
+    """Return one line on the tensors that are not in the output, if there are any."""
+    left = values["tensors_left_out"]
+    if not left:
+        return []
+    shown = [f"{printable(name, 120)} ({why})" for name, why in list(left.items())[:_SHOWN]]
+    more = f" and {len(left) - _SHOWN:,} more (--json lists all)" if len(left) > _SHOWN else ""
+    return [f"left out  {plural(len(left), 'tensor')}: {', '.join(shown)}{more}"]
 
 
 def _read(plan: MergePlan, values: dict[str, Any]) -> str:

@@ -39,12 +39,18 @@ _WIDTHS = (
 def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) -> None:
     """Refuse models that are different architectures, depth or width; nothing is said of models that are sliced.
 
+    Where the models need not have the same tensors, only experts of different arithmetic are refused.
+
     Raises
     ------
     ModelError
         Naming both models, and what differs as a whole.
     """
     if any(module.is_sliced for module in config.modules):
+        return
+    if config.tensors != "same":
+        for index in indexes.values():
+            _check_arithmetic(template, index, list(template), list(index))
         return
     excluded = [re.compile(pattern) for pattern in config.exclude]
 
@@ -95,16 +101,24 @@ def _check_experts(
     """Refuse models whose experts are of another number or another arithmetic, so far as they are to be merged."""
     if not (has_experts(own) and has_experts(others)):
         return
-    if are_interleaved(own) != are_interleaved(others):
-        raise ModelError(
-            f"{_named(index)} and {_named(template)}: the experts of one have biases, and rows of gate and up projection that take "
-            "turns (gpt-oss), those of the other have not: they cannot be merged with each other"
-        )
+    _check_arithmetic(template, index, own, others)
     n, m = n_experts(own), n_experts(others)
     if n != m and n and m:
         raise ModelError(
             f"{printable(index.reference)} has {m} experts in a layer, {printable(template.reference)} {n}: these models cannot be "
             "merged, but for their other tensors: list experts and routers under `exclude:`"
+        )
+
+
+def _check_arithmetic(
+    template: TensorIndex, index: TensorIndex, own: Sequence[str], others: Sequence[str]
+) -> None:
+    if not (has_experts(own) and has_experts(others)):
+        return
+    if are_interleaved(own) != are_interleaved(others):
+        raise ModelError(
+            f"{_named(index)} and {_named(template)}: the experts of one have biases, and rows of gate and up projection that take "
+            "turns (gpt-oss), those of the other have not: they cannot be merged with each other"
         )
 
 
@@ -224,7 +238,8 @@ def compare_names(
                 f"{printable(index.reference)}: {len(index.unlisted)} tensors in its shards are not "
                 f"in its index and are left out (first: {printable(index.unlisted[0])})"
             )
-    if len(config.modules) > 1 or config.modules[0].is_sliced or config.modules[0].name is not None:
+    whole = len(config.modules) == 1 and not config.modules[0].is_sliced and config.modules[0].name is None
+    if not whole or config.tensors != "same":
         return warnings
     names = {output.name for output in outputs}
     models = [indexes[spec.reference] for spec in config.models]

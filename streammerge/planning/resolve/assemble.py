@@ -7,7 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.names import count_real, depth_of, is_head, is_input_side, lies_apart, tied_to
+from streammerge.checkpoint.names import (
+    count_real,
+    depth_of,
+    is_head,
+    is_input_side,
+    lies_apart,
+    shared_as,
+    tied_to,
+)
 from streammerge.config.schema import MergeConfig, ModelSpec, Module, Slice
 from streammerge.config.settings import Setting
 from streammerge.errors import ConfigError, printable
@@ -118,20 +126,32 @@ def _whole(
 ) -> Iterator[OutputTensor]:
     (part,) = module.slices
     reference = _template_of(part, template)
-    names = list(own[reference])
-    names += _heads(part, reference, own, indexes)
-    counts, _ = count_real(names, indexes[reference].config)
+    lenders = dict.fromkeys((*own[reference], *_heads(part, reference, own, indexes)), reference)
+    if config.tensors != "same":
+        for name, other in _further(part, reference, own, indexes):
+            lenders.setdefault(name, other)
+    counts, _ = count_real(lenders, indexes[reference].config)
     levels = _levels(config, module, part)
-    for name in names:
+    for name, lender in lenders.items():
         yield OutputTensor(
             name,
             part,
             (name,) * len(part.sources),
             name,
-            (reference, name),
+            (lender, name),
             depth_of(name, counts),
             levels,
         )
+
+
+def _further(
+    part: Slice, reference: str, own: Mapping[str, Sequence[str]], indexes: Indexes
+) -> Iterator[tuple[str, str]]:
+    """Yield the tensors of other models that the model `reference` has under no name, each with its model."""
+    for spec in part.sources:
+        for name in own[spec.reference]:
+            if shared_as(indexes[reference], name) is None:
+                yield name, spec.reference
 
 
 def _heads(part: Slice, reference: str, own: Mapping[str, Sequence[str]], indexes: Indexes) -> list[str]:

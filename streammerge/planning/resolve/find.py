@@ -40,8 +40,8 @@ class Finder:
         missing: dict[str, list[OutputTensor]] = {}
         for output in outputs:
             places = dict.fromkeys(_places(output))
-            without = [place for place in places if self._find(*place) is None]
-            if without and _BUFFER.search(output.name) and self._find(*output.template) is not None:
+            without = [place for place in places if self.find(*place) is None]
+            if without and _BUFFER.search(output.name) and self.find(*output.template) is not None:
                 self._buffers.add(output.name)
                 continue
             if without and self._is_alone(output, [reference for reference, _ in without], len(places)):
@@ -57,7 +57,7 @@ class Finder:
     def _is_alone(self, output: OutputTensor, without: Sequence[str], n_places: int) -> bool:
         """Return whether a tensor is in a part of the template model that all others are without: a tower, a head of its own."""
         others = n_places - (output.template[0] not in without and output.template in _places(output))
-        if len(without) < others or self._find(*output.template) is None:
+        if len(without) < others or self.find(*output.template) is None:
             return False
         return all(self._is_without(reference, output.name) for reference in without)
 
@@ -77,7 +77,7 @@ class Finder:
 
     def template_of(self, output: OutputTensor) -> SourceRef:
         """Return the tensor that lends its dtype and shape."""
-        found = self._find(*output.template)
+        found = self.find(*output.template)
         if found is None:
             reference, name = output.template
             raise ModelError(
@@ -90,11 +90,12 @@ class Finder:
         """Return the base's tensor, if there is one, and each source's."""
         if self.is_copied(output):
             return None, ()
-        base = None if output.part.base is None else self._find(output.part.base.reference, output.base)
-        sources = [self._find(spec.reference, name) for spec, name in output.models]
+        base = None if output.part.base is None else self.find(output.part.base.reference, output.base)
+        sources = [self.find(spec.reference, name) for spec, name in output.models]
         return base, tuple(ref for ref in sources if ref is not None)
 
-    def _find(self, reference: str, name: str) -> SourceRef | None:
+    def find(self, reference: str, name: str) -> SourceRef | None:
+        """Return a model's tensor, or what stands for it; None if the model has neither."""
         found = self._stored(reference, name)
         if found is None or self._alignment is None:
             return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.algebra.extent import Extent
@@ -24,6 +24,7 @@ from streammerge.planning.resolve.assemble import OutputTensor, Stack, assemble
 from streammerge.planning.resolve.find import Finder
 from streammerge.planning.resolve.matching import Matched
 from streammerge.planning.resolve.parameters import check_names, preset_of, resolve_parameters
+from streammerge.planning.resolve.presence import Selection, select
 from streammerge.planning.resolve.quantised import codes_of, is_of_codes
 from streammerge.planning.resolve.unmatched import unmatched
 from streammerge.planning.resolve.vocabulary import Alignment
@@ -37,6 +38,8 @@ class Resolved:
     stacks: tuple[Stack, ...]
     """Stacks of layers that are put together from slices."""
     warnings: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Names of tensors that are not in the output, each with the reason, where the models need not have the same."""
 
 
 def resolve_jobs(
@@ -77,18 +80,23 @@ def resolve_jobs(
     _check_models(config, method)
     preset = preset_of(config, method)
     assembly = assemble(config, template, indexes)
+    outputs = assembly.outputs
     excluded = [re.compile(pattern) for pattern in config.exclude]
-    copied = {output.name for output in assembly.outputs if any(p.search(output.name) for p in excluded)}
-    warnings += [*assembly.notes, *unmatched(config, assembly.outputs, indexes)]
+    copied = {output.name for output in outputs if any(p.search(output.name) for p in excluded)}
+    warnings += [*assembly.notes, *unmatched(config, outputs, indexes)]
     check_kinds(config, template, indexes)
     finder = Finder(indexes, alignment, matched.prefixes)
-    finder.check([output for output in assembly.outputs if output.name not in copied])
-    warnings += compare_names(config, assembly.outputs, template, indexes, excluded)
-    stacks = count_layers(output.name for output in assembly.outputs)
+    selection = Selection(outputs, stacks=assembly.stacks)
+    if config.tensors != "same":
+        selection = select(config, method, outputs, template, finder, copied)
+        outputs, copied = selection.outputs, copied | selection.copied
+    finder.check([output for output in outputs if output.name not in copied])
+    warnings += [*compare_names(config, outputs, template, indexes, excluded), *selection.notes]
+    stacks = count_layers(output.name for output in outputs)
     binder = _Binder(config, method, fishers, grams, matched.own_names, stacks)
     jobs: list[Job] = []
     codes = codes_of(indexes)
-    for output in assembly.outputs:
+    for output in outputs:
         ordinal = len(jobs)
         lender = finder.template_of(output)
         base, sources = finder.inputs(output)
@@ -105,7 +113,7 @@ def resolve_jobs(
         jobs.append(job)
     warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
     _check_uniform_trim(jobs, method)
-    return Resolved(tuple(jobs), assembly.stacks, tuple(warnings))
+    return Resolved(tuple(jobs), selection.stacks, tuple(warnings), selection.left_out)
 
 
 def _check_models(config: MergeConfig, method: Method) -> None:
@@ -347,8 +355,9 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             members.add(job.members)
         if len(members) > 1:
             raise ConfigError(
-                f"tensor {printable(job.name, 120)}: this tensor comes from a different set of models; `trim_scope: model` "
-                "needs the same models in every slice"
+                f"tensor {printable(job.name, 120)}: this tensor comes from a different set of models; `trim_scope: model` and "
+                "norms of Fisher diagonals are statistics of whole models: name the same models in every slice, "
+                "and write `tensors: common` in place of `any`"
             )
         if first is not None and asked != first and method.looks_at_names:
             raise ConfigError(
