@@ -14,10 +14,8 @@ from streammerge.errors import InputError, printable
 from streammerge.planning.backend import WORTH_A_GPU, choose_device
 from streammerge.units import nbytes_of
 
-if TYPE_CHECKING:  # they import torch
-    from streammerge.estimate.fisher.compute import Computed
-    from streammerge.estimate.fisher.importing import Imported
-    from streammerge.estimate.gram.compute import Collected
+if TYPE_CHECKING:
+    from streammerge.estimate.store_run import Written
 
 
 def compute_fisher(
@@ -38,7 +36,7 @@ def compute_fisher(
     on_event: OnEvent | None = None,
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
-) -> Computed:
+) -> Written:
     """Estimate the Fisher diagonal of a model that need not fit in memory; run again, it continues.
 
     Parameters
@@ -78,7 +76,7 @@ def compute_fisher(
 
     Returns
     -------
-    Computed
+    Written
         What was estimated: tensors, bytes read, seconds, and the store's own record.
 
     Raises
@@ -97,19 +95,18 @@ def compute_fisher(
     from streammerge.estimate.fisher.compute import Settings, compute_diagonal
 
     _check_dtype(dtype)
-    chosen = choose_device(device, nbytes_of(memory), WORTH_A_GPU)
     settings = Settings(
-        labels, examples, max_length, batch_size, nbytes_of(memory), chosen, seed, NAMES[dtype]
+        labels=labels,
+        examples=examples,
+        max_length=max_length,
+        batch_size=batch_size,
+        memory=nbytes_of(memory),
+        device=choose_device(device, nbytes_of(memory), WORTH_A_GPU),
+        seed=seed,
+        dtype=NAMES[dtype],
     )
     with controlled(on_event, progress, "estimating", stop, signal_received) as control:
-        return compute_diagonal(
-            model,
-            data,
-            Path(out),
-            settings,
-            overwrite=overwrite,
-            control=control,
-        )
+        return compute_diagonal(model, data, Path(out), settings, overwrite=overwrite, control=control)
 
 
 def compute_grams(
@@ -127,7 +124,7 @@ def compute_grams(
     on_event: OnEvent | None = None,
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
-) -> Collected:
+) -> Written:
     """Collect the Gram matrices of the linear maps in a model's layers, for `regmean`; run again, it continues.
 
     Parameters
@@ -143,7 +140,7 @@ def compute_grams(
 
     Returns
     -------
-    Collected
+    Written
         What was collected: tensors, bytes read, seconds, and the store's own record.
 
     Raises
@@ -155,20 +152,18 @@ def compute_grams(
     --------
     >>> streammerge.compute_grams("models/math", "examples.jsonl", "math-gram.zarr")  # doctest: +SKIP
     """
-    from streammerge.estimate.gram.compute import Settings
     from streammerge.estimate.gram.compute import compute_grams as run
+    from streammerge.estimate.network.settings import StreamSettings
 
-    chosen = choose_device(device, nbytes_of(memory), WORTH_A_GPU)
-    settings = Settings(examples, max_length, batch_size, nbytes_of(memory), chosen)
+    settings = StreamSettings(
+        examples=examples,
+        max_length=max_length,
+        batch_size=batch_size,
+        memory=nbytes_of(memory),
+        device=choose_device(device, nbytes_of(memory), WORTH_A_GPU),
+    )
     with controlled(on_event, progress, "collecting", stop, signal_received) as control:
-        return run(
-            model,
-            data,
-            Path(out),
-            settings,
-            overwrite=overwrite,
-            control=control,
-        )
+        return run(model, data, Path(out), settings, overwrite=overwrite, control=control)
 
 
 def import_fisher(
@@ -184,7 +179,7 @@ def import_fisher(
     on_event: OnEvent | None = None,
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
-) -> Imported:
+) -> Written:
     """Stream Fisher diagonals that others estimated into a store; run again, it continues.
 
     Parameters
@@ -208,7 +203,7 @@ def import_fisher(
 
     Returns
     -------
-    Imported
+    Written
         What was imported: tensors, those of an earlier run, and the store's own record.
 
     Raises

@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.errors import printable
-from streammerge.estimate.fisher.importing import Imported
+from streammerge.estimate.store_run import Written
 from streammerge.machine import peak_memory
 from streammerge.units import format_seconds, format_size, plural
-
-if TYPE_CHECKING:  # it imports torch
-    from streammerge.estimate.fisher.compute import Computed
-    from streammerge.estimate.gram.compute import Collected
 
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 _SHOWN = 12
 
 
-def imported_text(imported: Imported) -> str:
+def imported_text(imported: Written) -> str:
     """Return what an import did."""
     about = imported.about
     stored = sum(entry["stored_nbytes"] for entry in about["tensors"].values())
@@ -32,7 +28,7 @@ def imported_text(imported: Imported) -> str:
     )
 
 
-def computed_values(computed: Computed | Collected) -> dict[str, Any]:
+def computed_values(computed: Written) -> dict[str, Any]:
     """Return what a run over examples did as plain values."""
     about = {key: value for key, value in computed.about.items() if key != "tensors"}
     return {
@@ -45,7 +41,7 @@ def computed_values(computed: Computed | Collected) -> dict[str, Any]:
     }
 
 
-def computed_text(computed: Computed | Collected) -> str:
+def computed_text(computed: Written) -> str:
     """Return what a run over examples did."""
     about = computed.about
     stored = sum(entry["stored_nbytes"] for entry in about["tensors"].values())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from streammerge.backends.cpu.before_use import compile_groups
-from streammerge.checkpoint.index import TensorIndex, open_model
+from streammerge.checkpoint.index import TensorIndex
 from streammerge.dtypes import FLOATS
 from streammerge.errors import WorldError, printable
 from streammerge.estimate.fisher.estimator import AFTER, BEFORE, Estimate, Estimator, Place
 from streammerge.estimate.fisher.labels import choose, n_scores
 from streammerge.estimate.fisher.squares import RowSquares, Squares
 from streammerge.estimate.fisher.sums import DiagonalSums
-from streammerge.estimate.network.examples import Example, digest, read_examples, too_few
+from streammerge.estimate.network.examples import Example, digest
 from streammerge.estimate.network.loader import Loader
 from streammerge.estimate.network.progress import Progress
 from streammerge.estimate.network.run import Network
+from streammerge.estimate.network.settings import StreamSettings
 from streammerge.estimate.network.sizing import (
     StageSize,
     boundary_elements,
@@ -39,64 +39,37 @@ from streammerge.estimate.network.sizing import (
     layer_activations,
 )
 from streammerge.estimate.network.skeleton import CAUSAL, CLASSIFIER, Skeleton
-from streammerge.estimate.network.tokenizing import reading_for
+from streammerge.estimate.store_run import StoreRun, Written
 from streammerge.events import Control
 from streammerge.formats.zarr_store import ATTRIBUTE
-from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
-from streammerge.io.durable import PARTIAL, make_directory, world_errors
-from streammerge.io.reader import Reader
-from streammerge.io.stamp import check_unchanged
+from streammerge.formats.zarr_writer import StoreWriter, chunk_runs
+from streammerge.io.durable import make_directory
 from streammerge.numerics.casts import to_store
-from streammerge.tensors.fingerprint import files_digest, fingerprint
+from streammerge.tensors.fingerprint import files_digest
 from streammerge.units import format_size
-from streammerge.version import __version__
-
-WORK = "__work__"
-"""In the unfinished store; no array has such a name."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of an estimate."""
+@dataclass(frozen=True, kw_only=True)
+class Settings(StreamSettings):
+    """Settings of an estimate of a Fisher diagonal."""
 
     labels: str | None = None
     """``sampled``, ``empirical`` or ``exact``, see `fisher.labels`; None: exact for a classifier, else sampled."""
-    examples: int | None = None
-    """Number of examples, from the first; None: all."""
-    max_length: int = 512
-    """Tokens after which an example is cut."""
-    batch_size: int = 16
-    """Examples that are read and written at a time; the values do not depend on it."""
-    memory: int | None = None
-    """Bound of the peak resident memory in bytes; None: half of what is free."""
-    device: str = "cpu"
     seed: int = 0
     """Seed of the drawn labels."""
     dtype: str = "F32"
     """Dtype of the stored values: F32 or BF16. All arithmetic is fp32, all sums fp64."""
 
 
-@dataclass(frozen=True)
-class Computed:
-    """The result of an estimate."""
-
-    out: str
-    tensors: int
-    bytes_read: int
-    """In this run."""
-    seconds: float
-    about: Mapping[str, Any]
-
-
 def compute_diagonal(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
     out: Path,
-    settings: Settings = Settings(),
+    settings: Settings,
     *,
     overwrite: bool = False,
     control: Control | None = None,
-) -> Computed:
+) -> Written:
     """Estimate the diagonal of `model` over examples into a store; run again, it continues.
 
     Parameters
@@ -109,93 +82,66 @@ def compute_diagonal(
     StreammergeError
         See `streammerge.errors`; stages that are done stay for the next run.
     """
-    control, began = control or Control(), time.monotonic()
-    index = open_model(model)
-    skeleton = Skeleton(index)
+    run = StoreRun(model, out, attribute=ATTRIBUTE, sums=DiagonalSums, control=control)
+    skeleton = Skeleton(run.index)
     labels = choose(settings.labels, skeleton.kind)
-    taken = _read(os.fspath(data), skeleton, index, settings, labels, control)
-    estimate = Estimate(taken, labels, settings.seed)
-    compile_groups(("adapters", "diagonals"), control)
-    reader = Reader()
-    try:
-        loader = Loader(skeleton, index, reader)
-        network = Network(skeleton, torch.device(settings.device))
-        scores = n_scores(labels, skeleton.kind, skeleton.n_labels)
-        width = network.call(0, taken[-1]).hidden.numel() // taken[-1].length
-        check_fits(
-            settings.memory,
-            list(_stages(skeleton, taken, width)),
-            boundary_elements(settings.batch_size, taken[-1].length, width, scores),
-        )
-        identity = _identity(index, reader, settings, taken, labels)
-        with locked_partial(out, overwrite):
-            store = StoreWriter(out, identity, attribute=ATTRIBUTE, sums=DiagonalSums)
-            work = out.with_name(out.name + PARTIAL) / WORK
-            if not work.exists():
-                _check_disk(work, network.n_blocks, sum(e.length for e in taken) * width, scores, index)
-            progress = Progress(reader, len(index), control)
-            results = _Results(store, loader, len(taken), settings.dtype, progress)
-            place = Place(work, settings.batch_size, torch.device(settings.device))
-            estimator = Estimator(network, loader, estimate, place, results.write, progress.tick)
-            progress.total = estimator.total_work
-            names = {name for parameter in skeleton.aliases for name in loader.parts(parameter, parameter)}
-            order = [name for name in index if name in names]
-            known = [
-                store.known(name) for name in order
-            ]  # asked of every tensor: the store takes up its entry
-            if not all(known):  # else it was stopped just before the store had its name
-                estimator.run()
-            for stamp in index.stamps:
-                check_unchanged(stamp)
-            missing = [name for name, ref in index.items() if name not in names and ref.dtype in FLOATS]
-            if missing:
-                control.warn(
-                    f"{len(missing)} tensors of {printable(index.reference)} are no parameters of "
-                    f"{type(skeleton.model).__name__} (first: {printable(missing[0])}); they get no diagonal"
-                )
-            with world_errors(work):
-                shutil.rmtree(work, ignore_errors=True)
-            about = _about(os.path.basename(os.path.normpath(model)), skeleton, settings, taken, identity)
-            attributes = store.commit(order, {**about, "missing": missing})
-    finally:
-        reader.close()
-    return Computed(str(out), len(order), reader.bytes_read, time.monotonic() - began, attributes)
-
-
-def _read(
-    data: str, skeleton: Skeleton, index: TensorIndex, settings: Settings, labels: str, control: Control
-) -> list[Example]:
-    """Read the examples; warn where there are fewer than were asked for."""
-    with_labels = skeleton.kind == CLASSIFIER and labels == "empirical"
-    reading = reading_for(skeleton, index, settings.max_length, with_labels=with_labels)
-    taken = read_examples(data, settings.examples, reading)
-    if (few := too_few(data, settings.examples, len(taken))) is not None:
-        control.warn(few)
-    return taken
-
-
-def _identity(
-    index: TensorIndex, reader: Reader, settings: Settings, taken: list[Example], labels: str
-) -> dict[str, str]:
-    """Return the names and values that a run must share with the one that it continues."""
-    return {
-        "version": __version__,
-        "model": fingerprint(index, reader),
-        "files": files_digest(index.stamps),
+    own_labels = skeleton.kind == CLASSIFIER and labels == "empirical"
+    taken = settings.read(data, skeleton, run.index, run.control, with_labels=own_labels)
+    compile_groups(("adapters", "diagonals"), run.control)
+    network = Network(skeleton, torch.device(settings.device))
+    scores = n_scores(labels, skeleton.kind, skeleton.n_labels)
+    width = network.width(taken[-1])
+    check_fits(
+        settings.memory,
+        list(_stages(skeleton, taken, width)),
+        boundary_elements(settings.batch_size, taken[-1].length, width, scores),
+    )
+    identity = {
+        "files": files_digest(run.index.stamps),
         "dtype": settings.dtype,
         "examples": digest(taken),
         "labels": labels,
         "seed": str(settings.seed),
     }
+    with run.writing(identity, overwrite):
+        if not run.work.exists():
+            n_hidden = sum(example.length for example in taken) * width
+            _check_disk(run.work, network.n_blocks, n_hidden, scores, run.index)
+        loader = Loader(skeleton, run.index, run.reader)
+        order, missing = _estimate(run, loader, network, settings, Estimate(taken, labels, settings.seed))
+        about = _about(skeleton, settings, taken, identity)
+        return run.finish(order, {**about, "missing": missing})
+
+
+def _estimate(
+    run: StoreRun, loader: Loader, network: Network, settings: Settings, estimate: Estimate
+) -> tuple[list[str], list[str]]:
+    """Run the stages that are not done; return the tensors that have a diagonal, and the floating ones that have none."""
+    skeleton, index, store = network.skeleton, run.index, run.store
+    progress = Progress(run.reader, len(index), run.control)
+    results = _Results(store, loader, len(estimate.examples), settings.dtype, progress)
+    place = Place(run.work, settings.batch_size, torch.device(settings.device))
+    estimator = Estimator(network, loader, estimate, place, results.write, progress.tick)
+    progress.total = estimator.total_work
+    names = {name for parameter in skeleton.aliases for name in loader.parts(parameter, parameter)}
+    order = [name for name in index if name in names]
+    known = [store.known(name) for name in order]  # asked of every tensor: the store takes up its entry
+    if not all(known):  # else it was stopped just before the store had its name
+        estimator.run()
+    missing = [name for name, ref in index.items() if name not in names and ref.dtype in FLOATS]
+    if missing:
+        run.control.warn(
+            f"{len(missing)} tensors of {printable(index.reference)} are no parameters of "
+            f"{type(skeleton.model).__name__} (first: {printable(missing[0])}); they get no diagonal"
+        )
+    return order, missing
 
 
 def _about(
-    name: str, skeleton: Skeleton, settings: Settings, taken: list[Example], identity: Mapping[str, str]
+    skeleton: Skeleton, settings: Settings, taken: list[Example], identity: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the store's record of the estimate."""
     return {
-        "model_fingerprint": identity["model"],
-        "model_name": name,
         "estimator": identity["labels"],
         "kind": skeleton.kind,
         "examples": len(taken),
@@ -256,15 +202,11 @@ class _Results:
 
     def write(self, parameter: nn.Parameter, squares: Squares | RowSquares | None, base: Path | None) -> None:
         """Write the diagonal of a parameter, as far as an earlier run has not."""
-        dense = squares.sums if isinstance(squares, Squares) else None
+        dense = None if squares is None else squares.dense
         for name, window in self._loader.parts(parameter, parameter if dense is None else dense).items():
             if not self._store.known(name):
                 shape = tuple(window.shape)
-                sums = (
-                    _sums_of_rows(shape, squares, base)
-                    if not isinstance(squares, Squares)
-                    else _sums_of(window)
-                )
+                sums = _sums_of(window) if dense is not None else _sums_of_rows(shape, squares, base)
                 self._store.write(name, shape, self._dtype, (self._mean(some) for some in sums))
             self._progress.wrote(window.numel() * (2 if self._dtype == "BF16" else 4))
 
@@ -279,7 +221,7 @@ def _sums_of(window: Tensor) -> Iterator[NDArray[np.float64]]:
 
 
 def _sums_of_rows(
-    shape: tuple[int, ...], squares: RowSquares | None, base: Path | None
+    shape: tuple[int, ...], squares: Squares | RowSquares | None, base: Path | None
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the sums of an embedding chunk by chunk: zeros, or those in a file, and what was added to rows."""
     width = shape[-1] if shape else 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,19 @@ from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.dtypes import FLOATS, NUMPY, itemsize
 from streammerge.errors import ModelError, printable
 from streammerge.estimate.fisher.sums import DiagonalSums
+from streammerge.estimate.store_run import StoreRun, Written
 from streammerge.events import Control, Event
 from streammerge.formats.refs import TensorRef, contiguous
 from streammerge.formats.torch_file import PICKLES, read_pickle
 from streammerge.formats.zarr_store import ATTRIBUTE
-from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, StoreWriter, chunk_runs, locked_partial
-from streammerge.io.reader import Reader
-from streammerge.io.stamp import FileStamp, check_unchanged
+from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, chunk_runs
+from streammerge.io.stamp import FileStamp
 from streammerge.numerics.casts import to_store
 from streammerge.planning.memory.budget import make_budget
-from streammerge.tensors.fingerprint import files_digest, fingerprint
-from streammerge.version import __version__
+from streammerge.tensors.fingerprint import files_digest
 
 _BUFFERS = 12
 """Chunks of fp32 held at a time: read, widened, summed, compressed, and what Zarr copies on the way."""
-
-
-@dataclass(frozen=True)
-class Imported:
-    """The result of an import."""
-
-    out: str
-    tensors: int
-    resumed: int
-    """Tensors that an earlier run had finished."""
-    about: Mapping[str, Any]
 
 
 def import_diagonal(
@@ -53,7 +40,7 @@ def import_diagonal(
     about: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     control: Control | None = None,
-) -> Imported:
+) -> Written:
     """Stream the diagonals in `source` into a store for `model`; run again, it continues.
 
     Parameters
@@ -74,77 +61,49 @@ def import_diagonal(
     StreammergeError
         See `streammerge.errors`; finished arrays stay for the next run.
     """
-    control = control or Control()
     make_budget(memory, 1, CPU.reserve + _BUFFERS * 4 * CHUNK_ELEMENTS)
-    index = open_model(model)
+    run = StoreRun(model, out, attribute=ATTRIBUTE, sums=DiagonalSums, control=control)
     refs, stamps = _open_source(os.fspath(source))
-    _check_against(refs, index, os.fspath(source), control)
-    reader = Reader()
-    try:
-        identity = {
-            "version": __version__,
-            "model": fingerprint(index, reader),
-            "dtype": dtype,
-            "source": files_digest(stamps),
-            "about": repr(sorted((about or {}).items())),
-        }
-        with locked_partial(out, overwrite):
-            store = StoreWriter(out, identity, attribute=ATTRIBUTE, sums=DiagonalSums)
-            resumed = _write_all(store, refs, dtype, reader, control)
-            for stamp in stamps:
-                check_unchanged(stamp)
-            attributes = store.commit(
-                refs,
-                {
-                    "model_fingerprint": identity["model"],
-                    "model_name": os.path.basename(os.path.normpath(model)),
-                    "estimator": None,
-                    "examples": None,
-                    "seed": None,
-                    **(about or {}),
-                    "dtype": dtype,
-                    "missing": [n for n, ref in index.items() if n not in refs and ref.dtype in FLOATS],
-                },
-            )
-    finally:
-        reader.close()
-    return Imported(str(out), len(refs), resumed, attributes)
+    _check_against(refs, run.index, os.fspath(source), run.control)
+    identity = {
+        "dtype": dtype,
+        "source": files_digest(stamps),
+        "about": repr(sorted((about or {}).items())),
+    }
+    known = {
+        "estimator": None,
+        "examples": None,
+        "seed": None,
+        **(about or {}),
+        "dtype": dtype,
+        "missing": [n for n, ref in run.index.items() if n not in refs and ref.dtype in FLOATS],
+    }
+    with run.writing(identity, overwrite):
+        resumed = _write_all(run, refs, dtype)
+        return run.finish(refs, known, stamps=stamps, resumed=resumed)
 
 
-def _write_all(
-    store: StoreWriter,
-    refs: Mapping[str, TensorRef],
-    dtype: str,
-    reader: Reader,
-    control: Control,
-) -> int:
+def _write_all(run: StoreRun, refs: Mapping[str, TensorRef], dtype: str) -> int:
+    """Write what an earlier run has not; return the number of tensors that it has."""
     resumed = 0
     for done, (name, ref) in enumerate(refs.items()):
-        control.check()
-        if store.known(name):
+        run.control.check()
+        if run.store.known(name):
             resumed += 1
         else:
-            store.write(name, ref.shape, dtype, _runs(ref, dtype, reader, control))
-        control.emit(
-            Event(
-                "import", {"tensors": done + 1, "tensors_total": len(refs), "bytes_read": reader.bytes_read}
-            )
-        )
+            run.store.write(name, ref.shape, dtype, _runs(run, ref, dtype))
+        values = {"tensors": done + 1, "tensors_total": len(refs), "bytes_read": run.reader.bytes_read}
+        run.control.emit(Event("import", values))
     return resumed
 
 
-def _runs(
-    ref: TensorRef,
-    dtype: str,
-    reader: Reader,
-    control: Control,
-) -> Iterator[NDArray[Any]]:
+def _runs(run: StoreRun, ref: TensorRef, dtype: str) -> Iterator[NDArray[Any]]:
     """Yield the elements of each chunk of the store, in its dtype."""
     width = itemsize(ref.dtype)
     for first, end in chunk_runs(ref.shape):
-        control.check()
+        run.control.check()
         buffer = np.empty((end - first) * width, np.uint8)
-        reader.read_into(ref.path, ref.offset + first * width, buffer)
+        run.reader.read_into(ref.path, ref.offset + first * width, buffer)
         values = buffer.view(NUMPY[ref.dtype])
         yield to_store(values, ref.dtype, dtype)
 

@@ -27,6 +27,15 @@ class Squares:
     def __init__(self, shape: torch.Size, device: torch.device) -> None:
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
 
+    @property
+    def dense(self) -> Tensor:
+        """The sums of every element, fp64 of the parameter's shape."""
+        return self.sums
+
+    def row(self, i: int) -> Tensor:
+        """Return the sums of row `i`."""
+        return self.sums[i]
+
     def add(self, gradient: Tensor) -> None:
         """Add the squares of a whole gradient, fp32 of the parameter's shape."""
         _add_squares(self.sums.view(-1), gradient.contiguous().view(-1))
@@ -62,6 +71,11 @@ class RowSquares:
         self.ids: list[int] = []
         self._places: dict[int, int] = {}
         self._sums = torch.zeros(0, width, dtype=torch.float64, device=device)
+
+    @property
+    def dense(self) -> None:
+        """None: only touched rows have sums."""
+        return
 
     def add(self, ids: Tensor, gradients: Tensor) -> None:
         """Add the squares of the gradients of some rows, fp32 [len(ids), width]; no id comes twice."""

@@ -7,10 +7,7 @@ a model with more examples does not weigh more. Taken are the linear maps of the
 from __future__ import annotations
 
 import os
-import shutil
-import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,56 +16,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from streammerge.checkpoint.index import open_model
 from streammerge.errors import ModelError, printable
 from streammerge.estimate.network.boundary import Boundary
-from streammerge.estimate.network.examples import Example, digest, read_examples, too_few
+from streammerge.estimate.network.examples import Example, digest
 from streammerge.estimate.network.loader import Loader
 from streammerge.estimate.network.progress import Progress
 from streammerge.estimate.network.resident import Resident
 from streammerge.estimate.network.run import Network
+from streammerge.estimate.network.settings import StreamSettings
 from streammerge.estimate.network.sizing import StageSize, boundary_elements, check_fits, layer_activations
 from streammerge.estimate.network.skeleton import Skeleton
-from streammerge.estimate.network.tokenizing import reading_for
+from streammerge.estimate.store_run import StoreRun, Written
 from streammerge.events import Control
 from streammerge.formats.zarr_store import GRAM_ATTRIBUTE
-from streammerge.formats.zarr_writer import StoreWriter, chunk_runs, locked_partial
-from streammerge.io.durable import PARTIAL, make_directory, world_errors
-from streammerge.io.reader import Reader
-from streammerge.io.stamp import check_unchanged
-from streammerge.tensors.fingerprint import files_digest, fingerprint
-from streammerge.version import __version__
+from streammerge.formats.zarr_writer import chunk_runs
+from streammerge.io.durable import make_directory
+from streammerge.tensors.fingerprint import files_digest
 
-WORK = "__work__"
 _BLOCK = 1 << 19
 """Elements of a product that are added at a time."""
-
-
-@dataclass(frozen=True)
-class Collected:
-    """The result of a collection."""
-
-    out: str
-    tensors: int
-    bytes_read: int
-    """In this run."""
-    seconds: float
-    about: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of a collection."""
-
-    examples: int | None = None
-    """Number of examples, from the first; None: all."""
-    max_length: int = 512
-    """Tokens after which an example is cut."""
-    batch_size: int = 16
-    """Examples that are read and written at a time; the values do not depend on it."""
-    memory: int | None = None
-    """Bound of the peak resident memory in bytes; None: half of what is free."""
-    device: str = "cpu"
 
 
 class Products(Resident):
@@ -139,11 +105,11 @@ def compute_grams(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
     out: Path,
-    settings: Settings = Settings(),
+    settings: StreamSettings,
     *,
     overwrite: bool = False,
     control: Control | None = None,
-) -> Collected:
+) -> Written:
     """Collect the Gram matrices of `model` over examples into a store; run again, it continues.
 
     Raises
@@ -151,83 +117,43 @@ def compute_grams(
     StreammergeError
         See `streammerge.errors`; layers that are done stay for the next run.
     """
-    control, began = control or Control(), time.monotonic()
-    index = open_model(model)
-    skeleton = Skeleton(index)
-    taken = read_examples(
-        os.fspath(data), settings.examples, reading_for(skeleton, index, settings.max_length)
-    )
-    if (few := too_few(os.fspath(data), settings.examples, len(taken))) is not None:
-        control.warn(few)
-    device = torch.device(settings.device)
-    reader = Reader()
-    try:
-        loader = Loader(skeleton, index, reader)
-        network = Network(skeleton, device)
-        width = network.call(0, taken[-1]).hidden.numel() // taken[-1].length
-        _check_memory(settings, skeleton, taken, width)
-        identity = {
-            "version": __version__,
-            "model": fingerprint(index, reader),
-            "files": files_digest(index.stamps),
-            "examples": digest(taken),
-            "kind": "gram",
+    run = StoreRun(model, out, attribute=GRAM_ATTRIBUTE, sums=GramSums, control=control)
+    skeleton = Skeleton(run.index)
+    taken = settings.read(data, skeleton, run.index, run.control)
+    network = Network(skeleton, torch.device(settings.device))
+    _check_memory(settings, skeleton, taken, network.width(taken[-1]))
+    identity = {"files": files_digest(run.index.stamps), "examples": digest(taken), "kind": "gram"}
+    with run.writing(identity, overwrite):
+        make_directory(run.work)
+        names = _Collection(run, network, taken, settings).run()
+        about = {
+            "examples": len(taken),
+            "tokens": sum(example.length for example in taken),
+            "max_length": settings.max_length,
+            "data": identity["examples"],
         }
-        with locked_partial(out, overwrite):
-            store = StoreWriter(out, identity, attribute=GRAM_ATTRIBUTE, sums=GramSums)
-            work = out.with_name(out.name + PARTIAL) / WORK
-            make_directory(work)
-            progress = Progress(reader, len(index), control)
-            collection = _Collection(
-                network, loader, taken, work, settings.batch_size, device, store, progress
-            )
-            names = collection.run()
-            for stamp in index.stamps:
-                check_unchanged(stamp)
-            with world_errors(work):
-                shutil.rmtree(work, ignore_errors=True)
-            attributes = store.commit(
-                [name for name in index if name in names],
-                {
-                    "model_fingerprint": identity["model"],
-                    "model_name": os.path.basename(os.path.normpath(model)),
-                    "examples": len(taken),
-                    "tokens": sum(example.length for example in taken),
-                    "max_length": settings.max_length,
-                    "data": identity["examples"],
-                },
-            )
-    finally:
-        reader.close()
-    return Collected(str(out), len(names), reader.bytes_read, time.monotonic() - began, attributes)
+        return run.finish([name for name in run.index if name in names], about)
 
 
 class _Collection:
     """Passes all examples through one layer after the other."""
 
     def __init__(
-        self,
-        network: Network,
-        loader: Loader,
-        examples: list[Example],
-        work: Path,
-        batch_size: int,
-        device: torch.device,
-        store: StoreWriter,
-        progress: Progress,
+        self, run: StoreRun, network: Network, examples: list[Example], settings: StreamSettings
     ) -> None:
         self._network = network
-        self._loader = loader
+        self._loader = Loader(network.skeleton, run.index, run.reader)
         self._examples = examples
-        self._device = device
-        self._store = store
-        self._progress = progress
-        self._work = work
+        self._device = torch.device(settings.device)
+        self._store = run.store
+        self._progress = Progress(run.reader, len(run.index), run.control)
         lengths = [example.length for example in examples]
         self._hidden = [
-            Boundary(work / f"hidden-{i:05}", lengths, batch_size) for i in range(network.n_blocks + 1)
+            Boundary(run.work / f"hidden-{i:05}", lengths, settings.batch_size)
+            for i in range(network.n_blocks + 1)
         ]
-        progress.total = sum(lengths) * sum(p.numel() for p in network.skeleton.blocks.parameters())
+        weights = network.skeleton.blocks.parameters()
+        self._progress.total = sum(lengths) * sum(p.numel() for p in weights)
 
     @torch.no_grad()
     def run(self) -> set[str]:
@@ -283,7 +209,7 @@ class _Collection:
         return tokens * sum(p.numel() for p in self._network.skeleton.blocks[i].parameters())
 
 
-def _check_memory(settings: Settings, skeleton: Skeleton, examples: list[Example], width: int) -> None:
+def _check_memory(settings: StreamSettings, skeleton: Skeleton, examples: list[Example], width: int) -> None:
     heads = getattr(skeleton.model.config.get_text_config(), "num_attention_heads", 1)
     stages = []
     for i, block in enumerate(skeleton.blocks):

@@ -68,6 +68,10 @@ class Network:
         """Number of layers."""
         return len(self._forwards)
 
+    def width(self, example: Example) -> int:
+        """Return the elements of a hidden state, per token."""
+        return self.call(0, example).hidden.numel() // example.length
+
     def embed(self, example: Example, weights: Weights) -> Tensor:
         """Return what the first layer is given, [1, tokens, width]."""
         caught: list[Call] = []
