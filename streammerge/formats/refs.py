@@ -172,6 +172,11 @@ class SourceRef(Ref):
         return False
 
     @property
+    def is_patched(self) -> bool:
+        """Whether an adapter trained single rows of it and left all others."""
+        return False
+
+    @property
     def n_blocks(self) -> int:
         """Blocks of other tensors that it is put together from."""
         return 0
@@ -298,70 +303,62 @@ class MadeRef(SourceRef):
         return (self.source,)
 
     @property
+    def path(self) -> str:
+        """See `Ref`: the file of its source."""
+        return self.source.path
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the elements once they are made."""
         return self.n_elements * itemsize(self.dtype)
 
 
-class ElementwiseRef(MadeRef):
-    """A tensor each element of which is made of the same element of another."""
+class AlignedRef(MadeRef):
+    """A tensor whose elements lie as those of its source do."""
 
     __slots__ = ()
 
     @property
-    def name(self) -> str:
-        """The name of that tensor."""
-        return self.source.name
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of that tensor."""
+        """The shape of its source."""
         return self.source.shape
-
-    @property
-    def path(self) -> str:
-        """The file of that tensor."""
-        return self.source.path
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
         """See `SourceRef`."""
         return self.source.extents(start, stop)
 
 
+class ElementwiseRef(AlignedRef):
+    """A tensor each element of which is made from the same element of its source, under the same name."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        """The name of its source."""
+        return self.source.name
+
+
 @dataclass(frozen=True, eq=False, slots=True)
-class RenamedRef(MadeRef):
-    """A tensor that is read as another one is, under a name of its own: a head that was its embedding."""
+class RenamedRef(AlignedRef):
+    """A tensor that is read as its source is, under a name of its own: a head that was its embedding."""
 
     source: SourceRef
     name: str
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the other."""
-        return self.source.shape
-
-    @property
     def dtype(self) -> str:
-        """The dtype of the other."""
+        """The dtype of its source."""
         return self.source.dtype
 
     @property
-    def path(self) -> str:
-        """The file of the other."""
-        return self.source.path
-
-    @property
     def scratch_bytes(self) -> int:
-        """See `Ref`: that of the other."""
+        """See `Ref`: that of its source."""
         return self.source.scratch_bytes
 
     def read(self, reader: Reader, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
-        """See `Ref`: as the other is read."""
+        """See `Ref`: as its source is read."""
         self.source.read(reader, start, stop, target, scratch)
-
-    def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
-        """See `SourceRef`: those of the other."""
-        return self.source.extents(start, stop)
 
 
 def contiguous(ref: SourceRef) -> TensorRef:

@@ -33,11 +33,6 @@ class StridedRef(MadeRef):
         return self.source.dtype
 
     @property
-    def path(self) -> str:
-        """The file of its storage."""
-        return self.source.path
-
-    @property
     def scratch_bytes(self) -> int:
         """See `Ref`: a block of the file."""
         return STRIDED_BLOCK + 64

@@ -8,7 +8,6 @@ from typing import Any
 
 from streammerge.checkpoint.adapters.files import Adapter
 from streammerge.checkpoint.names import HEADS, LANGUAGE_PARTS, TIED, is_embedding, is_head
-from streammerge.checkpoint.refs.rows import PatchedRef
 from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
@@ -91,9 +90,9 @@ def _part(
     shared = shared_heads(adapter)
     own_tokens = any(is_head(f"{module}.weight") for module in adapter.tokens if module not in shared)
     changed = [name for name in base if is_embedding(name) and found[name] is not base[name]]
-    trained = [name for name in changed if not isinstance(found[name], PatchedRef)]
+    trained = [name for name in changed if not found[name].is_patched]
     heads = [name for name in found if is_head(name) and (name not in base or found[name] is not base[name])]
-    own = [name for name in heads if own_tokens or not isinstance(found[name], PatchedRef)]
+    own = [name for name in heads if own_tokens or not found[name].is_patched]
     stored = [name for name in found if is_head(name)]
     if trained and adapter.settings.flag("ensure_weight_tying"):
         for name in stored:

@@ -49,11 +49,6 @@ class BlocksRef(MadeRef):
         return self.blocks[0].tensor
 
     @property
-    def path(self) -> str:
-        """For messages: the file of the first tensor."""
-        return self.source.path
-
-    @property
     def parts(self) -> tuple[SourceRef, ...]:
         """See `SourceRef`."""
         return tuple(block.tensor for block in self.blocks)

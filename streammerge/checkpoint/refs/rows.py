@@ -59,11 +59,6 @@ class GatheredRef(MadeRef):
         return True
 
     @property
-    def path(self) -> str:
-        """For messages: the file of the model's own tensor."""
-        return self.source.path
-
-    @property
     def columns(self) -> int:
         """Elements of one row."""
         return row_elements(self.shape)
@@ -89,6 +84,11 @@ class PatchedRef(ElementwiseRef):
     places: NDArray[np.int64]
     """The row of `values` for each of them."""
     values: TensorRef
+
+    @property
+    def is_patched(self) -> bool:
+        """See `SourceRef`."""
+        return True
 
     @property
     def dtype(self) -> str:
