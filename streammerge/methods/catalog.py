@@ -17,7 +17,8 @@ from typing import Any
 
 from streammerge.errors import InputError, StreammergeError, printable
 from streammerge.methods import papers
-from streammerge.methods.registry import DISTRIBUTIONS, Method, all_methods, get_method
+from streammerge.methods.declaration import DISTRIBUTIONS
+from streammerge.methods.registry import Method, all_methods, get_method
 from streammerge.methods.sources import digest, imported_files, source_file
 
 _FILES = "user_methods_"

@@ -14,7 +14,8 @@ from streammerge.algebra.rules import CopyOf, FisherMean, Formula, Inputs, Rule,
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.errors import ConfigError
 from streammerge.methods.catalog import load_builtin
-from streammerge.methods.registry import TensorContext, get_method
+from streammerge.methods.registry import get_method
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.numerics.philox import RandomKeys
 from streammerge.statistics.kinds import (
     AbsSum,
