@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from streammerge.methods.registry import get_method
+import streammerge.methods.catalog  # noqa: F401  (registers the built-in methods)
+from streammerge.methods.registry import all_methods
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (700, 64),
@@ -66,21 +67,23 @@ def write_models(
 
 
 def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]:
-    """Return a config for a registered method over [base, models...], with what its traits ask for.
+    """Return a config for a method over [base, models...], with what its traits ask for.
 
     A base where it takes part; at most as many models as it takes; a Fisher diagonal or Gram matrices for each where it
-    weighs by them. `top` sets and overrides keys.
+    weighs by them. A method that is not registered yet gets the base and all models. `top` sets and overrides keys.
     """
-    registered = get_method(method)
-    models = [{"model": str(path)} for path in paths[1:]][: registered.n_models[1]]
-    for model in models:
-        if registered.fisher:
-            model["fisher"] = str(write_fisher(Path(model["model"])))
-        if registered.gram:
-            model["gram"] = str(write_grams(Path(model["model"])))
-    config: dict[str, Any] = {"merge_method": method, "models": models}
-    if registered.base not in ("member", "none") or registered.drop.fraction in top.get("parameters", {}):
-        config["base_model"] = str(paths[0])
+    models: list[dict[str, Any]] = [{"model": str(path)} for path in paths[1:]]
+    config: dict[str, Any] = {"merge_method": method, "models": models, "base_model": str(paths[0])}
+    registered = all_methods().get(method)
+    if registered is not None:
+        config["models"] = models = models[: registered.n_models[1]]
+        drops = registered.drop.fraction in top.get("parameters", {})
+        if registered.base in ("member", "none") and not drops:
+            del config["base_model"]
+        stores = {"fisher": (registered.fisher, write_fisher), "gram": (registered.gram, write_grams)}
+        for key, (needed, write) in stores.items():
+            for model in models if needed else ():
+                model[key] = str(write(Path(model["model"])))
     return {**config, **top}
 
 
