@@ -39,7 +39,7 @@ class Operand:
 class Block:
     """The same elements of one tensor of every model, as read."""
 
-    arena: NDArray[np.uint8]
+    buffer: NDArray[np.uint8]
     """The buffer that contains all operands; its length is a multiple of 8 bytes."""
     models: tuple[Operand, ...]
     base: Operand | None

@@ -16,7 +16,7 @@ from streammerge.engine.worker import Answers, Worker, math_of
 from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.planning.job import Job, measured
 from streammerge.planning.needs import tensor_context_of
-from streammerge.statistics.base import A, Known, Measurement, Range, Reducer, Source, Statistic
+from streammerge.statistics.base import A, Measurement, Range, Reducer, Source, Statistic
 from streammerge.statistics.passes import collect
 
 _SAMPLE_ABOVE = 1 << 19
@@ -54,7 +54,7 @@ def follow(worker: Worker, job: Job, known: Answers | None = None) -> Rule | lis
 
 def reducer_of(
     worker: Worker, statistic: Statistic[A], jobs: Sequence[Job], versions: Mapping[int, Statistic[Any]]
-) -> Reducer[A] | Known[A]:
+) -> Reducer[A]:
     """Return what takes a statistic over the tensors of some jobs; `versions`: the statistic of each, by ordinal."""
     bins = worker.plan.statistics_memory.bins
     tensors = [measured(job) for job in jobs]
@@ -144,14 +144,14 @@ def sample_of(loaded: Block, model: int | None) -> Block:
             copies.append(Operand(0, operands[copied[0]].dtype))
             continue
         width = itemsize(operand.dtype)
-        spread = loaded.arena[operand.offset : operand.offset + blocks * stride * width]
+        spread = loaded.buffer[operand.offset : operand.offset + blocks * stride * width]
         parts.append(spread.reshape(blocks, stride * width)[:, : BLOCK * width].ravel())
         copies.append(Operand(position, operand.dtype))
         position += parts[-1].size
     n = blocks * BLOCK
     return replace(
         loaded,
-        arena=np.concatenate(parts),
+        buffer=np.concatenate(parts),
         base=copies[0] if first else None,
         models=tuple(copies[first:]),
         start=0,

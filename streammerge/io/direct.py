@@ -1,7 +1,7 @@
 """I/O past the page cache: the disk's own speed at a fraction of the CPU time, and nothing else is evicted.
 
 A copy through the page cache costs a two-core machine as much as the arithmetic of a merge does. Direct I/O
-moves whole pages between the file and memory that lies at the same place of a page (`plan.arena`).
+moves whole pages between the file and memory that lies at the same place of a page (`streammerge.planning.memory.buffers`).
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Reader:
         self._count(total)
 
     def read_slot(self, path: str, offset: int, nbytes: int, slot: Bytes, *, again: bool = False) -> int:
-        """Read a range of a file into a slot (see `plan.arena`); return where in the slot the data begin.
+        """Read a range of a file into a slot (see `streammerge.planning.memory.buffers`); return where in the slot the data begin.
 
         Parameters
         ----------

@@ -17,6 +17,11 @@ _ROWS = 64
 """Blocks folded at a time: a fold is a copy."""
 
 
+def part_of(tensor: int, start: int, n: int, partials: Partials) -> Part:
+    """Return the part of an `OrderedSum` that is one piece: `n` elements of a tensor, from element `start` on."""
+    return (tensor, start), None, {(tensor, start): (n, partials)}
+
+
 class OrderedSum:
     """The sums of the columns of partial sums (blocks, columns), each added one after the other in index order.
 

@@ -9,11 +9,11 @@ value is computed (in memory, streamed, by several processes, over a tensor or t
 from __future__ import annotations
 
 import threading
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +90,7 @@ class Measurement:
     tensors: Sequence[MeasuredTensor]
     """The tensors in the order of the merge."""
     keys: RandomKeys
-    versions: Mapping[int, Statistic[Any]] = field(default_factory=dict)
+    versions: Mapping[int, Any] = field(default_factory=dict)
     """Each tensor's own form of a statistic of the whole model, by ordinal."""
     tolerant: bool = False
     """Whether non-finite entries are ranked above all others; otherwise they raise `NotFiniteError`."""
@@ -103,14 +103,18 @@ class Measurement:
         return sum(tensor.n for tensor in self.tensors)
 
 
-class Reducer(Protocol[_A]):
+class Reducer(ABC, Generic[_A]):
     """A fold over blocks that yields the value of a statistic, in one pass or several.
 
-    `add` may be called from many threads. A pass may also be split over processes: each fills its own reducer (a pickled
-    copy of this one from before the pass), and this one absorbs their parts before `end`. Parts are exact and do not
-    depend on their order: integers add, and fp64 sums keep partial sums of blocks until all earlier blocks are there.
+    A subclass defines what the part of one block is (`measured`), how a part is added (`absorb`), and what the part of
+    all blocks so far is (`part`). Threads measure at the same time, and each adds its part. A pass may also be split over
+    processes: each fills its own reducer (a pickled copy of this one from before the pass), and this one absorbs their
+    parts before `end`. Parts are exact and do not depend on their order: integers add, and fp64 sums keep partial sums of
+    blocks until all earlier blocks are there.
     """
 
+    known: bool = False
+    """Whether the value is known already, so that no pass is run for it."""
     wants: Range | None = None
     """The only elements that the next pass must read; None: all of them."""
     in_order: bool = False
@@ -120,15 +124,19 @@ class Reducer(Protocol[_A]):
     reads_models: bool = True
     """Whether it reads the models; False: only their Fisher diagonals."""
 
-    @abstractmethod
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Add elements `start` to `start + n` of a tensor; `math` holds them.
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> Any:
+        """Return the part of elements `start` to `start + n` of a tensor, which `math` holds; change nothing.
 
         Raises
         ------
         NotFiniteError
             If a value is not finite and non-finite values are not tolerated.
         """
+        raise NotImplementedError
+
+    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
+        """Measure a block and absorb its part; where blocks come in order, a subclass may do both at once."""
+        self.absorb(self.measured(ordinal, start, n, math))
 
     def end(self) -> bool:
         """End a pass and return whether the value is known. By default one pass is enough."""
@@ -145,7 +153,7 @@ class Reducer(Protocol[_A]):
 
     @abstractmethod
     def absorb(self, part: Any) -> None:
-        """Add the part of a different reducer of the same pass."""
+        """Add a part of the same pass, which nobody changes or uses afterwards; called from many threads."""
 
     @property
     def sampled_model(self) -> int | None:
@@ -157,11 +165,24 @@ class Reducer(Protocol[_A]):
         return
 
 
-class Known(Generic[_A]):
+class Known(Reducer[_A]):
     """A value that is known without a pass."""
 
+    known = True
+
     def __init__(self, value: _A) -> None:
-        self.value = value
+        self._value = value
+
+    @property
+    def value(self) -> _A:
+        """The value."""
+        return self._value
+
+    def part(self) -> None:
+        """Return nothing: nothing was added."""
+
+    def absorb(self, part: None) -> None:
+        """Add nothing."""
 
 
 class Statistic(Generic[A]):
@@ -204,7 +225,7 @@ class Statistic(Generic[A]):
         """Return some value of the right type; the planner uses it to follow a method without data."""
         raise NotImplementedError
 
-    def reducer(self, over: Measurement) -> Reducer[A] | Known[A]:
+    def reducer(self, over: Measurement) -> Reducer[A]:
         """Return the reducer that computes it over some tensors, or its value if that needs no data."""
         raise NotImplementedError
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from streammerge.algebra.block import BlockMath, Call
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.regression import regression_operators
-from streammerge.numerics.ordered_sum import OrderedSum, Part, in_order
+from streammerge.numerics.ordered_sum import OrderedSum, Part, in_order, part_of
 from streammerge.statistics.base import (
     Cost,
     Known,
@@ -68,7 +68,7 @@ class FisherSquares(Statistic[SquareTotal]):
         """Return one element of square 1."""
         return SquareTotal(1.0, 1)
 
-    def reducer(self, over: Measurement) -> Reducer[SquareTotal] | Known[SquareTotal]:
+    def reducer(self, over: Measurement) -> Reducer[SquareTotal]:
         """Return the reducer over the tensors whose sums are not recorded."""
         lengths = {tensor.ordinal: tensor.n for tensor in over.tensors if tensor.square_sums}
         sums = (
@@ -112,17 +112,16 @@ class FisherSquaresReducer(Reducer[SquareTotal]):
         self._left = {ordinal: n for ordinal, n in lengths.items() if ordinal not in recorded}
         self._lock = Lock()
 
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Add the partial sums of one block."""
+    def measured(
+        self, ordinal: int, start: int, n: int, math: BlockMath
+    ) -> tuple[dict[int, float], dict[int, tuple[int, Part]]]:
+        """Return the partial sums of one block; nothing for a tensor whose sum is recorded."""
         if ordinal not in self._left:
-            return
+            return {}, {}
         partials, bad = math.fisher_squares(self._model)
         if bad:
             raise NotFiniteError(ordinal)
-        with self._lock:
-            sums = self._of(ordinal)
-        sums.add(ordinal, start, n, partials[:, None])
-        self._take_off(ordinal, n)
+        return {}, {ordinal: (n, part_of(ordinal, start, n, partials[:, None]))}
 
     def _of(self, ordinal: int) -> OrderedSum:
         return self._sums.setdefault(ordinal, OrderedSum([(ordinal, self._lengths[ordinal])]))
@@ -149,7 +148,7 @@ class FisherSquaresReducer(Reducer[SquareTotal]):
         return self._totals, begun
 
     def absorb(self, part: tuple[dict[int, float], dict[int, tuple[int, Part]]]) -> None:
-        """Add the sums of a different reducer, each at its place."""
+        """Add sums, each at its place."""
         complete, begun = part
         with self._lock:
             self._totals |= complete

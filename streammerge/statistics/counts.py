@@ -52,10 +52,6 @@ class _Total(Reducer[int]):
         self._lock = Lock()
         self._total = 0
 
-    def _count(self, more: int) -> None:
-        with self._lock:
-            self._total += more
-
     @property
     def value(self) -> int:
         """The total."""
@@ -66,8 +62,9 @@ class _Total(Reducer[int]):
         return self._total
 
     def absorb(self, part: int) -> None:
-        """Add the total of a different reducer."""
-        self._count(part)
+        """Add a total."""
+        with self._lock:
+            self._total += part
 
 
 class _NonZeroReducer(_Total):
@@ -78,12 +75,12 @@ class _NonZeroReducer(_Total):
         self._statistic = statistic
         self._tolerant = tolerant
 
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Count one block."""
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> int:
+        """Return the count of one block."""
         above, highest = math.count_keys(self._statistic.score, 0, 0, 0, np.zeros(1, np.int32))
         if highest >= _INFINITE and not self._tolerant:
             raise NotFiniteError(ordinal)
-        self._count(above)
+        return above
 
 
 @dataclass(frozen=True)
@@ -136,9 +133,9 @@ class _TouchesReducer(Reducer[Touched]):
         self._lock = Lock()
         self._counts: Counts = np.zeros((2, len(statistic.vectors)), np.int64)
 
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Count one block."""
-        self.absorb(math.touches(self._statistic.vectors, self._statistic.epsilon))
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> Counts:
+        """Return the counts of one block, (2, vectors)."""
+        return math.touches(self._statistic.vectors, self._statistic.epsilon)
 
     @property
     def value(self) -> Touched:
@@ -151,7 +148,7 @@ class _TouchesReducer(Reducer[Touched]):
         return self._counts
 
     def absorb(self, part: Counts) -> None:
-        """Add the counts of a different reducer."""
+        """Add counts."""
         with self._lock:
             self._counts = self._counts + part
 
@@ -174,11 +171,7 @@ class SignTotal(Statistic[int]):
     def reducer(self, over: Measurement) -> Reducer[int]:
         """Return a counter that applies each tensor's own rule."""
         merges = {tensor.ordinal: self.merge for tensor in over.tensors}
-        merges |= {
-            ordinal: version.merge
-            for ordinal, version in over.versions.items()
-            if isinstance(version, SignTotal)
-        }
+        merges |= {ordinal: version.merge for ordinal, version in over.versions.items()}
         return _SignTotalReducer(merges)
 
     def to_json(self, value: int) -> object:
@@ -197,6 +190,6 @@ class _SignTotalReducer(_Total):
         super().__init__()
         self._merges = merges
 
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Add one block's total."""
-        self._count(math.sign_total(self._merges[ordinal]))
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> int:
+        """Return one block's total."""
+        return math.sign_total(self._merges[ordinal])

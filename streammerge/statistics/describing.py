@@ -96,9 +96,9 @@ class _AgreementReducer(Reducer[SignCounts]):
         self._vectors, self._lock = statistic.vectors, Lock()
         self._counts: Counts = np.zeros(2, np.int64)
 
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Count one block."""
-        self.absorb(math.agreements(self._vectors))
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> Counts:
+        """Return the counts of one block."""
+        return math.agreements(self._vectors)
 
     @property
     def value(self) -> SignCounts:
@@ -110,7 +110,7 @@ class _AgreementReducer(Reducer[SignCounts]):
         return self._counts
 
     def absorb(self, part: Counts) -> None:
-        """Add another's counts."""
+        """Add counts."""
         with self._lock:
             self._counts = self._counts + part
 
@@ -153,13 +153,13 @@ class _MagnitudesReducer(Reducer[tuple[int, ...]]):
         self._vector, self._tolerant, self._lock = statistic.vector, tolerant, Lock()
         self._counts: Counts = np.zeros(EXPONENTS, np.int64)
 
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Count one block."""
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> Counts:
+        """Return the counts of one block."""
         bins = np.zeros(EXPONENTS, np.int32)
         _, highest = math.count_keys(self._vector, 0, _TOP, _MANTISSA, bins)
         if highest >= _INFINITE and not self._tolerant:
             raise NotFiniteError(ordinal)
-        self.absorb(bins.astype(np.int64))
+        return bins.astype(np.int64)
 
     @property
     def value(self) -> tuple[int, ...]:
@@ -171,6 +171,6 @@ class _MagnitudesReducer(Reducer[tuple[int, ...]]):
         return self._counts
 
     def absorb(self, part: Counts) -> None:
-        """Add another's counts."""
+        """Add counts."""
         with self._lock:
             self._counts = self._counts + part

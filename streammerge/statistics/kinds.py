@@ -6,8 +6,9 @@ from streammerge.statistics.companions import FisherSquares, RegressionOperators
 from streammerge.statistics.counts import NonZero, SignTotal, Touched, Touches
 from streammerge.statistics.describing import Magnitudes, OwnSquares, SignAgreement, SignCounts
 from streammerge.statistics.random_words import LowWords
-from streammerge.statistics.ranks import Band, Largest, Quantile, Threshold, TieIndex, TopK
+from streammerge.statistics.ranks import Band, Largest, Quantile, Threshold, TopK
 from streammerge.statistics.sums import AbsSum, ColumnDots, ColumnGram, Dots, Gram, Squares, SquareSums
+from streammerge.statistics.ties import TieIndex
 
 __all__ = [
     "KINDS",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from streammerge.statistics.base import Known, Range, Reducer
+from streammerge.statistics.base import Range, Reducer
 
 
 def collect(
-    reducers: Sequence[Reducer[Any] | Known[Any]],
+    reducers: Sequence[Reducer[Any]],
     run_pass: Callable[[Sequence[Reducer[Any]], Range | None], None],
     run_sample: Callable[[Sequence[Reducer[Any]]], None] | None,
 ) -> list[Any]:
@@ -22,7 +22,7 @@ def collect(
     run_sample
         Function that feeds some blocks spread over the tensors; None if the tensors are too small to sample.
     """
-    pending = [reducer for reducer in reducers if not isinstance(reducer, Known)]
+    pending = [reducer for reducer in reducers if not reducer.known]
     sampled = [reducer for reducer in pending if reducer.samples]
     if run_sample is not None and sampled:
         run_sample(sampled)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streammerge.algebra.block import Bins, BlockMath, Call, Counts
 from streammerge.algebra.extent import Extent
@@ -24,7 +23,6 @@ from streammerge.statistics.base import (
     Lock,
     Measurement,
     NotFiniteError,
-    Range,
     Reducer,
     Statistic,
     integers,
@@ -34,8 +32,6 @@ _TOP = (1 << 31) - 1
 _COARSE = 15
 _FEWEST_BINS = 1 << 8
 _BIN_BLOCK = 1 << 14
-_MOST_RUNS = 1 << 14
-"""The number of runs whose ties are counted in one pass, and the length of a run that is searched element by element."""
 _INFINITE = 0x7F800000
 
 
@@ -80,7 +76,7 @@ class Rank(Statistic[Threshold]):
         """Return a threshold without ties."""
         return Threshold(key=0, ties=1, needed=1)
 
-    def reducer(self, over: Measurement) -> Reducer[Threshold] | Known[Threshold]:
+    def reducer(self, over: Measurement) -> Reducer[Threshold]:
         """Return the reducer that counts patterns; the value itself if the rank is 0."""
         n = over.n
         return TopKReducer(self, n, over.tolerant, over.most_bins) if self.count(n) else Known(_ABOVE_ALL)
@@ -231,21 +227,13 @@ class TopKReducer(Reducer[Threshold]):
         self._bins: Counts | Bins | None = None
         self._n_bins = ((high - low) >> self._shift) + 1
 
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Count one block."""
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> tuple[Window, int, Bins]:
+        """Return the counts of one block."""
         bins = np.zeros(self._n_bins, np.int32)
         above, highest = math.count_keys(self._ranked, self._low, self._high, self._shift, bins)
         if highest >= _INFINITE and not self._tolerant:
             raise NotFiniteError(ordinal)
-        self._count(above, bins)
-
-    def _count(self, above: int, bins: Bins | Counts) -> None:
-        with self._lock:
-            self._above += above
-            if self._bins is None:
-                self._bins = bins if self._n < 1 << 31 else bins.astype(np.int64)
-            else:
-                self._bins += bins
+        return self._window, above, bins
 
     @property
     def _window(self) -> Window:
@@ -256,11 +244,17 @@ class TopKReducer(Reducer[Threshold]):
         return self._window, self._above, self._bins
 
     def absorb(self, part: tuple[Window, int, Counts | Bins | None]) -> None:
-        """Add the counts of a different reducer with the same window."""
+        """Add counts of the same window."""
         window, above, bins = part
         assert window == self._window, "counts of a different pass"
-        if bins is not None:
-            self._count(above, bins.copy())
+        with self._lock:
+            self._above += above
+            if self._bins is None or bins is None:
+                self._bins = bins if self._bins is None else self._bins
+                return
+            if self._n >= 1 << 31:  # one block counts in 32 bits, all of them may not
+                self._bins = self._bins.astype(np.int64, copy=False)
+            self._bins += bins
 
     def narrow_by_sample(self) -> None:
         """Treat what was counted as a sample, and start over with a window around its estimate of rank k.
@@ -324,91 +318,3 @@ def _place_from_top(bins: Counts | Bins, rank: float) -> tuple[int, int]:
             return stop - 1 - place, int(from_top[place] - block[::-1][place])
         above += total
     return -1, above
-
-
-@dataclass(frozen=True)
-class TieIndex(Statistic[tuple[int, int]]):
-    """The position in index order after which `needed` elements equal to a threshold have occurred.
-
-    Over the whole model the tensors follow in order; the value is an (ordinal, element) pair.
-    """
-
-    vector: Ranked
-    threshold: Threshold
-    extent: Extent = Extent.TENSOR
-
-    def calls(self) -> tuple[Call, ...]:
-        """Return the methods of `BlockMath` that it calls."""
-        return (Call("ties", self.vector),)
-
-    def placeholder(self) -> tuple[int, int]:
-        """Return the start of the first tensor."""
-        return (0, 0)
-
-    def reducer(self, over: Measurement) -> Reducer[tuple[int, int]] | Known[tuple[int, int]]:
-        """Return the reducer that counts ties per run of elements; the value itself if no tie is needed."""
-        return TieIndexReducer(self, over.n) if self.threshold.needed else Known((over.tensors[0].ordinal, 0))
-
-    def to_json(self, value: tuple[int, int]) -> object:
-        """Return the ordinal and the element."""
-        return {"pair": list(value)}
-
-    def from_json(self, plain: Any) -> tuple[int, int]:
-        """Return the ordinal and the element."""
-        match plain:
-            case {"pair": [ordinal, element]}:
-                ordinal, element = integers([ordinal, element])
-                return ordinal, element
-        raise ValueError("no element of a tensor")
-
-
-class TieIndexReducer(Reducer[tuple[int, int]]):
-    """Finds the last tie to keep: count ties per run of elements, then search the run that reaches the count.
-
-    Parameters
-    ----------
-    n
-        Number of elements of all tensors, which determines the length of the runs.
-    """
-
-    def __init__(self, statistic: TieIndex, n: int) -> None:
-        self.wants: Range | None = None
-        self._vector = statistic.vector
-        self._key = statistic.threshold.key
-        self._left = statistic.threshold.needed
-        self._size = -(-n // _MOST_RUNS // BLOCK) * BLOCK
-        self._parts: dict[tuple[int, int], NDArray[np.int32]] = {}
-
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Count the ties of one block, per run."""
-        self._parts[ordinal, start] = math.ties(self._vector, self._key, self._size).astype(np.int32)
-
-    def part(self) -> dict[tuple[int, int], NDArray[np.int32]]:
-        """Return the ties per run, by ordinal and first element of each block."""
-        return self._parts
-
-    def absorb(self, part: dict[tuple[int, int], NDArray[np.int32]]) -> None:
-        """Add the blocks of a different reducer."""
-        self._parts |= part
-
-    def end(self) -> bool:
-        """Choose the run in which the count is reached; finish when a run is a single element."""
-        for (ordinal, start), counts in sorted(self._parts.items()):
-            if (here := int(counts.sum())) < self._left:
-                self._left -= here
-                continue
-            run = int(np.count_nonzero(np.cumsum(counts) < self._left))
-            self._left -= int(counts[:run].sum())
-            first = start + run * self._size
-            self._parts = {}
-            self._value = (ordinal, first + 1)
-            self.wants = (ordinal, first, first + self._size)
-            done = self._size == 1
-            self._size = 1 if self._size <= max(BLOCK, _MOST_RUNS) else BLOCK
-            return done
-        raise AssertionError("fewer ties than the threshold's count")
-
-    @property
-    def value(self) -> tuple[int, int]:
-        """The tensor's ordinal, and its element before which ties are kept."""
-        return self._value

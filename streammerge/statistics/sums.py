@@ -18,7 +18,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.algebra.gram_matrix import full_matrices
 from streammerge.algebra.scores import Selection
 from streammerge.algebra.task_vectors import TaskVector
-from streammerge.numerics.ordered_sum import BLOCK, OrderedSum, Part
+from streammerge.numerics.ordered_sum import BLOCK, OrderedSum, Part, part_of
 from streammerge.statistics.base import (
     A,
     Cost,
@@ -60,9 +60,9 @@ class SumsReducer(Reducer[A]):
         self._n = sum(n for _, n in tensors)
         self._sums = OrderedSum(tensors)
 
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
-        """Add the partial sums of one block."""
-        self._sums.add(ordinal, start, n, self._statistic.partials(math))
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> Part:
+        """Return the partial sums of one block."""
+        return part_of(ordinal, start, n, self._statistic.partials(math))
 
     @property
     def value(self) -> A:

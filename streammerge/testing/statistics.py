@@ -20,7 +20,6 @@ from streammerge.backends.registry import BACKENDS
 from streammerge.numerics.philox import RandomKeys
 from streammerge.statistics.base import (
     KINDS,
-    Known,
     MeasuredTensor,
     Measurement,
     Range,
@@ -42,7 +41,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 class _Data:
     """One tensor of every model in memory, and what a statistic is told of it."""
 
-    arena: NDArray[np.uint8]
+    buffer: NDArray[np.uint8]
     operands: tuple[Operand, ...]
     tensor: MeasuredTensor
     itemsize: int
@@ -57,7 +56,7 @@ class _Data:
         shape = (rows, (stop - start) // rows)
         base, models, fishers = moved[0], moved[1 : _MODELS + 1], moved[_MODELS + 1 :]
         return Block(
-            self.arena, models, base, self.tensor.name, start, stop - start, shape, keys, tuple(fishers)
+            self.buffer, models, base, self.tensor.name, start, stop - start, shape, keys, tuple(fishers)
         )
 
 
@@ -126,7 +125,7 @@ def check_statistic(statistic: Statistic[A], *, expected: Callable[..., A] | Non
 def _as_float64(data: _Data) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
     tensors = []
     for one in data.operands[: _MODELS + 1]:
-        raw = data.arena[one.offset : one.offset + data.tensor.n * data.itemsize]
+        raw = data.buffer[one.offset : one.offset + data.tensor.n * data.itemsize]
         tensors.append(
             torch.from_numpy(raw.copy()).view(_DTYPES[one.dtype]).double().numpy().reshape(-1, _COLUMNS)
         )
@@ -198,7 +197,7 @@ def _value(
                 reducer.absorb(part)
 
     reducer = statistic.reducer(over)
-    if isinstance(reducer, Known) or statistic.source is Source.GRAMS:
+    if reducer.known or statistic.source is Source.GRAMS:
         run = lambda reducers, only: None  # noqa: E731
     value: A = collect([reducer], run, None)[0]
     return value

@@ -21,7 +21,7 @@ def survivors(delta: torch.Tensor, vector: TaskVector, start: int) -> np.ndarray
     piece = load([torch.zeros(delta.numel()), delta], start)
     out = Operand(piece.models[0].offset, "F32")
     applied = KernelMath(piece).apply(TaskVectorMerge((vector,)), out)
-    written = piece.arena[out.offset : out.offset + 4 * delta.numel()].view(np.float32)
+    written = piece.buffer[out.offset : out.offset + 4 * delta.numel()].view(np.float32)
     kept = written != 0
     assert not (vector.drop or vector.cut) or applied.kept == (int(kept.sum()),)
     return kept.copy()
@@ -65,7 +65,7 @@ def test_an_output_may_lie_over_an_input_of_its_width() -> None:
     piece = load([base, theta])
     assert piece.base is not None
     KernelMath(piece).apply(TaskVectorMerge((TaskVector(0),), scale=0.5), Operand(piece.base.offset, "BF16"))
-    written = piece.arena[piece.base.offset : piece.base.offset + 2 * 5000].view(np.int16)
+    written = piece.buffer[piece.base.offset : piece.base.offset + 2 * 5000].view(np.int16)
     assert torch.equal(torch.from_numpy(written.copy()).view(torch.bfloat16), expected)
 
 

@@ -15,6 +15,7 @@ from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.scores import Importance, Spread
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.methods import registry
+from streammerge.statistics.describing import Magnitudes, OwnSquares, SignAgreement
 from streammerge.statistics.kinds import (
     KINDS,
     AbsSum,
@@ -35,7 +36,7 @@ from streammerge.statistics.kinds import (
     Touches,
 )
 from streammerge.statistics.ranks import Rank
-from streammerge.statistics.sums import BlockSums
+from streammerge.statistics.sums import BlockSums, SumsOfSquares
 from streammerge.testing import check_format, check_method, check_statistic, laws
 from streammerge.testing.models import config_for, read_tensors, write_models
 from streammerge.testing.trial import Trial
@@ -118,6 +119,9 @@ STATISTICS = [
     SignTotal(TaskVectorMerge(VECTORS, elect=True)),
     LowWords(VECTORS[0], 0.4),
     FisherSquares(1),
+    OwnSquares(3),
+    SignAgreement(VECTORS),
+    Magnitudes(VECTORS[0]),
 ]
 
 
@@ -128,7 +132,7 @@ def test_every_statistic_keeps_every_law(statistic: Statistic[Any]) -> None:
 
 def test_every_kind_of_statistic_that_ships_is_checked() -> None:
     ours = {kind for name, kind in KINDS.items() if name.startswith("streammerge.")}
-    abstract = {BlockSums, Rank}
+    abstract = {BlockSums, SumsOfSquares, Rank}
     assert ours - abstract - {type(one) for one in STATISTICS} <= {
         TieIndex,
         RegressionOperators,

@@ -267,15 +267,15 @@ def test_the_result_lies_between_the_models_and_torch_and_kernel_agree(
     width = -(-n * 4 // 64) * 64
     results = []
     for math in (KernelMath, lambda piece: TorchMath(piece, "cpu", 16)):
-        arena = np.zeros(7 * width, np.uint8)
+        buffer = np.zeros(7 * width, np.uint8)
         for i, row in enumerate([*values, *fishers]):
-            arena[i * width : i * width + 4 * n] = row.view(np.uint8)
+            buffer[i * width : i * width + 4 * n] = row.view(np.uint8)
         operands = tuple(Operand(i * width, "F32") for i in range(6))
         piece = Block(
-            arena, operands[:3], None, "t", 0, n, (n,), RandomKeys(0, ("a", "b", "c")), operands[3:]
+            buffer, operands[:3], None, "t", 0, n, (n,), RandomKeys(0, ("a", "b", "c")), operands[3:]
         )
         applied = math(piece).apply(rule, Operand(6 * width, out_dtype))  # type: ignore[operator]
-        results.append((arena[6 * width :].tobytes(), applied))
+        results.append((buffer[6 * width :].tobytes(), applied))
     assert results[0] == results[1]
     raw = np.frombuffer(results[0][0], np.uint8)
     if out_dtype == "F32":

@@ -47,11 +47,11 @@ class _Largest(Reducer[float]):
     def __init__(self, vector: TaskVector) -> None:
         self._vector, self._lock, self._key = vector, Lock(), 0
 
-    def add(self, ordinal: int, start: int, n: int, math: BlockMath) -> None:
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> int:
         _, key = math.count_keys(self._vector, 0, 0, 0, np.zeros(1, np.int32))
         if key >= _INFINITE:
             raise NotFiniteError(ordinal)
-        self.absorb(key)
+        return key
 
     def part(self) -> int:
         return self._key

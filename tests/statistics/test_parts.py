@@ -66,13 +66,13 @@ TENSORS = {ordinal: tensors_of(ordinal) for ordinal in LENGTHS}
 def math_of(ordinal: int, start: int, stop: int) -> TorchMath:
     cut = [tensor[start:stop] for tensor in TENSORS[ordinal]]
     n, width = stop - start, 4 * -(-(stop - start) // 2) * 2
-    arena = np.zeros(len(cut) * width, np.uint8)
+    buffer = np.zeros(len(cut) * width, np.uint8)
     for i, tensor in enumerate(cut):
-        arena[i * width : i * width + 4 * n] = tensor.numpy().view(np.uint8)
+        buffer[i * width : i * width + 4 * n] = tensor.numpy().view(np.uint8)
     base, one, two, *fishers = (Operand(i * width, "F32") for i in range(len(cut)))
     shape = (n // COLUMNS, COLUMNS)
     return TorchMath(
-        Block(arena, (one, two), base, f"t{ordinal}", start, n, shape, KEYS, tuple(fishers)), "cpu", 4096
+        Block(buffer, (one, two), base, f"t{ordinal}", start, n, shape, KEYS, tuple(fishers)), "cpu", 4096
     )
 
 

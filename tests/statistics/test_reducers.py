@@ -26,8 +26,9 @@ from streammerge.numerics.ordered_sum import block_sums
 from streammerge.numerics.philox import RandomKeys
 from streammerge.statistics.base import NotFiniteError
 from streammerge.statistics.kinds import AbsSum, Threshold, TieIndex, TopK
-from streammerge.statistics.ranks import TieIndexReducer, TopKReducer
+from streammerge.statistics.ranks import TopKReducer
 from streammerge.statistics.sums import SumsReducer
+from streammerge.statistics.ties import TieIndexReducer
 
 # --- pieces
 
@@ -39,18 +40,18 @@ def aligned(n: int) -> int:
 
 
 def load(tensors: Sequence[torch.Tensor], start: int = 0, has_base: bool = True) -> Block:
-    """Lay out [base, models...] in an arena, as the engine does."""
+    """Lay out [base, models...] in a buffer, as the engine does."""
     codes = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
     raws = [t.contiguous().view(torch.uint8).numpy() for t in tensors]
-    arena = np.zeros(sum(aligned(len(raw)) for raw in raws) + 64, np.uint8)
+    buffer = np.zeros(sum(aligned(len(raw)) for raw in raws) + 64, np.uint8)
     operands, offset = [], 0
     for tensor, raw in zip(tensors, raws, strict=True):
-        arena[offset : offset + len(raw)] = raw
+        buffer[offset : offset + len(raw)] = raw
         operands.append(Operand(offset, codes[tensor.dtype]))
         offset += aligned(len(raw))
     base = operands.pop(0) if has_base else None
     n = tensors[0].numel()
-    return Block(arena, tuple(operands), base, "t", start, n, (n,), KEYS)
+    return Block(buffer, tuple(operands), base, "t", start, n, (n,), KEYS)
 
 
 def cuts_of(n: int, cuts: Sequence[int]) -> list[tuple[int, int]]:

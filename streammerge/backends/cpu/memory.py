@@ -51,7 +51,7 @@ class BlockMemory:
         self.divergences: dict[Importance, NDArray[np.float64]] = {}
         """What is known of the rows of the block: (rows,) by score."""
         self._tuples = kernels().operands
-        self._half, self._full = block.arena.view(np.uint16), block.arena.view(np.uint32)
+        self._half, self._full = block.buffer.view(np.uint16), block.buffer.view(np.uint32)
 
     # --- operands
 

@@ -112,7 +112,7 @@ class DeviceBlock:
         import torch
 
         width = operand_bytes(operand, 1)
-        raw: Bytes = self.block.arena[operand.offset + a * width : operand.offset + b * width]
+        raw: Bytes = self.block.buffer[operand.offset + a * width : operand.offset + b * width]
         return torch.from_numpy(raw).view(torch_dtype(operand.dtype))
 
     def inputs(self, a: int, b: int) -> Inputs:

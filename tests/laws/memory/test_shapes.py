@@ -76,13 +76,13 @@ def test_64_models_have_their_ranks_counted_below_the_limit(
 
 def test_a_sample_of_many_models_is_small() -> None:
     n, k = 1 << 19, 64
-    arena = np.zeros((k + 1) * n * 2, np.uint8)
+    buffer = np.zeros((k + 1) * n * 2, np.uint8)
     operands = [Operand(2 * n * i, "BF16") for i in range(k + 1)]
     keys = RandomKeys(0, tuple(map(str, range(k))))
-    loaded = Block(arena, tuple(operands[1:]), operands[0], "t", 0, n, (n,), keys)
+    loaded = Block(buffer, tuple(operands[1:]), operands[0], "t", 0, n, (n,), keys)
     for model in (None, 5):
         sample = sample_of(loaded, model)
-        assert sample.arena.size <= 4 * MIB
+        assert sample.buffer.size <= 4 * MIB
         assert sample.n >= 4 * 4096
     assert sample_of(loaded, 5).n > sample_of(loaded, None).n
 
