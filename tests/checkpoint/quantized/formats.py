@@ -490,22 +490,54 @@ FORMATS["nf4 nested"] = Format(
 
 
 def write(
-    path: Path, name: str, seed: int = 0, rows: int = 0, columns: int = 0, **config: Any
+    path: Path,
+    name: str,
+    seed: int = 0,
+    rows: int = 0,
+    columns: int = 0,
+    modules: tuple[str, ...] = (),
+    plain: Mapping[str, np.ndarray] | None = None,
+    **config: Any,
 ) -> dict[str, np.ndarray]:
-    """Write a model with two weights of a format and a plain norm; return its values in fp32 by logical name."""
+    """Write a model whose modules are stored in a format, and a norm in bf16; return its values in fp32 by logical name.
+
+    Parameters
+    ----------
+    rows, columns
+        Of every module's weight; those of the format where they are not given.
+    modules
+        Theirs; two that the format is made for where they are not given.
+    plain
+        Further tensors, in fp32.
+    config
+        Further entries of config.json.
+    """
     made = FORMATS[name]
     rng = np.random.default_rng(seed)
     tensors: dict[str, Entry] = {}
     values: dict[str, np.ndarray] = {}
-    for module in made.modules:
+    for module in modules or made.modules:
         weight = made.build(rng, rows or made.rows, columns or made.columns)
         tensors |= {f"{module}{end}": entry for end, entry in weight.parts.items()}
         values[f"{module}{weight.logical}"] = weight.single
-    norm, plain = floats_of(rng.uniform(0.5, 1.5, 24), "BF16")
+    norm, stored = floats_of(rng.uniform(0.5, 1.5, 24), "BF16")
     tensors["model.norm.weight"] = norm
-    values["model.norm.weight"] = plain.astype(np.float32)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "model.safetensors").write_bytes(file_of(tensors, {"format": "pt"}))
-    text = {"model_type": "llama", "torch_dtype": "bfloat16", **made.declared, **config}
-    (path / "config.json").write_text(json.dumps(text))
+    values["model.norm.weight"] = stored.astype(np.float32)
+    for key, array in (plain or {}).items():
+        tensors[key], _ = floats_of(array, "F32")
+        values[key] = array.astype(np.float32)
+    _write(path, tensors, {**made.declared, **config})
     return values
+
+
+def write_out(path: Path, values: Mapping[str, np.ndarray], **config: Any) -> Path:
+    """Write values as a model in fp32: what a quantised one stands for."""
+    _write(path, {name: floats_of(array, "F32")[0] for name, array in values.items()}, config)
+    return path
+
+
+def _write(path: Path, tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "model.safetensors").write_bytes(file_of(dict(tensors), {"format": "pt"}))
+    text = {"model_type": "llama", "torch_dtype": "bfloat16", **config}
+    (path / "config.json").write_text(json.dumps(text))
