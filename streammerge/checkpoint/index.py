@@ -6,6 +6,7 @@ No architecture is known here; names decide.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -80,6 +81,11 @@ class TensorIndex(Mapping[str, SourceRef]):
     def nbytes(self) -> int:
         """Of all tensors of the model."""
         return sum(ref.nbytes for ref in self.tensors.values())
+
+    @property
+    def stored_formats(self) -> dict[str, int]:
+        """How its quantised tensors are stored, as `inspect` shows it, and how many are stored so."""
+        return dict(Counter(ref.stored_format for ref in self.tensors.values() if ref.stored_format))
 
     def stored(self) -> dict[str, TensorRef]:
         """Return the tensors of a model that all lie in files.

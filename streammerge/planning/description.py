@@ -27,6 +27,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
             {"model": one.reference, "coefficient": one.coefficient} for one in plan.config.averaged
         ],
         "base_model": plan.base.reference if plan.base is not None else None,
+        "quantised": {model.reference: model.stored_formats for model in plan.inputs if model.stored_formats},
         "tensors": len(plan.jobs),
         "tensors_by_kind": dict(Counter(job.kind for job in plan.jobs)),
         "tensors_left_out": dict(plan.tensors_left_out),

@@ -72,7 +72,8 @@ def _models(plan: MergePlan) -> Iterator[str]:
     """Yield a line for every input: a link to what is on the hub."""
     for index in plan.inputs:
         names = " with the adapter ".join(_link(origin) for origin in origins_of(index))
-        yield f"- {names}{' (base)' if index is plan.base else ''}"
+        stored = "; ".join(index.stored_formats)
+        yield f"- {names}{' (base)' if index is plan.base else ''}{f', stored as {stored}' if stored else ''}"
 
 
 def _link(origin: Origin) -> str:

@@ -74,6 +74,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
     lines = [
         f"method    {_method(values)}",
         *_models(plan, values),
+        *_quantised(values),
         f"tensors   {_tensors(values)}",
         *_left_out(values),
         f"read      {_read(plan, values)}",
@@ -111,6 +112,15 @@ def _models(plan: MergePlan, values: dict[str, Any]) -> list[str]:
     base = f", base {printable(values['base_model'])}" if values["base_model"] else ""
     return [
         f"models    {len(values['models'])}: {', '.join(printable(m, 60) for m in values['models'])}{base}"
+    ]
+
+
+def _quantised(values: dict[str, Any]) -> list[str]:
+    """Return how each quantised input is stored, a line each."""
+    return [
+        f"{'' if i else 'quantised':<{_INDENT}}{printable(model, 60)}: "
+        + ", ".join(f"{plural(n, 'tensor')} as {title}" for title, n in formats.items())
+        for i, (model, formats) in enumerate(values["quantised"].items())
     ]
 
 

@@ -19,7 +19,11 @@ _LISTED = 20
 
 
 def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
-    """Return a model's tensors as plain values; of one with an adapter, the weight in its file and the adapter's rank."""
+    """Return a model's tensors as plain values.
+
+    Of one with an adapter, the weight in its file and the adapter's rank; of one that is quantised, how it is stored, the
+    dtype of its codes, and the bytes of all that it is stored as.
+    """
     found: list[dict[str, Any]] = []
     for name, ref in index.items():
         lies = ref.stored
@@ -31,6 +35,8 @@ def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
             "offset": lies.offset,
             "nbytes": lies.nbytes,
         }
+        if ref.stored_format is not None:  # with its scales
+            entry["nbytes"] = sum(part.nbytes for part in ref.parts)
         found.append({**entry, **ref.shown})
     return found
 
@@ -74,7 +80,9 @@ def inspect_text(
     width = min(80, max((len(printable(t["name"])) for t in shown), default=0))
     lines += [
         f"{printable(t['name']):<{width}}  {t['dtype']:<8} {t['shape']!s:<18} {format_size(t['nbytes']):>9}  "
-        f"{printable(t['file'])}" + (f" + adapter of rank {t['adapter_rank']}" if "adapter_rank" in t else "")
+        f"{printable(t['file'])}"
+        + (f" + adapter of rank {t['adapter_rank']}" if "adapter_rank" in t else "")
+        + (f": {t['stored_as']}" if "stored_as" in t else "")
         for t in shown
     ]
     if len(shown) < len(tensors):

@@ -107,8 +107,6 @@ class BlocksOf4BitsRef(CodebookRef):
     blocksize: int
     title: str
     nested: Nested | None = None
-    beside: tuple[TensorRef, ...] = ()
-    """What belongs to it and is known already: its state."""
 
     @property
     def parts(self) -> tuple[SourceRef, ...]:

@@ -77,8 +77,6 @@ class IntegersRef(MadeRef):
     """Whether the codes are stored [inputs, outputs]."""
     largest_zero: int | None = None
     """A zero point that loaders read differently is above this one."""
-    beside: tuple[TensorRef, ...] = ()
-    """What belongs to it and tells nothing that headers do not: the shape."""
 
     @property
     def source(self) -> TensorRef:
