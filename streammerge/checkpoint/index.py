@@ -16,6 +16,7 @@ from streammerge.checkpoint.adapters.apply import adapt
 from streammerge.checkpoint.adapters.files import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
 from streammerge.checkpoint.hub import cache_directory, find_snapshot, parse_name
 from streammerge.checkpoint.names import is_tied_copy
+from streammerge.checkpoint.pipeline import is_pipeline, read_pipeline
 from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, quantization_of
 from streammerge.checkpoint.quantized.declarations import declaration_of
 from streammerge.checkpoint.quantized.registry import decoded
@@ -26,6 +27,7 @@ from streammerge.checkpoint.shards import (
     Shards,
     find_shards,
 )
+from streammerge.checkpoint.weight_names import PIPELINE
 from streammerge.checkpoint.weight_sets import no_model
 from streammerge.errors import ModelError, NotDownloadedError, printable
 from streammerge.formats.refs import SourceRef, TensorRef, contiguous
@@ -38,6 +40,17 @@ from streammerge.io.strict_json import read_object
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "TensorIndex", "open_model"]
 
 CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True)
+class Component:
+    """A folder of a model with weights that a library reads by themselves: ``unet``, ``2_Dense``."""
+
+    folder: str
+    config: Mapping[str, Any]
+    """What its own config.json says."""
+    names: frozenset[str]
+    """Names of its files of weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +67,7 @@ class TensorIndex(Mapping[str, SourceRef]):
     unlisted: tuple[str, ...] = ()
     """Tensors that lie in a shard but not in the index file, and so are not part of the model."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What its config.json says; empty where there is none."""
+    """What its config.json says, a pipeline's model_index.json; empty where there is none."""
     adapter: Adapter | None = None
     """What was applied to its weights; its tensors are those that result."""
     notes: tuple[str, ...] = ()
@@ -65,8 +78,10 @@ class TensorIndex(Mapping[str, SourceRef]):
     """What the header of a model of one file says of itself."""
     activations: Mapping[str, SourceRef] = field(default_factory=dict)
     """What scales the activations of a quantised model; none of its weights."""
-    folders: tuple[str, ...] = ()
-    """Folders of further modules whose tensors are among its own, as ``FOLDER/name``."""
+    components: tuple[Component, ...] = ()
+    """The folders of weights whose tensors are among its own, as ``FOLDER/name``."""
+    settings_file: str = CONFIG_NAME
+    """The file that `config` is read from."""
 
     def __getitem__(self, name: str) -> SourceRef:
         return self.tensors[name]
@@ -86,6 +101,42 @@ class TensorIndex(Mapping[str, SourceRef]):
     def stored_formats(self) -> dict[str, int]:
         """How its quantised tensors are stored, as `inspect` shows it, and how many are stored so."""
         return dict(Counter(ref.stored_format for ref in self.tensors.values() if ref.stored_format))
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether it consists of components alone, as a pipeline of diffusers does."""
+        return self.settings_file == PIPELINE
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of its components."""
+        return tuple(component.folder for component in self.components)
+
+    def with_components(self, parts: Mapping[str, TensorIndex]) -> TensorIndex:
+        """Return the model with the tensors of some of its folders among its own, as ``FOLDER/name``."""
+        tensors = dict(self.tensors)
+        for folder, part in parts.items():
+            tensors |= {f"{folder}/{name}": ref for name, ref in part.items()}
+        stamps = (*self.stamps, *(stamp for part in parts.values() for stamp in part.stamps))
+        return replace(
+            self,
+            tensors=tensors,
+            stamps=tuple(sorted(stamps, key=lambda stamp: stamp.path)),
+            unlisted=(
+                *self.unlisted,
+                *(f"{folder}/{name}" for folder, part in parts.items() for name in part.unlisted),
+            ),
+            notes=(
+                *self.notes,
+                *(f"{folder}/: {note}" for folder, part in parts.items() for note in part.notes),
+            ),
+            components=tuple(
+                Component(
+                    folder, part.config, frozenset(os.path.basename(stamp.path) for stamp in part.stamps)
+                )
+                for folder, part in parts.items()
+            ),
+        )
 
     def stored(self) -> dict[str, TensorRef]:
         """Return the tensors of a model that all lie in files.
@@ -124,7 +175,11 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
         return _open_adapted(reference, cache)
     path = _locate(reference, cache)
     if os.path.isdir(path):
-        return _read_model(reference, path, find_shards(path))
+        return (
+            _read_pipeline(reference, path)
+            if is_pipeline(path)
+            else _read_model(reference, path, find_shards(path))
+        )
     if not path.name.endswith(suffixes()):
         raise bad(
             str(path), no_model([path.name], f"neither a model directory nor a {SUFFIX} or PyTorch file")
@@ -216,6 +271,22 @@ def _exists(path: str) -> bool:
     except OSError as error:
         raise from_os(path, error) from error
     return True
+
+
+def _read_pipeline(reference: str, directory: Path) -> TensorIndex:
+    """Return all components of a pipeline as one model."""
+    pipeline = read_pipeline(directory)
+    parts = {}
+    for folder in pipeline.folders:
+        place = directory / folder
+        parts[folder] = part = _read_model(reference, place, find_shards(place))
+        if part.quantization is not None:
+            what = f"this component is quantised ({part.quantization.format}), which is not merged within a pipeline"
+            raise bad(str(place), f"{what}: put the component as it was before quantisation in its place")
+    whole = TensorIndex(
+        reference, directory, (), {}, config=pipeline.settings, notes=pipeline.notes, settings_file=PIPELINE
+    )
+    return whole.with_components(parts)
 
 
 def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:

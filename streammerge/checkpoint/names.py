@@ -46,8 +46,19 @@ class Shaped(Protocol):
         """Lengths of the axes."""
 
 
+def in_component(name: str) -> tuple[str, str]:
+    """Return the component that a tensor belongs to, with a slash, and its name there.
+
+    >>> in_component("text_encoder/text_model.final_layer_norm.bias"), in_component("lm_head.weight")
+    (('text_encoder/', 'text_model.final_layer_norm.bias'), ('', 'lm_head.weight'))
+    """
+    cut = name.rfind("/") + 1
+    return name[:cut], name[cut:]
+
+
 def is_embedding(name: str) -> bool:
     """Return whether a tensor is the embedding of tokens, by its name."""
+    _, name = in_component(name)
     return name.endswith(tuple(f".{end}" for end in EMBEDDINGS)) or name in EMBEDDINGS
 
 
@@ -79,7 +90,7 @@ def tied_to(tensors: Mapping[str, Shaped], config: Mapping[str, Any], head: str)
     return found[0] if len(found) == 1 else None
 
 
-_SHARED = re.compile(r"(.*\.)?(shared|encoder\.embed_tokens|decoder\.embed_tokens)\.weight", re.DOTALL)
+_SHARED = re.compile(r"(.*[./])?(shared|encoder\.embed_tokens|decoder\.embed_tokens)\.weight", re.DOTALL)
 """What models of an encoder and a decoder call the one embedding of both."""
 
 

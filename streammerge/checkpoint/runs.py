@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from streammerge.checkpoint.shards import PIPELINE
+from streammerge.checkpoint.weight_names import PIPELINE
 from streammerge.checkpoint.weight_sets import find_sets
 from streammerge.formats.registry import suffixes
 from streammerge.formats.torch_file import PICKLES

@@ -14,8 +14,6 @@ from streammerge.io.strict_json import read_object
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-PIPELINE = "model_index.json"
-
 
 @dataclass(frozen=True, slots=True)
 class Shards:
@@ -44,8 +42,6 @@ def find_shards(directory: Path) -> Shards:
         present = frozenset(os.listdir(directory))
     except OSError as error:
         raise from_os(str(directory), error) from error
-    if PIPELINE in present:
-        raise bad(str(directory), _pipeline(directory, present))
     found = find_sets(present)
     if not found and "adapter_config.json" in present:
         raise bad(
@@ -85,23 +81,6 @@ def _about(best: WeightSet, others: Collection[WeightSet]) -> tuple[str, ...]:
     names = ", ".join(quoted(some.title, 60) for some in list(others)[:4])
     more = f" and {len(others) - 4} more" if len(others) > 4 else ""
     return (f"its weights are there more than once: {quoted(best.title, 60)} is taken, not {names}{more}",)
-
-
-def _pipeline(directory: Path, present: Collection[str]) -> str:
-    """Return why a pipeline of diffusers is refused, and what to do."""
-    parts = []
-    for name in sorted(present):
-        try:
-            inside = os.listdir(directory / name)
-        except OSError:
-            continue
-        if find_sets(inside):
-            parts.append(name)
-    named = ", ".join(quoted(name, 40) for name in parts[:8]) or "none of which is here"
-    return (
-        f"a pipeline of diffusers ({PIPELINE}), not one model: merge its components one by one ({named}: "
-        f"write {quoted(os.path.join(directory.name, parts[0] if parts else 'unet'), 80)} and so on)"
-    )
 
 
 def _read_index(path: str, present: Collection[str] | None, suffix: str) -> dict[str, str]:

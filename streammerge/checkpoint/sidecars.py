@@ -57,7 +57,7 @@ class Beside:
     """Folders of the model's own modules whose weights are among the files."""
 
 
-def survey(directory: Path, own: Collection[str], *, whole: bool) -> Beside:
+def survey(directory: Path, own: Collection[str], *, whole: bool, merged: Collection[str] = ()) -> Beside:
     """Look through a model's folder.
 
     Parameters
@@ -67,6 +67,8 @@ def survey(directory: Path, own: Collection[str], *, whole: bool) -> Beside:
     whole
         Whether the folder is that of the model; False: the model is one file of many, and only tokenizer and
         settings that lie beside it are taken to be its own.
+    merged
+        Folders whose weights are merged: of them all other files are taken.
 
     Raises
     ------
@@ -85,7 +87,7 @@ def survey(directory: Path, own: Collection[str], *, whole: bool) -> Beside:
             found.left.append(f"{printable(name, 60)} (its name)")
         elif os.path.isdir(directory / name):
             if whole:
-                _take_folder(found, directory, name, is_module=name in modules)
+                _take_folder(found, directory, name, is_module=name in (*modules, *merged), merged=merged)
         elif is_left_behind(name) and name not in named:
             if whole and not _is_index_of(name, own):
                 found.left.append(name)
@@ -177,12 +179,14 @@ def _settings(path: Path) -> Any:
         return None
 
 
-def _take_folder(found: Beside, directory: Path, name: str, *, is_module: bool) -> None:
-    """Take all of a folder, or nothing where it holds weights or cannot be what a loader needs."""
+def _take_folder(
+    found: Beside, directory: Path, name: str, *, is_module: bool, merged: Collection[str]
+) -> None:
+    """Take all of a folder but weights that are merged; nothing where it holds others or cannot be what a loader needs."""
     if is_left_folder(name) and not is_module:
         found.left.append(f"{name}/")
         return
-    paths = list(_walk(directory, name))
+    paths = [path for path in _walk(directory, name) if not _is_merged(path, merged)]
     if len(paths) > MOST_FILES:
         found.left.append(f"{name}/ (more than {MOST_FILES} files)")
     elif not is_module and any(is_weights(os.path.basename(path)) for path in paths):
@@ -191,6 +195,12 @@ def _take_folder(found: Beside, directory: Path, name: str, *, is_module: bool) 
         for path in paths:
             _take(found, directory, path)
         found.modules += [name] if any(map(is_weights, paths)) else []
+
+
+def _is_merged(path: str, merged: Collection[str]) -> bool:
+    """Return whether a file holds weights of a folder whose weights are merged, or is their index."""
+    folder, _, name = path.rpartition("/")
+    return folder in merged and is_weights(name)
 
 
 def _walk(directory: Path, name: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from streammerge.checkpoint.names import EMBEDDINGS, is_head
+from streammerge.checkpoint.names import EMBEDDINGS, in_component, is_head
 
 TensorKind = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
 _WORDS: tuple[tuple[TensorKind, tuple[str, ...]], ...] = (
@@ -13,7 +13,9 @@ _WORDS: tuple[tuple[TensorKind, tuple[str, ...]], ...] = (
     ("attention", ("attn", "attention")),
     ("mlp", ("mlp", "ffn", "feed_forward", "feedforward", "expert", "moe", "intermediate", "densereludense")),
 )
-"""Words within a component of a name. A norm is told by the last module alone; of the others the first kind counts."""
+"""Words within a part of a name. A norm is told by the last module alone; of the others the first kind counts."""
+_FEED_FORWARD = frozenset({"ff", "ff_context"})
+"""Modules of the transformer blocks of diffusers, which lie within ``attentions``."""
 
 
 def kind_of(name: str) -> TensorKind:
@@ -23,12 +25,16 @@ def kind_of(name: str) -> TensorKind:
     ('norm', 'attention')
     >>> kind_of("lm_head.weight"), kind_of("transformer.h.0.mlp.c_fc.bias"), kind_of("scale")
     ('head', 'mlp', 'other')
+    >>> kind_of("unet/mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj.weight")
+    'mlp'
     """
     if is_head(name):
         return "head"
     if name.endswith(EMBEDDINGS):
         return "embedding"
-    modules = name.lower().split(".")[:-1]
+    modules = in_component(name)[1].lower().split(".")[:-1]
+    if not _FEED_FORWARD.isdisjoint(modules):
+        return "mlp"
     for kind, words in _WORDS:
         some = modules[-1:] if kind == "norm" else modules
         if any(word in module for module in some for word in words):

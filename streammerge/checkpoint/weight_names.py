@@ -30,7 +30,11 @@ def index_file(stem: str) -> str:
 
 INDEXES = tuple(index_file(stem) for stem in STEMS)
 """Every name that an output's index may have."""
-LOADED = (*INDEXES, *(weight_file(stem) for stem in STEMS))
+PIPELINE = "model_index.json"
+"""The file that makes a folder a pipeline of diffusers."""
+LISTS = (PIPELINE, *INDEXES)
+"""Names of files that lead to other files of a finished model."""
+LOADED = (*LISTS, *(weight_file(stem) for stem in STEMS))
 """Names that mean a finished model to a loader."""
 
 

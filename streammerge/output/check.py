@@ -99,8 +99,9 @@ def check_files(
         one.name: [*one.problems] or _compare(one, found.get(str(out / one.name), []), manifest, place)
         for one in examined
     }
-    if not any(problems.get(name) for name in INDEXES):
-        problems["index"] = _index_problems(place, examined, manifest)
+    for folder in ("", *(f"{one}/" for one in manifest.get("folders", ()))):
+        if not any(problems.get(folder + name) for name in INDEXES):
+            problems[f"index of {folder}"] = _index_problems(place, folder, examined, manifest)
     extra, others = _beside(place, manifest)
     nbytes = sum(part.nbytes for parts in found.values() for part in parts)
     lines = [line for some in problems.values() for line in some]
@@ -238,10 +239,16 @@ def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any], place
     return problems
 
 
-def _index_problems(place: Place, examined: Sequence[_Examined], manifest: Mapping[str, Any]) -> list[str]:
-    """Return how the index does not lead to every tensor, and to nothing else."""
-    shards = [one for one in examined if is_shard(one.name, ())]
-    name = next((name for name in INDEXES if name in manifest["files"]), None)
+def _index_problems(
+    place: Place, folder: str, examined: Sequence[_Examined], manifest: Mapping[str, Any]
+) -> list[str]:
+    """Return how the index of a folder (``unet/``, or empty) does not lead to every tensor there, and to nothing else."""
+    shards = [
+        one
+        for one in examined
+        if folder_of(one.name) == folder and is_shard(one.name, manifest.get("folders", ()))
+    ]
+    name = next((folder + name for name in INDEXES if folder + name in manifest["files"]), None)
     if name is None:
         if len(shards) < 2:
             return []
@@ -253,7 +260,8 @@ def _index_problems(place: Place, examined: Sequence[_Examined], manifest: Mappi
     except ModelError as error:
         return [f"{name}: {printable(str(error).removeprefix(f'{place.path(name)}: '))}"]
     weight_map, metadata = index.get("weight_map"), index.get("metadata")
-    places = {tensor: one.name for one in shards for tensor in one.tensors or {}}
+    cut = len(folder)
+    places = {tensor[cut:]: one.name[cut:] for one in shards for tensor in one.tensors or {}}
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         return [f"{name}: no weight_map or no metadata"]
     if any(one.tensors is None for one in shards):
@@ -282,7 +290,9 @@ def _beside(place: Place, manifest: Mapping[str, Any]) -> tuple[list[str], tuple
         ]
     names = sorted(name for name in found if name not in known and name not in folders)
     loadable = [
-        name for name in names if name.endswith(_LOADABLE) or name.startswith(STEMS) or is_loaded(name)
+        name
+        for name in names
+        if name.endswith(_LOADABLE) or name.rpartition("/")[2].startswith(STEMS) or is_loaded(name)
     ]
     problems = [
         f"{printable(name)}: not in {place.manifest.name}; no merge wrote it here" for name in loadable

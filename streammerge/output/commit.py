@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.weight_names import PIPELINE
 from streammerge.io.durable import fsync_directory, make_folders, world_errors, write_file
 from streammerge.numerics.crc32 import combine_all, crc32
 from streammerge.output.identity import Identity
@@ -32,7 +33,7 @@ def commit(
     hashes: Mapping[str, str],
     contents: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Publish a finished merge; everything is durable before the index (or single shard) has its name.
+    """Publish a finished merge; everything is durable before the index (or single shard, or list of components) has its name.
 
     Parameters
     ----------
@@ -44,14 +45,12 @@ def commit(
     Returns the manifest. Running it again after an interruption at any point gives the same bytes.
     """
     chosen = cover(plan, receipts)
-    shards = range(len(plan.layout.shards))
-    single = plan.layout.index is None
     made = _made(plan, card, hashes)
-    index = {} if plan.layout.index is None else {plan.layout.index: _index(plan)}
+    lists = {name: _index(plan, name) for name in plan.layout.indexes} | _pipeline(plan, hashes)
     written = {
         name: copy_sidecar(stamp, hashes[name], place.folder, name)
         for name, stamp in plan.beside.files.items()
-        if name not in made
+        if name not in made and name not in lists
     }
     for name, data in made.items():
         make_folders(place.folder, name)
@@ -59,17 +58,19 @@ def commit(
     for folder in {place.path(name).parent for name in (*written, *made)} - {place.folder}:
         with world_errors(folder):
             fsync_directory(folder)
-    written |= {name: (len(data), crc32(data)) for name, data in {**made, **index}.items()}
+    written |= {name: (len(data), crc32(data)) for name, data in {**made, **lists}.items()}
     manifest = _manifest(plan, chosen, identity, written, contents)
-    for shard in shards[1:] if single else shards:
+    for shard in (one for one in range(len(plan.layout.shards)) if one != plan.layout.last):
         writer.publish(shard)
     write_file(place.manifest, seal(manifest), place.partial(place.manifest.name))
     with world_errors(place.out):
         fsync_directory(place.folder)
-    for name, data in index.items():
+    for name, data in lists.items():
         write_file(place.path(name), data)
-    if single:
-        writer.publish(0)
+        with world_errors(place.out):
+            fsync_directory(place.path(name).parent)
+    if plan.layout.last is not None:
+        writer.publish(plan.layout.last)
     with world_errors(place.out):
         fsync_directory(place.folder)
     return manifest
@@ -82,9 +83,8 @@ def _made(plan: MergePlan, card: str, hashes: Mapping[str, str]) -> dict[str, by
         return made
     if plan.tokenizer is not None:
         made |= plan.tokenizer.changed
-    if CONFIG_NAME in plan.beside.files:
-        raw = read_sidecar(plan.beside.files[CONFIG_NAME], hashes[CONFIG_NAME])
-        made[CONFIG_NAME] = spelled(plan.settings, raw)
+    for name in plan.settings.keys() & plan.beside.files.keys():
+        made[name] = spelled(plan.settings[name], read_sidecar(plan.beside.files[name], hashes[name]))
     if "model card" not in plan.left_out:
         made["README.md"] = card.encode()
     return made | {CONFIG_COPY: plan.config.text.encode("utf-8", "surrogatepass")}
@@ -209,14 +209,20 @@ def not_finite(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict
     return {plan.jobs[job].name: count for job, count in sorted(counts.items()) if count}
 
 
-def _index(plan: MergePlan) -> bytes:
-    slots = {
-        part.name: slot
-        for job in plan.jobs
-        for part, slot in zip(job.parts, plan.layout.slots[job.ordinal], strict=True)
-    }
-    own = {name: slot for name, slot in slots.items() if not folder_of(plan.layout.shards[slot.shard].name)}
-    weight_map = {name: plan.layout.shards[slot.shard].name for name, slot in own.items()}
-    total = sum(slot.nbytes for slot in own.values())
+def _pipeline(plan: MergePlan, hashes: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the list of a pipeline's components by its name, without which no library takes the output for one."""
+    stamp = plan.beside.files.get(PIPELINE)
+    return {} if stamp is None else {PIPELINE: read_sidecar(stamp, hashes[PIPELINE])}
+
+
+def _index(plan: MergePlan, name: str) -> bytes:
+    """Return the index of a folder's shards, by the names that tensors and shards have there."""
+    cut = len(folder_of(name))
+    weight_map: dict[str, str] = {}
+    total = 0
+    for shard in plan.layout.shards_beside(name):
+        for job, part in shard.parts:
+            weight_map[plan.jobs[job].parts[part].name[cut:]] = shard.name[cut:]
+            total += plan.layout.slots[job][part].nbytes
     value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return bytes(indented(value, 2) + b"\n")

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
-from streammerge.checkpoint.weight_names import INDEXES, LOADED, is_weight_file
+from streammerge.checkpoint.weight_names import INDEXES, LISTS, LOADED, is_weight_file
 from streammerge.errors import OutputError, WorldError, printable
 from streammerge.io.durable import PARTIAL, cure_of, fsync_directory, make_directory, world_errors
 from streammerge.io.lock import locked_directory
@@ -158,13 +158,15 @@ def _check_single(place: Place) -> None:
             )
 
 
-_FIXED = {CONFIG_NAME, "README.md", CONFIG_COPY, *INDEXES}
+_FIXED = {CONFIG_NAME, "README.md", CONFIG_COPY, *LISTS}
 
 
 def withdraw(place: Place) -> None:
-    """Take an index away, so that nothing loads while the files it speaks of are worked on."""
+    """Take indexes and the list of components away, so that nothing loads while the files they speak of are worked on."""
     if place.file is None:
-        _remove(place.folder, set(INDEXES))
+        manifest = read_manifest(place.out)
+        written = manifest["files"] if manifest else ()
+        _remove(place.folder, {*LISTS, *(name for name in written if name.rpartition("/")[2] in INDEXES)})
 
 
 def clear(place: Place, announced: Collection[str] = ()) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from streammerge.checkpoint.companions import CompanionIndex, open_fisher, open_grams
+from streammerge.checkpoint.components import shared_folders
 from streammerge.checkpoint.index import TensorIndex, open_model
-from streammerge.checkpoint.submodules import shared_folders
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import ModelError, NotDownloadedError, printable
 from streammerge.io.files import meant

@@ -52,10 +52,20 @@ class Layout:
 
     shards: tuple[Shard, ...]
     slots: tuple[tuple[Slot, ...], ...]
-    index: str | None = None
-    """Name of the file that leads from tensors to shards; None where there is one shard."""
+    indexes: tuple[str, ...] = ()
+    """Paths of the files that lead from tensors to shards, one for each folder with several shards."""
     single_file: bool = False
     """Whether the output is one file, whatever its name, and not a directory."""
+
+    @property
+    def last(self) -> int | None:
+        """The only shard of the output's own folder, which alone means a finished model; None if another file does."""
+        own = [number for number, shard in enumerate(self.shards) if not folder_of(shard.name)]
+        return own[0] if len(own) == 1 else None
+
+    def shards_beside(self, index: str) -> tuple[Shard, ...]:
+        """Return the shards that an index leads to."""
+        return tuple(shard for shard in self.shards if folder_of(shard.name) == folder_of(index))
 
     @property
     def nbytes(self) -> int:
@@ -87,34 +97,60 @@ class Places:
         return places[bisect_right(places, offset, key=itemgetter(0)) - 1]
 
 
-def lay_out(jobs: Sequence[Job], shard_size: int, stem: str = "model", folders: Sequence[str] = ()) -> Layout:
-    """Distribute the jobs' tensors, in order, over shards of at most `shard_size` bytes of data, named after `stem`.
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """A folder of the output with weights, and how the library that reads it wants them."""
 
-    The parts of a job lie in one shard. A tensor larger than a shard has one of its own, and so have all tensors ``FOLDER/name`` of one of the `folders`
-    together, whatever their size: the libraries that read such folders look for one file.
+    name: str = ""
+    """Empty: the output itself."""
+    stem: str = "model"
+    """Beginning of the names of its files."""
+    one_file: bool = False
+    """Whether the library looks for a single file, whatever its size."""
+
+    @property
+    def prefix(self) -> str:
+        """Beginning of the names of its files and tensors in the plan."""
+        return f"{self.name}/" if self.name else ""
+
+
+def lay_out(jobs: Sequence[Job], shard_size: int, folders: Sequence[Folder] = (Folder(),)) -> Layout:
+    """Distribute the jobs' tensors, in order, over shards of at most `shard_size` bytes of data.
+
+    The parts of a job lie in one shard. A tensor larger than a shard has one of its own. The tensors ``FOLDER/name`` of
+    one of the `folders` have shards and an index there; all others belong to the folder without a name.
     """
+    own: dict[str, list[Job]] = {folder.name: [] for folder in folders}
+    for job in jobs:
+        own[next((one.name for one in folders if one.name and job.name.startswith(one.prefix)), "")].append(
+            job
+        )
+    shards: list[Shard] = []
+    slots: dict[Key, Slot] = {}
+    indexes = []
+    for folder in folders:
+        mine = own[folder.name]
+        groups = [mine] if folder.one_file and mine else _cut(mine, shard_size)
+        for number, group in enumerate(groups):
+            name = folder.prefix + weight_file(folder.stem, number, len(groups))
+            shard, placed = _shard(len(shards), name, group, len(folder.prefix), {})
+            shards.append(shard)
+            slots |= placed
+        indexes += [folder.prefix + index_file(folder.stem)] if len(groups) > 1 else []
+    return Layout(tuple(shards), _by_job(jobs, slots), tuple(indexes))
+
+
+def _cut(jobs: Sequence[Job], shard_size: int) -> list[list[Job]]:
+    """Return the jobs of each shard."""
     groups: list[list[Job]] = []
     filled = 0
-    parted = {folder: [job for job in jobs if job.name.startswith(f"{folder}/")] for folder in folders}
-    apart = {job.ordinal for own in parted.values() for job in own}
-    for job in (job for job in jobs if job.ordinal not in apart):
-        if not groups or (filled + job.output_bytes > shard_size and groups[-1]):
+    for job in jobs:
+        if not groups or filled + job.output_bytes > shard_size:
             groups.append([])
             filled = 0
         groups[-1].append(job)
         filled += job.output_bytes
-    shards = []
-    slots: dict[Key, Slot] = {}
-    n_own = len(groups)
-    names = [weight_file(stem, number, n_own) for number in range(n_own)]
-    names += [f"{folder}/{weight_file('model')}" for folder, own in parted.items() if own]
-    groups += [own for own in parted.values() if own]
-    for number, (name, group) in enumerate(zip(names, groups, strict=True)):
-        shard, placed = _shard(number, name, group, len(folder_of(name)), {})
-        shards.append(shard)
-        slots |= placed
-    index = index_file(stem) if n_own > 1 else None
-    return Layout(tuple(shards), _by_job(jobs, slots), index)
+    return groups
 
 
 def lay_out_file(jobs: Sequence[Job], name: str, metadata: Mapping[str, str]) -> Layout:

@@ -11,14 +11,14 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import BudgetError, ConfigError
 from streammerge.methods.registry import Method
-from streammerge.planning.files.config_json import merged_config
-from streammerge.planning.files.ecosystem import ecosystem_of
+from streammerge.planning.files.config_json import all_settings
+from streammerge.planning.files.ecosystem import SENTENCE_TRANSFORMERS, ecosystem_of, ecosystem_of_component
 from streammerge.planning.files.single_file import check_fits_one_file, kept_metadata, not_written
 from streammerge.planning.files.surroundings import Surroundings, surroundings
 from streammerge.planning.files.tokenizer import TokenizerFiles, tokenizer_files
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.job import Job
-from streammerge.planning.layout import Layout, lay_out, lay_out_file
+from streammerge.planning.layout import Folder, Layout, lay_out, lay_out_file
 from streammerge.planning.memory.allocate import Needs, lists_nbytes
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import Division
@@ -111,6 +111,16 @@ def make_plan(
     )
 
 
+def _folders_of(template: TensorIndex) -> list[Folder]:
+    """Return the folders of weights that the output has, as the libraries that read them want their files called."""
+    ecosystem = ecosystem_of(template)
+    alone = ecosystem is SENTENCE_TRANSFORMERS
+    return [
+        *([] if template.is_pipeline else [Folder(stem=ecosystem.stem)]),
+        *(Folder(one.folder, ecosystem_of_component(one).stem, alone) for one in template.components),
+    ]
+
+
 def _needs_of_all(jobs: Sequence[Job], method: Method) -> tuple[Needs, ...]:
     """Return the needs of each job; jobs with the same parameters share theirs."""
     known: dict[tuple[object, ...], Needs] = {}
@@ -133,7 +143,7 @@ def _lists_nbytes(inputs: Inputs, matched: Matched, jobs: Sequence[Job], needs: 
 class _Files:
     """The files of an output in addition to its weights."""
 
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tokenizer: TokenizerFiles | None = None
     beside: Surroundings = field(default=Surroundings())
     remarks: tuple[str, ...] = ()
@@ -154,7 +164,7 @@ def _files_beside(
     left_out: Sequence[LeftOut],
 ) -> _Files:
     indexes = matched.indexes
-    settings, remarks = merged_config(config, template, indexes, storage, resolved.stacks, alignment)
+    settings, remarks = all_settings(config, template, indexes, storage, resolved.stacks, alignment)
     tokenizer = None
     if alignment is not None or config.chat_template is not None:
         tokenizer = tokenizer_files(config, template, indexes, alignment)
@@ -169,7 +179,7 @@ def _files_beside(
 def _layout_of(jobs: Sequence[Job], template: TensorIndex, options: PlanOptions) -> Layout:
     if options.file is not None:
         return lay_out_file(jobs, options.file, kept_metadata(template))
-    return lay_out(jobs, options.shard_size, ecosystem_of(template).stem, template.folders)
+    return lay_out(jobs, options.shard_size, _folders_of(template))
 
 
 def _of_single_file(files: _Files, storage: Storage, template: TensorIndex, config: MergeConfig) -> _Files:

@@ -61,8 +61,8 @@ class MergePlan:
     """The Gram matrices of each model, for a method that takes them."""
     bases: tuple[TensorIndex, ...] = ()
     """Bases of single slices, where these differ from `base`."""
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """The output's config.json; empty if the template model has none."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The output's config.json files, those of its components too, by path; none if the template model has none."""
     left_out: tuple[LeftOut, ...] = ()
     """Files that are not written in addition to the weights."""
     tokenizer: TokenizerFiles | None = None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from streammerge.checkpoint.index import CONFIG_NAME
 from streammerge.planning.files.ecosystem import Ecosystem
 from streammerge.planning.plan import MergePlan
 
@@ -35,7 +36,7 @@ def how_to_load(plan: MergePlan, ecosystem: Ecosystem) -> Iterator[str]:
     }.get(ecosystem.library)
     if lines is not None:
         yield "## How to load it"
-        yield "\n".join(["```python", *lines(plan.settings or plan.template.config), "```"])
+        yield "\n".join(["```python", *lines(plan.settings.get(CONFIG_NAME) or plan.template.config), "```"])
 
 
 def _transformers(config: Mapping[str, Any]) -> list[str]:
@@ -63,7 +64,12 @@ def auto_class(config: Mapping[str, Any]) -> str:
 def _diffusers(config: Mapping[str, Any]) -> list[str]:
     named = config.get("_class_name")
     name = named if isinstance(named, str) and _IDENTIFIER.fullmatch(named) else "AutoModel"
-    return [f"from diffusers import {name}", "", f'model = {name}.from_pretrained("{_HERE}")']
+    what = "pipeline" if name.endswith("Pipeline") else "model"
+    return [
+        f"from diffusers import {name}",
+        "",
+        f'{what} = {name}.from_pretrained("{_HERE}", torch_dtype="auto")',
+    ]
 
 
 def _sentence_transformers(config: Mapping[str, Any]) -> list[str]:

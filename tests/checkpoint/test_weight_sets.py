@@ -141,19 +141,6 @@ def test_a_gguf_file_under_another_name_is_named(tmp_path):
         assert "a GGUF file, which is quantised" in refusal(tmp_path / name)
 
 
-def test_a_pipeline_is_refused_with_its_components(tmp_path):
-    for part in ("unet", "vae"):
-        write_model(tmp_path / part, {"diffusion_pytorch_model.safetensors": {"w": F32}})
-    (tmp_path / "scheduler").mkdir()
-    (tmp_path / "model_index.json").write_text("{}")
-    line = refusal(tmp_path)
-    assert "a pipeline of diffusers (model_index.json)" in line
-    assert "one by one ('unet', 'vae': write" in line
-
-
-# Copies that only the index has.
-
-
 def write_indexed(path, names, extra, config=None):
     write_model(path, {HF[0]: dict.fromkeys(names, F32)}, dict.fromkeys((*names, *extra), HF[0]))
     (path / "config.json").write_text(json.dumps(config or {}))

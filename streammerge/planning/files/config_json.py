@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streammerge import dtypes
-from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
 from streammerge.checkpoint.names import LANGUAGE_PARTS, TIED, flag_of, is_head
 from streammerge.checkpoint.quantized.declarations import DECLARATIONS, EXPERT_DTYPE
 from streammerge.checkpoint.sidecar_names import is_sound_name
@@ -41,6 +41,33 @@ _COUNTS = (
 """Names of the setting for the number of layers."""
 _LANGUAGE = ("", *LANGUAGE_PARTS)
 """The parts of a config that speak of the language model."""
+
+
+def all_settings(
+    config: MergeConfig,
+    template: TensorIndex,
+    indexes: Indexes,
+    storage: Storage,
+    stacks: Sequence[Stack],
+    alignment: Alignment | None = None,
+) -> tuple[dict[str, Settings], list[str]]:
+    """Return the settings of the output and of each of its components, by the path of the file, and warnings.
+
+    A pipeline's own list of components stays as it is. A component's config.json follows its dtype and quantisation.
+    """
+    own: Settings = {}
+    notes: list[str] = []
+    if not template.is_pipeline:
+        own, notes = merged_config(config, template, indexes, storage, stacks, alignment)
+    found = {template.settings_file: own} if own else {}
+    for component in (one for one in template.components if one.config):
+        settings = copy.deepcopy(dict(component.config))
+        mine = [job for job in storage.jobs if job.name.startswith(f"{component.folder}/")]
+        _set_dtype(settings, config, mine)
+        if not holds_codes(mine):
+            notes += [f"{component.folder}/{note}" for note in _drop_quantisation(settings)]
+        found[f"{component.folder}/{CONFIG_NAME}"] = settings
+    return found, notes
 
 
 def merged_config(

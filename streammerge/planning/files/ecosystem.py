@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.index import Component, TensorIndex
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,25 @@ OPEN_CLIP = Ecosystem("open_clip", "open_clip_model")
 
 def ecosystem_of(template: TensorIndex) -> Ecosystem:
     """Return what a model was saved by: its config.json decides, then the names of its files."""
-    config = template.config
+    names = {os.path.basename(stamp.path) for stamp in template.stamps}
+    found = _known_by(template.config, names)
+    if found not in (DIFFUSERS, OPEN_CLIP) and os.path.lexists(template.directory / "modules.json"):
+        return SENTENCE_TRANSFORMERS
+    return found
+
+
+def ecosystem_of_component(component: Component) -> Ecosystem:
+    """Return what a folder of a model was saved by: in a pipeline of diffusers text encoders are transformers' own."""
+    return _known_by(component.config, component.names)
+
+
+def _known_by(config: Mapping[str, Any], names: Collection[str]) -> Ecosystem:
     if "_diffusers_version" in config or ("_class_name" in config and "model_type" not in config):
         return DIFFUSERS
-    names = {os.path.basename(stamp.path) for stamp in template.stamps}
     if any(name.startswith("open_clip_") for name in names):
         return OPEN_CLIP
     if any(name.startswith("diffusion_pytorch_model") for name in names):
         return DIFFUSERS
-    if os.path.lexists(template.directory / "modules.json"):
-        return SENTENCE_TRANSFORMERS
     if reads_dtype(config):
         return TRANSFORMERS
     return TIMM if "architecture" in config and "num_features" in config else UNKNOWN

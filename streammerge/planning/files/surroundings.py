@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
-from streammerge.checkpoint.sidecar_names import QUANTISATION, is_tokenizer_file, is_weights
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.sidecar_names import QUANTISATION, is_tokenizer_file
 from streammerge.checkpoint.sidecars import survey, unreadable
 from streammerge.checkpoint.tokenizer import FULL
 from streammerge.errors import printable
@@ -51,8 +51,8 @@ def surroundings(
     """
     whole = not is_single_file(template)
     own = {os.path.basename(stamp.path) for stamp in template.stamps}
-    beside = survey(template.directory, own, whole=whole)
-    files = {name: stamp for name, stamp in beside.files.items() if not _is_merged(name, template.folders)}
+    beside = survey(template.directory, own, whole=whole, merged=template.folders)
+    files = dict(beside.files)
     if tokenizer != template.directory:
         files = {name: stamp for name, stamp in files.items() if not is_tokenizer_file(name)}
         if tokenizer is not None:
@@ -62,21 +62,16 @@ def surroundings(
     for name in [name for name in files if _is_untrue(name, changed, quantised=quantised)]:
         del files[name]
         left.append(name)
-    if os.path.exists(template.directory / CONFIG_NAME):  # read already, wherever a link leads
-        files[CONFIG_NAME] = _stamp(template.directory / CONFIG_NAME)
-        left = [name for name in left if not name.startswith(f"{CONFIG_NAME} (")]
+    settings = template.settings_file
+    if os.path.exists(template.directory / settings):  # read already, wherever a link leads
+        files[settings] = _stamp(template.directory / settings)
+        left = [name for name in left if not name.startswith(f"{settings} (")]
     notes = [
         f"{printable(template.reference)}: the weights in {printable(name, 80)}/ are copied, not merged"
         for name in beside.modules
         if name not in template.folders
     ]
     return Surroundings(dict(sorted(files.items())), (*notes, *_left_behind(template, left)))
-
-
-def _is_merged(name: str, folders: Sequence[str]) -> bool:
-    """Return whether a file holds weights of a module that is merged, or is their index."""
-    folder, _, base = name.rpartition("/")
-    return folder in folders and (is_weights(base) or base.endswith(".index.json"))
 
 
 def is_single_file(index: TensorIndex) -> bool:
@@ -88,7 +83,7 @@ def is_single_file(index: TensorIndex) -> bool:
 
 def _is_untrue(name: str, changed: TokenizerFiles | None, *, quantised: bool) -> bool:
     """Return whether a file describes the template model, and would be wrong for the output."""
-    if name in QUANTISATION:
+    if name.rpartition("/")[2] in QUANTISATION:
         return not quantised
     grown = changed is not None and FULL in changed.changed
     return grown and "/" not in name and any(part in name for part in _FIXED_VOCABULARY)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
-from streammerge.checkpoint.names import LANGUAGE_PARTS, OF_TOKENS, count_real
+from streammerge.checkpoint.names import LANGUAGE_PARTS, OF_TOKENS, count_real, in_component
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
@@ -36,6 +36,17 @@ _WIDTHS = (
 """Settings of config.json that shapes follow from."""
 
 
+_PUBLISHED = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    "conditioner.embedders.",
+    "cond_stage_model.",
+    "double_blocks.",
+    "joint_blocks.",
+)
+"""Beginnings of names in image models as their authors publish them: Stable Diffusion, Flux."""
+
+
 def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) -> None:
     """Refuse models that are different architectures, depth or width; nothing is said of models that are sliced.
 
@@ -61,6 +72,7 @@ def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) ->
     for index in indexes.values():
         if index is template:
             continue
+        _check_namings(template, index)
         others = wanted(index)
         _check_experts(template, index, own, others)
         shared = [name for name in own if name in index]
@@ -76,6 +88,7 @@ def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) ->
 def _named(index: TensorIndex) -> str:
     found = index.config.get("architectures")
     kind = found[0] if isinstance(found, list) and found else index.config.get("model_type")
+    kind = kind or index.config.get("_class_name")
     name = printable(index.reference)
     return f"{name} ({printable(kind, 80)})" if isinstance(kind, str) else name
 
@@ -92,6 +105,18 @@ def _check_depths(
         raise ModelError(
             f"{printable(index.reference)} has {_layers(m)}, {printable(template.reference)} {n} ({printable(prefix, 120)}): say "
             "which of them are meant with `slices:`, or list the others under `exclude:`"
+        )
+
+
+def _check_namings(template: TensorIndex, index: TensorIndex) -> None:
+    """Refuse an image model in the names of its authors next to one in those of diffusers: parts of them may be alike."""
+    as_published = [any(name.startswith(_PUBLISHED) for name in one) for one in (template, index)]
+    as_in_diffusers = [bool(one.folders) or "_diffusers_version" in one.config for one in (template, index)]
+    if as_published != as_in_diffusers and sorted(as_published) == sorted(as_in_diffusers) == [False, True]:
+        single, other = (template, index) if as_published[0] else (index, template)
+        raise ModelError(
+            f"{printable(single.reference)} has the names of a single file, {printable(other.reference)} those of diffusers: "
+            "convert the single file first, with `from_single_file` and `save_pretrained` of its pipeline in diffusers"
         )
 
 
@@ -199,19 +224,11 @@ def counted(names: Sequence[str], present: Iterable[str]) -> str:
     >>> counted(["model.visual.a.w", "model.visual.b.w", "model.head.w"], ["model.norm.w"])
     'model.visual (2 tensors), model.head.w'
     """
-    known: set[str] = set()
-    for name in present:
-        at = name.find(".")
-        while at > 0:
-            known.add(name[:at])
-            at = name.find(".", at + 1)
+    known = {name[:end] for name in present for end in _ends(name)}
     counts: dict[str, int] = {}
     alone: dict[str, str] = {}
     for name in names:
-        at = name.find(".")
-        while at > 0 and name[:at] in known:
-            at = name.find(".", at + 1)
-        stem = name if at < 0 else name[:at]
+        stem = next((name[:end] for end in _ends(name) if name[:end] not in known), name)
         counts[stem] = counts.get(stem, 0) + 1
         alone.setdefault(stem, name)
     listed = [
@@ -220,6 +237,17 @@ def counted(names: Sequence[str], present: Iterable[str]) -> str:
     ]
     more = f" and {len(counts) - 4} more" if len(counts) > 4 else ""
     return ", ".join(listed) + more
+
+
+def _ends(name: str) -> Iterator[int]:
+    """Yield where the parts of a name end: its component, with the slash, and then all but the last, without the dot."""
+    component = len(in_component(name)[0])
+    if component:
+        yield component
+    at = name.find(".", component)
+    while at > 0:
+        yield at
+        at = name.find(".", at + 1)
 
 
 def compare_names(

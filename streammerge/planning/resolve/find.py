@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from streammerge.checkpoint.names import shared_as, tied_to
+from streammerge.checkpoint.names import in_component, shared_as, tied_to
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.agreement import counted, lacking
@@ -55,7 +55,7 @@ class Finder:
             )
 
     def _is_alone(self, output: OutputTensor, without: Sequence[str], n_places: int) -> bool:
-        """Return whether a tensor is in a part of the template model that all others are without: a tower, a head of its own."""
+        """Return whether a tensor is in a part of the template model that all others are without: a tower, a component, a head of its own."""
         others = n_places - (output.template[0] not in without and output.template in _places(output))
         if len(without) < others or self.find(*output.template) is None:
             return False
@@ -64,6 +64,9 @@ class Finder:
     def _is_without(self, reference: str, name: str) -> bool:
         begins = self._prefixes.get(reference)
         if begins is not None and not name.startswith(begins):
+            return True
+        folders = self._indexes[reference].folders
+        if folders and (component := in_component(name)[0]) and component[:-1] not in folders:
             return True
         if not of_a_tower(name):
             return False

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from streammerge.checkpoint.names import in_component
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 
@@ -175,6 +176,8 @@ def _candidates(left: Mapping[str, SourceRef], free: Mapping[str, SourceRef]) ->
 def _starts(name: str) -> Iterator[int]:
     """Yield where the parts of a name begin, but for the last: a lone ``weight`` says nothing."""
     yield 0
+    if component := len(in_component(name)[0]):
+        yield component
     at = name.find(".") + 1
     last = name.rfind(".") + 1
     for _ in range(_MOST_STARTS):

@@ -1,14 +1,13 @@
-"""Folders of weights that belong to one model: the modules of sentence-transformers behind the transformer itself.
+"""Components of models of sentence-transformers: the modules behind the transformer itself, each in a folder of its own.
 
 A tensor of such a folder is one more tensor of the model, called ``FOLDER/name``; the output has it in the same folder,
-under its own name.
+under its own name. Pipelines of diffusers consist of components alone: see `streammerge.checkpoint.pipeline`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from streammerge.checkpoint.index import TensorIndex
@@ -28,7 +27,7 @@ def shared_folders(
     opening
         Opens the weights of one folder.
     """
-    if any(index.adapter is not None for index in indexes):
+    if any(index.adapter is not None or index.components for index in indexes):
         return list(indexes)
     folders = [folder for folder in _with_weights(indexes[0].directory) if all(map(_is_directory, indexes))]
     shared: dict[str, list[TensorIndex]] = {}
@@ -37,8 +36,10 @@ def shared_folders(
             parts = [opening(str(index.directory / folder)) for index in indexes]
             if len({tuple((name, ref.shape) for name, ref in sorted(part.items())) for part in parts}) == 1:
                 shared[folder] = parts
+    if not shared:
+        return list(indexes)
     return [
-        _joined(index, {folder: parts[place] for folder, parts in shared.items()})
+        index.with_components({folder: parts[place] for folder, parts in shared.items()})
         for place, index in enumerate(indexes)
     ]
 
@@ -61,21 +62,3 @@ def _with_weights(directory: Path) -> list[str]:
         except OSError:
             continue
     return found
-
-
-def _joined(index: TensorIndex, parts: dict[str, TensorIndex]) -> TensorIndex:
-    """Return a model with the tensors of some folders among its own."""
-    if not parts:
-        return index
-    tensors = dict(index.tensors)
-    for folder, part in parts.items():
-        tensors |= {f"{folder}/{name}": ref for name, ref in part.items()}
-    stamps = (*index.stamps, *(stamp for part in parts.values() for stamp in part.stamps))
-    notes = (*index.notes, *(note for part in parts.values() for note in part.notes))
-    return replace(
-        index,
-        tensors=tensors,
-        stamps=tuple(sorted(stamps, key=lambda stamp: stamp.path)),
-        notes=notes,
-        folders=tuple(parts),
-    )

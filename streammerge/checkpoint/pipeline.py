@@ -1,0 +1,123 @@
+"""Pipelines of diffusers: which folders of one hold weights, by its ``model_index.json``.
+
+Each entry ``name: [library, class]`` is a component in the folder of that name. Those with weights are merged; the others
+(scheduler, tokenizer, feature extractor) are files. What is listed must be there, and must lie in the pipeline's folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streammerge.checkpoint.sidecar_names import is_sound_name, is_weights
+from streammerge.checkpoint.sidecars import leads_inside
+from streammerge.checkpoint.weight_names import PIPELINE
+from streammerge.checkpoint.weight_sets import find_sets, no_model
+from streammerge.io.files import bad, from_os, quoted
+from streammerge.io.strict_json import read_object
+
+_DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that pipelines run without, and that people delete."""
+_WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "Extractor")
+"""Ends of the names of classes that have settings, and no weights."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline says that it consists of."""
+
+    settings: Mapping[str, Any]
+    """Its ``model_index.json``."""
+    folders: tuple[str, ...]
+    """Components with weights, in the order of that file."""
+    notes: tuple[str, ...]
+
+
+def is_pipeline(directory: Path) -> bool:
+    """Return whether a directory is a pipeline, and no single model."""
+    return os.path.lexists(directory / PIPELINE)
+
+
+def read_pipeline(directory: Path) -> Pipeline:
+    """Return the components of a pipeline; no weight is read.
+
+    Raises
+    ------
+    ModelError
+        If a component is missing, lacks its weights, or leads out of the folder.
+    """
+    path = directory / PIPELINE
+    _check_inside(directory, path)
+    settings = read_object(str(path), "finite")
+    folders, notes = [], []
+    for name, kind in _listed(settings):
+        if not is_sound_name(name) or name.startswith("."):
+            raise bad(str(path), f"the component {quoted(name)} is not a plain folder name")
+        folder = directory / name
+        if not os.path.lexists(folder) and name in _DISPENSABLE:
+            notes.append(
+                f"{PIPELINE} lists {name}, which is not here; load the output with `{name}=None` as you do this pipeline"
+            )
+        elif _has_weights(directory, folder, kind):
+            folders.append(name)
+    if not folders:
+        raise bad(
+            str(directory),
+            "a pipeline of diffusers without any weights: download or copy the pipeline again",
+        )
+    return Pipeline(settings, tuple(folders), tuple(notes))
+
+
+def _listed(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield name and class of each component; one that a pipeline does without is ``[null, null]``."""
+    for name, value in settings.items():
+        pair = value if isinstance(value, list) and len(value) == 2 and not name.startswith("_") else ()
+        if pair and all(isinstance(part, str) for part in pair):
+            yield name, pair[1]
+
+
+def _has_weights(directory: Path, folder: Path, kind: str) -> bool:
+    """Return whether a component has weights; refuse one that is not there or not whole."""
+    if not os.path.isdir(folder):
+        state = "is not a folder" if os.path.lexists(folder) else "is missing"
+        raise bad(
+            str(directory / PIPELINE),
+            f"the component {quoted(folder.name)} ({quoted(kind, 60)}) {state}: download or copy the pipeline again",
+        )
+    _check_inside(directory, folder)
+    try:
+        present = frozenset(os.listdir(folder))
+    except OSError as error:
+        raise from_os(str(folder), error) from error
+    if find_sets(present):
+        for name in sorted(present):
+            if is_weights(name) or name.endswith(".json"):
+                _check_inside(directory, folder / name)
+        return True
+    if any(map(is_weights, present)) or _is_emptied(present, kind):
+        raise bad(
+            str(folder),
+            no_model(
+                present,
+                f"no weights of the component {quoted(kind, 60)} here: download or copy the pipeline again",
+            ),
+        )
+    return False
+
+
+def _is_emptied(present: Collection[str], kind: str) -> bool:
+    """Return whether a folder has the settings of a model, and not its weights."""
+    return "config.json" in present and not kind.endswith(_WITHOUT_WEIGHTS)
+
+
+def _check_inside(directory: Path, path: Path) -> None:
+    """Refuse a link out of the pipeline's folder: files beside the weights are copied to the output as they are."""
+    try:
+        inside = leads_inside(directory, path)
+    except OSError as error:
+        raise from_os(str(path), error) from error
+    if not inside:
+        raise bad(str(path), "a link that leads out of the pipeline's folder: put a copy in its place")
