@@ -1,7 +1,7 @@
-"""The contract of a backend: what computes blocks, and what the planner and the engine must know of it.
+"""The contract of a backend: how it computes blocks, and what the planner and the engine must know about it.
 
-A backend is one value. It is registered in `streammerge.backends.registry`, and chosen in `streammerge.planning.backend`;
-everything else asks the value.
+A backend is one value. `streammerge.backends.registry` registers it, `streammerge.planning.backend` chooses it, and all
+other code asks the value.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ class TensorFacts(Protocol):
 
     @property
     def row_length(self) -> int:
-        """Elements of one row."""
+        """Number of elements per row."""
 
     @property
     def inputs(self) -> Sequence[object]:
-        """The base, if there is one, and the models."""
+        """The base, if any, and the models."""
 
     @property
     def fishers(self) -> Sequence[object]:
-        """Fisher diagonals, one a model; empty where they are not used."""
+        """The Fisher diagonals, one per model; empty if they are not used."""
 
     @property
     def operator_bytes(self) -> int:
-        """Bytes of the regression operators of this tensor."""
+        """Size of the regression operators of this tensor in bytes."""
 
     def line_length(self, sees: Extent) -> int:
-        """Return the elements of one line of what the arithmetic must see at once."""
+        """Return the number of elements of one line (row, or slice along the first axis) for an extent."""
 
 
 @dataclass(frozen=True)
 class BufferHooks:
-    """Calls around the life of a buffer: None where a backend takes any memory as it is."""
+    """Hooks around the life of a buffer, for backends that need prepared memory."""
 
     prepare: Callable[[Bytes], None] | None = None
     """Called with each new buffer; raises WorldError if the device refuses it."""
@@ -60,27 +60,27 @@ def _any_rule(rule: type[Rule]) -> bool:
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to compute blocks. All backends give the same bits."""
+    """A way to compute blocks. All backends return the same bits."""
 
     name: str
     reserve: int
-    """Bytes of resident memory that its libraries and threads take, the interpreter included."""
+    """Resident memory of its libraries and threads in bytes, the interpreter included."""
     workspace: Callable[[TensorFacts, int, Extent], int]
-    """Returns an upper bound, in bytes, of temporaries in this process's memory for a block of so many elements."""
+    """Function that returns an upper bound, in bytes, of the temporaries in this process's memory for a block."""
     math: Callable[[Block, str, Extent], BlockMath]
-    """Returns what computes a block on a device, given how much the arithmetic must see at once."""
+    """Function that returns the `BlockMath` of a block on a device, given the extent of the arithmetic."""
     turn: Callable[[str], AbstractContextManager[None]] | None = None
-    """Waits for the device: a block is computed inside. None: threads never wait for each other."""
+    """Context manager in which a block is computed; it waits for the device. None: threads never wait."""
     buffers: BufferHooks = BufferHooks()
     device: str = "cpu"
     """The kind of device it runs on: ``cuda`` of ``cuda:0``."""
     find: Callable[[int], str | None] | None = None
-    """Returns the device of a number, ``cuda:0``, or None if there is none. None: its devices have no numbers."""
+    """Function that returns the device of a number (``cuda:0``), or None if it does not exist. None: no numbers."""
     on_host: bool = True
-    """Whether temporaries of formulas lie in this process's memory, not in the device's."""
+    """Whether temporaries of formulas are in this process's memory; False: in the device's."""
     compiled: bool = False
-    """Whether it runs compiled kernels, which must be compiled before their first use."""
+    """Whether it runs kernels that must be compiled before their first use."""
     formulas: bool = True
-    """Whether it computes plain formulas, Gram matrices and fp64; where it does not, `torch` does."""
+    """Whether it computes plain formulas, Gram matrices and fp64; if not, the backend `torch` does."""
     applies: Callable[[type[Rule]], bool] = _any_rule
-    """Returns whether it applies rules of a class; where it does not, `torch` calls them."""
+    """Function that returns whether it applies rules of a class; if not, the backend `torch` calls the rule."""

@@ -1,4 +1,4 @@
-"""The registry of backends: each is one value, under its name."""
+"""The registry of backends, by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPU, TORCH
 
 
 def register_backend(backend: Backend) -> None:
-    """Add a backend, which ``device=NAME`` then chooses.
+    """Add a backend; ``device=NAME`` then selects it.
 
     Raises
     ------
@@ -18,5 +18,5 @@ def register_backend(backend: Backend) -> None:
         If its name is taken.
     """
     if backend.name in BACKENDS:
-        raise ValueError(f"backend {backend.name!r} exists already: choose a different name")
+        raise ValueError(f"backend {backend.name!r} already exists: choose a different name")
     BACKENDS[backend.name] = backend

@@ -31,17 +31,17 @@ class Finding:
         name = printable(self.job.name)
         go_on = "or go on with --nonfinite warn"
         if self.job.encoder is not None:
-            go_on = "or leave `quantize` out, for no quantised tensor can hold it"
+            go_on = "or remove `quantize`: quantised tensors cannot hold it"
         for ref, tally in zip(self.job.inputs, self.inputs, strict=True):
             if tally.count:
                 return ModelError(
-                    f"{printable(ref.path)}: tensor {name} holds NaN or infinity at element {tally.first}; repair the "
+                    f"{printable(ref.path)}: tensor {name} holds NaN or infinity at element {tally.first}: repair the "
                     f"model, list the tensor under `exclude:` to copy it, {go_on}"
                 )
         where = f" at element {self.overflow.first}" if self.overflow.count else ""
         return ModelError(
-            f"tensor {name}: the merged values overflow {self.job.dtype}{where}; smaller weights, or a wider `dtype`, "
-            f"avoid it; {go_on}"
+            f"tensor {name}: the merged values overflow {self.job.dtype}{where}: use smaller weights or a wider `dtype`, "
+            f"{go_on}"
         )
 
     def warnings(self) -> list[str]:

@@ -21,7 +21,7 @@ from streammerge.tensors.fingerprint import fingerprint
 from streammerge.version import __version__
 
 _WORK = "__work__"
-"""In the unfinished store; no array has such a name."""
+"""Folder of an estimate's work files inside the unfinished store; no array can have this name."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Written:
     about: Mapping[str, Any]
     """The store's own record."""
     resumed: int = 0
-    """Tensors that an earlier run had finished, where that is counted."""
+    """Number of tensors that an earlier run had finished, if counted."""
 
 
 class StoreRun:

@@ -1,8 +1,8 @@
-"""Fused CPU loops over one piece of every model, compiled by numba; no Python object inside.
+"""Fused CPU loops over a block of every model, compiled by numba without Python objects.
 
-Each kernel is bit-equal to the torch formula of the rule it serves (``tests/kernels/test_kernels.py``):
-no fast-math, no FMA contraction, one rounding at the end. Input and output regions are byte
-offsets into one arena, so any number of models of any float dtype shares one compiled loop.
+Each kernel returns the bits of the torch formula of its rule (``tests/kernels/test_kernels.py``): no fast-math,
+no FMA contraction, one rounding at the end. Inputs and output are byte offsets into one buffer, so one compiled
+loop serves any number of models of any float dtype.
 """
 
 from streammerge.numerics.jit import njit

@@ -1,6 +1,6 @@
-"""What every kernel does to a block of a few hundred elements that stays in the L1 cache.
+"""Building blocks of all kernels, for runs of a few hundred elements that stay in the L1 cache.
 
-Widening and rounding are integer operations on bit patterns, exact for bf16 and fp16, and vectorise.
+Widening and rounding are integer operations on bit patterns; they are exact for bf16 and fp16, and vectorise.
 """
 
 import numpy as np
@@ -13,12 +13,12 @@ from streammerge.kernels.operands import BF16, F32, width_of
 from streammerge.numerics.bits import bits_from_f32, f32_from_bits
 
 BLOCK = 512
-"""Elements worked on at a time: a dozen fp32 and fp64 buffers of this length fit in 32 KiB."""
+"""Number of elements processed at a time: a dozen fp32 and fp64 buffers of this length fit in 32 KiB."""
 
 
 @intrinsic
 def trailing_zeros(typing_context, bits):
-    """Return the place of the lowest bit set of a uint64 that is not zero."""
+    """Return the position of the lowest set bit of a non-zero uint64."""
 
     def build(context, builder, signature, args):
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -28,7 +28,7 @@ def trailing_zeros(typing_context, bits):
 
 @intrinsic
 def eight_at_most(typing_context, address, limit):
-    """Compare the eight uint32 at an address with a limit; return a bit for each that is not above it."""
+    """Compare the eight uint32 at an address with a limit; return one bit per number, set if it is <= the limit."""
 
     def build(context, builder, signature, args):
         eight = ir.VectorType(ir.IntType(32), 8)
@@ -44,7 +44,7 @@ def eight_at_most(typing_context, address, limit):
 
 @njit(nogil=True)
 def widen(operand, first, n, out):
-    """Write elements of an operand as fp32; exact for all codes.
+    """Write elements of an operand as fp32; exact for all dtypes.
 
     =======  ==============  ============================================
     operand  Operand         the input
@@ -59,7 +59,7 @@ def widen(operand, first, n, out):
 
 @njit(nogil=True)
 def widen_at(half, full, offset, code, n, out):
-    """Do what `widen` does from a byte of the buffer on, given as words of 16 and of 32 bits."""
+    """Do the same as `widen` at a byte offset; the buffer is given as 16-bit and as 32-bit words."""
     if code == BF16:
         source = half[offset >> 1 : (offset >> 1) + n]
         for i in range(n):
@@ -84,7 +84,7 @@ def widen_at(half, full, offset, code, n, out):
 
 @njit(nogil=True)
 def _sticky_f32_bits(y):
-    """Round fp64 to fp32 by round-to-odd, so that a second rounding to 16 bits is the only one."""
+    """Round fp64 to fp32 by round-to-odd, so that rounding to 16 bits afterwards is not a double rounding."""
     f = np.float32(y)
     bits = bits_from_f32(f)
     inexact = np.float64(f) != y
@@ -94,7 +94,7 @@ def _sticky_f32_bits(y):
 
 @njit(nogil=True)
 def round_out(values, n, out, first):
-    """Round fp64 values once, to nearest even, into the output; return how many are not finite.
+    """Round fp64 values once, to nearest even, into the output; return the number of non-finite results.
 
     A NaN becomes the canonical quiet NaN, so that its bits do not depend on the device.
 
@@ -132,7 +132,7 @@ def round_out(values, n, out, first):
             a = bits & np.uint32(0x7FFFFFFF)
             odd = (a >> np.uint32(13)) & np.uint32(1)
             normal = (a - np.uint32(112 << 23) + np.uint32(0xFFF) + odd) >> np.uint32(13)
-            # 0.5 has an ulp of 2**-24, the spacing of fp16 subnormals: the addition rounds to it.
+            # 0.5 has an ulp of 2**-24, the spacing of fp16 subnormals, so the addition rounds to that spacing.
             small = bits_from_f32(f32_from_bits(a) + np.float32(0.5)) - np.uint32(0x3F000000)
             rounded = small if a < np.uint32(0x38800000) else normal
             rounded = np.uint32(0x7C00) if a >= np.uint32(0x47800000) else rounded
@@ -144,8 +144,8 @@ def round_out(values, n, out, first):
 
 @njit(inline="always")
 def _two_rounds(c0, c1, c2, c3, k0, k1):
-    # The upper halves of the counters are left as they come and masked where they are multiplied: there the
-    # mask costs nothing, since the vector instruction looks at the lower halves only.
+    # The upper halves of the counters are masked only where they are multiplied: there the mask is free, since
+    # the vector instruction reads only the lower halves.
     mask = np.uint64(0xFFFFFFFF)
     p0, p1 = np.uint64(0xD2511F53) * (c0 & mask), np.uint64(0xCD9E8D57) * (c2 & mask)
     c0, c1, c2, c3 = (p1 >> np.uint64(32)) ^ c1 ^ k0, p1, (p0 >> np.uint64(32)) ^ c3 ^ k1, p0
@@ -160,8 +160,8 @@ def _two_rounds(c0, c1, c2, c3, k0, k1):
 def philox(c0, c1, c2, c3, k0, k1):
     """Philox4x32-10 (Salmon et al., SC'11): four 32-bit words, as uint64, of a counter and a key.
 
-    Written out round by round: a loop over the rounds would keep the loop over elements from
-    being vectorised, at three times the cost.
+    The rounds are unrolled: a loop over them would prevent the vectorisation of the loop over elements, at three
+    times the cost.
     """
     c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
     c0, c1, c2, c3, k0, k1 = _two_rounds(c0, c1, c2, c3, k0, k1)
@@ -176,11 +176,11 @@ def philox(c0, c1, c2, c3, k0, k1):
 def words_at(element, places, count, key, out):
     """Fill `out` with the words of the elements ``element + places[:count]``.
 
-    `places` and `out` need room for `count` rounded up to a multiple of 8: a loop over whole vectors.
+    `places` and `out` need room for `count` rounded up to a multiple of 8, since the loop runs over whole vectors.
 
     =======  ===================  ============================================
-    element  int64                flat index that places are counted from
-    places   int64 (count + 7,)   places; those behind `count` are overwritten
+    element  int64                flat index that places are relative to
+    places   int64 (count + 7,)   places; entries after `count` are overwritten
     count    int64                number of words
     key      uint32 (4,)          Philox key
     out      uint32 (count + 7,)  written
@@ -201,9 +201,9 @@ def words_at(element, places, count, key, out):
 
 @njit(nogil=True)
 def words(element, n, key, out):
-    """Fill `out` with the words of `n` elements from the group of four that holds `element`.
+    """Fill `out` with the words of `n` elements, from the start of the group of four that contains `element`.
 
-    Returns the place of `element` itself in `out` (0 to 3).
+    Returns the index of `element` itself in `out` (0 to 3).
 
     =======  ===============  ============================================
     element  int64            flat index of the first element

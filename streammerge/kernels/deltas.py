@@ -25,25 +25,25 @@ LARGEST = np.float32(finite.LARGEST)
 """The largest finite fp32 number."""
 
 NO_CUT, ABOVE, ALL, THIN, INDEX = -1, 0, 1, 2, 3
-"""What happens to an element whose magnitude equals the threshold: see `task_vectors.Cut`."""
+"""The tie policies for magnitudes equal to the threshold; see `task_vectors.Cut`."""
 
 
 class Scratch(NamedTuple):
-    """The buffers that `delta_block` works in."""
+    """The scratch buffers of `delta_block`."""
 
     x: NDArray[np.float32]
     """(BLOCK,): widened values"""
     words: NDArray[np.uint32]
     """(BLOCK + 8,): random words"""
     at_threshold: NDArray[np.uint8]
-    """(BLOCK,): 1 where a magnitude equals the cut's"""
+    """(BLOCK,): 1 where a magnitude equals the cut's threshold"""
     places: NDArray[np.int64]
-    """(BLOCK + 8,): places of these"""
+    """(BLOCK + 8,): indices of these ties"""
 
 
 @njit(nogil=True)
 def scratch():
-    """Return the buffers for `delta_block`; made once, since it is called for every block."""
+    """Return the buffers for `delta_block`; allocate them once per kernel call."""
     return Scratch(
         np.empty(BLOCK, np.float32),
         np.empty(BLOCK + 8, np.uint32),
@@ -54,11 +54,11 @@ def scratch():
 
 @njit(nogil=True)
 def delta_block(half, full, offset, code, base, element, n, mask, out, buffers):
-    """Write the surviving task vector of at most `BLOCK` elements into `out`, 0 elsewhere; return how many survive.
+    """Write the surviving task vector of at most `BLOCK` elements into `out`, 0 elsewhere; return the number of survivors.
 
     ==========  ==============  ============================================
     half, full  uint16, uint32  the buffer, as in `Operands`
-    offset      int64           bytes before the model's block
+    offset      int64           byte offset of the model's block
     code        int64           the model's dtype
     base        float32 (n,)    the same elements of the base
     element     int64           flat index of the first element
@@ -70,7 +70,7 @@ def delta_block(half, full, offset, code, base, element, n, mask, out, buffers):
     """
     x, w = buffers.x, buffers.words
     drop, drop_key, cut, cut_key = mask
-    # A cut in place would not vectorise (LLVM makes its stores conditional): it goes from x to out.
+    # A cut in place would not vectorise (LLVM makes its stores conditional), so it reads x and writes out.
     delta = out if cut[0] == NO_CUT else x
     if code == BF16:
         source = half[offset >> 1 : (offset >> 1) + n]
@@ -86,7 +86,9 @@ def delta_block(half, full, offset, code, base, element, n, mask, out, buffers):
         shift = words(element, n, drop_key, w)
         if drop[0] > 0:
             kept = _drop_block(n, np.uint32(drop[0] - 1), w[shift : shift + n], delta)
-        for i in range(max(0, min(n, end - element))):  # an exact count: the rare words that equal the last
+        for i in range(
+            max(0, min(n, end - element))
+        ):  # exact count: the rare words equal to the last dropped one
             if np.uint64(w[shift + i]) == least and (bits_from_f32(delta[i]) & MAGNITUDE) < np.uint32(
                 0x7F800000
             ):
@@ -108,12 +110,12 @@ def survivors(models, base, first, span, masks, base_out, deltas, kept):
     ========  ==============  ============================================
     models    Operands        the models, k of them
     base      Operand         the base
-    first     int64           elements of the operands before the tile
+    first     int64           first element of the tile in the operands
     span      Span            the tile
     masks     Masks           the drops and the cuts
     base_out  float32 (n,)    written
     deltas    float32 (k, n)  written
-    kept      int64 (k,)      how many entries survive is added
+    kept      int64 (k,)      survivors, added to
     ========  ==============  ============================================
     """
     buffers = scratch()
@@ -132,18 +134,18 @@ def survivors(models, base, first, span, masks, base_out, deltas, kept):
 
 @njit(nogil=True)
 def alone(model, mask):
-    """Return the fields of one model, and its mask."""
+    """Return the fields of a single model, and its mask."""
     one = Mask(mask.drops[0], mask.drop_keys[0], mask.cuts[0], mask.cut_keys[0])
     return model.half, model.full, model.offsets[0], model.codes[0], one
 
 
 @njit(nogil=True)
 def _remove_outliers(element, n, cut, cut_key, out, buffers):
-    """Zero the entries of `out` that the cut of the outliers keeps; return how many that were not zero already."""
+    """Zero the entries of `out` that the outliers' cut keeps; return how many were not zero before."""
     before, at_threshold = buffers.x, buffers.at_threshold
     before[:n] = out[:n]
     threshold = np.uint32(cut[1])
-    least = np.uint32(threshold + np.uint32(cut[0] != ALL))  # ties are settled below, or stay
+    least = np.uint32(threshold + np.uint32(cut[0] != ALL))  # ties are settled below, or kept
     removed = np.uint32(0)
     for i in range(n):
         bits = bits_from_f32(before[i])
@@ -161,7 +163,7 @@ def _remove_outliers(element, n, cut, cut_key, out, buffers):
 
 @njit(nogil=True)
 def _drop_block(n, last, w, out):
-    """Zero the elements whose word is at most `last`; return how many are left."""
+    """Zero the elements whose word is at most `last`; return the number of remaining elements."""
     kept = np.uint32(0)
     for i in range(n):
         # Never drop a non-finite value: the check on the output must see it.
@@ -175,7 +177,7 @@ def _drop_block(n, last, w, out):
 
 @njit(nogil=True)
 def _cut_block(n, cut, delta, out, at_threshold):
-    """Write what the cut keeps into `out`, and which elements equal the threshold; return how many are kept."""
+    """Write the entries that the cut keeps into `out`, and mark ties; return the number kept."""
     threshold = np.uint32(cut[1])
     least = np.uint32(threshold + np.uint32(cut[0] == ABOVE))
     kept = np.uint32(0)
@@ -192,7 +194,7 @@ def _cut_block(n, cut, delta, out, at_threshold):
 
 @njit(nogil=True)
 def _settle_ties(element, n, cut, cut_key, out, buffers, inverted):
-    """Zero the elements at the threshold that a thinning or an index removes, `inverted` those it keeps; count them."""
+    """Zero the ties that the tie policy removes (if `inverted`, those it keeps); return their number."""
     w, at_threshold, places = buffers.words, buffers.at_threshold, buffers.places
     rule, limit = cut[0], cut[2]
     at_threshold[n : (n + 7) & ~7] = 0
@@ -208,7 +210,7 @@ def _settle_ties(element, n, cut, cut_key, out, buffers, inverted):
         return 0
     shift = 0
     if rule == THIN:
-        if ties * 4 > n:  # many: cheaper drawn for the whole block
+        if ties * 4 > n:  # many ties: drawing words for the whole block is cheaper
             shift = words(element, n, cut_key, w)
             for t in range(ties):
                 w[t] = w[shift + places[t]]
@@ -225,7 +227,7 @@ def _settle_ties(element, n, cut, cut_key, out, buffers, inverted):
 
 @njit(nogil=True)
 def _bf16_keys(source, base, n, lo, hi, keys):
-    """Do what `_keys` does to ``source - base``, both the patterns of bf16."""
+    """Do the same as `_keys` for ``source - base``, both given as bf16 patterns."""
     above, highest = np.uint32(0), np.uint32(0)
     for i in range(n):
         delta = f32_from_bits(np.uint32(source[i]) << np.uint32(16)) - f32_from_bits(
@@ -253,16 +255,16 @@ def _keys(deltas, n, lo, hi, keys):
 
 @njit(nogil=True)
 def keys_in_window(model, base, span, mask, window, bins):
-    """Count the magnitude patterns of a block: those above the window; those inside, in bins.
+    """Count the magnitude patterns of a block: in total above the window, in bins inside it.
 
     Returns ``(above, highest)`` and adds to ``bins[(key - low) >> shift]``. `highest` is the
-    largest pattern seen: one with all exponent bits set betrays a NaN or an infinity.
+    largest pattern seen; if all its exponent bits are set, the block contains NaN or infinity.
 
     ======  ============  ============================================
     model   Operands      one model
     base    Operand       the base
     span    Span          the block
-    mask    Masks         its drop; there is no cut
+    mask    Masks         its drop; cuts are ignored
     window  Window        the patterns to count
     bins    int32 (>=1,)  counts, added to
     ======  ============  ============================================
@@ -278,7 +280,7 @@ def keys_in_window(model, base, span, mask, window, bins):
     highest = np.uint32(0)
     for start in range(0, span.n, BLOCK):
         m = min(BLOCK, span.n - start)
-        if plain:  # the common case in one loop, at two thirds of the time
+        if plain:  # the common case in a single loop takes two thirds of the time
             at, base_at = (offset >> 1) + start, (base.offset >> 1) + start
             above_here, highest_here = _bf16_keys(
                 half[at : at + m], half[base_at : base_at + m], m, lo, hi, keys
@@ -292,7 +294,7 @@ def keys_in_window(model, base, span, mask, window, bins):
         above += above_here
         highest = max(highest, highest_here)
         keys[m : (m + 7) & ~7] = np.uint32(0xFFFFFFFF)
-        for eight in range(0, m, 8):  # in a narrow window hits are few
+        for eight in range(0, m, 8):  # a narrow window has few hits
             inside = eight_at_most(keys.ctypes.data + 4 * eight, width)
             while inside != 0:
                 bins[keys[eight + np.int64(trailing_zeros(inside))] >> s] += 1
@@ -304,7 +306,7 @@ def keys_in_window(model, base, span, mask, window, bins):
 def abs_sums(model, base, span, mask, partials):
     """Write the fp64 sum of abs(surviving entry) of each run of 4096 elements.
 
-    Eight lanes per run, added pairwise: a fixed order, whatever the block, thread or vector width.
+    Each run is summed in eight lanes that are added pairwise: the order does not depend on block, thread or vector width.
 
     ========  =====================  ============================================
     model     Operands               one model
@@ -332,7 +334,7 @@ def abs_sums(model, base, span, mask, partials):
             for i in range(0, m, 8):
                 for j in range(8):
                     size = abs(out[i + j])
-                    lanes[j] += np.float64(size) if size <= LARGEST else 0.0  # not of a NaN or an infinity
+                    lanes[j] += np.float64(size) if size <= LARGEST else 0.0  # without NaN and infinity
         partials[part] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
             (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
         )
@@ -368,15 +370,15 @@ def ties_per_run(model, base, span, mask, key, size, counts):
 
 @njit(nogil=True)
 def words_between(element, n, key, low, high, found_words, found_elements):
-    """Count the random words below `low`; write those up to `high` and their elements; return both counts.
+    """Count the random words below `low`, and write those from `low` to `high` with their elements; return both counts.
 
-    Stops writing where the arrays are full; the count goes on.
+    When the arrays are full it stops writing and continues counting.
 
     ==============  ============  ============================================
     element         int64         flat index of the first element
     n               int64         number of elements
     key             uint32 (4,)   Philox key
-    low, high       int64         words from the one to the other are written
+    low, high       int64         first and last word that is written
     found_words     int64 (>=1,)  written
     found_elements  int64 (>=1,)  written, flat indices
     ==============  ============  ============================================

@@ -1,4 +1,4 @@
-"""exp and log, the steps of ``numerics/elementary.py``: bit-equal to it on any CPU."""
+"""exp and log with the steps and the bits of ``numerics/elementary.py``, on any CPU."""
 
 import numpy as np
 from llvmlite import ir
@@ -49,7 +49,7 @@ def exp(x):
     shifted = x * PER_LN2 + SHIFT
     k = shifted - SHIFT
     r = (x - k * LN2_HIGH) - k * LN2_LOW
-    # Written out: a loop over the terms would keep the loop over elements from being vectorised.
+    # Unrolled: a loop over the terms would prevent the vectorisation of the loop over elements.
     total = _E13 * r + _E12
     total = total * r + _E11
     total = total * r + _E10
@@ -70,7 +70,7 @@ def exp(x):
 @njit(inline="always", error_model="numpy")
 def log(y):
     """Return the natural logarithm of `y`, fp64, normal and positive."""
-    # Unsigned, and turned into a float by its bits: shifts and conversions that vector instructions have.
+    # Unsigned, and converted to float through its bits: vector instructions exist for these shifts and conversions.
     bits = _bits_from_f64(y)
     biased = (np.uint64(bits) - np.uint64(ROOT_HALF_BITS) + (np.uint64(1024) << np.uint64(52))) >> np.uint64(
         52

@@ -1,4 +1,4 @@
-"""The fused loops of Fisher merging, and the sums of squares that normalise a diagonal."""
+"""Fused loops of Fisher merging, and the sums of squares that normalise a diagonal."""
 
 from typing import NamedTuple
 
@@ -12,22 +12,22 @@ from streammerge.kernels.operands import Mask, width_of
 
 
 class Sums(NamedTuple):
-    """What `fisher_mean` adds up of a block, all fp64; (BLOCK,) where nothing else is said."""
+    """The sums that `fisher_mean` accumulates over a block; fp64 (BLOCK,) unless stated otherwise."""
 
     target: NDArray[np.float64]
     """The values of the first model."""
     low: NDArray[np.float64]
-    """(2, BLOCK): the least of the models' values so far, and before"""
+    """(2, BLOCK): the smallest of the models' values so far; two rows take turns"""
     high: NDArray[np.float64]
-    """(2, BLOCK): the largest"""
+    """(2, BLOCK): the largest, likewise"""
     moved: NDArray[np.float64]
     """Sum of a_i (theta_i - target)."""
     raised: NDArray[np.float64]
-    """What floors add to the sum of a_i."""
+    """The floors' part of the sum of a_i."""
     total: NDArray[np.float64]
     """Sum of a_i."""
     mean: NDArray[np.float64]
-    """Sum of theta_i by the weights of the average."""
+    """Sum of theta_i with the weights of the fallback average."""
 
 
 @njit(nogil=True)
@@ -47,18 +47,18 @@ def _sums():
 def fisher_mean(models, fishers, base, span, terms, how, out, kept):
     """Write sum a_i theta_i / sum a_i, a_i = coefficient * floored F_i; see `rules.FisherMean`.
 
-    With task vectors the models are base + rescale * surviving entry. Returns how many values are not finite (a
-    negative F counts as one), and how many elements the floors decided.
+    With task vectors the models are base + rescale * surviving entry. Returns the number of non-finite values (a
+    negative F counts as one), and the number of elements that the floors decided.
 
     =======  ==========  ============================================
     models   Operands    the models, k of them
-    fishers  Operands    their diagonals
+    fishers  Operands    their Fisher diagonals
     base     Operand     the base; read for task vectors only
     span     Span        the block
-    terms    Terms       task vectors, or the models as they are
+    terms    Terms       task vectors, or the models themselves
     how      Certainty   weights and floors
     out      Operand     the output
-    kept     int64 (k,)  the survivors of each task vector are added
+    kept     int64 (k,)  survivors of each task vector, added to
     =======  ==========  ============================================
     """
     x, b = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
@@ -118,16 +118,15 @@ def _in_order(values):
     return total
 
 
-# One loop per sum, and no loop that chooses between a new value and the one in place: with many arrays the
-# compiler gives up on proving that they do not overlap, and such a choice becomes a conditional store; neither
-# is vectorised.
+# One loop per sum, and no loop that chooses between a new and the present value: with many arrays the compiler
+# cannot prove that they do not overlap, and such a choice becomes a conditional store. Neither vectorises.
 
 
 @njit(nogil=True)
 def _add_model(m, theta, f, how, model, sums, a):
-    """Add one model's certainty and pull to the sums of a block; return its negative certainties.
+    """Add one model's weighted difference and weight to the sums of a block; return its number of negative F.
 
-    The least and largest values so far go from one row of `sums.low` and `sums.high` to the other.
+    The smallest and largest values so far move from one row of `sums.low` and `sums.high` to the other.
     """
     coefficient, floor = how.coefficients[model], how.floors[model]
     target, moved, raised, total = sums.target, sums.moved, sums.raised, sums.total
@@ -161,10 +160,10 @@ def _add_model(m, theta, f, how, model, sums, a):
 
 @njit(nogil=True, error_model="numpy")  # else every division is a branch
 def _finish(m, sums, last, weight_sum, theta, out):
-    """Write the merged values of a block into `out`; return how many the floors decided.
+    """Write the merged values of a block into `out`; return the number of elements that the floors decided.
 
-    `weight_sum` is that of the average that stands where nothing is known; where it is 0, the first model's value
-    does. `last` is the row that holds the least and largest values. `theta` is overwritten.
+    `weight_sum` is the sum of weights of the fallback average; if it is 0, the first model's value is the fallback.
+    `last` is the row that holds the smallest and largest values. `theta` is overwritten.
     """
     target, moved, raised, total, mean = sums.target, sums.moved, sums.raised, sums.total, sums.mean
     low, high = sums.low[last], sums.high[last]
@@ -186,12 +185,12 @@ def _finish(m, sums, last, weight_sum, theta, out):
 
 @njit(nogil=True)
 def square_sums(fisher, n, partials):
-    """Write the fp64 sum of squares of each run of 4096 elements; return how many values are negative or not finite.
+    """Write the fp64 sum of squares of each run of 4096 elements; return the number of negative or non-finite values.
 
-    Eight lanes per run, added pairwise, as in `deltas.abs_sums`.
+    The order of the sum is that of `deltas.abs_sums`.
 
     ========  =====================  ============================================
-    fisher    Operand                a diagonal
+    fisher    Operand                a Fisher diagonal
     n         int64                  number of elements
     partials  float64 (n / 4096 up)  written
     ========  =====================  ============================================
@@ -219,10 +218,10 @@ def square_sums(fisher, n, partials):
 
 @njit(nogil=True)
 def sums(values, n):
-    """Return the plain sum, the largest value and the number of zeros of a block, for reports.
+    """Return the sum, the largest value and the number of zeros of a block, for reports.
 
     ======  =======  ============================================
-    values  Operand  a diagonal
+    values  Operand  a Fisher diagonal
     n       int64    number of elements
     ======  =======  ============================================
     """

@@ -1,4 +1,4 @@
-"""Dot products of models, or of task vectors, group by group; and sums whose weights differ from row to row."""
+"""Dot products of models or task vectors per group of elements, and sums with different weights for each row."""
 
 import numpy as np
 
@@ -10,11 +10,11 @@ from streammerge.kernels.operands import Mask, width_of
 
 @njit(nogil=True)
 def _load(operands, first, n, b, span, terms, delta, buffers, out):
-    """Widen a block of every vector to fp64, (k, >=n): the operands as they are, or their task vectors.
+    """Widen a block of every vector to fp64, (k, >=n): the operands themselves, or their task vectors.
 
-    Non-finite values count as 0: they show in the output, at their own elements alone.
+    Non-finite values count as 0; they show in the output at their own elements only.
 
-    `b` holds the block of the base in fp32, (n,). Entries behind `n`, up to a multiple of 8, are zero.
+    `b` holds the block of the base in fp32, (n,). Entries after `n`, up to a multiple of 8, are zero.
     """
     half, full, offsets, codes = operands
     drops, drop_keys, cuts, cut_keys = terms.masks
@@ -37,15 +37,15 @@ def _load(operands, first, n, b, span, terms, delta, buffers, out):
 def dots(operands, base, span, length, terms, sums):
     """Write the fp64 dot products of all pairs of vectors over every `length` elements.
 
-    Pairs are those of the upper triangle, row by row. Each product is summed in eight lanes, added pairwise at
-    the end of a group: a fixed order, whatever the block, thread or vector width.
+    The pairs follow the upper triangle, row by row. Each product is summed in eight lanes that are added pairwise at the
+    end of a group: the order does not depend on block, thread or vector width.
 
     ========  =======================  ============================================
-    operands  Operands                 the vectors, or the models they are made from, k of them
+    operands  Operands                 the vectors, or the models of the task vectors, k of them
     base      Operand                  the base; read for task vectors only
     span      Span                     the block
     length    int64                    elements of a group
-    terms     Terms                    task vectors, or operands as they are
+    terms     Terms                    task vectors, or the operands themselves
     sums      float64 (groups, pairs)  written
     ========  =======================  ============================================
     """
@@ -78,19 +78,19 @@ def dots(operands, base, span, length, terms, sums):
 
 @njit(nogil=True)
 def weigh_rows(operands, base, span, length, terms, weights, out, kept):
-    """Write each row as the sum of its vectors by its own weights; return how many results are not finite.
+    """Write each row as the sum of its vectors with its own weights; return the number of non-finite results.
 
-    Of task vectors the base is added.
+    With task vectors, the base is added.
 
     ========  =================  ============================================
-    operands  Operands           the vectors, or the models they are made from, k of them
+    operands  Operands           the vectors, or the models of the task vectors, k of them
     base      Operand            the base; read for task vectors only
     span      Span               the block, of whole rows
     length    int64              elements of a row
-    terms     Terms              task vectors, or operands as they are
+    terms     Terms              task vectors, or the operands themselves
     weights   float64 (rows, k)  the weights
     out       Operand            the output
-    kept      int64 (k,)         the survivors of each task vector are added
+    kept      int64 (k,)         survivors of each task vector, added to
     ========  =================  ============================================
     """
     b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()

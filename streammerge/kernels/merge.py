@@ -10,12 +10,12 @@ from streammerge.kernels.operands import Mask, width_of
 
 @njit(nogil=True, error_model="numpy")
 def weighted_sum(models, weights, divisor, n, out):
-    """Write sum_i w_i x_i / divisor, summed in fp64 in model order; return how many results are not finite.
+    """Write sum_i w_i x_i / divisor, summed in fp64 in model order; return the number of non-finite results.
 
     =======  ============  ============================================
     models   Operands      the terms, k of them
     weights  float64 (k,)  their weights
-    divisor  float64       1.0 where the sum is not divided
+    divisor  float64       1.0 if the sum is not divided
     n        int64         number of elements
     out      Operand       the output
     =======  ============  ============================================
@@ -40,11 +40,11 @@ def weighted_sum(models, weights, divisor, n, out):
 
 @njit(nogil=True, error_model="numpy")
 def _elect(m, positive, negative, positive_weight, negative_weight, zero_sign, normalize, merged):
-    """Disjoint merge of the elected sign, the one of larger total magnitude; return the sign total."""
+    """Merge the entries of the elected sign, which has the larger total magnitude; return the sign total."""
     ups, downs = np.int64(0), np.int64(0)
     for i in range(m):
         lead = positive[i] - negative[i]
-        down = lead < 0.0 or (lead == 0.0 and zero_sign < 0)  # a NaN goes up, where it stays one
+        down = lead < 0.0 or (lead == 0.0 and zero_sign < 0)  # a NaN counts as positive, so that it stays NaN
         value = -negative[i] if down else positive[i]
         weight = negative_weight[i] if down else positive_weight[i]
         value = 0.0 if (lead == 0.0 and zero_sign == 0) else value
@@ -57,7 +57,7 @@ def _elect(m, positive, negative, positive_weight, negative_weight, zero_sign, n
 
 @njit(nogil=True)
 def _sum_signs(m, delta, coefficient, positive, negative):
-    """Add a task vector to the totals of its signs; a NaN goes to the positive ones, where it is found."""
+    """Add a task vector to the totals of its signs; a NaN counts as positive, so that the output shows it."""
     for i in range(m):
         tau = coefficient * np.float64(delta[i])
         down = tau < 0.0
@@ -67,7 +67,7 @@ def _sum_signs(m, delta, coefficient, positive, negative):
 
 @njit(nogil=True)
 def _count_signs(m, delta, sign, ups, downs):
-    """Count the models of each sign, in lanes of the deltas' width."""
+    """Count the models of each sign, in lanes as wide as the deltas."""
     for i in range(m):
         signed = sign * delta[i]
         ups[i] += np.float32(1) if signed > np.float32(0) else np.float32(0)
@@ -84,10 +84,10 @@ def _add_weights(m, delta, coefficient, weight, positive_weight, negative_weight
 
 @njit(nogil=True)
 def _counts_serve(weights, coefficients):
-    """Return whether counting signs serves for adding weights.
+    """Return whether counting signs can replace adding weights.
 
-    It does if all weights are the same, k times it is what adding it k times gives, and no coefficient is so
-    small that a task vector's entry may vanish under it.
+    It can if all weights are equal, multiplying the weight by k gives the same bits as adding it k times, and no
+    coefficient is so small that an entry times it may underflow to 0.
     """
     total = 0.0
     for i in range(len(weights)):
@@ -101,11 +101,11 @@ def _counts_serve(weights, coefficients):
 
 @njit(nogil=True, error_model="numpy")
 def task_vector_merge(models, base, span, masks, how, out, tally):
-    """Write base + scale * merged task vectors; return how many results are not finite.
+    """Write base + scale * merged task vectors; return the number of non-finite results.
 
-    With `how.elect`, entries of the elected sign are summed (and divided by their weights when `how.normalize`);
-    without, all are summed and divided by `how.divisor`. An output of code `NOTHING` is not written: only the counts
-    are wanted.
+    With `how.elect`, entries of the elected sign are summed (and divided by their weights if `how.normalize`);
+    otherwise all entries are summed and divided by `how.divisor`. An output of code `NOTHING` is not written; only the
+    counts are used.
 
     ======  ===========  ============================================
     models  Operands     the models, k of them

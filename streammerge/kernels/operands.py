@@ -1,4 +1,4 @@
-"""The named tuples that kernels take: numba checks their fields, and passes them as structs.
+"""The named tuples that kernels take: numba checks their fields and passes them as structs.
 
 In tables of arguments, ``k`` is the number of models (or vectors) and ``n`` the number of elements of the block. Offsets are
 bytes from the start of the buffer; ``first`` and lengths are elements.
@@ -15,7 +15,7 @@ from streammerge.kernels import njit
 
 BF16, F16, F32 = 0, 1, 2
 CODES = {"BF16": BF16, "F16": F16, "F32": F32}
-"""Dtypes that kernels read and write; an fp64 tensor goes through the torch formula."""
+"""Codes of the dtypes that kernels read and write; torch formulas process fp64 tensors."""
 NOTHING = -1
 """The code of an output that is not written."""
 
@@ -26,52 +26,52 @@ class Operand(NamedTuple):
     half: NDArray[np.uint16]
     """The whole buffer in words of 16 bits, (bytes / 2,)."""
     full: NDArray[np.uint32]
-    """The same in words of 32 bits, (bytes / 4,)."""
+    """The whole buffer in words of 32 bits, (bytes / 4,)."""
     offset: int
     """Bytes from the start of the buffer; a multiple of 8."""
     code: int
-    """The dtype, see `CODES`."""
+    """Code of the dtype; see `CODES`."""
 
 
 class Operands(NamedTuple):
-    """One input or several in one buffer.
+    """One or several inputs in one buffer.
 
-    A loop over blocks unpacks it first: a field that is looked up there counts references, a tenth of the time.
+    Unpack it before a loop over blocks: looking up a field inside counts references, which takes a tenth of the time.
     """
 
     half: NDArray[np.uint16]
-    """As for `Operand`."""
+    """As in `Operand`."""
     full: NDArray[np.uint32]
     offsets: NDArray[np.int64]
-    """Bytes from the start of the buffer, (k,)."""
+    """Offsets from the start of the buffer in bytes, (k,)."""
     codes: NDArray[np.int64]
-    """The dtypes, (k,)."""
+    """Codes of the dtypes, (k,)."""
 
 
 class Span(NamedTuple):
     """The elements of a block."""
 
     element: int
-    """Flat index of the first in the whole tensor; it counts random words."""
+    """Flat index of the first element in the whole tensor, which selects the random words."""
     n: int
     """Number of elements."""
 
 
 class Masks(NamedTuple):
-    """The drops and the cuts of some task vectors, k of them."""
+    """The drops and cuts of k task vectors."""
 
     drops: NDArray[np.int64]
-    """(k, 2): the word below which an element is dropped; the element before which a word equal to it drops too."""
+    """(k, 2): elements with a word below the first number are dropped; so are those before the second with an equal word."""
     drop_keys: NDArray[np.uint32]
     """(k, 4): the Philox keys of the drops' words."""
     cuts: NDArray[np.int64]
-    """(k, 6): tie policy (see `deltas`), magnitude pattern, limit; the same of the cut that removes the largest."""
+    """(k, 6): tie policy (see `deltas`), magnitude pattern and limit of the cut; the same of the cut of outliers."""
     cut_keys: NDArray[np.uint32]
-    """(k, 4): the Philox keys of the words that thin out ties."""
+    """(k, 4): the Philox keys of the words that thin ties."""
 
 
 class Mask(NamedTuple):
-    """The drop and the cuts of one task vector: a row of each field of `Masks`."""
+    """The drop and the cuts of one task vector: one row of each field of `Masks`."""
 
     drop: NDArray[np.int64]
     drop_key: NDArray[np.uint32]
@@ -80,17 +80,17 @@ class Mask(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What is summed: surviving, rescaled task vectors, or the operands as they are."""
+    """The terms of a sum: surviving, rescaled task vectors, or the operands themselves."""
 
     task_vectors: bool
     masks: Masks
-    """With `task_vectors`; otherwise that of one vector, unused."""
+    """The masks of the task vectors; without task vectors an unused mask of one vector."""
     rescales: NDArray[np.float64]
-    """(k,); with `task_vectors`."""
+    """(k,): the factors of the task vectors."""
 
 
 class RankDrops(NamedTuple):
-    """The drops by rank of some task vectors, k of them: with probabilities from `low` to `low + spread`."""
+    """The drops by rank of k task vectors, with probabilities from `low` to `low + spread`."""
 
     lows: NDArray[np.float64]
     """(k,)"""
@@ -103,12 +103,12 @@ class RankDrops(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """How task vectors become one; see `TaskVectorMerge`."""
+    """The parameters of `TaskVectorMerge`."""
 
     coefficients: NDArray[np.float64]
-    """(k,): factor of each entry."""
+    """(k,): factor of each task vector's entries."""
     weights: NDArray[np.float64]
-    """(k,): what a mean of elected entries is divided by."""
+    """(k,): weights whose sum divides the elected entries."""
     elect: bool
     zero_sign: int
     normalize: bool
@@ -117,16 +117,16 @@ class Combination(NamedTuple):
 
 
 class Certainty(NamedTuple):
-    """How Fisher diagonals weigh models; see `FisherMean`."""
+    """The parameters of `FisherMean`."""
 
     coefficients: NDArray[np.float64]
     """(k,)"""
     floors: NDArray[np.float64]
     """(k,)"""
     add: bool
-    """Whether a floor is added, not the least value."""
+    """Whether a floor is added; otherwise it is the smallest value."""
     average: NDArray[np.float64]
-    """(k,) weights where nothing is known; (0,): the first model's value stands there."""
+    """(k,): weights of the fallback average; (0,): the first model's value is the fallback."""
 
 
 class Window(NamedTuple):
@@ -140,15 +140,15 @@ class Window(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """Counts that a merge adds to."""
+    """Counters that a merge adds to."""
 
     kept: NDArray[np.int64]
     """(k,): surviving entries of each model."""
     signs: NDArray[np.int64]
-    """(1,): elements that elected + minus elements that elected -."""
+    """(1,): number of elements that elected + minus the number that elected -."""
 
 
 @njit(nogil=True)
 def width_of(code):
-    """Return the bytes of an element."""
+    """Return the size of an element in bytes."""
     return 4 if code == F32 else 2

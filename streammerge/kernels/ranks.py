@@ -1,4 +1,4 @@
-"""Drops by rank: entries survive with a probability that grows with the rank of their magnitude in their row."""
+"""Drops by rank: the probability to survive grows with the rank of an entry's magnitude in its row."""
 
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ from streammerge.kernels.operands import width_of
 
 _INFINITE = np.uint32(0x7F800000)
 _PATIENCE = 16
-"""Moves for each entry after which sorting by insertion is given up."""
+"""Moves per entry after which insertion sort is given up."""
 
 
 @njit(nogil=True)
 def buckets_for(length):
-    """Return how many buckets sort a row: one or two for each entry, as far as they stay in the cache."""
+    """Return the number of buckets that sort a row: one or two per entry, as long as they fit in the cache."""
     count = 256
     while count < length and count < 16384:
         count *= 2
@@ -27,7 +27,7 @@ def buckets_for(length):
 
 @njit(nogil=True)
 def _insert(entries, n):
-    """Sort entries that nearly are; return whether that came to an end within bounds."""
+    """Sort nearly sorted entries; return False if that takes too many moves."""
     moves = 0
     for i in range(1, n):
         entry = entries[i]
@@ -44,10 +44,10 @@ def _insert(entries, n):
 
 @njit(nogil=True)
 def _sort(delta, n, entries, places, ends):
-    """Sort the magnitudes of a row into `entries`, each as pattern << 32 | place.
+    """Sort the magnitudes of a row into `entries`, each as pattern << 32 | index.
 
-    By buckets of equal width up to the largest, which leaves normal deltas nearly sorted, then by insertion; where
-    that takes too long, by comparison. What is not finite goes into the last bucket.
+    Buckets of equal width leave normally distributed deltas nearly sorted; insertion sort finishes, or a comparison
+    sort if that takes too long. Non-finite entries go into the last bucket.
     """
     largest = np.float32(0)
     for i in range(n):
@@ -55,7 +55,7 @@ def _sort(delta, n, entries, places, ends):
         largest = max(largest, size if size <= LARGEST else np.float32(0))
     last = np.float32(len(ends) - 1)
     scale = last / largest if largest > 0 else np.float32(0)
-    for i in range(n):  # rounding keeps the order: no bucket holds a magnitude above one of the next
+    for i in range(n):  # rounding is monotonic: no bucket holds a magnitude above one of the next bucket
         place = abs(delta[i]) * scale
         places[i] = np.int32(place if place < last else last)
     ends[:] = 0
@@ -77,10 +77,10 @@ def _sort(delta, n, entries, places, ends):
 
 @njit(nogil=True, error_model="numpy")
 def _survivors(n, element, drops, i, buffers, out):
-    """Write the entries of the row in `buffers.delta` that survive into `out`, fp64 (n,), else 0; return how many do.
+    """Write the surviving entries of the row in `buffers.delta` into `out`, fp64 (n,), else 0; return their number.
 
-    An entry survives with probability low + spread * (r - 1) / (n - 1), r the mid-rank of its magnitude; where
-    `drops.unbiased` it is divided by that. A non-finite value always survives: it must be found.
+    An entry survives with probability low + spread * (r - 1) / (n - 1), where r is the mid-rank of its magnitude; if
+    `drops.unbiased` it is divided by that. Non-finite values always survive, so that the output shows them.
     """
     entries, places, ends = buffers.entries, buffers.places, buffers.ends
     delta, w = buffers.delta, buffers.words
@@ -120,14 +120,14 @@ def _survivors(n, element, drops, i, buffers, out):
 
 
 class RowBuffers(NamedTuple):
-    """The buffers that `_survivors` works in; n is the length of a row."""
+    """The scratch buffers of `_survivors`; n is the length of a row."""
 
     entries: NDArray[np.uint64]
-    """(n,): sorted magnitudes, pattern << 32 | place"""
+    """(n,): sorted magnitudes, pattern << 32 | index"""
     places: NDArray[np.int32]
     """(n,): the bucket of each entry"""
     ends: NDArray[np.int32]
-    """(buckets,): where each bucket ends"""
+    """(buckets,): the end of each bucket"""
     words: NDArray[np.uint32]
     """(n + 8,): random words"""
     delta: NDArray[np.float32]
@@ -136,7 +136,7 @@ class RowBuffers(NamedTuple):
 
 @njit(nogil=True)
 def _row_buffers(length):
-    """Return the buffers for rows of `length` elements, made once."""
+    """Return buffers for rows of `length` elements."""
     return RowBuffers(
         np.empty(length, np.uint64),
         np.empty(length, np.int32),
@@ -165,9 +165,9 @@ def _widen_row(operand, first, n, out):
 
 @njit(nogil=True)
 def ranked_abs_sums(model, base, span, length, drop, partials):
-    """Write the fp64 sum of abs(surviving entry) of each run of 4096 elements, of whole rows.
+    """Write the fp64 sum of abs(surviving entry) of each run of 4096 elements, for whole rows.
 
-    In the lanes and the order of `deltas.abs_sums`.
+    The order of the sum is that of `deltas.abs_sums`.
 
     ========  =====================  ============================================
     model     Operands               one model
@@ -197,7 +197,7 @@ def ranked_abs_sums(model, base, span, length, drop, partials):
 
 @njit(nogil=True, error_model="numpy")
 def ranked_merge(models, base, span, length, drops, how, out, tally):
-    """Do what `merge.task_vector_merge` does, for whole rows and drops by rank.
+    """Do the same as `merge.task_vector_merge` for whole rows and drops by rank.
 
     ======  ===========  ============================================
     models  Operands     the models, k of them

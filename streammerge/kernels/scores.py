@@ -1,4 +1,4 @@
-"""Scores of elements as bit patterns, and merges of selected elements, from task vectors that `deltas.survivors` has left."""
+"""Scores of elements as bit patterns, and merges of selected elements; both work on the tiles of `deltas.survivors`."""
 
 import numpy as np
 
@@ -13,7 +13,7 @@ _MOST = np.float64(LARGEST)
 
 @njit(inline="always")
 def _pattern(score):
-    """Return the bit pattern of a score rounded to fp32, sign bit off; a non-finite score ranks above all others."""
+    """Return the bit pattern of a score rounded to fp32 (sign bit cleared); a non-finite score ranks above all others."""
     single = np.float32(score if score <= _MOST else _MOST)
     return np.uint32(bits_from_f32(single) & MAGNITUDE) if abs(score) < np.inf else np.uint32(UNKNOWN)
 
@@ -74,7 +74,7 @@ def importance_patterns(deltas, divergences, first, length, patterns):
 
 @njit(nogil=True)
 def _lane_sum(values, lanes):
-    """Return the sum of values in eight lanes, each in sequence, added pairwise."""
+    """Return the sum of values: eight sequential lanes, then pairwise."""
     lanes[:] = 0.0
     whole = len(values) & ~7
     for i in range(0, whole, 8):
@@ -87,7 +87,7 @@ def _lane_sum(values, lanes):
 
 @njit(nogil=True, error_model="numpy")
 def _probabilities(x, there, lanes):
-    """Turn a row into its smoothed softmax, over the elements that are there."""
+    """Replace a row by its smoothed softmax over the elements where `there` is True."""
     top = -np.inf
     for i in range(len(x)):
         top = max(top, x[i] if there[i] else -np.inf)
@@ -126,7 +126,7 @@ def divergences(x, y, out):
 
 @njit(nogil=True)
 def count_patterns(patterns, window, bins):
-    """Count the patterns above a window, and those inside by ``bins[(pattern - low) >> shift]``.
+    """Count the patterns above a window, and those inside it in ``bins[(pattern - low) >> shift]``.
 
     Returns ``(above, highest)``.
 
@@ -155,7 +155,7 @@ def square_sums(deltas, rescales, selected, sums):
     ========  ========================  ============================================
     deltas    float32 (k, n)            the surviving task vectors of a tile
     rescales  float64 (k,)              their factors
-    selected  bool (n,)                 the elements that count
+    selected  bool (n,)                 the selected elements
     sums      float64 (n / 4096 up, k)  written
     ========  ========================  ============================================
     """
@@ -175,7 +175,7 @@ def square_sums(deltas, rescales, selected, sums):
 
 @njit(nogil=True)
 def _add_signed(entries, rescale, weight, chosen, sums):
-    """Add the chosen entries of one task vector to the sums of their sign; a NaN goes up, where it is found."""
+    """Add the chosen entries of one task vector to the sums of their sign; a NaN counts as positive, so that it shows."""
     up, down, up_sum, down_sum, up_weight, down_weight = sums
     for i in range(len(entries)):
         tau = rescale * np.float64(entries[i])
@@ -201,8 +201,8 @@ def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, 
     rescales   float64 (k,)    their factors
     weights    float64 (k,)    the weights of the mean
     zero_sign  int64           the sign elected where entries cancel: 0 for none, or 1
-    floor      float64         the least sum of weights that a mean is divided by
-    selected   bool (n,)       the elements that count
+    floor      float64         smallest divisor of the mean
+    selected   bool (n,)       the selected elements
     out        float64 (n,)    written
     =========  ==============  ============================================
     """
@@ -239,7 +239,7 @@ def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, 
 
 @njit(nogil=True)
 def _touch(entries, rescale, epsilon, touched, count):
-    """Note which entries of a task vector are above `epsilon` in magnitude, and count them; a NaN is, to be found."""
+    """Mark and count the entries above `epsilon` in magnitude; a NaN counts as above, so that the output shows it."""
     for i in range(len(entries)):
         above = not abs(rescale * np.float64(entries[i])) <= epsilon
         touched[i] = above
@@ -248,7 +248,7 @@ def _touch(entries, rescale, epsilon, touched, count):
 
 @njit(nogil=True)
 def count_touched(deltas, rescales, epsilon, alone, shared):
-    """Add how many elements each model has touched, alone and with others.
+    """Count the elements that each model touched, alone and with others.
 
     ========  ==============  ============================================
     deltas    float32 (k, n)  the surviving task vectors of a tile
@@ -276,14 +276,14 @@ def count_touched(deltas, rescales, epsilon, alone, shared):
 
 @njit(nogil=True, error_model="numpy")
 def touched_merge(base, deltas, rescales, epsilon, factors, out):
-    """Write base + the mean of the touched entries, or the only touched one times its model's factor.
+    """Write base + the mean of the touched entries; a single touched entry is multiplied by its model's factor.
 
     ========  ==============  ============================================
     base      float32 (n,)    the base
     deltas    float32 (k, n)  the surviving task vectors of a tile
     rescales  float64 (k,)    their factors
     epsilon   float64         entries above it in magnitude are touched
-    factors   float64 (k,)    factors of entries that one model alone touched
+    factors   float64 (k,)    factors of entries that a single model touched
     out       float64 (n,)    written
     ========  ==============  ============================================
     """
@@ -310,7 +310,7 @@ def touched_merge(base, deltas, rescales, epsilon, factors, out):
 
 @njit(nogil=True)
 def add_products(vectors, rescales, sums):
-    """Add the products of all pairs of vectors, row after row; pairs are those of the upper triangle, row by row.
+    """Add the products of all pairs of vectors, row after row; the pairs follow the upper triangle, row by row.
 
     Non-finite values count as 0.
 

@@ -1,4 +1,4 @@
-"""The fused loop of Fisher estimation: squares of a gradient, added up in fp64."""
+"""The fused loop of Fisher estimation: squares of a gradient, summed in fp64."""
 
 import numpy as np
 

@@ -1,7 +1,7 @@
-"""Values of elements in another dtype: bf16, fp16, fp32, fp64 and FP8, widened exactly and rounded once to nearest even.
+"""Casts between bf16, fp16, fp32, fp64 and FP8: widening is exact, narrowing rounds once to nearest even.
 
-FP8 is widened to bf16 by a table of its 256 codes, and rounded from fp32 as torch casts. What lies beyond the largest
-number overflows and is refused, as in every other dtype. With --nonfinite warn it becomes infinite in F8_E5M2, and the
+FP8 is widened to bf16 by a table of its 256 codes, and rounded from fp32 as torch casts. A value beyond the largest
+number overflows and is refused, as in every other dtype. With --nonfinite warn it becomes infinity in F8_E5M2, and the
 largest number in F8_E4M3, which has no infinity.
 """
 
@@ -25,19 +25,19 @@ F32 = np.dtype(np.float32)
 F64 = np.dtype(np.float64)
 _NAN16 = np.uint32(0x7FC0)
 _AT_ONCE = 1 << 15
-"""Elements rounded together."""
+"""Number of elements rounded together."""
 _BITS = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}
-"""Bits of exponent and mantissa."""
+"""Bits of the exponent and of the mantissa."""
 _LARGEST = {"F8_E4M3": 0x7E, "F8_E5M2": 0x7B}
-"""Code of the largest number: 448, 57344."""
+"""Code of the largest finite number: 448 and 57344."""
 _BEYOND = {"F8_E4M3": 464.0, "F8_E5M2": 61440.0}
-"""The largest value that rounds to it, or would in a format without an end."""
+"""The largest value that rounds to the largest finite number."""
 _INFINITE = 0x7C
-"""Of F8_E5M2."""
+"""Code of infinity in F8_E5M2."""
 
 
 def widened(raw: NDArray[Any], dtype: str, to: np.dtype[Any]) -> Floats:
-    """Return the values of elements in a wider dtype, exactly; one after the other."""
+    """Return elements in a wider dtype, exactly, as a flat array."""
     raw = raw.reshape(-1)
     if dtype == "BF16":
         return from_bf16(raw.view(np.uint16)).astype(to, copy=False)
@@ -60,7 +60,7 @@ def _bf16(bits: NDArray[np.uint32], nan: NDArray[np.bool_]) -> NDArray[np.uint16
 
 
 def odd_bits(values: NDArray[np.float64]) -> NDArray[np.uint32]:
-    """Return fp64 values as patterns of fp32, rounded to odd: a rounding to fewer bits that follows is the only one."""
+    """Return fp64 values as fp32 patterns, rounded to odd, so that a later rounding to fewer bits is not a double rounding."""
     near = values.astype(np.float32)
     bits = near.view(np.uint32)
     wide = near.astype(F64)
@@ -88,8 +88,8 @@ def torch_dtype(dtype: str) -> torch.dtype:
 def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
     """Round once, to nearest even, to an output dtype; fp64 does not pass through a rounded fp32.
 
-    torch casts fp64 to 16 bits by way of fp32, which rounds twice: here the step in between is
-    round-to-odd, after which the second rounding is the only one.
+    torch casts fp64 to 16 bits through fp32, which rounds twice. Here the intermediate fp32 is rounded to odd,
+    so that the result equals one rounding of the fp64 value.
     """
     import torch
 
@@ -105,12 +105,12 @@ def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
 
 
 def to_store(values: NDArray[Any], source: str, dtype: str) -> NDArray[Any]:
-    """Return values in the dtype of a store, F32 or BF16 as patterns: rounded once; fp16 and bf16 widen exactly.
+    """Return values in the dtype of a store (F32, or BF16 as patterns), rounded once; fp16 and bf16 widen exactly.
 
     Parameters
     ----------
     source
-        Their own dtype; bf16 comes as patterns.
+        Dtype of `values`; bf16 values are patterns.
     """
     if source == dtype:
         return values
@@ -145,9 +145,9 @@ def table(dtype: str) -> NDArray[np.uint16]:
 
 
 def narrow(values: NDArray[np.float32], dtype: str, out: Bytes) -> tuple[int, int]:
-    """Round fp32 values to FP8 at the beginning of `out`, which may be their own bytes.
+    """Round fp32 values to FP8 into the beginning of `out`, which may share their memory.
 
-    Returns how many of the codes are no finite number, and how many finite values were beyond the largest.
+    Returns the number of non-finite codes, and the number of finite values that overflowed.
     """
     bad = clipped = 0
     beyond = np.float32(_BEYOND[dtype])
@@ -172,7 +172,7 @@ def rounded8(values: NDArray[np.float32], dtype: str) -> Bytes:
     normal = (
         magnitude - np.uint32((127 - bias) << 23) + np.uint32((1 << (drop - 1)) - 1) + odd
     ) >> np.uint32(drop)
-    # A number whose last place is the spacing of FP8 subnormals: adding it rounds to that spacing.
+    # One unit in the last place of this number is the spacing of FP8 subnormals: adding it rounds to that spacing.
     anchor = np.float32(2.0 ** (1 - bias - mantissa_bits + 23))
     small = (magnitude.view(np.float32) + anchor).view(np.uint32) - anchor.view(np.uint32)
     codes = np.where(magnitude < np.uint32((127 + 1 - bias) << 23), small, normal)

@@ -1,6 +1,6 @@
-"""Where the compiled kernels are kept, which of them are there, and whether they can be used at all.
+"""The cache of compiled kernels: its directory, its content, and whether kernels can be used at all.
 
-Nothing here imports numba's compiler: a plan asks, and only a merge that needs a kernel pays for it.
+This module does not import numba's compiler, so a plan stays fast; only a merge that needs a kernel imports it.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ _SOURCES = (
     "numerics/jit.py",
     "numerics/products.py",
 )
-"""The kernels, and the files whose constants are compiled into them."""
+"""The kernels' files, and the files whose constants are compiled into the kernels."""
 _MARK = ".compiled"
 _PROBE = b"\0" * (1 << 16)
-"""Written where kernels are to be kept: a disk that is full takes a file, but no content."""
+"""Content of the probe file: a full disk accepts an empty file, but no content."""
 
 
-NOWHERE = "there is no place to keep them ({}); set XDG_CACHE_HOME to a folder that can be written"
+NOWHERE = "no cache directory is writable ({}); set XDG_CACHE_HOME to a writable directory"
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Where kernels are kept."""
+    """The directory of the compiled kernels."""
 
     directory: Path | None
-    """None: nowhere that can be written."""
+    """None: no directory is writable."""
     refused: tuple[str, ...] = ()
-    """The places before it in order of preference, each with the reason why it does not serve."""
+    """The preferred directories that were refused, each with the reason."""
 
 
 @cache
 def missing_kernels() -> str | None:
     """Return why the kernels cannot be used, in one line; None if they can.
 
-    numba may be missing, or refuse a numpy newer than it knows. Everything works without it, through torch.
+    numba may be missing, or may reject a newer numpy. Everything works without it, through torch.
     """
     try:
         import numba  # noqa: F401
@@ -64,9 +64,9 @@ def missing_kernels() -> str | None:
 
 @cache
 def kernel_cache() -> Cache:
-    """Return the first place that can be written, of those the environment names, the home and the temporary directory.
+    """Return the first writable directory among those the environment names, the home and the temporary directory.
 
-    Kernels are code: a place that others may write to is none.
+    Kernels are code, so a directory that other users may write to is refused.
     """
     refused: list[str] = []
     passed: list[Path] = []
@@ -85,7 +85,7 @@ def kernel_cache() -> Cache:
 
 
 def _adopt(places: Sequence[Path], directory: Path) -> None:
-    """Copy what was compiled ahead, in an image say, where it can be read but not written; numba does not read there."""
+    """Copy kernels compiled in advance (in a container image, say) from read-only places, which numba does not read."""
     for place in places:
         with suppress(OSError):
             owner = place.stat()
@@ -93,11 +93,13 @@ def _adopt(places: Sequence[Path], directory: Path) -> None:
                 continue
             with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
                 shutil.copytree(place, Path(scratch) / "kernels")
-                os.rename(Path(scratch) / "kernels", directory)  # at once, unless another process was faster
+                os.rename(
+                    Path(scratch) / "kernels", directory
+                )  # atomic; fails if a different process was faster
 
 
 def _roots() -> Iterator[tuple[Path, bool]]:
-    """Yield where kernels may be kept, and whether nobody else may even read there."""
+    """Yield the candidate directories, and for each whether other users must not even read it."""
     if given := os.environ.get("NUMBA_CACHE_DIR"):
         yield Path(given) / "streammerge", False
     xdg = Path(os.environ.get("XDG_CACHE_HOME") or "")
@@ -108,7 +110,7 @@ def _roots() -> Iterator[tuple[Path, bool]]:
 
 
 def _prepare(directory: Path, private: bool) -> None:
-    """Make a directory for kernels, or see that the one there is ours alone to write to; raise OSError if it is not."""
+    """Create a directory for kernels, or check that only this user can write to it; raise OSError otherwise."""
     directory.parent.parent.mkdir(parents=True, exist_ok=True)
     directory.parent.mkdir(mode=0o700, exist_ok=True)
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -127,11 +129,11 @@ def _prepare(directory: Path, private: bool) -> None:
 
 
 def _digest() -> str:
-    """Return what names compiled kernels: their sources, what compiled them, and the CPU.
+    """Return the digest that names the cache: of the kernels' sources, the compiler's versions, and the CPU.
 
-    numba renews a cached loop when its own file changes, not when a loop it calls does, which lies in another file
-    here: an upgrade in place could run half-old code. Of another CPU in a home that machines share it knows, but
-    only when it compiles again, in the middle of a merge.
+    numba recompiles a cached loop when its own file changes, but not when a loop that it calls, in a different file,
+    changes: after an upgrade in place it could run a mixture of old and new code. numba also detects a different CPU
+    (in a home directory that machines share), but only when it recompiles, in the middle of a merge.
     """
     digest = hashlib.blake2b(digest_size=8)
     for path in _sources(_PACKAGE):
@@ -148,7 +150,7 @@ def _sources(package: Path) -> list[Path]:
 
 
 def _cpu() -> str:
-    """Return what tells kinds of CPUs apart: model and instruction sets."""
+    """Return the CPU's model and instruction sets."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0].splitlines()
     except OSError:
@@ -164,9 +166,9 @@ def _is_marked(name: str) -> bool:
 
 
 def _mark(directory: Path, name: str) -> Path:
-    """Return the file that says that a group is compiled, for the package where it lies.
+    """Return the marker file of a compiled group of kernels, for this installation of the package.
 
-    numba keeps a loop under the path of its source: another installation of the same version finds none of it.
+    numba files a compiled loop under the path of its source, so a second installation does not find it.
     """
     place = hashlib.blake2b(os.fsencode(_PACKAGE), digest_size=4).hexdigest()
     return directory / f"{name}-{place}{_MARK}"
@@ -178,7 +180,7 @@ def lacking(names: Iterable[str]) -> list[str]:
 
 
 def mark_compiled(name: str) -> None:
-    """Take down that a group of kernels lies in the cache, if there is one."""
+    """Record that a group of kernels is in the cache, if there is a cache."""
     directory = kernel_cache().directory
     if directory is not None:
         with suppress(OSError):
@@ -187,10 +189,10 @@ def mark_compiled(name: str) -> None:
 
 
 def look_again() -> None:
-    """Forget which kernels are compiled: another process may have compiled more."""
+    """Forget which kernels are compiled, since a different process may have compiled more."""
     _is_marked.cache_clear()
 
 
 def is_compiled(name: str) -> bool:
-    """Return whether a group of kernels can be used at once: where it cannot, plain numpy or torch serves as well."""
+    """Return whether a group of kernels is usable without compiling; callers fall back to numpy or torch."""
     return _is_marked(name) and missing_kernels() is None

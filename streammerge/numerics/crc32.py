@@ -1,7 +1,7 @@
-"""CRC-32 of pieces, joined in any order: zlib's checksum, and its arithmetic of concatenation.
+"""CRC-32 (zlib's) of pieces, and the CRC-32 of their concatenation computed from the pieces' own.
 
-A tensor's checksum does not depend on how it was cut, so the manifest is the same bytes each time.
-The join multiplies polynomials over GF(2) modulo the CRC's own, as zlib's crc32_combine does.
+A tensor's checksum does not depend on how the tensor was cut, so the manifest has the same bytes every time.
+Combining multiplies polynomials over GF(2) modulo the CRC's polynomial, as zlib's crc32_combine does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""exp and log from additions, multiplications and divisions alone, each rounded as IEEE prescribes.
+"""exp and log built from IEEE additions, multiplications and divisions only.
 
-A library's own differ in the last bit between a CPU and a GPU, and from one CPU to the next; these do not. fp64, with an
-error of one or two units in the last place. ``kernels/elementary.py`` has the same steps compiled.
+The functions of libraries differ in the last bit between CPU and GPU, and between CPUs; these do not. They work in fp64
+with an error of one or two units in the last place. ``kernels/elementary.py`` compiles the same steps.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 LEAST = -700.0
-"""Below this, exp counts as what it is there: 1e-304."""
+"""Arguments below this are clamped to it; exp is 1e-304 there."""
 SHIFT = 1.5 * 2.0**52
-"""Added and subtracted again, it rounds to a whole number; in between that number is in the low bits."""
+"""Adding and subtracting this rounds to an integer; after the addition the low bits hold that integer."""
 SHIFT_BITS = 0x4338000000000000
 PER_LN2 = 1.4426950408889634
 LN2_HIGH = 0.693147180369123816490
-"""ln 2 to 32 bits, so that its small multiples are exact ..."""
+"""The leading 32 bits of ln 2, so that its small multiples are exact."""
 LN2_LOW = 1.90821492927058770002e-10
-"""... and the rest."""
+"""The rest of ln 2."""
 EXP_TERMS = tuple(
     1.0 / f
     for f in (
@@ -40,9 +40,9 @@ EXP_TERMS = tuple(
         1,
     )
 )
-"""1/13! ... 1/1!, 1/0!: enough for abs(r) <= ln(2) / 2."""
+"""1/13! ... 1/1!, 1/0!: sufficient for abs(r) <= ln(2) / 2."""
 ROOT_HALF_BITS = 0x3FE6A09E667F3BCD
-"""sqrt(1/2): mantissas lie between it and its double."""
+"""sqrt(1/2): mantissas lie between it and twice it."""
 LOG_TERMS = tuple(1.0 / k for k in range(23, 0, -2))
 """1/23 ... 1/3, 1/1: log m = 2 f (1 + f^2/3 + f^4/5 ...), f = (m - 1) / (m + 1), abs(f) <= 0.1716."""
 
@@ -79,7 +79,7 @@ def log(y: torch.Tensor) -> torch.Tensor:
 
 
 def lane_sums(rows: torch.Tensor) -> torch.Tensor:
-    """Return the sum of each row, fp64, in a fixed order: eight lanes, each in sequence, added pairwise."""
+    """Return the sum of each row, fp64, in a fixed order: eight sequential lanes, then pairwise."""
     import torch
 
     lanes = rows.new_zeros(len(rows), 8)

@@ -1,4 +1,4 @@
-"""Finite values: the constants of fp32 arithmetic that all backends share, and counts of NaN and infinity."""
+"""Constants of fp32 arithmetic that all backends share, and counts of NaN and infinity."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from streammerge.dtypes import itemsize
 LARGEST = 3.4028234663852886e38
 """The largest finite fp32 number."""
 UNKNOWN = 0x7FC00000
-"""The pattern of a score that is not finite: it ranks above all others."""
+"""The pattern of a non-finite score, which ranks above all others."""
 SMOOTHING = 1e-8
-"""Added to every probability of a softmax (mergekit's)."""
+"""Constant added to every probability of a softmax (mergekit's)."""
 _STEP = 1 << 18
-"""Elements looked at together."""
+"""Number of elements checked together."""
 _EXPONENT = {
     "F8_E4M3": 0x7F,
     "F8_E5M2": 0x7C,
@@ -31,26 +31,26 @@ _EXPONENT = {
 
 @dataclass(frozen=True)
 class Tally:
-    """How many elements there are of a kind, and the first of them."""
+    """The count of elements of some kind, and the index of the first."""
 
     count: int = 0
     first: int = -1
 
     def plus(self, mask: NDArray[np.bool_], start: int) -> Tally:
-        """Take the elements from `start` on into account."""
+        """Return this tally with the elements of `mask` added; `mask` begins at element `start`."""
         count = int(np.count_nonzero(mask))
         first = start + int(np.argmax(mask)) if self.count == 0 and count else self.first
         return Tally(self.count + count, first)
 
     def then(self, later: Tally) -> Tally:
-        """Take a tally of later elements into account."""
+        """Return this tally with that of later elements added."""
         return Tally(self.count + later.count, self.first if self.count else later.first)
 
 
 def tally(raw: NDArray[np.uint8], dtype: str, start: int = 0) -> Tally:
-    """Return how many elements of a tensor are NaN or infinite; `raw` begins with its element `start`.
+    """Return the tally of NaN and infinite elements; `raw` begins at element `start` of the tensor.
 
-    Other dtypes of less than 16 bits, and complex ones, are never merged and not looked at.
+    Other dtypes narrower than 16 bits, and complex ones, are never merged, so they are not checked.
     """
     found = Tally()
     if dtype in _EXPONENT:
@@ -68,7 +68,7 @@ def is_bad(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_]:
 
 
 def is_negative(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.bool_]:
-    """Return which elements are below zero; a negative zero is not."""
+    """Return which elements are negative; negative zero does not count."""
     bits = raw.view(_unsigned(dtype))
     shift = bits.dtype.type(8 * bits.itemsize - 1)
     return (bits >> shift == 1) & (bits << bits.dtype.type(1) != 0)
@@ -79,6 +79,6 @@ def _unsigned(dtype: str) -> Any:
 
 
 def steps(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Cut a range of elements into ranges that are looked at together."""
+    """Cut a range of elements into ranges that are checked together."""
     for first in range(start, stop, _STEP):
         yield first, min(stop, first + _STEP)

@@ -1,4 +1,4 @@
-"""Compiles loops with numba and keeps them where kernels are kept."""
+"""Compile loops with numba, cached in the kernels' directory."""
 
 import numba
 
@@ -6,9 +6,9 @@ from streammerge.numerics.compiled import kernel_cache
 
 
 def njit(**options):
-    """Compile as numba does when first called, and keep the result where kernels are kept, or nowhere.
+    """Compile on the first call, as numba does, and cache the result in the kernels' directory if there is one.
 
-    Left to itself numba would take the package's own folder where the user's cannot be written.
+    numba's own choice would be the package's folder where the user's cache directory is not writable.
     """
 
     def decorate(function):
@@ -24,7 +24,7 @@ def njit(**options):
         try:
             loop.enable_caching()
         except RuntimeError:
-            pass  # taken away since: compiled for this process alone
+            pass  # the directory has vanished: compile for this process only
         finally:
             numba.config.CACHE_DIR, numba.config.CACHE_LOCATOR_CLASSES = before
         return loop

@@ -1,4 +1,4 @@
-"""Sums whose order is fixed, of parts that come in any order: of pieces, folded as soon as all before them are there."""
+"""Sums in a fixed order of parts that arrive in any order: a part is folded once all parts before it have arrived."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 Partials = NDArray[np.float64]
 BLOCK = 4096
-"""Elements of one partial sum."""
+"""Number of elements in one partial sum."""
 Part = tuple[tuple[int | None, int], Partials | None, dict[tuple[int | None, int], tuple[int, Partials]]]
-"""The next block to fold, the sums of all before it, and blocks that wait, by tensor and first element."""
+"""The next block to fold, the sums of all blocks before it, and the waiting blocks by tensor and first element."""
 _ROWS = 64
-"""Blocks folded at a time: a fold is a copy."""
+"""Number of blocks folded at a time; each fold copies."""
 
 
 def part_of(tensor: int, start: int, n: int, partials: Partials) -> Part:
@@ -23,14 +23,14 @@ def part_of(tensor: int, start: int, n: int, partials: Partials) -> Part:
 
 
 class OrderedSum:
-    """The sums of the columns of partial sums (blocks, columns), each added one after the other in index order.
+    """Sums the columns of partial sums (blocks, columns) one after the other in index order.
 
-    A piece that comes early waits. So long as pieces are handed out in order, few at a time, as few wait.
+    A piece that arrives early waits. As long as pieces are handed out in order, few at a time, only few wait.
 
     Parameters
     ----------
     tensors
-        Ordinal and elements of the tensors, in order, whose pieces come; none of them is empty.
+        (ordinal, number of elements) of each tensor, in order; no tensor is empty.
     """
 
     def __init__(self, tensors: Sequence[tuple[int, int]]) -> None:
@@ -42,13 +42,13 @@ class OrderedSum:
         self._lock = threading.Lock()
 
     def add(self, tensor: int, start: int, n: int, partials: Partials) -> None:
-        """Take the partial sums, (blocks, columns), of `n` elements of a tensor, from element `start` on."""
+        """Add the partial sums (blocks, columns) of elements `start` to `start + n` of a tensor."""
         with self._lock:
             self._early[tensor, start] = n, partials
         self._fold_early()
 
     def _fold_early(self) -> None:
-        """Fold all blocks that nothing before is missing of."""
+        """Fold all blocks whose predecessors have all arrived."""
         with self._lock:
             while self._next in self._early:
                 size, part = self._early.pop(self._next)
@@ -63,24 +63,22 @@ class OrderedSum:
         for first in range(0, len(partials), _ROWS):
             rows = partials[first : first + _ROWS]
             known = rows if self._totals is None else np.concatenate((self._totals[None], rows))
-            self._totals = np.add.accumulate(known)[
-                -1
-            ]  # one after the other, where `sum` chooses its own order
+            self._totals = np.add.accumulate(known)[-1]  # sequential; `sum` chooses its own order
 
     def part(self) -> Part:
-        """Return all that was added, as a value that pickles: what is folded, and what waits for others."""
+        """Return everything added so far as a picklable value: the folded sums and the waiting blocks."""
         with self._lock:
             return self._next, self._totals, dict(self._early)
 
     def absorb(self, part: Part) -> None:
-        """Add what another instance over the same tensors was given: no block twice.
+        """Add the part of a different instance over the same tensors; no block may occur in both.
 
-        Of several that share the blocks only the one with the first of all has folded any.
+        If several instances share the blocks, only the instance with the very first block has folded any.
         """
         following, totals, early = part
         if totals is not None:
             with self._lock:
-                assert self._totals is None, "blocks that came twice"
+                assert self._totals is None, "a block was added twice"
                 self._next, self._totals = following, totals
         for (tensor, start), (n, partials) in early.items():
             assert tensor is not None
@@ -96,25 +94,25 @@ class OrderedSum:
 
     @property
     def totals(self) -> list[float]:
-        """The sum of each column, when all pieces of all tensors have come."""
+        """The sum of each column, once all pieces of all tensors have arrived."""
         assert self._next[0] is None, "a piece is missing"
         return [] if self._totals is None else [float(total) for total in self._totals]
 
 
 def in_order(values: NDArray[np.float64]) -> float:
-    """Return the sum of values added one after the other, where `sum` chooses its own order."""
+    """Return the sequential sum of values; numpy's `sum` chooses its own order."""
     return float(np.cumsum(values)[-1]) if values.size else 0.0
 
 
 def block_sums(values: NDArray[np.float64], length: int = BLOCK) -> NDArray[np.float64]:
-    """Return the sum of each `length` values in the kernels' order: eight lanes, each in sequence, added pairwise."""
+    """Return the sum of each `length` values in the kernels' order: eight sequential lanes, then pairwise."""
     groups, lines = -(-values.size // length), -(-length // 8)
     padded = np.zeros((groups, length))
     padded.reshape(-1)[: values.size] = values
     blocks = np.zeros((groups, lines, 8))
     blocks.reshape(groups, -1)[:, :length] = padded
     lanes = np.zeros((groups, 8))
-    for line in range(lines):  # all groups at a time, each in its order
+    for line in range(lines):  # all groups at once, each in its own order
         lanes += blocks[:, line]
     total: NDArray[np.float64] = ((lanes[:, 0] + lanes[:, 1]) + (lanes[:, 2] + lanes[:, 3])) + (
         (lanes[:, 4] + lanes[:, 5]) + (lanes[:, 6] + lanes[:, 7])

@@ -1,8 +1,8 @@
-"""Random words that depend on (seed, purpose, model, tensor, element) and on nothing else.
+"""Random words that depend only on (seed, purpose, model, tensor, element).
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) run as a
-counter-based generator: there is no state to carry, so chunks, threads, devices, shards and an
-interruption cannot matter. The scheme is versioned; a change of it changes `SCHEME`.
+counter-based generator: it has no state, so the words do not depend on chunks, threads, devices, shards or
+interruptions. `SCHEME` names the version of the scheme.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ Key = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class RandomKeys:
-    """The seed of a merge and the names its models have in the random stream."""
+    """The seed of a merge, and the models' names in the random stream."""
 
     seed: int
     models: tuple[str, ...]
-    """Alias of each model, or a fingerprint of its content; never its place in the list or path."""
+    """Alias of each model, or a fingerprint of its content; neither its position in the list nor its path."""
     members: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Which of them a tensor is merged from, where these are not all, in order."""
+    """Indices of the models that a tensor is merged from, in order; None: all of them."""
 
     def key(self, purpose: str, model: int | None, tensor: str) -> Key:
         """Return the four 32-bit key words of one model's tensor for one purpose.
 
-        None for the model is the stream that all models share.
+        `model` None means the stream that all models share.
         """
         if model is not None and tensor in self.members:
             model = self.members[tensor][model]
@@ -44,7 +44,7 @@ class RandomKeys:
 
 
 def derive_key(seed: int, purpose: str, model: str, tensor: str) -> Key:
-    """Hash the coordinates of a random stream; length prefixes keep the parts apart.
+    """Hash the coordinates of a random stream; length prefixes separate the parts.
 
     >>> [f"{k:08x}" for k in derive_key(42, "dare", "a", "model.layers.0.mlp.down_proj.weight")]
     ['126847ae', '098fef67', 'f184abc8', '35ae414f']
@@ -58,7 +58,7 @@ def derive_key(seed: int, purpose: str, model: str, tensor: str) -> Key:
 
 
 def threshold(probability: float) -> int:
-    """Return T such that a 32-bit word below T has this probability, to within 2**-33."""
+    """Return T such that a 32-bit word lies below T with this probability, to within 2**-33."""
     return math.floor(probability * 2**32 + 0.5)
 
 
@@ -66,7 +66,7 @@ def words(key: Key, start: int, stop: int, device: torch.device | str = "cpu") -
     """Return the random words of elements ``start`` to ``stop`` as int64, on any torch device.
 
     Element e has word ``e & 3`` of the block with counter ``e >> 2``. The 32 x 32 -> 64 bit products
-    wrap in int64; their bits are the unsigned ones.
+    wrap around in int64; their bits equal those of the unsigned products.
     """
     import torch
 

@@ -1,14 +1,14 @@
-"""The product of two narrow matrices, as a LoRA adapter has them, summed in one order whatever the cut."""
+"""The product of two narrow matrices, such as LoRA factors, summed in the same order however it is cut."""
 
 from streammerge.numerics.jit import njit
 
 _COLUMNS = 1024
-"""Elements of a row summed at a time: with the same columns of the right factor they stay in the cache."""
+"""Elements of a row summed at a time; they and the columns of the right factor fit in the CPU's cache."""
 
 
 @njit(nogil=True)
 def add_products(left, right, first, last, out):
-    """Write ``left @ right[:, first:last]``: each product rounded, and added in order of rank.
+    """Write ``left @ right[:, first:last]``: each product is rounded, then added in order of rank.
 
     ===========  ===================================  ============================================
     left         float32 or float64 (n, rank)         the left factor
@@ -25,7 +25,7 @@ def add_products(left, right, first, last, out):
             row[:] = 0
             k = 0
             while k + 4 <= rank:
-                # Four at a time, in order: the sum is read and written a quarter as often.
+                # Four products at a time, in order: the sum is loaded and stored a quarter as often.
                 a, b, c, d = left[i, k], left[i, k + 1], left[i, k + 2], left[i, k + 3]
                 ra, rb = right[k, begin : begin + m], right[k + 1, begin : begin + m]
                 rc, rd = right[k + 2, begin : begin + m], right[k + 3, begin : begin + m]

@@ -1,4 +1,4 @@
-"""The choice of a backend: which one computes a merge, which one a tensor, and what memory these take."""
+"""Choose the backend of a merge and of each tensor, and bound the memory that backends need."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from streammerge.planning.needs import likeness, tensor_context_of
 
 GPU_DRIVER = "/dev/nvidiactl"
 WORTH_A_GPU = 8_000_000_000
-"""Bytes of inputs: without a GPU, fewer are merged in the time that starting one takes."""
+"""Size of inputs in bytes; smaller merges finish on the CPU before a GPU has started."""
 CUDA_LEAST = CUDA.reserve + (512 << 20)
-"""Bytes of memory below which a GPU is used only on request."""
+"""Memory in bytes; with less, a GPU is used only on request."""
 
 
 def choose_device(device: str, memory: int | None, nbytes: int) -> str:
     """Return the device that a user asked for: ``cpu``, ``cuda:N``, or the kind of a registered backend.
 
-    ``auto`` is the GPU if there is one, `memory` suffices for its libraries, and `nbytes` of inputs are worth the
-    seconds that it takes to start. Torch is imported only then.
+    ``auto`` selects a GPU if there is one, if `memory` suffices for its libraries, and if `nbytes` of inputs justify
+    the seconds that it takes to start. Torch is imported only then.
 
     Raises
     ------
@@ -42,27 +42,27 @@ def choose_device(device: str, memory: int | None, nbytes: int) -> str:
     backend = _on(kind)
     if backend is None or (number and (backend.find is None or not number.isdecimal())):
         kinds = ", ".join(dict.fromkeys(backend.device for backend in BACKENDS.values()))
-        raise InputError(f"device {printable(device)!r} is none of auto, {kinds}, cuda:N")
+        raise InputError(f"device {printable(device)!r} is not one of auto, {kinds}, cuda:N")
     found = kind if backend.find is None else backend.find(int(number or 0))
     if found is None:
-        raise InputError(f"device {printable(device)!r}: no such device here; use --device cpu")
+        raise InputError(f"device {printable(device)!r}: this machine has no such device; use --device cpu")
     return found
 
 
 def backend_on(device: str, kernels: bool | None) -> Backend:
-    """Return the backend of a chosen device; `kernels` False: torch's formulas instead of compiled kernels."""
+    """Return the backend of a chosen device; with `kernels` False, torch's formulas instead of compiled kernels."""
     chosen = _on(device.partition(":")[0])
     assert chosen is not None
     return TORCH if chosen.compiled and kernels is False else chosen
 
 
 def _on(kind: str) -> Backend | None:
-    """Return the first backend that is registered for a kind of device."""
+    """Return the first backend registered for a kind of device."""
     return next((backend for backend in BACKENDS.values() if backend.device == kind), None)
 
 
 def backend_of(job: Job, method: Method, chosen: Backend) -> Backend:
-    """Return the backend that computes a job: the `chosen` one, but torch for what that has no kernels for."""
+    """Return the backend that computes a job: the `chosen` one, or torch if that has no kernels for the job."""
     if chosen.formulas or not _takes_formulas(job, method):
         return chosen
     return TORCH
@@ -78,12 +78,12 @@ def reserve_of(chosen: Backend, method: Method, models: Sequence[TensorIndex]) -
 
 
 def operator_bytes(grams: Sequence[CompanionIndex]) -> int:
-    """Return the bytes of Gram matrices that are kept between the pieces of one tensor: fp64, those of the largest."""
+    """Return the size of the largest Gram matrices in fp64, in bytes; they are kept between the pieces of a tensor."""
     return 8 * len(grams) * max((ref.n_elements for index in grams for ref in index.values()), default=0)
 
 
 def _takes_formulas(job: Job, method: Method) -> bool:
-    """Return whether a job has no compiled kernels: a plain formula, a rule without one, fp64."""
+    """Return whether a job needs torch: a plain formula, a rule without a kernel, or fp64."""
     if job.kind == "merge":
         wide = any(ref.dtype == "F64" for ref in (*job.inputs, *job.fishers))
         return method.is_formula or wide or job.dtype == "F64" or not _has_kernel(job, method)
@@ -91,7 +91,7 @@ def _takes_formulas(job: Job, method: Method) -> bool:
 
 
 def _has_kernel(job: Job, method: Method) -> bool:
-    """Return whether a kernel applies the rule of a job; every piece asks, so it is kept."""
+    """Return whether a kernel applies the rule of a job; the answer is cached, since every piece asks."""
     key = (*likeness(job, method), bool(job.fishers), job.base is not None, job.n_models)
     known = method.known_rules
     if key not in known:

@@ -54,7 +54,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
 
 
 def tensor_values(plan: MergePlan) -> list[dict[str, object]]:
-    """Return how every tensor is handled and where it goes, as plain values."""
+    """Return the handling and the destination of every tensor, as plain values."""
     return [
         {
             "name": job.name,

@@ -1,4 +1,4 @@
-"""Opens the inputs of a merge: its models, and the stores that accompany them."""
+"""Open the inputs of a merge: its models, and their Fisher and Gram stores."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from streammerge.tensors.fingerprint import check_belongs
 
 @dataclass(frozen=True)
 class Sources:
-    """How the references of a config are opened: from files, unless a caller holds the models itself."""
+    """How the references of a config are opened: from files, or from models that the caller holds in memory."""
 
     model: Callable[[str], TensorIndex] = open_model
     fisher: Callable[[str], CompanionIndex] = open_fisher
     grams: Callable[[str], CompanionIndex] = open_grams
     reader: Reader | None = None
-    """Reads what was opened; None: a reader of its own, for files."""
+    """The reader of the opened models; None: a new reader for files."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The models of a merge, each opened once, and the stores that accompany them."""
+    """The models of a merge, each opened once, and their stores."""
 
     models: tuple[TensorIndex, ...]
     base: TensorIndex | None = None
     bases: tuple[TensorIndex, ...] = ()
-    """Bases of single slices, where these differ from `base`."""
+    """Bases of single slices that differ from `base`."""
     fishers: tuple[CompanionIndex, ...] = ()
-    """The Fisher diagonal of each model, for a method that weights by them."""
+    """The Fisher diagonal of each model, for methods that use them."""
     grams: tuple[CompanionIndex, ...] = ()
-    """The Gram matrices of each model, for a method that takes them."""
+    """The Gram matrices of each model, for methods that use them."""
 
     @property
     def template(self) -> TensorIndex:
@@ -57,12 +57,12 @@ class Inputs:
 
 
 def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs:
-    """Open every model once, the base, the bases of slices, and the stores that accompany the models.
+    """Open every model once, the base, the bases of slices, and the models' stores.
 
     Raises
     ------
     InputError
-        If one of them is missing, malformed, or a store was made for a different model.
+        If one of them is missing or malformed, or a store belongs to a different model.
     """
     opened: dict[str, TensorIndex] = {}
 
@@ -90,7 +90,7 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs
 
 
 def _find_all(config: MergeConfig, get: Callable[[str], TensorIndex]) -> None:
-    """Open every model; name all those together that must be downloaded first."""
+    """Open every model; name all that must be downloaded first in one message."""
     parts = [part for module in config.modules for part in module.slices]
     references = [spec.reference for spec in config.models]
     references += [config.base_model] if config.base_model is not None else []
@@ -108,7 +108,7 @@ def _find_all(config: MergeConfig, get: Callable[[str], TensorIndex]) -> None:
         names = ", ".join(printable(error.reference, 80) + meant(error.reference) for error in some)
         commands = "; ".join(printable(error.command, 120) for error in some)
         raise ModelError(
-            f"{len(some)} models are neither directories here nor in {some[0].where}: {names}; if these are hub names, "
+            f"{len(some)} models are neither local directories nor in {some[0].where}: {names}; if these are hub names, "
             f"download them first with `{commands}`"
         )
 
@@ -120,12 +120,12 @@ def _open_beside(
     models: list[TensorIndex],
     reader: Reader | None,
 ) -> list[CompanionIndex]:
-    """Open the store that each model has under `key`; refuse one that was made for a different model."""
+    """Open the store that each model's entry names under `key`; refuse a store of a different model."""
     stores = []
     for spec, model in zip(config.models, models, strict=True):
         reference = getattr(spec, key)
         if reference is None:
-            return []  # refused with the other parameters, by name
+            return []  # check_names refuses it, with the entry's path
         index = open_store(reference)
         what = "Fisher diagonal" if key == "fisher" else "store of Gram matrices"
         check_belongs(index, model, what, reader)

@@ -18,27 +18,27 @@ Kind = Literal["merge", "copy", "agree"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One output tensor, and everything that decides its bytes."""
+    """One output tensor, and everything that determines its bytes."""
 
     ordinal: int
-    """Place in the order of the merge: the file order of the first input."""
+    """Index in the order of the merge, which is the file order of the first input."""
     name: str
     dtype: str
     """That its elements are rounded to: F32 where an encoder takes them."""
     shape: tuple[int, ...]
     kind: Kind
-    """`merge`: the method. `copy`: the bytes of sources[0], cast if the dtype differs. `agree`: an
-    integer tensor; the bytes of sources[0], with a warning where another source differs."""
+    """`merge`: apply the method. `copy`: copy sources[0], cast if the dtype differs. `agree`: copy sources[0], an
+    integer tensor, and warn if a different source has other bytes."""
     sources: tuple[SourceRef, ...]
     """The models' tensors in configured order."""
     base: SourceRef | None
     parameters: Mapping[str, Any]
     fishers: tuple[CompanionRef, ...] = ()
-    """The models' Fisher diagonals, for a method that weights by them; empty if they lack the tensor."""
+    """The models' Fisher diagonals, for methods that use them; empty if they lack the tensor."""
     grams: tuple[CompanionRef, ...] = ()
-    """The Gram matrices of the models' inputs to it, for a method that takes them; empty where they lack the tensor."""
+    """The models' Gram matrices of the tensor's inputs, for methods that use them; empty if they lack the tensor."""
     members: tuple[int, ...] = ()
-    """Places of the sources' models among the plan's; empty: all, in order."""
+    """Indices of the sources' models in the plan; empty: all, in order."""
     stacks: Mapping[str, int] = field(default_factory=dict)
     """Number of layers of each stack of the output, by its prefix; one mapping for all jobs."""
     encoder: Encoder | None = None
@@ -70,7 +70,7 @@ class Job:
 
     @property
     def computed_dtype(self) -> str:
-        """The dtype in which its elements are computed: fp32 where they are then rounded to FP8."""
+        """The dtype in which the elements are computed: the output's, or fp32 for FP8."""
         return "F32" if self.dtype in FLOATS8 and self.dtype != self.sources[0].dtype else self.dtype
 
     @property
@@ -80,23 +80,23 @@ class Job:
 
     @property
     def n_models(self) -> int:
-        """Number of models, the base not counted."""
+        """Number of models without the base."""
         return len(self.sources)
 
     @property
     def row_length(self) -> int:
-        """Elements of one row, the last axis; a scalar is one row of one."""
+        """Number of elements of a row (the last axis); 1 for a scalar."""
         return max(1, self.shape[-1]) if self.shape else 1
 
     def line_length(self, extent: Extent) -> int:
-        """Return the elements of one line: of a row or, for columns along the first axis, of one slice of that axis."""
+        """Return the number of elements of a line: a row or, for columns, a slice along the first axis."""
         if extent == Extent.COLUMN:
             return max(1, self.n_elements // max(1, self.shape[0])) if self.shape else 1
         return self.row_length
 
     @property
     def inputs(self) -> tuple[SourceRef, ...]:
-        """Every tensor that is read: the base first, if there is one, then the models."""
+        """Every tensor that is read: the base, if any, then the models."""
         return (*((self.base,) if self.base is not None else ()), *self.sources)
 
     @property
@@ -111,12 +111,12 @@ class Job:
 
     @property
     def fisher_chunk_bytes(self) -> int:
-        """Most bytes of one chunk of a Fisher store, decompressed; 0 without a store."""
+        """Size of the largest chunk of the Fisher stores, decompressed, in bytes; 0 without a store."""
         return max((ref.chunk_bytes for ref in self.fishers), default=0)
 
     @property
     def operator_bytes(self) -> int:
-        """Upper bound of the bytes needed to compute operators from the Gram matrices, and to hold them."""
+        """Upper bound of the bytes needed to compute the operators from Gram matrices, and to hold them."""
         return 8 * (len(self.grams) + 5) * self.row_length**2 if self.grams else 0
 
     @property
@@ -126,6 +126,6 @@ class Job:
 
 
 def measured(job: Job) -> MeasuredTensor:
-    """Return what a statistic may know of the tensor of a job."""
+    """Return the description of a job's tensor that statistics receive."""
     sums = tuple(ref.square_sum for ref in job.fishers)
     return MeasuredTensor(job.ordinal, job.n_elements, job.name, job.line_length(Extent.COLUMN), sums)

@@ -1,8 +1,8 @@
-"""Lays out the output: shards, their headers, and each tensor's final offset.
+"""Lay out the output: shards, their headers, and each tensor's final offset.
 
-Headers fix every dtype and shape, so all of it is known before any data is read. Inside a shard,
-tensors are ordered and the header is spelled as the safetensors library does: a shard is
-byte-equal to what its `save_file` writes for the same tensors.
+The inputs' headers determine every dtype and shape, so the layout is known before any data is read. The order of
+tensors in a shard and the spelling of its header are those of the safetensors library: a shard has the bytes that
+`save_file` writes for the same tensors.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Layout:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Bytes of each shard by its name."""
+        """Size of each shard in bytes, by its name."""
         return {shard.name: shard.nbytes for shard in self.shards}
 
 
@@ -164,7 +164,7 @@ def _by_job(jobs: Sequence[Job], slots: Mapping[Key, Slot]) -> tuple[tuple[Slot,
 
 
 def folder_of(name: str) -> str:
-    """Return what the names of a shard's tensors begin with in the plan and not in the file.
+    """Return the prefix that the names of a shard's tensors have in the plan but not in the file.
 
     >>> folder_of("2_Dense/model.safetensors"), folder_of("model.safetensors")
     ('2_Dense/', '')
@@ -173,7 +173,7 @@ def folder_of(name: str) -> str:
 
 
 def is_shard(name: str, folders: Sequence[str]) -> bool:
-    """Return whether a file of an output holds merged tensors; what lies in folders other than `folders` is a copy."""
+    """Return whether a file of an output is a shard; files in folders other than `folders` are copies."""
     folder = folder_of(name)
     return name.endswith(SUFFIX) and (not folder or folder[:-1] in folders)
 

@@ -1,4 +1,4 @@
-"""Makes the plan: resolves the jobs, divides the memory, lays out the shards, and collects the files beside them."""
+"""Make the plan: resolve the jobs, divide the memory, lay out the shards, and collect all other files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Resources:
     """The memory, threads and processor of a merge."""
 
     budget: Budget
-    """The memory of the process; lists and statistics are still to be subtracted."""
+    """The memory of the process, before lists and statistics are subtracted."""
     device: str
     """``cpu`` or ``cuda:N``."""
     backend: Backend
@@ -57,7 +57,7 @@ def make_plan(
     Parameters
     ----------
     options
-        Only what `resources` does not settle: shard size, seed, notes, and the files that are left out.
+        Only shard size, seed, notes and left-out files are used; `resources` determines the rest.
 
     Raises
     ------
@@ -150,7 +150,7 @@ class _Files:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files that are held until they are written."""
+        """Size of the files that are held in memory until they are written."""
         return 0 if self.tokenizer is None else sum(map(len, self.tokenizer.changed.values()))
 
 
@@ -194,10 +194,10 @@ def _of_single_file(files: _Files, storage: Storage, template: TensorIndex, conf
 
 
 def _check_tokens(alignment: Alignment, budget: Budget) -> None:
-    """Refuse more new tokens than the memory holds while the tokenizer's files are made."""
+    """Refuse new tokens if the tokenizer's files would not fit in memory."""
     needed = len(alignment.new) * NEW_TOKEN_NBYTES
     if needed > budget.capacity:
         raise BudgetError(
-            f"a tokenizer with {len(alignment.new)} new tokens takes {format_size(needed)} to make: give at least "
-            f"{format_at_least(needed + budget.reserve)}, or `tokenizer_source: base`"
+            f"adding {len(alignment.new)} tokens to the tokenizer needs {format_size(needed)}: give at least --memory "
+            f"{format_at_least(needed + budget.reserve)}, or use `tokenizer_source: base`"
         )

@@ -1,4 +1,4 @@
-"""Finds the groups of kernels that a plan will call, before a byte is read, so that no others are compiled."""
+"""Find the groups of kernels that a plan will call, so that only these are compiled."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.planning.plan import MergePlan
 
 _BESIDE_TORCH = frozenset({"words", "adapters"})
-"""Groups that serve torch too: random words are counted, and adapters applied, before it sees a value."""
+"""Groups that the torch backend needs too: counting random words and applying adapters precede it."""
 
 
 def needed_kernels(plan: MergePlan) -> Names:
-    """Return the names of the groups (see `streammerge.backends.cpu.compile`) that serve a merge."""
+    """Return the names of the groups (see `streammerge.backends.cpu.compile`) that a merge needs."""
     names: set[str] = set()
     seen: set[tuple[object, ...]] = set()
     for job in plan.jobs:

@@ -1,4 +1,4 @@
-"""The needs of a job: what its merge sees, asks for and reads."""
+"""The needs of a job: the extent of its arithmetic, its statistics, and its reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streammerge.statistics.base import Statistic
 
 
 def tensor_context_of(job: Job) -> TensorContext:
-    """Return what the method may know of a merge job."""
+    """Return the `TensorContext` of a merge job."""
     layer, n_layers = _layer_of(job.name, job.stacks)
     return TensorContext(
         job.n_models,
@@ -32,7 +32,7 @@ def tensor_context_of(job: Job) -> TensorContext:
 
 
 def _layer_of(name: str, stacks: Mapping[str, int]) -> tuple[int, int] | tuple[None, None]:
-    """Return the number of a tensor's layer and how many its stack has.
+    """Return the index of a tensor's layer and the number of layers in its stack.
 
     >>> _layer_of("model.layers.3.mlp.up_proj.weight", {"model.layers": 8}), _layer_of("lm_head.weight", {})
     ((3, 8), (None, None))
@@ -46,13 +46,13 @@ def _layer_of(name: str, stacks: Mapping[str, int]) -> tuple[int, int] | tuple[N
 
 
 def likeness(job: Job, method: Method) -> tuple[object, ...]:
-    """Return a key that jobs with the same needs share: their kind and parameters, as a rule."""
+    """Return a key that jobs with equal needs share: usually their kind and parameters."""
     own = (job.ordinal,) if method.looks_at_names else ()
     return (job.kind, bool(job.grams), *job.parameters.items(), *own)
 
 
 def needs_data(statistic: Statistic[Any], jobs: Sequence[Job]) -> bool:
-    """Return whether it takes a pass over the inputs: not if it needs no data, or what it needs is recorded."""
+    """Return whether a statistic needs a pass over the inputs: not if it needs no data, or only recorded numbers."""
     return any(statistic.reads(measured(job)) for job in jobs if job.kind == "merge")
 
 

@@ -1,4 +1,4 @@
-"""The choices a caller has about a merge that its config does not make."""
+"""The options of a merge that are not part of its config."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ DEFAULT_SHARD_SIZE = 5_000_000_000
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The choices a caller has about a merge."""
+    """The options of a merge that are not part of its config."""
 
     memory: int | None = None
     """Bound of the process's peak resident memory, in bytes; None: half of what is free."""
     threads: int | None = None
-    """CPUs to keep busy; None: those available."""
+    """Number of CPUs to keep busy; None: all available."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``, ``cuda:N`` or the device of a registered backend."""
     kernels: bool | None = None
-    """Whether to use compiled kernels; None: unless compiling them takes longer than the merge."""
+    """Whether to use compiled kernels; None: yes, unless compiling them takes longer than the merge."""
     shard_size: int = DEFAULT_SHARD_SIZE
-    """Most bytes of tensors in one output file."""
+    """Most bytes of tensors in one shard."""
     seed: int | None = None
     """Overrides the config's seed."""
     notes: tuple[str, ...] = ()
@@ -32,12 +32,12 @@ class PlanOptions:
     file: str | None = None
     """The name of the single file that is written; None: a directory."""
     left_out: tuple[LeftOut, ...] = ()
-    """Files that are not written in addition to the weights."""
+    """Files that the output does not get."""
     tensors_only: bool = False
-    """Whether the output stays in memory: no other file is written, and the models need no folder."""
+    """Whether the output stays in memory; no file is written, and the models need no folder."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers of a merge called from Python that no merge can be made with."""
+        """Refuse invalid numbers, which Python callers may pass."""
         if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
             raise InputError(f"threads {self.threads!r} is not a positive integer")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**64):

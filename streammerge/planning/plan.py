@@ -1,4 +1,4 @@
-"""The merge plan: what is read, computed and written, from headers alone. Nothing below it looks at the config."""
+"""The merge plan: everything that is read, computed and written, derived from headers. Later stages do not use the config."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from streammerge.units import format_size
 
 @dataclass(frozen=True, repr=False)
 class MergePlan:
-    """Everything `merge` will do; `summary()` says it in a few lines. It pickles, and the copy merges to the same bytes."""
+    """Everything that a merge will do; `summary()` gives an overview. It pickles, and a copy merges to the same bytes."""
 
     config: MergeConfig
     method: Method
@@ -43,34 +43,34 @@ class MergePlan:
     base: TensorIndex | None
     jobs: tuple[Job, ...]
     access: tuple[Extent, ...]
-    """How much each job must see at once."""
+    """The extent of each job."""
     work: tuple[Work, ...]
     layout: Layout
     budget: Budget
     seed: int
     backend: Backend
-    """The backend of every job that it has kernels or formulas for; see `backend_of`."""
+    """The chosen backend; see `backend_of` for jobs that it cannot compute."""
     device: str
     """The backend's device: ``cpu`` or ``cuda:N``."""
     division: Division
-    """The needs that the memory was divided between, to try other amounts of it."""
+    """The division of the memory, to try other amounts."""
     warnings: tuple[str, ...] = ()
     fishers: tuple[CompanionIndex, ...] = ()
-    """The Fisher diagonal of each model, for a method that weights by them."""
+    """The Fisher diagonal of each model, for methods that use them."""
     grams: tuple[CompanionIndex, ...] = ()
-    """The Gram matrices of each model, for a method that takes them."""
+    """The Gram matrices of each model, for methods that use them."""
     bases: tuple[TensorIndex, ...] = ()
-    """Bases of single slices, where these differ from `base`."""
+    """Bases of single slices that differ from `base`."""
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The output's config.json files, those of its components too, by path; none if the template model has none."""
     left_out: tuple[LeftOut, ...] = ()
-    """Files that are not written in addition to the weights."""
+    """Files that the output does not get."""
     tokenizer: TokenizerFiles | None = None
     """The output's tokenizer files, if they differ from those of the template model."""
     vocabulary: str = ""
     """A digest of the rows that aligned vocabularies are gathered from."""
     statistics_memory: StatisticsMemory = field(default=StatisticsMemory())
-    """The memory that statistics may take in addition to the buffers."""
+    """The memory that statistics may use in addition to the buffers."""
     tensors_left_out: Mapping[str, str] = field(default_factory=dict)
     """Names of the models' tensors that are not in the output, each with the reason (`tensors: common` or `any`)."""
     beside: Surroundings = field(default=Surroundings())
@@ -87,7 +87,7 @@ class MergePlan:
         return as_html(self._overview())
 
     def summary(self) -> str:
-        """Return the method, the models, the tensors, the bytes and the memory, one a line."""
+        """Return the method, the models, the tensors, the bytes and the memory, one per line."""
         return as_text(self._overview())
 
     def _overview(self) -> dict[str, str]:
@@ -115,20 +115,20 @@ class MergePlan:
 
     @property
     def inputs(self) -> tuple[TensorIndex, ...]:
-        """All models that are read, bases last; a base that is also one of the models appears once."""
+        """All models that are read, bases last; a base that is also a model appears once."""
         bases = [*([] if self.base is None else [self.base]), *self.bases]
         return (*self.models, *(base for base in bases if not any(base is model for model in self.models)))
 
     @property
     def stamped(self) -> dict[str, tuple[FileStamp, ...]]:
-        """The files of every model and of every store that accompanies one, by its reference."""
+        """The files of every model and of every store, by its reference."""
         return {index.reference: index.stamps for index in self.inputs} | {
             index.reference: index.stamps for index in self.stores
         }
 
     @property
     def stores(self) -> tuple[CompanionIndex, ...]:
-        """The stores that accompany the models: Fisher diagonals, Gram matrices."""
+        """The models' stores of Fisher diagonals and Gram matrices."""
         return (*self.fishers, *self.grams)
 
     @property
@@ -140,11 +140,11 @@ class MergePlan:
         )
 
     def steps(self, done: Mapping[int, Sequence[Interval]] | None = None) -> Iterator[Step]:
-        """Yield the steps that are left when `done` elements of each job are finished."""
+        """Yield the remaining steps; `done` has the finished elements of each job."""
         return steps(self.jobs, self.work, self.budget, done or {})
 
     def model_rounds(self) -> int:
-        """Return how many whole-model statistics rounds come before the merge."""
+        """Return the number of rounds of whole-model statistics before the merge."""
         return max(
             (
                 sum(statistics[0].extent == Extent.MODEL for statistics in self.rounds_of(job))
@@ -162,7 +162,7 @@ class MergePlan:
         ]
 
     def _is_read(self, statistic: Statistic[Any]) -> bool:
-        if statistic not in self._known_reads:  # of thousands of tensors, each asks for the same
+        if statistic not in self._known_reads:  # cached: thousands of tensors ask for the same statistic
             self._known_reads[statistic] = needs_data(statistic, self.jobs)
         return self._known_reads[statistic]
 
@@ -171,20 +171,20 @@ class MergePlan:
         return {}
 
     def model_passes(self) -> int:
-        """Return how many times the files are read for whole-model statistics before the merge."""
+        """Return the number of passes over the files for whole-model statistics before the merge."""
         return max(
             (len(self.rounds_reading(job, Extent.MODEL)) for job in _distinct(self.jobs, self.method)),
             default=0,
         )
 
     def rounds_of(self, job: Job) -> list[list[Statistic[Any]]]:
-        """Return the statistics of each round of a merge job, assuming placeholder values."""
+        """Return the statistics of each round of a merge job, given placeholder values."""
         if job.kind != "merge":
             return []
         return self.method.rounds(tensor_context_of(job), job.parameters)
 
     def bytes_to_read(self) -> int:
-        """Return the bytes all passes read: each input once, and once more for each streamed pass."""
+        """Return the bytes that all passes read: each input once, and once more per streamed pass."""
         total = sum(job.input_bytes + job.fisher_bytes for job in self.jobs)
         for job, how in zip(self.jobs, self.work, strict=True):
             rounds = self.rounds_reading(job, Extent.MODEL)
@@ -195,7 +195,7 @@ class MergePlan:
         return total
 
     def bytes_of_passes(self) -> int:
-        """Return the bytes of `bytes_to_read` that whole-model statistics read before the first element is written."""
+        """Return the part of `bytes_to_read` that whole-model statistics read before the first element is written."""
         return sum(
             self._bytes_of(job, statistics)
             for job in self.jobs
@@ -233,7 +233,7 @@ class MergePlan:
 
 
 def _distinct(jobs: Sequence[Job], method: Method) -> list[Job]:
-    """Return one merge job of each set of parameters."""
+    """Return one merge job for each set of parameters."""
     seen = {likeness(job, method): job for job in jobs if job.kind == "merge"}
     return list(seen.values())
 

@@ -1,4 +1,4 @@
-"""Turns opened models and a caller's options into a plan: device, backend, budget, then the plan itself."""
+"""Turn opened models and a caller's options into a plan: choose device, backend and budget, then make the plan."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
 
 WORTH_COMPILING = 200_000_000
-"""Bytes of inputs: torch merges fewer in the time that compiling the kernels takes."""
-SLOWER = "the compiled kernels cannot be used ({}): merging through torch, the same bits at a fraction of the speed"
+"""Size of inputs in bytes; torch merges less in the time that compiling the kernels takes."""
+SLOWER = (
+    "the compiled kernels cannot be used ({}): torch computes the merge, with the same bits, but much slower"
+)
 
 
 def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOptions) -> MergePlan:
@@ -36,7 +38,7 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
     chosen = backend_on(device, options.kernels)
     missing = missing_kernels() if chosen.compiled and not method.is_formula else None
     if missing is not None:
-        note = SLOWER.format(f"{missing}; install a numba that suits this numpy")
+        note = SLOWER.format(f"{missing}; install a numba version that supports this numpy")
         options = replace(options, notes=(note, *options.notes))
 
     def plan_on(backend: Backend) -> MergePlan:
@@ -51,7 +53,7 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
 
 
 def _unless_cold(plan: MergePlan, plan_on: Callable[[Backend], MergePlan]) -> MergePlan:
-    """Return the plan; or that of torch, if kernels the plan needs are not compiled and not worth it for one merge."""
+    """Return the plan, or a plan for torch if the kernels are not compiled and the merge is too small to justify it."""
     if not lacking(needed_kernels(plan)):
         return plan
     cache = kernel_cache()
@@ -68,5 +70,5 @@ def _unless_cold(plan: MergePlan, plan_on: Callable[[Backend], MergePlan]) -> Me
 
 
 def is_small(plan: MergePlan) -> bool:
-    """Return whether a merge is over before its kernels would be compiled."""
+    """Return whether a merge finishes before its kernels would be compiled."""
     return sum(index.nbytes for index in plan.inputs) < WORTH_COMPILING

@@ -1,4 +1,4 @@
-"""When: jobs cut into pieces, pieces packed into chunks that fit the budget.
+"""Cut jobs into pieces, and pack pieces into chunks that fit the budget.
 
 Pure: numbers in, values out. A chunk is the unit of memory, of work and of the journal::
 
@@ -29,13 +29,13 @@ from streammerge.tensors.encoders.base import Encoder
 from streammerge.units import format_at_least, format_size
 
 ALIGN = BLOCK
-"""Elements; the block of the fp64 statistics."""
+"""Number of elements in a block of the fp64 statistics."""
 
 PASSES_AHEAD = 2
-"""Streamed tensors that wait for their merge; more of them would evict pages from the cache that are about to be read again."""
+"""Most streamed tensors that wait for their merge; more would evict pages from the cache before they are read again."""
 
 _FRAME = 64
-"""Bytes by which an incompressible chunk may grow."""
+"""Bytes by which a compressed chunk may exceed incompressible data."""
 
 Mode = Literal["split", "resident", "streamed"]
 
@@ -57,12 +57,12 @@ class Chunk:
 
     pieces: tuple[Piece, ...]
     nbytes: int
-    """Bytes of buffers it holds while it runs."""
+    """Bytes of buffers that it holds while it runs."""
 
 
 @dataclass(frozen=True)
 class StatisticsPass:
-    """Statistics of one tensor that is too large to hold: streamed before its pieces are merged."""
+    """Statistics of a tensor that is too large to hold; they are streamed before its pieces are merged."""
 
     job: int
 
@@ -71,14 +71,14 @@ Step = Chunk | StatisticsPass
 
 
 class TooLarge(BudgetError):
-    """The part of a tensor that must be held does not fit the buffers.
+    """A part of a tensor must be held in memory and does not fit in the buffers.
 
     Parameters
     ----------
     needed
         Bytes of buffers.
     least
-        Bytes of ``--memory`` that suffice; None: the needed ones and the reserve.
+        Bytes of ``--memory`` that suffice; None: `needed` plus the reserve.
     """
 
     def __init__(self, name: str, what: str, needed: int, budget: Budget, least: int | None = None) -> None:
@@ -93,20 +93,20 @@ class TooLarge(BudgetError):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The way the pieces of one job are handled, decided from the budget."""
+    """The handling of the pieces of one job, chosen for the budget."""
 
     mode: Mode
-    """`split` anywhere; held `resident` with its statistics taken from memory; or `streamed` for its statistics, then split."""
+    """`split`: cut anywhere. `resident`: held whole, statistics from memory. `streamed`: passes for statistics, then cut."""
     row: int
-    """Cuts lie at multiples of this many elements."""
+    """Cuts are at multiples of this number of elements."""
     bytes_per_element: float
-    """Buffer bytes a piece needs for each of its elements."""
+    """Buffer bytes per element of a piece."""
     workspace: int
-    """Buffer bytes a chunk needs in addition: alignment, scratch, temporaries of a torch formula."""
+    """Additional buffer bytes per chunk: alignment, scratch, temporaries of a torch formula."""
     extent: Extent = Extent.ELEMENT
 
     def lease_bytes(self, n: int) -> int:
-        """Return the bytes of the buffer in which `n` elements are read and merged."""
+        """Return the size of the buffer for `n` elements in bytes."""
         return math.ceil(n * self.bytes_per_element) + self.workspace
 
 
@@ -120,25 +120,25 @@ def plan_work(
     sums: bool = True,
     row_bytes: int = 0,
 ) -> Work:
-    """Decide how the pieces of one job are handled.
+    """Choose the handling of the pieces of one job.
 
     Parameters
     ----------
     extent
-        What its arithmetic must see at once.
+        The extent of its arithmetic.
     workspace
-        Bytes of temporaries for a block of the given number of elements of a job.
+        Function that returns the bytes of temporaries for a block of a job, given its number of elements.
     holds
-        Whether statistics of this tensor alone come before its merge.
+        Whether statistics of this tensor precede its merge.
     sums
-        Whether these are sums over blocks of `ALIGN` elements, which no cut may divide.
+        Whether these are sums over blocks of `ALIGN` elements, which cuts must not divide.
     row_bytes
-        What is kept of each row, where rows are seen.
+        Bytes that are kept per row, if the extent is a row.
 
     Raises
     ------
     BudgetError
-        If the tensor, or one row of it, must be held and cannot.
+        If the tensor, or one row of it, must be held and does not fit.
     """
     how = _work_of_method(job, extent, budget, workspace, holds, sums, row_bytes)
     return how if job.encoder is None else _in_units(job, job.encoder, how, budget)
@@ -165,7 +165,7 @@ def _work_of_method(
     per_element = bytes_per_element(job) + (row_bytes / job.row_length if extent == Extent.ROW else 0.0)
 
     def work(mode: Mode, row: int) -> Work:
-        # A piece reads one chunk of a Fisher store after the other, by way of a buffer of its own.
+        # A piece reads the chunks of a Fisher store one after the other, through an extra buffer.
         beside = workspace(job, row) + chunk_scratch(job) + alignment_bytes(job)
         return Work(mode, row, per_element, beside, extent)
 
@@ -194,7 +194,7 @@ def _work_of_method(
 
 
 def _store_row(job: Job) -> int:
-    """Return the elements of a chunk of the first Fisher store: pieces cut there read each chunk once."""
+    """Return the number of elements per chunk of the first Fisher store; pieces cut there read each chunk once."""
     stores = [ref for ref in job.fishers if ref.chunk_elements]
     if not stores or stores[0].chunk_elements >= job.n_elements:
         return ALIGN
@@ -203,9 +203,9 @@ def _store_row(job: Job) -> int:
 
 
 def chunk_scratch(job: Job) -> int:
-    """Return the buffer bytes needed to read data that no file holds as it is.
+    """Return the buffer bytes needed to read data that must be decoded.
 
-    Of a Fisher store it is a chunk as it lies and decompressed.
+    For a Fisher store these are a compressed and a decompressed chunk.
     """
     return max(ref.scratch_bytes for ref in (*job.inputs, *job.fishers))
 
@@ -224,7 +224,7 @@ def steps(
     budget: Budget,
     done: Mapping[int, Sequence[Interval]],
 ) -> Iterator[Step]:
-    """Yield the steps that are left, in file order; `done` has the finished elements of each job."""
+    """Yield the remaining steps in file order; `done` has the finished elements of each job."""
     pieces: list[Piece] = []
     held = 0.0
     workspace = 0
@@ -261,14 +261,14 @@ def _pieces(job: Job, how: Work, budget: Budget, left: Sequence[Interval]) -> It
 
 
 def piece_elements(how: Work, budget: Budget) -> int:
-    """Return the elements of one piece: as many as the chunk target holds, in whole rows."""
+    """Return the number of elements of a piece: whole rows, as many as the chunk target holds."""
     room = min(budget.chunk_target, budget.capacity - how.workspace)
     fit = int(room / max(how.bytes_per_element, 1e-9))
     return max(1, fit // how.row) * how.row
 
 
 def streamed_pieces(job: Job, how: Work, budget: Budget, start: int, stop: int, most: int) -> Iterator[Piece]:
-    """Yield the pieces of a streaming pass over a range of a job, for its statistics: of `most` elements, in whole rows."""
+    """Yield the pieces of a statistics pass over a range of a job: whole rows, at most `most` elements each."""
     size = max(how.row, min(piece_elements(how, budget), most // how.row * how.row))
     stop = min(stop, job.n_elements)
     for first in range(start, stop, size):

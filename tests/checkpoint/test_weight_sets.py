@@ -233,5 +233,5 @@ def test_all_models_that_have_to_be_downloaded_are_named_at_once(tmp_path, monke
     models = [{"model": name, "parameters": {"weight": 1}} for name in ("org/a", "here", "org/b@v2")]
     with pytest.raises(ModelError) as caught:
         plan({"merge_method": "linear", "models": models})
-    assert "2 models are neither directories here nor in the Hugging Face cache" in str(caught.value)
+    assert "2 models are neither local directories nor in the Hugging Face cache" in str(caught.value)
     assert "`hf download org/a; hf download org/b --revision v2`" in str(caught.value)

@@ -343,8 +343,8 @@ def test_what_no_config_could_use_is_refused_when_it_is_registered(
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("return models[0].int()", r"^method 'odd': of tensor \S+ it returned int32 numbers"),
-        ("return models[0][:0]", r"^method 'odd': of tensor \S+ it returned \(0,\), not a tensor of shape"),
+        ("return models[0].int()", r"^method 'odd': tensor \S+: returned int32 numbers"),
+        ("return models[0][:0]", r"^method 'odd': tensor \S+: returned \(0,\), not a tensor of shape"),
         (
             "raise ValueError('no\\nsuch thing')",
             r"^method 'odd' failed on tensor \S+: ValueError: no\\nsuch thing \(STREAMMERGE_DEBUG=1 for the traceback\)$",

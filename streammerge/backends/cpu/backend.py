@@ -1,4 +1,4 @@
-"""The backend of compiled kernels: fp32 and narrower, on the CPU."""
+"""The backend of compiled kernels: fp32 and narrower dtypes, on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streammerge.backends.cpu.registry import is_applied
 
 
 def _workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
-    """Return the bytes of temporaries: kernels have none but for sums over one row."""
+    """Return the bytes of temporaries; kernels need some only for sums over one row."""
     return 72 * tensor.row_length if sees == Extent.ROW else 0
 
 
@@ -27,4 +27,4 @@ CPU = Backend(
     formulas=False,
     applies=is_applied,
 )
-"""The reserve: the interpreter, numpy, numba with its kernels compiled or loaded, and what threads need."""
+"""The reserve: the interpreter, numpy, numba with its compiled or loaded kernels, and threads."""

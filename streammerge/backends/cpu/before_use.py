@@ -1,4 +1,4 @@
-"""Compiles kernels before they are used, and tells of it: once on a machine."""
+"""Compile kernels before their first use on a machine, and report it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from streammerge.numerics.compiled import kernel_cache, lacking
 
 
 def compile_groups(wanted: Iterable[str], control: Control) -> tuple[float, str | None]:
-    """Compile groups of kernels unless they are; return the seconds it took, and why it failed, if it did.
+    """Compile groups of kernels that are not compiled yet; return the seconds and, if it failed, the reason.
 
     Raises
     ------
     Stopped
-        If the caller stops it meanwhile, within a twentieth of a second.
+        If the caller stops it; it then takes at most a twentieth of a second.
     """
     names = lacking(wanted)
     if not names or kernel_cache().directory is None:

@@ -1,7 +1,7 @@
-"""Compile the kernels that a merge needs once, in a process of their own.
+"""Compile the kernels that a merge needs, once, in a child process.
 
-Compiling takes over 100 MiB that a merge under `--memory 512MiB` does not have to spare, and cannot be interrupted
-from within; the result is kept on disk and loaded in a fraction of a second afterwards.
+Compiling needs over 100 MiB, which a merge under `--memory 512MiB` cannot spare, and a process cannot interrupt its own
+compiler. The result is cached on disk and later loads in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ GROUPS = tuple(groups())
 
 
 def compile_kernels(names: Iterable[str] = GROUPS) -> None:
-    """Run the examples of some groups of kernels, and note each group that is done."""
+    """Run the examples of some groups of kernels, and mark each finished group."""
     buffer = np.zeros(64 * 4, np.uint8)
     operands = tuple(Operand(64 * i, "BF16") for i in range(2))
     keys = RandomKeys(0, ("a", "b"))
@@ -109,14 +109,14 @@ def compile_kernels(names: Iterable[str] = GROUPS) -> None:
 def ensure_compiled(
     names: Iterable[str] = GROUPS, check_stop: Callable[[], object] = lambda: None
 ) -> str | None:
-    """Compile groups of kernels in a child process unless they are; return why that failed, None if it did not.
+    """Compile missing groups of kernels in a child process; return why that failed, or None.
 
     Parameters
     ----------
     names
-        Of the groups; default: all.
+        Names of the groups; default: all.
     check_stop
-        Called twenty times a second while waiting; what it raises ends the child first.
+        Called twenty times a second while waiting; an exception that it raises ends the child and propagates.
     """
     if (reason := missing_kernels()) is not None:
         return reason
@@ -126,7 +126,7 @@ def ensure_compiled(
     if directory is None:
         return NOWHERE.format("; ".join(kernel_cache().refused))
     with _alone(os.fspath(directory), check_stop):
-        look_again()  # another process may have been at it
+        look_again()  # a different process may have compiled them
         if needed := lacking(names):
             _compile_in_child(needed, check_stop)
     look_again()
@@ -141,7 +141,7 @@ def _compile_in_child(names: Sequence[str], check_stop: Callable[[], object]) ->
             "-P",
             "-c",
             code,
-        ],  # -P: nothing from the directory that this happens to be called in
+        ],  # -P: import nothing from the current directory
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -159,7 +159,7 @@ def _compile_in_child(names: Sequence[str], check_stop: Callable[[], object]) ->
 
 @contextmanager
 def _alone(directory: str, check_stop: Callable[[], object]) -> Iterator[None]:
-    """Wait until no other process compiles to a directory, and keep others waiting meanwhile."""
+    """Hold the lock of a directory, so that only one process compiles into it."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         while True:
@@ -167,7 +167,7 @@ def _alone(directory: str, check_stop: Callable[[], object]) -> Iterator[None]:
                 if try_lock(descriptor):
                     break
             except OSError:
-                break  # a file system without locks: work is done twice, and does no harm
+                break  # a file system without locks: kernels may be compiled twice, which is harmless
             check_stop()
             time.sleep(_POLL_SECONDS)
         yield

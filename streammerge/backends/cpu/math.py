@@ -1,4 +1,4 @@
-"""A block through compiled kernels: fp32 and narrower, on the CPU."""
+"""`BlockMath` by compiled kernels: fp32 and narrower dtypes, on the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _kernels_of_sum(vector: TaskVector) -> Names:
 
 
 class KernelMath:
-    """A block through the compiled kernels; see `BlockMath` for what the methods return."""
+    """`BlockMath` by compiled kernels; see there for what the methods return."""
 
     def __init__(self, block: Block) -> None:
         self._block = block
@@ -32,7 +32,7 @@ class KernelMath:
 
     @property
     def _tiles(self) -> Tiles:
-        return Tiles(self._memory)  # not kept: its buffers are as large as a few tiles
+        return Tiles(self._memory)  # not cached: its buffers are as large as a few tiles
 
     @answers(kernels_of_ranking)
     def count_keys(self, subject: Ranked, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A block as kernels see it: operands, masks and keys as named tuples of `streammerge.kernels.operands`."""
+"""The arguments of kernels for a block: operands, masks and keys, as named tuples of `streammerge.kernels.operands`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TIES = {"drop": 0, "all": 1, "thin": 2, "index": 3}
 
 @cache
 def kernels() -> Any:
-    """Return the modules of kernels as attributes; imported late, for numba takes a second. It erases signatures."""
+    """Return the kernels' modules as attributes. The import is late since numba takes a second; numba erases signatures."""
     from streammerge.kernels import blocks, deltas, fisher, gram, merge, operands, ranks, scores, signs
 
     return SimpleNamespace(
@@ -38,7 +38,7 @@ def kernels() -> Any:
 
 
 class BlockMemory:
-    """The arguments of kernels, made from a block; and its tiles.
+    """The arguments of kernels for a block, and its tiles.
 
     Parameters
     ----------
@@ -49,43 +49,43 @@ class BlockMemory:
     def __init__(self, block: Block) -> None:
         self.block = block
         self.divergences: dict[Importance, NDArray[np.float64]] = {}
-        """What is known of the rows of the block: (rows,) by score."""
+        """Values per row of the block, (rows,), computed so far, by score."""
         self._tuples = kernels().operands
         self._half, self._full = block.buffer.view(np.uint16), block.buffer.view(np.uint32)
 
     # --- operands
 
     def operand(self, one: Operand | None, *, written: bool = True) -> Any:
-        """Return an input or the output; None: any one, for kernels that do not look at it.
+        """Return an input or the output; for None an arbitrary operand, for kernels that do not read it.
 
         Parameters
         ----------
         written
-            False for an output of which only the counts are wanted.
+            False for an output that is not written, since only the counts are used.
         """
         offset, dtype = (0, "F32") if one is None else (one.offset, one.dtype)
         code = self._tuples.CODES[dtype] if written else self._tuples.NOTHING
         return self._tuples.Operand(self._half, self._full, offset, code)
 
     def operands(self, several: Sequence[Operand]) -> Any:
-        """Return several inputs."""
+        """Return several inputs as one argument."""
         offsets = np.array([one.offset for one in several], np.int64)
         codes = np.array([self._tuples.CODES[one.dtype] for one in several], np.int64)
         return self._tuples.Operands(self._half, self._full, offsets, codes)
 
     def pair(self, vector: TaskVector) -> tuple[Any, Any]:
-        """Return the model of a task vector, alone, and the base."""
+        """Return a task vector's model, as the only operand, and the base."""
         assert self.block.base is not None
         return self.operands([self.block.models[vector.model]]), self.operand(self.block.base)
 
     def span(self, first: int = 0, n: int | None = None) -> Any:
-        """Return `n` elements from `first` of the block on; default: all."""
+        """Return the span of `n` elements of the block from element `first`; default: all."""
         return self._tuples.Span(self.block.start + first, self.block.n if n is None else n)
 
-    # --- what is done to them
+    # --- drops, cuts and terms
 
     def masks(self, vectors: Sequence[TaskVector], *, cut: bool = True) -> Any:
-        """Return which entries of each task vector survive, or which its drop alone leaves."""
+        """Return the drops and cuts of task vectors; with ``cut=False`` the drops only."""
         return self._tuples.Masks(
             np.array([(v.drop, v.drop_end) for v in vectors], np.int64),
             self._keys("dare", vectors, [bool(v.drop or v.drop_end) for v in vectors]),
@@ -97,14 +97,14 @@ class BlockMemory:
 
     @staticmethod
     def _cuts(vector: TaskVector) -> tuple[int, ...]:
-        """Return (tie policy, magnitude pattern, limit) of the cut, and the same of the outliers."""
+        """Return (tie policy, magnitude pattern, limit) of the cut, and the same of the outliers' cut."""
         both = [
             (_TIES[one.ties], one.key, one.limit) if one else _NO_CUT for one in (vector.cut, vector.outliers)
         ]
         return both[0] + both[1]
 
     def _keys(self, purpose: str, vectors: Sequence[TaskVector], used: Sequence[bool]) -> NDArray[np.uint32]:
-        """Return the Philox keys of task vectors' random words, (vectors, 4); 0 where they are not used."""
+        """Return the Philox keys of task vectors' random words, (vectors, 4); 0 if a vector uses none."""
         block = self.block
         return np.array(
             [
@@ -115,19 +115,19 @@ class BlockMemory:
         )
 
     def terms(self, vectors: Sequence[TaskVector]) -> Any:
-        """Return that surviving, rescaled task vectors are taken or, without any, the operands as they are."""
+        """Return terms of surviving, rescaled task vectors; without task vectors, of the operands themselves."""
         rescales = np.array([v.rescale for v in vectors] or [1.0], np.float64)
         return self._tuples.Terms(bool(vectors), self.masks(vectors or (TaskVector(0),)), rescales)
 
     def vectors(self, vectors: Sequence[TaskVector]) -> tuple[Any, int]:
-        """Return the models of task vectors or, without any, the base, if there is one, and the models; and how many."""
+        """Return the models of the task vectors, and their number; without task vectors, the base (if any) and the models."""
         block = self.block
         base = () if block.base is None else (block.base,)
         several = [block.models[v.model] for v in vectors] or [*base, *block.models]
         return self.operands(several), len(several)
 
     def rank_drops(self, vectors: Sequence[TaskVector], *, divided: bool = True) -> Any:
-        """Return the drops by rank of task vectors; one that has none keeps all.
+        """Return the drops by rank of task vectors; a vector without one keeps everything.
 
         Parameters
         ----------
@@ -145,7 +145,7 @@ class BlockMemory:
     # --- tiles
 
     def widened(self, operand: Operand, first: int, n: int) -> NDArray[np.float32]:
-        """Return `n` elements from `first` of an input on, in fp32."""
+        """Return `n` elements of an input from element `first`, in fp32."""
         values = np.empty(n, np.float32)
         kernels().blocks.widen(self.operand(operand), first, n, values)
         return values
@@ -157,9 +157,9 @@ class BlockMemory:
         base: NDArray[np.float32],
         deltas: NDArray[np.float32],
     ) -> Counts:
-        """Write elements from `first` on of the base, (n,), and of every surviving task vector, (vectors, n).
+        """Write the base, (n,), and every surviving task vector, (vectors, n), from element `first`.
 
-        Returns how many entries of each survive, (vectors,).
+        Returns the number of surviving entries of each, (vectors,).
         """
         assert self.block.base is not None
         kept = np.zeros(len(vectors), np.int64)
@@ -171,5 +171,5 @@ class BlockMemory:
         return kept
 
     def write(self, values: NDArray[np.float64], out: Operand, first: int) -> int:
-        """Round `values` into the output from element `first` on; return how many are not finite."""
+        """Round `values` into the output from element `first`; return the number of non-finite results."""
         return int(kernels().blocks.round_out(values, values.size, self.operand(out), first))

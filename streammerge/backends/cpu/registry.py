@@ -1,8 +1,8 @@
-"""The rules and questions that compiled kernels serve: each registers what runs it, and the groups of kernels it calls.
+"""The rules and methods of `BlockMath` that compiled kernels implement, and the groups of kernels that each calls.
 
-A group is compiled as a whole, before the first block that needs it, by running its examples. So whoever adds a rule or a
-method of `BlockMath` declares its group and an example beside the code that calls the kernels; a statistic declares nothing
-but its calls (`Statistic.calls`).
+A group is compiled as a whole, before the first block that needs it, by running its examples. The code that calls the
+kernels of a rule, or of a method of `BlockMath`, therefore declares their group and an example. A statistic declares only
+its calls (`Statistic.calls`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _E = TypeVar("_E", bound=Example)
 VECTORS = tuple(TaskVector(i, drop=1 << 31, cut=Cut(1, "thin", 1 << 31)) for i in range(2))
 RANKED = tuple(TaskVector(i, rank_drop=RankDrop(0.4, 0.2)) for i in range(2))
 OUT = Operand(128, "BF16")
-"""For examples: task vectors of both models of their block, and its output."""
+"""Task vectors of both models of the examples' block."""
 
 
 class Implementation(NamedTuple):
@@ -31,7 +31,7 @@ class Implementation(NamedTuple):
 
     apply: Apply
     kernels: Callable[[Any], Names]
-    """Returns the groups that a rule of this class calls."""
+    """Function that returns the groups that a rule of this class calls."""
 
 
 _RULES: dict[type, Implementation] = {}
@@ -42,7 +42,7 @@ _EXAMPLES: dict[str, list[Example]] = {}
 def applies(
     *rules: type, kernels: str | Callable[[Any], Names]
 ) -> Callable[[Callable[[BlockMemory, Any, Operand], Applied]], Apply]:
-    """Register what applies a class of rules, and the groups of kernels that it calls, or how a rule says which."""
+    """Register the implementation of a class of rules, and the groups of kernels it calls (or a function of the rule)."""
 
     def register(function: Apply) -> Apply:
         for rule in rules:
@@ -53,9 +53,9 @@ def applies(
 
 
 def answers(kernels: str | Callable[[Any], Names], *, call: str | None = None) -> Callable[[_F], _F]:
-    """Register the groups of kernels that a method of `BlockMath` calls, or how its subject says which.
+    """Register the groups of kernels that a method of `BlockMath` calls (or a function of its subject).
 
-    `call` is the name that statistics know it by; default: its own.
+    `call` is the name that statistics use for it; default: the method's own.
     """
 
     def register(method: _F) -> _F:
@@ -66,7 +66,7 @@ def answers(kernels: str | Callable[[Any], Names], *, call: str | None = None) -
 
 
 def example(group: str) -> Callable[[_E], _E]:
-    """Register a call that compiles kernels of a group, with arguments of the types that are used."""
+    """Register an example that compiles kernels of a group by calling them with the types that merges use."""
 
     def register(function: _E) -> _E:
         _EXAMPLES.setdefault(group, []).append(function)
@@ -80,7 +80,7 @@ def _names(kernels: str | Callable[[Any], Names]) -> Callable[[Any], Names]:
 
 
 def implementation_of(rule: object) -> Implementation | None:
-    """Return what applies a rule; None: torch does."""
+    """Return the implementation of a rule; None if torch applies it."""
     return _RULES.get(type(rule))
 
 
@@ -96,7 +96,7 @@ def kernels_of_rule(rule: object) -> Names:
 
 
 def kernels_of_call(call: Call) -> Names:
-    """Return the groups of kernels that serve a statistic's call."""
+    """Return the groups of kernels that a statistic's call needs."""
     return _CALLS[call.method](call.subject)
 
 

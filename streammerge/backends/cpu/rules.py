@@ -1,4 +1,4 @@
-"""Merge rules that one kernel applies to a whole block."""
+"""Merge rules that a single kernel applies to a whole block."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from streammerge.numerics.ordered_sum import BLOCK
 
 
 def applied(rule: Rule, bad: int, kept: Counts, floored: int = 0) -> Applied:
-    """Return what a merge reports; survivors are counted where the rule may remove entries."""
+    """Return the report of a merge; survivors are counted if the rule may remove entries."""
     return Applied(int(bad), tuple(int(n) for n in kept) if removing(rule) else (), int(floored))
 
 
@@ -72,7 +72,7 @@ def _merge(memory: BlockMemory, rule: TaskVectorMerge, out: Operand) -> Applied:
 
 
 def run_merge(memory: BlockMemory, rule: TaskVectorMerge, out: Any) -> tuple[int, Any]:
-    """Merge task vectors; return how many results are not finite, and the tally of survivors and elected signs."""
+    """Merge task vectors; return the number of non-finite results, and the tally of survivors and elected signs."""
     loops, vectors = kernels(), rule.vectors
     how = loops.operands.Combination(
         np.array([v.coefficient for v in vectors], np.float64),

@@ -1,7 +1,7 @@
-"""Statistics and merges on the CPU that work tile by tile.
+"""Statistics and merges on the CPU that proceed tile by tile.
 
-A tile is as many elements as stay in the cache as fp32: those of the base, and of every task vector after its drops and
-cuts. One kernel makes a tile; those that work on it are short, and never see dtypes, masks or offsets.
+A tile holds a run of elements of the base, and of every task vector after its drops and cuts, in fp32; it fits in the
+cache. One kernel fills a tile. The kernels that work on it are short, and do not deal with dtypes, masks or offsets.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from streammerge.backends.cpu.rules import applied
 from streammerge.numerics.ordered_sum import BLOCK
 
 _TILE = 1 << 15
-"""Elements; a multiple of 4096."""
+"""Most elements of a tile; a multiple of 4096."""
 _TILE_BYTES = 1 << 20
-"""The most that the base and all task vectors of a tile take in fp32; of many models a tile has fewer elements."""
+"""Most bytes of a tile's base and task vectors; with many models a tile has fewer elements."""
 
 Span = tuple[int, int]
-"""The first element of a tile, counted from that of the block, and how many there are."""
+"""The first element of a tile, relative to the block, and the number of elements."""
 
 
 class Tiles:
-    """A block through the kernels that work on tiles; see `BlockMath` for what the methods return.
+    """The methods of `BlockMath` whose kernels work on tiles.
 
     Parameters
     ----------
     memory
-        Makes the tiles and writes the results.
+        Fills the tiles and writes the results.
     """
 
     def __init__(self, memory: BlockMemory) -> None:
@@ -55,7 +55,7 @@ class Tiles:
     def survivors(
         self, vectors: Sequence[TaskVector], span: Span
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], Counts]:
-        """Return a tile: the base, (n,), every task vector, (vectors, n), and how many entries of each survive.
+        """Return a tile: the base, (n,), the task vectors, (vectors, n), and the number of survivors of each.
 
         The next tile overwrites it.
         """
@@ -69,9 +69,9 @@ class Tiles:
     def terms(
         self, vectors: Sequence[TaskVector], span: Span
     ) -> tuple[NDArray[np.float32] | None, NDArray[np.float32], NDArray[np.float64], Counts]:
-        """Return the base, the task vectors, their factors, and how many entries survive.
+        """Return the base, the task vectors, their factors, and the numbers of survivors.
 
-        Without task vectors, return None for the base, and in place of them the base, if there is one, and the models.
+        Without task vectors, return None for the base, and the base (if any) and the models as vectors.
         """
         if vectors:
             base, deltas, kept = self.survivors(vectors, span)
@@ -90,7 +90,7 @@ class Tiles:
         return patterns
 
     def divergence(self, score: Importance) -> NDArray[np.float64]:
-        """Return the divergence of each row, (rows,), computed once: before the first tile is written over."""
+        """Return the divergence of each row, (rows,); it is computed once, before the first tile is overwritten."""
         known = self._memory.divergences
         if score not in known:
             vector, length = score.vector, self.block.row_length
@@ -107,7 +107,7 @@ class Tiles:
         return known[score]
 
     def selected(self, selection: Selection | None, span: Span) -> NDArray[np.bool_]:
-        """Return which elements a selection takes, (n,); without one, all."""
+        """Return the mask of selected elements, (n,); without a selection, all."""
         if selection is None:
             return np.ones(span[1], np.bool_)
         cut, patterns = selection.cut, self.patterns(selection.score, span)
@@ -130,7 +130,7 @@ class Tiles:
         return sums
 
     def touches(self, vectors: Sequence[TaskVector], epsilon: float) -> Counts:
-        """Return how many elements each vector has touched alone, and how many with others, (2, vectors)."""
+        """Return the numbers of elements that each vector touched alone, and with others, (2, vectors)."""
         counts = np.zeros((2, len(vectors)), np.int64)
         for span in self.spans():
             _, deltas, _ = self.survivors(vectors, span)
@@ -197,12 +197,12 @@ SCORES: dict[type, tuple[str, Callable[..., None]]] = {
 
 
 def kernels_of_score(score: Score) -> Names:
-    """Return the groups of kernels that a score's patterns take."""
+    """Return the groups of kernels that compute a score's patterns."""
     return frozenset({SCORES[type(score)][0]})
 
 
 def kernels_of_selection(selection: Selection | None) -> Names:
-    """Return the groups of kernels that sums over selected elements take."""
+    """Return the groups of kernels that sum over selected elements."""
     return frozenset({"selected"}) | (frozenset() if selection is None else kernels_of_score(selection.score))
 
 
@@ -216,7 +216,7 @@ def _importances(math: BlockMath) -> None:
     math.count_keys(Importance(VECTORS[0]), 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
 
 
-# --- merges: each returns the values of a tile, fp64 (n,), and how many entries survive
+# --- merges: each returns the values of a tile, fp64 (n,), and the numbers of survivors
 
 
 def _written(
@@ -226,7 +226,7 @@ def _written(
     merge: Callable[[Tiles, Span], tuple[NDArray[np.float64], Counts]],
     unit: int = 1,
 ) -> Applied:
-    """Write a block tile after tile: the output may lie over an input."""
+    """Write a block tile after tile; the output may overlay an input."""
     tiles = Tiles(memory)
     bad, kept = 0, np.zeros(len(rule.vectors), np.int64)
     for span in tiles.spans(unit):

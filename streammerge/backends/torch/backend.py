@@ -1,4 +1,4 @@
-"""The backends of torch formulas: the reference on the CPU, and a GPU."""
+"""The backends of torch formulas: the reference on the CPU, and GPUs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streammerge.backends.torch.gpu import (
 from streammerge.numerics.ordered_sum import BLOCK
 
 BLOCK_ELEMENTS = 1 << 16
-"""Elements of the blocks in which a formula that may be split anywhere is computed on the CPU."""
+"""Number of elements per block for formulas that may be split anywhere, on the CPU."""
 
 
 def torch_workspace(tensor: TensorFacts, n: int) -> int:
@@ -27,10 +27,10 @@ def torch_workspace(tensor: TensorFacts, n: int) -> int:
 
 
 def device_block(share: int, n_inputs: int) -> int:
-    """Return the elements of the blocks that fit a `share` of a GPU's memory, in bytes.
+    """Return the number of elements of blocks that fit in `share` bytes of a GPU's memory.
 
-    A formula has up to ``2 * n_inputs + 12`` fp64 temporaries. A block has at most 16M elements: larger ones launch no
-    faster.
+    A formula has up to ``2 * n_inputs + 12`` fp64 temporaries. A block has at most 16M elements, since larger blocks are
+    not faster.
     """
     fit = share // (8 * (2 * n_inputs + 12))
     return max(1 << 12, min(1 << 24, fit // BLOCK * BLOCK))
@@ -49,7 +49,7 @@ def _math(block: Block, device: str, sees: Extent) -> BlockMath:
 
 
 def _gpu_workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
-    """Return the bytes of temporaries in this process's memory: sums over one row; all others are the GPU's."""
+    """Return the bytes of temporaries in this process's memory: sums over one row. All others are in the GPU's."""
     return 72 * tensor.row_length if sees == Extent.ROW else 0
 
 
@@ -67,7 +67,7 @@ def _gpu_math(block: Block, device: str, sees: Extent) -> BlockMath:
 
 
 TORCH = Backend("torch", reserve=400 << 20, workspace=_workspace, math=_math)
-"""The reserve: as for `cpu`, and torch (CPU build)."""
+"""The reserve: that of `cpu`, and torch (CPU build)."""
 
 CUDA = Backend(
     "cuda",
@@ -80,4 +80,4 @@ CUDA = Backend(
     find=find_gpu,
     on_host=False,
 )
-"""The reserve: as for `torch`, and a CUDA context, whose libraries are resident."""
+"""The reserve: that of `torch`, and a CUDA context, whose libraries are resident."""

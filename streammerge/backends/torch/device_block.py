@@ -44,7 +44,7 @@ class DeviceBlock:
     device
         ``cpu`` or ``cuda[:N]``.
     at_once
-        Elements worked on at a time where the formula may be cut anywhere; 0: it sees the whole tensor.
+        Number of elements processed at a time if the formula may be cut anywhere; 0: it sees the whole tensor.
     keep
         Whether the block's operands fit the device's memory whole: they are then copied there once, however often
         they are passed over.
@@ -64,7 +64,7 @@ class DeviceBlock:
         self._divergences: dict[tuple[int, int], dict[object, torch.Tensor]] = {}
 
     def each(self, run: Callable[[int, int], _Result], divisor: int = 1) -> Iterator[_Result]:
-        """Yield what `run` returns for each part; after an out-of-memory error the same part, cut smaller.
+        """Yield the result of `run` for each part; after an out-of-memory error, retry with smaller parts.
 
         `run` is given the first element and the one after the last: a multiple of `divisor` apart, but for the end of
         the block. It takes nothing into account before it has succeeded.
@@ -72,7 +72,7 @@ class DeviceBlock:
         Raises
         ------
         WorldError
-            If the device has no room for the smallest part.
+            If the device's memory cannot hold the smallest part.
         """
         import torch
 
@@ -88,7 +88,7 @@ class DeviceBlock:
                 self._kept.clear()
                 if size < divisor or not self.at_once:
                     raise WorldError(
-                        f"tensor {printable(self.block.tensor)}: {self.device} has no memory left for it; free "
+                        f"tensor {printable(self.block.tensor)}: {self.device} is out of memory: free "
                         "some, or merge with --device cpu"
                     ) from None
                 self._hooks.free_unused(self.device)
@@ -144,7 +144,7 @@ class DeviceBlock:
         bad = int((~torch.isfinite(rounded)).sum())
         if bad:
             rounded = torch.where(torch.isnan(rounded), torch.full_like(rounded, float("nan")), rounded)
-        # Last, for it may lie over an input: until here the part can be done again.
+        # The last step, since the output may overlay an input: until here the part can be computed again.
         self._host(out, a, b).copy_(rounded, non_blocking=True)
         self._hooks.synchronize(self.device)
         return bad

@@ -1,8 +1,7 @@
-"""Pinned buffers for a GPU, and streams that the workers take turns on.
+"""Pinned buffers for a GPU, and CUDA streams that the workers share.
 
-While one stream copies a chunk's operands in, a second merges and a third copies a result out. More streams than
-these would only multiply the memory that torch keeps for each. A copy overlaps with anything only from pinned
-memory.
+While one stream copies a chunk's operands to the GPU, a second merges and a third copies a result back. More streams
+would only multiply the memory that torch keeps for each. Copies overlap with other work only from pinned memory.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _idle: dict[str, queue.SimpleQueue[Any]] = {}
 
 
 def find_gpu(number: int) -> str | None:
-    """Return the torch device of a GPU; None if torch finds no such GPU."""
+    """Return the torch device of a GPU; None if torch does not find it."""
     import torch
 
     found = torch.cuda.is_available() and number < torch.cuda.device_count()
@@ -31,7 +30,7 @@ def find_gpu(number: int) -> str | None:
 
 @contextmanager
 def turn_on(device: str) -> Iterator[None]:
-    """Wait for a stream of a GPU; the work that this thread gives the GPU goes to it until the block ends."""
+    """Wait for an idle stream of a GPU, and make it this thread's current stream inside the context."""
     import torch
 
     with _lock:
@@ -44,12 +43,12 @@ def turn_on(device: str) -> Iterator[None]:
         with torch.cuda.stream(stream):
             yield
     finally:
-        stream.synchronize()  # the next chunk reuses the buffer
+        stream.synchronize()  # since the next chunk reuses the buffer
         _idle[device].put(stream)
 
 
 def share_of_memory(device: str) -> int:
-    """Return the bytes of a GPU's memory that one stream may fill: half of all that is free or kept unused."""
+    """Return the bytes of GPU memory that one stream may use: half of what is free or cached unused."""
     import torch
 
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -57,14 +56,14 @@ def share_of_memory(device: str) -> int:
 
 
 def synchronize(device: str) -> None:
-    """Wait until what this thread asked of a GPU is done."""
+    """Wait until the work that this thread gave to a GPU is done."""
     import torch
 
     torch.cuda.current_stream(device).synchronize()
 
 
 def free_unused(device: str) -> None:
-    """Return the memory that torch keeps for later to the GPU, for any stream to use."""
+    """Return torch's cached memory to the GPU, so that any stream can use it."""
     import torch
 
     synchronize(device)
@@ -91,7 +90,7 @@ def pin(buffer: Bytes) -> None:
 
 
 def unpin(buffer: Bytes) -> None:
-    """Undo `pin`, before the buffer is given up."""
+    """Undo `pin`, before the buffer is freed."""
     import torch
 
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""A block through the torch formulas: the reference, users' own methods, fp64, and the GPU."""
+"""`BlockMath` by torch formulas: the reference, users' own methods, fp64, and GPUs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HITS_AT_ONCE = 1 << 22
 
 
 class TorchMath:
-    """A block on a torch device; statistics are integers or fixed-order sums, equal to the kernels'.
+    """`BlockMath` on a torch device. Statistics are integers or fixed-order sums, equal to the kernels'.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class TorchMath:
         return subject.patterns(inputs.models, inputs.theta_0, inputs.where)
 
     def _unit(self, subject: Ranked) -> int:
-        """Return of how many elements a multiple is ranked at a time."""
+        """Return the number of elements whose multiples are ranked at a time."""
         return self._block.row_length if subject.sees_rows else 1
 
     def count_keys(self, subject: Ranked, low: int, high: int, shift: int, bins: Bins) -> tuple[int, int]:
@@ -65,7 +65,7 @@ class TorchMath:
         above = highest = waiting = 0
         hits: list[torch.Tensor] = []
 
-        def add_up() -> None:  # few hits a block, many bins: a block by itself would cost all bins
+        def add_up() -> None:  # few hits per block, many bins: adding bins for each block would cost more
             if hits:
                 counted = torch.bincount(torch.cat(hits), minlength=len(bins))
                 bins[:] += counted.cpu().numpy().astype(np.int32)

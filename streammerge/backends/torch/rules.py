@@ -1,4 +1,4 @@
-"""Rules that are more than a formula of inputs: each registers what computes it; all others are called."""
+"""Implementations of rules that are not a plain formula of the inputs; all other rules are called."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def _call_formula(on: DeviceBlock, rule: Formula, inputs: Inputs) -> torch.Tenso
         found = tuple(merged.shape) if isinstance(merged, torch.Tensor) else type(merged).__name__
         what = f"{found}, not a tensor of shape {tuple(shaped[0].shape)}"
     elif not merged.dtype.is_floating_point:
-        what = f"{str(merged.dtype).removeprefix('torch.')} numbers, not floating-point ones: call .float() on them"
+        what = f"{str(merged.dtype).removeprefix('torch.')} numbers, not floating-point numbers: call .float() on them"
     if what is not None:
         name, tensor = printable(rule.method), printable(block.tensor)
-        raise InputError(f"method {name!r}: of tensor {tensor} it returned {what}")
+        raise InputError(f"method {name!r}: tensor {tensor}: returned {what}")
     return merged.detach().reshape(-1)

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def finite(values: torch.Tensor) -> torch.Tensor:
-    """Return values with 0 in place of what is not finite, which has no part in sums."""
+    """Return values with 0 in place of non-finite ones, which are left out of sums."""
     return values.masked_fill(~values.isfinite(), 0.0)
 
 
 def factors(vectors: Sequence[TaskVector], inputs: Inputs) -> list[torch.Tensor]:
-    """Return the vectors whose products are summed, fp64: what is not finite has no part in sums."""
+    """Return the vectors whose products are summed, fp64, with 0 in place of non-finite values."""
     terms = [finite(term).double() for term in terms_of(vectors, inputs.models, inputs.base, inputs.where)]
     for i, vector in enumerate(vectors):
         terms[i] = vector.rescale * terms[i]

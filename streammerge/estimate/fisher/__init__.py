@@ -1,1 +1,1 @@
-"""Fisher diagonals in Zarr: writing stores, importing what others estimated, and what a store says."""
+"""Estimate Fisher diagonals, import existing ones, and describe their Zarr stores."""

@@ -1,7 +1,7 @@
-"""Estimates the Fisher diagonal of a model that does not fit in memory, layer by layer, into a store.
+"""Estimate the Fisher diagonal of a model larger than memory, layer by layer, into a store.
 
-Each weight is read twice, however many examples there are: once as all examples pass forward through its layer, once
-as their gradients pass backward. Held are one layer, the sums of its squares in fp64, and one example's activations.
+Each weight is read twice, whatever the number of examples: once when all examples pass forward through its layer, once
+when their gradients pass backward. Memory holds one layer, its sums of squares in fp64, and one example's activations.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Settings(StreamSettings):
     """Settings of an estimate of a Fisher diagonal."""
 
     labels: str | None = None
-    """``sampled``, ``empirical`` or ``exact``, see `fisher.labels`; None: exact for a classifier, else sampled."""
+    """``sampled``, ``empirical`` or ``exact`` (see `fisher.labels`); None: exact for a classifier, else sampled."""
     seed: int = 0
-    """Seed of the drawn labels."""
+    """Seed for drawing labels."""
     dtype: str = "F32"
     """Dtype of the stored values: F32 or BF16. All arithmetic is fp32, all sums fp64."""
 
@@ -70,7 +70,7 @@ def compute_diagonal(
     overwrite: bool = False,
     control: Control | None = None,
 ) -> Written:
-    """Estimate the diagonal of `model` over examples into a store; run again, it continues.
+    """Estimate the diagonal of `model` over examples into a store; running it again resumes.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def compute_diagonal(
     Raises
     ------
     StreammergeError
-        See `streammerge.errors`; stages that are done stay for the next run.
+        See `streammerge.errors`; finished stages are kept for the next run.
     """
     run = StoreRun(model, out, attribute=ATTRIBUTE, sums=DiagonalSums, control=control)
     skeleton = Skeleton(run.index)
@@ -131,7 +131,7 @@ def _estimate(
     missing = [name for name, ref in index.items() if name not in names and ref.dtype in FLOATS]
     if missing:
         run.control.warn(
-            f"{len(missing)} tensors of {printable(index.reference)} are no parameters of "
+            f"{len(missing)} tensors of {printable(index.reference)} are not parameters of "
             f"{type(skeleton.model).__name__} (first: {printable(missing[0])}); they get no diagonal"
         )
     return order, missing
@@ -179,7 +179,7 @@ def _stages(skeleton: Skeleton, examples: list[Example], width: int) -> Iterator
 
 
 def _check_disk(work: Path, n_blocks: int, elements: int, scores: int, index: TensorIndex) -> None:
-    """Refuse what the disk has no room for: hidden states between all layers, two sets of gradients, the store."""
+    """Refuse an estimate whose hidden states, two sets of gradients and store do not fit on the disk."""
     make_directory(work.parent)
     needed = 4 * (elements * (n_blocks + 1 + 2 * scores) + sum(ref.n_elements for ref in index.values()))
     free = shutil.disk_usage(work.parent).free
@@ -191,7 +191,7 @@ def _check_disk(work: Path, n_blocks: int, elements: int, scores: int, index: Te
 
 
 class _Results:
-    """Writes means of squares under the names that the checkpoint has for them."""
+    """Writes means of squares under the checkpoint's names."""
 
     def __init__(self, store: StoreWriter, loader: Loader, n: int, dtype: str, progress: Progress) -> None:
         self._store = store
@@ -201,7 +201,7 @@ class _Results:
         self._progress = progress
 
     def write(self, parameter: nn.Parameter, squares: Squares | RowSquares | None, base: Path | None) -> None:
-        """Write the diagonal of a parameter, as far as an earlier run has not."""
+        """Write the diagonal of a parameter, unless an earlier run has."""
         dense = None if squares is None else squares.dense
         for name, window in self._loader.parts(parameter, parameter if dense is None else dense).items():
             if not self._store.known(name):
@@ -223,7 +223,7 @@ def _sums_of(window: Tensor) -> Iterator[NDArray[np.float64]]:
 def _sums_of_rows(
     shape: tuple[int, ...], squares: Squares | RowSquares | None, base: Path | None
 ) -> Iterator[NDArray[np.float64]]:
-    """Yield the sums of an embedding chunk by chunk: zeros, or those in a file, and what was added to rows."""
+    """Yield the sums of an embedding chunk by chunk: zeros, or those in a file, plus what was added to rows."""
     width = shape[-1] if shape else 1
     for first, end in chunk_runs(shape):
         if base is None:

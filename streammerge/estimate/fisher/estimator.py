@@ -2,11 +2,11 @@
 
 ::
 
-    examples ─► embed ─► layer 0 ─► … ─► layer L-1 ─► head      forward: hidden i is what layer i is given
-                  ▲         ▲                 ▲         │       backward: gradient i is that with respect to it
+    examples ─► embed ─► layer 0 ─► … ─► layer L-1 ─► head      forward: hidden i is the input of layer i
+                  ▲         ▲                 ▲         │       backward: gradient i is with respect to hidden i
                   └─────────┴── gradients ────┴─────────┘
 
-A stage is done when the file it hands on has its name. Only then is what it was made from removed.
+A stage is done when its output file has its final name. Only then are its input files removed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from streammerge.estimate.network.run import Network
 from streammerge.estimate.network.skeleton import CAUSAL, Skeleton
 from streammerge.io.durable import fsync_directory, make_directory, world_errors, write_file
 
-BEFORE, AFTER = "what comes before the layers", "what comes after the layers"
+BEFORE, AFTER = "the part before the layers", "the part after the layers"
 _SAME_LENGTH_CHECKS = 8
 
 
@@ -43,7 +43,7 @@ class Estimate:
     """The quantity to estimate."""
 
     examples: Sequence[Example]
-    """Shortest first."""
+    """The examples, shortest first."""
     labels: Labels
     seed: int
 
@@ -55,25 +55,25 @@ class Place:
     directory: Path
     """Folder of the files that pass between stages."""
     batch_size: int
-    """Examples that are read and written at a time."""
+    """Number of examples that are read and written at a time."""
     device: torch.device
 
 
 Write = Callable[[nn.Parameter, "Squares | RowSquares | None", Path | None], None]
-"""Writes the sums of a parameter (None: nothing touched it); the path holds fp64 sums to add to those of rows."""
+"""Writes the sums of a parameter (None: no example touched it); the file at the path holds fp64 sums of rows to add."""
 Tick = Callable[[int], None]
-"""Told how much work is done, in parameters times tokens; raises where the estimate is to stop."""
+"""Receives the work done, in parameters times tokens; raises to stop the estimate."""
 
 
 class Estimator:
-    """Runs the passes, in a directory that keeps what passes between stages.
+    """Runs the passes in a directory that keeps the files between stages.
 
     Parameters
     ----------
     write
-        Called for every parameter of a stage once its sums are complete; safe to call twice.
+        Called for every parameter of a stage once its sums are complete. Calling it twice is safe.
     tick
-        Called after every example of a stage, with the work it was.
+        Called after every example of a stage, with the work it took.
 
     Raises
     ------
@@ -101,13 +101,13 @@ class Estimator:
         skeleton = network.skeleton
         self._skeleton: Skeleton = skeleton
         self._n_scores = n_scores(estimate.labels, skeleton.kind, skeleton.n_labels)
-        # Of a stage on the way back, against 1 forward: it is run again, and each score takes two products for each of its own.
+        # Cost of a backward stage relative to a forward one: it runs forward again, and each score needs two more products.
         self._cost = 1 + 2 * self._n_scores
         self._blocks = [list(dict.fromkeys(block.parameters())) for block in skeleton.blocks]
         owned = [parameter for block in self._blocks for parameter in block]
         if len(set(owned)) < len(owned):
             raise ModelError(
-                f"{printable(loader.reference)}: its layers share parameters; such models are not run layer by layer"
+                f"{printable(loader.reference)}: its layers share parameters; running such models layer by layer is not supported"
             )
         self._embeddings = skeleton.embeddings
         lengths = [example.length for example in estimate.examples]
@@ -145,7 +145,7 @@ class Estimator:
 
     @torch.no_grad()
     def _run_first_example(self) -> None:
-        """Have the network see what a single layer returns, which no second one shows."""
+        """Let the network learn the structure of a single layer's result, which no second layer reveals."""
         example = self._estimate.examples[0]
         before = Resident(self._loader, self._device, self._skeleton.outer, BEFORE)
         layer = Resident(self._loader, self._device, self._blocks[0], "layer 0")
@@ -213,7 +213,7 @@ class Estimator:
         self._hidden[last].remove()
 
     def _finish_head(self, weights: Gradients) -> None:
-        """Write the sums of the parameters after the layers, and which these are."""
+        """Write the sums of the parameters after the layers, and their names."""
         tied = [parameter for parameter in self._embeddings if parameter in weights.dense]
         if len(tied) > 1 or weights.rows:
             names = ", ".join(self._skeleton.name(p) for p in (*tied, *weights.rows))
@@ -282,8 +282,8 @@ class Estimator:
         for parameter in self._skeleton.outer:
             if parameter in weights.dense and parameter in weights.rows:
                 raise ModelError(
-                    f"{printable(self._loader.reference)}: {printable(self._skeleton.name(parameter))} is looked up and used otherwise "
-                    "before the layers"
+                    f"{printable(self._loader.reference)}: {printable(self._skeleton.name(parameter))} is used before the layers "
+                    "both as an embedding and otherwise, which is not supported"
                 )
             if parameter is tied:
                 self._write(parameter, weights.rows.get(parameter), self._tied_sums)
@@ -306,7 +306,7 @@ class Estimator:
         self._tick(self._work(parameters, sum(example.length for example in self._estimate.examples), cost))
 
     def _skip_to(self, begun: int) -> None:
-        """Count the work of the stages that are done, forward all and backward down to `begun`."""
+        """Count the work of finished stages: all forward stages, and backward stages down to `begun`."""
         for block in self._blocks:
             self._tick_stage(block, 1)
         self._tick_stage(self._skeleton.outer, self._cost)

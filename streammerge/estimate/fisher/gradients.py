@@ -1,8 +1,8 @@
-"""Per-example gradients of one stage's parameters, squared as they come.
+"""Per-example gradients of one stage's parameters, squared as they are computed.
 
-The weight of a linear map has the gradient ``outputs' gradients.T @ inputs``: both are kept, the gradient itself is only
-ever formed a block at a time. An embedding has gradients for the rows that were looked up. What is used in any other
-way (norms, biases, convolutions, experts in one tensor) gets its gradient from autograd.
+The weight of a linear map has the gradient ``outputs' gradients.T @ inputs``. Both factors are kept, and the gradient is
+formed block by block. An embedding has gradients for the rows that were looked up. Parameters used in any other way
+(norms, biases, convolutions, fused experts) get their gradient from autograd.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ class _Product:
     inputs: Tensor
     transposed: bool
     version: int
-    """Version of the inputs when they went in: autograd does not check them for a weight without a gradient."""
+    """Version of the inputs when they were used; autograd does not check it for a weight without a gradient."""
     output_gradient: Tensor | None = None
-    """Gradient of the outputs for the current score; None until backpropagation has passed."""
+    """Gradient of the outputs for the current score; None before backpropagation."""
 
     def take(self, gradient: Tensor) -> None:
-        """Keep the gradient of the outputs."""
+        """Store the gradient of the outputs."""
         self.output_gradient = gradient
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return left and right, of which the weight's gradient is ``left.T @ right``."""
+        """Return `left` and `right`; the weight's gradient is ``left.T @ right``."""
         assert self.output_gradient is not None
         outputs = self.output_gradient.reshape(-1, self.output_gradient.shape[-1])
         inputs = self.inputs.reshape(-1, self.inputs.shape[-1])
@@ -45,33 +45,33 @@ class _Product:
 
 @dataclass
 class _Lookup:
-    """One look into an embedding."""
+    """One lookup in an embedding."""
 
     ids: Tensor
-    """Each once."""
+    """The distinct ids."""
     table: Tensor
-    """Their rows: a leaf."""
+    """The rows of the ids, a leaf of the graph."""
 
 
 @dataclass
 class TiedRows:
-    """The rows of a tied weight that an example's tokens look up: their gradient has a part from either use.
+    """The rows of a tied weight that an example's tokens look up; both uses contribute to their gradient.
 
-    Its square is that of the sum, so the linear map leaves these rows out and hands its part on to the embedding.
+    The square is that of the sum, so the linear map leaves these rows out and passes its part on to the embedding.
     """
 
     ids: Tensor
-    """The example's tokens, each once, ascending."""
+    """The example's distinct tokens, ascending."""
     gradients: list[Tensor] = field(default_factory=list)
-    """The linear map's part, fp32 [len(ids), width], for each score."""
+    """The linear map's part for each score, fp32 [len(ids), width]."""
 
 
 class _UsedOtherwise(Exception):
-    """A weight was taken for that of a linear map and is used in another way: the example is run again."""
+    """A weight treated as a linear map's turned out to have other uses; the example is run again."""
 
 
 class Gradients(Resident):
-    """The weights of one stage while its squares are summed.
+    """The weights of one stage while their squared gradients are summed.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class Gradients(Resident):
     Attributes
     ----------
     dense, rows
-        The sums, by parameter: of all of it, or of the rows that were looked up.
+        The sums by parameter: of the whole parameter, or of the rows that were looked up.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Gradients(Resident):
         self.dense: dict[nn.Parameter, Squares] = {}
         self.rows: dict[nn.Parameter, RowSquares] = {}
 
-    # What the model asks for.
+    # Called by the model.
 
     def value(self, parameter: nn.Parameter) -> Tensor:
-        """Return a parameter's values, read when they are first asked for."""
+        """Return a parameter's values; they are read at the first request."""
         if parameter not in self.values:
             super().value(parameter)
             self.dense[parameter] = Squares(parameter.shape, self.device)
@@ -112,7 +112,7 @@ class Gradients(Resident):
         return self.values[parameter]
 
     def lookup(self, parameter: nn.Parameter, ids: Tensor, padding: int | None) -> Tensor:
-        """Return rows of an embedding; that of the padding token has no gradient."""
+        """Return rows of an embedding; the padding token's row has no gradient."""
         found, places = distinct(ids)
         table = self._loader.rows(parameter, found.cpu()).to(self.device).requires_grad_(True)
         self._lookups.append((parameter, _Lookup(found, table)))
@@ -120,17 +120,17 @@ class Gradients(Resident):
         return rows if padding is None else torch.where((ids == padding)[..., None], rows.detach(), rows)
 
     def on_linear(self, parameter: nn.Parameter, inputs: Tensor, output: Tensor, transposed: bool) -> None:
-        """Keep a linear map's inputs, and have autograd bring the gradients of its outputs."""
+        """Store a linear map's inputs, and let autograd deliver the gradients of its outputs."""
         if parameter in self._whole:
             return
-        if not output.requires_grad:  # autograd would pass it by
+        if not output.requires_grad:  # autograd would skip it
             self.on_other(parameter)
         product = _Product(inputs.detach(), transposed, inputs._version)
         output.register_hook(product.take)  # type: ignore[no-untyped-call]
         self._products.setdefault(parameter, []).append(product)
 
     def on_other(self, parameter: nn.Parameter) -> None:
-        """Leave a parameter to autograd from now on."""
+        """Let autograd compute this parameter's gradient from now on."""
         if parameter not in self._whole:
             self._take_whole(parameter)
             raise _UsedOtherwise
@@ -139,10 +139,10 @@ class Gradients(Resident):
         self._whole.add(parameter)
         self.values[parameter].requires_grad_(True)
 
-    # What the estimate asks for.
+    # Called by the estimate.
 
     def forward(self, run: Callable[[], Tensor]) -> Tensor:
-        """Return what a stage makes of an example, with all that its gradients need."""
+        """Return the output of a stage for an example, and keep everything that its gradients need."""
         while True:
             self._products.clear()
             self._lookups.clear()
@@ -155,30 +155,30 @@ class Gradients(Resident):
                 if any(one.inputs._version != one.version for one in uses):
                     raise ModelError(
                         f"{printable(self._loader.reference)}: {self._where} changes the inputs of "
-                        f"{printable(self._loader.name(parameter))} in place, so its gradient cannot be had"
+                        f"{printable(self._loader.name(parameter))} in place, so its gradient cannot be computed"
                     )
             return output
 
     def backward(
         self, output: Tensor, scores: Sequence[Tensor], hidden: Tensor | None, tied: TiedRows | None = None
     ) -> list[Tensor]:
-        """Add the squares of an example's gradients, one set for each score.
+        """Add the squares of an example's gradients for each score.
 
         Parameters
         ----------
         output
-            What `forward` returned.
+            The result of `forward`.
         scores
-            Gradients of the log-likelihood with respect to it.
+            Gradients of the log-likelihood with respect to `output`.
         hidden
-            The leaf it was computed from.
+            The leaf that `output` was computed from.
         tied
-            What the two uses of a tied weight have to tell each other.
+            The rows that both uses of a tied weight contribute to.
 
         Returns
         -------
         list of Tensor
-            The gradients with respect to `hidden`, for each score; none without it.
+            The gradients with respect to `hidden`, for each score; empty without `hidden`.
         """
         whole = [parameter for parameter in self.values if parameter in self._whole]
         leaves = [*([] if hidden is None else [hidden]), *(self.values[p] for p in whole)]
@@ -215,7 +215,7 @@ class Gradients(Resident):
             if not pairs:
                 continue
             left, right = pairs[0]
-            if len(pairs) > 1:  # used more than once: one gradient, the sum over the uses
+            if len(pairs) > 1:  # several uses have one gradient, the sum over the uses
                 left, right = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs])
             if parameter in self._tied and tied is not None:
                 tied.gradients.append(left[:, tied.ids].T @ right)
@@ -236,7 +236,7 @@ class Gradients(Resident):
             if parameter in self._tied and tied is not None:
                 if not torch.equal(ids, tied.ids):
                     raise ModelError(
-                        f"{printable(self._loader.reference)}: the tied embedding is looked up for more than the tokens"
+                        f"{printable(self._loader.reference)}: the tied embedding is looked up for ids other than the example's tokens, which is not supported"
                     )
                 gradient = gradient + tied.gradients[score]
             if parameter not in self.rows:

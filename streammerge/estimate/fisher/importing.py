@@ -1,4 +1,4 @@
-"""Imports a diagonal that others estimated: a safetensors or PyTorch file, streamed into a store."""
+"""Import an existing diagonal from a safetensors or PyTorch file, streamed into a store."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from streammerge.planning.memory.budget import make_budget
 from streammerge.tensors.fingerprint import files_digest
 
 _BUFFERS = 12
-"""Chunks of fp32 held at a time: read, widened, summed, compressed, and what Zarr copies on the way."""
+"""Number of fp32 chunks held at a time: read, widened, summed, compressed, and Zarr's own copies."""
 
 
 def import_diagonal(
@@ -41,25 +41,25 @@ def import_diagonal(
     overwrite: bool = False,
     control: Control | None = None,
 ) -> Written:
-    """Stream the diagonals in `source` into a store for `model`; run again, it continues.
+    """Stream the diagonals in `source` into a store for `model`; running it again resumes.
 
     Parameters
     ----------
     model
-        The model they belong to: names and shapes must agree, and the store is bound to its content.
+        The model that they belong to. Names and shapes must agree, and the store is bound to the model's content.
     source
         A safetensors file or directory, or a PyTorch file of a flat dict of tensors.
     dtype
-        F32, or BF16: half the size, and estimates are noisier than its rounding.
+        F32, or BF16 for half the size; estimates are noisier than its rounding.
     memory
         Bound of the peak resident memory in bytes; default: half of what is free.
     about
-        What is known of the estimate: ``estimator``, ``examples``, ``seed``.
+        Facts about the estimate to record: ``estimator``, ``examples``, ``seed``.
 
     Raises
     ------
     StreammergeError
-        See `streammerge.errors`; finished arrays stay for the next run.
+        See `streammerge.errors`; finished arrays are kept for the next run.
     """
     make_budget(memory, 1, CPU.reserve + _BUFFERS * 4 * CHUNK_ELEMENTS)
     run = StoreRun(model, out, attribute=ATTRIBUTE, sums=DiagonalSums, control=control)
@@ -120,8 +120,8 @@ def _check_against(refs: Mapping[str, TensorRef], model: TensorIndex, source: st
     for name, ref in refs.items():
         if name not in model:
             raise ModelError(
-                f"{printable(source)}: tensor {printable(name)} is not in {printable(model.reference)}; a diagonal has "
-                "the names of its model"
+                f"{printable(source)}: tensor {printable(name)} is not in {printable(model.reference)}: a diagonal must use "
+                "its model's names"
             )
         if ref.shape != model[name].shape:
             raise ModelError(

@@ -1,16 +1,16 @@
-"""Whose log-likelihood is differentiated: the labels of an estimate, as gradients with respect to the logits.
+"""The labels whose log-likelihood is differentiated, as gradients with respect to the logits.
 
-The Fisher information is the expectation, over labels drawn from the model itself, of the squared score
-s = d log p(y|x) / d theta (Martens 2020, "New insights and perspectives on the natural gradient method", section 5).
+The Fisher information is the expectation of the squared score s = d log p(y|x) / d theta over labels y drawn from the
+model itself (Martens 2020, "New insights and perspectives on the natural gradient method", section 5).
 
 ``sampled``
-    Labels are drawn from the model: one of a classifier; of a language model one at every position, given the
-    example's own tokens before it. The cross terms between positions then vanish in expectation, so the square of the
-    sum over positions is unbiased for the sum of the expected squares.
+    Labels are drawn from the model: one for a classifier; for a language model one at every position, given the
+    example's own tokens before it. Cross terms between positions then vanish in expectation, so the square of the sum
+    over positions is an unbiased estimate of the sum of the expected squares.
 ``exact``
-    The sum over all labels of a classifier, each with its probability, as Matena and Raffel do (2022, section 3.3).
+    The sum over all labels of a classifier, weighted by probability (Matena and Raffel 2022, section 3.3).
 ``empirical``
-    The labels of the data. Not the Fisher information, unless the model is their distribution.
+    The labels of the data. This is not the Fisher information unless they follow the model's distribution.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from streammerge.numerics.philox import derive_key, words
 
 Labels = Literal["sampled", "empirical", "exact"]
 _CHUNK = 1 << 19
-"""Logits that are taken in fp64 at a time."""
+"""Number of logits that are processed in fp64 at a time."""
 
 
 def choose(labels: str | None, kind: str) -> Labels:
-    """Return the labels of an estimate: by default drawn ones, for a classifier the sum over all.
+    """Return the kind of labels: by default ``exact`` for a classifier, else ``sampled``.
 
     Raises
     ------
     InputError
-        If there are no such labels for models of this kind.
+        If models of this kind do not support these labels.
     """
     if labels is None:
         return "exact" if kind == CLASSIFIER else "sampled"
@@ -45,13 +45,13 @@ def choose(labels: str | None, kind: str) -> Labels:
             return known
     if labels == "exact":
         raise InputError(
-            "--labels exact sums over all labels of a classifier; of a language model the next tokens are too many: use sampled"
+            "--labels exact sums over all labels, which are too many for a language model: use --labels sampled"
         )
-    raise InputError(f"--labels {printable(labels)!r} is none of {', '.join(get_args(Labels))}")
+    raise InputError(f"--labels {printable(labels)!r} is not one of {', '.join(get_args(Labels))}")
 
 
 def n_scores(labels: Labels, kind: str, n_labels: int) -> int:
-    """Return how many scores an example has: 1, or one for each label that is summed over."""
+    """Return the number of scores per example: 1, or one per label that is summed over."""
     return n_labels if labels == "exact" and kind == CLASSIFIER else 1
 
 
@@ -61,12 +61,12 @@ def token_scores(logits: Tensor, example: Example, labels: Labels, seed: int) ->
     Parameters
     ----------
     logits
-        fp32 [1, tokens, vocabulary]; those of the last token predict nothing.
+        fp32 [1, tokens, vocabulary]; the last token's logits predict nothing.
 
     Returns
     -------
     Tensor
-        Like the logits: at each position one-hot minus probabilities, which are computed in fp64.
+        Same shape as the logits: at each position one-hot minus probabilities, which are computed in fp64.
     """
     n = example.length - 1
     scores = torch.zeros_like(logits)
@@ -86,9 +86,9 @@ def token_scores(logits: Tensor, example: Example, labels: Labels, seed: int) ->
 
 
 def label_scores(logits: Tensor, example: Example, labels: Labels, seed: int) -> list[Tensor]:
-    """Return the gradients of log p of a classifier's labels with respect to its logits, one for each score.
+    """Return the gradients of log p of a classifier's labels with respect to its logits, one per score.
 
-    Each is weighted by the square root of its share, so that the squares of what follows from it are.
+    Each is multiplied by the square root of its probability, so that squares of later gradients are weighted by it.
 
     Parameters
     ----------
@@ -108,13 +108,13 @@ def label_scores(logits: Tensor, example: Example, labels: Labels, seed: int) ->
 
 
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
-    """Return an index drawn from each row of probabilities, fp64 [n, choices], by a number in [0, 1) for each."""
+    """Draw an index from each row of probabilities, fp64 [n, choices], given one number in [0, 1) per row."""
     sums = p.cumsum(-1)
     found = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)[:, 0]
     return found.clamp_(max=p.shape[1] - 1)
 
 
 def _uniform(seed: int, number: int, n: int) -> Tensor:
-    """Return `n` numbers in [0, 1), fp64, that depend on the seed and the example's place in the file alone."""
+    """Return `n` numbers in [0, 1), fp64, that depend only on the seed and the example's position in the file."""
     found = words(derive_key(seed, "fisher labels", "", str(number)), 0, 2 * n).view(n, 2)
     return ((found[:, 0] << 21) + (found[:, 1] >> 11)).double() / 2.0**53

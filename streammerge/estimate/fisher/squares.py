@@ -1,7 +1,7 @@
-"""Sums of squared gradients, each gradient that of one example: squares are taken before any sum over examples.
+"""Sums of squared per-example gradients: squares are taken before the sum over examples.
 
-The sums are fp64: thousands of small squares added to a large fp32 sum are lost. The order of additions is that of
-the examples, for every element, so the bits do not depend on how the work is cut.
+The sums are fp64, since thousands of small squares would be lost in a large fp32 sum. Every element adds in the order
+of the examples, so the bits do not depend on how the work is cut.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from streammerge.numerics.compiled import is_compiled
 
 _BLOCK = 1 << 19
-"""Elements of a gradient that are computed, squared and added while they lie in the cache."""
+"""Number of elements of a gradient that are computed, squared and added while they are in the cache."""
 
 
 class Squares:
@@ -41,13 +41,13 @@ class Squares:
         _add_squares(self.sums.view(-1), gradient.contiguous().view(-1))
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
-        """Add the squares of ``left.T @ right``, the gradient of a linear map, some rows at a time.
+        """Add the squares of ``left.T @ right``, the gradient of a linear map, a few rows at a time.
 
         Parameters
         ----------
         left, right
-            fp32 [tokens, rows] and [tokens, columns]: the gradients of its outputs and its inputs, or the other way
-            round where the weight is stored transposed.
+            fp32 [tokens, rows] and [tokens, columns]: the gradients of its outputs and its inputs; swapped if the weight
+            is stored transposed.
         """
         n_rows, n_columns = self.sums.shape
         step = max(1, _BLOCK // n_columns)
@@ -59,12 +59,12 @@ class Squares:
 
 
 class RowSquares:
-    """The same for an embedding, of which an example touches few rows.
+    """Sums of squares for an embedding, of which an example touches few rows.
 
     Attributes
     ----------
     ids
-        The rows that were touched, in the order they were met.
+        The touched rows, in order of first use.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class RowSquares:
         return
 
     def add(self, ids: Tensor, gradients: Tensor) -> None:
-        """Add the squares of the gradients of some rows, fp32 [len(ids), width]; no id comes twice."""
+        """Add the squares of the gradients of some rows, fp32 [len(ids), width]; ids are distinct."""
         for i in ids.tolist():
             if i not in self._places:
                 self._places[i] = len(self.ids)

@@ -1,4 +1,4 @@
-"""The sums that a store records of each diagonal: with them, merging normalises and floors without a pass."""
+"""The sums that a store records for each diagonal, so that merges normalise and apply floors without a pass."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from streammerge.numerics.ordered_sum import BLOCK, block_sums, in_order
 
 
 class DiagonalSums:
-    """Sum, sum of squares, largest value and zeros of one tensor's diagonal, from runs of its elements.
+    """Sum, sum of squares, largest value and number of zeros of one tensor's diagonal, from runs of its elements.
 
-    The sum of squares has the bits that a merge would find by reading: blocks of 4096 elements from the
-    tensor's first, whatever the runs.
+    The sum of squares has the bits that a merge would compute: it adds blocks of 4096 elements from the tensor's first
+    element, however the runs are cut.
 
     Parameters
     ----------
@@ -36,12 +36,12 @@ class DiagonalSums:
         self._n = 0
 
     def add(self, values: NDArray[Any]) -> None:
-        """Take a run of elements into account.
+        """Add a run of elements.
 
         Raises
         ------
         ModelError
-            If one is negative or not finite, naming tensor and element.
+            If one is negative or not finite; the message names tensor and element.
         """
         flat = values.reshape(-1)
         whole = np.concatenate([self._left, flat]) if self._left.size else flat
@@ -50,7 +50,7 @@ class DiagonalSums:
         self._left = whole[n:].copy()
 
     def values(self) -> dict[str, Any]:
-        """Return what is recorded, once all runs were added."""
+        """Return the recorded values, after all runs were added."""
         self._take(self._left)
         partials = np.concatenate(self._partials) if self._partials else np.zeros(0)
         return {
@@ -77,13 +77,13 @@ class DiagonalSums:
         numbers = _as_float32(values, self._dtype)
         place = int(np.flatnonzero(~(numbers >= 0) | np.isinf(numbers))[0])
         return ModelError(
-            f"Fisher diagonal of tensor {printable(self._tensor)}: {numbers[place]} at element {self._n + place}; it is "
-            "a mean of squares: no NaN, no infinity, nothing below 0"
+            f"Fisher diagonal of tensor {printable(self._tensor)}: {numbers[place]} at element {self._n + place}: a mean of "
+            "squares must be finite and not negative"
         )
 
 
 _Sums = tuple[NDArray[np.float64], int, float, float, int]
-"""Sums of squares per 4096 elements, bad values, plain sum, largest, zeros."""
+"""(sums of squares per 4096 elements, number of invalid values, sum, largest value, number of zeros)"""
 
 
 def _by_kernel(values: NDArray[Any], dtype: str) -> _Sums:

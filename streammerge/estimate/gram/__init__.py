@@ -1,1 +1,1 @@
-"""Gram matrices of what goes into linear maps, in Zarr stores: how a model uses its weights (RegMean)."""
+"""Gram matrices of the inputs of linear maps, in Zarr stores, for RegMean."""

@@ -1,7 +1,8 @@
-"""Collects the Gram matrices of a model's linear maps as examples pass through it, layer by layer, into a store.
+"""Collect the Gram matrices of a model's linear maps while examples pass through it, layer by layer, into a store.
 
-For a linear map with inputs x_1 .. x_n (one a token): G = (1/n) sum x_t x_t^T, fp32, [inputs, inputs]. The mean, not the sum:
-a model with more examples does not weigh more. Taken are the linear maps of the layers; what follows the layers is not run.
+For a linear map with inputs x_1 .. x_n (one per token), G = (1/n) sum x_t x_t^T, fp32, [inputs, inputs]. It is a mean, so
+a model with more examples does not weigh more. Only linear maps inside the layers are collected; the part after the
+layers is not run.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from streammerge.io.durable import make_directory
 from streammerge.tensors.fingerprint import files_digest
 
 _BLOCK = 1 << 19
-"""Elements of a product that are added at a time."""
+"""Number of elements of a product that are added at a time."""
 
 
 class Products(Resident):
-    """The weights of a layer while the products of its linear maps' inputs are summed.
+    """The weights of a layer while products of its linear maps' inputs are summed.
 
     Attributes
     ----------
     sums
-        Of x x^T over all tokens so far, by weight, fp64 [inputs, inputs].
+        Sums of x x^T over all tokens so far, by weight, fp64 [inputs, inputs].
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Products(Resident):
         self.tokens: dict[nn.Parameter, int] = {}
 
     def on_linear(self, parameter: nn.Parameter, inputs: Tensor, output: Tensor, transposed: bool) -> None:
-        """Add the products of the inputs; a transposed weight is left out: regression works on its rows."""
+        """Add the products of the inputs; transposed weights are left out, since the regression works on rows."""
         if transposed:
             return
         x = inputs.reshape(-1, inputs.shape[-1])
@@ -68,7 +69,7 @@ class Products(Resident):
 
 
 class GramSums:
-    """The sums that a store records of a matrix, from runs of its elements: magnitudes, the largest, zeros."""
+    """The numbers that a store records for a matrix: sum of magnitudes, largest magnitude, number of zeros."""
 
     def __init__(self, tensor: str, dtype: str) -> None:
         self._tensor = tensor
@@ -86,7 +87,7 @@ class GramSums:
         """
         wide = np.abs(values.reshape(-1).astype(np.float64))
         if not np.isfinite(wide).all():
-            raise ModelError(f"Gram matrix of tensor {printable(self._tensor)}: an input is not finite")
+            raise ModelError(f"Gram matrix of tensor {printable(self._tensor)}: an input is NaN or infinite")
         self._parts.append((float(wide.sum()), float((wide * wide).sum())))
         self._largest = max(self._largest, float(wide.max(initial=0.0)))
         self._zeros += int((wide == 0).sum())
@@ -110,12 +111,12 @@ def compute_grams(
     overwrite: bool = False,
     control: Control | None = None,
 ) -> Written:
-    """Collect the Gram matrices of `model` over examples into a store; run again, it continues.
+    """Collect the Gram matrices of `model` over examples into a store; running it again resumes.
 
     Raises
     ------
     StreammergeError
-        See `streammerge.errors`; layers that are done stay for the next run.
+        See `streammerge.errors`; finished layers are kept for the next run.
     """
     run = StoreRun(model, out, attribute=GRAM_ATTRIBUTE, sums=GramSums, control=control)
     skeleton = Skeleton(run.index)
@@ -136,7 +137,7 @@ def compute_grams(
 
 
 class _Collection:
-    """Passes all examples through one layer after the other."""
+    """Passes all examples through the layers, one layer after the other."""
 
     def __init__(
         self, run: StoreRun, network: Network, examples: list[Example], settings: StreamSettings
@@ -157,7 +158,7 @@ class _Collection:
 
     @torch.no_grad()
     def run(self) -> set[str]:
-        """Run what is not done; return the tensors that have a matrix."""
+        """Run the remaining stages; return the tensors that have a matrix."""
         done = max((i for i, hidden in enumerate(self._hidden) if hidden.exists()), default=None)
         if done is None:
             self._embed()
@@ -176,7 +177,7 @@ class _Collection:
 
     def _embed(self) -> None:
         weights = Resident(
-            self._loader, self._device, self._network.skeleton.outer, "what comes before the layers"
+            self._loader, self._device, self._network.skeleton.outer, "the part before the layers"
         )
         with self._hidden[0].writing() as out:
             for example in self._examples:
@@ -216,7 +217,7 @@ def _check_memory(settings: StreamSettings, skeleton: Skeleton, examples: list[E
         weights = list(block.parameters())
         matrices = sum(p.shape[1] ** 2 for p in weights if p.dim() == 2)
         activations = layer_activations([p.shape for p in weights], examples[-1].length, width, heads, 1)
-        # A weight is 4 bytes and has no sums here; a matrix is fp64.
+        # Weights are fp32 and have no sums here; matrices are fp64.
         stages.append(
             StageSize(
                 f"layer {i}",

@@ -1,1 +1,1 @@
-"""A transformers model run layer by layer, its weights never resident together: examples in, activations out."""
+"""Run a transformers model layer by layer, with one layer's weights in memory at a time."""

@@ -1,7 +1,7 @@
-"""The activations of all examples between two layers, in a file: fp32 rows, example after example.
+"""Files of activations between two layers: fp32 rows, example after example.
 
-The file has its name once all of it is durable, so a name says that a stage is done. Until then, and while it is read,
-it lies in the page cache as far as that has room, and never in the memory of the process.
+A file gets its final name once all of it is durable, so the name marks a finished stage. Its data are in the page cache
+while there is room, never in the memory of the process.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _WIDTH = np.float32().itemsize
 
 
 class Boundary:
-    """Rows of every example.
+    """A file of rows for every example.
 
     Parameters
     ----------
     rows
-        How many rows each example has.
+        Number of rows of each example.
     batch_size
-        Examples that are read and written at a time.
+        Number of examples that are read and written at a time.
     """
 
     def __init__(self, path: Path, rows: Sequence[int], batch_size: int = 16) -> None:
@@ -38,12 +38,12 @@ class Boundary:
         self._first = [0, *accumulate(rows)]
 
     def exists(self) -> bool:
-        """True once it is written completely."""
+        """Whether the file is complete."""
         return self._path.exists()
 
     @contextmanager
     def writing(self) -> Iterator[Writer]:
-        """Yield what takes the rows, example after example; they are durable, and named, afterwards."""
+        """Yield a writer for the rows, example after example; afterwards the file is durable and has its name."""
         partial = self._path.with_name(self._path.name + PARTIAL)
         with world_errors(self._path):
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -59,18 +59,18 @@ class Boundary:
 
     @contextmanager
     def reading(self) -> Iterator[Reader]:
-        """Yield what returns the rows of any example."""
+        """Yield a reader of any example's rows."""
         with world_errors(self._path), self._path.open("rb", buffering=0) as file:
             yield Reader(file.fileno(), self._first, self._batch_size)
 
     def remove(self) -> None:
-        """Remove the file, if it is there."""
+        """Remove the file if it exists."""
         with world_errors(self._path):
             self._path.unlink(missing_ok=True)
 
 
 class Writer:
-    """Takes rows in the order of the examples."""
+    """Writes rows in the order of the examples."""
 
     def __init__(self, descriptor: int, batch_size: int) -> None:
         self._descriptor = descriptor
@@ -84,14 +84,14 @@ class Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write the buffered rows."""
         if self._held:
             write_fully(self._descriptor, np.concatenate(self._held).view(np.uint8).data)
             self._held.clear()
 
 
 class Reader:
-    """Returns rows of any example; quick where they are asked for in order."""
+    """Reads rows of any example; reading in order is fast."""
 
     def __init__(self, descriptor: int, first: Sequence[int], batch_size: int) -> None:
         self._descriptor = descriptor
@@ -105,7 +105,7 @@ class Reader:
         """Return the rows of example `n`, fp32 [rows, width]."""
         if n not in self._held:
             self._held = range(n, min(n + self._batch_size, len(self._first) - 1))
-            self._values = torch.empty(0)  # given up before as much is taken again
+            self._values = torch.empty(0)  # freed before the next batch is allocated
             self._values = self._read(self._first[n], self._first[self._held.stop])
         base = self._first[self._held.start]
         return self._values[self._first[n] - base : self._first[n + 1] - base]

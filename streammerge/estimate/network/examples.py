@@ -1,7 +1,6 @@
-"""Examples to run a model on: one JSON object a line, each for itself, never padded.
+"""Examples to run a model on: one JSON object per line; examples are run one by one, without padding.
 
-A line has ``text``, or ``input_ids`` (then no tokenizer is needed), and ``label`` where a classifier's own labels
-are asked for.
+A line has ``text``, or ``input_ids`` (which need no tokenizer), and ``label`` if a classifier's own labels are used.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from streammerge.io.strict_json import parse_object
 from streammerge.units import plural
 
 _LONGEST_LINE = 1 << 26
-"""Bytes; a line is held whole."""
+"""Bytes; a line is held in memory."""
 
 Tokenize = Callable[[str], list[int]]
 
@@ -30,7 +29,7 @@ class Example:
     """One sequence."""
 
     number: int
-    """Its place among the examples of the file, from 0: what its random draws depend on."""
+    """Index in the file, from 0; random draws depend on it."""
     ids: NDArray[np.int64]
     label: int | None = None
 
@@ -42,22 +41,22 @@ class Example:
 
 @dataclass(frozen=True)
 class Reading:
-    """Settings by which the lines of a file become examples."""
+    """Settings for turning lines of a file into examples."""
 
     max_length: int
     """Tokens after which an example is cut."""
     min_length: int
-    """Tokens an example must have: 2 where a token is predicted from those before it."""
+    """Minimum number of tokens: 2 if each token is predicted from those before it."""
     vocabulary: int
-    """Ids lie below this."""
+    """Upper bound (exclusive) of token ids."""
     tokenize: Callable[[], Tokenize]
-    """Makes the tokenizer; called when a line has text."""
+    """Function that makes the tokenizer; called if a line has text."""
     labels: Mapping[str, int] | int | None = None
-    """Numbers of a classifier's labels by name, or how many there are; None where labels are not read."""
+    """A classifier's label numbers by name, or the number of labels; None if labels are not read."""
 
 
 def too_few(path: str, asked: int | None, found: int) -> str | None:
-    """Return a warning where a file has fewer examples than were asked for; else None.
+    """Return a warning if a file has fewer examples than requested, else None.
 
     >>> too_few("math.jsonl", 512, 3)
     'math.jsonl: has 3 examples, 512 were asked for: all 3 are used'
@@ -70,12 +69,12 @@ def too_few(path: str, asked: int | None, found: int) -> str | None:
 def read_examples(path: str, limit: int | None, how: Reading) -> list[Example]:
     """Return the first `limit` examples of a file of JSON lines, shortest first; equal lengths keep their order.
 
-    Empty lines are passed over.
+    Empty lines are skipped.
 
     Raises
     ------
     ModelError
-        If the file or one of its lines is malformed; the line is named by its number.
+        If the file or a line is malformed; the message gives the line's number.
     """
     tokenize: Tokenize | None = None
     examples: list[Example] = []
@@ -97,22 +96,22 @@ def read_examples(path: str, limit: int | None, how: Reading) -> list[Example]:
                 raise _bad(
                     path,
                     where,
-                    f"the tokenizer gives id {max(ids)}, the model knows {how.vocabulary}: is it the model's own?",
+                    f"the tokenizer returns id {max(ids)}, but the model has {how.vocabulary} ids: check the tokenizer",
                 )
         else:
             raise _bad(path, where, "has neither text (a string) nor input_ids")
         ids = ids[: how.max_length]
         if len(ids) < how.min_length:
-            raise _bad(path, where, f"has {len(ids)} tokens, an example needs at least {how.min_length}")
+            raise _bad(path, where, f"has {len(ids)} tokens, but an example needs at least {how.min_length}")
         label = None if how.labels is None else _label(fields, how.labels, path, where)
         examples.append(Example(len(examples), np.asarray(ids, np.int64), label))
     if not examples:
-        raise ModelError(f"{place(path)}: holds no example")
+        raise ModelError(f"{place(path)}: contains no example")
     return sorted(examples, key=lambda example: example.length)
 
 
 def digest(examples: Sequence[Example]) -> str:
-    """Return what identifies the examples: their tokens and labels, not the file they came from."""
+    """Return a digest of the examples' tokens and labels, independent of the file."""
     found = hashlib.blake2b(digest_size=16)
     for example in sorted(examples, key=lambda example: example.number):
         found.update(repr((example.length, example.label)).encode())
@@ -138,7 +137,7 @@ def _bad(path: str, where: str, what: str) -> ModelError:
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yield the number, from 1, and the bytes of every line that is not empty."""
+    """Yield the number (from 1) and the bytes of every non-empty line."""
     with open(open_regular(path), "rb") as file:
         number = 0
         while raw := file.readline(_LONGEST_LINE + 1):

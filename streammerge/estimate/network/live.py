@@ -1,8 +1,7 @@
-"""Weights where a model expects them: a parameter on the meta device is swapped for a live tensor at every call.
+"""Supply a model's weights on demand: every call swaps meta-device parameters for live tensors.
 
-A torch function mode sees each call of a torch function before it runs. So weights can be read when they are first
-needed, only the rows of an embedding that an example looks up, and the inputs of linear maps can be kept by those
-who want them, whatever the architecture.
+A torch function mode intercepts each torch function before it runs. Weights are therefore read when they are first
+needed, embeddings row by row, and callers can keep the inputs of linear maps, whatever the architecture.
 """
 
 from __future__ import annotations
@@ -27,43 +26,43 @@ _FACTS = {
     Tensor.is_floating_point,
     Tensor.__len__,
 }
-"""Attributes of a parameter that need no values: the absent parameter has them."""
+"""Attributes of a parameter that need no values, so the meta parameter answers them."""
 
 
 class Weights:
-    """The values that a live model asks for. As it is, for runs that only find out what goes where: nothing is read.
+    """Supplies the values that a live model requests. This base class reads nothing; it serves to trace a model.
 
     Parameters
     ----------
     device
-        Where tensors are wanted.
+        Device of the tensors.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def value(self, parameter: nn.Parameter) -> Tensor:
-        """Return the tensor to compute with: here zeros that take no memory."""
+        """Return the tensor to compute with; here zeros that use no memory."""
         return torch.zeros((), device=self.device).expand(parameter.shape)
 
     def lookup(self, parameter: nn.Parameter, ids: Tensor, padding: int | None) -> Tensor:
-        """Return the rows of an embedding for `ids`: here NaN, which shows wherever it gets to."""
+        """Return the rows of an embedding for `ids`; here NaN, which marks everything that depends on them."""
         return torch.full((*ids.shape, parameter.shape[1]), torch.nan, device=self.device)
 
     def on_linear(self, parameter: nn.Parameter, inputs: Tensor, output: Tensor, transposed: bool) -> None:
-        """See ``output = inputs @ parameter.T``, or ``inputs @ parameter`` if `transposed`."""
+        """Called after ``output = inputs @ parameter.T``, or ``inputs @ parameter`` if `transposed`."""
 
     def on_other(self, parameter: nn.Parameter) -> None:
-        """See a parameter go into any other function that returns tensors."""
+        """Called when a parameter is passed to any other function that returns tensors."""
 
 
 class Live(TorchFunctionMode):
-    """While active, torch functions get live tensors in place of meta parameters.
+    """While active, torch functions receive live tensors in place of meta parameters.
 
     Attributes
     ----------
     weights
-        Whom to ask; may be changed between two calls.
+        The supplier of values; it may be replaced between calls.
     """
 
     def __init__(self, weights: Weights) -> None:
@@ -134,6 +133,6 @@ def _holds_tensors(result: Any) -> bool:
 
 
 def distinct(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct ids, ascending, and the place of each id among them."""
+    """Return the distinct ids, ascending, and each id's index among them."""
     found: tuple[Tensor, Tensor] = torch.unique(ids, return_inverse=True)
     return found

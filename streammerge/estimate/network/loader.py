@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint as the parameters of a model: names matched, values widened to fp32, experts joined.
+"""Load a checkpoint's tensors as a model's parameters: match names, widen values to fp32, join experts.
 
-transformers keeps some parameters otherwise than checkpoints do (the experts of a layer in one tensor), and knows how
-to take them apart again. Taken apart without copying, the parts are windows into the parameter: values read go in through
-them, and what was computed for the parameter comes out.
+transformers stores some parameters differently from checkpoints (all experts of a layer in one tensor), and can split
+them. Without copies the parts are views of the parameter: values are read into it through them, and results for the
+parameter are read out through them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from streammerge.numerics.casts import torch_dtype
 from streammerge.tensors.read import read_elements
 
 _PIECE = 1 << 22
-"""Elements that are read and widened at a time."""
+"""Number of elements that are read and widened at a time."""
 
 
 class Loader:
@@ -34,7 +34,7 @@ class Loader:
     Raises
     ------
     ModelError
-        If a parameter has no tensor, or one of another shape or kind.
+        If a parameter has no tensor, or one of a different shape or kind.
     """
 
     def __init__(self, skeleton: Skeleton, index: TensorIndex, reader: Reader) -> None:
@@ -47,7 +47,7 @@ class Loader:
 
     @property
     def reference(self) -> str:
-        """The model, as it was named."""
+        """The model's reference."""
         return self._index.reference
 
     def name(self, parameter: nn.Parameter) -> str:
@@ -55,9 +55,9 @@ class Loader:
         return self._skeleton.name(parameter)
 
     def parts(self, parameter: nn.Parameter, values: Tensor) -> dict[str, Tensor]:
-        """Return the tensors of the checkpoint that make up a parameter, as windows into `values` of its shape.
+        """Return the tensors of the checkpoint that form a parameter, as views of `values`, which has its shape.
 
-        A tied parameter may lie in the checkpoint under several names.
+        A tied parameter may be in the checkpoint under several names.
         """
         found: dict[str, Tensor] = {}
         for alias in self._skeleton.aliases[parameter]:
@@ -75,9 +75,9 @@ class Loader:
         for name, window in self.parts(parameter, values).items():
             if window.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
                 raise ModelError(
-                    f"{printable(self._index.reference)}: transformers rearranges {printable(name)} in a way that is not supported"
+                    f"{printable(self._index.reference)}: transformers rearranges {printable(name)} in an unsupported way"
                 )
-            if filled < values.numel():  # the second name of a tied parameter holds the same
+            if filled < values.numel():  # a tied parameter's second name holds the same values
                 self._fill(self._index[name], window)
                 filled += window.numel()
         return values
@@ -109,22 +109,22 @@ class Loader:
         name, where = printable(self._skeleton.name(parameter)), printable(self._index.reference)
         if sum(window.numel() for window in found.values()) < values.numel():
             raise ModelError(
-                f"{where}: the parameter {name} of {type(self._skeleton.model).__name__} is in none of its files"
+                f"{where}: the parameter {name} of {type(self._skeleton.model).__name__} is missing in the checkpoint"
             )
         for tensor, window in found.items():
             ref = self._index[tensor]
             if ref.shape != tuple(window.shape):
                 raise ModelError(
-                    f"{where}: tensor {printable(tensor)} has shape {list(ref.shape)}, config.json asks for {list(window.shape)}"
+                    f"{where}: tensor {printable(tensor)} has shape {list(ref.shape)}, but config.json requires {list(window.shape)}"
                 )
             if ref.dtype not in FLOATS:
                 raise ModelError(
-                    f"{where}: tensor {printable(tensor)} is {ref.dtype}; weights are run as floats"
+                    f"{where}: tensor {printable(tensor)} is {ref.dtype}, not a floating-point dtype"
                 )
 
 
 class _Names:
-    """Names of a checkpoint's tensors, found by those that transformers gives the parts of its parameters."""
+    """Maps transformers' names of parameter parts to the checkpoint's names."""
 
     def __init__(self, model: nn.Module, index: TensorIndex) -> None:
         try:
@@ -153,11 +153,11 @@ class _Names:
         self._by_name = {canonical(name): name for name in reversed(tuple(index))}
 
     def __call__(self, part: str) -> str | None:
-        """Return the checkpoint's name of a part; None where it has none."""
+        """Return the checkpoint's name of a part, or None."""
         return part if part in self._index else self._by_name.get(self._canonical(part))
 
     def apart(self, name: str, values: Tensor) -> dict[str, Tensor]:
-        """Return the parts of a parameter by the names they have in files."""
+        """Return the parts of a parameter by their names in files."""
         if not self._converts:
             return {name: values}
         with _NoCopies(), torch.no_grad():

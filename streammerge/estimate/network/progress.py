@@ -1,4 +1,4 @@
-"""The progress of an estimate: events while it runs, and the places where it can be stopped."""
+"""The progress of an estimate: events, and the points where it can be stopped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _EVENT_SECONDS = 0.2
 
 
 class Progress:
-    """Counts the work, tells of it, and stops it when asked to."""
+    """Counts and reports the work, and stops the estimate on request."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class Progress:
         self.total = 0
 
     def tick(self, work: int) -> None:
-        """Count work; raise if the estimate is to stop."""
+        """Count work; raise `Stopped` if a stop is requested."""
         self._control.check()
         self.done += work
         if time.monotonic() < self._next:
@@ -46,6 +46,6 @@ class Progress:
         )
 
     def wrote(self, nbytes: int) -> None:
-        """Count a tensor of the store."""
+        """Count a written tensor of the store."""
         self._values["tensors"] += 1
         self._values["bytes_written"] += nbytes

@@ -1,4 +1,4 @@
-"""The weights of one stage, read when they are first asked for and kept until the stage is left."""
+"""The weights of one stage, read at the first request and kept until the stage ends."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from streammerge.estimate.network.loader import Loader
 
 
 class Resident(Weights):
-    """Weights of a stage; of an embedding only the rows that an example looks up.
+    """The weights of a stage; embeddings are read row by row.
 
     Parameters
     ----------
     allowed
         Parameters that the stage may use.
     where
-        What the stage is called in a message.
+        The stage's name in messages.
 
     Attributes
     ----------
     values
-        What was asked for.
+        The weights read so far.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class Resident(Weights):
         Raises
         ------
         ModelError
-            If it belongs to another stage.
+            If it belongs to a different stage.
         """
         if parameter not in self.values:
             if parameter not in self._allowed:
                 raise ModelError(
                     f"{printable(self._loader.reference)}: {self._where} uses {printable(self._loader.name(parameter))}, which "
-                    "belongs to another part of the model; such models are not run layer by layer"
+                    "belongs to a different part; running such models layer by layer is not supported"
                 )
             self.values[parameter] = self._loader.load(parameter).to(self.device)
         return self.values[parameter]

@@ -1,8 +1,8 @@
-"""The stages of a model, each run by itself: what comes before the layers, each layer, and what comes after.
+"""Run the stages of a model separately: the part before the layers, each layer, and the part after the layers.
 
-The model's own forward is what runs. Its layers are stood in for: the first one, to take what it is given and stop
-there; all of them, to hand on what they were given, so that what each gets beside the hidden states (masks, position
-embeddings) is found, and so that what follows the last one goes on from hidden states of ours.
+The model's own forward runs with its layers replaced. A replaced first layer captures its inputs and stops the run. If
+all layers are replaced by ones that pass on their inputs, each layer's other arguments (masks, position embeddings) are
+captured, and the part after the layers continues from hidden states that are supplied.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Call:
 
     hidden: Tensor
     args: tuple[Any, ...]
-    """Without the hidden states."""
+    """The arguments except the hidden states."""
     kwargs: Mapping[str, Any]
 
 
 class _Reached(Exception):
-    """Leaves a model's forward where no more of it is wanted."""
+    """Ends a model's forward early."""
 
 
 class Network:
@@ -43,7 +43,7 @@ class Network:
     Raises
     ------
     ModelError
-        If the model is no plain stack: layers that run more than once, or out of order, or with something in between.
+        If the model is not a plain stack: layers run more than once, out of order, or with other modules in between.
     """
 
     def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class Network:
         return self.call(0, example).hidden.numel() // example.length
 
     def embed(self, example: Example, weights: Weights) -> Tensor:
-        """Return what the first layer is given, [1, tokens, width]."""
+        """Return the input of the first layer, [1, tokens, width]."""
         caught: list[Call] = []
 
         def enter(i: int, call: Call) -> Any:
@@ -84,23 +84,23 @@ class Network:
         return caught[0].hidden
 
     def call(self, i: int, example: Example) -> Call:
-        """Return what layer `i` is given; of the hidden states only shape and dtype count.
+        """Return the arguments of layer `i`; for the hidden states only shape and dtype matter.
 
-        Kept for the next example of the same length: the arguments depend on the length alone (`check_by_length`).
+        They are cached for examples of the same length, on which alone they depend (`check_by_length`).
         """
         if self._last is None or self._last[:2] != (i, example.length):
             self._last = i, example.length, self._calls(example, i)[i]
         return self._last[2]
 
     def block(self, i: int, hidden: Tensor, call: Call, weights: Weights) -> Tensor:
-        """Return what layer `i` makes of hidden states."""
+        """Return the output of layer `i` for hidden states."""
         with Live(weights):
             result = self._forwards[i](hidden, *call.args, **call.kwargs)
         self._in_tuple = isinstance(result, tuple)
         return result[0] if self._in_tuple else result
 
     def head(self, example: Example, hidden: Tensor, weights: Weights) -> Tensor:
-        """Return the logits that follow from what the last layer returned: [1, tokens or labels, ...]."""
+        """Return the logits for the last layer's output, [1, tokens or labels, ...]."""
         live = Live(self._blank)
         passed = 0
 
@@ -118,20 +118,20 @@ class Network:
         return logits
 
     def check_by_length(self, example: Example, other: Example) -> None:
-        """Refuse a model whose layers are given what differs between two examples of one length.
+        """Refuse a model whose layers' arguments differ between two examples of the same length.
 
         Raises
         ------
         ModelError
-            Naming the argument.
+            If they differ; the message names the argument.
         """
         for a, b in zip(self._calls(example), self._calls(other), strict=True):
             for name in a.kwargs:
                 if isinstance(a.kwargs[name], Tensor) and not torch.equal(a.kwargs[name], b.kwargs[name]):
-                    raise self._refuse(f"its layers are given {name}, which depends on more than the length")
+                    raise self._refuse(f"its layers take {name}, which depends on more than the length")
 
     def _calls(self, example: Example, last: int | None = None) -> list[Call]:
-        """Return what each layer is given, up to `last`."""
+        """Return the arguments of each layer up to `last`."""
         calls: list[Call] = []
 
         def enter(i: int, call: Call) -> Any:
@@ -149,23 +149,23 @@ class Network:
         for call in calls:
             for name, value in call.kwargs.items():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
-                    raise self._refuse(f"its layers are given {name}, which follows from embeddings")
+                    raise self._refuse(f"its layers take {name}, which depends on the embeddings")
         return calls
 
     def _find_structure(self) -> bool:
-        """Return whether layers return tuples: where a tensor is expected, the next one gets that very tensor."""
+        """Return whether layers return tuples, by checking whether a returned tensor reaches the next layer unchanged."""
         import numpy as np
 
         probe = Example(0, np.zeros(3, np.int64))
         if self.n_blocks == 1:
-            return False  # nobody is given what it returns: known once it has run
+            return False  # a single layer: its structure is known once it has run
         for in_tuple in (False, True):
             self._in_tuple = in_tuple
             try:
                 calls = self._calls(probe)
             except ModelError:
                 raise
-            except Exception:  # what a model does with a layer's result of the wrong kind
+            except Exception:  # a model may do anything with a result of the wrong kind
                 continue
             if all(call.hidden is calls[0].hidden for call in calls):
                 return in_tuple
@@ -197,7 +197,7 @@ class Network:
 
     def _refuse(self, what: str) -> ModelError:
         return ModelError(
-            f"{printable(self.skeleton.reference)}: {type(self._model).__name__} is not run layer by layer: {what}"
+            f"{printable(self.skeleton.reference)}: {type(self._model).__name__} cannot be run layer by layer: {what}"
         )
 
 

@@ -19,7 +19,7 @@ class StreamSettings:
     examples: int | None = None
     """Number of examples, from the first; None: all."""
     max_length: int = 512
-    """Tokens after which an example is cut."""
+    """Examples are truncated to this number of tokens."""
     batch_size: int = 16
     """Examples that are read and written at a time; the values do not depend on it."""
     memory: int | None = None

@@ -1,6 +1,6 @@
-"""The memory that an estimate needs, stage by stage: numbers in, numbers out.
+"""The memory that an estimate needs in each stage: numbers in, numbers out.
 
-Estimates err on the large side; a test holds the measured peak below them.
+The numbers are upper bounds; a test checks that the measured peak stays below them.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from streammerge.planning.memory.budget import MIB, make_budget
 from streammerge.units import format_size
 
 RESERVE = 480 * MIB
-"""Interpreter, torch, transformers and the kernels, and what the store needs to write an array."""
+"""Bytes for the interpreter, torch, transformers, the kernels, and writing an array of the store."""
 _WEIGHT, _SUM, _ACTIVATION = 4, 8, 4
 _KEPT = 3
-"""Activations of a linear map's width that are alive at once: kept for the way back, its gradient, a copy on the way."""
+"""Number of live activations per linear map: one kept for the backward pass, its gradient, and a copy."""
 _ATTENTION = 4
-"""Matrices of tokens by tokens for each head, where attention is not fused."""
+"""Number of [tokens, tokens] matrices per head if attention is not fused."""
 _LOGITS = 6
-"""Matrices of tokens by vocabulary: logits, scores, what is between them, and copies on the way."""
+"""Number of [tokens, vocabulary] matrices: logits, scores, intermediates and copies."""
 _SPREAD = 1.1
-"""Bytes that an allocator holds in addition to what is asked for."""
+"""Bytes that the allocator holds in addition to requested memory."""
 
 
 @dataclass(frozen=True)
 class StageSize:
-    """One stage, in elements where nothing else is said."""
+    """The size of one stage, in elements unless stated otherwise."""
 
     name: str
     weights: int
-    """Parameters that are resident, with their sums."""
+    """Resident parameters, each with its sum."""
     whole: int = 0
-    """Those among them whose gradients autograd forms whole."""
+    """Resident parameters whose whole gradients autograd computes."""
     row_sums: int = 0
-    """Sums of the rows of embeddings that are looked up."""
+    """Sums for looked-up rows of embeddings."""
     activations: int = 0
-    """Most that the longest example has alive at once."""
+    """Most live activations of the longest example."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes beside the process's own."""
+        """Size in bytes, without the process's own memory."""
         held = self.weights * (_WEIGHT + _SUM) + self.whole * 2 * _WEIGHT + self.row_sums * 2 * _SUM
         return math.ceil(_SPREAD * (held + self.activations * _ACTIVATION))
 
@@ -53,24 +53,24 @@ def layer_activations(shapes: Iterable[Sequence[int]], tokens: int, width: int, 
     Parameters
     ----------
     used
-        Experts that a token goes through, where a weight holds several (its first of three axes).
+        Number of experts per token, for weights that hold several experts (the first of three axes).
     """
     linear = sum(sum(shape[-2:]) * (used if len(shape) > 2 else 1) for shape in shapes if len(shape) > 1)
     return tokens * (_KEPT * linear + 16 * width) + _ATTENTION * heads * tokens * tokens
 
 
 def head_activations(tokens: int, choices: int, width: int) -> int:
-    """Return the activations of what follows the layers; `choices` is the vocabulary, or the labels."""
+    """Return the activations of the part after the layers; `choices` is the size of the vocabulary, or of the labels."""
     return tokens * (_LOGITS * choices + 16 * width)
 
 
 def boundary_elements(batch_size: int, tokens: int, width: int, n_scores: int) -> int:
-    """Return what is held of the files that pass between stages: two read, one or two written."""
+    """Return the elements held of the files between stages: two are read, one or two written."""
     return batch_size * tokens * width * (2 + 3 * n_scores)
 
 
 def check_fits(memory: int | None, stages: Sequence[StageSize], between: int) -> int:
-    """Return the bytes that the largest stage brings the process to.
+    """Return the process's bytes in the largest stage.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def check_fits(memory: int | None, stages: Sequence[StageSize], between: int) ->
     Raises
     ------
     BudgetError
-        If that is more than `memory`, by default half of what is free.
+        If they exceed `memory`, by default half of what is free.
     """
     total = make_budget(memory, 1, RESERVE).total
     largest = max(stages, key=lambda stage: stage.nbytes)

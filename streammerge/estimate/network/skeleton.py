@@ -1,6 +1,6 @@
-"""A transformers model without its weights: parameters on the meta device, its small buffers computed for real.
+"""A transformers model without weights: parameters are on the meta device, small buffers are real.
 
-The decoder or encoder layers are the largest list of modules in it; no architecture is known here.
+Its layers are the largest list of modules; no list of architectures is needed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ _CURE = "install it with `pip install 'streammerge[hf]'`"
 
 
 class Skeleton:
-    """A model of the right shape that holds no weights.
+    """A model with the right shapes and no weights.
 
     Attributes
     ----------
     model
-        In evaluation mode; every parameter on the meta device.
+        The model in evaluation mode; every parameter is on the meta device.
     kind
-        What it is trained for: `CAUSAL` or `CLASSIFIER`.
+        `CAUSAL` or `CLASSIFIER`.
     blocks
-        Its layers, in the order they run.
+        The layers in the order of execution.
     aliases
-        All names of each parameter: a tied one has several.
+        All names of each parameter; tied parameters have several.
     outer
-        The parameters outside of the layers.
+        The parameters outside the layers.
     embeddings
-        Those of them that are looked up.
+        The outer parameters that are embeddings.
     """
 
     def __init__(self, index: TensorIndex) -> None:
@@ -45,7 +45,7 @@ class Skeleton:
         self.model = _build(index, self.kind, architecture)
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise ModelError(
-                f"{printable(self.reference)}: {architecture} has an encoder and a decoder; models of one stack of layers are run"
+                f"{printable(self.reference)}: {architecture} has an encoder and a decoder; only models with a single stack of layers are supported"
             )
         self.blocks_name, self.blocks = _largest_list(self.model, self.reference)
         self.aliases: dict[nn.Parameter, list[str]] = {}
@@ -74,10 +74,10 @@ class Skeleton:
 
     @property
     def positions(self) -> int | None:
-        """Most tokens that its position embeddings allow; None where there is no limit in its config."""
+        """Most tokens that its position embeddings allow; None if its config has no limit."""
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         padding = getattr(self.model.config, "pad_token_id", None) or 0
-        # RoBERTa and its kin count positions from behind the padding id.
+        # RoBERTa and similar models count positions from the padding id plus 1.
         return (
             None if not longest else int(longest) - (padding + 1 if _counts_from_padding(self.model) else 0)
         )
@@ -95,8 +95,8 @@ def _kind_of(index: TensorIndex) -> tuple[str, str]:
             return kind, architecture
     said = printable(architecture, 80) or "not said"
     raise ModelError(
-        f"{printable(index.reference)}: config.json: its architecture is {said}; causal language models (…ForCausalLM) and "
-        "sequence classifiers (…ForSequenceClassification) are run"
+        f"{printable(index.reference)}: config.json: unsupported architecture {said}: use a causal language model "
+        "(…ForCausalLM) or a sequence classifier (…ForSequenceClassification)"
     )
 
 
@@ -118,7 +118,7 @@ def _build(index: TensorIndex, kind: str, architecture: str) -> Any:
         config.use_cache = False
         with _parameters_on_meta():
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # whatever a config from strangers makes of the library
+    except Exception as error:  # a foreign config may raise anything in the library
         raise ModelError(
             f"{printable(index.reference)}: transformers cannot build {printable(architecture, 80)} from config.json: "
             f"{printable(str(error).strip() or type(error).__name__, 300)}"
@@ -128,9 +128,9 @@ def _build(index: TensorIndex, kind: str, architecture: str) -> Any:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Have every parameter land on the meta device when a module takes it; buffers are left alone.
+    """Move every parameter to the meta device when a module registers it; buffers stay real.
 
-    Memory that `torch.empty` gave was never touched by then, so it was never resident.
+    The memory from `torch.empty` is untouched at that point, so it never becomes resident.
     """
     register = nn.Module.register_parameter
 
@@ -147,11 +147,11 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _largest_list(model: nn.Module, reference: str) -> tuple[str, nn.ModuleList]:
-    """Return the list of modules that holds most parameters: the layers."""
+    """Return the list of modules with the most parameters: the layers."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
     if not lists:
         raise ModelError(
-            f"{printable(reference)}: {type(model).__name__} has no list of layers to run one by one"
+            f"{printable(reference)}: {type(model).__name__} has no list of layers, so it cannot be run layer by layer"
         )
     return max(lists, key=lambda entry: (sum(p.numel() for p in entry[1].parameters()), -len(entry[0])))
 

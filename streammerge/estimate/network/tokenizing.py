@@ -1,4 +1,4 @@
-"""Turns the lines of a file into examples of a model: its own tokenizer, its labels, its limits."""
+"""Turn the lines of a file into a model's examples, with its own tokenizer, labels and limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from streammerge.estimate.network.skeleton import CAUSAL, Skeleton
 def reading_for(
     skeleton: Skeleton, index: TensorIndex, max_length: int, *, with_labels: bool = False
 ) -> Reading:
-    """Return how lines are read for a model, labels too where they are wanted."""
+    """Return the settings for reading a model's examples, with labels if requested."""
     longest = min(max_length, skeleton.positions or max_length)
     return Reading(
         max_length=longest,
@@ -29,9 +29,9 @@ def _tokenizer(index: TensorIndex, max_length: int) -> Tokenize:
         tokenizer = AutoTokenizer.from_pretrained(
             str(index.directory), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever the library makes of the files
+    except Exception as error:  # foreign files may raise anything in the library
         raise InputError(
-            f"{printable(index.reference)}: no tokenizer could be loaded for text: "
+            f"{printable(index.reference)}: cannot load a tokenizer for text: "
             f"{printable(str(error).strip() or type(error).__name__, 300)}; give input_ids instead"
         ) from error
 

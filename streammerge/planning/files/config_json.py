@@ -40,7 +40,7 @@ _COUNTS = (
 )
 """Names of the setting for the number of layers."""
 _LANGUAGE = ("", *LANGUAGE_PARTS)
-"""The parts of a config that speak of the language model."""
+"""The parts of a config that describe the language model."""
 
 
 def all_settings(
@@ -78,10 +78,10 @@ def merged_config(
     stacks: Sequence[Stack],
     alignment: Alignment | None = None,
 ) -> tuple[Settings, list[str]]:
-    """Return the settings of the output, and warnings; no settings if the template model has none.
+    """Return the settings of the output, and warnings; without a config.json of the template model, no settings.
 
-    Changed are the dtype, the number of layers and lists with an entry per layer, whether embedding and head are tied,
-    the size of the vocabulary and numbers of tokens, and a quantisation that the output no longer has.
+    The merge may change the dtype, the number of layers and lists with an entry per layer, whether embedding and head
+    are tied, the size of the vocabulary, token ids, and a quantisation that the output no longer has.
     """
     if not template.config:
         return {}, []
@@ -104,7 +104,7 @@ def merged_config(
 
 
 def spelled(settings: Mapping[str, Any], raw: bytes) -> bytes:
-    """Return config.json as bytes: the template model's own where nothing has changed."""
+    """Return config.json as bytes: the template model's own if nothing has changed."""
     try:
         unchanged = json.loads(raw) == settings
     except (ValueError, RecursionError):
@@ -126,7 +126,7 @@ def _set_dtype(settings: Settings, config: MergeConfig, jobs: Sequence[Job]) -> 
 
 
 def _follow_dtype(settings: Settings, jobs: Sequence[Job]) -> None:
-    """Name the dtype that most bytes of the output have, where no config does; a part keeps one that occurs."""
+    """Without a configured dtype, name the one that most bytes of the output have; a part keeps a dtype that occurs."""
     nbytes = Counter[str]()
     for job in jobs:
         if job.encoder is None and job.dtype in dtypes.CONFIG_NAME:
@@ -141,7 +141,7 @@ def _follow_dtype(settings: Settings, jobs: Sequence[Job]) -> None:
 
 
 def _name_code(settings: Settings, template: TensorIndex) -> list[str]:
-    """Say that a loader may be told to run Python code of the template model's, which the output gets as the data that it is."""
+    """Warn that a loader may be told to run the template model's Python code, which the merge copies and never runs."""
     named = settings.get("auto_map")
     values = list(named.values()) if isinstance(named, dict) else []
     texts = {
@@ -185,7 +185,7 @@ def _parts(settings: Settings) -> Iterator[tuple[str, Settings]]:
 
 
 def _set_layers(settings: Settings, stack: Stack, indexes: Indexes) -> list[str]:
-    """Set the number of layers of a stack, and put its lists with an entry per layer together anew."""
+    """Set the number of layers of a stack, and rebuild its lists with an entry per layer."""
     found = [
         (name, part, key)
         for name, part in _parts(settings)
@@ -220,7 +220,7 @@ def _part_of(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _belongs(part: str, key: str, stack: Stack) -> bool:
-    """Return whether a count speaks of a stack, by their names."""
+    """Return whether a count belongs to a stack, judging by their names."""
     prefix = stack.prefix.lower()
     for word, names in (("vis", ("vision", "visual", "vit")), ("audio", ("audio",))):
         if any(name in prefix for name in names):
@@ -236,7 +236,7 @@ def _is_simple(item: object) -> bool:
 
 
 def _entry(indexes: Indexes, reference: str, part: str, key: str, number: int, own: Sequence[Any]) -> Any:
-    """Return what a layer's own model has in a list with an entry per layer; else what the template model has."""
+    """Return a layer's entry in a list of its own model; if that has no such list, in the template model's."""
     settings: Any = indexes[reference].config
     values = (settings.get(part, {}) if part else settings).get(key)
     if isinstance(values, list) and number < len(values):
@@ -259,7 +259,7 @@ def _set_vocabulary(settings: Settings, alignment: Alignment) -> list[str]:
 
 
 def _untie(settings: Settings, template: TensorIndex, indexes: Indexes, jobs: Sequence[Job]) -> None:
-    """Say that the head is no copy of the embedding where a model with a head of its own has a part in it."""
+    """Untie head and embedding in the settings if a model with a separate head takes part in the head's merge."""
     heads = [job.name for job in jobs if is_head(job.name)]
     own = any(
         head in index and flag_of(index.config) is not True for head in heads for index in indexes.values()

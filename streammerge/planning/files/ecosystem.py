@@ -1,4 +1,4 @@
-"""The library that an output is for: it decides what the weights are called and which settings are read."""
+"""The library that loads the output; it determines the names of the weights' files and the settings that are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Ecosystem:
     """A library and its conventions."""
 
     library: str
-    """The hub's name of it; empty where none is known."""
+    """The library's name on the hub; empty if unknown."""
     stem: str = "model"
     """Beginning of the names of the weights' files."""
 
@@ -29,7 +29,7 @@ OPEN_CLIP = Ecosystem("open_clip", "open_clip_model")
 
 
 def ecosystem_of(template: TensorIndex) -> Ecosystem:
-    """Return what a model was saved by: its config.json decides, then the names of its files."""
+    """Return the library that saved a model: its config.json decides, then the names of its files."""
     names = {os.path.basename(stamp.path) for stamp in template.stamps}
     found = _known_by(template.config, names)
     if found not in (DIFFUSERS, OPEN_CLIP) and os.path.lexists(template.directory / "modules.json"):
@@ -55,5 +55,5 @@ def _known_by(config: Mapping[str, Any], names: Collection[str]) -> Ecosystem:
 
 
 def reads_dtype(config: Mapping[str, Any]) -> bool:
-    """Return whether a config.json is one of transformers, whose loader takes a dtype from it."""
+    """Return whether a config.json belongs to transformers, whose loader takes the dtype from it."""
     return any(key in config for key in ("model_type", "architectures", "transformers_version"))

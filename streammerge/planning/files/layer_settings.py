@@ -1,4 +1,4 @@
-"""Renumbers the settings of config.json that name layers by number, once the layers are restacked."""
+"""Renumber the settings of config.json that refer to layers by number, after layers are restacked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streammerge.checkpoint.names import DECLARED
 from streammerge.planning.resolve.assemble import Stack
 
 Own = Callable[[str], Mapping[str, Any]]
-"""A model's settings, of the part that speaks of the stack, by its reference."""
+"""Each model's settings of the part that describes the stack, by the model's reference."""
 
 NUMBERS = (
     "mlp_only_layers",
@@ -20,9 +20,9 @@ NUMBERS = (
     "global_attention_layers",
     "attn_layer_indices",
 )
-"""Lists of the numbers of the layers that are of some kind."""
+"""Settings that list the numbers of the layers of some kind."""
 _THRESHOLDS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
-"""The layers below this number are of another kind than the rest."""
+"""Settings that are a threshold: layers below this number are of a different kind from the rest."""
 _PERIODS = (
     "full_attention_interval",
     "sliding_window_pattern",
@@ -36,11 +36,11 @@ _PERIODS = (
     "cross_attention_freq",
     "global_attn_every_n_layers",
 )
-"""Every so many layers one is of another kind."""
+"""Settings that are a period: one layer in every so many is of a different kind."""
 
 
 def follow_layers(part: dict[str, Any], stack: Stack, own: Own) -> list[str]:
-    """Change what `part` says of layers by number to what the stack now holds; return what cannot be said so."""
+    """Update the settings in `part` that refer to layers by number; return warnings on those that cannot be expressed."""
     notes = []
     for key in NUMBERS:
         value = part.get(key)
@@ -60,8 +60,8 @@ def follow_layers(part: dict[str, Any], stack: Stack, own: Own) -> list[str]:
             continue
         if any((place - number) % period for place, (_, number) in enumerate(stack.layers)):
             notes.append(
-                f"config.json: {key}: {period} tells kinds of layers by their numbers, and some layers now have a number of the other "
-                f"kind: stack whole groups of {period} layers, or set it by hand"
+                f"config.json: {key}: {period} determines the kind of a layer by its number, and some layers now have a number "
+                f"of the wrong kind: stack whole groups of {period} layers, or set it by hand"
             )
     for key in DECLARED:
         if stack.extra_before != stack.extra and type(part.get(key)) is int:
@@ -70,7 +70,7 @@ def follow_layers(part: dict[str, Any], stack: Stack, own: Own) -> list[str]:
 
 
 def tail_of(value: Sequence[Any], stack: Stack) -> list[Any]:
-    """Return the entries that a list with one per layer has for the layers kept behind the last."""
+    """Return a list's entries for the layers that are kept after the last."""
     return list(value[stack.before :])[: stack.extra]
 
 
@@ -89,6 +89,6 @@ def _follow_threshold(part: dict[str, Any], key: str, stack: Stack, own: Own) ->
     if not any(below[first:]):
         return []
     return [
-        f"config.json: {key} is {first}, but some layers of that kind come later (the first: {below.index(True, first)}): a loader "
-        "will take them for the other kind"
+        f"config.json: {key} is {first}, but some layers of that kind come later (the first: {below.index(True, first)}): "
+        "loaders will treat them as the other kind"
     ]

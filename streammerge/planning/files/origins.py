@@ -1,6 +1,6 @@
-"""Finds the origins of a merge's inputs that may be published: names on the hub, and licences.
+"""Find the publishable origins of a merge's inputs: their names on the hub, and their licences.
 
-A path is nobody's business: of a local folder only its own name is told.
+Paths are private: for a local folder only its own name is given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from streammerge.errors import StreammergeError, printable
 
 _README = "README.md"
 _MOST_README = 1 << 16
-"""Bytes of a README that are looked at: the front matter comes first."""
+"""Bytes of a README that are read; the front matter comes first."""
 _FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)---[ \t]*\r?\n", re.DOTALL)
 _KEY = re.compile(
     r"^(license|license_name|license_link):[ \t]*(?:\r?\n[ \t]*-[ \t]+)?([\"']?)([^\s\"'#\[\]{}|>&*!][^\r\n\"'#]{0,200}?)\2[ \t\r]*$",
@@ -29,19 +29,19 @@ _KEY = re.compile(
 
 @dataclass(frozen=True)
 class Origin:
-    """A model, or an adapter."""
+    """The origin of a model, or of an adapter."""
 
     name: str
-    """Its name on the hub, or that of the local folder."""
+    """The name on the hub, or the name of the local folder."""
     revision: str = ""
-    """The snapshot of a model of the hub."""
+    """The commit of a model from the hub."""
     on_hub: bool = False
     licence: tuple[tuple[str, str], ...] = ()
-    """Its licence in the front matter of its README, by key; empty if it states none."""
+    """The licence in the front matter of its README, by key; empty if there is none."""
 
 
 def origins_of(index: TensorIndex) -> tuple[Origin, ...]:
-    """Return where a model comes from, and then the adapter on it."""
+    """Return the origin of a model, and that of the adapter on it."""
     if index.adapter is None:
         return (_origin(index.reference, index.directory),)
     model, adapter = split_reference(index.reference, _exists)
@@ -49,14 +49,14 @@ def origins_of(index: TensorIndex) -> tuple[Origin, ...]:
 
 
 def shared_licence(origins: Sequence[Origin]) -> tuple[tuple[str, str], ...]:
-    """Return what all inputs say of their licences, word for word the same; nothing where they differ or one is silent."""
+    """Return the licence that all inputs state in the same words; empty if they differ or one states none."""
     stated = {origin.licence for origin in origins}
     (licence,) = stated if len(stated) == 1 else ((),)
     return licence
 
 
 def shown_reference(reference: str) -> str:
-    """Return a reference as it may be published: of paths that tell where somebody's files lie, the last part.
+    """Return a reference as it may be published: of a local path only the last part.
 
     >>> shown_reference("/home/me/models/math"), shown_reference("org/math@v1"), shown_reference("a/math+../my/lora")
     ('math', 'org/math@v1', 'a/math+lora')

@@ -1,4 +1,4 @@
-"""Selects the files that are copied to the output in addition to the weights, and names those that are not."""
+"""Select the files that are copied to the output in addition to the weights, and name those that are not."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from streammerge.io.stamp import FileStamp
 from streammerge.planning.files.tokenizer import TokenizerFiles
 
 _SHOWN = 12
-"""Names that a warning lists; more are counted."""
+"""The most names that a warning lists; the rest are counted."""
 _FIXED_VOCABULARY = ("tekken", ".tiktoken")
-"""Parts of the names of tokenizers to which no token can be added."""
+"""Parts of the names of files of tokenizers to which no token can be added."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The files beside the weights of an output."""
+    """The files of an output in addition to its weights."""
 
     files: Mapping[str, FileStamp] = field(default_factory=dict)
     """The copied files, by their path in the output."""
@@ -40,14 +40,14 @@ def surroundings(
     tokenizer
         Folder of the tokenizer's source; None: the output gets none.
     changed
-        What the merge changes of the tokenizer.
+        The tokenizer files that the merge changes.
     quantised
-        Whether the output holds quantised weights, so that what declares them goes with them.
+        Whether the output holds quantised weights; the files that declare them are then copied too.
 
     Raises
     ------
     WorldError
-        If the machine cannot look at them.
+        If the machine cannot read the folder.
     """
     whole = not is_single_file(template)
     own = {os.path.basename(stamp.path) for stamp in template.stamps}
@@ -63,7 +63,7 @@ def surroundings(
         del files[name]
         left.append(name)
     settings = template.settings_file
-    if os.path.exists(template.directory / settings):  # read already, wherever a link leads
+    if os.path.exists(template.directory / settings):  # already read, even through a link out of the folder
         files[settings] = _stamp(template.directory / settings)
         left = [name for name in left if not name.startswith(f"{settings} (")]
     notes = [
@@ -75,7 +75,7 @@ def surroundings(
 
 
 def is_single_file(index: TensorIndex) -> bool:
-    """Return whether a model is one file of a folder that may hold others'."""
+    """Return whether a model is a single file, in a folder that may hold other models."""
     reference = index.reference
     cuts = [len(reference), *(i for i, c in enumerate(reference) if c == "+")]
     return any(os.path.isfile(os.path.expanduser(reference[:cut])) for cut in cuts)
@@ -97,11 +97,11 @@ def _stamp(path: Path) -> FileStamp:
 
 
 def _left_behind(template: TensorIndex, left: Sequence[str]) -> list[str]:
-    """Return one line on all that stays behind."""
+    """Return a warning that names the files which are not copied."""
     if not left:
         return []
     more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
     names = ", ".join(printable(name, 80) for name in left[:_SHOWN])
     return [
-        f"{printable(template.reference)}: not copied to the output: {names}{more}; copy by hand what is needed of it"
+        f"{printable(template.reference)}: not copied to the output: {names}{more}; copy by hand what you need"
     ]

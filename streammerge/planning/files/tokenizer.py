@@ -1,4 +1,4 @@
-"""The tokenizer files of an output: those of one model, with the tokens and the chat template that the merge adds."""
+"""The tokenizer files of an output: one model's files, plus the tokens and the chat template that the merge adds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PROCESSOR = "chat_template.json"
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """Properties of an added token in a tokenizer's files."""
 _NUMBERS = ("_token_id", "_token_ids", "_token_index")
-"""Ends of the names of settings that are numbers of tokens."""
+"""Endings of the names of settings that are token ids."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TokenizerFiles:
 
     directory: Path
     changed: Mapping[str, bytes]
-    """Files by name that differ from those in the directory."""
+    """Files that differ from those in the directory, by name."""
     notes: tuple[str, ...] = ()
 
 
@@ -55,7 +55,7 @@ def tokenizer_files(
     Raises
     ------
     ModelError
-        If a file that is to be changed is malformed.
+        If a file that must be changed is malformed.
     """
     directory = template.directory if alignment is None else alignment.directory
     objects: dict[str, dict[str, Any]] = {}
@@ -88,15 +88,15 @@ def tokenizer_files(
 
 
 def _spelled(value: Mapping[str, Any]) -> bytes:
-    """Return a file's JSON: indented, but for a whole tokenizer, of which that would take half a minute and a gigabyte."""
+    """Return a file as JSON: indented, except a whole tokenizer, for which that would take half a minute and a gigabyte."""
     indent = None if "added_tokens" in value else 2
     return json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n"
 
 
 def _with_tokens(directory: Path, new: tuple[NewToken, ...]) -> dict[str, dict[str, Any]]:
-    """Return the files that list added tokens, with the new ones, and with those that only some of the files list so far.
+    """Return the files that list added tokens, with the new tokens and with tokens that only some files listed so far.
 
-    A loader that reads one of them would number what comes after the missing ones otherwise.
+    Otherwise a loader that reads only one of the files would number the tokens after the missing ones differently.
     """
     source = read_tokenizer(directory)
     assert source is not None
@@ -140,14 +140,14 @@ def _with_tokens(directory: Path, new: tuple[NewToken, ...]) -> dict[str, dict[s
 
 
 def _entry(text: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a tokenizer says of an added token, as its own files or those that it comes from do."""
+    """Return the entry of an added token, as in the tokenizer's own files or in those the token comes from."""
     return {"content": text} | {
         flag: about[flag] if isinstance(about.get(flag), bool) else False for flag in _FLAGS
     }
 
 
 def _most_common(indexes: Mapping[str, TensorIndex]) -> str | None:
-    """Return the chat template that most models have; of several the first."""
+    """Return the most common chat template of the models; of equally common ones the first."""
     templates = [read_chat_template(index.directory) for index in indexes.values()]
     counts = Counter(template for template in templates if template is not None)
     return max(counts, key=lambda template: counts[template]) if counts else None
@@ -156,7 +156,7 @@ def _most_common(indexes: Mapping[str, TensorIndex]) -> str | None:
 def _set_template(
     directory: Path, template: str, objects: dict[str, dict[str, Any]], texts: dict[str, str]
 ) -> None:
-    """Put a chat template wherever a loader looks for one."""
+    """Write a chat template to every place where loaders look for one."""
     settings = os.path.lexists(directory / SETTINGS)
     if settings:
         data = objects.get(SETTINGS) or read_object(str(directory / SETTINGS))
@@ -168,7 +168,7 @@ def _set_template(
 
 
 def renumber(settings: dict[str, Any], numbers: Ids) -> list[str]:
-    """Put the output's numbers of tokens in place of the template model's; return the settings whose token the output lacks."""
+    """Replace the template model's token ids by the output's; return the settings whose token the output lacks."""
     lost = []
     for key, value in settings.items():
         if not key.endswith(_NUMBERS):

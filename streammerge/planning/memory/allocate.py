@@ -1,13 +1,13 @@
-"""Divides the memory between the process, lists of tensors, statistics and buffers.
+"""Divide the memory between the process, lists of tensors, statistics and buffers.
 
 ::
 
     --memory  |-- process --|-- lists --|-- statistics --|---------- buffers ----------|
-               interpreter,  headers,    counts of        leased by chunks, and never
-               libraries,    plan,       ranks, partial   more of them than this
+               interpreter,  headers,    counts of        leased by chunks, never
+               libraries,    plan,       ranks, partial   more than this in total
                threads       journal     sums of blocks
 
-Pure: numbers in, values out. All of it is bounded before the first byte is written.
+Pure: numbers in, values out. Every part is bounded before the first byte is written.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from streammerge.statistics.base import FEWEST_BINS, MOST_BINS, Statistic
 from streammerge.units import format_at_least, format_size
 
 _MOST_PARTIALS = 1 << 20
-"""Most bytes of the partial sums of one piece: more do not make reads larger."""
+"""Most bytes of the partial sums of one piece; more would not make reads larger."""
 _SHARE = 8
-"""Windows of counts, and partial sums, each take at most this fraction (one in 8) of the memory that is not the process's own."""
+"""Windows of counts take at most 1/8 of the memory beyond the process's own; so do partial sums."""
 
 REF_NBYTES = 240
-"""Bytes per input tensor: its entry in the list of the model's tensors."""
+"""Bytes per input tensor, for its entry in the list of the model's tensors."""
 STORED_REF_NBYTES = 900
-"""Bytes per tensor of a Fisher store, which has a file path for each."""
+"""Bytes per tensor of a Fisher store, for its entry and its path."""
 JOB_NBYTES = 1400
-"""Bytes per output tensor: its job, slot and header, receipts of its pieces, journal and manifest."""
+"""Bytes per output tensor, for its job, slot, header, receipts, journal and manifest."""
 ANSWER_NBYTES = 250
-"""Bytes per answer that is kept until the whole model is known: the answer, and its text in the journal."""
+"""Bytes per value of a statistic that is kept until the whole model is known: the value, and its text in the journal."""
 NAME_COPIES = 8
-"""Copies of a tensor's name that are held at the same time: the name, in headers, in the manifest and its text."""
+"""Number of copies of a tensor's name held at once: the name, in headers, in the manifest and in its text."""
 
 
 @dataclass(frozen=True)
@@ -46,39 +46,39 @@ class Needs:
     """The needs of one job."""
 
     access: Extent
-    """The largest extent of its statistics and of its arithmetic."""
+    """The largest extent among its statistics and its arithmetic."""
     holds: bool
-    """Whether the merge needs statistics of its own tensor."""
+    """Whether it needs statistics of its own tensor."""
     sums: bool
     """Whether these statistics are sums over blocks of elements."""
     extent: Extent
-    """The elements that its arithmetic must see at once."""
+    """The extent of its arithmetic."""
     ranks: int = 0
-    """Upper bound of the order statistics that are taken in one pass."""
+    """Upper bound of the number of rank statistics taken in one pass."""
     partials: int = 0
-    """Upper bound of the fp64 partial sums per block of elements that are taken in one pass."""
+    """Upper bound of the number of fp64 partial sums per block taken in one pass."""
     kept: int = 0
-    """Answers of its own tensor that are kept until those of the whole model are known."""
+    """Number of values of its own tensor that are kept until those of the whole model are known."""
 
 
 @dataclass(frozen=True)
 class StatisticsMemory:
-    """The memory that statistics may take in addition to the buffers."""
+    """The memory that statistics may use in addition to the buffers."""
 
     bins: int = MOST_BINS
-    """Most counts of one window."""
+    """The most bins of one window."""
     elements: int = 1 << 62
-    """Most elements whose partial sums are taken at a time."""
+    """The most elements whose partial sums are taken at a time."""
     nbytes: int = 0
-    """Bytes of all windows and all partial sums together."""
+    """Size of all windows and all partial sums in bytes."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """The divided memory, and how each job is handled within it."""
+    """The divided memory, and the handling of each job within it."""
 
     budget: Budget
-    """The budget of the buffers; everything else is in its reserve."""
+    """The budget of the buffers; its reserve contains everything else."""
     statistics: StatisticsMemory
     work: tuple[Work, ...]
 
@@ -94,15 +94,15 @@ def asked_together(rounds: Sequence[Sequence[Statistic[Any]]]) -> tuple[int, int
 def statistics_memory(ranks: int, partials: int, largest: int, budget: Budget) -> StatisticsMemory:
     """Return the memory for statistics.
 
-    A window is counted by every worker on its own and added up once for each rank. The partial sums of a piece wait
-    for those of all before it, of which two for each worker are in flight, and one more is summed by each.
+    Every worker counts its own window, and one window per rank holds the total. The partial sums of a piece wait for
+    those of all earlier pieces: two pieces per worker are in flight, and each worker sums one more.
 
     Parameters
     ----------
     ranks, partials
         As in `Needs`, over all jobs.
     largest
-        Elements of the largest scope that is ranked.
+        Number of elements of the largest scope that is ranked.
     budget
         The memory, before statistics are subtracted.
     """
@@ -127,7 +127,7 @@ def lists_nbytes(n_refs: int, n_stored: int, jobs: Sequence[Job], needs: Sequenc
     Parameters
     ----------
     n_refs, n_stored
-        Tensors of all inputs together, and of all Fisher stores.
+        Number of tensors of all inputs, and of all Fisher stores.
     """
     names = sum(len(job.name) for job in jobs)
     kept = sum(need.kept for need in needs)
@@ -150,16 +150,16 @@ def allocate(
     budget
         The memory, before lists and statistics are subtracted.
     lists
-        Bytes of lists of tensors.
+        Size of lists of tensors in bytes.
     plan_work
-        Decides how one job is handled; raises `TooLarge`.
+        Function that decides how one job is handled; it raises `TooLarge`.
     beside
-        Bytes that the statistics of a job take in addition to buffers and windows, handled this way.
+        Function that returns the bytes that a job's statistics need in addition to buffers and windows.
 
     Raises
     ------
     BudgetError
-        If it does not fit. The memory that the message asks for is enough.
+        If it does not fit. The memory that the message asks for suffices.
     """
 
     def divided(total: Budget) -> Allocation:
@@ -181,14 +181,14 @@ def allocate(
 
 
 class TooLittle(Exception):
-    """The memory left for buffers is below the least that they need."""
+    """The memory left for buffers is below their minimum."""
 
     def __init__(self, least: int, statistics: int) -> None:
         self.least, self.statistics = least, statistics
 
 
 def least_total(budget: Budget, known: int, divide: Callable[[Budget], Allocation]) -> int:
-    """Return the least memory, in whole MiB, that suffices, starting from the bytes `known` to be needed."""
+    """Return the least sufficient memory, in whole MiB; at least `known` bytes are needed."""
     total = -(-known // MIB) * MIB
     while True:
         try:
@@ -221,7 +221,7 @@ def divide(
         ranks, partials, sum(job.n_elements for job in jobs if job.kind == "merge"), budget
     )
     extra = 0
-    while True:  # the less is left for buffers, the more tensors are streamed for their statistics
+    while True:  # smaller buffers stream more tensors, whose statistics in turn need memory
         left = _with_buffers(budget, statistics.nbytes + extra, statistics.nbytes + extra)
         work = _work_of(jobs, needs, left, plan_work)
         wanted = max(map(beside, jobs, needs, work), default=0)
@@ -243,7 +243,7 @@ def _work_of(
     budget: Budget,
     plan_work: Callable[[Job, Needs, Budget], Work],
 ) -> list[Work]:
-    """Return how each job is handled; if some do not fit, refuse the most demanding one."""
+    """Return the handling of each job; if some do not fit, refuse the most demanding one."""
     known: dict[tuple[object, ...], Work] = {}
     same: dict[Work, Work] = {}
     refused: TooLarge | None = None
@@ -256,7 +256,7 @@ def _work_of(
             except TooLarge as error:
                 refused = error if refused is None or error.needed > refused.needed else refused
                 continue
-            known[key] = same.setdefault(how, how)  # one object for all: there may be many tensors
+            known[key] = same.setdefault(how, how)  # shared objects: there may be many tensors
         work.append(known[key])
     if refused is not None:
         raise refused
@@ -264,7 +264,7 @@ def _work_of(
 
 
 def _likeness(job: Job, need: Needs) -> tuple[object, ...]:
-    """Return a key of everything that decides how a job is handled."""
+    """Return a key of everything that determines the handling of a job."""
     fishers = tuple((ref.dtype, getattr(ref, "chunk", None)) for ref in job.fishers)
     inputs = tuple((ref.dtype, ref.scratch_bytes) for ref in job.inputs)
     return (

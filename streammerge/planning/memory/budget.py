@@ -1,7 +1,7 @@
-"""The memory budget of a merge: how much there is, and how much of it the buffers may take.
+"""The memory budget of a merge, and the part of it that buffers may use.
 
-`--memory` bounds the resident memory of the whole process. What the interpreter and its libraries
-take is subtracted first; the rest, the capacity, is all that buffers may ever hold together.
+`--memory` bounds the resident memory of the whole process. The interpreter and its libraries are subtracted first
+(the reserve); the rest is the capacity, which all buffers share.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ class Budget:
     reserve: int
     """Bytes that the process needs in addition to the buffers."""
     threads: int
-    """CPUs that may be busy."""
+    """Number of CPUs to keep busy."""
 
     @property
     def capacity(self) -> int:
-        """All buffers together may hold this much."""
+        """Bytes that all buffers may hold together."""
         return self.total - self.reserve
 
     @property
     def workers(self) -> int:
-        """Chunks in flight: more than CPUs, so that some read and write while others compute."""
+        """Number of chunks in flight: more than CPUs, so that some read and write while others compute."""
         return self.threads + 3
 
     @property
     def resident_limit(self) -> int:
-        """Largest chunk that is held whole; two fit at a time, so that reading overlaps."""
+        """Bytes of the largest chunk that is held whole; two fit at a time, so that reading overlaps with computing."""
         return self.capacity // 2
 
     @property
     def chunk_target(self) -> int:
-        """Bytes an elementwise chunk aims at: large reads, and all workers busy."""
+        """Target size of an elementwise chunk in bytes: reads are large, and all workers are busy."""
         return min(48 * MIB, self.capacity // (self.workers + 1))
 
     def less(self, nbytes: int) -> Budget:
-        """Return the budget that is left for buffers when `nbytes` more are needed for other things."""
+        """Return the budget with `nbytes` more in the reserve."""
         return replace(self, reserve=self.reserve + nbytes)
 
 
@@ -74,7 +74,7 @@ def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget
 
 
 def available_cpus() -> int:
-    """Return the CPUs this process may keep busy: its affinity, or its cgroup's quota if that is less."""
+    """Return the number of CPUs this process may use: its affinity, or its cgroup's quota if that is smaller."""
     cpus = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()

@@ -1,13 +1,12 @@
-"""Lays out the operands of a piece in its buffer: arithmetic of offsets.
+"""Lay out the operands of a piece in its buffer.
 
-Direct I/O moves whole pages between a file and memory at the same place of a page. So every operand has a slot of
-its bytes in whole pages and one page more, and in front of the first a page in which the output, laid over that
-operand, may begin earlier::
+Direct I/O moves whole pages, and data keep their offset within the page. So every operand's slot is one page larger than
+its bytes in whole pages. A page precedes the first slot, in which the output, laid over that operand, may begin earlier::
 
     | page | input 0       | input 1       | ... | output, if wider | scratch ...
              over which the output is laid
 
-Tensors too small for direct I/O lie one after the other, aligned to a cache line.
+Tensors too small for direct I/O follow each other, aligned to cache lines.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from streammerge.tensors.encoders.base import Encoder
 
 @dataclass(frozen=True)
 class Places:
-    """Byte offsets into the buffer of a piece."""
+    """Offsets into the buffer of a piece, in bytes."""
 
     slots: tuple[int, ...]
     """Offsets of the inputs: the base, the models, their Fisher diagonals."""
@@ -33,13 +32,13 @@ class Places:
     scratch: int
     """Offset of the first free byte."""
     paged: bool
-    """Whether direct I/O may use it: all offsets are then multiples of `PAGE`."""
+    """Whether direct I/O may use the buffer; all offsets are then multiples of `PAGE`."""
 
     def output_at(self, first_input: int, file_offset: int) -> int:
-        """Return where the output begins so that it lies in its page as it will lie in the file.
+        """Return the output's offset in the buffer, with the same offset within its page as in the file.
 
-        Over the first input, whose data begin at `first_input`, it begins no later than they do: kernels read
-        a block before they write it, in ascending order.
+        If it overlays the first input, whose data begin at `first_input`, it begins no later than they do, since kernels
+        read a block before they write it, in ascending order.
         """
         if not self.paged:
             return first_input if self.output is None else self.output
@@ -53,7 +52,7 @@ class Places:
 
 
 def divide(job: Job, n: int) -> Places:
-    """Divide the buffer of a piece of `n` elements."""
+    """Return the places in the buffer of a piece of `n` elements."""
     paged = _is_paged(job)
     slots = []
     position = PAGE if paged else 0
@@ -73,7 +72,7 @@ def divide(job: Job, n: int) -> Places:
 
 
 def bytes_per_element(job: Job) -> float:
-    """Return the buffer bytes per element: all inputs, and the output where it has a slot of its own."""
+    """Return the buffer bytes per element: of all inputs, and of the output if it has its own slot."""
     output = BITS[job.computed_dtype] / 8 if _output_is_wider(job) else 0.0
     if job.encoder is not None:
         output += sum(job.encoder.unit_nbytes) / job.encoder.unit
@@ -81,7 +80,7 @@ def bytes_per_element(job: Job) -> float:
 
 
 def alignment_bytes(job: Job) -> int:
-    """Return an upper bound of what `divide` needs in addition to `bytes_per_element`."""
+    """Return an upper bound of the bytes that `divide` needs in addition to `bytes_per_element`."""
     slots = len(_input_bits(job)) + 1
     scratch = PAGE if job.fisher_chunk_bytes else 0
     if job.encoder is not None:
@@ -100,7 +99,7 @@ def _beyond_units(job: Job, encoder: Encoder) -> int:
 
 
 def _input_bits(job: Job) -> tuple[int, ...]:
-    """Bits per element of all that is held together. Of copies that are compared, two at a time."""
+    """Return the bits per element of all inputs held at once; copies are compared two at a time."""
     if job.is_copied:
         return (BITS[job.dtype],) * min(2, len(job.sources))
     return tuple(BITS[ref.dtype] for ref in (*job.inputs, *job.fishers))

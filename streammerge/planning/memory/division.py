@@ -1,4 +1,4 @@
-"""Divides the memory of a merge, and finds the amounts that would do: the least, and that from which nothing is streamed."""
+"""Divide the memory of a merge; find the least amount that suffices, and the amount that avoids streaming."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from streammerge.planning.needs import tensor_context_of
 from streammerge.planning.schedule import PASSES_AHEAD, TooLarge, Work, plan_work
 
 _MOST_MEMORY = 1 << 46
-"""Bytes; no machine has more."""
+"""Bytes; more memory than any machine has."""
 
 
 @dataclass(frozen=True)
 class Division:
-    """Everything that shares the memory."""
+    """The memory of a merge, and everything that shares it."""
 
     budget: Budget
     """The memory before lists and statistics are subtracted."""
@@ -29,26 +29,26 @@ class Division:
     needs: tuple[Needs, ...]
     """The needs of each job."""
     lists: int
-    """Bytes of lists of tensors."""
+    """Size of lists of tensors in bytes."""
     method: Method
     backend: Backend
 
     def allocate(self) -> Allocation:
-        """Divide the memory that was given.
+        """Divide the given memory.
 
         Raises
         ------
         BudgetError
-            If it does not fit. The memory that the message asks for is enough.
+            If it does not fit. The memory that the message asks for suffices.
         """
         return allocate(self.budget, self.jobs, self.needs, self.lists, self._work_of, _kept_of_columns)
 
     def least(self) -> int:
-        """Return the least memory, in bytes, that is found to be enough."""
+        """Return the least memory, in bytes, that suffices."""
         return least_total(self.budget, self.budget.reserve + SMALLEST_CAPACITY, self._divide)
 
     def least_unstreamed(self) -> int | None:
-        """Return the memory, in bytes, from which no tensor is streamed for its own statistics; None: no machine has it."""
+        """Return the least memory, in bytes, with which no tensor is streamed for its own statistics; None: too much."""
         low, high = self.least() // MIB, 0
         if not self._streams(low * MIB):
             return low * MIB
@@ -91,7 +91,7 @@ class Division:
 
 
 def _declared(job: Job, n: int, method: Method, backend: Backend) -> int:
-    """Return the bytes that a formula declares for a piece of `n` elements; none if they lie in a device's memory."""
+    """Return the workspace that a formula declares for a piece of `n` elements, in bytes; 0 if it is device memory."""
     if job.kind != "merge" or not backend.on_host:
         return 0
     block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
@@ -99,10 +99,10 @@ def _declared(job: Job, n: int, method: Method, backend: Backend) -> int:
 
 
 def _kept_of_columns(job: Job, need: Needs, work: Work) -> int:
-    """Return the bytes kept for the columns of a tensor whose statistics are streamed, in addition to its pieces.
+    """Return the bytes kept for the columns of a streamed tensor, in addition to its pieces.
 
-    During the pass: the dot products, and the matrices that their coefficients are solved from. Until the merge of the
-    tensor: its dot products; several tensors may wait at once (`PASSES_AHEAD`), while one merges.
+    During the pass these are the dot products, and the matrices from which the coefficients are solved. After it the dot
+    products stay until the tensor is merged; several tensors may wait (`PASSES_AHEAD`) while one merges.
     """
     if work.mode != "streamed" or need.extent != Extent.COLUMN:
         return 0
@@ -112,6 +112,6 @@ def _kept_of_columns(job: Job, need: Needs, work: Work) -> int:
 
 
 def _kept_of_a_row(job: Job) -> int:
-    """Return an upper bound of the bytes kept of one row or column: dot products of its vectors, and their weights."""
+    """Return an upper bound of the bytes kept per row or column: dot products of its vectors, and their weights."""
     k = len(job.inputs)
     return 8 * (k * (k + 1) // 2 + 5 * k * k)

@@ -1,4 +1,4 @@
-"""Checks that the models of a merge are of one kind: names, depths and widths, compared with the template model."""
+"""Check that the models of a merge fit together: compare names, depths and widths with the template model's."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 from streammerge.planning.resolve.experts import are_interleaved, has_experts, n_experts
 
 _FEW = 4
-"""One of so many tensors at most differs in shape where leaving them out is a cure."""
+"""If more than one in this many tensors differ in shape, excluding them is not a cure."""
 _OF_LABELS = ("score.weight", "classifier.weight", "out_proj.weight", "head.weight", "fc.weight")
-"""Ends of the names of heads with a row for each label; a head of tokens, `lm_head.weight`, is told from them by `OF_TOKENS`."""
+"""Endings of the names of heads with a row per label; `OF_TOKENS` distinguishes heads with a row per token."""
 _WIDTHS = (
     "hidden_size",
     "n_embd",
@@ -33,7 +33,7 @@ _WIDTHS = (
     "num_local_experts",
     "n_routed_experts",
 )
-"""Settings of config.json that shapes follow from."""
+"""Settings of config.json that determine shapes."""
 
 
 _PUBLISHED = (
@@ -48,14 +48,14 @@ _PUBLISHED = (
 
 
 def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) -> None:
-    """Refuse models that are different architectures, depth or width; nothing is said of models that are sliced.
+    """Refuse models of a different architecture, depth or width; sliced models are not checked.
 
     Where the models need not have the same tensors, only experts of different arithmetic are refused.
 
     Raises
     ------
     ModelError
-        Naming both models, and what differs as a whole.
+        If they differ; the message names both models and the overall difference.
     """
     if any(module.is_sliced for module in config.modules):
         return
@@ -96,15 +96,15 @@ def _named(index: TensorIndex) -> str:
 def _check_depths(
     template: TensorIndex, index: TensorIndex, own: Sequence[str], others: Sequence[str]
 ) -> None:
-    """Refuse another model's stack of layers that is longer or shorter than the template model's, so far as it is to be merged."""
+    """Refuse a merged stack of layers that is longer or shorter than the template model's."""
     (counts, _), (other_counts, _) = count_real(own, template.config), count_real(others, index.config)
     for prefix in (prefix for prefix in counts if prefix in other_counts):
         n, m = counts[prefix], other_counts[prefix]
         if n == m:
             continue
         raise ModelError(
-            f"{printable(index.reference)} has {_layers(m)}, {printable(template.reference)} {n} ({printable(prefix, 120)}): say "
-            "which of them are meant with `slices:`, or list the others under `exclude:`"
+            f"{printable(index.reference)} has {_layers(m)}, {printable(template.reference)} {n} ({printable(prefix, 120)}): "
+            "choose layers with `slices:`, or list the others under `exclude:`"
         )
 
 
@@ -123,15 +123,15 @@ def _check_namings(template: TensorIndex, index: TensorIndex) -> None:
 def _check_experts(
     template: TensorIndex, index: TensorIndex, own: Sequence[str], others: Sequence[str]
 ) -> None:
-    """Refuse models whose experts are of another number or another arithmetic, so far as they are to be merged."""
+    """Refuse merged experts whose number or arithmetic differs from the template model's."""
     if not (has_experts(own) and has_experts(others)):
         return
     _check_arithmetic(template, index, own, others)
     n, m = n_experts(own), n_experts(others)
     if n != m and n and m:
         raise ModelError(
-            f"{printable(index.reference)} has {m} experts in a layer, {printable(template.reference)} {n}: these models cannot be "
-            "merged, but for their other tensors: list experts and routers under `exclude:`"
+            f"{printable(index.reference)} has {m} experts per layer, {printable(template.reference)} {n}: to merge only the "
+            "other tensors, list experts and routers under `exclude:`"
         )
 
 
@@ -142,8 +142,8 @@ def _check_arithmetic(
         return
     if are_interleaved(own) != are_interleaved(others):
         raise ModelError(
-            f"{_named(index)} and {_named(template)}: the experts of one have biases, and rows of gate and up projection that take "
-            "turns (gpt-oss), those of the other have not: they cannot be merged with each other"
+            f"{_named(index)} and {_named(template)}: one has experts with biases and interleaved rows of gate and up "
+            "projection (gpt-oss), the other has not: these models cannot be merged"
         )
 
 
@@ -172,7 +172,7 @@ def _check_widths(template: TensorIndex, index: TensorIndex, shared: Sequence[st
 
 
 def _sizes(template: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """Return the sizes that differ between two configs, as a text."""
+    """Return text on the sizes that differ between two configs."""
     found = []
     for key in _WIDTHS:
         n, m = _size(template, key), _size(other, key)
@@ -188,12 +188,12 @@ def _size(config: Mapping[str, Any], key: str) -> int | None:
 
 
 def lacking(reference: str, first: str, outputs: Sequence[OutputTensor], indexes: Indexes) -> ModelError:
-    """Return the refusal of a model that lacks tensors of the output.
+    """Return the error for a model that lacks tensors of the output.
 
     Parameters
     ----------
     first
-        The model's own name of the first of them.
+        The model's own name of the first missing tensor.
     """
     holder = printable(_holder(outputs[0], indexes))
     if len(outputs) == 1:
@@ -212,14 +212,14 @@ def lacking(reference: str, first: str, outputs: Sequence[OutputTensor], indexes
 
 
 def _holder(output: OutputTensor, indexes: Indexes) -> str:
-    """Return a model that has the tensor of an output tensor."""
+    """Return a model that has an output tensor's tensor."""
     base = [] if output.part.base is None else [(output.part.base.reference, output.base)]
     places = (output.template, *base, *((spec.reference, name) for spec, name in output.models))
     return next((place for place, name in places if name in indexes[place]), output.template[0])
 
 
 def counted(names: Sequence[str], present: Iterable[str]) -> str:
-    """Return names by what they have in common and `present` has not, with their numbers.
+    """Summarise names by a prefix that they share and `present` lacks, with the number of names.
 
     >>> counted(["model.visual.a.w", "model.visual.b.w", "model.head.w"], ["model.norm.w"])
     'model.visual (2 tensors), model.head.w'
@@ -257,7 +257,7 @@ def compare_names(
     indexes: Indexes,
     excluded: Sequence[re.Pattern[str]],
 ) -> list[str]:
-    """Return warnings of tensors that have no part in the merge; refuse where the template model alone lacks one."""
+    """Return warnings about unused tensors; refuse a tensor that only the template model lacks."""
     warnings = []
     for index in indexes.values():
         warnings += [f"{printable(index.reference)}: {note}" for note in index.notes]
@@ -299,7 +299,7 @@ def _check_biases(
     names: Container[str],
     excluded: Sequence[re.Pattern[str]],
 ) -> None:
-    """Refuse a model whose layers have biases that the output would be without, though it has the weights beside them."""
+    """Refuse a model whose layers have biases, if the output would have their weights but not the biases."""
     lost = [
         name
         for name in extra
@@ -310,8 +310,8 @@ def _check_biases(
     ]
     if lost:
         raise ModelError(
-            f"{_named(model)} has {len(lost)} biases beside weights of its layers that {_named(template)} is without (first: "
-            f"{printable(lost[0])}): other models; list them under `exclude:` to leave them out"
+            f"{_named(model)} has {len(lost)} biases in its layers that {_named(template)} lacks (first: "
+            f"{printable(lost[0])}): these are different architectures; list the biases under `exclude:` to leave them out"
         )
 
 
@@ -329,7 +329,7 @@ def _template_lacks(template: TensorIndex, names: Sequence[str], *, many: bool) 
 
 
 def check_shapes(name: str, inputs: Sequence[SourceRef]) -> None:
-    """Refuse a tensor whose shapes or kinds differ between the models."""
+    """Refuse a tensor whose shapes or kinds of dtype differ between the models."""
     first = inputs[0]
     for ref in inputs[1:]:
         if ref.shape != first.shape:

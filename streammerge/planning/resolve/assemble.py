@@ -1,4 +1,4 @@
-"""Assembles the output: its tensors, and those of the models that go into each, by names and layers alone."""
+"""Assemble the output by names and layers: its tensors, and the models' tensors that each is merged from."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Indexes = Mapping[str, TensorIndex]
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One output tensor, by name: whose tensors it is merged from, and by which settings."""
+    """One output tensor by name, with the models' tensors that it is merged from, and its settings."""
 
     name: str
     part: Slice
     sources: tuple[str, ...]
-    """Its name in each source of the slice."""
+    """The tensor's name in each source of the slice."""
     base: str
-    """Its name in the slice's base."""
+    """The tensor's name in the slice's base."""
     template: tuple[str, str]
-    """The model, by reference, and the name of its tensor that lends its dtype, and is copied where nothing is merged."""
+    """Reference of a model and name of its tensor, which determines the dtype, and is copied if nothing is merged."""
     depth: float
-    """Its place in its stack of layers, from 0 to 1."""
+    """Relative depth in its stack of layers, from 0 to 1."""
     levels: tuple[Mapping[str, Setting], ...]
-    """The settings that all sources share, those that go first at the front."""
+    """The settings shared by all sources, by descending precedence."""
 
     @property
     def models(self) -> list[tuple[ModelSpec, str]]:
@@ -50,19 +50,19 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers as the output has them."""
+    """The layers of the output."""
 
     module: str | None
     prefix: str
-    """The beginning of the tensors' names: ``model.layers``."""
+    """The prefix of the tensors' names: ``model.layers``."""
     before: int
-    """Layers that the template model has."""
+    """Number of layers of the template model."""
     layers: tuple[tuple[str, int], ...]
-    """For each layer of the output, its model (the first of several) and its number there."""
+    """For each layer of the output, its model (the first of several) and its index there."""
     extra_before: int = 0
-    """Layers behind the template model's last, for multi-token prediction."""
+    """Number of the template model's layers for multi-token prediction, after the last regular layer."""
     extra: int = 0
-    """Extra layers of the output."""
+    """Number of such extra layers of the output."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,15 @@ class Assembly:
 
     outputs: tuple[OutputTensor, ...]
     stacks: tuple[Stack, ...]
-    """The stacks that are put together from slices."""
+    """The stacks that are assembled from slices."""
     notes: tuple[str, ...]
 
 
 def assemble(config: MergeConfig, template: TensorIndex, indexes: Indexes) -> Assembly:
     """Return the tensors of the output.
 
-    Whole models: the tensors of the base, or else of the first model. Slices: the layers of their first sources, put
-    one after the other; of the tensors outside the layers those on the input side as the first slice says, the others
-    as the last says.
+    Whole models give the tensors of the base, or of the first model without a base. Slices give the layers of their first
+    sources, one after the other; the first slice provides the tensors on the input side, the last slice all others.
 
     Raises
     ------
@@ -155,7 +154,7 @@ def _further(
 
 
 def _heads(part: Slice, reference: str, own: Mapping[str, Sequence[str]], indexes: Indexes) -> list[str]:
-    """Return the heads that other models of a slice store and this one has tied to its embedding."""
+    """Return the heads that other models of a slice store and this one ties to its embedding."""
     others = [*part.sources, *([part.base] if part.base is not None else [])]
     found = dict.fromkeys(name for spec in others for name in own[spec.reference] if is_head(name))
     return [
@@ -170,7 +169,7 @@ def _stacked(
     template: TensorIndex,
     indexes: Indexes,
 ) -> tuple[Stack, list[OutputTensor], list[str]]:
-    """Return the layers of a module's slices, one after the other, what is not in any layer, and what to tell of it."""
+    """Return the tensors of a module's slices, layer after layer, the tensors outside the layers, and warnings."""
     places = {
         reference: _stack_of(names, reference, module, indexes[reference].config)
         for reference, names in own.items()
@@ -212,7 +211,7 @@ def _stacked(
 
 
 def _leader(part: Slice) -> ModelSpec:
-    """Return the model whose names a slice goes by: the first source, or the base where it is the only one."""
+    """Return the model whose names a slice uses: the first source, or the base if there is no source."""
     if part.sources:
         return part.sources[0]
     assert part.base is not None
@@ -221,18 +220,18 @@ def _leader(part: Slice) -> ModelSpec:
 
 @dataclass(frozen=True)
 class _Place:
-    """The one stack of layers of a model, or of its part in a module."""
+    """The only stack of layers of a model, or of its part in a module."""
 
     prefix: str
     count: int
     by_layer: Mapping[int, list[str]]
-    """The rest of the names of each layer's tensors, after the number; layers behind the last included."""
+    """The names of each layer's tensors after the layer's number; extra layers included."""
     loose: tuple[str, ...]
-    """The names outside of the layers."""
+    """The names outside the layers."""
     extra: int = 0
-    """Number of layers behind the last, for multi-token prediction."""
+    """Number of layers for multi-token prediction, after the last regular layer."""
     apart: tuple[str, ...] = ()
-    """The names of such layers that have a name of their own."""
+    """The names of extra layers that are not part of the stack."""
 
 
 def _stack_of(names: Sequence[str], reference: str, module: Module, settings: Mapping[str, Any]) -> _Place:
@@ -261,7 +260,7 @@ def _range(spec: ModelSpec, place: _Place) -> tuple[int, int]:
     assert spec.layer_range is not None
     first, end = spec.layer_range
     if end > place.count:
-        kept = f" (the {place.extra} behind them, for multi-token prediction, are kept without being listed)"
+        kept = f" (the {place.extra} after them, for multi-token prediction, are kept automatically)"
         raise ConfigError(
             f"{spec.path}.layer_range: [{first}, {end}] ends beyond the {place.count} layers of "
             f"{printable(spec.reference)}{kept if place.extra else ''}"
@@ -278,7 +277,7 @@ def _layer_name(spec: ModelSpec, step: int, rest: str, places: Mapping[str, _Pla
 def _loose(
     config: MergeConfig, module: Module, part: Slice, places: Mapping[str, _Place], *, input_side: bool
 ) -> Iterator[OutputTensor]:
-    """Yield the output tensors outside the layers on one side of them."""
+    """Yield the output tensors on one side of the layers."""
     for name in places[_leader(part).reference].loose:
         if is_input_side(name) == input_side:
             yield _outside(config, module, part, name)
@@ -287,7 +286,7 @@ def _loose(
 def _extra(
     config: MergeConfig, module: Module, part: Slice, places: Mapping[str, _Place], n_layers: int
 ) -> Iterator[OutputTensor]:
-    """Yield the output tensors behind the last layer, as the last slice says, numbered on: each source's own take part."""
+    """Yield the output tensors after the last layer, renumbered, merged from each source of the last slice."""
     lender, place = part.base or _leader(part), places[_leader(part).reference]
     levels = _levels(config, module, part)
 
@@ -310,7 +309,7 @@ def _extra(
 
 
 def _lost(places: Mapping[str, _Place], last: str) -> list[str]:
-    """Say whose layers for multi-token prediction are left out, since the last slice has none."""
+    """Return warnings on layers for multi-token prediction that are left out, since the last slice has none."""
     place = places[last]
     if place.extra or place.apart:
         return []
@@ -322,7 +321,7 @@ def _lost(places: Mapping[str, _Place], last: str) -> list[str]:
 
 
 def _outside(config: MergeConfig, module: Module, part: Slice, name: str) -> OutputTensor:
-    """Return an output tensor outside of the layers; as in mergekit, its depth is 0."""
+    """Return an output tensor outside the layers; as in mergekit, its depth is 0."""
     lender = part.base or _leader(part)
     return OutputTensor(
         name,

@@ -1,4 +1,4 @@
-"""Settles the base model of each slice; mergekit's configs often list it among the models, and often do not."""
+"""Determine the base model of each slice; some mergekit configs list it among the models, others do not."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from streammerge.planning.resolve.parameters import wants_drop
 
 
 def settle_base(config: MergeConfig, method: Method) -> MergeConfig:
-    """Return the config with every slice's base settled, and taken out of its sources where the method has one.
+    """Return the config with every slice's base determined, and removed from its sources if the method uses it.
 
-    mergekit's configs often list it there, without parameters; it has no task vector.
+    mergekit's configs often list the base among the sources, without parameters; its task vector is zero.
 
     Raises
     ------
@@ -27,8 +27,8 @@ def settle_base(config: MergeConfig, method: Method) -> MergeConfig:
     )
     members, listed = members_of(modules), {spec.name for spec in config.models}
     notes = tuple(
-        f"{spec.path}: {printable(spec.reference)} is not listed among the models and takes part as one more, with the "
-        "weight of the top level, as in mergekit"
+        f"{spec.path}: {printable(spec.reference)} is not listed among the models; it takes part as one more model, with "
+        "the top-level weight, as in mergekit"
         for spec in members
         if spec.name not in listed
     )
@@ -53,7 +53,7 @@ def _settled(part: Slice, config: MergeConfig, method: Method, drops: bool) -> S
         return replace(part, sources=others, base=base)
     if method.base == "none" and not listed and not drops:
         if layers is not None:
-            return part  # As in mergekit it lends its config and its tokenizer.
+            return part  # As in mergekit, it provides config.json and the tokenizer.
         raise ConfigError(
             f"{path}: {method.name!r} takes no base; list the model under `models`, or remove the key"
         )

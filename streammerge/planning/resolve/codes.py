@@ -1,4 +1,4 @@
-"""Tells whether an output holds quantised weights: codes, recognised by the scales that accompany them."""
+"""Detect whether an output holds quantised weights: codes, recognised by their scales."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from streammerge.planning.job import Job
 
 _PLAIN = ("F64", "F32", "F16", "BF16", "I64", "U64", "BOOL", "C64")
-"""Dtypes that hold values, numbers or masks, and no codes."""
+"""Dtypes that never hold codes."""
 _COMPANION = re.compile(
     r"(?:weight_)?scales?(?:_.*)?|qzeros|zeros|g_idx|SCB|absmax|quant_map|weight_(?:shape|zero_point|global_scale)",
     re.ASCII,
@@ -17,9 +17,9 @@ _COMPANION = re.compile(
 
 
 def holds_codes(jobs: Sequence[Job]) -> bool:
-    """Return whether some tensor of an output is a code: of an integer or byte dtype, its scales beside it.
+    """Return whether some tensor of an output holds codes: an integer or byte dtype, and scales for it.
 
-    A buffer of integers (positions, masks) has none, whatever it is called; codes have some, whatever they are called.
+    Names do not matter: a buffer of integers (positions, masks) has no scales, and codes have some.
     """
     names = {job.name for job in jobs}
     described = {name.rpartition(".")[0] for name in names if _COMPANION.fullmatch(name.rpartition(".")[2])}
@@ -30,7 +30,7 @@ def holds_codes(jobs: Sequence[Job]) -> bool:
 
 
 def _is_described(name: str, names: set[str], described: set[str]) -> bool:
-    """Return whether scales lie beside a tensor, behind its own name, or under its name with another end."""
+    """Return whether there are scales for a tensor: its name plus a suffix, or its name with a different ending."""
     stem = name.removesuffix("_blocks")
     return (
         name.rpartition(".")[0] in described

@@ -1,9 +1,9 @@
-"""Experts of a layer: stored one by one, or fused into one tensor; the same matrices under two namings.
+"""Convert the experts of a layer between two layouts: one tensor per expert, or all experts fused into one tensor.
 
-Fused, ``P.gate_up_proj`` [E, 2 I, H] has each expert's gate above its up projection, and ``P.down_proj`` is [E, H, I], as
-transformers 5 keeps them; or both are stored with the last two axes exchanged (Llama 4, Qwen3-VL-MoE). One by one they are
+Fused: ``P.gate_up_proj`` [E, 2 I, H] stacks each expert's gate on its up projection, and ``P.down_proj`` is [E, H, I], as
+in transformers 5; some models exchange the last two axes of both (Llama 4, Qwen3-VL-MoE). One by one:
 ``P.3.gate_proj.weight``, ``P.3.up_proj.weight`` [I, H] and ``P.3.down_proj.weight`` [H, I], or Mixtral's ``w1``, ``w3``,
-``w2``. Names and shapes tell which it is.
+``w2``. Names and shapes determine the layout.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from streammerge.dtypes import FLOATS, itemsize
 from streammerge.formats.refs import SourceRef, TensorRef
 
 _WORDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("fc1", "fc3", "fc2"))
-"""Names of the projections of an expert: gate, up, down."""
+"""Known names of an expert's projections, in the order gate, up, down."""
 _GATE, _UP, _DOWN = range(3)
 _ONE = re.compile(r"^(.*)\.(experts)\.(\d{1,6})\.(\w+)\.weight$")
 _FUSED = re.compile(r"^(.*)\.(experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
 _TOGETHER = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}, {"gate_proj", "up_proj", "down_proj"})
 """Tensors that hold all experts of a layer."""
 _INTERLEAVED = "gate_up_proj_bias"
-"""Experts with biases (gpt-oss) interleave the rows of gate and up projection: a different arithmetic, not only a layout."""
+"""Names of experts with biases (gpt-oss), which interleave the rows of gate and up projection: a different arithmetic."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The way a model stores its experts."""
+    """The layout of a model's experts."""
 
     fused: bool
     parent: str
-    """The module that they are in: ``mlp``, ``block_sparse_moe``."""
+    """The module that contains them: ``mlp``, ``block_sparse_moe``."""
     words: tuple[str, ...]
-    """Names of gate, up and down projection, where they are stored one by one."""
+    """Stored one by one: the names of gate, up and down projection."""
     tensors: tuple[str, ...]
-    """Fused: their names."""
+    """Fused: the names of the tensors."""
     flipped: bool
-    """Fused: stored as (in, out)."""
+    """Fused: whether matrices are stored as (in, out)."""
     suffix: str
-    """Fused: what follows the name: nothing, or ``.weight``."""
+    """Fused: the suffix of the names: empty, or ``.weight``."""
 
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A projection of one expert, [out, in], and where its elements lie: see `Block`."""
+    """A projection of one expert, [out, in], and the position of its elements; see `Block`."""
 
     tensor: SourceRef
     rows: int
@@ -70,7 +70,7 @@ class _Group:
 
 
 def layout_of(index: Mapping[str, SourceRef]) -> Layout | None:
-    """Return how most experts of a model are stored; None if it has none that are known."""
+    """Return the layout of most experts of a model; None if it has no known experts."""
     counts: dict[Layout, int] = {}
     for group in _groups(index):
         counts[group.layout] = counts.get(group.layout, 0) + 1
@@ -78,22 +78,22 @@ def layout_of(index: Mapping[str, SourceRef]) -> Layout | None:
 
 
 def are_interleaved(names: Iterable[str]) -> bool:
-    """Return whether rows of gate and up projection take turns in the experts of these names, as in gpt-oss."""
+    """Return whether experts of these names interleave the rows of gate and up projection, as gpt-oss does."""
     return any(name.endswith(f".experts.{_INTERLEAVED}") for name in names)
 
 
 def n_experts(names: Iterable[str]) -> int:
-    """Return how many experts the layer that has most of them has, by the names of those stored one by one."""
+    """Return the largest number of experts in a layer, by the names of experts stored one by one."""
     return max((int(match[3]) + 1 for name in names if (match := _ONE.match(name)) is not None), default=0)
 
 
 def has_experts(index: Iterable[str]) -> bool:
-    """Return whether any tensor is an expert's, by its name."""
+    """Return whether any name is that of an expert's tensor."""
     return any(".experts." in name for name in index)
 
 
 def laid_out(index: TensorIndex, layout: Layout) -> TensorIndex:
-    """Return a model with its experts as `layout` has them, computed as they are read; the same model if they are."""
+    """Return a model with its experts in `layout`, converted as they are read; the same model if nothing changes."""
     groups = [group for group in _groups(index) if group.layout != layout]
     if not groups:
         return index
@@ -120,7 +120,7 @@ def laid_out(index: TensorIndex, layout: Layout) -> TensorIndex:
 
 
 def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
-    """Return a name with the module of its experts called otherwise."""
+    """Return a name with the module of its experts renamed."""
     if prefixes:
         at = 0
         while (at := name.find(".", at) + 1) > 0:
@@ -130,7 +130,7 @@ def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
 
 
 def _groups(index: Mapping[str, SourceRef]) -> Iterator[_Group]:
-    """Yield the experts of each layer, complete ones only."""
+    """Yield the experts of each layer that is complete."""
     single: dict[str, dict[int, dict[str, str]]] = {}
     fused: dict[str, dict[str, str]] = {}
     interleaved: set[str] = set()
@@ -205,9 +205,9 @@ def _roles(fused: str) -> tuple[int, ...]:
 
 
 def _is_flipped(shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
-    """Return whether fused tensors are stored as (in, out); None if they are no experts, or it cannot be told.
+    """Return whether fused tensors are stored as (in, out); None if they are not experts, or it is unknown.
 
-    Without a gate it cannot: then they are taken to be (out, in), as transformers keeps them.
+    Without a gate the shapes do not tell; (out, in) is assumed, as in transformers.
     """
     if set(shapes) not in _TOGETHER or len({shape[0] for shape in shapes.values()}) != 1:
         return None
@@ -220,7 +220,7 @@ def _is_flipped(shapes: Mapping[str, tuple[int, ...]]) -> bool | None:
 
 
 def _slices(ref: SourceRef, at: int, of: int, *, flipped: bool) -> list[_Matrix]:
-    """Return the matrices in a tensor of all experts: the whole of each, or one of two that lie together."""
+    """Return one matrix per expert from a tensor of all experts: each expert's whole block, or one half of it."""
     n, a, b = ref.shape
     if flipped:
         rows, columns = b // of, a
@@ -234,7 +234,7 @@ def _parent(prefix: str) -> str:
 
 
 def _tensors(group: _Group, prefix: str, layout: Layout) -> dict[str, SourceRef] | None:
-    """Return the tensors of a layer's experts by their names in a layout; None where it has no place for them."""
+    """Return the tensors of a layer's experts by their names in a layout; None if the layout cannot hold them."""
     n = len(group.matrices[_DOWN])
     if not layout.fused:
         return {
@@ -256,7 +256,7 @@ def _tensors(group: _Group, prefix: str, layout: Layout) -> dict[str, SourceRef]
 
 
 def _taken_out(name: str, matrix: _Matrix) -> SourceRef:
-    """Return one matrix as a tensor; where its elements lie together it is a part of a file like any other."""
+    """Return one matrix as a tensor; if its elements are contiguous it is a plain range of a file."""
     shape, tensor = (matrix.rows, matrix.columns), matrix.tensor
     if tensor.shape == shape and not matrix.flipped:
         return tensor
@@ -268,7 +268,7 @@ def _taken_out(name: str, matrix: _Matrix) -> SourceRef:
 
 
 def _put_together(name: str, experts: list[list[_Matrix]], layout: Layout) -> SourceRef:
-    """Return a tensor of all experts, each of one matrix or of two that lie together."""
+    """Return a tensor of all experts, each with one matrix or two stacked ones."""
     first = experts[0]
     rows, columns = sum(m.rows for m in first), first[0].columns
     a, b = (columns, rows) if layout.flipped else (rows, columns)
@@ -285,7 +285,7 @@ def _put_together(name: str, experts: list[list[_Matrix]], layout: Layout) -> So
 
 
 def _block(matrix: _Matrix, row: int, column: int, *, flipped: bool) -> Block:
-    """Return a matrix, or the same with its axes exchanged, as a block at a place."""
+    """Return a matrix, transposed if `flipped`, as a block at a position."""
     rows, columns = (matrix.columns, matrix.rows) if flipped else (matrix.rows, matrix.columns)
     return Block(
         matrix.tensor,

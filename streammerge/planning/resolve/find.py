@@ -1,4 +1,4 @@
-"""The tensors of an output tensor in the models, or what stands for them there."""
+"""Find the models' tensors that an output tensor is merged from, or their substitutes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from streammerge.planning.resolve.modules import of_a_tower
 from streammerge.planning.resolve.vocabulary import Alignment
 
 _BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
-"""Tensors that some versions of `transformers` stored beside the parameters."""
+"""Buffers that some versions of `transformers` stored in addition to the parameters."""
 
 
 class Finder:
-    """Finds the tensors of an output tensor in the models.
+    """Finds the models' tensors that an output tensor is merged from.
 
     Parameters
     ----------
     prefixes
-        Of models that call their tensors otherwise, what the names begin with that they share with the template model.
+        For models with different names, the prefixes of the names that they share with the template model.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Finder:
         self._alone: dict[str, str] = {}
 
     def check(self, outputs: Sequence[OutputTensor]) -> None:
-        """Refuse a model that lacks tensors of the output, naming them as a whole."""
+        """Refuse a model that lacks tensors of the output; the message summarises them."""
         missing: dict[str, list[OutputTensor]] = {}
         for output in outputs:
             places = dict.fromkeys(_places(output))
@@ -75,22 +75,22 @@ class Finder:
         return not self._towers[reference]
 
     def is_copied(self, output: OutputTensor) -> bool:
-        """Return whether a tensor is copied since not all models have it."""
+        """Return whether a tensor is copied because not all models have it."""
         return output.name in self._buffers or output.name in self._alone
 
     def template_of(self, output: OutputTensor) -> SourceRef:
-        """Return the tensor that lends its dtype and shape."""
+        """Return the tensor that determines dtype and shape."""
         found = self.find(*output.template)
         if found is None:
             reference, name = output.template
             raise ModelError(
-                f"{printable(reference)}: tensor {printable(name)} is missing, and under `exclude:` it is to be "
-                "copied from there"
+                f"{printable(reference)}: tensor {printable(name)} is missing, and `exclude:` asks to copy it from this "
+                "model: remove the pattern, or choose a different base"
             )
         return found
 
     def inputs(self, output: OutputTensor) -> tuple[SourceRef | None, tuple[SourceRef, ...]]:
-        """Return the base's tensor, if there is one, and each source's."""
+        """Return the base's tensor, if any, and each source's."""
         if self.is_copied(output):
             return None, ()
         base = None if output.part.base is None else self.find(output.part.base.reference, output.base)
@@ -117,9 +117,9 @@ class Finder:
         return index[embedding]
 
     def warnings(self) -> list[str]:
-        """Return what the user should know of all output tensors together."""
+        """Return warnings about all output tensors together."""
         lines = [
-            f"{printable(reference)}: stores no {printable(name)}, its embedding takes part in its place (they are tied)"
+            f"{printable(reference)}: has no {printable(name)}; its embedding takes part instead (they are tied)"
             for reference, name in self._tied.items()
         ]
         if self._buffers:
@@ -138,7 +138,7 @@ class Finder:
 
 
 def _places(output: OutputTensor) -> list[tuple[str, str]]:
-    """Return every model that takes part in an output tensor, and the tensor's name there."""
+    """Return every model of an output tensor, with the tensor's name there."""
     base = [] if output.part.base is None else [(output.part.base.reference, output.base)]
     return [*base, *((spec.reference, name) for spec, name in output.models)]
 

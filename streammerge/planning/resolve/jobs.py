@@ -1,4 +1,4 @@
-"""Resolves a config and the headers of its models to jobs: each output tensor, its inputs and its parameters."""
+"""Resolve a config and its models' headers to jobs: each output tensor with its inputs and parameters."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from streammerge.planning.resolve.vocabulary import Alignment
 
 @dataclass(frozen=True)
 class Resolved:
-    """The jobs of a config, with everything that the user should know of them."""
+    """The jobs of a config, with warnings for the user."""
 
     jobs: tuple[Job, ...]
     stacks: tuple[Stack, ...]
-    """Stacks of layers that are put together from slices."""
+    """Stacks of layers that are assembled from slices."""
     warnings: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     """Names of tensors that are not in the output, each with the reason, where the models need not have the same."""
@@ -56,24 +56,24 @@ def resolve_jobs(
     Parameters
     ----------
     config
-        With its bases settled.
+        The config, with every slice's base determined.
     template
-        The model whose tensors decide the names and dtypes of the output.
+        The model whose tensors determine the names and dtypes of the output.
     matched
         Every model, in the template model's names.
     fishers
-        One diagonal per model, for a method that weights by them.
+        One Fisher diagonal per model, for methods that use them.
     alignment
-        How the rows of the models' vocabularies are put in one order.
+        The common order of the rows of the models' vocabularies.
     grams
-        One store of Gram matrices per model, for a method that takes them.
+        One store of Gram matrices per model, for methods that use them.
 
     Raises
     ------
     ConfigError
         If the config does not suit the method.
     ModelError
-        If a tensor is missing, or shapes or dtypes do not fit; the message has the cure.
+        If a tensor is missing, or shapes or dtypes do not fit.
     """
     indexes = matched.indexes
     warnings = [*config.notes, *check_names(config, method), *matched.notes]
@@ -133,7 +133,7 @@ def _check_models(config: MergeConfig, method: Method) -> None:
                 else f"at most {most}"
             )
             raise ConfigError(
-                f"{child(part.path, key)}: {method.name!r} takes {wanted}, there are {n} (the base is not one of them)"
+                f"{child(part.path, key)}: {method.name!r} takes {wanted}; the config has {n} (not counting the base)"
             )
         if method.base == "required" and part.base is None:
             role = (
@@ -145,7 +145,7 @@ def _check_models(config: MergeConfig, method: Method) -> None:
 
 
 def _output_dtype(inputs: Sequence[SourceRef], config: MergeConfig) -> str:
-    """Return the dtype of an output tensor: the config's, or else, as in mergekit, the one that all inputs promote to."""
+    """Return the dtype of an output tensor: the config's or, as in mergekit, the promotion of all inputs' dtypes."""
     wanted = config.out_dtype or config.dtype
     if inputs[0].dtype not in FLOATS:
         return inputs[0].stored_dtype
@@ -153,14 +153,14 @@ def _output_dtype(inputs: Sequence[SourceRef], config: MergeConfig) -> str:
 
 
 def _promotions(jobs: Sequence[Job], config: MergeConfig) -> list[str]:
-    """Name the tensors that become wider than some model stores them, since no `dtype` is given."""
+    """Return a warning on tensors whose promoted dtype is wider than that of some model, if no `dtype` is given."""
     wider = [job for job in jobs if job.kind == "merge" and len({ref.stored_dtype for ref in job.inputs}) > 1]
     if not wider or config.dtype or config.out_dtype:
         return []
     kinds = sorted({ref.stored_dtype for job in wider for ref in job.inputs})
     return [
-        f"{len(wider)} tensors differ in dtype between the models ({', '.join(kinds)}) and take the dtype that holds them all: "
-        f"{', '.join(sorted({job.dtype for job in wider}))}; set `dtype:` to choose another "
+        f"{len(wider)} tensors differ in dtype between the models ({', '.join(kinds)}); the output uses the promoted dtype "
+        f"{', '.join(sorted({job.dtype for job in wider}))}; set `dtype:` to choose a different one "
         f"(first: {printable(wider[0].name)})"
     ]
 
@@ -171,22 +171,22 @@ def _copy(ordinal: int, name: str, ref: SourceRef, config: MergeConfig, *, as_st
 
 
 def _is_scaled(method: Method, parameters: Mapping[str, Any]) -> bool:
-    """Return whether a `passthrough` multiplies what it copies."""
+    """Return whether a `passthrough` scales the tensor."""
     scale = parameters.get("scale", ()) if method.name == "passthrough" else ()
     return any(factor not in (None, 1.0) for factor in scale)
 
 
 def _check_scale(name: str, method: Method, parameters: Mapping[str, Any]) -> None:
-    """Refuse to scale a quantised tensor, whose codes are copied."""
+    """Refuse to scale a quantised tensor, since its codes are copied."""
     if _is_scaled(method, parameters):
         raise ModelError(
-            f"tensor {printable(name)} is quantised, or a scale of a quantised tensor, and is copied: it cannot be scaled; "
-            "dequantise the model first"
+            f"tensor {printable(name)} is quantised, or is a scale of a quantised tensor, so it cannot be scaled: dequantise "
+            "the model first"
         )
 
 
 class _Binder:
-    """Makes the jobs that are not plain copies, and collects warnings."""
+    """Makes the jobs that are not copies, and collects warnings."""
 
     def __init__(
         self,
@@ -212,7 +212,7 @@ class _Binder:
         base: SourceRef | None,
         parameters: Mapping[str, object],
     ) -> Job:
-        """Return the job of a tensor that every input has with the same shape."""
+        """Return the job of a tensor that all inputs have with the same shape."""
         if not template.n_elements:
             return _copy(ordinal, output.name, template, self._config)
         if template.dtype not in FLOATS:
@@ -262,7 +262,7 @@ class _Binder:
         if any(ref.is_gathered for ref in sources):
             self._without_fisher.append(
                 output.name
-            )  # its rows are in the order of the model's own vocabulary
+            )  # the diagonal's rows are in the order of the model's own vocabulary
             return ()
         pairs = self._stored(self._fishers, output, members)
         found = [index for index, name in pairs if name in index]
@@ -272,8 +272,8 @@ class _Binder:
         for index, name in pairs:
             if name not in index:
                 raise ModelError(
-                    f"{printable(index.reference)}: no Fisher diagonal of tensor {printable(name)}, "
-                    f"{printable(found[0].reference)} has one; list the tensor under `exclude:` to copy it"
+                    f"{printable(index.reference)}: the Fisher diagonal of tensor {printable(name)} is missing, but "
+                    f"{printable(found[0].reference)} has one: list the tensor under `exclude:` to copy it"
                 )
             if index[name].shape != template.shape:
                 raise ModelError(
@@ -294,7 +294,7 @@ class _Binder:
     def _matrices(
         self, output: OutputTensor, template: SourceRef, members: Sequence[int]
     ) -> tuple[CompanionRef, ...]:
-        """Return the Gram matrices of the weight of a linear map; none if no model has one, or if the tensor is not a matrix."""
+        """Return the Gram matrices of a linear map's weight; empty if no model has one or the tensor is not a matrix."""
         pairs = self._stored(self._grams, output, members) if self._grams else []
         if len(template.shape) != 2 or not pairs or not any(name in index for index, name in pairs):
             return ()
@@ -303,19 +303,19 @@ class _Binder:
             ref = index.get(name)
             if ref is None or ref.shape != (template.shape[1], template.shape[1]) or ref.dtype != "F32":
                 raise ModelError(
-                    f"{printable(index.reference)}: no Gram matrix of {template.shape[1]} inputs for tensor {printable(name)}, as "
-                    "others have; list the tensor under `exclude:` to copy it"
+                    f"{printable(index.reference)}: the Gram matrix of {template.shape[1]} inputs for tensor {printable(name)} is "
+                    "missing, but other models have one: list the tensor under `exclude:` to copy it"
                 )
             found.append(ref)
         return tuple(found)
 
     def warnings(self) -> list[str]:
-        """Return what the user should know of all jobs together."""
+        """Return warnings about all jobs together."""
         if not self._without_fisher:
             return []
         n, first = len(self._without_fisher), printable(self._without_fisher[0])
         return [
-            f"{n} tensors have no Fisher diagonal in any model, or reordered rows, and take the `fallback` (first: {first})"
+            f"{n} tensors have no Fisher diagonal in any model, or have reordered rows; they use the `fallback` (first: {first})"
         ]
 
 
@@ -335,7 +335,7 @@ def _agree(ordinal: int, name: str, template: SourceRef, inputs: Sequence[Source
 
 
 def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
-    """Refuse whole-model statistics that differ between tensors: each is one number for all."""
+    """Refuse whole-model statistics that differ between tensors, since each has one value for all."""
     first: list[tuple[object, ...]] | None = None
     members: set[tuple[int, ...]] = set()
     checked: set[tuple[object, ...]] = set()
@@ -361,12 +361,12 @@ def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
             )
         if first is not None and asked != first and method.looks_at_names:
             raise ConfigError(
-                f"tensor {printable(job.name, 120)}: {method.name!r} asks for statistics of the whole model that differ "
-                "from other tensors'; ask for the same for every tensor"
+                f"tensor {printable(job.name, 120)}: {method.name!r} asks for whole-model statistics that differ from those "
+                "of other tensors: ask for the same statistics for every tensor"
             )
         if first is not None and asked != first:
             raise ConfigError(
-                f"tensor {printable(job.name, 120)}: density differs from other tensors', but `trim_scope: model` "
-                "trims the model as one; give one density per model"
+                f"tensor {printable(job.name, 120)}: the density differs from other tensors', but `trim_scope: model` "
+                "trims the model as a whole: give one density per model"
             )
         first = asked

@@ -1,6 +1,6 @@
-"""The models of a merge under the names of one of them: the same tensors, whatever each model calls them.
+"""Rename the models' tensors to the names of the template model.
 
-Settled before anything else is planned: below, all models speak the template model's names, and have experts in its layout.
+This precedes the rest of the planning, which sees all models with the template model's names and layout of experts.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from streammerge.planning.resolve.spellings import spelt_alike
 
 @dataclass(frozen=True)
 class Matched:
-    """The models in the template model's names."""
+    """The models under the template model's names."""
 
     indexes: Mapping[str, TensorIndex]
-    """The models, by reference."""
+    """The renamed models, by reference."""
     own_names: Mapping[str, Mapping[str, str]]
-    """Own names, by reference and by the template model's name, of tensors that a model calls otherwise."""
+    """The own names of renamed tensors, by reference and by the template model's name."""
     prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Beginnings of the template model's names of shared tensors, by reference, for models whose names differ."""
+    """The prefixes of the template model's names of shared tensors, by reference, for renamed models."""
     notes: tuple[str, ...] = ()
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of tensors that are assembled as they are read."""
+        """Number of blocks of tensors that are assembled as they are read."""
         return sum(ref.n_blocks for reference in self.own_names for ref in self.indexes[reference].values())
 
 
@@ -39,12 +39,12 @@ def match_names(
 ) -> Matched:
     """Return all models under the names that the template model has, with its layout of experts.
 
-    A tensor that the template model does not have, or that the config excludes by these expressions, keeps its name.
+    A tensor that the template model lacks, or that matches a pattern in `exclude`, keeps its name.
 
     Raises
     ------
     ModelError
-        If two tensors of the template model could be meant.
+        If the match is ambiguous.
     """
     found: dict[str, TensorIndex] = {}
     own_names: dict[str, Mapping[str, str]] = {}
@@ -73,7 +73,7 @@ def match_names(
 
 
 def _is_part(index: Mapping[str, SourceRef], template: Mapping[str, SourceRef]) -> bool:
-    """Return whether all names are the template model's, or all of the template model's are there."""
+    """Return whether one of the two sets of names contains the other."""
     return index.keys() <= template.keys() or template.keys() <= index.keys()
 
 
@@ -84,16 +84,16 @@ def _with_experts(index: TensorIndex, template: TensorIndex, layout: Layout, not
     if found is not index:
         how = "fused" if layout.fused else "one by one"
         notes.append(
-            f"{printable(index.reference)}: its experts are read as {printable(template.reference)} has them, stored {how}"
+            f"{printable(index.reference)}: its experts are converted to the layout of {printable(template.reference)}, stored {how}"
             f"{' as (in, out)' if layout.flipped else ''}"
         )
     return found
 
 
 def _with_routers(index: TensorIndex, template: TensorIndex) -> TensorIndex:
-    """Return a model with what lies beside its experts called as in the template model, where shapes tell which is which.
+    """Return a model with the tensors next to its experts renamed to the template model's, if shapes identify them.
 
-    Namings of experts differ in these too: ``gate.weight`` and ``router.weight``.
+    The layouts of experts differ in these names too: ``gate.weight`` and ``router.weight``.
     """
     left = _by_module(template, index)
     mine = _by_module(index, template)
@@ -113,7 +113,7 @@ def _with_routers(index: TensorIndex, template: TensorIndex) -> TensorIndex:
 def _by_module(
     index: Mapping[str, SourceRef], other: Mapping[str, SourceRef]
 ) -> dict[str, dict[tuple[int, ...], list[str]]]:
-    """Return the names that only `index` has, of tensors in modules with experts, by module and shape."""
+    """Return the names in modules with experts that only `index` has, by module and shape."""
     modules = {name[: name.index(".experts.") + 1] for name in index if ".experts." in name}
     found: dict[str, dict[tuple[int, ...], list[str]]] = {}
     for name in (name for name in index if name not in other and ".experts." not in name):
@@ -132,7 +132,7 @@ def _renamed(index: TensorIndex, rules: list[Rule]) -> TensorIndex:
 
 
 def _own_names(index: TensorIndex, matched: TensorIndex) -> dict[str, str]:
-    """Return what tensors that are in the model as they are were called there."""
+    """Return the own names of tensors that were renamed without being converted."""
     names = {id(ref): name for name, ref in index.items()}
     return {
         name: own for name, ref in matched.items() if (own := names.get(id(ref))) is not None and own != name

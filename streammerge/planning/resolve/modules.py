@@ -1,4 +1,4 @@
-"""Finds the tensors of a module, such as the vision tower of a vision-language model, by their names."""
+"""Find the tensors of a module by their names, such as the vision tower of a vision-language model."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ _COMPONENTS = {
     "encoder": ("encoder",),
     "decoder": ("decoder",),
 }
-"""The parts of tensor names that a module of mergekit goes by."""
+"""The parts of tensor names that identify each of mergekit's modules."""
 _MERGERS = ("merger", "merger_list", "deepstack_merger_list", "patch_merger", "perceive")
-"""Projectors that lie within the tower, right below it (Qwen2-VL and after, GLM-4V): without a module for the projector
-they belong to the tower."""
+"""Projectors stored inside the tower (Qwen2-VL and later, GLM-4V). They belong to the tower unless the projector has its
+own module."""
 _REST = ("text_decoder", "language_model", "text_model", "default")
-"""Modules that own whatever no other does, in mergekit's words."""
+"""Names of modules, as in mergekit, that own every tensor which no other module owns."""
 _TOWERS = ("vision_tower", _PROJECTOR, "audio_tower")
 _AFTER = ("decoder",)
-"""Modules that own tensors outside of both stacks (``shared``, ``lm_head``) where there is no text decoder."""
+"""Modules that own tensors outside both stacks (``shared``, ``lm_head``) if there is no text decoder."""
 
 
 def split_modules(
     modules: Sequence[Module], template: TensorIndex, indexes: Mapping[str, TensorIndex]
 ) -> tuple[list[Owned], list[str]]:
-    """Return what each module owns of each model, and what the user should know.
+    """Return the tensors that each module owns in each model, and warnings.
 
     Raises
     ------
     ConfigError
-        If a module is none of the template model's.
+        If the template model lacks a module.
     """
     if [module.name for module in modules] == [None]:
         return [{reference: tuple(index) for reference, index in indexes.items()}], []
@@ -78,7 +78,7 @@ def split_modules(
         if not own[template.reference]:
             heads = sorted({name.split(".")[0] for name in template})[:6]
             raise ConfigError(
-                f"{module.path}: no tensor of {printable(template.reference)} belongs to this module; its names begin with "
+                f"{module.path}: no tensor of {printable(template.reference)} belongs to this module: the model's names begin with "
                 f"{printable(', '.join(heads), 200)}"
             )
     notes = []
@@ -91,7 +91,7 @@ def split_modules(
 
 
 def owner(tensor: str, modules: Sequence[str]) -> int | None:
-    """Return the place in `modules` of the one that a tensor belongs to; None if it is none of them.
+    """Return the index in `modules` of the module that owns a tensor; None if none does.
 
     >>> owner("model.vision_tower.encoder.layers.0.w", ["text_decoder", "vision_tower"])
     1
@@ -117,7 +117,7 @@ def owner(tensor: str, modules: Sequence[str]) -> int | None:
 
 
 def of_a_tower(tensor: str) -> bool:
-    """Return whether a tensor belongs to what a model of text is without: a tower, or the projector behind one.
+    """Return whether a tensor belongs to a part that text models lack: a tower, or its projector.
 
     >>> of_a_tower("model.visual.blocks.0.norm.weight"), of_a_tower("model.layers.0.mlp.up_proj.weight")
     (True, False)

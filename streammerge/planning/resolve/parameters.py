@@ -1,4 +1,4 @@
-"""The value of every parameter of a method, for one tensor.
+"""Resolve the value of every parameter of a method for one tensor.
 
 Precedence: the model's own entry, its slice, its module, the top level, the preset, the method's default.
 """
@@ -21,13 +21,13 @@ PRESET = "preset"
 DENSITY = "density"
 _EXAMPLES = {
     ("slerp", "t"): "0.5} (0 = the base, 1 = the other model)",
-    ("nearswap", "t"): "0.001} (the larger, the more of the other model)",
+    ("nearswap", "t"): "0.001} (larger values take more of the other model)",
 }
-"""The end of what to write for parameters without a default."""
+"""Examples for parameters without a default, from the value on."""
 
 
 def check_names(config: MergeConfig, method: Method) -> list[str]:
-    """Refuse parameters the method does not declare; return notes on those without effect."""
+    """Refuse parameters that the method does not declare; return notes on parameters without effect."""
     notes = []
     for spec in config.models:
         if spec.fisher is not None and not method.fisher:
@@ -78,12 +78,12 @@ def _is_nought(setting: Setting) -> bool:
 
 
 def wants_drop(config: MergeConfig, method: Method) -> bool:
-    """Return whether the config names the parameter that puts a drop before the method."""
+    """Return whether the config asks for a drop before the method."""
     return any(method.drop.fraction in settings for settings, _ in config.settings())
 
 
 def preset_of(config: MergeConfig, method: Method) -> Mapping[str, Any]:
-    """Return the defaults that the config's preset switches to; empty without one."""
+    """Return the defaults of the config's preset; empty without one."""
     setting = config.parameters.get(PRESET)
     if setting is None:
         return {}
@@ -104,14 +104,14 @@ def resolve_parameters(
     Parameters
     ----------
     output
-        Filters of shared settings see its name in the output; filters of a model's own settings, the name there.
+        Filters of shared settings match its name in the output; filters of a model's own settings match its name there.
     where
         The name of the config in messages.
 
     Raises
     ------
     ConfigError
-        If a value has the wrong type or lies out of range, or a weight is given for some models only.
+        If a value has the wrong type or is out of range, or if only some models have a weight.
     """
     tensor, depth, models = output.name, output.depth, output.models
     values: dict[str, Any] = {}
@@ -133,11 +133,11 @@ def resolve_parameters(
             _refuse_unmatched([missing.parameters.get(name), *(setting for setting, _ in shared)], own)
             if missing.path.endswith("base_model"):
                 raise ConfigError(
-                    f"{missing.path}: no weight for tensor {printable(tensor, 120)}: the base takes part as one more model; "
-                    "set one under `parameters:` at the top level, or list it under `models:` with its own"
+                    f"{missing.path}: no weight for tensor {printable(tensor, 120)}: the base takes part as one more model: "
+                    "set a top-level weight under `parameters:`, or list the base under `models:` with its own"
                 )
             raise ConfigError(
-                f"{missing.path}: no weight for tensor {printable(tensor, 120)}, but other models have one; give a weight to all or none"
+                f"{missing.path}: no weight for tensor {printable(tensor, 120)}, but other models have one: give a weight to all or none"
             )
         values[name] = tuple(value for value, _ in found)
         if default is REQUIRED and not all(given):
@@ -148,12 +148,12 @@ def resolve_parameters(
 
 
 def _refuse_unmatched(settings: Sequence[Setting | None], tensor: str) -> None:
-    """Refuse a setting of filters alone that leaves a tensor without a value."""
+    """Refuse a setting that consists of filters only and leaves a tensor without a value."""
     for setting in settings:
         if setting is not None:
             raise ConfigError(
-                f"{setting.path}: only filters, and none matches tensor {printable(tensor, 120)}: add `- value: …` as the "
-                "last entry, for all others"
+                f"{setting.path}: no filter matches tensor {printable(tensor, 120)}: add `- value: …` as the last entry, for "
+                "all other tensors"
             )
 
 
@@ -195,7 +195,7 @@ def _checked(parameter: Parameter, value: Scalar, path: str, default: Any) -> Sc
         if isinstance(value, str) or value not in (
             0,
             1,
-        ):  # `normalize: 1.0`, as searches over parameters write it
+        ):  # `normalize: 1.0`, as parameter searches write it
             raise ConfigError(f"{path}: {printable(value, 60)!r} is not true or false")
         return bool(value)
     if float in parameter.kind:

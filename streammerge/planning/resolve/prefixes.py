@@ -1,8 +1,8 @@
-"""Names of one model that are those of another but for what they begin with: found by comparing names and shapes.
+"""Match names that differ only in their prefix between two models, by comparing names and shapes.
 
-Models save the same layers under ``model.``, ``bert.``, ``language_model.model.``, ``model.language_model.`` or nothing at
-all. No list of architectures is needed: a name without its beginning (``layers.3.mlp.up_proj.weight``) says which tensor it
-is, and all tensors under one beginning move together.
+Models save the same layers under ``model.``, ``bert.``, ``language_model.model.``, ``model.language_model.`` or without a
+prefix. No list of architectures is needed: a name without its prefix (``layers.3.mlp.up_proj.weight``) identifies the
+tensor, and all tensors with the same prefix move together.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 
 _MOST_RULES = 12
-"""Candidates that are counted in full."""
+"""Most candidates that are counted in full."""
 _SAMPLED = 4096
-"""Names of which candidates are taken."""
+"""Most names that candidates are derived from."""
 _MOST_STARTS = 16
-"""Parts of a name that are looked at."""
+"""Most parts of a name that are considered."""
 _MOST_FOUND = 12
-"""Rules for one model."""
+"""Most rules for one model."""
 _MOST_TWINS = 6
-"""Tensors of like ends that a name is compared with."""
+"""Most tensors with the same ending that a name is compared with."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Names that begin with `own` in a model begin with `template` in the template model, otherwise alike."""
+    """A renaming: the prefix `own` in a model corresponds to the prefix `template` in the template model."""
 
     own: str
-    """Ends with a dot, or is empty."""
+    """The model's prefix; it ends with a dot, or is empty."""
     template: str
     names: tuple[str, ...] = ()
     """The model's names that the rule finds in the template model."""
@@ -46,17 +46,17 @@ def find_rules(
     template_reference: str,
     exclude: Sequence[str] = (),
 ) -> list[Rule]:
-    """Return the rules by which names of a model that the template model lacks become names of the template model.
+    """Return the rules that turn names of a model that the template model lacks into names of the template model.
 
     Parameters
     ----------
     exclude
-        Regular expressions of the template model's tensors that no other is to be matched with.
+        Regular expressions of the template model's tensors that are not matched.
 
     Raises
     ------
     ModelError
-        If there are two places in the template model that fit equally well.
+        If two prefixes of the template model fit equally well.
     """
     left = {name: ref for name, ref in own.items() if name not in template}
     patterns = [re.compile(pattern) for pattern in exclude]
@@ -80,8 +80,8 @@ def find_rules(
         for other in twins:
             if set(other.rule.names) & set(best.rule.names):
                 raise ModelError(
-                    f"{printable(reference)}: its {printable(best.rule.own + '*')} may be {printable(best.rule.template + '*')} or "
-                    f"{printable(other.rule.template + '*')} of {printable(template_reference)}, both fit: list one of these under `exclude:`"
+                    f"{printable(reference)}: {printable(best.rule.own + '*')} fits both {printable(best.rule.template + '*')} and "
+                    f"{printable(other.rule.template + '*')} of {printable(template_reference)}: list one of these under `exclude:`"
                 )
         best = _meant([best, *twins], patterns, reference, template_reference)
         rules.append(best.rule)
@@ -92,12 +92,12 @@ def find_rules(
 
 
 def layers_behind(own: Iterable[str], rules: Sequence[Rule], found: Collection[str]) -> dict[str, str]:
-    """Return names in stacks of layers that rules have found, of layers that the template model lacks, in its manner.
+    """Return new names, in the template model's manner, for layers in matched stacks that the template model lacks.
 
     Parameters
     ----------
     found
-        Names that rules have found.
+        Names that rules matched.
     """
     stacks = {
         own_stack: rule.template + own_stack[len(rule.own) :]
@@ -115,7 +115,7 @@ def layers_behind(own: Iterable[str], rules: Sequence[Rule], found: Collection[s
 
 
 def _stack(name: str, start: int) -> str | None:
-    """Return what a name begins with before the number of its layer, the first behind `start`."""
+    """Return the part of a name before its layer number, which is the first number after `start`."""
     at = start
     for part in name[start:].split("."):
         if part.isdigit():
@@ -131,7 +131,7 @@ def _is_twin(other: _Counted, best: _Counted) -> bool:
 def _meant(
     fits: Sequence[_Counted], patterns: Sequence[re.Pattern[str]], reference: str, template_reference: str
 ) -> _Counted:
-    """Return the first of candidates that fit equally well, or the one that finds the same tensors and is not excluded."""
+    """Return the first of equally good candidates, or one that matches the same tensors and is not excluded."""
     best = fits[0]
     rivals = [found for found in fits if _targets(found.rule) & _targets(best.rule)]
     if len(rivals) == 1:
@@ -145,18 +145,18 @@ def _meant(
         return left[0]
     one, other = (found.rule for found in rivals[:2])
     raise ModelError(
-        f"{printable(reference)}: its {printable(one.own + '*')} and its {printable(other.own + '*')} both fit "
+        f"{printable(reference)}: {printable(one.own + '*')} and {printable(other.own + '*')} both fit "
         f"{printable(one.template + '*')} of {printable(template_reference)}: list one of these under `exclude:`"
     )
 
 
 def _targets(rule: Rule) -> set[str]:
-    """Return the names of the template model that a rule finds."""
+    """Return the names of the template model that a rule matches."""
     return {rule.template + name[len(rule.own) :] for name in rule.names}
 
 
 def _candidates(left: Mapping[str, SourceRef], free: Mapping[str, SourceRef]) -> list[tuple[str, str]]:
-    """Return the beginnings, of the model and of the template model, behind which most names are alike."""
+    """Return the pairs of prefixes, of the model and of the template model, with the most equal names after them."""
     ends: dict[str, list[str]] = {}
     for name in free:
         for start in _starts(name):
@@ -174,7 +174,7 @@ def _candidates(left: Mapping[str, SourceRef], free: Mapping[str, SourceRef]) ->
 
 
 def _starts(name: str) -> Iterator[int]:
-    """Yield where the parts of a name begin, but for the last: a lone ``weight`` says nothing."""
+    """Yield the start of each part of a name except the last: ``weight`` alone identifies nothing."""
     yield 0
     if component := len(in_component(name)[0]):
         yield component
@@ -188,20 +188,20 @@ def _starts(name: str) -> Iterator[int]:
 
 
 def _spread(names: Mapping[str, SourceRef]) -> Iterable[str]:
-    """Return names from everywhere, not too many."""
+    """Return a limited number of names, spread over all of them."""
     listed = list(names)
     return listed[:: max(1, len(listed) // _SAMPLED)]
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """A candidate, and how well it fits."""
+    """A candidate rule, and how well it fits."""
 
     rule: Rule
     alike: int
-    """Names found that have the same shape."""
+    """Number of matched names with the same shape."""
     under_own: int
-    """Names that begin so in the model."""
+    """Number of names with this prefix in the model."""
     under_template: int
 
 
@@ -218,10 +218,10 @@ def _count(
 
 
 def _holds(found: _Counted, words: set[str]) -> bool:
-    """Return whether a candidate is no accident.
+    """Return whether a candidate is more than a coincidence.
 
-    It finds at least half of what begins so, here or there, and several tensors; a single one (a head) only by words that
-    a rule of many has already shown to be wrappers.
+    It must match several tensors, and at least half of those with its prefix in either model. A single tensor (a head)
+    suffices if a rule with many tensors has already identified the words of the prefix as wrappers.
     """
     n = len(found.rule.names)
     if not n or 2 * n < min(found.under_own, found.under_template):
@@ -231,6 +231,6 @@ def _holds(found: _Counted, words: set[str]) -> bool:
         for begin in (found.rule.own, found.rule.template)
     ]
     if all(numbers) and numbers[0] != numbers[1]:
-        return False  # A layer is never another layer, however alike.
+        return False  # A layer never matches a layer of a different number.
     parts = {*found.rule.own.split("."), *found.rule.template.split(".")}
     return n >= 3 or parts <= words | {""}

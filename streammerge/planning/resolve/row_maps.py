@@ -1,4 +1,4 @@
-"""Row maps: for each row of the output, the rows of the models' tensors that it is, or is the mean of."""
+"""Row maps: for each row of the output, the row of a model's tensor, or the rows whose mean it is."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from streammerge.checkpoint.tokenizer import Tokenizer
 
 Ids = NDArray[np.int32]
 OWN = 0
-"""Place, in a `RowMap`, of the model's own tensor; those of all models follow."""
+"""Index of the model's own tensor in a `RowMap`; the tensors of all models follow."""
 Sources = Sequence[tuple[int, int]]
-"""Rows that a row is the mean of: the place of a model among all, and the row there."""
+"""Rows whose mean a row is: pairs of a model's index and the row there."""
 
 
 def own_rows(ids: Mapping[str, int], tokenizer: Tokenizer, n_own: int, n_rows: int) -> Ids:
-    """Return for each row of the output the row of a model's own tensor; -1 where it has none.
+    """Return for each row of the output the row of the model's own tensor; -1 if it has none.
 
-    Rows that no token names on either side keep their place: the padding of a vocabulary, or rows held in reserve.
+    Rows without a token on either side keep their place: padding of a vocabulary, or reserved rows.
     """
     found = np.full(n_rows, -1, np.int32)
     named = np.zeros(max(n_rows, n_own), np.bool_)
@@ -41,12 +41,12 @@ def own_rows(ids: Mapping[str, int], tokenizer: Tokenizer, n_own: int, n_rows: i
 
 @dataclass(frozen=True)
 class Lenders:
-    """The rows that replace those that some model lacks: sources, one after the other."""
+    """The rows that replace rows which some model lacks, one after the other."""
 
     counts: Ids
     starts: Ids
     places: NDArray[np.int16]
-    """Places of models, counted from 1."""
+    """Indices of models, from 1."""
     rows: Ids
 
 
@@ -74,7 +74,7 @@ def lenders_of(
 
 
 def map_of(own: Ids, lenders: Lenders, place: int, padding: int) -> RowMap:
-    """Return the map of the model at a place: its own row if it has one, else the replacement."""
+    """Return the map of the model with index `place`: its own row if it has one, else the replacement."""
     lacks = own < 0
     counts = np.where(lacks, lenders.counts, 1)
     starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Ends of names that versions of a library spell differently, for the same tensors."""
+"""Endings of names that versions of a library spell differently for the same tensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _SPELLINGS = (
     (".weight_g", ".parametrizations.weight.original0"),
     (".weight_v", ".parametrizations.weight.original1"),
 )
-"""Checkpoints converted from TensorFlow, and weight norms before torch 2.0: either is read as the other."""
+"""Equivalent endings: checkpoints converted from TensorFlow, and weight norms before torch 2.0."""
 
 
 def spelt_alike(index: TensorIndex, template: TensorIndex, notes: list[str]) -> TensorIndex:
-    """Return a model whose names end as the template model's do, where they are spelt otherwise; adds a note."""
+    """Return a model with endings spelt as in the template model; add a note if they were spelt differently."""
     pairs = [pair for both in _SPELLINGS for pair in (both, both[::-1]) if _differ(pair, index, template)]
     if not pairs:
         return index

@@ -1,4 +1,4 @@
-"""Filters and `exclude` patterns that are in no tensor's name: misspelt, or of modules that these models lack."""
+"""Find filters and `exclude` patterns that match no tensor: misspelt, or for modules that these models lack."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 
 _PLAIN = re.compile(r"[\w.]+")
 _MOST = 200
-"""Filters, and patterns, that are looked at."""
+"""Most filters, and most patterns, that are checked."""
 
 
 def unmatched(config: MergeConfig, outputs: Sequence[OutputTensor], indexes: Indexes) -> list[str]:
-    """Return warnings, not refusals: published configs have filters for modules that only some models have."""
+    """Return warnings; they are not errors, since published configs have filters for modules that only some models have."""
     names = {output.name for output in outputs}
     names |= {name for output in outputs for name in output.sources if name not in names}
     texts = _filters(config)
@@ -45,7 +45,7 @@ def unmatched(config: MergeConfig, outputs: Sequence[OutputTensor], indexes: Ind
 
 
 def _filters(config: MergeConfig) -> dict[str, str]:
-    """Return every filter of the config, and where it is written first."""
+    """Return every filter of the config, with the place of its first use."""
     found: dict[str, str] = {}
     for settings, _ in config.settings():
         for setting in settings.values():
@@ -56,7 +56,7 @@ def _filters(config: MergeConfig) -> dict[str, str]:
 
 
 def _parts_of(names: set[str]) -> Mapping[str, str]:
-    """Return the parts of tensors' names that are words, each with the first tensor that has it."""
+    """Return the words in tensors' names, each with the first tensor that contains it."""
     parts: dict[str, str] = {}
     for name in sorted(names):
         words = [word for word in name.split(".") if not word.isdigit()]
@@ -66,6 +66,6 @@ def _parts_of(names: set[str]) -> Mapping[str, str]:
 
 
 def _tensor_meant(text: str, parts: Mapping[str, str]) -> str:
-    """Return the tensor that a pattern may mean, by the longest of its plain parts."""
+    """Return a suggestion for a pattern, found by its longest literal part."""
     words = sorted(_PLAIN.findall(text.replace("\\.", ".")), key=len, reverse=True)
     return next((hint for word in words[:3] if (hint := meant(word.strip("."), parts.keys(), parts))), "")

@@ -1,8 +1,8 @@
-"""The output's vocabulary, and for each model which rows of which tensors stand for its tokens there.
+"""The output's vocabulary, and for each model the rows that represent the output's tokens.
 
-A token keeps the number that it has in the tokenizer the config names; a union appends what the other models have. A model
-that lacks a token gets a row for it: of the base if that has the token, else the mean of the rows of all models that have
-it, else zeros. Rows that no token names (padding of a vocabulary) stay what they are.
+A token keeps its id in the tokenizer that the config names; a union appends the other models' tokens. A model that lacks a
+token gets a row for it: the base's row if the base has the token, else the mean of the rows of all models that have it,
+else zeros. Rows without a token (padding of a vocabulary) are unchanged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from streammerge.planning.resolve.row_maps import (
 )
 
 _KEPT_TOKENIZERS = 3
-"""Vocabularies held at a time, some 30 MB for 128,000 tokens; the output's own beside them."""
+"""Number of vocabularies held at a time in addition to the output's; one of 128,000 tokens takes about 30 MB."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class NewToken:
     text: str
     number: int
     about: Mapping[str, Any]
-    """Its entry in the tokenizer it comes from."""
+    """Its entry in the tokenizer that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,31 @@ class _Vocabulary:
     directory: Path
     """The folder whose tokenizer files the output gets."""
     has_gaps: bool
-    """Whether its numbers have gaps."""
+    """Whether the ids have gaps."""
     ids: Mapping[str, int]
     n_rows: int
-    """One more than the highest number."""
+    """One more than the highest id."""
     new: tuple[NewToken, ...]
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """The output's vocabulary, and a map of rows for each model."""
+    """The output's vocabulary, and a row map for each model."""
 
     directory: Path
     """The folder whose tokenizer files the output gets."""
     new: tuple[NewToken, ...]
-    """Tokens that are added to these files."""
+    """Tokens that are added to the tokenizer files."""
     n_rows: int
-    """Rows of the output's embedding: one for each number, padding included."""
+    """Number of rows of the output's embedding, one per id, padding included."""
     maps: Mapping[str, RowMap | None]
-    """The maps, by model; None if its rows stay unchanged."""
+    """The row map of each model; None if its rows are unchanged."""
     rows: Mapping[str, int]
-    """Rows of each model's embedding."""
+    """Number of rows of each model's embedding."""
     order: tuple[str, ...]
-    """The models by their places in the maps."""
+    """The models in the order of their indices in the maps."""
     numbers: Ids | None
-    """The output's number of each token of the template model, -1 of those that it lacks; None where they are the same."""
+    """The output's id of each token of the template model, -1 if the output lacks it; None if all ids are the same."""
     notes: tuple[str, ...] = ()
     _gathered: dict[tuple[str, str], SourceRef] = field(default_factory=dict)
 
@@ -94,12 +94,12 @@ class Alignment:
     def gather(
         self, reference: str, name: str, ref: SourceRef, find: Callable[[str], SourceRef | None]
     ) -> SourceRef:
-        """Return a model's tensor with its rows in the output's order; one without a row for each token as it is.
+        """Return a model's tensor with its rows in the output's order; a tensor without a row per token is unchanged.
 
         Parameters
         ----------
         find
-            Returns another model's tensor of the same name, by its reference.
+            Function that returns the tensor of the same name in the model with the given reference.
         """
         rows = self.maps.get(reference)
         if rows is None or not has_tokens(name, ref.shape, self.rows[reference]) or ref.is_gathered:
@@ -124,8 +124,8 @@ class Alignment:
             lenders[place] = lender
         for tensor in (tensor for tensor in lenders if tensor is not None and tensor.dtype not in FLOATS):
             raise ModelError(
-                f"tensor {printable(name)} in {printable(tensor.path)} is {tensor.dtype}: its rows are not put in the order "
-                "of another vocabulary; dequantise the model first"
+                f"tensor {printable(name)} in {printable(tensor.path)} is {tensor.dtype}, whose rows cannot be reordered for a "
+                "different vocabulary: dequantise the model first"
             )
         dtypes = {tensor.dtype for tensor in lenders if tensor is not None}
         dtype = ref.dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
@@ -142,14 +142,14 @@ class Alignment:
 
 
 def align(spec: TokenizerSpec, template: TensorIndex, indexes: Mapping[str, TensorIndex]) -> Alignment:
-    """Return how the vocabularies of all models become the one that the config asks for.
+    """Return the alignment of all models' vocabularies with the vocabulary that the config asks for.
 
     Raises
     ------
     ConfigError
-        If the config names a token or a model that is not there.
+        If the config names a token or a model that does not exist.
     ModelError
-        If a model has no tokenizer, or no tensor that is its embedding.
+        If a model has no tokenizer, or no embedding.
     """
     order = tuple(indexes)
     tokenizers = _Tokenizers(indexes)
@@ -163,7 +163,7 @@ def align(spec: TokenizerSpec, template: TensorIndex, indexes: Mapping[str, Tens
     lacking = np.flatnonzero((np.min(own, axis=0) < 0) | forced)
     lenders, nowhere = lenders_of(own, order.index(template.reference), chosen, lacking)
     maps: dict[str, RowMap | None] = {}
-    known: dict[bytes, RowMap] = {}  # models that have the same vocabulary share a map
+    known: dict[bytes, RowMap] = {}  # models with the same vocabulary share a map
     for place, reference in enumerate(order):
         found = map_of(np.where(forced, -1, own[place]), lenders, place + 1, padding)
         maps[reference] = (
@@ -174,8 +174,8 @@ def align(spec: TokenizerSpec, template: TensorIndex, indexes: Mapping[str, Tens
     notes = [f"{spec.path}: {n_zeros} tokens have no row in any model and get zeros"] if n_zeros else []
     if vocabulary.new and vocabulary.has_gaps:
         notes.append(
-            f"{spec.path}: the numbers of the tokens have gaps; check that the output's tokenizer gives "
-            f"{shown(vocabulary.new[0].text)} the number {vocabulary.new[0].number}"
+            f"{spec.path}: the token ids have gaps; check that the output's tokenizer maps "
+            f"{shown(vocabulary.new[0].text)} to {vocabulary.new[0].number}"
         )
     return Alignment(
         vocabulary.directory,
@@ -190,7 +190,7 @@ def align(spec: TokenizerSpec, template: TensorIndex, indexes: Mapping[str, Tens
 
 
 def _renumbered(template: Tokenizer, ids: Mapping[str, int]) -> Ids | None:
-    """Return the output's number of each token of the template model; None if they are the same."""
+    """Return the output's id of each token of the template model; None if all are the same."""
     numbers = np.full(template.n_rows, -1, np.int32)
     for text, number in template.ids.items():
         numbers[number] = ids.get(text, numbers[number])
@@ -199,7 +199,7 @@ def _renumbered(template: Tokenizer, ids: Mapping[str, int]) -> Ids | None:
 
 
 class _Tokenizers:
-    """The tokenizers of all models: read when they are asked for, one for all that have the same, few at a time."""
+    """The tokenizers of all models: read on demand, shared between models with equal ones, few at a time."""
 
     def __init__(self, indexes: Mapping[str, TensorIndex]) -> None:
         self._indexes = indexes
@@ -220,8 +220,8 @@ class _Tokenizers:
         found = self._known.get(digest) or read_tokenizer(index.directory)
         if found is None:
             raise ModelError(
-                f"{printable(reference)}: no tokenizer here whose vocabulary can be read (tokenizer.json, vocab.json, "
-                "vocab.txt, tokenizer.model), and the config asks to align vocabularies"
+                f"{printable(reference)}: no readable tokenizer (tokenizer.json, vocab.json, vocab.txt, tokenizer.model), which "
+                "`tokenizer_source` needs to align vocabularies"
             )
         self._known[digest] = found
         self._known.move_to_end(digest)
@@ -230,12 +230,12 @@ class _Tokenizers:
         return found
 
     def directory(self, reference: str) -> Path:
-        """Return where a model's tokenizer lies."""
+        """Return the directory of a model's tokenizer."""
         return self._indexes[reference].directory
 
 
 def _embedding_rows(index: TensorIndex) -> int:
-    """Return the rows of a model's token embedding.
+    """Return the number of rows of a model's token embedding.
 
     Raises
     ------
@@ -244,12 +244,12 @@ def _embedding_rows(index: TensorIndex) -> int:
     """
     name = embedding_of(index)
     if name is None:
-        raise ModelError(f"{printable(index.reference)}: no tensor has the name of a token embedding")
+        raise ModelError(f"{printable(index.reference)}: no tensor has a known name of a token embedding")
     return index[name].shape[0]
 
 
 def _directory_of(spec: TokenizerSpec) -> Path:
-    """Return the folder of a source that is not one of the models."""
+    """Return the directory of a source that is not one of the models."""
     try:
         return locate(spec.source)
     except ModelError as error:
@@ -257,7 +257,7 @@ def _directory_of(spec: TokenizerSpec) -> Path:
             raise
         hint = meant(spec.source, ("union", "base"))
         raise ConfigError(
-            f"{spec.path}: {shown(spec.source)} is neither union nor base{hint}, nor a model here"
+            f"{spec.path}: {shown(spec.source)} is not `union`, `base` or an available model{hint}"
         ) from error
 
 
@@ -272,7 +272,7 @@ def _vocabulary(spec: TokenizerSpec, template: TensorIndex, tokenizers: _Tokeniz
         directory = _directory_of(spec)
         found = read_tokenizer(directory)
         if found is None:
-            refuse(spec.path, f"{shown(spec.source)} has no tokenizer whose vocabulary can be read")
+            refuse(spec.path, f"{shown(spec.source)} has no readable tokenizer")
         source = found
     ids = dict(source.ids)
     new: list[NewToken] = []
@@ -280,7 +280,7 @@ def _vocabulary(spec: TokenizerSpec, template: TensorIndex, tokenizers: _Tokeniz
 
     def add(text: str, about: Mapping[str, Any]) -> None:
         nonlocal n_rows
-        if text and text not in ids:  # loaders pass over a token without text
+        if text and text not in ids:  # loaders skip a token without text
             if n_rows >= MOST_ROWS:
                 refuse(spec.path, f"more than {MOST_ROWS} tokens")
             ids[text] = n_rows
@@ -308,7 +308,7 @@ def _chosen(
     rows: Mapping[str, int],
     n_rows: int,
 ) -> tuple[dict[int, Sources], NDArray[np.bool_]]:
-    """Return the sources that the config gives for some rows, and in which of them they count for all models."""
+    """Return the sources that the config gives for some rows, and the rows where they apply to all models."""
     forced = np.zeros(n_rows, np.bool_)
     chosen: dict[int, Sources] = {}
     for text, source in spec.tokens.items():
@@ -321,7 +321,7 @@ def _chosen(
 def _row_named(
     source: TokenSource, text: str, tokenizers: _Tokenizers, rows: Mapping[str, int]
 ) -> tuple[int, int]:
-    """Return the place of the model that a config names for a token, and the row there."""
+    """Return the index of the model that the config names for a token, and the row there."""
     assert source.model is not None
     if source.model not in tokenizers:
         refuse(source.path, f"{shown(source.model)} is not one of the models being merged")

@@ -202,8 +202,8 @@ def test_each_weight_is_read_twice_whatever_the_number_of_examples(tmp_path: Pat
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"labels": "exact"}, InputError, "of a language model the next tokens are too many"),
-        ({"labels": "gold"}, InputError, "'gold' is none of sampled, empirical, exact"),
+        ({"labels": "exact"}, InputError, "which are too many for a language model"),
+        ({"labels": "gold"}, InputError, "'gold' is not one of sampled, empirical, exact"),
         ({"dtype": "float16"}, InputError, "'float16' is none of float32, bfloat16"),
         ({"memory": "100MiB"}, BudgetError, "is too little"),
         ({"memory": "512MiB", "batch_size": 100000}, BudgetError, "--memory is 512 MiB"),
@@ -234,7 +234,7 @@ def test_an_unfinished_estimate_of_other_examples_is_not_continued(tmp_path: Pat
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:
     make_model("llama", tmp_path / "model")
     data = write_lines(tmp_path / "data.jsonl", [{"text": "a b c"}])
-    with pytest.raises(InputError, match="no tokenizer could be loaded for text"):
+    with pytest.raises(InputError, match="cannot load a tokenizer for text"):
         compute_fisher(tmp_path / "model", data, tmp_path / "s.zarr")
 
 
@@ -249,7 +249,7 @@ def test_tensors_that_are_no_parameters_are_told_and_recorded(tmp_path: Path) ->
     computed = compute_fisher(tmp_path / "model", data, tmp_path / "s.zarr", on_event=events.append)
     assert computed.about["missing"] == ["extra"]
     assert [e.values["message"] for e in events if e.kind == "warning"] == [
-        f"1 tensors of {tmp_path / 'model'} are no parameters of LlamaForCausalLM (first: extra); they get no diagonal"
+        f"1 tensors of {tmp_path / 'model'} are not parameters of LlamaForCausalLM (first: extra); they get no diagonal"
     ]
 
 
@@ -280,7 +280,7 @@ def test_the_command_runs_in_the_memory_that_it_asks_for(
     monkeypatch.setitem(MODELS, "wide", wide)
     make_model("wide", tmp_path / "model")
     data = write_lines(tmp_path / "data.jsonl", [{"input_ids": [n, *range(200)]} for n in range(3)])
-    with pytest.raises(BudgetError, match="what comes after the layers needs") as refused:
+    with pytest.raises(BudgetError, match="the part after the layers needs") as refused:
         compute_fisher(tmp_path / "model", data, tmp_path / "s.zarr", memory="512MiB")
     needed = re.search(r"needs (\d+) MiB", str(refused.value))
     assert needed is not None

@@ -310,7 +310,7 @@ def test_names_shapes_and_dtypes_must_be_the_models(
         assert any("1 tensors" in event.values.get("message", "") for event in said)
         config = config_for("fisher", paths)
         config["models"][0]["fisher"] = str(tmp_path / "s.zarr")
-        with pytest.raises(ModelError, match=r"no Fisher diagonal of tensor norm.*exclude"):
+        with pytest.raises(ModelError, match=r"the Fisher diagonal of tensor norm is missing.*exclude"):
             plan(config)
         plan({**config, "exclude": ["norm"]})
         return

@@ -42,8 +42,8 @@ BAD = {
     "line 2 has neither": '{"text": 5}',
     "line 2 its input_ids are not": '{"input_ids": [1, 10]}',
     "ids from 0 to 9": '{"input_ids": [true, 1]}',
-    "line 2 has 1 tokens, an example needs at least 2": '{"input_ids": [1]}',
-    "the tokenizer gives id 11": '{"text": "a elevenchars"}',
+    "line 2 has 1 tokens, but an example needs at least 2": '{"input_ids": [1]}',
+    "the tokenizer returns id 11": '{"text": "a elevenchars"}',
     "its label None is not a number from 0 to 1": '{"input_ids": [1, 2]}',
     "its label 2 is not": '{"input_ids": [1, 2], "label": 2}',
     "or one of yes, no": '{"input_ids": [1, 2], "label": "maybe"}',
@@ -64,7 +64,7 @@ def test_a_bad_line_is_named_by_its_number(message: str, tmp_path: Path) -> None
 def test_a_file_without_examples_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("\n \n")
-    with pytest.raises(ModelError, match="holds no example"):
+    with pytest.raises(ModelError, match="contains no example"):
         read_examples(str(path), None, reading())
 
 

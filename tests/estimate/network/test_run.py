@@ -70,7 +70,7 @@ def test_layers_that_do_not_run_once_each_are_refused(name: str, tmp_path: Path)
         weights = Resident(loader, CPU, network.skeleton.outer, "head")
         network.head(Example(0, np.array([5, 7, 9])), torch.zeros(1, 3, 32), weights)
 
-    with pytest.raises(ModelError, match="is not run layer by layer"):
+    with pytest.raises(ModelError, match="cannot be run layer by layer"):
         run_head()
 
 
@@ -90,7 +90,7 @@ def test_a_parameter_without_a_tensor_is_named(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["classifier.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"classifier\.weight of BertForSequenceClassification is in none"):
+    with pytest.raises(ModelError, match=r"classifier\.weight of BertForSequenceClassification is missing"):
         network_of(tmp_path)
 
 
@@ -98,7 +98,7 @@ def test_a_config_of_another_size_is_named(tmp_path: Path) -> None:
     make_model("llama", tmp_path)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 48', '"intermediate_size": 40'))
-    with pytest.raises(ModelError, match=r"has shape \[.*\], config.json asks for"):
+    with pytest.raises(ModelError, match=r"has shape \[.*\], but config.json requires"):
         network_of(tmp_path)
 
 

@@ -189,7 +189,7 @@ def kinds(one: Tensors, three: Tensors) -> Iterator[Case]:
     yield Case(
         "two places that fit",
         with_tensors(named(["x.", "y."]), named([escape])),
-        "both fit: list one of these under",
+        ": list one of these under",
     )
     yield Case(
         "other architectures",

@@ -161,7 +161,7 @@ def test_any_range_of_elements_is_that_of_the_whole(
     reference = str(path)
     if adapted:
         if source not in ("one by one", "mixtral"):
-            pytest.skip("adapters of fused experts are read by another way")
+            pytest.skip("adapters of fused experts are converted by another way")
         names = [n.removesuffix(".weight") for n in read_tensors(path) if ".experts.1." in n]
         shapes = {name: read_tensors(path)[f"{name}.weight"].shape for name in names}
         changes = {k: t for n in names for k, t in factors(n, shapes[n][1], shapes[n][0], 8).items()}
@@ -263,7 +263,7 @@ def test_a_model_is_known_by_what_it_stores_whatever_it_is_merged_with(three: li
 
 
 def test_the_note_says_how_experts_are_read(three: list[Path]) -> None:
-    notes = [line for line in plan(models(*three), memory="1GiB").warnings if "experts are read" in line]
+    notes = [line for line in plan(models(*three), memory="1GiB").warnings if "experts are converted" in line]
     assert len(notes) == 2
     assert notes[0].endswith("stored fused")
 
@@ -358,7 +358,7 @@ def test_experts_whose_gate_and_up_rows_take_turns_are_refused_beside_others(
         turns[f"model.layers.{i}.mlp.experts.down_proj_bias"] = torch.zeros(N, H)
     write_model(tmp_path / "b", turns)
     both = [a, tmp_path / "b"]
-    with pytest.raises(ModelError, match="take turns"):
+    with pytest.raises(ModelError, match="interleaved rows"):
         plan(models(both[first], both[1 - first]))
 
 
@@ -375,6 +375,6 @@ def test_another_number_of_experts_is_told_as_such(tmp_path: Path) -> None:
         }
     write_model(tmp_path / "b", b)
     for both in ((a, tmp_path / "b"), (tmp_path / "b", a)):
-        with pytest.raises(ModelError, match=r"has [34] experts in a layer, .* [34]: "):
+        with pytest.raises(ModelError, match=r"has [34] experts per layer, .* [34]: "):
             plan(models(*both))
     plan(models(a, tmp_path / "b", exclude=[r"\.experts\.", r"\.gate\."]))

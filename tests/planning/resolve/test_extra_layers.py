@@ -79,7 +79,7 @@ def test_a_config_that_counts_fewer_layers_than_are_stored_tells_them_where_name
     a = write_model(tmp_path / "a", llama(1, 5))
     (a / "config.json").write_text(json.dumps({"num_hidden_layers": 4, "num_nextn_predict_layers": 1}))
     with pytest.raises(
-        ConfigError, match=r"ends beyond the 4 layers of .*the 1 behind them, for multi-token prediction"
+        ConfigError, match=r"ends beyond the 4 layers of .*the 1 after them, for multi-token prediction"
     ):
         plan(stack(source(a, 0, 5)))
     assert "model.layers.2.input_layernorm.weight" in {job.name for job in plan(stack(source(a, 0, 2))).jobs}
@@ -150,7 +150,7 @@ def test_what_config_json_says_of_layers_by_number_follows_the_slices_or_is_name
         9,
     )
     told = "\n".join(summary.warnings)
-    assert "decoder_sparse_step: 2 tells kinds of layers by their numbers" in told
+    assert "decoder_sparse_step: 2 determines the kind of a layer by its number" in told
     assert "first_k_dense_replace" not in told
     summary = merge(stack(source(a, 1, 4), source(a, 0, 2)), tmp_path / "turned")
     assert settings_of(tmp_path / "turned")["first_k_dense_replace"] == 0

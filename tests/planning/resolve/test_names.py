@@ -187,7 +187,7 @@ def test_two_places_that_fit_equally_well_are_refused(tmp_path: Path) -> None:
     twice = text(1, "talker.", head="") | text(2, "thinker.", head="")
     config = linear(write(tmp_path / "twice", twice), write(tmp_path / "one", text(3, "model.", head="")))
     with pytest.raises(
-        ModelError, match=r"one: its model\.\* may be talker\.\* or thinker\.\* of .*twice, both fit"
+        ModelError, match=r"one: model\.\* fits both talker\.\* and thinker\.\* of .*twice: list"
     ):
         plan(config, memory="1GiB")
     chosen = plan({**config, "exclude": ["talker"]}, memory="1GiB")
@@ -201,7 +201,7 @@ def test_two_parts_of_a_model_that_fit_one_place_equally_well_are_refused(tmp_pa
         2, {f"{part}.{name}": shape for part in ("query", "document") for name, shape in layers.items()}
     )
     b = write(tmp_path / "b", both)
-    with pytest.raises(ModelError, match=r"its document\.\* and its query\.\* both fit \* of .*`exclude:`"):
+    with pytest.raises(ModelError, match=r"document\.\* and query\.\* both fit \* of .*`exclude:`"):
         plan(linear(a, b))
     found = merged(linear(a, b, exclude=["^document"]), tmp_path / "out")
     one = normal(1, layers)
@@ -314,7 +314,7 @@ def test_models_of_different_depth_are_refused_whichever_comes_first(
     paths = [deep, flat] if deeper_first else [flat, deep]
     message = refusal(linear(*paths))
     n, m = (2, 4) if deeper_first else (4, 2)
-    assert f"{paths[1]} has {n} layers, {paths[0]} {m} (model.layers): say which" in message
+    assert f"{paths[1]} has {n} layers, {paths[0]} {m} (model.layers): choose layers" in message
     assert "`slices:`" in message
     plan(linear(*paths, exclude=[r"layers\.[23]\."]), memory="1GiB")
 
@@ -327,7 +327,7 @@ def test_depths_are_compared_whatever_the_layers_are_called(tmp_path: Path, deep
     wrapped = {f"language_model.{name}": tensor for name, tensor in text(2, layers=m).items()}
     other = write(tmp_path / "vlm", wrapped | tower(3, "vision_tower.", "multi_modal_projector."))
     both = (one, other) if first == "text" else (other, one)
-    with pytest.raises(ModelError, match=r"has [23] layers, .* [23] \(.*model\.layers\): say which of them"):
+    with pytest.raises(ModelError, match=r"has [23] layers, .* [23] \(.*model\.layers\): choose layers"):
         plan(linear(*both))
 
 
@@ -344,7 +344,7 @@ def test_biases_of_layers_are_not_left_out_beside_merged_weights(tmp_path: Path)
     biases = {f"model.layers.{i}.self_attn.q_proj.bias": torch.ones(8) for i in range(2)}
     b = write(tmp_path / "b", text(2) | biases, architectures=["Qwen2ForCausalLM"])
     with pytest.raises(
-        ModelError, match=r"b \(Qwen2ForCausalLM\) has 2 biases .*a \(LlamaForCausalLM\) is without"
+        ModelError, match=r"b \(Qwen2ForCausalLM\) has 2 biases .*a \(LlamaForCausalLM\) lacks"
     ):
         plan(linear(a, b))
     assert plan(linear(a, b, exclude=[r"q_proj\.bias$"])).jobs

@@ -265,7 +265,7 @@ WRONG: list[tuple[str, Callable[[dict[str, Path]], dict[str, Any]], str]] = [
     ("a range beyond the layers", lambda m: {"slices": [{"sources": [source(m["a"], 2, 5)]}]},
      r"slices\[0\]\.sources\[0\]\.layer_range: \[2, 5\] ends beyond the 4 layers of .*a"),
     ("two sources to copy", lambda m: {"slices": [{"sources": [source(m["a"], 0, 2), source(m["b"], 0, 2)]}]},
-     r"slices\[0\]\.sources: 'passthrough' takes exactly 1, there are 2"),
+     r"slices\[0\]\.sources: 'passthrough' takes exactly 1; the config has 2"),
     ("an unknown parameter", lambda m: {"slices": [{"sources": [source(m["a"], 0, 2, scale_=1.0)]}]},
      r"slices\[0\]\.sources\[0\]\.parameters\.scale_: unknown parameter"),
     ("an unknown parameter of a slice",
@@ -281,7 +281,7 @@ WRONG: list[tuple[str, Callable[[dict[str, Path]], dict[str, Any]], str]] = [
                 "slices": [{"sources": [source(m["a"], 0, 2)]}, {"sources": [source(m["b"], 2, 4)]}]},
      "comes from a different set of models; `trim_scope: model`"),
     ("a module that is none", lambda m: {"modules": {"vision_tower": {"models": [str(m["a"])]}}},
-     "modules.vision_tower: no tensor of .* belongs to this module; its names begin with lm_head, model"),
+     "modules.vision_tower: no tensor of .* belongs to this module: the model's names begin with lm_head, model"),
 ]  # fmt: skip
 
 
