@@ -28,6 +28,21 @@ Read = Callable[["Reader", Any, int, int, "Bytes", "Scratch"], None]
 _READERS: dict[type[Any], Read] = {}
 
 
+ReadSlot = Callable[["Reader", Any, int, int, "Bytes", "Scratch", bool], int]
+"""Puts elements (first, end) of a tensor anywhere in its slot, and returns where; the flag is `again` of `Ref.read_slot`."""
+_SLOT_READERS: dict[type[Any], ReadSlot] = {}
+
+
+def reads_slot(kind: type[Ref]) -> Callable[[ReadSlot], ReadSlot]:
+    """Register the reader of large parts of a kind of tensors, where what they are made of can be read past the page cache."""
+
+    def register(read: ReadSlot) -> ReadSlot:
+        _SLOT_READERS[kind] = read
+        return read
+
+    return register
+
+
 def reads(kind: type[Ref]) -> Callable[[Read], Read]:
     """Register the reader of a kind of tensors."""
 
@@ -115,6 +130,8 @@ class Ref:
             The same elements will be read once more.
         """
         with stages.time("read"):
+            if (special := _SLOT_READERS.get(type(self))) is not None:
+                return special(reader, self, start, stop, slot, scratch, again)
             self.read(reader, start, stop, slot, scratch)
         return 0
 

@@ -6,7 +6,9 @@ from streammerge.numerics.bits import bits_from_f32, f32_from_bits
 from streammerge.numerics.jit import njit
 
 LANES = 32
-"""Elements in a loop of fixed length, which takes a third of the time."""
+"""Elements in a loop of fixed length, which takes a third of the time; even."""
+_TILE = 16
+"""Rows and columns that are turned together."""
 
 
 @njit(inline="always")
@@ -35,64 +37,123 @@ def e5m2(code):
     return f32_from_bits(bits | sign)
 
 
+@njit(inline="always")
+def e2m1(code):
+    """Return the value of a code of F4_E2M1, exactly, from the low four bits."""
+    sign = (np.uint32(code) & np.uint32(8)) << np.uint32(28)
+    magnitude = np.uint32(code) & np.uint32(7)
+    normal = (magnitude << np.uint32(22)) + np.uint32(126 << 23)
+    small = np.uint32(0x3F000000) if magnitude else np.uint32(0)
+    return f32_from_bits((small if magnitude < np.uint32(2) else normal) | sign)
+
+
 @njit(nogil=True)
-def decode_e4m3(codes, scales, row, column, columns, group_rows, group_columns, out):
-    """Write ``value(code) * scale``, each product rounded once to fp32, for some rows of a matrix or a part of one.
+def decode_e4m3(codes, skip, pitch, scales, place, shape, extent, out):
+    """Write ``value(code) * scale``, each product rounded once to fp32, for a rectangle of a matrix.
 
-    The codes may lie in the last quarter of `out`: each is read before the bytes it lies in are written.
+    The codes may lie in the last bytes of `out`: each is read before the bytes it lies in are written.
 
-    =============  =======================  ==================================================
-    codes          uint8 (n,)               row by row
-    scales         float32 (r, c)           from the scale of the first element on
-    row, column    int64                    place of the first element in its matrix
-    columns        int64                    elements of each row; n is a multiple of it
-    group_rows     int64                    rows of the matrix that one scale serves
-    group_columns  int64                    columns of the matrix that one scale serves
-    out            float32 (n,)             written
-    =============  =======================  ==================================================
+    ======  =====================  ==========================================================================
+    codes   uint8 (bytes,)         row by row
+    skip    int64                  codes before the first
+    pitch   int64                  codes from one row to the next
+    scales  float32 (r, c)         from the scale of the first element on
+    place   (int64, int64)         row and column of the first element in its matrix
+    shape   (int64, int64)         rows and columns
+    extent  (int64, int64)         rows and columns of the matrix that one scale serves
+    out     float32 (n,)           written
+    ======  =====================  ==========================================================================
     """
-    at = 0
-    for r in range(row, row + codes.size // columns):
-        line = scales[r // group_rows - row // group_rows]
-        last = at + columns
-        end = min(last, at + group_columns - column % group_columns)
+    (row, column), (rows, columns), (by_rows, by_columns) = place, shape, extent
+    for r in range(rows):
+        line = scales[(row + r) // by_rows - row // by_rows]
+        at, last = r * columns, (r + 1) * columns
+        behind = skip + r * (pitch - columns)
+        end = min(last, at + by_columns - column % by_columns)
         group = 0
         while at < last:
             scale = line[group]
             while at + LANES <= end:
-                some, values = codes[at : at + LANES], out[at : at + LANES]
+                some, values = codes[at + behind : at + behind + LANES], out[at : at + LANES]
                 for i in range(LANES):
                     values[i] = e4m3(some[i]) * scale
                 at += LANES
             while at < end:
-                out[at] = e4m3(codes[at]) * scale
+                out[at] = e4m3(codes[at + behind]) * scale
                 at += 1
-            end = min(last, at + group_columns)
+            end = min(last, at + by_columns)
             group += 1
 
 
 @njit(nogil=True)
-def decode_e5m2(codes, scales, row, column, columns, group_rows, group_columns, out):
+def decode_e5m2(codes, skip, pitch, scales, place, shape, extent, out):
     """Do the same for codes of F8_E5M2."""
-    at = 0
-    for r in range(row, row + codes.size // columns):
-        line = scales[r // group_rows - row // group_rows]
-        last = at + columns
-        end = min(last, at + group_columns - column % group_columns)
+    (row, column), (rows, columns), (by_rows, by_columns) = place, shape, extent
+    for r in range(rows):
+        line = scales[(row + r) // by_rows - row // by_rows]
+        at, last = r * columns, (r + 1) * columns
+        behind = skip + r * (pitch - columns)
+        end = min(last, at + by_columns - column % by_columns)
         group = 0
         while at < last:
             scale = line[group]
             while at + LANES <= end:
-                some, values = codes[at : at + LANES], out[at : at + LANES]
+                some, values = codes[at + behind : at + behind + LANES], out[at : at + LANES]
                 for i in range(LANES):
                     values[i] = e5m2(some[i]) * scale
                 at += LANES
             while at < end:
-                out[at] = e5m2(codes[at]) * scale
+                out[at] = e5m2(codes[at + behind]) * scale
                 at += 1
-            end = min(last, at + group_columns)
+            end = min(last, at + by_columns)
             group += 1
 
 
-KERNELS = {"F8_E4M3": decode_e4m3, "F8_E5M2": decode_e5m2}
+@njit(nogil=True)
+def decode_e2m1(codes, skip, pitch, scales, place, shape, extent, out):
+    """Do the same for codes of F4_E2M1, two to a byte, the first in the low four bits."""
+    (row, column), (rows, columns), (by_rows, by_columns) = place, shape, extent
+    for r in range(rows):
+        line = scales[(row + r) // by_rows - row // by_rows]
+        at, last = r * columns, (r + 1) * columns
+        behind = skip + r * (pitch - columns)
+        end = min(last, at + by_columns - column % by_columns)
+        group = 0
+        while at < last:
+            scale = line[group]
+            while (at + behind) & 1 == 0 and at + LANES <= end:
+                begin = (at + behind) >> 1
+                some, values = codes[begin : begin + LANES // 2], out[at : at + LANES]
+                for i in range(LANES // 2):
+                    values[2 * i] = e2m1(some[i]) * scale
+                    values[2 * i + 1] = e2m1(some[i] >> np.uint8(4)) * scale
+                at += LANES
+            if at < end:
+                code = codes[(at + behind) >> 1] >> np.uint8(4 * ((at + behind) & 1))
+                out[at] = e2m1(code) * scale
+                at += 1
+            if at == end:
+                end = min(last, at + by_columns)
+                group += 1
+
+
+@njit(nogil=True)
+def turn(tile, out, pitch):
+    """Write the rows of a tile as columns.
+
+    =====  =====================  ====================================================
+    tile   float32 (rows, n)      read
+    out    float32 (words,)       ``out[j * pitch + i] = tile[i, j]``
+    pitch  int64                  elements from one row of the result to the next
+    =====  =====================  ====================================================
+    """
+    rows, n = tile.shape
+    for i in range(0, rows, _TILE):
+        for j in range(0, n, _TILE):
+            for jj in range(j, min(n, j + _TILE)):
+                for ii in range(i, min(rows, i + _TILE)):
+                    out[jj * pitch + ii] = tile[ii, jj]
+
+
+KERNELS = {"F8_E4M3": decode_e4m3, "F8_E5M2": decode_e5m2, "F4_E2M1": decode_e2m1}
 """By the kind of codes."""

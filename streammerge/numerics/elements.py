@@ -13,6 +13,7 @@ from streammerge.numerics.compiled import is_compiled
 
 GROUP = "decoding"
 """The compiled kernels that do the same."""
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _AT_ONCE = 1 << 15
 """Elements decoded together: so many are read before the bytes they lie in are written."""
 
@@ -20,7 +21,7 @@ _AT_ONCE = 1 << 15
 @functools.cache
 def values_of(element: str) -> NDArray[np.float32]:
     """Return the fp32 value of each code."""
-    return from_bf16(table(element))
+    return np.array(_E2M1, np.float32) if element == "F4_E2M1" else from_bf16(table(element))
 
 
 @functools.cache
@@ -44,55 +45,84 @@ def first_bad_scale(scales: Floats) -> int | None:
     return int(np.argmax(~((flat >= 0) & (flat < np.inf))))
 
 
+Pair = tuple[int, int]
+"""Of rows and of columns."""
+
+
 def decode(
     element: str,
     codes: NDArray[np.uint8],
+    skip: int,
+    pitch: int,
     scales: NDArray[np.float32],
-    place: tuple[int, int],
-    columns: int,
-    extent: tuple[int, int],
+    place: Pair,
+    shape: Pair,
+    extent: Pair,
     out: NDArray[np.float32],
 ) -> None:
-    """Write ``value(code) * scale``, each product rounded once to fp32, for some rows of a matrix or a part of one.
+    """Write ``value(code) * scale``, each product rounded once to fp32, for a rectangle of a matrix.
 
     Parameters
     ----------
     codes
-        [n], row by row. They may lie in the last quarter of `out`: each is read before the bytes it lies in are written.
+        Bytes, row by row. They may be the last ones of `out`: each is read before the bytes it lies in are written.
+    skip
+        Codes before the first.
+    pitch
+        Codes from one row to the next.
     scales
         [r, c], from the scale of the first element on.
     place
-        Row and column of the first element in its matrix.
-    columns
-        Elements of each row; n is a multiple of it.
+        Of the first element in its matrix.
+    shape
+        Of the rectangle.
     extent
         Rows and columns of the matrix that one scale serves.
     out
-        [n]
+        [rows * columns]
     """
     if is_compiled(GROUP):
         from streammerge.numerics import decoding
 
         kernel: Any = decoding.KERNELS[element]
-        kernel(codes, scales, *place, columns, *extent, out)
+        kernel(codes, skip, pitch, scales, place, shape, extent, out)
     else:
-        decode_in_order(values_of(element), codes, scales, place, columns, extent, out)
+        decode_in_order(element, codes, skip, pitch, scales, place, shape, extent, out)
 
 
 def decode_in_order(
-    values: NDArray[np.float32],
+    element: str,
     codes: NDArray[np.uint8],
+    skip: int,
+    pitch: int,
     scales: NDArray[np.float32],
-    place: tuple[int, int],
-    columns: int,
-    extent: tuple[int, int],
+    place: Pair,
+    shape: Pair,
+    extent: Pair,
     out: NDArray[np.float32],
 ) -> None:
     """The same, by numpy: the formula that the kernels agree with bit by bit."""
-    row, column = place
-    for first in range(0, codes.size, _AT_ONCE):
-        flat = np.arange(first, min(codes.size, first + _AT_ONCE))
-        rows, places = (row + flat // columns) // extent[0], (column + flat % columns) // extent[1]
-        scale = scales[rows - row // extent[0], places - column // extent[1]]
+    (row, column), (rows, columns) = place, shape
+    values = values_of(element)
+    for first in range(0, rows * columns, _AT_ONCE):
+        flat = np.arange(first, min(rows * columns, first + _AT_ONCE))
+        r, c = flat // columns, flat % columns
+        at = skip + r * pitch + c
+        some = codes[at] if values.size > 16 else (codes[at >> 1] >> (4 * (at & 1)).astype(np.uint8)) & 15
+        scale = scales[
+            (row + r) // extent[0] - row // extent[0], (column + c) // extent[1] - column // extent[1]
+        ]
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-            out[first : first + flat.size] = values[codes[first : first + flat.size]] * scale
+            out[first : first + flat.size] = values[some] * scale
+
+
+def turn(tile: NDArray[np.float32], out: NDArray[np.float32], pitch: int) -> None:
+    """Write the rows of a tile, [rows, n], as columns: ``out[j * pitch + i] = tile[i, j]``."""
+    if is_compiled(GROUP):
+        from streammerge.numerics import decoding
+
+        decoding.turn(tile, out, pitch)
+        return
+    rows, n = tile.shape
+    for j in range(n):
+        out[j * pitch : j * pitch + rows] = tile[:, j]

@@ -1,28 +1,50 @@
 """Quantised tensors, decoded as they are read: ``code * scale``, rounded once to fp32, the same bits however it is cut.
 
 Large ranges of codes are read past the page cache to the end of the slot and decoded from there to its beginning; small
-ones a block at a time by way of the scratch. Scales are read by ranges too, and checked.
+ones a block at a time by way of the scratch. Scales are read by ranges too, and checked. Of a matrix that is stored with
+rows and columns exchanged, whole lines are read and a part of each is turned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.checkpoint.refs.quantized import SPAN, QuantizedRef, Scales
+from streammerge.checkpoint.refs.quantized import LINES, SPAN, QuantizedRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import reads
+from streammerge.formats.refs import reads, reads_slot
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.files import bad, quoted
+from streammerge.io.pages import DIRECT_BYTES, PAGE, slot_bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
-from streammerge.numerics.casts import BYTE
-from streammerge.numerics.elements import decode, first_bad_scale, scale_values
+from streammerge.numerics.casts import BYTE, F32
+from streammerge.numerics.elements import decode, first_bad_scale, scale_values, turn
 
-Part = tuple[int, int, int, int, int]
-"""Matrix, first row, end, first column, end: whole rows, or a part of one."""
+_FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A rectangle of one of a tensor's stored matrices."""
+
+    matrix: int
+    row: int
+    end: int
+    column: int
+    last: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.end - self.row, self.last - self.column
+
+
+Codes = Callable[[int, int], Bytes]
+"""Returns bytes of a tensor of codes, from the first to before the last."""
 
 
 @reads(QuantizedRef)
@@ -38,44 +60,155 @@ def read_quantized(
     WorldError
         If a file ends early or the device fails.
     """
-    codes = scratch.take((min(SPAN, stop - start),), BYTE)
-    out = target[: 4 * (stop - start)].view(np.float32)
-    scales = _Window(reader, ref, scratch)
-    at = 0
-    for part in parts(ref, start, stop):
-        _, row, end, column, last = part
-        n = (end - row) * (last - column)
-        ref.source.read(reader, start + at, start + at + n, codes, scratch)
-        _decode(ref, codes[:n], scales.of(part), part, out[at : at + n])
-        at += n
+    out = target[: _FLOAT * (stop - start)].view(np.float32)
+    if ref.encoding.turned:
+        _read_turned(reader, ref, start, stop, out, scratch)
+        return
+    room = scratch.take((min(SPAN, stop - start) + 1,), BYTE)
+
+    def codes(first: int, last: int) -> Bytes:
+        some = room[: last - first]
+        reader.read_into(ref.source.path, ref.source.offset + first, some)
+        return some
+
+    _decode_in_order(ref, start, stop, codes, _Window(reader, ref, scratch), out)
 
 
-def _decode(
-    ref: QuantizedRef,
-    codes: Bytes,
-    scales: NDArray[np.float32],
-    part: Part,
-    out: NDArray[np.float32],
+@reads_slot(QuantizedRef)
+def read_quantized_slot(
+    reader: Reader, ref: QuantizedRef, start: int, stop: int, slot: Bytes, scratch: Scratch, again: bool
+) -> int:
+    """Decode elements within their slot: the codes are read to its end, and each is read before it is written over."""
+    first, last = start * ref.bits // 8, -(-stop * ref.bits // 8)
+    out = slot[: _FLOAT * (stop - start)]
+    if ref.encoding.turned or last - first < DIRECT_BYTES:
+        ref.read(reader, start, stop, out, scratch)
+        return 0
+    place = -(-(out.size - (last - first)) // PAGE) * PAGE
+    # What has no room in whole pages there is read by itself.
+    n = min(last - first, (slot_bytes(out.size) - PAGE - place) // PAGE * PAGE)
+    begins = place + reader.read_slot(
+        ref.source.path, ref.source.offset + first, n, slot[place : slot_bytes(out.size)], again=again
+    )
+    rest = scratch.take((last - first - n,), BYTE)
+    reader.read_into(ref.source.path, ref.source.offset + first + n, rest)
+    room = scratch.take((SPAN + 1,), BYTE)
+
+    def codes(begin: int, end: int) -> Bytes:
+        begin, end = begin - first, end - first
+        if end <= n:
+            return slot[begins + begin : begins + end]
+        some = room[: end - begin]
+        inside = max(0, n - begin)
+        some[:inside] = slot[begins + begin : begins + begin + inside]
+        some[inside:] = rest[max(0, begin - n) : end - n]
+        return some
+
+    _decode_in_order(ref, start, stop, codes, _Window(reader, ref, scratch), out.view(np.float32))
+    return 0
+
+
+def _decode_in_order(
+    ref: QuantizedRef, start: int, stop: int, codes: Codes, scales: _Window, out: NDArray[np.float32]
 ) -> None:
-    _, row, _, column, last = part
-    extent = ref.scales.extent[1:]
-    decode(ref.encoding.element, codes, scales, (row, column), last - column, extent, out)
+    bits = ref.bits
+    done = 0
+    for part in _parts(ref, start, stop):
+        rows, columns = part.shape
+        first, n = start + done, rows * columns
+        some = codes(first * bits // 8, -(-(first + n) * bits // 8))
+        skip = first * bits % 8 // bits
+        place, extent = (part.row, part.column), ref.scales.extent[1:]
+        values = out[done : done + n]
+        decode(ref.encoding.element, some, skip, columns, scales.of(part), place, part.shape, extent, values)
+        done += n
 
 
-def parts(ref: QuantizedRef, start: int, stop: int) -> Iterator[Part]:
-    """Yield the parts that elements `start` to `stop` consist of, in their order, each of at most `SPAN` elements."""
+def _parts(ref: QuantizedRef, start: int, stop: int) -> Iterator[Part]:
+    """Yield the parts that elements `start` to `stop` consist of, in their order: whole rows, or a part of one."""
     _, rows, columns = ref.matrices
+    most = min(SPAN // columns, _most_rows(ref))
     while start < stop:
         line, column = divmod(start, columns)
         matrix, row = divmod(line, rows)
-        if column or stop - start < columns or columns > SPAN:
+        if column or stop - start < columns or most < 1:
             last = min(columns, column + SPAN, column + stop - start)
-            yield matrix, row, row + 1, column, last
-            start += last - column
+            part = Part(matrix, row, row + 1, column, last)
         else:
-            end = min(rows, row + SPAN // columns, row + (stop - start) // columns)
-            yield matrix, row, end, 0, columns
-            start += (end - row) * columns
+            part = Part(matrix, row, min(rows, row + most, row + (stop - start) // columns), 0, columns)
+        yield part
+        start += part.shape[0] * part.shape[1]
+
+
+def _most_rows(ref: QuantizedRef) -> int:
+    """Return the rows whose scales can be held; 0 where those of one row are too many."""
+    lines = LINES // (_FLOAT * max(1, ref.scales.shape[2]))
+    return max(0, lines - 2) * ref.scales.extent[1]
+
+
+def _read_turned(
+    reader: Reader, ref: QuantizedRef, start: int, stop: int, out: NDArray[np.float32], scratch: Scratch
+) -> None:
+    """Decode elements of a tensor whose matrices are stored with rows and columns exchanged."""
+    _, depth, _ = ref.matrices  # the rows of the file are the columns here
+    room = scratch.take((min(LINES, ref.source.nbytes),), BYTE)
+    tile = scratch.take((min(SPAN, ref.n_elements),), F32)
+    scales = _Window(reader, ref, scratch)
+    for part in _columns(ref, start, stop):
+        to = ((part.matrix * ref.matrices[2] + part.column) * depth + part.row) - start
+        rows, wide = _tile_rows(ref, part)
+        for column in range(part.column, part.last, wide):
+            last = min(part.last, column + wide)
+            for row in range(part.row, part.end, rows):
+                some = Part(part.matrix, row, min(part.end, row + rows), column, last)
+                values = tile[: some.shape[0] * some.shape[1]]
+                _decode_lines(reader, ref, some, room, scales, values)
+                at = to + (column - part.column) * depth + row - part.row
+                turn(values.reshape(some.shape), out[at:], depth)
+
+
+def _columns(ref: QuantizedRef, start: int, stop: int) -> Iterator[Part]:
+    """Yield the parts of the file's matrices that elements consist of: whole columns, or a part of one."""
+    _, depth, lines = ref.matrices
+    while start < stop:
+        line, at = divmod(start, depth)
+        matrix, column = divmod(line, lines)
+        if at or stop - start < depth:
+            end = min(depth, at + stop - start)
+            part = Part(matrix, at, end, column, column + 1)
+        else:
+            part = Part(matrix, 0, depth, column, min(lines, column + (stop - start) // depth))
+        yield part
+        start += part.shape[0] * part.shape[1]
+
+
+def _tile_rows(ref: QuantizedRef, part: Part) -> tuple[int, int]:
+    """Return rows and columns of a tile: whose values, lines of codes and lines of scales have room."""
+    pitch = ref.matrices[2] * ref.bits // 8
+    wide = min(part.last - part.column, SPAN)
+    rows = min(SPAN // wide, LINES // max(1, pitch), _most_rows(ref))
+    return max(1, rows), wide
+
+
+def _decode_lines(
+    reader: Reader,
+    ref: QuantizedRef,
+    part: Part,
+    room: Bytes,
+    scales: _Window,
+    out: NDArray[np.float32],
+) -> None:
+    """Decode a rectangle: whole lines of codes are read where there are several."""
+    _, depth, columns = ref.matrices
+    rows, wide = part.shape
+    begin = (part.matrix * depth + part.row) * columns + part.column
+    end = begin + (rows - 1) * columns + wide
+    first, last = begin * ref.bits // 8, -(-end * ref.bits // 8)
+    codes = room[: last - first]
+    reader.read_into(ref.source.path, ref.source.offset + first, codes)
+    skip = begin * ref.bits % 8 // ref.bits
+    place, extent = (part.row, part.column), ref.scales.extent[1:]
+    decode(ref.encoding.element, codes, skip, columns, scales.of(part), place, part.shape, extent, out)
 
 
 class _Window:
@@ -83,35 +216,33 @@ class _Window:
 
     def __init__(self, reader: Reader, ref: QuantizedRef, scratch: Scratch) -> None:
         self._reader, self._ref, self._scratch = reader, ref, scratch
-        self._known: tuple[int, int, int, int, int] | None = None
+        self._known: Part | None = None
         self._values = np.empty((0, 0), np.float32)
 
     def of(self, part: Part) -> NDArray[np.float32]:
         """Return the scales of a part, [rows, columns] from that of its first element on."""
-        grid: Scales = self._ref.scales
-        matrix, row, end, column, last = part
-        by_matrix, by_row, by_column = grid.extent
-        wanted = (
-            matrix // by_matrix,
-            row // by_row,
-            (end - 1) // by_row + 1,
-            column // by_column,
-            (last - 1) // by_column + 1,
+        by_matrix, by_row, by_column = self._ref.scales.extent
+        wanted = Part(
+            part.matrix // by_matrix,
+            part.row // by_row,
+            (part.end - 1) // by_row + 1,
+            part.column // by_column,
+            (part.last - 1) // by_column + 1,
         )
         if wanted != self._known:
-            self._values = self._read(grid, wanted)
+            self._values = self._read(wanted)
             self._known = wanted
         return self._values
 
-    def _read(self, grid: Scales, wanted: Part) -> NDArray[np.float32]:
-        matrix, row, end, column, last = wanted
+    def _read(self, wanted: Part) -> NDArray[np.float32]:
+        grid = self._ref.scales
         _, rows, columns = grid.shape
         width = itemsize(grid.dtype)
-        first = (matrix * rows + row) * columns + column
-        # One row, or whole ones: they lie together.
-        n = (end - row) * (last - column)
-        room = self._scratch.rest()
-        raw = room.take((n * width,), BYTE)
+        n, wide = wanted.shape
+        # Of several rows all of each, so that they lie together.
+        left, length = (wanted.column, wide) if n == 1 else (0, columns)
+        first = (wanted.matrix * rows + wanted.row) * columns + left
+        raw = self._scratch.rest().take((n * length * width,), BYTE)
         tensor = grid.tensor
         self._reader.read_into(tensor.path, tensor.offset + first * width, raw)
         values = scale_values(raw, grid.dtype)
@@ -121,4 +252,7 @@ class _Window:
                 f"tensor {quoted(tensor.name)}: scale {first + place} is {values[place]:g}, which no scale can be: "
                 "download or convert the model again",
             )
-        return values.reshape(end - row, last - column)
+        if length == wide:
+            return values.reshape(n, wide)
+        here = wanted.column - left
+        return np.ascontiguousarray(values.reshape(n, length)[:, here : here + wide])

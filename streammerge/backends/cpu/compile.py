@@ -62,10 +62,12 @@ def _adapters(math: BlockMath) -> None:
 
 @example("decoding")
 def _decoding(math: BlockMath) -> None:
-    from streammerge.numerics.decoding import KERNELS
+    from streammerge.numerics.decoding import KERNELS, turn
 
+    codes, scales, out = np.zeros(4, np.uint8), np.ones((1, 1), np.float32), np.empty(4, np.float32)
     for kernel in KERNELS.values():
-        kernel(np.zeros(4, np.uint8), np.ones((1, 1), np.float32), 0, 0, 4, 1, 4, np.empty(4, np.float32))
+        kernel(codes, 0, 2, scales, (0, 0), (2, 2), (2, 2), out)
+    turn(out.reshape(2, 2), np.empty(4, np.float32), 2)
 
 
 @example("encoding_f8")

@@ -1,8 +1,9 @@
 """FP8 with scales: DeepSeek's blocks, and scales of rows, groups, experts or whole tensors.
 
 ``X.weight`` with ``X.weight_scale_inv`` (DeepSeek-V3, Qwen3-FP8; multiplied, in spite of the name) or ``X.weight_scale``
-(FBGEMM, vLLM); experts that lie together as ``experts.gate_up_proj`` with ``experts.gate_up_proj_scale_inv`` (transformers
-5). The dtype of the scales is what the file says: F32, BF16, F16, F8_E8M0.
+(FBGEMM, vLLM), or ``X.scale`` where FP8 is declared (DeepSeek-V4); experts that lie together as ``experts.gate_up_proj``
+with ``experts.gate_up_proj_scale_inv`` (transformers 5). The dtype of the scales is what the file says: F32, BF16, F16,
+F8_E8M0.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def find_fp8(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iter
     for name, codes in tensors.items():
         if codes.dtype not in FLOATS8:
             continue
-        found = [tensors[name + end] for end in _SUFFIXES if name + end in tensors]
+        places = [name + end for end in _SUFFIXES]
+        if declaration.method is not None and name.endswith(".weight"):
+            places.append(f"{name.removesuffix('.weight')}.scale")
+        found = [tensors[place] for place in places if place in tensors]
         if not found:
             continue
         if len(found) > 1:

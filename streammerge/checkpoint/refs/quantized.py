@@ -12,11 +12,15 @@ from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
 
 Three = tuple[int, int, int]
 """A number for each axis of a stored tensor seen as matrices of rows of columns."""
-SPAN = 1 << 18
+SPAN = 1 << 17
 """Elements that are decoded together."""
+LINES = 1 << 19
+"""Bytes of codes, and of scales, that are read together where only a part of each line is wanted."""
 _FLOAT = 4
-_ROOM = 1 << 14
+_ROOM = 1 << 15
 """Bytes for alignment, and for what of a direct read does not fit where it is decoded."""
+ELEMENTS = {"F8_E4M3": 8, "F8_E5M2": 8, "F4_E2M1": 4}
+"""Bits of the kinds of codes; those of four lie two to a byte, the first in the low half."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,9 @@ class Encoding:
     title: str
     """What `inspect` and `plan` show: ``F8_E4M3, a scale for 128 x 128``."""
     element: str
-    """The kind of the codes: a key of `streammerge.numerics.elements.TABLES`."""
+    """The kind of the codes: a key of `ELEMENTS`."""
+    turned: bool = False
+    """Whether rows and columns of a matrix are exchanged in the file: gpt-oss' experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,22 +101,32 @@ class QuantizedRef(MadeRef):
         return {"stored_as": self.encoding.title}
 
     @property
+    def bits(self) -> int:
+        """Of one code."""
+        return ELEMENTS[self.encoding.element]
+
+    @property
     def matrices(self) -> Three:
-        """The stored tensor as matrices of rows of columns."""
-        return as_matrices(self.shape)
+        """The stored tensor, unpacked, as matrices of rows of columns."""
+        n, rows, columns = as_matrices(self.shape)
+        return (n, columns, rows) if self.encoding.turned else (n, rows, columns)
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading takes in addition to the values: a block of codes, and their scales as stored and in fp32."""
-        _, rows, columns = self.matrices
-        _, by_rows, by_columns = self.scales.extent
-        wide = min(columns, SPAN)
-        entries = (min(rows, SPAN // max(1, wide)) // by_rows + 2) * (wide // by_columns + 2)
-        return SPAN + entries * (itemsize(self.scales.dtype) + _FLOAT) + _ROOM
+        """What reading takes in addition to the values: codes, their scales as stored and in fp32, values to be turned."""
+        n = min(self.n_elements, SPAN)
+        scales = min(math.prod(self.scales.shape), LINES // _FLOAT)
+        codes = min(self.source.nbytes, LINES) + _FLOAT * n if self.encoding.turned else n
+        return codes + scales * (itemsize(self.scales.dtype) + _FLOAT) + _ROOM
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
-        """See `SourceRef`."""
-        yield self.source, start, stop
+        """See `SourceRef`; of a turned matrix the whole of it."""
+        _, rows, columns = self.matrices
+        if self.encoding.turned:
+            size = max(1, rows * columns)
+            start, stop = start // size * size, -(-stop // size) * size
+        each = 8 // self.bits
+        yield self.source, start // each, -(-stop // each)
 
 
 def as_matrices(shape: tuple[int, ...]) -> Three:
