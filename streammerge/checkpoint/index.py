@@ -356,7 +356,8 @@ def _beside(path: Path, file: Contents) -> list[str]:
     """Return what is said of entries of a file that are no weights."""
     if not file.left_out:
         return []
-    names = ", ".join(quoted(name, 40) for name in file.left_out[:4])
+    first = sorted(file.left_out, key=lambda name: "optim" not in name)[:4]
+    names = ", ".join(quoted(name, 40) for name in first)
     more = f" and {len(file.left_out) - 4} more" if len(file.left_out) > 4 else ""
     return [f"{quoted(path.name)} holds {printable(names)}{more} beside the weights, which are left out"]
 

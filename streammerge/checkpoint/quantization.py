@@ -85,6 +85,8 @@ _BESIDE = (
     "weight_format",
     "scale_weight",
     "scale_input",
+    "qscale_weight",
+    "qscale_act",
     "input_scale",
     "input_global_scale",
     "activation_scale",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-STEMS = ("model", "diffusion_pytorch_model", "open_clip_model")
+STEMS = ("model", "diffusion_pytorch_model", "open_clip_model", "consolidated")
 """Beginnings of the names that an output's weights may have, by the library that reads them."""
 _STEM = "|".join(STEMS)
 _WEIGHTS = re.compile(rf"(?:{_STEM})(?:-\d{{5,}}-of-\d{{5,}})?\.safetensors", re.ASCII)

@@ -117,7 +117,8 @@ def find_sets(present: Iterable[str]) -> list[WeightSet]:
                 files.setdefault(key, {})[name] = number
     found = [_with_index(key, name, files) for key, name in indexes.items()]
     for key, names in files.items():
-        if key in indexes and any(number for number in names.values()):
+        counts = {number[1] for number in names.values() if number is not None}
+        if key in indexes and len(counts) == 1:  # of several, the index knows which is its own
             names = {name: number for name, number in names.items() if number is None}
         found += _without_index(key, names)
     return sorted(_joined(found), key=lambda some: some.order)

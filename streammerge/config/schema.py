@@ -11,12 +11,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast, get_args
 
 from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoints
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.references import parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
+from streammerge.config.tensors import Tensors, parse_tensors
 from streammerge.config.tokenizer import ChatTemplate, TokenizerSpec, parse_chat_template, parse_tokenizer
 from streammerge.config.wording import PATH_LIMIT, check_keys, child, meant, refuse, shown
 from streammerge.dtypes import NAMES, SHORT_NAMES
@@ -24,7 +24,6 @@ from streammerge.errors import printable
 
 QUANTIZE = ("none", "same", "fp8")
 """Values of the key `quantize`: floats, the format of the base (or first model), FP8 by blocks."""
-Tensors = Literal["same", "common", "any"]
 _INPUTS = ("models", "slices", "modules", "checkpoints")
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
@@ -173,7 +172,7 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         parameters=_parameters(data.get("parameters"), child(top, "parameters")),
         seed=_seed(data.get("seed", 0), child(top, "seed")),
         exclude=_exclude(data.get("exclude", []), child(top, "exclude")),
-        tensors=_tensors(data.get("tensors", "same"), child(top, "tensors"), modules),
+        tensors=parse_tensors(data.get("tensors", "same"), child(top, "tensors"), whole=_are_whole(modules)),
         text=text,
         where=where,
         modules=modules,
@@ -254,6 +253,10 @@ def _slice(data: object, path: str, notes: list[str]) -> Slice:
         parameters=_parameters(data.get("parameters"), child(path, "parameters")),
         path=path,
     )
+
+
+def _are_whole(modules: tuple[Module, ...]) -> bool:
+    return len(modules) == 1 and modules[0].name is None and not modules[0].is_sliced
 
 
 def members_of(modules: tuple[Module, ...]) -> tuple[ModelSpec, ...]:
@@ -363,21 +366,6 @@ def _quantize(value: object, path: str) -> str:
     if name not in QUANTIZE:
         refuse(path, f"{shown(value)} is none of {', '.join(QUANTIZE)}{meant(name, QUANTIZE)}")
     return name
-
-
-def _tensors(value: object, path: str, modules: tuple[Module, ...]) -> Tensors:
-    for known in get_args(Tensors):
-        if value == known:
-            break
-    else:
-        refuse(path, f"{shown(value)} is none of {', '.join(get_args(Tensors))}")
-    whole = len(modules) == 1 and modules[0].name is None and not modules[0].is_sliced
-    if known != "same" and not whole:
-        refuse(
-            path,
-            f"{shown(value)} goes with whole models: list them under 'models', without slices and modules",
-        )
-    return cast(Tensors, known)
 
 
 def _seed(value: object, path: str) -> int:

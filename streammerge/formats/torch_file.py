@@ -46,7 +46,7 @@ def open_pickle(path: str | os.PathLike[str]) -> Contents:
     """Return what a ``torch.save`` file holds.
 
     The file must hold a dict of tensors, by itself or where trainers put it (under ``state_dict``, ``model``,
-    ``module``, or alone in a dict); what lies beside that is passed over. Reads no tensor's data; the bytes at each
+    ``module``, or alone in a dict); what lies beside that, or is no tensor among them, is passed over. Reads no tensor's data; the bytes at each
     reference are the tensor's own, little-endian. Tensors may share bytes. The digest of the stamp is that of the
     program and of what says where the storages lie.
 
@@ -117,7 +117,8 @@ def _tensors(value: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         )
     named = type(value) is Names
     need(not (named and value.odd), f"its data.pkl has a key of type {getattr(value, 'odd', '')}: {PLAIN}")
-    found = {k: v for k, v in value.items() if not _is_extra(k, v)} if named else {}
+    beside = _beside(value) if named else set()
+    found = {k: v for k, v in value.items() if k not in beside} if named else {}
     need(len(found) > 0, f"holds no tensors by name: {PLAIN}")
     left_out += [name for name in value if name not in found]
     for name, tensor in found.items():
@@ -145,9 +146,26 @@ def _wrapped(value: Any) -> Any:
     return None
 
 
-def _is_extra(name: str, value: Any) -> bool:
-    """Whether an entry is what Transformer Engine stores beside a module's tensors."""
-    return name.endswith("_extra_state") and type(value) is not Tensor
+def _beside(named: Names) -> set[str]:
+    """Return the names of entries that are no part of the weights: what a trainer keeps with them.
+
+    Among tensors these are plain values, and objects of other classes under a name that no module of a model has; an
+    object in a parameter's place (a quantised tensor of a class of its own) is not passed over.
+    """
+    tensors = [name for name, value in named.items() if type(value) is Tensor]
+    if not tensors:
+        return {name for name in named if name.endswith("_extra_state")}
+    in_modules = all("." in name for name in tensors)
+    return {
+        name
+        for name, value in named.items()
+        if type(value) is not Tensor
+        and (
+            not isinstance(value, Foreign)
+            or name.endswith("_extra_state")  # of Transformer Engine
+            or (in_modules and "." not in name)
+        )
+    }
 
 
 def _kind(value: Any) -> str:

@@ -26,6 +26,7 @@ SENTENCE_TRANSFORMERS = Ecosystem("sentence-transformers")
 TIMM = Ecosystem("timm")
 DIFFUSERS = Ecosystem("diffusers", "diffusion_pytorch_model")
 OPEN_CLIP = Ecosystem("open_clip", "open_clip_model")
+MISTRAL = Ecosystem("mistral-common", "consolidated")
 
 
 def ecosystem_of(template: TensorIndex) -> Ecosystem:
@@ -47,6 +48,10 @@ def _known_by(config: Mapping[str, Any], names: Collection[str]) -> Ecosystem:
         return DIFFUSERS
     if any(name.startswith("open_clip_") for name in names):
         return OPEN_CLIP
+    if any(name.startswith("consolidated") for name in names) and os.path.lexists(
+        template.directory / "params.json"
+    ):
+        return MISTRAL
     if any(name.startswith("diffusion_pytorch_model") for name in names):
         return DIFFUSERS
     if reads_dtype(config):

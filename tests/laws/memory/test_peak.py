@@ -104,3 +104,23 @@ def test_an_output_is_verified_against_its_inputs_below_the_limit(models: list[P
     peak = peak_of([*command, *check, "--memory", "448MiB"])
     (out / "model.safetensors").unlink()
     assert 50 * MIB < peak < 448 * MIB
+
+
+@pytest.mark.slow
+def test_a_tensor_larger_than_the_limit_in_a_single_file_of_each_kind_stays_below_it(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    state = {"model.w.weight": torch.ones(1 << 18, 384, dtype=torch.float32)}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "b.ckpt")
+    models = [{"model": str(tmp_path / name)} for name in ("a.safetensors", "b.ckpt")]
+    config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    out = tmp_path / "out.safetensors"
+    command = [sys.executable, "-m", "streammerge.cli", "merge", str(tmp_path / "config.yml"), str(out)]
+    peak = peak_of([*command, "--memory", "320MiB", "--quiet", "--device", "cpu"])
+    assert out.stat().st_size > LIMIT
+    assert 50 * MIB < peak < LIMIT
+    for path in tmp_path.iterdir():
+        path.unlink()
