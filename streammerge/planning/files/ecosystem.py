@@ -48,9 +48,7 @@ def _known_by(config: Mapping[str, Any], names: Collection[str]) -> Ecosystem:
         return DIFFUSERS
     if any(name.startswith("open_clip_") for name in names):
         return OPEN_CLIP
-    if any(name.startswith("consolidated") for name in names) and os.path.lexists(
-        template.directory / "params.json"
-    ):
+    if any(name.startswith("consolidated") for name in names):
         return MISTRAL
     if any(name.startswith("diffusion_pytorch_model") for name in names):
         return DIFFUSERS
