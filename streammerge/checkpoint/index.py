@@ -16,7 +16,7 @@ from streammerge.checkpoint.adapters.apply import adapt
 from streammerge.checkpoint.adapters.files import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
 from streammerge.checkpoint.hub import cache_directory, find_snapshot, parse_name
 from streammerge.checkpoint.names import is_tied_copy
-from streammerge.checkpoint.pipeline import is_pipeline, read_pipeline
+from streammerge.checkpoint.pipeline import is_image_adapter, is_pipeline, read_pipeline
 from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, quantization_of
 from streammerge.checkpoint.quantized.declarations import declaration_of
 from streammerge.checkpoint.quantized.registry import decoded
@@ -208,6 +208,12 @@ def _open_adapted(reference: str, cache: Path) -> TensorIndex:
         what = f"{model} is quantised ({base.quantization.format}), and an adapter goes on float weights"
         raise bad(reference, f"{what}: dequantise it first, or name the weights that it was quantised from")
     directory = _locate(place, cache)
+    if base.is_pipeline or is_image_adapter(directory):
+        raise bad(
+            str(directory),
+            "adapters of image models are not applied: `load_lora_weights`, `fuse_lora` and `save_pretrained` of the pipeline in "
+            "diffusers fuse one; merge the pipeline that results",
+        )
     if not os.path.lexists(directory / ADAPTER_CONFIG):
         raise bad(str(directory), f"no adapter here: no {ADAPTER_CONFIG}")
     adapter = read_adapter(directory)

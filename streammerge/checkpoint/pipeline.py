@@ -19,6 +19,7 @@ from streammerge.checkpoint.weight_sets import find_sets, no_model
 from streammerge.io.files import bad, from_os, quoted
 from streammerge.io.strict_json import read_object
 
+_LORA = "pytorch_lora_weights.safetensors"
 _DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that pipelines run without, and that people delete."""
 _WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "Extractor")
@@ -39,6 +40,11 @@ class Pipeline:
 def is_pipeline(directory: Path) -> bool:
     """Return whether a directory is a pipeline, and no single model."""
     return os.path.lexists(directory / PIPELINE)
+
+
+def is_image_adapter(path: Path) -> bool:
+    """Return whether a LoRA is one for an image model: a single file (kohya), or a folder as diffusers writes it."""
+    return os.path.isfile(path) or os.path.lexists(path / _LORA)
 
 
 def read_pipeline(directory: Path) -> Pipeline:

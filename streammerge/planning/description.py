@@ -30,6 +30,10 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "quantised": {model.reference: model.stored_formats for model in plan.inputs if model.stored_formats},
         "tensors": len(plan.jobs),
         "tensors_by_kind": dict(Counter(job.kind for job in plan.jobs)),
+        "components": {
+            folder: dict(Counter(job.kind for job in plan.jobs if job.name.startswith(f"{folder}/")))
+            for folder in plan.template.folders
+        },
         "tensors_left_out": dict(plan.tensors_left_out),
         "elements": sum(job.n_elements for job in plan.jobs if job.dtype in FLOATS),
         "dtypes": sorted({part.dtype for job in plan.jobs for part in job.parts}),

@@ -76,6 +76,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
         *_models(plan, values),
         *_quantised(values),
         f"tensors   {_tensors(values)}",
+        *_components(values),
         *_left_out(values),
         f"read      {_read(plan, values)}",
         f"write     {_write(values)}",
@@ -138,6 +139,15 @@ def _left_out(values: dict[str, Any]) -> list[str]:
     shown = [f"{printable(name, 120)} ({why})" for name, why in list(left.items())[:_SHOWN]]
     more = f" and {len(left) - _SHOWN:,} more (--json lists all)" if len(left) > _SHOWN else ""
     return [f"left out  {plural(len(left), 'tensor')}: {', '.join(shown)}{more}"]
+
+
+def _components(values: dict[str, Any]) -> list[str]:
+    """Return the line of a model's folders; none where it has no weights but its own."""
+    found = [
+        f"{printable(folder)} {', '.join(f'{n:,} {kind}' for kind, n in kinds.items())}"
+        for folder, kinds in values["components"].items()
+    ]
+    return [f"folders   {'; '.join(found)}"] if found else []
 
 
 def _read(plan: MergePlan, values: dict[str, Any]) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.names import in_component
 from streammerge.errors import InputError, printable
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 from streammerge.report.example import example_config
@@ -27,11 +28,12 @@ def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for name, ref in index.items():
         lies = ref.stored
+        component, _ = in_component(name) if index.folders else ("", name)
         entry = {
             "name": name,
             "dtype": lies.dtype,
             "shape": list(ref.shape),
-            "file": os.path.basename(lies.path),
+            "file": component + os.path.basename(lies.path),
             "offset": lies.offset,
             "nbytes": lies.nbytes,
         }
@@ -71,7 +73,7 @@ def inspect_text(
         List all.
     """
     tensors = inspect_values(index)
-    lines = [_totals(index, tensors)]
+    lines = [_totals(index, tensors), *_components(index)]
     if wanted is not None:
         tensors = [t for t in tensors if wanted(t["name"])]
         nbytes = format_size(sum(t["nbytes"] for t in tensors))
@@ -97,12 +99,21 @@ def _totals(index: TensorIndex, tensors: list[dict[str, Any]]) -> str:
     totals = ", ".join(f"{dtype} {format_size(n)}" for dtype, n in sorted(by_dtype.items()))
     parameters = sum(ref.n_elements for ref in index.values())
     known = index.config.get("architectures")
-    named = isinstance(known, list) and known and isinstance(known[0], str)
-    architecture = f"{printable(known[0], 80)}: " if named and known else ""
+    known = known[0] if isinstance(known, list) and known else index.config.get("_class_name")
+    architecture = f"{printable(known, 80)}: " if isinstance(known, str) else ""
     return (
         f"{architecture}{plural(len(index), 'tensor')}, {plural(parameters, 'element')}, "
         f"{format_size(sum(by_dtype.values()))} ({totals}) in {plural(len(index.stamps), 'file')}"
     )
+
+
+def _components(index: TensorIndex) -> Iterator[str]:
+    """Yield a line for each folder of a model that consists of several: its tensors and their bytes."""
+    width = max(map(len, index.folders), default=0)
+    for folder in index.folders:
+        own = [ref for name, ref in index.items() if name.startswith(f"{folder}/")]
+        nbytes = format_size(sum(ref.nbytes for ref in own))
+        yield f"  {printable(folder):<{width}}  {plural(len(own), 'tensor')}, {nbytes}"
 
 
 def methods_text(methods: Mapping[str, Method]) -> str:

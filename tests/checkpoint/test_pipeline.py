@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from streammerge import plan
 from streammerge.checkpoint.index import open_model
 from streammerge.errors import ModelError
-from tests.checkpoint.pipelines import INDEX, SHAPES, UNET, write_component, write_pipeline
+from streammerge.planning.description import describe
+from streammerge.report.tables import inspect_text, inspect_values
+from tests.checkpoint.pipelines import INDEX, SHAPES, UNET, stem_of, write_component, write_pipeline
 
 
 @pytest.fixture
@@ -234,3 +236,32 @@ def test_a_single_file_and_a_pipeline_have_different_names(tmp_path: Path) -> No
     for models in ((a, tmp_path / "sd.safetensors"), (tmp_path / "sd.safetensors", a)):
         with pytest.raises(ModelError, match="from_single_file"):
             plan(merging(*models))
+
+
+def test_an_adapter_on_a_pipeline_is_refused_with_the_cure(tmp_path: Path) -> None:
+    a = write_pipeline(tmp_path / "a", 1)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    (tmp_path / "kohya.safetensors").write_bytes(b"")
+    for model in (a, a / "unet"):
+        for adapter in ("lora", "kohya.safetensors"):
+            with pytest.raises(ModelError, match="fuse_lora"):
+                open_model(f"{model}+{tmp_path / adapter}")
+
+
+def test_plan_and_inspect_show_the_components(tmp_path: Path) -> None:
+    a, b = write_pipeline(tmp_path / "a", 1), write_pipeline(tmp_path / "b", 2)
+    values = describe(plan(merging(a, b, exclude=["^vae/"])))
+    assert values["components"] == {
+        "unet": {"merge": 12},
+        "vae": {"copy": 2},
+        "text_encoder": {"merge": 4},
+        "text_encoder_2": {"merge": 4},
+    }
+    index = open_model(a)
+    assert {one["file"] for one in inspect_values(index)} == {
+        f"{folder}/{stem_of(folder)}.safetensors" for folder in SHAPES
+    }
+    text = inspect_text(index)
+    assert text.startswith("StableDiffusionXLPipeline: 22 tensors")
+    assert "  vae             2 tensors, " in text
