@@ -63,10 +63,13 @@ def test_every_config_in_the_docs_runs_on_models_of_these_names(
     """The first model the text names is the base; a store is made for each `fisher`."""
     monkeypatch.chdir(tmp_path)
     config = parse_config(text, place)
-    bases = [config.base_model] if config.base_model else []
+    documents = (config, *config.stages)
+    stages = {document.name for document in documents}
+    references = [document.base_model for document in documents if document.base_model]
+    references += [spec.reference for document in documents for spec in document.models]
     asked = config.checkpoints
     runs = [] if asked is None else [f"{asked.places[0]}/checkpoint-{i}" for i in range(asked.last or 3)]
-    names = dict.fromkeys([*bases, *runs, *(spec.reference for spec in config.models)])
+    names = dict.fromkeys([*runs, *(name for name in references if name not in stages)])
     adapters = {name.partition("+")[2] for name in names if "+" in name}
     names = dict.fromkeys(name.partition("+")[0] for name in names)
     for source, name in zip(make_models(n_models=len(names) - 1, **shapes_for(config)), names, strict=True):

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streammerge.config.reading import config_from_mapping, load_config, parse_config
 from streammerge.config.schema import MergeConfig
+from streammerge.errors import printable
 from streammerge.machine import available_memory, own_memory, shortage
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
 from streammerge.output.place import place_of
+from streammerge.output.stage_files import stage_folder
 from streammerge.planning.averages import settle_checkpoints
 from streammerge.planning.inputs import Sources, open_inputs
-from streammerge.planning.options import DEFAULT_SHARD_SIZE, PlanOptions
+from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS, PlanOptions
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import prepare
 from streammerge.planning.resolve.base_models import settle_base
+from streammerge.planning.stages import StageResult, check_reads, stage_index
 from streammerge.units import nbytes_of
 
-ConfigLike = str | os.PathLike[str] | Mapping[str, Any]
+ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
 
 
 def plan(
@@ -36,6 +40,7 @@ def plan(
     kernels: bool | None = None,
     copy_tokenizer: bool = True,
     write_model_card: bool = True,
+    max_reads: float = MAX_READS,
     out: str | os.PathLike[str] | None = None,
 ) -> MergePlan:
     """Decide everything about a merge from headers alone; nothing is written.
@@ -61,6 +66,8 @@ def plan(
         compiling them takes. Default: the kernels, but while they are not compiled yet the formulas for a small merge.
     copy_tokenizer, write_model_card
         False: the output goes without.
+    max_reads
+        Bytes that stages may read for each byte of the inputs.
     out
         The output, which decides by its name whether it is a directory (default) or a single ``.safetensors`` file.
 
@@ -85,7 +92,7 @@ def plan(
     bytes     reads 37.7 GiB, writes 12.6 GiB
     memory    at most 4.0 GiB, on cpu, 16 threads
     """
-    parsed, method = read_config(config, methods)
+    parsed = read_config(config, methods)
     total = nbytes_of(memory)
     warning = None if total is None else shortage(total, available_memory(), own_memory())
     options = PlanOptions(
@@ -97,33 +104,78 @@ def plan(
         seed=seed,
         file=None if out is None else place_of(Path(out)).file,
         notes=() if warning is None else (warning,),
+        max_reads=max_reads,
         left_out=(
             *(() if copy_tokenizer else ("tokenizer",)),
             *(() if write_model_card else ("model card",)),
         ),
     )
-    return prepare(parsed, method, open_inputs(parsed, method, Sources()), options)
+    return plan_stages(parsed, options)
 
 
-def read_config(
-    config: ConfigLike, methods: str | os.PathLike[str] | None = None
-) -> tuple[MergeConfig, Method]:
-    """Return a config with its checkpoints found and its bases settled, and its method; `methods` is a file with methods of the user's own.
+def plan_stages(config: MergeConfig, options: PlanOptions) -> MergePlan:
+    """Return the plan of a config, and in it those of its stages.
+
+    Raises
+    ------
+    InputError
+        If a config, a model or the memory does not allow the merge.
+    """
+    results: list[StageResult] = []
+    for stage in config.stages:
+        settled, method = settle(stage)
+        inputs = open_inputs(settled, method, Sources(stages=tuple(results)))
+        plan = prepare(settled, method, inputs, replace(options, notes=(), left_out=(), file=None))
+        results.append(StageResult(plan, stage_index(plan, stage_folder(plan))))
+    settled, method = settle(config)
+    inputs = open_inputs(settled, method, Sources(stages=tuple(results)))
+    plan = prepare(settled, method, inputs, replace(options, notes=(*options.notes, *_notes_of(results))))
+    check_reads(plan, options.max_reads)
+    return plan
+
+
+def _notes_of(results: Sequence[StageResult]) -> list[str]:
+    """Return what the user should know of stages: their warnings, and folders that they hide."""
+    notes = []
+    for result in results:
+        name = printable(result.name, 80)
+        if os.path.lexists(os.path.expanduser(result.name)):
+            notes.append(f"stage {name} hides the folder of that name: rename one if the folder is meant")
+        notes += [f"stage {name}: {warning}" for warning in result.plan.warnings]
+    return notes
+
+
+def read_config(config: ConfigLike, methods: str | os.PathLike[str] | None = None) -> MergeConfig:
+    """Return a config as it is written, once all methods are known; `methods` is a file with methods of the user's own.
 
     Raises
     ------
     InputError
         If the config or the file of methods is bad.
     """
-    parsed = settle_checkpoints(_parse(config))
+    parsed = _parse(config)
     load_builtin()
     if methods is not None:
         load_file(Path(methods))
-    method = get_method(parsed.merge_method, f"{parsed.where}: merge_method")
-    return settle_base(parsed, method), method
+    return parsed
+
+
+def settle(config: MergeConfig) -> tuple[MergeConfig, Method]:
+    """Return a config with its checkpoints found and its bases settled, and its method.
+
+    Raises
+    ------
+    InputError
+        If there is no such method, or the config does not suit it.
+    """
+    found = settle_checkpoints(config)
+    method = get_method(found.merge_method, f"{found.where}: merge_method")
+    return settle_base(found, method), method
 
 
 def _parse(config: ConfigLike) -> MergeConfig:
+    if isinstance(config, MergeConfig):
+        return config
     if isinstance(config, Mapping):
         return config_from_mapping(config)
     if isinstance(config, str) and "\n" in config:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
-from streammerge.api.deciding import ConfigLike, read_config
+from streammerge.api.deciding import ConfigLike, read_config, settle
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.checkpoint.companions import CompanionIndex, open_fisher
 from streammerge.checkpoint.index import TensorIndex, open_model
@@ -259,7 +259,10 @@ class _Held:
         self, config: ConfigLike, *, methods: str | os.PathLike[str] | None, **options: Any
     ) -> MergePlan:
         """Return the plan of a config over these models."""
-        parsed, method = read_config(config, methods)
+        written = read_config(config, methods)
+        if written.stages:
+            raise ConfigError(f"{written.where}: stages are not merged in memory: merge one after the other")
+        parsed, method = settle(written)
         _refuse_tokenizers(parsed)
         sources = Sources(model=self._model, fisher=self._fisher, reader=self.reader)
         opened = open_inputs(parsed, method, sources)

@@ -6,15 +6,16 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from streammerge.api.deciding import ConfigLike, plan
+from streammerge.api.deciding import ConfigLike, plan, read_config
 from streammerge.api.feedback import OnEvent, controlled
+from streammerge.config.stages import kept_stages, read_from
 from streammerge.engine.first_use import CannotCompileError
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.errors import InputError, printable
 from streammerge.io.reader import IoMode
-from streammerge.planning.options import DEFAULT_SHARD_SIZE
+from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import SLOWER
 from streammerge.report.card import model_card
@@ -33,6 +34,8 @@ def merge(
     kernels: bool | None = None,
     copy_tokenizer: bool = True,
     write_model_card: bool = True,
+    keep_stages: str | os.PathLike[str] | None = None,
+    max_reads: float = MAX_READS,
     overwrite: bool = False,
     nonfinite: NonFinite = "error",
     hash_inputs: bool = False,
@@ -71,6 +74,10 @@ def merge(
         compiling them takes. Default: the kernels, but while they are not compiled yet the formulas for a small merge.
     copy_tokenizer, write_model_card
         False: the output goes without.
+    keep_stages
+        A directory: every stage of the config is written there too, under its name, and read from there.
+    max_reads
+        Bytes that stages may read for each byte of the inputs; more is refused.
     overwrite
         Discard what an earlier merge left in `out`.
     nonfinite
@@ -125,21 +132,44 @@ def merge(
         raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
     how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs=hash_inputs)
 
+    planned: dict[str, Any] = {
+        "memory": memory,
+        "threads": threads,
+        "device": device,
+        "shard_size": shard_size,
+        "seed": seed,
+        "methods": methods,
+    }
+
     def decide(kernels: bool | None) -> MergePlan:
         return plan(
-            config,
-            memory=memory,
-            threads=threads,
-            device=device,
-            shard_size=shard_size,
-            seed=seed,
-            methods=methods,
+            settled,
             kernels=kernels,
             copy_tokenizer=copy_tokenizer,
             write_model_card=write_model_card,
+            max_reads=max_reads,
             out=out,
+            **planned,
         )
 
+    settled = read_config(config, methods)
+    if keep_stages is not None:
+        for stage, place in kept_stages(settled, Path(keep_stages)):
+            merge(
+                stage,
+                place,
+                **planned,
+                kernels=kernels,
+                overwrite=overwrite,
+                nonfinite=nonfinite,
+                hash_inputs=hash_inputs,
+                io=io,
+                progress=progress,
+                on_event=on_event,
+                stop=stop,
+                signal_received=signal_received,
+            )
+        settled = read_from(settled, Path(keep_stages))
     decided = decide(kernels)
     with controlled(on_event, progress, "merging", stop, signal_received) as control:
         try:

@@ -198,7 +198,26 @@ def _open_adapted(reference: str, cache: Path) -> TensorIndex:
         return True
 
     model, place = split_reference(reference, exists)
-    base = open_model(model, cache=cache)
+    return with_adapter(reference, open_model(model, cache=cache), place, cache=cache)
+
+
+def with_adapter(reference: str, base: TensorIndex, place: str, *, cache: Path | None = None) -> TensorIndex:
+    """Return a model with a LoRA adapter applied, which happens as its tensors are read.
+
+    Parameters
+    ----------
+    reference
+        What both together are called.
+    place
+        The adapter: a directory or a name in the cache.
+
+    Raises
+    ------
+    ModelError
+        If the adapter is missing, malformed, or does not go on the model.
+    """
+    cache = cache_directory() if cache is None else cache
+    model = base.reference
     if base.adapter is not None:
         raise bad(
             reference,

@@ -17,6 +17,8 @@ from streammerge.cli.options import (
     Whole,
     examples,
     json_events_option,
+    keep_stages_option,
+    max_reads_option,
     memory_option,
     methods_option,
     option,
@@ -42,7 +44,9 @@ from streammerge.errors import InputError, printable
 @click.argument("config", type=path())
 @click.argument("out", type=path())
 @planning_options
+@max_reads_option
 @writing_options
+@keep_stages_option
 @quiet_option
 @json_events_option
 @mergekit_options
@@ -116,6 +120,7 @@ def run(
 @click.argument("config", type=path())
 @click.argument("out", type=path(), required=False)
 @planning_options
+@max_reads_option
 @option(
     "--json",
     "as_json",
@@ -137,12 +142,15 @@ def show_plan(config: Any, out: str | None, *, as_json: bool, **options: Any) ->
     from streammerge.engine.precheck import check_beforehand
     from streammerge.planning.description import describe, tensor_values
     from streammerge.report.plan import advice, plan_text
+    from streammerge.report.stages import stage_values
 
     decided = decide(config, out=out, **options)
     check_beforehand(decided, None if out is None else Path(out))
     values = describe(decided) | advice(decided, out)
     if as_json:
-        click.echo(json.dumps({**values, "tensor_plan": tensor_values(decided)}, ensure_ascii=False))
+        stages = {"stages": stage_values(decided)} if decided.stages else {}
+        told = {**values, **stages, "tensor_plan": tensor_values(decided)}
+        click.echo(json.dumps(told, ensure_ascii=False))
     else:
         click.echo(plan_text(decided, values, out))
 

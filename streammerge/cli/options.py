@@ -220,6 +220,23 @@ planning_options = together(
     methods_option,
 )
 
+max_reads_option = option(
+    "--max-reads",
+    type=click.FloatRange(1),
+    metavar="N",
+    default=8.0,
+    show_default=True,
+    group=MEMORY_AND_SPEED,
+    help="Of a config with stages: read at most N times the bytes of its inputs.",
+)
+keep_stages_option = option(
+    "--keep-stages",
+    type=path(file_okay=False),
+    metavar="DIR",
+    group=OUTPUT,
+    help="Of a config with stages: write each stage too, to DIR/NAME.",
+)
+
 writing_options = together(
     option("--overwrite", is_flag=True, group=OUTPUT, help="Discard what an earlier merge left in OUT."),
     option(

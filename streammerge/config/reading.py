@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from streammerge.config.schema import MergeConfig, config_of
-from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, dump_yaml, load_yaml
+from streammerge.config.stages import as_map, staged_config
+from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, dump_yaml, load_documents
 from streammerge.config.wording import child, refuse, shown
 from streammerge.errors import ConfigError
 
@@ -20,11 +21,13 @@ _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 def parse_config(text: bytes | str, where: str = "config.yml") -> MergeConfig:
     """Return the config that the YAML `text` describes; ConfigError names what is wrong in it."""
-    data = load_yaml(text, where)
-    if not isinstance(data, dict):
-        refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(data)}")
+    documents = load_documents(text, where)
     verbatim = text if isinstance(text, str) else bytes(text).decode("utf-8")
-    return config_of(data, verbatim, where)
+    return (
+        staged_config(documents, verbatim, where)
+        if len(documents) > 1
+        else config_of(as_map(documents[0], where), verbatim, where)
+    )
 
 
 def load_config(path: str | os.PathLike[str]) -> MergeConfig:
@@ -71,9 +74,7 @@ def config_from_mapping(data: Mapping[str, object], where: str = "config") -> Me
     Paths may be given as `Path`, lists as tuples, numbers as numpy's scalars. The `text` of the result is YAML that
     parses to the same config.
     """
-    plain = _plain(data, f"{where}:", 0)
-    if not isinstance(plain, dict):
-        refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(plain)}")
+    plain = as_map(_plain(data, f"{where}:", 0), where)
     return replace(config_of(plain, "", where), text=dump_yaml(plain))
 
 

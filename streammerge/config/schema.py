@@ -129,6 +129,21 @@ class MergeConfig:
     """What is averaged in place of models that are listed; `models` has none of them until they are looked for."""
     averaged: tuple[Averaged, ...] = ()
     """The checkpoints that were found, oldest first, those that have no part too."""
+    name: str | None = None
+    """The name by which later stages know its result; None: it is the output."""
+    stages: tuple[MergeConfig, ...] = ()
+    """The stages that the output is made from, each after those that it uses itself."""
+
+    @property
+    def references(self) -> frozenset[str]:
+        """Every model that it names, in whatever place."""
+        found = {spec.reference for spec in self.models}
+        found |= {part.base_model for module in self.modules for part in module.slices if part.base_model}
+        found |= {self.base_model} if self.base_model else set()
+        if self.tokenizer is not None:
+            found |= {self.tokenizer.source} - {"union", "base"}
+            found |= {source.model for source in self.tokenizer.tokens.values() if source.model}
+        return frozenset(found)
 
     def settings(self) -> Iterator[tuple[Mapping[str, Setting], bool]]:
         """Yield every map of parameters, and whether it is that of one model."""

@@ -1,4 +1,4 @@
-"""YAML as a config may use it: one document, string keys, no surprises, bounded work.
+"""YAML as a config may use it: documents, string keys, no surprises, bounded work.
 
 PyYAML's pure scanner reads the text, so the same text is accepted on every machine, with libyaml
 or without; a config is small. Values are built here from the stream of events rather than by
@@ -47,11 +47,6 @@ _SCALARS = frozenset({_STR, _MERGE, _TAG + "null", _TAG + "bool"}) | _NUMBERS
 _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
 """Floats which YAML 1.1 takes for strings because dot or sign is missing: 1e-5, 1.5e3."""
 
-_STAGES = (
-    "a second document begins here, and stages that build on each other are not merged in one run: write each document to "
-    "a file of its own, merge them one after the other, and name the directory of the first in the second"
-)
-
 UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
 """Characters that no name may have: NUL, and the surrogates that UTF-8 cannot encode."""
 
@@ -78,13 +73,24 @@ for _class in (_Loader, _Dumper):
 def load_yaml(text: bytes | str, where: str) -> object:
     """Return the one document of `text` as dicts with string keys, lists and scalars.
 
+    Raises ConfigError as `load_documents` does, and for a second document.
+    """
+    documents = load_documents(text, where)
+    if len(documents) > 1:
+        refuse(where, "a second document, and only one can be meant here")
+    return documents[0]
+
+
+def load_documents(text: bytes | str, where: str) -> list[object]:
+    """Return the documents of `text`, at least one, as dicts with string keys, lists and scalars; empty ones are left out.
+
     Raises ConfigError, one line beginning with `where`, for anything else: syntax errors, bytes
-    that are not UTF-8, duplicate keys, tags, a second document, aliases that recur or explode.
+    that are not UTF-8, duplicate keys, tags, aliases that recur or explode.
     """
     decoded = _decode(text, where)
     loader = _Loader(decoded)
     try:
-        return _Builder(loader).document()
+        return _Builder(loader).documents()
     except yaml.MarkedYAMLError as error:
         refuse(where, explain(error, decoded, loader.line))
     except (ValueError, RecursionError, OverflowError) as error:
@@ -138,28 +144,26 @@ class _Open:
 
 
 class _Builder:
-    """Builds the value of one document from its events; `stack` holds the open collections."""
+    """Builds the values of documents from their events; `stack` holds the open collections."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
-        self.root: list[object] = []
-        self.stack = [_Open(self.root, None, 0)]
-        self.anchors: dict[str, _Anchored | None] = {}  # None: still open
         self.cost = 0
 
-    def document(self) -> object:
+    def documents(self) -> list[object]:
         self._next()  # the start of the stream
-        event = self._next()
-        if isinstance(event, StreamEndEvent):
+        found: list[object] = []
+        while not isinstance(event := self._next(), StreamEndEvent):
+            self.root: list[object] = []
+            self.stack = [_Open(self.root, None, 0)]
+            self.anchors: dict[str, _Anchored | None] = {}  # None: still open
+            while not isinstance(event := self._next(), DocumentEndEvent):
+                self._take(event)
+            if self.root[0] is not None:
+                found.append(self.root[0])
+        if not found:
             _fail(event, "the config is empty")
-        while not isinstance(event := self._next(), DocumentEndEvent):
-            self._take(event)
-        event = self._next()
-        if not isinstance(event, StreamEndEvent):
-            _fail(event, _STAGES)
-        if self.root[0] is None:
-            _fail(event, "the config is empty")
-        return self.root[0]
+        return found
 
     def _next(self) -> Any:
         return self.loader.get_event()

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Mapping
 
 from streammerge.engine.first_use import compile_first
+from streammerge.engine.opening import open_reader
 from streammerge.engine.streaming import Streamer
-from streammerge.engine.worker import Answers, RunSpec, Worker, open_reader
+from streammerge.engine.worker import Answers, RunSpec, Worker
 from streammerge.events import Control, Event
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.stamp import check_unchanged

@@ -13,10 +13,11 @@ import numpy as np
 
 from streammerge.engine.executors.base import Executor, make_executor
 from streammerge.engine.first_use import compile_first
+from streammerge.engine.opening import open_reader
 from streammerge.engine.profile import profile_values, write_profile
 from streammerge.engine.scheduler import Scheduler, Tick
 from streammerge.engine.telling import Density, differing, named_densities, not_finite_lines, of_floor
-from streammerge.engine.worker import RunSpec, Worker, open_reader
+from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import Stopped, WorldError, printable
 from streammerge.events import Control, Event
 from streammerge.io.allocate import check_space
@@ -118,7 +119,7 @@ def execute(
         control.warn(line)
     compiling = compile_first(plan, control)
     began = time.monotonic()
-    reader = open_reader(plan, options.io)
+    reader = open_reader(plan, options.io, tolerant=options.nonfinite == "warn")
     try:
         identity = identify(plan, reader)
         if not out.exists():
@@ -186,7 +187,8 @@ class _Session:
         self._identity = identity
         self._control = control
         self._writer = ShardWriter(place, plan.layout, direct=options.io == "direct")
-        spec = RunSpec(plan, place.out, identity, options.nonfinite == "warn", options.io)
+        known = {} if reader.computes is None else reader.computes.identities
+        spec = RunSpec(plan, place.out, identity, options.nonfinite == "warn", options.io, known)
         self._worker = Worker(spec, reader, self._writer, control.stop)
         self._executor = executor
         self._overwrite = options.overwrite

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from streammerge.engine.opening import with_stages
 from streammerge.io.reader import Reader
 from streammerge.output.directory import check_contents, check_target
 from streammerge.output.identity import identify
@@ -31,7 +32,7 @@ def check_beforehand(plan: MergePlan, out: Path | None) -> None:
         if place.folder.is_dir():
             check_contents(place)
     if plan.random and _have_data(plan):
-        reader = Reader()
+        reader = with_stages(Reader(), plan)
         try:
             identify(plan, reader)
         finally:

@@ -20,6 +20,7 @@ import numpy as np
 
 from streammerge.algebra.extent import Extent
 from streammerge.dtypes import BITS
+from streammerge.engine.opening import with_stages
 from streammerge.engine.scheduler import Scheduler
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import InputError, WorldError, printable
@@ -54,7 +55,7 @@ def check_made_from(plan: MergePlan, out: Path, manifest: Mapping[str, Any], con
     InputError
         Naming what differs.
     """
-    reader = Reader()
+    reader = with_stages(Reader(), plan)
     try:
         identity = identify(plan, reader)
     finally:
@@ -131,7 +132,7 @@ def recompute(
     placed = _placed(plan, place, list(manifest["files"]))
     every = pieces_of(placed)
     chosen = every if sample is None else random.Random(seed).sample(every, min(sample, len(every)))
-    reader = Reader()
+    reader = with_stages(Reader(), placed, tolerant=True)
     comparer = _Comparer(placed, place, reader)
     worker = Worker(RunSpec(placed, None, identify(placed, reader), tolerant=True), reader, comparer)
     try:

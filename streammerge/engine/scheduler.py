@@ -72,6 +72,7 @@ class Scheduler:
         executor: Executor | None = None,
     ) -> None:
         self._worker, self._plan = worker, worker.plan
+        self._computes = worker.reader.computes
         self._record = record
         self._on_tick = on_tick
         self._executor = executor or make_executor("threads")
@@ -105,6 +106,8 @@ class Scheduler:
             done.setdefault(receipt.job, []).append((receipt.start, receipt.stop))
         self._tensors_left = sum(left > 0 for left in self._left)
         self._restore_answers(answers)
+        if self._computes is not None:
+            self._computes.join(self._worker, self._record.add_answers, self._look, answers)
         syncer = threading.Thread(target=self._sync_loop, name="syncer")
         syncer.start()
         try:
@@ -132,7 +135,7 @@ class Scheduler:
         }
         even = len({len(rounds) for rounds in known.values()}) <= 1
         if even or not self._plan.model_rounds():
-            self._worker.learn({ordinal: rounds for ordinal, rounds in known.items() if rounds})
+            self._worker.answers.update({ordinal: rounds for ordinal, rounds in known.items() if rounds})
 
     # --- chunks
 
@@ -157,7 +160,7 @@ class Scheduler:
             if isinstance(step, StatisticsPass):
                 while len(passes) >= PASSES_AHEAD:
                     yield from self._ready_after(waiting, passes, next(iter(passes)))
-                passes[step.job] = self._streaming.submit(self._streamer.answer, self._plan.jobs[step.job])
+                passes[step.job] = self._streaming.submit(self._streamer.before, self._plan.jobs[step.job])
                 continue
             for job in [job for job, one in passes.items() if one.done()]:
                 yield from self._ready_after(waiting, passes, job)
@@ -192,6 +195,8 @@ class Scheduler:
             if before - n <= 0:
                 self._tensors_left -= before > 0
                 self._worker.answers.pop(receipt.job, None)
+                if before > 0 and self._computes is not None:
+                    self._computes.forget(self._plan.jobs[receipt.job])
 
     def _look(self) -> None:
         """Report how far the merge is, and stop it where what is written cannot be made durable."""

@@ -48,7 +48,10 @@ class Streamer:
         merged = [job for job in self._plan.jobs if job.kind == "merge"]
         if not merged:
             return
-        for _ in range(self._plan.model_rounds() - self._known_model_rounds(merged[0])):
+        rounds = self._plan.model_rounds() - self._known_model_rounds(merged[0])
+        for job in merged if rounds > 0 else ():
+            self.prepare(job)
+        for _ in range(rounds):
             wanted = self._wanted_at_model_scope(merged)
             shared = wanted[merged[0].ordinal]
             n = sum(job.n_elements for job in merged)
@@ -113,6 +116,7 @@ class Streamer:
                 wanted = follow(self._worker, job)
                 if not isinstance(wanted, list) or wanted[0].extent == Extent.MODEL:
                     continue
+                self.prepare(job)
                 if self._plan.work[job.ordinal].mode == "resident":
                     yield self._worker.threads.submit(bring, job)
                 else:
@@ -122,8 +126,20 @@ class Streamer:
 
         self._drain(futures())
 
+    def prepare(self, job: Job) -> None:
+        """Have the stages that a tensor is made of take their statistics; it waits for passes over files."""
+        if job.waits:
+            self._worker.reader.computes.prepare(job)
+
+    def before(self, job: Job) -> None:
+        """Take what must be known before the first piece of a tensor is merged."""
+        self.prepare(job)
+        if self._plan.work[job.ordinal].mode == "streamed":
+            self.answer(job)
+
     def answer(self, job: Job) -> None:
-        """Answer the tensor-scope statistics of one tensor that is too large to hold, by streaming it."""
+        """Answer the tensor-scope statistics of one tensor by streaming it: it may be too large to hold."""
+        self.prepare(job)
         while isinstance(wanted := follow(self._worker, job), list) and wanted[0].extent == Extent.TENSOR:
             reducers = [
                 reducer_of(self._worker, statistic, [job], {job.ordinal: statistic}) for statistic in wanted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from streammerge.engine.answers import resolve_in_memory
 from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.engine.worker import Worker, math_for
 from streammerge.errors import ModelError
-from streammerge.formats.refs import SourceRef
+from streammerge.formats.refs import MadeRef, Ref, SourceRef, TensorRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import DIRECT_BYTES
 from streammerge.numerics.casts import narrow
@@ -60,35 +60,65 @@ def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
     return receipts
 
 
+@dataclass(frozen=True)
+class _Merged:
+    """Merged elements in the buffer of their piece, in the job's dtype; in fp32 where an encoder takes them."""
+
+    data: Bytes
+    applied: Applied
+
+
 def _merge_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receipt:
-    loaded = load(worker, job, piece.start, piece.stop, buffer)
+    merged = _merge(worker, job, piece.start, piece.stop, buffer, _file_offset(worker, job, piece))
+    parts = [merged.data]
+    if job.encoder is not None:
+        parts = _encoded(worker, job, piece, merged.data.view(np.float32), buffer)
+    return _emit(worker, job, piece, parts, merged.applied)
+
+
+def merged_elements(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes) -> Bytes:
+    """Merge elements `start` to `stop` of a job in a buffer; return where they lie in it, in the job's dtype.
+
+    The statistics of the tensor must be known, unless it is whole.
+
+    Raises
+    ------
+    ModelError
+        If a value is not finite; WorldError if reading fails.
+    """
+    return _merge(worker, job, start, stop, buffer, 0).data
+
+
+def _merge(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes, place: int) -> _Merged:
+    """Merge elements; `place`: the offset in a file that they will have."""
+    loaded = load(worker, job, start, stop, buffer)
     try:
         with math_for(worker, job, loaded) as math:
             with worker.stages.time("statistics"):
                 rule = resolve_in_memory(worker, job, loaded, math, until_model=False)
             assert not isinstance(rule, list)
-            out = _place_output(worker, job, piece, loaded)
+            out = _place_output(job, loaded, place)
             with worker.stages.time("compute"):
                 applied = math.apply(rule, out)
     except NotFiniteError:
-        raise not_finite(worker, job, piece.start, piece.stop) from None
+        raise not_finite(worker, job, start, stop) from None
     data = buffer[out.offset : out.offset + loaded.n * itemsize(out.dtype)]
     if job.encoder is not None:
         if applied.not_finite:
-            raise not_finite(worker, job, piece.start, piece.stop, data)
-        return _emit(worker, job, piece, _encoded(worker, job, piece, data.view(np.float32), buffer), applied)
+            raise not_finite(worker, job, start, stop, data)
+        return _Merged(data, applied)
     narrowed = clipped = 0
     if out.dtype != job.dtype:
         with worker.stages.time("compute"):
             narrowed, clipped = narrow(data.view(np.float32), job.dtype, data)
         data = data[: loaded.n]
     if (applied.not_finite or clipped) and not worker.tolerant:
-        raise not_finite(worker, job, piece.start, piece.stop, data)
-    if applied.not_finite and (error := bad_fisher(worker.reader, job, piece.start, piece.stop)) is not None:
+        raise not_finite(worker, job, start, stop, data)
+    if applied.not_finite and (error := bad_fisher(worker.reader, job, start, stop)) is not None:
         raise error
     if out.dtype != job.dtype:
         applied = replace(applied, not_finite=narrowed)
-    return _emit(worker, job, piece, [data], applied)
+    return _Merged(data, applied)
 
 
 def _encoded(
@@ -170,18 +200,8 @@ def load(
     Without `models_too` the Fisher diagonals alone are read, to the same places. `again` says that the same
     elements will be read once more.
     """
-    operands = []
-    places = divide(job, stop - start)
-    refs = (*job.inputs, *job.fishers)
-    for number, (ref, slot) in enumerate(zip(refs, places.slots, strict=True)):
-        position = slot
-        if models_too or number >= len(job.inputs):
-            scratch = buffer[places.scratch :]
-            position += read_source(
-                worker.reader, ref, start, stop, buffer[slot:], scratch, worker.stages, again=again
-            )
-        operands.append(Operand(position, ref.dtype))
-    fishers = tuple(operands[len(job.inputs) :])
+    operands = _read_operands(worker, job, start, stop, buffer, models_too=models_too, again=again)
+    fishers = tuple(operands[len(job.inputs) : len(job.inputs) + len(job.fishers)])
     first = int(job.base is not None)
     base, models = (operands[0] if first else None), operands[first : len(job.inputs)]
     extent = worker.plan.work[job.ordinal].extent
@@ -197,6 +217,44 @@ def load(
     )
 
 
+def _read_operands(
+    worker: Worker, job: Job, start: int, stop: int, buffer: Bytes, *, models_too: bool, again: bool
+) -> list[Operand]:
+    """Read what a piece holds, each to its place; return where each lies.
+
+    A stage takes what the piece that it is computed for has read already.
+    """
+    places = divide(job, stop - start)
+    scratch, fishers = buffer[places.scratch :], range(len(job.inputs), len(job.inputs) + len(job.fishers))
+    operands = [Operand(slot, ref.dtype) for ref, slot in zip(job.held, places.slots, strict=True)]
+    lends = job.has_stages and not worker.is_stage
+    try:
+        for number, ref in _read_order(job):
+            if not models_too and number not in fishers:
+                continue
+            slot = places.slots[number]
+            if worker.is_stage and (known := worker.lent.find(ref, start, stop)) is not None:
+                buffer[slot : slot + known.size] = known
+                continue
+            begins = slot + read_source(
+                worker.reader, ref, start, stop, buffer[slot:], scratch, worker.stages, again=again
+            )
+            operands[number] = Operand(begins, ref.dtype)
+            if lends and isinstance(ref, TensorRef):
+                nbytes = (stop - start) * BITS[ref.dtype] // 8
+                worker.lent.keep(ref, start, stop, buffer[begins : begins + nbytes])
+    finally:
+        if lends:
+            worker.lent.end()
+    return operands
+
+
+def _read_order(job: Job) -> list[tuple[int, Ref]]:
+    """Return what a piece holds, each with its number; of stages the tensors that are in files come first."""
+    held = list(enumerate(job.held))
+    return sorted(held, key=lambda one: isinstance(one[1], MadeRef)) if job.has_stages else held
+
+
 def prefetch(worker: Worker, chunk: Chunk) -> None:
     """Ask for the input bytes of a chunk before a worker takes it up, so that it finds them in memory."""
     for piece in chunk.pieces:
@@ -205,7 +263,7 @@ def prefetch(worker: Worker, chunk: Chunk) -> None:
             ref.prefetch(worker.reader, piece.start, piece.stop)
 
 
-def _place_output(worker: Worker, job: Job, piece: Piece, loaded: Block) -> Operand:
+def _place_output(job: Job, loaded: Block, place: int) -> Operand:
     """Lay the output over the first input where its elements are not wider, else behind all inputs."""
     first = loaded.base or loaded.models[0]
     # Rounded or encoded from its own slot, which is not where it would lie for direct I/O.
@@ -213,7 +271,7 @@ def _place_output(worker: Worker, job: Job, piece: Piece, loaded: Block) -> Oper
         own = divide(job, loaded.n).output
         assert own is not None
         return Operand(own, job.computed_dtype)
-    offset = divide(job, loaded.n).output_at(first.offset, _file_offset(worker, job, piece))
+    offset = divide(job, loaded.n).output_at(first.offset, place)
     return Operand(offset, job.dtype)
 
 

@@ -6,18 +6,17 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from streammerge.algebra.block import Block, BlockMath
 from streammerge.engine.gram_cache import GramCache, torch_in_one_thread
+from streammerge.engine.lent import Lent
 from streammerge.io.buffer_pool import Bytes, Pool
 from streammerge.io.reader import IoMode, Reader
-from streammerge.machine import available_memory, share_out
 from streammerge.output.identity import Identity
-from streammerge.output.place import place_of
-from streammerge.output.shards import ShardWriter, Sink
+from streammerge.output.shards import Sink
 from streammerge.planning.job import Job
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import Chunk
@@ -25,6 +24,8 @@ from streammerge.timing import Stages
 
 Answers = list[list[Any]]
 """Values of statistics, round by round."""
+Knowledge = Mapping[tuple[str, int], Answers]
+"""Values of statistics by the name of a stage (empty: what is written) and the ordinal of a job."""
 PREFETCHERS = 2
 """Threads that ask for the bytes of chunks to come; asking blocks while the disk's queue is full."""
 
@@ -41,6 +42,8 @@ class RunSpec:
     tolerant: bool = False
     """Non-finite values are written and reported, not refused."""
     io: IoMode = "direct"
+    stages: Mapping[str, Identity] = field(default_factory=dict)
+    """What the result of each stage depends on, by its name."""
 
 
 class Worker:
@@ -55,6 +58,9 @@ class Worker:
     stop
         Set it to stop after the pieces in hand.
     """
+
+    is_stage = False
+    """Whether its merge is a stage, whose elements are computed within a piece of a later one."""
 
     def __init__(
         self, spec: RunSpec, reader: Reader, writer: Sink, stop: threading.Event | None = None
@@ -73,6 +79,14 @@ class Worker:
         self.threads = ThreadPoolExecutor(self.plan.budget.workers, thread_name_prefix="merge")
         self.prefetchers = ThreadPoolExecutor(PREFETCHERS, thread_name_prefix="prefetch")
         self._held = ExitStack()
+        self.lent = Lent()
+        """What the piece in hand has read, for its stages."""
+
+    def share(self, driver: Worker) -> None:
+        """Use the threads and the buffers of another worker in place of its own, and what its pieces have read."""
+        self.__exit__()
+        self.stop, self.stages, self.lent = driver.stop, driver.stages, driver.lent
+        self._pool, self.threads, self.prefetchers = driver._pool, driver.threads, driver.prefetchers
 
     def __enter__(self) -> Worker:
         """Begin to work: torch is held to one thread where its sums depend on their number."""
@@ -94,42 +108,19 @@ class Worker:
                 buffer = held.enter_context(self._pool.lease(nbytes, self.stop))
             yield buffer
 
-    def known(self, chunk: Chunk) -> dict[int, Answers]:
-        """Return what must be told to the worker that runs a chunk: the values of its jobs' statistics."""
-        jobs = {piece.job for piece in chunk.pieces}
-        return {job: list(self.answers[job]) for job in sorted(jobs) if job in self.answers}
+    def known(self, chunk: Chunk) -> Knowledge:
+        """Return what must be told to the worker that runs a chunk: the values of its jobs' statistics, and of stages'."""
+        jobs = sorted({piece.job for piece in chunk.pieces})
+        own = {(self.plan.name, job): list(self.answers[job]) for job in jobs if job in self.answers}
+        computes = self.reader.computes
+        return own if computes is None else own | computes.known([self.plan.jobs[job] for job in jobs])
 
-    def learn(self, answers: Mapping[int, Answers]) -> None:
+    def learn(self, answers: Knowledge) -> None:
         """Take what a different worker knows of statistics."""
-        self.answers.update(answers)
-
-
-@contextmanager
-def open_worker(spec: RunSpec) -> Iterator[Worker]:
-    """Open a worker of its own in any process that sees the inputs and the output directory.
-
-    The shards must be there: the merge makes them before its first chunk.
-
-    Raises
-    ------
-    WorldError
-        If a shard cannot be opened.
-    """
-    assert spec.out is not None, "a merge whose tensors stay in memory has no worker elsewhere"
-    reader = open_reader(spec.plan, spec.io)
-    writer = ShardWriter.attach(place_of(spec.out), spec.plan.layout, direct=spec.io == "direct")
-    try:
-        with Worker(spec, reader, writer) as worker:
-            yield worker
-    finally:
-        writer.close()
-        reader.close()
-
-
-def open_reader(plan: MergePlan, io: IoMode) -> Reader:
-    """Return a reader for the inputs of a plan: it keeps as many files open, and as much cached, as there is room for."""
-    inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)
-    return Reader(io, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)
+        own = {job: rounds for (stage, job), rounds in answers.items() if stage == self.plan.name}
+        self.answers.update(own)
+        if len(own) < len(answers):
+            self.reader.computes.learn(answers)
 
 
 @contextmanager

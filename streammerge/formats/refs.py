@@ -7,7 +7,7 @@ with `reads`. Nothing else knows the kinds.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from streammerge.io.scratch import Scratch
     from streammerge.timing import Stages
 
+SAMPLE_BYTES = 4096
+"""Bytes of a tensor that a fingerprint of its model looks at."""
 READ_BLOCK = 1 << 20
 """Elements computed at a time."""
 
@@ -182,6 +184,38 @@ class SourceRef(Ref):
     def shown(self) -> Mapping[str, Any]:
         """What `inspect` says of it in addition to where it is stored."""
         return {}
+
+    @property
+    def sample(self) -> tuple[int, int]:
+        """The elements, from the first to before the last, that a fingerprint of its model looks at."""
+        n = min(SAMPLE_BYTES // 8, self.n_elements)
+        first = (self.n_elements - n) // 2
+        return first, first + n
+
+    @property
+    def stages(self) -> frozenset[str]:
+        """Names of the stages that compute what it is made of."""
+        return frozenset().union(*(part.stages for part in self.parts))
+
+    @property
+    def asks(self) -> bool:
+        """Whether statistics must be known before it can be read: of a stage that it is made of."""
+        return any(part.asks for part in self.parts)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether any part of it takes as much work as all of it: then it is read all at once."""
+        return any(part.is_whole for part in self.parts)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that are read from files for all of its elements, as a rule."""
+        return self.nbytes
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes that are read before its first element can be: for statistics of its own, not for those of its parts."""
+        return 0
 
     @property
     def is_gathered(self) -> bool:
@@ -390,6 +424,26 @@ def contiguous(ref: SourceRef) -> TensorRef:
         return plain
     why = getattr(ref, "why_made", MadeRef.why_made)
     raise bad(ref.path, f"tensor {quoted(ref.name)} {why}: save it so, or convert it to safetensors")
+
+
+def middle_of(nbytes: int) -> tuple[int, int]:
+    """Return offset and number of the bytes of a tensor in a file that a fingerprint of its model looks at."""
+    size = min(SAMPLE_BYTES, nbytes)
+    return (nbytes - size) // 2 // 8 * 8, size
+
+
+def all_parts(refs: Iterable[SourceRef]) -> Iterator[SourceRef]:
+    """Yield what some tensors are made of, themselves included, each object once and after its own parts."""
+    seen: set[int] = set()
+
+    def walk(some: Iterable[SourceRef]) -> Iterator[SourceRef]:
+        for ref in some:
+            if id(ref) not in seen:
+                seen.add(id(ref))
+                yield from walk(ref.parts)
+                yield ref
+
+    return walk(refs)
 
 
 def row_elements(shape: Sequence[int]) -> int:

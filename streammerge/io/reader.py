@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -75,6 +75,8 @@ class Reader:
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._kept: set[tuple[str, int, int]] = set()
         self.bytes_read = 0
+        self.computes: Any = None
+        """What computes tensors that lie in no file and need more than a reader; the engine sets it."""
 
     def read_into(self, path: str, offset: int, target: Bytes) -> None:
         """Fill `target` from byte `offset` of a file.
@@ -255,6 +257,8 @@ class Reader:
 
     def close(self) -> None:
         """Close all files."""
+        if self.computes is not None:
+            self.computes.close()
         with self._lock:
             self._close_idle(0)
 

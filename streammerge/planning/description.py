@@ -19,7 +19,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         if isinstance(step, Chunk):
             chunks, largest = chunks + 1, max(largest, step.nbytes)
         else:
-            streamed += 1
+            streamed += plan.work[step.job].mode == "streamed"
     return {
         "method": plan.method.name,
         "models": [model.reference for model in plan.models],

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 from streammerge.checkpoint.companions import CompanionIndex, open_fisher, open_grams
 from streammerge.checkpoint.components import shared_folders
-from streammerge.checkpoint.index import TensorIndex, open_model
+from streammerge.checkpoint.index import TensorIndex, open_model, with_adapter
 from streammerge.config.schema import MergeConfig
+from streammerge.config.stages import stage_of
 from streammerge.errors import ModelError, NotDownloadedError, printable
 from streammerge.io.files import meant
 from streammerge.io.reader import Reader
 from streammerge.methods.registry import Method
+from streammerge.planning.plan import MergePlan
+from streammerge.planning.stages import StageResult
 from streammerge.tensors.fingerprint import check_belongs
 
 
@@ -25,6 +28,8 @@ class Sources:
     grams: Callable[[str], CompanionIndex] = open_grams
     reader: Reader | None = None
     """The reader of the opened models; None: a new reader for files."""
+    stages: tuple[StageResult, ...] = ()
+    """The results of stages, which models of these names are, each after those that it uses itself."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,8 @@ class Inputs:
     """The Fisher diagonal of each model, for methods that use them."""
     grams: tuple[CompanionIndex, ...] = ()
     """The Gram matrices of each model, for methods that use them."""
+    stages: tuple[MergePlan, ...] = ()
+    """The merges that some of the models are the results of, each after those that it uses itself."""
 
     @property
     def template(self) -> TensorIndex:
@@ -68,11 +75,16 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs
 
     def get(reference: str) -> TensorIndex:
         if reference not in opened:
-            opened[reference] = sources.model(reference)
+            opened[reference] = _open(reference, sources)
         return opened[reference]
 
     _find_all(config, get)
-    if sources.model is open_model and len(config.modules) == 1 and not config.modules[0].is_sliced:
+    if (
+        sources.model is open_model
+        and not sources.stages
+        and len(config.modules) == 1
+        and not config.modules[0].is_sliced
+    ):
         joined = shared_folders(list(opened.values()), open_model)
         opened = dict(zip(opened, joined, strict=True))
     models = [get(spec.reference) for spec in config.models]
@@ -86,7 +98,18 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs
     fishers = _open_beside("fisher", sources.fisher, config, models, sources.reader) if method.fisher else []
     grams = _open_beside("gram", sources.grams, config, models, sources.reader) if method.gram else []
     bases = (index for index in others.values() if index is not base)
-    return Inputs(tuple(models), base, tuple(bases), tuple(fishers), tuple(grams))
+    stages = tuple(result.plan for result in sources.stages)
+    return Inputs(tuple(models), base, tuple(bases), tuple(fishers), tuple(grams), stages)
+
+
+def _open(reference: str, sources: Sources) -> TensorIndex:
+    """Open a model, or take the result of a stage, with an adapter or without."""
+    results = {result.name: result.index for result in sources.stages}
+    stage = stage_of(reference, list(results))
+    if stage is None:
+        return sources.model(reference)
+    index = results[stage]
+    return index if reference == stage else with_adapter(reference, index, reference[len(stage) + 1 :])
 
 
 def _find_all(config: MergeConfig, get: Callable[[str], TensorIndex]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import CompanionRef
 from streammerge.dtypes import BITS, FLOATS8
-from streammerge.formats.refs import SourceRef
+from streammerge.formats.refs import Ref, SourceRef
 from streammerge.statistics.base import MeasuredTensor
 from streammerge.tensors.encoders.base import Encoder, Span, Stored
 
@@ -41,6 +41,8 @@ class Job:
     """Indices of the sources' models in the plan; empty: all, in order."""
     stacks: Mapping[str, int] = field(default_factory=dict)
     """Number of layers of each stack of the output, by its prefix; one mapping for all jobs."""
+    shared: tuple[SourceRef, ...] = ()
+    """Tensors that several of the stages read which it is made of; they are held while a piece is read."""
     encoder: Encoder | None = None
     """Stores the merged elements as codes and scales; None: they are stored as they are."""
 
@@ -102,7 +104,23 @@ class Job:
     @property
     def input_bytes(self) -> int:
         """Bytes read by one pass over the models."""
-        return sum(ref.nbytes for ref in self.inputs)
+        shared = sum(ref.file_bytes for ref in self.shared)
+        return sum(ref.file_bytes for ref in self.inputs) - shared
+
+    @property
+    def held(self) -> tuple[Ref, ...]:
+        """Everything that a piece holds: the inputs, the Fisher diagonals, and what several stages read."""
+        return (*self.inputs, *self.fishers, *self.shared)
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether one of its inputs is computed by a stage."""
+        return any(ref.stages for ref in self.inputs)
+
+    @property
+    def waits(self) -> bool:
+        """Whether statistics of stages that it is made of must be known before a piece of it is read."""
+        return any(ref.asks for ref in self.inputs)
 
     @property
     def fisher_bytes(self) -> int:

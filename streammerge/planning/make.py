@@ -32,6 +32,7 @@ from streammerge.planning.resolve.jobs import Resolved, resolve_jobs
 from streammerge.planning.resolve.matching import Matched, match_names
 from streammerge.planning.resolve.quantised import check_codes
 from streammerge.planning.resolve.vocabulary import Alignment, align
+from streammerge.planning.stages import with_shared
 from streammerge.units import format_at_least, format_size
 
 NEW_TOKEN_NBYTES = 2000
@@ -72,7 +73,7 @@ def make_plan(
         _check_tokens(alignment, resources.budget)
     resolved = resolve_jobs(config, method, template, matched, inputs.fishers, alignment, inputs.grams)
     storage = choose_storage(config, resolved.jobs, template)
-    jobs = storage.jobs
+    jobs = tuple(map(with_shared, storage.jobs)) if inputs.stages else storage.jobs
     files = _Files()
     if not options.tensors_only:
         files = _files_beside(config, template, matched, resolved, storage, alignment, options.left_out)
@@ -81,6 +82,8 @@ def make_plan(
     needs = _needs_of_all(jobs, method)
     lists = _lists_nbytes(inputs, matched, jobs, needs) + files.nbytes
     lists += 0 if alignment is None else alignment.nbytes
+    lists += sum(stage.division.lists for stage in inputs.stages)
+    lists += max((stage.statistics_memory.nbytes for stage in inputs.stages), default=0)
     division = Division(resources.budget, jobs, needs, lists, method, resources.backend)
     allocation = division.allocate()
     return MergePlan(
@@ -108,6 +111,7 @@ def make_plan(
         statistics_memory=allocation.statistics,
         beside=files.beside,
         tensors_left_out=resolved.left_out,
+        stages=inputs.stages,
     )
 
 

@@ -9,6 +9,7 @@ from streammerge.errors import InputError
 
 LeftOut = Literal["tokenizer", "model card"]
 DEFAULT_SHARD_SIZE = 5_000_000_000
+MAX_READS = 8.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class PlanOptions:
     """The name of the single file that is written; None: a directory."""
     left_out: tuple[LeftOut, ...] = ()
     """Files that the output does not get."""
+    max_reads: float = MAX_READS
+    """Bytes that stages may read for each byte of the inputs."""
     tensors_only: bool = False
     """Whether the output stays in memory; no file is written, and the models need no folder."""
 
@@ -40,5 +43,7 @@ class PlanOptions:
         """Refuse invalid numbers, which Python callers may pass."""
         if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
             raise InputError(f"threads {self.threads!r} is not a positive integer")
+        if not self.max_reads >= 1:
+            raise InputError(f"max_reads {self.max_reads!r} is not a number of 1 or more")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**64):
             raise InputError(f"seed {self.seed!r} is not an integer from 0 to 2**64 - 1")

@@ -15,6 +15,7 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import printable
+from streammerge.formats.refs import all_parts
 from streammerge.io.stamp import FileStamp
 from streammerge.methods.registry import Method
 from streammerge.planning.backend import backend_of
@@ -75,6 +76,13 @@ class MergePlan:
     """Names of the models' tensors that are not in the output, each with the reason (`tensors: common` or `any`)."""
     beside: Surroundings = field(default=Surroundings())
     """Files that are copied to the output in addition to the weights."""
+    stages: tuple[MergePlan, ...] = ()
+    """The merges that some of its models are the results of, each after those that it uses itself."""
+
+    @property
+    def name(self) -> str:
+        """The name of a stage; empty for what is written."""
+        return self.config.name or ""
 
     def __repr__(self) -> str:
         return f"<MergePlan\n{self.summary()}>"
@@ -118,6 +126,16 @@ class MergePlan:
         """All models that are read, bases last; a base that is also a model appears once."""
         bases = [*([] if self.base is None else [self.base]), *self.bases]
         return (*self.models, *(base for base in bases if not any(base is model for model in self.models)))
+
+    @property
+    def originals(self) -> tuple[TensorIndex, ...]:
+        """The models that lie in files: its own and those of its stages, each once."""
+        names = {stage.name for stage in self.stages}
+        indexes = (index for plan in (*self.stages, self) for index in plan.inputs)
+        found = {
+            index.reference: index for index in indexes if index.reference.partition("+")[0] not in names
+        }
+        return tuple(found.values())
 
     @property
     def stamped(self) -> dict[str, tuple[FileStamp, ...]]:
@@ -192,7 +210,16 @@ class MergePlan:
                 rounds += self.rounds_reading(job, Extent.TENSOR)
             for statistics in rounds:
                 total += self._bytes_of(job, statistics)
+        if self.stages:
+            total += sum(
+                ref.bytes_before for ref in all_parts([ref for job in self.jobs for ref in job.inputs])
+            )
         return total
+
+    def bytes_of_statistics(self, job: Job) -> int:
+        """Return the bytes that the statistics of a job read where all of them are streamed."""
+        rounds = (self.rounds_reading(job, extent) for extent in (Extent.MODEL, Extent.TENSOR))
+        return sum(self._bytes_of(job, statistics) for some in rounds for statistics in some)
 
     def bytes_of_passes(self) -> int:
         """Return the part of `bytes_to_read` that whole-model statistics read before the first element is written."""
@@ -221,6 +248,12 @@ class MergePlan:
             "shard size": layout.hexdigest(),
             **self.method.identity,
             "left out": ", ".join(self.left_out),
+            **{
+                f"stage {stage.config.name}: {name}": value
+                for stage in self.stages
+                for name, value in stage.identity().items()
+                if name not in ("config", "shard size", "left out")
+            },
             **({} if self.tokenizer is None else {"tokenizer": self._tokenizer_digest()}),
         }
 

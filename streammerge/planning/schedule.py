@@ -169,7 +169,7 @@ def _work_of_method(
         beside = workspace(job, row) + chunk_scratch(job) + alignment_bytes(job)
         return Work(mode, row, per_element, beside, extent)
 
-    if extent == Extent.TENSOR:
+    if extent == Extent.TENSOR or any(ref.is_whole for ref in job.inputs):
         n = job.n_elements
         return _fitting(job, work("resident", n), n, "the whole tensor", budget)
     if holds:
@@ -207,7 +207,7 @@ def chunk_scratch(job: Job) -> int:
 
     For a Fisher store these are a compressed and a decompressed chunk.
     """
-    return max(ref.scratch_bytes for ref in (*job.inputs, *job.fishers))
+    return max(ref.scratch_bytes for ref in job.held)
 
 
 def _fitting(job: Job, work: Work, n: int, what: str, budget: Budget) -> Work:
@@ -232,7 +232,7 @@ def steps(
         left = remaining(job.n_elements, done.get(job.ordinal, ()))
         if not left and job.n_elements:
             continue
-        if how.mode == "streamed":
+        if how.mode == "streamed" or job.waits:
             if pieces:
                 yield Chunk(tuple(pieces), int(held) + workspace)
                 pieces, held, workspace = [], 0.0, 0

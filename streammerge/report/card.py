@@ -16,6 +16,7 @@ from streammerge.planning.files.ecosystem import Ecosystem, ecosystem_of
 from streammerge.planning.files.origins import Origin, origins_of, shared_licence, shown_reference
 from streammerge.planning.plan import MergePlan
 from streammerge.report.loading import how_to_load
+from streammerge.report.stages import stage_tree
 from streammerge.version import __version__
 
 _PATH = re.compile(
@@ -25,7 +26,7 @@ _PATH = re.compile(
 
 def model_card(plan: MergePlan) -> str:
     """Return the text of README.md: a function of the plan, and of what the inputs' own cards say of their licences."""
-    origins = {origin: None for index in plan.inputs for origin in origins_of(index)}
+    origins = {origin: None for index in plan.originals for origin in origins_of(index)}
     ecosystem = ecosystem_of(plan.template)
     paper = f" ({plan.method.paper})" if plan.method.paper else ""
     parts = [
@@ -34,6 +35,7 @@ def model_card(plan: MergePlan) -> str:
         f"Merged by streammerge {__version__} with the method `{plan.method.name}`{paper}.",
         "## Models",
         "\n".join(_models(plan)),
+        *_stages(plan),
         *_settings(plan),
         *how_to_load(plan, ecosystem),
         "## Configuration",
@@ -70,10 +72,17 @@ def _quoted(name: str) -> str:
 
 def _models(plan: MergePlan) -> Iterator[str]:
     """Yield a line for every input: a link to what is on the hub."""
-    for index in plan.inputs:
+    for index in plan.originals:
         names = " with the adapter ".join(_link(origin) for origin in origins_of(index))
         stored = "; ".join(index.stored_formats)
         yield f"- {names}{' (base)' if index is plan.base else ''}{f', stored as {stored}' if stored else ''}"
+
+
+def _stages(plan: MergePlan) -> Iterator[str]:
+    """Yield the stages as a tree, where there are any."""
+    if plan.stages:
+        yield "## Stages"
+        yield "\n".join(["```", *stage_tree(plan), "```"])
 
 
 def _link(origin: Origin) -> str:

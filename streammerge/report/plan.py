@@ -10,6 +10,7 @@ from streammerge.errors import printable
 from streammerge.io.disk import space_for
 from streammerge.output.place import Place, place_of
 from streammerge.planning.plan import MergePlan
+from streammerge.report.stages import reads_text, stage_tree
 from streammerge.report.wrapping import wrapped
 from streammerge.units import format_at_least, format_seconds, format_size, plural
 
@@ -75,6 +76,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
         f"method    {_method(values)}",
         *_models(plan, values),
         *_quantised(values),
+        *_stages(plan),
         f"tensors   {_tensors(values)}",
         *_components(values),
         *_left_out(values),
@@ -125,6 +127,12 @@ def _quantised(values: dict[str, Any]) -> list[str]:
     ]
 
 
+def _stages(plan: MergePlan) -> list[str]:
+    """Return the tree of the stages, one a line; nothing without stages."""
+    tree = stage_tree(plan) if plan.stages else []
+    return [f"{'' if i else 'stages':<{_INDENT}}{line}" for i, line in enumerate(tree)]
+
+
 def _tensors(values: dict[str, Any]) -> str:
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in values["tensors_by_kind"].items())
     dtypes = ", ".join(values["dtypes"])
@@ -152,6 +160,8 @@ def _components(values: dict[str, Any]) -> list[str]:
 
 def _read(plan: MergePlan, values: dict[str, Any]) -> str:
     parts = [format_size(values["bytes_to_read"])]
+    if plan.stages:
+        parts.append(reads_text(plan))
     if values["streamed_tensors"]:
         parts.append(
             f"{plural(values['streamed_tensors'], 'tensor')} larger than half the buffers "

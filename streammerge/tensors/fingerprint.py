@@ -14,13 +14,12 @@ import numpy as np
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import ModelError, printable
-from streammerge.formats.refs import SourceRef
+from streammerge.formats.refs import SourceRef, middle_of
 from streammerge.io.reader import Reader
 from streammerge.io.stamp import FileStamp
 from streammerge.tensors.read import read_elements
 
 _TENSORS = 256
-_BYTES = 4096
 
 
 def fingerprint(index: TensorIndex, reader: Reader) -> str:
@@ -45,13 +44,11 @@ def _add_tensors(digest: hashlib.blake2b, tensors: Mapping[str, SourceRef], read
     for name in names[:: max(1, -(-len(names) // _TENSORS))]:
         ref = tensors[name]
         if (plain := ref.plain) is not None:
-            size = min(_BYTES, plain.nbytes)
+            offset, size = middle_of(plain.nbytes)
             buffer = np.empty(size, np.uint8)
-            reader.read_into(plain.path, plain.offset + (plain.nbytes - size) // 2 // 8 * 8, buffer)
+            reader.read_into(plain.path, plain.offset + offset, buffer)
         else:
-            n = min(_BYTES // 8, ref.n_elements)
-            first = (ref.n_elements - n) // 2
-            buffer = read_elements(reader, ref, first, first + n)
+            buffer = read_elements(reader, ref, *ref.sample)
         digest.update(buffer.tobytes())
 
 

@@ -5,15 +5,16 @@ It is here to prove by count: an executor is one file. A run specification goes 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from multiprocessing import get_context
 
 from streammerge.engine.executors.base import executor
 from streammerge.engine.in_flight import finished
+from streammerge.engine.opening import open_worker
 from streammerge.engine.task import run_chunk
-from streammerge.engine.worker import Answers, RunSpec, Worker, open_worker
+from streammerge.engine.worker import Knowledge, RunSpec, Worker
 from streammerge.output.journal import Receipt
 from streammerge.planning.schedule import Chunk
 
@@ -28,7 +29,7 @@ def _begin(spec: RunSpec) -> None:
     _worker = _held.enter_context(open_worker(spec))
 
 
-def _do(chunk: Chunk, answers: Mapping[int, Answers]) -> list[Receipt]:
+def _do(chunk: Chunk, answers: Knowledge) -> list[Receipt]:
     assert _worker is not None
     _worker.learn(answers)
     receipts = run_chunk(_worker, chunk)

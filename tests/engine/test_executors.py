@@ -14,7 +14,8 @@ import pytest
 from streammerge.api import plan
 from streammerge.engine.executors.base import executor, make_executor
 from streammerge.engine.merge import Options, execute
-from streammerge.engine.worker import RunSpec, open_worker
+from streammerge.engine.opening import open_worker
+from streammerge.engine.worker import RunSpec
 from streammerge.errors import InputError, ModelError, Stopped, WorldError
 from streammerge.events import Control, Event
 from streammerge.io.reader import Reader

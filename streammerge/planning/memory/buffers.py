@@ -24,7 +24,7 @@ class Places:
     """Offsets into the buffer of a piece, in bytes."""
 
     slots: tuple[int, ...]
-    """Offsets of the inputs: the base, the models, their Fisher diagonals."""
+    """Offsets of the inputs: the base, the models, their Fisher diagonals, what several stages read."""
     output: int | None
     """Offset of the output's own slot; None if the output is laid over the first input."""
     parts: tuple[int, ...]
@@ -102,7 +102,7 @@ def _input_bits(job: Job) -> tuple[int, ...]:
     """Return the bits per element of all inputs held at once; copies are compared two at a time."""
     if job.is_copied:
         return (BITS[job.dtype],) * min(2, len(job.sources))
-    return tuple(BITS[ref.dtype] for ref in (*job.inputs, *job.fishers))
+    return tuple(BITS[ref.dtype] for ref in job.held)
 
 
 def _is_paged(job: Job) -> bool:

@@ -1,0 +1,168 @@
+"""A config of several documents: stages, each of which may use the results of others, and one that is the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from streammerge.config.references import parse_text
+from streammerge.config.schema import MergeConfig, ModelSpec, config_of
+from streammerge.config.strict_yaml import dump_yaml
+from streammerge.config.wording import child, refuse, shown
+
+MOST_STAGES = 64
+_NAME = "name"
+
+
+def staged_config(documents: Sequence[object], text: str, where: str) -> MergeConfig:
+    """Return the config of the output; its `stages` are the other documents, in an order in which they can be merged.
+
+    Parameters
+    ----------
+    documents
+        Plain values, two or more.
+    text
+        The YAML of all of them.
+
+    Raises
+    ------
+    ConfigError
+        If a document is malformed, a name is there twice, stages use each other in a circle, or there are two outputs.
+    """
+    if len(documents) > MOST_STAGES:
+        refuse(where, f"{len(documents)} documents, at most {MOST_STAGES}: merge some of them first")
+    configs: dict[str | None, MergeConfig] = {}
+    for number, document in enumerate(documents, 1):
+        config = _stage(document, where, number)
+        if config.name in configs:
+            if config.name is None:
+                refuse(
+                    where, "two documents have no `name:`: only the output goes without one; name the other"
+                )
+            refuse(where, f"two stages are called {shown(config.name)}: rename one")
+        configs[config.name] = config
+    uses = {config.name: _used(config, configs) for config in configs.values()}
+    order = _in_order(uses, where)
+    output = _output(uses, order, where)
+    stages = tuple(configs[name] for name in order if name != output)
+    return replace(configs[output], name=None, stages=stages, text=text, where=where)
+
+
+def stage_of(reference: str, names: Sequence[str]) -> str | None:
+    """Return the stage that a reference to a model names, with an adapter or without; None if it names none.
+
+    >>> stage_of("first+adapters/a", ["first"]), stage_of("models/first", ["first"])
+    ('first', None)
+    """
+    return next((name for name in names if reference == name or reference.startswith(f"{name}+")), None)
+
+
+def as_map(document: object, where: str) -> dict[str, object]:
+    """Return a document that is a map of keys, as a config must be."""
+    if not isinstance(document, dict):
+        refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(document)}")
+    return document
+
+
+def _stage(document: object, where: str, number: int) -> MergeConfig:
+    data = dict(as_map(document, f"{where}: document {number}"))
+    given = data.pop(_NAME, None)
+    name = None if given is None else parse_text(given, child(f"{where}: document {number}:", _NAME))
+    if name is not None and "+" in name:
+        refuse(
+            child(f"{where}: document {number}:", _NAME),
+            f"'+' in {shown(name)} (it divides model and adapter)",
+        )
+    place = f"{where} (stage {name})" if name is not None else f"{where} (output)"
+    return replace(config_of(data, dump_yaml(data), place), name=name)
+
+
+def _used(config: MergeConfig, configs: dict[str | None, MergeConfig]) -> list[str | None]:
+    """Return the names of the stages that a stage uses, in the order of the documents."""
+    names = [name for name in configs if name is not None]
+    used = {stage_of(reference, names) for reference in config.references}
+    return [name for name in names if name in used]
+
+
+def _in_order(uses: dict[str | None, list[str | None]], where: str) -> list[str | None]:
+    """Return the names so that each comes after those that it uses, otherwise as they are written."""
+    try:
+        return list(TopologicalSorter(uses).static_order())
+    except CycleError as error:
+        circle = " → ".join(str(name) for name in reversed(error.args[1]))
+        refuse(where, f"stages use each other in a circle: {circle}: remove one of these uses")
+
+
+def _output(uses: dict[str | None, list[str | None]], order: Sequence[str | None], where: str) -> str | None:
+    """Return the name of the document that no other uses."""
+    used = {name for names in uses.values() for name in names}
+    left = [name for name in order if name not in used]
+    if len(left) > 1:
+        names = " and ".join("the document without a name" if name is None else shown(name) for name in left)
+        refuse(where, f"{names} are used by no stage, so there are {len(left)} outputs: remove all but one")
+    return left[0]
+
+
+def kept_stages(config: MergeConfig, directory: Path) -> list[tuple[MergeConfig, Path]]:
+    """Return every stage as a config of its own, and the folder in `directory` that it is written to, in order.
+
+    Raises
+    ------
+    ConfigError
+        If a name is no name of a folder.
+    """
+    names = [str(stage.name) for stage in config.stages]
+    for name in names:
+        if "/" in name or name in (".", ".."):
+            refuse(config.where, f"{shown(name)} is no name of a folder to keep the stage in: rename it")
+    return [
+        (replace(_placed(stage, names, directory), name=None), directory / str(stage.name))
+        for stage in config.stages
+    ]
+
+
+def read_from(config: MergeConfig, directory: Path) -> MergeConfig:
+    """Return the config of the output alone, with the stages read from where `kept_stages` has them written."""
+    return replace(_placed(config, [str(stage.name) for stage in config.stages], directory), stages=())
+
+
+def _placed(config: MergeConfig, names: Sequence[str], directory: Path) -> MergeConfig:
+    """Return a config that names folders in place of stages."""
+
+    def place(reference: str) -> str:
+        stage = stage_of(reference, names)
+        return reference if stage is None else str(directory / stage) + reference[len(stage) :]
+
+    def moved(spec: ModelSpec) -> ModelSpec:
+        return replace(spec, reference=place(spec.reference))
+
+    modules = tuple(
+        replace(
+            module,
+            slices=tuple(
+                replace(
+                    part,
+                    sources=tuple(map(moved, part.sources)),
+                    base_model=None if part.base_model is None else place(part.base_model),
+                )
+                for part in module.slices
+            ),
+        )
+        for module in config.modules
+    )
+    tokenizer = config.tokenizer
+    if tokenizer is not None:
+        tokens = {
+            token: source if source.model is None else replace(source, model=place(source.model))
+            for token, source in tokenizer.tokens.items()
+        }
+        tokenizer = replace(tokenizer, source=place(tokenizer.source), tokens=tokens)
+    return replace(
+        config,
+        models=tuple(map(moved, config.models)),
+        modules=modules,
+        base_model=None if config.base_model is None else place(config.base_model),
+        tokenizer=tokenizer,
+    )
