@@ -37,7 +37,7 @@ _PLANNED = ("memory", "threads", "device", "shard_size")
     ),
 )
 @click.argument("models", nargs=-1, required=True, metavar="DIR_OR_MODEL...", type=path())
-@click.argument("out", type=path(file_okay=False))
+@click.argument("out", type=path())
 @option("--last", type=Whole(1), metavar="N", group=METHODS, help="Only the newest N  [default: all]")
 @option(
     "--schedule",

@@ -61,6 +61,17 @@ def _check_file(place: Place) -> None:
         )
 
 
+def _check_state(place: Place) -> None:
+    """Refuse a directory of a single file's journal that holds anything else."""
+    with world_errors(place.state):
+        names = os.listdir(place.state) if place.state.is_dir() else []
+    if foreign := sorted({*names} - {path.name for path in place.in_state}):
+        raise OutputError(
+            f"{printable(place.state)}: holds files that streammerge did not make ({printable(foreign[0])}); move them away, "
+            "or choose another OUT"
+        )
+
+
 def _check_place(target: Place) -> None:
     """Refuse a place where nothing can be created, by what exists of its path.
 
@@ -149,6 +160,7 @@ def check_contents(place: Place) -> None:
 
 def _check_single(place: Place) -> None:
     """Refuse a file, or what lies where its manifest is to be, that no merge of ours made; a journal speaks for neither."""
+    _check_state(place)
     if read_manifest(place.out) is not None:
         return
     for path in (place.manifest, place.out):

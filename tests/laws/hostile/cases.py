@@ -362,6 +362,55 @@ def pickles() -> Iterator[Case]:
         yield Case(f"an archive: {what}", file("x.bin", raw), words, arguments=arguments)
 
 
+def single_files() -> Iterator[Case]:
+    """Models that are one file, and OUT that is one."""
+    sound = {"w": ("F32", [2, 3], tensor(3.0)), "n": ("F32", [6], tensor(3.0))}
+    raw = file_of(sound)
+    arguments = ("merge", "config.yml", "mix.safetensors", "--memory", "512MiB")
+
+    def model(name: str, raw: bytes) -> Build:
+        def build(d: Path) -> None:
+            file("config.yml", CONFIG.replace("model: b", f"model: {name}"))(d)
+            file(name, raw)(d)
+
+        return build
+
+    def refused(what: str, build: Build, words: str) -> Case:
+        return Case(what, build, words, arguments=arguments)
+
+    yield Case("a sound file among folders", model("c.safetensors", raw), expect="mean")
+    yield refused("half of a file", model("c.safetensors", raw[: len(raw) - 20]), "truncated")
+    longer = raw.replace(b"[24, 48]", b"[24, 99]")
+    yield refused("a size that lies", model("c.safetensors", longer), "its 75 bytes are not those of F32")
+    same = raw.replace(b"[24, 48]", b"[12, 36]")
+    yield refused("two tensors on one range", model("c.safetensors", same), "overlap")
+    titled = file_of(sound, {"modelspec.title": "\ud800"})
+    yield refused("a title that is no text", model("c.safetensors", titled), "c.safetensors")
+    saved = pickle_tables.archive(pickle_tables.SOUND)
+    for name in ("c.ckpt", "c.bin"):
+        yield refused(f"half of {name}", model(name, saved[: len(saved) // 2]), name)
+    evil = next(iter(pickle_tables.calls("evil")))
+    yield refused("a program in a checkpoint", model("c.ckpt", pickle_tables.archive(evil)), "c.ckpt")
+    yield refused(
+        "a pipe",
+        lambda d: (model("c.ckpt", b"")(d), (d / "c.ckpt").unlink(), os.mkfifo(d / "c.ckpt")),
+        "not a regular file",
+    )
+    yield refused("OUT is someone's file", file("mix.safetensors", raw), "did not make it")
+    yield refused("OUT's manifest is someone's", file("mix.safetensors.json", "{}"), "did not make it")
+    yield refused(
+        "OUT's journal lies among others",
+        file("mix.safetensors.streammerge/notes", "x"),
+        "did not make (notes)",
+    )
+    yield refused("OUT's journal is a file", file("mix.safetensors.streammerge", "x"), "is not a directory")
+    yield refused(
+        "OUT is a model's file", lambda d: os.link(d / "a" / SHARD, d / "mix.safetensors"), "did not make it"
+    )
+    inside = ("merge", "config.yml", "a/model.safetensors", "--overwrite")
+    yield Case("OUT is an input's file", nothing, "is a file of the input", arguments=inside)
+
+
 def configs() -> Iterator[Case]:
     for number, (text, words) in enumerate(yaml_tables.REFUSED):
         yield Case(f"YAML {number}: {text[:20]!r}", config(text), words)
@@ -469,6 +518,7 @@ SECTIONS = {
     "tensors": tensors,
     "index, shards, directories": directories,
     "pickles": pickles,
+    "single files": single_files,
     "config": configs,
     "options and OUT": options,
 }

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge, plan
 from streammerge.cli.merging import plan as plan_command
 from streammerge.errors import ConfigError, InputError, ModelError
+from tests.checkpoint.tokenizers.scene import write as write_tokenized
 from tests.conftest import config_for, read_tensors, write_fisher, write_model
 from tests.methods import reference
 from tests.methods.reference_drop import fisher
@@ -299,3 +301,19 @@ def test_models_with_nothing_in_common_are_refused(paths: list[Path], tmp_path: 
     models = [{"model": str(path), "parameters": {"weight": 1}} for path in (paths[1], other)]
     with pytest.raises(InputError, match="nothing is left to merge: 6 not in every model"):
         plan({"merge_method": "linear", "models": models, "tensors": "common"})
+
+
+@pytest.mark.parametrize("tensors", ["common", "any"])
+def test_vocabularies_are_put_in_one_order_as_ever(tensors: str, tmp_path: Path) -> None:
+    ids = [{"a": 0, "b": 1, "c": 2}, {"c": 0, "d": 1, "a": 2, "e": 3}]
+    models = [write_tokenized(tmp_path / f"m{i}", own, seed=i) for i, own in enumerate(ids)]
+    config: dict[str, Any] = {"merge_method": "linear", "tokenizer_source": "union", "dtype": "float32"}
+    config["models"] = [{"model": str(model.path), "parameters": {"weight": 0.5}} for model in models]
+    merge(config, tmp_path / "same")
+    file = models[1].path / "model.safetensors"
+    save_file({**load_file(file), "extra.weight": torch.ones(3)}, file)
+    merge({**config, "tensors": tensors}, tmp_path / "out")
+    same, found = read_tensors(tmp_path / "same"), read_tensors(tmp_path / "out")
+    assert ("extra.weight" in found) == (tensors == "any")
+    assert same.keys() == found.keys() - {"extra.weight"}
+    assert all(torch.equal(found[name], same[name]) for name in same)
