@@ -72,6 +72,11 @@ class Applied:
     floored: int = 0
     """Number of elements in which a Fisher floor makes up more than half of the weight."""
 
+    def plus(self, other: Applied) -> Applied:
+        """Return the report of both blocks; one that has nothing to report is `Applied(0, ())`."""
+        kept = tuple(a + b for a, b in zip(self.kept, other.kept, strict=True)) if self.kept else other.kept
+        return Applied(self.not_finite + other.not_finite, kept, self.floored + other.floored)
+
 
 class Call(NamedTuple):
     """A method of `BlockMath` that a statistic calls. It tells a backend which kernels to compile beforehand."""

@@ -78,6 +78,8 @@ class TensorIndex(Mapping[str, SourceRef]):
     """What the header of a model of one file says of itself."""
     activations: Mapping[str, SourceRef] = field(default_factory=dict)
     """What scales the activations of a quantised model; none of its weights."""
+    coded: Mapping[str, SourceRef] = field(default_factory=dict)
+    """The stored tensors of its quantised weights, as they lie in their files."""
     components: tuple[Component, ...] = ()
     """The folders of weights whose tensors are among its own, as ``FOLDER/name``."""
     settings_file: str = CONFIG_NAME
@@ -358,6 +360,7 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
         quantization=quantization,
         metadata=metadata if len(shards.names) == 1 else {},
         activations=found.activations,
+        coded=found.coded,
     )
 
 

@@ -12,6 +12,7 @@ from streammerge.algebra.block import Block, BlockMath, Operand
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import Rule, WeightedSum
 from streammerge.dtypes import itemsize
+from streammerge.engine.peaks import without_peak
 from streammerge.engine.worker import Answers, Worker, math_of
 from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.planning.job import Job, measured
@@ -36,7 +37,7 @@ def follow(worker: Worker, job: Job, known: Answers | None = None) -> Rule | lis
     if job.kind != "merge":
         return WeightedSum((1.0,))
     if known is None:
-        known = worker.answers.get(job.ordinal, [])
+        known = without_peak(worker.answers.get(job.ordinal, []))
     start, tensor = worker.plan.method.start, tensor_context_of(job)
     if not job.grams:
         return start(tensor, job.parameters, known)

@@ -10,7 +10,8 @@ from typing import Any
 from streammerge.algebra.extent import Extent
 from streammerge.engine.answers import follow, plain, reducer_of, resolve_in_memory, sample_starts
 from streammerge.engine.in_flight import finished
-from streammerge.engine.task import load, not_finite, prefetch
+from streammerge.engine.peaks import Peak, known_peak, largest
+from streammerge.engine.task import load, merge_by_tiles, not_finite, prefetch
 from streammerge.engine.worker import Worker, math_for
 from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes
@@ -154,6 +155,26 @@ class Streamer:
             answers = collect(reducers, run_pass, run_sample)
             self._worker.answers.setdefault(job.ordinal, []).append(answers)
             self._record([job])
+        peak = job.encoder is not None and job.encoder.needs_peak
+        if peak and not isinstance(wanted, list) and known_peak(self._worker, job) is None:
+            self._find_peak(job)
+
+    def _find_peak(self, job: Job) -> None:
+        """Merge a tensor piece by piece, for its largest magnitude alone."""
+        found = [0.0]  # only ever appended to: by many threads
+
+        def look(piece: Piece) -> None:
+            if self._worker.stop.is_set() or piece.stop <= piece.start:
+                return
+            with self._worker.lease(
+                self._plan.work[job.ordinal].lease_bytes(piece.stop - piece.start)
+            ) as buffer:
+                if buffer is not None:
+                    merge_by_tiles(self._worker, job, piece, buffer, lambda _, v: found.append(largest(v)))
+
+        pieces = self._pieces(job, 0, job.n_elements)
+        self._drain(self._worker.threads.submit(look, piece) for piece in pieces)
+        self._worker.answers.setdefault(job.ordinal, []).append([Peak(max(found))])
 
     def _stream(self, jobs: Sequence[Job], some: Sequence[Reducer[Any]], only: Range | None) -> None:
         if only is None:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streammerge.algebra.block import Applied, Block, Operand
 from streammerge.algebra.extent import Extent
 from streammerge.dtypes import BITS, itemsize
-from streammerge.engine.answers import resolve_in_memory
+from streammerge.engine.answers import resolve_in_memory, slice_of
 from streammerge.engine.nonfinite import bad_fisher, trace
-from streammerge.engine.worker import Worker, math_for
+from streammerge.engine.peaks import known_peak, largest
+from streammerge.engine.worker import Worker, math_for, math_of
 from streammerge.errors import ModelError
 from streammerge.formats.refs import MadeRef, Ref, SourceRef, TensorRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import DIRECT_BYTES
 from streammerge.numerics.casts import narrow
 from streammerge.numerics.crc32 import crc32
+from streammerge.numerics.encoding import Values
 from streammerge.numerics.finite import tally
 from streammerge.output.journal import Receipt
 from streammerge.planning.job import Job
-from streammerge.planning.memory.buffers import divide
-from streammerge.planning.schedule import Chunk, Piece
+from streammerge.planning.memory.buffers import Places, divide
+from streammerge.planning.schedule import TILE, Chunk, Piece
 from streammerge.statistics.base import NotFiniteError
 from streammerge.tensors.read import read_source
 
@@ -53,16 +54,25 @@ def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
             if worker.stop.is_set():
                 break
             job = worker.plan.jobs[piece.job]
-            run = _copy_piece if job.is_copied else _merge_piece
-            receipts.append(run(worker, job, piece, buffer))
+            receipts.append(_way_of(job)(worker, job, piece, buffer))
             if piece.stop - piece.start == job.n_elements:
                 worker.answers.pop(job.ordinal, None)  # thousands of tensors may share a chunk
     return receipts
 
 
+def _way_of(job: Job) -> Callable[[Worker, Job, Piece, Bytes], Receipt]:
+    if job.encoder is not None:
+        return _encode_piece
+    return _copy_piece if job.is_copied else _merge_piece
+
+
+def _divided(worker: Worker, job: Job, piece: Piece) -> Places:
+    return divide(job, piece.stop - piece.start, worker.plan.work[job.ordinal].at_once)
+
+
 @dataclass(frozen=True)
 class _Merged:
-    """Merged elements in the buffer of their piece, in the job's dtype; in fp32 where an encoder takes them."""
+    """Merged elements in the buffer of their piece, in the job's dtype."""
 
     data: Bytes
     applied: Applied
@@ -70,10 +80,7 @@ class _Merged:
 
 def _merge_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receipt:
     merged = _merge(worker, job, piece.start, piece.stop, buffer, _file_offset(worker, job, piece))
-    parts = [merged.data]
-    if job.encoder is not None:
-        parts = _encoded(worker, job, piece, merged.data.view(np.float32), buffer)
-    return _emit(worker, job, piece, parts, merged.applied)
+    return _emit(worker, job, piece, [merged.data], merged.applied)
 
 
 def merged_elements(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes) -> Bytes:
@@ -103,10 +110,6 @@ def _merge(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes, place
     except NotFiniteError:
         raise not_finite(worker, job, start, stop) from None
     data = buffer[out.offset : out.offset + loaded.n * itemsize(out.dtype)]
-    if job.encoder is not None:
-        if applied.not_finite:
-            raise not_finite(worker, job, start, stop, data)
-        return _Merged(data, applied)
     narrowed = clipped = 0
     if out.dtype != job.dtype:
         with worker.stages.time("compute"):
@@ -121,20 +124,84 @@ def _merge(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes, place
     return _Merged(data, applied)
 
 
-def _encoded(
-    worker: Worker, job: Job, piece: Piece, values: NDArray[np.float32], buffer: Bytes
-) -> list[Bytes]:
-    """Return the bytes of each part that merged values are stored as, laid where the file will have them in its pages."""
-    assert job.encoder is not None
-    places = divide(job, values.size)
+def _encode_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receipt:
+    """Merge a piece and write what an encoder makes of it, a few elements at a time, while they are in the cache."""
+    encoder = job.encoder
+    assert encoder is not None
+    places = _divided(worker, job, piece)
     spans, slots = job.spans(piece.start, piece.stop), worker.plan.layout.slots[job.ordinal]
-    outs = []
-    for i, (slot, (first, last)) in enumerate(zip(slots, spans, strict=True)):
-        begins = places.part_at(i, slot.offset + first)
-        outs.append(buffer[begins : begins + last - first])
-    with worker.stages.time("compute"):
-        job.encoder.encode(values, piece.start, outs, None)
-    return outs
+    begins = [
+        places.part_at(i, slot.offset + first)
+        for i, (slot, (first, _)) in enumerate(zip(slots, spans, strict=True))
+    ]
+    peak = known_peak(worker, job)
+
+    def look(first: int, values: Values) -> None:
+        nonlocal peak
+        peak = max(peak or 0.0, largest(values))
+
+    def encode(first: int, values: Values) -> None:
+        start = piece.start + first
+        own = job.spans(start, start + values.size)
+        outs = [
+            buffer[begin + a - whole : begin + b - whole]
+            for begin, (a, b), (whole, _) in zip(begins, own, spans, strict=True)
+        ]
+        encoder.encode(values, start, outs, peak)
+
+    looks = [look] if encoder.needs_peak and peak is None else []
+    applied = merge_by_tiles(worker, job, piece, buffer, *looks, encode)
+    parts = [buffer[a : a + last - first] for a, (first, last) in zip(begins, spans, strict=True)]
+    return _emit(worker, job, piece, parts, applied)
+
+
+def merge_by_tiles(
+    worker: Worker, job: Job, piece: Piece, buffer: Bytes, *takes: Callable[[int, Values], None]
+) -> Applied:
+    """Merge a piece that is to be encoded, `Work.at_once` elements at a time, once for each of `takes`.
+
+    Each is handed the number of the first element, counted from that of the piece, and the values, all of them finite;
+    the next ones lie in the same place.
+
+    Raises
+    ------
+    ModelError
+        If a value is not finite.
+    """
+    loaded = load(worker, job, piece.start, piece.stop, buffer)
+    begins = _divided(worker, job, piece).output
+    assert begins is not None
+    size = worker.plan.work[job.ordinal].at_once or max(1, loaded.n)
+    applied = Applied(0, ())
+    try:
+        with math_for(worker, job, loaded) as math:
+            with worker.stages.time("statistics"):
+                rule = resolve_in_memory(worker, job, loaded, math, until_model=False)
+            assert not isinstance(rule, list)
+            for take in takes:
+                applied = Applied(0, ())
+                for first in range(0, loaded.n, size):
+                    n = min(size, loaded.n - first)
+                    tile = loaded if n == loaded.n else slice_of(loaded, first, first + n)
+                    its_math = math if n == loaded.n else math_of(worker, job, tile)
+                    data = buffer[begins : begins + 4 * n]
+                    with worker.stages.time("compute"):
+                        one = its_math.apply(rule, Operand(begins, "F32"))
+                        if one.not_finite:
+                            raise not_finite(worker, job, tile.start, tile.start + n, data)
+                        applied = applied.plus(one)
+                        for a, b in _strips(job, n):
+                            take(first + a, data[4 * a : 4 * b].view(np.float32))
+    except NotFiniteError:
+        raise not_finite(worker, job, piece.start, piece.stop) from None
+    return applied
+
+
+def _strips(job: Job, n: int) -> Iterator[tuple[int, int]]:
+    """Yield what of `n` merged elements is encoded together, in whole units: temporaries are in proportion to it."""
+    size = max(job.unit, TILE // job.unit * job.unit)
+    for first in range(0, n, size):
+        yield first, min(n, first + size)
 
 
 def _copy_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receipt:
@@ -224,7 +291,7 @@ def _read_operands(
 
     A stage takes what the piece that it is computed for has read already.
     """
-    places = divide(job, stop - start)
+    places = divide(job, stop - start, worker.plan.work[job.ordinal].at_once)
     scratch, fishers = buffer[places.scratch :], range(len(job.inputs), len(job.inputs) + len(job.fishers))
     operands = [Operand(slot, ref.dtype) for ref, slot in zip(job.held, places.slots, strict=True)]
     lends = job.has_stages and not worker.is_stage
@@ -266,8 +333,8 @@ def prefetch(worker: Worker, chunk: Chunk) -> None:
 def _place_output(job: Job, loaded: Block, place: int) -> Operand:
     """Lay the output over the first input where its elements are not wider, else behind all inputs."""
     first = loaded.base or loaded.models[0]
-    # Rounded or encoded from its own slot, which is not where it would lie for direct I/O.
-    if job.computed_dtype != job.dtype or job.encoder is not None:
+    # Rounded in its own slot, which is not where it would lie for direct I/O.
+    if job.computed_dtype != job.dtype:
         own = divide(job, loaded.n).output
         assert own is not None
         return Operand(own, job.computed_dtype)

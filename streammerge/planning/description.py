@@ -37,6 +37,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "tensors_left_out": dict(plan.tensors_left_out),
         "elements": sum(job.n_elements for job in plan.jobs if job.dtype in FLOATS),
         "dtypes": sorted({part.dtype for job in plan.jobs for part in job.parts}),
+        "stored_as": dict(Counter(job.encoder.label for job in plan.jobs if job.encoder is not None)),
         "access": sorted({str(access) for access in plan.access}),
         "model_passes": plan.model_passes(),
         "streamed_tensors": streamed,

@@ -25,7 +25,7 @@ from streammerge.planning.memory.division import Division
 from streammerge.planning.needs import likeness, needs_of
 from streammerge.planning.options import LeftOut, PlanOptions
 from streammerge.planning.plan import MergePlan
-from streammerge.planning.quantize.base import Storage
+from streammerge.planning.quantize.base import Material, Storage
 from streammerge.planning.quantize.choose import choose_storage
 from streammerge.planning.resolve.codes import holds_codes
 from streammerge.planning.resolve.jobs import Resolved, resolve_jobs
@@ -72,7 +72,7 @@ def make_plan(
     if alignment is not None:
         _check_tokens(alignment, resources.budget)
     resolved = resolve_jobs(config, method, template, matched, inputs.fishers, alignment, inputs.grams)
-    storage = choose_storage(config, resolved.jobs, template)
+    storage = choose_storage(Material(config, method, template, matched.indexes, resolved))
     jobs = tuple(map(with_shared, storage.jobs)) if inputs.stages else storage.jobs
     files = _Files()
     if not options.tensors_only:
@@ -175,7 +175,10 @@ def _files_beside(
         remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
     source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else template.directory
     beside = surroundings(
-        template, source, tokenizer, quantised=storage.declared is None and holds_codes(storage.jobs)
+        template,
+        source,
+        tokenizer,
+        quantised=storage.keeps or (storage.declared is None and holds_codes(storage.jobs)),
     )
     return _Files(settings, tokenizer, beside, (*remarks, *beside.notes))
 
@@ -188,7 +191,7 @@ def _layout_of(jobs: Sequence[Job], template: TensorIndex, options: PlanOptions)
 
 def _of_single_file(files: _Files, storage: Storage, template: TensorIndex, config: MergeConfig) -> _Files:
     """Return the files of an output that is one file: none; refuse one that is incomplete without them."""
-    if storage.declared is not None:
+    if storage.declared is not None or storage.keeps:
         raise ConfigError(
             f"{config.where}: quantize: what is quantised is declared in config.json, which one file has not: give a "
             "directory as OUT, or leave `quantize` out"

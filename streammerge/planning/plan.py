@@ -208,6 +208,8 @@ class MergePlan:
             rounds = self.rounds_reading(job, Extent.MODEL)
             if how.mode == "streamed":
                 rounds += self.rounds_reading(job, Extent.TENSOR)
+                if job.encoder is not None and job.encoder.needs_peak:  # it is merged twice
+                    total += job.input_bytes + job.fisher_bytes
             for statistics in rounds:
                 total += self._bytes_of(job, statistics)
         if self.stages:

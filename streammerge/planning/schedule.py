@@ -20,6 +20,7 @@ from typing import Literal
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import ROWS_AT_ONCE
+from streammerge.dtypes import itemsize
 from streammerge.errors import BudgetError, printable
 from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.planning.job import Job
@@ -34,6 +35,8 @@ ALIGN = BLOCK
 PASSES_AHEAD = 2
 """Most streamed tensors that wait for their merge; more would evict pages from the cache before they are read again."""
 
+TILE = 1 << 18
+"""Elements that are merged before they are encoded: as fp32 they stay in the cache."""
 _FRAME = 64
 """Bytes by which a compressed chunk may exceed incompressible data."""
 
@@ -104,6 +107,8 @@ class Work:
     workspace: int
     """Additional buffer bytes per chunk: alignment, scratch, temporaries of a torch formula."""
     extent: Extent = Extent.ELEMENT
+    at_once: int | None = None
+    """Elements of an encoded tensor that are merged, in place of each other, before they are encoded; None: all of a piece."""
 
     def lease_bytes(self, n: int) -> int:
         """Return the size of the buffer for `n` elements in bytes."""
@@ -119,6 +124,7 @@ def plan_work(
     holds: bool,
     sums: bool = True,
     row_bytes: int = 0,
+    tiled: bool = False,
 ) -> Work:
     """Choose the handling of the pieces of one job.
 
@@ -134,6 +140,8 @@ def plan_work(
         Whether these are sums over blocks of `ALIGN` elements, which cuts must not divide.
     row_bytes
         Bytes that are kept per row, if the extent is a row.
+    tiled
+        Whether a few elements at a time are merged as fast as many.
 
     Raises
     ------
@@ -141,16 +149,27 @@ def plan_work(
         If the tensor, or one row of it, must be held and does not fit.
     """
     how = _work_of_method(job, extent, budget, workspace, holds, sums, row_bytes)
-    return how if job.encoder is None else _in_units(job, job.encoder, how, budget)
+    return how if job.encoder is None else _in_units(job, job.encoder, how, budget, tiled)
 
 
-def _in_units(job: Job, encoder: Encoder, how: Work, budget: Budget) -> Work:
+def _in_units(job: Job, encoder: Encoder, how: Work, budget: Budget, tiled: bool) -> Work:
     """Return the way of a job whose pieces are cut between whole units of an encoder too."""
     row = min(job.n_elements, math.lcm(how.row, encoder.unit))
+    how = replace(how, workspace=how.workspace + encoder.scratch_bytes)
+    if encoder.needs_peak and how.mode == "split":
+        held = job.n_elements * how.bytes_per_element + how.workspace <= budget.resident_limit
+        how = replace(how, mode="resident" if held else "streamed")
     rows = -(-row // job.row_length)
-    return _fitting(
-        job, replace(how, row=row), row, f"{rows} rows of it, as it is stored ({encoder.label}),", budget
-    )
+    if tiled and how.extent != Extent.TENSOR:
+        at_once = min(job.n_elements, max(row, TILE // row * row))
+        merged = itemsize("F32")
+        how = replace(
+            how,
+            bytes_per_element=how.bytes_per_element - merged,
+            workspace=how.workspace + merged * at_once,
+            at_once=at_once,
+        )
+    return _fitting(job, replace(how, row=row), row, f"{rows} rows of it ({encoder.label})", budget)
 
 
 def _work_of_method(

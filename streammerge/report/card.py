@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from streammerge.config.settings import Setting
@@ -37,6 +38,7 @@ def model_card(plan: MergePlan) -> str:
         "\n".join(_models(plan)),
         *_stages(plan),
         *_settings(plan),
+        *_stored(plan),
         *how_to_load(plan, ecosystem),
         "## Configuration",
         _configuration(plan),
@@ -110,6 +112,17 @@ def _settings(plan: MergePlan) -> Iterator[str]:
         yield "\n".join(["| model | parameter | value |", "|---|---|---|", *cells])
     if plan.random:
         yield f"Random drops are drawn from the seed {plan.seed}: the same seed gives the same bits."
+
+
+def _stored(plan: MergePlan) -> Iterator[str]:
+    """Yield how the tensors are stored that are quantised."""
+    counts = Counter(job.encoder.label for job in plan.jobs if job.encoder is not None)
+    if counts:
+        formats = ", ".join(f"{n} as {label}" for label, n in counts.items())
+        yield (
+            f"Of {len(plan.jobs)} tensors, these are quantised: {formats}. Each is the merge in fp32, rounded once; "
+            "config.json declares it."
+        )
 
 
 def _shown(setting: Setting) -> str:

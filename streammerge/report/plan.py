@@ -136,7 +136,8 @@ def _stages(plan: MergePlan) -> list[str]:
 def _tensors(values: dict[str, Any]) -> str:
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in values["tensors_by_kind"].items())
     dtypes = ", ".join(values["dtypes"])
-    return f"{values['tensors']:,} ({kinds}), {dtypes}, {plural(values['elements'], 'parameter')}"
+    stored = "".join(f", {n:,} stored as {label}" for label, n in values["stored_as"].items())
+    return f"{values['tensors']:,} ({kinds}), {dtypes}, {plural(values['elements'], 'parameter')}{stored}"
 
 
 def _left_out(values: dict[str, Any]) -> list[str]:

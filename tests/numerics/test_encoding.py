@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streammerge.numerics import encoding
-from streammerge.numerics.encoding import block_peaks, scales_of_f8, store_scales, to_f8
+from streammerge.numerics.encoding import (
+    block_peaks,
+    nvfp4_whole,
+    pack,
+    scales_of_f8,
+    scales_of_integers,
+    scales_of_mx,
+    scales_of_nvfp4,
+    store_scales,
+    to_f4,
+    to_f8,
+    to_integers,
+)
 
 F32 = np.float32
 EDGES = [0.0, -0.0, 2.0**-149, -(2.0**-140), 1e-38, 448.0, -464.0, 3.4028234663852886e38, 0.001953125, 1.0]
@@ -105,3 +119,70 @@ def test_by_hand() -> None:
     to_f8(rows, scales, (1, 6), out)
     assert scales.tolist() == [[1.0]]
     assert out.tolist() == [0x7E, 0x76, 0xB8, 0x01, 0x00, 0x01]
+
+
+def test_codes_of_4_bits_by_hand() -> None:
+    # Between two numbers the nearer one, and of two as near the one whose code is even; beyond 6 it is 6.
+    values = [0.25, 0.26, 0.75, 0.74, 1.25, 1.26, 1.75, 2.5, 2.6, 3.5, 3.4, 5.0, 5.1, 9.0, -0.6, -7.0]
+    codes = [0, 1, 2, 1, 2, 3, 4, 4, 5, 6, 5, 6, 7, 7, 8 + 1, 8 + 7]
+    rows = np.array([values], F32)
+    out = np.empty(8, np.uint8)
+    to_f4(rows, F32(1), np.ones((1, 1), F32), (1, 16), out)
+    assert [code for byte in out.tolist() for code in (byte & 15, byte >> 4)] == codes
+    to_f4(rows, F32(2), np.full((1, 1), 2, F32), (1, 16), out)
+    assert [code for byte in out.tolist() for code in (byte & 15, byte >> 4)] == codes
+    to_f4(rows, F32(1), np.zeros((1, 1), F32), (1, 16), out)
+    assert not out.any()
+
+
+def test_integers_by_hand() -> None:
+    rows = np.array([[7.5, 0.5, 1.5, -8.0, -9.0, 2.4, 100.0]], F32)
+    out = np.empty(rows.shape, np.int8)
+    to_integers(rows, np.ones((1, 1), F32), (1, 7), 4, out)
+    assert out.tolist() == [[7, 0, 2, -8, -8, 2, 7]]
+    words = np.full(4, 255, np.uint8)
+    pack(out, 4, words)
+    assert words.tolist() == [15 | 8 << 4, 10, 0 | 10 << 4, 15]  # u = q + 8, the first in the low nibble
+    assert scales_of_integers(np.array([15.0, 0.0, 2.0**-149], F32), 4, "BF16").tolist() == [
+        2.0,
+        1.0,
+        2.0**-133,
+    ]
+
+
+@pytest.mark.parametrize("block", [(1, 16), (2, 4), (4, 64)])
+def test_small_codes_are_the_same_with_and_without_a_compiler(
+    block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = matrix(4, 64)
+    divisors = block_peaks(rows, block) / F32(6)
+    divisors[0, 0] = 0
+    scales = scales_of_integers(block_peaks(rows, block), 5, "F32")
+    found = []
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(encoding, "is_compiled", lambda name: False)
+        out, codes = np.empty(128, np.uint8), np.empty(rows.shape, np.int8)
+        to_f4(rows, F32(0.75), divisors, block, out)
+        to_integers(rows, scales, block, 5, codes)
+        found.append((out.tolist(), codes.tolist()))
+    assert found[0] == found[1]
+
+
+def test_scales_of_nvfp4_at_their_ends() -> None:
+    # A group far below the largest has the scale zero, and zeros; a tensor of zeros has the scale one, and so have its groups.
+    for divides in (True, False):
+        whole = nvfp4_whole(1.0, divides=divides)
+        assert whole == (F32(2688) if divides else F32(1) / F32(2688))
+        found = scales_of_nvfp4(np.array([[1.0], [1e-9], [0.0]], F32), whole, divides=divides)
+        assert found.groups.ravel().tolist() == [448.0, 0.0, 1.0]
+        assert nvfp4_whole(0.0, divides=divides) == 1
+        assert 0 < nvfp4_whole(2.0**-149, divides=divides) < np.inf
+
+
+@given(st.floats(2.0**-149, 2.0**127, width=32), st.sampled_from([2, 8]))
+def test_scales_of_mx_are_the_power_of_two_of_the_largest(peak: float, largest_exponent: int) -> None:
+    floor = math.floor(math.log2(peak))
+    floor -= 2.0**floor > peak  # where the logarithm is rounded up
+    want = 2.0 ** max(-127, floor - largest_exponent)
+    assert scales_of_mx(np.array([peak], F32), largest_exponent).tolist() == [want]

@@ -79,6 +79,15 @@ def _codes(math: BlockMath) -> None:
     write_f8(values, np.ones((1, 2), np.float32), 2, 2, np.empty((2, 4), np.uint8))
 
 
+@example("encoding_small")
+def _small_codes(math: BlockMath) -> None:
+    from streammerge.numerics.encoding_loops import write_f4, write_integers
+
+    values, ones = np.ones((2, 4), np.float32), np.ones((1, 2), np.float32)
+    write_f4(values, np.float32(1), ones, 2, 2, np.empty((2, 2), np.uint8))
+    write_integers(values, ones, 2, 2, 8, np.empty((2, 4), np.int8))
+
+
 @example("diagonals")
 def _diagonals(math: BlockMath) -> None:
     from streammerge.kernels.fisher import square_sums, sums

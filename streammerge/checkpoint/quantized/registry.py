@@ -57,6 +57,8 @@ class Decoded:
     """What scales activations: no part of the weights."""
     formats: tuple[str, ...] = ()
     """How its quantised weights are stored, each kind once."""
+    coded: Mapping[str, SourceRef] = field(default_factory=dict)
+    """All stored tensors of quantised weights, as they lie in their files: codes, what decodes them, their shapes."""
 
 
 def finds(*methods: str | None, order: int = 0) -> Callable[[Find], Find]:
@@ -109,7 +111,9 @@ def decoded(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Decod
         elif name not in taken and name not in activations:
             kept[name] = stored
     formats = dict.fromkeys(ref.stored_format or "" for ref in found.values())
-    return Decoded(kept, activations, tuple(formats))
+    return Decoded(
+        kept, activations, tuple(formats), {name: tensors[name] for name in tensors if name in taken}
+    )
 
 
 @cache

@@ -97,7 +97,7 @@ def merged_config(
     if storage.declared is not None:
         _drop_quantisation(settings)
         settings["quantization_config"] = dict(storage.declared)
-    elif not holds_codes(jobs):
+    elif not storage.keeps and not holds_codes(jobs):
         notes += _drop_quantisation(settings)
     notes += _name_code(settings, template)
     return settings, notes

@@ -271,7 +271,7 @@ def _likeness(job: Job, need: Needs) -> tuple[object, ...]:
         job.kind,
         job.dtype,
         None if job.encoder is None else tuple((part.dtype, part.shape) for part in job.parts),
-        None if job.encoder is None else job.encoder.unit,
+        None if job.encoder is None else (type(job.encoder), job.encoder.unit, job.encoder.needs_peak),
         job.shape,
         inputs,
         fishers,

@@ -51,8 +51,8 @@ class Places:
         return self.parts[part] + (file_offset % PAGE if self.paged else 0)
 
 
-def divide(job: Job, n: int) -> Places:
-    """Return the places in the buffer of a piece of `n` elements."""
+def divide(job: Job, n: int, at_once: int | None = None) -> Places:
+    """Divide the buffer of a piece of `n` elements, of which `at_once` are merged before they are encoded (default: all)."""
     paged = _is_paged(job)
     slots = []
     position = PAGE if paged else 0
@@ -62,7 +62,7 @@ def divide(job: Job, n: int) -> Places:
     output = None
     if _output_is_wider(job):
         output = position
-        position += slot_bytes(n * itemsize(job.computed_dtype), paged)
+        position += slot_bytes(min(n, at_once or n) * itemsize(job.computed_dtype), paged)
     parts = []
     for nbytes in () if job.encoder is None else job.encoder.room(n):
         parts.append(position)

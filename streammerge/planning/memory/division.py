@@ -87,6 +87,7 @@ class Division:
             holds=need.holds,
             sums=need.sums,
             row_bytes=_kept_of_a_row(job),
+            tiled=backend.compiled,
         )
 
 

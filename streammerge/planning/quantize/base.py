@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
+from streammerge.methods.registry import Method
 from streammerge.planning.job import Job
+from streammerge.planning.resolve.assemble import Indexes
+from streammerge.planning.resolve.jobs import Lender, Resolved
+
+
+@dataclass(frozen=True)
+class Material:
+    """What decides how tensors are stored."""
+
+    config: MergeConfig
+    method: Method
+    template: TensorIndex
+    indexes: Indexes
+    resolved: Resolved
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """One for each tensor of the output."""
+        return self.resolved.jobs
+
+    @property
+    def lenders(self) -> tuple[Lender, ...]:
+        """Of each job, the tensor whose dtype and shape it has."""
+        return self.resolved.lenders
 
 
 @dataclass(frozen=True)
@@ -18,10 +42,12 @@ class Storage:
     jobs: tuple[Job, ...]
     declared: Mapping[str, Any] | None = None
     """The output's own `quantization_config`; None: it has none but what it keeps of the template model's."""
+    keeps: bool = False
+    """Whether the output is quantised as the template model declares."""
     notes: tuple[str, ...] = ()
 
 
-Choose = Callable[[MergeConfig, Sequence[Job], TensorIndex], Storage]
+Choose = Callable[[Material], Storage]
 _CHOICES: dict[str, Choose] = {}
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import streammerge.planning.quantize.fp8
-import streammerge.planning.quantize.plain  # noqa: F401  (these register themselves)
-from streammerge.checkpoint.index import TensorIndex
-from streammerge.config.schema import MergeConfig
+import streammerge.planning.quantize.plain
+import streammerge.planning.quantize.same  # noqa: F401  (these register themselves)
 from streammerge.errors import ConfigError, printable
-from streammerge.planning.job import Job
-from streammerge.planning.quantize.base import Storage, choice_of
+from streammerge.planning.quantize.base import Material, Storage, choice_of
 
 
-def choose_storage(config: MergeConfig, jobs: Sequence[Job], template: TensorIndex) -> Storage:
+def choose_storage(material: Material) -> Storage:
     """Return how each tensor of the output is stored.
 
     Raises
@@ -21,7 +17,8 @@ def choose_storage(config: MergeConfig, jobs: Sequence[Job], template: TensorInd
     InputError
         If it cannot be stored as the config says.
     """
-    storage = choice_of(config.quantize)(config, jobs, template)
+    storage = choice_of(material.config.quantize)(material)
+    config, template = material.config, material.template
     if storage.declared is not None and template.folders:
         raise ConfigError(
             f"{config.where}: quantize: {printable(template.reference)} has weights in several folders "

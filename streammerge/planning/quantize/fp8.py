@@ -11,15 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.names import flag_of, is_head
 from streammerge.checkpoint.tensor_kinds import kind_of
-from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError
 from streammerge.planning.job import Job
-from streammerge.planning.quantize.base import Storage, stores
-from streammerge.tensors.encoders.fp8_blocks import Fp8Blocks
+from streammerge.planning.quantize.base import Material, Storage, stores
+from streammerge.tensors.encoders.fp8 import in_blocks
 
 SIDE = 128
 """Rows and columns of a block."""
@@ -33,13 +31,14 @@ _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 
 @stores("fp8")
-def _choose(config: MergeConfig, jobs: Sequence[Job], template: TensorIndex) -> Storage:
+def _choose(material: Material) -> Storage:
+    jobs, template = material.jobs, material.template
     shapes = {job.name: job.shape for job in jobs}
     transposed = template.config.get("model_type") in _TRANSPOSED
     stored = [job if transposed else _stored(job, shapes) for job in jobs]
     if all(job.encoder is None for job in stored):
         raise ModelError(
-            f"{config.where}: quantize: fp8 stores the matrices of layers whose sides are multiples of {SIDE}, and this "
+            f"{material.config.where}: quantize: fp8 stores the matrices of layers whose sides are multiples of {SIDE}, and this "
             "model has none: leave `quantize` out"
         )
     kept = [_module(job.name) for job in stored if job.encoder is None and _is_matrix(job)]
@@ -62,8 +61,7 @@ def _stored(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> Job:
         return job
     if any(side % SIDE or not side for side in job.shape[-2:]):
         return job
-    encoder = Fp8Blocks(job.name, job.shape, f"{job.name}_scale_inv")
-    return replace(job, dtype="F32", encoder=encoder)
+    return replace(job, dtype="F32", encoder=in_blocks(job.name, job.shape, (SIDE, SIDE)))
 
 
 def _is_matrix(job: Job) -> bool:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from streammerge.checkpoint.index import TensorIndex
-from streammerge.config.schema import MergeConfig
-from streammerge.planning.job import Job
-from streammerge.planning.quantize.base import Storage, stores
+from streammerge.planning.quantize.base import Material, Storage, stores
 
 
 @stores("none")
-def _choose(config: MergeConfig, jobs: Sequence[Job], template: TensorIndex) -> Storage:
-    return Storage(tuple(jobs))
+def _choose(material: Material) -> Storage:
+    return Storage(material.jobs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import CompanionIndex, CompanionRef
@@ -30,11 +30,23 @@ from streammerge.planning.resolve.unmatched import unmatched
 from streammerge.planning.resolve.vocabulary import Alignment
 
 
+class Lender(NamedTuple):
+    """The tensor of the template model, or of a slice's own, whose dtype and shape an output tensor has."""
+
+    reference: str
+    """The model."""
+    name: str
+    """Its name there, as a merge sees it."""
+    ref: SourceRef
+
+
 @dataclass(frozen=True)
 class Resolved:
     """The jobs of a config, with warnings for the user."""
 
     jobs: tuple[Job, ...]
+    lenders: tuple[Lender, ...]
+    """Of each job, the tensor that decides how its own is stored."""
     stacks: tuple[Stack, ...]
     """Stacks of layers that are assembled from slices."""
     warnings: tuple[str, ...]
@@ -95,6 +107,7 @@ def resolve_jobs(
     stacks = count_layers(output.name for output in outputs)
     binder = _Binder(config, method, fishers, grams, matched.own_names, stacks)
     jobs: list[Job] = []
+    lenders: list[Lender] = []
     codes = codes_of(indexes)
     for output in outputs:
         ordinal = len(jobs)
@@ -111,9 +124,10 @@ def resolve_jobs(
             parameters = resolve_parameters(method, preset, output, config.where)
             job = binder.merge(ordinal, output, lender, sources, base, parameters)
         jobs.append(job)
+        lenders.append(Lender(*output.template, lender))
     warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
     _check_uniform_trim(jobs, method)
-    return Resolved(tuple(jobs), selection.stacks, tuple(warnings), selection.left_out)
+    return Resolved(tuple(jobs), tuple(lenders), selection.stacks, tuple(warnings), selection.left_out)
 
 
 def _check_models(config: MergeConfig, method: Method) -> None:
@@ -168,6 +182,13 @@ def _promotions(jobs: Sequence[Job], config: MergeConfig) -> list[str]:
 def _copy(ordinal: int, name: str, ref: SourceRef, config: MergeConfig, *, as_stored: bool = False) -> Job:
     dtype = ref.stored_dtype if as_stored else _output_dtype((ref,), config)
     return Job(ordinal, name, dtype, ref.shape, "copy", (ref.as_stored(dtype),), None, {})
+
+
+def is_plain_copy(job: Job, method: Method) -> bool:
+    """Return whether the values of a job are those of its one source."""
+    if job.kind != "merge":
+        return True
+    return method.name == "passthrough" and len(job.sources) == 1 and not _is_scaled(method, job.parameters)
 
 
 def _is_scaled(method: Method, parameters: Mapping[str, Any]) -> bool:

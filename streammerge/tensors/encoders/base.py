@@ -14,14 +14,20 @@ bytes, and where a tensor may be cut. One format is one file in this folder. Its
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.checkpoint.quantized.declarations import Declaration
 from streammerge.dtypes import BITS
+from streammerge.formats.refs import SourceRef
 from streammerge.io.buffer_pool import Bytes
 
 Span = tuple[int, int]
@@ -79,6 +85,11 @@ class Encoder(ABC):
         return False
 
     @property
+    def scratch_bytes(self) -> int:
+        """Upper bound of the bytes that encoding takes in addition to values and parts, if they are many."""
+        return 0
+
+    @property
     @abstractmethod
     def kernels(self) -> frozenset[str]:
         """Groups of compiled kernels that encoding makes use of."""
@@ -116,3 +127,50 @@ class Encoder(ABC):
             min(part.nbytes, units * per) if per else part.nbytes
             for part, per in zip(self.parts, self.unit_nbytes, strict=True)
         )
+
+
+# --- the registry: which encoder stores a tensor as a model's own is stored
+
+
+class NotWrittenError(Exception):
+    """A format is read and not written; the message names what of it is not."""
+
+
+Named = Callable[[str], str]
+"""Returns the name in the output of what a stored tensor is called in its model."""
+Make = Callable[[Any, Named, Declaration], Encoder]
+_MAKERS: dict[tuple[type[SourceRef], str | None], Make] = {}
+
+
+def encodes(kind: type[SourceRef], element: str | None = None) -> Callable[[Make], Make]:
+    """Register what returns the encoder of a kind of quantised tensors, where it has several of one kind of elements."""
+
+    def register(make: Make) -> Make:
+        _MAKERS[kind, element] = make
+        return make
+
+    return register
+
+
+def encoder_like(ref: SourceRef, named: Named, declared: Declaration) -> Encoder:
+    """Return what stores a tensor as `ref` is stored.
+
+    Raises
+    ------
+    NotWrittenError
+        If nothing does.
+    """
+    _load()
+    element = getattr(getattr(ref, "encoding", None), "element", None)
+    make = _MAKERS.get((type(ref), element))
+    if make is None:
+        raise NotWrittenError(ref.stored_format or "its format")
+    return make(ref, named, declared)
+
+
+@cache
+def _load() -> None:
+    """Import the formats of this folder, which register themselves."""
+    package = __name__.rpartition(".")[0]
+    for found in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{found.name}")

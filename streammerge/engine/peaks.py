@@ -1,0 +1,41 @@
+"""The largest magnitude of a merged tensor, where a scale of all of it must be known before its first code is written.
+
+A tensor that is held is looked at where it lies. One that is streamed is merged twice: once for this, piece by piece, and
+once to be written. The largest of some numbers does not depend on their order, nor on the pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.engine.worker import Answers, Worker
+from streammerge.numerics.encoding import block_peaks
+from streammerge.planning.job import Job
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The last answer of a streamed tensor, behind those of its method's statistics; alone in its round."""
+
+    value: float
+
+
+def without_peak(known: Answers) -> Answers:
+    """Return the answers of statistics."""
+    return [values for values in known if not (values and isinstance(values[0], Peak))]
+
+
+def known_peak(worker: Worker, job: Job) -> float | None:
+    """Return the largest magnitude that a pass has found; None if there was none."""
+    found = [values[0] for values in worker.answers.get(job.ordinal, []) if values]
+    return next((value.value for value in found if isinstance(value, Peak)), None)
+
+
+def largest(values: NDArray[np.float32]) -> float:
+    """Return the largest magnitude of finite values, (n,)."""
+    if not values.size:
+        return 0.0
+    return float(block_peaks(values.reshape(1, -1), (1, values.size))[0, 0])

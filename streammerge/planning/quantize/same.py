@@ -1,0 +1,168 @@
+"""`quantize: same`: every tensor that is quantised in the base (or first model) is stored as it is stored there.
+
+What is copied is copied code by code; what is merged is encoded anew. What belongs to activations is carried along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.quantized.declarations import DECLARATIONS, declaration_of
+from streammerge.errors import ConfigError, ModelError, printable
+from streammerge.formats.refs import MadeRef, RenamedRef, SourceRef
+from streammerge.planning.job import Job
+from streammerge.planning.quantize.base import Material, Storage, stores
+from streammerge.planning.resolve.jobs import Lender, is_plain_copy
+from streammerge.tensors.encoders.base import Encoder, NotWrittenError, encoder_like
+
+_CURE = "set `quantize: none` or `quantize: fp8`"
+
+
+@stores("same")
+def _choose(material: Material) -> Storage:
+    template = material.template
+    if template.quantization is None and not any(lender.ref.stored_format for lender in material.lenders):
+        raise ConfigError(
+            f"{material.config.where}: quantize: same stores the output as {printable(template.reference)} is stored, which is "
+            "not quantised: leave `quantize` out, or set it to fp8"
+        )
+    jobs: list[Job] = []
+    for job, lender in zip(material.jobs, material.lenders, strict=True):
+        jobs += [job] if lender.ref.stored_format is None else _stored(job, lender, material)
+    jobs += _carried(material)
+    return Storage(tuple(replace(job, ordinal=i) for i, job in enumerate(jobs)), keeps=True)
+
+
+def _stored(job: Job, lender: Lender, material: Material) -> list[Job]:
+    """Return what writes a tensor in the format of its lender: copies of all its parts, or one job with an encoder."""
+    inner = _decoded(lender.ref)
+    if inner is None or inner.shape != job.shape:
+        raise _refused(job, lender, "has another shape in the output, so that its codes cannot be stored")
+    _check_declared(job, lender, material)
+    source = _copied_from(job, material)
+    if source is not None and (source == inner or _alike(source, inner, job.name, material, lender)):
+        return _copies(source, job.name, material)
+    try:
+        encoder = _encoder(inner, job.name, material.indexes[lender.reference])
+    except NotWrittenError as error:
+        raise _refused(job, lender, f"is stored in a format that is read and not written ({error})") from None
+    return [replace(job, dtype="F32", encoder=encoder)]
+
+
+def _refused(job: Job, lender: Lender, why: str) -> ModelError:
+    return ModelError(
+        f"{printable(lender.reference)}: quantize: same: tensor {printable(job.name)} {why}: {_CURE}"
+    )
+
+
+def _decoded(ref: SourceRef) -> SourceRef | None:
+    """Return the quantised tensor that a tensor is mainly made of: the one whose codes lie in a file."""
+    source = getattr(ref, "source", None)  # what is merged of several has none
+    while isinstance(ref, MadeRef) and isinstance(source, MadeRef):
+        ref, source = source, getattr(source, "source", None)
+    return ref if ref.stored_format is not None else None
+
+
+def _copied_from(job: Job, material: Material) -> SourceRef | None:
+    """Return the quantised tensor that a job copies as it is; None if it computes anything."""
+    if not is_plain_copy(job, material.method):
+        return None
+    ref = job.sources[0]
+    while isinstance(ref, RenamedRef):
+        ref = ref.source
+    return ref if ref.stored_format is not None and _decoded(ref) is ref else None
+
+
+def _alike(source: SourceRef, inner: SourceRef, name: str, material: Material, lender: Lender) -> bool:
+    """Return whether the codes of a different model's tensor mean in the output what they mean there."""
+    index = material.indexes[lender.reference]
+    try:
+        return type(source) is type(inner) and _encoder(source, name, index) == _encoder(inner, name, index)
+    except NotWrittenError:
+        return False
+
+
+def _encoder(ref: SourceRef, name: str, index: TensorIndex) -> Encoder:
+    return encoder_like(ref, lambda stored: _named(ref, name, stored), declaration_of(index.config))
+
+
+def _named(ref: SourceRef, name: str, stored: str) -> str:
+    """Return what a stored tensor of `ref` is called where the tensor itself is called `name`.
+
+    The names of codes and scales begin as that of the tensor does: what follows is kept.
+    """
+    pairs = enumerate(zip(ref.name, stored, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(ref.name), len(stored)))
+    end = ref.name[shared:]
+    return name.removesuffix(end) + stored[shared:]
+
+
+def _copies(ref: SourceRef, name: str, material: Material) -> list[Job]:
+    """Return what copies all that a quantised tensor is made of, as it lies in its files."""
+    coded = {
+        (tensor.path, tensor.name): tensor
+        for index in material.indexes.values()
+        for tensor in (index.coded.get(part.name) for part in ref.parts)
+        if tensor is not None
+    }
+    return [_copy(coded[part.path, part.name], _named(ref, name, part.name)) for part in ref.parts]
+
+
+def _copy(ref: SourceRef, name: str) -> Job:
+    return Job(0, name, ref.dtype, ref.shape, "copy", (ref,), None, {})
+
+
+def _check_declared(job: Job, lender: Lender, material: Material) -> None:
+    """Refuse a layer of a model that declares something else than config.json of the output will."""
+    index, template = material.indexes[lender.reference], material.template
+    if index is not template and _declarations(index) != _declarations(template):
+        raise _refused(job, lender, f"is stored otherwise than {printable(template.reference)} declares")
+
+
+def _declarations(index: TensorIndex) -> list[object]:
+    return [index.config.get(key) for key in DECLARATIONS]
+
+
+def _carried(material: Material) -> Iterator[Job]:
+    """Yield copies of what scales activations, and of shapes, for each layer of the output that has the weights of its own."""
+    layers: dict[tuple[str, str], dict[str, None]] = {}
+    for job, lender in zip(material.jobs, material.lenders, strict=True):
+        layers.setdefault((lender.reference, layer_of(lender.name)), {})[layer_of(job.name)] = None
+    done: set[str] = set()
+    of_model = {
+        reference: _by_layer(material.indexes[reference]) for reference in dict.fromkeys(r for r, _ in layers)
+    }
+    for (reference, layer), outputs in layers.items():
+        for ref in of_model[reference].get(layer, ()):
+            for renamed in (output + ref.name[len(layer) :] for output in outputs):
+                if renamed not in done:
+                    done.add(renamed)
+                    yield _copy(ref, renamed)
+
+
+def _by_layer(index: TensorIndex) -> dict[str, list[SourceRef]]:
+    """Return what is carried of a model, by the layers that it is in."""
+    decoding = {part.name for ref in index.values() if ref.stored_format for part in _decoded_parts(ref)}
+    beside = (ref for name, ref in index.coded.items() if name not in decoding)
+    carried: dict[str, list[SourceRef]] = {}
+    for ref in (*index.activations.values(), *beside):
+        carried.setdefault(layer_of(ref.name), []).append(ref)
+    return carried
+
+
+def _decoded_parts(ref: SourceRef) -> tuple[SourceRef, ...]:
+    inner = _decoded(ref)
+    return () if inner is None else inner.parts
+
+
+def layer_of(name: str) -> str:
+    """Return the beginning of a name, up to its first number; nothing where it has none.
+
+    >>> layer_of("model.layers.3.self_attn.k_scale"), layer_of("lm_head.weight")
+    ('model.layers.3', '')
+    """
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if number is None else ".".join(parts[: number + 1])
