@@ -105,10 +105,16 @@ def round_out(values, n, out, first):
     first   int64           elements of the output before the first one
     ======  ==============  ============================================
     """
-    offset = out.offset + first * width_of(out.code)
+    half, full, offset, code = out
+    return round_at(values, n, half, full, offset + first * width_of(code), code)
+
+
+@njit(nogil=True)
+def round_at(values, n, half, full, offset, code):
+    """Do what `round_out` does from a byte of the buffer on, given as words of 16 and of 32 bits."""
     bad = 0
-    if out.code == BF16:
-        target = out.half[offset >> 1 : (offset >> 1) + n]
+    if code == BF16:
+        target = half[offset >> 1 : (offset >> 1) + n]
         for i in range(n):
             bits = _sticky_f32_bits(values[i])
             rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -116,8 +122,8 @@ def round_out(values, n, out, first):
             rounded = np.uint32(0x7FC0) if nan else rounded
             bad += (rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)
             target[i] = np.uint16(rounded)
-    elif out.code == F32:
-        words32 = out.full[offset >> 2 : (offset >> 2) + n]
+    elif code == F32:
+        words32 = full[offset >> 2 : (offset >> 2) + n]
         for i in range(n):
             bits = bits_from_f32(np.float32(values[i]))
             nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
@@ -125,7 +131,7 @@ def round_out(values, n, out, first):
             bad += (bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)
             words32[i] = bits
     else:
-        target = out.half[offset >> 1 : (offset >> 1) + n]
+        target = half[offset >> 1 : (offset >> 1) + n]
         for i in range(n):
             bits = _sticky_f32_bits(values[i])
             sign = (bits >> np.uint32(16)) & np.uint32(0x8000)

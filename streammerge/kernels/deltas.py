@@ -9,15 +9,13 @@ from streammerge.kernels import njit
 from streammerge.kernels.blocks import (
     BLOCK,
     bits_from_f32,
-    eight_at_most,
     f32_from_bits,
     trailing_zeros,
-    widen,
     widen_at,
     words,
     words_at,
 )
-from streammerge.kernels.operands import BF16, Mask, width_of
+from streammerge.kernels.operands import BF16, width_of
 from streammerge.numerics import finite
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -53,7 +51,7 @@ def scratch():
 
 
 @njit(nogil=True)
-def delta_block(half, full, offset, code, base, element, n, mask, out, buffers):
+def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut, cut_key, out, buffers):
     """Write the surviving task vector of at most `BLOCK` elements into `out`, 0 elsewhere; return the number of survivors.
 
     ==========  ==============  ============================================
@@ -63,13 +61,15 @@ def delta_block(half, full, offset, code, base, element, n, mask, out, buffers):
     base        float32 (n,)    the same elements of the base
     element     int64           flat index of the first element
     n           int64           number of elements
-    mask        Mask            the drop and the cuts
+    drop        int64 (2,)      the drop, a row of `Masks`; and so on
+    drop_key    uint32 (4,)
+    cut         int64 (6,)
+    cut_key     uint32 (4,)
     out         float32 (>=n,)  written
     buffers     Scratch         overwritten
     ==========  ==============  ============================================
     """
-    x, w = buffers.x, buffers.words
-    drop, drop_key, cut, cut_key = mask
+    x, w, at_threshold, _ = buffers
     # A cut in place would not vectorise (LLVM makes its stores conditional), so it reads x and writes out.
     delta = out if cut[0] == NO_CUT else x
     if code == BF16:
@@ -95,7 +95,7 @@ def delta_block(half, full, offset, code, base, element, n, mask, out, buffers):
                 delta[i] = np.float32(0)
                 kept -= 1
     if cut[0] != NO_CUT:
-        kept = _cut_block(n, cut, delta, out, buffers.at_threshold)
+        kept = _cut_block(n, cut, delta, out, at_threshold)
         if cut[0] in (THIN, INDEX):
             kept -= _settle_ties(element, n, cut, cut_key, out, buffers, False)
         if cut[3] != NO_CUT:
@@ -120,23 +120,21 @@ def survivors(models, base, first, span, masks, base_out, deltas, kept):
     """
     buffers = scratch()
     half, full, offsets, codes = models
+    base_half, base_full, base_offset, base_code = base
+    base_itemsize = width_of(base_code)
+    element, n = span
     drops, drop_keys, cuts, cut_keys = masks
-    for start in range(0, span.n, BLOCK):
-        m = min(BLOCK, span.n - start)
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
         b = base_out[start : start + m]
-        widen(base, first + start, m, b)
+        widen_at(base_half, base_full, base_offset + (first + start) * base_itemsize, base_code, m, b)
         for i in range(len(offsets)):
             at = offsets[i] + (first + start) * width_of(codes[i])
-            mask = Mask(drops[i], drop_keys[i], cuts[i], cut_keys[i])
             out = deltas[i, start : start + m]
-            kept[i] += delta_block(half, full, at, codes[i], b, span.element + start, m, mask, out, buffers)
-
-
-@njit(nogil=True)
-def alone(model, mask):
-    """Return the fields of a single model, and its mask."""
-    one = Mask(mask.drops[0], mask.drop_keys[0], mask.cuts[0], mask.cut_keys[0])
-    return model.half, model.full, model.offsets[0], model.codes[0], one
+            drop, drop_key, cut, cut_key = drops[i], drop_keys[i], cuts[i], cut_keys[i]
+            kept[i] += delta_block(
+                half, full, at, codes[i], b, element + start, m, drop, drop_key, cut, cut_key, out, buffers
+            )
 
 
 @njit(nogil=True)
@@ -223,149 +221,6 @@ def _settle_ties(element, n, cut, cut_key, out, buffers, inverted):
         out[i] = out[i] if keep else np.float32(0)
         removed += not keep
     return removed
-
-
-@njit(nogil=True)
-def _bf16_keys(source, base, n, lo, hi, keys):
-    """Do the same as `_keys` for ``source - base``, both given as bf16 patterns."""
-    above, highest = np.uint32(0), np.uint32(0)
-    for i in range(n):
-        delta = f32_from_bits(np.uint32(source[i]) << np.uint32(16)) - f32_from_bits(
-            np.uint32(base[i]) << np.uint32(16)
-        )
-        key = np.uint32(bits_from_f32(delta) & MAGNITUDE)
-        above = np.uint32(above + np.uint32(key > hi))
-        highest = max(highest, key)
-        keys[i] = np.uint32(key - lo)
-    return np.int64(above), highest
-
-
-@njit(nogil=True)
-def _keys(deltas, n, lo, hi, keys):
-    """Write ``pattern - lo`` of magnitudes into `keys`; return the count above `hi`, and the highest."""
-    above, highest = np.uint32(0), np.uint32(0)
-    for i in range(n):
-        # The casts keep the loop in 32-bit lanes: numba widens every integer sum to 64.
-        key = np.uint32(bits_from_f32(deltas[i]) & MAGNITUDE)
-        above = np.uint32(above + np.uint32(key > hi))
-        highest = max(highest, key)
-        keys[i] = np.uint32(key - lo)
-    return np.int64(above), highest
-
-
-@njit(nogil=True)
-def keys_in_window(model, base, span, mask, window, bins):
-    """Count the magnitude patterns of a block: in total above the window, in bins inside it.
-
-    Returns ``(above, highest)`` and adds to ``bins[(key - low) >> shift]``. `highest` is the
-    largest pattern seen; if all its exponent bits are set, the block contains NaN or infinity.
-
-    ======  ============  ============================================
-    model   Operands      one model
-    base    Operand       the base
-    span    Span          the block
-    mask    Masks         its drop; cuts are ignored
-    window  Window        the patterns to count
-    bins    int32 (>=1,)  counts, added to
-    ======  ============  ============================================
-    """
-    half, full, offset, code, one = alone(model, mask)
-    itemsize = width_of(code)
-    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    keys = np.empty(BLOCK, np.uint32)
-    plain = code == BF16 and base.code == BF16 and one.drop[0] == 0 and one.drop[1] == 0
-    lo, hi = np.uint32(window.low), np.uint32(window.high)
-    width, s = np.uint32(hi - lo), np.uint32(window.shift)
-    above = 0
-    highest = np.uint32(0)
-    for start in range(0, span.n, BLOCK):
-        m = min(BLOCK, span.n - start)
-        if plain:  # the common case in a single loop takes two thirds of the time
-            at, base_at = (offset >> 1) + start, (base.offset >> 1) + start
-            above_here, highest_here = _bf16_keys(
-                half[at : at + m], half[base_at : base_at + m], m, lo, hi, keys
-            )
-        else:
-            widen(base, start, m, b)
-            delta_block(
-                half, full, offset + start * itemsize, code, b, span.element + start, m, one, out, buffers
-            )
-            above_here, highest_here = _keys(out, m, lo, hi, keys)
-        above += above_here
-        highest = max(highest, highest_here)
-        keys[m : (m + 7) & ~7] = np.uint32(0xFFFFFFFF)
-        for eight in range(0, m, 8):  # a narrow window has few hits
-            inside = eight_at_most(keys.ctypes.data + 4 * eight, width)
-            while inside != 0:
-                bins[keys[eight + np.int64(trailing_zeros(inside))] >> s] += 1
-                inside &= inside - np.uint64(1)
-    return above, highest
-
-
-@njit(nogil=True)
-def abs_sums(model, base, span, mask, partials):
-    """Write the fp64 sum of abs(surviving entry) of each run of 4096 elements.
-
-    Each run is summed in eight lanes that are added pairwise: the order does not depend on block, thread or vector width.
-
-    ========  =====================  ============================================
-    model     Operands               one model
-    base      Operand                the base
-    span      Span                   the block; its first element is a multiple of 4096
-    mask      Masks                  its drop and cuts
-    partials  float64 (n / 4096 up)  written
-    ========  =====================  ============================================
-    """
-    half, full, offset, code, one = alone(model, mask)
-    itemsize = width_of(code)
-    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    lanes = np.empty(8, np.float64)
-    for part in range((span.n + 4095) // 4096):
-        lanes[:] = 0.0
-        stop = min(span.n, (part + 1) * 4096)
-        for start in range(part * 4096, stop, BLOCK):
-            m = min(BLOCK, stop - start)
-            widen(base, start, m, b)
-            delta_block(
-                half, full, offset + start * itemsize, code, b, span.element + start, m, one, out, buffers
-            )
-            for i in range(m, (m + 7) & ~7):
-                out[i] = np.float32(0)
-            for i in range(0, m, 8):
-                for j in range(8):
-                    size = abs(out[i + j])
-                    lanes[j] += np.float64(size) if size <= LARGEST else 0.0  # without NaN and infinity
-        partials[part] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
-            (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
-        )
-
-
-@njit(nogil=True)
-def ties_per_run(model, base, span, mask, key, size, counts):
-    """Count the elements whose magnitude pattern is `key` in each run of `size` elements.
-
-    ======  ===================  ============================================
-    model   Operands             one model
-    base    Operand              the base
-    span    Span                 the block
-    mask    Masks                its drop; there is no cut
-    key     int64                the pattern
-    size    int64                elements of a run
-    counts  int64 (n / size up)  added to
-    ======  ===================  ============================================
-    """
-    half, full, offset, code, one = alone(model, mask)
-    itemsize = width_of(code)
-    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    for start in range(0, span.n, BLOCK):
-        m = min(BLOCK, span.n - start)
-        widen(base, start, m, b)
-        delta_block(
-            half, full, offset + start * itemsize, code, b, span.element + start, m, one, out, buffers
-        )
-        for i in range(m):
-            if (bits_from_f32(out[i]) & MAGNITUDE) == np.uint32(key):
-                counts[(start + i) // size] += 1
 
 
 @njit(nogil=True)

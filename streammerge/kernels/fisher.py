@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from streammerge.kernels import njit
 from streammerge.kernels.blocks import BLOCK, round_out, widen, widen_at
 from streammerge.kernels.deltas import delta_block, scratch
-from streammerge.kernels.operands import Mask, width_of
+from streammerge.kernels.operands import width_of
 
 
 class Sums(NamedTuple):
@@ -69,12 +69,13 @@ def fisher_mean(models, fishers, base, span, terms, how, out, kept):
     fisher_offsets, fisher_codes = fishers.offsets, fishers.codes
     task_vectors, masks, rescales = terms
     drops, drop_keys, cuts, cut_keys = masks
+    element, n = span
     average, mean = how.average, sums.mean
     weight_sum = _in_order(average)
     bad = 0
     decided = 0
-    for start in range(0, span.n, BLOCK):
-        m = min(BLOCK, span.n - start)
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
         sums.moved[:] = 0.0
         sums.raised[:] = 0.0
         sums.total[:] = 0.0
@@ -82,17 +83,18 @@ def fisher_mean(models, fishers, base, span, terms, how, out, kept):
         if task_vectors:
             widen(base, start, m, b)
         for model in range(len(offsets)):
-            at = offsets[model] + start * width_of(codes[model])
+            code = codes[model]
+            at = offsets[model] + start * width_of(code)
             if task_vectors:
                 rescale = rescales[model]
-                mask = Mask(drops[model], drop_keys[model], cuts[model], cut_keys[model])
+                drop, drop_key, cut, cut_key = drops[model], drop_keys[model], cuts[model], cut_keys[model]
                 kept[model] += delta_block(
-                    half, full, at, codes[model], b, span.element + start, m, mask, delta, buffers
+                    half, full, at, code, b, element + start, m, drop, drop_key, cut, cut_key, delta, buffers
                 )
                 for i in range(m):
                     theta[i] = np.float64(b[i]) + rescale * np.float64(delta[i])
             else:
-                widen_at(half, full, at, codes[model], m, x)
+                widen_at(half, full, at, code, m, x)
                 for i in range(m):
                     theta[i] = np.float64(x[i])
             fisher_at = fisher_offsets[model] + start * width_of(fisher_codes[model])
@@ -187,7 +189,7 @@ def _finish(m, sums, last, weight_sum, theta, out):
 def square_sums(fisher, n, partials):
     """Write the fp64 sum of squares of each run of 4096 elements; return the number of negative or non-finite values.
 
-    The order of the sum is that of `deltas.abs_sums`.
+    The order of the sum is that of `magnitudes.abs_sums`.
 
     ========  =====================  ============================================
     fisher    Operand                a Fisher diagonal

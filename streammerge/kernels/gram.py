@@ -3,34 +3,26 @@
 import numpy as np
 
 from streammerge.kernels import njit
-from streammerge.kernels.blocks import BLOCK, round_out, widen, widen_at
+from streammerge.kernels.blocks import BLOCK, round_at, widen_at
 from streammerge.kernels.deltas import LARGEST, delta_block, scratch
-from streammerge.kernels.operands import Mask, width_of
+from streammerge.kernels.operands import width_of
 
 
 @njit(nogil=True)
-def _load(operands, first, n, b, span, terms, delta, buffers, out):
-    """Widen a block of every vector to fp64, (k, >=n): the operands themselves, or their task vectors.
+def _load(half, full, offset, code, n, task_vectors, rescale, delta, out):
+    """Widen a block of a vector to fp64, (>=n,): an operand as it is or, with `task_vectors`, what `delta` holds.
 
-    Non-finite values count as 0; they show in the output at their own elements only.
-
-    `b` holds the block of the base in fp32, (n,). Entries after `n`, up to a multiple of 8, are zero.
+    Non-finite values count as 0: they show in the output, at their own elements alone. Entries behind `n`, up to a
+    multiple of 8, are zero.
     """
-    half, full, offsets, codes = operands
-    drops, drop_keys, cuts, cut_keys = terms.masks
-    for model in range(len(offsets)):
-        at = offsets[model] + first * width_of(codes[model])
-        if terms.task_vectors:
-            mask = Mask(drops[model], drop_keys[model], cuts[model], cut_keys[model])
-            delta_block(half, full, at, codes[model], b, span.element + first, n, mask, delta, buffers)
-            rescale = terms.rescales[model]
-            for i in range(n):
-                out[model, i] = rescale * np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
-        else:
-            widen_at(half, full, at, codes[model], n, delta)
-            for i in range(n):
-                out[model, i] = np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
-        out[model, n : (n + 7) & ~7] = 0.0
+    if task_vectors:
+        for i in range(n):
+            out[i] = rescale * np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
+    else:
+        widen_at(half, full, offset, code, n, delta)
+        for i in range(n):
+            out[i] = np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
+    out[n : (n + 7) & ~7] = 0.0
 
 
 @njit(nogil=True)
@@ -49,18 +41,50 @@ def dots(operands, base, span, length, terms, sums):
     sums      float64 (groups, pairs)  written
     ========  =======================  ============================================
     """
-    k = len(operands.offsets)
+    half, full, offsets, codes = operands
+    base_half, base_full, base_offset, base_code = base
+    base_width = width_of(base_code)
+    element, n = span
+    task_vectors, masks, rescales = terms
+    drops, drop_keys, cuts, cut_keys = masks
+    k = len(offsets)
     b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     x = np.empty((k, BLOCK), np.float64)
     lanes = np.empty((len(sums[0]), 8), np.float64)
     for group in range(len(sums)):
         lanes[:] = 0.0
-        stop = min(span.n, (group + 1) * length)
+        stop = min(n, (group + 1) * length)
         for start in range(group * length, stop, BLOCK):
             m = min(BLOCK, stop - start)
-            if terms.task_vectors:
-                widen(base, start, m, b)
-            _load(operands, start, m, b, span, terms, delta, buffers, x)
+            if task_vectors:
+                widen_at(base_half, base_full, base_offset + start * base_width, base_code, m, b)
+            for model in range(k):
+                at = offsets[model] + start * width_of(codes[model])
+                rescale = 1.0
+                if task_vectors:
+                    rescale = rescales[model]
+                    drop, drop_key, cut, cut_key = (
+                        drops[model],
+                        drop_keys[model],
+                        cuts[model],
+                        cut_keys[model],
+                    )
+                    delta_block(
+                        half,
+                        full,
+                        at,
+                        codes[model],
+                        b,
+                        element + start,
+                        m,
+                        drop,
+                        drop_key,
+                        cut,
+                        cut_key,
+                        delta,
+                        buffers,
+                    )
+                _load(half, full, at, codes[model], m, task_vectors, rescale, delta, x[model])
             pair = 0
             for i in range(k):
                 for j in range(i, k):
@@ -96,23 +120,45 @@ def weigh_rows(operands, base, span, length, terms, weights, out, kept):
     b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     total = np.empty(BLOCK, np.float64)
     half, full, offsets, codes = operands
+    base_half, base_full, base_offset, base_code = base
+    base_width = width_of(base_code)
+    element, n = span
     task_vectors, masks, rescales = terms
     drops, drop_keys, cuts, cut_keys = masks
+    out_half, out_full, out_offset, out_code = out
+    out_width = width_of(out_code)
     bad = 0
     for row in range(len(weights)):
-        stop = min(span.n, (row + 1) * length)
+        stop = min(n, (row + 1) * length)
         for start in range(row * length, stop, BLOCK):
             m = min(BLOCK, stop - start)
             total[:] = 0.0
             if task_vectors:
-                widen(base, start, m, b)
+                widen_at(base_half, base_full, base_offset + start * base_width, base_code, m, b)
             for model in range(len(offsets)):
                 at = offsets[model] + start * width_of(codes[model])
                 weight = weights[row, model]
                 if task_vectors:
-                    mask = Mask(drops[model], drop_keys[model], cuts[model], cut_keys[model])
+                    drop, drop_key, cut, cut_key = (
+                        drops[model],
+                        drop_keys[model],
+                        cuts[model],
+                        cut_keys[model],
+                    )
                     kept[model] += delta_block(
-                        half, full, at, codes[model], b, span.element + start, m, mask, delta, buffers
+                        half,
+                        full,
+                        at,
+                        codes[model],
+                        b,
+                        element + start,
+                        m,
+                        drop,
+                        drop_key,
+                        cut,
+                        cut_key,
+                        delta,
+                        buffers,
                     )
                     weight *= rescales[model]
                 else:
@@ -122,5 +168,5 @@ def weigh_rows(operands, base, span, length, terms, weights, out, kept):
             if task_vectors:
                 for i in range(m):
                     total[i] = np.float64(b[i]) + total[i]
-            bad += round_out(total, m, out, start)
+            bad += round_at(total, m, out_half, out_full, out_offset + start * out_width, out_code)
     return bad

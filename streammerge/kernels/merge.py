@@ -3,9 +3,9 @@
 import numpy as np
 
 from streammerge.kernels import njit
-from streammerge.kernels.blocks import BLOCK, round_out, widen, widen_at
+from streammerge.kernels.blocks import BLOCK, round_at, widen_at
 from streammerge.kernels.deltas import delta_block, scratch
-from streammerge.kernels.operands import Mask, width_of
+from streammerge.kernels.operands import width_of
 
 
 @njit(nogil=True, error_model="numpy")
@@ -21,6 +21,8 @@ def weighted_sum(models, weights, divisor, n, out):
     =======  ============  ============================================
     """
     half, full, offsets, codes = models
+    out_half, out_full, out_offset, out_code = out
+    out_width = width_of(out_code)
     x, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
     bad = 0
     for start in range(0, n, BLOCK):
@@ -34,7 +36,7 @@ def weighted_sum(models, weights, divisor, n, out):
         if divisor != 1.0:
             for at in range(m):
                 total[at] /= divisor
-        bad += round_out(total, m, out, start)
+        bad += round_at(total, m, out_half, out_full, out_offset + start * out_width, out_code)
     return bad
 
 
@@ -123,15 +125,18 @@ def task_vector_merge(models, base, span, masks, how, out, tally):
     ups, downs = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     merged = np.empty(BLOCK, np.float64)
     half, full, offsets, codes = models
+    base_half, base_full, base_offset, base_code = base
+    out_half, out_full, out_offset, out_code = out
+    base_width, out_width = width_of(base_code), width_of(out_code)
+    element, n = span
     drops, drop_keys, cuts, cut_keys = masks
     kept, signs = tally
-    coefficients, weights, elect, normalize = how.coefficients, how.weights, how.elect, how.normalize
-    divisor, scale = how.divisor, how.scale
+    coefficients, weights, elect, zero_sign, normalize, divisor, scale = how
     counted = normalize and _counts_serve(weights, coefficients)
     bad = 0
-    for start in range(0, span.n, BLOCK):
-        m = min(BLOCK, span.n - start)
-        widen(base, start, m, b)
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
+        widen_at(base_half, base_full, base_offset + start * base_width, base_code, m, b)
         positive[:] = 0.0
         if elect:
             negative[:] = 0.0
@@ -143,8 +148,10 @@ def task_vector_merge(models, base, span, masks, how, out, tally):
                 negative_weight[:] = 0.0
         for i in range(len(weights)):
             at = offsets[i] + start * width_of(codes[i])
-            mask = Mask(drops[i], drop_keys[i], cuts[i], cut_keys[i])
-            kept[i] += delta_block(half, full, at, codes[i], b, span.element + start, m, mask, delta, buffers)
+            drop, drop_key, cut, cut_key = drops[i], drop_keys[i], cuts[i], cut_keys[i]
+            kept[i] += delta_block(
+                half, full, at, codes[i], b, element + start, m, drop, drop_key, cut, cut_key, delta, buffers
+            )
             coefficient = coefficients[i]
             if elect:
                 _sum_signs(m, delta, coefficient, positive, negative)
@@ -161,14 +168,14 @@ def task_vector_merge(models, base, span, masks, how, out, tally):
                     positive_weight[at] = weights[0] * np.float64(ups[at])
                     negative_weight[at] = weights[0] * np.float64(downs[at])
             signs[0] += _elect(
-                m, positive, negative, positive_weight, negative_weight, how.zero_sign, normalize, merged
+                m, positive, negative, positive_weight, negative_weight, zero_sign, normalize, merged
             )
         elif divisor != 1.0:
             for at in range(m):
                 merged[at] = positive[at] / divisor
-        if out.code >= 0:
+        if out_code >= 0:
             source = merged if elect or divisor != 1.0 else positive
             for at in range(m):
                 positive[at] = np.float64(b[at]) + scale * source[at]
-            bad += round_out(positive, m, out, start)
+            bad += round_at(positive, m, out_half, out_full, out_offset + start * out_width, out_code)
     return bad

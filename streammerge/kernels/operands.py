@@ -1,5 +1,8 @@
 """The named tuples that kernels take: numba checks their fields and passes them as structs.
 
+A kernel unpacks them before its loop over blocks: a field that is looked up there counts references, up to a tenth of the
+time. So what it calls for each block takes the fields one by one.
+
 In tables of arguments, ``k`` is the number of models (or vectors) and ``n`` the number of elements of the block. Offsets are
 bytes from the start of the buffer; ``first`` and lengths are elements.
 """
@@ -34,10 +37,7 @@ class Operand(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """One or several inputs in one buffer.
-
-    Unpack it before a loop over blocks: looking up a field inside counts references, which takes a tenth of the time.
-    """
+    """One or several inputs in one buffer."""
 
     half: NDArray[np.uint16]
     """As in `Operand`."""
@@ -68,15 +68,6 @@ class Masks(NamedTuple):
     """(k, 6): tie policy (see `deltas`), magnitude pattern and limit of the cut; the same of the cut of outliers."""
     cut_keys: NDArray[np.uint32]
     """(k, 4): the Philox keys of the words that thin ties."""
-
-
-class Mask(NamedTuple):
-    """The drop and the cuts of one task vector: one row of each field of `Masks`."""
-
-    drop: NDArray[np.int64]
-    drop_key: NDArray[np.uint32]
-    cut: NDArray[np.int64]
-    cut_key: NDArray[np.uint32]
 
 
 class Terms(NamedTuple):

@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.kernels import njit
-from streammerge.kernels.blocks import BLOCK, bits_from_f32, round_out, widen, widen_at, words
+from streammerge.kernels.blocks import BLOCK, bits_from_f32, round_at, widen_at, words
 from streammerge.kernels.deltas import LARGEST, MAGNITUDE
+from streammerge.kernels.magnitudes import alone
 from streammerge.kernels.merge import _add_weights, _elect, _sum_signs
 from streammerge.kernels.operands import width_of
 
@@ -76,16 +77,14 @@ def _sort(delta, n, entries, places, ends):
 
 
 @njit(nogil=True, error_model="numpy")
-def _survivors(n, element, drops, i, buffers, out):
+def _survivors(n, element, key, low, spread, unbiased, buffers, out):
     """Write the surviving entries of the row in `buffers.delta` into `out`, fp64 (n,), else 0; return their number.
 
     An entry survives with probability low + spread * (r - 1) / (n - 1), where r is the mid-rank of its magnitude; if
-    `drops.unbiased` it is divided by that. Non-finite values always survive, so that the output shows them.
+    `unbiased` it is divided by that. Non-finite values always survive, so that the output shows them.
     """
-    entries, places, ends = buffers.entries, buffers.places, buffers.ends
-    delta, w = buffers.delta, buffers.words
-    low, spread, unbiased = drops.lows[i], drops.spreads[i], drops.unbiased
-    shift = words(element, n, drops.keys[i], w)
+    entries, places, ends, w, delta = buffers
+    shift = words(element, n, key, w)
     kept = 0
     if spread == 0.0 or n == 1:
         q = low + spread * 0.5
@@ -147,27 +146,24 @@ def _row_buffers(length):
 
 
 @njit(nogil=True)
-def _delta_row(models, i, first, base, n, out):
-    """Write a model's row minus the base's, in fp32."""
-    half, full, offsets, codes = models
+def _widen_row(half, full, offset, code, n, out):
     for start in range(0, n, BLOCK):
-        at = offsets[i] + (first + start) * width_of(codes[i])
-        widen_at(half, full, at, codes[i], min(BLOCK, n - start), out[start:])
-    for at in range(n):
-        out[at] -= base[at]
+        widen_at(half, full, offset + start * width_of(code), code, min(BLOCK, n - start), out[start:])
 
 
 @njit(nogil=True)
-def _widen_row(operand, first, n, out):
-    for start in range(0, n, BLOCK):
-        widen(operand, first + start, min(BLOCK, n - start), out[start:])
+def _delta_row(half, full, offset, code, base, n, out):
+    """Write a model's row minus the base's, in fp32."""
+    _widen_row(half, full, offset, code, n, out)
+    for at in range(n):
+        out[at] -= base[at]
 
 
 @njit(nogil=True)
 def ranked_abs_sums(model, base, span, length, drop, partials):
     """Write the fp64 sum of abs(surviving entry) of each run of 4096 elements, for whole rows.
 
-    The order of the sum is that of `deltas.abs_sums`.
+    The order of the sum is that of `magnitudes.abs_sums`.
 
     ========  =====================  ============================================
     model     Operands               one model
@@ -180,15 +176,20 @@ def ranked_abs_sums(model, base, span, length, drop, partials):
     """
     b, left, buffers = np.empty(length, np.float32), np.empty(length, np.float64), _row_buffers(length)
     lanes = np.zeros(8, np.float64)
-    for first in range(0, span.n, length):
-        _widen_row(base, first, length, b)
-        _delta_row(model, 0, first, b, length, buffers.delta)
-        _survivors(length, span.element + first, drop, 0, buffers, left)
+    half, full, offset, code = alone(model)
+    base_half, base_full, base_offset, base_code = base
+    width, base_width = width_of(code), width_of(base_code)
+    element, n = span
+    key, low, spread, delta = drop.keys[0], drop.lows[0], drop.spreads[0], buffers.delta
+    for first in range(0, n, length):
+        _widen_row(base_half, base_full, base_offset + first * base_width, base_code, length, b)
+        _delta_row(half, full, offset + first * width, code, b, length, delta)
+        _survivors(length, element + first, key, low, spread, False, buffers, left)
         for i in range(length):
             at = first + i
             size = abs(left[i])
             lanes[at & 7] += size if size <= np.float64(LARGEST) else 0.0
-            if (at & 4095) == 4095 or at == span.n - 1:
+            if (at & 4095) == 4095 or at == n - 1:
                 partials[at >> 12] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
                     (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
                 )
@@ -213,36 +214,46 @@ def ranked_merge(models, base, span, length, drops, how, out, tally):
     b, left, buffers = np.empty(length, np.float32), np.empty(length, np.float64), _row_buffers(length)
     up, down, merged = np.empty(length), np.empty(length), np.empty(length)
     up_weight, down_weight = np.empty(length), np.empty(length)
-    elect, normalize, divisor, scale = how.elect, how.normalize, how.divisor, how.scale
+    half, full, offsets, codes = models
+    base_half, base_full, base_offset, base_code = base
+    out_half, out_full, out_offset, out_code = out
+    base_width, out_width = width_of(base_code), width_of(out_code)
+    element, n = span
+    lows, spreads, unbiased, keys = drops
+    coefficients, weights, elect, zero_sign, normalize, divisor, scale = how
+    kept, signs = tally
+    delta = buffers.delta
     bad = 0
-    for first in range(0, span.n, length):
-        _widen_row(base, first, length, b)
+    for first in range(0, n, length):
+        _widen_row(base_half, base_full, base_offset + first * base_width, base_code, length, b)
         up[:] = 0.0
         if elect:
             down[:] = 0.0
             up_weight[:] = 0.0
             down_weight[:] = 0.0
-        for model in range(len(how.weights)):
-            _delta_row(models, model, first, b, length, buffers.delta)
-            tally.kept[model] += _survivors(length, span.element + first, drops, model, buffers, left)
-            coefficient = how.coefficients[model]
+        for model in range(len(weights)):
+            at = offsets[model] + first * width_of(codes[model])
+            _delta_row(half, full, at, codes[model], b, length, delta)
+            kept[model] += _survivors(
+                length, element + first, keys[model], lows[model], spreads[model], unbiased, buffers, left
+            )
+            coefficient = coefficients[model]
             if elect:
                 _sum_signs(length, left, coefficient, up, down)
                 if normalize:
-                    _add_weights(length, left, coefficient, how.weights[model], up_weight, down_weight)
+                    _add_weights(length, left, coefficient, weights[model], up_weight, down_weight)
             else:
                 for i in range(length):
                     up[i] += coefficient * left[i]
         if elect:
-            tally.signs[0] += _elect(
-                length, up, down, up_weight, down_weight, how.zero_sign, normalize, merged
-            )
+            signs[0] += _elect(length, up, down, up_weight, down_weight, zero_sign, normalize, merged)
         else:
             for i in range(length):
                 merged[i] = up[i] / divisor
-        if out.code >= 0:
+        if out_code >= 0:
             for i in range(length):
                 merged[i] = np.float64(b[i]) + scale * merged[i]
             for start in range(0, length, BLOCK):
-                bad += round_out(merged[start:], min(BLOCK, length - start), out, first + start)
+                at = out_offset + (first + start) * out_width
+                bad += round_at(merged[start:], min(BLOCK, length - start), out_half, out_full, at, out_code)
     return bad

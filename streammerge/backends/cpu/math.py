@@ -51,7 +51,7 @@ class KernelMath:
                 *memory.pair(vector), memory.span(), self._block.row_length, drop, partials
             )
             return partials
-        kernels().deltas.abs_sums(*memory.pair(vector), memory.span(), memory.masks((vector,)), partials)
+        kernels().magnitudes.abs_sums(*memory.pair(vector), memory.span(), memory.masks((vector,)), partials)
         return partials
 
     @answers(kernels_of_ranking)

@@ -22,13 +22,25 @@ _TIES = {"drop": 0, "all": 1, "thin": 2, "index": 3}
 @cache
 def kernels() -> Any:
     """Return the kernels' modules as attributes. The import is late since numba takes a second; numba erases signatures."""
-    from streammerge.kernels import blocks, deltas, fisher, gram, merge, operands, ranks, scores, signs
+    from streammerge.kernels import (
+        blocks,
+        deltas,
+        fisher,
+        gram,
+        magnitudes,
+        merge,
+        operands,
+        ranks,
+        scores,
+        signs,
+    )
 
     return SimpleNamespace(
         blocks=blocks,
         deltas=deltas,
         fisher=fisher,
         gram=gram,
+        magnitudes=magnitudes,
         merge=merge,
         operands=operands,
         ranks=ranks,

@@ -28,7 +28,7 @@ class Ranking(NamedTuple):
 
 
 def _count_magnitudes(memory: BlockMemory, vector: TaskVector, window: Any, bins: Bins) -> tuple[int, int]:
-    above, highest = kernels().deltas.keys_in_window(
+    above, highest = kernels().magnitudes.keys_in_window(
         *memory.pair(vector), memory.span(), memory.masks((vector,), cut=False), window, bins
     )
     return int(above), int(highest)
@@ -36,7 +36,7 @@ def _count_magnitudes(memory: BlockMemory, vector: TaskVector, window: Any, bins
 
 def _tied_magnitudes(memory: BlockMemory, vector: TaskVector, key: int, size: int) -> Counts:
     counts = np.zeros(-(-memory.block.n // size), np.int64)
-    kernels().deltas.ties_per_run(
+    kernels().magnitudes.ties_per_run(
         *memory.pair(vector), memory.span(), memory.masks((vector,), cut=False), key, size, counts
     )
     return counts

@@ -1,0 +1,215 @@
+"""Statistics of the magnitudes of one model's task vector: patterns by bins, ties, fp64 sums."""
+
+import numpy as np
+
+from streammerge.kernels import njit
+from streammerge.kernels.blocks import (
+    BLOCK,
+    bits_from_f32,
+    eight_at_most,
+    f32_from_bits,
+    trailing_zeros,
+    widen_at,
+)
+from streammerge.kernels.deltas import LARGEST, MAGNITUDE, delta_block, scratch
+from streammerge.kernels.operands import BF16, width_of
+
+
+@njit(nogil=True)
+def alone(model):
+    """Return the fields of one model."""
+    return model.half, model.full, model.offsets[0], model.codes[0]
+
+
+@njit(nogil=True)
+def only(mask):
+    """Return the drop and the cuts of one task vector, and their keys."""
+    return mask.drops[0], mask.drop_keys[0], mask.cuts[0], mask.cut_keys[0]
+
+
+@njit(nogil=True)
+def _bf16_keys(source, base, n, lo, hi, keys):
+    """Do the same as `_keys` for ``source - base``, both given as bf16 patterns."""
+    above, highest = np.uint32(0), np.uint32(0)
+    for i in range(n):
+        delta = f32_from_bits(np.uint32(source[i]) << np.uint32(16)) - f32_from_bits(
+            np.uint32(base[i]) << np.uint32(16)
+        )
+        key = np.uint32(bits_from_f32(delta) & MAGNITUDE)
+        above = np.uint32(above + np.uint32(key > hi))
+        highest = max(highest, key)
+        keys[i] = np.uint32(key - lo)
+    return np.int64(above), highest
+
+
+@njit(nogil=True)
+def _keys(deltas, n, lo, hi, keys):
+    """Write ``pattern - lo`` of magnitudes into `keys`; return the count above `hi`, and the highest."""
+    above, highest = np.uint32(0), np.uint32(0)
+    for i in range(n):
+        # The casts keep the loop in 32-bit lanes: numba widens every integer sum to 64.
+        key = np.uint32(bits_from_f32(deltas[i]) & MAGNITUDE)
+        above = np.uint32(above + np.uint32(key > hi))
+        highest = max(highest, key)
+        keys[i] = np.uint32(key - lo)
+    return np.int64(above), highest
+
+
+@njit(nogil=True)
+def keys_in_window(model, base, span, mask, window, bins):
+    """Count the magnitude patterns of a block: in total above the window, in bins inside it.
+
+    Returns ``(above, highest)`` and adds to ``bins[(key - low) >> shift]``. `highest` is the
+    largest pattern seen; if all its exponent bits are set, the block contains NaN or infinity.
+
+    ======  ============  ============================================
+    model   Operands      one model
+    base    Operand       the base
+    span    Span          the block
+    mask    Masks         its drop; cuts are ignored
+    window  Window        the patterns to count
+    bins    int32 (>=1,)  counts, added to
+    ======  ============  ============================================
+    """
+    half, full, offset, code = alone(model)
+    drop, drop_key, cut, cut_key = only(mask)
+    base_half, base_full, base_offset, base_code = base
+    element, n = span
+    itemsize, base_itemsize = width_of(code), width_of(base_code)
+    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
+    keys = np.empty(BLOCK, np.uint32)
+    plain = code == BF16 and base_code == BF16 and drop[0] == 0 and drop[1] == 0
+    lo, hi = np.uint32(window.low), np.uint32(window.high)
+    width, s = np.uint32(hi - lo), np.uint32(window.shift)
+    above = 0
+    highest = np.uint32(0)
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
+        if plain:  # the common case in a single loop takes two thirds of the time
+            at, base_at = (offset >> 1) + start, (base_offset >> 1) + start
+            above_here, highest_here = _bf16_keys(
+                half[at : at + m], base_half[base_at : base_at + m], m, lo, hi, keys
+            )
+        else:
+            widen_at(base_half, base_full, base_offset + start * base_itemsize, base_code, m, b)
+            delta_block(
+                half,
+                full,
+                offset + start * itemsize,
+                code,
+                b,
+                element + start,
+                m,
+                drop,
+                drop_key,
+                cut,
+                cut_key,
+                out,
+                buffers,
+            )
+            above_here, highest_here = _keys(out, m, lo, hi, keys)
+        above += above_here
+        highest = max(highest, highest_here)
+        keys[m : (m + 7) & ~7] = np.uint32(0xFFFFFFFF)
+        for eight in range(0, m, 8):  # a narrow window has few hits
+            inside = eight_at_most(keys.ctypes.data + 4 * eight, width)
+            while inside != 0:
+                bins[keys[eight + np.int64(trailing_zeros(inside))] >> s] += 1
+                inside &= inside - np.uint64(1)
+    return above, highest
+
+
+@njit(nogil=True)
+def abs_sums(model, base, span, mask, partials):
+    """Write the fp64 sum of abs(surviving entry) of each run of 4096 elements.
+
+    Each run is summed in eight lanes that are added pairwise: the order does not depend on block, thread or vector width.
+
+    ========  =====================  ============================================
+    model     Operands               one model
+    base      Operand                the base
+    span      Span                   the block; its first element is a multiple of 4096
+    mask      Masks                  its drop and cuts
+    partials  float64 (n / 4096 up)  written
+    ========  =====================  ============================================
+    """
+    half, full, offset, code = alone(model)
+    drop, drop_key, cut, cut_key = only(mask)
+    base_half, base_full, base_offset, base_code = base
+    element, n = span
+    itemsize, base_itemsize = width_of(code), width_of(base_code)
+    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
+    lanes = np.empty(8, np.float64)
+    for part in range((n + 4095) // 4096):
+        lanes[:] = 0.0
+        stop = min(n, (part + 1) * 4096)
+        for start in range(part * 4096, stop, BLOCK):
+            m = min(BLOCK, stop - start)
+            widen_at(base_half, base_full, base_offset + start * base_itemsize, base_code, m, b)
+            delta_block(
+                half,
+                full,
+                offset + start * itemsize,
+                code,
+                b,
+                element + start,
+                m,
+                drop,
+                drop_key,
+                cut,
+                cut_key,
+                out,
+                buffers,
+            )
+            for i in range(m, (m + 7) & ~7):
+                out[i] = np.float32(0)
+            for i in range(0, m, 8):
+                for j in range(8):
+                    size = abs(out[i + j])
+                    lanes[j] += np.float64(size) if size <= LARGEST else 0.0  # without NaN and infinity
+        partials[part] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
+            (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
+        )
+
+
+@njit(nogil=True)
+def ties_per_run(model, base, span, mask, key, size, counts):
+    """Count the elements whose magnitude pattern is `key` in each run of `size` elements.
+
+    ======  ===================  ============================================
+    model   Operands             one model
+    base    Operand              the base
+    span    Span                 the block
+    mask    Masks                its drop; there is no cut
+    key     int64                the pattern
+    size    int64                elements of a run
+    counts  int64 (n / size up)  added to
+    ======  ===================  ============================================
+    """
+    half, full, offset, code = alone(model)
+    drop, drop_key, cut, cut_key = only(mask)
+    base_half, base_full, base_offset, base_code = base
+    element, n = span
+    itemsize, base_itemsize = width_of(code), width_of(base_code)
+    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
+    for start in range(0, n, BLOCK):
+        m = min(BLOCK, n - start)
+        widen_at(base_half, base_full, base_offset + start * base_itemsize, base_code, m, b)
+        delta_block(
+            half,
+            full,
+            offset + start * itemsize,
+            code,
+            b,
+            element + start,
+            m,
+            drop,
+            drop_key,
+            cut,
+            cut_key,
+            out,
+            buffers,
+        )
+        for i in range(m):
+            if (bits_from_f32(out[i]) & MAGNITUDE) == np.uint32(key):
+                counts[(start + i) // size] += 1
