@@ -32,7 +32,8 @@ from streammerge.statistics.kinds import (
 from tests.conftest import as_float64, config_for, output_bytes
 from tests.laws.test_methods import VARIANTS
 from tests.methods import reference
-from tests.methods.test_hand_tables import KEYS, call, follow, key
+from tests.methods.by_hand import KEYS, call, follow
+from tests.methods.test_hand_tables_ties import key
 
 Array = np.ndarray
 ZERO = [0.0] * 4

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +16,11 @@ from streammerge.errors import BudgetError, InputError, StreammergeError
 from streammerge.methods import catalog, registry
 from tests.conftest import config_for, output_bytes, read_tensors
 from tests.laws.test_methods import VARIANTS
-
-METHODS = """
-import torch
-import streammerge
-from streammerge import PerModel
-
-@streammerge.method("my_midpoint", base="required")
-def my_midpoint(models, base, *, t: float = 0.5, weight: PerModel[float] = 1.0):
-    '''Step from the base towards the weighted mean.'''
-    mean = sum(w * m for w, m in zip(weight, models)) / sum(weight)
-    return base + t * (mean - base)
-
-@streammerge.method("my_rows", access="row", base="none")
-def my_rows(models, base, *, eps: float = 1e-6):
-    '''The mean, each row scaled to the mean norm of the inputs' rows.'''
-    mean = sum(models) / len(models)
-    norm = sum(m.norm(dim=-1, keepdim=True) for m in models) / len(models)
-    return mean / (mean.norm(dim=-1, keepdim=True) + eps) * norm
-
-@streammerge.method("my_tensor", access="tensor", base="none")
-def my_tensor(models, base, *, scale: float = 1.0):
-    '''The mean, scaled to the largest magnitude of the first model.'''
-    mean = sum(models) / len(models)
-    return scale * mean * (models[0].abs().amax() / mean.abs().amax().clamp_min(1e-12))
-
-@streammerge.method("my_wrong_shape", base="none")
-def my_wrong_shape(models, base):
-    '''Too few elements.'''
-    return models[0].reshape(-1)[:1]
-
-@streammerge.method("my_nothing", base="none")
-def my_nothing(models, base):
-    '''No tensor at all.'''
-    return None
-"""
-SHAPES: dict[str, tuple[int, ...]] = {"embed": (600, 64), "a.weight": (96, 130), "norm": (64,), "scalar": ()}
-
-
-@pytest.fixture
-def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    catalog.load_builtin()
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
-    path = tmp_path / "my_methods.py"
-    path.write_text(METHODS)
-    return path
-
-
-@pytest.fixture
-def paths(make_models: Callable[..., list[Path]]) -> list[Path]:
-    return make_models(shapes=SHAPES, dtype=torch.float32)
-
-
-def config_of(method: str, paths: list[Path], **parameters: Any) -> dict[str, Any]:
-    config = config_for(method, paths, parameters=parameters)
-    if method != "my_midpoint":
-        config.pop("base_model", None)
-    return config
+from tests.methods.users import (
+    METHODS,
+    SHAPES,
+    config_of,
+)
 
 
 def test_an_elementwise_formula_does_what_it_says(paths: list[Path], methods: Path, tmp_path: Path) -> None:
@@ -233,87 +179,6 @@ def test_the_bytes_of_sums_and_products_do_not_depend_on_torchs_threads(
     assert outputs[0] == outputs[1]
 
 
-# --- which code a method is
-
-HELPED = """
-import streammerge
-
-@streammerge.method("my_helped", base="none")
-def my_helped(models, base):
-    from helper_of_mine import scale
-    return models[0] * scale()
-"""
-
-
-@pytest.fixture
-def helped(methods: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Write a method that imports a module, which imports another."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in ("helper_of_mine", "helper_of_helper"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    methods.write_text(HELPED)
-    methods.with_name("helper_of_mine.py").write_text(
-        "from helper_of_helper import two\ndef scale():\n    return two / 2\n"
-    )
-    methods.with_name("helper_of_helper.py").write_text("two = 2.0\n")
-    return methods
-
-
-def test_a_method_is_all_local_files_that_it_imports(helped: Path, paths: list[Path]) -> None:
-    identity = plan(config_of("my_helped", paths), methods=helped).identity()
-    assert {"method module helper_of_mine", "method module helper_of_helper"} <= set(identity)
-    assert not any("torch" in name or "streammerge" in name for name in identity)
-
-
-@pytest.mark.parametrize("name", ["helper_of_mine", "helper_of_helper"])
-def test_a_finished_merge_is_not_taken_for_one_by_other_helpers(
-    name: str, helped: Path, paths: list[Path], tmp_path: Path
-) -> None:
-    out, config = tmp_path / "out", config_of("my_helped", paths)
-    merge(config, out, methods=helped)
-    assert merge(config, out, methods=helped).already_complete
-    with helped.with_name(f"{name}.py").open("a") as file:
-        file.write("two = 4.0\n")
-    with pytest.raises(StreammergeError, match=f"method module {name}"):
-        merge(config, out, methods=helped)
-    merge(config, out, methods=helped, overwrite=True)
-    changed = read_tensors(out)["embed"]
-    expected = read_tensors(paths[1])["embed"] * 2.0
-    assert torch.equal(changed, expected), "a module that was edited is imported anew"
-
-
-def test_a_plan_with_a_users_method_goes_through_pickle(helped: Path, paths: list[Path]) -> None:
-    decided = plan(config_of("my_helped", paths), methods=helped)
-    packed = pickle.dumps(decided)
-    del registry._METHODS["my_helped"]
-    again = pickle.loads(packed)
-    assert again.identity() == decided.identity()
-    assert again.method.origin == "user_methods_my_methods"
-    helped.with_name("helper_of_helper.py").write_text("two = 8.0\n")
-    with pytest.raises(InputError, match=r"'my_helped' has changed .*\(method module helper_of_helper\)"):
-        pickle.loads(packed)
-
-
-def test_a_plan_with_a_builtin_method_goes_through_pickle(paths: list[Path]) -> None:
-    decided = plan(config_for("slerp", paths[:2], parameters={"t": 0.5}))
-    again = pickle.loads(pickle.dumps(decided))
-    assert again.method is decided.method
-    assert pickle.loads(pickle.dumps(registry.REQUIRED)) is registry.REQUIRED
-
-
-def test_a_method_without_a_file_is_its_code(methods: Path) -> None:
-    found = []
-    for number in (1.0, 2.0):
-        space: dict[str, Any] = {"streammerge": streammerge, "__name__": "somewhere"}
-        exec(
-            "@streammerge.method('of_no_file', base='none')\n"
-            f"def of_no_file(models, base):\n    return models[0] * {number}\n",
-            space,
-        )
-        found.append(registry.get_method("of_no_file").fingerprint)
-    assert found[0] != found[1]
-
-
 # --- refused when it is registered, or named when it fails
 
 
@@ -449,100 +314,3 @@ def test_an_access_that_is_none_is_refused_when_it_is_registered(methods: Path) 
         InputError, match=r"unknown access 'rows': give one of elementwise, row, tensor, model"
     ):
         streammerge.method("of_rows", access="rows")(lambda models, base: models[0])
-
-
-# --- methods know where they are
-
-PLACED = """
-import streammerge
-from streammerge.algebra.rules import CopyOf, WeightedSum
-
-SEEN = []
-
-@streammerge.method("placed", base="optional", access="{access}")
-def placed(models, base, *, context):
-    SEEN.append(context)
-    mean = sum(models) / len(models)
-    return models[0] + 0 if context.kind in ("embedding", "head", "norm") else mean * (1 + (context.depth or 0))
-
-@streammerge.method("placed_rule", base="none")
-def placed_rule(context):
-    return CopyOf(1) if context.kind == "embedding" else WeightedSum((1.0,) * context.n_models, context.n_models)
-"""
-PLACES: dict[str, tuple[int, ...]] = {
-    "model.embed_tokens.weight": (600, 64),
-    "model.layers.0.self_attn.q_proj.weight": (96, 130),
-    "model.layers.1.mlp.up_proj.weight": (96, 130),
-    "model.layers.2.input_layernorm.weight": (64,),
-    "scale": (),
-}
-
-
-@pytest.mark.parametrize("access", ["elementwise", "row", "tensor"])
-def test_a_formula_knows_which_tensor_it_is_given_however_small_the_pieces(
-    access: str,
-    make_models: Callable[..., list[Path]],
-    methods: Path,
-    small_capacity: Callable[[int, int], None],
-    tmp_path: Path,
-) -> None:
-    paths = make_models(shapes=PLACES, dtype=torch.float32)
-    methods.write_text(PLACED.replace("{access}", access))
-    small_capacity(1 << 23, 40)
-    merge(config_for("placed", paths), tmp_path / "out", methods=methods)
-    seen = {context.name: context for context in registry.get_method("placed").function.__globals__["SEEN"]}
-    assert {name: context.shape for name, context in seen.items()} == PLACES
-    assert [(c.kind, c.layer, c.n_layers, c.depth) for c in (seen[name] for name in PLACES)] == [
-        ("embedding", None, None, None),
-        ("attention", 0, 3, 0.0),
-        ("mlp", 1, 3, 0.5),
-        ("norm", 2, 3, 1.0),
-        ("other", None, None, None),
-    ]
-    assert all(context.has_base and context.n_models == 3 for context in seen.values())
-    merged, first = read_tensors(tmp_path / "out"), read_tensors(paths[1])
-    assert torch.equal(merged["model.embed_tokens.weight"], first["model.embed_tokens.weight"])
-
-
-def test_a_method_may_choose_its_rule_by_the_tensor(
-    make_models: Callable[..., list[Path]], methods: Path, tmp_path: Path
-) -> None:
-    paths = make_models(shapes=PLACES, dtype=torch.float32)
-    methods.write_text(PLACED.replace("{access}", "row"))
-    merge(config_of("placed_rule", paths), tmp_path / "out", methods=methods)
-    merged, *models = (read_tensors(path) for path in (tmp_path / "out", *paths[1:]))
-    embedding, other = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"
-    assert torch.equal(merged[embedding], models[1][embedding])
-    torch.testing.assert_close(merged[other], sum(model[other] for model in models) / 3)
-
-
-@pytest.mark.parametrize(
-    ("workspace", "more"),
-    [("100", 100 * 600 * 64), ("lambda context: 1000 * context.n_elements", 1000 * 600 * 64)],
-)
-def test_the_planner_counts_what_a_formula_declares(
-    workspace: str, more: int, make_models: Callable[..., list[Path]], methods: Path
-) -> None:
-    paths = make_models(shapes=PLACES, dtype=torch.float32)
-    found = []
-    for declared in ("", f", workspace={workspace}"):
-        methods.write_text(
-            f"import streammerge\n@streammerge.method('big', access='tensor', base='none'{declared})\n"
-            "def big(models, base):\n    return models[0]\n"
-        )
-        decided = plan(config_of("big", paths), methods=methods)
-        found.append(
-            next(w.workspace for j, w in zip(decided.jobs, decided.work, strict=True) if "embed" in j.name)
-        )
-    assert found[1] - found[0] == more
-
-
-def test_a_workspace_that_is_no_number_of_bytes_is_one_line(paths: list[Path], methods: Path) -> None:
-    methods.write_text(
-        "import streammerge\n@streammerge.method('big', base='none', workspace=lambda context: 0.5)\n"
-        "def big(models, base):\n    return models[0]\n"
-    )
-    with pytest.raises(
-        InputError, match=r"method 'big': workspace\(context\) returned 0\.5 .* an int of 0 or more"
-    ):
-        plan(config_of("big", paths), methods=methods)

@@ -15,6 +15,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS / "measure"))
 
 import bench  # noqa: E402
+import bench_place  # noqa: E402
 from bench_measure import Case, Limit, Run, Usage  # noqa: E402
 from bench_report import MIB, Results, report  # noqa: E402
 
@@ -80,7 +81,7 @@ def test_render_needs_no_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("nbytes", [10**7, 10**8, 17 * 10**8, 10**10, 10**11])
 def test_a_shape_has_about_the_size_asked_for(nbytes: int) -> None:
-    shape = bench.shape_of(nbytes)
+    shape = bench_place.shape_of(nbytes)
     per_layer = 3 * shape["inter"] * shape["hidden"] + 2 * shape["hidden"] * (shape["hidden"] + shape["kv"])
     made = 2 * (2 * shape["vocab"] * shape["hidden"] + shape["layers"] * per_layer)
     assert abs(made - nbytes) < 0.1 * nbytes
@@ -110,7 +111,7 @@ def test_one_pair_is_measured_and_leaves_nothing_but_its_inputs(
 ) -> None:
     # With the caches of all other tests; an empty one would have the kernels compiled.
     monkeypatch.setattr(bench.Bench, "environment", lambda self, program: {})
-    place = bench.Workplace(tmp_path)
+    place = bench_place.Workplace(tmp_path)
     place.make_models(bench.TINY)
     case = Case("streammerge", "linear", bench.TINY, "512MiB")
     run = bench.Bench(place, None, drop=False).pair(case, 0)

@@ -15,7 +15,9 @@ from streammerge.api import plan
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "compare"))
 
 import compare_mergekit as tool
-from mergekit_cases import CASES, RANDOM_CASES, Case, Difference, RandomCase, merge
+import mergekit_models
+from mergekit_cases import CASES, RANDOM_CASES, merge
+from mergekit_differences import Case, Difference, RandomCase
 from mergekit_report import page
 
 METHODS = [
@@ -59,7 +61,7 @@ def test_every_config_is_accepted_here(case: Case, workshop: tool.Workshop) -> N
     for config in (case.config, {**case.config, "parameters": {**case.config.get("parameters", {}), **more}}):
         decided = plan({**tool.placed(config, workshop.work / "float64"), "dtype": "float64"})
         found = {job.name: job.shape for job in decided.jobs}
-        wanted = dict(tool.shapes())
+        wanted = dict(mergekit_models.shapes())
         if "slices" in config:  # other layers, of the same tensors
             last = {name.rsplit(".", 2)[-2] for name in wanted}
             assert {name.rsplit(".", 2)[-2] for name in found} == last
@@ -74,9 +76,9 @@ def test_the_merge_of_every_method_is_read_back(method: str, workshop: tool.Work
     config = next(case.config for case in EVERY if case.config["merge_method"] == method)
     output = workshop.ours(config, "float32")
     assert output.error is None
-    assert {name: tensor.shape for name, tensor in output.tensors.items()} == dict(tool.shapes())
+    assert {name: tensor.shape for name, tensor in output.tensors.items()} == dict(mergekit_models.shapes())
     assert output.config == {
-        key: value for key, value in tool.CONFIG.items() if key not in tool.IGNORED_FIELDS
+        key: value for key, value in mergekit_models.CONFIG.items() if key not in tool.IGNORED_FIELDS
     }
 
 

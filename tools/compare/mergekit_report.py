@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mergekit_cases import Case, RandomCase
+from mergekit_differences import Case, RandomCase
 
 PRECISIONS = ("float32", "float64")
 

@@ -7,7 +7,7 @@ import pickle
 from contextlib import suppress
 from random import Random
 
-import fuzz_mutate
+import fuzz_json
 from fuzz_files import same_json
 from fuzz_promises import encoded, refused, require, table_of
 
@@ -139,7 +139,7 @@ _WORDS = [
 ]
 
 
-def change_yaml(raw: bytes, rng: Random, blind: fuzz_mutate.Blind) -> bytes | None:
+def change_yaml(raw: bytes, rng: Random, blind: fuzz_json.Blind) -> bytes | None:
     """Insert words of the language, move lines, or change bytes."""
     what = rng.randrange(4)
     if what == 0:

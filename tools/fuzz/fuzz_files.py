@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from random import Random
 
+import fuzz_json
 import fuzz_mutate
 from fuzz_promises import encoded, refused, require, table_of
 
@@ -108,14 +109,14 @@ def check_json(raw: bytes) -> None:
 
 def json_seeds() -> list[bytes]:
     """Return the tables of the readers of JSON, once for each choice of numbers."""
-    rows = [row[1][8:] for row in table_of("formats.test_safetensors", "HOSTILE")]
-    rows += [row[1] for row in table_of("checkpoint.test_index", "HOSTILE_INDEX")]
+    rows = [row[1][8:] for row in table_of("formats.safetensors_cases", "HOSTILE")]
+    rows += [row[1] for row in table_of("checkpoint.test_index_refused", "HOSTILE_INDEX")]
     return [bytes([i % 3]) + row for i, row in enumerate(encoded(rows))]
 
 
-def change_json(raw: bytes, rng: Random, blind: fuzz_mutate.Blind) -> bytes | None:
+def change_json(raw: bytes, rng: Random, blind: fuzz_json.Blind) -> bytes | None:
     """Change the text behind the byte that chooses the numbers."""
-    changed = fuzz_mutate.json_text(raw[1:], rng, blind) if raw else None
+    changed = fuzz_json.json_text(raw[1:], rng, blind) if raw else None
     return None if changed is None else raw[:1] + changed
 
 
@@ -168,9 +169,11 @@ class Model:
     def seeds() -> list[bytes]:
         """Return the tables of the index's tests, and sound ones."""
         maps = [{"w.0": _A, "w.1": _A, "w.2": _B}, {"w.3": "other.safetensors"}]
-        maps += [{"w.0": row[1]} for row in table_of("checkpoint.test_index", "HOSTILE_SHARD_NAMES")]
+        maps += [{"w.0": row[1]} for row in table_of("checkpoint.test_index_refused", "HOSTILE_SHARD_NAMES")]
         rows = [json.dumps({"metadata": {"total_size": 24}, "weight_map": m}) for m in maps]
-        return encoded([*rows, *(row[1] for row in table_of("checkpoint.test_index", "HOSTILE_INDEX"))])
+        return encoded(
+            [*rows, *(row[1] for row in table_of("checkpoint.test_index_refused", "HOSTILE_INDEX"))]
+        )
 
 
 class Reference:
@@ -283,10 +286,12 @@ class Pickles:
 
         import torch
 
-        archive = table_of("formats.test_torch_file", "archive")
-        rows = [archive(row[1]) for row in table_of("formats.test_torch_file", "PROGRAMS")]
+        archive = table_of("formats.torch_bytes", "archive")
+        rows = [archive(row[1]) for row in table_of("formats.test_torch_hostile", "PROGRAMS")]
         rows += [
-            row[1] for table in ("ARCHIVES", "LEGACY") for row in table_of("formats.test_torch_file", table)
+            row[1]
+            for module, table in (("hostile", "ARCHIVES"), ("legacy", "LEGACY"))
+            for row in table_of(f"formats.test_torch_{module}", table)
         ]
         x = torch.arange(12, dtype=torch.bfloat16).reshape(3, 4)
         state = {"w": x, "tied": x, "row": x[1:], "b": torch.ones(3), "u": torch.ones(2).to(torch.uint16)}

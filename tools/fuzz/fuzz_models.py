@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 
-import fuzz_mutate
+import fuzz_json
 
 from streammerge.checkpoint.index import open_model
 from streammerge.checkpoint.refs.adapted import AdaptedRef
@@ -29,7 +29,7 @@ FILES = (
 )
 SOUND = {"a": 0, "b": 1}
 TOKENIZER_WORDS = [
-    *fuzz_mutate.TEXTS,
+    *fuzz_json.TEXTS,
     "model",
     "vocab",
     "added_tokens",
@@ -42,7 +42,7 @@ TOKENIZER_WORDS = [
     "<s>",
 ]
 ADAPTER_WORDS = [
-    *fuzz_mutate.TEXTS,
+    *fuzz_json.TEXTS,
     "LORA",
     "TRAINABLE_TOKENS",
     "target_parameters",
@@ -121,9 +121,9 @@ class TokenizerFile:
         return [bytes([place]) + data for place, data in rows]
 
     @staticmethod
-    def change(raw: bytes, rng: Random, blind: fuzz_mutate.Blind) -> bytes | None:
+    def change(raw: bytes, rng: Random, blind: fuzz_json.Blind) -> bytes | None:
         """Change the JSON, where it is some."""
-        changed = fuzz_mutate.json_text(raw[1:], rng, blind, TOKENIZER_WORDS) if raw else None
+        changed = fuzz_json.json_text(raw[1:], rng, blind, TOKENIZER_WORDS) if raw else None
         return None if changed is None else raw[:1] + changed
 
 
@@ -213,6 +213,6 @@ class AdapterSettings:
         return [json.dumps(row).encode() for row in rows]
 
     @staticmethod
-    def change(raw: bytes, rng: Random, blind: fuzz_mutate.Blind) -> bytes | None:
+    def change(raw: bytes, rng: Random, blind: fuzz_json.Blind) -> bytes | None:
         """Change the JSON."""
-        return fuzz_mutate.json_text(raw, rng, blind, ADAPTER_WORDS)
+        return fuzz_json.json_text(raw, rng, blind, ADAPTER_WORDS)

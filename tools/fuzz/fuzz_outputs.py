@@ -47,13 +47,13 @@ class JournalFile:
                 receipt.job,
                 receipt.start,
                 receipt.stop,
-                receipt.crc,
+                *receipt.crcs,
                 receipt.floored,
                 receipt.not_finite,
                 *receipt.kept,
             )
             require(all(_natural(n) for n in numbers), f"{receipt}")
-            require(receipt.start <= receipt.stop and receipt.crc < 1 << 32, f"{receipt}")
+            require(receipt.start <= receipt.stop and max(receipt.crcs, default=0) < 1 << 32, f"{receipt}")
         known = [text for file in progress.files.values() for text in (file.stamp, file.content)]
         require(all(isinstance(text, str) for text in (*progress.files, *known)), "files that are no texts")
         self._check_answers(progress.answers)
@@ -62,11 +62,11 @@ class JournalFile:
 
     @staticmethod
     def _check_answers(answers: dict) -> None:
-        from streammerge.statistics import companions, counts, random_words, ranks, sums
+        from streammerge.statistics import companions, counts, random_words, ranks, sums, ties
 
         kinds = (
             *(sums.AbsSum, sums.Squares, companions.FisherSquares, counts.NonZero, counts.Touches),
-            *(counts.SignTotal, ranks.TopK, ranks.TieIndex, random_words.LowWords),
+            *(counts.SignTotal, ranks.TopK, ties.TieIndex, random_words.LowWords),
         )
         statistics: list[Any] = [kind.__new__(kind) for kind in kinds]
         for job, rounds in answers.items():

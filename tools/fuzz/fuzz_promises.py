@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import fuzz_mutate
+import fuzz_json
 
 from streammerge.errors import StreammergeError
 
@@ -66,7 +66,7 @@ class Target:
     about: str
     seeds: Callable[[], Iterable[bytes]]
     check: Callable[[bytes], None]
-    change: Callable[[bytes, Random, fuzz_mutate.Blind], bytes | None] | None = None
+    change: Callable[[bytes, Random, fuzz_json.Blind], bytes | None] | None = None
     """Changes an input so that its frame stays whole."""
 
 

@@ -7,7 +7,7 @@ import math
 import os
 from pathlib import Path
 
-import fuzz_mutate
+import fuzz_json
 from fuzz_promises import refused, require
 
 from streammerge.checkpoint.companions import open_fisher
@@ -70,7 +70,7 @@ class FisherTable:
 
 
 STORE_WORDS = [
-    *fuzz_mutate.TEXTS,
+    *fuzz_json.TEXTS,
     "array",
     "shape",
     "chunk",

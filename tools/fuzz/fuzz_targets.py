@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import fuzz_json
 import fuzz_mutate
 from fuzz_configs import (
     change_yaml,
@@ -40,7 +41,7 @@ def make_targets(directory: Path) -> dict[str, Target]:
             "the index of a sharded model",
             Model.seeds,
             model,
-            lambda raw, rng, blind: fuzz_mutate.json_text(raw, rng, blind, [*fuzz_mutate.TEXTS, *NAMES]),
+            lambda raw, rng, blind: fuzz_json.json_text(raw, rng, blind, [*fuzz_json.TEXTS, *NAMES]),
         ),
         Target("reference", "names in the hub cache", Reference.seeds, reference),
         Target("pickles", "PyTorch checkpoints", Pickles.seeds, pickles, fuzz_mutate.pickled),
@@ -53,7 +54,7 @@ def make_targets(directory: Path) -> dict[str, Target]:
             "tables of Fisher stores",
             FisherTable.seeds,
             table,
-            lambda raw, rng, blind: fuzz_mutate.json_text(raw, rng, blind, STORE_WORDS),
+            lambda raw, rng, blind: fuzz_json.json_text(raw, rng, blind, STORE_WORDS),
         ),
         Target("chunk", "compressed chunks of Fisher stores", chunk_seeds, check_chunk),
         Target(

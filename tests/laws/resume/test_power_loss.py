@@ -12,7 +12,8 @@ import pytest
 
 from streammerge.output.place import JOURNAL as NAME
 from streammerge.output.place import STATE
-from tests.laws.resume.power_loss import Link, Sync, Write, blackouts, build, pending
+from tests.laws.resume.file_log import Link, Sync, Write
+from tests.laws.resume.power_loss import blackouts, build, pending
 from tests.laws.resume.scene import Scene, make_scene
 from tests.laws.resume.trials import OUT, Trials
 

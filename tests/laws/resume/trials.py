@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from streammerge.errors import OutputError, WorldError
-from tests.laws.resume.power_loss import Blackout, Recorder, Tree, blackouts, build, digest, lay_out, tree_of
+from tests.laws.resume.file_log import Recorder, Tree
+from tests.laws.resume.power_loss import Blackout, blackouts, build, digest, lay_out, tree_of
 from tests.laws.resume.scene import Scene, SimulatedKill
 
 OUT = Path("above") / "out"
