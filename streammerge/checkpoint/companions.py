@@ -40,6 +40,11 @@ class CompanionIndex(Mapping[str, CompanionRef]):
     about: Mapping[str, Any] = field(default_factory=dict)
     """A store's attributes, without the table unless it was asked for."""
 
+    @property
+    def has_chunks(self) -> bool:
+        """Whether values lie in files of chunks, which have no stamps of their own: those of a store."""
+        return self.model is None
+
     def __getitem__(self, name: str) -> CompanionRef:
         return self.refs[name]
 

@@ -105,6 +105,11 @@ class TensorIndex(Mapping[str, SourceRef]):
         return dict(Counter(ref.stored_format for ref in self.tensors.values() if ref.stored_format))
 
     @property
+    def has_chunks(self) -> bool:
+        """Whether values lie in files of chunks, which have no stamps of their own: never those of a model."""
+        return False
+
+    @property
     def is_pipeline(self) -> bool:
         """Whether it consists of components alone, as a pipeline of diffusers does."""
         return self.settings_file == PIPELINE

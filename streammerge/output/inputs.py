@@ -62,7 +62,7 @@ def find_inputs(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> list[Inpu
         for reference, stamps in plan.stamped.items()
         for stamp in stamps
     }
-    stores = {index.reference: index for index in plan.stores if index.model is None}
+    stores = {index.reference: index for index in plan.stores if index.has_chunks}
     return [
         *found.values(),
         *(_chunks_of(index) for index in stores.values()),
@@ -237,7 +237,7 @@ def content_of(index: TensorIndex | CompanionIndex, contents: Mapping[str, str])
     """Return the content hashes of an input by file name, as a manifest has them; none unless all are known."""
     group = f"of {index.reference}/"
     names = [os.path.basename(stamp.path) for stamp in index.stamps]
-    names += [CHUNKS] if isinstance(index, CompanionIndex) and index.model is None else []
+    names += [CHUNKS] if index.has_chunks else []
     hashed = {name: contents.get(group + name, "") for name in names}
     return hashed if all(hashed.values()) else {}
 
