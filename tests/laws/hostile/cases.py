@@ -9,12 +9,15 @@ from typing import Any
 
 from tests.config import test_schema as schema_tables
 from tests.config import test_yaml as yaml_tables
+from tests.formats import torch_bytes
+from tests.formats.test_torch_hostile import calls
 from tests.laws.hostile.builds import (
     SHARD,
     config,
+    file,
     nothing,
 )
-from tests.laws.hostile.case import CONFIG, Build, Case, file_of
+from tests.laws.hostile.case import CONFIG, Build, Case, file_of, tensor
 from tests.laws.hostile.model_cases import directories, headers, pickles, tensors
 
 
@@ -42,11 +45,11 @@ def single_files() -> Iterator[Case]:
     yield refused("two tensors on one range", model("c.safetensors", same), "overlap")
     titled = file_of(sound, {"modelspec.title": "\ud800"})
     yield refused("a title that is no text", model("c.safetensors", titled), "c.safetensors")
-    saved = pickle_tables.archive(pickle_tables.SOUND)
+    saved = torch_bytes.archive(torch_bytes.SOUND)
     for name in ("c.ckpt", "c.bin"):
         yield refused(f"half of {name}", model(name, saved[: len(saved) // 2]), name)
-    evil = next(iter(pickle_tables.calls("evil")))
-    yield refused("a program in a checkpoint", model("c.ckpt", pickle_tables.archive(evil)), "c.ckpt")
+    evil = next(iter(calls("evil")))
+    yield refused("a program in a checkpoint", model("c.ckpt", torch_bytes.archive(evil)), "c.ckpt")
     yield refused(
         "a pipe",
         lambda d: (model("c.ckpt", b"")(d), (d / "c.ckpt").unlink(), os.mkfifo(d / "c.ckpt")),
