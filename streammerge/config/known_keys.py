@@ -72,7 +72,7 @@ published configs do so; a name that no method has is a misspelt one."""
 
 _ELSEWHERE: Mapping[str, str] = {
     "random_seed": "'random_seed' is called 'seed' here",
-    "quantization": "'quantization' is called 'quantize'",
+    "quantization": "'quantization' is called 'quantize' here",
     "quantization_config": "'quantization_config' is a key of config.json; the output's follows from 'quantize'",
     "output_dtype": "'output_dtype' is called 'dtype'",
     "torch_dtype": "'torch_dtype' is called 'dtype'",

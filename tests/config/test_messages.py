@@ -103,6 +103,8 @@ KEYS = [
         M + "dtype: bfloat6",
         "dtype: 'bfloat6' is none of float16, bfloat16, float32, float64 (did you mean 'bfloat16'",
     ),
+    (M + "quantize: fp9", "quantize: 'fp9' is none of none, same, fp8 (did you mean 'fp8'"),
+    (M + "quantization: fp8", "'quantization' is called 'quantize' here"),
     (M + "chat_template: chatlm", "chat_template: 'chatlm' is not a template (did you mean 'chatml'?"),
 ]
 

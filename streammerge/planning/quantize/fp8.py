@@ -12,12 +12,15 @@ from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoint.names import flag_of, is_head
+from streammerge.checkpoint.quantized.declarations import NOTHING
 from streammerge.checkpoint.tensor_kinds import kind_of
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError
 from streammerge.planning.job import Job
 from streammerge.planning.quantize.base import Material, Storage, stores
-from streammerge.tensors.encoders.fp8 import in_blocks
+from streammerge.planning.quantize.codes import copied_from, copies, named
+from streammerge.tensors.encoders.base import NotWrittenError, encoder_like
+from streammerge.tensors.encoders.fp8 import Fp8, in_blocks
 
 SIDE = 128
 """Rows and columns of a block."""
@@ -52,7 +55,20 @@ def _choose(material: Material) -> Storage:
     }
     if kept:
         declared["modules_to_not_convert"] = list(dict.fromkeys(kept))
-    return Storage(tuple(stored), declared)
+    written = [one for job in stored for one in _written(job, material)]
+    return Storage(tuple(replace(job, ordinal=i) for i, job in enumerate(written)), declared)
+
+
+def _written(job: Job, material: Material) -> list[Job]:
+    """Return what writes a tensor; what is copied and lies in this very layout is copied code by code."""
+    source = copied_from(job, material) if isinstance(job.encoder, Fp8) else None
+    if source is None or not isinstance(job.encoder, Fp8):
+        return [job]
+    try:
+        own = encoder_like(source, lambda stored: named(source, job.name, stored), NOTHING)
+    except NotWrittenError:
+        return [job]
+    return copies(source, job.name, material) if own == job.encoder else [job]
 
 
 def _stored(job: Job, shapes: Mapping[str, tuple[int, ...]]) -> Job:

@@ -11,10 +11,11 @@ from dataclasses import replace
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.quantized.declarations import DECLARATIONS, declaration_of
 from streammerge.errors import ConfigError, ModelError, printable
-from streammerge.formats.refs import MadeRef, RenamedRef, SourceRef
+from streammerge.formats.refs import SourceRef
 from streammerge.planning.job import Job
 from streammerge.planning.quantize.base import Material, Storage, stores
-from streammerge.planning.resolve.jobs import Lender, is_plain_copy
+from streammerge.planning.quantize.codes import copied_from, copies, copy_job, decoded, named
+from streammerge.planning.resolve.jobs import Lender
 from streammerge.tensors.encoders.base import Encoder, NotWrittenError, encoder_like
 
 _CURE = "set `quantize: none` or `quantize: fp8`"
@@ -37,13 +38,13 @@ def _choose(material: Material) -> Storage:
 
 def _stored(job: Job, lender: Lender, material: Material) -> list[Job]:
     """Return what writes a tensor in the format of its lender: copies of all its parts, or one job with an encoder."""
-    inner = _decoded(lender.ref)
+    inner = decoded(lender.ref)
     if inner is None or inner.shape != job.shape:
         raise _refused(job, lender, "has another shape in the output, so that its codes cannot be stored")
     _check_declared(job, lender, material)
-    source = _copied_from(job, material)
+    source = copied_from(job, material)
     if source is not None and (source == inner or _alike(source, inner, job.name, material, lender)):
-        return _copies(source, job.name, material)
+        return copies(source, job.name, material)
     try:
         encoder = _encoder(inner, job.name, material.indexes[lender.reference])
     except NotWrittenError as error:
@@ -57,24 +58,6 @@ def _refused(job: Job, lender: Lender, why: str) -> ModelError:
     )
 
 
-def _decoded(ref: SourceRef) -> SourceRef | None:
-    """Return the quantised tensor that a tensor is mainly made of: the one whose codes lie in a file."""
-    source = getattr(ref, "source", None)  # what is merged of several has none
-    while isinstance(ref, MadeRef) and isinstance(source, MadeRef):
-        ref, source = source, getattr(source, "source", None)
-    return ref if ref.stored_format is not None else None
-
-
-def _copied_from(job: Job, material: Material) -> SourceRef | None:
-    """Return the quantised tensor that a job copies as it is; None if it computes anything."""
-    if not is_plain_copy(job, material.method):
-        return None
-    ref = job.sources[0]
-    while isinstance(ref, RenamedRef):
-        ref = ref.source
-    return ref if ref.stored_format is not None and _decoded(ref) is ref else None
-
-
 def _alike(source: SourceRef, inner: SourceRef, name: str, material: Material, lender: Lender) -> bool:
     """Return whether the codes of a different model's tensor mean in the output what they mean there."""
     index = material.indexes[lender.reference]
@@ -85,33 +68,7 @@ def _alike(source: SourceRef, inner: SourceRef, name: str, material: Material, l
 
 
 def _encoder(ref: SourceRef, name: str, index: TensorIndex) -> Encoder:
-    return encoder_like(ref, lambda stored: _named(ref, name, stored), declaration_of(index.config))
-
-
-def _named(ref: SourceRef, name: str, stored: str) -> str:
-    """Return what a stored tensor of `ref` is called where the tensor itself is called `name`.
-
-    The names of codes and scales begin as that of the tensor does: what follows is kept.
-    """
-    pairs = enumerate(zip(ref.name, stored, strict=False))
-    shared = next((i for i, (a, b) in pairs if a != b), min(len(ref.name), len(stored)))
-    end = ref.name[shared:]
-    return name.removesuffix(end) + stored[shared:]
-
-
-def _copies(ref: SourceRef, name: str, material: Material) -> list[Job]:
-    """Return what copies all that a quantised tensor is made of, as it lies in its files."""
-    coded = {
-        (tensor.path, tensor.name): tensor
-        for index in material.indexes.values()
-        for tensor in (index.coded.get(part.name) for part in ref.parts)
-        if tensor is not None
-    }
-    return [_copy(coded[part.path, part.name], _named(ref, name, part.name)) for part in ref.parts]
-
-
-def _copy(ref: SourceRef, name: str) -> Job:
-    return Job(0, name, ref.dtype, ref.shape, "copy", (ref,), None, {})
+    return encoder_like(ref, lambda stored: named(ref, name, stored), declaration_of(index.config))
 
 
 def _check_declared(job: Job, lender: Lender, material: Material) -> None:
@@ -139,7 +96,7 @@ def _carried(material: Material) -> Iterator[Job]:
             for renamed in (output + ref.name[len(layer) :] for output in outputs):
                 if renamed not in done:
                     done.add(renamed)
-                    yield _copy(ref, renamed)
+                    yield copy_job(ref, renamed)
 
 
 def _by_layer(index: TensorIndex) -> dict[str, list[SourceRef]]:
@@ -153,7 +110,7 @@ def _by_layer(index: TensorIndex) -> dict[str, list[SourceRef]]:
 
 
 def _decoded_parts(ref: SourceRef) -> tuple[SourceRef, ...]:
-    inner = _decoded(ref)
+    inner = decoded(ref)
     return () if inner is None else inner.parts
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from streammerge import merge, verify
+from streammerge import merge, merge_state_dicts, verify
 from streammerge.errors import ConfigError, ModelError, WorldError
 from streammerge.output.shards import ShardWriter
 from tests.conftest import output_bytes, use_capacity, write_models
@@ -84,6 +84,32 @@ def test_codes_and_scales_are_those_of_the_merge_in_fp32(made: Made) -> None:
     stay = floats.keys() - set(IN_FP8) - {"position_ids"}
     assert all(torch.equal(found[name], floats[name].bfloat16()) for name in stay)
     assert found.keys() == floats.keys() | {f"{name}_scale_inv" for name in IN_FP8}
+
+
+def test_what_is_in_this_layout_already_is_copied_code_by_code(made: Made, tmp_path: Path) -> None:
+    copy = {"merge_method": "passthrough", "models": [str(made.fp8)], "quantize": "fp8"}
+    merge(copy, tmp_path / "again", progress=False)
+    assert (
+        output_bytes(tmp_path / "again")["model.safetensors"] == output_bytes(made.fp8)["model.safetensors"]
+    )
+    declared = [json.loads((out / "config.json").read_text()) for out in (made.fp8, tmp_path / "again")]
+    assert declared[0]["quantization_config"] == declared[1]["quantization_config"]
+
+
+def test_state_dicts_merge_into_codes_and_scales_too(made: Made) -> None:
+    dicts = [load_file(path / "model.safetensors") for path in made.paths]
+    named = dict(zip(("base", "a", "b"), dicts, strict=True))
+    models = [{"model": name, "parameters": {"weight": 0.5, "density": 0.6}} for name in ("a", "b")]
+    settings = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "models": models,
+        "dtype": "bfloat16",
+        "quantize": "fp8",
+    }
+    found, want = merge_state_dicts(settings, named), load_file(made.fp8 / "model.safetensors")
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[name].view(torch.uint8), want[name].view(torch.uint8)) for name in IN_FP8)
 
 
 def test_a_shard_is_what_save_file_writes_and_the_settings_say_so(made: Made) -> None:

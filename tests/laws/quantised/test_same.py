@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from streammerge import merge, plan, verify
-from streammerge.errors import ConfigError, ModelError
+from streammerge.errors import ConfigError, ModelError, WorldError
+from streammerge.output.shards import ShardWriter
 from streammerge.planning.schedule import Chunk, StatisticsPass
 from tests.checkpoint.quantized.formats import FORMATS, write
 from tests.conftest import output_bytes, use_capacity
@@ -115,7 +116,9 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_bytes_depend_on_no_budget(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_depend_on_no_budget_and_no_interruption(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = [tmp_path / "a", tmp_path / "b"]
     for seed, path in enumerate(paths):
         write(path, name, seed)
@@ -141,6 +144,17 @@ def test_bytes_depend_on_no_budget(name: str, tmp_path: Path, monkeypatch: pytes
     assert [step.job for step in steps if isinstance(step, StatisticsPass)] == [job.ordinal for job in whole]
     once = sum(job.input_bytes for job in decided.jobs)
     assert decided.bytes_to_read() == once + sum(job.input_bytes for job in whole)
+    written, left = ShardWriter.write, [5]
+
+    def failing(writer: ShardWriter, *arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise WorldError("the disk is gone")
+        written(writer, *arguments)
+
+    monkeypatch.setattr(ShardWriter, "write", failing)
+    with pytest.raises(WorldError, match="gone"):
+        merge(config("linear", paths, quantize="same"), tmp_path / "two", progress=False)
     merge(config("linear", paths, quantize="same"), tmp_path / "two", progress=False)
     assert output_bytes(tmp_path / "one") == output_bytes(tmp_path / "two")
 
