@@ -56,6 +56,7 @@ def read_integers(
     """
     out = target[: 4 * (stop - start)].view(np.float32)
     rows, columns = ref.shape[-2:]
+    index = _index(reader, ref)
     for row, end, first, last in segments(start, stop, columns, rows):
         matrix = row // rows
         begins = row * columns + first - start
@@ -65,7 +66,7 @@ def read_integers(
             for left in range(0, last - first, wide):
                 some = part[top : top + high, left : left + wide]
                 place = row - matrix * rows + top, first + left
-                some[...] = _values(reader, ref, _stored(ref, matrix, place, some.shape))
+                some[...] = _values(reader, ref, index, _stored(ref, matrix, place, some.shape))
 
 
 def _steps(ref: IntegersRef, height: int, width: int) -> tuple[int, int]:
@@ -83,9 +84,9 @@ def _stored(ref: IntegersRef, matrix: int, place: tuple[int, int], shape: tuple[
     return Rectangle(matrix, row, row + height, column, column + width)
 
 
-def _values(reader: Reader, ref: IntegersRef, some: Rectangle) -> NDArray[np.float32]:
+def _values(reader: Reader, ref: IntegersRef, index: Indices | None, some: Rectangle) -> NDArray[np.float32]:
     codes = read_packed(reader, ref.codes, some)
-    by_row, by_column = _groups(reader, ref, some)
+    by_row, by_column = _groups(ref, index, some)
     lines, line_of = np.unique(by_row, return_inverse=True)
     left, right = int(by_column.min()), int(by_column.max()) + 1
     scales = _scales(reader, ref, some.matrix, lines, left, right)
@@ -107,26 +108,40 @@ def _spread(of_groups: NDArray[np.float32], lines: Indices, columns: Indices) ->
     return of_groups[:, columns] if of_groups.shape[1] > 1 else of_groups
 
 
-def _groups(reader: Reader, ref: IntegersRef, some: Rectangle) -> tuple[Indices, Indices]:
+def _groups(ref: IntegersRef, index: Indices | None, some: Rectangle) -> tuple[Indices, Indices]:
     """Return the row and the column of the scale of each row and column of a rectangle."""
     groups = ref.groups
     by_row = np.arange(some.row, some.end) // groups.rows
     by_column = np.arange(some.column, some.last) // groups.columns
-    if groups.index is None:
+    if index is None:
         return by_row, by_column
-    first, last = (some.row, some.end) if ref.transposed else (some.column, some.last)
-    raw = np.empty(4 * (last - first), np.uint8)
-    reader.read_into(groups.index.path, groups.index.offset + 4 * first, raw)
+    if ref.transposed:
+        return index[some.row : some.end], by_column
+    return by_row, index[some.column : some.last]
+
+
+def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
+    """Return the group of each column, or of each row of a transposed tensor, where that is listed.
+
+    A list of -1 alone says that the columns are in order: compressed-tensors wrote it so.
+    """
+    listed = ref.groups.index
+    if listed is None:
+        return None
+    raw = np.empty(listed.nbytes, np.uint8)
+    reader.read_into(listed.path, listed.offset, raw)
     index = raw.view("<i4").astype(np.int64)
+    if not ref.transposed and (index == -1).all():
+        return None
     n = ref.scales.shape[-2] if ref.transposed else ref.scales.shape[-1]
     if index.min() < 0 or index.max() >= n:
         wrong = int(np.argmax((index < 0) | (index >= n)))
         raise bad(
-            groups.index.path,
-            f"tensor {quoted(groups.index.name)}: entry {first + wrong} is {index[wrong]}, and there are {n} groups: "
+            listed.path,
+            f"tensor {quoted(listed.name)}: entry {wrong} is {index[wrong]}, and there are {n} groups: "
             "download or convert the model again",
         )
-    return (index, by_column) if ref.transposed else (by_row, index)
+    return index
 
 
 def _scales(

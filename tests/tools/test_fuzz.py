@@ -38,6 +38,7 @@ NAMES = [
     "chunk",
     "tokenizer",
     "adapter",
+    "quantised",
     "size",
 ]
 

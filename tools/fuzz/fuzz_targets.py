@@ -19,6 +19,7 @@ from fuzz_files import NAMES, Header, Model, Pickles, Reference, change_json, ch
 from fuzz_models import AdapterSettings, TokenizerFile
 from fuzz_outputs import JournalFile, Manifest
 from fuzz_promises import Target, refused, require, table_of
+from fuzz_quantised import Declarations
 from fuzz_stores import STORE_WORDS, FisherTable, check_chunk, chunk_seeds
 
 
@@ -33,6 +34,8 @@ def make_targets(directory: Path) -> dict[str, Target]:
     reference, pickles = Reference(directory), Pickles(directory)
     tokenizer = TokenizerFile(directory, require, refused)
     adapter = AdapterSettings(directory, require, refused, table_of("formats.safetensors_files", "sound"))
+    builders = [table_of("checkpoint.quantized.formats", name) for name in ("stored", "write_entries")]
+    declarations = Declarations(directory, require, refused, *builders)
     targets = [
         Target("header", "safetensors headers", Header.seeds, Header(directory), fuzz_mutate.header),
         Target("json", "strict JSON", json_seeds, check_json, change_json),
@@ -62,6 +65,13 @@ def make_targets(directory: Path) -> dict[str, Target]:
         ),
         Target(
             "adapter", "settings of LoRA adapters", AdapterSettings.seeds, adapter, AdapterSettings.change
+        ),
+        Target(
+            "quantised",
+            "declarations of quantised models",
+            lambda: Declarations.seeds_of(table_of("checkpoint.quantized.formats", "FORMATS")),
+            declarations,
+            Declarations.change,
         ),
         Target("size", "sizes of memory and shards", size_seeds, check_size),
     ]

@@ -5,16 +5,17 @@ Layouts are those of the library's own compressors (compressed-tensors 0.20). A 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoint.quantized.declarations import Declaration
+from streammerge.checkpoint.quantized.fp4 import exponents
 from streammerge.checkpoint.quantized.grids import scales_of
+from streammerge.checkpoint.quantized.nvfp4 import nvfp4
+from streammerge.checkpoint.quantized.patterns import matches
 from streammerge.checkpoint.quantized.registry import Weight, finds
 from streammerge.checkpoint.quantized.small import AGAIN, misfit, whole_numbers
-from streammerge.checkpoint.refs.codebooks import Nvfp4Ref
 from streammerge.checkpoint.refs.integers import Groups, IntegersRef, Packed
 from streammerge.checkpoint.refs.quantized import Encoding, QuantizedRef
 from streammerge.dtypes import FLOATS8
@@ -135,11 +136,8 @@ def _group(declaration: Declaration, path: str, name: str, entry: Any, whole: An
     targets = entry.get("targets")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise _bad(declaration, path, f"{where}: `targets` is not a list of names")
-    for target in targets:
-        if target.startswith("re:"):
-            _pattern(target, declaration, path)
     kind = entry.get("format") or whole
-    if kind not in _READ:
+    if not isinstance(kind, str) or kind not in _READ:
         raise _bad(declaration, path, f"format {_said(kind)} is not read", _ELSEWHERE)
     bits, size, block = weights.get("num_bits", 8), weights.get("group_size"), weights.get("block_structure")
     if type(bits) is not int or not 1 <= bits <= 8:
@@ -160,13 +158,6 @@ def _group(declaration: Declaration, path: str, name: str, entry: Any, whole: An
     )
 
 
-def _pattern(target: str, declaration: Declaration, path: str) -> re.Pattern[str]:
-    try:
-        return re.compile(target.removeprefix("re:"))
-    except (re.error, RecursionError, OverflowError):
-        raise _bad(declaration, path, f"target {_said(target)} is not a regular expression") from None
-
-
 def _said(value: Any) -> str:
     return quoted(value if isinstance(value, str) else repr(value)[:60], 60)
 
@@ -179,22 +170,31 @@ def _group_of(module: str, groups: tuple[Group, ...], codes: SourceRef) -> Group
     """Return the group of a layer: by its name, then by a pattern, then by its class, which is not known here."""
     if len(groups) == 1:
         return groups[0]
-    for matches in (_by_name, _by_pattern, _by_class):
-        found = [group for group in groups if any(matches(module, target) for target in group.targets)]
-        if found and all(group == found[0] or group.targets != found[0].targets for group in found):
+    for is_meant in (_by_name, _by_pattern, _by_class):
+        found = [
+            group for group in groups if any(is_meant(module, target, codes) for target in group.targets)
+        ]
+        if found:
             return found[0]
     raise misfit(codes, "is quantised, and no `targets` of config.json's `config_groups` match its layer")
 
 
-def _by_name(module: str, target: str) -> bool:
+def _by_name(module: str, target: str, codes: SourceRef) -> bool:
     return module == target
 
 
-def _by_pattern(module: str, target: str) -> bool:
-    return target.startswith("re:") and re.match(target.removeprefix("re:"), module) is not None
+def _by_pattern(module: str, target: str, codes: SourceRef) -> bool:
+    if not target.startswith("re:"):
+        return False
+    try:
+        return matches(target.removeprefix("re:"), module)
+    except ValueError:
+        what = f"is quantised, and `targets` of config.json's `config_groups` hold {quoted(target, 80)}"
+        cure = "write it without quantifiers other than `.*` between its parts"
+        raise misfit(codes, f"{what}, which is no expression or too free a one", cure) from None
 
 
-def _by_class(module: str, target: str) -> bool:
+def _by_class(module: str, target: str, codes: SourceRef) -> bool:
     is_embedding = module.rpartition(".")[2] in ("embed_tokens", "wte", "embeddings")
     return target == ("Embedding" if is_embedding else "Linear")
 
@@ -332,28 +332,16 @@ def _nvfp4(stored: Stored) -> Weight:
     return Weight(ref, _names(stored.find("shape")))
 
 
-def nvfp4(
-    name: str, codes: SourceRef, scale: SourceRef, whole: SourceRef, title: str, *, divides: bool
-) -> Nvfp4Ref:
-    """Return a weight of FP4 with scales of FP8 for 16 inputs, and one for the tensor or for each expert.
-
-    Raises
-    ------
-    ModelError
-        If dtypes or shapes do not fit.
-    """
+@_reads("mxfp4-pack-quantized")
+def _mxfp4(stored: Stored) -> Weight:
+    codes = stored.codes
     if codes.dtype != "U8" or len(codes.shape) not in (2, 3):
-        raise misfit(codes, f"is {codes.dtype} {list(codes.shape)}, where NVFP4 codes are U8 matrices")
+        raise misfit(codes, f"is {codes.dtype} {list(codes.shape)}, where MXFP4 codes are U8 matrices")
     shape = (*codes.shape[:-1], 2 * codes.shape[-1])
-    if scale.dtype != "F8_E4M3" or shape[-1] % 16 or scale.shape != (*shape[:-1], shape[-1] // 16):
-        what = f"is {scale.dtype} {list(scale.shape)}, which does not fit the {list(codes.shape)} of its NVFP4 codes"
-        raise misfit(scale, what)
-    experts = shape[0] if len(shape) == 3 else 1
-    if whole.dtype != "F32" or whole.n_elements not in (1, experts):
-        raise misfit(
-            whole, f"is {whole.dtype} {list(whole.shape)}, where one F32 scale of the tensor is expected"
-        )
-    return Nvfp4Ref(name, shape, contiguous(codes), contiguous(scale), contiguous(whole), divides, 16, title)
+    scales, encoding = exponents(codes, shape, stored.need("scale"))
+    encoding = replace(encoding, title=f"compressed-tensors {stored.group.format}")
+    ref = QuantizedRef(stored.name, shape, contiguous(codes), scales, encoding)
+    return Weight(ref, _names(stored.find("shape")))
 
 
 def _names(*refs: SourceRef | None) -> tuple[str, ...]:

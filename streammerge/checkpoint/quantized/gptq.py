@@ -33,14 +33,14 @@ def find_gptq(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Ite
         if not name.endswith(_CODES):
             continue
         kind = declaration.settings.get("checkpoint_format") or declaration.settings.get("format") or "gptq"
-        if kind not in _STORED_LESS:
+        if not isinstance(kind, str) or kind not in _STORED_LESS:
             what = (
                 f"its {declaration.where} says checkpoint_format {quoted(str(kind), 40)}, which is not read"
             )
             raise bad(
                 codes.path, f"{what}: save it as gptq_v2, or dequantise it with the library that wrote it"
             )
-        yield _weight(name.removesuffix(_CODES), tensors, declaration, codes, str(kind))
+        yield _weight(name.removesuffix(_CODES), tensors, declaration, codes, kind)
 
 
 def _weight(

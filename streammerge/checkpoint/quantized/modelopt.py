@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from streammerge.checkpoint.quantized.compressed_tensors import nvfp4
 from streammerge.checkpoint.quantized.declarations import Declaration
 from streammerge.checkpoint.quantized.fp8 import find_fp8
+from streammerge.checkpoint.quantized.nvfp4 import nvfp4
 from streammerge.checkpoint.quantized.registry import Weight, finds
 from streammerge.formats.refs import SourceRef
 

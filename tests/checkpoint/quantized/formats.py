@@ -512,6 +512,18 @@ def write(
     config
         Further entries of config.json.
     """
+    tensors, values, declared = stored(name, seed, rows, columns, modules)
+    for key, array in (plain or {}).items():
+        tensors[key], _ = floats_of(array, "F32")
+        values[key] = array.astype(np.float32)
+    write_entries(path, tensors, {**declared, **config})
+    return values
+
+
+def stored(
+    name: str, seed: int = 0, rows: int = 0, columns: int = 0, modules: tuple[str, ...] = ()
+) -> tuple[dict[str, Entry], dict[str, np.ndarray], dict[str, Any]]:
+    """Return the tensors, the values by logical name and the declaration of such a model."""
     made = FORMATS[name]
     rng = np.random.default_rng(seed)
     tensors: dict[str, Entry] = {}
@@ -520,23 +532,19 @@ def write(
         weight = made.build(rng, rows or made.rows, columns or made.columns)
         tensors |= {f"{module}{end}": entry for end, entry in weight.parts.items()}
         values[f"{module}{weight.logical}"] = weight.single
-    norm, stored = floats_of(rng.uniform(0.5, 1.5, 24), "BF16")
-    tensors["model.norm.weight"] = norm
-    values["model.norm.weight"] = stored.astype(np.float32)
-    for key, array in (plain or {}).items():
-        tensors[key], _ = floats_of(array, "F32")
-        values[key] = array.astype(np.float32)
-    _write(path, tensors, {**made.declared, **config})
-    return values
+    tensors["model.norm.weight"], norm = floats_of(rng.uniform(0.5, 1.5, 24), "BF16")
+    values["model.norm.weight"] = norm.astype(np.float32)
+    return tensors, values, dict(made.declared)
 
 
 def write_out(path: Path, values: Mapping[str, np.ndarray], **config: Any) -> Path:
     """Write values as a model in fp32: what a quantised one stands for."""
-    _write(path, {name: floats_of(array, "F32")[0] for name, array in values.items()}, config)
+    write_entries(path, {name: floats_of(array, "F32")[0] for name, array in values.items()}, config)
     return path
 
 
-def _write(path: Path, tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
+def write_entries(path: Path, tensors: Mapping[str, Entry], config: Mapping[str, Any]) -> None:
+    """Write a model of given tensors; `config` adds to its config.json."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "model.safetensors").write_bytes(file_of(dict(tensors), {"format": "pt"}))
     text = {"model_type": "llama", "torch_dtype": "bfloat16", **config}

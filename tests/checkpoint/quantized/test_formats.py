@@ -14,8 +14,6 @@ from streammerge.io.reader import Reader
 from streammerge.tensors.read import read_elements
 from tests.checkpoint.quantized.formats import FORMATS, write
 
-READ = [name for name in FORMATS if not name.startswith("mxfp4")]
-
 
 @pytest.fixture
 def reader() -> Iterator[Reader]:
@@ -28,7 +26,7 @@ def read(reader: Reader, ref: SourceRef, start: int, stop: int) -> np.ndarray:
     return read_elements(reader, ref, start, stop).view(np.float32)
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_format_is_read_to_the_values_that_it_stands_for(name: str, tmp_path: Path, reader: Reader) -> None:
     values = write(tmp_path, name)
     model = open_model(tmp_path)

@@ -15,6 +15,7 @@ from tests.checkpoint.quantized import real_models as real
 Change = Callable[[Path, Path], None]
 CASES: dict[str, tuple[str, Change, Change]] = {
     "Qwen3 in FP8": ("qwen3", real.fp8, real.from_fp8),
+    "gpt-oss in MXFP4": ("gpt_oss", real.mxfp4, real.from_mxfp4),
     "DeepSeek-V3 in FP8, E8M0 scales": ("deepseek_v3", lambda s, t: real.fp8(s, t, True), real.from_fp8),
     **{
         f"Qwen3, {kind}": ("qwen3", lambda s, t, k=kind: real.compressed(s, t, k), real.from_compressed)
@@ -56,7 +57,7 @@ def test_a_copy_in_bf16_is_the_model_that_transformers_makes_of_the_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for architecture, quantize in (("qwen3", real.fp8),):
+    for architecture, quantize in (("qwen3", real.fp8), ("gpt_oss", real.mxfp4)):
         quantize(
             real.write_float(tmp_path / f"{architecture}-float", architecture, 1), tmp_path / architecture
         )

@@ -11,6 +11,7 @@ from tests.config import test_schema as schema_tables
 from tests.config import test_yaml as yaml_tables
 from tests.formats import torch_bytes
 from tests.formats.test_torch_hostile import calls
+from tests.laws.hostile import quantised
 from tests.laws.hostile.builds import (
     SHARD,
     config,
@@ -180,4 +181,5 @@ SECTIONS = {
     "single files": single_files,
     "config": configs,
     "options and OUT": options,
+    "quantised": quantised.few,
 }
