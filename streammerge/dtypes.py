@@ -40,7 +40,7 @@ FLOATS8 = frozenset({"F8_E4M3", "F8_E5M2"})
 """Dtypes that are merged by arithmetic too, widened as they are read and rounded as they are written."""
 
 INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
-"""Dtypes that must agree in all models, or come from the base."""
+"""Dtypes whose tensors must be equal in all models; otherwise the base's are used."""
 
 NAMES = {
     "float16": "F16",
@@ -62,7 +62,7 @@ SHORT_NAMES = {
     "f64": "float64",
     "double": "float64",
 }
-"""What people, and torch, call them too."""
+"""Other common names, including torch's."""
 
 CONFIG_NAME = {code: name for name, code in NAMES.items()}
 """The same names by code; torch has its dtypes under them."""

@@ -6,18 +6,18 @@
     ├── InputError          2   the config or an input file is bad: what, where, the cure
     │   ├── ConfigError     2   the YAML config
     │   ├── ModelError      2   a model directory or one of its files
-    │   │   └── NotDownloadedError  2   a model that is nowhere here, and may be on the hub
+    │   │   └── NotDownloadedError  2   a model that is not on this machine, and may be on the hub
     │   └── BudgetError     2   the work does not fit the memory that was given
     ├── OutputError         2   the output directory holds something that must not be touched
-    ├── WorldError          1   disk full, I/O error: what is finished is kept and resumable
+    ├── WorldError          1   disk full, I/O error: finished work is kept, and the merge can be resumed
     └── Stopped       130/143   SIGINT or SIGTERM: stopped cleanly, resumable
 
 `StreammergeWarning` is what the Python functions warn with.
 
-`InputError` and its kinds are ValueErrors as well, as other libraries' are; whoever catches those lets ours pass first
-(`tests/test_errors.py` looks).
+`InputError` and its kinds are also ValueErrors, as in other libraries. Code that catches ValueError must let `InputError`
+pass first (`tests/test_errors.py` checks this).
 
-A message is one line: what is wrong, where, and the cure, with both numbers where there are two.
+A message is one line: what is wrong, where, and the cure, with both numbers if there are two.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StreammergeError(Exception):
 
 
 class StreammergeWarning(UserWarning):
-    """Something that a user of the Python functions should know; the command line prints it."""
+    """A warning from the Python functions; the command line prints it."""
 
 
 class InputError(StreammergeError, ValueError):
@@ -51,16 +51,16 @@ class ModelError(InputError):
 
 
 class NotDownloadedError(ModelError):
-    """A model that may be one of the hub, and is in no directory and not in the local cache.
+    """A model that is neither a local directory nor in the local cache, and may be on the hub.
 
     Parameters
     ----------
     reference
-        As the config names it.
+        The model's name in the config.
     where
-        What it was looked for in.
+        The cache that was searched.
     command
-        What downloads it.
+        The command that downloads it.
     """
 
     def __init__(self, message: str, reference: str, where: str, command: str) -> None:
@@ -76,7 +76,7 @@ class BudgetError(InputError):
 
 
 class OutputError(StreammergeError):
-    """The output directory is in use, finished with another config, or not ours."""
+    """The output directory is in use, holds a different merge, or holds foreign files."""
 
     exit_code = 2
 
@@ -88,7 +88,7 @@ class WorldError(StreammergeError):
 
 
 class Stopped(StreammergeError):
-    """A signal asked us to stop; finished chunks are durable and the merge is resumable.
+    """A signal stopped the run; finished work is durable and the merge can be resumed.
 
     Parameters
     ----------
@@ -103,13 +103,13 @@ class Stopped(StreammergeError):
 
 @contextmanager
 def blamed_on(method: str, tensor: str) -> Iterator[None]:
-    """Turn an error of a user's method into one line that names it and the tensor; ours, and of memory, stay as they are."""
+    """Convert an error in a user's method to one line with method and tensor; our errors and memory errors pass through."""
     try:
         yield
     except (StreammergeError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's: the engine tries with less
+        if type(error).__name__ == "OutOfMemoryError":  # torch's: the engine retries with smaller blocks
             raise
         text = f"{type(error).__name__}: {printable(error)}" if str(error) else type(error).__name__
         raise InputError(
@@ -121,7 +121,7 @@ def blamed_on(method: str, tensor: str) -> Iterator[None]:
 def printable(text: object, limit: int = 400) -> str:
     """Return `text` as one line that is safe on a terminal, at most `limit` characters long.
 
-    What could move the cursor, break the line or turn its direction is escaped.
+    Characters that could move the cursor, break the line or change its direction are escaped.
 
     >>> printable("a\\nb\\x1b[31m")
     'a\\\\nb\\\\x1b[31m'

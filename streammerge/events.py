@@ -13,7 +13,7 @@ from streammerge.errors import Stopped
 
 @dataclass(frozen=True)
 class Event:
-    """Something a caller may want to show."""
+    """Something that a caller may want to show."""
 
     kind: str
     """``plan``, ``compiling``, ``compiled``, ``hash``, ``start``, ``resume``, ``progress``, ``import``, ``warning``, ``commit``, ``verify`` or ``done``."""
@@ -35,17 +35,17 @@ def _no_signal() -> int | None:
 
 @dataclass(frozen=True)
 class Control:
-    """The caller's side of a run: it is told of events, and may stop the run from a different thread."""
+    """The caller's side of a run: it receives events, and may stop the run from a different thread."""
 
     emit: Callable[[Event], None] = _ignore
     """Called with every event, from the thread that runs."""
     stop: threading.Event = field(default_factory=threading.Event)
-    """Set it to stop cleanly after the work in hand."""
+    """Set it to stop cleanly after the running work."""
     signal: Callable[[], int | None] = _no_signal
-    """Returns the number of the signal that set `stop`; None where no signal did."""
+    """Function that returns the number of the signal that set `stop`, or None."""
 
     def warn(self, message: str) -> None:
-        """Tell of something a user should know."""
+        """Emit a warning."""
         self.emit(warning(message))
 
     def check(self) -> None:

@@ -1,4 +1,4 @@
-"""Packages that import what they offer when it is first asked for (PEP 562), so that a command's help waits for nothing."""
+"""Packages that import their public names on first access (PEP 562), so that a command's help is fast."""
 
 from __future__ import annotations
 

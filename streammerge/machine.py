@@ -16,7 +16,7 @@ _UNLIMITED = 1 << 60
 
 
 def available_memory() -> int:
-    """Return the bytes this process could still take: of the machine, or of its control groups if that is less."""
+    """Return the bytes this process could still use: the machine's, or those of its control groups if fewer."""
     import psutil
 
     return max(0, min([int(psutil.virtual_memory().available), *left_in_groups(_MEMBERSHIP, _MOUNT)]))
@@ -30,9 +30,9 @@ def own_memory() -> int:
 
 
 def peak_memory() -> int:
-    """Return the most bytes that this process has had resident since its program began, by the system's own account.
+    """Return the peak resident bytes of this process since its program began.
 
-    What `getrusage` says includes the process that started this one: Linux hands its peak on.
+    `getrusage` would include the process that started this one, since Linux passes its peak on.
     """
     try:
         lines = _STATUS.read_text().splitlines()
@@ -42,16 +42,16 @@ def peak_memory() -> int:
 
 
 def left_in_groups(membership: Path, mount: Path) -> Iterator[int]:
-    """Yield what each control group of a process that has a limit leaves, innermost first; of both versions.
+    """Yield the bytes that each control group with a limit leaves, innermost first, for both versions of control groups.
 
-    The page cache counts as used there, but is given up on demand.
+    The page cache counts as used there, but is freed on demand.
 
     Parameters
     ----------
     membership
-        The process's file that names its groups.
+        The process's file that lists its groups.
     mount
-        Where the groups are to be seen. In a container the outer ones are not.
+        Where the groups are mounted. In a container the outer groups are not visible.
     """
     try:
         lines = membership.read_text().splitlines()
@@ -76,16 +76,16 @@ def left_in_groups(membership: Path, mount: Path) -> Iterator[int]:
 
 
 def shortage(asked: int, free: int, own: int) -> str | None:
-    """Return a warning where a process that has `own` bytes is to grow to more than `free` ones allow; else None.
+    """Return a warning if a process with `own` bytes is to grow beyond what `free` bytes allow, else None.
 
     >>> shortage(8 << 30, 3 << 30, 100 << 20)
-    '--memory 8.0 GiB is more than there is: 3.1 GiB are free, what this process has included; it may be killed, or the machine may swap: give at most 3172 MiB'
+    '--memory 8.0 GiB exceeds the 3.1 GiB available (including what this process already holds): it may be killed, or the machine may swap; give at most 3172 MiB'
     """
     if asked <= free + own:
         return None
     return (
-        f"--memory {format_size(asked)} is more than there is: {format_size(free + own)} are free, what this process has "
-        f"included; it may be killed, or the machine may swap: give at most {format_at_least(free + own)}"
+        f"--memory {format_size(asked)} exceeds the {format_size(free + own)} available (including what this process already "
+        f"holds): it may be killed, or the machine may swap; give at most {format_at_least(free + own)}"
     )
 
 
@@ -105,25 +105,25 @@ def _statistic(path: Path, field: str) -> int:
 
 
 _OTHERS = 48
-"""Standard streams, libraries, sockets of whoever called, the journal, the lock, directories, and a few to spare."""
+"""Files reserved for standard streams, libraries, the caller's sockets, the journal, the lock, directories, and a margin."""
 _MOST_INPUTS = 128
-"""Input files open at a time; more gain nothing."""
+"""Most input files open at a time; more gain nothing."""
 _EACH = 2
-"""A file is opened through the page cache and past it."""
+"""Descriptors per file, which is opened both through the page cache and past it."""
 
 
 def share_out(n_shards: int, n_threads: int) -> int:
-    """Return how many input files may be open at a time, beside `n_shards` of the output.
+    """Return the number of input files that may be open at a time in addition to `n_shards` output shards.
 
     Parameters
     ----------
     n_threads
-        That read; each has an input open, and a file of a store.
+        Number of reading threads; each has an input and a file of a store open.
 
     Raises
     ------
     InputError
-        If the system allows too few; the message says how many it takes.
+        If the system allows too few; the message says how many are needed.
     """
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     least = _OTHERS + _EACH * (n_shards + 2 * n_threads)
@@ -131,7 +131,7 @@ def share_out(n_shards: int, n_threads: int) -> int:
         return _MOST_INPUTS
     if allowed < least:
         raise InputError(
-            f"writing {n_shards} shards takes {least} open files, the limit is {allowed}: raise it with "
+            f"writing {n_shards} shards needs {least} open files, but the limit is {allowed}: raise it with "
             f"`ulimit -n {least}`, or write fewer shards with a larger --shard-size"
         )
     return min(_MOST_INPUTS, n_threads + (allowed - least) // _EACH)

@@ -35,7 +35,7 @@ class Stages:
 
     @contextmanager
     def time(self, stage: Stage) -> Iterator[None]:
-        """Add what the block takes in this thread to a stage."""
+        """Add the time of the block in this thread to a stage."""
         began, cpu = time.perf_counter(), time.thread_time()
         try:
             yield

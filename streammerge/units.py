@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
     Raises
     ------
     InputError
-        If `text` is no positive size.
+        If `text` is not a positive size.
     """
     match = _SIZE.fullmatch(text.strip()) if len(text) <= 64 else None
     factor = _FACTORS.get(match.group(2).lower()) if match else None
@@ -49,7 +49,7 @@ def format_size(nbytes: float) -> str:
 
 
 def format_share(done: float, whole: float | None) -> str:
-    """Return a part of a size, the unit once where both have it.
+    """Return a part of a size, with the unit once if both share it.
 
     >>> format_share(3 << 29, 7 << 30), format_share(5 << 20, 7 << 30), format_share(5 << 20, None)
     ('1.5 of 7.0 GiB', '5.0 MiB of 7.0 GiB', '5.0 MiB')
@@ -79,7 +79,7 @@ def format_at_least(nbytes: float) -> str:
 def format_seconds(seconds: float, *, coarse: bool = False) -> str:
     """Return a duration a person reads at a glance: ``'8.3 s'``, ``'4 min 10 s'``, ``'2 h 05 min'``.
 
-    With `coarse`, no more of it than an estimate deserves.
+    With `coarse`, only as precise as an estimate deserves.
 
     >>> format_seconds(8.31), format_seconds(8.31, coarse=True), format_seconds(700, coarse=True)
     ('8.3 s', '8 s', '12 min')

@@ -36,9 +36,15 @@ write_models = partial(models.write_models, shapes=SHAPES)
 """Write [base, model 1, model 2, ...] of these shapes; see `streammerge.testing.models`."""
 
 
+WITHOUT_MERGES = {"test_layers.py", "test_errors.py", "test_messages_page.py", "test_mutate_protections.py"}
+"""Files whose tests merge nothing, so that these alone need no kernels."""
+
+
 @pytest.fixture(autouse=True, scope="session")
-def kernels() -> None:
+def kernels(request: pytest.FixtureRequest) -> None:
     """Compile all kernels once on a machine: merges as small as these would go through torch until then."""
+    if {item.path.name for item in request.session.items} <= WITHOUT_MERGES:
+        return
     from streammerge.backends.cpu.compile import ensure_compiled
 
     assert ensure_compiled() is None

@@ -1,4 +1,4 @@
-"""`verify`: an output read again, and computed again."""
+"""`verify`: check an output by reading and recomputing it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streammerge.output.check import Verdict, manifest_of
 from streammerge.output.check import verify as verify_files
 
 DEFAULT_SAMPLE = 16
-"""Pieces that `verify` recomputes."""
+"""Default number of pieces that `verify` recomputes."""
 
 
 def verify(
@@ -30,7 +30,7 @@ def verify(
     progress: bool = True,
     on_event: OnEvent | None = None,
 ) -> Verdict:
-    """Re-read a finished output and, on request, compute some of it once more from the inputs.
+    """Re-read a finished output and, on request, recompute a part of it from the inputs.
 
     Parameters
     ----------
@@ -39,29 +39,29 @@ def verify(
     against
         The config that `out` was made from: a sample of it is recomputed by the torch formulas and compared bit by bit.
     sample
-        How many pieces, of a million elements where the method may be cut; None: all of the output, and first the
-        content hashes of the inputs, where the manifest records them.
+        Number of pieces, of a million elements each if the method may be cut; None: the whole output, after checking the
+        content hashes of the inputs if the manifest records them.
     seed
-        Of the choice of the sample; the same pieces for the same seed. (The merge's own seed is the manifest's.)
+        Seed of the choice of the sample. (The merge's own seed is recorded in the manifest.)
     memory
-        Bound of the process's peak resident memory while it recomputes; default: half of what is free.
+        Bound of the process's peak resident memory during recomputation; default: half of what is free.
     methods
         A Python file with methods of your own.
     progress
-        Whether to show, now and then, how far it is on stderr.
+        Whether to show progress on stderr.
     on_event
-        Told every event, from the calling thread, in place of that.
+        Receives every event, in the calling thread, instead.
 
     Returns
     -------
     Verdict
-        ``problems``, one line each, is empty if all is as it was written.
+        Its ``problems``, one line each, are empty if the output is as it was written.
 
     Raises
     ------
     StreammergeError
-        If there is no finished merge in `out`, or it was made from another config or other inputs, or the machine
-        fails. What is damaged is in the verdict.
+        If there is no finished merge in `out`, if it was made from a different config or different inputs, or if the
+        machine fails. Damage is reported in the verdict.
 
     Examples
     --------
@@ -111,5 +111,5 @@ def _verify(
     except InputError:
         if not verdict.problems:
             raise
-        return verdict  # which says why the tensors cannot be found
+        return verdict  # it says why the tensors cannot be found
     return replace(verdict, problems=(*verdict.problems, *done.problems), recomputed=done)

@@ -56,7 +56,7 @@ def compare(
     progress
         Whether to show a bar (on terminals and in notebooks) or, elsewhere, lines on stderr.
     on_event
-        Told every event, warnings included, from the calling thread, in place of the bar and of Python's warnings.
+        Receives every event, warnings included, in the calling thread, instead of the bar and Python's warnings.
     stop
         Set it, from another thread, to stop.
     signal_received
@@ -125,7 +125,7 @@ def _plan(models: list[str], base: str | None, options: PlanOptions, kernels: bo
     """Return the plan that reads every tensor once."""
     if base is None:
         if len(models) < 2:
-            raise InputError("compare: one model and no base: name at least two models, or give --base")
+            raise InputError("compare: only one model and no base: name at least two models, or give --base")
         base, *models = models
     if not models:
         raise InputError("compare: no model: name at least one")

@@ -48,7 +48,7 @@ def plan(
     Parameters
     ----------
     config
-        Path of a YAML file, the same as a mapping, or its text (of more than one line).
+        Path of a YAML file, its text (more than one line), or the equivalent mapping.
     memory
         Bound of the process's peak resident memory, ``"2GiB"`` or bytes; default: half of what is free.
     threads
@@ -62,10 +62,10 @@ def plan(
     methods
         A Python file with methods of your own.
     kernels
-        False: the torch formulas in place of the compiled kernels; the bits are the same. True: the kernels, whatever
-        compiling them takes. Default: the kernels, but while they are not compiled yet the formulas for a small merge.
+        True: use the compiled kernels, and compile them if needed. False: use the torch formulas, which give the same
+        bits. Default: the kernels, or the formulas for a small merge whose kernels are not compiled yet.
     copy_tokenizer, write_model_card
-        False: the output goes without.
+        False: leave it out of the output.
     max_reads
         Bytes that stages may read for each byte of the inputs.
     out
@@ -74,8 +74,8 @@ def plan(
     Returns
     -------
     MergePlan
-        Its `summary()` has the method, the models, the tensors, the bytes and the memory; its `warnings` what the config
-        and the models leave open; `jobs` every tensor.
+        `summary()` gives method, models, tensors, bytes and memory; `warnings` lists doubtful points of the config and the
+        models; `jobs` lists every tensor.
 
     Raises
     ------

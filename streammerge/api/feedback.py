@@ -1,4 +1,4 @@
-"""Feedback to callers from Python: a bar or lines, and warnings by Python's own means."""
+"""Feedback to Python callers: a bar or lines, and Python warnings."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def controlled(
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
 ) -> Iterator[Control]:
-    """Lend the caller's side of a run: where its events go, and what stops it.
+    """Lend the `Control` of a run: the receiver of its events, and the means to stop it.
 
     Parameters
     ----------
     on_event
-        The caller's own: told everything, in place of all that follows.
+        The caller's own receiver of all events, instead of any other output.
     progress
-        Whether to show how far the run is: a bar on terminals and in notebooks, lines on stderr elsewhere.
+        Whether to show progress: a bar on terminals and in notebooks, lines on stderr elsewhere.
     what
-        What is done, for the bar.
+        The activity, for the bar.
     stop, signal_received
-        The caller's own, where it has them.
+        The caller's own, if any.
     """
     stop = stop or threading.Event()
     if on_event is not None:
@@ -60,12 +60,12 @@ def controlled(
 
 
 def _reporter(what: str) -> Reporter:
-    """Return a bar where one can be seen, else lines on stderr: stdout is the caller's."""
+    """Return a bar if it is visible, else lines on stderr; stdout belongs to the caller."""
     return BarReporter(what) if _in_notebook() else make_reporter(what, lines_to=sys.stderr)
 
 
 def _in_notebook() -> bool:
-    """Return whether a notebook shows what is written, and has the widget that a bar needs there."""
+    """Return whether this is a notebook with the widget that a bar needs."""
     shell = sys.modules.get("IPython")
     kernel = shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
     return kernel and find_spec("ipywidgets") is not None

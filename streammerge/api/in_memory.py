@@ -1,4 +1,4 @@
-"""Merges of models in memory: state dicts in, tensors out, no file read or written."""
+"""Merge models in memory: state dicts in, tensors out, without files."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ def merge_state_dicts(
     Parameters
     ----------
     config
-        As for `merge`. Its models, ``base_model`` and ``fisher`` name keys of `models` and `fishers`.
+        As in `merge`. Its models, ``base_model`` and ``fisher`` are keys of `models` and `fishers`.
     models
-        By name, each a state dict (torch tensors on any device, or numpy arrays), a module (anything with a
-        ``state_dict()``), or the path of a model on the disk.
+        The models by name: state dicts (torch tensors on any device, or numpy arrays), modules (anything with a
+        ``state_dict()``), or paths of models on the disk.
     fishers
-        Fisher diagonals by name, of the same kinds, for methods that weigh by them.
+        Fisher diagonals by name, of the same kinds, for methods that use them.
     memory
-        Bound of what the merge takes beside the inputs and the output, ``"2GiB"`` or bytes; default: half of what is free.
+        Bound of the memory in addition to the inputs and the output, ``"2GiB"`` or bytes; default: half of what is free.
     threads
         CPUs to keep busy; default: those available.
     device
-        ``auto``, ``cpu`` or ``cuda[:N]``: where it is computed. The output lies on the CPU.
+        ``auto``, ``cpu`` or ``cuda[:N]``. The output is on the CPU.
     seed
         Overrides the config's.
     methods
@@ -83,13 +83,13 @@ def merge_state_dicts(
     kernels
         As for `merge`.
     nonfinite
-        ``error``: a NaN or an infinity, of an input or by overflow, stops the merge; ``warn``: it is kept and reported.
+        ``error``: stop at NaN or infinity, in an input or by overflow; ``warn``: keep and report it.
     progress
         Whether to show a bar (on terminals and in notebooks) or lines on stderr.
     on_event
-        Told every event, warnings included, in place of the bar and of Python's warnings.
+        Receives every event, warnings included, instead of the bar and Python's warnings.
     stop
-        Set it from another thread to stop.
+        Set it, from a different thread, to stop.
 
     Returns
     -------
@@ -143,10 +143,10 @@ def iter_merged(
     progress: bool = False,
     on_event: OnEvent | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Merge models in memory tensor by tensor: as `merge_state_dicts`, but the output need not fit in memory.
+    """Merge models in memory tensor by tensor, like `merge_state_dicts`, when the output need not fit in memory.
 
-    The merge runs beside the caller and waits for it: few tensors more than those being computed are held. The order is
-    that in which they are finished. Leave the loop, and the merge stops.
+    The merge runs in parallel with the caller and waits for it, so only a few finished tensors are held. Tensors come in the
+    order in which they are finished. Leaving the loop stops the merge.
 
     Parameters
     ----------
@@ -156,12 +156,12 @@ def iter_merged(
     Yields
     ------
     tuple
-        The name and the merged tensor; a tensor that shares its memory with another comes after it.
+        The name and the merged tensor. A tensor that shares its memory with a different one comes after that one.
 
     Raises
     ------
     InputError
-        At the call, if the config, a model or the memory does not allow the merge; while it runs, of a value that is not
+        At the call, if the config, a model or the memory does not allow the merge; during the run, if a value is not
         finite.
 
     Examples
@@ -184,7 +184,7 @@ def iter_merged(
 def _stream(
     plan: MergePlan, held: _Held, nonfinite: NonFinite, progress: bool, on_event: OnEvent | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Run a merge in a thread of its own; hand over what it finishes, and tell its events from the caller's thread."""
+    """Run a merge in a separate thread; yield its tensors and report its events in the caller's thread."""
     stop, leaving = threading.Event(), threading.Event()
     finished: queue.Queue[_Item] = queue.Queue(_AHEAD)
     again: dict[str, list[str]] = {}
@@ -236,11 +236,11 @@ def _run(plan: MergePlan, held: _Held, take: Take, nonfinite: NonFinite, control
 
 def _check_nonfinite(nonfinite: str) -> None:
     if nonfinite not in get_args(NonFinite):
-        raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
+        raise InputError(f"nonfinite {printable(nonfinite)!r} is not one of {', '.join(get_args(NonFinite))}")
 
 
 class _Held:
-    """The models that a caller holds, as a plan wants them."""
+    """The models that the caller holds in memory, prepared for a plan."""
 
     def __init__(self, models: Mapping[str, ModelLike], fishers: Mapping[str, ModelLike]) -> None:
         self._dicts = _state_dicts("models", models)
@@ -292,7 +292,7 @@ class _Held:
         raise _unknown("fisher", "fishers", reference, [*self._fishers, *self._fisher_files])
 
     def ties(self, plan: MergePlan) -> dict[str, str]:
-        """Return the tensors of the template model that are left to be another one, by which."""
+        """Return the template model's tensors that share memory with a different tensor, each with that tensor."""
         template = self._dicts.get(plan.template.reference)
         merged = {job.name for job in plan.jobs}
         return {
@@ -333,7 +333,7 @@ def _unknown(key: str, what: str, reference: str, known: list[str]) -> ConfigErr
     close = get_close_matches(reference, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else ", ".join(map(repr, known)) or "none is given"
     return ConfigError(
-        f"config: {key} {printable(repr(reference), 200)} is no key of `{what}` ({printable(hint)})"
+        f"config: {key} {printable(repr(reference), 200)} is not a key of `{what}` ({printable(hint)})"
     )
 
 
@@ -341,5 +341,5 @@ def _refuse_tokenizers(config: MergeConfig) -> None:
     for key, value in (("tokenizer_source", config.tokenizer), ("chat_template", config.chat_template)):
         if value is not None:
             raise ConfigError(
-                f"{config.where}: {key}: models in memory have no tokenizer files; leave it out, or merge files"
+                f"{config.where}: {key}: models in memory have no tokenizer files: remove it, or merge files"
             )

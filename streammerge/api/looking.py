@@ -1,4 +1,4 @@
-"""Lists what there is: a model's tensors, the methods."""
+"""List a model's tensors, and the methods."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inspect_model(model: str | os.PathLike[str]) -> TensorIndex:
     Raises
     ------
     ModelError
-        If the model is missing, malformed, or of a kind that is not read.
+        If the model is missing, malformed, or of an unsupported kind.
     WorldError
         If the machine cannot read it.
 

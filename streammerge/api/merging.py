@@ -46,15 +46,15 @@ def merge(
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
 ) -> Summary:
-    """Merge into the directory `out`; run again after an interruption, it continues.
+    """Merge into the directory `out`; after an interruption, the same call resumes.
 
-    Ctrl-C raises KeyboardInterrupt once the pieces in hand are done; what is finished is kept, and the same call
-    continues. The output is byte for byte that of a merge without interruption.
+    Ctrl-C raises KeyboardInterrupt after the running pieces are done. Finished work is kept, and the same call resumes. The
+    output has the same bytes as without the interruption.
 
     Parameters
     ----------
     config
-        Path of a YAML file, the same as a mapping, or its text (of more than one line).
+        Path of a YAML file, its text (more than one line), or the equivalent mapping.
     out
         The directory to write.
     memory
@@ -70,10 +70,10 @@ def merge(
     methods
         A Python file with methods of your own; it is run.
     kernels
-        False: the torch formulas in place of the compiled kernels; the bits are the same. True: the kernels, whatever
-        compiling them takes. Default: the kernels, but while they are not compiled yet the formulas for a small merge.
+        True: use the compiled kernels, and compile them if needed. False: use the torch formulas, which give the same
+        bits. Default: the kernels, or the formulas for a small merge whose kernels are not compiled yet.
     copy_tokenizer, write_model_card
-        False: the output goes without.
+        False: leave it out of the output.
     keep_stages
         A directory: every stage of the config is written there too, under its name, and read from there.
     max_reads
@@ -81,22 +81,21 @@ def merge(
     overwrite
         Discard what an earlier merge left in `out`.
     nonfinite
-        ``error``: a NaN or an infinity, of an input or by overflow, stops the merge; ``warn``: it is written, at its own
-        element alone, and reported.
+        ``error``: stop at NaN or infinity, in an input or by overflow; ``warn``: write it, at its own element only, and
+        report it.
     hash_inputs
-        Hash every input file before the first byte, one more read of it: run again, the merge then knows a file that was
-        touched or copied from one that changed. The manifest records the hashes.
+        Hash every input file first, which reads it once more. A resumed merge then distinguishes a touched or copied file
+        from a changed one. The manifest records the hashes.
     io
-        ``direct``: past the page cache, except for what lies in it; ``read``: through it; ``mmap``: reads are
-        copies out of a memory map.
+        ``direct``: past the page cache, except for cached data; ``read``: through it; ``mmap``: copies from a memory map.
     profile
-        A JSON file to write: the seconds of every stage, and so what bounded the run.
+        A JSON file to write: the seconds of every stage, which show what limited the speed.
     progress
         Whether to show a bar (on terminals and in notebooks) or, elsewhere, lines on stderr.
     on_event
-        Told every event, warnings included, from the calling thread, in place of the bar and of Python's warnings.
+        Receives every event, warnings included, in the calling thread, instead of the bar and Python's warnings.
     stop
-        Set it, from another thread, to stop cleanly after the pieces in hand.
+        Set it, from a different thread, to stop cleanly after the running pieces.
     signal_received
         Returns the number of the signal that set `stop`.
 
@@ -110,16 +109,16 @@ def merge(
     InputError
         If the config, a model or the memory does not allow the merge; nothing was written.
     OutputError
-        If `out` holds something else than this merge.
+        If `out` holds anything other than this merge.
     WorldError
-        If the disk is full, or the machine fails in another way; the same call continues.
+        If the disk is full, or the machine fails otherwise; the same call resumes.
     Stopped
-        If `stop` was set; the same call continues.
+        If `stop` was set; the same call resumes.
 
     Warns
     -----
     StreammergeWarning
-        Of what the config or the models leave open.
+        On doubtful points of the config or the models.
 
     Examples
     --------
@@ -127,9 +126,9 @@ def merge(
     Summary(out='merged', already_complete=False, tensors=291, ...)
     """
     if io not in get_args(IoMode):
-        raise InputError(f"io {printable(io)!r} is none of {', '.join(get_args(IoMode))}")
+        raise InputError(f"io {printable(io)!r} is not one of {', '.join(get_args(IoMode))}")
     if nonfinite not in get_args(NonFinite):
-        raise InputError(f"nonfinite {printable(nonfinite)!r} is none of {', '.join(get_args(NonFinite))}")
+        raise InputError(f"nonfinite {printable(nonfinite)!r} is not one of {', '.join(get_args(NonFinite))}")
     how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs=hash_inputs)
 
     planned: dict[str, Any] = {

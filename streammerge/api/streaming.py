@@ -1,4 +1,4 @@
-"""Estimates that run a model over examples: Fisher diagonals and Gram matrices."""
+"""Run a model over examples to estimate Fisher diagonals or Gram matrices."""
 
 from __future__ import annotations
 
@@ -37,30 +37,30 @@ def compute_fisher(
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
 ) -> Written:
-    """Estimate the Fisher diagonal of a model that need not fit in memory; run again, it continues.
+    """Estimate the Fisher diagonal of a model that need not fit in memory; running it again resumes.
 
     Parameters
     ----------
     model
         A causal language model or a sequence classifier that transformers can build.
     data
-        A file of JSON lines: ``text`` or ``input_ids``, and ``label`` where a classifier's own are asked for.
+        A file of JSON lines: ``text`` or ``input_ids``, and ``label`` for empirical labels of a classifier.
     out
         The store to write.
     labels
         ``sampled``, ``empirical`` or ``exact``; default: exact for a classifier, sampled for a language model.
     examples
-        How many are taken, from the first; default: all.
+        Number of examples to use, from the first; default: all.
     max_length
-        Tokens after which an example is cut.
+        Examples are truncated to this number of tokens.
     batch_size
-        Examples that are read and written at a time; the values do not depend on it.
+        Number of examples that are read and written at a time; values do not depend on it.
     memory
         Bound of the process's peak resident memory, ``"2GiB"`` or bytes; default: half of what is free.
     device
         ``cpu`` or ``cuda[:N]``.
     seed
-        Of the drawn labels.
+        Seed for drawing labels.
     dtype
         Of the stored values: ``float32`` or ``bfloat16``.
     overwrite
@@ -68,25 +68,25 @@ def compute_fisher(
     progress
         Whether to show a bar (on terminals and in notebooks) or, elsewhere, lines on stderr.
     on_event
-        Told every event, warnings included, from the calling thread, in place of the bar and of Python's warnings.
+        Receives every event, warnings included, in the calling thread, instead of the bar and Python's warnings.
     stop
-        Set it, from another thread, to stop cleanly.
+        Set it, from a different thread, to stop cleanly.
     signal_received
         Returns the number of the signal that set `stop`.
 
     Returns
     -------
     Written
-        What was estimated: tensors, bytes read, seconds, and the store's own record.
+        Tensors, bytes read, seconds, and the store's own record.
 
     Raises
     ------
     InputError
         If the model, the data or the memory does not allow it.
     WorldError
-        If the disk is full, or the machine fails in another way; the same call continues.
+        If the disk is full, or the machine fails otherwise; the same call resumes.
     Stopped
-        If `stop` was set; the same call continues.
+        If `stop` was set; the same call resumes.
 
     Examples
     --------
@@ -125,7 +125,7 @@ def compute_grams(
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
 ) -> Written:
-    """Collect the Gram matrices of the linear maps in a model's layers, for `regmean`; run again, it continues.
+    """Collect the Gram matrices of the linear maps in a model's layers, for `regmean`; running it again resumes.
 
     Parameters
     ----------
@@ -141,7 +141,7 @@ def compute_grams(
     Returns
     -------
     Written
-        What was collected: tensors, bytes read, seconds, and the store's own record.
+        Tensors, bytes read, seconds, and the store's own record.
 
     Raises
     ------
@@ -180,12 +180,12 @@ def import_fisher(
     stop: threading.Event | None = None,
     signal_received: Callable[[], int | None] = lambda: None,
 ) -> Written:
-    """Stream Fisher diagonals that others estimated into a store; run again, it continues.
+    """Stream existing Fisher diagonals into a store; running it again resumes.
 
     Parameters
     ----------
     model
-        The model they belong to: names and shapes must agree, and the store is bound to its content.
+        The model that they belong to. Names and shapes must agree, and the store is bound to the model's content.
     diagonals
         A safetensors file or directory, or a PyTorch file of a flat dict of tensors.
     out
@@ -195,7 +195,7 @@ def import_fisher(
     memory
         Bound of the process's peak resident memory, ``"2GiB"`` or bytes; default: half of what is free.
     about
-        What is known of the estimate, for the record: ``estimator``, ``examples``, ``seed``.
+        Facts about the estimate to record: ``estimator``, ``examples``, ``seed``.
     overwrite
         Replace `out`, or what an unfinished import left.
     progress, on_event, stop, signal_received
@@ -204,7 +204,7 @@ def import_fisher(
     Returns
     -------
     Written
-        What was imported: tensors, those of an earlier run, and the store's own record.
+        Tensors, those of an earlier run, and the store's own record.
 
     Raises
     ------
@@ -233,4 +233,4 @@ def import_fisher(
 
 def _check_dtype(dtype: str) -> None:
     if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"dtype {printable(dtype)!r} is none of float32, bfloat16")
+        raise InputError(f"dtype {printable(dtype)!r} is not one of float32, bfloat16")

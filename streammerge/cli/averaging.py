@@ -23,7 +23,7 @@ from streammerge.cli.options import (
 )
 
 _PLANNED = ("memory", "threads", "device", "shard_size")
-"""Options that a plan has too."""
+"""Options that `plan` has too."""
 
 
 @click.command(
@@ -51,9 +51,11 @@ _PLANNED = ("memory", "threads", "device", "shard_size")
     "--pattern",
     metavar="GLOB",
     group=METHODS,
-    help="What the names of the checkpoints look like  [default: those with a number]",
+    help="Pattern of the checkpoints' names  [default: those with a number]",
 )
-@option("--dtype", metavar="NAME", group=OUTPUT, help="Of the output  [default: that of the checkpoints]")
+@option(
+    "--dtype", metavar="NAME", group=OUTPUT, help="Dtype of the output  [default: that of the checkpoints]"
+)
 @option("--plan", "only_plan", is_flag=True, group=MESSAGES, help="Show what would be done; write nothing.")
 @resource_options
 @writing_options
@@ -72,10 +74,10 @@ def average(
     no_kernels: bool,
     **options: Any,
 ) -> None:
-    """Average the checkpoints of a training run into the directory OUT. Run again, it continues.
+    """Average the checkpoints of a training run into the directory OUT. Running it again resumes.
 
-    The checkpoints are the children of DIR, in natural order (checkpoint-900 before checkpoint-1000), or models that
-    are named one by one, the oldest first. The same as a config with `checkpoints:`.
+    The checkpoints are the children of DIR, in natural order (checkpoint-900 before checkpoint-1000), or models given one
+    by one, the oldest first. This is the same as a config with `checkpoints:`.
     """
     asked: dict[str, Any] = {"directory": models[0] if len(models) == 1 else list(models)}
     asked |= {"pattern": pattern, "last": last, "schedule": schedule}

@@ -29,7 +29,10 @@ from streammerge.cli.process import BEGAN, stop_on_signals
 )
 @click.argument("models", nargs=-1, required=True, type=path())
 @option(
-    "--base", type=path(), metavar="MODEL", help="What they were fine-tuned from  [default: the first MODEL]"
+    "--base",
+    type=path(),
+    metavar="MODEL",
+    help="Model that they were fine-tuned from  [default: the first MODEL]",
 )
 @memory_option
 @option(
@@ -60,7 +63,7 @@ def compare(
 ) -> None:
     """Show how MODELs differ from their base and from each other: norms, cosines, signs.
 
-    Each tensor is read once where it fits --memory; the numbers are exact, and the same whatever it is.
+    Each tensor is read once if it fits in --memory. The numbers are exact and do not depend on --memory.
     """
     stop, signal_received = stop_on_signals()
     import sys

@@ -36,7 +36,7 @@ _COMMANDS = (
 
 
 class _InOrder(click.Group):
-    """A group that lists its commands in the order in which a person meets them."""
+    """A group that lists its commands in the order of use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)

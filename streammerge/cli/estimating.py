@@ -1,4 +1,4 @@
-"""The commands for what is known of models beside their weights: Fisher diagonals and Gram matrices."""
+"""The commands for Fisher diagonals and Gram matrices."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _info_json_option = option(
 
 @click.group()
 def fisher() -> None:
-    """Fisher diagonals in Zarr stores: how certain a model is of each of its parameters."""
+    """Fisher diagonals in Zarr stores: how certain a model is of each parameter."""
 
 
 @fisher.command(
@@ -64,9 +64,9 @@ def fisher() -> None:
 @_store_option
 @_stored_dtype_option
 @memory_option
-@option("--estimator", metavar="TEXT", help="How the diagonals were estimated, for the record.")
-@option("--examples", type=Whole(1), metavar="N", help="From how many examples, for the record.")
-@option("--seed", type=Whole(0), metavar="N", help="With which seed, for the record.")
+@option("--estimator", metavar="TEXT", help="Estimator to record in the store.")
+@option("--examples", type=Whole(1), metavar="N", help="Number of examples to record in the store.")
+@option("--seed", type=Whole(0), metavar="N", help="Seed to record in the store.")
 @_overwrite_option
 @quiet_option
 @json_events_option
@@ -83,7 +83,7 @@ def fisher_import(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Stream DIAGONALS, a safetensors or PyTorch file, into a store for MODEL. Run again, it continues."""
+    """Stream DIAGONALS, a safetensors or PyTorch file, into a store for MODEL. Running it again resumes."""
     stop, signal_received = stop_on_signals()
     from streammerge.api import import_fisher
     from streammerge.report.progress import make_reporter
@@ -120,7 +120,7 @@ _streaming_options = together(
         metavar="N",
         default=512,
         show_default=True,
-        help="Cut examples after so many tokens.",
+        help="Truncate examples to N tokens.",
     ),
     option(
         "--batch-size",
@@ -129,7 +129,7 @@ _streaming_options = together(
         default=16,
         show_default=True,
         group=MEMORY_AND_SPEED,
-        help="Examples read and written at a time; the values do not depend on it.",
+        help="Examples read and written at a time; values do not depend on it.",
     ),
     memory_option,
     option(
@@ -147,7 +147,7 @@ _streaming_options = together(
 
 
 def _stream(run: str, what: str, *given: str, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Call the function `run` of the API, show its progress as `what`, and print what it did."""
+    """Call the function `run` of the API, show its progress as `what`, and print the result."""
     stop, signal_received = stop_on_signals()
     from streammerge import api
     from streammerge.report.progress import make_reporter
@@ -183,7 +183,7 @@ def _stream(run: str, what: str, *given: str, quiet: bool, as_json: bool, **opti
 @option(
     "--labels",
     type=click.Choice(["sampled", "empirical", "exact"]),
-    help="Labels drawn from the model, those of the data, or all of a classifier's  "
+    help="Labels drawn from the model, the data's own, or all labels of a classifier  "
     "[default: exact for classifiers, else sampled]",
 )
 @option(
@@ -192,12 +192,12 @@ def _stream(run: str, what: str, *given: str, quiet: bool, as_json: bool, **opti
     metavar="N",
     default=0,
     show_default=True,
-    help="Seed of the drawn labels.",
+    help="Seed for drawing labels.",
 )
 @_stored_dtype_option
 @_streaming_options
 def fisher_compute(model: str, data: str, out: str, **options: Any) -> None:
-    """Estimate the Fisher diagonal of MODEL over examples, layer by layer within --memory. Run again, it continues.
+    """Estimate the Fisher diagonal of MODEL over examples, layer by layer within --memory. Running it again resumes.
 
     MODEL is a causal language model or a sequence classifier that transformers can build; it need not fit in memory.
     """
@@ -208,7 +208,7 @@ def fisher_compute(model: str, data: str, out: str, **options: Any) -> None:
 @click.argument("store", type=path())
 @_info_json_option
 def fisher_info(store: str, as_json: bool) -> None:
-    """Show a store's totals, the share of each layer, and which parameters are undecided."""
+    """Show a store's totals, each layer's share, and the undecided parameters."""
     from streammerge.checkpoint.companions import open_fisher
     from streammerge.report.stores import info_text
 
@@ -239,7 +239,7 @@ def gram() -> None:
 @_store_option
 @_streaming_options
 def gram_compute(model: str, data: str, out: str, **options: Any) -> None:
-    """Collect the Gram matrices of MODEL over examples, layer by layer within --memory. Run again, it continues.
+    """Collect the Gram matrices of MODEL over examples, layer by layer within --memory. Running it again resumes.
 
     MODEL is a causal language model or a sequence classifier that transformers can build; it need not fit in memory.
     """
@@ -250,7 +250,7 @@ def gram_compute(model: str, data: str, out: str, **options: Any) -> None:
 @click.argument("store", type=path())
 @_info_json_option
 def gram_info(store: str, as_json: bool) -> None:
-    """Show what a store of Gram matrices holds: from which examples, of which linear maps."""
+    """Show the examples and the linear maps of a store of Gram matrices."""
     from streammerge.checkpoint.companions import open_grams
     from streammerge.report.stores import gram_info_text
 

@@ -1,4 +1,4 @@
-"""The options of `mergekit-yaml` under their own names, for scripts that are to run as they are."""
+"""The options of `mergekit-yaml` under their own names, so that existing scripts run unchanged."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from streammerge.units import parse_size
 
 _DECIMAL = {"k": 1000, "m": 1000**2, "b": 1000**3}
 _SAME = {"random_seed": "seed", "num_threads": "threads"}
-"""Options that have another name here."""
+"""Options that have a different name here."""
 _NEEDLESS = {
-    "allow_crimes": "tensors go by name and shape, whatever the architecture",
+    "allow_crimes": "tensors are matched by name and shape, whatever the architecture",
     "trust_remote_code": "no model's code is ever run",
     "lora_merge_cache": "adapters are applied while the rows are read, no merged copy is written",
     "lora_merge_dtype": "adapters are applied in float32",
-    "low_cpu_memory": "`--memory` bounds what is held",
-    "read_to_gpu": "`--device cuda` decides what lies where",
-    "multi_gpu": "one GPU is used",
+    "low_cpu_memory": "`--memory` bounds the memory",
+    "read_to_gpu": "`--device cuda` decides what is on the GPU",
+    "multi_gpu": "only one GPU is used",
     "lazy_unpickle": "PyTorch files are always read lazily",
-    "clone_tensors": "layers may come several times in any case",
+    "clone_tensors": "layers may be repeated in any case",
     "async_write": "reading, computing and writing always overlap",
-    "write_threads": "`--threads` says how many CPUs to keep busy",
-    "verbose": "`--json` tells what happens as it does",
+    "write_threads": "`--threads` sets the number of CPUs",
+    "verbose": "`--json` reports events as they happen",
 }
-"""Options without effect here, with the reason."""
+"""Options without effect, with the reason."""
 
 
 def mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options to a command; `translate` makes of their values what the command itself knows."""
+    """Add the options to a command; `translate` converts their values to the command's own options."""
     hidden: dict[str, Any] = {"hidden": True, "group": MERGEKIT}
     off: dict[str, Any] = {**hidden, "default": None}
     options = [
@@ -82,14 +82,14 @@ def mergekit_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def translate(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the options in this program's own terms, and what to tell of those without effect.
+    """Return the command's own options, and warnings on mergekit's options without effect.
 
-    ``--transformers-cache`` becomes the cache of this process, by the variable of the environment that says so.
+    ``--transformers-cache`` sets the cache of this process through its environment variable.
 
     Raises
     ------
     click.UsageError
-        If one asks for what is not done, or says otherwise than the option it stands for.
+        If an option is not supported, or contradicts the option it is translated to.
     """
     given = dict(options)
     given.pop("no_quiet")
@@ -97,7 +97,7 @@ def translate(options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         raise click.UsageError("--no-safe-serialization: outputs are safetensors")
     if given.pop("unsafe_truncate_embeddings"):
         raise click.UsageError(
-            "--unsafe-truncate-embeddings: rows are never dropped by place; write `tokenizer: {source: base}` in the config"
+            "--unsafe-truncate-embeddings: rows are never dropped by position: write `tokenizer: {source: base}` in the config"
         )
     for theirs, ours in _SAME.items():
         _set(given, ours, given.pop(theirs), theirs)

@@ -1,4 +1,4 @@
-"""The commands that merge, that tell beforehand what a merge will do, and that check what it did."""
+"""The commands that merge, plan a merge, and verify its output."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ from streammerge.errors import InputError, printable
 @json_events_option
 @mergekit_options
 def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:
-    """Merge the models that CONFIG names into OUT. Run again, it continues.
+    """Merge the models that CONFIG names into OUT. Running it again resumes.
 
     OUT is a directory, or one file if its name ends in .safetensors.
 
-    After Ctrl-C, a kill or a crash the same command continues where it stopped, and the files are byte for byte
-    those of an uninterrupted run. The options of mergekit-yaml are accepted under their own names.
+    After Ctrl-C, a kill or a crash, the same command resumes where it stopped, and the files have the bytes of an
+    uninterrupted run. The options of mergekit-yaml are accepted under their own names.
     """
     options, notes = translate(options)
     run(config, out, "merging", quiet=quiet, as_json=as_json, kernels=not no_kernels, notes=notes, **options)
@@ -73,14 +73,14 @@ def run(
     notes: Sequence[str] = (),
     **options: Any,
 ) -> None:
-    """Merge by a config and show how it goes.
+    """Run a merge and show its progress.
 
     Parameters
     ----------
     config
         A path, or the config as a mapping.
     what
-        What the run does, in one word.
+        The activity in one word.
     notes
         Warnings that come first.
     options
@@ -131,7 +131,7 @@ def run(
 def plan(config: str, out: str | None, as_json: bool, **options: Any) -> None:
     """Show what `merge CONFIG OUT` would do, from the models' headers alone. Nothing is written.
 
-    With OUT its disk is looked at, and so is what lies there already.
+    With OUT, its disk and its present content are checked too.
     """
     show_plan(config, out, as_json=as_json, **options)
 
@@ -185,7 +185,7 @@ def verify(
 ) -> None:
     """Re-read a finished output and compare it with its recorded checksums and structure.
 
-    With --against CONFIG a random sample is also computed once more, by the plain formulas, and compared bit by bit.
+    With --against CONFIG, a random sample is also recomputed by the plain formulas and compared bit by bit.
     """
     given = {"sample": sample, **options}
     if against is None and (everything or any(value is not None for value in given.values())):

@@ -17,10 +17,10 @@ OUTPUT = "Output"
 METHODS = "Methods and randomness"
 MESSAGES = "Messages"
 MERGEKIT = "Mergekit compatibility"
-_COMPATIBLE = "Accepted as mergekit-yaml has them; those without effect are named in a warning"
+_COMPATIBLE = "Accepted under mergekit-yaml's names; a warning lists those without effect"
 MOST_SEED = 2**64 - 1
 _LEAST_PLAIN_MEMORY = 1 << 20
-"""Plain bytes below which a unit was forgotten: no process is that small."""
+"""Bytes; a smaller plain number means that the unit was forgotten, since no process is that small."""
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -31,7 +31,7 @@ class Size(click.ParamType):
     Parameters
     ----------
     least_plain
-        A number without a unit that is below this was meant in GiB.
+        Smaller numbers without a unit are refused: they were probably meant in GiB.
     """
 
     name = "size"
@@ -40,7 +40,7 @@ class Size(click.ParamType):
         self._least_plain = least_plain
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the bytes; refuse, naming the option, what is no size."""
+        """Return the bytes; refuse an invalid size with the option's name."""
         if isinstance(value, int):
             return value
         option = max(param.opts, key=len) if param is not None else "size"
@@ -62,7 +62,7 @@ class Whole(click.ParamType):
         self._least, self._most = least, most
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return the number; refuse, naming the option, what is none or lies outside."""
+        """Return the number; refuse an invalid one with the option's name."""
         try:
             number = int(value)
         except ValueError:
@@ -75,7 +75,7 @@ class Whole(click.ParamType):
 
 
 class GroupedOption(click.Option):
-    """An option that stands in a section of its command's help text."""
+    """An option in a section of its command's help text."""
 
     def __init__(self, *arguments: Any, group: str = "Options", **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -83,7 +83,7 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose options are listed by section, in the order in which the sections first appear."""
+    """A command whose help lists options by section."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections."""
@@ -107,7 +107,7 @@ class GroupedCommand(click.Command):
 
 
 def _filled(text: str, formatter: click.HelpFormatter) -> str:
-    """Return text wrapped for a section; unlike click's own, an option's name is not broken at its hyphens."""
+    """Return text wrapped for a section; option names are not broken at hyphens, as click would."""
     indent = " " * formatter.current_indent
     lines = textwrap.wrap(
         text, formatter.width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
@@ -121,7 +121,7 @@ def option(*names: str, group: str = "Options", **keywords: Any) -> Decorator:
 
 
 def together(*options: Decorator) -> Decorator:
-    """Return one decorator for several, listed in the order in which they are to be shown."""
+    """Return one decorator for several, in the order of the help text."""
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for add in reversed(options):
@@ -132,7 +132,7 @@ def together(*options: Decorator) -> Decorator:
 
 
 def complete_methods(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Return the names of the methods that begin so."""
+    """Return the names of the methods with this prefix."""
     from streammerge.methods.catalog import load_builtin
     from streammerge.methods.registry import all_methods
 
@@ -142,19 +142,19 @@ def complete_methods(ctx: click.Context, param: click.Parameter, incomplete: str
 
 
 class _AnyPath(click.Path):
-    """A path that shells complete and that is not looked at here: the command itself says what is wrong with it."""
+    """A path that shells complete and click does not check: the command reports problems itself."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value
 
 
 def path(**keywords: Any) -> click.Path:
-    """Return the type of a path; ``file_okay=False`` has shells complete directories alone."""
+    """Return the type of a path; with ``file_okay=False`` shells complete directories only."""
     return _AnyPath(**keywords)
 
 
 def examples(*lines: str) -> str:
-    """Return the end of a help text: commands to imitate."""
+    """Return the examples at the end of a help text."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
@@ -177,7 +177,7 @@ json_events_option = option(
     "as_json",
     is_flag=True,
     group=MESSAGES,
-    help="Print events as JSON, one object a line, on stdout.",
+    help="Print events as JSON, one object per line, on stdout.",
 )
 quiet_option = option("--quiet", is_flag=True, group=MESSAGES, help="Print warnings and errors only.")
 
@@ -245,7 +245,7 @@ writing_options = together(
         default="error",
         show_default=True,
         group=OUTPUT,
-        help="What to do with a NaN or infinity, of an input or by overflow: stop, or write and report it.",
+        help="On NaN or infinity, in an input or by overflow: stop, or write and report it.",
     ),
     option(
         "--io",
@@ -265,14 +265,14 @@ writing_options = together(
         "--hash-inputs",
         is_flag=True,
         group=OUTPUT,
-        help="Hash every input file first (one more read of it): a resumed merge then accepts a touched or copied file.",
+        help="Hash every input file first (reads it once more); a resumed merge then accepts touched or copied files.",
     ),
     option(
         "--profile",
         type=path(dir_okay=False),
         metavar="FILE",
         group=MESSAGES,
-        help="Record in FILE, as JSON, where the time went, stage by stage.",
+        help="Write the time spent in each stage to FILE, as JSON.",
     ),
 )
-"""Of the commands that merge."""
+"""Options of the commands that merge."""

@@ -20,13 +20,13 @@ from streammerge.errors import InputError, printable
 BEGAN = time.monotonic()
 """The time when the command started; ``seconds`` of a JSON event counts from it."""
 _KINDS = ("config", "model", "budget", "output", "input", "world", "stopped")
-"""Kinds of errors, as docs/use/json.md has them; a narrower class is of the kind of the one that it narrows."""
+"""Kinds of errors, as in docs/use/json.md; subclasses of an error have its kind."""
 _STREAMING = ("merge", "import", "compute")
 """Commands whose ``--json`` prints events, an error among them."""
 
 
 def stop_on_signals() -> tuple[threading.Event, Callable[[], int | None]]:
-    """Return an event that SIGINT and SIGTERM set, and a function that returns which of them came first."""
+    """Return an event that SIGINT and SIGTERM set, and a function that returns the first signal received."""
     stop = threading.Event()
     received: list[int] = []
 
@@ -40,7 +40,7 @@ def stop_on_signals() -> tuple[threading.Event, Callable[[], int | None]]:
 
 
 def leave_on_signals() -> None:
-    """Have SIGINT and SIGTERM end at once a command that writes nothing, and so has nothing to finish."""
+    """Let SIGINT and SIGTERM end the process immediately, for commands that write nothing."""
 
     def on_signal(signum: int, frame: FrameType | None) -> None:
         report(InputError("stopped"), 0)
@@ -51,7 +51,7 @@ def leave_on_signals() -> None:
 
 
 def open_closed_streams() -> None:
-    """Put the null device where the caller has closed a standard stream.
+    """Open the null device in place of standard streams that the caller has closed.
 
     Otherwise the next file opened, perhaps a shard, would receive the messages.
     """
@@ -59,7 +59,7 @@ def open_closed_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
 
@@ -75,7 +75,7 @@ def report(error: Exception, code: int) -> int:
 
 
 def report_usage(error: click.ClickException) -> int:
-    """Print what is wrong with a command's arguments as one line; return the exit code.
+    """Print an error in a command's arguments as one line; return the exit code.
 
     A group that is called without a command shows its help instead.
     """
@@ -91,7 +91,7 @@ def report_usage(error: click.ClickException) -> int:
 
 
 def _kind_of(error: Exception) -> str:
-    """Return the word for an error's kind: ``config``, ``model``, ``budget``, ``output``, ``world``, …
+    """Return an error's kind: ``config``, ``model``, ``budget``, ``output``, ``world``, …
 
     >>> from streammerge.errors import ConfigError, InputError
     >>> _kind_of(ConfigError("")), _kind_of(InputError(""))
@@ -112,7 +112,7 @@ def _report_line(message: str, kind: str, code: int) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit without a traceback even where stdout or stderr is full or its reader gone."""
+    """Exit without a traceback, even if stdout or stderr is full or closed."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

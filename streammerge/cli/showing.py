@@ -1,4 +1,4 @@
-"""The commands that show something: a model's tensors, the methods, a config to start from, the demo."""
+"""The commands that show a model's tensors, the methods, an example config, the schema, or the demo."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from streammerge.cli.options import (
 def inspect(model: str, pattern: str | None, everything: bool, as_json: bool) -> None:
     """Show a model's totals and its tensors: dtype, shape, bytes, file.
 
-    PATTERN is a regular expression; tensors are listed in whose names it is found.
+    PATTERN is a regular expression; only tensors whose names it matches are listed.
     """
     from streammerge.api.looking import inspect_model
     from streammerge.report.tables import inspect_text, inspect_values, name_filter
@@ -80,7 +80,7 @@ def methods(name: str | None, methods: str | None) -> None:
 @click.argument("method", shell_complete=complete_methods)
 @methods_option
 def new(method: str, methods: str | None) -> None:
-    """Print a commented config for METHOD, to edit and to merge by."""
+    """Print a commented config for METHOD, to be edited."""
     from streammerge.api.looking import list_methods
     from streammerge.methods.registry import get_method
     from streammerge.report.example import commented_config
@@ -99,7 +99,7 @@ def new(method: str, methods: str | None) -> None:
 )
 @methods_option
 def schema(methods: str | None) -> None:
-    """Print a JSON schema of the config, by which editors complete keys and mark misspelt ones."""
+    """Print the JSON schema of the config, with which editors complete keys and mark misspelt ones."""
     from streammerge.methods.catalog import load_builtin, load_file
     from streammerge.methods.registry import all_methods
     from streammerge.report.config_schema import config_schema
@@ -133,7 +133,7 @@ def demo(out: str | None) -> None:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print a script that has SHELL complete commands, options, files and method names."""
+    """Print a script that makes SHELL complete commands, options, files and method names."""
     from click.shell_completion import get_completion_class
 
     complete = get_completion_class(shell)

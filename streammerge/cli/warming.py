@@ -1,4 +1,4 @@
-"""`warm-up`: everything that a first merge would compile, ahead of it."""
+"""`warm-up`: compile all kernels in advance."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from streammerge.cli.options import GroupedCommand, examples
 
 @click.command("warm-up", cls=GroupedCommand, epilog=examples("streammerge warm-up"))
 def warm_up() -> None:
-    """Compile all kernels ahead, half a minute, as for a container image; a merge compiles those that it needs.
+    """Compile all kernels in advance (half a minute), for a container image, say. A merge compiles only those it needs.
 
-    They are kept below NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, for this version and kind of CPU.
+    They are cached in NUMBA_CACHE_DIR, XDG_CACHE_HOME or ~/.cache, for this version and kind of CPU.
     """
     from streammerge.backends.cpu.before_use import compile_groups
     from streammerge.backends.cpu.compile import GROUPS

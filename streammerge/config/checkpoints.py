@@ -1,4 +1,4 @@
-"""The key `checkpoints`: what is averaged, and by which schedule."""
+"""The key `checkpoints`: the checkpoints to average, and the schedule."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Checkpoints:
     places: tuple[str, ...]
     """A directory of checkpoints; or several of these, and of models."""
     pattern: str | None = None
-    """What the names of those that are meant look like, as a shell's; None: all that are checkpoints."""
+    """A shell pattern of the checkpoints' names; None: all checkpoints."""
     last: int | None = None
-    """How many of the newest are taken; None: all."""
+    """Number of newest checkpoints to use; None: all."""
     schedule: Schedule = field(default=Schedule())
     path: str = ""
     """Its place in the config, for messages."""
@@ -29,20 +29,20 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class Averaged:
-    """One checkpoint and its share in the average."""
+    """One checkpoint and its coefficient in the average."""
 
     reference: str
     coefficient: float
-    """One of 0 has no part: the checkpoint is not read."""
+    """The coefficient; a checkpoint with 0 is not read."""
 
 
 def parse_checkpoints(data: dict[str, object], top: str) -> Checkpoints | None:
-    """Return what the key says; None without it.
+    """Return the value of the key; None without it.
 
     Raises
     ------
     ConfigError
-        If it is malformed, or the config has what an average cannot have.
+        If it is malformed, or the config has keys that an average cannot have.
     """
     value = data.get("checkpoints")
     if value is None:
@@ -70,9 +70,9 @@ def parse_checkpoints(data: dict[str, object], top: str) -> Checkpoints | None:
 
 def _places(value: object, path: str) -> tuple[str, ...]:
     if value is None:
-        refuse(path, "is missing (the directory that the checkpoints lie in)")
+        refuse(path, "is missing (the directory of the checkpoints)")
     if not isinstance(value, list):
         return (parse_text(value, path),)
     if not value:
-        refuse(path, "an empty list")
+        refuse(path, "is an empty list")
     return tuple(parse_text(item, f"{path}[{i}]") for i, item in enumerate(value))

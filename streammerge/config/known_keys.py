@@ -27,9 +27,9 @@ KEYS = (
 """Keys of a config, at its top level."""
 
 KEYS_WITHOUT_EFFECT: Mapping[str, str] = {
-    "name": "it names a stage of mergekit-multi; this merges into the directory that the command names",
-    "out_path": "this merges into the directory that the command names",
-    "override_architecture": "tensors go by their own names, whatever the architecture",
+    "name": "it names a stage of mergekit-multi; the command line names the output",
+    "out_path": "the command line names the output",
+    "override_architecture": "tensors are matched by name, whatever the architecture",
     "residual_weight": "mergekit reads it and does nothing with it",
     "int8_mask": "it changes no number",
     "embed_slerp": "it was for vocabularies that differ; `tokenizer:` aligns them, whatever the method",
@@ -67,8 +67,8 @@ PARAMETERS = frozenset(
         "nuslerp_row_wise",
     }
 )
-"""Parameters that some method of mergekit's has. Given to a method that has not, they change nothing there, and many
-published configs do so; a name that no method has is a misspelt one."""
+"""Parameters of some method in mergekit. Many published configs give them to methods that lack them, where mergekit
+ignores them. A name that no method has is a misspelling."""
 
 _ELSEWHERE: Mapping[str, str] = {
     "random_seed": "'random_seed' is called 'seed' here",
@@ -78,7 +78,7 @@ _ELSEWHERE: Mapping[str, str] = {
     "torch_dtype": "'torch_dtype' is called 'dtype'",
     "method": "'method' is called 'merge_method'",
     "base": "'base' is called 'base_model'",
-    "layer_range": "'layer_range' stands in slices: - sources: [{model: x, layer_range: [0, 16]}]",
+    "layer_range": "'layer_range' goes into slices: - sources: [{model: x, layer_range: [0, 16]}]",
     "lora": "an adapter is part of the model: {model: x+adapter}",
     "adapter": "an adapter is part of the model: {model: x+adapter}",
     "revision": "a revision is part of the model: {model: org/name@revision}",
@@ -88,7 +88,7 @@ _ELSEWHERE: Mapping[str, str] = {
 
 
 def misplaced(key: str, value: object, data: Mapping[str, object]) -> str | None:
-    """Return the cure for a key of `data` that belongs elsewhere; None if it is no such key.
+    """Return the cure for a key of `data` that belongs elsewhere, or None.
 
     >>> misplaced("weight", 0.5, {"model": "x", "weight": 0.5})
     "'weight' goes under parameters: {model: 'x', parameters: {weight: 0.5}}"
@@ -98,9 +98,9 @@ def misplaced(key: str, value: object, data: Mapping[str, object]) -> str | None
         return f"'{key}' goes under parameters: {_example(key, value, data)}"
     if single in PARAMETERS and single != key and key not in ("parameters",):
         model = "{model: x, parameters: {" + single + ": 0.5}}"
-        return f"'{key}' is no key: each model has its own '{single}' under parameters: {model}"
+        return f"'{key}' is not a key: each model has its own '{single}' under parameters: {model}"
     if key in KEYS:
-        return f"'{key}' stands at the top level of the config, once for the whole merge"
+        return f"'{key}' belongs at the top level of the config, once for the whole merge"
     return _ELSEWHERE.get(key)
 
 

@@ -1,4 +1,4 @@
-"""Reads a config from a file, a pipe, standard input, a text, or a mapping from Python."""
+"""Read a config from a file, a pipe, standard input, a text, or a Python mapping."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from streammerge.config.wording import child, refuse, shown
 from streammerge.errors import ConfigError
 
 STDIN = "-"
-"""Standard input, in place of a path."""
+"""The path that means standard input."""
 _PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
-"""Paths that stand for descriptors somebody has opened for us, as `<(command)` of a shell; a pipe is waited for there."""
+"""Prefixes of paths that mean open descriptors, such as a shell's `<(command)`; reading from these pipes waits."""
 
 
 def parse_config(text: bytes | str, where: str = "config.yml") -> MergeConfig:
-    """Return the config that the YAML `text` describes; ConfigError names what is wrong in it."""
+    """Return the config that the YAML `text` describes; raise ConfigError if it is invalid."""
     documents = load_documents(text, where)
     verbatim = text if isinstance(text, str) else bytes(text).decode("utf-8")
     return (
@@ -31,9 +31,9 @@ def parse_config(text: bytes | str, where: str = "config.yml") -> MergeConfig:
 
 
 def load_config(path: str | os.PathLike[str]) -> MergeConfig:
-    """Return the config in the file at `path`, of at most 4 MiB, or ConfigError.
+    """Return the config in the file at `path`, of at most 4 MiB; raise ConfigError if it is invalid.
 
-    It is a regular file, or ``-`` for standard input, or a pipe that the caller's shell holds open (``/dev/fd/63``).
+    `path` is a regular file, ``-`` for standard input, or a pipe opened by the caller's shell (``/dev/fd/63``).
     """
     where = os.fspath(path)
     if not isinstance(where, str):
@@ -41,7 +41,7 @@ def load_config(path: str | os.PathLike[str]) -> MergeConfig:
     try:
         if where == STDIN:
             return parse_config(_read_all(os.dup(0)), "standard input")
-        # Not blocking: a FIFO without a writer must not hang before fstat sees it.
+        # Non-blocking, so that a FIFO without a writer does not hang before fstat detects it.
         fd = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(fd).st_mode) and not where.startswith(_PIPES):
             os.close(fd)
@@ -62,14 +62,14 @@ def load_config(path: str | os.PathLike[str]) -> MergeConfig:
 
 
 def _read_all(fd: int) -> bytes:
-    """Return what a descriptor holds, as far as a config may be long, and close it."""
+    """Read a descriptor up to the largest size of a config, and close it."""
     with open(fd, "rb") as file:
         os.set_blocking(file.fileno(), True)
         return file.read(MAX_BYTES + 1)
 
 
 def config_from_mapping(data: Mapping[str, object], where: str = "config") -> MergeConfig:
-    """Return the config that `data`, shaped like the YAML, describes.
+    """Return the config that `data`, structured like the YAML, describes.
 
     Paths may be given as `Path`, lists as tuples, numbers as numpy's scalars. The `text` of the result is YAML that
     parses to the same config.
@@ -79,7 +79,7 @@ def config_from_mapping(data: Mapping[str, object], where: str = "config") -> Me
 
 
 def _plain(value: object, path: str, depth: int) -> object:
-    """Return `value` in the types that YAML has, sharing nothing with it."""
+    """Return a deep copy of `value` in YAML's types."""
     if depth > MAX_DEPTH:
         refuse(path, f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, Mapping):
@@ -106,8 +106,8 @@ def _plain(value: object, path: str, depth: int) -> object:
 
 
 def _of_numpy(value: object, path: str) -> object:
-    """Return a numpy scalar or vector in Python's types: the number that its shortest decimal names, so that
-    ``np.float32(0.3)`` is 0.3 as a sweep means it."""
+    """Return a numpy scalar or vector in Python's types. Floats become the value of their shortest decimal, so that
+    ``np.float32(0.3)`` is 0.3."""
     import numpy as np
 
     if isinstance(value, np.floating):

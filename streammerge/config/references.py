@@ -1,15 +1,15 @@
-"""References: the ways a config names a model."""
+"""References, the ways in which a config names a model."""
 
 from __future__ import annotations
 
 from streammerge.config.wording import check_keys, child, refuse, shown
 
 _DIRECTORIES = (".", "/", "~")
-"""Beginnings that only the path of a directory has: it has no revision, and mergekit ignores one too."""
+"""Prefixes of directory paths, which have no revision; mergekit ignores one too."""
 
 
 def parse_text(value: object, path: str) -> str:
-    """Return `value` if it is a string that can name something; ConfigError otherwise."""
+    """Return `value` if it is a non-empty string; raise ConfigError otherwise."""
     if not isinstance(value, str):
         refuse(path, f"must be a string, not {shown(value)} (quote it)")
     if not value.strip():
@@ -18,11 +18,11 @@ def parse_text(value: object, path: str) -> str:
 
 
 def parse_reference(value: object, path: str) -> str:
-    """Return a model reference as one string: a path or hub name, with ``@revision`` and ``+adapter`` if it has them.
+    """Return a model reference as one string: a path or hub name with optional ``@revision`` and ``+adapter``.
 
-    It is written as that string, as ``{path, revision}``, or as mergekit writes it, ``{model: {path, revision}, lora:
-    {path, revision}}``. What a string says of adapters is settled when the model is opened: a directory may have a `+`
-    in its name.
+    The config writes it as that string, as ``{path, revision}``, or in mergekit's form ``{model: {path, revision}, lora:
+    {path, revision}}``. Opening the model decides whether a `+` in a string separates an adapter, since the name of a
+    directory may contain one.
     """
     if not isinstance(value, dict):
         return parse_text(value, path)
@@ -39,7 +39,7 @@ def parse_reference(value: object, path: str) -> str:
 
 
 def _parse_place(value: object, path: str) -> str:
-    """Return ``path@revision`` of a string or a map."""
+    """Return ``path@revision`` for a string or a map."""
     if not isinstance(value, dict):
         return parse_text(value, path)
     if "model" in value:

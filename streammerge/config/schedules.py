@@ -1,7 +1,7 @@
-"""The schedules of an average of checkpoints: each gives the coefficients of one weighted sum.
+"""Schedules for averaging checkpoints; each gives the coefficients of a weighted sum.
 
-A schedule is one function, registered by its kind, from the number of checkpoints to their coefficients, oldest first.
-They are computed exactly (`wsm` to 40 digits) and rounded once to fp64, so they are the same on every machine.
+A schedule is a function, registered under its kind, that maps the number of checkpoints to their coefficients, oldest
+first. Coefficients are computed exactly (`wsm` to 40 digits) and rounded once to fp64: they are equal on every machine.
 
 Sources: PMA, https://arxiv.org/abs/2505.12082 (sma, wma, ema); WSM, https://arxiv.org/abs/2507.17634.
 """
@@ -17,18 +17,18 @@ from fractions import Fraction
 from streammerge.config.wording import check_keys, child, refuse, shown, suggestion
 
 Coefficients = Callable[[int, str], Sequence[Fraction]]
-"""Takes the number of checkpoints, at least 1, and the decay; returns a coefficient each, oldest first. Their sum is 1."""
+"""Function of the number of checkpoints (at least 1) and the decay; returns the coefficients, oldest first, of sum 1."""
 _DIGITS = 40
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of schedules."""
+    """A kind of schedule."""
 
     coefficients: Coefficients
     decay: str = ""
-    """What its decay is, for a message; empty for a schedule without one."""
+    """Description of its decay for messages; empty if it has none."""
     accepts: Callable[[str], bool] = lambda decay: decay == ""
 
 
@@ -37,11 +37,11 @@ KINDS: dict[str, Kind] = {}
 
 @dataclass(frozen=True)
 class Schedule:
-    """A schedule as a config names it."""
+    """A schedule as the config gives it."""
 
     kind: str = "sma"
     decay: str = ""
-    """As written: the number of `ema`, the function of `wsm`; empty for the others."""
+    """The decay as written: the number of `ema`, the function of `wsm`; empty for other kinds."""
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.decay}" if self.decay else self.kind
@@ -105,7 +105,7 @@ def _simple(n: int, decay: str) -> list[Fraction]:
 
 @_register("wma")
 def _weighted(n: int, decay: str) -> list[Fraction]:
-    """Return 1, 2, 3, …, n over their sum."""
+    """Return 1, 2, 3, …, n divided by their sum."""
     return [Fraction(2 * i, n * (n + 1)) for i in range(1, n + 1)]
 
 
@@ -140,7 +140,7 @@ _DECAYS: Mapping[str, Callable[[Decimal], Decimal]] = {
 
 @_register("wsm", f"the decay that it stands for: {', '.join(_DECAYS)}", lambda decay: decay in _DECAYS)
 def _decayed(n: int, decay: str) -> list[Fraction]:
-    """Return what a decay f of the learning rate over the checkpoints after the oldest, the trunk, comes to.
+    """Return the coefficients equivalent to a decay f of the learning rate after the oldest checkpoint, the trunk.
 
     With m = n - 1 checkpoints after it and d_i = f(i / m): c_m = d_m, c_i = d_i - d_(i+1), c_0 = 1 - d_1. f(1) = 0, so
     the newest has the coefficient 0, as a learning rate that has decayed to 0 would leave it.

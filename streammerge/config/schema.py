@@ -1,7 +1,7 @@
 """The config as a frozen value: mergekit's YAML, read strictly.
 
-Unknown keys are refused at every level, keys of mergekit that are not supported yet by name. The
-names inside `parameters` are checked later, against the method.
+Unknown keys are refused at every level; unsupported keys of mergekit are refused with a reason. The names inside
+`parameters` are checked later, against the method.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class ModelSpec:
     """A directory, or a hub name with an optional ``@revision``."""
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     alias: str | None = None
-    """The name that stands for the model in random masks, and tells two entries apart."""
+    """The name that identifies the model in random masks, and distinguishes entries."""
     fisher: str | None = None
     """Path of the model's Fisher diagonal."""
     gram: str | None = None
@@ -46,59 +46,59 @@ class ModelSpec:
     path: str = ""
     """Its place in the config, for messages: ``config.yml: models[0]``."""
     layer_range: tuple[int, int] | None = None
-    """The layers that a slice takes, the second exclusive; None: all."""
+    """The layers [first, end) that a slice takes; None: all."""
     again: int = 0
-    """Number of times that the list names the model before, without an alias."""
+    """Number of earlier entries of the same model without an alias."""
 
     @property
     def name(self) -> str:
-        """The name that tells it from the other models of the config."""
+        """A name that is unique in the config."""
         return self.alias or self.reference + (f" ({self.again + 1})" if self.again else "")
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive layers of the output, merged from as many layers of each source."""
+    """Consecutive layers of the output, merged from the same number of layers of each source."""
 
     sources: tuple[ModelSpec, ...]
     base_model: str | None = None
-    """The slice's own base, in place of the config's."""
+    """The slice's own base, which replaces the config's."""
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     path: str = ""
     base: ModelSpec | None = None
-    """The base that takes part, once that is settled; it is not among the sources then."""
+    """The base in effect, once it is determined; it is then not among the sources."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether its range has no layers: the first such slice decides the embedding, the last one norm and head."""
+        """Whether its range has no layers: an empty first slice determines the embedding, an empty last one norm and head."""
         spec = self.sources[0] if self.sources else self.base
         return spec is not None and spec.layer_range is not None and len({*spec.layer_range}) == 1
 
 
 @dataclass(frozen=True)
 class Module:
-    """A part of the output with a stack of layers of its own, such as a text decoder."""
+    """A part of the output with its own stack of layers, such as a text decoder."""
 
     name: str | None
     """Its name in mergekit; None: the whole model."""
     slices: tuple[Slice, ...]
-    """One without layer ranges where whole models are merged."""
+    """The slices; a single one without layer ranges if whole models are merged."""
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     path: str = ""
 
     @property
     def is_sliced(self) -> bool:
-        """Whether layers are put together from slices."""
+        """Whether layers are assembled from slices."""
         return any(spec.layer_range is not None for part in self.slices for spec in part.sources)
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Everything a merge is asked to do. Its values are plain: it pickles, compares and hashes."""
+    """The whole config. Its values are plain, so that it pickles, compares and hashes."""
 
     merge_method: str
     models: tuple[ModelSpec, ...]
-    """Every model, once, in the order of the config; the base is among them only if it is listed there."""
+    """Every model once, in the order of the config; the base only if it is listed."""
     base_model: str | None = None
     dtype: str | None = None
     """Format code of the output dtype, such as `BF16`; the arithmetic does not depend on it. None:
@@ -106,7 +106,7 @@ class MergeConfig:
     out_dtype: str | None = None
     """The dtype of the output; it overrides `dtype`."""
     quantize: str = "none"
-    """How the output is stored: one of `QUANTIZE`."""
+    """Storage of the output: one of `QUANTIZE`."""
     parameters: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     seed: int = 0
     exclude: tuple[str, ...] = ()
@@ -122,9 +122,9 @@ class MergeConfig:
     notes: tuple[str, ...] = ()
     """Warnings about keys without effect."""
     tokenizer: TokenizerSpec | None = None
-    """The vocabulary of the output, where the models' are to be aligned."""
+    """The vocabulary of the output, if vocabularies are aligned."""
     chat_template: ChatTemplate | None = None
-    """The output's chat template; ``auto``: the one that most models have; None: that of the tokenizer."""
+    """The output's chat template; ``auto``: the most common one; None: the tokenizer's."""
     checkpoints: Checkpoints | None = None
     """What is averaged in place of models that are listed; `models` has none of them until they are looked for."""
     averaged: tuple[Averaged, ...] = ()
@@ -275,7 +275,7 @@ def _are_whole(modules: tuple[Module, ...]) -> bool:
 
 
 def members_of(modules: tuple[Module, ...]) -> tuple[ModelSpec, ...]:
-    """Return every model once, by its alias or else its reference."""
+    """Return every model once, identified by its alias or its reference."""
     members: dict[str, ModelSpec] = {}
     for spec in (spec for module in modules for part in module.slices for spec in part.sources):
         first = members.setdefault(spec.name, spec)
@@ -287,7 +287,7 @@ def members_of(modules: tuple[Module, ...]) -> tuple[ModelSpec, ...]:
 
 
 def _models(data: object, path: str, notes: list[str], *, layers: bool = False) -> tuple[ModelSpec, ...]:
-    """Return the models of a list; with `layers` each has a range of them."""
+    """Return the models of a list; with `layers` each has a layer range."""
     if not isinstance(data, list) or not data:
         refuse(path, f"must be a list of models (- model: …), not {shown(data)}")
     models = [_model(item, f"{path}[{i}]", notes, layers) for i, item in enumerate(data)]
@@ -347,7 +347,7 @@ def _layer_range(data: object, path: str) -> tuple[int, int]:
 
 
 def _without(data: dict[str, object], path: str, notes: list[str]) -> dict[str, object]:
-    """Return `data` without keys that mean nothing here; a note says so of each."""
+    """Return `data` without keys that have no effect, with a note for each."""
     notes += [
         f"{child(path, key)}: ignored: {KEYS_WITHOUT_EFFECT[key]}"
         for key, value in data.items()
@@ -370,7 +370,7 @@ def _dtype(value: object, path: str) -> str | None:
     name = value.removeprefix("torch.").lower() if isinstance(value, str) else ""
     code = NAMES.get(SHORT_NAMES.get(name, name))
     if code is None:
-        refuse(path, f"{shown(value)} is none of {', '.join(NAMES)}{meant(name, [*NAMES, *SHORT_NAMES])}")
+        refuse(path, f"{shown(value)} is not one of {', '.join(NAMES)}{meant(name, [*NAMES, *SHORT_NAMES])}")
     return code
 
 
@@ -379,7 +379,7 @@ def _quantize(value: object, path: str) -> str:
         return "none"
     name = value.lower() if isinstance(value, str) else ""
     if name not in QUANTIZE:
-        refuse(path, f"{shown(value)} is none of {', '.join(QUANTIZE)}{meant(name, QUANTIZE)}")
+        refuse(path, f"{shown(value)} is not one of {', '.join(QUANTIZE)}{meant(name, QUANTIZE)}")
     return name
 
 

@@ -1,7 +1,7 @@
-"""One parameter as the config writes it, and its value for one tensor.
+"""A parameter as written in the config, and its value for a tensor.
 
-A setting is a scalar, a gradient over the depth of the network (a list of points), or a list of
-clauses ``{filter, value}`` of which the first that matches the tensor's name counts::
+A setting is a scalar, a gradient over the depth of the network (a list of points), or a list of clauses
+``{filter, value}``, of which the first that matches the tensor's name applies::
 
     density: 0.5
     t: [0, 0.5, 1]
@@ -9,7 +9,7 @@ clauses ``{filter, value}`` of which the first that matches the tensor's name co
       - {filter: self_attn, value: [0.2, 0.8]}
       - {value: 0.5}
 
-Types are checked by the method's declaration, later; here only the structure is.
+Only the structure is checked here; types are checked later against the method's declaration.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _FORMS = "a setting is a value, a list of values, or a list of {filter, value}"
 
 @dataclass(frozen=True)
 class Clause:
-    """A value, or the points of a gradient, for the tensors that the filter admits."""
+    """A value, or the points of a gradient, for the tensors that the filter matches."""
 
     filter: str | None
-    """A part of the tensor's name; None, like `*`, admits every tensor."""
+    """A part of the tensor's name; None and `*` match every tensor."""
     values: tuple[Scalar, ...]
     """One value, or the points of a gradient: all numbers, all bools or all strings."""
 
     def matches(self, tensor: str) -> bool:
-        """Whether the filter admits the tensor."""
+        """Return whether the filter matches the tensor."""
         return self.filter is None or self.filter == "*" or self.filter in tensor
 
 
@@ -66,8 +66,8 @@ def parse_setting(value: object, path: str) -> Setting:
 def value_for(setting: Setting, tensor: str, t: float) -> Scalar | None:
     """Return the value for the tensor at relative depth `t` in [0, 1], or None: no clause matches.
 
-    Numbers are interpolated linearly between the points of a gradient; of bools and strings the
-    last point reached is taken.
+    Numbers are interpolated linearly between the points of a gradient; for bools and strings the last point at or
+    before `t` is used.
 
     >>> value_for(parse_setting([0, 0.5, 2.0], "density"), "model.norm.weight", 0.75)
     1.25
@@ -123,7 +123,7 @@ def _scalar(value: object, path: str) -> Scalar:
 
 
 def _at(values: tuple[Scalar, ...], t: float) -> Scalar:
-    """Return the value at `t`; on a point it is that point, an int stays one."""
+    """Return the value at `t`; on a point it is exactly that point, and an int stays an int."""
     if len(values) == 1:
         return values[0]
     position = t * (len(values) - 1)

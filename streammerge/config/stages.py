@@ -1,4 +1,4 @@
-"""A config of several documents: stages, each of which may use the results of others, and one that is the output."""
+"""A config of several documents: stages that may use each other's results, one of which is the output."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _NAME = "name"
 
 
 def staged_config(documents: Sequence[object], text: str, where: str) -> MergeConfig:
-    """Return the config of the output; its `stages` are the other documents, in an order in which they can be merged.
+    """Return the config of the output; its `stages` are the other documents, in an order that respects their uses.
 
     Parameters
     ----------
     documents
-        Plain values, two or more.
+        Two or more documents, as plain values.
     text
-        The YAML of all of them.
+        The YAML of all documents.
 
     Raises
     ------
     ConfigError
-        If a document is malformed, a name is there twice, stages use each other in a circle, or there are two outputs.
+        If a document is malformed, a name occurs twice, stages form a cycle, or there are several outputs.
     """
     if len(documents) > MOST_STAGES:
         refuse(where, f"{len(documents)} documents, at most {MOST_STAGES}: merge some of them first")
@@ -51,7 +51,7 @@ def staged_config(documents: Sequence[object], text: str, where: str) -> MergeCo
 
 
 def stage_of(reference: str, names: Sequence[str]) -> str | None:
-    """Return the stage that a reference to a model names, with an adapter or without; None if it names none.
+    """Return the stage that a model reference names, with or without an adapter, or None.
 
     >>> stage_of("first+adapters/a", ["first"]), stage_of("models/first", ["first"])
     ('first', None)
@@ -60,7 +60,7 @@ def stage_of(reference: str, names: Sequence[str]) -> str | None:
 
 
 def as_map(document: object, where: str) -> dict[str, object]:
-    """Return a document that is a map of keys, as a config must be."""
+    """Return a document as a map of keys; refuse any other."""
     if not isinstance(document, dict):
         refuse(where, f"a config is a map of keys (merge_method, models, …), not {shown(document)}")
     return document
@@ -87,36 +87,38 @@ def _used(config: MergeConfig, configs: dict[str | None, MergeConfig]) -> list[s
 
 
 def _in_order(uses: dict[str | None, list[str | None]], where: str) -> list[str | None]:
-    """Return the names so that each comes after those that it uses, otherwise as they are written."""
+    """Return the names in the config's order, except that each comes after those that it uses."""
     try:
         return list(TopologicalSorter(uses).static_order())
     except CycleError as error:
         circle = " → ".join(str(name) for name in reversed(error.args[1]))
-        refuse(where, f"stages use each other in a circle: {circle}: remove one of these uses")
+        refuse(where, f"stages form a cycle: {circle}: remove one of these uses")
 
 
 def _output(uses: dict[str | None, list[str | None]], order: Sequence[str | None], where: str) -> str | None:
-    """Return the name of the document that no other uses."""
+    """Return the name of the document that no other document uses."""
     used = {name for names in uses.values() for name in names}
     left = [name for name in order if name not in used]
     if len(left) > 1:
         names = " and ".join("the document without a name" if name is None else shown(name) for name in left)
-        refuse(where, f"{names} are used by no stage, so there are {len(left)} outputs: remove all but one")
+        refuse(
+            where, f"{names} are not used by any stage, so there are {len(left)} outputs: remove all but one"
+        )
     return left[0]
 
 
 def kept_stages(config: MergeConfig, directory: Path) -> list[tuple[MergeConfig, Path]]:
-    """Return every stage as a config of its own, and the folder in `directory` that it is written to, in order.
+    """Return every stage as a separate config with its folder in `directory`, in order.
 
     Raises
     ------
     ConfigError
-        If a name is no name of a folder.
+        If a name cannot be the name of a folder.
     """
     names = [str(stage.name) for stage in config.stages]
     for name in names:
         if "/" in name or name in (".", ".."):
-            refuse(config.where, f"{shown(name)} is no name of a folder to keep the stage in: rename it")
+            refuse(config.where, f"{shown(name)} cannot be the name of the stage's folder: rename the stage")
     return [
         (replace(_placed(stage, names, directory), name=None), directory / str(stage.name))
         for stage in config.stages
@@ -124,12 +126,12 @@ def kept_stages(config: MergeConfig, directory: Path) -> list[tuple[MergeConfig,
 
 
 def read_from(config: MergeConfig, directory: Path) -> MergeConfig:
-    """Return the config of the output alone, with the stages read from where `kept_stages` has them written."""
+    """Return the config of the output only, which reads the stages from the folders of `kept_stages`."""
     return replace(_placed(config, [str(stage.name) for stage in config.stages], directory), stages=())
 
 
 def _placed(config: MergeConfig, names: Sequence[str], directory: Path) -> MergeConfig:
-    """Return a config that names folders in place of stages."""
+    """Return a config with stages replaced by their folders."""
 
     def place(reference: str) -> str:
         stage = stage_of(reference, names)

@@ -1,9 +1,8 @@
-"""YAML as a config may use it: documents, string keys, no surprises, bounded work.
+"""Strict YAML for configs: documents, string keys, no surprises, bounded work.
 
-PyYAML's pure scanner reads the text, so the same text is accepted on every machine, with libyaml
-or without; a config is small. Values are built here from the stream of events rather than by
-PyYAML's constructors: every limit is then checked before anything is built, without recursion, and
-aliases are counted as if they were written out.
+PyYAML's pure Python scanner reads the text, so that every machine accepts the same text, with or without libyaml. Values
+are built from the stream of events instead of by PyYAML's constructors: every limit is checked before anything is
+built, without recursion, and aliases count as if they were written out.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ MAX_BYTES = 4 << 20
 """Size of the longest text that is read, in bytes."""
 
 MAX_DEPTH = 50
-"""Collections inside one another, aliases expanded."""
+"""Most nested collections, aliases expanded."""
 
 MAX_COST = 100_000
-"""Nodes of a document, aliases expanded; 100 characters of text count as one node more."""
+"""Most nodes of a document, aliases expanded; 100 characters of text count as one more node."""
 
 _NUMBER_LENGTH = 400
-"""Characters of the longest number; a float holds integers of 309 digits."""
+"""Most characters of a number; a float holds integers of 309 digits."""
 
 _TAG = "tag:yaml.org,2002:"
 _STR, _MERGE = _TAG + "str", _TAG + "merge"
@@ -45,10 +44,10 @@ _NUMBERS = frozenset({_TAG + "int", _TAG + "float"})
 _SCALARS = frozenset({_STR, _MERGE, _TAG + "null", _TAG + "bool"}) | _NUMBERS
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
-"""Floats which YAML 1.1 takes for strings because dot or sign is missing: 1e-5, 1.5e3."""
+"""Floats that YAML 1.1 treats as strings because the dot or sign is missing: 1e-5, 1.5e3."""
 
 UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
-"""Characters that no name may have: NUL, and the surrogates that UTF-8 cannot encode."""
+"""Characters that names must not contain: NUL, and surrogates, which UTF-8 cannot encode."""
 
 _Anchored = tuple[object, int, int]
 """A finished value, its cost and its height."""
@@ -59,7 +58,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes the strings which `_Loader` (or PyYAML's own) would not read back as strings."""
+    """Quotes strings that `_Loader` (or PyYAML's loader) would not read back as strings."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -77,7 +76,7 @@ def load_yaml(text: bytes | str, where: str) -> object:
     """
     documents = load_documents(text, where)
     if len(documents) > 1:
-        refuse(where, "a second document, and only one can be meant here")
+        refuse(where, "contains a second document, but only one is allowed here")
     return documents[0]
 
 
@@ -101,7 +100,7 @@ def load_documents(text: bytes | str, where: str) -> list[object]:
 def dump_yaml(data: object) -> str:
     """Return `data`, plain dicts, lists and scalars, as YAML that `load_yaml` reads back equal.
 
-    It is ASCII: left as they are, the line breaks of Unicode would come back as blanks.
+    The text is ASCII, since Unicode line breaks would be read back as blanks.
     """
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False))
 
@@ -128,7 +127,7 @@ def _fail(event: Any, problem: str) -> NoReturn:
 
 @dataclass
 class _Open:
-    """A collection whose end has not been read yet."""
+    """A collection that is not complete yet."""
 
     value: list[object] | dict[str, object]
     anchor: str | None

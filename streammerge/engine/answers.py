@@ -1,4 +1,4 @@
-"""The values of statistics that are taken from a tensor in memory, and what a method wants next."""
+"""Compute statistics from a tensor in memory, and follow a method through its rounds."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from streammerge.statistics.base import A, Measurement, Range, Reducer, Source, 
 from streammerge.statistics.passes import collect
 
 _SAMPLE_ABOVE = 1 << 19
-"""Elements; below, one full pass costs no more than sampling."""
+"""Number of elements; for smaller tensors a full pass costs no more than sampling."""
 _SAMPLE_BLOCKS = 64
 _SAMPLE_BYTES = 1 << 22
-"""Upper bound of a sample: with many models it has fewer blocks."""
+"""Most blocks in a sample; with many models it has fewer."""
 _COUNTED_AT_ONCE = 1 << 30
-"""Elements; a piece counts in 32 bits."""
+"""Number of elements; a piece counts in 32 bits."""
 
 
 def follow(worker: Worker, job: Job, known: Answers | None = None) -> Rule | list[Statistic[Any]]:
-    """Return a job's rule, or the statistics it has after the values `known`: by default all so far.
+    """Return a job's rule, or the statistics it asks for after the values `known` (default: all so far).
 
-    Statistics of Gram matrices are taken at once: of one tensor at a time, they are not kept among the values.
+    Statistics of Gram matrices are computed immediately and are not kept among the values.
     """
     if job.kind != "merge":
         return WeightedSum((1.0,))
@@ -56,7 +56,7 @@ def follow(worker: Worker, job: Job, known: Answers | None = None) -> Rule | lis
 def reducer_of(
     worker: Worker, statistic: Statistic[A], jobs: Sequence[Job], versions: Mapping[int, Statistic[Any]]
 ) -> Reducer[A]:
-    """Return what takes a statistic over the tensors of some jobs; `versions`: the statistic of each, by ordinal."""
+    """Return the reducer of a statistic over the tensors of some jobs; `versions` has each job's own form, by ordinal."""
     bins = worker.plan.statistics_memory.bins
     tensors = [measured(job) for job in jobs]
     return statistic.reducer(Measurement(tensors, worker.keys, versions, worker.tolerant, bins))
@@ -65,15 +65,15 @@ def reducer_of(
 def resolve_in_memory(
     worker: Worker, job: Job, loaded: Block, math: BlockMath, *, until_model: bool
 ) -> Rule | list[Statistic[Any]]:
-    """Answer a job's tensor-scope statistics from the tensor in memory.
+    """Compute a job's per-tensor statistics from the tensor in memory.
 
-    Returns its rule or, with `until_model`, the whole-model statistics it stops at.
+    Returns its rule or, with `until_model`, the whole-model statistics that come next.
     """
     while isinstance(wanted := follow(worker, job), list):
         if wanted[0].extent == Extent.MODEL:
             assert until_model, "whole-model statistics come before the merge"
             return wanted
-        # One after the other: the tensor lies in memory, and of many models each has counts of its own.
+        # One after the other: the tensor is in memory, and with many models each needs its own counts.
         known = [_answer_in_memory(worker, job, loaded, math, statistic) for statistic in wanted]
         worker.answers.setdefault(job.ordinal, []).append(known)
     return wanted
@@ -82,7 +82,7 @@ def resolve_in_memory(
 def _answer_in_memory(
     worker: Worker, job: Job, loaded: Block, math: BlockMath, statistic: Statistic[Any]
 ) -> Any:
-    """Answer one statistic from the tensor in memory."""
+    """Compute one statistic from the tensor in memory."""
     room, row = worker.plan.statistics_memory, worker.plan.work[job.ordinal].row
     most = room.elements if statistic.cost.partials else _COUNTED_AT_ONCE
     step = max(row, most // row * row)
@@ -107,7 +107,7 @@ def _answer_in_memory(
 
 
 def slice_of(loaded: Block, start: int, stop: int) -> Block:
-    """Return elements `start` to `stop` of a loaded piece as a piece of its own, without copying."""
+    """Return elements `start` to `stop` of a loaded block as a block, without copying."""
 
     def moved(operand: Operand) -> Operand:
         return replace(operand, offset=operand.offset + start * itemsize(operand.dtype))
@@ -126,10 +126,10 @@ def slice_of(loaded: Block, start: int, stop: int) -> Block:
 
 
 def sample_of(loaded: Block, model: int | None) -> Block:
-    """Return a copy of blocks of 4096 elements spread over a piece, one after the other.
+    """Return a copy of runs of 4096 elements spread over a block, one after the other.
 
-    Random masks are drawn as if it began the tensor, which for a sample is as good. Where one `model` alone is
-    looked at, the others are not copied: they seem to lie where the first operand does.
+    Random masks are drawn as if the sample were the start of the tensor, which does not matter for a sample. If only one
+    `model` is needed, the others are not copied; their operands alias the first.
     """
     operands = (*(() if loaded.base is None else (loaded.base,)), *loaded.models)
     first = len(operands) - len(loaded.models)
@@ -163,15 +163,15 @@ def sample_of(loaded: Block, model: int | None) -> Block:
 
 
 def sample_starts(n: int, blocks: int) -> list[int]:
-    """Return where `blocks` blocks spread over `n` elements begin, each at a multiple of 4096."""
+    """Return the starts of `blocks` runs spread over `n` elements, each a multiple of 4096."""
     return sorted({int(i * n / blocks) // BLOCK * BLOCK for i in range(blocks)})
 
 
-# --- as a journal has them
+# --- values in the journal
 
 
 def plain(worker: Worker, job: Job) -> list[list[object]]:
-    """Return the values of a job's statistics as JSON holds them, up to the first round with one that is too large."""
+    """Return the values of a job's statistics for JSON, up to the first round with a value that is too large."""
     known = worker.answers[job.ordinal]
     rounds: list[list[object]] = []
     for i, values in enumerate(known):
@@ -185,7 +185,7 @@ def plain(worker: Worker, job: Job) -> list[list[object]]:
 
 
 def restored(worker: Worker, job: Job, rounds: Sequence[Sequence[object]]) -> Answers:
-    """Return the values that `plain` made these of; none if it made nothing like them: they are taken anew."""
+    """Return the values that `plain` converted; empty if they are invalid, so that they are computed again."""
     known: Answers = []
     for one in rounds:
         wanted = follow(worker, job, known)

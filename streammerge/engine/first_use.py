@@ -1,4 +1,4 @@
-"""A merge on a machine where its kernels were never compiled: what serves it best, and compiling them."""
+"""Compile the kernels of a merge if they are missing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class CannotCompileError(Exception):
 
 
 def compile_first(plan: MergePlan, control: Control) -> float:
-    """Compile what a plan needs and is not compiled; return the seconds it took.
+    """Compile the missing kernels of a plan; return the seconds it took.
 
     Raises
     ------
     Stopped
-        If the caller stops it meanwhile, within a twentieth of a second.
+        If the caller stops it; it then takes at most a twentieth of a second.
     CannotCompileError
-        If that fails and the plan cannot do without.
+        If compiling fails and the plan needs the kernels.
     """
     if not plan.backend.compiled and is_small(plan):
         return 0.0

@@ -1,4 +1,4 @@
-"""Statistics of the Gram matrices of one tensor, read from their stores: one tensor at a time."""
+"""Statistics of Gram matrices, read from their stores one tensor at a time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ from streammerge.timing import Stages
 
 @contextmanager
 def torch_in_one_thread(plan: MergePlan) -> Iterator[None]:
-    """Have torch add up in one thread meanwhile, where a merge lets it: how sums are cut changes their last bits.
+    """Limit torch to one thread if the merge uses torch, since the division of sums among threads changes their last bits.
 
-    That is where matrices are multiplied, and in formulas, whose sums are their own affair. Workers run beside each
-    other, so little is lost.
+    This concerns matrix products, and users' formulas. The workers run in parallel, so little speed is lost.
     """
     if not plan.grams and not plan.method.is_formula:
         yield
@@ -40,7 +39,7 @@ def torch_in_one_thread(plan: MergePlan) -> Iterator[None]:
 
 
 class GramCache:
-    """Takes statistics of Gram matrices, and keeps those of the last tensor: its pieces come one after the other."""
+    """Computes statistics of Gram matrices, and keeps those of the last tensor for its next pieces."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -57,7 +56,7 @@ class GramCache:
         """
         with self._lock:
             if self._of != job.ordinal:
-                self._of, self._known = job.ordinal, {}  # given up before as much is taken again
+                self._of, self._known = job.ordinal, {}  # freed before the next matrices are allocated
             if statistic not in self._known:
                 grams = [_read(ref, reader, stages) for ref in job.grams]
                 with stages.time("statistics"):

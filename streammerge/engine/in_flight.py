@@ -1,4 +1,4 @@
-"""A few futures in flight at a time."""
+"""Keep a limited number of futures in flight."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SECONDS = 0.25
 def finished(
     futures: Iterable[Future[T] | None], limit: int, *, in_order: bool = False
 ) -> Iterator[list[Future[T]]]:
-    """Yield futures that have finished, at least four times a second; others wait to be taken from `futures`.
+    """Yield finished futures at least four times a second; take new ones from `futures` as others finish.
 
     Parameters
     ----------
     futures
-        Taken one by one, which submits the work; None where there is nothing to submit for the moment.
+        Iterating submits the work; None means that there is nothing to submit at the moment.
     limit
-        How many are in flight before a further one is taken.
+        Most futures in flight.
     in_order
-        One that has finished counts as in flight until all before it have.
+        Whether a finished future counts as in flight until all earlier ones have finished.
     """
     in_flight: list[Future[T]] = []
 

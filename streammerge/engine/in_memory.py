@@ -1,4 +1,4 @@
-"""A merge whose output stays in memory: the run of a plan without shards, journal or a byte on the disk."""
+"""Run a merge whose output stays in memory, without shards, journal or anything on the disk."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     import torch
 
 Take = Callable[[str, "torch.Tensor"], None]
-"""Is handed each tensor once it is complete, from any thread."""
+"""Receives each tensor once it is complete, from any thread."""
 
 
 class TensorSink:
-    """Takes merged bytes into tensors, and hands each of these on once it is complete.
+    """Collects merged bytes in tensors, and hands over each tensor once it is complete.
 
     Parameters
     ----------
     plan
-        What is merged; its layout says to which tensor a byte belongs.
+        The plan; its layout determines the tensor of each byte.
     take
-        May block, to slow the merge down to its taker.
+        Receives the tensors; it may block to slow down the merge.
     """
 
     def __init__(self, plan: MergePlan, take: Take) -> None:
@@ -84,11 +84,11 @@ class TensorSink:
         return tensor, tensor.reshape(-1).view(torch.uint8).numpy()
 
     def sync(self, shards: set[int]) -> None:
-        """See `Sink`: nothing outlives the process."""
+        """See `Sink`; nothing needs to be durable."""
 
 
 class _Unrecorded:
-    """Takes down nothing: an interrupted merge in memory is begun anew."""
+    """Records nothing, since an interrupted merge in memory starts again."""
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """See `Record`."""
@@ -110,7 +110,7 @@ def merge_in_memory(
     Parameters
     ----------
     tolerant
-        Whether a value that is not finite is written and reported, not refused.
+        Whether non-finite values are written and reported; otherwise they are refused.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def merge_in_memory(
 
 
 def _not_finite_lines(plan: MergePlan, reader: Reader, receipts: Sequence[Receipt]) -> list[str]:
-    """Return, for each tensor with NaN or infinity, where they come from; the output may be gone by now."""
+    """Return a line on the origin of NaN and infinity in each tensor; the output may already be freed."""
     counts: dict[int, int] = {}
     for receipt in receipts:
         counts[receipt.job] = counts.get(receipt.job, 0) + receipt.not_finite

@@ -1,4 +1,4 @@
-"""One merge from a plan to a finished directory: checks, resume, run, commit."""
+"""Execute a plan: check, resume, run and commit a merge into a directory."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from streammerge.planning.job import Job
 from streammerge.planning.layout import folder_of
 from streammerge.planning.plan import MergePlan
 
-_UNRESERVED = "cannot reserve space on this file system: if it fills up meanwhile, the merge stops, and goes on when it is run again"
+_UNRESERVED = "cannot reserve space on this file system: if it fills up, the merge stops; free space and run the same command again"
 NonFinite = Literal["error", "warn"]
 _CHECK_STEP = 1 << 20
 
@@ -66,17 +66,17 @@ class Summary:
     bytes_read: int
     bytes_written: int
     bytes_resumed: int
-    """Output bytes that an earlier run had finished."""
+    """Number of output bytes that an earlier run had finished."""
     seconds: float
     densities: tuple[Density, ...]
-    """One for each model whose task vector lost entries."""
+    """The density of each model whose task vector lost entries."""
     warnings: tuple[str, ...]
     floored: Mapping[str, Any] | None = None
     """Fisher merges only: the number of elements that floors decided, of all elements, and the fraction."""
     edits: Mapping[str, str] = field(default_factory=dict)
-    """Files that people edit and that have changed since, if the merge was complete before."""
+    """Edited files, if the merge was already complete."""
     compile_seconds: float = 0.0
-    """Time to compile kernels, once on a machine; not part of `seconds`."""
+    """Seconds spent compiling kernels, once on a machine; not part of `seconds`."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class Options:
     nonfinite: NonFinite = "error"
     """Non-finite values are refused, or written and reported."""
     executor: str = "threads"
-    """The name of what runs the chunks; see `streammerge.engine.executors`."""
+    """The name of the executor; see `streammerge.engine.executors`."""
     hash_inputs: bool = False
-    """Hash every input file before the first byte, so that it is known again whatever its date; the manifest has it."""
+    """Whether to hash every input file first, so that it is recognised whatever its date; the manifest records the hashes."""
 
 
 def execute(
@@ -102,14 +102,14 @@ def execute(
     control: Control,
     card: Callable[[MergePlan], str],
 ) -> Summary:
-    """Merge into `out`, or continue there.
+    """Merge into `out`, or resume there.
 
     Raises
     ------
     StreammergeError
-        See `streammerge.errors`; what is finished stays, durable, for the next run.
+        See `streammerge.errors`; finished work stays durable for the next run.
     CannotCompileError
-        If the kernels cannot be compiled here, before anything is made: plan without them.
+        If the kernels cannot be compiled, before anything is created; plan without them.
     """
     executor = make_executor(options.executor)
     place = place_of(out)
@@ -141,7 +141,7 @@ def execute(
 
 
 def _make_hasher(plan: MergePlan, control: Control) -> ContentHasher:
-    """Return what hashes input files for a run: stopped with it, and reporting how far it is."""
+    """Return the hasher of a run's input files, which reports progress and stops with the run."""
 
     def on_tick(nbytes: int) -> None:
         control.emit(Event("hash", {"bytes_read": nbytes}))
@@ -150,7 +150,7 @@ def _make_hasher(plan: MergePlan, control: Control) -> ContentHasher:
 
 
 def _complete(out: Path, plan: MergePlan, finished: Finished) -> Summary:
-    """Return the summary of a merge that was there already."""
+    """Return the summary of a merge that was already complete."""
     manifest = finished.manifest
     return Summary(
         str(out),
@@ -204,7 +204,7 @@ class _Session:
             progress = self._continue(journal, files)
             shards = [shard.name for shard in self._plan.layout.shards if folder_of(shard.name)]
             if shards:
-                journal.announce(shards)  # started over, another merge has to know of them
+                journal.announce(shards)  # so that a later merge that starts over can remove them
             self._writer.open()
             if self._writer.unreserved:
                 self._control.warn(f"{printable(self._place.out)}: {_UNRESERVED}")
@@ -253,9 +253,9 @@ class _Session:
         return self._summary(manifest, resumed, began)
 
     def _continue(self, journal: Journal, files: Sequence[InputFile]) -> Progress:
-        """Return what an earlier run recorded; where there is nothing, or it is not wanted, begin anew.
+        """Return the records of an earlier run; without any, or with --overwrite, start over.
 
-        The files are those that it knows, by stamp or by content; what is to be hashed and is not yet, is now.
+        Input files are recognised by stamp or content; files that need a hash and have none are hashed.
         """
         journal.claim()
         progress = None if self._overwrite else journal.read()
@@ -284,7 +284,7 @@ class _Session:
         return file.group == beside(self._plan)
 
     def _believe(self, receipts: Sequence[Receipt]) -> list[Receipt]:
-        """Return the receipts whose bytes are still what they say; the others are done again."""
+        """Return the receipts whose bytes have the recorded checksum; others are computed again."""
         slots = self._plan.layout.slots
         plausible = [
             r
@@ -314,7 +314,7 @@ class _Session:
             try:
                 data = self._writer.read(shard, position, min(_CHECK_STEP, end - position))
             except WorldError:
-                return False  # Done again, it is written elsewhere, or the disk says what is wrong.
+                return False  # It is computed again; if the disk is faulty, writing fails with a clear error.
             value = crc32(data, value)
             position += len(data)
             if not data:

@@ -1,4 +1,4 @@
-"""Traces NaN and infinity to where they come from, once some have been counted in what is written."""
+"""Trace NaN and infinity in the output to their origin."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from streammerge.planning.job import Job
 from streammerge.tensors.read import read_elements
 
 Read = Callable[[int, int], Bytes]
-"""Returns the bytes of a tensor's elements from the first to before the last."""
+"""Function that returns the bytes of a tensor's elements from `first` to before `last`."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Non-finite elements of a tensor: those of its inputs, and those of the output where every input is finite."""
+    """Non-finite elements of a tensor: those of its inputs, and output elements whose inputs are all finite."""
 
     job: Job
     inputs: tuple[Tally, ...]
     overflow: Tally
 
     def error(self) -> ModelError:
-        """Return the refusal that names the first input, or else the overflow."""
+        """Return the error that names the first input, or the overflow."""
         name = printable(self.job.name)
         go_on = "or go on with --nonfinite warn"
         if self.job.encoder is not None:
@@ -45,7 +45,7 @@ class Finding:
         )
 
     def warnings(self) -> list[str]:
-        """Return one line for each input concerned, and one for the overflow."""
+        """Return one line per affected input, and one for the overflow."""
         name = printable(self.job.name)
         lines = [
             f"tensor {name}: {tally.count} elements of {printable(ref.path)} are NaN or infinite (the first is "
@@ -62,7 +62,7 @@ class Finding:
 
 
 def trace(reader: Reader, job: Job, start: int, stop: int, output: Read | None) -> Finding:
-    """Return what is not finite in elements `start` to `stop` of a job; without `output`, in its inputs."""
+    """Return the non-finite elements of a job in the range `start` to `stop`; without `output`, of its inputs only."""
     inputs = [Tally() for _ in job.inputs]
     overflow = Tally()
     for first, last in steps(start, stop):
@@ -77,7 +77,7 @@ def trace(reader: Reader, job: Job, start: int, stop: int, output: Read | None) 
 
 
 def bad_fisher(reader: Reader, job: Job, start: int, stop: int) -> ModelError | None:
-    """Return the refusal of the first Fisher diagonal with a value that is no certainty, if one has any."""
+    """Return the error for the first Fisher diagonal with an invalid value, or None."""
     for fisher in job.fishers:
         if fisher.chunk_elements:  # checked when it was stored
             continue
@@ -87,6 +87,6 @@ def bad_fisher(reader: Reader, job: Job, start: int, stop: int) -> ModelError | 
             if bad.any():
                 return ModelError(
                     f"{printable(fisher.path)}: the Fisher diagonal of tensor {printable(job.name)} holds NaN, "
-                    f"infinity or a negative number at element {first + int(np.argmax(bad))}; estimate it anew"
+                    f"infinity or a negative number at element {first + int(np.argmax(bad))}: estimate it again"
                 )
     return None

@@ -1,4 +1,4 @@
-"""Checks that are cheap: `plan` refuses what `merge` would refuse before its first byte."""
+"""Cheap checks, so that `plan` refuses what `merge` would refuse before its first byte."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _BLOCK = 512
 
 
 def check_beforehand(plan: MergePlan, out: Path | None) -> None:
-    """Refuse what a merge into `out` would refuse at its start; without `out`, what it would anywhere.
+    """Refuse what a merge into `out` would refuse at its start; without `out`, what any merge would.
 
-    Where random numbers are drawn, samples of the models are read, to tell those of one content.
+    If random numbers are drawn, samples of the models are read to detect models with the same content.
 
     Raises
     ------
@@ -40,7 +40,7 @@ def check_beforehand(plan: MergePlan, out: Path | None) -> None:
 
 
 def _have_data(plan: MergePlan) -> bool:
-    """Return whether no file is a mere header: a large model is often planned for from those alone."""
+    """Return whether all files have data; large models are often planned from headers without data."""
     return all(
         os.stat(stamp.path).st_blocks * _BLOCK >= stamp.nbytes // 2
         for index in plan.inputs

@@ -1,4 +1,4 @@
-"""The profile of a run, which says what bounded it: the file that ``merge --profile`` writes."""
+"""The profile of a run, written by ``merge --profile``; it shows what limited the speed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def profile_values(
 
     Returns
     -------
-    ``stages`` has seconds summed over the threads that were in a stage: ``wall``, and ``cpu`` for the part in
-    which they computed. ``wait for work`` is what is left of ``workers * running``: workers that had no chunk.
-    ``process`` is the operating system's account of the whole process so far.
+    ``stages`` has seconds summed over the threads in each stage: ``wall``, and ``cpu`` for computing. ``wait for work`` is
+    the rest of ``workers * running``, when workers had no chunk. ``process`` holds the operating system's statistics of the
+    process so far.
     """
     by_stage = stages.as_dict()
     busy = sum(entry["wall"] for stage, entry in by_stage.items() if stage not in BESIDE)

@@ -1,8 +1,7 @@
-"""Compute an output once more, or a sample of it, from its inputs, and compare the bits.
+"""Recompute an output, or a sample of it, from its inputs, and compare the bits.
 
-It is a merge of which all but the sample counts as done, and whose writer compares: statistics of whole tensors and of
-the whole model are taken from the inputs anew, the plan's budget holds, and no compiled kernel serves where the plan
-says so (its `backend`).
+It is a merge in which everything outside the sample counts as done, and whose writer compares. Statistics of whole tensors
+and of the whole model are computed again from the inputs, within the plan's budget and by its backend.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ from streammerge.tensors.encoders.base import Stored
 from streammerge.version import __version__
 
 _PIECE = 1 << 20
-"""Elements of a piece of the sample, where a method may be cut anywhere."""
+"""Number of elements in a piece of the sample, if a method may be cut anywhere."""
 _STEP = 1 << 20
 """Bytes compared at a time."""
 
 
 def check_made_from(plan: MergePlan, out: Path, manifest: Mapping[str, Any], config: str) -> None:
-    """Refuse a plan that is not the one an output was made by.
+    """Refuse a plan that differs from the one that made an output.
 
-    Another version of this program and another size of shards are no reason: they change no bit of a tensor.
+    The program's version and the shard size may differ, since they do not change any bit of a tensor.
 
     Raises
     ------
     InputError
-        Naming what differs.
+        If it differs; the message says in what.
     """
     reader = with_stages(Reader(), plan)
     try:
@@ -76,7 +75,7 @@ def check_contents(
     manifest: Mapping[str, Any],
     on_tick: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
-    """Refuse inputs of which the content is not that of the hashes in a manifest, where it has any.
+    """Refuse inputs whose content differs from the hashes in a manifest, if it has any.
 
     Raises
     ------
@@ -91,7 +90,7 @@ def check_contents(
 
 
 def pieces_of(plan: MergePlan) -> list[Piece]:
-    """Return what a sample is drawn from: all tensors in pieces that do not depend on the budget."""
+    """Return all tensors in pieces that do not depend on the budget; samples are drawn from them."""
     pieces = []
     for job, how in zip(plan.jobs, plan.work, strict=True):
         row = math.lcm(ALIGN, job.unit) if how.extent == Extent.ELEMENT else how.row
@@ -110,14 +109,14 @@ def recompute(
     seed: int,
     on_tick: Callable[[int], None] = lambda nbytes: None,
 ) -> Recomputed:
-    """Recompute a sample of an output, the same for the same seed, or all of it, and compare.
+    """Recompute a sample of an output, or all of it, and compare. The seed determines the sample.
 
     Parameters
     ----------
     plan
-        That the output was made by; see `check_made_from`.
+        The plan that made the output; see `check_made_from`.
     sample
-        How many pieces; None: all.
+        Number of pieces; None: all.
     on_tick
         Called now and then with the bytes read so far.
 
@@ -126,7 +125,7 @@ def recompute(
     ModelError
         If the headers of the output cannot be read.
     WorldError
-        If the machine cannot read it, or an input changes meanwhile.
+        If the machine cannot read it, or an input changes during the run.
     """
     place = place_of(out)
     placed = _placed(plan, place, list(manifest["files"]))
@@ -149,7 +148,7 @@ def recompute(
 
 
 def _placed(plan: MergePlan, place: Place, names: Sequence[str]) -> MergePlan:
-    """Return the plan with the layout that the output has, whatever the size of its shards."""
+    """Return the plan with the output's own layout, which may have a different shard size."""
     parts = {part.name: (job.ordinal, i) for job in plan.jobs for i, part in enumerate(job.parts)}
     slots: dict[tuple[int, int], Slot] = {}
     shards = []
@@ -172,7 +171,7 @@ def _placed(plan: MergePlan, place: Place, names: Sequence[str]) -> MergePlan:
 
 
 def _all_but(plan: MergePlan, chosen: Sequence[Piece]) -> list[Receipt]:
-    """Return receipts of everything that is not to be computed."""
+    """Return receipts for everything outside the sample."""
     wanted: dict[int, list[tuple[int, int]]] = {}
     for piece in chosen:
         wanted.setdefault(piece.job, []).append((piece.start, piece.stop))
@@ -197,7 +196,7 @@ def _check_inputs(plan: MergePlan) -> None:
 def _told_wrongly(
     plan: MergePlan, receipts: Sequence[Receipt], manifest: Mapping[str, Any], place: Place
 ) -> list[str]:
-    """Return what the manifest says of the merge beside its bytes, and is not so."""
+    """Return the manifest's other fields that differ from the merge's results."""
     chosen = cover(plan, receipts)
     told: dict[str, Any] = {"densities": densities(plan, chosen), "not_finite": not_finite(plan, chosen)}
     if plan.fishers:
@@ -210,7 +209,7 @@ def _told_wrongly(
 
 
 class _Nothing:
-    """Takes down nothing: what is recomputed is forgotten."""
+    """Records nothing."""
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """See `Record`."""
@@ -232,7 +231,7 @@ class _Difference:
 
 
 class _Comparer:
-    """Takes merged bytes and compares them with those of an output."""
+    """Receives merged bytes and compares them with those of an output."""
 
     def __init__(self, plan: MergePlan, place: Place, reader: Reader) -> None:
         self._plan, self._place, self._reader = plan, place, reader
@@ -245,7 +244,7 @@ class _Comparer:
         self.bytes_written = 0
 
     def write(self, shard: int, offset: int, data: Bytes) -> None:
-        """Compare what would be written at an absolute offset of a shard."""
+        """Compare data with the bytes at an absolute offset of a shard."""
         if not data.size:
             return
         begins, key = self._places.find(shard, offset)
@@ -279,7 +278,7 @@ class _Comparer:
             self.differences[key] = replace(earlier, count=new.count + (old.count if old else 0))
 
     def sync(self, shards: set[int]) -> None:
-        """See `Sink`: nothing is written."""
+        """See `Sink`; nothing is written."""
 
     def describe(self, key: tuple[int, int], manifest: Mapping[str, Any]) -> str:
         """Return one line on how a tensor differs."""

@@ -1,9 +1,9 @@
-"""The run loop: chunks go to an executor, receipts come back, and what is durable goes into the journal.
+"""The run loop: chunks go to an executor, receipts come back, and durable work is recorded in the journal.
 
 ::
 
     main thread     steps of the plan ──> chunks that are ready ──> executor ──> receipts
-    streaming       statistics of tensors too large to hold, in a thread of its own ──> more chunks are ready
+    streaming       statistics of tensors too large to hold, in a separate thread ──> more chunks are ready
     syncer          fdatasync the shards touched, then append to the journal
 """
 
@@ -43,23 +43,23 @@ class Record(Protocol):
     """Records finished work; may be used from many threads."""
 
     def add(self, receipts: Sequence[Receipt]) -> None:
-        """Take down finished elements."""
+        """Record finished elements."""
 
     def add_answers(self, answers: Mapping[str, Any]) -> None:
-        """Take down the answers of streamed statistics, by job."""
+        """Record the values of streamed statistics, by job."""
 
 
 class Scheduler:
-    """Runs what is left of a plan.
+    """Runs the remaining steps of a plan.
 
     Parameters
     ----------
     worker
-        That of this process; its reader and writer are open.
+        The worker of this process; its reader and writer are open.
     record
-        Open; receipts and values of statistics are recorded in it.
+        An open record for receipts and values of statistics.
     on_tick
-        Called now and then, from the thread that calls `run`.
+        Called periodically, from the thread that calls `run`.
     executor
         Runs the chunks; default: the threads of `worker`.
     """
@@ -84,18 +84,18 @@ class Scheduler:
         self._finished = threading.Event()
         self._failure: BaseException | None = None
         self.receipts: list[Receipt] = []
-        """All pieces finished, earlier runs' included."""
+        """The receipts of all finished pieces, including earlier runs'."""
         self.elements_done = 0
         self._left = [job.n_elements for job in self._plan.jobs]
         self._tensors_left = 0
 
     def run(self, receipts: Sequence[Receipt], answers: dict[str, list[list[object]]]) -> None:
-        """Do what is left of the plan when `receipts` are done; returns when all is durable.
+        """Run the steps that `receipts` do not cover; return when everything is durable.
 
         Raises
         ------
         StreammergeError
-            The first failure of any thread; what was finished before is durable and recorded.
+            The first failure of any thread; everything finished before is durable and recorded.
         """
         self._caller = threading.current_thread()
         self.receipts = list(receipts)
@@ -149,10 +149,10 @@ class Scheduler:
             raise self._failure or Stopped(signal.SIGTERM)
 
     def _ready(self, steps: Iterable[Chunk | StatisticsPass]) -> Iterator[Chunk | None]:
-        """Yield the chunks in file order, but those of a streamed tensor when its statistics are known.
+        """Yield the chunks in file order, except that chunks of a streamed tensor wait for its statistics.
 
-        They are streamed beside the chunks of other tensors, so that their waits are not the merge's. None: all that is
-        left waits.
+        Tensors are streamed while chunks of other tensors run, so that the merge does not wait. None means that all
+        remaining chunks are waiting.
         """
         passes: dict[int, Future[None]] = {}
         waiting: list[Chunk] = []
@@ -174,7 +174,7 @@ class Scheduler:
     def _ready_after(
         self, waiting: list[Chunk], passes: dict[int, Future[None]], job: int
     ) -> Iterator[Chunk | None]:
-        """Wait for the passes over a tensor to end, then yield the chunks that waited for them alone."""
+        """Wait for the passes over a tensor to end, then yield the chunks that waited only for them."""
         while not wait([passes[job]], timeout=_WAIT_SECONDS).done:
             yield None
         passes.pop(job).result()
@@ -199,7 +199,7 @@ class Scheduler:
                     self._computes.forget(self._plan.jobs[receipt.job])
 
     def _look(self) -> None:
-        """Report how far the merge is, and stop it where what is written cannot be made durable."""
+        """Report progress, and stop the merge if written data cannot be made durable."""
         if self._failure is not None:
             raise self._failure
         if threading.current_thread() is self._caller:

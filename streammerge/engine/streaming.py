@@ -1,4 +1,4 @@
-"""Statistics of what is too large to hold: tensors and whole models streamed through a worker, pass by pass."""
+"""Statistics of tensors and models that are too large to hold, streamed through a worker pass by pass."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _SAMPLE_BLOCKS = 64
 
 
 class Streamer:
-    """Streams tensors through a worker's threads; the values are the worker's to know afterwards.
+    """Streams tensors through a worker's threads, and gives the values to the worker.
 
     Parameters
     ----------
     worker
-        At work: its threads and buffers are used, beside whatever else they do.
+        A running worker, whose threads and buffers are shared with other work.
     note
-        Takes down values by job, as JSON holds them, so that an interrupted merge does not stream again.
+        Records values by job, in JSON's form, so that an interrupted merge does not stream again.
     on_wait
-        Called four times a second, from the thread that waits; what it raises ends the pass.
+        Called four times a second, from the thread that waits; an exception that it raises ends the pass.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Streamer:
         self._note, self._on_wait = note, on_wait
 
     def model_rounds(self) -> None:
-        """Answer every whole-model statistic, round by round, before the merge begins."""
+        """Compute every whole-model statistic, round by round, before the merge begins."""
         merged = [job for job in self._plan.jobs if job.kind == "merge"]
         if not merged:
             return
@@ -83,7 +83,7 @@ class Streamer:
         return sum(any(statistic.extent == Extent.MODEL for statistic in statistics) for statistics in rounds)
 
     def _wanted_at_model_scope(self, jobs: Sequence[Job]) -> dict[int, list[Statistic[Any]]]:
-        """Bring every job to its next whole-model statistic, answering tensor-scope ones on the way."""
+        """Advance every job to its next whole-model statistic, computing per-tensor statistics on the way."""
         self.tensor_rounds(jobs)
         result = {}
         for job in jobs:
@@ -186,7 +186,7 @@ class Streamer:
             for piece in pieces:
                 self._drain([self._worker.threads.submit(self._add_piece, piece, some)])
             return
-        # In order, for the partial sums of a piece wait for those of all before it.
+        # In order, since the partial sums of a piece wait for those of all earlier pieces.
         self._drain((self._worker.threads.submit(self._add_piece, p, some) for p in pieces), in_order=True)
 
     def _pieces(self, job: Job, start: int, stop: int) -> Iterator[Piece]:
@@ -238,7 +238,7 @@ class Streamer:
             raise not_finite(self._worker, job, 0, job.n_elements) from None
 
     def _record(self, jobs: Sequence[Job]) -> None:
-        """Record the answers of some jobs in one append, so that a streamed pass is not done twice."""
+        """Record the values of some jobs in one append, so that a streamed pass is not repeated."""
         self._note({str(job.ordinal): plain(self._worker, job) for job in jobs})
 
     def _drain(self, futures: Iterable[Future[None]], *, in_order: bool = False) -> None:
@@ -247,6 +247,6 @@ class Streamer:
             for future in done:
                 future.result()
             self._on_wait()
-        # A stopped pass has counted some pieces only: nothing may be concluded from it.
+        # A stopped pass has counted only some pieces, so its counts are useless.
         if self._worker.stop.is_set():
             raise Stopped(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""One chunk, from input bytes to written and checksummed output: the only place where they all meet."""
+"""Run one chunk, from input bytes to written and checksummed output."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from streammerge.tensors.read import read_source
 
 
 def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
-    """Read, merge, write and checksum the pieces of a chunk; safe to run twice.
+    """Read, merge, write and checksum the pieces of a chunk. Running it twice is safe.
 
-    It depends on the worker, the chunk and what the worker knows of statistics, and on nothing else.
+    The result depends only on the chunk, the worker's specification and its known statistics.
 
-    Returns the receipts of the pieces finished: all of them, unless `worker.stop` was set. What they tell of is
-    written, and durable once the worker's writer has been synced.
+    Returns the receipts of the finished pieces: all pieces, unless `worker.stop` was set. Their bytes are written, and
+    are durable once the worker's writer has been synced.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
             job = worker.plan.jobs[piece.job]
             receipts.append(_way_of(job)(worker, job, piece, buffer))
             if piece.stop - piece.start == job.n_elements:
-                worker.answers.pop(job.ordinal, None)  # thousands of tensors may share a chunk
+                worker.answers.pop(job.ordinal, None)  # freed early: thousands of tensors may share a chunk
     return receipts
 
 
@@ -221,7 +221,9 @@ def _copy_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receip
     target = places.output_at(begins, _file_offset(worker, job, piece))
     if target != begins and data.size >= DIRECT_BYTES:
         moved = buffer[target : target + data.size]
-        ctypes.memmove(moved.ctypes.data, data.ctypes.data, data.size)  # numpy would copy twice: they overlap
+        ctypes.memmove(
+            moved.ctypes.data, data.ctypes.data, data.size
+        )  # they overlap, so numpy would copy twice
         data = moved
     with worker.stages.time("compute"):
         bad = tally(data, job.dtype).count
@@ -262,10 +264,10 @@ def load(
     models_too: bool = True,
     again: bool = False,
 ) -> Block:
-    """Read elements `start` to `stop` of every input of a job into the buffer: base, models, diagonals.
+    """Read elements `start` to `stop` of every input of a job into the buffer: base, models, Fisher diagonals.
 
-    Without `models_too` the Fisher diagonals alone are read, to the same places. `again` says that the same
-    elements will be read once more.
+    Without `models_too` only the Fisher diagonals are read, to the same places. `again` announces that the same elements
+    will be read once more.
     """
     operands = _read_operands(worker, job, start, stop, buffer, models_too=models_too, again=again)
     fishers = tuple(operands[len(job.inputs) : len(job.inputs) + len(job.fishers)])
@@ -323,7 +325,7 @@ def _read_order(job: Job) -> list[tuple[int, Ref]]:
 
 
 def prefetch(worker: Worker, chunk: Chunk) -> None:
-    """Ask for the input bytes of a chunk before a worker takes it up, so that it finds them in memory."""
+    """Prefetch the input bytes of a chunk before a worker takes it."""
     for piece in chunk.pieces:
         job = worker.plan.jobs[piece.job]
         for ref in (*job.inputs, *job.fishers) if job.kind == "merge" else job.sources:
@@ -331,9 +333,9 @@ def prefetch(worker: Worker, chunk: Chunk) -> None:
 
 
 def _place_output(job: Job, loaded: Block, place: int) -> Operand:
-    """Lay the output over the first input where its elements are not wider, else behind all inputs."""
+    """Place the output over the first input if its elements are not wider, else after all inputs."""
     first = loaded.base or loaded.models[0]
-    # Rounded in its own slot, which is not where it would lie for direct I/O.
+    # Rounded in its own slot, whose offset does not suit direct I/O.
     if job.computed_dtype != job.dtype:
         own = divide(job, loaded.n).output
         assert own is not None
@@ -343,9 +345,9 @@ def _place_output(job: Job, loaded: Block, place: int) -> Operand:
 
 
 def not_finite(worker: Worker, job: Job, start: int, stop: int, output: Bytes | None = None) -> ModelError:
-    """Return the error that names the first value that is not finite: a diagonal's, an input's, else the result's.
+    """Return the error that names the first non-finite value: of a diagonal, of an input, or of the result.
 
-    `output` holds the merged elements, where there are any.
+    `output` holds the merged elements, if there are any.
     """
     fisher = bad_fisher(worker.reader, job, start, stop)
     if fisher is not None:

@@ -1,4 +1,4 @@
-"""Lines for the user when a merge has ended: densities, floors, tensors that differ, non-finite values."""
+"""Lines for the user at the end of a merge: densities, floors, tensors that differ, non-finite values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streammerge.output.journal import Receipt
 from streammerge.planning.plan import MergePlan
 
 _FLOOR_WARNING = 0.1
-"""Fraction of elements decided by a Fisher floor above which it is likely a mistake."""
+"""Fraction of elements decided by a Fisher floor above which a mistake is likely."""
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,19 @@ class Density:
     """The part of one model's task vector that survived trims and drops."""
 
     model: str
-    """The model as the config names it."""
+    """The model's name in the config."""
     place: int
-    """Among the models of the config, from 0 on."""
+    """Index among the config's models, from 0."""
     kept: int
-    """Entries that survived."""
+    """Number of entries that survived."""
     of: int
-    """Entries of the task vector."""
+    """Number of entries of the task vector."""
     density: float
-    """The one over the other."""
+    """`survived` / `entries`."""
 
 
 def named_densities(plan: MergePlan, entries: Sequence[Mapping[str, Any]]) -> tuple[Density, ...]:
-    """Return a manifest's densities with the names that the models have in the config."""
+    """Return a manifest's densities with the models' names in the config."""
     return tuple(
         Density(plan.models[place].reference, place, entry["kept"], entry["of"], entry["density"])
         for entry in entries
@@ -44,7 +44,7 @@ def named_densities(plan: MergePlan, entries: Sequence[Mapping[str, Any]]) -> tu
 
 
 def differing(plan: MergePlan, receipts: Sequence[Receipt]) -> Iterator[str]:
-    """Yield a line for each integer tensor that the models do not agree on."""
+    """Yield a line for each integer tensor on which the models disagree."""
     for ordinal in sorted({receipt.job for receipt in receipts if receipt.differs}):
         job = plan.jobs[ordinal]
         yield (
@@ -56,9 +56,9 @@ def differing(plan: MergePlan, receipts: Sequence[Receipt]) -> Iterator[str]:
 def not_finite_lines(
     plan: MergePlan, reader: Reader, receipts: Sequence[Receipt], output: Callable[[int, int, int], Bytes]
 ) -> Iterator[str]:
-    """Yield, for each tensor with NaN or infinity, where they come from.
+    """Yield lines on the origin of NaN and infinity in each tensor.
 
-    `output` returns the bytes from one to another of a job's merged tensor.
+    `output` returns bytes of a job's merged tensor.
     """
     for ordinal in sorted({receipt.job for receipt in receipts if receipt.not_finite}):
         job = plan.jobs[ordinal]
@@ -71,9 +71,9 @@ def not_finite_lines(
 
 
 def of_floor(floored: Mapping[str, Any] | None) -> Iterator[str]:
-    """Yield a line where a Fisher floor decided much."""
+    """Yield a line if a Fisher floor decided many elements."""
     if floored is not None and floored["fraction"] > _FLOOR_WARNING:
         yield (
-            f"the floor decided {100 * floored['fraction']:.1f} % of the elements: the models' own "
-            "certainties hardly count; a smaller `floor`, or `floor_units: rms`, lets them"
+            f"the floor decided {100 * floored['fraction']:.1f} % of the elements, so the models' diagonals hardly count: "
+            "use a smaller `floor`, or `floor_units: rms`"
         )

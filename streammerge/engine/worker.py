@@ -1,4 +1,4 @@
-"""A worker: what runs chunks in one process; and the run specification that it is made from."""
+"""Workers, which run chunks in one process, and the run specification that a worker is opened from."""
 
 from __future__ import annotations
 
@@ -27,36 +27,36 @@ Answers = list[list[Any]]
 Knowledge = Mapping[tuple[str, int], Answers]
 """Values of statistics by the name of a stage (empty: what is written) and the ordinal of a job."""
 PREFETCHERS = 2
-"""Threads that ask for the bytes of chunks to come; asking blocks while the disk's queue is full."""
+"""Number of threads that prefetch later chunks; a request blocks while the disk's queue is full."""
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Everything that a worker must know of a merge. It pickles: no lock, no descriptor and no thread is in it."""
+    """Everything that a worker must know about a merge. It pickles, since it has no lock, descriptor or thread."""
 
     plan: MergePlan
     out: Path | None
     """The output; None where merged tensors go elsewhere, and no worker can open it."""
     identity: Identity
-    """What the output depends on; a worker takes the keys of its random numbers from it."""
+    """The identity of the merge, which provides the keys of random numbers."""
     tolerant: bool = False
-    """Non-finite values are written and reported, not refused."""
+    """Whether non-finite values are written and reported; otherwise they are refused."""
     io: IoMode = "direct"
     stages: Mapping[str, Identity] = field(default_factory=dict)
     """What the result of each stage depends on, by its name."""
 
 
 class Worker:
-    """Runs chunks in one process. Everything in it may be used from many threads.
+    """Runs chunks in one process. All of it may be used from many threads.
 
     Parameters
     ----------
     spec
-        What is merged.
+        The run specification.
     reader, writer
-        Open; whoever opened them closes them.
+        Open reader and writer; the caller closes them.
     stop
-        Set it to stop after the pieces in hand.
+        Set it to stop after the running pieces.
     """
 
     is_stage = False
@@ -71,9 +71,9 @@ class Worker:
         self.stop = stop or threading.Event()
         self.stages = Stages()
         self.answers: dict[int, Answers] = {}
-        """Values of statistics already known of each job, by ordinal, round by round: whole-model and streamed ones."""
+        """Known values of each job's whole-model and streamed statistics, by ordinal, round by round."""
         self.grams = GramCache()
-        """Statistics of Gram matrices, of one tensor at a time."""
+        """Statistics of Gram matrices, for one tensor at a time."""
         buffers = self.plan.backend.buffers
         self._pool = Pool(self.plan.budget.capacity, buffers.prepare, buffers.release)
         self.threads = ThreadPoolExecutor(self.plan.budget.workers, thread_name_prefix="merge")
@@ -89,12 +89,12 @@ class Worker:
         self._pool, self.threads, self.prefetchers = driver._pool, driver.threads, driver.prefetchers
 
     def __enter__(self) -> Worker:
-        """Begin to work: torch is held to one thread where its sums depend on their number."""
+        """Start the worker, and limit torch to one thread if its sums depend on the number of threads."""
         self._held.enter_context(torch_in_one_thread(self.plan))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Wait for the threads, and give the buffers back."""
+        """Wait for the threads, and free the buffers."""
         self.prefetchers.shutdown(wait=True, cancel_futures=True)
         self.threads.shutdown(wait=True, cancel_futures=True)
         self._pool.close()
@@ -102,7 +102,7 @@ class Worker:
 
     @contextmanager
     def lease(self, nbytes: int) -> Iterator[Bytes | None]:
-        """Lend a buffer; None where the merge is stopped."""
+        """Lend a buffer; None if the merge is stopped."""
         with ExitStack() as held:
             with self.stages.time("wait for memory"):
                 buffer = held.enter_context(self._pool.lease(nbytes, self.stop))
@@ -116,7 +116,7 @@ class Worker:
         return own if computes is None else own | computes.known([self.plan.jobs[job] for job in jobs])
 
     def learn(self, answers: Knowledge) -> None:
-        """Take what a different worker knows of statistics."""
+        """Add values of statistics from a different worker."""
         own = {job: rounds for (stage, job), rounds in answers.items() if stage == self.plan.name}
         self.answers.update(own)
         if len(own) < len(answers):
@@ -125,7 +125,7 @@ class Worker:
 
 @contextmanager
 def math_for(worker: Worker, job: Job, loaded: Block) -> Iterator[BlockMath]:
-    """Lend the arithmetic of a block, once it is this thread's turn on the device."""
+    """Lend the arithmetic of a block when it is this thread's turn on the device."""
     turn = worker.plan.backend_of(job).turn
     with ExitStack() as held:
         if turn is not None:
@@ -135,6 +135,6 @@ def math_for(worker: Worker, job: Job, loaded: Block) -> Iterator[BlockMath]:
 
 
 def math_of(worker: Worker, job: Job, loaded: Block) -> BlockMath:
-    """Return the arithmetic of a block, by the backend of its job."""
+    """Return the arithmetic of a block from its job's backend."""
     plan = worker.plan
     return plan.backend_of(job).math(loaded, plan.device, plan.work[job.ordinal].extent)

@@ -1,4 +1,4 @@
-"""Room for a file, set aside before anything is written: a full disk is found in the first second."""
+"""Reserve space for files before anything is written, so that a full disk is detected at once."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 def fallocate(descriptor: int, nbytes: int) -> None:
-    """Set aside `nbytes` from the beginning of a file, by the system's own call.
+    """Reserve the first `nbytes` of a file with the system's own call.
 
-    `os.posix_fallocate` would write a byte into every page where a file system does not know how: for hours on NFS.
+    `os.posix_fallocate` would write a byte into every page if the file system lacks the call, for hours on NFS.
 
     Raises
     ------
     OSError
-        If the file system has no room, or does not know how.
+        If the file system is full, or lacks the call.
     """
     while _LIBC.fallocate(descriptor, 0, 0, nbytes):
         number = ctypes.get_errno()
@@ -36,12 +36,12 @@ def fallocate(descriptor: int, nbytes: int) -> None:
 
 
 def allocate(descriptor: int, nbytes: int) -> bool:
-    """Give a file its size; return whether the room was set aside, which not every file system can do.
+    """Give a file its size; return whether its space was reserved, which not every file system supports.
 
     Raises
     ------
     OSError
-        If there is no room.
+        If the file system is full.
     """
     try:
         fallocate(descriptor, nbytes)
@@ -54,24 +54,24 @@ def allocate(descriptor: int, nbytes: int) -> bool:
 
 
 def check_space(out: Path, sizes: Mapping[str, int], paths: Paths | None = None) -> None:
-    """Refuse an output that its disk has no room for, before any of it is taken from others.
+    """Refuse an output that does not fit on its disk, before any space is used.
 
     Parameters
     ----------
     sizes, paths
-        As for `space_for`.
+        As in `space_for`.
 
     Raises
     ------
     WorldError
-        With both numbers.
+        If it does not fit; the message has both numbers.
     """
     try:
         space = space_for(out, sizes, paths)
     except OSError:
-        return  # what is wrong shows when it is written to
+        return  # writing will report the problem
     if not space.fits:
         raise WorldError(
             f"{printable(out)}: needs {format_size(space.needed)}, {format_size(space.free)} are free: No space left "
-            "on device; free some space and run the same command again, or choose another OUT"
+            "on device: free some space and run the same command again, or choose a different OUT"
         )

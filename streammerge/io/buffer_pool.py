@@ -1,7 +1,7 @@
-"""Buffers: all of them together never exceed the capacity, and they are used again.
+"""A pool of reusable buffers whose total size never exceeds the capacity.
 
-A buffer is an anonymous mapping of its own: given back, it leaves the process at once, which a heap
-does not promise. Leases are granted in the order they are asked for, so a large chunk is not starved.
+Each buffer is an anonymous mapping, so freeing it returns the memory at once, which a heap does not guarantee. Leases are
+granted in the order of requests, so large chunks do not starve.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Pool:
     Parameters
     ----------
     capacity
-        Bytes that all buffers, leased and idle, may hold together.
+        Most bytes of all buffers, leased and idle.
     prepare, dismiss
-        Called with every buffer when it is made, and before it is given up.
+        Called with every buffer after it is created, and before it is freed.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Pool:
 
     @contextmanager
     def lease(self, nbytes: int, stop: threading.Event) -> Iterator[Bytes | None]:
-        """Lend a buffer of at least `nbytes`; None if `stop` was set while it waited."""
+        """Lend a buffer of at least `nbytes`; None if `stop` was set while waiting."""
         size = max(1, -(-nbytes // _GRAIN)) * _GRAIN
         assert size <= self._capacity + _GRAIN, (nbytes, self._capacity)
         buffer = self._acquire(size, stop)
@@ -73,7 +73,7 @@ class Pool:
                 self._changed.notify_all()
 
     def _take(self, size: int) -> Bytes | None:
-        # A larger one will do: fresh pages cost more (faults, zeroing) than the room it takes.
+        # A larger buffer is accepted: fresh pages (faults, zeroing) cost more than the wasted space.
         fitting = [buffer for buffer in self._idle if size <= buffer.size]
         if fitting:
             best = min(fitting, key=lambda buffer: buffer.size)
@@ -96,14 +96,14 @@ class Pool:
             self._dismiss(buffer)
 
     def close(self) -> None:
-        """Give back all idle buffers."""
+        """Free all idle buffers."""
         with self._changed:
             while self._idle:
                 self._give_up(self._idle.pop())
 
 
 def _map(size: int) -> mmap.mmap:
-    """Map fresh memory, in huge pages where the system grants them: far fewer to fault in, and to pin for I/O."""
+    """Map fresh memory, in huge pages if possible, which need far fewer faults and pins for I/O."""
     mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them

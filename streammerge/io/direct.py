@@ -1,7 +1,7 @@
-"""I/O past the page cache: the disk's own speed at a fraction of the CPU time, and nothing else is evicted.
+"""I/O past the page cache: it has the disk's speed at a fraction of the CPU time, and evicts nothing.
 
-A copy through the page cache costs a two-core machine as much as the arithmetic of a merge does. Direct I/O
-moves whole pages between the file and memory that lies at the same place of a page (`streammerge.planning.memory.buffers`).
+On a two-core machine a copy through the page cache costs as much as the arithmetic of a merge. Direct I/O moves whole
+pages, and data keep their offset within the page (`streammerge.planning.memory.buffers`).
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import PAGE
 
 _AT_ONCE = 1 << 30
-"""Linux moves at most 2 GiB a call."""
+"""Linux transfers at most 2 GiB per call."""
 REFUSED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP)
-"""What a file system says that has no direct I/O, or one of coarser alignment."""
+"""Error codes of file systems without direct I/O, or with a coarser alignment."""
 
 
 def open_direct(descriptor: int, flags: int) -> int | None:
-    """Open the file of a descriptor once more, for direct I/O; None where that is not to be had."""
+    """Open the file of a descriptor again for direct I/O; None if that is not supported."""
     try:
-        # By its descriptor, not by its name: it is the same file, whatever the name means by now.
+        # By descriptor, not by name, so that it is certainly the same file.
         return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_DIRECT | os.O_CLOEXEC)
     except (OSError, AttributeError):
         return None
 
 
 def place_in_page(data: Bytes) -> int:
-    """Return where in its page a buffer begins."""
+    """Return a buffer's offset within its page."""
     return int(data.ctypes.data) % PAGE
 
 
 def read_direct(descriptor: int, offset: int, nbytes: int, slot: Bytes) -> int:
-    """Read bytes ``offset .. offset + nbytes``, and what else lies in their pages, into `slot`.
+    """Read bytes ``offset .. offset + nbytes``, and the rest of their pages, into `slot`.
 
-    `slot` begins at a page and has room for all pages touched. Returns how many of the `nbytes` were read: less
-    where the file ends early, or where it ends within a page and the system stops there.
+    `slot` begins at a page and has room for all touched pages. Returns the number of bytes read: fewer than `nbytes` if the
+    file ends early, or if it ends within a page and the system stops there.
 
     Raises
     ------
@@ -96,7 +96,7 @@ _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 def cached_share(descriptor: int, offset: int, nbytes: int) -> float:
-    """Return which share of a range of a file lies in the page cache; 1 where the system does not tell."""
+    """Return the fraction of a range of a file that is in the page cache; 1 if it is unknown."""
     first = offset - offset % PAGE
     length = offset + nbytes - first
     address = _LIBC.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, first)

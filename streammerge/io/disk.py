@@ -1,4 +1,4 @@
-"""How much room there is where an output is to lie, and how much it takes."""
+"""The free space for an output, and the space that it needs."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from pathlib import Path
 from streammerge.io.durable import PARTIAL
 
 Paths = Callable[[str], Iterable[Path]]
-"""Returns the paths that a file of an output may have, by its name."""
+"""Function that returns the possible paths of an output's file, given its name."""
 _BLOCK = 512
 """Bytes; the unit of ``st_blocks``."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """The room for an output."""
+    """The free and the needed space of an output."""
 
     place: Path
-    """The directory whose file system was looked at: OUT, or the nearest above it that exists."""
+    """The directory whose file system was checked: OUT, or its closest existing parent."""
     needed: int
-    """Bytes of the files that are yet to be allocated."""
+    """Bytes of the files that are not allocated yet."""
     free: int
-    """Bytes that this user may still write."""
+    """Bytes that this user can still write."""
 
     @property
     def fits(self) -> bool:
-        """Whether the one is no more than the other."""
+        """Whether the needed space is free."""
         return self.needed <= self.free
 
 
 def space_for(out: Path, sizes: Mapping[str, int], paths: Paths | None = None) -> Space:
-    """Look at the file system of an output; what an earlier run has allocated is not needed again.
+    """Return the free and the needed space of an output; files allocated by an earlier run need none.
 
     Parameters
     ----------
     sizes
         Bytes of each file of the output, by its name.
     paths
-        Returns the paths that a file may have while the merge runs, by its name; default: those in a directory `out`.
+        Function that returns the possible paths of a file during the merge; default: those in a directory `out`.
 
     Raises
     ------

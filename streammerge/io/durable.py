@@ -1,8 +1,8 @@
-"""Changes to the file system that survive a loss of power, and a machine's failures in one line.
+"""Changes to the file system that survive a loss of power, and one-line errors for failures of the machine.
 
-Two rules, kept by all who write here. A name means a finished file: what is written is synced under another name
-first. And a sync that failed is never asked again: the system has dropped what it could not write and would
-answer that all is well, so whoever comes later writes it anew.
+All writers follow two rules. A final name means a finished file: data are written and synced under a temporary name first.
+A failed sync is never retried, since the system has dropped the unwritten pages and would report success; the next run
+writes the data again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from streammerge.errors import WorldError, printable
 
 PARTIAL = ".partial"
-"""Ends the name of a file that is not finished."""
+"""Suffix of unfinished files."""
 
-_KEPT = "what is finished is kept; run the same command again"
+_KEPT = "finished work is kept; run the same command again"
 _FULL = "free some space and run the same command again"
-_LOCKED = "make it writable and run the same command again, or choose another OUT"
+_LOCKED = "make it writable and run the same command again, or choose a different OUT"
 _CURES = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -30,20 +30,20 @@ _CURES = {
     errno.EACCES: _LOCKED,
     errno.EPERM: _LOCKED,
     errno.EIO: f"check the disk; {_KEPT}",
-    errno.ELOOP: "a link is not followed here; remove it and run the same command again",
+    errno.ELOOP: "links are not followed here; remove it and run the same command again",
     errno.ENAMETOOLONG: "choose a shorter OUT",
-    errno.ENOTDIR: "choose another OUT",
+    errno.ENOTDIR: "choose a different OUT",
 }
 
 
 def cure_of(error: OSError, otherwise: str) -> str:
-    """Return how a failure is mended where nothing is there yet that could be kept."""
+    """Return the cure of a failure before anything was written."""
     return _CURES.get(error.errno or 0, otherwise).removesuffix(f"; {_KEPT}")
 
 
 @contextmanager
 def world_errors(what: object) -> Iterator[None]:
-    """Turn an OSError into a WorldError that names what was being done and how to go on."""
+    """Convert an OSError to a WorldError that names the file and the cure."""
     try:
         yield
     except OSError as error:
@@ -52,21 +52,21 @@ def world_errors(what: object) -> Iterator[None]:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable, where the file system can be asked for it."""
+    """Make the names in a directory durable, if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems: their server sees to it
+        if error.errno != errno.EINVAL:  # some network file systems: their server ensures it
             raise
     finally:
         os.close(descriptor)
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and those above it, their names durable.
+    """Create a directory and its parents, and make their names durable.
 
-    Those that exist are seen to as well: whoever made them may have been killed before.
+    Existing ones are synced too, since the process that created them may have been killed before its sync.
     """
     path.mkdir(parents=True, exist_ok=True)
     place = path.resolve()
@@ -77,16 +77,16 @@ def make_directory(path: Path) -> None:
         try:
             fsync_directory(above)
         except PermissionError:
-            continue  # nothing in a directory that we may not read was made by us
+            continue  # we created nothing in a directory that we may not read
 
 
 def make_folders(out: Path, name: str) -> None:
-    """Make the folders that a path in a directory leads through, their names durable; none may be a link.
+    """Create the folders of a path inside a directory, and make their names durable; none may be a link.
 
     Raises
     ------
     WorldError
-        If that is not to be had.
+        If that fails.
     """
     folder = out
     for part in name.split("/")[:-1]:
@@ -99,19 +99,19 @@ def make_folders(out: Path, name: str) -> None:
 
 
 def write_fully(descriptor: int, data: bytes | memoryview) -> None:
-    """Write all of `data` where the file stands."""
+    """Write all of `data` at the file's current position."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def write_file(path: Path, data: bytes, partial: Path | None = None) -> None:
-    """Write a small file so that its name always means all of it; the name itself is not yet durable.
+    """Write a small file whose name appears only when it is complete; the name is not yet durable.
 
     Parameters
     ----------
     partial
-        Its path until it is finished; default: next to it.
+        Path until the file is finished; default: next to it.
     """
     partial = partial or path.with_name(path.name + PARTIAL)
     with world_errors(path):

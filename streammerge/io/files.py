@@ -1,7 +1,7 @@
-"""Open input files so that nothing in a model directory can hang us or blur what went wrong.
+"""Open input files so that no file in a model directory can block us, with precise errors.
 
-Only regular files are opened. What the user can cure (a missing file, a wrong kind, no permission)
-is a `ModelError`; what the machine did (an I/O error, too many open files) is a `WorldError`.
+Only regular files are opened. Problems that the user can fix (a missing file, a wrong kind, no permission) raise
+`ModelError`; failures of the machine (an I/O error, too many open files) raise `WorldError`.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ _KINDS = {
 
 
 def place(path: str, limit: int = 200) -> str:
-    """Return `path` fit for one line; of a very long one the end, where the file name is."""
+    """Return `path` for use in one line; of a very long path only the end, with the file name."""
     return printable(path, limit) if len(path) <= limit else "…" + printable(path[1 - limit :])
 
 
 def quoted(text: str, limit: int = 120) -> str:
-    """Return untrusted `text` in quotes, escaped and cut; never touches more than `limit` of it."""
+    """Return untrusted `text` in quotes, escaped and cut; at most `limit` characters are processed."""
     return repr(text) if len(text) <= limit else repr(text[:limit]) + "…"
 
 
 def expanded(path: str) -> str:
-    """Return a path with ``~`` at its beginning written out, unless there is something of that very name."""
+    """Return a path with a leading ``~`` expanded, unless a file of that literal name exists."""
     return path if os.path.lexists(path) else os.path.expanduser(path)
 
 
 def meant(path: str) -> str:
-    """Return ``(did you mean …?)`` with a space before it, where a name beside a missing `path` is like its last part."""
+    """Return `` (did you mean …?)`` if an existing name is similar to the last part of a missing `path`, else an empty string."""
     parent, name = os.path.split(path.rstrip("/"))
     try:
         beside = os.listdir(os.path.expanduser(parent) or ".")
@@ -64,12 +64,12 @@ def meant(path: str) -> str:
 
 
 def bad(path: str, what: str) -> ModelError:
-    """Return the refusal of `path`: one bounded line ``<path>: <what>``."""
+    """Return the error for `path`: one bounded line ``<path>: <what>``."""
     return ModelError(f"{place(path)}: {printable(what, 600)}")
 
 
 def from_os(path: str, error: OSError) -> StreammergeError:
-    """Return `error` as ours: the user's to cure, or the machine's failure."""
+    """Return `error` as a `ModelError` if the user can fix it, else as a `WorldError`."""
     if error.errno == errno.ENOENT and os.path.islink(path):
         return bad(path, "a symbolic link to a file that is missing: download the model again")
     if error.errno in _CURABLE:
@@ -80,13 +80,13 @@ def from_os(path: str, error: OSError) -> StreammergeError:
 def open_regular(path: str | os.PathLike[str]) -> int:
     """Open a regular file (or a link to one) for reading and return its descriptor.
 
-    Anything else is refused before it is opened: opening a device may have effects. The open itself
-    does not block either, should the file become a pipe in between.
+    Anything else is refused before it is opened, since opening a device may have effects. Opening does not block, even if
+    the file is replaced by a pipe in between.
 
     Raises
     ------
     ModelError
-        If it is missing, forbidden, or not a regular file.
+        If it is missing, not permitted, or not a regular file.
     WorldError
         If the machine fails.
     """
@@ -110,7 +110,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 @contextmanager
 def reading(path: str) -> Iterator[tuple[int, os.stat_result]]:
-    """Yield the descriptor and the status of a regular file; an `OSError` inside becomes ours."""
+    """Yield the descriptor and the status of a regular file; an `OSError` inside is converted by `from_os`."""
     fd = open_regular(path)
     try:
         yield fd, os.fstat(fd)
@@ -127,12 +127,12 @@ def _refuse_special(path: str, status: os.stat_result) -> None:
 
 
 def read_exactly(fd: int, nbytes: int, offset: int, path: str) -> bytes:
-    """Return `nbytes` bytes at `offset`; the caller has checked that the file is that long.
+    """Return `nbytes` bytes at `offset`; the caller has checked the file's size.
 
     Raises
     ------
     WorldError
-        If the file ends before: it was cut while we looked at it.
+        If the file ends earlier, because it was truncated in the meantime.
     """
     parts = []
     while nbytes:

@@ -1,4 +1,4 @@
-"""Locks of directories and files: one process at a time, until it ends, however it ends."""
+"""Locks of directories and files, held by one process at a time until it ends, however it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streammerge.io.durable import world_errors
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file or directory until it is closed; return False if another process holds it.
+    """Lock an open file or directory until it is closed; return False if a different process holds it.
 
     Raises
     ------
@@ -28,7 +28,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Return whether an open directory is still the one of this path."""
+    """Return whether an open directory is still the one at this path."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
@@ -42,12 +42,12 @@ def locked_directory(path: Path, taken: str) -> Iterator[None]:
     Parameters
     ----------
     taken
-        What is said if another process holds it.
+        The message if a different process holds the lock.
 
     Raises
     ------
     OutputError
-        If another process holds it, or has held it until now and removed the directory.
+        If a different process holds it, or has just released it and removed the directory.
     WorldError
         If it cannot be opened or locked.
     """

@@ -1,8 +1,7 @@
-"""Copies out of a memory map that cannot kill the process.
+"""Copy from a memory map without the risk of SIGBUS.
 
-Touching a page of a map that the file no longer has, or that the disk fails to give, raises SIGBUS. The system
-call that copies between processes touches it in the kernel, where that is but a short count; it copies within
-one process as well.
+Accessing a mapped page that the file no longer has, or that the disk fails to read, raises SIGBUS. The system call that
+copies between processes (here: within one) accesses the page in the kernel, where the failure is only a short count.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ if _COPY is not None:
 
 
 def copy_mapped(mapped: mmap.mmap, offset: int, target: Bytes) -> int:
-    """Fill `target` from byte `offset` of a map; return the bytes copied, fewer where pages are gone.
+    """Fill `target` from byte `offset` of a map; return the bytes copied, fewer if pages are missing.
 
-    None are copied where the system has no such call or does not allow it.
+    Nothing is copied if the system lacks the call or does not permit it.
     """
     source = np.frombuffer(mapped, np.uint8)[offset:]
     assert source.size >= target.size
@@ -51,5 +50,5 @@ def copy_mapped(mapped: mmap.mmap, offset: int, target: Bytes) -> int:
         if n <= 0:
             break
         done += n
-    del source  # a map that something looks at cannot be closed
+    del source  # a map with exported buffers cannot be closed
     return done

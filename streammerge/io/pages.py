@@ -1,15 +1,15 @@
-"""Pages: what direct I/O is aligned to, and the room that an operand takes in a buffer."""
+"""Pages, the alignment of direct I/O, and the size of an operand's slot in a buffer."""
 
 from __future__ import annotations
 
 PAGE = 4096
-"""Bytes; direct I/O moves whole pages between a file and memory at the same place of a page."""
+"""Size of a page in bytes; direct I/O moves whole pages."""
 DIRECT_BYTES = 1 << 20
-"""Least bytes worth a direct transfer: smaller ones gain from the kernel's read-ahead and write-back."""
+"""Smallest direct transfer in bytes; smaller ones gain from the kernel's read-ahead and write-back."""
 LINE = 64
-"""Bytes of a cache line; tensors too small for direct I/O begin at one."""
+"""Size of a cache line in bytes, the alignment of tensors that are too small for direct I/O."""
 
 
 def slot_bytes(nbytes: int, paged: bool = True) -> int:
-    """Return the bytes of the slot of an operand: whole pages and one more, or whole cache lines."""
+    """Return the size of an operand's slot: whole pages plus one, or whole cache lines."""
     return -(-nbytes // PAGE) * PAGE + PAGE if paged else -(-nbytes // LINE) * LINE

@@ -1,9 +1,8 @@
-"""Bytes in: large positioned reads into buffers, past the page cache, through it, or out of a memory map.
+"""Read large ranges of files into buffers: past the page cache, through it, or from a memory map.
 
-Reads past the cache are the default: as fast as others, at a tenth of the CPU time. What lies in the
-cache already, or is to be read again, goes through it. A map is the last choice: a file that shrinks gives a
-short read, an error we report, where touching a map gives SIGBUS, which kills the process; so the system copies
-out of it for us (`mapped`).
+Reading past the cache is the default: it is as fast, at a tenth of the CPU time. Data that are already cached, or will be
+read again, go through the cache. A memory map is the last choice: a file that shrinks gives a short read, which we report,
+but a map raises SIGBUS, which kills the process; so the system copies from the map (`mapped`).
 """
 
 from __future__ import annotations
@@ -32,31 +31,31 @@ from streammerge.io.mapped import copy_mapped
 from streammerge.io.pages import DIRECT_BYTES, PAGE, slot_bytes
 
 IoMode = Literal["direct", "read", "mmap"]
-"""Past the page cache where that pays; through it; out of a memory map."""
+"""``direct``: past the page cache where that pays; ``read``: through it; ``mmap``: from a memory map."""
 _OPEN_FILES = 48
-"""Unless told otherwise; twice as many descriptors."""
+"""Default number of open files; each has two descriptors."""
 _MOST_VIEWS = 1024
-"""Buffers that one call of the system fills."""
+"""Most buffers that one system call fills."""
 _GRAIN = 8
-"""Kernels look at the buffer as words of up to this many bytes."""
+"""Alignment in bytes; kernels access the buffer in words of up to this size."""
 
 
 class Reader:
-    """Reads ranges of input files from any thread, a bounded number of them open.
+    """Reads ranges of input files from any thread, with a bounded number of open files.
 
     Parameters
     ----------
     cache_bytes
-        How much of what will be read again may be left in the page cache meanwhile.
+        Most bytes to leave in the page cache for a second read.
     most_open
-        Files that may be open at a time, beside those being read.
+        Most open files in addition to those being read.
     from_disk
-        Read what the disk holds, not what the page cache still has of it, so far as the file system allows.
+        Whether to read from the disk instead of the page cache, as far as the file system allows.
 
     Attributes
     ----------
     bytes_read
-        Total so far.
+        Total bytes read so far.
     """
 
     def __init__(
@@ -76,7 +75,7 @@ class Reader:
         self._kept: set[tuple[str, int, int]] = set()
         self.bytes_read = 0
         self.computes: Any = None
-        """What computes tensors that lie in no file and need more than a reader; the engine sets it."""
+        """Computes tensors that are in no file and need more than a reader; the engine sets it."""
 
     def read_into(self, path: str, offset: int, target: Bytes) -> None:
         """Fill `target` from byte `offset` of a file.
@@ -95,7 +94,7 @@ class Reader:
         self._count(target.size)
 
     def read_parts(self, path: str, parts: Iterable[tuple[int, list[memoryview]]]) -> None:
-        """Fill buffers, several from each of some offsets of a file: one behind the other there, anywhere here.
+        """Fill buffers from a file: for each offset, several buffers with consecutive bytes.
 
         Raises
         ------
@@ -121,12 +120,12 @@ class Reader:
         self._count(total)
 
     def read_slot(self, path: str, offset: int, nbytes: int, slot: Bytes, *, again: bool = False) -> int:
-        """Read a range of a file into a slot (see `streammerge.planning.memory.buffers`); return where in the slot the data begin.
+        """Read a range of a file into a slot (see `streammerge.planning.memory.buffers`); return the data's offset in the slot.
 
         Parameters
         ----------
         again
-            The range will be read once more.
+            Whether the range will be read once more.
 
         Raises
         ------
@@ -156,7 +155,7 @@ class Reader:
         return begins
 
     def _forget(self, file: _File, offset: int, nbytes: int) -> None:
-        """Have a range read from the disk, where that is asked for: nothing of it is left in the page cache."""
+        """With `from_disk`, evict a range from the page cache, so that it is read from the disk."""
         if self._from_disk:
             os.posix_fadvise(file.descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
@@ -164,7 +163,7 @@ class Reader:
         return self._backend == "direct" and nbytes >= DIRECT_BYTES
 
     def _keep(self, key: tuple[str, int, int]) -> bool:
-        """Return whether a range that will be read again may stay in the page cache; remember it if so."""
+        """Return whether a range that will be read again may stay in the page cache, and record it if so."""
         with self._lock:
             if key[2] > self._cache_left:
                 return False
@@ -173,7 +172,7 @@ class Reader:
             return True
 
     def _release(self, file: _File, key: tuple[str, int, int]) -> None:
-        """Give up the page cache of a range that we put there; what others had there stays."""
+        """Evict a range that we put into the page cache; pages cached by others stay."""
         with self._lock:
             if key not in self._kept:
                 return
@@ -186,9 +185,9 @@ class Reader:
             self.bytes_read += nbytes
 
     def prefetch(self, path: str, offset: int, nbytes: int) -> None:
-        """Ask the kernel to begin reading a range of a file into the page cache, if it is read through it.
+        """Ask the kernel to prefetch a range of a file into the page cache, if it is read through the cache.
 
-        A hint, so failures show when it is read.
+        It is only a hint; failures show when the range is read.
         """
         try:
             with self._open(path) as file:
@@ -198,7 +197,7 @@ class Reader:
             return
 
     def prefetch_file(self, path: str) -> None:
-        """The same for a whole file that is read but once."""
+        """Prefetch a whole file that is read only once."""
         try:
             with closing(_File(path, self._backend)) as file:
                 nbytes = os.fstat(file.descriptor).st_size
@@ -208,19 +207,19 @@ class Reader:
             return
 
     def read_file(self, path: str, target: Bytes) -> int:
-        """Read a whole file that fits into `target`, with whole pages to spare; return its bytes.
+        """Read a whole file into `target`, which has whole pages to spare; return the file's size.
 
         Raises
         ------
         ModelError
-            If it is missing, no regular file, or larger than anything that was stored so.
+            If it is missing, not a regular file, or too large.
         WorldError
             If the device fails.
         """
         with closing(_File(path, self._backend)) as file, _reading(path):
             nbytes = os.fstat(file.descriptor).st_size
             if nbytes > target.size:
-                raise ModelError(f"{printable(path)}: {nbytes} bytes, larger than it can be")
+                raise ModelError(f"{printable(path)}: {nbytes} bytes, which is too large")
             direct = file.direct is not None and self._goes_direct(nbytes) and not place_in_page(target)
             if (
                 direct
@@ -264,7 +263,7 @@ class Reader:
 
 
 class _File:
-    """An input file, open through the page cache and, where that is to be had, past it."""
+    """An input file, open through the page cache and, if supported, past it."""
 
     def __init__(self, path: str, backend: IoMode) -> None:
         self.descriptor = open_regular(path)
@@ -284,13 +283,13 @@ def _reading(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise WorldError(
-            f"{printable(path)}: cannot be read: {error.strerror}; check the disk; what is finished is kept; run the same "
+            f"{printable(path)}: cannot be read: {error.strerror}; check the disk; finished work is kept; run the same "
             "command again"
         ) from error
 
 
 def _read_past_cache(file: _File, offset: int, slot: Bytes, nbytes: int, path: str) -> None:
-    """Read a range into the slot, from where it lies in its page; what direct I/O leaves, through the cache."""
+    """Read a range into the slot by direct I/O; read the remaining bytes through the cache."""
     assert file.direct is not None
     done = 0
     try:
@@ -307,7 +306,7 @@ def _read_fully(descriptor: int, offset: int, target: Bytes, path: str) -> None:
     view = target.data
     position = 0
     while position < len(view):
-        # Linux moves at most 2 GiB a call, and may move less.
+        # Linux transfers at most 2 GiB per call, and possibly less.
         n = os.preadv(descriptor, [view[position : position + (1 << 30)]], offset + position)
         if n == 0:
             raise _shrunk(path)
@@ -323,16 +322,16 @@ def _copy_from_map(descriptor: int, offset: int, target: Bytes, path: str) -> No
         raise _shrunk(path)
     try:
         mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start)
-    except ValueError:  # it became shorter since
+    except ValueError:  # it was truncated in the meantime
         raise _shrunk(path) from None
     with mapped:
         done = copy_mapped(mapped, offset - start, target)
     if done < target.size:
-        # The file became shorter since, or the system does not copy so: reading tells.
+        # The file was truncated, or the system cannot copy this way: a plain read tells which.
         _read_fully(descriptor, offset + done, target[done:], path)
 
 
 def _shrunk(path: str) -> WorldError:
     return WorldError(
-        f"{printable(path)}: the file became shorter while it was read; restore it and start again with --overwrite"
+        f"{printable(path)}: the file became shorter while it was read: restore it and start over with --overwrite"
     )

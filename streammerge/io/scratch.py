@@ -1,4 +1,4 @@
-"""Room for temporaries within a buffer that is counted."""
+"""Allocate temporaries within a buffer that counts as memory of the merge."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from streammerge.io.pages import LINE, PAGE
 
 
 class Scratch:
-    """Room for temporaries, given out from its beginning; what a block takes is free again after it.
+    """Space for temporaries, allocated from its beginning; each block's allocations are freed after it.
 
     Attributes
     ----------
     room
-        All of it.
+        The whole space.
     """
 
     def __init__(self, room: Bytes) -> None:
@@ -25,7 +25,7 @@ class Scratch:
         self._taken = 0
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Return an array of no content in particular."""
+        """Return an uninitialised array."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         begins = -(-self._taken // LINE) * LINE
         assert begins + nbytes <= self.room.size, (begins, nbytes, self.room.size)
@@ -33,11 +33,11 @@ class Scratch:
         return self.room[begins : begins + nbytes].view(dtype).reshape(shape)
 
     def pages(self, nbytes: int) -> Bytes:
-        """Return bytes that begin at a page of memory, as direct reads want them."""
+        """Return page-aligned bytes, as direct reads require."""
         self._taken += -(self.room.ctypes.data + self._taken) % PAGE
         return self.take((nbytes,), np.dtype(np.uint8))
 
     def rest(self) -> Scratch:
-        """Return what is left as room of its own; it is free again once that is out of use."""
+        """Return the remaining space as a separate `Scratch`; it is free again when that is no longer used."""
         begins = -(-self._taken // LINE) * LINE
         return Scratch(self.room[begins:])

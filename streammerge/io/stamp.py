@@ -1,4 +1,4 @@
-"""The identity of an input file, by which a change is noticed before a merge goes on."""
+"""The identity of an input file, with which changes are detected."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from streammerge.errors import WorldError, printable
 
 @dataclass(frozen=True, slots=True)
 class FileStamp:
-    """What identifies an input file: if any of this differs on resume, the input has changed."""
+    """The identity of an input file; if any field differs on resume, the input has changed."""
 
     path: str
     nbytes: int
     mtime_ns: int
     ctime_ns: int
-    """Unlike mtime this cannot be set back, so it shows a change of equal size and mtime."""
+    """Unlike mtime it cannot be set back, so it reveals changes that keep size and mtime."""
     inode: int
     header_digest: str
     """BLAKE2b-128 of the header's JSON bytes, in hex."""
@@ -27,7 +27,7 @@ class FileStamp:
     def of(
         cls, path: str | os.PathLike[str], status: os.stat_result, header: bytes | None = None
     ) -> FileStamp:
-        """Return the stamp of an open file, from its status and the bytes of its header."""
+        """Return the stamp of an open file from its status and its header's bytes."""
         digest = "" if header is None else hashlib.blake2b(header, digest_size=16).hexdigest()
         return cls(
             os.fspath(path),
@@ -39,7 +39,7 @@ class FileStamp:
         )
 
     def describes(self, status: os.stat_result) -> bool:
-        """Whether a file of this `status` is still the one stamped, so far as stat can tell."""
+        """Return whether a file with this `status` is still the stamped one, as far as stat can tell."""
         return (self.nbytes, self.mtime_ns, self.ctime_ns, self.inode) == (
             status.st_size,
             status.st_mtime_ns,
@@ -55,14 +55,12 @@ def check_unchanged(stamp: FileStamp) -> None:
     except OSError as error:
         reason = "is gone" if error.errno == errno.ENOENT else str(error.strerror)
         raise WorldError(
-            f"{printable(stamp.path)}: an input {reason}; restore it and start again with --overwrite"
+            f"{printable(stamp.path)}: an input {reason}: restore it and start over with --overwrite"
         ) from None
     if not stamp.describes(now):
         raise changed(stamp.path)
 
 
 def changed(path: str) -> WorldError:
-    """Return the failure of a merge of which an input changed meanwhile."""
-    return WorldError(
-        f"{printable(path)}: an input changed while it was merged; start again with --overwrite"
-    )
+    """Return the error for an input that changed during the merge."""
+    return WorldError(f"{printable(path)}: an input changed during the merge: start over with --overwrite")

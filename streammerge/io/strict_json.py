@@ -1,8 +1,7 @@
-"""JSON from strangers: what the `json` module lets through and a header must not hold.
+"""Strict parsing of untrusted JSON, which the `json` module would accept too liberally.
 
-Refused, each as a one-line `ModelError`: text that is no UTF-8, a value that is no object,
-duplicate keys, lone surrogates, nesting without end, endless integers, and (by `Numbers`) NaN,
-1e999, fractions, negatives.
+The following raise a one-line `ModelError`: text that is not UTF-8, values that are not objects, duplicate keys, lone
+surrogates, excessive nesting, excessive integers and, depending on `Numbers`, NaN, 1e999, fractions, negative numbers.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from typing import Any, Literal, NoReturn
 from streammerge.io.files import bad, quoted, read_exactly, reading
 
 MAX_NBYTES = 100_000_000
-"""The format's own limit of a header, in bytes; here of every JSON file."""
+"""Largest JSON file in bytes; it is the safetensors format's limit for headers."""
 
 MAX_MARKS = 5_000_000
-"""Most brackets, braces and commas together. Python spends up to 100 bytes on each, so this bounds
-memory (100 MB of ``[],[],`` would take 2.5 GB); half a million tensors have about as many."""
+"""Most brackets, braces and commas. Python needs up to 100 bytes for each, so this bounds the memory
+(100 MB of ``[],[],`` would take 2.5 GB); half a million tensors have about as many."""
 
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD]")
 
 Numbers = Literal["natural", "finite", "any"]
-"""``natural``: integers from 0 on; ``finite``: no NaN or infinity; ``any``: what Python writes."""
+"""``natural``: integers >= 0; ``finite``: no NaN or infinity; ``any``: everything that Python writes."""
 
 
 class _Refused(ValueError):
@@ -74,7 +73,7 @@ def _integer(digits: str) -> int:
 
 
 def _no_float(digits: str) -> NoReturn:
-    raise _Refused(f"has the number {digits[:40]} where only whole numbers may be")
+    raise _Refused(f"has the number {digits[:40]} where a whole number is required")
 
 
 def _finite(digits: str) -> float:
@@ -108,13 +107,13 @@ _DECODERS: dict[Numbers, JSONDecoder] = {
 def parse_object(
     raw: bytes, path: str, what: str, numbers: Numbers, max_marks: int = MAX_MARKS
 ) -> dict[str, Any]:
-    """Return the JSON object that `raw` is; `path` and `what` (``"the header"``) go into errors."""
+    """Parse `raw` as a JSON object; `path` and `what` (``"the header"``) appear in errors."""
     marks = sum(raw.count(mark) for mark in (b"[", b"{", b","))
     if marks > max_marks:
         raise bad(path, f"{what} has {marks} brackets and commas, more than {max_marks}")
     try:
         value = _DECODERS[numbers].decode(raw.decode())
-        if _ESCAPED_SURROGATE.search(raw):  # In UTF-8 itself there are none.
+        if _ESCAPED_SURROGATE.search(raw):  # UTF-8 itself has none.
             _refuse_surrogates(value)
     except UnicodeDecodeError as error:
         raise bad(path, f"{what} is not UTF-8 (byte {error.start})") from None

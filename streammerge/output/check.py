@@ -1,7 +1,7 @@
-"""Prove that a finished output is what was written: every byte of every file against the manifest.
+"""Verify a finished output: compare every byte of every file with the manifest.
 
-One pass over the disk, past the page cache. Beside checksums it finds what a loader relies on: each shard's header,
-the index, and values that are finite except where the manifest says otherwise.
+It takes one pass over the disk, past the page cache. In addition to checksums it checks what loaders rely on: each shard's
+header, the index, and that values are finite except where the manifest says otherwise.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from streammerge.output.readback import Found, Part, read_back
 from streammerge.planning.layout import folder_of, is_shard
 
 _LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)
-"""Ends of file names that a loader may take for the model, or that a merge leaves unfinished."""
+"""Endings of file names that a loader may take for the model, or that a merge leaves unfinished."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Recomputed:
     pieces: int
     of_pieces: int
     elements: int
-    """Compared; more than those of the pieces where a method needs a whole tensor."""
+    """Number of elements compared; more than those of the pieces if a method needs whole tensors."""
     of_elements: int
     problems: tuple[str, ...]
-    """One line for each tensor that differs, the first in file order first."""
+    """One line for each tensor that differs, in file order."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Verdict:
     """The result of `verify`."""
 
     files: int
-    """Files checked."""
+    """Number of files checked."""
     nbytes: int
-    """Bytes read."""
+    """Number of bytes read."""
     problems: tuple[str, ...]
-    """One line each; empty if the output is as it was written."""
+    """One line per problem; empty if the output is as it was written."""
     others: tuple[str, ...] = ()
-    """Files beside those of the merge that no loader looks at."""
+    """Additional files that loaders ignore."""
     edits: Mapping[str, str] = field(default_factory=dict)
-    """Files that people edit, by name, which are not as they were written, and what became of them: no problem."""
+    """Files that people may edit and that have changed, by name, with the kind of change. They are not problems."""
     recomputed: Recomputed | None = None
-    """The recomputation from the inputs; None if it was not asked for, or no header could be read."""
+    """The recomputation from the inputs; None if it was not requested, or if no header could be read."""
 
 
 def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> Verdict:
@@ -75,7 +75,7 @@ def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> V
     Raises
     ------
     ModelError
-        If `out` holds no finished merge, or its manifest cannot be believed.
+        If `out` holds no finished merge, or its manifest is invalid.
     WorldError
         If the machine cannot read it.
     """
@@ -85,7 +85,7 @@ def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> V
 def check_files(
     place: Place, manifest: Mapping[str, Any], on_tick: Callable[[int], None] = lambda nbytes: None
 ) -> Verdict:
-    """Do what `verify` does, with a manifest that is believed."""
+    """Do the same as `verify` with a manifest that was checked."""
     out = place.folder
     edits = find_edits(out, manifest["files"])
     examined = [
@@ -135,11 +135,11 @@ class _Examined:
 
     name: str
     problems: tuple[str, ...] = ()
-    """Reasons why there is nothing to read."""
+    """Reasons why the file is not read."""
     parts: tuple[Part, ...] = ()
-    """Parts to read: a shard's header and its tensors, or the file as a whole."""
+    """Parts to read: a shard's header and its tensors, or the whole file."""
     tensors: Mapping[str, TensorRef] | None = None
-    """The tensors of a shard, if its header is sound."""
+    """The tensors of a shard, if its header is valid."""
     header_problem: str = ""
 
 
@@ -150,7 +150,7 @@ def _examine(out: Path, name: str, nbytes: int, folders: Sequence[str]) -> _Exam
     except FileNotFoundError:
         return _Examined(name, (f"{shown}: missing",))
     except OSError as error:
-        return _Examined(name, (f"{shown}: cannot be looked at: {error.strerror}",))
+        return _Examined(name, (f"{shown}: cannot be accessed: {error.strerror}",))
     if not stat.S_ISREG(status.st_mode):
         return _Examined(name, (f"{shown}: not a regular file",))
     if status.st_size != nbytes:
@@ -171,7 +171,7 @@ def _examine(out: Path, name: str, nbytes: int, folders: Sequence[str]) -> _Exam
 
 
 def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any], place: Place) -> list[str]:
-    """Return what is wrong with the bytes of a file."""
+    """Return the problems with the bytes of a file."""
     name, recorded = printable(one.name), manifest["tensors"]
     crc = combine_all((part.crc, part.nbytes) for part in found)
     by_tensor = {part.name: what for part, what in zip(one.parts, found, strict=True) if part.name}
@@ -188,7 +188,7 @@ def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]
             what = "its header has changed"
         if one.header_problem:
             what = f"its header is damaged: {printable(one.header_problem)}"
-        return [f"{name}: {what} (checksum {crc:08x}, {expected} was written)"]
+        return [f"{name}: {what} (checksum {crc:08x}, expected {expected})"]
     if one.header_problem:
         return [f"{name}: {printable(one.header_problem)}"]
     return [
@@ -201,7 +201,7 @@ def _compare(one: _Examined, found: Sequence[Found], manifest: Mapping[str, Any]
 def _tensor_problems(
     file: str, ref: TensorRef, found: Found, manifest: Mapping[str, Any], place: Place
 ) -> list[str]:
-    """Return how a tensor is not what the manifest says, though its bytes are."""
+    """Return the differences between a tensor's description in the header and in the manifest."""
     where = f"{file}: tensor {printable(ref.name)}"
     recorded = manifest["tensors"].get(ref.name)
     if recorded is None:
@@ -217,7 +217,7 @@ def _tensor_problems(
 
 
 def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any], place: Place) -> list[str]:
-    """Return which tensors lie in two shards or in none, as far as the headers can be read."""
+    """Return the tensors that are in two shards or in none, as far as headers are readable."""
     places: dict[str, str] = {}
     problems = []
     for one in examined:
@@ -273,12 +273,12 @@ def _index_problems(
     total = sum(ref.nbytes for one in shards for ref in (one.tensors or {}).values())
     if metadata.get("total_size") != total:
         told = printable(metadata.get("total_size"), 40)
-        return [f"{name}: total_size is {told}, the tensors have {total} bytes"]
+        return [f"{name}: total_size is {told}, but the tensors have {total} bytes"]
     return []
 
 
 def _beside(place: Place, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
-    """Return what a loader may take for a part of the model and no merge wrote, and the names of all else."""
+    """Return problems with additional files that a loader may take for part of the model, and the names of all others."""
     if place.file is not None:
         return [], ()  # its folder is not the merge's
     out = place.folder
@@ -301,6 +301,6 @@ def _beside(place: Place, manifest: Mapping[str, Any]) -> tuple[list[str], tuple
 
 
 def _names(out: Path, folder: str) -> list[str]:
-    """Return the paths of what lies in a folder of an output."""
+    """Return the paths of all files in a folder of an output."""
     prefix = "" if folder == "." else f"{folder}/"
     return [prefix + name for name in os.listdir(out / folder)]

@@ -1,4 +1,4 @@
-"""The end of a merge: sidecar files, the manifest, final names, and the index last of all."""
+"""The end of a merge: write sidecar files and the manifest, give final names, and write the index last."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def commit(
     Parameters
     ----------
     hashes
-        SHA-256 of every file beside the weights when the merge began, by its path in the output.
+        SHA-256 of every sidecar file when the merge began, by its path in the output.
     contents
-        The content hashes of input files, where they were hashed.
+        The content hashes of those input files that were hashed.
 
-    Returns the manifest. Running it again after an interruption at any point gives the same bytes.
+    Returns the manifest. After an interruption at any point, running it again gives the same bytes.
     """
     chosen = cover(plan, receipts)
     made = _made(plan, card, hashes)
@@ -77,7 +77,7 @@ def commit(
 
 
 def _made(plan: MergePlan, card: str, hashes: Mapping[str, str]) -> dict[str, bytes]:
-    """Return the files beside the weights that are not copies."""
+    """Return the sidecar files that are made, not copied."""
     made: dict[str, bytes] = {}
     if plan.layout.single_file:
         return made
@@ -91,7 +91,7 @@ def _made(plan: MergePlan, card: str, hashes: Mapping[str, str]) -> dict[str, by
 
 
 def cover(plan: MergePlan, receipts: Sequence[Receipt]) -> dict[int, list[Receipt]]:
-    """Return, per job, receipts that follow each other from its first element to its last."""
+    """Return, per job, receipts that cover all its elements in order."""
     longest: dict[tuple[int, int], Receipt] = {}
     for receipt in receipts:
         key = (receipt.job, receipt.start)
@@ -160,7 +160,7 @@ def _manifest(
 
 
 def _names(index: TensorIndex) -> str:
-    """Return what a person knows an input by: names and snapshots on the hub, names of local folders; no path."""
+    """Return an input's public name: its name and commit on the hub, or the name of the local folder, never a path."""
     return "+".join(
         f"{origin.name}@{origin.revision}" if origin.on_hub else origin.name for origin in origins_of(index)
     )
@@ -177,7 +177,7 @@ def tensor_crcs(plan: MergePlan, receipts: Sequence[Receipt]) -> list[int]:
 
 
 def densities(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> list[dict[str, Any]]:
-    """Return, for each model whose task vector lost entries, how many survived of how many."""
+    """Return, for each model whose task vector lost entries, the number of survivors and of all entries."""
     n = len(plan.models)
     kept, total = [0] * n, [0] * n
     for ordinal, receipts in chosen.items():
@@ -197,14 +197,14 @@ def densities(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> list[
 
 
 def floored(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[str, Any]:
-    """Return of how many merged elements a Fisher floor decided the most, of how many."""
+    """Return the number of merged elements that a Fisher floor mostly decided, and of all elements."""
     count = sum(receipt.floored for receipts in chosen.values() for receipt in receipts)
     total = sum(job.n_elements for job in plan.jobs if job.fishers)
     return {"elements": count, "of": total, "fraction": round(count / max(1, total), 9)}
 
 
 def not_finite(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[str, int]:
-    """Return how many elements of each tensor are NaN or infinite, of those that have any."""
+    """Return the number of NaN and infinite elements of each tensor that has any."""
     counts = {job: sum(receipt.not_finite for receipt in receipts) for job, receipts in chosen.items()}
     return {plan.jobs[job].name: count for job, count in sorted(counts.items()) if count}
 

@@ -33,31 +33,31 @@ def check_target(place: Place, inputs: Sequence[TensorIndex], others: Sequence[s
     if place.file is not None:
         _check_file(place)
     elif os.path.lexists(out) and not out.is_dir():
-        raise OutputError(f"{printable(out)}: exists and is not a directory; choose another OUT")
+        raise OutputError(f"{printable(out)}: exists and is not a directory: choose a different OUT")
     _check_place(place)
     if not out.exists():
         return
     target = out.resolve()
     for other in others:
         if target == Path(other).resolve():
-            raise OutputError(f"{printable(out)}: is the input {printable(other)}; choose another OUT")
+            raise OutputError(f"{printable(out)}: is the input {printable(other)}: choose a different OUT")
     for index in inputs:
         files = [Path(stamp.path).resolve() for stamp in index.stamps]
         places = {index.directory.resolve(), *(path.parent for path in files)}
         if target in (places if place.file is None else files):
             holds = "holds" if place.file is None else "is a file of"
             raise OutputError(
-                f"{printable(out)}: {holds} the input {printable(index.reference)}; choose another OUT"
+                f"{printable(out)}: {holds} the input {printable(index.reference)}: choose a different OUT"
             )
 
 
 def _check_file(place: Place) -> None:
     """Refuse a single file in whose place something lies that no merge made."""
     if place.out.is_symlink() or (place.out.exists() and not place.out.is_file()):
-        raise OutputError(f"{printable(place.out)}: exists and is not a regular file; choose another OUT")
+        raise OutputError(f"{printable(place.out)}: exists and is not a regular file: choose a different OUT")
     if os.path.lexists(place.state) and (place.state.is_symlink() or not place.state.is_dir()):
         raise OutputError(
-            f"{printable(place.state)}: exists and is not a directory, which is to hold the journal; choose another OUT"
+            f"{printable(place.state)}: exists and is not a directory, which must hold the journal: choose a different OUT"
         )
 
 
@@ -68,39 +68,39 @@ def _check_state(place: Place) -> None:
     if foreign := sorted({*names} - {path.name for path in place.in_state}):
         raise OutputError(
             f"{printable(place.state)}: holds files that streammerge did not make ({printable(foreign[0])}); move them away, "
-            "or choose another OUT"
+            "or choose a different OUT"
         )
 
 
 def _check_place(target: Place) -> None:
-    """Refuse a place where nothing can be created, by what exists of its path.
+    """Refuse a path where nothing can be created, judging by its existing part.
 
-    A file system that is read-only is a failure of the machine: written to again, it lets the same command go on.
+    A read-only file system counts as a failure of the machine: once it is writable again, the same command resumes.
     """
     out, place = target.out, target.folder.absolute()
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not place.is_dir():
-        raise OutputError(f"{printable(out)}: {printable(place)} is not a directory; choose another OUT")
+        raise OutputError(f"{printable(out)}: {printable(place)} is not a directory: choose a different OUT")
     with world_errors(out):
         if os.statvfs(place).f_flag & os.ST_RDONLY:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
     if not os.access(place, os.W_OK | os.X_OK):
-        raise OutputError(f"{printable(out)}: {printable(place)} cannot be written to; choose another OUT")
+        raise OutputError(f"{printable(out)}: {printable(place)} is not writable: choose a different OUT")
 
 
 @contextmanager
 def locked(place: Place) -> Iterator[None]:
-    """Create the directory if needed and hold its lock; the lock goes with the process.
+    """Create the directory if needed and hold its lock; the lock ends with the process.
 
     Of a single file the lock is that of the journal's directory, which is removed again if nothing is begun.
 
     Raises
     ------
     OutputError
-        If another merge runs there.
+        If a different merge is running there.
     """
-    taken = f"{printable(place.out)}: another merge is writing there"
+    taken = f"{printable(place.out)}: a different merge is writing there"
     _create(place.folder)
     if place.file is None:
         with locked_directory(place.out, taken):
@@ -117,12 +117,12 @@ def locked(place: Place) -> Iterator[None]:
 
 
 def _create(out: Path) -> None:
-    """Make the directory, for good.
+    """Create the directory durably.
 
     Raises
     ------
     WorldError
-        If it cannot be made: nothing is kept then, for nothing is there.
+        If it cannot be created; nothing exists then.
     """
     if out.is_dir():
         with world_errors(out):
@@ -131,7 +131,7 @@ def _create(out: Path) -> None:
     try:
         make_directory(out)
     except OSError as error:
-        cure = cure_of(error, "choose another OUT")
+        cure = cure_of(error, "choose a different OUT")
         raise WorldError(f"cannot create {printable(out)}: {error.strerror or error}; {cure}") from error
 
 
@@ -141,7 +141,7 @@ def check_contents(place: Place) -> None:
     Raises
     ------
     OutputError
-        If there is neither a journal nor a manifest, but something else.
+        If it holds files, but neither a journal nor a manifest.
     """
     out = place.out
     if place.file is not None:
@@ -153,7 +153,7 @@ def check_contents(place: Place) -> None:
         foreign = sorted(entry.name for entry in out.iterdir())
     if foreign:
         raise OutputError(
-            f"{printable(out)}: holds files that streammerge did not make ({printable(foreign[0])}); "
+            f"{printable(out)}: contains files that streammerge did not write ({printable(foreign[0])}): "
             "choose an empty or new directory"
         )
 
@@ -166,7 +166,7 @@ def _check_single(place: Place) -> None:
     for path in (place.manifest, place.out):
         if os.path.lexists(path):
             raise OutputError(
-                f"{printable(path)}: exists, and streammerge did not make it; move it away, or choose another OUT"
+                f"{printable(path)}: exists, and streammerge did not make it: move it away, or choose a different OUT"
             )
 
 
@@ -182,15 +182,15 @@ def withdraw(place: Place) -> None:
 
 
 def clear(place: Place, announced: Collection[str] = ()) -> None:
-    """Remove what a merge of ours left, but for its journal; files of others stay.
+    """Remove the files of an earlier merge, except its journal; foreign files stay.
 
-    What loads goes first, for good, and the manifest, which names the rest, last: in between the rest may go in any
-    order, and be there again after a loss of power.
+    Loadable files are removed durably first, and the manifest, which names the rest, last. In between, files may be
+    removed in any order, and may reappear after a loss of power.
 
     Parameters
     ----------
     announced
-        Paths of files beside the weights that an unfinished merge may have written.
+        Paths of sidecar files that an unfinished merge may have written.
     """
     out = place.folder
     if place.file is not None:
@@ -206,7 +206,7 @@ def clear(place: Place, announced: Collection[str] = ()) -> None:
     for folder in sorted({parent for name in ours for parent in PurePosixPath(name).parents}, reverse=True)[
         :-1
     ]:
-        with suppress(OSError):  # it holds something of others, or was never made
+        with suppress(OSError):  # it holds foreign files, or was never created
             (out / folder).rmdir()
     _remove(out, {place.manifest.name, place.manifest.name + PARTIAL})
 
@@ -220,7 +220,7 @@ def _clear_single(place: Place) -> None:
 
 
 def _remove(out: Path, names: set[str]) -> None:
-    """Remove those of some files that are there, for good."""
+    """Remove those of the named files that exist, durably."""
     with world_errors(out):
         there = [name for name in sorted(names) if _is_removable(out, name)]
         for name in there:
@@ -230,7 +230,7 @@ def _remove(out: Path, names: set[str]) -> None:
 
 
 def _is_removable(out: Path, name: str) -> bool:
-    """Return whether there is a file, or a link, of this name inside of a directory, no link on the way to it."""
+    """Return whether a file or link of this name exists inside a directory, without a link on the way to it."""
     path = out / name
     return os.path.lexists(path) and not any(
         (out / above).is_symlink() for above in PurePosixPath(name).parents

@@ -1,6 +1,6 @@
-"""Files of an output that people edit afterwards: a model card, a licence, a prompt, a chat template.
+"""Files of an output that people may edit: the model card, a licence, prompts, a chat template.
 
-That is no damage, so long as what is there is a text, and JSON where it was.
+An edit is not damage as long as the file is text, and JSON where it was JSON.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from streammerge.numerics.crc32 import crc32
 
 EDITED, REMOVED = "edited since", "removed since"
 _LARGEST = 1 << 26
-"""Most bytes of a file that a person has edited."""
+"""Most bytes of an edited file."""
 
 
 def find_edits(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return what became of the files that may be edited, by name; of those that are as written nothing.
+    """Return the kind of change of each edited file, by name; unchanged files are left out.
 
-    One that is neither as it was written nor soundly edited is not in it either: that is damage, and the caller's to find.
+    Damaged files, neither unchanged nor validly edited, are left out as well; the caller detects them.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def _edit_of(path: Path, name: str, entry: Mapping[str, Any]) -> str:
 
 
 def _regular(path: Path) -> bytes | None:
-    """Return the content of a file that is no link and not too large to be edited; None of any other."""
+    """Return the content of a regular file that is not too large to be edited, else None."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return None
@@ -65,9 +65,9 @@ def _regular(path: Path) -> bytes | None:
 
 
 def _is_text(data: bytes, name: str) -> bool:
-    """Return whether an editor may have left this: UTF-8, no zeros, and an object where the name says JSON."""
+    """Return whether data may come from an editor: UTF-8 without NUL, and a JSON object if the name says JSON."""
     try:
-        text = data.decode()
+        text = str(data, "utf-8")
         return "\0" not in text and (not name.endswith(".json") or isinstance(json.loads(text), dict))
     except (ValueError, RecursionError):
         return False

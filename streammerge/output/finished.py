@@ -27,7 +27,7 @@ class Finished:
 
     manifest: Mapping[str, Any]
     edits: Mapping[str, str] = field(default_factory=dict)
-    """Files that people edit which are not as they were written, by name, and what became of them."""
+    """Edited files by name, with the kind of change."""
 
 
 def find_finished(
@@ -39,12 +39,12 @@ def find_finished(
 ) -> Finished | None:
     """Return what an output holds if it is this very merge, complete; None if it is unfinished, or nothing.
 
-    With a `hasher` the inputs are the same only if their content is, where the manifest records it.
+    With a `hasher`, inputs also need the content that the manifest records, if it does.
 
     Raises
     ------
     OutputError
-        If it holds another merge, or lacks files of this one.
+        If it holds a different merge, or lacks files of this one.
     """
     out = place.out
     manifest = read_manifest(out)
@@ -54,12 +54,12 @@ def find_finished(
     if changed := identity.changed(manifest["identity"]):
         raise OutputError(
             f"{printable(out)}: holds a finished merge with a different {printable(', '.join(changed[:3]))}: choose "
-            "another OUT, or replace it with --overwrite"
+            "a different OUT, or replace it with --overwrite"
         )
     edits = find_edits(place.folder, manifest["files"])
     if (lost := _lost(place, manifest, edits)) is not None:
         raise OutputError(
-            f"{printable(out)}: holds this merge, finished, but {printable(lost)} is missing or of another size: restore it, or start "
+            f"{printable(out)}: holds this merge, finished, but {printable(lost)} is missing or has a different size: restore it, or start "
             "over with --overwrite"
         )
     if hasher is not None:
@@ -73,7 +73,7 @@ def find_finished(
 
 
 def _lost(place: Place, manifest: Mapping[str, Any], edits: Mapping[str, str]) -> str | None:
-    """Return the first file of the manifest that is not there with its size, edited ones aside."""
+    """Return the first file of the manifest that is missing or has a different size, except edited files."""
     for name, entry in manifest["files"].items():
         try:
             if name not in edits and place.path(name).stat().st_size != entry["nbytes"]:
@@ -84,9 +84,9 @@ def _lost(place: Place, manifest: Mapping[str, Any], edits: Mapping[str, str]) -
 
 
 def _is_sound(place: Place, manifest: Mapping[str, Any]) -> bool:
-    """Return whether a commit that was interrupted left nothing to do but to forget the journal.
+    """Return whether an interrupted commit is complete except for removing the journal.
 
-    Every byte is read: once the journal is gone, a damaged one could not be made again.
+    Every byte is read, since a damaged byte cannot be written again once the journal is gone.
     """
     if _lost(place, manifest, {}) is not None:
         return False
@@ -95,10 +95,10 @@ def _is_sound(place: Place, manifest: Mapping[str, Any]) -> bool:
 
 
 def _name_again(place: Place, manifest: Mapping[str, Any]) -> None:
-    """Give the last name of an interrupted commit once more.
+    """Give the last name of an interrupted commit again.
 
-    Whoever gave it may have been killed before it was durable, or the sync of the directory failed: then the system has
-    dropped what it could not write, and a second sync would answer that all is well.
+    The earlier process may have been killed before the name was durable, or its sync of the directory may have failed;
+    the system has then dropped the write, and a second sync would wrongly report success.
     """
     for name in LOADED if place.file is None else (place.file,):
         if name in manifest["files"]:
@@ -115,11 +115,11 @@ def _compare_contents(
     hasher: ContentHasher,
     control: Control,
 ) -> None:
-    """Refuse a merge of which an input has changed since, as far as content hashes are recorded."""
+    """Refuse a merge whose inputs have changed, as far as content hashes are recorded."""
     if other := changed_contents(plan, manifest, hasher):
         raise OutputError(
             f"{printable(place.out)}: holds a finished merge, but the content {printable(other[0], 300)} has changed since: choose "
-            "another OUT, or replace it with --overwrite"
+            "a different OUT, or replace it with --overwrite"
         )
     if not recorded_contents(plan, manifest):
         control.warn(

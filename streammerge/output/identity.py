@@ -1,4 +1,4 @@
-"""The identity of a merge: everything that its output depends on, by name. Only the same merge is continued or recomputed."""
+"""The identity of a merge: everything that its output depends on. Only a merge with the same identity is resumed or verified."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Entry:
     """One thing that the output's bytes depend on."""
 
     name: str
-    """As a person understands it, and as the journal has it; an input by its reference."""
+    """The name in messages and in the journal; an input is named by its reference."""
     public: str
-    """As the manifest has it: an input by its place, for a path is nobody's business."""
+    """The name in the manifest; an input is named by its index, since paths are private."""
     value: str
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that a merge must share with what it continues, or is compared with."""
+    """Everything that must be equal to resume a merge, or to compare an output with it."""
 
     entries: tuple[Entry, ...]
     fingerprints: tuple[str, ...]
-    """One for the content of each model that is read, in the plan's order."""
+    """A fingerprint of the content of each model that is read, in the plan's order."""
     keys: RandomKeys
 
     @property
@@ -47,17 +47,17 @@ class Identity:
         return {entry.public: entry.value for entry in self.entries}
 
     def changed(self, recorded: Mapping[str, str]) -> list[str]:
-        """Return the names of what differs from a manifest's record."""
+        """Return the names of the entries that differ from a manifest's record."""
         return [entry.name for entry in self.entries if recorded.get(entry.public) != entry.value]
 
 
 def identify(plan: MergePlan, reader: Reader) -> Identity:
-    """Read what it takes to tell the inputs of a plan from others.
+    """Return the identity of a plan; read the parts of its inputs that identify them.
 
     Raises
     ------
     ConfigError
-        If two models are the same and would draw the same random mask.
+        If two models have the same content and would draw the same random mask.
     """
     fingerprints = tuple(fingerprint(index, reader) for index in plan.inputs)
     fishers = {
@@ -83,7 +83,7 @@ def _random_keys(plan: MergePlan, fingerprints: Sequence[str]) -> RandomKeys:
     if plan.random and len(set(names)) < len(names):
         twin = next(i for i, name in enumerate(names) if name in names[:i])
         raise ConfigError(
-            f"{specs[twin].path}: {printable(specs[twin].reference)} has the same content as another model, so both "
-            "would draw the same random mask; give it an `alias` of its own"
+            f"{specs[twin].path}: {printable(specs[twin].reference)} has the same content as a different model, so both "
+            "would draw the same random mask; give one of them its own `alias`"
         )
     return RandomKeys(plan.seed, names, {job.name: job.members for job in plan.jobs if job.members})

@@ -1,9 +1,9 @@
-"""The files that a merge reads, and how it knows them again.
+"""The files that a merge reads, and how they are recognised when it resumes.
 
-A *stamp* is what the system says of a file: size, dates, inode, and for a model the digest of its header. It costs
-nothing, and differs whenever the content may: also of a file that was only touched, or copied. A *content hash* is the
-SHA-256 of every byte: it costs a read of the file, and tells the one from the other. The small files beside the
-weights are hashed always, the weights on request (`merge --hash-inputs`).
+A *stamp* is the file system's metadata: size, dates, inode, and for a model the digest of its header. It costs nothing,
+and differs whenever the content may differ, also for a file that was only touched or copied. A *content hash* is the
+SHA-256 of all bytes: it costs a read of the file, and distinguishes these cases. Sidecar files are always hashed, weights
+on request (`merge --hash-inputs`).
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from streammerge.planning.plan import MergePlan
 from streammerge.tensors.fingerprint import files_digest
 
 CHUNKS = "chunks"
-"""Name of the chunk files of a store together."""
+"""The name that stands for all chunk files of a store."""
 _STEP = 1 << 20
 """Bytes read and hashed at a time."""
 _TICK_SECONDS = 0.25
 _AHEAD = 1 << 25
-"""Bytes that the kernel is asked to read meanwhile."""
+"""Bytes that the kernel is asked to read ahead."""
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file that a merge reads; or all chunk files of one Fisher store, which are one in this respect."""
+    """One file that a merge reads, or all chunk files of a Fisher store, which count as one."""
 
     group: str
-    """``of base``, or ``beside base`` for the small files there."""
+    """``of base``, or ``beside base`` for its sidecar files."""
     name: str
     nbytes: int
     stamp: str
-    """A digest of what the system said of it when the merge was planned."""
+    """A digest of the file's metadata when the merge was planned."""
     paths: Callable[[], Iterable[str]]
     check: Callable[[], None]
-    """Raises WorldError unless the system still says the same."""
+    """Function that raises WorldError if the metadata have changed."""
 
     @property
     def key(self) -> str:
-        """Its name in a journal."""
+        """The file's name in a journal."""
         return f"{self.group}/{self.name}"
 
 
 def find_inputs(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> list[InputFile]:
-    """Return every file that a merge reads: of the models, of their Fisher diagonals, and beside the weights."""
+    """Return every file that a merge reads: of the models, of their stores, and sidecar files."""
     found = {
         (reference, stamp.path): _plain(f"of {reference}", stamp)
         for reference, stamps in plan.stamped.items()
@@ -71,7 +71,7 @@ def find_inputs(plan: MergePlan, sidecars: Mapping[str, FileStamp]) -> list[Inpu
 
 
 def beside(plan: MergePlan) -> str:
-    """Return the group of the small files beside the weights, which the output gets."""
+    """Return the group of the sidecar files that are copied to the output."""
     return f"beside {plan.template.reference}"
 
 
@@ -87,7 +87,7 @@ def _plain(group: str, stamp: FileStamp, name: str = "") -> InputFile:
 
 
 def _chunks_of(index: CompanionIndex) -> InputFile:
-    """Return the chunk files of a store; there may be a hundred thousand, so only a digest of their stamps is kept."""
+    """Return the chunk files of a store as one input; there may be 100,000, so only a digest of their stamps is kept."""
 
     def paths() -> Iterator[str]:
         for ref in index.values():
@@ -98,14 +98,14 @@ def _chunks_of(index: CompanionIndex) -> InputFile:
     def check() -> None:
         if _stamp_of(paths())[0] != stamp:
             raise WorldError(
-                f"{printable(index.reference)}: a Fisher store changed while it was merged; start again with --overwrite"
+                f"{printable(index.reference)}: the store changed during the merge: start over with --overwrite"
             )
 
     return InputFile(f"of {index.reference}", CHUNKS, nbytes, stamp, paths, check)
 
 
 def _stamp_of(paths: Iterable[str]) -> tuple[str, int]:
-    """Return a digest of what the system says of some files, and their bytes; one that is gone is told when it is read."""
+    """Return a digest of some files' metadata, and their size; a missing file is reported when it is read."""
     digest, total = hashlib.blake2b(digest_size=16), 0
     for path in paths:
         try:
@@ -124,11 +124,11 @@ class ContentHasher:
     Parameters
     ----------
     threads
-        Files hashed at once.
+        Number of files hashed at once.
     check_stop
-        Called often, from any thread; what it raises ends the hashing.
+        Called often, from any thread; an exception that it raises ends the hashing.
     on_tick
-        Called now and then, from the thread that calls `hash`, with the bytes hashed so far.
+        Called periodically, from the thread that calls `hash`, with the bytes hashed so far.
     """
 
     def __init__(
@@ -144,12 +144,12 @@ class ContentHasher:
     def hash(self, files: Sequence[InputFile]) -> dict[str, str]:
         """Return the content hashes of files by their keys.
 
-        One file has the SHA-256 that ``sha256sum`` prints; several together, that of their SHA-256 in a row.
+        A single file has the SHA-256 that ``sha256sum`` prints; a group has the SHA-256 of its files' concatenated SHA-256.
 
         Raises
         ------
         ModelError
-            If one is gone.
+            If one is missing.
         WorldError
             If the machine cannot read it.
         """
@@ -187,19 +187,19 @@ class ContentHasher:
 def recognize(
     files: Sequence[InputFile], before: Mapping[str, Known], hasher: ContentHasher, what: str
 ) -> dict[str, Known]:
-    """Return what is known of input files, if they are those that a journal knows.
+    """Return the stamps and hashes of input files, after checking that they are the journal's.
 
-    A file of which the stamp differs is hashed, if the journal has its content hash; all others cost nothing.
+    A file whose stamp differs is hashed if the journal has its content hash; other files cost nothing.
 
     Parameters
     ----------
     what
-        Begins the refusal: which directory holds what.
+        The beginning of the error message: the directory and its content.
 
     Raises
     ------
     OutputError
-        Naming the first file that is another one.
+        If a file differs; the message names the first.
     """
     now = {file.key: file for file in files}
     for key in sorted({*now, *before}):
@@ -211,7 +211,7 @@ def recognize(
             raise _another(
                 what,
                 file.key,
-                "has a different date, inode or size, and no content hash tells whether it is the same",
+                "has a different date, inode or size, and there is no content hash to compare",
             )
     for key, content in hasher.hash(moved).items():
         if content != before[key].content:
@@ -220,21 +220,21 @@ def recognize(
 
 
 def confirm(file: InputFile, known: Known, hasher: ContentHasher) -> None:
-    """Raise WorldError if an input file changed while it was merged; one that was but touched did not.
+    """Raise WorldError if an input file changed during the merge; with a content hash, touching it is not a change.
 
     As for `recognize`, that takes a content hash.
     """
     try:
         file.check()
     except WorldError:
-        with suppress(ModelError):  # it is gone
+        with suppress(ModelError):  # it no longer exists
             if known.content and hasher.hash([file])[file.key] == known.content:
                 return
         raise
 
 
 def content_of(index: TensorIndex | CompanionIndex, contents: Mapping[str, str]) -> dict[str, str]:
-    """Return the content hashes of an input by file name, as a manifest has them; none unless all are known."""
+    """Return the content hashes of an input's files by name, for a manifest; empty unless all are known."""
     group = f"of {index.reference}/"
     names = [os.path.basename(stamp.path) for stamp in index.stamps]
     names += [CHUNKS] if index.has_chunks else []
@@ -243,7 +243,7 @@ def content_of(index: TensorIndex | CompanionIndex, contents: Mapping[str, str])
 
 
 def recorded_contents(plan: MergePlan, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Return the content hashes that the manifest of a plan's merge records, by the files' keys."""
+    """Return the content hashes that a manifest records, by the files' keys."""
     inputs = zip(plan.inputs, [entry.get("sha256", {}) for entry in manifest["inputs"]], strict=False)
     fishers = zip(plan.fishers, manifest.get("fisher_sha256", []), strict=False)
     named = [(index.reference, hashes) for index, hashes in inputs]
@@ -254,7 +254,7 @@ def recorded_contents(plan: MergePlan, manifest: Mapping[str, Any]) -> dict[str,
 
 
 def changed_contents(plan: MergePlan, manifest: Mapping[str, Any], hasher: ContentHasher) -> list[str]:
-    """Return the input files whose content is not the one that a manifest records; reads all that are recorded."""
+    """Return the input files whose content differs from a manifest's record; all recorded files are read."""
     recorded = recorded_contents(plan, manifest)
     hashed = hasher.hash([file for file in find_inputs(plan, {}) if file.key in recorded])
     return [key for key, content in recorded.items() if hashed.get(key) != content]

@@ -1,7 +1,7 @@
 """An append-only journal. Each record is one checksummed line; a torn last line is ignored.
 
-The first line says what the output depends on, and which files are read; a merge continues only if it says the
-same. A line is appended after the bytes it speaks of are durable.
+The first line records what the output depends on, and which files are read; a merge is resumed only if they are the
+same. A line is appended after the bytes that it records are durable.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Receipt:
     crcs: tuple[int, ...]
     """Of the bytes of each part of the job."""
     kept: tuple[int, ...] = ()
-    """Surviving entries of each model's task vector."""
+    """Number of surviving entries of each model's task vector."""
     floored: int = 0
-    """Elements that a Fisher floor decided."""
+    """Number of elements that a Fisher floor decided."""
     not_finite: int = 0
-    """Elements that are NaN or infinite."""
+    """Number of NaN and infinite elements."""
     differs: bool = False
-    """True for a copied tensor that the models do not agree on. The journal does not record it."""
+    """Whether the models disagree on a copied tensor. The journal does not record it."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Known:
 
     stamp: str
     content: str = ""
-    """Its content hash; empty where it was not hashed."""
+    """The content hash; empty if it was not hashed."""
 
 
 @dataclass
@@ -58,11 +58,11 @@ class Progress:
     identity: Mapping[str, str]
     receipts: list[Receipt] = field(default_factory=list)
     answers: dict[str, Any] = field(default_factory=dict)
-    """Answers of streamed statistics so far, by job."""
+    """Values of streamed statistics so far, by job."""
     files: dict[str, Known] = field(default_factory=dict)
     """The input files, by their keys."""
     beside: list[str] = field(default_factory=list)
-    """Paths of the files beside the weights that the output may hold already."""
+    """Paths of sidecar files that the output may already hold."""
 
 
 class Journal:
@@ -77,14 +77,14 @@ class Journal:
         self._claim = -1
 
     def claim(self) -> None:
-        """Lock the journal that is there, if one is, until this one is open.
+        """Lock an existing journal until this one is open.
 
-        The lock of the output directory holds on one machine alone, on NFS and Lustre; that of a file is the server's.
+        On NFS and Lustre, the lock of a directory is local to the machine, but the lock of a file is the server's.
 
         Raises
         ------
         OutputError
-            If another merge holds it.
+            If a different merge holds it.
         """
         with world_errors(self._path):
             if self._state.is_symlink() or not self._path.is_file():
@@ -98,23 +98,23 @@ class Journal:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            return  # a file system without locks has the directory's
+            return  # the file system has no file locks: the directory's lock must do
         if not free:
             raise OutputError(
-                f"{printable(self._out)}: another merge is writing there, on this machine or another"
+                f"{printable(self._out)}: a different merge is writing there, on this machine or a different one"
             )
 
     def read(self) -> Progress | None:
-        """Return what is recorded; None if nothing is. Changes nothing.
+        """Return the records, or None. This changes nothing.
 
         Raises
         ------
         OutputError
-            If the recorded merge is another one; the message says what changed.
+            If they belong to a different merge; the message says what changed.
         """
         if self._state.is_symlink():
             raise OutputError(
-                f"{printable(self._state)}: a link, which no merge made; remove it, or choose another OUT"
+                f"{printable(self._state)}: is a link, which streammerge did not make: remove it, or choose a different OUT"
             )
         with world_errors(self._path):
             progress, _ = _load(self._path)
@@ -131,12 +131,12 @@ class Journal:
             fsync_directory(self._state)
 
     def open(self, files: Mapping[str, Known]) -> None:
-        """Make the journal ready to be added to: a new one after `start_over`, or the sound lines of the old one.
+        """Open the journal for appending: a new one after `start_over`, else the valid lines of the old one.
 
-        `files` are the input files as they are now.
+        `files` are the current input files.
 
-        They are written anew, as one file: what follows them may be torn, and where a sync has failed they may be
-        in the page cache alone.
+        The lines are rewritten as a new file: the end of the old one may be torn, and after a failed sync its lines may
+        exist only in the page cache.
         """
         with world_errors(self._path):
             progress, sound = _load(self._path)
@@ -162,15 +162,15 @@ class Journal:
         self._append([_record_of(receipt) for receipt in receipts])
 
     def add_answers(self, answers: Mapping[str, Any]) -> None:
-        """Record the answers of streamed statistics, by job."""
+        """Record the values of streamed statistics, by job."""
         self._append([{"answer": [job, known]} for job, known in answers.items()])
 
     def announce(self, names: Iterable[str]) -> None:
-        """Record the names of files beside the weights before they are written, for whoever starts over."""
+        """Record the names of sidecar files before they are written, so that starting over can remove them."""
         self._append([{"beside": sorted(names)}])
 
     def announced(self) -> set[str]:
-        """Return the names of files beside the weights that a merge, this one or another, may have written."""
+        """Return the names of sidecar files that this merge, or an earlier one, may have written."""
         progress, _ = _load(self._path)
         return set() if progress is None else set(progress.beside)
 
@@ -182,9 +182,11 @@ class Journal:
             os.fdatasync(self._descriptor)
 
     def _check_ours(self) -> None:
-        """Stop where another machine has begun the same output at the same moment, and its journal lies in our place."""
+        """Stop if a different machine has begun the same output at the same moment and replaced the journal."""
         if not os.path.samestat(os.stat(self._path), os.fstat(self._descriptor)):
-            raise OutputError(f"{printable(self._out)}: another merge has begun there meanwhile; stopped")
+            raise OutputError(
+                f"{printable(self._out)}: a different merge has started there meanwhile: this one is stopped"
+            )
 
     def close(self) -> None:
         """Close the file."""
@@ -194,7 +196,7 @@ class Journal:
             self._descriptor = -1
 
     def remove(self) -> None:
-        """Remove the journal: the merge is complete."""
+        """Remove the journal, since the merge is complete."""
         self.close()
         remove_state(self._place)
 
@@ -211,7 +213,7 @@ def remove_state(place: Place) -> None:
 
 
 def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) -> None:
-    """Refuse to continue a merge that is not this one, naming what changed."""
+    """Refuse to resume a different merge; the message says what changed."""
     changed = [key for key in now if before.get(key) != now[key]] or [key for key in before if key not in now]
     if changed:
         raise OutputError(
@@ -226,7 +228,7 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _load(path: Path) -> tuple[Progress | None, bytes]:
-    """Return what the sound lines say, and these lines; the first unsound line ends them."""
+    """Return the records of the valid lines, and the lines; the first invalid line ends them."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -317,7 +319,7 @@ def _known_files(value: Any) -> dict[str, Known]:
 
 
 def _naturals(value: Any) -> list[int]:
-    """Return `value`, whole numbers from 0 on, as the checks of what they stand for take for granted."""
+    """Return `value` if it is a list of natural numbers; later checks rely on that."""
     if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
         raise ValueError
     return value

@@ -1,7 +1,7 @@
-"""The manifest of a finished output: what was written, sealed by a checksum of its own, checked before it is believed.
+"""The manifest of a finished output: a record of what was written, with its own checksum.
 
-Anyone can seal anything, so every field has the type and the bounds of what a merge writes, or the manifest is
-refused as a whole, in one line.
+Anyone can compute the checksum, so every field is checked for its type and bounds as well, and an invalid manifest is
+refused in one line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST = 2**63
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
-    """Return the manifest as JSON whose last field is the checksum of all that stands before it."""
+    """Return the manifest as JSON whose last field is the checksum of everything before it."""
     text = indented(manifest, 1)
     assert text.endswith(b"\n}")
     text[-2:] = b","
@@ -39,7 +39,7 @@ def seal(manifest: Mapping[str, Any]) -> bytes:
 
 
 def indented(value: Mapping[str, Any], indent: int) -> bytearray:
-    """Return a value as JSON, part by part: `dumps` holds all parts together, of many tensors a multiple of the text."""
+    """Return a value as JSON, built part by part: `dumps` holds all parts at once, a multiple of the text's size."""
     text = bytearray()
     for part in json.JSONEncoder(indent=indent, ensure_ascii=False).iterencode(value):
         text += part.encode()
@@ -47,7 +47,7 @@ def indented(value: Mapping[str, Any], indent: int) -> bytearray:
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:
-    """Return the manifest of a finished output; None if there is none, or none that can be believed."""
+    """Return the manifest of a finished output; None if there is none, or if it is invalid."""
     try:
         return load_manifest(out)
     except StreammergeError:
@@ -60,21 +60,21 @@ def load_manifest(out: Path) -> dict[str, Any]:
     Raises
     ------
     ModelError
-        If it is missing, no regular file, changed by a bit, or not what a merge writes.
+        If it is missing, not a regular file, damaged, or not a manifest that a merge writes.
     WorldError
         If the machine cannot read it.
     """
     lies = place_of(out)
     path = str(lies.manifest)
     if os.path.islink(path):
-        raise bad(path, "a symbolic link, which no merge made")
+        raise bad(path, "is a symbolic link, which streammerge did not make")
     with reading(path) as (fd, status):
         if status.st_size > MAX_NBYTES:
             raise bad(path, f"has {status.st_size} bytes, more than {MAX_NBYTES}")
         raw = read_exactly(fd, status.st_size, 0, path)
     body = raw[: max(0, raw.rfind(_SEAL))]
     if raw != body + _SEAL + b'"%08x"\n}\n' % crc32(body):
-        raise bad(path, "damaged: its own checksum does not match")
+        raise bad(path, "is damaged: its checksum does not match")
     manifest = parse_object(raw, path, "the manifest", "finite")
     if manifest.get("format") != FORMAT:
         raise bad(path, f"of format {quoted(str(manifest.get('format')), 40)}; this version reads {FORMAT}")
@@ -90,7 +90,7 @@ def load_manifest(out: Path) -> dict[str, Any]:
 
 def _check(holds: Callable[[Any], bool], value: Any, path: str, field: str, otherwise: str) -> None:
     if not holds(value):
-        raise ModelError(f"{place(path)}: not a manifest of ours: `{field}` is not {otherwise}")
+        raise ModelError(f"{place(path)}: not a valid manifest: `{field}` is not {otherwise}")
 
 
 def _natural(value: Any) -> bool:
@@ -172,5 +172,5 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a map of tensors to dtypes, shapes and checksums",
     ),
 }
-"""The type of each field; others are not looked at."""
+"""The check of each field; other fields are ignored."""
 _NEEDED = frozenset(_FIELDS) - {"fisher_sha256", "floored", "folders", "not_finite"}

@@ -1,7 +1,7 @@
-"""Every byte of some files, read once from the disk: checksums of their parts, and what is not finite in them.
+"""Read every byte of some files once from the disk; compute checksums of their parts, and count non-finite values.
 
-Files are cut into windows, read by several threads at once, so that the disk is never idle while one computes.
-The checksums of a part's windows are joined arithmetically, in order.
+Several threads read windows of the files, so that the disk is never idle while one computes. The checksums of a part's
+windows are combined arithmetically, in order.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from streammerge.numerics.finite import Tally, tally
 from streammerge.planning.memory.budget import available_cpus
 
 _WINDOW = 8 << 20
-"""Bytes read at once; a buffer of each thread."""
+"""Bytes read at once, the size of each thread's buffer."""
 _STEP = 1 << 19
-"""Bytes checksummed and looked at together, so that they are in the CPU's cache the second time."""
+"""Bytes that are checksummed and then checked, so that they are in the CPU's cache the second time."""
 _MOST_CPUS = 8
-"""More would compute faster than any disk reads, and hold more buffers."""
+"""Most CPUs used; more would compute faster than any disk reads, and need more buffers."""
 _TICK_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run of bytes of a file that has a checksum of its own: a tensor, a header, or a whole small file."""
+    """A range of a file with its own checksum: a tensor, a header, or a whole small file."""
 
     name: str
     offset: int
@@ -70,7 +70,7 @@ class _Window:
     start: int
     stop: int
     parts: Sequence[_Reading]
-    """Those with bytes in it, in order."""
+    """The parts with bytes in this window, in order."""
 
 
 def read_back(
@@ -81,7 +81,7 @@ def read_back(
     Parameters
     ----------
     files
-        By path, their parts in order, none with a gap before it.
+        The parts of each file by path, in order and without gaps.
     on_tick
         Called now and then with the bytes read so far.
 
@@ -92,7 +92,7 @@ def read_back(
     Raises
     ------
     ModelError
-        If a file is gone.
+        If a file is missing.
     WorldError
         If the machine cannot read it.
     """
@@ -126,7 +126,7 @@ def read_back(
 
 
 class _Shared:
-    """Windows for many threads, each for one."""
+    """Hands out windows to threads, each window once."""
 
     def __init__(self, windows: Iterable[_Window]) -> None:
         self._windows = iter(windows)
@@ -138,7 +138,7 @@ class _Shared:
 
 
 def _windows(path: str, readings: Sequence[_Reading]) -> Iterator[_Window]:
-    """Cut a file into windows that divide no element."""
+    """Cut a file into windows at boundaries of elements."""
     first = 0
     end = readings[-1].part.offset + readings[-1].part.nbytes if readings else 0
     start = readings[0].part.offset if readings else 0

@@ -1,4 +1,4 @@
-"""Output shards: preallocated, written in place at final offsets, renamed when all is durable."""
+"""Output shards: preallocated, written in place at final offsets, and renamed when everything is durable."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from streammerge.output.place import Place
 from streammerge.planning.layout import Layout, Shard
 
 _AT_ONCE = 1 << 30
-"""Linux moves at most 2 GiB a call."""
+"""Linux transfers at most 2 GiB per call."""
 
 
 class Sink(Protocol):
-    """Takes merged bytes; may be used from many threads."""
+    """Receives merged bytes; may be used from many threads."""
 
     bytes_written: int
 
     def write(self, shard: int, offset: int, data: Bytes) -> None:
-        """Take bytes of a shard, from an absolute offset on."""
+        """Receive bytes at an absolute offset of a shard."""
 
     def sync(self, shards: set[int]) -> None:
-        """See to it that everything taken for some shards is durable."""
+        """Make everything received for some shards durable."""
 
 
 class ShardWriter:
@@ -39,9 +39,9 @@ class ShardWriter:
     place
         Where the output lies.
     layout
-        Where every byte goes.
+        The layout of the output.
     direct
-        Write past the page cache where that is to be had.
+        Whether to write past the page cache where the file system supports it.
     """
 
     def __init__(self, place: Place, layout: Layout, *, direct: bool) -> None:
@@ -52,19 +52,19 @@ class ShardWriter:
         self._shards = layout.shards
         self._descriptors: list[int] = []
         self.fresh: set[int] = set()
-        """Shards that hold nothing yet: new, or not as they should be and made again."""
+        """Shards without data: new ones, and invalid ones that were recreated."""
         self.bytes_written = 0
         self.unreserved = False
-        """True if the file system could not reserve space: a full disk is found only when it is full."""
+        """Whether the file system could not reserve space; a full disk is then detected only when it is full."""
 
     @classmethod
     def attach(cls, place: Place, layout: Layout, *, direct: bool) -> ShardWriter:
-        """Return a writer to shards that the merge has opened already: nothing is made, renamed or allocated.
+        """Return a writer to shards that the merge has already opened; nothing is created, renamed or allocated.
 
         Raises
         ------
         WorldError
-            If one is not there.
+            If one is missing.
         """
         writer = cls(place, layout, direct=direct)
         try:
@@ -82,10 +82,10 @@ class ShardWriter:
         self._direct_descriptors.append(open_direct(descriptor, os.O_RDWR) if self._direct else None)
 
     def open(self) -> None:
-        """Open or create every shard at its full size; a full disk is found here.
+        """Open or create every shard at its full size; a full disk is detected here.
 
-        What an earlier run gave its final name is partial again until all is finished: no file is written to
-        under its final name, and a name that could not be made durable then is given once more.
+        Shards with final names from an earlier run become partial again until everything is finished: no file is written
+        under its final name, and a name that may not be durable is given again.
         """
         check_space(self._place.out, self._layout.sizes, self._place.paths)
         try:
@@ -118,7 +118,7 @@ class ShardWriter:
         try:
             if number in self.fresh:
                 self.unreserved |= not allocate(descriptor, shard.nbytes)
-            # An old one's too: where a sync failed, it is in the page cache and not on the disk.
+            # Also an existing shard's header: after a failed sync it may be in the page cache but not on the disk.
             _write_all(descriptor, shard.header, 0)
         except BaseException:
             os.close(descriptor)
@@ -136,7 +136,7 @@ class ShardWriter:
         return {path(number).parent for number in numbers for path in (self._final, self._partial)}
 
     def _free_space(self) -> None:
-        """Remove what `open` made and nothing was written to: a disk that is full should not stay so."""
+        """Remove the shards that `open` created, so that the disk does not stay full."""
         for number in self.fresh:
             with suppress(OSError):
                 self._partial(number).unlink()
@@ -149,7 +149,7 @@ class ShardWriter:
             if direct is None or data.size < DIRECT_BYTES or place_in_page(data) != offset % PAGE:
                 self._write_cached(shard, offset, data)
             else:
-                # Pages that other pieces have a part in go through the cache, where the parts meet.
+                # Pages shared with other pieces go through the page cache, which combines them.
                 self._write_cached(shard, offset, data[:lead])
                 done = lead + self._write_pages(shard, direct, offset + lead, data[lead:])
                 self._write_cached(shard, offset + done, data[done:])
@@ -173,7 +173,7 @@ class ShardWriter:
             return os.pread(self._descriptors[shard], nbytes, offset)
 
     def sync(self, shards: set[int]) -> None:
-        """Make everything written to some shards durable. A failure is final: no retry could be trusted."""
+        """Make everything written to some shards durable. A failure is final, since a retry cannot be trusted."""
         for shard in shards:
             with world_errors(self._final(shard)):
                 os.fdatasync(self._descriptors[shard])
@@ -197,7 +197,7 @@ class ShardWriter:
 
 
 def _begins_as(descriptor: int, shard: Shard) -> bool:
-    """Return whether a file has a shard's size and header; one that cannot be read has not."""
+    """Return whether a file has a shard's size and header; an unreadable file has not."""
     try:
         whole = os.fstat(descriptor).st_size == shard.nbytes
         return whole and os.pread(descriptor, len(shard.header), 0) == shard.header

@@ -1,4 +1,4 @@
-"""The small files beside the weights: copied as they were when the merge began."""
+"""Sidecar files, the small files next to the weights, copied as they were when the merge began."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def read_sidecar(stamp: FileStamp, content: str) -> bytes:
     Parameters
     ----------
     content
-        Its SHA-256 when the merge began.
+        SHA-256 of the file when the merge began.
 
     Raises
     ------
     WorldError
-        If it cannot be read or is not what it was then.
+        If it cannot be read or has changed.
     """
     try:
         data = Path(stamp.path).read_bytes()
@@ -40,21 +40,21 @@ def read_sidecar(stamp: FileStamp, content: str) -> bytes:
 
 
 def copy_sidecar(stamp: FileStamp, content: str, out: Path, name: str) -> tuple[int, int]:
-    """Copy a file into an output, a piece at a time; return its size in bytes and its CRC-32.
+    """Copy a file into an output piece by piece; return its size in bytes and its CRC-32.
 
-    As for `write_file` the name always means all of the file, and is itself not yet durable.
+    As with `write_file`, the name appears only when the file is complete, and is not yet durable.
 
     Parameters
     ----------
     content
         SHA-256 of the file when the merge began.
     name
-        Its path in the output; folders are made.
+        Path in the output; folders are created.
 
     Raises
     ------
     WorldError
-        If the file cannot be read or written, or is not what it was then.
+        If the file cannot be read or written, or has changed.
     """
     target = out / name
     make_folders(out, name)

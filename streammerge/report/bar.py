@@ -1,4 +1,4 @@
-"""The columns of the bar: rich's own, as many as there is room for, none that moves the bar."""
+"""The columns of the progress bar, as many as fit the terminal; none changes the width of the bar."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from rich.text import Text
 
 _SMOOTHED_SECONDS = 30.0
 _MARGIN = 3
-"""Columns left free on the right: the ^C that a terminal echoes does not wrap the line, which would stay behind."""
+"""Columns left free on the right, so that the ^C that a terminal echoes does not wrap the line."""
 _RATE_FROM, _READ_FROM, _ALL_FROM = 72, 96, 136
-"""Widths of a terminal from which more columns have room beside a bar of 20."""
+"""Terminal widths from which more columns fit next to a bar of 20 cells."""
 
 
 class _TimeLeft(TimeRemainingColumn):
@@ -54,7 +54,7 @@ class FittingProgress(Progress):
 
 @cache
 def columns_for(width: int) -> tuple[ProgressColumn, ...]:
-    """Return the columns for a terminal so wide: what it does, bar, percent, time left; rate; sizes; memory."""
+    """Return the columns for a terminal of this width, by priority: task, bar, percent, time left; rate; sizes; memory."""
     columns: list[ProgressColumn] = [
         _text("{task.description}", 10, "left"),
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=20)),

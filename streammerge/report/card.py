@@ -1,7 +1,7 @@
 """The model card of an output: what was merged, how, how to load it, and the config.
 
-What the hub reads of it is what the hub knows: names of its own models, never a path. What people read has no path
-either that tells where somebody's files lie; the config beside it is word for word.
+The front matter contains only names that the hub knows, never a path. The text contains no local path either; the config
+file next to the card is verbatim.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PATH = re.compile(
 
 
 def model_card(plan: MergePlan) -> str:
-    """Return the text of README.md: a function of the plan, and of what the inputs' own cards say of their licences."""
+    """Return the text of README.md. It depends only on the plan, and on the licences in the inputs' own cards."""
     origins = {origin: None for index in plan.originals for origin in origins_of(index)}
     ecosystem = ecosystem_of(plan.template)
     paper = f" ({plan.method.paper})" if plan.method.paper else ""
@@ -49,7 +49,7 @@ def model_card(plan: MergePlan) -> str:
 
 
 def _front_matter(plan: MergePlan, ecosystem: Ecosystem, origins: tuple[Origin, ...]) -> str:
-    """Return what the hub reads: https://huggingface.co/docs/hub/model-cards."""
+    """Return the front matter that the hub reads: https://huggingface.co/docs/hub/model-cards."""
     hub = dict.fromkeys(origin.name for origin in origins if origin.on_hub)
     lines = ["---"]
     if hub:
@@ -63,7 +63,7 @@ def _front_matter(plan: MergePlan, ecosystem: Ecosystem, origins: tuple[Origin, 
 
 
 def _quoted(name: str) -> str:
-    """Return a text as YAML takes it for a string."""
+    """Return a text as a YAML string."""
     plain = re.fullmatch(r"[A-Za-z][\w./-]*", name, re.ASCII)
     return (
         name
@@ -73,7 +73,7 @@ def _quoted(name: str) -> str:
 
 
 def _models(plan: MergePlan) -> Iterator[str]:
-    """Yield a line for every input: a link to what is on the hub."""
+    """Yield a line for every input, with a link if it is on the hub."""
     for index in plan.originals:
         names = " with the adapter ".join(_link(origin) for origin in origins_of(index))
         stored = "; ".join(index.stored_formats)
@@ -94,12 +94,12 @@ def _link(origin: Origin) -> str:
 
 
 def _code(text: object) -> str:
-    """Return a text that Markdown shows as it is, in a table too."""
+    """Return a text that Markdown shows verbatim, also in a table."""
     return "`" + printable(text, 120).replace("`", "'").replace("|", "¦") + "`"
 
 
 def _settings(plan: MergePlan) -> Iterator[str]:
-    """Yield a table of what the config sets, and what else decides the values."""
+    """Yield a table of the config's parameters, and the seed if it matters."""
     rows = [("all", plan.config.parameters)]
     rows += [(shown_reference(spec.reference), spec.parameters) for spec in plan.config.models]
     cells = [
@@ -135,7 +135,7 @@ def _shown(setting: Setting) -> str:
 
 
 def _configuration(plan: MergePlan) -> str:
-    """Return the config, of whose paths only the last parts are told."""
+    """Return the config with only the last part of each local path."""
     text = plan.config.text
     for reference in sorted(_references(plan), key=len, reverse=True):
         text = text.replace(reference, shown_reference(reference))
@@ -145,7 +145,7 @@ def _configuration(plan: MergePlan) -> str:
 
 
 def _references(plan: MergePlan) -> set[str]:
-    """Return what the config names that lies somewhere."""
+    """Return the references in the config."""
     stores: Mapping[str, object] = dict.fromkeys(index.reference for index in plan.stores)
     return (
         {index.reference for index in plan.inputs}

@@ -1,4 +1,4 @@
-"""The config as a JSON schema: editors complete keys and method names by it, and mark what is misspelt."""
+"""The JSON schema of the config, with which editors complete keys and method names, and mark misspelt ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SCALAR = {"type": ["number", "boolean", "string", "null"]}
 def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
     """Return a schema of configs for these methods.
 
-    It knows the keys, not what they need of each other: that is for `streammerge plan` to say.
+    It checks the keys, not their dependencies; `streammerge plan` checks those.
     """
     reference = {"$ref": "#/$defs/reference"}
     parameters = {"$ref": "#/$defs/parameters"}
@@ -32,28 +32,28 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
     slices = {"type": "array", "items": {"$ref": "#/$defs/slice"}, "minItems": 1}
     dtype = {"enum": [*NAMES, *(f"torch.{name}" for name in NAMES), *SHORT_NAMES]}
     top = {
-        "merge_method": {"enum": list(methods), "description": "How: see `streammerge methods`"},
+        "merge_method": {"enum": list(methods), "description": "The merge method; see `streammerge methods`"},
         "models": models,
         "slices": slices,
         "modules": {"type": "object", "additionalProperties": {"$ref": "#/$defs/module"}},
         "checkpoints": _checkpoints(),
         "base_model": {**reference, "description": "The model that the others were fine-tuned from"},
-        "dtype": {**dtype, "description": "Of the output; the arithmetic does not depend on it"},
-        "out_dtype": {**dtype, "description": "The same as dtype, and wins over it"},
+        "dtype": {**dtype, "description": "Dtype of the output; the arithmetic does not depend on it"},
+        "out_dtype": {**dtype, "description": "The same as dtype; takes precedence over it"},
         "quantize": {
             "enum": list(QUANTIZE),
-            "description": "How the output is stored: none, as floats; same, as the base (or first model) is; fp8, in blocks",
+            "description": "Storage of the output: none (floats), same (as the base, or the first model) or fp8 (blocks)",
         },
         "parameters": parameters,
-        "seed": {"type": "integer", "minimum": 0, "description": "Of what is drawn at random"},
+        "seed": {"type": "integer", "minimum": 0, "description": "Seed of random draws"},
         "exclude": {
             "type": ["array", "string"],
             "items": {"type": "string"},
-            "description": "Regular expressions of tensors that are copied, not merged",
+            "description": "Regular expressions; matching tensors are copied, not merged",
         },
         "tensors": {
             "enum": list(get_args(Tensors)),
-            "description": "Which are merged: all models have the same; those that all have; each over those that have it",
+            "description": "same: all models have the same tensors; common: merge those that all have; any: merge each over the models that have it",
         },
         "tokenizer": {"type": "object", "description": "The vocabulary of the output"},
         "tokenizer_source": {**reference, "description": "union, base, or a model"},
@@ -98,10 +98,10 @@ def _checkpoints() -> dict[str, Any]:
         {
             "directory": {
                 "anyOf": [text, {"type": "array", "items": text, "minItems": 1}],
-                "description": "Its children are averaged, in natural order",
+                "description": "Directory whose checkpoints are averaged, in natural order",
             },
-            "pattern": {**text, "description": "What their names look like: checkpoint-*"},
-            "last": {"type": "integer", "minimum": 1, "description": "So many of the newest"},
+            "pattern": {**text, "description": "Pattern of their names, such as checkpoint-*"},
+            "last": {"type": "integer", "minimum": 1, "description": "Only this many of the newest"},
             "schedule": {
                 "anyOf": [text, _object({"kind": {"enum": list(KINDS)}, "decay": True}, "kind")],
                 "description": ", ".join(named),
@@ -130,7 +130,7 @@ def _model(reference: dict[str, Any], parameters: dict[str, Any]) -> dict[str, A
 
 
 def _parameters(methods: Mapping[str, Method]) -> dict[str, Any]:
-    """Return the schema of every parameter that some method takes."""
+    """Return the schema of every parameter of any method."""
     takers: dict[str, list[tuple[str, Parameter]]] = {}
     for name, method in methods.items():
         for parameter in method.parameters.values():
@@ -151,4 +151,4 @@ def _setting(takers: list[tuple[str, Parameter]], n_methods: int) -> dict[str, A
         "additionalProperties": False,
     }
     gradient = {"type": "array", "items": {"anyOf": [{"type": "number"}, by_filter]}, "minItems": 1}
-    return {"description": f"Of {whose}", "anyOf": [value, gradient]}
+    return {"description": f"Parameter of {whose}", "anyOf": [value, gradient]}

@@ -1,4 +1,4 @@
-"""A config to start from, for every method: made from what the method declares."""
+"""Make an example config for any method from its declaration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN: dict[str, Any] = {
     "select_topk": 0.1,
     "lambda": 1.0,
 }
-"""Values of parameters that are nearly always set."""
+"""Values of parameters that configs usually set."""
 _SHOWN_FOR: dict[str, dict[str, Any]] = {
     "nearswap": {"t": 0.001},
     "ties": {"density": 0.2},
@@ -26,16 +26,16 @@ _SHOWN_FOR: dict[str, dict[str, Any]] = {
     "ramplus_tl": {"epsilon": 1e-5},
 }
 _MEANING = {
-    "weight": "how much the model counts",
-    "density": "the part of its changes that is kept",
+    "weight": "weight of the model",
+    "density": "fraction of the model's changes to keep",
     "normalize": "divide by the sum of the weights",
     "lambda": "scales all changes together",
     "t": "0: the base, 1: the other model",
-    "drop_rate": "the part of its changes that is dropped at random beforehand",
-    "drop_rescale": "how what is left makes up for it",
-    "drop_mask": "how is chosen what is dropped",
+    "drop_rate": "fraction of the model's changes to drop at random first",
+    "drop_rescale": "how to rescale the remaining changes",
+    "drop_mask": "how to choose the dropped changes",
     "shared_mask": "the same mask for all models",
-    "gamma": "the part of the largest changes that is dropped",
+    "gamma": "fraction of the largest changes to drop",
     "epsilon": "see `streammerge methods`",
 }
 
@@ -58,7 +58,7 @@ def commented_config(method: Method) -> str:
     ]
     lines.append(f"merge_method: {method.name}")
     if method.base != "none":
-        # A base that is one more model would need a weight of its own.
+        # A base that is one more model would need its own weight.
         mark = "# " if method.base == "member" else ""
         lines.append(_commented(f"{mark}base_model: {_path('base')}", _base_meaning(method)))
     lines.append("models:")
@@ -70,11 +70,11 @@ def commented_config(method: Method) -> str:
         lines += _block(method, own, "    ")
     lines += _block(method, shared, "")
     lines += [
-        _commented("dtype: bfloat16", "of the output"),
-        _commented("# quantize: fp8", "how the output is stored: none, same or fp8"),
-        _commented("# seed: 0", "of what is drawn at random"),
+        _commented("dtype: bfloat16", "dtype of the output"),
+        _commented("# quantize: fp8", "storage of the output: none, same or fp8"),
+        _commented("# seed: 0", "seed of random draws"),
         _commented('# exclude: ["lm_head"]', "regular expressions of tensors to copy instead of merging"),
-        _commented("# tokenizer_source: union", "where the models' vocabularies differ"),
+        _commented("# tokenizer_source: union", "if the models' vocabularies differ"),
     ]
     return "\n".join(lines) + "\n"
 
@@ -89,10 +89,10 @@ def _base_meaning(method: Method) -> str:
     if method.base == "required":
         return "the model that the others were fine-tuned from"
     if method.base == "member":
-        return "optional: one more model, listed below too; lends its config and tokenizer"
+        return "optional: one more model, listed below too; provides config.json and the tokenizer"
     if method.base == "template":
-        return "optional: lends its config and tokenizer"
-    return "optional: without it, whole models are merged and not their changes"
+        return "optional: provides config.json and the tokenizer"
+    return "optional: without it, whole models are merged instead of their changes"
 
 
 def _beside(method: Method, name: str) -> list[str]:
@@ -105,11 +105,11 @@ def _beside(method: Method, name: str) -> list[str]:
 
 
 def _block(method: Method, parameters: list[Parameter], indent: str) -> list[str]:
-    """Return the lines of ``parameters:``, those that are not set as comments; none where nothing may be."""
+    """Return the lines of ``parameters:``, with unset ones as comments; empty if there are no parameters."""
     if not parameters:
         return []
     values = [(parameter, _value(method, parameter)) for parameter in parameters]
-    # Lines of comments alone would make it an empty map.
+    # Comments alone would make it an empty map.
     off = "" if any(value is not None for _, value in values) else "# "
     lines = [f"{indent}{off}parameters:"]
     for parameter, value in values:
@@ -120,7 +120,7 @@ def _block(method: Method, parameters: list[Parameter], indent: str) -> list[str
 
 
 def _value(method: Method, parameter: Parameter) -> Any:
-    """Return what a config sets a parameter to; None where its default will do."""
+    """Return a parameter's value in the config; None if its default suffices."""
     known = _SHOWN_FOR.get(method.name, {}).get(parameter.name, _SHOWN.get(parameter.name))
     if known is None and parameter.default is REQUIRED:
         return _middle(parameter)
@@ -152,7 +152,7 @@ def _yaml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     text = repr(value) if isinstance(value, int | float) else str(value)
-    # YAML takes 1e-06 for a string.
+    # YAML parses 1e-06 as a string.
     return text.replace("e", ".0e") if isinstance(value, float) and "e" in text and "." not in text else text
 
 

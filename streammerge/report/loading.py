@@ -21,12 +21,12 @@ _AUTO = {
     "ForImageClassification": "AutoModelForImageClassification",
     "ForSpeechSeq2Seq": "AutoModelForSpeechSeq2Seq",
 }
-"""Ends of the names of architectures, and what loads them."""
+"""Endings of the names of architectures, with the classes that load them."""
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w{0,80}", re.ASCII)
 
 
 def how_to_load(plan: MergePlan, ecosystem: Ecosystem) -> Iterator[str]:
-    """Yield a heading and a few lines of Python; nothing where the library is not known."""
+    """Yield a heading and a few lines of Python; nothing if the library is unknown."""
     lines = {
         "transformers": _transformers,
         "diffusers": _diffusers,

@@ -10,16 +10,16 @@ from typing import Any
 _WINDOW_SECONDS = 30.0
 """Seconds over which the speed is averaged, so that it does not flicker."""
 _LEAST_SECONDS = 1.0
-"""Before this nothing can be said."""
+"""Seconds before a speed is given."""
 
 
 class Pace:
-    """The speed of a growing number, over the last half minute.
+    """The speed of a growing number over the last half minute.
 
     Parameters
     ----------
     clock
-        Returns seconds, for tests.
+        Function that returns seconds; tests replace it.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,7 +27,7 @@ class Pace:
         self._samples: deque[tuple[float, float]] = deque()
 
     def add(self, value: float) -> None:
-        """Note the number as it is now."""
+        """Record the current number."""
         now = self._clock()
         self._samples.append((now, value))
         while len(self._samples) > 2 and now - self._samples[1][0] >= _WINDOW_SECONDS:
@@ -35,7 +35,7 @@ class Pace:
 
     @property
     def per_second(self) -> float | None:
-        """The speed; None until enough has been seen."""
+        """The speed; None at the beginning."""
         if len(self._samples) < 2:
             return None
         (began, first), (ended, last) = self._samples[0], self._samples[-1]
@@ -45,26 +45,26 @@ class Pace:
 class Tracker:
     """Follows the events of a run.
 
-    The work of a merge is counted in bytes, read and written: whole-model passes come first, then elements are
-    finished, and each stands for its bytes. Of a resumed merge, the passes of an earlier run are not made again.
+    The work of a merge is counted in bytes read and written: first the whole-model passes, then the bytes of finished
+    elements. A resumed merge does not repeat the passes of an earlier run.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self.plan: Mapping[str, Any] = {}
-        """The values of the event ``plan``; empty for what is not a merge."""
+        """The values of the event ``plan``; empty if the run is not a merge."""
         self.values: Mapping[str, Any] = {}
         """The values of the last ``progress``."""
         self.done = 0.0
-        """Work done, by earlier runs too; in the unit of `total`."""
+        """Work done, including earlier runs, in the unit of `total`."""
         self.total: float | None = None
-        """None until it is known."""
+        """The whole work; None until it is known."""
         self._resumed = False
         self._first_elements: int | None = None
         self._bytes, self._work = Pace(clock), Pace(clock)
 
     def __call__(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Take an event into account."""
+        """Process an event."""
         if kind == "plan":
             self.plan = values
         elif kind in ("start", "resume"):
@@ -73,7 +73,7 @@ class Tracker:
             self._progress(values)
 
     def _start(self, bytes_done: int) -> None:
-        """Begin to measure: what went before, such as compiling and an earlier run, counts in no rate."""
+        """Start measuring; earlier work, such as compiling and an earlier run, does not count."""
         self._bytes, self._work = Pace(self._clock), Pace(self._clock)
         self._bytes.add(0)
         if not self.plan:
@@ -108,16 +108,16 @@ class Tracker:
 
     @property
     def fraction(self) -> float | None:
-        """The part of the work that is done; None until the whole is known."""
+        """The fraction of the work that is done; None until the whole is known."""
         return min(1.0, self.done / self.total) if self.total else None
 
     @property
     def bytes_per_second(self) -> float | None:
-        """Bytes read and written a second, lately; None until that can be said."""
+        """Recent speed in bytes read and written per second; None at the beginning."""
         return self._bytes.per_second
 
     @property
     def seconds_left(self) -> float | None:
-        """The time that the rest takes at the pace of this run; None until that can be said."""
+        """Estimated remaining seconds at the pace of this run; None at the beginning."""
         pace = self._work.per_second
         return max(0.0, self.total - self.done) / pace if self.total and pace else None

@@ -1,4 +1,4 @@
-"""Describes a plan for people: what it reads, writes and holds; the memory, disk and time it takes."""
+"""Describe a plan to users: what it reads, writes and holds, and its memory, disk and time."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from streammerge.report.wrapping import wrapped
 from streammerge.units import format_at_least, format_seconds, format_size, plural
 
 ASSUMED_RATE = 500 << 20
-"""Bytes a second, read and written together, by which the time is estimated: a plain SSD."""
+"""Assumed speed of the disk in bytes read and written per second: a plain SSD."""
 _INDENT = 10
 _SHOWN = 20
-"""Tensors left out that are named; more are counted."""
+"""The most left-out tensors that are named; the rest are counted."""
 _HOLDS = {
-    "unfinished": "holds an unfinished merge: `merge` continues it if it is this one, else it takes --overwrite",
-    "finished": "holds a finished merge: `merge` does nothing if it is this one, else it takes --overwrite",
+    "unfinished": "holds an unfinished merge: `merge` resumes it if it is this one, else it needs --overwrite",
+    "finished": "holds a finished merge: `merge` does nothing if it is this one, else it needs --overwrite",
 }
 
 
 def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
-    """Return the facts a person decides by: other amounts of memory, disk, time, and warnings about them.
+    """Return the facts that help to decide: other amounts of memory, disk, time, and warnings.
 
     Parameters
     ----------
     out
-        The output directory; None: examine the disk of the current directory, and warn of nothing.
+        The output directory; None: use the disk of the current directory, without warnings.
     """
     division = plan.division
     found: dict[str, Any] = {
@@ -51,21 +51,21 @@ def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
     found["disk"] = {"path": str(space.place), "bytes_needed": space.needed, "bytes_free": space.free}
     if out is not None and not space.fits:
         found["advice"].append(
-            f"{printable(out)} needs {format_size(space.needed)}, {format_size(space.free)} are free there: "
-            "free some space or choose another disk; the merge will be refused"
+            f"{printable(out)} needs {format_size(space.needed)}, but only {format_size(space.free)} are free, so the merge "
+            "will be refused: free some space, or choose a different disk"
         )
     return found
 
 
 def _held_by(place: Place) -> Literal["finished", "unfinished"] | None:
-    """Return the state in which an earlier merge has left an output."""
+    """Return the state of an earlier merge in an output, or None."""
     if place.is_unfinished:
         return "unfinished"
     return "finished" if os.path.lexists(place.manifest) else None
 
 
 def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
-    """Return a plan for people, wrapped between words where stdout is a terminal.
+    """Return a plan as text, wrapped between words if stdout is a terminal.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ def _method(values: dict[str, Any]) -> str:
 
 
 def _models(plan: MergePlan, values: dict[str, Any]) -> list[str]:
-    """Return the line of the models; of an average, a line for each checkpoint with its coefficient."""
+    """Return the line of the models; for an average, a line per checkpoint with its coefficient."""
     if plan.config.checkpoints is not None:
         n = plural(len(values["checkpoints"]), "checkpoint")
         rows = [(f"{one['coefficient']:.6g}", one) for one in values["checkpoints"]]
@@ -119,7 +119,7 @@ def _models(plan: MergePlan, values: dict[str, Any]) -> list[str]:
 
 
 def _quantised(values: dict[str, Any]) -> list[str]:
-    """Return how each quantised input is stored, a line each."""
+    """Return one line per quantised input on its formats."""
     return [
         f"{'' if i else 'quantised':<{_INDENT}}{printable(model, 60)}: "
         + ", ".join(f"{plural(n, 'tensor')} as {title}" for title, n in formats.items())
@@ -141,7 +141,7 @@ def _tensors(values: dict[str, Any]) -> str:
 
 
 def _left_out(values: dict[str, Any]) -> list[str]:
-    """Return one line on the tensors that are not in the output, if there are any."""
+    """Return a line on tensors that are left out of the output, if any."""
     left = values["tensors_left_out"]
     if not left:
         return []
@@ -202,12 +202,12 @@ def _disk(values: dict[str, Any], out: str | None) -> str:
         return "unknown: the file system does not answer"
     needed, free = format_size(disk["bytes_needed"]), format_size(disk["bytes_free"])
     if out is None:
-        return f"needs {needed}; {free} are free here (give OUT to look at another disk)"
+        return f"needs {needed}; {free} are free here (give OUT to check a different disk)"
     return f"{printable(out)} needs {needed}; {free} are free there"
 
 
 def _option(nbytes: int) -> str:
-    """Return a size, rounded up, as `--memory` takes it without quotes: ``255MiB``, ``31.7GiB``."""
+    """Return a size, rounded up, in the form that `--memory` takes without quotes: ``255MiB``, ``31.7GiB``."""
     if nbytes < 1 << 30:
         return format_at_least(nbytes).replace(" ", "")
     tenths = -(-nbytes * 10 // (1 << 30))

@@ -1,4 +1,4 @@
-"""Shows a running merge: a bar on a terminal, plain lines elsewhere, JSON on request."""
+"""Show a running merge: a bar on a terminal, plain lines elsewhere, JSON on request."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 _LINE_SECONDS = 10.0
 _EVENT_SECONDS = 0.25
-"""Between two JSON events of progress, at least."""
+"""Seconds between JSON progress events, at least."""
 _PROGRESS = ("progress", "import", "hash", "verify")
-_STOPPING = "stopping after the pieces in hand…"
+_STOPPING = "stopping after the running pieces…"
 _DUMB = ("", "dumb", "unknown")
 
 
@@ -40,13 +40,13 @@ class Reporter(Protocol):
         """Show an event."""
 
     def finish(self, summary: Summary) -> None:
-        """Show what a merge did."""
+        """Show the summary of a merge."""
 
     def end(self, values: Mapping[str, Any], text: str) -> None:
-        """Show what another run did: its values to programs, its text to people."""
+        """Show the result of any other run: its values to programs, its text to people."""
 
     def close(self) -> None:
-        """Leave the terminal tidy, however the run ended."""
+        """Restore the terminal, however the run ended."""
 
 
 def make_reporter(
@@ -58,22 +58,22 @@ def make_reporter(
     began: float | None = None,
     lines_to: TextIO | None = None,
 ) -> Reporter:
-    """Return what suits the standard streams.
+    """Return the reporter that suits the standard streams.
 
     Parameters
     ----------
     what
-        What the run does, in one word: ``merging``.
+        The activity in one word: ``merging``.
     signal_received
-        Returns the signal that asked the run to stop, if any.
+        Function that returns the signal that stopped the run, if any.
     began
-        What ``seconds`` of a JSON event count from, by the monotonic clock; default: now.
+        Start of the ``seconds`` in JSON events, by the monotonic clock; default: now.
     lines_to
-        Where plain lines go that are not progress; default: stdout.
+        Stream for plain lines other than progress; default: stdout.
     """
     if as_json:
         return JsonReporter(signal_received, began)
-    # On a dumb terminal rich draws nothing at all.
+    # rich draws nothing on a dumb terminal.
     if quiet or not sys.stderr.isatty() or os.environ.get("TERM", "") in _DUMB:
         return LineReporter(quiet, signal_received, lines_to)
     return BarReporter(what, signal_received)
@@ -117,7 +117,7 @@ class JsonReporter:
         self._print("done", values)
 
     def close(self) -> None:
-        """Tell of a stop that no event has told of."""
+        """Report a stop that no event has reported."""
         with contextlib.suppress(OSError):
             self._tell_stop()
 
@@ -128,7 +128,7 @@ class JsonReporter:
             self._print("stopping", {"signal": signum})
 
     def _progress(self) -> dict[str, Any]:
-        """Return what a progress event has beside the engine's own counts."""
+        """Return the additional values of a progress event."""
         tracker = self._tracker
         totals = {
             key: tracker.plan[key] for key in ("bytes_to_read", "bytes_to_write") if key in tracker.plan
@@ -151,7 +151,7 @@ class JsonReporter:
 class LineReporter:
     """Plain lines, for logs and dumb terminals.
 
-    What the run is about goes to stdout, as the summary does; progress, every few seconds, to stderr.
+    The opening line and the summary go to stdout; progress goes to stderr every few seconds.
     """
 
     def __init__(
@@ -205,18 +205,18 @@ class LineReporter:
             self._say(_STOPPING)
 
     def _say(self, text: str) -> None:
-        """Print to stdout; where that is full or closed, the end of the run will tell."""
+        """Print to stdout; if it is full or closed, the end of the run reports that."""
         with contextlib.suppress(OSError, ValueError):
             print(text, file=self._lines_to or sys.stdout, flush=True)
 
 
 class BarReporter:
-    """A live bar on a terminal's stderr, of as many columns as the terminal has room for.
+    """A live bar on a terminal's stderr, with as many columns as fit.
 
     Parameters
     ----------
     what
-        What the run does, in one word.
+        The activity in one word.
     console
         A terminal; default: stderr.
     """
@@ -242,7 +242,7 @@ class BarReporter:
         self._progress.start()
 
     def __call__(self, event: Event) -> None:
-        """Move the bar; print warnings and the like above it."""
+        """Update the bar; print warnings and notes above it."""
         tracker, values = self._tracker, event.values
         tracker(event.kind, values)
         self._tell_stop()
@@ -266,7 +266,7 @@ class BarReporter:
             self._describe("finishing")
 
     def _begin(self) -> None:
-        """Have the estimate count from here: what earlier runs did is done, and says nothing of this one's pace."""
+        """Start the time estimate here, so that the work of earlier runs does not count."""
         self._begun = True
         self._progress.reset(self._task, total=self._tracker.total, completed=int(self._tracker.done))
 
@@ -321,21 +321,21 @@ class BarReporter:
 
 
 def compiling_line(values: Mapping[str, Any]) -> str:
-    """Return what is compiled before a merge begins."""
+    """Return a line on the kernels that are compiled before a merge."""
     count = values.get("kernels")
     what = "the kernels" if count is None else plural(count, "kernel")
     return f"compiling {what} for this machine, once…"
 
 
 def resume_line(values: Mapping[str, Any], plan: Mapping[str, Any]) -> str:
-    """Return how much an earlier run has finished."""
+    """Return a line on the work that an earlier run finished."""
     return (
         f"resuming: {format_share(values['bytes_done'], plan.get('bytes_to_write'))} of the output are done"
     )
 
 
 def progress_line(event: Event, tracker: Tracker, elapsed: float) -> str:
-    """Return how far a run is: the time it has run, percent, bytes, rate, time left."""
+    """Return a progress line: elapsed time, percent, bytes, rate, time left."""
     values, plan = event.values, tracker.plan
     parts = [f"after {format_seconds(elapsed)}"]
     if event.kind in ("hash", "verify"):

@@ -1,4 +1,4 @@
-"""Describes the contents of a store of Fisher diagonals, for people."""
+"""Describe stores of Fisher diagonals and Gram matrices to users."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHOWN = 12
 
 
 def imported_text(imported: Written) -> str:
-    """Return what an import did."""
+    """Return a text on the result of an import."""
     about = imported.about
     stored = sum(entry["stored_nbytes"] for entry in about["tensors"].values())
     resumed = f", {imported.resumed} of them by an earlier run" if imported.resumed else ""
@@ -29,7 +29,7 @@ def imported_text(imported: Written) -> str:
 
 
 def computed_values(computed: Written) -> dict[str, Any]:
-    """Return what a run over examples did as plain values."""
+    """Return the result of a run over examples as plain values."""
     about = {key: value for key, value in computed.about.items() if key != "tensors"}
     return {
         "out": computed.out,
@@ -42,7 +42,7 @@ def computed_values(computed: Written) -> dict[str, Any]:
 
 
 def computed_text(computed: Written) -> str:
-    """Return what a run over examples did."""
+    """Return a text on the result of a run over examples."""
     about = computed.about
     stored = sum(entry["stored_nbytes"] for entry in about["tensors"].values())
     what = f"{about['elements']:,} certainties" if "estimator" in about else "Gram matrices"
@@ -55,7 +55,7 @@ def computed_text(computed: Written) -> str:
 
 
 def info_text(store: CompanionIndex) -> str:
-    """Return totals, the share of each layer in the sum, and what is undecided."""
+    """Return a text with totals, each layer's share of the sum, and the undecided parameters."""
     about, tensors = store.about, store.about["tensors"]
     stored = sum(entry["stored_nbytes"] for entry in tensors.values())
     width = 2 if about.get("dtype") == "BF16" else 4
@@ -76,7 +76,7 @@ def info_text(store: CompanionIndex) -> str:
 
 
 def gram_info_text(store: CompanionIndex) -> str:
-    """Return what a store of Gram matrices was made from, and the matrices that are the largest."""
+    """Return a text on the source of a store of Gram matrices, and its largest matrices."""
     about, tensors = store.about, store.about["tensors"]
     stored = sum(entry["stored_nbytes"] for entry in tensors.values())
     largest = sorted(tensors, key=lambda name: (-math.prod(tensors[name]["shape"]), name))
@@ -104,7 +104,7 @@ def _estimate(about: Mapping[str, Any]) -> str:
 
 
 def _shares(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return each layer's part of the whole sum; a tensor outside the layers stands for itself."""
+    """Return each layer's share of the sum; tensors outside the layers are listed separately."""
     sums: dict[str, float] = {}
     for name, entry in tensors.items():
         match = _LAYER.match(name)
@@ -115,7 +115,7 @@ def _shares(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _undecided(about: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the parameters of which the model knows nothing: certainty 0, or no diagonal at all."""
+    """Return lines on parameters without information: a diagonal of 0, or no diagonal."""
     sizes = {name: math.prod(entry["shape"]) for name, entry in tensors.items()}
     partly = {name: entry["zeros"] / sizes[name] for name, entry in tensors.items() if entry["zeros"]}
     missing = about.get("missing") or []

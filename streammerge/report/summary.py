@@ -1,4 +1,4 @@
-"""The summary of a merge, for people and as plain values; before it, one sentence about what will be done."""
+"""The opening line and the summary of a merge, as text and as plain values."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from streammerge.machine import peak_memory
 from streammerge.units import format_seconds, format_size, plural
 
 _NAMED = 4
-"""Models that a sentence names; more are counted."""
+"""The most models that a sentence names; the rest are counted."""
 
 
 def opening_line(plan: Mapping[str, Any]) -> str:
-    """Return what is about to be merged or, without ``out``, compared: models, method, where to, how much."""
+    """Return a line on the merge about to start (without ``out``: the comparison): models, method, output, bytes."""
     names = [printable(name, 60) for name in plan["models"]]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     base = f" (base {printable(plan['base_model'], 60)})" if plan["base_model"] else ""
@@ -51,7 +51,7 @@ def summary_values(summary: Summary, elements: int | None = None) -> dict[str, A
 
 
 def density_values(density: Density) -> dict[str, Any]:
-    """Return a density as plain values; `model` is its place."""
+    """Return a density as plain values; `model` is the model's index."""
     return {
         "model": density.place,
         "name": density.model,
@@ -62,7 +62,7 @@ def density_values(density: Density) -> dict[str, Any]:
 
 
 def summary_text(summary: Summary) -> str:
-    """Return a summary for people."""
+    """Return a summary as text."""
     out = printable(summary.out)
     if summary.already_complete:
         edits = "".join(f"; {printable(name)} was {what}" for name, what in summary.edits.items())

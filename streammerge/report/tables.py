@@ -1,4 +1,4 @@
-"""Tables for people: a model's tensors, the methods."""
+"""Tables of a model's tensors and of the methods, as text."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from streammerge.report.wrapping import reflowed, wrapped
 from streammerge.units import format_size, plural
 
 _LISTED = 20
-"""Tensors that are listed where all are not asked for."""
+"""Number of tensors listed without --all."""
 
 
 def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
     """Return a model's tensors as plain values.
 
-    Of one with an adapter, the weight in its file and the adapter's rank; of one that is quantised, how it is stored, the
-    dtype of its codes, and the bytes of all that it is stored as.
+    For a tensor with an adapter they describe the weight in its file and the adapter's rank; for a quantised tensor, its
+    format, the dtype of its codes, and the size of codes and scales.
     """
     found: list[dict[str, Any]] = []
     for name, ref in index.items():
@@ -44,12 +44,12 @@ def inspect_values(index: TensorIndex) -> list[dict[str, Any]]:
 
 
 def name_filter(pattern: str | None) -> Callable[[str], bool]:
-    """Return what tells whether a tensor's name is wanted; all are where there is no pattern.
+    """Return a function that tells whether a tensor's name matches; without a pattern all names do.
 
     Raises
     ------
     InputError
-        If the pattern is no regular expression.
+        If the pattern is not a regular expression.
     """
     if pattern is None:
         return lambda name: True
@@ -63,12 +63,12 @@ def name_filter(pattern: str | None) -> Callable[[str], bool]:
 def inspect_text(
     index: TensorIndex, wanted: Callable[[str], bool] | None = None, *, everything: bool = False
 ) -> str:
-    """Return a model's totals, then its tensors, one a line.
+    """Return a model's totals, then its tensors, one per line.
 
     Parameters
     ----------
     wanted
-        Tells which tensors are listed, all of them then; None: the first.
+        Function that selects tensors by name, all of which are listed; None: only the first tensors.
     everything
         List all.
     """
@@ -117,7 +117,7 @@ def _components(index: TensorIndex) -> Iterator[str]:
 
 
 def methods_text(methods: Mapping[str, Method]) -> str:
-    """Return one line per method; on a terminal, wrapped between words."""
+    """Return one line per method, wrapped between words on a terminal."""
     indent = max(map(len, methods)) + 2
     return wrapped("\n".join(f"{name:<{indent}}{method.summary}" for name, method in methods.items()), indent)
 

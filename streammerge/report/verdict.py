@@ -1,4 +1,4 @@
-"""The result of `verify`, for people and as plain values."""
+"""The result of `verify`, as text and as plain values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streammerge.output.check import Verdict
 from streammerge.units import format_size, plural
 
 _SHOWN = 5
-"""Names of files that are listed; more are counted."""
+"""The most names of files that are listed; the rest are counted."""
 
 
 def verdict_values(verdict: Verdict) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def verdict_values(verdict: Verdict) -> dict[str, Any]:
 
 
 def verdict_text(out: str, verdict: Verdict) -> str:
-    """Return a verdict for people: one line a problem, or that there is none."""
+    """Return a verdict as text: one line per problem, or a line that there is none."""
     lines = [*verdict.problems]
     if not lines:
         size = format_size(verdict.nbytes)

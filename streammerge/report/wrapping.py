@@ -1,4 +1,4 @@
-"""Wraps text to the width of the terminal."""
+"""Wrap text to the width of the terminal."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import sys
 import textwrap
 
 UNWRAPPED = 1 << 20
-"""Columns of what is no terminal: a file or a pipe keeps its lines."""
+"""Width for files and pipes, whose lines are not wrapped."""
 
 
 def terminal_width() -> int:
-    """Return the columns of the terminal that stdout is; endless where it is none."""
+    """Return the width of the terminal at stdout; without a terminal a very large number."""
     if not sys.stdout.isatty():
         return UNWRAPPED
     return max(40, shutil.get_terminal_size((100, 24)).columns)
 
 
 def wrapped(text: str, indent: int | None = None) -> str:
-    """Return text wrapped between words where stdout is a terminal; words that are longer stay whole.
+    """Return text wrapped between words if stdout is a terminal; long words stay whole.
 
     Parameters
     ----------
     indent
-        Of a line's continuation; default: as the line itself begins.
+        Indentation of continuation lines; default: that of the line.
     """
     width = terminal_width()
     return "\n".join(
@@ -39,7 +39,7 @@ def wrapped(text: str, indent: int | None = None) -> str:
 
 
 def reflowed(text: str) -> str:
-    """Return text whose paragraphs are a line each where stdout is a terminal, for `wrapped` to break anew."""
+    """Return text with each paragraph on one line if stdout is a terminal, so that `wrapped` can break it."""
     if terminal_width() == UNWRAPPED:
         return text
     paragraphs = text.split("\n\n")

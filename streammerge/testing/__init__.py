@@ -1,9 +1,9 @@
-"""The laws that every method, statistic and input format obeys, for authors to run with one call.
+"""The laws that every method, statistic and input format must obey; authors check them with one call.
 
 >>> from streammerge.testing import check_method
 >>> check_method("linear", peak=False)  # doctest: +SKIP
 
-Each function raises AssertionError with the law that is broken, where it shows, and the cure; it needs no test runner.
+Each function raises AssertionError with the broken law, the place and the cure. No test runner is needed.
 """
 
 from streammerge.testing.formats import check_format

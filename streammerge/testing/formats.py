@@ -40,7 +40,7 @@ def check_format(path: str | os.PathLike[str], expected: Mapping[str, bytes]) ->
     """
     path = Path(path)
     assert any(path.name.endswith(suffix) for suffix in suffixes()), (
-        f"{path.name}: no format has this end of a name; register it with @opens"
+        f"{path.name}: no format is registered for this suffix; register one with @opens"
     )
     index = open_model(path)
     assert set(index) == set(expected), f"{path.name}: it holds {sorted(index)}, expected {sorted(expected)}"
@@ -53,7 +53,7 @@ def _check_ref(ref: SourceRef, expected: bytes, title: str) -> None:
     width, n = itemsize(ref.dtype), ref.n_elements
     assert len(expected) == n * width == ref.nbytes, (
         f"{title}: shape {ref.shape} and dtype {ref.dtype} make {n * width} bytes, nbytes is {ref.nbytes}, "
-        f"{len(expected)} are expected"
+        f"but {len(expected)} are expected"
     )
     assert pickle.loads(pickle.dumps(ref)) == ref, (
         f"{title}: its reference does not pickle; use a frozen dataclass"
@@ -66,7 +66,7 @@ def _check_ref(ref: SourceRef, expected: bytes, title: str) -> None:
         for reader in (Reader(), Reader("mmap")):
             found = _read(ref, reader, start, stop)
             assert found == expected[start * width : stop * width], (
-                f"{title}: elements {start} to {stop} are not those of the whole tensor"
+                f"{title}: reading elements {start} to {stop} gives values that differ from the whole tensor's"
             )
 
 
@@ -78,7 +78,7 @@ def _read(ref: SourceRef, reader: Reader, start: int, stop: int) -> bytes:
 
 
 def _damaged_files_are_refused(path: Path) -> None:
-    """Cut the file at several places and open it: a refusal that names the file, and no other error."""
+    """Truncate the file at several places and open it: it must raise a one-line ModelError that names the file."""
     data = path.read_bytes()
     with tempfile.TemporaryDirectory() as folder:
         cut = Path(folder) / path.name
@@ -91,8 +91,10 @@ def _damaged_files_are_refused(path: Path) -> None:
                 said = str(error)
             except Exception as error:
                 raise AssertionError(
-                    f"{path.name}: cut to {size} bytes it raises {type(error).__name__}: {error}; raise ModelError"
+                    f"{path.name}: truncated to {size} bytes, it raises {type(error).__name__}: {error}; raise ModelError"
                 ) from error
-            assert said, f"{path.name}: cut to {size} bytes it is opened; compare the sizes with the file's"
-            assert path.name in said, f"{path.name}: a refusal does not name the file: {said}"
-            assert "\n" not in said, f"{path.name}: a refusal has more than one line: {said}"
+            assert said, (
+                f"{path.name}: truncated to {size} bytes, it is opened; compare the sizes with the file's"
+            )
+            assert path.name in said, f"{path.name}: the error does not name the file: {said}"
+            assert "\n" not in said, f"{path.name}: the error has more than one line: {said}"

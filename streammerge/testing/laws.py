@@ -1,4 +1,4 @@
-"""The laws of methods, each a function of one trial; it raises AssertionError where the law is broken."""
+"""The laws of methods; each is a function of one trial that raises AssertionError if the law is broken."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streammerge.testing.models import read_tensors
 from streammerge.testing.trial import Trial, difference
 
 INTERRUPTIONS = (2, 9)
-"""After how many looks at the stop signal a merge is stopped: in its first pieces, and later."""
+"""Number of checks of the stop signal after which a merge is stopped: in its first pieces, and later."""
 
 _MEASURE = """
 import os, sys
@@ -26,11 +26,11 @@ to_log = [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
 _, status, usage = os.wait4(os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ, file_actions=to_log), 0)
 print(os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10)
 """
-"""Runs a command and prints its exit code and its peak in bytes; small itself, for a child's peak begins at its parent's."""
+"""Runs a command and prints its exit code and its peak in bytes. It is small, since a child's peak begins at its parent's."""
 
 
 def assert_same(trial: Trial, outputs: Mapping[str, bytes], name: str, law: str) -> None:
-    """Raise AssertionError unless the files of a merge are those of the merge in plenty of memory."""
+    """Raise AssertionError unless the files of a merge equal those of the merge with plenty of memory."""
     expected = trial.expected()
     if outputs == expected:
         return
@@ -40,7 +40,7 @@ def assert_same(trial: Trial, outputs: Mapping[str, bytes], name: str, law: str)
 
 
 def same_bytes_at_any_memory(trial: Trial) -> None:
-    """Merge with the least memory in which the plan fits, with many small pieces, and through other I/O."""
+    """Merge with the least memory that suffices, with many small pieces, and with other kinds of I/O."""
     least = trial.least()
     cure = _cure_of_cuts(trial.method)
     law = f"the bytes depend on how the tensors are cut; {cure}"
@@ -52,7 +52,9 @@ def same_bytes_at_any_memory(trial: Trial) -> None:
 def _cure_of_cuts(method: Method) -> str:
     wider = {"elementwise": "row", "row": "tensor"}.get(str(method.access))
     if not method.is_formula or wider is None:
-        return "let each result depend on the elements, the parameters and the statistics alone, in a fixed order"
+        return (
+            "let each result depend only on the elements, the parameters and the statistics, in a fixed order"
+        )
     return f'if elements depend on their neighbours, declare access="{wider}" (it is {str(method.access)!r})'
 
 
@@ -63,19 +65,21 @@ def same_bytes_when_interrupted(trial: Trial) -> None:
         name = f"interrupted {questions}"
         outputs = trial.interrupted(name, questions, nbytes=least)
         if outputs is not None:
-            assert_same(trial, outputs, name, "interrupted and continued, the merge gives other bytes")
+            assert_same(trial, outputs, name, "an interrupted and resumed merge gives different bytes")
 
 
 def same_bytes_in_torch(trial: Trial) -> None:
     """Merge by compiled kernels and by torch formulas."""
     assert_same(
-        trial, trial.merge("kernels", kernels=True), "kernels", "the compiled kernels give other bytes"
+        trial, trial.merge("kernels", kernels=True), "kernels", "the compiled kernels give different bytes"
     )
-    assert_same(trial, trial.merge("torch", kernels=False), "torch", "the torch formulas give other bytes")
+    assert_same(
+        trial, trial.merge("torch", kernels=False), "torch", "the torch formulas give different bytes"
+    )
 
 
 def same_bytes_with_any_threads_of_torch(trial: Trial) -> None:
-    """Merge while torch may use four threads: a sum must not be split by them."""
+    """Merge while torch may use four threads, which must not change any sum."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -94,12 +98,12 @@ def shapes_and_dtypes_are_kept(trial: Trial) -> None:
         assert name in merged, f"{trial.title}: tensor {name!r} is missing from the output"
         found = (tuple(merged[name].shape), merged[name].dtype)
         assert found == (tuple(tensor.shape), tensor.dtype), (
-            f"{trial.title}: tensor {name!r} became {found}; return one of the shape of models[0]"
+            f"{trial.title}: tensor {name!r} became {found}; return a tensor with the shape of models[0]"
         )
 
 
 def order_matters_only_to_rounding(trial: Trial) -> None:
-    """Merge with the models in reverse order; all must have the same parameters."""
+    """Merge with the models in reverse order; all models must have the same parameters."""
     config = {**trial.config, "models": list(reversed(trial.config["models"]))}
     turned = replace(trial, config=config, directory=trial.directory / "reversed", _outputs={})
     trial.expected()
@@ -112,21 +116,21 @@ def order_matters_only_to_rounding(trial: Trial) -> None:
 
 
 def plans_travel(trial: Trial) -> None:
-    """Pickle the plan and read it back, as a worker elsewhere would."""
+    """Pickle and unpickle the plan, as for a worker in a different process."""
     decided = trial.plan()
     try:
         again = pickle.loads(pickle.dumps(decided))
     except Exception as error:
         raise AssertionError(
-            f"{trial.title}: its plan does not pickle ({type(error).__name__}: {error}); write the method in a file"
+            f"{trial.title}: its plan does not pickle ({type(error).__name__}: {error}); define the method in a file"
         ) from error
     assert again.identity() == decided.identity(), f"{trial.title}: a pickled plan has a different identity"
 
 
 def peak_is_within_memory(trial: Trial) -> None:
-    """Merge in a process of its own with the least memory that the plan says is enough, and measure its peak.
+    """Merge in a separate process with the least memory of the plan, and measure the peak.
 
-    The trial's models must be large: below some tens of MiB the process itself hides what the method takes.
+    The trial's models must be large: below some tens of MiB, the process's own memory hides the method's.
     """
     import streammerge
 
@@ -147,6 +151,6 @@ def peak_is_within_memory(trial: Trial) -> None:
     text = log.read_text(errors="replace")[-500:]
     assert code == 0, f"{trial.title}: the merge failed: {text}"
     assert peak <= least, (
-        f"{trial.title}: took {peak >> 20} MiB where --memory {least >> 20}MiB allowed less; declare what the formula "
-        "needs: @method(..., workspace=...)"
+        f"{trial.title}: used {peak >> 20} MiB with --memory {least >> 20}MiB; declare what the formula needs: "
+        "@method(..., workspace=...)"
     )

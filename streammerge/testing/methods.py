@@ -1,4 +1,4 @@
-"""`check_method`: the laws of methods over one method, or over every method of a file."""
+"""`check_method`: check the laws of methods for one method, or for every method of a file."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def check_method(
     symmetric: bool = False,
     peak: bool = True,
 ) -> None:
-    """Check that a method keeps every promise of a merge; takes some seconds.
+    """Check that a method keeps every promise of a merge. This takes some seconds.
 
-    The same bytes with little memory and with much, in any number of threads, through any I/O, by kernels and by torch,
-    and after an interruption; shapes and dtypes as they were; plans that pickle; no more memory than the plan allows.
+    The output must have the same bytes whatever the memory, the threads, the I/O and the backend, and after an
+    interruption. Shapes and dtypes must be kept, plans must pickle, and memory must stay within the plan.
 
     Parameters
     ----------
@@ -41,20 +41,20 @@ def check_method(
     parameters
         As in a config; those without a default must be given.
     n_models
-        How many models beside the base to merge, where the method takes as many.
+        Number of models to merge without the base, if the method takes as many.
     dtypes
-        Of the models, by their torch names.
+        Torch names of the models' dtypes.
     shapes
-        Of the models' tensors, by name.
+        Shapes of the models' tensors, by name.
     symmetric
-        The order of the models does not matter but for rounding.
+        Whether the order of the models matters only to rounding.
     peak
-        Measure the memory, in a process of its own.
+        Whether to measure the memory, in a separate process.
 
     Raises
     ------
     AssertionError
-        If a law is broken: which, on which tensor, and what to do about it.
+        If a law is broken; the message names the law, the tensor and the cure.
     """
     load_builtin()
     for one, file in _methods_of(method):
@@ -74,7 +74,7 @@ def check_method(
 
 
 def check_trial(trial: Trial, *, symmetric: bool = False) -> None:
-    """Check every law but that of memory on one config."""
+    """Check every law except that of memory for one config."""
     laws.shapes_and_dtypes_are_kept(trial)
     laws.same_bytes_at_any_memory(trial)
     laws.same_bytes_when_interrupted(trial)
@@ -86,12 +86,12 @@ def check_trial(trial: Trial, *, symmetric: bool = False) -> None:
 
 
 def _methods_of(method: str | Path) -> list[tuple[Method, Path | None]]:
-    """Return the methods that are meant, each with the file that brings it."""
+    """Return the methods to check, each with its file."""
     path = Path(method)
     if path.suffix != ".py":
         return [(get_method(str(method)), None)]
     before = dict(all_methods())
     load_file(path)
     found = [one for name, one in all_methods().items() if before.get(name) is not one]
-    assert found, f"{path}: no method is registered in it; decorate a function with @streammerge.method"
+    assert found, f"{path}: it registers no method; decorate a function with @streammerge.method"
     return [(one, path) for one in found]

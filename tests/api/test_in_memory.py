@@ -257,7 +257,7 @@ class Odd:
 @pytest.mark.parametrize(
     ("models", "change", "message"),
     [
-        ({"a": {"w": torch.ones(2)}}, {}, r"model 'b' is no key of `models` \('a'\)"),
+        ({"a": {"w": torch.ones(2)}}, {}, r"model 'b' is not a key of `models` \('a'\)"),
         ({**two(w=torch.ones(2)), "c": {"w": torch.ones(2)}}, {}, "models: 'c' is given, but the config"),
         ({"a": {}, "b": {}}, {}, r"models\['a'\]: holds no tensor"),
         ({"a": {"w": 1.0}, "b": {}}, {}, r"models\['a'\]\['w'\]: a float is neither"),
@@ -283,7 +283,7 @@ class Odd:
                 "parameters": {},
                 "models": [{"model": "a", "fisher": "x"}, {"model": "b", "fisher": "x"}],
             },
-            "fisher 'x' is no key of `fishers`",
+            "fisher 'x' is not a key of `fishers`",
         ),
         ([], {}, "models: must be a mapping of names to state dicts, not a list"),
     ],

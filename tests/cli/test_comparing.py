@@ -24,5 +24,6 @@ def test_one_model_alone_is_refused_in_one_line(cli: Cli, tmp_path: Path) -> Non
     run = cli("compare", write_models(tmp_path, 1)[0])
     assert run.code == 2
     assert (
-        run.err == "streammerge: compare: one model and no base: name at least two models, or give --base\n"
+        run.err
+        == "streammerge: compare: only one model and no base: name at least two models, or give --base\n"
     )

@@ -187,7 +187,7 @@ def test_an_output_that_holds_a_foreign_model_is_refused_and_untouched(
 ) -> None:
     write_model(tmp_path / "out", {"w": torch.zeros(3)})
     before = tree_of(tmp_path / "out")
-    assert_refused(cli("merge", config, tmp_path / "out", *overwrite), "did not make")
+    assert_refused(cli("merge", config, tmp_path / "out", *overwrite), "did not write")
     assert tree_of(tmp_path / "out") == before
 
 
@@ -214,5 +214,5 @@ def test_an_output_below_a_file_is_refused_by_plan_and_merge_alike(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert_refused(
-        cli(command, config, tmp_path / "file" / "out"), "file is not a directory; choose another OUT"
+        cli(command, config, tmp_path / "file" / "out"), "file is not a directory: choose a different OUT"
     )

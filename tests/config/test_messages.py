@@ -72,14 +72,14 @@ M = "merge_method: linear\nmodels: [{model: a}]\n"
 KEYS = [
     (
         M + "weights: [0.5, 0.5]",
-        "'weights' is no key: each model has its own 'weight' under parameters: {model: x, "
+        "'weights' is not a key: each model has its own 'weight' under parameters: {model: x, "
         "parameters: {weight: 0.5}}",
     ),
     (M + "density: 0.5", "'density' goes under parameters: {density: 0.5}"),
     (M + "normalize: false", "'normalize' goes under parameters: {normalize: false}"),
     (
         "merge_method: slerp\nslices: [{sources: [{model: x, layer_range: [0, 1]}], merge_method: slerp}]",
-        "slices[0]: 'merge_method' stands at the top level of the config, once for the whole merge",
+        "slices[0]: 'merge_method' belongs at the top level of the config, once for the whole merge",
     ),
     (M + "random_seed: 3", "'random_seed' is called 'seed' here"),
     (M + "Dtype: float16", "unknown key 'Dtype' (did you mean 'dtype'?)"),
@@ -93,7 +93,7 @@ KEYS = [
     ),
     (
         "merge_method: ties\nmodels: [{model: x, layer_range: [0, 2]}]",
-        "models[0]: 'layer_range' stands in slices: ",
+        "models[0]: 'layer_range' goes into slices: ",
     ),
     (
         "merge_method: ties\nmodels: [{model: x, lora: y}]",
@@ -101,9 +101,9 @@ KEYS = [
     ),
     (
         M + "dtype: bfloat6",
-        "dtype: 'bfloat6' is none of float16, bfloat16, float32, float64 (did you mean 'bfloat16'",
+        "dtype: 'bfloat6' is not one of float16, bfloat16, float32, float64 (did you mean 'bfloat16'",
     ),
-    (M + "quantize: fp9", "quantize: 'fp9' is none of none, same, fp8 (did you mean 'fp8'"),
+    (M + "quantize: fp9", "quantize: 'fp9' is not one of none, same, fp8 (did you mean 'fp8'"),
     (M + "quantization: fp8", "'quantization' is called 'quantize' here"),
     (M + "chat_template: chatlm", "chat_template: 'chatlm' is not a template (did you mean 'chatml'?"),
 ]

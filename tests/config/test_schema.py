@@ -251,7 +251,7 @@ REFUSED = [
     ("merge_method: linear\nmodels: [{model: a, lora: b}]", ": models[0]: an adapter is part of the model"),
     (
         "merge_method: linear\nmodels: [{model: a, layer_range: [0, 1]}]",
-        ": models[0]: 'layer_range' stands in slices",
+        ": models[0]: 'layer_range' goes into slices",
     ),
     # References.
     (M + "base_model: {path: 1}", ": base_model.path: must be a string, not 1"),
@@ -278,14 +278,14 @@ REFUSED = [
         ": models[1]: 'x' is models[0] already (give one of them its own `alias:`)",
     ),
     # Options.
-    (M + "dtype: float99", ": dtype: 'float99' is none of float16, bfloat16, float32, float64"),
-    (M + "dtype: int8", ": dtype: 'int8' is none of"),
+    (M + "dtype: float99", ": dtype: 'float99' is not one of float16, bfloat16, float32, float64"),
+    (M + "dtype: int8", ": dtype: 'int8' is not one of"),
     (
         M + "dtype: BF17",
-        ": dtype: 'BF17' is none of float16, bfloat16, float32, float64 (did you mean 'bf16'",
+        ": dtype: 'BF17' is not one of float16, bfloat16, float32, float64 (did you mean 'bf16'",
     ),
-    (M + "out_dtype: 16", ": out_dtype: 16 is none of"),
-    (M + "dtype: [float16]", ": dtype: a list is none of"),
+    (M + "out_dtype: 16", ": out_dtype: 16 is not one of"),
+    (M + "dtype: [float16]", ": dtype: a list is not one of"),
     (M + "seed: -1", ": seed: must be an integer from 0 to 2**64 - 1, not -1"),
     (M + "seed: 18446744073709551616", ": seed: must be an integer from 0 to"),
     (M + "seed: true", ": seed: must be an integer from 0 to 2**64 - 1, not true"),

@@ -44,13 +44,13 @@ def test_a_name_stands_wherever_a_model_does() -> None:
         ((OUT, OUT), "two documents have no `name:`: only the output goes without one; name the other"),
         (
             (A, B.replace("[a", "[x"), OUT),
-            "'a' and the document without a name are used by no stage, so there are 2 outputs",
+            "'a' and the document without a name are not used by any stage, so there are 2 outputs",
         ),
         (
             (A.replace("m1", "b"), B, OUT),
-            "stages use each other in a circle: ",
+            "stages form a cycle: ",
         ),
-        ((A.replace("m1", "a"), OUT.replace("b", "a")), "in a circle: a → a"),
+        ((A.replace("m1", "a"), OUT.replace("b", "a")), "form a cycle: a → a"),
         (
             ("name: [x]\nmerge_method: linear\nmodels: [m]\n", OUT),
             "document 1: name: must be a string, not a list",

@@ -81,7 +81,7 @@ REFUSED = [
     (b"# only a comment\n", "empty"),
     (b"---\n", "empty"),
     (b"null", "empty"),
-    (b"a: 1\n---\nb: 2\n", "a second document, and only one can be meant here"),
+    (b"a: 1\n---\nb: 2\n", "contains a second document, but only one is allowed here"),
     (b"a: 1\na: 2\n", "line 2, column 1: duplicate key 'a'"),
     (b"x: {a: 1, 'a': 2}", "duplicate key 'a'"),
     (b"a: [1\nb: 2", "line 2, column 2: expected ',' or ']'"),

@@ -174,7 +174,7 @@ def test_an_unknown_executor_is_refused_with_the_names_that_there_are() -> None:
 
 def test_a_name_is_given_once() -> None:
     assert executor("processes")(Processes) is Processes
-    with pytest.raises(ValueError, match="registered already"):
+    with pytest.raises(ValueError, match="already registered"):
         executor("threads")(Processes)
 
 

@@ -83,7 +83,7 @@ def test_what_the_model_is_made_of_may_not_be_edited(name: str, config: dict[str
     assert problem.startswith(f"{name}: ")
     (out / name).write_bytes(raw + b"~")
     assert verify(out).problems
-    with pytest.raises(OutputError, match=f"{name} is missing or of another size"):
+    with pytest.raises(OutputError, match=f"{name} is missing or has a different size"):
         merge(config, out)
 
 
@@ -164,14 +164,14 @@ def test_an_out_that_cannot_be_made_is_told_so_and_nothing_is_called_kept(
     parts: tuple[str, ...], config: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match=r"file is not a directory; choose another OUT") as caught:
+    with pytest.raises(OutputError, match=r"file is not a directory: choose a different OUT") as caught:
         merge(config, tmp_path.joinpath(*parts))
     assert "kept" not in str(caught.value)
 
 
 def test_an_out_that_is_a_file_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OutputError, match="exists and is not a directory; choose another OUT"):
+    with pytest.raises(OutputError, match="exists and is not a directory: choose a different OUT"):
         merge(config, tmp_path / "file")
 
 
@@ -188,6 +188,6 @@ def test_a_folder_of_the_output_that_is_a_link_is_not_followed(tmp_path: Path) -
     shutil.rmtree(out / "1_Pooling")
     (tmp_path / "elsewhere").mkdir()
     (out / "1_Pooling").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(WorldError, match=r"1_Pooling.*a link is not followed"):
+    with pytest.raises(WorldError, match=r"1_Pooling.*links are not followed"):
         merge(config, out, overwrite=True)
     assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -108,7 +108,7 @@ def test_any_changed_bit_of_it_is_found(config: dict[str, Any], tmp_path: Path) 
     assert f"has {size - 1} bytes, {size} were written" in verify(out).problems[0]
     manifest = out.with_name("mix.safetensors.json")
     flip(manifest, 20)
-    with pytest.raises(ModelError, match=r"mix.safetensors.json: damaged"):
+    with pytest.raises(ModelError, match=r"mix.safetensors.json: is damaged"):
         verify(out)
     manifest.unlink()
     with pytest.raises(ModelError, match=r"no mix.safetensors.json next to it; not the output of a finished"):
@@ -134,14 +134,14 @@ def _an_input(out: Path, models: list[Path]) -> None:
 # (what is done to OUT, its name, the message)
 REFUSALS: list[tuple[str, Callable[[Path, list[Path]], object], str, str]] = [
     ("foreign", lambda out, models: out.write_bytes(b"mine"), "x.safetensors", "streammerge did not make it"),
-    ("input", _an_input, "one.safetensors", "is a file of the input .*one.safetensors; choose another"),
+    ("input", _an_input, "one.safetensors", "is a file of the input .*one.safetensors: choose a different"),
     ("link", lambda out, models: out.symlink_to(models[0]), "x.safetensors", "not a regular file"),
-    ("pipe", lambda out, models: os.mkfifo(out), "x.safetensors", "not a regular file; choose"),
+    ("pipe", lambda out, models: os.mkfifo(out), "x.safetensors", "not a regular file: choose"),
     (
         "someone's json",
         lambda out, models: Path(f"{out}.json").write_text("{}"),
         "x.safetensors",
-        r"x.safetensors.json: exists, and streammerge did not make it; move it away",
+        r"x.safetensors.json: exists, and streammerge did not make it: move it away",
     ),
     (
         "state is a file",

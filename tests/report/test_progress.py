@@ -192,7 +192,7 @@ def test_a_stop_is_told_at_once_and_once(capsys: pytest.CaptureFixture[str]) -> 
     received.append(2)
     reporter(moved(20, GIB))
     reporter(moved(30, GIB))
-    assert capsys.readouterr().out == "stopping after the pieces in hand…\n"
+    assert capsys.readouterr().out == "stopping after the running pieces…\n"
 
 
 @pytest.mark.slow
@@ -220,7 +220,7 @@ def test_ctrl_c_on_a_terminal_says_that_it_stops_and_leaves_no_bar_behind(
     text = seen.decode()
     assert process.returncode == 130, text
     assert out == ""
-    after = text[text.index("stopping after the pieces in hand…") :]
+    after = text[text.index("stopping after the running pieces…") :]
     assert "% done)" in after
     last = after[after.rindex("\x1b[2K") :]
     assert "━" not in last

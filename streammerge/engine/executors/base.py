@@ -1,4 +1,4 @@
-"""The contract of an executor, and the registry of them: one file each, in this folder or anywhere else."""
+"""The contract of executors, and their registry. Each is one file, in this folder or anywhere else."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ class Executor(Protocol):
     """Takes a run specification and chunks, and yields receipts."""
 
     durable: bool
-    """True where the bytes of a receipt are synced before it is yielded.
+    """Whether the bytes of a receipt are synced before it is yielded.
 
-    They must be where a worker has descriptors of its own: only the machine that wrote can sync.
+    They must be if workers have their own file descriptors, since only the machine that wrote can sync.
     """
 
     def run(
         self, spec: RunSpec, chunks: Iterable[Chunk | None], driver: Worker
     ) -> Generator[Sequence[Receipt], None, None]:
-        """Run all chunks, in any order and place, and yield the receipts of what is written.
+        """Run all chunks, in any order and place, and yield the receipts of written elements.
 
         Parameters
         ----------
         spec
-            What a worker elsewhere is opened from, by `open_worker`.
+            The specification from which `open_worker` opens a worker in a different process.
         chunks
-            Ready to run: statistics of their tensors that are not taken from the chunk itself are known to `driver`
-            (`Worker.known`). None: there is none for the moment, while a tensor is streamed; yield, then ask again.
-            Take no more ahead than keeps the workers busy.
+            Chunks that are ready to run: `driver` knows the statistics that they need (`Worker.known`). None means that
+            no chunk is ready while a tensor is streamed: yield, then ask again. Take only as many chunks ahead as keep
+            the workers busy.
         driver
-            The worker of this process. Its `stop` is set when the merge is to stop: then chunks in hand end, and the
-            rest of `chunks` is let go.
+            The worker of this process. Its `stop` is set to end the merge: running chunks then end, and the remaining
+            `chunks` are not taken.
 
         Yields
         ------
         Sequence
-            Receipts, at least four times a second: an empty sequence where none is new, so that the caller can report.
+            Receipts, at least four times a second; an empty sequence if there are none, so that the caller can report.
 
         Raises
         ------
         StreammergeError
-            The first failure of a chunk, after the receipts of what was in hand have been yielded.
+            The first failure of a chunk, after the receipts of running chunks have been yielded.
         """
 
 
@@ -56,7 +56,7 @@ _EXECUTORS: dict[str, Callable[[], Executor]] = {}
 
 
 def executor(name: str) -> Callable[[type[Executor]], type[Executor]]:
-    """Register a class as the executor of a name.
+    """Register a class as an executor under a name.
 
     Raises
     ------
@@ -67,14 +67,14 @@ def executor(name: str) -> Callable[[type[Executor]], type[Executor]]:
     def register(kind: type[Executor]) -> type[Executor]:
         known = _EXECUTORS.setdefault(name, kind)
         if known is not kind:
-            raise ValueError(f"executor {name!r} is registered already: choose a different name")
+            raise ValueError(f"executor {name!r} is already registered: choose a different name")
         return kind
 
     return register
 
 
 def make_executor(name: str) -> Executor:
-    """Return an executor by its name: a registered one, or the one in the file of that name in this folder.
+    """Return an executor by name: a registered one, or the one in this folder's file of that name.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""Runs chunks on the threads of this process.
+"""Run chunks on the threads of this process.
 
-More threads than CPUs, so that reading and writing overlap with arithmetic. A thread holds a buffer only while it runs a
-chunk; the pool grants buffers in order and never more than the budget.
+There are more threads than CPUs, so that reading and writing overlap with arithmetic. A thread holds a buffer only while
+it runs a chunk; the pool grants buffers in order, and never more than the budget.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from streammerge.planning.schedule import Chunk
 
 @executor("threads")
 class Threads:
-    """Runs chunks on the threads of the driver, while two more ask for the bytes of those to come."""
+    """Runs chunks on the driver's threads, while two more threads prefetch the bytes of later chunks."""
 
     durable = False
 
@@ -55,7 +55,7 @@ class Threads:
         except BaseException:
             driver.stop.set()
             wait(pending)
-            yield _all_of(written)  # what is written need not be done again
+            yield _all_of(written)  # written elements need not be computed again
             raise
 
 

@@ -204,7 +204,7 @@ def test_each_weight_is_read_twice_whatever_the_number_of_examples(tmp_path: Pat
     [
         ({"labels": "exact"}, InputError, "which are too many for a language model"),
         ({"labels": "gold"}, InputError, "'gold' is not one of sampled, empirical, exact"),
-        ({"dtype": "float16"}, InputError, "'float16' is none of float32, bfloat16"),
+        ({"dtype": "float16"}, InputError, "'float16' is not one of float32, bfloat16"),
         ({"memory": "100MiB"}, BudgetError, "is too little"),
         ({"memory": "512MiB", "batch_size": 100000}, BudgetError, "--memory is 512 MiB"),
     ],

@@ -182,11 +182,7 @@ def test_a_warning_says_so_where_less_memory_is_free_than_asked_for(
     assert not plan(config, memory="1GiB").warnings
     monkeypatch.setattr("streammerge.api.deciding.available_memory", lambda: 300 * MIB)
     monkeypatch.setattr("streammerge.api.deciding.own_memory", lambda: 100 * MIB)
-    said = [
-        w
-        for w in plan(config, memory="1GiB").warnings
-        if w.startswith("--memory 1.0 GiB is more than there is")
-    ]
+    said = [w for w in plan(config, memory="1GiB").warnings if w.startswith("--memory 1.0 GiB exceeds the")]
     assert len(said) == 1
     assert "400 MiB are free" in said[0]
     assert not plan(config, memory="400MiB").warnings

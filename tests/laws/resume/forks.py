@@ -341,7 +341,7 @@ def starts(directory: Path, number: int, seed: int) -> dict[str, Any]:
         for code, error in zip(codes, errors, strict=True):
             lines = error.read_text().splitlines()
             assert len(lines) == (code == 2), lines
-            assert not lines or "another merge is writing there" in lines[0]
+            assert not lines or "a different merge is writing there" in lines[0]
         assert contents(merge.out) == merge.expected
         shutil.rmtree(merge.out)
     return {"rounds": number, "winners": number, "refused": 2 * number}

@@ -65,7 +65,7 @@ def test_a_file_beside_the_weights_that_changes_during_the_merge_is_never_a_succ
 
     before = path.read_bytes()
     with pytest.raises(
-        WorldError, match=rf"base/{name}: an input (is gone|changed while it was merged).*--overwrite"
+        WorldError, match=rf"base/{name}: an input (is gone|changed during the merge).*--overwrite"
     ):
         scene.merge(out, on_event=on_event)
     scene.assert_nothing_torn(out)

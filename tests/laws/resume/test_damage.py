@@ -244,7 +244,7 @@ def test_partial_shards_without_any_journal_are_refused(
     out = scene.directory / "out"
     interrupt(scene, out, monkeypatch)
     shutil.rmtree(out / STATE)
-    with pytest.raises(OutputError, match="did not make"):
+    with pytest.raises(OutputError, match="did not write"):
         scene.merge(out)
 
 
@@ -295,6 +295,6 @@ def test_a_link_in_place_of_the_state_is_refused(scene: Scene) -> None:
     out.mkdir()
     elsewhere.mkdir()
     (out / STATE).symlink_to(elsewhere)
-    with pytest.raises(OutputError, match="a link, which no merge made"):
+    with pytest.raises(OutputError, match="is a link, which streammerge did not make"):
         scene.merge(out)
     assert not list(elsewhere.iterdir())

@@ -102,7 +102,7 @@ def test_an_input_that_cannot_be_read_is_named_with_the_cure(
             trap.calls = 0
             said = failed(scene, out, r"(base|m1|m2).*Input/output error", io=io)
             if operation == "os.preadv":
-                assert "check the disk; what is finished is kept; run the same command again" in said
+                assert "check the disk; finished work is kept; run the same command again" in said
         finishes(scene, out)
         shutil.rmtree(out)
     assert sprung > 2
@@ -287,7 +287,7 @@ def test_a_file_system_that_is_full_is_named_and_the_merge_goes_on_when_there_is
         try:
             scene.merge(out)
         except WorldError as error:
-            assert "No space left on device; free some space and run the same command again" in str(error)  # noqa: PT017
+            assert "No space left on device: free some space and run the same command again" in str(error)  # noqa: PT017
             scene.assert_nothing_torn(out)
             failures += 1
         filler.unlink()

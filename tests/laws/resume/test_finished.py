@@ -27,7 +27,7 @@ def test_a_finished_merge_run_again_reads_and_writes_nothing(scene: Scene) -> No
 def test_a_finished_merge_that_lost_a_file_is_refused_and_started_over_on_request(scene: Scene) -> None:
     out = scene.directory / "expected"
     (out / "config.json").unlink()
-    with pytest.raises(OutputError, match=r"missing or of another size.*--overwrite"):
+    with pytest.raises(OutputError, match=r"missing or has a different size.*--overwrite"):
         scene.merge(out)
     scene.merge(out, overwrite=True)
     scene.assert_finished(out)

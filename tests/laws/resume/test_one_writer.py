@@ -27,7 +27,7 @@ def test_a_directory_that_is_locked_is_refused(scene: Scene) -> None:
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another merge is writing there"):
+        with pytest.raises(OutputError, match="a different merge is writing there"):
             scene.merge(out)
         assert list(out.iterdir()) == []
     finally:
@@ -47,7 +47,9 @@ def test_a_journal_that_another_machine_has_locked_is_refused_and_nothing_is_tou
     descriptor = os.open(out / STATE / NAME, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with pytest.raises(OutputError, match="another merge is writing there, on this machine or another"):
+        with pytest.raises(
+            OutputError, match="a different merge is writing there, on this machine or a different one"
+        ):
             scene.merge(out, overwrite=overwrite)
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
     finally:
@@ -71,7 +73,7 @@ def test_a_merge_whose_journal_another_machine_has_replaced_stops(
 
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "open", then_replaced)
-        with pytest.raises(OutputError, match="another merge has begun there meanwhile"):
+        with pytest.raises(OutputError, match="a different merge has started there meanwhile"):
             scene.merge(out)
     scene.assert_nothing_torn(out)
     scene.merge(out)
@@ -88,7 +90,7 @@ def test_a_second_merge_is_refused_while_the_first_is_stopped_in_mid_work(slow: 
         out, err = second.communicate(timeout=30)
         assert (second.returncode, out) == (2, "")
         assert len(err.splitlines()) == 1
-        assert "another merge is writing there" in err
+        assert "a different merge is writing there" in err
         assert {p.name: p.stat().st_mtime_ns for p in slow.out.iterdir()} == before
     finally:
         first.send_signal(signal.SIGCONT)

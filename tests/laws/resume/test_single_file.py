@@ -129,7 +129,7 @@ def test_finished_work_is_kept_and_another_merge_is_refused(
 def test_merges_into_one_folder_do_not_wait_for_each_other(one_file: OneFile) -> None:
     folder = one_file.directory / "models"
     with locked(place_of(folder / "other.safetensors")):
-        with pytest.raises(OutputError, match="another merge is writing there"):
+        with pytest.raises(OutputError, match="a different merge is writing there"):
             one_file.merge(folder / "other.safetensors")
         one_file.merge(folder / OUT.name)
     one_file.assert_finished(folder / OUT.name)

@@ -129,7 +129,7 @@ def test_a_tensor_in_two_shards_is_found(out: Path) -> None:
             f"leads for tensor more to {FIRST}, it is in nowhere",
         ),
         (lambda index: index["weight_map"].update(norm=["x\x1b"]), "leads for tensor norm to ['x\\x1b']"),
-        (lambda index: index["metadata"].update(total_size=3), "total_size is 3, the tensors have"),
+        (lambda index: index["metadata"].update(total_size=3), "total_size is 3, but the tensors have"),
         (lambda index: index["metadata"].pop("total_size"), "total_size is None"),
         (lambda index: index.update(weight_map=[]), "no weight_map"),
         (lambda index: index.pop("metadata"), "no weight_map or no metadata"),

@@ -251,7 +251,7 @@ def test_two_models_of_the_same_content_are_refused_by_plan_where_drops_are_rand
         "parameters": {"density": 0.5, "weight": 1.0},
         "models": [{"model": str(a)}, {"model": str(b)}],
     }
-    with pytest.raises(ConfigError, match=r"models\[1\]: .*give it an `alias` of its own"):
+    with pytest.raises(ConfigError, match=r"models\[1\]: .*give one of them its own `alias`"):
         check_beforehand(plan(config, memory="1GiB"), None)
     config["models"][1]["alias"] = "other"
     check_beforehand(plan(config, memory="1GiB"), None)
