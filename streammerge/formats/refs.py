@@ -349,6 +349,15 @@ class MadeRef(SourceRef):
         return self.source.stored_format
 
     @property
+    def file_bytes(self) -> int:
+        """See `SourceRef`: of a quantised tensor those of codes and scales, not of its values."""
+        if self.stored_format is None:
+            return self.nbytes
+        if self.source.plain is not None:  # the codes themselves
+            return sum(part.nbytes for part in self.parts)
+        return self.nbytes * self.source.file_bytes // max(1, self.source.nbytes)
+
+    @property
     def parts(self) -> tuple[SourceRef, ...]:
         """See `SourceRef`."""
         return (self.source,)

@@ -35,6 +35,8 @@ from streammerge.planning.resolve.vocabulary import Alignment, align
 from streammerge.planning.stages import with_shared
 from streammerge.units import format_at_least, format_size
 
+_REFS_OF_CODES = 3
+"""References in addition that a quantised tensor takes: to codes and scales, and what describes them."""
 NEW_TOKEN_NBYTES = 2000
 """Bytes per token that is added to a tokenizer: its entries in two files, and their text."""
 
@@ -139,6 +141,9 @@ def _needs_of_all(jobs: Sequence[Job], method: Method) -> tuple[Needs, ...]:
 
 def _lists_nbytes(inputs: Inputs, matched: Matched, jobs: Sequence[Job], needs: Sequence[Needs]) -> int:
     n_refs = sum(len(index) for index in matched.indexes.values()) + matched.n_blocks
+    n_refs += _REFS_OF_CODES * sum(
+        ref.stored_format is not None for index in matched.indexes.values() for ref in index.values()
+    )
     n_stored = sum(len(index) for index in (*inputs.fishers, *inputs.grams))
     return lists_nbytes(n_refs, n_stored, jobs, needs)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from streammerge import merge
+from streammerge import merge, plan
 from streammerge.errors import Stopped
 from streammerge.events import Event
 from tests.checkpoint.quantized.test_fp8 import FP8, codes, decoded, linear, scales, write
@@ -108,3 +108,8 @@ def test_experts_in_fp8_take_the_layout_of_the_first_model(tmp_path: Path, first
             else found[f"{parent}.{expert}.down_proj.weight"]
         )
         assert torch.allclose(got, want, rtol=1e-6)
+
+
+def test_a_plan_counts_the_bytes_of_codes_and_scales_not_of_values(models: Path) -> None:
+    read = plan(linear(models / "base", dtype="bfloat16")).bytes_to_read()
+    assert read == 3 * (SHAPE[0] * SHAPE[1] + 4 * 5 * 5)
