@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.numerics.casts import from_bf16, table
+from streammerge.numerics.casts import Floats, from_bf16, table
 
 Codes = NDArray[np.uint8]
 
@@ -69,30 +68,44 @@ def unpacked_rows(words: NDArray[np.uint32], bits: int, first: int, n: int) -> C
     return (found & np.uint32((1 << bits) - 1)).astype(np.uint8)
 
 
-def reordered(codes: Codes, order: Sequence[int]) -> Codes:
+def reordered(codes: Floats, order: Sequence[int]) -> Floats:
     """Return whole words of integers in the order of their columns: column c of a word is where `order` says."""
     lines = codes.shape[0]
     return codes.reshape(lines, -1, len(order))[:, :, list(order)].reshape(lines, -1)
 
 
-def values_of(
-    codes: NDArray[Any], scales: NDArray[np.float32], zeros: NDArray[Any] | None, divisor: int
-) -> NDArray[np.float32]:
-    """Return ``(code - zero point) * scale / divisor``, rounded once to fp32.
+def steps_of(raw: NDArray[np.uint8], bits: int, first: int, n: int, offset: int) -> NDArray[np.float32]:
+    """Return `n` integers of each line of bytes in fp32, their offset added; arguments are those of `unpacked`.
 
-    The difference of two integers of 8 bits is exact in fp32; with a divisor, the product is exact in fp64.
+    Integers of 4 bits come through a table of both values of a byte, those of 8 through one of 256.
     """
-    steps = codes.astype(np.float32)
-    if zeros is not None:
-        steps -= zeros
-    with np.errstate(over="ignore"):
-        if divisor == 1:
-            steps *= scales
-            return steps
-        exact = steps.astype(np.float64)
-        exact *= scales
-        exact /= divisor
-        return exact.astype(np.float32)
+    if bits == 4:
+        both = np.take(_pairs(offset), raw).view(np.float32)
+        return both[:, first % 2 : first % 2 + n]
+    if bits == 8:
+        return np.take(_bytes(offset), raw[:, :n])
+    steps = unpacked(raw, bits, first, n).astype(np.float32)
+    steps += np.float32(offset)
+    return steps
+
+
+@lru_cache(maxsize=64)
+def _pairs(offset: int) -> NDArray[np.uint64]:
+    """Return the values of the low and the high half of each byte, two of fp32 in one word."""
+    codes = np.arange(256)
+    halves = np.stack([codes & 15, codes >> 4], axis=1) + offset
+    return halves.astype("<f4").view("<u8").reshape(-1)
+
+
+@lru_cache(maxsize=64)
+def _bytes(offset: int) -> NDArray[np.float32]:
+    """Return the value of each byte; an offset of 256 stands for two's complements."""
+    codes = np.arange(256)
+    return (codes.astype(np.int8) if offset == SIGNED else codes + offset).astype(np.float32)
+
+
+SIGNED = 256
+"""The offset of bytes that are two's complements."""
 
 
 def pairs_of(raw: NDArray[np.uint8], *, high_first: bool) -> Codes:

@@ -19,8 +19,9 @@ from streammerge.io.buffer_pool import Bytes
 from streammerge.io.files import bad, quoted
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
+from streammerge.numerics.casts import Floats
 from streammerge.numerics.elements import first_bad_scale, scale_values
-from streammerge.numerics.packing import reordered, unpacked, unpacked_rows, values_of
+from streammerge.numerics.packing import SIGNED, reordered, steps_of, unpacked_rows
 from streammerge.tensors.adapted import segments
 
 Indices = NDArray[np.int64]
@@ -85,27 +86,47 @@ def _stored(ref: IntegersRef, matrix: int, place: tuple[int, int], shape: tuple[
 
 
 def _values(reader: Reader, ref: IntegersRef, index: Indices | None, some: Rectangle) -> NDArray[np.float32]:
-    codes = read_packed(reader, ref.codes, some)
+    values = read_packed(reader, ref.codes, some)
     by_row, by_column = _groups(ref, index, some)
     lines, line_of = np.unique(by_row, return_inverse=True)
     left, right = int(by_column.min()), int(by_column.max()) + 1
+    spread = _Spread(line_of, by_column - left, ref.groups.columns if index is None else 0, some.column)
     scales = _scales(reader, ref, some.matrix, lines, left, right)
     zeros = _zeros(reader, ref, some.matrix, lines, left, right)
-    column_of = by_column - left
-    values = values_of(
-        codes,
-        _spread(scales, line_of, column_of),
-        None if zeros is None else _spread(zeros, line_of, column_of),
-        ref.divisor,
-    )
+    with np.errstate(over="ignore"):
+        if zeros is not None:
+            values = spread.apply(np.subtract, values, zeros)
+        if ref.divisor == 1:
+            values = spread.apply(np.multiply, values, scales)
+        else:  # The product is exact in fp64.
+            exact = spread.apply(np.multiply, values.astype(np.float64), scales.astype(np.float64))
+            values = (exact / ref.divisor).astype(np.float32)
     return values.T if ref.transposed else values
 
 
-def _spread(of_groups: NDArray[np.float32], lines: Indices, columns: Indices) -> NDArray[np.float32]:
-    """Return what groups have, for each element; one line or column of it stays one."""
-    if of_groups.shape[0] > 1:
-        of_groups = of_groups[lines]
-    return of_groups[:, columns] if of_groups.shape[1] > 1 else of_groups
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """Which line and column of scales each row and column of a rectangle has."""
+
+    line_of: Indices
+    column_of: Indices
+    size: int
+    """Columns that share one and follow each other; 0: as listed."""
+    first: int
+    """The place of the first column in its line."""
+
+    def apply(self, operation: np.ufunc, values: Floats, of_groups: Floats) -> Floats:
+        """Return the values with what their groups have, element by element, in their place where that may be."""
+        if of_groups.shape[0] > 1:
+            of_groups = of_groups[self.line_of]
+        n = values.shape[1]
+        if of_groups.shape[1] == 1 or self.size == 1:
+            return operation(values, of_groups)
+        if self.size and not self.first % self.size and not n % self.size and values.flags.c_contiguous:
+            grouped = values.reshape(values.shape[0], -1, self.size)
+            operation(grouped, of_groups[:, :, None], out=grouped)
+            return values
+        return operation(values, np.take(of_groups, self.column_of, axis=1))
 
 
 def _groups(ref: IntegersRef, index: Indices | None, some: Rectangle) -> tuple[Indices, Indices]:
@@ -203,8 +224,8 @@ def _runs(lines: Indices) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def read_packed(reader: Reader, packed: Packed, some: Rectangle) -> NDArray[np.int16]:
-    """Return the integers of a rectangle, their offset added, [rows, columns]."""
+def read_packed(reader: Reader, packed: Packed, some: Rectangle) -> NDArray[np.float32]:
+    """Return the integers of a rectangle in fp32, their offset added, [rows, columns]."""
     tensor, bits = packed.tensor, packed.bits
     lines, words = tensor.shape[-2:]
     width = itemsize(tensor.dtype)
@@ -212,20 +233,20 @@ def read_packed(reader: Reader, packed: Packed, some: Rectangle) -> NDArray[np.i
     if packed.axis == 0:
         begins, ends = some.row * bits // 32, -(-some.end * bits // 32)
         raw = _rectangle(reader, tensor, base, pitch, (begins, ends), (4 * some.column, 4 * some.last))
-        codes = unpacked_rows(np.ascontiguousarray(raw).view("<u4"), bits, some.row, some.end - some.row)
-    else:
-        first, last = some.column, some.last
-        if packed.order:
-            each = len(packed.order)
-            first, last = first // each * each, -(-last // each) * each
-        edges = first * bits // 8, -(-last * bits // 8)
-        raw = _rectangle(reader, tensor, base, pitch, (some.row, some.end), edges)
-        codes = unpacked(raw, bits, first, last - first)
-        if packed.order:
-            codes = reordered(codes, packed.order)[:, some.column - first : some.last - first]
-    if packed.signed:
-        return codes.view(np.int8).astype(np.int16)
-    return codes.astype(np.int16) + np.int16(packed.offset)
+        whole = np.ascontiguousarray(raw).view("<u4")
+        steps = unpacked_rows(whole, bits, some.row, some.end - some.row).astype(np.float32)
+        steps += np.float32(packed.offset)
+        return steps
+    first, last = some.column, some.last
+    if packed.order:
+        each = len(packed.order)
+        first, last = first // each * each, -(-last // each) * each
+    edges = first * bits // 8, -(-last * bits // 8)
+    raw = _rectangle(reader, tensor, base, pitch, (some.row, some.end), edges)
+    steps = steps_of(raw, bits, first, last - first, SIGNED if packed.signed else packed.offset)
+    if packed.order:
+        return reordered(steps, packed.order)[:, some.column - first : some.last - first]
+    return steps
 
 
 def _rectangle(

@@ -16,7 +16,7 @@ from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
 AT_ONCE = 1 << 16
 """Elements that are decoded together."""
 _TEMPORARY = 28
-"""Bytes an element takes while it is decoded: words, codes, zero points and scales by element, values."""
+"""Bytes an element takes while it is decoded: words, values, what groups have by element; with a divisor in fp64."""
 _ROOM = 1 << 14
 
 
