@@ -489,6 +489,17 @@ FORMATS["nf4 nested"] = Format(
 )
 
 
+def llm_int8(rng: Rng, rows: int, columns: int) -> Weight:
+    """Return a weight of LLM.int8: a fraction of 127 of the largest magnitude of its row."""
+    codes = rng.integers(-127, 128, (rows, columns))
+    scale, largest = floats_of(rng.uniform(0.1, 2.0, rows), "F32")
+    parts = {".weight": bytes_of(codes, "I8"), ".SCB": scale, ".weight_format": ("U8", [], b"\0")}
+    return Weight(parts, codes * largest[:, None] / 127)
+
+
+FORMATS["llm.int8"] = Format(llm_int8, _declared("bitsandbytes", load_in_8bit=True), 45, 51)
+
+
 def write(
     path: Path,
     name: str,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from streammerge.checkpoint.index import open_model
 from streammerge.formats.refs import SourceRef
 from streammerge.io.reader import Reader
 from streammerge.tensors.read import read_elements
-from tests.checkpoint.quantized.formats import FORMATS, write
+from tests.checkpoint.quantized.formats import FORMATS, stored, write, write_entries
 
 
 @pytest.fixture
@@ -66,3 +67,41 @@ def test_what_is_decoded_in_several_steps_is_the_same(name: str, tmp_path: Path,
         for start, stop in ((0, want.size), (1, want.size - 1), (123_457, 123_459), (70_001, 201_003)):
             found = read(reader, model[logical], start, stop)
             assert np.array_equal(found.view(np.uint32), want[start:stop].view(np.uint32))
+
+
+def test_groups_have_formats_of_their_own(tmp_path: Path, reader: Reader) -> None:
+    down, query = FORMATS["nvfp4"].modules
+    names = {down: "nvfp4", query: "pack-quantized 4 bits"}
+    tensors, values, groups = {}, {}, {}
+    for module, name in names.items():
+        some, found, declared = stored(name, 1, modules=(module,))
+        tensors |= some
+        values |= found
+        settings = declared["quantization_config"]
+        groups[name] = {**settings["config_groups"]["group_0"], "format": settings["format"]}
+    groups["nvfp4"]["targets"] = ["Linear"]
+    groups["pack-quantized 4 bits"]["targets"] = [r"re:.*self_attn\.(q|k)_proj$"]
+    whole = {**settings, "format": "mixed-precision", "config_groups": groups}
+    write_entries(tmp_path, tensors, {"quantization_config": whole})
+    model = open_model(tmp_path)
+    for module in names:
+        want = values[f"{module}.weight"].reshape(-1)
+        assert np.array_equal(read(reader, model[f"{module}.weight"], 0, want.size), want)
+
+
+def test_a_list_of_groups_that_says_nothing_is_in_order(tmp_path: Path, reader: Reader) -> None:
+    """As compressed-tensors wrote it where columns were not reordered."""
+    tensors, values, declared = stored("pack-quantized 4 bits", 2)
+    (module, _) = FORMATS["pack-quantized 4 bits"].modules
+    tensors[f"{module}.weight_g_idx"] = ("I32", [64], b"\xff" * 256)
+    write_entries(tmp_path, tensors, declared)
+    want = values[f"{module}.weight"].reshape(-1)
+    assert np.array_equal(read(reader, open_model(tmp_path)[f"{module}.weight"], 0, want.size), want)
+
+
+def test_modelopt_is_known_by_the_file_next_to_config_json(tmp_path: Path) -> None:
+    tensors, values, _ = stored("nvfp4 modelopt")
+    write_entries(tmp_path, tensors, {})
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
+    assert set(open_model(tmp_path)) == set(values)
+    assert open_model(tmp_path).stored_formats == {"modelopt NVFP4": 2}
