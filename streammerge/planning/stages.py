@@ -137,6 +137,11 @@ class StageRef(MadeRef):
         return self.is_all or any(part.is_whole for part in self.parts)
 
     @property
+    def stored_format(self) -> None:
+        """See `SourceRef`: a result is computed in floats, whatever its inputs are stored as."""
+        return
+
+    @property
     def file_bytes(self) -> int:
         """See `SourceRef`: those of all its inputs."""
         return self.job.input_bytes + self.job.fisher_bytes
