@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from streammerge.api.deciding import ConfigLike, plan, read_config
 from streammerge.api.feedback import OnEvent, controlled
+from streammerge.config.schema import MergeConfig
 from streammerge.config.stages import kept_stages, read_from
 from streammerge.engine.first_use import CannotCompileError
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.errors import InputError, printable
 from streammerge.io.reader import IoMode
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS
-from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import SLOWER
 from streammerge.report.card import model_card
 
@@ -139,40 +140,36 @@ def merge(
         "seed": seed,
         "methods": methods,
     }
-
-    def decide(kernels: bool | None) -> MergePlan:
-        return plan(
-            settled,
-            kernels=kernels,
-            copy_tokenizer=copy_tokenizer,
-            write_model_card=write_model_card,
-            max_reads=max_reads,
-            out=out,
-            **planned,
-        )
-
+    run: dict[str, Any] = {
+        "progress": progress,
+        "on_event": on_event,
+        "stop": stop,
+        "signal_received": signal_received,
+    }
     settled = read_config(config, methods)
     if keep_stages is not None:
         for stage, place in kept_stages(settled, Path(keep_stages)):
-            merge(
-                stage,
-                place,
-                **planned,
-                kernels=kernels,
-                overwrite=overwrite,
-                nonfinite=nonfinite,
-                hash_inputs=hash_inputs,
-                io=io,
-                progress=progress,
-                on_event=on_event,
-                stop=stop,
-                signal_received=signal_received,
-            )
+            _merge_settled(stage, place, {**planned, "kernels": kernels}, replace(how, profile=None), run)
         settled = read_from(settled, Path(keep_stages))
-    decided = decide(kernels)
-    with controlled(on_event, progress, "merging", stop, signal_received) as control:
+    planned |= {
+        "kernels": kernels,
+        "copy_tokenizer": copy_tokenizer,
+        "write_model_card": write_model_card,
+        "max_reads": max_reads,
+    }
+    return _merge_settled(settled, Path(out), planned, how, run)
+
+
+def _merge_settled(
+    config: MergeConfig, out: Path, planned: Mapping[str, Any], how: Options, run: Mapping[str, Any]
+) -> Summary:
+    """Plan and merge a config that was read; without kernels where they cannot be compiled."""
+    decided = plan(config, out=out, **planned)
+    with controlled(
+        run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]
+    ) as control:
         try:
-            return execute(decided, Path(out), how, control, model_card)
+            return execute(decided, out, how, control, model_card)
         except CannotCompileError as error:
             control.warn(SLOWER.format(error))
-        return execute(decide(False), Path(out), how, control, model_card)
+        return execute(plan(config, out=out, **{**planned, "kernels": False}), out, how, control, model_card)

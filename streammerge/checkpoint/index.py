@@ -14,7 +14,8 @@ from typing import Any
 
 from streammerge.checkpoint.adapters.apply import adapt
 from streammerge.checkpoint.adapters.files import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
-from streammerge.checkpoint.hub import cache_directory, find_snapshot, parse_name
+from streammerge.checkpoint.hub import cache_directory
+from streammerge.checkpoint.locating import exists, locate_in
 from streammerge.checkpoint.names import is_tied_copy
 from streammerge.checkpoint.pipeline import is_image_adapter, is_pipeline, read_pipeline
 from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, quantization_of
@@ -29,11 +30,12 @@ from streammerge.checkpoint.shards import (
 )
 from streammerge.checkpoint.weight_names import PIPELINE
 from streammerge.checkpoint.weight_sets import no_model
-from streammerge.errors import ModelError, NotDownloadedError, printable
-from streammerge.formats.refs import SourceRef, TensorRef, contiguous
+from streammerge.errors import ModelError, printable
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef, TensorRef
 from streammerge.formats.registry import Contents, open_file, suffixes
 from streammerge.formats.safetensors import SUFFIX
-from streammerge.io.files import bad, from_os, meant, place, quoted
+from streammerge.io.files import bad, place, quoted
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import read_object
 
@@ -178,9 +180,9 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
     """
     reference = os.fspath(reference)
     cache = cache_directory() if cache is None else cache
-    if "+" in reference and not _exists(os.path.expanduser(reference)):
+    if "+" in reference and not exists(os.path.expanduser(reference)):
         return _open_adapted(reference, cache)
-    path = _locate(reference, cache)
+    path = locate_in(reference, cache)
     if os.path.isdir(path):
         return (
             _read_pipeline(reference, path)
@@ -199,7 +201,7 @@ def _open_adapted(reference: str, cache: Path) -> TensorIndex:
 
     def exists(part: str) -> bool:
         try:
-            _locate(part, cache)
+            locate_in(part, cache)
         except ModelError:
             return False
         return True
@@ -233,7 +235,7 @@ def with_adapter(reference: str, base: TensorIndex, place: str, *, cache: Path |
     if base.quantization is not None:
         what = f"{model} is quantised ({base.quantization.format}), and an adapter goes on float weights"
         raise bad(reference, f"{what}: dequantise it first, or name the weights that it was quantised from")
-    directory = _locate(place, cache)
+    directory = locate_in(place, cache)
     if base.is_pipeline or is_image_adapter(directory):
         raise bad(
             str(directory),
@@ -253,56 +255,6 @@ def with_adapter(reference: str, base: TensorIndex, place: str, *, cache: Path |
         config=adapted.config,
         notes=(*base.notes, *adapted.notes),
     )
-
-
-def locate(reference: str) -> Path:
-    """Return the existing path that a reference without an adapter stands for: a local one, or a cached snapshot.
-
-    Raises
-    ------
-    ModelError
-        If there is none.
-    """
-    return _locate(reference, cache_directory())
-
-
-def _locate(reference: str, cache: Path) -> Path:
-    """Return the existing path that `reference` stands for: a local one, or a cached snapshot."""
-    if not reference:
-        raise ModelError("the path of a model is empty")
-    for text in (reference, os.path.expanduser(reference)):
-        if _exists(text):
-            return Path(text)
-    guess = meant(reference)
-    if reference.endswith(suffixes()):
-        raise bad(reference, f"no such file{guess}")
-    name = parse_name(reference)
-    snapshot = None if name is None else find_snapshot(name, cache)
-    if snapshot is not None:
-        return snapshot
-    path, _, revision = reference.rpartition("@")
-    if path and revision and any(_exists(text) for text in (path, os.path.expanduser(path))):
-        raise bad(path, f"a local directory has no revision {quoted(revision)}: leave the revision out")
-    if name is None:
-        raise bad(reference, f"no such directory{guess}")
-    where = f"the Hugging Face cache {place(str(cache))}"
-    what = f"no such directory{guess}, and no model of that name in {where}; if it is a hub name, {name.cure}"
-    raise NotDownloadedError(str(bad(reference, what)), reference, where, name.command)
-
-
-def _exists(path: str) -> bool:
-    """Whether something is there; a broken link or a forbidden directory is an error, not a no."""
-    try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if os.path.islink(path):
-            raise from_os(path, error) from error
-        return False
-    except ValueError:  # A NUL or a lone surrogate, which no path can hold.
-        return False
-    except OSError as error:
-        raise from_os(path, error) from error
-    return True
 
 
 def _read_pipeline(reference: str, directory: Path) -> TensorIndex:

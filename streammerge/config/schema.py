@@ -7,8 +7,6 @@ Unknown keys are refused at every level; unsupported keys of mergekit are refuse
 from __future__ import annotations
 
 import os
-import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,12 +16,16 @@ from streammerge.config.references import parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
 from streammerge.config.tensors import Tensors, parse_tensors
 from streammerge.config.tokenizer import ChatTemplate, TokenizerSpec, parse_chat_template, parse_tokenizer
-from streammerge.config.wording import PATH_LIMIT, check_keys, child, meant, refuse, shown
-from streammerge.dtypes import NAMES, SHORT_NAMES
+from streammerge.config.values import (
+    parse_dtype,
+    parse_exclude,
+    parse_layer_range,
+    parse_quantize,
+    parse_seed,
+)
+from streammerge.config.wording import PATH_LIMIT, check_keys, child, refuse, shown
 from streammerge.errors import printable
 
-QUANTIZE = ("none", "same", "fp8")
-"""Values of the key `quantize`: floats, the format of the base (or first model), FP8 by blocks."""
 _INPUTS = ("models", "slices", "modules", "checkpoints")
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
@@ -181,12 +183,12 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         merge_method=parse_text(data["merge_method"], child(top, "merge_method")),
         models=members_of(modules),
         base_model=None if base is None else parse_reference(base, child(top, "base_model")),
-        dtype=_dtype(data.get("dtype"), child(top, "dtype")),
-        out_dtype=_dtype(data.get("out_dtype"), child(top, "out_dtype")),
-        quantize=_quantize(data.get("quantize"), child(top, "quantize")),
+        dtype=parse_dtype(data.get("dtype"), child(top, "dtype")),
+        out_dtype=parse_dtype(data.get("out_dtype"), child(top, "out_dtype")),
+        quantize=parse_quantize(data.get("quantize"), child(top, "quantize")),
         parameters=_parameters(data.get("parameters"), child(top, "parameters")),
-        seed=_seed(data.get("seed", 0), child(top, "seed")),
-        exclude=_exclude(data.get("exclude", []), child(top, "exclude")),
+        seed=parse_seed(data.get("seed", 0), child(top, "seed")),
+        exclude=parse_exclude(data.get("exclude", []), child(top, "exclude")),
         tensors=parse_tensors(data.get("tensors", "same"), child(top, "tensors"), whole=_are_whole(modules)),
         text=text,
         where=where,
@@ -329,21 +331,12 @@ def _model(data: object, path: str, notes: list[str], layers: bool) -> ModelSpec
         fisher=_expanded(texts.get("fisher")),
         gram=_expanded(texts.get("gram")),
         path=path,
-        layer_range=_layer_range(data["layer_range"], child(path, "layer_range")) if layers else None,
+        layer_range=parse_layer_range(data["layer_range"], child(path, "layer_range")) if layers else None,
     )
 
 
 def _expanded(path: str | None) -> str | None:
     return None if path is None else os.path.expanduser(path)
-
-
-def _layer_range(data: object, path: str) -> tuple[int, int]:
-    if not isinstance(data, list) or len(data) != 2 or not all(type(n) is int and n >= 0 for n in data):
-        refuse(path, f"must be two layer numbers [first, end), not {shown(data)}")
-    first, end = int(data[0]), int(data[1])
-    if not first <= end <= 1_000_000:
-        refuse(path, f"[{first}, {end}) ends before it begins" if first > end else f"{end} layers")
-    return first, end
 
 
 def _without(data: dict[str, object], path: str, notes: list[str]) -> dict[str, object]:
@@ -362,48 +355,3 @@ def _parameters(data: object, path: str) -> dict[str, Setting]:
     if not isinstance(data, dict):
         refuse(path, f"must be a map of parameters, not {shown(data)}")
     return {name: parse_setting(value, child(path, name)) for name, value in data.items()}
-
-
-def _dtype(value: object, path: str) -> str | None:
-    if value is None:
-        return None
-    name = value.removeprefix("torch.").lower() if isinstance(value, str) else ""
-    code = NAMES.get(SHORT_NAMES.get(name, name))
-    if code is None:
-        refuse(path, f"{shown(value)} is not one of {', '.join(NAMES)}{meant(name, [*NAMES, *SHORT_NAMES])}")
-    return code
-
-
-def _quantize(value: object, path: str) -> str:
-    if value is None:
-        return "none"
-    name = value.lower() if isinstance(value, str) else ""
-    if name not in QUANTIZE:
-        refuse(path, f"{shown(value)} is not one of {', '.join(QUANTIZE)}{meant(name, QUANTIZE)}")
-    return name
-
-
-def _seed(value: object, path: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-        refuse(path, f"must be an integer from 0 to 2**64 - 1, not {shown(value)}")
-    return value
-
-
-def _exclude(data: object, path: str) -> tuple[str, ...]:
-    if isinstance(data, str):
-        data = [data]
-    if not isinstance(data, list):
-        refuse(path, f"must be a list of regular expressions, not {shown(data)}")
-    patterns = []
-    for i, item in enumerate(data):
-        place = f"{path}[{i}]"
-        patterns.append(parse_text(item, place))
-        if len(patterns[i]) > 1000:
-            refuse(place, f"{len(patterns[i])} characters, at most 1000 (write several)")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                re.compile(patterns[i])
-        except (re.error, OverflowError, RecursionError, Warning) as error:
-            refuse(place, f"{shown(item)} is not a regular expression: {str(error)[:100]}")
-    return tuple(patterns)

@@ -18,7 +18,7 @@ from streammerge.engine.answers import follow, restored
 from streammerge.engine.streaming import Streamer
 from streammerge.engine.task import merged_elements
 from streammerge.engine.worker import Knowledge, RunSpec, Worker
-from streammerge.formats.refs import reads
+from streammerge.formats.readers import reads
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch

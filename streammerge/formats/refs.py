@@ -1,18 +1,18 @@
 """References to tensors: each answers for itself how it is read, what it needs and what its dtype is.
 
 A new kind is one class: it derives from `MadeRef` (or `Ref`), answers what is asked of it here and registers its reader
-with `reads`. Nothing else knows the kinds.
+with `reads` (`streammerge.formats.readers`). Nothing else knows the kinds.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.dtypes import BITS, itemsize
-from streammerge.io.files import bad, quoted
+from streammerge.formats.readers import READERS, SLOT_READERS
 
 if TYPE_CHECKING:
     from streammerge.io.buffer_pool import Bytes
@@ -24,35 +24,6 @@ SAMPLE_BYTES = 4096
 """Bytes of a tensor that a fingerprint of its model looks at."""
 READ_BLOCK = 1 << 20
 """Elements computed at a time."""
-
-Read = Callable[["Reader", Any, int, int, "Bytes", "Scratch"], None]
-"""Puts elements (first, end) of a tensor at the beginning of the bytes, with scratch of its `scratch_bytes`."""
-_READERS: dict[type[Any], Read] = {}
-
-
-ReadSlot = Callable[["Reader", Any, int, int, "Bytes", "Scratch", bool], int]
-"""Puts elements (first, end) of a tensor anywhere in its slot, and returns where; the flag is `again` of `Ref.read_slot`."""
-_SLOT_READERS: dict[type[Any], ReadSlot] = {}
-
-
-def reads_slot(kind: type[Ref]) -> Callable[[ReadSlot], ReadSlot]:
-    """Register the reader of large parts of a kind of tensors, where what they are made of can be read past the page cache."""
-
-    def register(read: ReadSlot) -> ReadSlot:
-        _SLOT_READERS[kind] = read
-        return read
-
-    return register
-
-
-def reads(kind: type[Ref]) -> Callable[[Read], Read]:
-    """Register the reader of a kind of tensors."""
-
-    def register(read: Read) -> Read:
-        _READERS[kind] = read
-        return read
-
-    return register
 
 
 class Ref:
@@ -109,7 +80,7 @@ class Ref:
         WorldError
             If a file ends early or the device fails.
         """
-        _READERS[type(self)](reader, self, start, stop, target, scratch)
+        READERS[type(self)](reader, self, start, stop, target, scratch)
 
     def read_slot(
         self,
@@ -132,7 +103,7 @@ class Ref:
             The same elements will be read once more.
         """
         with stages.time("read"):
-            if (special := _SLOT_READERS.get(type(self))) is not None:
+            if (special := SLOT_READERS.get(type(self))) is not None:
                 return special(reader, self, start, stop, slot, scratch, again)
             self.read(reader, start, stop, slot, scratch)
         return 0
@@ -421,38 +392,10 @@ class RenamedRef(AlignedRef):
         self.source.read(reader, start, stop, target, scratch)
 
 
-def contiguous(ref: SourceRef) -> TensorRef:
-    """Return a tensor that a file holds as it is.
-
-    Raises
-    ------
-    ModelError
-        If it does not.
-    """
-    if (plain := ref.plain) is not None:
-        return plain
-    why = getattr(ref, "why_made", MadeRef.why_made)
-    raise bad(ref.path, f"tensor {quoted(ref.name)} {why}: save it so, or convert it to safetensors")
-
-
 def middle_of(nbytes: int) -> tuple[int, int]:
     """Return offset and number of the bytes of a tensor in a file that a fingerprint of its model looks at."""
     size = min(SAMPLE_BYTES, nbytes)
     return (nbytes - size) // 2 // 8 * 8, size
-
-
-def all_parts(refs: Iterable[SourceRef]) -> Iterator[SourceRef]:
-    """Yield what some tensors are made of, themselves included, each object once and after its own parts."""
-    seen: set[int] = set()
-
-    def walk(some: Iterable[SourceRef]) -> Iterator[SourceRef]:
-        for ref in some:
-            if id(ref) not in seen:
-                seen.add(id(ref))
-                yield from walk(ref.parts)
-                yield ref
-
-    return walk(refs)
 
 
 def row_elements(shape: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import printable
-from streammerge.formats.refs import all_parts
+from streammerge.formats.parts import all_parts
 from streammerge.io.stamp import FileStamp
 from streammerge.methods.registry import Method
 from streammerge.planning.backend import backend_of

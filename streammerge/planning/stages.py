@@ -19,7 +19,8 @@ from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.index import CONFIG_NAME, TensorIndex
 from streammerge.dtypes import itemsize
 from streammerge.errors import BudgetError, ConfigError, printable
-from streammerge.formats.refs import MadeRef, SourceRef, TensorRef, all_parts, middle_of
+from streammerge.formats.parts import all_parts
+from streammerge.formats.refs import MadeRef, SourceRef, TensorRef, middle_of
 from streammerge.planning.job import Job
 from streammerge.planning.needed_kernels import needed_kernels
 from streammerge.planning.needs import needs_data

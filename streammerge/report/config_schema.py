@@ -7,9 +7,9 @@ from typing import Any, get_args
 
 from streammerge.config.known_keys import KEYS_WITHOUT_EFFECT
 from streammerge.config.schedules import KINDS
-from streammerge.config.schema import QUANTIZE
 from streammerge.config.tensors import Tensors
 from streammerge.config.tokenizer import TEMPLATES
+from streammerge.config.values import QUANTIZE
 from streammerge.dtypes import NAMES, SHORT_NAMES
 from streammerge.methods.registry import Method, Parameter
 

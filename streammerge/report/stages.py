@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from streammerge.errors import printable
-from streammerge.formats.refs import all_parts
+from streammerge.formats.parts import all_parts
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.stages import StageRef, bytes_once
 from streammerge.units import format_size

@@ -12,7 +12,8 @@ import numpy as np
 
 from streammerge.checkpoint.refs.adapted import AdaptedRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import READ_BLOCK, reads
+from streammerge.formats.readers import reads
+from streammerge.formats.refs import READ_BLOCK
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import slot_bytes
 from streammerge.io.reader import Reader

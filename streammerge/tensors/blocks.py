@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.refs.blocks import Block, BlocksRef, Rectangle, overlapping, span_of
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import READ_BLOCK, SourceRef, reads
+from streammerge.formats.readers import reads
+from streammerge.formats.refs import READ_BLOCK, SourceRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch

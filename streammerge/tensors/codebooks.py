@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.refs.codebooks import AT_ONCE, BlocksOf4BitsRef, Nvfp4Ref
 from streammerge.errors import ModelError
-from streammerge.formats.refs import TensorRef, reads
+from streammerge.formats.readers import reads
+from streammerge.formats.refs import TensorRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.files import bad, quoted
 from streammerge.io.reader import Reader

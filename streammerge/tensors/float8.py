@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from streammerge.checkpoint.refs.float8 import WIDENED_BLOCK, WidenedRef
-from streammerge.formats.refs import reads
+from streammerge.formats.readers import reads
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch

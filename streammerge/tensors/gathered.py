@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.refs.rows import GatheredRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import SourceRef, TensorRef, reads, row_elements
+from streammerge.formats.readers import reads
+from streammerge.formats.refs import SourceRef, TensorRef, row_elements
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch

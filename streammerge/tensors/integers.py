@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.refs.integers import AT_ONCE, IntegersRef, Packed
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import TensorRef, reads
+from streammerge.formats.readers import reads
+from streammerge.formats.refs import TensorRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.files import bad, quoted
 from streammerge.io.reader import Reader

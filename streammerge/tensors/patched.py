@@ -6,7 +6,8 @@ import numpy as np
 
 from streammerge.checkpoint.refs.rows import PatchedRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import READ_BLOCK, reads, row_elements
+from streammerge.formats.readers import reads
+from streammerge.formats.refs import READ_BLOCK, row_elements
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch

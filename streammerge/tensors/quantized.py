@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.refs.quantized import LINES, SPAN, QuantizedRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import reads, reads_slot
+from streammerge.formats.readers import reads, reads_slot
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.files import bad, quoted
 from streammerge.io.pages import DIRECT_BYTES, PAGE, slot_bytes

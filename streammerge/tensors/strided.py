@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import reads
+from streammerge.formats.readers import reads
 from streammerge.formats.strided_refs import STRIDED_BLOCK, StridedRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader

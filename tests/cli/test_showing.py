@@ -164,7 +164,7 @@ def test_commands_methods_files_and_directories_complete() -> None:
         ("plain", name) for name in ("dare_fisher", "dare_linear", "dare_ties")
     ]
     assert completed(["merge"], "c") == [("file", "c")]
-    assert completed(["merge", "c.yml"], "o") == [("dir", "o")]
+    assert completed(["merge", "c.yml"], "o") == [("file", "o")]
     assert completed(["verify", "out", "--against"], "c") == [("file", "c")]
     assert completed(["fisher", "compute", "m", "--data"], "d") == [("file", "d")]
 

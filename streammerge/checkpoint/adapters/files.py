@@ -16,7 +16,8 @@ from pathlib import Path
 from streammerge.checkpoint.adapters.settings import ADAPTER_CONFIG, AdapterSettings, read_settings
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError
-from streammerge.formats.refs import TensorRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import TensorRef
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.torch_file import read_pickle
 from streammerge.io.files import bad, quoted

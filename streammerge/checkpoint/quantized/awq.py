@@ -12,7 +12,8 @@ from streammerge.checkpoint.quantized.gptq import needed
 from streammerge.checkpoint.quantized.registry import Weight, finds
 from streammerge.checkpoint.quantized.small import misfit
 from streammerge.checkpoint.refs.integers import Groups, IntegersRef, Packed
-from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)

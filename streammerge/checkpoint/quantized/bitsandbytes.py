@@ -16,7 +16,8 @@ from streammerge.checkpoint.quantized.registry import Weight, finds
 from streammerge.checkpoint.quantized.small import misfit, small_bytes, whole_numbers
 from streammerge.checkpoint.refs.codebooks import BlocksOf4BitsRef, Nested
 from streammerge.checkpoint.refs.integers import Groups, IntegersRef, Packed
-from streammerge.formats.refs import SourceRef, TensorRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef, TensorRef
 from streammerge.io.strict_json import parse_object
 
 _STATE = ".quant_state.bitsandbytes__"

@@ -20,7 +20,8 @@ from streammerge.checkpoint.refs.integers import Groups, IntegersRef, Packed
 from streammerge.checkpoint.refs.quantized import Encoding, QuantizedRef
 from streammerge.dtypes import FLOATS8
 from streammerge.errors import ModelError
-from streammerge.formats.refs import SourceRef, TensorRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef, TensorRef
 from streammerge.io.files import bad, quoted
 
 _SCALES = ("F32", "BF16", "F16")

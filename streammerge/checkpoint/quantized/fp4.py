@@ -12,7 +12,8 @@ from streammerge.checkpoint.quantized.declarations import Declaration
 from streammerge.checkpoint.quantized.registry import Weight, finds
 from streammerge.checkpoint.refs.quantized import Encoding, QuantizedRef, Scales
 from streammerge.errors import ModelError
-from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 ELEMENT = "F4_E2M1"

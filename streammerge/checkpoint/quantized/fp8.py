@@ -15,7 +15,8 @@ from streammerge.checkpoint.quantized.grids import DEEPSEEK, scales_of
 from streammerge.checkpoint.quantized.registry import Weight, finds
 from streammerge.checkpoint.refs.quantized import Encoding, QuantizedRef, Scales
 from streammerge.dtypes import FLOATS8
-from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _SUFFIXES = ("_scale_inv", "_scale")

@@ -13,7 +13,8 @@ from streammerge.checkpoint.quantized.declarations import Declaration
 from streammerge.checkpoint.quantized.fp4 import exponents
 from streammerge.checkpoint.quantized.registry import Weight, finds
 from streammerge.checkpoint.refs.quantized import QuantizedRef
-from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _ENDS = (("_blocks", "_scales", True), (".blocks", ".scales", False))

@@ -11,7 +11,8 @@ from streammerge.checkpoint.quantized.declarations import Declaration
 from streammerge.checkpoint.quantized.registry import Weight, finds
 from streammerge.checkpoint.quantized.small import misfit
 from streammerge.checkpoint.refs.integers import Groups, IntegersRef, Packed
-from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _BITS = (2, 3, 4, 8)

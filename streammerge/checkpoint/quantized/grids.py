@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from streammerge.checkpoint.refs.quantized import Scales, Three, as_matrices
 from streammerge.errors import ModelError
-from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 DEEPSEEK = (128, 128)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 
 from streammerge.errors import ModelError
-from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted, read_exactly, reading
 
 MOST_BYTES = 4096

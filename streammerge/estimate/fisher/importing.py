@@ -17,7 +17,8 @@ from streammerge.errors import ModelError, printable
 from streammerge.estimate.fisher.sums import DiagonalSums
 from streammerge.estimate.store_run import StoreRun, Written
 from streammerge.events import Control, Event
-from streammerge.formats.refs import TensorRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import TensorRef
 from streammerge.formats.torch_file import PICKLES, read_pickle
 from streammerge.formats.zarr_store import ATTRIBUTE
 from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, chunk_runs

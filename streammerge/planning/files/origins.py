@@ -13,7 +13,8 @@ from pathlib import Path
 
 from streammerge.checkpoint.adapters.files import split_reference
 from streammerge.checkpoint.hub import parse_name
-from streammerge.checkpoint.index import TensorIndex, locate
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.locating import locate
 from streammerge.checkpoint.sidecars import read_small
 from streammerge.errors import StreammergeError, printable
 

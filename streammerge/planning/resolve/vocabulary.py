@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.checkpoint.index import TensorIndex, locate
+from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.locating import locate
 from streammerge.checkpoint.names import embedding_of, has_tokens
 from streammerge.checkpoint.refs.rows import GatheredRef, RowMap
 from streammerge.checkpoint.tokenizer import MOST_ROWS, Tokenizer, read_tokenizer, tokenizer_digest

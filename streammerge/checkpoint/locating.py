@@ -1,0 +1,61 @@
+"""Finds what a reference stands for: a path, or a snapshot in the Hugging Face cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from streammerge.checkpoint.hub import cache_directory, find_snapshot, parse_name
+from streammerge.errors import ModelError, NotDownloadedError
+from streammerge.formats.registry import suffixes
+from streammerge.io.files import bad, from_os, meant, place, quoted
+
+
+def locate(reference: str) -> Path:
+    """Return the existing path that a reference without an adapter stands for: a local one, or a cached snapshot.
+
+    Raises
+    ------
+    ModelError
+        If there is none.
+    """
+    return locate_in(reference, cache_directory())
+
+
+def locate_in(reference: str, cache: Path) -> Path:
+    """Return the existing path that `reference` stands for: a local one, or a cached snapshot."""
+    if not reference:
+        raise ModelError("the path of a model is empty")
+    for text in (reference, os.path.expanduser(reference)):
+        if exists(text):
+            return Path(text)
+    guess = meant(reference)
+    if reference.endswith(suffixes()):
+        raise bad(reference, f"no such file{guess}")
+    name = parse_name(reference)
+    snapshot = None if name is None else find_snapshot(name, cache)
+    if snapshot is not None:
+        return snapshot
+    path, _, revision = reference.rpartition("@")
+    if path and revision and any(exists(text) for text in (path, os.path.expanduser(path))):
+        raise bad(path, f"a local directory has no revision {quoted(revision)}: leave the revision out")
+    if name is None:
+        raise bad(reference, f"no such directory{guess}")
+    where = f"the Hugging Face cache {place(str(cache))}"
+    what = f"no such directory{guess}, and no model of that name in {where}; if it is a hub name, {name.cure}"
+    raise NotDownloadedError(str(bad(reference, what)), reference, where, name.command)
+
+
+def exists(path: str) -> bool:
+    """Whether something is there; a broken link or a forbidden directory is an error, not a no."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if os.path.islink(path):
+            raise from_os(path, error) from error
+        return False
+    except ValueError:  # A NUL or a lone surrogate, which no path can hold.
+        return False
+    except OSError as error:
+        raise from_os(path, error) from error
+    return True
