@@ -18,14 +18,14 @@ READERS: dict[type[Any], Read] = {}
 
 ReadSlot = Callable[["Reader", Any, int, int, "Bytes", "Scratch", bool], int]
 """Puts elements (first, end) of a tensor anywhere in its slot, and returns where; the flag is `again` of `Ref.read_slot`."""
-SLOTREADERS: dict[type[Any], ReadSlot] = {}
+SLOT_READERS: dict[type[Any], ReadSlot] = {}
 
 
 def reads_slot(kind: type[Any]) -> Callable[[ReadSlot], ReadSlot]:
     """Register the reader of large parts of a kind of tensors, where what they are made of can be read past the page cache."""
 
     def register(read: ReadSlot) -> ReadSlot:
-        SLOTREADERS[kind] = read
+        SLOT_READERS[kind] = read
         return read
 
     return register
