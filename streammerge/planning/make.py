@@ -28,6 +28,7 @@ from streammerge.planning.plan import MergePlan
 from streammerge.planning.quantize.base import Material, Storage
 from streammerge.planning.quantize.choose import choose_storage
 from streammerge.planning.resolve.codes import holds_codes
+from streammerge.planning.resolve.components import check_components, check_pipeline
 from streammerge.planning.resolve.jobs import Resolved, resolve_jobs
 from streammerge.planning.resolve.matching import Matched, match_names
 from streammerge.planning.resolve.quantised import check_codes
@@ -68,12 +69,14 @@ def make_plan(
         If the models, the config or the budget do not allow the merge.
     """
     template, every = inputs.template, inputs.by_reference
+    check_pipeline(config, template)
     check_codes(config, method, (*inputs.models, *inputs.bases, template))
     matched = match_names(template, every, config.exclude)
     alignment = None if config.tokenizer is None else align(config.tokenizer, template, matched.indexes)
     if alignment is not None:
         _check_tokens(alignment, resources.budget)
     resolved = resolve_jobs(config, method, template, matched, inputs.fishers, alignment, inputs.grams)
+    check_components(template, tuple(every.values()), resolved.jobs)
     storage = choose_storage(Material(config, method, template, matched.indexes, resolved))
     jobs = tuple(map(with_shared, storage.jobs)) if inputs.stages else storage.jobs
     files = _Files()

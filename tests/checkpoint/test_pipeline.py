@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from streammerge import plan
 from streammerge.checkpoint.index import open_model
-from streammerge.errors import ModelError
+from streammerge.errors import ConfigError, ModelError
 from streammerge.planning.description import describe
 from streammerge.report.tables import inspect_text, inspect_values
 from tests.checkpoint.pipelines import INDEX, SHAPES, UNET, stem_of, write_component, write_pipeline
@@ -265,3 +265,36 @@ def test_plan_and_inspect_show_the_components(tmp_path: Path) -> None:
     text = inspect_text(index)
     assert text.startswith("StableDiffusionXLPipeline: 22 tensors")
     assert "  vae             2 tensors, " in text
+
+
+def test_an_output_has_the_components_of_the_first_model_and_all_of_them(tmp_path: Path) -> None:
+    a, b = write_pipeline(tmp_path / "a", 1), write_pipeline(tmp_path / "b", 2)
+    some = {name: shapes for name, shapes in SHAPES.items() if name != "vae"}
+    c = write_pipeline(tmp_path / "c", 3, shapes=some)
+    with pytest.raises(ModelError, match=r"has no component vae: name a model that has it first"):
+        plan(merging(c, a, b, tensors="any"))
+    with pytest.raises(ModelError, match=r"component vae would be in the output.*exclude"):
+        plan(merging(a, b, c, tensors="common"))
+    made = plan(merging(a, b, c, tensors="common", exclude=["^vae/"]))
+    assert {job.kind for job in made.jobs if job.name.startswith("vae/")} == {"copy"}
+    assert {job.kind for job in plan(merging(a, b, c, tensors="any")).jobs} == {"merge"}
+
+
+def test_components_may_be_modules_with_models_of_their_own(tmp_path: Path) -> None:
+    a, b = write_pipeline(tmp_path / "a", 1), write_pipeline(tmp_path / "b", 2)
+    both, one = [{"model": str(a)}, {"model": str(b)}], [{"model": str(b)}]
+    modules = {name: {"models": one if name == "vae" else both} for name in SHAPES}
+    made = plan({"merge_method": "linear", "parameters": {"weight": 0.5}, "modules": modules})
+    sources = {job.name.split("/")[0]: [ref.path for ref in job.sources] for job in made.jobs}
+    assert [Path(path).parents[1].name for path in sources["vae"]] == ["b"]
+    assert [Path(path).parents[1].name for path in sources["unet"]] == ["a", "b"]
+    del modules["text_encoder"]
+    with pytest.raises(ModelError, match="component text_encoder would be in the output"):
+        plan({"merge_method": "linear", "parameters": {"weight": 0.5}, "modules": modules})
+
+
+@pytest.mark.parametrize("key", ["tokenizer_source", "chat_template"])
+def test_a_pipeline_has_more_than_one_tokenizer(key: str, tmp_path: Path) -> None:
+    a, b = write_pipeline(tmp_path / "a", 1), write_pipeline(tmp_path / "b", 2)
+    with pytest.raises(ConfigError, match=f"{key}: .* is a pipeline"):
+        plan(merging(a, b, **{key: "union" if key == "tokenizer_source" else "chatml"}))

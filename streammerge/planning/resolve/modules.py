@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.names import in_component
 from streammerge.config.schema import Module
 from streammerge.errors import ConfigError, printable
 
@@ -97,7 +98,12 @@ def owner(tensor: str, modules: Sequence[str]) -> int | None:
     1
     >>> owner("lm_head.weight", ["text_decoder", "vision_tower"])
     0
+    >>> owner("vae/decoder.conv_in.weight", ["unet", "vae"])
+    1
     """
+    component = in_component(tensor)[0][:-1]
+    if component in modules:
+        return modules.index(component)
     parts = tensor.split(".")
     if _PROJECTOR in modules and _is_merger(parts):
         return modules.index(_PROJECTOR)
