@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from streammerge.checkpoint.quantized.small import misfit
 from streammerge.checkpoint.refs.codebooks import Nvfp4Ref
-from streammerge.formats.refs import SourceRef, contiguous
+from streammerge.formats.parts import contiguous
+from streammerge.formats.refs import SourceRef
 
 _GROUP = 16
 
