@@ -1,4 +1,4 @@
-"""What a model holds and where its bytes lie, read from headers alone."""
+"""Open models: their tensors and the positions of their bytes, read from headers."""
 
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.formats.refs import TensorRef

@@ -1,4 +1,4 @@
-"""One model's Fisher diagonal, or its Gram matrices, as an index: the name of a tensor leads to where its values lie.
+"""Indexes of a model's Fisher diagonal or Gram matrices: they map tensor names to the positions of values.
 
 Two kinds: a safetensors file (or directory) with the model's own names and shapes, and a store
 (`streammerge.formats.zarr_store`).
@@ -29,16 +29,16 @@ class CompanionIndex(Mapping[str, CompanionRef]):
     """The Fisher diagonal of one model, or its Gram matrices."""
 
     reference: str
-    """As the config names it."""
+    """The reference in the config."""
     refs: Mapping[str, CompanionRef]
     stamps: tuple[FileStamp, ...]
     model: TensorIndex | None = None
     """The safetensors file as a model; None for a store."""
     fingerprint: str | None = None
-    """Of the model that the diagonal belongs to; None where that is not recorded."""
+    """Fingerprint of the model that the diagonal belongs to; None if it is not recorded."""
     model_name: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """A store's attributes, without the table unless it was asked for."""
+    """A store's attributes; with its table only on request."""
 
     @property
     def has_chunks(self) -> bool:
@@ -61,12 +61,12 @@ def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) 
     Parameters
     ----------
     with_table
-        Keep a store's table as it is written among its attributes, which takes several times the memory of the index.
+        Whether to keep a store's table among its attributes, which takes several times the index's memory.
 
     Raises
     ------
     ModelError
-        If it is missing, malformed, unfinished, or no diagonal at all.
+        If it is missing, malformed, unfinished, or not a diagonal.
     WorldError
         If the machine cannot read it.
     """
@@ -88,12 +88,12 @@ def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) 
 
 
 def open_grams(reference: str | os.PathLike[str], *, with_table: bool = False) -> CompanionIndex:
-    """Read the table of a store of Gram matrices: [inputs, inputs] of each linear map's weight, by its name.
+    """Read the table of a store of Gram matrices, [inputs, inputs] per linear map, by the weight's name.
 
     Parameters
     ----------
     with_table
-        As for `open_fisher`.
+        As in `open_fisher`.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Find a model in the local Hugging Face cache; the network is never asked.
+"""Find a model in the local Hugging Face cache, without using the network.
 
 ::
 
@@ -23,27 +23,27 @@ _PREFIX = re.compile(r"[0-9a-f]{4,64}", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """A model's name on the hub, with the revision asked for (``main`` if none was)."""
+    """A model's name on the hub and a revision (default ``main``)."""
 
     repo: str
     revision: str
 
     @property
     def cure(self) -> str:
-        """What fills the cache."""
+        """The cure for a missing model."""
         return f"download it first with `{self.command}`"
 
     @property
     def command(self) -> str:
-        """The command that does."""
+        """The command that downloads the model."""
         revision = "" if self.revision == "main" else f" --revision {self.revision}"
         return f"hf download {self.repo}{revision}"
 
 
 def parse_name(text: str) -> HubName | None:
-    """Return what ``org/name``, ``name`` or ``org/name@revision`` says, None for any other text.
+    """Parse ``org/name``, ``name`` or ``org/name@revision``; return None for any other text.
 
-    Nothing that matches can name a path outside the cache.
+    No parsed name can lead outside the cache.
 
     >>> parse_name("org/name@v1")
     HubName(repo='org/name', revision='v1')
@@ -71,14 +71,14 @@ def cache_directory() -> Path:
 
 
 def find_snapshot(name: HubName, cache: Path) -> Path | None:
-    """Return the snapshot directory of `name`, or None if the cache has nothing of that repository.
+    """Return the snapshot directory of `name`, or None if the repository is not in the cache.
 
-    A revision is a name under ``refs``, a snapshot's hash, or the beginning of one.
+    A revision is a name under ``refs``, a snapshot's hash, or a prefix of a hash.
 
     Raises
     ------
     ModelError
-        If the repository is cached but this revision of it is not, or could be several.
+        If the repository is cached but this revision is not, or is ambiguous.
     """
     repo = cache / ("models--" + name.repo.replace("/", "--"))
     if not os.path.isdir(repo):  # Unlike Path.is_dir it never raises.

@@ -1,6 +1,6 @@
-"""One model as an index: the name of a tensor leads to where its bytes lie, from headers alone.
+"""A model as an index that maps tensor names to the positions of their bytes, read from headers.
 
-No architecture is known here; names decide.
+No list of architectures is needed; names decide.
 """
 
 from __future__ import annotations
@@ -50,38 +50,38 @@ class Component:
 
     folder: str
     config: Mapping[str, Any]
-    """What its own config.json says."""
+    """The content of its own config.json."""
     names: frozenset[str]
     """Names of its files of weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class TensorIndex(Mapping[str, SourceRef]):
-    """The tensors of one model, in the order of their bytes: shard by shard, then by offset."""
+    """The tensors of a model in the order of their bytes: by shard, then by offset."""
 
     reference: str
-    """The model as the config names it."""
+    """The model's reference in the config."""
     directory: Path
-    """Where its files are; tokenizer and config lie beside them."""
+    """The directory of its files, including tokenizer and config."""
     stamps: tuple[FileStamp, ...]
-    """Of every file read, sorted by path."""
+    """Stamps of all files read, sorted by path."""
     tensors: Mapping[str, SourceRef]
     unlisted: tuple[str, ...] = ()
-    """Tensors that lie in a shard but not in the index file, and so are not part of the model."""
+    """Tensors that are in a shard but not in the index file, and therefore not part of the model."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """What its config.json says, a pipeline's model_index.json; empty where there is none."""
+    """The content of config.json (for a pipeline: model_index.json); empty if there is none."""
     adapter: Adapter | None = None
-    """What was applied to its weights; its tensors are those that result."""
+    """The adapter that is applied to its weights."""
     notes: tuple[str, ...] = ()
-    """What the user should know of how it was read."""
+    """Notes for the user on how it was read."""
     quantization: Quantization | None = None
-    """Which of its tensors are codes that nothing decodes, and what belongs to them; None where there are none."""
+    """Tensors with codes that are not decoded, and tensors that belong to them; None if there are none."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """What the header of a model of one file says of itself."""
+    """Metadata in the header of a single-file model."""
     activations: Mapping[str, SourceRef] = field(default_factory=dict)
-    """What scales the activations of a quantised model; none of its weights."""
+    """Scales of a quantised model's activations, which are not weights."""
     coded: Mapping[str, SourceRef] = field(default_factory=dict)
-    """The stored tensors of its quantised weights, as they lie in their files."""
+    """The stored tensors of its quantised weights."""
     components: tuple[Component, ...] = ()
     """The folders of weights whose tensors are among its own, as ``FOLDER/name``."""
     settings_file: str = CONFIG_NAME
@@ -148,12 +148,12 @@ class TensorIndex(Mapping[str, SourceRef]):
         )
 
     def stored(self) -> dict[str, TensorRef]:
-        """Return the tensors of a model that all lie in files.
+        """Return the tensors of a model whose tensors are all plain ranges of files.
 
         Raises
         ------
         ModelError
-            If an adapter changes some, or the elements of some do not lie one after the other.
+            If an adapter changes some, or the elements of some are not contiguous.
         """
         if self.adapter is not None:
             raise ModelError(f"{place(self.reference)}: a model with an adapter cannot serve here")
@@ -161,7 +161,7 @@ class TensorIndex(Mapping[str, SourceRef]):
 
 
 def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) -> TensorIndex:
-    """Read the headers of a model; no tensor is read and the network is never asked.
+    """Read the headers of a model, without reading tensors or using the network.
 
     Parameters
     ----------
@@ -169,12 +169,12 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
         A directory, a ``.safetensors`` file, a file of ``torch.save``, or (if there is no such directory) ``org/name``,
         ``name`` or ``org/name@revision`` in the local Hugging Face cache; and ``model+adapter``, two of these joined.
     cache
-        That cache, if it is not where the environment says.
+        Directory of that cache; default: the environment's.
 
     Raises
     ------
     ModelError
-        If the model is missing, malformed, or of a kind this version does not read.
+        If the model is missing, malformed, or of an unsupported kind.
     WorldError
         If the machine cannot read it.
     """

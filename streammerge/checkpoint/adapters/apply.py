@@ -1,4 +1,4 @@
-"""A model with a LoRA adapter: the base's tensors with what the adapter makes of them, still to be read."""
+"""Apply a LoRA adapter to a model: the base's tensors, changed by the adapter as they are read."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from streammerge.formats.refs import SourceRef, TensorRef, row_elements
 from streammerge.io.files import bad, quoted
 
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
-"""Modules that are stored as (in, out) by GPT-2 and its kin, and as any other by others."""
+"""Modules that GPT-2 and similar models store as (in, out), but other models as (out, in)."""
 
 _PACKED = ("qweight", "weight_packed", "weight_q")
-"""What quantisers call a module's weight."""
+"""Names of a module's weight in quantised models."""
 
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """What results of a base and an adapter."""
+    """The result of applying an adapter to a base."""
 
     tensors: Mapping[str, SourceRef]
-    """In the base's order; new ones last."""
+    """The tensors in the base's order; new ones last."""
     config: Mapping[str, Any]
-    """The base's config.json, changed where the adapter unties the head or resizes the vocabulary."""
+    """The base's config.json, changed if the adapter unties the head or resizes the vocabulary."""
     notes: tuple[str, ...]
 
 
@@ -45,7 +45,7 @@ def adapt(
     Raises
     ------
     ModelError
-        If a tensor of the adapter fits none of the base, or several.
+        If a tensor of the adapter fits no tensor of the base, or several.
     """
     work = _Adapting(adapter, base, config, reference)
     work.replace()
@@ -65,7 +65,7 @@ class _Adapting:
         self._adapter, self._base, self._config, self._reference = adapter, base, config, reference
 
     def replace(self) -> None:
-        """Put the adapter's whole tensors in the place of the base's; those that the base lacks are added."""
+        """Replace the base's tensors by the adapter's whole tensors, and add those that the base lacks."""
         for plain, ref in self._adapter.replaced.items():
             width = row_elements(ref.shape)
             name = self.names.find(plain, ref.path, self._of_width(width))
@@ -77,11 +77,11 @@ class _Adapting:
             self.tensors[name or plain] = replace(ref, name=name or plain)
 
     def _of_width(self, width: int) -> Callable[[str], bool]:
-        """Return what tells whether rows of a tensor of the base have so many elements."""
+        """Return a function that tells whether rows of a base tensor have this number of elements."""
         return lambda name: row_elements(self._base[name].shape) == width
 
     def change(self) -> None:
-        """Add the changes of low rank."""
+        """Add the low-rank changes."""
         slices = Slices(self.names, self._base)
         experts = Experts(self._adapter, self.names, self._base, self._config)
         for module, levels in self._adapter.modules.items():
@@ -116,7 +116,7 @@ class _Adapting:
             self.tensors[of_bias] = _adapted_bias(module, self.tensors.get(of_bias), bias, adapted.scale)
 
     def _weight_of(self, module: str, parts: Parts, path: str) -> str:
-        """Return the name of the weight that a module's factors change; a tied head is given one of its own."""
+        """Return the name of the weight that a module's factors change; a tied head gets its own weight."""
         plain = f"{module}.weight"
 
         def fits(name: str) -> bool:
@@ -127,7 +127,7 @@ class _Adapting:
             return name
         if plain.endswith(HEADS) and is_tied(self._config, self._base, asked=True):
             head = next(head for head in HEADS if plain.endswith(head))
-            if head in self.tensors:  # brought by the adapter itself
+            if head in self.tensors:  # the adapter itself has it
                 return head
             embeddings = [name for name in self._base if is_embedding(name) and fits(name)]
             if len(embeddings) == 1:
@@ -146,7 +146,7 @@ class _Adapting:
         )
 
     def _adapted(self, module: str, parts: Parts, weight: SourceRef) -> AdaptedRef:
-        """Return a weight with its two factors, whichever way it is stored."""
+        """Return a weight with its two factors, for either orientation of the weight."""
         settings = self._adapter.settings
         embedding, a, b = pair(module, parts)
         magnitude = parts.get("lora_magnitude_vector")
@@ -186,7 +186,7 @@ class _Adapting:
         )
 
     def _key(self, module: str) -> str:
-        """Return what PEFT matches patterns against: the parameter, where that was targeted."""
+        """Return the name that PEFT matches patterns against: the module, or the targeted parameter."""
         named = any(
             f"{module}.weight".endswith(f".{target}")
             for target in self._adapter.settings.texts("target_parameters")
@@ -196,8 +196,8 @@ class _Adapting:
     def _is_transposed(self, module: str, a: TensorRef, b: TensorRef, weight: SourceRef) -> bool:
         """Return whether a weight is stored as (in, out).
 
-        The shapes tell, but of a square one. `fan_in_fan_out` alone does not: PEFT decides for each module, and saves what
-        it said of the last.
+        The shapes tell unless the weight is square. `fan_in_fan_out` alone is not reliable: PEFT decides per module, and
+        saves the value of the last one.
         """
         flag = self._adapter.settings.flag("fan_in_fan_out")
         if len(weight.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:
@@ -213,22 +213,22 @@ class _Adapting:
             bias = self._base.get(f"{stem}.bias")
             known = leaf == "weight" and stem.rpartition(".")[2] in _CONV1D and len(ref.shape) == 2
             if known and bias is not None and ref.shape[0] != ref.shape[1]:
-                return bias.shape == ref.shape[1:]  # which has an element for each output
+                return bias.shape == ref.shape[1:]  # a bias has one element per output
         return flag
 
 
 def _shapes_fit(parts: Parts, shape: tuple[int, ...]) -> bool:
-    """Whether a weight of this shape may be the one that factors change, stored either way."""
+    """Return whether factors may belong to a weight of this shape, in either orientation."""
     a = parts.get("lora_A") or parts.get("lora_embedding_A")
     b = parts.get("lora_B") or parts.get("lora_embedding_B")
     if a is None or b is None or not a.shape or not b.shape or len(shape) < 2:
-        return True  # refused where it is looked at
+        return True  # refused later
     sides = row_elements(a.shape), b.shape[0]
     return sides in ((row_elements(shape), shape[0]), (shape[0], row_elements(shape)))
 
 
 def _adapted_bias(module: str, bias: SourceRef | None, change: TensorRef, scale: float) -> AdaptedRef:
-    """Return the bias of a module that was trained with ``lora_bias``: with a change that is scaled like the weight's."""
+    """Return the bias of a module trained with ``lora_bias``; its change is scaled like the weight's."""
     if bias is None or bias.dtype not in FLOATS or bias.shape != change.shape:
         raise bad(change.path, f"module {quoted(module)}: a change of a bias that the base has not")
     return AdaptedRef(bias, Factor(change, 1, 1), None, 1, scale)

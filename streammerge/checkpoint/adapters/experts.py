@@ -1,8 +1,8 @@
-"""LoRA on parameters that are no module's weight (`target_parameters`): experts that transformers holds in one tensor.
+"""LoRA on parameters that are not a module's weight (`target_parameters`): fused experts of transformers.
 
-PEFT stacks the factors of all experts: A is [rank · experts, in], rank after rank of an expert; B is [out, rank · experts],
-all experts of a rank side by side. The base stores the experts fused as [experts, out, in] or [experts, in, out], or one
-by one; each then gets its slice of the factors.
+PEFT stacks the factors of all experts: A is [rank · experts, in], with the ranks of an expert consecutive; B is
+[out, rank · experts], with the experts of a rank consecutive. The base stores the experts fused as [experts, out, in] or
+[experts, in, out], or one by one, where each gets its slice of the factors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ONE_BY_ONE = {
     "down_proj": (("down_proj",), ("w2",), ("fc2",)),
     "up_proj": (("up_proj",), ("fc1",)),
 }
-"""What the experts of a fused parameter are called where they are stored one by one: parts of its rows, in their order."""
+"""Names of the parts of a fused parameter where experts are stored one by one, in the order of its rows."""
 _IN_ORDER = (
     "gate_up_proj",
     "gate_up_proj_bias",
@@ -37,22 +37,22 @@ _IN_ORDER = (
     "v1",
     "w2",
 )
-"""Parameters in the order in which transformers declares them, which is the one in which PEFT nests their factors."""
+"""Parameters in the order in which transformers declares them and PEFT nests their factors."""
 _IN_OUT = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
-"""Models whose experts PEFT takes as [experts, in, out]."""
+"""Models whose experts PEFT treats as [experts, in, out]."""
 MOST_RANK = 1 << 16
 _MOST_NESTED = 4
 _TURNED_UNTIL = (0, 19)
-"""Versions of PEFT before this one took all experts as [experts, in, out]."""
+"""The first version of PEFT that does not treat all experts as [experts, in, out]."""
 Target = tuple[str, Parts]
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a base stores a parameter of experts."""
+    """The tensors in which a base stores a parameter of experts."""
 
     pieces: tuple[tuple[str, int, int], ...]
-    """Name, expert, and first row within the expert's matrix, of each tensor; of a fused one its own name alone."""
+    """Name, expert, and first row within the expert's matrix of each tensor; for a fused tensor only its name."""
     fused: bool
     n_experts: int
     sides: tuple[int, int]
@@ -71,12 +71,12 @@ class Experts:
         self._found: dict[str, _Stored | None] = {}
 
     def targets(self, module: str, levels: Sequence[Parts]) -> list[Target]:
-        """Return which parameter each of a module's changes is for; nothing if they are for its weight.
+        """Return the parameter of each of a module's changes; empty if they belong to its weight.
 
         Raises
         ------
         ModelError
-            If the factors do not tell, or are not as many as the parameters.
+            If the factors are ambiguous, or their number differs from that of the parameters.
         """
         leaves = self._leaves(module)
         if not leaves:
@@ -131,7 +131,7 @@ class Experts:
         return found
 
     def _leaves(self, module: str) -> list[str]:
-        """Return the parameters of a module that were targeted and that the base has, but for its weight."""
+        """Return the targeted parameters of a module that the base has, without its weight."""
         leaves = {
             target.rpartition(".")[2]
             for target in self._targets
@@ -200,7 +200,8 @@ class Experts:
     def _is_turned(self, module: str, leaf: str, parts: Parts) -> bool:
         """Return whether A belongs to the rows of an expert's matrix.
 
-        The shapes tell, but of a square one: then another parameter's do, else the version of PEFT and the architecture.
+        The shapes tell unless the matrix is square; then those of other parameters do, or the version of PEFT and the
+        architecture.
         """
         ways = self._ways(module, leaf, parts)
         stored = self._find(f"{module}.{leaf}")
@@ -230,7 +231,7 @@ class Experts:
 
 
 def pair(module: str, parts: Parts) -> tuple[bool, TensorRef, TensorRef]:
-    """Return whether they are those of an embedding, and the two factors A and B.
+    """Return whether a change belongs to an embedding, and its two factors A and B.
 
     Raises
     ------
@@ -249,7 +250,7 @@ def pair(module: str, parts: Parts) -> tuple[bool, TensorRef, TensorRef]:
 def _factors(
     a: TensorRef, b: TensorRef, stored: _Stored, rank: int, expert: int, row: int, *, turned: bool
 ) -> tuple[Factor, Factor]:
-    """Return the factors of one expert's matrix from a row of it on, or of all experts of a fused tensor."""
+    """Return the factors of one expert's matrix from some row, or of all experts of a fused tensor."""
     n, (rows, columns) = stored.n_experts, stored.sides
     if turned:
         left = Factor(a, 1, rows, expert * rank * rows + row, rank * rows)

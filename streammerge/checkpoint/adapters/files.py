@@ -1,8 +1,8 @@
-"""LoRA adapters in the format of PEFT: what their files hold.
+"""Read the files of LoRA adapters in PEFT's format.
 
-Read are ``adapter_config.json`` and the header of ``adapter_model.safetensors`` (or ``adapter_model.bin``). A tensor of
+These are ``adapter_config.json`` and the header of ``adapter_model.safetensors`` (or ``adapter_model.bin``). A tensor of
 the adapter is a factor of a weight's change, a magnitude of DoRA, rows of single trained tokens, or a whole tensor that
-takes the base's place (``modules_to_save``, biases).
+replaces the base's (``modules_to_save``, biases).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PARTS = re.compile(
 )
 _TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?", re.DOTALL)
 _COPIES = (".original_module.", ".trainable_tokens_original")
-"""What a trained part took the place of."""
+"""The kinds of trained parts by what they replace."""
 
 Parts = Mapping[str, TensorRef]
 """Of one change, by part: ``lora_A``, ``lora_B``, ``lora_B.bias``, ``lora_magnitude_vector`` …"""
@@ -45,21 +45,21 @@ Parts = Mapping[str, TensorRef]
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter changes, by the name of the module or the tensor, as PEFT calls it."""
+    """The changes of an adapter, by PEFT's name of the module or the tensor."""
 
     directory: Path
     modules: Mapping[str, tuple[Parts, ...]]
-    """Of each module, the changes of its tensors: one, or one for each of its `target_parameters`, the innermost first."""
+    """The changes of each module: one, or one per entry of `target_parameters`, innermost first."""
     tokens: Mapping[str, TensorRef]
-    """Of each module with single trained tokens, their rows."""
+    """The rows of single trained tokens, by module."""
     replaced: Mapping[str, TensorRef]
-    """Whole tensors that take the place of the base's."""
+    """Whole tensors that replace the base's."""
     settings: AdapterSettings
     stamps: tuple[FileStamp, ...]
 
     @property
     def tensors(self) -> dict[str, TensorRef]:
-        """All of them, by names that tell what they are."""
+        """All tensors, by descriptive names."""
         factors = {
             f"{module}{_WRAPPED * level}.{part}": ref
             for module, levels in self.modules.items()
@@ -76,7 +76,7 @@ def read_adapter(directory: Path) -> Adapter:
     Raises
     ------
     ModelError
-        If a file is missing or malformed, or the adapter is none that is a sum of low rank.
+        If a file is missing or malformed, or the adapter is not a low-rank sum.
     WorldError
         If the machine cannot read it.
     """
@@ -109,7 +109,7 @@ def read_adapter(directory: Path) -> Adapter:
 
 
 class _Sorted:
-    """Sorts an adapter's tensors by what they are."""
+    """Sorts an adapter's tensors by kind."""
 
     def __init__(self, adapters: Collection[str]) -> None:
         self._adapters = adapters
@@ -117,11 +117,11 @@ class _Sorted:
         self.tokens: dict[str, TensorRef] = {}
         self._saved: dict[str, TensorRef] = {}
         self._at_work: dict[str, TensorRef] = {}
-        """Whole tensors under the names that they have in memory, as PEFT saves them beside the others after a resize."""
+        """Whole tensors under their names in memory, which PEFT saves additionally after a resize."""
 
     @property
     def replaced(self) -> dict[str, TensorRef]:
-        """Whole tensors; what is saved under the module's own name goes before."""
+        """Whole tensors; those saved under the module's own name take precedence."""
         return {**self._at_work, **self._saved}
 
     def add(self, name: str, ref: TensorRef) -> None:
@@ -148,7 +148,7 @@ class _Sorted:
         place[key] = ref
 
     def levels(self) -> dict[str, tuple[Parts, ...]]:
-        """Return the changes of each module, the innermost first."""
+        """Return the changes of each module, innermost first."""
         found: dict[str, tuple[Parts, ...]] = {}
         for module, levels in self.factors.items():
             if (len(levels) == 1 and 0 not in levels) or max(levels) + 1 > len(levels) > 1:
@@ -161,13 +161,13 @@ class _Sorted:
 
 
 def _adapters(names: Iterable[str]) -> set[str]:
-    """Return what the adapter is called within names that were saved as they are in memory: ``lora_A.default.weight``."""
+    """Return the adapter's name within names saved as in memory: ``default`` in ``lora_A.default.weight``."""
     matches = (_PARTS.fullmatch(name) for name in names)
     return {"default", *(match["adapter"] for match in matches if match is not None and match["adapter"])}
 
 
 def _plain(name: str, adapters: Collection[str] = ("default",)) -> str:
-    """Return a tensor's name among the base's modules, without what PEFT puts around and between them."""
+    """Return a tensor's name among the base's modules, without PEFT's wrappers."""
     while name.startswith(_PREFIX):
         name = name.removeprefix(_PREFIX)
     module, saved, inner = name.partition(_AT_WORK)
@@ -177,12 +177,12 @@ def _plain(name: str, adapters: Collection[str] = ("default",)) -> str:
 
 
 def split_reference(reference: str, exists: Callable[[str], bool]) -> tuple[str, str]:
-    """Return the model and the adapter of ``model+adapter``; of several ways to read it, that which names what exists.
+    """Return the model and the adapter of ``model+adapter``; if the split is ambiguous, choose existing paths.
 
     Raises
     ------
     ModelError
-        If that leaves more than one.
+        If several splits remain.
     """
     cuts = [i for i, character in enumerate(reference) if character == "+"]
     ways = [(reference[:i], reference[i + 1 :]) for i in cuts if reference[:i] and reference[i + 1 :]]

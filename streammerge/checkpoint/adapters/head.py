@@ -1,4 +1,4 @@
-"""Output heads that share the embedding's weights, under an adapter that trains the one or the other by itself."""
+"""Output heads tied to the embedding, with adapters that train only one of the two."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _WITH_HEADS = ("CausalLM", "LMHeadModel", "ConditionalGeneration", "ImageTextToText")
-"""Ends of architectures that have a head, tied or not."""
+"""Endings of architectures that have a head, tied or not."""
 _SCALED = ("t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano")
-"""Models that scale what goes into a head which is tied, so that it cannot be untied as it is."""
+"""Models that scale the input of a tied head, so that it cannot be untied without a change."""
 
 
 def is_tied(config: Mapping[str, Any], names: Mapping[str, SourceRef], *, asked: bool = False) -> bool:
     """Return whether a model's head is its embedding.
 
-    config.json says so, or leaves it out and the model stores no head: `transformers` would read it so.
+    This is so if config.json says it, or does not mention it and the model stores no head, as in `transformers`.
 
     Parameters
     ----------
     asked
-        There is a head, whatever the architecture is called: the adapter has factors of it.
+        Whether the adapter has factors of a head, so that there is one whatever the architecture's name.
     """
     flag = next((part[TIED] for part in _parts(config) if isinstance(part.get(TIED), bool)), None)
     architectures = config.get("architectures")
@@ -42,7 +42,7 @@ def renamed(ref: SourceRef, name: str) -> SourceRef:
 
 
 def shared_heads(adapter: Adapter) -> set[str]:
-    """Return the heads whose trained tokens are the embedding's: PEFT trains them as one where the model is tied."""
+    """Return the heads that share trained tokens with the embedding; PEFT trains them as one in tied models."""
     settings = adapter.settings
     of_embeddings = [
         settings.token_indices(module) for module in adapter.tokens if is_embedding(f"{module}.weight")
@@ -62,14 +62,14 @@ def settle_vocabulary(
 ) -> tuple[dict[str, SourceRef], dict[str, Any], tuple[str, ...]]:
     """Return a model's tensors, settings and notes after an adapter that changes the embedding or the head.
 
-    Of a tied model the two part ways where the adapter changes only one, as they did while it was trained: the other stays
-    that of the base. They stay one where single tokens of the embedding were trained, and with ``ensure_weight_tying``. The
-    size of the vocabulary follows the embedding.
+    If the adapter changes only one of two tied tensors, they are untied, as in training: the other keeps the base's values.
+    They stay tied if single tokens of the embedding were trained, and with ``ensure_weight_tying``. The size of the
+    vocabulary follows the embedding.
 
     Raises
     ------
     ModelError
-        If a head would be untied that cannot be.
+        If a head that cannot be untied would be.
     """
     found, settings = dict(tensors), copy.deepcopy(dict(config))
     parts = _parts(settings)
@@ -86,7 +86,7 @@ def settle_vocabulary(
 def _part(
     adapter: Adapter, base: Mapping[str, SourceRef], found: dict[str, SourceRef], settings: dict[str, Any]
 ) -> tuple[str, ...]:
-    """Store the head of a tied model by itself where the adapter changed only one of the two; return what to say of it."""
+    """Store the head of a tied model separately if the adapter changed only one of the two; return notes."""
     shared = shared_heads(adapter)
     own_tokens = any(is_head(f"{module}.weight") for module in adapter.tokens if module not in shared)
     changed = [name for name in base if is_embedding(name) and found[name] is not base[name]]
@@ -132,6 +132,6 @@ def _asks(adapter: Adapter) -> bool:
 
 
 def _parts(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what speaks of the language model: a config, and the parts of it for one within a larger model."""
+    """Return the settings of the language model: a config, and its parts for a model within a larger one."""
     nested = [part for key, part in config.items() if key in LANGUAGE_PARTS and isinstance(part, dict)]
     return [config if isinstance(config, dict) else dict(config), *nested]

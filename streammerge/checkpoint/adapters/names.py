@@ -1,8 +1,8 @@
-"""What a base's files call a tensor that an adapter names by its place among the modules.
+"""Match an adapter's module names with the names in the base's files.
 
-Both are namings of one model. They differ by the modules around it (an adapter trained on the encoder alone, or on the
-language model of a larger one), and by what versions of transformers renamed between files and modules. A name that leads
-to more than one place is refused rather than guessed.
+Both name the same model. They differ in the enclosing modules (an adapter may be trained on the encoder only, or on the
+language model of a larger model), and in renamings between files and modules by versions of transformers. An ambiguous
+name is refused, not guessed.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from streammerge.io.files import bad, quoted
 _AROUND = frozenset(
     {"base_model", "model", "module", "language_model", "text_model", "llm", "lm", "transformer", "backbone"}
 )
-"""Modules around a language model that tell nothing of the place within it."""
+"""Modules around a language model that do not identify a position within it."""
 _VISION = frozenset({"visual", "vision_tower", "vision_model", "vision_encoder", "vit"})
-"""Names of one thing, which may lie within each other."""
+"""Names of the same thing, which may be nested."""
 _TOWER = "(vision)"
 _RENAMED = (
     (".attention.attention.query.", ".attention.q_proj."),
@@ -41,12 +41,12 @@ _RENAMED = (
     (".word_embeddings.", ".embed_tokens."),
     (".encoder.layer.", ".layers."),
 )
-"""What transformers calls differently in files and among modules; both sides are brought to the second form."""
+"""Renamings of transformers between files and modules; both sides are converted to the second form."""
 _MOST_AROUND = 3
 
 
 class Names:
-    """Finds the one tensor of a base that an adapter means."""
+    """Finds the tensor of a base that an adapter refers to."""
 
     def __init__(self, names: Iterable[str], reference: str) -> None:
         self._names = dict.fromkeys(names)
@@ -54,23 +54,23 @@ class Names:
         self._tables: dict[Callable[[str], tuple[str, ...]], dict[str, list[str]]] = {}
 
     def find(self, plain: str, path: str, fits: Callable[[str], bool] = lambda name: True) -> str | None:
-        """Return the base's name; None if there is none.
+        """Return the base's name, or None.
 
-        Of two namings, the nearer one decides: the same name; the same but for modules around a language model; one name
-        the end of the other; the same once what transformers renamed is called alike. Ends that are merely alike mean
-        nothing, as ``dense.weight`` of two heads.
+        The closest match decides, in this order: the same name; the same except for modules around a language model; one
+        name ends with the other; the same after transformers' renamings. A common ending alone, such as ``dense.weight`` of
+        two heads, is not a match.
 
         Parameters
         ----------
         path
-            For messages: the adapter's file.
+            The adapter's file, for messages.
         fits
-            Whether a tensor of the base has the shape for it.
+            Function that tells whether a base tensor has a suitable shape.
 
         Raises
         ------
         ModelError
-            If several places fit.
+            If several tensors match.
         """
         if plain in self._names and fits(plain):
             return plain
@@ -97,7 +97,7 @@ class Names:
         ]
 
     def _alike(self, key: Callable[[str], tuple[str, ...]], plain: str) -> list[str]:
-        """Return the base's names that have a key in common with one, its first."""
+        """Return the base's names that share a key with this name, best match first."""
         return self._table(key).get(key(plain)[0], [])
 
     def _table(self, key: Callable[[str], tuple[str, ...]]) -> dict[str, list[str]]:
@@ -111,9 +111,9 @@ class Names:
 
 
 def _tails(name: str) -> tuple[str, ...]:
-    """Return a name, and what is left without up to three modules around it.
+    """Return a name, and the name without up to three enclosing modules.
 
-    A layer's number is never one of them, nor the word for vision towers, which nothing else may be taken for.
+    Layer numbers and the word for vision towers are never removed.
     """
     found = []
     for _ in range(_MOST_AROUND + 1):
@@ -125,7 +125,7 @@ def _tails(name: str) -> tuple[str, ...]:
 
 
 def _within(name: str) -> tuple[str, ...]:
-    """Return a name without the modules around a language model, and with one word for the tower of a vision model."""
+    """Return a name without the modules around a language model, and with a single word for vision towers."""
     parts: list[str] = []
     for part in name.split("."):
         word = _TOWER if part in _VISION else part
@@ -135,7 +135,7 @@ def _within(name: str) -> tuple[str, ...]:
 
 
 def _renamed(name: str) -> tuple[str, ...]:
-    """Return the same with what transformers renamed called alike."""
+    """Return a name after transformers' renamings."""
     text = f".{_within(name)[0]}."
     for old, new in _RENAMED:
         text = text.replace(old, new)

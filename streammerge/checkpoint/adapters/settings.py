@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of PEFT: what an adapter is, what it scales its changes by, and what is refused by name."""
+"""PEFT's ``adapter_config.json``: the kind of an adapter, the scale of its changes, and unsupported settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROMPTS = (
     "CARTRIDGE",
     "XLORA",
 )
-"""Kinds that change no weight, or by what is read only: nothing can merge them."""
+"""Kinds that change no weights, or that depend on the input, so that they cannot be merged."""
 _REFUSED = {
     "use_qalora": "QA-LoRA",
     "alora_invocation_tokens": "an activated LoRA, which acts on a part of the text only",
@@ -37,40 +37,40 @@ _REFUSED = {
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
 }
-"""Entries of a configuration that change what the tensors mean, with what they stand for."""
+"""Entries of a configuration that change the meaning of the tensors, with a description."""
 _ROUTED = {"arrow_config": "Arrow, which routes by the text"}
 _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Beginnings of ways to initialise after which the base is another one."""
+"""Prefixes of initialisations that change the base."""
 _LARGEST_ALPHA = 1e30
 _LONGEST_MATCHED = 400
-"""Characters of a module's name that expressions are tried on."""
+"""Most characters of a module's name that expressions are matched with."""
 _SIMPLE = re.compile(r"\^?[\w.\\|()\[\]-]{0,600}\$?", re.ASCII)
-"""Expressions with no repetition but two of ``.*``, and few choices, so that no text takes long to match."""
+"""Expressions with at most two ``.*``, no other repetition and few alternatives, so that matching is fast."""
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """The entries of an adapter's configuration, with the checks that they need where they are used."""
+    """The entries of an adapter's configuration, checked when they are used."""
 
     path: str
     entries: Mapping[str, Any]
 
     def flag(self, key: str) -> bool:
-        """Return an entry that is true or false; false where there is none."""
+        """Return a Boolean entry; False if it is missing."""
         value = self.entries.get(key, False)
         if not isinstance(value, bool | None):
             raise bad(self.path, f"{key} is neither true nor false")
         return bool(value)
 
     def texts(self, key: str) -> list[str]:
-        """Return an entry that is a list of texts; empty where there is none."""
+        """Return an entry that is a list of strings; empty if it is missing."""
         value = self.entries.get(key) or []
         if not isinstance(value, list) or not all(isinstance(text, str) and text for text in value):
             raise bad(self.path, f"{key} is not a list of names")
         return value
 
     def scale(self, module: str, rank: int) -> float:
-        """Return what the product of a module's factors is multiplied by: alpha over the rank, or over its root (rsLoRA)."""
+        """Return the scale of the product of a module's factors: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
         alpha = self._of_module("alpha_pattern", module, self.entries.get("lora_alpha", 8))
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST_ALPHA:
             raise bad(self.path, f"lora_alpha of module {quoted(module)} is no number, or none of use")
@@ -80,14 +80,14 @@ class AdapterSettings:
         return alpha / math.sqrt(rank) if self.flag("use_rslora") else alpha / rank
 
     def rank(self, module: str) -> int | None:
-        """Return the rank that is stated for a module; None where none is."""
+        """Return the stated rank of a module, or None."""
         stated = self._of_module("rank_pattern", module, self.entries.get("r", 8))
         if not isinstance(stated, int) or isinstance(stated, bool) or self.entries.get("r") is None:
             return None
         return stated
 
     def token_indices(self, module: str) -> list[Any]:
-        """Return the numbers of the tokens that were trained in a module.
+        """Return the ids of the tokens that were trained in a module.
 
         Raises
         ------
@@ -104,7 +104,7 @@ class AdapterSettings:
         return value
 
     def _of_module(self, key: str, module: str, otherwise: Any) -> Any:
-        """Return what a pattern says of a module, as PEFT matches them: the end of its name, or an expression for it."""
+        """Return the value of the pattern that matches a module, as in PEFT: an ending of its name, or an expression."""
         patterns = self.entries.get(key) or {}
         if not isinstance(patterns, dict):
             raise bad(self.path, f"{key} is not a map")
@@ -134,7 +134,7 @@ def read_settings(path: Path) -> tuple[AdapterSettings, FileStamp]:
     Raises
     ------
     ModelError
-        If it is malformed, or of a kind that is no fixed change of weights, by its name.
+        If it is malformed, or of a kind that is not a fixed change of weights.
     """
     with reading(str(path)) as (fd, status):
         if status.st_size > MAX_NBYTES:

@@ -1,8 +1,8 @@
-"""Adapters of single experts on a base that stores all of them in one tensor: each slice of it with its own factors.
+"""Adapters of single experts on a base with fused experts: each slice of the fused tensor gets its own factors.
 
-So adapters of transformers 4 name them, where experts are modules: ``experts.3.gate_proj``. Fused, gate and up projection
-lie one above the other in ``experts.gate_up_proj`` [experts, 2 inner, hidden]; or side by side, where the last two axes are
-exchanged.
+Adapters made with transformers 4, where experts are modules, use names such as ``experts.3.gate_proj``. The fused tensor
+``experts.gate_up_proj`` [experts, 2 inner, hidden] stacks gate on up projection, or places them side by side if the last
+two axes are exchanged.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _PLACES = {
     "w3": ("gate_up_proj", 1, 2),
     "w2": ("down_proj", 0, 1),
 }
-"""Of each projection: the fused parameter, which of its parts it is, and of how many."""
+"""For each projection: the fused parameter, the index of its part, and the number of parts."""
 Adapted = Callable[[str, Parts, SourceRef], AdaptedRef]
-"""Puts a module's factors on a weight."""
+"""Function that applies a module's factors to a weight."""
 
 
 @dataclass(frozen=True)
 class _Slice:
-    """Where a projection of one expert lies in a fused tensor."""
+    """The position of one expert's projection in a fused tensor."""
 
     name: str
     row: int
@@ -47,19 +47,19 @@ class _Slice:
 
 
 class Slices:
-    """Collects the changes of single experts, and puts the fused tensors together from them."""
+    """Collects the changes of single experts, and assembles the fused tensors."""
 
     def __init__(self, names: Names, base: Mapping[str, SourceRef]) -> None:
         self._names, self._base = names, base
         self._changes: dict[str, dict[_Slice, tuple[str, Parts]]] = {}
 
     def take(self, module: str, parts: Parts) -> bool:
-        """Remember a module's factors; return whether it is an expert that lies in a fused tensor.
+        """Collect a module's factors; return whether it is an expert in a fused tensor.
 
         Raises
         ------
         ModelError
-            If the tensor has no such expert, or its shape does not tell how the projections lie in it.
+            If the tensor has no such expert, or its shape is ambiguous.
         """
         match = _EXPERT.fullmatch(module)
         if match is None or match["word"] not in _PLACES:
@@ -91,7 +91,7 @@ class Slices:
         return _Slice(name, expert * rows, part * sides[0], rows, sides[0])
 
     def together(self, tensors: Mapping[str, SourceRef], adapted: Adapted) -> dict[str, SourceRef]:
-        """Return the fused tensors, put together from slices with factors and those without."""
+        """Return the fused tensors, assembled from slices with and without factors."""
         found: dict[str, SourceRef] = {}
         for name, changes in self._changes.items():
             fused = tensors[name]
@@ -121,7 +121,7 @@ class Slices:
 
 
 def _slices(fused: SourceRef, changed: list[_Slice]) -> list[_Slice]:
-    """Return a fused tensor divided as its changed slices are, by row, then by column."""
+    """Return a fused tensor divided at its changed slices, by row, then by column."""
     n_experts, rows, columns = fused.shape
     some = changed[0]
     high, wide = min(rows, some.rows), min(columns, some.columns)

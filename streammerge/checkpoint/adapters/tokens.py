@@ -1,4 +1,4 @@
-"""Single tokens that an adapter trained (`trainable_token_indices`): their rows take the place of the embedding's."""
+"""Single trained tokens of an adapter (`trainable_token_indices`), whose rows replace the embedding's."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def with_tokens(
     *,
     tied: bool,
 ) -> dict[str, SourceRef]:
-    """Return a model's tensors with the rows of single trained tokens in their places.
+    """Return a model's tensors with the rows of single trained tokens replaced.
 
-    A head that is tied to the embedding and stored all the same gets the embedding's rows too, unless it has its own.
+    A tied head that is stored separately gets the embedding's rows too, unless it has its own.
 
     Raises
     ------
     ModelError
-        If the rows fit no embedding, or a token is none of it.
+        If the rows fit no embedding, or a token is out of range.
     """
     found = dict(tensors)
     shared = shared_heads(adapter) if tied else set()
@@ -55,7 +55,7 @@ def _place(
     *,
     tied: bool,
 ) -> str:
-    """Return the embedding or head whose tokens were trained; a tied head is given a tensor of its own."""
+    """Return the embedding or head whose tokens were trained; a tied head gets its own tensor."""
     plain = f"{module}.weight"
 
     def fits(name: str) -> bool:
