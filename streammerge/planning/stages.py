@@ -166,7 +166,7 @@ def stage_index(plan: MergePlan, directory: Path) -> TensorIndex:
     ConfigError
         If the stage's result is to be quantised.
     """
-    if any(job.encoder is not None for job in plan.jobs):
+    if plan.config.quantize != "none":
         raise ConfigError(
             f"{plan.config.where}: quantize: a stage is not stored: quantise the output, or write the stage with --keep-stages"
         )

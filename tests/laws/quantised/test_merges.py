@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
 from streammerge import merge
-from streammerge.errors import ModelError
+from streammerge.errors import ConfigError, ModelError
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
 from tests.laws.quantised.rules import fp8, raw_tensors
 
@@ -152,3 +153,18 @@ def test_a_quantised_model_and_one_that_is_not_merge_into_either_form(tmp_path: 
     )
     again = load_file(tmp_path / "c/model.safetensors")["model.layers.0.k_proj.weight"]
     assert np.abs(again - values).max() <= np.abs(values).max() / 16
+
+
+@pytest.mark.parametrize("quantize", ["same", "fp8"])
+def test_a_stage_is_not_quantised_even_where_its_codes_are_copied(
+    quantize: str, paths: list[Path], tmp_path: Path
+) -> None:
+    coded = write_fp8(tmp_path / "a", 0, 1) if quantize == "same" else paths[1]
+    stage = {"name": "one", "merge_method": "passthrough", "models": [str(coded)], "quantize": quantize}
+    last = {"merge_method": "linear", "models": [{"model": "one", "parameters": {"weight": 1.0}}]}
+    with pytest.raises(ConfigError, match="a stage is not stored: quantise the output"):
+        merge(yaml.safe_dump_all([stage, last], sort_keys=False), tmp_path / "out", progress=False)
+    last["quantize"] = quantize
+    if quantize == "fp8":
+        merge(yaml.safe_dump_all([{**stage, "quantize": "none"}, last]), tmp_path / "out", progress=False)
+        assert f"model.layers.0.mlp.up_proj{ENDS[1]}" in raw_tensors(tmp_path / "out/model.safetensors")
