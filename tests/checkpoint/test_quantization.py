@@ -125,7 +125,8 @@ def write(path, seed, declared=True):
         "norm.weight": torch.rand(8, generator=g),
     }
     save_file(tensors, path / "model.safetensors")
-    entry = {"quantization_config": {"quant_method": "gptq", "bits": 4}} if declared else {}
+    # A method that nothing decodes, in the layout that it shares with GPTQ.
+    entry = {"quantization_config": {"quant_method": "auto-round", "bits": 4}} if declared else {}
     (path / "config.json").write_text(json.dumps({"model_type": "llama", **entry}))
     return tensors
 
@@ -147,7 +148,8 @@ def test_codes_are_never_merged_however_they_are_declared(here, declared):
         write(here / name, seed, declared)
     for run in (plan, lambda config: merge(config, "out")):
         with pytest.raises(
-            ModelError, match=r"tensor l\.0\.q\.qweight is quantised \(quantisation: GPTQ.*dequantise"
+            ModelError,
+            match=r"tensor l\.0\.q\.qweight is quantised \(quantisation: (AutoRound|GPTQ).*dequantise",
         ):
             run(linear("a", "b"))
         with pytest.raises(ModelError, match=r"l\.0\.q\.qzeros belongs to quantised tensors"):
@@ -197,6 +199,6 @@ def test_an_adapter_goes_on_no_codes(here):
     write(here / "a", 1)
     (here / "lora").mkdir()
     with pytest.raises(
-        ModelError, match=r"a is quantised \(GPTQ\), and an adapter goes on float weights: dequantise"
+        ModelError, match=r"a is quantised \(AutoRound\), and an adapter goes on float weights: dequantise"
     ):
         plan(linear("a+lora", "a"))

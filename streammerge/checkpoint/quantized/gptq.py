@@ -83,10 +83,20 @@ def _weight(
         f"GPTQ INT{bits}",
         Packed(contiguous(zero), bits, outputs, offset=less),
         transposed=True,
-        # Writers and readers of format 1 disagree on what the largest code plus one is.
-        largest_zero=(1 << bits) - 1,
+        largest_zero=(1 << bits) - 1 if _may_have_wrapped(declaration) else None,
     )
     return Weight(ref)
+
+
+def _may_have_wrapped(declaration: Declaration) -> bool:
+    """Return whether a zero point of 0 may have been stored as one less: GPTQModel subtracts from whole words.
+
+    The borrow spoils the zero point behind it, and what is read depends on how a loader adds one. Files of AutoGPTQ are read
+    as its kernels read them: what is stored, plus one.
+    """
+    meta = declaration.settings.get("meta")
+    writer = str(meta.get("quantizer") if isinstance(meta, Mapping) else None)
+    return declaration.settings.get("sym") is False and "gptqmodel" in writer.lower()
 
 
 def _bits(declaration: Declaration, codes: SourceRef, zero: SourceRef, outputs: int) -> int:

@@ -170,11 +170,17 @@ def numbers() -> Iterator[Case]:
         yield Case(f"packed: a group of {index}", models("pack-quantized g_idx", change), "are 5 groups")
     yield Case(
         "gptq: a zero point that loaders read differently",
-        models("gptq 4 bits", number(".qzeros", 0, b"\xff\xff\xff\xff")), "zero point of 16",
+        models("gptq 4 bits", wrapped), "zero point of 16",
     )  # fmt: skip
     yield Case(
         "nf4: a table of NaN", models("nf4", number(".weight.quant_map", 1, f32(NAN))), "no scale can be"
     )
+
+
+def wrapped(entries: Entries, config: dict[str, Any]) -> None:
+    """Store zero points of 0 as GPTQModel does in format 1."""
+    number(".qzeros", 0, b"\xff\xff\xff\xff")(entries, config)
+    declared(sym=False, meta={"quantizer": ["gptqmodel:4.2.0"]})(entries, config)
 
 
 def declarations() -> Iterator[Case]:
