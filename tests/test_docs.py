@@ -21,7 +21,7 @@ from streammerge.config import MergeConfig, parse_config
 from streammerge.estimate.fisher.importing import import_diagonal
 from tests.checkpoint.adapters.scene import factors, write_adapter
 from tests.checkpoint.tokenizers.scene import write_tokenizer
-from tests.conftest import read_tensors, write_fisher, write_grams
+from tests.conftest import read_tensors, write_fisher, write_grams, write_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -75,6 +75,9 @@ def test_every_config_in_the_docs_runs_on_models_of_these_names(
     for source, name in zip(make_models(n_models=len(names) - 1, **shapes_for(config)), names, strict=True):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         source.rename(name)
+        strips = {spec.reference: spec.strip for spec in config.models}
+        if prefix := strips.get(name, "" if asked is None else asked.strip):
+            write_model(Path(name), {prefix + n: t for n, t in read_tensors(Path(name)).items()})
         if config.tokenizer is not None:
             write_tokenizer(Path(name), {"<s>": 0, "</s>": 1, "<|im_start|>": 2})
     for seed, adapter in enumerate(sorted(adapters)):

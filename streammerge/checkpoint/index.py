@@ -283,7 +283,7 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     for shard in shards.names:
         contents = open_file(directory / shard)
         notes += _beside(directory / shard, contents)
-        stamps.append(contents.stamp)
+        stamps += [contents.stamp, *contents.more_stamps]
         metadata = contents.metadata
         for name, ref in contents.refs.items():
             if weight_map is not None and weight_map.get(name) != shard:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from streammerge.checkpoint.shards import find_distributed
 from streammerge.checkpoint.weight_names import PIPELINE
 from streammerge.checkpoint.weight_sets import find_sets
 from streammerge.formats.registry import suffixes
 from streammerge.formats.torch_file import PICKLES
 from streammerge.io.files import bad, from_os, quoted
 
-_MARKS = (PIPELINE, "adapter_config.json", ".metadata")
+_MARKS = (PIPELINE, "adapter_config.json")
 """Files that show that a directory holds a model of another kind than a set of weights: opening it says more."""
 _NO_MODEL = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state)(_\d+)?", re.ASCII)
 """Stems of what trainers keep in PyTorch files."""
@@ -49,7 +50,8 @@ def natural(name: str) -> tuple[object, ...]:
 
 def holds_model(directory: Path, present: Collection[str]) -> bool:
     """Whether something in a directory shows that it is a model, sound or not."""
-    return bool(find_sets(present)) or any(mark in present for mark in _MARKS)
+    marked = any(mark in present for mark in _MARKS)
+    return marked or bool(find_sets(present)) or bool(find_distributed(directory, present))
 
 
 def find_run(directory: Path, pattern: str | None = None) -> Run:

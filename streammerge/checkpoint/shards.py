@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.checkpoint.weight_sets import WeightSet, find_sets, no_model
+from streammerge.formats.torch_dcp import MEGATRON, METADATA
 from streammerge.io.files import bad, from_os, quoted
 from streammerge.io.strict_json import read_object
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+
+_OF_ACCELERATE = re.compile(r"pytorch_model_fsdp_\d+", re.ASCII)
+"""Folder in which accelerate, and so the Trainer, keeps the weights of a model that is sharded over processes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +48,8 @@ def find_shards(directory: Path) -> Shards:
     except OSError as error:
         raise from_os(str(directory), error) from error
     found = find_sets(present)
+    if not found and (metadata := find_distributed(directory, present)):
+        return Shards((metadata,), None)
     if not found and "adapter_config.json" in present:
         raise bad(
             str(directory),
@@ -66,6 +73,27 @@ def find_shards(directory: Path) -> Shards:
     taken = set(names)
     others = [some for some in found if some is not best and (not some.names or not set(some.names) <= taken)]
     return Shards(names, weight_map, _about(best, others), best.index or "")
+
+
+def find_distributed(directory: Path, present: Collection[str]) -> str:
+    """Return the ``.metadata`` of a directory of torch.distributed.checkpoint, or of the one that accelerate puts into it.
+
+    Raises
+    ------
+    ModelError
+        If Megatron wrote it in a format that is not read.
+    """
+    folders = [name for name in sorted(present) if _OF_ACCELERATE.fullmatch(name)]
+    for name in (METADATA, *(f"{folder}/{METADATA}" for folder in folders)):
+        if os.path.lexists(directory / name):
+            return name
+    if "common.pt" in present and MEGATRON in present:
+        backend = read_object(str(directory / MEGATRON), "finite").get("sharded_backend")
+        raise bad(
+            str(directory),
+            f"a checkpoint of Megatron in its format {quoted(str(backend), 40)}: only torch_dist is read",
+        )
+    return ""
 
 
 def _has_shards(path: Path, some: WeightSet, present: Collection[str]) -> bool:

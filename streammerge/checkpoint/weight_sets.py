@@ -15,10 +15,11 @@ from functools import cache
 from streammerge.formats.lookalikes import GGUF
 from streammerge.formats.registry import suffixes
 from streammerge.formats.safetensors import SUFFIX
+from streammerge.formats.torch_dcp import METADATA
 from streammerge.formats.torch_file import PICKLES
 
 _VARIANTS = "fp16|bf16|f16|fp32|f32|fp8|half|8bit|4bit|int8|int4|non_ema|ema|no_ema|flax|tf"
-_BY_PATH_ONLY = PICKLES[1:]
+_BY_PATH_ONLY = (*PICKLES[1:], METADATA)
 """Ends of names that may be anything in a directory: such a file is a model only where it is named itself."""
 _KNOWN = ("model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model", "pytorch_model")
 """Stems that libraries look for."""

@@ -56,6 +56,12 @@ _PLANNED = ("memory", "threads", "device", "shard_size")
 @option(
     "--dtype", metavar="NAME", group=OUTPUT, help="Dtype of the output  [default: that of the checkpoints]"
 )
+@option(
+    "--strip",
+    metavar="PREFIX",
+    group=METHODS,
+    help="Taken off the names of tensors, such as model.; those without it are left out.",
+)
 @option("--plan", "only_plan", is_flag=True, group=MESSAGES, help="Show what would be done; write nothing.")
 @resource_options
 @writing_options
@@ -67,6 +73,7 @@ def average(
     last: int | None,
     schedule: str,
     pattern: str | None,
+    strip: str | None,
     dtype: str | None,
     only_plan: bool,
     quiet: bool,
@@ -80,7 +87,7 @@ def average(
     by one, the oldest first. This is the same as a config with `checkpoints:`.
     """
     asked: dict[str, Any] = {"directory": models[0] if len(models) == 1 else list(models)}
-    asked |= {"pattern": pattern, "last": last, "schedule": schedule}
+    asked |= {"pattern": pattern, "last": last, "schedule": schedule, "strip": strip}
     config: dict[str, Any] = {
         "merge_method": "linear",
         "checkpoints": {key: value for key, value in asked.items() if value is not None},

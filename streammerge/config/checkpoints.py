@@ -8,7 +8,7 @@ from streammerge.config.references import parse_text
 from streammerge.config.schedules import Schedule, parse_schedule
 from streammerge.config.wording import check_keys, child, refuse, shown
 
-_KEYS = ("directory", "pattern", "last", "schedule")
+_KEYS = ("directory", "pattern", "last", "schedule", "strip")
 _METHOD = "linear"
 
 
@@ -23,6 +23,8 @@ class Checkpoints:
     last: int | None = None
     """Number of newest checkpoints to use; None: all."""
     schedule: Schedule = field(default=Schedule())
+    strip: str = ""
+    """The prefix that is taken off the names of the tensors of each."""
     path: str = ""
     """Its place in the config, for messages."""
 
@@ -64,6 +66,7 @@ def parse_checkpoints(data: dict[str, object], top: str) -> Checkpoints | None:
         pattern=None if pattern is None else parse_text(pattern, child(path, "pattern")),
         last=last,
         schedule=parse_schedule(value.get("schedule", "sma"), child(path, "schedule")),
+        strip=parse_text(value["strip"], child(path, "strip")) if "strip" in value else "",
         path=path,
     )
 

@@ -57,3 +57,11 @@ def _parse_place(value: object, path: str) -> str:
         if "@" in text:
             refuse(child(path, key), f"'@' in {shown(text)} (it divides path and revision)")
     return f"{location}@{revision}"
+
+
+def parse_base(value: object, path: str) -> tuple[str, str]:
+    """Return the reference of a base model, and the prefix that is taken off its names: ``{model: …, strip: "model."}``."""
+    if not isinstance(value, dict) or "strip" not in value:
+        return parse_reference(value, path), ""
+    rest = {key: item for key, item in value.items() if key != "strip"}
+    return parse_reference(rest, path), parse_text(value["strip"], child(path, "strip"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoints
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
-from streammerge.config.references import parse_reference, parse_text
+from streammerge.config.references import parse_base, parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
 from streammerge.config.tensors import Tensors, parse_tensors
 from streammerge.config.tokenizer import ChatTemplate, TokenizerSpec, parse_chat_template, parse_tokenizer
@@ -27,7 +27,7 @@ from streammerge.config.wording import PATH_LIMIT, check_keys, child, refuse, sh
 from streammerge.errors import printable
 
 _INPUTS = ("models", "slices", "modules", "checkpoints")
-_MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram")
+_MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram", "strip")
 _SLICE_KEYS = ("sources", "base_model", "parameters")
 _MODULE_KEYS = ("models", "slices", "parameters")
 
@@ -51,6 +51,8 @@ class ModelSpec:
     """The layers [first, end) that a slice takes; None: all."""
     again: int = 0
     """Number of earlier entries of the same model without an alias."""
+    strip: str = ""
+    """The prefix that is taken off the names of its tensors."""
 
     @property
     def name(self) -> str:
@@ -69,6 +71,8 @@ class Slice:
     path: str = ""
     base: ModelSpec | None = None
     """The base in effect, once it is determined; it is then not among the sources."""
+    base_strip: str = ""
+    """The prefix that is taken off the names of its own base."""
 
     @property
     def is_empty(self) -> bool:
@@ -129,6 +133,8 @@ class MergeConfig:
     """The output's chat template; ``auto``: the most common one; None: the tokenizer's."""
     checkpoints: Checkpoints | None = None
     """What is averaged in place of models that are listed; `models` has none of them until they are looked for."""
+    base_strip: str = ""
+    """The prefix that is taken off the names of the base."""
     averaged: tuple[Averaged, ...] = ()
     """The checkpoints that were found, oldest first, those that have no part too."""
     name: str | None = None
@@ -177,12 +183,13 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
     check_keys(data, top, KEYS, misplaced)
     if "merge_method" not in data:
         refuse(top, "'merge_method' is missing")
-    base = data.get("base_model")
+    base, base_strip = _base(data, top)
     modules = _modules(data, top, notes)
     return MergeConfig(
         merge_method=parse_text(data["merge_method"], child(top, "merge_method")),
         models=members_of(modules),
-        base_model=None if base is None else parse_reference(base, child(top, "base_model")),
+        base_model=base,
+        base_strip=base_strip,
         dtype=parse_dtype(data.get("dtype"), child(top, "dtype")),
         out_dtype=parse_dtype(data.get("out_dtype"), child(top, "out_dtype")),
         quantize=parse_quantize(data.get("quantize"), child(top, "quantize")),
@@ -198,6 +205,12 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         chat_template=parse_chat_template(data.get("chat_template"), child(top, "chat_template")),
         checkpoints=parse_checkpoints(data, top),
     )
+
+
+def _base(data: dict[str, object], path: str) -> tuple[str | None, str]:
+    """Return the base that a map names, and the prefix that is taken off its names."""
+    value = data.get("base_model")
+    return (None, "") if value is None else parse_base(value, child(path, "base_model"))
 
 
 def _modules(data: dict[str, object], path: str, notes: list[str]) -> tuple[Module, ...]:
@@ -263,10 +276,11 @@ def _slice(data: object, path: str, notes: list[str]) -> Slice:
                 child(spec.path, "layer_range"),
                 f"{length} layers, but {lengths[0]} of the slice's first source",
             )
-    base = data.get("base_model")
+    base, base_strip = _base(data, path)
     return Slice(
         sources=sources,
-        base_model=None if base is None else parse_reference(base, child(path, "base_model")),
+        base_model=base,
+        base_strip=base_strip,
         parameters=_parameters(data.get("parameters"), child(path, "parameters")),
         path=path,
     )
@@ -322,7 +336,9 @@ def _model(data: object, path: str, notes: list[str], layers: bool) -> ModelSpec
         if key not in data:
             refuse(path, f"'{key}' is missing")
     texts = {
-        key: parse_text(data[key], child(path, key)) for key in ("alias", "fisher", "gram") if key in data
+        key: parse_text(data[key], child(path, key))
+        for key in ("alias", "fisher", "gram", "strip")
+        if key in data
     }
     return ModelSpec(
         reference=parse_reference(data["model"], child(path, "model")),
@@ -332,6 +348,7 @@ def _model(data: object, path: str, notes: list[str], layers: bool) -> ModelSpec
         gram=_expanded(texts.get("gram")),
         path=path,
         layer_range=parse_layer_range(data["layer_range"], child(path, "layer_range")) if layers else None,
+        strip=texts.get("strip", ""),
     )
 
 

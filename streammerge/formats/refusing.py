@@ -23,14 +23,16 @@ def need(sound: bool, otherwise: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An open file."""
+    """An open file, or a part of one that is like a file itself."""
 
     fd: int
     nbytes: int
     path: str
+    begin: int = 0
+    """Where the part begins in the file; offsets are counted from there."""
 
     def read(self, offset: int, nbytes: int, what: str) -> bytes:
         """Return a range of it; refuse one that is not inside."""
         end = f"{what} is beyond the end of the file ({self.nbytes} bytes): {AGAIN}"
         need(0 <= offset <= self.nbytes - nbytes, end)
-        return read_exactly(self.fd, nbytes, offset, self.path)
+        return read_exactly(self.fd, nbytes, self.begin + offset, self.path)

@@ -32,6 +32,8 @@ class Contents:
     """Names of entries that are not tensors: the state of an optimizer, numbers, settings."""
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Texts that the file says of itself."""
+    more_stamps: tuple[FileStamp, ...] = ()
+    """Of the other files that its tensors lie in."""
 
 
 Open = Callable[["str | os.PathLike[str]"], Contents]

@@ -47,11 +47,16 @@ def open_safetensors(path: str | os.PathLike[str]) -> Contents:
 
 
 def read_header(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str], begin: int = 0
 ) -> tuple[dict[str, TensorRef], dict[str, str], FileStamp]:
     """Return the tensors of a file in the order of their bytes, its metadata and its stamp.
 
     Reads the header only. Every byte of the file is accounted for: by the header or by one tensor.
+
+    Parameters
+    ----------
+    begin
+        Where it begins, if it is the end of a file of something else.
 
     Raises
     ------
@@ -62,18 +67,18 @@ def read_header(
     """
     path = os.fspath(path)
     with reading(path) as (fd, status):
-        raw = _raw_header(fd, status.st_size, path)
+        raw = _raw_header(fd, status.st_size - begin, path, begin)
     header = parse_object(raw, path, "the header", "natural")
     metadata = _metadata(header.pop("__metadata__", {}), path)
-    tensors = _tensors(header, path, 8 + len(raw), status.st_size)
+    tensors = _tensors(header, path, begin + 8 + len(raw), status.st_size)
     stamp = FileStamp.of(path, status, raw)
     return tensors, metadata, stamp
 
 
-def _raw_header(fd: int, file_nbytes: int, path: str) -> bytes:
-    if file_nbytes == 0:
+def _raw_header(fd: int, file_nbytes: int, path: str, begin: int) -> bytes:
+    if file_nbytes <= 0:
         raise bad(path, "an empty file: download or copy it again")
-    first = read_exactly(fd, min(8, file_nbytes), 0, path)
+    first = read_exactly(fd, min(8, file_nbytes), begin, path)
     nbytes = int.from_bytes(first, "little")
     if nbytes > MAX_NBYTES:
         torch = first.startswith((b"PK\x03\x04", b"\x80\x02"))
@@ -86,7 +91,7 @@ def _raw_header(fd: int, file_nbytes: int, path: str) -> bytes:
     if nbytes > file_nbytes - 8:
         what = f"header length {nbytes} is beyond the end of the file ({file_nbytes} bytes)"
         raise bad(path, f"{what}: download or copy it again")
-    raw = read_exactly(fd, nbytes, 8, path)
+    raw = read_exactly(fd, nbytes, begin + 8, path)
     if not raw.startswith(b"{"):
         raise bad(path, "the header is not a JSON object: not safetensors")
     return raw

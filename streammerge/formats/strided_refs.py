@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from streammerge.formats.refs import MadeRef, TensorRef
 
 STRIDED_BLOCK = 1 << 20
 """Bytes of a file that are read together, of which some elements are taken."""
+
+Box = list[tuple[int, int]]
+"""Where it begins and ends on each axis."""
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """Yield the boxes that elements `start` to `stop` of a tensor make up, in their order.
+
+    >>> list(boxes((4, 3), 2, 10))
+    [[(0, 1), (2, 3)], [(1, 3), (0, 3)], [(3, 4), (0, 1)]]
+    """
+    steps = row_major(shape)
+    position = start
+    while position < stop:
+        # The outermost axis along which a whole step fits, from here on.
+        axis = next(
+            (i for i, step in enumerate(steps) if position % step == 0 and position + step <= stop),
+            len(shape),
+        )
+        if axis == len(shape):  # a scalar
+            yield []
+            return
+        index = [position // step % size for step, size in zip(steps, shape, strict=True)]
+        n = min((stop - position) // steps[axis], shape[axis] - index[axis])
+        yield [
+            (index[i], index[i] + 1) if i < axis else (index[i], index[i] + n) if i == axis else (0, shape[i])
+            for i in range(len(shape))
+        ]
+        position += n * steps[axis]
+
+
+def row_major(shape: Sequence[int]) -> list[int]:
+    """Return the elements from one index to the next, axis by axis, of a tensor that lies row by row."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,16 +62,16 @@ def open_pickle(path: str | os.PathLike[str]) -> Contents:
     with reading(path) as (fd, status):
         try:
             source = Source(fd, status.st_size, path)
-            value, header = _run(source)
+            value, header = run_program(source)
             tensors, left_out = _tensors(value)
-            refs = [_ref(name, tensor, source) for name, tensor in tensors.items()]
+            refs = [ref_of(name, tensor, source) for name, tensor in tensors.items()]
         except Refused as refusal:
             raise bad(path, str(refusal)) from None
     refs.sort(key=lambda ref: (ref.stored.offset, ref.nbytes))
     return Contents({ref.name: ref for ref in refs}, FileStamp.of(path, status, header), left_out)
 
 
-def _run(source: Source) -> tuple[Any, bytes]:
+def run_program(source: Source) -> tuple[Any, bytes]:
     """Return what the program of a file makes, and the bytes that decide it."""
     need(source.nbytes > 0, f"an empty file: {AGAIN}")
     first = source.read(0, min(512, source.nbytes), "its start")
@@ -174,7 +174,8 @@ def _kind(value: Any) -> str:
     return f"of type {'dict' if type(value) is Names else type(value).__name__}"
 
 
-def _ref(name: str, tensor: Tensor, source: Source) -> TensorRef | StridedRef:
+def ref_of(name: str, tensor: Tensor, source: Source) -> TensorRef | StridedRef:
+    """Return where a tensor of a file lies, checked against its storage."""
     where, shape, strides = f"tensor {quoted(name)}", tensor.shape, tensor.strides
     whole = _sizes(shape) and _sizes(strides) and _sizes((tensor.skip,)) and len(shape) == len(strides)
     need(whole, f"{where}: its offset, shape or strides are not whole numbers from 0 on")
@@ -197,7 +198,7 @@ def _ref(name: str, tensor: Tensor, source: Source) -> TensorRef | StridedRef:
         f"wants bytes {begin} to {begin + nbytes} of {quoted(storage.root.name)}, which has {storage.nbytes}"
     )
     need(begin + nbytes <= storage.nbytes, f"{where} {what}")
-    offset = storage.root.begin + storage.begin + begin
+    offset = source.begin + storage.root.begin + storage.begin + begin
     if contiguous:
         return TensorRef(name, tensor.dtype, shape, source.path, offset, nbytes)
     repeats = n * width > source.nbytes + _MOST_REPEATED

@@ -56,6 +56,9 @@ class Machine:
         Most bytes that are read of the source.
     """
 
+    most_steps = 0
+    """Most opcodes of a program, where that is not `MAX_STEPS`."""
+
     def __init__(self, raw: bytes, storages: Storages, source: Source | None = None, limit: int = 0) -> None:
         self.raw, self.storages = raw, storages
         self.source, self.limit = source, limit
@@ -73,7 +76,7 @@ class Machine:
         """Return what the program leaves on the stack."""
         self.clear()
         try:
-            for _ in range(MAX_STEPS):
+            for _ in range(self.most_steps or MAX_STEPS):
                 code = self.take(1)
                 if code == b".":
                     return self.stack.pop()
@@ -82,7 +85,7 @@ class Machine:
                 _STEPS[code](self)
         except (IndexError, ValueError):
             raise Refused(f"its data.pkl is broken before byte {self.at}: {AGAIN}") from None
-        raise Refused(f"its data.pkl has more than {MAX_STEPS} opcodes")
+        raise Refused(f"its data.pkl has more than {self.most_steps or MAX_STEPS} opcodes")
 
     def _have(self, nbytes: int) -> bool:
         """Read on until the program has `nbytes`, if the source has so many."""
@@ -176,12 +179,16 @@ class Machine:
             self.memo.append(None)
         self.memo[index : index + 1] = [self.stack[-1]]
 
+    def new_dict(self) -> Names:
+        """Return an empty dict."""
+        return Names()
+
     def set_items(self, items: tuple[Any, ...]) -> None:
         """Put keys and values, alternating, into the dict on top."""
         target = self.stack[-1]
         if isinstance(target, Foreign):
             return
-        if type(target) is not Names or len(items) % 2:
+        if not isinstance(target, Names) or len(items) % 2:
             raise ValueError
         fill(target, zip(items[::2], items[1::2], strict=True))
 
@@ -197,7 +204,7 @@ class Machine:
     def build(self) -> None:
         """Drop the attributes of what is on top: torch's `_metadata`, or what somebody put on a tensor."""
         self.stack.pop()
-        if type(self.stack[-1]) not in (Names, Tensor, Foreign):
+        if not isinstance(self.stack[-1], (Names, Tensor, Foreign)):
             raise ValueError
 
     def find(self, module: Any, name: Any) -> None:
@@ -324,10 +331,10 @@ _STEPS: dict[bytes, Callable[[Machine], object]] = {
     b"\x8f": lambda m: m.push(Foreign("a set")),
     b"\x90": lambda m: m.append(m.pop_mark()),
     b"\x91": Machine.pop_set,
-    b"}": lambda m: m.push(Names()),
+    b"}": lambda m: m.push(m.new_dict()),
     b"s": lambda m: m.set_items(m.pop(2)),
     b"u": lambda m: m.set_items(m.pop_mark()),
-    b"b": Machine.build,
+    b"b": lambda m: m.build(),
     b"q": lambda m: m.put(m.number(1)),
     b"r": lambda m: m.put(m.number(4)),
     b"\x94": lambda m: m.put(len(m.memo)),
@@ -336,7 +343,7 @@ _STEPS: dict[bytes, Callable[[Machine], object]] = {
     b"c": lambda m: m.find(m.line(), m.line()),
     b"\x93": lambda m: m.find(*m.pop(2)),
     b"Q": Machine.find_storage,
-    b"R": Machine.reduce,
-    b"\x81": Machine.reduce,
+    b"R": lambda m: m.reduce(),
+    b"\x81": lambda m: m.reduce(),
     b"\x92": Machine.reduce_with_keywords,
 }

@@ -42,7 +42,7 @@ def settle_checkpoints(config: MergeConfig) -> MergeConfig:
         names = ", ".join(printable(one.reference, 80) for one in idle[:3])
         notes.append(f"the schedule {asked.schedule} gives a coefficient of 0, and does not read: {names}")
     module = config.modules[0]
-    part = replace(module.slices[0], sources=_models(averaged, asked.path))
+    part = replace(module.slices[0], sources=_models(averaged, asked))
     normalize = parse_setting(False, child(asked.path, "schedule"))
     return replace(
         config,
@@ -54,13 +54,14 @@ def settle_checkpoints(config: MergeConfig) -> MergeConfig:
     )
 
 
-def _models(averaged: tuple[Averaged, ...], path: str) -> tuple[ModelSpec, ...]:
+def _models(averaged: tuple[Averaged, ...], asked: Checkpoints) -> tuple[ModelSpec, ...]:
     times: Counter[str] = Counter()
     models = []
     for one in averaged:
         if one.coefficient:
-            weight = parse_setting(one.coefficient, child(path, "schedule"))
-            models.append(ModelSpec(one.reference, {"weight": weight}, path=path, again=times[one.reference]))
+            weight = parse_setting(one.coefficient, child(asked.path, "schedule"))
+            spec = ModelSpec(one.reference, {"weight": weight}, path=asked.path, strip=asked.strip)
+            models.append(replace(spec, again=times[one.reference]))
             times[one.reference] += 1
     return tuple(models)
 

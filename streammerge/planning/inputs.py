@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from streammerge.checkpoint.companions import CompanionIndex, open_fisher, open_grams
 from streammerge.checkpoint.components import shared_folders
 from streammerge.checkpoint.index import TensorIndex, open_model, with_adapter
+from streammerge.checkpoint.stripped import stripped
 from streammerge.config.schema import MergeConfig
 from streammerge.config.stages import stage_of
+from streammerge.config.strips import strips_of
 from streammerge.errors import ModelError, NotDownloadedError, printable
 from streammerge.io.files import meant
 from streammerge.io.reader import Reader
@@ -49,8 +51,8 @@ class Inputs:
 
     @property
     def template(self) -> TensorIndex:
-        """The model whose config.json, tokenizer and tensor names the output has: the base, else the first model."""
-        return self.base if self.base is not None else self.models[0]
+        """The model whose config.json, tokenizer and tensor names the output has: see `template_of`."""
+        return template_of(self.models, self.base)
 
     @property
     def own(self) -> tuple[TensorIndex, ...]:
@@ -63,6 +65,11 @@ class Inputs:
         return {index.reference: index for index in (*self.models, *self.bases, self.template)}
 
 
+def template_of(models: Sequence[TensorIndex], base: TensorIndex | None) -> TensorIndex:
+    """Return the base; without one the first model that has a config.json, or the first where none has."""
+    return base if base is not None else next((model for model in models if model.config), models[0])
+
+
 def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs:
     """Open every model once, the base, the bases of slices, and the models' stores.
 
@@ -72,10 +79,11 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs
         If one of them is missing or malformed, or a store belongs to a different model.
     """
     opened: dict[str, TensorIndex] = {}
+    strips = strips_of(config)
 
     def get(reference: str) -> TensorIndex:
         if reference not in opened:
-            opened[reference] = _open(reference, sources)
+            opened[reference] = stripped(_open(reference, sources), strips.get(reference, ""))
         return opened[reference]
 
     _find_all(config, get)

@@ -9,7 +9,7 @@ from typing import Any
 from streammerge.backends.base import Backend
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
-from streammerge.errors import BudgetError, ConfigError
+from streammerge.errors import BudgetError, ConfigError, printable
 from streammerge.methods.registry import Method
 from streammerge.planning.files.config_json import all_settings
 from streammerge.planning.files.ecosystem import SENTENCE_TRANSFORMERS, ecosystem_of, ecosystem_of_component
@@ -177,6 +177,9 @@ def _files_beside(
 ) -> _Files:
     indexes = matched.indexes
     settings, remarks = all_settings(config, template, indexes, storage, resolved.stacks, alignment)
+    if not settings:
+        what = f"no config.json in {printable(template.reference)}, and so none in the output"
+        remarks = [*remarks, f"{what}: put the one of its architecture there before you load it"]
     tokenizer = None
     if alignment is not None or config.chat_template is not None:
         tokenizer = tokenizer_files(config, template, indexes, alignment)

@@ -21,6 +21,7 @@ from streammerge.methods.registry import Method
 from streammerge.planning.backend import backend_of
 from streammerge.planning.files.surroundings import Surroundings
 from streammerge.planning.files.tokenizer import TokenizerFiles
+from streammerge.planning.inputs import template_of
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout
 from streammerge.planning.memory.allocate import StatisticsMemory
@@ -118,8 +119,8 @@ class MergePlan:
 
     @property
     def template(self) -> TensorIndex:
-        """The model whose config.json, tokenizer and tensor names the output has: the base, else the first model."""
-        return self.base if self.base is not None else self.models[0]
+        """The model whose config.json, tokenizer and tensor names the output has: see `template_of`."""
+        return template_of(self.models, self.base)
 
     @property
     def inputs(self) -> tuple[TensorIndex, ...]:

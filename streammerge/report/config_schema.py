@@ -88,6 +88,7 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
 
 
 _OBJECT = {"type": "object", "additionalProperties": False}
+_STRIP = "The prefix that is taken off the names of its tensors"
 _LAYER_RANGE = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
 
 
@@ -101,6 +102,7 @@ def _checkpoints() -> dict[str, Any]:
                 "description": "Directory whose checkpoints are averaged, in natural order",
             },
             "pattern": {**text, "description": "Pattern of their names, such as checkpoint-*"},
+            "strip": {**text, "description": _STRIP},
             "last": {"type": "integer", "minimum": 1, "description": "Only this many of the newest"},
             "schedule": {
                 "anyOf": [text, _object({"kind": {"enum": list(KINDS)}, "decay": True}, "kind")],
@@ -126,6 +128,7 @@ def _model(reference: dict[str, Any], parameters: dict[str, Any]) -> dict[str, A
         "alias": {**path, "description": "Names the model's random stream"},
         "fisher": {**path, "description": "Its Fisher diagonal: a store or a safetensors file"},
         "gram": {**path, "description": "Its store of Gram matrices"},
+        "strip": {**path, "description": _STRIP},
     }
 
 

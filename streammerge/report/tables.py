@@ -83,6 +83,7 @@ def inspect_text(
     lines += [
         f"{printable(t['name']):<{width}}  {t['dtype']:<8} {t['shape']!s:<18} {format_size(t['nbytes']):>9}  "
         f"{printable(t['file'])}"
+        + (f" … in {t['chunks']} chunks" if "chunks" in t else "")
         + (f" + adapter of rank {t['adapter_rank']}" if "adapter_rank" in t else "")
         + (f": {t['stored_as']}" if "stored_as" in t else "")
         for t in shown

@@ -18,6 +18,7 @@ from streammerge.tensors import (
     integers,
     patched,
     quantized,
+    sharded,
     strided,
 )
 from streammerge.timing import Stages
@@ -33,6 +34,7 @@ __all__ = [
     "quantized",
     "read_elements",
     "read_source",
+    "sharded",
     "strided",
 ]
 """The modules register the readers of their kinds when this is imported."""

@@ -7,7 +7,6 @@ whole and its elements are taken. Where they lie far apart each run is read by i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -15,7 +14,8 @@ from numpy.lib.stride_tricks import as_strided
 
 from streammerge.dtypes import itemsize
 from streammerge.formats.readers import reads
-from streammerge.formats.strided_refs import STRIDED_BLOCK, StridedRef
+from streammerge.formats.refs import TensorRef
+from streammerge.formats.strided_refs import STRIDED_BLOCK, Box, StridedRef, boxes, row_major
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
@@ -24,8 +24,6 @@ from streammerge.numerics.casts import BYTE
 _GAP_BYTES = 1 << 14
 """Bytes between two runs that are rather read than skipped."""
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-Box = list[tuple[int, int]]
-"""Where it begins and ends on each axis."""
 
 
 @reads(StridedRef)
@@ -42,15 +40,38 @@ def read_strided(
     width = itemsize(ref.dtype)
     room = scratch.take((max(STRIDED_BLOCK, 64),), BYTE)
     out = target[: (stop - start) * width].reshape(-1, width)
-    steps = _row_major(ref.shape)
+    steps = row_major(ref.shape)
     for box in boxes(ref.shape, start, stop):
-        for part in _blocks(box, ref.strides, width):
-            first = sum(begin * stride for (begin, _), stride in zip(part, ref.strides, strict=True))
-            span = _span(part, ref.strides)
-            block = room[: span * width]
-            reader.read_into(ref.path, ref.source.offset + first * width, block)
-            at = sum(begin * step for (begin, _), step in zip(part, steps, strict=True)) - start
-            _copy(out, at, steps, block.reshape(-1, width), ref.strides, [end - begin for begin, end in part])
+        copy_box(reader, ref.source, ref.strides, box, out, -start, steps, room)
+
+
+def copy_box(
+    reader: Reader,
+    source: TensorRef,
+    strides: Sequence[int],
+    box: Box,
+    out: Bytes,
+    origin: int,
+    steps: Sequence[int],
+    room: Bytes,
+) -> None:
+    """Read a box of elements to their places, by way of `room` (a `STRIDED_BLOCK`).
+
+    Parameters
+    ----------
+    source, strides
+        The stretch of a file that the elements lie in, and the elements of it from one index to the next.
+    out, origin, steps
+        Where they go: rows of bytes, an element each; the row of the element at index 0 on every axis (it may lie before
+        the first), and the rows from one index to the next.
+    """
+    width = itemsize(source.dtype)
+    for part in _blocks(box, strides, width):
+        first = sum(begin * stride for (begin, _), stride in zip(part, strides, strict=True))
+        block = room[: _span(part, strides) * width]
+        reader.read_into(source.path, source.offset + first * width, block)
+        at = origin + sum(begin * step for (begin, _), step in zip(part, steps, strict=True))
+        _copy(out, at, steps, block.reshape(-1, width), strides, [end - begin for begin, end in part])
 
 
 def _copy(
@@ -75,32 +96,6 @@ def _copy(
             for view in (to, of)
         )
     to[...] = of
-
-
-def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Yield the boxes that elements `start` to `stop` of a tensor make up, in their order.
-
-    >>> list(boxes((4, 3), 2, 10))
-    [[(0, 1), (2, 3)], [(1, 3), (0, 3)], [(3, 4), (0, 1)]]
-    """
-    steps = _row_major(shape)
-    position = start
-    while position < stop:
-        # The outermost axis along which a whole step fits, from here on.
-        axis = next(
-            (i for i, step in enumerate(steps) if position % step == 0 and position + step <= stop),
-            len(shape),
-        )
-        if axis == len(shape):  # a scalar
-            yield []
-            return
-        index = [position // step % size for step, size in zip(steps, shape, strict=True)]
-        n = min((stop - position) // steps[axis], shape[axis] - index[axis])
-        yield [
-            (index[i], index[i] + 1) if i < axis else (index[i], index[i] + n) if i == axis else (0, shape[i])
-            for i in range(len(shape))
-        ]
-        position += n * steps[axis]
 
 
 def _blocks(box: Box, strides: Sequence[int], width: int) -> Iterator[Box]:
@@ -130,7 +125,3 @@ def _blocks(box: Box, strides: Sequence[int], width: int) -> Iterator[Box]:
 def _span(box: Box, strides: Sequence[int]) -> int:
     """Return the elements of the file from the first to the last of a box."""
     return 1 + sum((end - begin - 1) * stride for (begin, end), stride in zip(box, strides, strict=True))
-
-
-def _row_major(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

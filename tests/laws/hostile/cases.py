@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.config import test_schema as schema_tables
 from tests.config import test_yaml as yaml_tables
+from tests.formats import dcp_files as dcp_tables
 from tests.formats import torch_bytes
 from tests.formats.test_torch_hostile import calls
 from tests.laws.hostile import quantised
@@ -20,6 +22,18 @@ from tests.laws.hostile.builds import (
 )
 from tests.laws.hostile.case import CONFIG, Build, Case, file_of, tensor
 from tests.laws.hostile.model_cases import directories, headers, pickles, tensors
+
+
+def distributed() -> Iterator[Case]:
+    def only(write: Any) -> Build:
+        def build(d: Path) -> None:
+            shutil.rmtree(d / "b")
+            write(d / "b")
+
+        return build
+
+    for what, write, words in dcp_tables.HOSTILE[::5]:  # all of them: tests/formats/test_torch_dcp.py
+        yield Case(f"DCP: {what}", only(write), words)
 
 
 def single_files() -> Iterator[Case]:
@@ -178,6 +192,7 @@ SECTIONS = {
     "tensors": tensors,
     "index, shards, directories": directories,
     "pickles": pickles,
+    "torch DCP": distributed,
     "single files": single_files,
     "config": configs,
     "options and OUT": options,
