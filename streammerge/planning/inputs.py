@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from streammerge.checkpoint.companions import CompanionIndex, open_fisher, open_grams
@@ -18,6 +18,7 @@ from streammerge.io.reader import Reader
 from streammerge.methods.registry import Method
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.stages import StageResult
+from streammerge.planning.template import template_of
 from streammerge.tensors.fingerprint import check_belongs
 
 
@@ -63,11 +64,6 @@ class Inputs:
     def by_reference(self) -> dict[str, TensorIndex]:
         """Every model and base, by its reference."""
         return {index.reference: index for index in (*self.models, *self.bases, self.template)}
-
-
-def template_of(models: Sequence[TensorIndex], base: TensorIndex | None) -> TensorIndex:
-    """Return the base; without one the first model that has a config.json, or the first where none has."""
-    return base if base is not None else next((model for model in models if model.config), models[0])
 
 
 def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs:

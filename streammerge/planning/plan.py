@@ -21,7 +21,6 @@ from streammerge.methods.registry import Method
 from streammerge.planning.backend import backend_of
 from streammerge.planning.files.surroundings import Surroundings
 from streammerge.planning.files.tokenizer import TokenizerFiles
-from streammerge.planning.inputs import template_of
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout
 from streammerge.planning.memory.allocate import StatisticsMemory
@@ -31,6 +30,7 @@ from streammerge.planning.needs import likeness, needs_data, tensor_context_of
 from streammerge.planning.options import LeftOut
 from streammerge.planning.overview import as_html, as_text, first_few
 from streammerge.planning.schedule import Interval, Step, Work, steps
+from streammerge.planning.template import template_of
 from streammerge.statistics.base import Source, Statistic
 from streammerge.units import format_size
 
