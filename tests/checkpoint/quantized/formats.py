@@ -391,7 +391,7 @@ def gptq(bits: int, group: int, plus: int, by_index: bool) -> Callable[[Rng, int
     def build(rng: Rng, rows: int, columns: int) -> Weight:
         codes = rng.integers(0, 1 << bits, (columns, rows))
         entry, values = scales(rng, (columns // group, rows), "F16")
-        zeros = rng.integers(plus, 1 << bits, values.shape)
+        zeros = rng.integers(0, 1 << bits, values.shape) + plus
         index = np.arange(columns) // group
         if by_index:
             index = rng.permutation(index)
