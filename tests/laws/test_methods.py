@@ -89,15 +89,31 @@ def test_every_builtin_method_has_a_variant() -> None:
     assert {name for name, _ in VARIANTS} == set(BUILTIN)
 
 
+@pytest.fixture(scope="module")
+def shared_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Path]]:
+    """Return what writes models once for each choice of dtype and spread, with the stores that methods add to them."""
+    written: dict[str, list[Path]] = {}
+
+    def get(**models: Any) -> list[Path]:
+        key = repr(sorted(models.items()))
+        if key not in written:
+            written[key] = write_models(tmp_path_factory.mktemp("shared"), **models)
+        return written[key]
+
+    return get
+
+
 @pytest.fixture
-def make_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Trial]:
-    """Return what writes models and makes a trial of a method over them."""
+def make_trial(
+    tmp_path: Path, shared_models: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Trial]:
+    """Return what makes a trial of a method over shared models."""
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, lambda descriptor: None)
     (tmp_path / "out").mkdir()
 
     def make(method: str, parameters: dict[str, Any], **models: Any) -> Trial:
-        config = config_for(method, write_models(tmp_path, **models), parameters=parameters, seed=7)
+        config = config_for(method, shared_models(**models), parameters=parameters, seed=7)
         return Trial(get_method(method), config, tmp_path / "out")
 
     return make
