@@ -73,5 +73,5 @@ def check_space(out: Path, sizes: Mapping[str, int], paths: Paths | None = None)
     if not space.fits:
         raise WorldError(
             f"{printable(out)}: needs {format_size(space.needed)}, {format_size(space.free)} are free: No space left "
-            "on device: free some space and run the same command again, or choose a different OUT"
+            "on device; free some space and run the same command again, or choose a different OUT"
         )

@@ -287,7 +287,7 @@ def test_a_file_system_that_is_full_is_named_and_the_merge_goes_on_when_there_is
         try:
             scene.merge(out)
         except WorldError as error:
-            assert "No space left on device: free some space and run the same command again" in str(error)  # noqa: PT017
+            assert "No space left on device; free some space and run the same command again" in str(error)  # noqa: PT017
             scene.assert_nothing_torn(out)
             failures += 1
         filler.unlink()
