@@ -57,7 +57,7 @@ def _check_file(place: Place) -> None:
         raise OutputError(f"{printable(place.out)}: exists and is not a regular file: choose a different OUT")
     if os.path.lexists(place.state) and (place.state.is_symlink() or not place.state.is_dir()):
         raise OutputError(
-            f"{printable(place.state)}: exists and is not a directory, which must hold the journal: choose a different OUT"
+            f"{printable(place.state)}: exists, but must be a directory for the journal: choose a different OUT"
         )
 
 

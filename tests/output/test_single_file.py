@@ -147,13 +147,13 @@ REFUSALS: list[tuple[str, Callable[[Path, list[Path]], object], str, str]] = [
         "state is a file",
         lambda out, models: Path(f"{out}.streammerge").write_text(""),
         "x.safetensors",
-        "exists and is not a directory, which is to hold the journal",
+        "exists, but must be a directory for the journal",
     ),
     (
         "state is a link",
         lambda out, models: Path(f"{out}.streammerge").symlink_to(models[0].parent),
         "x.safetensors",
-        "exists and is not a directory, which is to hold the journal",
+        "exists, but must be a directory for the journal",
     ),
 ]
 
