@@ -184,7 +184,7 @@ def test_a_warning_says_so_where_less_memory_is_free_than_asked_for(
     monkeypatch.setattr("streammerge.api.deciding.own_memory", lambda: 100 * MIB)
     said = [w for w in plan(config, memory="1GiB").warnings if w.startswith("--memory 1.0 GiB exceeds the")]
     assert len(said) == 1
-    assert "400 MiB are free" in said[0]
+    assert "the 400 MiB available" in said[0]
     assert not plan(config, memory="400MiB").warnings
     events: list[Event] = []
     merge(config, tmp_path / "out", memory="1GiB", on_event=events.append)
