@@ -129,6 +129,8 @@ class Quantization:
     companions: frozenset[str]
     stems: frozenset[str]
     """Names that the weights of `codes` have where they are not quantised, without a ``.weight`` at their end."""
+    bare: frozenset[str] = frozenset()
+    """Codes that nothing accompanies: without a scale they mean nothing."""
 
     def covers(self, name: str) -> bool:
         """Return whether a tensor belongs to it, or would be one of its weights in a model that is not quantised."""
@@ -163,13 +165,21 @@ def quantization_of(
         codes[name] = stem
         formats.setdefault(kind)
     within = _by_module(tensors) if codes else {}
+    bare: set[str] = set()
     for name, stem in codes.items():
-        companions.update(_companions(name, stem, tensors, within))
+        own = set(_companions(name, stem, tensors, within))
+        companions |= own
+        if not own:
+            bare.add(name)
     if not codes:
         return None
     kind = next(iter(formats)) if declared is None else _declared_format(declared)
     return Quantization(
-        kind, frozenset(codes), frozenset(companions) - codes.keys(), frozenset(codes.values())
+        kind,
+        frozenset(codes),
+        frozenset(companions) - codes.keys(),
+        frozenset(codes.values()),
+        frozenset(bare),
     )
 
 

@@ -202,3 +202,13 @@ def test_an_adapter_goes_on_no_codes(here):
         ModelError, match=r"a is quantised \(AutoRound\), and an adapter goes on float weights: dequantise"
     ):
         plan(linear("a+lora", "a"))
+
+
+def test_codes_whose_scale_is_missing_are_told_from_those_of_unknown_formats(here):
+    for seed, name in enumerate(("a", "b")):
+        (here / name).mkdir()
+        codes = torch.randn(128, 128, generator=torch.Generator().manual_seed(seed)).to(torch.float8_e4m3fn)
+        save_file({"l.0.q.weight": codes}, here / name / "model.safetensors")
+        (here / name / "config.json").write_text(json.dumps({"model_type": "llama", **FP8}))
+    with pytest.raises(ModelError, match=r"a: tensor l\.0\.q\.weight holds F8_E4M3 codes without a scale"):
+        plan(linear("a", "b"))

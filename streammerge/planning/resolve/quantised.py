@@ -40,6 +40,11 @@ def _in_order(model: TensorIndex, names: frozenset[str]) -> list[str]:
 
 def refusal(model: TensorIndex, found: Quantization, name: str) -> ModelError:
     """Return why a quantised model cannot take part, and the cure."""
+    if name in found.bare:
+        return ModelError(
+            f"{printable(model.reference)}: tensor {printable(name)} holds {model[name].stored.dtype} codes without a scale "
+            f"(quantisation: {printable(found.format, 60)}): the model is incomplete; download or copy it again"
+        )
     what = "is quantised" if name in found.codes else "belongs to quantised tensors"
     return ModelError(
         f"{printable(model.reference)}: tensor {printable(name)} {what} (quantisation: {printable(found.format, 60)}, "
