@@ -34,7 +34,8 @@ class Scene:
     """One merge and what it gives when nothing interrupts it."""
 
     def __init__(self, case: str, paths: list[Path], directory: Path) -> None:
-        method, parameters, self.options = CASES[case]
+        method, parameters, options = CASES[case]
+        self.options = dict(options)  # tests change it
         self.paths = paths
         self.config = config_for(method, paths, parameters=parameters, seed=3)
         self.directory = directory
