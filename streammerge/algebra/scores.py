@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Ranked(Protocol):
-    """What ranks elements: a task vector, by magnitude, or a score."""
+    """The quantity that ranks elements: a task vector, by magnitude, or a score."""
 
     @property
     def sees_rows(self) -> bool:

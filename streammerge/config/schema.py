@@ -132,7 +132,7 @@ class MergeConfig:
     chat_template: ChatTemplate | None = None
     """The output's chat template; ``auto``: the most common one; None: the tokenizer's."""
     checkpoints: Checkpoints | None = None
-    """What is averaged in place of models that are listed; `models` has none of them until they are looked for."""
+    """The checkpoints to average, in place of listed models; `models` has none of them until they are looked for."""
     base_strip: str = ""
     """The prefix that is taken off the names of the base."""
     averaged: tuple[Averaged, ...] = ()

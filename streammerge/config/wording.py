@@ -81,7 +81,7 @@ def meant(word: str, known: Iterable[str], whole: Mapping[str, str] | None = Non
 
 
 def _nearest(word: str, words: list[str]) -> list[str]:
-    """Return the word that is like another, two where both are very like it; capitals are no difference."""
+    """Return the known word most similar to a given one, or two if both are very similar; case is ignored."""
     if len(word) > 60:
         return []
     spelled = {other.lower(): other for other in reversed(words)}

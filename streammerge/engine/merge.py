@@ -369,7 +369,7 @@ class _Session:
 
 
 def _is_cut(job: Job, start: int, stop: int) -> bool:
-    """Return whether a piece of a job may reach from one element to another."""
+    """Return whether a piece of a job may reach from `start` to `stop`."""
     ends = stop % job.unit == 0 or stop == job.n_elements
     return 0 <= start <= stop <= job.n_elements and start % job.unit == 0 and ends
 

@@ -52,7 +52,7 @@ def check_made_from(plan: MergePlan, out: Path, manifest: Mapping[str, Any], con
     Raises
     ------
     InputError
-        If it differs; the message says in what.
+        If it differs; the message names the difference.
     """
     reader = with_stages(Reader(), plan)
     try:
@@ -80,7 +80,7 @@ def check_contents(
     Raises
     ------
     InputError
-        Naming the first file that is another one.
+        If the content of a file differs; the message names the first such file.
     """
     if other := changed_contents(plan, manifest, ContentHasher(plan.budget.workers, on_tick=on_tick)):
         raise InputError(
@@ -258,7 +258,7 @@ class _Comparer:
                 self._note(key, (offset + position - begins) * 8 // bits, ours, theirs)
         job = self._plan.jobs[key[0]]
         with self._lock:
-            if not key[1]:  # what decodes an element is not one more
+            if not key[1]:  # the parts that decode an element are not elements of their own
                 self.elements += data.size * job.n_elements // job.parts[0].nbytes
 
     def _part(self, key: tuple[int, int]) -> Stored:

@@ -25,7 +25,7 @@ from streammerge.timing import Stages
 Answers = list[list[Any]]
 """Values of statistics, round by round."""
 Knowledge = Mapping[tuple[str, int], Answers]
-"""Values of statistics by the name of a stage (empty: what is written) and the ordinal of a job."""
+"""Values of statistics by the name of a stage (empty: the output) and the ordinal of a job."""
 PREFETCHERS = 2
 """Number of threads that prefetch later chunks; a request blocks while the disk's queue is full."""
 
@@ -36,14 +36,14 @@ class RunSpec:
 
     plan: MergePlan
     out: Path | None
-    """The output; None where merged tensors go elsewhere, and no worker can open it."""
+    """The output; None if merged tensors go elsewhere; then no worker can open it."""
     identity: Identity
     """The identity of the merge, which provides the keys of random numbers."""
     tolerant: bool = False
     """Whether non-finite values are written and reported; otherwise they are refused."""
     io: IoMode = "direct"
     stages: Mapping[str, Identity] = field(default_factory=dict)
-    """What the result of each stage depends on, by its name."""
+    """The values that the result of each stage depends on, by the stage's name."""
 
 
 class Worker:
@@ -80,10 +80,10 @@ class Worker:
         self.prefetchers = ThreadPoolExecutor(PREFETCHERS, thread_name_prefix="prefetch")
         self._held = ExitStack()
         self.lent = Lent()
-        """What the piece in hand has read, for its stages."""
+        """The elements that the current piece has read, for its stages."""
 
     def share(self, driver: Worker) -> None:
-        """Use the threads and the buffers of another worker in place of its own, and what its pieces have read."""
+        """Use the threads and the buffers of a different worker in place of its own, and the elements its pieces have read."""
         self.__exit__()
         self.stop, self.stages, self.lent = driver.stop, driver.stages, driver.lent
         self._pool, self.threads, self.prefetchers = driver._pool, driver.threads, driver.prefetchers
@@ -109,7 +109,7 @@ class Worker:
             yield buffer
 
     def known(self, chunk: Chunk) -> Knowledge:
-        """Return what must be told to the worker that runs a chunk: the values of its jobs' statistics, and of stages'."""
+        """Return what the worker that runs a chunk must be told: the values of statistics of its jobs and of their stages."""
         jobs = sorted({piece.job for piece in chunk.pieces})
         own = {(self.plan.name, job): list(self.answers[job]) for job in jobs if job in self.answers}
         computes = self.reader.computes

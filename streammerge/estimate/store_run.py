@@ -96,7 +96,7 @@ class StoreRun:
         Raises
         ------
         OutputError
-            If the store exists, another process writes it, or an unfinished one is of something else.
+            If the store exists, a different process is writing it, or an unfinished one has a different identity.
         """
         try:
             self._fingerprint = fingerprint(self.index, self.reader)

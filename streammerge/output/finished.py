@@ -1,4 +1,4 @@
-"""An output that is a finished merge: this very one, or another, or one that is damaged."""
+"""Outputs that already hold a finished merge: this same merge, a different one, or a damaged one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def find_finished(
     hasher: ContentHasher | None,
     control: Control,
 ) -> Finished | None:
-    """Return what an output holds if it is this very merge, complete; None if it is unfinished, or nothing.
+    """Return the finished merge that an output holds if it is this same one; None if it is unfinished, or nothing.
 
     With a `hasher`, inputs also need the content that the manifest records, if it does.
 

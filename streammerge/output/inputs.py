@@ -40,7 +40,7 @@ class InputFile:
     """One file that a merge reads, or all chunk files of a Fisher store, which count as one."""
 
     group: str
-    """``of base``, or ``beside base`` for its sidecar files."""
+    """``of base`` for a model's files, or ``beside base`` for its sidecar files."""
     name: str
     nbytes: int
     stamp: str

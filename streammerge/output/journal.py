@@ -25,13 +25,13 @@ from streammerge.output.place import Place
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Elements of one tensor that are written: their checksums and what there is to tell of them."""
+    """Elements of one tensor that are written: their checksums and counts."""
 
     job: int
     start: int
     stop: int
     crcs: tuple[int, ...]
-    """Of the bytes of each part of the job."""
+    """The checksum of the bytes of each part of the job."""
     kept: tuple[int, ...] = ()
     """Number of surviving entries of each model's task vector."""
     floored: int = 0

@@ -1,4 +1,4 @@
-"""Where an output lies, and where its working files lie until it is finished.
+"""The paths of an output, and of its working files until it is finished.
 
 An output is a directory, with its working files in it, or one safetensors file. A single file's working files lie in a
 directory of their own next to it, so that nothing in its folder changes before the merge is finished, and merges
@@ -21,7 +21,7 @@ from streammerge.formats.safetensors import SUFFIX
 from streammerge.io.durable import PARTIAL
 
 STATE = ".streammerge"
-"""Name of the directory of a journal; after the name of a single file, the end of it."""
+"""Name of the directory of a journal. For a single file, the directory's name is the file's name with this suffix."""
 JOURNAL = "journal.jsonl"
 MANIFEST = "streammerge.json"
 CONFIG_COPY = "streammerge_config.yml"
@@ -29,14 +29,14 @@ CONFIG_COPY = "streammerge_config.yml"
 
 @dataclass(frozen=True)
 class Place:
-    """Where an output and its working files lie."""
+    """The paths of an output and its working files."""
 
     out: Path
     """The output as the user names it."""
     folder: Path
     """The directory of its finished files."""
     state: Path
-    """The directory of its journal, which is there only until the merge is finished."""
+    """The directory of its journal, which exists only until the merge is finished."""
     manifest: Path
     file: str | None = None
     """The name of the single file; None where the output is a directory."""
@@ -48,7 +48,7 @@ class Place:
 
     @property
     def in_state(self) -> tuple[Path, ...]:
-        """Every file that may be left where the journal lies."""
+        """Every file that may be left in the journal's directory."""
         own = (self.journal, self.journal.with_name(JOURNAL + PARTIAL))
         return own if self.file is None else (*own, self.partial(self.file), self.partial(self.manifest.name))
 

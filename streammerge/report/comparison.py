@@ -31,9 +31,9 @@ class ComparedTensor:
     name: str
     kind: TensorKind
     layer: tuple[str, int] | None
-    """The stack that its layer lies in, and the number of the layer; None outside of the layers."""
+    """The stack that its layer lies in, and the number of the layer; None if it is not part of a layer."""
     dtypes: tuple[str, ...]
-    """What the base and the models store it in."""
+    """The dtypes that the base and the models store it in."""
     difference: TensorDifference
 
 

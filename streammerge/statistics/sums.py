@@ -74,7 +74,7 @@ class SumsReducer(Reducer[A]):
         return self._sums.part()
 
     def absorb(self, part: Part) -> None:
-        """Add another's sums, each in its place."""
+        """Add the sums of a different accumulator, each in its place."""
         self._sums.absorb(part)
 
 

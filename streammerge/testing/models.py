@@ -88,7 +88,7 @@ def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]
 
 
 def write_fisher(model: Path, seed: int = 0) -> Path:
-    """Write a diagonal beside a model's directory, if there is none: skewed, with zeros that all models share."""
+    """Write a Fisher diagonal next to a model's directory, if there is none: skewed, with zeros that all models share."""
     path = model.with_name(f"{model.name}-fisher.safetensors")
     if not path.exists():
         generator = torch.Generator().manual_seed(sum(model.name.encode()) + seed)
@@ -104,7 +104,7 @@ def write_fisher(model: Path, seed: int = 0) -> Path:
 
 
 def write_grams(model: Path) -> Path:
-    """Write Gram matrices of the linear maps of a model beside its directory, if there are none."""
+    """Write Gram matrices of the linear maps of a model next to its directory, if there are none."""
     from streammerge.checkpoint.index import open_model
     from streammerge.estimate.gram.compute import GramSums
     from streammerge.formats.zarr_store import GRAM_ATTRIBUTE

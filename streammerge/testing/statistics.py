@@ -188,7 +188,7 @@ def _value(
             for one, start, stop in some:
                 target = pickle.loads(before) if parts else reducer
                 if reducer.in_order and made:
-                    target.absorb(made.pop())  # another takes over what was added before
+                    target.absorb(made.pop())  # a new accumulator takes over what was added before
                 target.add(one.tensor.ordinal, start, stop - start, make_math(one.block(start, stop, keys)))
                 if parts:
                     made.append(pickle.loads(pickle.dumps(target.part())))

@@ -70,7 +70,7 @@ class Trial:
 
     @property
     def title(self) -> str:
-        """What messages call it: the method and its parameters."""
+        """Its name in messages: the method and its parameters."""
         parameters = ", ".join(
             f"{name}: {value}" for name, value in self.config.get("parameters", {}).items()
         )

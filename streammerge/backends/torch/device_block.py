@@ -23,10 +23,10 @@ def _nothing(device: str) -> None:
 
 
 class DeviceHooks(NamedTuple):
-    """What a device wants to be asked; the host, whose calls end when they return, nothing."""
+    """Calls that a device needs. The host needs none: its operations are complete when they return."""
 
     synchronize: Callable[[str], None] = _nothing
-    """Waits until what this thread asked of the device is done."""
+    """Waits until the device has done what this thread asked of it."""
     free_unused: Callable[[str], None] = _nothing
     """Gives back memory that is kept for later."""
 

@@ -1,4 +1,4 @@
-"""What a single file is without, and what its header says of it.
+"""The files that an output in a single file does without, and the metadata in its header.
 
 Programs that load single files (ComfyUI, Stable Diffusion web UIs, kohya's scripts) read settings from the header's
 metadata: ``modelspec.*`` (the ModelSpec standard of Stability AI), the rank of a LoRA, ``config`` of video models. What

@@ -1,4 +1,4 @@
-"""How tensors of an output are stored, and the registry of what decides it: one function for each value of `quantize`."""
+"""The storage of an output's tensors, and the registry of functions that choose it: one for each value of `quantize`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from streammerge.planning.resolve.jobs import Lender, Resolved
 
 @dataclass(frozen=True)
 class Material:
-    """What decides how tensors are stored."""
+    """The facts that decide how tensors are stored."""
 
     config: MergeConfig
     method: Method
@@ -31,17 +31,17 @@ class Material:
 
     @property
     def lenders(self) -> tuple[Lender, ...]:
-        """Of each job, the tensor whose dtype and shape it has."""
+        """For each job, the tensor whose dtype and shape its own tensor has."""
         return self.resolved.lenders
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The jobs of a merge, each with what stores its tensor, and what config.json says of that."""
+    """The jobs of a merge, each with the encoder of its tensor if it needs one, and what config.json says about them."""
 
     jobs: tuple[Job, ...]
     declared: Mapping[str, Any] | None = None
-    """The output's own `quantization_config`; None: it has none but what it keeps of the template model's."""
+    """The output's own `quantization_config`; None: the output has only what it keeps of the template model's."""
     keeps: bool = False
     """Whether the output is quantised as the template model declares."""
     notes: tuple[str, ...] = ()
@@ -52,7 +52,7 @@ _CHOICES: dict[str, Choose] = {}
 
 
 def stores(quantize: str) -> Callable[[Choose], Choose]:
-    """Register what decides how tensors are stored for a value of the key `quantize`."""
+    """Register the function that decides how tensors are stored for a value of the key `quantize`."""
 
     def register(choose: Choose) -> Choose:
         _CHOICES[quantize] = choose
@@ -62,5 +62,5 @@ def stores(quantize: str) -> Callable[[Choose], Choose]:
 
 
 def choice_of(quantize: str) -> Choose:
-    """Return what is registered for a value of the key."""
+    """Return the function that is registered for a value of the key."""
     return _CHOICES[quantize]

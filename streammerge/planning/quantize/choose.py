@@ -1,4 +1,4 @@
-"""The way an output is stored: what the config key `quantize` says, each value one file of this folder."""
+"""Chooses how an output is stored. The config key `quantize` decides; each of its values has one file in this folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised tensors of the models in a merge: which of them a job copies, and what copies all that belongs to one."""
+"""Quantised tensors of the models in a merge: which one a job copies, and the jobs that copy its codes and scales."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streammerge.planning.resolve.jobs import is_plain_copy
 
 def decoded(ref: SourceRef) -> SourceRef | None:
     """Return the quantised tensor that a tensor is mainly made of: the one whose codes lie in a file."""
-    source = getattr(ref, "source", None)  # what is merged of several has none
+    source = getattr(ref, "source", None)  # a tensor merged from several has none
     while isinstance(ref, MadeRef) and isinstance(source, MadeRef):
         ref, source = source, getattr(source, "source", None)
     return ref if ref.stored_format is not None else None
@@ -27,9 +27,9 @@ def copied_from(job: Job, material: Material) -> SourceRef | None:
 
 
 def named(ref: SourceRef, name: str, stored: str) -> str:
-    """Return what a stored tensor of `ref` is called where the tensor itself is called `name`.
+    """Return the name of a stored tensor of `ref` if the tensor itself is called `name`.
 
-    The names of codes and scales begin as that of the tensor does: what follows is kept.
+    The names of codes and scales begin as the tensor's name does; the rest of the name is kept.
     """
     pairs = enumerate(zip(ref.name, stored, strict=False))
     shared = next((i for i, (a, b) in pairs if a != b), min(len(ref.name), len(stored)))

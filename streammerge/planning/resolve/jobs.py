@@ -46,12 +46,12 @@ class Resolved:
 
     jobs: tuple[Job, ...]
     lenders: tuple[Lender, ...]
-    """Of each job, the tensor that decides how its own is stored."""
+    """For each job, the tensor that decides how its own tensor is stored."""
     stacks: tuple[Stack, ...]
     """Stacks of layers that are assembled from slices."""
     warnings: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Names of tensors that are not in the output, each with the reason, where the models need not have the same."""
+    """Names of tensors that are not in the output, each with the reason; empty if all models must have the same tensors."""
 
 
 def resolve_jobs(

@@ -14,7 +14,7 @@ from streammerge.methods.registry import Method
 
 
 def check_codes(config: MergeConfig, method: Method, models: Iterable[TensorIndex]) -> None:
-    """Refuse a merge of codes, which mean nothing with the scales of another model.
+    """Refuse a merge of codes, which mean nothing with the scales of a different model.
 
     Raises
     ------
