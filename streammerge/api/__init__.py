@@ -1,4 +1,4 @@
-"""Merging from Python: what the command line calls, and what users call."""
+"""The Python interface, used by the command line and by users."""
 
 from __future__ import annotations
 

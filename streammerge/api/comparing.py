@@ -58,7 +58,7 @@ def compare(
     on_event
         Receives every event, warnings included, in the calling thread, instead of the bar and Python's warnings.
     stop
-        Set it, from another thread, to stop.
+        Set it, from a different thread, to stop.
     signal_received
         Returns the number of the signal that set `stop`.
 

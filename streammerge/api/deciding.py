@@ -114,7 +114,7 @@ def plan(
 
 
 def plan_stages(config: MergeConfig, options: PlanOptions) -> MergePlan:
-    """Return the plan of a config, and in it those of its stages.
+    """Return the plan of a config; it contains the plans of its stages.
 
     Raises
     ------
@@ -135,7 +135,7 @@ def plan_stages(config: MergeConfig, options: PlanOptions) -> MergePlan:
 
 
 def _notes_of(results: Sequence[StageResult]) -> list[str]:
-    """Return what the user should know of stages: their warnings, and folders that they hide."""
+    """Return the warnings of stages, and notes on folders that their names hide."""
     notes = []
     for result in results:
         name = printable(result.name, 80)
@@ -146,7 +146,7 @@ def _notes_of(results: Sequence[StageResult]) -> list[str]:
 
 
 def read_config(config: ConfigLike, methods: str | os.PathLike[str] | None = None) -> MergeConfig:
-    """Return a config as it is written, once all methods are known; `methods` is a file with methods of the user's own.
+    """Return a config as it is written, after registering all methods; `methods` is a file with the user's methods.
 
     Raises
     ------
@@ -161,7 +161,7 @@ def read_config(config: ConfigLike, methods: str | os.PathLike[str] | None = Non
 
 
 def settle(config: MergeConfig) -> tuple[MergeConfig, Method]:
-    """Return a config with its checkpoints found and its bases settled, and its method.
+    """Return a config with its checkpoints found and its bases determined, and its method.
 
     Raises
     ------

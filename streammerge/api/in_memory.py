@@ -252,7 +252,7 @@ class _Held:
         self._ties = ties_of(list(self._dicts.values()), list(self._files.values()))
         self._asked: set[str] = set()
         self.in_torch: Callable[[], MergePlan]
-        """Makes the last plan anew, without compiled kernels."""
+        """Function that makes the last plan again, without compiled kernels."""
         self.reader = HeldReader([*self._dicts.values(), *self._fishers.values()])
 
     def plan(

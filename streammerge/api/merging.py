@@ -163,7 +163,7 @@ def merge(
 def _merge_settled(
     config: MergeConfig, out: Path, planned: Mapping[str, Any], how: Options, run: Mapping[str, Any]
 ) -> Summary:
-    """Plan and merge a config that was read; without kernels where they cannot be compiled."""
+    """Plan and merge a config that has been read; without kernels if they cannot be compiled."""
     decided = plan(config, out=out, **planned)
     with controlled(
         run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]

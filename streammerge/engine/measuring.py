@@ -1,4 +1,4 @@
-"""Takes the statistics of every tensor of a plan, and writes nothing."""
+"""Computes the statistics of every tensor of a plan, and writes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streammerge.planning.plan import MergePlan
 
 
 class _NoSink:
-    """Takes no byte: nothing is merged."""
+    """Accepts no bytes, since nothing is merged."""
 
     bytes_written = 0
 

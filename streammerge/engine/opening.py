@@ -1,4 +1,4 @@
-"""Opens what a merge works with: a reader of its inputs, and a worker of its own in any process."""
+"""Opens a reader of a merge's inputs, and a worker in any process."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from streammerge.planning.plan import MergePlan
 
 @contextmanager
 def open_worker(spec: RunSpec) -> Iterator[Worker]:
-    """Open a worker of its own in any process that sees the inputs and the output directory.
+    """Open a separate worker in any process that sees the inputs and the output directory.
 
-    The shards must be there: the merge makes them before its first chunk.
+    The shards must exist: the merge creates them before its first chunk.
 
     Raises
     ------
@@ -39,9 +39,9 @@ def open_worker(spec: RunSpec) -> Iterator[Worker]:
 
 
 def open_reader(plan: MergePlan, io: IoMode, *, tolerant: bool = False) -> Reader:
-    """Return a reader for the inputs of a plan: it keeps as many files open, and as much cached, as there is room for.
+    """Return a reader for the inputs of a plan. It keeps as many files open, and as much cached, as there is room for.
 
-    It computes the plan's stages too; `tolerant`: values that are not finite pass from one to the next.
+    It also computes the plan's stages. With `tolerant`, non-finite values pass from one stage to the next.
     """
     inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)
     reader = Reader(io, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)

@@ -1,7 +1,8 @@
-"""The largest magnitude of a merged tensor, where a scale of all of it must be known before its first code is written.
+"""The largest magnitude of a merged tensor, for formats whose scale depends on the whole tensor.
 
-A tensor that is held is looked at where it lies. One that is streamed is merged twice: once for this, piece by piece, and
-once to be written. The largest of some numbers does not depend on their order, nor on the pieces.
+The scale must be known before the first code is written. A tensor in memory is scanned in place. A streamed tensor is
+merged twice: once for the maximum, piece by piece, and once to be written. A maximum does not depend on the order of
+the elements or on the pieces.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from streammerge.planning.plan import MergePlan
 from streammerge.planning.stages import StageRef, stage_refs
 
 _DIVIDER = "/"
-"""Between the name of a stage and the number of its job, in a journal."""
+"""Separates the name of a stage from the number of its job in a journal."""
 
 
 @reads(StageRef)
@@ -46,9 +46,9 @@ class StageRuns:
     plan
         What is written.
     reader
-        Reads the inputs of all stages; it knows this afterwards.
+        Reads the inputs of all stages; afterwards it refers to this object.
     tolerant
-        Whether values that are not finite pass from one stage to the next, as in an output.
+        Whether non-finite values pass from one stage to the next, as they do into an output.
     """
 
     def __init__(self, plan: MergePlan, reader: Reader, *, tolerant: bool = False) -> None:
@@ -62,7 +62,7 @@ class StageRuns:
         self._identities: dict[str, Identity] = {}
         self._lock = threading.Lock()
         self._passes = threading.RLock()
-        """Held while the statistics of a stage are streamed: one stage at a time, and what it is made of itself."""
+        """Held while the statistics of a stage, and of the stages it is made of, are streamed: one stage at a time."""
         self._whole: set[str] = set()
         """Stages whose statistics of the whole model are known."""
         self._uses = Counter(
@@ -84,7 +84,7 @@ class StageRuns:
         note
             Records values of statistics, by stage and job, as JSON holds them.
         on_wait
-            Called four times a second while statistics are streamed; what it raises ends the pass.
+            Called four times a second while statistics are streamed; an exception that it raises ends the pass.
         known
             The values that an earlier run has recorded.
         """
@@ -94,15 +94,15 @@ class StageRuns:
 
     @property
     def identities(self) -> dict[str, Identity]:
-        """What the result of each stage depends on, for workers elsewhere: finding it out may read whole stages."""
+        """The identity of each stage, for workers elsewhere: computing it may read whole stages."""
         return {name: self.worker(name).spec.identity for name in self._plans}
 
     def adopt(self, identities: Mapping[str, Identity]) -> None:
-        """Take what a different worker has found out of the stages."""
+        """Take the identities of stages that a different worker has computed."""
         self._identities.update(identities)
 
     def close(self) -> None:
-        """End the threads that stages have of their own, where nothing was merged after all."""
+        """End the stages' own threads, which exist only if no driver shared its threads with them."""
         for worker in self._workers.values() if self._driver is None else ():
             worker.__exit__()
 
@@ -124,9 +124,9 @@ class StageRuns:
     # --- statistics
 
     def prepare(self, job: Job) -> None:
-        """Take the statistics of all stages that a job's tensor is made of; those that are known cost nothing.
+        """Compute the statistics of all stages that a job's tensor is made of; known ones cost nothing.
 
-        It waits for passes over files, so whoever calls it holds no buffer.
+        It waits for passes over files, so the caller must hold no buffer.
         """
         for ref in stage_refs(job.inputs):
             self._know(ref)
@@ -147,7 +147,7 @@ class StageRuns:
                 streamer.answer(ref.job)
 
     def _restore(self, worker: Worker, ref: StageRef) -> None:
-        """Take what an earlier run has recorded of a job; values of the whole model are taken anew."""
+        """Take the values that an earlier run recorded for a job; whole-model values are computed again."""
         if ref.job.ordinal in worker.answers or worker.plan.model_rounds():
             return
         before = self._known_before.get(f"{ref.stage}{_DIVIDER}{ref.job.ordinal}", [])
@@ -169,13 +169,13 @@ class StageRuns:
         }
 
     def learn(self, answers: Knowledge) -> None:
-        """Take what other workers know of statistics."""
+        """Take values of statistics from other workers."""
         for (stage, job), rounds in answers.items():
             if stage in self._plans:
                 self.worker(stage).answers[job] = rounds
 
     def forget(self, job: Job) -> None:
-        """Drop the statistics that only a job which is finished has used."""
+        """Drop the statistics of stages that no job other than this finished one uses."""
         for ref in stage_refs(job.inputs):
             key = ref.stage, ref.job.ordinal
             with self._lock:
@@ -214,7 +214,7 @@ class _StageWorker(Worker):
 
 
 class _NoSink:
-    """Takes no byte: a stage is not written."""
+    """Accepts no bytes, since a stage is not written."""
 
     bytes_written = 0
 

@@ -128,12 +128,12 @@ class Streamer:
         self._drain(futures())
 
     def prepare(self, job: Job) -> None:
-        """Have the stages that a tensor is made of take their statistics; it waits for passes over files."""
+        """Compute the statistics of the stages that a tensor is made of; this waits for passes over files."""
         if job.waits:
             self._worker.reader.computes.prepare(job)
 
     def before(self, job: Job) -> None:
-        """Take what must be known before the first piece of a tensor is merged."""
+        """Compute the values that must be known before the first piece of a tensor is merged."""
         self.prepare(job)
         if self._plan.work[job.ordinal].mode == "streamed":
             self.answer(job)
@@ -160,8 +160,8 @@ class Streamer:
             self._find_peak(job)
 
     def _find_peak(self, job: Job) -> None:
-        """Merge a tensor piece by piece, for its largest magnitude alone."""
-        found = [0.0]  # only ever appended to: by many threads
+        """Merge a tensor piece by piece, only to find its largest magnitude."""
+        found = [0.0]  # many threads append to it, and nothing else
 
         def look(piece: Piece) -> None:
             if self._worker.stop.is_set() or piece.stop <= piece.start:

@@ -125,7 +125,7 @@ def _merge(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes, place
 
 
 def _encode_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receipt:
-    """Merge a piece and write what an encoder makes of it, a few elements at a time, while they are in the cache."""
+    """Merge a piece, encode it and write it, a few elements at a time, while they are in the cache."""
     encoder = job.encoder
     assert encoder is not None
     places = _divided(worker, job, piece)
@@ -160,8 +160,8 @@ def merge_by_tiles(
 ) -> Applied:
     """Merge a piece that is to be encoded, `Work.at_once` elements at a time, once for each of `takes`.
 
-    Each is handed the number of the first element, counted from that of the piece, and the values, all of them finite;
-    the next ones lie in the same place.
+    Each function receives the number of the first element, counted from the start of the piece, and the values, all
+    finite. The next call reuses the memory of the values.
 
     Raises
     ------
@@ -198,7 +198,7 @@ def merge_by_tiles(
 
 
 def _strips(job: Job, n: int) -> Iterator[tuple[int, int]]:
-    """Yield what of `n` merged elements is encoded together, in whole units: temporaries are in proportion to it."""
+    """Yield the ranges of `n` merged elements that are encoded together, in whole units; their size bounds temporaries."""
     size = max(job.unit, TILE // job.unit * job.unit)
     for first in range(0, n, size):
         yield first, min(n, first + size)
@@ -289,9 +289,9 @@ def load(
 def _read_operands(
     worker: Worker, job: Job, start: int, stop: int, buffer: Bytes, *, models_too: bool, again: bool
 ) -> list[Operand]:
-    """Read what a piece holds, each to its place; return where each lies.
+    """Read everything that a piece holds, each operand to its place in the buffer; return the operands.
 
-    A stage takes what the piece that it is computed for has read already.
+    A stage takes the elements that the piece it is computed for has already read.
     """
     places = divide(job, stop - start, worker.plan.work[job.ordinal].at_once)
     scratch, fishers = buffer[places.scratch :], range(len(job.inputs), len(job.inputs) + len(job.fishers))
@@ -319,7 +319,7 @@ def _read_operands(
 
 
 def _read_order(job: Job) -> list[tuple[int, Ref]]:
-    """Return what a piece holds, each with its number; of stages the tensors that are in files come first."""
+    """Return the references that a piece holds, each with its number; with stages, tensors in files come first."""
     held = list(enumerate(job.held))
     return sorted(held, key=lambda one: isinstance(one[1], MadeRef)) if job.has_stages else held
 

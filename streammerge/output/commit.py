@@ -210,13 +210,13 @@ def not_finite(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict
 
 
 def _pipeline(plan: MergePlan, hashes: Mapping[str, str]) -> dict[str, bytes]:
-    """Return the list of a pipeline's components by its name, without which no library takes the output for one."""
+    """Return the list of a pipeline's components, by its file name. Without it no library recognises a pipeline."""
     stamp = plan.beside.files.get(PIPELINE)
     return {} if stamp is None else {PIPELINE: read_sidecar(stamp, hashes[PIPELINE])}
 
 
 def _index(plan: MergePlan, name: str) -> bytes:
-    """Return the index of a folder's shards, by the names that tensors and shards have there."""
+    """Return the index of a folder's shards, with the names that tensors and shards have in that folder."""
     cut = len(folder_of(name))
     weight_map: dict[str, str] = {}
     total = 0

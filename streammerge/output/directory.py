@@ -1,4 +1,4 @@
-"""The output's place: one writer at a time, nothing of others touched, resumed or refused."""
+"""Locks an output's directory, and refuses one that holds foreign files. One process writes at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from streammerge.output.place import CONFIG_COPY, Place
 
 
 def check_target(place: Place, inputs: Sequence[TensorIndex], others: Sequence[str] = ()) -> None:
-    """Refuse an output that nothing can be written to, or that an input lies in; `others` are paths that are read too.
+    """Refuse an output that cannot be written, or that contains an input; `others` are further paths that are read.
 
-    A single file may lie among the inputs, and be none of them.
+    A single file may lie in the same folder as inputs, but must not be one of them.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def check_target(place: Place, inputs: Sequence[TensorIndex], others: Sequence[s
 
 
 def _check_file(place: Place) -> None:
-    """Refuse a single file in whose place something lies that no merge made."""
+    """Refuse a single file if something that no merge made has its path."""
     if place.out.is_symlink() or (place.out.exists() and not place.out.is_file()):
         raise OutputError(f"{printable(place.out)}: exists and is not a regular file: choose a different OUT")
     if os.path.lexists(place.state) and (place.state.is_symlink() or not place.state.is_dir()):
@@ -93,7 +93,7 @@ def _check_place(target: Place) -> None:
 def locked(place: Place) -> Iterator[None]:
     """Create the directory if needed and hold its lock; the lock ends with the process.
 
-    Of a single file the lock is that of the journal's directory, which is removed again if nothing is begun.
+    For a single file the journal's directory is locked; it is removed again if no merge begins.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def check_contents(place: Place) -> None:
 
 
 def _check_single(place: Place) -> None:
-    """Refuse a file, or what lies where its manifest is to be, that no merge of ours made; a journal speaks for neither."""
+    """Refuse a file, or a file in place of its manifest, that no merge of ours made; a journal does not vouch for them."""
     _check_state(place)
     if read_manifest(place.out) is not None:
         return
@@ -174,7 +174,7 @@ _FIXED = {CONFIG_NAME, "README.md", CONFIG_COPY, *LISTS}
 
 
 def withdraw(place: Place) -> None:
-    """Take indexes and the list of components away, so that nothing loads while the files they speak of are worked on."""
+    """Remove indexes and the list of components, so that nothing loads while the files that they list are changed."""
     if place.file is None:
         manifest = read_manifest(place.out)
         written = manifest["files"] if manifest else ()
@@ -212,7 +212,7 @@ def clear(place: Place, announced: Collection[str] = ()) -> None:
 
 
 def _clear_single(place: Place) -> None:
-    """Remove a single file, what there is of an unfinished one, and then the manifest."""
+    """Remove a single file, the remains of an unfinished one, and then the manifest."""
     names = (place.out.name, place.manifest.name)
     _remove(place.folder, {place.out.name})
     _remove(place.state, {place.partial(name).name for name in names})

@@ -187,7 +187,7 @@ class ContentHasher:
 def recognize(
     files: Sequence[InputFile], before: Mapping[str, Known], hasher: ContentHasher, what: str
 ) -> dict[str, Known]:
-    """Return the stamps and hashes of input files, after checking that they are the journal's.
+    """Return the stamps and hashes of input files, after checking that they match the journal.
 
     A file whose stamp differs is hashed if the journal has its content hash; other files cost nothing.
 

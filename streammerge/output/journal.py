@@ -123,7 +123,7 @@ class Journal:
         return progress
 
     def start_over(self) -> None:
-        """Forget what is recorded; the output is marked as begun, and as ours, from now on, for good."""
+        """Discard all records. From now on the output is durably marked as begun, and as ours."""
         with world_errors(self._path):
             self._state.mkdir(exist_ok=True)
             fsync_directory(self._place.folder)
@@ -202,7 +202,7 @@ class Journal:
 
 
 def remove_state(place: Place) -> None:
-    """Remove the journal of an output, if there is one, for good."""
+    """Remove the journal of an output durably, if there is one."""
     state = place.state
     with world_errors(state):
         if state.is_dir() and not state.is_symlink():

@@ -55,7 +55,7 @@ def read_manifest(out: Path) -> dict[str, Any] | None:
 
 
 def load_manifest(out: Path) -> dict[str, Any]:
-    """Return the manifest of a finished output; that of a single file calls it what it is called now.
+    """Return the manifest of a finished output; the manifest of a single file gets the file's current name.
 
     Raises
     ------

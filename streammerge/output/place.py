@@ -71,7 +71,7 @@ class Place:
 
 
 def place_of(out: Path) -> Place:
-    """Return the place of an output: a single file where its name ends in ``.safetensors``, unless a directory has that name.
+    """Return the place of an output: a single file if its name ends in ``.safetensors`` and is not that of a directory.
 
     >>> place_of(Path("models/merged.safetensors")).manifest.name
     'merged.safetensors.json'

@@ -87,7 +87,7 @@ def read_back(
 
     Returns
     -------
-    By path, what each part holds.
+    By path, the checksum, length and non-finite values of each part.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The small files of a stage's result, in a folder of their own while the program runs: its weights are never written."""
+"""The small files of a stage's result, in a temporary folder while the program runs. Its weights are never written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from streammerge.planning.plan import MergePlan
 
 
 def stage_folder(plan: MergePlan) -> Path:
-    """Return a folder with the config.json, the tokenizer and all else that the plan's output would have but weights.
+    """Return a folder with the config.json, the tokenizer and all other files of the plan's output except weights.
 
-    Links would not do: a model's files that lead out of its folder are not trusted. The folder is removed when the program
+    Links would not work: links that lead out of a model's folder are not trusted. The folder is removed when the program
     ends.
 
     Raises

@@ -18,7 +18,7 @@ from streammerge.units import plural
 
 
 def settle_checkpoints(config: MergeConfig) -> MergeConfig:
-    """Return the config with the checkpoints that it means as its models, each with its coefficient as weight.
+    """Return the config with the checkpoints that it selects as its models, each with its coefficient as weight.
 
     A checkpoint whose coefficient is 0 is not among the models.
 
@@ -67,7 +67,7 @@ def _models(averaged: tuple[Averaged, ...], asked: Checkpoints) -> tuple[ModelSp
 
 
 def _find(asked: Checkpoints) -> tuple[list[str], list[str]]:
-    """Return the references of all checkpoints, oldest first, and what should be known of how they were found."""
+    """Return the references of all checkpoints, oldest first, and notes on how they were found."""
     references: list[str] = []
     notes: list[str] = []
     for text in asked.places:
@@ -78,7 +78,7 @@ def _find(asked: Checkpoints) -> tuple[list[str], list[str]]:
 
 
 def _find_in(text: str, pattern: str | None, *, alone: bool) -> tuple[list[str], list[str]]:
-    """Return the same of one place: the children of a directory, or a model among several places."""
+    """Return the same for one place: the children of a directory, or a model among several places."""
     shown, directory = printable(text, 80), Path(os.path.expanduser(text))
     if not os.path.isdir(directory):
         if alone:

@@ -24,7 +24,7 @@ class Job:
     """Index in the order of the merge, which is the file order of the first input."""
     name: str
     dtype: str
-    """That its elements are rounded to: F32 where an encoder takes them."""
+    """The dtype that its elements are rounded to: F32 if an encoder takes them."""
     shape: tuple[int, ...]
     kind: Kind
     """`merge`: apply the method. `copy`: copy sources[0], cast if the dtype differs. `agree`: copy sources[0], an
@@ -42,13 +42,13 @@ class Job:
     stacks: Mapping[str, int] = field(default_factory=dict)
     """Number of layers of each stack of the output, by its prefix; one mapping for all jobs."""
     shared: tuple[SourceRef, ...] = ()
-    """Tensors that several of the stages read which it is made of; they are held while a piece is read."""
+    """Tensors that several of its stages read; they are held while a piece is read."""
     encoder: Encoder | None = None
-    """Stores the merged elements as codes and scales; None: they are stored as they are."""
+    """Encodes the merged elements as codes and scales; None: they are stored as they are."""
 
     @property
     def parts(self) -> tuple[Stored, ...]:
-        """The tensors that are written, in an order that slots and checksums have too: the tensor itself, as a rule."""
+        """The tensors that are written, in the order of slots and checksums; usually only the tensor itself."""
         if self.encoder is not None:
             return self.encoder.parts
         return (Stored(self.name, self.dtype, self.shape),)
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def unit(self) -> int:
-        """Elements between two places where it may be cut, as far as the way it is stored decides."""
+        """Elements between two places where its storage allows a cut."""
         return 1 if self.encoder is None else self.encoder.unit
 
     @property
@@ -109,7 +109,7 @@ class Job:
 
     @property
     def held(self) -> tuple[Ref, ...]:
-        """Everything that a piece holds: the inputs, the Fisher diagonals, and what several stages read."""
+        """Everything that a piece holds: the inputs, the Fisher diagonals, and the tensors that several stages read."""
         return (*self.inputs, *self.fishers, *self.shared)
 
     @property
@@ -119,7 +119,7 @@ class Job:
 
     @property
     def waits(self) -> bool:
-        """Whether statistics of stages that it is made of must be known before a piece of it is read."""
+        """Whether statistics of its stages must be known before a piece of it is read."""
         return any(ref.asks for ref in self.inputs)
 
     @property

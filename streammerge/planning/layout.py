@@ -92,14 +92,14 @@ class Places:
         ]
 
     def find(self, shard: int, offset: int) -> tuple[int, Key]:
-        """Return where the tensor at an offset of a shard begins, and which it is."""
+        """Return the beginning of the tensor at an offset of a shard, and the tensor itself."""
         places = self._by_shard[shard]
         return places[bisect_right(places, offset, key=itemgetter(0)) - 1]
 
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder of the output with weights, and how the library that reads it wants them."""
+    """A folder of the output with weights, in the form that the library expects."""
 
     name: str = ""
     """Empty: the output itself."""
@@ -154,7 +154,7 @@ def _cut(jobs: Sequence[Job], shard_size: int) -> list[list[Job]]:
 
 
 def lay_out_file(jobs: Sequence[Job], name: str, metadata: Mapping[str, str]) -> Layout:
-    """Place the tensors of all jobs in one file, in whose header `metadata` stands."""
+    """Place the tensors of all jobs in one file; its header contains `metadata`."""
     shard, slots = _shard(0, name, jobs, 0, metadata)
     return Layout((shard,), _by_job(jobs, slots), single_file=True)
 
@@ -186,7 +186,7 @@ def _shard(
     Parameters
     ----------
     cut
-        Characters at the beginning of a job's name that the tensor's name in the file is without.
+        Number of characters at the beginning of a job's name that the tensor's name in the file lacks.
     """
     parts = {(job.ordinal, i): part for job in jobs for i, part in enumerate(job.parts)}
     ordered = sorted(parts, key=lambda key: (-RANK[parts[key].dtype], parts[key].name.encode()))

@@ -33,7 +33,7 @@ class PlanOptions:
     file: str | None = None
     """The name of the single file that is written; None: a directory."""
     left_out: tuple[LeftOut, ...] = ()
-    """Files that the output does not get."""
+    """Files that are not written to the output."""
     max_reads: float = MAX_READS
     """Bytes that stages may read for each byte of the inputs."""
     tensors_only: bool = False

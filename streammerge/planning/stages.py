@@ -1,6 +1,6 @@
 """Stages: merges whose results later ones take as models, computed as they are read, and never written.
 
-A stage is a plan. Its tensors are `StageRef`, an index of them a model like any other::
+A stage is a plan. Its tensors are `StageRef`, and an index of these is a model like any other::
 
     config    document 1 (name: a)        document 2: models a, m3
     plans     MergePlan of a  ──> index of StageRef ──> MergePlan of the output
@@ -28,12 +28,12 @@ from streammerge.planning.plan import MergePlan
 from streammerge.units import format_size
 
 _BLOCK = 1 << 18
-"""Elements of a stage that are computed at a time, at least, where its rule can be cut so."""
+"""Least number of elements of a stage computed at a time, if its rule can be cut there."""
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """A stage and what others see of it."""
+    """A stage, and its result as later stages see it."""
 
     plan: MergePlan
     index: TensorIndex
@@ -52,13 +52,13 @@ class StageRef(MadeRef):
     stage: str
     job: Job
     row: int
-    """It is computed in multiples of so many elements."""
+    """It is computed in multiples of this number of elements."""
     block: int
     """Elements computed at a time; a multiple of `row`."""
     lease_bytes: int
-    """Bytes of the buffer in which so many are computed."""
+    """Bytes of the buffer in which a block is computed."""
     own_kernels: frozenset[str]
-    """Groups of compiled kernels that the stage makes use of."""
+    """Groups of compiled kernels that the stage uses."""
     has_statistics: bool
     """Whether its rule depends on statistics that are read from its inputs."""
     statistics_bytes: int
@@ -93,7 +93,7 @@ class StageRef(MadeRef):
 
     @property
     def stored_dtype(self) -> str:
-        """See `SourceRef`: as its file would have it."""
+        """See `SourceRef`: the dtype that its file would have."""
         return self.job.dtype
 
     @property
@@ -113,7 +113,7 @@ class StageRef(MadeRef):
 
     @property
     def sample(self) -> tuple[int, int]:
-        """See `SourceRef`: what it would be if the stage were written, so that its random masks are the same."""
+        """See `SourceRef`: the sample of the stage as if it were written, so that random masks are the same."""
         offset, size = middle_of(self.nbytes)
         return offset // itemsize(self.dtype), (offset + size) // itemsize(self.dtype)
 
@@ -144,11 +144,11 @@ class StageRef(MadeRef):
 
     @property
     def file_bytes(self) -> int:
-        """See `SourceRef`: those of all its inputs."""
+        """See `SourceRef`: the bytes of all its inputs."""
         return self.job.input_bytes + self.job.fisher_bytes
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
-        """See `SourceRef`: of its inputs the elements themselves; a rule may read more around them."""
+        """See `SourceRef`: the same elements of all its inputs; a rule may read more around them."""
         for ref in self.job.inputs:
             yield from ref.extents(start, stop)
 
@@ -192,7 +192,7 @@ def stage_index(plan: MergePlan, directory: Path) -> TensorIndex:
 
 
 def _ref(plan: MergePlan, job: Job, kernels: frozenset[str]) -> SourceRef:
-    """Return a tensor of a stage; one that is copied as it is, itself."""
+    """Return a reference to a tensor of a stage; for a tensor copied as it is, the original reference, renamed."""
     if job.is_copied:
         return job.sources[0].renamed(job.name)
     work = plan.work[job.ordinal]
@@ -214,7 +214,7 @@ def _ref(plan: MergePlan, job: Job, kernels: frozenset[str]) -> SourceRef:
 
 
 def stage_refs(refs: Sequence[SourceRef]) -> Iterator[StageRef]:
-    """Yield the tensors of stages that some tensors are made of, each once, after those that it is made of itself."""
+    """Yield the tensors of stages that some tensors are made of, each once, after the tensors it is made of itself."""
     return (ref for ref in all_parts(refs) if isinstance(ref, StageRef))
 
 
@@ -229,7 +229,7 @@ def check_reads(plan: MergePlan, most: float) -> None:
     Raises
     ------
     BudgetError
-        With both numbers, and the stage that is best written.
+        If they do; the message has both numbers, and names the stage whose writing saves most.
     """
     once = bytes_once(plan)
     times = plan.bytes_to_read() / max(1, once)
@@ -256,7 +256,7 @@ def bytes_once(plan: MergePlan) -> int:
 
 
 def with_shared(job: Job) -> Job:
-    """Return a job that knows which tensors several of its stages read: these are read once, and held for all of them."""
+    """Return a job that knows which tensors several of its stages read. They are read once, and held for all stages."""
     if not any(isinstance(ref, StageRef) for ref in job.inputs):
         return job
     times = Counter(place_of(ref) for ref in _plain_leaves(job.inputs))
@@ -270,13 +270,13 @@ def with_shared(job: Job) -> Job:
 
 
 def place_of(ref: SourceRef) -> tuple[str, int, str] | None:
-    """Return where the bytes of a tensor in a file lie; None for one that is made."""
+    """Return the place of a tensor's bytes in a file; None if the tensor is computed."""
     plain = ref.plain
     return None if plain is None else (plain.path, plain.offset, plain.dtype)
 
 
 def _plain_leaves(refs: Sequence[SourceRef]) -> Iterator[SourceRef]:
-    """Yield the tensors in files that elements of some tensors are computed from, element by element."""
+    """Yield the tensors in files from which some tensors are computed, element by element."""
     for ref in refs:
         if ref.plain is not None:
             yield ref

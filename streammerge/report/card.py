@@ -81,7 +81,7 @@ def _models(plan: MergePlan) -> Iterator[str]:
 
 
 def _stages(plan: MergePlan) -> Iterator[str]:
-    """Yield the stages as a tree, where there are any."""
+    """Yield the stages as a tree, if there are any."""
     if plan.stages:
         yield "## Stages"
         yield "\n".join(["```", *stage_tree(plan), "```"])
@@ -115,7 +115,7 @@ def _settings(plan: MergePlan) -> Iterator[str]:
 
 
 def _stored(plan: MergePlan) -> Iterator[str]:
-    """Yield how the tensors are stored that are quantised."""
+    """Yield lines on the storage of quantised tensors."""
     counts = Counter(job.encoder.label for job in plan.jobs if job.encoder is not None)
     if counts:
         formats = ", ".join(f"{n} as {label}" for label, n in counts.items())

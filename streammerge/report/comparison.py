@@ -121,7 +121,7 @@ class Sums:
         return _ratio(self.norm(model), math.sqrt(self.base_square))
 
     def top_share(self, model: int) -> list[float | None]:
-        """Return which part of the squared norm the largest entries hold, for each of `SHARES`."""
+        """Return the part of the squared norm that the largest entries hold, for each of `SHARES`."""
         square = self.dots[model, model]
         return [_ratio(min(top, square), square) for top in self.top_squares[model]]
 
@@ -176,7 +176,7 @@ def _tensor_values(tensor: ComparedTensor, model: int) -> dict[str, Any]:
 
 
 def _entries(tensor: ComparedTensor, model: int) -> int:
-    """Return how many entries of a task vector are normal numbers: squares of the smallest ones vanish in a sum."""
+    """Return the number of a task vector's entries that are normal numbers; squares of smaller ones vanish in a sum."""
     return int(tensor.difference.exponents[model, 1:].sum())
 
 
@@ -268,7 +268,7 @@ def _signs_text(found: Comparison) -> list[str]:
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Return the ends of the models' paths, whole where these would be alike."""
+    """Return the last parts of the models' paths, or the whole paths if these would be equal."""
     ends = [printable(name.rstrip("/").rpartition("/")[2] or name, 28) for name in names]
     return ends if len(set(ends)) == len(ends) else [printable(name, 28) for name in names]
 

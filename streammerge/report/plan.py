@@ -100,7 +100,7 @@ def _method(values: dict[str, Any]) -> str:
 
 
 def _models(plan: MergePlan, values: dict[str, Any]) -> list[str]:
-    """Return the line of the models; for an average, a line per checkpoint with its coefficient."""
+    """Return the line on the models; for an average, a line per checkpoint with its coefficient."""
     if plan.config.checkpoints is not None:
         n = plural(len(values["checkpoints"]), "checkpoint")
         rows = [(f"{one['coefficient']:.6g}", one) for one in values["checkpoints"]]
@@ -119,7 +119,7 @@ def _models(plan: MergePlan, values: dict[str, Any]) -> list[str]:
 
 
 def _quantised(values: dict[str, Any]) -> list[str]:
-    """Return one line per quantised input on its formats."""
+    """Return one line per quantised input, with its formats."""
     return [
         f"{'' if i else 'quantised':<{_INDENT}}{printable(model, 60)}: "
         + ", ".join(f"{plural(n, 'tensor')} as {title}" for title, n in formats.items())
@@ -128,7 +128,7 @@ def _quantised(values: dict[str, Any]) -> list[str]:
 
 
 def _stages(plan: MergePlan) -> list[str]:
-    """Return the tree of the stages, one a line; nothing without stages."""
+    """Return the tree of the stages, one per line; empty without stages."""
     tree = stage_tree(plan) if plan.stages else []
     return [f"{'' if i else 'stages':<{_INDENT}}{line}" for i, line in enumerate(tree)]
 
@@ -151,7 +151,7 @@ def _left_out(values: dict[str, Any]) -> list[str]:
 
 
 def _components(values: dict[str, Any]) -> list[str]:
-    """Return the line of a model's folders; none where it has no weights but its own."""
+    """Return the line on a model's folders; none if all its weights lie in its own folder."""
     found = [
         f"{printable(folder)} {', '.join(f'{n:,} {kind}' for kind, n in kinds.items())}"
         for folder, kinds in values["components"].items()

@@ -39,7 +39,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32}
 
 @dataclass(frozen=True)
 class _Data:
-    """One tensor of every model in memory, and what a statistic is told of it."""
+    """One tensor of every model in memory, and its description for a statistic."""
 
     buffer: NDArray[np.uint8]
     operands: tuple[Operand, ...]
@@ -81,7 +81,7 @@ def _make(ordinal: int, rows: int, dtype: str) -> _Data:
 
 
 def check_statistic(statistic: Statistic[A], *, expected: Callable[..., A] | None = None) -> A | None:
-    """Check that a statistic keeps what the engine relies on, and return its value for bf16 models.
+    """Check the properties of a statistic that the engine relies on, and return its value for bf16 models.
 
     Its value is the same from whole tensors and from blocks in any order, by every backend of the CPU, and by reducers of
     several processes whose parts are absorbed in any order; it goes through JSON and pickle unchanged.
@@ -89,9 +89,10 @@ def check_statistic(statistic: Statistic[A], *, expected: Callable[..., A] | Non
     Parameters
     ----------
     statistic
-        About at most 3 models with a base. Of the whole model where its `extent` says so.
+        A statistic over at most 3 models with a base. Its `extent` decides whether it covers the whole model.
     expected
-        From ``(base, models)`` as fp64 arrays of shape (rows, 64) to the right value; for a statistic of one tensor.
+        Function of ``(base, models)``, fp64 arrays of shape (rows, 64), that returns the right value; for a statistic of
+        one tensor.
 
     Raises
     ------
@@ -164,7 +165,7 @@ def _value(
     shuffled: bool = False,
     parts: bool = False,
 ) -> A:
-    """Return the value by blocks of `size`; in any order, or each by a reducer of its own whose part is absorbed."""
+    """Return the value from blocks of `size`: in any order, or each by a separate reducer whose part is absorbed."""
     order = random.Random(1)
 
     def blocks(only: Range | None) -> list[tuple[_Data, int, int]]:

@@ -25,7 +25,7 @@ PLENTY = 1 << 30
 
 
 class Fixed(budgets.Budget):
-    """A budget whose buffers have a given size, whatever else takes memory: small tensors are then handled as large ones."""
+    """A budget whose buffers have a fixed size, whatever else takes memory; small tensors are then handled as large ones."""
 
     def less(self, nbytes: int) -> budgets.Budget:
         """Return the same budget."""
@@ -34,7 +34,7 @@ class Fixed(budgets.Budget):
 
 @contextmanager
 def capacity(nbytes: int, threads: int) -> Iterator[None]:
-    """Give the merges inside buffers of `nbytes` and a number of threads, whatever their --memory."""
+    """Give all merges in this context buffers of `nbytes` and a number of threads, whatever their --memory."""
 
     def make_budget(memory: int | None, n: int | None, reserve: int) -> budgets.Budget:
         return Fixed(reserve + nbytes, reserve, threads)
@@ -44,14 +44,14 @@ def capacity(nbytes: int, threads: int) -> Iterator[None]:
 
 
 class StopsAfter(threading.Event):
-    """An event that is set once it has been asked a number of times: it stops a merge at the same place every time."""
+    """An event that becomes set after a number of calls of `is_set`, so that it stops a merge at the same place each time."""
 
     def __init__(self, questions: int) -> None:
         super().__init__()
         self._left = questions
 
     def is_set(self) -> bool:
-        """Return whether it has been asked often enough."""
+        """Return whether it has been called often enough."""
         self._left -= 1
         return self._left < 0 or super().is_set()
 
@@ -63,9 +63,9 @@ class Trial:
     method: Method
     config: Mapping[str, Any]
     directory: Path
-    """An empty folder; each merge makes one of its own in it."""
+    """An empty folder, in which each merge makes a separate one."""
     methods: Path | None = None
-    """The file that the method comes from, if it does not ship and no package brings it."""
+    """The file that defines the method, if neither this program nor an installed package provides it."""
     _outputs: dict[str, dict[str, bytes]] = field(default_factory=dict)
 
     @property
@@ -77,12 +77,12 @@ class Trial:
         return f"method {self.method.name!r}" + (f" ({parameters})" if parameters else "")
 
     def plan(self, nbytes: int = PLENTY, threads: int = 1, **options: Any) -> MergePlan:
-        """Return the plan with buffers of so many bytes."""
+        """Return the plan with buffers of `nbytes` bytes."""
         with capacity(nbytes, threads):
             return plan(self.config, methods=self.methods, device="cpu", **options)
 
     def merge(self, name: str, nbytes: int = PLENTY, threads: int = 1, **options: Any) -> dict[str, bytes]:
-        """Merge with buffers of so many bytes, and return the bytes of every file of the output by name."""
+        """Merge with buffers of `nbytes` bytes, and return the bytes of every file of the output by name."""
         out = self.directory / name
         with capacity(nbytes, threads):
             options = {"device": "cpu", "progress": False, **options}
@@ -96,7 +96,7 @@ class Trial:
         return self._outputs["expected"]
 
     def interrupted(self, name: str, questions: int, **options: Any) -> dict[str, bytes] | None:
-        """Merge, stop on the way, merge again; return the output, or None where the merge had ended before."""
+        """Merge, stop midway, merge again; return the output, or None if the merge ended before the stop."""
         try:
             self.merge(name, stop=StopsAfter(questions), **options)
         except Stopped:
@@ -104,7 +104,7 @@ class Trial:
         return None
 
     def least(self) -> int:
-        """Return the least power of two, in bytes of buffers, that the planner accepts: whatever can be streamed is."""
+        """Return the least power of two, in bytes of buffers, that the planner accepts; all tensors that can be are streamed."""
         for bits in range(12, 31):
             try:
                 self.plan(1 << bits, 3)
@@ -114,12 +114,12 @@ class Trial:
         raise AssertionError(f"{self.title}: no plan fits 1 GiB of buffers, for tensors of less than 200 KiB")
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the tensors of a merge that was made."""
+        """Return the tensors of a finished merge."""
         return read_tensors(self.directory / name)
 
 
 def difference(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> str:
-    """Return where two outputs differ first, as text; empty where no tensor does."""
+    """Return the first difference between two outputs as text; empty if no tensor differs."""
     for name, one in first.items():
         other = second.get(name)
         if other is None or one.shape != other.shape or one.dtype != other.dtype:

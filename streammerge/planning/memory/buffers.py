@@ -24,11 +24,11 @@ class Places:
     """Offsets into the buffer of a piece, in bytes."""
 
     slots: tuple[int, ...]
-    """Offsets of the inputs: the base, the models, their Fisher diagonals, what several stages read."""
+    """Offsets of the inputs: the base, the models, their Fisher diagonals, the tensors that several stages read."""
     output: int | None
     """Offset of the output's own slot; None if the output is laid over the first input."""
     parts: tuple[int, ...]
-    """Offsets of what an encoder stores the output as; empty without one."""
+    """Offsets of the parts that an encoder stores the output as; empty without an encoder."""
     scratch: int
     """Offset of the first free byte."""
     paged: bool
@@ -47,7 +47,7 @@ class Places:
         return first_input - (first_input - file_offset) % PAGE
 
     def part_at(self, part: int, file_offset: int) -> int:
-        """Return where a part of an encoded output begins so that it lies in its page as it will lie in the file."""
+        """Return an offset for a part of an encoded output, with the same offset within its page as in the file."""
         return self.parts[part] + (file_offset % PAGE if self.paged else 0)
 
 
@@ -90,7 +90,7 @@ def alignment_bytes(job: Job) -> int:
 
 
 def _beyond_units(job: Job, encoder: Encoder) -> int:
-    """Return the bytes of parts that are not in proportion to the elements: of a last unit cut short, of the whole tensor."""
+    """Return the bytes of parts not proportional to the elements: of a last, shorter unit, and of the whole tensor."""
     cut_short = job.n_elements % encoder.unit != 0
     return sum(
         min(part.nbytes, per if cut_short else 0) if per else part.nbytes

@@ -38,7 +38,7 @@ def named(ref: SourceRef, name: str, stored: str) -> str:
 
 
 def copies(ref: SourceRef, name: str, material: Material) -> list[Job]:
-    """Return what copies all that a quantised tensor is made of, as it lies in its files."""
+    """Return the jobs that copy all stored tensors of a quantised tensor, as they lie in its files."""
     coded = {
         (tensor.path, tensor.name): tensor
         for index in material.indexes.values()
@@ -49,5 +49,5 @@ def copies(ref: SourceRef, name: str, material: Material) -> list[Job]:
 
 
 def copy_job(ref: SourceRef, name: str) -> Job:
-    """Return what copies a stored tensor under a name; its place among the jobs is still to be given."""
+    """Return a job that copies a stored tensor under a name; its ordinal is still to be set."""
     return Job(0, name, ref.dtype, ref.shape, "copy", (ref,), None, {})

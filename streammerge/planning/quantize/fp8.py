@@ -46,7 +46,7 @@ def _choose(material: Material) -> Storage:
         )
     kept = [_module(job.name) for job in stored if job.encoder is None and _is_matrix(job)]
     if flag_of(template.config) is True and not any(is_head(job.name) for job in jobs):
-        kept.append("lm_head")  # tied: a loader would make a map in FP8 of it
+        kept.append("lm_head")  # tied: a loader would build an FP8 map from it
     declared: dict[str, Any] = {
         "activation_scheme": "dynamic",
         "fmt": "e4m3",
@@ -60,7 +60,7 @@ def _choose(material: Material) -> Storage:
 
 
 def _written(job: Job, material: Material) -> list[Job]:
-    """Return what writes a tensor; what is copied and lies in this very layout is copied code by code."""
+    """Return the jobs that write a tensor; a copied tensor already in this layout is copied code by code."""
     source = copied_from(job, material) if isinstance(job.encoder, Fp8) else None
     if source is None or not isinstance(job.encoder, Fp8):
         return [job]

@@ -1,6 +1,6 @@
 """`quantize: same`: every tensor that is quantised in the base (or first model) is stored as it is stored there.
 
-What is copied is copied code by code; what is merged is encoded anew. What belongs to activations is carried along.
+Copied tensors are copied code by code; merged tensors are encoded again. Scales of activations are copied along.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _choose(material: Material) -> Storage:
 
 
 def _stored(job: Job, lender: Lender, material: Material) -> list[Job]:
-    """Return what writes a tensor in the format of its lender: copies of all its parts, or one job with an encoder."""
+    """Return the jobs that write a tensor in its lender's format: copies of its parts, or one job with an encoder."""
     inner = decoded(lender.ref)
     if inner is None or inner.shape != job.shape:
         raise _refused(job, lender, "has another shape in the output, so that its codes cannot be stored")
@@ -59,7 +59,7 @@ def _refused(job: Job, lender: Lender, why: str) -> ModelError:
 
 
 def _alike(source: SourceRef, inner: SourceRef, name: str, material: Material, lender: Lender) -> bool:
-    """Return whether the codes of a different model's tensor mean in the output what they mean there."""
+    """Return whether the codes of a different model's tensor have the same meaning in the output as in that model."""
     index = material.indexes[lender.reference]
     try:
         return type(source) is type(inner) and _encoder(source, name, index) == _encoder(inner, name, index)
@@ -72,7 +72,7 @@ def _encoder(ref: SourceRef, name: str, index: TensorIndex) -> Encoder:
 
 
 def _check_declared(job: Job, lender: Lender, material: Material) -> None:
-    """Refuse a layer of a model that declares something else than config.json of the output will."""
+    """Refuse a layer from a model whose quantisation is declared differently from the output's config.json."""
     index, template = material.indexes[lender.reference], material.template
     if index is not template and _declarations(index) != _declarations(template):
         raise _refused(job, lender, f"is stored otherwise than {printable(template.reference)} declares")
@@ -83,7 +83,7 @@ def _declarations(index: TensorIndex) -> list[object]:
 
 
 def _carried(material: Material) -> Iterator[Job]:
-    """Yield copies of what scales activations, and of shapes, for each layer of the output that has the weights of its own."""
+    """Yield copies of the activation scales and stored shapes of each layer whose weights the output has."""
     layers: dict[tuple[str, str], dict[str, None]] = {}
     for job, lender in zip(material.jobs, material.lenders, strict=True):
         layers.setdefault((lender.reference, layer_of(lender.name)), {})[layer_of(job.name)] = None
@@ -100,7 +100,7 @@ def _carried(material: Material) -> Iterator[Job]:
 
 
 def _by_layer(index: TensorIndex) -> dict[str, list[SourceRef]]:
-    """Return what is carried of a model, by the layers that it is in."""
+    """Return the tensors of a model that are copied along, by layer."""
     decoding = {part.name for ref in index.values() if ref.stored_format for part in _decoded_parts(ref)}
     beside = (ref for name, ref in index.coded.items() if name not in decoding)
     carried: dict[str, list[SourceRef]] = {}
@@ -115,7 +115,7 @@ def _decoded_parts(ref: SourceRef) -> tuple[SourceRef, ...]:
 
 
 def layer_of(name: str) -> str:
-    """Return the beginning of a name, up to its first number; nothing where it has none.
+    """Return the beginning of a name, up to its first number; empty if it has none.
 
     >>> layer_of("model.layers.3.self_attn.k_scale"), layer_of("lm_head.weight")
     ('model.layers.3', '')
