@@ -136,7 +136,7 @@ class MergeConfig:
     base_strip: str = ""
     """The prefix that is taken off the names of the base."""
     averaged: tuple[Averaged, ...] = ()
-    """The checkpoints that were found, oldest first, those that have no part too."""
+    """The checkpoints that were found, oldest first, including those with coefficient 0."""
     name: str | None = None
     """The name by which later stages know its result; None: it is the output."""
     stages: tuple[MergeConfig, ...] = ()
@@ -144,7 +144,7 @@ class MergeConfig:
 
     @property
     def references(self) -> frozenset[str]:
-        """Every model that it names, in whatever place."""
+        """Every model that it names, at any place."""
         found = {spec.reference for spec in self.models}
         found |= {part.base_model for module in self.modules for part in module.slices if part.base_model}
         found |= {self.base_model} if self.base_model else set()
@@ -154,7 +154,7 @@ class MergeConfig:
         return frozenset(found)
 
     def settings(self) -> Iterator[tuple[Mapping[str, Setting], bool]]:
-        """Yield every map of parameters, and whether it is that of one model."""
+        """Yield every map of parameters, and whether it belongs to one model."""
         yield self.parameters, False
         for module in self.modules:
             yield module.parameters, False
@@ -214,7 +214,7 @@ def _base(data: dict[str, object], path: str) -> tuple[str | None, str]:
 
 
 def _modules(data: dict[str, object], path: str, notes: list[str]) -> tuple[Module, ...]:
-    """Return what is merged into what, from whichever of the three keys says it."""
+    """Return the modules and slices of the output, from whichever of the three keys describes them."""
     given = [key for key in _INPUTS if data.get(key) is not None]
     if len(given) > 1:
         refuse(path, f"'{given[0]}' and '{given[1]}' cannot both be set")

@@ -12,7 +12,7 @@ def strips_of(config: MergeConfig) -> dict[str, str]:
     Raises
     ------
     ConfigError
-        If a model is named with two of them.
+        If a model is named with two different prefixes.
     """
     parts = [part for module in config.modules for part in module.slices]
     given = [(spec.reference, spec.strip, spec.path) for part in parts for spec in part.sources]

@@ -1,4 +1,4 @@
-"""The key `tensors`: what is merged where the models do not have the same tensors."""
+"""The key `tensors`: which tensors are merged if the models do not all have the same ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from streammerge.config.wording import meant, refuse, shown
 
 Tensors = Literal["same", "common", "any"]
-"""All models must have the same; those that all have; each over the models that have it."""
+"""`same`: all models must have the same tensors; `common`: those that all have; `any`: each over the models with it."""
 
 
 def parse_tensors(value: object, path: str, *, whole: bool) -> Tensors:
@@ -21,7 +21,7 @@ def parse_tensors(value: object, path: str, *, whole: bool) -> Tensors:
     Raises
     ------
     ConfigError
-        If it is none of the values, or does not go with what is merged.
+        If it is not one of the values, or cannot be used for slices or modules.
     """
     found: Tensors | None = next((known for known in get_args(Tensors) if known == value), None)
     if found is None:

@@ -24,7 +24,7 @@ def parse_layer_range(data: object, path: str) -> tuple[int, int]:
 
 
 def parse_dtype(value: object, path: str) -> str | None:
-    """Return the format code of a dtype; None where none is given."""
+    """Return the format code of a dtype; None if none is given."""
     if value is None:
         return None
     name = value.removeprefix("torch.").lower() if isinstance(value, str) else ""
@@ -35,7 +35,7 @@ def parse_dtype(value: object, path: str) -> str | None:
 
 
 def parse_quantize(value: object, path: str) -> str:
-    """Return how weights are stored; `none` where nothing is said."""
+    """Return the value of `quantize`; `none` if it is not given."""
     if value is None:
         return "none"
     name = value.lower() if isinstance(value, str) else ""

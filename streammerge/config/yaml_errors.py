@@ -9,7 +9,7 @@ import yaml
 _BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
 _KEY = re.compile(r"\s*(?:- +)*([^\s:#][^:#]*):(?:\s|$)")
 _OF_A_MODEL = frozenset({"model", "parameters", "alias", "fisher", "gram", "layer_range", "filter", "value"})
-"""Keys that stand in an entry of a list."""
+"""Keys that belong in an entry of a list."""
 _EXCERPT = 70
 """Characters of a line that are shown."""
 _LONGEST = 4000
@@ -33,14 +33,14 @@ _CURES = (
 
 
 def explain(error: yaml.MarkedYAMLError, text: str, line: int) -> str:
-    """Return what PyYAML complains of, with line, column, excerpt and cure.
+    """Return PyYAML's complaint, with line, column, excerpt and cure.
 
     Parameters
     ----------
     text
-        What was read.
+        The text that was read.
     line
-        How far, if the error does not say where it is; counted from 0.
+        The line reached, if the error does not say where it is; counted from 0.
     """
     mark = error.problem_mark or error.context_mark
     if mark is None:
@@ -68,7 +68,7 @@ def _by_words(error: yaml.MarkedYAMLError, problem: str) -> str | None:
 
 
 def _of_indentation(error: yaml.MarkedYAMLError, mark: yaml.Mark, lines: list[str]) -> str | None:
-    """Return the cure of a line that begins in the wrong column; None if that is not it."""
+    """Return the cure of a line that begins in the wrong column; None if the error is a different one."""
     problem, key = error.problem or "", _key(lines, mark.line)
     if problem.startswith("mapping values are not allowed"):
         return _second_colon(mark, lines, key)
@@ -96,7 +96,7 @@ def _of_indentation(error: yaml.MarkedYAMLError, mark: yaml.Mark, lines: list[st
 
 
 def _next_line(lines: list[str], start: int, step: int) -> int | None:
-    """Return the nearest line that says something, from `start` on, up or down."""
+    """Return the number of the nearest line, from `start` on, that is not empty, a comment or `---`; `step`: 1 or -1."""
     number = start
     while 0 <= number < len(lines):
         if lines[number].strip() and not lines[number].lstrip().startswith(("#", "---")):
@@ -106,7 +106,7 @@ def _next_line(lines: list[str], start: int, step: int) -> int | None:
 
 
 def _beside_list(key: str, mark: yaml.Mark, lines: list[str]) -> str:
-    """Say of a key in the column of a list's dashes where it belongs."""
+    """Return a message on the right place for a key that is in the column of a list's dashes."""
     item = mark.line - 1
     while item > 0 and not lines[item][mark.column :].startswith("-"):
         item -= 1
@@ -140,13 +140,13 @@ def _second_colon(mark: yaml.Mark, lines: list[str], key: str | None) -> str:
 
 
 def _key(lines: list[str], number: int) -> str | None:
-    """Return the key that a line begins with, dashes aside."""
+    """Return the key that a line begins with, after any dashes."""
     match = _KEY.match(lines[number][:200]) if number < len(lines) else None
     return match[1].strip()[:40] if match else None
 
 
 def _column(line: str) -> int:
-    """Return where the first key of a line begins, counted from 0: behind its dashes."""
+    """Return the column of a line's first key, after any dashes, counted from 0."""
     match = re.match(r"\s*(?:- +)*", line[:200])
     return match.end() if match else 0
 

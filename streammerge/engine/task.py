@@ -198,7 +198,7 @@ def merge_by_tiles(
 
 
 def _strips(job: Job, n: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of `n` merged elements that are encoded together, in whole units; their size bounds temporaries."""
+    """Yield the ranges of `n` merged elements that are encoded together, in whole units; a range bounds temporaries."""
     size = max(job.unit, TILE // job.unit * job.unit)
     for first in range(0, n, size):
         yield first, min(n, first + size)

@@ -60,7 +60,7 @@ class Worker:
     """
 
     is_stage = False
-    """Whether its merge is a stage, whose elements are computed within a piece of a later one."""
+    """Whether its merge is a stage, whose elements are computed within a piece of a later merge."""
 
     def __init__(
         self, spec: RunSpec, reader: Reader, writer: Sink, stop: threading.Event | None = None

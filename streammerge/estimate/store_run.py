@@ -51,9 +51,9 @@ class StoreRun:
     attribute
         The key of the store's table: it tells the kind of the store.
     sums
-        Makes what is recorded of each array, from tensor and dtype.
+        Function that returns the sums to record for an array, given its tensor and dtype.
     control
-        Where events go, and what stops the run.
+        Receives events, and can stop the run.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class StoreRun:
 
     @property
     def work(self) -> Path:
-        """A directory for what is needed until the store is finished; it goes with an unfinished store."""
+        """A directory for work files until the store is finished; it is removed together with an unfinished store."""
         return self._out.with_name(self._out.name + PARTIAL) / _WORK
 
     @contextmanager
@@ -122,7 +122,7 @@ class StoreRun:
         order
             The tensors of the store, in the order of its table.
         about
-            What is recorded of it in addition to its model.
+            Facts to record about the store in addition to its model.
         stamps
             The files that must not have changed meanwhile; default: the model's.
 

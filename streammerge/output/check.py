@@ -242,7 +242,7 @@ def _misplaced(examined: Sequence[_Examined], manifest: Mapping[str, Any], place
 def _index_problems(
     place: Place, folder: str, examined: Sequence[_Examined], manifest: Mapping[str, Any]
 ) -> list[str]:
-    """Return the errors in the index of a folder (``unet/``, or empty): it must list every tensor there, and no others."""
+    """Return the errors in the index of a folder (``unet/``, or empty): it must list exactly the tensors there."""
     shards = [
         one
         for one in examined

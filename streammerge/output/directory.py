@@ -159,7 +159,7 @@ def check_contents(place: Place) -> None:
 
 
 def _check_single(place: Place) -> None:
-    """Refuse a file, or a file in place of its manifest, that no merge of ours made; a journal does not vouch for them."""
+    """Refuse a file, or a file in place of its manifest, that no merge of ours made; a journal proves neither."""
     _check_state(place)
     if read_manifest(place.out) is not None:
         return

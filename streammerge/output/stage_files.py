@@ -16,7 +16,7 @@ from streammerge.planning.plan import MergePlan
 def stage_folder(plan: MergePlan) -> Path:
     """Return a folder with the config.json, the tokenizer and all other files of the plan's output except weights.
 
-    Links would not work: links that lead out of a model's folder are not trusted. The folder is removed when the program
+    Links do not work: those that lead out of a model's folder are not trusted. The folder is removed when the program
     ends.
 
     Raises

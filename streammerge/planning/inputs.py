@@ -32,7 +32,7 @@ class Sources:
     reader: Reader | None = None
     """The reader of the opened models; None: a new reader for files."""
     stages: tuple[StageResult, ...] = ()
-    """The results of stages, which models of these names are, each after those that it uses itself."""
+    """The results of stages by which models of these names are replaced, each after the stages that it uses itself."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Inputs:
     grams: tuple[CompanionIndex, ...] = ()
     """The Gram matrices of each model, for methods that use them."""
     stages: tuple[MergePlan, ...] = ()
-    """The merges that some of the models are the results of, each after those that it uses itself."""
+    """The stages whose results are among the models, each after the stages that it uses itself."""
 
     @property
     def template(self) -> TensorIndex:
@@ -107,7 +107,7 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs
 
 
 def _open(reference: str, sources: Sources) -> TensorIndex:
-    """Open a model, or take the result of a stage, with an adapter or without."""
+    """Open a model, or take the result of a stage, with or without an adapter."""
     results = {result.name: result.index for result in sources.stages}
     stage = stage_of(reference, list(results))
     if stage is None:

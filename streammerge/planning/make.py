@@ -37,7 +37,7 @@ from streammerge.planning.stages import with_shared
 from streammerge.units import format_at_least, format_size
 
 _REFS_OF_CODES = 3
-"""References in addition that a quantised tensor takes: to codes and scales, and what describes them."""
+"""Additional references per quantised tensor: to its codes, its scales and their descriptions."""
 NEW_TOKEN_NBYTES = 2000
 """Bytes per token that is added to a tokenizer: its entries in two files, and their text."""
 
@@ -121,7 +121,7 @@ def make_plan(
 
 
 def _folders_of(template: TensorIndex) -> list[Folder]:
-    """Return the folders of weights that the output has, as the libraries that read them want their files called."""
+    """Return the output's folders of weights, with the file names that the libraries reading them expect."""
     ecosystem = ecosystem_of(template)
     alone = ecosystem is SENTENCE_TRANSFORMERS
     return [

@@ -66,7 +66,7 @@ class MergePlan:
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """The output's config.json files, those of its components too, by path; none if the template model has none."""
     left_out: tuple[LeftOut, ...] = ()
-    """Files that the output does not get."""
+    """Files that are not written to the output."""
     tokenizer: TokenizerFiles | None = None
     """The output's tokenizer files, if they differ from those of the template model."""
     vocabulary: str = ""
@@ -78,11 +78,11 @@ class MergePlan:
     beside: Surroundings = field(default=Surroundings())
     """Files that are copied to the output in addition to the weights."""
     stages: tuple[MergePlan, ...] = ()
-    """The merges that some of its models are the results of, each after those that it uses itself."""
+    """The plans of stages whose results are among its models, each after the stages that it uses itself."""
 
     @property
     def name(self) -> str:
-        """The name of a stage; empty for what is written."""
+        """The name of a stage; empty for the plan of the output."""
         return self.config.name or ""
 
     def __repr__(self) -> str:
@@ -130,7 +130,7 @@ class MergePlan:
 
     @property
     def originals(self) -> tuple[TensorIndex, ...]:
-        """The models that lie in files: its own and those of its stages, each once."""
+        """The models stored in files: its own and those of its stages, each once."""
         names = {stage.name for stage in self.stages}
         indexes = (index for plan in (*self.stages, self) for index in plan.inputs)
         found = {
@@ -220,7 +220,7 @@ class MergePlan:
         return total
 
     def bytes_of_statistics(self, job: Job) -> int:
-        """Return the bytes that the statistics of a job read where all of them are streamed."""
+        """Return the bytes that the statistics of a job read if all of them are streamed."""
         rounds = (self.rounds_reading(job, extent) for extent in (Extent.MODEL, Extent.TENSOR))
         return sum(self._bytes_of(job, statistics) for some in rounds for statistics in some)
 
@@ -234,7 +234,7 @@ class MergePlan:
 
     @staticmethod
     def _bytes_of(job: Job, statistics: Sequence[Statistic[Any]]) -> int:
-        """Return the bytes that a round of statistics reads of a job."""
+        """Return the bytes of a job that a round of statistics reads."""
         fishers = all(statistic.source is Source.FISHERS for statistic in statistics)
         passes = max(statistic.cost.passes for statistic in statistics)
         return (job.fisher_bytes if fishers else job.input_bytes) * passes

@@ -7,7 +7,7 @@ Pure: numbers in, values out. A chunk is the unit of memory, of work and of the 
     chunks    [------][------][----------------------][----------]
 
 Every cut lies at a multiple of `ALIGN` elements (or of a row), so statistics summed per block do
-not depend on where the cuts are; and between whole units of what a tensor is stored as (`Encoder.unit`).
+not depend on where the cuts are. Cuts of encoded tensors also lie between whole units of storage (`Encoder.unit`).
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def plan_work(
 
 
 def _in_units(job: Job, encoder: Encoder, how: Work, budget: Budget, tiled: bool) -> Work:
-    """Return the way of a job whose pieces are cut between whole units of an encoder too."""
+    """Return the handling of a job whose pieces must also be cut between whole units of an encoder."""
     row = min(job.n_elements, math.lcm(how.row, encoder.unit))
     how = replace(how, workspace=how.workspace + encoder.scratch_bytes)
     if encoder.needs_peak and how.mode == "split":

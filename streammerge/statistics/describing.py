@@ -1,4 +1,4 @@
-"""Statistics that describe models and are asked by no merge: own norms, agreeing signs, magnitudes by power of two."""
+"""Statistics that describe models, unused by merges: the models' norms, agreeing signs, magnitudes by power of two."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class OwnSquares(SumsOfSquares):
 
     @property
     def cost(self) -> Cost:
-        """One sum a block for each tensor."""
+        """One sum per block for each tensor."""
         return Cost(partials=self.n)
 
     def calls(self) -> tuple[Call, ...]:
@@ -50,12 +50,12 @@ class OwnSquares(SumsOfSquares):
 
 @dataclass(frozen=True)
 class SignCounts:
-    """The elements where two task vectors or more are not zero."""
+    """The numbers of elements where two or more task vectors are not zero."""
 
     agree: int
-    """Those where all that are not zero have one sign."""
+    """Elements where all non-zero task vectors have the same sign."""
     conflict: int
-    """Those where two differ in sign."""
+    """Elements where two task vectors differ in sign."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def write_models(
     Parameters
     ----------
     spread
-        Standard deviation of the fine-tunes' task vectors; the base's is 0.02. A small one gives many ties after rounding.
+        Standard deviation of the fine-tunes' task vectors; the base's is 0.02. If small, rounding gives many ties.
     """
     generator = torch.Generator().manual_seed(seed)
     base = {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
@@ -70,7 +70,8 @@ def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]
     """Return a config for a method over [base, models...], as its traits require.
 
     The config has a base if the method uses one, at most as many models as it takes, and a Fisher diagonal or Gram
-    matrices for each model if it weighs by them. A method that is not registered yet gets the base and all models. `top` sets and overrides keys.
+    matrices for each model if it weighs by them. A method that is not registered yet gets the base and all models.
+    `top` sets and overrides keys.
     """
     models: list[dict[str, Any]] = [{"model": str(path)} for path in paths[1:]]
     config: dict[str, Any] = {"merge_method": method, "models": models, "base_model": str(paths[0])}

@@ -91,8 +91,8 @@ def check_statistic(statistic: Statistic[A], *, expected: Callable[..., A] | Non
     statistic
         A statistic over at most 3 models with a base. Its `extent` decides whether it covers the whole model.
     expected
-        Function of ``(base, models)``, fp64 arrays of shape (rows, 64), that returns the right value; for a statistic of
-        one tensor.
+        Function of ``(base, models)``, fp64 arrays of shape (rows, 64), that returns the right value; for a statistic
+        of one tensor.
 
     Raises
     ------

@@ -25,7 +25,7 @@ PLENTY = 1 << 30
 
 
 class Fixed(budgets.Budget):
-    """A budget whose buffers have a fixed size, whatever else takes memory; small tensors are then handled as large ones."""
+    """A budget whose buffers have a fixed size, whatever else takes memory: small tensors are handled as large ones."""
 
     def less(self, nbytes: int) -> budgets.Budget:
         """Return the same budget."""
@@ -44,14 +44,14 @@ def capacity(nbytes: int, threads: int) -> Iterator[None]:
 
 
 class StopsAfter(threading.Event):
-    """An event that becomes set after a number of calls of `is_set`, so that it stops a merge at the same place each time."""
+    """An event that becomes set after a number of queries, so that it stops a merge at the same place each time."""
 
     def __init__(self, questions: int) -> None:
         super().__init__()
         self._left = questions
 
     def is_set(self) -> bool:
-        """Return whether it has been called often enough."""
+        """Return whether it has been queried often enough."""
         self._left -= 1
         return self._left < 0 or super().is_set()
 
@@ -104,7 +104,7 @@ class Trial:
         return None
 
     def least(self) -> int:
-        """Return the least power of two, in bytes of buffers, that the planner accepts; all tensors that can be are streamed."""
+        """Return the least power of two, in bytes of buffers, that the planner accepts; it streams whatever it can."""
         for bits in range(12, 31):
             try:
                 self.plan(1 << bits, 3)

@@ -1,4 +1,4 @@
-"""The contract of a merge rule: what a subclass states, and what it is called with."""
+"""The contract of a merge rule: the members of a subclass, and the arguments of a call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Inputs(NamedTuple):
-    """The same elements of every input, fp32 or fp64, of equal shape, and which of them they are."""
+    """The same elements of every input, fp32 or fp64, of equal shape, and their position in the tensor."""
 
     models: Sequence[torch.Tensor]
     base: torch.Tensor | None
@@ -64,7 +64,7 @@ class Rule:
         raise NotImplementedError
 
     def kept(self, inputs: Inputs) -> tuple[int, ...]:
-        """Return how many entries of each task vector survive; empty if all do."""
+        """Return the number of surviving entries of each task vector; empty if all survive."""
         models, base, where, _ = inputs
         if base is None or not self.removes:
             return ()

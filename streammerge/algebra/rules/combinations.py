@@ -1,4 +1,4 @@
-"""Sums of rows or columns of tensors, each row or column by weights of its own."""
+"""Weighted sums of rows or columns of tensors; each row or column has its own weights."""
 
 from __future__ import annotations
 

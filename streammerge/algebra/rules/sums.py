@@ -21,7 +21,7 @@ class WeightedSum(Rule):
     """w_0; 0 if the base is not part of the sum."""
 
     def merged(self, inputs: Inputs) -> torch.Tensor:
-        """Return the sum over the models, and the base where it has a weight."""
+        """Return the sum over the models, and over the base if it has a weight."""
         total = zeros(inputs.models[0])
         if self.base_weight:
             total = total + self.base_weight * inputs.theta_0.double()

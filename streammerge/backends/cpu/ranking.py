@@ -1,4 +1,4 @@
-"""The counting of ranked elements on the CPU: task vectors by a kernel of their own, scores tile by tile."""
+"""Counts ranked elements on the CPU: task vectors by a separate kernel, scores tile by tile."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streammerge.numerics.ordered_sum import BLOCK
 
 
 class Ranking(NamedTuple):
-    """The counting of one class of what ranks elements."""
+    """The functions that count elements ranked by one class: task vectors or scores."""
 
     kernels: str
     """The group of kernels that it calls."""
@@ -65,7 +65,7 @@ _RANKINGS: dict[type, Ranking] = {
 
 
 def ranking_of(subject: Ranked) -> Ranking:
-    """Return what counts a task vector or a score."""
+    """Return the counting functions for a task vector or a score."""
     return _RANKINGS[type(subject)]
 
 

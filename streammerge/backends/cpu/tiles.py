@@ -149,7 +149,7 @@ class Tiles:
         return sums
 
     def agreements(self, vectors: Sequence[TaskVector]) -> Counts:
-        """Return at how many elements two vectors or more are not zero: of one sign, and of both, (2,)."""
+        """Return the numbers of elements where two or more vectors are not zero: with one sign, and with both, (2,)."""
         counts = np.zeros(2, np.int64)
         for span in self.spans():
             _, deltas, _ = self.survivors(vectors, span)

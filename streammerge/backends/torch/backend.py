@@ -39,7 +39,7 @@ def device_block(share: int, n_inputs: int) -> int:
 def _workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
     return torch_workspace(
         tensor, tensor.line_length(sees) if sees == Extent.COLUMN else n
-    )  # a row at a time will do
+    )  # one row at a time suffices
 
 
 def _math(block: Block, device: str, sees: Extent) -> BlockMath:

@@ -1,4 +1,4 @@
-"""A block on a torch device: its inputs taken there a part at a time, and the results written back."""
+"""A block on a torch device: inputs are copied to the device part by part, and results are written back."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class DeviceBlock:
     at_once
         Number of elements processed at a time if the formula may be cut anywhere; 0: it sees the whole tensor.
     keep
-        Whether the block's operands fit the device's memory whole: they are then copied there once, however often
-        they are passed over.
+        Whether all of the block's operands fit in the device's memory; they are then copied there once, whatever the
+        number of passes.
     hooks
-        What the device wants to be asked.
+        Calls that the device needs.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class DeviceBlock:
     def each(self, run: Callable[[int, int], _Result], divisor: int = 1) -> Iterator[_Result]:
         """Yield the result of `run` for each part; after an out-of-memory error, retry with smaller parts.
 
-        `run` is given the first element and the one after the last: a multiple of `divisor` apart, but for the end of
-        the block. It takes nothing into account before it has succeeded.
+        `run` receives the first element and the one after the last. They are a multiple of `divisor` apart, except at
+        the end of the block. `run` must change no state before it succeeds.
 
         Raises
         ------
@@ -97,7 +97,7 @@ class DeviceBlock:
             start = stop
 
     def tensor(self, operand: Operand, a: int, b: int) -> torch.Tensor:
-        """Return elements `a` to `b` of an operand on the device, fp32; fp64 where they are."""
+        """Return elements `a` to `b` of an operand on the device, in fp32, or in fp64 if they are stored so."""
         if self._keep:
             if operand not in self._kept:
                 whole = self._host(operand, 0, self.block.n)
@@ -116,7 +116,7 @@ class DeviceBlock:
         return torch.from_numpy(raw).view(torch_dtype(operand.dtype))
 
     def inputs(self, a: int, b: int) -> Inputs:
-        """Return elements `a` to `b` of the base and the models, flat; all fp64 where any is, else fp32."""
+        """Return elements `a` to `b` of the base and the models, flat; all in fp64 if any is, else in fp32."""
         import torch
 
         block = self.block
@@ -137,7 +137,7 @@ class DeviceBlock:
         return [self.tensor(operand, a, b) for operand in self.block.fishers]
 
     def store(self, merged: torch.Tensor, out: Operand, a: int, b: int) -> int:
-        """Write elements `a` to `b` of the output, rounded once; return how many are not finite."""
+        """Write elements `a` to `b` of the output, rounded once; return the number of non-finite ones."""
         import torch
 
         rounded = round_to(merged, out.dtype)

@@ -30,7 +30,7 @@ def _computes(rule: type[Rule]) -> Callable[[_Compute], _Compute]:
 
 
 def merged_by(rule: Rule, on: DeviceBlock, inputs: Inputs) -> torch.Tensor:
-    """Return what a rule makes of flat inputs, flat."""
+    """Return a rule's result for flat inputs, flat."""
     own = _RULES.get(type(rule))
     return rule(*inputs) if own is None else own(on, rule, inputs)
 

@@ -41,8 +41,8 @@ def products_of_rows(
 ) -> tuple[NDArray[np.float64], ...]:
     """Return the products of all pairs of rows, to be added one after the other, each (pairs, rows, columns).
 
-    Of whole runs of `at_once` rows, counted from the first row of the block, `before` rows before these, the sums; the
-    rows that end a run begun before, and those that begin one, as they are.
+    Runs of `at_once` rows are counted from the first row of the block, which is `before` rows before these. Whole runs
+    are summed. Rows that end an earlier run, and rows that begin an incomplete one, are returned unsummed.
 
     Returns
     -------

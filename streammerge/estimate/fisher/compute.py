@@ -125,7 +125,7 @@ def _estimate(
     progress.total = estimator.total_work
     names = {name for parameter in skeleton.aliases for name in loader.parts(parameter, parameter)}
     order = [name for name in index if name in names]
-    known = [store.known(name) for name in order]  # asked of every tensor: the store takes up its entry
+    known = [store.known(name) for name in order]  # called for every tensor: the store then lists it
     if not all(known):  # else it was stopped just before the store had its name
         estimator.run()
     missing = [name for name, ref in index.items() if name not in names and ref.dtype in FLOATS]

@@ -126,7 +126,7 @@ def _set_dtype(settings: Settings, config: MergeConfig, jobs: Sequence[Job]) -> 
 
 
 def _follow_dtype(settings: Settings, jobs: Sequence[Job]) -> None:
-    """Without a configured dtype, name the one that most bytes of the output have; a part keeps a dtype that occurs."""
+    """Without a configured dtype, name the dtype of most output bytes; a part keeps its dtype if the output has it."""
     nbytes = Counter[str]()
     for job in jobs:
         if job.encoder is None and job.dtype in dtypes.CONFIG_NAME:

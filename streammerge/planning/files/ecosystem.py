@@ -39,7 +39,7 @@ def ecosystem_of(template: TensorIndex) -> Ecosystem:
 
 
 def ecosystem_of_component(component: Component) -> Ecosystem:
-    """Return what a folder of a model was saved by: in a pipeline of diffusers text encoders are transformers' own."""
+    """Return the library that saved a folder of a model: text encoders of diffusers pipelines belong to transformers."""
     return _known_by(component.config, component.names)
 
 

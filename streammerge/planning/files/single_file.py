@@ -1,9 +1,9 @@
 """The files that an output in a single file does without, and the metadata in its header.
 
 Programs that load single files (ComfyUI, Stable Diffusion web UIs, kohya's scripts) read settings from the header's
-metadata: ``modelspec.*`` (the ModelSpec standard of Stability AI), the rank of a LoRA, ``config`` of video models. What
-describes the model as it is loaded holds for the merge as well, and is kept. What describes one training, or one file's
-content, does not.
+metadata: ``modelspec.*`` (the ModelSpec standard of Stability AI), the rank of a LoRA, ``config`` of video models.
+Metadata that tell how to load the model hold for the merge as well, and are kept. Metadata on one training, or on the
+content of one file, are left out.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _KEPT = re.compile(
     re.ASCII,
 )
 _LONGEST = 1 << 16
-"""Characters of a text that is kept."""
+"""Most characters of a text that is kept."""
 
 
 def kept_metadata(template: TensorIndex) -> dict[str, str]:
-    """Return what a single file takes over of the template model's metadata, in the order of the keys."""
+    """Return the template model's metadata that a single file keeps, sorted by key."""
     found = template.metadata
     return {key: found[key] for key in sorted(found) if _KEPT.fullmatch(key) and len(found[key]) <= _LONGEST}
 
 
 def check_fits_one_file(template: TensorIndex, changed: Mapping[str, bytes], where: str) -> None:
-    """Refuse an output that more than one file belongs to.
+    """Refuse an output that does not fit in one file.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ def check_fits_one_file(template: TensorIndex, changed: Mapping[str, bytes], whe
     Raises
     ------
     InputError
-        With the cure.
+        If it does not fit; the message has the cure.
     """
     if template.folders:
         folder = printable(template.folders[0], 80)

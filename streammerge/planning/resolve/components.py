@@ -1,4 +1,4 @@
-"""Checks of models that consist of several folders: every folder of the output is one of the template model's, and whole."""
+"""Checks of models with several folders: every folder of the output must be in the template model, and be complete."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from streammerge.planning.job import Job
 
 
 def check_pipeline(config: MergeConfig, template: TensorIndex) -> None:
-    """Refuse what is said of one tokenizer where a pipeline has several, each with a text encoder of its own.
+    """Refuse settings of a single tokenizer for a pipeline, which has several, each with its own text encoder.
 
     Raises
     ------
     ConfigError
-        Naming the key.
+        If there are any; the message names the key.
     """
     if not template.is_pipeline:
         return
@@ -35,7 +35,7 @@ def check_components(template: TensorIndex, inputs: Sequence[TensorIndex], jobs:
     Raises
     ------
     ModelError
-        With the cure.
+        If so; the message has the cure.
     """
     known = {folder for index in inputs for folder in index.folders}
     if not known:

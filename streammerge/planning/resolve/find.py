@@ -55,7 +55,7 @@ class Finder:
             )
 
     def _is_alone(self, output: OutputTensor, without: Sequence[str], n_places: int) -> bool:
-        """Return whether a tensor is in a part of the template model that all others are without: a tower, a component, a head of its own."""
+        """Return whether a tensor is in a part that only the template model has: a tower, a component, an own head."""
         others = n_places - (output.template[0] not in without and output.template in _places(output))
         if len(without) < others or self.find(*output.template) is None:
             return False
@@ -98,7 +98,7 @@ class Finder:
         return base, tuple(ref for ref in sources if ref is not None)
 
     def find(self, reference: str, name: str) -> SourceRef | None:
-        """Return a model's tensor, or what stands for it; None if the model has neither."""
+        """Return a model's tensor, or its substitute; None if the model has neither."""
         found = self._stored(reference, name)
         if found is None or self._alignment is None:
             return found

@@ -1,4 +1,4 @@
-"""Quantised models in a merge: their codes may be copied, with all that belongs to them, and nothing else."""
+"""Quantised models in a merge whose codes are not decoded: these may only be copied, with their scales."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _in_order(model: TensorIndex, names: frozenset[str]) -> list[str]:
 
 
 def refusal(model: TensorIndex, found: Quantization, name: str) -> ModelError:
-    """Return why a quantised model cannot take part, and the cure."""
+    """Return the reason why a quantised model cannot take part, and the cure."""
     if name in found.bare:
         return ModelError(
             f"{printable(model.reference)}: tensor {printable(name)} holds {model[name].stored.dtype} codes without a scale "
@@ -54,7 +54,7 @@ def refusal(model: TensorIndex, found: Quantization, name: str) -> ModelError:
 
 
 def codes_of(indexes: Mapping[str, TensorIndex]) -> dict[str, frozenset[str]]:
-    """Return, of each quantised model, the tensors that are copied byte for byte or not at all."""
+    """Return the tensors of each quantised model that are either copied byte for byte or not used at all."""
     return {
         reference: index.quantization.codes | index.quantization.companions
         for reference, index in indexes.items()
@@ -63,5 +63,5 @@ def codes_of(indexes: Mapping[str, TensorIndex]) -> dict[str, frozenset[str]]:
 
 
 def is_of_codes(codes: Mapping[str, frozenset[str]], reference: str, ref: SourceRef) -> bool:
-    """Return whether a tensor of a model is quantised or belongs to what is."""
+    """Return whether a tensor of a model is quantised, or belongs to a quantised tensor."""
     return reference in codes and ref.stored.name in codes[reference]

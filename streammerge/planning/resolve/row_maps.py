@@ -17,7 +17,7 @@ Ids = NDArray[np.int32]
 OWN = 0
 """Index of the model's own tensor in a `RowMap`; the tensors of all models follow."""
 Sources = Sequence[tuple[int, int]]
-"""Rows whose mean a row is: pairs of a model's index and the row there."""
+"""Rows whose mean replaces a row: pairs of a model's index and the row in that model."""
 
 
 def own_rows(ids: Mapping[str, int], tokenizer: Tokenizer, n_own: int, n_rows: int) -> Ids:
