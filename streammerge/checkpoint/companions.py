@@ -1,6 +1,6 @@
-"""Indexes of a model's Fisher diagonal or Gram matrices: they map tensor names to the positions of values.
+"""Indexes of a model's Fisher diagonal or Gram matrices. An index maps tensor names to the positions of values.
 
-Two kinds: a safetensors file (or directory) with the model's own names and shapes, and a store
+The values are in a safetensors file (or directory) with the model's own names and shapes, or in a store
 (`streammerge.formats.zarr_store`).
 """
 
@@ -38,11 +38,11 @@ class CompanionIndex(Mapping[str, CompanionRef]):
     """Fingerprint of the model that the diagonal belongs to; None if it is not recorded."""
     model_name: str = ""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """A store's attributes; with its table only on request."""
+    """A store's attributes; they include its table only on request."""
 
     @property
     def has_chunks(self) -> bool:
-        """Whether values lie in files of chunks, which have no stamps of their own: those of a store."""
+        """Whether the values are in chunk files, as in a store; chunk files have no stamps of their own."""
         return self.model is None
 
     def __getitem__(self, name: str) -> CompanionRef:
@@ -98,7 +98,7 @@ def open_grams(reference: str | os.PathLike[str], *, with_table: bool = False) -
     Raises
     ------
     ModelError
-        If it is missing, malformed, unfinished, or something else.
+        If it is missing, malformed, unfinished, or not a store of Gram matrices.
     WorldError
         If the machine cannot read it.
     """

@@ -1,7 +1,7 @@
-"""Components of models of sentence-transformers: the modules behind the transformer itself, each in a folder of its own.
+"""Components of sentence-transformers models: the modules after the transformer, each in its own folder.
 
-A tensor of such a folder is one more tensor of the model, called ``FOLDER/name``; the output has it in the same folder,
-under its own name. Pipelines of diffusers consist of components alone: see `streammerge.checkpoint.pipeline`.
+A tensor of such a folder counts as a tensor of the model, with the name ``FOLDER/name``. The output stores it in the
+same folder, under its own name. Diffusers pipelines consist only of components: see `streammerge.checkpoint.pipeline`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from streammerge.checkpoint.sidecars import leads_inside, module_folders
 def shared_folders(
     indexes: Sequence[TensorIndex], opening: Callable[[str], TensorIndex]
 ) -> list[TensorIndex]:
-    """Return models with the tensors of those module folders that all of them have, with the same names and shapes.
+    """Return the models, extended by the tensors of the module folders that all models share.
 
-    A folder that differs, or that not all have, is left to be copied from one of them.
+    A folder is shared if every model has it with the same tensor names and shapes. Any other folder is left out here,
+    to be copied from one of the models.
 
     Parameters
     ----------
@@ -45,14 +46,14 @@ def shared_folders(
 
 
 def _is_directory(index: TensorIndex) -> bool:
-    """Return whether a model is a directory of its own, and no file of one that may be another's."""
+    """Return whether a model is a whole directory, not one file in a directory that may belong to a different model."""
     return (
         index.directory == Path(os.path.expanduser(index.reference)) or "snapshots" in index.directory.parts
     )
 
 
 def _with_weights(directory: Path) -> list[str]:
-    """Return the folders named as modules that hold weights, none of them by a link that leads elsewhere."""
+    """Return the module folders that hold weights, without those that a link takes out of the directory."""
     found = []
     for folder in module_folders(directory):
         try:

@@ -46,13 +46,13 @@ CONFIG_NAME = "config.json"
 
 @dataclass(frozen=True)
 class Component:
-    """A folder of a model with weights that a library reads by themselves: ``unet``, ``2_Dense``."""
+    """A folder of a model whose weights a library reads separately, such as ``unet`` or ``2_Dense``."""
 
     folder: str
     config: Mapping[str, Any]
-    """The content of its own config.json."""
+    """The content of the folder's config.json."""
     names: frozenset[str]
-    """Names of its files of weights."""
+    """Names of its weight files."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ class TensorIndex(Mapping[str, SourceRef]):
     coded: Mapping[str, SourceRef] = field(default_factory=dict)
     """The stored tensors of its quantised weights."""
     components: tuple[Component, ...] = ()
-    """The folders of weights whose tensors are among its own, as ``FOLDER/name``."""
+    """The folders of weights whose tensors are included as ``FOLDER/name``."""
     settings_file: str = CONFIG_NAME
     """The file that `config` is read from."""
 
@@ -98,22 +98,22 @@ class TensorIndex(Mapping[str, SourceRef]):
 
     @property
     def nbytes(self) -> int:
-        """Of all tensors of the model."""
+        """The bytes of all tensors of the model."""
         return sum(ref.nbytes for ref in self.tensors.values())
 
     @property
     def stored_formats(self) -> dict[str, int]:
-        """How its quantised tensors are stored, as `inspect` shows it, and how many are stored so."""
+        """The formats of its quantised tensors, as `inspect` shows them, with the number of tensors in each."""
         return dict(Counter(ref.stored_format for ref in self.tensors.values() if ref.stored_format))
 
     @property
     def has_chunks(self) -> bool:
-        """Whether values lie in files of chunks, which have no stamps of their own: never those of a model."""
+        """Whether the values are in chunk files, which have no stamps of their own; always False for a model."""
         return False
 
     @property
     def is_pipeline(self) -> bool:
-        """Whether it consists of components alone, as a pipeline of diffusers does."""
+        """Whether it consists only of components, as a diffusers pipeline does."""
         return self.settings_file == PIPELINE
 
     @property
@@ -122,7 +122,7 @@ class TensorIndex(Mapping[str, SourceRef]):
         return tuple(component.folder for component in self.components)
 
     def with_components(self, parts: Mapping[str, TensorIndex]) -> TensorIndex:
-        """Return the model with the tensors of some of its folders among its own, as ``FOLDER/name``."""
+        """Return the model with the tensors of some of its folders included as ``FOLDER/name``."""
         tensors = dict(self.tensors)
         for folder, part in parts.items():
             tensors |= {f"{folder}/{name}": ref for name, ref in part.items()}
@@ -197,7 +197,7 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
 
 
 def _open_adapted(reference: str, cache: Path) -> TensorIndex:
-    """Return a model with a LoRA adapter applied, which happens as its tensors are read."""
+    """Return a model whose tensors get a LoRA adapter applied as they are read."""
 
     def exists(part: str) -> bool:
         try:
@@ -211,19 +211,19 @@ def _open_adapted(reference: str, cache: Path) -> TensorIndex:
 
 
 def with_adapter(reference: str, base: TensorIndex, place: str, *, cache: Path | None = None) -> TensorIndex:
-    """Return a model with a LoRA adapter applied, which happens as its tensors are read.
+    """Return a model whose tensors get a LoRA adapter applied as they are read.
 
     Parameters
     ----------
     reference
-        What both together are called.
+        The reference of model and adapter together.
     place
         The adapter: a directory or a name in the cache.
 
     Raises
     ------
     ModelError
-        If the adapter is missing, malformed, or does not go on the model.
+        If the adapter is missing, malformed, or does not fit the model.
     """
     cache = cache_directory() if cache is None else cache
     model = base.reference
@@ -324,7 +324,7 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
 def _tied_copies(
     lost: list[tuple[str, str]], tensors: Mapping[str, SourceRef], directory: Path, shards: Shards
 ) -> list[str]:
-    """Return what is said of tensors that only the index has, copies of others; refuse one that is lost."""
+    """Return the notes on tensors that only the index lists and that copy other tensors; refuse one that is lost."""
     config = _read_config(directory / CONFIG_NAME) if lost else {}
     for name, what in lost:
         if not is_tied_copy(name, tensors, config):
@@ -338,7 +338,7 @@ def _tied_copies(
 
 
 def _beside(path: Path, file: Contents) -> list[str]:
-    """Return what is said of entries of a file that are no weights."""
+    """Return the notes on entries of a file that are not weights."""
     if not file.left_out:
         return []
     first = sorted(file.left_out, key=lambda name: "optim" not in name)[:4]
@@ -348,7 +348,7 @@ def _beside(path: Path, file: Contents) -> list[str]:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return a model's settings; infinities are theirs to have (Mamba writes them)."""
+    """Return a model's settings, which may contain infinities (Mamba writes them)."""
     return read_object(str(path)) if os.path.lexists(path) else {}
 
 

@@ -1,4 +1,4 @@
-"""Finds what a reference stands for: a path, or a snapshot in the Hugging Face cache."""
+"""Resolve a reference to a path, or to a snapshot in the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from streammerge.io.files import bad, from_os, meant, place, quoted
 
 
 def locate(reference: str) -> Path:
-    """Return the existing path that a reference without an adapter stands for: a local one, or a cached snapshot.
+    """Return the existing path of a reference without an adapter: a local path, or a cached snapshot.
 
     Raises
     ------
     ModelError
-        If there is none.
+        If there is no such path.
     """
     return locate_in(reference, cache_directory())
 
 
 def locate_in(reference: str, cache: Path) -> Path:
-    """Return the existing path that `reference` stands for: a local one, or a cached snapshot."""
+    """Return the existing path of `reference`: a local path, or a cached snapshot."""
     if not reference:
         raise ModelError("the path of a model is empty")
     for text in (reference, os.path.expanduser(reference)):
@@ -47,7 +47,7 @@ def locate_in(reference: str, cache: Path) -> Path:
 
 
 def exists(path: str) -> bool:
-    """Whether something is there; a broken link or a forbidden directory is an error, not a no."""
+    """Return whether the path exists; a broken link or a forbidden directory is an error, not False."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -1,4 +1,4 @@
-"""Names of tensors, and of the settings that concern them: the only lists of what architectures call things."""
+"""Names of tensors, and of the settings that concern them. No other file lists names that architectures use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OF_TOKENS = (
     "vocab_projector.weight",
     "vocab_projector.bias",
 )
-"""Ends of the names of tensors with a row for each token."""
+"""Name endings of tensors with one row per token."""
 _INPUT_SIDE = ("embed", "wte", "wpe")
 _OUTPUT_SIDE = ("embed_out",)
 
@@ -47,7 +47,7 @@ class Shaped(Protocol):
 
 
 def in_component(name: str) -> tuple[str, str]:
-    """Return the component that a tensor belongs to, with a slash, and its name there.
+    """Return the component that a tensor belongs to, with a slash at its end, and the tensor's name in it.
 
     >>> in_component("text_encoder/text_model.final_layer_norm.bias"), in_component("lm_head.weight")
     (('text_encoder/', 'text_model.final_layer_norm.bias'), ('', 'lm_head.weight'))
@@ -68,21 +68,21 @@ def is_head(name: str) -> bool:
 
 
 def has_tokens(name: str, shape: Sequence[int], n_rows: int) -> bool:
-    """Return whether a tensor has a row for each of `n_rows` tokens, by its name and shape."""
+    """Return whether a tensor has one row for each of `n_rows` tokens, by its name and shape."""
     known = is_head(name) or name.endswith((*OF_TOKENS, ".embeddings.weight"))
     return known and bool(shape) and shape[0] == n_rows
 
 
 def embedding_of(tensors: Mapping[str, Shaped]) -> str | None:
-    """Return the name of a model's token embedding: the first that is one by name and has rows; None without any."""
+    """Return the name of a model's token embedding: the first tensor with such a name and with rows, or None."""
     known = (*EMBEDDINGS, ".embeddings.weight")
     return next((name for name in tensors if name.endswith(known) and len(tensors[name].shape) == 2), None)
 
 
 def tied_to(tensors: Mapping[str, Shaped], config: Mapping[str, Any], head: str) -> str | None:
-    """Return the embedding whose weights serve as a head that a model does not store; None if there is none.
+    """Return the embedding whose weights serve as a head that the model does not store; None if there is none.
 
-    A model that stores no head and does not declare one of its own is tied: `transformers` reads it this way.
+    A model that neither stores nor declares a separate head is tied, as in `transformers`.
     """
     if not is_head(head) or head in tensors or flag_of(config) is False:
         return None
@@ -91,13 +91,13 @@ def tied_to(tensors: Mapping[str, Shaped], config: Mapping[str, Any], head: str)
 
 
 _SHARED = re.compile(r"(.*[./])?(shared|encoder\.embed_tokens|decoder\.embed_tokens)\.weight", re.DOTALL)
-"""What models of an encoder and a decoder call the one embedding of both."""
+"""Names of the embedding that an encoder and a decoder share."""
 
 
 def shared_as(tensors: Mapping[str, Shaped], name: str) -> str | None:
-    """Return under which name a model stores the embedding that an encoder and a decoder share; None if it is not stored.
+    """Return the name of the stored embedding that an encoder and a decoder share; None if it is not stored.
 
-    PyTorch files keep it under three names, safetensors under one of them.
+    PyTorch files store it under three names, safetensors files under one of them.
     """
     if name in tensors or (match := _SHARED.fullmatch(name)) is None:
         return None
@@ -130,13 +130,13 @@ def is_input_side(name: str) -> bool:
 def count_layers(names: Iterable[str]) -> Mapping[str, int]:
     """Return the number of layers under each prefix, from the tensors' names alone.
 
-    A tensor's layer is the first component of its name that is a number; its prefix is the text
-    before. So experts (``model.layers.3.mlp.experts.7.w1``) belong to layer 3, and the encoder and
-    the decoder of one model are counted apart. The count is the highest number + 1: gaps, as
-    pruning, `nn.Sequential` or a share of a pipeline leave them, keep their place.
+    A tensor's layer is the first component of its name that is a number; its prefix is the text before it. Hence
+    experts (``model.layers.3.mlp.experts.7.w1``) belong to layer 3, and the encoder and the decoder of one model are
+    counted separately. The count is the highest number + 1. Gaps left by pruning, by `nn.Sequential` or by pipeline
+    parallelism are counted too.
 
-    A number that begins the name counts only if it varies: the lone 0 of
-    ``0.auto_model.encoder.layer.3`` wraps a module, and the next number is the layer.
+    A number at the beginning of the name counts only if it varies. The lone 0 of ``0.auto_model.encoder.layer.3``
+    wraps a module, and the next number is the layer.
 
     >>> dict(count_layers(["embed.weight", "model.layers.0.up.weight", "model.layers.1.up.weight"]))
     {'model.layers': 2}
@@ -155,8 +155,8 @@ def count_layers(names: Iterable[str]) -> Mapping[str, int]:
 def layer_fraction(tensor_name: str, n_layers: Mapping[str, int]) -> float:
     """Return the tensor's relative depth: layer / (n_layers - 1), by the counts of `count_layers`.
 
-    As in mergekit it is 1 for the only layer of a stack, and 0 for every tensor outside the
-    layers, the final norm and the output head included.
+    As in mergekit, it is 1 for the only layer of a stack, and 0 for every tensor outside the layers, including the
+    final norm and the output head.
 
     >>> layer_fraction("model.layers.3.up.weight", {"model.layers": 7})
     0.5
@@ -190,13 +190,13 @@ _COPIES = (
         re.compile(r"(^|\.)(lm_head|predictions)\.bias$"),
     ),
 )
-"""Names of copies, and of what they are copies of, whatever config.json says."""
+"""Names of copies and of their originals, which hold whatever config.json says."""
 
 
 def is_tied_copy(name: str, present: Collection[str], config: Mapping[str, Any]) -> bool:
     """Return whether a tensor is a copy of one that is `present`, by its name.
 
-    An output head is one unless config.json says that it has weights of its own.
+    An output head is a copy unless config.json says that it has its own weights.
 
     >>> is_tied_copy("decoder.embed_tokens.weight", ["shared.weight"], {})
     True
@@ -210,24 +210,24 @@ def is_tied_copy(name: str, present: Collection[str], config: Mapping[str, Any])
     )
 
 
-# Layers behind the last that predict further tokens (multi-token prediction): stored like layers, and none of them.
-# DeepSeek-V3 and GLM-4.5 number them on behind the last layer, Qwen3-Next and MiMo store them under names of their own
+# Extra layers predict further tokens (multi-token prediction). They are stored after the last layer but do not count as
+# layers. DeepSeek-V3 and GLM-4.5 continue the numbers of the layers; Qwen3-Next and MiMo use separate names
 # (``mtp.layers.0``, ``model.mtp_layers.0``).
 
 DECLARED = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "mtp_num_layers")
-"""Keys of config.json that count them."""
+"""Keys of config.json that count the extra layers."""
 _EXTRA_MARKS = frozenset({"eh_proj", "enorm", "hnorm", "shared_head"})
-"""Parts of names that only such a layer has."""
+"""Name components that only an extra layer has."""
 _EXTRA_STACKS = frozenset(
     {"mtp", "mtp_layers", "mtp_block", "mtp_blocks", "mtp_module", "mtp_modules", "nextn"}
 )
-"""Parts of names under which they lie apart."""
+"""Name components of separate stacks of extra layers."""
 _OTHER_STACKS = ("vis", "vit", "audio", "encoder")
-"""Parts of the names of stacks that predict nothing."""
+"""Name components of stacks that do not predict tokens."""
 
 
 def lies_apart(name: str) -> bool:
-    """Return whether a tensor belongs to such layers by the name that they have for themselves.
+    """Return whether a tensor's name shows that it belongs to a separate stack of extra layers.
 
     >>> lies_apart("mtp.layers.0.mlp.gate.weight"), lies_apart("model.layers.0.mlp.gate.weight")
     (True, False)
@@ -238,9 +238,10 @@ def lies_apart(name: str) -> bool:
 def count_real(
     names: Iterable[str], config: Mapping[str, Any]
 ) -> tuple[Mapping[str, int], Mapping[str, int]]:
-    """Return the layers of each stack, as `count_layers` does, and how many more lie behind its last.
+    """Return the number of layers of each stack, as `count_layers` does, and the number of its extra layers.
 
-    They are known by their names, or else by a config that declares them and counts fewer layers than are stored.
+    Extra layers are recognised by their names, or else by a config that declares them and counts fewer layers than
+    are stored.
 
     >>> names = [f"model.layers.{i}.up.weight" for i in range(3)] + ["model.layers.2.eh_proj.weight"]
     >>> count_real(names, {})
@@ -258,12 +259,12 @@ def count_real(
 
 
 def depth_of(name: str, counts: Mapping[str, int]) -> float:
-    """Return a tensor's depth as `layer_fraction` does; an extra layer lies as deep as the last."""
+    """Return a tensor's depth as `layer_fraction` does; an extra layer has the depth of the last layer."""
     return 1.0 if lies_apart(name) else layer_fraction(name, counts)
 
 
 def _declared(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return what a config says of the language model: its layers, and those behind the last."""
+    """Return the numbers of layers and of extra layers of the language model that a config declares."""
     parts = [config, *(config.get(name) for name in LANGUAGE_PARTS)]
     pairs = [
         (part.get("num_hidden_layers"), part.get(key))
@@ -279,7 +280,7 @@ def _declared(config: Mapping[str, Any]) -> list[tuple[int, int]]:
 
 
 def _marked(names: Iterable[str], stored: Mapping[str, int]) -> dict[str, set[int]]:
-    """Return the numbers of each stack's layers that have a name only an extra layer has."""
+    """Return the indices of each stack's layers that have a name only an extra layer has."""
     found: dict[str, set[int]] = {}
     for parts in (name.split(".") for name in names):
         if _EXTRA_MARKS.isdisjoint(parts):
@@ -293,6 +294,6 @@ def _marked(names: Iterable[str], stored: Mapping[str, int]) -> dict[str, set[in
 
 
 def _trailing(count: int, marked: set[int]) -> int:
-    """Return how many layers from the last on are marked; not all, or it is another kind of model."""
+    """Return the number of marked layers at the end; 0 if all are marked, as in a different kind of model."""
     n = next((n for n in range(count) if count - 1 - n not in marked), count)
     return n if n < count else 0

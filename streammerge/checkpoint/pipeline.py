@@ -1,7 +1,8 @@
-"""Pipelines of diffusers: which folders of one hold weights, by its ``model_index.json``.
+"""Diffusers pipelines: find the folders that hold weights from ``model_index.json``.
 
-Each entry ``name: [library, class]`` is a component in the folder of that name. Those with weights are merged; the others
-(scheduler, tokenizer, feature extractor) are files. What is listed must be there, and must lie in the pipeline's folder.
+Each entry ``name: [library, class]`` is a component in the folder of that name. Components with weights are merged; the
+others (scheduler, tokenizer, feature extractor) are copied as files. A listed component must exist within the
+pipeline's folder.
 """
 
 from __future__ import annotations
@@ -21,39 +22,39 @@ from streammerge.io.strict_json import read_object
 
 _LORA = "pytorch_lora_weights.safetensors"
 _DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")
-"""Components that pipelines run without, and that people delete."""
+"""Components that pipelines can run without, so that people delete them."""
 _WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "Extractor")
-"""Ends of the names of classes that have settings, and no weights."""
+"""Name endings of classes that have settings but no weights."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What a pipeline says that it consists of."""
+    """The declared components of a pipeline."""
 
     settings: Mapping[str, Any]
-    """Its ``model_index.json``."""
+    """The content of ``model_index.json``."""
     folders: tuple[str, ...]
-    """Components with weights, in the order of that file."""
+    """The folders of components with weights, in the order of ``model_index.json``."""
     notes: tuple[str, ...]
 
 
 def is_pipeline(directory: Path) -> bool:
-    """Return whether a directory is a pipeline, and no single model."""
+    """Return whether a directory is a pipeline rather than a single model."""
     return os.path.lexists(directory / PIPELINE)
 
 
 def is_image_adapter(path: Path) -> bool:
-    """Return whether a LoRA is one for an image model: a single file (kohya), or a folder as diffusers writes it."""
+    """Return whether a path is a LoRA for an image model: a single file (kohya), or a folder as diffusers writes it."""
     return os.path.isfile(path) or os.path.lexists(path / _LORA)
 
 
 def read_pipeline(directory: Path) -> Pipeline:
-    """Return the components of a pipeline; no weight is read.
+    """Return the components of a pipeline, without reading weights.
 
     Raises
     ------
     ModelError
-        If a component is missing, lacks its weights, or leads out of the folder.
+        If a component is missing, lacks its weights, or leads outside the folder.
     """
     path = directory / PIPELINE
     _check_inside(directory, path)
@@ -78,7 +79,7 @@ def read_pipeline(directory: Path) -> Pipeline:
 
 
 def _listed(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield name and class of each component; one that a pipeline does without is ``[null, null]``."""
+    """Yield name and class of each component; skip ``[null, null]``, which marks an unused component."""
     for name, value in settings.items():
         pair = value if isinstance(value, list) and len(value) == 2 and not name.startswith("_") else ()
         if pair and all(isinstance(part, str) for part in pair):
@@ -86,7 +87,7 @@ def _listed(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _has_weights(directory: Path, folder: Path, kind: str) -> bool:
-    """Return whether a component has weights; refuse one that is not there or not whole."""
+    """Return whether a component has weights; refuse one that is missing or incomplete."""
     if not os.path.isdir(folder):
         state = "is not a folder" if os.path.lexists(folder) else "is missing"
         raise bad(
@@ -115,12 +116,12 @@ def _has_weights(directory: Path, folder: Path, kind: str) -> bool:
 
 
 def _is_emptied(present: Collection[str], kind: str) -> bool:
-    """Return whether a folder has the settings of a model, and not its weights."""
+    """Return whether a folder has the settings of a model but not its weights."""
     return "config.json" in present and not kind.endswith(_WITHOUT_WEIGHTS)
 
 
 def _check_inside(directory: Path, path: Path) -> None:
-    """Refuse a link out of the pipeline's folder: files beside the weights are copied to the output as they are."""
+    """Refuse a link out of the pipeline's folder, because the files next to the weights are copied to the output."""
     try:
         inside = leads_inside(directory, path)
     except OSError as error:

@@ -1,7 +1,8 @@
-"""Which tensors of a model are codes of a quantisation, and which belong to them: scales, zero points, maps.
+"""Find the tensors of a model that are quantisation codes, and their companions: scales, zero points, maps.
 
-Codes of one model mean nothing with the scales of another. They are known by what the model declares (config.json,
-``hf_quant_config.json``) and by the names that lie beside them, whatever their dtype: packed integers, bytes, FP8.
+Codes of one model are meaningless with the scales of a different model. Codes are recognised by the model's
+declarations (config.json, ``hf_quant_config.json``) and by the names of their companions, whatever their dtype: packed
+integers, bytes, FP8.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from streammerge.checkpoint.names import LANGUAGE_PARTS
 from streammerge.checkpoint.quantized.declarations import DECLARATIONS
 
 DECLARED_BESIDE = "hf_quant_config.json"
-"""A file that says it too, of NVIDIA's modelopt."""
+"""The file in which NVIDIA's modelopt declares a quantisation."""
 _METHODS = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -32,7 +33,7 @@ _METHODS = {
     "auto-round": "AutoRound",
     "bitnet": "BitNet",
 }
-"""What the formats are called, by ``quant_method``."""
+"""Names of the formats, by ``quant_method``."""
 
 _PACKED = (
     (".qweight", ("qzeros", "scales", "g_idx"), "GPTQ or AWQ"),
@@ -53,7 +54,7 @@ _PACKED = (
     ("._data", ("_scale",), "Quanto or torchao"),
     ("qdata", (), "torchao"),
 )
-"""Ends of the names of codes, what lies beside them (one of it, if anything is listed), and the format."""
+"""Name endings of codes, the companions of which one must exist (if any are listed), and the format."""
 _BEHIND = (
     "_scale",
     "_scale_inv",
@@ -67,7 +68,7 @@ _BEHIND = (
     "_format",
     "_activation_scale",
 )
-"""What the names of companions have behind that of the codes."""
+"""Suffixes that turn the name of the codes into that of a companion."""
 _BESIDE = (
     "scales",
     "scale",
@@ -109,9 +110,9 @@ _BESIDE = (
     "centroids.weight",
     "weight_bias",
 )
-"""Companions in the same module."""
+"""Names of companions in the same module."""
 _WITHIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "_data", "_scale")
-"""What the names of companions have behind the codes' own, after a point."""
+"""Names of companions below the name of the codes, after a dot."""
 _BYTES = frozenset(
     {"I8", "U8", "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 )
@@ -123,17 +124,17 @@ class Quantization:
     """The quantised part of a model."""
 
     format: str
-    """What it is called, for a message."""
+    """The format's name, for messages."""
     codes: frozenset[str]
-    """Tensors that mean something only with their companions."""
+    """Tensors that are meaningless without their companions."""
     companions: frozenset[str]
     stems: frozenset[str]
-    """Names that the weights of `codes` have where they are not quantised, without a ``.weight`` at their end."""
+    """Names of the weights in a model that is not quantised, without a final ``.weight``."""
     bare: frozenset[str] = frozenset()
-    """Codes that nothing accompanies: without a scale they mean nothing."""
+    """Codes without companions, which are meaningless without a scale."""
 
     def covers(self, name: str) -> bool:
-        """Return whether a tensor belongs to it, or would be one of its weights in a model that is not quantised."""
+        """Return whether a tensor belongs to the quantised part, or has the name of one of its unquantised weights."""
         return name in self.codes or name in self.companions or name.removesuffix(".weight") in self.stems
 
 
@@ -145,11 +146,11 @@ def quantization_of(
     Parameters
     ----------
     tensors
-        By name; of each its dtype, shape and number of elements are looked at.
+        The tensors by name; only their dtype, shape and number of elements are used.
     config
-        What its config.json says.
+        The content of config.json.
     declared_beside
-        Whether a file beside config.json declares a quantisation.
+        Whether a file next to config.json declares a quantisation.
     """
     declared = next(_declarations(config), {"quant_method": None} if declared_beside else None)
     codes: dict[str, str] = {}
@@ -200,7 +201,7 @@ def _declared_format(declared: Mapping[str, Any]) -> str:
 
 
 def _packed(name: str, tensors: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return stem and format of codes that have a name of their own."""
+    """Return stem and format of codes that have a special name."""
     for end, beside, kind in _PACKED:
         if name.endswith(end):
             stem = name.removesuffix(end)
@@ -213,7 +214,7 @@ def _packed(name: str, tensors: Mapping[str, Any]) -> tuple[str, str] | None:
 def _beside(
     name: str, ref: Any, tensors: Mapping[str, Any], declared: Mapping[str, Any] | None
 ) -> tuple[str, str] | None:
-    """Return stem and format of codes that are called as the weight is, known by what lies beside them."""
+    """Return stem and format of codes that have the weight's name, recognised by their companions."""
     stem = name.removesuffix(".weight")
     is_weight = stem != name
     if any(f"{name}{end}" in tensors for end in _BEHIND) or f"{name}.absmax" in tensors:

@@ -1,7 +1,7 @@
-"""The checkpoints in the directory of a training run: its children that are models, in the order in which they were written.
+"""Find the checkpoints in the directory of a training run: its children that are models, oldest first.
 
-Of the Trainer's ``checkpoint-500`` next to ``runs``, ``training_args.bin`` and a final model only the first is one; of
-Lightning's files ``epoch=3-step=400.ckpt`` but not ``last.ckpt``, which repeats one of them.
+For the Trainer, ``checkpoint-500`` is a checkpoint, but ``runs``, ``training_args.bin`` and a final model next to it
+are not. For Lightning, ``epoch=3-step=400.ckpt`` is a checkpoint, but ``last.ckpt`` is not, because it repeats one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from streammerge.formats.torch_file import PICKLES
 from streammerge.io.files import bad, from_os, quoted
 
 _MARKS = (PIPELINE, "adapter_config.json")
-"""Files that show that a directory holds a model of another kind than a set of weights: opening it says more."""
+"""Files that mark a directory as a model other than a set of weights; opening it gives a precise message."""
 _NO_MODEL = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state)(_\d+)?", re.ASCII)
-"""Stems of what trainers keep in PyTorch files."""
+"""Stems of PyTorch files in which trainers keep their state."""
 _MOST_NAMED = 3
 
 
@@ -32,14 +32,14 @@ class Run:
     """A directory of checkpoints."""
 
     names: tuple[str, ...]
-    """Of the checkpoints, oldest first."""
+    """Names of the checkpoints, oldest first."""
     has_model: bool
-    """Whether a model lies in the directory itself."""
+    """Whether the directory itself holds a model."""
     notes: tuple[str, ...] = ()
 
 
 def natural(name: str) -> tuple[object, ...]:
-    """Return what sorts names by the numbers in them.
+    """Return a sort key that orders names by the numbers in them.
 
     >>> sorted(["checkpoint-1000", "checkpoint-900"], key=natural)
     ['checkpoint-900', 'checkpoint-1000']
@@ -49,7 +49,7 @@ def natural(name: str) -> tuple[object, ...]:
 
 
 def holds_model(directory: Path, present: Collection[str]) -> bool:
-    """Whether something in a directory shows that it is a model, sound or not."""
+    """Return whether a directory looks like a model, sound or not."""
     marked = any(mark in present for mark in _MARKS)
     return marked or bool(find_sets(present)) or bool(find_distributed(directory, present))
 
@@ -60,12 +60,12 @@ def find_run(directory: Path, pattern: str | None = None) -> Run:
     Parameters
     ----------
     pattern
-        What their names look like, as a shell's. Without it those with a number in their names count, if any has one.
+        A shell pattern for the names. Without it, only names with a number count, if there are any.
 
     Raises
     ------
     ModelError
-        If checkpoints of several kinds lie there, and no pattern says which are meant.
+        If there are checkpoints of several kinds, and no pattern selects one kind.
     WorldError
         If the machine cannot read it.
     """
@@ -97,7 +97,7 @@ def _listed(directory: Path) -> frozenset[str]:
 
 
 def _is_one_model(present: Collection[str]) -> bool:
-    """Whether the files of a directory are those of one model, not a model each: they bear the names of libraries."""
+    """Return whether the files of a directory form one model, by libraries' file names, instead of a model each."""
     return any(some.index is not None or some.is_known for some in find_sets(present))
 
 
@@ -110,7 +110,7 @@ def _is_file_of_model(name: str) -> bool:
 
 
 def _numbered(directory: Path, names: list[str]) -> tuple[list[str], list[str]]:
-    """Return the names that have numbers where the others have theirs, and those that have none."""
+    """Return the names that have numbers in the common positions, and the names without a number."""
     families: dict[str, str] = {}
     for name in sorted(names, key=natural):
         if family := re.sub(r"\d+", "*", name, flags=re.ASCII):
@@ -129,7 +129,7 @@ def _numbered(directory: Path, names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _once(directory: Path, names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the names of what is there once, and those of links to one of them."""
+    """Return the distinct names, and the names of links to one of them."""
     real = {name: os.path.realpath(directory / name) for name in names}
     own = {path for name, path in real.items() if not os.path.islink(directory / name)}
     kept: dict[str, str] = {}

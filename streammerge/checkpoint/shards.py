@@ -1,4 +1,4 @@
-"""Which files of a directory make up the model, and what its index says about them."""
+"""Find the files of a directory that make up the model, and read their index."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
 _OF_ACCELERATE = re.compile(r"pytorch_model_fsdp_\d+", re.ASCII)
-"""Folder in which accelerate, and so the Trainer, keeps the weights of a model that is sharded over processes."""
+"""The folder in which accelerate (and hence the Trainer) stores the weights of a model sharded over processes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The files of a model, by name, and where its index puts each tensor (None without one)."""
+    """The files of a model by name, and the shard of each tensor according to the index (None without an index)."""
 
     names: tuple[str, ...]
     weight_map: dict[str, str] | None
     notes: tuple[str, ...] = ()
-    """What is said of files that were not taken."""
+    """Notes on files that were left out."""
     index: str = ""
-    """The name of its index; empty without one."""
+    """The name of the index file; empty without one."""
 
 
 def find_shards(directory: Path) -> Shards:
-    """Return the files of the model in `directory`: one complete set of them (`streammerge.checkpoint.weight_sets`).
+    """Return the files of the model in `directory`: one complete set (`streammerge.checkpoint.weight_sets`).
 
-    Files of other names than libraries use are one model together, if they are all that there is. Other PyTorch files
-    (optimizers, arguments) are no models.
+    Files whose names no library uses form one model together if there are no other weights. PyTorch files that hold
+    something else (optimizers, arguments) are ignored.
 
     Raises
     ------
     ModelError
-        If there is no model, or only one that this version does not read, or a shard is missing.
+        If there is no model, or only one in an unsupported format, or a shard is missing.
     """
     try:
         present = frozenset(os.listdir(directory))
@@ -76,12 +76,12 @@ def find_shards(directory: Path) -> Shards:
 
 
 def find_distributed(directory: Path, present: Collection[str]) -> str:
-    """Return the ``.metadata`` of a directory of torch.distributed.checkpoint, or of the one that accelerate puts into it.
+    """Return the ``.metadata`` of a torch.distributed.checkpoint directory, or of accelerate's folder inside it.
 
     Raises
     ------
     ModelError
-        If Megatron wrote it in a format that is not read.
+        If Megatron wrote it in an unsupported format.
     """
     folders = [name for name in sorted(present) if _OF_ACCELERATE.fullmatch(name)]
     for name in (METADATA, *(f"{folder}/{METADATA}" for folder in folders)):
@@ -97,7 +97,7 @@ def find_distributed(directory: Path, present: Collection[str]) -> str:
 
 
 def _has_shards(path: Path, some: WeightSet, present: Collection[str]) -> bool:
-    """Whether a shard that an index names is there; an index without one came alone, as where only others were wanted."""
+    """Return whether any shard named by an index exists; an index may have been downloaded without its shards."""
     if not os.path.isfile(path) or some.names:
         return True
     return any(shard in present for shard in set(_read_index(str(path), None, some.suffix).values()))
@@ -112,7 +112,7 @@ def _about(best: WeightSet, others: Collection[WeightSet]) -> tuple[str, ...]:
 
 
 def _read_index(path: str, present: Collection[str] | None, suffix: str) -> dict[str, str]:
-    """Return the weight map of the index at `path`, each shard in it a file of its directory (if that is `present`)."""
+    """Return the weight map of the index at `path`; every shard is checked to be a file among `present`, if given."""
     weight_map = read_object(path, "finite").get("weight_map")
     if not isinstance(weight_map, dict):
         raise bad(path, "has no weight_map (a map from tensors to shards)")
@@ -129,7 +129,7 @@ def _read_index(path: str, present: Collection[str] | None, suffix: str) -> dict
 
 
 def _check_shard(path: str, tensor: str, shard: str, present: Collection[str] | None, suffix: str) -> None:
-    """Refuse a shard name that could lead out of the directory, or to a file of another kind."""
+    """Refuse a shard name that could lead out of the directory, or to a file of a different kind."""
     where = f"weight_map: the shard {quoted(shard)} of tensor {quoted(tensor)}"
     if shard in ("", ".", "..") or any(c in shard for c in "/\\\0") or len(shard) > 255:
         raise bad(path, f"{where} is not a plain file name")

@@ -1,6 +1,7 @@
-"""Which files of a model's folder an output gets, by name: all but weights, the traces of a training, and pictures.
+"""Decide by name which files of a model's folder are copied to an output.
 
-By exclusion: what a tokenizer or a processor needs has a new name every month, what it does not need has not.
+All files are copied except weights, traces of a training, and pictures. Exclusion is more stable than inclusion: new
+names of files that a tokenizer or a processor needs appear every month, but hardly any of files that it does not need.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ _EDITABLE = re.compile(
     re.ASCII | re.DOTALL,
 )
 QUANTISATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files that declare how weights are quantised."""
+"""Names of files that declare how weights are quantised."""
 _OURS = ("streammerge.json", "streammerge_config.yml")
 _LONGEST = 255
 
 
 def is_weights(name: str) -> bool:
-    """Return whether a file holds weights, an archive or a program, by its name.
+    """Return whether the name is that of weights, an archive or a program.
 
     >>> is_weights("model.Q4_K_M.gguf"), is_weights("tokenizer.model")
     (True, False)
@@ -56,23 +57,23 @@ def is_weights(name: str) -> bool:
 
 
 def is_left_behind(name: str) -> bool:
-    """Return whether a file is none that a loader of the output needs, by its name."""
+    """Return whether the name is that of a file that no loader of the output needs."""
     kinds = (_WEIGHTS, _TRACES, _PICTURES)
     return name.endswith(suffixes()) or any(kind.fullmatch(name) is not None for kind in kinds)
 
 
 def is_left_folder(name: str) -> bool:
-    """Return whether a folder holds traces of a training or another format of the model, by its name."""
+    """Return whether the name is that of a folder with traces of a training or a different format of the model."""
     return _TRACE_FOLDERS.fullmatch(name) is not None
 
 
 def is_replaced(name: str) -> bool:
-    """Return whether an output has a file of its own in place of this one, or a file is nobody's data."""
+    """Return whether the output gets its own version of a file, or the file is not part of the model's data."""
     return name.startswith((".", "README")) or name in _OURS or name.endswith(PARTIAL)
 
 
 def is_tokenizer_file(name: str) -> bool:
-    """Return whether a file, by its path in the folder, belongs to the tokenizer.
+    """Return whether a file belongs to the tokenizer, by its path in the folder.
 
     >>> [is_tokenizer_file(name) for name in ("spm.model", "tekken.json", "generation_config.json")]
     [True, True, False]
@@ -81,12 +82,12 @@ def is_tokenizer_file(name: str) -> bool:
 
 
 def is_loaded(name: str) -> bool:
-    """Return whether a loader takes up a file that has this name."""
+    """Return whether a loader reads files of this name."""
     return is_tokenizer_file(name) or _SETTINGS.fullmatch(name) is not None
 
 
 def is_editable(name: str) -> bool:
-    """Return whether a file of an output is one that people edit afterwards: what a reader or a prompt gets.
+    """Return whether people edit a file of an output afterwards, such as the README or the chat template.
 
     >>> is_editable("README.md"), is_editable("config.json"), is_editable("tokenizer.json")
     (True, False, False)
@@ -95,13 +96,13 @@ def is_editable(name: str) -> bool:
 
 
 def is_sound_name(name: str) -> bool:
-    """Return whether one part of a path can be written anywhere and shown on a terminal."""
+    """Return whether one part of a path can be written on any file system and shown on a terminal."""
     plain = name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
     return plain and name.isprintable() and len(name.encode()) <= _LONGEST
 
 
 def is_sound_path(path: str) -> bool:
-    """Return whether a path leads to a file inside of a folder, a few folders deep at the most.
+    """Return whether a relative path stays inside its folder, at most a few folders deep.
 
     >>> [is_sound_path(path) for path in ("1_Pooling/config.json", "../x", "/etc/passwd")]
     [True, False, False]
@@ -111,4 +112,4 @@ def is_sound_path(path: str) -> bool:
 
 
 DEEPEST = 5
-"""Folders above a file, and the file."""
+"""Most parts of a path: the folders and the file."""

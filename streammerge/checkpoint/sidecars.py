@@ -1,8 +1,8 @@
-"""The small files beside a model's weights: which there are, and which of them an output gets.
+"""Find the small files next to a model's weights, and select those that are copied to an output.
 
-Nothing is read but small settings that name other files. Links are followed to where the model's own files lie: inside
-of its folder, or among the blobs of a Hugging Face cache. A stranger's link to anything else would carry a file of this
-machine into an output that is made to be published.
+Only small settings files that name other files are read. Links are followed only within the model's folder and to the
+blobs of a Hugging Face cache. Any other link, made by a stranger, would copy a private file of this machine into an
+output that may be published.
 """
 
 from __future__ import annotations
@@ -36,44 +36,44 @@ MODULES = "modules.json"
 LARGEST = 1 << 28
 """Most bytes of a file that is copied."""
 MOST_BYTES = 1 << 30
-"""Of all files that are copied, together."""
+"""Most bytes of all copied files together."""
 MOST_FILES = 1000
 _MOST_SETTINGS = 1 << 20
-"""Most bytes of a file of settings that is looked into."""
+"""Most bytes of a settings file that is read."""
 _BLOB = re.compile(r"[0-9a-f]{40,64}", re.ASCII)
 _NAMED_BY = re.compile(r"tokenizer_config\.json|.*processor_config\.json", re.ASCII)
-"""Settings that name files."""
+"""Settings files that name other files."""
 
 
 @dataclass
 class Beside:
-    """What lies beside the weights of a model."""
+    """The files next to the weights of a model."""
 
     files: dict[str, FileStamp] = field(default_factory=dict)
-    """What an output gets, by its path in the folder, sorted."""
+    """Stamps of the files to copy to an output, sorted by their path in the folder."""
     left: list[str] = field(default_factory=list)
-    """What it does not get: names, with the reason where that is not plain."""
+    """Names of the files that are left out, with the reason if it is not obvious."""
     modules: list[str] = field(default_factory=list)
-    """Folders of the model's own modules whose weights are among the files."""
+    """Folders of the model's modules whose weights are among `files`."""
 
 
 def survey(directory: Path, own: Collection[str], *, whole: bool, merged: Collection[str] = ()) -> Beside:
-    """Look through a model's folder.
+    """Return the files next to the weights in a model's folder.
 
     Parameters
     ----------
     own
-        Names of the files that the model itself is read from.
+        Names of the files that the model is read from.
     whole
-        Whether the folder is that of the model; False: the model is one file of many, and only tokenizer and
-        settings that lie beside it are taken to be its own.
+        Whether the whole folder belongs to the model. If False, the model is one file of many, and only the tokenizer
+        and the settings next to it are taken as its own.
     merged
-        Folders whose weights are merged: of them all other files are taken.
+        Folders whose weights are merged; all their other files are copied.
 
     Raises
     ------
     WorldError
-        If the machine cannot look.
+        If the machine cannot read the folder.
     """
     found = Beside()
     named = _named_files(directory)
@@ -97,7 +97,7 @@ def survey(directory: Path, own: Collection[str], *, whole: bool, merged: Collec
 
 
 def module_folders(directory: Path) -> tuple[str, ...]:
-    """Return the folders that a model's ``modules.json`` (of sentence-transformers) names, but for its own."""
+    """Return the folders named in a model's ``modules.json`` (sentence-transformers), except the model's own."""
     entries = _settings(directory / MODULES)
     paths = (
         [entry.get("path") for entry in entries if isinstance(entry, dict)]
@@ -110,7 +110,7 @@ def module_folders(directory: Path) -> tuple[str, ...]:
 
 
 def read_small(directory: Path, name: str, most: int = _MOST_SETTINGS) -> bytes:
-    """Return the beginning of a small file in a model's folder; nothing where there is none that may be read."""
+    """Return the beginning of a small file in a model's folder; empty if there is no file that may be read."""
     try:
         if not leads_inside(directory, directory / name):
             return b""
@@ -121,12 +121,12 @@ def read_small(directory: Path, name: str, most: int = _MOST_SETTINGS) -> bytes:
 
 
 def leads_inside(directory: Path, path: Path) -> bool:
-    """Return whether a path, links followed, ends in the model's folder or among the blobs of a hub's cache.
+    """Return whether a path, after following links, is in the model's folder or among the blobs of a hub's cache.
 
     Raises
     ------
     OSError
-        If it cannot be followed.
+        If the links cannot be followed.
     """
     target, home = path.resolve(strict=True), directory.resolve()
     if target.is_relative_to(home):
@@ -151,13 +151,13 @@ def _is_json(name: str) -> bool:
 
 
 def _is_index_of(name: str, own: Collection[str]) -> bool:
-    """Return whether a file is the index of the very files that the model is read from."""
+    """Return whether a file is the index of the files that the model is read from."""
     stem = name.partition(".")[0]
     return name.endswith(".index.json") and any(one.startswith(stem) for one in own)
 
 
 def _named_files(directory: Path) -> frozenset[str]:
-    """Return the names of files that the settings of tokenizer and processors speak of, whatever they look like."""
+    """Return the file names, of any form, that the settings of tokenizer and processors mention."""
     found = set()
     for name in _names(directory):
         if _NAMED_BY.fullmatch(name):
@@ -170,7 +170,7 @@ def _named_files(directory: Path) -> frozenset[str]:
 
 
 def _settings(path: Path) -> Any:
-    """Return what a small JSON file says; None where it says nothing that can be read."""
+    """Return the content of a small JSON file; None if it cannot be read."""
     try:
         return json.loads(read_small(path.parent, path.name))
     except StreammergeError:
@@ -182,7 +182,7 @@ def _settings(path: Path) -> Any:
 def _take_folder(
     found: Beside, directory: Path, name: str, *, is_module: bool, merged: Collection[str]
 ) -> None:
-    """Take all of a folder but weights that are merged; nothing where it holds others or cannot be what a loader needs."""
+    """Take all files of a folder except merged weights; take none if it holds other weights or no loader needs it."""
     if is_left_folder(name) and not is_module:
         found.left.append(f"{name}/")
         return
@@ -198,13 +198,13 @@ def _take_folder(
 
 
 def _is_merged(path: str, merged: Collection[str]) -> bool:
-    """Return whether a file holds weights of a folder whose weights are merged, or is their index."""
+    """Return whether a file is a weight file or an index in a folder whose weights are merged."""
     folder, _, name = path.rpartition("/")
     return folder in merged and is_weights(name)
 
 
 def _walk(directory: Path, name: str) -> Iterator[str]:
-    """Yield the paths of a folder's files, hidden ones aside, no deeper and no more than is bearable."""
+    """Yield the paths of a folder's files except hidden ones, up to a limit of depth and number."""
     waiting, count = [name], 0
     while waiting and count <= MOST_FILES:
         folder = waiting.pop()
@@ -220,7 +220,7 @@ def _walk(directory: Path, name: str) -> Iterator[str]:
 
 
 def _take(found: Beside, directory: Path, name: str) -> None:
-    """Add a file, unless it is none, is too large, or lies elsewhere."""
+    """Add a file unless it is not a regular file, is too large, or lies outside the folder."""
     path = directory / name
     try:
         status = os.stat(path)
@@ -249,7 +249,7 @@ def _take(found: Beside, directory: Path, name: str) -> None:
 
 
 def unreadable(path: object, error: OSError) -> WorldError:
-    """Return the failure to look at something beside the weights."""
+    """Return the error for a file next to the weights that cannot be read."""
     return WorldError(
         f"{printable(path)}: cannot be read: {error.strerror or error}; make it readable, or remove it, and run the "
         "same command again"

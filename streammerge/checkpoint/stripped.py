@@ -1,4 +1,4 @@
-"""A model whose tensors' names lose the prefix that a training program has put before them."""
+"""Models with tensor names from which the prefix of a training program is removed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from streammerge.io.files import quoted
 
 
 def stripped(index: TensorIndex, prefix: str) -> TensorIndex:
-    """Return the tensors whose names begin with a prefix, without it; the others are left out, and a note counts them.
+    """Return the tensors whose names begin with a prefix, with the prefix removed; a note counts the tensors left out.
 
     Raises
     ------
     ModelError
-        If no name begins so, or the model is quantised.
+        If no name begins with the prefix, or the model is quantised.
     """
     if not prefix:
         return index

@@ -1,4 +1,4 @@
-"""What a tensor of a network is, as far as its name tells."""
+"""The kind of a tensor, determined by its name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _WORDS: tuple[tuple[TensorKind, tuple[str, ...]], ...] = (
     ("attention", ("attn", "attention")),
     ("mlp", ("mlp", "ffn", "feed_forward", "feedforward", "expert", "moe", "intermediate", "densereludense")),
 )
-"""Words within a part of a name. A norm is told by the last module alone; of the others the first kind counts."""
+"""Words in a component of a name. Only the last module decides on a norm; otherwise the first kind found counts."""
 _FEED_FORWARD = frozenset({"ff", "ff_context"})
-"""Modules of the transformer blocks of diffusers, which lie within ``attentions``."""
+"""Feed-forward modules in the transformer blocks of diffusers, which are inside ``attentions``."""
 
 
 def kind_of(name: str) -> TensorKind:

@@ -1,7 +1,7 @@
-"""The vocabulary of a model: which row of its embedding belongs to which token, from the files beside its weights.
+"""Read the vocabulary of a model, which maps tokens to rows of the embedding, from the files next to its weights.
 
-Read as data: no tokenizer is run, and none of its code. ``tokenizer.json`` where there is one; else ``vocab.json``,
-``vocab.txt`` or a sentencepiece ``tokenizer.model``; tokens that were added later as well.
+The files are read as data; no tokenizer or other code runs. The vocabulary is in ``tokenizer.json`` if that exists,
+else in ``vocab.json``, ``vocab.txt`` or a sentencepiece ``tokenizer.model``. Tokens that were added later are included.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ FULL, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens
 JINJA = "chat_template.jinja"
 _WORDS, _LINES, _PIECES = "vocab.json", "vocab.txt", "tokenizer.model"
 MOST_ROWS = 1 << 21
-"""Most tokens of a vocabulary; the largest in use have a quarter of a million."""
+"""Most tokens of a vocabulary; the largest in use have 250 000."""
 MOST_MARKS = 3_000_000
-"""Most brackets and commas of a file: the largest tokenizers in use have two million, nearly all of them merges."""
+"""Most brackets and commas in a file; the largest tokenizers in use have two million, nearly all for merges."""
 _LONGEST = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """The vocabulary beside one model."""
+    """The vocabulary of one model."""
 
     directory: Path
     ids: Mapping[str, int]
-    """The number of each token, ascending; of two texts with one number the later is the one in use."""
+    """The id of each token, ascending; if two texts share an id, the later one is in use."""
     added: Mapping[str, Mapping[str, Any]]
-    """What the files say of tokens that were added to the vocabulary: whether special, stripped, normalised."""
+    """The declared properties of tokens that were added to the vocabulary: special, stripped, normalised."""
 
     @property
     def n_rows(self) -> int:
-        """One more than the highest number."""
+        """The highest id plus 1."""
         return max(self.ids.values(), default=-1) + 1
 
 
@@ -50,7 +50,7 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
     Raises
     ------
     ModelError
-        If its files are malformed, or of a kind whose vocabulary cannot be read.
+        If its files are malformed, or of an unsupported kind.
     WorldError
         If the machine cannot read them.
     """
@@ -84,7 +84,7 @@ def read_tokenizer(directory: Path) -> Tokenizer | None:
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """Return what tells the vocabularies of two directories apart: one of the files that they are read from.
+    """Return a digest of the files that a directory's vocabulary is read from, to compare vocabularies.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _read_full(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
-    """Read ``tokenizer.json``: a vocabulary as a map or, of the kind Unigram, as a list, and the tokens added to it."""
+    """Read ``tokenizer.json``: the vocabulary, a map or (for Unigram) a list, and the added tokens."""
     if not os.path.lexists(directory / FULL):
         return None
     path = str(directory / FULL)
@@ -127,7 +127,7 @@ def _read_full(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, 
     words = model.get("vocab") if isinstance(model, dict) else None
     ids: dict[str, int] = {}
     if isinstance(words, dict):
-        ids = words  # checked where it lies: there may be many
+        ids = words  # checked in place, because there may be many
         for token, number in words.items():
             _check(token, number, path)
     elif isinstance(words, list):
@@ -169,7 +169,7 @@ def _read_lines(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str,
 
 
 def _read_pieces(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
-    """Read a sentencepiece model: of its protocol buffer the pieces, field 1, and of each its text, field 1."""
+    """Read a sentencepiece model: its pieces (field 1 of the protocol buffer), and their texts (field 1 of a piece)."""
     path = directory / _PIECES
     if not os.path.lexists(path):
         return None
@@ -190,7 +190,7 @@ def _read_pieces(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str
 
 
 def _fields(data: memoryview, path: str) -> Iterator[tuple[int, memoryview]]:
-    """Yield the fields of a protocol buffer that have a length, each with its number; skip the others."""
+    """Yield number and content of each length-delimited field of a protocol buffer; skip the other fields."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position, path)
@@ -234,7 +234,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def read_chat_template(directory: Path) -> str | None:
-    """Return a model's chat template: of its own file, else of its settings; of several the default one.
+    """Return a model's chat template from its own file, else from the settings; if there are several, the default one.
 
     Raises
     ------

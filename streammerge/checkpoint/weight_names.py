@@ -1,17 +1,17 @@
-"""What libraries call the files of a model's weights: the names that a loader looks for."""
+"""Names that libraries use for the files of a model's weights, and that loaders look for."""
 
 from __future__ import annotations
 
 import re
 
 STEMS = ("model", "diffusion_pytorch_model", "open_clip_model", "consolidated")
-"""Beginnings of the names that an output's weights may have, by the library that reads them."""
+"""Stems of the names of an output's weight files, by the library that reads them."""
 _STEM = "|".join(STEMS)
 _WEIGHTS = re.compile(rf"(?:{_STEM})(?:-\d{{5,}}-of-\d{{5,}})?\.safetensors", re.ASCII)
 
 
 def weight_file(stem: str, number: int = 0, count: int = 1) -> str:
-    """Return the name of one of `count` files.
+    """Return the name of weight file `number` (from 0) of `count`.
 
     >>> weight_file("model"), weight_file("model", 1, 3)
     ('model.safetensors', 'model-00002-of-00003.safetensors')
@@ -20,7 +20,7 @@ def weight_file(stem: str, number: int = 0, count: int = 1) -> str:
 
 
 def index_file(stem: str) -> str:
-    """Return the name of the index of several files.
+    """Return the name of the index of several weight files.
 
     >>> index_file("diffusion_pytorch_model")
     'diffusion_pytorch_model.safetensors.index.json'
@@ -29,17 +29,17 @@ def index_file(stem: str) -> str:
 
 
 INDEXES = tuple(index_file(stem) for stem in STEMS)
-"""Every name that an output's index may have."""
+"""All possible names of an output's index."""
 PIPELINE = "model_index.json"
-"""The file that makes a folder a pipeline of diffusers."""
+"""The file that marks a folder as a diffusers pipeline."""
 LISTS = (PIPELINE, *INDEXES)
-"""Names of files that lead to other files of a finished model."""
+"""Names of files that list other files of a finished model."""
 LOADED = (*LISTS, *(weight_file(stem) for stem in STEMS))
-"""Names that mean a finished model to a loader."""
+"""Names by which a loader recognises a finished model."""
 
 
 def is_weight_file(name: str) -> bool:
-    """Return whether an output's weights may be in a file of this name.
+    """Return whether the name is a possible name of an output's weight file.
 
     >>> is_weight_file("model-00001-of-00002.safetensors"), is_weight_file("model-old.safetensors")
     (True, False)

@@ -1,8 +1,8 @@
-"""The sets of weights in a directory, told apart by their names: of several, one is read.
+"""The sets of weights in a directory, distinguished by file names; only one set is read.
 
 A repository may hold its weights several times: as safetensors and as PyTorch files, in full and in half precision
-(``model.fp16.safetensors``), as Hugging Face and as Mistral store them (``consolidated*.safetensors``). Tensors of two
-sets are never mixed.
+(``model.fp16.safetensors``), in the layout of Hugging Face and of Mistral (``consolidated*.safetensors``). Tensors of
+different sets are never mixed.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from streammerge.formats.torch_file import PICKLES
 
 _VARIANTS = "fp16|bf16|f16|fp32|f32|fp8|half|8bit|4bit|int8|int4|non_ema|ema|no_ema|flax|tf"
 _BY_PATH_ONLY = (*PICKLES[1:], METADATA)
-"""Ends of names that may be anything in a directory: such a file is a model only where it is named itself."""
+"""Endings of names with no fixed meaning: such a file is read as a model only if the reference names it."""
 _KNOWN = ("model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model", "pytorch_model")
-"""Stems that libraries look for."""
+"""Stems of weight files that libraries look for."""
 _PICKLE_STEMS = ("pytorch_model", "diffusion_pytorch_model", "open_clip_pytorch_model", "model")
 _CONSOLIDATED = "consolidated"
 _NO_WEIGHTS = ("adapter_model", "optimizer", "scheduler", "training_args", "rng_state")
-"""Stems of what trainers and adapters keep in files of the same kinds."""
+"""Stems of files of the same kinds that hold adapters or a trainer's state."""
 _OTHERS = {
     ".gguf": GGUF,
     ".h5": "HDF5 files of Keras (.h5)",
@@ -38,12 +38,12 @@ _OTHERS = {
     ".mlmodel": "Core ML files (.mlmodel)",
     ".keras": "files of Keras (.keras)",
 }
-"""What else people have in a directory, by the end of its name."""
+"""Other things in people's directories, by name ending."""
 
 
 @cache
 def _patterns(suffixes: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Return what the names of files of weights, and of their indexes, look like."""
+    """Return the patterns for the names of weight files and of their indexes."""
     suffix = rf"(?P<suffix>{'|'.join(map(re.escape, suffixes))})"
     file = re.compile(
         rf"(?P<stem>.+?)(?P<variant>[.](?:{_VARIANTS}))?(?:-(?P<number>\d{{1,9}})-of-(?P<count>\d{{1,9}}))?"
@@ -56,33 +56,33 @@ def _patterns(suffixes: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[st
 
 @dataclass(frozen=True, slots=True)
 class WeightSet:
-    """Files that are a model together."""
+    """Files that form a model together."""
 
     stem: str
     variant: str
-    """``fp16`` and the like; empty for the weights as they are."""
+    """The variant, such as ``fp16``; empty for the default weights."""
     suffix: str
     names: tuple[str, ...]
-    """Its files; of a set with an index those that are there and look like its shards."""
+    """The files of the set; if it has an index, the existing files whose names look like its shards."""
     index: str | None = None
     missing: int = 0
-    """Shards that their numbers say there are, and that are not there."""
+    """Number of shards that are missing according to the numbers in the names."""
 
     @property
     def title(self) -> str:
-        """What a message calls it."""
+        """The name of the set in messages."""
         return self.index or (
             self.names[0] if len(self.names) == 1 else f"{self.names[0]} … {self.names[-1]}"
         )
 
     @property
     def is_known(self) -> bool:
-        """Whether libraries look for it under this name."""
+        """Whether libraries look for files of this name."""
         return self.stem in (*_KNOWN, _CONSOLIDATED)
 
     @property
     def order(self) -> tuple[int, ...]:
-        """What is taken first is least."""
+        """The sort key of the set; the set with the least key is read."""
         kind = 0 if self.index is not None else 1 if len(self.names) == 1 else 2
         return (
             bool(self.missing),
@@ -95,7 +95,7 @@ class WeightSet:
 
 
 def find_sets(present: Iterable[str]) -> list[WeightSet]:
-    """Return the sets of weights among the names in a directory, the one to be read first.
+    """Return the sets of weights among the names in a directory; the first one is to be read.
 
     >>> [some.title for some in find_sets(["model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"])]
     ['model.safetensors', 'pytorch_model.bin', 'model.fp16.safetensors']
@@ -119,7 +119,7 @@ def find_sets(present: Iterable[str]) -> list[WeightSet]:
     found = [_with_index(key, name, files) for key, name in indexes.items()]
     for key, names in files.items():
         counts = {number[1] for number in names.values() if number is not None}
-        if key in indexes and len(counts) == 1:  # of several, the index knows which is its own
+        if key in indexes and len(counts) == 1:  # with several counts, only the index knows its shards
             names = {name: number for name, number in names.items() if number is None}
         found += _without_index(key, names)
     return sorted(_joined(found), key=lambda some: some.order)
@@ -131,7 +131,7 @@ def _wanted(key: tuple[str, str, str]) -> bool:
 
 
 def _of_variant(key: tuple[str, str, str]) -> tuple[str, str, str]:
-    """Return the key of an index whose variant stands in its stem: ``model.fp16.safetensors.index.json``."""
+    """Return the key of an index whose stem contains the variant: ``model.fp16.safetensors.index.json``."""
     stem, variant, suffix = key
     match = re.fullmatch(rf"(.+)\.({_VARIANTS})", stem)
     return (match[1], match[2], suffix) if match and not variant else key
@@ -145,7 +145,7 @@ def _with_index(
 
 
 def _without_index(key: tuple[str, str, str], names: dict[str, tuple[int, int] | None]) -> list[WeightSet]:
-    """Return the sets of one stem: a single file, and shards by the number that they say they are."""
+    """Return the sets of one stem without an index: a single file, and shards grouped by their stated count."""
     found = []
     by_count: dict[int, dict[int, str]] = {}
     for name, number in names.items():
@@ -159,7 +159,7 @@ def _without_index(key: tuple[str, str, str], names: dict[str, tuple[int, int] |
 
 
 def _joined(found: list[WeightSet]) -> list[WeightSet]:
-    """Put sets of names that no library knows into one: they are shards of any name, if they are all that there is."""
+    """Join the sets of names that no library uses into one; if there are no other sets, they are shards of any name."""
     own = [
         some
         for some in found
@@ -182,7 +182,7 @@ NOTHING = (
 
 
 def no_model(present: Collection[str], otherwise: str = NOTHING) -> str:
-    """Return why a directory without weights is refused, by what it holds instead; `otherwise` where that says nothing."""
+    """Return the reason to refuse a directory without weights, from its content; else `otherwise`."""
     for suffix, what in _OTHERS.items():
         first = min((name for name in present if name.endswith(suffix)), default=None)
         if first is not None:

@@ -1,4 +1,4 @@
-"""Apply a LoRA adapter to a model: the base's tensors, changed by the adapter as they are read."""
+"""Apply a LoRA adapter to a model. The adapter changes the base's tensors as they are read."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _Adapting:
             self.tensors[name or plain] = replace(ref, name=name or plain)
 
     def _of_width(self, width: int) -> Callable[[str], bool]:
-        """Return a function that tells whether rows of a base tensor have this number of elements."""
+        """Return a function that tells whether the rows of a named base tensor have `width` elements."""
         return lambda name: row_elements(self._base[name].shape) == width
 
     def change(self) -> None:

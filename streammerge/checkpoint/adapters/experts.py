@@ -187,7 +187,7 @@ class Experts:
         return _Stored(tuple(pieces), False, expert, (sum(shape[0] for shape in shapes), shapes[0][1]))
 
     def _ways(self, module: str, leaf: str, parts: Parts) -> list[bool]:
-        """Return how factors fit a parameter: as [out, in] (False), as [in, out] (True), or both."""
+        """Return the orientations in which factors fit a parameter: False for [out, in], True for [in, out]."""
         stored = self._find(f"{module}.{leaf}")
         embedding, a, b = pair(module, parts)
         if stored is None or embedding or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:

@@ -40,7 +40,7 @@ _COPIES = (".original_module.", ".trainable_tokens_original")
 """The kinds of trained parts by what they replace."""
 
 Parts = Mapping[str, TensorRef]
-"""Of one change, by part: ``lora_A``, ``lora_B``, ``lora_B.bias``, ``lora_magnitude_vector`` …"""
+"""The tensors of one change, by part: ``lora_A``, ``lora_B``, ``lora_B.bias``, ``lora_magnitude_vector`` …"""
 
 
 @dataclass(frozen=True)

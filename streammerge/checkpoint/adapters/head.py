@@ -37,7 +37,7 @@ def is_tied(config: Mapping[str, Any], names: Mapping[str, SourceRef], *, asked:
 
 
 def renamed(ref: SourceRef, name: str) -> SourceRef:
-    """Return the same tensor under another name."""
+    """Return the same tensor under the given name."""
     return ref.renamed(name)
 
 
@@ -62,14 +62,14 @@ def settle_vocabulary(
 ) -> tuple[dict[str, SourceRef], dict[str, Any], tuple[str, ...]]:
     """Return a model's tensors, settings and notes after an adapter that changes the embedding or the head.
 
-    If the adapter changes only one of two tied tensors, they are untied, as in training: the other keeps the base's values.
+    If the adapter changes only one of two tied tensors, they are untied, as in training: the other stays the base's.
     They stay tied if single tokens of the embedding were trained, and with ``ensure_weight_tying``. The size of the
     vocabulary follows the embedding.
 
     Raises
     ------
     ModelError
-        If a head that cannot be untied would be.
+        If the adapter unties a head that cannot be untied.
     """
     found, settings = dict(tensors), copy.deepcopy(dict(config))
     parts = _parts(settings)
@@ -101,7 +101,7 @@ def _part(
     if trained and not stored:
         embedding = trained[0]
         if found[embedding].shape != base[embedding].shape:
-            return ()  # the head has the new size too, and the base has none of that
+            return ()  # the head has the new size too, and the base has no head of that size
         stored = [HEADS[0]]
         found[HEADS[0]] = renamed(base[embedding], HEADS[0])
     elif not trained and not own:

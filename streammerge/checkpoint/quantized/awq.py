@@ -1,4 +1,4 @@
-"""AWQ in its GEMM layout: eight outputs to a word, in an order of their own, zero points packed the same way.
+"""AWQ in its GEMM layout: eight outputs per word in a special order; zero points are packed the same way.
 
 The layout is that of AutoAWQ (0.2.9, ``utils/packing_utils.py``).
 """
@@ -17,18 +17,18 @@ from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Column c of a word is this nibble, from the lowest."""
+"""The nibble of each of a word's columns, counted from the lowest."""
 _CODES = ".qweight"
 
 
 @finds("awq")
 def find_awq(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iterator[Weight]:
-    """Yield the weights that AWQ has packed.
+    """Yield the weights packed by AWQ.
 
     Raises
     ------
     ModelError
-        If the layout is another one, or tensors do not fit together.
+        If the layout is not GEMM, or tensors do not fit together.
     """
     settings = declaration.settings
     for name, codes in tensors.items():

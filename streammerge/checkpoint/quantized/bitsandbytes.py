@@ -1,7 +1,7 @@
 """bitsandbytes: NF4 and FP4 in blocks of elements, and the integers of LLM.int8.
 
-Layouts are those of bitsandbytes 0.50: the first of two 4-bit elements lies in the high nibble; a nested maximum is
-computed in fp32, as the library does; an integer of LLM.int8 is a fraction of 127 of its row's largest magnitude.
+Layouts are those of bitsandbytes 0.50. The first of two 4-bit elements is in the high nibble. A nested maximum is
+computed in fp32, as in the library. An integer of LLM.int8 counts 127ths of its row's largest magnitude.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from streammerge.io.strict_json import parse_object
 _STATE = ".quant_state.bitsandbytes__"
 _KINDS = ("nf4", "fp4")
 _STORAGE = frozenset({"U8", "I8", "BF16", "F16", "F32"})
-"""Dtypes that codes are stored as: bytes, or what a sharded training takes for floats."""
+"""Dtypes that codes are stored as: bytes, or floats whose bytes are codes, as sharded training needs them."""
 
 
 @finds("bitsandbytes", None)
 def find_bitsandbytes(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iterator[Weight]:
-    """Yield the weights that bitsandbytes has stored, in 4 bits or in 8.
+    """Yield the 4-bit and 8-bit weights of bitsandbytes.
 
     Raises
     ------

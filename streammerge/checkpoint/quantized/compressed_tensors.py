@@ -1,6 +1,6 @@
-"""compressed-tensors: what llm-compressor, vLLM and Kimi store, by groups that name the layers they hold for.
+"""compressed-tensors, the format of llm-compressor, vLLM and Kimi; groups of layers share a declared layout.
 
-Layouts are those of the library's own compressors (compressed-tensors 0.20). A group's own format goes before the model's.
+Layouts are those of the library's own compressors (compressed-tensors 0.20). A group's format overrides the model's.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _PACKED = ".weight_packed"
 
 @dataclass(frozen=True)
 class Group:
-    """A declared group of layers that are stored alike."""
+    """A declared group of layers with the same layout."""
 
     format: str
     targets: tuple[str, ...]
     bits: int
     symmetric: bool
     size: int | None
-    """Inputs that share a scale, where that is declared."""
+    """Number of inputs that share a scale; None if not declared."""
     block: tuple[int, int] | None
-    """Rows and columns that share one, where that is declared."""
+    """Rows and columns that share a scale; None if not declared."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Stored:
         return f"{self.module}.weight"
 
     def find(self, end: str) -> SourceRef | None:
-        """Return what belongs to the codes under a name of its own."""
+        """Return the companion of the codes with this name ending; None if there is none."""
         return self.tensors.get(f"{self.module}.weight_{end}")
 
     def need(self, end: str) -> SourceRef:
-        """Return it; it must be there.
+        """Return the companion of the codes with this name ending.
 
         Raises
         ------
         ModelError
-            If it is not.
+            If it is missing.
         """
         found = self.find(end)
         if found is None:
@@ -92,12 +92,12 @@ def _reads(*formats: str) -> Callable[[Read], Read]:
 
 @finds("compressed-tensors")
 def find_compressed(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iterator[Weight]:
-    """Yield the weights that compressed-tensors has stored.
+    """Yield the weights stored by compressed-tensors.
 
     Raises
     ------
     ModelError
-        If the declaration is not as the library writes it, a format is unknown, or tensors do not fit together.
+        If the declaration is malformed, a format is unknown, or tensors do not fit together.
     """
     groups: tuple[Group, ...] | None = None
     for name, codes in tensors.items():
@@ -168,7 +168,7 @@ def _bad(declaration: Declaration, path: str, what: str, cure: str = AGAIN) -> M
 
 
 def _group_of(module: str, groups: tuple[Group, ...], codes: SourceRef) -> Group:
-    """Return the group of a layer: by its name, then by a pattern, then by its class, which is not known here."""
+    """Return the group of a layer, found by name, then by pattern, then by class, which is not known here."""
     if len(groups) == 1:
         return groups[0]
     for is_meant in (_by_name, _by_pattern, _by_class):
@@ -202,7 +202,7 @@ def _by_class(module: str, target: str, codes: SourceRef) -> bool:
 
 @_reads("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized")
 def _in_bytes(stored: Stored) -> Weight:
-    """Return a weight with one element a byte: FP8, or integers."""
+    """Return a weight with one element per byte: FP8, or integers."""
     scale, codes, zero = stored.need("scale"), stored.codes, stored.find("zero_point")
     if codes.dtype == "I8":
         return _integers(
@@ -223,7 +223,7 @@ def _in_bytes(stored: Stored) -> Weight:
 
 @_reads("pack-quantized")
 def _in_words(stored: Stored) -> Weight:
-    """Return a weight of integers packed densely along the inputs."""
+    """Return a weight whose integers are packed densely along the inputs."""
     bits, codes = stored.group.bits, stored.codes
     if codes.dtype != "I32" or len(codes.shape) < 2:
         raise misfit(codes, f"is {codes.dtype} {list(codes.shape)}, where packed codes are I32 matrices")
@@ -257,12 +257,12 @@ def _integers(
 def _shared(
     stored: Stored, shape: tuple[int, ...], scale: SourceRef, index: SourceRef | None
 ) -> tuple[Groups, tuple[int, int]]:
-    """Return which elements share a scale, and the rows and columns of scales.
+    """Return the groups of elements that share a scale, and the rows and columns of the scales.
 
     Raises
     ------
     ModelError
-        If the shape of the scales fits neither the codes nor what is declared.
+        If the shape of the scales fits neither the codes nor the declaration.
     """
     rows, columns = shape[-2:]
     lead = shape[:-2]
@@ -298,7 +298,7 @@ def _shared(
 
 
 def _zero_points(stored: Stored, scale: SourceRef, n: tuple[int, int]) -> Packed | None:
-    """Return the zero points, one for each scale: packed along the outputs as codes are, or one to a byte."""
+    """Return the zero points, one per scale: packed like codes but along the outputs, or one per byte."""
     zero, bits = stored.find("zero_point"), stored.group.bits
     if zero is None:
         if not stored.group.symmetric:

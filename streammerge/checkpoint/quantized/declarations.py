@@ -1,4 +1,4 @@
-"""What a model declares of its quantisation: in config.json, in a part of it, or in a file beside it."""
+"""A model's declaration of its quantisation: in config.json, in a part of it, or in a file next to it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 from streammerge.checkpoint.names import LANGUAGE_PARTS
 
 DECLARATIONS = ("quantization_config", "compression_config")
-"""Entries of config.json that say how weights are quantised."""
+"""Entries of config.json that declare how weights are quantised."""
 EXPERT_DTYPE = "expert_dtype"
-"""DeepSeek-V4's entry for the experts, which may be stored otherwise than the rest."""
+"""DeepSeek-V4's entry for the experts, whose format may differ from the other weights'."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class Declaration:
     """One declared quantisation."""
 
     method: str | None
-    """``quant_method``; None where nothing is said of it."""
+    """The value of ``quant_method``; None if not declared."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The entry itself."""
+    """The content of the entry."""
     where: str = "config.json"
-    """For messages."""
+    """The file of the declaration, for messages."""
     expert_dtype: str | None = None
 
     def block(self) -> tuple[int, int] | None:
-        """Return the rows and columns of a block that shares a scale, where they are declared."""
+        """Return the rows and columns of a block that shares a scale; None if not declared."""
         value = self.settings.get("weight_block_size")
         if isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value):
             return value[0], value[1]
@@ -35,18 +35,18 @@ class Declaration:
 
 
 NOTHING = Declaration(None)
-"""Of a model that declares nothing: names and dtypes alone say what is a code."""
+"""The declaration of a model that declares nothing; its codes are recognised by names and dtypes alone."""
 
 
 def declaration_of(config: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> Declaration:
-    """Return what a model declares; the outermost entry where there are several.
+    """Return a model's declaration; if there are several, the outermost entry.
 
     Parameters
     ----------
     config
-        Its config.json.
+        The content of config.json.
     beside
-        Its hf_quant_config.json, where there is one.
+        The content of hf_quant_config.json; None if there is none.
     """
     expert_dtype = next(_expert_dtypes(config), None)
     for where, entry in _entries(config):

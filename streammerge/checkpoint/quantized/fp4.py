@@ -1,7 +1,8 @@
-"""FP4 codes, two to a byte, with a scale that is a power of two for each group of a row: MXFP4.
+"""MXFP4: FP4 codes, two per byte, with a power-of-two scale for each group of a row.
 
-DeepSeek-V4 stores experts as ``w1.weight`` I8 with ``w1.scale``; transformers 5 has fused ones, ``experts.gate_up_proj`` I8
-with ``experts.gate_up_proj_scale_inv``. Both are read where the model declares them: an I8 says nothing by itself.
+DeepSeek-V4 stores experts as ``w1.weight`` I8 with ``w1.scale``. Transformers 5 stores fused experts as
+``experts.gate_up_proj`` I8 with ``experts.gate_up_proj_scale_inv``. Both are read only if the model declares them,
+since I8 alone does not identify the format.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from streammerge.io.files import bad, quoted
 
 ELEMENT = "F4_E2M1"
 GROUP = 32
-"""Elements of a row that share a scale."""
+"""Number of elements of a row that share a scale."""
 _EXPONENTS = ("F8_E8M0", "U8")
 _DECLARED = ("fp4", "mxfp4")
-"""Values of ``expert_dtype``."""
+"""Values of ``expert_dtype`` that mean FP4."""
 
 
 @finds("fp8")
 def find_fp4_experts(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iterator[Weight]:
-    """Yield experts of FP4 codes in tensors of I8 or U8, where the model declares that it has some.
+    """Yield the experts stored as FP4 codes in I8 or U8 tensors, if the model declares them.
 
     Raises
     ------
@@ -41,7 +42,7 @@ def find_fp4_experts(tensors: Mapping[str, SourceRef], declaration: Declaration)
         scale = next((tensors[place] for place in places if place in tensors), None)
         if scale is None:
             continue
-        # The experts of one layer in one tensor have no entry of their own: scales of E8M0 say it.
+        # Fused experts have no declaration of their own; their E8M0 scales identify them.
         if declaration.expert_dtype not in _DECLARED and scale.dtype != "F8_E8M0":
             continue
         shape = (*codes.shape[:-1], 2 * codes.shape[-1])
@@ -51,17 +52,17 @@ def find_fp4_experts(tensors: Mapping[str, SourceRef], declaration: Declaration)
 def exponents(
     codes: SourceRef, shape: tuple[int, ...], scale: SourceRef, *, turned: bool = False
 ) -> tuple[Scales, Encoding]:
-    """Return the scales of FP4 codes, one for each `GROUP` of a row, and how they are stored.
+    """Return the scales of FP4 codes, one per `GROUP` of a row, and how they are stored.
 
     Parameters
     ----------
     shape
-        Of the codes, unpacked, as they are stored.
+        The shape of the unpacked codes, as stored.
 
     Raises
     ------
     ModelError
-        If dtype or shape of the scales do not fit.
+        If dtype or shape of the scales does not fit.
     """
     if scale.dtype not in _EXPONENTS:
         raise _refused(codes, scale, f"is {scale.dtype}, where scales of FP4 are {' or '.join(_EXPONENTS)}")

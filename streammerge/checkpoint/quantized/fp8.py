@@ -1,9 +1,9 @@
-"""FP8 with scales: DeepSeek's blocks, and scales of rows, groups, experts or whole tensors.
+"""FP8 with a scale per block (DeepSeek), row, group, expert or tensor.
 
-``X.weight`` with ``X.weight_scale_inv`` (DeepSeek-V3, Qwen3-FP8; multiplied, in spite of the name) or ``X.weight_scale``
-(FBGEMM, vLLM), or ``X.scale`` where FP8 is declared (DeepSeek-V4); experts that lie together as ``experts.gate_up_proj``
-with ``experts.gate_up_proj_scale_inv`` (transformers 5). The dtype of the scales is what the file says: F32, BF16, F16,
-F8_E8M0.
+The scale of ``X.weight`` is ``X.weight_scale_inv`` (DeepSeek-V3, Qwen3-FP8; it multiplies, despite the name),
+``X.weight_scale`` (FBGEMM, vLLM), or ``X.scale`` if FP8 is declared (DeepSeek-V4). Fused experts such as
+``experts.gate_up_proj`` have ``experts.gate_up_proj_scale_inv`` (transformers 5). The file states the dtype of the
+scales: F32, BF16, F16 or F8_E8M0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SUFFIXES = ("_scale_inv", "_scale")
 
 @finds("fp8", "fbgemm_fp8", None)
 def find_fp8(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iterator[Weight]:
-    """Yield the tensors of FP8 codes that have a scale.
+    """Yield the tensors of FP8 codes with a scale.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def find_fp8(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iter
 
 
 def title_of(element: str, scales: Scales) -> str:
-    """Return what is shown of a format: ``F8_E4M3, F32 scales of 128 x 128``."""
+    """Return the title of a format, such as ``F8_E4M3, F32 scales of 128 x 128``."""
     _, rows, columns = scales.extent
     size = "the tensor" if scales.shape == (1, 1, 1) else f"{rows} x {columns}"
     return f"{element}, {scales.dtype} scales of {size}"

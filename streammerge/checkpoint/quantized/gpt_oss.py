@@ -1,8 +1,8 @@
 """gpt-oss' experts in MXFP4: ``X_blocks`` U8 [experts, rows, groups, 16] with ``X_scales`` U8 [experts, rows, groups].
 
-transformers' tensor of the same model that is not quantised is ``X``, with rows and columns exchanged: [experts, inputs,
-outputs]. Rows of gate and up projection take turns in both. OpenAI's own files call them ``X.blocks`` and ``X.scales``, and
-exchange nothing.
+The unquantised tensor in transformers is ``X`` with rows and columns exchanged: [experts, inputs, outputs]. The rows of
+gate and up projection alternate in both. OpenAI's own files use the names ``X.blocks`` and ``X.scales``, and do not
+exchange rows and columns.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _ENDS = (("_blocks", "_scales", True), (".blocks", ".scales", False))
-"""Ends of the names of codes and scales, and whether rows and columns are exchanged."""
+"""Name endings of codes and scales, and whether rows and columns are exchanged."""
 _BYTES = 16
-"""Of one group."""
+"""Bytes of one group."""
 
 
 @finds("mxfp4", None)

@@ -1,6 +1,7 @@
-"""GPTQ: integers packed along the inputs, zero points along the outputs, a group listed for each input.
+"""GPTQ: integers packed along the inputs, zero points packed along the outputs, and a listed group for each input.
 
-Layouts are those of GPTQModel (7.7) and AutoGPTQ. Format ``gptq`` stores a zero point less one, ``gptq_v2`` as it is.
+Layouts are those of GPTQModel (7.7) and AutoGPTQ. Format ``gptq`` stores zero points minus 1, ``gptq_v2`` stores them
+unchanged.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from streammerge.io.files import bad, quoted
 
 _BITS = (2, 3, 4, 8)
 _STORED_LESS = {"gptq": 1, "gptq_v2": 0}
-"""What is stored of a zero point is less by this."""
+"""The number subtracted from a zero point before it is stored, by format."""
 _CODES = ".qweight"
 
 
 @finds("gptq")
 def find_gptq(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iterator[Weight]:
-    """Yield the weights that GPTQ has packed.
+    """Yield the weights packed by GPTQ.
 
     Raises
     ------
     ModelError
-        If the format is another one, or tensors do not fit together.
+        If the format is unknown, or tensors do not fit together.
     """
     for name, codes in tensors.items():
         if not name.endswith(_CODES):
@@ -89,10 +90,10 @@ def _weight(
 
 
 def _may_have_wrapped(declaration: Declaration) -> bool:
-    """Return whether a zero point of 0 may have been stored as one less: GPTQModel subtracts from whole words.
+    """Return whether subtracting 1 from a zero point of 0 may have wrapped: GPTQModel subtracts from whole words.
 
-    The borrow spoils the zero point behind it, and what is read depends on how a loader adds one. Files of AutoGPTQ are read
-    as its kernels read them: what is stored, plus one.
+    The borrow corrupts the next zero point, and the value read depends on how a loader adds 1. Files of AutoGPTQ are
+    read as its kernels read them: the stored number plus 1.
     """
     meta = declaration.settings.get("meta")
     writer = str(meta.get("quantizer") if isinstance(meta, Mapping) else None)
@@ -100,7 +101,7 @@ def _may_have_wrapped(declaration: Declaration) -> bool:
 
 
 def _bits(declaration: Declaration, codes: SourceRef, zero: SourceRef, outputs: int) -> int:
-    """Return the bits of a code: of this layer, which may differ from those of the model."""
+    """Return the bits of this layer's codes, which may differ from the model's."""
     declared = declaration.settings.get("bits")
     found = 32 * zero.shape[1] // outputs if len(zero.shape) == 2 and outputs else 0
     if found not in _BITS or (found != declared and not declaration.settings.get("dynamic")):
@@ -110,7 +111,7 @@ def _bits(declaration: Declaration, codes: SourceRef, zero: SourceRef, outputs: 
 
 
 def needed(tensors: Mapping[str, SourceRef], codes: SourceRef, name: str) -> SourceRef:
-    """Return a tensor that codes mean nothing without.
+    """Return a tensor that is needed to decode the codes.
 
     Raises
     ------

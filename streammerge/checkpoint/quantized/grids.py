@@ -1,4 +1,4 @@
-"""The part of a tensor that each of its scales serves, from the shapes of both and what is declared."""
+"""Find the part of a tensor that each scale applies to, from the shapes of both and the declaration."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 DEEPSEEK = (128, 128)
-"""The block where none is declared and the shapes say nothing else."""
+"""The block shape if none is declared and the shapes do not determine it."""
 FLOATS = ("F32", "BF16", "F16", "F8_E8M0")
-"""Dtypes of scales, whatever a convention says; U8 is E8M0 where that is declared."""
+"""Dtypes of scales in any convention; U8 stands for E8M0 if that is declared."""
 
 
 def scales_of(
@@ -24,22 +24,22 @@ def scales_of(
 ) -> Scales:
     """Return the scales of a tensor.
 
-    There is one for all elements of a matrix, for each row, each column, or each `block`. Where no block is declared there
-    may be several for each row, of even parts, or one for each 128 x 128.
+    There is one scale per matrix, row, column, or `block`. If no block is declared, there may be several scales per row
+    for equal parts, or one per 128 x 128 elements.
 
     Parameters
     ----------
     shape
-        Of the values, as they are stored.
+        The shape of the values, as stored.
     block
-        Rows and columns that share a scale, where they are declared.
+        Rows and columns that share a scale; None if not declared.
     bytes_are_e8m0
-        Whether scales of U8 are exponents.
+        Whether U8 scales are exponents.
 
     Raises
     ------
     ModelError
-        If dtype or shape of the scales do not fit.
+        If dtype or shape of the scales does not fit.
     """
     dtype = "F8_E8M0" if scale.dtype == "U8" and bytes_are_e8m0 else scale.dtype
     if dtype not in FLOATS:
@@ -63,10 +63,10 @@ def _refused(codes: SourceRef, scale: SourceRef, what: str) -> ModelError:
 
 
 def _entries(shape: tuple[int, ...], scale: tuple[int, ...]) -> Three | None:
-    """Return the entries of scales along the axes of `as_matrices`; None where the ranks do not fit."""
+    """Return the number of scales along each axis of `as_matrices`; None if the ranks do not fit."""
     if all(size == 1 for size in scale):
         return 1, 1, 1
-    if len(scale) == 1:  # one for each row, or for each matrix
+    if len(scale) == 1:  # one per row, or per matrix
         return (
             (scale[0], 1, 1) if len(shape) == 3 else (1, scale[0], 1) if len(shape) != 1 else (1, 1, scale[0])
         )
@@ -78,7 +78,7 @@ def _entries(shape: tuple[int, ...], scale: tuple[int, ...]) -> Three | None:
 
 
 def _extent(shape: Three, entries: Three, block: tuple[int, int] | None) -> Three | None:
-    """Return the elements that one entry serves along each axis; None where it cannot be."""
+    """Return the number of elements that share an entry along each axis; None if the shapes do not fit."""
     n, rows, columns = shape
     if entries[0] not in (1, n):
         return None
@@ -95,6 +95,6 @@ def _extent(shape: Three, entries: Three, block: tuple[int, int] | None) -> Thre
 
 
 def _whole(rows: int, columns: int) -> tuple[tuple[int, int], ...]:
-    """Return the parts that need no declaration: all, each row, each column."""
+    """Return the parts that need no declaration: the whole matrix, each row, each column."""
     rows, columns = max(1, rows), max(1, columns)
     return (rows, columns), (1, columns), (rows, 1)

@@ -1,4 +1,4 @@
-"""NVIDIA modelopt: NVFP4 whose second scale multiplies, and FP8 with a scale for a tensor or a row.
+"""NVIDIA modelopt: NVFP4 whose second scale multiplies, and FP8 with a scale per tensor or row.
 
 Layouts are those of modelopt's own exporter (modelopt 0.47, ``export/unified_export_hf.py``).
 """
@@ -16,7 +16,7 @@ from streammerge.formats.refs import SourceRef
 
 @finds("modelopt", "modelopt_fp4", "modelopt_mixed")
 def find_modelopt(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iterator[Weight]:
-    """Yield the weights in NVFP4, two codes a byte with two scales, and those in FP8.
+    """Yield the weights in NVFP4 (two codes per byte, two levels of scales) and in FP8.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""NVFP4, as compressed-tensors and modelopt store it: FP4 codes, FP8 scales of 16 inputs, one scale for the tensor."""
+"""NVFP4 as in compressed-tensors and modelopt: FP4 codes, an FP8 scale per 16 inputs, and a scale per tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GROUP = 16
 def nvfp4(
     name: str, codes: SourceRef, scale: SourceRef, whole: SourceRef, title: str, *, divides: bool
 ) -> Nvfp4Ref:
-    """Return a weight of FP4 with scales of FP8 for 16 inputs, and one for the tensor or for each expert.
+    """Return an FP4 weight with an FP8 scale per 16 inputs, and a scale for the tensor or per expert.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Expressions that a model's files give for names of layers, matched in time that no expression can stretch."""
+"""Match layer names with the regular expressions in a model's files, in bounded time for any expression."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import re
 from functools import lru_cache
 
 _LONGEST = 400
-"""Characters of an expression."""
+"""Most characters of an expression."""
 _MOST_CHOICES = 12
-"""Alternatives in it."""
+"""Most alternatives in an expression."""
 _PLAIN = re.compile(r"(?:[\w^$|()\[\]:/-]|\\[.dw/_-]|\(\?:|\.)*", re.ASCII)
-"""A part without quantifiers: what it takes to match it grows with its length alone."""
+"""A part without quantifiers; the time to match it depends only on its length."""
 
 
 def matches(expression: str, name: str) -> bool:
-    """Return whether an expression matches from the beginning of a name on, as `re.match` does.
+    """Return whether an expression matches at the beginning of a name, as `re.match` does.
 
-    The expression may have ``.*`` and ``.+`` between its parts, outside of brackets, and no other quantifier: each part is
-    then looked for behind the one before, which needs no way back.
+    The expression may have ``.*`` and ``.+`` between its parts, outside brackets, and no other quantifier. Each part
+    is then searched after the previous one, without backtracking.
 
     Raises
     ------
     ValueError
-        If it is not of that kind.
+        If the expression has a different form.
 
     >>> matches(r".*self_attn\\.(q|k)_proj$", "model.layers.0.self_attn.k_proj")
     True
@@ -50,7 +50,7 @@ def _parts(expression: str) -> tuple[re.Pattern[str], ...]:
 
 
 def _has_choice_outside(part: str) -> bool:
-    """Return whether a part has alternatives that no brackets hold together, so that it is no part of one."""
+    """Return whether a part has alternatives outside brackets, which would split the whole expression."""
     depth = 0
     for mark in re.sub(r"\\.", "", part):
         depth += (mark == "(") - (mark == ")")

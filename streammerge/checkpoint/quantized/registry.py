@@ -1,7 +1,7 @@
-"""The registry of quantised formats: what a model declares leads to what finds its quantised weights.
+"""The registry of quantised formats: a model's declaration selects the functions that find its quantised weights.
 
-A family of formats is one module in this folder with one function, decorated with `finds`: it is given the tensors of a
-model that no other family took, and yields the weights it knows how to read.
+A family of formats is one module in this folder with one function, decorated with `finds`. The function gets the
+tensors of a model that no previous family took, and yields the weights that it can read.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Weight:
     """One quantised weight of a model."""
 
     ref: MadeRef
-    """Its values, decoded as they are read; its `stored_format` says how."""
+    """The values, decoded as they are read; `stored_format` names the format."""
     beside: tuple[str, ...] = ()
-    """Stored tensors that belong to it and that its values do not need: a packed weight's shape."""
+    """Stored tensors that belong to the weight but are not needed to decode it: a packed weight's shape."""
 
 
 Find = Callable[[Mapping[str, SourceRef], Declaration], Iterator[Weight]]
-"""Yields the quantised weights among tensors; raises ModelError where codes and scales do not fit."""
+"""Function that yields the quantised weights among tensors; raises ModelError if codes and scales do not fit."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ _ACTIVATION = re.compile(
     r"|\w+_activation_scale(?:_inv)?)",
     re.ASCII | re.DOTALL,
 )
-"""Names of what scales activations, not weights."""
+"""Names of scales of activations rather than weights."""
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,24 @@ class Decoded:
     """A model's tensors as a merge sees them."""
 
     tensors: Mapping[str, SourceRef]
-    """Quantised weights under their logical names, in the places of their codes; all others as they are stored."""
+    """Quantised weights under their logical names, in the positions of their codes; all others as stored."""
     activations: Mapping[str, SourceRef] = field(default_factory=dict)
-    """What scales activations: no part of the weights."""
+    """Scales of activations, which are not part of the weights."""
     formats: tuple[str, ...] = ()
-    """How its quantised weights are stored, each kind once."""
+    """The formats of the quantised weights, each once."""
     coded: Mapping[str, SourceRef] = field(default_factory=dict)
-    """All stored tensors of quantised weights, as they lie in their files: codes, what decodes them, their shapes."""
+    """All stored tensors of quantised weights, as in their files: codes, scales and zero points, shapes."""
 
 
 def finds(*methods: str | None, order: int = 0) -> Callable[[Find], Find]:
-    """Register what finds the weights of a family of formats.
+    """Register the function that finds the weights of a family of formats.
 
     Parameters
     ----------
     methods
-        The values of ``quant_method`` that it is asked for; None: models that declare nothing, too.
+        The values of ``quant_method`` that it handles; None stands for models that declare nothing.
     order
-        Families are asked in ascending order.
+        The position of the family; lower numbers come first.
     """
 
     def register(find: Find) -> Find:
@@ -81,12 +81,12 @@ def finds(*methods: str | None, order: int = 0) -> Callable[[Find], Find]:
 
 
 def decoded(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Decoded:
-    """Return a model's tensors, those that are quantised in a known format to be decoded as they are read.
+    """Return a model's tensors; those quantised in a known format are decoded as they are read.
 
     Raises
     ------
     ModelError
-        If codes and scales of a known format do not fit together; it names the tensor.
+        If codes and scales of a known format do not fit together; the message names the tensor.
     """
     _load()
     found: dict[str, MadeRef] = {}

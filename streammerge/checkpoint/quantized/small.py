@@ -1,4 +1,4 @@
-"""Small tensors that tell how larger ones are stored: shapes and settings, read when a model is opened."""
+"""Small tensors that describe how larger ones are stored (shapes and settings), read when a model is opened."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted, read_exactly, reading
 
 MOST_BYTES = 4096
-"""More than any shape or settings take."""
+"""Most bytes of a small tensor; shapes and settings take less."""
 AGAIN = "download or convert the model again"
-"""The cure of files that do not fit together."""
+"""The cure for files that do not fit together."""
 
 
 def small_bytes(ref: SourceRef) -> bytes:
@@ -38,7 +38,7 @@ def whole_numbers(ref: SourceRef) -> tuple[int, ...]:
     Raises
     ------
     ModelError
-        If it has another dtype, or as `small_bytes`.
+        If its dtype is not an integer dtype, or as in `small_bytes`.
     """
     kinds = {"I64": "q", "I32": "i", "U8": "B"}
     if ref.dtype not in kinds:
@@ -47,5 +47,5 @@ def whole_numbers(ref: SourceRef) -> tuple[int, ...]:
 
 
 def misfit(ref: SourceRef, what: str, cure: str = AGAIN) -> ModelError:
-    """Return the refusal of a tensor that does not fit what it belongs to."""
+    """Return the error for a tensor that does not fit the tensors it belongs to."""
     return bad(ref.path, f"tensor {quoted(ref.name)} {what}: {cure}")

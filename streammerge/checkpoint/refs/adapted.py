@@ -1,4 +1,4 @@
-"""Weights with a LoRA adapter, which is applied as they are read."""
+"""Weights to which a LoRA adapter is applied as they are read."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from streammerge.formats.refs import READ_BLOCK, ElementwiseRef, SourceRef, Tens
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One matrix of a low-rank change, or one for each expert: elements of a stored tensor at even distances."""
+    """One matrix of a low-rank change, or one per expert: evenly spaced elements of a stored tensor."""
 
     tensor: TensorRef
     row_step: int
-    """Elements from a row to the next."""
+    """Elements from one row to the next."""
     column_step: int
-    """Elements from a column to the next; one of the two steps is often 1."""
+    """Elements from one column to the next; often one of the two steps is 1."""
     first: int = 0
-    """Elements before the matrix."""
+    """Number of elements before the matrix."""
     block_step: int = 0
-    """Elements from the matrix of an expert to that of the next."""
+    """Elements from the matrix of one expert to that of the next."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class AdaptedRef(ElementwiseRef):
     """A weight with a LoRA adapter: ``W + s L R`` (Hu et al., 2021), or with DoRA its rows scaled to a magnitude.
 
-    It is not rounded to the dtype in which the weight is stored: it is fp32, or fp64 where that is.
+    The result is fp32, or fp64 if the stored weight is fp64; it is not rounded to the weight's stored dtype.
     """
 
     source: SourceRef
-    """The weight, whatever it is made of."""
+    """The weight, stored or made."""
     left: Factor
     """[rows of the weight, rank]"""
     right: Factor | None
-    """[rank, columns of the weight]; None: ones, as for a bias."""
+    """[rank, columns of the weight]; None stands for ones, as for a bias."""
     rank: int
     scale: float
     magnitude: TensorRef | None = None
-    """Of DoRA (Liu et al., 2024): the norm that each output feature gets."""
+    """The norm of each output feature in DoRA (Liu et al., 2024); None for LoRA."""
     by_column: bool = False
-    """The output features are the columns, as where a weight is stored as (in, out), and of embeddings."""
+    """Whether the output features are the columns, as in weights stored as (in, out) and in embeddings."""
     blocks: int = 1
-    """Experts, each with factors of its own: the weight's first axis where it is more than 1."""
+    """Number of experts, each with its own factors; if more than 1, the length of the weight's first axis."""
 
     @property
     def dtype(self) -> str:
-        """Of the elements once they are computed."""
+        """The dtype of the computed elements."""
         return "F64" if self.source.dtype == "F64" else "F32"
 
     @property
@@ -69,14 +69,14 @@ class AdaptedRef(ElementwiseRef):
 
     @property
     def block_rows(self) -> int:
-        """Rows of that matrix."""
+        """Rows of a matrix that has its own factors."""
         return self.n_elements // max(1, self.blocks * self.columns)
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading it takes beside the elements: the right factor, and blocks of the left, the weight and the sum."""
+        """Bytes that reading takes in addition to the elements: right factor; blocks of left factor, weight, sum."""
         rows = READ_BLOCK // max(1, self.columns) + 1
         factors = self.rank * (self.columns + rows) * itemsize(self.dtype)
-        # A factor is read before it is transposed; the weight as it is stored, before it is widened.
+        # A factor is read before it is transposed; the weight is read as stored before it is widened.
         block = READ_BLOCK * (16 if self.magnitude is None else 36)
         return 2 * factors + block + 8 * rows + (1 << 16) + self.source.scratch_bytes

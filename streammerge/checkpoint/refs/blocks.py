@@ -1,4 +1,4 @@
-"""Tensors put together from blocks of others, or taken out of one: the same matrices in another layout."""
+"""Tensors assembled from blocks of other tensors, or cut from one: the same matrices in a different layout."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from streammerge.dtypes import itemsize
 from streammerge.formats.refs import READ_BLOCK, MadeRef, SourceRef, TensorRef
 
 Rectangle = tuple[int, int, int, int]
-"""First row, end, first column, end: of a block."""
+"""A block's first row, end row, first column and end column; the ends are exclusive."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Block:
-    """Some rows and columns of a tensor that is put together, and where their elements lie in another tensor.
+    """Some rows and columns of an assembled tensor, and the position of their elements in the source tensor.
 
-    The element in row r and column c of the block is element ``start + r * pitch + c`` of that tensor; `transposed`:
-    ``start + c * pitch + r``.
+    The element in row r and column c of the block is element ``start + r * pitch + c`` of the source tensor, or
+    ``start + c * pitch + r`` if `transposed`.
     """
 
     tensor: SourceRef
     start: int
     pitch: int
     row: int
-    """Where the block begins, in rows of the last axis counted over all axes before it."""
+    """The block's first row; rows run along the last axis and are counted over all axes before it."""
     column: int
     rows: int
     columns: int
@@ -34,18 +34,18 @@ class Block:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class BlocksRef(MadeRef):
-    """A tensor put together from blocks of others, each element exactly as it is there: experts in another layout."""
+    """A tensor assembled from blocks of other tensors with unchanged values: experts in a different layout."""
 
     name: str
     dtype: str
-    """Of all tensors, or the narrowest of fp32 and fp64 that holds each of theirs."""
+    """The dtype of all source tensors, or else the narrower of fp32 and fp64 that holds all of their dtypes."""
     shape: tuple[int, ...]
     blocks: tuple[Block, ...]
-    """By row, then by column; each row is whole."""
+    """The blocks, sorted by row, then by column; they cover each row completely."""
 
     @property
     def source(self) -> SourceRef:
-        """The tensor of the first block."""
+        """The source tensor of the first block."""
         return self.blocks[0].tensor
 
     @property
@@ -68,24 +68,24 @@ class BlocksRef(MadeRef):
 
     @property
     def stored_dtype(self) -> str:
-        """Of all blocks; where they differ the one that holds them all."""
+        """The stored dtype of all blocks; if they differ, the dtype that holds them all."""
         found = {block.tensor.stored_dtype for block in self.blocks}
         return found.pop() if len(found) == 1 else self.dtype
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading it takes beside the elements: lines of a block as they lie, and in the other order."""
+        """Bytes that reading takes in addition to the elements: lines of a block as stored, and transposed."""
         line = max(max(block.pitch, block.columns, block.rows) for block in self.blocks)
         inner = max(block.tensor.scratch_bytes for block in self.blocks)
         mixed = any(block.tensor.dtype != self.dtype for block in self.blocks)
-        # Values of another dtype are widened, and rounded.
+        # Values of a different dtype are widened, and rounded.
         return (32 if mixed else itemsize(self.dtype)) * max(READ_BLOCK, line) + (1 << 12) + inner
 
 
 def overlapping(
     ref: BlocksRef, row: int, end: int, first: int, last: int
 ) -> Iterator[tuple[Block, Rectangle]]:
-    """Yield the blocks that have a part in a rectangle of the tensor, and that part, in its rows and columns."""
+    """Yield the blocks that overlap a rectangle, each with the overlap in rows and columns of the tensor."""
     at = bisect_right(ref.blocks, row, key=lambda block: block.row)
     while at and ref.blocks[at - 1].row + ref.blocks[at - 1].rows > row:
         at -= 1
@@ -99,7 +99,7 @@ def overlapping(
 
 
 def span_of(block: Block, inside: Rectangle) -> tuple[int, int]:
-    """Return the first element, and the end, of what a part of a block lies within in its tensor."""
+    """Return the range of elements (first, end) of the source tensor that contains a part of a block."""
     top, bottom, left, right = inside
     lines, window = ((left, right), (top, bottom)) if block.transposed else ((top, bottom), (left, right))
     return (

@@ -1,4 +1,4 @@
-"""Quantised tensors whose codes of 4 bits look up a value: NVFP4 with two scales, and blocks of bitsandbytes."""
+"""Quantised tensors whose 4-bit codes look up a value: NVFP4 with two scales, and bitsandbytes' blocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
 
 AT_ONCE = 1 << 16
-"""Elements that are decoded together; even."""
+"""Number of elements that are decoded together; even."""
 _TEMPORARY = 16
-"""Bytes that an element takes while it is decoded."""
+"""Temporary bytes per element during decoding."""
 _ROOM = 1 << 16
-"""Bytes of tables, and of alignment."""
+"""Bytes for tables and alignment."""
 
 
 class CodebookRef(MadeRef):
@@ -23,7 +23,7 @@ class CodebookRef(MadeRef):
 
     @property
     def dtype(self) -> str:
-        """Of the values."""
+        """The dtype of the decoded values."""
         return "F32"
 
     @property
@@ -33,7 +33,7 @@ class CodebookRef(MadeRef):
 
     @property
     def stored_dtype(self) -> str:
-        """See `SourceRef`: that of the weights which it was quantised from."""
+        """See `SourceRef`: the dtype of the weights before quantisation."""
         return "BF16"
 
     @property
@@ -49,19 +49,20 @@ class CodebookRef(MadeRef):
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading takes in addition to the values: bytes, codes, scales, places in the table."""
+        """Bytes that reading takes in addition to the values: bytes, codes, scales, table positions."""
         return _TEMPORARY * AT_ONCE + _ROOM
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
-        """See `SourceRef`: two elements a byte."""
+        """See `SourceRef`: two elements per byte."""
         yield self.stored, start // 2, -(-stop // 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4Ref(CodebookRef):
-    """E2M1 codes in groups along the columns, F8_E4M3 scales, and one F32 scale for the tensor or for each matrix.
+    """E2M1 codes in groups along the columns, F8_E4M3 scales, and one F32 scale for the tensor or per matrix.
 
-    A value is ``code * scale * whole``, or ``code * scale / whole`` where that divides: the exact result rounded once.
+    A value is ``code * scale * whole``, or ``code * scale / whole`` if the last scale divides: the exact result rounded
+    once.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Nvfp4Ref(CodebookRef):
     scales: TensorRef
     """F8_E4M3 [..., columns / group]."""
     whole: TensorRef
-    """F32, one or one for each matrix."""
+    """F32: one entry, or one per matrix."""
     divides: bool
     group: int
     title: str
@@ -84,7 +85,7 @@ class Nvfp4Ref(CodebookRef):
 
 @dataclass(frozen=True, slots=True)
 class Nested:
-    """Maxima of blocks that are codes themselves: ``map[code] * maximum of 256 blocks + offset``, in fp32."""
+    """Block maxima that are themselves codes: ``map[code] * maximum of 256 blocks + offset``, in fp32."""
 
     absmax: TensorRef
     map: TensorRef
@@ -94,14 +95,14 @@ class Nested:
 
 @dataclass(frozen=True, slots=True)
 class BlocksOf4BitsRef(CodebookRef):
-    """bitsandbytes' NF4 and FP4: blocks of elements in the order of the tensor, each with its largest magnitude."""
+    """bitsandbytes' NF4 and FP4: blocks of consecutive elements, each with its largest magnitude."""
 
     name: str
     shape: tuple[int, ...]
     source: TensorRef
-    """U8, the first of two elements in the high nibble."""
+    """The codes, U8; the first of two elements is in the high nibble."""
     absmax: TensorRef
-    """One for each block: F32, or U8 where they are nested."""
+    """The largest magnitude of each block: F32, or U8 if nested."""
     map: TensorRef
     """F32 [16]: the value of each code."""
     blocksize: int

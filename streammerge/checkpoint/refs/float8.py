@@ -1,4 +1,4 @@
-"""Plain FP8 tensors, without scales: floats that are widened as they are read."""
+"""Plain FP8 tensors without scales, widened as they are read."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from streammerge.dtypes import FLOATS8
 from streammerge.formats.refs import ElementwiseRef, SourceRef
 
 WIDENED = "BF16"
-"""The dtype in which every FP8 number is exact."""
+"""The dtype that represents every FP8 number exactly."""
 WIDENED_BLOCK = 1 << 20
-"""Elements that are read before they are widened."""
+"""Number of elements that are read and widened together."""
 
 
 @dataclass(frozen=True, slots=True)
 class WidenedRef(ElementwiseRef):
-    """A tensor that is stored in F8_E4M3 or F8_E5M2, as bf16, which holds every value of both."""
+    """A tensor stored in F8_E4M3 or F8_E5M2 and read as bf16, which holds every value of both."""
 
     source: SourceRef
 
     @property
     def dtype(self) -> str:
-        """Of the elements once they are widened."""
+        """The dtype of the widened elements."""
         return WIDENED
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading it takes beside the elements: a block of codes."""
+        """Bytes that reading takes in addition to the elements: a block of codes."""
         return WIDENED_BLOCK + 64 + self.source.scratch_bytes
 
     def as_stored(self, dtype: str) -> SourceRef:
@@ -37,7 +37,7 @@ class WidenedRef(ElementwiseRef):
 
 
 def with_floats(tensors: Mapping[str, SourceRef], quantization: Quantization | None) -> dict[str, SourceRef]:
-    """Return a model's tensors, those in FP8 that are numbers by themselves to be widened as they are read."""
+    """Return a model's tensors; plain FP8 tensors are replaced by references that widen them as they are read."""
     codes = frozenset() if quantization is None else quantization.codes | quantization.companions
     return {
         name: WidenedRef(ref) if ref.dtype in FLOATS8 and name not in codes else ref

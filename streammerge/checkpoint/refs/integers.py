@@ -1,7 +1,7 @@
-"""Quantised tensors of integers: packed in words or one to a byte, with scales and zero points for groups of them.
+"""Quantised tensors of integers: packed in words or one per byte, with a scale and a zero point per group.
 
-One description covers compressed-tensors, GPTQ, AWQ and LLM.int8: ``(code - zero point) * scale``, the group of an element
-given by its row and its column as they are stored.
+One formula covers compressed-tensors, GPTQ, AWQ and LLM.int8: ``(code - zero point) * scale``. The stored row and
+column of an element determine its group.
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ from streammerge.dtypes import itemsize
 from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
 
 AT_ONCE = 1 << 16
-"""Elements that are decoded together."""
+"""Number of elements that are decoded together."""
 _TEMPORARY = 28
-"""Bytes an element takes while it is decoded: words, values, what groups have by element; with a divisor in fp64."""
+"""Temporary bytes per element during decoding: words, values, and group entries by element; fp64 with a divisor."""
 _ROOM = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A matrix of integers of a few bits in a file, or one matrix for each expert."""
+    """A matrix of integers of a few bits in a file, or one matrix per expert."""
 
     tensor: TensorRef
     bits: int
-    """Integers of 8 bits lie in bytes, others in words, little endian: integer c at bit ``c * bits`` of its line."""
+    """Bits per integer: 8-bit integers are bytes; others are in little-endian words, number c at bit ``c * bits``."""
     length: int
-    """Integers along the axis that they are packed along; what lies behind them is padding."""
+    """Number of integers along the packed axis; the rest is padding."""
     axis: int = 1
-    """Along which they share words: 1, the columns, or 0, the rows."""
+    """The packed axis, along which integers share words: 1 for the columns, 0 for the rows."""
     offset: int = 0
-    """What is added to a stored integer."""
+    """The number to add to a stored integer."""
     signed: bool = False
-    """Whether a byte is a two's complement."""
+    """Whether bytes are in two's complement."""
     order: tuple[int, ...] = ()
-    """Where the integers of each word lie in it, if not in order: AWQ's columns."""
+    """Positions of the integers within each word, if not in order (AWQ's columns)."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns once they are unpacked."""
+        """Rows and columns after unpacking."""
         lines, words = self.tensor.shape[-2:]
         return (self.length, words) if self.axis == 0 else (lines, self.length)
 
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Which scale an element has: the row and the column of its own row and column."""
+    """Maps the row and column of an element to the row and column of its scale."""
 
     rows: int = 1
-    """Rows that share one."""
+    """Number of rows that share a scale."""
     columns: int = 1
-    """Columns that share one."""
+    """Number of columns that share a scale."""
     index: TensorRef | None = None
-    """I32: the group of each column, or of each row of a transposed tensor, where that is listed."""
+    """I32: the listed group of each column, or of each row of a transposed tensor; None if not listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +62,21 @@ class IntegersRef(MadeRef):
     """A tensor of integers with scales: ``(code - zero point) * scale / divisor``, rounded once to fp32."""
 
     name: str
-    """That of the tensor in a model that is not quantised."""
+    """The tensor's name in a model that is not quantised."""
     shape: tuple[int, ...]
     codes: Packed
     scales: TensorRef
-    """[..., rows, columns] of groups, as the codes are stored."""
+    """The scales [..., rows, columns] of groups, in the orientation of the stored codes."""
     groups: Groups
     title: str
-    """How it is stored, as `inspect` shows it."""
+    """The storage format, as `inspect` shows it."""
     zeros: Packed | None = None
-    """One for each scale."""
+    """The zero points, one per scale; None if there are none."""
     divisor: int = 1
     transposed: bool = False
     """Whether the codes are stored [inputs, outputs]."""
     largest_zero: int | None = None
-    """A zero point that loaders read differently is above this one."""
+    """The largest zero point that all loaders read alike; None if there is no such limit."""
 
     @property
     def source(self) -> TensorRef:
@@ -85,7 +85,7 @@ class IntegersRef(MadeRef):
 
     @property
     def dtype(self) -> str:
-        """Of the values."""
+        """The dtype of the decoded values."""
         return "F32"
 
     @property
@@ -95,7 +95,7 @@ class IntegersRef(MadeRef):
 
     @property
     def stored_dtype(self) -> str:
-        """See `SourceRef`: that of the weights which it was quantised from."""
+        """See `SourceRef`: the dtype of the weights before quantisation."""
         return "F16" if self.scales.dtype == "F16" else "BF16"
 
     @property
@@ -117,22 +117,22 @@ class IntegersRef(MadeRef):
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """Rows and columns of a matrix as it is stored."""
+        """Rows and columns of a stored matrix."""
         rows, columns = self.shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading takes in addition to the values: words, codes, scales and zero points by element, the index."""
+        """Bytes that reading takes in addition to the values: words, codes, scales, zero points, the index."""
         rows, columns = self.stored_shape
         index = 0 if self.groups.index is None else 12 * max(rows, columns)
-        # The scales of a row whose columns are not in order are read whole.
+        # If the columns of a row are not in order, all of the row's scales are read.
         wide = self.scales.shape[-1] if self.scales.shape else 1
         scales = (itemsize(self.scales.dtype) + 12) * max(AT_ONCE, wide)
         return _TEMPORARY * AT_ONCE + scales + index + _ROOM
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
-        """See `SourceRef`: the lines of words that hold the elements; of a transposed tensor, all of a matrix's."""
+        """See `SourceRef`: the lines of words that hold the elements; if transposed, all lines of a matrix."""
         words = self.source.shape[-1]
         if self.transposed:
             yield self.source, 0, self.source.n_elements

@@ -1,4 +1,4 @@
-"""Quantised tensors: codes and scales in files, values of fp32 as they are read."""
+"""Quantised tensors: codes and scales in files, decoded to fp32 values as they are read."""
 
 from __future__ import annotations
 
@@ -11,41 +11,41 @@ from streammerge.dtypes import itemsize
 from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
 
 Three = tuple[int, int, int]
-"""A number for each axis of a stored tensor seen as matrices of rows of columns."""
+"""One number per axis of a stored tensor viewed as [matrices, rows, columns]."""
 SPAN = 1 << 17
-"""Elements that are decoded together."""
+"""Number of elements that are decoded together."""
 LINES = 1 << 19
-"""Bytes of codes, and of scales, that are read together where only a part of each line is wanted."""
+"""Bytes of codes, and of scales, that are read together if only a part of each line is needed."""
 _FLOAT = 4
 _ROOM = 1 << 15
-"""Bytes for alignment, and for what of a direct read does not fit where it is decoded."""
+"""Bytes for alignment, and for the part of a direct read that does not fit in the slot."""
 ELEMENTS = {"F8_E4M3": 8, "F8_E5M2": 8, "F4_E2M1": 4}
-"""Bits of the kinds of codes; those of four lie two to a byte, the first in the low half."""
+"""Bits of each kind of code; 4-bit codes are stored two per byte, the first in the low half."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How codes are stored and what they mean; many tensors share one."""
+    """The storage and the meaning of codes; many tensors share one encoding."""
 
     title: str
-    """What `inspect` and `plan` show: ``F8_E4M3, a scale for 128 x 128``."""
+    """The format as `inspect` and `plan` show it: ``F8_E4M3, a scale for 128 x 128``."""
     element: str
-    """The kind of the codes: a key of `ELEMENTS`."""
+    """The kind of code: a key of `ELEMENTS`."""
     turned: bool = False
-    """Whether rows and columns of a matrix are exchanged in the file: gpt-oss' experts."""
+    """Whether the file stores the matrices transposed, as for gpt-oss' experts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """A companion with one entry for each part of a tensor."""
+    """The scales of a tensor, one entry per part."""
 
     tensor: TensorRef
     dtype: str
-    """What its bytes are: F8_E8M0 also where the file calls them U8."""
+    """The dtype of the entries; F8_E8M0 even if the file calls them U8."""
     shape: Three
-    """Entries along each axis."""
+    """Number of entries along each axis."""
     extent: Three
-    """Elements along each axis that one entry serves; the last part of an axis may be shorter."""
+    """Number of elements along each axis that share an entry; the last part of an axis may be shorter."""
 
     @property
     def nbytes(self) -> int:
@@ -55,10 +55,10 @@ class Scales:
 
 @dataclass(frozen=True, slots=True)
 class QuantizedRef(MadeRef):
-    """A tensor that is stored as codes with scales; a value is ``code * scale``, rounded once to fp32."""
+    """A tensor stored as codes with scales; a value is ``code * scale``, rounded once to fp32."""
 
     name: str
-    """That of the tensor in a model that is not quantised."""
+    """The tensor's name in a model that is not quantised."""
     shape: tuple[int, ...]
     source: TensorRef
     """The codes."""
@@ -67,7 +67,7 @@ class QuantizedRef(MadeRef):
 
     @property
     def dtype(self) -> str:
-        """Of the values."""
+        """The dtype of the decoded values."""
         return "F32"
 
     @property
@@ -77,7 +77,7 @@ class QuantizedRef(MadeRef):
 
     @property
     def stored_dtype(self) -> str:
-        """See `SourceRef`: that of the weights which it was quantised from."""
+        """See `SourceRef`: the dtype of the weights before quantisation."""
         return "BF16"
 
     @property
@@ -102,25 +102,25 @@ class QuantizedRef(MadeRef):
 
     @property
     def bits(self) -> int:
-        """Of one code."""
+        """Bits per code."""
         return ELEMENTS[self.encoding.element]
 
     @property
     def matrices(self) -> Three:
-        """The stored tensor, unpacked, as matrices of rows of columns."""
+        """The shape of the unpacked stored tensor, viewed as [matrices, rows, columns]."""
         n, rows, columns = as_matrices(self.shape)
         return (n, columns, rows) if self.encoding.turned else (n, rows, columns)
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading takes in addition to the values: codes, their scales as stored and in fp32, values to be turned."""
+        """Bytes that reading takes in addition to the values: codes, scales (stored and fp32), values to transpose."""
         n = min(self.n_elements, SPAN)
         scales = min(math.prod(self.scales.shape), LINES // _FLOAT)
         codes = min(self.source.nbytes, LINES) + _FLOAT * n if self.encoding.turned else n
         return codes + scales * (itemsize(self.scales.dtype) + _FLOAT) + _ROOM
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
-        """See `SourceRef`; of a turned matrix the whole of it."""
+        """See `SourceRef`; a transposed matrix counts as a whole."""
         _, rows, columns = self.matrices
         if self.encoding.turned:
             size = max(1, rows * columns)
@@ -130,7 +130,7 @@ class QuantizedRef(MadeRef):
 
 
 def as_matrices(shape: tuple[int, ...]) -> Three:
-    """Return a shape as matrices of rows of columns: one matrix where there are fewer than three axes.
+    """Return a shape as [matrices, rows, columns]; fewer than three axes give one matrix.
 
     >>> as_matrices((8, 16)), as_matrices((4, 8, 16)), as_matrices((16,)), as_matrices(())
     ((1, 8, 16), (4, 8, 16), (1, 1, 16), (1, 1, 1))

@@ -1,4 +1,4 @@
-"""Tensors with one row per token: rows gathered in another order, and rows that an adapter trained."""
+"""Tensors with one row per token: rows gathered in a different order, and rows that an adapter trained."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RowMap:
-    """What each row of a vocabulary is made of: the mean of some rows of the models' tensors; of none, zero."""
+    """The sources of each row of a vocabulary; a row is the mean of its source rows, or zero without any."""
 
     starts: NDArray[np.int32]
-    """Where the sources of each row begin in the arrays below, and where the last ones end."""
+    """The index in the arrays below at which the sources of each row begin, and the end of the last."""
     models: NDArray[np.int16]
-    """Place in `GatheredRef.tensors`."""
+    """The index in `GatheredRef.tensors` of each source."""
     rows: NDArray[np.int32]
     padding: int = 0
-    """Rows behind these, each the mean of all of them."""
+    """Number of rows after these; each is the mean of all rows before the padding."""
 
     @property
     def n_rows(self) -> int:
-        """All rows, padding included."""
+        """Number of rows, including padding."""
         return len(self.starts) - 1 + self.padding
 
     @property
     def nbytes(self) -> int:
-        """Of the arrays."""
+        """Bytes of the arrays."""
         return self.starts.nbytes + self.models.nbytes + self.rows.nbytes
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class GatheredRef(MadeRef):
-    """A tensor with one row per token, its rows put in the order of another vocabulary."""
+    """A tensor with one row per token, with its rows in the order of a different vocabulary."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     tensors: tuple[SourceRef | None, ...]
-    """The models' tensors by place in the map; None where a model lends no row."""
+    """The models' tensors, indexed as in `RowMap.models`; None for a model that contributes no row."""
     map: RowMap
     source: SourceRef
-    """The tensor of the model that it stands for."""
+    """The tensor that this one replaces."""
 
     @property
     def parts(self) -> tuple[SourceRef, ...]:
@@ -65,24 +65,24 @@ class GatheredRef(MadeRef):
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading it takes beside the elements: a row, sums of rows in fp64, and blocks of source rows."""
+        """Bytes that reading takes in addition to the elements: a row, row sums in fp64, and blocks of source rows."""
         inner = max(ref.scratch_bytes for ref in self.tensors if ref is not None)
         return 3 * max(1 << 20, 8 * self.columns) + 16 * self.columns + (1 << 12) + inner
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PatchedRef(ElementwiseRef):
-    """An embedding in which an adapter trained single tokens: their rows come from the adapter, all others as they were.
+    """An embedding in which an adapter trained single tokens: their rows come from the adapter, all others stay.
 
-    Of the same dtype as the embedding once it is made, or of the wider one that the trained rows have.
+    The dtype is that of the embedding as read, or that of the trained rows if it is wider.
     """
 
     source: SourceRef
-    """The embedding, whatever it is made of."""
+    """The embedding, stored or made."""
     rows: NDArray[np.int64]
-    """Ascending, each once."""
+    """The trained rows, ascending, each once."""
     places: NDArray[np.int64]
-    """The row of `values` for each of them."""
+    """The row of `values` for each entry of `rows`."""
     values: TensorRef
 
     @property
@@ -92,11 +92,11 @@ class PatchedRef(ElementwiseRef):
 
     @property
     def dtype(self) -> str:
-        """The one that both dtypes fit into."""
+        """The dtype that holds both the embedding's and the trained rows' values."""
         dtypes = {self.source.dtype, self.values.dtype}
         return self.source.dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
 
     @property
     def scratch_bytes(self) -> int:
-        """What reading it takes beside the elements: a block of the embedding as it was."""
+        """Bytes that reading takes in addition to the elements: a block of the unchanged embedding."""
         return 8 * READ_BLOCK + (1 << 14) + self.source.scratch_bytes
