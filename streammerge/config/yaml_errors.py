@@ -96,7 +96,7 @@ def _of_indentation(error: yaml.MarkedYAMLError, mark: yaml.Mark, lines: list[st
 
 
 def _next_line(lines: list[str], start: int, step: int) -> int | None:
-    """Return the number of the nearest line, from `start` on, that is not empty, a comment or `---`; `step`: 1 or -1."""
+    """Return the number of the nearest line from `start`, by steps of 1 or -1, that is not empty, a comment or `---`."""
     number = start
     while 0 <= number < len(lines):
         if lines[number].strip() and not lines[number].lstrip().startswith(("#", "---")):

@@ -36,7 +36,7 @@ _PERIODS = (
     "cross_attention_freq",
     "global_attn_every_n_layers",
 )
-"""Settings that are a period: one layer in every so many is of a different kind."""
+"""Settings that are a period n: one layer in every n is of a different kind."""
 
 
 def follow_layers(part: dict[str, Any], stack: Stack, own: Own) -> list[str]:
