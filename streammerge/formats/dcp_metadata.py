@@ -1,7 +1,7 @@
-"""The ``.metadata`` of a checkpoint of ``torch.distributed.checkpoint`` (DCP), read without running anything in it.
+"""Read the ``.metadata`` of a ``torch.distributed.checkpoint`` (DCP) checkpoint without running code in it.
 
-It is a pickle of a `Metadata` object: of each tensor its dtype, its size and the chunks that it is cut into, and of
-each chunk the file and the bytes there that hold it. The same machine runs it that runs other PyTorch files.
+The file is a pickle of a `Metadata` object. It lists the dtype, size and chunks of each tensor, and the file and byte
+range of each chunk. The stack machine for other PyTorch files interprets this pickle too.
 
 Source: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.0 to 2.13.
 """
@@ -46,22 +46,22 @@ _FIELDS = {
     "MetadataIndex": ("fqn", "offset"),
     "_StorageInfo": ("relative_path", "offset", "length", "transform_descriptors"),
 }
-"""Classes of torch.distributed whose objects say where a tensor lies, and what is kept of these; others are passed over."""
+"""Classes of torch.distributed that describe the position of a tensor, with the fields kept; others are ignored."""
 
 Sizes = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one chunk lies."""
+    """The position of one chunk."""
 
     file: str
-    """A plain file name beside the ``.metadata``."""
+    """The name of a file next to the ``.metadata``."""
     offset: int
     nbytes: int
-    """Of what was written for it, its own header included."""
+    """Bytes written for the chunk, including its header."""
     transforms: tuple[Any, ...] = ()
-    """What was done to the bytes; nothing, or they cannot be read."""
+    """Transforms applied to the bytes; if there are any, the chunk cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +71,20 @@ class Stored:
     dtype: str
     shape: Sizes
     chunks: tuple[tuple[Sizes, Sizes], ...]
-    """Of each: where it begins on every axis, and its size there."""
+    """The first index and the size of each chunk, on every axis."""
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What a ``.metadata`` says."""
+    """The content of a ``.metadata``."""
 
     tensors: Mapping[str, Stored]
     places: Mapping[tuple[str, Sizes], Place]
-    """By tensor and beginning of the chunk."""
+    """Positions of the chunks, by tensor and first index of the chunk."""
     others: tuple[str, ...] = ()
-    """Names of entries that are no tensors."""
+    """Names of entries that are not tensors."""
     reformulated: frozenset[str] = frozenset()
-    """Tensors that Megatron stores in another shape than their own."""
+    """Tensors that Megatron stores in a shape different from their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +94,19 @@ class _Class:
 
 @dataclass(eq=False, slots=True)
 class _Record:
-    """An object of one of the classes."""
+    """An object of one of the classes in `_FIELDS`."""
 
     kind: str
     values: tuple[Any, ...] = ()
-    """Of its fields."""
+    """Values of the fields."""
 
     def get(self, name: str) -> Any:
-        """Return the value of a field; None where it has none."""
+        """Return the value of a field; None if it is missing."""
         return dict(zip(_FIELDS[self.kind], self.values, strict=False)).get(name)
 
 
 class _Table(Names):
-    """A dict whose keys may be records, which are kept in pairs with their values."""
+    """A dict whose keys may be records; these are kept as pairs of key and value."""
 
     pairs: Sequence[tuple[_Record, Any]] = ()
 
@@ -117,12 +117,12 @@ class _NoStorages:
 
 
 class _MetadataMachine(Machine):
-    """Makes records of the classes above, and tuples of ``torch.Size``."""
+    """A pickle machine that creates records for the classes in `_FIELDS`, and tuples for ``torch.Size``."""
 
     most_steps = 120 * MAX_CHUNKS
 
     def find(self, module: Any, name: Any) -> None:
-        """Push the mark of a class or a dtype that matters; else what the machine does."""
+        """Push the mark of a relevant class or dtype; otherwise do as `Machine`."""
         if type(module) is str and type(name) is str:
             if module.startswith("torch.distributed.") and name in _FIELDS:
                 return self.push(_Class(name))
@@ -133,7 +133,7 @@ class _MetadataMachine(Machine):
         return super().find(module, name)
 
     def reduce(self) -> None:
-        """Push the record that a class makes."""
+        """Push the record of a class."""
         function, args = self.stack[-2], self.stack[-1]
         if not isinstance(function, _Class):
             return super().reduce()
@@ -145,7 +145,7 @@ class _MetadataMachine(Machine):
         return self.push(_Record(function.name))
 
     def build(self) -> None:
-        """Give a record its state: a dict of its attributes or, of `TensorProperties`, a tuple that begins with the dtype."""
+        """Set a record's state: a dict of attributes, or for `TensorProperties` a tuple that begins with the dtype."""
         record = self.stack[-2]
         if not isinstance(record, _Record):
             return super().build()
@@ -160,11 +160,11 @@ class _MetadataMachine(Machine):
         return None
 
     def new_dict(self) -> Names:
-        """Return a dict that takes records for keys."""
+        """Return a dict that accepts records as keys."""
         return _Table()
 
     def set_items(self, items: tuple[Any, ...]) -> None:
-        """Put keys and values into the dict on top."""
+        """Put keys and values into the dict on top of the stack."""
         target = self.stack[-1]
         if type(target) is not _Table:
             return super().set_items(items)
@@ -180,12 +180,12 @@ class _MetadataMachine(Machine):
 
 
 def parse_metadata(source: Source) -> tuple[Metadata, bytes]:
-    """Return what a ``.metadata`` says, and its bytes. Only its own consistency is checked, not the files.
+    """Return the content of a ``.metadata``, and its bytes. Only its consistency is checked, not the other files.
 
     Raises
     ------
     Refused
-        If it is too large, broken, or not what DCP writes.
+        If it is too large, broken, or not written by DCP.
     """
     need(0 < source.nbytes <= MAX_NBYTES, f"has {source.nbytes} bytes, not 1 to {MAX_NBYTES}: {AGAIN}")
     raw = source.read(0, source.nbytes, "its program")
@@ -235,7 +235,7 @@ def _sizes(value: Any, what: str) -> Sizes:
 
 
 def _places(pairs: Iterable[tuple[_Record, Any]]) -> Iterable[tuple[tuple[str, Sizes], Place]]:
-    """Yield where chunks lie; entries that are no tensors have no beginning and are passed over."""
+    """Yield the positions of chunks; skip entries that are not tensors, which have no first index."""
     known: set[tuple[str, Sizes]] = set()
     for key, info in pairs:
         name, begins = key.get("fqn"), key.get("offset")

@@ -1,4 +1,4 @@
-"""What people have instead of a checkpoint, known by the first bytes of a file, and what to do about it."""
+"""Recognise files that are mistaken for checkpoints, by their first bytes, and state the cure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BY_START = (
 
 
 def lookalike(first: bytes) -> str | None:
-    """Return what a file is that begins with `first` (at best 512 bytes) and is no checkpoint; None if we cannot tell."""
+    """Return the kind of a file that is not a checkpoint, from its first bytes (ideally 512); None if unknown."""
     for start, what in _BY_START:
         if first.startswith(start):
             return what

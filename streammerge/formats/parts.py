@@ -1,4 +1,4 @@
-"""What tensors are made of, and those that lie in one piece."""
+"""The parts that tensors are made of, and contiguous tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streammerge.io.files import bad, quoted
 
 
 def all_parts(refs: Iterable[SourceRef]) -> Iterator[SourceRef]:
-    """Yield what some tensors are made of, themselves included, each object once and after its own parts."""
+    """Yield tensors and all their parts, each object once and after its own parts."""
     seen: set[int] = set()
 
     def walk(some: Iterable[SourceRef]) -> Iterator[SourceRef]:
@@ -23,12 +23,12 @@ def all_parts(refs: Iterable[SourceRef]) -> Iterator[SourceRef]:
 
 
 def contiguous(ref: SourceRef) -> TensorRef:
-    """Return a tensor that a file holds as it is.
+    """Return the tensor as a `TensorRef`, if a file holds it unchanged.
 
     Raises
     ------
     ModelError
-        If it does not.
+        If no file holds it unchanged.
     """
     if (plain := ref.plain) is not None:
         return plain

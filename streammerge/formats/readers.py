@@ -1,4 +1,4 @@
-"""The registry of readers: how each kind of tensors is read."""
+"""The registry of readers, one per kind of tensor reference."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from streammerge.io.scratch import Scratch
 
 Read = Callable[["Reader", Any, int, int, "Bytes", "Scratch"], None]
-"""Puts elements (first, end) of a tensor at the beginning of the bytes, with scratch of its `scratch_bytes`."""
+"""Function that reads elements (first, end) to the beginning of the bytes; scratch has the ref's `scratch_bytes`."""
 READERS: dict[type[Any], Read] = {}
-"""By kind of tensors."""
+"""The readers, by class of reference."""
 
 
 ReadSlot = Callable[["Reader", Any, int, int, "Bytes", "Scratch", bool], int]
-"""Puts elements (first, end) of a tensor anywhere in its slot, and returns where; the flag is `again` of `Ref.read_slot`."""
+"""Function that reads elements (first, end) anywhere into a slot and returns the offset; see `Ref.read_slot`."""
 SLOT_READERS: dict[type[Any], ReadSlot] = {}
 
 
 def reads_slot(kind: type[Any]) -> Callable[[ReadSlot], ReadSlot]:
-    """Register the reader of large parts of a kind of tensors, where what they are made of can be read past the page cache."""
+    """Register a reader that reads large parts of a kind of tensor past the page cache, if their sources allow it."""
 
     def register(read: ReadSlot) -> ReadSlot:
         SLOT_READERS[kind] = read
@@ -32,7 +32,7 @@ def reads_slot(kind: type[Any]) -> Callable[[ReadSlot], ReadSlot]:
 
 
 def reads(kind: type[Any]) -> Callable[[Read], Read]:
-    """Register the reader of a kind of tensors."""
+    """Register the reader of a kind of tensor."""
 
     def register(read: Read) -> Read:
         READERS[kind] = read

@@ -1,7 +1,7 @@
-"""References to tensors: each answers for itself how it is read, what it needs and what its dtype is.
+"""References to tensors. A reference knows how it is read, what reading needs, and its dtype.
 
-A new kind is one class: it derives from `MadeRef` (or `Ref`), answers what is asked of it here and registers its reader
-with `reads` (`streammerge.formats.readers`). Nothing else knows the kinds.
+A new kind is one class. It derives from `MadeRef` (or `Ref`), implements the members declared here, and registers its
+reader with `reads` (`streammerge.formats.readers`). No other code depends on the kinds.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ if TYPE_CHECKING:
     from streammerge.timing import Stages
 
 SAMPLE_BYTES = 4096
-"""Bytes of a tensor that a fingerprint of its model looks at."""
+"""Bytes of a tensor that its model's fingerprint samples."""
 READ_BLOCK = 1 << 20
-"""Elements computed at a time."""
+"""Number of elements computed at a time."""
 
 
 class Ref:
-    """A tensor or a companion of one, as a merge reads it."""
+    """A tensor, or a companion of a tensor, as a merge reads it."""
 
     __slots__ = ()
     if TYPE_CHECKING:
 
         @property
         def name(self) -> str:
-            """The name that its model gives it."""
+            """The name in the model."""
 
         @property
         def shape(self) -> tuple[int, ...]:
-            """The shape that a merge sees."""
+            """The shape in the merge."""
 
         @property
         def dtype(self) -> str:
-            """The dtype of the elements once they are read."""
+            """The dtype of the elements after reading."""
 
         @property
         def path(self) -> str:
-            """For messages: the file of the tensor that it is mainly made of."""
+            """The file of the main source, for messages."""
 
         @property
         def nbytes(self) -> int:
-            """Bytes of the elements once they are read."""
+            """Bytes of the elements after reading."""
 
     @property
     def n_elements(self) -> int:
-        """How many elements the shape has; 1 for a scalar."""
+        """The number of elements; 1 for a scalar."""
         return math.prod(self.shape)
 
     @property
@@ -64,12 +64,12 @@ class Ref:
 
     @property
     def chunk_elements(self) -> int:
-        """Elements of one compressed chunk; 0 where elements can be read one by one."""
+        """Elements per compressed chunk; 0 if elements can be read individually."""
         return 0
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one chunk, decompressed."""
+        """Bytes of one decompressed chunk."""
         return self.chunk_elements * itemsize(self.dtype)
 
     def read(self, reader: Reader, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
@@ -93,14 +93,14 @@ class Ref:
         *,
         again: bool = False,
     ) -> int:
-        """Read elements into a slot (`streammerge.planning.memory.buffers`); return where in it they begin.
+        """Read elements into a slot (`streammerge.planning.memory.buffers`); return the offset at which they begin.
 
         Parameters
         ----------
         stages
-            Takes the time.
+            Records the time taken.
         again
-            The same elements will be read once more.
+            Whether the same elements will be read again.
         """
         with stages.time("read"):
             if (special := SLOT_READERS.get(type(self))) is not None:
@@ -109,10 +109,10 @@ class Ref:
         return 0
 
     def prefetch(self, reader: Reader, start: int, stop: int) -> None:
-        """Ask the kernel to begin reading what elements `start` to `stop` are made of, where that lies together."""
+        """Ask the kernel to begin reading the sources of elements `start` to `stop`, where they are contiguous."""
 
     def files(self, start: int, stop: int) -> Iterator[str]:
-        """Yield the files that elements `start` to `stop` lie in."""
+        """Yield the files that hold elements `start` to `stop`."""
         yield self.path
 
 
@@ -123,96 +123,96 @@ class SourceRef(Ref):
 
     @property
     def plain(self) -> TensorRef | None:
-        """The tensor itself where a file holds its elements as they are read; else None."""
+        """The tensor itself if a file holds its elements unchanged; else None."""
         return None
 
     @property
     def stored(self) -> TensorRef:
-        """The tensor in a file that it is mainly made of."""
+        """The stored tensor that is its main source."""
         raise NotImplementedError
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype that the model is stored in, whatever the elements are computed in."""
+        """The dtype in which the model is stored, which may differ from that of the computed elements."""
         return self.dtype
 
     @property
     def stored_format(self) -> str | None:
-        """How its values are stored where they are quantised, as `inspect` shows it; else None."""
+        """The storage format of quantised values, as `inspect` shows it; None if not quantised."""
         return None
 
     @property
     def parts(self) -> tuple[SourceRef, ...]:
-        """The tensors that it is made of."""
+        """The tensors from which it is made."""
         return ()
 
     @property
     def kernels(self) -> frozenset[str]:
-        """Groups of compiled kernels that reading it makes use of."""
+        """Groups of compiled kernels that reading uses."""
         return frozenset().union(*(part.kernels for part in self.parts))
 
     @property
     def shown(self) -> Mapping[str, Any]:
-        """What `inspect` says of it in addition to where it is stored."""
+        """Information that `inspect` shows in addition to the storage position."""
         return {}
 
     @property
     def sample(self) -> tuple[int, int]:
-        """The elements, from the first to before the last, that a fingerprint of its model looks at."""
+        """The range of elements (first, end) that its model's fingerprint samples."""
         n = min(SAMPLE_BYTES // 8, self.n_elements)
         first = (self.n_elements - n) // 2
         return first, first + n
 
     @property
     def stages(self) -> frozenset[str]:
-        """Names of the stages that compute what it is made of."""
+        """Names of the stages that compute its parts."""
         return frozenset().union(*(part.stages for part in self.parts))
 
     @property
     def asks(self) -> bool:
-        """Whether statistics must be known before it can be read: of a stage that it is made of."""
+        """Whether a stage among its parts needs statistics before the tensor can be read."""
         return any(part.asks for part in self.parts)
 
     @property
     def is_whole(self) -> bool:
-        """Whether any part of it takes as much work as all of it: then it is read all at once."""
+        """Whether reading any range takes as much work as reading the whole tensor, so that it is read at once."""
         return any(part.is_whole for part in self.parts)
 
     @property
     def file_bytes(self) -> int:
-        """Bytes that are read from files for all of its elements, as a rule."""
+        """Bytes that are usually read from files for all elements."""
         return self.nbytes
 
     @property
     def bytes_before(self) -> int:
-        """Bytes that are read before its first element can be: for statistics of its own, not for those of its parts."""
+        """Bytes to read before the first element: for the tensor's own statistics, not for those of its parts."""
         return 0
 
     @property
     def is_gathered(self) -> bool:
-        """Whether its rows are in the order of another vocabulary."""
+        """Whether its rows are in the order of a different vocabulary."""
         return False
 
     @property
     def is_patched(self) -> bool:
-        """Whether an adapter trained single rows of it and left all others."""
+        """Whether an adapter trained single rows and left the others unchanged."""
         return False
 
     @property
     def n_blocks(self) -> int:
-        """Blocks of other tensors that it is put together from."""
+        """The number of blocks of other tensors from which it is assembled."""
         return 0
 
     def renamed(self, name: str) -> SourceRef:
-        """Return the same tensor under another name."""
+        """Return the same tensor under the given name."""
         return RenamedRef(self, name)
 
     def as_stored(self, dtype: str) -> SourceRef:
-        """Return what a copy in this dtype is read from: the stored codes where they have it already."""
+        """Return the source of a copy in this dtype: the stored codes if they already have the dtype."""
         return self
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
-        """Yield the stretches (tensor in a file, first element, end) that elements `start` to `stop` are made of."""
+        """Yield the ranges (stored tensor, first element, end) from which elements `start` to `stop` are made."""
         return iter(())
 
     def prefetch(self, reader: Reader, start: int, stop: int) -> None:
@@ -223,15 +223,15 @@ class SourceRef(Ref):
 
 @dataclass(frozen=True, slots=True)
 class TensorRef(SourceRef):
-    """Where the bytes of one tensor lie."""
+    """A tensor stored contiguously in a file."""
 
     name: str
     dtype: str
-    """The format's own code: a key of `streammerge.dtypes.BITS`."""
+    """The format's dtype code: a key of `streammerge.dtypes.BITS`."""
     shape: tuple[int, ...]
     path: str
     offset: int
-    """Of the first byte, counted from the start of the file."""
+    """Offset of the first byte from the start of the file."""
     nbytes: int
 
     @property
@@ -246,16 +246,16 @@ class TensorRef(SourceRef):
 
     @property
     def stored_nbytes(self) -> int:
-        """Bytes in the file, which are those of the elements."""
+        """Bytes in the file, which equal the bytes of the elements."""
         return self.nbytes
 
     @property
     def square_sum(self) -> float | None:
-        """The recorded sum of squares: none is."""
+        """The recorded sum of squares; always None."""
         return None
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        """Return offset and number of the bytes that elements `start` to `stop` have in the file."""
+        """Return the offset in the file and the number of bytes of elements `start` to `stop`."""
         first, last = (element * BITS[self.dtype] // 8 for element in (start, stop))
         return self.offset + first, last - first
 
@@ -275,7 +275,7 @@ class TensorRef(SourceRef):
         *,
         again: bool = False,
     ) -> int:
-        """See `Ref`: past the page cache where that pays."""
+        """See `Ref`: past the page cache if that is faster."""
         with stages.time("read"):
             return reader.read_slot(self.path, *self.span(start, stop), slot, again=again)
 
@@ -293,16 +293,16 @@ class TensorRef(SourceRef):
 
 
 class MadeRef(SourceRef):
-    """A tensor that is made as it is read; nothing of it is ever written but the merge's own output."""
+    """A tensor that is computed as it is read; it is never written to an intermediate file."""
 
     __slots__ = ()
     why_made = "lies in no file as it is read"
-    """What a message says where only a tensor in a file serves."""
+    """The reason in messages if only a stored tensor is acceptable."""
     if TYPE_CHECKING:
 
         @property
         def source(self) -> SourceRef:
-            """The tensor that it is mainly made of."""
+            """The main source."""
 
     @property
     def stored(self) -> TensorRef:
@@ -321,7 +321,7 @@ class MadeRef(SourceRef):
 
     @property
     def file_bytes(self) -> int:
-        """See `SourceRef`: of a quantised tensor those of codes and scales, not of its values."""
+        """See `SourceRef`: for a quantised tensor the bytes of codes and scales, not of the values."""
         if self.stored_format is None:
             return self.nbytes
         if self.source.plain is not None:  # the codes themselves
@@ -335,17 +335,17 @@ class MadeRef(SourceRef):
 
     @property
     def path(self) -> str:
-        """See `Ref`: the file of its source."""
+        """See `Ref`: the file of the source."""
         return self.source.path
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements once they are made."""
+        """Bytes of the computed elements."""
         return self.n_elements * itemsize(self.dtype)
 
 
 class AlignedRef(MadeRef):
-    """A tensor whose elements lie as those of its source do."""
+    """A tensor whose elements have the same positions as those of its source."""
 
     __slots__ = ()
 
@@ -360,7 +360,7 @@ class AlignedRef(MadeRef):
 
 
 class ElementwiseRef(AlignedRef):
-    """A tensor each element of which is made from the same element of its source, under the same name."""
+    """A tensor with the name of its source; each element is computed from the same element of the source."""
 
     __slots__ = ()
 
@@ -372,7 +372,7 @@ class ElementwiseRef(AlignedRef):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RenamedRef(AlignedRef):
-    """A tensor that is read as its source is, under a name of its own: a head that was its embedding."""
+    """A tensor with the values of its source under a different name, such as a head that was tied to its embedding."""
 
     source: SourceRef
     name: str
@@ -384,20 +384,20 @@ class RenamedRef(AlignedRef):
 
     @property
     def scratch_bytes(self) -> int:
-        """See `Ref`: that of its source."""
+        """See `Ref`: the scratch bytes of its source."""
         return self.source.scratch_bytes
 
     def read(self, reader: Reader, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
-        """See `Ref`: as its source is read."""
+        """See `Ref`: reads its source."""
         self.source.read(reader, start, stop, target, scratch)
 
 
 def middle_of(nbytes: int) -> tuple[int, int]:
-    """Return offset and number of the bytes of a tensor in a file that a fingerprint of its model looks at."""
+    """Return offset and number of the bytes of a stored tensor that its model's fingerprint samples."""
     size = min(SAMPLE_BYTES, nbytes)
     return (nbytes - size) // 2 // 8 * 8, size
 
 
 def row_elements(shape: Sequence[int]) -> int:
-    """Return the elements of one row: of all axes but the first."""
+    """Return the number of elements per row: the product of all axes except the first."""
     return math.prod(shape[1:])

@@ -1,4 +1,4 @@
-"""What readers of a file have in common that find out what is wrong with it where its path is not known."""
+"""Shared helpers for readers that detect errors in a file whose path they do not know."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ PLAIN = "save only the dict of tensors, or convert it to safetensors"
 
 
 class Refused(Exception):
-    """What is wrong with the file; raised where its path is not known."""
+    """An error in a file, raised where its path is not known."""
 
 
 def need(sound: bool, otherwise: str) -> None:
-    """Refuse the file unless something of it is `sound`."""
+    """Raise `Refused` with the message `otherwise` unless `sound`."""
     if not sound:
         raise Refused(otherwise)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An open file, or a part of one that is like a file itself."""
+    """An open file, or a part of a file that is treated as a file."""
 
     fd: int
     nbytes: int
     path: str
     begin: int = 0
-    """Where the part begins in the file; offsets are counted from there."""
+    """Start of the part in the file; offsets are relative to it."""
 
     def read(self, offset: int, nbytes: int, what: str) -> bytes:
-        """Return a range of it; refuse one that is not inside."""
+        """Return a range of bytes; refuse a range that exceeds the part."""
         end = f"{what} is beyond the end of the file ({self.nbytes} bytes): {AGAIN}"
         need(0 <= offset <= self.nbytes - nbytes, end)
         return read_exactly(self.fd, nbytes, self.begin + offset, self.path)

@@ -1,8 +1,8 @@
-"""The registry of checkpoint formats: the end of a file's name leads to what opens it.
+"""The registry of checkpoint formats: the ending of a file's name selects the function that opens it.
 
-A new format is one module in this folder, or in an installed package (entry points ``streammerge.formats``): a function
-that opens a file, decorated with `opens`, and a class of references where its elements are not read as they lie
-(`streammerge.formats.refs`).
+A new format is one module in this folder, or in an installed package (entry points ``streammerge.formats``). It has a
+function that opens a file, decorated with `opens`, and a class of references (`streammerge.formats.refs`) if elements
+are not read as stored.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ from streammerge.io.stamp import FileStamp
 
 @dataclass(frozen=True)
 class Contents:
-    """What one file of a model holds; no tensor is read for it."""
+    """The content of one file of a model, found without reading tensors."""
 
     refs: Mapping[str, SourceRef]
-    """Its tensors by name, in the order of their bytes."""
+    """The tensors by name, in the order of their bytes."""
     stamp: FileStamp
     left_out: tuple[str, ...] = field(default=())
-    """Names of entries that are not tensors: the state of an optimizer, numbers, settings."""
+    """Names of entries that are not weights: the state of an optimizer, numbers, settings."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Texts that the file says of itself."""
+    """Metadata strings in the file."""
     more_stamps: tuple[FileStamp, ...] = ()
-    """Of the other files that its tensors lie in."""
+    """Stamps of the other files that hold its tensors."""
 
 
 Open = Callable[["str | os.PathLike[str]"], Contents]
-"""Opens a file; raises ModelError, naming the file, if it is malformed."""
+"""Function that opens a file; raises ModelError with the file's name if it is malformed."""
 _OPENERS: dict[str, Open] = {}
 _STORES = "zarr_"
-"""Begins the names of modules that read what goes with a model, not models; they need numpy."""
+"""Prefix of modules that read companions of a model rather than models; they need numpy."""
 _Function = TypeVar("_Function", bound=Open)
 
 
 def opens(*suffixes: str) -> Callable[[_Function], _Function]:
-    """Register what opens the files whose names end in one of these suffixes (``.safetensors``)."""
+    """Register the function that opens files whose names end in one of these suffixes (``.safetensors``)."""
 
     def register(function: _Function) -> _Function:
         _OPENERS.update(dict.fromkeys(suffixes, function))
@@ -55,13 +55,13 @@ def opens(*suffixes: str) -> Callable[[_Function], _Function]:
 
 
 def suffixes() -> tuple[str, ...]:
-    """Return the ends of names of all files that can be opened."""
+    """Return the name endings of all files that can be opened."""
     _load()
     return tuple(_OPENERS)
 
 
 def open_file(path: str | os.PathLike[str]) -> Contents:
-    """Open one file of a model by the end of its name, which is one of `suffixes()`.
+    """Open one file of a model; its name ends in one of `suffixes()`.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def open_file(path: str | os.PathLike[str]) -> Contents:
 
 @cache
 def _load() -> None:
-    """Import the modules of this folder but those of stores, and what installed packages add."""
+    """Import the modules of this folder except those of stores, and the formats of installed packages."""
     package = __name__.rpartition(".")[0]
     folder = importlib.import_module(package).__path__
     for name in sorted(module.name for module in pkgutil.iter_modules(folder)):

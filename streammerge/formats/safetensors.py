@@ -1,13 +1,12 @@
-"""The header of one safetensors file, checked completely before anything believes it.
+"""Read the header of a safetensors file; it is checked completely before it is used.
 
-The file is 8 bytes of length, that many bytes of JSON, then the data of the tensors without a gap::
+The file begins with 8 bytes of length and that many bytes of JSON. The data of the tensors follows without gaps::
 
     | n: u64 | {"a": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...} | data |
 
-Stricter than the reference library where that lets something ambiguous through: a duplicate tensor,
-an unknown field of an entry (it may change the meaning of the bytes), ``"__metadata__": null``, a
-header that does not begin with ``{`` (the specification's MUST), an empty or endless tensor name,
-more than 64 dimensions, a file without tensors.
+Some ambiguous files that the reference library accepts are refused: a duplicate tensor, an unknown field of an entry
+(it may change the meaning of the bytes), ``"__metadata__": null``, a header that does not begin with ``{`` (a MUST of
+the specification), an empty or overlong tensor name, more than 64 dimensions, a file without tensors.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
 
 MAX_RANK = 64
-"""Most dimensions; numpy and torch stop at the same number."""
+"""Most dimensions; numpy and torch have the same limit."""
 
 MAX_NAME = 4096
-"""Longest tensor name, in characters; a report must be able to show it."""
+"""Longest tensor name, in characters; reports must be able to show it."""
 
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
@@ -41,7 +40,7 @@ SUFFIX = ".safetensors"
 
 @opens(SUFFIX)
 def open_safetensors(path: str | os.PathLike[str]) -> Contents:
-    """Return what `read_header` finds in a file."""
+    """Return the content of a safetensors file, as found by `read_header`."""
     tensors, metadata, stamp = read_header(path)
     return Contents(tensors, stamp, metadata=metadata)
 
@@ -49,14 +48,14 @@ def open_safetensors(path: str | os.PathLike[str]) -> Contents:
 def read_header(
     path: str | os.PathLike[str], begin: int = 0
 ) -> tuple[dict[str, TensorRef], dict[str, str], FileStamp]:
-    """Return the tensors of a file in the order of their bytes, its metadata and its stamp.
+    """Return a file's tensors in the order of their bytes, its metadata, and its stamp.
 
-    Reads the header only. Every byte of the file is accounted for: by the header or by one tensor.
+    Only the header is read. Every byte of the file must belong to the header or to exactly one tensor.
 
     Parameters
     ----------
     begin
-        Where it begins, if it is the end of a file of something else.
+        Offset at which the safetensors data begins, if it is the end of a larger file.
 
     Raises
     ------
@@ -111,7 +110,7 @@ def _tensors(header: dict[str, Any], path: str, data_start: int, file_nbytes: in
         raise bad(path, "holds no tensors")
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
     refs = [_tensor(name, entry, path, data_start, shapes) for name, entry in header.items()]
-    # Of two tensors that begin together the empty one lies first.
+    # If two tensors have the same offset, the empty one comes first.
     refs.sort(key=lambda ref: (ref.offset, ref.nbytes))
     end = data_start
     for i, ref in enumerate(refs):
@@ -132,7 +131,7 @@ def _tensors(header: dict[str, Any], path: str, data_start: int, file_nbytes: in
 def _tensor(
     name: str, entry: Any, path: str, data_start: int, shapes: dict[tuple[int, ...], tuple[int, ...]]
 ) -> TensorRef:
-    """Return one entry, checked; of equal names, dtypes and `shapes` one object serves all, for there may be many."""
+    """Return one checked entry; equal names, dtypes and `shapes` share one object, because there may be many."""
 
     def refuse(what: str) -> ModelError:
         return bad(path, f"tensor {quoted(name)}: {what}")
@@ -167,15 +166,15 @@ def _tensor(
 
 
 def _whole_numbers(value: Any) -> bool:
-    """Whether `value` is a list of integers; the parser let no negative one through."""
+    """Return whether `value` is a list of integers; the parser has already refused negative ones."""
     return isinstance(value, list) and all(type(item) is int for item in value)  # True is no size.
 
 
 def _fits(shape: list[int], bits: int, nbytes: int) -> bool:
-    """Whether `shape` takes exactly `nbytes`; no intermediate number grows without bound.
+    """Return whether `shape` takes exactly `nbytes`; intermediate numbers are bounded.
 
-    A zero makes the tensor empty, but the other sizes must still multiply to something 64 bits can
-    count, or no library could hold it.
+    A size of zero makes the tensor empty, but the product of the other sizes must still fit in 64 bits; otherwise no
+    library could represent it.
     """
     empty = 0 in shape
     most = 2**63 - 1 if empty else 8 * nbytes

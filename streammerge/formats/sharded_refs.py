@@ -1,4 +1,4 @@
-"""Tensors that lie in chunks, in one file or in many: each process of a training run wrote those that it held."""
+"""Tensors stored in chunks, in one or many files: each process of a training run wrote the chunks it held."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Chunk:
-    """A box of a tensor's elements, and where they lie."""
+    """A box of a tensor's elements, and their positions in a file."""
 
     begins: tuple[int, ...]
-    """Its first index on every axis of the tensor."""
+    """The first index on every axis of the tensor."""
     sizes: tuple[int, ...]
     source: TensorRef
-    """The stretch of a file from its first element to its last."""
+    """The range of a file from the first element to the last."""
     strides: tuple[int, ...]
-    """Elements of the stretch from one index to the next, axis by axis."""
+    """Number of elements in `source` from one index to the next, per axis."""
     first: int | None
-    """The first element of the tensor that it holds, where it holds elements in a row as they lie; else None."""
+    """The first element of the tensor in the chunk, if the chunk holds contiguous elements in order; else None."""
 
     @classmethod
     def of(
@@ -38,13 +38,13 @@ class Chunk:
         ref: TensorRef | StridedRef,
         shape: tuple[int, ...],
     ) -> Chunk:
-        """Return the chunk of a tensor of this shape that a tensor in a file is."""
+        """Return the chunk formed by a stored tensor, for a tensor of this shape."""
         if isinstance(ref, StridedRef):
             return cls(begins, sizes, ref.source, ref.strides, None)
         return cls(begins, sizes, ref, tuple(row_major(sizes)), _first_in_row(begins, sizes, shape))
 
     def inside(self, box: Box) -> Box | None:
-        """Return the part of a box of the tensor that lies in the chunk, by the chunk's own indexes; None: no part."""
+        """Return the part of a box that is in the chunk, in the chunk's own indexes; None if there is none."""
         part = []
         for (begin, end), origin, size in zip(box, self.begins, self.sizes, strict=True):
             first, last = max(begin - origin, 0), min(end - origin, size)
@@ -55,7 +55,7 @@ class Chunk:
 
 
 def _first_in_row(begins: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> int | None:
-    """Return the first element of a box whose elements follow each other in the tensor; None if they do not."""
+    """Return the first element of a box whose elements are contiguous in the tensor; None if they are not."""
     partial = [axis for axis, (size, whole) in enumerate(zip(sizes, shape, strict=True)) if size != whole]
     if partial and any(size != 1 for size in sizes[: partial[-1]]):
         return None
@@ -64,13 +64,13 @@ def _first_in_row(begins: Sequence[int], sizes: Sequence[int], shape: Sequence[i
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ShardedRef(MadeRef):
-    """A tensor that is put together from chunks as it is read; they hold every element of it once."""
+    """A tensor that is assembled from chunks as it is read; the chunks hold every element exactly once."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     chunks: tuple[Chunk, ...]
-    """By where they begin."""
+    """The chunks, sorted by first index."""
 
     why_made = "is put together from chunks"
 
@@ -81,7 +81,7 @@ class ShardedRef(MadeRef):
 
     @property
     def path(self) -> str:
-        """For messages: the file of the first chunk."""
+        """The file of the first chunk, for messages."""
         return self.source.path
 
     @property
@@ -91,7 +91,7 @@ class ShardedRef(MadeRef):
 
     @property
     def shown(self) -> Mapping[str, Any]:
-        """See `SourceRef`: all of it, where what else is told is of its first chunk."""
+        """See `SourceRef`: describes all chunks, whereas the rest of the output describes the first chunk only."""
         return {"nbytes": self.nbytes, "chunks": len(self.chunks)}
 
     def renamed(self, name: str) -> ShardedRef:
@@ -105,12 +105,12 @@ class ShardedRef(MadeRef):
 
     @property
     def scratch_bytes(self) -> int:
-        """See `Ref`: a block of a file, where a chunk holds boxes of elements."""
+        """See `Ref`: a block of a file, if a chunk is not contiguous in the tensor."""
         return min(STRIDED_BLOCK, self.widest) + 64
 
     @property
     def widest(self) -> int:
-        """Bytes of the largest stretch of a chunk whose elements do not follow each other."""
+        """Bytes of the largest file range of a chunk that is not contiguous in the tensor."""
         return max((chunk.source.nbytes for chunk in self.chunks if chunk.first is None), default=0)
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
@@ -133,7 +133,7 @@ class ShardedRef(MadeRef):
         *,
         again: bool = False,
     ) -> int:
-        """See `Ref`: past the page cache where one chunk holds all of it in a row."""
+        """See `Ref`: past the page cache if one chunk holds the whole range contiguously."""
         for chunk in self.chunks:
             first = chunk.first
             if first is not None and first <= start and stop <= first + chunk.source.n_elements:

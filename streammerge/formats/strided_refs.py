@@ -1,4 +1,4 @@
-"""Views of storages whose elements do not lie one after the other, as PyTorch files hold them."""
+"""Non-contiguous views of storages, as in PyTorch files."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from streammerge.formats.refs import MadeRef, TensorRef
 
 STRIDED_BLOCK = 1 << 20
-"""Bytes of a file that are read together, of which some elements are taken."""
+"""Bytes of a file that are read together in order to take some of the elements."""
 
 Box = list[tuple[int, int]]
-"""Where it begins and ends on each axis."""
+"""The first index and the exclusive end on each axis."""
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Yield the boxes that elements `start` to `stop` of a tensor make up, in their order.
+    """Yield the boxes that together contain elements `start` to `stop` of a tensor, in order.
 
     >>> list(boxes((4, 3), 2, 10))
     [[(0, 1), (2, 3)], [(1, 3), (0, 3)], [(3, 4), (0, 1)]]
@@ -24,7 +24,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     steps = row_major(shape)
     position = start
     while position < stop:
-        # The outermost axis along which a whole step fits, from here on.
+        # Find the outermost axis along which a whole step fits from here.
         axis = next(
             (i for i, step in enumerate(steps) if position % step == 0 and position + step <= stop),
             len(shape),
@@ -42,30 +42,30 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
 
 
 def row_major(shape: Sequence[int]) -> list[int]:
-    """Return the elements from one index to the next, axis by axis, of a tensor that lies row by row."""
+    """Return the strides, in elements, of a row-major tensor."""
     return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
 
 
 @dataclass(frozen=True, slots=True)
 class StridedRef(MadeRef):
-    """A view of a storage whose elements do not lie one after the other: transposed, channels last, expanded."""
+    """A non-contiguous view of a storage: transposed, channels last, expanded."""
 
     source: TensorRef
-    """The stretch of its file from its first element to its last, as one row."""
+    """The range of the file from the first element to the last, as one row."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    """Elements from one index to the next, axis by axis; not negative, 0 where all are the same."""
+    """Number of elements from one index to the next, per axis; not negative, 0 for an expanded axis."""
 
     why_made = "is not contiguous"
 
     @property
     def name(self) -> str:
-        """The name that its model gives it."""
+        """The name in the model."""
         return self.source.name
 
     @property
     def dtype(self) -> str:
-        """As stored."""
+        """The stored dtype."""
         return self.source.dtype
 
     @property

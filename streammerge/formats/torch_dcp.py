@@ -1,8 +1,8 @@
-"""Checkpoints of ``torch.distributed.checkpoint`` (DCP): a ``.metadata``, and the files in which each process wrote its chunks.
+"""Checkpoints of ``torch.distributed.checkpoint`` (DCP): a ``.metadata``, and the files of each process's chunks.
 
-Every chunk lies in a file by itself as ``torch.save`` writes it, at an offset; or in a file that is one of safetensors.
-Megatron's ``torch_dist`` is the same with ``common.pt`` and ``metadata.json``. What the metadata say is believed only as
-far as the files bear it out: names, dtypes, shapes, and that the chunks of a tensor hold each of its elements once.
+A chunk is stored as ``torch.save`` writes it, at an offset of a file, or in a safetensors file. Megatron's
+``torch_dist`` is the same with an additional ``common.pt`` and ``metadata.json``. The metadata is checked against the
+files: names, dtypes, shapes, and that the chunks of a tensor hold each element exactly once.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from streammerge.io.strict_json import parse_object
 
 METADATA = ".metadata"
 MEGATRON = "metadata.json"
-"""Where Megatron says which of its formats a directory has."""
+"""The file in which Megatron declares the format of a directory."""
 _SUFFIX = ".distcp"
 _SHARDING = "DCP_SHARDING_INFO"
-"""Where a file of safetensors says, as JSON, which chunk of a tensor it holds."""
+"""The metadata key of a safetensors file whose JSON states which chunk of a tensor the file holds."""
 _OF_TRAINING = re.compile(
     r"(?:[^.]+\.)?(?:optimizers?|optim)\.(?:state|param_groups|param_state)\..*"
     r"|(?:optimizers?|optim|lr_schedulers?|scheduler|dataloader|train_state|rng_state|rng)(?:\.|/|$).*",
     re.ASCII | re.DOTALL,
 )
-"""Names of what is kept to go on with a training."""
+"""Names of entries that are needed only to resume training."""
 _MOST_COMPARED = 4_000_000
-"""Pairs of chunks of one tensor that are compared; regular grids take far fewer."""
+"""Most pairs of chunks of one tensor to compare; regular grids take far fewer."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One chunk that is read."""
+    """One chunk to be read."""
 
     name: str
     dtype: str
@@ -59,25 +59,25 @@ class _Item:
 
 @dataclass
 class _File:
-    """What was learnt of a file."""
+    """The information collected about a file."""
 
     path: str
     digest: hashlib.blake2b = field(default_factory=lambda: hashlib.blake2b(digest_size=16))
-    """Of the headers of all chunks that are read of it."""
+    """Digest of the headers of all chunks read from the file."""
     blobs: dict[int, tuple[Mapping[str, TensorRef], Mapping[str, Any]]] = field(default_factory=dict)
-    """The tensors of a file of safetensors by where it begins, and where their chunks begin."""
+    """By offset of a safetensors part: its tensors, and the first indexes of their chunks."""
 
 
 @opens(METADATA)
 def open_dcp(path: str | os.PathLike[str]) -> Contents:
-    """Return what the checkpoint of a ``.metadata`` holds; reads the header of every chunk, and no tensor.
+    """Return the content of the checkpoint of a ``.metadata``; reads the header of every chunk, but no tensor.
 
-    The state of optimizers and of the training, and entries that are no tensors, are left out.
+    The state of optimizers and of the training, and entries that are not tensors, are left out.
 
     Raises
     ------
     ModelError
-        If it breaks a rule of the format, a chunk is missing or not what the metadata say, or chunks overlap.
+        If it breaks a rule of the format, a chunk is missing or contradicts the metadata, or chunks overlap.
     WorldError
         If the machine cannot read it.
     """
@@ -106,7 +106,7 @@ def open_dcp(path: str | os.PathLike[str]) -> Contents:
 
 
 def _check_megatron(directory: str) -> list[FileStamp]:
-    """Refuse a format of Megatron's other than ``torch_dist``; return the stamp of what says so."""
+    """Refuse Megatron formats other than ``torch_dist``; return the stamp of the file that declares the format."""
     path = os.path.join(directory, MEGATRON)
     if not os.path.lexists(path):
         return []
@@ -120,7 +120,7 @@ def _check_megatron(directory: str) -> list[FileStamp]:
 
 
 def _split(metadata: Metadata) -> tuple[list[str], tuple[str, ...]]:
-    """Return the names of the weights, and what is said of all else: of what begins alike, how much there is."""
+    """Return the names of the weights, and notes that count all other entries by the first component of their names."""
     taken = [name for name in metadata.tensors if not _OF_TRAINING.fullmatch(name)]
     need(len(taken) > 0, "holds no weights, only the state of a training")
     left = [name for name in metadata.tensors if _OF_TRAINING.fullmatch(name)]
@@ -130,7 +130,7 @@ def _split(metadata: Metadata) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _items(name: str, metadata: Metadata) -> Iterator[_Item]:
-    """Yield the chunks of a tensor that hold elements, each once; refuse them unless they are the whole tensor."""
+    """Yield the non-empty chunks of a tensor, each once; refuse them unless they form the whole tensor."""
     stored, where = metadata.tensors[name], f"tensor {quoted(name)}"
     odd = name in metadata.reformulated
     need(not odd, f"{where}: Megatron stores it in another shape than its own: save it with a newer Megatron")
@@ -161,7 +161,7 @@ def _is_plain_name(file: str) -> bool:
 
 
 def _check_cover(where: str, stored: Stored, chunks: Sequence[tuple[Sizes, Sizes]]) -> None:
-    """Refuse chunks that lie outside of the tensor, overlap, or leave elements out."""
+    """Refuse chunks that exceed the tensor, overlap, or leave elements out."""
     for begins, sizes in chunks:
         inside = all(b + s <= n for b, s, n in zip(begins, sizes, stored.shape, strict=True))
         what = f"its chunk at {list(begins)} of {list(sizes)} lies outside of it, {list(stored.shape)}"
@@ -173,10 +173,10 @@ def _check_cover(where: str, stored: Stored, chunks: Sequence[tuple[Sizes, Sizes
 
 
 def _overlapping(where: str, chunks: Sequence[tuple[Sizes, Sizes]], rank: int) -> tuple[Sizes, Sizes] | None:
-    """Return where two boxes begin that have a part in common."""
+    """Return the first indexes of two boxes that overlap; None if no boxes overlap."""
     if len(chunks) < 2 or not rank:
         return None
-    # Along the axis on which they begin at most places few boxes have to be compared with each other.
+    # Sorting along the axis with the most distinct first indexes leaves few boxes to compare.
     axis = max(range(rank), key=lambda i: len({begins[i] for begins, _ in chunks}))
     ordered = sorted(chunks, key=lambda chunk: chunk[0][axis])
     compared = 0
@@ -195,7 +195,7 @@ def _overlapping(where: str, chunks: Sequence[tuple[Sizes, Sizes]], rank: int) -
 def _read_file(
     metadata: str, path: str, items: Sequence[_Item], refs: dict[tuple[str, Sizes], TensorRef | StridedRef]
 ) -> FileStamp:
-    """Read the headers of chunks in one file to `refs`; return its stamp."""
+    """Read the headers of the chunks in one file into `refs`; return the file's stamp."""
     if not os.path.lexists(path):
         raise bad(metadata, f"the file {quoted(os.path.basename(path))} is missing: {AGAIN}")
     file = _File(path)
@@ -225,7 +225,7 @@ def _read_file(
 
 
 def _saved(source: Source, item: _Item, file: _File) -> TensorRef | StridedRef:
-    """Return the tensor that ``torch.save`` wrote to a part of a file."""
+    """Return the tensor that ``torch.save`` wrote to the chunk's part of a file."""
     value, header = run_program(source)
     file.digest.update(header)
     need(isinstance(value, Tensor), "what lies there is no tensor")
@@ -233,7 +233,7 @@ def _saved(source: Source, item: _Item, file: _File) -> TensorRef | StridedRef:
 
 
 def _in_safetensors(item: _Item, file: _File) -> TensorRef:
-    """Return the tensor of that name in a file of safetensors, which begins where all of its chunks are said to."""
+    """Return the chunk's tensor in a safetensors file; the file begins at the stated offset of all of its chunks."""
     begin = item.place.offset
     if begin not in file.blobs:
         found, about, stamp = read_header(file.path, begin)
@@ -255,7 +255,7 @@ def _put_together(
     items: Sequence[_Item],
     refs: Mapping[tuple[str, Sizes], TensorRef | StridedRef],
 ) -> SourceRef:
-    """Return a tensor: the one chunk that it is, or what is made of its chunks."""
+    """Return a tensor: its only chunk, or a `ShardedRef` of its chunks."""
     if len(items) == 1 and items[0].sizes == stored.shape:
         return refs[name, items[0].begins]
     chunks = tuple(Chunk.of(item.begins, item.sizes, refs[name, item.begins], stored.shape) for item in items)

@@ -1,7 +1,8 @@
-"""Checkpoints of ``torch.save``, read without torch and without running anything they say.
+"""Read checkpoints of ``torch.save`` without torch and without running code in them.
 
-Two formats: a zip archive (`streammerge.formats.zip_archive`), and what torch wrote before 1.6, pickles one after the other
-with the storages behind them (`streammerge.formats.torch_legacy`). The program in either is run by `streammerge.formats.torch_pickle`.
+There are two formats: a zip archive (`streammerge.formats.zip_archive`), and the format before torch 1.6, a sequence of
+pickles followed by the storages (`streammerge.formats.torch_legacy`). `streammerge.formats.torch_pickle` interprets the
+pickle program in either.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from streammerge.io.files import bad, quoted, reading
 from streammerge.io.stamp import FileStamp
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params_ema", "params")
-"""What trainers call the weights among the other things that they save; the first that is there is taken."""
+"""Names under which trainers save the weights with other data; the first name found is used."""
 _MOST_WRAPPERS = 4
 _MOST_REPEATED = 1 << 20
-"""Bytes that an expanded tensor may have beyond the file's own."""
+"""Most bytes by which an expanded tensor may exceed the bytes in the file."""
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -43,18 +44,17 @@ def read_pickle(path: str | os.PathLike[str]) -> tuple[Mapping[str, SourceRef], 
 
 @opens(*PICKLES)
 def open_pickle(path: str | os.PathLike[str]) -> Contents:
-    """Return what a ``torch.save`` file holds.
+    """Return the content of a ``torch.save`` file.
 
-    The file must hold a dict of tensors, by itself or where trainers put it (under ``state_dict``, ``model``,
-    ``module``, or alone in a dict); what lies beside that, or is no tensor among them, is passed over. Reads no tensor's data; the bytes at each
-    reference are the tensor's own, little-endian. Tensors may share bytes. The digest of the stamp is that of the
-    program and of what says where the storages lie.
+    The file must hold a dict of tensors at the top level or where trainers put it (under ``state_dict``, ``model``,
+    ``module``, or alone in a dict). Other data, and entries of the dict that are not tensors, are skipped. No tensor data
+    is read. The bytes at each reference are the tensor's elements, little-endian. Tensors may share bytes. The digest of
+    the stamp covers the program and the records of the storages' positions.
 
     Raises
     ------
     ModelError
-        If the file is missing, not a regular file, breaks any rule of its formats, or holds something else than
-        tensors.
+        If the file is missing, is not a regular file, breaks any rule of its format, or does not hold tensors.
     WorldError
         If the machine cannot read it.
     """
@@ -72,7 +72,7 @@ def open_pickle(path: str | os.PathLike[str]) -> Contents:
 
 
 def run_program(source: Source) -> tuple[Any, bytes]:
-    """Return what the program of a file makes, and the bytes that decide it."""
+    """Return the result of a file's program, and the bytes that determine it."""
     need(source.nbytes > 0, f"an empty file: {AGAIN}")
     first = source.read(0, min(512, source.nbytes), "its start")
     if is_legacy(first):
@@ -92,7 +92,7 @@ class _Members:
         self._roots = {key: Root(entry.name, entry.nbytes, entry.begin) for key, entry in entries.items()}
 
     def find(self, key: str, dtype: str | None, count: int, view: Any) -> Storage:
-        """Return the storage `key`, which must be an entry of this size."""
+        """Return the storage `key`, which must be an archive entry of this size."""
         if view is not None:
             raise ValueError
         need(key in self._roots, f"its archive has no storage {quoted(key)}")
@@ -103,7 +103,7 @@ class _Members:
 
 
 def _tensors(value: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the dict of tensors in what a file holds, and the names of what lies beside it."""
+    """Return the dict of tensors in a file's content, and the names of the other entries."""
     left_out: list[str] = []
     for _ in range(_MOST_WRAPPERS):
         inner = _wrapped(value)
@@ -128,7 +128,7 @@ def _tensors(value: Any) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
 
 def _wrapped(value: Any) -> Any:
-    """Return the entry of a dict under which the tensors are, None if they are in the dict itself."""
+    """Return the entry of a dict that contains the tensors; None if they are in the dict itself."""
     if type(value) is not Names:
         return None
     for name in _WRAPPERS:
@@ -140,17 +140,17 @@ def _wrapped(value: Any) -> Any:
             and isinstance(inner, Foreign)
             and not any(type(v) is Tensor for v in value.values())
         ):
-            return inner  # A whole module, which the refusal shall name.
+            return inner  # A whole module; the refusal must name it.
     if len(value) == 1 and not value.odd and type(inner := next(iter(value.values()))) is Names:
         return inner if any(type(v) is not Names for v in inner.values()) or not inner else None
     return None
 
 
 def _beside(named: Names) -> set[str]:
-    """Return the names of entries that are no part of the weights: what a trainer keeps with them.
+    """Return the names of entries that are not weights but were saved by a trainer with them.
 
-    Among tensors these are plain values, and objects of other classes under a name that no module of a model has; an
-    object in a parameter's place (a quantised tensor of a class of its own) is not passed over.
+    Among tensors, these are plain values, and objects of other classes under names that no module of a model has. An
+    object in a parameter's place (a quantised tensor with its own class) is not skipped.
     """
     tensors = [name for name, value in named.items() if type(value) is Tensor]
     if not tensors:
@@ -175,13 +175,13 @@ def _kind(value: Any) -> str:
 
 
 def ref_of(name: str, tensor: Tensor, source: Source) -> TensorRef | StridedRef:
-    """Return where a tensor of a file lies, checked against its storage."""
+    """Return the reference to a tensor in a file, checked against its storage."""
     where, shape, strides = f"tensor {quoted(name)}", tensor.shape, tensor.strides
     whole = _sizes(shape) and _sizes(strides) and _sizes((tensor.skip,)) and len(shape) == len(strides)
     need(whole, f"{where}: its offset, shape or strides are not whole numbers from 0 on")
     need(len(shape) <= MAX_RANK, f"{where}: {len(shape)} dimensions, more than {MAX_RANK}")
     width = itemsize(tensor.dtype)
-    # The sizes of an empty tensor, too, must multiply to something that 64 bits can count.
+    # The product of the non-zero sizes of an empty tensor must fit in 64 bits too.
     countable = math.prod(size or 1 for size in shape) * width < 2**63
     need(countable, f"{where}: its shape has more elements than 64 bits can count")
     need(
@@ -192,7 +192,7 @@ def ref_of(name: str, tensor: Tensor, source: Source) -> TensorRef | StridedRef:
     n = math.prod(shape)
     span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if n else 0
     contiguous = _row_major(shape, strides)
-    # Torch leaves an empty view wherever it was cut, beyond the end too: it reads nothing.
+    # Torch keeps the offset of an empty view, even beyond the end; nothing is read there.
     begin, nbytes = tensor.skip * width if n else 0, (n if contiguous else span) * width
     what = (
         f"wants bytes {begin} to {begin + nbytes} of {quoted(storage.root.name)}, which has {storage.nbytes}"
@@ -212,7 +212,7 @@ def _sizes(values: Any) -> bool:
 
 
 def _row_major(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the elements lie one after the other; a step along one element does not matter."""
+    """Return whether the elements are contiguous in order; the stride of an axis of size 1 does not matter."""
     step = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != step:

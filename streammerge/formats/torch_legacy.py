@@ -1,11 +1,11 @@
-"""The format that ``torch.save`` wrote before torch 1.6, and still writes where it is asked to.
+"""The format that ``torch.save`` wrote before torch 1.6, and still writes on request.
 
-Five pickles one after the other, then the storages in the order of the last one::
+Five consecutive pickles, then the storages in the order of the last pickle::
 
     | magic number | 1001 | {"little_endian": True, ...} | the value | [key, ...] | n: i64, n elements | n, ... | ...
 
-A tensor names its storage by key, and may have a *view* of it: ``(key, offset, size)`` in elements. Where a storage
-lies is known at the end only.
+A tensor refers to its storage by key, and may use a *view* of it: ``(key, offset, size)`` in elements. The positions
+of the storages are known only at the end.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from streammerge.formats.torch_pickle import Machine
 from streammerge.io.files import quoted
 
 _MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""The number 0x1950a86a20f9469cfc6c as picklers of protocol 2 and above write it, and the end of the program."""
+"""The number 0x1950a86a20f9469cfc6c as pickle protocol 2 and above write it, with the end of the program."""
 _VERSION = 1001
 
 
 def is_legacy(first: bytes) -> bool:
-    """Return whether a file begins as this format does; `first` are its first bytes."""
+    """Return whether a file with these first bytes has this format."""
     return first[:1] == b"\x80" and _MAGIC in first[2:40]
 
 
 def read_legacy(source: Source) -> tuple[Any, bytes]:
-    """Return what the file holds, each storage with its place, and the bytes that decide it.
+    """Return the file's value, with the position of each storage, and the bytes that determine it.
 
     Raises
     ------
     Refused
-        If anything of the format is not as it should be.
+        If the file breaks a rule of the format.
     """
     storages = _Behind()
     machine = Machine(b"", storages, source, archive.MAX_NBYTES)
@@ -56,13 +56,13 @@ def read_legacy(source: Source) -> tuple[Any, bytes]:
 
 
 class _Behind:
-    """The storages that the value of such a file speaks of."""
+    """The storages that the value of a file refers to."""
 
     def __init__(self) -> None:
         self._roots: dict[str, tuple[Root, str | None, int]] = {}
 
     def find(self, key: str, dtype: str | None, count: int, view: Any) -> Storage:
-        """Return a storage, of which nothing but what the program says is known so far."""
+        """Return a storage as the program describes it; its position is not yet known."""
         if not 0 <= count < 2**60:
             raise ValueError
         width = itemsize(dtype or "U8")
@@ -80,7 +80,7 @@ class _Behind:
                 raise ValueError
 
     def place(self, keys: Any, end: int, source: Source) -> bytes:
-        """Settle where the storages lie, from the end of the programs on; return all that was read of them."""
+        """Set the positions of the storages, which follow the programs; return all bytes read for this."""
         listed = type(keys) is list and all(type(key) is str for key in keys)
         need(listed and len(set(keys)) == len(keys), f"its list of storages is broken: {AGAIN}")
         need(set(keys) == self._roots.keys(), f"its list of storages is not that of its tensors: {AGAIN}")

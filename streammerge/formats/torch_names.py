@@ -1,4 +1,4 @@
-"""What the program in a PyTorch checkpoint speaks of: names of the outside world, storages, tensors, dicts."""
+"""Values in the program of a PyTorch checkpoint: global names, storages, tensors, dicts."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from typing import Any, Literal, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A name of the outside world that a checkpoint needs; a mark, which nobody can call."""
+    """A global name (function, class, dtype) that a checkpoint needs; an inert mark that cannot be called."""
 
     kind: Literal[
         "dict", "tensor", "old tensor", "young tensor", "parameter", "typed tensor", "storage", "dtype"
     ]
     dtype: str | None = None
-    """Of a storage (None: bytes of any dtype), or the dtype itself."""
+    """The dtype of a storage class (None: bytes of any dtype), or the dtype that the name stands for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """What is no part of a tensor: an object of another class, or what a function returned; of it we keep the name."""
+    """A value that is not part of a tensor: an object of an unknown class, or a function's result. Only a name is kept."""
 
     name: str
-    """What it is, for a message; fit for one."""
+    """A description that is safe to show in messages."""
 
 
 @dataclass(eq=False, slots=True)
 class Root:
-    """A storage as it lies in the file."""
+    """A whole storage in the file."""
 
     name: str
     nbytes: int
     begin: int
-    """In the file; -1 as long as that is not known."""
+    """Offset in the file; -1 until it is known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """A storage, or the part of one that is called a storage too."""
+    """A whole storage, or a part of one that the file treats as a storage."""
 
     root: Root
     dtype: str | None
     begin: int = 0
-    """In the root, in bytes."""
+    """Offset in the root, in bytes."""
     nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """What a program says of one tensor: `skip` elements of its storage lie before it.
+    """A tensor as the program describes it; it begins `skip` elements after the start of its storage.
 
-    What is Any here is checked when the tensor's name is known.
+    Fields of type Any are checked when the tensor's name is known.
     """
 
     storage: Storage
@@ -59,21 +59,21 @@ class Tensor:
     shape: Any
     strides: Any
     bits: list[Any]
-    """Nothing, or one value that is true if its numbers are stored conjugated or negated."""
+    """Empty, or one value that is true if the numbers are stored conjugated or negated."""
 
 
 class Names(dict[str, Any]):
-    """A dict of the program, without the items whose keys are no strings: nothing else is ever hashed."""
+    """A dict of the program. Items whose keys are not strings are left out, so that only strings are hashed."""
 
     odd: str = ""
-    """The type of the first key that is no string."""
+    """The type of the first key that is not a string."""
 
 
 class Storages(Protocol):
-    """Knows the storages of a file."""
+    """Finds the storages of a file."""
 
     def find(self, key: str, dtype: str | None, count: int, view: Any) -> Storage:
-        """Return a storage of `count` elements, or the part of it that `view` says; refuse one that is not there."""
+        """Return a storage of `count` elements, or the part of it given by `view`; refuse one that does not exist."""
 
 
 STORAGES = {
@@ -99,7 +99,7 @@ YOUNG_DTYPES = {
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
     "float8_e8m0fnu": "F8_E8M0",
 }
-"""Dtypes too young to have a storage class: torch writes them beside a storage of bytes."""
+"""Newer dtypes without a storage class; torch writes them in addition to a storage of bytes."""
 
 KNOWN: dict[tuple[str, str], Known] = {
     ("collections", "OrderedDict"): Known("dict"),
@@ -137,7 +137,7 @@ HARMFUL = frozenset(
         "signal",
     ]
 )
-"""Modules that no checkpoint needs a name of, but those who mean harm do."""
+"""Modules whose names no checkpoint needs, but malicious files use."""
 HARMFUL_BUILTINS = frozenset(
     ["eval", "exec", "execfile", "compile", "__import__", "open", "input", "breakpoint"]
 )

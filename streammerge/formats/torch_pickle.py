@@ -1,13 +1,14 @@
-"""The program in a PyTorch checkpoint, run by a machine of our own that knows nothing to call.
+"""Interpret the pickle program in a PyTorch checkpoint with a machine that cannot call anything.
 
-A pickle is a program for a stack machine. What ``torch.save`` writes builds a dict of tensors, each a view into one
-storage; beside it may lie whatever a trainer keeps. Names of the outside world stay marks: of those that tensors are
-made with the machine does by itself what torch's function would do, and of all others, whatever is called, built or
-filled, it keeps but the name (`Foreign`). So nothing can run. Python's own unpickler, however restricted, will not do:
-it hashes what a file calls a key (a tuple nested deep enough overflows the C stack, which kills the process), and
-sizes its memo by the largest index (8 bytes of a file take 4 GiB).
+A pickle is a program for a stack machine. The program of ``torch.save`` builds a dict of tensors, each a view of one
+storage; the file may contain other data of a trainer. Global names are only marks. For functions that build tensors,
+the machine itself does what torch's function would do. For all others, it keeps only the name (`Foreign`), whatever the
+program calls, builds or fills. Hence no code in the file can run.
 
-Nothing here recurses into, compares or prints what a file has nested.
+Python's own unpickler is unsuitable, even restricted. It hashes any key in the file (a deeply nested tuple overflows the
+C stack, which kills the process), and sizes its memo by the largest index (8 bytes in a file can take 4 GiB).
+
+No code here recurses into, compares or prints nested values of a file.
 """
 
 from __future__ import annotations
@@ -35,29 +36,30 @@ MAX_STEPS = 4_000_000
 """Most opcodes, of which a tensor takes about 26; each costs up to 100 bytes of memory."""
 
 _WINDOW = 1 << 18
-"""Bytes that are read at first of a program of unknown length."""
+"""Bytes of a program of unknown length that are read first."""
 
 
 class Machine:
-    """Runs what ``torch.save`` writes; an opcode that it never writes is refused.
+    """Interprets the programs of ``torch.save``; an opcode that it never writes is refused.
 
-    Values are None, booleans, numbers, strings, tuples, lists, `Names`, and the inert classes above. A step that fails
-    by `IndexError` (nothing on the stack) or `ValueError` shows that the program is broken.
+    Values are None, booleans, numbers, strings, tuples, lists, `Names`, and the inert classes of
+    `streammerge.formats.torch_names`. A step that raises `IndexError` (empty stack) or `ValueError` means that the
+    program is broken.
 
     Parameters
     ----------
     raw
         The program.
     storages
-        Those of the file.
+        The storages of the file.
     source
-        Where more of it is read as it is needed; None if `raw` is all.
+        The source of further bytes, read as needed; None if `raw` is the whole program.
     limit
-        Most bytes that are read of the source.
+        Most bytes to read from the source.
     """
 
     most_steps = 0
-    """Most opcodes of a program, where that is not `MAX_STEPS`."""
+    """Most opcodes of a program, if different from `MAX_STEPS`."""
 
     def __init__(self, raw: bytes, storages: Storages, source: Source | None = None, limit: int = 0) -> None:
         self.raw, self.storages = raw, storages
@@ -66,10 +68,10 @@ class Machine:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all values, as before the next of several programs in a file."""
+        """Clear all values, as needed between several programs in a file."""
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
-        """The stacks under each mark."""
+        """The stacks below each mark."""
         self.memo: list[Any] = []
 
     def run(self) -> Any:
@@ -88,7 +90,7 @@ class Machine:
         raise Refused(f"its data.pkl has more than {self.most_steps or MAX_STEPS} opcodes")
 
     def _have(self, nbytes: int) -> bool:
-        """Read on until the program has `nbytes`, if the source has so many."""
+        """Read from the source until the program has `nbytes`; return whether the source has enough."""
         while nbytes > len(self.raw):
             more = 0
             if self.source is not None:
@@ -105,7 +107,7 @@ class Machine:
         return self.raw[self.at - nbytes : self.at]
 
     def skip(self, nbytes: int) -> None:
-        """Pass over the next bytes."""
+        """Skip the next bytes."""
         self.at += nbytes
         if not self._have(self.at):
             raise ValueError
@@ -115,7 +117,7 @@ class Machine:
         return int.from_bytes(self.take(nbytes), "little", signed=signed)
 
     def integer(self, nbytes: int) -> None:
-        """Push an integer; of one that is no size we keep that it is one."""
+        """Push an integer; one that cannot be a size is replaced by a mark."""
         if nbytes <= 8:
             self.push(self.number(nbytes, True))
         else:
@@ -123,7 +125,7 @@ class Machine:
             self.push(Foreign("a long integer"))
 
     def text(self, nbytes: int) -> None:
-        """Push a string; of one that is no name we keep that it is one."""
+        """Push a string; one that cannot be a name is replaced by a mark."""
         if nbytes <= 4 * MAX_NAME:
             self.push(self.take(nbytes).decode())
         else:
@@ -131,7 +133,7 @@ class Machine:
             self.push(Foreign("a long string"))
 
     def pass_over(self, nbytes: int, what: str) -> None:
-        """Push a mark in place of the next bytes."""
+        """Skip the next bytes and push a mark in their place."""
         self.skip(nbytes)
         self.push(Foreign(what))
 
@@ -146,7 +148,7 @@ class Machine:
         self.stack.append(value)
 
     def pop(self, count: int) -> tuple[Any, ...]:
-        """Return the `count` topmost values, the top last."""
+        """Pop the `count` topmost values and return them, the top last."""
         return tuple([self.stack.pop() for _ in range(count)][::-1])
 
     def pop_one(self) -> None:
@@ -157,22 +159,22 @@ class Machine:
             self.pop_mark()
 
     def mark(self) -> None:
-        """Begin a new stack above this one."""
+        """Begin a new stack above the current one."""
         self.below.append(self.stack)
         self.stack = []
 
     def pop_mark(self) -> tuple[Any, ...]:
-        """Return the values above the mark."""
+        """Pop the values above the mark and return them."""
         values, self.stack = tuple(self.stack), self.below.pop()
         return values
 
     def pop_set(self) -> None:
-        """Push a mark in place of a frozen set of the values above the mark."""
+        """Replace the values above the mark, which form a frozen set, by an inert mark."""
         self.pop_mark()
         self.push(Foreign("a set"))
 
     def put(self, index: int) -> None:
-        """Remember the top; picklers number from 0 (Python 2: from 1) without a gap, so steps bound the memory."""
+        """Memoise the top; indexes must count from 0 (Python 2: from 1) without gaps, so that steps bound the memory."""
         if index > len(self.memo) + 1:
             raise IndexError
         if index > len(self.memo):
@@ -184,7 +186,7 @@ class Machine:
         return Names()
 
     def set_items(self, items: tuple[Any, ...]) -> None:
-        """Put keys and values, alternating, into the dict on top."""
+        """Put alternating keys and values into the dict on top of the stack."""
         target = self.stack[-1]
         if isinstance(target, Foreign):
             return
@@ -193,7 +195,7 @@ class Machine:
         fill(target, zip(items[::2], items[1::2], strict=True))
 
     def append(self, items: tuple[Any, ...]) -> None:
-        """Put values into the list on top, or into an object of ours to ignore."""
+        """Append values to the list on top of the stack; ignore them if it is a `Foreign` object."""
         target = self.stack[-1]
         if isinstance(target, Foreign):
             return
@@ -202,13 +204,13 @@ class Machine:
         target.extend(items)
 
     def build(self) -> None:
-        """Drop the attributes of what is on top: torch's `_metadata`, or what somebody put on a tensor."""
+        """Drop attributes for the value below them: torch's `_metadata`, or attributes that a user added to a tensor."""
         self.stack.pop()
         if not isinstance(self.stack[-1], (Names, Tensor, Foreign)):
             raise ValueError
 
     def find(self, module: Any, name: Any) -> None:
-        """Push the mark that stands for a name of the outside world."""
+        """Push the mark for a global name."""
         if type(module) is not str or type(name) is not str:
             raise ValueError
         full = quoted(f"{module}.{name}")
@@ -218,7 +220,7 @@ class Machine:
         self.push(KNOWN.get((module, name)) or Foreign(f"an object that needs {full}"))
 
     def find_storage(self) -> None:
-        """Push the storage that a persistent id names."""
+        """Push the storage of a persistent id."""
         match self.pop(1):
             case (("storage", Known("storage", dtype), str() as key, str(), int() as count),):
                 self.push(self.storages.find(key, dtype, count, None))
@@ -232,14 +234,14 @@ class Machine:
                 raise ValueError
 
     def reduce(self) -> None:
-        """Push what a function makes of its arguments."""
+        """Push the result of a function for its arguments."""
         function, args = self.pop(2)
         if type(args) is not tuple:
             raise ValueError
         if function == Known("typed tensor"):
             match args:
                 case Known(kind) as function, _, tuple() as args, _ if kind != "typed tensor":
-                    pass  # The class is torch's or another, the state are its attributes: neither changes a number.
+                    pass  # The class (torch's or any other) and the state (its attributes) change no number.
                 case Foreign() as function, _, _, _:
                     pass
                 case _:
@@ -247,7 +249,7 @@ class Machine:
         self.push(call(function, args))
 
     def reduce_with_keywords(self) -> None:
-        """Push what a class makes of arguments with keywords, which none of ours takes."""
+        """Push the mark of an object made with keyword arguments, which no known class takes."""
         function, args, _ = self.pop(3)
         if not isinstance(function, Foreign) or type(args) is not tuple:
             raise ValueError
@@ -255,7 +257,7 @@ class Machine:
 
 
 def fill(target: Names, items: Any) -> None:
-    """Put pairs into a dict; refuse a key that is there already."""
+    """Put pairs into a dict; refuse a duplicate key."""
     for key, value in items:
         if type(key) is not str:
             target.odd = target.odd or type(key).__name__
@@ -266,15 +268,15 @@ def fill(target: Names, items: Any) -> None:
 
 
 def call(function: Any, args: tuple[Any, ...]) -> Any:
-    """Do what torch's functions do: one argument list for each, the last of it often left out."""
+    """Do the work of torch's functions, each with its argument list, whose last entry is often left out."""
     if isinstance(function, Foreign):
         return function
     if isinstance(function, Known) and function.kind != "dict" and args and isinstance(args[0], Foreign):
-        return args[0]  # Made of what we do not know, it is no more to us than that.
+        return args[0]  # A result made of an unknown value is unknown too.
     match function, args:
-        case Known("dict"), () | (Foreign() | None,):  # Of a defaultdict, the factory.
+        case Known("dict"), () | (Foreign() | None,):  # The argument is the factory of a defaultdict.
             return Names()
-        case Known("dict"), (list() | tuple() as pairs,):  # Python 2 writes an OrderedDict so.
+        case Known("dict"), (list() | tuple() as pairs,):  # Python 2 writes an OrderedDict this way.
             made = Names()
             if any(type(pair) not in (list, tuple) or len(pair) != 2 for pair in pairs):
                 raise ValueError
@@ -293,8 +295,8 @@ def call(function: Any, args: tuple[Any, ...]) -> Any:
     raise ValueError
 
 
-# By opcode: the protocol and the length of a frame, passed over; plain values; bytes, which no tensor is made of;
-# tuples; lists and sets; dicts; attributes; the memo; names; what makes something of them.
+# The steps by opcode, in this order: protocol and frame length, which are skipped; plain values; bytes, which no tensor
+# contains; tuples; lists and sets; dicts; attributes; the memo; names; calls and persistent ids.
 _STEPS: dict[bytes, Callable[[Machine], object]] = {
     b"\x80": lambda m: m.skip(1),
     b"\x95": lambda m: m.skip(8),

@@ -1,8 +1,8 @@
-"""Runs of elements of a store of Fisher diagonals or Gram matrices, one compressed chunk file after the other.
+"""Read ranges of elements from a store of Fisher diagonals or Gram matrices, one compressed chunk file at a time.
 
-A chunk lies on disk as the store's codecs left it: little-endian values, a Blosc frame, a CRC-32C. It is read,
-checked and decompressed in buffers of the caller, so that it counts against the budget; a whole chunk is
-decompressed straight to where it is wanted.
+A chunk file holds the output of the store's codecs: little-endian values in a Blosc frame with a CRC-32C. A chunk is
+read, checked and decompressed in buffers of the caller, so that it counts against the memory budget. A whole chunk is
+decompressed directly to its target.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from streammerge.io.scratch import Scratch
 from streammerge.timing import Stages
 
 MADE_BY = {"Fisher diagonals": "streammerge fisher import", "Gram matrices": "streammerge gram compute"}
-"""What stores hold, and the command that makes one."""
+"""Kinds of content of stores, with the command that makes such a store."""
 _CRC_BYTES = 4
 _BLOSC_HEADER = 16
 _FRAME = 64
@@ -33,7 +33,7 @@ _FRAME = 64
 
 @dataclass(frozen=True, slots=True)
 class ChunkedRef(Ref):
-    """Where one tensor's diagonal lies in a store: runs of elements, each a compressed file of its own."""
+    """One tensor's array in a store: ranges of elements, each in its own compressed file."""
 
     name: str
     dtype: str
@@ -41,27 +41,27 @@ class ChunkedRef(Ref):
     path: str
     """The array's directory."""
     chunk: tuple[int, ...]
-    """Shape of a chunk: ones, then one axis that is cut, then whole axes. Its elements lie in a row."""
+    """Shape of a chunk: ones, then one axis that is cut, then whole axes. Its elements are contiguous in the tensor."""
     square_sum: float
-    """Sum of squares of the diagonal, in fp64."""
+    """Sum of squares of the elements, in fp64."""
     stored_nbytes: int
-    """Of all its chunk files."""
+    """Bytes of all chunk files."""
     kind: str = "Fisher diagonals"
-    """What its store holds: a key of `MADE_BY`."""
+    """The kind of content of the store: a key of `MADE_BY`."""
 
     @property
     def nbytes(self) -> int:
-        """Of the elements once they are decompressed."""
+        """Bytes of the decompressed elements."""
         return self.n_elements * itemsize(self.dtype)
 
     @property
     def chunk_elements(self) -> int:
-        """Elements of a whole chunk."""
+        """Number of elements of a whole chunk."""
         return math.prod(self.chunk)
 
     @property
     def scratch_bytes(self) -> int:
-        """Room for a chunk as it lies and for one decompressed."""
+        """Bytes for one compressed and one decompressed chunk."""
         return 2 * slot_bytes(self.chunk_bytes + _FRAME)
 
     def read_slot(
@@ -75,12 +75,12 @@ class ChunkedRef(Ref):
         *,
         again: bool = False,
     ) -> int:
-        """See `Ref`; reading and decompressing are timed apart.
+        """See `Ref`; reading and decompressing are timed separately.
 
         Raises
         ------
         ModelError
-            If a chunk is missing or its bytes are not what was stored.
+            If a chunk is missing or corrupt.
         WorldError
             If the machine cannot read it.
         """
@@ -142,7 +142,7 @@ class ChunkedRef(Ref):
 
 
 def cut_axis(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
-    """Return the axis along which a tensor is cut into chunks: the first that a chunk has more than one of."""
+    """Return the axis along which a tensor is cut into chunks: the first on which a chunk is longer than 1."""
     return next((i for i, size in enumerate(chunk) if size != 1), max(0, len(shape) - 1))
 
 
@@ -150,7 +150,7 @@ def _decode(path: str, stored: Bytes, decoded: Bytes, kind: str = "Fisher diagon
     import google_crc32c
     from numcodecs import blosc
 
-    blosc.use_threads = False  # the workers are the threads
+    blosc.use_threads = False  # the workers already run in parallel
     frame = stored[:-_CRC_BYTES]
     frame.flags.writeable = False
     sound = frame.size > _BLOSC_HEADER and google_crc32c.value(frame) == int.from_bytes(

@@ -1,7 +1,7 @@
-"""The table of a store: a Zarr 3 group with one array per tensor, of Fisher diagonals or of Gram matrices.
+"""Read the table of a store: a Zarr 3 group with one array per tensor, of Fisher diagonals or Gram matrices.
 
-Only the group's ``zarr.json`` is read here: its attributes hold a table of all arrays, and a store without the
-table is unfinished. `streammerge.formats.zarr_writer` writes stores; any Zarr reader opens them.
+Only the group's ``zarr.json`` is read here. Its attributes hold a table of all arrays; a store without the table is
+unfinished. `streammerge.formats.zarr_writer` writes stores, and any Zarr reader opens them.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from streammerge.io.strict_json import MAX_NBYTES, parse_object
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "streammerge_fisher"
 GRAM_ATTRIBUTE = "streammerge_gram"
-"""The same of a store of Gram matrices."""
+"""The attribute with the table of a store of Gram matrices."""
 KINDS = {
     ATTRIBUTE: ("Fisher diagonals", "streammerge fisher info"),
     GRAM_ATTRIBUTE: ("Gram matrices", "streammerge gram info"),
 }
-"""What a store holds by its attribute, and the command that shows it."""
+"""The kind of content of a store by its attribute, with the command that shows it."""
 FORMAT = 1
 STORED = {"F32": "float32", "BF16": "uint16"}
-"""Dtypes of a store, and Zarr's name of what holds them: Zarr has no bfloat16, so its patterns are kept."""
+"""Dtypes of a store, with Zarr's data type: Zarr has no bfloat16, so its bit patterns are stored as uint16."""
 
 
 @dataclass(frozen=True)
 class StoreTable:
-    """What a store says of itself."""
+    """The table of a store."""
 
     refs: Mapping[str, ChunkedRef]
-    """Its arrays by tensor."""
+    """The arrays by tensor name."""
     stamp: FileStamp
-    """Of the group's file."""
+    """The stamp of the group's ``zarr.json``."""
     about: Mapping[str, Any]
-    """Its attributes, without the table unless it was asked for."""
+    """The group's attributes; they include the table only on request."""
 
 
 def read_table(directory: str, attribute: str, what: str, *, with_table: bool) -> StoreTable:
@@ -52,16 +52,16 @@ def read_table(directory: str, attribute: str, what: str, *, with_table: bool) -
     Parameters
     ----------
     attribute
-        Under which the group keeps it.
+        The group's attribute that holds the table.
     what
-        What the store holds: a key of `MADE_BY`.
+        The kind of content of the store: a key of `MADE_BY`.
     with_table
-        Keep the table as it is written among the attributes, which takes several times the memory of the refs.
+        Whether to keep the table among the attributes, which takes several times the memory of the refs.
 
     Raises
     ------
     ModelError
-        If it is missing, malformed, unfinished, or something else.
+        If it is missing, malformed, unfinished, or not a store of this kind.
     WorldError
         If the machine cannot read it.
     """

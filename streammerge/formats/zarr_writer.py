@@ -1,13 +1,13 @@
-"""Writes a store of Fisher diagonals: a Zarr 3 group with one array per tensor, named as the tensor.
+"""Write a store of Fisher diagonals: a Zarr 3 group with one array per tensor, named after the tensor.
 
-All is written beside the final name, array by array. An array is complete when its own attributes say so, which
-they do only after its chunks are durable; the store is complete when the group's table is written and the
-directory has its final name. What an interrupted run has completed is kept.
+The store is written array by array to a directory next to the final one. An array is complete when its attributes have
+its table entry, which is written only after its chunks are durable. The store is complete when the group's table is
+written and the directory has its final name. Arrays that an interrupted run has completed are kept.
 
 ::
 
-    OUT.partial/zarr.json                  the group; at the end with the table of all arrays
-    OUT.partial/<tensor>/zarr.json         an array; at its end with its entry of the table
+    OUT.partial/zarr.json                  the group; finally with the table of all arrays
+    OUT.partial/<tensor>/zarr.json         an array; finally with its table entry
     OUT.partial/<tensor>/c/0/0 ...         chunks: runs of elements, Blosc, CRC-32C
 """
 
@@ -36,22 +36,22 @@ from streammerge.numerics.ordered_sum import BLOCK
 
 CHUNK_ELEMENTS = 1 << 20
 _ALIGN = BLOCK
-"""Elements; chunks are multiples of it where rows allow, so that statistics by blocks need no second look."""
+"""Chunks are multiples of this number of elements if rows allow it, so that block statistics need no second pass."""
 _BINDING = "import.json"
 
 
 class Sums(Protocol):
-    """What is recorded of an array, from runs of its elements."""
+    """Collects the recorded values of an array from runs of its elements."""
 
     def add(self, values: NDArray[Any]) -> None:
-        """Take a run of elements into account; refuse what may not be stored."""
+        """Add a run of elements; refuse values that may not be stored."""
 
     def values(self) -> dict[str, Any]:
-        """Return it, once all runs were added."""
+        """Return the recorded values after all runs were added."""
 
 
 def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a chunk of about `CHUNK_ELEMENTS` elements that lie in a row of the tensor.
+    """Return the shape of a chunk of about `CHUNK_ELEMENTS` elements that are contiguous in the tensor.
 
     >>> chunk_shape((32000, 2048)), chunk_shape((64,)), chunk_shape(())
     ((512, 2048), (64,), ())
@@ -68,7 +68,7 @@ def chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def array_name(tensor: str) -> str:
-    """Return the name of a tensor's array: the tensor's own, unless no directory can bear it.
+    """Return the name of a tensor's array: the tensor's name, or an escaped form if it cannot name a directory.
 
     >>> array_name("model.layers.0.mlp.up_proj.weight"), array_name("a/b")
     ('model.layers.0.mlp.up_proj.weight', '%a%2Fb')
@@ -85,18 +85,18 @@ def array_name(tensor: str) -> str:
 
 
 class StoreWriter:
-    """One store in the making, locked.
+    """One locked, unfinished store.
 
     Parameters
     ----------
     out
         The store's final directory; it must not exist.
     binding
-        What the content depends on; an interrupted store is continued only for the same.
+        The inputs that determine the content; an interrupted store is continued only with the same inputs.
     attribute
-        Under which the table is kept: it tells what kind of store it is.
+        The attribute that holds the table; it identifies the kind of store.
     sums
-        Makes what is recorded of each array, from tensor and dtype.
+        Function that returns the `Sums` of an array, from tensor and dtype.
     """
 
     def __init__(
@@ -125,12 +125,12 @@ class StoreWriter:
                     f"{printable(self._partial)}: holds an unfinished store of something else; run it with what it "
                     "began with, or start over with --overwrite"
                 )
-            for left in self._partial.glob("*.partial"):  # what Zarr was writing when it was killed
+            for left in self._partial.glob("*.partial"):  # files that Zarr was writing when it was killed
                 left.unlink()
             self._group = zarr.open_group(str(self._partial), mode="a", zarr_format=3)
 
     def known(self, tensor: str) -> bool:
-        """Return whether an earlier run has completed a tensor's array; what it left half-done is removed."""
+        """Return whether an earlier run has completed a tensor's array; remove an incomplete one."""
         directory = self._partial / array_name(tensor)
         if not directory.exists():
             return False
@@ -142,7 +142,7 @@ class StoreWriter:
         return False
 
     def write(self, tensor: str, shape: tuple[int, ...], dtype: str, runs: Iterable[NDArray[Any]]) -> None:
-        """Write one array from runs of elements, one per chunk, in order; durable on return.
+        """Write one array from runs of elements, one per chunk, in order; the array is durable on return.
 
         Parameters
         ----------
@@ -184,7 +184,7 @@ class StoreWriter:
         self._entries[tensor] = entry
 
     def commit(self, order: Iterable[str], about: Mapping[str, Any]) -> dict[str, Any]:
-        """Write the table of all arrays and give the store its final name; return the attributes."""
+        """Write the table of all arrays and rename the store to its final name; return the attributes."""
         table = {tensor: self._entries[tensor] for tensor in order}
         squares = np.cumsum([entry["square_sum"] for entry in table.values()])[-1]
         attributes = {
@@ -206,7 +206,7 @@ class StoreWriter:
 
 @contextmanager
 def locked_partial(out: Path, overwrite: bool) -> Iterator[None]:
-    """Hold the lock of a store in the making; with `overwrite` remove what is there first.
+    """Hold the lock of an unfinished store; with `overwrite` first remove an existing store.
 
     Raises
     ------
@@ -233,7 +233,7 @@ def locked_partial(out: Path, overwrite: bool) -> Iterator[None]:
 
 
 def _places(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
-    """Yield the slices of every chunk, in the order of its elements."""
+    """Yield the slices of every chunk, in the order of the elements."""
     if not shape:
         yield ()
         return
@@ -254,7 +254,7 @@ def _extent(place: tuple[slice, ...]) -> tuple[int, ...]:
 
 
 def chunk_runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """Yield the elements of each chunk of a tensor, in order: (first, end)."""
+    """Yield the range of elements (first, end) of each chunk of a tensor, in order."""
     start = 0
     for place in _places(shape, chunk_shape(shape)):
         n = math.prod(_extent(place))
@@ -263,7 +263,7 @@ def chunk_runs(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def _entry_of(directory: Path, attribute: str) -> dict[str, Any] | None:
-    """Return the table entry that a complete array has in its attributes."""
+    """Return the table entry in a complete array's attributes; None if it is incomplete."""
     try:
         entry = json.loads((directory / GROUP_FILE).read_bytes())["attributes"][attribute]
         return {key: value for key, value in entry.items() if key != "tensor"}
@@ -272,7 +272,7 @@ def _entry_of(directory: Path, attribute: str) -> dict[str, Any] | None:
 
 
 def _chunk_bytes(directory: Path) -> int:
-    """Return the bytes of all files of an array but its description."""
+    """Return the bytes of all files of an array except its description."""
     return sum(
         os.path.getsize(os.path.join(folder, file))
         for folder, _, files in os.walk(directory)
@@ -282,7 +282,7 @@ def _chunk_bytes(directory: Path) -> int:
 
 
 def _sync_tree(directory: Path, *, chunks: bool = True) -> None:
-    """Make the files of a directory durable: all below it, or only those right in it."""
+    """Make the files of a directory durable: all below it, or only those directly in it."""
     for folder, _, files in os.walk(directory):
         for file in files:
             descriptor = os.open(os.path.join(folder, file), os.O_RDONLY)

@@ -1,6 +1,6 @@
-"""The zip archive of a ``torch.save`` file: where its entries lie, each checked against both of its headers.
+"""Find the entries of the zip archive of a ``torch.save`` file, each checked against both of its headers.
 
-The entries are stored as they are; ``a`` may be any name::
+The entries are not compressed; ``a`` may be any name::
 
     | a/data.pkl | a/byteorder | a/data/0 | a/data/1 | ... | directory | end |
 
@@ -18,10 +18,10 @@ from streammerge.formats.safetensors import MAX_NAME
 from streammerge.io.files import quoted
 
 MAX_NBYTES = 64 << 20
-"""Most bytes of ``data.pkl``, and of the directory; 100 000 tensors take a quarter of it."""
+"""Most bytes of ``data.pkl``, and of the directory; 100 000 tensors take a quarter of this."""
 
 MAX_ENTRIES = 200_000
-"""Most entries of the archive: one for each storage, and a few more."""
+"""Most entries of the archive: one per storage, and a few more."""
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -30,30 +30,30 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR = struct.Struct("<4sIQI")
 
 _FULL = 0xFFFFFFFF
-"""What stands where 32 bits are too few; the number itself is in a zip64 field."""
+"""The placeholder for a number that exceeds 32 bits; the number is in a zip64 field."""
 
 _STATE_DICT = "save `torch.jit.load(file).state_dict()` by torch.save, or as safetensors"
 _ENCRYPTED = 0x2041
 _FOLDER = 0x10
-"""What marks an entry as a directory, in DOS; torch then reads none of its bytes."""
+"""The DOS attribute of a directory; torch reads no bytes of such an entry."""
 _SIZES_FOLLOW = 0x8
-"""The flag of an entry whose local header has no sizes, for they were not known yet."""
+"""The flag of an entry whose local header has no sizes because they were not yet known."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where one entry of the archive lies, in bytes from the start of the file."""
+    """The position of one entry of the archive, in bytes from the start of the file."""
 
     name: str
     start: int
-    """Of the local header."""
+    """Offset of the local header."""
     begin: int
-    """Of the data."""
+    """Offset of the data."""
     nbytes: int
 
 
 def find_directory(source: Source) -> tuple[bytes, int, int]:
-    """Return the archive's directory, its offset, and how many entries it has."""
+    """Return the archive's directory, its offset, and its number of entries."""
     end = max(source.nbytes - _END.size, 0)
     tail = source.read(end, source.nbytes - end, "its end")
     sound = len(tail) == _END.size and tail.startswith(b"PK\5\6") and tail.endswith(b"\0\0")
@@ -71,9 +71,9 @@ def find_directory(source: Source) -> tuple[bytes, int, int]:
 
 
 def _zip64_end(source: Source, locator: bytes, at: int, short: list[int]) -> list[int]:
-    """Return where the longer end begins, then what it says; `short` must say the same.
+    """Return the offset of the zip64 end record, then its values; the values in `short` must agree.
 
-    Readers differ in which of the two ends they believe, so a file may not make it matter.
+    Readers differ in which of the two end records they use, so a file in which the records differ is refused.
     """
     _, disk, offset, disks = _LOCATOR.unpack(locator)
     need(offset + _END64.size == at, "the zip64 end of its archive is not where it says")
@@ -88,7 +88,7 @@ def _zip64_end(source: Source, locator: bytes, at: int, short: list[int]) -> lis
 
 
 def read_entries(source: Source, directory: bytes, limit: int, count: int) -> dict[str, Entry]:
-    """Return the entries by name: none twice, none compressed, none over another or `limit`."""
+    """Return the entries by name; refuse duplicate, compressed or overlapping entries, and entries beyond `limit`."""
     entries: dict[str, Entry] = {}
     at = 0
     for _ in range(count):
@@ -113,7 +113,7 @@ def _entry(source: Source, directory: bytes, at: int) -> tuple[Entry, int]:
     flags, method, packed, nbytes, n_name, n_extra, n_comment, disk = *fields[3:5], *fields[8:14]
     name_end = at + _CENTRAL.size + n_name
     name = directory[at + _CENTRAL.size : name_end]
-    text = name.decode("utf-8", "surrogateescape")  # A file name may be any bytes; torch puts it here.
+    text = name.decode("utf-8", "surrogateescape")  # Torch puts the file's name here, which may be any bytes.
     shown = f"the entry {quoted(text)}"
     end = name_end + n_extra + n_comment
     need(end <= len(directory) and n_name <= MAX_NAME, f"{shown} is cut, or its name too long")
@@ -126,7 +126,7 @@ def _entry(source: Source, directory: bytes, at: int) -> tuple[Entry, int]:
 
 
 def _numbers(values: list[int], extra: bytes, shown: str) -> list[int]:
-    """Return `values`, those that 32 bits could not hold taken from the zip64 field in `extra`."""
+    """Return `values`, with placeholders replaced by the numbers in the zip64 field of `extra`."""
     n_wanted, at = values.count(_FULL), 0
     while n_wanted and at + 4 <= len(extra):
         tag, nbytes = struct.unpack_from("<2H", extra, at)
@@ -139,7 +139,7 @@ def _numbers(values: list[int], extra: bytes, shown: str) -> list[int]:
 
 
 def _data_start(source: Source, name: bytes, start: int, nbytes: int, shown: str) -> int:
-    """Return the offset of an entry's data, its local header checked against the directory."""
+    """Return the offset of an entry's data, after checking its local header against the directory."""
     raw = source.read(start, _LOCAL.size + len(name), shown)
     magic, _, flags, method, *_, packed, size, n_name, n_extra = _LOCAL.unpack_from(raw)
     here = magic == b"PK\3\4" and n_name == len(name) and raw.endswith(name)
@@ -154,7 +154,7 @@ def _data_start(source: Source, name: bytes, start: int, nbytes: int, shown: str
 
 
 def find_members(source: Source, entries: Mapping[str, Entry]) -> tuple[bytes, dict[str, Entry]]:
-    """Return the bytes of ``data.pkl`` and the storages by key; refuse another byte order."""
+    """Return the bytes of ``data.pkl`` and the storages by key; refuse a byte order other than little-endian."""
     tops = [name.split("/") for name in entries]
     script = any(len(parts) > 1 and parts[1] in ("code", "constants.pkl") for parts in tops)
     need(not script, f"a TorchScript archive, a program with its weights: {_STATE_DICT}")
