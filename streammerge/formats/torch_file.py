@@ -47,9 +47,9 @@ def open_pickle(path: str | os.PathLike[str]) -> Contents:
     """Return the content of a ``torch.save`` file.
 
     The file must hold a dict of tensors at the top level or where trainers put it (under ``state_dict``, ``model``,
-    ``module``, or alone in a dict). Other data, and entries of the dict that are not tensors, are skipped. No tensor data
-    is read. The bytes at each reference are the tensor's elements, little-endian. Tensors may share bytes. The digest of
-    the stamp covers the program and the records of the storages' positions.
+    ``module``, or alone in a dict). Other data, and entries of the dict that are not tensors, are skipped. No tensor
+    data is read. The bytes at each reference are the tensor's elements, little-endian. Tensors may share bytes. The
+    digest of the stamp covers the program and the records of the storages' positions.
 
     Raises
     ------

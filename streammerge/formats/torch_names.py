@@ -19,7 +19,7 @@ class Known:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A value that is not part of a tensor: an object of an unknown class, or a function's result. Only a name is kept."""
+    """An object of a different class, or a function's result, which is not part of a tensor; only a name is kept."""
 
     name: str
     """A description that is safe to show in messages."""

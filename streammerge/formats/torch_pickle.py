@@ -5,8 +5,8 @@ storage; the file may contain other data of a trainer. Global names are only mar
 the machine itself does what torch's function would do. For all others, it keeps only the name (`Foreign`), whatever the
 program calls, builds or fills. Hence no code in the file can run.
 
-Python's own unpickler is unsuitable, even restricted. It hashes any key in the file (a deeply nested tuple overflows the
-C stack, which kills the process), and sizes its memo by the largest index (8 bytes in a file can take 4 GiB).
+Python's own unpickler is unsuitable, even restricted. It hashes any key in the file (a deeply nested tuple overflows
+the C stack, which kills the process), and sizes its memo by the largest index (8 bytes in a file can take 4 GiB).
 
 No code here recurses into, compares or prints nested values of a file.
 """
@@ -174,7 +174,7 @@ class Machine:
         self.push(Foreign("a set"))
 
     def put(self, index: int) -> None:
-        """Memoise the top; indexes must count from 0 (Python 2: from 1) without gaps, so that steps bound the memory."""
+        """Memoise the top; indexes count from 0 (Python 2: from 1) without gaps, so that steps bound the memory."""
         if index > len(self.memo) + 1:
             raise IndexError
         if index > len(self.memo):
@@ -204,7 +204,7 @@ class Machine:
         target.extend(items)
 
     def build(self) -> None:
-        """Drop attributes for the value below them: torch's `_metadata`, or attributes that a user added to a tensor."""
+        """Drop attributes of the value below them: torch's `_metadata`, or attributes that a user put on a tensor."""
         self.stack.pop()
         if not isinstance(self.stack[-1], (Names, Tensor, Foreign)):
             raise ValueError

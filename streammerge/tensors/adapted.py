@@ -1,7 +1,7 @@
-"""Weights with a LoRA adapter, computed a block of rows at a time: ``W + s L R`` (Hu et al., 2021), and DoRA's.
+"""Compute weights with a LoRA adapter, ``W + s L R`` (Hu et al., 2021), or with DoRA, one block of rows at a time.
 
-In fp32 (fp64 if the weight is) and in one order: each product is added to the sum of those of lower rank, each step
-rounded, so that neither the cut nor the machine changes a bit.
+The arithmetic is fp32 (fp64 if the weight is fp64) in a fixed order: each product is added to the sum of the products
+of lower ranks, and each step is rounded. Neither the cut nor the machine changes a bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from streammerge.tensors.matrices import computed_once, read_matrix, read_widene
 def read_adapted(
     reader: Reader, ref: AdaptedRef, start: int, stop: int, target: Bytes, scratch: Scratch
 ) -> None:
-    """Compute elements `start` to `stop` of a weight with its adapter, to the beginning of `target`.
+    """Compute elements `start` to `stop` of a weight with its adapter; write them to the beginning of `target`.
 
     Raises
     ------
@@ -40,9 +40,9 @@ def read_adapted(
 def segments(
     start: int, stop: int, columns: int, block_rows: int | None = None
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (first row, end, first column, end) of pieces that follow each other, of at most `READ_BLOCK` elements.
+    """Yield (first row, end, first column, end) of consecutive pieces of at most `READ_BLOCK` elements.
 
-    Each lies together: whole rows, or a part of one; and within one block of `block_rows`, if that is given.
+    Each piece is contiguous: whole rows, or a part of one row. If `block_rows` is given, a piece is within one block.
     """
     rows = max(1, READ_BLOCK // columns)
     while start < stop:
@@ -81,7 +81,7 @@ class _Adapter:
                 part *= self._factors(row, end, first, last)
 
     def _compute(self, row: int, end: int, first: int, last: int, out: Floats, scratch: Scratch) -> None:
-        """Compute ``W + s L R`` for rows that lie in one piece, of one expert."""
+        """Compute ``W + s L R`` for one contiguous piece of one expert."""
         ref = self._ref
         block, row_there = divmod(row, ref.block_rows)
         self._load_right(block)
@@ -103,7 +103,7 @@ class _Adapter:
         self._block_of_right = block
 
     def _weight(self, start: int, stop: int, scratch: Scratch) -> Floats:
-        """Return elements of the weight itself, widened."""
+        """Return elements of the unchanged weight, widened."""
         weight = self._ref.source
         width = itemsize(weight.dtype)
         nbytes = (stop - start) * width
@@ -117,7 +117,7 @@ class _Adapter:
         return widened(raw, weight.dtype, self._dtype)
 
     def _factors(self, row: int, end: int, first: int, last: int) -> Floats:
-        """Return what DoRA multiplies a block by: for each output feature its magnitude over its norm."""
+        """Return the factors by which DoRA multiplies a block: for each output feature, its magnitude over its norm."""
         ref = self._ref
         if ref.by_column:
             return _column_factors(self._reader, ref)[first:last]
@@ -127,7 +127,7 @@ class _Adapter:
         return _over_norm(self._reader, ref, row, end, squares)[:, None]
 
     def squares(self, row: int, end: int, first: int, last: int) -> Floats:
-        """Return the squares, in fp64, of a block that lies in one piece, before any magnitude."""
+        """Return the squares, in fp64, of a contiguous block before magnitudes are applied."""
         scratch = self._scratch.rest()
         block = scratch.take((end - row, last - first), self._dtype)
         squares = scratch.take(block.shape, F64)
@@ -138,7 +138,7 @@ class _Adapter:
 
 @computed_once
 def _column_factors(reader: Reader, ref: AdaptedRef) -> Floats:
-    """Return DoRA's factor of each column of a weight stored as (in, out): it takes a pass over the weight."""
+    """Return DoRA's factor of each column of a weight stored as (in, out), which takes a pass over the weight."""
     adapter = _Adapter(reader, ref, Scratch(np.empty(ref.scratch_bytes, np.uint8)))
     squares = np.zeros(ref.columns)
     for row, end, first, last in segments(0, ref.n_elements, ref.columns):
@@ -151,12 +151,12 @@ def _over_norm(reader: Reader, ref: AdaptedRef, first: int, last: int, squares: 
     dtype = F64 if ref.dtype == "F64" else F32
     magnitude = np.empty(last - first, dtype)
     read_widened(reader, ref.magnitude, first, last, magnitude)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros: what is not finite is found later
+    with np.errstate(divide="ignore", invalid="ignore"):  # a row of zeros; non-finite values are found later
         return magnitude / np.sqrt(squares).astype(dtype)
 
 
 def add_products(left: Floats, right: Floats, first: int, last: int, out: Floats) -> None:
-    """Write ``left @ right[:, first:last]`` to `out`, all of one dtype: each product rounded, and added in order of rank."""
+    """Write ``left @ right[:, first:last]`` to `out`, all of one dtype; rounded products are added in order of rank."""
     if is_compiled("adapters"):
         from streammerge.numerics.products import add_products as compiled
 
@@ -166,7 +166,7 @@ def add_products(left: Floats, right: Floats, first: int, last: int, out: Floats
 
 
 def products_in_order(left: Floats, right: Floats, out: Floats) -> None:
-    """The same, by numpy: the formula that the kernel agrees with bit by bit."""
+    """Write ``left @ right`` to `out` with numpy; the kernel gives the same bits."""
     out[:] = 0
     for k in range(left.shape[1]):
         out += left[:, k : k + 1] * right[k]

@@ -1,7 +1,7 @@
-"""Tensors put together from blocks of others: experts stored one by one read as one tensor, or taken out of one.
+"""Read tensors assembled from blocks of other tensors: experts stored one by one as one tensor, or the reverse.
 
-No value is changed, so neither the cut nor the order of reading matters to a bit. Blocks that lie here as they lie there
-are read to their places; transposed ones a rectangle at a time, by way of a buffer.
+No value is changed, so neither the cut nor the order of reading affects the bits. Blocks with the same layout as their
+source are read directly to their target; transposed blocks are read through a buffer, one rectangle at a time.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from streammerge.numerics.casts import BYTE, F64, rounded, widened
 from streammerge.tensors.adapted import segments
 
 _WORTH_READING = 4
-"""So many times the bytes that are wanted are rather read in one go than in many."""
+"""A contiguous range is read at once if it is at most this many times the bytes needed."""
 
 
 @reads(BlocksRef)
 def read_blocks(
     reader: Reader, ref: BlocksRef, start: int, stop: int, target: Bytes, scratch: Scratch
 ) -> None:
-    """Read elements `start` to `stop` of a tensor that is put together, to the beginning of `target`.
+    """Read elements `start` to `stop` of an assembled tensor to the beginning of `target`.
 
     Raises
     ------
@@ -78,14 +78,14 @@ def _fill(
 
 
 def _reads_between(tensor: SourceRef, block: Block, window: int) -> bool:
-    """Return whether what lies between the lines of a window is rather read than skipped."""
+    """Return whether the gaps between the lines of a window are read rather than skipped."""
     return tensor.plain is None or window * _WORTH_READING >= block.pitch
 
 
 def _lines(
     reader: Reader, block: Block, begins: int, lines: int, window: int, scratch: Scratch
 ) -> NDArray[Any]:
-    """Return `window` elements of each of some lines, [lines, window, bytes], as they lie in the block's tensor."""
+    """Return `window` elements of each of some lines of the block's source tensor, [lines, window, bytes]."""
     tensor, width = block.tensor, itemsize(block.tensor.dtype)
     if _reads_between(tensor, block, window):
         n = (lines - 1) * block.pitch + window
@@ -104,6 +104,6 @@ def _lines(
 
 
 def _as(dtype: str, values: NDArray[Any], stored: str) -> NDArray[Any]:
-    """Return values in a wider dtype, exactly."""
+    """Return values converted exactly to a wider dtype."""
     wide = widened(np.ascontiguousarray(values).reshape(-1), stored, F64)
     return rounded(wide, dtype).reshape(*values.shape[:2], -1)

@@ -1,4 +1,4 @@
-"""4-bit codes decoded as they are read, through tables of every product that occurs: the same bits however they are cut."""
+"""Decode 4-bit codes as they are read, through tables of all products; the bits do not depend on the cuts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streammerge.numerics.casts import table as e4m3_table
 from streammerge.numerics.packing import pairs_of, products_of_e4m3
 
 _FIRST_BAD = 0x7F
-"""A code of F8_E4M3 from here on is NaN or negative; 0x80, which is zero, aside."""
+"""F8_E4M3 codes from here on are NaN or negative, except 0x80, which is zero."""
 
 
 @reads(Nvfp4Ref)
@@ -44,7 +44,7 @@ def read_nvfp4(reader: Reader, ref: Nvfp4Ref, start: int, stop: int, target: Byt
             raise _refused(ref.whole, matrix if whole.size > 1 else 0, factor)
         table = products_of_e4m3(factor, ref.divides)
         codes = pairs_of(_read(reader, ref.source, first // 2, -(-last // 2)), high_first=False)
-        # Groups do not reach over the end of a row, so they follow each other as the elements do.
+        # Groups do not cross the end of a row, so they are in the same order as the elements.
         begins, ends = first // ref.group, -(-last // ref.group)
         scales = _read(reader, ref.scales, begins, ends)
         wrong = (scales >= _FIRST_BAD) & (scales != 0x80)
@@ -84,7 +84,7 @@ def read_blocks_of_4_bits(
 
 
 def _largest(reader: Reader, ref: BlocksOf4BitsRef, begins: int, ends: int) -> NDArray[np.float32]:
-    """Return the largest magnitudes of some blocks."""
+    """Return the largest magnitudes of blocks `begins` to `ends`."""
     raw = _read(reader, ref.absmax, begins, ends)
     found: NDArray[np.float32]
     if ref.nested is None:

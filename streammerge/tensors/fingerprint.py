@@ -1,6 +1,6 @@
-"""A model's identity from its content, cheaply: all names, dtypes, shapes, and samples of the values.
+"""Identify a model cheaply by its content: all names, dtypes and shapes, and samples of the values.
 
-It does not depend on paths, shards or dates. Two fine-tunes differ in almost every sampled block.
+The fingerprint does not depend on paths, shards or dates. Two fine-tunes differ in almost every sampled block.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ _TENSORS = 256
 
 
 def fingerprint(index: TensorIndex, reader: Reader) -> str:
-    """Return 32 hexadecimal digits: 4 KiB from the middle of up to 256 tensors spread over the names.
+    """Return 32 hexadecimal digits. The samples are 4 KiB from the middle of up to 256 tensors spread over the names.
 
-    Of an adapter they are those of the model with it, of the adapter's own tensors and of its settings.
+    For a model with an adapter, the fingerprint covers the adapted model, the adapter's tensors and its settings.
     """
     digest = hashlib.blake2b(digest_size=16)
     _add_tensors(digest, index, reader)
@@ -53,7 +53,7 @@ def _add_tensors(digest: hashlib.blake2b, tensors: Mapping[str, SourceRef], read
 
 
 def files_digest(stamps: Iterable[FileStamp]) -> str:
-    """Return what identifies files themselves while work on them is unfinished."""
+    """Return a digest that identifies the files themselves while work on them is unfinished."""
     digest = hashlib.blake2b(digest_size=16)
     for s in stamps:
         digest.update(repr((s.nbytes, s.mtime_ns, s.ctime_ns, s.inode, s.header_digest)).encode())
@@ -61,24 +61,24 @@ def files_digest(stamps: Iterable[FileStamp]) -> str:
 
 
 def companion_digest(index: CompanionIndex, reader: Reader) -> str:
-    """Return the identity of a Fisher diagonal: its content's for a file, its table's for a store."""
+    """Return a digest that identifies a Fisher diagonal: of the content for a file, of the table for a store."""
     return index.stamps[0].header_digest if index.model is None else fingerprint(index.model, reader)
 
 
 def check_belongs(
     diagonal: CompanionIndex, model: TensorIndex, what: str = "Fisher diagonal", reader: Reader | None = None
 ) -> None:
-    """Refuse a Fisher diagonal, or another store (`what`), that was recorded for a model of other content.
+    """Refuse a Fisher diagonal, or other companion (`what`), that was recorded for a model with different content.
 
     Parameters
     ----------
     reader
-        What reads the model, where that is no common one.
+        The reader of the model; None for the default.
 
     Raises
     ------
     ModelError
-        Naming the diagonal, the model it belongs to and the model beside it.
+        If the contents differ; the message names the diagonal, its model, and the given model.
     """
     if diagonal.fingerprint is None:
         return

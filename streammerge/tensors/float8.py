@@ -1,4 +1,4 @@
-"""FP8 tensors, widened to bf16 as they are read."""
+"""Read FP8 tensors and widen them to bf16."""
 
 from __future__ import annotations
 

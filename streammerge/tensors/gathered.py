@@ -1,7 +1,7 @@
-"""Rows put in the order of another vocabulary: of one model's tensor, of several, the mean of some, or zeros.
+"""Gather rows in the order of a different vocabulary: rows of one or several models, means of rows, or zeros.
 
-Rows are read in the order in which they lie, many at a time, and put in their places; one that is the mean of several is
-summed in fp64, model after model, and rounded once.
+Rows are read in their stored order, many at a time, and copied to their targets. A row that is the mean of several rows
+is summed in fp64, model by model, and rounded once.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from streammerge.numerics.casts import BYTE, F64, rounded, widened
 from streammerge.tensors.matrices import computed_once
 
 _GAP_BYTES = 1 << 14
-"""Bytes between two rows that are rather read than skipped."""
+"""Most bytes between two rows that are read rather than skipped."""
 _SPAN_BYTES = 1 << 20
-"""Bytes of rows read together before they are put in their places."""
+"""Most bytes of rows that are read together before they are copied to their targets."""
 
 
 @reads(GatheredRef)
 def gather(reader: Reader, ref: GatheredRef, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
-    """Read elements of a tensor whose rows are gathered; a row cut at an end is read whole."""
+    """Read elements of a tensor whose rows are gathered; a row that is cut at either end is read whole."""
     width, columns = itemsize(ref.dtype), ref.columns
     position = start
     while position < stop:
@@ -83,7 +83,7 @@ def _place_rows(
     dtype: str,
     scratch: Scratch,
 ) -> None:
-    """Read some rows of a tensor, each to its place among `lines`, in the order in which they lie."""
+    """Read rows of a tensor in their stored order, each to its place among `lines`."""
     columns, width = row_elements(tensor.shape), itemsize(tensor.dtype)
     order = np.argsort(rows, kind="stable")
     rows, places = rows[order], places[order]
@@ -112,7 +112,7 @@ def _place_rows(
 def _read_rows(
     reader: Reader, tensor: TensorRef, rows: NDArray[Any], places: NDArray[Any], lines: Bytes
 ) -> None:
-    """Read rows, ascending, to their places: those that follow each other there in one go, wherever they belong here."""
+    """Read ascending rows to their places; rows that are consecutive in the source are read together."""
     nbytes = lines.shape[1]
     view = lines.reshape(-1).data
     bounds = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), rows.size]
@@ -120,7 +120,7 @@ def _read_rows(
 
     def parts() -> Iterator[tuple[int, list[memoryview]]]:
         for begin, end in itertools.pairwise(bounds):
-            # What follows each other here as well is one buffer.
+            # Rows that are consecutive in the target too share one buffer.
             views = []
             first = begin
             for i in range(begin, end):
@@ -136,7 +136,7 @@ def _read_rows(
 def _means(
     reader: Reader, ref: GatheredRef, starts: NDArray[Any], counts: NDArray[Any], scratch: Scratch
 ) -> Bytes:
-    """Return rows that are each the mean of some, of which the map has `counts` from `starts` on."""
+    """Return rows that are means of source rows; row i has `counts[i]` sources in the map, from `starts[i]` on."""
     total = scratch.take((counts.size, ref.columns), F64)
     total[:] = 0
     for k in range(int(counts.max())):
@@ -157,7 +157,7 @@ def _means(
 
 @computed_once
 def _mean_of_all(reader: Reader, ref: GatheredRef) -> Bytes:
-    """Return the mean of all rows but the padding, which takes a pass over them."""
+    """Return the mean of all rows except the padding, which takes a pass over them."""
     known, columns = len(ref.map.starts) - 1, ref.columns
     step = max(1, _SPAN_BYTES // (columns * itemsize(ref.dtype)))
     scratch = Scratch(np.empty(ref.scratch_bytes, np.uint8))

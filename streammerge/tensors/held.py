@@ -1,4 +1,4 @@
-"""Tensors that their owner holds in memory, of torch or numpy: copied piece by piece, as they are asked for."""
+"""Tensors of torch or numpy that the caller holds in memory, copied piece by piece on request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 _STEP = 1 << 20
-"""Elements copied at a time where they must be brought into order, or from a GPU."""
+"""Number of elements copied at a time from a GPU or from a non-contiguous tensor."""
 _TORCH = {
     "bool": "BOOL",
     "uint8": "U8",
@@ -37,7 +37,7 @@ _TORCH = {
     "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }
-"""What torch, numpy and ml_dtypes call the dtypes."""
+"""Names of the dtypes in torch, numpy and ml_dtypes."""
 
 
 class Held(Protocol):
@@ -45,22 +45,22 @@ class Held(Protocol):
 
     @property
     def dtype(self) -> str:
-        """As a key of `streammerge.dtypes.BITS`."""
+        """The dtype, a key of `streammerge.dtypes.BITS`."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its sizes."""
+        """The shape."""
 
     @property
     def place(self) -> object:
-        """What two tensors share if they are the same memory, looked at in the same way; else they differ."""
+        """A key that is equal for two tensors if and only if they view the same memory in the same way."""
 
     def copy(self, start: int, target: NDArray[np.uint8]) -> None:
         """Fill `target` with the bytes of the elements from `start` on, in the order of the shape."""
 
 
 class _Strided:
-    """What tensors of torch and arrays of numpy have in common: parts of their flat order, by whole rows."""
+    """The common part for tensors of torch and arrays of numpy: copies ranges of the flat order by whole rows."""
 
     def __init__(self, value: Any, dtype: str, contiguous: bool) -> None:
         self._value, self.dtype, self._contiguous = value, dtype, contiguous
@@ -127,7 +127,7 @@ class _Array(_Strided):
 
 
 def hold(value: object, what: str) -> Held:
-    """Return a value of a state dict as a tensor that can be read; refuse what is none."""
+    """Return a value of a state dict as a readable tensor; refuse a value that is not a tensor."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -158,7 +158,7 @@ def hold(value: object, what: str) -> Held:
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """Return torch's dtype for the format's own code."""
+    """Return torch's dtype for the format's dtype code."""
     import torch
 
     name = next(name for name, known in _TORCH.items() if known == code)

@@ -1,7 +1,7 @@
-"""Quantised tensors of integers, decoded as they are read: the same bits however they are cut.
+"""Decode quantised tensors of integers as they are read; the bits do not depend on the cuts.
 
-A part of a tensor is a rectangle of its stored matrix. The words that hold it are read, and the scales and zero points of
-the groups that its rows and columns belong to; no more of any is held than the rectangle needs.
+A part of a tensor is a rectangle of its stored matrix. Only the words that contain the rectangle, and the scales and
+zero points of the groups of its rows and columns, are read and held.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from streammerge.tensors.adapted import segments
 
 Indices = NDArray[np.int64]
 _WORDS = 32
-"""So many integers fill whole words, whatever their bits."""
+"""A number of integers that fills whole words for any number of bits."""
 _WORTH_READING = 4
-"""So many times the bytes that are wanted are rather read in one go than line by line."""
+"""A contiguous range is read at once, not line by line, if it is at most this many times the bytes needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def read_integers(
     Raises
     ------
     ModelError
-        If a scale is NaN, infinite or negative, a group or a zero point is out of range.
+        If a scale is NaN, infinite or negative, or a group or a zero point is out of range.
     WorldError
         If a file ends early or the device fails.
     """
@@ -72,7 +72,7 @@ def read_integers(
 
 
 def _steps(ref: IntegersRef, height: int, width: int) -> tuple[int, int]:
-    """Return the rows and columns of what is decoded together; whole words of what is packed along the inputs."""
+    """Return the rows and columns of a step of decoding, in whole words if codes are packed along the inputs."""
     wide = min(width, AT_ONCE)
     if ref.transposed:
         wide = min(width, max(_WORDS, AT_ONCE // height // _WORDS * _WORDS))
@@ -107,17 +107,17 @@ def _values(reader: Reader, ref: IntegersRef, index: Indices | None, some: Recta
 
 @dataclass(frozen=True, slots=True)
 class _Spread:
-    """Which line and column of scales each row and column of a rectangle has."""
+    """The line and column of scales for each row and column of a rectangle."""
 
     line_of: Indices
     column_of: Indices
     size: int
-    """Columns that share one and follow each other; 0: as listed."""
+    """Number of consecutive columns that share a scale; 0 if the groups are listed."""
     first: int
-    """The place of the first column in its line."""
+    """The index of the first column in its line."""
 
     def apply(self, operation: np.ufunc, values: Floats, of_groups: Floats) -> Floats:
-        """Return the values with what their groups have, element by element, in their place where that may be."""
+        """Return `operation` of the values and their groups' entries, in place if possible."""
         if of_groups.shape[0] > 1:
             of_groups = of_groups[self.line_of]
         n = values.shape[1]
@@ -131,7 +131,7 @@ class _Spread:
 
 
 def _groups(ref: IntegersRef, index: Indices | None, some: Rectangle) -> tuple[Indices, Indices]:
-    """Return the row and the column of the scale of each row and column of a rectangle."""
+    """Return the rows and columns of scales for the rows and columns of a rectangle."""
     groups = ref.groups
     by_row = np.arange(some.row, some.end) // groups.rows
     by_column = np.arange(some.column, some.last) // groups.columns
@@ -143,9 +143,9 @@ def _groups(ref: IntegersRef, index: Indices | None, some: Rectangle) -> tuple[I
 
 
 def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
-    """Return the group of each column, or of each row of a transposed tensor, where that is listed.
+    """Return the listed group of each column, or of each row of a transposed tensor; None if not listed.
 
-    A list of -1 alone says that the columns are in order: compressed-tensors wrote it so.
+    A list that consists only of -1 means that the columns are in order, as compressed-tensors wrote it.
     """
     listed = ref.groups.index
     if listed is None:
@@ -169,7 +169,7 @@ def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
 def _scales(
     reader: Reader, ref: IntegersRef, matrix: int, lines: Indices, left: int, right: int
 ) -> NDArray[np.float32]:
-    """Return lines of a matrix of scales, some columns of each, in fp32."""
+    """Return a selection of lines and columns of a matrix of scales, in fp32."""
     tensor = ref.scales
     width = itemsize(tensor.dtype)
     high, wide = _matrix_of(tensor, ref)
@@ -192,7 +192,7 @@ def _scales(
 
 
 def _matrix_of(tensor: TensorRef, ref: IntegersRef) -> tuple[int, int]:
-    """Return rows and columns of the matrix that scales are: of a vector or a scalar, one for each row or one."""
+    """Return rows and columns of the scales as a matrix; a vector has one scale per row, a scalar one in all."""
     if len(tensor.shape) >= 2 and (len(tensor.shape) == len(ref.shape)):
         return tensor.shape[-2], tensor.shape[-1]
     return tensor.n_elements, 1
@@ -201,7 +201,7 @@ def _matrix_of(tensor: TensorRef, ref: IntegersRef) -> tuple[int, int]:
 def _zeros(
     reader: Reader, ref: IntegersRef, matrix: int, lines: Indices, left: int, right: int
 ) -> NDArray[np.float32] | None:
-    """Return zero points of the same groups; None where there are none."""
+    """Return zero points of the same groups; None if there are none."""
     packed = ref.zeros
     if packed is None:
         return None
@@ -219,14 +219,14 @@ def _zeros(
 
 
 def _runs(lines: Indices) -> list[tuple[int, int]]:
-    """Return the runs of lines that follow each other: ascending, each once."""
+    """Return the runs of consecutive lines, ascending, each line once."""
     breaks = np.flatnonzero(np.diff(lines) != 1) + 1
     edges = [0, *breaks.tolist(), lines.size]
     return list(pairwise(edges))
 
 
 def read_packed(reader: Reader, packed: Packed, some: Rectangle) -> NDArray[np.float32]:
-    """Return the integers of a rectangle in fp32, their offset added, [rows, columns]."""
+    """Return the integers of a rectangle, with their offset added, as fp32 [rows, columns]."""
     tensor, bits = packed.tensor, packed.bits
     lines, words = tensor.shape[-2:]
     width = itemsize(tensor.dtype)
@@ -253,7 +253,7 @@ def read_packed(reader: Reader, packed: Packed, some: Rectangle) -> NDArray[np.f
 def _rectangle(
     reader: Reader, tensor: TensorRef, base: int, pitch: int, lines: tuple[int, int], edges: tuple[int, int]
 ) -> NDArray[np.uint8]:
-    """Return some bytes of each of some lines of a tensor, [lines, bytes]; `base` is where its matrix begins."""
+    """Return a range of bytes of each of some lines, [lines, bytes]; the matrix begins at `base`."""
     first, last = lines
     left, right = edges
     offset = tensor.offset + base + first * pitch

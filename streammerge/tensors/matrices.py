@@ -1,4 +1,4 @@
-"""Parts of stored tensors, widened: of matrices at even distances, as factors of adapters are."""
+"""Read and widen parts of stored tensors, and evenly spaced matrices such as factors of adapters."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from streammerge.io.reader import Reader
 from streammerge.numerics.casts import Floats, widened
 
 _STEP = 1 << 18
-"""Elements widened together."""
+"""Number of elements that are widened together."""
 
 
 def computed_once(function: Callable[[Reader, Any], Floats]) -> Callable[[Reader, Any], Floats]:
-    """Keep what takes a pass over a tensor, a row or so of it, for the pieces that follow; one thread computes it."""
+    """Cache a result that takes a pass over a tensor, about a row in size, for later pieces; one thread computes it."""
     cached = functools.lru_cache(maxsize=128)(function)
     lock = threading.Lock()
 
@@ -42,16 +42,16 @@ def read_widened(reader: Reader, ref: TensorRef, first: int, last: int, out: Flo
 
 
 _SPARSE = 16
-"""A line of a matrix that takes less than one in so many of the elements up to the next is read by itself."""
+"""A line is read separately if its span is less than 1 / this of the distance to the next line."""
 
 
 def read_matrix(reader: Reader, factor: Factor, block: int, row: int, out: Floats) -> None:
-    """Read as many rows and columns of a factor as `out` has, from `row` on, widened to its dtype.
+    """Read rows of a factor from `row` on into `out`, as many rows and columns as it has, widened to its dtype.
 
     Parameters
     ----------
     block
-        Which of the factor's matrices: the expert.
+        The index of the factor's matrix, which is the expert.
     """
     begin = factor.first + block * factor.block_step + row * factor.row_step
     outer, inner = factor.row_step, factor.column_step

@@ -1,4 +1,4 @@
-"""Embeddings in which an adapter trained single tokens: read as they were, with the trained rows laid over them."""
+"""Read embeddings in which an adapter trained single tokens: the stored rows, overwritten by the trained rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streammerge.tensors.matrices import read_widened
 def read_patched(
     reader: Reader, ref: PatchedRef, start: int, stop: int, target: Bytes, scratch: Scratch
 ) -> None:
-    """Read elements `start` to `stop` of an embedding with trained rows, to the beginning of `target`.
+    """Read elements `start` to `stop` of an embedding with trained rows to the beginning of `target`.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def _read_row(reader: Reader, ref: PatchedRef, first: int, n: int, target: Bytes
 def _read_wide(
     reader: Reader, ref: PatchedRef, start: int, stop: int, target: Bytes, scratch: Scratch
 ) -> None:
-    """Read elements of the embedding as it was, in the wider dtype of the trained rows."""
+    """Read elements of the unchanged embedding in the wider dtype of the trained rows."""
     out = target.view(F64 if ref.dtype == "F64" else F32)
     narrow = itemsize(ref.source.dtype)
     raw = scratch.take((min(READ_BLOCK, stop - start) * narrow,), BYTE)

@@ -1,8 +1,8 @@
-"""Quantised tensors, decoded as they are read: ``code * scale``, rounded once to fp32, the same bits however it is cut.
+"""Decode quantised tensors as they are read: ``code * scale``, rounded once to fp32, the same bits for any cut.
 
-Large ranges of codes are read past the page cache to the end of the slot and decoded from there to its beginning; small
-ones a block at a time by way of the scratch. Scales are read by ranges too, and checked. Of a matrix that is stored with
-rows and columns exchanged, whole lines are read and a part of each is turned.
+Large ranges of codes are read past the page cache to the end of the slot, and decoded from there to its beginning.
+Small ranges are read through the scratch, one block at a time. Scales are also read by ranges, and checked. For a
+matrix that is stored transposed, whole lines are read and a part of each is transposed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Part:
 
 
 Codes = Callable[[int, int], Bytes]
-"""Returns bytes of a tensor of codes, from the first to before the last."""
+"""Function that returns bytes (first, end) of a tensor of codes."""
 
 
 @reads(QuantizedRef)
@@ -78,14 +78,14 @@ def read_quantized(
 def read_quantized_slot(
     reader: Reader, ref: QuantizedRef, start: int, stop: int, slot: Bytes, scratch: Scratch, again: bool
 ) -> int:
-    """Decode elements within their slot: the codes are read to its end, and each is read before it is written over."""
+    """Decode elements within their slot: codes are read to its end, and each is decoded before it is overwritten."""
     first, last = start * ref.bits // 8, -(-stop * ref.bits // 8)
     out = slot[: _FLOAT * (stop - start)]
     if ref.encoding.turned or last - first < DIRECT_BYTES:
         ref.read(reader, start, stop, out, scratch)
         return 0
     place = -(-(out.size - (last - first)) // PAGE) * PAGE
-    # What has no room in whole pages there is read by itself.
+    # The part that does not fit there in whole pages is read separately.
     n = min(last - first, (slot_bytes(out.size) - PAGE - place) // PAGE * PAGE)
     begins = place + reader.read_slot(
         ref.source.path, ref.source.offset + first, n, slot[place : slot_bytes(out.size)], again=again
@@ -125,7 +125,7 @@ def _decode_in_order(
 
 
 def _parts(ref: QuantizedRef, start: int, stop: int) -> Iterator[Part]:
-    """Yield the parts that elements `start` to `stop` consist of, in their order: whole rows, or a part of one."""
+    """Yield the parts that form elements `start` to `stop`, in order: whole rows, or a part of one row."""
     _, rows, columns = ref.matrices
     most = min(SPAN // columns, _most_rows(ref))
     while start < stop:
@@ -141,7 +141,7 @@ def _parts(ref: QuantizedRef, start: int, stop: int) -> Iterator[Part]:
 
 
 def _most_rows(ref: QuantizedRef) -> int:
-    """Return the rows whose scales can be held; 0 where those of one row are too many."""
+    """Return the number of rows whose scales can be held; 0 if those of one row are too many."""
     lines = LINES // (_FLOAT * max(1, ref.scales.shape[2]))
     return max(0, lines - 2) * ref.scales.extent[1]
 
@@ -149,8 +149,8 @@ def _most_rows(ref: QuantizedRef) -> int:
 def _read_turned(
     reader: Reader, ref: QuantizedRef, start: int, stop: int, out: NDArray[np.float32], scratch: Scratch
 ) -> None:
-    """Decode elements of a tensor whose matrices are stored with rows and columns exchanged."""
-    _, depth, _ = ref.matrices  # the rows of the file are the columns here
+    """Decode elements of a tensor whose matrices are stored transposed."""
+    _, depth, _ = ref.matrices  # rows of the file are columns of the tensor
     room = scratch.take((min(LINES, ref.source.nbytes),), BYTE)
     tile = scratch.take((min(SPAN, ref.n_elements),), F32)
     scales = _Window(reader, ref, scratch)
@@ -168,7 +168,7 @@ def _read_turned(
 
 
 def _columns(ref: QuantizedRef, start: int, stop: int) -> Iterator[Part]:
-    """Yield the parts of the file's matrices that elements consist of: whole columns, or a part of one."""
+    """Yield the parts of the file's matrices that form the elements: whole columns, or a part of one column."""
     _, depth, lines = ref.matrices
     while start < stop:
         line, at = divmod(start, depth)
@@ -183,7 +183,7 @@ def _columns(ref: QuantizedRef, start: int, stop: int) -> Iterator[Part]:
 
 
 def _tile_rows(ref: QuantizedRef, part: Part) -> tuple[int, int]:
-    """Return rows and columns of a tile: whose values, lines of codes and lines of scales have room."""
+    """Return rows and columns of a tile such that its values, lines of codes and lines of scales fit."""
     pitch = ref.matrices[2] * ref.bits // 8
     wide = min(part.last - part.column, SPAN)
     rows = min(SPAN // wide, LINES // max(1, pitch), _most_rows(ref))
@@ -198,7 +198,7 @@ def _decode_lines(
     scales: _Window,
     out: NDArray[np.float32],
 ) -> None:
-    """Decode a rectangle: whole lines of codes are read where there are several."""
+    """Decode a rectangle; if it has several lines, whole lines of codes are read."""
     _, depth, columns = ref.matrices
     rows, wide = part.shape
     begin = (part.matrix * depth + part.row) * columns + part.column
@@ -212,7 +212,7 @@ def _decode_lines(
 
 
 class _Window:
-    """The scales of a part of a tensor; those of the part before are kept where they are the same."""
+    """The scales of a part of a tensor; those of the previous part are reused if they are the same."""
 
     def __init__(self, reader: Reader, ref: QuantizedRef, scratch: Scratch) -> None:
         self._reader, self._ref, self._scratch = reader, ref, scratch
@@ -220,7 +220,7 @@ class _Window:
         self._values = np.empty((0, 0), np.float32)
 
     def of(self, part: Part) -> NDArray[np.float32]:
-        """Return the scales of a part, [rows, columns] from that of its first element on."""
+        """Return the scales of a part, [rows, columns], beginning with that of its first element."""
         by_matrix, by_row, by_column = self._ref.scales.extent
         wanted = Part(
             part.matrix // by_matrix,
@@ -239,7 +239,7 @@ class _Window:
         _, rows, columns = grid.shape
         width = itemsize(grid.dtype)
         n, wide = wanted.shape
-        # Of several rows all of each, so that they lie together.
+        # Several rows are read whole, so that they are contiguous.
         left, length = (wanted.column, wide) if n == 1 else (0, columns)
         first = (wanted.matrix * rows + wanted.row) * columns + left
         raw = self._scratch.rest().take((n * length * width,), BYTE)

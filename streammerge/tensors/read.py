@@ -1,4 +1,4 @@
-"""Elements of a tensor as its model has them: as they lie in a file, put in order or together, with an adapter, gathered."""
+"""Read elements of a tensor of any kind: stored, strided, assembled, quantised, adapted or gathered."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
     "sharded",
     "strided",
 ]
-"""The modules register the readers of their kinds when this is imported."""
+"""Importing these modules registers their readers."""
 
 
 def read_source(
@@ -51,16 +51,16 @@ def read_source(
     *,
     again: bool = False,
 ) -> int:
-    """Read elements `start` to `stop` of a tensor into a slot (see `io.pages`); return where in it they begin.
+    """Read elements `start` to `stop` of a tensor into a slot (see `io.pages`); return the offset at which they begin.
 
     Parameters
     ----------
     scratch
-        Room of `ref.scratch_bytes`.
+        Working memory of `ref.scratch_bytes`.
     stages
-        Takes the time.
+        Records the time taken.
     again
-        The same elements will be read once more.
+        Whether the same elements will be read again.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def read_source(
 
 
 def read_elements(reader: Reader, ref: Ref, start: int, stop: int) -> Bytes:
-    """Return elements `start` to `stop` of a tensor in memory of their own: for a small or sparse look."""
+    """Return elements `start` to `stop` of a tensor in newly allocated memory, for small or sparse reads."""
     first, last = (element * BITS[ref.dtype] // 8 for element in (start, stop))
     data = np.empty(last - first, np.uint8)
     ref.read(reader, start, stop, data, Scratch(np.empty(ref.scratch_bytes, np.uint8)))

@@ -1,4 +1,4 @@
-"""Tensors that lie in chunks, put together as they are read: runs of elements to their places, boxes by way of a buffer."""
+"""Assemble tensors from chunks as they are read: runs of elements directly, other boxes through a buffer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from streammerge.tensors.strided import copy_box
 def read_sharded(
     reader: Reader, ref: ShardedRef, start: int, stop: int, target: Bytes, scratch: Scratch
 ) -> None:
-    """Read elements `start` to `stop`, counted row by row, to the beginning of `target`.
+    """Read elements `start` to `stop`, in row-major order, to the beginning of `target`.
 
     Raises
     ------

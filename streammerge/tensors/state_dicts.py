@@ -1,8 +1,8 @@
-"""Models held in memory, read as if they were files: the plan and the engine know no other kind.
+"""Models held in memory, presented as files, so that the plan and the engine need to know only files.
 
-Each is a virtual file with a name for messages, in which the tensors lie one after the other in the order in which
-the safetensors library would have written them; `TensorRef`s lead there. So a merge of state dicts goes through the
-same plan, statistics and kernels as one of files, in the same order, and gives the same bits.
+Each model is a virtual file with a name for messages. It contains the tensors in the order in which the safetensors
+library would have written them, and `TensorRef`s point into it. Hence a merge of state dicts uses the same plan,
+statistics and kernels as a merge of files, in the same order, and gives the same bits.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from streammerge.io.reader import IoMode, Reader
 from streammerge.tensors.held import Held, hold
 
 _ALIGN = 64
-"""Bytes; where tensors begin in a virtual file."""
+"""Alignment in bytes of the tensors in a virtual file."""
 
 
 class StateDict:
@@ -38,20 +38,20 @@ class StateDict:
     Parameters
     ----------
     path
-        What messages call it, and its virtual file.
+        The model's name in messages, and the path of its virtual file.
     values
         Tensors of torch or arrays of numpy, by name.
 
     Raises
     ------
     InputError
-        If a name or a value is none that can be merged.
+        If a name or a value cannot be merged.
     """
 
     def __init__(self, path: str, values: Mapping[str, object]) -> None:
         self.path = path
         self.tensors: dict[str, Held] = {}
-        """In the order in which they were given."""
+        """The tensors in the given order."""
         for name, value in values.items():
             what = f"{printable(path)}[{printable(repr(name), 200)}]"
             if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
@@ -63,9 +63,9 @@ class StateDict:
         self._placed: list[Held] = []
 
     def shared(self) -> dict[str, str]:
-        """Return the tensors that are another's memory, each with the name of that one: ``{head: embedding}``."""
+        """Return the tensors that share a different tensor's memory, with that tensor's name: ``{head: embedding}``."""
         first: dict[object, str] = {}
-        for name in sorted(self.tensors, key=is_head):  # stable: a head is never the first
+        for name in sorted(self.tensors, key=is_head):  # stable, heads last: a head is never the original
             first.setdefault(self.tensors[name].place, name)
         return {
             name: first[held.place]
@@ -74,7 +74,7 @@ class StateDict:
         }
 
     def index(self, reference: str, leave_out: Iterable[str] = ()) -> TensorIndex:
-        """Return the model as a plan sees it, without some of its tensors."""
+        """Return the model's index for a plan, without the tensors to leave out."""
         without = set(leave_out)
         names = [name for name in self.tensors if name not in without]
         names.sort(key=lambda name: (-RANK[self.tensors[name].dtype], name.encode("utf-8", "surrogatepass")))
@@ -94,22 +94,22 @@ class StateDict:
         return TensorIndex(reference, Path(self.path), (), with_floats(tensors, found), quantization=found)
 
     def read(self, offset: int, target: Bytes) -> None:
-        """Fill `target` from a byte of the virtual file on; it lies within one tensor."""
+        """Fill `target` from a byte of the virtual file on; the range is within one tensor."""
         if not target.size:
             return
-        # Of several that begin at one place the last has bytes, the others none.
+        # If several tensors have the same offset, all except the last are empty.
         place = bisect_right(self._starts, offset) - 1
         held = self._placed[place]
         held.copy((offset - self._starts[place]) * 8 // BITS[held.dtype], target)
 
 
 class HeldReader(Reader):
-    """Reads virtual files from memory, and all others from the disk.
+    """Reads virtual files from memory, and all other files from disk.
 
     Parameters
     ----------
     models
-        What lies in memory.
+        The models in memory.
     """
 
     def __init__(
@@ -144,20 +144,20 @@ class HeldReader(Reader):
         return 0
 
     def prefetch(self, path: str, offset: int, nbytes: int) -> None:
-        """See `Reader`: what lies in memory is there."""
+        """See `Reader`: virtual files are already in memory."""
         if path not in self._held:
             super().prefetch(path, offset, nbytes)
 
 
 def ties_of(models: Sequence[StateDict], others: Sequence[TensorIndex]) -> dict[str, str]:
-    """Return the tensors that are another one in every model, by which: a file would hold one of the two.
+    """Return the tensors that share a different tensor's memory in every model, with its name; files store only one.
 
     Parameters
     ----------
     models
-        The first decides; where another has the two apart, they are two tensors.
+        The models in memory. The first decides; if any other has two separate tensors, they are not tied.
     others
-        Models in files, which hold what they have apart.
+        Models in files, which store only separate tensors.
     """
     found = models[0].shared() if models else {}
     for model in models[1:]:
@@ -176,7 +176,7 @@ def held_fisher(model: StateDict) -> CompanionIndex:
     Raises
     ------
     InputError
-        If one is not made of floats.
+        If a tensor does not consist of floats.
     """
     index = model.index(model.path)
     for name, ref in index.items():

@@ -1,8 +1,8 @@
-"""Elements of a tensor that do not lie one after the other, put in order as they are read.
+"""Read the elements of a non-contiguous tensor in order.
 
-A range of elements of a tensor is a few boxes: the rest of a row, whole rows, the beginning of a row, on every axis.
-A box is cut along the axis with the largest step in the file until what it spans there is a block; the block is read
-whole and its elements are taken. Where they lie far apart each run is read by itself.
+A range of elements of a tensor consists of a few boxes: on every axis, the rest of a row, whole rows, and the beginning
+of a row. A box is cut along the axis with the largest stride in the file until its span is at most one block. The block
+is read whole, and its elements are copied. If they are far apart, each run is read separately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from streammerge.io.scratch import Scratch
 from streammerge.numerics.casts import BYTE
 
 _GAP_BYTES = 1 << 14
-"""Bytes between two runs that are rather read than skipped."""
+"""Most bytes between two runs that are read rather than skipped."""
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -30,7 +30,7 @@ _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 def read_strided(
     reader: Reader, ref: StridedRef, start: int, stop: int, target: Bytes, scratch: Scratch
 ) -> None:
-    """Read elements `start` to `stop`, counted row by row, to the beginning of `target`.
+    """Read elements `start` to `stop`, in row-major order, to the beginning of `target`.
 
     Raises
     ------
@@ -55,15 +55,15 @@ def copy_box(
     steps: Sequence[int],
     room: Bytes,
 ) -> None:
-    """Read a box of elements to their places, by way of `room` (a `STRIDED_BLOCK`).
+    """Read a box of elements to their targets, through the buffer `room` of `STRIDED_BLOCK` bytes.
 
     Parameters
     ----------
     source, strides
-        The stretch of a file that the elements lie in, and the elements of it from one index to the next.
+        The range of a file that contains the elements, and its strides in elements, per axis.
     out, origin, steps
-        Where they go: rows of bytes, an element each; the row of the element at index 0 on every axis (it may lie before
-        the first), and the rows from one index to the next.
+        The target: an array with one row of bytes per element; the row of the element at index 0 on every axis (it may
+        be before the first row); and the strides in rows, per axis.
     """
     width = itemsize(source.dtype)
     for part in _blocks(box, strides, width):
@@ -77,14 +77,14 @@ def copy_box(
 def _copy(
     out: Bytes, at: int, steps: Sequence[int], block: Bytes, strides: Sequence[int], shape: Sequence[int]
 ) -> None:
-    """Copy a box of elements, each one a row of bytes."""
+    """Copy a box of elements, each a row of bytes."""
     width = block.shape[1]
     axes = [axis for axis, size in enumerate(shape) if size > 1]  # numpy has no more than 64
     sizes = [shape[axis] for axis in axes]
     views = []
     for rows, by in ((out[at:], steps), (block, strides)):
         some = rows.reshape(-1)
-        # One word for each element where that can be; else its bytes.
+        # Copy one word per element if possible, else its bytes.
         aligned = some.ctypes.data % width == 0
         words = some.view(_WORDS[width]) if aligned else rows
         each = ([], []) if aligned else ([width], [1])
@@ -99,7 +99,7 @@ def _copy(
 
 
 def _blocks(box: Box, strides: Sequence[int], width: int) -> Iterator[Box]:
-    """Yield the parts of a box, each within one block of the file."""
+    """Yield parts of a box, each within one block of the file."""
     wide = [axis for axis, (begin, end) in enumerate(box) if end - begin > 1 and strides[axis]]
     if not wide:
         yield box
@@ -123,5 +123,5 @@ def _blocks(box: Box, strides: Sequence[int], width: int) -> Iterator[Box]:
 
 
 def _span(box: Box, strides: Sequence[int]) -> int:
-    """Return the elements of the file from the first to the last of a box."""
+    """Return the number of elements of the file from the first to the last element of a box, inclusive."""
     return 1 + sum((end - begin - 1) * stride for (begin, end), stride in zip(box, strides, strict=True))

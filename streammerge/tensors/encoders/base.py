@@ -1,14 +1,14 @@
-"""What stores a merged tensor in a form of its own: codes, and the scales that decode them, as several tensors of a file.
+"""Encoders store a merged tensor as several tensors of a file: codes, and the scales that decode them.
 
-An encoder is a value: it knows from names and shapes alone which tensors it makes, where in them each element has its
-bytes, and where a tensor may be cut. One format is one file in this folder. Its arithmetic is in
+An encoder is a value. From names and shapes alone it knows which tensors it writes, the position of each element's
+bytes in them, and where a tensor may be cut. Each format is one file in this folder; the arithmetic is in
 `streammerge.numerics.encoding`.
 
 ::
 
     merged, fp32   |-- unit --|-- unit --|-- unit --|-- u |     cut only between units
-    codes          |----------|----------|----------|-----|     of each unit as many bytes
-    scales         |--|--|--|--|                                of each unit as many bytes
+    codes          |----------|----------|----------|-----|     the same number of bytes per unit
+    scales         |--|--|--|--|                                the same number of bytes per unit
     one number     |-|                                          written with the first element
 """
 
@@ -36,7 +36,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor as a file of the output holds it."""
+    """One tensor as stored in a file of the output."""
 
     name: str
     dtype: str
@@ -52,9 +52,9 @@ class Stored:
 
 
 class Encoder(ABC):
-    """Stores the elements of one tensor; immutable, and it pickles.
+    """Encodes the elements of one tensor; immutable and picklable.
 
-    `encode` may be called from many threads, and is given whole units, so that the bytes do not depend on the cuts.
+    `encode` may be called from many threads. It gets whole units, so that the bytes do not depend on the cuts.
     """
 
     __slots__ = ()
@@ -62,56 +62,56 @@ class Encoder(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """What the format is called, for people."""
+        """The name of the format, for display."""
 
     @property
     @abstractmethod
     def parts(self) -> tuple[Stored, ...]:
-        """The tensors that it makes: the codes, then what decodes them."""
+        """The tensors that it writes: the codes, then the tensors that decode them."""
 
     @property
     @abstractmethod
     def unit(self) -> int:
-        """Elements between two places where the tensor may be cut."""
+        """Number of elements between two positions at which the tensor may be cut."""
 
     @property
     @abstractmethod
     def unit_nbytes(self) -> tuple[int, ...]:
-        """Bytes of each part that belong to one unit; 0: the part belongs to the tensor as a whole."""
+        """Bytes of each part that belong to one unit; 0 for a part that belongs to the whole tensor."""
 
     @property
     def needs_peak(self) -> bool:
-        """Whether the largest magnitude of the whole tensor must be known before its first element is encoded."""
+        """Whether encoding needs the largest magnitude of the whole tensor."""
         return False
 
     @property
     def scratch_bytes(self) -> int:
-        """Upper bound of the bytes that encoding takes in addition to values and parts, if they are many."""
+        """Upper bound of the bytes that encoding takes in addition to values and parts; small amounts are ignored."""
         return 0
 
     @property
     @abstractmethod
     def kernels(self) -> frozenset[str]:
-        """Groups of compiled kernels that encoding makes use of."""
+        """Groups of compiled kernels that encoding uses."""
 
     @abstractmethod
     def encode(
         self, values: NDArray[np.float32], start: int, outs: Sequence[Bytes], peak: float | None
     ) -> None:
-        """Encode finite elements from `start` on, in whole units, to the bytes of each part that `spans` names.
+        """Encode finite elements from `start` on, in whole units, to the bytes of each part given by `spans`.
 
         Parameters
         ----------
         values
-            Shape (n,).
+            The elements, of shape (n,).
         outs
-            Of each part, as many bytes as its span has.
+            The bytes to write for each part, as many as its span has.
         peak
-            The largest magnitude of the whole tensor where `needs_peak`.
+            The largest magnitude of the whole tensor, if `needs_peak`.
         """
 
     def spans(self, start: int, stop: int) -> tuple[Span, ...]:
-        """Return the bytes of each part that elements `start` to `stop`, whole units, are stored in."""
+        """Return the span of bytes in each part that stores elements `start` to `stop`, which are whole units."""
         first, last = start // self.unit, -(-stop // self.unit)
         return tuple(
             (min(part.nbytes, first * per), min(part.nbytes, last * per))
@@ -121,7 +121,7 @@ class Encoder(ABC):
         )
 
     def room(self, n: int) -> tuple[int, ...]:
-        """Return the most bytes of each part that `n` elements, cut out anywhere, are stored in."""
+        """Return the most bytes of each part that any `n` consecutive elements are stored in."""
         units = -(-n // self.unit)
         return tuple(
             min(part.nbytes, units * per) if per else part.nbytes
@@ -129,21 +129,21 @@ class Encoder(ABC):
         )
 
 
-# --- the registry: which encoder stores a tensor as a model's own is stored
+# --- the registry: select the encoder that stores a tensor like a model's own tensor
 
 
 class NotWrittenError(Exception):
-    """A format is read and not written; the message names what of it is not."""
+    """A format can be read but not written; the message names the unsupported part."""
 
 
 Named = Callable[[str], str]
-"""Returns the name in the output of what a stored tensor is called in its model."""
+"""Function that returns the name in the output for the name of a stored tensor in its model."""
 Make = Callable[[Any, Named, Declaration], Encoder]
 _MAKERS: dict[tuple[type[SourceRef], str | None], Make] = {}
 
 
 def encodes(kind: type[SourceRef], element: str | None = None) -> Callable[[Make], Make]:
-    """Register what returns the encoder of a kind of quantised tensors, where it has several of one kind of elements."""
+    """Register the function that returns the encoder for a kind of quantised tensor, and for its `element` if given."""
 
     def register(make: Make) -> Make:
         _MAKERS[kind, element] = make
@@ -153,12 +153,12 @@ def encodes(kind: type[SourceRef], element: str | None = None) -> Callable[[Make
 
 
 def encoder_like(ref: SourceRef, named: Named, declared: Declaration) -> Encoder:
-    """Return what stores a tensor as `ref` is stored.
+    """Return the encoder that stores a tensor in the format of `ref`.
 
     Raises
     ------
     NotWrittenError
-        If nothing does.
+        If there is no such encoder.
     """
     _load()
     element = getattr(getattr(ref, "encoding", None), "element", None)
@@ -170,7 +170,7 @@ def encoder_like(ref: SourceRef, named: Named, declared: Declaration) -> Encoder
 
 @cache
 def _load() -> None:
-    """Import the formats of this folder, which register themselves."""
+    """Import the modules of this folder, which register their formats."""
     package = __name__.rpartition(".")[0]
     for found in pkgutil.iter_modules(importlib.import_module(package).__path__):
         importlib.import_module(f"{package}.{found.name}")

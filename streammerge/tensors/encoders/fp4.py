@@ -1,4 +1,4 @@
-"""MXFP4: E2M1 codes, two to a byte, with a power of two for each 32 of a row; of gpt-oss, rows are columns of the tensor."""
+"""MXFP4: E2M1 codes, two per byte, with a power of two per 32 elements of a row; gpt-oss stores matrices transposed."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from streammerge.numerics.encoding import (
 from streammerge.tensors.encoders.base import Encoder, Named, Stored, encodes
 
 _EXPONENT = 2
-"""That of the largest number of E2M1."""
+"""The exponent of the largest E2M1 number."""
 _AT_ONCE = 1 << 17
-"""Elements that are turned together."""
+"""Number of elements that are transposed together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4(Encoder):
-    """Codes of rows of some columns, and one exponent for each group of a row."""
+    """Encodes rows as codes, with one exponent per group of a row."""
 
     codes: Stored
     scales: Stored
     matrix: tuple[int, int]
-    """Rows and columns as they are stored."""
+    """Rows and columns of a stored matrix."""
     group: int
     turned: bool = False
-    """Whether rows and columns are exchanged in the tensor: a matrix is then encoded as a whole."""
+    """Whether the tensor has rows and columns exchanged; a matrix is then encoded as a whole."""
 
     @property
     def label(self) -> str:
@@ -52,7 +52,7 @@ class Mxfp4(Encoder):
 
     @property
     def unit(self) -> int:
-        """See `Encoder`: a row, or a matrix that is turned."""
+        """See `Encoder`: a row, or a whole matrix if `turned`."""
         return math.prod(self.matrix) if self.turned else self.matrix[1]
 
     @property
@@ -62,7 +62,7 @@ class Mxfp4(Encoder):
 
     @property
     def scratch_bytes(self) -> int:
-        """See `Encoder`: rows that are turned."""
+        """See `Encoder`: transposed rows."""
         return 4 * min(self.unit, max(_AT_ONCE, self.matrix[1])) if self.turned else 0
 
     @property
@@ -97,7 +97,7 @@ class Mxfp4(Encoder):
 
 @encodes(QuantizedRef, "F4_E2M1")
 def _of(ref: QuantizedRef, named: Named, declared: Declaration) -> Mxfp4:
-    """Return what stores a tensor as `ref` is stored."""
+    """Return the encoder that stores a tensor in the format of `ref`."""
     codes, scales = (
         Stored(named(part.name), part.dtype, part.shape) for part in (ref.source, ref.scales.tensor)
     )

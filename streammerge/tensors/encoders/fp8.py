@@ -1,4 +1,4 @@
-"""FP8 E4M3 with one scale for each block, row, group of columns or whole tensor: DeepSeek's layout and its relatives."""
+"""FP8 E4M3 with one scale per block, row, group of columns or tensor: DeepSeek's layout and similar ones."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from streammerge.tensors.encoders.base import Named, NotWrittenError, Stored, en
 from streammerge.tensors.encoders.grid import Gridded
 
 Rule = Literal["448", "powers", "mx"]
-"""How a scale follows from the largest magnitude: a 448th, the least power of two that is not below, MXFP8's."""
+"""The rule for a scale: largest magnitude / 448, the least power of two that is not below that, or MXFP8's rule."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8(Gridded):
-    """FP8 E4M3 codes of the shape of the tensor."""
+    """Encodes a tensor as FP8 E4M3 codes of the same shape."""
 
     rule: Rule = "448"
 
@@ -58,14 +58,14 @@ class Fp8(Gridded):
 
 
 def in_blocks(name: str, shape: tuple[int, ...], block: tuple[int, int]) -> Fp8:
-    """Return what stores a tensor, of whole blocks, as DeepSeek does: F32 scales behind its own name and ``_scale_inv``."""
+    """Return the encoder for a tensor of whole blocks in DeepSeek's format; F32 scales are named ``NAME_scale_inv``."""
     grid = tuple(side // size for side, size in zip(shape[-2:], block, strict=True))
     return Fp8(name, shape, Stored(f"{name}_scale_inv", "F32", (*shape[:-2], *grid)), block)
 
 
 @encodes(QuantizedRef, "F8_E4M3")
 def _of(ref: QuantizedRef, named: Named, declared: Declaration) -> Fp8:
-    """Return what stores a tensor as `ref` is stored."""
+    """Return the encoder that stores a tensor in the format of `ref`."""
     n, *size = ref.matrices
     matrices, height, width = ref.scales.extent
     whole = ref.scales.shape == (1, 1, 1)

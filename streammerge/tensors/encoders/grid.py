@@ -1,4 +1,4 @@
-"""What formats with one scale for each block of a matrix have in common, whatever their codes are."""
+"""The common part of formats with one scale per block of a matrix, independent of their codes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from streammerge.tensors.encoders.base import Encoder, Stored
 
 @dataclass(frozen=True, slots=True)
 class Gridded(Encoder):
-    """Codes of a tensor [..., M, N]; a value is its code times the scale of its block, those at the edges cut short."""
+    """Encodes a tensor [..., M, N]; a value is its code times the scale of its block. Edge blocks may be smaller."""
 
     name: str
-    """Of the codes."""
+    """The name of the tensor of codes."""
     shape: tuple[int, ...]
-    """Of the values."""
+    """The shape of the values."""
     scales: Stored
     block: tuple[int, int]
-    """Rows and columns that share a scale."""
+    """Numbers of rows and columns that share a scale."""
     needs_peak: bool = False
     """Whether one scale serves the whole tensor."""
 
@@ -41,11 +41,11 @@ class Gridded(Encoder):
 
     @abstractmethod
     def scales_of(self, peaks: Values) -> Values:
-        """Return the scale of each block from its largest magnitude, as its dtype holds it."""
+        """Return the scale of each block from its largest magnitude, rounded to the dtype of the scales."""
 
     @abstractmethod
     def write(self, rows: Values, scales: Values, block: tuple[int, int], out: Bytes) -> None:
-        """Write the codes of some rows, (n, columns), whose blocks have these scales."""
+        """Write the codes of rows, of shape (n, columns), whose blocks have these scales."""
 
     @property
     def parts(self) -> tuple[Stored, ...]:
@@ -54,12 +54,12 @@ class Gridded(Encoder):
 
     @property
     def columns(self) -> int:
-        """Elements of a row."""
+        """Number of elements of a row."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def _height(self) -> int:
-        """Rows of a unit: those of a block, or a whole matrix where the next one begins inside of a row of blocks."""
+        """Rows of a unit: those of a block, or of a whole matrix if its rows do not divide into whole blocks."""
         rows = self.shape[-2] if len(self.shape) > 1 else 1
         if self.needs_peak:
             return 1

@@ -1,4 +1,4 @@
-"""Symmetric integers of compressed-tensors, one to a byte or packed in words: a value is its integer times its group's scale."""
+"""Symmetric integers of compressed-tensors, one per byte or packed in words; a value is integer * group scale."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from streammerge.tensors.encoders.base import Named, NotWrittenError, Stored, en
 from streammerge.tensors.encoders.grid import Gridded
 
 _AT_ONCE = 1 << 17
-"""Elements whose integers are held before they are packed."""
+"""Number of elements whose integers are held before they are packed."""
 _WORD = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Integers(Gridded):
-    """Integers of some bits; `packed`: stored without sign, densely along a row, which fills whole words."""
+    """Encodes a tensor as integers of some bits; `packed`: unsigned and dense along a row, which fills whole words."""
 
     bits: int = 8
     packed: bool = False
@@ -86,7 +86,7 @@ class Integers(Gridded):
 
 @encodes(IntegersRef)
 def _of(ref: IntegersRef, named: Named, declared: Declaration) -> Integers:
-    """Return what stores a tensor as `ref` is stored."""
+    """Return the encoder that stores a tensor in the format of `ref`."""
     if ref.zeros is not None:
         raise NotWrittenError(f"{ref.title}, asymmetric")
     if ref.groups.index is not None:

@@ -1,4 +1,7 @@
-"""NVFP4: E2M1 codes with an FP8 scale for 16 columns and one of the whole, which divides (compressed-tensors) or multiplies (modelopt)."""
+"""NVFP4: E2M1 codes with an FP8 scale per 16 columns and one scale per tensor.
+
+The scale of the tensor divides in compressed-tensors and multiplies in modelopt.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +29,13 @@ from streammerge.tensors.encoders.base import Encoder, Named, Stored, encodes
 
 @dataclass(frozen=True, slots=True)
 class Nvfp4(Encoder):
-    """Codes U8 [..., N / 2], scales F8_E4M3 [..., N / group], and F32 of the whole: one, or one for each matrix."""
+    """Codes U8 [..., N / 2], scales F8_E4M3 [..., N / group], and an F32 scale for the tensor or per matrix."""
 
     codes: Stored
     scales: Stored
     whole: Stored
     shape: tuple[int, ...]
-    """Of the values."""
+    """The shape of the values."""
     group: int
     divides: bool
 
@@ -53,7 +56,7 @@ class Nvfp4(Encoder):
 
     @property
     def unit(self) -> int:
-        """See `Encoder`: a row, or a matrix that has a scale of its own."""
+        """See `Encoder`: a row, or a matrix if each matrix has its own F32 scale."""
         return self.shape[-1] if self.needs_peak else self.shape[-2] * self.shape[-1]
 
     @property
@@ -95,6 +98,6 @@ class Nvfp4(Encoder):
 
 @encodes(Nvfp4Ref)
 def _of(ref: Nvfp4Ref, named: Named, declared: Declaration) -> Nvfp4:
-    """Return what stores a tensor as `ref` is stored."""
+    """Return the encoder that stores a tensor in the format of `ref`."""
     codes, scales, whole = (Stored(named(part.name), part.dtype, part.shape) for part in ref.parts)
     return Nvfp4(codes, scales, whole, ref.shape, ref.group, ref.divides)
