@@ -130,11 +130,11 @@ class BlockMath(Protocol):
     def own_squares(self) -> NDArray[np.float64]:
         """Return the sums of squares of the base, if there is one, and of the models per 4096 elements, (blocks, tensors).
 
-        Of weights, not of task vectors.
+        The sums are over weights, not task vectors.
         """
 
     def agreements(self, vectors: tuple[TaskVector, ...]) -> Counts:
-        """Return at how many elements two vectors or more are not zero: of one sign, and of both, (2,)."""
+        """Return the numbers of elements where two or more vectors are not zero: with one sign, and with both, (2,)."""
 
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """Return the number of elements that elect + minus the number that elect -."""

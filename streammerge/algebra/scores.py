@@ -27,7 +27,7 @@ class Ranked(Protocol):
 
     @property
     def only_model(self) -> int | None:
-        """The one model that it looks at; None: it may look at all of them."""
+        """The only model that it depends on; None: it may depend on all of them."""
 
     def patterns(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the pattern of each element, int32."""

@@ -107,7 +107,7 @@ class TaskVector:
 
     @property
     def only_model(self) -> int:
-        """The one model that its magnitudes depend on."""
+        """The only model that its magnitudes depend on."""
         return self.model
 
     @property

@@ -1,4 +1,4 @@
-"""The contract of a backend: how it computes blocks, and what the planner and the engine must know about it.
+"""The contract of a backend: its computation of blocks, and the facts that the planner and the engine need about it.
 
 A backend is one value. `streammerge.backends.registry` registers it, `streammerge.planning.backend` chooses it, and all
 other code asks the value.

@@ -63,7 +63,7 @@ class TokenizerSpec:
     source: str
     """``union``, ``base``, or a reference."""
     tokens: Mapping[str, TokenSource] = field(default_factory=dict, hash=False)
-    """Tokens that get rows of their own choice; those that the vocabulary lacks are added to it."""
+    """Tokens with a configured source of their rows; those that the vocabulary lacks are added to it."""
     multiple_of: int = 1
     """The number of rows is a multiple of this."""
     path: str = ""

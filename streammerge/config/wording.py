@@ -65,9 +65,9 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 def meant(word: str, known: Iterable[str], whole: Mapping[str, str] | None = None) -> str:
-    """Return the nearest of many known words as the end of a sentence that goes without where none is near.
+    """Return a suggestion of the nearest known words, to end a message with; empty if none is near.
 
-    `whole` has what to show in place of a word that is only part of it.
+    `whole` has the full text to show in place of a word that is only a part of it.
 
     >>> meant("self_atn", ["self_attn", "mlp"]), meant("x", ["self_attn", "mlp"])
     (" (did you mean 'self_attn'?)", '')

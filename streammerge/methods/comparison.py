@@ -1,6 +1,6 @@
 """How fine-tunes differ from their base, tensor by tensor: rounds of statistics, as a method asks for them.
 
-`COMPARISON` is what the engine follows; it is in no list of methods, for it merges nothing.
+The engine runs `COMPARISON` like a method. No list of methods contains it, since it merges nothing.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from streammerge.statistics.kinds import (
 )
 
 SHARES = (0.01, 0.05, 0.2)
-"""The shares of a tensor's entries whose part of the squared norm is asked for."""
+"""Shares of a tensor's largest entries; the comparison computes their part of the squared norm."""
 TOP = 0.2
-"""The share of its largest entries that "top20" signs look at."""
+"""The share of largest entries over which "top20" signs are counted."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ COMPARISON = Method(
 
 
 def difference_of(context: TensorContext, answers: Sequence[Sequence[Any]]) -> TensorDifference:
-    """Return what the answers to all rounds of `COMPARISON` say of a tensor."""
+    """Return the differences in a tensor, given the values of all rounds of `COMPARISON`."""
     found = follow(difference(context), answers)
     assert isinstance(found, TensorDifference)
     return found

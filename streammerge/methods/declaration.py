@@ -1,4 +1,4 @@
-"""A method as it is registered: its function, what it declares, and how it is followed through its statistics."""
+"""A registered method: its function, its declarations, and the steps through its statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from streammerge.statistics.asking import Steps, follow
 from streammerge.statistics.base import Statistic
 
 Base = Literal["required", "optional", "member", "template", "none"]
-"""What a method does with ``base_model``.
+"""The role of ``base_model`` in a method.
 
 `required`, `optional`: task vectors are differences from the base. `member`: the base is one more model, whether it is
 listed or not. `template`: the arithmetic has no base; the base provides config.json, the tokenizer and the tensors

@@ -65,7 +65,7 @@ class Drop:
     rates: tuple[float, ...]
     """The paper's p (the fraction dropped), per model."""
     densities: tuple[float, ...]
-    """1 - p per model; exactly the configured number where the config gives a density."""
+    """1 - p per model; exactly the configured number if the config gives a density."""
     rescale: Rescale
     mask: Mask
     shared: bool

@@ -50,7 +50,7 @@ def combine(
     by
         What counts as one vector: the whole tensor, each row or each column.
     base
-        Whether the base is weighed too, as the first, where there are no `vectors`.
+        Whether the base is weighed too, as the first vector, if there are no `vectors`.
     """
     if by is Extent.ROW:
         return RowCombination(partial(coefficients, **parameters), tuple(vectors))

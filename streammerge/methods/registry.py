@@ -58,9 +58,9 @@ def method(
     Parameters
     ----------
     name
-        What ``merge_method:`` calls it.
+        Its name in ``merge_method:``.
     access
-        What the arithmetic must see at once: ``elementwise``, ``row``, ``tensor`` or ``model``.
+        The elements that the arithmetic must see at once: ``elementwise``, ``row``, ``tensor`` or ``model``.
     base
         Whether ``base_model`` is required, optional, one more model (``member``), only the template for the output's
         files (``template``), or refused (``none``).

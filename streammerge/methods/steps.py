@@ -104,7 +104,7 @@ def _cut(threshold: Threshold, ties: TiePolicy, end: int) -> Cut:
 
 
 def _limit_here(context: TensorContext, end: tuple[int, int]) -> int:
-    """Return the element of this tensor before which ties are kept, given (tensor, element) where they end overall."""
+    """Return the element of this tensor before which ties are kept, given the (tensor, element) where they end."""
     ordinal, element = end
     if context.ordinal == ordinal:
         return element

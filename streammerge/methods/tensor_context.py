@@ -1,4 +1,4 @@
-"""`TensorContext`: what a method may know about the tensor that it merges."""
+"""`TensorContext`: the facts that a method may use about the tensor that it merges."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class TensorContext:
     name: str = ""
     """The tensor's name in the output."""
     shape: tuple[int, ...] = ()
-    """The shape of the whole tensor, also where a formula is given a block of it."""
+    """The shape of the whole tensor, even if a formula gets only a block of it."""
     kind: TensorKind = "other"
-    """The kind of tensor, as far as its name tells."""
+    """The kind of tensor, as far as its name shows."""
     layer: int | None = None
     """Index of its layer, from 0; None outside the layers."""
     n_layers: int | None = None

@@ -1,6 +1,6 @@
 """Files of an output that people may edit: the model card, a licence, prompts, a chat template.
 
-An edit is not damage as long as the file is text, and JSON where it was JSON.
+An edit is not damage as long as the file is text, and still JSON if it was JSON.
 """
 
 from __future__ import annotations

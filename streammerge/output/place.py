@@ -39,7 +39,7 @@ class Place:
     """The directory of its journal, which exists only until the merge is finished."""
     manifest: Path
     file: str | None = None
-    """The name of the single file; None where the output is a directory."""
+    """The name of the single file; None if the output is a directory."""
 
     @property
     def journal(self) -> Path:

@@ -52,7 +52,7 @@ class Comparison:
 
     @property
     def cosines(self) -> list[list[float | None]]:
-        """The cosines between task vectors, (models, models); None where one of the two is zero."""
+        """The cosines between task vectors, (models, models); None if one of the two is zero."""
         dots = self.total.dots
         norms = np.sqrt(np.diag(dots))
         return [
@@ -117,7 +117,7 @@ class Sums:
         return math.sqrt(self.dots[model, model])
 
     def relative(self, model: int) -> float | None:
-        """Return the norm of a task vector over that of the base; None where the base is zero."""
+        """Return the norm of a task vector divided by that of the base; None if the base is zero."""
         return _ratio(self.norm(model), math.sqrt(self.base_square))
 
     def top_share(self, model: int) -> list[float | None]:

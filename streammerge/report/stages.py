@@ -16,7 +16,7 @@ _SHOWN = 3
 
 
 def stage_values(plan: MergePlan) -> list[dict[str, Any]]:
-    """Return what each stage does, in the order of the merge."""
+    """Return the description of each stage, in the order of the merge."""
     refs = all_parts([ref for job in plan.jobs for ref in job.inputs])
     before: dict[str, int] = {}
     for ref in refs:
@@ -36,7 +36,7 @@ def stage_values(plan: MergePlan) -> list[dict[str, Any]]:
 
 
 def reads_text(plan: MergePlan) -> str:
-    """Return how often the inputs are read."""
+    """Return the number of times that the inputs are read."""
     once = bytes_once(plan)
     return f"{plan.bytes_to_read() / max(1, once):.2f} x the {format_size(once)} of the inputs"
 

@@ -106,8 +106,8 @@ class Measurement:
 class Reducer(ABC, Generic[_A]):
     """A fold over blocks that yields the value of a statistic, in one pass or several.
 
-    A subclass defines what the part of one block is (`measured`), how a part is added (`absorb`), and what the part of
-    all blocks so far is (`part`). Threads measure at the same time, and each adds its part. A pass may also be split over
+    A subclass defines the part of one block (`measured`), the addition of a part (`absorb`), and the part of all blocks
+    so far (`part`). Threads measure at the same time, and each adds its part. A pass may also be split over
     processes: each fills its own reducer (a pickled copy of this one from before the pass), and this one absorbs their
     parts before `end`. Parts are exact and do not depend on their order: integers add, and fp64 sums keep partial sums of
     blocks until all earlier blocks are there.
@@ -149,7 +149,7 @@ class Reducer(ABC, Generic[_A]):
 
     @abstractmethod
     def part(self) -> Any:
-        """Return what was added in this pass, as a picklable value for `absorb` of a reducer in the same pass."""
+        """Return everything added in this pass, as a picklable value for `absorb` of a reducer in the same pass."""
 
     @abstractmethod
     def absorb(self, part: Any) -> None:
@@ -161,7 +161,7 @@ class Reducer(ABC, Generic[_A]):
         return None
 
     def narrow_by_sample(self) -> None:
-        """Treat what was added so far as a sample, narrow the window by it, and start over."""
+        """Treat everything added so far as a sample, narrow the window by it, and start over."""
         return
 
 

@@ -1,4 +1,4 @@
-"""Rank statistics, found by counting bit patterns: the k-th largest magnitude or score, and where its ties end.
+"""Rank statistics, found by counting bit patterns: the k-th largest magnitude or score, and the number of its ties.
 
 All arithmetic is on integers. The initial window affects the number of passes, never the value.
 """
@@ -257,7 +257,7 @@ class TopKReducer(Reducer[Threshold]):
             self._bins += bins
 
     def narrow_by_sample(self) -> None:
-        """Treat what was counted as a sample, and start over with a window around its estimate of rank k.
+        """Treat the counts so far as a sample, and start over with a window around its estimate of rank k.
 
         The window extends six standard errors of the sampled rank to each side.
         """

@@ -1,4 +1,4 @@
-"""The statistic of ties: where the last of the equal elements that are kept lies, in index order."""
+"""The statistic of ties: the position of the last kept one among equal elements, in index order."""
 
 from __future__ import annotations
 

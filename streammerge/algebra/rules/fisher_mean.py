@@ -34,7 +34,7 @@ class FisherMean(Rule):
     """The task vectors after a drop, if any: the models are theta_0 + their surviving, rescaled task vectors."""
 
     def merged(self, inputs: Inputs) -> torch.Tensor:
-        """Return the weighted mean; what no model knows anything of falls back to the target or an average."""
+        """Return the weighted mean; elements without information in any model fall back to the target or an average."""
         import torch
 
         models, base, where, fishers = inputs

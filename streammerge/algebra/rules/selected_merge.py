@@ -25,7 +25,7 @@ class SelectedMerge(Rule):
     selection: Selection | None = None
     """The selected elements; None: all of them."""
     zero_sign: int = 0
-    """The sign elected where the entries cancel: +1, or 0 for none (the base stays)."""
+    """The sign elected if the entries cancel: +1, or 0 for none (the base stays)."""
     floor: float = 0.0
     """The smallest divisor of the mean; smaller sums of agreeing weights are raised to it."""
 

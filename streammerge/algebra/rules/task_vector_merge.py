@@ -21,7 +21,7 @@ class TaskVectorMerge(Rule):
     """Elect a sign per element, the one with the larger total magnitude, and merge only its
     entries (TIES, https://arxiv.org/abs/2306.01708, section 4)."""
     zero_sign: int = 0
-    """The sign elected where the totals are equal: +1, -1, or 0 for none (the base stays)."""
+    """The sign elected if the totals are equal: +1, -1, or 0 for none (the base stays)."""
     normalize: bool = False
     """With `elect`: divide by the sum of the weights of the merged entries."""
     divisor: float = 1.0

@@ -223,7 +223,7 @@ def _sums_of(window: Tensor) -> Iterator[NDArray[np.float64]]:
 def _sums_of_rows(
     shape: tuple[int, ...], squares: Squares | RowSquares | None, base: Path | None
 ) -> Iterator[NDArray[np.float64]]:
-    """Yield the sums of an embedding chunk by chunk: zeros, or those in a file, plus what was added to rows."""
+    """Yield the sums of an embedding chunk by chunk: zeros, or the sums in a file, plus the sums added to rows."""
     width = shape[-1] if shape else 1
     for first, end in chunk_runs(shape):
         if base is None:

@@ -85,7 +85,7 @@ def import_diagonal(
 
 
 def _write_all(run: StoreRun, refs: Mapping[str, TensorRef], dtype: str) -> int:
-    """Write what an earlier run has not; return the number of tensors that it has."""
+    """Write the tensors that an earlier run has not written; return the number that it has."""
     resumed = 0
     for done, (name, ref) in enumerate(refs.items()):
         run.control.check()

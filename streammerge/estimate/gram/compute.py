@@ -93,7 +93,7 @@ class GramSums:
         self._zeros += int((wide == 0).sum())
 
     def values(self) -> dict[str, Any]:
-        """Return what is recorded, once all runs were added."""
+        """Return the numbers to record, after all runs were added."""
         return {
             "sum": sum(p[0] for p in self._parts),
             "square_sum": sum(p[1] for p in self._parts),

@@ -28,7 +28,7 @@ _ROUTERS = frozenset({"gate", "router", "gating", "wg", "shared_expert_gate", "s
 """Modules that send a token to its experts."""
 _KEPT_KINDS = ("norm", "embedding", "head")
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-"""Model types whose layers are stored as (in, out), which no loader takes for linear maps in FP8."""
+"""Model types whose layers are stored as (in, out), a shape that no loader accepts for linear maps in FP8."""
 _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 """The experts of a layer in one tensor, as transformers 5 names them."""
 

@@ -1,4 +1,4 @@
-"""`quantize: same`: every tensor that is quantised in the base (or first model) is stored as it is stored there.
+"""`quantize: same`: every tensor that is quantised in the base (or first model) is stored in the same format.
 
 Copied tensors are copied code by code; merged tensors are encoded again. Scales of activations are copied along.
 """

@@ -240,7 +240,7 @@ def counted(names: Sequence[str], present: Iterable[str]) -> str:
 
 
 def _ends(name: str) -> Iterator[int]:
-    """Yield where the parts of a name end: its component, with the slash, and then all but the last, without the dot."""
+    """Yield the ends of a name's parts: of its component, with the slash; then of all but the last, without the dot."""
     component = len(in_component(name)[0])
     if component:
         yield component

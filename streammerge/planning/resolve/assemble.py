@@ -146,7 +146,7 @@ def _whole(
 def _further(
     part: Slice, reference: str, own: Mapping[str, Sequence[str]], indexes: Indexes
 ) -> Iterator[tuple[str, str]]:
-    """Yield the tensors of other models that the model `reference` has under no name, each with its model."""
+    """Yield the tensors of other models that the model `reference` lacks under any name, each with its model."""
     for spec in part.sources:
         for name in own[spec.reference]:
             if shared_as(indexes[reference], name) is None:

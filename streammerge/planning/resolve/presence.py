@@ -1,8 +1,8 @@
-"""Selects the tensors of the output where the models need not have the same: `tensors: common` and `tensors: any`.
+"""Selects the tensors of the output if the models need not have the same: `tensors: common` and `tensors: any`.
 
 ``common`` merges what all models have and leaves the rest out. ``any`` merges each tensor over the models that have it,
-with the weights of those; the base, where there is one, must have it. A tensor whose shapes differ between those models
-is left out.
+with the weights of those models; the base, if there is one, must have it. A tensor whose shapes differ between those
+models is left out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TOO_FEW = "in fewer models than the method takes"
 
 @dataclass(frozen=True)
 class Selection:
-    """The tensors of an output, and what is left out of it."""
+    """The tensors of an output, and those left out of it."""
 
     outputs: tuple[OutputTensor, ...]
     copied: frozenset[str] = frozenset()
