@@ -264,7 +264,7 @@ def depth_of(name: str, counts: Mapping[str, int]) -> float:
 
 
 def _declared(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Return the numbers of layers and of extra layers of the language model that a config declares."""
+    """Return the pairs (layers, extra layers) that a config declares for the language model."""
     parts = [config, *(config.get(name) for name in LANGUAGE_PARTS)]
     pairs = [
         (part.get("num_hidden_layers"), part.get(key))

@@ -1,7 +1,7 @@
 """Find the small files next to a model's weights, and select those that are copied to an output.
 
 Only small settings files that name other files are read. Links are followed only within the model's folder and to the
-blobs of a Hugging Face cache. Any other link, made by a stranger, would copy a private file of this machine into an
+blobs of a Hugging Face cache. A stranger's link to anything else would copy a private file of this machine into an
 output that may be published.
 """
 

@@ -196,8 +196,8 @@ class _Adapting:
     def _is_transposed(self, module: str, a: TensorRef, b: TensorRef, weight: SourceRef) -> bool:
         """Return whether a weight is stored as (in, out).
 
-        The shapes tell unless the weight is square. `fan_in_fan_out` alone is not reliable: PEFT decides per module, and
-        saves the value of the last one.
+        The shapes decide unless the weight is square. `fan_in_fan_out` alone is not reliable: PEFT decides per module,
+        and saves the value of the last module.
         """
         flag = self._adapter.settings.flag("fan_in_fan_out")
         if len(weight.shape) != 2 or len(a.shape) != 2 or len(b.shape) != 2:

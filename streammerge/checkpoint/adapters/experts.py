@@ -1,8 +1,8 @@
 """LoRA on parameters that are not a module's weight (`target_parameters`): fused experts of transformers.
 
 PEFT stacks the factors of all experts: A is [rank · experts, in], with the ranks of an expert consecutive; B is
-[out, rank · experts], with the experts of a rank consecutive. The base stores the experts fused as [experts, out, in] or
-[experts, in, out], or one by one, where each gets its slice of the factors.
+[out, rank · experts], with the experts of a rank consecutive. The base stores the experts either fused, as
+[experts, out, in] or [experts, in, out], or one by one; then each expert gets its slice of the factors.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ class Experts:
     def _is_turned(self, module: str, leaf: str, parts: Parts) -> bool:
         """Return whether A belongs to the rows of an expert's matrix.
 
-        The shapes tell unless the matrix is square; then those of other parameters do, or the version of PEFT and the
-        architecture.
+        The shapes decide unless the matrix is square; then the shapes of other parameters decide, or else the version of
+        PEFT and the architecture.
         """
         ways = self._ways(module, leaf, parts)
         stored = self._find(f"{module}.{leaf}")

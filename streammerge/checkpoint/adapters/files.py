@@ -1,8 +1,8 @@
 """Read the files of LoRA adapters in PEFT's format.
 
-These are ``adapter_config.json`` and the header of ``adapter_model.safetensors`` (or ``adapter_model.bin``). A tensor of
-the adapter is a factor of a weight's change, a magnitude of DoRA, rows of single trained tokens, or a whole tensor that
-replaces the base's (``modules_to_save``, biases).
+These are ``adapter_config.json`` and the header of ``adapter_model.safetensors`` (or ``adapter_model.bin``). A tensor
+of the adapter is a factor of a weight's change, a magnitude of DoRA, rows of single trained tokens, or a whole tensor
+that replaces the base's (``modules_to_save``, biases).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PARTS = re.compile(
 )
 _TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?", re.DOTALL)
 _COPIES = (".original_module.", ".trainable_tokens_original")
-"""The kinds of trained parts by what they replace."""
+"""Parts of the names of the base's original tensors, which an adapter may contain in addition to trained ones."""
 
 Parts = Mapping[str, TensorRef]
 """The tensors of one change, by part: ``lora_A``, ``lora_B``, ``lora_B.bias``, ``lora_magnitude_vector`` …"""

@@ -16,7 +16,7 @@ _AROUND = frozenset(
 )
 """Modules around a language model that do not identify a position within it."""
 _VISION = frozenset({"visual", "vision_tower", "vision_model", "vision_encoder", "vit"})
-"""Names of the same thing, which may be nested."""
+"""Names of vision towers, which may be nested."""
 _TOWER = "(vision)"
 _RENAMED = (
     (".attention.attention.query.", ".attention.q_proj."),
