@@ -200,8 +200,8 @@ class Experts:
     def _is_turned(self, module: str, leaf: str, parts: Parts) -> bool:
         """Return whether A belongs to the rows of an expert's matrix.
 
-        The shapes decide unless the matrix is square; then the shapes of other parameters decide, or else the version of
-        PEFT and the architecture.
+        The shapes decide unless the matrix is square. Then the shapes of other parameters decide, or else the version
+        of PEFT and the architecture.
         """
         ways = self._ways(module, leaf, parts)
         stored = self._find(f"{module}.{leaf}")

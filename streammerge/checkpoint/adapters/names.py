@@ -56,9 +56,9 @@ class Names:
     def find(self, plain: str, path: str, fits: Callable[[str], bool] = lambda name: True) -> str | None:
         """Return the base's name, or None.
 
-        The closest match decides, in this order: the same name; the same except for modules around a language model; one
-        name ends with the other; the same after transformers' renamings. A common ending alone, such as ``dense.weight`` of
-        two heads, is not a match.
+        The closest match decides, in this order: the same name; the same except for modules around a language model;
+        one name ends with the other; the same after transformers' renamings. A common ending alone, such as
+        ``dense.weight`` of two heads, is not a match.
 
         Parameters
         ----------

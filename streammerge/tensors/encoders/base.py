@@ -143,7 +143,7 @@ _MAKERS: dict[tuple[type[SourceRef], str | None], Make] = {}
 
 
 def encodes(kind: type[SourceRef], element: str | None = None) -> Callable[[Make], Make]:
-    """Register the function that returns the encoder of a kind of quantised tensor, or of one `element` of that kind."""
+    """Register the function that returns the encoder of a kind of quantised tensor, or of one `element` of it."""
 
     def register(make: Make) -> Make:
         _MAKERS[kind, element] = make
