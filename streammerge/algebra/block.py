@@ -128,7 +128,7 @@ class BlockMath(Protocol):
         """Add the dot products of all pairs over the rows of the block to `sums`, (pairs, columns)."""
 
     def own_squares(self) -> NDArray[np.float64]:
-        """Return the sums of squares of the base, if there is one, and of the models per 4096 elements, (blocks, tensors).
+        """Return the sums of squares of the base, if any, and of the models per 4096 elements, (blocks, tensors).
 
         The sums are over weights, not task vectors.
         """
@@ -140,13 +140,13 @@ class BlockMath(Protocol):
         """Return the number of elements that elect + minus the number that elect -."""
 
     def fisher_squares(self, model: int) -> tuple[NDArray[np.float64], int]:
-        """Return the sums of squares of a Fisher diagonal per 4096 elements, (blocks,), and the number of invalid values.
+        """Return the sums of squares of a Fisher diagonal per 4096 elements, (blocks,), and the count of invalid values.
 
         A value is invalid if it is negative, NaN or infinite.
         """
 
     def apply(self, rule: Rule, out: Operand) -> Applied:
-        """Write the merged block to `out`, rounded once to its dtype. `out` may overlay an input that is at least as wide."""
+        """Write the merged block to `out`, rounded once to its dtype. `out` may overlay an input at least as wide."""
 
 
 def operand_bytes(operand: Operand, n: int) -> int:

@@ -60,7 +60,7 @@ def _parse_place(value: object, path: str) -> str:
 
 
 def parse_base(value: object, path: str) -> tuple[str, str]:
-    """Return the reference of a base model, and the prefix that is taken off its names: ``{model: …, strip: "model."}``."""
+    """Return the reference of a base model, and the prefix taken off its names: ``{model: …, strip: "model."}``."""
     if not isinstance(value, dict) or "strip" not in value:
         return parse_reference(value, path), ""
     rest = {key: item for key, item in value.items() if key != "strip"}

@@ -17,7 +17,7 @@ from fractions import Fraction
 from streammerge.config.wording import check_keys, child, refuse, shown, suggestion
 
 Coefficients = Callable[[int, str], Sequence[Fraction]]
-"""Function of the number of checkpoints (at least 1) and the decay; returns the coefficients, oldest first, of sum 1."""
+"""Function of the number of checkpoints (at least 1) and the decay; returns coefficients, oldest first, of sum 1."""
 _DIGITS = 40
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
 

@@ -76,7 +76,7 @@ class Slice:
 
     @property
     def is_empty(self) -> bool:
-        """Whether its range has no layers: an empty first slice determines the embedding, an empty last one norm and head."""
+        """Whether its range has no layers. An empty first slice gives the embedding; an empty last one, norm and head."""
         spec = self.sources[0] if self.sources else self.base
         return spec is not None and spec.layer_range is not None and len({*spec.layer_range}) == 1
 

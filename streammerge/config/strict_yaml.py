@@ -81,7 +81,7 @@ def load_yaml(text: bytes | str, where: str) -> object:
 
 
 def load_documents(text: bytes | str, where: str) -> list[object]:
-    """Return the documents of `text`, at least one, as dicts with string keys, lists and scalars; empty ones are left out.
+    """Return the documents of `text`, at least one, as dicts with string keys, lists and scalars, without empty ones.
 
     Raises ConfigError, one line beginning with `where`, for anything else: syntax errors, bytes
     that are not UTF-8, duplicate keys, tags, aliases that recur or explode.

@@ -92,7 +92,7 @@ class Options:
     executor: str = "threads"
     """The name of the executor; see `streammerge.engine.executors`."""
     hash_inputs: bool = False
-    """Whether to hash every input file first, so that it is recognised whatever its date; the manifest records the hashes."""
+    """Whether to hash every input file first, so that it is recognised whatever its date. The manifest has the hashes."""
 
 
 def execute(

@@ -83,7 +83,7 @@ class Worker:
         """The elements that the current piece has read, for its stages."""
 
     def share(self, driver: Worker) -> None:
-        """Use the threads and the buffers of a different worker in place of its own, and the elements its pieces have read."""
+        """Use the threads and buffers of a different worker, and the elements its pieces have read."""
         self.__exit__()
         self.stop, self.stages, self.lent = driver.stop, driver.stages, driver.lent
         self._pool, self.threads, self.prefetchers = driver._pool, driver.threads, driver.prefetchers
@@ -109,7 +109,7 @@ class Worker:
             yield buffer
 
     def known(self, chunk: Chunk) -> Knowledge:
-        """Return what the worker that runs a chunk must be told: the values of statistics of its jobs and of their stages."""
+        """Return the values that a worker needs to run a chunk: statistics of its jobs and of their stages."""
         jobs = sorted({piece.job for piece in chunk.pieces})
         own = {(self.plan.name, job): list(self.answers[job]) for job in jobs if job in self.answers}
         computes = self.reader.computes

@@ -52,7 +52,7 @@ def expanded(path: str) -> str:
 
 
 def meant(path: str) -> str:
-    """Return `` (did you mean …?)`` if an existing name is similar to the last part of a missing `path`, else an empty string."""
+    """Return `` (did you mean …?)`` if a name like the last part of a missing `path` exists, else an empty string."""
     parent, name = os.path.split(path.rstrip("/"))
     try:
         beside = os.listdir(os.path.expanduser(parent) or ".")

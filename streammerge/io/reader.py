@@ -120,7 +120,7 @@ class Reader:
         self._count(total)
 
     def read_slot(self, path: str, offset: int, nbytes: int, slot: Bytes, *, again: bool = False) -> int:
-        """Read a range of a file into a slot (see `streammerge.planning.memory.buffers`); return the data's offset in the slot.
+        """Read a range of a file into a slot (see `streammerge.planning.memory.buffers`); return the data's offset in it.
 
         Parameters
         ----------

@@ -76,7 +76,7 @@ class Method:
 
     @property
     def identity(self) -> dict[str, str]:
-        """The digests of the method's code by name: its own and, for a user's method, those of all local modules it imports."""
+        """The digests of the method's code by name: its own and, for a user's method, of all local modules it imports."""
         if self.origin == "built in":
             return {"method": self.fingerprint}
         modules = {

@@ -33,7 +33,7 @@ def commit(
     hashes: Mapping[str, str],
     contents: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Publish a finished merge; everything is durable before the index (or single shard, or list of components) has its name.
+    """Publish a finished merge. The index, single shard or component list gets its name when all else is durable.
 
     Parameters
     ----------

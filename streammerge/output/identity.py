@@ -1,4 +1,4 @@
-"""The identity of a merge: everything that its output depends on. Only a merge with the same identity is resumed or verified."""
+"""The identity of a merge: everything that its output depends on. Only the same identity is resumed or verified."""
 
 from __future__ import annotations
 

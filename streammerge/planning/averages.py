@@ -1,4 +1,4 @@
-"""Averages of checkpoints: the key `checkpoints` becomes models with weights, one weighted sum whatever the schedule."""
+"""Averages of checkpoints: the key `checkpoints` becomes models with weights, one weighted sum for every schedule."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def last(self) -> int | None:
-        """The only shard of the output's own folder, whose presence marks a finished model; None if a different file does."""
+        """The only shard of the output's own folder, whose presence marks a finished model; None without an only one."""
         own = [number for number, shard in enumerate(self.shards) if not folder_of(shard.name)]
         return own[0] if len(own) == 1 else None
 

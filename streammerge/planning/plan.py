@@ -1,4 +1,4 @@
-"""The merge plan: everything that is read, computed and written, derived from headers. Later stages do not use the config."""
+"""The merge plan: everything that is read, computed and written, from headers. Execution does not use the config."""
 
 from __future__ import annotations
 

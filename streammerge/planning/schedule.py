@@ -108,7 +108,7 @@ class Work:
     """Additional buffer bytes per chunk: alignment, scratch, temporaries of a torch formula."""
     extent: Extent = Extent.ELEMENT
     at_once: int | None = None
-    """Elements of an encoded tensor that are merged, in place of each other, before they are encoded; None: all of a piece."""
+    """Elements of an encoded tensor merged at a time, in the same memory, and then encoded; None: whole pieces."""
 
     def lease_bytes(self, n: int) -> int:
         """Return the size of the buffer for `n` elements in bytes."""

@@ -127,7 +127,7 @@ class Sums:
 
 
 def shares_of_signs(counts: SignCounts) -> dict[str, float | None]:
-    """Return the shares of agreeing and of conflicting signs; None where no element has two that are not zero."""
+    """Return the shares of agreeing and of conflicting signs; None if no element has two non-zero task vectors."""
     both = counts.agree + counts.conflict
     return {"agree": _ratio(counts.agree, both), "conflict": _ratio(counts.conflict, both)}
 

@@ -12,7 +12,7 @@ from streammerge.planning.stages import StageRef, bytes_once
 from streammerge.units import format_size
 
 _SHOWN = 3
-"""Models that a line names; more are counted."""
+"""The most models that a line names; the rest are counted."""
 
 
 def stage_values(plan: MergePlan) -> list[dict[str, Any]]:

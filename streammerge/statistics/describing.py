@@ -19,7 +19,7 @@ _MANTISSA = 23
 """Bits of an fp32 pattern below its exponent."""
 _INFINITE = 0x7F800000
 EXPONENTS = 1 << 8
-"""Magnitudes are counted by their fp32 exponent: bin e holds those from 2^(e - 127) to twice that; bin 0 the smaller ones."""
+"""Number of bins, one per fp32 exponent: bin e counts magnitudes from 2^(e - 127) to twice that; bin 0 smaller ones."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class SignCounts:
 
 @dataclass(frozen=True)
 class SignAgreement(Statistic[SignCounts]):
-    """The number of elements at which the surviving entries of task vectors agree in sign, and at which they conflict."""
+    """The numbers of elements at which surviving entries of task vectors agree in sign, and at which they conflict."""
 
     vectors: tuple[TaskVector, ...]
     extent: Extent = Extent.TENSOR

@@ -129,7 +129,7 @@ class Band(Rank):
     density: float
     gamma: float
     edge: Literal["upper", "lower"]
-    """Whether to return the upper edge, above which the outliers lie, or the lower edge, above which band and outliers lie."""
+    """Whether to return the band's upper edge, with the outliers above it, or its lower edge."""
     extent: Extent = Extent.TENSOR
 
     @property

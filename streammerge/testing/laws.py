@@ -26,7 +26,7 @@ to_log = [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
 _, status, usage = os.wait4(os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ, file_actions=to_log), 0)
 print(os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10)
 """
-"""Runs a command and prints its exit code and its peak in bytes. It is small, since a child's peak begins at its parent's."""
+"""Runs a command and prints its exit code and peak in bytes. It is small, since a child's peak begins at its parent's."""
 
 
 def assert_same(trial: Trial, outputs: Mapping[str, bytes], name: str, law: str) -> None:

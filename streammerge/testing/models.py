@@ -89,7 +89,7 @@ def config_for(method: str, paths: Sequence[Path], **top: Any) -> dict[str, Any]
 
 
 def write_fisher(model: Path, seed: int = 0) -> Path:
-    """Write a Fisher diagonal next to a model's directory, if there is none: skewed, with zeros that all models share."""
+    """Write a Fisher diagonal next to a model's directory, if there is none: skewed, its zeros shared by all models."""
     path = model.with_name(f"{model.name}-fisher.safetensors")
     if not path.exists():
         generator = torch.Generator().manual_seed(sum(model.name.encode()) + seed)

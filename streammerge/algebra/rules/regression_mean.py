@@ -1,4 +1,4 @@
-"""The mean of models along the inputs that their Gram matrices tell of (RegMean)."""
+"""The mean of models, corrected along the inputs that their Gram matrices describe (RegMean)."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ class BlockMemory:
         return self._tuples.Terms(bool(vectors), self.masks(vectors or (TaskVector(0),)), rescales)
 
     def vectors(self, vectors: Sequence[TaskVector]) -> tuple[Any, int]:
-        """Return the models of the task vectors, and their number; without task vectors, the base (if any) and the models."""
+        """Return the models of the task vectors, and their number; without any, the base (if any) and the models."""
         block = self.block
         base = () if block.base is None else (block.base,)
         several = [block.models[v.model] for v in vectors] or [*base, *block.models]

@@ -138,7 +138,7 @@ class Tiles:
         return counts
 
     def own_squares(self) -> NDArray[np.float64]:
-        """Return the sums of squares of the base, if there is one, and of the models per 4096 elements, (blocks, tensors)."""
+        """Return the sums of squares of the base, if any, and of the models per 4096 elements, (blocks, tensors)."""
         sums = np.empty(
             (-(-self.block.n // BLOCK), len(self.block.models) + (self.block.base is not None)), np.float64
         )

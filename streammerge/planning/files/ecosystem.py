@@ -39,7 +39,7 @@ def ecosystem_of(template: TensorIndex) -> Ecosystem:
 
 
 def ecosystem_of_component(component: Component) -> Ecosystem:
-    """Return the library that saved a folder of a model; in diffusers pipelines transformers saved the text encoders."""
+    """Return the library that saved a folder of a model; text encoders of diffusers pipelines are transformers'."""
     return _known_by(component.config, component.names)
 
 

@@ -52,7 +52,7 @@ class Places:
 
 
 def divide(job: Job, n: int, at_once: int | None = None) -> Places:
-    """Divide the buffer of a piece of `n` elements, of which `at_once` are merged before they are encoded (default: all)."""
+    """Divide the buffer of a piece of `n` elements; `at_once` are merged at a time, then encoded (default: all)."""
     paged = _is_paged(job)
     slots = []
     position = PAGE if paged else 0

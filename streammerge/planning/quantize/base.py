@@ -1,4 +1,4 @@
-"""The storage of an output's tensors, and the registry of functions that choose it: one for each value of `quantize`."""
+"""The storage of an output's tensors, and the registry of functions that choose it, one per value of `quantize`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Storage:
-    """The jobs of a merge, each with the encoder of its tensor if it needs one, and what config.json says about them."""
+    """The jobs of a merge, each with an encoder if its tensor needs one, and the declaration for config.json."""
 
     jobs: tuple[Job, ...]
     declared: Mapping[str, Any] | None = None

@@ -1,4 +1,4 @@
-"""Chooses how an output is stored. The config key `quantize` decides; each of its values has one file in this folder."""
+"""Chooses how an output is stored. The config key `quantize` decides; each value has one file in this folder."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _is_of_layer(name: str, shape: Sequence[int]) -> bool:
 
 
 def _is_fused(name: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether a tensor holds the experts of a layer as transformers keeps them in FP8: (out, in), without biases."""
+    """Return whether a tensor holds a layer's experts as transformers stores them in FP8: (out, in), without biases."""
     fused = _FUSED.fullmatch(name)
     if fused is None or f"{fused[1]}.gate_up_proj_bias" in shapes:
         return False

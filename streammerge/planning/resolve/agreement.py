@@ -109,7 +109,7 @@ def _check_depths(
 
 
 def _check_namings(template: TensorIndex, index: TensorIndex) -> None:
-    """Refuse an image model in the names of its authors next to one in those of diffusers: parts of them may be alike."""
+    """Refuse an image model with its authors' names next to one with diffusers' names: some names may be equal."""
     as_published = [any(name.startswith(_PUBLISHED) for name in one) for one in (template, index)]
     as_in_diffusers = [bool(one.folders) or "_diffusers_version" in one.config for one in (template, index)]
     if as_published != as_in_diffusers and sorted(as_published) == sorted(as_in_diffusers) == [False, True]:

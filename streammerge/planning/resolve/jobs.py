@@ -51,7 +51,7 @@ class Resolved:
     """Stacks of layers that are assembled from slices."""
     warnings: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Names of tensors that are not in the output, each with the reason; empty if all models must have the same tensors."""
+    """Names of tensors that are not in the output, each with the reason; empty if all models must have the same."""
 
 
 def resolve_jobs(
