@@ -23,7 +23,7 @@ from streammerge.planning.memory.allocate import Needs, lists_nbytes
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import Division
 from streammerge.planning.needs import likeness, needs_of
-from streammerge.planning.options import LeftOut, PlanOptions
+from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.quantize.base import Material, Storage
 from streammerge.planning.quantize.choose import choose_storage
@@ -40,6 +40,10 @@ _REFS_OF_CODES = 3
 """Additional references per quantised tensor: to its codes, its scales and their descriptions."""
 NEW_TOKEN_NBYTES = 2000
 """Bytes per token that is added to a tokenizer: its entries in two files, and their text."""
+
+
+OTHER_SETTINGS = "params.json"
+"""What Mistral's consolidated models have in place of config.json."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def make_plan(
     jobs = tuple(map(with_shared, storage.jobs)) if inputs.stages else storage.jobs
     files = _Files()
     if not options.tensors_only:
-        files = _files_beside(config, template, matched, resolved, storage, alignment, options.left_out)
+        files = _files_beside(config, template, matched, resolved, storage, alignment, options)
     if options.file is not None:
         files = _of_single_file(files, storage, template, config)
     needs = _needs_of_all(jobs, method)
@@ -173,24 +177,26 @@ def _files_beside(
     resolved: Resolved,
     storage: Storage,
     alignment: Alignment | None,
-    left_out: Sequence[LeftOut],
+    options: PlanOptions,
 ) -> _Files:
     indexes = matched.indexes
     settings, remarks = all_settings(config, template, indexes, storage, resolved.stacks, alignment)
-    if not settings:
-        what = f"no config.json in {printable(template.reference)}, and so none in the output"
-        remarks = [*remarks, f"{what}: put the one of its architecture there before you load it"]
     tokenizer = None
     if alignment is not None or config.chat_template is not None:
         tokenizer = tokenizer_files(config, template, indexes, alignment)
         remarks += [*(() if alignment is None else alignment.notes), *tokenizer.notes]
-    source = tokenizer.directory if tokenizer else None if "tokenizer" in left_out else template.directory
+    source = (
+        tokenizer.directory if tokenizer else None if "tokenizer" in options.left_out else template.directory
+    )
     beside = surroundings(
         template,
         source,
         tokenizer,
         quantised=storage.keeps or (storage.declared is None and holds_codes(storage.jobs)),
     )
+    if not settings and options.file is None and OTHER_SETTINGS not in beside.files:
+        what = f"no config.json in {printable(template.reference)}, and so none in the output"
+        remarks = [*remarks, f"{what}: put the one of its architecture there before you load it"]
     return _Files(settings, tokenizer, beside, (*remarks, *beside.notes))
 
 

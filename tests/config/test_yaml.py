@@ -76,12 +76,13 @@ def test_yaml_that_people_write_is_read(text: bytes | str, value: object) -> Non
         assert repr(read) == repr(value)  # 1 is not 1.0, nor true
 
 
+TWO = "contains a second document, but only one is allowed here"
 REFUSED = [
     (b"", "empty"),
     (b"# only a comment\n", "empty"),
     (b"---\n", "empty"),
     (b"null", "empty"),
-    (b"a: 1\n---\nb: 2\n", "contains a second document, but only one is allowed here"),
+    (b"a: 1\n---\nb: 2\n", TWO),
     (b"a: 1\na: 2\n", "line 2, column 1: duplicate key 'a'"),
     (b"x: {a: 1, 'a': 2}", "duplicate key 'a'"),
     (b"a: [1\nb: 2", "line 2, column 2: expected ',' or ']'"),

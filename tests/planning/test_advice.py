@@ -106,7 +106,7 @@ def test_a_disk_without_room_is_warned_of_with_both_numbers(
     path = write_config(tmp_path / "c.yml", config)
     run = cli("plan", path, tmp_path / "out")
     assert run.code == 0
-    assert "out needs 31.3 MiB, 5.0 MiB are free there" in run.out
+    assert "needs 31.3 MiB, but only 5.0 MiB are free, so the merge will be refused" in run.out
     values = json.loads(cli("plan", path, tmp_path / "out", "--json").out)
     assert values["disk"] == {
         "path": str(tmp_path),
@@ -141,7 +141,7 @@ def test_plan_refuses_an_output_as_merge_does(cli: Cli, config: dict[str, Any], 
     assert_refused(cli("plan", path, tmp_path / "file"), "not a directory")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    assert_refused(cli("plan", path, tmp_path / "full"), "did not make")
+    assert_refused(cli("plan", path, tmp_path / "full"), "did not write")
     assert_refused(cli("plan", path, config["base_model"]), "holds the input")
     assert not (tmp_path / "out").exists()
 

@@ -166,7 +166,7 @@ WRONG: list[tuple[str, str, Change, str]] = [
      top(trim_scope="model", density=[{"filter": "mlp", "value": 0.5}, {"value": 0.3}]),
      "density differs from other tensors', but `trim_scope: model` trims the model as a whole"),
     ("a negative seed", "ties", key(seed=-1), r"seed: must be an integer from 0 to 2\*\*64 - 1"),
-    ("an unknown dtype", "ties", key(dtype="float8"), "dtype: .*float8.* is none of"),
+    ("an unknown dtype", "ties", key(dtype="float8"), "dtype: .*float8.* is not one of"),
     ("a key of the future", "ties", key(slices=[]), "slices"),
 ]  # fmt: skip
 

@@ -199,7 +199,8 @@ LIBRARIES: list[tuple[dict[str, Any], str | None, str]] = [
 def test_the_library_and_how_it_loads_are_those_of_the_inputs(
     config: dict[str, Any], library: str | None, words: str, home: Path
 ) -> None:
-    (home / "exp/7/math" / "config.json").write_text(json.dumps(config))
+    for model in ("math", "code") if not config else ("math",):
+        (home / "exp/7" / model / "config.json").write_text(json.dumps(config))
     card = card_of("exp/7/math", "exp/7/code")
     assert front_of(card).get("library_name") == library
     assert words in card

@@ -171,7 +171,7 @@ def test_two_scales_and_a_code_without_one_are_refused(tmp_path: Path) -> None:
     lone = {**one, "v.weight": codes((4, 4), 1)}
     lone.pop("w.weight_scale")
     path = write(tmp_path / "lone", lone)
-    with pytest.raises(ModelError, match=r"v\.weight is quantised"):
+    with pytest.raises(ModelError, match=r"v\.weight holds F8_E4M3 codes without a scale"):
         plan(linear(path, path))
 
 

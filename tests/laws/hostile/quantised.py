@@ -236,7 +236,7 @@ def declarations() -> Iterator[Case]:
     def undeclared(entries: Entries, config: dict[str, Any]) -> None:
         entries["model.layers.9.x.weight"] = ("U8", [4, 4], bytes(16))
 
-    yield Case("an undeclared U8 weight", models("fp8 blocks F32", undeclared), "is quantised")
+    yield Case("an undeclared U8 weight", models("fp8 blocks F32", undeclared), "codes without a scale")
 
 
 def all_cases() -> Iterator[Case]:

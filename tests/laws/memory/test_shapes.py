@@ -27,7 +27,7 @@ from streammerge.machine import share_out
 from streammerge.numerics.ordered_sum import OrderedSum
 from streammerge.numerics.philox import RandomKeys
 from streammerge.planning.memory import allocate
-from streammerge.statistics import ranks
+from streammerge.statistics import ties
 from streammerge.statistics.base import Reducer
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
 from tests.laws.memory.test_peak import peak_of
@@ -111,7 +111,7 @@ def test_bits_do_not_depend_on_the_room_for_statistics(
     monkeypatch.setattr(
         allocate, "statistics_memory", lambda *arguments: allocate.StatisticsMemory(bins=300, elements=4096)
     )
-    monkeypatch.setattr(ranks, "_MOST_RUNS", 2)
+    monkeypatch.setattr(ties, "_MOST_RUNS", 2)
     merge(config, tmp_path / "little", device="cpu")
     assert output_bytes(tmp_path / "little") == output_bytes(tmp_path / "large")
 
@@ -195,6 +195,7 @@ def many_shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         for shard in range(4):
             values = np.full((8, 32), np.float16(seed + shard))
             save_file({f"w{shard}": values}, path / f"model-{shard + 1:05d}-of-00004.safetensors")
+        (path / "config.json").write_text('{"model_type": "llama"}')
     return paths
 
 
