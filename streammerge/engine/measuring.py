@@ -10,25 +10,12 @@ from streammerge.engine.opening import open_reader
 from streammerge.engine.streaming import Streamer
 from streammerge.engine.worker import Answers, RunSpec, Worker
 from streammerge.events import Control, Event
-from streammerge.io.buffer_pool import Bytes
 from streammerge.io.stamp import check_unchanged
 from streammerge.output.identity import identify
+from streammerge.output.shards import NoSink
 from streammerge.planning.description import describe
 from streammerge.planning.job import Job
 from streammerge.planning.plan import MergePlan
-
-
-class _NoSink:
-    """Accepts no bytes, since nothing is merged."""
-
-    bytes_written = 0
-
-    def write(self, shard: int, offset: int, data: Bytes) -> None:
-        """See `Sink`."""
-        raise AssertionError("a measurement writes nothing")
-
-    def sync(self, shards: set[int]) -> None:
-        """See `Sink`."""
 
 
 def measure(plan: MergePlan, control: Control) -> Mapping[int, Answers]:
@@ -74,7 +61,7 @@ def measure(plan: MergePlan, control: Control) -> Mapping[int, Answers]:
 
     try:
         spec = RunSpec(plan, None, identify(plan, reader))
-        with Worker(spec, reader, _NoSink(), control.stop) as worker:
+        with Worker(spec, reader, NoSink(), control.stop) as worker:
             Streamer(worker, lambda values: None, tell).tensor_rounds(merged, on_job)
             for stamp in (stamp for stamps in plan.stamped.values() for stamp in stamps):
                 check_unchanged(stamp)

@@ -23,6 +23,7 @@ from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
 from streammerge.output.identity import Identity, identify
+from streammerge.output.shards import NoSink
 from streammerge.planning.job import Job
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.stages import StageRef, stage_refs
@@ -115,7 +116,7 @@ class StageRuns:
         spec = RunSpec(plan, None, identity, self._tolerant)
         with self._lock:
             if name not in self._workers:
-                worker = _StageWorker(spec, self._reader, _NoSink())
+                worker = _StageWorker(spec, self._reader, NoSink())
                 if self._driver is not None:
                     worker.share(self._driver)
                 self._workers[name] = worker
@@ -211,16 +212,3 @@ class _StageWorker(Worker):
     """The worker of a stage."""
 
     is_stage = True
-
-
-class _NoSink:
-    """Accepts no bytes, since a stage is not written."""
-
-    bytes_written = 0
-
-    def write(self, shard: int, offset: int, data: Bytes) -> None:
-        """See `Sink`."""
-        raise AssertionError("a stage writes nothing")
-
-    def sync(self, shards: set[int]) -> None:
-        """See `Sink`."""

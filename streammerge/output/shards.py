@@ -31,6 +31,19 @@ class Sink(Protocol):
         """Make everything received for some shards durable."""
 
 
+class NoSink:
+    """Accepts no bytes: the sink of a run that writes nothing."""
+
+    bytes_written = 0
+
+    def write(self, shard: int, offset: int, data: Bytes) -> None:
+        """See `Sink`."""
+        raise AssertionError("this run writes nothing")
+
+    def sync(self, shards: set[int]) -> None:
+        """See `Sink`."""
+
+
 class ShardWriter:
     """The open shards of one merge.
 

@@ -12,7 +12,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.scores import Score
 from streammerge.algebra.task_vectors import TaskVector
-from streammerge.statistics.base import Lock, Measurement, NotFiniteError, Reducer, Statistic, integers
+from streammerge.statistics.base import A, Lock, Measurement, NotFiniteError, Reducer, Statistic, integers
 
 _INFINITE = 0x7F800000
 
@@ -125,13 +125,35 @@ class Touches(Statistic[Touched]):
         raise ValueError("no counts of touched elements")
 
 
-class _TouchesReducer(Reducer[Touched]):
+class CountsReducer(Reducer[A]):
+    """Adds up arrays of counts, one per block.
+
+    Parameters
+    ----------
+    shape
+        The shape of the counts.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._lock = Lock()
+        self._counts: Counts = np.zeros(shape, np.int64)
+
+    def part(self) -> Counts:
+        """Return the counts so far."""
+        return self._counts
+
+    def absorb(self, part: Counts) -> None:
+        """Add counts."""
+        with self._lock:
+            self._counts = self._counts + part
+
+
+class _TouchesReducer(CountsReducer[Touched]):
     """Counts the elements that each model touched, alone and with others."""
 
     def __init__(self, statistic: Touches) -> None:
+        super().__init__((2, len(statistic.vectors)))
         self._statistic = statistic
-        self._lock = Lock()
-        self._counts: Counts = np.zeros((2, len(statistic.vectors)), np.int64)
 
     def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> Counts:
         """Return the counts of one block, (2, vectors)."""
@@ -142,15 +164,6 @@ class _TouchesReducer(Reducer[Touched]):
         """The counts."""
         alone, shared = self._counts.tolist()
         return Touched(tuple(alone), tuple(shared))
-
-    def part(self) -> Counts:
-        """Return the counts so far, (2, vectors)."""
-        return self._counts
-
-    def absorb(self, part: Counts) -> None:
-        """Add counts."""
-        with self._lock:
-            self._counts = self._counts + part
 
 
 @dataclass(frozen=True)

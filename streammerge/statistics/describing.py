@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from streammerge.algebra.block import BlockMath, Call, Counts
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.task_vectors import TaskVector
-from streammerge.statistics.base import Cost, Lock, Measurement, NotFiniteError, Reducer, Statistic, integers
+from streammerge.statistics.base import Cost, Measurement, NotFiniteError, Reducer, Statistic, integers
+from streammerge.statistics.counts import CountsReducer
 from streammerge.statistics.sums import SquareSums, SumsOfSquares
 
 _TOP = (1 << 31) - 1
@@ -89,12 +90,12 @@ class SignAgreement(Statistic[SignCounts]):
         raise ValueError("no counts of signs")
 
 
-class _AgreementReducer(Reducer[SignCounts]):
+class _AgreementReducer(CountsReducer[SignCounts]):
     """Adds the counts of blocks."""
 
     def __init__(self, statistic: SignAgreement) -> None:
-        self._vectors, self._lock = statistic.vectors, Lock()
-        self._counts: Counts = np.zeros(2, np.int64)
+        super().__init__((2,))
+        self._vectors = statistic.vectors
 
     def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> Counts:
         """Return the counts of one block."""
@@ -104,15 +105,6 @@ class _AgreementReducer(Reducer[SignCounts]):
     def value(self) -> SignCounts:
         """The counts."""
         return SignCounts(*map(int, self._counts))
-
-    def part(self) -> Counts:
-        """Return the counts so far, (2,)."""
-        return self._counts
-
-    def absorb(self, part: Counts) -> None:
-        """Add counts."""
-        with self._lock:
-            self._counts = self._counts + part
 
 
 @dataclass(frozen=True)
@@ -146,12 +138,12 @@ class Magnitudes(Statistic[tuple[int, ...]]):
         raise ValueError("no counts of exponents")
 
 
-class _MagnitudesReducer(Reducer[tuple[int, ...]]):
+class _MagnitudesReducer(CountsReducer[tuple[int, ...]]):
     """Adds the counts of blocks."""
 
     def __init__(self, statistic: Magnitudes, tolerant: bool) -> None:
-        self._vector, self._tolerant, self._lock = statistic.vector, tolerant, Lock()
-        self._counts: Counts = np.zeros(EXPONENTS, np.int64)
+        super().__init__((EXPONENTS,))
+        self._vector, self._tolerant = statistic.vector, tolerant
 
     def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> Counts:
         """Return the counts of one block."""
@@ -165,12 +157,3 @@ class _MagnitudesReducer(Reducer[tuple[int, ...]]):
     def value(self) -> tuple[int, ...]:
         """The counts."""
         return tuple(map(int, self._counts))
-
-    def part(self) -> Counts:
-        """Return the counts so far, (exponents,)."""
-        return self._counts
-
-    def absorb(self, part: Counts) -> None:
-        """Add counts."""
-        with self._lock:
-            self._counts = self._counts + part
