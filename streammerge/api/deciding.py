@@ -10,6 +10,7 @@ from typing import Any
 
 from streammerge.config.reading import config_from_mapping, load_config, parse_config
 from streammerge.config.schema import MergeConfig
+from streammerge.config.wording import refuse
 from streammerge.errors import printable
 from streammerge.machine import available_memory, own_memory, shortage
 from streammerge.methods.catalog import load_builtin, load_file
@@ -24,6 +25,11 @@ from streammerge.planning.prepare import prepare
 from streammerge.planning.resolve.base_models import settle_base
 from streammerge.planning.stages import StageResult, check_reads, stage_index
 from streammerge.units import nbytes_of
+
+SWEEP_CURE = (
+    "a sweep is several merges: run `streammerge sweep CONFIG OUT`, whose points are verified against their own "
+    "streammerge_config.yml; or remove the key"
+)
 
 ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
 
@@ -168,6 +174,8 @@ def settle(config: MergeConfig) -> tuple[MergeConfig, Method]:
     InputError
         If there is no such method, or the config does not suit it.
     """
+    if config.sweep:
+        refuse(config.sweep[0].path.rpartition(".")[0], SWEEP_CURE)
     found = settle_checkpoints(config)
     method = get_method(found.merge_method, f"{found.where}: merge_method")
     return settle_base(found, method), method

@@ -17,6 +17,7 @@ KEYS = (
     "out_dtype",
     "quantize",
     "parameters",
+    "sweep",
     "seed",
     "exclude",
     "tensors",

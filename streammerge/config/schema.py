@@ -14,6 +14,7 @@ from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoi
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.references import parse_base, parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
+from streammerge.config.swept import Swept, parse_sweep
 from streammerge.config.tensors import Tensors, parse_tensors
 from streammerge.config.tokenizer import ChatTemplate, TokenizerSpec, parse_chat_template, parse_tokenizer
 from streammerge.config.values import (
@@ -135,6 +136,8 @@ class MergeConfig:
     """The checkpoints to average, in place of listed models; `models` has none of them until they are looked for."""
     base_strip: str = ""
     """The prefix that is taken off the names of the base."""
+    sweep: tuple[Swept, ...] = ()
+    """The parameters of a sweep, each with its values; a config with any is not one merge but several."""
     averaged: tuple[Averaged, ...] = ()
     """The checkpoints that were found, oldest first, including those with coefficient 0."""
     name: str | None = None
@@ -204,6 +207,7 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         tokenizer=parse_tokenizer(data, top),
         chat_template=parse_chat_template(data.get("chat_template"), child(top, "chat_template")),
         checkpoints=parse_checkpoints(data, top),
+        sweep=parse_sweep(data.get("sweep"), child(top, "sweep")),
     )
 
 

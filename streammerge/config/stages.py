@@ -47,6 +47,11 @@ def staged_config(documents: Sequence[object], text: str, where: str) -> MergeCo
     order = _in_order(uses, where)
     output = _output(uses, order, where)
     stages = tuple(configs[name] for name in order if name != output)
+    for stage in stages:
+        if stage.sweep:
+            refuse(
+                child(f"{stage.where}:", "sweep"), "only the output can be swept: move it to that document"
+            )
     return replace(configs[output], name=None, stages=stages, text=text, where=where)
 
 

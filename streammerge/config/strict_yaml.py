@@ -41,6 +41,8 @@ _NUMBER_LENGTH = 400
 _TAG = "tag:yaml.org,2002:"
 _STR, _MERGE = _TAG + "str", _TAG + "merge"
 _NUMBERS = frozenset({_TAG + "int", _TAG + "float"})
+_SPELLED = _NUMBERS | {_TAG + "bool"}
+"""Scalars that can be spelled in several ways."""
 _SCALARS = frozenset({_STR, _MERGE, _TAG + "null", _TAG + "bool"}) | _NUMBERS
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
@@ -80,8 +82,10 @@ def load_yaml(text: bytes | str, where: str) -> object:
     return documents[0]
 
 
-def load_documents(text: bytes | str, where: str) -> list[object]:
+def load_documents(text: bytes | str, where: str, *, verbatim: bool = False) -> list[object]:
     """Return the documents of `text`, at least one, as dicts with string keys, lists and scalars, without empty ones.
+
+    With `verbatim`, numbers and booleans are the text that spells them.
 
     Raises ConfigError, one line beginning with `where`, for anything else: syntax errors, bytes
     that are not UTF-8, duplicate keys, tags, aliases that recur or explode.
@@ -89,7 +93,7 @@ def load_documents(text: bytes | str, where: str) -> list[object]:
     decoded = _decode(text, where)
     loader = _Loader(decoded)
     try:
-        return _Builder(loader).documents()
+        return _Builder(loader, verbatim).documents()
     except yaml.MarkedYAMLError as error:
         refuse(where, explain(error, decoded, loader.line))
     except (ValueError, RecursionError, OverflowError) as error:
@@ -145,8 +149,8 @@ class _Open:
 class _Builder:
     """Builds the values of documents from their events; `stack` holds the open collections."""
 
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
+    def __init__(self, loader: Any, verbatim: bool = False) -> None:
+        self.loader, self._as_text = loader, _SPELLED if verbatim else frozenset()
         self.cost = 0
 
     def documents(self) -> list[object]:
@@ -195,7 +199,7 @@ class _Builder:
             _fail(event, "NUL or half a surrogate pair in a string (remove the escape)")
         if tag in _NUMBERS and len(event.value) > _NUMBER_LENGTH:
             _fail(event, f"a number of more than {_NUMBER_LENGTH} characters (quote a string)")
-        if tag not in (_STR, _MERGE):
+        if tag not in (_STR, _MERGE) and tag not in self._as_text:
             node = yaml.ScalarNode(tag, event.value)
             try:
                 value = self.loader.construct_object(node)

@@ -45,6 +45,11 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
             "description": "Storage of the output: none (floats), same (as the base, or the first model) or fp8 (blocks)",
         },
         "parameters": parameters,
+        "sweep": {
+            "type": "object",
+            "additionalProperties": {"type": "array", "items": _SCALAR, "minItems": 1},
+            "description": "Parameters with several values; `streammerge sweep` merges every combination",
+        },
         "seed": {"type": "integer", "minimum": 0, "description": "Seed of random draws"},
         "exclude": {
             "type": ["array", "string"],
