@@ -21,6 +21,7 @@ KEYS = (
     "seed",
     "exclude",
     "tensors",
+    "lines",
     "tokenizer",
     "tokenizer_source",
     "chat_template",

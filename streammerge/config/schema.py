@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoints
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
+from streammerge.config.lines import Lines, parse_lines
 from streammerge.config.references import parse_base, parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
 from streammerge.config.swept import Swept, parse_sweep
@@ -120,6 +121,8 @@ class MergeConfig:
     """Regular expressions of tensors that are copied from the base (or first) model."""
     tensors: Tensors = "same"
     """Which tensors are merged: all models must have the same, those that all have, or each over those that have it."""
+    lines: Lines | None = None
+    """The scale of the task vectors by layer, if there is one."""
     text: str = ""
     """The YAML, verbatim."""
     where: str = "config"
@@ -200,6 +203,7 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         seed=parse_seed(data.get("seed", 0), child(top, "seed")),
         exclude=parse_exclude(data.get("exclude", []), child(top, "exclude")),
         tensors=parse_tensors(data.get("tensors", "same"), child(top, "tensors"), whole=_are_whole(modules)),
+        lines=parse_lines(data.get("lines"), child(top, "lines")),
         text=text,
         where=where,
         modules=modules,

@@ -30,6 +30,8 @@ that are copied. `none`: a config with a base is refused. A drop before the meth
 Workspace = int | Callable[[TensorContext], int]
 """Bytes per element of a block, or a function that returns the bytes for any block of a tensor."""
 
+SCALE = "lambda"
+"""The parameter that is the factor of the merged task vector, in every method that has one."""
 DISTRIBUTIONS: dict[str, str] = {}
 """The identity of each installed package that provides methods, by the package's name."""
 
@@ -89,6 +91,11 @@ class Method:
     def known_rules(self) -> dict[tuple[object, ...], type[Rule]]:
         """The rules that the method is known to choose, by the key that jobs share. The planner fills it."""
         return {}
+
+    @property
+    def scales(self) -> bool:
+        """Whether it has a factor of the merged task vector, `lambda`."""
+        return self.base == "required" and SCALE in self.parameters
 
     @cached_property
     def is_formula(self) -> bool:

@@ -16,7 +16,7 @@ from streammerge.statistics.base import Statistic
 
 def tensor_context_of(job: Job) -> TensorContext:
     """Return the `TensorContext` of a merge job."""
-    layer, n_layers = _layer_of(job.name, job.stacks)
+    layer, n_layers = layer_of(job.name, job.stacks)
     return TensorContext(
         job.n_models,
         job.ordinal,
@@ -31,10 +31,10 @@ def tensor_context_of(job: Job) -> TensorContext:
     )
 
 
-def _layer_of(name: str, stacks: Mapping[str, int]) -> tuple[int, int] | tuple[None, None]:
+def layer_of(name: str, stacks: Mapping[str, int]) -> tuple[int, int] | tuple[None, None]:
     """Return the index of a tensor's layer and the number of layers in its stack.
 
-    >>> _layer_of("model.layers.3.mlp.up_proj.weight", {"model.layers": 8}), _layer_of("lm_head.weight", {})
+    >>> layer_of("model.layers.3.mlp.up_proj.weight", {"model.layers": 8}), layer_of("lm_head.weight", {})
     ((3, 8), (None, None))
     """
     for prefix, n_layers in stacks.items():

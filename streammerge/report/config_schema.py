@@ -60,6 +60,10 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
             "enum": list(get_args(Tensors)),
             "description": "same: all models have the same tensors; common: merge those that all have; any: merge each over the models that have it",
         },
+        "lines": {
+            **_object({"alpha": _NUMBER, "beta": _NUMBER}, "alpha", "beta"),
+            "description": "Scale of the task vectors by layer: alpha + beta * l / (L - 1); outside the layers alpha",
+        },
         "tokenizer": {"type": "object", "description": "The vocabulary of the output"},
         "tokenizer_source": {**reference, "description": "union, base, or a model"},
         "chat_template": {"type": "string", "description": f"auto, {', '.join(TEMPLATES)}, or Jinja"},
@@ -92,6 +96,7 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
     }
 
 
+_NUMBER = {"type": "number"}
 _OBJECT = {"type": "object", "additionalProperties": False}
 _STRIP = "The prefix that is taken off the names of its tensors"
 _LAYER_RANGE = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}

@@ -73,6 +73,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("nearswap", {"t": 1e-4}),
     ("ram", {}),
     ("ramplus_tl", {"r": 0.5, "alpha": 1.0, "epsilon": 5e-4, "drop_rate": 0.5, "drop_rescale": "l1"}),
+    ("consensus", {"k": 3, "drop_rate": 0.3}),
+    ("emr", {}),
     ("sce", {}),
     ("sce", {"select_topk": 0.3}),
     ("sce", {"select_topk": 0.5, "preset": "mergekit", "drop_rate": 0.3}),
@@ -157,6 +159,8 @@ def test_identical_models_merge_to_that_model(
     parameters: dict[str, Any] = {}
     if "normalize" in get_method(method).parameters:
         parameters["normalize"] = True
+    if method == "consensus":  # a sum
+        parameters["lambda"] = 0.5
     config = config_for(method, [base, tuned], parameters=parameters)
     config["models"] = [config["models"][0] | {"alias": name} for name in ("one", "two")]
     merge(config, tmp_path / "out", memory="1GiB")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from streammerge.algebra.rules.base import Inputs, Rule, ranked, removing, vectors_of
 from streammerge.algebra.rules.combinations import ColumnCombination, RowCombination
+from streammerge.algebra.rules.consensus_merge import ConsensusMerge
 from streammerge.algebra.rules.fisher_mean import FisherMean
 from streammerge.algebra.rules.formula import Formula
+from streammerge.algebra.rules.largest_agreeing import LargestAgreeing
 from streammerge.algebra.rules.regression_mean import ROWS_AT_ONCE, RegressionMean
 from streammerge.algebra.rules.selected_merge import SelectedMerge
 from streammerge.algebra.rules.sums import CopyOf, WeightedSum
@@ -20,10 +22,12 @@ from streammerge.algebra.rules.touched_merge import TouchedMerge, touched_entrie
 __all__ = [
     "ROWS_AT_ONCE",
     "ColumnCombination",
+    "ConsensusMerge",
     "CopyOf",
     "FisherMean",
     "Formula",
     "Inputs",
+    "LargestAgreeing",
     "RegressionMean",
     "RowCombination",
     "Rule",

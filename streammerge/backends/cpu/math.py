@@ -16,6 +16,7 @@ from streammerge.backends.cpu.ranking import kernels_of_ranking, ranking_of
 from streammerge.backends.cpu.registry import VECTORS, Names, answers, example, implementation_of
 from streammerge.backends.cpu.rules import dot_products, kernels_of_merge, run_merge
 from streammerge.backends.cpu.tiles import Tiles, kernels_of_selection
+from streammerge.backends.cpu.votes import entries_of  # noqa: F401  (registers its rules)
 from streammerge.numerics.ordered_sum import BLOCK
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from streammerge.algebra.block import Applied, BlockMath, Counts, Operand
 from streammerge.algebra.gram_matrix import rows_at_once
-from streammerge.algebra.rules import ColumnCombination, SelectedMerge, TouchedMerge
+from streammerge.algebra.rules import ColumnCombination, Rule, SelectedMerge, TouchedMerge, vectors_of
 from streammerge.algebra.scores import Importance, Score, Selection, Spread
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.backends.cpu.memory import BlockMemory, kernels
@@ -219,16 +219,16 @@ def _importances(math: BlockMath) -> None:
 # --- merges: each returns the values of a tile, fp64 (n,), and the numbers of survivors
 
 
-def _written(
+def written(
     memory: BlockMemory,
-    rule: SelectedMerge | TouchedMerge | ColumnCombination,
+    rule: Rule,
     out: Operand,
     merge: Callable[[Tiles, Span], tuple[NDArray[np.float64], Counts]],
     unit: int = 1,
 ) -> Applied:
     """Write a block tile after tile; the output may overlay an input."""
     tiles = Tiles(memory)
-    bad, kept = 0, np.zeros(len(rule.vectors), np.int64)
+    bad, kept = 0, np.zeros(len(vectors_of(rule)), np.int64)
     for span in tiles.spans(unit):
         values, survived = merge(tiles, span)
         bad += memory.write(values, out, span[0])
@@ -258,7 +258,7 @@ def _select(memory: BlockMemory, rule: SelectedMerge, out: Operand) -> Applied:
             kept[:] = np.count_nonzero(chosen)
         return merged, kept
 
-    return _written(memory, rule, out, merge)
+    return written(memory, rule, out, merge)
 
 
 @example("selected")
@@ -289,7 +289,7 @@ def _touch(memory: BlockMemory, rule: TouchedMerge, out: Operand) -> Applied:
         )
         return merged, kept
 
-    return _written(memory, rule, out, merge)
+    return written(memory, rule, out, merge)
 
 
 @example("touched")
@@ -311,7 +311,7 @@ def _combine_columns(memory: BlockMemory, rule: ColumnCombination, out: Operand)
             merged = base.reshape(merged.shape).astype(np.float64) + merged
         return merged.ravel(), kept
 
-    return _written(memory, rule, out, merge, length)
+    return written(memory, rule, out, merge, length)
 
 
 @example("columns")

@@ -22,6 +22,7 @@ from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.planning.resolve.agreement import check_kinds, check_shapes, compare_names
 from streammerge.planning.resolve.assemble import OutputTensor, Stack, assemble
 from streammerge.planning.resolve.find import Finder
+from streammerge.planning.resolve.lines import check_lines, scaled_by_layer
 from streammerge.planning.resolve.matching import Matched
 from streammerge.planning.resolve.parameters import check_names, preset_of, resolve_parameters
 from streammerge.planning.resolve.presence import Selection, select
@@ -90,6 +91,7 @@ def resolve_jobs(
     indexes = matched.indexes
     warnings = [*config.notes, *check_names(config, method), *matched.notes]
     _check_models(config, method)
+    check_lines(config, method)
     preset = preset_of(config, method)
     assembly = assemble(config, template, indexes)
     outputs = assembly.outputs
@@ -122,6 +124,7 @@ def resolve_jobs(
         else:
             check_shapes(output.name, (*((base,) if base is not None else ()), *sources))
             parameters = resolve_parameters(method, preset, output, config.where)
+            parameters = scaled_by_layer(config.lines, parameters, output.name, stacks)
             job = binder.merge(ordinal, output, lender, sources, base, parameters)
         jobs.append(job)
         lenders.append(Lender(*output.template, lender))

@@ -201,12 +201,18 @@ def _checked(parameter: Parameter, value: Scalar, path: str, default: Any) -> Sc
     if float in parameter.kind:
         if isinstance(value, bool | str) or not math.isfinite(value):
             raise ConfigError(f"{path}: {printable(value, 60)!r} is not a number")
-        low, high = parameter.bounds or (-math.inf, math.inf)
-        if not low <= value <= high:
-            percent = (low, high) == (0, 1) and 1 < value <= 100
-            hint = f" (a fraction: {value / 100:g} for {value:g} %)" if percent else ""
-            raise ConfigError(f"{path}: {value!r} is outside the range [{low:g}, {high:g}]{hint}")
+        _check_range(parameter, value, path)
         return float(value)
-    if int in parameter.kind and (isinstance(value, bool) or not isinstance(value, int)):
-        raise ConfigError(f"{path}: {printable(value, 60)!r} is not a whole number")
+    if int in parameter.kind:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{path}: {printable(value, 60)!r} is not a whole number")
+        _check_range(parameter, value, path)
     return value
+
+
+def _check_range(parameter: Parameter, value: float, path: str) -> None:
+    low, high = parameter.bounds or (-math.inf, math.inf)
+    if not low <= value <= high:
+        percent = (low, high) == (0, 1) and 1 < value <= 100
+        hint = f" (a fraction: {value / 100:g} for {value:g} %)" if percent else ""
+        raise ConfigError(f"{path}: {value!r} is outside the range [{low:g}, {high:g}]{hint}")

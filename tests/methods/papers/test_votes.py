@@ -1,0 +1,98 @@
+"""Consensus task arithmetic, EMR and LiNeS against plain float64 references, and by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streammerge.api import merge, plan
+from streammerge.errors import ConfigError
+from tests.conftest import as_float64, config_for
+from tests.methods.by_hand import BASE, DELTAS, call, follow
+
+Array = np.ndarray
+WEIGHTS = (1.0, -0.5, 0.75)
+
+
+def consensus(deltas: Sequence[Array], k: int = 2, lambda_mask: float = 0.4) -> Array:
+    total = np.sum(deltas, axis=0)
+    masks = [np.abs(delta) > lambda_mask * np.abs(total - delta) for delta in deltas]
+    return np.where(np.sum(masks, axis=0) >= k, total, 0.0)
+
+
+def emr(deltas: Sequence[Array]) -> Array:
+    sign = np.sign(np.sum(deltas, axis=0))
+    return sign * np.max([np.where(np.sign(delta) == sign, np.abs(delta), 0.0) for delta in deltas], axis=0)
+
+
+REFERENCES: Mapping[str, Callable[..., Array]] = {"consensus": consensus, "emr": emr}
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("consensus", {}), ("consensus", {"k": 1, "lambda_mask": 0.9}), ("emr", {})]
+)
+def test_votes_equal_the_reference(
+    method: str, parameters: dict[str, Any], make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    paths = make_models(dtype=torch.float32)
+    models = [
+        {"model": str(path), "parameters": {"weight": weight}}
+        for path, weight in zip(paths[1:], WEIGHTS, strict=True)
+    ]
+    config = config_for(method, paths, models=models, parameters={**parameters, "lambda": 0.7})
+    merge(config, tmp_path / "out", memory="1GiB")
+    merged, base, *tuned = map(as_float64, (tmp_path / "out", *paths))
+    for name, theta_0 in base.items():
+        pairs = zip(WEIGHTS, tuned, strict=True)
+        deltas = [
+            w * (m[name].astype(np.float32) - theta_0.astype(np.float32)).astype(float) for w, m in pairs
+        ]
+        expected = theta_0 + 0.7 * REFERENCES[method](deltas, **parameters)
+        np.testing.assert_allclose(merged[name], expected, rtol=2e-7, atol=0)
+
+
+def test_votes_by_hand_and_non_finite_values_show() -> None:
+    # Sums -0.25, 0.375, 0.25, -0.1875; the elements are needed by 3, 2 (0.25 is not above 0.4 * 0.625), 2 and 2 models.
+    assert call(follow("consensus", 3), DELTAS) == [0.75, 2.375, 3.25, 3.8125]
+    assert call(follow("consensus", 3, k=3), DELTAS) == [0.75, 2.0, 3.0, 4.0]
+    assert call(follow("emr", 3), DELTAS) == [0.0, 2.5, 3.25, 3.0]
+    for value in (math.inf, math.nan):
+        broken = [[value, *DELTAS[0][1:]], *DELTAS[1:]]
+        for method in REFERENCES:
+            assert not math.isfinite(call(follow(method, 3), broken, BASE)[0])
+
+
+def test_lines_scales_the_task_vectors_of_each_layer_and_takes_alpha_outside(
+    make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    paths = make_models(dtype=torch.float32)
+    config = config_for("task_arithmetic", paths, parameters={"lambda": 0.5})
+    merge({**config, "lines": {"alpha": 0.25, "beta": 0.5}}, tmp_path / "out", memory="1GiB")
+    merged, base, *tuned = map(as_float64, (tmp_path / "out", *paths))
+    for name, theta_0 in base.items():
+        scale = 0.5 * (0.75 if "layers.1." in name else 0.25)
+        total = sum((m[name].astype(np.float32) - theta_0.astype(np.float32)).astype(float) for m in tuned)
+        np.testing.assert_allclose(merged[name], theta_0 + scale * total, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "lines", "message"),
+    [
+        ("linear", {"alpha": 1, "beta": 0}, "'linear' has no factor for it"),
+        ("ties", 0.5, "must be a map of two numbers"),
+        ("ties", {"alpha": 1}, "'beta' is missing"),
+        ("ties", {"alpha": 1, "beta": float("nan")}, "not a finite number"),
+        ("ties", {"alpha": 1, "beta": 1, "gamma": 1}, "unknown"),
+    ],
+)
+def test_lines_that_mean_nothing_are_refused(
+    method: str, lines: object, message: str, make_models: Callable[..., list[Path]]
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan({**config_for(method, make_models(n_models=1)), "lines": lines})
