@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.checkpoint.tensor_kinds import kind_of
 from streammerge.config.reading import config_from_mapping
 from streammerge.engine.first_use import CannotCompileError
 from streammerge.engine.measuring import measure
+from streammerge.engine.worker import Answers
 from streammerge.errors import InputError
+from streammerge.events import Control
 from streammerge.machine import available_memory, own_memory, shortage
 from streammerge.methods.comparison import COMPARISON, difference_of
 from streammerge.planning.inputs import Sources, open_inputs
@@ -22,18 +26,21 @@ from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import SLOWER, prepare
 from streammerge.planning.resolve.base_models import settle_base
 from streammerge.report.comparison import ComparedTensor, Comparison
+from streammerge.report.pages.comparison import comparison_page
+from streammerge.report.pages.needed import check_memory, check_page, write_page
 from streammerge.units import nbytes_of
 
-Path = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
 
 
 def compare(
-    models: Sequence[Path],
-    base: Path | None = None,
+    models: Sequence[AnyPath],
+    base: AnyPath | None = None,
     *,
     memory: str | int | None = None,
     threads: int | None = None,
     device: str = "auto",
+    html: AnyPath | None = None,
     progress: bool = True,
     on_event: OnEvent | None = None,
     stop: threading.Event | None = None,
@@ -53,6 +60,8 @@ def compare(
         CPUs to keep busy; default: those available.
     device
         ``auto``, ``cpu`` or ``cuda[:N]``.
+    html
+        A file to write: one page with pictures, which needs no network. It takes the extra ``pages``.
     progress
         Whether to show a bar (on terminals and in notebooks) or, elsewhere, lines on stderr.
     on_event
@@ -73,7 +82,7 @@ def compare(
     InputError
         If the models or the memory do not allow it, or a value is not finite.
     WorldError
-        If the machine cannot read them.
+        If the machine cannot read them, or cannot write the page.
     Stopped
         If `stop` was set.
 
@@ -83,42 +92,79 @@ def compare(
     >>> found.cosines[0][1]  # doctest: +SKIP
     0.013
     """
-    options = PlanOptions(memory=nbytes_of(memory), threads=threads, device=device, tensors_only=True)
+    if html is not None:
+        check_page("html", Path(html))
+    found = compared(
+        models,
+        base,
+        PlanOptions(memory=nbytes_of(memory), threads=threads, device=device, tensors_only=True),
+        lambda: controlled(on_event, progress, "comparing", stop, signal_received),
+        draws=html is not None,
+    )
+    if html is not None:
+        write_page(Path(html), comparison_page(found))
+    return found
+
+
+def compared(
+    models: Sequence[AnyPath],
+    base: AnyPath | None,
+    options: PlanOptions,
+    feedback: Callable[[], AbstractContextManager[Control]],
+    *,
+    draws: bool,
+) -> Comparison:
+    """Measure models as `compare` does.
+
+    Parameters
+    ----------
+    feedback
+        Lends the control of the run.
+    draws
+        Whether the memory must suffice to draw a page afterwards.
+    """
 
     def decide(kernels: bool | None) -> MergePlan:
-        return _plan(
+        plan = _plan(
             [os.fspath(model) for model in models],
             None if base is None else os.fspath(base),
             options,
             kernels,
         )
+        if draws:
+            check_memory("a page", plan.budget)
+        return plan
 
     plan = decide(None)
-    with controlled(on_event, progress, "comparing", stop, signal_received) as control:
+    with feedback() as control:
         try:
             answers = measure(plan, control)
         except CannotCompileError as error:
             control.warn(SLOWER.format(error))
             plan = decide(False)
             answers = measure(plan, control)
+    return comparison_of(plan, answers)
+
+
+def comparison_of(plan: MergePlan, answers: Mapping[int, Answers]) -> Comparison:
+    """Return what the statistics of a comparison's plan say."""
     assert plan.base is not None
     tensors = []
     for job in plan.jobs:
         if job.ordinal in answers:
             context = tensor_context_of(job)
             stack = next((prefix for prefix in job.stacks if job.name.startswith(f"{prefix}.")), None)
-            found = difference_of(context, answers[job.ordinal])
             tensors.append(
                 ComparedTensor(
                     job.name,
                     kind_of(job.name),
                     None if context.layer is None else (stack or "", context.layer),
                     tuple(ref.stored_dtype for ref in job.inputs),
-                    found,
+                    difference_of(context, answers[job.ordinal]),
                 )
             )
-    names = tuple(plan.models[i].reference for i in range(len(plan.models)))
-    return Comparison(plan.base.reference, names, tuple(tensors))
+    names = tuple(model.reference for model in plan.models)
+    return Comparison(plan.base.reference, names, tuple(tensors), plan.tensors_left_out)
 
 
 def _plan(models: list[str], base: str | None, options: PlanOptions, kernels: bool | None) -> MergePlan:
@@ -129,7 +175,9 @@ def _plan(models: list[str], base: str | None, options: PlanOptions, kernels: bo
         base, *models = models
     if not models:
         raise InputError("compare: no model: name at least one")
-    config = config_from_mapping({"merge_method": COMPARISON.name, "base_model": base, "models": models})
+    config = config_from_mapping(
+        {"merge_method": COMPARISON.name, "base_model": base, "models": models, "tensors": "common"}
+    )
     settled = settle_base(config, COMPARISON)
     total = options.memory
     warning = None if total is None else shortage(total, available_memory(), own_memory())

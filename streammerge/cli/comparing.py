@@ -24,6 +24,7 @@ from streammerge.cli.process import BEGAN, stop_on_signals
     cls=GroupedCommand,
     epilog=examples(
         "streammerge compare math code --base llama            norms, cosines and signs of two fine-tunes",
+        "streammerge compare math code --base llama --html differ.html    the same as pictures, on one page",
         "streammerge compare merged --base llama --json        every layer and tensor, as JSON",
     ),
 )
@@ -50,6 +51,13 @@ from streammerge.cli.process import BEGAN, stop_on_signals
     group=MEMORY_AND_SPEED,
     help="auto, cpu, cuda or cuda:N.",
 )
+@option(
+    "--html",
+    type=path(dir_okay=False),
+    metavar="FILE",
+    group=MESSAGES,
+    help="Write a page with pictures to FILE; it needs no network.",
+)
 @quiet_option
 @option("--json", "as_json", is_flag=True, group=MESSAGES, help="Print one JSON object on stdout.")
 def compare(
@@ -58,6 +66,7 @@ def compare(
     memory: int | None,
     threads: int | None,
     device: str,
+    html: str | None,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -67,25 +76,28 @@ def compare(
     """
     stop, signal_received = stop_on_signals()
     import sys
+    from contextlib import nullcontext
+    from pathlib import Path
 
-    from streammerge.api.comparing import compare as measure_difference
+    from streammerge.api.comparing import compared
+    from streammerge.events import Control
+    from streammerge.planning.options import PlanOptions
     from streammerge.report.comparison import comparison_text, comparison_values
+    from streammerge.report.pages.comparison import comparison_page
+    from streammerge.report.pages.needed import check_page, write_page
     from streammerge.report.progress import make_reporter
 
+    if html is not None:
+        check_page("--html", Path(html))
     reporter = make_reporter(
         "comparing", quiet=quiet or as_json, signal_received=signal_received, began=BEGAN, lines_to=sys.stderr
     )
+    control = Control(reporter, stop, signal_received)
+    options = PlanOptions(memory=memory, threads=threads, device=device, tensors_only=True)
     try:
-        found = measure_difference(
-            models,
-            base,
-            memory=memory,
-            threads=threads,
-            device=device,
-            on_event=reporter,
-            stop=stop,
-            signal_received=signal_received,
-        )
+        found = compared(models, base, options, lambda: nullcontext(control), draws=html is not None)
     finally:
         reporter.close()
     click.echo(json.dumps(comparison_values(found)) if as_json else comparison_text(found))
+    if html is not None:  # last, so that a full disk does not lose the numbers
+        write_page(Path(html), comparison_page(found))

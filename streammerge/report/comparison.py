@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,8 @@ from streammerge.units import plural
 KINDS = ("attention", "mlp", "norm", "embedding", "other")
 """Kinds of tensors that are told apart; output heads count with the embeddings."""
 _BARS = "▁▂▃▄▅▆▇█"
+_NAMED = 3
+"""Tensors left out whose names are printed."""
 _LISTED = 8
 """Models whose cosines are printed."""
 
@@ -44,6 +46,14 @@ class Comparison:
     base: str
     models: tuple[str, ...]
     tensors: tuple[ComparedTensor, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Names of tensors that not all models have, or have in the same shape, each with the reason."""
+
+    @property
+    def short_names(self) -> list[str]:
+        """The last parts of the models' paths, or the whole paths if these would be equal, safe to print."""
+        ends = [printable(name.rstrip("/").rpartition("/")[2] or name, 28) for name in self.models]
+        return ends if len(set(ends)) == len(ends) else [printable(name, 28) for name in self.models]
 
     @cached_property
     def total(self) -> Sums:
@@ -112,13 +122,18 @@ class Sums:
         )
         return cls(base, dots, top, signs, top_signs, exponents)
 
+    @property
+    def base_norm(self) -> float:
+        """The norm of the base."""
+        return math.sqrt(self.base_square)
+
     def norm(self, model: int) -> float:
         """Return the norm of a task vector."""
         return math.sqrt(self.dots[model, model])
 
     def relative(self, model: int) -> float | None:
         """Return the norm of a task vector divided by that of the base; None if the base is zero."""
-        return _ratio(self.norm(model), math.sqrt(self.base_square))
+        return _ratio(self.norm(model), self.base_norm)
 
     def top_share(self, model: int) -> list[float | None]:
         """Return the part of the squared norm that the largest entries hold, for each of `SHARES`."""
@@ -157,6 +172,7 @@ def comparison_values(found: Comparison) -> dict[str, Any]:
             }
             for i, name in enumerate(found.models)
         ],
+        **({"left_out": dict(found.left_out)} if found.left_out else {}),
         "cosines": found.cosines,
         "signs": {
             "all": shares_of_signs(found.total.signs),
@@ -170,14 +186,15 @@ def _tensor_values(tensor: ComparedTensor, model: int) -> dict[str, Any]:
     return {
         "norm": sums.norm(model),
         "relative": sums.relative(model),
-        "identical": not tensor.difference.dots[model, model] and not _entries(tensor, model),
+        "identical": is_identical(tensor, model),
         "dtype": tensor.dtypes[model + 1],
     }
 
 
-def _entries(tensor: ComparedTensor, model: int) -> int:
-    """Return the number of a task vector's entries that are normal numbers; squares of smaller ones vanish in a sum."""
-    return int(tensor.difference.exponents[model, 1:].sum())
+def is_identical(tensor: ComparedTensor, model: int) -> bool:
+    """Return whether a model's tensor equals the base's; entries are counted, since squares of small ones vanish in a sum."""
+    found = tensor.difference
+    return not found.dots[model, model] and not found.exponents[model, 1:].any()
 
 
 def _shown_kind(kind: TensorKind) -> str:
@@ -193,11 +210,12 @@ def _ratio(part: float, whole: float) -> float | None:
 
 def comparison_text(found: Comparison, width: int = 100) -> str:
     """Return a comparison as text that fits a screen of some columns."""
-    names = _short_names(found.models)
+    names = found.short_names
     wide = min(28, max(map(len, ("model", *names))))
     lines = [
         f"base {printable(found.base, 80)}: {plural(len(found.tensors), 'tensor')}, "
-        f"norm {math.sqrt(found.total.base_square):.4g}",
+        f"norm {found.total.base_norm:.4g}",
+        *_left_out_text(found),
         "",
         f"{'task vector':<{wide}}  {'norm':>9}  {'of base':>8}  {'top 1 %':>7}  {'top 5 %':>7}  {'top 20 %':>8}  "
         f"{'identical':>9}",
@@ -206,7 +224,7 @@ def comparison_text(found: Comparison, width: int = 100) -> str:
         top = "  ".join(
             f"{_percent(share):>{w}}" for share, w in zip(found.total.top_share(i), (7, 7, 8), strict=True)
         )
-        same = sum(_tensor_values(tensor, i)["identical"] for tensor in found.tensors)
+        same = sum(is_identical(tensor, i) for tensor in found.tensors)
         lines.append(
             f"{name:<{wide}}  {found.total.norm(i):>9.4g}  {_percent(found.total.relative(i)):>8}  {top}  {same:>9,}"
         )
@@ -267,10 +285,12 @@ def _signs_text(found: Comparison) -> list[str]:
     ]
 
 
-def _short_names(names: Sequence[str]) -> list[str]:
-    """Return the last parts of the models' paths, or the whole paths if these would be equal."""
-    ends = [printable(name.rstrip("/").rpartition("/")[2] or name, 28) for name in names]
-    return ends if len(set(ends)) == len(ends) else [printable(name, 28) for name in names]
+def _left_out_text(found: Comparison) -> list[str]:
+    if not found.left_out:
+        return []
+    names = ", ".join(printable(name, 60) for name in list(found.left_out)[:_NAMED])
+    more = f", and {len(found.left_out) - _NAMED:,} more" if len(found.left_out) > _NAMED else ""
+    return [f"not compared, since the models do not all have them alike: {names}{more}"]
 
 
 def _percent(share: float | None) -> str:

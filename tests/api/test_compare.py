@@ -13,7 +13,8 @@ import torch
 
 import streammerge
 from streammerge.errors import InputError, ModelError
-from streammerge.report.comparison import Comparison, comparison_text, comparison_values
+from streammerge.report.comparison import Comparison, comparison_text, comparison_values, shares_of_signs
+from streammerge.report.pages.comparison import comparison_page
 from tests.conftest import as_float64, write_model, write_models
 
 quiet: dict[str, Any] = {"on_event": lambda event: None}
@@ -147,6 +148,45 @@ def test_a_model_that_is_the_base_has_no_direction(paths: list[Path], tmp_path: 
     assert all(tensor["identical"] for tensor in values["models"][0]["tensors"].values())
     assert values["cosines"] == [[None, None], [None, 1.0]]
     assert "–" in comparison_text(found)
+
+
+def test_tensors_that_the_models_do_not_share_are_left_out_by_name(
+    paths: list[Path], tmp_path: Path, found: Comparison
+) -> None:
+    tensors = {name: torch.from_numpy(v).bfloat16() for name, v in as_float64(paths[1]).items()}
+    embeddings = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat([embeddings, embeddings[:1]])
+    lost = "model.layers.0.input_layernorm.weight"
+    del tensors[lost]
+    other = write_model(tmp_path / "other", {**tensors, "extra.weight": torch.ones(3).bfloat16()})
+    fewer = streammerge.compare([other, *paths[2:]], paths[0], **quiet)
+    assert set(fewer.left_out) == {"position_ids", "model.embed_tokens.weight", lost, "extra.weight"}
+    assert {tensor.name for tensor in fewer.tensors} == {tensor.name for tensor in found.tensors} - set(
+        fewer.left_out
+    )
+    assert "not compared, since the models do not all have them alike: " in comparison_text(fewer)
+    assert comparison_values(fewer)["left_out"] == dict(fewer.left_out)
+    assert "left_out" not in comparison_values(found)
+
+
+def test_the_page_shows_every_model_layer_and_tensor(paths: list[Path], found: Comparison) -> None:
+    pytest.importorskip("vl_convert", reason="the extra `pages` is not installed")
+    page = comparison_page(found)
+    for figure in ("Norm by layer", "Norm by kind of tensor", "Cosines between task vectors"):
+        assert f"<figcaption>{figure}" in page
+    for figure in ("Conflicting signs by layer", "Magnitudes of the changes", "Held by the largest entries"):
+        assert f"<figcaption>{figure}" in page
+    assert page.count("<svg") == 6
+    for i, path in enumerate(paths[1:]):
+        assert f"{path.name}, layer 1: {list(found.by_layer().values())[1].norm(i):.4g}" in page
+    conflict = shares_of_signs(next(iter(found.by_layer().values())).top_signs)["conflict"]
+    assert conflict is not None
+    assert f"largest 20 %, layer 0: {100 * conflict:.3g} %" in page
+    exponents = found.total.exponents[1]
+    largest = int(exponents.argmax())
+    assert f"{int(exponents[largest]):,} entries from 2^{largest - 127} to" in page
+    assert all(tensor.name in page for tensor in found.tensors)
+    assert "1 tensor of m2 identical to the base" in page
 
 
 def test_the_text_fits_a_screen(found: Comparison) -> None:

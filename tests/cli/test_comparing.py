@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import streammerge
 from streammerge.report.comparison import comparison_text, comparison_values
 from tests.cli.running import Cli
@@ -27,3 +29,36 @@ def test_one_model_alone_is_refused_in_one_line(cli: Cli, tmp_path: Path) -> Non
         run.err
         == "streammerge: compare: only one model and no base: name at least two models, or give --base\n"
     )
+
+
+def test_the_page_is_written_after_the_text(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="the extra `pages` is not installed")
+    base, *models = write_models(tmp_path, 1)
+    run = cli("compare", *models, "--base", base, "--quiet", "--html", tmp_path / "page.html")
+    assert (run.code, run.err) == (0, "")
+    assert run.out.startswith("base ")
+    assert (tmp_path / "page.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_page_that_cannot_be_made_is_refused_before_any_work(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = tmp_path / "nothing here"  # not even looked for
+    run = cli("compare", missing, missing, "--html", tmp_path / "model.safetensors")
+    assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+    assert "--html" in run.err
+    assert "choose one that ends in .html" in run.err
+    monkeypatch.setattr("streammerge.report.pages.needed.find_spec", lambda name: None)
+    run = cli("compare", missing, missing, "--html", tmp_path / "page.html")
+    assert (run.code, run.out, run.err.count("\n")) == (2, "", 1)
+    assert "pip install 'streammerge[pages]'" in run.err
+
+
+def test_a_page_needs_memory_to_be_drawn(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("vl_convert", reason="the extra `pages` is not installed")
+    base, *models = write_models(tmp_path, 1)
+    monkeypatch.setattr("streammerge.report.pages.needed.DRAWING_NBYTES", 1 << 50)
+    run = cli("compare", *models, "--base", base, "--quiet", "--html", tmp_path / "page.html")
+    assert (run.code, run.out) == (2, "")
+    assert "is too little for a page: the process itself needs" in run.err
+    assert not (tmp_path / "page.html").exists()

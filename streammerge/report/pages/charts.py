@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NewType
 
@@ -67,20 +67,28 @@ class Axis:
     """Whether its values are names in the order in which they come."""
     zero: bool = True
     """Whether a scale of numbers begins at 0."""
-    log: bool = False
+    ticks: Sequence[int] = ()
+    """The numbers that are marked; empty: as the library chooses."""
 
     def encoding(self, field: str) -> dict[str, Any]:
         """Return how Vega-Lite places the field of a mark."""
         axis: dict[str, Any] = {"title": self.title, "labelFlush": False}
         if self.format:
             axis["format"] = self.format
-        if self.format == "d":
-            axis["tickMinStep"] = 1
+        if self.ticks:
+            axis["values"] = list(self.ticks)
         if self.ordered:
             axis |= {"labelAngle": 0, "labelLimit": 90, "labelOverlap": True}
             return {"field": field, "type": "ordinal", "sort": None, "axis": axis}
-        scale = {"type": "log"} if self.log else {"zero": self.zero, "nice": field == "y"}
+        scale = {"zero": self.zero, "nice": field == "y"}
         return {"field": field, "type": "quantitative", "scale": scale, "axis": axis}
+
+
+def whole_numbers(title: str, numbers: Iterable[int]) -> Axis:
+    """Return an axis of whole numbers, such as layers, that marks at most a dozen of them."""
+    known = sorted(set(numbers)) or [0]
+    step = -(-(known[-1] - known[0] + 1) // 12)
+    return Axis(title, "d", zero=False, ticks=range(known[0], known[-1] + 1, step))
 
 
 def lines(points: Sequence[Point], x: Axis, y: Axis, series: Sequence[str], mark: str = "line") -> Svg:

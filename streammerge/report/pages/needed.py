@@ -6,10 +6,14 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from streammerge.errors import InputError, printable
+from streammerge.errors import BudgetError, InputError, printable
 from streammerge.io.durable import write_file
+from streammerge.planning.memory.budget import Budget
+from streammerge.units import format_at_least, format_size
 
 SUFFIXES = (".html", ".htm")
+DRAWING_NBYTES = 112 << 20
+"""Resident memory that drawing a page takes. The buffers are free by then."""
 
 
 def check_page(option: str, path: Path, outside: Path | None = None) -> None:
@@ -60,6 +64,22 @@ def require_library(what: str) -> None:
         raise InputError(
             f"{printable(what)}: pages are drawn by vl-convert, which is not installed: install it with "
             "`pip install 'streammerge[pages]'`"
+        )
+
+
+def check_memory(option: str, budget: Budget) -> None:
+    """Refuse a budget in which a page cannot be drawn once the buffers are free.
+
+    Raises
+    ------
+    BudgetError
+        If it is too small.
+    """
+    if budget.capacity < DRAWING_NBYTES:
+        raise BudgetError(
+            f"--memory {format_size(budget.total)} is too little for {option}: the process itself needs "
+            f"{format_size(budget.reserve)}, drawing {format_size(DRAWING_NBYTES)}; give at least "
+            f"{format_at_least(budget.reserve + DRAWING_NBYTES)}"
         )
 
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from streammerge.errors import InputError
-from streammerge.report.pages.charts import Axis, bars, distinct, lines, square
+from streammerge.report.pages.charts import Axis, bars, distinct, lines, square, whole_numbers
 from streammerge.report.pages.needed import check_page
 from streammerge.report.pages.page import Section, Table, page_html
 from streammerge.report.pages.sweep import best_of, number_of, sweep_page
@@ -115,7 +115,7 @@ def test_many_series_and_one_point_are_drawn() -> None:
     names = distinct([f"a very long name of a model, number {i}" for i in range(20)])
     assert len(set(names)) == 20
     points = [{"series": name, "x": 0, "y": 1e-9, "tip": name} for name in names]
-    axes = Axis("layer", "d"), Axis("norm")
+    axes = whole_numbers("layer", [0]), Axis("norm")
     for drawing in (
         lines(points, *axes, names),
         bars(points, *axes, names),
