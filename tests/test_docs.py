@@ -22,6 +22,7 @@ from streammerge.estimate.fisher.importing import import_diagonal
 from tests.checkpoint.adapters.scene import factors, write_adapter
 from tests.checkpoint.tokenizers.scene import write_tokenizer
 from tests.conftest import read_tensors, write_fisher, write_grams, write_model
+from tests.planning.moe.dense import write_experts
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -72,6 +73,11 @@ def test_every_config_in_the_docs_runs_on_models_of_these_names(
     names = dict.fromkeys([*runs, *(name for name in references if name not in stages)])
     adapters = {name.partition("+")[2] for name in names if "+" in name}
     names = dict.fromkeys(name.partition("+")[0] for name in names)
+    if config.moe is not None:
+        write_experts(list(names), [text for expert in config.moe.every for text in expert.prompts])
+        Path("config.yml").write_text(text)
+        assert merge("config.yml", "out", memory="1GiB").tensors
+        return
     for source, name in zip(make_models(n_models=len(names) - 1, **shapes_for(config)), names, strict=True):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         source.rename(name)

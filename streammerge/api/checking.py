@@ -9,9 +9,10 @@ from pathlib import Path
 
 from streammerge.api.deciding import ConfigLike, plan
 from streammerge.api.feedback import OnEvent, controlled
+from streammerge.api.gates import supply_gates
 from streammerge.engine.recompute import check_contents, check_made_from, recompute
 from streammerge.errors import InputError
-from streammerge.events import Event
+from streammerge.events import Control, Event
 from streammerge.output.check import Verdict, manifest_of
 from streammerge.output.check import verify as verify_files
 
@@ -107,6 +108,7 @@ def _verify(
         check_contents(decided, out, manifest, on_tick)
     verdict = verify_files(out, on_tick)
     try:
+        supply_gates(decided, Control())
         done = recompute(decided, out, manifest, sample=sample, seed=seed, on_tick=on_tick)
     except InputError:
         if not verdict.problems:

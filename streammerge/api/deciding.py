@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streammerge.api.gates import check_gates
 from streammerge.config.reading import config_from_mapping, load_config, parse_config
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import refuse
@@ -19,6 +20,7 @@ from streammerge.output.place import place_of
 from streammerge.output.stage_files import stage_folder
 from streammerge.planning.averages import settle_checkpoints
 from streammerge.planning.inputs import Sources, open_inputs
+from streammerge.planning.moe.method import MOE
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS, PlanOptions
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import prepare
@@ -137,6 +139,7 @@ def plan_stages(config: MergeConfig, options: PlanOptions) -> MergePlan:
     inputs = open_inputs(settled, method, Sources(stages=tuple(results)))
     plan = prepare(settled, method, inputs, replace(options, notes=(*options.notes, *_notes_of(results))))
     check_reads(plan, options.max_reads)
+    check_gates(plan)
     return plan
 
 
@@ -176,6 +179,8 @@ def settle(config: MergeConfig) -> tuple[MergeConfig, Method]:
     """
     if config.sweep:
         refuse(config.sweep[0].path.rpartition(".")[0], SWEEP_CURE)
+    if config.moe is not None:
+        return config, MOE
     found = settle_checkpoints(config)
     method = get_method(found.merge_method, f"{found.where}: merge_method")
     return settle_base(found, method), method

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from streammerge.api.deciding import ConfigLike, plan, read_config
 from streammerge.api.feedback import OnEvent, controlled
+from streammerge.api.gates import supply_gates
 from streammerge.config.schema import MergeConfig
 from streammerge.config.stages import kept_stages, read_from
 from streammerge.engine.first_use import CannotCompileError
@@ -169,7 +170,8 @@ def _merge_settled(
         run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]
     ) as control:
         try:
-            return execute(decided, out, how, control, model_card)
+            return execute(decided, out, how, control, model_card, supply_gates)
         except CannotCompileError as error:
             control.warn(SLOWER.format(error))
-        return execute(plan(config, out=out, **{**planned, "kernels": False}), out, how, control, model_card)
+        decided = plan(config, out=out, **{**planned, "kernels": False})
+        return execute(decided, out, how, control, model_card, supply_gates)

@@ -11,6 +11,7 @@ from streammerge.cli.averaging import average
 from streammerge.cli.comparing import compare
 from streammerge.cli.estimating import fisher, gram
 from streammerge.cli.merging import merge, plan, verify
+from streammerge.cli.moe import moe
 from streammerge.cli.process import leave, open_closed_streams, report, report_usage
 from streammerge.cli.showing import completion, demo, inspect, methods, new, schema
 from streammerge.cli.warming import warm_up
@@ -20,6 +21,7 @@ from streammerge.version import __version__
 _COMMANDS = (
     merge,
     average,
+    moe,
     plan,
     verify,
     compare,

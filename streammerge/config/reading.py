@@ -7,7 +7,8 @@ import stat
 from collections.abc import Mapping
 from dataclasses import replace
 
-from streammerge.config.schema import MergeConfig, config_of
+from streammerge.config.moe_config import any_config_of
+from streammerge.config.schema import MergeConfig
 from streammerge.config.stages import as_map, staged_config
 from streammerge.config.strict_yaml import MAX_BYTES, MAX_DEPTH, UNSPEAKABLE, dump_yaml, load_documents
 from streammerge.config.wording import child, refuse, shown
@@ -26,7 +27,7 @@ def parse_config(text: bytes | str, where: str = "config.yml") -> MergeConfig:
     return (
         staged_config(documents, verbatim, where)
         if len(documents) > 1
-        else config_of(as_map(documents[0], where), verbatim, where)
+        else any_config_of(as_map(documents[0], where), verbatim, where)
     )
 
 
@@ -75,7 +76,7 @@ def config_from_mapping(data: Mapping[str, object], where: str = "config") -> Me
     parses to the same config.
     """
     plain = as_map(_plain(data, f"{where}:", 0), where)
-    return replace(config_of(plain, "", where), text=dump_yaml(plain))
+    return replace(any_config_of(plain, "", where), text=dump_yaml(plain))
 
 
 def _plain(value: object, path: str, depth: int) -> object:

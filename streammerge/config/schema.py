@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoints
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.lines import Lines, parse_lines
+from streammerge.config.moe import MoeSpec
 from streammerge.config.references import parse_base, parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
 from streammerge.config.swept import Swept, parse_sweep
@@ -147,6 +148,8 @@ class MergeConfig:
     """The name by which later stages know its result; None: it is the output."""
     stages: tuple[MergeConfig, ...] = ()
     """The stages that the output is made from, each after those that it uses itself."""
+    moe: MoeSpec | None = None
+    """The mixture of experts that the models become; None: they are merged."""
 
     @property
     def references(self) -> frozenset[str]:

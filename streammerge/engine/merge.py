@@ -101,8 +101,16 @@ def execute(
     options: Options,
     control: Control,
     card: Callable[[MergePlan], str],
+    before: Callable[[MergePlan, Control], None] = lambda plan, control: None,
 ) -> Summary:
     """Merge into `out`, or resume there.
+
+    Parameters
+    ----------
+    card
+        Function that returns the text of README.md.
+    before
+        Called before the first tensor is read, unless the merge was already complete.
 
     Raises
     ------
@@ -133,6 +141,7 @@ def execute(
                 )
             ):
                 return replace(_complete(out, plan, finished), compile_seconds=compiling)
+            before(plan, control)
             session = _Session(plan, place, reader, identity, options, executor, control, hasher)
             summary = session.run(card(plan), began)
             return replace(summary, compile_seconds=compiling)

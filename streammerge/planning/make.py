@@ -22,6 +22,7 @@ from streammerge.planning.layout import Folder, Layout, lay_out, lay_out_file
 from streammerge.planning.memory.allocate import Needs, lists_nbytes
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import Division
+from streammerge.planning.moe.resolve import resolve_experts, with_settings
 from streammerge.planning.needs import likeness, needs_of
 from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
@@ -79,7 +80,12 @@ def make_plan(
     alignment = None if config.tokenizer is None else align(config.tokenizer, template, matched.indexes)
     if alignment is not None:
         _check_tokens(alignment, resources.budget)
-    resolved = resolve_jobs(config, method, template, matched, inputs.fishers, alignment, inputs.grams)
+    seed = config.seed if options.seed is None else options.seed
+    mixture = None if config.moe is None else resolve_experts(config, template, matched.indexes, seed)
+    if mixture is None:
+        resolved = resolve_jobs(config, method, template, matched, inputs.fishers, alignment, inputs.grams)
+    else:
+        resolved, template = mixture.resolved, with_settings(template, mixture)
     check_components(template, tuple(every.values()), resolved.jobs)
     storage = choose_storage(Material(config, method, template, matched.indexes, resolved))
     jobs = tuple(map(with_shared, storage.jobs)) if inputs.stages else storage.jobs
@@ -91,6 +97,7 @@ def make_plan(
     needs = _needs_of_all(jobs, method)
     lists = _lists_nbytes(inputs, matched, jobs, needs) + files.nbytes
     lists += 0 if alignment is None else alignment.nbytes
+    lists += 0 if mixture is None else mixture.nbytes
     lists += sum(stage.division.lists for stage in inputs.stages)
     lists += max((stage.statistics_memory.nbytes for stage in inputs.stages), default=0)
     division = Division(resources.budget, jobs, needs, lists, method, resources.backend)
@@ -105,7 +112,7 @@ def make_plan(
         work=allocation.work,
         layout=_layout_of(jobs, template, options),
         budget=allocation.budget,
-        seed=config.seed if options.seed is None else options.seed,
+        seed=seed,
         backend=resources.backend,
         device=resources.device,
         division=division,
@@ -121,6 +128,7 @@ def make_plan(
         beside=files.beside,
         tensors_left_out=resolved.left_out,
         stages=inputs.stages,
+        gates=None if mixture is None else mixture.gates,
     )
 
 

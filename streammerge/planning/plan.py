@@ -12,6 +12,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.refs.gates import Gates
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import printable
@@ -79,6 +80,8 @@ class MergePlan:
     """Files that are copied to the output in addition to the weights."""
     stages: tuple[MergePlan, ...] = ()
     """The plans of stages whose results are among its models, each after the stages that it uses itself."""
+    gates: Gates | None = None
+    """The gates of a mixture of experts, which are computed before its tensors are written; None if there are none."""
 
     @property
     def name(self) -> str:
@@ -258,6 +261,7 @@ class MergePlan:
                 if name not in ("config", "shard size", "left out")
             },
             **({} if self.tokenizer is None else {"tokenizer": self._tokenizer_digest()}),
+            **({} if self.gates is None else self.gates.identity),
         }
 
     def _tokenizer_digest(self) -> str:

@@ -15,6 +15,7 @@ from streammerge.planning.backend import backend_on, choose_device, operator_byt
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.make import Resources, make_plan
 from streammerge.planning.memory import budget as budgets
+from streammerge.planning.moe.method import reserve_for
 from streammerge.planning.needed_kernels import needed_kernels
 from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
@@ -34,7 +35,10 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
     InputError
         If the models, the config or the memory do not allow the merge.
     """
-    device = choose_device(options.device, options.memory, sum(index.nbytes for index in inputs.own))
+    asked = (
+        "cpu" if config.moe is not None and options.device == "auto" else options.device
+    )  # nothing is computed
+    device = choose_device(asked, options.memory, sum(index.nbytes for index in inputs.own))
     chosen = backend_on(device, options.kernels)
     missing = missing_kernels() if chosen.compiled and not method.is_formula else None
     if missing is not None:
@@ -43,6 +47,7 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
 
     def plan_on(backend: Backend) -> MergePlan:
         reserve = reserve_of(backend, method, inputs.own) + operator_bytes(inputs.grams)
+        reserve = reserve if config.moe is None else max(reserve, reserve_for(config.moe))
         budget = budgets.make_budget(options.memory, options.threads, reserve)
         return make_plan(config, method, inputs, Resources(budget, device, backend), options)
 

@@ -177,6 +177,8 @@ class LineReporter:
         self._tell_stop()
         if event.kind == "compiling":
             self._say(compiling_line(event.values))
+        elif event.kind == "gates" and not event.values["layer"]:
+            self._say(gates_line(event.values))
         elif event.kind in ("start", "resume"):
             self._began = self._last = time.monotonic()
             if self._tracker.plan:
@@ -260,6 +262,8 @@ class BarReporter:
                 self._say(resume_line(values, tracker.plan))
             self._describe(self._what)
             self._begin()
+        elif event.kind == "gates":
+            self._describe(f"gates, layer {event.values['layer'] + 1} of {event.values['layers']}")
         elif event.kind in _PROGRESS:
             self._move(event)
         elif event.kind == "commit":
@@ -325,6 +329,13 @@ def compiling_line(values: Mapping[str, Any]) -> str:
     count = values.get("kernels")
     what = "the kernels" if count is None else plural(count, "kernel")
     return f"compiling {what} for this machine, once…"
+
+
+def gates_line(values: Mapping[str, Any]) -> str:
+    """Return a line on the base model that is run over the prompts of a mixture of experts."""
+    return (
+        f"computing the gates: the prompts pass through {plural(values['layers'], 'layer')}, one at a time…"
+    )
 
 
 def resume_line(values: Mapping[str, Any], plan: Mapping[str, Any]) -> str:

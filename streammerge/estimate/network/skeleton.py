@@ -17,7 +17,7 @@ from streammerge.errors import InputError, ModelError, printable
 
 CAUSAL, CLASSIFIER = "causal language model", "sequence classifier"
 _ENDS = {"ForCausalLM": CAUSAL, "LMHeadModel": CAUSAL, "ForSequenceClassification": CLASSIFIER}
-_CURE = "install it with `pip install 'streammerge[hf]'`"
+CURE = "install it with `pip install 'streammerge[hf]'`"
 
 
 class Skeleton:
@@ -104,7 +104,7 @@ def _build(index: TensorIndex, kind: str, architecture: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise InputError(f"transformers is needed to run a model ({error}); {_CURE}") from None
+        raise InputError(f"transformers is needed to run a model ({error}); {CURE}") from None
     transformers.utils.logging.set_verbosity_error()
     auto = (
         transformers.AutoModelForCausalLM

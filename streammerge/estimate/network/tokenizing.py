@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import InputError, printable
 from streammerge.estimate.network.examples import Reading, Tokenize
-from streammerge.estimate.network.skeleton import CAUSAL, Skeleton
+from streammerge.estimate.network.skeleton import CAUSAL, CURE, Skeleton
 
 
 def reading_for(
@@ -22,18 +24,36 @@ def reading_for(
     )
 
 
-def _tokenizer(index: TensorIndex, max_length: int) -> Tokenize:
-    from transformers import AutoTokenizer
+def load_tokenizer(index: TensorIndex, cure: str) -> Any:
+    """Return a model's tokenizer, as transformers loads it.
 
+    Parameters
+    ----------
+    cure
+        The end of the error message: what to do without a tokenizer.
+
+    Raises
+    ------
+    InputError
+        If there is no transformers, or it cannot load the tokenizer.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise InputError(f"transformers is needed to read text ({error}); {CURE}") from None
+    try:
+        return AutoTokenizer.from_pretrained(
             str(index.directory), local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # foreign files may raise anything in the library
         raise InputError(
             f"{printable(index.reference)}: cannot load a tokenizer for text: "
-            f"{printable(str(error).strip() or type(error).__name__, 300)}; give input_ids instead"
+            f"{printable(str(error).strip() or type(error).__name__, 300)}; {cure}"
         ) from error
+
+
+def _tokenizer(index: TensorIndex, max_length: int) -> Tokenize:
+    tokenizer = load_tokenizer(index, "give input_ids instead")
 
     def tokenize(text: str) -> list[int]:
         ids: list[int] = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]

@@ -1,0 +1,1 @@
+"""Compute the gates of a mixture of experts from prompts."""
