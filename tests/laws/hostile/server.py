@@ -6,11 +6,14 @@ stdout: exit code, stdout and stderr, the operating system's peak of the child i
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import select
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -66,15 +69,32 @@ def child(request: dict[str, Any], outputs: list[Path]) -> None:
         os._exit(code if isinstance(code, int) else 0 if code is None else 98)
 
 
-def main() -> None:
-    """Import all that a merge needs but torch, then serve."""
+def warm(scratch: Path) -> None:
+    """Import all that the commands need but torch, and load the kernels: a child that did it would take a second."""
     import streammerge.api
-    import streammerge.backends.cpu.math
-    import streammerge.estimate.fisher.importing  # noqa: F401
+    import streammerge.cli
+    import streammerge.estimate.fisher.importing
     from streammerge.backends.cpu.compile import ensure_compiled
+    from tests.laws.hostile.case import sound
 
+    for package in (streammerge.checkpoint, streammerge.cli, streammerge.formats, streammerge.tensors):
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
     ensure_compiled()
+    place = scratch / "warm"
+    place.mkdir()
+    sound(place)
+    os.chdir(place)
+    streammerge.api.merge("config.yml", "out")
+    assert "torch" not in sys.modules
+    assert threading.active_count() == 1, "a process of several threads must not be forked"
+
+
+def main() -> None:
+    """Prepare, then serve."""
     scratch = Path(sys.argv[1])
+    warm(scratch)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line), scratch)), flush=True)
 
