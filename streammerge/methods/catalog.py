@@ -11,6 +11,7 @@ import importlib.util
 import pkgutil
 import sys
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ for _paper in sorted(found.name for found in pkgutil.iter_modules(papers.__path_
 
 def load_builtin() -> None:
     """Register the methods that installed packages provide through the entry point `streammerge.methods`."""
-    for point in entry_points(group="streammerge.methods"):
+    for point in _entry_points():
         try:
             point.load()
         except StreammergeError:
@@ -42,6 +43,12 @@ def load_builtin() -> None:
                 f"cannot import the installed methods {point.name!r} ({point.value}): {printable(error)}"
             ) from error
         DISTRIBUTIONS[point.module.partition(".")[0]] = _installed(point)
+
+
+@cache
+def _entry_points() -> tuple[EntryPoint, ...]:
+    """Return the entry points, found once in a process: the search reads the metadata of every installed package."""
+    return tuple(entry_points(group="streammerge.methods"))
 
 
 def _installed(point: EntryPoint) -> str:

@@ -142,11 +142,11 @@ def test_an_installed_package_adds_methods_through_its_entry_point(
     )
     monkeypatch.syspath_prepend(tmp_path)
     point = EntryPoint("mine", "my_installed_methods", "streammerge.methods")
-    monkeypatch.setattr(catalog, "entry_points", lambda group: [point])
+    monkeypatch.setattr(catalog, "_entry_points", lambda: (point,))
     catalog.load_builtin()
     assert "installed_one" in registry.all_methods()
     broken = EntryPoint("broken", "no_such_module_here", "streammerge.methods")
-    monkeypatch.setattr(catalog, "entry_points", lambda group: [broken])
+    monkeypatch.setattr(catalog, "_entry_points", lambda: (broken,))
     with pytest.raises(InputError, match="broken"):
         catalog.load_builtin()
 
