@@ -28,6 +28,9 @@ _SAMPLE_BYTES = 1 << 22
 _COUNTED_AT_ONCE = 1 << 30
 """Number of elements; a piece counts in 32 bits."""
 
+Shared = dict[Statistic[Any], Any]
+"""Values of statistics of the same elements, for all outputs that ask for them."""
+
 
 def follow(worker: Worker, job: Job, known: Answers | None = None) -> Rule | list[Statistic[Any]]:
     """Return a job's rule, or the statistics it asks for after the values `known` (default: all so far).
@@ -63,9 +66,11 @@ def reducer_of(
 
 
 def resolve_in_memory(
-    worker: Worker, job: Job, loaded: Block, math: BlockMath, *, until_model: bool
+    worker: Worker, job: Job, loaded: Block, math: BlockMath, shared: Shared, *, until_model: bool
 ) -> Rule | list[Statistic[Any]]:
     """Compute a job's per-tensor statistics from the tensor in memory.
+
+    `shared` has the values that other outputs have asked of these elements, and receives new ones.
 
     Returns its rule or, with `until_model`, the whole-model statistics that come next.
     """
@@ -74,8 +79,10 @@ def resolve_in_memory(
             assert until_model, "whole-model statistics come before the merge"
             return wanted
         # One after the other: the tensor is in memory, and with many models each needs its own counts.
-        known = [_answer_in_memory(worker, job, loaded, math, statistic) for statistic in wanted]
-        worker.answers.setdefault(job.ordinal, []).append(known)
+        for statistic in wanted:
+            if statistic not in shared:
+                shared[statistic] = _answer_in_memory(worker, job, loaded, math, statistic)
+        worker.answers.setdefault(job.ordinal, []).append([shared[statistic] for statistic in wanted])
     return wanted
 
 

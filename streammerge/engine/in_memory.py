@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from streammerge.engine.nonfinite import trace
-from streammerge.engine.scheduler import Scheduler, Tick
+from streammerge.engine.scheduler import Scheduler, Tick, Unrecorded
 from streammerge.engine.telling import differing, named_densities, of_floor
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import printable
@@ -17,7 +17,7 @@ from streammerge.io.reader import Reader
 from streammerge.io.stamp import check_unchanged
 from streammerge.output.commit import cover, densities, floored
 from streammerge.output.identity import identify
-from streammerge.output.journal import Receipt
+from streammerge.output.journal import Progress, Receipt
 from streammerge.planning.description import describe
 from streammerge.planning.layout import Places
 from streammerge.planning.plan import MergePlan
@@ -87,16 +87,6 @@ class TensorSink:
         """See `Sink`; nothing needs to be durable."""
 
 
-class _Unrecorded:
-    """Records nothing, since an interrupted merge in memory starts again."""
-
-    def add(self, receipts: Sequence[Receipt]) -> None:
-        """See `Record`."""
-
-    def add_answers(self, answers: Mapping[str, Any]) -> None:
-        """See `Record`."""
-
-
 def merge_in_memory(
     plan: MergePlan,
     reader: Reader,
@@ -142,8 +132,8 @@ def merge_in_memory(
 
     control.emit(Event("start", {"bytes_done": 0}))
     sink.hand_over_empty()
-    scheduler = Scheduler(worker, _Unrecorded(), on_tick)
-    scheduler.run([], {})
+    scheduler = Scheduler(worker, [Unrecorded()], on_tick)
+    scheduler.run([Progress({})])
     for stamp in (stamp for stamps in plan.stamped.values() for stamp in stamps):
         check_unchanged(stamp)
     chosen = cover(plan, scheduler.receipts)

@@ -20,7 +20,7 @@ import numpy as np
 from streammerge.algebra.extent import Extent
 from streammerge.dtypes import BITS
 from streammerge.engine.opening import with_stages
-from streammerge.engine.scheduler import Scheduler
+from streammerge.engine.scheduler import Scheduler, Unrecorded
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import InputError, WorldError, printable
 from streammerge.formats.safetensors import read_header
@@ -30,7 +30,7 @@ from streammerge.output.check import Recomputed
 from streammerge.output.commit import cover, densities, floored, not_finite
 from streammerge.output.identity import LAYOUT, VERSION, identify
 from streammerge.output.inputs import ContentHasher, changed_contents
-from streammerge.output.journal import Receipt
+from streammerge.output.journal import Progress, Receipt
 from streammerge.output.place import Place, place_of
 from streammerge.planning.layout import Layout, Places, Shard, Slot, folder_of, is_shard
 from streammerge.planning.plan import MergePlan
@@ -135,8 +135,8 @@ def recompute(
     comparer = _Comparer(placed, place, reader)
     worker = Worker(RunSpec(placed, None, identify(placed, reader), tolerant=True), reader, comparer)
     try:
-        scheduler = Scheduler(worker, _Nothing(), lambda tick: on_tick(tick.bytes_read))
-        scheduler.run(_all_but(placed, chosen), {})
+        scheduler = Scheduler(worker, [Unrecorded()], lambda tick: on_tick(tick.bytes_read))
+        scheduler.run([Progress({}, _all_but(placed, chosen))])
     finally:
         reader.close()
     _check_inputs(placed)
@@ -206,16 +206,6 @@ def _told_wrongly(
         for field, value in told.items()
         if (manifest.get(field) or None) != (value or None)
     ]
-
-
-class _Nothing:
-    """Records nothing."""
-
-    def add(self, receipts: Sequence[Receipt]) -> None:
-        """See `Record`."""
-
-    def add_answers(self, answers: Mapping[str, Any]) -> None:
-        """See `Record`."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
@@ -19,10 +20,11 @@ from typing import Any, Protocol
 
 from streammerge.engine.answers import restored
 from streammerge.engine.executors.base import Executor, make_executor
+from streammerge.engine.ledger import Ledger, done_by_all
 from streammerge.engine.streaming import Streamer
 from streammerge.engine.worker import Worker
 from streammerge.errors import Stopped
-from streammerge.output.journal import Receipt
+from streammerge.output.journal import Progress, Receipt
 from streammerge.planning.schedule import PASSES_AHEAD, Chunk, StatisticsPass
 
 _SYNC_SECONDS = 1.0
@@ -49,15 +51,25 @@ class Record(Protocol):
         """Record the values of streamed statistics, by job."""
 
 
+class Unrecorded:
+    """Records nothing: the record of a run that is never resumed."""
+
+    def add(self, receipts: Sequence[Receipt]) -> None:
+        """See `Record`."""
+
+    def add_answers(self, answers: Mapping[str, Any]) -> None:
+        """See `Record`."""
+
+
 class Scheduler:
     """Runs the remaining steps of a plan.
 
     Parameters
     ----------
     worker
-        The worker of this process; its reader and writer are open.
-    record
-        An open record for receipts and values of statistics.
+        The worker of this process; its reader and writer are open. It may lead the workers of more outputs.
+    records
+        Open records for receipts and values of statistics, one for each output.
     on_tick
         Called periodically, from the thread that calls `run`.
     executor
@@ -67,30 +79,42 @@ class Scheduler:
     def __init__(
         self,
         worker: Worker,
-        record: Record,
+        records: Sequence[Record],
         on_tick: Callable[[Tick], None],
         executor: Executor | None = None,
     ) -> None:
         self._worker, self._plan = worker, worker.plan
         self._computes = worker.reader.computes
-        self._record = record
+        self._records = records
         self._on_tick = on_tick
         self._executor = executor or make_executor("threads")
-        self._streamer = Streamer(worker, record.add_answers, self._look)
+        self._streamer = Streamer(worker, [record.add_answers for record in records], self._look)
         self._streaming = ThreadPoolExecutor(1, thread_name_prefix="streaming")
         self._caller = threading.current_thread()
         self._lock = threading.Lock()
         self._unsynced: list[Receipt] = []
         self._finished = threading.Event()
         self._failure: BaseException | None = None
-        self.receipts: list[Receipt] = []
-        """The receipts of all finished pieces, including earlier runs'."""
-        self.elements_done = 0
-        self._left = [job.n_elements for job in self._plan.jobs]
-        self._tensors_left = 0
+        self._ledgers: list[Ledger] = []
+        self._unfinished: Counter[int] = Counter()
+        """Number of outputs that lack elements of a tensor, by the ordinal of its job."""
 
-    def run(self, receipts: Sequence[Receipt], answers: dict[str, list[list[object]]]) -> None:
-        """Run the steps that `receipts` do not cover; return when everything is durable.
+    @property
+    def receipts(self) -> list[Receipt]:
+        """The receipts of all finished pieces of the first output, including earlier runs'."""
+        return self.receipts_of(0)
+
+    def receipts_of(self, output: int) -> list[Receipt]:
+        """Return the receipts of all finished pieces of an output, including earlier runs'."""
+        return self._ledgers[output].receipts
+
+    def run(self, before: Sequence[Progress]) -> None:
+        """Run the steps that earlier runs left; return when everything is durable.
+
+        Parameters
+        ----------
+        before
+            What earlier runs have done for each output.
 
         Raises
         ------
@@ -98,23 +122,22 @@ class Scheduler:
             The first failure of any thread; everything finished before is durable and recorded.
         """
         self._caller = threading.current_thread()
-        self.receipts = list(receipts)
-        self.elements_done = sum(receipt.stop - receipt.start for receipt in receipts)
-        done: dict[int, list[tuple[int, int]]] = {}
-        for receipt in receipts:
-            self._left[receipt.job] -= receipt.stop - receipt.start
-            done.setdefault(receipt.job, []).append((receipt.start, receipt.stop))
-        self._tensors_left = sum(left > 0 for left in self._left)
-        self._restore_answers(answers)
+        jobs = self._plan.jobs
+        self._ledgers = [Ledger(jobs, progress.receipts) for progress in before]
+        for output, ledger, progress in zip(self._worker.outputs, self._ledgers, before, strict=True):
+            output.left = ledger.left(jobs)
+            self._unfinished.update(job.ordinal for job in jobs if output.left.get(job.ordinal, True))
+            _restore_answers(output, progress.answers)
         if self._computes is not None:
-            self._computes.join(self._worker, self._record.add_answers, self._look, answers)
+            answers = {key: rounds for progress in before for key, rounds in progress.answers.items()}
+            self._computes.join(self._worker, self._records[0].add_answers, self._look, answers)
         syncer = threading.Thread(target=self._sync_loop, name="syncer")
         syncer.start()
         try:
             with self._worker:
                 try:
                     self._streamer.model_rounds()
-                    self._execute(done)
+                    self._execute(done_by_all(jobs, self._ledgers))
                 except BaseException as error:
                     self._worker.stop.set()
                     if isinstance(error, Stopped) and self._failure is not None:
@@ -127,15 +150,6 @@ class Scheduler:
             syncer.join()
         if self._failure is not None:
             raise self._failure
-
-    def _restore_answers(self, answers: Mapping[str, list[list[object]]]) -> None:
-        merged = [job for job in self._plan.jobs if job.kind == "merge"]
-        known = {
-            job.ordinal: restored(self._worker, job, answers.get(str(job.ordinal), [])) for job in merged
-        }
-        even = len({len(rounds) for rounds in known.values()}) <= 1
-        if even or not self._plan.model_rounds():
-            self._worker.answers.update({ordinal: rounds for ordinal, rounds in known.items() if rounds})
 
     # --- chunks
 
@@ -189,13 +203,12 @@ class Scheduler:
         with self._lock:
             self._unsynced += receipts
         for receipt in receipts:
-            n, before = receipt.stop - receipt.start, self._left[receipt.job]
-            self.elements_done += n
-            self._left[receipt.job] = before - n
-            if before - n <= 0:
-                self._tensors_left -= before > 0
-                self._worker.answers.pop(receipt.job, None)
-                if before > 0 and self._computes is not None:
+            finished, new = self._ledgers[receipt.output].take(receipt)
+            if finished:
+                self._worker.outputs[receipt.output].answers.pop(receipt.job, None)
+            if new:
+                self._unfinished[receipt.job] -= 1
+                if not self._unfinished[receipt.job] and self._computes is not None:
                     self._computes.forget(self._plan.jobs[receipt.job])
 
     def _look(self) -> None:
@@ -203,12 +216,13 @@ class Scheduler:
         if self._failure is not None:
             raise self._failure
         if threading.current_thread() is self._caller:
+            left = sum(ledger.tensors_left for ledger in self._ledgers)
             self._on_tick(
                 Tick(
                     self._worker.reader.bytes_read,
-                    self._worker.writer.bytes_written,
-                    self.elements_done,
-                    len(self._plan.jobs) - self._tensors_left,
+                    sum(output.writer.bytes_written for output in self._worker.outputs),
+                    sum(ledger.elements_done for ledger in self._ledgers),
+                    len(self._plan.jobs) * len(self._ledgers) - left,
                 )
             )
 
@@ -220,10 +234,11 @@ class Scheduler:
             with self._lock:
                 batch, self._unsynced = self._unsynced, []
             try:
-                if batch:
-                    self._sync(batch)
-                    self._record.add(batch)
-                    self.receipts += batch
+                for number in sorted({receipt.output for receipt in batch}):
+                    own = [receipt for receipt in batch if receipt.output == number]
+                    self._sync(self._worker.outputs[number], own)
+                    self._records[number].add(own)
+                    self._ledgers[number].receipts += own
             except BaseException as error:  # handed to the main thread
                 self._failure = error
                 self._worker.stop.set()
@@ -231,9 +246,18 @@ class Scheduler:
             if last:
                 return
 
-    def _sync(self, receipts: Sequence[Receipt]) -> None:
+    def _sync(self, output: Worker, receipts: Sequence[Receipt]) -> None:
         if self._executor.durable:
             return
-        slots = self._plan.layout.slots
+        slots = output.plan.layout.slots
         with self._worker.stages.time("sync"):
-            self._worker.writer.sync({slot.shard for receipt in receipts for slot in slots[receipt.job]})
+            output.writer.sync({slot.shard for receipt in receipts for slot in slots[receipt.job]})
+
+
+def _restore_answers(output: Worker, answers: Mapping[str, list[list[object]]]) -> None:
+    """Give the worker of an output the values of statistics that an earlier run recorded."""
+    merged = [job for job in output.plan.jobs if job.kind == "merge"]
+    known = {job.ordinal: restored(output, job, answers.get(str(job.ordinal), [])) for job in merged}
+    even = len({len(rounds) for rounds in known.values()}) <= 1
+    if even or not output.plan.model_rounds():
+        output.answers.update({ordinal: rounds for ordinal, rounds in known.items() if rounds})

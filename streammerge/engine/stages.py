@@ -141,11 +141,11 @@ class StageRuns:
         with self._passes:
             self._restore(worker, ref)
             if isinstance(follow(worker, ref.job), list):
-                streamer = Streamer(worker, self._noted(ref.stage), self._on_wait)
+                streamer = Streamer(worker, [self._noted(ref.stage)], self._on_wait)
                 if ref.stage not in self._whole:
                     streamer.model_rounds()
                     self._whole.add(ref.stage)
-                streamer.answer(ref.job)
+                streamer.answer(ref.job, worker.outputs)
 
     def _restore(self, worker: Worker, ref: StageRef) -> None:
         """Take the values that an earlier run recorded for a job; whole-model values are computed again."""

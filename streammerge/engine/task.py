@@ -11,7 +11,7 @@ import numpy as np
 from streammerge.algebra.block import Applied, Block, Operand
 from streammerge.algebra.extent import Extent
 from streammerge.dtypes import BITS, itemsize
-from streammerge.engine.answers import resolve_in_memory, slice_of
+from streammerge.engine.answers import Shared, resolve_in_memory, slice_of
 from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.engine.peaks import known_peak, largest
 from streammerge.engine.worker import Worker, math_for, math_of
@@ -32,7 +32,7 @@ from streammerge.tensors.read import read_source
 
 
 def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
-    """Read, merge, write and checksum the pieces of a chunk. Running it twice is safe.
+    """Read, merge, write and checksum the pieces of a chunk, for every output that lacks them. Running it twice is safe.
 
     The result depends only on the chunk, the worker's specification and its known statistics.
 
@@ -54,13 +54,16 @@ def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
             if worker.stop.is_set():
                 break
             job = worker.plan.jobs[piece.job]
-            receipts.append(_way_of(job)(worker, job, piece, buffer))
+            receipts += _way_of(job)(worker, job, piece, buffer)
             if piece.stop - piece.start == job.n_elements:
-                worker.answers.pop(job.ordinal, None)  # freed early: thousands of tensors may share a chunk
+                for output in worker.outputs:
+                    output.answers.pop(
+                        job.ordinal, None
+                    )  # freed early: thousands of tensors may share a chunk
     return receipts
 
 
-def _way_of(job: Job) -> Callable[[Worker, Job, Piece, Bytes], Receipt]:
+def _way_of(job: Job) -> Callable[[Worker, Job, Piece, Bytes], list[Receipt]]:
     if job.encoder is not None:
         return _encode_piece
     return _copy_piece if job.is_copied else _merge_piece
@@ -78,9 +81,14 @@ class _Merged:
     applied: Applied
 
 
-def _merge_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receipt:
-    merged = _merge(worker, job, piece.start, piece.stop, buffer, _file_offset(worker, job, piece))
-    return _emit(worker, job, piece, [merged.data], merged.applied)
+def _merge_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> list[Receipt]:
+    loaded = load(worker, job, piece.start, piece.stop, buffer)
+    place, shared = _file_offset(worker, job, piece), Shared()
+    receipts = []
+    for output in worker.lacking(piece.job, piece.start, piece.stop):
+        merged = _merge(output, loaded, output.plan.jobs[piece.job], place, shared)
+        receipts.append(_emit(output, piece, [merged.data], merged.applied))
+    return receipts
 
 
 def merged_elements(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes) -> Bytes:
@@ -93,16 +101,16 @@ def merged_elements(worker: Worker, job: Job, start: int, stop: int, buffer: Byt
     ModelError
         If a value is not finite; WorldError if reading fails.
     """
-    return _merge(worker, job, start, stop, buffer, 0).data
+    return _merge(worker, load(worker, job, start, stop, buffer), job, 0, Shared()).data
 
 
-def _merge(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes, place: int) -> _Merged:
-    """Merge elements; `place`: the offset in a file that they will have."""
-    loaded = load(worker, job, start, stop, buffer)
+def _merge(worker: Worker, loaded: Block, job: Job, place: int, shared: Shared) -> _Merged:
+    """Merge loaded elements; `place`: the offset in a file that they will have."""
+    buffer, start, stop = loaded.buffer, loaded.start, loaded.start + loaded.n
     try:
         with math_for(worker, job, loaded) as math:
             with worker.stages.time("statistics"):
-                rule = resolve_in_memory(worker, job, loaded, math, until_model=False)
+                rule = resolve_in_memory(worker, job, loaded, math, shared, until_model=False)
             assert not isinstance(rule, list)
             out = _place_output(job, loaded, place)
             with worker.stages.time("compute"):
@@ -124,9 +132,15 @@ def _merge(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes, place
     return _Merged(data, applied)
 
 
-def _encode_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receipt:
-    """Merge a piece, encode it and write it, a few elements at a time, while they are in the cache."""
-    encoder = job.encoder
+def _encode_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> list[Receipt]:
+    loaded, shared = load(worker, job, piece.start, piece.stop, buffer), Shared()
+    outputs = worker.lacking(piece.job, piece.start, piece.stop)
+    return [_encode_one(one, one.plan.jobs[piece.job], piece, loaded, shared) for one in outputs]
+
+
+def _encode_one(worker: Worker, job: Job, piece: Piece, loaded: Block, shared: Shared) -> Receipt:
+    """Merge loaded elements, encode and write them, a few at a time, while they are in the cache."""
+    encoder, buffer = job.encoder, loaded.buffer
     assert encoder is not None
     places = _divided(worker, job, piece)
     spans, slots = job.spans(piece.start, piece.stop), worker.plan.layout.slots[job.ordinal]
@@ -150,15 +164,20 @@ def _encode_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Rece
         encoder.encode(values, start, outs, peak)
 
     looks = [look] if encoder.needs_peak and peak is None else []
-    applied = merge_by_tiles(worker, job, piece, buffer, *looks, encode)
+    applied = merge_by_tiles(worker, job, piece, loaded, shared, *looks, encode)
     parts = [buffer[a : a + last - first] for a, (first, last) in zip(begins, spans, strict=True)]
-    return _emit(worker, job, piece, parts, applied)
+    return _emit(worker, piece, parts, applied)
 
 
 def merge_by_tiles(
-    worker: Worker, job: Job, piece: Piece, buffer: Bytes, *takes: Callable[[int, Values], None]
+    worker: Worker,
+    job: Job,
+    piece: Piece,
+    loaded: Block,
+    shared: Shared,
+    *takes: Callable[[int, Values], None],
 ) -> Applied:
-    """Merge a piece that is to be encoded, `Work.at_once` elements at a time, once for each of `takes`.
+    """Merge a loaded piece that is to be encoded, `Work.at_once` elements at a time, once for each of `takes`.
 
     Each function receives the number of the first element, counted from the start of the piece, and the values, all
     finite. The next call reuses the memory of the values.
@@ -168,15 +187,14 @@ def merge_by_tiles(
     ModelError
         If a value is not finite.
     """
-    loaded = load(worker, job, piece.start, piece.stop, buffer)
-    begins = _divided(worker, job, piece).output
+    begins, buffer = _divided(worker, job, piece).output, loaded.buffer
     assert begins is not None
     size = worker.plan.work[job.ordinal].at_once or max(1, loaded.n)
     applied = Applied(0, ())
     try:
         with math_for(worker, job, loaded) as math:
             with worker.stages.time("statistics"):
-                rule = resolve_in_memory(worker, job, loaded, math, until_model=False)
+                rule = resolve_in_memory(worker, job, loaded, math, shared, until_model=False)
             assert not isinstance(rule, list)
             for take in takes:
                 applied = Applied(0, ())
@@ -204,7 +222,7 @@ def _strips(job: Job, n: int) -> Iterator[tuple[int, int]]:
         yield first, min(n, first + size)
 
 
-def _copy_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receipt:
+def _copy_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> list[Receipt]:
     first, last = (e * BITS[job.dtype] // 8 for e in (piece.start, piece.stop))
     places = divide(job, piece.stop - piece.start)
 
@@ -227,15 +245,17 @@ def _copy_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> Receip
         data = moved
     with worker.stages.time("compute"):
         bad = tally(data, job.dtype).count
-    return replace(_emit(worker, job, piece, [data], Applied(bad, ())), differs=differs)
+    outputs = worker.lacking(piece.job, piece.start, piece.stop)
+    return [replace(_emit(one, piece, [data], Applied(bad, ())), differs=differs) for one in outputs]
 
 
 def _file_offset(worker: Worker, job: Job, piece: Piece) -> int:
     return worker.plan.layout.slots[job.ordinal][0].offset + job.spans(piece.start, piece.stop)[0][0]
 
 
-def _emit(worker: Worker, job: Job, piece: Piece, parts: Sequence[Bytes], applied: Applied) -> Receipt:
+def _emit(worker: Worker, piece: Piece, parts: Sequence[Bytes], applied: Applied) -> Receipt:
     """Write the bytes of each part of a piece, and return their receipt."""
+    job = worker.plan.jobs[piece.job]
     spans, slots = job.spans(piece.start, piece.stop), worker.plan.layout.slots[job.ordinal]
     checksums = []
     for data, slot, (first, _) in zip(parts, slots, spans, strict=True):
@@ -251,6 +271,7 @@ def _emit(worker: Worker, job: Job, piece: Piece, parts: Sequence[Bytes], applie
         applied.kept,
         applied.floored,
         applied.not_finite,
+        output=worker.number,
     )
 
 

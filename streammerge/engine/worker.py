@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from streammerge.output.identity import Identity
 from streammerge.output.shards import Sink
 from streammerge.planning.job import Job
 from streammerge.planning.plan import MergePlan
-from streammerge.planning.schedule import Chunk
+from streammerge.planning.schedule import Chunk, Interval
 from streammerge.timing import Stages
 
 Answers = list[list[Any]]
@@ -81,12 +81,37 @@ class Worker:
         self._held = ExitStack()
         self.lent = Lent()
         """The elements that the current piece has read, for its stages."""
+        self.number = 0
+        """The number of its output among `outputs`."""
+        self.outputs: tuple[Worker, ...] = (self,)
+        """The workers of all outputs that are made from each read; this one, unless it leads several."""
+        self.left: Mapping[int, Sequence[Interval]] = {}
+        """What an earlier run left of the tensors that it has begun, by ordinal."""
 
     def share(self, driver: Worker) -> None:
         """Use the threads and buffers of a different worker, and the elements its pieces have read."""
         self.__exit__()
         self.stop, self.stages, self.lent = driver.stop, driver.stages, driver.lent
         self._pool, self.threads, self.prefetchers = driver._pool, driver.threads, driver.prefetchers
+
+    def lead(self, others: Sequence[Worker]) -> None:
+        """Make the outputs of other workers too from each read; their plans differ only in the jobs' parameters.
+
+        They use this worker's threads and buffers.
+        """
+        for number, other in enumerate(others, 1):
+            assert other.keys == self.keys, "outputs of one read draw the same random words"
+            other.share(self)
+            other.number = number
+        self.outputs = (self, *others)
+
+    def lacking(self, job: int, start: int, stop: int) -> list[Worker]:
+        """Return the workers of the outputs that lack some of the elements `start` to `stop` of a job."""
+        return [output for output in self.outputs if output._lacks(job, start, stop)]
+
+    def _lacks(self, job: int, start: int, stop: int) -> bool:
+        gaps = self.left.get(job)
+        return gaps is None or start == stop or any(first < stop and start < last for first, last in gaps)
 
     def __enter__(self) -> Worker:
         """Start the worker, and limit torch to one thread if its sums depend on the number of threads."""

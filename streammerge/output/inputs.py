@@ -140,6 +140,14 @@ class ContentHasher:
         self._threads, self._check_stop, self._on_tick = threads, check_stop, on_tick
         self._lock = threading.Lock()
         self._nbytes = 0
+        self._known: dict[tuple[str, str], str] = {}
+
+    def hash_once(self, files: Sequence[InputFile]) -> dict[str, str]:
+        """Return the content hashes of files as `hash` does; a file of several outputs is hashed for the first only."""
+        new = [file for file in files if (file.key, file.stamp) not in self._known]
+        found = self.hash(new)
+        self._known |= {(file.key, file.stamp): found[file.key] for file in new}
+        return {file.key: self._known[file.key, file.stamp] for file in files}
 
     def hash(self, files: Sequence[InputFile]) -> dict[str, str]:
         """Return the content hashes of files by their keys.

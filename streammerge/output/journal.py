@@ -40,6 +40,8 @@ class Receipt:
     """Number of NaN and infinite elements."""
     differs: bool = False
     """Whether the models disagree on a copied tensor. The journal does not record it."""
+    output: int = 0
+    """The number of the output, where several are made from each read. The journal does not record it."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,210 @@
+"""One output of a run: its directory's records when the run begins, and its commit when everything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from streammerge.engine.telling import differing, not_finite_lines, of_floor
+from streammerge.engine.worker import RunSpec, Worker
+from streammerge.errors import WorldError, printable
+from streammerge.events import Control
+from streammerge.io.buffer_pool import Bytes
+from streammerge.io.reader import IoMode, Reader
+from streammerge.numerics.crc32 import crc32
+from streammerge.output.commit import commit
+from streammerge.output.directory import clear, withdraw
+from streammerge.output.identity import Identity
+from streammerge.output.inputs import ContentHasher, InputFile, beside, confirm, find_inputs, recognize
+from streammerge.output.journal import Journal, Known, Progress, Receipt
+from streammerge.output.place import Place
+from streammerge.output.shards import ShardWriter
+from streammerge.planning.job import Job
+from streammerge.planning.layout import folder_of
+from streammerge.planning.plan import MergePlan
+
+_UNRESERVED = "cannot reserve space on this file system: if it fills up, the merge stops; free space and run the same command again"
+_CHECK_STEP = 1 << 20
+NonFinite = Literal["error", "warn"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a run; none of them changes the output's bytes."""
+
+    overwrite: bool = False
+    io: IoMode = "direct"
+    profile: Path | None = None
+    """The file to write the profile to, also when the run fails or is stopped; see `streammerge.engine.profile`."""
+    nonfinite: NonFinite = "error"
+    """Non-finite values are refused, or written and reported."""
+    executor: str = "threads"
+    """The name of the executor; see `streammerge.engine.executors`."""
+    hash_inputs: bool = False
+    """Whether to hash every input file first, so that it is recognised whatever its date. The manifest has the hashes."""
+
+
+class Session:
+    """One output of a run, whose directory is locked.
+
+    Parameters
+    ----------
+    plan, place, identity
+        The merge, where it goes, and what it depends on.
+    reader
+        An open reader of its inputs.
+    hasher
+        Hashes its input files.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        place: Place,
+        identity: Identity,
+        reader: Reader,
+        options: Options,
+        control: Control,
+        hasher: ContentHasher,
+    ) -> None:
+        self.plan, self.place, self.identity = plan, place, identity
+        self._reader, self._control, self._hasher = reader, control, hasher
+        self._options = options
+        self._files = find_inputs(plan, plan.beside.files)
+        self.journal = Journal(place, identity.named)
+        self._writer = ShardWriter(place, plan.layout, direct=options.io == "direct")
+        known = {} if reader.computes is None else reader.computes.identities
+        spec = RunSpec(plan, place.out, identity, options.nonfinite == "warn", options.io, known)
+        self.worker = Worker(spec, reader, self._writer, control.stop)
+        self._known: dict[str, Known] = {}
+
+    def begin(self) -> Progress:
+        """Open the journal and the shards; return what earlier runs have done, as far as the bytes are sound."""
+        progress = self._continue()
+        shards = [shard.name for shard in self.plan.layout.shards if folder_of(shard.name)]
+        if shards:
+            self.journal.announce(shards)  # so that a later merge that starts over can remove them
+        self._writer.open()
+        if self._writer.unreserved:
+            self._control.warn(f"{printable(self.place.out)}: {_UNRESERVED}")
+        self._known = progress.files
+        return replace(progress, receipts=self._believe(progress.receipts))
+
+    def bytes_of(self, receipts: Sequence[Receipt]) -> int:
+        """Return the number of output bytes that some receipts cover."""
+        jobs = self.plan.jobs
+        spans = ((first, last) for r in receipts for first, last in jobs[r.job].spans(r.start, r.stop))
+        return sum(last - first for first, last in spans)
+
+    def check(self, receipts: Sequence[Receipt]) -> None:
+        """Raise WorldError if an input changed meanwhile; warn of copies that differ and of non-finite values."""
+        for file in self._files:
+            confirm(file, self._known[file.key], self._hasher)
+        for line in (
+            *differing(self.plan, receipts),
+            *not_finite_lines(self.plan, self._reader, receipts, self._output),
+        ):
+            self._control.warn(line)
+
+    def finish(self, receipts: Sequence[Receipt], card: str) -> dict[str, Any]:
+        """Publish the output and return its manifest."""
+        contents = {key: known.content for key, known in self._known.items()}
+        hashes = {file.name: contents[file.key] for file in self._files if self._is_sidecar(file)}
+        self.journal.announce(hashes)
+        manifest = commit(
+            self.plan, self.place, self._writer, receipts, self.identity, card, hashes, contents
+        )
+        self.journal.remove()
+        for line in of_floor(manifest.get("floored")):
+            self._control.warn(line)
+        return manifest
+
+    def close(self) -> None:
+        """Close the journal and the shards."""
+        self.journal.close()
+        self._writer.close()
+
+    def _continue(self) -> Progress:
+        """Return the records of an earlier run; without any, or with --overwrite, start over.
+
+        Input files are recognised by stamp or content; files that need a hash and have none are hashed.
+        """
+        journal, files = self.journal, self._files
+        journal.claim()
+        progress = None if self._options.overwrite else journal.read()
+        known = {file.key: Known(file.stamp) for file in files}
+        if progress is not None:
+            what = f"{printable(self.place.out)}: holds an unfinished merge"
+            known = recognize(files, progress.files, self._hasher, what)
+        hashed = self._hasher.hash_once(
+            [
+                file
+                for file in files
+                if not known[file.key].content and (self._options.hash_inputs or self._is_sidecar(file))
+            ]
+        )
+        known |= {key: Known(known[key].stamp, content) for key, content in hashed.items()}
+        if progress is None:
+            announced = journal.announced()
+            journal.start_over()
+            clear(self.place, announced)
+        else:
+            withdraw(self.place)
+        journal.open(known)
+        return replace(progress or Progress({}), files=known)
+
+    def _is_sidecar(self, file: InputFile) -> bool:
+        return file.group == beside(self.plan)
+
+    def _believe(self, receipts: Sequence[Receipt]) -> list[Receipt]:
+        """Return the receipts whose bytes have the recorded checksum; others are computed again."""
+        slots = self.plan.layout.slots
+        plausible = [
+            r
+            for r in receipts
+            if r.job < len(slots)
+            and len(r.crcs) == len(slots[r.job])
+            and not any(slot.shard in self._writer.fresh for slot in slots[r.job])
+            and _is_cut(self.plan.jobs[r.job], r.start, r.stop)
+            and (self.worker.tolerant or not r.not_finite or self.plan.jobs[r.job].is_copied)
+        ]
+        with ThreadPoolExecutor(self.plan.budget.workers) as threads:
+            sound = list(threads.map(self._is_sound, plausible))
+        return [receipt for receipt, fine in zip(plausible, sound, strict=True) if fine]
+
+    def _is_sound(self, receipt: Receipt) -> bool:
+        spans = self.plan.jobs[receipt.job].spans(receipt.start, receipt.stop)
+        slots = self.plan.layout.slots[receipt.job]
+        return all(
+            self._has(slot.shard, slot.offset + first, slot.offset + last, crc)
+            for slot, (first, last), crc in zip(slots, spans, receipt.crcs, strict=True)
+        )
+
+    def _has(self, shard: int, position: int, end: int, crc: int) -> bool:
+        """Return whether the bytes of a shard from `position` to `end` have a checksum."""
+        value = 0
+        while position < end and not self._control.stop.is_set():
+            try:
+                data = self._writer.read(shard, position, min(_CHECK_STEP, end - position))
+            except WorldError:
+                return False  # It is computed again; if the disk is faulty, writing fails with a clear error.
+            value = crc32(data, value)
+            position += len(data)
+            if not data:
+                return False
+        return value == crc
+
+    def _output(self, job: int, first: int, last: int) -> Bytes:
+        slot = self.plan.layout.slots[job][0]
+        return np.frombuffer(self._writer.read(slot.shard, slot.offset + first, last - first), np.uint8)
+
+
+def _is_cut(job: Job, start: int, stop: int) -> bool:
+    """Return whether a piece of a job may reach from `start` to `stop`."""
+    ends = stop % job.unit == 0 or stop == job.n_elements
+    return 0 <= start <= stop <= job.n_elements and start % job.unit == 0 and ends
