@@ -25,6 +25,8 @@ Functions
 ---------
 merge, plan, verify
     From a config to a finished directory; what would be done; whether it is still what was written.
+sweep
+    A merge for every combination of some parameters' values, from one read of the models.
 merge_state_dicts, iter_merged
     The same formulas and bits for models in memory.
 compare
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from streammerge.api.looking import inspect_model, list_methods
     from streammerge.api.merging import merge
     from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
+    from streammerge.api.sweeping import Sweep, sweep
     from streammerge.engine.merge import Summary
     from streammerge.engine.telling import Density
     from streammerge.errors import (
@@ -87,6 +90,7 @@ __all__ = [
     "StreammergeError",
     "StreammergeWarning",
     "Summary",
+    "Sweep",
     "Verdict",
     "WorldError",
     "compare",
@@ -101,6 +105,7 @@ __all__ = [
     "method",
     "per_model",
     "plan",
+    "sweep",
     "verify",
 ]
 
@@ -112,6 +117,7 @@ _HOMES = {
     "api.looking": ("inspect_model", "list_methods"),
     "api.merging": ("merge",),
     "api.streaming": ("compute_fisher", "compute_grams", "import_fisher"),
+    "api.sweeping": ("Sweep", "sweep"),
     "engine.merge": ("Summary",),
     "engine.telling": ("Density",),
     "errors": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.numerics import philox as rng
@@ -114,6 +114,11 @@ class TaskVector:
     def coefficient(self) -> float:
         """The factor of a surviving entry: weight times rescale."""
         return self.weight * self.rescale
+
+    @property
+    def unweighted(self) -> TaskVector:
+        """The same entries, whatever their factor: as they are ranked by magnitude."""
+        return replace(self, weight=1.0, rescale=1.0)
 
     @property
     def is_random(self) -> bool:

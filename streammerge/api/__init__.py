@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from streammerge.api.looking import inspect_model, list_methods
     from streammerge.api.merging import merge
     from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
+    from streammerge.api.sweeping import sweep
     from streammerge.planning.backend import choose_device
     from streammerge.planning.options import DEFAULT_SHARD_SIZE
 
@@ -30,6 +31,7 @@ __all__ = [
     "merge",
     "merge_state_dicts",
     "plan",
+    "sweep",
     "verify",
 ]
 
@@ -40,6 +42,7 @@ _HOMES = {
     "api.looking": ("inspect_model", "list_methods"),
     "api.merging": ("merge",),
     "api.streaming": ("compute_fisher", "compute_grams", "import_fisher"),
+    "api.sweeping": ("sweep",),
     "planning.backend": ("choose_device",),
     "planning.options": ("DEFAULT_SHARD_SIZE",),
 }

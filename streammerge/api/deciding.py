@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from streammerge.methods.registry import Method, get_method
 from streammerge.output.place import place_of
 from streammerge.output.stage_files import stage_folder
 from streammerge.planning.averages import settle_checkpoints
-from streammerge.planning.inputs import Sources, open_inputs
+from streammerge.planning.inputs import Inputs, Sources, open_inputs
 from streammerge.planning.moe.method import MOE
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS, PlanOptions
 from streammerge.planning.plan import MergePlan
@@ -101,24 +101,42 @@ def plan(
     memory    at most 4.0 GiB, on cpu, 16 threads
     """
     parsed = read_config(config, methods)
-    total = nbytes_of(memory)
-    warning = None if total is None else shortage(total, available_memory(), own_memory())
-    options = PlanOptions(
-        memory=total,
+    options = options_of(
+        memory=memory,
         threads=threads,
         device=device,
         kernels=kernels,
-        shard_size=nbytes_of(shard_size) or DEFAULT_SHARD_SIZE,
+        shard_size=shard_size,
         seed=seed,
-        file=None if out is None else place_of(Path(out)).file,
-        notes=() if warning is None else (warning,),
         max_reads=max_reads,
+        copy_tokenizer=copy_tokenizer,
+        write_model_card=write_model_card,
+    )
+    file = None if out is None else place_of(Path(out)).file
+    return plan_stages(parsed, replace(options, file=file))
+
+
+def options_of(
+    *,
+    memory: str | int | None,
+    shard_size: str | int,
+    copy_tokenizer: bool,
+    write_model_card: bool,
+    **others: Any,
+) -> PlanOptions:
+    """Return the options of a plan from those that callers give; `others` are taken as they are."""
+    total = nbytes_of(memory)
+    warning = None if total is None else shortage(total, available_memory(), own_memory())
+    return PlanOptions(
+        memory=total,
+        shard_size=nbytes_of(shard_size) or DEFAULT_SHARD_SIZE,
+        notes=() if warning is None else (warning,),
         left_out=(
             *(() if copy_tokenizer else ("tokenizer",)),
             *(() if write_model_card else ("model card",)),
         ),
+        **others,
     )
-    return plan_stages(parsed, options)
 
 
 def plan_stages(config: MergeConfig, options: PlanOptions) -> MergePlan:
@@ -129,6 +147,26 @@ def plan_stages(config: MergeConfig, options: PlanOptions) -> MergePlan:
     InputError
         If a config, a model or the memory does not allow the merge.
     """
+    return plan_opened(config, open_all(config, options), options)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The opened models of a config, and the plans of its stages."""
+
+    inputs: Inputs
+    notes: tuple[str, ...]
+    """Warnings about the stages."""
+
+
+def open_all(config: MergeConfig, options: PlanOptions) -> Opened:
+    """Plan the stages of a config and open every model, for one plan or for several that differ in parameters.
+
+    Raises
+    ------
+    InputError
+        If a model is missing or malformed, or the config of a stage or the memory does not allow the merge.
+    """
     results: list[StageResult] = []
     for stage in config.stages:
         settled, method = settle(stage)
@@ -137,7 +175,20 @@ def plan_stages(config: MergeConfig, options: PlanOptions) -> MergePlan:
         results.append(StageResult(plan, stage_index(plan, stage_folder(plan))))
     settled, method = settle(config)
     inputs = open_inputs(settled, method, Sources(stages=tuple(results)))
-    plan = prepare(settled, method, inputs, replace(options, notes=(*options.notes, *_notes_of(results))))
+    return Opened(inputs, tuple(_notes_of(results)))
+
+
+def plan_opened(config: MergeConfig, opened: Opened, options: PlanOptions) -> MergePlan:
+    """Return the plan of a config whose models are opened.
+
+    Raises
+    ------
+    InputError
+        If the config or the memory does not allow the merge.
+    """
+    settled, method = settle(config)
+    notes = (*options.notes, *opened.notes)
+    plan = prepare(settled, method, opened.inputs, replace(options, notes=notes))
     check_reads(plan, options.max_reads)
     check_gates(plan)
     return plan

@@ -14,12 +14,14 @@ from streammerge.cli.merging import merge, plan, verify
 from streammerge.cli.moe import moe
 from streammerge.cli.process import leave, open_closed_streams, report, report_usage
 from streammerge.cli.showing import completion, demo, inspect, methods, new, schema
+from streammerge.cli.sweeping import sweep
 from streammerge.cli.warming import warm_up
 from streammerge.errors import InputError, StreammergeError, WorldError
 from streammerge.version import __version__
 
 _COMMANDS = (
     merge,
+    sweep,
     average,
     moe,
     plan,

@@ -15,6 +15,7 @@ from streammerge.units import parse_size
 MEMORY_AND_SPEED = "Memory and speed"
 OUTPUT = "Output"
 METHODS = "Methods and randomness"
+SCORES = "Scores"
 MESSAGES = "Messages"
 MERGEKIT = "Mergekit compatibility"
 _COMPATIBLE = "Accepted under mergekit-yaml's names; a warning lists those without effect"
@@ -237,7 +238,7 @@ keep_stages_option = option(
     help="Of a config with stages: write each stage too, to DIR/NAME.",
 )
 
-writing_options = together(
+output_options = together(
     option("--overwrite", is_flag=True, group=OUTPUT, help="Discard what an earlier merge left in OUT."),
     option(
         "--nonfinite",
@@ -267,6 +268,11 @@ writing_options = together(
         group=OUTPUT,
         help="Hash every input file first (reads it once more); a resumed merge then accepts touched or copied files.",
     ),
+)
+"""Options of all commands that merge."""
+
+writing_options = together(
+    output_options,
     option(
         "--profile",
         type=path(dir_okay=False),
@@ -275,4 +281,4 @@ writing_options = together(
         help="Write the time spent in each stage to FILE, as JSON.",
     ),
 )
-"""Options of the commands that merge."""
+"""Options of the commands that write one output."""

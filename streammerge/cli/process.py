@@ -21,7 +21,7 @@ BEGAN = time.monotonic()
 """The time when the command started; ``seconds`` of a JSON event counts from it."""
 _KINDS = ("config", "model", "budget", "output", "input", "world", "stopped")
 """Kinds of errors, as in docs/use/json.md; subclasses of an error have its kind."""
-_STREAMING = ("merge", "moe", "import", "compute")
+_STREAMING = ("merge", "sweep", "moe", "import", "compute")
 """Commands whose ``--json`` prints events, an error among them."""
 
 

@@ -38,12 +38,14 @@ def open_worker(spec: RunSpec) -> Iterator[Worker]:
         reader.close()
 
 
-def open_reader(plan: MergePlan, io: IoMode, *, tolerant: bool = False) -> Reader:
+def open_reader(plan: MergePlan, io: IoMode, *, tolerant: bool = False, outputs: int = 1) -> Reader:
     """Return a reader for the inputs of a plan. It keeps as many files open, and as much cached, as there is room for.
 
-    It also computes the plan's stages. With `tolerant`, non-finite values pass from one stage to the next.
+    It also computes the plan's stages. With `tolerant`, non-finite values pass from one stage to the next. `outputs` is
+    the number of outputs that are open at a time.
     """
-    inputs = share_out(len(plan.layout.shards), plan.budget.workers + PREFETCHERS)
+    shards = len(plan.layout.shards) * outputs + outputs - 1  # each has a journal and a lock as well
+    inputs = share_out(shards, plan.budget.workers + PREFETCHERS)
     reader = Reader(io, max(0, available_memory() - plan.budget.capacity) // 2, most_open=inputs)
     return with_stages(reader, plan, tolerant=tolerant)
 

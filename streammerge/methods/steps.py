@@ -54,11 +54,12 @@ def trim(
             "drop_rescale: l1 has a factor per tensor, which `trim_scope: model` cannot compare across tensors; "
             "use drop_rescale: paper, or trim_scope: tensor"
         )
-    thresholds = yield from ask_all([TopK(vectors[i], densities[i], plus_one, trim_scope) for i in partial])
+    ranked = [vector.unweighted for vector in vectors]
+    thresholds = yield from ask_all([TopK(ranked[i], densities[i], plus_one, trim_scope) for i in partial])
     limits: list[int] = [0] * len(partial)
     if ties == "index":
         pairs = zip(partial, thresholds, strict=True)
-        ends = yield from ask_all([TieIndex(vectors[i], threshold, trim_scope) for i, threshold in pairs])
+        ends = yield from ask_all([TieIndex(ranked[i], threshold, trim_scope) for i, threshold in pairs])
         limits = [_limit_here(context, end) for end in ends]
     for i, threshold, limit in zip(partial, thresholds, limits, strict=True):
         trimmed[i] = replace(trimmed[i], cut=_cut(threshold, ties, limit))
@@ -82,11 +83,12 @@ def keep_band(
         return list(vectors)
     edges: tuple[Literal["upper", "lower"], ...] = ("upper", "lower")
     asked = [(i, edge) for i in partial for edge in edges]
-    thresholds = yield from ask_all([Band(vectors[i], densities[i], gammas[i], edge) for i, edge in asked])
+    ranked = [vector.unweighted for vector in vectors]
+    thresholds = yield from ask_all([Band(ranked[i], densities[i], gammas[i], edge) for i, edge in asked])
     ends = [(0, 0)] * len(asked)
     if ties == "index":
         pairs = zip(asked, thresholds, strict=True)
-        ends = yield from ask_all([TieIndex(vectors[i], threshold) for (i, _), threshold in pairs])
+        ends = yield from ask_all([TieIndex(ranked[i], threshold) for (i, _), threshold in pairs])
     cuts = {
         key: _cut(threshold, ties, end[1])
         for key, threshold, end in zip(asked, thresholds, ends, strict=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from streammerge.errors import ConfigError, printable
 from streammerge.io.reader import Reader
@@ -12,6 +13,9 @@ from streammerge.planning.plan import MergePlan
 from streammerge.tensors.fingerprint import companion_digest, fingerprint
 from streammerge.version import __version__
 
+T = TypeVar("T")
+Digests = dict[int, tuple[object, str]]
+"""The digests of inputs by the identity of their index, with the index, so that it lives as long."""
 VERSION = "version"
 LAYOUT = "shard size"
 
@@ -51,21 +55,33 @@ class Identity:
         return [entry.name for entry in self.entries if recorded.get(entry.public) != entry.value]
 
 
-def identify(plan: MergePlan, reader: Reader) -> Identity:
+def identify(plan: MergePlan, reader: Reader, known: Digests | None = None) -> Identity:
     """Return the identity of a plan; read the parts of its inputs that identify them.
+
+    Parameters
+    ----------
+    known
+        The digests of inputs that are known from other plans of the same inputs; it receives the new ones.
 
     Raises
     ------
     ConfigError
         If two models have the same content and would draw the same random mask.
     """
-    fingerprints = tuple(fingerprint(index, reader) for index in plan.inputs)
+    digests = {} if known is None else known
+
+    def once(index: T, digest: Callable[[T, Reader], str]) -> str:
+        if id(index) not in digests:
+            digests[id(index)] = index, digest(index, reader)
+        return digests[id(index)][1]
+
+    fingerprints = tuple(once(index, fingerprint) for index in plan.inputs)
     fishers = {
-        f"Fisher diagonal of model {place}": companion_digest(index, reader)
+        f"Fisher diagonal of model {place}": once(index, companion_digest)
         for place, index in enumerate(plan.fishers)
     }
     grams = {
-        f"Gram matrices of model {place}": companion_digest(index, reader)
+        f"Gram matrices of model {place}": once(index, companion_digest)
         for place, index in enumerate(plan.grams)
     }
     shared = {VERSION: __version__, "random scheme": SCHEME, **plan.identity(), **fishers, **grams}

@@ -269,7 +269,8 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
         progress.receipts.append(_receipt_of(record))
     elif "answer" in record:
         job_key, answers = record["answer"]
-        if not (isinstance(job_key, str) and job_key.isascii() and job_key.isdigit()):
+        number = job_key.rpartition("/")[2] if isinstance(job_key, str) else ""  # after the name of a stage
+        if not (number.isascii() and number.isdigit()):
             raise ValueError
         progress.answers[job_key] = [list(one) for one in answers]
     elif "beside" in record:

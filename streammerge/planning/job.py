@@ -45,6 +45,8 @@ class Job:
     """Tensors that several of its stages read; they are held while a piece is read."""
     encoder: Encoder | None = None
     """Encodes the merged elements as codes and scales; None: they are stored as they are."""
+    keeps_inputs: bool = False
+    """Whether the inputs stay in the buffer, since several outputs are made from them; the output has its own slot."""
 
     @property
     def parts(self) -> tuple[Stored, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import yaml
 from streammerge.api import merge, plan, verify
 from streammerge.engine.merge import Options, execute
 from streammerge.engine.streaming import Streamer
+from streammerge.engine.worker import Worker
 from streammerge.errors import BudgetError, WorldError
 from streammerge.events import Control
 from streammerge.methods.registry import get_method
@@ -242,9 +243,9 @@ def test_a_run_that_was_stopped_goes_on_and_takes_no_statistics_twice(
     asked: list[str] = []
     answer = Streamer.answer
 
-    def counted(self: Streamer, job: Job) -> None:
+    def counted(self: Streamer, job: Job, outputs: Sequence[Worker]) -> None:
         asked.append(f"{self._plan.name}/{job.name}")
-        answer(self, job)
+        answer(self, job, outputs)
 
     monkeypatch.setattr(Streamer, "answer", counted)
     monkeypatch.setattr("streammerge.engine.scheduler._SYNC_SECONDS", 0.01)

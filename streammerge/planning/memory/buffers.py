@@ -60,7 +60,7 @@ def divide(job: Job, n: int, at_once: int | None = None) -> Places:
         slots.append(position)
         position += slot_bytes(-(-n * bits // 8), paged)
     output = None
-    if _output_is_wider(job):
+    if _has_own_slot(job):
         output = position
         position += slot_bytes(min(n, at_once or n) * itemsize(job.computed_dtype), paged)
     parts = []
@@ -73,7 +73,7 @@ def divide(job: Job, n: int, at_once: int | None = None) -> Places:
 
 def bytes_per_element(job: Job) -> float:
     """Return the buffer bytes per element: of all inputs, and of the output if it has its own slot."""
-    output = BITS[job.computed_dtype] / 8 if _output_is_wider(job) else 0.0
+    output = BITS[job.computed_dtype] / 8 if _has_own_slot(job) else 0.0
     if job.encoder is not None:
         output += sum(job.encoder.unit_nbytes) / job.encoder.unit
     return sum(_input_bits(job)) / 8 + output
@@ -109,9 +109,11 @@ def _is_paged(job: Job) -> bool:
     return any(job.n_elements * bits // 8 >= DIRECT_BYTES for bits in (*_input_bits(job), BITS[job.dtype]))
 
 
-def _output_is_wider(job: Job) -> bool:
+def _has_own_slot(job: Job) -> bool:
+    """Return whether the output needs its own slot."""
     return not job.is_copied and (
         job.encoder is not None
+        or job.keeps_inputs
         or job.computed_dtype != job.dtype
         or BITS[job.dtype] > BITS[job.inputs[0].dtype]
     )

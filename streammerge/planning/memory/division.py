@@ -32,6 +32,8 @@ class Division:
     """Size of lists of tensors in bytes."""
     method: Method
     backend: Backend
+    others: tuple[tuple[Job, ...], ...] = ()
+    """The jobs of further outputs that are made from the same reads; they differ only in their parameters."""
 
     def allocate(self) -> Allocation:
         """Divide the given memory.
@@ -41,7 +43,7 @@ class Division:
         BudgetError
             If it does not fit. The memory that the message asks for suffices.
         """
-        return allocate(self.budget, self.jobs, self.needs, self.lists, self._work_of, _kept_of_columns)
+        return allocate(self.budget, self.jobs, self.needs, self.lists, self._work_of, self._kept_of_columns)
 
     def least(self) -> int:
         """Return the least memory, in bytes, that suffices."""
@@ -70,14 +72,16 @@ class Division:
         return any(work.mode == "streamed" for work in allocation.work)
 
     def _divide(self, budget: Budget) -> Allocation:
-        return divide(budget, self.jobs, self.needs, self.lists, self._work_of, _kept_of_columns)
+        return divide(budget, self.jobs, self.needs, self.lists, self._work_of, self._kept_of_columns)
 
     def _work_of(self, job: Job, need: Needs, budget: Budget) -> Work:
         backend = backend_of(job, self.method, self.backend)
 
         def workspace(job: Job, n: int) -> int:
             pairs = _kept_of_a_row(job) * job.line_length(need.extent) if need.extent == Extent.COLUMN else 0
-            return pairs + backend.workspace(job, n, need.extent) + _declared(job, n, self.method, backend)
+            own = (job, *(jobs[job.ordinal] for jobs in self.others))
+            declared = max(_declared(one, n, self.method, backend) for one in own)
+            return pairs + backend.workspace(job, n, need.extent) + declared
 
         return plan_work(
             job,
@@ -90,6 +94,19 @@ class Division:
             tiled=backend.compiled,
         )
 
+    def _kept_of_columns(self, job: Job, need: Needs, work: Work) -> int:
+        """Return the bytes kept for the columns of a streamed tensor, in addition to its pieces.
+
+        During the pass these are the dot products, and the matrices from which the coefficients are solved. After it the
+        dot products stay until the tensor is merged; several tensors may wait (`PASSES_AHEAD`) while one merges.
+        """
+        if work.mode != "streamed" or need.extent != Extent.COLUMN:
+            return 0
+        k = len(job.inputs)
+        answers = (PASSES_AHEAD + 1) * 8 * (k * (k + 1) // 2)
+        of_all = (len(self.others) + 1) * (_kept_of_a_row(job) + answers)
+        return of_all * job.line_length(Extent.COLUMN)
+
 
 def _declared(job: Job, n: int, method: Method, backend: Backend) -> int:
     """Return the workspace that a formula declares for a piece of `n` elements, in bytes; 0 if it is device memory."""
@@ -97,19 +114,6 @@ def _declared(job: Job, n: int, method: Method, backend: Backend) -> int:
         return 0
     block = max(n, min(BLOCK_ELEMENTS, job.n_elements))
     return method.workspace_bytes(tensor_context_of(job), block)
-
-
-def _kept_of_columns(job: Job, need: Needs, work: Work) -> int:
-    """Return the bytes kept for the columns of a streamed tensor, in addition to its pieces.
-
-    During the pass these are the dot products, and the matrices from which the coefficients are solved. After it the dot
-    products stay until the tensor is merged; several tensors may wait (`PASSES_AHEAD`) while one merges.
-    """
-    if work.mode != "streamed" or need.extent != Extent.COLUMN:
-        return 0
-    k = len(job.inputs)
-    answers = (PASSES_AHEAD + 1) * 8 * (k * (k + 1) // 2)
-    return (_kept_of_a_row(job) + answers) * job.line_length(Extent.COLUMN)
 
 
 def _kept_of_a_row(job: Job) -> int:
