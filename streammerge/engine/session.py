@@ -18,11 +18,12 @@ from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import IoMode, Reader
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.commit import commit
-from streammerge.output.directory import clear, withdraw
+from streammerge.output.directory import clear, sweep, withdraw
 from streammerge.output.identity import Identity
 from streammerge.output.inputs import ContentHasher, InputFile, beside, confirm, find_inputs, recognize
 from streammerge.output.journal import Journal, Known, Progress, Receipt
-from streammerge.output.place import Place
+from streammerge.output.place import CONFIG_COPY, MANIFEST, Place
+from streammerge.output.presence import Presence
 from streammerge.output.shards import ShardWriter
 from streammerge.planning.job import Job
 from streammerge.planning.layout import folder_of
@@ -77,6 +78,7 @@ class Session:
         self._options = options
         self._files = find_inputs(plan, plan.beside.files)
         self.journal = Journal(place, identity.named)
+        self._presence = Presence(place, self._told)
         self._writer = ShardWriter(place, plan.layout, direct=options.io == "direct")
         known = {} if reader.computes is None else reader.computes.identities
         spec = RunSpec(plan, place.out, identity, options.nonfinite == "warn", options.io, known)
@@ -89,7 +91,7 @@ class Session:
         shards = [shard.name for shard in self.plan.layout.shards if folder_of(shard.name)]
         if shards:
             self.journal.announce(shards)  # so that a later merge that starts over can remove them
-        self._writer.open()
+        self._writer.open(anew=not progress.identity)
         if self._writer.unreserved:
             self._control.warn(f"{printable(self.place.out)}: {_UNRESERVED}")
         self._known = progress.files
@@ -119,6 +121,7 @@ class Session:
         manifest = commit(
             self.plan, self.place, self._writer, receipts, self.identity, card, hashes, contents
         )
+        self._presence.end()
         self.journal.remove()
         for line in of_floor(manifest.get("floored")):
             self._control.warn(line)
@@ -128,6 +131,12 @@ class Session:
         """Close the journal and the shards."""
         self.journal.close()
         self._writer.close()
+        self._presence.end()
+
+    def _told(self) -> dict[str, Any]:
+        """Return what other processes are told of this one."""
+        read, written = self._reader.bytes_read, self._writer.bytes_written
+        return {"moved": read + written, "bytes_read": read, "bytes_written": written}
 
     def _continue(self) -> Progress:
         """Return the records of an earlier run; without any, or with --overwrite, start over.
@@ -136,6 +145,7 @@ class Session:
         """
         journal, files = self.journal, self._files
         journal.claim()
+        self._presence.check()
         progress = None if self._options.overwrite else journal.read()
         known = {file.key: Known(file.stamp) for file in files}
         if progress is not None:
@@ -149,12 +159,14 @@ class Session:
             ]
         )
         known |= {key: Known(known[key].stamp, content) for key, content in hashed.items()}
+        self._presence.begin()
         if progress is None:
             announced = journal.announced()
             journal.start_over()
             clear(self.place, announced)
         else:
             withdraw(self.place)
+            sweep(self.place, written_names(self.plan))
         journal.open(known)
         return replace(progress or Progress({}), files=known)
 
@@ -202,6 +214,13 @@ class Session:
     def _output(self, job: int, first: int, last: int) -> Bytes:
         slot = self.plan.layout.slots[job][0]
         return np.frombuffer(self._writer.read(slot.shard, slot.offset + first, last - first), np.uint8)
+
+
+def written_names(plan: MergePlan) -> set[str]:
+    """Return the names of all files that a merge writes to its output."""
+    tokenizer = {} if plan.tokenizer is None else plan.tokenizer.changed
+    made = {CONFIG_COPY, "README.md", *plan.settings, *tokenizer, *plan.beside.files, *plan.layout.indexes}
+    return {*made, *plan.layout.sizes, MANIFEST}
 
 
 def _is_cut(job: Job, start: int, stop: int) -> bool:

@@ -54,7 +54,7 @@ def commit(
     }
     for name, data in made.items():
         make_folders(place.folder, name)
-        write_file(place.path(name), data)
+        write_file(place.path(name), data, place.private(name))
     for folder in {place.path(name).parent for name in (*written, *made)} - {place.folder}:
         with world_errors(folder):
             fsync_directory(folder)
@@ -62,11 +62,11 @@ def commit(
     manifest = _manifest(plan, chosen, identity, written, contents)
     for shard in (one for one in range(len(plan.layout.shards)) if one != plan.layout.last):
         writer.publish(shard)
-    write_file(place.manifest, seal(manifest), place.partial(place.manifest.name))
+    write_file(place.manifest, seal(manifest), place.private(place.manifest.name))
     with world_errors(place.out):
         fsync_directory(place.folder)
     for name, data in lists.items():
-        write_file(place.path(name), data)
+        write_file(place.path(name), data, place.private(name))
         with world_errors(place.out):
             fsync_directory(place.path(name).parent)
     if plan.layout.last is not None:

@@ -13,8 +13,9 @@ from streammerge.checkpoint.weight_names import INDEXES, LISTS, LOADED, is_weigh
 from streammerge.errors import OutputError, WorldError, printable
 from streammerge.io.durable import PARTIAL, cure_of, fsync_directory, make_directory, world_errors
 from streammerge.io.lock import locked_directory
+from streammerge.io.private import finished_name, is_private
 from streammerge.output.manifest import read_manifest
-from streammerge.output.place import CONFIG_COPY, Place
+from streammerge.output.place import CONFIG_COPY, WORKERS, Place
 
 
 def check_target(place: Place, inputs: Sequence[TensorIndex], others: Sequence[str] = ()) -> None:
@@ -65,7 +66,8 @@ def _check_state(place: Place) -> None:
     """Refuse a directory of a single file's journal that holds anything else."""
     with world_errors(place.state):
         names = os.listdir(place.state) if place.state.is_dir() else []
-    if foreign := sorted({*names} - {path.name for path in place.in_state}):
+    ours = {WORKERS, *(path.name for path in place.in_state)}
+    if foreign := sorted(name for name in names if finished_name(name) not in ours and not is_private(name)):
         raise OutputError(
             f"{printable(place.state)}: holds files that streammerge did not make ({printable(foreign[0])}); move them away, "
             "or choose a different OUT"
@@ -201,8 +203,8 @@ def clear(place: Place, announced: Collection[str] = ()) -> None:
     ours = {*_FIXED, *announced, *(manifest["files"] if manifest else ())}
     with world_errors(out):
         names = {entry.name for entry in out.iterdir() if entry.is_file() or entry.is_symlink()}
-    ours |= {name for name in names if is_weight_file(name.removesuffix(PARTIAL))}
-    _remove(out, ours | {name + PARTIAL for name in ours})
+    ours |= {name for name in names if is_weight_file(finished_name(name))}
+    _remove(out, ours | {name + PARTIAL for name in ours} | _unfinished(out, {*ours, place.manifest.name}))
     for folder in sorted({parent for name in ours for parent in PurePosixPath(name).parents}, reverse=True)[
         :-1
     ]:
@@ -215,8 +217,32 @@ def _clear_single(place: Place) -> None:
     """Remove a single file, the remains of an unfinished one, and then the manifest."""
     names = (place.out.name, place.manifest.name)
     _remove(place.folder, {place.out.name})
-    _remove(place.state, {place.partial(name).name for name in names})
+    _remove(place.state, {place.partial(name).name for name in names} | _unfinished(place.state, {*names}))
     _remove(place.folder, {place.manifest.name})
+
+
+def sweep(place: Place, names: Collection[str]) -> None:
+    """Remove what dead processes left of some files that they had not finished; shards that a merge resumes stay.
+
+    Parameters
+    ----------
+    names
+        Paths of the files in the output.
+    """
+    if place.file is None:
+        _remove(place.folder, _unfinished(place.folder, names))
+    else:
+        _remove(place.state, _unfinished(place.state, names))
+
+
+def _unfinished(out: Path, names: Collection[str]) -> set[str]:
+    """Return the paths of the private temporary files of some files."""
+    found = set()
+    for prefix in {name[: name.rfind("/") + 1] for name in names}:
+        if not (out / prefix).is_symlink() and (out / prefix).is_dir():
+            with world_errors(out / prefix):
+                found |= {prefix + name for name in os.listdir(out / prefix) if is_private(name)}
+    return {path for path in found if finished_name(path) in names}
 
 
 def _remove(out: Path, names: set[str]) -> None:

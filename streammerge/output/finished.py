@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from streammerge.checkpoint.weight_names import LOADED
+from streammerge.checkpoint.weight_names import LISTS, LOADED
 from streammerge.errors import OutputError, printable
 from streammerge.events import Control
 from streammerge.io.durable import fsync_directory, world_errors
@@ -102,10 +102,12 @@ def _name_again(place: Place, manifest: Mapping[str, Any]) -> None:
     """
     for name in LOADED if place.file is None else (place.file,):
         if name in manifest["files"]:
-            os.replace(place.path(name), place.partial(name))
-            for folder in {place.partial(name).parent, place.folder}:
+            # A shard is found again under the name that it has while it is written.
+            partial = place.private(name) if name in LISTS else place.partial(name)
+            os.replace(place.path(name), partial)
+            for folder in {partial.parent, place.folder}:
                 fsync_directory(folder)
-            os.replace(place.partial(name), place.path(name))
+            os.replace(partial, place.path(name))
 
 
 def _compare_contents(

@@ -20,7 +20,8 @@ from streammerge.checkpoint.sidecar_names import is_sound_path
 from streammerge.errors import OutputError, printable
 from streammerge.io.durable import fsync_directory, world_errors, write_file, write_fully
 from streammerge.io.lock import try_lock
-from streammerge.output.place import Place
+from streammerge.io.private import finished_name, is_private
+from streammerge.output.place import WORKERS, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Journal:
         with world_errors(self._path):
             self._state.mkdir(exist_ok=True)
             fsync_directory(self._place.folder)
-            write_file(self._path, b"")
+            write_file(self._path, b"", self._place.private_in_state(self._path.name))
             fsync_directory(self._state)
 
     def open(self, files: Mapping[str, Known]) -> None:
@@ -147,7 +148,7 @@ class Journal:
                 sound = _line({"identity": self._identity, "files": listed})
             elif progress.files != files:
                 sound += _line({"files": listed})
-            write_file(self._path, sound)
+            write_file(self._path, sound, self._place.private_in_state(self._path.name))
             flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             self._descriptor = os.open(self._path, flags)
             self._lock_file(self._descriptor)
@@ -208,10 +209,21 @@ def remove_state(place: Place) -> None:
     state = place.state
     with world_errors(state):
         if state.is_dir() and not state.is_symlink():
-            for path in place.in_state:
-                path.unlink(missing_ok=True)
+            names = {path.name for path in place.in_state}
+            for entry in os.listdir(state):
+                if entry in names or is_private(entry) or finished_name(entry) in names:
+                    (state / entry).unlink(missing_ok=True)
+            _remove_signs(state / WORKERS)
             state.rmdir()
         fsync_directory(place.folder)
+
+
+def _remove_signs(workers: Path) -> None:
+    """Remove the signs of life of processes that have died."""
+    if workers.is_dir() and not workers.is_symlink():
+        for entry in os.listdir(workers):
+            (workers / entry).unlink(missing_ok=True)
+        workers.rmdir()
 
 
 def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) -> None:

@@ -19,10 +19,13 @@ from pathlib import Path
 
 from streammerge.formats.safetensors import SUFFIX
 from streammerge.io.durable import PARTIAL
+from streammerge.io.private import private
 
 STATE = ".streammerge"
 """Name of the directory of a journal. For a single file, the directory's name is the file's name with this suffix."""
 JOURNAL = "journal.jsonl"
+WORKERS = "workers"
+"""Name of the directory of signs of life in that of the journal."""
 MANIFEST = "streammerge.json"
 CONFIG_COPY = "streammerge_config.yml"
 
@@ -48,9 +51,9 @@ class Place:
 
     @property
     def in_state(self) -> tuple[Path, ...]:
-        """Every file that may be left in the journal's directory."""
-        own = (self.journal, self.journal.with_name(JOURNAL + PARTIAL))
-        return own if self.file is None else (*own, self.partial(self.file), self.partial(self.manifest.name))
+        """Every file that may be left in the journal's directory, without the endings of unfinished files."""
+        names = (JOURNAL,) if self.file is None else (JOURNAL, self.file, self.manifest.name)
+        return tuple(self.state / name for name in names)
 
     @property
     def is_unfinished(self) -> bool:
@@ -64,6 +67,14 @@ class Place:
     def partial(self, name: str) -> Path:
         """Return the path of a file until it is finished."""
         return (self.folder if self.file is None else self.state) / (name + PARTIAL)
+
+    def private(self, name: str) -> Path:
+        """Return the path of a file that only this process writes, until it is finished."""
+        return private(self.partial(name).with_name(Path(name).name))
+
+    def private_in_state(self, name: str) -> Path:
+        """Return the path of a working file that only this process writes, until it is finished."""
+        return private(self.state / name)
 
     def paths(self, name: str) -> tuple[Path, ...]:
         """Return both paths of a file: until it is finished, and then."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from streammerge.errors import OutputError, printable
 from streammerge.io.allocate import allocate, check_space
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.direct import REFUSED, open_direct, place_in_page, write_direct
@@ -94,17 +95,23 @@ class ShardWriter:
         self._descriptors.append(descriptor)
         self._direct_descriptors.append(open_direct(descriptor, os.O_RDWR) if self._direct else None)
 
-    def open(self) -> None:
+    def open(self, *, anew: bool = False) -> None:
         """Open or create every shard at its full size; a full disk is detected here.
 
         Shards with final names from an earlier run become partial again until everything is finished: no file is written
         under its final name, and a name that may not be durable is given again.
+
+        Parameters
+        ----------
+        anew
+            Whether the merge starts over: a file that lies there belongs to a host that began at the same moment, and is
+            replaced.
         """
         check_space(self._place.out, self._layout.sizes, self._place.paths)
         try:
             for number, shard in enumerate(self._shards):
                 with world_errors(self._final(number)):
-                    descriptor = self._open_one(number, shard)
+                    descriptor = self._open_one(number, shard, anew)
                 self._take(descriptor)
             for folder in sorted(self._folders(), reverse=True):
                 with world_errors(folder):
@@ -113,20 +120,23 @@ class ShardWriter:
             self._free_space()
             raise
 
-    def _open_one(self, number: int, shard: Shard) -> int:
+    def _open_one(self, number: int, shard: Shard, anew: bool) -> int:
         final, partial = self._final(number), self._partial(number)
         make_folders(self._place.folder, shard.name)
-        if final.exists():
+        if final.exists() and not anew:
             os.replace(final, partial)
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        if partial.exists():
+        if partial.exists() and not anew:
             descriptor = os.open(partial, flags)
             if not _begins_as(descriptor, shard):
                 os.close(descriptor)
                 partial.unlink()
-                return self._open_one(number, shard)
+                return self._open_one(number, shard, anew)
         else:
-            descriptor = os.open(partial, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            # Two hosts whose locks mean nothing to each other never write into one file.
+            private = self._place.private(shard.name)
+            descriptor = os.open(private, flags | os.O_CREAT | os.O_EXCL, 0o666)
+            os.replace(private, partial)
             self.fresh.add(number)
         try:
             if number in self.fresh:
@@ -196,6 +206,10 @@ class ShardWriter:
         name = self._final(shard)
         with world_errors(name):
             os.fsync(self._descriptors[shard])
+            if not os.path.samestat(os.stat(self._partial(shard)), os.fstat(self._descriptors[shard])):
+                raise OutputError(
+                    f"{printable(name)}: a different merge has put its own file there meanwhile: this one is stopped"
+                )
             os.replace(self._partial(shard), name)
             if name.parent != self._place.folder:
                 fsync_directory(name.parent)

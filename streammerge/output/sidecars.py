@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 from streammerge.errors import ModelError, WorldError, printable
-from streammerge.io.durable import PARTIAL, make_folders, world_errors, write_fully
+from streammerge.io.durable import make_folders, world_errors, write_fully
 from streammerge.io.files import reading
+from streammerge.io.private import private
 from streammerge.io.stamp import FileStamp, changed, check_unchanged
 from streammerge.numerics.crc32 import crc32
 
@@ -58,7 +59,7 @@ def copy_sidecar(stamp: FileStamp, content: str, out: Path, name: str) -> tuple[
     """
     target = out / name
     make_folders(out, name)
-    partial = target.with_name(target.name + PARTIAL)
+    partial = private(target)
     digest, crc, nbytes = hashlib.sha256(), 0, 0
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
     try:

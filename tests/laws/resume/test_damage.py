@@ -143,9 +143,10 @@ def in_the_merge(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch) -> li
 
 
 def in_a_small_file_of_the_commit(scene: Scene, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The journal is replaced once, then small files: the second of these stays unnamed."""
+    """The sign of life, the journal twice, every shard, then small files: the first of these stays unnamed."""
+    shards = sum(name.endswith(".safetensors") for name in scene.expected)
     with monkeypatch.context() as patch:
-        set_trap(patch, "os.replace", Trap(SimulatedKill(), 3, once=True))
+        set_trap(patch, "os.replace", Trap(SimulatedKill(), 4 + shards, once=True))
         with pytest.raises(SimulatedKill):
             scene.merge(out)
     left = sorted(out.glob("*.partial"))
