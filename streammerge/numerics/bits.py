@@ -23,3 +23,14 @@ def bits_from_f32(typing_context, value):
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.uint32(types.float32), build
+
+
+@intrinsic
+def word_at(typing_context, address):
+    """Return the eight bytes at an address, which need not be aligned, as uint64."""
+
+    def build(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load(pointer, align=1)
+
+    return types.uint64(types.intp), build

@@ -29,6 +29,7 @@ _SOURCES = (
     "numerics/finite.py",
     "numerics/jit.py",
     "numerics/products.py",
+    "numerics/unpacking.py",
 )
 """The kernels' files, and the files whose constants are compiled into the kernels."""
 _MARK = ".compiled"

@@ -84,8 +84,8 @@ def decode(
     if is_compiled(GROUP):
         from streammerge.numerics import decoding
 
-        kernel: Any = decoding.KERNELS[element]
-        kernel(codes, skip, pitch, scales, place, shape, extent, out)
+        kernel: Any = decoding.decode
+        kernel(decoding.KINDS[element], codes, skip, pitch, scales, place, shape, extent, out)
     else:
         decode_in_order(element, codes, skip, pitch, scales, place, shape, extent, out)
 

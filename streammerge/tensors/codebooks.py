@@ -1,4 +1,4 @@
-"""Decode 4-bit codes as they are read, through tables of all products; the bits do not depend on the cuts."""
+"""Decode 4-bit codes as they are read, through tables of products; the bits do not depend on the cuts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
 from streammerge.numerics.casts import from_bf16
 from streammerge.numerics.casts import table as e4m3_table
-from streammerge.numerics.packing import pairs_of, products_of_e4m3
+from streammerge.numerics.packing import look_up, products_of_e4m3
 
 _FIRST_BAD = 0x7F
 """F8_E4M3 codes from here on are NaN or negative, except 0x80, which is zero."""
@@ -43,7 +43,7 @@ def read_nvfp4(reader: Reader, ref: Nvfp4Ref, start: int, stop: int, target: Byt
         if not 0 <= factor < np.inf or (ref.divides and factor == 0):
             raise _refused(ref.whole, matrix if whole.size > 1 else 0, factor)
         table = products_of_e4m3(factor, ref.divides)
-        codes = pairs_of(_read(reader, ref.source, first // 2, -(-last // 2)), high_first=False)
+        codes = _read(reader, ref.source, first // 2, -(-last // 2))
         # Groups do not cross the end of a row, so they are in the same order as the elements.
         begins, ends = first // ref.group, -(-last // ref.group)
         scales = _read(reader, ref.scales, begins, ends)
@@ -51,10 +51,8 @@ def read_nvfp4(reader: Reader, ref: Nvfp4Ref, start: int, stop: int, target: Byt
         if wrong.any():
             place = int(np.argmax(wrong))
             raise _refused(ref.scales, begins + place, float(from_bf16(e4m3_table("F8_E4M3"))[scales[place]]))
-        of_element = np.repeat(scales, ref.group)[first - begins * ref.group :][: last - first]
-        places = of_element.astype(np.intp) << 4
-        places |= codes[first % 2 :][: last - first]
-        np.take(table, places, out=out[first - start : last - start])
+        part, before = out[first - start : last - start], first - begins * ref.group
+        look_up(codes, first % 2, False, table, scales.astype(np.int32), before, ref.group, part)
         first = last
 
 
@@ -75,12 +73,13 @@ def read_blocks_of_4_bits(
     values = _table(reader, ref.map)
     for first in range(start, stop, AT_ONCE):
         last = min(stop, first + AT_ONCE)
-        codes = pairs_of(_read(reader, ref.source, first // 2, -(-last // 2)), high_first=True)
+        codes = _read(reader, ref.source, first // 2, -(-last // 2))
         begins, ends = first // ref.blocksize, -(-last // ref.blocksize)
-        largest = _largest(reader, ref, begins, ends)
-        part = out[first - start : last - start]
-        np.take(values, codes[first % 2 :][: last - first], out=part)
-        part *= np.repeat(largest, ref.blocksize)[first - begins * ref.blocksize :][: last - first]
+        with np.errstate(over="ignore"):
+            tables = np.multiply.outer(_largest(reader, ref, begins, ends), values)
+        part, before = out[first - start : last - start], first - begins * ref.blocksize
+        rows = np.arange(ends - begins, dtype=np.int32)
+        look_up(codes, first % 2, True, tables, rows, before, ref.blocksize, part)
 
 
 def _largest(reader: Reader, ref: BlocksOf4BitsRef, begins: int, ends: int) -> NDArray[np.float32]:

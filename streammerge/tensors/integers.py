@@ -7,9 +7,9 @@ zero points of the groups of its rows and columns, are read and held.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from streammerge.checkpoint.refs.integers import AT_ONCE, IntegersRef, Packed
@@ -20,9 +20,17 @@ from streammerge.io.buffer_pool import Bytes
 from streammerge.io.files import bad, quoted
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
-from streammerge.numerics.casts import Floats
 from streammerge.numerics.elements import first_bad_scale, scale_values
-from streammerge.numerics.packing import SIGNED, reordered, steps_of, unpacked_rows
+from streammerge.numerics.packing import (
+    NO_ZEROS,
+    NONE,
+    PAD,
+    Floats32,
+    integers_of,
+    scale_integers,
+    turned,
+    unpacked,
+)
 from streammerge.tensors.adapted import segments
 
 Indices = NDArray[np.int64]
@@ -34,13 +42,32 @@ _WORTH_READING = 4
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
-    """A part of one of a tensor's stored matrices."""
+    """A part of one of a tensor's matrices."""
 
     matrix: int
     row: int
     end: int
     column: int
     last: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.end - self.row, self.last - self.column
+
+    @property
+    def turned(self) -> Rectangle:
+        """The same part of the transposed matrix."""
+        return Rectangle(self.matrix, self.column, self.last, self.row, self.end)
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Some bytes of each of some lines of a file, and `PAD` bytes after the last."""
+
+    data: NDArray[np.uint8]
+    pitch: int
+    """Bytes from one line to the next."""
 
 
 @reads(IntegersRef)
@@ -60,15 +87,15 @@ def read_integers(
     rows, columns = ref.shape[-2:]
     index = _index(reader, ref)
     for row, end, first, last in segments(start, stop, columns, rows):
-        matrix = row // rows
+        matrix, width = row // rows, last - first
         begins = row * columns + first - start
-        part = out[begins : begins + (end - row) * (last - first)].reshape(end - row, last - first)
-        high, wide = _steps(ref, *part.shape)
-        for top in range(0, end - row, high):
-            for left in range(0, last - first, wide):
-                some = part[top : top + high, left : left + wide]
-                place = row - matrix * rows + top, first + left
-                some[...] = _values(reader, ref, index, _stored(ref, matrix, place, some.shape))
+        high, wide = _steps(ref, end - row, width)
+        for top in range(row - matrix * rows, end - matrix * rows, high):
+            bottom = min(end - matrix * rows, top + high)
+            for left in range(first, last, wide):
+                some = Rectangle(matrix, top, bottom, left, min(last, left + wide))
+                at = begins + (top + matrix * rows - row) * width + left - first
+                _decode(reader, ref, index, some, out[at:], width)
 
 
 def _steps(ref: IntegersRef, height: int, width: int) -> tuple[int, int]:
@@ -79,67 +106,45 @@ def _steps(ref: IntegersRef, height: int, width: int) -> tuple[int, int]:
     return min(height, max(1, AT_ONCE // wide)), wide
 
 
-def _stored(ref: IntegersRef, matrix: int, place: tuple[int, int], shape: tuple[int, ...]) -> Rectangle:
-    (row, column), (height, width) = place, shape
-    if ref.transposed:
-        return Rectangle(matrix, column, column + width, row, row + height)
-    return Rectangle(matrix, row, row + height, column, column + width)
-
-
-def _values(reader: Reader, ref: IntegersRef, index: Indices | None, some: Rectangle) -> NDArray[np.float32]:
-    values = read_packed(reader, ref.codes, some)
-    by_row, by_column = _groups(ref, index, some)
-    lines, line_of = np.unique(by_row, return_inverse=True)
-    left, right = int(by_column.min()), int(by_column.max()) + 1
-    spread = _Spread(line_of, by_column - left, ref.groups.columns if index is None else 0, some.column)
-    scales = _scales(reader, ref, some.matrix, lines, left, right)
-    zeros = _zeros(reader, ref, some.matrix, lines, left, right)
-    with np.errstate(over="ignore"):
-        if zeros is not None:
-            values = spread.apply(np.subtract, values, zeros)
-        if ref.divisor == 1:
-            values = spread.apply(np.multiply, values, scales)
-        else:  # The product is exact in fp64.
-            exact = spread.apply(np.multiply, values.astype(np.float64), scales.astype(np.float64))
-            values = (exact / ref.divisor).astype(np.float32)
-    return values.T if ref.transposed else values
-
-
-@dataclass(frozen=True, slots=True)
-class _Spread:
-    """The line and column of scales for each row and column of a rectangle."""
-
-    line_of: Indices
-    column_of: Indices
-    size: int
-    """Number of consecutive columns that share a scale; 0 if the groups are listed."""
-    first: int
-    """The index of the first column in its line."""
-
-    def apply(self, operation: np.ufunc, values: Floats, of_groups: Floats) -> Floats:
-        """Return `operation` of the values and their groups' entries, in place if possible."""
-        if of_groups.shape[0] > 1:
-            of_groups = of_groups[self.line_of]
-        n = values.shape[1]
-        if of_groups.shape[1] == 1 or self.size == 1:
-            return operation(values, of_groups)
-        if self.size and not self.first % self.size and not n % self.size and values.flags.c_contiguous:
-            grouped = values.reshape(values.shape[0], -1, self.size)
-            operation(grouped, of_groups[:, :, None], out=grouped)
-            return values
-        return operation(values, np.take(of_groups, self.column_of, axis=1))
-
-
-def _groups(ref: IntegersRef, index: Indices | None, some: Rectangle) -> tuple[Indices, Indices]:
-    """Return the rows and columns of scales for the rows and columns of a rectangle."""
-    groups = ref.groups
-    by_row = np.arange(some.row, some.end) // groups.rows
-    by_column = np.arange(some.column, some.last) // groups.columns
+def _decode(
+    reader: Reader, ref: IntegersRef, index: Indices | None, some: Rectangle, out: Floats32, pitch: int
+) -> None:
+    """Write the values of a rectangle; `pitch` is the distance between its rows in `out`."""
+    groups, packed = ref.groups, ref.codes
+    extent = (groups.columns, groups.rows) if ref.transposed else (groups.rows, groups.columns)
+    lines = some.row // extent[0], (some.end - 1) // extent[0] + 1
+    listed = NONE
     if index is None:
-        return by_row, by_column
-    if ref.transposed:
-        return index[some.row : some.end], by_column
-    return by_row, index[some.column : some.last]
+        left, right = some.column // extent[1], (some.last - 1) // extent[1] + 1
+    else:
+        listed = index[some.column : some.last]
+        left, right = int(listed.min()), int(listed.max()) + 1
+        listed = listed - left
+    part = Rectangle(some.matrix, *lines, left, right)
+    codes = read_codes(reader, packed, some, transposed=ref.transposed)
+    scales, zeros = _scales(reader, ref, part), _zeros(reader, ref, part)
+    flip, offset = _meaning(packed)
+    place = some.row, some.column
+    scale_integers(
+        codes.data,
+        codes.pitch,
+        flip,
+        offset,
+        zeros,
+        scales,
+        listed,
+        place,
+        some.shape,
+        extent,
+        ref.divisor,
+        out,
+        pitch,
+    )
+
+
+def _meaning(packed: Packed) -> tuple[int, int]:
+    """Return the bits of a code to invert, and the number to add, which give the integer."""
+    return (128, -128) if packed.signed else (0, packed.offset)
 
 
 def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
@@ -166,29 +171,28 @@ def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
     return index
 
 
-def _scales(
-    reader: Reader, ref: IntegersRef, matrix: int, lines: Indices, left: int, right: int
-) -> NDArray[np.float32]:
-    """Return a selection of lines and columns of a matrix of scales, in fp32."""
+def _scales(reader: Reader, ref: IntegersRef, part: Rectangle) -> Floats32:
+    """Return a rectangle of a matrix of scales, in fp32 and in the orientation of the tensor."""
     tensor = ref.scales
     width = itemsize(tensor.dtype)
     high, wide = _matrix_of(tensor, ref)
-    out = np.empty((lines.size, right - left), np.float32)
-    for begin, end in _runs(lines):
-        raw = _rectangle(
-            reader, tensor, matrix * high * wide * width, wide * width,
-            (int(lines[begin]), int(lines[end - 1]) + 1), (left * width, right * width),
-        )  # fmt: skip
-        values = scale_values(np.ascontiguousarray(raw).reshape(-1), tensor.dtype)
-        if (place := first_bad_scale(values)) is not None:
-            row, column = divmod(place, right - left)
-            raise bad(
-                tensor.path,
-                f"tensor {quoted(tensor.name)}: scale [{lines[begin] + row}, {left + column}] is {values[place]:g}, "
-                "which no scale can be: download or convert the model again",
-            )
-        out[begin:end] = values.reshape(end - begin, -1)
-    return out
+    matrix = part.matrix if tensor.n_elements > high * wide else 0
+    stored = part.turned if ref.transposed else part
+    edges = stored.column * width, stored.last * width
+    lines = _lines(
+        reader, tensor, matrix * high * wide * width, wide * width, (stored.row, stored.end), edges
+    )
+    raw = as_strided(lines.data, (stored.shape[0], edges[1] - edges[0]), (lines.pitch, 1), writeable=False)
+    values = scale_values(np.ascontiguousarray(raw).reshape(-1), tensor.dtype)
+    if (place := first_bad_scale(values)) is not None:
+        row, column = divmod(place, stored.shape[1])
+        raise bad(
+            tensor.path,
+            f"tensor {quoted(tensor.name)}: scale [{stored.row + row}, {stored.column + column}] is {values[place]:g}, "
+            "which no scale can be: download or convert the model again",
+        )
+    found = values.reshape(stored.shape)
+    return np.ascontiguousarray(found.T) if ref.transposed else found
 
 
 def _matrix_of(tensor: TensorRef, ref: IntegersRef) -> tuple[int, int]:
@@ -198,17 +202,15 @@ def _matrix_of(tensor: TensorRef, ref: IntegersRef) -> tuple[int, int]:
     return tensor.n_elements, 1
 
 
-def _zeros(
-    reader: Reader, ref: IntegersRef, matrix: int, lines: Indices, left: int, right: int
-) -> NDArray[np.float32] | None:
-    """Return zero points of the same groups; None if there are none."""
+def _zeros(reader: Reader, ref: IntegersRef, part: Rectangle) -> Floats32:
+    """Return zero points of the same groups; `NO_ZEROS` if there are none."""
     packed = ref.zeros
     if packed is None:
-        return None
-    out = np.empty((lines.size, right - left), np.float32)
-    for begin, end in _runs(lines):
-        some = Rectangle(matrix, int(lines[begin]), int(lines[end - 1]) + 1, left, right)
-        out[begin:end] = read_packed(reader, packed, some)
+        return NO_ZEROS
+    codes = read_codes(reader, packed, part, transposed=ref.transposed)
+    out = integers_of(
+        as_strided(codes.data, part.shape, (codes.pitch, 1), writeable=False), *_meaning(packed)
+    )
     if ref.largest_zero is not None and out.max(initial=0) > ref.largest_zero:
         raise bad(
             packed.tensor.path,
@@ -218,50 +220,77 @@ def _zeros(
     return out
 
 
-def _runs(lines: Indices) -> list[tuple[int, int]]:
-    """Return the runs of consecutive lines, ascending, each line once."""
-    breaks = np.flatnonzero(np.diff(lines) != 1) + 1
-    edges = [0, *breaks.tolist(), lines.size]
-    return list(pairwise(edges))
+def read_codes(reader: Reader, packed: Packed, some: Rectangle, *, transposed: bool) -> Lines:
+    """Return the codes of a rectangle of the tensor, one per byte.
 
-
-def read_packed(reader: Reader, packed: Packed, some: Rectangle) -> NDArray[np.float32]:
-    """Return the integers of a rectangle, with their offset added, as fp32 [rows, columns]."""
-    tensor, bits = packed.tensor, packed.bits
-    lines, words = tensor.shape[-2:]
-    width = itemsize(tensor.dtype)
-    base, pitch = some.matrix * lines * words * width, words * width
+    Parameters
+    ----------
+    transposed
+        Whether the stored matrix is the tensor's transposed one.
+    """
+    stored = some.turned if transposed else some
     if packed.axis == 0:
-        begins, ends = some.row * bits // 32, -(-some.end * bits // 32)
-        raw = _rectangle(reader, tensor, base, pitch, (begins, ends), (4 * some.column, 4 * some.last))
-        whole = np.ascontiguousarray(raw).view("<u4")
-        steps = unpacked_rows(whole, bits, some.row, some.end - some.row).astype(np.float32)
-        steps += np.float32(packed.offset)
-        return steps
-    first, last = some.column, some.last
+        # The words of one column become a line, in which integers lie as they do along the columns.
+        codes, shape = _down_columns(reader, packed, stored), stored.turned.shape
+    else:
+        codes, shape = _along_rows(reader, packed, stored), stored.shape
+    if (packed.axis == 0) == transposed:
+        return codes
+    return Lines(turned(as_strided(codes.data, shape, (codes.pitch, 1))).reshape(-1), some.shape[1])
+
+
+def _along_rows(reader: Reader, packed: Packed, stored: Rectangle) -> Lines:
+    """Return the codes of a stored rectangle whose integers are packed along its rows."""
+    first, last = stored.column, stored.last
     if packed.order:
         each = len(packed.order)
         first, last = first // each * each, -(-last // each) * each
+    bits = packed.bits
     edges = first * bits // 8, -(-last * bits // 8)
-    raw = _rectangle(reader, tensor, base, pitch, (some.row, some.end), edges)
-    steps = steps_of(raw, bits, first, last - first, SIGNED if packed.signed else packed.offset)
-    if packed.order:
-        return reordered(steps, packed.order)[:, some.column - first : some.last - first]
-    return steps
+    lines = _lines(reader, packed.tensor, *_matrix(packed, stored.matrix), (stored.row, stored.end), edges)
+    if bits == 8 and not packed.order:
+        return lines
+    shape = stored.shape[0], last - first
+    codes = unpacked(lines.data, lines.pitch, first * bits % 8, bits, shape, packed.order)
+    return Lines(codes.reshape(-1)[stored.column - first :], shape[1])
 
 
-def _rectangle(
+def _down_columns(reader: Reader, packed: Packed, stored: Rectangle) -> Lines:
+    """Return the codes of a stored rectangle whose integers are packed along its columns: a line for each column."""
+    bits, (n, columns) = packed.bits, stored.shape
+    begins, ends = stored.row * bits // 32, -(-stored.end * bits // 32)
+    edges = 4 * stored.column, 4 * stored.last
+    lines = _lines(reader, packed.tensor, *_matrix(packed, stored.matrix), (begins, ends), edges)
+    words = as_strided(lines.data.view(np.uint8), (ends - begins, 4 * columns), (lines.pitch, 1))
+    turned_words = np.empty(columns * (ends - begins) * 4 + PAD, np.uint8)
+    by_column = turned_words[:-PAD].view("<u4").reshape(columns, ends - begins)
+    by_column[...] = np.ascontiguousarray(words).view("<u4").T
+    skip = stored.row * bits - 32 * begins
+    codes = unpacked(turned_words, 4 * (ends - begins), skip, bits, (columns, n))
+    return Lines(codes.reshape(-1), n)
+
+
+def _matrix(packed: Packed, matrix: int) -> tuple[int, int]:
+    """Return where a matrix of a packed tensor begins, and the bytes of its lines; one matrix serves all experts."""
+    tensor = packed.tensor
+    lines, words = tensor.shape[-2:]
+    pitch = words * itemsize(tensor.dtype)
+    return (matrix * lines * pitch if tensor.nbytes > lines * pitch else 0), pitch
+
+
+def _lines(
     reader: Reader, tensor: TensorRef, base: int, pitch: int, lines: tuple[int, int], edges: tuple[int, int]
-) -> NDArray[np.uint8]:
-    """Return a range of bytes of each of some lines, [lines, bytes]; the matrix begins at `base`."""
+) -> Lines:
+    """Return a range of bytes of each of some lines; the matrix begins at `base`."""
     first, last = lines
     left, right = edges
     offset = tensor.offset + base + first * pitch
     n, wide = last - first, right - left
     if wide * _WORTH_READING >= pitch or n == 1:
-        raw = np.empty((n - 1) * pitch + wide, np.uint8)
-        reader.read_into(tensor.path, offset + left, raw)
-        return np.lib.stride_tricks.as_strided(raw, (n, wide), (pitch, 1), writeable=False)
-    some = np.empty((n, wide), np.uint8)
+        raw = np.empty((n - 1) * pitch + wide + PAD, np.uint8)
+        reader.read_into(tensor.path, offset + left, raw[:-PAD])
+        return Lines(raw, pitch)
+    raw = np.empty(n * wide + PAD, np.uint8)
+    some = raw[:-PAD].reshape(n, wide)
     reader.read_parts(tensor.path, ((offset + left + line * pitch, [some[line].data]) for line in range(n)))
-    return some
+    return Lines(raw, wide)

@@ -25,6 +25,8 @@ from streammerge.numerics.casts import BYTE, F32
 from streammerge.numerics.elements import decode, first_bad_scale, scale_values, turn
 
 _FLOAT = 4
+_TURNED = 224
+"""Columns of a tile that is turned: whole lanes, and no distance between rows that the cache maps to the same lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,22 +151,36 @@ def _most_rows(ref: QuantizedRef) -> int:
 def _read_turned(
     reader: Reader, ref: QuantizedRef, start: int, stop: int, out: NDArray[np.float32], scratch: Scratch
 ) -> None:
-    """Decode elements of a tensor whose matrices are stored transposed."""
-    _, depth, _ = ref.matrices  # rows of the file are columns of the tensor
+    """Decode elements of a tensor whose matrices are stored transposed: lines are read in blocks, and turned by tiles."""
+    _, depth, columns = ref.matrices  # rows of the file are columns of the tensor
     room = scratch.take((min(LINES, ref.source.nbytes),), BYTE)
     tile = scratch.take((min(SPAN, ref.n_elements),), F32)
-    scales = _Window(reader, ref, scratch)
+    window, (by_rows, by_columns) = _Window(reader, ref, scratch), ref.scales.extent[1:]
     for part in _columns(ref, start, stop):
-        to = ((part.matrix * ref.matrices[2] + part.column) * depth + part.row) - start
-        rows, wide = _tile_rows(ref, part)
-        for column in range(part.column, part.last, wide):
-            last = min(part.last, column + wide)
-            for row in range(part.row, part.end, rows):
-                some = Part(part.matrix, row, min(part.end, row + rows), column, last)
-                values = tile[: some.shape[0] * some.shape[1]]
-                _decode_lines(reader, ref, some, room, scales, values)
-                at = to + (column - part.column) * depth + row - part.row
-                turn(values.reshape(some.shape), out[at:], depth)
+        to = ((part.matrix * columns + part.column) * depth + part.row) - start
+        for block in _blocks(ref, part):
+            codes, skip = _read_lines(reader, ref, block, room)
+            scales = window.of(block)
+            for column in range(block.column, block.last, _TURNED):
+                shape = block.end - block.row, min(block.last, column + _TURNED) - column
+                values = tile[: shape[0] * shape[1]]
+                group = column // by_columns - block.column // by_columns
+                groups = (column + shape[1] - 1) // by_columns - column // by_columns + 1
+                some = np.ascontiguousarray(scales[:, group : group + groups])
+                place, before = (block.row, column), skip + column - block.column
+                decode(
+                    ref.encoding.element,
+                    codes,
+                    before,
+                    columns,
+                    some,
+                    place,
+                    shape,
+                    (by_rows, by_columns),
+                    values,
+                )
+                at = to + (column - part.column) * depth + block.row - part.row
+                turn(values.reshape(shape), out[at:], depth)
 
 
 def _columns(ref: QuantizedRef, start: int, stop: int) -> Iterator[Part]:
@@ -182,23 +198,18 @@ def _columns(ref: QuantizedRef, start: int, stop: int) -> Iterator[Part]:
         start += part.shape[0] * part.shape[1]
 
 
-def _tile_rows(ref: QuantizedRef, part: Part) -> tuple[int, int]:
-    """Return rows and columns of a tile such that its values, lines of codes and lines of scales fit."""
+def _blocks(ref: QuantizedRef, part: Part) -> Iterator[Part]:
+    """Yield blocks of lines such that the codes, scales and values of a block fit."""
     pitch = ref.matrices[2] * ref.bits // 8
-    wide = min(part.last - part.column, SPAN)
-    rows = min(SPAN // wide, LINES // max(1, pitch), _most_rows(ref))
-    return max(1, rows), wide
+    rows = max(1, min(SPAN // _TURNED, LINES // max(1, pitch), _most_rows(ref)))
+    for column in range(part.column, part.last, SPAN):
+        for row in range(part.row, part.end, rows):
+            last = min(part.last, column + SPAN)
+            yield Part(part.matrix, row, min(part.end, row + rows), column, last)
 
 
-def _decode_lines(
-    reader: Reader,
-    ref: QuantizedRef,
-    part: Part,
-    room: Bytes,
-    scales: _Window,
-    out: NDArray[np.float32],
-) -> None:
-    """Decode a rectangle; if it has several lines, whole lines of codes are read."""
+def _read_lines(reader: Reader, ref: QuantizedRef, part: Part, room: Bytes) -> tuple[Bytes, int]:
+    """Return the codes of a part, whole lines if it has several, and the number of codes before its first."""
     _, depth, columns = ref.matrices
     rows, wide = part.shape
     begin = (part.matrix * depth + part.row) * columns + part.column
@@ -206,9 +217,7 @@ def _decode_lines(
     first, last = begin * ref.bits // 8, -(-end * ref.bits // 8)
     codes = room[: last - first]
     reader.read_into(ref.source.path, ref.source.offset + first, codes)
-    skip = begin * ref.bits % 8 // ref.bits
-    place, extent = (part.row, part.column), ref.scales.extent[1:]
-    decode(ref.encoding.element, codes, skip, columns, scales.of(part), place, part.shape, extent, out)
+    return codes, begin * ref.bits % 8 // ref.bits
 
 
 class _Window:

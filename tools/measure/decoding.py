@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=2048)
     parser.add_argument("--runs", type=int, default=5)
     asked = parser.parse_args()
-    if (reason := ensure_compiled(["decoding"])) is not None:
+    if (reason := ensure_compiled(["decoding", "unpacking"])) is not None:
         sys.exit(reason)
     for name in asked.names or FORMATS:
         with tempfile.TemporaryDirectory() as folder:

@@ -62,12 +62,25 @@ def _adapters(math: BlockMath) -> None:
 
 @example("decoding")
 def _decoding(math: BlockMath) -> None:
-    from streammerge.numerics.decoding import KERNELS, turn
+    from streammerge.numerics.decoding import decode, turn
 
     codes, scales, out = np.zeros(4, np.uint8), np.ones((1, 1), np.float32), np.empty(4, np.float32)
-    for kernel in KERNELS.values():
-        kernel(codes, 0, 2, scales, (0, 0), (2, 2), (2, 2), out)
+    decode(0, codes, 0, 2, scales, (0, 0), (2, 2), (2, 2), out)
     turn(out.reshape(2, 2), np.empty(4, np.float32), 2)
+
+
+@example("unpacking")
+def _unpacking(math: BlockMath) -> None:
+    from streammerge.numerics.decoding import turn
+    from streammerge.numerics.packing import NONE
+    from streammerge.numerics.unpacking import look_up, scale_integers, unpack
+
+    raw, codes, out = np.zeros(16, np.uint8), np.empty(8, np.uint8), np.empty(8, np.float32)
+    unpack(raw, 4, 0, 4, np.zeros(8, np.uint64), (1, 8), codes)
+    turn(codes.reshape(2, 4), np.empty(8, np.uint8), 2)
+    ones, shape = np.ones((1, 1), np.float32), (1, 8)
+    scale_integers(codes, 8, np.uint8(0), 0, ones, ones, NONE, (0, 0), shape, shape, 1, out, 8)
+    look_up(raw, 0, False, np.zeros((1, 16), np.float32), np.zeros(1, np.int32), 0, 8, out)
 
 
 @example("encoding_f8")

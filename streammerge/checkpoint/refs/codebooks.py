@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
+from streammerge.checkpoint.refs.decoded import DecodedRef
+from streammerge.formats.refs import SourceRef, TensorRef
 
-AT_ONCE = 1 << 16
+AT_ONCE = 1 << 17
 """Number of elements that are decoded together; even."""
 _TEMPORARY = 16
 """Temporary bytes per element during decoding."""
@@ -16,36 +16,10 @@ _ROOM = 1 << 16
 """Bytes for tables and alignment."""
 
 
-class CodebookRef(MadeRef):
+class CodebookRef(DecodedRef):
     """A tensor of 4-bit codes, two to a byte."""
 
     __slots__ = ()
-
-    @property
-    def dtype(self) -> str:
-        """The dtype of the decoded values."""
-        return "F32"
-
-    @property
-    def path(self) -> str:
-        """The file of the codes."""
-        return self.source.path
-
-    @property
-    def stored_dtype(self) -> str:
-        """See `SourceRef`: the dtype of the weights before quantisation."""
-        return "BF16"
-
-    @property
-    def stored_format(self) -> str:
-        """See `SourceRef`."""
-        title: str = self.title  # type: ignore[attr-defined]
-        return title
-
-    @property
-    def shown(self) -> Mapping[str, Any]:
-        """See `SourceRef`."""
-        return {"stored_as": self.stored_format}
 
     @property
     def scratch_bytes(self) -> int:

@@ -6,14 +6,14 @@ column of an element determine its group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from streammerge.checkpoint.refs.decoded import DecodedRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
+from streammerge.formats.refs import READ_BLOCK, SourceRef, TensorRef
 
-AT_ONCE = 1 << 16
+AT_ONCE = 1 << 17
 """Number of elements that are decoded together."""
 _TEMPORARY = 28
 """Temporary bytes per element during decoding: words, values, and group entries by element; fp64 with a divisor."""
@@ -58,7 +58,7 @@ class Groups:
 
 
 @dataclass(frozen=True, slots=True)
-class IntegersRef(MadeRef):
+class IntegersRef(DecodedRef):
     """A tensor of integers with scales: ``(code - zero point) * scale / divisor``, rounded once to fp32."""
 
     name: str
@@ -84,24 +84,9 @@ class IntegersRef(MadeRef):
         return self.codes.tensor
 
     @property
-    def dtype(self) -> str:
-        """The dtype of the decoded values."""
-        return "F32"
-
-    @property
-    def path(self) -> str:
-        """The file of the codes."""
-        return self.source.path
-
-    @property
     def stored_dtype(self) -> str:
         """See `SourceRef`: the dtype of the weights before quantisation."""
         return "F16" if self.scales.dtype == "F16" else "BF16"
-
-    @property
-    def stored_format(self) -> str:
-        """See `SourceRef`."""
-        return self.title
 
     @property
     def parts(self) -> tuple[SourceRef, ...]:
@@ -111,25 +96,17 @@ class IntegersRef(MadeRef):
         return (self.source, self.scales, *zeros, *index)
 
     @property
-    def shown(self) -> Mapping[str, Any]:
-        """See `SourceRef`."""
-        return {"stored_as": self.title}
-
-    @property
-    def stored_shape(self) -> tuple[int, int]:
-        """Rows and columns of a stored matrix."""
-        rows, columns = self.shape[-2:]
-        return (columns, rows) if self.transposed else (rows, columns)
-
-    @property
     def scratch_bytes(self) -> int:
         """Bytes that reading takes in addition to the values: words, codes, scales, zero points, the index."""
-        rows, columns = self.stored_shape
-        index = 0 if self.groups.index is None else 12 * max(rows, columns)
-        # If the columns of a row are not in order, all of the row's scales are read.
-        wide = self.scales.shape[-1] if self.scales.shape else 1
-        scales = (itemsize(self.scales.dtype) + 12) * max(AT_ONCE, wide)
-        return _TEMPORARY * AT_ONCE + scales + index + _ROOM
+        columns = max(1, self.shape[-1])
+        scales = AT_ONCE
+        if (
+            self.groups.index is not None
+        ):  # all scales of a row are read, since its columns may be in any group
+            of_row = self.scales.shape[-2] if self.transposed else self.scales.shape[-1]
+            scales = max(scales, of_row * max(1, READ_BLOCK // columns))
+        index = 0 if self.groups.index is None else 12 * columns
+        return _TEMPORARY * AT_ONCE + (itemsize(self.scales.dtype) + 12) * scales + index + _ROOM
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
         """See `SourceRef`: the lines of words that hold the elements; if transposed, all lines of a matrix."""

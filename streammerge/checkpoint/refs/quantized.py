@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from streammerge.checkpoint.refs.decoded import DecodedRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
+from streammerge.formats.refs import SourceRef, TensorRef
 
 Three = tuple[int, int, int]
 """One number per axis of a stored tensor viewed as [matrices, rows, columns]."""
@@ -54,8 +54,10 @@ class Scales:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedRef(MadeRef):
+class QuantizedRef(DecodedRef):
     """A tensor stored as codes with scales; a value is ``code * scale``, rounded once to fp32."""
+
+    decoders = frozenset({"decoding"})
 
     name: str
     """The tensor's name in a model that is not quantised."""
@@ -66,39 +68,14 @@ class QuantizedRef(MadeRef):
     encoding: Encoding
 
     @property
-    def dtype(self) -> str:
-        """The dtype of the decoded values."""
-        return "F32"
-
-    @property
-    def path(self) -> str:
-        """The file of the codes."""
-        return self.source.path
-
-    @property
-    def stored_dtype(self) -> str:
-        """See `SourceRef`: the dtype of the weights before quantisation."""
-        return "BF16"
-
-    @property
-    def stored_format(self) -> str:
-        """See `SourceRef`."""
+    def title(self) -> str:
+        """The storage format."""
         return self.encoding.title
 
     @property
     def parts(self) -> tuple[SourceRef, ...]:
         """See `SourceRef`: codes and scales."""
         return self.source, self.scales.tensor
-
-    @property
-    def kernels(self) -> frozenset[str]:
-        """See `SourceRef`."""
-        return frozenset({"decoding"})
-
-    @property
-    def shown(self) -> Mapping[str, Any]:
-        """See `SourceRef`."""
-        return {"stored_as": self.encoding.title}
 
     @property
     def bits(self) -> int:
@@ -135,6 +112,7 @@ def as_matrices(shape: tuple[int, ...]) -> Three:
     >>> as_matrices((8, 16)), as_matrices((4, 8, 16)), as_matrices((16,)), as_matrices(())
     ((1, 8, 16), (4, 8, 16), (1, 1, 16), (1, 1, 1))
     """
-    if len(shape) <= 3:
-        return (*((1,) * (3 - len(shape))), *shape)  # type: ignore[return-value]
-    return 1, shape[0], math.prod(shape[1:])
+    if len(shape) > 3:
+        return 1, shape[0], math.prod(shape[1:])
+    n, rows, columns = (1, 1, 1, *shape)[-3:]
+    return n, rows, columns

@@ -444,22 +444,27 @@ NF4 = np.array(
      0.7229568362236023, 1.0], np.float32)  # fmt: skip
 
 
-def bitsandbytes(nested: bool) -> Callable[[Rng, int, int], Weight]:
-    """Return a builder of NF4 weights in blocks of 64 elements; `nested`: the maxima are codes themselves."""
+FP4 = np.array([0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4], np.float32)
+"""The magnitude of each code of bitsandbytes' FP4, whose highest bit is the sign."""
+
+
+def bitsandbytes(kind: str, nested: bool) -> Callable[[Rng, int, int], Weight]:
+    """Return a builder of NF4 or FP4 weights in blocks of 64 elements; `nested`: the maxima are codes themselves."""
+    codebook = NF4 if kind == "nf4" else np.concatenate([FP4, -FP4])
 
     def build(rng: Rng, rows: int, columns: int) -> Weight:
         n = rows * columns
         codes = rng.integers(0, 16, n + n % 2)
         n_blocks = -(-n // 64)
         state: dict[str, Any] = {
-            "quant_type": "nf4",
+            "quant_type": kind,
             "blocksize": 64,
             "dtype": "bfloat16",
             "shape": [rows, columns],
         }
         parts = {
             ".weight": bytes_of(nibbles(codes, high_first=True).reshape(-1, 1), "U8"),
-            ".weight.quant_map": floats_of(NF4, "F32")[0],
+            ".weight.quant_map": floats_of(codebook, "F32")[0],
         }
         if nested:
             map_entry, table = floats_of(np.sort(rng.uniform(-1, 1, 256)), "F32")
@@ -475,17 +480,19 @@ def bitsandbytes(nested: bool) -> Callable[[Rng, int, int], Weight]:
         else:
             parts[".weight.absmax"], absmax = floats_of(rng.uniform(0.01, 0.1, n_blocks), "F32")
         text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-        parts[".weight.quant_state.bitsandbytes__nf4"] = bytes_of(text.astype(np.int64), "U8")
-        values = NF4.astype(np.float64)[codes[:n]] * np.repeat(absmax, 64)[:n]
+        parts[f".weight.quant_state.bitsandbytes__{kind}"] = bytes_of(text.astype(np.int64), "U8")
+        values = codebook.astype(np.float64)[codes[:n]] * np.repeat(absmax, 64)[:n]
         return Weight(parts, values.reshape(rows, columns))
 
     return build
 
 
 _NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
-FORMATS["nf4"] = Format(bitsandbytes(False), _declared("bitsandbytes", **_NF4), 45, 51)
+_FP4 = {**_NF4, "bnb_4bit_quant_type": "fp4"}
+FORMATS["nf4"] = Format(bitsandbytes("nf4", False), _declared("bitsandbytes", **_NF4), 45, 51)
+FORMATS["fp4 of bitsandbytes"] = Format(bitsandbytes("fp4", False), _declared("bitsandbytes", **_FP4), 45, 51)
 FORMATS["nf4 nested"] = Format(
-    bitsandbytes(True), _declared("bitsandbytes", **_NF4, bnb_4bit_use_double_quant=True), 150, 130
+    bitsandbytes("nf4", True), _declared("bitsandbytes", **_NF4, bnb_4bit_use_double_quant=True), 150, 130
 )
 
 

@@ -13,7 +13,8 @@ from streammerge.checkpoint.index import open_model
 from streammerge.formats.refs import SourceRef
 from streammerge.io.reader import Reader
 from streammerge.tensors.read import read_elements
-from tests.checkpoint.quantized.formats import FORMATS, stored, write, write_entries
+from tests.checkpoint.quantized.formats import FORMATS, compressed, stored, write, write_entries
+from tests.checkpoint.quantized.numbers import bytes_of, floats_of
 
 
 @pytest.fixture
@@ -97,6 +98,20 @@ def test_a_list_of_groups_that_says_nothing_is_in_order(tmp_path: Path, reader: 
     write_entries(tmp_path, tensors, declared)
     want = values[f"{module}.weight"].reshape(-1)
     assert np.array_equal(read(reader, open_model(tmp_path)[f"{module}.weight"], 0, want.size), want)
+
+
+def test_one_scale_serves_all_matrices_of_a_tensor(tmp_path: Path, reader: Reader) -> None:
+    codes = np.random.default_rng(0).integers(-128, 128, (3, 4, 8))
+    module = "model.layers.0.mlp.experts.down_proj"
+    tensors = {
+        f"{module}.weight": bytes_of(codes, "I8"),
+        f"{module}.weight_scale": floats_of(np.array([0.5]), "F32")[0],
+        f"{module}.weight_zero_point": bytes_of(np.array([[3]]), "I8"),
+    }
+    declared = compressed("int-quantized", num_bits=8, type="int", strategy="tensor", symmetric=False)
+    write_entries(tmp_path, tensors, declared)
+    found = read(reader, open_model(tmp_path)[f"{module}.weight"], 0, codes.size)
+    assert np.array_equal(found, 0.5 * (codes.reshape(-1) - 3))
 
 
 def test_modelopt_is_known_by_the_file_next_to_config_json(tmp_path: Path) -> None:
