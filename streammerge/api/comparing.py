@@ -18,9 +18,10 @@ from streammerge.engine.worker import Answers
 from streammerge.errors import InputError
 from streammerge.events import Control
 from streammerge.machine import available_memory, own_memory, shortage
-from streammerge.methods.comparison import COMPARISON, difference_of
+from streammerge.methods.comparison import COMPARISON, TensorDifference, difference_of
 from streammerge.planning.inputs import Sources, open_inputs
-from streammerge.planning.needs import tensor_context_of
+from streammerge.planning.job import Job
+from streammerge.planning.needs import layer_of, tensor_context_of
 from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import SLOWER, prepare
@@ -146,25 +147,41 @@ def compared(
     return comparison_of(plan, answers)
 
 
-def comparison_of(plan: MergePlan, answers: Mapping[int, Answers]) -> Comparison:
-    """Return what the statistics of a comparison's plan say."""
+def comparison_of(
+    plan: MergePlan, answers: Mapping[int, Answers], found_in: Callable[[Job], TensorDifference] | None = None
+) -> Comparison:
+    """Return what the statistics of a comparison's plan say.
+
+    Parameters
+    ----------
+    found_in
+        Function that returns the differences in a job's tensor; default: those that the rounds of `COMPARISON` give.
+    """
     assert plan.base is not None
-    tensors = []
-    for job in plan.jobs:
-        if job.ordinal in answers:
-            context = tensor_context_of(job)
-            stack = next((prefix for prefix in job.stacks if job.name.startswith(f"{prefix}.")), None)
-            tensors.append(
-                ComparedTensor(
-                    job.name,
-                    kind_of(job.name),
-                    None if context.layer is None else (stack or "", context.layer),
-                    tuple(ref.stored_dtype for ref in job.inputs),
-                    difference_of(context, answers[job.ordinal]),
-                )
-            )
+
+    def of(job: Job) -> TensorDifference:
+        return difference_of(tensor_context_of(job), answers[job.ordinal])
+
+    tensors = tuple(
+        ComparedTensor(
+            job.name,
+            kind_of(job.name),
+            layer_of_job(job),
+            tuple(ref.stored_dtype for ref in job.inputs),
+            (found_in or of)(job),
+        )
+        for job in plan.jobs
+        if job.ordinal in answers
+    )
     names = tuple(model.reference for model in plan.models)
-    return Comparison(plan.base.reference, names, tuple(tensors), plan.tensors_left_out)
+    return Comparison(plan.base.reference, names, tensors, plan.tensors_left_out)
+
+
+def layer_of_job(job: Job) -> tuple[str, int] | None:
+    """Return the stack that a tensor's layer lies in, and the number of the layer; None outside the layers."""
+    layer, _ = layer_of(job.name, job.stacks)
+    stack = next((prefix for prefix in job.stacks if job.name.startswith(f"{prefix}.")), "")
+    return None if layer is None else (stack, layer)
 
 
 def _plan(models: list[str], base: str | None, options: PlanOptions, kernels: bool | None) -> MergePlan:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from streammerge.api.deciding import ConfigLike, plan, read_config
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.api.gates import supply_gates
+from streammerge.api.reporting import check_report, check_room, write_report
 from streammerge.config.schema import MergeConfig
 from streammerge.config.stages import kept_stages, read_from
 from streammerge.engine.first_use import CannotCompileError
@@ -43,6 +44,7 @@ def merge(
     hash_inputs: bool = False,
     io: IoMode = "direct",
     profile: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
     progress: bool = True,
     on_event: OnEvent | None = None,
     stop: threading.Event | None = None,
@@ -92,6 +94,9 @@ def merge(
         ``direct``: past the page cache, except for cached data; ``read``: through it; ``mmap``: copies from a memory map.
     profile
         A JSON file to write: the seconds of every stage, which show what limited the speed.
+    report
+        A file to write after the merge: one page on what the method did, which needs no network. The output is read back,
+        and the models once more. It takes the extra ``pages``. If it fails, a warning tells so; the merge is complete.
     progress
         Whether to show a bar (on terminals and in notebooks) or, elsewhere, lines on stderr.
     on_event
@@ -133,6 +138,9 @@ def merge(
         raise InputError(f"nonfinite {printable(nonfinite)!r} is not one of {', '.join(get_args(NonFinite))}")
     how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs=hash_inputs)
 
+    if report is not None:
+        check_report("report", Path(report), Path(out))
+
     planned: dict[str, Any] = {
         "memory": memory,
         "threads": threads,
@@ -158,20 +166,30 @@ def merge(
         "write_model_card": write_model_card,
         "max_reads": max_reads,
     }
-    return _merge_settled(settled, Path(out), planned, how, run)
+    return _merge_settled(settled, Path(out), planned, how, run, None if report is None else Path(report))
 
 
 def _merge_settled(
-    config: MergeConfig, out: Path, planned: Mapping[str, Any], how: Options, run: Mapping[str, Any]
+    config: MergeConfig,
+    out: Path,
+    planned: Mapping[str, Any],
+    how: Options,
+    run: Mapping[str, Any],
+    report: Path | None = None,
 ) -> Summary:
     """Plan and merge a config that has been read; without kernels if they cannot be compiled."""
     decided = plan(config, out=out, **planned)
+    if report is not None:
+        check_room(decided)
     with controlled(
         run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]
     ) as control:
         try:
-            return execute(decided, out, how, control, model_card, supply_gates)
+            summary = execute(decided, out, how, control, model_card, supply_gates)
         except CannotCompileError as error:
             control.warn(SLOWER.format(error))
-        decided = plan(config, out=out, **{**planned, "kernels": False})
-        return execute(decided, out, how, control, model_card, supply_gates)
+            decided = plan(config, out=out, **{**planned, "kernels": False})
+            summary = execute(decided, out, how, control, model_card, supply_gates)
+        if report is not None:
+            write_report(decided, out, summary, report, control)
+        return summary

@@ -88,9 +88,12 @@ def run(
     """
     stop, signal_received = stop_on_signals()
     from streammerge.api import merge
+    from streammerge.api.reporting import check_report
     from streammerge.events import warning
     from streammerge.report.progress import make_reporter
 
+    if options.get("report") is not None:
+        check_report("--report", Path(options["report"]), Path(out))
     reporter = make_reporter(what, quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN)
     for note in notes:
         reporter(warning(note))

@@ -280,5 +280,12 @@ writing_options = together(
         group=MESSAGES,
         help="Write the time spent in each stage to FILE, as JSON.",
     ),
+    option(
+        "--report",
+        type=path(dir_okay=False),
+        metavar="FILE",
+        group=MESSAGES,
+        help="After the merge, write a page on what the method did to FILE.html; reads the models once more.",
+    ),
 )
 """Options of the commands that write one output."""

@@ -62,6 +62,8 @@ def measure(plan: MergePlan, control: Control) -> Mapping[int, Answers]:
     try:
         spec = RunSpec(plan, None, identify(plan, reader))
         with Worker(spec, reader, NoSink(), control.stop) as worker:
+            if reader.computes is not None:
+                reader.computes.join(worker, lambda values: None, tell, {})
             Streamer(worker, [lambda values: None], tell).tensor_rounds(merged, worker.outputs, on_job)
             for stamp in (stamp for stamps in plan.stamped.values() for stamp in stamps):
                 check_unchanged(stamp)

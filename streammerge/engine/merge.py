@@ -20,6 +20,7 @@ from streammerge.errors import Stopped
 from streammerge.events import Control, Event
 from streammerge.io.allocate import check_space
 from streammerge.io.reader import Reader
+from streammerge.output.commit import cover, kept_by_job
 from streammerge.output.directory import check_contents, check_target, locked
 from streammerge.output.finished import Finished, find_finished
 from streammerge.output.identity import identify
@@ -53,6 +54,10 @@ class Summary:
     """Edited files, if the merge was already complete."""
     compile_seconds: float = 0.0
     """Seconds spent compiling kernels, once on a machine; not part of `seconds`."""
+    kept: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    """Number of surviving entries of each task vector, by the ordinal of the job; empty if the merge was already complete."""
+    profile: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Where the time went; see `streammerge.engine.profile`. Empty if the merge was already complete."""
 
 
 def execute(
@@ -144,6 +149,9 @@ class Outcome:
     manifests: tuple[Mapping[str, Any], ...]
     resumed: int
     """Number of bytes of all outputs that an earlier run had finished."""
+    kept: Mapping[int, tuple[int, ...]]
+    """Number of surviving entries of each task vector of the first output, by the ordinal of the job."""
+    profile: Mapping[str, Any]
 
 
 def run_sessions(
@@ -189,7 +197,9 @@ def run_sessions(
                 session.finish(scheduler.receipts_of(number), card(session.plan))
                 for number, session in enumerate(sessions)
             )
-        return Outcome(manifests, resumed)
+        kept = kept_by_job(cover(sessions[0].plan, scheduler.receipts_of(0)))
+        profile = _profile_values(worker, running, time.monotonic() - began)
+        return Outcome(manifests, resumed, kept, profile)
     finally:
         for session in sessions:
             session.close()
@@ -248,4 +258,6 @@ def _summary(session: Session, reader: Reader, outcome: Outcome, began: float, c
         plan.warnings,
         manifest.get("floored"),
         compile_seconds=compiling,
+        kept=outcome.kept,
+        profile=outcome.profile,
     )

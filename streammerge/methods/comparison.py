@@ -1,11 +1,11 @@
 """How fine-tunes differ from their base, tensor by tensor: rounds of statistics, as a method asks for them.
 
-The engine runs `COMPARISON` like a method. No list of methods contains it, since it merges nothing.
+The engine runs `COMPARISON` and `REVIEW` like methods. No list of methods contains them, since they merge nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +21,10 @@ from streammerge.methods.registry import Method
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.statistics.asking import Steps, ask, ask_all, follow
 from streammerge.statistics.kinds import (
+    Directions,
     Gram,
     Magnitudes,
+    Moves,
     OwnSquares,
     SignAgreement,
     SignCounts,
@@ -110,24 +112,52 @@ def _of_ties(threshold: Threshold) -> float:
     return threshold.needed * magnitude * magnitude
 
 
-def _compare(context: TensorContext) -> Steps[WeightedSum]:
-    """Compare models with their base."""
-    yield from difference(context)
-    return WeightedSum((1.0,))
+@dataclass(frozen=True)
+class OutputDifference:
+    """Where a merge's output lies: the last task vector is the output's; all of it is exact."""
+
+    difference: TensorDifference
+    with_model: tuple[SignCounts, ...]
+    """For each model, over the elements where its task vector and the output's are both non-zero."""
+    moves: Directions
+    """The directions in which the output differs from the base."""
 
 
-COMPARISON = Method(
-    "compare",
-    _compare,
-    Extent.TENSOR,
-    "required",
-    (1, None),
-    {one.name: one for one in drop_parameters(GENERAL)},
-)
+def output_difference(context: TensorContext) -> Steps[OutputDifference]:
+    """Ask for everything about the task vectors of one tensor, and about the output's signs."""
+    found = yield from difference(context)
+    *models, output = (TaskVector(i) for i in range(context.n_models))
+    agreements = yield from ask_all([SignAgreement((model, output)) for model in models])
+    moves = yield from ask(Moves(context.n_models, output.model))
+    return OutputDifference(found, tuple(agreements), moves)
+
+
+def _measured(steps: Callable[[TensorContext], Steps[Any]], name: str) -> Method:
+    """Return the method that asks for statistics and has a rule that no one applies."""
+
+    def ask_for(context: TensorContext) -> Steps[WeightedSum]:
+        """Compare models with their base."""
+        yield from steps(context)
+        return WeightedSum((1.0,))
+
+    parameters = {one.name: one for one in drop_parameters(GENERAL)}
+    return Method(name, ask_for, Extent.TENSOR, "required", (1, None), parameters)
+
+
+COMPARISON = _measured(difference, "compare")
+REVIEW = _measured(output_difference, "report")
+"""What `merge --report` measures: the models and the output, which is the last model."""
 
 
 def difference_of(context: TensorContext, answers: Sequence[Sequence[Any]]) -> TensorDifference:
     """Return the differences in a tensor, given the values of all rounds of `COMPARISON`."""
     found = follow(difference(context), answers)
     assert isinstance(found, TensorDifference)
+    return found
+
+
+def output_difference_of(context: TensorContext, answers: Sequence[Sequence[Any]]) -> OutputDifference:
+    """Return the differences in a tensor, given the values of all rounds of `REVIEW`."""
+    found = follow(output_difference(context), answers)
+    assert isinstance(found, OutputDifference)
     return found

@@ -180,20 +180,27 @@ def densities(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> list[
     """Return, for each model whose task vector lost entries, the number of survivors and of all entries."""
     n = len(plan.models)
     kept, total = [0] * n, [0] * n
-    for ordinal, receipts in chosen.items():
-        if any(receipt.kept for receipt in receipts):
-            members = plan.jobs[ordinal].members or range(n)
-            for i in members:
-                total[i] += plan.jobs[ordinal].n_elements
-            for receipt in receipts:
-                for i, count in zip(members, receipt.kept, strict=False):
-                    kept[i] += count
+    for ordinal, counts in kept_by_job(chosen).items():
+        members = plan.jobs[ordinal].members or range(n)
+        for i in members:
+            total[i] += plan.jobs[ordinal].n_elements
+        for i, count in zip(members, counts, strict=False):
+            kept[i] += count
     if not any(total):
         return []
     return [
         {"model": i, "kept": k, "of": of, "density": round(k / max(1, of), 9)}
         for i, (k, of) in enumerate(zip(kept, total, strict=True))
     ]
+
+
+def kept_by_job(chosen: Mapping[int, Sequence[Receipt]]) -> dict[int, tuple[int, ...]]:
+    """Return the number of surviving entries of each task vector, for each job in which task vectors lose entries."""
+    return {
+        ordinal: tuple(map(sum, zip(*(receipt.kept for receipt in receipts if receipt.kept), strict=True)))
+        for ordinal, receipts in chosen.items()
+        if any(receipt.kept for receipt in receipts)
+    }
 
 
 def floored(plan: MergePlan, chosen: Mapping[int, Sequence[Receipt]]) -> dict[str, Any]:

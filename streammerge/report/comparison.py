@@ -51,9 +51,8 @@ class Comparison:
 
     @property
     def short_names(self) -> list[str]:
-        """The last parts of the models' paths, or the whole paths if these would be equal, safe to print."""
-        ends = [printable(name.rstrip("/").rpartition("/")[2] or name, 28) for name in self.models]
-        return ends if len(set(ends)) == len(ends) else [printable(name, 28) for name in self.models]
+        """See `short_names`."""
+        return short_names(self.models)
 
     @cached_property
     def total(self) -> Sums:
@@ -139,6 +138,12 @@ class Sums:
         """Return the part of the squared norm that the largest entries hold, for each of `SHARES`."""
         square = self.dots[model, model]
         return [_ratio(min(top, square), square) for top in self.top_squares[model]]
+
+
+def short_names(references: Sequence[str]) -> list[str]:
+    """Return the last parts of models' paths, or the whole paths if these would be equal, safe to print."""
+    ends = [printable(name.rstrip("/").rpartition("/")[2] or name, 28) for name in references]
+    return ends if len(set(ends)) == len(ends) else [printable(name, 28) for name in references]
 
 
 def shares_of_signs(counts: SignCounts) -> dict[str, float | None]:

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
 _LINE_SECONDS = 10.0
 _EVENT_SECONDS = 0.25
 """Seconds between JSON progress events, at least."""
-_PROGRESS = ("progress", "import", "hash", "verify")
+_PROGRESS = ("progress", "import", "hash", "verify", "report")
+_READING = {
+    "hash": ("hashing", "hashed"),
+    "verify": ("verifying", "checked"),
+    "report": ("reporting", "measured"),
+}
+"""Words for events that count bytes read only: the activity, and what is done to the bytes."""
 _STOPPING = "stopping after the running pieces…"
 _DUMB = ("", "dumb", "unknown")
 
@@ -281,8 +287,8 @@ class BarReporter:
         if now < self._next:
             return
         self._next = now + 0.1
-        if event.kind in ("hash", "verify"):
-            self._describe("hashing" if event.kind == "hash" else "verifying")
+        if event.kind in _READING:
+            self._describe(_READING[event.kind][0])
             self._progress.update(self._task, read=f"read {format_size(event.values['bytes_read'])}")
             return
         tracker, plan = self._tracker, self._tracker.plan
@@ -349,8 +355,8 @@ def progress_line(event: Event, tracker: Tracker, elapsed: float) -> str:
     """Return a progress line: elapsed time, percent, bytes, rate, time left."""
     values, plan = event.values, tracker.plan
     parts = [f"after {format_seconds(elapsed)}"]
-    if event.kind in ("hash", "verify"):
-        word = "hashed" if event.kind == "hash" else "checked"
+    if event.kind in _READING:
+        _, word = _READING[event.kind]
         return f"{parts[0]}: {word} {format_size(values['bytes_read'])}"
     if tracker.fraction is not None:
         parts.append(f"{100 * tracker.fraction:.0f} %")

@@ -1,4 +1,4 @@
-"""Statistics that describe models, unused by merges: the models' norms, agreeing signs, magnitudes by power of two."""
+"""Statistics that describe models, unused by merges: norms, agreeing signs, directions, magnitudes by power of two."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from streammerge.algebra.block import BlockMath, Call, Counts
 from streammerge.algebra.extent import Extent
+from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.statistics.base import Cost, Measurement, NotFiniteError, Reducer, Statistic, integers
 from streammerge.statistics.counts import CountsReducer
@@ -105,6 +106,78 @@ class _AgreementReducer(CountsReducer[SignCounts]):
     def value(self) -> SignCounts:
         """The counts."""
         return SignCounts(*map(int, self._counts))
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The numbers of elements that a task vector raises, lowers and leaves as they are."""
+
+    up: int
+    down: int
+    still: int
+
+
+@dataclass(frozen=True)
+class Moves(Statistic[Directions]):
+    """The directions in which one of some task vectors moves the elements of the base."""
+
+    n: int
+    """Number of task vectors in a block."""
+    vector: int
+    """Index of the one."""
+    extent: Extent = Extent.TENSOR
+
+    @property
+    def _alone(self) -> TaskVectorMerge:
+        """A sum to which the other vectors add nothing; the sign of its total is the vector's."""
+        weights = (float(i == self.vector) for i in range(self.n))
+        return TaskVectorMerge(
+            tuple(TaskVector(i, weight=weight) for i, weight in enumerate(weights)), elect=True
+        )
+
+    def calls(self) -> tuple[Call, ...]:
+        """Return the methods of `BlockMath` that it calls."""
+        return (Call("count_keys", TaskVector(self.vector)), Call("sign_total", self._alone))
+
+    def placeholder(self) -> Directions:
+        """Return one element that stays."""
+        return Directions(0, 0, 1)
+
+    def reducer(self, over: Measurement) -> Reducer[Directions]:
+        """Return a counter."""
+        return _MovesReducer(self, self._alone)
+
+    def to_json(self, value: Directions) -> object:
+        """Return the counts."""
+        return {"moves": [value.up, value.down, value.still]}
+
+    def from_json(self, plain: Any) -> Directions:
+        """Return the counts."""
+        match plain:
+            case {"moves": [up, down, still]}:
+                return Directions(*integers([up, down, still]))
+        raise ValueError("no counts of moves")
+
+
+class _MovesReducer(CountsReducer[Directions]):
+    """Adds the counts of blocks: a magnitude of 0 stays, and the total of signs is what rises minus what falls."""
+
+    def __init__(self, statistic: Moves, alone: TaskVectorMerge) -> None:
+        super().__init__((3,))
+        self._vector, self._alone = TaskVector(statistic.vector), alone
+
+    def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> Counts:
+        """Return the counts of one block."""
+        zeros = np.zeros(1, np.int32)
+        math.count_keys(self._vector, 0, 0, 0, zeros)
+        still = int(zeros[0])
+        total = math.sign_total(self._alone)
+        return np.array([(n - still + total) // 2, (n - still - total) // 2, still], np.int64)
+
+    @property
+    def value(self) -> Directions:
+        """The counts."""
+        return Directions(*map(int, self._counts))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,14 @@ from streammerge.statistics.asking import Steps, ask, ask_all
 from streammerge.statistics.base import KINDS, Statistic
 from streammerge.statistics.companions import FisherSquares, RegressionOperators, SquareTotal
 from streammerge.statistics.counts import NonZero, SignTotal, Touched, Touches
-from streammerge.statistics.describing import Magnitudes, OwnSquares, SignAgreement, SignCounts
+from streammerge.statistics.describing import (
+    Directions,
+    Magnitudes,
+    Moves,
+    OwnSquares,
+    SignAgreement,
+    SignCounts,
+)
 from streammerge.statistics.random_words import LowWords
 from streammerge.statistics.ranks import Band, Largest, Quantile, Threshold, TopK
 from streammerge.statistics.sums import AbsSum, ColumnDots, ColumnGram, Dots, Gram, Squares, SquareSums
@@ -16,12 +23,14 @@ __all__ = [
     "Band",
     "ColumnDots",
     "ColumnGram",
+    "Directions",
     "Dots",
     "FisherSquares",
     "Gram",
     "Largest",
     "LowWords",
     "Magnitudes",
+    "Moves",
     "NonZero",
     "OwnSquares",
     "Quantile",

@@ -9,7 +9,7 @@ import pytest
 
 import streammerge
 from streammerge.report.comparison import comparison_text, comparison_values
-from tests.cli.running import Cli
+from tests.cli.running import Cli, write_config
 from tests.conftest import write_models
 
 
@@ -62,3 +62,19 @@ def test_a_page_needs_memory_to_be_drawn(cli: Cli, tmp_path: Path, monkeypatch: 
     assert (run.code, run.out) == (2, "")
     assert "is too little for a page: the process itself needs" in run.err
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_merge_reports_on_itself(cli: Cli, tmp_path: Path) -> None:
+    pytest.importorskip("vl_convert", reason="the extra `pages` is not installed")
+    models = [str(path) for path in write_models(tmp_path, 2)]
+    config = write_config(tmp_path / "mean.yml", {"merge_method": "linear", "models": models[1:]})
+    page = tmp_path / "page.html"
+    run = cli("merge", config, tmp_path / "page.html.d", "--json", "--report", page)
+    events = [json.loads(line)["event"] for line in run.out.splitlines()]
+    assert (run.code, events[-1]) == (0, "done")
+    assert events.index("report") > events.index("commit")
+    assert page.read_text().count("<svg") > 4
+    refused = cli("merge", config, tmp_path / "new", "--report", tmp_path / "page.txt")
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "--report" in refused.err
+    assert not (tmp_path / "new").exists()

@@ -91,6 +91,7 @@ def test_every_event_is_as_the_page_says_and_the_page_names_no_other(
             plan = {key: event[key] for key in event if key not in ALWAYS | {"bytes_done"}}
             reporter(Event("plan", {**plan, "warnings": []}))
     reporter(Event("hash", {"bytes_read": 5}))
+    JsonReporter()(Event("report", {"bytes_read": 5}))
     reporter(Event("resume", {"bytes_done": 100}))
     received.append(signal.SIGINT)
     reporter.close()

@@ -43,6 +43,7 @@ EXAMPLES: list[Statistic[Any]] = [
     kinds.OwnSquares(3),
     kinds.SignAgreement(VECTORS),
     kinds.Magnitudes(VECTORS[1]),
+    kinds.Moves(2, 1),
     kinds.Gram(2, VECTORS),
     kinds.ColumnGram(2, VECTORS),
     kinds.SignTotal(TaskVectorMerge(VECTORS, elect=True)),

@@ -22,12 +22,14 @@ Point = Mapping[str, Any]
 COLOURS = tuple(f"var(--c{i})" for i in range(1, 9))
 _DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 _WIDTH, _HEIGHT = 360, 200
+_PADDING = {"left": 14, "right": 8, "top": 4, "bottom": 4}
+"""Room for texts in browsers whose font is wider than the one that the library measures."""
 _MOST_MATRIX_TEXTS = 10
 """The most rows of a matrix whose cells hold their numbers."""
 _LABEL = 24
 """The most characters of a label."""
 _CONFIG = {
-    "font": "system-ui, Liberation Sans, sans-serif",
+    "font": "Arial, Helvetica, Liberation Sans, sans-serif",
     "view": {"stroke": None},
     "axis": {
         "labelColor": "var(--soft)",
@@ -43,7 +45,8 @@ _CONFIG = {
     "legend": {
         "labelColor": "var(--ink)",
         "labelFontSize": 11,
-        "labelLimit": 170,
+        "labelLimit": 140,
+        "columnPadding": 24,
         "orient": "bottom",
         "columns": 2,
         "title": None,
@@ -236,7 +239,14 @@ def draw(spec: Mapping[str, Any]) -> Svg:
     """Return the drawing of a Vega-Lite specification with values of its own."""
     import vl_convert  # 100 MB of resident memory, so only when something is drawn
 
-    whole = {"width": _WIDTH, "height": _HEIGHT, "background": None, "config": _CONFIG, "padding": 2, **spec}
+    whole = {
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "background": None,
+        "config": _CONFIG,
+        "padding": _PADDING,
+        **spec,
+    }
     drawn = vl_convert.vegalite_to_svg(_printable(whole), allowed_base_urls=[])
     own = hashlib.blake2b(drawn.encode(), digest_size=4).hexdigest()  # identifiers must differ within a page
     return Svg(_LABELLED.sub(r"\1><title>\3</title></\2>", _IDS.sub(rf"\1d{own}-\2", drawn)))

@@ -40,6 +40,7 @@ class Table:
     """A table; its first column names the row."""
 
     head: Sequence[str]
+    """The titles of the columns; without any it is a list of facts, whose long texts are wrapped."""
     rows: Sequence[Sequence[str]]
     caption: str = ""
     folded: bool = False
@@ -52,7 +53,11 @@ class Table:
         head = "".join(f'<th scope="col">{text_html(text)}</th>' for text in self.head)
         body = "".join(self._row(row, i == self.best) for i, row in enumerate(self.rows))
         caption = f"<caption>{text_html(self.caption)}</caption>" if self.caption and not self.folded else ""
-        table = f'<div class="scroll" tabindex="0"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        opening = "<table>" if self.head else '<table class="facts">'
+        titles = f"<thead><tr>{head}</tr></thead>" if self.head else ""
+        table = (
+            f'<div class="scroll" tabindex="0">{opening}{caption}{titles}<tbody>{body}</tbody></table></div>'
+        )
         if not self.folded:
             return table
         return f"<details><summary>{text_html(self.caption)}</summary>{table}</details>"
