@@ -123,7 +123,7 @@ def test_a_resumed_merge_and_a_complete_one_are_reported(
         raise WorldError("the disk is full")
 
     with monkeypatch.context() as patched:
-        patched.setattr("streammerge.engine.merge.commit", fail)
+        patched.setattr("streammerge.engine.session.commit", fail)
         with pytest.raises(WorldError, match="the disk is full"):
             streammerge.merge(ties(paths), out, report=page, **quiet)
     assert reports == []
