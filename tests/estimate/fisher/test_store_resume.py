@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -21,60 +22,73 @@ from tests.estimate.fisher.stores import (
 
 # --- interruption
 
-_KILLED = """
-import os, signal, sys
+_FORKS = """
+# Runs the command in forks of one warm process, each killed at some call that changes the file system; prints the codes.
+import json, os, signal, sys
+import zarr
+import streammerge.cli.estimating, streammerge.estimate.fisher.importing
 from streammerge.formats import zarr_writer as store
+from streammerge.cli import main
 store.CHUNK_ELEMENTS = 5000
-kill_at, calls = int(sys.argv.pop(1)), 0
-def trap(name):
+
+def trap(name, kill_at, calls):
     real = getattr(os, name)
     def call(*arguments, **keywords):
-        global calls
-        calls += 1
-        if calls == kill_at:
+        calls.append(name)
+        if len(calls) == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*arguments, **keywords)
     setattr(os, name, call)
-for name in ("fsync", "replace", "rename"):
-    trap(name)
-from streammerge.cli import main
-main()
+
+for line in sys.stdin:
+    kill_at, arguments = json.loads(line)
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        calls = []
+        for name in ("fsync", "replace", "rename"):
+            trap(name, kill_at, calls)
+        sys.argv = ["streammerge", *arguments]
+        try:
+            main()
+        except SystemExit as stop:
+            os._exit(stop.code or 0)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 @pytest.mark.slow
 def test_a_killed_import_goes_on_and_ends_in_the_same_bytes(paths: list[Path], tmp_path: Path) -> None:
     source, out = write_fisher(paths[1]), tmp_path / "s.zarr"
+    forks = subprocess.Popen(
+        [sys.executable, "-c", _FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert forks.stdin is not None
+    assert forks.stdout is not None
 
     def run(kill_at: int, *options: str) -> int:
-        command = [
-            sys.executable,
-            "-c",
-            _KILLED,
-            str(kill_at),
-            "fisher",
-            "import",
-            str(paths[1]),
-            str(source),
-        ]
-        return subprocess.run([*command, "--out", str(out), "--quiet", *options], check=False).returncode
+        arguments = ["fisher", "import", str(paths[1]), str(source), "--out", str(out), "--quiet", *options]
+        print(json.dumps([kill_at, arguments]), file=forks.stdin, flush=True)
+        return int(forks.stdout.readline())
 
-    assert run(10**9) == 0
-    expected = tree(out)
-    assert run(10**9) == 2  # exists already
-    assert run(10**9, "--overwrite") == 0
-    assert tree(out) == expected
-    shutil.rmtree(out)
-    killed = 0
-    for kill_at in (1, 2, 3, 9, 20, 34, 55, 30, 10, 5):
-        code = run(kill_at)
-        killed += code == -signal.SIGKILL
-        if code == 0:
-            break
-        assert not out.exists()
-    assert killed >= 6
-    if not out.exists():
-        assert run(10**9) == 0
+    with forks:
+        assert run(0) == 0
+        expected = tree(out)
+        assert run(0) == 2  # exists already
+        assert run(0, "--overwrite") == 0
+        assert tree(out) == expected
+        shutil.rmtree(out)
+        killed = 0
+        for kill_at in (1, 2, 3, 9, 20, 34, 55, 30, 10, 5):
+            code = run(kill_at)
+            killed += code == -signal.SIGKILL
+            if code == 0:
+                break
+            assert not out.exists()
+        assert killed >= 6
+        if not out.exists():
+            assert run(0) == 0
     assert tree(out) == expected
     assert list(tmp_path.glob("s.zarr.*")) == []
 

@@ -76,6 +76,7 @@ def test_peak_resident_memory_stays_below_the_limit(
 ) -> None:
     config = config_for(method, models, parameters=parameters)
     if method == "fisher":
+        models = models[:3]
         stores = [store_of(model) for model in models[1:]]
         config["models"] = [
             {"model": str(m), "fisher": str(s)} for m, s in zip(models[1:], stores, strict=True)
