@@ -15,7 +15,7 @@ so with BLAS in one thread the bits do not depend on the memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -88,10 +88,10 @@ def held_bytes(shape: tuple[int, int], computed: int, held: int) -> int:
     small, large = sorted(shape)
     block = block_rows(columns) * columns
     if is_dense(shape, computed):
-        return 8 * (4 * rows * columns + 2 * small * small + _WORK * large + block)
-    gram = small * small + small * (computed + _WORK)
-    vectors = computed * (5 * rows + 5 * columns) + 6 * computed * computed
-    return 8 * (min(held, rows) * columns + 2 * block + max(gram, vectors)) + (1 << 20)
+        return 8 * (5 * rows * columns + 2 * small * small + _WORK * large + block)
+    gram = small * (small + _WORK)
+    vectors = 5 * computed * (rows + columns) + 6 * computed * computed
+    return 8 * (min(held, rows) * columns + 2 * block + gram + vectors) + (1 << 20)
 
 
 def decompose(rows: Rows, computed: int, held: int, take: Take) -> Decomposition:
@@ -99,22 +99,37 @@ def decompose(rows: Rows, computed: int, held: int, take: Take) -> Decomposition
 
     Parameters
     ----------
+    rows
+        The matrix; one that is `Held` is not read again.
     held
-        Number of rows that may be held between products. If it is the number of all, they are read once. Otherwise a
-        matrix with fewer rows than columns is read several times for its Gram matrix.
+        Number of rows that may be held between products. A matrix with fewer rows than columns is read several times
+        for its Gram matrix if they are not all.
     take
-        Allocates working memory; everything it has returned before may be reused.
+        Allocates working memory for large matrices.
     """
     shape = rows.shape
-    if held >= shape[0] or is_dense(shape, computed):
-        whole = take(*shape)
-        for first, last in _blocks(shape):
-            rows.read(first, last, whole[first:last])
-        rows = _Held(whole)
-    block = take(min(shape[0], block_rows(shape[1])), shape[1])
-    if isinstance(rows, _Held) and is_dense(shape, computed):
+    if is_dense(shape, computed):
+        rows = hold(rows, take)
+    if isinstance(rows, Held) and is_dense(shape, computed):
         return _dense(rows.whole, computed)
-    return _streamed(rows, computed, held, block, take, None)
+    size, small = block_rows(shape[1]), min(shape)
+    kept = rows.whole if isinstance(rows, Held) else take(0, shape[1])
+    if small < shape[1] and not isinstance(rows, Held):
+        kept = take(min(shape[0], max(1, held // size) * size), shape[1])
+    space = _Space(take(min(shape[0], size), shape[1]), take(small, small).T, kept)
+    return _streamed(rows, computed, space, None)
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Working memory."""
+
+    block: Matrix
+    """One block of rows."""
+    gram: Matrix
+    """The Gram matrix, in Fortran's order."""
+    kept: Matrix
+    """Rows that are held between products; all rows if the matrix is `Held`."""
 
 
 def decompose_product(left: Matrix, right: Matrix, computed: int) -> Decomposition:
@@ -133,7 +148,19 @@ def decompose_product(left: Matrix, right: Matrix, computed: int) -> Decompositi
     return _settled(outer @ start[:, :n], values[:n], end[:n] @ inner.T, total, top)
 
 
-class _Held:
+def hold(rows: Rows, take: Take, step: int | None = None) -> Held:
+    """Return a matrix held in memory; `step` rows are read at a time (default: a block)."""
+    if isinstance(rows, Held):
+        return rows
+    whole = take(*rows.shape)
+    step = step or block_rows(rows.shape[1])
+    for first in range(0, rows.shape[0], step):
+        last = min(rows.shape[0], first + step)
+        rows.read(first, last, whole[first:last])
+    return Held(whole)
+
+
+class Held:
     """A matrix in memory."""
 
     def __init__(self, whole: Matrix) -> None:
@@ -141,9 +168,11 @@ class _Held:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """See `Rows`."""
         return self.whole.shape[0], self.whole.shape[1]
 
     def read(self, first: int, last: int, out: Matrix) -> None:
+        """See `Rows`."""
         out[:] = self.whole[first:last]
 
 
@@ -165,36 +194,31 @@ def _dense(whole: Matrix, computed: int) -> Decomposition:
     total = _square_sum(whole)
     if not total:
         return _nothing(whole.shape, 0.0)
-    left, values, right = svd(whole, full_matrices=False, check_finite=False, overwrite_a=True)
+    left, values, right = svd(whole, full_matrices=False, check_finite=False)
     return _settled(left[:, :computed], values[:computed], right[:computed], total, float(values[0]))
 
 
-def _streamed(
-    rows: Rows, computed: int, held: int, block: Matrix, take: Take, largest: float | None
-) -> Decomposition:
+def _streamed(rows: Rows, computed: int, space: _Space, largest: float | None) -> Decomposition:
     """Return the decomposition; `largest` is the largest singular value of the matrix that `rows` is left of."""
-    shape = rows.shape
+    shape, gram = rows.shape, space.gram
     tall = shape[0] >= shape[1]
-    gram = take(min(shape), min(shape)).T
     if tall:
-        _gram_of_columns(rows, block, gram)
+        _gram_of_columns(rows, space.block, gram)
     else:
-        _gram_of_rows(rows, block, held, take, gram)
+        _gram_of_rows(rows, space)
     total = float(np.trace(gram))
     if not total or not np.isfinite(total):
         return _nothing(shape, total)
-    vectors = _eigenvectors(gram, computed)
-    del gram
-    left, values, right = _iterated(rows, vectors, block, take, tall=tall)
+    left, values, right = _iterated(rows, _eigenvectors(gram, computed), space.block, tall=tall)
     top = float(values[0]) if largest is None else largest
     found = _settled(left, values, right, total, top)
-    if largest is not None:
-        return found
     good = int(np.count_nonzero(found.values > _LOST * top))
-    if good == computed or not found.values[good]:
+    if largest is not None or good == computed or not found.values[good]:
         return found
-    first = Decomposition(left[:, :good], values[:good], right[:good], total)
-    rest = _streamed(_Rest(rows, first), computed - good, held, block, take, top)
+    first = Decomposition(found.left[:, :good], found.values[:good], found.right[:good], total)
+    if isinstance(rows, Held):  # whose rows are needed again
+        space = replace(space, kept=np.empty_like(space.block))
+    rest = _streamed(_Rest(rows, first), computed - good, space, top)
     return Decomposition(
         np.concatenate([first.left, rest.left], axis=1),
         np.concatenate([first.values, rest.values]),
@@ -204,30 +228,28 @@ def _streamed(
 
 
 def _gram_of_columns(rows: Rows, block: Matrix, gram: Matrix) -> None:
-    """Write the lower triangle of D'D, (columns, columns), in Fortran's order."""
+    """Write the lower triangle of D'D, (columns, columns)."""
     from scipy.linalg.blas import dsyrk
 
     gram[:] = 0
-    for first, last in _blocks(rows.shape):
+    for first, last in blocks(rows.shape):
         part = block[: last - first]
         rows.read(first, last, part)
         dsyrk(1.0, part.T, beta=1.0, c=gram, lower=1, overwrite_c=1)
 
 
-def _gram_of_rows(rows: Rows, block: Matrix, held: int, take: Take, gram: Matrix) -> None:
-    """Write the lower triangle of DD', (rows, rows), in products of two blocks of rows, of which `held` rows are held."""
-    shape, size = rows.shape, block_rows(rows.shape[1])
-    step = shape[0] if isinstance(rows, _Held) else max(1, held // size) * size
-    kept = rows.whole if isinstance(rows, _Held) else take(min(step, shape[0]), shape[1])
-    for start in range(0, shape[0], step):
-        stop = min(shape[0], start + step)
+def _gram_of_rows(rows: Rows, space: _Space) -> None:
+    """Write the lower triangle of DD', (rows, rows), in products of two blocks of rows, some of which are held."""
+    shape, kept, gram = rows.shape, space.kept, space.gram
+    for start in range(0, shape[0], len(kept)):
+        stop = min(shape[0], start + len(kept))
         own = [
-            (first, last, kept[first - start : last - start]) for first, last in _blocks(shape, start, stop)
+            (first, last, kept[first - start : last - start]) for first, last in blocks(shape, start, stop)
         ]
-        for first, last, part in own if not isinstance(rows, _Held) else ():
+        for first, last, part in own if not isinstance(rows, Held) else ():
             rows.read(first, last, part)
-        for above, end in _blocks(shape, 0, stop):
-            other = kept[above - start : end - start] if above >= start else block[: end - above]
+        for above, end in blocks(shape, 0, stop):
+            other = kept[above - start : end - start] if above >= start else space.block[: end - above]
             if above < start:
                 rows.read(above, end, other)
             for first, last, part in own:
@@ -248,7 +270,7 @@ def _eigenvectors(gram: Matrix, n: int) -> Matrix:
 
 
 def _iterated(
-    rows: Rows, vectors: Matrix, block: Matrix, take: Take, *, tall: bool
+    rows: Rows, vectors: Matrix, block: Matrix, *, tall: bool
 ) -> tuple[Matrix, NDArray[np.float64], Matrix]:
     """Return left vectors, singular values and right vectors after one step of subspace iteration."""
     from scipy.linalg import qr, svd
@@ -267,7 +289,7 @@ def _iterated(
 def _times(rows: Rows, factor: Matrix, block: Matrix) -> Matrix:
     """Return D F, (rows, k)."""
     product = np.empty((rows.shape[0], factor.shape[1]))
-    for first, last in _blocks(rows.shape):
+    for first, last in blocks(rows.shape):
         part = block[: last - first]
         rows.read(first, last, part)
         product[first:last] = part @ factor
@@ -277,7 +299,7 @@ def _times(rows: Rows, factor: Matrix, block: Matrix) -> Matrix:
 def _transposed_times(rows: Rows, factor: Matrix, block: Matrix) -> Matrix:
     """Return D'F, (columns, k)."""
     product = np.zeros((rows.shape[1], factor.shape[1]))
-    for first, last in _blocks(rows.shape):
+    for first, last in blocks(rows.shape):
         part = block[: last - first]
         rows.read(first, last, part)
         product += part.T @ factor[first:last]
@@ -298,10 +320,10 @@ def _nothing(shape: tuple[int, int], total: float) -> Decomposition:
 
 
 def _square_sum(whole: Matrix) -> float:
-    return float(sum(np.vdot(whole[first:last], whole[first:last]) for first, last in _blocks(whole.shape)))
+    return float(sum(np.vdot(whole[first:last], whole[first:last]) for first, last in blocks(whole.shape)))
 
 
-def _blocks(shape: tuple[int, int], start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+def blocks(shape: tuple[int, int], start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
     """Yield (first, end) of the blocks of a matrix's rows, from `start` to `stop`, which are ends of blocks."""
     step, stop = block_rows(shape[1]), shape[0] if stop is None else stop
     for first in range(start, stop, step):

@@ -20,6 +20,7 @@ from streammerge.output.place import place_of
 from streammerge.output.stage_files import stage_folder
 from streammerge.planning.averages import settle_checkpoints
 from streammerge.planning.inputs import Inputs, Sources, open_inputs
+from streammerge.planning.low_rank.storage import MERGE, MergeNeededError
 from streammerge.planning.moe.method import MOE
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS, PlanOptions
 from streammerge.planning.plan import MergePlan
@@ -187,11 +188,22 @@ def plan_opened(config: MergeConfig, opened: Opened, options: PlanOptions) -> Me
         If the config or the memory does not allow the merge.
     """
     settled, method = settle(config)
-    notes = (*options.notes, *opened.notes)
-    plan = prepare(settled, method, opened.inputs, replace(options, notes=notes))
+    options = replace(options, notes=(*options.notes, *opened.notes))
+    try:
+        plan = prepare(settled, method, opened.inputs, options)
+    except MergeNeededError:
+        plan = prepare(settled, method, _with_merge(settled, method, opened.inputs, options), options)
     check_reads(plan, options.max_reads)
     check_gates(plan)
     return plan
+
+
+def _with_merge(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOptions) -> Inputs:
+    """Return the inputs with their merge as one more stage, in fp64, of which an adapter is made."""
+    merge = replace(config, name=MERGE, lora=None, dtype="F64", out_dtype=None)
+    stage = prepare(merge, method, inputs, replace(options, notes=(), left_out=(), file=None))
+    merged = stage_index(stage, inputs.template.directory)
+    return replace(inputs, merged=merged, stages=(*inputs.stages, stage))
 
 
 def _notes_of(results: Sequence[StageResult]) -> list[str]:

@@ -32,9 +32,12 @@ INDEXES = tuple(index_file(stem) for stem in STEMS)
 """All possible names of an output's index."""
 PIPELINE = "model_index.json"
 """The file that marks a folder as a diffusers pipeline."""
-LISTS = (PIPELINE, *INDEXES)
-"""Names of files that list other files of a finished model."""
-LOADED = (*LISTS, *(weight_file(stem) for stem in STEMS))
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that marks a folder as an adapter."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+LISTS = (PIPELINE, ADAPTER_CONFIG, *INDEXES)
+"""Names of files that list, or mark, other files of a finished model."""
+LOADED = (*LISTS, ADAPTER_WEIGHTS, *(weight_file(stem) for stem in STEMS))
 """Names by which a loader recognises a finished model."""
 
 

@@ -10,6 +10,7 @@ import click
 from streammerge.cli.averaging import average
 from streammerge.cli.comparing import compare
 from streammerge.cli.estimating import fisher, gram
+from streammerge.cli.extracting import extract_lora
 from streammerge.cli.merging import merge, plan, verify
 from streammerge.cli.moe import moe
 from streammerge.cli.process import leave, open_closed_streams, report, report_usage
@@ -27,6 +28,7 @@ _COMMANDS = (
     plan,
     verify,
     compare,
+    extract_lora,
     inspect,
     methods,
     new,

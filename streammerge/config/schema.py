@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoints
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.lines import Lines, parse_lines
+from streammerge.config.lora import LoraOutput, parse_lora
 from streammerge.config.moe import MoeSpec
 from streammerge.config.references import parse_base, parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
@@ -140,6 +141,8 @@ class MergeConfig:
     """The checkpoints to average, in place of listed models; `models` has none of them until they are looked for."""
     base_strip: str = ""
     """The prefix that is taken off the names of the base."""
+    lora: LoraOutput | None = None
+    """The adapter that is written in place of the merged model; None: the model."""
     sweep: tuple[Swept, ...] = ()
     """The parameters of a sweep, each with its values; a config with any is not one merge but several."""
     averaged: tuple[Averaged, ...] = ()
@@ -157,6 +160,7 @@ class MergeConfig:
         found = {spec.reference for spec in self.models}
         found |= {part.base_model for module in self.modules for part in module.slices if part.base_model}
         found |= {self.base_model} if self.base_model else set()
+        found |= {self.lora.base} if self.lora is not None and self.lora.base else set()
         if self.tokenizer is not None:
             found |= {self.tokenizer.source} - {"union", "base"}
             found |= {source.model for source in self.tokenizer.tokens.values() if source.model}
@@ -214,6 +218,7 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         tokenizer=parse_tokenizer(data, top),
         chat_template=parse_chat_template(data.get("chat_template"), child(top, "chat_template")),
         checkpoints=parse_checkpoints(data, top),
+        lora=parse_lora(data, top),
         sweep=parse_sweep(data.get("sweep"), child(top, "sweep")),
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.engine.executors.base import Executor, make_executor
+from streammerge.engine.factors import check_loose
 from streammerge.engine.first_use import compile_first
 from streammerge.engine.opening import open_reader
 from streammerge.engine.profile import profile_values, write_profile
@@ -20,6 +21,7 @@ from streammerge.errors import Stopped
 from streammerge.events import Control, Event
 from streammerge.io.allocate import check_space
 from streammerge.io.reader import Reader
+from streammerge.output.adapter import Residual, residuals_of
 from streammerge.output.commit import cover, kept_by_job
 from streammerge.output.directory import check_contents, check_target, locked
 from streammerge.output.finished import Finished, find_finished
@@ -52,6 +54,8 @@ class Summary:
     """Fisher merges only: the number of elements that floors decided, of all elements, and the fraction."""
     edits: Mapping[str, str] = field(default_factory=dict)
     """Edited files, if the merge was already complete."""
+    residuals: tuple[Residual, ...] = ()
+    """An adapter's modules, each with the part of its change that the factors miss."""
     compile_seconds: float = 0.0
     """Seconds spent compiling kernels, once on a machine; not part of `seconds`."""
     kept: Mapping[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
@@ -95,6 +99,7 @@ def execute(
     reader = open_reader(plan, options.io, tolerant=options.nonfinite == "warn")
     try:
         identity = identify(plan, reader)
+        check_loose(plan, reader)
         if not out.exists():
             check_space(out, plan.layout.sizes, place.paths)
         with locked(place):
@@ -139,6 +144,7 @@ def _complete(out: Path, plan: MergePlan, finished: Finished) -> Summary:
         plan.warnings,
         manifest.get("floored"),
         finished.edits,
+        residuals_of(manifest),
     )
 
 
@@ -257,6 +263,7 @@ def _summary(session: Session, reader: Reader, outcome: Outcome, began: float, c
         named_densities(plan, manifest["densities"]),
         plan.warnings,
         manifest.get("floored"),
+        residuals=residuals_of(manifest),
         compile_seconds=compiling,
         kept=outcome.kept,
         profile=outcome.profile,

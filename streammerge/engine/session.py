@@ -17,6 +17,7 @@ from streammerge.events import Control
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import IoMode, Reader
 from streammerge.numerics.crc32 import crc32
+from streammerge.output.adapter import commit_adapter
 from streammerge.output.commit import commit
 from streammerge.output.directory import clear, sweep, withdraw
 from streammerge.output.identity import Identity
@@ -118,9 +119,11 @@ class Session:
         contents = {key: known.content for key, known in self._known.items()}
         hashes = {file.name: contents[file.key] for file in self._files if self._is_sidecar(file)}
         self.journal.announce(hashes)
-        manifest = commit(
-            self.plan, self.place, self._writer, receipts, self.identity, card, hashes, contents
-        )
+        plan, place, writer, identity = self.plan, self.place, self._writer, self.identity
+        if plan.adapter is not None:
+            manifest = commit_adapter(plan, place, writer, self._reader, receipts, identity, card, contents)
+        else:
+            manifest = commit(plan, place, writer, receipts, identity, card, hashes, contents)
         self._presence.end()
         self.journal.remove()
         for line in of_floor(manifest.get("floored")):

@@ -12,6 +12,7 @@ from streammerge.algebra.block import Applied, Block, Operand
 from streammerge.algebra.extent import Extent
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.answers import Shared, resolve_in_memory, slice_of
+from streammerge.engine.factors import factors_of
 from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.engine.peaks import known_peak, largest
 from streammerge.engine.worker import Worker, math_for, math_of
@@ -28,6 +29,7 @@ from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import Places, divide
 from streammerge.planning.schedule import TILE, Chunk, Piece
 from streammerge.statistics.base import NotFiniteError
+from streammerge.tensors.encoders.base import Encoder
 from streammerge.tensors.read import read_source
 
 
@@ -64,6 +66,8 @@ def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
 
 
 def _way_of(job: Job) -> Callable[[Worker, Job, Piece, Bytes], list[Receipt]]:
+    if job.kind == "factor":
+        return _factor_piece
     if job.encoder is not None:
         return _encode_piece
     return _copy_piece if job.is_copied else _merge_piece
@@ -141,7 +145,7 @@ def _encode_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> list
 def _encode_one(worker: Worker, job: Job, piece: Piece, loaded: Block, shared: Shared) -> Receipt:
     """Merge loaded elements, encode and write them, a few at a time, while they are in the cache."""
     encoder, buffer = job.encoder, loaded.buffer
-    assert encoder is not None
+    assert isinstance(encoder, Encoder)
     places = _divided(worker, job, piece)
     spans, slots = job.spans(piece.start, piece.stop), worker.plan.layout.slots[job.ordinal]
     begins = [
@@ -167,6 +171,14 @@ def _encode_one(worker: Worker, job: Job, piece: Piece, loaded: Block, shared: S
     applied = merge_by_tiles(worker, job, piece, loaded, shared, *looks, encode)
     parts = [buffer[a : a + last - first] for a, (first, last) in zip(begins, spans, strict=True)]
     return _emit(worker, piece, parts, applied)
+
+
+def _factor_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> list[Receipt]:
+    """Compute the factors of the change of a weight, and write them; the piece is the whole weight."""
+    return [
+        _emit(one, piece, factors_of(one, one.plan.jobs[piece.job], buffer), Applied(0, ()))
+        for one in worker.lacking(piece.job, piece.start, piece.stop)
+    ]
 
 
 def merge_by_tiles(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.algebra.block import Block, BlockMath
+from streammerge.engine.blas import blas_in_one_thread
 from streammerge.engine.gram_cache import GramCache, torch_in_one_thread
 from streammerge.engine.lent import Lent
 from streammerge.io.buffer_pool import Bytes, Pool
@@ -116,6 +117,7 @@ class Worker:
     def __enter__(self) -> Worker:
         """Start the worker, and limit torch to one thread if its sums depend on the number of threads."""
         self._held.enter_context(torch_in_one_thread(self.plan))
+        self._held.enter_context(blas_in_one_thread(self.plan.jobs))
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -20,6 +20,7 @@ from streammerge.planning.files.config_json import spelled
 from streammerge.planning.files.origins import origins_of
 from streammerge.planning.layout import folder_of
 from streammerge.planning.plan import MergePlan
+from streammerge.tensors.encoders.base import Stored
 from streammerge.version import __version__
 
 
@@ -59,7 +60,9 @@ def commit(
         with world_errors(folder):
             fsync_directory(folder)
     written |= {name: (len(data), crc32(data)) for name, data in {**made, **lists}.items()}
-    manifest = _manifest(plan, chosen, identity, written, contents)
+    tensors = {job.ordinal: tensor_crcs(plan, chosen[job.ordinal]) for job in plan.jobs}
+    files = {**_shards(plan, tensors), **written}
+    manifest = manifest_of(plan, chosen, identity, files, _tensors(plan, tensors), contents)
     for shard in (one for one in range(len(plan.layout.shards)) if one != plan.layout.last):
         writer.publish(shard)
     write_file(place.manifest, seal(manifest), place.private(place.manifest.name))
@@ -111,21 +114,42 @@ def cover(plan: MergePlan, receipts: Sequence[Receipt]) -> dict[int, list[Receip
     return chosen
 
 
-def _manifest(
+def _shards(plan: MergePlan, tensors: Mapping[int, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """Return size and checksum of every shard, from the checksums of the parts of each job."""
+    written = {}
+    for shard in plan.layout.shards:
+        parts = [(crc32(shard.header), len(shard.header))]
+        parts += [(tensors[job][i], plan.layout.slots[job][i].nbytes) for job, i in shard.parts]
+        written[shard.name] = shard.nbytes, combine_all(parts)
+    return written
+
+
+def _tensors(plan: MergePlan, tensors: Mapping[int, Sequence[int]]) -> dict[str, tuple[Stored, int]]:
+    """Return every tensor that is written, with its checksum, by its name."""
+    pairs = (
+        (part, crc) for job in plan.jobs for part, crc in zip(job.parts, tensors[job.ordinal], strict=True)
+    )
+    return {part.name: (part, crc) for part, crc in pairs}
+
+
+def manifest_of(
     plan: MergePlan,
     chosen: Mapping[int, Sequence[Receipt]],
     identity: Identity,
     files: Mapping[str, tuple[int, int]],
+    tensors: Mapping[str, tuple[Stored, int]],
     contents: Mapping[str, str],
 ) -> dict[str, Any]:
-    tensors = {job.ordinal: tensor_crcs(plan, chosen[job.ordinal]) for job in plan.jobs}
-    written: dict[str, dict[str, Any]] = {}
-    for shard in plan.layout.shards:
-        parts = [(crc32(shard.header), len(shard.header))]
-        parts += [(tensors[job][i], plan.layout.slots[job][i].nbytes) for job, i in shard.parts]
-        written[shard.name] = {"nbytes": shard.nbytes, "crc32": f"{combine_all(parts):08x}"}
-    for name, (nbytes, crc) in files.items():
-        written[name] = {"nbytes": nbytes, "crc32": f"{crc:08x}"}
+    """Return the manifest of a finished merge.
+
+    Parameters
+    ----------
+    files
+        Size and checksum of every file, by name; those of tensors come first.
+    tensors
+        Every tensor, with its checksum, by name.
+    """
+    written = {name: {"nbytes": nbytes, "crc32": f"{crc:08x}"} for name, (nbytes, crc) in files.items()}
     fishers = [index.stamps[0].header_digest for index in plan.fishers]
     diagonals = [content_of(index, contents) for index in plan.fishers]
     return {
@@ -152,9 +176,8 @@ def _manifest(
         **({"folders": list(plan.template.folders)} if plan.template.folders else {}),
         "files": dict(sorted(written.items())),
         "tensors": {
-            part.name: {"dtype": part.dtype, "shape": list(part.shape), "crc32": f"{crc:08x}"}
-            for job in plan.jobs
-            for part, crc in zip(job.parts, tensors[job.ordinal], strict=True)
+            name: {"dtype": part.dtype, "shape": list(part.shape), "crc32": f"{crc:08x}"}
+            for name, (part, crc) in tensors.items()
         },
     }
 

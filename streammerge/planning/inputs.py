@@ -49,6 +49,8 @@ class Inputs:
     """The Gram matrices of each model, for methods that use them."""
     stages: tuple[MergePlan, ...] = ()
     """The stages whose results are among the models, each after the stages that it uses itself."""
+    merged: TensorIndex | None = None
+    """The merge of these models as a model of its own, in fp64, if an adapter is made of it; it is the last stage."""
 
     @property
     def template(self) -> TensorIndex:
@@ -92,7 +94,10 @@ def open_inputs(config: MergeConfig, method: Method, sources: Sources) -> Inputs
         joined = shared_folders(list(opened.values()), open_model)
         opened = dict(zip(opened, joined, strict=True))
     models = [get(spec.reference) for spec in config.models]
-    base = get(config.base_model) if config.base_model is not None else None
+    of_adapter = None if config.lora is None else config.lora.base
+    base = None if config.base_model is None else get(config.base_model)
+    if base is None and of_adapter is not None:
+        base = get(of_adapter)
     others = {
         part.base.reference: get(part.base.reference)
         for module in config.modules
@@ -121,6 +126,7 @@ def _find_all(config: MergeConfig, get: Callable[[str], TensorIndex]) -> None:
     parts = [part for module in config.modules for part in module.slices]
     references = [spec.reference for spec in config.models]
     references += [config.base_model] if config.base_model is not None else []
+    references += [config.lora.base] if config.lora is not None and config.lora.base is not None else []
     references += [part.base.reference for part in parts if part.base is not None]
     lacking: dict[str, NotDownloadedError] = {}
     for reference in dict.fromkeys(references):

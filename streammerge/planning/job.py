@@ -11,9 +11,9 @@ from streammerge.checkpoint.companions import CompanionRef
 from streammerge.dtypes import BITS, FLOATS8
 from streammerge.formats.refs import Ref, SourceRef
 from streammerge.statistics.base import MeasuredTensor
-from streammerge.tensors.encoders.base import Encoder, Span, Stored
+from streammerge.tensors.encoders.base import Form, Span, Stored
 
-Kind = Literal["merge", "copy", "agree"]
+Kind = Literal["merge", "copy", "agree", "factor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class Job:
     shape: tuple[int, ...]
     kind: Kind
     """`merge`: apply the method. `copy`: copy sources[0], cast if the dtype differs. `agree`: copy sources[0], an
-    integer tensor, and warn if a different source has other bytes."""
+    integer tensor, and warn if a different source has other bytes. `factor`: store the low-rank factors of sources[0],
+    which is the change of a weight."""
     sources: tuple[SourceRef, ...]
     """The models' tensors in configured order."""
     base: SourceRef | None
@@ -43,8 +44,8 @@ class Job:
     """Number of layers of each stack of the output, by its prefix; one mapping for all jobs."""
     shared: tuple[SourceRef, ...] = ()
     """Tensors that several of its stages read; they are held while a piece is read."""
-    encoder: Encoder | None = None
-    """Encodes the merged elements as codes and scales; None: they are stored as they are."""
+    encoder: Form | None = None
+    """The form in which the result is stored: codes and scales, or factors; None: its elements as they are."""
     keeps_inputs: bool = False
     """Whether the inputs stay in the buffer, since several outputs are made from them; the output has its own slot."""
 

@@ -56,6 +56,8 @@ class Layout:
     """Paths of the files that lead from tensors to shards, one for each folder with several shards."""
     single_file: bool = False
     """Whether the output is one file, whatever its name, and not a directory."""
+    beside: str = ""
+    """The name of a file into which the tensors are copied in the end; its size is at most that of the shards."""
 
     @property
     def last(self) -> int | None:
@@ -74,8 +76,9 @@ class Layout:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Size of each shard in bytes, by its name."""
-        return {shard.name: shard.nbytes for shard in self.shards}
+        """Most bytes of each file on the disk, by its name: the shards, and the copy."""
+        final = {self.beside: self.nbytes} if self.beside else {}
+        return {shard.name: shard.nbytes for shard in self.shards} | final
 
 
 class Places:
@@ -114,11 +117,14 @@ class Folder:
         return f"{self.name}/" if self.name else ""
 
 
-def lay_out(jobs: Sequence[Job], shard_size: int, folders: Sequence[Folder] = (Folder(),)) -> Layout:
+def lay_out(
+    jobs: Sequence[Job], shard_size: int, folders: Sequence[Folder] = (Folder(),), beside: str = ""
+) -> Layout:
     """Distribute the jobs' tensors, in order, over shards of at most `shard_size` bytes of data.
 
     The parts of a job lie in one shard. A tensor larger than a shard has one of its own. The tensors ``FOLDER/name`` of
-    one of the `folders` have shards and an index there; all others belong to the folder without a name.
+    one of the `folders` have shards and an index there; all others belong to the folder without a name. `beside` names
+    the file into which all tensors are copied in the end.
     """
     own: dict[str, list[Job]] = {folder.name: [] for folder in folders}
     for job in jobs:
@@ -137,7 +143,7 @@ def lay_out(jobs: Sequence[Job], shard_size: int, folders: Sequence[Folder] = (F
             shards.append(shard)
             slots |= placed
         indexes += [folder.prefix + index_file(folder.stem)] if len(groups) > 1 else []
-    return Layout(tuple(shards), _by_job(jobs, slots), tuple(indexes))
+    return Layout(tuple(shards), _by_job(jobs, slots), tuple(indexes), beside=beside)
 
 
 def _cut(jobs: Sequence[Job], shard_size: int) -> list[list[Job]]:
@@ -189,8 +195,8 @@ def _shard(
         Number of characters at the beginning of a job's name that the tensor's name in the file lacks.
     """
     parts = {(job.ordinal, i): part for job in jobs for i, part in enumerate(job.parts)}
-    ordered = sorted(parts, key=lambda key: (-RANK[parts[key].dtype], parts[key].name.encode()))
-    header = _header([parts[key] for key in ordered], cut, metadata)
+    ordered = sorted(parts, key=lambda key: place_in_file(parts[key]))
+    header = header_of([parts[key] for key in ordered], cut, metadata)
     offset = len(header)
     slots: dict[Key, Slot] = {}
     for key in ordered:
@@ -199,8 +205,14 @@ def _shard(
     return Shard(name, header, offset, tuple(ordered)), slots
 
 
-def _header(ordered: Sequence[Stored], cut: int, metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+def place_in_file(part: Stored) -> tuple[int, bytes]:
+    """Return a key by which the safetensors library orders the tensors of a file."""
+    return -RANK[part.dtype], part.name.encode()
+
+
+def header_of(ordered: Sequence[Stored], cut: int = 0, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the beginning of a file of tensors in this order: length, JSON, padding."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for part in ordered:
         end = offset + part.nbytes

@@ -8,6 +8,7 @@ from typing import Any
 
 from streammerge.backends.base import Backend
 from streammerge.checkpoint.index import TensorIndex
+from streammerge.checkpoint.weight_names import ADAPTER_WEIGHTS
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import BudgetError, ConfigError, printable
 from streammerge.methods.registry import Method
@@ -43,6 +44,8 @@ NEW_TOKEN_NBYTES = 2000
 """Bytes per token that is added to a tokenizer: its entries in two files, and their text."""
 
 
+_NO_LIMIT = 1 << 62
+"""Bytes of the one file in which an adapter is computed."""
 OTHER_SETTINGS = "params.json"
 """What Mistral's consolidated models have in place of config.json."""
 
@@ -87,10 +90,12 @@ def make_plan(
     else:
         resolved, template = mixture.resolved, with_settings(template, mixture)
     check_components(template, tuple(every.values()), resolved.jobs)
-    storage = choose_storage(Material(config, method, template, matched.indexes, resolved))
+    storage = choose_storage(Material(config, method, template, matched.indexes, resolved, inputs.merged))
     jobs = tuple(map(with_shared, storage.jobs)) if inputs.stages else storage.jobs
     files = _Files()
-    if not options.tensors_only:
+    if storage.adapter is not None:
+        _check_adapter(config, options)
+    elif not options.tensors_only:
         files = _files_beside(config, template, matched, resolved, storage, alignment, options)
     if options.file is not None:
         files = _of_single_file(files, storage, template, config)
@@ -110,7 +115,7 @@ def make_plan(
         jobs=jobs,
         access=tuple(need.access for need in needs),
         work=allocation.work,
-        layout=_layout_of(jobs, template, options),
+        layout=_layout_of(jobs, template, options, adapter=storage.adapter is not None),
         budget=allocation.budget,
         seed=seed,
         backend=resources.backend,
@@ -127,6 +132,7 @@ def make_plan(
         statistics_memory=allocation.statistics,
         beside=files.beside,
         tensors_left_out=resolved.left_out,
+        adapter=storage.adapter,
         stages=inputs.stages,
         gates=None if mixture is None else mixture.gates,
     )
@@ -208,10 +214,20 @@ def _files_beside(
     return _Files(settings, tokenizer, beside, (*remarks, *beside.notes))
 
 
-def _layout_of(jobs: Sequence[Job], template: TensorIndex, options: PlanOptions) -> Layout:
+def _layout_of(jobs: Sequence[Job], template: TensorIndex, options: PlanOptions, *, adapter: bool) -> Layout:
     if options.file is not None:
         return lay_out_file(jobs, options.file, kept_metadata(template))
+    if adapter:
+        return lay_out(jobs, _NO_LIMIT, beside=ADAPTER_WEIGHTS)
     return lay_out(jobs, options.shard_size, _folders_of(template))
+
+
+def _check_adapter(config: MergeConfig, options: PlanOptions) -> None:
+    """Refuse an adapter that is to be a single file, or held in memory."""
+    if options.file is not None:
+        raise ConfigError(f"{config.where}: output: lora is a directory of several files: give one as OUT")
+    if options.tensors_only:
+        raise ConfigError(f"{config.where}: output: lora is written to a directory, not held in memory")
 
 
 def _of_single_file(files: _Files, storage: Storage, template: TensorIndex, config: MergeConfig) -> _Files:

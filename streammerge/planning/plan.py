@@ -24,6 +24,7 @@ from streammerge.planning.files.surroundings import Surroundings
 from streammerge.planning.files.tokenizer import TokenizerFiles
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout
+from streammerge.planning.low_rank.adapter import AdapterPlan
 from streammerge.planning.memory.allocate import StatisticsMemory
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import Division
@@ -78,6 +79,8 @@ class MergePlan:
     """Names of the models' tensors that are not in the output, each with the reason (`tensors: common` or `any`)."""
     beside: Surroundings = field(default=Surroundings())
     """Files that are copied to the output in addition to the weights."""
+    adapter: AdapterPlan | None = None
+    """The adapter that is written in place of a model; None: a model."""
     stages: tuple[MergePlan, ...] = ()
     """The plans of stages whose results are among its models, each after the stages that it uses itself."""
     gates: Gates | None = None

@@ -13,6 +13,7 @@ from streammerge.methods.registry import Method
 from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking, missing_kernels
 from streammerge.planning.backend import backend_on, choose_device, operator_bytes, reserve_of
 from streammerge.planning.inputs import Inputs
+from streammerge.planning.low_rank.memory import RESERVE
 from streammerge.planning.make import Resources, make_plan
 from streammerge.planning.memory import budget as budgets
 from streammerge.planning.moe.method import reserve_for
@@ -46,7 +47,9 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         options = replace(options, notes=(note, *options.notes))
 
     def plan_on(backend: Backend) -> MergePlan:
-        reserve = reserve_of(backend, method, inputs.own) + operator_bytes(inputs.grams)
+        read = inputs.own if inputs.merged is None else (*inputs.own, inputs.merged)
+        reserve = reserve_of(backend, method, read) + operator_bytes(inputs.grams)
+        reserve += 0 if config.lora is None else RESERVE
         reserve = reserve if config.moe is None else max(reserve, reserve_for(config.moe))
         budget = budgets.make_budget(options.memory, options.threads, reserve)
         return make_plan(config, method, inputs, Resources(budget, device, backend), options)

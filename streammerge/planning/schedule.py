@@ -7,7 +7,7 @@ Pure: numbers in, values out. A chunk is the unit of memory, of work and of the 
     chunks    [------][------][----------------------][----------]
 
 Every cut lies at a multiple of `ALIGN` elements (or of a row), so statistics summed per block do
-not depend on where the cuts are. Cuts of encoded tensors also lie between whole units of storage (`Encoder.unit`).
+not depend on where the cuts are. Cuts of encoded tensors also lie between whole units of storage (`Form.unit`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.buffers import alignment_bytes, bytes_per_element
-from streammerge.tensors.encoders.base import Encoder
+from streammerge.tensors.encoders.base import Form
 from streammerge.units import format_at_least, format_size
 
 ALIGN = BLOCK
@@ -108,7 +108,8 @@ class Work:
     """Additional buffer bytes per chunk: alignment, scratch, temporaries of a torch formula."""
     extent: Extent = Extent.ELEMENT
     at_once: int | None = None
-    """Elements of an encoded tensor merged at a time, in the same memory, and then encoded; None: whole pieces."""
+    """Elements of an encoded tensor merged at a time, in the same memory, and then encoded; None: whole pieces. For
+    factors: the elements that are held between products."""
 
     def lease_bytes(self, n: int) -> int:
         """Return the size of the buffer for `n` elements in bytes."""
@@ -152,7 +153,7 @@ def plan_work(
     return how if job.encoder is None else _in_units(job, job.encoder, how, budget, tiled)
 
 
-def _in_units(job: Job, encoder: Encoder, how: Work, budget: Budget, tiled: bool) -> Work:
+def _in_units(job: Job, encoder: Form, how: Work, budget: Budget, tiled: bool) -> Work:
     """Return the handling of a job whose pieces must also be cut between whole units of an encoder."""
     row = min(job.n_elements, math.lcm(how.row, encoder.unit))
     how = replace(how, workspace=how.workspace + encoder.scratch_bytes)

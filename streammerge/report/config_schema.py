@@ -44,6 +44,17 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
             "enum": list(QUANTIZE),
             "description": "Storage of the output: none (floats), same (as the base, or the first model) or fp8 (blocks)",
         },
+        "output": {
+            "anyOf": [{"const": "lora"}, {"$ref": "#/$defs/lora"}],
+            "description": "lora: an adapter of the result minus its base, in place of the merged model",
+        },
+        "rank": {"type": "integer", "minimum": 1, "description": "Rank of the adapter"},
+        "energy": {
+            **_NUMBER,
+            "exclusiveMinimum": 0,
+            "maximum": 1,
+            "description": "Share of the squared norm of each module's change, in place of a rank",
+        },
         "parameters": parameters,
         "sweep": {
             "type": "object",
@@ -91,6 +102,7 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
             ),
             "source": _object({**_model(reference, parameters), "layer_range": _LAYER_RANGE}, "model"),
             "module": _object({"models": models, "slices": slices, "parameters": parameters}),
+            "lora": _lora(reference),
         },
         **_OBJECT,
     }
@@ -100,6 +112,27 @@ _NUMBER = {"type": "number"}
 _OBJECT = {"type": "object", "additionalProperties": False}
 _STRIP = "The prefix that is taken off the names of its tensors"
 _LAYER_RANGE = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+
+
+def _lora(reference: dict[str, Any]) -> dict[str, Any]:
+    text, flag = {"type": "string"}, {"type": "boolean"}
+    return _object(
+        {
+            "kind": {"const": "lora"},
+            "base": {**reference, "description": "The model that the adapter belongs to"},
+            "max_rank": {"type": "integer", "minimum": 1, "description": "The most that energy may choose"},
+            "include": {**text, "description": "Regular expression of the modules in the adapter"},
+            "exclude": {**text, "description": "Regular expression of the modules that it leaves out"},
+            "embeddings": {**flag, "description": "Decompose embeddings and heads too"},
+            "modules_to_save": {
+                "type": "array",
+                "items": text,
+                "description": "Modules that are stored whole",
+            },
+            "drop_rest": {**flag, "description": "Leave out all that is not decomposed"},
+        },
+        "kind",
+    )
 
 
 def _checkpoints() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from streammerge.dtypes import BITS, itemsize
 from streammerge.io.pages import DIRECT_BYTES, LINE, PAGE, slot_bytes
 from streammerge.planning.job import Job
-from streammerge.tensors.encoders.base import Encoder
+from streammerge.tensors.encoders.base import Form
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def alignment_bytes(job: Job) -> int:
     return ((2 * slots + 1) * PAGE if _is_paged(job) else (slots + 1) * LINE) + scratch
 
 
-def _beyond_units(job: Job, encoder: Encoder) -> int:
+def _beyond_units(job: Job, encoder: Form) -> int:
     """Return the bytes of parts not proportional to the elements: of a last, shorter unit, and of the whole tensor."""
     cut_short = job.n_elements % encoder.unit != 0
     return sum(

@@ -10,6 +10,7 @@ from streammerge.backends.torch.backend import BLOCK_ELEMENTS
 from streammerge.methods.registry import Method
 from streammerge.planning.backend import backend_of
 from streammerge.planning.job import Job
+from streammerge.planning.low_rank.memory import work_of_factors
 from streammerge.planning.memory.allocate import Allocation, Needs, TooLittle, allocate, divide, least_total
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.needs import tensor_context_of
@@ -75,6 +76,8 @@ class Division:
         return divide(budget, self.jobs, self.needs, self.lists, self._work_of, self._kept_of_columns)
 
     def _work_of(self, job: Job, need: Needs, budget: Budget) -> Work:
+        if job.kind == "factor":
+            return work_of_factors(job, budget)
         backend = backend_of(job, self.method, self.backend)
 
         def workspace(job: Job, n: int) -> int:

@@ -10,6 +10,7 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
 from streammerge.methods.registry import Method
 from streammerge.planning.job import Job
+from streammerge.planning.low_rank.adapter import AdapterPlan
 from streammerge.planning.resolve.assemble import Indexes
 from streammerge.planning.resolve.jobs import Lender, Resolved
 
@@ -23,6 +24,8 @@ class Material:
     template: TensorIndex
     indexes: Indexes
     resolved: Resolved
+    merged: TensorIndex | None = None
+    """The merge itself as a model, in fp64, if an adapter is made of it."""
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -45,6 +48,8 @@ class Storage:
     keeps: bool = False
     """Whether the output is quantised as the template model declares."""
     notes: tuple[str, ...] = ()
+    adapter: AdapterPlan | None = None
+    """The adapter that the jobs compute; None: they write a model."""
 
 
 Choose = Callable[[Material], Storage]

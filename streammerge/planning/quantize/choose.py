@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import streammerge.planning.low_rank.storage
 import streammerge.planning.quantize.fp8
 import streammerge.planning.quantize.plain
 import streammerge.planning.quantize.same  # noqa: F401  (these register themselves)
@@ -17,7 +18,7 @@ def choose_storage(material: Material) -> Storage:
     InputError
         If it cannot be stored as the config says.
     """
-    storage = choice_of(material.config.quantize)(material)
+    storage = choice_of("lora" if material.config.lora is not None else material.config.quantize)(material)
     config, template = material.config, material.template
     if storage.declared is not None and template.folders:
         raise ConfigError(

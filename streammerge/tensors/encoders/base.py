@@ -51,11 +51,8 @@ class Stored:
         return n // 8
 
 
-class Encoder(ABC):
-    """Encodes the elements of one tensor; immutable and picklable.
-
-    `encode` may be called from many threads. It gets whole units, so that the bytes do not depend on the cuts.
-    """
+class Form(ABC):
+    """The form in which one tensor is stored, as several tensors of a file; immutable and picklable."""
 
     __slots__ = ()
 
@@ -94,22 +91,6 @@ class Encoder(ABC):
     def kernels(self) -> frozenset[str]:
         """Groups of compiled kernels that encoding uses."""
 
-    @abstractmethod
-    def encode(
-        self, values: NDArray[np.float32], start: int, outs: Sequence[Bytes], peak: float | None
-    ) -> None:
-        """Encode finite elements from `start` on, in whole units, to the bytes of each part given by `spans`.
-
-        Parameters
-        ----------
-        values
-            The elements, of shape (n,).
-        outs
-            The bytes to write for each part, as many as its span has.
-        peak
-            The largest magnitude of the whole tensor, if `needs_peak`.
-        """
-
     def spans(self, start: int, stop: int) -> tuple[Span, ...]:
         """Return the span of bytes in each part that stores elements `start` to `stop`, which are whole units."""
         first, last = start // self.unit, -(-stop // self.unit)
@@ -127,6 +108,31 @@ class Encoder(ABC):
             min(part.nbytes, units * per) if per else part.nbytes
             for part, per in zip(self.parts, self.unit_nbytes, strict=True)
         )
+
+
+class Encoder(Form):
+    """Encodes the elements of one tensor as they are merged.
+
+    `encode` may be called from many threads. It gets whole units, so that the bytes do not depend on the cuts.
+    """
+
+    __slots__ = ()
+
+    @abstractmethod
+    def encode(
+        self, values: NDArray[np.float32], start: int, outs: Sequence[Bytes], peak: float | None
+    ) -> None:
+        """Encode finite elements from `start` on, in whole units, to the bytes of each part given by `spans`.
+
+        Parameters
+        ----------
+        values
+            The elements, of shape (n,).
+        outs
+            The bytes to write for each part, as many as its span has.
+        peak
+            The largest magnitude of the whole tensor, if `needs_peak`.
+        """
 
 
 # --- the registry: select the encoder that stores a tensor like a model's own tensor

@@ -1,0 +1,237 @@
+"""The end of a merge into an adapter: what its modules need is copied from the file of factors, and published.
+
+The file of factors has room for the largest rank of every module and for every whole tensor. The adapter takes from it
+the ranks that were found, and those whole modules that differ from the base's. Both are files of the output's folder::
+
+    model.safetensors.partial        A | B | figures | A | B | figures | norm | embedding
+    adapter_model.safetensors        A' | B'         | A | B           | norm
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from streammerge.checkpoint.weight_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from streammerge.dtypes import FLOATS, itemsize
+from streammerge.errors import ModelError, printable
+from streammerge.io.durable import fsync_directory, world_errors, write_file, write_fully
+from streammerge.io.reader import Reader
+from streammerge.numerics.casts import F64, rounded, widened
+from streammerge.numerics.crc32 import combine_all, crc32
+from streammerge.output.commit import cover, manifest_of
+from streammerge.output.identity import Identity
+from streammerge.output.journal import Receipt
+from streammerge.output.manifest import seal
+from streammerge.output.place import CONFIG_COPY, Place
+from streammerge.output.shards import ShardWriter
+from streammerge.planning.layout import header_of, place_in_file
+from streammerge.planning.low_rank.adapter import PREFIX, AdapterPlan, FactoredModule, SavedTensor
+from streammerge.planning.plan import MergePlan
+from streammerge.tensors.encoders.base import Stored
+from streammerge.tensors.encoders.low_rank import NORM, RANK, RESIDUAL
+from streammerge.tensors.read import read_elements
+
+_STEP = 1 << 20
+"""Bytes copied, or elements compared, at a time."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What the factors of one module miss."""
+
+    module: str
+    rank: int
+    norm: float
+    """The norm of the module's change."""
+    residual: float
+    """The norm of what the factors miss, relative to `norm`."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the adapter, and the offset of its bytes in the file of factors."""
+
+    stored: Stored
+    offset: int
+
+
+def commit_adapter(
+    plan: MergePlan,
+    place: Place,
+    writer: ShardWriter,
+    reader: Reader,
+    receipts: Sequence[Receipt],
+    identity: Identity,
+    card: str,
+    contents: Mapping[str, str],
+) -> dict[str, Any]:
+    """Publish a finished adapter; its config.json gets its name when all else is durable.
+
+    Parameters
+    ----------
+    reader
+        Reads the base, with which whole tensors are compared.
+    contents
+        The content hashes of those input files that were hashed.
+
+    Returns the manifest. After an interruption at any point, running it again gives the same bytes.
+
+    Raises
+    ------
+    ModelError
+        If no matrix differs from the base's.
+    """
+    cut = _Cut(plan, writer, reader)
+    if not cut.residuals:
+        assert plan.adapter is not None
+        raise ModelError(
+            f"{printable(place.out)}: no matrix differs from that of {printable(plan.adapter.base)}: there is no adapter "
+            "to write"
+        )
+    nbytes, crc, tensors = _write(cut.entries, place, writer)
+    made = {CONFIG_COPY: plan.config.text.encode("utf-8", "surrogatepass")}
+    if "model card" not in plan.left_out:
+        made["README.md"] = f"{card}\n{residual_table(cut.residuals)}\n".encode()
+    for name, data in made.items():
+        write_file(place.path(name), data)
+    config = json.dumps(cut.config, indent=2, ensure_ascii=False).encode() + b"\n"
+    files = {ADAPTER_WEIGHTS: (nbytes, crc)}
+    files |= {name: (len(data), crc32(data)) for name, data in {**made, ADAPTER_CONFIG: config}.items()}
+    manifest = manifest_of(plan, cover(plan, receipts), identity, files, tensors, contents)
+    manifest["adapter"] = {
+        "residual": total_residual(cut.residuals),
+        "modules": {
+            one.module: {"rank": one.rank, "norm": one.norm, "residual": one.residual}
+            for one in cut.residuals
+        },
+    }
+    write_file(place.manifest, seal(manifest), place.partial(place.manifest.name))
+    with world_errors(place.path(ADAPTER_WEIGHTS)):
+        os.replace(place.partial(ADAPTER_WEIGHTS), place.path(ADAPTER_WEIGHTS))
+        fsync_directory(place.folder)
+    write_file(place.path(ADAPTER_CONFIG), config)
+    with world_errors(place.out):
+        fsync_directory(place.folder)
+        for shard in plan.layout.shards:
+            place.partial(shard.name).unlink()
+        fsync_directory(place.folder)
+    return manifest
+
+
+def residuals_of(manifest: Mapping[str, Any]) -> tuple[Residual, ...]:
+    """Return what a manifest records of an adapter's modules; empty if it is that of a model."""
+    modules = manifest.get("adapter", {}).get("modules", {})
+    return tuple(Residual(name, one["rank"], one["norm"], one["residual"]) for name, one in modules.items())
+
+
+def total_residual(residuals: Sequence[Residual]) -> float:
+    """Return the norm of what all factors miss together, relative to that of all changes."""
+    missed = math.fsum((one.norm * one.residual) ** 2 for one in residuals)
+    return math.sqrt(missed / math.fsum(one.norm**2 for one in residuals)) if residuals else 0.0
+
+
+def residual_table(residuals: Sequence[Residual]) -> str:
+    """Return the residuals in Markdown."""
+    rows = [f"| `{one.module}` | {one.rank} | {one.residual:.3g} |" for one in residuals]
+    intro = (
+        "## Residuals\n\nThe part of each matrix's change that the factors miss, as a share of its norm; "
+        f"of all together {total_residual(residuals):.3g}."
+    )
+    return "\n".join([intro, "", "| module | rank | residual |", "|---|---|---|", *rows])
+
+
+class _Cut:
+    """What the adapter takes from the file of factors."""
+
+    def __init__(self, plan: MergePlan, writer: ShardWriter, reader: Reader) -> None:
+        assert plan.adapter is not None
+        self._plan, self._writer, self._reader = plan, writer, reader
+        self._adapter: AdapterPlan = plan.adapter
+        self.residuals: list[Residual] = []
+        self.entries: list[_Entry] = []
+        biases = False
+        for module in self._adapter.factored:
+            self._take(module)
+            if module.bias is not None and self._differs(module.bias):
+                self.entries.append(self._whole(module.bias))
+                biases = True
+        saved = []
+        for whole in self._adapter.saved:
+            if any(map(self._differs, whole.tensors)):
+                saved.append(whole.name)
+                self.entries += map(self._whole, whole.tensors)
+        ranks = {one.module: one.rank for one in self.residuals}
+        self.config = self._adapter.config(ranks, saved, biases=biases)
+
+    def _take(self, module: FactoredModule) -> None:
+        """Take the factors of a module, unless its weight is that of the base."""
+        of_a, of_b, of_figures = self._plan.layout.slots[module.job]
+        figures = np.frombuffer(self._writer.read(0, of_figures.offset, of_figures.nbytes), F64)
+        rank, norm = int(figures[RANK]), float(figures[NORM])
+        if not rank:
+            return
+        dtype = self._plan.jobs[module.job].parts[0].dtype
+        for (name, shape), slot in zip(module.factors(rank), (of_a, of_b), strict=True):
+            self.entries.append(_Entry(Stored(name, dtype, shape), slot.offset))
+        self.residuals.append(Residual(module.name, rank, norm, float(figures[RESIDUAL]) / norm))
+
+    def _whole(self, tensor: SavedTensor) -> _Entry:
+        job, (slot,) = self._plan.jobs[tensor.job], self._plan.layout.slots[tensor.job]
+        return _Entry(Stored(PREFIX + tensor.name, job.dtype, job.shape), slot.offset)
+
+    def _differs(self, tensor: SavedTensor) -> bool:
+        """Return whether a tensor differs from the base's, rounded to the same dtype."""
+        job, base = self._plan.jobs[tensor.job], tensor.base
+        (slot,) = self._plan.layout.slots[tensor.job]
+        if base is None:
+            return True
+        width = itemsize(job.dtype)
+        for first in range(0, job.n_elements, _STEP):
+            last = min(job.n_elements, first + _STEP)
+            ours = self._writer.read(0, slot.offset + first * width, (last - first) * width)
+            theirs = read_elements(self._reader, base, first, last)
+            if job.dtype in FLOATS and base.dtype in FLOATS:
+                theirs = rounded(widened(theirs, base.dtype, F64), job.dtype)
+            if ours != theirs.tobytes():
+                return True
+        return False
+
+
+def _write(
+    entries: Sequence[_Entry], place: Place, writer: ShardWriter
+) -> tuple[int, int, dict[str, tuple[Stored, int]]]:
+    """Write the tensors to the adapter's file, under its temporary name; return its size, checksum and tensors."""
+    ordered = sorted(entries, key=lambda entry: place_in_file(entry.stored))
+    header = header_of([entry.stored for entry in ordered])
+    checksums = [(crc32(header), len(header))]
+    tensors = {}
+    path = place.partial(ADAPTER_WEIGHTS)
+    with world_errors(place.path(ADAPTER_WEIGHTS)):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o666)
+        try:
+            write_fully(descriptor, header)
+            for entry in ordered:
+                crc = 0
+                for data in _read(entry, writer):
+                    write_fully(descriptor, data)
+                    crc = crc32(data, crc)
+                checksums.append((crc, entry.stored.nbytes))
+                tensors[entry.stored.name] = entry.stored, crc
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    return sum(nbytes for _, nbytes in checksums), combine_all(checksums), tensors
+
+
+def _read(entry: _Entry, writer: ShardWriter) -> Iterator[bytes]:
+    end = entry.offset + entry.stored.nbytes
+    for position in range(entry.offset, end, _STEP):
+        yield writer.read(0, position, min(_STEP, end - position))

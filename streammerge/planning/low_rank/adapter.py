@@ -1,0 +1,129 @@
+"""The plan of an adapter: its modules, and where each one's tensors come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from streammerge.config.lora import LoraOutput
+from streammerge.formats.refs import SourceRef
+from streammerge.planning.low_rank.sorting import Kind, named
+
+PREFIX = "base_model.model."
+"""Beginning of all names in an adapter's file."""
+_TASKS = (
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("LMHeadModel", "CAUSAL_LM"),
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
+    ("T5ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ("BartForConditionalGeneration", "SEQ_2_SEQ_LM"),
+)
+"""PEFT's task types, by the ending of the architecture's name."""
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A tensor that is stored whole."""
+
+    name: str
+    """Its name among the modules that PEFT sees."""
+    job: int
+    base: SourceRef | None
+    """The base's tensor: if both hold the same, it is not stored. None: the base has none of this shape."""
+
+
+@dataclass(frozen=True)
+class FactoredModule:
+    """A module whose weight is stored as factors."""
+
+    name: str
+    job: int
+    kind: Kind
+    shape: tuple[int, ...]
+    """The shape of the weight."""
+    turned: bool
+    """Whether the rows of the weight are its inputs."""
+    bias: SavedTensor | None = None
+
+    def factors(self, rank: int) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
+        """Return name and shape of A and B in the adapter's file."""
+        stem, rest = PREFIX + self.name, self.shape[1:]
+        if self.kind == "embedding":
+            return (f"{stem}.lora_embedding_A", (rank, self.shape[0])), (
+                f"{stem}.lora_embedding_B",
+                (self.shape[1], rank),
+            )
+        inputs, outputs = (self.shape[0], self.shape[1]) if self.turned else (rest[0], self.shape[0])
+        ones = (1,) * (len(rest) - 1)
+        return (f"{stem}.lora_A.weight", (rank, inputs, *rest[1:])), (
+            f"{stem}.lora_B.weight",
+            (outputs, rank, *ones),
+        )
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """A module that is stored whole, if any of its tensors differs from the base's."""
+
+    name: str
+    tensors: tuple[SavedTensor, ...]
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What an adapter will hold."""
+
+    base: str
+    """The reference of the model that it belongs to."""
+    asked: LoraOutput
+    factored: tuple[FactoredModule, ...]
+    saved: tuple[SavedModule, ...]
+    modules: tuple[str, ...]
+    """The names of all modules of the model."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The base's config.json."""
+    loose: tuple[tuple[str, SourceRef, SourceRef | None], ...] = ()
+    """Tensors that no adapter can change, with the base's; they must be equal."""
+
+    def config(self, ranks: Mapping[str, int], saved: Sequence[str], *, biases: bool) -> dict[str, Any]:
+        """Return adapter_config.json.
+
+        Parameters
+        ----------
+        ranks
+            The rank of each module with factors.
+        saved
+            The modules that are stored whole.
+        biases
+            Whether biases of modules with factors are stored.
+        """
+        rank = max(ranks.values(), default=0)
+        other = {name: own for name, own in ranks.items() if own != rank}
+        every = [name for name in self.modules if name not in saved]
+        turned = {module.name for module in self.factored if module.turned and module.kind == "linear"}
+        return {
+            "alpha_pattern": other,
+            "base_model_name_or_path": self.base,
+            "bias": "lora_only" if biases else "none",
+            "fan_in_fan_out": any(name in turned for name in ranks),
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": rank,
+            "lora_dropout": 0.0,
+            "modules_to_save": named(saved, self.modules, divider="") or None,
+            "peft_type": "LORA",
+            "r": rank,
+            "rank_pattern": other,
+            "target_modules": named(list(ranks), every, divider="."),
+            "task_type": self._task(),
+            "use_dora": False,
+            "use_rslora": False,
+        }
+
+    def _task(self) -> str | None:
+        names = self.settings.get("architectures")
+        first = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+        return next((task for end, task in _TASKS if first.endswith(end)), None)

@@ -1,0 +1,322 @@
+"""`output: lora`: the jobs that compute an adapter's factors, and those of the tensors that it stores whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from streammerge.algebra.low_rank import computed_rank
+from streammerge.algebra.rules import CopyOf, TaskVectorMerge, WeightedSum
+from streammerge.checkpoint.names import HEADS, is_embedding, is_head, tied_to
+from streammerge.checkpoint.refs.adapted import AdaptedRef
+from streammerge.checkpoint.refs.difference import DifferenceRef, SumOfProductsRef
+from streammerge.dtypes import FLOATS
+from streammerge.errors import ConfigError, ModelError, printable
+from streammerge.formats.refs import RenamedRef, SourceRef
+from streammerge.planning.job import Job
+from streammerge.planning.low_rank.adapter import AdapterPlan, FactoredModule, SavedModule, SavedTensor
+from streammerge.planning.low_rank.sorting import FACTORED, Kind, Sorter, modules_of
+from streammerge.planning.needs import tensor_context_of
+from streammerge.planning.quantize.base import Material, Storage, stores
+from streammerge.planning.resolve.find import Finder
+from streammerge.planning.resolve.jobs import is_plain_copy
+from streammerge.tensors.encoders.low_rank import LowRank
+
+MERGE = "(the merge)"
+"""The name of the stage whose result an adapter is made of."""
+
+
+class MergeNeededError(Exception):
+    """A change is neither the difference of two models nor a sum of adapters: the merge must be a stage."""
+
+
+@stores("lora")
+def _choose(material: Material) -> Storage:
+    _check(material)
+    return _Choice(material).storage()
+
+
+def _check(material: Material) -> None:
+    """Refuse what no adapter can express."""
+    config, template = material.config, material.template
+    asked = config.lora
+    assert asked is not None
+    if asked.base is None and config.base_model is None:
+        raise ConfigError(
+            f"{config.where}: output: lora is the result minus its base: set `base_model`, or `base` under `output`"
+        )
+    where = f"{config.where}: output: lora"
+    if config.quantize != "none":
+        raise ConfigError(f"{where}: the factors are floats: leave `quantize` out")
+    if any(module.is_sliced or module.name is not None for module in config.modules):
+        raise ConfigError(f"{where}: an adapter keeps the base's layers: list whole `models`, without slices")
+    if config.tokenizer is not None:
+        raise ConfigError(f"{where}: an adapter keeps the base's vocabulary: leave the tokenizer keys out")
+    if template.folders:
+        raise ConfigError(
+            f"{where}: adapters of several folders of weights are not written: merge the models"
+        )
+
+
+class _Choice:
+    """Chooses the form of every tensor of one adapter."""
+
+    def __init__(self, material: Material) -> None:
+        self._material, config = material, material.config
+        assert config.lora is not None
+        self._asked = config.lora
+        self._reference = self._asked.base or config.base_model or ""
+        self._finder = Finder(material.indexes, None, {})
+        jobs = {job.name: job for job in material.jobs}
+        self._jobs: dict[str, Job] = jobs
+        self._bases = {name: self._base_of(job) for name, job in jobs.items()}
+        settings = material.template.config
+        shapes = {name: job.shape for name, job in jobs.items()}
+        self._sorter = Sorter(
+            shapes, {name: job.sources[0].dtype for name, job in jobs.items()}, settings, self._asked
+        )
+        self._written: list[Job] = []
+        self._prefix = _prefix(jobs, settings)
+
+    def storage(self) -> Storage:
+        kinds = {name: self._kind(name) for name in self._jobs}
+        self._refuse(kinds)
+        factored = [
+            self._factored(name, kind)
+            for name, kind in kinds.items()
+            if kind in FACTORED and not self._is_the_base(name)
+        ]
+        saved = self._saved(kinds)
+        if not factored:
+            raise ModelError(
+                f"{self._material.config.where}: output: lora: no matrix is left to decompose: widen `include`, or "
+                "leave out `exclude`"
+            )
+        loose = [
+            (name, self._jobs[name].sources[0], self._bases[name])
+            for name, kind in kinds.items()
+            if kind == "loose" and not self._asked.drop_rest and not self._is_the_base(name)
+        ]
+        adapter = AdapterPlan(
+            self._reference,
+            self._asked,
+            tuple(factored),
+            tuple(saved),
+            tuple(sorted(self._prefix + module for module in modules_of(self._jobs))),
+            self._material.template.config,
+            tuple(loose),
+        )
+        jobs = tuple(replace(job, ordinal=i) for i, job in enumerate(self._written))
+        return Storage(jobs, adapter=adapter, notes=self._notes(kinds))
+
+    def _base_of(self, job: Job) -> SourceRef | None:
+        """Return the base's tensor; None if it has none of this shape."""
+        found = self._finder.find(self._reference, job.name)
+        return found if found is not None and found.shape == job.shape else None
+
+    def _kind(self, name: str) -> Kind:
+        """Return what becomes of a tensor; one that the base has not is stored whole."""
+        kind = self._sorter.kind(name)
+        if kind in FACTORED and self._bases[name] is None:
+            if not (is_head(name) or is_embedding(name) or self._finder.find(self._reference, name) is None):
+                theirs = self._finder.find(self._reference, name)
+                assert theirs is not None
+                raise ModelError(
+                    f"{printable(self._reference)}: tensor {printable(name)} is {list(theirs.shape)} there, "
+                    f"{list(self._jobs[name].shape)} in the result: this is not its base"
+                )
+            return "whole"
+        if kind == "bias" and self._kind(f"{name.removesuffix('.bias')}.weight") not in FACTORED:
+            return "whole"
+        return kind
+
+    def _refuse(self, kinds: Mapping[str, Kind]) -> None:
+        """Refuse tensors that no adapter can change, if the merge changes them."""
+        first = next((name for name, kind in kinds.items() if kind == "experts"), None)
+        if first is not None and not self._asked.drop_rest:
+            raise ModelError(
+                f"tensor {printable(first)} holds the matrices of several experts, which are not decomposed: leave them "
+                "out with drop_rest (--drop-rest), or `exclude: experts` (--exclude experts)"
+            )
+        merged = [
+            name for name, kind in kinds.items() if kind == "loose" and self._jobs[name].kind == "merge"
+        ]
+        merged = [name for name in merged if not self._is_copied(name) and not self._is_the_base(name)]
+        if merged and not self._asked.drop_rest:
+            raise ModelError(
+                f"tensor {printable(merged[0])} is a parameter of a module that has others inside, which no adapter can "
+                "change: leave such parameters out with drop_rest (--drop-rest)"
+            )
+
+    def _is_copied(self, name: str) -> bool:
+        return is_plain_copy(self._jobs[name], self._material.method)
+
+    def _is_the_base(self, name: str) -> bool:
+        """Return whether a tensor is that of the base, since every model has it from there."""
+        job, base = self._jobs[name], self._bases[name]
+        if base is None or not all(_same(ref, base) for ref in job.sources):
+            return False
+        return self._is_copied(name) or _coefficients_of(job, self._material) is not None
+
+    # --- factors
+
+    def _factored(self, name: str, kind: Kind) -> FactoredModule:
+        job, base = self._jobs[name], self._bases[name]
+        assert base is not None
+        if self._asked.embeddings and (is_embedding(name) or is_head(name)) and self._is_tied():
+            raise ModelError(
+                f"{printable(self._reference)}: embedding and head share their weights, which two adapters would change "
+                "twice: leave `embeddings` (--embeddings) out, so that they are stored whole"
+            )
+        turned = self._sorter.is_turned(name, kind)
+        matrix = job.shape[0], math.prod(job.shape[1:])
+        asked, config = self._asked, self._material.config
+        rank = asked.most if asked.rank is not None else min(asked.most, *matrix)
+        form = LowRank(
+            name,
+            matrix,
+            rank,
+            asked.energy,
+            config.out_dtype or config.dtype or "F32",
+            computed_rank(matrix, rank),
+            turned,
+        )
+        ref = self._change(job, base)
+        ordinal = self._write(Job(0, name, "F64", job.shape, "factor", (ref,), None, {}, encoder=form))
+        bias = None
+        module = name.removesuffix(".weight")
+        of_bias = f"{module}.bias"
+        has_bias = of_bias in self._jobs and self._kind(of_bias) == "bias" and not self._is_the_base(of_bias)
+        if has_bias and not asked.drop_rest:
+            bias = self._tensor(f"{module}.bias", "base_layer.bias")
+        return FactoredModule(self._prefix + module, ordinal, kind, job.shape, turned, bias)
+
+    def _change(self, job: Job, base: SourceRef) -> SourceRef:
+        """Return the change of a weight: of a model, of several adapters together, or of a merge."""
+        material = self._material
+        if (products := _sum_of_products(job, base, material)) is not None:
+            return products
+        if is_plain_copy(job, material.method):
+            return DifferenceRef(job.sources[0], base)
+        if material.merged is None:
+            raise MergeNeededError
+        return DifferenceRef(material.merged[job.name], base)
+
+    def _write(self, job: Job) -> int:
+        self._written.append(job)
+        return len(self._written) - 1
+
+    # --- whole tensors
+
+    def _saved(self, kinds: Mapping[str, Kind]) -> list[SavedModule]:
+        """Return the modules that are stored whole, each with all of its tensors."""
+        if self._asked.drop_rest:
+            return []
+        modules: dict[str, list[SavedTensor]] = {}
+        owned: dict[str, list[str]] = {}
+        for name in (name for name, kind in kinds.items() if kind == "whole"):
+            owned.setdefault(name.rpartition(".")[0], []).append(name)
+        for module, names in owned.items():
+            if not all(map(self._is_the_base, names)):
+                tensors = [self._tensor(name, name.rpartition(".")[2]) for name in names]
+                modules[self._prefix + module] = tensors
+        head = self._tied_head(modules)
+        if head is not None:
+            modules |= head
+        return [SavedModule(name, tuple(tensors)) for name, tensors in modules.items()]
+
+    def _tensor(self, name: str, leaf: str) -> SavedTensor:
+        job = self._write(self._jobs[name])
+        module = name.rpartition(".")[0]
+        return SavedTensor(f"{self._prefix}{module}.{leaf}", job, self._bases[name])
+
+    def _is_tied(self) -> bool:
+        template = self._material.template
+        return any(tied_to(self._jobs, template.config, head) is not None for head in HEADS)
+
+    def _tied_head(self, modules: Mapping[str, Sequence[SavedTensor]]) -> dict[str, list[SavedTensor]] | None:
+        """Return the head that shares a stored embedding: PEFT stores it as a module of its own."""
+        architecture = str(next(iter(self._material.template.config.get("architectures") or []), ""))
+        if not self._is_tied() or not architecture.endswith(
+            ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+        ):
+            return None
+        found = [tensors for name, tensors in modules.items() if is_embedding(f"{name}.weight")]
+        if len(found) != 1:
+            return None
+        name = "embed_out" if self._material.template.config.get("model_type") == "gpt_neox" else "lm_head"
+        return {name: [replace(found[0][0], name=f"{name}.weight")]}
+
+    def _notes(self, kinds: Mapping[str, Kind]) -> tuple[str, ...]:
+        left = [name for name, kind in kinds.items() if kind == "left out"]
+        rest = [name for name, kind in kinds.items() if kind not in (*FACTORED, "left out")]
+        notes = []
+        if left:
+            notes.append(f"{len(left)} tensors are left out of the adapter by include and exclude")
+        if rest and self._asked.drop_rest:
+            notes.append(
+                f"{len(rest)} tensors that are not decomposed are left out of the adapter (drop_rest)"
+            )
+        return tuple(notes)
+
+
+def _prefix(names: Mapping[str, object], settings: Mapping[str, object]) -> str:
+    """Return what the names of modules have in front of those in the files; GPT-2's files may lack it."""
+    architectures = settings.get("architectures")
+    first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return (
+        "transformer." if first.startswith("GPT2") and first != "GPT2Model" and "wte.weight" in names else ""
+    )
+
+
+def _sum_of_products(job: Job, base: SourceRef, material: Material) -> SourceRef | None:
+    """Return the change of a weight as a sum of the models' adapters; None if it is anything else.
+
+    The merge must be a sum of models whose coefficients add up to one, or of task vectors, none of which is trimmed.
+    """
+    coefficients = _coefficients_of(job, material)
+    if coefficients is None:
+        return None
+    terms = []
+    for coefficient, source in zip(coefficients, job.sources, strict=True):
+        adapted = source.source if isinstance(source, RenamedRef) else source
+        if _same(adapted, base):
+            continue
+        if not isinstance(adapted, AdaptedRef) or not _same(adapted.source, base):
+            return None
+        if adapted.magnitude is not None or adapted.blocks > 1 or adapted.right is None:
+            return None
+        terms.append((coefficient, adapted))
+    return SumOfProductsRef(base, tuple(terms)) if terms else None
+
+
+def _coefficients_of(job: Job, material: Material) -> list[float] | None:
+    """Return the coefficient of each model's change in a merge; None if the merge is no sum of them."""
+    method = material.method
+    if job.kind != "merge" or method.drops(job.parameters) or method.is_formula:
+        return None
+    context = tensor_context_of(job)
+    if method.rounds(context, job.parameters):
+        return None
+    rule = method.rule(context, job.parameters)
+    found = [0.0] * len(job.sources)
+    if isinstance(rule, CopyOf):
+        found[rule.model] = 1.0
+        return found
+    if isinstance(rule, WeightedSum):
+        found = [weight / rule.divisor for weight in rule.weights]
+        return found if abs(math.fsum(found) + rule.base_weight / rule.divisor - 1) < 1e-12 else None
+    if not isinstance(rule, TaskVectorMerge) or rule.elect or rule.removes:
+        return None
+    for vector in rule.vectors:
+        found[vector.model] += rule.scale * vector.weight * vector.rescale / rule.divisor
+    return found
+
+
+def _same(one: SourceRef, other: SourceRef) -> bool:
+    """Return whether two references lead to the same stored tensor."""
+    a, b = one.plain, other.plain
+    if a is None or b is None:
+        return one is other
+    return (a.path, a.offset, a.dtype, a.shape) == (b.path, b.offset, b.dtype, b.shape) and a.dtype in FLOATS
