@@ -40,7 +40,9 @@ _MOST_RANK = 1 << 14
 @click.argument("model", type=path())
 @click.argument("out", type=path(file_okay=False))
 @option("--base", required=True, type=path(), metavar="BASE", help="The model that the adapter will go on.")
-@option("--rank", type=Whole(1, _MOST_RANK), metavar="N", group=METHODS, help="Rank of the adapter  [default: 32]")
+@option(
+    "--rank", type=Whole(1, _MOST_RANK), metavar="N", group=METHODS, help="Rank of the adapter  [default: 32]"
+)
 @option(
     "--energy",
     type=click.FloatRange(0, 1, min_open=True),
@@ -55,9 +57,18 @@ _MOST_RANK = 1 << 14
     group=METHODS,
     help="The most that --energy may choose  [default: 256]",
 )
-@option("--include", metavar="RE", group=METHODS, help="Only modules whose names this regular expression finds.")
-@option("--exclude", metavar="RE", group=METHODS, help="No modules whose names this regular expression finds.")
-@option("--embeddings", is_flag=True, group=METHODS, help="Decompose embeddings and heads too, not store them whole.")
+@option(
+    "--include", metavar="RE", group=METHODS, help="Only modules whose names this regular expression finds."
+)
+@option(
+    "--exclude", metavar="RE", group=METHODS, help="No modules whose names this regular expression finds."
+)
+@option(
+    "--embeddings",
+    is_flag=True,
+    group=METHODS,
+    help="Decompose embeddings and heads too, not store them whole.",
+)
 @option(
     "--modules-to-save",
     multiple=True,
@@ -66,7 +77,12 @@ _MOST_RANK = 1 << 14
     help="Store this module whole, by its name or the end of it; may be given several times.",
 )
 @option("--drop-rest", is_flag=True, group=METHODS, help="Leave out everything that is not decomposed.")
-@option("--dtype", metavar="NAME", group=OUTPUT, help="Dtype of the adapter  [default: factors float32, the rest the model's]")
+@option(
+    "--dtype",
+    metavar="NAME",
+    group=OUTPUT,
+    help="Dtype of the adapter  [default: factors float32, the rest the model's]",
+)
 @option("--plan", "only_plan", is_flag=True, group=MESSAGES, help="Show what would be done; write nothing.")
 @resource_options
 @writing_options

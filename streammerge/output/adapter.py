@@ -105,6 +105,7 @@ def commit_adapter(
     files = {ADAPTER_WEIGHTS: (nbytes, crc)}
     files |= {name: (len(data), crc32(data)) for name, data in {**made, ADAPTER_CONFIG: config}.items()}
     manifest = manifest_of(plan, cover(plan, receipts), identity, files, tensors, contents)
+    manifest["densities"] = []  # those of its whole tensors alone would mislead
     manifest["adapter"] = {
         "residual": total_residual(cut.residuals),
         "modules": {

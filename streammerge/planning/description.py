@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from streammerge.dtypes import FLOATS
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Slot
+from streammerge.planning.low_rank.adapter import AdapterPlan
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import Chunk
 
@@ -46,8 +47,9 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "bytes_to_read": plan.bytes_to_read(),
         "bytes_of_passes": plan.bytes_of_passes(),
         "bytes_to_write": plan.layout.nbytes,
+        **({} if plan.adapter is None else {"adapter": _adapter(plan.adapter)}),
         "shards": [
-            {"name": shard.name, "nbytes": shard.nbytes, "tensors": len(shard.parts)}
+            {"name": plan.layout.beside or shard.name, "nbytes": shard.nbytes, "tensors": len(shard.parts)}
             for shard in plan.layout.shards
         ],
         "memory": plan.budget.total,
@@ -56,6 +58,17 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "device": plan.device,
         "warnings": list(plan.warnings),
     }
+
+
+def _adapter(adapter: AdapterPlan) -> dict[str, object]:
+    """Return what an adapter will hold."""
+    asked = adapter.asked
+    rank = (
+        {"rank": asked.rank}
+        if asked.rank is not None
+        else {"energy": asked.energy, "max_rank": asked.max_rank}
+    )
+    return {**rank, "modules": len(adapter.factored), "modules_whole": len(adapter.saved)}
 
 
 def tensor_values(plan: MergePlan) -> list[dict[str, object]]:

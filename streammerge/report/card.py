@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 
 from streammerge.config.settings import Setting
 from streammerge.errors import printable
-from streammerge.planning.files.ecosystem import Ecosystem, ecosystem_of
+from streammerge.planning.files.ecosystem import ecosystem_of
 from streammerge.planning.files.origins import Origin, origins_of, shared_licence, shown_reference
+from streammerge.planning.low_rank.adapter import AdapterPlan
 from streammerge.planning.plan import MergePlan
-from streammerge.report.loading import how_to_load
+from streammerge.report.loading import how_to_load, peft_lines
 from streammerge.report.stages import stage_tree
 from streammerge.version import __version__
 
@@ -27,11 +28,13 @@ _PATH = re.compile(
 
 def model_card(plan: MergePlan) -> str:
     """Return the text of README.md. It depends only on the plan, and on the licences in the inputs' own cards."""
+    if plan.adapter is not None:
+        return _adapter_card(plan, plan.adapter)
     origins = {origin: None for index in plan.originals for origin in origins_of(index)}
     ecosystem = ecosystem_of(plan.template)
     paper = f" ({plan.method.paper})" if plan.method.paper else ""
     parts = [
-        _front_matter(plan, ecosystem, tuple(origins)),
+        _front_matter(plan, ecosystem.library, tuple(origins)),
         f"# A merge by {plan.method.name}",
         f"Merged by streammerge {__version__} with the method `{plan.method.name}`{paper}.",
         "## Models",
@@ -48,17 +51,48 @@ def model_card(plan: MergePlan) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(plan: MergePlan, ecosystem: Ecosystem, origins: tuple[Origin, ...]) -> str:
+def _adapter_card(plan: MergePlan, adapter: AdapterPlan) -> str:
+    """Return the text for an adapter; the residuals of its modules follow it."""
+    assert plan.base is not None
+    base = origins_of(plan.base)
+    merged = plan.method.name != "passthrough"
+    made = f"a merge by `{plan.method.name}`" if merged else "a fine-tuned model"
+    place = next((origin.name for origin in base if origin.on_hub), "path/to/the/base")
+    asked = adapter.asked
+    rank = (
+        f"of rank {asked.rank}"
+        if asked.rank
+        else f"with {100 * (asked.energy or 0):g} % of each squared norm"
+    )
+    parts = [
+        _front_matter(plan, "peft", base, "adapter"),
+        "# A LoRA adapter",
+        f"The difference between {made} and its base, {rank}, computed by streammerge {__version__}.",
+        "## Models",
+        "\n".join(_models(plan)),
+        *_settings(plan),
+        "## How to load it",
+        "\n".join(["```python", *peft_lines(plan.template.config, place), "```"]),
+        "## Configuration",
+        _configuration(plan),
+        "`streammerge.json` holds the checksums of all files and the fingerprints of all inputs; `streammerge verify` reads "
+        "every byte against them.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(plan: MergePlan, library: str, origins: tuple[Origin, ...], relation: str = "merge") -> str:
     """Return the front matter that the hub reads: https://huggingface.co/docs/hub/model-cards."""
     hub = dict.fromkeys(origin.name for origin in origins if origin.on_hub)
     lines = ["---"]
     if hub:
         lines += ["base_model:", *(f"- {_quoted(name)}" for name in hub)]
-    lines.append("base_model_relation: merge")
+    lines.append(f"base_model_relation: {relation}")
     lines += [f"{key}: {_quoted(value)}" for key, value in shared_licence(origins)]
-    if ecosystem.library:
-        lines.append(f"library_name: {ecosystem.library}")
-    lines += ["tags:", *(f"- {_quoted(tag)}" for tag in ("merge", "streammerge", plan.method.name)), "---"]
+    if library:
+        lines.append(f"library_name: {library}")
+    tags = ("lora", "streammerge") if relation == "adapter" else ("merge", "streammerge", plan.method.name)
+    lines += ["tags:", *(f"- {_quoted(tag)}" for tag in tags), "---"]
     return "\n".join(lines)
 
 

@@ -48,6 +48,18 @@ def _transformers(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def peft_lines(config: Mapping[str, Any], base: str) -> list[str]:
+    """Return lines of Python that put an adapter on its base."""
+    auto = auto_class(config)
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("{base}", dtype="auto")',
+        f'model = PeftModel.from_pretrained(model, "{_HERE}")',
+    ]
+
+
 def auto_class(config: Mapping[str, Any]) -> str:
     """Return the class of transformers that loads a model.
 

@@ -78,6 +78,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
         *_quantised(values),
         *_stages(plan),
         f"tensors   {_tensors(values)}",
+        *_adapter(values),
         *_components(values),
         *_left_out(values),
         f"read      {_read(plan, values)}",
@@ -138,6 +139,24 @@ def _tensors(values: dict[str, Any]) -> str:
     dtypes = ", ".join(values["dtypes"])
     stored = "".join(f", {n:,} stored as {label}" for label, n in values["stored_as"].items())
     return f"{values['tensors']:,} ({kinds}), {dtypes}, {plural(values['elements'], 'parameter')}{stored}"
+
+
+def _adapter(values: dict[str, Any]) -> list[str]:
+    """Return a line on the adapter that is written in place of a model, if it is one."""
+    one = values.get("adapter")
+    if one is None:
+        return []
+    rank = (
+        f"rank {one['rank']}"
+        if "rank" in one
+        else f"{100 * one['energy']:g} % of the squared norm, rank {one['max_rank']} at most"
+    )
+    whole = (
+        f"; {plural(one['modules_whole'], 'module')} whole, if they differ from the base"
+        if one["modules_whole"]
+        else ""
+    )
+    return [f"adapter   {plural(one['modules'], 'module')} with factors, {rank}{whole}"]
 
 
 def _left_out(values: dict[str, Any]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streammerge.engine.merge import Summary
 from streammerge.engine.telling import Density
 from streammerge.errors import printable
 from streammerge.machine import peak_memory
+from streammerge.output.adapter import Residual, total_residual
 from streammerge.units import format_seconds, format_size, plural
 
 _NAMED = 4
@@ -20,6 +21,11 @@ def opening_line(plan: Mapping[str, Any]) -> str:
     names = [printable(name, 60) for name in plan["models"]]
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
     base = f" (base {printable(plan['base_model'], 60)})" if plan["base_model"] else ""
+    if plan.get("adapter") and plan["method"] == "passthrough":
+        return (
+            f"extracting an adapter of {names[0]}{base} into {printable(plan['out'])}: "
+            f"reads {format_size(plan['bytes_to_read'])}, writes at most {format_size(plan['bytes_to_write'])}"
+        )
     if "out" not in plan:
         return (
             f"comparing {', '.join(names[:_NAMED])}{more}{base}: reads {format_size(plan['bytes_to_read'])}"
@@ -47,7 +53,14 @@ def summary_values(summary: Summary, elements: int | None = None) -> dict[str, A
         "peak_resident_bytes": peak_memory(),
         "densities": [density_values(density) for density in summary.densities],
         **({"floored": dict(summary.floored)} if summary.floored is not None else {}),
+        **({"residuals": residual_values(summary.residuals)} if summary.residuals else {}),
     }
+
+
+def residual_values(residuals: Sequence[Residual]) -> dict[str, Any]:
+    """Return what an adapter's factors miss as plain values, in all and by module."""
+    modules = {one.module: {"rank": one.rank, "residual": one.residual} for one in residuals}
+    return {"residual": total_residual(residuals), "modules": modules}
 
 
 def density_values(density: Density) -> dict[str, Any]:
@@ -76,6 +89,7 @@ def summary_text(summary: Summary) -> str:
         f"read {format_size(summary.bytes_read)} in {format_seconds(summary.seconds)}{compiled} "
         f"({format_size(rate)}/s read and written), peak memory {format_size(peak_memory())}",
     ]
+    lines += _residual_lines(summary.residuals)
     if summary.bytes_resumed:
         lines.append(f"{format_size(summary.bytes_resumed)} were finished by an earlier run")
     lines += [
@@ -88,3 +102,14 @@ def summary_text(summary: Summary) -> str:
             f"the floor decided {100 * summary.floored['fraction']:.3g} % of {summary.floored['of']:,} elements"
         )
     return "\n".join(lines)
+
+
+def _residual_lines(residuals: Sequence[Residual]) -> Iterator[str]:
+    """Yield a line for every module of an adapter, and one for all together."""
+    if not residuals:
+        return
+    width = max(len(one.module) for one in residuals)
+    yield f"{plural(len(residuals), 'module')}; residual ||D - BA|| / ||D|| of each:"
+    for one in residuals:
+        yield f"  {printable(one.module):<{width}}  rank {one.rank:>3}  {one.residual:.3g}"
+    yield f"residual of all together: {total_residual(residuals):.3g}"
