@@ -46,6 +46,8 @@ def shapes_for(config: MergeConfig) -> dict[str, Any]:
     """Return the shapes of models with the layers, and the stacks of them, that slices and modules speak of."""
     if config.quantize == "fp8":
         return {"shapes": {"model.layers.0.mlp.up_proj.weight": (128, 128)}}
+    if config.lora is not None:
+        return {"shapes": {"model.layers.0.mlp.up_proj.weight": (16, 12), "model.norm.weight": (12,)}}
     if not any(module.is_sliced for module in config.modules):
         return {}
     shapes = {f"model.layers.{i}.w": (4, 4) for i in range(32)} | {"model.norm.weight": (4,)}

@@ -85,6 +85,8 @@ def parse_lora(data: dict[str, Any], top: str) -> LoraOutput | None:
             if data.get(key) is not None:
                 refuse(child(top, key), "goes with `output: lora`")
         return None
+    if data.get("sweep") is not None:
+        refuse(place, "goes with one merge, not with a sweep: sweep first, then make an adapter of the best")
     given = {"kind": value} if isinstance(value, str) else value
     if not isinstance(given, dict):
         refuse(place, f"must be lora, or a map (kind: lora, …), not {shown(value)}")

@@ -88,6 +88,10 @@ class _Choice:
             if kind in FACTORED and not self._is_the_base(name)
         ]
         saved = self._saved(kinds)
+        if not factored and any(kind in FACTORED for kind in kinds.values()):
+            raise ModelError(
+                f"no matrix differs from that of {printable(self._reference)}: there is no adapter to write"
+            )
         if not factored:
             raise ModelError(
                 f"{self._material.config.where}: output: lora: no matrix is left to decompose: widen `include`, or "
