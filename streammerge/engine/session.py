@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from streammerge.checkpoint.weight_names import ADAPTER_CONFIG
 from streammerge.engine.telling import differing, not_finite_lines, of_floor
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import WorldError, printable
@@ -223,6 +224,7 @@ def written_names(plan: MergePlan) -> set[str]:
     """Return the names of all files that a merge writes to its output."""
     tokenizer = {} if plan.tokenizer is None else plan.tokenizer.changed
     made = {CONFIG_COPY, "README.md", *plan.settings, *tokenizer, *plan.beside.files, *plan.layout.indexes}
+    made |= set() if plan.adapter is None else {ADAPTER_CONFIG}
     return {*made, *plan.layout.sizes, MANIFEST}
 
 

@@ -100,7 +100,7 @@ def commit_adapter(
     if "model card" not in plan.left_out:
         made["README.md"] = f"{card}\n{residual_table(cut.residuals)}\n".encode()
     for name, data in made.items():
-        write_file(place.path(name), data)
+        write_file(place.path(name), data, place.private(name))
     config = json.dumps(cut.config, indent=2, ensure_ascii=False).encode() + b"\n"
     files = {ADAPTER_WEIGHTS: (nbytes, crc)}
     files |= {name: (len(data), crc32(data)) for name, data in {**made, ADAPTER_CONFIG: config}.items()}
@@ -113,11 +113,11 @@ def commit_adapter(
             for one in cut.residuals
         },
     }
-    write_file(place.manifest, seal(manifest), place.partial(place.manifest.name))
+    write_file(place.manifest, seal(manifest), place.private(place.manifest.name))
     with world_errors(place.path(ADAPTER_WEIGHTS)):
-        os.replace(place.partial(ADAPTER_WEIGHTS), place.path(ADAPTER_WEIGHTS))
+        os.replace(place.private(ADAPTER_WEIGHTS), place.path(ADAPTER_WEIGHTS))
         fsync_directory(place.folder)
-    write_file(place.path(ADAPTER_CONFIG), config)
+    write_file(place.path(ADAPTER_CONFIG), config, place.private(ADAPTER_CONFIG))
     with world_errors(place.out):
         fsync_directory(place.folder)
         for shard in plan.layout.shards:
@@ -213,7 +213,7 @@ def _write(
     header = header_of([entry.stored for entry in ordered])
     checksums = [(crc32(header), len(header))]
     tensors = {}
-    path = place.partial(ADAPTER_WEIGHTS)
+    path = place.private(ADAPTER_WEIGHTS)
     with world_errors(place.path(ADAPTER_WEIGHTS)):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o666)
