@@ -25,6 +25,8 @@ KEYS = (
     "exclude",
     "tensors",
     "lines",
+    "matrices",
+    "rest",
     "tokenizer",
     "tokenizer_source",
     "chat_template",

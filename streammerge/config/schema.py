@@ -14,6 +14,7 @@ from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoi
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.lines import Lines, parse_lines
 from streammerge.config.lora import LoraOutput, parse_lora
+from streammerge.config.matrices import Matrices, parse_matrices
 from streammerge.config.moe import MoeSpec
 from streammerge.config.references import parse_base, parse_reference, parse_text
 from streammerge.config.settings import Setting, parse_setting
@@ -125,6 +126,8 @@ class MergeConfig:
     """Which tensors are merged: all models must have the same, those that all have, or each over those that have it."""
     lines: Lines | None = None
     """The scale of the task vectors by layer, if there is one."""
+    matrices: Matrices = field(default_factory=Matrices)
+    """The tensors that a method of whole matrices decomposes, and what all others get."""
     text: str = ""
     """The YAML, verbatim."""
     where: str = "config"
@@ -211,6 +214,7 @@ def config_of(data: dict[str, object], text: str, where: str) -> MergeConfig:
         exclude=parse_exclude(data.get("exclude", []), child(top, "exclude")),
         tensors=parse_tensors(data.get("tensors", "same"), child(top, "tensors"), whole=_are_whole(modules)),
         lines=parse_lines(data.get("lines"), child(top, "lines")),
+        matrices=parse_matrices(data, top),
         text=text,
         where=where,
         modules=modules,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streammerge.backends.torch.returned import return_freed_matrices
 from streammerge.checkpoint.companions import CompanionRef
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
@@ -25,17 +26,23 @@ def torch_in_one_thread(plan: MergePlan) -> Iterator[None]:
 
     This concerns matrix products, and users' formulas. The workers run in parallel, so little speed is lost.
     """
-    if not plan.grams and not plan.method.is_formula:
+    if not any(map(_uses_products, (plan, *plan.stages))):
         yield
         return
     import torch
 
+    if any(one.method.matrices for one in (plan, *plan.stages)):
+        return_freed_matrices()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _uses_products(plan: MergePlan) -> bool:
+    return bool(plan.grams) or plan.method.is_formula or plan.method.matrices
 
 
 class GramCache:

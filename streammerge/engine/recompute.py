@@ -94,7 +94,8 @@ def pieces_of(plan: MergePlan) -> list[Piece]:
     pieces = []
     for job, how in zip(plan.jobs, plan.work, strict=True):
         row = math.lcm(ALIGN, job.unit) if how.extent == Extent.ELEMENT else how.row
-        size = job.n_elements if how.extent == Extent.TENSOR else max(row, _PIECE // row * row)
+        whole = how.extent == Extent.TENSOR and how.mode == "resident"
+        size = job.n_elements if whole else max(row, _PIECE // row * row)
         for start in range(0, job.n_elements, max(1, size)):
             pieces.append(Piece(job.ordinal, start, min(job.n_elements, start + size)))
     return pieces

@@ -199,6 +199,15 @@ class SourceRef(Ref):
         return False
 
     @property
+    def is_delta(self) -> bool:
+        """Whether its elements are differences from the base, in place of weights."""
+        return False
+
+    def delta_from(self, base: SourceRef) -> SourceRef | None:
+        """Return its difference from a base as a tensor, if that is known more exactly than by subtraction; else None."""
+        return None
+
+    @property
     def n_blocks(self) -> int:
         """The number of blocks of other tensors from which it is assembled."""
         return 0
@@ -386,6 +395,10 @@ class RenamedRef(AlignedRef):
     def scratch_bytes(self) -> int:
         """See `Ref`: the scratch bytes of its source."""
         return self.source.scratch_bytes
+
+    def delta_from(self, base: SourceRef) -> SourceRef | None:
+        """See `SourceRef`: the difference of its source."""
+        return self.source.delta_from(base)
 
     def read(self, reader: Reader, start: int, stop: int, target: Bytes, scratch: Scratch) -> None:
         """See `Ref`: reads its source."""

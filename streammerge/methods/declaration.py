@@ -54,6 +54,8 @@ class Method:
     """Whether each model comes with a Fisher diagonal."""
     gram: bool = False
     """Whether each model comes with Gram matrices."""
+    matrices: bool = False
+    """Whether it merges whole matrices, one at a time, and all other tensors in a different way."""
     workspace: Workspace = 0
     """Bytes that a formula holds at once in addition to what every formula may hold."""
     ignored: Mapping[str, str] = field(default_factory=dict)
@@ -120,6 +122,8 @@ class Method:
         InputError
             If the declared value is not a number of bytes.
         """
+        if self.matrices and context.matrix is None:
+            return 0
         if not callable(self.workspace):
             return self.workspace * n
         with blamed_on(self.name, context.name):

@@ -28,6 +28,16 @@ _OTHER_NAMES = {
     "frankenmerge": "passthrough",
     "nuslerp_flatten": "nuslerp",
     "stock": "model_stock",
+    "iso": "iso_c",
+    "isotropic": "iso_c",
+    "tsv": "tsv_m",
+    "task_singular_vectors": "tsv_m",
+    "wudi_merging": "wudi",
+    "emr_merging": "emr",
+    "consensus_ta": "consensus",
+    "consensus_task_arithmetic": "consensus",
+    "tall_masks": "consensus",
+    "singular_value_calibration": "svc",
 }
 
 

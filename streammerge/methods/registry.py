@@ -48,6 +48,7 @@ def method(
     drop: DropNames = GENERAL,
     fisher: bool = False,
     gram: bool = False,
+    matrices: bool = False,
     workspace: Workspace = 0,
     ignored: Mapping[str, str] | None = None,
     paper: str = "",
@@ -76,6 +77,9 @@ def method(
         Whether each model needs a Fisher diagonal.
     gram
         Whether each model needs Gram matrices.
+    matrices
+        Whether it returns a `MatrixMerge` for the tensors that have a `context.matrix`. Its `workspace` is then all that
+        such a merge holds in addition to its inputs.
     workspace
         Bytes that a formula holds at once beyond 8 (2 n + 12) per element of a block, n being the number of inputs:
         bytes per element, or a function of the `TensorContext` that returns bytes. The planner reserves them.
@@ -123,6 +127,7 @@ def method(
             drop,
             fisher,
             gram,
+            matrices,
             workspace,
             ignored or {},
             paper,

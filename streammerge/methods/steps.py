@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Literal
 
 from streammerge.algebra.extent import Extent
-from streammerge.algebra.rules import TaskVectorMerge, WeightedSum
+from streammerge.algebra.rules import MatrixMerge, TaskVectorMerge, WeightedSum
+from streammerge.algebra.rules.matrix_merge import Combine
 from streammerge.algebra.task_vectors import Cut, TaskVector, TiePolicy
 from streammerge.errors import ConfigError
 from streammerge.methods.drop import Vectors
@@ -140,3 +141,24 @@ def elect(
         return merge
     total = yield from ask(SignTotal(merge))
     return replace(merge, zero_sign=1 if total > 0 else -1)
+
+
+def merge_matrices(
+    context: TensorContext, weights: Sequence[float], combine: Combine, scale: float
+) -> MatrixMerge | TaskVectorMerge:
+    """Merge the matrices of a tensor by a function of them; a tensor of the rest gets the mean of the task vectors."""
+    vectors = tuple(context.task_vectors(weights))
+    if context.matrix is None:
+        return TaskVectorMerge(vectors, divisor=float(len(vectors)), scale=scale)
+    return MatrixMerge(vectors, context.matrix, combine, scale, context.deltas)
+
+
+def correct_matrices(
+    context: TensorContext, weights: Sequence[float], combine: Combine, scale: float
+) -> MatrixMerge | TaskVectorMerge:
+    """The same for a method that corrects the first model, a merge of the others; the rest keeps what that merge gave it."""
+    merged, *others = context.task_vectors(weights)
+    if context.matrix is None:
+        unused = (replace(vector, weight=0.0) for vector in others)
+        return TaskVectorMerge((merged, *unused), scale=scale)
+    return MatrixMerge((merged, *others), context.matrix, combine, scale, context.deltas)

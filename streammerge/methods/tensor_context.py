@@ -38,6 +38,10 @@ class TensorContext:
     """Whether the models' Fisher diagonals cover this tensor."""
     gram: bool = True
     """Whether the models' Gram matrices cover this tensor."""
+    matrix: tuple[int, int] | None = None
+    """The shape of each matrix of it, if a method of whole matrices decomposes it; None: it belongs to the rest."""
+    deltas: tuple[bool, ...] = ()
+    """For each model, whether it is read as a difference from the base; empty: none is."""
     dropped: tuple[TaskVector, ...] = ()
     """The task vectors after the drop that precedes the method; empty without a drop."""
     rescaled_by_norm: bool = False

@@ -63,6 +63,8 @@ def _on(kind: str) -> Backend | None:
 
 def backend_of(job: Job, method: Method, chosen: Backend) -> Backend:
     """Return the backend that computes a job: the `chosen` one, or torch if that has no kernels for the job."""
+    if job.matrix is not None:
+        return TORCH  # a GPU's decompositions have other last bits
     if chosen.formulas or not _takes_formulas(job, method):
         return chosen
     return TORCH
@@ -71,7 +73,11 @@ def backend_of(job: Job, method: Method, chosen: Backend) -> Backend:
 def reserve_of(chosen: Backend, method: Method, models: Sequence[TensorIndex]) -> int:
     """Return the bytes that the process needs for the backends that a merge of some models may use."""
     if chosen.formulas or not (
-        method.is_formula or method.gram or method.origin != "built in" or any(map(_has_fp64, models))
+        method.is_formula
+        or method.gram
+        or method.matrices
+        or method.origin != "built in"
+        or any(map(_has_fp64, models))
     ):
         return chosen.reserve
     return max(chosen.reserve, TORCH.reserve)

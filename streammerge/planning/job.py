@@ -44,6 +44,8 @@ class Job:
     """Number of layers of each stack of the output, by its prefix; one mapping for all jobs."""
     shared: tuple[SourceRef, ...] = ()
     """Tensors that several of its stages read; they are held while a piece is read."""
+    matrix: tuple[int, int] | None = None
+    """The shape of each matrix of it, for a method that merges whole matrices; None: it merges the tensor otherwise."""
     encoder: Form | None = None
     """The form in which the result is stored: codes and scales, or factors; None: its elements as they are."""
     keeps_inputs: bool = False
@@ -98,6 +100,11 @@ class Job:
         if extent == Extent.COLUMN:
             return max(1, self.n_elements // max(1, self.shape[0])) if self.shape else 1
         return self.row_length
+
+    @property
+    def matrix_elements(self) -> int:
+        """Number of elements of each matrix, which no cut divides; 0 if it is not merged as matrices."""
+        return 0 if self.matrix is None else self.matrix[0] * self.matrix[1]
 
     @property
     def inputs(self) -> tuple[SourceRef, ...]:

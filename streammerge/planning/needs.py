@@ -28,7 +28,15 @@ def tensor_context_of(job: Job) -> TensorContext:
         has_base=job.base is not None,
         fisher=bool(job.fishers),
         gram=bool(job.grams),
+        matrix=job.matrix,
+        deltas=deltas_of(job),
     )
+
+
+def deltas_of(job: Job) -> tuple[bool, ...]:
+    """Return for each model of a job whether it is read as a difference from the base; empty if none is."""
+    deltas = tuple(ref.is_delta for ref in job.sources)
+    return deltas if any(deltas) else ()
 
 
 def layer_of(name: str, stacks: Mapping[str, int]) -> tuple[int, int] | tuple[None, None]:
@@ -48,7 +56,7 @@ def layer_of(name: str, stacks: Mapping[str, int]) -> tuple[int, int] | tuple[No
 def likeness(job: Job, method: Method) -> tuple[object, ...]:
     """Return a key that jobs with equal needs share: usually their kind and parameters."""
     own = (job.ordinal,) if method.looks_at_names else ()
-    return (job.kind, bool(job.grams), *job.parameters.items(), *own)
+    return (job.kind, bool(job.grams), job.matrix, deltas_of(job), *job.parameters.items(), *own)
 
 
 def needs_data(statistic: Statistic[Any], jobs: Sequence[Job]) -> bool:

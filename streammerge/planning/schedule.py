@@ -189,6 +189,9 @@ def _work_of_method(
         beside = workspace(job, row) + chunk_scratch(job) + alignment_bytes(job)
         return Work(mode, row, per_element, beside, extent)
 
+    if 0 < job.matrix_elements < job.n_elements and not any(ref.is_whole for ref in job.inputs):
+        n = job.matrix_elements
+        return _fitting(job, work("split", n), n, "a whole matrix of it", budget)
     if extent == Extent.TENSOR or any(ref.is_whole for ref in job.inputs):
         n = job.n_elements
         return _fitting(job, work("resident", n), n, "the whole tensor", budget)

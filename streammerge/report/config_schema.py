@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from streammerge.config.known_keys import KEYS_WITHOUT_EFFECT
+from streammerge.config.matrices import Rest
 from streammerge.config.schedules import KINDS
 from streammerge.config.tensors import Tensors
 from streammerge.config.tokenizer import TEMPLATES
@@ -74,6 +75,14 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
         "lines": {
             **_object({"alpha": _NUMBER, "beta": _NUMBER}, "alpha", "beta"),
             "description": "Scale of the task vectors by layer: alpha + beta * l / (L - 1); outside the layers alpha",
+        },
+        "matrices": {
+            "type": "string",
+            "description": "Regular expression of the tensors that are merged as matrices; default: those of the layers",
+        },
+        "rest": {
+            "enum": list(get_args(Rest)),
+            "description": "What tensors that are not matrices get: the mean of the task vectors, or no change",
         },
         "tokenizer": {"type": "object", "description": "The vocabulary of the output"},
         "tokenizer_source": {**reference, "description": "union, base, or a model"},

@@ -7,10 +7,11 @@ of lower ranks, and each step is rounded. Neither the cut nor the machine change
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from streammerge.checkpoint.refs.adapted import AdaptedRef
+from streammerge.checkpoint.refs.adapted import AdaptedRef, AdapterDelta
 from streammerge.dtypes import itemsize
 from streammerge.formats.readers import reads
 from streammerge.formats.refs import READ_BLOCK
@@ -35,6 +36,26 @@ def read_adapted(
         If a file ends early or the device fails.
     """
     _Adapter(reader, ref, scratch).read(start, stop, target)
+
+
+@reads(AdapterDelta)
+def read_delta(
+    reader: Reader, ref: AdapterDelta, start: int, stop: int, target: Bytes, scratch: Scratch
+) -> None:
+    """Compute elements `start` to `stop` of ``s L R`` in fp64; write them to the beginning of `target`.
+
+    Raises
+    ------
+    WorldError
+        If a file ends early or the device fails.
+    """
+    adapted = ref.source
+    adapter = _Adapter(reader, adapted, scratch, F64)
+    out = target[: (stop - start) * itemsize(ref.dtype)].view(F64)
+    for row, end, first, last in segments(start, stop, adapted.columns, adapted.block_rows):
+        position = row * adapted.columns + first - start
+        part = out[position : position + (end - row) * (last - first)].reshape(end - row, -1)
+        adapter.products(row, end, first, last, part, scratch.rest())
 
 
 def segments(
@@ -62,9 +83,11 @@ def segments(
 class _Adapter:
     """Computes elements of one weight with its adapter."""
 
-    def __init__(self, reader: Reader, ref: AdaptedRef, scratch: Scratch) -> None:
+    def __init__(
+        self, reader: Reader, ref: AdaptedRef, scratch: Scratch, dtype: np.dtype[Any] | None = None
+    ) -> None:
         self._reader, self._ref = reader, ref
-        self._dtype = F64 if ref.dtype == "F64" else F32
+        self._dtype = dtype or (F64 if ref.dtype == "F64" else F32)
         self._right = scratch.take((ref.rank, ref.columns), self._dtype)
         self._scratch = scratch
         self._block_of_right: int | None = None
@@ -82,16 +105,20 @@ class _Adapter:
 
     def _compute(self, row: int, end: int, first: int, last: int, out: Floats, scratch: Scratch) -> None:
         """Compute ``W + s L R`` for one contiguous piece of one expert."""
+        total = scratch.take(out.shape, self._dtype)
+        self.products(row, end, first, last, total, scratch)
+        start = row * self._ref.columns + first
+        np.add(self._weight(start, start + out.size, scratch).reshape(out.shape), total, out=out)
+
+    def products(self, row: int, end: int, first: int, last: int, out: Floats, scratch: Scratch) -> None:
+        """Compute ``s L R`` for one contiguous piece of one expert."""
         ref = self._ref
         block, row_there = divmod(row, ref.block_rows)
         self._load_right(block)
         left = scratch.take((end - row, ref.rank), self._dtype)
         read_matrix(self._reader, ref.left, block, row_there, left)
-        total = scratch.take(out.shape, self._dtype)
-        add_products(left, self._right, first, last, total)
-        total *= self._dtype.type(ref.scale)
-        start = row * ref.columns + first
-        np.add(self._weight(start, start + out.size, scratch).reshape(out.shape), total, out=out)
+        add_products(left, self._right, first, last, out)
+        out *= self._dtype.type(ref.scale)
 
     def _load_right(self, block: int) -> None:
         if self._block_of_right == block:

@@ -13,6 +13,7 @@ from streammerge.algebra.rules.consensus_merge import ConsensusMerge
 from streammerge.algebra.rules.fisher_mean import FisherMean
 from streammerge.algebra.rules.formula import Formula
 from streammerge.algebra.rules.largest_agreeing import LargestAgreeing
+from streammerge.algebra.rules.matrix_merge import MatrixMerge
 from streammerge.algebra.rules.regression_mean import ROWS_AT_ONCE, RegressionMean
 from streammerge.algebra.rules.selected_merge import SelectedMerge
 from streammerge.algebra.rules.sums import CopyOf, WeightedSum
@@ -28,6 +29,7 @@ __all__ = [
     "Formula",
     "Inputs",
     "LargestAgreeing",
+    "MatrixMerge",
     "RegressionMean",
     "RowCombination",
     "Rule",

@@ -125,12 +125,13 @@ class DeviceBlock:
         if any(tensor.dtype == torch.float64 for tensor in [*models, *([] if base is None else [base])]):
             models = [model.double() for model in models]
             base = None if base is None else base.double()
-        known = self._divergences.setdefault((a, b), {})
-        return Inputs(
-            models,
-            base,
-            Where(block.tensor, block.start + a, block.keys, block.row_length, divergences=known),
-        )
+        return Inputs(models, base, self.where(a, self._divergences.setdefault((a, b), {})))
+
+    def where(self, a: int, divergences: dict[object, torch.Tensor] | None = None) -> Where:
+        """Return the position of the elements from `a`, with the values per row that are known of them."""
+        block = self.block
+        known = {} if divergences is None else divergences
+        return Where(block.tensor, block.start + a, block.keys, block.row_length, divergences=known)
 
     def fishers(self, a: int, b: int) -> list[torch.Tensor]:
         """Return elements `a` to `b` of the Fisher diagonals."""

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from streammerge.algebra.block import Applied, Bins, Block, Counts, Operand
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.gram_matrix import rows_at_once
-from streammerge.algebra.rules import Rule, TaskVectorMerge, ranked, removing, touched_entries
+from streammerge.algebra.rules import MatrixMerge, Rule, TaskVectorMerge, ranked, removing, touched_entries
 from streammerge.algebra.scores import Ranked, Selection
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.backends.torch.device_block import HOST, DeviceBlock, DeviceHooks
+from streammerge.backends.torch.matrices import apply_to_matrices
 from streammerge.backends.torch.rules import merged_by
 from streammerge.backends.torch.sums import dot_products, finite, products_of_rows
 from streammerge.numerics.ordered_sum import BLOCK, block_sums
@@ -217,6 +218,8 @@ class TorchMath:
     def apply(self, rule: Rule, out: Operand) -> Applied:
         """See `BlockMath`."""
         on, block = self._on, self._block
+        if isinstance(rule, MatrixMerge):
+            return apply_to_matrices(on, rule, out)
 
         def merge(a: int, b: int) -> Applied:
             inputs = on.inputs(a, b)._replace(fishers=on.fishers(a, b))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,13 @@ class AdaptedRef(ElementwiseRef):
         """See `SourceRef`."""
         return {"adapter_rank": self.rank}
 
+    def delta_from(self, base: SourceRef) -> SourceRef | None:
+        """See `SourceRef`: ``s L R`` in fp64, if the weight is the base's."""
+        same = type(self.source) is type(base) and (
+            self.source is base or _place(self.source) == _place(base)
+        )
+        return AdapterDelta(self) if same and self.magnitude is None else None
+
     @property
     def columns(self) -> int:
         """Elements of one row of a matrix that has its own factors."""
@@ -80,3 +87,47 @@ class AdaptedRef(ElementwiseRef):
         # A factor is read before it is transposed; the weight is read as stored before it is widened.
         block = READ_BLOCK * (16 if self.magnitude is None else 36)
         return 2 * factors + block + 8 * rows + (1 << 16) + self.source.scratch_bytes
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AdapterDelta(ElementwiseRef):
+    """The difference that a LoRA adapter makes, ``s L R`` in fp64."""
+
+    source: AdaptedRef
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the computed elements."""
+        return "F64"
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """See `SourceRef`: the products of the factors."""
+        return frozenset({"adapters"})
+
+    @property
+    def is_delta(self) -> bool:
+        """See `SourceRef`."""
+        return True
+
+    @property
+    def file_bytes(self) -> int:
+        """See `SourceRef`: the bytes of the factors."""
+        factors = (self.source.left, self.source.right)
+        return sum(factor.tensor.nbytes for factor in factors if factor is not None)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that reading takes in addition to the elements: both factors, twice since they may be transposed."""
+        adapted = self.source
+        rows = READ_BLOCK // max(1, adapted.columns) + 1
+        return 16 * adapted.rank * (adapted.columns + rows) + READ_BLOCK * 8 + (1 << 16)
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
+        """See `SourceRef`: the factors are small, and read through the page cache."""
+        return iter(())
+
+
+def _place(ref: SourceRef) -> tuple[str, int, tuple[int, ...]]:
+    """Return the place of a tensor's main source in its file, and the tensor's shape."""
+    return ref.stored.path, ref.stored.offset, ref.shape

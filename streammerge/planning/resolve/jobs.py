@@ -24,6 +24,7 @@ from streammerge.planning.resolve.assemble import OutputTensor, Stack, assemble
 from streammerge.planning.resolve.find import Finder
 from streammerge.planning.resolve.lines import check_lines, scaled_by_layer
 from streammerge.planning.resolve.matching import Matched
+from streammerge.planning.resolve.matrices import check_matrices, matrix_of, notes_on, read_as_deltas
 from streammerge.planning.resolve.parameters import check_names, preset_of, resolve_parameters
 from streammerge.planning.resolve.presence import Selection, select
 from streammerge.planning.resolve.quantised import codes_of, is_of_codes
@@ -92,6 +93,7 @@ def resolve_jobs(
     warnings = [*config.notes, *check_names(config, method), *matched.notes]
     _check_models(config, method)
     check_lines(config, method)
+    check_matrices(config, method)
     preset = preset_of(config, method)
     assembly = assemble(config, template, indexes)
     outputs = assembly.outputs
@@ -129,6 +131,7 @@ def resolve_jobs(
         jobs.append(job)
         lenders.append(Lender(*output.template, lender))
     warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
+    warnings += notes_on(jobs, config, method, outputs)
     _check_uniform_trim(jobs, method)
     return Resolved(tuple(jobs), tuple(lenders), selection.stacks, tuple(warnings), selection.left_out)
 
@@ -255,19 +258,26 @@ class _Binder:
         parameters = self._shared.setdefault(
             tuple(parameters.items()), parameters
         )  # there may be many tensors
+        matrix = None
+        if self._method.matrices:
+            matrix = matrix_of(self._config.matrices, output.name, template.shape, self._stacks)
+            if matrix is None and rule_base is not None and self._config.matrices.rest == "base":
+                kept = rule_base.as_stored(dtype)
+                return Job(ordinal, output.name, dtype, template.shape, "copy", (kept,), None, {})
         return Job(
             ordinal,
             output.name,
             dtype,
             template.shape,
             "merge",
-            sources,
+            sources if matrix is None else read_as_deltas(sources, rule_base),
             rule_base,
             parameters,
             self._diagonals(output, template, members, sources),
             self._matrices(output, template, members),
             members if members != tuple(range(len(self._places))) else (),
             self._stacks,
+            matrix=matrix,
         )
 
     def _rule_base(self, base: SourceRef | None, parameters: Mapping[str, object]) -> SourceRef | None:
