@@ -160,8 +160,13 @@ def svd_bytes(rows: int, columns: int) -> int:
     eigenvectors, those taken, those left, and eigenvectors twice.
     """
     matrix, square = rows * columns, min(rows, columns) ** 2
-    return 8 * max(matrix + 4 * square, 3 * matrix + 2 * square) + PACKED
+    return 8 * max(matrix + 4 * square, 3 * matrix + 2 * square) + packed_bytes(rows, columns)
 
 
-PACKED = 32 << 20
-"""Bytes in which BLAS packs operands, and of smaller vectors."""
+def packed_bytes(rows: int, columns: int) -> int:
+    """Return an upper bound of the bytes in which BLAS packs operands, and of smaller vectors."""
+    return min(_PACKED, 64 * rows * columns)
+
+
+_PACKED = 32 << 20
+"""Bytes that BLAS packs in at most; MKL took 26 MiB for the largest matrices."""

@@ -58,8 +58,13 @@ Read = Callable[[int, int, int], Part]
 
 AT_ONCE = 1 << 18
 """Elements that are widened at a time."""
-AT_ONCE_BYTES = 120 * AT_ONCE
-"""Upper bound of the bytes that widening takes: copies in fp32 and fp64, masks, random words."""
+_WIDENING = 120
+"""Upper bound of the bytes per element that widening takes: copies in fp32 and fp64, masks, random words."""
+
+
+def widening_bytes(size: int) -> int:
+    """Return an upper bound of the bytes that widening a matrix of `size` elements takes, part by part."""
+    return _WIDENING * min(size, AT_ONCE)
 
 
 @dataclass(frozen=True, eq=False)

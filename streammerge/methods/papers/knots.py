@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.algebra.rules import Rule
 from streammerge.algebra.rules.matrix_merge import Deltas, each
-from streammerge.algebra.spectral import PACKED, cutoff
+from streammerge.algebra.spectral import cutoff, packed_bytes
 from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import merge_matrices
 from streammerge.methods.tensor_context import TensorContext
@@ -23,7 +23,7 @@ def _workspace(context: TensorContext) -> int:
     """Return the bytes: the Gram matrix, its eigenvectors and the solver's work, or the sums of both signs and temporaries."""
     assert context.matrix is not None
     rows, columns = context.matrix
-    return 8 * (6 * rows * columns + 5 * rows * rows) + PACKED
+    return 8 * (6 * rows * columns + 5 * rows * rows) + packed_bytes(rows, columns)
 
 
 @method(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.algebra.rules import Rule
 from streammerge.algebra.rules.matrix_merge import Deltas, each
-from streammerge.algebra.spectral import PACKED, solved
+from streammerge.algebra.spectral import packed_bytes, solved
 from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import merge_matrices
 from streammerge.methods.tensor_context import TensorContext
@@ -20,7 +20,7 @@ def _workspace(context: TensorContext) -> int:
     """Return the bytes: a delta, the sum and a product; the Gram matrix, the sum, its eigenvectors and the solver's work."""
     assert context.matrix is not None
     rows, columns = context.matrix
-    return 8 * (3 * rows * columns + 5 * columns * columns) + PACKED
+    return 8 * (3 * rows * columns + 5 * columns * columns) + packed_bytes(rows, columns)
 
 
 @method(

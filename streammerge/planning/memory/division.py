@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streammerge.algebra.extent import Extent
-from streammerge.algebra.rules.matrix_merge import AT_ONCE_BYTES
+from streammerge.algebra.rules.matrix_merge import widening_bytes
 from streammerge.backends.base import Backend
 from streammerge.backends.torch.backend import BLOCK_ELEMENTS
 from streammerge.methods.registry import Method
@@ -83,7 +83,7 @@ class Division:
 
         def workspace(job: Job, n: int) -> int:
             if job.matrix is not None:
-                return _declared(job, n, self.method, backend) + AT_ONCE_BYTES
+                return _declared(job, n, self.method, backend) + widening_bytes(job.matrix_elements)
             pairs = _kept_of_a_row(job) * job.line_length(need.extent) if need.extent == Extent.COLUMN else 0
             own = (job, *(jobs[job.ordinal] for jobs in self.others))
             declared = max(_declared(one, n, self.method, backend) for one in own)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import CompanionIndex, CompanionRef
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.names import count_layers
@@ -18,7 +17,6 @@ from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.methods.registry import Method
 from streammerge.planning.job import Job
-from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.planning.resolve.agreement import check_kinds, check_shapes, compare_names
 from streammerge.planning.resolve.assemble import OutputTensor, Stack, assemble
 from streammerge.planning.resolve.find import Finder
@@ -28,6 +26,7 @@ from streammerge.planning.resolve.matrices import check_matrices, matrix_of, not
 from streammerge.planning.resolve.parameters import check_names, preset_of, resolve_parameters
 from streammerge.planning.resolve.presence import Selection, select
 from streammerge.planning.resolve.quantised import codes_of, is_of_codes
+from streammerge.planning.resolve.uniform import check_uniform
 from streammerge.planning.resolve.unmatched import unmatched
 from streammerge.planning.resolve.vocabulary import Alignment
 
@@ -132,7 +131,7 @@ def resolve_jobs(
         lenders.append(Lender(*output.template, lender))
     warnings += [*_promotions(jobs, config), *finder.warnings(), *binder.warnings()]
     warnings += notes_on(jobs, config, method, outputs)
-    _check_uniform_trim(jobs, method)
+    check_uniform(jobs, method)
     return Resolved(tuple(jobs), tuple(lenders), selection.stacks, tuple(warnings), selection.left_out)
 
 
@@ -366,41 +365,3 @@ def _agree(ordinal: int, name: str, template: SourceRef, inputs: Sequence[Source
         )
     others = tuple(ref for ref in dict.fromkeys(inputs) if ref != template)
     return Job(ordinal, name, template.dtype, template.shape, "agree", (template, *others), None, {})
-
-
-def _check_uniform_trim(jobs: Sequence[Job], method: Method) -> None:
-    """Refuse whole-model statistics that differ between tensors, since each has one value for all."""
-    first: list[tuple[object, ...]] | None = None
-    members: set[tuple[int, ...]] = set()
-    checked: set[tuple[object, ...]] = set()
-    for job in jobs:
-        key = (job.members, *likeness(job, method))
-        if job.kind != "merge" or key in checked:
-            continue
-        checked.add(key)
-        try:
-            rounds = method.rounds(tensor_context_of(job), job.parameters)
-        except ConfigError as error:
-            raise ConfigError(f"tensor {printable(job.name, 120)}: {error}") from None
-        asked: list[tuple[object, ...]] = [
-            r.common for statistics in rounds for r in statistics if r.extent == Extent.MODEL
-        ]
-        if asked:
-            members.add(job.members)
-        if len(members) > 1:
-            raise ConfigError(
-                f"tensor {printable(job.name, 120)}: this tensor comes from a different set of models; `trim_scope: model` and "
-                "norms of Fisher diagonals are statistics of whole models: name the same models in every slice, "
-                "and write `tensors: common` in place of `any`"
-            )
-        if first is not None and asked != first and method.looks_at_names:
-            raise ConfigError(
-                f"tensor {printable(job.name, 120)}: {method.name!r} asks for whole-model statistics that differ from those "
-                "of other tensors: ask for the same statistics for every tensor"
-            )
-        if first is not None and asked != first:
-            raise ConfigError(
-                f"tensor {printable(job.name, 120)}: the density differs from other tensors', but `trim_scope: model` "
-                "trims the model as a whole: give one density per model"
-            )
-        first = asked
