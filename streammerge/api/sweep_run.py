@@ -38,6 +38,7 @@ from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.sweep import Room, check_swept, nbytes_of_point
 from streammerge.report.card import model_card
+from streammerge.report.sweep import write_sweep_page
 from streammerge.units import format_size
 
 
@@ -83,7 +84,6 @@ class SweepRun:
         self._finished: set[str] = set()
         """Points whose output is complete in its directory."""
         self.bytes_read = self.bytes_written = 0
-        self.method = ""
 
     def run(self) -> SweepRecord:
         """Do what is left of the sweep, and return its record.
@@ -107,6 +107,7 @@ class SweepRun:
                 self._merge_some(record, names)
                 self._score_new(record)
             self._prune(record)
+            write_sweep_page(record, self._config.where, self._plan(next(iter(self._points))), self._outer)
         return record
 
     # --- before anything is written
@@ -136,7 +137,6 @@ class SweepRun:
         first = next(iter(points.values())).config
         _, method = settle(first)
         check_swept(self._config, method)
-        self.method = method.name
         found = read_record(self._out)
         before = None if self._options.overwrite else found
         record = SweepRecord(self._out, self._wishes.command)

@@ -21,7 +21,6 @@ from streammerge.io.reader import IoMode
 from streammerge.output.sweep_record import Row
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS
 from streammerge.planning.prepare import SLOWER
-from streammerge.report.sweep import write_sweep_page
 from streammerge.units import nbytes_of
 
 Keep = Literal["all", "best"] | int
@@ -154,7 +153,6 @@ def sweep(
             control.warn(SLOWER.format(error))
             run = SweepRun(parsed, Path(out), replace(planning, kernels=False), how, wishes, control)
             record = run.run()
-        write_sweep_page(record, parsed.where, run.method, control)
     return Sweep(
         str(out),
         dict(record.rows),

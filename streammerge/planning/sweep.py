@@ -12,6 +12,11 @@ from streammerge.planning.plan import MergePlan
 from streammerge.planning.resolve.parameters import PRESET
 from streammerge.units import format_size, plural
 
+_MADE_NBYTES = 1 << 14
+"""Bytes of the model card, and of the manifest without its tensors."""
+_ENTRY_NBYTES = 600
+"""Bytes per tensor, in the manifest and in an index."""
+
 
 def check_swept(config: MergeConfig, method: Method) -> None:
     """Refuse a sweep over anything that is not a parameter of the method.
@@ -31,8 +36,11 @@ def check_swept(config: MergeConfig, method: Method) -> None:
 
 
 def nbytes_of_point(plan: MergePlan) -> int:
-    """Return the bytes of a point's output: its shards, and the files that are copied."""
-    return plan.layout.nbytes + sum(stamp.nbytes for stamp in plan.beside.files.values())
+    """Return an upper bound of the bytes of a point's output: shards, copied files, and files that are made."""
+    copied = sum(stamp.nbytes for stamp in plan.beside.files.values())
+    changed = 0 if plan.tokenizer is None else sum(map(len, plan.tokenizer.changed.values()))
+    made = changed + 2 * len(plan.config.text) + _MADE_NBYTES + _ENTRY_NBYTES * len(plan.jobs)
+    return plan.layout.nbytes + copied + made
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from streammerge.errors import printable
+from streammerge.errors import InputError, printable
 from streammerge.events import Control
-from streammerge.output.sweep_record import REASON, SCORE, SECONDS, Row, SweepRecord, cells_of
+from streammerge.output.sweep_record import PAGE, REASON, SCORE, SECONDS, Row, SweepRecord, cells_of
+from streammerge.planning.plan import MergePlan
+from streammerge.report.pages.needed import check_memory, require_library, write_page
+from streammerge.report.pages.sweep import sweep_page
 
 _MOST_ROWS = 24
 """The most rows of the table on the screen; sweep.csv has all."""
 _MOST_REASON = 60
 
 
-def write_sweep_page(record: SweepRecord, where: str, method: str, control: Control) -> None:
-    """Write sweep.html, the score over the swept values; without scores there is nothing to draw.
+def write_sweep_page(record: SweepRecord, where: str, plan: MergePlan, control: Control) -> None:
+    """Write sweep.html, the score over the swept values; say so if that needs more than there is.
 
     Parameters
     ----------
     where
         The name of the config.
+    plan
+        The plan of any point.
     """
+    if record.command is None:
+        return
+    try:
+        require_library(f"{PAGE} is not written")
+        check_memory(PAGE, plan.division.budget)
+    except InputError as error:
+        control.warn(str(error))
+        return
+    rows = [cells_of(row) for row in record.rows.values()]
+    swept = [key for key, _ in next(iter(record.rows.values())).values]
+    page = sweep_page(rows, swept, name=Path(where).name, method=plan.method.name)
+    write_page(record.out / PAGE, page)
 
 
 def sweep_values(points: Mapping[str, Row], best: str | None) -> dict[str, Any]:
