@@ -161,7 +161,9 @@ def test_a_full_disk_is_refused_before_the_first_byte(
     config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SweepRun, "_free", lambda self: 12_000)
-    with pytest.raises(WorldError, match=r"needs [\d.]+ KiB for 4 of 4 points at a time, [\d.]+ KiB are free"):
+    with pytest.raises(
+        WorldError, match=r"needs [\d.]+ KiB for 4 of 4 points at a time, [\d.]+ KiB are free"
+    ):
         swept(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
