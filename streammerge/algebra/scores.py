@@ -60,7 +60,7 @@ class Spread(Score):
         for entry in entries:
             apart = entry - mean
             total = total + apart * apart
-        return _patterns(total / len(entries))
+        return patterns_of(total / len(entries))
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Importance(Score):
         if self not in where.divergences:
             where.divergences[self] = self.divergence(theta, base, where)
         size = self.vector.surviving(theta, base, where).double().abs().reshape(-1, where.row_length)
-        return _patterns((size * where.divergences[self].unsqueeze(1)).reshape(-1))
+        return patterns_of((size * where.divergences[self].unsqueeze(1)).reshape(-1))
 
     def divergence(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the divergence of each row, fp64; values that rounding made negative become 0."""
@@ -126,7 +126,8 @@ def _probabilities(rows: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     return powers / torch.where(total == 0, 1.0, total) + SMOOTHING
 
 
-def _patterns(score: torch.Tensor) -> torch.Tensor:
+def patterns_of(score: torch.Tensor) -> torch.Tensor:
+    """Return the fp32 patterns of scores of 0 or more, int32; that of a non-finite one is above all others."""
     import torch
 
     patterns = score.clamp(max=LARGEST).float().view(torch.int32) & 0x7FFFFFFF

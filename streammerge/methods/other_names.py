@@ -34,6 +34,7 @@ _OTHER_NAMES = {
     "task_singular_vectors": "tsv_m",
     "wudi_merging": "wudi",
     "emr_merging": "emr",
+    "pcb_merging": "pcb",
     "consensus_ta": "consensus",
     "consensus_task_arithmetic": "consensus",
     "tall_masks": "consensus",

@@ -13,7 +13,7 @@ from streammerge.statistics.describing import (
     SignCounts,
 )
 from streammerge.statistics.random_words import LowWords
-from streammerge.statistics.ranks import Band, Largest, Quantile, Threshold, TopK
+from streammerge.statistics.ranks import Band, Largest, Order, Quantile, Threshold, TopK
 from streammerge.statistics.sums import AbsSum, ColumnDots, ColumnGram, Dots, Gram, Squares, SquareSums
 from streammerge.statistics.ties import TieIndex
 
@@ -32,6 +32,7 @@ __all__ = [
     "Magnitudes",
     "Moves",
     "NonZero",
+    "Order",
     "OwnSquares",
     "Quantile",
     "RegressionOperators",

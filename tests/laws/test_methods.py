@@ -75,6 +75,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("ramplus_tl", {"r": 0.5, "alpha": 1.0, "epsilon": 5e-4, "drop_rate": 0.5, "drop_rescale": "l1"}),
     ("consensus", {"k": 3, "drop_rate": 0.3}),
     ("emr", {}),
+    ("pcb", {"ratio": 0.3}),
     ("iso_c", {}),
     ("iso_cts", {"drop_rate": 0.3}),
     ("tsv_m", {}),
@@ -161,8 +162,8 @@ def test_merges_that_are_interrupted_and_plans_that_travel_give_the_same_and_sha
 
 # One model beside the base, a threshold below which a delta is none, or a base that is averaged in.
 NO_MEAN = ("passthrough", "slerp", "nearswap", "ram", "ramplus_tl", "karcher", "arcee_fusion")
-# Singular values that are cut, equal or raised; a first model that is the merge of the others.
-NO_MEAN += ("iso_c", "iso_cts", "tsv_m", "svc", "subspace_boosting")
+# Only winners change; singular values that are cut, equal or raised; a first model that is the merge of the others.
+NO_MEAN += ("pcb", "iso_c", "iso_cts", "tsv_m", "svc", "subspace_boosting")
 
 
 @pytest.mark.parametrize("method", [m for m in BUILTIN if m not in NO_MEAN])

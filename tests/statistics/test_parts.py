@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streammerge.algebra.block import Block, Operand
+from streammerge.algebra.competition import Competition, Size
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.scores import Selection, Spread
 from streammerge.algebra.task_vectors import Cut, TaskVector
@@ -35,6 +36,8 @@ EXAMPLES: list[Statistic[Any]] = [
     kinds.NonZero(SPREAD),
     kinds.Largest(SPREAD, 900),
     kinds.Quantile(SPREAD, 0.75),
+    kinds.Order(Size(VECTORS[1]), 0.9999, 1),
+    kinds.Order(Competition(VECTORS, ((0.01, 0.3), (0.0, 0.2)), 1), 0.7, 0),
     kinds.TieIndex(VECTORS[0], kinds.Threshold(TIE, 80, 33)),
     kinds.AbsSum(VECTORS[1]),
     kinds.Squares(VECTORS),

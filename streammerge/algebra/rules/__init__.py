@@ -7,6 +7,7 @@ order, with separate multiplication and addition; the fp64 result is rounded onc
 
 from __future__ import annotations
 
+from streammerge.algebra.rules.balanced_merge import BalancedMerge
 from streammerge.algebra.rules.base import Inputs, Rule, ranked, removing, vectors_of
 from streammerge.algebra.rules.combinations import ColumnCombination, RowCombination
 from streammerge.algebra.rules.consensus_merge import ConsensusMerge
@@ -22,6 +23,7 @@ from streammerge.algebra.rules.touched_merge import TouchedMerge, touched_entrie
 
 __all__ = [
     "ROWS_AT_ONCE",
+    "BalancedMerge",
     "ColumnCombination",
     "ConsensusMerge",
     "CopyOf",

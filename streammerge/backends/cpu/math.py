@@ -11,12 +11,12 @@ from streammerge.algebra.block import Applied, Bins, Block, BlockMath, Counts, O
 from streammerge.algebra.rules import Rule, TaskVectorMerge
 from streammerge.algebra.scores import Ranked, Selection
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.backends.cpu import votes  # noqa: F401  (registers its rules)
 from streammerge.backends.cpu.memory import BlockMemory, kernels
 from streammerge.backends.cpu.ranking import kernels_of_ranking, ranking_of
 from streammerge.backends.cpu.registry import VECTORS, Names, answers, example, implementation_of
 from streammerge.backends.cpu.rules import dot_products, kernels_of_merge, run_merge
 from streammerge.backends.cpu.tiles import Tiles, kernels_of_selection
-from streammerge.backends.cpu.votes import entries_of  # noqa: F401  (registers its rules)
 from streammerge.numerics.ordered_sum import BLOCK
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.algebra.block import Applied, BlockMath, Counts, Operand
+from streammerge.algebra.competition import Competition, Size
 from streammerge.algebra.gram_matrix import rows_at_once
 from streammerge.algebra.rules import ColumnCombination, Rule, SelectedMerge, TouchedMerge, vectors_of
 from streammerge.algebra.scores import Importance, Score, Selection, Spread
@@ -19,6 +20,7 @@ from streammerge.algebra.task_vectors import TaskVector
 from streammerge.backends.cpu.memory import BlockMemory, kernels
 from streammerge.backends.cpu.registry import OUT, VECTORS, Names, applies, example
 from streammerge.backends.cpu.rules import applied
+from streammerge.numerics.finite import LARGEST, UNKNOWN
 from streammerge.numerics.ordered_sum import BLOCK
 
 _TILE = 1 << 15
@@ -26,6 +28,7 @@ _TILE = 1 << 15
 _TILE_BYTES = 1 << 20
 """Most bytes of a tile's base and task vectors; with many models a tile has fewer elements."""
 
+Tile = NDArray[np.float64]
 Span = tuple[int, int]
 """The first element of a tile, relative to the block, and the number of elements."""
 
@@ -175,6 +178,13 @@ def rescales(vectors: Sequence[TaskVector]) -> NDArray[np.float64]:
     return np.array([vector.rescale for vector in vectors], np.float64)
 
 
+def entries_of(tiles: Tiles, vectors: Sequence[TaskVector], span: Span) -> tuple[Tile, list[Tile], Counts]:
+    """Return a tile of the base and of each task vector as it enters a sum, fp64, and the numbers of survivors."""
+    base, deltas, kept = tiles.survivors(vectors, span)
+    pairs = zip(vectors, deltas, strict=True)
+    return base.astype(np.float64), [v.coefficient * d.astype(np.float64) for v, d in pairs], kept
+
+
 # --- scores, each with its kernel
 
 
@@ -189,9 +199,24 @@ def _importance(tiles: Tiles, score: Importance, span: Span, patterns: NDArray[n
     kernels().scores.importance_patterns(deltas, by_row, span[0], tiles.block.row_length, patterns)
 
 
+def _size(tiles: Tiles, score: Size, span: Span, patterns: NDArray[np.uint32]) -> None:
+    _, (entries,), _ = entries_of(tiles, (score.vector,), span)
+    with np.errstate(over="ignore"):
+        singles = np.minimum(np.abs(entries), LARGEST).astype(np.float32).view(np.uint32)
+    patterns[:] = np.where(np.isfinite(entries), singles, UNKNOWN)
+
+
+def _competition(tiles: Tiles, score: Competition, span: Span, patterns: NDArray[np.uint32]) -> None:
+    _, entries, _ = entries_of(tiles, score.vectors, span)
+    with np.errstate(invalid="ignore", over="ignore"):  # non-finite scores rank above all others
+        patterns[:] = score.patterns_of(entries, np)
+
+
 SCORES: dict[type, tuple[str, Callable[..., None]]] = {
     Spread: ("spread", _spread),
     Importance: ("importance", _importance),
+    Size: ("votes", _size),
+    Competition: ("votes", _competition),
 }
 """The group of kernels and the function that writes the patterns of each kind of score."""
 

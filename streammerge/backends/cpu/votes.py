@@ -6,16 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streammerge.algebra.block import Applied, BlockMath, Counts, Operand
-from streammerge.algebra.rules import ConsensusMerge, LargestAgreeing
-from streammerge.algebra.task_vectors import TaskVector
+from streammerge.algebra.rules import BalancedMerge, ConsensusMerge, LargestAgreeing
 from streammerge.backends.cpu.memory import BlockMemory
 from streammerge.backends.cpu.registry import OUT, VECTORS, applies, example
-from streammerge.backends.cpu.tiles import Span, Tiles, written
-
-Tile = NDArray[np.float64]
+from streammerge.backends.cpu.tiles import Span, Tile, Tiles, entries_of, written
 
 
 @applies(ConsensusMerge, kernels="votes")
@@ -28,9 +24,14 @@ def _elect(memory: BlockMemory, rule: LargestAgreeing, out: Operand) -> Applied:
     return _voted(memory, rule, out, lambda entries: rule.elected(entries, np))
 
 
+@applies(BalancedMerge, kernels="votes")
+def _balance(memory: BlockMemory, rule: BalancedMerge, out: Operand) -> Applied:
+    return _voted(memory, rule, out, lambda entries: rule.balanced(entries, np))
+
+
 def _voted(
     memory: BlockMemory,
-    rule: ConsensusMerge | LargestAgreeing,
+    rule: BalancedMerge | ConsensusMerge | LargestAgreeing,
     out: Operand,
     vote: Callable[[Sequence[Tile]], Any],
 ) -> Applied:
@@ -42,13 +43,6 @@ def _voted(
             return base + rule.scale * vote(entries), kept
 
     return written(memory, rule, out, merge)
-
-
-def entries_of(tiles: Tiles, vectors: Sequence[TaskVector], span: Span) -> tuple[Tile, list[Tile], Counts]:
-    """Return a tile of the base and of each task vector as it enters a sum, fp64, and the numbers of survivors."""
-    base, deltas, kept = tiles.survivors(vectors, span)
-    pairs = zip(vectors, deltas, strict=True)
-    return base.astype(np.float64), [v.coefficient * d.astype(np.float64) for v, d in pairs], kept
 
 
 @example("votes")

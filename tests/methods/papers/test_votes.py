@@ -13,7 +13,7 @@ import torch
 
 from streammerge.api import merge, plan
 from streammerge.errors import ConfigError
-from tests.conftest import as_float64, config_for
+from tests.conftest import as_float64, config_for, read_tensors, write_model
 from tests.methods.by_hand import BASE, DELTAS, call, follow
 
 Array = np.ndarray
@@ -29,6 +29,25 @@ def consensus(deltas: Sequence[Array], k: int = 2, lambda_mask: float = 0.4) -> 
 def emr(deltas: Sequence[Array]) -> Array:
     sign = np.sign(np.sum(deltas, axis=0))
     return sign * np.max([np.where(np.sign(delta) == sign, np.abs(delta), 0.0) for delta in deltas], axis=0)
+
+
+def pcb(deltas: Sequence[Mapping[str, Array]], ratio: float = 0.1) -> dict[str, Array]:
+    """The published code on whole flat vectors, with the clamped entries in the product too."""
+    flat = np.stack([np.concatenate([part.ravel() for part in one.values()]) for one in deltas])
+    n, d = flat.shape
+    ordered = np.sort(np.abs(flat).astype(np.float32), axis=1).astype(float)
+    low, high = ordered[:, int(d * 1e-4), None], ordered[:, int(d * (1 - 1e-4)) - 1, None]
+    sizes = np.clip(np.abs(flat), low, high)
+    held = np.sign(flat) * sizes
+    scores = np.exp(n * (((sizes - low) / (high - low)) ** 2 - 1)) * np.tanh(held * held.sum(axis=0))
+    scores = scores.astype(np.float32).astype(float)
+    ranked = np.sort(scores, axis=1)
+    threshold, top = ranked[:, int(d * (1 - ratio)), None], ranked[:, -1:]
+    weights = (np.maximum(scores, threshold) - threshold) / (top - threshold)
+    merged = (held * weights).sum(axis=0) / np.maximum(weights.sum(axis=0), 1e-12)
+    ends = np.cumsum([part.size for part in deltas[0].values()])[:-1]
+    parts = zip(deltas[0].items(), np.split(merged, ends), strict=True)
+    return {name: part.reshape(like.shape) for (name, like), part in parts}
 
 
 REFERENCES: Mapping[str, Callable[..., Array]] = {"consensus": consensus, "emr": emr}
@@ -55,6 +74,52 @@ def test_votes_equal_the_reference(
         ]
         expected = theta_0 + 0.7 * REFERENCES[method](deltas, **parameters)
         np.testing.assert_allclose(merged[name], expected, rtol=2e-7, atol=0)
+
+
+def test_pcb_equals_the_reference_over_the_whole_model(
+    make_models: Callable[..., list[Path]], small_capacity: Callable[[int, int], None], tmp_path: Path
+) -> None:
+    paths = make_models(dtype=torch.float32, spread=0.1)
+    models = [
+        {"model": str(path), "parameters": {"weight": [{"filter": "embed", "value": 2 * w}, {"value": w}]}}
+        for path, w in zip(paths[1:], WEIGHTS, strict=True)
+    ]
+    small_capacity(1 << 19, 3)
+    merge(
+        config_for("pcb", paths, models=models, parameters={"ratio": 0.3}), tmp_path / "out", progress=False
+    )
+    merged, base, *tuned = map(as_float64, (tmp_path / "out", *paths))
+    deltas = [
+        {
+            name: w
+            * (2 if "embed" in name else 1)
+            * (m[name].astype(np.float32) - base[name].astype(np.float32))
+            for name in base
+        }
+        for w, m in zip(WEIGHTS, tuned, strict=True)
+    ]
+    expected = pcb([{name: part.astype(float) for name, part in one.items()} for one in deltas], 0.3)
+    won = 0
+    for name, tau in expected.items():
+        np.testing.assert_allclose(merged[name], base[name] + tau, rtol=2e-7, atol=1e-5 * np.abs(tau).max())
+        won += np.count_nonzero(tau)
+    assert 0.3 < won / sum(tau.size for tau in expected.values()) < 0.9
+
+
+def test_pcb_of_models_that_did_not_change_is_the_base(
+    make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    base, tuned = make_models(n_models=1)
+    same = write_model(tmp_path / "same", read_tensors(base))
+    for name, models in (("none", [same, same]), ("one", [same, tuned])):
+        listed = [{"model": str(path), "alias": str(i)} for i, path in enumerate(models)]
+        merge(config_for("pcb", [base], models=listed), tmp_path / name, memory="1GiB", progress=False)
+    unchanged, merged = read_tensors(tmp_path / "none"), read_tensors(tmp_path / "one")
+    expected, changed = read_tensors(base), read_tensors(tuned)
+    assert all(torch.equal(unchanged[name], tensor) for name, tensor in expected.items())
+    assert any(not torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    for name, tensor in expected.items():
+        assert (merged[name] - tensor).abs().max() <= (changed[name] - tensor).abs().max()
 
 
 def test_votes_by_hand_and_non_finite_values_show() -> None:

@@ -1,0 +1,117 @@
+"""Parameter competition (PCB-Merging, https://arxiv.org/abs/2410.02396): the score of each entry of each task vector.
+
+With a_i = abs(delta_i) clamped to [low_i, high_i] and c_i = sign(delta_i) a_i, for T models::
+
+    intra_i = exp(T (n_i^2 - 1)),  n_i = (a_i - low_i) / (high_i - low_i)
+    inter_i = tanh(c_i * sum_j c_j)
+    b_i     = intra_i * inter_i, rounded to fp32
+
+The published code has exp(T n_i^2); the factor exp(-T) changes no result, since scores are only compared with the scores of the
+same model, and keeps them in [-1, 1]. exp and tanh consist of IEEE additions, multiplications and divisions, so numpy and torch
+give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from streammerge.algebra.scores import Score, patterns_of
+from streammerge.algebra.task_vectors import TaskVector, Where
+from streammerge.numerics.elementary import EXP_TERMS, LEAST, LN2_HIGH, LN2_LOW, PER_LN2, SHIFT, SHIFT_BITS
+from streammerge.numerics.finite import UNKNOWN
+
+if TYPE_CHECKING:
+    import torch
+
+_ZERO = 0x3F800000
+"""The pattern of a score of 0. That of a positive score is above it by the score's bits, that of a negative one below."""
+_SMALL = 2.0**-6
+"""Arguments of tanh below which its series is more accurate."""
+
+Range = tuple[float, float]
+"""The clamp of one model's magnitudes: (lowest, highest)."""
+
+
+@dataclass(frozen=True)
+class Size(Score):
+    """The magnitude of a weighted task vector's entries."""
+
+    vector: TaskVector
+
+    def patterns(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the magnitude's pattern of each element, int32."""
+        return patterns_of(self.vector.entries(models[self.vector.model], base, where).abs())
+
+
+@dataclass(frozen=True)
+class Competition(Score):
+    """The score b of one of several task vectors. Patterns order as scores do, negative ones included."""
+
+    vectors: tuple[TaskVector, ...]
+    ranges: tuple[Range, ...]
+    place: int
+    """Index of the task vector that is scored."""
+
+    def patterns(self, models: Sequence[torch.Tensor], base: torch.Tensor, where: Where) -> torch.Tensor:
+        """Return the score's pattern of each element, int32."""
+        import torch
+
+        entries = [v.entries(models[v.model], base, where) for v in self.vectors]
+        return self.patterns_of(entries, torch)
+
+    def patterns_of(self, entries: Sequence[Any], arrays: Any) -> Any:
+        """Return the patterns of fp64 task vectors, of numpy or torch (`arrays`), int32."""
+        held = [clamped(one, span, arrays) for one, span in zip(entries, self.ranges, strict=True)]
+        total = sum(held[1:], start=0.0 + held[0])
+        bits = score(held[self.place], total, self.ranges[self.place], len(held), arrays).view(arrays.int32)
+        sizes = bits & 0x7FFFFFFF
+        return arrays.where(arrays.isfinite(total), _ZERO + arrays.where(bits < 0, -sizes, sizes), UNKNOWN)
+
+
+def value_of(pattern: int) -> float:
+    """Return the score that a pattern of `Competition` stands for."""
+    import numpy as np
+
+    size = float(np.array(abs(pattern - _ZERO), np.int32).view(np.float32))
+    return size if pattern >= _ZERO else -size
+
+
+def clamped(entries: Any, span: Range, arrays: Any) -> Any:
+    """Return entries with their magnitude clamped; non-finite ones stay as they are, and 0 stays 0."""
+    held = arrays.sign(entries) * abs(entries).clip(*span)
+    return arrays.where(arrays.isfinite(entries), held, entries)
+
+
+def score(held: Any, total: Any, span: Range, n_models: int, arrays: Any) -> Any:
+    """Return the fp32 score of clamped entries, given the sum of all models' clamped entries."""
+    low, high = span
+    share = (abs(held).clip(min=low) - low) / (high - low) if high > low else 0.0 * held
+    return cast(_exp(n_models * (share * share - 1.0), arrays) * _tanh(held * total, arrays), arrays.float32)
+
+
+def cast(values: Any, dtype: Any) -> Any:
+    """Return values of numpy or torch in one of its dtypes."""
+    return values.astype(dtype) if hasattr(values, "astype") else values.to(dtype)
+
+
+def _exp(x: Any, arrays: Any) -> Any:
+    """Return e to the power of `x`, which is not above 0; the steps of `streammerge.numerics.elementary.exp`."""
+    x = x.clip(min=LEAST)
+    shifted = x * PER_LN2 + SHIFT
+    k = shifted - SHIFT
+    r = (x - k * LN2_HIGH) - k * LN2_LOW
+    total = arrays.full_like(r, EXP_TERMS[0])
+    for term in EXP_TERMS[1:]:
+        total = total * r + term
+    power = (shifted.view(arrays.int64) - SHIFT_BITS + 1023) << 52
+    return total * power.view(arrays.float64)
+
+
+def _tanh(x: Any, arrays: Any) -> Any:
+    size, square = abs(x), x * x
+    fall = _exp(-2.0 * size, arrays)
+    far = arrays.sign(x) * ((1.0 - fall) / (1.0 + fall))
+    near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0))))
+    return arrays.where(size < _SMALL, near, far)
