@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.checkpoint.weight_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from streammerge.dtypes import FLOATS, itemsize
@@ -33,6 +34,7 @@ from streammerge.output.place import CONFIG_COPY, Place
 from streammerge.output.shards import ShardWriter
 from streammerge.planning.layout import header_of, place_in_file
 from streammerge.planning.low_rank.adapter import PREFIX, AdapterPlan, FactoredModule, SavedTensor
+from streammerge.planning.low_rank.sorting import is_expert
 from streammerge.planning.plan import MergePlan
 from streammerge.tensors.encoders.base import Stored
 from streammerge.tensors.encoders.low_rank import NORM, RANK, RESIDUAL
@@ -93,7 +95,7 @@ def commit_adapter(
         assert plan.adapter is not None
         raise ModelError(
             f"{printable(place.out)}: no matrix differs from that of {printable(plan.adapter.base)}: there is no adapter "
-            "to write"
+            "to write (embeddings and heads count with `embeddings`, --embeddings)"
         )
     nbytes, crc, tensors = _write(cut.entries, place, writer)
     made = {CONFIG_COPY: plan.config.text.encode("utf-8", "surrogatepass")}
@@ -157,35 +159,51 @@ class _Cut:
         self._adapter: AdapterPlan = plan.adapter
         self.residuals: list[Residual] = []
         self.entries: list[_Entry] = []
-        biases = False
+        self._experts = any(
+            is_expert(one.name) and self._figures(one)[RANK] for one in self._adapter.factored
+        )
+        biases: set[bool] = set()
         for module in self._adapter.factored:
-            self._take(module)
+            wrapped = self._take(module)
             if module.bias is not None and self._differs(module.bias):
-                self.entries.append(self._whole(module.bias))
-                biases = True
+                self.entries.append(self._whole(module.bias, ".base_layer" if wrapped else ""))
+                biases.add(wrapped)
+        for bias in filter(self._differs, self._adapter.biases):
+            self.entries.append(self._whole(bias))
+            biases.add(False)
         saved = []
         for whole in self._adapter.saved:
             if any(map(self._differs, whole.tensors)):
                 saved.append(whole.name)
                 self.entries += map(self._whole, whole.tensors)
         ranks = {one.module: one.rank for one in self.residuals}
-        self.config = self._adapter.config(ranks, saved, biases=biases)
+        of_biases = "all" if False in biases else "lora_only" if biases else "none"
+        self.config = self._adapter.config(ranks, saved, of_biases)
 
-    def _take(self, module: FactoredModule) -> None:
-        """Take the factors of a module, unless its weight is that of the base."""
-        of_a, of_b, of_figures = self._plan.layout.slots[module.job]
-        figures = np.frombuffer(self._writer.read(0, of_figures.offset, of_figures.nbytes), F64)
-        rank, norm = int(figures[RANK]), float(figures[NORM])
+    def _take(self, module: FactoredModule) -> bool:
+        """Take the factors of a module, unless its weight is that of the base; return whether they were taken."""
+        of_a, of_b, _ = self._plan.layout.slots[module.job]
+        part, _, _ = self._plan.jobs[module.job].parts
+        figures = self._figures(module)
+        rank, norm, missed = int(figures[RANK]), float(figures[NORM]), float(figures[RESIDUAL])
+        if not rank and self._experts and is_expert(module.name):
+            rank = part.shape[0]  # zeros: PEFT fuses experts, and needs the factors of all
         if not rank:
-            return
-        dtype = self._plan.jobs[module.job].parts[0].dtype
+            return False
         for (name, shape), slot in zip(module.factors(rank), (of_a, of_b), strict=True):
-            self.entries.append(_Entry(Stored(name, dtype, shape), slot.offset))
-        self.residuals.append(Residual(module.name, rank, norm, float(figures[RESIDUAL]) / norm))
+            self.entries.append(_Entry(Stored(name, part.dtype, shape), slot.offset))
+        self.residuals.append(Residual(module.name, rank, norm, missed / norm if norm else 0.0))
+        return True
 
-    def _whole(self, tensor: SavedTensor) -> _Entry:
+    def _figures(self, module: FactoredModule) -> NDArray[np.float64]:
+        slot = self._plan.layout.slots[module.job][2]
+        return np.frombuffer(self._writer.read(0, slot.offset, slot.nbytes), F64)
+
+    def _whole(self, tensor: SavedTensor, wrapper: str = "") -> _Entry:
+        """Take a tensor whole; `wrapper` is what PEFT puts before the last part of its name."""
         job, (slot,) = self._plan.jobs[tensor.job], self._plan.layout.slots[tensor.job]
-        return _Entry(Stored(PREFIX + tensor.name, job.dtype, job.shape), slot.offset)
+        module, _, leaf = tensor.name.rpartition(".")
+        return _Entry(Stored(f"{PREFIX}{module}{wrapper}.{leaf}", job.dtype, job.shape), slot.offset)
 
     def _differs(self, tensor: SavedTensor) -> bool:
         """Return whether a tensor differs from the base's, rounded to the same dtype."""

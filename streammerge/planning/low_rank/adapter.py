@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from streammerge.checkpoint.module_names import architecture_of
 from streammerge.config.lora import LoraOutput
 from streammerge.formats.refs import SourceRef
 from streammerge.planning.low_rank.sorting import Kind, named
@@ -15,13 +16,10 @@ PREFIX = "base_model.model."
 _TASKS = (
     ("ForCausalLM", "CAUSAL_LM"),
     ("LMHeadModel", "CAUSAL_LM"),
-    ("ForSequenceClassification", "SEQ_CLS"),
-    ("ForTokenClassification", "TOKEN_CLS"),
-    ("ForQuestionAnswering", "QUESTION_ANS"),
     ("T5ForConditionalGeneration", "SEQ_2_SEQ_LM"),
     ("BartForConditionalGeneration", "SEQ_2_SEQ_LM"),
 )
-"""PEFT's task types, by the ending of the architecture's name."""
+"""PEFT's task types, by the ending of the architecture's name. Those of classifiers would store the classifier whole."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,12 @@ class AdapterPlan:
     """The names of all modules of the model."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The base's config.json."""
+    biases: tuple[SavedTensor, ...] = ()
+    """Biases of modules whose weight is that of the base."""
     loose: tuple[tuple[str, SourceRef, SourceRef | None], ...] = ()
     """Tensors that no adapter can change, with the base's; they must be equal."""
 
-    def config(self, ranks: Mapping[str, int], saved: Sequence[str], *, biases: bool) -> dict[str, Any]:
+    def config(self, ranks: Mapping[str, int], saved: Sequence[str], bias: str) -> dict[str, Any]:
         """Return adapter_config.json.
 
         Parameters
@@ -97,8 +97,8 @@ class AdapterPlan:
             The rank of each module with factors.
         saved
             The modules that are stored whole.
-        biases
-            Whether biases of modules with factors are stored.
+        bias
+            Which biases are stored: `none`, `lora_only` or `all`.
         """
         rank = max(ranks.values(), default=0)
         other = {name: own for name, own in ranks.items() if own != rank}
@@ -107,7 +107,7 @@ class AdapterPlan:
         return {
             "alpha_pattern": other,
             "base_model_name_or_path": self.base,
-            "bias": "lora_only" if biases else "none",
+            "bias": bias,
             "fan_in_fan_out": any(name in turned for name in ranks),
             "inference_mode": True,
             "init_lora_weights": True,
@@ -124,6 +124,5 @@ class AdapterPlan:
         }
 
     def _task(self) -> str | None:
-        names = self.settings.get("architectures")
-        first = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-        return next((task for end, task in _TASKS if first.endswith(end)), None)
+        name = architecture_of(self.settings)
+        return next((task for end, task in _TASKS if name.endswith(end)), None)

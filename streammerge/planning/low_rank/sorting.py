@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from streammerge.checkpoint.names import is_head
+from streammerge.checkpoint.names import is_embedding, is_head
 from streammerge.checkpoint.tensor_kinds import kind_of
 from streammerge.config.lora import LoraOutput
 from streammerge.dtypes import FLOATS
@@ -26,8 +26,13 @@ _CONV1D = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 """The modules for which this holds."""
 ROUTERS = frozenset({"gate", "router", "gating", "wg", "shared_expert_gate", "switch"})
 """Modules that send a token to its experts; transformers stores them as bare parameters."""
+_SCANNING = frozenset({"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"})
+"""Model types whose `out_proj` is read by kernels past its module, so that PEFT gives it no factors."""
 _TABLES = ("embed", "wte", "wpe", "relative_attention_bias")
 """Parts of the names of modules whose weight is a table of vectors."""
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Sorter:
@@ -52,7 +57,10 @@ class Sorter:
     ) -> None:
         self._tensors, self._dtypes, self._asked = tensors, dtypes, asked
         self._transposes = config.get("model_type") in TRANSPOSED
+        self._scans = config.get("model_type") in _SCANNING
         self._parents = {module.rpartition(".")[0] for module in modules_of(tensors)}
+        # PEFT fuses experts that are stored one by one, and takes every module of these names for one of theirs.
+        self._of_experts = {name.split(".")[-2] for name in tensors if is_expert(name)}
         self._include = None if asked.include is None else re.compile(asked.include)
         self._exclude = None if asked.exclude is None else re.compile(asked.exclude)
 
@@ -80,15 +88,24 @@ class Sorter:
         if self._dtypes.get(name) not in FLOATS or len(shape) < 2 or 0 in shape:
             return "whole"
         kind, last = kind_of(name), module.rpartition(".")[2]
-        if kind == "norm" or last in ROUTERS:
+        if kind == "norm" or last in ROUTERS or (self._scans and last == "out_proj"):
+            return "whole"
+        if last in self._of_experts and not is_expert(module):
             return "whole"
         if len(shape) > 2:
             depthwise = shape[1] == 1 and shape[0] > 1
             return "experts" if "experts" in module else "whole" if depthwise else "convolution"
-        if is_table(module) or is_head(name):
-            kinds: tuple[Kind, Kind] = ("embedding", "linear")
-            return "whole" if not self._asked.embeddings else kinds[is_head(name)]
-        return "linear"
+        of_table = self.kind_of_table(name)
+        if of_table is None:
+            return "linear"
+        return of_table if self._asked.embeddings else "whole"
+
+    def kind_of_table(self, name: str) -> Kind | None:
+        """Return the kind of factors that an embedding's or a head's weight may have; None for any other tensor."""
+        module, _, leaf = name.rpartition(".")
+        if leaf != "weight" or len(self._tensors[name]) != 2 or self.is_saved(module):
+            return None
+        return "linear" if is_head(name) else "embedding" if is_table(module) else None
 
     def is_left_out(self, module: str) -> bool:
         """Return whether the user leaves a module out."""
@@ -106,13 +123,24 @@ class Sorter:
         return kind == "embedding" or (self._transposes and last in _CONV1D and len(self._tensors[name]) == 2)
 
 
+def is_expert(name: str) -> bool:
+    """Return whether a module or tensor belongs to one expert, by its name.
+
+    >>> is_expert("model.layers.0.mlp.experts.3.up_proj"), is_expert("model.layers.0.mlp.shared_experts.up_proj")
+    (True, False)
+    """
+    return _EXPERT.search(name) is not None
+
+
 def is_table(module: str) -> bool:
     """Return whether a module is an embedding, of tokens, positions or anything else, by its name.
 
     >>> is_table("model.embed_tokens"), is_table("embeddings.dense"), is_table("lm_head")
     (True, False, False)
     """
-    return any(part in module.rpartition(".")[2].lower() for part in _TABLES)
+    return is_embedding(f"{module}.weight") or any(
+        part in module.rpartition(".")[2].lower() for part in _TABLES
+    )
 
 
 def modules_of(names: Iterable[str]) -> set[str]:

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from streammerge.algebra.low_rank import computed_rank
 from streammerge.algebra.rules import CopyOf, TaskVectorMerge, WeightedSum
-from streammerge.checkpoint.names import HEADS, is_embedding, is_head, tied_to
+from streammerge.checkpoint.module_names import architecture_of, namer
+from streammerge.checkpoint.names import embedding_of, flag_of, is_embedding, is_head
 from streammerge.checkpoint.refs.adapted import AdaptedRef
 from streammerge.checkpoint.refs.difference import DifferenceRef, SumOfProductsRef
 from streammerge.dtypes import FLOATS
@@ -16,7 +17,7 @@ from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.formats.refs import RenamedRef, SourceRef
 from streammerge.planning.job import Job
 from streammerge.planning.low_rank.adapter import AdapterPlan, FactoredModule, SavedModule, SavedTensor
-from streammerge.planning.low_rank.sorting import FACTORED, Kind, Sorter, modules_of
+from streammerge.planning.low_rank.sorting import FACTORED, Kind, Sorter, is_expert, modules_of
 from streammerge.planning.needs import tensor_context_of
 from streammerge.planning.quantize.base import Material, Storage, stores
 from streammerge.planning.resolve.find import Finder
@@ -25,6 +26,10 @@ from streammerge.tensors.encoders.low_rank import LowRank
 
 MERGE = "(the merge)"
 """The name of the stage whose result an adapter is made of."""
+
+
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Endings of the names of architectures with an output head."""
 
 
 class MergeNeededError(Exception):
@@ -77,20 +82,23 @@ class _Choice:
             shapes, {name: job.sources[0].dtype for name, job in jobs.items()}, settings, self._asked
         )
         self._written: list[Job] = []
-        self._prefix = _prefix(jobs, settings)
+        self._named = namer(settings, jobs)
 
     def storage(self) -> Storage:
         kinds = {name: self._kind(name) for name in self._jobs}
         self._refuse(kinds)
+        changed = [name for name, kind in kinds.items() if kind in FACTORED and not self._is_the_base(name)]
+        experts = any(map(is_expert, changed))  # PEFT fuses them, so all have factors, be they zero
         factored = [
             self._factored(name, kind)
             for name, kind in kinds.items()
-            if kind in FACTORED and not self._is_the_base(name)
+            if kind in FACTORED and (name in changed or (experts and is_expert(name)))
         ]
         saved = self._saved(kinds)
         if not factored and any(kind in FACTORED for kind in kinds.values()):
             raise ModelError(
-                f"no matrix differs from that of {printable(self._reference)}: there is no adapter to write"
+                f"no matrix differs from that of {printable(self._reference)}: there is no adapter to write (embeddings "
+                "and heads count as matrices with `embeddings`, --embeddings)"
             )
         if not factored:
             raise ModelError(
@@ -107,8 +115,9 @@ class _Choice:
             self._asked,
             tuple(factored),
             tuple(saved),
-            tuple(sorted(self._prefix + module for module in modules_of(self._jobs))),
+            tuple(sorted({self._named(module) for module in modules_of(self._jobs)})),
             self._material.template.config,
+            self._biases(kinds),
             tuple(loose),
         )
         jobs = tuple(replace(job, ordinal=i) for i, job in enumerate(self._written))
@@ -122,6 +131,16 @@ class _Choice:
     def _kind(self, name: str) -> Kind:
         """Return what becomes of a tensor; one that the base has not is stored whole."""
         kind = self._sorter.kind(name)
+        if (
+            kind == "whole"
+            and not self._is_tied()
+            and (of_table := self._sorter.kind_of_table(name)) is not None
+        ):
+            base = self._bases[name]
+            if base is not None and isinstance(
+                _sum_of_products(self._jobs[name], base, self._material), SumOfProductsRef
+            ):
+                return of_table
         if kind in FACTORED and self._bases[name] is None:
             if not (is_head(name) or is_embedding(name) or self._finder.find(self._reference, name) is None):
                 theirs = self._finder.find(self._reference, name)
@@ -168,6 +187,7 @@ class _Choice:
     def _factored(self, name: str, kind: Kind) -> FactoredModule:
         job, base = self._jobs[name], self._bases[name]
         assert base is not None
+        change = self._change(job, base)
         if self._asked.embeddings and (is_embedding(name) or is_head(name)) and self._is_tied():
             raise ModelError(
                 f"{printable(self._reference)}: embedding and head share their weights, which two adapters would change "
@@ -176,29 +196,31 @@ class _Choice:
         turned = self._sorter.is_turned(name, kind)
         matrix = job.shape[0], math.prod(job.shape[1:])
         asked, config = self._asked, self._material.config
-        rank = asked.most if asked.rank is not None else min(asked.most, *matrix)
+        # PEFT fuses experts, so they have one rank.
+        rank = asked.most if asked.rank is not None or is_expert(name) else min(asked.most, *matrix)
         form = LowRank(
             name,
             matrix,
             rank,
-            asked.energy,
+            None if is_expert(name) else asked.energy,
             config.out_dtype or config.dtype or "F32",
             computed_rank(matrix, rank),
             turned,
         )
-        ref = self._change(job, base)
-        ordinal = self._write(Job(0, name, "F64", job.shape, "factor", (ref,), None, {}, encoder=form))
+        ordinal = self._write(Job(0, name, "F64", job.shape, "factor", (change,), None, {}, encoder=form))
         bias = None
         module = name.removesuffix(".weight")
         of_bias = f"{module}.bias"
         has_bias = of_bias in self._jobs and self._kind(of_bias) == "bias" and not self._is_the_base(of_bias)
         if has_bias and not asked.drop_rest:
-            bias = self._tensor(f"{module}.bias", "base_layer.bias")
-        return FactoredModule(self._prefix + module, ordinal, kind, job.shape, turned, bias)
+            bias = self._tensor(of_bias, "bias")
+        return FactoredModule(self._named(module), ordinal, kind, job.shape, turned, bias)
 
     def _change(self, job: Job, base: SourceRef) -> SourceRef:
         """Return the change of a weight: of a model, of several adapters together, or of a merge."""
         material = self._material
+        if self._is_the_base(job.name):
+            return DifferenceRef(base, base)
         if (products := _sum_of_products(job, base, material)) is not None:
             return products
         if is_plain_copy(job, material.method):
@@ -224,33 +246,41 @@ class _Choice:
         for module, names in owned.items():
             if not all(map(self._is_the_base, names)):
                 tensors = [self._tensor(name, name.rpartition(".")[2]) for name in names]
-                modules[self._prefix + module] = tensors
-        head = self._tied_head(modules)
-        if head is not None:
-            modules |= head
+                modules[self._named(module)] = tensors
+        modules |= self._tied(modules)
         return [SavedModule(name, tuple(tensors)) for name, tensors in modules.items()]
+
+    def _biases(self, kinds: Mapping[str, Kind]) -> tuple[SavedTensor, ...]:
+        """Return the biases of modules whose weight is that of the base."""
+        found = (name for name, kind in kinds.items() if kind == "bias" and not self._is_the_base(name))
+        alone = [name for name in found if self._is_the_base(f"{name.removesuffix('.bias')}.weight")]
+        return () if self._asked.drop_rest else tuple(self._tensor(name, "bias") for name in alone)
 
     def _tensor(self, name: str, leaf: str) -> SavedTensor:
         job = self._write(self._jobs[name])
         module = name.rpartition(".")[0]
-        return SavedTensor(f"{self._prefix}{module}.{leaf}", job, self._bases[name])
+        return SavedTensor(f"{self._named(module)}.{leaf}", job, self._bases[name])
 
     def _is_tied(self) -> bool:
+        """Return whether the head is the embedding."""
         template = self._material.template
-        return any(tied_to(self._jobs, template.config, head) is not None for head in HEADS)
+        return flag_of(template.config) is not False and not any(map(is_head, self._jobs))
 
-    def _tied_head(self, modules: Mapping[str, Sequence[SavedTensor]]) -> dict[str, list[SavedTensor]] | None:
-        """Return the head that shares a stored embedding: PEFT stores it as a module of its own."""
-        architecture = str(next(iter(self._material.template.config.get("architectures") or []), ""))
-        if not self._is_tied() or not architecture.endswith(
-            ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-        ):
-            return None
-        found = [tensors for name, tensors in modules.items() if is_embedding(f"{name}.weight")]
-        if len(found) != 1:
-            return None
-        name = "embed_out" if self._material.template.config.get("model_type") == "gpt_neox" else "lm_head"
-        return {name: [replace(found[0][0], name=f"{name}.weight")]}
+    def _tied(self, modules: Mapping[str, Sequence[SavedTensor]]) -> dict[str, list[SavedTensor]]:
+        """Return the modules that share a stored embedding: PEFT stores each as a module of its own."""
+        embedding = embedding_of(self._jobs)
+        names = {name for name in self._jobs if is_embedding(name) or name == embedding}
+        tables = {self._named(name.rpartition(".")[0]) for name in names}
+        found = [(name, own) for name, own in modules.items() if name in tables and len(own) == 1]
+        others: list[str] = []
+        settings = self._material.template.config
+        if len(found) == 1 and self._is_tied() and architecture_of(settings).endswith(_WITH_HEAD):
+            others.append("lm_head")
+        for name, _ in found:
+            if name.rpartition(".")[2] == "shared":
+                around = name.removesuffix("shared")
+                others += [f"{around}encoder.embed_tokens", f"{around}decoder.embed_tokens"]
+        return {name: [replace(found[0][1][0], name=f"{name}.weight")] for name in others}
 
     def _notes(self, kinds: Mapping[str, Kind]) -> tuple[str, ...]:
         left = [name for name, kind in kinds.items() if kind == "left out"]
@@ -263,15 +293,6 @@ class _Choice:
                 f"{len(rest)} tensors that are not decomposed are left out of the adapter (drop_rest)"
             )
         return tuple(notes)
-
-
-def _prefix(names: Mapping[str, object], settings: Mapping[str, object]) -> str:
-    """Return what the names of modules have in front of those in the files; GPT-2's files may lack it."""
-    architectures = settings.get("architectures")
-    first = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    return (
-        "transformer." if first.startswith("GPT2") and first != "GPT2Model" and "wte.weight" in names else ""
-    )
 
 
 def _sum_of_products(job: Job, base: SourceRef, material: Material) -> SourceRef | None:
@@ -320,7 +341,7 @@ def _coefficients_of(job: Job, material: Material) -> list[float] | None:
 
 def _same(one: SourceRef, other: SourceRef) -> bool:
     """Return whether two references lead to the same stored tensor."""
-    a, b = one.plain, other.plain
+    a, b = (ref.source.plain if isinstance(ref, RenamedRef) else ref.plain for ref in (one, other))
     if a is None or b is None:
         return one is other
     return (a.path, a.offset, a.dtype, a.shape) == (b.path, b.offset, b.dtype, b.shape) and a.dtype in FLOATS
