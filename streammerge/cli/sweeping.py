@@ -112,7 +112,7 @@ def sweep(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
         {"out": out, "seconds": result.seconds, **sweep_values(result.points, result.best)},
         sweep_text(result.points, result.best, out),
     )
-    if failed := result.failed:
+    if options["score"] is not None and (failed := result.failed):
         first = result.points[failed[0]]
         raise WorldError(
             f"{len(failed)} of {len(result.points)} points have no score; {printable(failed[0], 200)}: "

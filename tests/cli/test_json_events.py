@@ -93,6 +93,8 @@ def test_every_event_is_as_the_page_says_and_the_page_names_no_other(
     reporter(Event("hash", {"bytes_read": 5}))
     JsonReporter()(Event("report", {"bytes_read": 5}))
     JsonReporter()(Event("gates", {"layer": 0, "layers": 2, "bytes_read": 5}))
+    JsonReporter()(Event("scoring", {"point": "lambda=0.3"}))
+    JsonReporter()(Event("point", {"point": "lambda=0.3", "score": None, "seconds": None, "reason": "x"}))
     reporter(Event("resume", {"bytes_done": 100}))
     received.append(signal.SIGINT)
     reporter.close()
