@@ -18,6 +18,7 @@ from streammerge.formats.safetensors import SUFFIX
 from streammerge.formats.torch_file import PICKLES
 from streammerge.formats.zarr_chunks import ChunkedRef
 from streammerge.formats.zarr_store import ATTRIBUTE, GRAM_ATTRIBUTE, read_table
+from streammerge.io import volumes
 from streammerge.io.files import bad, expanded, meant, quoted
 from streammerge.io.stamp import FileStamp
 
@@ -73,9 +74,9 @@ def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) 
     reference = expanded(os.fspath(reference))
     if reference.endswith(PICKLES):
         raise bad(reference, "a PyTorch file: make a store of it with `streammerge fisher import`")
-    if os.path.isdir(reference) and not _holds_safetensors(reference):
+    if volumes.isdir(reference) and not _holds_safetensors(reference):
         return _open_store(reference, ATTRIBUTE, "Fisher diagonals", with_table)
-    if not os.path.exists(reference):
+    if not volumes.exists(reference):
         raise bad(reference, f"no such Fisher diagonal (a store, or a safetensors file){meant(reference)}")
     model = open_model(reference)
     refs = model.stored()
@@ -103,14 +104,14 @@ def open_grams(reference: str | os.PathLike[str], *, with_table: bool = False) -
         If the machine cannot read it.
     """
     reference = expanded(os.fspath(reference))
-    if not os.path.isdir(reference):
+    if not volumes.isdir(reference):
         raise bad(reference, f"no such store of Gram matrices{meant(reference)}")
     return _open_store(reference, GRAM_ATTRIBUTE, "Gram matrices", with_table)
 
 
 def _holds_safetensors(directory: str) -> bool:
     try:
-        return any(name.endswith(SUFFIX) for name in os.listdir(directory))
+        return any(name.endswith(SUFFIX) for name in volumes.listdir(directory))
     except OSError:
         return False
 

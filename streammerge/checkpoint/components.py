@@ -13,6 +13,7 @@ from pathlib import Path
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.sidecar_names import is_weights
 from streammerge.checkpoint.sidecars import leads_inside, module_folders
+from streammerge.io import volumes
 
 
 def shared_folders(
@@ -48,7 +49,8 @@ def shared_folders(
 def _is_directory(index: TensorIndex) -> bool:
     """Return whether a model is a whole directory, not one file in a directory that may belong to a different model."""
     return (
-        index.directory == Path(os.path.expanduser(index.reference)) or "snapshots" in index.directory.parts
+        index.directory == volumes.as_path(os.path.expanduser(index.reference))
+        or "snapshots" in index.directory.parts
     )
 
 
@@ -57,7 +59,7 @@ def _with_weights(directory: Path) -> list[str]:
     found = []
     for folder in module_folders(directory):
         try:
-            names = [name for name in os.listdir(directory / folder) if is_weights(name)]
+            names = [name for name in volumes.listdir(directory / folder) if is_weights(name)]
             if names and all(leads_inside(directory, directory / folder / name) for name in names):
                 found.append(folder)
         except OSError:

@@ -35,6 +35,7 @@ from streammerge.formats.parts import contiguous
 from streammerge.formats.refs import SourceRef, TensorRef
 from streammerge.formats.registry import Contents, open_file, suffixes
 from streammerge.formats.safetensors import SUFFIX
+from streammerge.io import volumes
 from streammerge.io.files import bad, place, quoted
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import read_object
@@ -161,13 +162,14 @@ class TensorIndex(Mapping[str, SourceRef]):
 
 
 def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) -> TensorIndex:
-    """Read the headers of a model, without reading tensors or using the network.
+    """Read the headers of a model, without reading tensors; the network is used only for a URL.
 
     Parameters
     ----------
     reference
         A directory, a ``.safetensors`` file, a file of ``torch.save``, or (if there is no such directory) ``org/name``,
-        ``name`` or ``org/name@revision`` in the local Hugging Face cache; and ``model+adapter``, two of these joined.
+        ``name`` or ``org/name@revision`` in the local Hugging Face cache; a URL of an object store
+        (``s3://bucket/model``); and ``model+adapter``, two of these joined.
     cache
         Directory of that cache; default: the environment's.
 
@@ -182,8 +184,9 @@ def open_model(reference: str | os.PathLike[str], *, cache: Path | None = None) 
     cache = cache_directory() if cache is None else cache
     if "+" in reference and not exists(os.path.expanduser(reference)):
         return _open_adapted(reference, cache)
+    volumes.forget(reference)
     path = locate_in(reference, cache)
-    if os.path.isdir(path):
+    if volumes.isdir(path):
         return (
             _read_pipeline(reference, path)
             if is_pipeline(path)
@@ -242,7 +245,7 @@ def with_adapter(reference: str, base: TensorIndex, place: str, *, cache: Path |
             "adapters of image models are not applied: `load_lora_weights`, `fuse_lora` and `save_pretrained` of the pipeline in "
             "diffusers fuse one; merge the pipeline that results",
         )
-    if not os.path.lexists(directory / ADAPTER_CONFIG):
+    if not volumes.lexists(directory / ADAPTER_CONFIG):
         raise bad(str(directory), f"no adapter here: no {ADAPTER_CONFIG}")
     adapter = read_adapter(directory)
     adapted = adapt(adapter, base, base.config, model)
@@ -301,7 +304,7 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     notes += _tied_copies(lost, tensors, directory, shards)
     unlisted = tuple(name for name in left_out if name not in tensors)
     config = _read_config(directory / CONFIG_NAME)
-    beside = os.path.lexists(directory / DECLARED_BESIDE)
+    beside = volumes.lexists(directory / DECLARED_BESIDE)
     found = decoded(
         tensors, declaration_of(config, _read_config(directory / DECLARED_BESIDE) if beside else None)
     )
@@ -349,7 +352,7 @@ def _beside(path: Path, file: Contents) -> list[str]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     """Return a model's settings, which may contain infinities (Mamba writes them)."""
-    return read_object(str(path)) if os.path.lexists(path) else {}
+    return read_object(str(path)) if volumes.lexists(path) else {}
 
 
 def _file(ref: SourceRef) -> str:

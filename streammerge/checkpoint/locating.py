@@ -8,7 +8,9 @@ from pathlib import Path
 from streammerge.checkpoint.hub import cache_directory, find_snapshot, parse_name
 from streammerge.errors import ModelError, NotDownloadedError
 from streammerge.formats.registry import suffixes
+from streammerge.io import volumes
 from streammerge.io.files import bad, from_os, meant, place, quoted
+from streammerge.io.volumes import as_path, is_url
 
 
 def locate(reference: str) -> Path:
@@ -26,6 +28,10 @@ def locate_in(reference: str, cache: Path) -> Path:
     """Return the existing path of `reference`: a local path, or a cached snapshot."""
     if not reference:
         raise ModelError("the path of a model is empty")
+    if is_url(reference):
+        if not exists(reference):
+            raise bad(reference, "nothing lies there: correct the URL")
+        return as_path(reference)
     for text in (reference, os.path.expanduser(reference)):
         if exists(text):
             return Path(text)
@@ -48,6 +54,8 @@ def locate_in(reference: str, cache: Path) -> Path:
 
 def exists(path: str) -> bool:
     """Return whether the path exists; a broken link or a forbidden directory is an error, not False."""
+    if is_url(path):
+        return volumes.exists(path)
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -7,7 +7,6 @@ pipeline's folder.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from streammerge.checkpoint.sidecar_names import is_sound_name, is_weights
 from streammerge.checkpoint.sidecars import leads_inside
 from streammerge.checkpoint.weight_names import PIPELINE
 from streammerge.checkpoint.weight_sets import find_sets, no_model
+from streammerge.io import volumes
 from streammerge.io.files import bad, from_os, quoted
 from streammerge.io.strict_json import read_object
 
@@ -40,12 +40,12 @@ class Pipeline:
 
 def is_pipeline(directory: Path) -> bool:
     """Return whether a directory is a pipeline rather than a single model."""
-    return os.path.lexists(directory / PIPELINE)
+    return volumes.lexists(directory / PIPELINE)
 
 
 def is_image_adapter(path: Path) -> bool:
     """Return whether a path is a LoRA for an image model: a single file (kohya), or a folder as diffusers writes it."""
-    return os.path.isfile(path) or os.path.lexists(path / _LORA)
+    return volumes.isfile(path) or volumes.lexists(path / _LORA)
 
 
 def read_pipeline(directory: Path) -> Pipeline:
@@ -64,7 +64,7 @@ def read_pipeline(directory: Path) -> Pipeline:
         if not is_sound_name(name) or name.startswith("."):
             raise bad(str(path), f"the component {quoted(name)} is not a plain folder name")
         folder = directory / name
-        if not os.path.lexists(folder) and name in _DISPENSABLE:
+        if not volumes.lexists(folder) and name in _DISPENSABLE:
             notes.append(
                 f"{PIPELINE} lists {name}, which is not here; load the output with `{name}=None` as you do this pipeline"
             )
@@ -88,15 +88,15 @@ def _listed(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _has_weights(directory: Path, folder: Path, kind: str) -> bool:
     """Return whether a component has weights; refuse one that is missing or incomplete."""
-    if not os.path.isdir(folder):
-        state = "is not a folder" if os.path.lexists(folder) else "is missing"
+    if not volumes.isdir(folder):
+        state = "is not a folder" if volumes.lexists(folder) else "is missing"
         raise bad(
             str(directory / PIPELINE),
             f"the component {quoted(folder.name)} ({quoted(kind, 60)}) {state}: download or copy the pipeline again",
         )
     _check_inside(directory, folder)
     try:
-        present = frozenset(os.listdir(folder))
+        present = frozenset(volumes.listdir(folder))
     except OSError as error:
         raise from_os(str(folder), error) from error
     if find_sets(present):

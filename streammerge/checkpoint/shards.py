@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from streammerge.checkpoint.weight_sets import WeightSet, find_sets, no_model
 from streammerge.formats.torch_dcp import MEGATRON, METADATA
+from streammerge.io import volumes
 from streammerge.io.files import bad, from_os, quoted
 from streammerge.io.strict_json import read_object
 
@@ -44,7 +44,7 @@ def find_shards(directory: Path) -> Shards:
         If there is no model, or only one in an unsupported format, or a shard is missing.
     """
     try:
-        present = frozenset(os.listdir(directory))
+        present = frozenset(volumes.listdir(directory))
     except OSError as error:
         raise from_os(str(directory), error) from error
     found = find_sets(present)
@@ -85,7 +85,7 @@ def find_distributed(directory: Path, present: Collection[str]) -> str:
     """
     folders = [name for name in sorted(present) if _OF_ACCELERATE.fullmatch(name)]
     for name in (METADATA, *(f"{folder}/{METADATA}" for folder in folders)):
-        if os.path.lexists(directory / name):
+        if volumes.lexists(directory / name):
             return name
     if "common.pt" in present and MEGATRON in present:
         backend = read_object(str(directory / MEGATRON), "finite").get("sharded_backend")
@@ -98,7 +98,7 @@ def find_distributed(directory: Path, present: Collection[str]) -> str:
 
 def _has_shards(path: Path, some: WeightSet, present: Collection[str]) -> bool:
     """Return whether any shard named by an index exists; an index may have been downloaded without its shards."""
-    if not os.path.isfile(path) or some.names:
+    if not volumes.isfile(path) or some.names:
         return True
     return any(shard in present for shard in set(_read_index(str(path), None, some.suffix).values()))
 

@@ -28,6 +28,7 @@ from streammerge.checkpoint.sidecar_names import (
     is_weights,
 )
 from streammerge.errors import ModelError, StreammergeError, WorldError, printable
+from streammerge.io import volumes
 from streammerge.io.files import read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.units import format_size
@@ -85,7 +86,7 @@ def survey(directory: Path, own: Collection[str], *, whole: bool, merged: Collec
             continue
         if not is_sound_name(name):
             found.left.append(f"{printable(name, 60)} (its name)")
-        elif os.path.isdir(directory / name):
+        elif volumes.isdir(directory / name):
             if whole:
                 _take_folder(found, directory, name, is_module=name in (*modules, *merged), merged=merged)
         elif is_left_behind(name) and name not in named:
@@ -141,7 +142,7 @@ def leads_inside(directory: Path, path: Path) -> bool:
 
 def _names(directory: Path) -> list[str]:
     try:
-        return os.listdir(directory)
+        return volumes.listdir(directory)
     except OSError as error:
         raise unreadable(directory, error) from error
 
@@ -213,7 +214,7 @@ def _walk(directory: Path, name: str) -> Iterator[str]:
             count += 1
             if entry.startswith(".") or count > MOST_FILES + 1:
                 continue
-            if os.path.isdir(directory / path) and not os.path.islink(directory / path):
+            if volumes.isdir(directory / path) and not os.path.islink(directory / path):
                 waiting += [path] if path.count("/") < DEEPEST - 1 else []
             else:
                 yield path
@@ -223,7 +224,7 @@ def _take(found: Beside, directory: Path, name: str) -> None:
     """Add a file unless it is not a regular file, is too large, or lies outside the folder."""
     path = directory / name
     try:
-        status = os.stat(path)
+        status = volumes.stat(path)
         inside = leads_inside(directory, path)
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import ModelError
+from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.strict_json import MAX_NBYTES, read_object
 
@@ -95,7 +95,7 @@ def tokenizer_digest(directory: Path) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for name in (FULL, _WORDS, _LINES, _PIECES, ADDED, SETTINGS):
-        if os.path.lexists(directory / name):
+        if volumes.lexists(directory / name):
             data = _bytes(directory / name)
             digest.update(repr((name, len(data))).encode() + data)
     return digest.hexdigest()
@@ -114,12 +114,12 @@ def _check(token: object, number: object, path: str) -> None:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    return read_object(str(path), max_marks=MOST_MARKS) if os.path.lexists(path) else {}
+    return read_object(str(path), max_marks=MOST_MARKS) if volumes.lexists(path) else {}
 
 
 def _read_full(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
     """Read ``tokenizer.json``: the vocabulary, a map or (for Unigram) a list, and the added tokens."""
-    if not os.path.lexists(directory / FULL):
+    if not volumes.lexists(directory / FULL):
         return None
     path = str(directory / FULL)
     data = read_object(path, max_marks=MOST_MARKS)
@@ -146,7 +146,7 @@ def _read_full(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, 
 
 
 def _read_words(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
-    if not os.path.lexists(directory / _WORDS):
+    if not volumes.lexists(directory / _WORDS):
         return None
     ids = _object(directory / _WORDS)
     for token, number in ids.items():
@@ -156,7 +156,7 @@ def _read_words(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str,
 
 def _read_lines(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
     path = directory / _LINES
-    if not os.path.lexists(path):
+    if not volumes.lexists(path):
         return None
     ids: dict[str, int] = {}
     try:
@@ -171,7 +171,7 @@ def _read_lines(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str,
 def _read_pieces(directory: Path) -> tuple[dict[str, int], dict[str, Mapping[str, Any]]] | None:
     """Read a sentencepiece model: its pieces (field 1 of the protocol buffer), and their texts (field 1 of a piece)."""
     path = directory / _PIECES
-    if not os.path.lexists(path):
+    if not volumes.lexists(path):
         return None
     ids: dict[str, int] = {}
     number = 0
@@ -242,7 +242,7 @@ def read_chat_template(directory: Path) -> str | None:
         If a file is malformed.
     """
     path = directory / JINJA
-    if os.path.lexists(path):
+    if volumes.lexists(path):
         try:
             return _bytes(path).decode()
         except UnicodeDecodeError as error:

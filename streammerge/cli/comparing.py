@@ -12,6 +12,7 @@ from streammerge.cli.options import (
     GroupedCommand,
     Whole,
     examples,
+    insecure_option,
     memory_option,
     option,
     path,
@@ -60,6 +61,7 @@ from streammerge.cli.process import BEGAN, stop_on_signals
 )
 @quiet_option
 @option("--json", "as_json", is_flag=True, group=MESSAGES, help="Print one JSON object on stdout.")
+@insecure_option
 def compare(
     models: tuple[str, ...],
     base: str | None,

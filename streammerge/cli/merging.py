@@ -16,6 +16,7 @@ from streammerge.cli.options import (
     GroupedCommand,
     Whole,
     examples,
+    insecure_option,
     json_events_option,
     keep_stages_option,
     max_reads_option,
@@ -183,6 +184,7 @@ def show_plan(config: Any, out: str | None, *, as_json: bool, **options: Any) ->
 @memory_option
 @methods_option
 @option("--json", "as_json", is_flag=True, group=MESSAGES, help="Print the result as JSON.")
+@insecure_option
 def verify(
     out: str, against: str | None, sample: int | None, everything: bool, as_json: bool, **options: Any
 ) -> None:

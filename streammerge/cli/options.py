@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ OUTPUT = "Output"
 METHODS = "Methods and randomness"
 SCORES = "Scores"
 MESSAGES = "Messages"
+STORES = "Object stores (s3://, gs://, az://)"
 MERGEKIT = "Mergekit compatibility"
 _COMPATIBLE = "Accepted under mergekit-yaml's names; a warning lists those without effect"
 MOST_SEED = 2**64 - 1
@@ -173,6 +175,23 @@ methods_option = option(
     group=METHODS,
     help="A Python file with your own merge methods (it will be executed).",
 )
+
+
+def _allow_plain_http(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from streammerge.io.object_stores import INSECURE
+
+        os.environ[INSECURE] = "1"
+
+
+insecure_option = option(
+    "--insecure-endpoint",
+    is_flag=True,
+    expose_value=False,
+    callback=_allow_plain_http,
+    group=STORES,
+    help="AWS_ENDPOINT_URL may be plain http to a different machine.",
+)
 json_events_option = option(
     "--json",
     "as_json",
@@ -219,6 +238,7 @@ planning_options = together(
         help="Seed of the random drops  [default: the config's, else 0]",
     ),
     methods_option,
+    insecure_option,
 )
 
 max_reads_option = option(

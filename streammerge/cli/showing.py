@@ -12,6 +12,7 @@ from streammerge.cli.options import (
     GroupedCommand,
     complete_methods,
     examples,
+    insecure_option,
     methods_option,
     option,
     path,
@@ -30,6 +31,7 @@ from streammerge.cli.options import (
 @click.argument("pattern", required=False)
 @option("--all", "everything", is_flag=True, help="List every tensor, not only the first.")
 @option("--json", "as_json", is_flag=True, group=MESSAGES, help="Print every tensor as JSON.")
+@insecure_option
 def inspect(model: str, pattern: str | None, everything: bool, as_json: bool) -> None:
     """Show a model's totals and its tensors: dtype, shape, bytes, file.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from streammerge.engine.opening import with_stages
+from streammerge.io import volumes
 from streammerge.io.reader import Reader
 from streammerge.output.directory import check_contents, check_target
 from streammerge.output.identity import identify
@@ -42,7 +42,7 @@ def check_beforehand(plan: MergePlan, out: Path | None) -> None:
 def _have_data(plan: MergePlan) -> bool:
     """Return whether all files have data; large models are often planned from headers without data."""
     return all(
-        os.stat(stamp.path).st_blocks * _BLOCK >= stamp.nbytes // 2
+        volumes.stat(stamp.path).st_blocks * _BLOCK >= stamp.nbytes // 2
         for index in plan.inputs
         for stamp in index.stamps
     )

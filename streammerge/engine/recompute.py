@@ -7,7 +7,6 @@ and of the whole model are computed again from the inputs, within the plan's bud
 from __future__ import annotations
 
 import math
-import os
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from streammerge.engine.scheduler import Scheduler, Unrecorded
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import InputError, WorldError, printable
 from streammerge.formats.safetensors import read_header
+from streammerge.io import volumes
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.output.check import Recomputed
@@ -187,7 +187,7 @@ def _check_inputs(plan: MergePlan) -> None:
     for stamps in plan.stamped.values():
         for stamp in stamps:
             try:
-                same = stamp.describes(os.stat(stamp.path))
+                same = stamp.describes(volumes.stat(stamp.path, anew=True))
             except OSError:
                 same = False
             if not same:

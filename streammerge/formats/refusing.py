@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streammerge.io.files import read_exactly
+from streammerge.io.files import Handle, read_exactly
 
 AGAIN = "download or copy it again"
 CONVERT = "convert it to safetensors, or save it again with a current torch"
@@ -25,7 +25,7 @@ def need(sound: bool, otherwise: str) -> None:
 class Source:
     """An open file, or a part of a file that is treated as a file."""
 
-    fd: int
+    fd: Handle
     nbytes: int
     path: str
     begin: int = 0

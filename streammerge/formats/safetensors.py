@@ -20,7 +20,7 @@ from streammerge.errors import ModelError
 from streammerge.formats.lookalikes import lookalike
 from streammerge.formats.refs import TensorRef
 from streammerge.formats.registry import Contents, opens
-from streammerge.io.files import bad, quoted, read_exactly, reading
+from streammerge.io.files import Handle, bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
 
@@ -74,7 +74,7 @@ def read_header(
     return tensors, metadata, stamp
 
 
-def _raw_header(fd: int, file_nbytes: int, path: str, begin: int) -> bytes:
+def _raw_header(fd: Handle, file_nbytes: int, path: str, begin: int) -> bytes:
     if file_nbytes <= 0:
         raise bad(path, "an empty file: download or copy it again")
     first = read_exactly(fd, min(8, file_nbytes), begin, path)

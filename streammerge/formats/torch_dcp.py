@@ -26,6 +26,7 @@ from streammerge.formats.sharded_refs import Chunk, ShardedRef
 from streammerge.formats.strided_refs import StridedRef
 from streammerge.formats.torch_file import ref_of, run_program
 from streammerge.formats.torch_names import Tensor
+from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import parse_object
@@ -108,7 +109,7 @@ def open_dcp(path: str | os.PathLike[str]) -> Contents:
 def _check_megatron(directory: str) -> list[FileStamp]:
     """Refuse Megatron formats other than ``torch_dist``; return the stamp of the file that declares the format."""
     path = os.path.join(directory, MEGATRON)
-    if not os.path.lexists(path):
+    if not volumes.lexists(path):
         return []
     with reading(path) as (fd, status):
         need_small = status.st_size <= 1 << 16
@@ -196,7 +197,7 @@ def _read_file(
     metadata: str, path: str, items: Sequence[_Item], refs: dict[tuple[str, Sizes], TensorRef | StridedRef]
 ) -> FileStamp:
     """Read the headers of the chunks in one file into `refs`; return the file's stamp."""
-    if not os.path.lexists(path):
+    if not volumes.lexists(path):
         raise bad(metadata, f"the file {quoted(os.path.basename(path))} is missing: {AGAIN}")
     file = _File(path)
     ordered = sorted(items, key=lambda item: (item.place.offset, item.place.nbytes))

@@ -11,11 +11,11 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from streammerge.errors import ModelError
 from streammerge.formats.zarr_chunks import MADE_BY, ChunkedRef, cut_axis
+from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
@@ -67,7 +67,7 @@ def read_table(directory: str, attribute: str, what: str, *, with_table: bool) -
     """
     cure = MADE_BY[what]
     path = os.path.join(directory, GROUP_FILE)
-    if not os.path.lexists(path):
+    if not volumes.lexists(path):
         raise bad(directory, f"neither a Zarr store (no {GROUP_FILE}) nor safetensors")
     with reading(path) as (fd, status):
         if status.st_size > MAX_NBYTES:
@@ -123,7 +123,7 @@ def _store_ref(name: str, entry: Any, directory: str, path: str, kind: str) -> C
         sys.intern(name),
         sys.intern(dtype),
         tuple(shape),
-        str(Path(directory) / array),
+        str(volumes.as_path(directory) / array),
         tuple(chunk),
         float(entry["square_sum"]),
         int(entry["stored_nbytes"]),

@@ -14,6 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from streammerge.errors import ModelError, StreammergeError, WorldError, printable
+from streammerge.io.volumes import Opened, Status, volume_of
+
+Handle = int | Opened
+"""An open file: its descriptor, or an object of a volume."""
 
 _CURABLE = {
     errno.ENOENT: "no such file or directory",
@@ -109,8 +113,14 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 @contextmanager
-def reading(path: str) -> Iterator[tuple[int, os.stat_result]]:
-    """Yield the descriptor and the status of a regular file; an `OSError` inside is converted by `from_os`."""
+def reading(path: str) -> Iterator[tuple[Handle, Status]]:
+    """Yield the handle and the status of a regular file or an object; an `OSError` inside is converted by `from_os`."""
+    if (volume := volume_of(path)) is not None:
+        try:
+            yield volume.opened(path)
+        except OSError as error:
+            raise from_os(path, error) from error
+        return
     fd = open_regular(path)
     try:
         yield fd, os.fstat(fd)
@@ -126,7 +136,12 @@ def _refuse_special(path: str, status: os.stat_result) -> None:
         raise bad(path, f"{kind}, not a regular file")
 
 
-def read_exactly(fd: int, nbytes: int, offset: int, path: str) -> bytes:
+def pread(handle: Handle, nbytes: int, offset: int) -> bytes:
+    """Return up to `nbytes` bytes at `offset` of a file or an object; none at its end."""
+    return os.pread(handle, nbytes, offset) if isinstance(handle, int) else handle.pread(nbytes, offset)
+
+
+def read_exactly(fd: Handle, nbytes: int, offset: int, path: str) -> bytes:
     """Return `nbytes` bytes at `offset`; the caller has checked the file's size.
 
     Raises
@@ -136,7 +151,7 @@ def read_exactly(fd: int, nbytes: int, offset: int, path: str) -> bytes:
     """
     parts = []
     while nbytes:
-        part = os.pread(fd, nbytes, offset)
+        part = pread(fd, nbytes, offset)
         if not part:
             raise WorldError(f"{place(path)}: became shorter while it was read")
         parts.append(part)

@@ -1,41 +1,28 @@
-"""Read large ranges of files into buffers: past the page cache, through it, or from a memory map.
+"""Read large ranges of inputs into buffers: past the page cache, through it, from a memory map, or from a store.
 
 Reading past the cache is the default: it is as fast, at a tenth of the CPU time. Data that are already cached, or will be
-read again, go through the cache. A memory map is the last choice: a file that shrinks gives a short read, which we report,
-but a map raises SIGBUS, which kills the process; so the system copies from the map (`mapped`).
+read again, go through the cache. Where the bytes lie is the business of the file that is opened (`volumes.InputFile`).
 """
 
 from __future__ import annotations
 
-import mmap
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any, Literal
 
-import numpy as np
-
 from streammerge.errors import ModelError, StreammergeError, WorldError, printable
 from streammerge.io.buffer_pool import Bytes
-from streammerge.io.direct import (
-    REFUSED,
-    cached_share,
-    open_direct,
-    place_in_page,
-    read_direct,
-)
-from streammerge.io.files import open_regular
-from streammerge.io.mapped import copy_mapped
+from streammerge.io.direct import place_in_page
+from streammerge.io.local_file import LocalFile
 from streammerge.io.pages import DIRECT_BYTES, PAGE, slot_bytes
+from streammerge.io.volumes import InputFile, volume_of
 
 IoMode = Literal["direct", "read", "mmap"]
 """``direct``: past the page cache where that pays; ``read``: through it; ``mmap``: from a memory map."""
 _OPEN_FILES = 48
 """Default number of open files; each has two descriptors."""
-_MOST_VIEWS = 1024
-"""Most buffers that one system call fills."""
 _GRAIN = 8
 """Alignment in bytes; kernels access the buffer in words of up to this size."""
 
@@ -71,7 +58,7 @@ class Reader:
         self._cache_left = cache_bytes
         self._most_open = most_open
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._files: OrderedDict[str, InputFile] = OrderedDict()
         self._kept: set[tuple[str, int, int]] = set()
         self.bytes_read = 0
         self.computes: Any = None
@@ -88,9 +75,9 @@ class Reader:
         with self._open(path) as file, _reading(path):
             self._forget(file, offset, target.size)
             if self._backend == "mmap":
-                _copy_from_map(file.descriptor, offset, target, path)
+                file.read_mapped(offset, target)
             else:
-                _read_fully(file.descriptor, offset, target, path)
+                file.read(offset, target)
         self._count(target.size)
 
     def read_parts(self, path: str, parts: Iterable[tuple[int, list[memoryview]]]) -> None:
@@ -101,22 +88,8 @@ class Reader:
         WorldError
             As `read_into`.
         """
-        total = 0
         with self._open(path) as file, _reading(path):
-            for offset, views in parts:
-                for first in range(0, len(views), _MOST_VIEWS):
-                    some = views[first : first + _MOST_VIEWS]
-                    wanted = sum(map(len, some))
-                    n = os.preadv(file.descriptor, some, offset)
-                    if n < wanted:  # a signal, or the end
-                        position = 0
-                        for view in some:
-                            _read_fully(
-                                file.descriptor, offset + position, np.frombuffer(view, np.uint8), path
-                            )
-                            position += len(view)
-                    offset += wanted
-                    total += wanted
+            total = file.read_parts(parts)
         self._count(total)
 
     def read_slot(self, path: str, offset: int, nbytes: int, slot: Bytes, *, again: bool = False) -> int:
@@ -138,26 +111,26 @@ class Reader:
         key = path, offset, nbytes
         with self._open(path) as file, _reading(path):
             buffered = (
-                file.direct is None
-                or (not self._from_disk and cached_share(file.descriptor, offset, nbytes) > 0.5)
+                not file.direct
+                or (not self._from_disk and file.cached_share(offset, nbytes) > 0.5)
                 or (again and self._keep(key))
             )
             if buffered:
                 self._forget(file, offset, nbytes)
-                _read_fully(file.descriptor, offset, slot[:nbytes], path)
+                file.read(offset, slot[:nbytes])
                 if not again:
                     self._release(file, key)
                 begins = 0
             else:
                 begins = offset % PAGE
-                _read_past_cache(file, offset, slot[: slot_bytes(nbytes)], nbytes, path)
+                file.read_past_cache(offset, slot[: slot_bytes(nbytes)], nbytes)
         self._count(nbytes)
         return begins
 
-    def _forget(self, file: _File, offset: int, nbytes: int) -> None:
+    def _forget(self, file: InputFile, offset: int, nbytes: int) -> None:
         """With `from_disk`, evict a range from the page cache, so that it is read from the disk."""
         if self._from_disk:
-            os.posix_fadvise(file.descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
+            file.forget(offset, nbytes)
 
     def _goes_direct(self, nbytes: int) -> bool:
         return self._backend == "direct" and nbytes >= DIRECT_BYTES
@@ -171,14 +144,14 @@ class Reader:
             self._kept.add(key)
             return True
 
-    def _release(self, file: _File, key: tuple[str, int, int]) -> None:
+    def _release(self, file: InputFile, key: tuple[str, int, int]) -> None:
         """Evict a range that we put into the page cache; pages cached by others stay."""
         with self._lock:
             if key not in self._kept:
                 return
             self._kept.discard(key)
             self._cache_left += key[2]
-        os.posix_fadvise(file.descriptor, key[1], key[2], os.POSIX_FADV_DONTNEED)
+        file.forget(key[1], key[2])
 
     def _count(self, nbytes: int) -> None:
         with self._lock:
@@ -191,18 +164,18 @@ class Reader:
         """
         try:
             with self._open(path) as file:
-                if file.direct is None or not self._goes_direct(nbytes):
-                    os.posix_fadvise(file.descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
+                if not file.direct or not self._goes_direct(nbytes):
+                    file.will_need(offset, nbytes)
         except (OSError, StreammergeError):
             return
 
     def prefetch_file(self, path: str) -> None:
         """Prefetch a whole file that is read only once."""
         try:
-            with closing(_File(path, self._backend)) as file:
-                nbytes = os.fstat(file.descriptor).st_size
-                if file.direct is None or not self._goes_direct(nbytes):
-                    os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            with closing(self._opened(path)) as file:
+                nbytes = file.status().st_size
+                if not file.direct or not self._goes_direct(nbytes):
+                    file.will_need(0, 0)
         except (OSError, StreammergeError):
             return
 
@@ -216,28 +189,24 @@ class Reader:
         WorldError
             If the device fails.
         """
-        with closing(_File(path, self._backend)) as file, _reading(path):
-            nbytes = os.fstat(file.descriptor).st_size
+        with closing(self._opened(path)) as file, _reading(path):
+            nbytes = file.status().st_size
             if nbytes > target.size:
                 raise ModelError(f"{printable(path)}: {nbytes} bytes, which is too large")
-            direct = file.direct is not None and self._goes_direct(nbytes) and not place_in_page(target)
-            if (
-                direct
-                and target.size >= slot_bytes(nbytes)
-                and cached_share(file.descriptor, 0, nbytes) <= 0.5
-            ):
-                _read_past_cache(file, 0, target, nbytes, path)
+            direct = file.direct and self._goes_direct(nbytes) and not place_in_page(target)
+            if direct and target.size >= slot_bytes(nbytes) and file.cached_share(0, nbytes) <= 0.5:
+                file.read_past_cache(0, target, nbytes)
             else:
-                _read_fully(file.descriptor, 0, target[:nbytes], path)
+                file.read(0, target[:nbytes])
         self._count(nbytes)
         return nbytes
 
     @contextmanager
-    def _open(self, path: str) -> Iterator[_File]:
+    def _open(self, path: str) -> Iterator[InputFile]:
         with self._lock:
             file = self._files.get(path)
             if file is None:
-                file = self._files[path] = _File(path, self._backend)
+                file = self._files[path] = self._opened(path)
             self._files.move_to_end(path)
             file.users += 1
             self._close_idle(self._most_open)
@@ -246,6 +215,12 @@ class Reader:
         finally:
             with self._lock:
                 file.users -= 1
+
+    def _opened(self, path: str) -> InputFile:
+        volume = volume_of(path)
+        return (
+            LocalFile(path, direct=self._backend == "direct") if volume is None else volume.input_file(path)
+        )
 
     def _close_idle(self, keep: int) -> None:
         for path in list(self._files):
@@ -262,21 +237,6 @@ class Reader:
             self._close_idle(0)
 
 
-class _File:
-    """An input file, open through the page cache and, if supported, past it."""
-
-    def __init__(self, path: str, backend: IoMode) -> None:
-        self.descriptor = open_regular(path)
-        self.direct = open_direct(self.descriptor, os.O_RDONLY) if backend == "direct" else None
-        self.users = 0
-
-    def close(self) -> None:
-        """Close it."""
-        os.close(self.descriptor)
-        if self.direct is not None:
-            os.close(self.direct)
-
-
 @contextmanager
 def _reading(path: str) -> Iterator[None]:
     try:
@@ -286,52 +246,3 @@ def _reading(path: str) -> Iterator[None]:
             f"{printable(path)}: cannot be read: {error.strerror}; check the disk; finished work is kept; run the same "
             "command again"
         ) from error
-
-
-def _read_past_cache(file: _File, offset: int, slot: Bytes, nbytes: int, path: str) -> None:
-    """Read a range into the slot by direct I/O; read the remaining bytes through the cache."""
-    assert file.direct is not None
-    done = 0
-    try:
-        done = read_direct(file.direct, offset, nbytes, slot)
-    except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-    if done < nbytes:
-        lead = offset % PAGE
-        _read_fully(file.descriptor, offset + done, slot[lead + done : lead + nbytes], path)
-
-
-def _read_fully(descriptor: int, offset: int, target: Bytes, path: str) -> None:
-    view = target.data
-    position = 0
-    while position < len(view):
-        # Linux transfers at most 2 GiB per call, and possibly less.
-        n = os.preadv(descriptor, [view[position : position + (1 << 30)]], offset + position)
-        if n == 0:
-            raise _shrunk(path)
-        position += n
-
-
-def _copy_from_map(descriptor: int, offset: int, target: Bytes, path: str) -> None:
-    start = offset - offset % mmap.ALLOCATIONGRANULARITY
-    length = offset - start + target.size
-    if not target.size:
-        return
-    if os.fstat(descriptor).st_size < start + length:
-        raise _shrunk(path)
-    try:
-        mapped = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ, offset=start)
-    except ValueError:  # it was truncated in the meantime
-        raise _shrunk(path) from None
-    with mapped:
-        done = copy_mapped(mapped, offset - start, target)
-    if done < target.size:
-        # The file was truncated, or the system cannot copy this way: a plain read tells which.
-        _read_fully(descriptor, offset + done, target[done:], path)
-
-
-def _shrunk(path: str) -> WorldError:
-    return WorldError(
-        f"{printable(path)}: the file became shorter while it was read: restore it and start over with --overwrite"
-    )

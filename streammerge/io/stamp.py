@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass
 
 from streammerge.errors import WorldError, printable
+from streammerge.io import volumes
+from streammerge.io.volumes import Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +26,7 @@ class FileStamp:
     """BLAKE2b-128 of the header's JSON bytes, in hex."""
 
     @classmethod
-    def of(
-        cls, path: str | os.PathLike[str], status: os.stat_result, header: bytes | None = None
-    ) -> FileStamp:
+    def of(cls, path: str | os.PathLike[str], status: Status, header: bytes | None = None) -> FileStamp:
         """Return the stamp of an open file from its status and its header's bytes."""
         digest = "" if header is None else hashlib.blake2b(header, digest_size=16).hexdigest()
         return cls(
@@ -38,7 +38,7 @@ class FileStamp:
             digest,
         )
 
-    def describes(self, status: os.stat_result) -> bool:
+    def describes(self, status: Status) -> bool:
         """Return whether a file with this `status` is still the stamped one, as far as stat can tell."""
         return (self.nbytes, self.mtime_ns, self.ctime_ns, self.inode) == (
             status.st_size,
@@ -51,7 +51,7 @@ class FileStamp:
 def check_unchanged(stamp: FileStamp) -> None:
     """Raise WorldError if an input file is no longer the one whose header was read."""
     try:
-        now = os.stat(stamp.path)
+        now = volumes.stat(stamp.path, anew=True)
     except OSError as error:
         reason = "is gone" if error.errno == errno.ENOENT else str(error.strerror)
         raise WorldError(

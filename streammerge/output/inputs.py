@@ -20,7 +20,8 @@ from typing import Any
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import ModelError, OutputError, WorldError, printable
-from streammerge.io.files import reading
+from streammerge.io import volumes
+from streammerge.io.files import pread, reading
 from streammerge.io.stamp import FileStamp, check_unchanged
 from streammerge.output.journal import Known
 from streammerge.planning.plan import MergePlan
@@ -109,7 +110,7 @@ def _stamp_of(paths: Iterable[str]) -> tuple[str, int]:
     digest, total = hashlib.blake2b(digest_size=16), 0
     for path in paths:
         try:
-            s = os.stat(path)
+            s = volumes.stat(path)
         except OSError as error:
             digest.update(repr(error.errno).encode())
             continue
@@ -181,9 +182,9 @@ class ContentHasher:
         with reading(path) as (descriptor, _):
             while True:
                 self._check_stop()
-                if position % _AHEAD == 0:
+                if isinstance(descriptor, int) and position % _AHEAD == 0:
                     os.posix_fadvise(descriptor, position, 2 * _AHEAD, os.POSIX_FADV_WILLNEED)
-                data = os.pread(descriptor, _STEP, position)
+                data = pread(descriptor, _STEP, position)
                 if not data:
                     return digest.digest()
                 digest.update(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from streammerge.errors import ModelError, WorldError, printable
 from streammerge.io.durable import make_folders, world_errors, write_fully
-from streammerge.io.files import reading
+from streammerge.io.files import pread, read_exactly, reading
 from streammerge.io.private import private
 from streammerge.io.stamp import FileStamp, changed, check_unchanged
 from streammerge.numerics.crc32 import crc32
@@ -31,10 +31,11 @@ def read_sidecar(stamp: FileStamp, content: str) -> bytes:
         If it cannot be read or has changed.
     """
     try:
-        data = Path(stamp.path).read_bytes()
-    except OSError as error:
+        with reading(stamp.path) as (source, status):
+            data = read_exactly(source, status.st_size, 0, stamp.path)
+    except ModelError as error:
         check_unchanged(stamp)
-        raise _unreadable(stamp, error.strerror or error) from error
+        raise WorldError(f"{error}; run the same command again") from error
     if hashlib.sha256(data).hexdigest() != content:
         raise changed(stamp.path)
     return data
@@ -67,7 +68,7 @@ def copy_sidecar(stamp: FileStamp, content: str, out: Path, name: str) -> tuple[
             with world_errors(target):
                 descriptor = os.open(partial, flags, 0o666)
             try:
-                while data := os.pread(source, _STEP, nbytes):
+                while data := pread(source, _STEP, nbytes):
                     with world_errors(target):
                         write_fully(descriptor, data)
                     digest.update(data)

@@ -14,6 +14,7 @@ from streammerge.config.settings import parse_setting
 from streammerge.config.wording import child, refuse
 from streammerge.errors import ModelError, printable
 from streammerge.io.files import meant
+from streammerge.io.volumes import is_url
 from streammerge.units import plural
 
 
@@ -81,6 +82,10 @@ def _find_in(text: str, pattern: str | None, *, alone: bool) -> tuple[list[str],
     """Return the same for one place: the children of a directory, or a model among several places."""
     shown, directory = printable(text, 80), Path(os.path.expanduser(text))
     if not os.path.isdir(directory):
+        if alone and is_url(text):
+            raise ModelError(
+                f"{shown}: checkpoints are listed in local directories only: name each one's URL"
+            )
         if alone:
             raise ModelError(f"{shown}: no such directory of checkpoints{meant(text)}")
         return [text], []

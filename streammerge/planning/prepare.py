@@ -7,8 +7,11 @@ from dataclasses import replace
 
 from streammerge.backends.base import Backend
 from streammerge.backends.torch.backend import TORCH
+from streammerge.checkpoint.companions import CompanionIndex
+from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import BudgetError
+from streammerge.io import volumes
 from streammerge.methods.registry import Method
 from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking, missing_kernels
 from streammerge.planning.backend import backend_on, choose_device, operator_bytes, reserve_of
@@ -50,6 +53,7 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         read = inputs.own if inputs.merged is None else (*inputs.own, inputs.merged)
         reserve = reserve_of(backend, method, read) + operator_bytes(inputs.grams)
         reserve += 0 if config.lora is None else RESERVE
+        reserve += volumes.held_nbytes(_paths(inputs))
         reserve = reserve if config.moe is None else max(reserve, reserve_for(config.moe))
         budget = budgets.make_budget(options.memory, options.threads, reserve)
         return make_plan(config, method, inputs, Resources(budget, device, backend), options)
@@ -58,6 +62,14 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         return plan_on(TORCH)
     plan = plan_on(chosen)
     return _unless_cold(plan, plan_on) if chosen.compiled and not options.kernels else plan
+
+
+def _paths(inputs: Inputs) -> list[str]:
+    """Return the path of every file whose header was read, those of the stages included."""
+    opened: list[TensorIndex | CompanionIndex] = [*inputs.own, *inputs.bases, *inputs.fishers, *inputs.grams]
+    stamps = [stamp for index in opened for stamp in index.stamps]
+    stamps += [stamp for stage in inputs.stages for some in stage.stamped.values() for stamp in some]
+    return [stamp.path for stamp in stamps]
 
 
 def _unless_cold(plan: MergePlan, plan_on: Callable[[Backend], MergePlan]) -> MergePlan:

@@ -195,6 +195,7 @@ def test_the_options_of_merge_stand_in_sections(cli: Cli) -> None:
         "Memory and speed:",
         "Output:",
         "Methods and randomness:",
+        "Object stores (s3://, gs://, az://):",
         "Messages:",
         "Options:",
         "Mergekit compatibility:",

@@ -7,7 +7,6 @@ that replaces the base's (``modules_to_save``, biases).
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from streammerge.formats.parts import contiguous
 from streammerge.formats.refs import TensorRef
 from streammerge.formats.safetensors import read_header
 from streammerge.formats.torch_file import read_pickle
+from streammerge.io import volumes
 from streammerge.io.files import bad, quoted
 from streammerge.io.stamp import FileStamp
 
@@ -81,7 +81,7 @@ def read_adapter(directory: Path) -> Adapter:
         If the machine cannot read it.
     """
     settings, config_stamp = read_settings(directory / ADAPTER_CONFIG)
-    names = [name for name in _WEIGHTS if os.path.lexists(directory / name)]
+    names = [name for name in _WEIGHTS if volumes.lexists(directory / name)]
     if not names:
         raise bad(str(directory), f"an adapter without {_WEIGHTS[0]}: download or copy it again")
     path = directory / names[0]

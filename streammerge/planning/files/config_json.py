@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from streammerge.checkpoint.quantized.declarations import DECLARATIONS, EXPERT_D
 from streammerge.checkpoint.sidecar_names import is_sound_name
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable
+from streammerge.io import volumes
 from streammerge.planning.files.ecosystem import reads_dtype
 from streammerge.planning.files.layer_settings import NUMBERS, follow_layers, tail_of
 from streammerge.planning.files.tokenizer import renumber
@@ -157,7 +157,7 @@ def _name_code(settings: Settings, template: TensorIndex) -> list[str]:
         lost = [
             name
             for name in modules
-            if not is_sound_name(name) or not os.path.lexists(template.directory / name)
+            if not is_sound_name(name) or not volumes.lexists(template.directory / name)
         ]
         fate = (
             f"{printable(', '.join(lost), 200)} is missing in {printable(template.reference)}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoint.index import Component, TensorIndex
+from streammerge.io import volumes
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def ecosystem_of(template: TensorIndex) -> Ecosystem:
     """Return the library that saved a model: its config.json decides, then the names of its files."""
     names = {os.path.basename(stamp.path) for stamp in template.stamps}
     found = _known_by(template.config, names)
-    if found not in (DIFFUSERS, OPEN_CLIP) and os.path.lexists(template.directory / "modules.json"):
+    if found not in (DIFFUSERS, OPEN_CLIP) and volumes.lexists(template.directory / "modules.json"):
         return SENTENCE_TRANSFORMERS
     return found
 

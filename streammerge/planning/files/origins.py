@@ -17,6 +17,7 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.locating import locate
 from streammerge.checkpoint.sidecars import read_small
 from streammerge.errors import StreammergeError, printable
+from streammerge.io import volumes
 
 _README = "README.md"
 _MOST_README = 1 << 16
@@ -63,17 +64,18 @@ def shown_reference(reference: str) -> str:
     ('math', 'org/math@v1', 'a/math+lora')
     """
     return "+".join(
-        _last(part) if part.startswith(("/", "~", ".")) else part for part in reference.split("+")
+        _last(part) if part.startswith(("/", "~", ".")) or volumes.is_url(part) else part
+        for part in reference.split("+")
     )
 
 
 def _origin(reference: str, directory: Path) -> Origin:
-    licence = () if os.path.isfile(os.path.expanduser(reference)) else tuple(_licence(directory))
+    licence = () if volumes.isfile(os.path.expanduser(reference)) else tuple(_licence(directory))
     named = parse_name(reference)
     places = directory.parts[-3:]
     if named is not None and len(places) == 3:
         repository = "models--" + named.repo.replace("/", "--")
-        if places[:2] == (repository, "snapshots") and not os.path.exists(reference):
+        if places[:2] == (repository, "snapshots") and not volumes.exists(reference):
             return Origin(named.repo, places[2], True, licence)
     return Origin(printable(_last(reference), 120), licence=licence)
 

@@ -12,6 +12,7 @@ from streammerge.checkpoint.sidecar_names import QUANTISATION, is_tokenizer_file
 from streammerge.checkpoint.sidecars import survey, unreadable
 from streammerge.checkpoint.tokenizer import FULL
 from streammerge.errors import printable
+from streammerge.io import volumes
 from streammerge.io.stamp import FileStamp
 from streammerge.planning.files.tokenizer import TokenizerFiles
 
@@ -63,7 +64,7 @@ def surroundings(
         del files[name]
         left.append(name)
     settings = template.settings_file
-    if os.path.exists(template.directory / settings):  # already read, even through a link out of the folder
+    if volumes.exists(template.directory / settings):  # already read, even through a link out of the folder
         files[settings] = _stamp(template.directory / settings)
         left = [name for name in left if not name.startswith(f"{settings} (")]
     notes = [
@@ -78,7 +79,7 @@ def is_single_file(index: TensorIndex) -> bool:
     """Return whether a model is a single file, in a folder that may hold other models."""
     reference = index.reference
     cuts = [len(reference), *(i for i, c in enumerate(reference) if c == "+")]
-    return any(os.path.isfile(os.path.expanduser(reference[:cut])) for cut in cuts)
+    return any(volumes.isfile(os.path.expanduser(reference[:cut])) for cut in cuts)
 
 
 def _is_untrue(name: str, changed: TokenizerFiles | None, *, quantised: bool) -> bool:
@@ -91,7 +92,7 @@ def _is_untrue(name: str, changed: TokenizerFiles | None, *, quantised: bool) ->
 
 def _stamp(path: Path) -> FileStamp:
     try:
-        return FileStamp.of(path, os.stat(path))
+        return FileStamp.of(path, volumes.stat(path))
     except OSError as error:
         raise unreadable(path, error) from error
 

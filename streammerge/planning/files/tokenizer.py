@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from streammerge.checkpoint.tokenizer import (
 )
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import printable
+from streammerge.io import volumes
 from streammerge.io.strict_json import read_object
 from streammerge.planning.resolve.row_maps import Ids
 from streammerge.planning.resolve.vocabulary import Alignment, NewToken
@@ -72,7 +72,7 @@ def tokenizer_files(
     if (
         alignment is not None
         and alignment.numbers is not None
-        and os.path.lexists(template.directory / GENERATION)
+        and volumes.lexists(template.directory / GENERATION)
     ):
         settings = read_object(str(template.directory / GENERATION))
         if lost := renumber(settings, alignment.numbers):
@@ -102,7 +102,7 @@ def _with_tokens(directory: Path, new: tuple[NewToken, ...]) -> dict[str, dict[s
     assert source is not None
     entries = {token.number: _entry(token.text, token.about) for token in new}
     found: dict[str, dict[str, Any]] = {}
-    full = os.path.lexists(directory / FULL)
+    full = volumes.lexists(directory / FULL)
     if full:
         data = read_object(str(directory / FULL), max_marks=MOST_MARKS)
         before = data.get("added_tokens")
@@ -120,15 +120,15 @@ def _with_tokens(directory: Path, new: tuple[NewToken, ...]) -> dict[str, dict[s
             *({"id": number, **entry} for number, entry in sorted((lost | entries).items())),
         ]
         found[FULL] = data
-    if not full or os.path.lexists(directory / ADDED):
-        data = read_object(str(directory / ADDED)) if os.path.lexists(directory / ADDED) else {}
+    if not full or volumes.lexists(directory / ADDED):
+        data = read_object(str(directory / ADDED)) if volumes.lexists(directory / ADDED) else {}
         found[ADDED] = data | {token.text: token.number for token in new}
-    if os.path.lexists(directory / SETTINGS):
+    if volumes.lexists(directory / SETTINGS):
         data = read_object(str(directory / SETTINGS))
         decoder = data.get("added_tokens_decoder")
         if isinstance(decoder, dict) or not full:
             kept: dict[str, Any] = dict(decoder) if isinstance(decoder, dict) else {}
-            added = read_object(str(directory / ADDED)) if os.path.lexists(directory / ADDED) else {}
+            added = read_object(str(directory / ADDED)) if volumes.lexists(directory / ADDED) else {}
             lost = {
                 number: _entry(text, source.added.get(text, {}))
                 for text, number in added.items()
@@ -157,13 +157,13 @@ def _set_template(
     directory: Path, template: str, objects: dict[str, dict[str, Any]], texts: dict[str, str]
 ) -> None:
     """Write a chat template to every place where loaders look for one."""
-    settings = os.path.lexists(directory / SETTINGS)
+    settings = volumes.lexists(directory / SETTINGS)
     if settings:
         data = objects.get(SETTINGS) or read_object(str(directory / SETTINGS))
         objects[SETTINGS] = {**data, "chat_template": template}
-    if not settings or os.path.lexists(directory / JINJA):
+    if not settings or volumes.lexists(directory / JINJA):
         texts[JINJA] = template
-    if os.path.lexists(directory / _PROCESSOR):
+    if volumes.lexists(directory / _PROCESSOR):
         objects[_PROCESSOR] = {"chat_template": template}
 
 

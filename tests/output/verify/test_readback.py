@@ -57,7 +57,7 @@ def test_files_are_read_once_and_from_the_disk(monkeypatch: pytest.MonkeyPatch, 
     def ask(*arguments: object) -> float:
         raise AssertionError("the page cache was asked")
 
-    monkeypatch.setattr("streammerge.io.reader.cached_share", ask)
+    monkeypatch.setattr("streammerge.io.local_file.cached_share", ask)
     read: list[int] = []
     real = Reader.read_slot
 

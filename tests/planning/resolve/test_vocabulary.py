@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from streammerge.api import merge, plan, verify
 from streammerge.checkpoint.refs.rows import GatheredRef
 from streammerge.errors import ConfigError, ModelError, OutputError, StreammergeError
-from streammerge.io import reader as reader_module
+from streammerge.io import local_file
 from streammerge.io.reader import Reader
 from streammerge.planning.resolve import vocabulary
 from streammerge.tensors import gathered as gathered_module
@@ -112,7 +112,7 @@ def test_any_range_of_elements_is_that_of_the_whole(
         for span, gap, views in ((1, 0, 1), (60, 30, 2), (1 << 20, 1 << 14, 1024)):
             monkeypatch.setattr(gathered_module, "_SPAN_BYTES", span)
             monkeypatch.setattr(gathered_module, "_GAP_BYTES", gap)
-            monkeypatch.setattr(reader_module, "_MOST_VIEWS", views)
+            monkeypatch.setattr(local_file, "_MOST_VIEWS", views)
             for _ in range(20):
                 start, stop = sorted(rng.choice(ref.n_elements + 1, 2, replace=False).tolist())
                 part = read_elements(reader, ref, start, stop).reshape(-1, width)
