@@ -31,7 +31,11 @@ CLIENT: dict[str, Any] = {
 }
 QUICK: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(minutes=1)}
 """How a question is repeated that a user waits for, such as for an object's name: a few seconds."""
-PATIENT: dict[str, Any] = {"max_retries": 40, "retry_timeout": timedelta(minutes=3)}
+PATIENT: dict[str, Any] = {
+    "max_retries": 60,
+    "retry_timeout": timedelta(minutes=3),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
+}
 """How a transfer is repeated in the middle of a merge, after longer and longer pauses."""
 _STORES: dict[tuple[str, str, bool], Any] = {}
 _LOCK = threading.Lock()
