@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-DRAWN_BLOCK = 1 << 15
+DRAWN_BLOCK = 1 << 14
 """Number of elements that are drawn or changed together."""
 _DRAWN_BYTES = 8 * 24 * DRAWN_BLOCK
 """Bytes of the temporaries of a block: up to 24 arrays of 8 bytes per element."""

@@ -23,19 +23,20 @@ from torch import Tensor
 
 from streammerge.config.moe import MoeSpec
 from streammerge.dtypes import itemsize
-from streammerge.errors import ModelError, printable
+from streammerge.errors import BudgetError, ModelError, printable
 from streammerge.estimate.gates.prompts import Prompts, tokenized
 from streammerge.estimate.network.examples import digest
 from streammerge.estimate.network.loader import Loader
 from streammerge.estimate.network.resident import Resident
 from streammerge.estimate.network.run import Call, Network
-from streammerge.estimate.network.sizing import StageSize, check_fits, layer_activations
+from streammerge.estimate.network.sizing import RESERVE, StageSize, layer_activations
 from streammerge.estimate.network.skeleton import Skeleton
 from streammerge.events import Control, Event
 from streammerge.io.reader import Reader
 from streammerge.numerics.casts import F64, widened
 from streammerge.planning.plan import MergePlan
 from streammerge.tensors.read import read_elements
+from streammerge.units import format_at_least, format_size
 
 _ALIKE = 1 - 1e-6
 """Cosine from which two gates count as equal."""
@@ -127,7 +128,16 @@ class _Source:
             whole = sum(p.numel() for p in block.parameters()) // 2
             share = -(-at_once // examples[-1].length)
             stages.append(StageSize(f"layer {i}", 0, whole=whole, activations=running * share))
-        check_fits(memory, stages, sum(example.length for example in examples) * width)
+        largest = max(stages, key=lambda stage: stage.nbytes)
+        states = 4 * width * sum(example.length for example in examples)
+        needed = RESERVE + largest.nbytes + states
+        if needed > memory:
+            raise BudgetError(
+                f"gate_mode '{self.spec.gate_mode}' needs {format_size(needed)}: {format_size(RESERVE)} for the process, "
+                f"{format_size(largest.nbytes)} for {largest.name} of the base model, {format_size(states)} for the hidden states of all "
+                f"prompts; --memory is {format_size(memory)}: give at least {format_at_least(needed)}, or use gate_mode 'cheap_embed' "
+                "or 'random'"
+            )
 
     def embedded(self, reader: Reader, control: Control) -> NDArray[np.float64]:
         """Return the gates of the mode ``cheap_embed``, [layers, experts, hidden]."""

@@ -18,12 +18,15 @@ MOE = Method(
     {},
     text="Make a mixture of experts of dense models.",
 )
-NETWORK_RESERVE = 480 << 20
+_NETWORK_RESERVE = 520 << 20
 """Bytes that the process needs where it has run a model: the interpreter, torch, transformers and the kernels."""
+_NOISE = 64 << 20
+"""Bytes that torch's temporaries take in all threads while noise is drawn, in addition to the counted ones."""
 
 
 def reserve_for(spec: MoeSpec) -> int:
     """Return the bytes that the process needs for the gates and random numbers of a mixture."""
+    noise = _NOISE if any(expert.noise for expert in spec.every) else 0
     if spec.reads_prompts:
-        return NETWORK_RESERVE
-    return TORCH.reserve if spec.draws else 0
+        return _NETWORK_RESERVE + noise
+    return TORCH.reserve + noise if spec.draws else 0

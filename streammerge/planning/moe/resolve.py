@@ -16,11 +16,11 @@ from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.refs.blocks import Block, BlocksRef
-from streammerge.checkpoint.refs.gates import ChangedRef, Distribution, DrawnRef, GateRef, Gates
+from streammerge.checkpoint.refs.gates import ChangedRef, Distribution, DrawnRef, GateRef, Gates, InventedRef
 from streammerge.config.moe import ExpertSpec, MoeSpec
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child, refuse
-from streammerge.dtypes import FLOATS, promoted
+from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.numerics.philox import derive_key
@@ -298,21 +298,19 @@ class _Maker:
                 f"{printable(self._base.index.reference)}: tensor {printable(name)} is {ref.dtype}, not a floating-point dtype: "
                 "dequantise the model first"
             )
-        job = Job(self._count, name, self._dtype(ref), ref.shape, "copy", (ref.renamed(name),), None, {})
+        dtype = self._dtype(ref)
+        source = ref.as_stored(dtype).renamed(name)
+        job = Job(self._count, name, dtype, ref.shape, "copy", (source,), None, {})
         self._count += 1
         self.lenders.append(Lender(self._base.index.reference, name, ref))
         return job
 
     def _dtype(self, ref: SourceRef) -> str:
-        """Return the config's dtype, or that of the tensors in files from which a tensor is made."""
+        """Return the config's dtype, or that in which a tensor is stored; gates have that of the embedding."""
         if self._config.dtype is not None:
             return self._config.dtype
-        stored = self._base.embedding if isinstance(ref, GateRef | DrawnRef) else ref
-        while isinstance(stored, ChangedRef):
-            stored = stored.source
-        parts = stored.parts if isinstance(stored, BlocksRef) else (stored,)
-        origins = [part.source if isinstance(part, ChangedRef) else part for part in parts]
-        return promoted(one.dtype if one.stored_format else one.stored_dtype for one in origins)
+        stored = (self._base.embedding if isinstance(ref, InventedRef) else ref).stored_dtype
+        return "BF16" if isinstance(ref, InventedRef) and stored not in FLOATS else stored
 
     def _layer(self, layer: int) -> Iterator[tuple[str, SourceRef]]:
         """Yield the tensors of a layer's mixture, with their names in the layer."""

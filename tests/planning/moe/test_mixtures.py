@@ -15,7 +15,7 @@ import streammerge
 from streammerge.planning.moe.families import FAMILIES
 from streammerge.testing.models import output_bytes
 from tests.planning.moe.conftest import Dense
-from tests.planning.moe.dense import HIDDEN, INTERMEDIATE, LAYERS, load, logits_of
+from tests.planning.moe.dense import HIDDEN, INTERMEDIATE, LAYERS, load, logits_of, write_dense
 
 TARGETS = [
     ("llama", "mixtral", 0),
@@ -170,3 +170,20 @@ def test_the_defaults_of_a_dense_architecture_are_those_of_transformers(family: 
         "model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
         "layer_types", "head_dim", "sliding_window", "num_key_value_heads",
     }  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:config.json. quantization_config is left out")
+def test_quantised_models_are_decoded_to_the_dtype_that_they_had(tmp_path: Path) -> None:
+    write_dense(tmp_path / "base", "llama", 0, torch.bfloat16, hidden_size=128, intermediate_size=128)
+    one = {"merge_method": "passthrough", "models": [tmp_path / "base"]}
+    streammerge.merge({**one, "quantize": "fp8"}, tmp_path / "fp8", progress=False)
+    streammerge.merge({**one, "models": [tmp_path / "fp8"]}, tmp_path / "plain", progress=False)
+    experts = [{"source_model": tmp_path / "fp8", "noise_scale": noise} for noise in (0, 0.1)]
+    config = {"base_model": tmp_path / "fp8", "gate_mode": "random", "experts": experts}
+    streammerge.merge(config, tmp_path / "out", progress=False)
+    out, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    assert {tensor.dtype for tensor in out.values()} == {torch.bfloat16}
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(out["model.layers.0.block_sparse_moe.experts.0.w3.weight"], plain[name])
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(out[name], plain[name])
