@@ -138,7 +138,7 @@ def test_what_the_base_model_cannot_read_is_refused_in_the_plan(
 def test_too_little_memory_for_a_layer_is_refused_in_the_plan(tmp_path: Path) -> None:
     large = write_header(tmp_path / "large", hidden_size=2048, intermediate_size=8192)
     with pytest.raises(streammerge.BudgetError, match=r"gate_mode 'hidden' needs 7\d\d MiB.*give at least 7"):
-        streammerge.plan(config_of([large, large], "hidden"), memory="600MiB")
+        streammerge.plan(config_of([large, large], "hidden"), memory="640MiB")
     assert streammerge.plan(config_of([large, large], "hidden"), memory="900MiB").gates is not None
 
 
