@@ -13,10 +13,12 @@ import yaml
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from streammerge import merge
+from streammerge import merge, verify
 from streammerge.errors import ConfigError, ModelError
+from tests.checkpoint.quantized.formats import write
+from tests.checkpoint.tokenizers.scene import words, write_tokenizer
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
-from tests.laws.quantised.rules import fp8, raw_tensors
+from tests.laws.quantised.rules import fp8, integers, raw_tensors
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (256, 64),
@@ -168,3 +170,70 @@ def test_a_stage_is_not_quantised_even_where_its_codes_are_copied(
     if quantize == "fp8":
         merge(yaml.safe_dump_all([{**stage, "quantize": "none"}, last]), tmp_path / "out", progress=False)
         assert f"model.layers.0.mlp.up_proj{ENDS[1]}" in raw_tensors(tmp_path / "out/model.safetensors")
+
+
+def write_vocabulary(folder: Path, name: str, seed: int, texts: str, modules: tuple[str, ...]) -> Path:
+    """Write a model in a format, its vocabulary in the order of the texts."""
+    settings = {"vocab_size": len(texts), "tie_word_embeddings": False, "num_hidden_layers": 1}
+    g = np.random.default_rng(seed)
+    rows = {} if "lm_head" in modules else {"model.embed_tokens.weight": g.standard_normal((len(texts), 64))}
+    write(folder, name, seed, len(texts) if not rows else 64, 64, modules, rows, **settings)
+    write_tokenizer(folder, words(texts))
+    return folder
+
+
+@pytest.mark.parametrize("quantize", ["same", "fp8"])
+def test_a_vocabulary_is_aligned_and_the_layers_are_quantised(quantize: str, tmp_path: Path) -> None:
+    """The rows of the vocabulary are floats, in the order of the union; layers have the codes of the merge in fp32."""
+    layers = ("model.layers.0.mlp.down_proj",)
+    if quantize == "same":
+        paths = [
+            write_vocabulary(tmp_path / text, "fp8 blocks F32", i, text, layers)
+            for i, text in enumerate(("abcdefgh", "hgfeXYZ"))
+        ]
+        rule = fp8("F32", (32, 32))
+    else:
+        paths, rule = [], RULE
+        for i, text in enumerate(("abcdefgh", "hgfeXYZ")):
+            shapes = {"model.embed_tokens.weight": (len(text), 128), f"{layers[0]}.weight": (128, 256)}
+            (path,) = write_models(tmp_path / text, 0, shapes=shapes, seed=i)
+            settings = json.loads((path / "config.json").read_text())
+            (path / "config.json").write_text(json.dumps({**settings, "vocab_size": len(text)}))
+            write_tokenizer(path, words(text))
+            paths.append(path)
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in paths]
+    whole = {"merge_method": "linear", "models": models, "tokenizer": {"source": "union"}}
+    merge({**whole, "dtype": "float32"}, tmp_path / "floats", progress=False)
+    merge({**whole, "dtype": "float32", "quantize": quantize}, tmp_path / "coded", progress=False)
+    floats, found = (raw_tensors(tmp_path / name / "model.safetensors") for name in ("floats", "coded"))
+    embedding = "model.embed_tokens.weight"
+    assert found[embedding] == floats[embedding]
+    assert found[embedding].shape[0] == 11
+    values = load_file(tmp_path / "floats/model.safetensors")[f"{layers[0]}.weight"]
+    for end, data in rule(values, *ENDS).items():
+        assert found[layers[0] + end].data == data
+    settings = json.loads((tmp_path / "coded/config.json").read_text())
+    assert settings["vocab_size"] == 11
+    assert settings["quantization_config"]["quant_method"] == "fp8"
+    assert not verify(str(tmp_path / "coded")).problems
+
+
+def test_rows_of_a_quantised_vocabulary_are_encoded_anew_or_refused(tmp_path: Path) -> None:
+    name, modules = "int-quantized channel", ("model.embed_tokens", "lm_head")
+    paths = [
+        write_vocabulary(tmp_path / text, name, i, text, modules) for i, text in enumerate(("abcd", "dcbXa"))
+    ]
+    models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in paths]
+    whole = {"merge_method": "linear", "models": models, "quantize": "same"}
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight has another shape in the output"):
+        merge({**whole, "tokenizer": {"source": "union"}}, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    of_first = {"tokenizer": {"source": {"model": str(paths[0])}}}
+    merge({**whole, **of_first}, tmp_path / "coded", progress=False)
+    merge({**whole, **of_first, "quantize": "none", "dtype": "float32"}, tmp_path / "floats", progress=False)
+    floats = load_file(tmp_path / "floats/model.safetensors")
+    found = raw_tensors(tmp_path / "coded/model.safetensors")
+    for module in modules:
+        rule = integers(8, "BF16", (1, 64), packed=False)
+        for end, data in rule(floats[f"{module}.weight"], ".weight", ".weight_scale").items():
+            assert found[module + end].data == data, (module, end)
