@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streammerge.backends.cpu.before_use import compile_groups
+from streammerge.backends.cpu.compile import load_kernels
 from streammerge.events import Control
 from streammerge.planning.needed_kernels import needed_kernels
 from streammerge.planning.plan import MergePlan
@@ -29,3 +30,9 @@ def compile_first(plan: MergePlan, control: Control) -> float:
     if failure is not None and plan.backend.compiled:
         raise CannotCompileError(failure)
     return seconds
+
+
+def load_ahead(plan: MergePlan) -> None:
+    """Load the kernels of a plan; in a thread of its own while the first chunks are read, since it takes half a second."""
+    if plan.backend.compiled:
+        load_kernels(needed_kernels(plan))

@@ -148,7 +148,7 @@ def _meaning(packed: Packed) -> tuple[int, int]:
 
 
 def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
-    """Return the listed group of each column, or of each row of a transposed tensor; None if not listed.
+    """Return the listed group of each column; None if none are listed, or if the list is in order.
 
     A list that consists only of -1 means that the columns are in order, as compressed-tensors wrote it.
     """
@@ -168,7 +168,8 @@ def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
             f"tensor {quoted(listed.name)}: entry {wrong} is {index[wrong]}, and there are {n} groups: "
             "download or convert the model again",
         )
-    return index
+    size = ref.groups.rows if ref.transposed else ref.groups.columns
+    return None if np.array_equal(index, np.arange(index.size) // size) else index
 
 
 def _scales(reader: Reader, ref: IntegersRef, part: Rectangle) -> Floats32:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import numpy as np
 from streammerge.backends.cpu.compile import ensure_compiled
 from streammerge.checkpoint.index import open_model
 from streammerge.formats.refs import SourceRef
-from streammerge.io.pages import PAGE, slot_bytes
+from streammerge.io.buffer_pool import Pool
+from streammerge.io.pages import slot_bytes
 from streammerge.io.reader import Reader
 from streammerge.tensors.read import read_source
 
@@ -29,13 +31,14 @@ from tests.checkpoint.quantized.formats import FORMATS, write
 
 def seconds_of(ref: SourceRef, runs: int) -> float:
     """Return the CPU seconds of reading a tensor once, by this thread."""
-    reader, room = Reader("read"), np.empty(slot_bytes(ref.nbytes) + PAGE, np.uint8)
-    slot = room[-room.ctypes.data % PAGE :][: slot_bytes(ref.nbytes)]
-    scratch, found = np.empty(ref.scratch_bytes, np.uint8), []
-    for _ in range(runs + 1):
-        began = time.thread_time()
-        read_source(reader, ref, 0, ref.n_elements, slot, scratch)
-        found.append(time.thread_time() - began)
+    reader, pool, found = Reader("read"), Pool(1 << 40), []
+    scratch = np.empty(ref.scratch_bytes, np.uint8)
+    with pool.lease(slot_bytes(ref.nbytes), threading.Event()) as slot:
+        assert slot is not None
+        for _ in range(runs + 1):
+            began = time.thread_time()
+            read_source(reader, ref, 0, ref.n_elements, slot, scratch)
+            found.append(time.thread_time() - began)
     reader.close()
     return min(found[1:])
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future, wait
 from queue import Empty, SimpleQueue
 
 from streammerge.engine.executors.base import executor
+from streammerge.engine.first_use import load_ahead
 from streammerge.engine.in_flight import finished
 from streammerge.engine.task import prefetch, run_chunk
 from streammerge.engine.worker import RunSpec, Worker
@@ -28,6 +29,7 @@ class Threads:
         self, spec: RunSpec, chunks: Iterable[Chunk | None], driver: Worker
     ) -> Generator[list[Receipt], None, None]:
         """See `Executor`."""
+        driver.prefetchers.submit(load_ahead, driver.plan)  # what fails there fails again where it is used
         written: SimpleQueue[list[Receipt]] = SimpleQueue()
         pending: set[Future[None]] = set()
 
