@@ -192,8 +192,8 @@ def _dense(whole: Matrix, computed: int) -> Decomposition:
     from scipy.linalg import svd
 
     total = _square_sum(whole)
-    if not total:
-        return _nothing(whole.shape, 0.0)
+    if not total or not np.isfinite(total):
+        return _nothing(whole.shape, total)
     left, values, right = svd(whole, full_matrices=False, check_finite=False)
     return _settled(left[:, :computed], values[:computed], right[:computed], total, float(values[0]))
 

@@ -11,6 +11,7 @@ from streammerge.api.deciding import ConfigLike, plan
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.api.gates import supply_gates
 from streammerge.engine.recompute import check_contents, check_made_from, recompute
+from streammerge.engine.recompute_adapter import recompute_adapter
 from streammerge.errors import InputError
 from streammerge.events import Control, Event
 from streammerge.output.check import Verdict, manifest_of
@@ -109,7 +110,8 @@ def _verify(
     verdict = verify_files(out, on_tick)
     try:
         supply_gates(decided, Control())
-        done = recompute(decided, out, manifest, sample=sample, seed=seed, on_tick=on_tick)
+        again = recompute if decided.adapter is None else recompute_adapter
+        done = again(decided, out, manifest, sample=sample, seed=seed, on_tick=on_tick)
     except InputError:
         if not verdict.problems:
             raise

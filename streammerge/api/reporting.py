@@ -12,7 +12,7 @@ from streammerge.checkpoint.index import open_model
 from streammerge.engine.measuring import measure
 from streammerge.engine.merge import Summary
 from streammerge.engine.worker import Answers
-from streammerge.errors import Stopped, printable
+from streammerge.errors import ConfigError, Stopped, printable
 from streammerge.events import Control, Event
 from streammerge.methods.comparison import REVIEW, output_difference_of
 from streammerge.planning.needs import tensor_context_of
@@ -40,6 +40,11 @@ def check_room(plan: MergePlan) -> None:
     BudgetError
         If it would not.
     """
+    if plan.adapter is not None:
+        raise ConfigError(
+            f"{plan.config.where}: output: lora: --report is about merged models: leave it out; the residuals of the adapter are "
+            "printed and recorded"
+        )
     check_memory("a report", plan.budget)
     expected = {job.name: job.sources[0] for job in plan.jobs}
     stand_in = replace(

@@ -60,7 +60,8 @@ def check_made_from(plan: MergePlan, out: Path, manifest: Mapping[str, Any], con
     finally:
         reader.close()
     changed = [name for name in identity.changed(manifest["identity"]) if name not in (VERSION, LAYOUT)]
-    if not changed and manifest["tensors"].keys() != {part.name for job in plan.jobs for part in job.parts}:
+    names = {part.name for job in plan.jobs for part in job.parts}
+    if not changed and plan.adapter is None and manifest["tensors"].keys() != names:
         changed = ["set of tensors"]
     if changed:
         raise InputError(
@@ -137,10 +138,10 @@ def recompute(
     worker = Worker(RunSpec(placed, None, identify(placed, reader), tolerant=True), reader, comparer)
     try:
         scheduler = Scheduler(worker, [Unrecorded()], lambda tick: on_tick(tick.bytes_read))
-        scheduler.run([Progress({}, _all_but(placed, chosen))])
+        scheduler.run([Progress({}, all_but(placed, chosen))])
     finally:
         reader.close()
-    _check_inputs(placed)
+    check_inputs(placed)
     problems = [comparer.describe(key, manifest) for key in sorted(comparer.differences)]
     if sample is None and not problems:
         problems = _told_wrongly(placed, scheduler.receipts, manifest, place)
@@ -171,7 +172,7 @@ def _placed(plan: MergePlan, place: Place, names: Sequence[str]) -> MergePlan:
     return replace(plan, layout=Layout(tuple(shards), placed))
 
 
-def _all_but(plan: MergePlan, chosen: Sequence[Piece]) -> list[Receipt]:
+def all_but(plan: MergePlan, chosen: Sequence[Piece]) -> list[Receipt]:
     """Return receipts for everything outside the sample."""
     wanted: dict[int, list[tuple[int, int]]] = {}
     for piece in chosen:
@@ -183,7 +184,8 @@ def _all_but(plan: MergePlan, chosen: Sequence[Piece]) -> list[Receipt]:
     ]
 
 
-def _check_inputs(plan: MergePlan) -> None:
+def check_inputs(plan: MergePlan) -> None:
+    """Raise WorldError if an input has changed since the plan was made."""
     for stamps in plan.stamped.values():
         for stamp in stamps:
             try:

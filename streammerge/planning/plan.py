@@ -25,6 +25,7 @@ from streammerge.planning.files.tokenizer import TokenizerFiles
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Layout
 from streammerge.planning.low_rank.adapter import AdapterPlan
+from streammerge.planning.low_rank.memory import passes_over
 from streammerge.planning.memory.allocate import StatisticsMemory
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import Division
@@ -217,6 +218,8 @@ class MergePlan:
                 rounds += self.rounds_reading(job, Extent.TENSOR)
                 if job.encoder is not None and job.encoder.needs_peak:  # it is merged twice
                     total += job.input_bytes + job.fisher_bytes
+            if job.kind == "factor":
+                total += int((passes_over(job, how) - 1) * job.input_bytes)
             for statistics in rounds:
                 total += self._bytes_of(job, statistics)
         if self.stages:

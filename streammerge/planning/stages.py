@@ -233,7 +233,7 @@ def check_reads(plan: MergePlan, most: float) -> None:
     """
     once = bytes_once(plan)
     times = plan.bytes_to_read() / max(1, once)
-    if not plan.stages or times <= most:
+    if not plan.stages or plan.adapter is not None or times <= most:
         return
     wanted = Counter[str]()
     for job in plan.jobs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from streammerge.algebra.extent import Extent
-from streammerge.algebra.low_rank import block_rows, held_bytes
+from streammerge.algebra.low_rank import block_rows, held_bytes, is_dense
 from streammerge.checkpoint.refs.difference import SumOfProductsRef
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import Budget
@@ -12,6 +12,8 @@ from streammerge.tensors.encoders.low_rank import LowRank
 
 RESERVE = 48 << 20
 """Bytes of the process for scipy's and BLAS's code and buffers."""
+_AFTER_GRAM = 3
+"""Passes after that for the Gram matrix: two of subspace iteration, one for the residual."""
 _FEWEST_READS = 4
 """A matrix with fewer rows than columns holds at least this part of its rows, if there is room: it is read less often."""
 
@@ -47,6 +49,24 @@ def work_of_factors(job: Job, budget: Budget) -> Work:
     room = (budget.capacity - needs(0)) // (8 * columns) // step * step
     held = max(least, room)
     return _work(job, needs(held), held * columns, budget)
+
+
+def passes_over(job: Job, work: Work) -> float:
+    """Return how often the rows of a weight's change are read for its factors, at most."""
+    form, ref = job.encoder, job.sources[0]
+    assert isinstance(form, LowRank)
+    rows, columns = form.matrix
+    if (
+        isinstance(ref, SumOfProductsRef)
+        or work.at_once == job.n_elements
+        or is_dense(form.matrix, form.computed)
+    ):
+        return 1.0
+    of_gram = 1.0
+    if rows < columns:
+        held = max(1, (work.at_once or 0) // columns)
+        of_gram = (1 + -(-rows // held)) / 2
+    return of_gram + _AFTER_GRAM
 
 
 def _work(job: Job, needed: int, held: int, budget: Budget) -> Work:
