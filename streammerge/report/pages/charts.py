@@ -45,10 +45,10 @@ _CONFIG = {
     "legend": {
         "labelColor": "var(--ink)",
         "labelFontSize": 11,
-        "labelLimit": 140,
+        "labelLimit": 100,
         "columnPadding": 24,
         "orient": "bottom",
-        "columns": 2,
+        "columns": 3,
         "title": None,
         "symbolStrokeWidth": 2,
     },
@@ -213,7 +213,13 @@ def matrix(
     encoding["x"]["axis"] |= {"labelAngle": -40, "labelAlign": "right"}
     height = max(120, min(_WIDTH, 30 * len({cell["y"] for cell in values})))
     return draw(
-        {"encoding": encoding, "layer": layers, "data": {"values": values}, "height": height, "width": 300}
+        {
+            "encoding": encoding,
+            "layer": layers,
+            "data": {"values": values},
+            "height": height,
+            "width": _WIDTH - 30,
+        }
     )
 
 

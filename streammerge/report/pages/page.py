@@ -52,11 +52,13 @@ class Table:
         """Return the markup."""
         head = "".join(f'<th scope="col">{text_html(text)}</th>' for text in self.head)
         body = "".join(self._row(row, i == self.best) for i, row in enumerate(self.rows))
-        caption = f"<caption>{text_html(self.caption)}</caption>" if self.caption and not self.folded else ""
+        caption = (
+            f'<p class="caption">{text_html(self.caption)}</p>' if self.caption and not self.folded else ""
+        )
         opening = "<table>" if self.head else '<table class="facts">'
         titles = f"<thead><tr>{head}</tr></thead>" if self.head else ""
         table = (
-            f'<div class="scroll" tabindex="0">{opening}{caption}{titles}<tbody>{body}</tbody></table></div>'
+            f'{caption}<div class="scroll" tabindex="0">{opening}{titles}<tbody>{body}</tbody></table></div>'
         )
         if not self.folded:
             return table

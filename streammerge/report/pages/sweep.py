@@ -48,7 +48,7 @@ def sweep_page(rows: Sequence[Row], swept: Sequence[str], *, name: str = "sweep"
     ]
     if best is not None:
         where = ", ".join(f"{key} = {rows[best].get(key, '')}" for key in swept)
-        lead.append(f"Best: {where}, with a score of {rows[best].get(SCORE, '')}.")
+        lead.append(f"Best: {where}, with a score of {scores[best]:.6g}.")
     scored = [(row, score) for row, score in zip(rows, scores, strict=True) if score is not None]
     figures = [_curve(scored, swept, key) for key in swept if len({row.get(key) for row, _ in scored}) > 1]
     if (grid := _grid(scored, swept)) is not None:
@@ -56,10 +56,16 @@ def sweep_page(rows: Sequence[Row], swept: Sequence[str], *, name: str = "sweep"
     if not scored:
         lead.append("No point has a score, so there is nothing to draw: give a command with --score.")
     head = list(dict.fromkeys([*swept, SCORE, SECONDS, *(column for row in rows for column in row)]))
-    cells = [[str(row.get(column) or "") for column in head] for row in rows]
+    cells = [[_cell(row, column) for column in head] for row in rows]
     table = Table(head, cells, "All points; the best one is bold.", best=best)
     sections = [Section("Score over the swept values", figures=figures), Section("Points", tables=[table])]
     return page_html(f"Sweep of {name}", lead, sections)
+
+
+def _cell(row: Row, column: str) -> str:
+    """Return a cell as text; a score in six digits."""
+    score = number_of(row.get(SCORE, "")) if column == SCORE else None
+    return str(row.get(column) or "") if score is None else f"{score:.6g}"
 
 
 def number_of(text: object) -> float | None:
