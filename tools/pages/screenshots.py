@@ -12,6 +12,7 @@ import argparse
 import csv
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,7 +28,8 @@ from streammerge.testing.models import write_model
 LAYERS, WIDTH, INNER, WORDS = 24, 64, 160, 512
 WINDOW, HEIGHT = 1000, 1100
 """The size of a picture in pixels."""
-LAMBDAS, DENSITIES = (0.2, 0.4, 0.6, 0.8, 1.0), (0.1, 0.2, 0.5)
+LAMBDAS, DENSITIES = (0.5, 1.0, 1.5, 2.0), (0.1, 0.2, 0.5)
+"""The example of docs/use/sweeps.md."""
 MOST_NBYTES = 150_000
 
 
@@ -88,7 +90,7 @@ def swept(folder: Path) -> str:
     streammerge.sweep(config, folder / "swept", score=command, progress=False)
     with (folder / "swept" / "sweep.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return sweep_page(rows, ["lambda", "density"], name="the demo's models", method="ties")
+    return sweep_page(rows, ["lambda", "density"], name="ties.yml", method="ties")
 
 
 def main() -> None:
@@ -96,6 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("pages", nargs="*", help="compare, report or sweep; all if none is named")
     parser.add_argument("--to", type=Path, default=Path(__file__).parents[2] / "docs" / "use" / "pictures")
     parser.add_argument(
         "--score", type=Path, help="print the mean accuracy of one merged model, and do nothing else"
@@ -108,12 +111,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, browser() as opened:
         folder = Path(name)
         base, models = write_family(folder)
-        (folder / "sweep.html").write_text(swept(folder))
-        streammerge.compare(models, base, html=folder / "compare.html", progress=False)
-        streammerge.merge(
-            ties(base, models), folder / "merged", report=folder / "report.html", progress=False
-        )
-        for page, dark in (("compare", False), ("report", True), ("sweep", False)):
+        makers: dict[str, Callable[[Path], object]] = {
+            "compare": lambda path: streammerge.compare(models, base, html=path, progress=False),
+            "report": lambda path: streammerge.merge(
+                ties(base, models), folder / "merged", report=path, progress=False
+            ),
+            "sweep": lambda path: path.write_text(swept(folder)),
+        }
+        for page in given.pages or makers:
+            makers[page](folder / f"{page}.html")
+            dark = page == "report"
             seen = opened.open(folder / f"{page}.html", width=WINDOW, dark=dark)
             assert not seen.complaints, seen
             # The pages name the folder that they were made in.
