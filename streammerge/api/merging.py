@@ -16,6 +16,7 @@ from streammerge.api.reporting import check_report, check_room, write_report
 from streammerge.config.schema import MergeConfig
 from streammerge.config.stages import kept_stages, read_from
 from streammerge.engine.first_use import CannotCompileError
+from streammerge.engine.joined import join as join_plan
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.errors import InputError, printable
 from streammerge.io.reader import IoMode
@@ -42,6 +43,7 @@ def merge(
     overwrite: bool = False,
     nonfinite: NonFinite = "error",
     hash_inputs: bool = False,
+    join: bool = False,
     io: IoMode = "direct",
     profile: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
@@ -90,6 +92,9 @@ def merge(
     hash_inputs
         Hash every input file first, which reads it once more. A resumed merge then distinguishes a touched or copied file
         from a changed one. The manifest records the hashes.
+    join
+        Share the merge with other processes that make the same call, on any hosts that see `out` and the models: each
+        takes shards that nobody has taken, and the call returns when all are done, by whomever.
     io
         ``direct``: past the page cache, except for cached data; ``read``: through it; ``mmap``: copies from a memory map.
     profile
@@ -136,7 +141,9 @@ def merge(
         raise InputError(f"io {printable(io)!r} is not one of {', '.join(get_args(IoMode))}")
     if nonfinite not in get_args(NonFinite):
         raise InputError(f"nonfinite {printable(nonfinite)!r} is not one of {', '.join(get_args(NonFinite))}")
-    how = Options(overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs=hash_inputs)
+    how = Options(
+        overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs=hash_inputs, join=join
+    )
 
     if report is not None:
         check_report("report", Path(report), Path(out))
@@ -181,15 +188,16 @@ def _merge_settled(
     decided = plan(config, out=out, **planned)
     if report is not None:
         check_room(decided)
+    run_plan = join_plan if how.join else execute
     with controlled(
         run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]
     ) as control:
         try:
-            summary = execute(decided, out, how, control, model_card, supply_gates)
+            summary = run_plan(decided, out, how, control, model_card, supply_gates)
         except CannotCompileError as error:
             control.warn(SLOWER.format(error))
             decided = plan(config, out=out, **{**planned, "kernels": False})
-            summary = execute(decided, out, how, control, model_card, supply_gates)
+            summary = run_plan(decided, out, how, control, model_card, supply_gates)
         if report is not None:
             write_report(decided, out, summary, report, control)
         return summary

@@ -17,6 +17,7 @@ from streammerge.cli.options import (
     Whole,
     examples,
     insecure_option,
+    join_option,
     json_events_option,
     keep_stages_option,
     max_reads_option,
@@ -39,6 +40,7 @@ from streammerge.errors import InputError, printable
         "streammerge merge ties.yml merged --memory 2GiB     never more resident memory than this",
         "streammerge merge ties.yml merged --overwrite       discard what an earlier merge left there",
         "streammerge merge sdxl.yml models/mix.safetensors   one file, as programs for images load it",
+        "srun -N8 streammerge merge ties.yml merged --join   eight nodes share the work",
         "streammerge merge ties.yml merged --json            events for another program",
     ),
 )
@@ -48,6 +50,7 @@ from streammerge.errors import InputError, printable
 @max_reads_option
 @writing_options
 @keep_stages_option
+@join_option
 @quiet_option
 @json_events_option
 @mergekit_options

@@ -250,6 +250,13 @@ max_reads_option = option(
     group=MEMORY_AND_SPEED,
     help="Of a config with stages: read at most N times the bytes of its inputs.",
 )
+join_option = option(
+    "--join",
+    is_flag=True,
+    group=OUTPUT,
+    help="Share the merge with all processes that run the same command, on any hosts that see OUT: each takes shards.",
+)
+"""Option of the command whose work several processes may share."""
 keep_stages_option = option(
     "--keep-stages",
     type=path(file_okay=False),

@@ -110,11 +110,11 @@ def execute(
                     place, plan, identity, hasher if options.hash_inputs else None, control
                 )
             ):
-                return replace(_complete(out, plan, finished), compile_seconds=compiling)
+                return replace(complete(out, plan, finished), compile_seconds=compiling)
             before(plan, control)
             session = Session(plan, place, identity, reader, options, control, hasher)
             outcome = run_sessions([session], reader, executor, options, control, card, began)
-            return _summary(session, reader, outcome, began, compiling)
+            return summary_of(session, reader, outcome, began, compiling)
     finally:
         reader.close()
 
@@ -128,7 +128,7 @@ def make_hasher(plan: MergePlan, control: Control) -> ContentHasher:
     return ContentHasher(plan.budget.workers, control.check, on_tick)
 
 
-def _complete(out: Path, plan: MergePlan, finished: Finished) -> Summary:
+def complete(out: Path, plan: MergePlan, finished: Finished) -> Summary:
     """Return the summary of a merge that was already complete."""
     manifest = finished.manifest
     return Summary(
@@ -185,8 +185,8 @@ def run_sessions(
         done = zip(sessions, before, strict=True)
         resumed = sum(session.bytes_of(progress.receipts) for session, progress in done)
         control.emit(Event("resume" if resumed else "start", {"bytes_done": resumed}))
-        records = [session.journal for session in sessions]
-        scheduler = Scheduler(worker, records, _teller(sessions, control), executor)
+        records = [session.record for session in sessions]
+        scheduler = Scheduler(worker, records, _teller(sessions, control), executor, sessions[0].course)
         started = time.monotonic()
         worker.stages.add("start", started - began, time.process_time())
         try:
@@ -203,7 +203,8 @@ def run_sessions(
                 session.finish(scheduler.receipts_of(number), card(session.plan))
                 for number, session in enumerate(sessions)
             )
-        kept = kept_by_job(cover(sessions[0].plan, scheduler.receipts_of(0)))
+        every = sessions[0].every(scheduler.receipts_of(0))
+        kept = kept_by_job(cover(sessions[0].plan, every)) if every else {}
         profile = _profile_values(worker, running, time.monotonic() - began)
         return Outcome(manifests, resumed, kept, profile)
     finally:
@@ -227,7 +228,7 @@ def _teller(sessions: Sequence[Session], control: Control) -> Callable[[Tick], N
                     "bytes_written": tick.bytes_written,
                     "tensors": tick.tensors_done,
                     "tensors_total": len(jobs),
-                    "elements": tick.elements_done,
+                    "elements": tick.elements_done + sum(session.elements_elsewhere for session in sessions),
                     "elements_total": elements,
                 },
             )
@@ -249,7 +250,8 @@ def _profile_values(worker: Worker, running: float, seconds: float) -> dict[str,
     )
 
 
-def _summary(session: Session, reader: Reader, outcome: Outcome, began: float, compiling: float) -> Summary:
+def summary_of(session: Session, reader: Reader, outcome: Outcome, began: float, compiling: float) -> Summary:
+    """Return the summary of a run with one output."""
     plan, manifest = session.plan, outcome.manifests[0]
     return Summary(
         str(session.place.out),

@@ -19,13 +19,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from streammerge.engine.answers import restored
+from streammerge.engine.course import Alone, Course
 from streammerge.engine.executors.base import Executor, make_executor
 from streammerge.engine.ledger import Ledger, done_by_all
 from streammerge.engine.streaming import Streamer
 from streammerge.engine.worker import Worker
 from streammerge.errors import Stopped
 from streammerge.output.journal import Progress, Receipt
-from streammerge.planning.schedule import PASSES_AHEAD, Chunk, StatisticsPass
+from streammerge.planning.schedule import PASSES_AHEAD, Chunk, StatisticsPass, Step
 
 _SYNC_SECONDS = 1.0
 _WAIT_SECONDS = 0.25
@@ -74,6 +75,8 @@ class Scheduler:
         Called periodically, from the thread that calls `run`.
     executor
         Runs the chunks; default: the threads of `worker`.
+    course
+        What is run, and in which order; default: all steps of the plan.
     """
 
     def __init__(
@@ -82,12 +85,14 @@ class Scheduler:
         records: Sequence[Record],
         on_tick: Callable[[Tick], None],
         executor: Executor | None = None,
+        course: Course | None = None,
     ) -> None:
         self._worker, self._plan = worker, worker.plan
         self._computes = worker.reader.computes
         self._records = records
         self._on_tick = on_tick
         self._executor = executor or make_executor("threads")
+        self._course = course or Alone(worker.plan)
         self._streamer = Streamer(worker, [record.add_answers for record in records], self._look)
         self._streaming = ThreadPoolExecutor(1, thread_name_prefix="streaming")
         self._caller = threading.current_thread()
@@ -136,7 +141,7 @@ class Scheduler:
         try:
             with self._worker:
                 try:
-                    self._streamer.model_rounds()
+                    self._course.begin(self._streamer)
                     self._execute(done_by_all(jobs, self._ledgers))
                 except BaseException as error:
                     self._worker.stop.set()
@@ -154,7 +159,7 @@ class Scheduler:
     # --- chunks
 
     def _execute(self, done: Mapping[int, Sequence[tuple[int, int]]]) -> None:
-        chunks = self._ready(self._plan.steps(done))
+        chunks = self._ready(self._course.steps(done))
         with closing(self._executor.run(self._worker.spec, chunks, self._worker)) as batches:
             for receipts in batches:
                 self._take(receipts)
@@ -162,7 +167,7 @@ class Scheduler:
         if self._worker.stop.is_set():
             raise self._failure or Stopped(signal.SIGTERM)
 
-    def _ready(self, steps: Iterable[Chunk | StatisticsPass]) -> Iterator[Chunk | None]:
+    def _ready(self, steps: Iterable[Step | None]) -> Iterator[Chunk | None]:
         """Yield the chunks in file order, except that chunks of a streamed tensor wait for its statistics.
 
         Tensors are streamed while chunks of other tensors run, so that the merge does not wait. None means that all
@@ -178,7 +183,9 @@ class Scheduler:
                 continue
             for job in [job for job, one in passes.items() if one.done()]:
                 yield from self._ready_after(waiting, passes, job)
-            if any(piece.job in passes for piece in step.pieces):
+            if step is None:
+                yield None
+            elif any(piece.job in passes for piece in step.pieces):
                 waiting.append(step)
             else:
                 yield step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from streammerge.checkpoint.weight_names import ADAPTER_CONFIG
+from streammerge.engine.course import Alone, Course
+from streammerge.engine.scheduler import Record
 from streammerge.engine.telling import differing, not_finite_lines, of_floor
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import WorldError, printable
@@ -23,7 +25,9 @@ from streammerge.output.commit import commit
 from streammerge.output.directory import clear, sweep, withdraw
 from streammerge.output.identity import Identity
 from streammerge.output.inputs import ContentHasher, InputFile, beside, confirm, find_inputs, recognize
+from streammerge.output.joining import discard_runs, left_by_runs
 from streammerge.output.journal import Journal, Known, Progress, Receipt
+from streammerge.output.left_by_run import left_by_run
 from streammerge.output.place import CONFIG_COPY, MANIFEST, Place
 from streammerge.output.presence import Presence
 from streammerge.output.shards import ShardWriter
@@ -48,6 +52,8 @@ class Options:
     """Non-finite values are refused, or written and reported."""
     executor: str = "threads"
     """The name of the executor; see `streammerge.engine.executors`."""
+    join: bool = False
+    """Whether other processes share the merge; see `streammerge.engine.joined`."""
     hash_inputs: bool = False
     """Whether to hash every input file first, so that it is recognised whatever its date. The manifest has the hashes."""
 
@@ -81,11 +87,29 @@ class Session:
         self._files = find_inputs(plan, plan.beside.files)
         self.journal = Journal(place, identity.named)
         self._presence = Presence(place, self._told)
-        self._writer = ShardWriter(place, plan.layout, direct=options.io == "direct")
+        self._writer = self._make_writer()
         known = {} if reader.computes is None else reader.computes.identities
         spec = RunSpec(plan, place.out, identity, options.nonfinite == "warn", options.io, known)
         self.worker = Worker(spec, reader, self._writer, control.stop)
         self._known: dict[str, Known] = {}
+
+    def _make_writer(self) -> ShardWriter:
+        return ShardWriter(self.place, self.plan.layout, direct=self._options.io == "direct")
+
+    @property
+    def record(self) -> Record:
+        """The record of receipts and of values of statistics."""
+        return self.journal
+
+    @property
+    def course(self) -> Course:
+        """What is done, and in which order."""
+        return Alone(self.plan)
+
+    @property
+    def elements_elsewhere(self) -> int:
+        """Number of elements that other processes have finished since this one began."""
+        return 0
 
     def begin(self) -> Progress:
         """Open the journal and the shards; return what earlier runs have done, as far as the bytes are sound."""
@@ -105,6 +129,10 @@ class Session:
         spans = ((first, last) for r in receipts for first, last in jobs[r.job].spans(r.start, r.stop))
         return sum(last - first for first, last in spans)
 
+    def every(self, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
+        """Return the receipts of the whole output, given those of this process; empty if others did not tell theirs."""
+        return receipts
+
     def check(self, receipts: Sequence[Receipt]) -> None:
         """Raise WorldError if an input changed meanwhile; warn of copies that differ and of non-finite values."""
         for file in self._files:
@@ -115,7 +143,7 @@ class Session:
         ):
             self._control.warn(line)
 
-    def finish(self, receipts: Sequence[Receipt], card: str) -> dict[str, Any]:
+    def finish(self, receipts: Sequence[Receipt], card: str) -> Mapping[str, Any]:
         """Publish the output and return its manifest."""
         contents = {key: known.content for key, known in self._known.items()}
         hashes = {file.name: contents[file.key] for file in self._files if self._is_sidecar(file)}
@@ -150,29 +178,43 @@ class Session:
         journal, files = self.journal, self._files
         journal.claim()
         self._presence.check()
-        progress = None if self._options.overwrite else journal.read()
+        progress = left = None
+        if not self._options.overwrite:
+            progress = journal.read()
+            left = left_by_run(self.place, self.identity, self.plan.layout)
+        if progress is None and left is not None:
+            progress = Progress(self.identity.named, files=dict(left.files))
         known = {file.key: Known(file.stamp) for file in files}
         if progress is not None:
             what = f"{printable(self.place.out)}: holds an unfinished merge"
             known = recognize(files, progress.files, self._hasher, what)
-        hashed = self._hasher.hash_once(
-            [
-                file
-                for file in files
-                if not known[file.key].content and (self._options.hash_inputs or self._is_sidecar(file))
-            ]
-        )
-        known |= {key: Known(known[key].stamp, content) for key, content in hashed.items()}
+        known |= self._hashed(known)
         self._presence.begin()
         if progress is None:
-            announced = journal.announced()
+            announced = journal.announced() | left_by_runs(self.place)
             journal.start_over()
+            discard_runs(self.place)
             clear(self.place, announced)
         else:
             withdraw(self.place)
-            sweep(self.place, written_names(self.plan))
         journal.open(known)
+        if progress is not None and left is not None:
+            journal.add(left.receipts)
+            left.take(self.place, self.plan.layout)
+            progress = replace(progress, receipts=[*progress.receipts, *left.receipts])
+        if progress is not None:
+            sweep(self.place, written_names(self.plan))
         return replace(progress or Progress({}), files=known)
+
+    def _hashed(self, known: Mapping[str, Known]) -> dict[str, Known]:
+        """Return the files that need a content hash and have none, with their hash."""
+        wanted = [
+            file
+            for file in self._files
+            if not known[file.key].content and (self._options.hash_inputs or self._is_sidecar(file))
+        ]
+        hashed = self._hasher.hash_once(wanted)
+        return {key: Known(known[key].stamp, content) for key, content in hashed.items()}
 
     def _is_sidecar(self, file: InputFile) -> bool:
         return file.group == beside(self.plan)

@@ -12,8 +12,10 @@ from streammerge.errors import OutputError
 from streammerge.io.durable import world_errors
 
 
-def try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     """Lock an open file or directory until it is closed; return False if a different process holds it.
+
+    Several processes may hold it if all of them want it `shared`.
 
     Raises
     ------
@@ -21,7 +23,7 @@ def try_lock(descriptor: int) -> bool:
         If the file system has no locks.
     """
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -36,13 +38,15 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 @contextmanager
-def locked_directory(path: Path, taken: str) -> Iterator[None]:
+def locked_directory(path: Path, taken: str, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of an existing directory.
 
     Parameters
     ----------
     taken
         The message if a different process holds the lock.
+    shared
+        Whether others may hold it too, as long as nobody wants it alone.
 
     Raises
     ------
@@ -55,7 +59,7 @@ def locked_directory(path: Path, taken: str) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with world_errors(path):
-            free = try_lock(descriptor)
+            free = try_lock(descriptor, shared=shared)
         if not free or not _is_at(path, descriptor):
             raise OutputError(taken)
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.weight_names import PIPELINE
@@ -14,7 +14,6 @@ from streammerge.output.inputs import content_of
 from streammerge.output.journal import Receipt
 from streammerge.output.manifest import FORMAT, indented, seal
 from streammerge.output.place import CONFIG_COPY, Place
-from streammerge.output.shards import ShardWriter
 from streammerge.output.sidecars import copy_sidecar, read_sidecar
 from streammerge.planning.files.config_json import spelled
 from streammerge.planning.files.origins import origins_of
@@ -24,10 +23,17 @@ from streammerge.tensors.encoders.base import Stored
 from streammerge.version import __version__
 
 
+class Publishes(Protocol):
+    """Gives finished shards their final names."""
+
+    def publish(self, shard: int) -> None:
+        """Make a shard durable and give it its final name."""
+
+
 def commit(
     plan: MergePlan,
     place: Place,
-    writer: ShardWriter,
+    writer: Publishes,
     receipts: Sequence[Receipt],
     identity: Identity,
     card: str,

@@ -92,6 +92,25 @@ def _check_place(target: Place) -> None:
 
 
 @contextmanager
+def joined(place: Place) -> Iterator[None]:
+    """Create the directory if needed and share its lock with other processes that write shards of their own there.
+
+    Raises
+    ------
+    OutputError
+        If a merge that works alone is running there.
+    """
+    _create(place.folder)
+    with locked_directory(
+        place.out,
+        f"{printable(place.out)}: a merge that works alone is writing there: wait for it or, if it was meant to be shared, stop "
+        "it and start it again with --join: what it has finished counts",
+        shared=True,
+    ):
+        yield
+
+
+@contextmanager
 def locked(place: Place) -> Iterator[None]:
     """Create the directory if needed and hold its lock; the lock ends with the process.
 
@@ -235,6 +254,12 @@ def sweep(place: Place, names: Collection[str]) -> None:
         _remove(place.state, _unfinished(place.state, names))
 
 
+def sweep_shards(place: Place, names: Collection[str], run: str) -> None:
+    """Remove the unfinished files of some shards that the processes of a run, or one that worked alone, left behind."""
+    found = {name for name in _unfinished(place.folder, names) if f".{run}." in name}
+    _remove(place.folder, found | {name + PARTIAL for name in names})
+
+
 def _unfinished(out: Path, names: Collection[str]) -> set[str]:
     """Return the paths of the private temporary files of some files."""
     found = set()
@@ -250,7 +275,7 @@ def _remove(out: Path, names: set[str]) -> None:
     with world_errors(out):
         there = [name for name in sorted(names) if _is_removable(out, name)]
         for name in there:
-            (out / name).unlink()
+            (out / name).unlink(missing_ok=True)  # processes that share a merge may end it at once
         for folder in {(out / name).parent for name in there}:
             fsync_directory(folder)
 

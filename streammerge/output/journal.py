@@ -21,7 +21,7 @@ from streammerge.errors import OutputError, printable
 from streammerge.io.durable import fsync_directory, world_errors, write_file, write_fully
 from streammerge.io.lock import try_lock
 from streammerge.io.private import finished_name, is_private
-from streammerge.output.place import WORKERS, Place
+from streammerge.output.place import WORKERS, Place, is_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,8 @@ class Journal:
         self._descriptor = -1
         self._claim = -1
 
-    def claim(self) -> None:
-        """Lock an existing journal until this one is open.
+    def claim(self, *, shared: bool = False) -> None:
+        """Lock an existing journal until this one is open; `shared`: with others who only read it.
 
         On NFS and Lustre, the lock of a directory is local to the machine, but the lock of a file is the server's.
 
@@ -93,11 +93,11 @@ class Journal:
             if self._state.is_symlink() or not self._path.is_file():
                 return
             self._claim = os.open(self._path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-            self._lock_file(self._claim)
+            self._lock_file(self._claim, shared)
 
-    def _lock_file(self, descriptor: int) -> None:
+    def _lock_file(self, descriptor: int, shared: bool = False) -> None:
         try:
-            free = try_lock(descriptor)
+            free = try_lock(descriptor, shared=shared)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
@@ -145,9 +145,9 @@ class Journal:
             progress, sound = _load(self._path)
             listed = {key: [known.stamp, known.content] for key, known in files.items()}
             if progress is None:
-                sound = _line({"identity": self._identity, "files": listed})
+                sound = line_of({"identity": self._identity, "files": listed})
             elif progress.files != files:
-                sound += _line({"files": listed})
+                sound += line_of({"files": listed})
             write_file(self._path, sound, self._place.private_in_state(self._path.name))
             flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
             self._descriptor = os.open(self._path, flags)
@@ -162,7 +162,7 @@ class Journal:
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """Record finished elements."""
-        self._append([_record_of(receipt) for receipt in receipts])
+        self._append([record_of(receipt) for receipt in receipts])
 
     def add_answers(self, answers: Mapping[str, Any]) -> None:
         """Record the values of streamed statistics, by job."""
@@ -178,7 +178,7 @@ class Journal:
         return set() if progress is None else set(progress.beside)
 
     def _append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        data = b"".join(_line(record) for record in records)
+        data = b"".join(line_of(record) for record in records)
         with self._lock, world_errors(self._path):
             self._check_ours()
             write_fully(self._descriptor, data)
@@ -209,21 +209,23 @@ def remove_state(place: Place) -> None:
     state = place.state
     with world_errors(state):
         if state.is_dir() and not state.is_symlink():
+            for entry in os.listdir(state):
+                if entry == WORKERS or is_run(entry):
+                    remove_small(state / entry)
             names = {path.name for path in place.in_state}
             for entry in os.listdir(state):
                 if entry in names or is_private(entry) or finished_name(entry) in names:
                     (state / entry).unlink(missing_ok=True)
-            _remove_signs(state / WORKERS)
             state.rmdir()
         fsync_directory(place.folder)
 
 
-def _remove_signs(workers: Path) -> None:
-    """Remove the signs of life of processes that have died."""
-    if workers.is_dir() and not workers.is_symlink():
-        for entry in os.listdir(workers):
-            (workers / entry).unlink(missing_ok=True)
-        workers.rmdir()
+def remove_small(folder: Path) -> None:
+    """Remove a directory of small files: signs of life of dead processes, or what several processes shared."""
+    if folder.is_dir() and not folder.is_symlink():
+        for entry in os.listdir(folder):
+            (folder / entry).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) -> None:
@@ -236,7 +238,8 @@ def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) 
         )
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def line_of(record: Mapping[str, Any]) -> bytes:
+    """Return a record as one line with its checksum."""
     text = json.dumps(record, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
@@ -250,7 +253,7 @@ def _load(path: Path) -> tuple[Progress | None, bytes]:
     progress: Progress | None = None
     length = 0
     for line in raw.splitlines(keepends=True):
-        record = _parse(line)
+        record = parse_line(line)
         if record is None:
             break
         try:
@@ -261,7 +264,8 @@ def _load(path: Path) -> tuple[Progress | None, bytes]:
     return progress, raw[:length]
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the record of a line; None if the line is not whole or not valid."""
     if not line.endswith(b"\n") or len(line) < 10 or line[8:9] != b" ":
         return None
     try:
@@ -274,11 +278,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
     if progress is None:
-        return Progress(_texts(record["identity"]), files=_known_files(record["files"]))
+        return Progress(texts_of(record["identity"]), files=known_files(record["files"]))
     if "identity" in record:
         raise ValueError
     if "done" in record:
-        progress.receipts.append(_receipt_of(record))
+        progress.receipts.append(receipt_of(record))
     elif "answer" in record:
         job_key, answers = record["answer"]
         number = job_key.rpartition("/")[2] if isinstance(job_key, str) else ""  # after the name of a stage
@@ -290,11 +294,12 @@ def _apply(progress: Progress | None, record: dict[str, Any]) -> Progress:
             name for name in record["beside"] if isinstance(name, str) and is_sound_path(name)
         ]
     elif "files" in record:
-        progress.files = _known_files(record["files"])
+        progress.files = known_files(record["files"])
     return progress
 
 
-def _record_of(receipt: Receipt) -> dict[str, Any]:
+def record_of(receipt: Receipt) -> dict[str, Any]:
+    """Return a receipt as JSON holds it."""
     first, *others = receipt.crcs
     numbers = [
         receipt.job,
@@ -308,7 +313,8 @@ def _record_of(receipt: Receipt) -> dict[str, Any]:
     return {"done": numbers, **({"parts": others} if others else {})}
 
 
-def _receipt_of(record: Mapping[str, Any]) -> Receipt:
+def receipt_of(record: Mapping[str, Any]) -> Receipt:
+    """Return the receipt of a record; raise ValueError, TypeError or KeyError if it is not one."""
     job, start, stop, crc, floored, not_finite, *kept = _naturals(record["done"])
     crcs = (crc, *_naturals(record.get("parts", [])))
     if stop < start or any(crc >> 32 for crc in crcs):
@@ -316,13 +322,15 @@ def _receipt_of(record: Mapping[str, Any]) -> Receipt:
     return Receipt(job, start, stop, crcs, tuple(kept), floored, not_finite)
 
 
-def _texts(value: Any) -> dict[str, str]:
+def texts_of(value: Any) -> dict[str, str]:
+    """Return a mapping of texts; raise ValueError if it is not one."""
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise ValueError
     return value
 
 
-def _known_files(value: Any) -> dict[str, Known]:
+def known_files(value: Any) -> dict[str, Known]:
+    """Return the input files of a record; raise ValueError or TypeError if it has none."""
     if not isinstance(value, dict):
         raise ValueError
     files = {}

@@ -14,6 +14,7 @@ into one folder do not wait for each other::
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,14 @@ STATE = ".streammerge"
 JOURNAL = "journal.jsonl"
 WORKERS = "workers"
 """Name of the directory of signs of life in that of the journal."""
+_RUN = re.compile(r"[0-9a-f]{16}", re.ASCII)
 MANIFEST = "streammerge.json"
 CONFIG_COPY = "streammerge_config.yml"
+
+
+def is_run(name: str) -> bool:
+    """Return whether a name in the directory of a journal is that of a run that several processes share."""
+    return _RUN.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)

@@ -61,10 +61,10 @@ class ShardWriter:
     def __init__(self, place: Place, layout: Layout, *, direct: bool) -> None:
         self._place = place
         self._direct = direct
-        self._direct_descriptors: list[int | None] = []
+        self._direct_descriptors: dict[int, int | None] = {}
         self._layout = layout
         self._shards = layout.shards
-        self._descriptors: list[int] = []
+        self._descriptors: dict[int, int] = {}
         self.fresh: set[int] = set()
         """Shards without data: new ones, and invalid ones that were recreated."""
         self.bytes_written = 0
@@ -85,15 +85,15 @@ class ShardWriter:
             for number, shard in enumerate(layout.shards):
                 with world_errors(place.path(shard.name)):
                     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-                    writer._take(os.open(writer._partial(number), flags))
+                    writer._take(number, os.open(writer._partial(number), flags))
         except BaseException:
             writer.close()
             raise
         return writer
 
-    def _take(self, descriptor: int) -> None:
-        self._descriptors.append(descriptor)
-        self._direct_descriptors.append(open_direct(descriptor, os.O_RDWR) if self._direct else None)
+    def _take(self, number: int, descriptor: int) -> None:
+        self._descriptors[number] = descriptor
+        self._direct_descriptors[number] = open_direct(descriptor, os.O_RDWR) if self._direct else None
 
     def open(self, *, anew: bool = False) -> None:
         """Open or create every shard at its full size; a full disk is detected here.
@@ -112,7 +112,7 @@ class ShardWriter:
             for number, shard in enumerate(self._shards):
                 with world_errors(self._final(number)):
                     descriptor = self._open_one(number, shard, anew)
-                self._take(descriptor)
+                self._take(number, descriptor)
             for folder in sorted(self._folders(), reverse=True):
                 with world_errors(folder):
                     fsync_directory(folder)
@@ -128,7 +128,7 @@ class ShardWriter:
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
         if partial.exists() and not anew:
             descriptor = os.open(partial, flags)
-            if not _begins_as(descriptor, shard):
+            if not begins_as(descriptor, shard):
                 os.close(descriptor)
                 partial.unlink()
                 return self._open_one(number, shard, anew)
@@ -142,7 +142,7 @@ class ShardWriter:
             if number in self.fresh:
                 self.unreserved |= not allocate(descriptor, shard.nbytes)
             # Also an existing shard's header: after a failed sync it may be in the page cache but not on the disk.
-            _write_all(descriptor, shard.header, 0)
+            write_all(descriptor, shard.header, 0)
         except BaseException:
             os.close(descriptor)
             raise
@@ -188,7 +188,7 @@ class ShardWriter:
             return 0
 
     def _write_cached(self, shard: int, offset: int, data: Bytes) -> None:
-        _write_all(self._descriptors[shard], data.data, offset)
+        write_all(self._descriptors[shard], data.data, offset)
 
     def read(self, shard: int, offset: int, nbytes: int) -> bytes:
         """Read back bytes of a shard."""
@@ -216,14 +216,16 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close all shards."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-        while self._direct_descriptors:
-            if (direct := self._direct_descriptors.pop()) is not None:
-                os.close(direct)
+        for number in list(self._descriptors):
+            self._close_one(number)
+
+    def _close_one(self, number: int) -> None:
+        os.close(self._descriptors.pop(number))
+        if (direct := self._direct_descriptors.pop(number)) is not None:
+            os.close(direct)
 
 
-def _begins_as(descriptor: int, shard: Shard) -> bool:
+def begins_as(descriptor: int, shard: Shard) -> bool:
     """Return whether a file has a shard's size and header; an unreadable file has not."""
     try:
         whole = os.fstat(descriptor).st_size == shard.nbytes
@@ -232,7 +234,8 @@ def _begins_as(descriptor: int, shard: Shard) -> bool:
         return False
 
 
-def _write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+def write_all(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at an offset of a file."""
     view = memoryview(data)
     position = 0
     while position < len(view):

@@ -112,16 +112,38 @@ class Folder:
         """See `Volume`."""
         path = self.root / name
         with world_errors(path), self._there():
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-                descriptor = os.open(path, flags, 0o666)
-            except FileExistsError:
-                return False
+            partial = private(path)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(partial, flags | os.O_TRUNC, 0o666)
             try:
                 write_fully(descriptor, data)
             finally:
                 os.close(descriptor)
+            try:
+                os.link(partial, path)  # whole or not at all, also where O_EXCL is not
+            except FileExistsError:
+                return False
+            except PermissionError:
+                return self._create_where_nothing_links(path, data, flags)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EMLINK):
+                    raise
+                return self._create_where_nothing_links(path, data, flags)
+            finally:
+                os.unlink(partial)
             return True
+
+    @staticmethod
+    def _create_where_nothing_links(path: Path, data: bytes, flags: int) -> bool:
+        try:
+            descriptor = os.open(path, flags | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        try:
+            write_fully(descriptor, data)
+        finally:
+            os.close(descriptor)
+        return True
 
     def names(self, folder: str = "") -> list[str]:
         """See `Volume`."""

@@ -55,7 +55,7 @@ def leave_sign(out: Path, domain: str, seconds: float) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("elsewhere", "seconds", "refused"), [(True, 3, True), (True, 70, False), (False, 3, False)]
+    ("elsewhere", "seconds", "refused"), [(True, 3, True), (True, 99, False), (False, 3, False)]
 )
 def test_a_merge_that_works_on_another_host_is_refused_and_a_dead_one_is_not(
     elsewhere: bool,
@@ -72,7 +72,7 @@ def test_a_merge_that_works_on_another_host_is_refused_and_a_dead_one_is_not(
     before = sorted(path.name for path in out.rglob("*"))
     if refused:
         with pytest.raises(
-            OutputError, match=r"process 7 on n08, heard of 3.0 s ago: wait .* again in 1 min 00 s"
+            OutputError, match=r"process 7 on n08, heard of .* ago: wait .* again in 1 min 00 s"
         ):
             merge(config, out, progress=False, overwrite=True)
         assert sorted(path.name for path in out.rglob("*")) == before

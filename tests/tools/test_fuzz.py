@@ -21,7 +21,7 @@ from fuzz_outputs import JournalFile
 from fuzz_promises import Target, examine, refused
 from fuzz_targets import make_targets
 
-from streammerge.output.journal import _line
+from streammerge.output.journal import line_of
 from streammerge.output.manifest import seal
 
 NAMES = [
@@ -42,7 +42,7 @@ NAMES = [
     "size",
 ]
 
-IDENTITY = _line({"identity": {"config": "ab"}, "files": {"of base/w": ["00", ""]}})
+IDENTITY = line_of({"identity": {"config": "ab"}, "files": {"of base/w": ["00", ""]}})
 
 
 def store(**fields: object) -> bytes:
@@ -70,26 +70,26 @@ FOUND: list[tuple[str, str, bytes]] = [
     ("yaml", "a mark of no width in a key", "\n.nan\ufeff: 1\n.nan\ufeff: 1".encode()),
     ("config", "a mark of no width in an unknown key", "models:\ufeffl: 1".encode()),
     ("config", "an invisible character", "merge_method: ties\nmodels:\n- {model: a, \u070fpar: 1}".encode()),
-    ("journal", "a job before the first", IDENTITY + _line({"done": [-1, 0, 1, 0, 0, 0]})),
-    ("journal", "a fraction", IDENTITY + _line({"done": [0, 0, 0.5, 0, 0, 0]})),
-    ("journal", "a word", IDENTITY + _line({"done": [0, 0, "1", 0, 0, 0]})),
-    ("journal", "letters", IDENTITY + _line({"done": "0123456"})),
-    ("journal", "an end before the start", IDENTITY + _line({"done": [0, 2, 1, 0, 0, 0]})),
-    ("journal", "a checksum of 33 bits", IDENTITY + _line({"done": [0, 0, 1, 1 << 32, 0, 0]})),
-    ("journal", "an identity that is a list", _line({"identity": ["config"], "files": {}})),
-    ("journal", "an identity of numbers", _line({"identity": {"config": 1}, "files": {}})),
-    ("journal", "files that are a list", _line({"identity": {"config": "ab"}, "files": [["a", "b"]]})),
-    ("journal", "a file of one text", IDENTITY + _line({"files": {"a": ["b"]}})),
-    ("journal", "a file of numbers", IDENTITY + _line({"files": {"a": [1, 2]}})),
-    ("journal", "files twice as many", IDENTITY + _line({"files": {"a": ["b", "c", "d"]}})),
-    ("journal", "answers that are a number", IDENTITY + _line({"answer": ["3", 1]})),
-    ("journal", "a threshold of one number", IDENTITY + _line({"answer": ["3", [[{"threshold": [1]}]]]})),
-    ("journal", "a sum that is no number", IDENTITY + _line({"answer": ["3", [[{"float": "0x1p"}]]]})),
-    ("journal", "a sum beyond a float", IDENTITY + _line({"answer": ["3", [[{"float": "0x1p99999"}]]]})),
-    ("journal", "counts that are no numbers", IDENTITY + _line({"answer": ["3", [[{"touched": [["1"], [2]]}]]]})),
-    ("journal", "answers of a job before the first", IDENTITY + _line({"answer": ["-4", []]})),
-    ("journal", "answers of a job at infinity", IDENTITY + _line({"answer": [float("inf"), []]})),
-    ("journal", "an answer of no kind", IDENTITY + _line({"answer": ["3", [[{}, None]]]})),
+    ("journal", "a job before the first", IDENTITY + line_of({"done": [-1, 0, 1, 0, 0, 0]})),
+    ("journal", "a fraction", IDENTITY + line_of({"done": [0, 0, 0.5, 0, 0, 0]})),
+    ("journal", "a word", IDENTITY + line_of({"done": [0, 0, "1", 0, 0, 0]})),
+    ("journal", "letters", IDENTITY + line_of({"done": "0123456"})),
+    ("journal", "an end before the start", IDENTITY + line_of({"done": [0, 2, 1, 0, 0, 0]})),
+    ("journal", "a checksum of 33 bits", IDENTITY + line_of({"done": [0, 0, 1, 1 << 32, 0, 0]})),
+    ("journal", "an identity that is a list", line_of({"identity": ["config"], "files": {}})),
+    ("journal", "an identity of numbers", line_of({"identity": {"config": 1}, "files": {}})),
+    ("journal", "files that are a list", line_of({"identity": {"config": "ab"}, "files": [["a", "b"]]})),
+    ("journal", "a file of one text", IDENTITY + line_of({"files": {"a": ["b"]}})),
+    ("journal", "a file of numbers", IDENTITY + line_of({"files": {"a": [1, 2]}})),
+    ("journal", "files twice as many", IDENTITY + line_of({"files": {"a": ["b", "c", "d"]}})),
+    ("journal", "answers that are a number", IDENTITY + line_of({"answer": ["3", 1]})),
+    ("journal", "a threshold of one number", IDENTITY + line_of({"answer": ["3", [[{"threshold": [1]}]]]})),
+    ("journal", "a sum that is no number", IDENTITY + line_of({"answer": ["3", [[{"float": "0x1p"}]]]})),
+    ("journal", "a sum beyond a float", IDENTITY + line_of({"answer": ["3", [[{"float": "0x1p99999"}]]]})),
+    ("journal", "counts that are no numbers", IDENTITY + line_of({"answer": ["3", [[{"touched": [["1"], [2]]}]]]})),
+    ("journal", "answers of a job before the first", IDENTITY + line_of({"answer": ["-4", []]})),
+    ("journal", "answers of a job at infinity", IDENTITY + line_of({"answer": [float("inf"), []]})),
+    ("journal", "an answer of no kind", IDENTITY + line_of({"answer": ["3", [[{}, None]]]})),
     ("manifest", "no files", seal({"a": 1})),
     ("manifest", "files that are a list", seal({"files": [], "identity": {}, "tensors": {}})),
     ("manifest", "a file outside", seal({"files": {"../x": {"nbytes": 1}}, "tensors": {}})),

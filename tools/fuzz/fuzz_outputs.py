@@ -15,7 +15,7 @@ from fuzz_promises import MAX_LINE, refused, require
 from streammerge.errors import ModelError
 from streammerge.output.check import verify
 from streammerge.output.edits import find_edits
-from streammerge.output.journal import _line, _load
+from streammerge.output.journal import _load, line_of
 from streammerge.output.manifest import read_manifest, seal
 from streammerge.output.place import MANIFEST
 
@@ -87,9 +87,9 @@ class JournalFile:
             "beside base/config.json": ["ef" * 16, ""],
         }
         identity = {"version": "1", "config": "ab" * 16, "input base": "cd" * 16}
-        first = _line({"identity": identity, "files": files})
+        first = line_of({"identity": identity, "files": files})
         done = [
-            _line({"done": [i, 4096 * i, 4096 * (i + 1), zlib.crc32(bytes([i])), 0, 0, 7, 9]})
+            line_of({"done": [i, 4096 * i, 4096 * (i + 1), zlib.crc32(bytes([i])), 0, 0, 7, 9]})
             for i in range(5)
         ]
         plain = [
@@ -101,9 +101,9 @@ class JournalFile:
             {"touched": [[1, 0], [2, 2]]},
             7,
         ]
-        answer = _line({"answer": ["3", [plain, [plain[0]]]]})
+        answer = line_of({"answer": ["3", [plain, [plain[0]]]]})
         whole = first + b"".join(done) + answer
-        again = _line({"files": {"of base/model.safetensors": ["00" * 16, "cd" * 32]}})
+        again = line_of({"files": {"of base/model.safetensors": ["00" * 16, "cd" * 32]}})
         return [
             first,
             first + again + done[0],
@@ -113,8 +113,8 @@ class JournalFile:
             done[0] + first,
             first + first,
             b"",
-            first + _line({"done": [-1, 0, 1, 0, 0, 0]}),
-            first + _line({"other": 1}) + done[0],
+            first + line_of({"done": [-1, 0, 1, 0, 0, 0]}),
+            first + line_of({"other": 1}) + done[0],
         ]
 
 

@@ -65,8 +65,8 @@ MUTATIONS = [
         "P2",
         "a header is written anew after a sync that failed",
         "streammerge/output/shards.py",
-        "            _write_all(descriptor, shard.header, 0)\n",
-        "            if number in self.fresh:\n                _write_all(descriptor, shard.header, 0)\n",
+        "            write_all(descriptor, shard.header, 0)\n",
+        "            if number in self.fresh:\n                write_all(descriptor, shard.header, 0)\n",
         "tests/laws/resume/test_power_loss.py",
     ),
     Mutation(

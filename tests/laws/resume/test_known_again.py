@@ -20,7 +20,7 @@ from streammerge.estimate.fisher.importing import import_diagonal
 from streammerge.events import Event
 from streammerge.formats.safetensors import read_header
 from streammerge.output.inputs import ContentHasher
-from streammerge.output.journal import _line
+from streammerge.output.journal import line_of
 from streammerge.output.manifest import load_manifest
 from streammerge.output.place import JOURNAL as NAME
 from streammerge.output.place import STATE
@@ -293,7 +293,7 @@ def test_the_journal_of_a_merge_whose_files_have_wrong_types_is_not_believed(
     first, *rest = path.read_bytes().splitlines(keepends=True)
     record = json.loads(first[9:])
     for files in ([], {"a": "b"}, {"a": ["b"]}, {"a": [1, 2]}, {"a": ["b", "c", "d"]}, None):
-        path.write_bytes(_line({**record, "files": files}) + b"".join(rest))
+        path.write_bytes(line_of({**record, "files": files}) + b"".join(rest))
         assert scene.merge(out).bytes_resumed == 0
         scene.assert_finished(out)
         shutil.rmtree(out)

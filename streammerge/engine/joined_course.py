@@ -1,0 +1,114 @@
+"""The course of a process that shares a merge with others: it takes shards that nobody has taken, until all are done."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from streammerge.engine.streaming import Streamer
+from streammerge.errors import ModelError
+from streammerge.output.heartbeat import stale_seconds
+from streammerge.output.joining import shard_unit
+from streammerge.output.own_shards import OwnShards
+from streammerge.output.shared_ledger import SharedLedger, in_turn
+from streammerge.output.volume import Gone
+from streammerge.planning.job import Job
+from streammerge.planning.plan import MergePlan
+from streammerge.planning.schedule import Interval, Step, steps
+
+_WAIT_SECONDS = 0.25
+_POLL_SECONDS = 1.0
+"""Seconds between two looks at what the others have done, for a process that waits."""
+
+
+def poll_seconds() -> float:
+    """Return the seconds between two looks at what others have done."""
+    return min(_POLL_SECONDS, stale_seconds() / 10)
+
+
+def check_failure(ledger: SharedLedger) -> None:
+    """Raise what a different process met and no process would escape: a value that is not finite, say.
+
+    Raises
+    ------
+    ModelError
+        With the message of the process that met it.
+    """
+    failure = ledger.failure()
+    if failure is not None:
+        raise ModelError(failure[1])
+
+
+class JoinedCourse:
+    """The course of one of several processes.
+
+    Parameters
+    ----------
+    worker
+        The token of this process.
+    on_done
+        Called with the numbers of the shards that are recorded so far, by anyone.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        ledger: SharedLedger,
+        writer: OwnShards,
+        stop: threading.Event,
+        worker: str,
+        on_done: Callable[[set[int]], None],
+    ) -> None:
+        self._plan, self._ledger, self._writer, self._stop = plan, ledger, writer, stop
+        shards = plan.layout.shards
+        self._numbers = {shard_unit(number): number for number in range(len(shards))}
+        self._order = in_turn(list(self._numbers), [shard.nbytes for shard in shards], worker)
+        self._on_done = on_done
+
+    def begin(self, streamer: Streamer) -> None:
+        """See `Course`."""
+
+    def steps(self, done: Mapping[int, Sequence[Interval]]) -> Iterator[Step | None]:
+        """See `Course`. A shard is claimed when the last chunk of the one before has been taken, while that one drains."""
+        plan = self._plan
+        for number in self._claimed():
+            if number is None:
+                yield None
+                continue
+            jobs = self._jobs_of(number)
+            yield from steps(jobs, [plan.work[job.ordinal] for job in jobs], plan.budget, {})
+
+    def _jobs_of(self, number: int) -> list[Job]:
+        ordinals = sorted({job for job, _ in self._plan.layout.shards[number].parts})
+        return [self._plan.jobs[ordinal] for ordinal in ordinals]
+
+    def _claimed(self) -> Iterator[int | None]:
+        """Yield the shards that this process has claimed; None if all are done or claimed by others."""
+        mine: set[str] = set()
+        while not self._stop.is_set():
+            check_failure(self._ledger)
+            done = self._ledger.done()
+            self._on_done({self._numbers[unit] for unit in done & self._numbers.keys()})
+            if self._numbers.keys() <= done:
+                return
+            unit = next(
+                (one for one in self._order if one not in done | mine and self._ledger.claim(one)), None
+            )
+            if unit is None:
+                if self._ledger.about() is None:
+                    raise Gone("all")  # a different process has ended the merge
+                yield from self._wait()
+                continue
+            mine.add(unit)
+            self._writer.begin(self._numbers[unit])
+            if (
+                self._ledger.about() is None
+            ):  # it ended while this process slept: leave nothing in a finished output
+                raise Gone(unit)
+            yield self._numbers[unit]
+
+    def _wait(self) -> Iterator[None]:
+        left = poll_seconds()
+        while left > 0 and not self._stop.wait(min(left, _WAIT_SECONDS)):
+            left -= _WAIT_SECONDS
+            yield None

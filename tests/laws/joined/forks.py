@@ -1,0 +1,267 @@
+"""A warm process that forks merges which share one output. Prints, as JSON, how each scene ended: empty, or a traceback.
+
+python -m tests.laws.joined.forks WORKDIR [SCENE...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread may be forked
+
+import streammerge.api  # noqa: F401
+from streammerge.backends.cpu.compile import compile_kernels
+from streammerge.engine import joined_session, scheduler
+from streammerge.engine.joined_session import JoinedSession
+from streammerge.methods.catalog import load_builtin
+from streammerge.output import commit as committing
+from streammerge.output import joining
+from streammerge.output.heartbeat import STALE_SECONDS
+from streammerge.output.own_shards import OwnShards, Publisher
+from streammerge.output.place import STATE
+from streammerge.output.shards import ShardWriter
+from streammerge.output.shared_ledger import SharedLedger
+from streammerge.planning.memory import budget
+from tests.fixed_budget import Fixed
+from tests.laws.joined.scene import LATE, SHAPES, STALE, Scene, at_call, die, sleep, wait_stopped
+from tests.laws.resume.forks import fork, wait
+
+SceneOf = Callable[[str, dict[str, Any]], Scene]
+SCENES: dict[str, Callable[[SceneOf], None]] = {}
+DARE = ("dare_linear", {"density": 0.4})
+MOMENTS: dict[str, tuple[Any, str, int]] = {
+    "before its first file": (OwnShards, "begin", 1),
+    "in its first shard": (ShardWriter, "write", 1),
+    "in its second shard": (ShardWriter, "write", 3),
+    "before it records": (SharedLedger, "record", 1),
+    "before it gives up": (joined_session, "confirm", 1),
+    "in the commit, before the first name": (Publisher, "publish", 1),
+    "in the commit, between names": (Publisher, "publish", 3),
+    "in the commit, before the manifest": (committing, "seal", 1),
+    "after the commit": (joining, "sweep_shards", 1),
+    "before the ledger goes": (joining, "remove_state", 1),
+}
+
+
+def scene(function: Callable[[SceneOf], None]) -> Callable[[SceneOf], None]:
+    """Register a scene under the name of its function."""
+    SCENES[function.__name__] = function
+    return function
+
+
+@scene
+def every_method(of: SceneOf) -> None:
+    """One, two or three processes give the bytes, the index and the manifest of one that is alone."""
+    from tests.laws.test_methods import VARIANTS
+
+    _use(1 << 26)  # methods that hold whole tensors need some room
+    seen: set[str] = set()
+    for number, (method, parameters) in enumerate(VARIANTS):
+        if method in seen or _at_model_scope(parameters):
+            continue
+        seen.add(method)
+        one = of(method, parameters)
+        if one.asks_the_whole_model():
+            continue
+        one.all_well([one.start(name=str(i)) for i in range(1 + number % 3)])
+
+
+def _at_model_scope(parameters: dict[str, Any]) -> bool:
+    known = {"trim_scope": "model", "zero_sign": "majority", "preset": "paper"}
+    return any(parameters.get(name) == value for name, value in known.items())
+
+
+@scene
+def claims_that_exclude_nobody(of: SceneOf) -> None:
+    """Three processes do everything, and commit at once."""
+
+    def believe_all() -> None:
+        SharedLedger.claim = lambda self, unit: True  # type: ignore[method-assign]
+
+    one = of(*DARE)
+    one.all_well([one.start(believe_all, str(i)) for i in range(3)])
+
+
+@scene
+def kills(of: SceneOf) -> None:
+    """A process that dies at any moment loses its shard to a different one, and nothing is left over."""
+    one = of(*DARE)
+    for moment, (owner, name, call) in MOMENTS.items():
+        first = one.start(at_call(owner, name, call, die), "first")
+        assert wait(first) == -signal.SIGKILL, moment
+        one.all_well([one.start(name="second"), one.start(name="third")])
+
+
+@scene
+def zombies(of: SceneOf) -> None:
+    """A process that wakes after the others have finished finds the end, changes nothing and leaves nothing."""
+    one = of(*DARE)
+    for moment, (owner, name, call) in MOMENTS.items():
+        first = one.start(at_call(owner, name, call, sleep), "first")
+        try:
+            wait_stopped(first)
+            time.sleep(LATE)
+            second = one.start(name="second")
+            assert wait(second) == 0, (moment, one.told("second").read_text())
+        finally:
+            os.kill(first, signal.SIGCONT)
+        assert wait(first) == 0, (moment, one.told("first").read_text())
+        one.finished()
+
+
+@scene
+def failures(of: SceneOf) -> None:
+    """A value that is not finite is met by one process and stops all, with the same line."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    one = of(*DARE)
+    path = one.directory / "m1" / "model.safetensors"
+
+    def spoil() -> None:
+        tensors = load_file(path)
+        tensors["layers.1.weight"][7, 7] = torch.nan
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    assert wait(fork(spoil)) == 0
+    codes = [wait(number) for number in [one.start(name=str(i)) for i in range(3)]]
+    said = {one.told(str(i)).read_text() for i in range(3)}
+    assert codes == [2, 2, 2], (codes, said)
+    assert len(said) == 1, said
+    assert "layers.1.weight" in said.pop()
+    again = one.start(name="again")
+    assert wait(again) == 2
+
+
+@scene
+def alone_and_together(of: SceneOf) -> None:
+    """What one way has finished counts as done in the other, and neither begins while the other runs."""
+    one = of(*DARE)
+    last = (Publisher, "publish", 1)
+    # Together, then alone: all shards are recorded, the commit is not done.
+    assert wait(one.start(at_call(*last, die))) == -signal.SIGKILL
+    time.sleep(LATE)
+    assert wait(one.start(name="alone", join=False)) == 0
+    assert json.loads(one.told("alone").read_text())[1] == 0, "it wrote again what the others had finished"
+    one.finished()
+    # Alone, then together.
+    alone = one.start(at_call(committing, "seal", 1, die), "alone", join=False)
+    assert wait(alone) == -signal.SIGKILL
+    assert wait(one.start(name="joined")) == 0
+    assert json.loads(one.told("joined").read_text())[1] == 0, "it wrote again what one process had finished"
+    one.finished()
+    for join in (True, False):
+        first = one.start(at_call(ShardWriter, "write", 2, sleep), "first", join=join)
+        try:
+            wait_stopped(first)
+            assert wait(one.start(name="other", join=not join)) == 2
+            assert "is writing there" in one.told("other").read_text()
+        finally:
+            os.kill(first, signal.SIGCONT)
+        one.all_well([first])
+
+
+@scene
+def other_merges(of: SceneOf) -> None:
+    """A merge with a different seed, shard size or input is refused by name, before and after the end."""
+    one = of(*DARE)
+    changes: dict[str, dict[str, Any]] = {"seed": {"seed": 4}, "shard size": {"shard_size": 40_000}}
+    assert wait(one.start(at_call(JoinedSession, "finish", 1, die))) == -signal.SIGKILL
+    for ended in (False, True):
+        for what, change in changes.items():
+            for join in (True, False):
+                assert wait(one.start(name="other", join=join, **change)) == 2
+                said = one.told("other").read_text()
+                assert f"merge with a different {what}" in said, said
+        if not ended:
+            time.sleep(LATE)
+            assert wait(one.start()) == 0
+    one.finished()
+
+
+@scene
+def stopped(of: SceneOf) -> None:
+    """A process that is told to stop gives up its claims and leaves no file; the next goes on at once."""
+    import threading
+
+    one = of(*DARE)
+
+    def action() -> None:
+        from streammerge.errors import Stopped
+
+        stop = threading.Event()
+        at_call(ShardWriter, "write", 3, stop.set)()
+        try:
+            one.merge(join=True, stop=stop, signal_received=lambda: signal.SIGINT)
+        except Stopped as error:
+            raise SystemExit(error.exit_code) from None
+
+    assert wait(fork(action)) == 130
+    left = [path.name for path in (one.out / STATE).rglob("*") if path.suffix == ".claim"]
+    signs = list((one.out / STATE / "workers").iterdir())
+    recorded = len(list((one.out / STATE).rglob("*.done")))
+    files = list(one.out.glob("*.partial"))
+    assert len(left) == recorded, left
+    assert not signs
+    assert len(files) == recorded
+    one.all_well([one.start()])
+
+
+def command() -> None:
+    """Run the scenes and print how they ended."""
+    work, *names = sys.argv[1:]
+    os.environ[STALE_SECONDS] = str(STALE)
+    scheduler._SYNC_SECONDS = 0.02
+    for name in ("fsync", "fdatasync"):
+        setattr(os, name, lambda descriptor: None)  # nothing here cuts the power
+    compile_kernels()
+    load_builtin()  # so that no fork does it again
+    ended = {}
+    for name in names or SCENES:
+        directory = Path(work) / name
+        directory.mkdir(parents=True)
+        began = time.monotonic()
+        _use(1 << 17)  # so small that the work is cut to pieces
+        try:
+            SCENES[name](_maker(directory))
+            ended[name] = ""
+        except BaseException:
+            ended[name] = traceback.format_exc()
+        print(name, f"{time.monotonic() - began:.1f} s", file=sys.stderr)
+    print(json.dumps(ended))
+
+
+def _use(capacity: int) -> None:
+    """Give later merges buffers of so many bytes."""
+    budget.make_budget = lambda memory, n, reserve: Fixed(reserve + capacity, reserve, 1)
+
+
+def _maker(directory: Path) -> SceneOf:
+    def write(method: str, parameters: dict[str, Any]) -> None:
+        from tests.conftest import config_for, write_models
+
+        paths = [directory / name for name in ("base", "m1", "m2", "m3")]
+        if not paths[0].exists():
+            write_models(directory, n_models=3, shapes=SHAPES)
+            for path in paths:
+                (path / "tokenizer.json").write_text(f"{{}} of {path.name}")
+        config = config_for(method, paths, parameters=parameters, seed=3)
+        (directory / "config.json").write_text(json.dumps(config, default=str))
+
+    def make(method: str, parameters: dict[str, Any]) -> Scene:
+        assert wait(fork(lambda: write(method, parameters))) == 0
+        return Scene(directory, json.loads((directory / "config.json").read_text()))
+
+    return make
+
+
+if __name__ == "__main__":
+    command()
