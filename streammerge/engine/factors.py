@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from streammerge.algebra.low_rank import (
 from streammerge.checkpoint.refs.difference import DifferenceRef, SumOfProductsRef
 from streammerge.dtypes import FLOATS
 from streammerge.engine.worker import Worker
-from streammerge.errors import ModelError, printable
+from streammerge.errors import ModelError, Stopped, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
@@ -116,7 +117,7 @@ def _decomposed(
 ) -> tuple[Rows, Decomposition]:
     """Return the change as a matrix whose rows can be read, and its decomposition."""
     scratch = room.take((ref.scratch_bytes,), np.dtype(np.uint8))
-    rows: Rows = _Read(worker.reader, ref, form.matrix, scratch)
+    rows: Rows = _Read(worker, ref, form.matrix, scratch)
     held = (worker.plan.work[job.ordinal].at_once or 0) // max(1, form.matrix[1])
     if held >= form.matrix[0]:
         rows = hold(rows, _taker(room), form.matrix[0] if ref.is_whole else None)
@@ -140,14 +141,16 @@ class _Taker:
 class _Read:
     """The difference of two tensors as a matrix whose rows are read as they are needed."""
 
-    def __init__(self, reader: Reader, ref: DifferenceRef, shape: tuple[int, int], scratch: Bytes) -> None:
-        self._reader, self._ref, self._scratch, self.shape = reader, ref, scratch, shape
+    def __init__(self, worker: Worker, ref: DifferenceRef, shape: tuple[int, int], scratch: Bytes) -> None:
+        self._worker, self._ref, self._scratch, self.shape = worker, ref, scratch, shape
 
     def read(self, first: int, last: int, out: Matrix) -> None:
-        """See `Rows`."""
+        """See `Rows`; raises Stopped if the merge is stopped, since a large matrix takes long."""
+        if self._worker.stop.is_set():
+            raise Stopped(signal.SIGTERM)
         n = self.shape[1]
         target = out.reshape(-1).view(np.uint8)
-        self._ref.read(self._reader, first * n, last * n, target, Scratch(self._scratch))
+        self._ref.read(self._worker.reader, first * n, last * n, target, Scratch(self._scratch))
 
 
 class _Product:

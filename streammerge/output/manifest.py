@@ -7,6 +7,7 @@ refused in one line.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -149,6 +150,15 @@ def _files(value: Any) -> bool:
     )
 
 
+def _norm(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _adapter(value: Any) -> bool:
+    module = _entry(rank=_natural, norm=_norm, residual=_norm)
+    return _entry(residual=_norm, modules=_map_of(module))(value)
+
+
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "streammerge": (_text, "a version"),
     "method": (_text, "a name"),
@@ -165,6 +175,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "floored": (_entry(elements=_natural, of=_natural, fraction=_fraction), "two numbers and their fraction"),
     "not_finite": (_counts, "a map of numbers of elements"),
+    "adapter": (_adapter, "the residuals of an adapter"),
     "folders": (_list_of(lambda one: _text(one) and is_sound_path(one)), "a list of folders"),
     "files": (_files, "a map of file names to sizes and checksums"),
     "tensors": (
@@ -173,4 +184,4 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """The check of each field; other fields are ignored."""
-_NEEDED = frozenset(_FIELDS) - {"fisher_sha256", "floored", "folders", "not_finite"}
+_NEEDED = frozenset(_FIELDS) - {"adapter", "fisher_sha256", "floored", "folders", "not_finite"}

@@ -1,14 +1,16 @@
 """Compare adapters that are written here with what PEFT makes of them.
 
-    python tools/compare/compare_adapters_out.py [--tuned | --adapters] [NAME …]
+    python tools/compare/compare_adapters_out.py [--tuned | --adapters | --together] [NAME …]
 
-Needs `peft` (and `accelerate`) beside what the tests need. Two comparisons, over the models and adapters of
+Needs `peft` (and `accelerate`) beside what the tests need. Three comparisons, over the models and adapters of
 `compare_peft.py`:
 
 - `--tuned`: every parameter of a small random model is changed, the adapter of the change is extracted at full rank, and
   PEFT puts it on the base. What it merges must be the changed model.
 - `--adapters`: an adapter of random numbers, saved as PEFT saves it, is written again by `output: lora`, and PEFT merges both.
   Where an adapter acts on a tied embedding or head, the logits under the adapters are compared instead.
+- `--together`: adapters of all kinds on one Llama, and variants of them in other dtypes and ranks, are merged to one adapter with
+  equal weights. What PEFT merges must be the mean of its merges of each.
 """
 
 from __future__ import annotations
@@ -82,6 +84,41 @@ def adapter(name: str, room: Path) -> str:
     return _compared(copy.merge_and_unload().state_dict(), adapted.merge_and_unload().state_dict())
 
 
+def together(name: str, room: Path) -> str:
+    """Return how far PEFT's merge of an adapter is from the mean of its merges of those that it is made of."""
+    auto, _ = _model(name, room)
+    kinds = [CASES[case][1] for case in CASES if CASES[case][0] == CASES[name][0]]
+    kinds += [{"r": rank, "lora_alpha": 3, "target_modules": "all-linear"} for rank in (1, 2, 8, 16)]
+    kinds += [
+        {"r": 8, "target_modules": ["gate_proj", "up_proj"], "bias": "none", "dtype": dtype}
+        for dtype in ("bfloat16", "float16")
+    ]
+    mean: dict[str, Any] = {}
+    for number, kind in enumerate(kinds):
+        torch.manual_seed(number)
+        settings = dict(kind)
+        dtype = settings.pop("dtype", None)
+        adapted = get_peft_model(auto.from_pretrained(room / "base"), LoraConfig(**settings))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+                    if dtype is not None:
+                        parameter.copy_(parameter.to(getattr(torch, dtype)))
+        adapted.save_pretrained(room / f"adapter-{number}")
+        for key, value in adapted.merge_and_unload().state_dict().items():
+            mean[key] = mean.get(key, 0.0) + value.double() / len(kinds)
+    models = [{"model": f"{room / 'base'}+{room / f'adapter-{i}'}"} for i in range(len(kinds))]
+    config = {
+        "merge_method": "linear",
+        "models": models,
+        "output": {"kind": "lora", "base": str(room / "base")},
+    }
+    merge({**config, "rank": RANK}, room / "adapter", progress=False)
+    one = PeftModel.from_pretrained(auto.from_pretrained(room / "base"), room / "adapter")
+    return f"{_compared(one.merge_and_unload().state_dict(), mean)}, {len(kinds)} adapters in one"
+
+
 def _compared(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     if ours.keys() != theirs.keys():
         return f"DIFFERENT NAMES: {sorted(ours.keys() ^ theirs.keys())[:3]}"
@@ -112,13 +149,16 @@ def main() -> int:
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--tuned", action="store_true")
     kinds.add_argument("--adapters", action="store_true")
+    kinds.add_argument("--together", action="store_true")
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     runs: list[tuple[Callable[[str, Path], str], str]] = []
-    runs += [(tuned, name) for name in given.names or _models() if not given.adapters]
-    runs += [(adapter, name) for name in given.names or list(CASES) if not given.tuned]
+    every = not (given.tuned or given.adapters or given.together)
+    runs += [(tuned, name) for name in given.names or _models() if every or given.tuned]
+    runs += [(adapter, name) for name in given.names or list(CASES) if every or given.adapters]
+    runs += [(together, name) for name in given.names or ["lora"] if every or given.together]
     failed = 0
     for run, name in runs:
         with tempfile.TemporaryDirectory() as room:

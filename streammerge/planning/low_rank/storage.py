@@ -12,7 +12,7 @@ from streammerge.checkpoint.module_names import architecture_of, namer
 from streammerge.checkpoint.names import embedding_of, flag_of, is_embedding, is_head
 from streammerge.checkpoint.refs.adapted import AdaptedRef
 from streammerge.checkpoint.refs.difference import DifferenceRef, SumOfProductsRef
-from streammerge.dtypes import FLOATS
+from streammerge.dtypes import FLOATS, FLOATS8
 from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.formats.refs import RenamedRef, SourceRef
 from streammerge.planning.job import Job
@@ -52,6 +52,8 @@ def _check(material: Material) -> None:
             f"{config.where}: output: lora is the result minus its base: set `base_model`, or `base` under `output`"
         )
     where = f"{config.where}: output: lora"
+    if (config.out_dtype or config.dtype) in FLOATS8:
+        raise ConfigError(f"{config.where}: dtype: the factors would overflow FP8: use bfloat16 or wider")
     if config.quantize != "none":
         raise ConfigError(f"{where}: the factors are floats: leave `quantize` out")
     if any(module.is_sliced or module.name is not None for module in config.modules):
@@ -286,6 +288,12 @@ class _Choice:
         left = [name for name, kind in kinds.items() if kind == "left out"]
         rest = [name for name, kind in kinds.items() if kind not in (*FACTORED, "left out")]
         notes = []
+        foreign = [name for name, kind in kinds.items() if kind == "whole" and self._bases[name] is None]
+        if foreign and not self._asked.drop_rest:
+            notes.append(
+                f"{len(foreign)} tensors that {printable(self._reference)} has not, or has in another shape, are stored whole: "
+                f"PEFT needs a model with such modules (first: {printable(foreign[0])})"
+            )
         if left:
             notes.append(f"{len(left)} tensors are left out of the adapter by include and exclude")
         if rest and self._asked.drop_rest:
