@@ -27,6 +27,8 @@ merge, plan, verify
     From a config to a finished directory; what would be done; whether it is still what was written.
 sweep
     A merge for every combination of some parameters' values, from one read of the models.
+extract_lora
+    A model minus its base as a LoRA adapter.
 merge_state_dicts, iter_merged
     The same formulas and bits for models in memory.
 compare
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from streammerge.api.checking import verify
     from streammerge.api.comparing import compare
     from streammerge.api.deciding import plan
+    from streammerge.api.extracting import extract_lora
     from streammerge.api.in_memory import iter_merged, merge_state_dicts
     from streammerge.api.looking import inspect_model, list_methods
     from streammerge.api.merging import merge
@@ -96,6 +99,7 @@ __all__ = [
     "compare",
     "compute_fisher",
     "compute_grams",
+    "extract_lora",
     "import_fisher",
     "inspect_model",
     "iter_merged",
@@ -113,6 +117,7 @@ _HOMES = {
     "api.checking": ("verify",),
     "api.comparing": ("compare",),
     "api.deciding": ("plan",),
+    "api.extracting": ("extract_lora",),
     "api.in_memory": ("iter_merged", "merge_state_dicts"),
     "api.looking": ("inspect_model", "list_methods"),
     "api.merging": ("merge",),

@@ -9,6 +9,7 @@ from streammerge.lazy import importer
 if TYPE_CHECKING:
     from streammerge.api.checking import DEFAULT_SAMPLE, verify
     from streammerge.api.deciding import ConfigLike, plan
+    from streammerge.api.extracting import extract_lora
     from streammerge.api.in_memory import iter_merged, merge_state_dicts
     from streammerge.api.looking import inspect_model, list_methods
     from streammerge.api.merging import merge
@@ -24,6 +25,7 @@ __all__ = [
     "choose_device",
     "compute_fisher",
     "compute_grams",
+    "extract_lora",
     "import_fisher",
     "inspect_model",
     "iter_merged",
@@ -38,6 +40,7 @@ __all__ = [
 _HOMES = {
     "api.checking": ("DEFAULT_SAMPLE", "verify"),
     "api.deciding": ("ConfigLike", "plan"),
+    "api.extracting": ("extract_lora",),
     "api.in_memory": ("iter_merged", "merge_state_dicts"),
     "api.looking": ("inspect_model", "list_methods"),
     "api.merging": ("merge",),

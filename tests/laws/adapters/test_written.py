@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import streammerge.engine.task as task
 import streammerge.output.adapter as finishing
-from streammerge.api import merge, verify
+from streammerge.api import extract_lora, merge, verify
+from streammerge.cli.entry import cli
 from streammerge.config.lora import extraction
 from streammerge.errors import InputError, OutputError, WorldError
 from streammerge.testing.models import output_bytes, write_models
@@ -57,7 +59,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture
 def adapter(models: list[Path], tmp_path: Path) -> Path:
-    merge(extracted(models, rank=5), tmp_path / "adapter", progress=False)
+    summary = extract_lora(models[1], tmp_path / "adapter", base=models[0], rank=5, progress=False)
+    assert {one.module for one in summary.residuals} == {name.removesuffix(".weight") for name in FACTORED}
     return tmp_path / "adapter"
 
 
@@ -228,3 +231,14 @@ def test_models_without_a_difference_make_no_adapter(models: list[Path], tmp_pat
     with pytest.raises(InputError, match="no matrix differs"):
         merge(extracted([models[0], twin], rank=5), tmp_path / "out", progress=False)
     assert not (tmp_path / "out/adapter_config.json").exists()
+
+
+def test_the_command_writes_what_the_function_does(models: list[Path], adapter: Path, tmp_path: Path) -> None:
+    out = tmp_path / "by command"
+    line = ["extract-lora", str(models[1]), str(out), "--base", str(models[0]), "--rank", "5"]
+    done = CliRunner().invoke(cli, line)
+    assert done.exit_code == 0, done.output
+    assert output_bytes(out) == output_bytes(adapter)
+    assert "model.layers.0.mlp.up_proj    " in done.output
+    assert CliRunner().invoke(cli, [*line, "--energy", "0.5"]).exit_code == 2
+    assert "LoRA of rank 5" in CliRunner().invoke(cli, [*line, "--plan"]).output
