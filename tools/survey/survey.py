@@ -30,7 +30,7 @@ ORDER = ("demo", "minilm")
 
 
 def run_part(part: Part, work: Path) -> Results:
-    """Run the six experiments on one set of models; each leaves a JSON file in `work`."""
+    """Run the seven experiments on one set of models; each leaves a JSON file in `work`."""
     bench = Bench(part, work)
     found: Results = {}
 
@@ -49,6 +49,7 @@ def run_part(part: Part, work: Path) -> Results:
     run("drop_before", lambda: experiments.drop_before(bench, fisher["best"], scaled))
     run("interference", lambda: experiments.interference(bench))
     run("drop_alone", lambda: experiments.drop_alone(bench))
+    run("later", lambda: experiments.later(bench))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The survey's six experiments: each merges through streammerge, scores, and returns plain numbers."""
+"""The survey's seven experiments: each merges through streammerge, scores, and returns plain numbers."""
 
 from __future__ import annotations
 
@@ -47,6 +47,22 @@ DROPS_BEFORE = {"demo": (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95), "minilm": (0.5, 0.
 TUNED_AGAIN = ("demo",)  # Thirty merges a point: for small models.
 TUNED_LAMBDAS = tuple(i / 10 for i in range(1, 11))
 ALONE_SEEDS = {"demo": SEEDS, "minilm": SEEDS[:1]}
+
+LATER = {
+    "task arithmetic": "task_arithmetic",
+    "consensus": "consensus",
+    "EMR": "emr",
+    "PCB": "pcb",
+    "Iso-C": "iso_c",
+    "Iso-CTS": "iso_cts",
+    "TSV-M": "tsv_m",
+    "WUDI": "wudi",
+    "KnOTS": "knots",
+    "sum, then SVC": "svc",
+    "sum, then Subspace Boosting": "subspace_boosting",
+}
+"""Task arithmetic, and what was published after the survey: votes and methods of whole matrices."""
+LATER_LAMBDAS = {"demo": tuple(i / 10 for i in range(1, 21)), "minilm": (0.2, 0.4, 0.6, 0.8, 1.0, 1.4)}
 
 TRIMMED = {"drop_rate": 1 - TOP, "drop_mask": "magnitude", "drop_rescale": "none"}
 JOINS: dict[str, Callable[[int], tuple[str, dict[str, Any]]]] = {
@@ -182,6 +198,17 @@ def scaled(bench: Bench) -> Result:
     for label, (method, extra) in SCALED.items():
         lambdas = LAMBDAS[bench.part.name][label]
         rows = [_halves(bench.score(method, lambda_=value, **extra)) for value in lambdas]
+        best = max(range(len(rows)), key=lambda i: rows[i]["tune"])
+        result["methods"][label] = {"lambdas": lambdas, "rows": rows, "best": best}
+    return result
+
+
+def later(bench: Bench) -> Result:
+    """Claim 7: later methods against task arithmetic; lambda chosen on the tuning half."""
+    result: Result = {"methods": {}}
+    for label, method in LATER.items():
+        lambdas = LATER_LAMBDAS[bench.part.name]
+        rows = [_halves(bench.score(method, lambda_=value)) for value in lambdas]
         best = max(range(len(rows)), key=lambda i: rows[i]["tune"])
         result["methods"][label] = {"lambdas": lambdas, "rows": rows, "best": best}
     return result

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import yaml
 from finetune_minilm import Encoder
 from numpy.typing import NDArray
 from safetensors.torch import load_file
@@ -17,12 +18,15 @@ from transformers.utils import logging
 
 from streammerge import merge
 from streammerge.demo import digits
+from streammerge.methods.registry import get_method
 
 Flags = NDArray[np.bool_]
 Scores = dict[str, list[int]]
 """Each task's right answers and examples of the tuning half, right answers and examples of the report half."""
 
 MEMORY = "1GiB"
+CORRECTIONS = ("svc", "subspace_boosting")
+"""Methods that correct a merge of the same models."""
 
 
 class Part(Protocol):
@@ -31,6 +35,8 @@ class Part(Protocol):
     name: str
     title: str
     tasks: tuple[str, ...]
+    matrices: str | None
+    """Regular expression of its matrices; None: those of its layers."""
 
     def model(self, name: str) -> Path:
         """Directory of `base` or of a task's fine-tune."""
@@ -45,6 +51,7 @@ class Demo:
     name = "demo"
     title = "Demo: four fine-tunes of a small convolutional network"
     tasks: tuple[str, ...] = digits.TASKS
+    matrices: str | None = "hidden|head"
 
     def model(self, name: str) -> Path:
         """Directory inside the package."""
@@ -62,6 +69,7 @@ class MiniLM:
     name = "minilm"
     title = "MiniLM: three fine-tunes of a sentence transformer"
     tasks: tuple[str, ...] = ("sections", "languages", "code")
+    matrices: str | None = None
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -115,16 +123,26 @@ class Bench:
 
     def config(
         self, method: str, tasks: Sequence[str], parameters: Mapping[str, Any], seed: int = 0
-    ) -> dict[str, Any]:
-        """Config of a merge of some tasks' fine-tunes; the parameters are the same for all of them."""
-        models: list[dict[str, Any]] = [{"model": str(self.part.model(task))} for task in tasks]
+    ) -> dict[str, Any] | str:
+        """Config of a merge of some tasks' fine-tunes; the parameters are the same for all of them.
+
+        A method that corrects a merge corrects the sum of the task vectors, a stage of its own.
+        """
+        models: list[Any] = [{"model": str(self.part.model(task))} for task in tasks]
         if method.endswith("fisher"):
             for task, model in zip(tasks, models, strict=True):
                 model["fisher"] = str(self.diagonal(task))
         config = {"merge_method": method, "models": models, "parameters": dict(parameters), "seed": seed}
         if method not in ("linear", "fisher") or "drop_rate" in parameters:
             config["base_model"] = str(self.part.model("base"))
-        return config
+        if self.part.matrices is not None and get_method(method).matrices:
+            config["matrices"] = self.part.matrices
+        if method not in CORRECTIONS:
+            return config
+        total = {"name": "total", "merge_method": "task_arithmetic", "base_model": config["base_model"]}
+        return yaml.safe_dump_all(
+            [{**total, "models": models, "dtype": "float32"}, {**config, "models": ["total", *models]}]
+        )
 
     def score(
         self,

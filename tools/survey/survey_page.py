@@ -15,6 +15,7 @@ from survey_text import HEAD, NOTES, TAIL, TITLES
 Results = Mapping[str, Any]
 """The result of each experiment on one set of models."""
 
+NOT_RUN = "not run"
 LEVEL = 0.01
 """A difference of mean accuracy up to this is called none: about the standard error of one figure."""
 
@@ -42,6 +43,8 @@ def page(found: Mapping[str, Results]) -> str:
     for number, claim in enumerate(CLAIMS, 1):
         parts += [f"## {number}. {claim.title}", _wrapped(claim.text)]
         for name, results in found.items():
+            if claim.key not in results:
+                continue
             verdict, reason = claim.judge(results)
             parts += [
                 f"### {number}. {TITLES[name]}: {verdict}",
@@ -55,7 +58,10 @@ def page(found: Mapping[str, Results]) -> str:
 
 def _verdicts(found: Mapping[str, Results]) -> str:
     rows = [
-        [f"{number}. {claim.title}", *(claim.judge(results)[0] for results in found.values())]
+        [
+            f"{number}. {claim.title}",
+            *(claim.judge(results)[0] if claim.key in results else NOT_RUN for results in found.values()),
+        ]
         for number, claim in enumerate(CLAIMS, 1)
     ]
     return _table(["claim", *(TITLES[name] for name in found)], rows)
@@ -260,6 +266,42 @@ def _judge_drop_before(results: Results) -> tuple[str, str]:
     )
 
 
+def _later_table(results: Results) -> str:
+    methods = results["later"]["methods"]
+    tasks = list(methods["task arithmetic"]["rows"][0]["tasks"])
+    rows = []
+    for name, row in methods.items():
+        point = row["rows"][row["best"]]
+        default = row["rows"][list(row["lambdas"]).index(1.0)]
+        rows.append(
+            [
+                name,
+                f"{row['lambdas'][row['best']]:g}",
+                *point["tasks"].values(),
+                point["report"],
+                point["tune"],
+                default["report"],
+            ]
+        )
+    return _table(["method", "best λ", *tasks, "mean", "mean, tuning half", "mean at λ = 1"], rows)
+
+
+def _judge_later(results: Results) -> tuple[str, str]:
+    methods = results["later"]["methods"]
+    best = {name: row["rows"][row["best"]]["report"] for name, row in methods.items()}
+    plain = best.pop("task arithmetic")
+    gains = {name: value - plain for name, value in best.items()}
+    better = [name for name, gain in gains.items() if gain > LEVEL]
+    verdict = "does not show"
+    if better:
+        most = max(gains.values())
+        verdict = f"shows for {len(better)} of {len(gains)} methods, by at most {_points(most)}"
+    listed = "; ".join(f"{name} {_signed(gain)}" for name, gain in gains.items())
+    return verdict, (
+        f"With λ chosen on the tuning half, task arithmetic reaches {_percent(plain)}. Points gained over it: {listed}."
+    )
+
+
 def _table(head: Iterable[str], rows: Iterable[Iterable[str | float]]) -> str:
     """Return a Markdown table; numbers are fractions, shown in percent."""
     head = list(head)
@@ -350,5 +392,13 @@ CLAIMS = (
         "Mean of three seeds (least–greatest).",
         _drop_before_table,
         _judge_drop_before,
+    ),
+    Claim(
+        "later",
+        "Later methods beat task arithmetic",
+        "All fine-tunes merged by methods published since: votes (consensus, EMR, PCB) and methods of whole matrices. λ is chosen "
+        "on the tuning half for each. SVC and Subspace Boosting correct the sum of the task vectors.",
+        _later_table,
+        _judge_later,
     ),
 )

@@ -23,6 +23,8 @@ ACCURACY = "accuracy on test examples"
 def draw(part: str, results: Mapping[str, Result], directory: Path) -> None:
     """Write `PART-CLAIM.png` for every claim."""
     for claim, (width, function) in FIGURES.items():
+        if claim not in results:
+            continue
         figure, axes = plt.subplots(1, width, figsize=(8, 3.9), dpi=100, squeeze=False)
         function(list(axes[0]), results[claim])
         figure.tight_layout()
@@ -112,6 +114,16 @@ def _scaled(axes: list[Axes], result: Result) -> None:
     _label(axes[0], "lambda (star: best on the tuning half)", "mean accuracy, report half")
 
 
+def _later(axes: list[Axes], result: Result) -> None:
+    for i, (name, row) in enumerate(result["methods"].items()):
+        y = [point["report"] for point in row["rows"]]
+        line = "-" if i < 10 else "--"
+        axes[0].plot(row["lambdas"], y, line, lw=2.5 if i == 0 else 1.2, color=f"C{i % 10}", label=name)
+        best = row["best"]
+        axes[0].plot(row["lambdas"][best], row["rows"][best]["report"], "*", ms=11, color=f"C{i % 10}")
+    _label(axes[0], "lambda (star: best on the tuning half)", "mean accuracy, report half")
+
+
 def _drop_alone(axes: list[Axes], result: Result) -> None:
     for i, task in enumerate(result["paper"]):
         for rescale, style, text in (("paper", "o-", "rescaled"), ("none", "x--", "not rescaled")):
@@ -172,5 +184,6 @@ FIGURES: dict[str, tuple[int, Callable[[list[Axes], Result], None]]] = {
     "scaled": (1, _scaled),
     "drop_alone": (1, _drop_alone),
     "drop_before": (1, _drop_before),
+    "later": (1, _later),
 }
 """Number of panels and the function that fills them, in the order of the claims."""

@@ -45,6 +45,11 @@ NOTES = {
         "large for a high rate: compare the rows with λ chosen anew (demo only; for MiniLM that is an hour of tests). The "
         "diagonals of Fisher merging are those of the models before the drop."
     ),
+    "later": (
+        "Of language models, a study of 4 of them with 12 fine-tunes each and 16 benchmarks (https://arxiv.org/abs/2511.21437) "
+        "finds that only task arithmetic reliably gains; methods that weigh interference or work in subspaces usually lose. What "
+        "these small models show is no evidence to the contrary. MiniLM takes an hour of tests, and was not run."
+    ),
 }
 """The meaning of a claim's figures; the figures themselves are read by `survey_page`."""
 

@@ -31,7 +31,7 @@ def _workspace(context: TensorContext) -> int:
     matrices=True,
     workspace=_workspace,
     bounds={"alpha": (1e-9, float("inf"))},
-    paper="2026, https://arxiv.org/abs/2602.05536",
+    paper="Li et al. 2026, https://arxiv.org/abs/2602.05536",
 )
 def svc(
     context: TensorContext,
