@@ -29,6 +29,7 @@ from streammerge.statistics.kinds import (
     SignAgreement,
     SignCounts,
     Squares,
+    Statistic,
     Threshold,
     TieIndex,
     TopK,
@@ -65,37 +66,49 @@ def difference(context: TensorContext) -> Steps[TensorDifference]:
 
     Of equal magnitudes at a threshold those of lowest index count among the largest, as in `torch.sort(stable=True)`.
     """
+    found, _ = yield from _difference_and(context, ())
+    return found
+
+
+def _difference_and(
+    context: TensorContext, others: Sequence[Statistic[Any]]
+) -> Steps[tuple[TensorDifference, list[Any]]]:
+    """Ask for the difference and for other statistics, in as few rounds as there can be: a streamed tensor is read for each."""
     vectors = tuple(TaskVector(i) for i in range(context.n_models))
-    own = yield from ask(OwnSquares(len(vectors) + 1))
-    dots = yield from ask(Gram(len(vectors), vectors))
-    exponents = yield from ask_all([Magnitudes(vector) for vector in vectors])
-    signs = yield from ask(SignAgreement(vectors))
     asked = [(vector, share) for vector in vectors for share in SHARES]
-    found = yield from ask_all([TopK(vector, share) for vector, share in asked])
-    thresholds = dict(zip(asked, found, strict=True))
-    top = [thresholds[vector, TOP] for vector in vectors]
-    ends = yield from ask_all(
-        [TieIndex(vector, threshold) for vector, threshold in zip(vectors, top, strict=True)]
-    )
+    wanted: list[Statistic[Any]] = [
+        OwnSquares(len(vectors) + 1),
+        Gram(len(vectors), vectors),
+        SignAgreement(vectors),
+        *(Magnitudes(vector) for vector in vectors),
+        *(TopK(vector, share) for vector, share in asked),
+        *others,
+    ]
+    own, dots, signs, *more = yield from ask_all(wanted)
+    exponents, more = more[: len(vectors)], more[len(vectors) :]
+    thresholds: dict[tuple[TaskVector, float], Threshold] = dict(zip(asked, more, strict=False))
+    above: list[Statistic[Any]] = [
+        Squares(tuple(replace(v, cut=Cut(thresholds[v, share].key, "drop")) for v in vectors))
+        for share in SHARES
+    ]
+    ends = (TieIndex(vector, thresholds[vector, TOP]) for vector in vectors)
+    found = yield from ask_all([*above, *ends])
+    strictly, places = found[: len(SHARES)], found[len(SHARES) :]
     kept = tuple(
-        replace(vector, cut=Cut(threshold.key, "index", end))
-        for vector, threshold, (_, end) in zip(vectors, top, ends, strict=True)
+        replace(vector, cut=Cut(thresholds[vector, TOP].key, "index", end))
+        for vector, (_, end) in zip(vectors, places, strict=True)
     )
     top_signs = yield from ask(SignAgreement(kept))
-    above = []
-    for share in SHARES:
-        cut = tuple(replace(v, cut=Cut(thresholds[v, share].key, "drop")) for v in vectors)
-        above.append((yield from ask(Squares(cut))))
     squares = np.array(
         [
             [
-                strictly.totals[i] + _of_ties(thresholds[vector, share])
-                for share, strictly in zip(SHARES, above, strict=True)
+                sums.totals[i] + _of_ties(thresholds[vector, share])
+                for share, sums in zip(SHARES, strictly, strict=True)
             ]
             for i, vector in enumerate(vectors)
         ]
     )
-    return TensorDifference(
+    difference = TensorDifference(
         context.n_elements,
         own.totals[0],
         dots.matrix()[0],
@@ -104,6 +117,7 @@ def difference(context: TensorContext) -> Steps[TensorDifference]:
         top_signs,
         np.array(exponents, np.int64),
     )
+    return difference, more[len(asked) :]
 
 
 def _of_ties(threshold: Threshold) -> float:
@@ -125,10 +139,11 @@ class OutputDifference:
 
 def output_difference(context: TensorContext) -> Steps[OutputDifference]:
     """Ask for everything about the task vectors of one tensor, and about the output's signs."""
-    found = yield from difference(context)
     *models, output = (TaskVector(i) for i in range(context.n_models))
-    agreements = yield from ask_all([SignAgreement((model, output)) for model in models])
-    moves = yield from ask(Moves(context.n_models, output.model))
+    wanted: list[Statistic[Any]] = [SignAgreement((model, output)) for model in models]
+    found, (*agreements, moves) = yield from _difference_and(
+        context, [*wanted, Moves(context.n_models, output.model)]
+    )
     return OutputDifference(found, tuple(agreements), moves)
 
 
