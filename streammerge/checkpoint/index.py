@@ -14,10 +14,11 @@ from typing import Any
 
 from streammerge.checkpoint.adapters.apply import adapt
 from streammerge.checkpoint.adapters.files import ADAPTER_CONFIG, Adapter, read_adapter, split_reference
+from streammerge.checkpoint.adapters.images import is_image_adapter, read_image_adapter
 from streammerge.checkpoint.hub import cache_directory
 from streammerge.checkpoint.locating import exists, locate_in
 from streammerge.checkpoint.names import is_tied_copy
-from streammerge.checkpoint.pipeline import is_image_adapter, is_pipeline, read_pipeline
+from streammerge.checkpoint.pipeline import is_pipeline, read_pipeline
 from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, quantization_of
 from streammerge.checkpoint.quantized.declarations import declaration_of
 from streammerge.checkpoint.quantized.registry import decoded
@@ -239,15 +240,19 @@ def with_adapter(reference: str, base: TensorIndex, place: str, *, cache: Path |
         what = f"{model} is quantised ({base.quantization.format}), and an adapter goes on float weights"
         raise bad(reference, f"{what}: dequantise it first, or name the weights that it was quantised from")
     directory = locate_in(place, cache)
-    if base.is_pipeline or is_image_adapter(directory):
+    if volumes.isfile(directory) and volumes.lexists(directory.parent / ADAPTER_CONFIG):
+        raise bad(str(directory), "a file of an adapter: give the adapter's directory")
+    if is_image_adapter(directory):
+        adapter = read_image_adapter(directory, base, model)
+    elif base.is_pipeline:
+        what = "an adapter in PEFT's format goes on one component"
         raise bad(
-            str(directory),
-            "adapters of image models are not applied: `load_lora_weights`, `fuse_lora` and `save_pretrained` of the pipeline in "
-            "diffusers fuse one; merge the pipeline that results",
+            str(directory), f"{what}: write PIPELINE/unet+ADAPTER, and put the result in the pipeline's place"
         )
-    if not volumes.lexists(directory / ADAPTER_CONFIG):
+    elif volumes.lexists(directory / ADAPTER_CONFIG):
+        adapter = read_adapter(directory)
+    else:
         raise bad(str(directory), f"no adapter here: no {ADAPTER_CONFIG}")
-    adapter = read_adapter(directory)
     adapted = adapt(adapter, base, base.config, model)
     return replace(
         base,

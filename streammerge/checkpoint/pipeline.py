@@ -20,7 +20,6 @@ from streammerge.io import volumes
 from streammerge.io.files import bad, from_os, quoted
 from streammerge.io.strict_json import read_object
 
-_LORA = "pytorch_lora_weights.safetensors"
 _DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that pipelines can run without, so that people delete them."""
 _WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "Extractor")
@@ -41,11 +40,6 @@ class Pipeline:
 def is_pipeline(directory: Path) -> bool:
     """Return whether a directory is a pipeline rather than a single model."""
     return volumes.lexists(directory / PIPELINE)
-
-
-def is_image_adapter(path: Path) -> bool:
-    """Return whether a path is a LoRA for an image model: a single file (kohya), or a folder as diffusers writes it."""
-    return volumes.isfile(path) or volumes.lexists(path / _LORA)
 
 
 def read_pipeline(directory: Path) -> Pipeline:

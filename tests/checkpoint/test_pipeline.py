@@ -238,17 +238,6 @@ def test_a_single_file_and_a_pipeline_have_different_names(tmp_path: Path) -> No
             plan(merging(*models))
 
 
-def test_an_adapter_on_a_pipeline_is_refused_with_the_cure(tmp_path: Path) -> None:
-    a = write_pipeline(tmp_path / "a", 1)
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
-    (tmp_path / "kohya.safetensors").write_bytes(b"")
-    for model in (a, a / "unet"):
-        for adapter in ("lora", "kohya.safetensors"):
-            with pytest.raises(ModelError, match="fuse_lora"):
-                open_model(f"{model}+{tmp_path / adapter}")
-
-
 def test_plan_and_inspect_show_the_components(tmp_path: Path) -> None:
     a, b = write_pipeline(tmp_path / "a", 1), write_pipeline(tmp_path / "b", 2)
     values = describe(plan(merging(a, b, exclude=["^vae/"])))

@@ -141,11 +141,12 @@ def read_settings(path: Path) -> tuple[AdapterSettings, FileStamp]:
             raise bad(str(path), f"has {status.st_size} bytes, more than {MAX_NBYTES}")
         raw = read_exactly(fd, status.st_size, 0, str(path))
     entries = parse_object(raw, str(path), "the file", "any")
-    _refuse_kinds(entries, str(path))
+    check_kind(entries, str(path))
     return AdapterSettings(str(path), entries), FileStamp.of(path, status, raw)
 
 
-def _refuse_kinds(entries: Mapping[str, Any], path: str) -> None:
+def check_kind(entries: Mapping[str, Any], path: str) -> None:
+    """Refuse a configuration of a kind that is not a fixed change of weights, or not supported."""
     kind = entries.get("peft_type")
     if kind in _PROMPTS:
         raise bad(
