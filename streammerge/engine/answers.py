@@ -57,10 +57,22 @@ def follow(worker: Worker, job: Job, known: Answers | None = None) -> Rule | lis
 
 
 def reducer_of(
-    worker: Worker, statistic: Statistic[A], jobs: Sequence[Job], versions: Mapping[int, Statistic[Any]]
+    worker: Worker,
+    statistic: Statistic[A],
+    jobs: Sequence[Job],
+    versions: Mapping[int, Statistic[Any]],
+    bins: int | None = None,
 ) -> Reducer[A]:
-    """Return the reducer of a statistic over the tensors of some jobs; `versions` has each job's own form, by ordinal."""
-    bins = worker.plan.statistics_memory.bins
+    """Return the reducer of a statistic over the tensors of some jobs.
+
+    Parameters
+    ----------
+    versions
+        Each job's own form of the statistic, by ordinal.
+    bins
+        The most bins in a window; default: as many as the plan has room for.
+    """
+    bins = worker.plan.statistics_memory.bins if bins is None else bins
     tensors = [measured(job) for job in jobs]
     return statistic.reducer(Measurement(tensors, worker.keys, versions, worker.tolerant, bins))
 

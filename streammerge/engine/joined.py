@@ -135,11 +135,6 @@ def check_joinable(plan: MergePlan, place: Place, options: Options) -> None:
             f"{printable(place.out)}: --join shares out the shards of a directory, and one file is one shard: leave "
             "--join out, or give a directory"
         )
-    if plan.model_rounds():
-        raise InputError(
-            f"method {plan.method.name!r} asks for statistics of the whole model with these parameters, which --join does "
-            "not share out: leave --join out"
-        )
 
 
 def _check_contents(place: Place) -> None:

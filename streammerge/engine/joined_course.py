@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from streammerge.engine.shared_rounds import SharedRounds
+from streammerge.engine.sharing import Sharing, check_failure, poll_seconds
 from streammerge.engine.streaming import Streamer
-from streammerge.errors import ModelError
-from streammerge.output.heartbeat import stale_seconds
+from streammerge.engine.worker import Worker
 from streammerge.output.joining import shard_unit
 from streammerge.output.own_shards import OwnShards
 from streammerge.output.shared_ledger import SharedLedger, in_turn
 from streammerge.output.volume import Gone
 from streammerge.planning.job import Job
-from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import Interval, Step, steps
 
 _WAIT_SECONDS = 0.25
-_POLL_SECONDS = 1.0
-"""Seconds between two looks at what the others have done, for a process that waits."""
-
-
-def poll_seconds() -> float:
-    """Return the seconds between two looks at what others have done."""
-    return min(_POLL_SECONDS, stale_seconds() / 10)
-
-
-def check_failure(ledger: SharedLedger) -> None:
-    """Raise what a different process met and no process would escape: a value that is not finite, say.
-
-    Raises
-    ------
-    ModelError
-        With the message of the process that met it.
-    """
-    failure = ledger.failure()
-    if failure is not None:
-        raise ModelError(failure[1])
 
 
 class JoinedCourse:
@@ -45,28 +24,34 @@ class JoinedCourse:
     Parameters
     ----------
     worker
+        The running worker of this process.
+    token
         The token of this process.
     on_done
         Called with the numbers of the shards that are recorded so far, by anyone.
+    on_wait
+        Called four times a second while others work; an exception that it raises ends the wait.
     """
 
     def __init__(
         self,
-        plan: MergePlan,
+        worker: Worker,
         ledger: SharedLedger,
         writer: OwnShards,
-        stop: threading.Event,
-        worker: str,
+        token: str,
         on_done: Callable[[set[int]], None],
+        on_wait: Callable[[], None],
     ) -> None:
-        self._plan, self._ledger, self._writer, self._stop = plan, ledger, writer, stop
-        shards = plan.layout.shards
+        self._plan, self._ledger, self._writer, self._stop = worker.plan, ledger, writer, worker.stop
+        self._rounds = SharedRounds(worker, Sharing(ledger, token, worker.stop, on_wait))
+        shards = self._plan.layout.shards
         self._numbers = {shard_unit(number): number for number in range(len(shards))}
-        self._order = in_turn(list(self._numbers), [shard.nbytes for shard in shards], worker)
+        self._order = in_turn(list(self._numbers), [shard.nbytes for shard in shards], token)
         self._on_done = on_done
 
     def begin(self, streamer: Streamer) -> None:
         """See `Course`."""
+        self._rounds.run(streamer)
 
     def steps(self, done: Mapping[int, Sequence[Interval]]) -> Iterator[Step | None]:
         """See `Course`. A shard is claimed when the last chunk of the one before has been taken, while that one drains."""
@@ -76,6 +61,7 @@ class JoinedCourse:
                 yield None
                 continue
             jobs = self._jobs_of(number)
+            self._rounds.give(jobs)
             yield from steps(jobs, [plan.work[job.ordinal] for job in jobs], plan.budget, {})
 
     def _jobs_of(self, number: int) -> list[Job]:

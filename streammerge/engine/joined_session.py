@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 from streammerge.engine.course import Course
-from streammerge.engine.joined_course import JoinedCourse, check_failure, poll_seconds
+from streammerge.engine.joined_course import JoinedCourse
 from streammerge.engine.session import Session, written_names
+from streammerge.engine.sharing import check_failure, poll_seconds
 from streammerge.engine.telling import differing, not_finite_lines
 from streammerge.errors import StreammergeError, WorldError, printable
 from streammerge.output.commit import commit
@@ -91,7 +92,7 @@ class JoinedSession(Session):
             self._adopt(alone.receipts)
         ledger, worker = self._entered.ledger, self._entered.heartbeat.worker
         self._course = JoinedCourse(
-            self.plan, ledger, self._shards, self.worker.stop, worker, self._note_done
+            self.worker, ledger, self._shards, worker, self._note_done, self._control.check
         )
         receipts = [receipt for done in self._done.values() for receipt in done.receipts]
         return Progress(self.identity.named, receipts, files=self._known)

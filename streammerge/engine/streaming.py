@@ -70,14 +70,13 @@ class Streamer:
             for keys in wanted.values()
             for key in keys
         }
-        n = sum(job.n_elements for job in merged)
         reducers = [reducer_of(self._worker, key[0], merged, own) for key, own in versions.items()]
 
         def run_pass(some: Sequence[Reducer[Any]], only: Range | None) -> None:
             self._stream(merged, some, only)
 
         def run_sample(some: Sequence[Reducer[Any]]) -> None:
-            self._drain(self._sample_chunks(merged, some, n, _MODEL_SAMPLE_BLOCKS))
+            self.sample(merged, some)
 
         values = dict(zip(versions, collect(reducers, run_pass, run_sample), strict=True))
         for output, keys in wanted.items():
@@ -193,6 +192,15 @@ class Streamer:
         self._drain(self._worker.threads.submit(look, piece) for piece in pieces)
         for output, peaks in found.items():
             output.answers.setdefault(job.ordinal, []).append([Peak(max(peaks))])
+
+    def sample(self, jobs: Sequence[Job], some: Sequence[Reducer[Any]]) -> None:
+        """Feed a sample of all elements of some jobs to reducers."""
+        n = sum(job.n_elements for job in jobs)
+        self._drain(self._sample_chunks(jobs, some, n, _MODEL_SAMPLE_BLOCKS))
+
+    def count(self, jobs: Sequence[Job], some: Sequence[Reducer[Any]], only: Range | None = None) -> None:
+        """Feed all elements of some jobs, or a range of one, to reducers."""
+        self._stream(jobs, some, only)
 
     def _stream(self, jobs: Sequence[Job], some: Sequence[Reducer[Any]], only: Range | None) -> None:
         if only is None:

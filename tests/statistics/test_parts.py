@@ -1,7 +1,8 @@
-"""A pass may be split over processes: parts that pickle, absorbed in any order, give the same bits."""
+"""A pass may be split over processes: parts written as JSON, absorbed in any order, give the same bits."""
 
 from __future__ import annotations
 
+import json
 import pickle
 import random
 from typing import Any
@@ -21,6 +22,7 @@ from streammerge.backends.torch.math import TorchMath
 from streammerge.numerics.philox import RandomKeys
 from streammerge.statistics import kinds
 from streammerge.statistics.base import KINDS, Known, MeasuredTensor, Measurement, Reducer, Source, Statistic
+from streammerge.statistics.parts import decoded, encoded
 
 KEYS = RandomKeys(3, ("one", "two"))
 COLUMNS = 64
@@ -117,6 +119,11 @@ def travelled(value: Any) -> Any:
     return pickle.loads(pickle.dumps(value))
 
 
+def told(part: Any) -> Any:
+    """Return a part as a process reads it that another one has written as JSON."""
+    return decoded(json.loads(json.dumps(encoded(part))))
+
+
 def together(statistic: Statistic[Any], n_workers: int, luck: random.Random) -> Any:
     """Take a statistic by several workers, each with a pickled reducer for each pass."""
     reducer = travelled(statistic).reducer(measurement_of(statistic))
@@ -127,17 +134,17 @@ def together(statistic: Statistic[Any], n_workers: int, luck: random.Random) -> 
             share = -(-len(pieces) // n_workers)
             for i, worker in enumerate(workers):
                 if i:
-                    worker.absorb(travelled(workers[i - 1].part()))
+                    worker.absorb(told(workers[i - 1].part()))
                 for piece in pieces[i * share : (i + 1) * share]:
                     add(worker, piece)
-            reducer.absorb(travelled(workers[-1].part()))
+            reducer.absorb(told(workers[-1].part()))
         else:
             luck.shuffle(pieces)
             for piece in pieces:
                 add(luck.choice(workers), piece)
             luck.shuffle(workers)
             for worker in workers:
-                reducer.absorb(travelled(worker.part()))
+                reducer.absorb(told(worker.part()))
         if reducer.end():
             return reducer.value
 
@@ -162,8 +169,6 @@ def test_values_survive_json(statistic: Statistic[Any]) -> None:
     if plain is None:
         assert isinstance(statistic, kinds.ColumnGram)
         return
-    import json
-
     assert bits(statistic.from_json(json.loads(json.dumps(plain)))) == bits(value)
     for wrong in (
         None,
@@ -187,3 +192,24 @@ def test_every_kind_that_reads_blocks_has_an_example_here() -> None:
     }
     abstract = {kind for kind in shipped if kind.__subclasses__()}
     assert shipped - abstract == {type(example) for example in EXAMPLES}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        {},
+        1.5,
+        {"float": 1},
+        {"tuple": [{"x": 1}]},
+        {"map": [[1]]},
+        {"array": ["object", [1], "AAAA"]},
+        {"array": ["int64", [-1], "AAAA"]},
+        {"array": ["int64", [1 << 40], "AAAA"]},
+        {"array": ["int64", [1], "AAAA"]},
+        {"array": ["int32", [2], "eJxjYGBgAAAABAAB"]},
+    ],
+)
+def test_what_is_no_part_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        decoded(wrong)

@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import streammerge.api  # noqa: F401
 from streammerge.backends.cpu.compile import compile_kernels
 from streammerge.engine import joined_session, scheduler
 from streammerge.engine.joined_session import JoinedSession
+from streammerge.engine.streaming import Streamer
 from streammerge.methods.catalog import load_builtin
 from streammerge.output import commit as committing
 from streammerge.output import joining
@@ -32,11 +34,14 @@ from streammerge.output.shared_ledger import SharedLedger
 from streammerge.planning.memory import budget
 from tests.fixed_budget import Fixed
 from tests.laws.joined.scene import LATE, SHAPES, STALE, Scene, at_call, die, sleep, wait_stopped
-from tests.laws.resume.forks import fork, wait
+from tests.laws.resume.forks import contents, fork, wait
 
-SceneOf = Callable[[str, dict[str, Any]], Scene]
-SCENES: dict[str, Callable[[SceneOf], None]] = {}
+SCENES: dict[str, Callable[[Maker], None]] = {}
 DARE = ("dare_linear", {"density": 0.4})
+MAJORITY = ("ties", {"density": 0.4, "zero_sign": "majority", "ties": "drop", "weight": 0.3})
+"""Statistics of each tensor, then of the whole model."""
+WHOLE = ("ties", {"density": 0.3, "trim_scope": "model", "ties": "index"})
+"""Two rounds over the whole model, several passes each, the last of them over a few elements."""
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "before its first file": (OwnShards, "begin", 1),
     "in its first shard": (ShardWriter, "write", 1),
@@ -51,27 +56,38 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
 }
 
 
-def scene(function: Callable[[SceneOf], None]) -> Callable[[SceneOf], None]:
+def scene(function: Callable[[Maker], None]) -> Callable[[Maker], None]:
     """Register a scene under the name of its function."""
     SCENES[function.__name__] = function
     return function
 
 
 @scene
-def every_method(of: SceneOf) -> None:
+def every_method(of: Maker) -> None:
     """One, two or three processes give the bytes, the index and the manifest of one that is alone."""
     from tests.laws.test_methods import VARIANTS
 
     _use(1 << 26)  # methods that hold whole tensors need some room
-    seen: set[str] = set()
+    cases: dict[str, tuple[str, dict[str, Any]]] = {}
     for number, (method, parameters) in enumerate(VARIANTS):
-        if method in seen or _at_model_scope(parameters):
-            continue
-        seen.add(method)
-        one = of(method, parameters)
-        if one.asks_the_whole_model():
-            continue
-        one.all_well([one.start(name=str(i)) for i in range(1 + number % 3)])
+        if method not in {name for name, _ in cases.values()} or _at_model_scope(parameters):
+            cases[f"{number}"] = (method, parameters)
+    of.write(cases)
+    scenes = [Scene(of.directory, of.config(name), name) for name in cases]
+
+    def take_part(worker: int) -> None:
+        for number, one in enumerate(scenes):
+            if worker <= number % 3:
+                one.merge(join=True)
+
+    def alone() -> None:
+        for one in scenes:
+            one.merge(one.alone)
+
+    codes = [wait(number, 300) for number in [fork(alone), *(fork(partial(take_part, i)) for i in range(3))]]
+    assert codes == [0] * 4
+    for one, case in zip(scenes, cases.values(), strict=True):
+        assert contents(one.out) == contents(one.alone), case
 
 
 def _at_model_scope(parameters: dict[str, Any]) -> bool:
@@ -80,31 +96,46 @@ def _at_model_scope(parameters: dict[str, Any]) -> bool:
 
 
 @scene
-def claims_that_exclude_nobody(of: SceneOf) -> None:
+def claims_that_exclude_nobody(of: Maker) -> None:
     """Three processes do everything, and commit at once."""
 
     def believe_all() -> None:
         SharedLedger.claim = lambda self, unit: True  # type: ignore[method-assign]
 
-    one = of(*DARE)
-    one.all_well([one.start(believe_all, str(i)) for i in range(3)])
+    for case in (DARE, MAJORITY):
+        one = of(*case)
+        one.all_well([one.start(believe_all, str(i)) for i in range(3)])
 
 
 @scene
-def kills(of: SceneOf) -> None:
+def kills(of: Maker) -> None:
     """A process that dies at any moment loses its shard to a different one, and nothing is left over."""
     one = of(*DARE)
     for moment, (owner, name, call) in MOMENTS.items():
         first = one.start(at_call(owner, name, call, die), "first")
         assert wait(first) == -signal.SIGKILL, moment
-        one.all_well([one.start(name="second"), one.start(name="third")])
+        one.all_well([one.start(name="second")])
 
 
 @scene
-def zombies(of: SceneOf) -> None:
+def kills_in_the_passes(of: Maker) -> None:
+    """A process that dies while the whole model is counted is replaced in its unit."""
+    record, count = (SharedLedger, "record"), (Streamer, "_add_piece")
+    for case, moments in (
+        (WHOLE, ((record, 1), (record, 4), (record, 7), (count, 3))),
+        (MAJORITY, ((record, 2),)),
+    ):
+        one = of(*case)
+        for (owner, name), call in moments:
+            assert wait(one.start(at_call(owner, name, call, die), "first")) == -signal.SIGKILL, (name, call)
+            one.all_well([one.start(name="second")])
+
+
+@scene
+def zombies(of: Maker) -> None:
     """A process that wakes after the others have finished finds the end, changes nothing and leaves nothing."""
     one = of(*DARE)
-    for moment, (owner, name, call) in MOMENTS.items():
+    for moment, (owner, name, call) in list(MOMENTS.items())[1::2]:
         first = one.start(at_call(owner, name, call, sleep), "first")
         try:
             wait_stopped(first)
@@ -118,7 +149,7 @@ def zombies(of: SceneOf) -> None:
 
 
 @scene
-def failures(of: SceneOf) -> None:
+def failures(of: Maker) -> None:
     """A value that is not finite is met by one process and stops all, with the same line."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -142,7 +173,7 @@ def failures(of: SceneOf) -> None:
 
 
 @scene
-def alone_and_together(of: SceneOf) -> None:
+def alone_and_together(of: Maker) -> None:
     """What one way has finished counts as done in the other, and neither begins while the other runs."""
     one = of(*DARE)
     last = (Publisher, "publish", 1)
@@ -170,17 +201,17 @@ def alone_and_together(of: SceneOf) -> None:
 
 
 @scene
-def other_merges(of: SceneOf) -> None:
+def other_merges(of: Maker) -> None:
     """A merge with a different seed, shard size or input is refused by name, before and after the end."""
     one = of(*DARE)
     changes: dict[str, dict[str, Any]] = {"seed": {"seed": 4}, "shard size": {"shard_size": 40_000}}
     assert wait(one.start(at_call(JoinedSession, "finish", 1, die))) == -signal.SIGKILL
     for ended in (False, True):
         for what, change in changes.items():
-            for join in (True, False):
-                assert wait(one.start(name="other", join=join, **change)) == 2
-                said = one.told("other").read_text()
-                assert f"merge with a different {what}" in said, said
+            join = (what == "seed") != ended
+            assert wait(one.start(name="other", join=join, **change)) == 2
+            said = one.told("other").read_text()
+            assert f"merge with a different {what}" in said, said
         if not ended:
             time.sleep(LATE)
             assert wait(one.start()) == 0
@@ -188,7 +219,7 @@ def other_merges(of: SceneOf) -> None:
 
 
 @scene
-def stopped(of: SceneOf) -> None:
+def stopped(of: Maker) -> None:
     """A process that is told to stop gives up its claims and leaves no file; the next goes on at once."""
     import threading
 
@@ -231,7 +262,7 @@ def command() -> None:
         began = time.monotonic()
         _use(1 << 17)  # so small that the work is cut to pieces
         try:
-            SCENES[name](_maker(directory))
+            SCENES[name](Maker(directory))
             ended[name] = ""
         except BaseException:
             ended[name] = traceback.format_exc()
@@ -244,23 +275,38 @@ def _use(capacity: int) -> None:
     budget.make_budget = lambda memory, n, reserve: Fixed(reserve + capacity, reserve, 1)
 
 
-def _maker(directory: Path) -> SceneOf:
-    def write(method: str, parameters: dict[str, Any]) -> None:
-        from tests.conftest import config_for, write_models
+class Maker:
+    """Writes models and configs in forks, because torch has threads; makes scenes of them."""
 
-        paths = [directory / name for name in ("base", "m1", "m2", "m3")]
-        if not paths[0].exists():
-            write_models(directory, n_models=3, shapes=SHAPES)
-            for path in paths:
-                (path / "tokenizer.json").write_text(f"{{}} of {path.name}")
-        config = config_for(method, paths, parameters=parameters, seed=3)
-        (directory / "config.json").write_text(json.dumps(config, default=str))
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
 
-    def make(method: str, parameters: dict[str, Any]) -> Scene:
-        assert wait(fork(lambda: write(method, parameters))) == 0
-        return Scene(directory, json.loads((directory / "config.json").read_text()))
+    def write(self, cases: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+        """Write the config of each case, and the models and stores that it names."""
 
-    return make
+        def action() -> None:
+            from tests.conftest import config_for, write_models
+
+            paths = [self.directory / name for name in ("base", "m1", "m2", "m3")]
+            if not paths[0].exists():
+                write_models(self.directory, n_models=3, shapes=SHAPES)
+                for path in paths:
+                    (path / "tokenizer.json").write_text(f"{{}} of {path.name}")
+            for name, (method, parameters) in cases.items():
+                config = config_for(method, paths, parameters=parameters, seed=3)
+                (self.directory / f"{name}.json").write_text(json.dumps(config, default=str))
+
+        assert wait(fork(action)) == 0
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Return the config of a case."""
+        found: dict[str, Any] = json.loads((self.directory / f"{name}.json").read_text())
+        return found
+
+    def __call__(self, method: str, parameters: dict[str, Any]) -> Scene:
+        """Return the scene of one case."""
+        self.write({"out": (method, parameters)})
+        return Scene(self.directory, self.config("out"))
 
 
 if __name__ == "__main__":

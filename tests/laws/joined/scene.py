@@ -43,9 +43,10 @@ class Scene:
         A config as a mapping.
     """
 
-    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path, config: Mapping[str, Any], name: str = "out") -> None:
         self.directory, self.config = directory, dict(config)
-        self.out = directory / "out"
+        self.out = directory / name
+        self.alone = directory / f"{name}-alone"
         self._expected: dict[str, bytes] = {}
 
     def merge(self, out: Path | None = None, **options: Any) -> Any:
@@ -72,16 +73,6 @@ class Scene:
         self.told(name).unlink(missing_ok=True)
         return fork(action)
 
-    def asks_the_whole_model(self) -> bool:
-        """Return whether the method asks for statistics of the whole model."""
-
-        def action() -> None:
-            from streammerge.api import plan
-
-            raise SystemExit(3 if plan(self.config).model_rounds() else 0)
-
-        return wait(fork(action)) == 3
-
     def told(self, name: str) -> Path:
         """Return the file of what a fork says at its end."""
         return self.directory / f"{name}.told"
@@ -90,11 +81,10 @@ class Scene:
     def expected(self) -> dict[str, bytes]:
         """The files that one process writes, by name."""
         if not self._expected:
-            place = self.directory / "expected"
-            number = fork(lambda: self.merge(place))
+            number = fork(lambda: self.merge(self.alone))
             assert wait(number) == 0
-            self._expected = contents(place)
-            shutil.rmtree(place)
+            self._expected = contents(self.alone)
+            shutil.rmtree(self.alone)
         return self._expected
 
     def finished(self) -> None:

@@ -19,6 +19,7 @@ SCENES = (
     "every_method",
     "claims_that_exclude_nobody",
     "kills",
+    "kills_in_the_passes",
     "zombies",
     "failures",
     "alone_and_together",
