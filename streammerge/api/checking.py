@@ -14,6 +14,7 @@ from streammerge.engine.recompute import check_contents, check_made_from, recomp
 from streammerge.engine.recompute_adapter import recompute_adapter
 from streammerge.errors import InputError
 from streammerge.events import Control, Event
+from streammerge.io.volumes import as_path
 from streammerge.output.check import Verdict, manifest_of
 from streammerge.output.check import verify as verify_files
 
@@ -72,7 +73,7 @@ def verify(
     """
     with controlled(on_event, progress, "verifying") as control:
         return _verify(
-            Path(out),
+            as_path(out),
             against,
             sample,
             seed,

@@ -13,6 +13,7 @@ from streammerge.config.reading import config_from_mapping, load_config, parse_c
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import refuse
 from streammerge.errors import printable
+from streammerge.io.volumes import as_path, is_url
 from streammerge.machine import available_memory, own_memory, shortage
 from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
@@ -113,8 +114,8 @@ def plan(
         copy_tokenizer=copy_tokenizer,
         write_model_card=write_model_card,
     )
-    file = None if out is None else place_of(Path(out)).file
-    return plan_stages(parsed, replace(options, file=file))
+    file = None if out is None else place_of(as_path(out)).file
+    return plan_stages(parsed, replace(options, file=file, streamed=out is not None and is_url(out)))
 
 
 def options_of(

@@ -20,6 +20,7 @@ from streammerge.engine.joined import join as join_plan
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.errors import InputError, printable
 from streammerge.io.reader import IoMode
+from streammerge.io.volumes import as_path, local_path
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS
 from streammerge.planning.prepare import SLOWER
 from streammerge.report.card import model_card
@@ -146,7 +147,7 @@ def merge(
     )
 
     if report is not None:
-        check_report("report", Path(report), Path(out))
+        check_report("report", Path(report), local_path(out, "a merge with a report"))
 
     planned: dict[str, Any] = {
         "memory": memory,
@@ -164,6 +165,7 @@ def merge(
     }
     settled = read_config(config, methods)
     if keep_stages is not None:
+        local_path(keep_stages, "a stage that is kept")
         for stage, place in kept_stages(settled, Path(keep_stages)):
             _merge_settled(stage, place, {**planned, "kernels": kernels}, replace(how, profile=None), run)
         settled = read_from(settled, Path(keep_stages))
@@ -173,7 +175,7 @@ def merge(
         "write_model_card": write_model_card,
         "max_reads": max_reads,
     }
-    return _merge_settled(settled, Path(out), planned, how, run, None if report is None else Path(report))
+    return _merge_settled(settled, as_path(out), planned, how, run, None if report is None else Path(report))
 
 
 def _merge_settled(

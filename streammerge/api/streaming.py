@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.dtypes import NAMES
 from streammerge.errors import InputError, printable
+from streammerge.io.volumes import local_path
 from streammerge.planning.backend import WORTH_A_GPU, choose_device
 from streammerge.units import nbytes_of
 
@@ -106,7 +106,9 @@ def compute_fisher(
         dtype=NAMES[dtype],
     )
     with controlled(on_event, progress, "estimating", stop, signal_received) as control:
-        return compute_diagonal(model, data, Path(out), settings, overwrite=overwrite, control=control)
+        return compute_diagonal(
+            model, data, local_path(out, "a store"), settings, overwrite=overwrite, control=control
+        )
 
 
 def compute_grams(
@@ -163,7 +165,7 @@ def compute_grams(
         device=choose_device(device, nbytes_of(memory), WORTH_A_GPU),
     )
     with controlled(on_event, progress, "collecting", stop, signal_received) as control:
-        return run(model, data, Path(out), settings, overwrite=overwrite, control=control)
+        return run(model, data, local_path(out, "a store"), settings, overwrite=overwrite, control=control)
 
 
 def import_fisher(
@@ -222,7 +224,7 @@ def import_fisher(
         return import_diagonal(
             model,
             diagonals,
-            Path(out),
+            local_path(out, "a store"),
             dtype=NAMES[dtype],
             memory=nbytes_of(memory),
             about=about,

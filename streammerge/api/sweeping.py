@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, get_args
 
 from streammerge.api.deciding import ConfigLike, options_of, read_config
@@ -18,6 +17,7 @@ from streammerge.engine.scoring import check_command
 from streammerge.engine.session import NonFinite, Options
 from streammerge.errors import ConfigError, InputError, printable
 from streammerge.io.reader import IoMode
+from streammerge.io.volumes import local_path
 from streammerge.output.sweep_record import Row
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS
 from streammerge.planning.prepare import SLOWER
@@ -146,12 +146,14 @@ def sweep(
     )
     how = Options(overwrite, io, None, nonfinite, hash_inputs=hash_inputs)
     with controlled(on_event, progress, "sweeping", stop, signal_received) as control:
-        run = SweepRun(parsed, Path(out), planning, how, wishes, control)
+        run = SweepRun(parsed, local_path(out, "a sweep"), planning, how, wishes, control)
         try:
             record = run.run()
         except CannotCompileError as error:
             control.warn(SLOWER.format(error))
-            run = SweepRun(parsed, Path(out), replace(planning, kernels=False), how, wishes, control)
+            run = SweepRun(
+                parsed, local_path(out, "a sweep"), replace(planning, kernels=False), how, wishes, control
+            )
             record = run.run()
     return Sweep(
         str(out),

@@ -94,10 +94,11 @@ def run(
     from streammerge.api import merge
     from streammerge.api.reporting import check_report
     from streammerge.events import warning
+    from streammerge.io.volumes import local_path
     from streammerge.report.progress import make_reporter
 
     if options.get("report") is not None:
-        check_report("--report", Path(options["report"]), Path(out))
+        check_report("--report", Path(options["report"]), local_path(out, "a merge with a report"))
     reporter = make_reporter(what, quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN)
     for note in notes:
         reporter(warning(note))
@@ -147,12 +148,13 @@ def show_plan(config: Any, out: str | None, *, as_json: bool, **options: Any) ->
     """Print the plan of a config, which is a path or a mapping; `options` are those of `streammerge.plan`."""
     from streammerge.api import plan as decide
     from streammerge.engine.precheck import check_beforehand
+    from streammerge.io.volumes import as_path
     from streammerge.planning.description import describe, tensor_values
     from streammerge.report.plan import advice, plan_text
     from streammerge.report.stages import stage_values
 
     decided = decide(config, out=out, **options)
-    check_beforehand(decided, None if out is None else Path(out))
+    check_beforehand(decided, None if out is None else as_path(out))
     values = describe(decided) | advice(decided, out)
     if as_json:
         stages = {"stages": stage_values(decided)} if decided.stages else {}

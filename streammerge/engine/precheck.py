@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from streammerge.engine.object_session import check_streamable
 from streammerge.engine.opening import with_stages
+from streammerge.engine.session import Options
 from streammerge.io import volumes
 from streammerge.io.reader import Reader
+from streammerge.io.volumes import is_url
 from streammerge.output.directory import check_contents, check_target
 from streammerge.output.identity import identify
+from streammerge.output.object_place import check_object_target, present_in
 from streammerge.output.place import place_of
 from streammerge.planning.plan import MergePlan
 
@@ -26,7 +30,11 @@ def check_beforehand(plan: MergePlan, out: Path | None) -> None:
     StreammergeError
         As the merge would.
     """
-    if out is not None:
+    if out is not None and is_url(out):
+        check_object_target(place_of(out), [stamp.path for some in plan.stamped.values() for stamp in some])
+        check_streamable(plan, Options())
+        present_in(place_of(out))
+    elif out is not None:
         place = place_of(out)
         check_target(place, plan.inputs, [index.reference for index in plan.stores])
         if place.folder.is_dir():

@@ -180,6 +180,8 @@ class Scheduler:
                 while len(passes) >= PASSES_AHEAD:
                     yield from self._ready_after(waiting, passes, next(iter(passes)))
                 passes[step.job] = self._streaming.submit(self._streamer.before, self._plan.jobs[step.job])
+                if self._plan.streamed:  # chunks behind it would hold all buffers and wait for its bytes
+                    yield from self._ready_after(waiting, passes, step.job)
                 continue
             for job in [job for job, one in passes.items() if one.done()]:
                 yield from self._ready_after(waiting, passes, job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,10 +34,17 @@ from streammerge.tensors.encoders.base import Encoder
 from streammerge.tensors.read import read_source
 
 
-def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
+def run_chunk(
+    worker: Worker, chunk: Chunk, turn: AbstractContextManager[None] | None = None
+) -> list[Receipt]:
     """Read, merge, write and checksum the pieces of a chunk, for every output that lacks them. Running it twice is safe.
 
     The result depends only on the chunk, the worker's specification and its known statistics.
+
+    Parameters
+    ----------
+    turn
+        Entered before the chunk's buffer is leased, and left as soon as it has it.
 
     Returns the receipts of the finished pieces: all pieces, unless `worker.stop` was set. Their bytes are written, and
     are durable once the worker's writer has been synced.
@@ -49,7 +57,9 @@ def run_chunk(worker: Worker, chunk: Chunk) -> list[Receipt]:
     work = worker.plan.work
     nbytes = max(work[p.job].lease_bytes(p.stop - p.start) for p in chunk.pieces)
     receipts: list[Receipt] = []
-    with worker.lease(nbytes) as buffer:
+    with ExitStack() as held:
+        with turn or nullcontext():
+            buffer = held.enter_context(worker.lease(nbytes))
         if buffer is None:
             return receipts
         for piece in chunk.pieces:

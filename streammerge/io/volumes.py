@@ -204,6 +204,21 @@ def as_path(text: AnyPath) -> Path:
     return Url(text) if is_url(text) else Path(text)
 
 
+def local_path(text: AnyPath, what: str) -> Path:
+    """Return the path of something that is only written to a disk.
+
+    Raises
+    ------
+    ModelError
+        If it is a URL; `what` names the thing in the message.
+    """
+    if volume_of(text) is not None:
+        raise ModelError(
+            f"{printable(os.fspath(text))}: {what} is written to a disk only: name a directory or a file"
+        )
+    return Path(text)
+
+
 def lexists(path: AnyPath) -> bool:
     """Return whether a path exists, even as a broken link."""
     volume = volume_of(path)
@@ -250,6 +265,18 @@ def stat(path: AnyPath, *, anew: bool = False) -> Status:
     """
     volume = volume_of(path)
     return os.stat(path) if volume is None else volume.status(os.fspath(path), anew=anew)
+
+
+def lstat(path: AnyPath) -> Status:
+    """Return the status of a file, of a link itself; a volume has no links.
+
+    Raises
+    ------
+    OSError
+        As `stat`.
+    """
+    volume = volume_of(path)
+    return os.lstat(path) if volume is None else volume.status(os.fspath(path))
 
 
 def forget(path: AnyPath) -> None:

@@ -6,7 +6,6 @@ header, the index, and that values are finite except where the manifest says oth
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +19,13 @@ from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import TensorRef
 from streammerge.formats.safetensors import SUFFIX, read_header
 from streammerge.formats.torch_file import PICKLES
+from streammerge.io import volumes
 from streammerge.io.durable import PARTIAL, world_errors
 from streammerge.io.strict_json import read_object
 from streammerge.numerics.crc32 import combine_all
 from streammerge.output.edits import find_edits
 from streammerge.output.manifest import load_manifest
-from streammerge.output.place import Place, place_of
+from streammerge.output.place import STATE, Place, place_of
 from streammerge.output.readback import Found, Part, read_back
 from streammerge.planning.layout import folder_of, is_shard
 
@@ -112,16 +112,17 @@ def check_files(
 
 def manifest_of(out: Path) -> dict[str, Any]:
     """Return the manifest of a finished output; raise as `verify` does."""
+    volumes.forget(out)
     place = place_of(out)
-    if place.file is None and not out.is_dir():
+    if place.file is None and not volumes.isdir(out):
         raise ModelError(f"{printable(out)}: no such directory")
     if place.is_unfinished:
         raise ModelError(
             f"{printable(out)}: the merge is not finished; run the same `streammerge merge` again"
         )
-    if place.file is not None and not os.path.lexists(out):
+    if place.file is not None and not volumes.lexists(out):
         raise ModelError(f"{printable(out)}: no such file")
-    if not os.path.lexists(place.manifest):
+    if not volumes.lexists(place.manifest):
         where = "in it" if place.file is None else "next to it"
         raise ModelError(
             f"{printable(out)}: no {printable(place.manifest.name)} {where}; not the output of a finished merge"
@@ -146,7 +147,7 @@ class _Examined:
 def _examine(out: Path, name: str, nbytes: int, folders: Sequence[str]) -> _Examined:
     path, shown = out / name, printable(name)
     try:
-        status = os.lstat(path)
+        status = volumes.lstat(path)
     except FileNotFoundError:
         return _Examined(name, (f"{shown}: missing",))
     except OSError as error:
@@ -286,9 +287,12 @@ def _beside(place: Place, manifest: Mapping[str, Any]) -> tuple[list[str], tuple
     folders = {str(folder) for name in known for folder in PurePosixPath(name).parents}
     with world_errors(out):
         found = [
-            entry for folder in sorted(folders) if (out / folder).is_dir() for entry in _names(out, folder)
+            entry
+            for folder in sorted(folders)
+            if volumes.isdir(out / folder)
+            for entry in _names(out, folder)
         ]
-    names = sorted(name for name in found if name not in known and name not in folders)
+    names = sorted(name for name in found if name not in known and name not in folders and name != STATE)
     loadable = [
         name
         for name in names
@@ -303,4 +307,4 @@ def _beside(place: Place, manifest: Mapping[str, Any]) -> tuple[list[str], tuple
 def _names(out: Path, folder: str) -> list[str]:
     """Return the paths of all files in a folder of an output."""
     prefix = "" if folder == "." else f"{folder}/"
-    return [prefix + name for name in os.listdir(out / folder)]
+    return [prefix + name for name in volumes.listdir(out / folder)]

@@ -52,8 +52,8 @@ def commit(
     Returns the manifest. After an interruption at any point, running it again gives the same bytes.
     """
     chosen = cover(plan, receipts)
-    made = _made(plan, card, hashes)
-    lists = {name: _index(plan, name) for name in plan.layout.indexes} | _pipeline(plan, hashes)
+    made = made_files(plan, card, hashes)
+    lists = listing_files(plan, hashes)
     written = {
         name: copy_sidecar(stamp, hashes[name], place.folder, name)
         for name, stamp in plan.beside.files.items()
@@ -66,9 +66,7 @@ def commit(
         with world_errors(folder):
             fsync_directory(folder)
     written |= {name: (len(data), crc32(data)) for name, data in {**made, **lists}.items()}
-    tensors = {job.ordinal: tensor_crcs(plan, chosen[job.ordinal]) for job in plan.jobs}
-    files = {**_shards(plan, tensors), **written}
-    manifest = manifest_of(plan, chosen, identity, files, _tensors(plan, tensors), contents)
+    manifest = whole_manifest(plan, chosen, identity, written, contents)
     for shard in (one for one in range(len(plan.layout.shards)) if one != plan.layout.last):
         writer.publish(shard)
     write_file(place.manifest, seal(manifest), place.private(place.manifest.name))
@@ -85,7 +83,25 @@ def commit(
     return manifest
 
 
-def _made(plan: MergePlan, card: str, hashes: Mapping[str, str]) -> dict[str, bytes]:
+def whole_manifest(
+    plan: MergePlan,
+    chosen: Mapping[int, Sequence[Receipt]],
+    identity: Identity,
+    written: Mapping[str, tuple[int, int]],
+    contents: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the manifest of a merge whose sidecar files have been `written`: size and checksum, by name."""
+    tensors = {job.ordinal: tensor_crcs(plan, chosen[job.ordinal]) for job in plan.jobs}
+    files = {**_shards(plan, tensors), **written}
+    return manifest_of(plan, chosen, identity, files, _tensors(plan, tensors), contents)
+
+
+def listing_files(plan: MergePlan, hashes: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the indexes and the list of components, which are written last."""
+    return {name: _index(plan, name) for name in plan.layout.indexes} | _pipeline(plan, hashes)
+
+
+def made_files(plan: MergePlan, card: str, hashes: Mapping[str, str]) -> dict[str, bytes]:
     """Return the sidecar files that are made, not copied."""
     made: dict[str, bytes] = {}
     if plan.layout.single_file:

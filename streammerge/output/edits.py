@@ -6,7 +6,6 @@ An edit is not damage as long as the file is text, and still JSON if it was JSON
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from streammerge.checkpoint.sidecar_names import is_editable
 from streammerge.errors import StreammergeError
 from streammerge.formats.safetensors import SUFFIX
+from streammerge.io import volumes
 from streammerge.io.files import read_exactly, reading
 from streammerge.numerics.crc32 import crc32
 
@@ -44,7 +44,7 @@ def find_edits(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def _edit_of(path: Path, name: str, entry: Mapping[str, Any]) -> str:
-    if not os.path.lexists(path):
+    if not volumes.lexists(path):
         return REMOVED
     data = _regular(path)
     if data is None or (len(data) == entry["nbytes"] and f"{crc32(data):08x}" == entry["crc32"]):
@@ -55,7 +55,7 @@ def _edit_of(path: Path, name: str, entry: Mapping[str, Any]) -> str:
 def _regular(path: Path) -> bytes | None:
     """Return the content of a regular file that is not too large to be edited, else None."""
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
+        if not stat.S_ISREG(volumes.lstat(path).st_mode):
             return None
         with reading(str(path)) as (descriptor, status):
             size = status.st_size

@@ -13,12 +13,12 @@ into one folder do not wait for each other::
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.formats.safetensors import SUFFIX
+from streammerge.io import volumes
 from streammerge.io.durable import PARTIAL
 from streammerge.io.private import private
 
@@ -65,7 +65,7 @@ class Place:
     @property
     def is_unfinished(self) -> bool:
         """Whether a merge has begun here that has not ended."""
-        return os.path.lexists(self.state if self.file is None else self.journal)
+        return volumes.lexists(self.state if self.file is None else self.journal)
 
     def path(self, name: str) -> Path:
         """Return the path of a finished file."""
@@ -94,7 +94,7 @@ def place_of(out: Path) -> Place:
     >>> place_of(Path("models/merged.safetensors")).manifest.name
     'merged.safetensors.json'
     """
-    if not out.name.endswith(SUFFIX) or out.name == SUFFIX or out.is_dir():
+    if not out.name.endswith(SUFFIX) or out.name == SUFFIX or volumes.isdir(out):
         return Place(out, out, out / STATE, out / MANIFEST)
     name = out.name
     return Place(out, out.parent, out.with_name(name + STATE), out.with_name(f"{name}.json"), name)

@@ -132,6 +132,7 @@ def make_plan(
         statistics_memory=allocation.statistics,
         beside=files.beside,
         tensors_left_out=resolved.left_out,
+        streamed=options.streamed,
         adapter=storage.adapter,
         stages=inputs.stages,
         gates=None if mixture is None else mixture.gates,

@@ -39,6 +39,9 @@ class PlanOptions:
     tensors_only: bool = False
     """Whether the output stays in memory; no file is written, and the models need no folder."""
 
+    streamed: bool = False
+    """Whether the output is written in the order of its bytes, as an object store takes it."""
+
     def __post_init__(self) -> None:
         """Refuse invalid numbers, which Python callers may pass."""
         if self.threads is not None and (type(self.threads) is not int or self.threads < 1):

@@ -87,6 +87,9 @@ class MergePlan:
     gates: Gates | None = None
     """The gates of a mixture of experts, which are computed before its tensors are written; None if there are none."""
 
+    streamed: bool = False
+    """Whether tensors are merged in the order of their bytes in the output, as an object store takes them."""
+
     @property
     def name(self) -> str:
         """The name of a stage; empty for the plan of the output."""
@@ -167,7 +170,12 @@ class MergePlan:
 
     def steps(self, done: Mapping[int, Sequence[Interval]] | None = None) -> Iterator[Step]:
         """Yield the remaining steps; `done` has the finished elements of each job."""
-        return steps(self.jobs, self.work, self.budget, done or {})
+        if not self.streamed:
+            return steps(self.jobs, self.work, self.budget, done or {})
+        order = [job for shard in self.layout.shards for job, _ in shard.parts]
+        return steps(
+            [self.jobs[job] for job in order], [self.work[job] for job in order], self.budget, done or {}
+        )
 
     def model_rounds(self) -> int:
         """Return the number of rounds of whole-model statistics before the merge."""

@@ -12,6 +12,7 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import BudgetError
 from streammerge.io import volumes
+from streammerge.io.object_upload import upload_nbytes
 from streammerge.methods.registry import Method
 from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking, missing_kernels
 from streammerge.planning.backend import backend_on, choose_device, operator_bytes, reserve_of
@@ -54,6 +55,7 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         reserve = reserve_of(backend, method, read) + operator_bytes(inputs.grams)
         reserve += 0 if config.lora is None else RESERVE
         reserve += volumes.held_nbytes(_paths(inputs))
+        reserve += upload_nbytes(options.shard_size) if options.streamed else 0
         reserve = reserve if config.moe is None else max(reserve, reserve_for(config.moe))
         budget = budgets.make_budget(options.memory, options.threads, reserve)
         return make_plan(config, method, inputs, Resources(budget, device, backend), options)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from streammerge.errors import printable
 from streammerge.io.disk import space_for
+from streammerge.io.volumes import as_path, is_url
 from streammerge.output.place import Place, place_of
 from streammerge.planning.plan import MergePlan
 from streammerge.report.stages import reads_text, stage_tree
@@ -40,9 +41,11 @@ def advice(plan: MergePlan, out: str | None) -> dict[str, Any]:
         "seconds_estimate": round((plan.bytes_to_read() + plan.layout.nbytes) / ASSUMED_RATE, 1),
         "bytes_per_second_assumed": ASSUMED_RATE,
         "disk": None,
-        "out_holds": None if out is None else _held_by(place_of(Path(out))),
+        "out_holds": None if out is None else _held_by(place_of(as_path(out))),
         "advice": [],
     }
+    if out is not None and is_url(out):
+        return found
     try:
         place = place_of(Path(out if out is not None else "."))
         space = space_for(place.out, plan.layout.sizes, place.paths)
@@ -217,6 +220,8 @@ def _memory(values: dict[str, Any]) -> str:
 
 def _disk(values: dict[str, Any], out: str | None) -> str:
     disk = values["disk"]
+    if disk is None and out is not None and is_url(out):
+        return f"none is needed: {printable(out)} is written as it is merged"
     if disk is None:
         return "unknown: the file system does not answer"
     needed, free = format_size(disk["bytes_needed"]), format_size(disk["bytes_free"])

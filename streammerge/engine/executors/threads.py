@@ -14,6 +14,7 @@ from streammerge.engine.executors.base import executor
 from streammerge.engine.first_use import load_ahead
 from streammerge.engine.in_flight import finished
 from streammerge.engine.task import prefetch, run_chunk
+from streammerge.engine.turns import Turns
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.output.journal import Receipt
 from streammerge.planning.schedule import Chunk
@@ -33,16 +34,20 @@ class Threads:
         written: SimpleQueue[list[Receipt]] = SimpleQueue()
         pending: set[Future[None]] = set()
 
-        def do(chunk: Chunk) -> None:
-            written.put(run_chunk(driver, chunk))
+        turns = Turns(driver.stop)
+
+        def do(number: int, chunk: Chunk) -> None:
+            written.put(run_chunk(driver, chunk, turns.of(number)))
 
         def submitted() -> Iterator[Future[None] | None]:
+            number = 0
             for chunk in chunks:
                 if chunk is None:
                     yield None
                     continue
                 driver.prefetchers.submit(prefetch, driver, chunk)
-                future = driver.threads.submit(do, chunk)
+                future = driver.threads.submit(do, number, chunk)
+                number += 1
                 pending.add(future)
                 yield future
 

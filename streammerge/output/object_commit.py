@@ -1,0 +1,81 @@
+"""The end of a merge into an object store: sidecar files, the manifest, and the index or the only shard last."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from streammerge.errors import ModelError, WorldError
+from streammerge.io.files import pread, reading
+from streammerge.io.object_upload import put_object, put_stream
+from streammerge.io.stamp import FileStamp, changed, check_unchanged
+from streammerge.numerics.crc32 import crc32
+from streammerge.output.commit import cover, listing_files, made_files, whole_manifest
+from streammerge.output.identity import Identity
+from streammerge.output.journal import Receipt
+from streammerge.output.manifest import seal
+from streammerge.output.object_shards import ObjectShards
+from streammerge.output.place import Place
+from streammerge.planning.plan import MergePlan
+
+_STEP = 1 << 20
+
+
+def commit_objects(
+    plan: MergePlan,
+    place: Place,
+    writer: ObjectShards,
+    receipts: Sequence[Receipt],
+    identity: Identity,
+    card: str,
+    hashes: Mapping[str, str],
+    contents: Mapping[str, str],
+) -> dict[str, Any]:
+    """Publish a finished merge; see `streammerge.output.commit.commit`. All shards but the one held back are there."""
+    chosen = cover(plan, receipts)
+    made, lists = made_files(plan, card, hashes), listing_files(plan, hashes)
+    written = {
+        name: _copy(stamp, hashes[name], f"{place.out}/{name}")
+        for name, stamp in plan.beside.files.items()
+        if name not in made and name not in lists
+    }
+    for name, data in made.items():
+        put_object(f"{place.out}/{name}", data)
+    written |= {name: (len(data), crc32(data)) for name, data in {**made, **lists}.items()}
+    manifest = whole_manifest(plan, chosen, identity, written, contents)
+    put_object(str(place.manifest), seal(manifest))
+    for name, data in lists.items():
+        put_object(f"{place.out}/{name}", data)
+    writer.release()
+    return manifest
+
+
+def _copy(stamp: FileStamp, content: str, url: str) -> tuple[int, int]:
+    """Copy a file into the store; return its size in bytes and its CRC-32.
+
+    Raises
+    ------
+    WorldError
+        If it cannot be read or written, or has changed; the object is not there then.
+    """
+    digest, found = hashlib.sha256(), [0, 0]
+
+    def parts() -> Iterator[bytes]:
+        try:
+            with reading(stamp.path) as (source, _):
+                while data := pread(source, _STEP, found[0]):
+                    digest.update(data)
+                    found[:] = found[0] + len(data), crc32(data, found[1])
+                    yield data
+        except ModelError as error:
+            check_unchanged(stamp)
+            raise WorldError(f"{error}; run the same command again") from error
+        if digest.hexdigest() != content:
+            raise changed(stamp.path)
+
+    if stamp.nbytes:
+        put_stream(url, parts())
+    else:  # an upload in parts has at least one
+        put_object(url, b"".join(parts()))
+    return found[0], found[1]

@@ -1,0 +1,117 @@
+"""An output in an object store: what may lie there, and how what an earlier merge left is removed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from streammerge.checkpoint.index import CONFIG_NAME
+from streammerge.checkpoint.weight_names import LISTS, LOADED, is_weight_file
+from streammerge.errors import OutputError, printable
+from streammerge.io import volumes
+from streammerge.io.object_upload import list_objects, remove_object
+from streammerge.output.finished import Finished
+from streammerge.output.identity import Identity
+from streammerge.output.manifest import read_manifest
+from streammerge.output.object_records import RUN, remove_records
+from streammerge.output.place import CONFIG_COPY, STATE, Place
+
+_MOST = 100_000
+"""Most objects below an output; a prefix with more is no output."""
+_FIXED = {CONFIG_NAME, "README.md", CONFIG_COPY, *LISTS}
+
+Present = Mapping[str, tuple[int, str]]
+"""Size and ETag of every object of an output, by name."""
+
+
+def check_object_target(place: Place, inputs: Sequence[str]) -> None:
+    """Refuse an output that is a single object, a bucket, or a folder of inputs; `inputs` are paths that are read.
+
+    Raises
+    ------
+    StreammergeError
+        If it is refused, or its bucket cannot be reached.
+    """
+    out = str(place.out)
+    volumes.volume_of(out)
+    if place.file is not None:
+        raise OutputError(
+            f"{printable(out)}: one file is written to a disk only: name a folder of the bucket as OUT"
+        )
+    if not out.partition("://")[2].partition("/")[2]:
+        raise OutputError(f"{printable(out)}: is a whole bucket: name a folder in it as OUT")
+    for path in inputs:
+        if path == out or path.startswith(f"{out}/"):
+            raise OutputError(f"{printable(out)}: holds the input {printable(path)}: choose a different OUT")
+
+
+def present_in(place: Place) -> Present:
+    """Return every object of an output; refuse a folder that no merge of ours made.
+
+    Raises
+    ------
+    OutputError
+        If it holds objects, but neither records nor a manifest.
+    """
+    out = str(place.out)
+    volumes.forget(out)
+    found = list_objects(out, _MOST)
+    if found and RUN not in found and place.manifest.name not in found:
+        raise OutputError(
+            f"{printable(out)}: contains files that streammerge did not write ({printable(min(found))}): "
+            "choose an empty or new folder"
+        )
+    return found
+
+
+def find_finished_objects(place: Place, identity: Identity, present: Present) -> Finished | None:
+    """Return the finished merge that an output holds if it is this same one; None if it is unfinished, or nothing.
+
+    Raises
+    ------
+    OutputError
+        If it holds a different merge, or lacks files of this one.
+    """
+    manifest = read_manifest(place.out) if place.manifest.name in present else None
+    if manifest is None or RUN in present:
+        return None
+    if changed := identity.changed(manifest["identity"]):
+        raise OutputError(
+            f"{printable(place.out)}: holds a finished merge with a different {printable(', '.join(changed[:3]))}: choose "
+            "a different OUT, or replace it with --overwrite"
+        )
+    for name, entry in manifest["files"].items():
+        if present.get(name, (-1, ""))[0] != entry["nbytes"]:
+            raise OutputError(
+                f"{printable(place.out)}: holds this merge, finished, but {printable(name)} is missing or has a different "
+                "size: restore it, or start over with --overwrite"
+            )
+    return Finished(manifest)
+
+
+def withdraw_objects(place: Place, present: Present) -> None:
+    """Remove indexes and the list of components, so that nothing loads while shards are written again."""
+    for name in present:
+        if name.rpartition("/")[2] in LISTS or name.endswith(".index.json"):
+            remove_object(f"{place.out}/{name}")
+
+
+def clear_objects(place: Place, present: Present, announced: Collection[str]) -> None:
+    """Remove the files of an earlier merge; foreign ones stay. What loads goes first, what names the rest last.
+
+    Parameters
+    ----------
+    announced
+        Names of the files that an unfinished merge may have written.
+    """
+    manifest = read_manifest(place.out) if place.manifest.name in present else None
+    ours = {*_FIXED, *announced, *(manifest["files"] if manifest else ())}
+    ours |= {name for name in present if "/" not in name and is_weight_file(name)}
+    ours = {name for name in ours & present.keys() if not name.startswith(f"{STATE}/")} - {
+        place.manifest.name
+    }
+    for name in sorted(ours, key=lambda name: (name not in LOADED, name)):
+        remove_object(f"{place.out}/{name}")
+    if place.manifest.name in present:
+        remove_object(f"{place.out}/{place.manifest.name}")
+    remove_records(str(place.out))
+    volumes.forget(place.out)
