@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -119,6 +122,18 @@ class Server:
             if path.is_file():
                 self.put(bucket, f"{prefix}/{path.relative_to(directory)}", path.read_bytes())
         return f"s3://{bucket}/{prefix}"
+
+    def parts(self, bucket: str, prefix: str) -> list[str]:
+        """Return the keys below a prefix whose uploads are not finished, as the server's own file tree has them."""
+        url = f"http://127.0.0.1:{self._ports[3]}/buckets/{bucket}/.uploads/?limit=1000"
+        request = urllib.request.Request(url, headers={"Accept": "application/json"})
+        try:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as answer:
+                entries = json.load(answer)["Entries"] or []
+        except urllib.error.HTTPError:
+            return []
+        keys = [base64.b64decode((one.get("Extended") or {}).get("key", "")).decode() for one in entries]
+        return [key for key in keys if key.lstrip("/").startswith(prefix)]
 
     def keys(self, bucket: str, prefix: str) -> dict[str, bytes]:
         """Return the objects below a prefix."""

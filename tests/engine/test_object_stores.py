@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from streammerge.api import merge
+from streammerge.api import merge, verify
+from streammerge.errors import InputError, OutputError, WorldError
 from streammerge.io import object_stores
 from streammerge.io.object_file import ObjectFile
-from tests.conftest import config_for, output_bytes, write_models
+from streammerge.io.object_upload import Upload
+from tests.conftest import config_for, output_bytes, use_capacity, write_models
 from tests.s3_server import Server, running
 
 OF_MERGE = ("model.safetensors", "config.json")
@@ -81,3 +83,141 @@ def test_a_server_that_is_killed_and_comes_back_costs_only_time(
     merge(in_store(config, models), tmp_path / "out", memory="1GiB")
     again.join()
     assert output_bytes(tmp_path / "out")[OF_MERGE[0]] == output_bytes(tmp_path / "local")[OF_MERGE[0]]
+
+
+SHARD = 40_000
+"""Bytes; the models have several shards of it."""
+
+
+def leftovers(server: Server, name: str) -> list[str]:
+    """Return the records and the parts of unfinished uploads that an output has left."""
+    records = [key for key in server.keys("bench", name) if key.startswith(".streammerge")]
+    return records + server.parts("bench", f"{name}/")
+
+
+@pytest.mark.parametrize(
+    ("method", "top", "capacity"),
+    [
+        ("ties", {}, None),
+        ("ties", {"parameters": {"density": 0.5, "trim_scope": "model"}}, 600_000),
+        ("ties", {"parameters": {"density": 0.5}}, 600_000),
+        ("linear", {}, 200_000),
+    ],
+    ids=["as it comes", "whole-model statistics", "streamed statistics", "many pieces"],
+)
+def test_an_output_in_a_store_is_the_one_in_a_directory(
+    method: str,
+    top: dict[str, Any],
+    capacity: int | None,
+    server: Server,
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Every file of it, the manifest too; with few buffers, pieces wait for their turn and statistics are streamed."""
+    if capacity is not None:
+        use_capacity(monkeypatch, capacity, 4)
+    name = f"out-{request.node.callspec.id.replace(' ', '-')}"
+    config = config_for(method, models, **top)
+    merge(config, tmp_path / "local", memory="1GiB", shard_size=SHARD, kernels=True)
+    merge(config, f"s3://bench/{name}", memory="1GiB", shard_size=SHARD, kernels=True)
+    assert server.keys("bench", name) == output_bytes(tmp_path / "local")
+    assert len([key for key in server.keys("bench", name) if key.endswith(".safetensors")]) > 2
+    assert leftovers(server, name) == []
+    if capacity is None:
+        assert verify(f"s3://bench/{name}", against=config).problems == ()
+    assert merge(
+        config, f"s3://bench/{name}", memory="1GiB", shard_size=SHARD, kernels=True
+    ).already_complete
+
+
+def test_a_store_to_itself_in_one_shard(server: Server, models: list[Path], tmp_path: Path) -> None:
+    """The only shard marks a finished model, and comes after the manifest."""
+    config = in_store(config_for("linear", models), models)
+    merge(config, tmp_path / "local", memory="1GiB")
+    merge(config, "s3://bench/one", memory="1GiB")
+    assert server.keys("bench", "one") == output_bytes(tmp_path / "local")
+    assert leftovers(server, "one") == []
+
+
+def test_a_stopped_merge_goes_on_shard_by_shard(
+    server: Server, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for("ties", models)
+    merge(config, tmp_path / "local", memory="1GiB", shard_size=SHARD)
+    use_capacity(monkeypatch, 200_000, 1)
+    real, uploads = Upload.finish, []
+
+    def finish(self: Upload) -> str:
+        uploads.append(self)
+        if len(uploads) == 3:
+            raise WorldError("s3://bench/stopped: the store failed")
+        return real(self)
+
+    monkeypatch.setattr(Upload, "finish", finish)
+    with pytest.raises(WorldError, match="the store failed"):
+        merge(config, "s3://bench/stopped", memory="1GiB", shard_size=SHARD)
+    monkeypatch.setattr(Upload, "finish", real)
+    assert server.parts("bench", "stopped/") == []
+    assert "streammerge.json" not in server.keys("bench", "stopped")
+    with pytest.raises(OutputError, match="holds an unfinished merge with a different"):
+        merge({**config, "seed": 7, "parameters": {"density": 0.3}}, "s3://bench/stopped", shard_size=SHARD)
+    done = merge(config, "s3://bench/stopped", memory="1GiB", shard_size=SHARD)
+    assert done.bytes_resumed > SHARD // 2
+    assert server.keys("bench", "stopped") == output_bytes(tmp_path / "local")
+    assert leftovers(server, "stopped") == []
+
+
+def test_a_shard_that_is_not_as_recorded_is_written_again(
+    server: Server, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for("linear", models)
+    merge(config, tmp_path / "local", memory="1GiB", shard_size=SHARD)
+    with monkeypatch.context() as failing:
+        failing.setattr("streammerge.output.object_commit.seal", cut)
+        with pytest.raises(WorldError, match="as the network was cut"):
+            merge(config, "s3://bench/replaced", memory="1GiB", shard_size=SHARD)
+    shards = [key for key in server.keys("bench", "replaced") if key.endswith(".safetensors")]
+    server.put("bench", f"replaced/{shards[0]}", b"something else")
+    done = merge(config, "s3://bench/replaced", memory="1GiB", shard_size=SHARD)
+    assert 0 < done.bytes_resumed < sum(map(len, output_bytes(tmp_path / "local").values()))
+    assert server.keys("bench", "replaced") == output_bytes(tmp_path / "local")
+
+
+def cut(manifest: Any) -> bytes:
+    raise WorldError("as the network was cut")
+
+
+def test_overwrite_removes_what_an_earlier_merge_left_and_nothing_else(
+    server: Server, models: list[Path], tmp_path: Path
+) -> None:
+    merge(config_for("linear", models), "s3://bench/again", memory="1GiB", shard_size=SHARD)
+    server.put("bench", "again/notes.txt", b"mine")
+    config = config_for("ties", models)
+    with pytest.raises(OutputError, match="holds a finished merge with a different"):
+        merge(config, "s3://bench/again", memory="1GiB")
+    merge(config, "s3://bench/again", memory="1GiB", overwrite=True)
+    merge(config, tmp_path / "local", memory="1GiB")
+    assert server.keys("bench", "again") == {**output_bytes(tmp_path / "local"), "notes.txt": b"mine"}
+    server.put("bench", "foreign/notes.txt", b"mine")
+    with pytest.raises(OutputError, match="did not write"):
+        merge(config, "s3://bench/foreign", memory="1GiB", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("out", "what"),
+    [
+        ("s3://bench/in/m1", "holds the input"),
+        ("s3://bench/in", "holds the input"),
+        ("s3://bench", "a whole bucket"),
+        ("s3://bench/x.safetensors", "one file is written to a disk only"),
+        ("s3://nowhere/x", "there is no bucket"),
+        ("s3://a:hunter2@bench/x", "not shown"),
+        ("hf://org/x", "hf://"),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused(out: str, what: str, server: Server, models: list[Path]) -> None:
+    with pytest.raises((InputError, OutputError), match=what) as caught:
+        merge(in_store(config_for("linear", models), models), out, memory="1GiB")
+    assert "hunter2" not in str(caught.value)
