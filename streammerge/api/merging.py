@@ -18,9 +18,10 @@ from streammerge.config.stages import kept_stages, read_from
 from streammerge.engine.first_use import CannotCompileError
 from streammerge.engine.joined import join as join_plan
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
+from streammerge.engine.to_store import merge_to_store
 from streammerge.errors import InputError, printable
 from streammerge.io.reader import IoMode
-from streammerge.io.volumes import as_path, local_path
+from streammerge.io.volumes import as_path, is_url, local_path
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS
 from streammerge.planning.prepare import SLOWER
 from streammerge.report.card import model_card
@@ -190,7 +191,7 @@ def _merge_settled(
     decided = plan(config, out=out, **planned)
     if report is not None:
         check_room(decided)
-    run_plan = join_plan if how.join else execute
+    run_plan = merge_to_store if is_url(out) else join_plan if how.join else execute
     with controlled(
         run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]
     ) as control:

@@ -11,34 +11,27 @@ from typing import Any
 from streammerge.engine.executors.base import Executor, make_executor
 from streammerge.engine.factors import check_loose
 from streammerge.engine.first_use import compile_first
-from streammerge.engine.object_session import ObjectSession, check_streamable
 from streammerge.engine.opening import open_reader
 from streammerge.engine.profile import profile_values, write_profile
 from streammerge.engine.scheduler import Scheduler, Tick
-from streammerge.engine.session import NonFinite, Options, Session
+from streammerge.engine.session import NonFinite, Options, OutputSession, Session
 from streammerge.engine.telling import Density, named_densities
 from streammerge.engine.worker import Worker
 from streammerge.errors import Stopped
 from streammerge.events import Control, Event
 from streammerge.io.allocate import check_space
 from streammerge.io.reader import Reader
-from streammerge.io.volumes import is_url
 from streammerge.output.adapter import Residual, residuals_of
 from streammerge.output.commit import cover, kept_by_job
 from streammerge.output.directory import check_contents, check_target, locked
 from streammerge.output.finished import Finished, find_finished
 from streammerge.output.identity import identify
 from streammerge.output.inputs import ContentHasher
-from streammerge.output.object_place import check_object_target, find_finished_objects, present_in
 from streammerge.output.place import place_of
 from streammerge.planning.description import describe
 from streammerge.planning.plan import MergePlan
 
 __all__ = ["NonFinite", "Options", "Summary", "execute"]
-
-
-Output = Session | ObjectSession
-"""One output of a run, in a directory or in an object store."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +88,6 @@ def execute(
     CannotCompileError
         If the kernels cannot be compiled, before anything is created; plan without them.
     """
-    if is_url(out):
-        return execute_to_store(plan, out, options, control, card, before)
     executor = make_executor(options.executor)
     place = place_of(out)
     check_target(place, plan.inputs, [index.reference for index in plan.fishers])
@@ -124,39 +115,6 @@ def execute(
             session = Session(plan, place, identity, reader, options, control, hasher)
             outcome = run_sessions([session], reader, executor, options, control, card, began)
             return summary_of(session, reader, outcome, began, compiling)
-    finally:
-        reader.close()
-
-
-def execute_to_store(
-    plan: MergePlan,
-    out: Path,
-    options: Options,
-    control: Control,
-    card: Callable[[MergePlan], str],
-    before: Callable[[MergePlan, Control], None],
-) -> Summary:
-    """Merge into a folder of an object store; as `execute`."""
-    place = place_of(out)
-    check_object_target(place, [stamp.path for stamps in plan.stamped.values() for stamp in stamps])
-    check_streamable(plan, options)
-    present = present_in(place)
-    control.emit(Event("plan", {**describe(plan), "out": str(out)}))
-    for line in plan.warnings:
-        control.warn(line)
-    compiling = compile_first(plan, control)
-    began = time.monotonic()
-    reader = open_reader(plan, options.io, tolerant=options.nonfinite == "warn")
-    try:
-        identity = identify(plan, reader)
-        if not options.overwrite and (finished := find_finished_objects(place, identity, present)):
-            return replace(_complete(out, plan, finished), compile_seconds=compiling)
-        before(plan, control)
-        hasher = make_hasher(plan, control)
-        session = ObjectSession(plan, place, identity, reader, options, control, hasher, present)
-        executor = make_executor(options.executor)
-        outcome = run_sessions([session], reader, executor, options, control, card, began)
-        return summary_of(session, reader, outcome, began, compiling)
     finally:
         reader.close()
 
@@ -203,7 +161,7 @@ class Outcome:
 
 
 def run_sessions(
-    sessions: Sequence[Output],
+    sessions: Sequence[OutputSession],
     reader: Reader,
     executor: Executor,
     options: Options,
@@ -256,7 +214,7 @@ def run_sessions(
             write_profile(options.profile, _profile_values(worker, running, time.monotonic() - began))
 
 
-def _teller(sessions: Sequence[Output], control: Control) -> Callable[[Tick], None]:
+def _teller(sessions: Sequence[OutputSession], control: Control) -> Callable[[Tick], None]:
     """Return the function that turns progress into events."""
     jobs = [job for session in sessions for job in session.plan.jobs]
     elements = sum(job.n_elements for job in jobs)
@@ -292,7 +250,9 @@ def _profile_values(worker: Worker, running: float, seconds: float) -> dict[str,
     )
 
 
-def summary_of(session: Output, reader: Reader, outcome: Outcome, began: float, compiling: float) -> Summary:
+def summary_of(
+    session: OutputSession, reader: Reader, outcome: Outcome, began: float, compiling: float
+) -> Summary:
     """Return the summary of a run with one output."""
     plan, manifest = session.plan, outcome.manifests[0]
     return Summary(

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from streammerge.engine.course import Alone, Course
+from streammerge.engine.scheduler import Record
 from streammerge.engine.session import Options, written_names
 from streammerge.engine.telling import differing, of_floor
 from streammerge.engine.worker import RunSpec, Worker
@@ -39,12 +41,14 @@ def check_streamable(plan: MergePlan, options: Options) -> None:
         raise ConfigError(
             f"{plan.config.where}: quantised tensors, of several parts each, are not written to an object store: {cure}"
         )
+    if options.join:
+        raise InputError(f"--join shares directories, not object stores: {cure}")
     if options.executor != "threads":
         raise InputError(f"executor {options.executor!r} does not write to an object store: {cure}")
 
 
 class ObjectSession:
-    """One output of a run. Its methods and attributes are those of `Session`.
+    """One output of a run; see `OutputSession`.
 
     Parameters
     ----------
@@ -74,6 +78,25 @@ class ObjectSession:
         self.worker = Worker(spec, reader, self._writer, stop)
         self.journal = ObjectRecords(plan, place, identity.named, self._writer)
         self._known: dict[str, Known] = {}
+
+    @property
+    def record(self) -> Record:
+        """See `OutputSession`."""
+        return self.journal
+
+    @property
+    def course(self) -> Course:
+        """See `OutputSession`."""
+        return Alone(self.plan)
+
+    @property
+    def elements_elsewhere(self) -> int:
+        """See `OutputSession`."""
+        return 0
+
+    def every(self, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
+        """See `OutputSession`."""
+        return receipts
 
     def begin(self) -> Progress:
         """Read the records and open the first shard; return what earlier runs have done."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -56,6 +56,44 @@ class Options:
     """Whether other processes share the merge; see `streammerge.engine.joined`."""
     hash_inputs: bool = False
     """Whether to hash every input file first, so that it is recognised whatever its date. The manifest has the hashes."""
+
+
+class OutputSession(Protocol):
+    """One output of a run, in a directory or in an object store."""
+
+    plan: MergePlan
+    place: Place
+    worker: Worker
+
+    @property
+    def record(self) -> Record:
+        """The record of receipts and of values of statistics."""
+
+    @property
+    def course(self) -> Course:
+        """What is done, and in which order."""
+
+    @property
+    def elements_elsewhere(self) -> int:
+        """Number of elements that other processes have finished since this one began."""
+
+    def begin(self) -> Progress:
+        """Open the records and the shards; return what earlier runs have done, as far as the bytes are sound."""
+
+    def bytes_of(self, receipts: Sequence[Receipt]) -> int:
+        """Return the number of output bytes that some receipts cover."""
+
+    def every(self, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
+        """Return the receipts of the whole output, given those of this process; empty if others did not tell theirs."""
+
+    def check(self, receipts: Sequence[Receipt]) -> None:
+        """Raise WorldError if an input changed meanwhile; warn of copies that differ and of non-finite values."""
+
+    def finish(self, receipts: Sequence[Receipt], card: str) -> Mapping[str, Any]:
+        """Publish the output and return its manifest."""
+
+    def close(self) -> None:
+        """Close the records and the shards."""
 
 
 class Session:

@@ -127,9 +127,7 @@ def test_an_output_in_a_store_is_the_one_in_a_directory(
     assert leftovers(server, name) == []
     if capacity is None:
         assert verify(f"s3://bench/{name}", against=config).problems == ()
-    assert merge(
-        config, f"s3://bench/{name}", memory="1GiB", shard_size=SHARD, kernels=True
-    ).already_complete
+    assert merge(config, f"s3://bench/{name}", memory="1GiB", shard_size=SHARD, kernels=True).already_complete
 
 
 def test_a_store_to_itself_in_one_shard(server: Server, models: list[Path], tmp_path: Path) -> None:
