@@ -19,6 +19,7 @@ from streammerge.planning.low_rank.adapter import AdapterPlan
 from streammerge.planning.plan import MergePlan
 from streammerge.report.loading import how_to_load, peft_lines
 from streammerge.report.stages import stage_tree
+from streammerge.units import plural
 from streammerge.version import __version__
 
 _PATH = re.compile(
@@ -32,11 +33,9 @@ def model_card(plan: MergePlan) -> str:
         return _adapter_card(plan, plan.adapter)
     origins = {origin: None for index in plan.originals for origin in origins_of(index)}
     ecosystem = ecosystem_of(plan.template)
-    paper = f" ({plan.method.paper})" if plan.method.paper else ""
     parts = [
         _front_matter(plan, ecosystem.library, tuple(origins)),
-        f"# A merge by {plan.method.name}",
-        f"Merged by streammerge {__version__} with the method `{plan.method.name}`{paper}.",
+        *_title(plan),
         "## Models",
         "\n".join(_models(plan)),
         *_stages(plan),
@@ -79,6 +78,20 @@ def _adapter_card(plan: MergePlan, adapter: AdapterPlan) -> str:
         "every byte against them.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _title(plan: MergePlan) -> tuple[str, str]:
+    """Return the title, and a sentence on how the model was made."""
+    if (moe := plan.config.moe) is not None:
+        n = plural(len(moe.experts), "expert")
+        chosen = f"each token is routed to {moe.per_token} of {n}"
+        return (
+            "# A mixture of experts",
+            f"Made by streammerge {__version__}: {chosen}, by gates of the mode `{moe.gate_mode}`.",
+        )
+    paper = f" ({plan.method.paper})" if plan.method.paper else ""
+    name = plan.method.name
+    return f"# A merge by {name}", f"Merged by streammerge {__version__} with the method `{name}`{paper}."
 
 
 def _front_matter(plan: MergePlan, library: str, origins: tuple[Origin, ...], relation: str = "merge") -> str:
@@ -144,6 +157,8 @@ def _settings(plan: MergePlan) -> Iterator[str]:
     if cells:
         yield "## Parameters"
         yield "\n".join(["| model | parameter | value |", "|---|---|---|", *cells])
+    if plan.config.moe is not None and plan.config.moe.draws:
+        yield f"Random numbers are drawn from the seed {plan.seed}: the same seed gives the same bits."
     if plan.random:
         yield f"Random drops are drawn from the seed {plan.seed}: the same seed gives the same bits."
 

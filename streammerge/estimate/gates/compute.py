@@ -77,7 +77,7 @@ def compute_gates(plan: MergePlan, control: Control) -> None:
         )
     for line in _alike(values, source.spec):
         control.warn(line)
-    plan.gates.values = values.astype(np.float32)
+    plan.gates.values = values
     _return_memory()
 
 
@@ -130,16 +130,18 @@ class _Source:
             stages.append(StageSize(f"layer {i}", 0, whole=whole, activations=running * share))
         largest = max(stages, key=lambda stage: stage.nbytes)
         states = 4 * width * sum(example.length for example in examples)
+        rows = self.layers * len(self.prompts.positive) + 4 * (len(examples) + len(self.prompts.positive))
+        states += 4 * width * rows  # the gates, and their vectors in fp64
         needed = RESERVE + largest.nbytes + states
         if needed > memory:
             raise BudgetError(
                 f"gate_mode '{self.spec.gate_mode}' needs {format_size(needed)}: {format_size(RESERVE)} for the process, "
                 f"{format_size(largest.nbytes)} for {largest.name} of the base model, {format_size(states)} for the hidden states of all "
-                f"prompts; --memory is {format_size(memory)}: give at least {format_at_least(needed)}, or use gate_mode 'cheap_embed' "
+                f"prompts and the gates; --memory is {format_size(memory)}: give at least {format_at_least(needed)}, or use gate_mode 'cheap_embed' "
                 "or 'random'"
             )
 
-    def embedded(self, reader: Reader, control: Control) -> NDArray[np.float64]:
+    def embedded(self, reader: Reader, control: Control) -> NDArray[np.float32]:
         """Return the gates of the mode ``cheap_embed``, [layers, experts, hidden]."""
         ref, width = self.embedding, self.embedding.shape[1]
         features = np.zeros((len(self.prompts.examples), width))
@@ -148,26 +150,26 @@ class _Source:
             for i in example.ids.tolist():
                 row = read_elements(reader, ref, i * width, (i + 1) * width)
                 total += widened(row[: width * itemsize(ref.dtype)], ref.dtype, F64)
-        gates = self.prompts.gates_of(features)
+        gates = self.prompts.gates_of(features).astype(np.float32)
         return np.broadcast_to(gates, (self.layers, *gates.shape))
 
     @torch.no_grad()
-    def hidden(self, reader: Reader, control: Control) -> NDArray[np.float64]:
+    def hidden(self, reader: Reader, control: Control) -> NDArray[np.float32]:
         """Return the gates of the modes of hidden states, [layers, experts, hidden]."""
         assert self.skeleton is not None
         network = Network(self.skeleton, _CPU)
         loader = Loader(self.skeleton, self.base, reader)
-        gates = []
+        gates = np.empty((self.layers, len(self.prompts.positive), self.embedding.shape[1]), np.float32)
         with _one_thread(), ThreadPoolExecutor(self.threads, thread_name_prefix="gates") as threads:
             states = self._embed(network, loader, control)
             for i in range(self.layers):
                 control.emit(
                     Event("gates", {"layer": i, "layers": self.layers, "bytes_read": reader.bytes_read})
                 )
-                gates.append(self.prompts.gates_of(np.stack([self._feature(state) for state in states])))
+                gates[i] = self.prompts.gates_of(np.stack([self._feature(state) for state in states]))
                 if i + 1 < self.layers:  # the last layer's output is no layer's input
                     self._layer(network, loader, i, states, threads, control)
-        return np.stack(gates)
+        return gates
 
     def _embed(self, network: Network, loader: Loader, control: Control) -> list[Tensor]:
         """Return the input of the first layer for each prompt, [1, tokens, hidden]."""
@@ -210,11 +212,11 @@ class _Source:
         control.check()
 
 
-def _alike(values: NDArray[np.float64], spec: MoeSpec) -> Iterator[str]:
+def _alike(values: NDArray[np.float32], spec: MoeSpec) -> Iterator[str]:
     """Yield warnings on experts that cannot be told apart, and on gates of zeros."""
     n = len(spec.experts)
     for layer, all_gates in enumerate(values):
-        gates = all_gates[:n]
+        gates = all_gates[:n].astype(np.float64)
         empty = [i for i, gate in enumerate(gates) if not gate.any()]
         if empty:
             yield f"layer {layer}: the gate of expert {empty[0]} is zero: its prompts cancel out"

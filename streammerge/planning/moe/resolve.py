@@ -142,12 +142,21 @@ class _Base:
         self.embedding = self._tensor("model.embed_tokens.weight")
         for inner in (*sorted(target.required), "mlp.gate_proj.weight"):
             for number in self.layers:
-                self._tensor(f"model.layers.{number}.{inner}")
+                name = f"model.layers.{number}.{inner}"
+                if "_proj" in inner and len(self._tensor(name).shape) != 2:
+                    raise ModelError(f"{printable(index.reference)}: tensor {name} is not a matrix")
+                self._tensor(name)
         if len(self.embedding.shape) != 2:
             raise ModelError(
                 f"{printable(index.reference)}: tensor model.embed_tokens.weight is not a matrix"
             )
         self.hidden = self.embedding.shape[1]
+        # A library builds the layers that config.json says before it looks for their tensors.
+        for key, found in (("num_hidden_layers", len(numbers)), ("hidden_size", self.hidden)):
+            if index.config.get(key) != found:
+                raise ModelError(
+                    f"{printable(index.reference)}: config.json: {key} is {printable(index.config.get(key), 40)}, but the tensors have {found}"
+                )
 
     def _tensor(self, name: str) -> SourceRef:
         if name not in self.index:
@@ -357,9 +366,8 @@ class _Maker:
         return DrawnRef(self._base.embedding, name, shape, kind, key, limit)
 
     def _zeros(self, layer: int, name: str) -> SourceRef:
-        weight = self._base.index.get(f"model.layers.{layer}.{name.removesuffix('.bias')}.weight")
-        rows = 0 if weight is None else weight.shape[0]
-        return DrawnRef(self._base.embedding, name, (rows,), "zero")
+        weight = self._base.index[f"model.layers.{layer}.{name.removesuffix('.bias')}.weight"]
+        return DrawnRef(self._base.embedding, name, weight.shape[:1], "zero")
 
 
 def with_settings(template: TensorIndex, mixture: Mixture) -> TensorIndex:

@@ -84,6 +84,7 @@ def _mixtral(settings: Settings, spec: MoeSpec, sizes: Sizes) -> Settings:
     return {
         "num_local_experts": sizes.experts,
         "num_experts_per_tok": spec.per_token,
+        "intermediate_size": sizes.intermediate,
         "sliding_window": settings.get("sliding_window"),
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
@@ -110,7 +111,8 @@ def _qwen2(settings: Settings, spec: MoeSpec, sizes: Sizes) -> Settings:
         "shared_expert_intermediate_size": sizes.shared,
     }
     n, first = settings.get("num_hidden_layers"), settings.get("max_window_layers", 28)
-    if settings.get("use_sliding_window") and "layer_types" not in settings and type(n) is int:
+    asked = settings.get("use_sliding_window") and not settings.get("layer_types")
+    if asked and type(n) is int and type(first) is int:
         # Qwen2-MoE's default is a different selection of layers.
         found["layer_types"] = ["sliding_attention" if i >= first else "full_attention" for i in range(n)]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,13 @@ def test_gates_depend_neither_on_threads_nor_on_memory_and_can_be_recomputed(
     events: list[streammerge.Event] = []
     streammerge.merge(config, tmp_path / "one", threads=1, memory="700MiB", on_event=events.append)
     streammerge.merge(config, tmp_path / "four", threads=4, memory="4GiB", progress=False)
-    assert output_bytes(tmp_path / "one") == output_bytes(tmp_path / "four")
+    stop = threading.Event()
+    with pytest.raises(streammerge.Stopped):
+        streammerge.merge(
+            config, tmp_path / "two", stop=stop, on_event=lambda e: e.kind == "gates" and stop.set()
+        )
+    streammerge.merge(config, tmp_path / "two", threads=2, progress=False)
+    assert output_bytes(tmp_path / "one") == output_bytes(tmp_path / "four") == output_bytes(tmp_path / "two")
     assert [event.values["layer"] for event in events if event.kind == "gates"] == list(range(LAYERS))
     assert not streammerge.verify(tmp_path / "one", against=config, sample=None, progress=False).problems
     events.clear()

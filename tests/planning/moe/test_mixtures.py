@@ -61,6 +61,22 @@ def test_a_mixture_of_one_model_computes_what_the_model_computes(
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:all experts are the same model")
+def test_a_head_tied_to_the_embedding_stays_tied(tmp_path: Path) -> None:
+    write_dense(tmp_path / "base", "qwen3", 0, tie_word_embeddings=True)
+    config = {
+        "base_model": tmp_path / "base",
+        "gate_mode": "random",
+        "experts": [{"source_model": tmp_path / "base"}] * 2,
+    }
+    streammerge.merge(config, tmp_path / "out", progress=False)
+    expected = logits_of(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    torch.testing.assert_close(logits_of(load(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# A mixture of experts\n" in card
+    assert "each token is routed to 2 of 2 experts" in card
+
+
 @pytest.mark.parametrize(
     ("family", "target", "shared"), [t for t in TARGETS if t[1] != "deepseek" and t[0] != "mistral"]
 )
@@ -96,6 +112,14 @@ def test_experts_are_copied_byte_for_byte_and_the_rest_is_the_base(dense: Dense,
     assert out.keys() == expected.keys() | gates
     assert len(gates) == LAYERS
     assert all(torch.equal(out[name], tensor) for name, tensor in expected.items())
+
+
+def test_experts_may_have_more_features_than_the_base(dense: Dense, tmp_path: Path) -> None:
+    models = [write_dense(tmp_path / str(i), "llama", i, intermediate_size=56) for i in range(2)]
+    config = config_of(dense, "llama", "mixtral", 0, [1, 2])
+    config["experts"] = [{"source_model": model} for model in models]
+    streammerge.merge(config, tmp_path / "out", progress=False)
+    assert load(tmp_path / "out").config.intermediate_size == 56
 
 
 def test_random_gates_depend_on_the_seed_alone(dense: Dense, tmp_path: Path) -> None:

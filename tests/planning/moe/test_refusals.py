@@ -111,6 +111,10 @@ def _other(tensors: dict[str, Any], settings: dict[str, Any]) -> None:
     settings["model_type"] = "gpt2"
 
 
+def _endless(tensors: dict[str, Any], settings: dict[str, Any]) -> None:
+    settings["num_hidden_layers"] = 10**9
+
+
 def _gelu(tensors: dict[str, Any], settings: dict[str, Any]) -> None:
     settings["hidden_act"] = "gelu"
 
@@ -122,6 +126,7 @@ def _gelu(tensors: dict[str, Any], settings: dict[str, Any]) -> None:
         (_integers, False, "holds I8 codes without a scale"),
         (_gelu, False, "its activation is gelu, that of the base silu"),
         (_bias, True, "tensor model.layers.0.self_attn.q_proj.bias: Mixtral has no place for it"),
+        (_endless, True, "config.json: num_hidden_layers is 1000000000, but the tensors have 2"),
         (_other, True, "model_type gpt2: a mixture of experts is built from a base of type llama, mistral"),
     ],
 )
