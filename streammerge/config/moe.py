@@ -26,7 +26,8 @@ KEYS = (
     "seed",
 )
 """Keys of the config; the last two are not mergekit's."""
-_EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+"""Keys of an expert."""
 MOST_EXPERTS = 1024
 """Most experts; routers of published models have at most a few hundred."""
 _MOST_PROMPTS = 10_000
@@ -146,7 +147,7 @@ def _experts(data: object, path: str) -> tuple[ExpertSpec, ...]:
 def _expert(data: object, path: str) -> ExpertSpec:
     if not isinstance(data, dict):
         refuse(path, f"must be a map (source_model: …), not {shown(data)}")
-    check_keys(data, path, _EXPERT_KEYS)
+    check_keys(data, path, EXPERT_KEYS)
     if data.get("source_model") is None:
         refuse(path, "'source_model' is missing")
     noise = _number(data.get("noise_scale"), child(path, "noise_scale"), 0.0)

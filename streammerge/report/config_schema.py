@@ -13,6 +13,7 @@ from streammerge.config.tokenizer import TEMPLATES
 from streammerge.config.values import QUANTIZE
 from streammerge.dtypes import NAMES, SHORT_NAMES
 from streammerge.methods.registry import Method, Parameter
+from streammerge.report.moe_schema import moe_definitions
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _SCALAR = {"type": ["number", "boolean", "string", "null"]}
@@ -95,9 +96,10 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
     return {
         "$schema": _DIALECT,
         "title": "streammerge config",
-        "properties": top | ignored,
-        "required": ["merge_method"],
+        "anyOf": [{"$ref": "#/$defs/merge"}, {"$ref": "#/$defs/mixture"}],
         "$defs": {
+            "merge": _object(top | ignored, "merge_method"),
+            **moe_definitions(reference, dtype),
             "reference": {"type": ["string", "object"]},
             "parameters": {"type": "object", "properties": _parameters(methods)},
             "model": _object(_model(reference, parameters), "model"),
@@ -113,7 +115,6 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
             "module": _object({"models": models, "slices": slices, "parameters": parameters}),
             "lora": _lora(reference),
         },
-        **_OBJECT,
     }
 
 

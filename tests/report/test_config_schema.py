@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from streammerge.config import moe
 from streammerge.config import schema as reader
 from streammerge.config.known_keys import KEYS
 from streammerge.methods.catalog import load_builtin
@@ -79,6 +80,8 @@ def test_the_config_to_start_from_fits(name: str) -> None:
         "merge_method: linear\nmodles: [{model: a}]",
         "merge_method: linear\nmodels: [{model: a, weight: 1}]",
         "merge_method: linear\nmodels: []",
+        "base_model: a\nexperts: [{source_model: b, positive_prompt: [c]}]",
+        "base_model: a\nexperts: [{source_model: b}]\ngate_mode: hiden",
         "merge_method: linear\nmodels: [{model: a}]\ndtype: bfloat61",
         "merge_method: linear\nmodels: [{model: a}]\nseed: x",
         "merge_method: ties\nmodels: [{model: a}]\nparameters: {trim_scope: models}",
@@ -90,8 +93,10 @@ def test_what_is_misspelt_does_not_fit(text: str) -> None:
 
 
 def test_the_keys_are_those_that_are_read() -> None:
-    assert set(KEYS) <= set(SCHEMA["properties"])
     definitions = {name: set(each.get("properties", ())) for name, each in SCHEMA["$defs"].items()}
+    assert set(KEYS) <= definitions["merge"]
+    assert definitions["mixture"] == set(moe.KEYS)
+    assert definitions["expert"] == set(moe.EXPERT_KEYS)
     assert definitions["model"] == set(reader._MODEL_KEYS)
     assert definitions["source"] == {*reader._MODEL_KEYS, "layer_range"}
     assert definitions["slice"] == set(reader._SLICE_KEYS)
