@@ -149,6 +149,13 @@ class BlockMath(Protocol):
         """Write the merged block to `out`, rounded once to its dtype. `out` may overlay an input at least as wide."""
 
 
+class ScalingMath(BlockMath, Protocol):
+    """The arithmetic of a block by compiled kernels, which sum once for several outputs."""
+
+    def apply_scaled(self, rules: Sequence[Rule], outs: Sequence[Operand]) -> list[Applied]:
+        """Do what `apply` does for rules whose `unscaled` is the same; `outs` have one dtype, and overlay nothing."""
+
+
 def operand_bytes(operand: Operand, n: int) -> int:
     """Return the size of `n` elements of an operand in bytes."""
     return n * itemsize(operand.dtype)

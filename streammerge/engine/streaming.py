@@ -11,8 +11,9 @@ from typing import Any
 from streammerge.algebra.extent import Extent
 from streammerge.engine.answers import Shared, follow, plain, reducer_of, resolve_in_memory, sample_starts
 from streammerge.engine.in_flight import finished
+from streammerge.engine.loading import load, prefetch
 from streammerge.engine.peaks import Peak, known_peak, largest
-from streammerge.engine.task import load, merge_by_tiles, not_finite, prefetch
+from streammerge.engine.task import merge_by_tiles, not_finite
 from streammerge.engine.worker import Worker, math_for
 from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes

@@ -10,17 +10,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from streammerge.algebra.block import Applied, Block, Operand
-from streammerge.algebra.extent import Extent
+from streammerge.algebra.rules import Rule
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.answers import Shared, resolve_in_memory, slice_of
+from streammerge.engine.at_once import apply_together, together
 from streammerge.engine.factors import factors_of
+from streammerge.engine.loading import load
 from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.engine.peaks import known_peak, largest
 from streammerge.engine.worker import Worker, math_for, math_of
 from streammerge.errors import ModelError
-from streammerge.formats.refs import MadeRef, Ref, SourceRef, TensorRef
+from streammerge.formats.refs import SourceRef
 from streammerge.io.buffer_pool import Bytes
-from streammerge.io.pages import DIRECT_BYTES
+from streammerge.io.pages import DIRECT_BYTES, PAGE
 from streammerge.numerics.casts import narrow
 from streammerge.numerics.crc32 import crc32
 from streammerge.numerics.encoding import Values
@@ -98,11 +100,47 @@ class _Merged:
 def _merge_piece(worker: Worker, job: Job, piece: Piece, buffer: Bytes) -> list[Receipt]:
     loaded = load(worker, job, piece.start, piece.stop, buffer)
     place, shared = _file_offset(worker, job, piece), Shared()
+    outputs = worker.lacking(piece.job, piece.start, piece.stop)
+    if job.outputs_at_once > 1 and len(outputs) > 1:
+        return _merge_at_once(outputs, job, piece, loaded, shared)
     receipts = []
-    for output in worker.lacking(piece.job, piece.start, piece.stop):
+    for output in outputs:
         merged = _merge(output, loaded, output.plan.jobs[piece.job], place, shared)
         receipts.append(_emit(output, piece, [merged.data], merged.applied))
     return receipts
+
+
+def _merge_at_once(
+    outputs: Sequence[Worker], job: Job, piece: Piece, loaded: Block, shared: Shared
+) -> list[Receipt]:
+    """Merge a piece for several outputs; those that differ only in the scale of the same sum are computed together."""
+    places, target = divide(job, loaded.n), _file_offset(outputs[0], job, piece)
+    assert places.output is not None
+    slots = [places.output, *places.more]
+    if places.paged:  # as in the file
+        slots = [slot + target % PAGE for slot in slots]
+    receipts = []
+    for some in together({one: _rule_of(one, loaded, piece, shared) for one in outputs}, len(slots)):
+        outs = [Operand(slot, job.computed_dtype) for slot in slots[: len(some)]]
+        own = outputs[0].plan.jobs[piece.job]
+        with math_for(outputs[0], own, loaded) as math, outputs[0].stages.time("compute"):
+            applied = apply_together(math, list(some.values()), outs)
+        for output, out, one in zip(some, outs, applied, strict=True):
+            merged = _rounded(output, output.plan.jobs[piece.job], loaded, out, one)
+            receipts.append(_emit(output, piece, [merged.data], merged.applied))
+    return receipts
+
+
+def _rule_of(worker: Worker, loaded: Block, piece: Piece, shared: Shared) -> Rule:
+    """Return the rule of an output for a piece."""
+    job = worker.plan.jobs[piece.job]
+    try:
+        with math_for(worker, job, loaded) as math, worker.stages.time("statistics"):
+            rule = resolve_in_memory(worker, job, loaded, math, shared, until_model=False)
+    except NotFiniteError:
+        raise not_finite(worker, job, piece.start, piece.stop) from None
+    assert not isinstance(rule, list)
+    return rule
 
 
 def merged_elements(worker: Worker, job: Job, start: int, stop: int, buffer: Bytes) -> Bytes:
@@ -120,7 +158,6 @@ def merged_elements(worker: Worker, job: Job, start: int, stop: int, buffer: Byt
 
 def _merge(worker: Worker, loaded: Block, job: Job, place: int, shared: Shared) -> _Merged:
     """Merge loaded elements; `place`: the offset in a file that they will have."""
-    buffer, start, stop = loaded.buffer, loaded.start, loaded.start + loaded.n
     try:
         with math_for(worker, job, loaded) as math:
             with worker.stages.time("statistics"):
@@ -130,8 +167,14 @@ def _merge(worker: Worker, loaded: Block, job: Job, place: int, shared: Shared) 
             with worker.stages.time("compute"):
                 applied = math.apply(rule, out)
     except NotFiniteError:
-        raise not_finite(worker, job, start, stop) from None
-    data = buffer[out.offset : out.offset + loaded.n * itemsize(out.dtype)]
+        raise not_finite(worker, job, loaded.start, loaded.start + loaded.n) from None
+    return _rounded(worker, job, loaded, out, applied)
+
+
+def _rounded(worker: Worker, job: Job, loaded: Block, out: Operand, applied: Applied) -> _Merged:
+    """Return merged elements in the job's dtype; refuse non-finite ones unless they are tolerated."""
+    start, stop = loaded.start, loaded.start + loaded.n
+    data = loaded.buffer[out.offset : out.offset + loaded.n * itemsize(out.dtype)]
     narrowed = clipped = 0
     if out.dtype != job.dtype:
         with worker.stages.time("compute"):
@@ -295,84 +338,6 @@ def _emit(worker: Worker, piece: Piece, parts: Sequence[Bytes], applied: Applied
         applied.not_finite,
         output=worker.number,
     )
-
-
-def load(
-    worker: Worker,
-    job: Job,
-    start: int,
-    stop: int,
-    buffer: Bytes,
-    *,
-    models_too: bool = True,
-    again: bool = False,
-) -> Block:
-    """Read elements `start` to `stop` of every input of a job into the buffer: base, models, Fisher diagonals.
-
-    Without `models_too` only the Fisher diagonals are read, to the same places. `again` announces that the same elements
-    will be read once more.
-    """
-    operands = _read_operands(worker, job, start, stop, buffer, models_too=models_too, again=again)
-    fishers = tuple(operands[len(job.inputs) : len(job.inputs) + len(job.fishers)])
-    first = int(job.base is not None)
-    base, models = (operands[0] if first else None), operands[first : len(job.inputs)]
-    extent = worker.plan.work[job.ordinal].extent
-    shape: tuple[int, ...] = (stop - start,)
-    if extent.is_line:
-        line = job.line_length(extent)
-        shape = ((stop - start) // line, line)
-    elif extent == Extent.TENSOR:
-        shape = job.shape
-    end = buffer.size - buffer.size % 8
-    return Block(
-        buffer[:end], tuple(models), base, job.name, start, stop - start, shape, worker.keys, fishers
-    )
-
-
-def _read_operands(
-    worker: Worker, job: Job, start: int, stop: int, buffer: Bytes, *, models_too: bool, again: bool
-) -> list[Operand]:
-    """Read everything that a piece holds, each operand to its place in the buffer; return the operands.
-
-    A stage takes the elements that the piece it is computed for has already read.
-    """
-    places = divide(job, stop - start, worker.plan.work[job.ordinal].at_once)
-    scratch, fishers = buffer[places.scratch :], range(len(job.inputs), len(job.inputs) + len(job.fishers))
-    operands = [Operand(slot, ref.dtype) for ref, slot in zip(job.held, places.slots, strict=True)]
-    lends = job.has_stages and not worker.is_stage
-    try:
-        for number, ref in _read_order(job):
-            if not models_too and number not in fishers:
-                continue
-            slot = places.slots[number]
-            if worker.is_stage and (known := worker.lent.find(ref, start, stop)) is not None:
-                buffer[slot : slot + known.size] = known
-                continue
-            begins = slot + read_source(
-                worker.reader, ref, start, stop, buffer[slot:], scratch, worker.stages, again=again
-            )
-            operands[number] = Operand(begins, ref.dtype)
-            if lends and isinstance(ref, TensorRef):
-                nbytes = (stop - start) * BITS[ref.dtype] // 8
-                worker.lent.keep(ref, start, stop, buffer[begins : begins + nbytes])
-    finally:
-        if lends:
-            worker.lent.end()
-    return operands
-
-
-def _read_order(job: Job) -> list[tuple[int, Ref]]:
-    """Return the references that a piece holds, each with its number; with stages, tensors in files come first."""
-    held = list(enumerate(job.held))
-    return sorted(held, key=lambda one: isinstance(one[1], MadeRef)) if job.has_stages else held
-
-
-def prefetch(worker: Worker, chunk: Chunk) -> None:
-    """Prefetch the input bytes of a chunk before a worker takes it."""
-    for piece in chunk.pieces:
-        job = worker.plan.jobs[piece.job]
-        for ref in (*job.inputs, *job.fishers) if job.kind == "merge" else job.sources:
-            ref.prefetch(worker.reader, piece.start, piece.stop)
 
 
 def _place_output(job: Job, loaded: Block, place: int) -> Operand:

@@ -120,7 +120,7 @@ def _counts_serve(weights, coefficients):
 
 
 @njit(nogil=True, error_model="numpy")
-def task_vector_merge(models, base, span, masks, how, out, tally):
+def task_vector_merge(models, base, span, masks, how, out, tally, others):
     """Write base + scale * merged task vectors; return the number of non-finite results.
 
     With `how.elect`, entries of the elected sign are summed (and divided by their weights if `how.normalize`);
@@ -135,6 +135,7 @@ def task_vector_merge(models, base, span, masks, how, out, tally):
     how     Combination  weights, signs, scale
     out     Operand      the output
     tally   Tally        survivors and elected signs, added to
+    others  Others       further outputs of the same dtype, which differ only in the scale
     ======  ===========  ============================================
     """
     b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
@@ -150,6 +151,7 @@ def task_vector_merge(models, base, span, masks, how, out, tally):
     drops, drop_keys, cuts, cut_keys = masks
     kept, signs = tally
     coefficients, weights, elect, zero_sign, normalize, divisor, scale = how
+    scales, other_offsets, other_bad = others
     counted = normalize and _counts_serve(weights, coefficients)
     bad = 0
     for start in range(0, n, BLOCK):
@@ -193,6 +195,11 @@ def task_vector_merge(models, base, span, masks, how, out, tally):
                 merged[at] = positive[at] / divisor
         if out_code >= 0:
             source = merged if elect or divisor != 1.0 else positive
+            for k in range(len(scales)):
+                for at in range(m):
+                    negative[at] = np.float64(b[at]) + scales[k] * source[at]
+                place = other_offsets[k] + start * out_width
+                other_bad[k] += round_at(negative, m, out_half, out_full, place, out_code)
             for at in range(m):
                 positive[at] = np.float64(b[at]) + scale * source[at]
             bad += round_at(positive, m, out_half, out_full, out_offset + start * out_width, out_code)

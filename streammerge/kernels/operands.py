@@ -107,6 +107,17 @@ class Combination(NamedTuple):
     scale: float
 
 
+class Others(NamedTuple):
+    """Further outputs of a merge of task vectors, in the same buffer and of the same dtype as the first."""
+
+    scales: NDArray[np.float64]
+    """(k,)"""
+    offsets: NDArray[np.int64]
+    """(k,): of each output, in bytes."""
+    bad: NDArray[np.int64]
+    """(k,): the numbers of non-finite results, added to."""
+
+
 class Certainty(NamedTuple):
     """The parameters of `FisherMean`."""
 

@@ -50,6 +50,8 @@ class Job:
     """The form in which the result is stored: codes and scales, or factors; None: its elements as they are."""
     keeps_inputs: bool = False
     """Whether the inputs stay in the buffer, since several outputs are made from them; the output has its own slot."""
+    outputs_at_once: int = 1
+    """Number of outputs that are computed at a time, since they differ only in the scale of the same sum; each has a slot."""
 
     @property
     def parts(self) -> tuple[Stored, ...]:

@@ -6,15 +6,21 @@ together: a piece's inputs stay in its buffer while one output after the other i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from streammerge.algebra.extent import Extent
+from streammerge.errors import BudgetError
 from streammerge.formats.parts import all_parts
 from streammerge.planning.job import Job
 from streammerge.planning.memory.allocate import Needs, lists_nbytes
 from streammerge.planning.memory.division import Division
+from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.planning.plan import MergePlan
+
+MOST_AT_ONCE = 8
+"""Most outputs that are computed at a time; more would make the pieces small."""
 
 
 def like(first: MergePlan, plan: MergePlan) -> MergePlan | None:
@@ -79,8 +85,50 @@ def joined(plans: Sequence[MergePlan]) -> list[MergePlan]:
     """
     if len(plans) == 1:
         return list(plans)
+    at_once = _computed_at_once(plans)
+    one_by_one = _divided(plans, {})
+    if at_once:
+        try:
+            several = _divided(plans, at_once)
+        except BudgetError:
+            return one_by_one
+        if _streamed(several[0]) == _streamed(one_by_one[0]):
+            return several
+    return one_by_one
+
+
+def _streamed(plan: MergePlan) -> int:
+    return sum(work.mode == "streamed" for work in plan.work)
+
+
+def _computed_at_once(plans: Sequence[MergePlan]) -> dict[int, int]:
+    """Return the number of outputs that are computed at a time, by the ordinals of jobs where it is more than one."""
+    known: dict[tuple[object, ...], int] = {}
+    found = {}
     first = plans[0]
-    versions = [tuple(replace(job, keeps_inputs=True) for job in plan.jobs) for plan in plans]
+    for jobs in zip(*(plan.jobs for plan in plans), strict=True):
+        job = jobs[0]
+        if job.kind != "merge" or job.encoder is not None or not first.backend_of(job).compiled:
+            continue
+        key = tuple(likeness(own, first.method) for own in jobs)
+        if key not in known:
+            rules = [first.method.rule(tensor_context_of(own), own.parameters).unscaled for own in jobs]
+            counts = Counter(rule for rule in rules if rule is not None)
+            known[key] = min(MOST_AT_ONCE, max(counts.values(), default=1))
+        if known[key] > 1:
+            found[job.ordinal] = known[key]
+    return found
+
+
+def _divided(plans: Sequence[MergePlan], at_once: Mapping[int, int]) -> list[MergePlan]:
+    """Return the plans with their memory divided; `at_once`: as `_computed_at_once` returns it."""
+    first = plans[0]
+    versions = [
+        tuple(
+            replace(job, keeps_inputs=True, outputs_at_once=at_once.get(job.ordinal, 1)) for job in plan.jobs
+        )
+        for plan in plans
+    ]
     needs = [plan.division.needs for plan in plans]
     lists = first.division.lists + sum(
         lists_nbytes(0, 0, plan.jobs, own) for plan, own in zip(plans[1:], needs[1:], strict=True)

@@ -138,6 +138,16 @@ def test_one_read_serves_six_points(models: Callable[..., list[Path]], tmp_path:
     assert result.bytes_written == 6 * one.bytes_written
 
 
+def test_outputs_that_share_a_sum_are_computed_a_few_at_a_time(
+    models: Callable[..., list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three factors of two sums, two outputs at a time, in any order of the grid."""
+    monkeypatch.setattr("streammerge.planning.joint.MOST_AT_ONCE", 2)
+    grid = {"lambda": [0.3, 1, -2], "density": [0.2, 0.6]}
+    config = config_for("ties", models(torch.float32), sweep=grid, dtype="bfloat16")
+    check_points(swept(config, tmp_path / "out"), tmp_path / "out", tmp_path / "single")
+
+
 @pytest.mark.parametrize("nbytes", [1 << 18, PLENTY], ids=["streamed", "held"])
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 def test_points_that_share_thresholds_take_them_once(

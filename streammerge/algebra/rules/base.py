@@ -45,6 +45,11 @@ class Rule:
         return Extent.ROW if ranked(self) else Extent.ELEMENT
 
     @property
+    def unscaled(self) -> Rule | None:
+        """The rule with a scale of 1, if a kernel computes several scales at a time: base + scale * the same sum."""
+        return None
+
+    @property
     def removes(self) -> bool:
         """Whether it may remove entries of task vectors."""
         return any(vector.removes for vector in vectors_of(self))

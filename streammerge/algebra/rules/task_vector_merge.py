@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streammerge.algebra.rules.base import Inputs, Rule, zeros
+from streammerge.algebra.rules.base import Inputs, Rule, ranked, zeros
 from streammerge.algebra.task_vectors import TaskVector
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ class TaskVectorMerge(Rule):
     divisor: float = 1.0
     """Without `elect`: the divisor of the sum."""
     scale: float = 1.0
+
+    @property
+    def unscaled(self) -> TaskVectorMerge | None:
+        """The rule with a scale of 1; None if entries are dropped by rank."""
+        return None if ranked(self) else replace(self, scale=1.0)
 
     def merged(self, inputs: Inputs) -> torch.Tensor:
         """Return the base and its share of the summed task vectors."""

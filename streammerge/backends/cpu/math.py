@@ -14,7 +14,14 @@ from streammerge.algebra.task_vectors import TaskVector
 from streammerge.backends.cpu import votes  # noqa: F401  (registers its rules)
 from streammerge.backends.cpu.memory import BlockMemory, kernels
 from streammerge.backends.cpu.ranking import kernels_of_ranking, ranking_of
-from streammerge.backends.cpu.registry import VECTORS, Names, answers, example, implementation_of
+from streammerge.backends.cpu.registry import (
+    VECTORS,
+    Names,
+    answers,
+    example,
+    implementation_of,
+    scaled_implementation_of,
+)
 from streammerge.backends.cpu.rules import dot_products, kernels_of_merge, run_merge
 from streammerge.backends.cpu.tiles import Tiles, kernels_of_selection
 from streammerge.numerics.ordered_sum import BLOCK
@@ -102,6 +109,10 @@ class KernelMath:
         partials = np.empty(-(-self._block.n // BLOCK), np.float64)
         diagonal = self._memory.operand(self._block.fishers[model])
         return partials, int(kernels().fisher.square_sums(diagonal, self._block.n, partials))
+
+    def apply_scaled(self, rules: Sequence[Rule], outs: Sequence[Operand]) -> list[Applied]:
+        """See `ScalingMath`."""
+        return scaled_implementation_of(rules[0])(self._memory, rules, outs)
 
     def apply(self, rule: Rule, out: Operand) -> Applied:
         """See `BlockMath`."""

@@ -7,7 +7,7 @@ its calls (`Statistic.calls`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from streammerge.algebra.block import Applied, BlockMath, Call, Operand
@@ -16,6 +16,7 @@ from streammerge.backends.cpu.memory import BlockMemory
 
 Names = frozenset[str]
 Apply = Callable[[BlockMemory, Any, Operand], Applied]
+ApplyAll = Callable[[BlockMemory, Any, Sequence[Operand]], list[Applied]]
 Example = Callable[[BlockMath], object]
 _F = TypeVar("_F", bound=Callable[..., Any])
 _E = TypeVar("_E", bound=Example)
@@ -35,6 +36,7 @@ class Implementation(NamedTuple):
 
 
 _RULES: dict[type, Implementation] = {}
+_SCALED: dict[type, ApplyAll] = {}
 _CALLS: dict[str, Callable[[Any], Names]] = {}
 _EXAMPLES: dict[str, list[Example]] = {}
 
@@ -50,6 +52,21 @@ def applies(
         return function
 
     return register
+
+
+def scales(rule: type) -> Callable[[ApplyAll], ApplyAll]:
+    """Register what applies several rules of a class that differ only in their scale, by the kernels of one of them."""
+
+    def register(function: ApplyAll) -> ApplyAll:
+        _SCALED[rule] = function
+        return function
+
+    return register
+
+
+def scaled_implementation_of(rule: object) -> ApplyAll:
+    """Return the implementation of several rules that differ only in their scale."""
+    return _SCALED[type(rule)]
 
 
 def answers(kernels: str | Callable[[Any], Names], *, call: str | None = None) -> Callable[[_F], _F]:

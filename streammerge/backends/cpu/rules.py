@@ -22,7 +22,7 @@ from streammerge.algebra.rules import (
 )
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.backends.cpu.memory import BlockMemory, kernels
-from streammerge.backends.cpu.registry import OUT, RANKED, VECTORS, Names, applies, example
+from streammerge.backends.cpu.registry import OUT, RANKED, VECTORS, Names, applies, example, scales
 from streammerge.numerics.ordered_sum import BLOCK
 
 
@@ -71,8 +71,23 @@ def _merge(memory: BlockMemory, rule: TaskVectorMerge, out: Operand) -> Applied:
     return applied(rule, bad, tally.kept)
 
 
-def run_merge(memory: BlockMemory, rule: TaskVectorMerge, out: Any) -> tuple[int, Any]:
-    """Merge task vectors; return the number of non-finite results, and the tally of survivors and elected signs."""
+@scales(TaskVectorMerge)
+def _scale(memory: BlockMemory, rules: Sequence[TaskVectorMerge], outs: Sequence[Operand]) -> list[Applied]:
+    others = kernels().operands.Others(
+        np.array([rule.scale for rule in rules[1:]], np.float64),
+        np.array([out.offset for out in outs[1:]], np.int64),
+        np.zeros(len(outs) - 1, np.int64),
+    )
+    bad, tally = run_merge(memory, rules[0], memory.operand(outs[0]), others)
+    counts = [bad, *others.bad]
+    return [applied(rule, one, tally.kept) for rule, one in zip(rules, counts, strict=True)]
+
+
+def run_merge(memory: BlockMemory, rule: TaskVectorMerge, out: Any, others: Any = None) -> tuple[int, Any]:
+    """Merge task vectors; return the number of non-finite results, and the tally of survivors and elected signs.
+
+    `others` are further outputs of a rule whose vectors have no drop by rank.
+    """
     loops, vectors = kernels(), rule.vectors
     how = loops.operands.Combination(
         np.array([v.coefficient for v in vectors], np.float64),
@@ -91,7 +106,8 @@ def run_merge(memory: BlockMemory, rule: TaskVectorMerge, out: Any) -> tuple[int
         bad = loops.ranks.ranked_merge(models, base, memory.span(), length, drops, how, out, tally)
     else:
         masks = memory.masks(vectors)
-        bad = loops.merge.task_vector_merge(models, base, memory.span(), masks, how, out, tally)
+        others = others or loops.operands.Others(np.empty(0), np.empty(0, np.int64), np.empty(0, np.int64))
+        bad = loops.merge.task_vector_merge(models, base, memory.span(), masks, how, out, tally, others)
     return int(bad), tally
 
 

@@ -13,7 +13,8 @@ from queue import Empty, SimpleQueue
 from streammerge.engine.executors.base import executor
 from streammerge.engine.first_use import load_ahead
 from streammerge.engine.in_flight import finished
-from streammerge.engine.task import prefetch, run_chunk
+from streammerge.engine.loading import prefetch
+from streammerge.engine.task import run_chunk
 from streammerge.engine.turns import Turns
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.output.journal import Receipt

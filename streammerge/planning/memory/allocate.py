@@ -280,4 +280,5 @@ def _likeness(job: Job, need: Needs) -> tuple[object, ...]:
         need.sums,
         need.extent,
         bool(job.grams),
+        job.outputs_at_once,
     )

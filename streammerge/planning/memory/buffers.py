@@ -33,6 +33,8 @@ class Places:
     """Offset of the first free byte."""
     paged: bool
     """Whether direct I/O may use the buffer; all offsets are then multiples of `PAGE`."""
+    more: tuple[int, ...] = ()
+    """Offsets of the slots of further outputs that are computed at the same time."""
 
     def output_at(self, first_input: int, file_offset: int) -> int:
         """Return the output's offset in the buffer, with the same offset within its page as in the file.
@@ -60,20 +62,24 @@ def divide(job: Job, n: int, at_once: int | None = None) -> Places:
         slots.append(position)
         position += slot_bytes(-(-n * bits // 8), paged)
     output = None
+    more = []
     if _has_own_slot(job):
         output = position
         position += slot_bytes(min(n, at_once or n) * itemsize(job.computed_dtype), paged)
+    for _ in range(job.outputs_at_once - 1):
+        more.append(position)
+        position += slot_bytes(n * itemsize(job.computed_dtype), paged)
     parts = []
     for nbytes in () if job.encoder is None else job.encoder.room(n):
         parts.append(position)
         position += slot_bytes(nbytes, paged)
     scratch = -(-position // PAGE) * PAGE if job.fisher_chunk_bytes else position
-    return Places(tuple(slots), output, tuple(parts), scratch, paged)
+    return Places(tuple(slots), output, tuple(parts), scratch, paged, tuple(more))
 
 
 def bytes_per_element(job: Job) -> float:
-    """Return the buffer bytes per element: of all inputs, and of the output if it has its own slot."""
-    output = BITS[job.computed_dtype] / 8 if _has_own_slot(job) else 0.0
+    """Return the buffer bytes per element: of all inputs, and of the outputs that have slots."""
+    output = BITS[job.computed_dtype] / 8 * job.outputs_at_once if _has_own_slot(job) else 0.0
     if job.encoder is not None:
         output += sum(job.encoder.unit_nbytes) / job.encoder.unit
     return sum(_input_bits(job)) / 8 + output
@@ -81,7 +87,7 @@ def bytes_per_element(job: Job) -> float:
 
 def alignment_bytes(job: Job) -> int:
     """Return an upper bound of the bytes that `divide` needs in addition to `bytes_per_element`."""
-    slots = len(_input_bits(job)) + 1
+    slots = len(_input_bits(job)) + job.outputs_at_once
     scratch = PAGE if job.fisher_chunk_bytes else 0
     if job.encoder is not None:
         slots += len(job.parts)
