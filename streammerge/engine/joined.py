@@ -135,6 +135,10 @@ def check_joinable(plan: MergePlan, place: Place, options: Options) -> None:
             f"{printable(place.out)}: --join shares out the shards of a directory, and one file is one shard: leave "
             "--join out, or give a directory"
         )
+    if plan.adapter is not None:
+        raise InputError(
+            "output: lora: --join shares out shards, and an adapter is one file: leave --join out"
+        )
 
 
 def _check_contents(place: Place) -> None:

@@ -177,6 +177,12 @@ def test_an_end_that_fails_is_taken_up_again(
     assert merge(extracted(models, rank=5), out, progress=False).already_complete
 
 
+def test_an_adapter_is_not_shared_by_processes(models: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="leave --join out"):
+        merge(extracted(models, rank=5), tmp_path / "out", join=True, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_extraction_needs_overwrite(models: list[Path], adapter: Path) -> None:
     with pytest.raises(OutputError, match="choose a different OUT"):
         merge(extracted(models, rank=4), adapter, progress=False)
