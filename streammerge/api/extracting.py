@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
-from typing import Any
 
+from streammerge.api.feedback import OnEvent
 from streammerge.api.merging import merge
 from streammerge.config.lora import extraction
 from streammerge.engine.merge import Summary
+from streammerge.io.reader import IoMode
 
 
 def extract_lora(
@@ -25,7 +27,14 @@ def extract_lora(
     modules_to_save: Sequence[str] = (),
     drop_rest: bool = False,
     dtype: str | None = None,
-    **options: Any,
+    memory: str | int | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    hash_inputs: bool = False,
+    io: IoMode = "direct",
+    progress: bool = True,
+    on_event: OnEvent | None = None,
+    stop: threading.Event | None = None,
 ) -> Summary:
     """Write a model minus its base as a LoRA adapter that PEFT loads; after an interruption, the same call resumes.
 
@@ -51,8 +60,8 @@ def extract_lora(
         Leave out everything that is not decomposed.
     dtype
         Dtype of the adapter; default: float32 for the factors, the model's for whole tensors.
-    options
-        Those of `merge`: `memory`, `threads`, `overwrite`, `progress` and the rest.
+    memory, threads, overwrite, hash_inputs, io, progress, on_event, stop
+        As in `merge`.
 
     Returns
     -------
@@ -83,4 +92,15 @@ def extract_lora(
         modules_to_save=list(modules_to_save),
         drop_rest=drop_rest,
     )
-    return merge(config, out, **options)
+    return merge(
+        config,
+        out,
+        memory=memory,
+        threads=threads,
+        overwrite=overwrite,
+        hash_inputs=hash_inputs,
+        io=io,
+        progress=progress,
+        on_event=on_event,
+        stop=stop,
+    )
