@@ -71,8 +71,9 @@ def read_blocks_of_4_bits(
     """
     out = target[: 4 * (stop - start)].view(np.float32)
     values = _table(reader, ref.map)
-    for first in range(start, stop, AT_ONCE):
-        last = min(stop, first + AT_ONCE)
+    step = max(2, min(AT_ONCE, ref.blocksize * AT_ONCE // 16))  # a table takes 64 bytes a block
+    for first in range(start, stop, step):
+        last = min(stop, first + step)
         codes = _read(reader, ref.source, first // 2, -(-last // 2))
         begins, ends = first // ref.blocksize, -(-last // ref.blocksize)
         with np.errstate(over="ignore"):
