@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from bench_measure import drop_caches, measure, measure_limit
-from safetensors.numpy import save_file
+from safetensors.torch import save_file
 
 SIDE = 4096
 
@@ -34,7 +35,9 @@ def write_run(directory: Path, n: int, nbytes: int) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         shape = (SIDE, SIDE // 2)
         layers = {
-            f"layers.{layer}.weight": generator.integers(0x3C00, 0x3F80, shape, np.uint16).view(np.float16)
+            f"layers.{layer}.weight": torch.from_numpy(
+                generator.integers(0x3C00, 0x3F80, shape, np.int16)
+            ).view(torch.bfloat16)
             for layer in range(max(1, nbytes // (SIDE * SIDE)))
         }
         save_file(layers, file)
