@@ -133,7 +133,7 @@ def compared(
             kernels,
         )
         if draws:
-            check_memory("a page", plan.budget)
+            check_memory("a page", plan.budget, points_of(plan))
         return plan
 
     plan = decide(None)
@@ -175,6 +175,11 @@ def comparison_of(
     )
     names = tuple(model.reference for model in plan.models)
     return Comparison(plan.base.reference, names, tensors, plan.tensors_left_out)
+
+
+def points_of(plan: MergePlan) -> int:
+    """Return the number of points of a figure by layer."""
+    return len({layer_of_job(job) for job in plan.jobs}) * len(plan.models)
 
 
 def layer_of_job(job: Job) -> tuple[str, int] | None:

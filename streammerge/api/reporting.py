@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from streammerge.api.comparing import comparison_of, layer_of_job
+from streammerge.api.comparing import comparison_of, layer_of_job, points_of
 from streammerge.checkpoint.index import open_model
 from streammerge.engine.measuring import measure
 from streammerge.engine.merge import Summary
@@ -45,12 +45,11 @@ def check_room(plan: MergePlan) -> None:
             f"{plan.config.where}: output: lora: --report is about merged models: leave it out; the residuals of the adapter are "
             "printed and recorded"
         )
-    check_memory("a report", plan.budget)
     expected = {job.name: job.sources[0] for job in plan.jobs}
     stand_in = replace(
         plan.template, tensors=expected
     )  # the output does not exist yet; its tensors have these shapes
-    plan_of_review(plan, stand_in)
+    check_memory("a report", plan.budget, points_of(plan_of_review(plan, stand_in)))
     if any(job.encoder is not None for job in plan.jobs):
         plan_of_rounding(plan, stand_in)
 

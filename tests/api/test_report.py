@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 import streammerge
 from streammerge.engine.merge import Summary
-from streammerge.errors import BudgetError, InputError, StreammergeWarning, WorldError
+from streammerge.errors import BudgetError, InputError, Stopped, StreammergeWarning, WorldError
+from streammerge.events import Event
 from streammerge.report.pages.merged import MergeReport, merge_page
 from tests.conftest import as_float64, write_model, write_models
 
@@ -218,6 +220,20 @@ def test_a_report_that_fails_leaves_the_merge_complete(
     assert not summary.already_complete
     assert not page.exists()
     assert not streammerge.verify(out).problems
+
+
+def test_a_report_that_is_stopped_leaves_the_merge_complete(paths: list[Path], tmp_path: Path) -> None:
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    stop = threading.Event()
+
+    def on_event(event: Event) -> None:
+        if event.kind == "commit":
+            stop.set()
+
+    with pytest.raises(Stopped):
+        streammerge.merge(linear(paths), out, report=page, on_event=on_event, stop=stop)
+    assert not page.exists()
+    assert streammerge.merge(linear(paths), out, **quiet).already_complete
 
 
 def test_a_report_that_cannot_be_made_is_refused_before_the_merge(

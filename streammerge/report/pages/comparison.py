@@ -20,7 +20,7 @@ from streammerge.units import plural
 PERCENT = Axis("share, %")
 _MOST_NAMES = 500
 """The most tensors that a table lists."""
-_MOST_STACKS = 6
+MOST_STACKS = 6
 """The most stacks of layers that have figures of their own."""
 
 
@@ -67,7 +67,7 @@ def by_stack(layers: dict[tuple[str, int], Sums]) -> dict[str, dict[int, Sums]]:
     stacks: dict[str, dict[int, Sums]] = {}
     for (stack, layer), sums in layers.items():
         stacks.setdefault(stack, {})[layer] = sums
-    return dict(list(stacks.items())[:_MOST_STACKS])
+    return dict(list(stacks.items())[:MOST_STACKS])
 
 
 def _models_table(found: Comparison, names: Sequence[str]) -> Table:

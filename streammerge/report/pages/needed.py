@@ -12,8 +12,10 @@ from streammerge.planning.memory.budget import Budget
 from streammerge.units import format_at_least, format_size
 
 SUFFIXES = (".html", ".htm")
-DRAWING_NBYTES = 112 << 20
+DRAWING_NBYTES = 96 << 20
 """Resident memory that drawing a page takes. The buffers are free by then."""
+POINT_NBYTES = 20 << 10
+"""Resident memory that each point of a page's lines takes in addition, over all figures together."""
 
 
 def check_page(option: str, path: Path, outside: Path | None = None) -> None:
@@ -67,19 +69,25 @@ def require_library(what: str) -> None:
         )
 
 
-def check_memory(option: str, budget: Budget) -> None:
+def check_memory(option: str, budget: Budget, points: int = 0) -> None:
     """Refuse a budget in which a page cannot be drawn once the buffers are free.
+
+    Parameters
+    ----------
+    points
+        Points of one figure: the number of lines, times the number of layers.
 
     Raises
     ------
     BudgetError
         If it is too small.
     """
-    if budget.capacity < DRAWING_NBYTES:
+    needed = DRAWING_NBYTES + points * POINT_NBYTES
+    if budget.capacity < needed:
         raise BudgetError(
             f"--memory {format_size(budget.total)} is too little for {option}: the process itself needs "
-            f"{format_size(budget.reserve)}, drawing {format_size(DRAWING_NBYTES)}; give at least "
-            f"{format_at_least(budget.reserve + DRAWING_NBYTES)}"
+            f"{format_size(budget.reserve)}, drawing {format_size(needed)}; give at least "
+            f"{format_at_least(budget.reserve + needed)}"
         )
 
 
