@@ -111,7 +111,9 @@ def _exp(x: Any, arrays: Any) -> Any:
 
 def _tanh(x: Any, arrays: Any) -> Any:
     size, square = abs(x), x * x
+    near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0))))
+    if bool((size < _SMALL).all()):  # products of two task vectors' entries usually are
+        return near
     fall = _exp(-2.0 * size, arrays)
     far = arrays.sign(x) * ((1.0 - fall) / (1.0 + fall))
-    near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0))))
     return arrays.where(size < _SMALL, near, far)

@@ -24,28 +24,29 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-HIDDEN, INNER, KEYS, VOCABULARY = 1536, 4096, 384, 8192
+VOCABULARY = 8192
 N_MODELS = 3
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+def shapes(layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a model like Llama's, with small key and value projections."""
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    inner, keys = hidden * 8 // 3 // 128 * 128, hidden // 4
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
     for i in range(layers):
         for name, shape in (
-            ("self_attn.q_proj", (HIDDEN, HIDDEN)),
-            ("self_attn.k_proj", (KEYS, HIDDEN)),
-            ("self_attn.v_proj", (KEYS, HIDDEN)),
-            ("self_attn.o_proj", (HIDDEN, HIDDEN)),
-            ("mlp.gate_proj", (INNER, HIDDEN)),
-            ("mlp.up_proj", (INNER, HIDDEN)),
-            ("mlp.down_proj", (HIDDEN, INNER)),
+            ("self_attn.q_proj", (hidden, hidden)),
+            ("self_attn.k_proj", (keys, hidden)),
+            ("self_attn.v_proj", (keys, hidden)),
+            ("self_attn.o_proj", (hidden, hidden)),
+            ("mlp.gate_proj", (inner, hidden)),
+            ("mlp.up_proj", (inner, hidden)),
+            ("mlp.down_proj", (hidden, inner)),
         ):
             found[f"model.layers.{i}.{name}.weight"] = shape
     return found
 
 
-def make(work: Path, layers: int) -> list[Path]:
+def make(work: Path, layers: int, hidden: int) -> list[Path]:
     """Write a base and fine-tunes of it in bf16, unless they exist; return their directories."""
     paths = [work / name for name in ("base", *(f"m{i}" for i in range(N_MODELS)))]
     for seed, path in enumerate(paths):
@@ -54,7 +55,7 @@ def make(work: Path, layers: int) -> list[Path]:
         path.mkdir(parents=True)
         base, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
         tensors = {}
-        for name, shape in shapes(layers).items():
+        for name, shape in shapes(layers, hidden).items():
             weight = torch.randn(shape, generator=base) * 0.02
             if seed:
                 low = torch.randn(shape[0], 32, generator=own) @ torch.randn(32, shape[1], generator=own)
@@ -128,13 +129,14 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--memory", default="1GiB")
     parser.add_argument("--methods", nargs="+", default=["iso_c", "tsv_m"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float64"])
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--loop", nargs=3, metavar=("METHOD", "DTYPE", "OUT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    paths = make(given.work, given.layers)
+    paths = make(given.work, given.layers, given.hidden)
     if given.loop:
         method, dtype, out = given.loop
         loop(method, getattr(torch, dtype), paths, Path(out))

@@ -7,6 +7,7 @@ cache. One kernel fills a tile. The kernels that work on it are short, and do no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,6 +179,18 @@ def rescales(vectors: Sequence[TaskVector]) -> NDArray[np.float64]:
     return np.array([vector.rescale for vector in vectors], np.float64)
 
 
+def by_parts(
+    vote: Callable[[Sequence[Tile]], NDArray[Any]], entries: Sequence[Tile], out: NDArray[Any]
+) -> None:
+    """Write a function of a tile's task vectors to `out`, in parts whose temporaries stay in the cache."""
+    for first in range(0, len(out), BLOCK):
+        part = slice(first, first + BLOCK)
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # non-finite values are found by whoever reads the result
+            out[part] = vote([one[part] for one in entries])
+
+
 def entries_of(tiles: Tiles, vectors: Sequence[TaskVector], span: Span) -> tuple[Tile, list[Tile], Counts]:
     """Return a tile of the base and of each task vector as it enters a sum, fp64, and the numbers of survivors."""
     base, deltas, kept = tiles.survivors(vectors, span)
@@ -208,8 +221,7 @@ def _size(tiles: Tiles, score: Size, span: Span, patterns: NDArray[np.uint32]) -
 
 def _competition(tiles: Tiles, score: Competition, span: Span, patterns: NDArray[np.uint32]) -> None:
     _, entries, _ = entries_of(tiles, score.vectors, span)
-    with np.errstate(invalid="ignore", over="ignore"):  # non-finite scores rank above all others
-        patterns[:] = score.patterns_of(entries, np)
+    by_parts(lambda some: score.patterns_of(some, np), entries, patterns)
 
 
 SCORES: dict[type, tuple[str, Callable[..., None]]] = {

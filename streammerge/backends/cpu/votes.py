@@ -11,7 +11,7 @@ from streammerge.algebra.block import Applied, BlockMath, Counts, Operand
 from streammerge.algebra.rules import BalancedMerge, ConsensusMerge, LargestAgreeing
 from streammerge.backends.cpu.memory import BlockMemory
 from streammerge.backends.cpu.registry import OUT, VECTORS, applies, example
-from streammerge.backends.cpu.tiles import Span, Tile, Tiles, entries_of, written
+from streammerge.backends.cpu.tiles import Span, Tile, Tiles, by_parts, entries_of, written
 
 
 @applies(ConsensusMerge, kernels="votes")
@@ -39,8 +39,9 @@ def _voted(
 
     def merge(tiles: Tiles, span: Span) -> tuple[Tile, Counts]:
         base, entries, kept = entries_of(tiles, rule.vectors, span)
-        with np.errstate(invalid="ignore", over="ignore"):  # non-finite values are found in the output
-            return base + rule.scale * vote(entries), kept
+        change = np.empty_like(base)
+        by_parts(vote, entries, change)
+        return base + rule.scale * change, kept
 
     return written(memory, rule, out, merge)
 
