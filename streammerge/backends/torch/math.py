@@ -219,7 +219,7 @@ class TorchMath:
         """See `BlockMath`."""
         on, block = self._on, self._block
         if isinstance(rule, MatrixMerge):
-            return apply_to_matrices(on, rule, out)
+            return apply_to_matrices(block, rule, out)
 
         def merge(a: int, b: int) -> Applied:
             inputs = on.inputs(a, b)._replace(fishers=on.fishers(a, b))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from streammerge.algebra.block import Applied, Operand
+from streammerge.algebra.block import Applied, Block, Operand
 from streammerge.algebra.rules.matrix_merge import AT_ONCE, MatrixMerge, Part
 from streammerge.backends.torch.device_block import DeviceBlock
 from streammerge.backends.torch.returned import free_packed
 
 
-def apply_to_matrices(on: DeviceBlock, rule: MatrixMerge, out: Operand) -> Applied:
-    """Merge every matrix of a block and write it; the output may overlay the base, which is read part by part."""
-    block = on.block
+def apply_to_matrices(block: Block, rule: MatrixMerge, out: Operand) -> Applied:
+    """Merge every matrix of a block and write it; the output may overlay the base, which is read part by part.
+
+    It runs on the CPU in every merge, since the decompositions of a GPU have other last bits.
+    """
+    on = DeviceBlock(block, "cpu", 0)
     assert block.base is not None
     base = block.base
 

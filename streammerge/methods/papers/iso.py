@@ -78,8 +78,8 @@ def isotropic_by_task(deltas: Deltas, *, fraction: float) -> torch.Tensor:
     import torch
 
     rank = min(deltas.shape)
-    own = round((rank - fraction * rank) / len(deltas))
-    common = svd([total_of(deltas)]).first(max(0, rank - own * len(deltas)))
+    own = min(round((rank - fraction * rank) / len(deltas)), rank // len(deltas))
+    common = svd([total_of(deltas)]).first(rank - own * len(deltas))
     found = [common]
     for delta in each(deltas) if own else ():
         delta -= common.left @ (common.left.T @ delta)
