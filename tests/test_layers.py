@@ -37,7 +37,7 @@ RANKS = [
     "output",
     "engine",
     "report",
-    "api testing",
+    "api testing launch",
     "demo",
     "cli",
     "__main__",

@@ -17,6 +17,7 @@ from streammerge.cli.process import leave, open_closed_streams, report, report_u
 from streammerge.cli.showing import completion, demo, inspect, methods, new, schema
 from streammerge.cli.sweeping import sweep
 from streammerge.cli.warming import warm_up
+from streammerge.cli.watching import status
 from streammerge.errors import InputError, StreammergeError, WorldError
 from streammerge.version import __version__
 
@@ -27,6 +28,7 @@ _COMMANDS = (
     moe,
     plan,
     verify,
+    status,
     compare,
     extract_lora,
     inspect,

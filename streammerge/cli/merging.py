@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from streammerge.cli.launching import end_with_parent, run_on
 from streammerge.cli.mergekit_options import mergekit_options, translate
 from streammerge.cli.options import (
     MESSAGES,
@@ -23,6 +24,7 @@ from streammerge.cli.options import (
     max_reads_option,
     memory_option,
     methods_option,
+    on_option,
     option,
     path,
     planning_options,
@@ -41,6 +43,7 @@ from streammerge.errors import InputError, printable
         "streammerge merge ties.yml merged --overwrite       discard what an earlier merge left there",
         "streammerge merge sdxl.yml models/mix.safetensors   one file, as programs for images load it",
         "srun -N8 streammerge merge ties.yml merged --join   eight nodes share the work",
+        "streammerge merge ties.yml merged --on processes:4  four processes here share it",
         "streammerge merge ties.yml merged --json            events for another program",
     ),
 )
@@ -51,6 +54,7 @@ from streammerge.errors import InputError, printable
 @writing_options
 @keep_stages_option
 @join_option
+@on_option
 @quiet_option
 @json_events_option
 @mergekit_options
@@ -62,6 +66,11 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
     After Ctrl-C, a kill or a crash, the same command resumes where it stopped, and the files have the bytes of an
     uninterrupted run. The options of mergekit-yaml are accepted under their own names.
     """
+    where = options.pop("on")
+    if where is not None:
+        run_on(where, config, out, quiet=quiet, as_json=as_json, no_kernels=no_kernels, **options)
+        return
+    end_with_parent()
     options, notes = translate(options)
     run(config, out, "merging", quiet=quiet, as_json=as_json, kernels=not no_kernels, notes=notes, **options)
 

@@ -257,6 +257,13 @@ join_option = option(
     help="Share the merge with all processes that run the same command, on any hosts that see OUT: each takes shards.",
 )
 """Option of the command whose work several processes may share."""
+on_option = option(
+    "--on",
+    metavar="WHERE[:N]",
+    group=OUTPUT,
+    help="Start N processes that share the merge, and keep them until it is done: `processes:4` on this host.",
+)
+"""Option of the command whose work a launcher shares out."""
 keep_stages_option = option(
     "--keep-stages",
     type=path(file_okay=False),

@@ -130,6 +130,10 @@ def check_joinable(plan: MergePlan, place: Place, options: Options) -> None:
             "--join with --overwrite: each process would discard what the others have done: discard it once, by "
             "`merge --overwrite` without --join or by removing OUT, then join"
         )
+    if plan.adapter is not None:
+        raise InputError(
+            "--join shares out the shards of a model, and an adapter is one file: leave --join out"
+        )
     if place.file is not None:
         raise InputError(
             f"{printable(place.out)}: --join shares out the shards of a directory, and one file is one shard: leave "

@@ -42,9 +42,13 @@ _ATTEMPTS = 50
 """Times that a directory is emptied while others still put signs of life into it."""
 
 
+SHARD = "merge-"
+"""The beginning of the names of the units that are shards."""
+
+
 def shard_unit(number: int) -> str:
     """Return the name of the unit that is one shard."""
-    return f"merge-{number:05d}"
+    return f"{SHARD}{number:05d}"
 
 
 COMMIT = "commit"

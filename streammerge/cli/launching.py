@@ -1,0 +1,85 @@
+"""`merge --on`: the command line of the processes that a launcher starts, and their end with this one."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from streammerge.cli.mergekit_options import translate
+from streammerge.cli.process import BEGAN, stop_on_signals
+from streammerge.launch.base import PARENT
+
+_OWN = ("on", "join", "quiet", "as_json", "config", "out")
+"""Options of the driver alone."""
+_NOT_SHARED = {"profile": "--profile", "report": "--report"}
+_PLANNED = ("memory", "threads", "device", "shard_size", "seed", "methods", "max_reads")
+_PR_SET_PDEATHSIG = 1
+
+
+def command_of(ctx: click.Context) -> list[str]:
+    """Return the arguments of a process that takes part in the merge of this command line."""
+    arguments = ["merge", ctx.params["config"], ctx.params["out"], "--join", "--json"]
+    for parameter in ctx.command.params:
+        name = parameter.name or ""
+        given = ctx.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+        if not isinstance(parameter, click.Option) or name in _OWN or not given:
+            continue
+        value = ctx.params[name]
+        if parameter.is_flag:
+            arguments.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            arguments += [parameter.opts[0], str(value)]
+    return arguments
+
+
+def run_on(where: str, config: str, out: str, *, quiet: bool, as_json: bool, **options: Any) -> None:
+    """Merge by processes that a launcher starts; show one progress and one summary."""
+    ctx = click.get_current_context()
+    for name, shown in _NOT_SHARED.items():
+        if options.get(name) is not None:
+            raise click.UsageError(f"{shown} does not go with --on: each process would write it")
+    command = command_of(ctx)
+    overwrite = bool(options.get("overwrite"))
+    kernels = False if options.pop("no_kernels", False) else None
+    translated, _ = translate(options)
+    stop, signal_received = stop_on_signals()
+    from streammerge.api.launching import merge_on
+    from streammerge.engine.session import Options
+    from streammerge.events import Control
+    from streammerge.report.progress import make_reporter
+
+    planned = {name: translated[name] for name in _PLANNED if name in translated}
+    planned |= {
+        name: translated[name] for name in ("copy_tokenizer", "write_model_card") if name in translated
+    }
+    reporter = make_reporter(
+        "merging", quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN
+    )
+    try:
+        summary = merge_on(
+            where,
+            config,
+            out,
+            command,
+            {**planned, "kernels": kernels},
+            Options(overwrite=overwrite),
+            Control(reporter, stop, signal_received),
+        )
+    finally:
+        reporter.close()
+    reporter.finish(summary)
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when the one that started it ends, if that is wished."""
+    wished = os.environ.get(PARENT)
+    if wished is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if str(os.getppid()) != wished:  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
