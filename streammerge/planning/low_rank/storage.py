@@ -7,18 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from streammerge.algebra.low_rank import computed_rank
-from streammerge.algebra.rules import CopyOf, TaskVectorMerge, WeightedSum
 from streammerge.checkpoint.module_names import architecture_of, namer
 from streammerge.checkpoint.names import embedding_of, flag_of, is_embedding, is_head
-from streammerge.checkpoint.refs.adapted import AdaptedRef
 from streammerge.checkpoint.refs.difference import DifferenceRef, SumOfProductsRef
-from streammerge.dtypes import FLOATS, FLOATS8
+from streammerge.dtypes import FLOATS8
 from streammerge.errors import ConfigError, ModelError, printable
-from streammerge.formats.refs import RenamedRef, SourceRef
+from streammerge.formats.refs import SourceRef
 from streammerge.planning.job import Job
 from streammerge.planning.low_rank.adapter import AdapterPlan, FactoredModule, SavedModule, SavedTensor
+from streammerge.planning.low_rank.changes import coefficients_of, is_same, sum_of_products
 from streammerge.planning.low_rank.sorting import FACTORED, Kind, Sorter, is_expert, modules_of
-from streammerge.planning.needs import tensor_context_of
 from streammerge.planning.quantize.base import Material, Storage, stores
 from streammerge.planning.resolve.find import Finder
 from streammerge.planning.resolve.jobs import is_plain_copy
@@ -140,7 +138,7 @@ class _Choice:
         ):
             base = self._bases[name]
             if base is not None and isinstance(
-                _sum_of_products(self._jobs[name], base, self._material), SumOfProductsRef
+                sum_of_products(self._jobs[name], base, self._material), SumOfProductsRef
             ):
                 return of_table
         if kind in FACTORED and self._bases[name] is None:
@@ -180,9 +178,9 @@ class _Choice:
     def _is_the_base(self, name: str) -> bool:
         """Return whether a tensor is that of the base, since every model has it from there."""
         job, base = self._jobs[name], self._bases[name]
-        if base is None or not all(_same(ref, base) for ref in job.sources):
+        if base is None or not all(is_same(ref, base) for ref in job.sources):
             return False
-        return self._is_copied(name) or _coefficients_of(job, self._material) is not None
+        return self._is_copied(name) or coefficients_of(job, self._material) is not None
 
     # --- factors
 
@@ -223,7 +221,7 @@ class _Choice:
         material = self._material
         if self._is_the_base(job.name):
             return DifferenceRef(base, base)
-        if (products := _sum_of_products(job, base, material)) is not None:
+        if (products := sum_of_products(job, base, material)) is not None:
             return products
         if is_plain_copy(job, material.method):
             return DifferenceRef(job.sources[0], base)
@@ -301,55 +299,3 @@ class _Choice:
                 f"{len(rest)} tensors that are not decomposed are left out of the adapter (drop_rest)"
             )
         return tuple(notes)
-
-
-def _sum_of_products(job: Job, base: SourceRef, material: Material) -> SourceRef | None:
-    """Return the change of a weight as a sum of the models' adapters; None if it is anything else.
-
-    The merge must be a sum of models whose coefficients add up to one, or of task vectors, none of which is trimmed.
-    """
-    coefficients = _coefficients_of(job, material)
-    if coefficients is None:
-        return None
-    terms = []
-    for coefficient, source in zip(coefficients, job.sources, strict=True):
-        adapted = source.source if isinstance(source, RenamedRef) else source
-        if _same(adapted, base):
-            continue
-        if not isinstance(adapted, AdaptedRef) or not _same(adapted.source, base):
-            return None
-        if adapted.magnitude is not None or adapted.blocks > 1 or adapted.right is None:
-            return None
-        terms.append((coefficient, adapted))
-    return SumOfProductsRef(base, tuple(terms)) if terms else None
-
-
-def _coefficients_of(job: Job, material: Material) -> list[float] | None:
-    """Return the coefficient of each model's change in a merge; None if the merge is no sum of them."""
-    method = material.method
-    if job.kind != "merge" or method.drops(job.parameters) or method.is_formula:
-        return None
-    context = tensor_context_of(job)
-    if method.rounds(context, job.parameters):
-        return None
-    rule = method.rule(context, job.parameters)
-    found = [0.0] * len(job.sources)
-    if isinstance(rule, CopyOf):
-        found[rule.model] = 1.0
-        return found
-    if isinstance(rule, WeightedSum):
-        found = [weight / rule.divisor for weight in rule.weights]
-        return found if abs(math.fsum(found) + rule.base_weight / rule.divisor - 1) < 1e-12 else None
-    if not isinstance(rule, TaskVectorMerge) or rule.elect or rule.removes:
-        return None
-    for vector in rule.vectors:
-        found[vector.model] += rule.scale * vector.weight * vector.rescale / rule.divisor
-    return found
-
-
-def _same(one: SourceRef, other: SourceRef) -> bool:
-    """Return whether two references lead to the same stored tensor."""
-    a, b = (ref.source.plain if isinstance(ref, RenamedRef) else ref.plain for ref in (one, other))
-    if a is None or b is None:
-        return one is other
-    return (a.path, a.offset, a.dtype, a.shape) == (b.path, b.offset, b.dtype, b.shape) and a.dtype in FLOATS

@@ -57,11 +57,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_models(tmp_path_factory.mktemp("models"), 2, shapes=SHAPES)
 
 
-@pytest.fixture
-def adapter(models: list[Path], tmp_path: Path) -> Path:
-    summary = extract_lora(models[1], tmp_path / "adapter", base=models[0], rank=5, progress=False)
+@pytest.fixture(scope="module")
+def adapter(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("adapters") / "adapter"
+    summary = extract_lora(models[1], out, base=models[0], rank=5, progress=False)
     assert {one.module for one in summary.residuals} == {name.removesuffix(".weight") for name in FACTORED}
-    return tmp_path / "adapter"
+    return out
 
 
 def test_no_factors_of_the_rank_are_nearer_and_the_residual_is_recorded(
@@ -183,7 +184,8 @@ def test_an_adapter_is_not_shared_by_processes(models: list[Path], tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_another_extraction_needs_overwrite(models: list[Path], adapter: Path) -> None:
+def test_another_extraction_needs_overwrite(models: list[Path], adapter: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(adapter, tmp_path / "adapter")
     with pytest.raises(OutputError, match="choose a different OUT"):
         merge(extracted(models, rank=4), adapter, progress=False)
     merge(extracted(models, rank=4), adapter, overwrite=True, progress=False)
