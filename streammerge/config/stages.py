@@ -48,6 +48,9 @@ def staged_config(documents: Sequence[object], text: str, where: str) -> MergeCo
     output = _output(uses, order, where)
     stages = tuple(configs[name] for name in order if name != output)
     for stage in stages:
+        if stage.lora is not None:
+            refuse(stage.lora.path, "a stage is a model: only the last document may write an adapter")
+    for stage in stages:
         if stage.sweep:
             refuse(
                 child(f"{stage.where}:", "sweep"), "only the output can be swept: move it to that document"
@@ -159,6 +162,9 @@ def _placed(config: MergeConfig, names: Sequence[str], directory: Path) -> Merge
         )
         for module in config.modules
     )
+    lora = config.lora
+    if lora is not None and lora.base is not None:
+        lora = replace(lora, base=place(lora.base))
     tokenizer = config.tokenizer
     if tokenizer is not None:
         tokens = {
@@ -171,5 +177,6 @@ def _placed(config: MergeConfig, names: Sequence[str], directory: Path) -> Merge
         models=tuple(map(moved, config.models)),
         modules=modules,
         base_model=None if config.base_model is None else place(config.base_model),
+        lora=lora,
         tokenizer=tokenizer,
     )

@@ -178,6 +178,16 @@ def test_an_end_that_fails_is_taken_up_again(
     assert merge(extracted(models, rank=5), out, progress=False).already_complete
 
 
+def test_only_the_last_of_several_documents_may_write_an_adapter(models: list[Path], tmp_path: Path) -> None:
+    base, tuned, other = map(str, models)
+    stage = f"merge_method: linear\nname: mean\nmodels: [{{model: {tuned}}}, {{model: {other}}}]\n"
+    last = f"merge_method: passthrough\nmodels: [{{model: mean}}]\noutput: {{kind: lora, base: {base}}}\nrank: 4\n"
+    merge(f"{stage}---\n{last}", tmp_path / "out", progress=False)
+    assert (tmp_path / "out/adapter_config.json").exists()
+    with pytest.raises(InputError, match="only the last document"):
+        merge(f"{stage}output: {{kind: lora, base: {base}}}\n---\n{last}", tmp_path / "no", progress=False)
+
+
 def test_an_adapter_is_not_shared_by_processes(models: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="leave --join out"):
         merge(extracted(models, rank=5), tmp_path / "out", join=True, progress=False)
