@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import http.client
+import http.server
+import itertools
 import json
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -77,7 +81,7 @@ class Server:
             *(program(), "server", f"-dir={self._directory / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
             *("-s3", f"-s3.port={s3}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             *(f"-s3.config={self._directory / 's3.json'}", "-master.telemetry=false", "-volume.max=20"),
-            *("-master.volumeSizeLimitMB=64", f"-master.port={master}", f"-volume.port={volume}"),
+            *("-master.volumeSizeLimitMB=1024", f"-master.port={master}", f"-volume.port={volume}"),
             f"-filer.port={filer}",
         ]
         log = (self._directory / "log").open("ab")
@@ -163,3 +167,62 @@ def running(directory: Path) -> Iterator[Server]:
         yield server
     finally:
         server.kill()
+
+
+class Throttle:
+    """A proxy in front of a server that answers some requests with 503, as a store does that is asked for too much.
+
+    Parameters
+    ----------
+    refused
+        Function that returns whether the n-th request is refused.
+    """
+
+    def __init__(self, server: Server, refused: Callable[[int], bool]) -> None:
+        self.numbers = itertools.count()
+        self.refusals = 0
+        target = server.endpoint.removeprefix("http://")
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def forward(own) -> None:  # noqa: N805
+                body = own.rfile.read(int(own.headers.get("Content-Length") or 0))
+                if refused(next(self.numbers)):
+                    self.refusals += 1
+                    own.answer(503, {}, b"<Error><Code>SlowDown</Code></Error>")
+                    return
+                connection = http.client.HTTPConnection(target)
+                connection.request(
+                    own.command, own.path, body, dict(own.headers)
+                )  # signed for the proxy's own host
+                found = connection.getresponse()
+                own.answer(found.status, dict(found.getheaders()), found.read())
+                connection.close()
+
+            def answer(own, status: int, headers: dict[str, str], data: bytes) -> None:  # noqa: N805
+                own.send_response_only(status)
+                kept = {
+                    k: v for k, v in headers.items() if k.lower() not in ("transfer-encoding", "connection")
+                }
+                for key, value in {"Content-Length": str(len(data)), **kept}.items():
+                    own.send_header(key, value)
+                own.end_headers()
+                if own.command != "HEAD":
+                    own.wfile.write(data)
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward  # noqa: N815
+
+            def log_message(own, *arguments: object) -> None:  # noqa: N805
+                pass
+
+        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def __enter__(self) -> Throttle:
+        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._http.shutdown()
+        self._http.server_close()

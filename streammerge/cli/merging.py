@@ -61,7 +61,7 @@ from streammerge.errors import InputError, printable
 def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:
     """Merge the models that CONFIG names into OUT. Running it again resumes.
 
-    OUT is a directory, or one file if its name ends in .safetensors.
+    OUT is a directory, one file if its name ends in .safetensors, or a folder of an object store (s3://, gs://, az://).
 
     After Ctrl-C, a kill or a crash, the same command resumes where it stopped, and the files have the bytes of an
     uninterrupted run. The options of mergekit-yaml are accepted under their own names.

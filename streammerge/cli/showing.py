@@ -25,6 +25,7 @@ from streammerge.cli.options import (
         "streammerge inspect models/llama-base              totals, and the first tensors",
         "streammerge inspect models/llama-base 'q_proj'     tensors whose name matches",
         "streammerge inspect models/llama-base --all        all tensors",
+        "streammerge inspect s3://bucket/llama-base         a model in an object store",
     ),
 )
 @click.argument("model", type=path())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streammerge.config.wording import check_keys, child, refuse, shown
+from streammerge.io.volumes import refuse_secrets
 
 _DIRECTORIES = (".", "/", "~")
 """Prefixes of directory paths, which have no revision; mergekit ignores one too."""
@@ -25,7 +26,7 @@ def parse_reference(value: object, path: str) -> str:
     directory may contain one.
     """
     if not isinstance(value, dict):
-        return parse_text(value, path)
+        return _parse_place(value, path)
     if "model" not in value:
         return _parse_place(value, path)
     check_keys(value, path, ("model", "lora", "override_architecture"))
@@ -39,15 +40,18 @@ def parse_reference(value: object, path: str) -> str:
 
 
 def _parse_place(value: object, path: str) -> str:
-    """Return ``path@revision`` for a string or a map."""
+    """Return ``path@revision`` for a string or a map; a URL must not carry secrets."""
     if not isinstance(value, dict):
-        return parse_text(value, path)
+        text = parse_text(value, path)
+        refuse_secrets(text)
+        return text
     if "model" in value:
         refuse(path, "a map within a map (write {path: …, revision: …})")
     check_keys(value, path, ("path", "revision"))
     if "path" not in value:
         refuse(path, "'path' is missing")
     location = parse_text(value["path"], child(path, "path"))
+    refuse_secrets(location)
     if value.get("revision") is None:
         return location
     revision = parse_text(value["revision"], child(path, "revision"))

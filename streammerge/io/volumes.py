@@ -170,19 +170,29 @@ def check_url(url: str) -> None:
     """
     scheme, _, rest = url.partition("://")
     place = rest.partition("/")[0]
-    secret = "?" in rest or "#" in rest or _USER.search(url) is not None
     if scheme not in _HOMES:
         raise ModelError(
             f"{printable(scheme, 20)}://…: models are read from directories, the Hugging Face cache (org/name), and "
             "s3://, gs:// or az://: download it first"
         )
-    if secret:
-        raise ModelError(
-            f"a {scheme}:// URL with a user, a password or a query (not shown): write {scheme}://BUCKET/PREFIX alone; "
-            "credentials come from the environment"
-        )
+    refuse_secrets(url)
     if not place:
         raise ModelError(f"{printable(url)}: names no bucket: write {scheme}://BUCKET/PREFIX")
+
+
+def refuse_secrets(text: str) -> None:
+    """Refuse a reference with a URL that carries secrets, before anything else can repeat it in a message.
+
+    Raises
+    ------
+    ModelError
+        If it has a user, a password, a query or a fragment.
+    """
+    if "://" in text and (_USER.search(text) or "?" in text or "#" in text):
+        raise ModelError(
+            "a URL with a user, a password or a query (not shown): write s3://BUCKET/FOLDER alone; credentials come from "
+            "the environment"
+        )
 
 
 class Url(PosixPath):

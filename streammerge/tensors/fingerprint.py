@@ -15,6 +15,7 @@ from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef, middle_of
+from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.io.stamp import FileStamp
 from streammerge.tensors.read import read_elements
@@ -41,14 +42,19 @@ def _add_tensors(digest: hashlib.blake2b, tensors: Mapping[str, SourceRef], read
     names = sorted(tensors)
     table = [[name, tensors[name].stored_dtype, list(tensors[name].shape)] for name in names]
     digest.update(json.dumps(table).encode("utf-8", "surrogatepass"))
-    for name in names[:: max(1, -(-len(names) // _TENSORS))]:
-        ref = tensors[name]
-        if (plain := ref.plain) is not None:
+    sampled = names[:: max(1, -(-len(names) // _TENSORS))]
+    samples: dict[str, Bytes] = {}
+    parts: dict[str, list[tuple[int, list[memoryview]]]] = {}
+    for name in sampled:
+        if (plain := tensors[name].plain) is not None:
             offset, size = middle_of(plain.nbytes)
-            buffer = np.empty(size, np.uint8)
-            reader.read_into(plain.path, plain.offset + offset, buffer)
-        else:
-            buffer = read_elements(reader, ref, *ref.sample)
+            samples[name] = np.empty(size, np.uint8)
+            parts.setdefault(plain.path, []).append((plain.offset + offset, [samples[name].data]))
+    for path, some in parts.items():  # together: a store answers one request as late as sixteen
+        reader.read_parts(path, some)
+    for name in sampled:
+        ref = tensors[name]
+        buffer = samples[name] if name in samples else read_elements(reader, ref, *ref.sample)
         digest.update(buffer.tobytes())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from streammerge.io import object_stores
 from streammerge.io.object_file import ObjectFile
 from streammerge.io.object_upload import Upload
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
-from tests.s3_server import Server, running
+from tests.s3_server import Server, Throttle, running
 
 OF_MERGE = ("model.safetensors", "config.json")
 
@@ -83,6 +84,64 @@ def test_a_server_that_is_killed_and_comes_back_costs_only_time(
     merge(in_store(config, models), tmp_path / "out", memory="1GiB")
     again.join()
     assert output_bytes(tmp_path / "out")[OF_MERGE[0]] == output_bytes(tmp_path / "local")[OF_MERGE[0]]
+
+
+def test_a_store_that_asks_for_fewer_requests_is_asked_again(
+    server: Server, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = in_store(config_for("linear", models), models)
+    merge(config, tmp_path / "local", memory="1GiB")
+    with Throttle(server, lambda number: number % 3 == 1) as throttle:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", throttle.endpoint)
+        object_stores.close_stores()
+        merge(config, "s3://bench/throttled", memory="1GiB")
+        assert throttle.refusals > 5
+    assert server.keys("bench", "throttled") == output_bytes(tmp_path / "local")
+
+
+def test_a_store_that_never_gives_in_ends_the_merge(
+    server: Server, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = in_store(config_for("linear", models), models)
+    monkeypatch.setattr(object_stores, "QUICK", {"max_retries": 1})
+    with Throttle(server, lambda number: True) as throttle:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", throttle.endpoint)
+        object_stores.close_stores()
+        with pytest.raises(WorldError, match=r"asked for more than it gives \(503"):
+            merge(config, tmp_path / "out", memory="1GiB")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_object_that_changes_in_the_middle_ends_the_merge(
+    server: Server, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = server.copy_in(models[1], "bench", "changing")
+    config = {"merge_method": "linear", "models": [{"model": url}, {"model": str(models[2])}]}
+    real = ObjectFile.read
+
+    def read(self: ObjectFile, offset: int, target: Any) -> None:
+        data = (models[2] / "model.safetensors").read_bytes()
+        server.put("bench", "changing/model.safetensors", data)
+        real(self, offset, target)
+
+    monkeypatch.setattr(ObjectFile, "read", read)
+    with pytest.raises(WorldError, match=r"changing/model\.safetensors: an input changed during the merge"):
+        merge(config, "s3://bench/never", memory="1GiB")
+    assert {key for key in server.keys("bench", "never") if not key.startswith(".streammerge")} == set()
+    assert server.parts("bench", "never/") == []
+
+
+def test_an_upload_that_is_given_up_leaves_no_parts(server: Server) -> None:
+    upload = Upload("s3://bench/given-up/x", 40 << 20, threading.Event())
+    for _ in range(3):
+        upload.write(bytes(8 << 20))
+    until = time.monotonic() + 30
+    while not server.parts("bench", "given-up/") and time.monotonic() < until:
+        time.sleep(0.05)
+    assert server.parts("bench", "given-up/") != []
+    upload.give_up()
+    assert server.parts("bench", "given-up/") == []
+    assert server.keys("bench", "given-up") == {}
 
 
 SHARD = 40_000
