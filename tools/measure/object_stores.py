@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.s3_server import Server, running  # noqa: E402
+from tests.s3_server import Server, running
 
 SIDE, LAYERS = 2048, 14
 
