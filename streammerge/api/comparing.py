@@ -27,7 +27,7 @@ from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import SLOWER, prepare
 from streammerge.planning.resolve.base_models import settle_base
 from streammerge.report.comparison import ComparedTensor, Comparison
-from streammerge.report.pages.comparison import comparison_page
+from streammerge.report.pages.comparison import MOST_DRAWN, comparison_page
 from streammerge.report.pages.needed import check_memory, check_page, write_page
 from streammerge.units import nbytes_of
 
@@ -179,7 +179,7 @@ def comparison_of(
 
 def points_of(plan: MergePlan) -> int:
     """Return the number of points of a figure by layer."""
-    return len({layer_of_job(job) for job in plan.jobs}) * len(plan.models)
+    return len({layer_of_job(job) for job in plan.jobs}) * min(len(plan.models), MOST_DRAWN)
 
 
 def layer_of_job(job: Job) -> tuple[str, int] | None:

@@ -102,18 +102,16 @@ def lines(points: Sequence[Point], x: Axis, y: Axis, series: Sequence[str], mark
     mark
         ``line``, or ``point`` for points that no line connects.
     """
-    names = [label(name) for name in series]
+    names, colours, dashes = _shown(points, series)
     encoding: dict[str, Any] = {"x": x.encoding("x"), "y": y.encoding("y"), "description": {"field": "tip"}}
     if names:
         legend = {} if len(names) > 1 else {"legend": None}
-        colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
         encoding["color"] = {
             "field": "series",
             "type": "nominal",
             "scale": {"domain": names, "range": colours},
             **legend,
         }
-        dashes = [_DASHES[i // len(COLOURS) % len(_DASHES)] for i in range(len(names))]
         if len(names) > len(COLOURS) and mark == "line":
             encoding["strokeDash"] = {"field": "series", "scale": {"domain": names, "range": dashes}}
     size = 14 if len(points) > 40 * max(1, len(names)) else 30
@@ -125,9 +123,18 @@ def lines(points: Sequence[Point], x: Axis, y: Axis, series: Sequence[str], mark
     return draw({"encoding": encoding, "layer": layers, "data": {"values": values}})
 
 
+def _shown(points: Sequence[Point], series: Sequence[str]) -> tuple[list[str], list[str], list[list[int]]]:
+    """Return the labels of the series that have points, their colours and dashes: the same in every figure of a page."""
+    present = {label(point["series"]) for point in points}
+    shown = [(i, label(name)) for i, name in enumerate(series) if label(name) in present]
+    colours = [COLOURS[i % len(COLOURS)] for i, _ in shown]
+    dashes = [_DASHES[i // len(COLOURS) % len(_DASHES)] for i, _ in shown]
+    return [name for _, name in shown], colours, dashes
+
+
 def bars(points: Sequence[Point], x: Axis, y: Axis, series: Sequence[str], *, stacked: bool = False) -> Svg:
     """Draw a bar for each point: those of one `x` next to each other, or stacked, in the order of `series`."""
-    names = [label(name) for name in series]
+    names, colours, _ = _shown(points, series)
     encoding: dict[str, Any] = {
         "x": x.encoding("x"),
         "y": y.encoding("y"),
@@ -135,7 +142,7 @@ def bars(points: Sequence[Point], x: Axis, y: Axis, series: Sequence[str], *, st
         "color": {
             "field": "series",
             "type": "nominal",
-            "scale": {"domain": names, "range": [COLOURS[i % len(COLOURS)] for i in range(len(names))]},
+            "scale": {"domain": names, "range": colours},
             **({} if len(names) > 1 else {"legend": None}),
         },
         "order": {"field": "order"},

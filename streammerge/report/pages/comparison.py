@@ -20,6 +20,8 @@ from streammerge.units import plural
 PERCENT = Axis("share, %")
 _MOST_NAMES = 500
 """The most tensors that a table lists."""
+MOST_DRAWN = 24
+"""The most models that a figure shows: the first ones and the last. The tables of norms have all."""
 MOST_STACKS = 6
 """The most stacks of layers that have figures of their own."""
 
@@ -42,13 +44,31 @@ def sections_of(found: Comparison) -> list[Section]:
     names = distinct(found.short_names)
     return [
         Section("Models", tables=[_models_table(found, names)]),
-        Section("How far the models moved", figures=[*_norms(found, names), *_kinds(found, names)]),
+        Section(
+            "How far the models moved",
+            _note_of_drawn(names),
+            figures=[*_norms(found, names), *_kinds(found, names)],
+        ),
         Section("Whether they agree", figures=_agreement(found, names)),
         Section(
             "How their changes are distributed",
             figures=[_magnitudes(found, names), _top_shares(found, names)],
         ),
         Section("All layers and tensors", tables=_tables(found, names)),
+    ]
+
+
+def drawn(names: Sequence[str]) -> list[tuple[int, str]]:
+    """Return the series that a figure shows, each with its index: all, or the first ones and the last."""
+    shown = list(enumerate(names))
+    return shown if len(shown) <= MOST_DRAWN else [*shown[: MOST_DRAWN - 1], shown[-1]]
+
+
+def _note_of_drawn(names: Sequence[str]) -> list[str]:
+    if len(names) <= MOST_DRAWN:
+        return []
+    return [
+        f"The figures show {MOST_DRAWN} of {len(names)} models: the first ones and the last. The tables have all."
     ]
 
 
@@ -105,7 +125,7 @@ def _norms(found: Comparison, names: Sequence[str]) -> list[Figure]:
                 "y": sums.norm(i),
                 "tip": f"{name}, layer {layer}: {number(sums.norm(i))}",
             }
-            for i, name in enumerate(names)
+            for i, name in drawn(names)
             for layer, sums in layers.items()
         ]
         title = "Norm by layer" + (f" of {stack}" if len(stacks) > 1 else "")
@@ -129,7 +149,7 @@ def _kinds(found: Comparison, names: Sequence[str]) -> list[Figure]:
             "tip": f"{name}, {kind}: {percent(sums.relative(i))}",
         }
         for kind, sums in kinds.items()
-        for i, name in enumerate(names)
+        for i, name in drawn(names)
     ]
     if not points:
         return []
@@ -143,7 +163,10 @@ def _agreement(found: Comparison, names: Sequence[str]) -> list[Figure]:
     figures = [
         Figure(
             "Cosines between task vectors",
-            square(names, found.cosines),
+            square(
+                [name for _, name in drawn(names)],
+                [[found.cosines[i][j] for j, _ in drawn(names)] for i, _ in drawn(names)],
+            ),
             "1: the same direction; 0: unrelated; -1: opposite.",
         )
     ]
@@ -178,15 +201,15 @@ def _magnitudes(found: Comparison, names: Sequence[str]) -> Figure:
     exponents = found.total.exponents
     used = [e for e in range(1, exponents.shape[1]) if exponents[:, e].any()]
     points = []
-    for i, name in enumerate(names):
+    for i, name in drawn(names):
         total = max(1, int(exponents[i].sum()))
         for e in range(used[0], used[-1] + 1) if used else ():
             count = int(exponents[i, e])
             tip = f"{name}: {count:,} entries from 2^{e - 127} to 2^{e - 126} ({percent(count / total)})"
             points.append({"series": name, "x": e - 127, "y": 100 * count / total, "tip": tip})
     zero = ", ".join(
-        f"{name} {percent(int(row[0]) / max(1, int(row.sum())))}"
-        for name, row in zip(names, exponents, strict=True)
+        f"{name} {percent(int(exponents[i, 0]) / max(1, int(exponents[i].sum())))}"
+        for i, name in drawn(names)
     )
     return Figure(
         "Magnitudes of the changes",
@@ -203,7 +226,7 @@ def _top_shares(found: Comparison, names: Sequence[str]) -> Figure:
             "y": 100 * (part or 0.0),
             "tip": f"{name}, top {100 * share:.0f} %: {percent(part)}",
         }
-        for i, name in enumerate(names)
+        for i, name in drawn(names)
         for share, part in zip(SHARES, found.total.top_share(i), strict=True)
     ]
     drawing = bars(points, Axis("", ordered=True), Axis("of the squared norm, %"), names)
@@ -239,7 +262,7 @@ def _tables(found: Comparison, names: Sequence[str]) -> list[Table]:
         else f" (the first {_MOST_NAMES:,} of {len(found.tensors):,}; --json has all)"
     )
     tables.append(Table(["tensor", *names, "dtypes"], rows, f"Norm by tensor{more}", folded=True))
-    for i, name in enumerate(names):
+    for i, name in drawn(names):
         same = [tensor.name for tensor in found.tensors if is_identical(tensor, i)]
         if same:
             told = f"{plural(len(same), 'tensor')} of {name} identical to the base's"

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from streammerge.report.comparison import ComparedTensor, Comparison, Sums, short_names
 from streammerge.report.pages.charts import Axis, Svg, across, distinct, lines, whole_numbers
-from streammerge.report.pages.comparison import MOST_STACKS, PERCENT, number, percent, sections_of
+from streammerge.report.pages.comparison import MOST_STACKS, PERCENT, drawn, number, percent, sections_of
 from streammerge.report.pages.page import Figure, Section, Table, page_html
 from streammerge.statistics.kinds import Directions, SignCounts
 from streammerge.timing import Stage
@@ -115,7 +115,7 @@ def by_layers(
     for stack, found in list(stacks.items())[:MOST_STACKS]:
         points = [
             {"series": name, "x": layer, "y": values[i], "tip": f"{name}, layer {layer}: {shown(value)}"}
-            for i, name in enumerate(series)
+            for i, name in drawn(series)
             for layer, values in found.items()
             if (value := values[i]) is not None
         ]

@@ -19,6 +19,8 @@ from streammerge.version import __version__
 
 _MOST_TEXT = 2000
 """The most characters of one text."""
+_MOST_NAME = 250
+"""The most characters of the name of a row, of which there may be hundreds."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class Table:
     @staticmethod
     def _row(cells: Sequence[str], best: bool) -> str:
         opening = '<td class="best">' if best else "<td>"
-        return f"<tr>{''.join(f'{opening}{text_html(cell)}</td>' for cell in cells)}</tr>"
+        first, *others = cells
+        shown = [text_html(first, _MOST_NAME), *map(text_html, others)]
+        return f"<tr>{''.join(f'{opening}{cell}</td>' for cell in shown)}</tr>"
 
 
 @dataclass(frozen=True)
@@ -116,10 +120,10 @@ def page_html(title: str, lead: Sequence[str], sections: Sequence[Section]) -> s
     )
 
 
-def text_html(text: object) -> str:
+def text_html(text: object, most: int = _MOST_TEXT) -> str:
     """Return a text as HTML that shows it, characters that could change its direction or hide it as escapes.
 
     >>> text_html('</td><script>"&\\u202e')
     '&lt;/td&gt;&lt;script&gt;&quot;&amp;\\\\u202e'
     """
-    return escape(printable(text, _MOST_TEXT))
+    return escape(printable(text, most))

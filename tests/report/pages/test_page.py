@@ -7,13 +7,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
 from streammerge.errors import InputError
+from streammerge.methods.comparison import TensorDifference
+from streammerge.report.comparison import ComparedTensor, Comparison
 from streammerge.report.pages.charts import Axis, bars, distinct, lines, square, whole_numbers
+from streammerge.report.pages.comparison import comparison_page
 from streammerge.report.pages.needed import check_page
 from streammerge.report.pages.page import Section, Table, page_html
 from streammerge.report.pages.sweep import best_of, number_of, sweep_page
+from streammerge.statistics.kinds import SignCounts
 
 pytest.importorskip("vl_convert", reason="the extra `pages` is not installed")
 
@@ -149,3 +154,16 @@ def test_what_a_page_lacks_is_told_in_one_line(tmp_path: Path, monkeypatch: pyte
         InputError, match=r"--html: pages are drawn by vl-convert.*: install it with `pip install"
     ):
         check_page("--html", tmp_path / "page.html")
+
+
+def test_of_many_models_the_figures_show_some_and_the_tables_all() -> None:
+    n = 30
+    counts = np.zeros((n, 256), np.int64)
+    counts[:, 120] = 64
+    found = TensorDifference(64, 4.0, np.eye(n), np.ones((n, 3)), SignCounts(5, 3), SignCounts(2, 1), counts)
+    tensor = ComparedTensor("layers.0.mlp.weight", "mlp", ("layers", 0), ("BF16",) * (n + 1), found)
+    page = comparison_page(Comparison("base", tuple(f"model-{i}" for i in range(n)), (tensor,)))
+    assert "The figures show 24 of 30 models" in page
+    tips = re.findall(r"<title>(model-\d+), layer 0: 1</title>", page)
+    assert tips == [*(f"model-{i}" for i in range(23)), "model-29"]
+    assert "<td>model-25</td>" in page
