@@ -86,6 +86,8 @@ def moe(
             f"{printable(config)}: a config of a merge, not of a mixture of experts: use `streammerge merge`"
         )
     if dry_run:
+        for note in notes:
+            click.echo(f"warning: {note}", err=True)
         planned = {key: value for key, value in options.items() if key in _PLANNED}
         show_plan(parsed, out, as_json=as_json, **planned)
     else:

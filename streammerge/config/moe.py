@@ -26,6 +26,13 @@ KEYS = (
     "seed",
 )
 """Keys of the config; the last two are not mergekit's."""
+KEYS_WITHOUT_EFFECT: Mapping[str, str] = {
+    "name": "it names a stage of mergekit-multi; the command line names the output",
+    "out_path": "the command line names the output",
+    "tokenizer_source": "the tokenizer is that of the base, as in mergekit-moe",
+    "parameters": "a mixture has none: experts have `noise_scale` and `residual_scale`",
+}
+"""Keys of published configs that mergekit-moe ignores, with the reason."""
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 """Keys of an expert."""
 MOST_EXPERTS = 1024
@@ -112,7 +119,7 @@ def parse_moe(data: Mapping[str, object], top: str) -> MoeSpec:
     ConfigError
         If something in it is wrong; the message names it.
     """
-    check_keys(data, top, KEYS)
+    check_keys(data, top, (*KEYS, *KEYS_WITHOUT_EFFECT))
     if data.get("base_model") is None:
         refuse(top, "'base_model' is missing: the model that everything but the MLPs comes from")
     base, _ = parse_base(data["base_model"], child(top, "base_model"))

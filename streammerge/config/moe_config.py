@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streammerge.config.moe import is_moe, parse_moe
+from streammerge.config.moe import KEYS_WITHOUT_EFFECT, is_moe, parse_moe
 from streammerge.config.schema import MergeConfig, ModelSpec, config_of
 from streammerge.config.wording import PATH_LIMIT
 from streammerge.errors import printable
@@ -31,4 +31,9 @@ def _moe_config(data: dict[str, object], text: str, where: str) -> MergeConfig:
         text=text,
         where=where,
         moe=spec,
+        notes=tuple(
+            f"{where}: {key}: ignored: {KEYS_WITHOUT_EFFECT[key]}"
+            for key in data
+            if key in KEYS_WITHOUT_EFFECT
+        ),
     )

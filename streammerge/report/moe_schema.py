@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from streammerge.config.moe import ExpertNames, GateMode
+from streammerge.config.moe import KEYS_WITHOUT_EFFECT, ExpertNames, GateMode
 from streammerge.planning.moe.targets import TARGETS
 
 
@@ -13,7 +13,7 @@ def moe_definitions(reference: dict[str, Any], dtype: dict[str, Any]) -> dict[st
     texts = {"type": "array", "items": {"type": "string"}}
     experts = {"type": "array", "items": {"$ref": "#/$defs/expert"}}
     number = {"type": "number"}
-    mixture = {
+    mixture: dict[str, Any] = {
         "base_model": {**reference, "description": "The model that everything but the MLPs comes from"},
         "experts": {**experts, "minItems": 1, "description": "The models whose MLPs become the experts"},
         "shared_experts": {**experts, "description": "Experts that see each token"},
@@ -33,6 +33,10 @@ def moe_definitions(reference: dict[str, Any], dtype: dict[str, Any]) -> dict[st
             "description": "classic: one by one; fused: all of a layer as one tensor",
         },
         "seed": {"type": "integer", "minimum": 0, "description": "Seed of random gates and noise"},
+    }
+    mixture |= {
+        name: {"description": f"No effect: {why}", "deprecated": True}
+        for name, why in KEYS_WITHOUT_EFFECT.items()
     }
     expert = {
         "source_model": {**reference, "description": "A directory, or org/name in the cache; model+adapter"},

@@ -95,7 +95,7 @@ def test_what_is_misspelt_does_not_fit(text: str) -> None:
 def test_the_keys_are_those_that_are_read() -> None:
     definitions = {name: set(each.get("properties", ())) for name, each in SCHEMA["$defs"].items()}
     assert set(KEYS) <= definitions["merge"]
-    assert definitions["mixture"] == set(moe.KEYS)
+    assert definitions["mixture"] == {*moe.KEYS, *moe.KEYS_WITHOUT_EFFECT}
     assert definitions["expert"] == set(moe.EXPERT_KEYS)
     assert definitions["model"] == set(reader._MODEL_KEYS)
     assert definitions["source"] == {*reader._MODEL_KEYS, "layer_range"}

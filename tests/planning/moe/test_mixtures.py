@@ -15,7 +15,7 @@ import streammerge
 from streammerge.planning.moe.families import FAMILIES
 from streammerge.testing.models import output_bytes
 from tests.planning.moe.conftest import Dense
-from tests.planning.moe.dense import HIDDEN, INTERMEDIATE, LAYERS, load, logits_of, write_dense
+from tests.planning.moe.dense import HIDDEN, INTERMEDIATE, LAYERS, TOKENS, load, logits_of, write_dense
 
 TARGETS = [
     ("llama", "mixtral", 0),
@@ -59,6 +59,8 @@ def test_a_mixture_of_one_model_computes_what_the_model_computes(
     assert model.config.architectures[0].lower().startswith(target.replace("_", ""))
     expected = logits_of(transformers.AutoModelForCausalLM.from_pretrained(dense(family, 0)))
     torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+    written = model.generate(TOKENS, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert torch.equal(written[:, TOKENS.shape[1]], expected[:, -1].argmax(-1))
 
 
 @pytest.mark.filterwarnings("ignore:all experts are the same model")

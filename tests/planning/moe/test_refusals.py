@@ -171,12 +171,16 @@ def test_experts_of_different_sizes(
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(cli: Cli, dense: Dense, tmp_path: Path) -> None:
-    path = write_config(tmp_path / "moe.yml", config_of(dense))
+    path = write_config(tmp_path / "moe.yml", {**config_of(dense), "tokenizer_source": "union"})
     done = cli(
         "moe", path, tmp_path / "out", "--dry-run", "--i-understand-this-is-not-useful-without-training"
     )
     assert done.code == 0, done.err
     assert "method    moe" in done.out
+    assert "tokenizer_source: ignored: the tokenizer is that of the base" in done.out.replace(
+        "\n          ", " "
+    )
+    assert "--i-understand-this-is-not-useful-without-training: ignored" in done.err
     assert not (tmp_path / "out").exists()
     assert cli("moe", path, tmp_path / "out", "--quiet").code == 0
     assert cli("verify", tmp_path / "out", "--against", path).code == 0
