@@ -41,6 +41,9 @@ from streammerge.report.card import model_card
 from streammerge.report.sweep import write_sweep_page
 from streammerge.units import format_size
 
+MOST_IN_BATCH = 64
+"""Most points of a batch; more would hardly read less, and each has its plan in memory."""
+
 
 @dataclass(frozen=True)
 class Wishes:
@@ -262,6 +265,7 @@ class SweepRun:
         """Merge as many of the points as memory and disk have room for."""
         allocated = sum(self._allocated(name) for name in names)
         most = self.room.most_at_once(len(self._finished), self._free(), allocated)
+        most = min(most, MOST_IN_BATCH)
         chosen = together({name: self._plan(name) for name in names[:most]}, most)
         for plan in chosen.values():
             compile_first(plan, self._outer)

@@ -19,7 +19,7 @@ from streammerge.engine.loading import load
 from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.engine.peaks import known_peak, largest
 from streammerge.engine.worker import Worker, math_for, math_of
-from streammerge.errors import ModelError
+from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import DIRECT_BYTES, PAGE
@@ -181,7 +181,8 @@ def _rounded(worker: Worker, job: Job, loaded: Block, out: Operand, applied: App
             narrowed, clipped = narrow(data.view(np.float32), job.dtype, data)
         data = data[: loaded.n]
     if (applied.not_finite or clipped) and not worker.tolerant:
-        raise not_finite(worker, job, start, stop, data)
+        found = not_finite(worker, job, start, stop, data)
+        raise ModelError(f"{printable(worker.label, 200)}: {found}") if worker.label else found
     if applied.not_finite and (error := bad_fisher(worker.reader, job, start, stop)) is not None:
         raise error
     if out.dtype != job.dtype:

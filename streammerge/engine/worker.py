@@ -86,6 +86,8 @@ class Worker:
         """The number of its output among `outputs`."""
         self.outputs: tuple[Worker, ...] = (self,)
         """The workers of all outputs that are made from each read; this one, unless it leads several."""
+        self.label = ""
+        """The name of its output among several, for messages; empty for a single one."""
         self.left: Mapping[int, Sequence[Interval]] = {}
         """What an earlier run left of the tensors that it has begun, by ordinal."""
 
@@ -105,6 +107,8 @@ class Worker:
             other.share(self)
             other.number = number
         self.outputs = (self, *others)
+        for output in self.outputs if others else ():
+            output.label = "" if output.spec.out is None else output.spec.out.name
 
     def lacking(self, job: int, start: int, stop: int) -> list[Worker]:
         """Return the workers of the outputs that lack some of the elements `start` to `stop` of a job."""

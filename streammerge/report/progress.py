@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from streammerge.engine.merge import Summary
+from streammerge.errors import printable
 from streammerge.events import Event
 from streammerge.machine import own_memory
 from streammerge.report.pace import Tracker
@@ -191,6 +192,8 @@ class LineReporter:
                 self._say(opening_line(self._tracker.plan))
             if event.kind == "resume":
                 self._say(resume_line(event.values, self._tracker.plan))
+        elif event.kind == "point":
+            self._say(point_line(event.values))
         elif event.kind in _PROGRESS and time.monotonic() - self._last >= _LINE_SECONDS:
             self._last = time.monotonic()
             print(progress_line(event, self._tracker, self._last - self._began), file=sys.stderr, flush=True)
@@ -272,6 +275,11 @@ class BarReporter:
             self._describe(f"gates, layer {event.values['layer'] + 1} of {event.values['layers']}")
         elif event.kind in _PROGRESS:
             self._move(event)
+        elif event.kind == "scoring":
+            self._describe("scoring")
+        elif event.kind == "point":
+            self._say(point_line(values))
+            self._describe(self._what)
         elif event.kind == "commit":
             self._describe("finishing")
 
@@ -342,6 +350,12 @@ def gates_line(values: Mapping[str, Any]) -> str:
     return (
         f"computing the gates: the prompts pass through {plural(values['layers'], 'layer')}, one at a time…"
     )
+
+
+def point_line(values: Mapping[str, Any]) -> str:
+    """Return a line on a finished point of a sweep."""
+    score = "" if values["score"] is None else f"score {values['score']:.6g}"
+    return f"{printable(values['point'], 200)}: {score or printable(values['reason'], 200) or 'merged'}"
 
 
 def resume_line(values: Mapping[str, Any], plan: Mapping[str, Any]) -> str:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from streammerge.api import merge, plan, sweep, verify
 from streammerge.api import sweep_run as run_module
 from streammerge.api.sweep_run import SweepRun
 from streammerge.api.sweeping import Sweep
-from streammerge.errors import ConfigError, InputError, OutputError, WorldError
+from streammerge.errors import ConfigError, InputError, ModelError, OutputError, WorldError
 from streammerge.events import Event
 from streammerge.io import allocate
 from streammerge.output import sweep_record
@@ -341,6 +342,19 @@ def test_a_damaged_record_is_refused(change: Any, config: dict[str, Any], tmp_pa
     (out / sweep_record.RECORD).write_text(json.dumps(change(record)))
     with pytest.raises(OutputError, match="is not the record of a sweep"):
         swept({**config, "sweep": {"lambda": [0.1]}}, out)
+
+
+def test_a_value_that_overflows_is_named_and_the_rest_is_kept(
+    make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    paths = make_models(2, shapes=SHAPES, dtype=torch.float16)
+    config = config_for("task_arithmetic", paths, sweep={"lambda": [0.5, 1e9]})
+    with pytest.raises(ModelError, match=r"^lambda=1000000000\.0: tensor .* overflow F16") as caught:
+        swept(config, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert list(swept({**config, "sweep": {"lambda": [0.5]}}, tmp_path / "out", overwrite=True).points)
+    tolerant = swept(config, tmp_path / "warned", nonfinite="warn")
+    assert len(tolerant.points) == 2
 
 
 def test_the_python_api_refuses_a_sweep_given_to_merge(config: dict[str, Any], tmp_path: Path) -> None:
