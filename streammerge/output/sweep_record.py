@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from streammerge.errors import OutputError, WorldError, printable
+from streammerge.errors import ModelError, OutputError, WorldError, printable
 from streammerge.io.durable import PARTIAL, fsync_directory, world_errors, write_file
 from streammerge.io.strict_json import parse_object
 from streammerge.version import __version__
@@ -129,15 +129,15 @@ def read_record(out: Path) -> SweepRecord | None:
         )
     if RECORD not in names:
         return None
+    with world_errors(path):
+        data = path.read_bytes()
     try:
-        with world_errors(path):
-            data = path.read_bytes()
         value = parse_object(data, str(path), "the record", "any")
         rows = {_directory(name): _row_of(one) for name, one in value["points"].items()}
         command = value["command"]
         if value["format"] != _FORMAT or not (command is None or isinstance(command, str)):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError):
         raise OutputError(
             f"{printable(path)}: is not the record of a sweep: choose a different OUT, or remove this directory"
         ) from None
