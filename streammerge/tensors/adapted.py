@@ -59,17 +59,17 @@ def read_delta(
 
 
 def segments(
-    start: int, stop: int, columns: int, block_rows: int | None = None
+    start: int, stop: int, columns: int, block_rows: int | None = None, most: int = READ_BLOCK
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (first row, end, first column, end) of consecutive pieces of at most `READ_BLOCK` elements.
+    """Yield (first row, end, first column, end) of consecutive pieces of at most `most` elements.
 
     Each piece is contiguous: whole rows, or a part of one row. If `block_rows` is given, a piece is within one block.
     """
-    rows = max(1, READ_BLOCK // columns)
+    rows = max(1, most // columns)
     while start < stop:
         row, column = divmod(start, columns)
-        if column or stop - start < columns or columns > READ_BLOCK:
-            end = min(columns, column + READ_BLOCK, column + stop - start)
+        if column or stop - start < columns or columns > most:
+            end = min(columns, column + most, column + stop - start)
             yield row, row + 1, column, end
             start += end - column
         else:

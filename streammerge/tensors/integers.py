@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from streammerge.checkpoint.refs.integers import AT_ONCE, IntegersRef, Packed
 from streammerge.dtypes import itemsize
 from streammerge.formats.readers import reads
-from streammerge.formats.refs import TensorRef
+from streammerge.formats.refs import READ_BLOCK, TensorRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.files import bad, quoted
 from streammerge.io.reader import Reader
@@ -85,8 +85,10 @@ def read_integers(
     """
     out = target[: 4 * (stop - start)].view(np.float32)
     rows, columns = ref.shape[-2:]
-    index = _index(reader, ref)
-    for row, end, first, last in segments(start, stop, columns, rows):
+    index, grids = _index(reader, ref), _Grids(reader, ref)
+    # Lines of a transposed matrix are read in parts, which are as long as a piece is high.
+    most = stop - start if ref.transposed else READ_BLOCK
+    for row, end, first, last in segments(start, stop, columns, rows, most):
         matrix, width = row // rows, last - first
         begins = row * columns + first - start
         high, wide = _steps(ref, end - row, width)
@@ -95,34 +97,41 @@ def read_integers(
             for left in range(first, last, wide):
                 some = Rectangle(matrix, top, bottom, left, min(last, left + wide))
                 at = begins + (top + matrix * rows - row) * width + left - first
-                _decode(reader, ref, index, some, out[at:], width)
+                _decode(reader, ref, index, grids, some, out[at:], width)
 
 
 def _steps(ref: IntegersRef, height: int, width: int) -> tuple[int, int]:
     """Return the rows and columns of a step of decoding, in whole words if codes are packed along the inputs."""
-    wide = min(width, AT_ONCE)
-    if ref.transposed:
-        wide = min(width, max(_WORDS, AT_ONCE // height // _WORDS * _WORDS))
-    return min(height, max(1, AT_ONCE // wide)), wide
+    if not ref.transposed:
+        wide = min(width, AT_ONCE)
+        return min(height, max(1, AT_ONCE // wide)), wide
+    # If groups are listed, the scales of whole rows are read.
+    of_row = _WORDS if ref.groups.index is None else max(_WORDS, _n_groups(ref))
+    high = min(height, max(1, AT_ONCE // of_row))
+    return high, min(width, max(_WORDS, AT_ONCE // high // _WORDS * _WORDS))
 
 
 def _decode(
-    reader: Reader, ref: IntegersRef, index: Indices | None, some: Rectangle, out: Floats32, pitch: int
+    reader: Reader,
+    ref: IntegersRef,
+    index: Indices | None,
+    grids: _Grids,
+    some: Rectangle,
+    out: Floats32,
+    pitch: int,
 ) -> None:
     """Write the values of a rectangle; `pitch` is the distance between its rows in `out`."""
     groups, packed = ref.groups, ref.codes
     extent = (groups.columns, groups.rows) if ref.transposed else (groups.rows, groups.columns)
     lines = some.row // extent[0], (some.end - 1) // extent[0] + 1
-    listed = NONE
     if index is None:
+        listed = NONE
         left, right = some.column // extent[1], (some.last - 1) // extent[1] + 1
     else:
         listed = index[some.column : some.last]
-        left, right = int(listed.min()), int(listed.max()) + 1
-        listed = listed - left
-    part = Rectangle(some.matrix, *lines, left, right)
+        left, right = 0, _n_groups(ref)  # the same for all columns, so that it is read once
+    scales, zeros = grids.of(Rectangle(some.matrix, *lines, left, right))
     codes = read_codes(reader, packed, some, transposed=ref.transposed)
-    scales, zeros = _scales(reader, ref, part), _zeros(reader, ref, part)
     flip, offset = _meaning(packed)
     place = some.row, some.column
     scale_integers(
@@ -140,6 +149,27 @@ def _decode(
         out,
         pitch,
     )
+
+
+class _Grids:
+    """Scales and zero points of a part of a tensor; those of the previous part are reused if they are the same."""
+
+    def __init__(self, reader: Reader, ref: IntegersRef) -> None:
+        self._reader, self._ref = reader, ref
+        self._known: Rectangle | None = None
+        self._found = NO_ZEROS, NO_ZEROS
+
+    def of(self, part: Rectangle) -> tuple[Floats32, Floats32]:
+        """Return the scales and the zero points of a rectangle of groups."""
+        if part != self._known:
+            self._found = _scales(self._reader, self._ref, part), _zeros(self._reader, self._ref, part)
+            self._known = part
+        return self._found
+
+
+def _n_groups(ref: IntegersRef) -> int:
+    """Return the number of groups of a row."""
+    return ref.scales.shape[-2] if ref.transposed else ref.scales.shape[-1]
 
 
 def _meaning(packed: Packed) -> tuple[int, int]:
@@ -160,7 +190,7 @@ def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
     index = raw.view("<i4").astype(np.int64)
     if not ref.transposed and (index == -1).all():
         return None
-    n = ref.scales.shape[-2] if ref.transposed else ref.scales.shape[-1]
+    n = _n_groups(ref)
     if index.min() < 0 or index.max() >= n:
         wrong = int(np.argmax((index < 0) | (index >= n)))
         raise bad(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from streammerge.checkpoint.refs.decoded import DecodedRef
 from streammerge.dtypes import itemsize
-from streammerge.formats.refs import READ_BLOCK, SourceRef, TensorRef
+from streammerge.formats.refs import SourceRef, TensorRef
 
 AT_ONCE = 1 << 17
 """Number of elements that are decoded together."""
@@ -98,14 +98,13 @@ class IntegersRef(DecodedRef):
     @property
     def scratch_bytes(self) -> int:
         """Bytes that reading takes in addition to the values: words, codes, scales, zero points, the index."""
-        columns = max(1, self.shape[-1])
-        scales = AT_ONCE
+        scales = index = 0
         if (
             self.groups.index is not None
         ):  # all scales of a row are read, since its columns may be in any group
-            of_row = self.scales.shape[-2] if self.transposed else self.scales.shape[-1]
-            scales = max(scales, of_row * max(1, READ_BLOCK // columns))
-        index = 0 if self.groups.index is None else 12 * columns
+            scales = self.scales.shape[-2] if self.transposed else self.scales.shape[-1]
+            index = 12 * self.shape[-1]
+        scales = max(AT_ONCE, scales)
         return _TEMPORARY * AT_ONCE + (itemsize(self.scales.dtype) + 12) * scales + index + _ROOM
 
     def extents(self, start: int, stop: int) -> Iterator[tuple[TensorRef, int, int]]:
