@@ -13,7 +13,7 @@ from streammerge.checkpoint.refs.decoded import DecodedRef
 from streammerge.dtypes import itemsize
 from streammerge.formats.refs import SourceRef, TensorRef
 
-AT_ONCE = 1 << 17
+AT_ONCE = 1 << 16
 """Number of elements that are decoded together."""
 _TEMPORARY = 28
 """Temporary bytes per element during decoding: words, values, and group entries by element; fp64 with a divisor."""
