@@ -72,6 +72,7 @@ def open_fisher(reference: str | os.PathLike[str], *, with_table: bool = False) 
         If the machine cannot read it.
     """
     reference = expanded(os.fspath(reference))
+    volumes.forget(reference)
     if reference.endswith(PICKLES):
         raise bad(reference, "a PyTorch file: make a store of it with `streammerge fisher import`")
     if volumes.isdir(reference) and not _holds_safetensors(reference):
@@ -104,6 +105,7 @@ def open_grams(reference: str | os.PathLike[str], *, with_table: bool = False) -
         If the machine cannot read it.
     """
     reference = expanded(os.fspath(reference))
+    volumes.forget(reference)
     if not volumes.isdir(reference):
         raise bad(reference, f"no such store of Gram matrices{meant(reference)}")
     return _open_store(reference, GRAM_ATTRIBUTE, "Gram matrices", with_table)

@@ -239,6 +239,7 @@ def with_adapter(reference: str, base: TensorIndex, place: str, *, cache: Path |
     if base.quantization is not None:
         what = f"{model} is quantised ({base.quantization.format}), and an adapter goes on float weights"
         raise bad(reference, f"{what}: dequantise it first, or name the weights that it was quantised from")
+    volumes.forget(place)
     directory = locate_in(place, cache)
     if volumes.isfile(directory) and volumes.lexists(directory.parent / ADAPTER_CONFIG):
         raise bad(str(directory), "a file of an adapter: give the adapter's directory")

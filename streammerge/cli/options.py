@@ -184,6 +184,22 @@ def _allow_plain_http(ctx: click.Context, param: click.Parameter, value: bool) -
         os.environ[INSECURE] = "1"
 
 
+def _set_connections(ctx: click.Context, param: click.Parameter, value: int | None) -> None:
+    if value is not None:
+        from streammerge.io.object_file import CONNECTIONS
+
+        os.environ[CONNECTIONS] = str(value)
+
+
+connections_option = option(
+    "--connections",
+    type=Whole(1, 256),
+    metavar="N",
+    expose_value=False,
+    callback=_set_connections,
+    group=STORES,
+    help="Requests in flight when reading, of 8 MiB each  [default: 16]",
+)
 insecure_option = option(
     "--insecure-endpoint",
     is_flag=True,
@@ -238,6 +254,7 @@ planning_options = together(
         help="Seed of the random drops  [default: the config's, else 0]",
     ),
     methods_option,
+    connections_option,
     insecure_option,
 )
 

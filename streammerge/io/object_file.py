@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -9,14 +10,16 @@ from functools import cache
 from itertools import islice
 from typing import Any
 
-from streammerge.errors import StreammergeError
+from streammerge.errors import InputError, StreammergeError, printable
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.local_file import shrunk
 from streammerge.io.object_errors import while_merging
 from streammerge.io.object_stores import library, split_url, store_of
 
-CONNECTIONS = 16
-"""Most requests in flight in a process."""
+CONNECTIONS = "STREAMMERGE_CONNECTIONS"
+"""Variable of the environment, set by ``--connections``: most requests in flight in a process."""
+DEFAULT_CONNECTIONS = 16
+MOST_CONNECTIONS = 256
 PIECE = 8 << 20
 """Most bytes of one request: large enough that its latency does not count, small enough that many share a range."""
 _CHUNK = 1 << 20
@@ -25,19 +28,41 @@ _HELD = 3 << 20
 """Bytes that a request in flight holds: a chunk, and what the connection has buffered (measured: 2.1 MiB)."""
 _LIBRARY = 8 << 20
 """Bytes of obstore itself, and of its threads (measured: 5 MiB)."""
-REQUESTS_NBYTES = CONNECTIONS * _HELD + _LIBRARY
-"""Resident memory of all requests in flight, beyond the buffers that they fill."""
 _AHEAD = 1 << 18
 """Bytes fetched by a small read: the header of most files."""
 _BATCH = 256
 """Scattered reads that are submitted together."""
 
-_IN_FLIGHT = threading.BoundedSemaphore(CONNECTIONS)
+
+def connections() -> int:
+    """Return the most requests in flight.
+
+    Raises
+    ------
+    InputError
+        If the environment's number is none.
+    """
+    text = os.environ.get(CONNECTIONS) or str(DEFAULT_CONNECTIONS)
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= MOST_CONNECTIONS):
+        raise InputError(
+            f"{CONNECTIONS} {printable(text, 40)!r}: give a whole number from 1 to {MOST_CONNECTIONS}"
+        )
+    return int(text)
+
+
+def requests_nbytes() -> int:
+    """Return the resident memory of all requests in flight, beyond the buffers that they fill."""
+    return connections() * _HELD + _LIBRARY
 
 
 @cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="requests")
+def _in_flight(most: int) -> threading.BoundedSemaphore:
+    return threading.BoundedSemaphore(most)
+
+
+@cache
+def _threads(most: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(most, thread_name_prefix="requests")
 
 
 class ObjectFile:
@@ -104,7 +129,7 @@ class ObjectFile:
 
     def _together(self, pieces: Iterable[tuple[int, list[memoryview]]]) -> None:
         """Read several pieces at a time; on return no thread writes to them any more, also after a failure."""
-        futures: list[Future[None]] = [_threads().submit(self._fill, *piece) for piece in pieces]
+        futures: list[Future[None]] = [_threads(connections()).submit(self._fill, *piece) for piece in pieces]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
@@ -133,7 +158,7 @@ class ObjectFile:
         options = {"range": (offset, offset + nbytes), "if_match": self._status.e_tag}
         done = 0
         try:
-            with _IN_FLIGHT:
+            with _in_flight(connections()):
                 answer = self._obstore.get(self._store, self._key, options=options)
                 for chunk in answer.stream(min_chunk_size=_CHUNK):
                     done += len(chunk)

@@ -17,7 +17,7 @@ from typing import Any
 
 from streammerge.errors import ModelError, printable
 from streammerge.io.object_errors import explained
-from streammerge.io.object_file import REQUESTS_NBYTES, ObjectFile
+from streammerge.io.object_file import ObjectFile, requests_nbytes
 from streammerge.io.object_stores import library, split_url, store_of
 from streammerge.io.volumes import serves
 
@@ -71,7 +71,10 @@ class _Folder:
 class Objects:
     """See `Volume`."""
 
-    held_nbytes = REQUESTS_NBYTES
+    @property
+    def held_nbytes(self) -> int:
+        """See `Volume`."""
+        return requests_nbytes()
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

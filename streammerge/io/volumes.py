@@ -102,8 +102,9 @@ class Opened(Protocol):
 class Volume(Protocol):
     """The inputs of one scheme. URLs have been checked by `check_url`; missing ones raise FileNotFoundError."""
 
-    held_nbytes: int
-    """Most resident memory that reading from it takes, beyond the buffers that are filled."""
+    @property
+    def held_nbytes(self) -> int:
+        """Most resident memory that reading from it takes, beyond the buffers that are filled."""
 
     def is_folder(self, url: str) -> bool:
         """Return whether anything lies below a URL."""
@@ -227,6 +228,20 @@ def local_path(text: AnyPath, what: str) -> Path:
             f"{printable(os.fspath(text))}: {what} is written to a disk only: name a directory or a file"
         )
     return Path(text)
+
+
+def refuse_url(path: AnyPath, shown: str, who: str) -> None:
+    """Refuse a model in a volume where a library reads its files itself.
+
+    Raises
+    ------
+    ModelError
+        If the path is a URL.
+    """
+    if is_url(path):
+        raise ModelError(
+            f"{printable(shown)}: {who} reads this model's files from a disk only: copy it to a directory"
+        )
 
 
 def lexists(path: AnyPath) -> bool:

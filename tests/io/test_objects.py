@@ -11,12 +11,13 @@ import pytest
 
 obstore = pytest.importorskip("obstore")
 
+from streammerge.api import plan  # noqa: E402
 from streammerge.checkpoint.index import open_model  # noqa: E402
 from streammerge.errors import InputError, ModelError, StreammergeError, WorldError  # noqa: E402
 from streammerge.io import object_file, object_stores, volumes  # noqa: E402
 from streammerge.io.object_errors import explained  # noqa: E402
 from streammerge.io.reader import Reader  # noqa: E402
-from tests.conftest import write_models  # noqa: E402
+from tests.conftest import config_for, write_models  # noqa: E402
 
 
 @pytest.fixture
@@ -194,3 +195,23 @@ def test_a_store_without_etags_is_refused(bucket: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(obstore, "head", lambda *args: {**real(*args), "e_tag": None})
     with pytest.raises(ModelError, match="gives no ETag"):
         open_model("s3://b/m/model.safetensors")
+
+
+def test_the_number_of_connections_is_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = object_file.requests_nbytes()
+    monkeypatch.setenv(object_file.CONNECTIONS, "64")
+    assert object_file.requests_nbytes() == some + 48 * (3 << 20)
+    for wrong in ("0", "257", "-1", "many", "1e3"):
+        monkeypatch.setenv(object_file.CONNECTIONS, wrong)
+        with pytest.raises(InputError, match="whole number from 1 to 256"):
+            object_file.connections()
+
+
+def test_a_store_counts_in_the_memory_of_a_plan(bucket: Any, tmp_path: Path) -> None:
+    paths = put_models(bucket, tmp_path, 2)
+    local = config_for("linear", paths)
+    there = {**local, "models": [{"model": f"s3://b/models/m{i}"} for i in (1, 2)]}
+    here, far, out = plan(local), plan(there), plan(local, out="s3://b/out")
+    assert far.budget.reserve - here.budget.reserve == object_file.requests_nbytes()
+    assert out.budget.reserve > here.budget.reserve + (50 << 20)
+    assert out.streamed

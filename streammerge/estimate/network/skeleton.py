@@ -14,6 +14,7 @@ from torch import nn
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import InputError, ModelError, printable
+from streammerge.io.volumes import refuse_url
 
 CAUSAL, CLASSIFIER = "causal language model", "sequence classifier"
 _ENDS = {"ForCausalLM": CAUSAL, "LMHeadModel": CAUSAL, "ForSequenceClassification": CLASSIFIER}
@@ -101,6 +102,7 @@ def _kind_of(index: TensorIndex) -> tuple[str, str]:
 
 
 def _build(index: TensorIndex, kind: str, architecture: str) -> Any:
+    refuse_url(index.directory, index.reference, "transformers")
     try:
         import transformers
     except ImportError as error:

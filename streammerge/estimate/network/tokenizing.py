@@ -8,6 +8,7 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import InputError, printable
 from streammerge.estimate.network.examples import Reading, Tokenize
 from streammerge.estimate.network.skeleton import CAUSAL, CURE, Skeleton
+from streammerge.io.volumes import refuse_url
 
 
 def reading_for(
@@ -37,6 +38,7 @@ def load_tokenizer(index: TensorIndex, cure: str) -> Any:
     InputError
         If there is no transformers, or it cannot load the tokenizer.
     """
+    refuse_url(index.directory, index.reference, "transformers")
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
