@@ -28,7 +28,7 @@ from streammerge.output.check import Recomputed
 from streammerge.output.identity import identify
 from streammerge.output.journal import Progress
 from streammerge.output.place import place_of
-from streammerge.planning.low_rank.adapter import PREFIX, AdapterPlan
+from streammerge.planning.low_rank.adapter import PREFIX, FactoredModule
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import Piece
 from streammerge.tensors.encoders.base import Stored
@@ -94,8 +94,9 @@ def _problems(
 ) -> Iterator[str]:
     """Yield a line for each tensor of the adapter that differs from the draft."""
     assert plan.adapter is not None
+    factored = {module.job: module for module in plan.adapter.factored}
     for piece in chosen:
-        for stored, offset in _tensors(plan, plan.adapter, piece, draft, refs):
+        for stored, offset in _tensors(plan, factored.get(piece.job), piece, draft, refs):
             ref = refs.get(stored.name)
             shown = f"{ADAPTER_WEIGHTS}: tensor {printable(stored.name)}"
             if ref is None or (ref.dtype, ref.shape) != (stored.dtype, stored.shape):
@@ -106,18 +107,19 @@ def _problems(
 
 
 def _tensors(
-    plan: MergePlan, adapter: AdapterPlan, piece: Piece, draft: _Draft, refs: Mapping[str, TensorRef]
+    plan: MergePlan, module: FactoredModule | None, piece: Piece, draft: _Draft, refs: Mapping[str, TensorRef]
 ) -> Iterator[tuple[Stored, int]]:
     """Yield the tensors of the adapter that come from one piece, with their offsets in the draft."""
     job, slots = plan.jobs[piece.job], plan.layout.slots[piece.job]
-    for module in adapter.factored:
-        if module.job == piece.job:
-            (rank,) = np.frombuffer(draft.read(slots[2].offset + 8 * RANK, 8), np.float64)
-            for (name, shape), slot in zip(module.factors(int(rank)), slots, strict=False):
-                if rank:
-                    yield Stored(name, job.parts[0].dtype, shape), slot.offset
+    if module is not None:
+        (rank,) = np.frombuffer(draft.read(slots[2].offset + 8 * RANK, 8), np.float64)
+        for (name, shape), slot in zip(module.factors(int(rank)), slots, strict=False):
+            if rank:
+                yield Stored(name, job.parts[0].dtype, shape), slot.offset
+        return
+    assert plan.adapter is not None
     if piece.stop - piece.start == job.n_elements:
-        for tensor in (one for module in adapter.saved for one in module.tensors):
+        for tensor in (one for saved in plan.adapter.saved for one in saved.tensors):
             if tensor.job == piece.job and PREFIX + tensor.name in refs:  # others are those of the base
                 yield Stored(PREFIX + tensor.name, job.dtype, job.shape), slots[0].offset
 

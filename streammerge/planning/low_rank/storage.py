@@ -83,6 +83,9 @@ class _Choice:
         )
         self._written: list[Job] = []
         self._named = namer(settings, jobs)
+        self._tied = flag_of(settings) is not False and not any(map(is_head, jobs))
+        """Whether the head is the embedding."""
+        self._known: dict[str, bool] = {}
 
     def storage(self) -> Storage:
         kinds = {name: self._kind(name) for name in self._jobs}
@@ -131,28 +134,34 @@ class _Choice:
     def _kind(self, name: str) -> Kind:
         """Return what becomes of a tensor; one that the base has not is stored whole."""
         kind = self._sorter.kind(name)
-        if (
-            kind == "whole"
-            and not self._is_tied()
-            and (of_table := self._sorter.kind_of_table(name)) is not None
-        ):
+        of_table = self._sorter.kind_of_table(name) if kind == "whole" and not self._tied else None
+        if of_table is not None:
             base = self._bases[name]
             if base is not None and isinstance(
                 sum_of_products(self._jobs[name], base, self._material), SumOfProductsRef
             ):
                 return of_table
         if kind in FACTORED and self._bases[name] is None:
-            if not (is_head(name) or is_embedding(name) or self._finder.find(self._reference, name) is None):
-                theirs = self._finder.find(self._reference, name)
-                assert theirs is not None
-                raise ModelError(
-                    f"{printable(self._reference)}: tensor {printable(name)} is {list(theirs.shape)} there, "
-                    f"{list(self._jobs[name].shape)} in the result: this is not its base"
-                )
+            self._check_foreign(name)
             return "whole"
         if kind == "bias" and self._kind(f"{name.removesuffix('.bias')}.weight") not in FACTORED:
             return "whole"
         return kind
+
+    def _check_foreign(self, name: str) -> None:
+        """Refuse a base that lacks a matrix, or has it in another shape, unless it is an embedding, a head or outside the layers."""
+        theirs = self._finder.find(self._reference, name)
+        if (
+            is_head(name)
+            or is_embedding(name)
+            or (theirs is None and not any(map(str.isdigit, name.split("."))))
+        ):
+            return
+        there = "is missing" if theirs is None else f"is {list(theirs.shape)}"
+        raise ModelError(
+            f"{printable(self._reference)}: tensor {printable(name)} {there} there, {list(self._jobs[name].shape)} in the "
+            "result: this is not its base"
+        )
 
     def _refuse(self, kinds: Mapping[str, Kind]) -> None:
         """Refuse tensors that no adapter can change, if the merge changes them."""
@@ -177,6 +186,11 @@ class _Choice:
 
     def _is_the_base(self, name: str) -> bool:
         """Return whether a tensor is that of the base, since every model has it from there."""
+        if name not in self._known:
+            self._known[name] = self._find_whether_base(name)
+        return self._known[name]
+
+    def _find_whether_base(self, name: str) -> bool:
         job, base = self._jobs[name], self._bases[name]
         if base is None or not all(is_same(ref, base) for ref in job.sources):
             return False
@@ -188,7 +202,7 @@ class _Choice:
         job, base = self._jobs[name], self._bases[name]
         assert base is not None
         change = self._change(job, base)
-        if self._asked.embeddings and (is_embedding(name) or is_head(name)) and self._is_tied():
+        if self._asked.embeddings and (is_embedding(name) or is_head(name)) and self._tied:
             raise ModelError(
                 f"{printable(self._reference)}: embedding and head share their weights, which two adapters would change "
                 "twice: leave `embeddings` (--embeddings) out, so that they are stored whole"
@@ -247,7 +261,7 @@ class _Choice:
             if not all(map(self._is_the_base, names)):
                 tensors = [self._tensor(name, name.rpartition(".")[2]) for name in names]
                 modules[self._named(module)] = tensors
-        modules |= self._tied(modules)
+        modules |= self._sharing(modules)
         return [SavedModule(name, tuple(tensors)) for name, tensors in modules.items()]
 
     def _biases(self, kinds: Mapping[str, Kind]) -> tuple[SavedTensor, ...]:
@@ -261,12 +275,7 @@ class _Choice:
         module = name.rpartition(".")[0]
         return SavedTensor(f"{self._named(module)}.{leaf}", job, self._bases[name])
 
-    def _is_tied(self) -> bool:
-        """Return whether the head is the embedding."""
-        template = self._material.template
-        return flag_of(template.config) is not False and not any(map(is_head, self._jobs))
-
-    def _tied(self, modules: Mapping[str, Sequence[SavedTensor]]) -> dict[str, list[SavedTensor]]:
+    def _sharing(self, modules: Mapping[str, Sequence[SavedTensor]]) -> dict[str, list[SavedTensor]]:
         """Return the modules that share a stored embedding: PEFT stores each as a module of its own."""
         embedding = embedding_of(self._jobs)
         names = {name for name in self._jobs if is_embedding(name) or name == embedding}
@@ -274,7 +283,7 @@ class _Choice:
         found = [(name, own) for name, own in modules.items() if name in tables and len(own) == 1]
         others: list[str] = []
         settings = self._material.template.config
-        if len(found) == 1 and self._is_tied() and architecture_of(settings).endswith(_WITH_HEAD):
+        if len(found) == 1 and self._tied and architecture_of(settings).endswith(_WITH_HEAD):
             others.append("lm_head")
         for name, _ in found:
             if name.rpartition(".")[2] == "shared":

@@ -20,7 +20,7 @@ from streammerge.api import extract_lora, merge, verify
 from streammerge.cli.entry import cli
 from streammerge.config.lora import extraction
 from streammerge.errors import InputError, OutputError, WorldError
-from streammerge.testing.models import output_bytes, write_models
+from streammerge.testing.models import output_bytes, write_model, write_models
 from tests.conftest import use_capacity
 
 SHAPES = {
@@ -237,6 +237,23 @@ def test_what_makes_no_adapter_is_refused(models: list[Path], tmp_path: Path, ch
     text = json.dumps({**extracted(models, rank=5), **change}).replace("{base}", str(models[0]))
     with pytest.raises(InputError, match=what):
         merge(json.loads(text), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("shape", [None, (90, 41)])
+def test_another_models_base_is_refused(
+    models: list[Path], tmp_path: Path, shape: tuple[int, int] | None
+) -> None:
+    tensors = load_file(models[0] / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    del tensors[name]
+    other = write_model(
+        tmp_path / "other", tensors if shape is None else {**tensors, name: torch.zeros(shape)}
+    )
+    with pytest.raises(
+        InputError, match=r"up_proj\.weight is (missing|\[90, 41\]) there, \[90, 40\] in the result"
+    ):
+        merge(extracted([other, models[1]], rank=5), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
 
