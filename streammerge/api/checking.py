@@ -12,9 +12,10 @@ from streammerge.api.feedback import OnEvent, controlled
 from streammerge.api.gates import supply_gates
 from streammerge.engine.recompute import check_contents, check_made_from, recompute
 from streammerge.engine.recompute_adapter import recompute_adapter
+from streammerge.engine.shared_verify import verify_together
 from streammerge.errors import InputError
 from streammerge.events import Control, Event
-from streammerge.io.volumes import as_path
+from streammerge.io.volumes import as_path, local_path
 from streammerge.output.check import Verdict, manifest_of
 from streammerge.output.check import verify as verify_files
 
@@ -30,6 +31,7 @@ def verify(
     seed: int = 0,
     memory: str | int | None = None,
     methods: str | os.PathLike[str] | None = None,
+    join: bool = False,
     progress: bool = True,
     on_event: OnEvent | None = None,
 ) -> Verdict:
@@ -50,6 +52,9 @@ def verify(
         Bound of the process's peak resident memory during recomputation; default: half of what is free.
     methods
         A Python file with methods of your own.
+    join
+        Share the reading with other processes that make the same call, on any hosts that see `out`; each returns the whole
+        verdict.
     progress
         Whether to show progress on stderr.
     on_event
@@ -72,6 +77,12 @@ def verify(
     ()
     """
     with controlled(on_event, progress, "verifying") as control:
+        if join:
+            if against is not None:
+                raise InputError("--join shares out the reading of OUT; it does not go with --against")
+            return verify_together(
+                local_path(out, "verify --join"), lambda n: control.emit(Event("verify", {"bytes_read": n}))
+            )
         return _verify(
             as_path(out),
             against,

@@ -147,6 +147,8 @@ def merge(
         overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs=hash_inputs, join=join
     )
 
+    if join:
+        local_path(out, "a merge with --join")
     if report is not None:
         check_report("report", Path(report), local_path(out, "a merge with a report"))
 

@@ -29,6 +29,7 @@ from streammerge.cli.options import (
     path,
     planning_options,
     quiet_option,
+    sharing_options,
     writing_options,
 )
 from streammerge.cli.process import BEGAN, leave_on_signals, stop_on_signals
@@ -132,6 +133,7 @@ def run(
         "streammerge plan ties.yml                      what it reads, writes and needs",
         "streammerge plan ties.yml /data/merged         and whether that disk has room for it",
         "streammerge plan ties.yml --memory 2GiB        with so much memory",
+        "streammerge plan ties.yml --workers 8 --rate 2GB/s   shared by eight processes",
     ),
 )
 @click.argument("config", type=path())
@@ -145,6 +147,7 @@ def run(
     group=MESSAGES,
     help="Print the whole plan, tensor by tensor, as JSON.",
 )
+@sharing_options
 def plan(config: str, out: str | None, as_json: bool, **options: Any) -> None:
     """Show what `merge CONFIG OUT` would do, from the models' headers alone. Nothing is written.
 
@@ -153,19 +156,44 @@ def plan(config: str, out: str | None, as_json: bool, **options: Any) -> None:
     show_plan(config, out, as_json=as_json, **options)
 
 
-def show_plan(config: Any, out: str | None, *, as_json: bool, **options: Any) -> None:
-    """Print the plan of a config, which is a path or a mapping; `options` are those of `streammerge.plan`."""
+def show_plan(
+    config: Any,
+    out: str | None,
+    *,
+    as_json: bool,
+    workers: int | None = None,
+    rate: int | None = None,
+    store_rate: int | None = None,
+    **options: Any,
+) -> None:
+    """Print the plan of a config, which is a path or a mapping.
+
+    Parameters
+    ----------
+    workers, rate, store_rate
+        Processes that share the merge, and the bandwidth of each and of the store; see `share_out`.
+    options
+        Those of `streammerge.plan`.
+    """
+    if workers is None and (rate is not None or store_rate is not None):
+        raise click.UsageError("--rate and --store-rate go with --workers N")
     from streammerge.api import plan as decide
     from streammerge.engine.precheck import check_beforehand
     from streammerge.io.volumes import as_path
     from streammerge.planning.description import describe, tensor_values
+    from streammerge.planning.share_out import share_out
     from streammerge.report.plan import advice, plan_text
+    from streammerge.report.shares import shares_text, shares_values
     from streammerge.report.stages import stage_values
 
     decided = decide(config, out=out, **options)
     check_beforehand(decided, None if out is None else as_path(out))
     values = describe(decided) | advice(decided, out)
+    if workers is not None:
+        shares = share_out(decided, workers, rate, store_rate)
+        values |= {"shared": shares_values(shares), "shared_text": shares_text(shares)}
     if as_json:
+        values.pop("shared_text", None)
         stages = {"stages": stage_values(decided)} if decided.stages else {}
         told = {**values, **stages, "tensor_plan": tensor_values(decided)}
         click.echo(json.dumps(told, ensure_ascii=False))
@@ -197,6 +225,11 @@ def show_plan(config: Any, out: str | None, *, as_json: bool, **options: Any) ->
 @option("--seed", type=Whole(0, MOST_SEED), metavar="N", help="Seed of the sample's choice  [default: 0]")
 @memory_option
 @methods_option
+@option(
+    "--join",
+    is_flag=True,
+    help="Share the reading with all processes that run the same command, on any hosts that see OUT.",
+)
 @option("--json", "as_json", is_flag=True, group=MESSAGES, help="Print the result as JSON.")
 @insecure_option
 def verify(
@@ -206,7 +239,10 @@ def verify(
 
     With --against CONFIG, a random sample is also recomputed by the plain formulas and compared bit by bit.
     """
+    join = options.pop("join")
     given = {"sample": sample, **options}
+    if join and against is not None:
+        raise click.UsageError("--join does not go with --against")
     if against is None and (everything or any(value is not None for value in given.values())):
         raise click.UsageError("--sample, --all, --seed, --memory and --methods go with --against CONFIG")
     if everything and sample is not None:
@@ -225,6 +261,7 @@ def verify(
         seed=options["seed"] or 0,
         memory=options["memory"],
         methods=options["methods"],
+        join=join,
         on_event=LineReporter(quiet=as_json),
     )
     click.echo(json.dumps(verdict_values(verdict)) if as_json else wrapped(verdict_text(out, verdict)))

@@ -267,6 +267,50 @@ max_reads_option = option(
     group=MEMORY_AND_SPEED,
     help="Of a config with stages: read at most N times the bytes of its inputs.",
 )
+
+
+class Rate(click.ParamType):
+    """A bandwidth: a size, with or without ``/s``."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return bytes per second."""
+        if isinstance(value, int):
+            return value
+        try:
+            rate = parse_size(str(value).removesuffix("/s"))
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+        if rate < 1:
+            self.fail("at least one byte a second", param, ctx)
+        return rate
+
+
+sharing_options = together(
+    option(
+        "--workers",
+        type=Whole(1, 10_000),
+        metavar="N",
+        group=MEMORY_AND_SPEED,
+        help="Show how N processes share the merge: shards, idle time, what bounds it.",
+    ),
+    option(
+        "--rate",
+        type=Rate(),
+        metavar="SIZE/s",
+        group=MEMORY_AND_SPEED,
+        help="With --workers: what each process can read and write.",
+    ),
+    option(
+        "--store-rate",
+        type=Rate(),
+        metavar="SIZE/s",
+        group=MEMORY_AND_SPEED,
+        help="With --workers: what the store gives all processes together.",
+    ),
+)
+"""Options of a plan for several processes."""
 join_option = option(
     "--join",
     is_flag=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import click
 
@@ -24,8 +23,9 @@ def status(out: str, as_json: bool) -> None:
 
     Nothing is changed, and nobody is disturbed.
     """
+    from streammerge.io.volumes import local_path
     from streammerge.output.status import status_of
     from streammerge.report.status import status_text, status_values
 
-    found = status_of(Path(out))
+    found = status_of(local_path(out, "status"))
     click.echo(json.dumps(status_values(found)) if as_json else status_text(found))

@@ -161,6 +161,8 @@ class JoinedSession(Session):
         return {**super()._told(), "idle": idle}
 
     def _note_done(self, numbers: set[int]) -> None:
+        for line in self.taken_over():
+            self._control.warn(line)
         with self._lock:
             self._elsewhere = numbers - self._done.keys() - self._own.finished
 

@@ -25,10 +25,11 @@ from streammerge.io.strict_json import read_object
 from streammerge.numerics.crc32 import combine_all
 from streammerge.output.edits import find_edits
 from streammerge.output.manifest import load_manifest
-from streammerge.output.place import STATE, Place, place_of
+from streammerge.output.place import STATE, VERIFYING, Place, place_of
 from streammerge.output.readback import Found, Part, read_back
 from streammerge.planning.layout import folder_of, is_shard
 
+Read = Callable[[Mapping[str, Sequence[Part]], Callable[[int], None]], Mapping[str, list[Found]]]
 _LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)
 """Endings of file names that a loader may take for the model, or that a merge leaves unfinished."""
 
@@ -83,9 +84,12 @@ def verify(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> V
 
 
 def check_files(
-    place: Place, manifest: Mapping[str, Any], on_tick: Callable[[int], None] = lambda nbytes: None
+    place: Place,
+    manifest: Mapping[str, Any],
+    on_tick: Callable[[int], None] = lambda nbytes: None,
+    read: Read | None = None,
 ) -> Verdict:
-    """Do the same as `verify` with a manifest that was checked."""
+    """Do the same as `verify` with a manifest that was checked; `read` reads the files in place of `read_back`."""
     out = place.folder
     edits = find_edits(out, manifest["files"])
     examined = [
@@ -94,7 +98,7 @@ def check_files(
         if name not in edits
     ]
     readable = {str(out / one.name): one.parts for one in examined if one.parts}
-    found = read_back(readable, on_tick)
+    found = (read or read_back)(readable, on_tick)
     problems = {
         one.name: [*one.problems] or _compare(one, found.get(str(out / one.name), []), manifest, place)
         for one in examined
@@ -292,7 +296,9 @@ def _beside(place: Place, manifest: Mapping[str, Any]) -> tuple[list[str], tuple
             if volumes.isdir(out / folder)
             for entry in _names(out, folder)
         ]
-    names = sorted(name for name in found if name not in known and name not in folders and name != STATE)
+    names = sorted(
+        name for name in found if name not in known and name not in folders and name not in (STATE, VERIFYING)
+    )
     loadable = [
         name
         for name in names

@@ -27,6 +27,8 @@ STATE = ".streammerge"
 JOURNAL = "journal.jsonl"
 WORKERS = "workers"
 """Name of the directory of signs of life in that of the journal."""
+VERIFYING = ".streammerge-verify"
+"""Name of the directory that processes share while they verify an output."""
 _RUN = re.compile(r"[0-9a-f]{16}", re.ASCII)
 MANIFEST = "streammerge.json"
 CONFIG_COPY = "streammerge_config.yml"

@@ -49,7 +49,7 @@ class SharedLedger:
     """
 
     def __init__(self, volume: Volume, run: str, worker: str) -> None:
-        self._volume, self.run, self._worker = volume, run, worker
+        self._volume, self.run, self.worker = volume, run, worker
         self._held: set[str] = set()
         self.taken_over: list[tuple[str, str]] = []
         """Units taken over from processes that gave no sign of life, each with the process's token."""
@@ -77,12 +77,12 @@ class SharedLedger:
             If the run has ended.
         """
         name = f"{self.run}/{unit}{CLAIM}"
-        if not self._volume.create(name, self._worker.encode()):
+        if not self._volume.create(name, self.worker.encode()):
             owner = (self._volume.read(name) or b"").decode("ascii", "replace")
-            if owner != self._worker:
+            if owner != self.worker:
                 if self._is_at_it(owner, name):
                     return False
-                self._volume.put(name, self._worker.encode(), durable=False)
+                self._volume.put(name, self.worker.encode(), durable=False)
                 self.taken_over.append((unit, owner))
         self._held.add(unit)
         return True
@@ -137,7 +137,7 @@ class SharedLedger:
 
     def fail(self, kind: str, message: str) -> None:
         """Tell all processes that the work cannot be done."""
-        value = {"kind": kind, "message": message, "worker": self._worker}
+        value = {"kind": kind, "message": message, "worker": self.worker}
         self._volume.put(f"{self.run}/{_FAILED}", line_of(value))
 
     def failure(self) -> tuple[str, str] | None:
@@ -148,7 +148,7 @@ class SharedLedger:
     def forget_failure(self) -> None:
         """Remove a failure that stopped all processes of an earlier attempt; while one is alive it stays."""
         signs = signs_of(self._volume)
-        if not any(sign.is_fresh and sign.run == self.run and sign.worker != self._worker for sign in signs):
+        if not any(sign.is_fresh and sign.run == self.run and sign.worker != self.worker for sign in signs):
             self._volume.remove(f"{self.run}/{_FAILED}")
 
     def _units(self, ending: str) -> set[str]:

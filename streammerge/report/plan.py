@@ -91,6 +91,8 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
         f"time      about {format_seconds(values['seconds_estimate'], coarse=True)} if the disk reads and writes "
         f"{format_size(values['bytes_per_second_assumed'])}/s together",
     ]
+    if "shared_text" in values:
+        lines.append(f"shared    {values['shared_text']}")
     if values["out_holds"] is not None:
         lines.append(f"out       {printable(out)} {_HOLDS[values['out_holds']]}")
     lines += [f"warning: {warning}" for warning in (*values["warnings"], *values["advice"])]

@@ -18,7 +18,7 @@ from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread may be forked
 
-import streammerge.api  # noqa: F401
+import streammerge.api
 from streammerge.backends.cpu.compile import compile_kernels
 from streammerge.engine import joined_session, scheduler
 from streammerge.engine.joined_session import JoinedSession
@@ -33,7 +33,7 @@ from streammerge.output.shards import ShardWriter
 from streammerge.output.shared_ledger import SharedLedger
 from streammerge.planning.memory import budget
 from tests.fixed_budget import Fixed
-from tests.laws.joined.scene import LATE, SHAPES, STALE, Scene, at_call, die, sleep, wait_stopped
+from tests.laws.joined.scene import LATE, SHAPES, STALE, Scene, at_call, die, quietly, sleep, wait_stopped
 from tests.laws.resume.forks import contents, fork, wait
 
 SCENES: dict[str, Callable[[Maker], None]] = {}
@@ -219,6 +219,37 @@ def other_merges(of: Maker) -> None:
 
 
 @scene
+def verification(of: Maker) -> None:
+    """Processes that read an output together give the verdict of one, of a damaged one too, and leave nothing."""
+    one = of(*DARE)
+    assert wait(one.start(join=False)) == 0
+    before = contents(one.out)
+
+    def verdict(name: str, join: bool, after: Callable[[], object] = lambda: None) -> int:
+        def action() -> None:
+            after()
+            found = streammerge.api.verify(one.out, join=join, on_event=quietly)
+            one.told(name).write_text(json.dumps([found.files, found.nbytes, found.problems, found.others]))
+
+        return fork(action)
+
+    for damaged in (False, True):
+        if damaged:
+            path = sorted(one.out.glob("*.safetensors"))[1]
+            path.write_bytes(path.read_bytes()[:-2] + b"\1\2")
+        numbers = [verdict("alone", False)]
+        # One that dies in the middle leaves what nobody believes.
+        assert wait(verdict("dead", True, at_call(SharedLedger, "record", 3, die))) == -signal.SIGKILL
+        time.sleep(LATE)
+        numbers += [verdict(str(i), True) for i in range(2)]
+        assert [wait(number) for number in numbers] == [0, 0, 0]
+        said = {one.told(name).read_text() for name in ("alone", "0", "1")}
+        assert len(said) == 1, said
+        assert ("damaged" in said.pop()) == damaged
+    assert contents(one.out).keys() == before.keys()
+
+
+@scene
 def stopped(of: Maker) -> None:
     """A process that is told to stop gives up its claims and leaves no file; the next goes on at once."""
     import threading
@@ -246,21 +277,27 @@ def stopped(of: Maker) -> None:
     one.all_well([one.start()])
 
 
-def command() -> None:
-    """Run the scenes and print how they ended."""
-    work, *names = sys.argv[1:]
+def prepare() -> None:
+    """Set up this process and all its forks, and compile the kernels."""
     os.environ[STALE_SECONDS] = str(STALE)
     scheduler._SYNC_SECONDS = 0.02
     for name in ("fsync", "fdatasync"):
         setattr(os, name, lambda descriptor: None)  # nothing here cuts the power
+    _use(1 << 17)  # so small that the work is cut to pieces
     compile_kernels()
     load_builtin()  # so that no fork does it again
+
+
+def command() -> None:
+    """Run the scenes and print how they ended."""
+    work, *names = sys.argv[1:]
+    prepare()
     ended = {}
     for name in names or SCENES:
         directory = Path(work) / name
         directory.mkdir(parents=True)
         began = time.monotonic()
-        _use(1 << 17)  # so small that the work is cut to pieces
+        _use(1 << 17)
         try:
             SCENES[name](Maker(directory))
             ended[name] = ""

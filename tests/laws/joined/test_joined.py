@@ -24,6 +24,7 @@ SCENES = (
     "failures",
     "alone_and_together",
     "other_merges",
+    "verification",
     "stopped",
 )
 

@@ -1,0 +1,116 @@
+"""`verify --join`: several processes read a finished output, each some files, and all give the same verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from streammerge.engine.sharing import Sharing
+from streammerge.errors import InputError, OutputError, WorldError, printable
+from streammerge.io.durable import world_errors
+from streammerge.numerics.finite import Tally
+from streammerge.output.check import Verdict, check_files, manifest_of
+from streammerge.output.heartbeat import Heartbeat, domain_of, signs_of
+from streammerge.output.journal import remove_small
+from streammerge.output.place import VERIFYING, WORKERS, place_of
+from streammerge.output.readback import Found, Part, read_back
+from streammerge.output.shared_ledger import SharedLedger
+from streammerge.output.volume import Folder, Gone
+
+
+def verify_together(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> Verdict:
+    """Re-read a finished output together with all processes that make the same call; each returns the whole verdict.
+
+    Raises
+    ------
+    StreammergeError
+        As `verify` does; or if OUT cannot hold the working files.
+    """
+    place, manifest = place_of(out), manifest_of(out)
+    if place.file is not None:
+        raise InputError(
+            f"{printable(out)}: --join shares out the files of a directory, and this is one file: leave it out"
+        )
+    run = hashlib.blake2b(place.manifest.read_bytes(), digest_size=8).hexdigest()
+    state = place.folder / VERIFYING
+    moved = [0]
+
+    def tick(nbytes: int) -> None:
+        moved[0] = nbytes
+        on_tick(nbytes)
+
+    with _ledger(state, run, lambda: {"moved": moved[0], "bytes_read": moved[0]}) as ledger:
+        sharing = Sharing(ledger, ledger.worker, threading.Event(), lambda: None)
+        try:
+            return check_files(place, manifest, tick, partial(_read_shared, sharing))
+        except Gone:
+            raise WorldError(
+                f"{printable(state)}: was removed meanwhile; run the same command again"
+            ) from None
+
+
+@contextmanager
+def _ledger(state: Path, run: str, progress: Callable[[], Mapping[str, Any]]) -> Iterator[SharedLedger]:
+    """Lend the ledger of a verification; the last process to leave removes it.
+
+    What processes have left that were killed is worth nothing: the files may have changed since.
+    """
+    volume = Folder(state)
+    with world_errors(state):
+        if not any(sign.is_fresh for sign in signs_of(volume)):
+            _remove(state)
+        for folder in (state, state / WORKERS, state / run):
+            folder.mkdir(exist_ok=True)
+        domain = domain_of(state)
+    heartbeat = Heartbeat(volume, domain, run, progress)
+    ledger = SharedLedger(volume, run, heartbeat.worker)
+    ledger.found({})
+    heartbeat.start()
+    try:
+        yield ledger
+    finally:
+        ledger.release()
+        heartbeat.stop()
+        if not any(sign.is_fresh for sign in signs_of(volume)):
+            with suppress(OSError):
+                _remove(state)
+
+
+def _remove(state: Path) -> None:
+    if state.is_dir() and not state.is_symlink():
+        for entry in list(state.iterdir()):
+            remove_small(entry)
+        remove_small(state)
+
+
+def _read_shared(
+    sharing: Sharing, files: Mapping[str, Sequence[Part]], on_tick: Callable[[int], None]
+) -> dict[str, list[Found]]:
+    """Do what `read_back` does, each file by whichever process is first."""
+    names = {f"read-{i:05d}": path for i, path in enumerate(sorted(files))}
+
+    def work(path: str) -> Mapping[str, Any]:
+        found = read_back({path: files[path]}, on_tick)[path]
+        return {"found": [[one.crc, one.nbytes, one.bad.count, one.bad.first] for one in found]}
+
+    sharing.share({unit: partial(work, path) for unit, path in names.items()})
+    return {path: _found(sharing.value(unit), len(files[path])) for unit, path in names.items()}
+
+
+def _found(value: Mapping[str, Any], count: int) -> list[Found]:
+    try:
+        found = [
+            Found(int(crc), int(n), Tally(int(bad), int(first))) for crc, n, bad, first in value["found"]
+        ]
+    except (KeyError, TypeError, ValueError):
+        found = []
+    if len(found) != count:
+        raise OutputError(
+            f"the records of the shared verification are damaged: remove {VERIFYING} and run again"
+        )
+    return found
