@@ -36,6 +36,8 @@ from streammerge.tensors.adapted import segments
 Indices = NDArray[np.int64]
 _WORDS = 32
 """A number of integers that fills whole words for any number of bits."""
+_NARROWEST = 128
+"""Columns of a step, if there are as many: runs of one scale are long enough for compiled loops."""
 _WORTH_READING = 4
 """A contiguous range is read at once, not line by line, if it is at most this many times the bytes needed."""
 
@@ -106,7 +108,7 @@ def _steps(ref: IntegersRef, height: int, width: int) -> tuple[int, int]:
         wide = min(width, AT_ONCE)
         return min(height, max(1, AT_ONCE // wide)), wide
     # If groups are listed, the scales of whole rows are read.
-    of_row = _WORDS if ref.groups.index is None else max(_WORDS, _n_groups(ref))
+    of_row = _NARROWEST if ref.groups.index is None else max(_NARROWEST, _n_groups(ref))
     high = min(height, max(1, AT_ONCE // of_row))
     return high, min(width, max(_WORDS, AT_ONCE // high // _WORDS * _WORDS))
 
