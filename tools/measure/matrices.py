@@ -133,12 +133,14 @@ def main() -> None:
     parser.add_argument("--memory", default="1GiB")
     parser.add_argument("--methods", nargs="+", default=["iso_c", "tsv_m"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float64"])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--loop", nargs=3, metavar=("METHOD", "DTYPE", "OUT"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     paths = make(given.work, given.layers, given.hidden)
     if given.loop:
         method, dtype, out = given.loop
+        torch.set_num_threads(given.threads)
         loop(method, getattr(torch, dtype), paths, Path(out))
         return
     nbytes = sum((path / "model.safetensors").stat().st_size for path in paths)
@@ -156,10 +158,12 @@ def main() -> None:
                 out = given.work / "out"
                 subprocess.run(["rm", "-rf", str(out)], check=True)
                 command = [sys.executable, "-m", "streammerge", "merge", str(config), str(out)]
-                command += ["--memory", given.memory, "--device", "cpu", "--quiet"]
+                command += ["--memory", given.memory, "--threads", str(given.threads)]
+                command += ["--device", "cpu", "--quiet"]
                 if kind != "streammerge":
                     command = [sys.executable, __file__, "--work", str(given.work)]
-                    command += ["--layers", str(given.layers), "--loop", method, kind, str(out)]
+                    command += ["--layers", str(given.layers), "--hidden", str(given.hidden)]
+                    command += ["--threads", str(given.threads), "--loop", method, kind, str(out)]
                 found[kind].append(measured(command))
         seconds = {kind: statistics.median(one.seconds for one in runs) for kind, runs in found.items()}
         cpu = {kind: statistics.median(one.cpu for one in runs) for kind, runs in found.items()}
