@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from streammerge.api import merge, plan, sweep
 from streammerge.api.sweeping import Sweep
@@ -89,12 +90,12 @@ def without_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, name, lambda descriptor: None)
 
 
-def swept(config: Mapping[str, Any], out: Path, nbytes: int = PLENTY, **options: Any) -> Sweep:
+def swept(config: Mapping[str, Any] | str, out: Path, nbytes: int = PLENTY, **options: Any) -> Sweep:
     with capacity(nbytes, 2):
         return sweep(config, out, **{"on_event": lambda event: None, "device": "cpu", **options})
 
 
-def in_little_memory(config: Mapping[str, Any], out: Path) -> Sweep:
+def in_little_memory(config: Mapping[str, Any] | str, out: Path) -> Sweep:
     """Sweep with the least buffers, a power of two, in which all points can be planned."""
     for bits in range(15, 24):
         try:
@@ -124,6 +125,20 @@ def test_a_point_is_a_merge_in_whatever_format(top: dict[str, str], tmp_path: Pa
     paths = write_models(tmp_path, 2, shapes=shapes)
     config = config_for("ties", paths, sweep={"lambda": [0.5, 1], "density": [0.2, 0.5]}, **top)
     check_points(in_little_memory(config, tmp_path / "out"), tmp_path / "out", tmp_path / "single")
+
+
+def test_the_output_of_stages_is_swept(models: Callable[..., list[Path]], tmp_path: Path) -> None:
+    base, *rest = map(str, models(torch.bfloat16))
+    stage = {"name": "a", "merge_method": "linear", "models": rest[:2], "dtype": "float32"}
+    output = config_for("ties", models(torch.bfloat16), parameters={"density": 0.4})
+    output |= {
+        "base_model": base,
+        "models": ["a", rest[2]],
+        "sweep": {"lambda": [0.5, 1], "density": [0.3, 0.6]},
+    }
+    result = in_little_memory(yaml.safe_dump_all([stage, output]), tmp_path / "out")
+    assert len(result.points) == 4
+    check_points(result, tmp_path / "out", tmp_path / "single")
 
 
 def test_one_read_serves_six_points(models: Callable[..., list[Path]], tmp_path: Path) -> None:
