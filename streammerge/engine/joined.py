@@ -100,7 +100,15 @@ def join(
                 manifest = None if isinstance(error, Stopped | InputError) else ended(place, identity)
                 if manifest is None:
                     raise _told(error, place, session) from error
-                return replace(complete(out, plan, Finished(manifest)), compile_seconds=compiling)
+                return replace(
+                    complete(out, plan, Finished(manifest)),
+                    already_complete=False,  # others have ended it while this process was at work
+                    bytes_read=reader.bytes_read,
+                    bytes_written=session.worker.writer.bytes_written,
+                    bytes_resumed=0,
+                    seconds=time.monotonic() - began,
+                    compile_seconds=compiling,
+                )
             return summary_of(session, reader, outcome, began, compiling)
     finally:
         reader.close()

@@ -31,9 +31,9 @@ from streammerge.output.joining import (
 from streammerge.output.journal import Known, Progress, Receipt
 from streammerge.output.manifest import read_manifest
 from streammerge.output.own_shards import OwnShards, Publisher
-from streammerge.output.place import Place
+from streammerge.output.place import RUN, Place
 from streammerge.output.shards import ShardWriter
-from streammerge.output.shared_ledger import RUN, run_of
+from streammerge.output.shared_ledger import run_of
 from streammerge.output.volume import Folder, Gone
 from streammerge.planning.layout import folder_of
 

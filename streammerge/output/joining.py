@@ -33,9 +33,9 @@ from streammerge.output.journal import (
 )
 from streammerge.output.manifest import read_manifest
 from streammerge.output.own_shards import Written
-from streammerge.output.place import WORKERS, Place, is_run
+from streammerge.output.place import RUN, WORKERS, Place, is_run
 from streammerge.output.presence import taken_by
-from streammerge.output.shared_ledger import RUN, SharedLedger, run_of
+from streammerge.output.shared_ledger import SharedLedger, run_of
 from streammerge.output.volume import Folder, Gone
 
 _ATTEMPTS = 50

@@ -27,6 +27,8 @@ STATE = ".streammerge"
 JOURNAL = "journal.jsonl"
 WORKERS = "workers"
 """Name of the directory of signs of life in that of the journal."""
+RUN = "run.json"
+"""Name of the file that says what a shared run is about, in the directory of the run."""
 VERIFYING = ".streammerge-verify"
 """Name of the directory that processes share while they verify an output."""
 _RUN = re.compile(r"[0-9a-f]{16}", re.ASCII)

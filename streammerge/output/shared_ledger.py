@@ -21,11 +21,10 @@ from typing import Any
 
 from streammerge.output.heartbeat import signs_of, stale_seconds
 from streammerge.output.journal import line_of, parse_line
-from streammerge.output.place import WORKERS
+from streammerge.output.place import RUN, WORKERS
 from streammerge.output.volume import Volume
 
 CLAIM, DONE = ".claim", ".done"
-RUN = "run.json"
 _FAILED = "failed.json"
 
 
