@@ -5,6 +5,7 @@ python -m tests.laws.joined.forks WORKDIR [SCENE...]
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from streammerge.backends.cpu.compile import compile_kernels
 from streammerge.engine import joined_session, scheduler
 from streammerge.engine.joined_session import JoinedSession
 from streammerge.engine.streaming import Streamer
+from streammerge.io import allocate
 from streammerge.methods.catalog import load_builtin
 from streammerge.output import commit as committing
 from streammerge.output import joining
@@ -170,6 +172,41 @@ def failures(of: Maker) -> None:
     assert "layers.1.weight" in said.pop()
     again = one.start(name="again")
     assert wait(again) == 2
+
+
+@scene
+def changed_inputs(of: Maker) -> None:
+    """An input that changes meanwhile stops all; what was made of the old one is not gone on with."""
+    one = of(*DARE)
+    path = one.directory / "m1" / "model.safetensors"
+    before = path.stat()
+
+    def touch() -> None:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+
+    assert wait(one.start(at_call(joined_session, "confirm", 1, touch))) == 1
+    assert "changed" in one.told("worker").read_text()
+    assert wait(one.start(name="other")) == 2
+    assert "with a different version of the files of" in one.told("other").read_text()
+    assert not list(one.out.glob("*.safetensors"))
+
+
+@scene
+def full_disk(of: Maker) -> None:
+    """A process that finds no room ends with 1 and gives up its shard; the others finish."""
+    one = of(*DARE)
+
+    def no_room() -> None:
+        def refuse(descriptor: int, nbytes: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        allocate.fallocate = refuse
+
+    assert wait(one.start(no_room, "full")) == 1
+    assert "free some space and run the same command again" in one.told("full").read_text()
+    assert not list(one.out.glob("*.partial"))
+    assert not list((one.out / STATE).rglob("*.claim"))
+    one.all_well([one.start()])
 
 
 @scene

@@ -22,6 +22,8 @@ SCENES = (
     "kills_in_the_passes",
     "zombies",
     "failures",
+    "changed_inputs",
+    "full_disk",
     "alone_and_together",
     "other_merges",
     "verification",
