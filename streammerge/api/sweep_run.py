@@ -205,6 +205,11 @@ class SweepRun:
         WorldError
             With both numbers.
         """
+        if all(
+            (row.removed and row.score is not None) or (self._out / name / MANIFEST).exists()
+            for name, row in record.rows.items()
+        ):
+            return  # nothing is left to merge
         held = [name for name in record.rows if os.path.lexists(self._out / name)]
         allocated = sum(self._allocated(name) for name in held)
         needed = self.room.least * self.room.nbytes - allocated

@@ -167,6 +167,10 @@ def test_a_full_disk_is_refused_before_the_first_byte(
     ):
         swept(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    swept(config, tmp_path / "out", score=BY_LAMBDA, keep="best")
+    monkeypatch.setattr(SweepRun, "_free", lambda self: 0)
+    assert swept(config, tmp_path / "out", score=BY_LAMBDA, keep="best").best == "lambda=0.2"
 
 
 # --- interruptions
