@@ -70,10 +70,8 @@ def run_chunk(
             job = worker.plan.jobs[piece.job]
             receipts += _way_of(job)(worker, job, piece, buffer)
             if piece.stop - piece.start == job.n_elements:
-                for output in worker.outputs:
-                    output.answers.pop(
-                        job.ordinal, None
-                    )  # freed early: thousands of tensors may share a chunk
+                for output in worker.outputs:  # freed early: thousands of tensors may share a chunk
+                    output.answers.pop(job.ordinal, None)
     return receipts
 
 

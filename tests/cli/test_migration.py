@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge, plan
 from streammerge.cli import merge as merge_command
+from streammerge.cli.extracting import extract_lora
 from streammerge.errors import ConfigError, InputError
 from streammerge.report.card import model_card
 from tests.cli.running import Cli, assert_refused, write_config
@@ -145,7 +146,13 @@ def test_the_cache_of_models_may_be_named(
 def test_every_option_in_the_guide_is_one_of_the_command(cli: Cli) -> None:
     guide = (Path(__file__).parents[2] / "docs" / "use" / "from-mergekit.md").read_text()
     named = set(re.findall(r"`(--?[a-z][a-z-]*)`", guide))
-    known = {name for option in merge_command.params for name in (*option.opts, *option.secondary_opts)}
+    options = [*merge_command.params, *extract_lora.params]
+    known = {name for option in options for name in (*option.opts, *option.secondary_opts)}
+    known |= {
+        "--embed-lora",
+        "--save-module",
+        "--skip-undecomposable",
+    }  # mergekit's, which the guide translates
     assert len(named) > 25
     assert named <= known
 
