@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from streammerge.algebra.block import Applied, BlockMath, Counts, Operand
+from streammerge.algebra.competition import Size
 from streammerge.algebra.rules import BalancedMerge, ConsensusMerge, LargestAgreeing
 from streammerge.backends.cpu.memory import BlockMemory
 from streammerge.backends.cpu.registry import OUT, VECTORS, applies, example
@@ -49,3 +50,4 @@ def _voted(
 @example("votes")
 def _votes(math: BlockMath) -> None:
     math.apply(LargestAgreeing(VECTORS), OUT)
+    math.count_keys(Size(VECTORS[0]), 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
