@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -21,6 +23,9 @@ from streammerge.output.place import VERIFYING, WORKERS, place_of
 from streammerge.output.readback import Found, Part, read_back
 from streammerge.output.shared_ledger import SharedLedger
 from streammerge.output.volume import Folder, Gone
+
+_ATTEMPTS = 10
+"""Times that a process begins anew after its working files were removed."""
 
 
 def verify_together(out: Path, on_tick: Callable[[int], None] = lambda nbytes: None) -> Verdict:
@@ -44,14 +49,16 @@ def verify_together(out: Path, on_tick: Callable[[int], None] = lambda nbytes: N
         moved[0] = nbytes
         on_tick(nbytes)
 
-    with _ledger(state, run, lambda: {"moved": moved[0], "bytes_read": moved[0]}) as ledger:
-        sharing = Sharing(ledger, ledger.worker, threading.Event(), lambda: None)
-        try:
+    for attempt in range(_ATTEMPTS):
+        time.sleep(attempt * random.random() / 10)
+        # A process that begins while the last one leaves, or another begins, may have its directory removed.
+        with (
+            suppress(Gone),
+            _ledger(state, run, lambda: {"moved": moved[0], "bytes_read": moved[0]}) as ledger,
+        ):
+            sharing = Sharing(ledger, ledger.worker, threading.Event(), lambda: None)
             return check_files(place, manifest, tick, partial(_read_shared, sharing))
-        except Gone:
-            raise WorldError(
-                f"{printable(state)}: was removed meanwhile; run the same command again"
-            ) from None
+    raise WorldError(f"{printable(state)}: was removed again and again; run the same command again")
 
 
 @contextmanager
@@ -63,10 +70,14 @@ def _ledger(state: Path, run: str, progress: Callable[[], Mapping[str, Any]]) ->
     volume = Folder(state)
     with world_errors(state):
         if not any(sign.is_fresh for sign in signs_of(volume)):
-            _remove(state)
-        for folder in (state, state / WORKERS, state / run):
-            folder.mkdir(exist_ok=True)
-        domain = domain_of(state)
+            with suppress(OSError):  # another process does the same
+                _remove(state)
+        try:
+            for folder in (state, state / WORKERS, state / run):
+                folder.mkdir(exist_ok=True)
+            domain = domain_of(state)
+        except FileNotFoundError:
+            raise Gone(str(state)) from None
     heartbeat = Heartbeat(volume, domain, run, progress)
     ledger = SharedLedger(volume, run, heartbeat.worker)
     ledger.found({})
