@@ -97,6 +97,7 @@ def execute(
     compiling = compile_first(plan, control)
     began = time.monotonic()
     reader = open_reader(plan, options.io, tolerant=options.nonfinite == "warn")
+    reader.stop = control.stop
     try:
         identity = identify(plan, reader)
         check_loose(plan, reader)

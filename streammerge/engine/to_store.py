@@ -39,6 +39,7 @@ def merge_to_store(
     compiling = compile_first(plan, control)
     began = time.monotonic()
     reader = open_reader(plan, options.io, tolerant=options.nonfinite == "warn")
+    reader.stop = control.stop
     try:
         identity = identify(plan, reader)
         if not options.overwrite and (finished := find_finished_objects(place, identity, present)):

@@ -135,6 +135,17 @@ def explained(url: str, error: Exception) -> StreammergeError | FileNotFoundErro
     return WorldError(f"{printable(url)}: the store gave an error ({answer.shown}): {AGAIN}")
 
 
+def is_passing(error: Exception) -> bool:
+    """Return whether a request may succeed later: the store is away, overloaded, or failed by itself."""
+    text = str(error)
+    status = _STATUS.search(text)
+    if status is not None:
+        return int(status[1]) == 429 or int(status[1]) >= 500
+    return not isinstance(error, (FileNotFoundError, ValueError)) and not any(
+        part in text for part in _OF_HOST
+    )
+
+
 def while_merging(url: str, error: Exception) -> StreammergeError:
     """Return the error for a request that failed after the plan was made, when finished work is kept."""
     what = explained(url, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cache
@@ -13,7 +14,7 @@ from typing import Any
 from streammerge.errors import InputError, StreammergeError, printable
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.local_file import shrunk
-from streammerge.io.object_errors import while_merging
+from streammerge.io.object_errors import is_passing, while_merging
 from streammerge.io.object_stores import library, split_url, store_of
 
 CONNECTIONS = "STREAMMERGE_CONNECTIONS"
@@ -30,6 +31,9 @@ _LIBRARY = 8 << 20
 """Bytes of obstore itself, and of its threads (measured: 5 MiB)."""
 _AHEAD = 1 << 18
 """Bytes fetched by a small read: the header of most files."""
+PATIENCE = 180.0
+"""Seconds for which a request is repeated while nothing comes."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
 _BATCH = 256
 """Scattered reads that are submitted together."""
 
@@ -72,14 +76,17 @@ class ObjectFile:
     ----------
     status
         Its status; has ``e_tag`` and ``st_size``.
+    stop
+        Set to wait no longer for a store that is away.
     """
 
     direct = False
 
-    def __init__(self, url: str, status: Any) -> None:
+    def __init__(self, url: str, status: Any, stop: threading.Event | None = None) -> None:
         self._url = url
+        self._stop = stop or threading.Event()
         self._status = status
-        self._store, self._key = store_of(url, patient=True)
+        self._store, self._key = store_of(url)
         self._obstore = library(split_url(url)[0])
         self._ahead = (0, b"")
         self.users = 0
@@ -155,20 +162,28 @@ class ObjectFile:
     def _stream(self, offset: int, nbytes: int) -> Iterator[memoryview]:
         if not nbytes:
             return
-        options = {"range": (offset, offset + nbytes), "if_match": self._status.e_tag}
-        done = 0
-        try:
-            with _in_flight(connections()):
-                answer = self._obstore.get(self._store, self._key, options=options)
-                for chunk in answer.stream(min_chunk_size=_CHUNK):
-                    done += len(chunk)
-                    if done > nbytes:
-                        break
-                    yield memoryview(chunk)
-        except StreammergeError:
-            raise
-        except Exception as error:
-            raise while_merging(self._url, error) from None
+        done, failed, pause = 0, None, _FIRST_PAUSE
+        while done < nbytes:
+            before = done
+            try:
+                with _in_flight(connections()):
+                    options = {"range": (offset + done, offset + nbytes), "if_match": self._status.e_tag}
+                    answer = self._obstore.get(self._store, self._key, options=options)
+                    for chunk in answer.stream(min_chunk_size=_CHUNK):
+                        done += len(chunk)
+                        if done > nbytes:
+                            break
+                        yield memoryview(chunk)
+            except StreammergeError:
+                raise
+            except Exception as error:
+                failed, pause = (None, _FIRST_PAUSE) if done > before else (failed, pause)
+                failed = failed or time.monotonic()
+                if not is_passing(error) or time.monotonic() - failed > PATIENCE or self._stop.wait(pause):
+                    raise while_merging(self._url, error) from None
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            else:
+                break
         if done != nbytes:
             raise shrunk(self._url)
 

@@ -20,7 +20,7 @@ _AT_ONCE = 4
 """Parts of an object that are sent at once."""
 _LARGEST_SHARD = _PART * _MOST_PARTS
 _WAIT_SECONDS = 0.2
-_SMALL = 1 << 20
+_ABORT_SECONDS = 10.0
 
 
 def upload_nbytes(largest: int) -> int:
@@ -94,14 +94,15 @@ class Upload:
         while self._thread.is_alive():
             self._thread.join(_WAIT_SECONDS)
             if self._stop.is_set():
-                self._given_up.set()
+                self.give_up()
+                break
         self._check()
         return self._e_tag
 
     def give_up(self) -> None:
-        """Abort it, so that the store frees its parts; what was finished stays."""
+        """Abort it, so that the store frees its parts; a store that is away is not waited for."""
         self._given_up.set()
-        self._thread.join()
+        self._thread.join(_ABORT_SECONDS)
 
     def _hand(self, part: bytes | None) -> None:
         while True:

@@ -126,9 +126,9 @@ class Objects:
         status = self.status(url)
         return ObjectFile(url, status), status
 
-    def input_file(self, url: str) -> ObjectFile:
+    def input_file(self, url: str, stop: threading.Event) -> ObjectFile:
         """See `Volume`."""
-        return ObjectFile(url, self.status(url))
+        return ObjectFile(url, self.status(url), stop)
 
     def forget(self, url: str) -> None:
         """See `Volume`."""

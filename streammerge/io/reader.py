@@ -61,6 +61,8 @@ class Reader:
         self._files: OrderedDict[str, InputFile] = OrderedDict()
         self._kept: set[tuple[str, int, int]] = set()
         self.bytes_read = 0
+        self.stop = threading.Event()
+        """Set when a merge stops, so that nobody waits any more for a store that is away; the engine gives its own."""
         self.computes: Any = None
         """Computes tensors that are in no file and need more than a reader; the engine sets it."""
 
@@ -219,7 +221,9 @@ class Reader:
     def _opened(self, path: str) -> InputFile:
         volume = volume_of(path)
         return (
-            LocalFile(path, direct=self._backend == "direct") if volume is None else volume.input_file(path)
+            LocalFile(path, direct=self._backend == "direct")
+            if volume is None
+            else volume.input_file(path, self.stop)
         )
 
     def _close_idle(self, keep: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -118,8 +119,11 @@ class Volume(Protocol):
     def opened(self, url: str) -> tuple[Opened, Status]:
         """Open an object for small reads."""
 
-    def input_file(self, url: str) -> InputFile:
-        """Open an object for large reads; every read fails if the object is no longer the one that was listed."""
+    def input_file(self, url: str, stop: threading.Event) -> InputFile:
+        """Open an object for large reads; every read fails if the object is no longer the one that was listed.
+
+        `stop` is set when nobody waits any more for a store that is away.
+        """
 
     def forget(self, url: str) -> None:
         """Forget what was listed at and below a URL, because it is opened anew."""

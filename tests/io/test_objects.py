@@ -15,7 +15,7 @@ from streammerge.api import plan  # noqa: E402
 from streammerge.checkpoint.index import open_model  # noqa: E402
 from streammerge.errors import InputError, ModelError, StreammergeError, WorldError  # noqa: E402
 from streammerge.io import object_file, object_stores, volumes  # noqa: E402
-from streammerge.io.object_errors import explained  # noqa: E402
+from streammerge.io.object_errors import explained, is_passing  # noqa: E402
 from streammerge.io.reader import Reader  # noqa: E402
 from tests.conftest import config_for, write_models  # noqa: E402
 
@@ -187,6 +187,23 @@ def test_what_a_store_answers_is_one_line_with_a_cure(error: Exception, kind: ty
     if isinstance(found, StreammergeError):
         assert ": " in str(found)
         assert "hunter2" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (_answer(503, "SlowDown"), True),
+        (_answer(500), True),
+        (_answer(429), True),
+        (_answer(412), False),
+        (_answer(403), False),
+        (obstore.exceptions.GenericError("HTTP error: error sending request"), True),
+        (obstore.exceptions.PreconditionError("changed"), False),
+        (obstore.exceptions.NotFoundError("gone"), False),
+    ],
+)
+def test_only_what_may_pass_is_asked_again(error: Exception, passes: bool) -> None:
+    assert is_passing(error) is passes
 
 
 def test_a_store_without_etags_is_refused(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
