@@ -141,9 +141,7 @@ def is_passing(error: Exception) -> bool:
     status = _STATUS.search(text)
     if status is not None:
         return int(status[1]) == 429 or int(status[1]) >= 500
-    return not isinstance(error, (FileNotFoundError, ValueError)) and not any(
-        part in text for part in _OF_HOST
-    )
+    return type(error).__name__ == "GenericError" and not any(part in text for part in _OF_HOST)
 
 
 def while_merging(url: str, error: Exception) -> StreammergeError:
