@@ -106,7 +106,7 @@ def _curve(scored: Sequence[tuple[Row, float]], swept: Sequence[str], key: str) 
     drawing = lines(
         order,
         Axis(label(key), ordered=not numeric, zero=False),
-        Axis(SCORE, zero=False),
+        Axis(SCORE, ".4~g", zero=False),  # of equal scores too
         [""] if many else list(labels.values()),
         "point" if many else "line",
     )
