@@ -19,14 +19,16 @@ from streammerge.cli.options import (
     path,
     quiet_option,
     resource_options,
+    without,
     writing_options,
 )
 
-_PLANNED = ("memory", "threads", "device", "shard_size")
+_PLANNED = ("memory", "threads", "device")
 """Options that `plan` has too."""
 _MOST_RANK = 1 << 14
 
 
+@without("shard_size", "max_reads", "report")  # one file, one read, and no page
 @click.command(
     "extract-lora",
     cls=GroupedCommand,

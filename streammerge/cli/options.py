@@ -384,3 +384,13 @@ writing_options = together(
     ),
 )
 """Options of the commands that write one output."""
+
+
+def without(*names: str) -> Callable[[click.Command], click.Command]:
+    """Return a decorator of a command that takes away shared options, by parameter name, that mean nothing to it."""
+
+    def remove(command: click.Command) -> click.Command:
+        command.params = [param for param in command.params if param.name not in names]
+        return command
+
+    return remove
