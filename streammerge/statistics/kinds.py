@@ -12,8 +12,9 @@ from streammerge.statistics.describing import (
     SignAgreement,
     SignCounts,
 )
+from streammerge.statistics.orders import Order
 from streammerge.statistics.random_words import LowWords
-from streammerge.statistics.ranks import Band, Largest, Order, Quantile, Threshold, TopK
+from streammerge.statistics.ranks import Band, Largest, Quantile, Threshold, TopK
 from streammerge.statistics.sums import AbsSum, ColumnDots, ColumnGram, Dots, Gram, Squares, SquareSums
 from streammerge.statistics.ties import TieIndex
 
