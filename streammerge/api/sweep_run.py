@@ -21,7 +21,7 @@ from streammerge.api.deciding import Opened, open_all, plan_opened, settle
 from streammerge.config.points import Point, points_of
 from streammerge.config.schema import MergeConfig
 from streammerge.engine.first_use import compile_first
-from streammerge.engine.scoring import score
+from streammerge.engine.scoring import Score, score
 from streammerge.engine.session import Options
 from streammerge.engine.sweep import identify_alone, is_finished, merge_together, together
 from streammerge.errors import OutputError, WorldError, printable
@@ -100,7 +100,8 @@ class SweepRun:
         with world_errors(self._out):
             make_directory(self._out)
         with locked_directory(
-            self._out, f"{printable(self._out)}: a different sweep or merge is writing there"
+            self._out,
+            f"{printable(self._out)}: a sweep or merge is writing there already: wait for it, or choose a different OUT",
         ):
             record.save()
             self._discard(record)
@@ -245,9 +246,10 @@ class SweepRun:
                 remove_tree(self._out / name)
 
     def _look_around(self, record: SweepRecord) -> None:
-        """Find the points that are finished; those that are removed and have no score are merged again."""
+        """Find the points that are finished; of those that are removed, merge again what is to be kept or has no score."""
+        wanted = self._wanted(record)
         for name, row in record.rows.items():
-            if row.removed and row.score is None:
+            if row.removed and (row.score is None or name in wanted):
                 remove_tree(self._out / name)
                 record.note(name, removed=False)
             elif (self._out / name).exists():
@@ -256,6 +258,11 @@ class SweepRun:
                 if is_finished(plan, self._out / name, identity, self._outer):
                     self._finished.add(name)
         record.save()
+
+    def _wanted(self, record: SweepRecord) -> set[str]:
+        """Return the points that --keep keeps, as far as scores are known: more than an earlier run kept, perhaps."""
+        scores = {name: row.score for name, row in record.rows.items() if row.score is not None}
+        return set(sorted(scores, key=scores.__getitem__, reverse=True)[: self._keep])
 
     def _to_merge(self, record: SweepRecord) -> list[str]:
         return [
@@ -332,12 +339,23 @@ class SweepRun:
                 began = time.monotonic()
                 found = score(self._wishes.command, self._out / name, self._wishes.timeout, self._outer)
                 seconds = (row.seconds or 0.0) + time.monotonic() - began
+                if not self._is_whole(name):
+                    found = Score(None, "the command changed or removed files of the point")
+                    self._finished.discard(name)
                 record.note(name, score=found.value, reason=found.reason, seconds=seconds)
                 record.save()
             row = record.rows[name]
             values = {"point": name, "score": row.score, "seconds": row.seconds, "reason": row.reason}
             self._outer.emit(Event("point", values))
             self._prune(record)
+
+    def _is_whole(self, name: str) -> bool:
+        """Return whether a point's files are still those of its merge, by their names and sizes."""
+        plan = self._plan(name)
+        try:
+            return is_finished(plan, self._out / name, identify_alone(plan, self._digests), self._outer)
+        except OutputError:
+            return False
 
     def _prune(self, record: SweepRecord) -> None:
         """Remove the finished points that are not among the best; those without a score come last."""

@@ -22,6 +22,7 @@ from streammerge.cli.options import (
     quiet_option,
     resource_options,
     together,
+    without,
     writing_options,
 )
 from streammerge.errors import ConfigError, printable
@@ -42,6 +43,7 @@ _moe_options = together(
 )
 
 
+@without("report")  # its pictures are those of tensors that several models share
 @click.command(
     cls=GroupedCommand,
     epilog=examples(

@@ -138,18 +138,14 @@ def check_joinable(plan: MergePlan, place: Place, options: Options) -> None:
             "--join with --overwrite: each process would discard what the others have done: discard it once, by "
             "`merge --overwrite` without --join or by removing OUT, then join"
         )
-    if plan.adapter is not None:
-        raise InputError(
-            "--join shares out the shards of a model, and an adapter is one file: leave --join out"
-        )
     if place.file is not None:
         raise InputError(
-            f"{printable(place.out)}: --join shares out the shards of a directory, and one file is one shard: leave "
-            "--join out, or give a directory"
+            f"{printable(place.out)}: --join and --on share out the shards of a directory, and one file is one shard: "
+            "leave the option out, or give a directory"
         )
     if plan.adapter is not None:
         raise InputError(
-            "output: lora: --join shares out shards, and an adapter is one file: leave --join out"
+            "output: lora: --join and --on share out shards, and an adapter is one file: leave the option out"
         )
 
 

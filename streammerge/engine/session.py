@@ -13,14 +13,14 @@ import numpy as np
 from streammerge.checkpoint.weight_names import ADAPTER_CONFIG
 from streammerge.engine.course import Alone, Course
 from streammerge.engine.scheduler import Record
-from streammerge.engine.telling import differing, not_finite_lines, of_floor
+from streammerge.engine.telling import differing, not_finite_lines, of_energy, of_floor
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import WorldError, printable
 from streammerge.events import Control
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import IoMode, Reader
 from streammerge.numerics.crc32 import crc32
-from streammerge.output.adapter import commit_adapter
+from streammerge.output.adapter import EmptyAdapterError, commit_adapter, residuals_of
 from streammerge.output.commit import commit
 from streammerge.output.directory import clear, sweep, withdraw
 from streammerge.output.identity import Identity
@@ -188,14 +188,27 @@ class Session:
         self.journal.announce(hashes)
         plan, place, writer, identity = self.plan, self.place, self._writer, self.identity
         if plan.adapter is not None:
-            manifest = commit_adapter(plan, place, writer, self._reader, receipts, identity, card, contents)
+            try:
+                manifest = commit_adapter(
+                    plan, place, writer, self._reader, receipts, identity, card, contents
+                )
+            except EmptyAdapterError:
+                self._forget()  # the same command would end here again
+                raise
         else:
             manifest = commit(plan, place, writer, receipts, identity, card, hashes, contents)
         self._presence.end()
         self.journal.remove()
-        for line in of_floor(manifest.get("floored")):
+        for line in (*of_floor(manifest.get("floored")), *of_energy(plan, residuals_of(manifest))):
             self._control.warn(line)
         return manifest
+
+    def _forget(self) -> None:
+        """Remove everything of a run that cannot have an output."""
+        self._presence.end()
+        clear(self.place)
+        sweep(self.place, written_names(self.plan))
+        self.journal.remove()
 
     def close(self) -> None:
         """Close the journal and the shards."""

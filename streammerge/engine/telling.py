@@ -11,8 +11,10 @@ from streammerge.engine.nonfinite import trace
 from streammerge.errors import printable
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
+from streammerge.output.adapter import Residual
 from streammerge.output.journal import Receipt
 from streammerge.planning.plan import MergePlan
+from streammerge.units import plural
 
 _FLOOR_WARNING = 0.1
 """Fraction of elements decided by a Fisher floor above which a mistake is likely."""
@@ -76,4 +78,20 @@ def of_floor(floored: Mapping[str, Any] | None) -> Iterator[str]:
         yield (
             f"the floor decided {100 * floored['fraction']:.1f} % of the elements, so the models' diagonals hardly count: "
             "use a smaller `floor`, or `floor_units: rms`"
+        )
+
+
+def of_energy(plan: MergePlan, residuals: Sequence[Residual]) -> Iterator[str]:
+    """Yield a line if modules of an adapter have less of their squared norm than was asked, because of the highest rank."""
+    asked = plan.config.lora
+    if asked is None or asked.energy is None:
+        return
+    short = [
+        one for one in residuals if one.rank >= asked.max_rank and 1 - one.residual**2 < asked.energy - 1e-9
+    ]
+    if short:
+        worst = max(short, key=lambda one: one.residual)
+        yield (
+            f"{plural(len(short), 'module')} of the adapter have less than {asked.energy:.3g} of their squared norm at rank "
+            f"{asked.max_rank} (the least: {printable(worst.module)}, {1 - worst.residual**2:.3g}): raise max_rank (--max-rank)"
         )

@@ -44,6 +44,10 @@ _STEP = 1 << 20
 """Bytes copied, or elements compared, at a time."""
 
 
+class EmptyAdapterError(ModelError):
+    """An adapter that would hold no factors."""
+
+
 @dataclass(frozen=True)
 class Residual:
     """What the factors of one module miss."""
@@ -87,13 +91,13 @@ def commit_adapter(
 
     Raises
     ------
-    ModelError
-        If no matrix differs from the base's.
+    EmptyAdapterError
+        If no matrix differs from the base's; nothing of it is kept then.
     """
     cut = _Cut(plan, writer, reader)
     if not cut.residuals:
         assert plan.adapter is not None
-        raise ModelError(
+        raise EmptyAdapterError(
             f"{printable(place.out)}: no matrix differs from that of {printable(plan.adapter.base)}: there is no adapter "
             "to write (embeddings and heads count with `embeddings`, --embeddings)"
         )

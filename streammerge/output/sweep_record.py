@@ -108,7 +108,7 @@ def cells_of(row: Row) -> dict[str, str]:
         **dict(row.values),
         SCORE: "" if row.score is None else repr(row.score),
         SECONDS: "" if row.seconds is None else f"{row.seconds:.3f}",
-        REASON: row.reason,
+        REASON: row.reason or ("removed" if row.removed else ""),
     }
 
 

@@ -262,9 +262,10 @@ def _layers_text(found: Comparison, names: Sequence[str], wide: int, width: int)
     for i, name in enumerate(names):
         norms = [sums.norm(i) for sums in layers]
         peaks = [max(norms[at : at + step]) for at in range(0, len(norms), step)]
-        most = max(peaks) or 1.0
-        bars = "".join(_BARS[min(7, int(8 * peak / most))] for peak in peaks)
-        rows.append(f"{name:<{wide}}  {bars}  at most {most:.3g} in layer {norms.index(max(norms))}")
+        most = max(peaks)
+        bars = "".join(_BARS[min(7, int(8 * peak / (most or 1.0)))] for peak in peaks)
+        where = f"at most {most:.3g} in layer {norms.index(most)}" if most else "0 in every layer"
+        rows.append(f"{name:<{wide}}  {bars}  {where}")
     return [f"norm by layer, from 0 to {len(layers) - 1}", *rows]
 
 

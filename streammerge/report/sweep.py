@@ -89,5 +89,5 @@ def _shown(row: Row) -> dict[str, str]:
     cells = {key: printable(text, 40) for key, text in cells_of(row).items()}
     cells[SECONDS] = "" if row.seconds is None else f"{row.seconds:.1f}"
     cells[SCORE] = "" if row.score is None else f"{row.score:.6g}"
-    cells[REASON] = printable(row.reason, _MOST_REASON) if row.reason else "removed" if row.removed else ""
+    cells[REASON] = printable(cells[REASON], _MOST_REASON)
     return cells

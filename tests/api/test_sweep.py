@@ -99,6 +99,28 @@ def test_a_point_whose_command_fails_is_tried_again_and_the_others_are_not(
 # --- what is kept
 
 
+def test_a_command_that_changes_its_point_gives_no_score(config: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = "case {} in *0.2) rm {}/model.safetensors;; *0.3) rm -r {};; esac; echo 3"
+    assert swept(config, out, score=command).failed == ("lambda=0.2", "lambda=0.3")
+    assert [row["score"] for row in rows_of(out)] == ["3.0", "", "", "3.0"]
+    assert rows_of(out)[2]["reason"] == "the command changed or removed files of the point"
+    assert not swept(config, out, score="echo 4; : {}", overwrite=True).failed
+
+
+def test_points_that_were_removed_are_merged_again_if_more_are_kept_now(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    swept(config, out, score=BY_LAMBDA, keep="best")
+    assert [row["reason"] for row in rows_of(out)] == ["removed", "", "removed", "removed"]
+    swept(config, out, score=BY_LAMBDA, keep=2)
+    assert points_in(out) == ["lambda=0.2", "lambda=0.3"]
+    swept(config, out)
+    assert points_in(out) == [f"lambda={value}" for value in LAMBDAS]
+    assert [row["reason"] for row in rows_of(out)] == [""] * 4
+
+
 @pytest.mark.parametrize(
     ("keep", "kept"), [("best", ["0.2"]), (2, ["0.2", "0.3"]), (9, ["0.1", "0.2", "0.3", "0.4"])]
 )
@@ -120,8 +142,9 @@ def test_points_without_a_score_go_first_and_are_merged_again_next_time(
     assert swept(config, out, score=command, keep="best").failed == ("lambda=0.4",)
     assert points_in(out) == ["lambda=0.1"]
     (tmp_path / "mended").touch()
-    assert swept(config, out, score=command.replace("echo 3", "echo 3")).failed == ()
-    assert points_in(out) == ["lambda=0.1", "lambda=0.4"]
+    assert swept(config, out, score=command, keep="best").failed == ()
+    assert points_in(out) == ["lambda=0.1"]
+    assert [row["score"] for row in rows_of(out)] == ["3.0"] * 4
 
 
 def test_room_for_two_points_is_enough_to_keep_the_best(config: dict[str, Any], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -87,7 +88,22 @@ class _Choice:
         """Whether the head is the embedding."""
         self._known: dict[str, bool] = {}
 
+    def _check_names(self) -> None:
+        """Refuse names and patterns that find no module: a typing error would give a different adapter."""
+        modules = {name.rpartition(".")[0] for name in self._jobs}
+        for wanted in self._asked.modules_to_save:
+            if not any(module == wanted or module.endswith(f".{wanted}") for module in modules):
+                raise ConfigError(
+                    f"{self._asked.path}.modules_to_save: no module is called {printable(wanted, 120)}: mend or remove the name"
+                )
+        for key, pattern in (("include", self._asked.include), ("exclude", self._asked.exclude)):
+            if pattern is not None and not any(re.search(pattern, module) for module in modules):
+                raise ConfigError(
+                    f"{self._asked.path}.{key}: {printable(repr(pattern), 120)} finds no module: mend or remove the pattern"
+                )
+
     def storage(self) -> Storage:
+        self._check_names()
         kinds = {name: self._kind(name) for name in self._jobs}
         self._refuse(kinds)
         changed = [name for name, kind in kinds.items() if kind in FACTORED and not self._is_the_base(name)]

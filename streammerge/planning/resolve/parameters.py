@@ -53,7 +53,7 @@ def check_names(config: MergeConfig, method: Method) -> list[str]:
             elif name not in method.parameters and name in OLD_PARAMETERS:
                 notes.append(f"{setting.path}: ignored: {OLD_PARAMETERS[name]}")
             elif name not in method.parameters and name in PARAMETERS:
-                notes.append(f"{setting.path}: ignored: {method.name} has no {name!r}, as in mergekit")
+                notes.append(f"{setting.path}: ignored: {method.name} has no {name!r}")
             elif name not in method.parameters and name in KEYS:
                 raise ConfigError(
                     f"{setting.path}: {name!r} is not a parameter: move it to the top level of the config"

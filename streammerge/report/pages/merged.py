@@ -278,7 +278,7 @@ def _time(profile: Mapping[str, Any]) -> list[Figure]:
         return []
     took = (
         f"{format_seconds(profile['seconds'])} in all, by {profile['workers']} workers: read "
-        f"{format_size(profile['bytes_read'])}, wrote {format_size(profile['bytes_written'])}, peak memory "
+        f"{format_size(profile['bytes_read'])}, wrote {format_size(profile['bytes_written'])}, peak memory until then "
         f"{format_size(profile['process']['peak_resident_bytes'])}."
     )
     return [Figure("Seconds by stage, summed over workers", across(points, Axis("seconds")), took)]

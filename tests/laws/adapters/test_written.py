@@ -19,7 +19,7 @@ import streammerge.output.adapter as finishing
 from streammerge.api import extract_lora, merge, verify
 from streammerge.cli.entry import cli
 from streammerge.config.lora import extraction
-from streammerge.errors import InputError, OutputError, WorldError
+from streammerge.errors import InputError, ModelError, OutputError, StreammergeWarning, WorldError
 from streammerge.testing.models import output_bytes, write_model, write_models
 from tests.conftest import use_capacity
 
@@ -189,9 +189,25 @@ def test_only_the_last_of_several_documents_may_write_an_adapter(models: list[Pa
 
 
 def test_an_adapter_is_not_shared_by_processes(models: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="leave --join out"):
+    with pytest.raises(InputError, match="leave the option out"):
         merge(extracted(models, rank=5), tmp_path / "out", join=True, progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_without_factors_leaves_nothing_behind(models: list[Path], tmp_path: Path) -> None:
+    same, out = shutil.copytree(models[0], tmp_path / "same"), tmp_path / "out"
+    with pytest.raises(ModelError, match="no matrix differs"):
+        merge(extracted([models[0], same], rank=5), out, progress=False)
+    assert not out.exists() or not any(out.iterdir())
+    merge(extracted(models, rank=5), out, progress=False)
+
+
+def test_a_rank_that_is_too_low_for_the_energy_is_told(models: list[Path], tmp_path: Path) -> None:
+    config = extracted(models, energy=0.99, max_rank=2)
+    with pytest.warns(
+        StreammergeWarning, match=r"less than 0.99 of their squared norm at rank 2 .*: raise max_rank"
+    ):
+        merge(config, tmp_path / "out", progress=False)
 
 
 def test_another_extraction_needs_overwrite(models: list[Path], adapter: Path, tmp_path: Path) -> None:
@@ -227,9 +243,15 @@ def test_a_merge_becomes_an_adapter_of_its_values_before_they_are_rounded(
         ({"energy": 0.9}, "'rank' and 'energy'"),
         ({"rank": 0}, "from 1 to"),
         ({"output": "loha"}, "is not lora"),
+        (
+            {"output": {"kind": "lora", "base": "{base}", "modules_to_save": ["typo"]}},
+            "no module is called typo",
+        ),
+        ({"output": {"kind": "lora", "base": "{base}", "exclude": "typo"}}, "'typo' finds no module"),
         ({"output": {"kind": "lora", "bse": "x"}}, "did you mean 'base'"),
         ({"output": {"kind": "lora"}}, "set `base_model`"),
-        ({"output": {"kind": "lora", "base": "{base}", "include": "nothing"}}, "no matrix is left"),
+        ({"output": {"kind": "lora", "base": "{base}", "include": "nothing"}}, "'nothing' finds no module"),
+        ({"output": {"kind": "lora", "base": "{base}", "exclude": "."}}, "no matrix is left"),
         ({"output": None}, "goes with `output: lora`"),
     ],
 )
