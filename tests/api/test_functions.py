@@ -143,9 +143,10 @@ def test_a_merge_stopped_by_ctrl_c_goes_on_when_called_again(
         if event.kind == "progress" and event.values["elements"]:
             raise KeyboardInterrupt
 
+    before = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         api.merge(config, tmp_path / "out", on_event=interrupt)
-    assert threading.active_count() < 20
+    assert threading.active_count() < before + 8
     done = api.merge(config, tmp_path / "out", progress=False)
     assert done.bytes_resumed
     name = "model.safetensors"

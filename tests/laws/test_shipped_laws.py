@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from streammerge.algebra.competition import Size
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.scores import Importance, Spread
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.methods import registry
-from streammerge.statistics.describing import Magnitudes, OwnSquares, SignAgreement
+from streammerge.statistics.describing import Magnitudes, Moves, OwnSquares, SignAgreement
 from streammerge.statistics.kinds import (
     KINDS,
     AbsSum,
@@ -35,6 +36,7 @@ from streammerge.statistics.kinds import (
     TopK,
     Touches,
 )
+from streammerge.statistics.orders import Order
 from streammerge.statistics.ranks import Rank
 from streammerge.statistics.sums import BlockSums, SumsOfSquares
 from streammerge.testing import check_format, check_method, check_statistic, laws
@@ -122,6 +124,8 @@ STATISTICS = [
     OwnSquares(3),
     SignAgreement(VECTORS),
     Magnitudes(VECTORS[0]),
+    Moves(3, 1),
+    Order(Size(VECTORS[0]), 0.7, 1),
 ]
 
 

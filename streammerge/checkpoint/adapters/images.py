@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from streammerge.checkpoint.adapters.files import Adapter
 from streammerge.checkpoint.adapters.image_names import place_of_lora, places_of_modules
 from streammerge.checkpoint.adapters.settings import AdapterSettings, check_kind
@@ -26,7 +24,6 @@ from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import parse_object
-from streammerge.numerics.casts import F64, widened
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FUSE = "fuse it in diffusers (`load_lora_weights`, `fuse_lora`, `save_pretrained`) and merge the pipeline that results"
@@ -174,6 +171,10 @@ def _scale(named: str, rank: int, alpha: TensorRef | None, metadata: Mapping[str
         return 1.0
     if alpha.n_elements != 1:
         raise bad(path, f"tensor {quoted(alpha.name)} is {list(alpha.shape)}, where one number is expected")
+    import numpy as np  # late: headers are read without it
+
+    from streammerge.numerics.casts import F64, widened
+
     with reading(alpha.path) as (fd, _):
         raw = read_exactly(fd, alpha.nbytes, alpha.offset, alpha.path)
     value = float(widened(np.frombuffer(raw, np.uint8), alpha.dtype, F64)[0])

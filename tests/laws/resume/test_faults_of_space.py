@@ -27,17 +27,17 @@ from tests.laws.resume.traps import cannot_allocate
 _SHRINKS = """
 import os, sys
 import numpy as np
-from streammerge.io import reader
+from streammerge.io import local_file, reader
 from streammerge.errors import WorldError
 path, moment = sys.argv[1:]
 def cut():
     os.truncate(path, 8192)
 if moment == "before the map":
-    real_map = reader.mmap.mmap
-    reader.mmap.mmap = lambda *a, **k: (cut(), real_map(*a, **k))[1]
+    real_map = local_file.mmap.mmap
+    local_file.mmap.mmap = lambda *a, **k: (cut(), real_map(*a, **k))[1]
 else:
-    real_copy = reader.copy_mapped
-    reader.copy_mapped = lambda *a: (cut(), real_copy(*a))[1]
+    real_copy = local_file.copy_mapped
+    local_file.copy_mapped = lambda *a: (cut(), real_copy(*a))[1]
 target = np.zeros(1 << 20, np.uint8)
 try:
     reader.Reader("mmap").read_into(path, 100, target)
