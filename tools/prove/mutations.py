@@ -25,8 +25,8 @@ MUTATIONS = [
         "P1",
         "nothing is left behind",
         "streammerge/engine/session.py",
-        "        self.journal.remove()\n",
-        "",
+        "        self.journal.remove()\n        for line in",
+        "        for line in",
         "tests/laws/resume/test_signals.py -k killed_at_random",
     ),
     Mutation(

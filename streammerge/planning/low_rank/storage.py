@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from streammerge.algebra.low_rank import computed_rank
@@ -89,18 +89,18 @@ class _Choice:
         self._known: dict[str, bool] = {}
 
     def _check_names(self) -> None:
-        """Refuse names and patterns that find no module: a typing error would give a different adapter."""
+        """Refuse names that no module has, and an `include` that finds none: a typing error would give a different adapter."""
         modules = {name.rpartition(".")[0] for name in self._jobs}
         for wanted in self._asked.modules_to_save:
             if not any(module == wanted or module.endswith(f".{wanted}") for module in modules):
                 raise ConfigError(
                     f"{self._asked.path}.modules_to_save: no module is called {printable(wanted, 120)}: mend or remove the name"
                 )
-        for key, pattern in (("include", self._asked.include), ("exclude", self._asked.exclude)):
-            if pattern is not None and not any(re.search(pattern, module) for module in modules):
-                raise ConfigError(
-                    f"{self._asked.path}.{key}: {printable(repr(pattern), 120)} finds no module: mend or remove the pattern"
-                )
+        if self._asked.include is not None and not _finds(self._asked.include, modules):
+            raise ConfigError(
+                f"{self._asked.path}.include: {printable(repr(self._asked.include), 120)} finds no module: mend or remove the "
+                "pattern"
+            )
 
     def storage(self) -> Storage:
         self._check_names()
@@ -319,8 +319,16 @@ class _Choice:
             )
         if left:
             notes.append(f"{len(left)} tensors are left out of the adapter by include and exclude")
+        elif self._asked.exclude is not None:
+            notes.append(
+                f"{self._asked.path}.exclude: {printable(repr(self._asked.exclude), 120)} finds no module"
+            )
         if rest and self._asked.drop_rest:
             notes.append(
                 f"{len(rest)} tensors that are not decomposed are left out of the adapter (drop_rest)"
             )
         return tuple(notes)
+
+
+def _finds(pattern: str, modules: Collection[str]) -> bool:
+    return any(re.search(pattern, module) for module in modules)

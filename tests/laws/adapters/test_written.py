@@ -210,6 +210,11 @@ def test_a_rank_that_is_too_low_for_the_energy_is_told(models: list[Path], tmp_p
         merge(config, tmp_path / "out", progress=False)
 
 
+def test_an_exclude_that_finds_nothing_is_told(models: list[Path], tmp_path: Path) -> None:
+    with pytest.warns(StreammergeWarning, match="exclude: 'typo' finds no module"):
+        merge(extracted(models, rank=5, exclude="typo"), tmp_path / "out", progress=False)
+
+
 def test_another_extraction_needs_overwrite(models: list[Path], adapter: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(adapter, tmp_path / "adapter")
     with pytest.raises(OutputError, match="choose a different OUT"):
@@ -247,7 +252,6 @@ def test_a_merge_becomes_an_adapter_of_its_values_before_they_are_rounded(
             {"output": {"kind": "lora", "base": "{base}", "modules_to_save": ["typo"]}},
             "no module is called typo",
         ),
-        ({"output": {"kind": "lora", "base": "{base}", "exclude": "typo"}}, "'typo' finds no module"),
         ({"output": {"kind": "lora", "bse": "x"}}, "did you mean 'base'"),
         ({"output": {"kind": "lora"}}, "set `base_model`"),
         ({"output": {"kind": "lora", "base": "{base}", "include": "nothing"}}, "'nothing' finds no module"),

@@ -35,6 +35,7 @@ class Scene:
 
     def __init__(self, case: str, paths: list[Path], directory: Path) -> None:
         method, parameters, options = CASES[case]
+        self.case = case
         self.options = dict(options)  # tests change it
         self.paths = paths
         self.config = config_for(method, paths, parameters=parameters, seed=3)
