@@ -252,11 +252,8 @@ class SweepRun:
             if row.removed and (row.score is None or name in wanted):
                 remove_tree(self._out / name)
                 record.note(name, removed=False)
-            elif (self._out / name).exists():
-                plan = self._plan(name)
-                identity = identify_alone(plan, self._digests)
-                if is_finished(plan, self._out / name, identity, self._outer):
-                    self._finished.add(name)
+            elif (self._out / name).exists() and self._is_finished(name):
+                self._finished.add(name)
         record.save()
 
     def _wanted(self, record: SweepRecord) -> set[str]:
@@ -351,11 +348,14 @@ class SweepRun:
 
     def _is_whole(self, name: str) -> bool:
         """Return whether a point's files are still those of its merge, by their names and sizes."""
-        plan = self._plan(name)
         try:
-            return is_finished(plan, self._out / name, identify_alone(plan, self._digests), self._outer)
+            return self._is_finished(name)
         except OutputError:
             return False
+
+    def _is_finished(self, name: str) -> bool:
+        plan = self._plan(name)
+        return is_finished(plan, self._out / name, identify_alone(plan, self._digests), self._outer)
 
     def _prune(self, record: SweepRecord) -> None:
         """Remove the finished points that are not among the best; those without a score come last."""

@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from streammerge.engine.executors.base import make_executor
-from streammerge.engine.first_use import compile_first
 from streammerge.engine.joined_session import JoinedSession, ended
-from streammerge.engine.merge import Summary, complete, make_hasher, run_sessions, summary_of
-from streammerge.engine.opening import open_reader
+from streammerge.engine.merge import Summary, begin, complete, make_hasher, run_sessions, summary_of
 from streammerge.engine.session import Options
 from streammerge.errors import InputError, OutputError, Stopped, StreammergeError, printable
-from streammerge.events import Control, Event
+from streammerge.events import Control
 from streammerge.io.allocate import check_space
 from streammerge.output.directory import check_contents, check_target, joined
 from streammerge.output.finished import Finished, find_finished
@@ -35,7 +34,6 @@ from streammerge.output.joining import (
 from streammerge.output.place import Place, place_of
 from streammerge.output.shared_ledger import run_of
 from streammerge.output.volume import Gone
-from streammerge.planning.description import describe
 from streammerge.planning.plan import MergePlan
 
 _END_SECONDS, _END_CHECKS = 0.1, 20
@@ -68,13 +66,8 @@ def join(
     check_joinable(plan, place, options)
     executor = make_executor("threads")
     check_target(place, plan.inputs, [index.reference for index in plan.fishers])
-    control.emit(Event("plan", {**describe(plan), "out": str(out)}))
-    for line in plan.warnings:
-        control.warn(line)
-    compiling = compile_first(plan, control)
-    began = time.monotonic()
-    reader = open_reader(plan, options.io, tolerant=options.nonfinite == "warn")
-    try:
+    reader, compiling, began = begin(plan, out, options, control)
+    with closing(reader):
         identity = identify(plan, reader)
         run = run_of(identity.public)
         if not out.exists():
@@ -110,8 +103,6 @@ def join(
                     compile_seconds=compiling,
                 )
             return summary_of(session, reader, outcome, began, compiling)
-    finally:
-        reader.close()
 
 
 def _told(error: Exception, place: Place, session: JoinedSession) -> Exception:

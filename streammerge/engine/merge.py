@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from streammerge.engine.executors.base import Executor, make_executor
 from streammerge.engine.factors import check_loose
@@ -64,6 +65,28 @@ class Summary:
     """Where the time went; see `streammerge.engine.profile`. Empty if the merge was already complete."""
 
 
+class Begun(NamedTuple):
+    """The beginning of every merge."""
+
+    reader: Reader
+    compiling: float
+    """Seconds spent compiling kernels."""
+    began: float
+    """The time after that, as `time.monotonic` has it."""
+
+
+def begin(plan: MergePlan, out: Path, options: Options, control: Control) -> Begun:
+    """Tell the plan and its warnings, compile the kernels that are missing, and open a reader of the inputs."""
+    control.emit(Event("plan", {**describe(plan), "out": str(out)}))
+    for line in plan.warnings:
+        control.warn(line)
+    compiling = compile_first(plan, control)
+    began = time.monotonic()
+    reader = open_reader(plan, options.io, tolerant=options.nonfinite == "warn")
+    reader.stop = control.stop
+    return Begun(reader, compiling, began)
+
+
 def execute(
     plan: MergePlan,
     out: Path,
@@ -91,14 +114,8 @@ def execute(
     executor = make_executor(options.executor)
     place = place_of(out)
     check_target(place, plan.inputs, [index.reference for index in plan.fishers])
-    control.emit(Event("plan", {**describe(plan), "out": str(out)}))
-    for line in plan.warnings:
-        control.warn(line)
-    compiling = compile_first(plan, control)
-    began = time.monotonic()
-    reader = open_reader(plan, options.io, tolerant=options.nonfinite == "warn")
-    reader.stop = control.stop
-    try:
+    reader, compiling, began = begin(plan, out, options, control)
+    with closing(reader):
         identity = identify(plan, reader)
         check_loose(plan, reader)
         if not out.exists():
@@ -116,8 +133,6 @@ def execute(
             session = Session(plan, place, identity, reader, options, control, hasher)
             outcome = run_sessions([session], reader, executor, options, control, card, began)
             return summary_of(session, reader, outcome, began, compiling)
-    finally:
-        reader.close()
 
 
 def make_hasher(plan: MergePlan, control: Control) -> ContentHasher:

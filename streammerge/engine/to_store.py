@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from streammerge.engine.executors.base import make_executor
-from streammerge.engine.first_use import compile_first
-from streammerge.engine.merge import Options, Summary, complete, make_hasher, run_sessions, summary_of
+from streammerge.engine.merge import Options, Summary, begin, complete, make_hasher, run_sessions, summary_of
 from streammerge.engine.object_session import ObjectSession, check_streamable
-from streammerge.engine.opening import open_reader
-from streammerge.events import Control, Event
+from streammerge.events import Control
 from streammerge.output.identity import identify
 from streammerge.output.object_place import check_object_target, find_finished_objects, present_in
 from streammerge.output.place import place_of
-from streammerge.planning.description import describe
 from streammerge.planning.plan import MergePlan
 
 
@@ -33,14 +30,8 @@ def merge_to_store(
     check_object_target(place, [stamp.path for stamps in plan.stamped.values() for stamp in stamps])
     check_streamable(plan, options)
     present = present_in(place)
-    control.emit(Event("plan", {**describe(plan), "out": str(out)}))
-    for line in plan.warnings:
-        control.warn(line)
-    compiling = compile_first(plan, control)
-    began = time.monotonic()
-    reader = open_reader(plan, options.io, tolerant=options.nonfinite == "warn")
-    reader.stop = control.stop
-    try:
+    reader, compiling, began = begin(plan, out, options, control)
+    with closing(reader):
         identity = identify(plan, reader)
         if not options.overwrite and (finished := find_finished_objects(place, identity, present)):
             return replace(complete(out, plan, finished), compile_seconds=compiling)
@@ -50,5 +41,3 @@ def merge_to_store(
         executor = make_executor(options.executor)
         outcome = run_sessions([session], reader, executor, options, control, card, began)
         return summary_of(session, reader, outcome, began, compiling)
-    finally:
-        reader.close()

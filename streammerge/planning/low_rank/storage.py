@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from streammerge.algebra.low_rank import computed_rank
@@ -96,9 +96,10 @@ class _Choice:
                 raise ConfigError(
                     f"{self._asked.path}.modules_to_save: no module is called {printable(wanted, 120)}: mend or remove the name"
                 )
-        if self._asked.include is not None and not _finds(self._asked.include, modules):
+        include = self._asked.include
+        if include is not None and not any(re.search(include, module) for module in modules):
             raise ConfigError(
-                f"{self._asked.path}.include: {printable(repr(self._asked.include), 120)} finds no module: mend or remove the "
+                f"{self._asked.path}.include: {printable(repr(include), 120)} finds no module: mend or remove the "
                 "pattern"
             )
 
@@ -328,7 +329,3 @@ class _Choice:
                 f"{len(rest)} tensors that are not decomposed are left out of the adapter (drop_rest)"
             )
         return tuple(notes)
-
-
-def _finds(pattern: str, modules: Collection[str]) -> bool:
-    return any(re.search(pattern, module) for module in modules)
