@@ -433,8 +433,8 @@ MUTATIONS = [
         "memory",
         "files are closed",
         "streammerge/engine/merge.py",
-        "    finally:\n        reader.close()\n",
-        "    finally:\n        pass\n",
+        "    with closing(reader):\n        identity",
+        "    if reader:\n        identity",
         MEMORY_SHAPES,
     ),
 ]
