@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ sys.path.insert(0, str(TOOLS / "measure"))
 
 import bench  # noqa: E402
 import bench_place  # noqa: E402
-from bench_measure import Case, Limit, Run, Usage  # noqa: E402
+import disk_limit  # noqa: E402
+from bench_measure import Case, Limit, Run, Usage, measure_limit  # noqa: E402
 from bench_report import MIB, Results, report  # noqa: E402
 
 MACHINE = {"CPU": "A CPU", "cores": "2", "memory": "8.0 GiB", "Python": "3.11", "torch": "2.5"}
@@ -24,7 +26,7 @@ MACHINE = {"CPU": "A CPU", "cores": "2", "memory": "8.0 GiB", "Python": "3.11", 
 
 def run_of(program: str, number: int, wall_s: float, cache: str = "cold", **more: object) -> Run:
     """A run of ties whose limit is 2 s and whose peak is 100 MiB and one more each time."""
-    case = Case(program, str(more.pop("method", "ties")), "1GB", "512MiB" if program == "streammerge" else "")
+    case = Case(program, str(more.pop("method", "ties")), "1GB", "" if program == "mergekit" else "512MiB")
     usage = Usage(0, wall_s, 1.0, 0.5, (100 + number) * MIB, 0.25)
     return Run(case, number, cache, 10**9, Limit(2.0, 2.0, 1.0), usage, input_nbytes=4 * 10**9, **more)  # type: ignore[arg-type]
 
@@ -37,7 +39,19 @@ def cells(text: str, method: str) -> list[str]:
 def test_a_row_tells_the_medians_the_range_of_the_ratio_and_the_highest_peak() -> None:
     runs = [run_of("streammerge", n, wall) for n, wall in enumerate([3.0, 8.0, 4.0])]
     row = cells(report(Results(MACHINE, {}, runs)), "ties")
-    assert row == ["`ties`", "1.00", "512MiB", "3", "2.00", "4.00", "1.25", "2.00 (1.50–4.00)", "1.5", "102"]
+    assert row == [
+        "`ties`",
+        "1.00",
+        "512MiB",
+        "3",
+        "2.00",
+        "4.00",
+        "1.25",
+        "2.00 (1.50–4.00)",
+        "1.5",
+        "0.38",
+        "102",
+    ]
 
 
 def test_mergekit_stands_beside_the_merge_it_shares_and_nowhere_else() -> None:
@@ -46,6 +60,38 @@ def test_mergekit_stands_beside_the_merge_it_shares_and_nowhere_else() -> None:
     text = report(Results(MACHINE | {"mergekit": "0.1.5"}, {"streammerge": 1.0}, runs))
     assert cells(text, "ties")[-5:] == ["1", "20.0", "10.00", "100", "5.0"]
     assert cells(text, "ties-model")[-5:] == [""] * 5
+
+
+def test_an_earlier_checkout_stands_beside_the_same_merge() -> None:
+    runs = [
+        run_of("streammerge", 0, 4.0),
+        run_of("before", 0, 6.0),
+        run_of("streammerge", 0, 4.0, method="della"),
+    ]
+    text = report(Results(MACHINE, {}, runs))
+    assert cells(text, "ties")[-4:] == ["3.00", "0.38", "100", "1.00"]
+    assert cells(text, "della")[-4:] == [""] * 4
+
+
+def test_the_limit_reads_every_byte_and_writes_as_many_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = [tmp_path / "a", tmp_path / "b"]
+    inputs[0].write_bytes(bytes((8 << 20) + 1))
+    inputs[1].write_bytes(b"1")
+    read, preadv = [], os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *where: read.append(preadv(*where)))
+    disk_limit.measure(tmp_path / "out", 5 << 20, inputs)
+    assert sorted(read) == [1, 1, 4 << 20, 4 << 20]
+    assert (tmp_path / "out").stat().st_size == 8 << 20
+
+
+def test_the_limit_is_the_later_of_its_two_ends_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(100))
+    limit = measure_limit(tmp_path / "zeros", [tmp_path / "a"], 100)
+    assert limit.limit_s == max(limit.read_s, limit.write_s) > 0
+    assert limit.way in ("direct", "buffered")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_warm_runs_and_runs_of_an_untouched_cache_have_tables_of_their_own() -> None:

@@ -4,12 +4,14 @@
     bash tools/bench WORKDIR --methods linear,ties --runs 3 --mergekit VENV --warm
     bash tools/bench WORKDIR --methods ties --sizes 1.7GB,5GB,10GB --memory 512MiB,4GiB
     bash tools/bench WORKDIR --methods ties --device cpu,cuda --memory 4GiB
+    bash tools/bench WORKDIR --methods ties --against ../before    # another checkout of this repository
     bash tools/bench --render WORKDIR/bench.json      # the report and the plot from earlier figures
 
-A shared disk's speed varies severalfold within minutes, so every merge runs right after its own limit: the
-time of `cat` of the files it merges beside `dd ... conv=fdatasync` of the bytes it writes, both from a dropped
-page cache (which needs root; without, and with --no-drop, the report says so). --warm adds as many pairs with
-the inputs in the page cache. Writes bench.md, bench.json after each run and, where matplotlib is installed,
+A shared disk's speed varies severalfold within minutes, so every merge runs right after its own limit: the time of
+direct reads of the files it merges beside direct writes of the bytes it writes (disk_limit.py), which computes
+nothing. The merge then begins with a dropped page cache (which needs root; without, and with --no-drop, the report
+says so). --warm adds as many pairs with the inputs in the page cache. --against runs an earlier checkout right after
+each merge, in the same interpreter. Writes bench.md, bench.json after each run and, where matplotlib is installed,
 bench.png, all of it, models included, in WORKDIR. Models and Fisher stores are made once and kept.
 """
 
@@ -41,6 +43,9 @@ from bench_report import GB, MIB, Results, plot, report
 from streammerge.errors import InputError
 from streammerge.units import parse_size
 
+EARLIER = "import sys; sys.path.insert(0, sys.argv.pop(1)); from streammerge.cli import main; main()"
+"""Runs the package of a checkout, whatever the current directory holds and whatever is installed."""
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -51,6 +56,13 @@ class Bench:
     """The virtual environment that holds mergekit."""
     drop: bool = True
     """True if the page cache may be dropped."""
+    against: Path | None = None
+    """An earlier checkout of this repository."""
+
+    @property
+    def ours(self) -> tuple[str, ...]:
+        """This checkout, and the earlier one where one is named."""
+        return ("streammerge",) if self.against is None else ("streammerge", "before")
 
     def command(self, case: Case, config: Path) -> list[str | Path]:
         """Return the command line of a case."""
@@ -59,7 +71,8 @@ class Bench:
             program = self.mergekit / "bin" / "mergekit-yaml"
             return [program, config, self.place.out, "--quiet", "--no-copy-tokenizer"]
         options = ["--memory", case.memory, "--quiet", "--device", case.device]
-        return [*STREAMMERGE, "merge", config, self.place.out, *options]
+        program = [sys.executable, "-c", EARLIER, self.against] if case.program == "before" else STREAMMERGE
+        return [*program, "merge", config, self.place.out, *options]
 
     def environment(self, program: str) -> dict[str, str]:
         """Return what keeps a program's caches below WORKDIR, and mergekit off the network.
@@ -67,7 +80,7 @@ class Bench:
         Python's byte code is cached even where the caller's environment forbids it: a package installed by
         pip, as mergekit is, comes with it, one run from its sources does not.
         """
-        cache = self.place.path / "cache"
+        cache = self.place.path / ("cache-before" if program == "before" else "cache")
         if program == "mergekit":
             return {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
         byte_code = {"PYTHONPYCACHEPREFIX": str(cache / "python"), "PYTHONDONTWRITEBYTECODE": ""}
@@ -121,7 +134,8 @@ class Bench:
         if any(METHODS[method].fisher for method in methods):
             self.place.make_stores(TINY)
         for method in methods:
-            self.merge(Case("streammerge", method, TINY, memory))
+            for program in self.ours:
+                self.merge(Case(program, method, TINY, memory))
         start = {}
         for device in devices:
             case = Case("streammerge", methods[0], TINY, memory, device)
@@ -144,9 +158,10 @@ class Bench:
                 self.place.make_stores(size)
             for method in args.methods:
                 cases = [
-                    Case("streammerge", method, size, memory, device)
+                    Case(program, method, size, memory, device)
                     for memory in args.memory
                     for device in args.device
+                    for program in self.ours
                 ]
                 if self.mergekit is not None and METHODS[method].shared:
                     cases.append(Case("mergekit", method, size, ""))
@@ -183,6 +198,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory", default="512MiB", help="one or more [512MiB]")
     parser.add_argument("--device", default="cpu", help="one or more of cpu, cuda[:N] [cpu]")
     parser.add_argument("--runs", type=int, default=5, help="pairs of each [5]")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="measure that one, too")
     parser.add_argument("--warm", action="store_true", help="and as many with a warm page cache")
     parser.add_argument("--mergekit", type=Path, metavar="VENV", help="measure the mergekit installed there")
     parser.add_argument(
@@ -234,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = machine(mergekit)
     if not args.no_drop and not drop_caches():
         say("the page cache cannot be dropped (no permission): the runs will not be cold")
-    bench = Bench(place, mergekit, not args.no_drop)
+    bench = Bench(place, mergekit, not args.no_drop, args.against and args.against.resolve())
     if set(args.device) != {"cpu"}:
         data |= gpu()
     results = Results(data, bench.start(args.methods, args.memory[0], args.device), [])

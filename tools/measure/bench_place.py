@@ -37,6 +37,8 @@ class Method:
     """Top-level lines of streammerge's alone."""
     fisher: bool = False
     """True if each model comes with a store of its Fisher diagonal."""
+    n_models: int = len(NAMES)
+    """How many models take part, the base included."""
 
     @property
     def shared(self) -> bool:
@@ -50,6 +52,9 @@ METHODS = {
     "ties": Method("ties", "weight: 1.0, density: 0.2"),
     "dare_linear": Method("dare_linear", "weight: 1.0, density: 0.5"),
     "dare_ties": Method("dare_ties", "weight: 1.0, density: 0.5"),
+    "breadcrumbs": Method("breadcrumbs", "weight: 1.0, density: 0.9, gamma: 0.01"),
+    "model_stock": Method("model_stock", ""),
+    "slerp": Method("slerp", "", top="parameters: {t: 0.5}\n", n_models=2),
     "della": Method("della", "weight: 1.0, density: 0.5, epsilon: 0.15"),
     # Reads its inputs twice; its limit is still one read.
     "ties-model": Method("ties", "weight: 1.0, density: 0.2", top="parameters: {trim_scope: model}\n"),
@@ -106,7 +111,7 @@ class Workplace:
     def inputs(self, method: Method, size: str) -> list[Path]:
         """Return the files a method merges, model by model."""
         paths: list[Path] = []
-        for name in NAMES:
+        for name in NAMES[: method.n_models]:
             paths += sorted((self.models(size) / name).glob("*.safetensors"))
             if method.fisher:
                 paths += sorted(p for p in self.store(size, name).rglob("*") if p.is_file())
@@ -178,7 +183,7 @@ class Workplace:
         if method.based:
             lines.append(f"base_model: {json.dumps(str(models / NAMES[0]))}")
         lines.append("models:")
-        for model in NAMES[1 if method.based else 0 :]:
+        for model in NAMES[1 if method.based else 0 : method.n_models]:
             fisher = f"fisher: {json.dumps(str(self.store(size, model)))}, " if method.fisher else ""
             path = json.dumps(str(models / model))
             lines.append(f"  - {{model: {path}, {fisher}parameters: {{{method.parameters}}}}}")

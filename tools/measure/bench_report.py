@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,18 +54,22 @@ class Results:
         rows = []
         for case in dict.fromkeys(r.case for r in self.runs if r.case.program == "streammerge"):
             theirs = self.good(replace(case, program="mergekit", memory="", device="cpu"), caches)
+            before = self.good(replace(case, program="before"), caches)
             if runs := self.good(case, caches):
-                rows.append(Row(case, runs, theirs))
+                rows.append(Row(case, runs, theirs, before))
         return rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: a case's good runs, at least one, and mergekit's of the same merge, if any."""
+    """A line of a table: a case's good runs, at least one, and those of the same merge by others, if any."""
 
     case: Case
     runs: list[Run]
     theirs: list[Run]
+    """mergekit's."""
+    before: list[Run]
+    """Those of the checkout that `--against` names."""
 
 
 def wall(runs: Iterable[Run]) -> float:
@@ -80,6 +85,16 @@ def limit(runs: Iterable[Run]) -> float:
 def rate(run: Run) -> float:
     """Return the bytes merged and written in a second, in GB."""
     return (run.input_nbytes + run.model_nbytes) / run.usage.wall_s / GB
+
+
+def cpu(runs: Iterable[Run]) -> float:
+    """Return the median of the CPU seconds."""
+    return median(r.usage.cpu_s for r in runs)
+
+
+def cpu_per_gb(runs: Iterable[Run]) -> float:
+    """Return the median of the CPU seconds for each GB of inputs; NaN in figures that do not tell the inputs."""
+    return median(r.usage.cpu_s / r.input_nbytes * GB if r.input_nbytes else math.nan for r in runs)
 
 
 def ratio(runs: Iterable[Run]) -> str:
@@ -99,6 +114,11 @@ def size(runs: Sequence[Run]) -> float:
     return runs[0].model_nbytes / GB
 
 
+WAYS = {
+    "direct": "direct reads of all that is merged beside direct writes of one model's size",
+    "buffered": "reads of all that is merged beside writes of one model's size, through the page cache",
+    "cat and dd": "`cat` of all that is merged beside a `dd conv=fdatasync` of one model's size",
+}
 OURS: list[tuple[str, Callable[[Row], str]]] = [
     ("method", lambda row: f"`{row.case.method}`"),
     ("model, GB", lambda row: f"{size(row.runs):.2f}"),
@@ -111,8 +131,15 @@ OURS: list[tuple[str, Callable[[Row], str]]] = [
     ("wall, s", lambda row: f"{wall(row.runs):.2f}"),
     ("GB/s", lambda row: f"{median(rate(r) for r in row.runs):.2f}"),
     ("wall / limit", lambda row: ratio(row.runs)),
-    ("CPU, s", lambda row: f"{median(r.usage.cpu_s for r in row.runs):.1f}"),
+    ("CPU, s", lambda row: f"{cpu(row.runs):.1f}"),
+    ("CPU s/GB", lambda row: f"{cpu_per_gb(row.runs):.2f}"),
     ("peak, MiB", lambda row: f"{peak(row.runs):.0f}"),
+]
+BEFORE: list[tuple[str, Callable[[Row], str]]] = [
+    ("before: wall / limit", lambda row: ratio(row.before)),
+    ("CPU s/GB", lambda row: f"{cpu_per_gb(row.before):.2f}"),
+    ("peak, MiB", lambda row: f"{peak(row.before):.0f}"),
+    ("CPU, now / before", lambda row: f"{cpu(row.runs) / cpu(row.before):.2f}"),
 ]
 THEIRS: list[tuple[str, Callable[[Row], str]]] = [
     ("mergekit runs", lambda row: str(len(row.theirs))),
@@ -124,12 +151,17 @@ THEIRS: list[tuple[str, Callable[[Row], str]]] = [
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return a Markdown table; empty without rows."""
-    theirs = THEIRS if any(row.theirs for row in rows) else []
-    lines = [[name for name, _ in [*OURS, *theirs]], ["---"] * (len(OURS) + len(theirs))]
+    """Return a Markdown table; empty without rows. Columns about others are there where others ran."""
+    groups = [
+        (OURS, lambda row: True),
+        (BEFORE, lambda row: bool(row.before)),
+        (THEIRS, lambda row: bool(row.theirs)),
+    ]
+    shown = [(columns, has) for columns, has in groups if any(map(has, rows))]
+    names = [name for columns, _ in shown for name, _ in columns]
+    lines = [names, ["---"] * len(names)]
     for row in rows:
-        ours = [cell(row) for _, cell in OURS]
-        lines.append([*ours, *(cell(row) if row.theirs else "" for _, cell in theirs)])
+        lines.append([cell(row) if has(row) else "" for columns, has in shown for _, cell in columns])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) if rows else ""
 
 
@@ -137,15 +169,15 @@ def header(results: Results) -> str:
     """Say on what the figures were measured, and how to read them."""
     data = dict(results.machine)
     cpu, cores, memory = data.pop("CPU"), data.pop("cores"), data.pop("memory")
+    way = results.runs[0].limit.way if results.runs else "direct"
     gpu = f" {data.pop('GPU')}." if "GPU" in data else ""
     versions = ", ".join(f"{name} {text}" for name, text in data.items())
     lines = [
         f"{cpu}, {cores} cores, {memory} of memory; {versions}.{gpu}",
         "",
-        "A base and three fine-tunes, bf16, llama-shaped. Limit: `cat` of all that is merged beside a",
-        "`dd conv=fdatasync` of one model's size, measured right before each merge. Figures are medians, peaks",
-        "(resident, of the largest process, mapped files included) the highest of all runs; CPU is user and system;",
-        "GB/s counts the bytes merged and written.",
+        f"A base and three fine-tunes, bf16, llama-shaped. Limit: {WAYS[way]}, measured right",
+        "before each merge. Figures are medians, peaks (resident, of the largest process, mapped files included) the",
+        "highest of all runs; CPU is user and system, for each GB of the inputs; GB/s counts the bytes merged and written.",
     ]
     if results.start_s:
         start = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in results.start_s.items())
