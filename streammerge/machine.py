@@ -1,7 +1,8 @@
-"""Limits of the machine for this process: memory, of the machine or of a control group, and open files."""
+"""Facts on the machine: memory, of the machine or of a control group; open files; cores and GPUs; kinds of disks."""
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,3 +136,71 @@ def share_out(n_shards: int, n_threads: int) -> int:
             f"`ulimit -n {least}`, or write fewer shards with a larger --shard-size"
         )
     return min(_MOST_INPUTS, n_threads + (allowed - least) // _EACH)
+
+
+# --- processors
+
+_CPUS = Path("/sys/devices/system/cpu")
+_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def physical_cores(cpus: Path = _CPUS) -> int:
+    """Return the number of cores this process may use: two threads of a core add up to little more than one."""
+    allowed = os.sched_getaffinity(0)
+    cores = set()
+    for cpu in allowed:
+        try:
+            cores.add((cpus / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text())
+        except OSError:  # a container or a virtual machine that hides them
+            cores.add(str(cpu))
+    return len(cores)
+
+
+def gpus(folder: Path = _GPUS) -> list[str]:
+    """Return the names of the GPUs that processes may use, as ``CUDA_VISIBLE_DEVICES`` has them; no driver is asked."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.split(",") if name and name != "-1"]
+    try:
+        return [str(i) for i in range(len(os.listdir(folder)))]
+    except OSError:
+        return []
+
+
+# --- disks
+
+_BLOCK_DEVICES = Path("/sys/dev/block")
+_NVME, _VIRTUAL, _SATA, _ROTATING = 7.0, 2.0, 0.5, 0.2
+"""GB read per second by kinds of disks: a good NVMe of PCIe 4, a cloud's volume, an SSD on SATA, platters."""
+
+
+def disk_rate(path: str, devices: Path = _BLOCK_DEVICES) -> float:
+    """Return the GB per second that the disk of a file is assumed to read, from its kind; striped disks add up.
+
+    A disk that cannot be told, of a network or a container, counts as a good one.
+    """
+    try:
+        number = os.stat(path).st_dev
+        return _rate_of((devices / f"{os.major(number)}:{os.minor(number)}").resolve(strict=True))
+    except OSError:
+        return _NVME
+
+
+def _rate_of(device: Path) -> float:
+    if (device / "partition").exists():
+        device = device.parent
+    below = sorted((device / "slaves").glob("*"))
+    if below:
+        rates = [_rate_of(one.resolve()) for one in below]
+        striped = _text(device / "md" / "level") in ("raid0", "raid10", "raid5", "raid6")
+        return sum(rates) if striped else min(rates)
+    if _text(device / "queue" / "rotational") == "1" and not device.name.startswith(("vd", "xvd")):
+        return _ROTATING
+    kinds = {"nvme": _NVME, "sd": _SATA, "vd": _VIRTUAL, "xvd": _VIRTUAL}
+    return next((rate for kind, rate in kinds.items() if device.name.startswith(kind)), _NVME)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

@@ -53,7 +53,7 @@ def kernels(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def auto_means_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a merge use a GPU only where a test asks for it, on any machine."""
-    monkeypatch.setattr("streammerge.planning.backend.GPU_DRIVER", "/nonexistent")
+    monkeypatch.setattr("streammerge.planning.backend.gpus", list)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from streammerge.api.feedback import OnEvent, controlled
 from streammerge.dtypes import NAMES
 from streammerge.errors import InputError, printable
 from streammerge.io.volumes import local_path
-from streammerge.planning.backend import WORTH_A_GPU, choose_device
+from streammerge.planning.backend import choose_device
 from streammerge.units import nbytes_of
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def compute_fisher(
         max_length=max_length,
         batch_size=batch_size,
         memory=nbytes_of(memory),
-        device=choose_device(device, nbytes_of(memory), WORTH_A_GPU),
+        device=choose_device(device, nbytes_of(memory)),
         seed=seed,
         dtype=NAMES[dtype],
     )
@@ -162,7 +162,7 @@ def compute_grams(
         max_length=max_length,
         batch_size=batch_size,
         memory=nbytes_of(memory),
-        device=choose_device(device, nbytes_of(memory), WORTH_A_GPU),
+        device=choose_device(device, nbytes_of(memory)),
     )
     with controlled(on_event, progress, "collecting", stop, signal_received) as control:
         return run(model, data, local_path(out, "a store"), settings, overwrite=overwrite, control=control)

@@ -84,3 +84,5 @@ class Backend:
     """Whether it computes plain formulas, Gram matrices and fp64; if not, the backend `torch` does."""
     applies: Callable[[type[Rule]], bool] = _any_rule
     """Function that returns whether it applies rules of a class; if not, the backend `torch` calls the rule."""
+    rate: float = 0.0
+    """GB of inputs per second that it merges by a method of several passes; 0: the CPUs' own rate counts."""

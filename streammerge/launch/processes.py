@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from streammerge.launch.base import PARENT, Ended, Needs, launcher
-from streammerge.machine import available_memory
+from streammerge.machine import available_memory, gpus
 
 _PATIENCE = 30.0
 """Seconds between the wish that a process stops and its end by force."""
@@ -106,15 +106,6 @@ def _last_line(file: IO[bytes]) -> str:
     lines = file.read().decode(errors="replace").splitlines()
     file.close()
     return lines[-1].removeprefix("streammerge: ") if lines else ""
-
-
-def gpus() -> list[str]:
-    """Return the names of the GPUs that processes may use, as ``CUDA_VISIBLE_DEVICES`` has them."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in visible.split(",") if name and name != "-1"]
-    with suppress(OSError):
-        return [str(i) for i in range(len(os.listdir("/proc/driver/nvidia/gpus")))]
-    return []
 
 
 def numa_nodes() -> list[set[int]]:

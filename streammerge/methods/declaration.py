@@ -64,6 +64,11 @@ class Method:
     origin: str = "built in"
     text: str = ""
     """A description for users."""
+    cost: float | None = None
+    """Core seconds per GB of inputs on CPUs, by compiled kernels if it has some; None: unknown.
+
+    Those of the built-in methods are measured by tools/measure/method_costs.py, with typical parameters.
+    """
 
     @property
     def summary(self) -> str:

@@ -51,6 +51,7 @@ def method(
     matrices: bool = False,
     workspace: Workspace = 0,
     ignored: Mapping[str, str] | None = None,
+    cost: float | None = None,
     paper: str = "",
     text: str | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -85,6 +86,8 @@ def method(
         bytes per element, or a function of the `TensorContext` that returns bytes. The planner reserves them.
     ignored
         Parameters of mergekit that have no numeric effect here, each with the reason.
+    cost
+        Core seconds per GB of inputs, by which ``--device auto`` weighs CPUs against a GPU; None: unknown.
     paper
         Where it was published.
     text
@@ -133,6 +136,7 @@ def method(
             paper,
             origin,
             inspect.cleandoc(text) if text is not None else inspect.getdoc(function) or "",
+            cost,
         )
         return function
 

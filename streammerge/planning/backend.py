@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from streammerge.backends.base import Backend
 from streammerge.backends.cpu.backend import CPU
@@ -12,22 +12,66 @@ from streammerge.backends.torch.backend import CUDA, TORCH
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import InputError, printable
+from streammerge.machine import gpus
 from streammerge.methods.registry import Method
+from streammerge.planning.device import UNKNOWN_COST, Host, Workload, weigh
 from streammerge.planning.job import Job
 from streammerge.planning.needs import likeness, tensor_context_of
+from streammerge.units import format_at_least
 
-GPU_DRIVER = "/dev/nvidiactl"
-WORTH_A_GPU = 8_000_000_000
-"""Size of inputs in bytes; smaller merges finish on the CPU before a GPU has started."""
+ASKED, NO_GPU = "asked for", "no GPU is here"
+"""The reasons of a device that was not weighed."""
 CUDA_LEAST = CUDA.reserve + (512 << 20)
 """Memory in bytes; with less, a GPU is used only on request."""
 
 
-def choose_device(device: str, memory: int | None, nbytes: int) -> str:
+class Device(NamedTuple):
+    """A chosen device."""
+
+    name: str
+    """``cpu``, ``cuda:N``, or the kind of a registered backend."""
+    reason: str
+    """Why it was chosen, in a few words."""
+
+
+def find_device(
+    device: str, memory: int | None, workload: Callable[[], Workload], host: Callable[[], Host]
+) -> Device:
+    """Return the device that a user asked for; for ``auto`` the one that is expected to finish first.
+
+    Torch is imported only if a GPU is worth it.
+
+    Parameters
+    ----------
+    memory
+        Bytes of ``--memory``; None: not given.
+    workload, host
+        What is to be done and what bounds it; asked only for ``auto`` where there is a GPU.
+
+    Raises
+    ------
+    InputError
+        If there is no such device.
+    """
+    if device != "auto":
+        return Device(choose_device(device), ASKED)
+    if not gpus():
+        return Device(CPU.device, NO_GPU)
+    if memory is not None and memory < CUDA_LEAST:
+        return Device(CPU.device, f"a GPU needs at least --memory {format_at_least(CUDA_LEAST)}")
+    gpu, reason = weigh(workload(), host())
+    if not gpu:
+        return Device(CPU.device, reason)
+    found = None if CUDA.find is None else CUDA.find(0)
+    if found is None:
+        return Device(CPU.device, "torch finds no GPU, though one is here")
+    return Device(found, reason)
+
+
+def choose_device(device: str, memory: int | None = None) -> str:
     """Return the device that a user asked for: ``cpu``, ``cuda:N``, or the kind of a registered backend.
 
-    ``auto`` selects a GPU if there is one, if `memory` suffices for its libraries, and if `nbytes` of inputs justify
-    the seconds that it takes to start. Torch is imported only then.
+    ``auto`` is a GPU if there is one and `memory` suffices for its libraries: networks are always faster there.
 
     Raises
     ------
@@ -36,8 +80,8 @@ def choose_device(device: str, memory: int | None, nbytes: int) -> str:
     """
     kind, _, number = device.partition(":")
     if device == "auto":
-        small = nbytes < WORTH_A_GPU or (memory is not None and memory < CUDA_LEAST)
-        gpu = None if small or not os.path.exists(GPU_DRIVER) or CUDA.find is None else CUDA.find(0)
+        small = memory is not None and memory < CUDA_LEAST
+        gpu = None if small or not gpus() or CUDA.find is None else CUDA.find(0)
         return CPU.device if gpu is None else gpu
     backend = _on(kind)
     if backend is None or (number and (backend.find is None or not number.isdecimal())):
@@ -47,6 +91,12 @@ def choose_device(device: str, memory: int | None, nbytes: int) -> str:
     if found is None:
         raise InputError(f"device {printable(device)!r}: this machine has no such device; use --device cpu")
     return found
+
+
+def workload_of(method: Method, nbytes: int) -> Workload:
+    """Return what a merge of `nbytes` bytes of inputs costs."""
+    cost = UNKNOWN_COST if method.cost is None else method.cost
+    return Workload(method.name, nbytes, cost, None if method.matrices else CUDA.rate)
 
 
 def backend_on(device: str, kernels: bool | None) -> Backend:

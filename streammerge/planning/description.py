@@ -56,6 +56,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         "memory_reserve": plan.budget.reserve,
         "threads": plan.budget.threads,
         "device": plan.device,
+        "device_reason": plan.device_reason,
         "warnings": list(plan.warnings),
     }
 

@@ -12,6 +12,7 @@ from streammerge.checkpoint.weight_names import ADAPTER_WEIGHTS
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import BudgetError, ConfigError, printable
 from streammerge.methods.registry import Method
+from streammerge.planning.backend import Device
 from streammerge.planning.files.config_json import all_settings
 from streammerge.planning.files.ecosystem import SENTENCE_TRANSFORMERS, ecosystem_of, ecosystem_of_component
 from streammerge.planning.files.single_file import check_fits_one_file, kept_metadata, not_written
@@ -56,8 +57,7 @@ class Resources:
 
     budget: Budget
     """The memory of the process, before lists and statistics are subtracted."""
-    device: str
-    """``cpu`` or ``cuda:N``."""
+    device: Device
     backend: Backend
 
 
@@ -119,7 +119,8 @@ def make_plan(
         budget=allocation.budget,
         seed=seed,
         backend=resources.backend,
-        device=resources.device,
+        device=resources.device.name,
+        device_reason=resources.device.reason,
         division=division,
         warnings=(*options.notes, *resolved.warnings, *storage.notes, *files.remarks),
         fishers=inputs.fishers,

@@ -86,7 +86,8 @@ class MergePlan:
     """The plans of stages whose results are among its models, each after the stages that it uses itself."""
     gates: Gates | None = None
     """The gates of a mixture of experts, which are computed before its tensors are written; None if there are none."""
-
+    device_reason: str = ""
+    """Why the device was chosen."""
     streamed: bool = False
     """Whether tensors are merged in the order of their bytes in the output, as an object store takes them."""
 

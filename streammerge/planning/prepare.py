@@ -15,7 +15,8 @@ from streammerge.io import volumes
 from streammerge.io.object_upload import upload_nbytes
 from streammerge.methods.registry import Method
 from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking, missing_kernels
-from streammerge.planning.backend import backend_on, choose_device, operator_bytes, reserve_of
+from streammerge.planning.backend import backend_on, find_device, operator_bytes, reserve_of, workload_of
+from streammerge.planning.device import host_of
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.low_rank.memory import RESERVE
 from streammerge.planning.make import Resources, make_plan
@@ -43,8 +44,13 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
     asked = (
         "cpu" if config.moe is not None and options.device == "auto" else options.device
     )  # nothing is computed
-    device = choose_device(asked, options.memory, sum(index.nbytes for index in inputs.own))
-    chosen = backend_on(device, options.kernels)
+    device = find_device(
+        asked,
+        options.memory,
+        lambda: workload_of(method, sum(index.nbytes for index in inputs.own)),
+        lambda: host_of(_paths(inputs), options.threads),
+    )
+    chosen = backend_on(device.name, options.kernels)
     missing = missing_kernels() if chosen.compiled and not method.is_formula else None
     if missing is not None:
         note = SLOWER.format(f"{missing}; install a numba version that supports this numpy")

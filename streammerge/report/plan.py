@@ -12,6 +12,7 @@ from streammerge.io.volumes import as_path, is_url
 from streammerge.output.place import Place, place_of
 from streammerge.planning.plan import MergePlan
 from streammerge.report.stages import reads_text, stage_tree
+from streammerge.report.summary import device_text
 from streammerge.report.wrapping import wrapped
 from streammerge.units import format_at_least, format_seconds, format_size, plural
 
@@ -87,6 +88,7 @@ def plan_text(plan: MergePlan, values: dict[str, Any], out: str | None) -> str:
         f"read      {_read(plan, values)}",
         f"write     {_write(values)}",
         f"memory    {_memory(values)}",
+        f"device    {device_text(values)}",
         f"disk      {_disk(values, out)}",
         f"time      about {format_seconds(values['seconds_estimate'], coarse=True)} if the disk reads and writes "
         f"{format_size(values['bytes_per_second_assumed'])}/s together",

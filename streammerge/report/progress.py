@@ -15,7 +15,7 @@ from streammerge.errors import printable
 from streammerge.events import Event
 from streammerge.machine import own_memory
 from streammerge.report.pace import Tracker
-from streammerge.report.summary import opening_line, summary_text, summary_values
+from streammerge.report.summary import device_lines, opening_line, summary_text, summary_values
 from streammerge.report.wrapping import wrapped
 from streammerge.units import format_seconds, format_share, format_size, plural
 
@@ -189,7 +189,8 @@ class LineReporter:
         elif event.kind in ("start", "resume"):
             self._began = self._last = time.monotonic()
             if self._tracker.plan:
-                self._say(opening_line(self._tracker.plan))
+                for line in (opening_line(self._tracker.plan), *device_lines(self._tracker.plan)):
+                    self._say(line)
             if event.kind == "resume":
                 self._say(resume_line(event.values, self._tracker.plan))
         elif event.kind == "point":
@@ -266,7 +267,8 @@ class BarReporter:
             self._describe(self._what)
         elif event.kind in ("start", "resume"):
             if tracker.plan:
-                self._say(opening_line(tracker.plan))
+                for line in (opening_line(tracker.plan), *device_lines(tracker.plan)):
+                    self._say(line)
             if event.kind == "resume":
                 self._say(resume_line(values, tracker.plan))
             self._describe(self._what)

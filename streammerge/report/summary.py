@@ -10,6 +10,7 @@ from streammerge.engine.telling import Density
 from streammerge.errors import printable
 from streammerge.machine import peak_memory
 from streammerge.output.adapter import Residual, total_residual
+from streammerge.planning.backend import ASKED, NO_GPU
 from streammerge.units import format_seconds, format_size, plural
 
 _NAMED = 4
@@ -34,6 +35,18 @@ def opening_line(plan: Mapping[str, Any]) -> str:
         f"merging {', '.join(names[:_NAMED])}{more} by {printable(plan['method'])}{base} into {printable(plan['out'])}: "
         f"reads {format_size(plan['bytes_to_read'])}, writes {format_size(plan['bytes_to_write'])}"
     )
+
+
+def device_text(plan: Mapping[str, Any]) -> str:
+    """Return the device of a plan, and why it was chosen."""
+    name = "CPUs" if plan["device"] == "cpu" else printable(plan["device"])
+    return f"{name} ({printable(plan['device_reason'], 200)})" if plan.get("device_reason") else name
+
+
+def device_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Return a line on the device about to be used, if there was a choice."""
+    settled = plan.get("device_reason", "") in ("", ASKED, NO_GPU)
+    return [] if settled else [f"device: {device_text(plan)}"]
 
 
 def summary_values(summary: Summary, elements: int | None = None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from streammerge.algebra.block import Operand
-from streammerge.api import choose_device, merge
+from streammerge.api import merge
 from streammerge.backends.torch import math as torch_pieces
 from streammerge.backends.torch.device_block import DeviceBlock
 from streammerge.backends.torch.math import TorchMath
@@ -111,15 +111,6 @@ def test_a_gpu_gives_the_bytes_of_the_cpu(
     merge(config, tmp_path / "cpu", device="cpu")
     merge(config, tmp_path / "gpu", device="cuda")
     assert output_bytes(tmp_path / "gpu") == output_bytes(tmp_path / "cpu")
-
-
-@needs_gpu
-def test_auto_takes_the_gpu_only_with_memory_for_its_libraries_and_enough_to_do(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("streammerge.planning.backend.GPU_DRIVER", "/dev/nvidiactl")
-    assert choose_device("auto", None, 10**11) == choose_device("auto", 4 << 30, 10**11) == "cuda:0"
-    assert choose_device("auto", 512 << 20, 10**11) == choose_device("auto", 4 << 30, 10**9) == "cpu"
 
 
 @needs_gpu

@@ -89,13 +89,13 @@ def test_the_reserve_of_a_backend_is_that_of_the_plan(
 @pytest.mark.parametrize("device", ["count", "cpu:1", "torch", "counter:x"])
 def test_a_device_that_nobody_registered_is_refused(counter: Backend, device: str) -> None:
     with pytest.raises(InputError, match=r"is not one of auto, cpu, cuda, counter, cuda:N$"):
-        choose_device(device, None, 0)
+        choose_device(device)
 
 
 def test_a_number_that_the_backend_does_not_find_is_refused(counter: Backend) -> None:
-    assert choose_device("counter", None, 0) == "counter:0"
+    assert choose_device("counter") == "counter:0"
     with pytest.raises(InputError, match="no such device"):
-        choose_device("counter:2", None, 0)
+        choose_device("counter:2")
 
 
 def test_names_are_unique() -> None:

@@ -16,6 +16,7 @@ from streammerge.statistics.kinds import Quantile, Threshold
 
 @method(
     "arcee_fusion",
+    cost=14,
     access=Extent.TENSOR,
     base="required",
     models=(1, 1),

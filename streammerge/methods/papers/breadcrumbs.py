@@ -37,6 +37,7 @@ def _between(
 
 @method(
     "breadcrumbs",
+    cost=3.3,
     access=Extent.TENSOR,
     base="required",
     paper=_PAPER,
@@ -64,6 +65,7 @@ def breadcrumbs(
 
 @method(
     "breadcrumbs_ties",
+    cost=2.9,
     access=Extent.MODEL,
     base="required",
     paper=_PAPER,

@@ -22,6 +22,7 @@ _PAPER = "Yu et al. 2024, https://arxiv.org/abs/2311.03099"
 
 @method(
     "dare_linear",
+    cost=1.3,
     access=Extent.TENSOR,
     base="required",
     drop=DARE,
@@ -47,6 +48,7 @@ def dare_linear(
 
 @method(
     "dare_ties",
+    cost=1.3,
     access=Extent.MODEL,
     base="required",
     drop=DARE,

@@ -60,6 +60,7 @@ def _magprune(
 
 @method(
     "della",
+    cost=7.6,
     access=Extent.MODEL,
     base="required",
     paper=_PAPER,
@@ -87,6 +88,7 @@ def della(
 
 @method(
     "della_linear",
+    cost=9,
     access=Extent.TENSOR,
     base="required",
     paper=_PAPER,

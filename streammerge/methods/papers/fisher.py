@@ -38,7 +38,13 @@ def _coefficient(weight: float, squares: SquareTotal, normalize: bool) -> float:
     return weight / math.sqrt(squares.total) if squares.total > 0 else 0.0
 
 
-@method("fisher", base="template", paper="Matena & Raffel 2022, https://arxiv.org/abs/2111.09832", **_FISHER)
+@method(
+    "fisher",
+    cost=3.6,
+    base="template",
+    paper="Matena & Raffel 2022, https://arxiv.org/abs/2111.09832",
+    **_FISHER,
+)
 def fisher(
     context: TensorContext,
     *,
@@ -80,6 +86,7 @@ def fisher(
 
 method(
     "dare_fisher",
+    cost=4.4,
     base="required",
     drop=DARE,
     ignored={"int8_mask": "it has no effect on the numbers"},

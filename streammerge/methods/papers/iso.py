@@ -29,7 +29,9 @@ def _bytes_with_bases(context: TensorContext) -> int:
     return svd_bytes(rows, columns) + 8 * min(rows, columns) * (rows + columns)
 
 
-@method("iso_c", access="tensor", base="required", matrices=True, workspace=_bytes_of_svd, paper=_PAPER)
+@method(
+    "iso_c", cost=45, access="tensor", base="required", matrices=True, workspace=_bytes_of_svd, paper=_PAPER
+)
 def iso_c(context: TensorContext, *, weight: PerModel[float] = per_model(1.0), lambda_: float = 1.0) -> Rule:
     """The sum of the task vectors with all singular values set to their mean: theta = theta_0 + lambda * mean(S) U V'.
 
@@ -48,6 +50,7 @@ def isotropic(deltas: Deltas) -> torch.Tensor:
 
 @method(
     "iso_cts",
+    cost=210,
     access="tensor",
     base="required",
     matrices=True,

@@ -13,6 +13,7 @@ from streammerge.methods.tensor_context import TensorContext
 
 @method(
     "karcher",
+    cost=2,
     access=Extent.TENSOR,
     base="member",
     bounds={"tol": (0.0, 1.0), "max_iter": (1, 10_000)},

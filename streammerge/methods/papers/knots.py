@@ -28,6 +28,7 @@ def _workspace(context: TensorContext) -> int:
 
 @method(
     "knots",
+    cost=88,
     access="tensor",
     base="required",
     matrices=True,

@@ -9,7 +9,7 @@ from streammerge.methods.steps import weighted_average
 from streammerge.methods.tensor_context import TensorContext
 
 
-@method("linear", base="member", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
+@method("linear", cost=1.1, base="member", paper="Wortsman et al. 2022, https://arxiv.org/abs/2203.05482")
 def linear(
     context: TensorContext, *, weight: PerModel[float] = per_model(1.0), normalize: bool = True
 ) -> WeightedSum | TaskVectorMerge:

@@ -12,6 +12,7 @@ from streammerge.methods.tensor_context import TensorContext
 
 @method(
     "model_stock",
+    cost=1.6,
     access=Extent.TENSOR,
     base="required",
     models=(2, None),

@@ -13,6 +13,7 @@ from streammerge.methods.tensor_context import TensorContext
 
 @method(
     "multislerp",
+    cost=1.8,
     access=Extent.TENSOR,
     base="optional",
     bounds={"eps": (0.0, 1.0)},

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 @method(
     "nearswap",
+    cost=7.3,
     base="required",
     models=(1, 1),
     paper="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",

@@ -10,6 +10,7 @@ from streammerge.methods.tensor_context import TensorContext
 
 @method(
     "nuslerp",
+    cost=1.8,
     access=Extent.TENSOR,
     base="optional",
     models=(2, 2),

@@ -8,7 +8,7 @@ from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.tensor_context import TensorContext
 
 
-@method("passthrough", base="none", models=(1, 1))
+@method("passthrough", cost=1.5, base="none", models=(1, 1))
 def passthrough(
     context: TensorContext, *, scale: PerModel[float | None] = per_model(None)
 ) -> CopyOf | WeightedSum | TaskVectorMerge:

@@ -13,7 +13,7 @@ _PAPER = "Yuan et al. 2026, https://arxiv.org/abs/2601.13572"
 _BOUNDS = {"epsilon": (0.0, float("inf")), "alpha": (0.0, float("inf"))}
 
 
-@method("ram", base="required", bounds=_BOUNDS, paper=_PAPER)
+@method("ram", cost=2.2, base="required", bounds=_BOUNDS, paper=_PAPER)
 def ram(context: TensorContext, *, epsilon: float = 1e-5) -> TouchedMerge:
     """theta = theta_0 + the mean of those deltas of an element whose magnitude exceeds `epsilon`.
 
@@ -23,7 +23,7 @@ def ram(context: TensorContext, *, epsilon: float = 1e-5) -> TouchedMerge:
     return TouchedMerge(vectors, epsilon, (1.0,) * len(vectors))
 
 
-@method("ramplus_tl", access=Extent.TENSOR, base="required", bounds=_BOUNDS, paper=_PAPER)
+@method("ramplus_tl", cost=2.4, access=Extent.TENSOR, base="required", bounds=_BOUNDS, paper=_PAPER)
 def ramplus_tl(
     context: TensorContext, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5
 ) -> Steps[TouchedMerge]:

@@ -15,6 +15,7 @@ from streammerge.statistics.kinds import RegressionOperators
 
 @method(
     "regmean",
+    cost=20,
     access="tensor",
     base="template",
     gram=True,

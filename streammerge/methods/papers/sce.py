@@ -25,6 +25,7 @@ from streammerge.statistics.kinds import (
 
 @method(
     "sce",
+    cost=3.6,
     access=Extent.TENSOR,
     base="required",
     bounds={"select_topk": (0.0, 1.0), "floor": (0.0, 1.0)},

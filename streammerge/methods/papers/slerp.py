@@ -11,6 +11,7 @@ from streammerge.methods.tensor_context import TensorContext
 
 @method(
     "slerp",
+    cost=1.3,
     access=Extent.TENSOR,
     base="required",
     models=(1, 1),

@@ -23,6 +23,7 @@ def _workspace(context: TensorContext) -> int:
 
 @method(
     "subspace_boosting",
+    cost=51,
     access="tensor",
     base="required",
     matrices=True,

@@ -25,6 +25,7 @@ def _workspace(context: TensorContext) -> int:
 
 @method(
     "svc",
+    cost=48,
     access="tensor",
     base="required",
     models=(2, None),

@@ -12,6 +12,7 @@ _UNUSED = "`task_arithmetic` does not sparsify, neither here nor in mergekit"
 
 @method(
     "task_arithmetic",
+    cost=1.1,
     base="required",
     paper="Ilharco et al. 2023, https://arxiv.org/abs/2212.04089",
     ignored={

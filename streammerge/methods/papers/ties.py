@@ -16,6 +16,7 @@ from streammerge.statistics.asking import Steps
 
 @method(
     "ties",
+    cost=1.7,
     access=Extent.MODEL,
     base="required",
     bounds={"density": (0.0, 1.0)},

@@ -33,6 +33,7 @@ def _workspace(context: TensorContext) -> int:
 
 @method(
     "tsv_m",
+    cost=160,
     access="tensor",
     base="required",
     matrices=True,

@@ -25,6 +25,7 @@ def _workspace(context: TensorContext) -> int:
 
 @method(
     "wudi",
+    cost=20,
     access="tensor",
     base="required",
     matrices=True,

@@ -1,0 +1,176 @@
+"""`--device auto`: a GPU is taken only where it is expected to pay, and the reason is said."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from streammerge.api import plan
+from streammerge.backends.torch.backend import CUDA
+from streammerge.io.disk import cached_share_of
+from streammerge.machine import disk_rate, gpus, physical_cores
+from streammerge.methods.catalog import load_builtin
+from streammerge.methods.registry import all_methods
+from streammerge.planning import backend as chosen
+from streammerge.planning.backend import CUDA_LEAST, find_device, workload_of
+from streammerge.planning.description import describe
+from streammerge.planning.device import Host, Workload, host_of, weigh
+from streammerge.report.summary import device_lines
+from tests.conftest import config_for
+
+TIES, FAST = Workload("ties", 560 * 10**9, 1.5, 25.0), Host(16, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("work", "host", "gpu", "reason"),
+    [  # The cases of a 70B merge of three models and a base, 560 GB, computed by hand.
+        (TIES, FAST, False, "16 cores merge ties at 10.7 GB/s; a GPU would wait for the disk"),
+        (
+            TIES,
+            Host(4, 7.0),
+            True,
+            "4 cores merge ties at 2.7 GB/s; a GPU reaches 7.0, as the disk gives them",
+        ),
+        (TIES, Host(7, 30.0), True, "7 cores merge ties at 4.7 GB/s; a GPU reaches 25"),
+        (TIES, Host(64, 30.0), False, "64 cores merge ties at 43 GB/s; a GPU would wait for the disk"),
+        (TIES, Host(7, 1.9), False, "7 cores merge ties at 4.7 GB/s; a GPU would wait for the disk"),
+        (TIES, Host(16, 30.0, "the page cache"), True, "16 cores merge ties at 10.7 GB/s; a GPU reaches 25"),
+        (
+            replace(TIES, gpu_rate=2.0),
+            Host(4, 7.0),
+            False,
+            "4 cores merge ties at 2.7 GB/s; a GPU would reach 2.0",
+        ),
+        (replace(TIES, gpu_rate=None), Host(4, 7.0), False, "ties is computed on CPUs wherever it runs"),
+        (
+            replace(TIES, nbytes=6 * 10**9),
+            Host(1, 7.0),
+            False,
+            "1 core merges ties in about 9 s; a GPU would not repay its start",
+        ),
+        (Workload("linear", 560 * 10**9, 0.5, 25.0), Host(4, 7.0), False, None),
+        (Workload("della", 560 * 10**9, 6.0, 25.0), FAST, True, None),
+    ],
+)
+def test_a_gpu_is_taken_where_the_cpus_are_the_bound(
+    work: Workload, host: Host, gpu: bool, reason: str | None
+) -> None:
+    choice = weigh(work, host)
+    assert choice.gpu is gpu, choice
+    assert reason in (None, choice.reason)
+
+
+@pytest.fixture
+def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a GPU be here, and torch find it."""
+    monkeypatch.setattr(chosen, "gpus", lambda: ["0"])
+    monkeypatch.setattr(chosen, "CUDA", replace(CUDA, find=lambda number: f"cuda:{number}"))
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_the_choice_is_weighed_only_where_there_is_one() -> None:
+    def never() -> Host:
+        raise AssertionError
+
+    def few() -> Host:
+        return Host(4, 7.0)
+
+    assert find_device("auto", None, lambda: TIES, few).name == "cuda:0"
+    assert find_device("auto", CUDA_LEAST, lambda: TIES, few).name == "cuda:0"
+    small = find_device("auto", CUDA_LEAST - 1, lambda: TIES, never)
+    assert small == ("cpu", "a GPU needs at least --memory 2112 MiB")
+    assert find_device("cpu", None, lambda: TIES, never) == ("cpu", "asked for")
+
+
+def test_without_a_gpu_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen, "gpus", list)
+    assert find_device("auto", None, lambda: TIES, lambda: FAST) == ("cpu", "no GPU is here")
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_the_plan_tells_the_reason_and_a_merge_says_it_once(make_models: Callable[..., list[Path]]) -> None:
+    decided = describe(plan(config_for("ties", make_models())))
+    assert decided["device"] == "cpu"
+    (line,) = device_lines(decided)
+    assert line.startswith("device: CPUs (")
+    assert line.endswith("merge ties in less than a second; a GPU would not repay its start)")
+    assert device_lines(describe(plan(config_for("ties", make_models()), device="cpu"))) == []
+
+
+def test_every_builtin_method_has_a_cost() -> None:
+    load_builtin()
+    builtin = [one for one in all_methods().values() if one.origin == "built in"]
+    assert [one.name for one in builtin if not one.cost] == []
+    assert {one.name for one in builtin if workload_of(one, 1).gpu_rate is None} == {
+        one.name for one in builtin if one.matrices
+    }
+
+
+# --- the machine
+
+
+def test_cores_are_counted_once_for_all_their_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 5})
+    for cpu, siblings in {0: "0,4", 1: "1,5", 5: "1,5"}.items():
+        topology = tmp_path / f"cpu{cpu}" / "topology"
+        topology.mkdir(parents=True)
+        (topology / "thread_siblings_list").write_text(siblings)
+    assert physical_cores(tmp_path) == 3
+
+
+def test_gpus_are_those_that_the_environment_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus(tmp_path / "none") == []
+    (tmp_path / "0000:01:00.0").mkdir()
+    assert gpus(tmp_path) == ["0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert gpus(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "rotational", "rate"),
+    [("nvme0n1", "0", 7.0), ("sda", "0", 0.5), ("sdb", "1", 0.2), ("vda", "1", 2.0), ("nbd0", "0", 7.0)],
+)
+def test_the_kind_of_a_disk_tells_its_rate(tmp_path: Path, name: str, rotational: str, rate: float) -> None:
+    devices, file = tmp_path / "devices", tmp_path / "file"
+    file.touch()
+    disk = tmp_path / name
+    (disk / "queue").mkdir(parents=True)
+    (disk / "queue" / "rotational").write_text(rotational)
+    (disk / "part" / "x").mkdir(parents=True)
+    (disk / "part" / "partition").write_text("1")
+    devices.mkdir()
+    number = os.stat(file).st_dev
+    (devices / f"{os.major(number)}:{os.minor(number)}").symlink_to(disk / "part")
+    assert disk_rate(str(file), devices) == rate
+
+
+@pytest.mark.parametrize(("level", "rate"), [("raid0", 14.0), ("raid1", 7.0)])
+def test_striped_disks_add_up(tmp_path: Path, level: str, rate: float) -> None:
+    devices, file, array = tmp_path / "devices", tmp_path / "file", tmp_path / "md0"
+    file.touch()
+    for folder in (devices, array / "slaves", array / "md"):
+        folder.mkdir(parents=True)
+    (array / "md" / "level").write_text(level)
+    for name in ("nvme0n1", "nvme1n1"):
+        (tmp_path / name).mkdir()
+        (array / "slaves" / name).symlink_to(tmp_path / name)
+    number = os.stat(file).st_dev
+    (devices / f"{os.major(number)}:{os.minor(number)}").symlink_to(array)
+    assert disk_rate(str(file), devices) == rate
+
+
+def test_what_lies_in_the_page_cache_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    file.read_bytes()
+    assert cached_share_of([str(file), str(tmp_path / "missing")]) > 0.9
+    assert cached_share_of([]) == cached_share_of([str(tmp_path / "missing")]) == 0.0
+    assert host_of([str(file)], 1).source == "the page cache"
+    assert host_of(["s3://bucket/model.safetensors"], 1) == Host(1, 1.0, "the store")
