@@ -6,17 +6,21 @@ Combining multiplies polynomials over GF(2) modulo the CRC's polynomial, as zlib
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
+
+try:  # by carry-less multiplication: seven times as fast as zlib's table
+    from zlib_ng.zlib_ng import crc32 as _crc32
+except ImportError:  # a platform that has no wheel
+    from zlib import crc32 as _crc32
 
 _POLYNOMIAL = 0xEDB88320
 
 
 def crc32(data: Any, value: int = 0) -> int:
     """Return the CRC-32 of a bytes-like object, continued from `value`."""
-    return zlib.crc32(data, value)
+    return int(_crc32(data, value))
 
 
 def _multiply(a: int, b: int) -> int:
