@@ -8,11 +8,12 @@ from streammerge.lazy import importer
 
 if TYPE_CHECKING:
     from streammerge.api.checking import DEFAULT_SAMPLE, verify
-    from streammerge.api.deciding import ConfigLike, plan
+    from streammerge.api.deciding import plan
     from streammerge.api.extracting import extract_lora
     from streammerge.api.in_memory import iter_merged, merge_state_dicts
     from streammerge.api.looking import inspect_model, list_methods
     from streammerge.api.merging import merge
+    from streammerge.api.reading import ConfigLike
     from streammerge.api.streaming import compute_fisher, compute_grams, import_fisher
     from streammerge.api.sweeping import sweep
     from streammerge.planning.backend import choose_device
@@ -39,11 +40,12 @@ __all__ = [
 
 _HOMES = {
     "api.checking": ("DEFAULT_SAMPLE", "verify"),
-    "api.deciding": ("ConfigLike", "plan"),
+    "api.deciding": ("plan",),
     "api.extracting": ("extract_lora",),
     "api.in_memory": ("iter_merged", "merge_state_dicts"),
     "api.looking": ("inspect_model", "list_methods"),
     "api.merging": ("merge",),
+    "api.reading": ("ConfigLike",),
     "api.streaming": ("compute_fisher", "compute_grams", "import_fisher"),
     "api.sweeping": ("sweep",),
     "planning.backend": ("choose_device",),

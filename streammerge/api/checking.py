@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from streammerge.api.deciding import ConfigLike, plan
+from streammerge.api.deciding import plan
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.api.gates import supply_gates
+from streammerge.api.reading import ConfigLike
 from streammerge.engine.recompute import check_contents, check_made_from, recompute
 from streammerge.engine.recompute_adapter import recompute_adapter
 from streammerge.engine.shared_verify import verify_together

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from streammerge.api.gates import check_gates
-from streammerge.config.reading import config_from_mapping, load_config, parse_config
+from streammerge.api.reading import ConfigLike, read_config
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import refuse
 from streammerge.errors import printable
 from streammerge.io.volumes import as_path, is_url
 from streammerge.machine import available_memory, own_memory, shortage
-from streammerge.methods.catalog import load_builtin, load_file
 from streammerge.methods.registry import Method, get_method
 from streammerge.output.place import place_of
 from streammerge.output.stage_files import stage_folder
@@ -34,8 +32,6 @@ SWEEP_CURE = (
     "a sweep is several merges: run `streammerge sweep CONFIG OUT`, whose points are verified against their own "
     "streammerge_config.yml; or remove the key"
 )
-
-ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | MergeConfig
 
 
 def plan(
@@ -218,21 +214,6 @@ def _notes_of(results: Sequence[StageResult]) -> list[str]:
     return notes
 
 
-def read_config(config: ConfigLike, methods: str | os.PathLike[str] | None = None) -> MergeConfig:
-    """Return a config as it is written, after registering all methods; `methods` is a file with the user's methods.
-
-    Raises
-    ------
-    InputError
-        If the config or the file of methods is bad.
-    """
-    parsed = _parse(config)
-    load_builtin()
-    if methods is not None:
-        load_file(Path(methods))
-    return parsed
-
-
 def settle(config: MergeConfig) -> tuple[MergeConfig, Method]:
     """Return a config with its checkpoints found and its bases determined, and its method.
 
@@ -248,13 +229,3 @@ def settle(config: MergeConfig) -> tuple[MergeConfig, Method]:
     found = settle_checkpoints(config)
     method = get_method(found.merge_method, f"{found.where}: merge_method")
     return settle_base(found, method), method
-
-
-def _parse(config: ConfigLike) -> MergeConfig:
-    if isinstance(config, MergeConfig):
-        return config
-    if isinstance(config, Mapping):
-        return config_from_mapping(config)
-    if isinstance(config, str) and "\n" in config:
-        return parse_config(config, "config")
-    return load_config(config)

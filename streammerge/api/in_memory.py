@@ -11,8 +11,9 @@ from dataclasses import replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, get_args
 
-from streammerge.api.deciding import ConfigLike, read_config, settle
+from streammerge.api.deciding import settle
 from streammerge.api.feedback import OnEvent, controlled
+from streammerge.api.reading import ConfigLike, read_config
 from streammerge.checkpoint.companions import CompanionIndex, open_fisher
 from streammerge.checkpoint.index import TensorIndex, open_model
 from streammerge.config.schema import MergeConfig

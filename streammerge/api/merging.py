@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-from streammerge.api.deciding import ConfigLike, plan, read_config
+from streammerge.api.deciding import plan
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.api.gates import supply_gates
+from streammerge.api.reading import ConfigLike, read_config
 from streammerge.api.reporting import check_report, check_room, write_report
 from streammerge.config.schema import MergeConfig
 from streammerge.config.stages import kept_stages, read_from

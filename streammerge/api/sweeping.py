@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from streammerge.api.deciding import ConfigLike, options_of, read_config
+from streammerge.api.deciding import options_of
 from streammerge.api.feedback import OnEvent, controlled
+from streammerge.api.reading import ConfigLike, read_config
 from streammerge.api.sweep_run import SweepRun, Wishes
 from streammerge.engine.first_use import CannotCompileError
 from streammerge.engine.scoring import check_command

@@ -101,6 +101,9 @@ def run(
         Those of `streammerge.merge`.
     """
     stop, signal_received = stop_on_signals()
+    from streammerge.api.reading import read_config
+
+    config = read_config(config, options.pop("methods", None))
     from streammerge.api import merge
     from streammerge.api.reporting import check_report
     from streammerge.events import warning
@@ -177,6 +180,9 @@ def show_plan(
     """
     if workers is None and (rate is not None or store_rate is not None):
         raise click.UsageError("--rate and --store-rate go with --workers N")
+    from streammerge.api.reading import read_config
+
+    config = read_config(config, options.pop("methods", None))
     from streammerge.api import plan as decide
     from streammerge.engine.precheck import check_beforehand
     from streammerge.io.volumes import as_path

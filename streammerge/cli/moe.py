@@ -77,7 +77,7 @@ def moe(
     CONFIG is that of mergekit-moe. Everything but the MLPs comes from the base model, and the experts are the MLPs of the
     other models, copied byte for byte. The output is Mixtral, Qwen2-MoE, Qwen3-MoE or DeepSeek.
     """
-    from streammerge.api.deciding import read_config
+    from streammerge.api.reading import read_config
 
     own = [(name, why) for name, why in _NEEDLESS.items() if options.pop(name)]
     options, notes = translate(options)

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent.parent
@@ -61,6 +62,17 @@ def missing_kernels() -> str | None:
     except ImportError as error:
         return (str(error) or "numba cannot be imported").splitlines()[0]
     return None
+
+
+def unusable_kernels(names: Iterable[str]) -> str | None:
+    """Return why some groups of kernels cannot be used, in one line; None if they can.
+
+    numba takes longer to import than a plan takes, so it is imported only for groups that are not compiled yet: the others
+    were compiled by the same versions of numba and numpy, which therefore suit each other.
+    """
+    if find_spec("numba") is None:
+        return "No module named 'numba'"
+    return missing_kernels() if lacking(names) else None
 
 
 @cache

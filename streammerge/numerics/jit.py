@@ -1,8 +1,36 @@
 """Compile loops with numba, cached in the kernels' directory."""
 
+import importlib
+from importlib.util import find_spec
+
 import numba
 
 from streammerge.numerics.compiled import kernel_cache
+
+
+def load_without_scipy() -> None:
+    """Load numba's functions of arrays without scipy, which no kernel calls.
+
+    numba imports scipy's linear algebra to see whether it is there, and that takes as long as importing numba itself. Here
+    the question is answered without importing it, once; whoever else uses numba in this process finds everything as usual.
+    """
+    try:
+        linalg = importlib.import_module("numba.np.linalg")
+        imports = linalg.ensure_blas
+        if find_spec("scipy") is None:
+            return
+        linalg.ensure_blas = lambda: None
+        try:
+            arrays = importlib.import_module("numba.np.arraymath")
+        finally:
+            linalg.ensure_blas = imports
+        if hasattr(arrays, "ensure_blas"):
+            arrays.ensure_blas = imports
+    except (ImportError, AttributeError):
+        return  # a different numba: it looks for scipy itself
+
+
+load_without_scipy()
 
 
 def njit(**options):

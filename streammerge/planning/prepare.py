@@ -14,7 +14,7 @@ from streammerge.errors import BudgetError
 from streammerge.io import volumes
 from streammerge.io.object_upload import upload_nbytes
 from streammerge.methods.registry import Method
-from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking, missing_kernels
+from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking, unusable_kernels
 from streammerge.planning.backend import backend_on, find_device, operator_bytes, reserve_of, workload_of
 from streammerge.planning.device import host_of
 from streammerge.planning.inputs import Inputs
@@ -51,10 +51,6 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         lambda: host_of(_paths(inputs), options.threads),
     )
     chosen = backend_on(device.name, options.kernels)
-    missing = missing_kernels() if chosen.compiled and not method.is_formula else None
-    if missing is not None:
-        note = SLOWER.format(f"{missing}; install a numba version that supports this numpy")
-        options = replace(options, notes=(note, *options.notes))
 
     def plan_on(backend: Backend) -> MergePlan:
         read = inputs.own if inputs.merged is None else (*inputs.own, inputs.merged)
@@ -66,10 +62,15 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         budget = budgets.make_budget(options.memory, options.threads, reserve)
         return make_plan(config, method, inputs, Resources(budget, device, backend), options)
 
-    if missing is not None:
-        return plan_on(TORCH)
     plan = plan_on(chosen)
-    return _unless_cold(plan, plan_on) if chosen.compiled and not options.kernels else plan
+    if not chosen.compiled or method.is_formula:
+        return plan
+    needed = needed_kernels(plan)
+    if (missing := unusable_kernels(needed)) is not None:
+        note = SLOWER.format(f"{missing}; install a numba version that supports this numpy")
+        options = replace(options, notes=(note, *options.notes))
+        return plan_on(TORCH)
+    return _unless_cold(plan, plan_on) if lacking(needed) and not options.kernels else plan
 
 
 def _paths(inputs: Inputs) -> list[str]:
@@ -81,9 +82,7 @@ def _paths(inputs: Inputs) -> list[str]:
 
 
 def _unless_cold(plan: MergePlan, plan_on: Callable[[Backend], MergePlan]) -> MergePlan:
-    """Return the plan, or a plan for torch if the kernels are not compiled and the merge is too small to justify it."""
-    if not lacking(needed_kernels(plan)):
-        return plan
+    """Return the plan whose kernels are not compiled, or a plan for torch if the merge is too small to justify that."""
     cache = kernel_cache()
     if cache.directory is not None and not is_small(plan):
         return plan

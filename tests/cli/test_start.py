@@ -1,0 +1,51 @@
+"""What a command imports before it answers: little, so that a mistake in a config is told at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from tests.conftest import config_for
+
+RUN = """
+import json, sys
+from streammerge.cli import main
+try:
+    main()
+finally:
+    print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def imported(*arguments: str | Path) -> set[str]:
+    """Return the modules that a command has imported when it ends."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_a_config_is_refused_before_what_plans_is_imported(tmp_path: Path) -> None:
+    config = tmp_path / "bad.yml"
+    config.write_text("merge_method: no such method\nmodels: [{model: a}, {model: b}]\n")
+    names = imported("plan", config)
+    assert "streammerge.methods.registry" in names
+    assert not {
+        name for name in names if name.startswith(("streammerge.planning", "streammerge.engine", "numba"))
+    }
+
+
+def test_a_plan_imports_no_compiler_and_its_kernels_no_scipy(
+    make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump(config_for("linear", make_models())))
+    assert not {"numba", "torch", "scipy"} & imported("plan", config)
+    names = imported("merge", config, tmp_path / "out")
+    assert "numba" in names
+    assert "scipy.linalg" not in names
