@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -42,11 +43,19 @@ WITHOUT_MERGES = {"test_layers.py", "test_errors.py", "test_messages_page.py", "
 
 @pytest.fixture(autouse=True, scope="session")
 def kernels(request: pytest.FixtureRequest) -> None:
-    """Compile all kernels once on a machine: merges as small as these would go through torch until then."""
+    """Compile all kernels once on a machine: merges as small as these would go through torch until then.
+
+    Each process of pytest-xdist begins with a part of its own.
+    """
     if {item.path.name for item in request.session.items} <= WITHOUT_MERGES:
         return
-    from streammerge.backends.cpu.compile import ensure_compiled
+    from streammerge.backends.cpu.compile import GROUPS, ensure_compiled
 
+    part, parts = (
+        os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:],
+        os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"),
+    )
+    assert ensure_compiled(GROUPS[int(part) :: int(parts)]) is None
     assert ensure_compiled() is None
 
 

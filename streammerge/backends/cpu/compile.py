@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 
@@ -160,7 +161,7 @@ def ensure_compiled(
         return None
     if directory is None:
         return NOWHERE.format("; ".join(kernel_cache().refused))
-    with _alone(os.fspath(directory), check_stop):
+    with _alone(directory, needed, check_stop):
         look_again()  # a different process may have compiled them
         if needed := lacking(names):
             _compile_in_child(needed, check_stop)
@@ -193,18 +194,19 @@ def _compile_in_child(names: Sequence[str], check_stop: Callable[[], object]) ->
 
 
 @contextmanager
-def _alone(directory: str, check_stop: Callable[[], object]) -> Iterator[None]:
-    """Hold the lock of a directory, so that only one process compiles into it."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        while True:
+def _alone(directory: Path, names: Iterable[str], check_stop: Callable[[], object]) -> Iterator[None]:
+    """Hold the locks of groups of kernels, so that only one process compiles each.
+
+    Every process takes them in alphabetical order, so that none waits for one that waits for it.
+    """
+    with ExitStack() as held:
+        for name in sorted(names):
             try:
-                if try_lock(descriptor):
-                    break
+                descriptor = os.open(directory / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                held.callback(os.close, descriptor)
+                while not try_lock(descriptor):
+                    check_stop()
+                    time.sleep(_POLL_SECONDS)
             except OSError:
-                break  # a file system without locks: kernels may be compiled twice, which is harmless
-            check_stop()
-            time.sleep(_POLL_SECONDS)
+                pass  # a full disk, or one without locks: kernels may be compiled twice, which is harmless
         yield
-    finally:
-        os.close(descriptor)
