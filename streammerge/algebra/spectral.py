@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _LEVEL = 2.0**-8
 """Singular values that one Gram matrix gives, relative to the largest; their vectors are orthogonal to 1e-11."""
 _ROUNDING = 2.0**-52
+_STRIPES, _NARROWEST = 8, 128
+"""A Gram matrix is computed in so many stripes of columns, of at least so many: nearly half of it is not needed."""
 _SAFE = 1e-9
 """Squared ratio of the smallest to the largest pivot above which a Gram matrix has full rank beyond doubt."""
 
@@ -36,25 +38,21 @@ class Svd(NamedTuple):
     right: torch.Tensor
     """(columns, rank)"""
 
-    def first(self, k: int) -> Svd:
-        """Return the largest `k` of them, without keeping the memory of the others."""
-        if k >= len(self.values):
-            return self
-        return Svd(self.left[:, :k].clone(), self.values[:k].clone(), self.right[:, :k].clone())
-
 
 def cutoff(largest: float, shape: Sequence[int]) -> float:
     """Return the singular value up to which a matrix counts as rank-deficient."""
     return max(shape) * _ROUNDING * largest
 
 
-def svd(owned: list[torch.Tensor]) -> Svd:
+def svd(owned: list[torch.Tensor], most: int | None = None) -> Svd:
     """Return the decomposition of a matrix, fp64.
 
     Parameters
     ----------
     owned
         The matrix alone; it is removed from the list, and freed as soon as it is no longer needed.
+    most
+        Number of singular values that are wanted, the largest; None: all.
     """
     import torch
 
@@ -65,38 +63,59 @@ def svd(owned: list[torch.Tensor]) -> Svd:
     del matrix
     found: list[Svd] = []
     basis: torch.Tensor | None = None
-    least = 0.0
-    while rest.shape[1]:
-        columns, vectors = _along_eigenvectors(rest)
-        del rest
-        lengths = torch.linalg.vector_norm(columns, dim=0)
-        top = float(lengths.max())
-        least = least if found else cutoff(top, shape)
-        if not top > least:
+    least, wanted = 0.0, min(shape) if most is None else most
+    while wanted > 0 and rest.shape[1]:
+        lengths, vectors = eigen(rest)
+        least = least if found else cutoff(float(lengths[0]), shape)
+        n = count_exact(lengths, least)
+        if not n:
             break
-        taken = lengths > max(_LEVEL * top, least)
-        whole = bool(taken.all())
-        left = (columns if whole else columns[:, taken]).div_(lengths[taken])
-        right = vectors if whole else vectors[:, taken]
-        found.append(Svd(left, lengths[taken], right if basis is None else basis @ right))
-        if whole:
+        kept = min(n, wanted)
+        right = vectors[:, :kept]
+        left = rest @ right
+        values = torch.linalg.vector_norm(left, dim=0)
+        left /= values
+        found.append(Svd(left, values, right if basis is None else basis @ right))
+        wanted -= kept
+        if not wanted or n == len(lengths):
             break
-        rest = columns[:, ~taken]
-        del columns
-        rest -= left @ (left.T @ rest)
-        basis = vectors[:, ~taken] if basis is None else basis @ vectors[:, ~taken]
+        rest = rest @ vectors[:, n:]
+        rest.addmm_(left, left.T @ rest, alpha=-1.0)
+        basis = vectors[:, n:] if basis is None else basis @ vectors[:, n:]
+        del left, right, vectors
         if float(torch.linalg.vector_norm(rest)) <= least:
             break
     return _joined(found, shape, turned)
 
 
-def _along_eigenvectors(rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a matrix times the eigenvectors of its Gram matrix, and these, for descending eigenvalues."""
+def eigen(rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the roots of the eigenvalues of a matrix's Gram matrix, descending, and its eigenvectors.
+
+    Parameters
+    ----------
+    rest
+        (rows, columns), with at least as many rows as columns.
+    """
     import torch
 
-    _, vectors = torch.linalg.eigh(rest.T @ rest)
-    vectors = vectors.flip(1)
-    return rest @ vectors, vectors
+    values, vectors = torch.linalg.eigh(_gram(rest), UPLO="L")
+    return values.flip(0).clamp_(min=0.0).sqrt_(), vectors.flip(1)
+
+
+def _gram(rest: torch.Tensor) -> torch.Tensor:
+    """Return the Gram matrix, (columns, columns), above whose blocks of the diagonal nothing is computed."""
+    n = rest.shape[1]
+    step = max(_NARROWEST, -(-n // _STRIPES))
+    gram = rest.new_zeros((n, n))
+    for a in range(0, n, step):
+        gram[a:, a : a + step] = rest[:, a:].T @ rest[:, a : a + step]
+    return gram
+
+
+def count_exact(lengths: torch.Tensor, least: float) -> int:
+    """Return how many of the singular values that a Gram matrix gives, descending, are accurate and above `least`."""
+    top = float(lengths[0])
+    return int((lengths > max(_LEVEL * top, least)).sum()) if top > least else 0
 
 
 def _joined(found: Sequence[Svd], shape: Sequence[int], turned: bool) -> Svd:
@@ -113,18 +132,6 @@ def _joined(found: Sequence[Svd], shape: Sequence[int], turned: bool) -> Svd:
     if bool((order[1:] < order[:-1]).any()):
         left, values, right = left[:, order], values[order], right[:, order]
     return Svd(right, values, left) if turned else Svd(left, values, right)
-
-
-def polar(owned: list[torch.Tensor]) -> torch.Tensor:
-    """Return the polar factor U V' of a matrix, (rows, columns): on its numerical rank the nearest orthogonal matrix.
-
-    Parameters
-    ----------
-    owned
-        As for `svd`.
-    """
-    left, _, right = svd(owned)
-    return left @ right.T
 
 
 def solved(product: list[torch.Tensor], gram: list[torch.Tensor], shape: Sequence[int]) -> torch.Tensor:
@@ -156,11 +163,19 @@ def solved(product: list[torch.Tensor], gram: list[torch.Tensor], shape: Sequenc
 def svd_bytes(rows: int, columns: int) -> int:
     """Return an upper bound of the bytes that `svd` takes, with the matrix and the result.
 
-    First the matrix, its Gram matrix, the eigenvectors and twice as much for the solver; then the columns along the
-    eigenvectors, those taken, those left, and eigenvectors twice.
+    First what the eigensolver takes, then the vectors that are taken and what is left, before and after.
     """
     matrix, square = rows * columns, min(rows, columns) ** 2
-    return 8 * max(matrix + 4 * square, 3 * matrix + 2 * square) + packed_bytes(rows, columns)
+    return max(eigen_bytes(rows, columns), 8 * (3 * matrix + 2 * square) + packed_bytes(rows, columns))
+
+
+def eigen_bytes(rows: int, columns: int) -> int:
+    """Return an upper bound of the bytes held while the eigenvectors of a matrix's Gram matrix are computed.
+
+    The matrix, its Gram matrix, the eigenvectors, twice as much for the solver, and the vectors that were found before.
+    """
+    square = min(rows, columns) ** 2
+    return 8 * (rows * columns + 5 * square) + packed_bytes(rows, columns)
 
 
 def packed_bytes(rows: int, columns: int) -> int:

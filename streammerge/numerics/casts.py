@@ -96,12 +96,24 @@ def round_to(values: torch.Tensor, dtype: str) -> torch.Tensor:
     target = torch_dtype(dtype)
     if values.dtype != torch.float64 or target.itemsize != 2:
         return values.to(target)
+    if dtype != "BF16":
+        return _rounded_to_odd(values).to(target)
+    # Only an fp32 in the middle of two bf16 numbers, one of 2**16, can lie on another side of it than the fp64 value.
+    single = values.float()
+    middle = ((single.view(torch.int32) & 0xFFFF) == 0x8000).nonzero(as_tuple=True)
+    single[middle] = _rounded_to_odd(values[middle])
+    return single.to(target)
+
+
+def _rounded_to_odd(values: torch.Tensor) -> torch.Tensor:
+    import torch
+
     single = values.float()
     bits = single.view(torch.int32)
     inexact = (single.double() != values) & ~torch.isnan(values)
     away = single.double().abs() > values.abs()
     odd = (bits - away.int()) | 1
-    return torch.where(inexact, odd, bits).view(torch.float32).to(target)
+    return torch.where(inexact, odd, bits).view(torch.float32)
 
 
 def to_store(values: NDArray[Any], source: str, dtype: str) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -56,7 +57,7 @@ class Part(NamedTuple):
 Read = Callable[[int, int, int], Part]
 """Function that returns elements of a model and of the base, given the model and the elements' range in the block."""
 
-AT_ONCE = 1 << 18
+AT_ONCE = 1 << 16
 """Elements that are widened at a time."""
 _WIDENING = 120
 """Upper bound of the bytes per element that widening takes: copies in fp32 and fp64, masks, random words."""
@@ -150,13 +151,15 @@ class _Matrices:
         theta, base, where = self._read(vector.model, start, start + entries.numel())
         if self._rule.deltas and self._rule.deltas[vector.model]:
             base = torch.zeros_like(theta)
-        torch.sub(theta.double(), base.double(), out=entries)
+        entries.copy_(theta)
+        entries -= base
         if vector.removes:
             mask = vector.mask(theta, base, where)
             entries.masked_fill_(~mask, 0.0)
             self.kept[model] += int(mask.sum())
-        entries *= vector.coefficient
-        finite = torch.isfinite(entries)
-        if not bool(finite.all()):
+        if vector.coefficient != 1.0:
+            entries *= vector.coefficient
+        if not math.isfinite(float(entries.sum())):
+            finite = torch.isfinite(entries)
             self.odd[model, a] = entries.masked_fill(finite, 0.0)
             entries.masked_fill_(~finite, 0.0)

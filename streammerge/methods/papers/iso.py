@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from streammerge.algebra.polar import polar, polar_bytes
 from streammerge.algebra.rules import Rule
 from streammerge.algebra.rules.matrix_merge import Deltas, each, total_of
-from streammerge.algebra.spectral import polar, svd, svd_bytes
+from streammerge.algebra.spectral import svd, svd_bytes
 from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import merge_matrices
 from streammerge.methods.tensor_context import TensorContext
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 _PAPER = "Marczak et al. 2025, https://arxiv.org/abs/2502.04959"
 
 
-def _bytes_of_svd(context: TensorContext) -> int:
+def _bytes_of_polar(context: TensorContext) -> int:
     assert context.matrix is not None
-    return svd_bytes(*context.matrix)
+    return polar_bytes(*context.matrix)
 
 
 def _bytes_with_bases(context: TensorContext) -> int:
@@ -30,7 +31,7 @@ def _bytes_with_bases(context: TensorContext) -> int:
 
 
 @method(
-    "iso_c", cost=45, access="tensor", base="required", matrices=True, workspace=_bytes_of_svd, paper=_PAPER
+    "iso_c", cost=45, access="tensor", base="required", matrices=True, workspace=_bytes_of_polar, paper=_PAPER
 )
 def iso_c(context: TensorContext, *, weight: PerModel[float] = per_model(1.0), lambda_: float = 1.0) -> Rule:
     """The sum of the task vectors with all singular values set to their mean: theta = theta_0 + lambda * mean(S) U V'.
@@ -44,8 +45,8 @@ def iso_c(context: TensorContext, *, weight: PerModel[float] = per_model(1.0), l
 
 def isotropic(deltas: Deltas) -> torch.Tensor:
     """Return mean(S) U V' of the sum of the matrices."""
-    left, values, right = svd([total_of(deltas)])
-    return (left @ right.T).mul_(float(values.sum()) / min(deltas.shape))
+    factor, total = polar([total_of(deltas)])
+    return factor.mul_(total / min(deltas.shape))
 
 
 @method(
@@ -82,13 +83,13 @@ def isotropic_by_task(deltas: Deltas, *, fraction: float) -> torch.Tensor:
 
     rank = min(deltas.shape)
     own = min(round((rank - fraction * rank) / len(deltas)), rank // len(deltas))
-    common = svd([total_of(deltas)]).first(rank - own * len(deltas))
+    common = svd([total_of(deltas)], rank - own * len(deltas))
     found = [common]
     for delta in each(deltas) if own else ():
         delta -= common.left @ (common.left.T @ delta)
         owned = [delta]
         del delta
-        found.append(svd(owned).first(own))
+        found.append(svd(owned, own))
     total = sum(float(one.values.sum()) for one in found)
     left, right = ([getattr(one, side) for one in found] for side in ("left", "right"))
     del common, found
@@ -96,5 +97,5 @@ def isotropic_by_task(deltas: Deltas, *, fraction: float) -> torch.Tensor:
     for sides in (left, right):
         joined = [torch.cat(sides, dim=1)]
         sides.clear()
-        factors.append(polar(joined))
+        factors.append(polar(joined).factor)
     return (factors[0] @ factors[1].T).mul_(total / rank)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from streammerge.algebra.polar import polar
 from streammerge.algebra.rules import Rule
 from streammerge.algebra.rules.matrix_merge import Deltas, each
-from streammerge.algebra.spectral import Svd, polar, svd, svd_bytes
+from streammerge.algebra.spectral import Svd, svd, svd_bytes
 from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.steps import merge_matrices
 from streammerge.methods.tensor_context import TensorContext
@@ -63,12 +64,11 @@ def task_singular_vectors(deltas: Deltas) -> torch.Tensor:
     for delta in each(deltas):
         owned = [delta]
         del delta
-        found: Svd = svd(owned)
-        end = at + min(k, len(found.values))
-        left[:, at:end], right[:, at:end] = found.left[:, : end - at], found.right[:, : end - at]
-        values[at:end] = found.values[: end - at]
+        found: Svd = svd(owned, k)
+        end = at + len(found.values)
+        left[:, at:end], values[at:end], right[:, at:end] = found
         at = end
         del found
     outer, inner = [left[:, :at]], [right[:, :at]]
     del left, right
-    return (polar(outer) * values[:at]) @ polar(inner).T
+    return (polar(outer).factor * values[:at]) @ polar(inner).factor.T

@@ -279,7 +279,7 @@ def test_a_non_finite_value_shows_at_its_element_alone(
 def test_a_matrix_that_does_not_fit_is_refused_with_both_numbers(
     tmp_path: Path, make_models: Callable[..., list[Path]]
 ) -> None:
-    paths = make_models(n_models=1, shapes={"layers.0.weight": (900, 900), "layers.1.weight": (900, 900)})
+    paths = make_models(n_models=1, shapes={"layers.0.weight": (1300, 1300), "layers.1.weight": (1300, 1300)})
     with pytest.raises(
         BudgetError, match=r"holds the whole tensor, [0-9.]+ MiB, in memory; --memory 480 MiB leaves 80"
     ):
