@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
-from streammerge.algebra.rules import Formula, Rule, removing
+from streammerge.algebra.rules import Formula, Rule, removing, scaled
 from streammerge.errors import InputError, blamed_on, printable
 from streammerge.methods.drop import GENERAL, DropNames
 from streammerge.methods.parameters import CONTEXT, Parameter
@@ -32,6 +32,8 @@ Workspace = int | Callable[[TensorContext], int]
 
 SCALE = "lambda"
 """The parameter that is the factor of the merged task vector, in every method that has one."""
+LAYER_SCALE = "lines"
+"""A factor of the merged task vector that the planner adds to a tensor's parameters, for a method that has none."""
 DISTRIBUTIONS: dict[str, str] = {}
 """The identity of each installed package that provides methods, by the package's name."""
 
@@ -100,6 +102,11 @@ class Method:
         return {}
 
     @property
+    def has_task_vectors(self) -> bool:
+        """Whether its result is the base plus a merged task vector, if there is a base."""
+        return self.base in ("required", "optional")
+
+    @property
     def scales(self) -> bool:
         """Whether it has a factor of the merged task vector, `lambda`."""
         return self.base == "required" and SCALE in self.parameters
@@ -150,8 +157,14 @@ class Method:
             return follow(self._steps(context, parameters), answers)
 
     def _steps(self, context: TensorContext, parameters: Mapping[str, Any]) -> Steps[Rule]:
-        """Run the drop, if the parameters ask for one, and then the method."""
+        """Run the method, and scale its result if the planner asks for it."""
         own = dict(parameters)
+        factor = own.pop(LAYER_SCALE, 1.0)
+        rule = yield from self._own_steps(context, own)
+        return rule if factor == 1.0 else scaled(rule, factor)
+
+    def _own_steps(self, context: TensorContext, own: dict[str, Any]) -> Steps[Rule]:
+        """Run the drop, if the parameters ask for one, and then the method."""
         drop = self.drop.take(own)
         if drop is not None:
             dropped = tuple((yield from drop.steps()))

@@ -120,13 +120,22 @@ def backend_of(job: Job, method: Method, chosen: Backend) -> Backend:
     return TORCH
 
 
-def reserve_of(chosen: Backend, method: Method, models: Sequence[TensorIndex]) -> int:
-    """Return the bytes that the process needs for the backends that a merge of some models may use."""
+def reserve_of(
+    chosen: Backend, method: Method, models: Sequence[TensorIndex], *, scaled: bool = False
+) -> int:
+    """Return the bytes that the process needs for the backends that a merge of some models may use.
+
+    Parameters
+    ----------
+    scaled
+        Whether the merged task vectors are scaled by layer.
+    """
     if chosen.formulas or not (
         method.is_formula
         or method.gram
         or method.matrices
         or method.origin != "built in"
+        or (scaled and not method.scales)
         or any(map(_has_fp64, models))
     ):
         return chosen.reserve

@@ -54,7 +54,9 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
 
     def plan_on(backend: Backend) -> MergePlan:
         read = inputs.own if inputs.merged is None else (*inputs.own, inputs.merged)
-        reserve = reserve_of(backend, method, read) + operator_bytes(inputs.grams)
+        reserve = reserve_of(backend, method, read, scaled=config.lines is not None) + operator_bytes(
+            inputs.grams
+        )
         reserve += 0 if config.lora is None else RESERVE
         reserve += volumes.held_nbytes(_paths(inputs))
         reserve += upload_nbytes(options.shard_size) if options.streamed else 0

@@ -16,6 +16,7 @@ from streammerge.algebra.rules.formula import Formula
 from streammerge.algebra.rules.largest_agreeing import LargestAgreeing
 from streammerge.algebra.rules.matrix_merge import MatrixMerge
 from streammerge.algebra.rules.regression_mean import ROWS_AT_ONCE, RegressionMean
+from streammerge.algebra.rules.scaled import Scaled, scaled
 from streammerge.algebra.rules.selected_merge import SelectedMerge
 from streammerge.algebra.rules.sums import CopyOf, WeightedSum
 from streammerge.algebra.rules.task_vector_merge import TaskVectorMerge
@@ -35,12 +36,14 @@ __all__ = [
     "RegressionMean",
     "RowCombination",
     "Rule",
+    "Scaled",
     "SelectedMerge",
     "TaskVectorMerge",
     "TouchedMerge",
     "WeightedSum",
     "ranked",
     "removing",
+    "scaled",
     "touched_entries",
     "vectors_of",
 ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from streammerge.algebra.gram_matrix import full_matrices
-from streammerge.algebra.rules import ColumnCombination, Formula, Inputs, RowCombination, Rule
+from streammerge.algebra.rules import ColumnCombination, Formula, Inputs, RowCombination, Rule, Scaled
 from streammerge.backends.torch.device_block import DeviceBlock
 from streammerge.backends.torch.sums import dot_products
 from streammerge.errors import InputError, blamed_on, printable
@@ -53,6 +53,11 @@ def _combine_rows(on: DeviceBlock, rule: RowCombination, inputs: Inputs) -> torc
     weights = np.ascontiguousarray(rule.coefficients(full_matrices(pairs, k)))
     rows = _by_rows(inputs, length)
     return rule.combined(rows, torch.from_numpy(weights).to(on.device)).reshape(-1)
+
+
+@_computes(Scaled)
+def _scale(on: DeviceBlock, rule: Scaled, inputs: Inputs) -> torch.Tensor:
+    return rule.moved(merged_by(rule.rule, on, inputs), inputs.theta_0)
 
 
 def _by_rows(inputs: Inputs, length: int) -> Inputs:

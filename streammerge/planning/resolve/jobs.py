@@ -125,7 +125,7 @@ def resolve_jobs(
         else:
             check_shapes(output.name, (*((base,) if base is not None else ()), *sources))
             parameters = resolve_parameters(method, preset, output, config.where)
-            parameters = scaled_by_layer(config.lines, parameters, output.name, stacks)
+            parameters = scaled_by_layer(config.lines, method, parameters, output.name, stacks)
             job = binder.merge(ordinal, output, lender, sources, base, parameters)
         jobs.append(job)
         lenders.append(Lender(*output.template, lender))

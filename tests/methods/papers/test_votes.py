@@ -147,9 +147,46 @@ def test_lines_scales_the_task_vectors_of_each_layer_and_takes_alpha_outside(
 
 
 @pytest.mark.parametrize(
+    ("method", "n_models", "parameters"),
+    [
+        ("sce", 3, {"select_topk": 0.3}),
+        ("ram", 3, {}),
+        ("ramplus_tl", 2, {"drop_rate": 0.5}),
+        ("model_stock", 2, {}),
+        ("nearswap", 1, {"t": 1e-3}),  # a plain formula
+        ("slerp", 1, {"t": 0.3}),
+        ("nuslerp", 2, {"weight": 0.5, "nuslerp_flatten": False}),
+        ("nuslerp", 2, {"weight": 0.5, "nuslerp_flatten": False, "nuslerp_row_wise": True}),
+    ],
+)
+def test_lines_scales_the_result_of_a_method_without_a_factor_of_its_own(
+    method: str,
+    n_models: int,
+    parameters: dict[str, Any],
+    make_models: Callable[..., list[Path]],
+    tmp_path: Path,
+) -> None:
+    paths = make_models(n_models=n_models, dtype=torch.float32)
+    config = config_for(method, paths, parameters=parameters)
+    for out, lines in (("plain", (1.0, 0.0)), ("lines", (0.25, 0.5)), ("nothing", (0.0, 0.0))):
+        given = {"lines": dict(zip(("alpha", "beta"), lines, strict=True))}
+        merge({**config, **given}, tmp_path / out, memory="1GiB")
+    merge(config, tmp_path / "without", memory="1GiB")
+    outs = [tmp_path / name for name in ("plain", "without", "lines", "nothing")]
+    plain, without, merged, nothing, base = map(as_float64, (*outs, paths[0]))
+    assert any((plain[name] != base[name]).any() for name in base)
+    for name, theta_0 in base.items():
+        scale = 0.75 if "layers.1." in name else 0.25
+        wanted = theta_0 + scale * (plain[name] - theta_0)
+        np.testing.assert_allclose(merged[name], wanted, rtol=2e-7, atol=1e-9)
+        np.testing.assert_array_equal(plain[name], without[name])
+        np.testing.assert_array_equal(nothing[name], theta_0)
+
+
+@pytest.mark.parametrize(
     ("method", "lines", "message"),
     [
-        ("linear", {"alpha": 1, "beta": 0}, "'linear' has no factor for it"),
+        ("linear", {"alpha": 1, "beta": 0}, "'linear' merges models, not task vectors"),
         ("ties", 0.5, "must be a map of two numbers"),
         ("ties", {"alpha": 1}, "'beta' is missing"),
         ("ties", {"alpha": 1, "beta": float("nan")}, "not a finite number"),
