@@ -19,6 +19,7 @@ from streammerge.config.stages import kept_stages, read_from
 from streammerge.engine.first_use import CannotCompileError
 from streammerge.engine.joined import join as join_plan
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
+from streammerge.engine.taking import Taking
 from streammerge.engine.to_store import merge_to_store
 from streammerge.errors import InputError, printable
 from streammerge.io.reader import IoMode
@@ -46,7 +47,7 @@ def merge(
     overwrite: bool = False,
     nonfinite: NonFinite = "error",
     hash_inputs: bool = False,
-    join: bool = False,
+    join: bool | Taking = False,
     io: IoMode = "direct",
     profile: str | os.PathLike[str] | None = None,
     report: str | os.PathLike[str] | None = None,
@@ -97,7 +98,8 @@ def merge(
         from a changed one. The manifest records the hashes.
     join
         Share the merge with other processes that make the same call, on any hosts that see `out` and the models: each
-        takes shards that nobody has taken, and the call returns when all are done, by whomever.
+        takes shards that nobody has taken, and the call returns when all are done, by whomever. In place of True: what
+        decides which shards this process takes.
     io
         ``direct``: past the page cache, except for cached data; ``read``: through it; ``mmap``: copies from a memory map.
     profile
@@ -145,8 +147,10 @@ def merge(
     if nonfinite not in get_args(NonFinite):
         raise InputError(f"nonfinite {printable(nonfinite)!r} is not one of {', '.join(get_args(NonFinite))}")
     how = Options(
-        overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs=hash_inputs, join=join
+        overwrite, io, Path(profile) if profile else None, nonfinite, hash_inputs=hash_inputs, join=bool(join)
     )
+    if not isinstance(join, bool):
+        how = replace(how, taking=join)
 
     if join:
         local_path(out, "a merge with --join")

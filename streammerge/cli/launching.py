@@ -14,7 +14,7 @@ from streammerge.cli.mergekit_options import translate
 from streammerge.cli.process import BEGAN, stop_on_signals
 from streammerge.launch.base import PARENT
 
-_OWN = ("on", "join", "quiet", "as_json", "config", "out")
+_OWN = ("on", "units_from_stdin", "join", "quiet", "as_json", "config", "out")
 """Options of the driver alone."""
 _NOT_SHARED = {"profile": "--profile", "report": "--report"}
 _PLANNED = ("memory", "threads", "device", "shard_size", "seed", "methods", "max_reads")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from streammerge.cli.options import (
     planning_options,
     quiet_option,
     sharing_options,
+    units_option,
     writing_options,
 )
 from streammerge.cli.process import BEGAN, leave_on_signals, stop_on_signals
@@ -56,6 +58,7 @@ from streammerge.errors import InputError, printable
 @keep_stages_option
 @join_option
 @on_option
+@units_option
 @quiet_option
 @json_events_option
 @mergekit_options
@@ -67,11 +70,15 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
     After Ctrl-C, a kill or a crash, the same command resumes where it stopped, and the files have the bytes of an
     uninterrupted run. The options of mergekit-yaml are accepted under their own names.
     """
-    where = options.pop("on")
+    where, from_stdin = options.pop("on"), options.pop("units_from_stdin")
     if where is not None:
         run_on(where, config, out, quiet=quiet, as_json=as_json, no_kernels=no_kernels, **options)
         return
     end_with_parent()
+    if from_stdin:
+        from streammerge.engine.taking import HandedOut
+
+        options["join"] = HandedOut(sys.stdin, sys.stdout)
     options, notes = translate(options)
     run(config, out, "merging", quiet=quiet, as_json=as_json, kernels=not no_kernels, notes=notes, **options)
 

@@ -322,9 +322,11 @@ on_option = option(
     "--on",
     metavar="WHERE[:N]",
     group=OUTPUT,
-    help="Start N processes that share the merge, and keep them until it is done: `processes:4` on this host.",
+    help="Start N processes that share the merge, and keep them until it is done: `processes:4` on this host, `ray:4` on a Ray cluster.",
 )
 """Option of the command whose work a launcher shares out."""
+units_option = option("--units-from-stdin", is_flag=True, hidden=True, group=OUTPUT)
+"""Option of the processes that a scheduler starts; see `streammerge.engine.taking.HandedOut`."""
 keep_stages_option = option(
     "--keep-stages",
     type=path(file_okay=False),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from streammerge.engine.shared_rounds import SharedRounds
-from streammerge.engine.sharing import Sharing, check_failure, poll_seconds
+from streammerge.engine.sharing import Sharing, check_failure
 from streammerge.engine.streaming import Streamer
+from streammerge.engine.taking import Taking, poll_seconds
 from streammerge.engine.worker import Worker
 from streammerge.output.joining import shard_unit
 from streammerge.output.own_shards import OwnShards
@@ -27,6 +28,8 @@ class JoinedCourse:
         The running worker of this process.
     token
         The token of this process.
+    taking
+        Decides which units this process does.
     on_done
         Called with the numbers of the shards that are recorded so far, by anyone.
     on_wait
@@ -39,11 +42,13 @@ class JoinedCourse:
         ledger: SharedLedger,
         writer: OwnShards,
         token: str,
+        taking: Taking,
         on_done: Callable[[set[int]], None],
         on_wait: Callable[[], None],
     ) -> None:
         self._plan, self._ledger, self._writer, self._stop = worker.plan, ledger, writer, worker.stop
-        self._rounds = SharedRounds(worker, Sharing(ledger, token, worker.stop, on_wait))
+        self._taking = taking
+        self._rounds = SharedRounds(worker, Sharing(ledger, token, worker.stop, taking, on_wait))
         shards = self._plan.layout.shards
         self._numbers = {shard_unit(number): number for number in range(len(shards))}
         self._order = in_turn(list(self._numbers), [shard.nbytes for shard in shards], token)
@@ -77,9 +82,8 @@ class JoinedCourse:
             self._on_done({self._numbers[unit] for unit in done & self._numbers.keys()})
             if self._numbers.keys() <= done:
                 return
-            unit = next(
-                (one for one in self._order if one not in done | mine and self._ledger.claim(one)), None
-            )
+            left = [one for one in self._order if one not in done | mine]
+            unit = self._taking.take(self._ledger, left)
             if unit is None:
                 if self._ledger.about() is None:
                     raise Gone("all")  # a different process has ended the merge
@@ -95,6 +99,6 @@ class JoinedCourse:
 
     def _wait(self) -> Iterator[None]:
         left = poll_seconds()
-        while left > 0 and not self._stop.wait(min(left, _WAIT_SECONDS)):
+        while left > 0 and not self._taking.pause(min(left, _WAIT_SECONDS), self._stop):
             left -= _WAIT_SECONDS
             yield None

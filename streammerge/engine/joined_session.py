@@ -11,7 +11,8 @@ from typing import Any
 from streammerge.engine.course import Course
 from streammerge.engine.joined_course import JoinedCourse
 from streammerge.engine.session import Session, written_names
-from streammerge.engine.sharing import check_failure, poll_seconds
+from streammerge.engine.sharing import check_failure
+from streammerge.engine.taking import Claiming, poll_seconds
 from streammerge.engine.telling import differing, not_finite_lines
 from streammerge.errors import StreammergeError, WorldError, printable
 from streammerge.output.commit import commit
@@ -58,6 +59,7 @@ class JoinedSession(Session):
         run, direct = run_of(self.identity.public), self._options.io == "direct"
         self._shards = OwnShards(self.place, self.plan.layout, run, direct=direct)
         self._own = _OwnRecord(self)
+        self._taking = self._options.taking or Claiming()
         self._lock = threading.Lock()
         self._elsewhere: set[int] = set()
         return self._shards
@@ -92,7 +94,7 @@ class JoinedSession(Session):
             self._adopt(alone.receipts)
         ledger, worker = self._entered.ledger, self._entered.heartbeat.worker
         self._course = JoinedCourse(
-            self.worker, ledger, self._shards, worker, self._note_done, self._control.check
+            self.worker, ledger, self._shards, worker, self._taking, self._note_done, self._control.check
         )
         receipts = [receipt for done in self._done.values() for receipt in done.receipts]
         return Progress(self.identity.named, receipts, files=self._known)
@@ -181,6 +183,7 @@ class JoinedSession(Session):
         except BaseException:
             self._shards.drop(number)
             raise
+        self._taking.recorded(ledger, unit)
 
     def every(self, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
         """Return the receipts of all processes, if this one has committed."""
@@ -211,15 +214,16 @@ class JoinedSession(Session):
     def _end_together(self, card: str) -> None:
         ledger = self._entered.ledger
         while COMMIT not in ledger.done():
-            if ledger.claim(COMMIT):
+            if self._taking.take(ledger, [COMMIT]):
                 try:
                     self._commit(card)
+                    self._taking.recorded(ledger, COMMIT)
                 except WorldError:
                     if COMMIT not in ledger.done() and ledger.about() is not None:
                         raise  # else a different process was faster, and has swept what this one needed
                 break
             check_failure(ledger)
-            if self.worker.stop.wait(poll_seconds()):
+            if self._taking.pause(poll_seconds(), self.worker.stop):
                 self._control.check()
         close_down(self.place, ledger.run, written_names(self.plan), self.plan.layout.sizes.keys())
 

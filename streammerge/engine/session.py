@@ -13,6 +13,7 @@ import numpy as np
 from streammerge.checkpoint.weight_names import ADAPTER_CONFIG
 from streammerge.engine.course import Alone, Course
 from streammerge.engine.scheduler import Record
+from streammerge.engine.taking import Taking
 from streammerge.engine.telling import differing, not_finite_lines, of_energy, of_floor
 from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import WorldError, printable
@@ -54,6 +55,8 @@ class Options:
     """The name of the executor; see `streammerge.engine.executors`."""
     join: bool = False
     """Whether other processes share the merge; see `streammerge.engine.joined`."""
+    taking: Taking | None = None
+    """What decides which units of a shared merge this process does; None: it claims them."""
     hash_inputs: bool = False
     """Whether to hash every input file first, so that it is recognised whatever its date. The manifest has the hashes."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.engine.sharing import Sharing
+from streammerge.engine.taking import Claiming
 from streammerge.errors import InputError, OutputError, WorldError, printable
 from streammerge.io.durable import world_errors
 from streammerge.numerics.finite import Tally
@@ -56,7 +57,7 @@ def verify_together(out: Path, on_tick: Callable[[int], None] = lambda nbytes: N
             suppress(Gone),
             _ledger(state, run, lambda: {"moved": moved[0], "bytes_read": moved[0]}) as ledger,
         ):
-            sharing = Sharing(ledger, ledger.worker, threading.Event(), lambda: None)
+            sharing = Sharing(ledger, ledger.worker, threading.Event(), Claiming(), lambda: None)
             return check_files(place, manifest, tick, partial(_read_shared, sharing))
     raise WorldError(f"{printable(state)}: was removed again and again; run the same command again")
 

@@ -6,19 +6,12 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from streammerge.engine.taking import Taking, poll_seconds
 from streammerge.errors import ModelError
-from streammerge.output.heartbeat import stale_seconds
 from streammerge.output.shared_ledger import SharedLedger, in_turn
 from streammerge.output.volume import Gone
 
 _WAIT_SECONDS = 0.25
-_POLL_SECONDS = 1.0
-"""Seconds between two looks at what the others have done, for a process that waits."""
-
-
-def poll_seconds() -> float:
-    """Return the seconds between two looks at what others have done."""
-    return min(_POLL_SECONDS, stale_seconds() / 10)
 
 
 def check_failure(ledger: SharedLedger) -> None:
@@ -41,14 +34,22 @@ class Sharing:
     ----------
     worker
         The token of this process.
+    taking
+        Decides which units this process does.
     on_wait
         Called four times a second while others work; an exception that it raises ends the wait.
     """
 
     def __init__(
-        self, ledger: SharedLedger, worker: str, stop: threading.Event, on_wait: Callable[[], None]
+        self,
+        ledger: SharedLedger,
+        worker: str,
+        stop: threading.Event,
+        taking: Taking,
+        on_wait: Callable[[], None],
     ) -> None:
         self._ledger, self._worker, self._stop, self._on_wait = ledger, worker, stop, on_wait
+        self._taking = taking
 
     def share(self, units: Mapping[str, Callable[[], Mapping[str, Any]]]) -> None:
         """Do units that nobody does, each recorded with what its function returns; return when all are recorded.
@@ -65,9 +66,10 @@ class Sharing:
             left = [unit for unit in order if unit not in done]
             if not left:
                 return
-            unit = next((one for one in left if self._ledger.claim(one)), None)
+            unit = self._taking.take(self._ledger, left)
             if unit is not None:
                 self._ledger.record(unit, units[unit]())
+                self._taking.recorded(self._ledger, unit)
                 continue
             if self._ledger.about() is None:
                 raise Gone(left[0])
@@ -90,7 +92,7 @@ class Sharing:
         left = poll_seconds()
         while left > 0:
             self._on_wait()
-            if self._stop.wait(min(left, _WAIT_SECONDS)):
+            if self._taking.pause(min(left, _WAIT_SECONDS), self._stop):
                 self._on_wait()
                 return
             left -= _WAIT_SECONDS

@@ -7,7 +7,7 @@ in the output directory.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -51,9 +51,14 @@ class Launcher(Protocol):
 
     count: int
     """Number of processes that it is meant to run."""
+    restarts: int
+    """Times that a process is started again after it died or met a failure of the machine."""
 
     def start(self, number: int, command: Sequence[str]) -> None:
         """Start process `number` (from 0): ``streammerge`` with these arguments; it may have run before and ended."""
+
+    def heard(self) -> Sequence[Mapping[str, object]]:
+        """Return what running processes have said since the last call, as far as it is known before their end."""
 
     def ended(self) -> list[Ended]:
         """Return the processes that have ended since the last call."""
@@ -62,6 +67,10 @@ class Launcher(Protocol):
         """Let all processes stop cleanly, end those that do not within half a minute, and return."""
 
 
+MOST_RESTARTS = 3
+"""Times that a process is started again after it died or met a failure of the machine."""
+_NO_LAUNCHERS = {"base", "drive", "handing_out"}
+"""Files of this folder that are none."""
 _LAUNCHERS: dict[str, Callable[[Needs], Launcher]] = {}
 
 
@@ -111,7 +120,8 @@ def make_launcher(name: str, needs: Needs) -> Launcher:
     InputError
         If there is none, or if it cannot start anything here.
     """
-    files = {file.name for file in pkgutil.iter_modules([str(Path(__file__).parent)])} - {"base", "drive"}
+    folder = pkgutil.iter_modules([str(Path(__file__).parent)])
+    files = {file.name for file in folder if not file.ispkg} - _NO_LAUNCHERS
     if name not in _LAUNCHERS and name in files:
         import_module(f"streammerge.launch.{name}")
     if name not in _LAUNCHERS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,6 @@ from streammerge.events import Control, Event
 from streammerge.launch.base import Ended, Launcher
 from streammerge.output.status import status_of
 
-MOST_RESTARTS = 3
-"""Times that a process is started again after it died or met a failure of the machine."""
 _POLL_SECONDS = 0.25
 _LOOK_EVERY = 4
 """Polls between two looks at the output."""
@@ -64,15 +62,16 @@ def drive(
         while running:
             if control.stop.wait(_POLL_SECONDS):
                 raise Stopped(control.signal() or signal.SIGTERM)
+            _hear(launcher.heard(), driven, known, control)
             for end in launcher.ended():
                 running.discard(end.number)
-                _hear(end, driven, known, control)
+                _hear(end.events, driven, known, control)
                 if end.code == 0:
                     continue
                 last = _message(end)
                 if end.code == 2:
                     raise InputError(last)
-                if restarts[end.number] < MOST_RESTARTS:
+                if restarts[end.number] < launcher.restarts:
                     restarts[end.number] += 1
                     control.warn(f"process {end.number} ended: {last}: it is started again")
                     launcher.start(end.number, command)
@@ -83,16 +82,15 @@ def drive(
     finally:
         launcher.stop()
     if last and not _is_finished(out):
-        raise WorldError(
-            f"{last} (after {MOST_RESTARTS} restarts of each process); run the same command again"
-        )
+        tried = f" (after {launcher.restarts} restarts of each process)" if launcher.restarts else ""
+        raise WorldError(f"{last}{tried}; run the same command again")
     driven.seconds = time.monotonic() - began
     return driven
 
 
-def _hear(end: Ended, driven: Driven, known: set[str], control: Control) -> None:
+def _hear(events: Iterable[Mapping[str, object]], driven: Driven, known: set[str], control: Control) -> None:
     """Add up what a process did, and hand on its warnings, each once."""
-    for event in end.events:
+    for event in events:
         message = str(event.get("message", ""))
         if event.get("event") == "warning" and message not in known:
             known.add(message)

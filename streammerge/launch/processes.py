@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from streammerge.launch.base import PARENT, Ended, Needs, launcher
+from streammerge.launch.base import MOST_RESTARTS, PARENT, Ended, Needs, launcher
 from streammerge.machine import available_memory, gpus
 
 _PATIENCE = 30.0
@@ -32,6 +32,8 @@ class _Running:
 @launcher("processes")
 class Processes:
     """Starts processes here; they end with this one, however it ends."""
+
+    restarts = MOST_RESTARTS
 
     def __init__(self, needs: Needs) -> None:
         self._needs, self._running = needs, dict[int, _Running]()
@@ -66,6 +68,10 @@ class Processes:
         if self._needs.threads is None:
             shares += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // self.count))]
         return shares
+
+    def heard(self) -> list[dict[str, Any]]:
+        """See `Launcher`; what they say is read at their end."""
+        return []
 
     def ended(self) -> list[Ended]:
         """See `Launcher`."""

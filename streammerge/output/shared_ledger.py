@@ -86,6 +86,17 @@ class SharedLedger:
         self._held.add(unit)
         return True
 
+    def seize(self, unit: str) -> None:
+        """Claim a unit whoever is at it, for a process that is told to do it by what knows better.
+
+        Raises
+        ------
+        Gone
+            If the run has ended.
+        """
+        self._volume.put(f"{self.run}/{unit}{CLAIM}", self.worker.encode(), durable=False)
+        self._held.add(unit)
+
     def _is_at_it(self, owner: str, claim: str) -> bool:
         """Return whether the owner of a claim gave a sign of life lately; a claim without an owner counts by its own age."""
         age = self._volume.age(claim if not owner else f"{WORKERS}/{owner}.json")

@@ -25,8 +25,8 @@ from streammerge.engine.joined_session import JoinedSession
 from streammerge.errors import InputError, OutputError, Stopped, WorldError
 from streammerge.events import Control, Event
 from streammerge.launch import drive as drive_module
-from streammerge.launch.base import Ended, Needs, launcher, make_launcher
-from streammerge.launch.drive import MOST_RESTARTS, drive
+from streammerge.launch.base import MOST_RESTARTS, Ended, Needs, launcher, make_launcher
+from streammerge.launch.drive import drive
 from streammerge.launch.processes import cpus_of
 from streammerge.output.place import STATE
 from streammerge.output.status import status_of
@@ -52,6 +52,8 @@ def config(tmp_path: Path) -> dict[str, Any]:
 class Acted:
     """A launcher whose processes end as they are told; the last one finishes the merge in this process."""
 
+    restarts = MOST_RESTARTS
+
     def __init__(self, ends: list[Ended], finish: Any = lambda: None) -> None:
         self.count = 2
         self.ends, self.finish = list(ends), finish
@@ -60,6 +62,9 @@ class Acted:
 
     def start(self, number: int, command: Sequence[str]) -> None:
         self.started.append(number)
+
+    def heard(self) -> list[dict[str, Any]]:
+        return []
 
     def ended(self) -> list[Ended]:
         if not self.ends:
@@ -144,7 +149,7 @@ def test_a_launcher_is_one_registration_and_an_unknown_one_is_refused() -> None:
         return Acted([])
 
     assert make_launcher("acted", Needs(None, None, None, "cpu")).count == 2
-    with pytest.raises(InputError, match=r"--on ssh: choose one of acted, processes"):
+    with pytest.raises(InputError, match=r"--on ssh: choose one of acted, processes, ray"):
         make_launcher("ssh", Needs(None, None, None, "cpu"))
     assert cpus_of("0-3,7\n") == {0, 1, 2, 3, 7}
 

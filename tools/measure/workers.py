@@ -55,22 +55,24 @@ def drop(directory: Path) -> None:
 
 
 class Watch(threading.Thread):
-    """Notes the time of the first claim of a shard and of the last record."""
+    """Notes the time of each process's first claim of a shard and of the last record."""
 
     def __init__(self, out: Path) -> None:
         super().__init__(daemon=True)
-        self._out, self.first, self.last, self.seen = out, 0.0, 0.0, 0
+        self._out, self.last, self.seen = out, 0.0, 0
+        self.began: dict[str, float] = {}
+        """The time of each process's first claim, by its token."""
 
     def run(self) -> None:
         """Look until the working files are gone."""
         while not (self.seen and not (self._out / ".streammerge").exists()):
             for path in self._out.glob(".streammerge/*/*"):
                 try:
-                    when = path.stat().st_mtime
+                    when, token = path.stat().st_mtime, path.read_text() if path.suffix == ".claim" else ""
                 except OSError:
                     continue
-                if path.name.endswith(".claim") and not path.name.startswith("commit"):
-                    self.first = min(self.first or when, when)
+                if token and not path.name.startswith("commit"):
+                    self.began[token] = min(self.began.get(token, when), when)
                 if path.name.startswith("merge-") and path.name.endswith(".done"):
                     self.last, self.seen = max(self.last, when), self.seen + 1
             time.sleep(0.05)
@@ -100,7 +102,9 @@ def measure(config: dict[str, Any], work: Path, workers: int, rate: int, shard: 
     assert codes == [0] * workers, codes
     # Reads and writes have a cap each; reads are the more.
     ideal = max(decided.bytes_to_read(), decided.layout.nbytes) / rate / workers
-    spent = watch.last - watch.first
+    first = min(watch.began.values())
+    spent = watch.last - first
+    present = sum(watch.last - began for began in watch.began.values())
     return {
         "workers": workers,
         "shards": len(decided.layout.shards),
@@ -108,6 +112,8 @@ def measure(config: dict[str, Any], work: Path, workers: int, rate: int, shard: 
         "ideal_seconds": round(ideal, 1),
         "seconds_from_first_claim_to_last_record": round(spent, 1),
         "efficiency": round(ideal / spent, 3),
+        "efficiency_while_all_are_present": round(ideal * workers / present, 3),
+        "seconds_until_the_last_one_began": round(max(watch.began.values()) - first, 1),
         "wall_seconds": round(wall, 1),
     }
 

@@ -1,0 +1,391 @@
+"""The driver of a merge on a Ray cluster, in a process of its own; started by `streammerge.launch.ray`.
+
+::
+
+    connect ──> actors, placed by Ray ──> checked: versions, OUT is seen ──> each starts its engine
+    an engine offers units ──> one is a task of its actor, named after it ──> recorded
+    an actor is lost ──> its units go to the others at once; Ray restarts it, where there is room
+
+It tells events on stdout, and ends when its stdin does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayError
+
+from streammerge.errors import InputError, Stopped, StreammergeError, WorldError, printable
+from streammerge.launch.base import MOST_RESTARTS, Needs
+from streammerge.launch.handing_out import HandingOut
+from streammerge.launch.on_ray.actor import Engine, versions
+from streammerge.launch.on_ray.connecting import connect
+from streammerge.launch.on_ray.room import Room, room_for
+from streammerge.output.heartbeat import signs_of
+from streammerge.output.place import STATE
+from streammerge.output.volume import Folder
+
+_POLL_SECONDS = 0.25
+_CALLS = 16
+"""Calls of an actor that may run at once: it listens, does two units, and is told to look."""
+_GRACE_SECONDS = 15.0
+"""Seconds between the end of the first engine of a finished merge and the end of all."""
+_PATIENCE = 25.0
+"""Seconds in which engines stop cleanly."""
+_WAITING_SECONDS = 30.0
+"""Seconds after which the user is told that Ray has found no room yet."""
+
+
+@dataclass
+class _Actor:
+    """An actor, and the calls of it that have not returned."""
+
+    handle: Any
+    host: str = ""
+    heard: int = 0
+    """Number of events that its engine has told."""
+    token: str = ""
+    """The token of its engine, which its sign of life has."""
+    calls: dict[Any, tuple[Callable[[_Actor, Any], None], str]] = field(default_factory=dict)
+    """What takes the result of each call, and the unit that it is about."""
+    ended: bool = False
+
+
+class Driver:
+    """Runs one merge on the cluster that this process is connected to.
+
+    Parameters
+    ----------
+    command
+        The arguments of ``streammerge`` in each engine.
+    out
+        The output; its path is the same on all nodes.
+    directory
+        The directory that relative paths of the command start from.
+    tell
+        Receives the events for the user.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        out: Path,
+        directory: str,
+        room: Room,
+        tell: Callable[[Mapping[str, Any]], None],
+        stop: threading.Event,
+    ) -> None:
+        self._command, self._out, self._directory, self._room = command, out, directory, room
+        self._tell, self._stop = tell, stop
+        self._units = HandingOut()
+        remote = ray.remote(
+            max_restarts=MOST_RESTARTS, max_concurrency=_CALLS, scheduling_strategy="SPREAD", **room.resources
+        )(Engine)
+        self._actors = [_Actor(remote.remote()) for _ in range(room.count)]
+        self._last = "no engine has begun"
+        self._done = {"bytes_read": 0, "bytes_written": 0}
+        self._finished: float | None = None
+        self._environment = {k: v for k, v in os.environ.items() if k.startswith("STREAMMERGE_")}
+
+    def run(self) -> None:
+        """Run until the merge is finished.
+
+        Raises
+        ------
+        StreammergeError
+            What one engine met and all would meet, or the last failure if no actor is left.
+        """
+        began = time.monotonic()
+        with self._marker():
+            for actor in self._actors[: 1 if self._began_alone() else None]:
+                self._greet(actor)
+            while not self._is_over():
+                if self._stop.is_set():
+                    raise Stopped(signal.SIGTERM)
+                self._take()
+                self._give()
+                if began and time.monotonic() - began > _WAITING_SECONDS:
+                    began = 0.0
+                    self._tell_of_room()
+        self._tell({"event": "done", **self._done})
+
+    def _began_alone(self) -> bool:
+        """Return whether one process has begun the merge: then the first engine takes over what it has finished."""
+        return (self._out / STATE / "journal").exists()
+
+    def _is_over(self) -> bool:
+        if all(actor.ended for actor in self._actors):
+            if self._finished is None:
+                raise WorldError(self._last)
+            return True
+        return self._finished is not None and time.monotonic() - self._finished > _GRACE_SECONDS
+
+    def _tell_of_room(self) -> None:
+        waiting = sum(not actor.host for actor in self._actors)
+        if waiting:
+            room = self._room.resources
+            self._warn(
+                f"{waiting} of {len(self._actors)} engines wait for room in the cluster: each takes {room['num_cpus']} CPUs, "
+                f"{room['memory'] / 2**30:.1f} GiB and {room['num_gpus']} GPUs"
+            )
+
+    # --- calls
+
+    def _call(self, actor: _Actor, ref: Any, then: Callable[[_Actor, Any], None], unit: str = "") -> None:
+        actor.calls[ref] = (then, unit)
+
+    def _take(self) -> None:
+        """Take what has returned, and wait a moment for it."""
+        by_ref = {ref: actor for actor in self._actors for ref in actor.calls}
+        if not by_ref:
+            self._stop.wait(_POLL_SECONDS)
+            return
+        ready, _ = ray.wait(list(by_ref), num_returns=len(by_ref), timeout=0)
+        if not ready:
+            ready, _ = ray.wait(list(by_ref), num_returns=1, timeout=_POLL_SECONDS)
+        for ref in ready:
+            actor = by_ref[ref]
+            if ref not in actor.calls:
+                continue
+            then, _ = actor.calls.pop(ref)
+            try:
+                result = ray.get(ref)
+            except RayActorError as error:
+                self._lose(actor, error)
+                continue
+            then(actor, result)
+
+    def _give(self) -> None:
+        self._look_for_silent()
+        for number, unit in self._units.next():
+            actor = self._actors[number]
+            if unit:
+                name = unit.partition("/")[2]
+                self._call(actor, actor.handle.do.options(name=name).remote(unit), self._did, unit)
+            else:
+                self._call(actor, actor.handle.look.remote(), lambda actor, result: None)
+
+    def _did(self, actor: _Actor, how: str) -> None:
+        """Nothing is left to do: the engine's events have told what became of the unit."""
+
+    def _look_for_silent(self) -> None:
+        signs = {sign.worker: sign for sign in signs_of(Folder(self._out / STATE))}
+        self._units.silent(
+            {
+                number
+                for number, actor in enumerate(self._actors)
+                if actor.token in signs and not signs[actor.token].is_fresh
+            }
+        )
+
+    # --- the life of an actor
+
+    def _greet(self, actor: _Actor) -> None:
+        self._call(actor, actor.handle.hello.remote(str(self._marker_path)), self._check)
+
+    def _check(self, actor: _Actor, told: Mapping[str, Any]) -> None:
+        """Start the engine of an actor whose node has the same versions and sees the output."""
+        check_node(told, self._out, self._marker_text)
+        actor.host = printable(told["host"], 80)
+        shown = [*self._command, *self._room.options, "--units-from-stdin"]
+        self._call(actor, actor.handle.begin.remote(shown, self._environment, self._directory), self._listen)
+
+    def _listen(self, actor: _Actor, _: object = None) -> None:
+        self._call(actor, actor.handle.heard.remote(actor.heard), self._hear)
+
+    def _hear(self, actor: _Actor, events: Sequence[Mapping[str, Any]]) -> None:
+        actor.heard += len(events)
+        number = self._actors.index(actor)
+        for event in events:
+            kind = event.get("event")
+            if kind == "offer":
+                actor.token = str(event["worker"])
+                self._units.offer(number, [str(unit) for unit in event["units"]])
+                self._greet_the_others()
+            elif kind == "recorded":
+                self._units.recorded(number, str(event["unit"]))
+            elif kind == "declined":
+                self._units.given_back(number, str(event["unit"]))
+            elif kind == "warning":
+                self._tell(event)
+            elif kind == "done":
+                for name in self._done:
+                    self._done[name] += int(event[name])
+            elif kind == "error":
+                self._last = f"{event['message']} (on node {actor.host})"
+            elif kind == "ended":
+                self._end(actor, event)
+                return
+        self._listen(actor)
+
+    def _greet_the_others(self) -> None:
+        for actor in self._actors:
+            if not (actor.host or actor.calls or actor.ended):
+                self._greet(actor)
+
+    def _end(self, actor: _Actor, event: Mapping[str, Any]) -> None:
+        """Take note that an engine has ended; let Ray restart its actor if it failed."""
+        code = event["code"]
+        if code == 0:
+            self._units.lost(self._actors.index(actor))
+            actor.ended = True
+            actor.calls.clear()
+            self._finished = self._finished or time.monotonic()
+            return
+        if code == 2:
+            raise InputError(self._last if "(on node" in self._last else str(event["last"]))
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else str(event["last"])
+        self._last = f"{how} (on node {actor.host})"
+        self._warn(f"the engine on node {actor.host} ended: {how}: its actor is restarted")
+        ray.kill(actor.handle, no_restart=False)
+        self._again(actor)
+
+    def _lose(self, actor: _Actor, error: RayActorError) -> None:
+        """Give the units of a lost actor to the others; it comes back if Ray finds a place for it."""
+        if "No module named" in str(error):
+            raise InputError(
+                "a node of the cluster cannot import streammerge: install the same version on all nodes"
+            )
+        if isinstance(error, ActorDiedError) and not actor.host:
+            actor.ended = True
+            actor.calls.clear()
+            self._warn(f"an actor is given up: {_first_line(error)}")
+            return
+        self._last = f"the actor on node {actor.host} was lost"
+        if self._finished is None:
+            self._warn(f"{self._last}: its shards go to the others, and Ray restarts it where there is room")
+        self._again(actor)
+
+    def _again(self, actor: _Actor) -> None:
+        self._units.lost(self._actors.index(actor))
+        actor.calls.clear()
+        actor.host, actor.heard, actor.token = "", 0, ""
+        self._write_marker()
+        self._greet(actor)
+
+    def _warn(self, message: str) -> None:
+        self._tell({"event": "warning", "message": message})
+
+    def end(self) -> None:
+        """Stop all engines, cleanly if they can; with this process Ray ends their actors."""
+        refs = [actor.handle.stop.remote() for actor in self._actors if actor.host and not actor.ended]
+        with contextlib.suppress(RayError):
+            if refs:
+                ray.wait(refs, num_returns=len(refs), timeout=_PATIENCE)
+
+    # --- the marker
+
+    @contextlib.contextmanager
+    def _marker(self) -> Iterator[None]:
+        """Keep a small file where the output will be, by which nodes show that they see the same directory."""
+        place = self._out
+        while not place.is_dir():
+            place = place.parent
+        self._marker_text = secrets.token_hex(16)
+        self._marker_path = place / f".streammerge-{self._marker_text[:12]}"
+        self._tell({"event": "marker", "path": str(self._marker_path)})
+        self._write_marker()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                self._marker_path.unlink()
+
+    def _write_marker(self) -> None:
+        try:
+            self._marker_path.write_text(self._marker_text)
+        except OSError as error:
+            raise WorldError(f"{printable(self._marker_path)}: {error.strerror}") from None
+
+
+def check_node(told: Mapping[str, Any], out: Path, marker: str) -> None:
+    """Check what a node tells of itself before an engine is started there.
+
+    Parameters
+    ----------
+    marker
+        The text of the marker file.
+
+    Raises
+    ------
+    InputError
+        If its versions are different, or if it does not see the output.
+    """
+    host, there = printable(told["host"], 80), told["versions"]
+    for name, version in versions().items():
+        if there.get(name) != version:
+            raise InputError(
+                f"node {host} has {name} {printable(str(there.get(name)))}, and here it is {version}: install the same "
+                "version on all nodes"
+            )
+    if told["sees"] != marker:
+        raise InputError(
+            f"{printable(out)}: node {host} does not see what is written there: give an OUT on a file system that all nodes "
+            "share, under the same path"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return printable((str(error).splitlines() or [type(error).__name__])[0], 300)
+
+
+def tell(event: Mapping[str, Any]) -> None:
+    """Tell an event to the process that started this one."""
+    print(json.dumps(event), flush=True)
+
+
+def stop_with_stdin() -> threading.Event:
+    """Return an event that the end of stdin sets."""
+    stop = threading.Event()
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        stop.set()
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
+    return stop
+
+
+def main() -> int:
+    """Run the driver; return its exit code."""
+    told = json.loads(sys.argv[1])
+    stop = stop_with_stdin()
+    try:
+        with connect(Needs(**told["needs"]), tell) as nodes:
+            room = room_for(Needs(**told["needs"]), nodes)
+            if room.fit < room.count:
+                tell(
+                    {
+                        "event": "warning",
+                        "message": f"the cluster has room for {room.fit} of {room.count} engines: the others wait until Ray finds some",
+                    }
+                )
+            command = told["command"]
+            driver = Driver(command, Path(os.path.abspath(command[2])), told["directory"], room, tell, stop)
+            try:
+                driver.run()
+            finally:
+                driver.end()
+    except StreammergeError as error:
+        tell({"event": "error", "message": str(error)})
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # threads of Ray have nothing left to do

@@ -1,0 +1,56 @@
+"""A process that is handed its units by a scheduler, on lines of text."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streammerge.api import merge
+from streammerge.engine import taking
+from streammerge.engine.taking import HandedOut
+from tests.conftest import config_for, output_bytes, write_model
+
+
+@pytest.mark.parametrize("parameters", [{}, {"trim_scope": "model"}])
+def test_a_scheduler_that_names_units_gives_the_bytes_of_one_process(
+    parameters: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taking.os, "kill", lambda *_: None)  # the end of the lines would stop this process
+    tensors = {f"layers.{i}.w": torch.arange(8.0) + i for i in range(3)}
+    paths = [write_model(tmp_path / name, tensors) for name in ("base", "a", "b")]
+    config = config_for("ties", paths, parameters={"density": 0.5, **parameters})
+    merge(config, tmp_path / "alone", shard_size=32, progress=False)
+    ours, theirs = os.pipe(), os.pipe()
+    with (
+        os.fdopen(ours[0]) as lines,
+        os.fdopen(ours[1], "w", 1) as scheduler,
+        os.fdopen(theirs[0]) as heard,
+        os.fdopen(theirs[1], "w") as told,
+    ):
+        recorded: list[str] = []
+
+        def schedule() -> None:
+            for line in heard:
+                event = json.loads(line) if line.strip() else {}
+                if event.get("event") == "recorded":
+                    recorded.append(event["unit"])
+                if event.get("event") == "offer":
+                    print("0123456789abcdef/nothing", file=scheduler)  # declined
+                    print(event["units"][-1], file=scheduler)
+
+        thread = threading.Thread(target=schedule)
+        thread.start()
+        merge(config, tmp_path / "out", join=HandedOut(lines, told), shard_size=32, progress=False)
+        told.close()
+        thread.join()
+        scheduler.close()
+    assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "alone")
+    shards = [unit.partition("/")[2] for unit in recorded if "merge-" in unit]
+    assert sorted(shards) == [f"merge-{i:05d}" for i in range(3)]
+    assert recorded[-1].endswith("/commit")

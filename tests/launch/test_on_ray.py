@@ -1,0 +1,67 @@
+"""What a merge on a Ray cluster decides without one: who does what, what each engine may use, which nodes are refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from streammerge.errors import InputError
+from streammerge.launch.base import Needs
+from streammerge.launch.handing_out import HandingOut
+from streammerge.launch.on_ray.room import room_for
+
+GIB = 1 << 30
+
+
+def test_a_unit_goes_to_one_worker_and_to_a_different_one_if_that_is_lost_or_silent() -> None:
+    units = HandingOut()
+    units.offer(0, ["a", "b"])
+    units.offer(1, ["a", "b"])
+    units.offer(2, ["a", "b"])
+    assert list(units.next()) == [(0, "a"), (1, "b")]
+    assert list(units.next()) == []
+    units.lost(1)
+    assert list(units.next()) == [(2, "b")]
+    units.offer(1, ["a", "b"])
+    assert list(units.next()) == []
+    units.silent({0})
+    assert list(units.next()) == [(1, "a")]
+    units.offer(1, ["a", "b"])
+    assert list(units.next()) == [], "one that lives does it already"
+    units.recorded(1, "a")
+    units.given_back(2, "b")
+    assert list(units.next()) == [(1, "b")]
+    units.recorded(1, "b")
+    units.offer(2, ["a", "b"])
+    assert list(units.next()) == [(2, "")], "it is told to look again"
+
+
+def test_engines_are_spread_over_the_nodes() -> None:
+    nodes = [{"CPU": 16.0, "memory": 64.0 * GIB}, {"CPU": 8.0, "memory": 32.0 * GIB}, {"memory": 9.0 * GIB}]
+    room = room_for(Needs(None, None, None, "auto"), nodes)
+    assert (room.count, room.threads, room.memory, room.gpu, room.fit) == (2, 8, 32 * GIB, False, 3)
+    room = room_for(Needs(4, None, None, "cpu"), nodes)
+    assert (room.count, room.threads, room.memory, room.fit) == (4, 4, 16 * GIB, 6)
+    assert room.options == ["--threads", "4", "--memory", str(16 * GIB), "--device", "cpu"]
+    gpus = [{"CPU": 8.0, "memory": 32.0 * GIB, "GPU": 2.0}, *nodes]
+    room = room_for(Needs(None, GIB, 2, "cuda"), gpus)
+    assert (room.count, room.fit, room.resources["num_gpus"]) == (2, 2, 1)
+    assert room_for(Needs(3, GIB, 2, "auto"), gpus).gpu is False
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        (Needs(1, GIB, 9, "cpu"), "no node of the cluster has 9 CPUs"),
+        (Needs(1, 99 * GIB, 1, "cpu"), "the most are 8 and 32.0 GiB"),
+        (Needs(1, GIB, 1, "cuda"), "no node of the cluster has a GPU"),
+        (Needs(1, GIB, 1, "cuda:1"), "Ray chooses the GPU"),
+    ],
+)
+def test_what_no_node_has_is_refused(needs: Needs, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        room_for(needs, [{"CPU": 8.0, "memory": 32.0 * GIB}])
+
+
+def test_a_cluster_without_cpus_is_refused() -> None:
+    with pytest.raises(InputError, match="no node with a CPU"):
+        room_for(Needs(1, GIB, 1, "cpu"), [{"memory": 1.0 * GIB}])
