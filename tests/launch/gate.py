@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,5 +22,5 @@ def record(self: SharedLedger, unit: str, value: Mapping[str, Any]) -> None:
     _record(self, unit, value)
 
 
-if "STREAMMERGE_GATE" in os.environ:
+if "--units-from-stdin" in sys.argv:  # an engine, not the process of the tests
     SharedLedger.record = record  # type: ignore[method-assign]
