@@ -7,19 +7,19 @@ With a_i = abs(delta_i) clamped to [low_i, high_i] and c_i = sign(delta_i) a_i, 
     b_i     = intra_i * inter_i, rounded to fp32
 
 The published code has exp(T n_i^2); the factor exp(-T) changes no result, since scores are only compared with the scores of the
-same model, and keeps them in [-1, 1]. exp and tanh consist of IEEE additions, multiplications and divisions, so numpy and torch
-give the same bits.
+same model, and keeps them in [-1, 1]. exp and tanh consist of IEEE additions, multiplications and divisions, so torch and the
+loops of ``kernels/competition.py`` give the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streammerge.algebra.scores import Score, patterns_of
 from streammerge.algebra.task_vectors import TaskVector, Where
-from streammerge.numerics.elementary import EXP_TERMS, LEAST, LN2_HIGH, LN2_LOW, PER_LN2, SHIFT, SHIFT_BITS
+from streammerge.numerics.elementary import exp
 from streammerge.numerics.finite import UNKNOWN
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _ZERO = 0x3F800000
 """The pattern of a score of 0. That of a positive score is above it by the score's bits, that of a negative one below."""
-_SMALL = 2.0**-6
+SMALL = 2.0**-6
 """Arguments of tanh below which its series is more accurate."""
 
 Range = tuple[float, float]
@@ -59,15 +59,11 @@ class Competition(Score):
         import torch
 
         entries = [v.entries(models[v.model], base, where) for v in self.vectors]
-        return self.patterns_of(entries, torch)
-
-    def patterns_of(self, entries: Sequence[Any], arrays: Any) -> Any:
-        """Return the patterns of fp64 task vectors, of numpy or torch (`arrays`), int32."""
-        held = [clamped(one, span, arrays) for one, span in zip(entries, self.ranges, strict=True)]
+        held = [clamped(one, span) for one, span in zip(entries, self.ranges, strict=True)]
         total = sum(held[1:], start=0.0 + held[0])
-        bits = score(held[self.place], total, self.ranges[self.place], len(held), arrays).view(arrays.int32)
+        bits = score(held[self.place], total, self.ranges[self.place], len(held)).view(torch.int32)
         sizes = bits & 0x7FFFFFFF
-        return arrays.where(arrays.isfinite(total), _ZERO + arrays.where(bits < 0, -sizes, sizes), UNKNOWN)
+        return torch.where(torch.isfinite(total), _ZERO + torch.where(bits < 0, -sizes, sizes), UNKNOWN)
 
 
 def value_of(pattern: int) -> float:
@@ -78,42 +74,26 @@ def value_of(pattern: int) -> float:
     return size if pattern >= _ZERO else -size
 
 
-def clamped(entries: Any, span: Range, arrays: Any) -> Any:
+def clamped(entries: torch.Tensor, span: Range) -> torch.Tensor:
     """Return entries with their magnitude clamped; non-finite ones stay as they are, and 0 stays 0."""
-    held = arrays.sign(entries) * abs(entries).clip(*span)
-    return arrays.where(arrays.isfinite(entries), held, entries)
+    import torch
+
+    held = entries.sign() * entries.abs().clamp(*span)
+    return torch.where(torch.isfinite(entries), held, entries)
 
 
-def score(held: Any, total: Any, span: Range, n_models: int, arrays: Any) -> Any:
+def score(held: torch.Tensor, total: torch.Tensor, span: Range, n_models: int) -> torch.Tensor:
     """Return the fp32 score of clamped entries, given the sum of all models' clamped entries."""
     low, high = span
-    share = (abs(held).clip(min=low) - low) / (high - low) if high > low else 0.0 * held
-    return cast(_exp(n_models * (share * share - 1.0), arrays) * _tanh(held * total, arrays), arrays.float32)
+    share = (held.abs().clamp(min=low) - low) / (high - low) if high > low else 0.0 * held
+    return (exp(n_models * (share * share - 1.0)) * _tanh(held * total)).float()
 
 
-def cast(values: Any, dtype: Any) -> Any:
-    """Return values of numpy or torch in one of its dtypes."""
-    return values.astype(dtype) if hasattr(values, "astype") else values.to(dtype)
+def _tanh(x: torch.Tensor) -> torch.Tensor:
+    import torch
 
-
-def _exp(x: Any, arrays: Any) -> Any:
-    """Return e to the power of `x`, which is not above 0; the steps of `streammerge.numerics.elementary.exp`."""
-    x = x.clip(min=LEAST)
-    shifted = x * PER_LN2 + SHIFT
-    k = shifted - SHIFT
-    r = (x - k * LN2_HIGH) - k * LN2_LOW
-    total = arrays.full_like(r, EXP_TERMS[0])
-    for term in EXP_TERMS[1:]:
-        total = total * r + term
-    power = (shifted.view(arrays.int64) - SHIFT_BITS + 1023) << 52
-    return total * power.view(arrays.float64)
-
-
-def _tanh(x: Any, arrays: Any) -> Any:
-    size, square = abs(x), x * x
+    size, square = x.abs(), x * x
     near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 + square * (-17.0 / 315.0))))
-    if bool((size < _SMALL).all()):  # products of two task vectors' entries usually are
-        return near
-    fall = _exp(-2.0 * size, arrays)
-    far = arrays.sign(x) * ((1.0 - fall) / (1.0 + fall))
-    return arrays.where(size < _SMALL, near, far)
+    fall = exp(-2.0 * size)
+    far = x.sign() * ((1.0 - fall) / (1.0 + fall))
+    return torch.where(size < SMALL, near, far)

@@ -12,7 +12,7 @@ _MOST = np.float64(LARGEST)
 
 
 @njit(inline="always")
-def _pattern(score):
+def pattern(score):
     """Return the bit pattern of a score rounded to fp32 (sign bit cleared); a non-finite score ranks above all others."""
     single = np.float32(score if score <= _MOST else _MOST)
     return np.uint32(bits_from_f32(single) & MAGNITUDE) if abs(score) < np.inf else np.uint32(UNKNOWN)
@@ -47,7 +47,7 @@ def spread_patterns(deltas, rescales, patterns):
                 totals[i] += apart * apart
         here = patterns[start : start + m]
         for i in range(m):
-            here[i] = _pattern(totals[i] / k)
+            here[i] = pattern(totals[i] / k)
 
 
 @njit(nogil=True)
@@ -68,7 +68,7 @@ def importance_patterns(deltas, divergences, first, length, patterns):
         stop = min(len(patterns), (row + 1) * length - first)
         divergence, entries, here = divergences[row], deltas[0, i:stop], patterns[i:stop]
         for j in range(len(here)):
-            here[j] = _pattern(abs(np.float64(entries[j])) * divergence)
+            here[j] = pattern(abs(np.float64(entries[j])) * divergence)
         i = stop
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streammerge.algebra.competition import Range, cast, clamped, score
+from streammerge.algebra.competition import Range, clamped, score
 from streammerge.algebra.rules.base import Inputs, Rule
 from streammerge.algebra.task_vectors import TaskVector
 
@@ -32,25 +31,19 @@ class BalancedMerge(Rule):
     scale: float = 1.0
 
     def merged(self, inputs: Inputs) -> torch.Tensor:
-        """Return the base and the balanced mean."""
+        """Return the base and the balanced mean; where the sum is not finite, the sum, so that the check on the output sees it."""
         import torch
 
         base = inputs.theta_0
         entries = [v.entries(inputs.models[v.model], base, inputs.where) for v in self.vectors]
-        return base.double() + self.scale * self.balanced(entries, torch)
-
-    def balanced(self, entries: Sequence[Any], arrays: Any) -> Any:
-        """Return the mean of fp64 task vectors, of numpy or torch (`arrays`).
-
-        Where the sum is not finite, it is the sum, so that the check on the output sees it.
-        """
-        held = [clamped(one, span, arrays) for one, span in zip(entries, self.ranges, strict=True)]
+        held = [clamped(one, span) for one, span in zip(entries, self.ranges, strict=True)]
         total = sum(held[1:], start=0.0 + held[0])
-        merged = weights = arrays.zeros_like(total)
+        merged = weights = torch.zeros_like(total)
         for one, span, (threshold, top) in zip(held, self.ranges, self.scores, strict=True):
             if not top > threshold:
                 continue
-            scores = cast(score(one, total, span, len(held), arrays), arrays.float64)
-            weight = (scores.clip(min=threshold) - threshold) / (top - threshold)
+            scores = score(one, total, span, len(held)).double()
+            weight = (scores.clamp(min=threshold) - threshold) / (top - threshold)
             merged, weights = merged + weight * one, weights + weight
-        return arrays.where(arrays.isfinite(total), merged / weights.clip(min=_LEAST), total)
+        mean = torch.where(torch.isfinite(total), merged / weights.clamp(min=_LEAST), total)
+        return base.double() + self.scale * mean

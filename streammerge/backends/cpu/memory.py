@@ -24,6 +24,7 @@ def kernels() -> Any:
     """Return the kernels' modules as attributes. The import is late since numba takes a second; numba erases signatures."""
     from streammerge.kernels import (
         blocks,
+        competition,
         deltas,
         fisher,
         gram,
@@ -37,6 +38,7 @@ def kernels() -> Any:
 
     return SimpleNamespace(
         blocks=blocks,
+        competition=competition,
         deltas=deltas,
         fisher=fisher,
         gram=gram,

@@ -21,7 +21,6 @@ from streammerge.algebra.task_vectors import TaskVector
 from streammerge.backends.cpu.memory import BlockMemory, kernels
 from streammerge.backends.cpu.registry import OUT, VECTORS, Names, applies, example
 from streammerge.backends.cpu.rules import applied
-from streammerge.numerics.finite import LARGEST, UNKNOWN
 from streammerge.numerics.ordered_sum import BLOCK
 
 _TILE = 1 << 15
@@ -179,6 +178,11 @@ def rescales(vectors: Sequence[TaskVector]) -> NDArray[np.float64]:
     return np.array([vector.rescale for vector in vectors], np.float64)
 
 
+def coefficients(vectors: Sequence[TaskVector]) -> NDArray[np.float64]:
+    """Return the factors with which task vectors enter a sum, (vectors,)."""
+    return np.array([vector.coefficient for vector in vectors], np.float64)
+
+
 def by_parts(
     vote: Callable[[Sequence[Tile]], NDArray[Any]], entries: Sequence[Tile], out: NDArray[Any]
 ) -> None:
@@ -213,22 +217,23 @@ def _importance(tiles: Tiles, score: Importance, span: Span, patterns: NDArray[n
 
 
 def _size(tiles: Tiles, score: Size, span: Span, patterns: NDArray[np.uint32]) -> None:
-    _, (entries,), _ = entries_of(tiles, (score.vector,), span)
-    with np.errstate(over="ignore"):
-        singles = np.minimum(np.abs(entries), LARGEST).astype(np.float32).view(np.uint32)
-    patterns[:] = np.where(np.isfinite(entries), singles, UNKNOWN)
+    _, deltas, _ = tiles.survivors((score.vector,), span)
+    kernels().competition.size_patterns(deltas, float(score.vector.coefficient), patterns)
 
 
 def _competition(tiles: Tiles, score: Competition, span: Span, patterns: NDArray[np.uint32]) -> None:
-    _, entries, _ = entries_of(tiles, score.vectors, span)
-    by_parts(lambda some: score.patterns_of(some, np), entries, patterns)
+    _, deltas, _ = tiles.survivors(score.vectors, span)
+    ranges = np.array(score.ranges, np.float64)
+    kernels().competition.competition_patterns(
+        deltas, coefficients(score.vectors), ranges, score.place, patterns
+    )
 
 
 SCORES: dict[type, tuple[str, Callable[..., None]]] = {
     Spread: ("spread", _spread),
     Importance: ("importance", _importance),
-    Size: ("votes", _size),
-    Competition: ("votes", _competition),
+    Size: ("competition", _size),
+    Competition: ("competition", _competition),
 }
 """The group of kernels and the function that writes the patterns of each kind of score."""
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from streammerge.algebra.block import Applied, BlockMath, Counts, Operand
-from streammerge.algebra.competition import Size
+from streammerge.algebra.competition import Competition, Size
 from streammerge.algebra.rules import BalancedMerge, ConsensusMerge, LargestAgreeing
-from streammerge.backends.cpu.memory import BlockMemory
+from streammerge.backends.cpu.memory import BlockMemory, kernels
 from streammerge.backends.cpu.registry import OUT, VECTORS, applies, example
-from streammerge.backends.cpu.tiles import Span, Tile, Tiles, by_parts, entries_of, written
+from streammerge.backends.cpu.tiles import Span, Tile, Tiles, by_parts, coefficients, entries_of, written
 
 
 @applies(ConsensusMerge, kernels="votes")
@@ -25,14 +25,24 @@ def _elect(memory: BlockMemory, rule: LargestAgreeing, out: Operand) -> Applied:
     return _voted(memory, rule, out, lambda entries: rule.elected(entries, np))
 
 
-@applies(BalancedMerge, kernels="votes")
+@applies(BalancedMerge, kernels="competition")
 def _balance(memory: BlockMemory, rule: BalancedMerge, out: Operand) -> Applied:
-    return _voted(memory, rule, out, lambda entries: rule.balanced(entries, np))
+    factors, ranges = coefficients(rule.vectors), np.array(rule.ranges, np.float64)
+    winners = np.array(rule.scores, np.float64)
+
+    def merge(tiles: Tiles, span: Span) -> tuple[Tile, Counts]:
+        base, deltas, kept = tiles.survivors(rule.vectors, span)
+        merged = np.empty(span[1])
+        loop = kernels().competition.balanced_merge
+        loop(base, deltas, factors, ranges, winners, float(rule.scale), merged)
+        return merged, kept
+
+    return written(memory, rule, out, merge)
 
 
 def _voted(
     memory: BlockMemory,
-    rule: BalancedMerge | ConsensusMerge | LargestAgreeing,
+    rule: ConsensusMerge | LargestAgreeing,
     out: Operand,
     vote: Callable[[Sequence[Tile]], Any],
 ) -> Applied:
@@ -50,4 +60,11 @@ def _voted(
 @example("votes")
 def _votes(math: BlockMath) -> None:
     math.apply(LargestAgreeing(VECTORS), OUT)
-    math.count_keys(Size(VECTORS[0]), 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
+
+
+@example("competition")
+def _competes(math: BlockMath) -> None:
+    ranges = ((0.0, 1.0), (0.0, 1.0))
+    for score in (Size(VECTORS[0]), Competition(VECTORS, ranges, 0)):
+        math.count_keys(score, 0, (1 << 31) - 1, 15, np.zeros(1 << 16, np.int32))
+    math.apply(BalancedMerge(VECTORS, ranges, ranges), OUT)

@@ -31,7 +31,7 @@ def _bytes_with_bases(context: TensorContext) -> int:
 
 
 @method(
-    "iso_c", cost=45, access="tensor", base="required", matrices=True, workspace=_bytes_of_polar, paper=_PAPER
+    "iso_c", cost=33, access="tensor", base="required", matrices=True, workspace=_bytes_of_polar, paper=_PAPER
 )
 def iso_c(context: TensorContext, *, weight: PerModel[float] = per_model(1.0), lambda_: float = 1.0) -> Rule:
     """The sum of the task vectors with all singular values set to their mean: theta = theta_0 + lambda * mean(S) U V'.
@@ -51,7 +51,7 @@ def isotropic(deltas: Deltas) -> torch.Tensor:
 
 @method(
     "iso_cts",
-    cost=210,
+    cost=180,
     access="tensor",
     base="required",
     matrices=True,

@@ -18,7 +18,7 @@ TAIL = 1e-4
 
 @method(
     "pcb",
-    cost=60,
+    cost=9.5,
     access=Extent.MODEL,
     base="required",
     bounds={"ratio": (0.0, 1.0)},

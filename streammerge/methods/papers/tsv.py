@@ -34,7 +34,7 @@ def _workspace(context: TensorContext) -> int:
 
 @method(
     "tsv_m",
-    cost=160,
+    cost=140,
     access="tensor",
     base="required",
     matrices=True,
