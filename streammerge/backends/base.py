@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from streammerge.algebra.block import Block, BlockMath
+from streammerge.algebra.block import Block, BlockMath, Call
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import Rule
+from streammerge.backends.gpu.lane import Lane
 from streammerge.io.buffer_pool import Bytes
 
 
@@ -58,6 +59,14 @@ def _any_rule(rule: type[Rule]) -> bool:
     return True
 
 
+def _lacks_nothing() -> None:
+    return None
+
+
+def _fuses_nothing(rule: Rule, calls: Sequence[Call]) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to compute blocks. All backends return the same bits."""
@@ -84,5 +93,13 @@ class Backend:
     """Whether it computes plain formulas, Gram matrices and fp64; if not, the backend `torch` does."""
     applies: Callable[[type[Rule]], bool] = _any_rule
     """Function that returns whether it applies rules of a class; if not, the backend `torch` calls the rule."""
+    open_lane: Callable[[str], Lane] | None = None
+    """Function that opens the device of a name for whole tensors; None: blocks are computed from this process's memory."""
+    fuses: Callable[[Rule, Sequence[Call]], bool] = _fuses_nothing
+    """Function that returns whether a tensor with this rule, and these calls of its statistics, is merged on the device."""
+    rest: Backend | None = None
+    """The backend of what it does not compute, and in its place where it `lacks` something; None: `torch`, on the CPU."""
+    lacks: Callable[[], str | None] = _lacks_nothing
+    """Function that returns what is missing here for it to run; None: nothing."""
     rate: float = 0.0
     """GB of inputs per second that it merges by a method of several passes; 0: the CPUs' own rate counts."""

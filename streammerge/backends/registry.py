@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from streammerge.backends.base import Backend
 from streammerge.backends.cpu.backend import CPU
+from streammerge.backends.gpu.backend import FUSED
 from streammerge.backends.torch.backend import CUDA, TORCH
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPU, TORCH, CUDA)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPU, TORCH, FUSED, CUDA)}
+"""Of several on the same kind of device, the first is chosen; it names the one that does the rest."""
 
 
 def register_backend(backend: Backend) -> None:

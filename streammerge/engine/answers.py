@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,14 +86,32 @@ def resolve_in_memory(
 
     Returns its rule or, with `until_model`, the whole-model statistics that come next.
     """
+
+    # One after the other: the tensor is in memory, and with many models each needs its own counts.
+    def answer(wanted: Sequence[Statistic[Any]]) -> list[Any]:
+        return [_answer_in_memory(worker, job, loaded, math, statistic) for statistic in wanted]
+
+    return resolve(worker, job, answer, shared, until_model=until_model)
+
+
+def resolve(
+    worker: Worker,
+    job: Job,
+    answer: Callable[[Sequence[Statistic[Any]]], Sequence[Any]],
+    shared: Shared,
+    *,
+    until_model: bool,
+) -> Rule | list[Statistic[Any]]:
+    """Follow a job to its rule or, with `until_model`, to the whole-model statistics that come next.
+
+    `answer` returns the values of statistics of the tensor, each asked once for all outputs that share `shared`.
+    """
     while isinstance(wanted := follow(worker, job), list):
         if wanted[0].extent == Extent.MODEL:
             assert until_model, "whole-model statistics come before the merge"
             return wanted
-        # One after the other: the tensor is in memory, and with many models each needs its own counts.
-        for statistic in wanted:
-            if statistic not in shared:
-                shared[statistic] = _answer_in_memory(worker, job, loaded, math, statistic)
+        missing = [statistic for statistic in dict.fromkeys(wanted) if statistic not in shared]
+        shared.update(zip(missing, answer(missing), strict=True))
         worker.answers.setdefault(job.ordinal, []).append([shared[statistic] for statistic in wanted])
     return wanted
 

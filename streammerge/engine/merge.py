@@ -209,6 +209,8 @@ def run_sessions(
             scheduler.run(before)
         finally:
             running = time.monotonic() - started
+            for line in worker.remarks:
+                control.warn(line)
             if (signum := control.signal()) is not None:
                 raise Stopped(signum) from None
         for number, session in enumerate(sessions):

@@ -12,6 +12,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.engine.answers import Shared, follow, plain, reducer_of, resolve_in_memory, sample_starts
 from streammerge.engine.in_flight import finished
 from streammerge.engine.loading import load, prefetch
+from streammerge.engine.on_device import add_on_device, answer_on_device
 from streammerge.engine.peaks import Peak, known_peak, largest
 from streammerge.engine.task import merge_by_tiles, not_finite
 from streammerge.engine.worker import Worker, math_for
@@ -95,6 +96,12 @@ class Streamer:
         """
 
         def bring(job: Job) -> None:
+            if self._plan.work[job.ordinal].on_device:
+                asking = [(output, own) for output, own, _ in _asking(job, outputs)]
+                self._guarded(job, partial(answer_on_device, self._worker, job, asking))
+                if on_job is not None:
+                    on_job(job)
+                return
             with self._worker.lease(self._plan.work[job.ordinal].lease_bytes(job.n_elements)) as buffer:
                 if buffer is None:
                     return
@@ -245,7 +252,11 @@ class Streamer:
         if self._worker.stop.is_set() or piece.stop <= piece.start:
             return
         job = self._plan.jobs[piece.job]
-        with self._worker.lease(self._plan.work[job.ordinal].lease_bytes(piece.stop - piece.start)) as buffer:
+        how = self._plan.work[job.ordinal]
+        if how.on_device and piece.stop - piece.start > BLOCK:  # samples are not worth it
+            self._guarded(job, partial(add_on_device, self._worker, job, piece, some))
+            return
+        with self._worker.lease(how.lease_bytes(piece.stop - piece.start)) as buffer:
             if buffer is not None:
                 self._guarded(job, lambda: self._add_loaded(job, piece, some, buffer))
 

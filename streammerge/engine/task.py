@@ -17,6 +17,7 @@ from streammerge.engine.at_once import apply_together, together
 from streammerge.engine.factors import factors_of
 from streammerge.engine.loading import load
 from streammerge.engine.nonfinite import bad_fisher, trace
+from streammerge.engine.on_device import merge_on_device
 from streammerge.engine.peaks import known_peak, largest
 from streammerge.engine.worker import Worker, math_for, math_of
 from streammerge.errors import ModelError, printable
@@ -57,7 +58,9 @@ def run_chunk(
         If a value is not finite; WorldError if reading or writing fails.
     """
     work = worker.plan.work
-    nbytes = max(work[p.job].lease_bytes(p.stop - p.start) for p in chunk.pieces)
+    nbytes = max(
+        0 if work[p.job].on_device else work[p.job].lease_bytes(p.stop - p.start) for p in chunk.pieces
+    )
     receipts: list[Receipt] = []
     with ExitStack() as held:
         with turn or nullcontext():
@@ -68,7 +71,10 @@ def run_chunk(
             if worker.stop.is_set():
                 break
             job = worker.plan.jobs[piece.job]
-            receipts += _way_of(job)(worker, job, piece, buffer)
+            if work[piece.job].on_device:
+                receipts += merge_on_device(worker, job, piece)
+            else:
+                receipts += _way_of(job)(worker, job, piece, buffer)
             if piece.stop - piece.start == job.n_elements:
                 for output in worker.outputs:  # freed early: thousands of tensors may share a chunk
                     output.answers.pop(job.ordinal, None)

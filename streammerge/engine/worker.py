@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.algebra.block import Block, BlockMath
+from streammerge.backends.gpu.lane import Lane
 from streammerge.engine.blas import blas_in_one_thread
 from streammerge.engine.gram_cache import GramCache, torch_in_one_thread
 from streammerge.engine.lent import Lent
@@ -80,6 +81,7 @@ class Worker:
         self.threads = ThreadPoolExecutor(self.plan.budget.workers, thread_name_prefix="merge")
         self.prefetchers = ThreadPoolExecutor(PREFETCHERS, thread_name_prefix="prefetch")
         self._held = ExitStack()
+        self._lanes = LaneOfWorker(self.plan)
         self.lent = Lent()
         """The elements that the current piece has read, for its stages."""
         self.number = 0
@@ -91,11 +93,28 @@ class Worker:
         self.left: Mapping[int, Sequence[Interval]] = {}
         """What an earlier run left of the tensors that it has begun, by ordinal."""
 
+    @property
+    def lane(self) -> Lane:
+        """Its GPU, which is opened when the first tensor goes there.
+
+        Raises
+        ------
+        WorldError
+            If the GPU does not start.
+        """
+        return self._lanes.get()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What its GPU has to say to the user, once."""
+        return self._lanes.remarks
+
     def share(self, driver: Worker) -> None:
         """Use the threads and buffers of a different worker, and the elements its pieces have read."""
         self.__exit__()
         self.stop, self.stages, self.lent = driver.stop, driver.stages, driver.lent
         self._pool, self.threads, self.prefetchers = driver._pool, driver.threads, driver.prefetchers
+        self._lanes = driver._lanes
 
     def lead(self, others: Sequence[Worker]) -> None:
         """Make the outputs of other workers too from each read; their plans differ only in the jobs' parameters.
@@ -128,6 +147,7 @@ class Worker:
         """Wait for the threads, and free the buffers."""
         self.prefetchers.shutdown(wait=True, cancel_futures=True)
         self.threads.shutdown(wait=True, cancel_futures=True)
+        self._lanes.close()
         self._pool.close()
         self._held.close()
 
@@ -152,6 +172,31 @@ class Worker:
         self.answers.update(own)
         if len(own) < len(answers):
             self.reader.computes.learn(answers)
+
+
+class LaneOfWorker:
+    """The GPU of a worker, opened by the first thread that needs it."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan, self._lock = plan, threading.Lock()
+        self._lane: Lane | None = None
+        self.remarks: list[str] = []
+
+    def get(self) -> Lane:
+        """Return the lane."""
+        with self._lock:
+            if self._lane is None:
+                assert self._plan.backend.open_lane is not None, "planned for a GPU"
+                self._lane = self._plan.backend.open_lane(self._plan.device)
+                self.remarks = self._lane.remarks
+            return self._lane
+
+    def close(self) -> None:
+        """Close it, if it was opened."""
+        with self._lock:
+            if self._lane is not None:
+                self._lane.close()
+                self._lane = None
 
 
 @contextmanager

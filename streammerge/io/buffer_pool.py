@@ -84,7 +84,7 @@ class Pool:
             self._give_up(self._idle.pop(0))
         if self._held + size > limit:
             return None
-        buffer = np.frombuffer(_map(size), dtype=np.uint8)
+        buffer = np.frombuffer(map_memory(size), dtype=np.uint8)
         if self._prepare is not None:
             self._prepare(buffer)
         self._held += size
@@ -102,7 +102,7 @@ class Pool:
                 self._give_up(self._idle.pop())
 
 
-def _map(size: int) -> mmap.mmap:
+def map_memory(size: int) -> mmap.mmap:
     """Map fresh memory, in huge pages if possible, which need far fewer faults and pins for I/O."""
     mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

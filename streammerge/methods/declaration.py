@@ -101,6 +101,11 @@ class Method:
         """The rules that the method is known to choose, by the key that jobs share. The planner fills it."""
         return {}
 
+    @cached_property
+    def known_fused(self) -> dict[tuple[object, ...], bool]:
+        """Whether a device is known to compute all of the method, by the key that jobs share. The planner fills it."""
+        return {}
+
     @property
     def has_task_vectors(self) -> bool:
         """Whether its result is the base plus a merged task vector, if there is a base."""

@@ -99,11 +99,22 @@ def workload_of(method: Method, nbytes: int) -> Workload:
     return Workload(method.name, nbytes, cost, None if method.matrices else CUDA.rate)
 
 
-def backend_on(device: str, kernels: bool | None) -> Backend:
-    """Return the backend of a chosen device; with `kernels` False, torch's formulas instead of compiled kernels."""
+def backend_on(device: str, kernels: bool | None) -> tuple[Backend, str | None]:
+    """Return the backend of a chosen device, and what the user is told of it, if anything.
+
+    With `kernels` False, torch's formulas take the place of compiled kernels.
+    """
     chosen = _on(device.partition(":")[0])
     assert chosen is not None
-    return TORCH if chosen.compiled and kernels is False else chosen
+    if chosen.compiled and kernels is False:
+        return rest_of(chosen), None
+    missing = chosen.lacks()
+    return (chosen, None) if missing is None else (rest_of(chosen), missing)
+
+
+def rest_of(backend: Backend) -> Backend:
+    """Return the backend of what a backend does not compute."""
+    return backend.rest or TORCH
 
 
 def _on(kind: str) -> Backend | None:
@@ -117,7 +128,7 @@ def backend_of(job: Job, method: Method, chosen: Backend) -> Backend:
         return TORCH  # a GPU's decompositions have other last bits
     if chosen.formulas or not _takes_formulas(job, method):
         return chosen
-    return TORCH
+    return rest_of(chosen)
 
 
 def reserve_of(
@@ -139,7 +150,7 @@ def reserve_of(
         or any(map(_has_fp64, models))
     ):
         return chosen.reserve
-    return max(chosen.reserve, TORCH.reserve)
+    return rest_of(chosen).reserve + chosen.reserve - CPU.reserve
 
 
 def operator_bytes(grams: Sequence[CompanionIndex]) -> int:

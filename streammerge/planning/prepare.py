@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from streammerge.backends.base import Backend
-from streammerge.backends.torch.backend import TORCH
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
@@ -15,7 +14,14 @@ from streammerge.io import volumes
 from streammerge.io.object_upload import upload_nbytes
 from streammerge.methods.registry import Method
 from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking, unusable_kernels
-from streammerge.planning.backend import backend_on, find_device, operator_bytes, reserve_of, workload_of
+from streammerge.planning.backend import (
+    backend_on,
+    find_device,
+    operator_bytes,
+    reserve_of,
+    rest_of,
+    workload_of,
+)
 from streammerge.planning.device import host_of
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.low_rank.memory import RESERVE
@@ -50,7 +56,9 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         lambda: workload_of(method, sum(index.nbytes for index in inputs.own)),
         lambda: host_of(_paths(inputs), options.threads),
     )
-    chosen = backend_on(device.name, options.kernels)
+    chosen, lacks = backend_on(device.name, options.kernels)
+    if lacks is not None:
+        options = replace(options, notes=(lacks, *options.notes))
 
     def plan_on(backend: Backend) -> MergePlan:
         read = inputs.own if inputs.merged is None else (*inputs.own, inputs.merged)
@@ -71,8 +79,8 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
     if (missing := unusable_kernels(needed)) is not None:
         note = SLOWER.format(f"{missing}; install a numba version that supports this numpy")
         options = replace(options, notes=(note, *options.notes))
-        return plan_on(TORCH)
-    return _unless_cold(plan, plan_on) if lacking(needed) and not options.kernels else plan
+        return plan_on(rest_of(chosen))
+    return _unless_cold(plan, plan_on, rest_of(chosen)) if lacking(needed) and not options.kernels else plan
 
 
 def _paths(inputs: Inputs) -> list[str]:
@@ -83,13 +91,13 @@ def _paths(inputs: Inputs) -> list[str]:
     return [stamp.path for stamp in stamps]
 
 
-def _unless_cold(plan: MergePlan, plan_on: Callable[[Backend], MergePlan]) -> MergePlan:
+def _unless_cold(plan: MergePlan, plan_on: Callable[[Backend], MergePlan], rest: Backend) -> MergePlan:
     """Return the plan whose kernels are not compiled, or a plan for torch if the merge is too small to justify that."""
     cache = kernel_cache()
     if cache.directory is not None and not is_small(plan):
         return plan
     try:
-        other = plan_on(TORCH)
+        other = plan_on(rest)
     except BudgetError:  # torch needs more memory
         return plan
     if cache.directory is not None:

@@ -110,6 +110,8 @@ class Work:
     at_once: int | None = None
     """Elements of an encoded tensor merged at a time, in the same memory, and then encoded; None: whole pieces. For
     factors: the elements that are held between products."""
+    on_device: bool = False
+    """Whether its pieces are merged in the memory of a GPU, and lease no buffer then; parts of them may still be held."""
 
     def lease_bytes(self, n: int) -> int:
         """Return the size of the buffer for `n` elements in bytes."""
@@ -262,7 +264,8 @@ def steps(
             yield StatisticsPass(job.ordinal)
         for piece in _pieces(job, how, budget, left):
             nbytes = (piece.stop - piece.start) * how.bytes_per_element
-            too_much = held + nbytes > budget.chunk_target or held + nbytes + how.workspace > budget.capacity
+            room = 0 if how.on_device else how.workspace
+            too_much = held + nbytes > budget.chunk_target or held + nbytes + room > budget.capacity
             if pieces and too_much:
                 yield Chunk(tuple(pieces), int(held) + workspace)
                 pieces, held, workspace = [], 0.0, 0

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -111,12 +110,3 @@ def test_a_gpu_gives_the_bytes_of_the_cpu(
     merge(config, tmp_path / "cpu", device="cpu")
     merge(config, tmp_path / "gpu", device="cuda")
     assert output_bytes(tmp_path / "gpu") == output_bytes(tmp_path / "cpu")
-
-
-@needs_gpu
-def test_buffers_are_pinned() -> None:
-    from streammerge.backends.torch.gpu import pin, unpin
-
-    with Pool(1 << 20, pin, unpin).lease(1 << 20, threading.Event()) as buffer:
-        assert buffer is not None
-        assert torch.from_numpy(buffer.view(np.uint8)).is_pinned()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from streammerge.algebra.block import Block, BlockMath, operand_bytes
 from streammerge.algebra.extent import Extent
-from streammerge.backends.base import Backend, BufferHooks, TensorFacts
+from streammerge.backends.base import Backend, TensorFacts
 from streammerge.backends.torch.gpu import (
     find_gpu,
     free_unused,
-    pin,
     share_of_memory,
     synchronize,
     turn_on,
-    unpin,
 )
 from streammerge.numerics.ordered_sum import BLOCK
 
@@ -75,7 +73,6 @@ CUDA = Backend(
     workspace=_gpu_workspace,
     math=_gpu_math,
     turn=turn_on,
-    buffers=BufferHooks(pin, unpin),
     device="cuda",
     find=find_gpu,
     on_host=False,

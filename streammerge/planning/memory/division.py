@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules.matrix_merge import widening_bytes
@@ -15,6 +15,7 @@ from streammerge.planning.low_rank.memory import work_of_factors
 from streammerge.planning.memory.allocate import Allocation, Needs, TooLittle, allocate, divide, least_total
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.needs import tensor_context_of
+from streammerge.planning.on_device import goes_to_device, is_fused
 from streammerge.planning.schedule import PASSES_AHEAD, TooLarge, Work, plan_work
 
 _MOST_MEMORY = 1 << 46
@@ -89,7 +90,7 @@ class Division:
             declared = max(_declared(one, n, self.method, backend) for one in own)
             return pairs + backend.workspace(job, n, need.extent) + declared
 
-        return plan_work(
+        work = plan_work(
             job,
             need.extent,
             budget,
@@ -99,6 +100,14 @@ class Division:
             row_bytes=_kept_of_a_row(job),
             tiled=backend.compiled,
         )
+        if backend.open_lane is None or not self._lives_on_device(job, backend):
+            return work
+        return replace(work, mode="resident" if work.mode == "streamed" else work.mode, on_device=True)
+
+    def _lives_on_device(self, job: Job, backend: Backend) -> bool:
+        """Return whether all that a job reads goes to a device as it is, and all that it computes is computed there."""
+        own = (job, *(jobs[job.ordinal] for jobs in self.others))
+        return goes_to_device(job) and all(is_fused(one, self.method, backend) for one in own)
 
     def _kept_of_columns(self, job: Job, need: Needs, work: Work) -> int:
         """Return the bytes kept for the columns of a streamed tensor, in addition to its pieces.

@@ -1,0 +1,94 @@
+"""The backend of fused kernels on a GPU: whole tensors there, everything small by compiled kernels on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from streammerge.algebra.block import Block, BlockMath, Call
+from streammerge.algebra.rules import Rule
+from streammerge.backends.cpu.backend import CPU
+from streammerge.backends.cpu.math import KernelMath
+from streammerge.backends.fused.launcher import Launcher, Residence
+from streammerge.backends.gpu import core_driver, torch_driver
+from streammerge.backends.gpu.driver import Driver
+from streammerge.backends.gpu.lane import Lane, Sizes
+from streammerge.backends.torch.backend import CUDA
+
+EAGER = (
+    "no library here loads kernels on a GPU, so torch merges there in many small steps, with the same bits but slower: "
+    "pip install 'streammerge[gpu]'"
+)
+_CONTEXT = 512 << 20
+"""Resident bytes of a CUDA context."""
+
+
+def _fused(name: str) -> Any:
+    return import_module(f"streammerge.backends.fused.{name}")
+
+
+@cache
+def loader() -> str | None:
+    """Return the name of what can load the shipped kernels here, ``cuda-core`` or ``torch``; None if nothing can."""
+    if find_spec("streammerge.backends.fused.specs") is None:
+        return None
+    if core_driver.is_installed():
+        return "cuda-core"
+    return "torch" if torch_driver.is_usable() else None
+
+
+def find_gpu(number: int) -> str | None:
+    """Return the device of a GPU; None if there is none of this number. Torch is imported only without cuda-core."""
+    if core_driver.is_installed():
+        return f"cuda:{number}" if number < core_driver.count_gpus() else None
+    assert CUDA.find is not None
+    return CUDA.find(number)
+
+
+def open_driver(device: str) -> Driver:
+    """Open a GPU by what can load kernels."""
+    number = int(device.partition(":")[2] or 0)
+    if loader() == "cuda-core":
+        return core_driver.CoreDriver(number)
+    return torch_driver.TorchDriver(number)
+
+
+def fused_math(block: Block, launcher: Launcher, residence: Residence) -> BlockMath:
+    """Return the arithmetic of a block on the device."""
+    math: BlockMath = _fused("math").FusedMath(block, launcher, residence, KernelMath)
+    return math
+
+
+def open_lane(device: str) -> Lane:
+    """Open a GPU for the threads of this process."""
+    return Lane(open_driver(device), fused_math, _fused("specs").ptx)
+
+
+def fuses(rule: Rule, calls: Sequence[Call]) -> bool:
+    """Return whether fused kernels compute a rule and all calls of the statistics before it."""
+    fused = _fused("math")
+    return bool(fused.fused_rule(rule) and all(map(fused.fused_call, calls)))
+
+
+def lacks() -> str | None:
+    """Return what the user is told if nothing here can load the kernels."""
+    return None if loader() else EAGER
+
+
+FUSED = replace(
+    CPU,
+    name="fused",
+    reserve=CPU.reserve + _CONTEXT + Sizes().nbytes,
+    device="cuda",
+    find=find_gpu,
+    open_lane=open_lane,
+    fuses=fuses,
+    rest=CUDA,
+    lacks=lacks,
+    rate=20.0,
+)
+"""The reserve: that of `cpu`, a CUDA context, and the pinned rings. The rate: PCIe 4; it has not been measured."""

@@ -1,0 +1,175 @@
+"""The driver by NVIDIA's cuda-core (streams, events, modules, launches) and cuda-bindings (copies, memory)."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from streammerge.backends.gpu.driver import DriverError, Event, Kernel, Stream
+from streammerge.io.buffer_pool import Bytes
+
+_OUT_OF_MEMORY = 2
+"""CUDA_ERROR_OUT_OF_MEMORY."""
+
+
+def is_installed() -> bool:
+    """Return whether cuda-core and cuda-bindings are installed; nothing is imported."""
+    try:
+        return all(
+            importlib.util.find_spec(name) is not None for name in ("cuda.core", "cuda.bindings.driver")
+        )
+    except (ImportError, ValueError):
+        return False
+
+
+def count_gpus() -> int:
+    """Return the number of GPUs that the driver finds; 0 without a driver."""
+    from cuda.bindings import driver
+
+    try:
+        if driver.cuInit(0)[0]:
+            return 0
+        error, count = driver.cuDeviceGetCount()
+        return 0 if error else int(count)
+    except (RuntimeError, OSError):  # no libcuda
+        return 0
+
+
+class CoreDriver:
+    """See `Driver`. The device's primary context, which torch shares.
+
+    Parameters
+    ----------
+    number
+        The number of the GPU among those that ``CUDA_VISIBLE_DEVICES`` shows.
+    """
+
+    def __init__(self, number: int) -> None:
+        from cuda import core
+        from cuda.bindings import driver
+
+        self._core, self._driver = core, driver
+        self._current = threading.local()
+        with _told("its start"):
+            self._device = core.Device(number)
+        self._modules: dict[int, Any] = {}
+
+    def _here(self) -> Any:
+        """Return the bindings, with the device current in this thread."""
+        if not getattr(self._current, "done", False):
+            with _told("a new thread"):
+                self._device.set_current()
+            self._current.done = True
+        return self._driver
+
+    def memory(self) -> int:
+        """See `Driver`."""
+        return int(_checked("cuMemGetInfo", self._here().cuMemGetInfo())[0])
+
+    def allocate(self, nbytes: int) -> int:
+        """See `Driver`."""
+        result = self._here().cuMemAlloc(nbytes)
+        if int(result[0]) == _OUT_OF_MEMORY:
+            raise MemoryError
+        return int(_checked("cuMemAlloc", result)[0])
+
+    def free(self, address: int) -> None:
+        """See `Driver`."""
+        _checked("cuMemFree", self._here().cuMemFree(address))
+
+    def pin(self, buffer: Bytes) -> None:
+        """See `Driver`."""
+        _checked("cuMemHostRegister", self._here().cuMemHostRegister(buffer.ctypes.data, buffer.nbytes, 0))
+
+    def unpin(self, buffer: Bytes) -> None:
+        """See `Driver`."""
+        _checked("cuMemHostUnregister", self._here().cuMemHostUnregister(buffer.ctypes.data))
+
+    def stream(self) -> Stream:
+        """See `Driver`."""
+        self._here()
+        with _told("a stream"):
+            return self._device.create_stream()
+
+    def copy_in(self, source: Bytes, address: int, stream: Stream) -> None:
+        """See `Driver`."""
+        call = self._here().cuMemcpyHtoDAsync
+        _checked("cuMemcpyHtoDAsync", call(address, source.ctypes.data, source.nbytes, stream.handle))
+
+    def copy_out(self, address: int, target: Bytes, stream: Stream) -> None:
+        """See `Driver`."""
+        call = self._here().cuMemcpyDtoHAsync
+        _checked("cuMemcpyDtoHAsync", call(target.ctypes.data, address, target.nbytes, stream.handle))
+
+    def clear(self, address: int, nbytes: int, stream: Stream) -> None:
+        """See `Driver`."""
+        _checked("cuMemsetD8Async", self._here().cuMemsetD8Async(address, 0, nbytes, stream.handle))
+
+    def record(self, stream: Stream) -> Event:
+        """See `Driver`."""
+        self._here()
+        with _told("an event"):
+            return stream.record(options={"blocking_sync": True})
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """See `Driver`."""
+        self._here()
+        with _told("a wait for an event"):
+            stream.wait(event)
+
+    def synchronize(self, event: Event) -> None:
+        """See `Driver`."""
+        self._here()
+        with _told("the end of its work"):
+            event.sync()
+
+    def load(self, ptx: str, entry: str) -> Kernel:
+        """See `Driver`."""
+        self._here()
+        with _told(f"loading the kernel {entry}"):
+            key = hash(ptx)
+            if key not in self._modules:
+                self._modules[key] = self._core.ObjectCode.from_ptx(ptx.encode())
+            return self._modules[key].get_kernel(entry)
+
+    def launch(
+        self,
+        kernel: Kernel,
+        grid: tuple[int, int],
+        threads: int,
+        shared: int,
+        parameters: Sequence[Any],
+        stream: Stream,
+    ) -> None:
+        """See `Driver`."""
+        self._here()
+        with _told("a launch"):
+            config = self._core.LaunchConfig(grid=grid, block=threads, shmem_size=shared)
+            self._core.launch(stream, config, kernel, *parameters)
+
+    def close(self) -> None:
+        """See `Driver`; the primary context stays, for torch may use it."""
+        self._modules.clear()
+
+
+def _checked(call: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the values of a call of the bindings."""
+    error, *values = result
+    if int(error):
+        raise DriverError(call, getattr(error, "name", error))
+    return tuple(values)
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn the exceptions of cuda-core into ours."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise DriverError(what, text or type(error).__name__) from error

@@ -1,0 +1,45 @@
+"""Which tensors are merged in the memory of a GPU: those that it reads as they are, and computes all of."""
+
+from __future__ import annotations
+
+from streammerge.backends.base import Backend
+from streammerge.methods.registry import Method
+from streammerge.planning.job import Job
+from streammerge.planning.needs import likeness, tensor_context_of
+
+DEVICE_BYTES = 1 << 20
+"""Least bytes of the inputs of a tensor; the CPU has merged smaller ones before a GPU has begun."""
+
+
+def goes_to_device(job: Job) -> bool:
+    """Return whether the inputs of a job are read by ranges, without work on the way, and its output is written so."""
+    return (
+        job.kind == "merge"
+        and job.encoder is None
+        and job.computed_dtype == job.dtype
+        and job.matrix is None
+        and not job.grams
+        and not job.has_stages
+        and not job.waits
+        and not job.shared
+        and job.input_bytes >= DEVICE_BYTES
+        and all(not ref.scratch_bytes and not ref.chunk_elements for ref in job.held)
+        and not any(ref.is_whole for ref in job.inputs)
+        and all(ref.dtype in ("F32", "F16", "BF16") for ref in job.held)
+    )
+
+
+def is_fused(job: Job, method: Method, backend: Backend) -> bool:
+    """Return whether a backend computes a job's rule and all statistics before it on its device; the answer is cached."""
+    key = (backend.name, *likeness(job, method), bool(job.fishers), job.base is not None, job.n_models)
+    known = method.known_fused
+    if key not in known:
+        context = tensor_context_of(job)
+        calls = [
+            call
+            for statistics in method.rounds(context, job.parameters)
+            for statistic in statistics
+            for call in statistic.calls()
+        ]
+        known[key] = backend.fuses(method.rule(context, job.parameters), calls)
+    return known[key]

@@ -1,0 +1,150 @@
+"""The driver by cuda-core, on a libcuda of C that this test compiles: what it is asked, in which order, with what."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SOURCE = Path(__file__).with_name("fake_libcuda.c")
+pytestmark = pytest.mark.skipif(
+    shutil.which("gcc") is None or importlib.util.find_spec("cuda") is None, reason="needs gcc and cuda-core"
+)
+PROGRAM = """
+import json, os, sys, threading
+import numpy as np
+from streammerge.backends.gpu.backend import loader
+from streammerge.backends.gpu.core_driver import CoreDriver, count_gpus
+from streammerge.backends.gpu.driver import DriverError
+from streammerge.backends.gpu.lane import Lane, Sizes
+
+found = {"gpus": count_gpus(), "loader": loader()}
+driver = CoreDriver(0)
+found["memory"] = driver.memory()
+try:
+    driver.allocate(1 << 30)
+except MemoryError:
+    found["out of memory"] = True
+address, data = driver.allocate(1000), np.arange(256, dtype=np.uint8)
+driver.pin(data)
+first, second = driver.stream(), driver.stream()
+driver.copy_in(data, address, first)
+driver.wait(second, driver.record(first))
+kernel = driver.load(".version 7.0", "sum_0")
+driver.load(".version 7.0", "other_0")
+driver.launch(kernel, (7, 2), 128, 32, [np.int64(2**40 + 1), np.int32(-5), np.int64(0), np.int64(0)], second)
+back = np.zeros(256, np.uint8)
+driver.clear(address, 16, second)
+driver.copy_out(address, back, second)
+driver.synchronize(driver.record(second))
+found["copied"] = bool((back[16:] == data[16:]).all() and not back[:16].any())
+driver.unpin(data)
+driver.free(address)
+
+lane = Lane(CoreDriver(0), None, None, Sizes(3, 2, 8192, 1, 4096))
+source, target, stop = np.random.default_rng(0).bytes(50_001), bytearray(50_001), threading.Event()
+with lane.arena.lease(len(source), stop) as place:
+    def there():
+        for start in range(0, len(source), 4096):
+            def read(slot):
+                part = source[start : start + 4096]
+                slot[5 : 5 + len(part)] = np.frombuffer(part, np.uint8)
+                return slot[5 : 5 + len(part)]
+            event = lane.bring(read, place + start, stop)
+        with lane.computing(event):
+            pass
+        lane.deliver(place, len(source), 777, lambda at, part: target.__setitem__(slice(at, at + part.size), part.tobytes()), stop)
+    thread = threading.Thread(target=there)  # which has no device yet
+    thread.start()
+    thread.join()
+found["through the rings"] = bytes(target) == source
+lane.close()
+
+failures = found["failures"] = {}
+buffer = np.zeros(16, np.uint8)
+calls = {
+    "cuMemGetInfo": driver.memory, "cuMemAlloc": lambda: driver.allocate(16), "cuMemHostRegister": lambda: driver.pin(buffer),
+    "cuStreamCreateWithPriority": driver.stream, "cuMemcpyHtoDAsync": lambda: driver.copy_in(buffer, place, first),
+    "cuMemcpyDtoHAsync": lambda: driver.copy_out(place, buffer, first), "cuMemsetD8Async": lambda: driver.clear(place, 1, first),
+    "cuEventRecord": lambda: driver.record(first), "cuStreamWaitEvent": lambda: driver.wait(first, event),
+    "cuEventSynchronize": lambda: driver.synchronize(event), "cuLibraryLoadData": lambda: driver.load("x", "y"),
+    "cuLaunchKernel": lambda: driver.launch(kernel, (1, 1), 128, 0, [np.int64(1), np.int32(2), np.int64(0), np.int64(0)], first),
+}
+event, place = driver.record(first), driver.allocate(16)
+for name, call in calls.items():
+    os.environ["FAKE_CUDA_FAILS"] = name
+    try:
+        call()
+    except DriverError as error:
+        failures[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[str]]:
+    """Run the program over the library of C; return what it found, and the calls."""
+    folder = tmp_path_factory.mktemp("cuda")
+    command = ["gcc", "-w", "-O1", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(SOURCE)]
+    subprocess.run(command, check=True, timeout=60)
+    log = folder / "log"
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(folder),
+        "FAKE_CUDA_LOG": str(log),
+        "FAKE_CUDA_TYPES": "8488",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), log.read_text().splitlines()
+
+
+def test_bytes_go_there_and_back_through_cuda_core(ran: tuple[dict[str, Any], list[str]]) -> None:
+    found, _ = ran
+    assert found["gpus"] == 1
+    assert found["loader"] in ("cuda-core", None)
+    assert found["memory"] == 1 << 24
+    assert found["out of memory"]
+    assert found["copied"]
+    assert found["through the rings"]
+
+
+def test_events_order_two_streams_and_a_launch_has_its_parameters(
+    ran: tuple[dict[str, Any], list[str]],
+) -> None:
+    lines = [line.split() for line in ran[1]]
+    calls = [line[0] for line in lines]
+    start = calls.index("cuMemcpyHtoDAsync")
+    assert calls[start : start + 7] == [
+        "cuMemcpyHtoDAsync", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuLibraryLoadData",
+        "cuLibraryGetKernel", "cuLibraryGetKernel",
+    ]  # fmt: skip
+    copy, _, record, wait, load, one, other, launch = lines[start : start + 8]
+    assert record[2] == copy[2]  # the stream of the copy
+    assert wait[2] == record[1]  # the event
+    assert wait[1] != copy[2]
+    assert (load[1], one[1], other[1]) == (".version", "sum_0", "other_0")
+    size, parameters = launch[1:8], launch[9:]
+    assert launch[0] == "cuLaunchKernel"
+    assert size == ["7", "2", "1", "128", "1", "1", "32"]
+    assert launch[8] == f"{wait[1]}:"
+    assert parameters == [str(2**40 + 1), "-5", "0", "0"]
+
+
+def test_each_call_that_fails_is_told_in_one_line(ran: tuple[dict[str, Any], list[str]]) -> None:
+    failures = ran[0]["failures"]
+    assert len(failures) == 12
+    for name, text in failures.items():
+        assert text.startswith("the GPU's driver failed at "), name
+        assert text.endswith("run the same command again, or with --device cpu")
+        assert "\n" not in text

@@ -1,0 +1,276 @@
+"""The way of bytes through a GPU, on one that a driver in memory plays: whole merges have the bytes of the CPUs'."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from streammerge.api import merge
+from streammerge.backends.fused.launcher import KernelSpec
+from streammerge.backends.gpu import backend as gpu
+from streammerge.backends.gpu.arena import Space
+from streammerge.backends.gpu.driver import DriverError
+from streammerge.backends.gpu.lane import Lane, Sizes
+from streammerge.backends.gpu.launcher import DriverLauncher
+from streammerge.backends.gpu.ring import Ring
+from streammerge.backends.registry import BACKENDS
+from streammerge.errors import ModelError, WorldError
+from streammerge.planning import on_device
+from tests.backends.fake_driver import FakeDriver, Twin
+from tests.conftest import config_for, output_bytes, read_tensors, write_model, write_models
+
+SHAPES = {
+    "embed": (301, 67),
+    "odd": (37, 53),
+    "wide": (40, 4096),
+    "norm": (64,),
+    "scalar": (),
+}
+TINY = Sizes(slots_in=3, slots_out=2, slot_bytes=1 << 13, staging=1, staging_bytes=1 << 12)
+"""Slots of two pages: every tensor wraps around the ring, and most parts end within a page."""
+Fake = Callable[..., FakeDriver]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
+    """Let a GPU be here that `FakeDriver` plays, with tiny rings; every tensor of 1 KB and more goes there.
+
+    Returns a function that makes the next one.
+    """
+    drivers: list[FakeDriver] = []
+
+    def make(nbytes: int = 1 << 24, scratch: int = 0, **how: Any) -> FakeDriver:
+        drivers.append(FakeDriver(nbytes, **how))
+        driver = drivers[-1]
+
+        def open_lane(device: str) -> Lane:
+            assert device == "cuda:0"
+            return Lane(driver, partial(Twin, driver=driver, scratch=scratch), lambda spec: "", TINY)
+
+        played = replace(
+            gpu.FUSED,
+            open_lane=open_lane,
+            find=lambda number: f"cuda:{number}" if number < 1 else None,
+            fuses=lambda rule, calls: True,
+            lacks=lambda: None,
+        )
+        monkeypatch.setitem(BACKENDS, "fused", played)
+        return driver
+
+    monkeypatch.setattr(on_device, "DEVICE_BYTES", 1 << 10)
+    yield make
+    assert all(driver.closed and not driver.pinned for driver in drivers if driver.calls)
+
+
+CASES = [
+    ("linear", {}),
+    ("ties", {"density": 0.3}),
+    ("ties", {"density": 0.3, "trim_scope": "model", "ties": "index", "zero_sign": "majority"}),
+    ("dare_ties", {"density": 0.4, "mask": "exact", "rescale": "l1"}),
+    ("fisher", {}),
+    ("slerp", {"t": 0.4}),
+    ("della", {"density": 0.5}),
+    ("model_stock", {"filter_wise": True}),
+]
+WAYS = {"whole": (1 << 24, 0), "little scratch": (1 << 24, 40), "streamed": (1 << 21, 8)}
+"""Bytes of the device, and scratch bytes per element that a kernel takes."""
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_models(tmp_path_factory.mktemp("models"), shapes=SHAPES)
+
+
+def run(config: Any, out: Path, **how: Any) -> dict[str, bytes]:
+    """Merge on the GPU that is played, and return the bytes of the output."""
+    merge(config, out, **{"device": "cuda", "memory": "2GiB", "threads": 2, "progress": False, **how})
+    return output_bytes(out)
+
+
+@pytest.fixture(scope="module")
+def on_cpus(paths: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return what gives the bytes of a merge on CPUs, each made once."""
+    known: dict[str, dict[str, bytes]] = {}
+
+    def get(method: str, **parameters: Any) -> dict[str, bytes]:
+        key = repr((method, parameters))
+        if key not in known:
+            config = config_for(method, paths, parameters=parameters, seed=7)
+            known[key] = run(config, tmp_path_factory.mktemp("cpus") / "out", device="cpu")
+        return known[key]
+
+    return get
+
+
+@pytest.mark.parametrize(("method", "parameters"), CASES)
+def test_a_merge_through_the_ring_has_the_bytes_of_the_cpus(
+    method: str, parameters: dict[str, Any], paths: list[Path], on_cpus: Any, tmp_path: Path, fake: Fake
+) -> None:
+    config = config_for(method, paths, parameters=parameters, seed=7)
+    expected = on_cpus(method, **parameters)
+    brought = {}
+    for way, (nbytes, scratch) in WAYS.items():
+        driver = fake(nbytes, scratch)
+        assert run(config, tmp_path / way, overwrite=True) == expected, way
+        brought[way] = sum(call[2] for call in driver.calls if call[0] == "copy_in")
+        assert driver.counts["launch"] >= 3
+        assert driver.counts["copy_out"] > 20
+    assert brought["whole"] <= brought["little scratch"] <= brought["streamed"]
+    if method == "dare_ties":  # statistics find what is held; what is not is read again
+        assert brought["streamed"] > 1.5 * brought["whole"]
+
+
+@pytest.mark.parametrize("ignored", ["wait", "synchronize"])
+def test_what_does_not_wait_for_its_events_is_noticed(
+    ignored: str, paths: list[Path], on_cpus: Any, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, expected = config_for("linear", paths, parameters={}, seed=7), on_cpus("linear")
+    monkeypatch.setattr(FakeDriver, ignored, lambda *arguments: None)
+    fake()
+    try:
+        found = run(config, tmp_path / "gpu", nonfinite="warn")
+    except (WorldError, IndexError):
+        return
+    assert found != expected
+
+
+CALLS = {
+    "memory": 0, "allocate": 0, "stream": 2, "copy_in": 5, "record": 7, "wait": 2, "launch": 3, "synchronize": 4, "copy_out": 3
+}  # fmt: skip
+"""Calls of the driver, each with the number of the one that fails."""
+
+
+@pytest.mark.parametrize(("call", "number"), CALLS.items())
+def test_each_call_that_fails_is_told_in_one_line_and_the_merge_resumes(
+    call: str, number: int, paths: list[Path], on_cpus: Any, tmp_path: Path, fake: Fake
+) -> None:
+    config = config_for("ties", paths, parameters={"density": 0.3}, seed=7)
+    failing = fake(fails=(call, number))
+    with pytest.raises(
+        DriverError, match=rf"^the GPU's driver failed at {call} \(planted\): .*--device cpu$"
+    ):
+        run(config, tmp_path / "out")
+    assert failing.counts[call] > number
+    fake()
+    assert run(config, tmp_path / "out") == on_cpus("ties", density=0.3)
+
+
+def test_memory_that_is_not_pinned_is_told_and_serves(
+    paths: list[Path], on_cpus: Any, tmp_path: Path, fake: Fake
+) -> None:
+    fake(fails=("pin", 0))
+    told: list[Any] = []
+    found = run(config_for("linear", paths, parameters={}, seed=7), tmp_path / "gpu", on_event=told.append)
+    assert [e.values["message"] for e in told if e.kind == "warning" and "pin" in e.values["message"]] == [
+        "the GPU's driver cannot pin memory, so that copies are slower: raise `ulimit -l`"
+    ]
+    assert found == on_cpus("linear")
+
+
+def test_out_of_memory_halves_the_residence_and_says_so_once(
+    paths: list[Path], on_cpus: Any, tmp_path: Path, fake: Fake
+) -> None:
+    config = config_for("ties", paths, parameters={"density": 0.3}, seed=7)
+    driver = fake(1 << 23, room=3 << 20)
+    told: list[Any] = []
+    found = run(config, tmp_path / "gpu", on_event=told.append)
+    asked = [call[1] for call in driver.calls if call[0] == "allocate"]
+    assert asked == [asked[0], asked[0] // 2 // 256 * 256]
+    lines = [e.values["message"] for e in told if e.kind == "warning"]
+    assert [
+        line for line in lines if line.startswith("the GPU ran out of memory: tensors of more than 2.1 MiB")
+    ]
+    assert len(lines) == 1
+    assert found == on_cpus("ties", density=0.3)
+
+
+def test_a_gpu_without_memory_is_refused_in_one_line(paths: list[Path], tmp_path: Path, fake: Fake) -> None:
+    fake(room=0)
+    with pytest.raises(WorldError, match=r"^the GPU has only .* to spare: .*--device cpu$"):
+        run(config_for("linear", paths), tmp_path / "gpu")
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_what_is_not_finite_is_named_as_on_cpus(method: str, tmp_path: Path, fake: Fake) -> None:
+    paths = write_models(tmp_path, shapes={"w": (40, 4096)}, dtype=torch.float16)
+    tensors = read_tensors(paths[1])
+    tensors["w"][3, 5] = float("inf")
+    write_model(paths[1], tensors)
+    config = config_for(method, paths)
+    fake()
+    said = []
+    for device in ("cuda", "cpu"):
+        with pytest.raises(ModelError) as caught:
+            run(config, tmp_path / device, device=device)
+        said.append(str(caught.value))
+    assert said[0] == said[1]
+    assert "element 12293" in said[0]
+    fake()
+    tolerant = [run(config, tmp_path / device, device=device, nonfinite="warn") for device in ("cuda", "cpu")]
+    assert tolerant[0] == tolerant[1]
+
+
+# --- the parts
+
+
+def test_space_is_given_out_without_overlap_and_again() -> None:
+    space = Space(1000, 4096)
+    first, second = space.allocate(1), space.allocate(1000)
+    assert (first, second) == (1024, 1280)
+    space.free(first)
+    assert space.allocate(256) == first
+    with pytest.raises(MemoryError):
+        space.allocate(4096)
+
+
+def test_a_slot_is_free_when_its_copy_is_done() -> None:
+    driver = FakeDriver(1 << 16)
+    ring, stop, stream = Ring(driver, 2, 4096), threading.Event(), driver.stream()
+    for value in range(6):
+        taken = ring.take(stop)
+        assert taken is not None
+        taken[1][:] = value
+        driver.copy_in(taken[1], 1 << 20 | value << 12, stream)
+        ring.give(taken[0], driver.record(stream))
+    driver.synchronize(driver.record(stream))
+    assert [int(driver.memory_bytes[value << 12]) for value in range(6)] == list(range(6))
+    held = [ring.take(stop), ring.take(stop)]
+    assert ring.take(stop, wait=False) is None
+    stop.set()
+    assert ring.take(stop) is None
+    for one in held:
+        assert one is not None
+        ring.give(one[0])
+    ring.close()
+    assert not driver.pinned
+
+
+def test_the_launcher_sends_tables_in_parts_and_adds_the_null_pointers() -> None:
+    driver = FakeDriver(1 << 20)
+    stream, staging = driver.stream(), Ring(driver, 1, 4096)
+    launcher = DriverLauncher(driver, stream, Space(1 << 20, 1 << 19), staging, lambda spec: "ptx of it")
+    values = np.arange(3000, dtype=np.int64)
+    place = launcher.allocate(values.nbytes)
+    launcher.send(values, place)
+    spec = KernelSpec(
+        "sum", "sum.ptx", "sum_0", ("i64", "i32"), nulls=2, threads=128, shared=32, elements=1024
+    )
+    launcher.launch(spec, (7, 2), [place, 3])
+    launcher.launch(spec, (1, 1), [place, 4])
+    values[:] = 0
+    launcher.fetch(place, values)
+    assert values.tolist() == list(range(3000))
+    assert driver.counts["load"] == 1
+    entry, grid, threads, shared, parameters = driver.launched[0]
+    assert (entry, grid, threads, shared) == ("sum_0", (7, 2), 128, 32)
+    assert parameters == [place, 3, 0, 0]
+    assert [one.nbytes for one in parameters] == [8, 4, 8, 8]
+    staging.close()
