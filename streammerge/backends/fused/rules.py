@@ -1,0 +1,186 @@
+"""Merge rules by fused kernels. Each is enqueued; what is returned waits and gives the reports, one for each output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from streammerge.algebra.block import Applied, Counts, Operand
+from streammerge.algebra.rules import (
+    CopyOf,
+    FisherMean,
+    Rule,
+    TaskVectorMerge,
+    WeightedSum,
+    ranked,
+    removing,
+)
+from streammerge.backends.fused.memory import LEAD, DeviceMemory, Scratch
+from streammerge.backends.fused.specs import kernel_specs
+from streammerge.backends.fused.tables import (
+    CODES,
+    NOTHING,
+    bits,
+    certainty_rows,
+    rank_rows,
+    weighted_rows,
+)
+
+Reports = Callable[[], list[Applied]]
+Enqueue = Callable[[DeviceMemory, Any, Sequence[Operand]], Reports]
+_F = TypeVar("_F", bound=Enqueue)
+_RULES: dict[type[Rule], Enqueue] = {}
+
+
+def _fuses(rule: type[Rule]) -> Callable[[_F], _F]:
+    def register(function: _F) -> _F:
+        _RULES[rule] = function
+        return function
+
+    return register
+
+
+def enqueued(rule: Rule) -> Enqueue | None:
+    """Return what enqueues the rules of a class, whose outputs differ in the scale only; None if no kernel does."""
+    return _RULES.get(type(rule))
+
+
+def is_fused(rule: type[Rule]) -> bool:
+    """Return whether fused kernels apply rules of a class."""
+    return rule in _RULES
+
+
+# --- weighted sums
+
+
+@_fuses(WeightedSum)
+def _weigh(memory: DeviceMemory, rules: Sequence[WeightedSum], outs: Sequence[Operand]) -> Reports:
+    (rule,), (out,), block = rules, outs, memory.block
+    weights = list(zip(block.models, rule.weights, strict=True))
+    if rule.base_weight and block.base is not None:
+        weights.insert(0, (block.base, rule.base_weight))
+    terms = [(memory.residence.address(operand), operand.dtype, weight) for operand, weight in weights]
+    scratch = memory.scratch()
+    counts, target = scratch.zeros(8), memory.residence.output(out)
+    table = scratch.sent(weighted_rows(terms))
+    code, divisor = CODES[out.dtype], bits(rule.divisor)
+    memory.over_elements("weighted_sum", table, len(terms), divisor, block.n, target, code, counts)
+    memory.residence.written(out)
+    return _fetched(memory, scratch, counts, 1, lambda found: [Applied(int(found[0]), ())])
+
+
+@_fuses(CopyOf)
+def _copy(memory: DeviceMemory, rules: Sequence[CopyOf], outs: Sequence[Operand]) -> Reports:
+    weights = tuple(float(i == rules[0].model) for i in range(len(memory.block.models)))
+    return _weigh(memory, [WeightedSum(weights)], outs)
+
+
+def _fetched(
+    memory: DeviceMemory,
+    scratch: Scratch,
+    counts: int,
+    n: int,
+    report: Callable[[Counts], list[Applied]],
+) -> Reports:
+    """Return the function that waits for counters, gives the scratch memory back, and reports."""
+
+    def wait() -> list[Applied]:
+        with scratch:
+            return report(memory.fetch(counts, n))
+
+    return wait
+
+
+# --- task vectors
+
+
+@_fuses(TaskVectorMerge)
+def _merge(memory: DeviceMemory, rules: Sequence[TaskVectorMerge], outs: Sequence[Operand]) -> Reports:
+    scratch = memory.scratch()
+    places = [memory.residence.output(out) for out in outs]
+    counts = enqueue_merge(memory, scratch, rules, places, CODES[outs[0].dtype])
+    for out in outs:
+        memory.residence.written(out)
+    k = len(rules[0].vectors)
+
+    def report(found: Counts) -> list[Applied]:
+        kept = tuple(int(n) for n in found[1 : 1 + k]) if removing(rules[0]) else ()
+        return [Applied(int(bad), kept) for bad in found[1 + k :]]
+
+    return _fetched(memory, scratch, counts, 1 + k + len(outs), report)
+
+
+def enqueue_merge(
+    memory: DeviceMemory, scratch: Scratch, rules: Sequence[TaskVectorMerge], places: Sequence[int], code: int
+) -> int:
+    """Merge task vectors into outputs of one dtype, one for each rule; return the address of the counts.
+
+    The counts are the elected signs, the survivors of each vector, and what is not finite in each output.
+    """
+    rule, vectors = rules[0], rules[0].vectors
+    counts = scratch.zeros(8 * (1 + len(vectors) + len(rules)))
+    table = scratch.sent(memory.rows(vectors))
+    left = enqueue_ranks(memory, scratch, rule, table, counts + 8) if ranked(rule) else 0
+    scales = scratch.sent(np.array([one.scale for one in rules], np.float64))
+    outs = scratch.sent(np.array(places or [0], np.int64))
+    how = (rule.zero_sign, int(rule.normalize), bits(rule.divisor), scales, outs, len(places), code)
+    name = ("ranked_vectors" if ranked(rule) else "task_vectors") + ("_elect" if rule.elect else "")
+    memory.over_elements(name, table, len(vectors), *memory.base(), *how, counts, left)
+    return counts
+
+
+def enqueue_ranks(
+    memory: DeviceMemory,
+    scratch: Scratch,
+    rule: TaskVectorMerge,
+    table: int,
+    counts: int,
+    *,
+    divided: bool = True,
+) -> int:
+    """Write the entries that survive drops by rank, and count them; return their address, fp64 (k, n)."""
+    block, k = memory.block, len(rule.vectors)
+    drops = scratch.sent(rank_rows([v.rank_drop for v in rule.vectors], divided=divided))
+    left = scratch.empty(8 * k * block.n)
+    length = block.row_length
+    parts = kernel_specs()["ranked"].programs(length + LEAD)
+    grid = (block.n // length * parts, k)
+    memory.launch("ranked", grid, table, drops, *memory.base(), length, left, counts)
+    return left
+
+
+def signs_of(memory: DeviceMemory, rule: TaskVectorMerge) -> int:
+    """Return the number of elements that elect + minus the number that elect -."""
+    with memory.scratch() as scratch:
+        counts = enqueue_merge(memory, scratch, [rule], [], NOTHING)
+        return int(memory.fetch(counts, 1)[0])
+
+
+# --- Fisher
+
+
+@_fuses(FisherMean)
+def _fisher(memory: DeviceMemory, rules: Sequence[FisherMean], outs: Sequence[Operand]) -> Reports:
+    (rule,), (out,), block = rules, outs, memory.block
+    k, vectors = len(block.models), rule.vectors
+    scratch = memory.scratch()
+    models = [(memory.residence.address(operand), operand.dtype, 0.0) for operand in block.models]
+    table = scratch.sent(memory.rows(vectors) if vectors else weighted_rows(models))
+    fishers = [(memory.residence.address(operand), operand) for operand in block.fishers]
+    certain = scratch.sent(certainty_rows(fishers, rule.coefficients, rule.floors, rule.average))
+    shares = 0.0
+    for share in rule.average:
+        shares += share
+    counts, target = scratch.zeros(8 * (2 + k)), memory.residence.output(out)
+    how = (int(rule.add), bits(shares), target, CODES[out.dtype], counts)
+    name = "fisher_mean_vectors" if vectors else "fisher_mean"
+    memory.over_elements(name, table, certain, k, *memory.base(), *how)
+    memory.residence.written(out)
+
+    def report(found: Counts) -> list[Applied]:
+        kept = tuple(int(n) for n in found[2:]) if removing(rule) else ()
+        return [Applied(int(found[0]), kept, int(found[1]))]
+
+    return _fetched(memory, scratch, counts, 2 + k, report)
