@@ -16,7 +16,7 @@ from streammerge.engine.recompute_adapter import recompute_adapter
 from streammerge.engine.shared_verify import verify_together
 from streammerge.errors import InputError
 from streammerge.events import Control, Event
-from streammerge.io.volumes import as_path, local_path
+from streammerge.io.volumes import as_path
 from streammerge.output.check import Verdict, manifest_of
 from streammerge.output.check import verify as verify_files
 
@@ -81,9 +81,7 @@ def verify(
         if join:
             if against is not None:
                 raise InputError("--join shares out the reading of OUT; it does not go with --against")
-            return verify_together(
-                local_path(out, "verify --join"), lambda n: control.emit(Event("verify", {"bytes_read": n}))
-            )
+            return verify_together(as_path(out), lambda n: control.emit(Event("verify", {"bytes_read": n})))
         return _verify(
             as_path(out),
             against,

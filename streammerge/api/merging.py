@@ -152,8 +152,6 @@ def merge(
     if not isinstance(join, bool):
         how = replace(how, taking=join)
 
-    if join:
-        local_path(out, "a merge with --join")
     if report is not None:
         check_report("report", Path(report), local_path(out, "a merge with a report"))
 

@@ -23,9 +23,9 @@ def status(out: str, as_json: bool) -> None:
 
     Nothing is changed, and nobody is disturbed.
     """
-    from streammerge.io.volumes import local_path
+    from streammerge.io.volumes import as_path
     from streammerge.output.status import status_of
     from streammerge.report.status import status_text, status_values
 
-    found = status_of(local_path(out, "status"))
+    found = status_of(as_path(out))
     click.echo(json.dumps(status_values(found)) if as_json else status_text(found))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from streammerge.engine.executors.base import make_executor
 from streammerge.engine.joined_session import JoinedSession, ended
-from streammerge.engine.merge import Summary, begin, complete, make_hasher, run_sessions, summary_of
+from streammerge.engine.merge import Begun, Summary, begin, complete, make_hasher, run_sessions, summary_of
 from streammerge.engine.session import Options
 from streammerge.errors import InputError, OutputError, Stopped, StreammergeError, printable
 from streammerge.events import Control
@@ -64,7 +64,6 @@ def join(
     """
     place = place_of(out)
     check_joinable(plan, place, options)
-    executor = make_executor("threads")
     check_target(place, plan.inputs, [index.reference for index in plan.fishers])
     reader, compiling, began = begin(plan, out, options, control)
     with closing(reader):
@@ -87,22 +86,37 @@ def join(
                 return replace(complete(out, plan, finished), compile_seconds=compiling)
             before(plan, control)
             session = JoinedSession(plan, place, identity, reader, options, control, hasher)
-            try:
-                outcome = run_sessions([session], reader, executor, options, control, card, began)
-            except (Gone, StreammergeError) as error:
-                manifest = None if isinstance(error, Stopped | InputError) else ended(place, identity)
-                if manifest is None:
-                    raise _told(error, place, session) from error
-                return replace(
-                    complete(out, plan, Finished(manifest)),
-                    already_complete=False,  # others have ended it while this process was at work
-                    bytes_read=reader.bytes_read,
-                    bytes_written=session.worker.writer.bytes_written,
-                    bytes_resumed=0,
-                    seconds=time.monotonic() - began,
-                    compile_seconds=compiling,
-                )
-            return summary_of(session, reader, outcome, began, compiling)
+            return take_part(session, Begun(reader, compiling, began), options, control, card)
+
+
+def take_part(
+    session: JoinedSession, begun: Begun, options: Options, control: Control, card: Callable[[MergePlan], str]
+) -> Summary:
+    """Do the part of one process; return when the merge is finished, by whomever.
+
+    Raises
+    ------
+    StreammergeError
+        As `join`.
+    """
+    plan, place, identity = session.plan, session.place, session.identity
+    reader, compiling, began = begun
+    try:
+        outcome = run_sessions([session], reader, make_executor("threads"), options, control, card, began)
+    except (Gone, StreammergeError) as error:
+        manifest = None if isinstance(error, Stopped | InputError) else ended(place, identity)
+        if manifest is None:
+            raise _told(error, place, session) from error
+        return replace(
+            complete(place.out, plan, Finished(manifest)),
+            already_complete=False,  # others have ended it while this process was at work
+            bytes_read=reader.bytes_read,
+            bytes_written=session.worker.writer.bytes_written,
+            bytes_resumed=0,
+            seconds=time.monotonic() - began,
+            compile_seconds=compiling,
+        )
+    return summary_of(session, reader, outcome, began, compiling)
 
 
 def _told(error: Exception, place: Place, session: JoinedSession) -> Exception:

@@ -34,6 +34,8 @@ class JoinedCourse:
         Called with the numbers of the shards that are recorded so far, by anyone.
     on_wait
         Called four times a second while others work; an exception that it raises ends the wait.
+    counts_alone
+        Whether this process computes statistics of the whole model by itself.
     """
 
     def __init__(
@@ -45,9 +47,10 @@ class JoinedCourse:
         taking: Taking,
         on_done: Callable[[set[int]], None],
         on_wait: Callable[[], None],
+        counts_alone: bool = False,
     ) -> None:
         self._plan, self._ledger, self._writer, self._stop = worker.plan, ledger, writer, worker.stop
-        self._taking = taking
+        self._taking, self._counts_alone = taking, counts_alone
         self._rounds = SharedRounds(worker, Sharing(ledger, token, worker.stop, taking, on_wait))
         shards = self._plan.layout.shards
         self._numbers = {shard_unit(number): number for number in range(len(shards))}
@@ -56,7 +59,10 @@ class JoinedCourse:
 
     def begin(self, streamer: Streamer) -> None:
         """See `Course`."""
-        self._rounds.run(streamer)
+        if self._counts_alone:
+            streamer.model_rounds()
+        else:
+            self._rounds.run(streamer)
 
     def steps(self, done: Mapping[int, Sequence[Interval]]) -> Iterator[Step | None]:
         """See `Course`. A shard is claimed when the last chunk of the one before has been taken, while that one drains."""
@@ -70,8 +76,7 @@ class JoinedCourse:
             yield from steps(jobs, [plan.work[job.ordinal] for job in jobs], plan.budget, {})
 
     def _jobs_of(self, number: int) -> list[Job]:
-        ordinals = sorted({job for job, _ in self._plan.layout.shards[number].parts})
-        return [self._plan.jobs[ordinal] for ordinal in ordinals]
+        return [self._plan.jobs[ordinal] for ordinal in self._plan.order_in(number)]
 
     def _claimed(self) -> Iterator[int | None]:
         """Yield the shards that this process has claimed; None if all are done or claimed by others."""
@@ -80,8 +85,8 @@ class JoinedCourse:
             check_failure(self._ledger)
             done = self._ledger.done()
             self._on_done({self._numbers[unit] for unit in done & self._numbers.keys()})
-            if self._numbers.keys() <= done:
-                return
+            if self._numbers.keys() <= done | mine:
+                return  # what is still in hand here is recorded when its last chunk has been written
             left = [one for one in self._order if one not in done | mine]
             unit = self._taking.take(self._ledger, left)
             if unit is None:

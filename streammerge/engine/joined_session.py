@@ -15,6 +15,7 @@ from streammerge.engine.sharing import check_failure
 from streammerge.engine.taking import Claiming, poll_seconds
 from streammerge.engine.telling import differing, not_finite_lines
 from streammerge.errors import StreammergeError, WorldError, printable
+from streammerge.io import volumes
 from streammerge.output.commit import commit
 from streammerge.output.heartbeat import signs_of
 from streammerge.output.identity import Identity
@@ -35,14 +36,16 @@ from streammerge.output.own_shards import OwnShards, Publisher
 from streammerge.output.place import RUN, Place
 from streammerge.output.shards import ShardWriter
 from streammerge.output.shared_ledger import run_of
-from streammerge.output.volume import Folder, Gone
+from streammerge.output.volume import Gone
+from streammerge.output.working_files import working_files
 from streammerge.planning.layout import folder_of
 
 
 def ended(place: Place, identity: Identity) -> Mapping[str, Any] | None:
     """Return the manifest of a merge that the other processes have finished; None while it is not."""
-    if (place.state / run_of(identity.public) / RUN).exists():
+    if working_files(place.state).exists(f"{run_of(identity.public)}/{RUN}"):
         return None
+    volumes.forget(place.out)
     manifest = read_manifest(place.out)
     return None if manifest is None or identity.changed(manifest["identity"]) else manifest
 
@@ -84,20 +87,27 @@ class JoinedSession(Session):
 
     def begin(self) -> Progress:
         """Enter the merge; return what has been done before."""
-        self.journal.claim(shared=True)
-        alone = self.journal.read()
+        alone = self._left_alone()
         self._here = enter(self.place, self.identity, self._about, self._files, self._hasher, self._told)
         self._known = self._entered.known
         check_failure(self._entered.ledger)
         self._done = self._recorded()
-        if alone is not None:
-            self._adopt(alone.receipts)
-        ledger, worker = self._entered.ledger, self._entered.heartbeat.worker
-        self._course = JoinedCourse(
-            self.worker, ledger, self._shards, worker, self._taking, self._note_done, self._control.check
-        )
+        self._adopt(alone)
+        self._course = self._make_course()
         receipts = [receipt for done in self._done.values() for receipt in done.receipts]
         return Progress(self.identity.named, receipts, files=self._known)
+
+    def _make_course(self) -> JoinedCourse:
+        ledger, worker = self._entered.ledger, self._entered.heartbeat.worker
+        return JoinedCourse(
+            self.worker, ledger, self._shards, worker, self._taking, self._note_done, self._control.check
+        )
+
+    def _left_alone(self) -> Sequence[Receipt]:
+        """Return what a merge that worked alone has recorded here."""
+        self.journal.claim(shared=True)
+        alone = self.journal.read()
+        return () if alone is None else alone.receipts
 
     @property
     def _entered(self) -> Entered:
@@ -225,10 +235,15 @@ class JoinedSession(Session):
             check_failure(ledger)
             if self._taking.pause(poll_seconds(), self.worker.stop):
                 self._control.check()
-        close_down(self.place, ledger.run, written_names(self.plan), self.plan.layout.sizes.keys())
+        self._close_down()
+
+    def _close_down(self) -> None:
+        """Remove what the processes have left, and then the ledger."""
+        run = self._entered.ledger.run
+        close_down(self.place, run, written_names(self.plan), self.plan.layout.sizes.keys())
 
     def _commit(self, card: str) -> None:
-        done = self._recorded()
+        done = self._to_commit()
         if missing := [n for n in range(len(self.plan.layout.shards)) if n not in done]:
             name = self.plan.layout.shards[missing[0]].name
             raise WorldError(
@@ -237,13 +252,28 @@ class JoinedSession(Session):
         for one in done.values():
             for line in one.lines:
                 self._control.warn(line)
-        publisher = Publisher(self.place, self.plan.layout, [done[n].written for n in sorted(done)])
         receipts = [receipt for one in done.values() for receipt in one.receipts]
         contents = {key: known.content for key, known in self._known.items()}
         hashes = {file.name: contents[file.key] for file in self._files if self._is_sidecar(file)}
-        commit(self.plan, self.place, publisher, receipts, self.identity, card, hashes, contents)
+        self._publish(done, receipts, card, hashes, contents)
         self._entered.ledger.record(COMMIT, {})
         self._every = receipts
+
+    def _to_commit(self) -> dict[int, ShardDone]:
+        """Return every shard that can be committed."""
+        return self._recorded()
+
+    def _publish(
+        self,
+        done: Mapping[int, ShardDone],
+        receipts: Sequence[Receipt],
+        card: str,
+        hashes: Mapping[str, str],
+        contents: Mapping[str, str],
+    ) -> None:
+        """Give all files their names; `hashes` and `contents` as in `commit`."""
+        publisher = Publisher(self.place, self.plan.layout, [done[n].written for n in sorted(done)])
+        commit(self.plan, self.place, publisher, receipts, self.identity, card, hashes, contents)
 
     def close(self) -> None:
         """Give up claims, remove unfinished files, and give no more signs of life."""
@@ -258,7 +288,7 @@ class JoinedSession(Session):
         ledger, lines = self._entered.ledger, []
         while ledger.taken_over:
             unit, worker = ledger.taken_over.pop()
-            known = [sign for sign in signs_of(Folder(self.place.state)) if sign.worker == worker]
+            known = [sign for sign in signs_of(working_files(self.place.state)) if sign.worker == worker]
             who = f"process {known[0].pid} on {printable(known[0].host, 80)}" if known else "a process"
             lines.append(f"{who} gives no sign of life: its part, {unit}, is done again here")
         return lines

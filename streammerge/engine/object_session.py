@@ -1,28 +1,32 @@
-"""One output of a run that lies in an object store; see `engine.session` for one in a directory."""
+"""The part of one process in a merge into an object store, which others may share; see `engine.joined_session`.
+
+A merge into a store is always one that others could share: a second process with the same merge takes shards of it.
+Shards have their final names when they are whole, so the end of a merge only adds the small files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streammerge.engine.course import Alone, Course
-from streammerge.engine.scheduler import Record
+from streammerge.engine.joined_course import JoinedCourse
+from streammerge.engine.joined_session import JoinedSession
 from streammerge.engine.session import Options, written_names
 from streammerge.engine.telling import differing, of_floor
-from streammerge.engine.worker import RunSpec, Worker
 from streammerge.errors import ConfigError, InputError, printable
-from streammerge.events import Control
 from streammerge.io import volumes
-from streammerge.io.reader import Reader
-from streammerge.output.identity import Identity
-from streammerge.output.inputs import ContentHasher, beside, confirm, find_inputs, recognize
-from streammerge.output.journal import Known, Progress, Receipt
+from streammerge.io.object_leftovers import abort_uploads
+from streammerge.io.object_small import list_objects
+from streammerge.output.joining import ShardDone, shard_done, shard_record, shard_unit
+from streammerge.output.journal import Progress, Receipt
 from streammerge.output.object_commit import commit_objects
-from streammerge.output.object_place import Present, clear_objects, withdraw_objects
-from streammerge.output.object_records import ObjectRecords
+from streammerge.output.object_place import MOST, withdraw_objects
+from streammerge.output.object_readback import is_as_received
 from streammerge.output.object_shards import ObjectShards
-from streammerge.output.place import Place
+from streammerge.output.shards import ShardWriter
+from streammerge.output.shared_ledger import run_of
+from streammerge.output.volume import Gone
+from streammerge.output.working_files import working_files
 from streammerge.planning.plan import MergePlan
 
 
@@ -41,123 +45,142 @@ def check_streamable(plan: MergePlan, options: Options) -> None:
         raise ConfigError(
             f"{plan.config.where}: quantised tensors, of several parts each, are not written to an object store: {cure}"
         )
-    if options.join:
-        raise InputError(f"--join shares directories, not object stores: {cure}")
+    if options.join and options.overwrite:
+        raise InputError(
+            "--join with --overwrite: each process would discard what the others have done: discard it once, by "
+            "`merge --overwrite` without --join, then join"
+        )
     if options.executor != "threads":
         raise InputError(f"executor {options.executor!r} does not write to an object store: {cure}")
 
 
-class ObjectSession:
-    """One output of a run; see `OutputSession`.
+class ObjectSession(JoinedSession):
+    """One output of a run; the parameters are those of `Session`."""
 
-    Parameters
-    ----------
-    present
-        Every object that lies there now.
-    """
+    _shards: ObjectShards
+    _last: ShardDone | None = None
+    """The shard that is whole but for its end, since its presence marks a finished model."""
 
-    def __init__(
-        self,
-        plan: MergePlan,
-        place: Place,
-        identity: Identity,
-        reader: Reader,
-        options: Options,
-        control: Control,
-        hasher: ContentHasher,
-        present: Present,
-    ) -> None:
-        self.plan, self.place, self.identity = plan, place, identity
-        self._control, self._hasher, self._options = control, hasher, options
-        self._present = present
-        self._files = find_inputs(plan, plan.beside.files)
-        known = {} if reader.computes is None else reader.computes.identities
-        spec = RunSpec(plan, place.out, identity, options.nonfinite == "warn", options.io, known)
-        stop = control.stop
-        self._writer = ObjectShards(str(place.out), plan.layout, stop)
-        self.worker = Worker(spec, reader, self._writer, stop)
-        self.journal = ObjectRecords(plan, place, identity.named, self._writer)
-        self._known: dict[str, Known] = {}
-
-    @property
-    def record(self) -> Record:
-        """See `OutputSession`."""
-        return self.journal
-
-    @property
-    def course(self) -> Course:
-        """See `OutputSession`."""
-        return Alone(self.plan)
-
-    @property
-    def elements_elsewhere(self) -> int:
-        """See `OutputSession`."""
-        return 0
-
-    def every(self, receipts: Sequence[Receipt]) -> Sequence[Receipt]:
-        """See `OutputSession`."""
-        return receipts
+    def _make_writer(self) -> ShardWriter:
+        super()._make_writer()
+        run, stop = run_of(self.identity.public), self._control.stop
+        self._shards = ObjectShards(self.place, self.plan.layout, run, stop, self._check_run)
+        return self._shards
 
     def begin(self) -> Progress:
-        """Read the records and open the first shard; return what earlier runs have done."""
-        progress = None if self._options.overwrite else self.journal.read(self._present)
-        self._known = {file.key: Known(file.stamp) for file in self._files}
-        if progress is not None:
-            what = f"{printable(self.place.out)}: holds an unfinished merge"
-            self._known = recognize(self._files, progress.files, self._hasher, what)
-        group = beside(self.plan)
-        missing = [
-            file
-            for file in self._files
-            if not self._known[file.key].content and (self._options.hash_inputs or file.group == group)
-        ]
-        hashed = self._hasher.hash_once(missing)
-        self._known |= {key: Known(self._known[key].stamp, content) for key, content in hashed.items()}
-        announced = self.journal.announced()
-        names = written_names(self.plan)
-        if progress is None:
-            self.journal.done.clear()
-            self.journal.open(self._known, {*names, *announced})  # from now on it counts as ours
-            clear_objects(self.place, self._present, announced)
-        else:
-            withdraw_objects(self.place, self._present)
-        self.journal.open(self._known, names)
-        self._writer.begin(self.journal.done)
-        return replace(progress or Progress({}), files=self._known)
+        """Enter the merge; return what has been done before."""
+        progress = super().begin()
+        missing = len(self._done) < len(self.plan.layout.shards)
+        present = list_objects(str(self.place.out), MOST)
+        if missing:
+            withdraw_objects(self.place, present)
+        return progress
 
-    def bytes_of(self, receipts: Sequence[Receipt]) -> int:
-        """Return the number of output bytes that some receipts cover."""
-        jobs = self.plan.jobs
-        spans = ((first, last) for r in receipts for first, last in jobs[r.job].spans(r.start, r.stop))
-        return sum(last - first for first, last in spans)
+    def _make_course(self) -> JoinedCourse:
+        here = self._entered
+        return JoinedCourse(
+            self.worker,
+            here.ledger,
+            self._shards,
+            here.heartbeat.worker,
+            self._taking,
+            self._note_done,
+            self._control.check,
+            counts_alone=not self._options.join,
+        )
 
-    def check(self, receipts: Sequence[Receipt]) -> None:
-        """Raise WorldError if an input changed meanwhile; warn of copies that differ and of non-finite values."""
-        for file in self._files:
-            confirm(file, self._known[file.key], self._hasher)
-        for line in differing(self.plan, receipts):
-            self._control.warn(line)
+    def _left_alone(self) -> Sequence[Receipt]:
+        return ()
+
+    def _about(self) -> dict[str, Any]:
+        return {**super()._about(), "beside": sorted(written_names(self.plan))}
+
+    def _told(self) -> dict[str, Any]:
+        """Return what other processes are told of this one; it may wait for them with a whole shard in hand."""
+        told = super()._told()
+        waits = self._last is not None and self._entered.ledger.in_hand <= {shard_unit(self._last_number)}
+        return {**told, "idle": told["idle"] or waits}
+
+    @property
+    def _last_number(self) -> int:
+        assert self.plan.layout.last is not None
+        return self.plan.layout.last
+
+    def _check_run(self) -> None:
+        """Raise Gone if the merge has ended without this process, so that it adds nothing to a finished output."""
+        if self._here is not None and self._here.ledger.about() is None:
+            raise Gone(self._here.ledger.run)
+
+    def _recorded(self) -> dict[int, ShardDone]:
+        """Return the shards that are as they were recorded; others are forgotten."""
+        ledger, found = self._entered.ledger, dict[int, ShardDone]()
+        units, present = ledger.done(), list_objects(str(self.place.out), MOST)
+        for number, shard in enumerate(self.plan.layout.shards):
+            if (unit := shard_unit(number)) not in units:
+                continue
+            done = shard_done(ledger.value(unit))
+            there = present.get(shard.name)
+            if done is not None and self._is_there(number, done, there):
+                found[number] = done
+            else:
+                ledger.forget(unit)
+        return found
+
+    def _is_there(self, number: int, done: ShardDone, there: tuple[int, str] | None) -> bool:
+        """Return whether a shard is as its record says; one that was written twice may have a different ETag, and is read."""
+        if there is None or there[0] != done.written.nbytes:
+            return False
+        if there[1] == done.written.e_tag:
+            return True
+        return is_as_received(self.plan, self.place, number, done.receipts)
+
+    def finish_shard(self, number: int, receipts: Sequence[Receipt]) -> None:
+        """Record a shard that the store has whole; one that marks a finished model waits for the end."""
+        lines = (*differing(self.plan, receipts), *self._counted(receipts))
+        written = self._shards.end(number)
+        if number == self.plan.layout.last and self._shards.holds_last:
+            self._last = ShardDone(written, tuple(receipts), lines)
+            return
+        unit = shard_unit(number)
+        self._entered.ledger.record(unit, shard_record(written, receipts, lines))
+        self._taking.recorded(self._entered.ledger, unit)
+
+    def _counted(self, receipts: Sequence[Receipt]) -> list[str]:
         counts: dict[int, int] = {}
         for receipt in receipts:
             counts[receipt.job] = counts.get(receipt.job, 0) + receipt.not_finite
-        for job, count in counts.items():
-            if count:
-                name = printable(self.plan.jobs[job].name)
-                self._control.warn(f"tensor {name}: {count} elements are NaN or infinite")
+        return [
+            f"tensor {printable(self.plan.jobs[job].name)}: {count} elements are NaN or infinite"
+            for job, count in counts.items()
+            if count
+        ]
 
-    def finish(self, receipts: Sequence[Receipt], card: str) -> dict[str, Any]:
-        """Publish the output and return its manifest."""
-        contents = {key: known.content for key, known in self._known.items()}
-        hashes = {file.name: contents[file.key] for file in self._files if file.group == beside(self.plan)}
+    def _to_commit(self) -> dict[int, ShardDone]:
+        done = self._recorded()
+        return done if self._last is None else {**done, self._last_number: self._last}
+
+    def _publish(
+        self,
+        done: Mapping[int, ShardDone],
+        receipts: Sequence[Receipt],
+        card: str,
+        hashes: Mapping[str, str],
+        contents: Mapping[str, str],
+    ) -> None:
+        plan, place, shards = self.plan, self.place, self._shards
         manifest = commit_objects(
-            self.plan, self.place, self._writer, receipts, self.identity, card, hashes, contents
+            plan, place, shards, receipts, self.identity, card, hashes, contents, self._check_run
         )
-        self.journal.remove()
-        volumes.forget(self.place.out)
+        if self._last is not None:
+            record = shard_record(shards.end(self._last_number), self._last.receipts, self._last.lines)
+            self._entered.ledger.record(shard_unit(self._last_number), record)
         for line in of_floor(manifest.get("floored")):
             self._control.warn(line)
-        return manifest
 
-    def close(self) -> None:
-        """Abort what is not finished."""
-        self._writer.close()
+    def _close_down(self) -> None:
+        """Remove the working files; abort what dead processes were uploading, and end it for those that only sleep."""
+        volume = working_files(self.place.state)
+        volume.discard(self._entered.ledger.run)
+        abort_uploads([str(self.place.path(name)) for name in written_names(self.plan)])
+        volume.clear()
+        volumes.forget(self.place.out)

@@ -15,15 +15,15 @@ from typing import Any
 from streammerge.engine.sharing import Sharing
 from streammerge.engine.taking import Claiming
 from streammerge.errors import InputError, OutputError, WorldError, printable
-from streammerge.io.durable import world_errors
+from streammerge.io.files import read_exactly, reading
 from streammerge.numerics.finite import Tally
 from streammerge.output.check import Verdict, check_files, manifest_of
-from streammerge.output.heartbeat import Heartbeat, domain_of, signs_of
-from streammerge.output.journal import remove_small
-from streammerge.output.place import VERIFYING, WORKERS, place_of
+from streammerge.output.heartbeat import Heartbeat, signs_of
+from streammerge.output.place import VERIFYING, place_of
 from streammerge.output.readback import Found, Part, read_back
 from streammerge.output.shared_ledger import SharedLedger
-from streammerge.output.volume import Folder, Gone
+from streammerge.output.volume import Gone
+from streammerge.output.working_files import working_files
 
 _ATTEMPTS = 10
 """Times that a process begins anew after its working files were removed."""
@@ -42,7 +42,9 @@ def verify_together(out: Path, on_tick: Callable[[int], None] = lambda nbytes: N
         raise InputError(
             f"{printable(out)}: --join shares out the files of a directory, and this is one file: leave it out"
         )
-    run = hashlib.blake2b(place.manifest.read_bytes(), digest_size=8).hexdigest()
+    with reading(str(place.manifest)) as (file, status):
+        raw = read_exactly(file, status.st_size, 0, str(place.manifest))
+    run = hashlib.blake2b(raw, digest_size=8).hexdigest()
     state = place.folder / VERIFYING
     moved = [0]
 
@@ -68,18 +70,12 @@ def _ledger(state: Path, run: str, progress: Callable[[], Mapping[str, Any]]) ->
 
     What processes have left that were killed is worth nothing: the files may have changed since.
     """
-    volume = Folder(state)
-    with world_errors(state):
-        if not any(sign.is_fresh for sign in signs_of(volume)):
-            with suppress(OSError):  # another process does the same
-                _remove(state)
-        try:
-            for folder in (state, state / WORKERS, state / run):
-                folder.mkdir(exist_ok=True)
-            domain = domain_of(state)
-        except FileNotFoundError:
-            raise Gone(str(state)) from None
-    heartbeat = Heartbeat(volume, domain, run, progress)
+    volume = working_files(state, run)
+    if not any(sign.is_fresh for sign in signs_of(volume)):
+        with suppress(WorldError):  # another process does the same
+            volume.clear()
+    volume.prepare(run)
+    heartbeat = Heartbeat(volume, volume.domain, run, progress)
     ledger = SharedLedger(volume, run, heartbeat.worker)
     ledger.found({})
     heartbeat.start()
@@ -89,15 +85,8 @@ def _ledger(state: Path, run: str, progress: Callable[[], Mapping[str, Any]]) ->
         ledger.release()
         heartbeat.stop()
         if not any(sign.is_fresh for sign in signs_of(volume)):
-            with suppress(OSError):
-                _remove(state)
-
-
-def _remove(state: Path) -> None:
-    if state.is_dir() and not state.is_symlink():
-        for entry in list(state.iterdir()):
-            remove_small(entry)
-        remove_small(state)
+            with suppress(WorldError):
+                volume.clear()
 
 
 def _read_shared(

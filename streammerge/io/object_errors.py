@@ -152,3 +152,9 @@ def while_merging(url: str, error: Exception) -> StreammergeError:
     if isinstance(what, ModelError):
         return WorldError(f"{what}; {AGAIN}")
     return what
+
+
+def while_writing(url: str, error: Exception) -> StreammergeError:
+    """Return the error for a write that failed."""
+    what = explained(url, error)
+    return what if isinstance(what, WorldError) else WorldError(f"{what}; {AGAIN}")

@@ -1,24 +1,23 @@
-"""Write objects: small ones at once, large ones as one multipart upload, in the order of their bytes, without a local copy."""
+"""Write large objects: each is one multipart upload, in the order of its bytes, without a local copy."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from queue import Empty, Queue
-from typing import Any
 
-from streammerge.errors import StreammergeError, WorldError, printable
+from streammerge.errors import WorldError, printable
 from streammerge.io.buffer_pool import Bytes
-from streammerge.io.object_errors import AGAIN, explained
+from streammerge.io.object_errors import AGAIN, while_writing
 from streammerge.io.object_stores import library, split_url, store_of
 
-_PART = 8 << 20
+PART = 8 << 20
 """Least bytes of a part."""
-_MOST_PARTS = 9_000
+_MOSTPARTS = 9_000
 """Most parts of an object; stores take 10,000."""
-_AT_ONCE = 4
+AT_ONCE = 4
 """Parts of an object that are sent at once."""
-_LARGEST_SHARD = _PART * _MOST_PARTS
+_LARGEST_SHARD = PART * _MOSTPARTS
 _WAIT_SECONDS = 0.2
 _ABORT_SECONDS = 10.0
 
@@ -28,12 +27,12 @@ def upload_nbytes(largest: int) -> int:
 
     Parts in flight, one being sent on, one being filled, and what the library's connections hold.
     """
-    return (_AT_ONCE + 3) * part_nbytes(largest) + (16 << 20)
+    return (AT_ONCE + 3) * part_nbytes(largest) + (16 << 20)
 
 
 def part_nbytes(nbytes: int) -> int:
     """Return the size of the parts of an object: all equal, as some stores demand."""
-    return _PART if nbytes <= _LARGEST_SHARD else -(-nbytes // _MOST_PARTS)
+    return PART if nbytes <= _LARGEST_SHARD else -(-nbytes // _MOSTPARTS)
 
 
 class _Given(Exception):
@@ -49,10 +48,18 @@ class Upload:
         Its size.
     stop
         Set to give up while waiting for the store.
+    before_end
+        Called when all parts have been handed over; an exception that it raises gives the upload up.
     """
 
-    def __init__(self, url: str, nbytes: int, stop: threading.Event) -> None:
-        self._url, self._stop = url, stop
+    def __init__(
+        self,
+        url: str,
+        nbytes: int,
+        stop: threading.Event,
+        before_end: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._url, self._stop, self._before_end = url, stop, before_end
         self._part = part_nbytes(nbytes)
         self._filled = bytearray()
         self._parts: Queue[bytes | None] = Queue(1)
@@ -90,6 +97,11 @@ class Upload:
         if self._filled:
             part, self._filled = bytes(self._filled), bytearray()
             self._hand(part)
+        try:
+            self._before_end()
+        except BaseException:
+            self.give_up()
+            raise
         self._hand(None)
         while self._thread.is_alive():
             self._thread.join(_WAIT_SECONDS)
@@ -124,7 +136,7 @@ class Upload:
         store, key = store_of(self._url, patient=True)
         obstore = library(split_url(self._url)[0])
         try:
-            done = obstore.put(store, key, self._each(), chunk_size=self._part, max_concurrency=_AT_ONCE)
+            done = obstore.put(store, key, self._each(), chunk_size=self._part, max_concurrency=AT_ONCE)
             self._e_tag = done["e_tag"] or ""
         except Exception as error:
             self._failure = while_writing(self._url, error)
@@ -140,120 +152,3 @@ class Upload:
             if part is None:
                 return
             yield part
-
-
-def put_object(url: str, data: bytes) -> str:
-    """Write a small object; return its ETag.
-
-    Raises
-    ------
-    WorldError
-        If the store fails.
-    """
-    return str(_asked(url, lambda obstore, store, key: obstore.put(store, key, data)["e_tag"]))
-
-
-def put_stream(url: str, parts: Iterator[bytes]) -> None:
-    """Write an object from pieces of at most a few MiB.
-
-    Raises
-    ------
-    WorldError
-        If the store fails; any error of `parts` itself.
-    """
-    failed: list[StreammergeError] = []
-
-    def guarded() -> Iterator[bytes]:
-        try:
-            yield from parts
-        except StreammergeError as error:
-            failed.append(error)
-            raise
-
-    try:
-        _asked(
-            url,
-            lambda obstore, store, key: obstore.put(
-                store, key, guarded(), chunk_size=_PART, max_concurrency=_AT_ONCE
-            ),
-        )
-    except WorldError:
-        if failed:
-            raise failed[0] from None
-        raise
-
-
-def remove_object(url: str) -> None:
-    """Remove an object, if it exists.
-
-    Raises
-    ------
-    WorldError
-        If the store fails.
-    """
-
-    def ask(obstore: Any, store: Any, key: str) -> None:
-        try:
-            obstore.delete(store, key)
-        except FileNotFoundError:
-            return
-
-    _asked(url, ask)
-
-
-def list_objects(url: str, most: int) -> dict[str, tuple[int, str]]:
-    """Return size and ETag of the objects below a URL, at any depth, by their path there; at most about `most` of them.
-
-    Raises
-    ------
-    StreammergeError
-        If the store fails, or access is denied.
-    """
-    store, key = store_of(url)
-    found: dict[str, tuple[int, str]] = {}
-    try:
-        for batch in library(split_url(url)[0]).list(store, key or None):
-            for meta in batch:
-                found[meta["path"][len(key) + 1 if key else 0 :]] = (meta["size"], meta["e_tag"] or "")
-            if len(found) >= most:
-                break
-    except Exception as error:
-        what = explained(url, error)
-        if isinstance(what, FileNotFoundError):
-            return {}
-        raise what from None
-    found.pop("", None)
-    return found
-
-
-def read_object_bytes(url: str, most: int) -> bytes | None:
-    """Return a small object, as it is now; None if there is none, or it is larger than `most`.
-
-    Raises
-    ------
-    StreammergeError
-        If the store fails, or access is denied.
-    """
-    store, key = store_of(url)
-    try:
-        found = library(split_url(url)[0]).get(store, key)
-        return None if found.meta["size"] > most else bytes(found.bytes())
-    except Exception as error:
-        what = explained(url, error)
-        if isinstance(what, FileNotFoundError):
-            return None
-        raise what from None
-
-
-def while_writing(url: str, error: Exception) -> StreammergeError:
-    """Return the error for a write that failed."""
-    what = explained(url, error)
-    return what if isinstance(what, WorldError) else WorldError(f"{what}; {AGAIN}")
-
-
-def _asked(url: str, ask: Callable[[Any, Any, str], Any]) -> Any:
-    store, key = store_of(url, patient=True)
-    try:
-        return ask(library(split_url(url)[0]), store, key)
-    except Exception as error:
-        raise while_writing(url, error) from None

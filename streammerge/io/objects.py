@@ -18,6 +18,7 @@ from typing import Any
 from streammerge.errors import ModelError, printable
 from streammerge.io.object_errors import explained
 from streammerge.io.object_file import ObjectFile, requests_nbytes
+from streammerge.io.object_small import list_objects
 from streammerge.io.object_stores import library, split_url, store_of
 from streammerge.io.volumes import serves
 
@@ -90,7 +91,9 @@ class Objects:
             known = self._folders.get(parent)
         if known is not None and name not in known.folders:
             return False
-        return bool(self._listed(url).names)
+        found = self._listed(url)
+        # Some servers list folders of which everything has been removed.
+        return bool(found.objects) or (bool(found.folders) and bool(list_objects(url, 1)))
 
     def names(self, url: str) -> list[str]:
         """See `Volume`."""

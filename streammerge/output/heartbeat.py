@@ -14,14 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import StreammergeError
 from streammerge.io.private import own_token
 from streammerge.output.place import WORKERS
-from streammerge.output.volume import Gone, Volume
+from streammerge.output.volume import Folder, Gone, Volume
 
 STALE_SECONDS = "STREAMMERGE_STALE_SECONDS"
 """The environment variable with the seconds after which a process without a sign of life counts as dead."""
@@ -63,15 +62,7 @@ class Sign:
 
 def domain_of(directory: Path) -> str:
     """Return a name of the kernel and the mount of an existing directory: inside it, file locks hold."""
-    return f"{_kernel()}:{os.stat(directory).st_dev:x}"
-
-
-@cache
-def _kernel() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
+    return Folder(directory).domain
 
 
 def signs_of(volume: Volume, *, outside: str = "") -> list[Sign]:
@@ -90,6 +81,16 @@ def signs_of(volume: Volume, *, outside: str = "") -> list[Sign]:
                 age = volume.age(name)
                 found += [] if age is None else [replace(sign, age=age)]
     return found
+
+
+def is_heard_of(volume: Volume, worker: str) -> bool:
+    """Return whether a process gave a sign of life lately, and has not ended since so far as can be told."""
+    name = f"{WORKERS}/{worker}.json"
+    age = volume.age(name)
+    if age is None or age > stale_seconds():
+        return False
+    sign = _parsed(name, volume.read(name))
+    return sign is None or not volume.has_ended(sign.domain, sign.pid)
 
 
 def _parsed(name: str, raw: bytes | None) -> Sign | None:

@@ -6,18 +6,16 @@ elsewhere; what such a merge has finished and left counts as done.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from streammerge.errors import OutputError, printable
-from streammerge.io.durable import fsync_directory, world_errors
+from streammerge.errors import OutputError, StreammergeError, printable
+from streammerge.io import volumes
 from streammerge.output.directory import sweep, sweep_shards
-from streammerge.output.heartbeat import Heartbeat, domain_of, signs_of
+from streammerge.output.heartbeat import Heartbeat, signs_of
 from streammerge.output.identity import Identity
 from streammerge.output.inputs import ContentHasher, InputFile, recognize
 from streammerge.output.journal import (
@@ -27,16 +25,16 @@ from streammerge.output.journal import (
     known_files,
     receipt_of,
     record_of,
-    remove_small,
     remove_state,
     texts_of,
 )
 from streammerge.output.manifest import read_manifest
 from streammerge.output.own_shards import Written
-from streammerge.output.place import RUN, WORKERS, Place, is_run
+from streammerge.output.place import JOURNAL, RUN, Place
 from streammerge.output.presence import taken_by
 from streammerge.output.shared_ledger import SharedLedger, run_of
-from streammerge.output.volume import Folder, Gone
+from streammerge.output.volume import Gone
+from streammerge.output.working_files import working_files
 
 _ATTEMPTS = 50
 """Times that a directory is emptied while others still put signs of life into it."""
@@ -89,13 +87,9 @@ def enter(
     """
     run = run_of(identity.public)
     check_others(place, identity, run)
-    with world_errors(place.state):
-        for folder in (place.state, place.state / WORKERS, place.state / run):
-            folder.mkdir(exist_ok=True)
-            fsync_directory(folder.parent)
-        domain = domain_of(place.state)
-    volume = Folder(place.state)
-    heartbeat = Heartbeat(volume, domain, run, progress)
+    volume = working_files(place.state, run)
+    volume.prepare(run)
+    heartbeat = Heartbeat(volume, volume.domain, run, progress)
     ledger = SharedLedger(volume, run, heartbeat.worker)
     told = ledger.about()
     is_new = told is None
@@ -111,11 +105,9 @@ def enter(
     except BaseException:
         heartbeat.stop()
         if is_new and not any(sign.run == run for sign in signs_of(volume)):
-            with suppress(OSError):
-                (place.state / run / RUN).unlink(missing_ok=True)
-        for folder in (place.state / run, place.state / WORKERS, place.state):
-            with suppress(OSError):  # it is not empty, so it is not ours alone
-                folder.rmdir()
+            with suppress(StreammergeError):
+                volume.remove(f"{run}/{RUN}")
+        volume.leave(run)
         raise
     ledger.forget_failure()
     return Entered(ledger, heartbeat, known)
@@ -123,8 +115,10 @@ def enter(
 
 def is_remains(place: Place, identity: Identity, run: str) -> bool:
     """Return whether a merge is finished, and only the removal of its working files is not."""
-    if os.path.lexists(place.journal) or os.path.lexists(place.state / run / RUN):
+    volume = working_files(place.state)
+    if volume.exists(JOURNAL) or volume.exists(f"{run}/{RUN}"):
         return False
+    volumes.forget(place.out)
     manifest = read_manifest(place.out)
     return manifest is not None and not identity.changed(manifest["identity"])
 
@@ -153,6 +147,7 @@ def check_others(place: Place, identity: Identity, run: str) -> None:
     OutputError
         If there is one; the message names what differs, or the host.
     """
+    volumes.forget(place.out)
     manifest = read_manifest(place.out)
     if manifest is not None and (changed := identity.changed(manifest["identity"])):
         raise OutputError(
@@ -161,23 +156,18 @@ def check_others(place: Place, identity: Identity, run: str) -> None:
         )
     for _, named in runs_in(place, but=run):
         compare(identity.named, named, place.out)
-    if place.state.is_dir():
-        with world_errors(place.state):
-            domain = domain_of(place.state)
-        for sign in signs_of(Folder(place.state), outside=domain):
+    volume = working_files(place.state)
+    if volume.exists(""):
+        for sign in signs_of(volume, outside=volume.domain):
             if sign.is_fresh and not sign.run:
                 raise OutputError(taken_by(place, sign))
 
 
 def runs_in(place: Place, but: str = "") -> list[tuple[SharedLedger, dict[str, str]]]:
     """Return the shared merges that an output holds, each with its identity; runs that tell nothing are left out."""
-    if place.state.is_symlink() or not place.state.is_dir():
-        return []
-    with world_errors(place.state):
-        names = sorted(name for name in os.listdir(place.state) if is_run(name) and name != but)
-    found = []
-    for name in names:
-        ledger = SharedLedger(Folder(place.state), name, "")
+    volume, found = working_files(place.state), []
+    for name in (run for run in volume.runs() if run != but):
+        ledger = SharedLedger(volume, name, "")
         with suppress(KeyError, ValueError):
             found.append((ledger, texts_of((ledger.about() or {})["identity"])))
     return found
@@ -194,7 +184,7 @@ def shard_record(written: Written, receipts: Sequence[Receipt], lines: Sequence[
     lines
         What the user should know of it.
     """
-    file = [written.name, written.nbytes, written.mtime]
+    file = [written.name, written.nbytes, written.mtime, *([written.e_tag] if written.e_tag else [])]
     return {"file": file, "receipts": [record_of(receipt) for receipt in receipts], "lines": list(lines)}
 
 
@@ -211,9 +201,9 @@ def shard_done(value: Mapping[str, Any] | None) -> ShardDone | None:
     """Return a record of a finished shard; None if it is not one."""
     try:
         assert value is not None
-        name, nbytes, mtime = value["file"]
+        name, nbytes, mtime, *e_tag = value["file"]
         receipts = tuple(receipt_of(record) for record in value["receipts"])
-        written = Written(str(name), int(nbytes), float(mtime))
+        written = Written(str(name), int(nbytes), float(mtime), *map(str, e_tag))
         return ShardDone(written, receipts, tuple(map(str, value["lines"])))
     except (AssertionError, KeyError, TypeError, ValueError):
         return None
@@ -254,7 +244,6 @@ def left_by_runs(place: Place) -> set[str]:
 
 def discard_runs(place: Place) -> None:
     """Remove the ledgers of all shared merges of an output."""
-    with world_errors(place.state):
-        for name in os.listdir(place.state) if place.state.is_dir() else ():
-            if is_run(name):
-                remove_small(Path(place.state / name))
+    volume = working_files(place.state)
+    for run in volume.runs():
+        volume.discard(run)

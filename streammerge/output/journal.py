@@ -21,7 +21,8 @@ from streammerge.errors import OutputError, printable
 from streammerge.io.durable import fsync_directory, world_errors, write_file, write_fully
 from streammerge.io.lock import try_lock
 from streammerge.io.private import finished_name, is_private
-from streammerge.output.place import RUN, WORKERS, Place, is_run
+from streammerge.output.place import WORKERS, Place, is_run
+from streammerge.output.volume import remove_small
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,17 +219,6 @@ def remove_state(place: Place) -> None:
                     (state / entry).unlink(missing_ok=True)
             state.rmdir()
         fsync_directory(place.folder)
-
-
-def remove_small(folder: Path) -> None:
-    """Remove a directory of small files: signs of life of dead processes, or what several processes shared.
-
-    What a run is about goes first: without it the run has ended.
-    """
-    if folder.is_dir() and not folder.is_symlink():
-        for entry in sorted(os.listdir(folder), key=lambda name: name != RUN):
-            (folder / entry).unlink(missing_ok=True)
-        folder.rmdir()
 
 
 def compare(now: Mapping[str, str], before: Mapping[str, str], directory: Path) -> None:

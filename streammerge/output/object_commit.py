@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from streammerge.errors import ModelError, WorldError
 from streammerge.io.files import pread, reading
-from streammerge.io.object_upload import put_object, put_stream
+from streammerge.io.object_small import put_object, put_stream
 from streammerge.io.stamp import FileStamp, changed, check_unchanged
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.commit import cover, listing_files, made_files, whole_manifest
@@ -31,27 +32,40 @@ def commit_objects(
     card: str,
     hashes: Mapping[str, str],
     contents: Mapping[str, str],
+    check: Callable[[], None],
 ) -> dict[str, Any]:
-    """Publish a finished merge; see `streammerge.output.commit.commit`. All shards but the one held back are there."""
+    """Publish a finished merge; see `streammerge.output.commit.commit`. All shards but the one held back are there.
+
+    Parameters
+    ----------
+    check
+        Called before each object is written; an exception that it raises, because others have ended the merge, ends this.
+    """
     chosen = cover(plan, receipts)
     made, lists = made_files(plan, card, hashes), listing_files(plan, hashes)
     written = {
-        name: _copy(stamp, hashes[name], f"{place.out}/{name}")
+        name: _copy(stamp, hashes[name], str(place.path(name)), check)
         for name, stamp in plan.beside.files.items()
         if name not in made and name not in lists
     }
+
+    def put(path: Path, data: bytes) -> None:
+        check()
+        put_object(str(path), data)
+
     for name, data in made.items():
-        put_object(f"{place.out}/{name}", data)
+        put(place.path(name), data)
     written |= {name: (len(data), crc32(data)) for name, data in {**made, **lists}.items()}
     manifest = whole_manifest(plan, chosen, identity, written, contents)
-    put_object(str(place.manifest), seal(manifest))
+    put(place.manifest, seal(manifest))
     for name, data in lists.items():
-        put_object(f"{place.out}/{name}", data)
-    writer.release()
+        put(place.path(name), data)
+    if plan.layout.last is not None:
+        writer.publish(plan.layout.last)
     return manifest
 
 
-def _copy(stamp: FileStamp, content: str, url: str) -> tuple[int, int]:
+def _copy(stamp: FileStamp, content: str, url: str, check: Callable[[], None]) -> tuple[int, int]:
     """Copy a file into the store; return its size in bytes and its CRC-32.
 
     Raises
@@ -59,6 +73,7 @@ def _copy(stamp: FileStamp, content: str, url: str) -> tuple[int, int]:
     WorldError
         If it cannot be read or written, or has changed; the object is not there then.
     """
+    check()
     digest, found = hashlib.sha256(), [0, 0]
 
     def parts() -> Iterator[bytes]:

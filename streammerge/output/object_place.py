@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 from streammerge.checkpoint.index import CONFIG_NAME
+from streammerge.checkpoint.sidecar_names import is_sound_path
 from streammerge.checkpoint.weight_names import LISTS, LOADED, is_weight_file
 from streammerge.errors import OutputError, printable
 from streammerge.io import volumes
-from streammerge.io.object_upload import list_objects, remove_object
+from streammerge.io.object_small import list_objects, remove_object
 from streammerge.output.finished import Finished
+from streammerge.output.heartbeat import signs_of
 from streammerge.output.identity import Identity
+from streammerge.output.joining import left_by_runs
 from streammerge.output.manifest import read_manifest
-from streammerge.output.object_records import RUN, remove_records
-from streammerge.output.place import CONFIG_COPY, STATE, Place
+from streammerge.output.place import CONFIG_COPY, RUN, STATE, Place, is_run
+from streammerge.output.presence import taken_by
+from streammerge.output.working_files import working_files
 
-_MOST = 100_000
+MOST = 100_000
 """Most objects below an output; a prefix with more is no output."""
 _FIXED = {CONFIG_NAME, "README.md", CONFIG_COPY, *LISTS}
 
@@ -50,12 +54,12 @@ def present_in(place: Place) -> Present:
     Raises
     ------
     OutputError
-        If it holds objects, but neither records nor a manifest.
+        If it holds objects, but neither working files nor a manifest.
     """
     out = str(place.out)
     volumes.forget(out)
-    found = list_objects(out, _MOST)
-    if found and RUN not in found and place.manifest.name not in found:
+    found = list_objects(out, MOST)
+    if found and place.manifest.name not in found and not any(map(_is_working, found)):
         raise OutputError(
             f"{printable(out)}: contains files that streammerge did not write ({printable(min(found))}): "
             "choose an empty or new folder"
@@ -63,8 +67,20 @@ def present_in(place: Place) -> Present:
     return found
 
 
+def _is_working(name: str) -> bool:
+    return name.startswith(f"{STATE}/")
+
+
+def _has_run(present: Present) -> bool:
+    """Return whether a merge has begun here that has not ended."""
+    parts = [name.split("/") for name in present if _is_working(name)]
+    return any(len(some) == 3 and is_run(some[1]) and some[2] == RUN for some in parts)
+
+
 def find_finished_objects(place: Place, identity: Identity, present: Present) -> Finished | None:
     """Return the finished merge that an output holds if it is this same one; None if it is unfinished, or nothing.
+
+    Working files that processes left which died at the very end are removed.
 
     Raises
     ------
@@ -72,7 +88,7 @@ def find_finished_objects(place: Place, identity: Identity, present: Present) ->
         If it holds a different merge, or lacks files of this one.
     """
     manifest = read_manifest(place.out) if place.manifest.name in present else None
-    if manifest is None or RUN in present:
+    if manifest is None or _has_run(present):
         return None
     if changed := identity.changed(manifest["identity"]):
         raise OutputError(
@@ -85,6 +101,8 @@ def find_finished_objects(place: Place, identity: Identity, present: Present) ->
                 f"{printable(place.out)}: holds this merge, finished, but {printable(name)} is missing or has a different "
                 "size: restore it, or start over with --overwrite"
             )
+    if any(map(_is_working, present)):
+        working_files(place.state).clear()
     return Finished(manifest)
 
 
@@ -95,23 +113,26 @@ def withdraw_objects(place: Place, present: Present) -> None:
             remove_object(f"{place.out}/{name}")
 
 
-def clear_objects(place: Place, present: Present, announced: Collection[str]) -> None:
+def clear_objects(place: Place, present: Present) -> None:
     """Remove the files of an earlier merge; foreign ones stay. What loads goes first, what names the rest last.
 
-    Parameters
-    ----------
-    announced
-        Names of the files that an unfinished merge may have written.
+    Raises
+    ------
+    OutputError
+        If a process is at work there.
     """
+    volume = working_files(place.state)
+    for sign in signs_of(volume):
+        if sign.is_fresh and not volume.has_ended(sign.domain, sign.pid):
+            raise OutputError(taken_by(place, sign))
+    announced: Collection[str] = {name for name in left_by_runs(place) if is_sound_path(name)}
     manifest = read_manifest(place.out) if place.manifest.name in present else None
     ours = {*_FIXED, *announced, *(manifest["files"] if manifest else ())}
     ours |= {name for name in present if "/" not in name and is_weight_file(name)}
-    ours = {name for name in ours & present.keys() if not name.startswith(f"{STATE}/")} - {
-        place.manifest.name
-    }
+    ours = {name for name in ours & present.keys() if not _is_working(name)} - {place.manifest.name}
     for name in sorted(ours, key=lambda name: (name not in LOADED, name)):
         remove_object(f"{place.out}/{name}")
     if place.manifest.name in present:
         remove_object(f"{place.out}/{place.manifest.name}")
-    remove_records(str(place.out))
+    volume.clear()
     volumes.forget(place.out)

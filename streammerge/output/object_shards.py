@@ -4,50 +4,68 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Collection
+from collections.abc import Callable
+from pathlib import Path
 
 from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.object_upload import Upload
+from streammerge.output.own_shards import OwnShards, Written
+from streammerge.output.place import Place
 from streammerge.planning.layout import Layout
 
 _WAIT_SECONDS = 0.2
 
 
-class ObjectShards:
-    """The shards of one merge; a `Sink` that takes pieces in file order only.
+class ObjectShards(OwnShards):
+    """The shards that this process has claimed; a `Sink` that takes pieces in the order of the claims and of the file.
 
     A piece that comes early waits, and holds its buffer. This cannot end in a deadlock: buffers are leased in the order
     of the chunks (`engine.turns`), so the piece whose turn it is always has one.
 
     Parameters
     ----------
-    url
-        The output.
+    run
+        The run that the processes share; see `run_of`.
     stop
         Set to stop the merge; pieces that wait give up.
-
-    Attributes
-    ----------
-    e_tags
-        The ETag of each shard that is whole, by number.
+    check
+        Called before an object gets its name; an exception that it raises, because the run has ended, gives it up.
     """
 
-    def __init__(self, url: str, layout: Layout, stop: threading.Event) -> None:
-        self._url, self._layout, self._stop = url, layout, stop
+    def __init__(
+        self, place: Place, layout: Layout, run: str, stop: threading.Event, check: Callable[[], None]
+    ) -> None:
+        super().__init__(place, layout, run, direct=False)
+        self._stop, self._check = stop, check
         self._turn = threading.Condition()
         self._waiting: list[int] = []
+        """The shards that have been begun, the current one first."""
         self._at = 0
         self._upload: Upload | None = None
         self._held: Upload | None = None
         """The upload of the shard whose presence marks a finished model: it ends last."""
         self._failure: BaseException | None = None
-        self.e_tags: dict[int, str] = {}
-        self.bytes_written = 0
+        self._e_tags: dict[int, str] = {}
 
-    def begin(self, done: Collection[int]) -> None:
-        """Start with the first shard that is not done."""
-        self._open([number for number in range(len(self._layout.shards)) if number not in done])
+    @property
+    def holds_last(self) -> bool:
+        """Whether the shard that ends last has been uploaded except for its end."""
+        return self._held is not None
+
+    def begin(self, number: int) -> None:
+        """Take pieces of a shard when those begun before are whole.
+
+        Raises
+        ------
+        WorldError
+            If the store fails.
+        """
+        with self._turn:
+            self._waiting.append(number)
+            is_next = len(self._waiting) == 1
+        if is_next:
+            self._open(number)
 
     def write(self, shard: int, offset: int, data: Bytes) -> None:
         """See `Sink`.
@@ -83,10 +101,22 @@ class ObjectShards:
     def sync(self, shards: set[int]) -> None:
         """See `Sink`: a shard is durable when the store has it whole."""
 
-    def release(self) -> None:
-        """Finish the shard that was held back until all other files are there."""
-        if self._held is not None and self._layout.last is not None:
-            self.e_tags[self._layout.last] = self._held.finish()
+    def end(self, number: int) -> Written:
+        """Return what to record of a shard that is whole."""
+        shard = self._layout.shards[number]
+        return Written(shard.name, shard.nbytes, 0.0, self._e_tags.get(number, ""))
+
+    def look_at(self, number: int, is_sound: Callable[[], bool]) -> Written | None:
+        """See `OwnShards`: nothing else writes shards into a store."""
+        return None
+
+    def drop(self, number: int) -> None:
+        """See `OwnShards`: an object that somebody else has written too has the same bytes."""
+
+    def publish(self, shard: int) -> None:
+        """Finish the shard that was held back until all other files are there; all others have their names."""
+        if shard == self._layout.last and self._held is not None:
+            self._e_tags[shard] = self._held.finish()
             self._held = None
 
     def close(self) -> None:
@@ -95,6 +125,9 @@ class ObjectShards:
             if upload is not None:
                 upload.give_up()
         self._upload = self._held = None
+
+    def _url(self, number: int) -> Path:
+        return self._place.path(self._layout.shards[number].name)
 
     def _advance(self, at: int) -> None:
         """Go on from a position of the current shard: within it, or to the next shard."""
@@ -107,19 +140,21 @@ class ObjectShards:
         if number == self._layout.last:
             self._held, self._upload = self._upload, None
         else:
-            self.e_tags[number] = self._upload.finish()
+            self._e_tags[number] = self._upload.finish()
             self._upload = None
-        self._open(self._waiting[1:])
+        with self._turn:
+            self._waiting.pop(0)
+            self._at = 0
+            following = self._waiting[:1]
+        if following:
+            self._open(following[0])
 
-    def _open(self, waiting: list[int]) -> None:
-        if not waiting:
-            with self._turn:
-                self._waiting = []
-            return
-        shard = self._layout.shards[waiting[0]]
-        self._upload = Upload(f"{self._url}/{shard.name}", shard.nbytes, self._stop)
+    def _open(self, number: int) -> None:
+        shard = self._layout.shards[number]
+        self._upload = Upload(str(self._url(number)), shard.nbytes, self._stop, self._check)
         self._upload.write(shard.header)
         with self._turn:
-            self._waiting, self._at = waiting, len(shard.header)
+            self._at = len(shard.header)
+            self._turn.notify_all()
         if len(shard.header) == shard.nbytes:
             self._advance(shard.nbytes)

@@ -27,6 +27,8 @@ class Written:
     """Path in the output."""
     nbytes: int
     mtime: float
+    e_tag: str = ""
+    """In a store, where a file has its final name at once."""
 
     def lies_in(self, folder: Path, final: str) -> bool:
         """Return whether the file is there as it was written, under its own name or already under its final one."""

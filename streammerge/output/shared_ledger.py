@@ -19,9 +19,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streammerge.output.heartbeat import signs_of, stale_seconds
+from streammerge.output.heartbeat import is_heard_of, signs_of, stale_seconds
 from streammerge.output.journal import line_of, parse_line
-from streammerge.output.place import RUN, WORKERS
+from streammerge.output.place import RUN
 from streammerge.output.volume import Volume
 
 CLAIM, DONE = ".claim", ".done"
@@ -99,7 +99,9 @@ class SharedLedger:
 
     def _is_at_it(self, owner: str, claim: str) -> bool:
         """Return whether the owner of a claim gave a sign of life lately; a claim without an owner counts by its own age."""
-        age = self._volume.age(claim if not owner else f"{WORKERS}/{owner}.json")
+        if owner:
+            return is_heard_of(self._volume, owner)
+        age = self._volume.age(claim)
         return age is not None and age <= stale_seconds()
 
     def record(self, unit: str, value: Mapping[str, Any]) -> None:
@@ -139,9 +141,9 @@ class SharedLedger:
         self._held.clear()
 
     @property
-    def in_hand(self) -> bool:
-        """Whether this process has claimed something that it has not recorded."""
-        return bool(self._held)
+    def in_hand(self) -> frozenset[str]:
+        """The units that this process has claimed and not recorded."""
+        return frozenset(self._held)
 
     # --- failures of the work itself, which no other process would escape
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import OutputError, printable
+from streammerge.io import volumes
 from streammerge.output.heartbeat import Sign, signs_of
 from streammerge.output.joining import COMMIT, SHARD, runs_in
 from streammerge.output.manifest import read_manifest
 from streammerge.output.place import place_of
-from streammerge.output.volume import Folder
+from streammerge.output.working_files import working_files
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ def status_of(out: Path) -> Status:
     OutputError
         If the output holds no merge.
     """
+    volumes.forget(out)
     place = place_of(out)
-    finished = read_manifest(out) is not None and not place.is_unfinished
-    if not finished and not place.is_unfinished:
-        raise OutputError(f"{printable(out)}: no merge has begun here")
-    signs = signs_of(Folder(place.state)) if place.state.is_dir() else []
     runs = runs_in(place)
+    unfinished = bool(runs) if volumes.is_url(out) else place.is_unfinished
+    finished = read_manifest(out) is not None and not unfinished
+    if not finished and not unfinished:
+        raise OutputError(f"{printable(out)}: no merge has begun here")
+    signs = signs_of(working_files(place.state))
     if not runs:
         nobody = tuple(AtWork(sign, ()) for sign in signs)
         return Status(os.fspath(out), finished, False, 0, 0, 0, 0, "", "", nobody)

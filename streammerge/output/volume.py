@@ -1,17 +1,23 @@
-"""Small files that several processes on several hosts share: what they need of a directory or of an object store."""
+"""Small files that several processes on several hosts share: what they need of a directory or of an object store.
+
+`Folder` keeps them in a directory; `streammerge.output.object_volume` keeps them in a store.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 from streammerge.io.durable import fsync_directory, world_errors, write_file, write_fully
 from streammerge.io.private import is_private, private
+from streammerge.output.place import RUN, WORKERS, is_run
 
 _CLOCK_SECONDS = 30.0
 """Seconds after which the store is asked for its time again."""
@@ -24,7 +30,38 @@ class Gone(Exception):
 
 
 class Volume(Protocol):
-    """Small files by name (``workers/x.json``). No call relies on a lock."""
+    """The working files of an output by name (``workers/x.json``). No call relies on a lock."""
+
+    @property
+    def domain(self) -> str:
+        """The place where processes see each other without these files, such as by locks; it must be there."""
+
+    def prepare(self, run: str) -> None:
+        """Make room for signs of life and for the files of a run.
+
+        Raises
+        ------
+        Gone
+            If the directory has been removed.
+        """
+
+    def runs(self) -> list[str]:
+        """Return the names of the runs that have files here."""
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is a file of this name, or with the empty name anything at all."""
+
+    def has_ended(self, domain: str, pid: int) -> bool:
+        """Return whether a process that told this domain and number is known to have ended."""
+
+    def leave(self, run: str) -> None:
+        """Remove what `prepare` has made, if nothing is in it."""
+
+    def discard(self, run: str) -> None:
+        """Remove all files of a run, first what it is about: without it the run has ended."""
+
+    def clear(self) -> None:
+        """Remove all runs as `discard` does, and signs of life."""
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file; None if there is none."""
@@ -70,6 +107,54 @@ class Folder:
         self.root = root
         self._asked: tuple[float, float] | None = None
         """The store's time and the monotonic clock's when it was asked."""
+
+    @property
+    def domain(self) -> str:
+        """See `Volume`: the kernel and the mount, inside which file locks hold."""
+        with world_errors(self.root):
+            return f"{kernel()}:{os.stat(self.root).st_dev:x}"
+
+    def prepare(self, run: str) -> None:
+        """See `Volume`."""
+        with world_errors(self.root), self._there():
+            for folder in (self.root, self.root / WORKERS, self.root / run):
+                folder.mkdir(exist_ok=True)
+                fsync_directory(folder.parent)
+
+    def runs(self) -> list[str]:
+        """See `Volume`."""
+        if self.root.is_symlink() or not self.root.is_dir():
+            return []
+        with world_errors(self.root):
+            return sorted(filter(is_run, os.listdir(self.root)))
+
+    def exists(self, name: str) -> bool:
+        """See `Volume`."""
+        return os.path.lexists(self.root / name)
+
+    def has_ended(self, domain: str, pid: int) -> bool:
+        """See `Volume`: its lock would tell."""
+        return False
+
+    def leave(self, run: str) -> None:
+        """See `Volume`."""
+        for folder in (self.root / run, self.root / WORKERS, self.root):
+            with suppress(OSError):  # it is not empty, so it is not ours alone
+                folder.rmdir()
+
+    def discard(self, run: str) -> None:
+        """See `Volume`."""
+        with world_errors(self.root):
+            remove_small(self.root / run)
+
+    def clear(self) -> None:
+        """See `Volume`."""
+        for run in self.runs():
+            self.discard(run)
+        with world_errors(self.root):
+            remove_small(self.root / WORKERS)
+            if self.root.is_dir() and not self.root.is_symlink():
+                self.root.rmdir()
 
     def read(self, name: str) -> bytes | None:
         """See `Volume`."""
@@ -191,3 +276,23 @@ class Folder:
             yield
         except FileNotFoundError:
             raise Gone(str(self.root)) from None
+
+
+@cache
+def kernel() -> str:
+    """Return a name of the kernel that this process runs on, until the next boot."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def remove_small(folder: Path) -> None:
+    """Remove a directory of small files: signs of life of dead processes, or what several processes shared.
+
+    What a run is about goes first: without it the run has ended.
+    """
+    if folder.is_dir() and not folder.is_symlink():
+        for entry in sorted(os.listdir(folder), key=lambda name: name != RUN):
+            (folder / entry).unlink(missing_ok=True)
+        folder.rmdir()

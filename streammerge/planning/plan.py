@@ -173,10 +173,15 @@ class MergePlan:
         """Yield the remaining steps; `done` has the finished elements of each job."""
         if not self.streamed:
             return steps(self.jobs, self.work, self.budget, done or {})
-        order = [job for shard in self.layout.shards for job, _ in shard.parts]
+        order = [job for number in range(len(self.layout.shards)) for job in self.order_in(number)]
         return steps(
             [self.jobs[job] for job in order], [self.work[job] for job in order], self.budget, done or {}
         )
+
+    def order_in(self, shard: int) -> list[int]:
+        """Return the ordinals of the jobs of a shard, in the order in which they are merged."""
+        ordinals = dict.fromkeys(job for job, _ in self.layout.shards[shard].parts)
+        return list(ordinals) if self.streamed else sorted(ordinals)
 
     def model_rounds(self) -> int:
         """Return the number of rounds of whole-model statistics before the merge."""

@@ -1,0 +1,192 @@
+"""Small objects: each written whole or not at all, and read whole. Lists of objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from streammerge.errors import StreammergeError, WorldError
+from streammerge.io.object_errors import explained, while_writing
+from streammerge.io.object_stores import library, split_url, store_of
+from streammerge.io.object_upload import AT_ONCE, PART
+
+_T = TypeVar("_T")
+_EXISTS = {"AlreadyExistsError", "PreconditionError"}
+"""Names of obstore's exceptions for an object that is there already."""
+_UNKNOWN = {"NotSupportedError", "NotImplementedError"}
+"""Names of obstore's exceptions for a store that knows no conditions."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a store tells of an object."""
+
+    nbytes: int
+    e_tag: str
+    written: float
+    """Seconds since 1970 by the store's clock, which may count whole seconds only."""
+
+
+def put_object(url: str, data: bytes) -> str:
+    """Write a small object; return its ETag.
+
+    Raises
+    ------
+    WorldError
+        If the store fails.
+    """
+    return str(_ask(url, lambda obstore, store, key: obstore.put(store, key, data)["e_tag"], writes=True))
+
+
+def put_stream(url: str, parts: Iterator[bytes]) -> None:
+    """Write an object from pieces of at most a few MiB.
+
+    Raises
+    ------
+    WorldError
+        If the store fails; any error of `parts` itself.
+    """
+    failed: list[StreammergeError] = []
+
+    def guarded() -> Iterator[bytes]:
+        try:
+            yield from parts
+        except StreammergeError as error:
+            failed.append(error)
+            raise
+
+    try:
+        _ask(
+            url,
+            lambda obstore, store, key: obstore.put(
+                store, key, guarded(), chunk_size=PART, max_concurrency=AT_ONCE
+            ),
+            writes=True,
+        )
+    except WorldError:
+        if failed:
+            raise failed[0] from None
+        raise
+
+
+def create_object(url: str, data: bytes) -> bool:
+    """Write a small object unless there is one, and return whether it was written.
+
+    A store that knows no conditions, or ignores them, lets everyone succeed.
+
+    Raises
+    ------
+    WorldError
+        If the store fails.
+    """
+
+    def create(obstore: Any, store: Any, key: str) -> bool:
+        try:
+            obstore.put(store, key, data, mode="create")
+        except Exception as error:
+            if type(error).__name__ in _EXISTS:
+                return False
+            if type(error).__name__ not in _UNKNOWN and "status code: 501" not in str(error):
+                raise
+            obstore.put(store, key, data)
+        return True
+
+    return bool(_ask(url, create, writes=True))
+
+
+def remove_object(url: str) -> None:
+    """Remove an object, if it exists.
+
+    Raises
+    ------
+    WorldError
+        If the store fails.
+    """
+    _ask(url, lambda obstore, store, key: obstore.delete(store, key))
+
+
+def facts_of(url: str) -> Facts | None:
+    """Return what the store tells of an object; None if there is none.
+
+    Raises
+    ------
+    WorldError
+        If the store fails.
+    """
+    meta = _ask(url, lambda obstore, store, key: obstore.head(store, key))
+    return None if meta is None else _facts(meta)
+
+
+def read_small(url: str) -> bytes | None:
+    """Return a small object, as it is now; None if there is none.
+
+    Raises
+    ------
+    WorldError
+        If the store fails.
+    """
+    found: bytes | None = _ask(url, lambda obstore, store, key: bytes(obstore.get(store, key).bytes()))
+    return found
+
+
+def names_below(url: str) -> tuple[list[str], list[str]]:
+    """Return the names of the objects directly below a URL, and of the folders.
+
+    Raises
+    ------
+    WorldError
+        If the store fails.
+    """
+    found = _ask(url, lambda obstore, store, key: obstore.list_with_delimiter(store, key or None))
+    if found is None:
+        return [], []
+    key = split_url(url)[2]
+    cut = len(key) + 1 if key else 0
+    objects = [meta["path"][cut:] for meta in found["objects"]]
+    folders = [path.rstrip("/")[cut:] for path in found["common_prefixes"]]
+    return [name for name in objects if name], [name for name in folders if name]
+
+
+def list_objects(url: str, most: int) -> dict[str, tuple[int, str]]:
+    """Return size and ETag of the objects below a URL, at any depth, by their path there; at most about `most` of them.
+
+    A user waits for the answer, so a store that is away is asked for a minute only.
+
+    Raises
+    ------
+    StreammergeError
+        If the store fails, or access is denied.
+    """
+    store, key = store_of(url)
+    found: dict[str, tuple[int, str]] = {}
+    try:
+        for batch in library(split_url(url)[0]).list(store, key or None):
+            for meta in batch:
+                found[meta["path"][len(key) + 1 if key else 0 :]] = (meta["size"], meta["e_tag"] or "")
+            if len(found) >= most:
+                break
+    except Exception as error:
+        what = explained(url, error)
+        if isinstance(what, FileNotFoundError):
+            return {}
+        raise what from None
+    found.pop("", None)
+    return found
+
+
+def _facts(meta: Any) -> Facts:
+    return Facts(meta["size"], meta["e_tag"] or "", meta["last_modified"].timestamp())
+
+
+def _ask(url: str, ask: Callable[[Any, Any, str], _T], *, writes: bool = False) -> _T | None:
+    """Ask a store, for minutes if it is away; return None if there is no such object, and nothing is written."""
+    store, key = store_of(url, patient=True)
+    try:
+        return ask(library(split_url(url)[0]), store, key)
+    except StreammergeError:
+        raise
+    except Exception as error:
+        if not writes and isinstance(explained(url, error), FileNotFoundError):
+            return None
+        raise while_writing(url, error) from None
