@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from streammerge.testing.models import (
     write_model,
 )
 from tests.fixed_budget import Fixed
+from tests.s3_server import Server, running
 
 __all__ = ["config_for", "output_bytes", "read_tensors", "write_fisher", "write_grams", "write_model"]
 
@@ -39,6 +40,13 @@ write_models = partial(models.write_models, shapes=SHAPES)
 
 WITHOUT_MERGES = {"test_layers.py", "test_errors.py", "test_messages_page.py", "test_mutate_protections.py"}
 """Files whose tests merge nothing, so that these alone need no kernels."""
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Return a real S3 server."""
+    with running(tmp_path_factory.mktemp("s3")) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True, scope="session")

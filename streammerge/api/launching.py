@@ -14,7 +14,7 @@ from streammerge.engine.merge import Summary, complete
 from streammerge.engine.session import Options
 from streammerge.errors import StreammergeError
 from streammerge.events import Control, Event
-from streammerge.io.volumes import local_path
+from streammerge.io.volumes import as_path
 from streammerge.launch.base import Needs, make_launcher, parse_place
 from streammerge.launch.drive import drive
 from streammerge.output.finished import Finished
@@ -53,9 +53,8 @@ def merge_on(
         As `merge` does; what is bad is refused before a process is started.
     """
     name, count = parse_place(where)
-    local_path(out, "a merge with --on")
     decided = plan(config, out=out, **planned)
-    place = place_of(Path(out))
+    place = place_of(as_path(out))
     check_joinable(decided, place, options)
     needs = Needs(
         count, nbytes_of(planned.get("memory")), planned.get("threads"), planned.get("device", "auto")

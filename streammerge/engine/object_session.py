@@ -181,6 +181,6 @@ class ObjectSession(JoinedSession):
         """Remove the working files; abort what dead processes were uploading, and end it for those that only sleep."""
         volume = working_files(self.place.state)
         volume.discard(self._entered.ledger.run)
-        abort_uploads([str(self.place.path(name)) for name in written_names(self.plan)])
+        abort_uploads(str(self.place.folder), written_names(self.plan))
         volume.clear()
         volumes.forget(self.place.out)

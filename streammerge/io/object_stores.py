@@ -111,7 +111,7 @@ def _is_plain(scheme: str, environment: Mapping[str, str]) -> bool:
     InputError
         If it is refused, or is no address.
     """
-    name = next((name for name in _ENDPOINTS[scheme] if environment.get(name)), None)
+    name = _endpoint_name(scheme, environment)
     if name is None:
         return False
     try:
@@ -123,7 +123,7 @@ def _is_plain(scheme: str, environment: Mapping[str, str]) -> bool:
         raise InputError(
             f"{name} (not shown) is not an address: write https://HOST or https://HOST:PORT alone"
         )
-    if parts.scheme == "http" and not _is_loopback(host) and not environment.get(INSECURE):
+    if parts.scheme == "http" and not is_loopback(host) and not environment.get(INSECURE):
         raise InputError(
             f"{name} is plain HTTP to {printable(host, 80)}, where anyone on the way can read and change what is merged: "
             "use https, or give --insecure-endpoint if the network is your own"
@@ -131,7 +131,18 @@ def _is_plain(scheme: str, environment: Mapping[str, str]) -> bool:
     return parts.scheme == "http"
 
 
-def _is_loopback(host: str) -> bool:
+def endpoint_of(scheme: str, environment: Mapping[str, str]) -> str | None:
+    """Return the endpoint that the environment names."""
+    name = _endpoint_name(scheme, environment)
+    return None if name is None else environment[name]
+
+
+def _endpoint_name(scheme: str, environment: Mapping[str, str]) -> str | None:
+    return next((name for name in _ENDPOINTS[scheme] if environment.get(name)), None)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine."""
     if host == "localhost":
         return True
     try:

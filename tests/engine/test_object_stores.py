@@ -16,32 +16,26 @@ from streammerge.io import object_stores
 from streammerge.io.object_file import ObjectFile
 from streammerge.io.object_upload import Upload
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
-from tests.s3_server import Server, Throttle, running
+from tests.s3_server import Server, Throttle
 
 OF_MERGE = ("model.safetensors", "config.json")
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with running(tmp_path_factory.mktemp("s3")) as server:
-        yield server
-
-
 @pytest.fixture
-def server(started: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name, value in started.environment().items():
+def server(s3_server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     object_stores.close_stores()
-    yield started
+    yield s3_server
     object_stores.close_stores()
 
 
 @pytest.fixture(scope="module")
-def models(started: Server, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def models(s3_server: Server, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("models")
     paths = write_models(root, 2)
     config_for("regmean", paths)  # writes Gram matrices beside them
-    started.copy_in(root, "bench", "in")
+    s3_server.copy_in(root, "bench", "in")
     return paths
 
 
