@@ -64,7 +64,10 @@ class ObjectSession(JoinedSession):
     def _make_writer(self) -> ShardWriter:
         super()._make_writer()
         run, stop = run_of(self.identity.public), self._control.stop
-        self._shards = ObjectShards(self.place, self.plan.layout, run, stop, self._check_run)
+        by_itself = self._options.taking is None  # else a scheduler says who commits
+        self._shards = ObjectShards(
+            self.place, self.plan.layout, run, stop, self._check_run, holds_last=by_itself
+        )
         return self._shards
 
     def begin(self) -> Progress:

@@ -31,13 +31,23 @@ class ObjectShards(OwnShards):
         Set to stop the merge; pieces that wait give up.
     check
         Called before an object gets its name; an exception that it raises, because the run has ended, gives it up.
+    holds_last
+        Whether the shard whose presence marks a finished model ends last; the same process must then commit.
     """
 
     def __init__(
-        self, place: Place, layout: Layout, run: str, stop: threading.Event, check: Callable[[], None]
+        self,
+        place: Place,
+        layout: Layout,
+        run: str,
+        stop: threading.Event,
+        check: Callable[[], None],
+        *,
+        holds_last: bool = True,
     ) -> None:
         super().__init__(place, layout, run, direct=False)
         self._stop, self._check = stop, check
+        self._last = layout.last if holds_last else None
         self._turn = threading.Condition()
         self._waiting: list[int] = []
         """The shards that have been begun, the current one first."""
@@ -115,7 +125,7 @@ class ObjectShards(OwnShards):
 
     def publish(self, shard: int) -> None:
         """Finish the shard that was held back until all other files are there; all others have their names."""
-        if shard == self._layout.last and self._held is not None:
+        if shard == self._last and self._held is not None:
             self._e_tags[shard] = self._held.finish()
             self._held = None
 
@@ -137,7 +147,7 @@ class ObjectShards(OwnShards):
                 self._at = at
             return
         assert self._upload is not None
-        if number == self._layout.last:
+        if number == self._last:
             self._held, self._upload = self._upload, None
         else:
             self._e_tags[number] = self._upload.finish()
