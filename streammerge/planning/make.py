@@ -26,7 +26,7 @@ from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.division import Division
 from streammerge.planning.moe.resolve import resolve_experts, with_settings
 from streammerge.planning.needs import likeness, needs_of
-from streammerge.planning.options import PlanOptions
+from streammerge.planning.options import DEFAULT_SHARD_SIZE, PlanOptions
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.quantize.base import Material, Storage
 from streammerge.planning.quantize.choose import choose_storage
@@ -225,11 +225,15 @@ def _layout_of(jobs: Sequence[Job], template: TensorIndex, options: PlanOptions,
 
 
 def _check_adapter(config: MergeConfig, options: PlanOptions) -> None:
-    """Refuse an adapter that is to be a single file, or held in memory."""
+    """Refuse an adapter that is to be a single file, held in memory, or cut into shards."""
     if options.file is not None:
         raise ConfigError(f"{config.where}: output: lora is a directory of several files: give one as OUT")
     if options.tensors_only:
         raise ConfigError(f"{config.where}: output: lora is written to a directory, not held in memory")
+    if options.shard_size != DEFAULT_SHARD_SIZE:
+        raise ConfigError(
+            f"{config.where}: output: lora is one file, which PEFT does not read in shards: leave --shard-size (shard_size) out"
+        )
 
 
 def _of_single_file(files: _Files, storage: Storage, template: TensorIndex, config: MergeConfig) -> _Files:

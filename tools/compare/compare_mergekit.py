@@ -41,7 +41,8 @@ class Mergekit:
     """mergekit in its own environment: one process for all cases."""
 
     def __init__(self, environment: Path) -> None:
-        command = [str(environment / "bin" / "python"), str(Path(__file__).with_name("mergekit_driver.py"))]
+        driver = Path(__file__).with_name("mergekit_driver.py")
+        command = [str(environment / "bin" / "python"), str(driver), "run_yaml"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )

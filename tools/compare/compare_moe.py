@@ -178,7 +178,8 @@ def main() -> None:
     )
     parser.add_argument("environment", type=Path, help="a virtual environment with mergekit")
     environment = parser.parse_args().environment
-    command = [str(environment / "bin" / "python"), str(Path(__file__).with_name("moe_driver.py"))]
+    driver = Path(__file__).with_name("mergekit_driver.py")
+    command = [str(environment / "bin" / "python"), str(driver), "moe"]
     failed = 0
     with (
         tempfile.TemporaryDirectory() as folder,

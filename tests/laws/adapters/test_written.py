@@ -266,6 +266,12 @@ def test_what_makes_no_adapter_is_refused(models: list[Path], tmp_path: Path, ch
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_is_not_cut_into_shards(models: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"one file, which PEFT does not read in shards"):
+        merge(extracted(models, rank=5), tmp_path / "out", shard_size="1GB", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("shape", [None, (90, 41)])
 def test_another_models_base_is_refused(
     models: list[Path], tmp_path: Path, shape: tuple[int, int] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -125,3 +127,27 @@ def test_a_tensor_larger_than_the_limit_in_a_single_file_of_each_kind_stays_belo
     assert 50 * MIB < peak < LIMIT
     for path in tmp_path.iterdir():
         path.unlink()
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_matrix_larger_than_the_limit_is_extracted_below_it(tmp_path: Path) -> None:
+    shape, limit = (189_000, 512), 368 * MIB
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * shape[0] * shape[1]]}
+    header = json.dumps({"model.layers.0.mlp.up_proj.weight": entry}).encode()
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
+        with (tmp_path / name / "model.safetensors").open("wb") as file:  # all else is a hole in the file
+            file.write(len(header).to_bytes(8, "little") + header)
+            for row in (5, 70_000, shape[0] - 1) if name == "tuned" else ():
+                file.seek(8 + len(header) + 4 * shape[1] * row)
+                file.write((row * np.arange(shape[1])).astype(np.float32).tobytes())
+            file.truncate(8 + len(header) + 4 * shape[0] * shape[1])
+        assert (tmp_path / name / "model.safetensors").stat().st_size > limit
+    command = [sys.executable, "-m", "streammerge.cli", "extract-lora", str(tmp_path / "tuned")]
+    options = ["--base", str(tmp_path / "base"), "--rank", "1", "--memory", "368MiB", "--quiet"]
+    peak = peak_of([*command, str(tmp_path / "out"), *options])
+    assert 50 * MIB < peak < limit
+    (told,) = json.loads((tmp_path / "out/streammerge.json").read_text())["adapter"]["modules"].values()
+    assert told["norm"] > 1
+    assert told["residual"] < 1e-6
