@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,6 +147,30 @@ class BlockMath(Protocol):
 
     def apply(self, rule: Rule, out: Operand) -> Applied:
         """Write the merged block to `out`, rounded once to its dtype. `out` may overlay an input at least as wide."""
+
+
+class Found(NamedTuple):
+    """The pattern of a rank among magnitudes."""
+
+    key: int
+    """The fp32 pattern, sign bit cleared."""
+    ties: int
+    """Number of elements with this pattern."""
+    needed: int
+    """Number of these that belong to the elements up to the rank."""
+    highest: int
+    """The largest pattern of all."""
+
+
+@runtime_checkable
+class SearchingMath(Protocol):
+    """The arithmetic of a block where thresholds are found without leaving the device."""
+
+    def largest(self, vectors: Sequence[TaskVector], ranks: Sequence[int]) -> list[Found]:
+        """Return the pattern of each vector's magnitude of a rank (from 1, descending), before its cut, in one wait.
+
+        Elements that are not finite rank above all others.
+        """
 
 
 class ScalingMath(BlockMath, Protocol):

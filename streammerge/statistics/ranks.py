@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from streammerge.algebra.block import Bins, BlockMath, Call, Counts
+from streammerge.algebra.block import Bins, BlockMath, Call, Counts, SearchingMath
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.scores import Ranked, Score
 from streammerge.algebra.task_vectors import TaskVector
@@ -242,16 +242,27 @@ class TopKReducer(Reducer[Threshold]):
         self._n_bins = ((high - low) >> self._shift) + 1
 
     def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> tuple[Window, int, Bins]:
-        """Return the counts of one block."""
-        return self.counted(ordinal, self._ranked, math)[0]
+        """Return the counts of one block; a search of all elements at once ends in a window of one pattern."""
+        vector = self._ranked
+        whole = n == self._n and isinstance(vector, TaskVector) and vector.rank_drop is None
+        if not whole or not isinstance(math, SearchingMath):
+            return self.counted(ordinal, vector, math)[0]
+        assert isinstance(vector, TaskVector)
+        (found,) = math.largest([vector], [self._k])
+        self._refuse(ordinal, found.highest)
+        self._open(found.key, found.key)
+        return self._window, self._k - found.needed, np.array([found.ties], np.int32)
 
     def counted(self, ordinal: int, ranked: Ranked, math: BlockMath) -> tuple[tuple[Window, int, Bins], int]:
         """Return the counts of one block, and its largest pattern."""
         bins = np.zeros(self._n_bins, np.int32)
         above, highest = math.count_keys(ranked, self._low, self._high, self._shift, bins)
+        self._refuse(ordinal, highest)
+        return (self._window, above, bins), highest
+
+    def _refuse(self, ordinal: int, highest: int) -> None:
         if highest >= INFINITE and not self._tolerant:
             raise NotFiniteError(ordinal)
-        return (self._window, above, bins), highest
 
     @property
     def _window(self) -> Window:

@@ -27,12 +27,14 @@ from gpu_recipes import calls_of, decoded, rules_of
 from gpu_values import FEW, INFINITE, MIXES, Mix, block_of
 
 from streammerge.algebra.block import Block, Operand, operand_bytes
-from streammerge.algebra.rules import Rule, TaskVectorMerge, WeightedSum
-from streammerge.algebra.task_vectors import TaskVector
+from streammerge.algebra.rules import Rule, SelectedMerge, TaskVectorMerge, WeightedSum
+from streammerge.algebra.task_vectors import RankDrop, TaskVector
 from streammerge.backends.cpu.math import KernelMath
+from streammerge.backends.fused import math
 from streammerge.backends.fused.copied import Copied
 from streammerge.backends.fused.interpreter import Interpreter
 from streammerge.backends.fused.math import FusedMath
+from streammerge.backends.fused.triton_launcher import TritonLauncher
 from streammerge.numerics.philox import threshold
 
 # --- the comparison
@@ -136,6 +138,23 @@ class Comparison:
                 self.call(f"n = 9001: {name}", block, call)
         self.largest("n = 9001: largest", block)
 
+    def on_the_way(self) -> None:
+        """Compare what goes through the CPU: rows too long for ranks, and rules without a kernel; and torch's memory."""
+        block, out = block_of(MIXES[9], 4097, 3)
+        rule = TaskVectorMerge(tuple(TaskVector(i, rank_drop=RankDrop(0.3, 0.4)) for i in range(3)))
+        longest, math._LONGEST_ROW = math._LONGEST_ROW, 4096
+        try:
+            self.rule("a long row", block, out, rule)
+            self.call("signs of a long row", block, lambda one: one.sign_total(replace(rule, elect=True)))
+            self.call("sums of a long row", block, lambda one: one.abs_sums(rule.vectors[0]))
+        finally:
+            math._LONGEST_ROW = longest
+        self.rule("no kernel", block, out, SelectedMerge(rule.vectors[:1], None))
+        own, self.launcher = self.launcher, TritonLauncher("cpu")
+        self.rule("memory of torch", block, out, WeightedSum((0.3, 0.4, 0.7), 1.4))
+        self.call("counts in memory of torch", block, lambda one: one.ties(TaskVector(1), 0, 50))
+        self.launcher = own
+
     def codes(self) -> None:
         """Compare quantised decoding with the functions of `numerics`."""
         for name, same in decoded(self.launcher):
@@ -164,6 +183,7 @@ def main() -> int:
             compare.blocks(mix, options.n, seed)
     compare.sizes()
     compare.codes()
+    compare.on_the_way()
     seconds = ", ".join(f"{label} {spent:.1f}" for label, spent in compare.seconds.items())
     print(
         f"{compare.done} comparisons, {len(compare.different)} differ; {time.process_time() - began:.1f} CPU s ({seconds})"

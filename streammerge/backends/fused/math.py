@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.algebra.block import Applied, Bins, Block, BlockMath, Call, Counts, Operand
+from streammerge.algebra.block import (
+    Applied,
+    Bins,
+    Block,
+    BlockMath,
+    Call,
+    Counts,
+    Found,
+    Operand,
+    operand_bytes,
+)
 from streammerge.algebra.gram_matrix import rows_at_once
-from streammerge.algebra.rules import Rule, TaskVectorMerge
+from streammerge.algebra.rules import Rule, TaskVectorMerge, ranked
 from streammerge.algebra.scores import Ranked, Selection
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.backends.fused.launcher import Launcher, Residence
 from streammerge.backends.fused.memory import DeviceMemory, Scratch
-from streammerge.backends.fused.rules import enqueue_ranks, enqueued, signs_of
+from streammerge.backends.fused.rules import enqueue_ranks, enqueued, fused_rule, signs_of
 from streammerge.backends.fused.specs import kernel_specs
 from streammerge.backends.fused.tables import pair_rows, search_rows, weighted_rows
 from streammerge.numerics.ordered_sum import BLOCK
@@ -27,17 +37,20 @@ _MOST_COUNTED = (1 << 31) - 1
 """Elements that counters of 32 bits can count."""
 
 
-class Found(NamedTuple):
-    """The pattern of a rank."""
+_LONGEST_ROW = 1 << 16
+"""Elements of a row whose ranks are counted; that takes as many steps for each element, so longer rows are sorted by the CPU."""
+_METHODS = {
+    "abs_sums",
+    "add_column_dots",
+    "dots",
+    "fisher_squares",
+    "own_squares",
+    "sign_total",
+    "words_between",  # reads no tensor, and runs on the CPU in every merge
+}
 
-    key: int
-    """The fp32 pattern, sign bit cleared."""
-    ties: int
-    """Number of elements with this pattern."""
-    needed: int
-    """Number of these that belong to the elements up to the rank."""
-    highest: int
-    """The largest pattern of all."""
+
+__all__ = ["FusedMath", "fused_call", "fused_rule"]
 
 
 def fused_call(call: Call) -> bool:
@@ -46,9 +59,7 @@ def fused_call(call: Call) -> bool:
         return isinstance(call.subject, TaskVector) and call.subject.rank_drop is None
     if call.method == "squares":
         return call.subject is None
-    return call.method in (
-        "abs_sums", "dots", "add_column_dots", "own_squares", "sign_total", "fisher_squares"
-    )  # fmt: skip
+    return call.method in _METHODS
 
 
 class FusedMath:
@@ -84,11 +95,10 @@ class FusedMath:
 
     def enqueue(self, rule: Rule, out: Operand) -> Callable[[], Applied]:
         """Enqueue what `apply` does; the returned function waits for it and reports."""
-        apply = enqueued(rule)
-        if apply is None:
-            report = self._else.apply(rule, out)
+        if not self._fuses(rule):
+            report = self._apply_on_host(rule, out)
             return lambda: report
-        reports = apply(self._memory, [rule], [out])
+        reports = self._enqueue([rule], [out])
         return lambda: reports()[0]
 
     def apply(self, rule: Rule, out: Operand) -> Applied:
@@ -97,12 +107,45 @@ class FusedMath:
 
     def apply_scaled(self, rules: Sequence[Rule], outs: Sequence[Operand]) -> list[Applied]:
         """See `ScalingMath`."""
-        apply = enqueued(rules[0])
-        assert apply is not None, f"no fused kernel applies {type(rules[0]).__name__}"
-        return apply(self._memory, rules, outs)()
+        return self._enqueue(rules, outs)()
+
+    def _fuses(self, rule: Rule) -> bool:
+        return fused_rule(rule) and (self._memory.block.row_length <= _LONGEST_ROW or not ranked(rule))
+
+    def _enqueue(self, rules: Sequence[Rule], outs: Sequence[Operand]) -> Callable[[], list[Applied]]:
+        enqueue = enqueued(rules[0])
+        assert enqueue is not None, f"no fused kernel applies {type(rules[0]).__name__}"
+        scratch = self._memory.scratch()
+        try:
+            counted = enqueue(self._memory, scratch, rules, outs)
+        except BaseException:
+            scratch.free()
+            raise
+
+        def wait() -> list[Applied]:
+            with scratch:
+                return counted.report(self._memory.fetch(counted.address, counted.n))
+
+        return wait
+
+    def _apply_on_host(self, rule: Rule, out: Operand) -> Applied:
+        """Merge by the fallback; where the operands' home is the device, the output is sent there."""
+        memory = self._memory
+        here = memory.residence.on_host()
+        if here is memory.block:
+            return self._else.apply(rule, out)
+        nbytes, end = operand_bytes(out, here.n), here.buffer.nbytes
+        room = np.zeros(end + -(-nbytes // 8) * 8, np.uint8)
+        room[:end] = here.buffer
+        report = self._fallback(replace(here, buffer=room)).apply(rule, Operand(end, out.dtype))
+        memory.launcher.send(room[end : end + nbytes], memory.residence.output(out))
+        memory.residence.written(out)
+        return report
 
     def sign_total(self, merge: TaskVectorMerge) -> int:
         """See `BlockMath`."""
+        if not self._fuses(merge):
+            return self._else.sign_total(merge)
         return signs_of(self._memory, merge)
 
     # --- ranks
@@ -136,11 +179,7 @@ class FusedMath:
             return memory.fetch(counts, runs)
 
     def largest(self, vectors: Sequence[TaskVector], ranks: Sequence[int]) -> list[Found]:
-        """Return the pattern of each vector's magnitude of a rank (from 1, descending), before its cut, in one wait.
-
-        Three passes count digits of 11, 10 and 10 bits, and narrow on the device. An element that is not finite ranks
-        above all others; then `highest` is above all patterns of finite numbers.
-        """
+        """See `SearchingMath`: three passes count digits of 11, 10 and 10 bits, and each narrows the search on the device."""
         memory, k = self._memory, len(vectors)
         assert memory.block.n <= _MOST_COUNTED, "a search counts in 32 bits"
         with memory.scratch() as scratch:
@@ -157,11 +196,12 @@ class FusedMath:
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
         """See `BlockMath`."""
-        memory, groups = self._memory, self._groups(BLOCK)
+        memory, groups, rule = self._memory, self._groups(BLOCK), TaskVectorMerge((vector,))
+        if not self._fuses(rule):
+            return self._else.abs_sums(vector)
         with memory.scratch() as scratch:
             if vector.rank_drop is not None:
                 counts, table = scratch.zeros(8), scratch.sent(memory.rows([vector]))
-                rule = TaskVectorMerge((vector,))
                 rows = enqueue_ranks(memory, scratch, rule, table, counts, divided=False)
                 name = "wide_abs_sums"
             else:

@@ -1,9 +1,9 @@
-"""Merge rules by fused kernels. Each is enqueued; what is returned waits and gives the reports, one for each output."""
+"""Merge rules by fused kernels. Each is enqueued; what it returns says where its counts lie, and how to read them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,8 +28,18 @@ from streammerge.backends.fused.tables import (
     weighted_rows,
 )
 
-Reports = Callable[[], list[Applied]]
-Enqueue = Callable[[DeviceMemory, Any, Sequence[Operand]], Reports]
+
+class Counted(NamedTuple):
+    """The counts of an enqueued merge."""
+
+    address: int
+    """Where they will lie."""
+    n: int
+    report: Callable[[Counts], list[Applied]]
+    """Function that returns the reports, one for each output."""
+
+
+Enqueue = Callable[[DeviceMemory, Scratch, Any, Sequence[Operand]], Counted]
 _F = TypeVar("_F", bound=Enqueue)
 _RULES: dict[type[Rule], Enqueue] = {}
 
@@ -47,58 +57,46 @@ def enqueued(rule: Rule) -> Enqueue | None:
     return _RULES.get(type(rule))
 
 
-def is_fused(rule: type[Rule]) -> bool:
-    """Return whether fused kernels apply rules of a class."""
-    return rule in _RULES
+def fused_rule(rule: Rule) -> bool:
+    """Return whether fused kernels apply a rule."""
+    return type(rule) in _RULES
 
 
 # --- weighted sums
 
 
 @_fuses(WeightedSum)
-def _weigh(memory: DeviceMemory, rules: Sequence[WeightedSum], outs: Sequence[Operand]) -> Reports:
+def _weigh(
+    memory: DeviceMemory, scratch: Scratch, rules: Sequence[WeightedSum], outs: Sequence[Operand]
+) -> Counted:
     (rule,), (out,), block = rules, outs, memory.block
     weights = list(zip(block.models, rule.weights, strict=True))
     if rule.base_weight and block.base is not None:
         weights.insert(0, (block.base, rule.base_weight))
     terms = [(memory.residence.address(operand), operand.dtype, weight) for operand, weight in weights]
-    scratch = memory.scratch()
     counts, target = scratch.zeros(8), memory.residence.output(out)
     table = scratch.sent(weighted_rows(terms))
     code, divisor = CODES[out.dtype], bits(rule.divisor)
     memory.over_elements("weighted_sum", table, len(terms), divisor, block.n, target, code, counts)
     memory.residence.written(out)
-    return _fetched(memory, scratch, counts, 1, lambda found: [Applied(int(found[0]), ())])
+    return Counted(counts, 1, lambda found: [Applied(int(found[0]), ())])
 
 
 @_fuses(CopyOf)
-def _copy(memory: DeviceMemory, rules: Sequence[CopyOf], outs: Sequence[Operand]) -> Reports:
+def _copy(
+    memory: DeviceMemory, scratch: Scratch, rules: Sequence[CopyOf], outs: Sequence[Operand]
+) -> Counted:
     weights = tuple(float(i == rules[0].model) for i in range(len(memory.block.models)))
-    return _weigh(memory, [WeightedSum(weights)], outs)
-
-
-def _fetched(
-    memory: DeviceMemory,
-    scratch: Scratch,
-    counts: int,
-    n: int,
-    report: Callable[[Counts], list[Applied]],
-) -> Reports:
-    """Return the function that waits for counters, gives the scratch memory back, and reports."""
-
-    def wait() -> list[Applied]:
-        with scratch:
-            return report(memory.fetch(counts, n))
-
-    return wait
+    return _weigh(memory, scratch, [WeightedSum(weights)], outs)
 
 
 # --- task vectors
 
 
 @_fuses(TaskVectorMerge)
-def _merge(memory: DeviceMemory, rules: Sequence[TaskVectorMerge], outs: Sequence[Operand]) -> Reports:
-    scratch = memory.scratch()
+def _merge(
+    memory: DeviceMemory, scratch: Scratch, rules: Sequence[TaskVectorMerge], outs: Sequence[Operand]
+) -> Counted:
     places = [memory.residence.output(out) for out in outs]
     counts = enqueue_merge(memory, scratch, rules, places, CODES[outs[0].dtype])
     for out in outs:
@@ -109,7 +107,7 @@ def _merge(memory: DeviceMemory, rules: Sequence[TaskVectorMerge], outs: Sequenc
         kept = tuple(int(n) for n in found[1 : 1 + k]) if removing(rules[0]) else ()
         return [Applied(int(bad), kept) for bad in found[1 + k :]]
 
-    return _fetched(memory, scratch, counts, 1 + k + len(outs), report)
+    return Counted(counts, 1 + k + len(outs), report)
 
 
 def enqueue_merge(
@@ -162,10 +160,11 @@ def signs_of(memory: DeviceMemory, rule: TaskVectorMerge) -> int:
 
 
 @_fuses(FisherMean)
-def _fisher(memory: DeviceMemory, rules: Sequence[FisherMean], outs: Sequence[Operand]) -> Reports:
+def _fisher(
+    memory: DeviceMemory, scratch: Scratch, rules: Sequence[FisherMean], outs: Sequence[Operand]
+) -> Counted:
     (rule,), (out,), block = rules, outs, memory.block
     k, vectors = len(block.models), rule.vectors
-    scratch = memory.scratch()
     models = [(memory.residence.address(operand), operand.dtype, 0.0) for operand in block.models]
     table = scratch.sent(memory.rows(vectors) if vectors else weighted_rows(models))
     fishers = [(memory.residence.address(operand), operand) for operand in block.fishers]
@@ -183,4 +182,4 @@ def _fisher(memory: DeviceMemory, rules: Sequence[FisherMean], outs: Sequence[Op
         kept = tuple(int(n) for n in found[2:]) if removing(rule) else ()
         return [Applied(int(found[0]), kept, int(found[1]))]
 
-    return _fetched(memory, scratch, counts, 2 + k, report)
+    return Counted(counts, 2 + k, report)

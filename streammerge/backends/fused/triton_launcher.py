@@ -6,6 +6,7 @@ The sources are compiled at their first launch (seconds, cached by Triton on the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class TritonLauncher:
     Parameters
     ----------
     device
-        ``cuda`` or ``cuda:N``; torch calls AMD's GPUs so too.
+        ``cuda`` or ``cuda:N``; torch calls AMD's GPUs so too. ``cpu`` is for Triton's interpreter.
     """
 
     def __init__(self, device: str) -> None:
@@ -86,5 +87,6 @@ class TritonLauncher:
 
         kernel.parameters(arguments)  # they fit
         known = self._kernels[kernel.name]
-        with torch.cuda.device(self._device):
+        on = nullcontext() if self._device == "cpu" else torch.cuda.device(self._device)
+        with on:
             known.function[grid](*arguments, **known.constants, num_warps=known.warps, **OPTIONS)

@@ -28,6 +28,7 @@ for number in gpu_bits.FEW:
     compare.blocks(gpu_bits.MIXES[number], 131, 0)
 compare.sizes()
 compare.codes()
+compare.on_the_way()
 found = {{"done": compare.done, "different": compare.different}}
 found["merges"] = gpu_merges.compare(gpu_merges.FEW, dtypes=(torch.bfloat16, torch.float32))
 found["noticed"] = {{name: len(gpu_teeth.differences(name, few=True)) for name in {PLANTED}}}
