@@ -5,6 +5,18 @@ no FMA contraction, one rounding at the end. Inputs and output are byte offsets 
 loop serves any number of models of any float dtype.
 """
 
+from typing import Any
+
 from streammerge.numerics.jit import njit
 
-__all__ = ["njit"]
+__all__ = ["loop", "njit"]
+
+
+def loop(**options: Any) -> Any:
+    """Compile a function that allocates nothing, without counts of references to arrays.
+
+    numba counts each slice, each row and each array that a function is called with, by atomic additions, which take as
+    long as a hundred elements. So a kernel allocates its buffers, and a loop that it calls does the work: whoever
+    calls holds the arrays meanwhile.
+    """
+    return njit(nogil=True, _nrt=False, **options)

@@ -27,6 +27,16 @@ def trailing_zeros(typing_context, bits):
 
 
 @intrinsic
+def ones(typing_context, bits):
+    """Return the number of bits of a uint64 that are set."""
+
+    def build(context, builder, signature, args):
+        return builder.ctpop(args[0])
+
+    return types.uint64(types.uint64), build
+
+
+@intrinsic
 def eight_at_most(typing_context, address, limit):
     """Compare the eight uint32 at an address with a limit; return one bit per number, set if it is <= the limit."""
 

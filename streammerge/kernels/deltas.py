@@ -141,7 +141,8 @@ def survivors(models, base, first, span, masks, base_out, deltas, kept):
 def _remove_outliers(element, n, cut, cut_key, out, buffers):
     """Zero the entries of `out` that the outliers' cut keeps; return how many were not zero before."""
     before, at_threshold = buffers.x, buffers.at_threshold
-    before[:n] = out[:n]
+    for i in range(n):
+        before[i] = out[i]
     threshold = np.uint32(cut[1])
     least = np.uint32(threshold + np.uint32(cut[0] != ALL))  # ties are settled below, or kept
     removed = np.uint32(0)

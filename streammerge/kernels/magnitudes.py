@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from streammerge.kernels import njit
+from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import (
     BLOCK,
     bits_from_f32,
@@ -15,19 +15,19 @@ from streammerge.kernels.deltas import LARGEST, MAGNITUDE, delta_block, scratch
 from streammerge.kernels.operands import BF16, F32, width_of
 
 
-@njit(nogil=True)
+@loop()
 def alone(model):
     """Return the fields of one model."""
     return model.half, model.full, model.offsets[0], model.codes[0]
 
 
-@njit(nogil=True)
+@loop()
 def only(mask):
     """Return the drop and the cuts of one task vector, and their keys."""
     return mask.drops[0], mask.drop_keys[0], mask.cuts[0], mask.cut_keys[0]
 
 
-@njit(nogil=True)
+@loop()
 def _bf16_keys(source, base, shift, n, lo, hi, keys):
     """Do the same as `_keys` for ``source - base``, given as patterns: of bf16, and of bf16 (`shift` 16) or fp32 (0)."""
     above, highest = np.uint32(0), np.uint32(0)
@@ -41,7 +41,7 @@ def _bf16_keys(source, base, shift, n, lo, hi, keys):
     return np.int64(above), highest
 
 
-@njit(nogil=True)
+@loop()
 def _keys(deltas, n, lo, hi, keys):
     """Write ``pattern - lo`` of magnitudes into `keys`; return the count above `hi`, and the highest."""
     above, highest = np.uint32(0), np.uint32(0)
@@ -70,13 +70,17 @@ def keys_in_window(model, base, span, mask, window, bins):
     bins    int32 (>=1,)  counts, added to
     ======  ============  ============================================
     """
+    b, out, keys = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
+    return _keys_in_window(model, base, span, mask, window, bins, b, out, keys, keys.ctypes.data, scratch())
+
+
+@loop()
+def _keys_in_window(model, base, span, mask, window, bins, b, out, keys, address, buffers):
     half, full, offset, code = alone(model)
     drop, drop_key, cut, cut_key = only(mask)
     base_half, base_full, base_offset, base_code = base
     element, n = span
     itemsize, base_itemsize = width_of(code), width_of(base_code)
-    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    keys = np.empty(BLOCK, np.uint32)
     plain = code == BF16 and drop[0] == 0 and drop[1] == 0
     lo, hi = np.uint32(window.low), np.uint32(window.high)
     width, s = np.uint32(hi - lo), np.uint32(window.shift)
@@ -111,13 +115,22 @@ def keys_in_window(model, base, span, mask, window, bins):
             above_here, highest_here = _keys(out, m, lo, hi, keys)
         above += above_here
         highest = max(highest, highest_here)
-        keys[m : (m + 7) & ~7] = np.uint32(0xFFFFFFFF)
-        for eight in range(0, m, 8):  # a narrow window has few hits
-            inside = eight_at_most(keys.ctypes.data + 4 * eight, width)
-            while inside != 0:
-                bins[keys[eight + np.int64(trailing_zeros(inside))] >> s] += 1
-                inside &= inside - np.uint64(1)
+        for i in range(m, (m + 63) & ~63):
+            keys[i] = np.uint32(0xFFFFFFFF)
+        _count_inside(keys, address, m, width, s, bins)
     return above, highest
+
+
+@loop()
+def _count_inside(keys, address, m, width, shift, bins):
+    """Count the keys up to `width` in bins; a window has few, so a loop over the bits of 64 comparisons finds them."""
+    for first in range(0, m, 64):
+        inside = np.uint64(0)
+        for eight in range(0, 64, 8):
+            inside |= eight_at_most(address + 4 * (first + eight), width) << np.uint64(eight)
+        while inside != 0:
+            bins[keys[first + np.int64(trailing_zeros(inside))] >> shift] += 1
+            inside &= inside - np.uint64(1)
 
 
 @njit(nogil=True)
@@ -134,13 +147,17 @@ def abs_sums(model, base, span, mask, partials):
     partials  float64 (n / 4096 up)  written
     ========  =====================  ============================================
     """
+    b, out = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    _abs_sums(model, base, span, mask, partials, b, out, np.empty(8, np.float64), scratch())
+
+
+@loop()
+def _abs_sums(model, base, span, mask, partials, b, out, lanes, buffers):
     half, full, offset, code = alone(model)
     drop, drop_key, cut, cut_key = only(mask)
     base_half, base_full, base_offset, base_code = base
     element, n = span
     itemsize, base_itemsize = width_of(code), width_of(base_code)
-    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    lanes = np.empty(8, np.float64)
     for part in range((n + 4095) // 4096):
         lanes[:] = 0.0
         stop = min(n, (part + 1) * 4096)
@@ -164,13 +181,42 @@ def abs_sums(model, base, span, mask, partials):
             )
             for i in range(m, (m + 7) & ~7):
                 out[i] = np.float32(0)
-            for i in range(0, m, 8):
-                for j in range(8):
-                    size = abs(out[i + j])
-                    lanes[j] += np.float64(size) if size <= LARGEST else 0.0  # without NaN and infinity
+            _add_sizes(out, m, lanes)
         partials[part] = ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + (
             (lanes[4] + lanes[5]) + (lanes[6] + lanes[7])
         )
+
+
+@loop()
+def _add_sizes(values, n, lanes):
+    """Add the magnitudes of the values to eight lanes, in turn; those of NaN and infinity count as 0."""
+    l0, l1, l2, l3, l4, l5, l6, l7 = (
+        lanes[0],
+        lanes[1],
+        lanes[2],
+        lanes[3],
+        lanes[4],
+        lanes[5],
+        lanes[6],
+        lanes[7],
+    )
+    for i in range(0, n, 8):
+        l0 += _size(values[i])
+        l1 += _size(values[i + 1])
+        l2 += _size(values[i + 2])
+        l3 += _size(values[i + 3])
+        l4 += _size(values[i + 4])
+        l5 += _size(values[i + 5])
+        l6 += _size(values[i + 6])
+        l7 += _size(values[i + 7])
+    lanes[0], lanes[1], lanes[2], lanes[3] = l0, l1, l2, l3
+    lanes[4], lanes[5], lanes[6], lanes[7] = l4, l5, l6, l7
+
+
+@loop()
+def _size(value):
+    size = abs(value)
+    return np.float64(size) if size <= LARGEST else 0.0
 
 
 @njit(nogil=True)
@@ -187,12 +233,17 @@ def ties_per_run(model, base, span, mask, key, size, counts):
     counts  int64 (n / size up)  added to
     ======  ===================  ============================================
     """
+    b, out = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    _ties_per_run(model, base, span, mask, key, size, counts, b, out, scratch())
+
+
+@loop()
+def _ties_per_run(model, base, span, mask, key, size, counts, b, out, buffers):
     half, full, offset, code = alone(model)
     drop, drop_key, cut, cut_key = only(mask)
     base_half, base_full, base_offset, base_code = base
     element, n = span
     itemsize, base_itemsize = width_of(code), width_of(base_code)
-    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
     for start in range(0, n, BLOCK):
         m = min(BLOCK, n - start)
         widen_at(base_half, base_full, base_offset + start * base_itemsize, base_code, m, b)
