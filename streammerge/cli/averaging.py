@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from streammerge.cli.launching import not_shared
 from streammerge.cli.merging import run, show_plan
 from streammerge.cli.options import (
     MESSAGES,
@@ -65,6 +66,7 @@ _PLANNED = ("memory", "threads", "device", "shard_size")
 @option("--plan", "only_plan", is_flag=True, group=MESSAGES, help="Show what would be done; write nothing.")
 @resource_options
 @writing_options
+@not_shared("`streammerge merge` takes it, with a config that has the key `checkpoints`")
 @quiet_option
 @json_events_option
 def average(

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from streammerge.cli.mergekit_options import translate
+from streammerge.cli.options import Decorator, option, together
 from streammerge.cli.process import BEGAN, stop_on_signals
 from streammerge.launch.base import PARENT
 
@@ -19,6 +20,17 @@ _OWN = ("on", "units_from_stdin", "join", "quiet", "as_json", "config", "out")
 _NOT_SHARED = {"profile": "--profile", "report": "--report"}
 _PLANNED = ("memory", "threads", "device", "shard_size", "seed", "methods", "max_reads")
 _PR_SET_PDEATHSIG = 1
+
+
+def not_shared(reason: str) -> Decorator:
+    """Return what lets a command refuse ``--join`` and ``--on`` with a sentence that has the cure."""
+
+    def refuse(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+        if value:
+            raise click.UsageError(f"{parameter.opts[0]}: {reason}", ctx)
+
+    hidden: dict[str, Any] = {"hidden": True, "expose_value": False, "callback": refuse}
+    return together(option("--join", is_flag=True, **hidden), option("--on", **hidden))
 
 
 def command_of(ctx: click.Context) -> list[str]:

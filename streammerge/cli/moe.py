@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from streammerge.cli.launching import not_shared
 from streammerge.cli.mergekit_options import mergekit_options, translate
 from streammerge.cli.merging import run, show_plan
 from streammerge.cli.options import (
@@ -65,6 +66,7 @@ _moe_options = together(
     help="Seed of random gates and noise  [default: the config's, else 0]",
 )
 @writing_options
+@not_shared("`streammerge merge CONFIG OUT` makes the same mixture and takes it")
 @quiet_option
 @json_events_option
 @mergekit_options

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from streammerge.cli.launching import not_shared
 from streammerge.cli.options import (
     OUTPUT,
     SCORES,
@@ -80,6 +81,9 @@ class _Keep(click.ParamType):
 @planning_options
 @max_reads_option
 @output_options
+@not_shared(
+    "a sweep makes all points from one read, in one process: share a single point by `merge --join`, with its values in the config"
+)
 @quiet_option
 @json_events_option
 def sweep(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, **options: Any) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread may be forked
+
+import numpy as np
+from safetensors.numpy import save_file
 
 import streammerge.api
 from streammerge.backends.cpu.compile import compile_kernels
@@ -75,21 +79,44 @@ def every_method(of: Maker) -> None:
         if method not in {name for name, _ in cases.values()} or _at_model_scope(parameters):
             cases[f"{number}"] = (method, parameters)
     of.write(cases)
-    scenes = [Scene(of.directory, of.config(name), name) for name in cases]
+    _share({str(case): Scene(of.directory, of.config(name), name) for name, case in cases.items()})
+
+
+@scene
+def every_kind(of: Maker) -> None:
+    """Two or three processes give the bytes of one, whatever the inputs and outputs are."""
+    from tests.laws.joined.kinds import written
+
+    _use(1 << 26)
+
+    def write() -> None:
+        (of.directory / "kinds.json").write_text(json.dumps(written(of.directory / "models")))
+
+    (of.directory / "models").mkdir()
+    assert wait(fork(write)) == 0
+    configs = json.loads((of.directory / "kinds.json").read_text())
+    scenes = {name: Scene(of.directory, config, name) for name, config in configs.items()}
+    _share(scenes, least=1, shard_size=4000)
+    few = [name for name, one in scenes.items() if len(list(one.out.rglob("*.safetensors"))) < 3]
+    assert not few, f"there is nothing to share out: {few}"
+
+
+def _share(scenes: Mapping[str, Scene], least: int = 0, **options: Any) -> None:
+    """Have one, two or three processes, but more than `least`, do each merge; compare with what one process gives alone."""
 
     def take_part(worker: int) -> None:
-        for number, one in enumerate(scenes):
-            if worker <= number % 3:
-                one.merge(join=True)
+        for number, one in enumerate(scenes.values()):
+            if worker <= max(least, number % 3):
+                one.merge(join=True, **options)
 
     def alone() -> None:
-        for one in scenes:
-            one.merge(one.alone)
+        for one in scenes.values():
+            one.merge(one.alone, **options)
 
     codes = [wait(number, 300) for number in [fork(alone), *(fork(partial(take_part, i)) for i in range(3))]]
     assert codes == [0] * 4
-    for one, case in zip(scenes, cases.values(), strict=True):
-        assert contents(one.out) == contents(one.alone), case
+    for name, one in scenes.items():
+        assert contents(one.out) == contents(one.alone), name
 
 
 def _at_model_scope(parameters: dict[str, Any]) -> bool:
@@ -322,7 +349,17 @@ def prepare() -> None:
         setattr(os, name, lambda descriptor: None)  # nothing here cuts the power
     _use(1 << 17)  # so small that the work is cut to pieces
     compile_kernels()
-    load_builtin()  # so that no fork does it again
+    # So that no fork does it again: methods, and the modules that the first merge imports.
+    load_builtin()
+    with tempfile.TemporaryDirectory() as place:
+        for name in "ab":
+            (Path(place) / name).mkdir()
+            save_file({"w": np.zeros(8, np.float32)}, Path(place) / name / "model.safetensors")
+            (Path(place) / name / "config.json").write_text("{}")
+        models = [str(Path(place) / name) for name in "ab"]
+        config = {"merge_method": "linear", "models": models}
+        streammerge.api.merge(config, Path(place) / "out", join=True, on_event=quietly)
+    assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads is not forked"
 
 
 def command() -> None:

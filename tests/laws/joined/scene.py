@@ -40,11 +40,11 @@ class Scene:
     Parameters
     ----------
     config
-        A config as a mapping.
+        A config as a mapping, or its text.
     """
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], name: str = "out") -> None:
-        self.directory, self.config = directory, dict(config)
+    def __init__(self, directory: Path, config: Mapping[str, Any] | str, name: str = "out") -> None:
+        self.directory, self.config = directory, config if isinstance(config, str) else dict(config)
         self.out = directory / name
         self.alone = directory / f"{name}-alone"
         self._expected: dict[str, bytes] = {}

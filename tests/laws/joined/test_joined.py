@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from streammerge.api import merge
+from streammerge.cli.entry import cli
 from streammerge.errors import InputError
 from tests.conftest import config_for, write_model
 
 SCENES = (
     "every_method",
+    "every_kind",
     "claims_that_exclude_nobody",
     "kills",
     "kills_in_the_passes",
@@ -51,16 +54,42 @@ def test_no_scene_is_left_out(ended: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "name", "words"),
+    ("options", "name", "more", "words"),
     [
-        ({"overwrite": True}, "out", "would discard what the others have done"),
-        ({}, "out.safetensors", "one file is one shard"),
+        ({"overwrite": True}, "out", {}, "would discard what the others have done"),
+        ({}, "out.safetensors", {}, "one file is one shard"),
+        ({}, "out", {"output": "lora", "rank": 1}, "an adapter is one file: leave the option out"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_written(
-    options: dict[str, Any], name: str, words: str, tmp_path: Path
+    options: dict[str, Any], name: str, more: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    paths = [write_model(tmp_path / place, {"w": torch.ones(8)}) for place in ("base", "a")]
+    paths = [
+        write_model(tmp_path / place, {"layers.0.q.weight": torch.ones(8, 8)}) for place in ("base", "a")
+    ]
     with pytest.raises(InputError, match=words):
-        merge(config_for("linear", paths), tmp_path / name, join=True, progress=False, **options)
+        merge(
+            {**config_for("task_arithmetic", paths), **more},
+            tmp_path / name,
+            join=True,
+            progress=False,
+            **options,
+        )
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["sweep", "c.yml", "out", "--join"], "--join: a sweep makes all points from one read"),
+        (
+            ["moe", "c.yml", "out", "--on", "processes:2"],
+            "--on: `streammerge merge CONFIG OUT` makes the same",
+        ),
+        (["average", "runs", "out", "--join"], "--join: `streammerge merge` takes it, with a config"),
+    ],
+)
+def test_commands_that_share_nothing_say_what_does(command: list[str], words: str) -> None:
+    found = CliRunner().invoke(cli, command)
+    assert found.exit_code == 2
+    assert words in found.output
