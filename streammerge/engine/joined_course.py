@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
 from streammerge.engine.shared_rounds import SharedRounds
 from streammerge.engine.sharing import Sharing, check_failure
@@ -17,6 +17,10 @@ from streammerge.planning.job import Job
 from streammerge.planning.schedule import Interval, Step, steps
 
 _WAIT_SECONDS = 0.25
+_OWN_SECONDS = 0.05
+"""Seconds between two looks at whether a shard of this process is recorded."""
+_LAST = 2
+"""Shards that nobody has taken, for each process, at which a process takes one only if it has nothing in hand."""
 
 
 class JoinedCourse:
@@ -30,6 +34,8 @@ class JoinedCourse:
         The token of this process.
     taking
         Decides which units this process does.
+    finished
+        The numbers of the shards that this process has finished.
     on_done
         Called with the numbers of the shards that are recorded so far, by anyone.
     on_wait
@@ -45,12 +51,17 @@ class JoinedCourse:
         writer: OwnShards,
         token: str,
         taking: Taking,
+        finished: Set[int],
         on_done: Callable[[set[int]], None],
         on_wait: Callable[[], None],
         counts_alone: bool = False,
     ) -> None:
         self._plan, self._ledger, self._writer, self._stop = worker.plan, ledger, writer, worker.stop
         self._taking, self._counts_alone = taking, counts_alone
+        self._finished, self._due = finished, worker.due
+        self._taken: set[int] = set()
+        self._chunks = 0
+        """Number of chunks of the shards that this process has taken."""
         self._rounds = SharedRounds(worker, Sharing(ledger, token, worker.stop, taking, on_wait))
         shards = self._plan.layout.shards
         self._numbers = {shard_unit(number): number for number in range(len(shards))}
@@ -73,34 +84,60 @@ class JoinedCourse:
                 continue
             jobs = self._jobs_of(number)
             self._rounds.give(jobs)
-            yield from steps(jobs, [plan.work[job.ordinal] for job in jobs], plan.budget, {})
+            for step in steps(jobs, [plan.work[job.ordinal] for job in jobs], plan.budget, {}):
+                self._chunks += 1
+                yield step
 
     def _jobs_of(self, number: int) -> list[Job]:
         return [self._plan.jobs[ordinal] for ordinal in self._plan.order_in(number)]
 
     def _claimed(self) -> Iterator[int | None]:
         """Yield the shards that this process has claimed; None if all are done or claimed by others."""
-        mine: set[str] = set()
         while not self._stop.is_set():
             check_failure(self._ledger)
             done = self._ledger.done()
             self._on_done({self._numbers[unit] for unit in done & self._numbers.keys()})
-            if self._numbers.keys() <= done | mine:
+            left = [
+                unit for unit in self._order if unit not in done and self._numbers[unit] not in self._taken
+            ]
+            if not left:
                 return  # what is still in hand here is recorded when its last chunk has been written
-            left = [one for one in self._order if one not in done | mine]
+            most = self._most(len(left))
+            if self._in_hand > most:
+                while self._in_hand > most and not self._stop.wait(_OWN_SECONDS):
+                    self._due.set()
+                    yield None
+                continue
             unit = self._taking.take(self._ledger, left)
             if unit is None:
                 if self._ledger.about() is None:
                     raise Gone("all")  # a different process has ended the merge
                 yield from self._wait()
                 continue
-            mine.add(unit)
+            self._taken.add(self._numbers[unit])
             self._writer.begin(self._numbers[unit])
             if (
                 self._ledger.about() is None
             ):  # it ended while this process slept: leave nothing in a finished output
                 raise Gone(unit)
             yield self._numbers[unit]
+
+    @property
+    def _in_hand(self) -> int:
+        """Number of shards that this process has taken and not finished."""
+        return len(self._taken - self._finished)
+
+    def _most(self, left: int) -> int:
+        """Return the most shards that this process may have in hand when it takes one more of those that are left.
+
+        They keep its threads busy while the last one drains, and no more: what it has taken, nobody else can do. The last
+        shards are for those that have nothing to do.
+        """
+        processes = self._ledger.workers()
+        if processes > 1 and left <= _LAST * processes:
+            return 0
+        each = max(1, self._chunks // max(1, len(self._taken)))
+        return -(-(self._plan.budget.threads + 1) // each)
 
     def _wait(self) -> Iterator[None]:
         left = poll_seconds()

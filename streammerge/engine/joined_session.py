@@ -100,7 +100,14 @@ class JoinedSession(Session):
     def _make_course(self) -> JoinedCourse:
         ledger, worker = self._entered.ledger, self._entered.heartbeat.worker
         return JoinedCourse(
-            self.worker, ledger, self._shards, worker, self._taking, self._note_done, self._control.check
+            self.worker,
+            ledger,
+            self._shards,
+            worker,
+            self._taking,
+            self._own.finished,
+            self._note_done,
+            self._control.check,
         )
 
     def _left_alone(self) -> Sequence[Receipt]:

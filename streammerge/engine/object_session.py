@@ -87,6 +87,7 @@ class ObjectSession(JoinedSession):
             self._shards,
             here.heartbeat.worker,
             self._taking,
+            self._own.finished,
             self._note_done,
             self._control.check,
             counts_alone=not self._options.join,

@@ -152,6 +152,7 @@ class Scheduler:
                     self._streaming.shutdown(wait=True, cancel_futures=True)
         finally:
             self._finished.set()
+            self._worker.due.set()
             syncer.join()
         if self._failure is not None:
             raise self._failure
@@ -239,7 +240,9 @@ class Scheduler:
 
     def _sync_loop(self) -> None:
         while True:
-            last = self._finished.wait(_SYNC_SECONDS)
+            self._worker.due.wait(_SYNC_SECONDS)
+            self._worker.due.clear()
+            last = self._finished.is_set()
             with self._lock:
                 batch, self._unsynced = self._unsynced, []
             try:

@@ -71,6 +71,8 @@ class Worker:
         self.keys = spec.identity.keys
         self.reader, self.writer = reader, writer
         self.stop = stop or threading.Event()
+        self.due = threading.Event()
+        """Set it to have what is written made durable now, rather than within a second."""
         self.stages = Stages()
         self.answers: dict[int, Answers] = {}
         """Known values of each job's whole-model and streamed statistics, by ordinal, round by round."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from streammerge.output.heartbeat import is_heard_of, signs_of, stale_seconds
 from streammerge.output.journal import line_of, parse_line
-from streammerge.output.place import RUN
+from streammerge.output.place import RUN, WORKERS
 from streammerge.output.volume import Volume
 
 CLAIM, DONE = ".claim", ".done"
@@ -122,6 +122,10 @@ class SharedLedger:
     def done(self) -> set[str]:
         """Return the units that are recorded."""
         return self._units(DONE)
+
+    def workers(self) -> int:
+        """Return the number of processes that have begun and not taken leave; some may have died."""
+        return len(self._volume.names(WORKERS))
 
     def claimed(self) -> dict[str, str]:
         """Return the token of the process that claims each unit which is not done."""

@@ -50,13 +50,6 @@ def connect(needs: Needs, tell: Callable[[Mapping[str, Any]], None]) -> Iterator
                 "message": "RAY_ADDRESS is not set: Ray is started here, for this merge alone",
             }
         )
-    elif os.environ.get("RAY_AUTH_MODE") != "token" and not address.startswith(_LOOPBACK):
-        tell(
-            {
-                "event": "warning",
-                "message": "this Ray cluster asks for no token (RAY_AUTH_MODE=token): who reaches its ports can run code on all nodes",
-            }
-        )
     try:
         ray.init(**how)
     except AuthenticationError:
@@ -70,6 +63,9 @@ def connect(needs: Needs, tell: Callable[[Mapping[str, Any]], None]) -> Iterator
         raise InputError(f"{printable(told, 400)}: install the same versions here and on all nodes") from None
     except (ConnectionError, RayError, ValueError, OSError) as error:
         raise WorldError(_unreachable(address, error)) from None
+    if os.environ.get("RAY_AUTH_MODE") != "token" and not address.startswith(_LOOPBACK):  # Ray sets it too
+        message = "this Ray cluster asks for no token: who reaches its ports can run code on all its nodes; see RAY_AUTH_MODE in the docs"
+        tell({"event": "warning", "message": message})
     try:
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
