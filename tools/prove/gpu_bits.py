@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -27,14 +28,16 @@ from gpu_recipes import calls_of, decoded, rules_of
 from gpu_values import FEW, INFINITE, MIXES, Mix, block_of
 
 from streammerge.algebra.block import Block, Operand, operand_bytes
+from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import Rule, SelectedMerge, TaskVectorMerge, WeightedSum
 from streammerge.algebra.task_vectors import RankDrop, TaskVector
 from streammerge.backends.cpu.math import KernelMath
-from streammerge.backends.fused import math
+from streammerge.backends.fused import math, triton_launcher
 from streammerge.backends.fused.copied import Copied
 from streammerge.backends.fused.interpreter import Interpreter
 from streammerge.backends.fused.math import FusedMath
 from streammerge.backends.fused.triton_launcher import TritonLauncher
+from streammerge.backends.torch import backend as torch_backend
 from streammerge.numerics.philox import threshold
 
 # --- the comparison
@@ -154,6 +157,21 @@ class Comparison:
         self.rule("memory of torch", block, out, WeightedSum((0.3, 0.4, 0.7), 1.4))
         self.call("counts in memory of torch", block, lambda one: one.ties(TaskVector(1), 0, 50))
         self.launcher = own
+        with (
+            patch.object(triton_launcher, "why_not_amd", lambda: None),
+            patch.object(torch_backend, "share_of_memory", lambda device: 1 << 30),
+        ):
+            amd = torch_backend.CUDA.math(replace(block, buffer=block.buffer.copy()), "cpu", Extent.ELEMENT)
+        self._same("AMD's way", isinstance(amd, FusedMath))
+        for name, call in (
+            ("counts", lambda one: one.ties(TaskVector(1), 0, 50)),
+            ("no kernel", lambda one: one.touches((TaskVector(0), TaskVector(1)), 1e-3)),
+        ):
+            self.call(
+                f"AMD's way: {name}",
+                block,
+                lambda one, call=call: call(one if isinstance(one, KernelMath) else amd),
+            )
 
     def codes(self) -> None:
         """Compare quantised decoding with the functions of `numerics`."""

@@ -1,4 +1,4 @@
-"""A launcher by Triton at run time, where Triton and a torch build for the GPU are installed: AMD, or any GPU without PTX.
+"""A launcher by Triton at run time, for AMD's GPUs, where Triton and a torch built for them are installed.
 
 The sources are compiled at their first launch (seconds, cached by Triton on the disk), without contraction.
 """
@@ -7,28 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.backends.fused.launcher import KernelSpec
+from streammerge.backends.fused.specs import kernel_specs
 
 OPTIONS = {"enable_fp_fusion": False}
 """Options of every kernel: a product is rounded before it is added."""
 
 
-def can_compile() -> str | None:
-    """Return why Triton cannot compile for a GPU here, or None if it can."""
+@cache
+def why_not_amd() -> str | None:
+    """Return why Triton does not compile for an AMD GPU here, in a few words; None if it does. It is tried once."""
     try:
         import torch
-        import triton
-    except ImportError as error:
-        return f"{error.name} is not installed"
-    if not torch.cuda.is_available():
-        return "torch finds no GPU"
-    backend = triton.runtime.driver.active.get_current_target().backend
-    return None if backend in ("cuda", "hip") else f"Triton compiles for {backend}"
+
+        if not torch.version.hip:
+            return "this is no torch for AMD"
+        import triton  # noqa: F401
+
+        launcher, spec = TritonLauncher("cuda"), kernel_specs()["square_sums"]
+        address = launcher.allocate(64)
+        launcher.clear(address, 64)
+        launcher.launch(spec, (1, 1), [address, 2, 1, address + 8, address + 16])
+        launcher.fetch(address, np.empty(8, np.int64))
+    except Exception as error:  # no compiler, no driver, a version of Triton that knows other words
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
 
 
 class TritonLauncher:

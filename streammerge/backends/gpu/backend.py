@@ -14,6 +14,7 @@ from streammerge.algebra.rules import Rule
 from streammerge.backends.cpu.backend import CPU
 from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.fused.launcher import Launcher, Residence
+from streammerge.backends.fused.triton_launcher import why_not_amd
 from streammerge.backends.gpu import core_driver, torch_driver
 from streammerge.backends.gpu.driver import Driver
 from streammerge.backends.gpu.lane import Lane, Sizes
@@ -23,6 +24,7 @@ EAGER = (
     "no library here loads kernels on a GPU, so torch merges there in many small steps, with the same bits but slower: "
     "pip install 'streammerge[gpu]'"
 )
+FOR_AMD = "Triton compiles the kernels for this GPU when they are first used, which takes some seconds each"
 _CONTEXT = 512 << 20
 """Resident bytes of a CUDA context."""
 
@@ -76,7 +78,9 @@ def fuses(rule: Rule, calls: Sequence[Call]) -> bool:
 
 def lacks() -> str | None:
     """Return what the user is told if nothing here can load the kernels."""
-    return None if loader() else EAGER
+    if loader():
+        return None
+    return FOR_AMD if why_not_amd() is None else EAGER
 
 
 FUSED = replace(

@@ -51,7 +51,15 @@ def _gpu_workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
     return 72 * tensor.row_length if sees == Extent.ROW else 0
 
 
+_FUSED_SHARE = 6
+"""Times its inputs that a block needs of a GPU's memory for fused kernels: the inputs, the output, surviving entries."""
+
+
 def _gpu_math(block: Block, device: str, sees: Extent) -> BlockMath:
+    from streammerge.backends.fused.copied import Copied
+    from streammerge.backends.fused.math import FusedMath
+    from streammerge.backends.fused.tables import CODES
+    from streammerge.backends.fused.triton_launcher import TritonLauncher, why_not_amd
     from streammerge.backends.torch.device_block import DeviceHooks
     from streammerge.backends.torch.math import TorchMath
 
@@ -61,7 +69,12 @@ def _gpu_math(block: Block, device: str, sees: Extent) -> BlockMath:
     keep = nbytes <= share // 2
     hooks = DeviceHooks(synchronize, free_unused)
     size = device_block(share - nbytes if keep else share, len(inputs))
-    return TorchMath(block, device, 0 if sees == Extent.TENSOR else size, keep=keep, hooks=hooks)
+    eager = TorchMath(block, device, 0 if sees == Extent.TENSOR else size, keep=keep, hooks=hooks)
+    narrow = all(operand.dtype in CODES for operand in inputs)
+    if narrow and nbytes * _FUSED_SHARE <= share and why_not_amd() is None:
+        launcher = TritonLauncher(device)
+        return FusedMath(block, launcher, Copied(block, launcher), lambda own: eager)
+    return eager
 
 
 TORCH = Backend("torch", reserve=400 << 20, workspace=_workspace, math=_math)
