@@ -30,7 +30,7 @@ from streammerge.numerics.finite import Tally, is_bad, steps
 from streammerge.planning.job import Job
 from streammerge.planning.plan import MergePlan
 from streammerge.tensors.difference import read_factors
-from streammerge.tensors.encoders.low_rank import LowRank
+from streammerge.tensors.encoders.low_rank import NORM, RANK, RESIDUAL, LowRank
 from streammerge.tensors.read import read_elements
 
 
@@ -44,6 +44,24 @@ def factors_of(worker: Worker, job: Job, buffer: Bytes) -> list[Bytes]:
     """
     form = job.encoder
     assert isinstance(form, LowRank)
+    if form.experts == 1:
+        return _factors_of_matrix(worker, job, form, buffer, 0)
+    stacked_a = np.empty((form.experts, form.parts[0].nbytes // form.experts), np.uint8)
+    width = form.parts[1].nbytes // (form.outputs * form.rank * form.experts)
+    stacked_b = np.empty((form.outputs, form.rank, form.experts), f"V{width}")
+    total = np.zeros(form.parts[2].shape)
+    for expert in range(form.experts):
+        a, b, figures = _factors_of_matrix(worker, job, form, buffer, expert)
+        stacked_a[expert] = a
+        stacked_b[..., expert] = b.view(stacked_b.dtype).reshape(form.outputs, form.rank)
+        own = figures.view(np.float64)
+        total[RANK] = max(total[RANK], own[RANK])
+        total[[NORM, RESIDUAL]] = np.hypot(total[[NORM, RESIDUAL]], own[[NORM, RESIDUAL]])
+    return [stacked_a.reshape(-1), stacked_b.reshape(-1).view(np.uint8), total.view(np.uint8)]
+
+
+def _factors_of_matrix(worker: Worker, job: Job, form: LowRank, buffer: Bytes, expert: int) -> list[Bytes]:
+    """Return A, B and the figures of the matrix, or of that of one expert."""
     ref, room = job.sources[0], Scratch(buffer)
     rows: Rows
     with worker.stages.time("compute"):
@@ -52,7 +70,7 @@ def factors_of(worker: Worker, job: Job, buffer: Bytes) -> list[Bytes]:
             rows, found = product, decompose_product(product.left, product.right, form.computed)
         else:
             assert isinstance(ref, DifferenceRef)
-            rows, found = _decomposed(worker, job, ref, form, room)
+            rows, found = _decomposed(worker, job, ref, form, room, expert)
         if not math.isfinite(found.square_sum):
             raise _not_finite(worker.reader, job)
         rank = rank_of(found, form)
@@ -63,10 +81,10 @@ def factors_of(worker: Worker, job: Job, buffer: Bytes) -> list[Bytes]:
                 f"tensor {printable(job.name)}: its factors overflow {form.dtype}: use `dtype: float32`"
             )
         missed = _missed(rows, _product_of(a, b, stored, form), room)
-        figures = np.zeros(form.parts[2].shape)
+        figures = np.zeros(3 + form.rank)
         figures[:3] = stored, math.sqrt(found.square_sum), missed
         figures[3 : 3 + rank] = found.values[:rank]
-    sizes = [part.nbytes for part in form.parts]
+    sizes = [part.nbytes // form.experts for part in form.parts[:2]] + [figures.nbytes]
     return [_padded(part, n) for part, n in zip((a, b, figures.view(np.uint8)), sizes, strict=True)]
 
 
@@ -113,11 +131,11 @@ def rank_of(found: Decomposition, form: LowRank) -> int:
 
 
 def _decomposed(
-    worker: Worker, job: Job, ref: DifferenceRef, form: LowRank, room: Scratch
+    worker: Worker, job: Job, ref: DifferenceRef, form: LowRank, room: Scratch, expert: int
 ) -> tuple[Rows, Decomposition]:
     """Return the change as a matrix whose rows can be read, and its decomposition."""
     scratch = room.take((ref.scratch_bytes,), np.dtype(np.uint8))
-    rows: Rows = _Read(worker, ref, form.matrix, scratch)
+    rows: Rows = _Read(worker, ref, form.matrix, scratch, expert)
     held = (worker.plan.work[job.ordinal].at_once or 0) // max(1, form.matrix[1])
     if held >= form.matrix[0]:
         rows = hold(rows, _taker(room), form.matrix[0] if ref.is_whole else None)
@@ -141,8 +159,11 @@ class _Taker:
 class _Read:
     """The difference of two tensors as a matrix whose rows are read as they are needed."""
 
-    def __init__(self, worker: Worker, ref: DifferenceRef, shape: tuple[int, int], scratch: Bytes) -> None:
+    def __init__(
+        self, worker: Worker, ref: DifferenceRef, shape: tuple[int, int], scratch: Bytes, expert: int
+    ) -> None:
         self._worker, self._ref, self._scratch, self.shape = worker, ref, scratch, shape
+        self._start = expert * shape[0] * shape[1]
 
     def read(self, first: int, last: int, out: Matrix) -> None:
         """See `Rows`; raises Stopped if the merge is stopped, since a large matrix takes long."""
@@ -150,7 +171,8 @@ class _Read:
             raise Stopped(signal.SIGTERM)
         n = self.shape[1]
         target = out.reshape(-1).view(np.uint8)
-        self._ref.read(self._worker.reader, first * n, last * n, target, Scratch(self._scratch))
+        first, last = (self._start + row * n for row in (first, last))
+        self._ref.read(self._worker.reader, first, last, target, Scratch(self._scratch))
 
 
 class _Product:

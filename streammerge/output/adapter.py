@@ -34,10 +34,9 @@ from streammerge.output.place import CONFIG_COPY, Place
 from streammerge.output.shards import ShardWriter
 from streammerge.planning.layout import header_of, place_in_file
 from streammerge.planning.low_rank.adapter import PREFIX, AdapterPlan, FactoredModule, SavedTensor
-from streammerge.planning.low_rank.sorting import is_expert
 from streammerge.planning.plan import MergePlan
 from streammerge.tensors.encoders.base import Stored
-from streammerge.tensors.encoders.low_rank import NORM, RANK, RESIDUAL
+from streammerge.tensors.encoders.low_rank import NORM, RANK, RESIDUAL, LowRank
 from streammerge.tensors.read import read_elements
 
 _STEP = 1 << 20
@@ -163,9 +162,7 @@ class _Cut:
         self._adapter: AdapterPlan = plan.adapter
         self.residuals: list[Residual] = []
         self.entries: list[_Entry] = []
-        self._experts = any(
-            is_expert(one.name) and self._figures(one)[RANK] for one in self._adapter.factored
-        )
+        self._experts = any(one.of_experts and self._figures(one)[RANK] for one in self._adapter.factored)
         biases: set[bool] = set()
         for module in self._adapter.factored:
             wrapped = self._take(module)
@@ -190,8 +187,10 @@ class _Cut:
         part, _, _ = self._plan.jobs[module.job].parts
         figures = self._figures(module)
         rank, norm, missed = int(figures[RANK]), float(figures[NORM]), float(figures[RESIDUAL])
-        if not rank and self._experts and is_expert(module.name):
-            rank = part.shape[0]  # zeros: PEFT fuses experts, and needs the factors of all
+        if not rank and self._experts and module.of_experts:
+            form = self._plan.jobs[module.job].encoder
+            assert isinstance(form, LowRank)
+            rank = form.rank  # zeros: PEFT fuses experts, and needs the factors of all
         if not rank:
             return False
         for (name, shape), slot in zip(module.factors(rank), (of_a, of_b), strict=True):

@@ -26,7 +26,7 @@ _ONE_BY_ONE = {
     "up_proj": (("up_proj",), ("fc1",)),
 }
 """Names of the parts of a fused parameter where experts are stored one by one, in the order of its rows."""
-_IN_ORDER = (
+IN_ORDER = (
     "gate_up_proj",
     "gate_up_proj_bias",
     "up_proj",
@@ -38,7 +38,7 @@ _IN_ORDER = (
     "w2",
 )
 """Parameters in the order in which transformers declares them and PEFT nests their factors."""
-_IN_OUT = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
+IN_OUT = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 """Models whose experts PEFT treats as [experts, in, out]."""
 MOST_RANK = 1 << 16
 _MOST_NESTED = 4
@@ -94,7 +94,7 @@ class Experts:
             for order in orders
             if all(self._ways(module, leaf, parts) for leaf, parts in zip(order, levels, strict=True))
         ]
-        declared = tuple(leaf for leaf in _IN_ORDER if leaf in leaves)
+        declared = tuple(leaf for leaf in IN_ORDER if leaf in leaves)
         if declared in ways:
             ways = [declared]
         if len(ways) != 1:
@@ -219,15 +219,13 @@ class Experts:
         numbers = tuple(int(part) if part.isdigit() and len(part) < 9 else 0 for part in version)
         if numbers < _TURNED_UNTIL:
             return True
-        kinds = [
-            self._config.get("model_type"),
-            *(
-                part.get("model_type")
-                for key, part in self._config.items()
-                if key in LANGUAGE_PARTS and isinstance(part, dict)
-            ),
-        ]
-        return any(kind in _IN_OUT for kind in kinds)
+        return are_in_out(self._config)
+
+
+def are_in_out(config: Mapping[str, Any]) -> bool:
+    """Return whether PEFT treats the fused experts of a model as [experts, in, out], by its config.json."""
+    parts = (part for key, part in config.items() if key in LANGUAGE_PARTS and isinstance(part, dict))
+    return any(one.get("model_type") in IN_OUT for one in (config, *parts))
 
 
 def pair(module: str, parts: Parts) -> tuple[bool, TensorRef, TensorRef]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from streammerge.checkpoint.module_names import architecture_of
 from streammerge.config.lora import LoraOutput
 from streammerge.formats.refs import SourceRef
-from streammerge.planning.low_rank.sorting import Kind, named
+from streammerge.planning.low_rank.sorting import Kind, is_expert, named
 
 PREFIX = "base_model.model."
 """Beginning of all names in an adapter's file."""
@@ -45,10 +46,28 @@ class FactoredModule:
     turned: bool
     """Whether the rows of the weight are its inputs."""
     bias: SavedTensor | None = None
+    depth: int = 0
+    """Number of PEFT's wrappers around its own, if it is a parameter of experts: one per parameter that follows it."""
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether it is no module, but a parameter with the matrices of several experts, or with their biases."""
+        return self.kind == "experts"
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it belongs to experts, which have factors all together or not at all."""
+        return self.is_parameter or is_expert(self.name)
 
     def factors(self, rank: int) -> tuple[tuple[str, tuple[int, ...]], tuple[str, tuple[int, ...]]]:
         """Return name and shape of A and B in the adapter's file."""
         stem, rest = PREFIX + self.name, self.shape[1:]
+        if self.is_parameter:
+            stem = PREFIX + self.name.rpartition(".")[0] + ".base_layer" * self.depth
+            *experts, rows, columns = self.shape
+            inputs, outputs = (rows, columns) if self.turned else (columns, rows)
+            rank *= math.prod(experts)
+            return (f"{stem}.lora_A.weight", (rank, inputs)), (f"{stem}.lora_B.weight", (outputs, rank))
         if self.kind == "embedding":
             return (f"{stem}.lora_embedding_A", (rank, self.shape[0])), (
                 f"{stem}.lora_embedding_B",
@@ -104,7 +123,12 @@ class AdapterPlan:
         other = {name: own for name, own in ranks.items() if own != rank}
         every = [name for name in self.modules if name not in saved]
         turned = {module.name for module in self.factored if module.turned and module.kind == "linear"}
+        parameters = [module.name for module in self.factored if module.is_parameter and module.name in ranks]
+        of_parameters: dict[str, Any] = {}
+        if parameters:  # whose layout is that of this version
+            of_parameters = {"target_parameters": parameters, "peft_version": "0.19.0"}
         return {
+            **of_parameters,
             "alpha_pattern": other,
             "base_model_name_or_path": self.base,
             "bias": bias,
@@ -117,7 +141,7 @@ class AdapterPlan:
             "peft_type": "LORA",
             "r": rank,
             "rank_pattern": other,
-            "target_modules": named(list(ranks), every, divider="."),
+            "target_modules": named([name for name in ranks if name not in parameters], every, divider="."),
             "task_type": self._task(),
             "use_dora": False,
             "use_rslora": False,

@@ -58,7 +58,7 @@ def passes_over(job: Job, work: Work) -> float:
     rows, columns = form.matrix
     if (
         isinstance(ref, SumOfProductsRef)
-        or work.at_once == job.n_elements
+        or work.at_once == rows * columns
         or is_dense(form.matrix, form.computed)
     ):
         return 1.0

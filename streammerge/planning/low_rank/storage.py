@@ -17,6 +17,7 @@ from streammerge.formats.refs import SourceRef
 from streammerge.planning.job import Job
 from streammerge.planning.low_rank.adapter import AdapterPlan, FactoredModule, SavedModule, SavedTensor
 from streammerge.planning.low_rank.changes import coefficients_of, is_same, sum_of_products
+from streammerge.planning.low_rank.fused_experts import check_parameter, depth_of, form_of
 from streammerge.planning.low_rank.sorting import FACTORED, Kind, Sorter, is_expert, modules_of
 from streammerge.planning.quantize.base import Material, Storage, stores
 from streammerge.planning.resolve.find import Finder
@@ -109,13 +110,15 @@ class _Choice:
         self._refuse(kinds)
         changed = [name for name, kind in kinds.items() if kind in FACTORED and not self._is_the_base(name)]
         experts = any(map(is_expert, changed))  # PEFT fuses them, so all have factors, be they zero
+        parameters = self._parameters(kinds)
         factored = [
             self._factored(name, kind)
             for name, kind in kinds.items()
             if kind in FACTORED and (name in changed or (experts and is_expert(name)))
         ]
+        factored += [self._parameter(name, parameters) for name in parameters]
         saved = self._saved(kinds)
-        if not factored and any(kind in FACTORED for kind in kinds.values()):
+        if not factored and any(kind in (*FACTORED, "experts") for kind in kinds.values()):
             raise ModelError(
                 f"no matrix differs from that of {printable(self._reference)}: there is no adapter to write (embeddings "
                 "and heads count as matrices with `embeddings`, --embeddings)"
@@ -182,12 +185,9 @@ class _Choice:
 
     def _refuse(self, kinds: Mapping[str, Kind]) -> None:
         """Refuse tensors that no adapter can change, if the merge changes them."""
-        first = next((name for name, kind in kinds.items() if kind == "experts"), None)
-        if first is not None and not self._asked.drop_rest:
-            raise ModelError(
-                f"tensor {printable(first)} holds the matrices of several experts, which are not decomposed: leave them "
-                "out with drop_rest (--drop-rest), or `exclude: experts` (--exclude experts)"
-            )
+        for name, kind in kinds.items():
+            if kind == "experts" and not self._is_the_base(name):
+                check_parameter(name, self._jobs[name].shape)
         merged = [
             name for name, kind in kinds.items() if kind == "loose" and self._jobs[name].kind == "merge"
         ]
@@ -246,6 +246,29 @@ class _Choice:
         if has_bias and not asked.drop_rest:
             bias = self._tensor(of_bias, "bias")
         return FactoredModule(self._named(module), ordinal, kind, job.shape, turned, bias)
+
+    def _parameters(self, kinds: Mapping[str, Kind]) -> list[str]:
+        """Return the parameters of experts: all of them if any differs; without the biases if these are not wanted."""
+        found = [
+            name
+            for name, kind in kinds.items()
+            if kind == "experts" and not (self._asked.drop_rest and len(self._jobs[name].shape) == 2)
+        ]
+        return [] if all(map(self._is_the_base, found)) else found
+
+    def _parameter(self, name: str, parameters: Sequence[str]) -> FactoredModule:
+        job, base = self._jobs[name], self._bases[name]
+        if base is None:
+            self._check_foreign(name)
+        assert base is not None
+        material = self._material
+        dtype = material.config.out_dtype or material.config.dtype or "F32"
+        form = form_of(name, job.shape, self._asked, dtype, material.template.config)
+        change = self._change(job, base)
+        ordinal = self._write(Job(0, name, "F64", job.shape, "factor", (change,), None, {}, encoder=form))
+        module, _, leaf = name.rpartition(".")
+        named, depth = f"{self._named(module)}.{leaf}", depth_of(name, parameters)
+        return FactoredModule(named, ordinal, "experts", job.shape, form.turned, depth=depth)
 
     def _change(self, job: Job, base: SourceRef) -> SourceRef:
         """Return the change of a weight: of a model, of several adapters together, or of a merge."""
@@ -310,7 +333,7 @@ class _Choice:
 
     def _notes(self, kinds: Mapping[str, Kind]) -> tuple[str, ...]:
         left = [name for name, kind in kinds.items() if kind == "left out"]
-        rest = [name for name, kind in kinds.items() if kind not in (*FACTORED, "left out")]
+        rest = [name for name, kind in kinds.items() if kind not in (*FACTORED, "experts", "left out")]
         notes = []
         foreign = [name for name, kind in kinds.items() if kind == "whole" and self._bases[name] is None]
         if foreign and not self._asked.drop_rest:

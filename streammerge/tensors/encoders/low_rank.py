@@ -17,7 +17,7 @@ class LowRank(Form):
 
     A module whose rank turns out to be lower takes the beginnings of the two tensors only, as (r, inputs) and
     (outputs, r). The figures are the rank, the norm of the change, the norm of what the factors miss, and the singular
-    values that are kept.
+    values that are kept; of several experts, those of all together, without singular values.
     """
 
     name: str
@@ -34,6 +34,9 @@ class LowRank(Form):
     """Number of singular vectors that are computed."""
     turned: bool = False
     """Whether the rows of the weight are its inputs."""
+    experts: int = 1
+    """Number of matrices, one after the other in the tensor. The rows of A are then those of one expert after the other,
+    the columns of B those of all experts for one singular vector after the other, as PEFT stacks them."""
 
     @property
     def label(self) -> str:
@@ -54,15 +57,15 @@ class LowRank(Form):
     def parts(self) -> tuple[Stored, ...]:
         """See `Form`: A, B and the figures."""
         return (
-            Stored(f"{self.name}.A", self.dtype, (self.rank, self.inputs)),
-            Stored(f"{self.name}.B", self.dtype, (self.outputs, self.rank)),
-            Stored(f"{self.name}.figures", "F64", (_FIGURES + self.rank,)),
+            Stored(f"{self.name}.A", self.dtype, (self.experts * self.rank, self.inputs)),
+            Stored(f"{self.name}.B", self.dtype, (self.outputs, self.experts * self.rank)),
+            Stored(f"{self.name}.figures", "F64", (_FIGURES + (self.rank if self.experts == 1 else 0),)),
         )
 
     @property
     def unit(self) -> int:
-        """See `Form`: the whole matrix."""
-        return max(1, self.matrix[0] * self.matrix[1])
+        """See `Form`: all of it."""
+        return max(1, self.experts * self.matrix[0] * self.matrix[1])
 
     @property
     def unit_nbytes(self) -> tuple[int, ...]:

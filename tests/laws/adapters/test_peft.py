@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from streammerge.api import merge
 from streammerge.config.lora import extraction
@@ -35,8 +36,27 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     ),
     "a convolution": ("AutoModelForImageClassification", "vit", VIT, {}),
     "experts": ("AutoModelForCausalLM", "mixtral", {**TEXT, "num_local_experts": 2}, {}),
+    "experts in one tensor": (
+        "AutoModelForCausalLM",
+        "gpt_oss",
+        {**TEXT, "intermediate_size": 16, "num_local_experts": 3, "num_experts_per_tok": 2},
+        {},
+    ),
+    "fused experts": (
+        "AutoModelForCausalLM",
+        "qwen3_moe",
+        {**TEXT, "moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2},
+        {},
+    ),
     "a rank by module": ("AutoModelForCausalLM", "llama", TEXT, {"rank": None, "energy": 1.0}),
 }
+
+
+def save(model: Any, path: Path, *, fused: bool) -> None:
+    """Save a model, its experts as the modules hold them if `fused`; else as transformers spells them in files."""
+    model.save_pretrained(path)
+    if fused:
+        save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -48,12 +68,12 @@ def test_peft_merges_the_adapter_to_the_fine_tuned_model(name: str, tmp_path: Pa
     auto, kind, settings, asked = CASES[name]
     torch.manual_seed(1)
     model = getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(kind, **settings))
-    model.save_pretrained(tmp_path / "base")
+    save(model, tmp_path / "base", fused="fused" in name)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if not key.endswith(("cls_token", "position_embeddings")):
+            if not key.endswith(("cls_token", "position_embeddings", "sinks")):
                 parameter += torch.randn_like(parameter) * 0.02
-    model.save_pretrained(tmp_path / "tuned")
+    save(model, tmp_path / "tuned", fused="fused" in name)
     wanted: dict[str, Any] = {"rank": 48, "energy": None, "dtype": None, **asked}
     merge(
         extraction(str(tmp_path / "tuned"), str(tmp_path / "base"), **wanted),
