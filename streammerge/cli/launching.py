@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -14,6 +15,7 @@ from streammerge.cli.mergekit_options import translate
 from streammerge.cli.options import Decorator, option, together
 from streammerge.cli.process import BEGAN, stop_on_signals
 from streammerge.launch.base import PARENT
+from streammerge.machine import gpus
 
 _OWN = ("on", "units_from_stdin", "join", "quiet", "as_json", "config", "out")
 """Options of the driver alone."""
@@ -85,6 +87,30 @@ def run_on(where: str, config: str, out: str, *, quiet: bool, as_json: bool, **o
     finally:
         reporter.close()
     reporter.finish(summary)
+
+
+def on_all_gpus(out: str, options: Mapping[str, Any]) -> str | None:
+    """Return where ``--device cuda`` runs: on several GPUs by one process each; None: in this process.
+
+    A merge that processes cannot share (one file, an object store, one profile) takes the first GPU.
+    """
+    alone = out.endswith(".safetensors") or "://" in out
+    alone |= any(options.get(name) for name in ("join", "overwrite", "keep_stages", *_NOT_SHARED))
+    if options["device"] != "cuda" or alone:
+        return None
+    count = len(gpus())
+    return f"processes:{count}" if count > 1 else None
+
+
+def shared(where: str, config: str, out: str, **options: Any) -> bool:
+    """Merge by processes on every GPU; False if this merge cannot be shared, and nothing was done."""
+    from streammerge.engine.joined import NotSharedError
+
+    try:
+        run_on(where, config, out, **options)
+    except NotSharedError:
+        return False
+    return True
 
 
 def end_with_parent() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from streammerge.cli.launching import end_with_parent, run_on
+from streammerge.cli.launching import end_with_parent, on_all_gpus, run_on, shared
 from streammerge.cli.mergekit_options import mergekit_options, translate
 from streammerge.cli.options import (
     MESSAGES,
@@ -73,6 +73,11 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
     where, from_stdin = options.pop("on"), options.pop("units_from_stdin")
     if where is not None:
         run_on(where, config, out, quiet=quiet, as_json=as_json, no_kernels=no_kernels, **options)
+        return
+    everywhere = None if from_stdin else on_all_gpus(out, options)
+    if everywhere is not None and shared(
+        everywhere, config, out, quiet=quiet, as_json=as_json, no_kernels=no_kernels, **options
+    ):
         return
     end_with_parent()
     if from_stdin:

@@ -130,26 +130,30 @@ def _told(error: Exception, place: Place, session: JoinedSession) -> Exception:
     return error
 
 
+class NotSharedError(InputError):
+    """Several processes cannot share this merge; one can run it."""
+
+
 def check_joinable(plan: MergePlan, place: Place, options: Options) -> None:
     """Refuse a merge that several processes cannot share.
 
     Raises
     ------
-    InputError
+    NotSharedError
         The message names the reason and the cure.
     """
     if options.overwrite:
-        raise InputError(
+        raise NotSharedError(
             "--join with --overwrite: each process would discard what the others have done: discard it once, by "
             "`merge --overwrite` without --join or by removing OUT, then join"
         )
     if place.file is not None:
-        raise InputError(
+        raise NotSharedError(
             f"{printable(place.out)}: --join and --on share out the shards of a directory, and one file is one shard: "
             "leave the option out, or give a directory"
         )
     if plan.adapter is not None:
-        raise InputError(
+        raise NotSharedError(
             "output: lora: --join and --on share out shards, and an adapter is one file: leave the option out"
         )
 

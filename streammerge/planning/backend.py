@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from streammerge.backends.base import Backend
 from streammerge.backends.cpu.backend import CPU
@@ -13,7 +13,8 @@ from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import InputError, printable
 from streammerge.machine import gpus
-from streammerge.methods.registry import Method
+from streammerge.methods.registry import REQUIRED, Method, Parameter
+from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.device import UNKNOWN_COST, Host, Workload, weigh
 from streammerge.planning.job import Job
 from streammerge.planning.needs import likeness, tensor_context_of
@@ -93,10 +94,36 @@ def choose_device(device: str, memory: int | None = None) -> str:
     return found
 
 
-def workload_of(method: Method, nbytes: int) -> Workload:
+def workload_of(method: Method, n_models: int, nbytes: int) -> Workload:
     """Return what a merge of `nbytes` bytes of inputs costs."""
     cost = UNKNOWN_COST if method.cost is None else method.cost
-    return Workload(method.name, nbytes, cost, None if method.matrices else CUDA.rate)
+    return Workload(method.name, nbytes, cost, _gpu_rate(method, n_models))
+
+
+def _gpu_rate(method: Method, n_models: int) -> float | None:
+    """Return the GB per second that a GPU merges by a method; None if most of it would stay on the CPUs."""
+    if method.matrices:
+        return None
+    gpu, _ = backend_on("cuda", None)
+    if gpu.open_lane is None or method.is_formula or method.gram:
+        return gpu.rate if gpu.open_lane is None else rest_of(gpu).rate
+    has_base = method.base in ("required", "optional")
+    shape = (4096, 4096)
+    context = TensorContext(n_models, shape=shape, has_base=has_base, fisher=method.fisher, gram=False)
+    parameters = {name: _typical(one, n_models) for name, one in method.parameters.items()}
+    return gpu.rate if fused_by(gpu, method, context, parameters) else None
+
+
+def _typical(parameter: Parameter, n_models: int) -> Any:
+    value = 0.5 if parameter.default is REQUIRED else parameter.default
+    return (value,) * n_models if parameter.per_model else value
+
+
+def fused_by(backend: Backend, method: Method, context: TensorContext, parameters: Mapping[str, Any]) -> bool:
+    """Return whether a backend computes a method's rule and all statistics before it on its device."""
+    rounds = method.rounds(context, parameters)
+    calls = [call for statistics in rounds for statistic in statistics for call in statistic.calls()]
+    return backend.fuses(method.rule(context, parameters), calls)
 
 
 def backend_on(device: str, kernels: bool | None) -> tuple[Backend, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from streammerge.backends.base import Backend
 from streammerge.methods.registry import Method
+from streammerge.planning.backend import fused_by
 from streammerge.planning.job import Job
 from streammerge.planning.needs import likeness, tensor_context_of
 
@@ -34,12 +35,5 @@ def is_fused(job: Job, method: Method, backend: Backend) -> bool:
     key = (backend.name, *likeness(job, method), bool(job.fishers), job.base is not None, job.n_models)
     known = method.known_fused
     if key not in known:
-        context = tensor_context_of(job)
-        calls = [
-            call
-            for statistics in method.rounds(context, job.parameters)
-            for statistic in statistics
-            for call in statistic.calls()
-        ]
-        known[key] = backend.fuses(method.rule(context, job.parameters), calls)
+        known[key] = fused_by(backend, method, tensor_context_of(job), job.parameters)
     return known[key]

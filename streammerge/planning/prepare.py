@@ -53,7 +53,7 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
     device = find_device(
         asked,
         options.memory,
-        lambda: workload_of(method, sum(index.nbytes for index in inputs.own)),
+        lambda: workload_of(method, len(inputs.models), sum(index.nbytes for index in inputs.own)),
         lambda: host_of(_paths(inputs), options.threads),
     )
     chosen, lacks = backend_on(device.name, options.kernels)

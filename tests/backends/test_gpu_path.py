@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.api import merge
+from streammerge.api import merge, plan
 from streammerge.backends.fused.launcher import KernelSpec
 from streammerge.backends.gpu import backend as gpu
 from streammerge.backends.gpu.arena import Space
@@ -274,3 +274,24 @@ def test_the_launcher_sends_tables_in_parts_and_adds_the_null_pointers() -> None
     assert parameters == [place, 3, 0, 0]
     assert [one.nbytes for one in parameters] == [8, 4, 8, 8]
     staging.close()
+
+
+# --- the record
+
+
+def test_the_identity_names_a_device_where_bits_may_be_its_own(
+    paths: list[Path], tmp_path: Path, fake: Fake
+) -> None:
+    fake()
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import streammerge\n@streammerge.method('half_way', base='required', models=(1, 1))\n"
+        "def half_way(models, base):\n    return base + 0.5 * (models[0] - base)\n"
+    )
+    formula = config_for("half_way", paths[:2])
+    identities = [
+        plan(config, device=device, methods=own, memory="4GiB").identity().get("device")
+        for config in (config_for("ties", paths), formula)
+        for device in ("cuda", "cpu")
+    ]
+    assert identities == [None, None, "cuda", None]

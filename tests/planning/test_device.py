@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from streammerge.api import plan
+from streammerge.backends.gpu.backend import FUSED
+from streammerge.backends.registry import BACKENDS
 from streammerge.backends.torch.backend import CUDA
 from streammerge.io.disk import cached_share_of
 from streammerge.machine import disk_rate, gpus, physical_cores
@@ -105,9 +107,25 @@ def test_every_builtin_method_has_a_cost() -> None:
     load_builtin()
     builtin = [one for one in all_methods().values() if one.origin == "built in"]
     assert [one.name for one in builtin if not one.cost] == []
-    assert {one.name for one in builtin if workload_of(one, 1).gpu_rate is None} == {
-        one.name for one in builtin if one.matrices
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_rate_of_a_gpu_is_that_of_what_computes_the_method_there(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(FUSED, lacks=lambda: None, fuses=lambda rule, calls: fused)
+    monkeypatch.setitem(BACKENDS, "fused", gpu)
+    load_builtin()
+    rates = {
+        name: workload_of(one, one.n_models[1] or 2, 1).gpu_rate
+        for name, one in all_methods().items()
+        if one.origin == "built in"
     }
+    assert rates["iso_c"] is None  # decomposed on CPUs
+    assert rates["regmean"] == CUDA.rate  # torch's products
+    assert rates["ties"] == rates["linear"] == rates["fisher"] == (FUSED.rate if fused else None)
+    monkeypatch.setitem(BACKENDS, "fused", replace(gpu, lacks=lambda: "what to install"))
+    assert workload_of(all_methods()["ties"], 2, 1).gpu_rate == CUDA.rate
 
 
 # --- the machine
