@@ -20,9 +20,6 @@ from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.gpu.driver import DriverError
 from streammerge.io.buffer_pool import Bytes
 
-BASE = 1 << 20
-"""The address of the first byte of the device."""
-
 
 @dataclass(eq=False)
 class FakeStream:
@@ -50,12 +47,16 @@ class FakeDriver:
         self, nbytes: int = 1 << 26, *, fails: tuple[str, int] | None = None, room: int | None = None
     ) -> None:
         self.memory_bytes = np.full(nbytes, 0xA5, np.uint8)
+        self.base = self.memory_bytes.ctypes.data
+        """The address of the first byte of the device: this process's own, so that kernels can run there."""
         self.calls: list[tuple[Any, ...]] = []
         self.counts: Counter[str] = Counter()
         self.launched: list[tuple[Any, ...]] = []
+        self.runs: Any = None
+        """Function that runs a loaded kernel; None: kernels do nothing."""
         self._fails, self._room = fails, nbytes if room is None else room
         self._lock = threading.RLock()
-        self._next = BASE
+        self._next = -(-self.base // 256) * 256
         self.pinned: set[int] = set()
         self.closed = False
 
@@ -100,7 +101,7 @@ class FakeDriver:
 
     def at(self, address: int, nbytes: int) -> Bytes:
         """Return a view of the device's memory."""
-        first = address - BASE
+        first = address - self.base
         assert 0 <= first <= first + nbytes <= self.memory_bytes.size, "outside the device's memory"
         return self.memory_bytes[first : first + nbytes]
 
@@ -147,14 +148,14 @@ class FakeDriver:
             stream.done += 1
             stream.work[stream.done - 1]()
 
-    def load(self, ptx: str, entry: str) -> str:
+    def load(self, ptx: str, entry: str) -> tuple[str, str]:
         with self._lock:
             self._note("load", entry)
-            return entry
+            return ptx, entry
 
     def launch(
         self,
-        kernel: str,
+        kernel: tuple[str, str],
         grid: tuple[int, int],
         threads: int,
         shared: int,
@@ -164,6 +165,8 @@ class FakeDriver:
         with self._lock:
             self._note("launch", kernel, stream.name)
             self.launched.append((kernel, grid, threads, shared, list(parameters)))
+            if self.runs is not None:
+                stream.work.append(lambda: self.runs(kernel, grid, list(parameters)))
 
     def close(self) -> None:
         self._note("close")
@@ -186,7 +189,7 @@ class Twin:
     def _run(self, call: Callable[[KernelMath], Any]) -> Any:
         place = self._launcher.allocate(self._scratch * self._block.n + 8)
         found: list[Any] = []
-        offset = self._residence.address(Operand(0, "F32")) - BASE
+        offset = self._residence.address(Operand(0, "F32")) - self._driver.base
         memory = self._driver.memory_bytes[offset:]
         block = replace(self._block, buffer=memory[: memory.size // 8 * 8])
         stream = self._launcher._stream

@@ -238,7 +238,7 @@ def test_a_slot_is_free_when_its_copy_is_done() -> None:
         taken = ring.take(stop)
         assert taken is not None
         taken[1][:] = value
-        driver.copy_in(taken[1], 1 << 20 | value << 12, stream)
+        driver.copy_in(taken[1], driver.base + (value << 12), stream)
         ring.give(taken[0], driver.record(stream))
     driver.synchronize(driver.record(stream))
     assert [int(driver.memory_bytes[value << 12]) for value in range(6)] == list(range(6))
@@ -256,7 +256,7 @@ def test_a_slot_is_free_when_its_copy_is_done() -> None:
 def test_the_launcher_sends_tables_in_parts_and_adds_the_null_pointers() -> None:
     driver = FakeDriver(1 << 20)
     stream, staging = driver.stream(), Ring(driver, 1, 4096)
-    launcher = DriverLauncher(driver, stream, Space(1 << 20, 1 << 19), staging, lambda spec: "ptx of it")
+    launcher = DriverLauncher(driver, stream, Space(driver.base, 1 << 19), staging, lambda spec: "ptx of it")
     values = np.arange(3000, dtype=np.int64)
     place = launcher.allocate(values.nbytes)
     launcher.send(values, place)
@@ -270,7 +270,7 @@ def test_the_launcher_sends_tables_in_parts_and_adds_the_null_pointers() -> None
     assert values.tolist() == list(range(3000))
     assert driver.counts["load"] == 1
     entry, grid, threads, shared, parameters = driver.launched[0]
-    assert (entry, grid, threads, shared) == ("sum_0", (7, 2), 128, 32)
+    assert (entry, grid, threads, shared) == (("ptx of it", "sum_0"), (7, 2), 128, 32)
     assert parameters == [place, 3, 0, 0]
     assert [one.nbytes for one in parameters] == [8, 4, 8, 8]
     staging.close()

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any
 
 from streammerge.algebra.block import Block, BlockMath, Call
 from streammerge.algebra.rules import Rule
 from streammerge.backends.cpu.backend import CPU
 from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.fused.launcher import Launcher, Residence
+from streammerge.backends.fused.math import FusedMath, fused_call
+from streammerge.backends.fused.rules import enqueued
+from streammerge.backends.fused.specs import ptx
 from streammerge.backends.fused.triton_launcher import why_not_amd
 from streammerge.backends.gpu import core_driver, torch_driver
 from streammerge.backends.gpu.driver import Driver
@@ -29,15 +29,9 @@ _CONTEXT = 512 << 20
 """Resident bytes of a CUDA context."""
 
 
-def _fused(name: str) -> Any:
-    return import_module(f"streammerge.backends.fused.{name}")
-
-
 @cache
 def loader() -> str | None:
     """Return the name of what can load the shipped kernels here, ``cuda-core`` or ``torch``; None if nothing can."""
-    if find_spec("streammerge.backends.fused.specs") is None:
-        return None
     if core_driver.is_installed():
         return "cuda-core"
     return "torch" if torch_driver.is_usable() else None
@@ -61,19 +55,17 @@ def open_driver(device: str) -> Driver:
 
 def fused_math(block: Block, launcher: Launcher, residence: Residence) -> BlockMath:
     """Return the arithmetic of a block on the device."""
-    math: BlockMath = _fused("math").FusedMath(block, launcher, residence, KernelMath)
-    return math
+    return FusedMath(block, launcher, residence, KernelMath)
 
 
 def open_lane(device: str) -> Lane:
     """Open a GPU for the threads of this process."""
-    return Lane(open_driver(device), fused_math, _fused("specs").ptx)
+    return Lane(open_driver(device), fused_math, ptx)
 
 
 def fuses(rule: Rule, calls: Sequence[Call]) -> bool:
     """Return whether fused kernels compute a rule and all calls of the statistics before it."""
-    fused = _fused("math")
-    return bool(fused.fused_rule(rule) and all(map(fused.fused_call, calls)))
+    return enqueued(rule) is not None and all(map(fused_call, calls))
 
 
 def lacks() -> str | None:
