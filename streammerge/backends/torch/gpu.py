@@ -33,9 +33,12 @@ def turn_on(device: str) -> Iterator[None]:
 
     with _lock:
         if device not in _idle:
-            _idle[device] = queue.SimpleQueue()
-            for _ in range(_STREAMS):
-                _idle[device].put(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+            made = [torch.cuda.Stream(device) for _ in range(_STREAMS)]  # type: ignore[no-untyped-call]
+            _idle[device] = (
+                queue.SimpleQueue()
+            )  # only now: what fails above must fail again, not wait for ever
+            for stream in made:
+                _idle[device].put(stream)
     stream = _idle[device].get()
     try:
         with torch.cuda.stream(stream):
