@@ -208,4 +208,6 @@ class Twin:
         return report
 
     def __getattr__(self, name: str) -> Any:
+        if not hasattr(KernelMath, name):
+            raise AttributeError(name)
         return lambda *arguments: self._run(lambda math: getattr(math, name)(*arguments))
