@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from streammerge.errors import InputError
+from streammerge.io.volumes import as_path
 from streammerge.launch.base import Needs
 from streammerge.launch.handing_out import HandingOut
+from streammerge.launch.on_ray.actor import Engine
+from streammerge.launch.on_ray.marker import Marker
 from streammerge.launch.on_ray.room import room_for
 
 GIB = 1 << 30
@@ -65,3 +72,24 @@ def test_what_no_node_has_is_refused(needs: Needs, words: str) -> None:
 def test_a_cluster_without_cpus_is_refused() -> None:
     with pytest.raises(InputError, match="no node with a CPU"):
         room_for(Needs(1, GIB, 1, "cpu"), [{"memory": 1.0 * GIB}])
+
+
+def test_other_versions_and_an_output_that_a_node_does_not_see_are_refused(tmp_path: Path) -> None:
+    told: list[Mapping[str, Any]] = []
+    marker = Marker(tmp_path / "not" / "yet", told.append)
+    assert told == [{"event": "marker", "path": marker.path}]
+    marker.write()
+    seen = Engine().hello(marker.path)
+    marker.check(seen)
+    with pytest.raises(InputError, match=r"has streammerge 0\.0, and here it is .*: install the same"):
+        marker.check({**seen, "versions": {"streammerge": "0.0"}})
+    marker.remove()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="does not see what is written there: give an OUT"):
+        marker.check(Engine().hello(marker.path))
+
+
+def test_a_store_is_the_same_on_all_nodes(tmp_path: Path) -> None:
+    marker = Marker(as_path("s3://bucket/merged"), lambda event: None)
+    marker.write()
+    marker.check(Engine().hello(marker.path))

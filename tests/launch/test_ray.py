@@ -21,7 +21,7 @@ import yaml
 from streammerge.api import merge
 from streammerge.api.launching import merge_on
 from streammerge.engine.session import Options
-from streammerge.errors import InputError, StreammergeError, WorldError
+from streammerge.errors import StreammergeError, WorldError
 from streammerge.events import Control, Event
 from streammerge.output.place import STATE
 from tests.conftest import config_for, output_bytes, write_model
@@ -196,17 +196,3 @@ def test_the_head_may_be_lost_and_what_is_finished_stays(make: Callable[..., Cas
     summary = merge(one.config, one.out, join=True, progress=False, **one.planned)
     assert summary.bytes_resumed >= 2 * 16384
     one.check()
-
-
-def test_other_versions_and_an_output_that_a_node_does_not_see_are_refused(tmp_path: Path) -> None:
-    from streammerge.launch.on_ray.actor import Engine
-    from streammerge.launch.on_ray.driver import check_node
-
-    (tmp_path / "marker").write_text("x")
-    told = Engine().hello(str(tmp_path / "marker"))
-    check_node(told, tmp_path, "x")
-    with pytest.raises(InputError, match=r"has streammerge 0\.0, and here it is .*: install the same"):
-        check_node({**told, "versions": {"streammerge": "0.0"}}, tmp_path, "x")
-    other = Engine().hello(str(tmp_path / "elsewhere"))
-    with pytest.raises(InputError, match="does not see what is written there: give an OUT"):
-        check_node(other, tmp_path, "x")

@@ -14,12 +14,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,16 +27,19 @@ import ray
 from ray.exceptions import ActorDiedError, RayActorError, RayError
 
 from streammerge.errors import InputError, Stopped, StreammergeError, WorldError, printable
+from streammerge.io.volumes import as_path, is_url
 from streammerge.launch.base import MOST_RESTARTS, Needs
 from streammerge.launch.handing_out import HandingOut
-from streammerge.launch.on_ray.actor import Engine, versions
+from streammerge.launch.on_ray.actor import Engine
 from streammerge.launch.on_ray.connecting import connect
+from streammerge.launch.on_ray.marker import Marker
 from streammerge.launch.on_ray.room import Room, room_for
-from streammerge.output.heartbeat import signs_of
-from streammerge.output.place import STATE
-from streammerge.output.volume import Folder
+from streammerge.output.heartbeat import signs_of, stale_seconds
+from streammerge.output.place import place_of
+from streammerge.output.working_files import working_files
 
 _POLL_SECONDS = 0.25
+_LOOK_SECONDS = 5.0
 _CALLS = 16
 """Calls of an actor that may run at once: it listens, does two units, and is told to look."""
 _GRACE_SECONDS = 15.0
@@ -89,7 +91,8 @@ class Driver:
     ) -> None:
         self._command, self._out, self._directory, self._room = command, out, directory, room
         self._tell, self._stop = tell, stop
-        self._units = HandingOut()
+        self._units, self._marker = HandingOut(), Marker(out, tell)
+        self._signs = working_files(place_of(out).state)
         remote = ray.remote(
             max_restarts=MOST_RESTARTS, max_concurrency=_CALLS, scheduling_strategy="SPREAD", **room.resources
         )(Engine)
@@ -97,6 +100,7 @@ class Driver:
         self._last = "no engine has begun"
         self._done = {"bytes_read": 0, "bytes_written": 0}
         self._finished: float | None = None
+        self._next_look = 0.0
         self._environment = {k: v for k, v in os.environ.items() if k.startswith("STREAMMERGE_")}
 
     def run(self) -> None:
@@ -108,22 +112,21 @@ class Driver:
             What one engine met and all would meet, or the last failure if no actor is left.
         """
         began = time.monotonic()
-        with self._marker():
-            for actor in self._actors[: 1 if self._began_alone() else None]:
-                self._greet(actor)
-            while not self._is_over():
-                if self._stop.is_set():
-                    raise Stopped(signal.SIGTERM)
-                self._take()
-                self._give()
-                if began and time.monotonic() - began > _WAITING_SECONDS:
-                    began = 0.0
-                    self._tell_of_room()
+        for actor in self._actors[: 1 if self._began_alone() else None]:
+            self._greet(actor)
+        while not self._is_over():
+            if self._stop.is_set():
+                raise Stopped(signal.SIGTERM)
+            self._take()
+            self._give()
+            if began and time.monotonic() - began > _WAITING_SECONDS:
+                began = 0.0
+                self._tell_of_room()
         self._tell({"event": "done", **self._done})
 
     def _began_alone(self) -> bool:
         """Return whether one process has begun the merge: then the first engine takes over what it has finished."""
-        return (self._out / STATE / "journal").exists()
+        return not is_url(self._out) and place_of(self._out).journal.exists()
 
     def _is_over(self) -> bool:
         if all(actor.ended for actor in self._actors):
@@ -181,7 +184,11 @@ class Driver:
         """Nothing is left to do: the engine's events have told what became of the unit."""
 
     def _look_for_silent(self) -> None:
-        signs = {sign.worker: sign for sign in signs_of(Folder(self._out / STATE))}
+        """Take note of engines without a sign of life, at most as often as they give one."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + min(_LOOK_SECONDS, stale_seconds() / 6)
+        signs = {sign.worker: sign for sign in signs_of(self._signs)}
         self._units.silent(
             {
                 number
@@ -193,12 +200,15 @@ class Driver:
     # --- the life of an actor
 
     def _greet(self, actor: _Actor) -> None:
-        self._call(actor, actor.handle.hello.remote(str(self._marker_path)), self._check)
+        self._marker.write()
+        self._call(actor, actor.handle.hello.remote(self._marker.path), self._check)
 
     def _check(self, actor: _Actor, told: Mapping[str, Any]) -> None:
         """Start the engine of an actor whose node has the same versions and sees the output."""
-        check_node(told, self._out, self._marker_text)
+        self._marker.check(told)
         actor.host = printable(told["host"], 80)
+        if all(one.host or one.ended for one in self._actors):
+            self._marker.remove()
         shown = [*self._command, *self._room.options, "--units-from-stdin"]
         self._call(actor, actor.handle.begin.remote(shown, self._environment, self._directory), self._listen)
 
@@ -272,7 +282,6 @@ class Driver:
         self._units.lost(self._actors.index(actor))
         actor.calls.clear()
         actor.host, actor.heard, actor.token = "", 0, ""
-        self._write_marker()
         self._greet(actor)
 
     def _warn(self, message: str) -> None:
@@ -280,61 +289,11 @@ class Driver:
 
     def end(self) -> None:
         """Stop all engines, cleanly if they can; with this process Ray ends their actors."""
+        self._marker.remove()
         refs = [actor.handle.stop.remote() for actor in self._actors if actor.host and not actor.ended]
         with contextlib.suppress(RayError):
             if refs:
                 ray.wait(refs, num_returns=len(refs), timeout=_PATIENCE)
-
-    # --- the marker
-
-    @contextlib.contextmanager
-    def _marker(self) -> Iterator[None]:
-        """Keep a small file where the output will be, by which nodes show that they see the same directory."""
-        place = self._out
-        while not place.is_dir():
-            place = place.parent
-        self._marker_text = secrets.token_hex(16)
-        self._marker_path = place / f".streammerge-{self._marker_text[:12]}"
-        self._tell({"event": "marker", "path": str(self._marker_path)})
-        self._write_marker()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                self._marker_path.unlink()
-
-    def _write_marker(self) -> None:
-        try:
-            self._marker_path.write_text(self._marker_text)
-        except OSError as error:
-            raise WorldError(f"{printable(self._marker_path)}: {error.strerror}") from None
-
-
-def check_node(told: Mapping[str, Any], out: Path, marker: str) -> None:
-    """Check what a node tells of itself before an engine is started there.
-
-    Parameters
-    ----------
-    marker
-        The text of the marker file.
-
-    Raises
-    ------
-    InputError
-        If its versions are different, or if it does not see the output.
-    """
-    host, there = printable(told["host"], 80), told["versions"]
-    for name, version in versions().items():
-        if there.get(name) != version:
-            raise InputError(
-                f"node {host} has {name} {printable(str(there.get(name)))}, and here it is {version}: install the same "
-                "version on all nodes"
-            )
-    if told["sees"] != marker:
-        raise InputError(
-            f"{printable(out)}: node {host} does not see what is written there: give an OUT on a file system that all nodes "
-            "share, under the same path"
-        )
 
 
 def _first_line(error: Exception) -> str:
@@ -374,7 +333,10 @@ def main() -> int:
                     }
                 )
             command = told["command"]
-            driver = Driver(command, Path(os.path.abspath(command[2])), told["directory"], room, tell, stop)
+            out = as_path(command[2])
+            if not is_url(out):
+                out = Path(os.path.abspath(out))
+            driver = Driver([*command[:2], str(out), *command[3:]], out, told["directory"], room, tell, stop)
             try:
                 driver.run()
             finally:
