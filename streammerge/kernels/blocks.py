@@ -8,9 +8,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from streammerge.kernels import njit
+from streammerge.kernels import loop, njit
 from streammerge.kernels.operands import BF16, F32, width_of
-from streammerge.numerics.bits import bits_from_f32, f32_from_bits
+from streammerge.numerics.bits import (
+    bits_from_f32,
+    bits_from_f64,
+    f32_from_bits,
+    f64_from_bits,
+    has_multiply_add,
+    multiply_add,
+)
 
 BLOCK = 512
 """Number of elements processed at a time: a dozen fp32 and fp64 buffers of this length fit in 32 KiB."""
@@ -52,7 +59,7 @@ def eight_at_most(typing_context, address, limit):
     return types.uint64(types.intp, types.uint32), build
 
 
-@njit(nogil=True)
+@loop()
 def widen(operand, first, n, out):
     """Write elements of an operand as fp32; exact for all dtypes.
 
@@ -67,7 +74,7 @@ def widen(operand, first, n, out):
     widen_at(operand.half, operand.full, offset, operand.code, n, out)
 
 
-@njit(nogil=True)
+@loop()
 def widen_at(half, full, offset, code, n, out):
     """Do the same as `widen` at a byte offset; the buffer is given as 16-bit and as 32-bit words."""
     if code == BF16:
@@ -92,7 +99,7 @@ def widen_at(half, full, offset, code, n, out):
             out[i] = f32_from_bits(bits | sign)
 
 
-@njit(nogil=True)
+@loop()
 def _sticky_f32_bits(y):
     """Round fp64 to fp32 by round-to-odd, so that rounding to 16 bits afterwards is not a double rounding."""
     f = np.float32(y)
@@ -102,7 +109,74 @@ def _sticky_f32_bits(y):
     return ((bits - np.uint32(away)) | np.uint32(1)) if inexact else bits
 
 
-@njit(nogil=True)
+@loop()
+def _round_to_bf16(values, n, target):
+    """Round fp64 values to bf16 where the results are normal numbers or zeros; return whether all of them are.
+
+    The upper 8 bits of a significand of 53 are rounded to nearest even by an integer addition. What is left is exact
+    in fp32, whose upper half is the result, unless it is not normal: subnormal results have fewer bits, and are found
+    by their size, as are infinities and NaN. A NaN whose pattern the addition carries into the sign is found by that.
+    If this returns False, `target` holds nothing of use.
+    """
+    carried = np.uint64(0)
+    for i in range(n):
+        bits = bits_from_f64(values[i])
+        near = bits + (np.uint64((1 << 44) - 1) + ((bits >> np.uint64(45)) & np.uint64(1)))
+        carried |= bits ^ near
+        single = bits_from_f32(np.float32(f64_from_bits(near & ~np.uint64((1 << 45) - 1))))
+        # The addition changes subnormal fp32 only: those from half of the smallest bf16 on must not look like zeros.
+        target[i] = np.uint16(np.uint32(single + np.uint32(0x8000)) >> np.uint32(16))
+    return carried < np.uint64(1 << 63) and _normal_or_zero(target, n)
+
+
+@loop()
+def _normal_or_zero(patterns, n):
+    """Return whether all patterns of bf16 are of normal numbers or zeros."""
+    largest, least = np.uint16(0), np.uint16(0xFFFF)
+    for i in range(n):
+        size = np.uint16(patterns[i] & np.uint16(0x7FFF))
+        largest = max(largest, size)
+        least = min(least, np.uint16(size - np.uint16(1)))  # a zero counts as the largest
+    return largest < np.uint16(0x7F80) and least >= np.uint16(0x7F)
+
+
+@loop(error_model="numpy")
+def divide(values, n, divisor, fast):
+    """Divide fp64 values by a number; a division takes as long as all of the rest of a weighted sum.
+
+    With `fast` (see `divides_fast`) the quotient is that of Markstein 1990 ("Computation of elementary functions on the
+    IBM RISC System/6000 processor"): from an approximation within one unit of the last place, the remainder, which is
+    exact, times the correctly rounded reciprocal corrects it to the correctly rounded quotient. The first step brings
+    the product with the reciprocal that close. Infinities and NaN are the product's. No value may be -0.0.
+    """
+    if not fast:
+        for i in range(n):
+            values[i] /= divisor
+        return
+    reciprocal = 1.0 / divisor
+    for i in range(n):
+        value = values[i]
+        first = value * reciprocal
+        close = multiply_add(multiply_add(-first, divisor, value), reciprocal, first)
+        quotient = multiply_add(multiply_add(-close, divisor, value), reciprocal, close)
+        values[i] = quotient if abs(first) < np.inf else first
+
+
+@loop()
+def divides_fast(factors, divisor):
+    """Return whether `divide` may divide sums of fp32 numbers times `factors` fast: no step may underflow or overflow.
+
+    fp32 numbers are multiples of 2**-149. So their products with factors from 2**-100 on, which are multiples of
+    2**-152, and the rounded sums of those are multiples of 2**-301: they, and the remainders, are far from
+    fp64's least numbers.
+    """
+    serves = has_multiply_add() and 2.0**-100 <= abs(divisor) <= 2.0**100
+    for factor in factors:
+        serves = serves and (factor == 0.0 or 2.0**-100 <= abs(factor) <= 2.0**100)
+    return serves
+
+
+@loop()
 def round_out(values, n, out, first):
     """Round fp64 values once, to nearest even, into the output; return the number of non-finite results.
 
@@ -119,12 +193,14 @@ def round_out(values, n, out, first):
     return round_at(values, n, half, full, offset + first * width_of(code), code)
 
 
-@njit(nogil=True)
+@loop()
 def round_at(values, n, half, full, offset, code):
     """Do what `round_out` does from a byte of the buffer on, given as words of 16 and of 32 bits."""
     bad = 0
     if code == BF16:
         target = half[offset >> 1 : (offset >> 1) + n]
+        if _round_to_bf16(values, n, target):
+            return 0
         for i in range(n):
             bits = _sticky_f32_bits(values[i])
             rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
@@ -188,7 +264,7 @@ def philox(c0, c1, c2, c3, k0, k1):
     return c0 & mask, c1 & mask, c2 & mask, c3 & mask
 
 
-@njit(nogil=True)
+@loop()
 def words_at(element, places, count, key, out):
     """Fill `out` with the words of the elements ``element + places[:count]``.
 
@@ -215,7 +291,7 @@ def words_at(element, places, count, key, out):
         out[t] = np.uint32(high if at & np.uint64(2) else low)
 
 
-@njit(nogil=True)
+@loop()
 def words(element, n, key, out):
     """Fill `out` with the words of `n` elements, from the start of the group of four that contains `element`.
 

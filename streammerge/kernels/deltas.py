@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.kernels import njit
+from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import (
     BLOCK,
     bits_from_f32,
@@ -50,7 +50,7 @@ def scratch():
     )
 
 
-@njit(nogil=True)
+@loop()
 def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut, cut_key, out, buffers):
     """Write the surviving task vector of at most `BLOCK` elements into `out`, 0 elsewhere; return the number of survivors.
 
@@ -70,6 +70,10 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
     ==========  ==============  ============================================
     """
     x, w, at_threshold, _ = buffers
+    drops = drop[0] > 0 or drop[1] > 0
+    if code == BF16 and cut[0] != NO_CUT and not drops:
+        kept = _cut_bf16(n, half[offset >> 1 : (offset >> 1) + n], base, cut, out, at_threshold)
+        return kept - _settle_cut(element, n, cut, cut_key, out, buffers)
     # A cut in place would not vectorise (LLVM makes its stores conditional), so it reads x and writes out.
     delta = out if cut[0] == NO_CUT else x
     if code == BF16:
@@ -81,7 +85,7 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
         for i in range(n):
             delta[i] = x[i] - base[i]
     kept = n
-    if drop[0] > 0 or drop[1] > 0:
+    if drops:
         least, end = np.uint64(drop[0]), drop[1]
         shift = words(element, n, drop_key, w)
         if drop[0] > 0:
@@ -96,11 +100,19 @@ def delta_block(half, full, offset, code, base, element, n, drop, drop_key, cut,
                 kept -= 1
     if cut[0] != NO_CUT:
         kept = _cut_block(n, cut, delta, out, at_threshold)
-        if cut[0] in (THIN, INDEX):
-            kept -= _settle_ties(element, n, cut, cut_key, out, buffers, False)
-        if cut[3] != NO_CUT:
-            kept -= _remove_outliers(element, n, cut[3:], cut_key, out, buffers)
+        kept -= _settle_cut(element, n, cut, cut_key, out, buffers)
     return kept
+
+
+@loop()
+def _settle_cut(element, n, cut, cut_key, out, buffers):
+    """Remove the ties and the outliers that the cut has kept; return their number."""
+    removed = 0
+    if cut[0] in (THIN, INDEX):
+        removed += _settle_ties(element, n, cut, cut_key, out, buffers, False)
+    if cut[3] != NO_CUT:
+        removed += _remove_outliers(element, n, cut[3:], cut_key, out, buffers)
+    return removed
 
 
 @njit(nogil=True)
@@ -118,7 +130,11 @@ def survivors(models, base, first, span, masks, base_out, deltas, kept):
     kept      int64 (k,)      survivors, added to
     ========  ==============  ============================================
     """
-    buffers = scratch()
+    _survivors(models, base, first, span, masks, base_out, deltas, kept, scratch())
+
+
+@loop()
+def _survivors(models, base, first, span, masks, base_out, deltas, kept, buffers):
     half, full, offsets, codes = models
     base_half, base_full, base_offset, base_code = base
     base_itemsize = width_of(base_code)
@@ -137,7 +153,7 @@ def survivors(models, base, first, span, masks, base_out, deltas, kept):
             )
 
 
-@njit(nogil=True)
+@loop()
 def _remove_outliers(element, n, cut, cut_key, out, buffers):
     """Zero the entries of `out` that the outliers' cut keeps; return how many were not zero before."""
     before, at_threshold = buffers.x, buffers.at_threshold
@@ -160,7 +176,7 @@ def _remove_outliers(element, n, cut, cut_key, out, buffers):
     return count
 
 
-@njit(nogil=True)
+@loop()
 def _drop_block(n, last, w, out):
     """Zero the elements whose word is at most `last`; return the number of remaining elements."""
     kept = np.uint32(0)
@@ -174,7 +190,7 @@ def _drop_block(n, last, w, out):
     return np.int64(kept)
 
 
-@njit(nogil=True)
+@loop()
 def _cut_block(n, cut, delta, out, at_threshold):
     """Write the entries that the cut keeps into `out`, and mark ties; return the number kept."""
     threshold = np.uint32(cut[1])
@@ -191,7 +207,23 @@ def _cut_block(n, cut, delta, out, at_threshold):
     return np.int64(kept)
 
 
-@njit(nogil=True)
+@loop()
+def _cut_bf16(n, source, base, cut, out, at_threshold):
+    """Do what `_cut_block` does for ``source - base``, given patterns of bf16, which nothing was dropped from."""
+    threshold = np.uint32(cut[1])
+    least = np.uint32(threshold + np.uint32(cut[0] == ABOVE))
+    kept = np.uint32(0)
+    for i in range(n):
+        bits = bits_from_f32(f32_from_bits(np.uint32(source[i]) << np.uint32(16)) - base[i])
+        magnitude = np.uint32(bits & MAGNITUDE)
+        keep = magnitude >= least
+        at_threshold[i] = np.uint8(magnitude == threshold)
+        kept = np.uint32(kept + np.uint32(keep))
+        out[i] = f32_from_bits(bits if keep else np.uint32(0))
+    return np.int64(kept)
+
+
+@loop()
 def _settle_ties(element, n, cut, cut_key, out, buffers, inverted):
     """Zero the ties that the tie policy removes (if `inverted`, those it keeps); return their number."""
     w, at_threshold, places = buffers.words, buffers.at_threshold, buffers.places

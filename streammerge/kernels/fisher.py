@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.kernels import njit
+from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import BLOCK, round_out, widen, widen_at
 from streammerge.kernels.deltas import delta_block, scratch
 from streammerge.kernels.operands import width_of
@@ -63,8 +63,13 @@ def fisher_mean(models, fishers, base, span, terms, how, out, kept):
     """
     x, b = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
     delta, f = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    buffers, sums = scratch(), _sums()
-    theta, a = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    room = x, b, delta, f, np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64), _sums(), scratch()
+    return _mean(models, fishers, base, span, terms, how, out, kept, room)
+
+
+@loop()
+def _mean(models, fishers, base, span, terms, how, out, kept, room):
+    x, b, delta, f, theta, a, sums, buffers = room
     half, full, offsets, codes = models
     fisher_offsets, fisher_codes = fishers.offsets, fishers.codes
     task_vectors, masks, rescales = terms
@@ -100,9 +105,7 @@ def fisher_mean(models, fishers, base, span, terms, how, out, kept):
             fisher_at = fisher_offsets[model] + start * width_of(fisher_codes[model])
             widen_at(half, full, fisher_at, fisher_codes[model], m, f)
             if model == 0:
-                sums.target[:m] = theta[:m]
-                sums.low[0, :m] = theta[:m]
-                sums.high[0, :m] = theta[:m]
+                _begin(m, theta, sums)
             bad += _add_model(m, theta, f, how, model, sums, a)
             if len(average) > 0:
                 for i in range(m):
@@ -112,7 +115,19 @@ def fisher_mean(models, fishers, base, span, terms, how, out, kept):
     return bad, decided
 
 
-@njit(nogil=True)
+@loop()
+def _begin(m, theta, sums):
+    """Take the first model's values as the target, and as the smallest and largest so far."""
+    target, low, high = sums.target, sums.low[0], sums.high[0]
+    for i in range(m):
+        target[i] = theta[i]
+    for i in range(m):
+        low[i] = theta[i]
+    for i in range(m):
+        high[i] = theta[i]
+
+
+@loop()
 def _in_order(values):
     total = 0.0
     for value in values:
@@ -124,7 +139,7 @@ def _in_order(values):
 # cannot prove that they do not overlap, and such a choice becomes a conditional store. Neither vectorises.
 
 
-@njit(nogil=True)
+@loop()
 def _add_model(m, theta, f, how, model, sums, a):
     """Add one model's weighted difference and weight to the sums of a block; return its number of negative F.
 
@@ -160,7 +175,7 @@ def _add_model(m, theta, f, how, model, sums, a):
     return np.int64(bad)
 
 
-@njit(nogil=True, error_model="numpy")  # else every division is a branch
+@loop(error_model="numpy")  # else every division is a branch
 def _finish(m, sums, last, weight_sum, theta, out):
     """Write the merged values of a block into `out`; return the number of elements that the floors decided.
 

@@ -1,14 +1,18 @@
 """Dot products of models or task vectors per group of elements, and sums with different weights for each row."""
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from streammerge.kernels import njit
+from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import BLOCK, round_at, widen_at
 from streammerge.kernels.deltas import LARGEST, delta_block, scratch
 from streammerge.kernels.operands import width_of
 
 
-@njit(nogil=True)
+@loop()
 def _load(half, full, offset, code, n, task_vectors, rescale, delta, out):
     """Widen a block of a vector to fp64, (>=n,): an operand as it is or, with `task_vectors`, what `delta` holds.
 
@@ -23,6 +27,56 @@ def _load(half, full, offset, code, n, task_vectors, rescale, delta, out):
         for i in range(n):
             out[i] = np.float64(delta[i]) if abs(delta[i]) <= LARGEST else 0.0
     out[n : (n + 7) & ~7] = 0.0
+
+
+def _products_of(pairs):
+    """Return what adds the products of `pairs` of two runs of fp64 to eight sums each, which stay in registers.
+
+    It takes the addresses of the sums (8 fp64 a pair) and of the two runs, and their length, a multiple of 8. Vectors
+    are spelled out, since LLVM does not see that the sums overlap no run, and would keep them in memory.
+    """
+
+    @intrinsic
+    def add(typing_context, sums, x, y, n):
+        eight = ir.VectorType(ir.DoubleType(), 8)
+
+        def build(context, builder, signature, args):
+            def vector_at(address, index):
+                pointer = builder.inttoptr(address, ir.DoubleType().as_pointer())
+                return builder.bitcast(builder.gep(pointer, [index]), eight.as_pointer())
+
+            places = [vector_at(args[0], ir.Constant(args[3].type, 8 * i)) for i in range(len(pairs))]
+            totals = [cgutils.alloca_once_value(builder, builder.load(place, align=8)) for place in places]
+            begin, step = ir.Constant(args[3].type, 0), ir.Constant(args[3].type, 8)
+            with cgutils.for_range_slice(builder, begin, args[3], step, args[3].type) as (index, _):
+                runs = [builder.load(vector_at(address, index), align=8) for address in args[1:3]]
+                for total, (i, j) in zip(totals, pairs, strict=True):
+                    builder.store(builder.fadd(builder.load(total), builder.fmul(runs[i], runs[j])), total)
+            for place, total in zip(places, totals, strict=True):
+                builder.store(builder.load(total), place, align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.intp, types.intp, types.intp, types.intp), build
+
+    return add
+
+
+_add_product = _products_of([(0, 1)])
+_add_three_products = _products_of([(0, 0), (0, 1), (1, 1)])
+
+
+@loop()
+def _add_products(k, m, x, lanes):
+    """Add the products of a block of all pairs of vectors, (k, BLOCK), to their sums, (pairs, 8)."""
+    padded = (m + 7) & ~7
+    if k == 2:
+        _add_three_products(lanes.ctypes.data, x[0].ctypes.data, x[1].ctypes.data, padded)
+        return
+    pair = 0
+    for i in range(k):
+        for j in range(i, k):
+            _add_product(lanes[pair].ctypes.data, x[i].ctypes.data, x[j].ctypes.data, padded)
+            pair += 1
 
 
 @njit(nogil=True)
@@ -41,6 +95,14 @@ def dots(operands, base, span, length, terms, sums):
     sums      float64 (groups, pairs)  written
     ========  =======================  ============================================
     """
+    k = len(operands.offsets)
+    b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
+    room = b, delta, np.empty((k, BLOCK), np.float64), np.empty((len(sums[0]), 8), np.float64), buffers
+    _dots(operands, base, span, length, terms, sums, room)
+
+
+@loop()
+def _dots(operands, base, span, length, terms, sums, room):
     half, full, offsets, codes = operands
     base_half, base_full, base_offset, base_code = base
     base_width = width_of(base_code)
@@ -48,9 +110,7 @@ def dots(operands, base, span, length, terms, sums):
     task_vectors, masks, rescales = terms
     drops, drop_keys, cuts, cut_keys = masks
     k = len(offsets)
-    b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    x = np.empty((k, BLOCK), np.float64)
-    lanes = np.empty((len(sums[0]), 8), np.float64)
+    b, delta, x, lanes, buffers = room
     for group in range(len(sums)):
         lanes[:] = 0.0
         stop = min(n, (group + 1) * length)
@@ -85,14 +145,7 @@ def dots(operands, base, span, length, terms, sums):
                         buffers,
                     )
                 _load(half, full, at, codes[model], m, task_vectors, rescale, delta, x[model])
-            pair = 0
-            for i in range(k):
-                for j in range(i, k):
-                    lane = lanes[pair]
-                    for first in range(0, m, 8):
-                        for at in range(8):
-                            lane[at] += x[i, first + at] * x[j, first + at]
-                    pair += 1
+            _add_products(k, m, x, lanes)
         for pair in range(len(lanes)):
             lane = lanes[pair]
             sums[group, pair] = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + (
@@ -117,8 +170,14 @@ def weigh_rows(operands, base, span, length, terms, weights, out, kept):
     kept      int64 (k,)         survivors of each task vector, added to
     ========  =================  ============================================
     """
-    b, delta, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    total = np.empty(BLOCK, np.float64)
+    b, delta, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64)
+    room = b, delta, total, scratch()
+    return _weigh_rows(operands, base, span, length, terms, weights, out, kept, room)
+
+
+@loop()
+def _weigh_rows(operands, base, span, length, terms, weights, out, kept, room):
+    b, delta, total, buffers = room
     half, full, offsets, codes = operands
     base_half, base_full, base_offset, base_code = base
     base_width = width_of(base_code)

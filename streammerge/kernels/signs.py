@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from streammerge.kernels import njit
+from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import BLOCK
 
 
@@ -15,8 +15,12 @@ def count_agreements(deltas, counts):
     counts  int64 (2,)      added to: elements that agree, that conflict
     ======  ==============  ============================================
     """
+    _count_agreements(deltas, counts, np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32))
+
+
+@loop()
+def _count_agreements(deltas, counts, ups, downs):
     k, n = deltas.shape
-    ups, downs = np.empty(BLOCK, np.int32), np.empty(BLOCK, np.int32)
     for start in range(0, n, BLOCK):
         m = min(BLOCK, n - start)
         ups[:] = 0
