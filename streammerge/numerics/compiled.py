@@ -31,6 +31,7 @@ _SOURCES = (
     "numerics/jit.py",
     "numerics/products.py",
     "numerics/unpacking.py",
+    "numerics/wide.py",
 )
 """The kernels' files, and the files whose constants are compiled into the kernels."""
 _MARK = ".compiled"

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import numba
 
 from streammerge.numerics.compiled import kernel_cache
+from streammerge.numerics.wide import WideCompiler
 
 
 def load_without_scipy() -> None:
@@ -41,7 +42,7 @@ def njit(**options):
 
     def decorate(function):
         directory = kernel_cache().directory
-        loop = numba.njit(**options)(function)
+        loop = numba.njit(pipeline_class=WideCompiler, **options)(function)
         if directory is None or options.get("inline") == "always":
             return loop
         before = numba.config.CACHE_DIR, getattr(numba.config, "CACHE_LOCATOR_CLASSES", "")
