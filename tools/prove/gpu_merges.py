@@ -2,8 +2,8 @@
 
     python tools/prove/gpu_merges.py [--few]
 
-Without --few it runs every variant that the laws of methods know, but for methods of whole matrices; what has no fused kernel
-goes through the fallback, as in a merge on a GPU.
+Without --few it runs every variant that the laws of methods know; what has no fused kernel goes through the CPU's kernels or torch,
+as in a merge on a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
-import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from streammerge.backends.cpu.backend import CPU
 from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.fused.copied import Copied
 from streammerge.backends.fused.interpreter import Interpreter
+from streammerge.backends.fused.launcher import KernelSpec
 from streammerge.backends.fused.math import FusedMath
 from streammerge.backends.registry import register_backend
-from streammerge.methods.registry import get_method
+from streammerge.backends.torch.backend import TORCH
 from streammerge.testing.models import config_for, output_bytes, write_models
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -50,16 +51,31 @@ FEW: list[tuple[str, dict[str, Any]]] = [
     ("fisher", {}),
 ]
 DEVICE = "interpreted"
+LAUNCHED: Counter[str] = Counter()
+"""Launches of each kernel in a merge."""
+EVER: Counter[str] = Counter()
+"""Those in all merges."""
 
 
 def register() -> Interpreter:
     """Register a device that runs fused kernels under the interpreter; return its launcher."""
     launcher = Interpreter()
+    launch = launcher.launch
+
+    def counted(kernel: KernelSpec, *how: Any) -> None:
+        LAUNCHED[kernel.name] += 1
+        launch(kernel, *how)
+
+    launcher.launch = counted  # type: ignore[method-assign]
 
     def math(block: Block, device: str, sees: Extent) -> BlockMath:
         return FusedMath(block, launcher, Copied(block, launcher), KernelMath)
 
-    register_backend(replace(CPU, name=DEVICE, device=DEVICE, math=math))
+    def torch_math(block: Block, device: str, sees: Extent) -> BlockMath:
+        return TORCH.math(block, "cpu", sees)
+
+    rest = replace(TORCH, math=torch_math)
+    register_backend(replace(CPU, name=DEVICE, device=DEVICE, math=math, rest=rest))
     return launcher
 
 
@@ -75,7 +91,8 @@ def compare(variants: list[tuple[str, dict[str, Any]]], *, dtypes: tuple[Any, ..
         for number, (method, parameters) in enumerate(variants):
             dtype = dtypes[number % len(dtypes)]
             config = config_for(method, models[dtype], parameters=parameters)
-            began, outs = time.process_time(), []
+            outs: list[dict[str, bytes]] = []
+            LAUNCHED.clear()
             for device in ("cpu", DEVICE):
                 out = root / f"{number}-{device}"
                 merge(config, out, device=device, memory="512MiB", write_model_card=False, progress=False)
@@ -83,11 +100,9 @@ def compare(variants: list[tuple[str, dict[str, Any]]], *, dtypes: tuple[Any, ..
                     {name: b for name, b in output_bytes(out).items() if name.endswith(".safetensors")}
                 )
             same = outs[0] == outs[1] and bool(outs[0])
-            seconds = time.process_time() - began
-            print(
-                f"{'equal' if same else 'DIFFERS':8}{method} {parameters} {dtype} {seconds:.1f} CPU s",
-                flush=True,
-            )
+            launched = " ".join(f"{name} {n}" for name, n in sorted(LAUNCHED.items())) or "no kernel"
+            print(f"{'equal' if same else 'DIFFERS':8}{method} {parameters} {dtype}: {launched}", flush=True)
+            EVER.update(LAUNCHED)
             if not same:
                 different.append(f"{method} {parameters}")
     return different
@@ -104,8 +119,7 @@ def main() -> int:
     else:
         from tests.laws.test_methods import VARIANTS
 
-        # Torch computes the others, on the CPU.
-        variants = [one for one in VARIANTS if not (get_method(one[0]).matrices or get_method(one[0]).gram)]
+        variants = VARIANTS
     different = compare(variants, dtypes=(torch.bfloat16, torch.float32))
     print(f"{len(variants)} merges, {len(different)} differ")
     return bool(different)

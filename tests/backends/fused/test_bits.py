@@ -31,6 +31,7 @@ compare.codes()
 compare.on_the_way()
 found = {{"done": compare.done, "different": compare.different}}
 found["merges"] = gpu_merges.compare(gpu_merges.FEW, dtypes=(torch.bfloat16, torch.float32))
+found["launched"] = list(gpu_merges.EVER)
 found["noticed"] = {{name: len(gpu_teeth.differences(name, few=True)) for name in {PLANTED}}}
 print(json.dumps(found))
 """
@@ -55,6 +56,16 @@ def test_every_rule_and_statistic_has_the_bits_of_the_cpu(found: dict[str, Any])
 
 def test_merges_write_the_files_of_the_cpu(found: dict[str, Any]) -> None:
     assert found["merges"] == []
+    assert set(found["launched"]) >= {
+        "weighted_sum",
+        "task_vectors",
+        "task_vectors_elect",
+        "fisher_mean",
+        "count_digits_11",
+        "narrow_10",
+        "keys_in_window",
+        "abs_sums",
+    }
 
 
 @pytest.mark.parametrize("name", PLANTED)
