@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from streammerge.algebra.rules import Rule, ranked
 from streammerge.backends.base import Backend
 from streammerge.backends.cpu.backend import CPU
 from streammerge.backends.registry import BACKENDS
@@ -22,6 +23,8 @@ from streammerge.units import format_at_least
 
 ASKED, NO_GPU = "asked for", "no GPU is here"
 """The reasons of a device that was not weighed."""
+RANKS_RATE = 3.0
+"""GB per second that a GPU is expected to merge by ranks in rows: an element is compared with all of its row."""
 CUDA_LEAST = CUDA.reserve + (512 << 20)
 """Memory in bytes; with less, a GPU is used only on request."""
 
@@ -111,7 +114,9 @@ def _gpu_rate(method: Method, n_models: int) -> float | None:
     shape = (4096, 4096)
     context = TensorContext(n_models, shape=shape, has_base=has_base, fisher=method.fisher, gram=False)
     parameters = {name: _typical(one, n_models) for name, one in method.parameters.items()}
-    return gpu.rate if fused_by(gpu, method, context, parameters) else None
+    if not fused_by(gpu, method, context, parameters):
+        return None
+    return RANKS_RATE if ranked(method.rule(context, parameters)) else gpu.rate
 
 
 def _typical(parameter: Parameter, n_models: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend
 from streammerge.methods.registry import Method
 from streammerge.planning.backend import fused_by
@@ -12,10 +13,18 @@ DEVICE_BYTES = 1 << 20
 """Least bytes of the inputs of a tensor; the CPU has merged smaller ones before a GPU has begun."""
 
 
-def goes_to_device(job: Job) -> bool:
-    """Return whether the inputs of a job are read by ranges, without work on the way, and its output is written so."""
+LONGEST_ROW = 1 << 16
+"""Elements of a row that kernels see whole; the CPU has better ways for longer ones."""
+
+
+def goes_to_device(job: Job, extent: Extent) -> bool:
+    """Return whether the inputs of a job are read by ranges, without work on the way, and its output is written so.
+
+    `extent` is that of its arithmetic.
+    """
     return (
         job.kind == "merge"
+        and not (extent == Extent.ROW and job.row_length > LONGEST_ROW)
         and job.encoder is None
         and job.computed_dtype == job.dtype
         and job.matrix is None

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.api import merge, plan
+from streammerge.api import merge, plan, sweep
 from streammerge.backends.fused.launcher import KernelSpec
 from streammerge.backends.gpu import backend as gpu
 from streammerge.backends.gpu.arena import Space
@@ -22,7 +22,7 @@ from streammerge.backends.gpu.lane import Lane, Sizes
 from streammerge.backends.gpu.launcher import DriverLauncher
 from streammerge.backends.gpu.ring import Ring
 from streammerge.backends.registry import BACKENDS
-from streammerge.errors import ModelError, WorldError
+from streammerge.errors import ModelError, Stopped, WorldError
 from streammerge.planning import on_device
 from tests.backends.fake_driver import FakeDriver, Twin
 from tests.conftest import config_for, output_bytes, read_tensors, write_model, write_models
@@ -160,7 +160,45 @@ def test_each_call_that_fails_is_told_in_one_line_and_the_merge_resumes(
         run(config, tmp_path / "out")
     assert failing.counts[call] > number
     fake()
+    resumed = run(config, tmp_path / "out", device="cpu" if number % 2 else "cuda")
+    assert resumed == on_cpus("ties", density=0.3)
+
+
+@pytest.mark.parametrize("nbytes", [1 << 24, 1 << 21], ids=["whole", "streamed"])
+def test_a_merge_that_is_stopped_amid_its_copies_resumes(
+    nbytes: int, paths: list[Path], on_cpus: Any, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, stop = config_for("ties", paths, parameters={"density": 0.3}, seed=7), threading.Event()
+    driver, copy_in = fake(nbytes), FakeDriver.copy_in
+
+    def stopping(self: FakeDriver, *arguments: Any) -> None:
+        copy_in(self, *arguments)
+        if self.counts["copy_in"] == 30:
+            stop.set()
+
+    monkeypatch.setattr(FakeDriver, "copy_in", stopping)
+    with pytest.raises(Stopped):
+        run(config, tmp_path / "out", stop=stop)
+    assert driver.closed
+    monkeypatch.setattr(FakeDriver, "copy_in", copy_in)
+    fake(nbytes)
     assert run(config, tmp_path / "out") == on_cpus("ties", density=0.3)
+
+
+def test_the_points_of_a_sweep_share_what_the_device_holds(
+    paths: list[Path], tmp_path: Path, fake: Fake
+) -> None:
+    config = {**config_for("task_arithmetic", paths, seed=7), "sweep": {"lambda": [0.5, 0.7, 1.0]}}
+    driver = fake()
+    for device in ("cuda", "cpu"):
+        how = {"device": device, "memory": "2GiB", "threads": 2, "progress": False}
+        sweep(config, tmp_path / device, **how)
+    files = sorted(path.relative_to(tmp_path / "cpu") for path in (tmp_path / "cpu").rglob("*.safetensors"))
+    assert len(files) == 3
+    for file in files:
+        assert (tmp_path / "cuda" / file).read_bytes() == (tmp_path / "cpu" / file).read_bytes()
+    inputs = sum(path.stat().st_size for one in paths for path in one.glob("*.safetensors"))
+    assert sum(call[2] for call in driver.calls if call[0] == "copy_in") < inputs
 
 
 def test_memory_that_is_not_pinned_is_told_and_serves(

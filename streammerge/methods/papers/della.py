@@ -60,7 +60,7 @@ def _magprune(
 
 @method(
     "della",
-    cost=7.6,
+    cost=3.6,
     access=Extent.MODEL,
     base="required",
     paper=_PAPER,
@@ -88,7 +88,7 @@ def della(
 
 @method(
     "della_linear",
-    cost=9,
+    cost=2.9,
     access=Extent.TENSOR,
     base="required",
     paper=_PAPER,

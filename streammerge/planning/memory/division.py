@@ -100,14 +100,14 @@ class Division:
             row_bytes=_kept_of_a_row(job),
             tiled=backend.compiled,
         )
-        if backend.open_lane is None or not self._lives_on_device(job, backend):
+        if backend.open_lane is None or not self._lives_on_device(job, need.extent, backend):
             return work
         return replace(work, mode="resident" if work.mode == "streamed" else work.mode, on_device=True)
 
-    def _lives_on_device(self, job: Job, backend: Backend) -> bool:
+    def _lives_on_device(self, job: Job, extent: Extent, backend: Backend) -> bool:
         """Return whether all that a job reads goes to a device as it is, and all that it computes is computed there."""
         own = (job, *(jobs[job.ordinal] for jobs in self.others))
-        return goes_to_device(job) and all(is_fused(one, self.method, backend) for one in own)
+        return goes_to_device(job, extent) and all(is_fused(one, self.method, backend) for one in own)
 
     def _kept_of_columns(self, job: Job, need: Needs, work: Work) -> int:
         """Return the bytes kept for the columns of a streamed tensor, in addition to its pieces.
