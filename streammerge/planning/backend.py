@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from streammerge.algebra.rules import Rule, ranked
+from streammerge.algebra.rules import ranked
 from streammerge.backends.base import Backend
 from streammerge.backends.cpu.backend import CPU
 from streammerge.backends.registry import BACKENDS

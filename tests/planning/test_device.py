@@ -18,7 +18,7 @@ from streammerge.machine import disk_rate, gpus, physical_cores
 from streammerge.methods.catalog import load_builtin
 from streammerge.methods.registry import all_methods
 from streammerge.planning import backend as chosen
-from streammerge.planning.backend import CUDA_LEAST, find_device, workload_of
+from streammerge.planning.backend import CUDA_LEAST, RANKS_RATE, find_device, workload_of
 from streammerge.planning.description import describe
 from streammerge.planning.device import Host, Workload, host_of, weigh
 from streammerge.report.summary import device_lines
@@ -123,6 +123,7 @@ def test_the_rate_of_a_gpu_is_that_of_what_computes_the_method_there(
     }
     assert rates["iso_c"] is None  # decomposed on CPUs
     assert rates["regmean"] == CUDA.rate  # torch's products
+    assert rates["della"] == (RANKS_RATE if fused else None)
     assert rates["ties"] == rates["linear"] == rates["fisher"] == (FUSED.rate if fused else None)
     monkeypatch.setitem(BACKENDS, "fused", replace(gpu, lacks=lambda: "what to install"))
     assert workload_of(all_methods()["ties"], 2, 1).gpu_rate == CUDA.rate

@@ -11,8 +11,7 @@ from streammerge.algebra.rules import Rule
 from streammerge.backends.cpu.backend import CPU
 from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.fused.launcher import Launcher, Residence
-from streammerge.backends.fused.math import FusedMath, fused_call
-from streammerge.backends.fused.rules import enqueued
+from streammerge.backends.fused.math import FusedMath, fused_call, fused_rule
 from streammerge.backends.fused.specs import ptx
 from streammerge.backends.fused.triton_launcher import why_not_amd
 from streammerge.backends.gpu import core_driver, torch_driver
@@ -65,7 +64,7 @@ def open_lane(device: str) -> Lane:
 
 def fuses(rule: Rule, calls: Sequence[Call]) -> bool:
     """Return whether fused kernels compute a rule and all calls of the statistics before it."""
-    return enqueued(rule) is not None and all(map(fused_call, calls))
+    return fused_rule(rule) and all(map(fused_call, calls))
 
 
 def lacks() -> str | None:
