@@ -59,6 +59,7 @@ class Server:
         self._ports = free_ports(4)
         self._process: subprocess.Popen[bytes] | None = None
         self.endpoint = f"http://127.0.0.1:{self._ports[0]}"
+        self.filer = f"127.0.0.1:{self._ports[3]}"
         (directory / "data").mkdir()
         identity = {
             "name": "tests",

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from streammerge.errors import StreammergeError, WorldError
 from streammerge.io.object_errors import explained, while_writing
-from streammerge.io.object_stores import library, split_url, store_of
+from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
 from streammerge.io.object_upload import AT_ONCE, PART
 
 _T = TypeVar("_T")
@@ -36,7 +36,7 @@ def put_object(url: str, data: bytes) -> str:
     WorldError
         If the store fails.
     """
-    return str(_ask(url, lambda obstore, store, key: obstore.put(store, key, data)["e_tag"], writes=True))
+    return str(_ask(url, lambda obstore, store, key: e_tag_of(obstore.put(store, key, data)), writes=True))
 
 
 def put_stream(url: str, parts: Iterator[bytes]) -> None:
@@ -163,7 +163,7 @@ def list_objects(url: str, most: int) -> dict[str, tuple[int, str]]:
     try:
         for batch in library(split_url(url)[0]).list(store, key or None):
             for meta in batch:
-                found[meta["path"][len(key) + 1 if key else 0 :]] = (meta["size"], meta["e_tag"] or "")
+                found[meta["path"][len(key) + 1 if key else 0 :]] = (meta["size"], e_tag_of(meta))
             if len(found) >= most:
                 break
     except Exception as error:
@@ -176,7 +176,7 @@ def list_objects(url: str, most: int) -> dict[str, tuple[int, str]]:
 
 
 def _facts(meta: Any) -> Facts:
-    return Facts(meta["size"], meta["e_tag"] or "", meta["last_modified"].timestamp())
+    return Facts(meta["size"], e_tag_of(meta), meta["last_modified"].timestamp())
 
 
 def _ask(url: str, ask: Callable[[Any, Any, str], _T], *, writes: bool = False) -> _T | None:

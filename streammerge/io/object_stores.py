@@ -29,7 +29,11 @@ CLIENT: dict[str, Any] = {
     "read_timeout": timedelta(seconds=60),
     "connect_timeout": timedelta(seconds=10),
 }
-QUICK: dict[str, Any] = {"max_retries": 8, "retry_timeout": timedelta(minutes=1)}
+QUICK: dict[str, Any] = {
+    "max_retries": 8,
+    "retry_timeout": timedelta(minutes=1),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1), "base": 2},
+}
 """How a question is repeated that a user waits for, such as for an object's name: a few seconds."""
 PATIENT: dict[str, Any] = {
     "max_retries": 60,
@@ -95,6 +99,16 @@ def store_of(url: str, *, patient: bool = False) -> tuple[Any, str]:
                     f"({type(error).__name__}): check the variables of this store"
                 ) from None
         return _STORES[scheme, bucket, patient], key
+
+
+def e_tag_of(meta: Mapping[str, Any]) -> str:
+    """Return an object's ETag in the form that requests carry; lists of some stores leave the quotes out.
+
+    >>> e_tag_of({"e_tag": "0x8D"}), e_tag_of({"e_tag": '"0x8D"'}), e_tag_of({"e_tag": None})
+    ('"0x8D"', '"0x8D"', '')
+    """
+    found = meta["e_tag"] or ""
+    return f'"{found}"' if found and not found.endswith('"') else found
 
 
 def close_stores() -> None:

@@ -9,7 +9,7 @@ from queue import Empty, Queue
 from streammerge.errors import WorldError, printable
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.object_errors import AGAIN, while_writing
-from streammerge.io.object_stores import library, split_url, store_of
+from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
 
 PART = 8 << 20
 """Least bytes of a part."""
@@ -137,7 +137,7 @@ class Upload:
         obstore = library(split_url(self._url)[0])
         try:
             done = obstore.put(store, key, self._each(), chunk_size=self._part, max_concurrency=AT_ONCE)
-            self._e_tag = done["e_tag"] or ""
+            self._e_tag = e_tag_of(done)
         except Exception as error:
             self._failure = while_writing(self._url, error)
 

@@ -19,7 +19,7 @@ from streammerge.errors import ModelError, printable
 from streammerge.io.object_errors import explained
 from streammerge.io.object_file import ObjectFile, requests_nbytes
 from streammerge.io.object_small import list_objects
-from streammerge.io.object_stores import library, split_url, store_of
+from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
 from streammerge.io.volumes import serves
 
 _BLOCK = 512
@@ -182,11 +182,11 @@ def _list(url: str) -> _Folder:
 
 
 def _status(url: str, meta: Mapping[str, Any]) -> ObjectStatus:
-    if not meta["e_tag"]:
+    if not (e_tag := e_tag_of(meta)):
         raise ModelError(
             f"{printable(url)}: the store gives no ETag, without which a change goes unnoticed: copy it here"
         )
-    return ObjectStatus(meta["size"], meta["e_tag"])
+    return ObjectStatus(meta["size"], e_tag)
 
 
 def _missing(url: str) -> FileNotFoundError:

@@ -12,7 +12,7 @@ import pytest
 
 from streammerge.api import merge, verify
 from streammerge.errors import InputError, OutputError, WorldError
-from streammerge.io import object_stores
+from streammerge.io import object_file, object_stores
 from streammerge.io.object_file import ObjectFile
 from streammerge.io.object_upload import Upload
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
@@ -75,6 +75,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_only_time(
         real(self, offset, target)
 
     monkeypatch.setattr(ObjectFile, "read", read)
+    monkeypatch.setattr(object_file, "_LONGEST_PAUSE", 0.3)
     merge(in_store(config, models), tmp_path / "out", memory="1GiB")
     again.join()
     assert output_bytes(tmp_path / "out")[OF_MERGE[0]] == output_bytes(tmp_path / "local")[OF_MERGE[0]]
