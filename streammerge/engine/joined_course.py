@@ -13,8 +13,7 @@ from streammerge.output.joining import shard_unit
 from streammerge.output.own_shards import OwnShards
 from streammerge.output.shared_ledger import SharedLedger, in_turn
 from streammerge.output.volume import Gone
-from streammerge.planning.job import Job
-from streammerge.planning.schedule import Interval, Step, steps
+from streammerge.planning.schedule import Interval, Step
 
 _WAIT_SECONDS = 0.25
 _OWN_SECONDS = 0.05
@@ -77,19 +76,14 @@ class JoinedCourse:
 
     def steps(self, done: Mapping[int, Sequence[Interval]]) -> Iterator[Step | None]:
         """See `Course`. A shard is claimed when the last chunk of the one before has been taken, while that one drains."""
-        plan = self._plan
         for number in self._claimed():
             if number is None:
                 yield None
                 continue
-            jobs = self._jobs_of(number)
-            self._rounds.give(jobs)
-            for step in steps(jobs, [plan.work[job.ordinal] for job in jobs], plan.budget, {}):
+            self._rounds.give([self._plan.jobs[job] for job in self._plan.order_in(number)])
+            for step in self._plan.steps_in(number, {}):
                 self._chunks += 1
                 yield step
-
-    def _jobs_of(self, number: int) -> list[Job]:
-        return [self._plan.jobs[ordinal] for ordinal in self._plan.order_in(number)]
 
     def _claimed(self) -> Iterator[int | None]:
         """Yield the shards that this process has claimed; None if all are done or claimed by others."""

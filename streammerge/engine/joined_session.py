@@ -15,7 +15,6 @@ from streammerge.engine.sharing import check_failure
 from streammerge.engine.taking import Claiming, poll_seconds
 from streammerge.engine.telling import differing, not_finite_lines
 from streammerge.errors import StreammergeError, WorldError, printable
-from streammerge.io import volumes
 from streammerge.output.commit import commit
 from streammerge.output.heartbeat import signs_of
 from streammerge.output.identity import Identity
@@ -45,7 +44,7 @@ def ended(place: Place, identity: Identity) -> Mapping[str, Any] | None:
     """Return the manifest of a merge that the other processes have finished; None while it is not."""
     if working_files(place.state).exists(f"{run_of(identity.public)}/{RUN}"):
         return None
-    volumes.forget(place.out)
+    place.look_anew()
     manifest = read_manifest(place.out)
     return None if manifest is None or identity.changed(manifest["identity"]) else manifest
 

@@ -14,13 +14,11 @@ from streammerge.engine.joined_session import JoinedSession
 from streammerge.engine.session import Options, written_names
 from streammerge.engine.telling import differing, of_floor
 from streammerge.errors import ConfigError, InputError, printable
-from streammerge.io import volumes
 from streammerge.io.object_leftovers import abort_uploads
-from streammerge.io.object_small import list_objects
 from streammerge.output.joining import ShardDone, shard_done, shard_record, shard_unit
 from streammerge.output.journal import Progress, Receipt
 from streammerge.output.object_commit import commit_objects
-from streammerge.output.object_place import MOST, withdraw_objects
+from streammerge.output.object_place import objects_of, withdraw_objects
 from streammerge.output.object_readback import is_as_received
 from streammerge.output.object_shards import ObjectShards
 from streammerge.output.shards import ShardWriter
@@ -41,10 +39,6 @@ def check_streamable(plan: MergePlan, options: Options) -> None:
     cure = "give a directory as OUT, and copy it to the store afterwards"
     if plan.adapter is not None:
         raise ConfigError(f"{plan.config.where}: an adapter is not written to an object store: {cure}")
-    if any(len(job.parts) > 1 for job in plan.jobs):
-        raise ConfigError(
-            f"{plan.config.where}: quantised tensors, of several parts each, are not written to an object store: {cure}"
-        )
     if options.join and options.overwrite:
         raise InputError(
             "--join with --overwrite: each process would discard what the others have done: discard it once, by "
@@ -73,10 +67,8 @@ class ObjectSession(JoinedSession):
     def begin(self) -> Progress:
         """Enter the merge; return what has been done before."""
         progress = super().begin()
-        missing = len(self._done) < len(self.plan.layout.shards)
-        present = list_objects(str(self.place.out), MOST)
-        if missing:
-            withdraw_objects(self.place, present)
+        if len(self._done) < len(self.plan.layout.shards):
+            withdraw_objects(self.place, objects_of(self.place))
         return progress
 
     def _make_course(self) -> JoinedCourse:
@@ -118,7 +110,7 @@ class ObjectSession(JoinedSession):
     def _recorded(self) -> dict[int, ShardDone]:
         """Return the shards that are as they were recorded; others are forgotten."""
         ledger, found = self._entered.ledger, dict[int, ShardDone]()
-        units, present = ledger.done(), list_objects(str(self.place.out), MOST)
+        units, present = ledger.done(), objects_of(self.place)
         for number, shard in enumerate(self.plan.layout.shards):
             if (unit := shard_unit(number)) not in units:
                 continue
@@ -187,4 +179,4 @@ class ObjectSession(JoinedSession):
         volume.discard(self._entered.ledger.run)
         abort_uploads(str(self.place.folder), written_names(self.plan))
         volume.clear()
-        volumes.forget(self.place.out)
+        self.place.look_anew()

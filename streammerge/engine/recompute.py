@@ -270,6 +270,10 @@ class _Comparer:
             earlier = new if old is None or new.first < old.first else old
             self.differences[key] = replace(earlier, count=new.count + (old.count if old else 0))
 
+    def early(self) -> _Comparer:
+        """See `Sink`: bytes are taken in any order."""
+        return self
+
     def sync(self, shards: set[int]) -> None:
         """See `Sink`; nothing is written."""
 

@@ -81,6 +81,10 @@ class _Draft:
             view, offset = view[n:], offset + n
         self.bytes_written += data.size
 
+    def early(self) -> _Draft:
+        """See `Sink`: bytes are taken in any order."""
+        return self
+
     def sync(self, shards: set[int]) -> None:
         """See `Sink`."""
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,12 @@ class Worker:
         self.stop, self.stages, self.lent = driver.stop, driver.stages, driver.lent
         self._pool, self.threads, self.prefetchers = driver._pool, driver.threads, driver.prefetchers
         self._lanes = driver._lanes
+
+    def rehearsing(self) -> Worker:
+        """Return this worker with a writer that keeps only what is written before other parts; its values are its own."""
+        worker = copy(self)
+        worker.writer, worker.outputs, worker.answers = self.writer.early(), (worker,), dict(self.answers)
+        return worker
 
     def lead(self, others: Sequence[Worker]) -> None:
         """Make the outputs of other workers too from each read; their plans differ only in the jobs' parameters.

@@ -111,7 +111,7 @@ _RULES: tuple[_Rule, ...] = (
 """What an answer is, its error, and the message; the first that fits."""
 
 
-def explained(url: str, error: Exception) -> StreammergeError | FileNotFoundError:
+def explained(url: str, error: BaseException) -> StreammergeError | FileNotFoundError:
     """Return the error for a failed request; FileNotFoundError if there is no such object."""
     text = str(error)
     status, code = _STATUS.search(text), _CODE.search(text)
@@ -154,7 +154,7 @@ def while_merging(url: str, error: Exception) -> StreammergeError:
     return what
 
 
-def while_writing(url: str, error: Exception) -> StreammergeError:
+def while_writing(url: str, error: BaseException) -> StreammergeError:
     """Return the error for a write that failed."""
     what = explained(url, error)
     return what if isinstance(what, WorldError) else WorldError(f"{what}; {AGAIN}")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from streammerge.errors import StreammergeError, WorldError
+from streammerge.errors import StreammergeError
 from streammerge.io.object_errors import explained, while_writing
 from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
-from streammerge.io.object_upload import AT_ONCE, PART
 
 _T = TypeVar("_T")
 _EXISTS = {"AlreadyExistsError", "PreconditionError"}
@@ -37,37 +36,6 @@ def put_object(url: str, data: bytes) -> str:
         If the store fails.
     """
     return str(_ask(url, lambda obstore, store, key: e_tag_of(obstore.put(store, key, data)), writes=True))
-
-
-def put_stream(url: str, parts: Iterator[bytes]) -> None:
-    """Write an object from pieces of at most a few MiB.
-
-    Raises
-    ------
-    WorldError
-        If the store fails; any error of `parts` itself.
-    """
-    failed: list[StreammergeError] = []
-
-    def guarded() -> Iterator[bytes]:
-        try:
-            yield from parts
-        except StreammergeError as error:
-            failed.append(error)
-            raise
-
-    try:
-        _ask(
-            url,
-            lambda obstore, store, key: obstore.put(
-                store, key, guarded(), chunk_size=PART, max_concurrency=AT_ONCE
-            ),
-            writes=True,
-        )
-    except WorldError:
-        if failed:
-            raise failed[0] from None
-        raise
 
 
 def create_object(url: str, data: bytes) -> bool:

@@ -64,7 +64,7 @@ class Upload:
         self._filled = bytearray()
         self._parts: Queue[bytes | None] = Queue(1)
         self._given_up = threading.Event()
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._e_tag = ""
         self._thread = threading.Thread(target=self._run, name="upload", daemon=True)
         self._thread.start()
@@ -138,7 +138,7 @@ class Upload:
         try:
             done = obstore.put(store, key, self._each(), chunk_size=self._part, max_concurrency=AT_ONCE)
             self._e_tag = e_tag_of(done)
-        except Exception as error:
+        except BaseException as error:  # a panic of the library is no Exception
             self._failure = while_writing(self._url, error)
 
     def _each(self) -> Iterator[bytes]:

@@ -116,8 +116,8 @@ def check_files(
 
 def manifest_of(out: Path) -> dict[str, Any]:
     """Return the manifest of a finished output; raise as `verify` does."""
-    volumes.forget(out)
     place = place_of(out)
+    place.look_anew()
     if place.file is None and not volumes.isdir(out):
         raise ModelError(f"{printable(out)}: no such directory")
     if place.is_unfinished:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.errors import OutputError, StreammergeError, printable
-from streammerge.io import volumes
 from streammerge.output.directory import sweep, sweep_shards
 from streammerge.output.heartbeat import Heartbeat, signs_of
 from streammerge.output.identity import Identity
@@ -118,7 +117,7 @@ def is_remains(place: Place, identity: Identity, run: str) -> bool:
     volume = working_files(place.state)
     if volume.exists(JOURNAL) or volume.exists(f"{run}/{RUN}"):
         return False
-    volumes.forget(place.out)
+    place.look_anew()
     manifest = read_manifest(place.out)
     return manifest is not None and not identity.changed(manifest["identity"])
 
@@ -147,7 +146,7 @@ def check_others(place: Place, identity: Identity, run: str) -> None:
     OutputError
         If there is one; the message names what differs, or the host.
     """
-    volumes.forget(place.out)
+    place.look_anew()
     manifest = read_manifest(place.out)
     if manifest is not None and (changed := identity.changed(manifest["identity"])):
         raise OutputError(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import ModelError, WorldError
 from streammerge.io.files import pread, reading
-from streammerge.io.object_small import put_object, put_stream
+from streammerge.io.object_small import put_object
+from streammerge.io.object_upload import Upload
 from streammerge.io.stamp import FileStamp, changed, check_unchanged
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.commit import cover, listing_files, made_files, whole_manifest
@@ -74,23 +76,23 @@ def _copy(stamp: FileStamp, content: str, url: str, check: Callable[[], None]) -
         If it cannot be read or written, or has changed; the object is not there then.
     """
     check()
-    digest, found = hashlib.sha256(), [0, 0]
-
-    def parts() -> Iterator[bytes]:
-        try:
-            with reading(stamp.path) as (source, _):
-                while data := pread(source, _STEP, found[0]):
-                    digest.update(data)
-                    found[:] = found[0] + len(data), crc32(data, found[1])
-                    yield data
-        except ModelError as error:
-            check_unchanged(stamp)
-            raise WorldError(f"{error}; run the same command again") from error
+    if not stamp.nbytes:  # an upload in parts has at least one
+        put_object(url, b"")
+        return 0, 0
+    digest, crc, position = hashlib.sha256(), 0, 0
+    upload = Upload(url, stamp.nbytes, threading.Event(), check)
+    try:
+        with reading(stamp.path) as (source, _):
+            while data := pread(source, _STEP, position):
+                digest.update(data)
+                position, crc = position + len(data), crc32(data, crc)
+                upload.write(data)
         if digest.hexdigest() != content:
             raise changed(stamp.path)
-
-    if stamp.nbytes:
-        put_stream(url, parts())
-    else:  # an upload in parts has at least one
-        put_object(url, b"".join(parts()))
-    return found[0], found[1]
+        upload.finish()
+    except ModelError as error:
+        check_unchanged(stamp)
+        raise WorldError(f"{error}; run the same command again") from error
+    finally:
+        upload.give_up()
+    return position, crc

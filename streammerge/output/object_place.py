@@ -10,13 +10,13 @@ from streammerge.checkpoint.weight_names import LISTS, LOADED, is_weight_file
 from streammerge.errors import OutputError, printable
 from streammerge.io import volumes
 from streammerge.io.object_leftovers import abort_uploads
-from streammerge.io.object_small import list_objects, remove_object
+from streammerge.io.object_small import facts_of, list_objects, remove_object
 from streammerge.output.finished import Finished
 from streammerge.output.heartbeat import signs_of
 from streammerge.output.identity import Identity
 from streammerge.output.joining import left_by_runs
 from streammerge.output.manifest import read_manifest
-from streammerge.output.place import CONFIG_COPY, RUN, STATE, Place, is_run
+from streammerge.output.place import CONFIG_COPY, RUN, Place, is_run
 from streammerge.output.presence import taken_by
 from streammerge.output.working_files import working_files
 
@@ -38,10 +38,6 @@ def check_object_target(place: Place, inputs: Sequence[str]) -> None:
     """
     out = str(place.out)
     volumes.volume_of(out)
-    if place.file is not None:
-        raise OutputError(
-            f"{printable(out)}: one file is written to a disk only: name a folder of the bucket as OUT"
-        )
     if not out.partition("://")[2].partition("/")[2]:
         raise OutputError(f"{printable(out)}: is a whole bucket: name a folder in it as OUT")
     for path in inputs:
@@ -58,23 +54,38 @@ def present_in(place: Place) -> Present:
         If it holds objects, but neither working files nor a manifest.
     """
     out = str(place.out)
-    volumes.forget(out)
-    found = list_objects(out, MOST)
-    if found and place.manifest.name not in found and not any(map(_is_working, found)):
+    place.look_anew()
+    found = objects_of(place)
+    if not found or place.manifest.name in found:
+        return found
+    if place.file in found or not any(_is_working(place, name) for name in found):
         raise OutputError(
             f"{printable(out)}: contains files that streammerge did not write ({printable(min(found))}): "
             "choose an empty or new folder"
+            if place.file is None
+            else f"{printable(out)}: no merge wrote this file: choose a different name"
         )
     return found
 
 
-def _is_working(name: str) -> bool:
-    return name.startswith(f"{STATE}/")
+def objects_of(place: Place) -> Present:
+    """Return every object of an output as it is now; of a single file, only those that have its name."""
+    if place.file is None:
+        return list_objects(str(place.out), MOST)
+    names = {place.file: place.out, place.manifest.name: place.manifest}
+    facts = {name: facts_of(str(path)) for name, path in names.items()}
+    found = {name: (one.nbytes, one.e_tag) for name, one in facts.items() if one is not None}
+    below = list_objects(str(place.state), MOST)
+    return found | {f"{place.state.name}/{name}": one for name, one in below.items()}
 
 
-def _has_run(present: Present) -> bool:
+def _is_working(place: Place, name: str) -> bool:
+    return name.startswith(f"{place.state.name}/")
+
+
+def _has_run(place: Place, present: Present) -> bool:
     """Return whether a merge has begun here that has not ended."""
-    parts = [name.split("/") for name in present if _is_working(name)]
+    parts = [name.split("/") for name in present if _is_working(place, name)]
     return any(len(some) == 3 and is_run(some[1]) and some[2] == RUN for some in parts)
 
 
@@ -89,7 +100,7 @@ def find_finished_objects(place: Place, identity: Identity, present: Present) ->
         If it holds a different merge, or lacks files of this one.
     """
     manifest = read_manifest(place.out) if place.manifest.name in present else None
-    if manifest is None or _has_run(present):
+    if manifest is None or _has_run(place, present):
         return None
     if changed := identity.changed(manifest["identity"]):
         raise OutputError(
@@ -102,7 +113,7 @@ def find_finished_objects(place: Place, identity: Identity, present: Present) ->
                 f"{printable(place.out)}: holds this merge, finished, but {printable(name)} is missing or has a different "
                 "size: restore it, or start over with --overwrite"
             )
-    if any(map(_is_working, present)):
+    if any(_is_working(place, name) for name in present):
         working_files(place.state).clear()
     return Finished(manifest)
 
@@ -111,7 +122,7 @@ def withdraw_objects(place: Place, present: Present) -> None:
     """Remove indexes and the list of components, so that nothing loads while shards are written again."""
     for name in present:
         if name.rpartition("/")[2] in LISTS or name.endswith(".index.json"):
-            remove_object(f"{place.out}/{name}")
+            remove_object(str(place.path(name)))
 
 
 def clear_objects(place: Place, present: Present) -> None:
@@ -130,11 +141,11 @@ def clear_objects(place: Place, present: Present) -> None:
     manifest = read_manifest(place.out) if place.manifest.name in present else None
     ours = {*_FIXED, *announced, *(manifest["files"] if manifest else ())}
     ours |= {name for name in present if "/" not in name and is_weight_file(name)}
-    ours = {name for name in ours & present.keys() if not _is_working(name)} - {place.manifest.name}
+    ours = {name for name in ours & present.keys() if not _is_working(place, name)} - {place.manifest.name}
     abort_uploads(str(place.folder), {*announced, *(manifest["files"] if manifest else ())})
     for name in sorted(ours, key=lambda name: (name not in LOADED, name)):
-        remove_object(f"{place.out}/{name}")
+        remove_object(str(place.path(name)))
     if place.manifest.name in present:
-        remove_object(f"{place.out}/{place.manifest.name}")
+        remove_object(str(place.manifest))
     volume.clear()
-    volumes.forget(place.out)
+    place.look_anew()

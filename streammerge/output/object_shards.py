@@ -12,7 +12,10 @@ from streammerge.io.buffer_pool import Bytes
 from streammerge.io.object_upload import Upload
 from streammerge.output.own_shards import OwnShards, Written
 from streammerge.output.place import Place
+from streammerge.output.shards import Sink
+from streammerge.output.side_parts import SideParts
 from streammerge.planning.layout import Layout
+from streammerge.planning.streamed import sides_in
 
 _WAIT_SECONDS = 0.2
 
@@ -48,6 +51,8 @@ class ObjectShards(OwnShards):
         super().__init__(place, layout, run, direct=False)
         self._stop, self._check = stop, check
         self._last = layout.last if holds_last else None
+        self._sides = [SideParts(sides_in(layout, number)) for number in range(len(layout.shards))]
+        self._draining = threading.RLock()
         self._turn = threading.Condition()
         self._waiting: list[int] = []
         """The shards that have been begun, the current one first."""
@@ -89,6 +94,10 @@ class ObjectShards(OwnShards):
         """
         if not data.size:
             return
+        if self.take_side(shard, offset, data):
+            with self._turn:
+                self.bytes_written += data.size
+            return
         with self._turn:
             while (self._waiting[:1], self._at) != ([shard], offset):
                 if self._failure is not None:
@@ -100,6 +109,7 @@ class ObjectShards(OwnShards):
             assert self._upload is not None
             self._upload.write(data)
             self._advance(offset + data.size)
+            self._drain(shard)
         except BaseException as error:
             self._failure = error
             raise
@@ -107,6 +117,17 @@ class ObjectShards(OwnShards):
             with self._turn:
                 self.bytes_written += data.size
                 self._turn.notify_all()
+
+    def early(self) -> Sink:
+        """See `Sink`: side parts."""
+        return _Early(self)
+
+    def take_side(self, shard: int, offset: int, data: Bytes) -> bool:
+        """Keep bytes that belong to a side part, until its place comes; return False if they belong to none."""
+        if not self._sides[shard].take(offset, data):
+            return False
+        self._drain(shard)
+        return True
 
     def sync(self, shards: set[int]) -> None:
         """See `Sink`: a shard is durable when the store has it whole."""
@@ -168,3 +189,45 @@ class ObjectShards(OwnShards):
             self._turn.notify_all()
         if len(shard.header) == shard.nbytes:
             self._advance(shard.nbytes)
+        else:
+            self._drain(number)
+
+    def _drain(self, shard: int) -> None:
+        """Upload the side parts whose place has come."""
+        try:
+            with self._draining:
+                while True:
+                    with self._turn:
+                        at = self._at if self._waiting[:1] == [shard] else 0
+                    side = self._sides[shard].ready(at) if at else None
+                    if side is None:
+                        return
+                    assert self._upload is not None
+                    self._upload.write(side)
+                    self._advance(at + len(side))
+        except BaseException as error:
+            self._failure = error
+            raise
+        finally:
+            with self._turn:
+                self._turn.notify_all()
+
+
+class _Early:
+    """Takes the side parts of a store's shards, and nothing else; a `Sink`."""
+
+    bytes_written = 0
+
+    def __init__(self, shards: ObjectShards) -> None:
+        self._shards = shards
+
+    def write(self, shard: int, offset: int, data: Bytes) -> None:
+        """See `Sink`."""
+        self._shards.take_side(shard, offset, data)
+
+    def early(self) -> Sink:
+        """See `Sink`."""
+        return self
+
+    def sync(self, shards: set[int]) -> None:
+        """See `Sink`."""

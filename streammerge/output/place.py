@@ -69,7 +69,13 @@ class Place:
     @property
     def is_unfinished(self) -> bool:
         """Whether a merge has begun here that has not ended."""
-        return volumes.lexists(self.state if self.file is None else self.journal)
+        whole = self.file is None or volumes.is_url(self.out)
+        return volumes.lexists(self.state if whole else self.journal)
+
+    def look_anew(self) -> None:
+        """Forget what is known of a store's objects: they are written meanwhile."""
+        for path in (self.out, self.manifest):
+            volumes.forget(path)
 
     def path(self, name: str) -> Path:
         """Return the path of a finished file."""

@@ -31,6 +31,9 @@ class Sink(Protocol):
     def sync(self, shards: set[int]) -> None:
         """Make everything received for some shards durable."""
 
+    def early(self) -> Sink:
+        """Return a sink that keeps only what this one needs before it comes in order."""
+
 
 class NoSink:
     """Accepts no bytes: the sink of a run that writes nothing."""
@@ -43,6 +46,10 @@ class NoSink:
 
     def sync(self, shards: set[int]) -> None:
         """See `Sink`."""
+
+    def early(self) -> Sink:
+        """See `Sink`."""
+        return self
 
 
 class ShardWriter:
@@ -194,6 +201,10 @@ class ShardWriter:
         """Read back bytes of a shard."""
         with world_errors(self._final(shard)):
             return os.pread(self._descriptors[shard], nbytes, offset)
+
+    def early(self) -> Sink:
+        """See `Sink`: bytes are taken in any order."""
+        return self
 
     def sync(self, shards: set[int]) -> None:
         """Make everything written to some shards durable. A failure is final, since a retry cannot be trusted."""

@@ -56,8 +56,8 @@ def status_of(out: Path) -> Status:
     OutputError
         If the output holds no merge.
     """
-    volumes.forget(out)
     place = place_of(out)
+    place.look_anew()
     runs = runs_in(place)
     unfinished = bool(runs) if volumes.is_url(out) else place.is_unfinished
     finished = read_manifest(out) is not None and not unfinished

@@ -37,6 +37,7 @@ from streammerge.planning.resolve.matching import Matched, match_names
 from streammerge.planning.resolve.quantised import check_codes
 from streammerge.planning.resolve.vocabulary import Alignment, align
 from streammerge.planning.stages import with_shared
+from streammerge.planning.streamed import held_nbytes
 from streammerge.units import format_at_least, format_size
 
 _REFS_OF_CODES = 3
@@ -103,6 +104,8 @@ def make_plan(
     lists = _lists_nbytes(inputs, matched, jobs, needs) + files.nbytes
     lists += 0 if alignment is None else alignment.nbytes
     lists += 0 if mixture is None else mixture.nbytes
+    layout = _layout_of(jobs, template, options, adapter=storage.adapter is not None)
+    lists += held_nbytes(layout) if options.streamed else 0
     lists += sum(stage.division.lists for stage in inputs.stages)
     lists += max((stage.statistics_memory.nbytes for stage in inputs.stages), default=0)
     division = Division(resources.budget, jobs, needs, lists, method, resources.backend)
@@ -115,7 +118,7 @@ def make_plan(
         jobs=jobs,
         access=tuple(need.access for need in needs),
         work=allocation.work,
-        layout=_layout_of(jobs, template, options, adapter=storage.adapter is not None),
+        layout=layout,
         budget=allocation.budget,
         seed=seed,
         backend=resources.backend,

@@ -33,6 +33,7 @@ from streammerge.planning.needs import likeness, needs_data, tensor_context_of
 from streammerge.planning.options import LeftOut
 from streammerge.planning.overview import as_html, as_text, first_few
 from streammerge.planning.schedule import Interval, Step, Work, steps
+from streammerge.planning.streamed import order_in, reads_twice, rehearsed
 from streammerge.planning.template import template_of
 from streammerge.statistics.base import Source, Statistic
 from streammerge.units import format_size
@@ -173,15 +174,22 @@ class MergePlan:
         """Yield the remaining steps; `done` has the finished elements of each job."""
         if not self.streamed:
             return steps(self.jobs, self.work, self.budget, done or {})
-        order = [job for number in range(len(self.layout.shards)) for job in self.order_in(number)]
-        return steps(
-            [self.jobs[job] for job in order], [self.work[job] for job in order], self.budget, done or {}
-        )
+        numbers = range(len(self.layout.shards))
+        return (step for number in numbers for step in self.steps_in(number, done or {}))
+
+    def steps_in(self, shard: int, done: Mapping[int, Sequence[Interval]]) -> Iterator[Step]:
+        """Yield the steps of the jobs of a shard, in the order in which they are merged."""
+        order = self.order_in(shard)
+        found = steps([self.jobs[job] for job in order], [self.work[job] for job in order], self.budget, done)
+        return rehearsed(found, self.layout) if self.streamed else found
 
     def order_in(self, shard: int) -> list[int]:
         """Return the ordinals of the jobs of a shard, in the order in which they are merged."""
-        ordinals = dict.fromkeys(job for job, _ in self.layout.shards[shard].parts)
-        return list(ordinals) if self.streamed else sorted(ordinals)
+        return (
+            order_in(self.layout, shard)
+            if self.streamed
+            else sorted({job for job, _ in self.layout.shards[shard].parts})
+        )
 
     def model_rounds(self) -> int:
         """Return the number of rounds of whole-model statistics before the merge."""
@@ -226,6 +234,8 @@ class MergePlan:
     def bytes_to_read(self) -> int:
         """Return the bytes that all passes read: each input once, and once more per streamed pass."""
         total = sum(job.input_bytes + job.fisher_bytes for job in self.jobs)
+        if self.streamed:
+            total += reads_twice(self.layout, self.jobs)
         for job, how in zip(self.jobs, self.work, strict=True):
             rounds = self.rounds_reading(job, Extent.MODEL)
             if how.mode == "streamed":

@@ -61,6 +61,8 @@ class Chunk:
     pieces: tuple[Piece, ...]
     nbytes: int
     """Bytes of buffers that it holds while it runs."""
+    rehearsal: bool = False
+    """Whether it only finds the parts that are written before others; see `streammerge.planning.streamed`."""
 
 
 @dataclass(frozen=True)

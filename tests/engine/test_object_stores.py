@@ -263,7 +263,6 @@ def test_overwrite_removes_what_an_earlier_merge_left_and_nothing_else(
         ("s3://bench/in/m1", "holds the input"),
         ("s3://bench/in", "holds the input"),
         ("s3://bench", "a whole bucket"),
-        ("s3://bench/x.safetensors", "one file is written to a disk only"),
         ("s3://nowhere/x", "there is no bucket"),
         ("s3://a:hunter2@bench/x", "not shown"),
         ("hf://org/x", "hf://"),

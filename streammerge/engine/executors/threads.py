@@ -38,7 +38,10 @@ class Threads:
         turns = Turns(driver.stop)
 
         def do(number: int, chunk: Chunk) -> None:
-            written.put(run_chunk(driver, chunk, turns.of(number)))
+            if chunk.rehearsal:
+                run_chunk(driver.rehearsing(), chunk, turns.of(number))
+            else:
+                written.put(run_chunk(driver, chunk, turns.of(number)))
 
         def submitted() -> Iterator[Future[None] | None]:
             number = 0
