@@ -14,6 +14,7 @@ from streammerge.output.own_shards import OwnShards
 from streammerge.output.shared_ledger import SharedLedger, in_turn
 from streammerge.output.volume import Gone
 from streammerge.planning.schedule import Interval, Step
+from streammerge.planning.streamed import SHARDS_AT_ONCE, held_nbytes
 
 _WAIT_SECONDS = 0.25
 _OWN_SECONDS = 0.05
@@ -66,6 +67,7 @@ class JoinedCourse:
         self._numbers = {shard_unit(number): number for number in range(len(shards))}
         self._order = in_turn(list(self._numbers), [shard.nbytes for shard in shards], token)
         self._on_done = on_done
+        self._holds_sides = self._plan.streamed and held_nbytes(self._plan.layout) > 0
 
     def begin(self, streamer: Streamer) -> None:
         """See `Course`."""
@@ -127,6 +129,8 @@ class JoinedCourse:
         They keep its threads busy while the last one drains, and no more: what it has taken, nobody else can do. The last
         shards are for those that have nothing to do.
         """
+        if self._holds_sides:
+            return SHARDS_AT_ONCE - 1
         processes = self._ledger.workers()
         if processes > 1 and left <= _LAST * processes:
             return 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from streammerge.planning.job import Job
     from streammerge.planning.layout import Layout, Slot
 
-_SHARDS_AT_ONCE = 2
+SHARDS_AT_ONCE = 2
 """Shards of which side parts are held: one that is being uploaded, and the next."""
 
 
@@ -47,7 +47,7 @@ def order_in(layout: Layout, shard: int) -> list[int]:
 def held_nbytes(layout: Layout) -> int:
     """Return the most bytes of side parts that are held."""
     sums = [sum(slot.nbytes for slot in sides_in(layout, shard)) for shard in range(len(layout.shards))]
-    return _SHARDS_AT_ONCE * max(sums, default=0)
+    return SHARDS_AT_ONCE * max(sums, default=0)
 
 
 def rehearsed(steps: Iterable[Step], layout: Layout) -> Iterator[Step]:
