@@ -19,7 +19,7 @@ from streammerge.numerics.philox import RandomKeys
 if TYPE_CHECKING:
     from streammerge.algebra.rules import Rule, TaskVectorMerge
     from streammerge.algebra.scores import Ranked, Selection
-    from streammerge.algebra.task_vectors import TaskVector
+    from streammerge.algebra.task_vectors import Cut, TaskVector
 
 Counts = NDArray[np.int64]
 Bins = NDArray[np.int32]
@@ -178,6 +178,32 @@ class ScalingMath(BlockMath, Protocol):
 
     def apply_scaled(self, rules: Sequence[Rule], outs: Sequence[Operand]) -> list[Applied]:
         """Do what `apply` does for rules whose `unscaled` is the same; `outs` have one dtype, and overlay nothing."""
+
+
+class SettlingMath(BlockMath, Protocol):
+    """The arithmetic of a block by compiled kernels, which merge while thresholds are counted.
+
+    The elements near a threshold are undecided until it is known (see `streammerge.algebra.brackets`).
+    """
+
+    def patterns(self, vector: TaskVector) -> NDArray[np.uint32]:
+        """Return the fp32 patterns (sign bit cleared) of a task vector's magnitudes before its cut, (n,)."""
+
+    def mark_undecided(
+        self, vector: TaskVector, low: Cut, high: Cut, bins: Bins, marks: NDArray[np.uint8]
+    ) -> tuple[int, int]:
+        """Write 1 into `marks`, (n,), where the two cuts of a task vector differ; count patterns as `count_keys` does.
+
+        The window is from the lower to the higher threshold, with a bin for each pattern.
+        """
+
+    def settle(
+        self, trial: TaskVectorMerge, rule: TaskVectorMerge, elements: NDArray[np.int64], out: Operand
+    ) -> Applied:
+        """Merge elements from anywhere in a tensor: `elements` are their flat indices, (n,); all operands are fp32.
+
+        The report has the survivors that `rule` keeps beyond those of `trial`. The models are overwritten.
+        """
 
 
 def operand_bytes(operand: Operand, n: int) -> int:

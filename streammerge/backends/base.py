@@ -89,6 +89,8 @@ class Backend:
     """Whether temporaries of formulas are in this process's memory; False: in the device's."""
     compiled: bool = False
     """Whether it runs kernels that must be compiled before their first use."""
+    settles: bool = False
+    """Whether its arithmetic is `SettlingMath`: it merges while thresholds are counted."""
     formulas: bool = True
     """Whether it computes plain formulas, Gram matrices and fp64; if not, the backend `torch` does."""
     applies: Callable[[type[Rule]], bool] = _any_rule

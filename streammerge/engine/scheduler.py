@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from streammerge.engine.answers import restored
@@ -101,6 +101,8 @@ class Scheduler:
         self._finished = threading.Event()
         self._failure: BaseException | None = None
         self._ledgers: list[Ledger] = []
+        self._merged: set[int] = set()
+        """The tensors that were merged while their statistics were streamed."""
         self._unfinished: Counter[int] = Counter()
         """Number of outputs that lack elements of a tensor, by the ordinal of its job."""
 
@@ -174,13 +176,17 @@ class Scheduler:
         Tensors are streamed while chunks of other tensors run, so that the merge does not wait. None means that all
         remaining chunks are waiting.
         """
-        passes: dict[int, Future[None]] = {}
+        passes: dict[int, Future[list[Receipt]]] = {}
         waiting: list[Chunk] = []
         for step in steps:
             if isinstance(step, StatisticsPass):
                 while len(passes) >= PASSES_AHEAD:
                     yield from self._ready_after(waiting, passes, next(iter(passes)))
-                passes[step.job] = self._streaming.submit(self._streamer.before, self._plan.jobs[step.job])
+                passes[step.job] = self._streaming.submit(
+                    self._streamer.before,
+                    self._plan.jobs[step.job],
+                    may_merge=not self._executor.durable,  # else nobody would sync it
+                )
                 if self._plan.streamed:  # chunks behind it would hold all buffers and wait for its bytes
                     yield from self._ready_after(waiting, passes, step.job)
                 continue
@@ -188,6 +194,8 @@ class Scheduler:
                 yield from self._ready_after(waiting, passes, job)
             if step is None:
                 yield None
+            elif (step := self._without_merged(step)) is None:
+                continue
             elif any(piece.job in passes for piece in step.pieces):
                 waiting.append(step)
             else:
@@ -196,18 +204,25 @@ class Scheduler:
             yield from self._ready_after(waiting, passes, next(iter(passes)))
 
     def _ready_after(
-        self, waiting: list[Chunk], passes: dict[int, Future[None]], job: int
+        self, waiting: list[Chunk], passes: dict[int, Future[list[Receipt]]], job: int
     ) -> Iterator[Chunk | None]:
         """Wait for the passes over a tensor to end, then yield the chunks that waited only for them."""
         while not wait([passes[job]], timeout=_WAIT_SECONDS).done:
             yield None
-        passes.pop(job).result()
+        if receipts := passes.pop(job).result():
+            self._merged.add(job)
+            self._take(receipts)
         free: list[Chunk] = []
         kept: list[Chunk] = []
-        for chunk in waiting:
+        for chunk in filter(None, map(self._without_merged, waiting)):
             (kept if any(piece.job in passes for piece in chunk.pieces) else free).append(chunk)
         waiting[:] = kept
         yield from free
+
+    def _without_merged(self, chunk: Chunk) -> Chunk | None:
+        """Return the pieces of a chunk that its tensor's pass has not merged; None if there are none."""
+        pieces = tuple(piece for piece in chunk.pieces if piece.job not in self._merged)
+        return replace(chunk, pieces=pieces) if pieces else None
 
     def _take(self, receipts: Sequence[Receipt]) -> None:
         with self._lock:

@@ -14,12 +14,14 @@ from streammerge.engine.in_flight import finished
 from streammerge.engine.loading import load, prefetch
 from streammerge.engine.on_device import add_on_device, answer_on_device
 from streammerge.engine.peaks import Peak, known_peak, largest
+from streammerge.engine.settling import Settler, settles
 from streammerge.engine.task import merge_by_tiles, not_finite
 from streammerge.engine.worker import Worker, math_for
 from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes
 from streammerge.numerics.encoding import Values
 from streammerge.numerics.ordered_sum import BLOCK
+from streammerge.output.journal import Receipt
 from streammerge.planning.job import Job
 from streammerge.planning.schedule import Chunk, Piece, streamed_pieces
 from streammerge.statistics.base import NotFiniteError, Range, Reducer, Statistic
@@ -134,11 +136,20 @@ class Streamer:
         if job.waits:
             self._worker.reader.computes.prepare(job)
 
-    def before(self, job: Job) -> None:
-        """Compute the values that must be known before the first piece of a tensor is merged."""
+    def before(self, job: Job, *, may_merge: bool = False) -> list[Receipt]:
+        """Compute the values that must be known before the first piece of a tensor is merged.
+
+        With `may_merge` the tensor is merged in the same pass if the plan says so. Returns the receipts of what is merged:
+        all of the tensor, or nothing.
+        """
         self.prepare(job)
+        if may_merge and settles(self._worker, job):
+            settler = Settler(self._worker, job, lambda: self._record(self._worker, [job]), self._on_wait)
+            if (receipts := settler.merge()) is not None:
+                return receipts
         if self._plan.work[job.ordinal].mode == "streamed":
             self.answer(job, self._worker.lacking(job.ordinal, 0, job.n_elements))
+        return []
 
     def answer(self, job: Job, outputs: Sequence[Worker]) -> None:
         """Answer the tensor-scope statistics of one tensor by streaming it: it may be too large to hold."""

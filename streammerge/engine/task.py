@@ -167,7 +167,7 @@ def _merge(worker: Worker, loaded: Block, job: Job, place: int, shared: Shared) 
             with worker.stages.time("statistics"):
                 rule = resolve_in_memory(worker, job, loaded, math, shared, until_model=False)
             assert not isinstance(rule, list)
-            out = _place_output(job, loaded, place)
+            out = place_output(job, loaded, place)
             with worker.stages.time("compute"):
                 applied = math.apply(rule, out)
     except NotFiniteError:
@@ -345,7 +345,7 @@ def _emit(worker: Worker, piece: Piece, parts: Sequence[Bytes], applied: Applied
     )
 
 
-def _place_output(job: Job, loaded: Block, place: int) -> Operand:
+def place_output(job: Job, loaded: Block, place: int) -> Operand:
     """Place the output over the first input if its elements are not wider, else after all inputs."""
     first = loaded.base or loaded.models[0]
     # Rounded in its own slot, whose offset does not suit direct I/O.

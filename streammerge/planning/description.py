@@ -20,7 +20,7 @@ def describe(plan: MergePlan) -> dict[str, object]:
         if isinstance(step, Chunk):
             chunks, largest = chunks + 1, max(largest, step.nbytes)
         else:
-            streamed += plan.work[step.job].mode == "streamed"
+            streamed += plan.work[step.job].reads_twice
     return {
         "method": plan.method.name,
         "models": [model.reference for model in plan.models],

@@ -98,7 +98,7 @@ def joined(plans: Sequence[MergePlan]) -> list[MergePlan]:
 
 
 def _streamed(plan: MergePlan) -> int:
-    return sum(work.mode == "streamed" for work in plan.work)
+    return sum(work.reads_twice for work in plan.work)
 
 
 def _computed_at_once(plans: Sequence[MergePlan]) -> dict[int, int]:

@@ -108,7 +108,9 @@ def make_plan(
     lists += held_nbytes(layout) if options.streamed else 0
     lists += sum(stage.division.lists for stage in inputs.stages)
     lists += max((stage.statistics_memory.nbytes for stage in inputs.stages), default=0)
-    division = Division(resources.budget, jobs, needs, lists, method, resources.backend)
+    division = Division(
+        resources.budget, jobs, needs, lists, method, resources.backend, in_order=options.streamed
+    )
     allocation = division.allocate()
     return MergePlan(
         config=config,

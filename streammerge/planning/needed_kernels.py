@@ -5,6 +5,7 @@ from __future__ import annotations
 from streammerge.algebra.rules import WeightedSum
 from streammerge.backends.cpu.compile import kernels_of_call, kernels_of_rule
 from streammerge.backends.cpu.registry import Names
+from streammerge.backends.cpu.settling import GROUP
 from streammerge.planning.job import Job
 from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.planning.plan import MergePlan
@@ -26,7 +27,7 @@ def needed_kernels(plan: MergePlan) -> Names:
         if not job.is_copied and key not in seen:
             seen.add(key)
             names |= _of_job(job, plan) & _BESIDE_TORCH if in_torch else _of_job(job, plan)
-    return frozenset(names)
+    return frozenset(names | {GROUP} if any(work.settles for work in plan.work) else names)
 
 
 def _of_job(job: Job, plan: MergePlan) -> Names:

@@ -11,6 +11,7 @@ from streammerge.methods.registry import Method
 from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.job import Job, measured
 from streammerge.planning.memory.allocate import Needs, asked_together
+from streammerge.planning.settling import edges_of
 from streammerge.statistics.base import Statistic
 
 
@@ -74,4 +75,11 @@ def needs_of(job: Job, method: Method, jobs: Sequence[Job]) -> Needs:
     holds = any(needs_data(statistic, jobs) for statistic in own)
     sums = any(statistic.cost.partials for statistic in own)
     extent = method.sees(context, job.parameters)
-    return Needs(method.access_with(context, job.parameters), holds, sums, extent, *asked_together(rounds))
+    return Needs(
+        method.access_with(context, job.parameters),
+        holds,
+        sums,
+        extent,
+        *asked_together(rounds),
+        settles=holds and edges_of(method, context, job.parameters) is not None,
+    )

@@ -232,13 +232,17 @@ class MergePlan:
         return self.method.rounds(tensor_context_of(job), job.parameters)
 
     def bytes_to_read(self) -> int:
-        """Return the bytes that all passes read: each input once, and once more per streamed pass."""
+        """Return the bytes that all passes read: each input once, and once more per streamed pass.
+
+        A tensor that is merged while its thresholds are counted is read once, unless they lie outside of the sample's
+        bracket (one in a million), or too many elements are equal to them.
+        """
         total = sum(job.input_bytes + job.fisher_bytes for job in self.jobs)
         if self.streamed:
             total += reads_twice(self.layout, self.jobs)
         for job, how in zip(self.jobs, self.work, strict=True):
             rounds = self.rounds_reading(job, Extent.MODEL)
-            if how.mode == "streamed":
+            if how.reads_twice:
                 rounds += self.rounds_reading(job, Extent.TENSOR)
                 if job.encoder is not None and job.encoder.needs_peak:  # it is merged twice
                     total += job.input_bytes + job.fisher_bytes

@@ -115,6 +115,14 @@ class Work:
     on_device: bool = False
     """Whether its pieces are merged in the memory of a GPU, and lease no buffer then; parts of them may still be held."""
 
+    settles: bool = False
+    """Whether a streamed tensor is merged while its thresholds are counted: see `streammerge.planning.settling`."""
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether its statistics are a pass of their own."""
+        return self.mode == "streamed" and not self.settles
+
     def lease_bytes(self, n: int) -> int:
         """Return the size of the buffer for `n` elements in bytes."""
         return math.ceil(n * self.bytes_per_element) + self.workspace

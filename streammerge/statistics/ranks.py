@@ -241,6 +241,11 @@ class TopKReducer(Reducer[Threshold]):
         self._bins: Counts | Bins | None = None
         self._n_bins = ((high - low) >> self._shift) + 1
 
+    def narrow_to(self, low: int, high: int) -> bool:
+        """Open the window from one pattern to a higher one; return whether each pattern has its own bin."""
+        self._open(low, high)
+        return self._shift == 0
+
     def measured(self, ordinal: int, start: int, n: int, math: BlockMath) -> tuple[Window, int, Bins]:
         """Return the counts of one block; a search of all elements at once ends in a window of one pattern."""
         vector = self._ranked
@@ -251,31 +256,32 @@ class TopKReducer(Reducer[Threshold]):
         (found,) = math.largest([vector], [self._k])
         self._refuse(ordinal, found.highest)
         self._open(found.key, found.key)
-        return self._window, self._k - found.needed, np.array([found.ties], np.int32)
+        return self.window, self._k - found.needed, np.array([found.ties], np.int32)
 
     def counted(self, ordinal: int, ranked: Ranked, math: BlockMath) -> tuple[tuple[Window, int, Bins], int]:
         """Return the counts of one block, and its largest pattern."""
         bins = np.zeros(self._n_bins, np.int32)
         above, highest = math.count_keys(ranked, self._low, self._high, self._shift, bins)
         self._refuse(ordinal, highest)
-        return (self._window, above, bins), highest
+        return (self.window, above, bins), highest
 
     def _refuse(self, ordinal: int, highest: int) -> None:
         if highest >= INFINITE and not self._tolerant:
             raise NotFiniteError(ordinal)
 
     @property
-    def _window(self) -> Window:
+    def window(self) -> Window:
+        """The window of this pass."""
         return self._low, self._high, self._shift
 
     def part(self) -> tuple[Window, int, Counts | Bins | None]:
         """Return the window, the number of elements above it, and the bins inside it."""
-        return self._window, self._above, self._bins
+        return self.window, self._above, self._bins
 
     def absorb(self, part: tuple[Window, int, Counts | Bins | None]) -> None:
         """Add counts of the same window."""
         window, above, bins = part
-        assert window == self._window, "counts of a different pass"
+        assert window == self.window, "counts of a different pass"
         with self._lock:
             self._above += above
             if self._bins is None or bins is None:

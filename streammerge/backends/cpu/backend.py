@@ -24,6 +24,7 @@ CPU = Backend(
     workspace=_workspace,
     math=_math,
     compiled=True,
+    settles=True,
     formulas=False,
     applies=is_applied,
 )

@@ -23,6 +23,7 @@ from streammerge.backends.cpu.registry import (
     scaled_implementation_of,
 )
 from streammerge.backends.cpu.rules import dot_products, kernels_of_merge, run_merge
+from streammerge.backends.cpu.settling import Settling
 from streammerge.backends.cpu.tiles import Tiles, kernels_of_selection
 from streammerge.numerics.ordered_sum import BLOCK
 
@@ -31,7 +32,7 @@ def _kernels_of_sum(vector: TaskVector) -> Names:
     return frozenset({"ranked" if vector.rank_drop else "abs_sums"})
 
 
-class KernelMath:
+class KernelMath(Settling):
     """`BlockMath` by compiled kernels; see there for what the methods return."""
 
     def __init__(self, block: Block) -> None:

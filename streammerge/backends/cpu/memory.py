@@ -15,7 +15,7 @@ from streammerge.algebra.scores import Importance
 from streammerge.algebra.task_vectors import RankDrop, TaskVector
 
 _NO_CUT = (-1, 0, 0)
-_TIES = {"drop": 0, "all": 1, "thin": 2, "index": 3}
+TIES = {"drop": 0, "all": 1, "thin": 2, "index": 3}
 """The tie policies, numbered as in `streammerge.kernels.deltas`."""
 
 
@@ -34,6 +34,7 @@ def kernels() -> Any:
         ranks,
         scores,
         signs,
+        undecided,
     )
 
     return SimpleNamespace(
@@ -48,6 +49,7 @@ def kernels() -> Any:
         ranks=ranks,
         scores=scores,
         signs=signs,
+        undecided=undecided,
     )
 
 
@@ -113,7 +115,7 @@ class BlockMemory:
     def _cuts(vector: TaskVector) -> tuple[int, ...]:
         """Return (tie policy, magnitude pattern, limit) of the cut, and the same of the outliers' cut."""
         both = [
-            (_TIES[one.ties], one.key, one.limit) if one else _NO_CUT for one in (vector.cut, vector.outliers)
+            (TIES[one.ties], one.key, one.limit) if one else _NO_CUT for one in (vector.cut, vector.outliers)
         ]
         return both[0] + both[1]
 

@@ -59,6 +59,8 @@ class Needs:
     """Upper bound of the number of fp64 partial sums per block taken in one pass."""
     kept: int = 0
     """Number of values of its own tensor that are kept until those of the whole model are known."""
+    settles: bool = False
+    """Whether all that its rule waits for are thresholds; see `streammerge.planning.settling`."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,8 @@ def _likeness(job: Job, need: Needs) -> tuple[object, ...]:
         need.holds,
         need.sums,
         need.extent,
+        need.settles,
+        job.keeps_inputs,
         bool(job.grams),
         job.outputs_at_once,
     )

@@ -17,6 +17,7 @@ from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.needs import tensor_context_of
 from streammerge.planning.on_device import goes_to_device, is_fused
 from streammerge.planning.schedule import PASSES_AHEAD, TooLarge, Work, plan_work
+from streammerge.planning.settling import can_settle
 
 _MOST_MEMORY = 1 << 46
 """Bytes; more memory than any machine has."""
@@ -37,6 +38,8 @@ class Division:
     backend: Backend
     others: tuple[tuple[Job, ...], ...] = ()
     """The jobs of further outputs that are made from the same reads; they differ only in their parameters."""
+    in_order: bool = False
+    """Whether tensors are merged in the order of their bytes in the output."""
 
     def allocate(self) -> Allocation:
         """Divide the given memory.
@@ -72,7 +75,7 @@ class Division:
             allocation = self._divide(Budget(total, self.budget.reserve, self.budget.threads))
         except (TooLarge, TooLittle):
             return True
-        return any(work.mode == "streamed" for work in allocation.work)
+        return any(work.reads_twice for work in allocation.work)
 
     def _divide(self, budget: Budget) -> Allocation:
         return divide(budget, self.jobs, self.needs, self.lists, self._work_of, self._kept_of_columns)
@@ -100,9 +103,12 @@ class Division:
             row_bytes=_kept_of_a_row(job),
             tiled=backend.compiled,
         )
-        if backend.open_lane is None or not self._lives_on_device(job, need.extent, backend):
-            return work
-        return replace(work, mode="resident" if work.mode == "streamed" else work.mode, on_device=True)
+        if backend.open_lane is not None and self._lives_on_device(job, need.extent, backend):
+            return replace(work, mode="resident" if work.mode == "streamed" else work.mode, on_device=True)
+        alone = not self.others and not self.in_order
+        if work.mode == "streamed" and need.settles and backend.settles and alone:
+            return replace(work, settles=can_settle(job, work, budget))
+        return work
 
     def _lives_on_device(self, job: Job, extent: Extent, backend: Backend) -> bool:
         """Return whether all that a job reads goes to a device as it is, and all that it computes is computed there."""

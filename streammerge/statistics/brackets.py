@@ -1,0 +1,51 @@
+"""Two thresholds from a sample, between which the threshold of the whole tensor lies with near certainty."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streammerge.statistics.ranks import INFINITE, Threshold
+
+ERRORS = 5.0
+"""Half the width of a bracket in standard errors; the true threshold lies outside of one in a million."""
+_WHOLE = 1 << 32
+"""The ties of a threshold whose limit is estimated: as many as there are random words."""
+
+
+def bracket(keys: NDArray[np.uint32], share: float) -> tuple[Threshold, Threshold]:
+    """Return a lower and a higher threshold for the `share` of largest patterns.
+
+    Runs of a tensor may differ (rows of an embedding do), so the error is estimated from the spread between runs.
+
+    Parameters
+    ----------
+    keys
+        Patterns of sampled runs of elements, (runs, length).
+    share
+        Fraction of the elements above the threshold, between 0 and 1.
+    """
+    runs, size = keys.shape[0], keys.size
+    ordered = np.sort(keys, axis=None)
+    middle = ordered[min(size - 1, max(0, size - 1 - int(share * size)))]
+    above, tied = (keys > middle).mean(axis=1), (keys == middle).mean(axis=1)
+    total = float(tied.mean())
+    of_ties = min(1.0, max(0.0, (share - float(above.mean())) / total)) if total else 0.0
+    shares = above + of_ties * tied
+    between = float(shares.var(ddof=1)) / runs if runs > 1 else 1.0
+    alone = share * (1.0 - share) / size
+    error = ERRORS * max(between, alone) ** 0.5 + 8 / size
+    return _at(ordered, share + error), _at(ordered, share - error)
+
+
+def _at(ordered: NDArray[np.uint32], share: float) -> Threshold:
+    """Return the threshold for a share of the sampled patterns, in ascending order; beyond them, one of all or none."""
+    rank = share * ordered.size
+    if rank >= ordered.size:
+        return Threshold(0, _WHOLE, _WHOLE)
+    if rank <= 0:
+        return Threshold(INFINITE - 1, _WHOLE, 0)
+    key = int(ordered[ordered.size - 1 - int(rank)])
+    first, last = np.searchsorted(ordered, [key, key + 1])
+    inside = (rank - (ordered.size - int(last))) / (int(last) - int(first))
+    return Threshold(key, _WHOLE, int(min(1.0, max(0.0, inside)) * _WHOLE))
