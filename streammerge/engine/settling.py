@@ -52,6 +52,8 @@ from streammerge.statistics.ranks import INFINITE, Rank, Threshold, TopKReducer
 T = TypeVar("T")
 _MOST_RUNS = 256
 """Runs of 4096 elements in a sample."""
+_LEAST_SAMPLE = 1 << 20
+"""Bytes for the patterns of a sample; larger tensors hold them where their results come later."""
 _SETTLED_AT_ONCE = 1 << 16
 """Undecided elements that are settled at a time."""
 
@@ -171,6 +173,8 @@ class Settler:
         room, slot = self._room, self._worker.plan.layout.slots[self._job.ordinal][0]
         shift = slot.offset % PAGE
         self._results = buffer[shift : shift + self._job.n_elements * itemsize(self._job.dtype)]
+        small = room.results < _LEAST_SAMPLE
+        self._for_sample = np.empty(_LEAST_SAMPLE, np.uint8) if small else buffer[: room.results]
         self._for_aside = buffer[room.results : room.results + room.aside]
         self._first_free = 0
         self._slots: SimpleQueue[Bytes] = SimpleQueue()
@@ -214,10 +218,12 @@ class Settler:
         """Return lower and higher thresholds, one of each for every statistic, from a sample of the tensor."""
         job, vectors = self._job, list(dict.fromkeys(edge.vector for edge in self._edges))
         length = min(BLOCK, self._room.piece, job.n_elements)
-        fitting = min(self._results.size // 8 // (4 * length * len(vectors)), job.n_elements // length)
+        room = self._for_sample.view(np.uint32)
+        fitting = min(room.size // (length * len(vectors)), job.n_elements // length)
         starts = sample_starts(job.n_elements, max(1, min(_MOST_RUNS, fitting)))
         starts = [start for start in starts if start + length <= job.n_elements] or [0]
-        keys = np.empty((len(vectors), len(starts), length), np.uint32)
+        shape = len(vectors), len(starts), length
+        keys = room[: int(np.prod(shape))].reshape(shape)
 
         def take(piece: Piece) -> None:
             with self._slot() as slot:

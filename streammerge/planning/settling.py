@@ -30,8 +30,8 @@ from streammerge.planning.schedule import Work
 from streammerge.statistics.base import Statistic
 from streammerge.statistics.ranks import Rank, Threshold
 
-UNDECIDED = 16
-"""Room is for one undecided element in this number; usually there is one in a hundred."""
+UNDECIDED = (16, 32)
+"""Room is for one undecided element in the first number, or in the second; usually there is one in a hundred."""
 MOST_OF_PIECE = 8
 """At most one element in this number of a piece may be undecided."""
 _PIECE_BYTES = 24 * MIB
@@ -67,16 +67,18 @@ def undecided_bytes(job: Job) -> int:
 def room_of(job: Job, work: Work, budget: Budget) -> Room | None:
     """Return the division of memory for a job; None if there is not enough."""
     results = _pages(job.n_elements * itemsize(job.dtype)) + PAGE
-    aside = _pages(job.n_elements // UNDECIDED * undecided_bytes(job))
-    left = budget.capacity - results - aside
-    for slots in (budget.workers, budget.threads + 1, 2):
-        size = min(_PIECE_BYTES, left // slots) - work.workspace - 3 * PAGE
-        rows = int(size / (work.bytes_per_element + 2)) // work.row
-        if rows > 0 and (slots == 2 or size >= _PIECE_BYTES // 4):
-            piece = min(rows * work.row, -(-job.n_elements // work.row) * work.row)
-            # Twice the marks: the undecided places, as they are found, take as much.
-            slot = _pages(work.lease_bytes(piece)) + 2 * _pages(piece)
-            return Room(results, aside, piece, slot, slots)
+    for undecided in UNDECIDED:
+        aside = _pages(job.n_elements // undecided * undecided_bytes(job))
+        left = budget.capacity - results - aside
+        for slots in (budget.workers, budget.threads + 1, 2):
+            size = min(_PIECE_BYTES, left // slots) - work.workspace - 3 * PAGE
+            rows = int(size / (work.bytes_per_element + 2)) // work.row
+            least = 0 if (slots, undecided) == (2, UNDECIDED[-1]) else _PIECE_BYTES // 4
+            if rows > 0 and size >= least:
+                piece = min(rows, -(-job.n_elements // work.row)) * work.row
+                # Twice the marks: the undecided places, as they are found, take as much.
+                slot = _pages(work.lease_bytes(piece)) + 2 * _pages(piece)
+                return Room(results, aside, piece, slot, slots)
     return None
 
 
