@@ -12,11 +12,9 @@ Until the thresholds are known nothing is written, so no receipt is ever for an 
 from __future__ import annotations
 
 import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
@@ -29,14 +27,14 @@ from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.dtypes import itemsize
 from streammerge.engine.answers import follow, reducer_of, sample_starts
+from streammerge.engine.aside import Aside, Undecided
 from streammerge.engine.in_flight import finished
 from streammerge.engine.loading import load
 from streammerge.engine.task import not_finite, place_output
-from streammerge.engine.worker import Worker, math_for
+from streammerge.engine.worker import Answers, Worker, math_for
 from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import PAGE
-from streammerge.numerics.casts import widened
 from streammerge.numerics.crc32 import crc32
 from streammerge.numerics.finite import tally
 from streammerge.numerics.ordered_sum import BLOCK
@@ -45,8 +43,8 @@ from streammerge.planning.job import Job
 from streammerge.planning.needs import tensor_context_of
 from streammerge.planning.schedule import Piece
 from streammerge.planning.settling import MOST_OF_PIECE, Room, edges_of, room_of
-from streammerge.statistics.base import NotFiniteError
-from streammerge.statistics.brackets import bracket
+from streammerge.statistics.base import NotFiniteError, Statistic
+from streammerge.statistics.brackets import bracket, end_of_ties
 from streammerge.statistics.ranks import INFINITE, Rank, Threshold, TopKReducer
 
 T = TypeVar("T")
@@ -63,18 +61,6 @@ def settles(worker: Worker, job: Job) -> bool:
     alone = len(worker.outputs) == 1 and not worker.tolerant
     begun = job.ordinal in worker.left or job.ordinal in worker.answers
     return worker.plan.work[job.ordinal].settles and alone and not begun
-
-
-@dataclass
-class _Aside:
-    """The undecided elements of a piece, as they were read."""
-
-    trial: Applied
-    """The report of the merge by the rule that keeps surely."""
-    places: NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
-    """Places within the piece, in ascending order."""
-    values: list[Bytes] = field(default_factory=list)
-    """The base's and the models' elements, one after the other."""
 
 
 class Settler:
@@ -101,9 +87,10 @@ class Settler:
         assert room is not None
         assert found is not None
         self._room: Room = room
-        self._edges, self._statistics = found
-        self._lock = threading.Lock()
-        self._aside: dict[int, _Aside] = {}
+        self._edges, self._statistics, self._by_index = found
+        self._undecided: dict[int, Undecided] = {}
+        self._tied: dict[tuple[int, int], tuple[int, int]] = {}
+        """Number of elements with the lower and with the higher pattern, by statistic and piece."""
         self._too_many = False
         """Whether more elements are undecided than there is room for: then the pass only counts."""
 
@@ -138,21 +125,47 @@ class Settler:
         ]
         low, high = self._brackets(threads)
         self._low, self._high = self._ruled(low), self._ruled(high)
-        for reducer, under, over in zip(self._reducers, low, high, strict=True):
+        for reducer, under, over in zip(self._reducers, low[0], high[0], strict=True):
             if isinstance(reducer, TopKReducer) and not reducer.narrow_to(under.key, over.key):
                 return None
         self._drain(threads, self._look, self._pieces())
         ended = [reducer.known or reducer.end() for reducer in self._reducers]
         if not all(ended):
             return None
-        values = [reducer.value for reducer in self._reducers]
-        rule = self._ruled(values)
-        self._worker.answers.setdefault(self._job.ordinal, []).append(values)
-        self._record()
-        if self._too_many or not self._holds(rule):
+        rule = self._learn([reducer.value for reducer in self._reducers])
+        if rule is None or not self._holds(rule):
             return None
         settled = self._drain(threads, lambda piece: self._settle(piece, rule), self._pieces())
         return [receipt for receipt in settled if receipt is not None]
+
+    def _learn(self, thresholds: list[Any]) -> TaskVectorMerge | None:
+        """Record the values of statistics, and return the rule; None if some are still unknown, or too much is undecided."""
+        values: Answers = [thresholds]
+        if self._by_index and not self._too_many:
+            ends = [self._end_of(i, one) for i, one in enumerate(thresholds)]
+            values += [] if None in ends else [ends]
+        self._worker.answers.setdefault(self._job.ordinal, []).extend(values)
+        self._record()
+        return None if self._too_many or len(values) < 1 + self._by_index else self._ruled(values)
+
+    def _end_of(self, statistic: int, threshold: Threshold) -> tuple[int, int] | None:
+        """Return the place after the last tie that is kept, as `TieIndex` does; None if that tie is not undecided."""
+        job, left, model = self._job, threshold.needed, self._model_of(statistic)
+        if not left:
+            return job.ordinal, 0
+        low, high = (
+            next(e.cut_of(rule).key for e in self._edges if e.statistic == statistic)
+            for rule in (self._low, self._high)
+        )
+        for piece in self._pieces():
+            undecided = self._undecided[piece.start]
+            places = undecided.places[undecided.patterns(model) == threshold.key]
+            at_low, at_high = self._tied[statistic, piece.start]
+            here = {low: at_low, high: at_high}.get(threshold.key, places.size)
+            if here >= left:
+                return (job.ordinal, piece.start + int(places[left - 1]) + 1) if places.size == here else None
+            left -= here
+        return None
 
     def _holds(self, rule: TaskVectorMerge) -> bool:
         """Return whether the rule is between the two that decided elements are merged by."""
@@ -161,8 +174,8 @@ class Settler:
             for edge in self._edges
         )
 
-    def _ruled(self, values: Sequence[Any]) -> TaskVectorMerge:
-        rule = follow(self._worker, self._job, [list(values)])
+    def _ruled(self, values: Answers) -> TaskVectorMerge:
+        rule = follow(self._worker, self._job, values)
         assert isinstance(rule, TaskVectorMerge)
         return rule
 
@@ -175,8 +188,7 @@ class Settler:
         self._results = buffer[shift : shift + self._job.n_elements * itemsize(self._job.dtype)]
         small = room.results < _LEAST_SAMPLE
         self._for_sample = np.empty(_LEAST_SAMPLE, np.uint8) if small else buffer[: room.results]
-        self._for_aside = buffer[room.results : room.results + room.aside]
-        self._first_free = 0
+        self._aside = Aside(self._job, buffer[room.results : room.results + room.aside])
         self._slots: SimpleQueue[Bytes] = SimpleQueue()
         first = room.results + room.aside
         for begins in range(first, first + room.slots * room.slot, room.slot):
@@ -214,8 +226,8 @@ class Settler:
 
     # --- before the pass
 
-    def _brackets(self, threads: ThreadPoolExecutor) -> tuple[list[Threshold], list[Threshold]]:
-        """Return lower and higher thresholds, one of each for every statistic, from a sample of the tensor."""
+    def _brackets(self, threads: ThreadPoolExecutor) -> tuple[Answers, Answers]:
+        """Return what the method is told for its lower and for its higher rule, from a sample of the tensor."""
         job, vectors = self._job, list(dict.fromkeys(edge.vector for edge in self._edges))
         length = min(BLOCK, self._room.piece, job.n_elements)
         room = self._for_sample.view(np.uint32)
@@ -236,18 +248,25 @@ class Settler:
                         keys[i, starts.index(piece.start)] = cast(SettlingMath, math).patterns(whole)
 
         self._drain(threads, take, (Piece(job.ordinal, start, start + length) for start in starts))
-        low, high = [], []
+        low: Answers = [[], []]
+        high: Answers = [[], []]
         for i, statistic in enumerate(self._statistics):
-            reducer = self._reducers[i]
-            if reducer.known:
-                pair = (reducer.value, reducer.value)
-            else:
-                share = cast(Rank, statistic).count(job.n_elements) / job.n_elements
-                model = next(edge.vector for edge in self._edges if edge.statistic == i)
-                pair = bracket(keys[vectors.index(model)], share)
-            low.append(pair[0])
-            high.append(pair[1])
-        return low, high
+            reducer, own = self._reducers[i], keys[vectors.index(self._model_of(i))]
+            pair = (reducer.value, reducer.value) if reducer.known else bracket(own, _share(statistic, job))
+            low[0].append(pair[0])
+            high[0].append(pair[1])
+            for one, side, late in ((low, pair[0], True), (high, pair[1], False)):
+                end = end_of_ties(own, starts, side, late=late)
+                one[1].append((job.ordinal, self._between_pieces(end, late=late)))
+        return (low, high) if self._by_index else (low[:1], high[:1])
+
+    def _between_pieces(self, place: float, *, late: bool) -> int:
+        """Return a place between two pieces, no later (or earlier) than `place`: the ties of a piece are treated alike."""
+        size, n = self._room.piece, self._job.n_elements
+        return n if place >= n else int(-(-place // size) if late else place // size) * size
+
+    def _model_of(self, statistic: int) -> int:
+        return next(edge.vector for edge in self._edges if edge.statistic == statistic)
 
     def _statistic_of(self, vector: int) -> int:
         return next(edge.statistic for edge in self._edges if edge.vector == vector)
@@ -264,26 +283,27 @@ class Settler:
             with math_for(worker, job, loaded) as math:
                 with worker.stages.time("statistics"):
                     for edge in self._edges:
-                        self._count(edge, cast(SettlingMath, math), marks)
+                        self._count(edge, piece, cast(SettlingMath, math), marks)
                 if self._too_many:
                     return
-                places = self._undecided(marks)
-                aside = None if places is None else self._put_aside(loaded, places)
-                if aside is None:
+                # The marks of a piece without room are not searched: their places would take memory.
+                crowded = np.count_nonzero(marks) * MOST_OF_PIECE > n + BLOCK
+                undecided = None if crowded else self._aside.put(loaded, np.flatnonzero(marks))
+                if undecided is None:
                     self._too_many = True
                     return
                 out = place_output(job, loaded, (loaded.base or loaded.models[0]).offset)
                 with worker.stages.time("compute"):
-                    aside.trial = math.apply(self._high, out)
+                    undecided.trial = math.apply(self._high, out)
                     data = loaded.buffer[out.offset : out.offset + n * itemsize(job.dtype)]
                     self._result_of(piece)[:] = data
-        self._aside[piece.start] = aside
+        self._undecided[piece.start] = undecided
 
     def _result_of(self, piece: Piece) -> Bytes:
         width = itemsize(self._job.dtype)
         return self._results[piece.start * width : piece.stop * width]
 
-    def _count(self, edge: Edge, math: SettlingMath, marks: NDArray[np.uint8]) -> None:
+    def _count(self, edge: Edge, piece: Piece, math: SettlingMath, marks: NDArray[np.uint8]) -> None:
         reducer = self._reducers[edge.statistic]
         if not isinstance(reducer, TopKReducer):  # known without data
             return
@@ -293,51 +313,20 @@ class Settler:
         above, highest = math.mark_undecided(vector, low, high, bins, marks)
         if highest >= INFINITE:
             raise NotFiniteError(self._job.ordinal)
+        self._tied[edge.statistic, piece.start] = int(bins[0]), int(bins[-1])
         reducer.absorb((reducer.window, above, bins))
-
-    @staticmethod
-    def _undecided(marks: NDArray[np.uint8]) -> NDArray[np.int64] | None:
-        """Return the places of marked elements; None if there are too many."""
-        if np.count_nonzero(marks) * MOST_OF_PIECE > marks.size + BLOCK:
-            return None
-        return np.flatnonzero(marks)
-
-    def _put_aside(self, loaded: Block, places: NDArray[np.int64]) -> _Aside | None:
-        """Copy the values of undecided elements; None if there is no room."""
-        operands = [*([] if loaded.base is None else [loaded.base]), *loaded.models]
-        widths = [4, *(itemsize(operand.dtype) for operand in operands)]
-        parts = [-(-places.size * width // 8) * 8 for width in widths]
-        with self._lock:
-            begins = self._first_free
-            if begins + sum(parts) > self._for_aside.size:
-                return None
-            self._first_free = begins + sum(parts)
-        aside = _Aside(Applied(0, ()))
-        for i, (width, part) in enumerate(zip(widths, parts, strict=True)):
-            room = self._for_aside[begins : begins + part]
-            words: NDArray[Any] = room[: places.size * width].view(np.uint16 if width == 2 else np.uint32)
-            begins += part
-            if i == 0:
-                words[:] = places
-                aside.places = words
-                continue
-            offset = operands[i - 1].offset
-            source = loaded.buffer[offset : offset + loaded.n * width].view(words.dtype)
-            np.take(source, places, out=words, mode="clip")
-            aside.values.append(room)
-        return aside
 
     # --- after the pass
 
     def _settle(self, piece: Piece, rule: TaskVectorMerge) -> Receipt:
         """Merge the undecided elements of a piece, and write it."""
-        worker, job, aside = self._worker, self._job, self._aside.pop(piece.start)
-        data, kept, bad = self._result_of(piece), aside.trial.kept, aside.trial.not_finite
+        worker, job, undecided = self._worker, self._job, self._undecided.pop(piece.start)
+        data, kept, bad = self._result_of(piece), undecided.trial.kept, undecided.trial.not_finite
         with self._slot() as slot:
-            for first in range(0, aside.places.size, _SETTLED_AT_ONCE):
-                last = min(aside.places.size, first + _SETTLED_AT_ONCE)
+            for first in range(0, undecided.places.size, _SETTLED_AT_ONCE):
+                last = min(undecided.places.size, first + _SETTLED_AT_ONCE)
                 with worker.stages.time("compute"):
-                    more = self._settle_some(piece, aside, first, last, rule, slot)
+                    more = self._settle_some(piece, undecided, first, last, rule, slot)
                 kept = tuple(a + b for a, b in zip(kept, more.kept, strict=True))
                 bad += more.not_finite
         if bad and tally(data, job.dtype).count:
@@ -350,15 +339,13 @@ class Settler:
         return Receipt(job.ordinal, piece.start, piece.stop, (checksum,), kept, 0, 0, output=worker.number)
 
     def _settle_some(
-        self, piece: Piece, aside: _Aside, first: int, last: int, rule: TaskVectorMerge, slot: Bytes
+        self, piece: Piece, undecided: Undecided, first: int, last: int, rule: TaskVectorMerge, slot: Bytes
     ) -> Applied:
         """Settle some undecided elements, in fp32, and put them in their places; return what more survives."""
         job, n = self._job, last - first
         step = -(-4 * n // 8) * 8
-        for number, (ref, raw) in enumerate(zip(job.inputs, aside.values, strict=True)):
-            width = itemsize(ref.dtype)
-            own = slot[number * step : number * step + 4 * n].view(np.float32)
-            own[:] = widened(raw[first * width : last * width], ref.dtype, own.dtype)
+        for number, values in enumerate(undecided.inputs(first, last)):
+            slot[number * step : number * step + 4 * n].view(np.float32)[:] = values
         operands = [Operand(number * step, "F32") for number in range(len(job.inputs))]
         out = Operand(len(operands) * step, job.dtype)
         block = Block(
@@ -371,10 +358,15 @@ class Settler:
             (n,),
             self._worker.keys,
         )
-        places = aside.places[first:last].astype(np.int64)
+        places = undecided.places[first:last].astype(np.int64)
         with math_for(self._worker, job, block) as math:
             applied = cast(SettlingMath, math).settle(self._high, rule, places + piece.start, out)
         width = itemsize(job.dtype)
         words = np.uint16 if width == 2 else np.uint32
         self._result_of(piece).view(words)[places] = slot[out.offset : out.offset + n * width].view(words)
         return applied
+
+
+def _share(statistic: Statistic[Any], job: Job) -> float:
+    """Return the fraction of a tensor's elements above a threshold."""
+    return cast(Rank, statistic).count(job.n_elements) / job.n_elements

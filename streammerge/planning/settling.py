@@ -29,6 +29,7 @@ from streammerge.planning.memory.budget import MIB, Budget
 from streammerge.planning.schedule import Work
 from streammerge.statistics.base import Statistic
 from streammerge.statistics.ranks import Rank, Threshold
+from streammerge.statistics.ties import TieIndex
 
 UNDECIDED = (16, 32)
 """Room is for one undecided element in the first number, or in the second; usually there is one in a hundred."""
@@ -94,17 +95,26 @@ def can_settle(job: Job, work: Work, budget: Budget) -> bool:
 
 def edges_of(
     method: Method, context: TensorContext, parameters: Mapping[str, Any]
-) -> tuple[tuple[Edge, ...], list[Statistic[Any]]] | None:
-    """Return the cuts of a method's rule and the thresholds it asks for; None if it asks for anything else, or more."""
+) -> tuple[tuple[Edge, ...], list[Statistic[Any]], bool] | None:
+    """Return the cuts of a method's rule, the thresholds it asks for, and whether it asks for the last kept tie of each.
+
+    None: it asks for anything else, or more.
+    """
     rounds = method.rounds(context, parameters)
-    if len(rounds) != 1 or not all(
-        isinstance(one, Rank) and one.extent == Extent.TENSOR for one in rounds[0]
-    ):
+    by_index = len(rounds) == 2
+    if not rounds or len(rounds) > 2 or any(one.extent != Extent.TENSOR for some in rounds for one in some):
+        return None
+    if not all(isinstance(one, Rank) for one in rounds[0]):
+        return None
+    if by_index and not all(isinstance(one, TieIndex) for one in rounds[1]):
         return None
     keys = list(range(1, len(rounds[0]) + 1))
 
     def ruled(first: int) -> Rule | list[Statistic[Any]]:
-        return method.start(context, parameters, [[Threshold(first + key, 1, first % 2) for key in keys]])
+        thresholds = [Threshold(first + key, 1, first % 2) for key in keys]
+        ends = [(context.ordinal, first + key) for key in keys]
+        answers: list[list[Any]] = [thresholds, ends]
+        return method.start(context, parameters, answers[: len(rounds)])
 
     rule, other = ruled(0), ruled(len(keys) + 1)
     if not isinstance(rule, TaskVectorMerge) or not isinstance(other, TaskVectorMerge) or ranked(rule):
@@ -112,13 +122,15 @@ def edges_of(
     edges = find_edges(rule, keys)
     if edges is None or not same_cuts_aside(rule, other):
         return None
+    asked = [getattr(one, "ranked", None) for one in rounds[0]]
     for edge in edges:
-        vector = rule.vectors[edge.vector]
-        if vector.model != edge.vector or edge.cut_of(rule).ties == "index":
+        vector, cut = rule.vectors[edge.vector], edge.cut_of(rule)
+        if vector.model != edge.vector or asked[edge.statistic] != _before_cut(vector):
             return None
-        if getattr(rounds[0][edge.statistic], "ranked", None) != _before_cut(vector):
+        # A tie's place is looked for among undecided elements, whose drop is not drawn again.
+        if (cut.ties == "index") != by_index or (by_index and (cut.limit != cut.key or vector.is_random)):
             return None
-    return edges, rounds[0]
+    return edges, rounds[0], by_index
 
 
 def _before_cut(vector: TaskVector) -> TaskVector:

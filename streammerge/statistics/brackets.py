@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -49,3 +52,29 @@ def _at(ordered: NDArray[np.uint32], share: float) -> Threshold:
     first, last = np.searchsorted(ordered, [key, key + 1])
     inside = (rank - (ordered.size - int(last))) / (int(last) - int(first))
     return Threshold(key, _WHOLE, int(min(1.0, max(0.0, inside)) * _WHOLE))
+
+
+def end_of_ties(
+    keys: NDArray[np.uint32], starts: Sequence[int], threshold: Threshold, *, late: bool
+) -> float:
+    """Return a place before which the kept ties of a threshold end, or after which they do not; infinite: beyond all.
+
+    Parameters
+    ----------
+    keys
+        Patterns of sampled runs of elements, (runs, length).
+    starts
+        The first element of each run.
+    threshold
+        The pattern, and the share of its ties that are kept.
+    late
+        Whether the place is surely behind the last kept tie; else before it.
+    """
+    tied = np.cumsum((keys == threshold.key).sum(axis=1))
+    share, total = threshold.needed / threshold.ties, int(tied[-1])
+    margin = ERRORS * 0.5 / max(1, total) ** 0.5 + 1 / len(starts)
+    wanted = (share + margin if late else share - margin) * total
+    if wanted <= 0:
+        return math.inf if late else 0.0
+    run = int(np.searchsorted(tied, wanted)) + 2 * late
+    return float(starts[run]) if run < len(starts) else math.inf

@@ -14,6 +14,7 @@ from streammerge.engine import settling
 from streammerge.engine.settling import Settler
 from streammerge.errors import Stopped
 from streammerge.output.journal import Receipt
+from streammerge.planning import settling as rooms
 from streammerge.planning.memory import allocate
 from streammerge.statistics import brackets
 from streammerge.statistics.ranks import INFINITE, Threshold
@@ -22,8 +23,8 @@ from streammerge.testing.trial import PLENTY, capacity
 from tests.conftest import config_for, output_bytes
 
 SHAPES = {"embed.weight": (700, 120), "layers.0.norm.weight": (64,), "layers.0.up.weight": (96, 700)}
-"""Two tensors that are settled in `ROOM` bytes of buffers, of which they take 640 KiB and more, and a small one."""
-ROOM = 500_000
+"""Two tensors that `ROOM` bytes of buffers do not hold whole, so that they are settled, and a small one."""
+ROOM = 700_000
 _WHOLE = 1 << 32
 
 Models = dict[str, list[Path]]
@@ -51,6 +52,10 @@ def as_with_large_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let brackets be as narrow, in elements, and have as many bins as those of tensors that are sampled better."""
     monkeypatch.setattr(brackets, "ERRORS", 1.5)
     monkeypatch.setattr(allocate, "FEWEST_BINS", 1 << 20)
+    monkeypatch.setattr(
+        rooms, "UNDECIDED", (8,)
+    )  # one piece, of four, is undecided where ties are kept by index
+    monkeypatch.setattr(settling, "MOST_OF_PIECE", 2)
 
 
 @pytest.fixture
@@ -83,6 +88,9 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         ),  # most magnitudes are 0, and equal the threshold
         ("breadcrumbs", {"density": 0.6, "gamma": 0.05}, "bf16"),
         ("breadcrumbs_ties", {"density": 0.6, "gamma": 0.05, "drop_rate": 0.2}, "mixed"),
+        ("ties", {"density": 0.3, "ties": "index", "zero_sign": "positive"}, "bf16"),
+        ("ties", {"density": 0.3, "ties": "index"}, "mixed"),
+        ("breadcrumbs", {"density": 0.6, "gamma": 0.05, "ties": "index"}, "bf16"),
         ("dare_linear", {"density": 0.3, "mask": "magnitude"}, "bf16"),
     ],
 )
