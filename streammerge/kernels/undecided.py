@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from streammerge.kernels import njit
+from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import (
     BLOCK,
     bits_from_f32,
@@ -51,18 +51,21 @@ def mark_undecided(model, base, span, mask, bounds, bins, marks):
     marks   uint8 (n,)          1 is written where an element is undecided
     ======  ==================  ============================================
     """
+    b, out, keys = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
+    places, w = np.empty(BLOCK + 8, np.int64), np.empty(BLOCK + 8, np.uint32)
+    memory = (b, out, keys, keys.ctypes.data, places, w, scratch())
+    return _mark_undecided(model, base, span, mask, bounds, bins, marks, memory)
+
+
+@loop()
+def _mark_undecided(model, base, span, mask, bounds, bins, marks, memory):
     half, full, offset, code = alone(model)
     drop, drop_key, cut, cut_key = only(mask)
     base_half, base_full, base_offset, base_code = base
     element, n = span
     policy, low, low_limit, high, high_limit = bounds
     itemsize, base_itemsize = width_of(code), width_of(base_code)
-    b, out, buffers = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), scratch()
-    keys, places, w = (
-        np.empty(BLOCK, np.uint32),
-        np.empty(BLOCK + 8, np.int64),
-        np.empty(BLOCK + 8, np.uint32),
-    )
+    b, out, keys, address, places, w, buffers = memory
     plain = code == BF16 and base_code == BF16 and drop[0] == 0 and drop[1] == 0
     lo, hi = np.uint32(low), np.uint32(high)
     width = np.uint32(hi - lo)
@@ -82,24 +85,9 @@ def mark_undecided(model, base, span, mask, bounds, bins, marks):
             above_here, highest_here = _keys(out, m, lo, hi, keys)
         above += above_here
         highest = max(highest, highest_here)
-        keys[m : (m + 7) & ~7] = np.uint32(0xFFFFFFFF)
-        ties = 0
-        for eight in range(0, m, 8):  # few patterns are inside
-            inside = eight_at_most(keys.ctypes.data + 4 * eight, width)
-            while inside != 0:
-                place = eight + np.int64(trailing_zeros(inside))
-                over = keys[place]
-                bins[over] += 1
-                if policy == ABOVE:
-                    marks[start + place] |= over != np.uint32(0)
-                elif policy == ALL:
-                    marks[start + place] |= over != width
-                elif over == np.uint32(0) or over == width:
-                    places[ties] = place
-                    ties += 1
-                else:
-                    marks[start + place] = 1
-                inside &= inside - np.uint64(1)
+        for i in range(m, (m + 63) & ~63):
+            keys[i] = np.uint32(0xFFFFFFFF)
+        ties = _mark_inside(policy, keys, address, m, width, bins, marks, start, places)
         if ties > 0:
             _draw(policy, element + start, m, places, ties, cut_key, w)
             for t in range(ties):
@@ -112,7 +100,32 @@ def mark_undecided(model, base, span, mask, bounds, bins, marks):
     return above, highest
 
 
-@njit(nogil=True)
+@loop()
+def _mark_inside(policy, keys, address, m, width, bins, marks, start, places):
+    """Count the keys up to `width`, and mark those that no word decides; return the number of others, and write `places`."""
+    ties = 0
+    for first in range(0, m, 64):  # few patterns are inside
+        inside = np.uint64(0)
+        for eight in range(0, 64, 8):
+            inside |= eight_at_most(address + 4 * (first + eight), width) << np.uint64(eight)
+        while inside != 0:
+            place = first + np.int64(trailing_zeros(inside))
+            over = keys[place]
+            bins[over] += 1
+            if policy == ABOVE:
+                marks[start + place] |= over != np.uint32(0)
+            elif policy == ALL:
+                marks[start + place] |= over != width
+            elif over == np.uint32(0) or over == width:
+                places[ties] = place
+                ties += 1
+            else:
+                marks[start + place] = 1
+            inside &= inside - np.uint64(1)
+    return ties
+
+
+@loop()
 def _draw(policy, element, n, places, ties, key, w):
     """Write the words of tied elements into `w`, in order."""
     if policy != THIN:
@@ -127,7 +140,7 @@ def _draw(policy, element, n, places, ties, key, w):
         words_at(element, places, ties, key, w)
 
 
-@njit(nogil=True)
+@loop()
 def _keeps(policy, threshold, limit, key, element, word):
     """Return whether a cut keeps a magnitude."""
     number = element if policy == INDEX else word
@@ -135,7 +148,7 @@ def _keeps(policy, threshold, limit, key, element, word):
     return key > threshold or (key == threshold and kept_tie)
 
 
-@njit(nogil=True)
+@loop()
 def _survives(cut, key, element, word):
     """Return whether an entry survives the cut, and is no outlier; `cut` is a row of `Masks`."""
     kept = cut[0] == NO_CUT or _keeps(cut[0], cut[1], cut[2], key, element, word)
@@ -155,11 +168,16 @@ def remove_dropped(models, base, elements, before, after, change):
     change    int64 (k,)    the survivors of `after` minus those of `before`, added to
     ========  ============  ============================================
     """
+    keys, w = np.empty(BLOCK, np.uint32), np.empty(BLOCK + 8, np.uint32)
+    places, tied = np.empty(BLOCK + 8, np.int64), np.empty(BLOCK, np.int64)
+    _remove_dropped(models, base, elements, before, after, change, keys, w, places, tied)
+
+
+@loop()
+def _remove_dropped(models, base, elements, before, after, change, keys, w, places, tied):
     full, offsets = models.full, models.offsets
     first_base = base.offset >> 2
     drops, drop_keys, cuts, cut_keys = after
-    keys, w = np.empty(BLOCK, np.uint32), np.empty(BLOCK + 8, np.uint32)
-    places, tied = np.empty(BLOCK + 8, np.int64), np.empty(BLOCK, np.int64)
     for i in range(len(offsets)):
         drop, cut, earlier = drops[i], cuts[i], before.cuts[i]
         for start in range(0, len(elements), BLOCK):
@@ -169,7 +187,8 @@ def remove_dropped(models, base, elements, before, after, change):
                 delta = f32_from_bits(full[of_model + j]) - f32_from_bits(full[of_base + j])
                 keys[j] = bits_from_f32(delta) & MAGNITUDE
             if drop[0] > 0 or drop[1] > 0:
-                places[:m] = elements[start : start + m]
+                for j in range(m):
+                    places[j] = elements[start + j]
                 words_at(0, places, m, drop_keys[i], w)
                 for j in range(m):
                     word, element = np.int64(w[j]), elements[start + j]
