@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 
 from streammerge.api import merge
 from streammerge.engine import taking
-from streammerge.engine.taking import HandedOut
+from streammerge.engine.taking import Claiming, HandedOut
+from streammerge.output.joining import SHARD
+from streammerge.output.shared_ledger import SharedLedger
 from tests.conftest import config_for, output_bytes, write_model
 
 
@@ -54,3 +57,28 @@ def test_a_scheduler_that_names_units_gives_the_bytes_of_one_process(
     shards = [unit.partition("/")[2] for unit in recorded if "merge-" in unit]
     assert sorted(shards) == [f"merge-{i:05d}" for i in range(3)]
     assert recorded[-1].endswith("/commit")
+
+
+@pytest.mark.parametrize(("processes", "most"), [(1, 2), (9, 0)])
+def test_a_process_takes_few_shards_ahead_and_the_last_ones_with_nothing_in_hand(
+    processes: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    class Noting(Claiming):
+        """Notes how many shards are in hand when one more is taken."""
+
+        def take(self, ledger: SharedLedger, units: Sequence[str]) -> str | None:
+            before = len(ledger.in_hand)
+            unit = super().take(ledger, units)
+            if unit is not None and unit.startswith(SHARD):
+                held.append(before)
+            return unit
+
+    monkeypatch.setattr(SharedLedger, "workers", lambda self: processes)
+    tensors = {f"layers.{i}.w": torch.arange(8.0) + i for i in range(8)}
+    paths = [write_model(tmp_path / name, tensors) for name in ("base", "a")]
+    config = config_for("linear", paths)
+    merge(config, tmp_path / "out", join=Noting(), shard_size=32, threads=1, progress=False)
+    assert len(held) == 8
+    assert max(held) <= most

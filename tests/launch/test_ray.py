@@ -34,15 +34,29 @@ DARE = ("dare_linear", {"density": 0.4})
 WHOLE = ("ties", {"density": 0.4, "trim_scope": "model"})
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Return a cluster of a head without CPUs and three nodes of one."""
+def start_cluster() -> Any:
+    """Return a running cluster on this host: a head without CPUs, and three nodes of one."""
     from ray.cluster_utils import Cluster
+
+    class Made(Cluster):  # type: ignore[misc]
+        """A cluster that knows its nodes."""
+
+        def more(self) -> None:
+            """Add a node."""
+            self.nodes.append(self.add_node(num_cpus=1, memory=1 << 30, **small))
 
     small = {"object_store_memory": 80 << 20, "include_dashboard": False}
     system = {"gcs_rpc_server_reconnect_timeout_s": 3}
-    made = Cluster(True, head_node_args={"num_cpus": 0, "_system_config": system, **small})
-    made.nodes = [made.add_node(num_cpus=1, memory=1 << 30, **small) for _ in range(3)]
+    made = Made(True, head_node_args={"num_cpus": 0, "_system_config": system, **small})
+    made.nodes = []
+    for _ in range(3):
+        made.more()
+    return made
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    made = start_cluster()
     yield made
     made.shutdown()
 
@@ -65,6 +79,8 @@ class Case:
         self.heard: list[Event] = []
         self.stop = threading.Event()
         self.result: Any = None
+        self.records = SHARDS + (case[1].get("trim_scope") == "model") * (SHARDS + 2)
+        """Records of a whole merge, at least."""
 
     def run(self, where: str) -> Any:
         """Merge; return the summary."""
@@ -74,8 +90,13 @@ class Case:
         control = Control(self.heard.append, self.stop, lambda: signal.SIGINT)
         return merge_on(where, self.config, self.out, command, self.planned, Options(), control)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the merge runs."""
+        return self._thread.is_alive()
+
     def start(self, where: str, allowed: int) -> None:
-        """Begin to merge."""
+        """Begin to merge; return when so many records are there."""
         self.allow(allowed)
 
         def action() -> None:
@@ -95,7 +116,7 @@ class Case:
 
     def wait_for(self, records: int) -> None:
         """Wait until so many records are there."""
-        wait(lambda: len(list(self.out.glob(f"{STATE}/*/*.done"))) >= records or not self._thread.is_alive())
+        wait(lambda: len(list(self.out.glob(f"{STATE}/*/*.done"))) >= records or not self.is_running)
         assert self._thread.is_alive(), self.result
 
     def end(self) -> Any:
