@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streammerge.errors import InputError
+from streammerge.errors import InputError, StreammergeError
 from streammerge.io.volumes import as_path
 from streammerge.launch.base import Needs
 from streammerge.launch.handing_out import HandingOut
@@ -93,3 +94,25 @@ def test_a_store_is_the_same_on_all_nodes(tmp_path: Path) -> None:
     marker = Marker(as_path("s3://bucket/merged"), lambda event: None)
     marker.write()
     marker.check(Engine().hello(marker.path))
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "words"),
+    [
+        ("127.0.0.1:1", 1, "Ray at 127.0.0.1:1 does not answer"),
+        ("ray://host:10001", 2, "--on ray does not go through Ray's client"),
+    ],
+)
+def test_an_address_that_leads_to_no_cluster_is_refused_at_once(
+    address: str, code: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    from streammerge.launch.on_ray.connecting import connect
+
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with (
+        pytest.raises(StreammergeError, match=re.escape(words)) as refused,
+        connect(Needs(1, GIB, 1, "cpu"), lambda event: None),
+    ):
+        pass
+    assert refused.value.exit_code == code

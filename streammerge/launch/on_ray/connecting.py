@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from streammerge.machine import available_memory
 
 _STORE_NBYTES = 80 << 20
 """Size of the object store of a cluster of our own; no tensor travels through it."""
+_KNOCK_SECONDS = 10.0
 _LOOPBACK = ("127.", "localhost", "[::1]", "auto", "local")
 
 
@@ -51,6 +53,7 @@ def connect(needs: Needs, tell: Callable[[Mapping[str, Any]], None]) -> Iterator
             }
         )
     try:
+        _knock(address)
         ray.init(**how)
     except AuthenticationError:
         raise InputError(
@@ -70,6 +73,13 @@ def connect(needs: Needs, tell: Callable[[Mapping[str, Any]], None]) -> Iterator
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError if nobody listens at ``host:port``; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
 
 
 def _unreachable(address: str, error: Exception) -> str:

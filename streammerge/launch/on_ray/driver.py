@@ -305,13 +305,15 @@ def tell(event: Mapping[str, Any]) -> None:
     print(json.dumps(event), flush=True)
 
 
-def stop_with_stdin() -> threading.Event:
-    """Return an event that the end of stdin sets."""
+def stop_with_stdin(connected: threading.Event) -> threading.Event:
+    """Return an event that the end of stdin sets; before the cluster is connected, it ends this process."""
     stop = threading.Event()
 
     def wait() -> None:
         while os.read(0, 1):
             pass
+        if not connected.is_set():
+            os._exit(1)
         stop.set()
 
     threading.Thread(target=wait, name="stdin", daemon=True).start()
@@ -321,9 +323,11 @@ def stop_with_stdin() -> threading.Event:
 def main() -> int:
     """Run the driver; return its exit code."""
     told = json.loads(sys.argv[1])
-    stop = stop_with_stdin()
+    connected = threading.Event()
+    stop = stop_with_stdin(connected)
     try:
         with connect(Needs(**told["needs"]), tell) as nodes:
+            connected.set()
             room = room_for(Needs(**told["needs"]), nodes)
             if room.fit < room.count:
                 tell(
