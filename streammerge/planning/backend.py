@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from streammerge.algebra.rules import ranked
 from streammerge.backends.base import Backend
 from streammerge.backends.cpu.backend import CPU
+from streammerge.backends.gpu.backend import FUSED
 from streammerge.backends.registry import BACKENDS
-from streammerge.backends.torch.backend import CUDA, TORCH
+from streammerge.backends.torch.backend import TORCH
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import InputError, printable
@@ -25,7 +26,7 @@ ASKED, NO_GPU = "asked for", "no GPU is here"
 """The reasons of a device that was not weighed."""
 RANKS_RATE = 3.0
 """GB per second that a GPU is expected to merge by ranks in rows: an element is compared with all of its row."""
-CUDA_LEAST = CUDA.reserve + (512 << 20)
+CUDA_LEAST = FUSED.reserve + (512 << 20)
 """Memory in bytes; with less, a GPU is used only on request."""
 
 
@@ -66,10 +67,15 @@ def find_device(
     gpu, reason = weigh(workload(), host())
     if not gpu:
         return Device(CPU.device, reason)
-    found = None if CUDA.find is None else CUDA.find(0)
+    found = _first_gpu()
     if found is None:
-        return Device(CPU.device, "torch finds no GPU, though one is here")
+        return Device(CPU.device, "its driver finds no GPU, though one is here")
     return Device(found, reason)
+
+
+def _first_gpu() -> str | None:
+    backend = _on("cuda")
+    return None if backend is None or backend.find is None else backend.find(0)
 
 
 def choose_device(device: str, memory: int | None = None) -> str:
@@ -85,7 +91,7 @@ def choose_device(device: str, memory: int | None = None) -> str:
     kind, _, number = device.partition(":")
     if device == "auto":
         small = memory is not None and memory < CUDA_LEAST
-        gpu = None if small or not gpus() or CUDA.find is None else CUDA.find(0)
+        gpu = None if small or not gpus() else _first_gpu()
         return CPU.device if gpu is None else gpu
     backend = _on(kind)
     if backend is None or (number and (backend.find is None or not number.isdecimal())):

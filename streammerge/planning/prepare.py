@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from streammerge.backends.base import Backend
+from streammerge.backends.cpu.backend import CPU
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
@@ -15,6 +16,7 @@ from streammerge.io.object_upload import upload_nbytes
 from streammerge.methods.registry import Method
 from streammerge.numerics.compiled import NOWHERE, kernel_cache, lacking, unusable_kernels
 from streammerge.planning.backend import (
+    Device,
     backend_on,
     find_device,
     operator_bytes,
@@ -34,6 +36,8 @@ from streammerge.planning.plan import MergePlan
 
 WORTH_COMPILING = 200_000_000
 """Size of inputs in bytes; torch merges less in the time that compiling the kernels takes."""
+NO_ROOM = "--memory leaves no room for a GPU's libraries"
+UNFUSED = "the method has no kernels there, or all tensors are small, quantised or adapted"
 SLOWER = (
     "the compiled kernels cannot be used ({}): torch computes the merge, with the same bits, but much slower"
 )
@@ -56,6 +60,18 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         lambda: workload_of(method, len(inputs.models), sum(index.nbytes for index in inputs.own)),
         lambda: host_of(_paths(inputs), options.threads),
     )
+    try:
+        return _prepared(config, method, inputs, options, device)
+    except BudgetError:
+        if options.device != "auto" or device.name == CPU.device:
+            raise
+        return _prepared(config, method, inputs, options, Device(CPU.device, NO_ROOM))
+
+
+def _prepared(
+    config: MergeConfig, method: Method, inputs: Inputs, options: PlanOptions, device: Device
+) -> MergePlan:
+    """Return the plan of a merge on a chosen device."""
     chosen, lacks = backend_on(device.name, options.kernels)
     if lacks is not None:
         options = replace(options, notes=(lacks, *options.notes))
@@ -72,7 +88,7 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         budget = budgets.make_budget(options.memory, options.threads, reserve)
         return make_plan(config, method, inputs, Resources(budget, device, backend), options)
 
-    plan = plan_on(chosen)
+    plan = _told(plan_on(chosen))
     if not chosen.compiled or method.is_formula:
         return plan
     needed = needed_kernels(plan)
@@ -81,6 +97,17 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         options = replace(options, notes=(note, *options.notes))
         return plan_on(rest_of(chosen))
     return _unless_cold(plan, plan_on, rest_of(chosen)) if lacking(needed) and not options.kernels else plan
+
+
+def _told(plan: MergePlan) -> MergePlan:
+    """Return the plan, with a warning if it has a GPU that nothing is computed on."""
+    merged = [job for job in plan.jobs if job.kind == "merge"]
+    elsewhere = [job for job in merged if plan.backend_of(job) is not plan.backend]
+    there = any(plan.work[job.ordinal].on_device for job in merged)
+    if plan.backend.open_lane is None or not merged or there or elsewhere:
+        return plan
+    note = f"nothing of this merge is computed on {plan.device}: {UNFUSED}; use --device cpu, which needs less memory"
+    return replace(plan, warnings=(*plan.warnings, note))
 
 
 def _paths(inputs: Inputs) -> list[str]:

@@ -13,11 +13,13 @@ from streammerge.api import plan
 from streammerge.backends.gpu.backend import FUSED
 from streammerge.backends.registry import BACKENDS
 from streammerge.backends.torch.backend import CUDA
+from streammerge.errors import BudgetError
 from streammerge.io.disk import cached_share_of
 from streammerge.machine import disk_rate, gpus, physical_cores
 from streammerge.methods.catalog import load_builtin
 from streammerge.methods.registry import all_methods
 from streammerge.planning import backend as chosen
+from streammerge.planning import prepare
 from streammerge.planning.backend import CUDA_LEAST, RANKS_RATE, find_device, workload_of
 from streammerge.planning.description import describe
 from streammerge.planning.device import Host, Workload, host_of, weigh
@@ -70,7 +72,8 @@ def test_a_gpu_is_taken_where_the_cpus_are_the_bound(
 def with_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a GPU be here, and torch find it."""
     monkeypatch.setattr(chosen, "gpus", lambda: ["0"])
-    monkeypatch.setattr(chosen, "CUDA", replace(CUDA, find=lambda number: f"cuda:{number}"))
+    gpu = replace(FUSED, find=lambda number: f"cuda:{number}", lacks=lambda: None)
+    monkeypatch.setitem(BACKENDS, "fused", gpu)
 
 
 @pytest.mark.usefixtures("with_gpu")
@@ -84,7 +87,7 @@ def test_the_choice_is_weighed_only_where_there_is_one() -> None:
     assert find_device("auto", None, lambda: TIES, few).name == "cuda:0"
     assert find_device("auto", CUDA_LEAST, lambda: TIES, few).name == "cuda:0"
     small = find_device("auto", CUDA_LEAST - 1, lambda: TIES, never)
-    assert small == ("cpu", "a GPU needs at least --memory 2112 MiB")
+    assert small == ("cpu", "a GPU needs at least --memory 1636 MiB")
     assert find_device("cpu", None, lambda: TIES, never) == ("cpu", "asked for")
 
 
@@ -101,6 +104,32 @@ def test_the_plan_tells_the_reason_and_a_merge_says_it_once(make_models: Callabl
     assert line.startswith("device: CPUs (")
     assert line.endswith("merge ties in less than a second; a GPU would not repay its start)")
     assert device_lines(describe(plan(config_for("ties", make_models()), device="cpu"))) == []
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_a_gpu_that_auto_takes_never_makes_a_merge_too_large(
+    make_models: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "host_of", lambda paths, threads: Host(1, 7.0))
+    monkeypatch.setattr(prepare, "workload_of", lambda *facts: TIES)
+    config = config_for("ties", make_models())
+    assert plan(config, memory="4GiB").device == "cuda:0"
+    monkeypatch.setattr(chosen, "CUDA_LEAST", 0)
+    small = plan(config, memory="700MiB")
+    assert (small.device, small.device_reason) == ("cpu", "--memory leaves no room for a GPU's libraries")
+    with pytest.raises(BudgetError):
+        plan(config, memory="700MiB", device="cuda")
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_a_gpu_that_computes_nothing_is_told(make_models: Callable[..., list[Path]]) -> None:
+    config = config_for("ties", make_models())
+    (told,) = [one for one in plan(config, device="cuda", memory="4GiB").warnings if "cuda:0" in one]
+    assert told.startswith("nothing of this merge is computed on cuda:0: ")
+    large = config_for("ties", make_models(shapes={"w": (400, 512)}))
+    decided = plan(large, device="cuda", memory="4GiB")
+    assert not [one for one in decided.warnings if "cuda:0" in one]
+    assert [work.on_device for work in decided.work].count(True) == 1
 
 
 def test_every_builtin_method_has_a_cost() -> None:
