@@ -229,7 +229,14 @@ class MergePlan:
         """Return the statistics of each round of a merge job, given placeholder values."""
         if job.kind != "merge":
             return []
-        return self.method.rounds(tensor_context_of(job), job.parameters)
+        key = (*likeness(job, self.method), job.n_models, job.base is None, bool(job.fishers), job.shape)
+        if key not in self._known_rounds:  # cached: thousands of tensors have the same parameters
+            self._known_rounds[key] = self.method.rounds(tensor_context_of(job), job.parameters)
+        return self._known_rounds[key]
+
+    @cached_property
+    def _known_rounds(self) -> dict[tuple[object, ...], list[list[Statistic[Any]]]]:
+        return {}
 
     def bytes_to_read(self) -> int:
         """Return the bytes that all passes read: each input once, and once more per streamed pass.
