@@ -18,12 +18,15 @@ pytestmark = pytest.mark.skipif(
     shutil.which("gcc") is None or importlib.util.find_spec("cuda") is None, reason="needs gcc and cuda-core"
 )
 PROGRAM = """
-import json, os, sys, threading
+import ctypes, json, os, sys, threading
+from contextlib import nullcontext
+from types import SimpleNamespace
 import numpy as np
 from streammerge.backends.gpu.backend import loader
 from streammerge.backends.gpu.core_driver import CoreDriver, count_gpus
 from streammerge.backends.gpu.driver import DriverError
 from streammerge.backends.gpu.lane import Lane, Sizes
+from streammerge.backends.gpu.torch_driver import TorchDriver
 
 found = {"gpus": count_gpus(), "loader": loader()}
 driver = CoreDriver(0)
@@ -66,6 +69,18 @@ with lane.arena.lease(len(source), stop) as place:
     thread.join()
 found["through the rings"] = bytes(target) == source
 lane.close()
+
+# What torch's driver asks of libcuda itself; torch is not needed for that.
+by_torch = TorchDriver.__new__(TorchDriver)
+by_torch._cuda, by_torch._device = ctypes.CDLL("libcuda.so.1"), None
+by_torch._torch = SimpleNamespace(cuda=SimpleNamespace(device=lambda device: nullcontext()))
+stream, address = SimpleNamespace(cuda_stream=0x40), driver.allocate(256)
+by_torch.copy_in(data, address, stream)
+by_torch.clear(address, 16, stream)
+by_torch.copy_out(address, back, stream)
+found["by torch"] = bool((back[16:] == data[16:]).all() and not back[:16].any())
+parameters = [np.int64(2**41 + 3), np.int32(-7), np.int64(0), np.int64(0)]
+by_torch.launch(SimpleNamespace(func=ctypes.c_void_p(5)), (9, 4), 64, 16, parameters, stream)
 
 failures = found["failures"] = {}
 buffer = np.zeros(16, np.uint8)
@@ -139,6 +154,13 @@ def test_events_order_two_streams_and_a_launch_has_its_parameters(
     assert size == ["7", "2", "1", "128", "1", "1", "32"]
     assert launch[8] == f"{wait[1]}:"
     assert parameters == [str(2**40 + 1), "-5", "0", "0"]
+
+
+def test_the_driver_by_torch_asks_libcuda_the_same(ran: tuple[dict[str, Any], list[str]]) -> None:
+    found, lines = ran
+    assert found["by torch"]
+    launches = [line.split() for line in lines if line.startswith("cuLaunchKernel")]
+    assert launches[1][1:] == ["9", "4", "1", "64", "1", "1", "16", "0x40:", str(2**41 + 3), "-7", "0", "0"]
 
 
 def test_each_call_that_fails_is_told_in_one_line(ran: tuple[dict[str, Any], list[str]]) -> None:
