@@ -74,12 +74,18 @@ def from_bits(bits):
 
 
 @triton.jit
-def places(start, n, BLOCK: tl.constexpr):
-    """Return this program's first element (a multiple of 4), its elements, their places in the block, and which exist."""
-    first = (start.to(tl.int64) & ~3) + tl.program_id(0).to(tl.int64) * BLOCK
+def places_of(part, start, n, BLOCK: tl.constexpr):
+    """Return the first element of a part (a multiple of 4), its elements, their places in the block, and which exist."""
+    first = (start.to(tl.int64) & ~3) + part * BLOCK
     element = first + tl.arange(0, BLOCK)
     at = element - start
     return first, element, at, (at >= 0) & (at < n)
+
+
+@triton.jit
+def places(start, n, BLOCK: tl.constexpr):
+    """Return the same of this program, whose part has its number."""
+    return places_of(tl.program_id(0).to(tl.int64), start, n, BLOCK)
 
 
 @triton.jit

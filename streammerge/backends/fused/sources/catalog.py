@@ -6,6 +6,7 @@ from typing import Any
 from . import counts, decoding, fisher, merge, ranks, sums
 
 _BLOCK = 1024
+_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ def _merge(elect: bool, ranked: bool) -> Kernel:
     return Kernel(merge.task_vector_merge, constants=constants)
 
 
+def _digits(bins: int) -> Kernel:
+    constants = {"BINS": bins, "PARTS": _PARTS, "BLOCK": _BLOCK}
+    return Kernel(counts.count_digits, _PARTS * _BLOCK, constants)
+
+
 KERNELS = {
     "weighted_sum": Kernel(merge.weighted_sum),
     "task_vectors": _merge(False, False),
@@ -47,8 +53,8 @@ KERNELS = {
     "square_sums": Kernel(sums.square_sums, 16, {"GROUPS": 16}),
     "keys_in_window": Kernel(counts.keys_in_window),
     "ties_per_run": Kernel(counts.ties_per_run),
-    "count_digits_11": Kernel(counts.count_digits, constants={"BINS": 2048, "BLOCK": _BLOCK}),
-    "count_digits_10": Kernel(counts.count_digits, constants={"BINS": 1024, "BLOCK": _BLOCK}),
+    "count_digits_11": _digits(2048),
+    "count_digits_10": _digits(1024),
     "narrow_11": Kernel(counts.narrow, 1, {"BINS": 2048}, warps=1),
     "narrow_10": Kernel(counts.narrow, 1, {"BINS": 1024}, warps=1),
     "decode": Kernel(decoding.decode),
