@@ -163,55 +163,65 @@ def ranked_merge(models, base, span, length, drops, how, out, tally):
     tally   Tally        survivors and elected signs, added to
     ======  ===========  ============================================
     """
-    sums = np.empty((5, length), np.float64)
-    rooms = sums[0], sums[1], sums[2], sums[3], sums[4], np.empty(length, np.float64)
+    lefts, sums = np.empty(len(models.offsets) * length, np.float64), np.empty((5, BLOCK), np.float64)
+    rooms = lefts, sums[0], sums[1], sums[2], sums[3], sums[4]
     b = np.empty(length, np.float32)
     return _ranked_merge(models, base, span, length, drops, how, out, tally, b, rooms, _row_buffers(length))
 
 
-@loop(error_model="numpy")
+@loop()
 def _ranked_merge(models, base, span, length, drops, how, out, tally, b, rooms, buffers):
-    up, down, up_weight, down_weight, merged, left = rooms
+    lefts, merged, delta = rooms[0], rooms[5], buffers.delta
     half, full, offsets, codes = models
     base_half, base_full, base_offset, base_code = base
-    out_half, out_full, out_offset, out_code = out
-    base_width, out_width = width_of(base_code), width_of(out_code)
+    base_width, out_width = width_of(base_code), width_of(out.code)
     element, n = span
     lows, spreads, unbiased, keys = drops
-    coefficients, weights, elect, zero_sign, normalize, divisor, scale = how
-    kept, signs = tally
-    delta = buffers.delta
     bad = 0
     for first in range(0, n, length):
         _widen_row(base_half, base_full, base_offset + first * base_width, base_code, length, b)
-        up[:] = 0.0
-        if elect:
-            down[:] = 0.0
-            up_weight[:] = 0.0
-            down_weight[:] = 0.0
-        for model in range(len(weights)):
+        for model in range(len(offsets)):
             at = offsets[model] + first * width_of(codes[model])
             _delta_row(half, full, at, codes[model], b, length, delta)
-            kept[model] += _survivors(
+            left = lefts[model * length : (model + 1) * length]
+            tally.kept[model] += _survivors(
                 length, element + first, keys[model], lows[model], spreads[model], unbiased, buffers, left
             )
-            coefficient = coefficients[model]
-            if elect:
-                _sum_signs(length, left, coefficient, up, down)
-                if normalize:
-                    _add_weights(length, left, coefficient, weights[model], up_weight, down_weight)
-            else:
-                for i in range(length):
-                    up[i] += coefficient * left[i]
-        if elect:
-            signs[0] += _elect(length, up, down, up_weight, down_weight, zero_sign, normalize, merged)
-        else:
-            for i in range(length):
-                merged[i] = up[i] / divisor
-        if out_code >= 0:
-            for i in range(length):
-                merged[i] = np.float64(b[i]) + scale * merged[i]
-            for start in range(0, length, BLOCK):
-                at = out_offset + (first + start) * out_width
-                bad += round_at(merged[start:], min(BLOCK, length - start), out_half, out_full, at, out_code)
+        for start in range(0, length, BLOCK):  # a row of sums would not stay in the first cache
+            m = min(BLOCK, length - start)
+            _merge_block(m, start, length, how, rooms, tally)
+            if out.code >= 0:
+                for i in range(m):
+                    merged[i] = np.float64(b[start + i]) + how.scale * merged[i]
+                at = out.offset + (first + start) * out_width
+                bad += round_at(merged, m, out.half, out.full, at, out.code)
     return bad
+
+
+@loop(error_model="numpy")
+def _merge_block(m, start, length, how, rooms, tally):
+    """Write the merge of `m` elements of all rows of survivors into the last of the buffers in `rooms`."""
+    lefts, up, down, up_weight, down_weight, merged = rooms
+    coefficients, weights, elect, zero_sign, normalize, divisor, _ = how
+    if elect:
+        up[:] = 0.0
+        down[:] = 0.0
+        up_weight[:] = 0.0
+        down_weight[:] = 0.0
+    else:
+        merged[:] = 0.0
+    for model in range(len(weights)):
+        left = lefts[model * length + start : model * length + start + m]
+        coefficient = coefficients[model]
+        if elect:
+            _sum_signs(m, left, coefficient, up, down)
+            if normalize:
+                _add_weights(m, left, coefficient, weights[model], up_weight, down_weight)
+        else:
+            for i in range(m):
+                merged[i] += coefficient * left[i]
+    if elect:
+        tally.signs[0] += _elect(m, up, down, up_weight, down_weight, zero_sign, normalize, merged)
+    elif divisor != 1.0:
+        for i in range(m):
+            merged[i] /= divisor

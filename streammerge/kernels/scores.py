@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from streammerge.kernels import njit
+from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import BLOCK, bits_from_f32
 from streammerge.kernels.deltas import LARGEST, MAGNITUDE
 from streammerge.kernels.elementary import exp, log
@@ -18,7 +18,7 @@ def pattern(score):
     return np.uint32(bits_from_f32(single) & MAGNITUDE) if abs(score) < np.inf else np.uint32(UNKNOWN)
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(nogil=True)
 def spread_patterns(deltas, rescales, patterns):
     """Write the fp32 pattern of the variance over the models of each element.
 
@@ -28,8 +28,12 @@ def spread_patterns(deltas, rescales, patterns):
     patterns  uint32 (n,)     written
     ========  ==============  ============================================
     """
+    _spread_patterns(deltas, rescales, patterns, np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64))
+
+
+@loop(error_model="numpy")
+def _spread_patterns(deltas, rescales, patterns, means, totals):
     k = len(deltas)
-    means, totals = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
     for start in range(0, len(patterns), BLOCK):
         m = min(BLOCK, len(patterns) - start)
         means[:] = 0.0
@@ -50,7 +54,7 @@ def spread_patterns(deltas, rescales, patterns):
             here[i] = pattern(totals[i] / k)
 
 
-@njit(nogil=True)
+@loop()
 def importance_patterns(deltas, divergences, first, length, patterns):
     """Write the fp32 pattern of abs(entry) times its row's divergence.
 
@@ -72,7 +76,7 @@ def importance_patterns(deltas, divergences, first, length, patterns):
         i = stop
 
 
-@njit(nogil=True)
+@loop()
 def _lane_sum(values, lanes):
     """Return the sum of values: eight sequential lanes, then pairwise."""
     lanes[:] = 0.0
@@ -85,7 +89,7 @@ def _lane_sum(values, lanes):
     return ((lanes[0] + lanes[1]) + (lanes[2] + lanes[3])) + ((lanes[4] + lanes[5]) + (lanes[6] + lanes[7]))
 
 
-@njit(nogil=True, error_model="numpy")
+@loop(error_model="numpy")
 def _probabilities(x, there, lanes):
     """Replace a row by its smoothed softmax over the elements where `there` is True."""
     top = -np.inf
@@ -101,7 +105,7 @@ def _probabilities(x, there, lanes):
         x[i] = x[i] / total + SMOOTHING
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(nogil=True)
 def divergences(x, y, out):
     """Write KL(x || y) of the softmaxes of each row.
 
@@ -110,7 +114,11 @@ def divergences(x, y, out):
     out   float64 (rows,)         written
     ====  ======================  ============================================
     """
-    there, lanes = np.empty(x.shape[1], np.bool_), np.empty(8, np.float64)
+    _divergences(x, y, out, np.empty(x.shape[1], np.bool_), np.empty(8, np.float64))
+
+
+@loop(error_model="numpy")
+def _divergences(x, y, out, there, lanes):
     for row in range(len(out)):
         p, q = x[row], y[row]
         for i in range(len(p)):
@@ -124,7 +132,7 @@ def divergences(x, y, out):
         out[row] = divergence if divergence > 0.0 else 0.0
 
 
-@njit(nogil=True)
+@loop()
 def count_patterns(patterns, window, bins):
     """Count the patterns above a window, and those inside it in ``bins[(pattern - low) >> shift]``.
 
@@ -159,7 +167,11 @@ def square_sums(deltas, rescales, selected, sums):
     sums      float64 (n / 4096 up, k)  written
     ========  ========================  ============================================
     """
-    squares, lanes = np.empty(4096, np.float64), np.empty(8, np.float64)
+    _square_sums(deltas, rescales, selected, sums, np.empty(4096, np.float64), np.empty(8, np.float64))
+
+
+@loop()
+def _square_sums(deltas, rescales, selected, sums, squares, lanes):
     n = deltas.shape[1]
     for block in range(len(sums)):
         start = block * 4096
@@ -173,7 +185,7 @@ def square_sums(deltas, rescales, selected, sums):
             sums[block, model] = _lane_sum(squares[:m], lanes)
 
 
-@njit(nogil=True)
+@loop()
 def _add_signed(entries, rescale, weight, chosen, sums):
     """Add the chosen entries of one task vector to the sums of their sign; a NaN counts as positive, so that it shows."""
     up, down, up_sum, down_sum, up_weight, down_weight = sums
@@ -191,7 +203,7 @@ def _add_signed(entries, rescale, weight, chosen, sums):
         down_weight[i] += weight if negative else 0.0
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(nogil=True)
 def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, out):
     """Write base + the weighted mean of the selected entries that have the sign of their sum.
 
@@ -214,6 +226,11 @@ def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, 
         np.empty(BLOCK, np.float64),
         np.empty(BLOCK, np.float64),
     )
+    _selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, out, sums)
+
+
+@loop(error_model="numpy")
+def _selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, out, sums):
     up, down, up_sum, down_sum, up_weight, down_weight = sums
     for start in range(0, len(out), BLOCK):
         m = min(BLOCK, len(out) - start)
@@ -237,7 +254,7 @@ def selected_merge(base, deltas, rescales, weights, zero_sign, floor, selected, 
             here[i] = np.float64(b[i]) + merged / (weight if weight != 0.0 else 1.0)
 
 
-@njit(nogil=True)
+@loop()
 def _touch(entries, rescale, epsilon, touched, count):
     """Mark and count the entries above `epsilon` in magnitude; a NaN counts as above, so that the output shows it."""
     for i in range(len(entries)):
@@ -258,23 +275,28 @@ def count_touched(deltas, rescales, epsilon, alone, shared):
     shared    int64 (k,)      added to
     ========  ==============  ============================================
     """
+    touched, count = np.empty((len(deltas), BLOCK), np.uint8), np.empty(BLOCK, np.float64)
+    _count_touched(deltas, rescales, epsilon, alone, shared, touched, count)
+
+
+@loop()
+def _count_touched(deltas, rescales, epsilon, alone, shared, touched, count):
     k, n = deltas.shape
-    touched, count = np.empty((k, BLOCK), np.uint8), np.empty(BLOCK, np.float64)
     for start in range(0, n, BLOCK):
         m = min(BLOCK, n - start)
         count[:] = 0.0
         for model in range(k):
             _touch(deltas[model, start : start + m], rescales[model], epsilon, touched[model], count)
         for model in range(k):
-            all_touched, lone = 0, 0
+            all_touched, lone, here = 0, 0, touched[model]
             for i in range(m):
-                all_touched += touched[model, i]
-                lone += touched[model, i] & np.uint8(count[i] == 1.0)
+                all_touched += here[i]
+                lone += here[i] & np.uint8(count[i] == 1.0)
             alone[model] += lone
             shared[model] += all_touched - lone
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(nogil=True)
 def touched_merge(base, deltas, rescales, epsilon, factors, out):
     """Write base + the mean of the touched entries; a single touched entry is multiplied by its model's factor.
 
@@ -289,6 +311,11 @@ def touched_merge(base, deltas, rescales, epsilon, factors, out):
     """
     touched, count = np.empty(BLOCK, np.uint8), np.empty(BLOCK, np.float64)
     total, unique = np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
+    _touched_merge(base, deltas, rescales, epsilon, factors, out, touched, count, total, unique)
+
+
+@loop(error_model="numpy")
+def _touched_merge(base, deltas, rescales, epsilon, factors, out, touched, count, total, unique):
     for start in range(0, len(out), BLOCK):
         m = min(BLOCK, len(out) - start)
         count[:] = 0.0
@@ -320,16 +347,22 @@ def add_products(vectors, rescales, sums):
     sums      float64 (pairs, columns)    added to
     ========  ==========================  ============================================
     """
+    _add_products(vectors, rescales, sums, np.empty((len(vectors), vectors.shape[2]), np.float64))
+
+
+@loop()
+def _add_products(vectors, rescales, sums, x):
     k, rows, columns = vectors.shape
-    x = np.empty((k, columns), np.float64)
     for row in range(rows):
         for i in range(k):
+            entries, tau, rescale = vectors[i, row], x[i], rescales[i]
             for column in range(columns):
-                entry = vectors[i, row, column]
-                x[i, column] = rescales[i] * np.float64(entry) if abs(entry) <= LARGEST else 0.0
+                entry = entries[column]
+                tau[column] = rescale * np.float64(entry) if abs(entry) <= LARGEST else 0.0
         pair = 0
         for i in range(k):
             for j in range(i, k):
+                first, second, total = x[i], x[j], sums[pair]
                 for column in range(columns):
-                    sums[pair, column] += x[i, column] * x[j, column]
+                    total[column] += first[column] * second[column]
                 pair += 1

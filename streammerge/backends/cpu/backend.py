@@ -10,8 +10,8 @@ from streammerge.backends.cpu.registry import is_applied
 
 
 def _workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
-    """Return the bytes of temporaries; kernels need some only for sums over one row."""
-    return 72 * tensor.row_length if sees == Extent.ROW else 0
+    """Return the bytes of temporaries; kernels need some only for sums over one row, and the survivors of each model in it."""
+    return max(72, 24 + 8 * len(tensor.inputs)) * tensor.row_length if sees == Extent.ROW else 0
 
 
 def _math(block: Block, device: str, sees: Extent) -> KernelMath:
