@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-from streammerge.backends.gpu.driver import DriverError, Event, Kernel, Stream
+from streammerge.backends.gpu.driver import DriverError, Event, Kernel, Stream, told
 from streammerge.io.buffer_pool import Bytes
 
 _OUT_OF_MEMORY = 2
@@ -53,14 +52,14 @@ class CoreDriver:
 
         self._core, self._driver = core, driver
         self._current = threading.local()
-        with _told("its start"):
+        with told("its start"):
             self._device = core.Device(number)
         self._modules: dict[int, Any] = {}
 
     def _here(self) -> Any:
         """Return the bindings, with the device current in this thread."""
         if not getattr(self._current, "done", False):
-            with _told("a new thread"):
+            with told("a new thread"):
                 self._device.set_current()
             self._current.done = True
         return self._driver
@@ -91,7 +90,7 @@ class CoreDriver:
     def stream(self) -> Stream:
         """See `Driver`."""
         self._here()
-        with _told("a stream"):
+        with told("a stream"):
             return self._device.create_stream()
 
     def copy_in(self, source: Bytes, address: int, stream: Stream) -> None:
@@ -111,25 +110,25 @@ class CoreDriver:
     def record(self, stream: Stream) -> Event:
         """See `Driver`."""
         self._here()
-        with _told("an event"):
+        with told("an event"):
             return stream.record(options={"blocking_sync": True})
 
     def wait(self, stream: Stream, event: Event) -> None:
         """See `Driver`."""
         self._here()
-        with _told("a wait for an event"):
+        with told("a wait for an event"):
             stream.wait(event)
 
     def synchronize(self, event: Event) -> None:
         """See `Driver`."""
         self._here()
-        with _told("the end of its work"):
+        with told("the end of its work"):
             event.sync()
 
     def load(self, ptx: str, entry: str) -> Kernel:
         """See `Driver`."""
         self._here()
-        with _told(f"loading the kernel {entry}"):
+        with told(f"loading the kernel {entry}"):
             key = hash(ptx)
             if key not in self._modules:
                 self._modules[key] = self._core.ObjectCode.from_ptx(ptx.encode())
@@ -146,7 +145,7 @@ class CoreDriver:
     ) -> None:
         """See `Driver`."""
         self._here()
-        with _told("a launch"):
+        with told("a launch"):
             config = self._core.LaunchConfig(grid=grid, block=threads, shmem_size=shared)
             self._core.launch(stream, config, kernel, *parameters)
 
@@ -161,15 +160,3 @@ def _checked(call: str, result: tuple[Any, ...]) -> tuple[Any, ...]:
     if int(error):
         raise DriverError(call, getattr(error, "name", error))
     return tuple(values)
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Turn the exceptions of cuda-core into ours."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise DriverError(what, text or type(error).__name__) from error

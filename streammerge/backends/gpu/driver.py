@@ -10,7 +10,8 @@ Tests register a third, which executes copies in host memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from streammerge.errors import WorldError
@@ -32,6 +33,18 @@ class DriverError(WorldError):
             f"the GPU's driver failed at {call} ({why}): finished work is kept; run the same command again, or with "
             "--device cpu"
         )
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turn the exceptions of a library into ours."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise DriverError(what, text or type(error).__name__) from error
 
 
 class Driver(Protocol):

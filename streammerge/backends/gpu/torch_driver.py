@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streammerge.backends.gpu.driver import DriverError, Event, Kernel, Stream
+from streammerge.backends.gpu.driver import DriverError, Event, Kernel, Stream, told
 from streammerge.io.buffer_pool import Bytes
 
 
@@ -43,17 +43,16 @@ class TorchDriver:
         self._utils: Any = _utils
         self._cuda_types: Any = torch.cuda
         self._device = torch.device("cuda", number)
-        try:
+        with told("its start"):
             torch.zeros(1, device=self._device)
             self._cuda: Any = _utils._get_gpu_runtime_library()
-            self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        except (RuntimeError, OSError, AttributeError) as error:
-            raise DriverError("its start", error) from error
+            self._runtime: Any = self._cuda_types.cudart()
         self._held: dict[int, Any] = {}
 
     def memory(self) -> int:
         """See `Driver`."""
-        return int(self._torch.cuda.mem_get_info(self._device)[0])
+        with told("cuMemGetInfo"):
+            return int(self._torch.cuda.mem_get_info(self._device)[0])
 
     def allocate(self, nbytes: int) -> int:
         """See `Driver`."""
@@ -80,7 +79,8 @@ class TorchDriver:
 
     def stream(self) -> Stream:
         """See `Driver`."""
-        return self._cuda_types.Stream(self._device)
+        with told("a stream"):
+            return self._cuda_types.Stream(self._device)
 
     def copy_in(self, source: Bytes, address: int, stream: Stream) -> None:
         """See `Driver`."""
@@ -96,28 +96,25 @@ class TorchDriver:
 
     def record(self, stream: Stream) -> Event:
         """See `Driver`."""
-        event = self._cuda_types.Event(blocking=True)
-        event.record(stream)
-        return event
+        with told("an event"):
+            event = self._cuda_types.Event(blocking=True)
+            event.record(stream)
+            return event
 
     def wait(self, stream: Stream, event: Event) -> None:
         """See `Driver`."""
-        stream.wait_event(event)
+        with told("a wait for an event"):
+            stream.wait_event(event)
 
     def synchronize(self, event: Event) -> None:
         """See `Driver`."""
-        try:
+        with told("the end of its work"):
             event.synchronize()
-        except RuntimeError as error:
-            raise DriverError("the end of its work", error) from error
 
     def load(self, ptx: str, entry: str) -> Kernel:
         """See `Driver`."""
-        try:
-            with self._torch.cuda.device(self._device):
-                return self._utils._cuda_load_module(ptx, [entry])[entry]
-        except RuntimeError as error:
-            raise DriverError(f"loading the kernel {entry}", error) from error
+        with told(f"loading the kernel {entry}"), self._torch.cuda.device(self._device):
+            return self._utils._cuda_load_module(ptx, [entry])[entry]
 
     def launch(
         self,
