@@ -53,7 +53,7 @@ def test_engines_are_spread_over_the_nodes() -> None:
     gpus = [{"CPU": 8.0, "memory": 32.0 * GIB, "GPU": 2.0}, *nodes]
     room = room_for(Needs(None, GIB, 2, "cuda"), gpus)
     assert (room.count, room.fit, room.resources["num_gpus"]) == (2, 2, 1)
-    assert room_for(Needs(3, GIB, 2, "auto"), gpus).gpu is False
+    assert room_for(Needs(2, GIB, 2, "auto"), gpus).gpu is False
 
 
 @pytest.mark.parametrize(

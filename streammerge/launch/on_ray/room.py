@@ -60,7 +60,7 @@ def room_for(needs: Needs, nodes: Sequence[Node]) -> Room:
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if needs.device.startswith("cuda:"):
         raise InputError(f"--device {needs.device} with --on ray: Ray chooses the GPU: give --device cuda")
-    gpu = needs.device == "cuda" or (needs.device == "auto" and gpus >= max(1, needs.count or 1))
+    gpu = needs.device == "cuda"  # `auto` takes no GPU from others on the cluster that may need it more
     if gpu and not gpus:
         raise InputError("--device cuda with --on ray: no node of the cluster has a GPU")
     if gpu:
