@@ -116,17 +116,20 @@ def names_below(url: str) -> tuple[list[str], list[str]]:
     return [name for name in objects if name], [name for name in folders if name]
 
 
-def list_objects(url: str, most: int) -> dict[str, tuple[int, str]]:
+def list_objects(url: str, most: int, *, patient: bool = True) -> dict[str, tuple[int, str]]:
     """Return size and ETag of the objects below a URL, at any depth, by their path there; at most about `most` of them.
 
-    A user waits for the answer, so a store that is away is asked for a minute only.
+    Parameters
+    ----------
+    patient
+        Whether a store that is away is asked for minutes; not while a user waits for the answer.
 
     Raises
     ------
     StreammergeError
         If the store fails, or access is denied.
     """
-    store, key = store_of(url)
+    store, key = store_of(url, patient=patient)
     found: dict[str, tuple[int, str]] = {}
     try:
         for batch in library(split_url(url)[0]).list(store, key or None):

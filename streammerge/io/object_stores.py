@@ -30,11 +30,11 @@ CLIENT: dict[str, Any] = {
     "connect_timeout": timedelta(seconds=10),
 }
 QUICK: dict[str, Any] = {
-    "max_retries": 8,
+    "max_retries": 20,
     "retry_timeout": timedelta(minutes=1),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1), "base": 2},
 }
-"""How a question is repeated that a user waits for, such as for an object's name: a few seconds."""
+"""How a question is repeated that a user waits for, such as for an object's name: some twenty seconds."""
 PATIENT: dict[str, Any] = {
     "max_retries": 60,
     "retry_timeout": timedelta(minutes=3),

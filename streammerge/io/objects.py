@@ -93,7 +93,7 @@ class Objects:
             return False
         found = self._listed(url)
         # Some servers list folders of which everything has been removed.
-        return bool(found.objects) or (bool(found.folders) and bool(list_objects(url, 1)))
+        return bool(found.objects) or (bool(found.folders) and bool(list_objects(url, 1, patient=False)))
 
     def names(self, url: str) -> list[str]:
         """See `Volume`."""
@@ -105,7 +105,7 @@ class Objects:
     def status(self, url: str, *, anew: bool = False) -> ObjectStatus:
         """See `Volume`."""
         if anew:
-            return self._head(url)
+            return self._head(url, patient=True)  # in the middle or at the end of a merge
         parent, _, name = url.rpartition("/")
         with self._lock:
             folder, alone = self._folders.get(parent), self._alone.get(url, ...)
@@ -151,10 +151,10 @@ class Objects:
                 known = self._folders.setdefault(url, known)
         return known
 
-    def _head(self, url: str) -> ObjectStatus:
+    def _head(self, url: str, *, patient: bool = False) -> ObjectStatus:
         if not split_url(url)[2]:
             raise _missing(url)
-        store, key = store_of(url)
+        store, key = store_of(url, patient=patient)
         try:
             return _status(url, library(split_url(url)[0]).head(store, key))
         except ModelError:

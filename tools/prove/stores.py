@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -258,6 +259,8 @@ def main() -> None:
             proof = Proof(url, work, secret)
             try:
                 proof.check(models)
+                peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10
+                proof.done["highest peak of a merge, MiB of 600"] = peak
             finally:
                 print(json.dumps({**proof.done, "seconds": round(time.monotonic() - began, 1)}, indent=1))
 
