@@ -172,8 +172,14 @@ def looking_on(directory: Path) -> None:
     from streammerge.output.status import status_of
 
     one = StoreScene(directory, DARE)
-    first = one.start(at_call(SharedLedger, "record", 2, sleep), "first")
-    wait_stopped(first)
+    reached, looked = directory / "reached", directory / "looked"
+
+    def stand_still() -> None:
+        reached.touch()
+        _wait_for(looked)
+
+    first = one.start(at_call(SharedLedger, "record", 2, stand_still), "first")
+    _wait_for(reached)
 
     def look() -> None:
         found = status_of(one.out)
@@ -185,7 +191,7 @@ def looking_on(directory: Path) -> None:
         assert worker.units
 
     assert wait(fork(look)) == 0
-    os.kill(first, signal.SIGCONT)
+    looked.touch()
     assert wait(first) == 0
 
     def verdict() -> None:
@@ -196,6 +202,12 @@ def looking_on(directory: Path) -> None:
 
     assert [wait(number) for number in [fork(verdict), fork(verdict)]] == [0, 0]
     one.finished()
+
+
+def _wait_for(path: Path) -> None:
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.005)
 
 
 def command() -> None:
