@@ -155,6 +155,7 @@ class Comparison:
         self.rule("no kernel", block, out, SelectedMerge(rule.vectors[:1], None))
         own, self.launcher = self.launcher, TritonLauncher("cpu")
         self.rule("memory of torch", block, out, WeightedSum((0.3, 0.4, 0.7), 1.4))
+        self.largest("thresholds in memory of torch", block)
         self.call("counts in memory of torch", block, lambda one: one.ties(TaskVector(1), 0, 50))
         self.launcher = own
         with (

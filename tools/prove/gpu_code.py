@@ -85,12 +85,12 @@ def amd(name: str, chip: str, kernel: Any) -> list[str]:
 
 def main() -> int:
     """Look at every kernel for every chip, and return 1 if anything is wrong."""
-    from streammerge.backends.fused.sources.catalog import KERNELS
+    from streammerge.backends.fused.sources.catalog import FOR_AMD, KERNELS
 
     wrong = []
     for chip in sys.argv[1:] or CHIPS:
-        for name, kernel in KERNELS.items():
-            wrong += nvidia(name, chip) if chip.startswith("sm_") else amd(name, chip, kernel)
+        for name in KERNELS:
+            wrong += nvidia(name, chip) if chip.startswith("sm_") else amd(name, chip, FOR_AMD[name])
     print("\n".join(wrong) or "nothing is wrong")
     return bool(wrong)
 

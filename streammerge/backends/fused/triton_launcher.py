@@ -50,9 +50,9 @@ class TritonLauncher:
     """
 
     def __init__(self, device: str) -> None:
-        from streammerge.backends.fused.sources.catalog import KERNELS
+        from streammerge.backends.fused.sources.catalog import FOR_AMD
 
-        self._kernels = KERNELS
+        self._kernels = FOR_AMD
         self._device = device
         self._memory: dict[int, Any] = {}
 
@@ -96,6 +96,7 @@ class TritonLauncher:
 
         kernel.parameters(arguments)  # they fit
         known = self._kernels[kernel.name]
+        programs = (grid[0] * (kernel.elements // known.elements), grid[1])
         on = nullcontext() if self._device == "cpu" else torch.cuda.device(self._device)
         with on:
-            known.function[grid](*arguments, **known.constants, num_warps=known.warps, **OPTIONS)
+            known.function[programs](*arguments, **known.constants, num_warps=known.warps, **OPTIONS)

@@ -1,5 +1,7 @@
 """The kernels by name: the function, its constants, and the number of elements that a program processes."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,3 +64,10 @@ KERNELS = {
     "scale_integers": Kernel(decoding.scale_integers),
     "look_up": Kernel(decoding.look_up),
 }
+
+FOR_AMD = {
+    **KERNELS,
+    "count_digits_11": Kernel(counts.count_digits_at_once, constants={"BINS": 2048, "BLOCK": _BLOCK}),
+    "count_digits_10": Kernel(counts.count_digits_at_once, constants={"BINS": 1024, "BLOCK": _BLOCK}),
+}
+"""What Triton compiles for AMD's GPUs: some kernels have a substitute, whose programs process fewer elements."""

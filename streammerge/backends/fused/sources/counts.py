@@ -81,6 +81,23 @@ def count_digits(
 
 
 @kernel
+def count_digits_at_once(
+    table, base, base_code, start, n, searches, bins, shift, BINS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Do the same, one part a program, and add each digit at once: Triton 3.9 does not compile `count_digits` for AMD."""
+    vector = tl.program_id(1).to(tl.int64)
+    search = i64_at(searches) + vector * SEARCH
+    part = tl.program_id(0).to(tl.int64)
+    _, key, mask = magnitudes(part, table, vector, base, base_code, start, n, BLOCK)
+    if shift == 20:  # the first pass
+        tl.atomic_max(search + HIGHEST, tl.max(tl.where(mask, key, 0)), sem="relaxed")
+    digit = (key - tl.load(search + LOW)) >> shift
+    inside = mask & (digit >= 0) & (digit < BINS)
+    own = i32_at(bins) + vector * BINS
+    tl.atomic_add(own + digit, tl.full((BLOCK,), 1, tl.int32), inside, sem="relaxed")
+
+
+@kernel
 def narrow(searches, bins, shift, BINS: tl.constexpr):
     """Narrow each search to the digit that holds its rank, and clear the bins. One program for each vector."""
     vector = tl.program_id(0).to(tl.int64)
