@@ -123,7 +123,10 @@ class Settler:
         self._reducers = [
             reducer_of(self._worker, one, [self._job], {self._job.ordinal: one}) for one in self._statistics
         ]
-        low, high = self._brackets(threads)
+        brackets = self._brackets(threads)
+        if brackets is None:
+            return None
+        low, high = brackets
         self._low, self._high = self._ruled(low), self._ruled(high)
         for reducer, under, over in zip(self._reducers, low[0], high[0], strict=True):
             if isinstance(reducer, TopKReducer) and not reducer.narrow_to(under.key, over.key):
@@ -186,8 +189,9 @@ class Settler:
         room, slot = self._room, self._worker.plan.layout.slots[self._job.ordinal][0]
         shift = slot.offset % PAGE
         self._results = buffer[shift : shift + self._job.n_elements * itemsize(self._job.dtype)]
-        small = room.results < _LEAST_SAMPLE
-        self._for_sample = np.empty(_LEAST_SAMPLE, np.uint8) if small else buffer[: room.results]
+        unused = room.results + room.aside  # until the pass begins
+        small = unused < _LEAST_SAMPLE
+        self._for_sample = np.empty(_LEAST_SAMPLE, np.uint8) if small else buffer[:unused]
         self._aside = Aside(self._job, buffer[room.results : room.results + room.aside])
         self._slots: SimpleQueue[Bytes] = SimpleQueue()
         first = room.results + room.aside
@@ -226,13 +230,18 @@ class Settler:
 
     # --- before the pass
 
-    def _brackets(self, threads: ThreadPoolExecutor) -> tuple[Answers, Answers]:
-        """Return what the method is told for its lower and for its higher rule, from a sample of the tensor."""
+    def _brackets(self, threads: ThreadPoolExecutor) -> tuple[Answers, Answers] | None:
+        """Return what the method is told for its lower and for its higher rule, from a sample of the tensor.
+
+        None: there is no room for one run of each model, as with a hundred models and a small tensor.
+        """
         job, vectors = self._job, list(dict.fromkeys(edge.vector for edge in self._edges))
         length = min(BLOCK, self._room.piece, job.n_elements)
         room = self._for_sample.view(np.uint32)
         fitting = min(room.size // (length * len(vectors)), job.n_elements // length)
-        starts = sample_starts(job.n_elements, max(1, min(_MOST_RUNS, fitting)))
+        if not fitting:
+            return None
+        starts = sample_starts(job.n_elements, min(_MOST_RUNS, fitting))
         starts = [start for start in starts if start + length <= job.n_elements] or [0]
         shape = len(vectors), len(starts), length
         keys = room[: int(np.prod(shape))].reshape(shape)

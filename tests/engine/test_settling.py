@@ -202,3 +202,14 @@ def test_a_value_that_is_not_finite_is_named_as_it_is_with_plenty_of_memory(tmp_
             merged(config, tmp_path / name, room)
         told.append(str(failure.value))
     assert told[0] == told[1]
+
+
+def test_more_models_than_a_sample_has_room_for_cost_a_second_read_and_no_bit(
+    settled: list[str], tmp_path: Path
+) -> None:
+    """Seventy models of one small tensor: one run of each model does not fit in the memory of the sample."""
+    paths = write_models(tmp_path / "models", 70, shapes={"up.weight": (8, 4096)})
+    config = config_for("ties", paths, parameters={"density": 0.3})
+    expected, _ = merged(config, tmp_path / "whole", PLENTY)
+    found, _ = merged(config, tmp_path / "many", 2_500_000)
+    assert (found, settled) == (expected, [])
