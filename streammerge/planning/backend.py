@@ -103,6 +103,11 @@ def choose_device(device: str, memory: int | None = None) -> str:
     return found
 
 
+def has_bits_of_device(method: Method) -> bool:
+    """Return whether the last bits may be a GPU's: of matrix products of torch, and of formulas that are not ours."""
+    return method.origin != "built in" or method.gram
+
+
 def workload_of(method: Method, n_models: int, nbytes: int) -> Workload:
     """Return what a merge of `nbytes` bytes of inputs costs."""
     cost = UNKNOWN_COST if method.cost is None else method.cost

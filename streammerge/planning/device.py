@@ -81,17 +81,20 @@ def weigh(work: Workload, host: Host) -> Choice:
     return Choice(True, f"{at}; a GPU reaches {_rate(with_gpu)}{bound}")
 
 
-def host_of(paths: Sequence[str], threads: int | None) -> Host:
-    """Return what bounds a merge of some files on this machine. Nothing is read: rates follow from kinds of disks."""
+def host_of(paths: Sequence[str], threads: int | None, *, cold: bool = False) -> Host:
+    """Return what bounds a merge of some files on this machine. Nothing is read: rates follow from kinds of disks.
+
+    With `cold` the page cache does not count, so that the same files have the same answer later.
+    """
     cores = physical_cores() if threads is None else min(threads, physical_cores())
     local = [path for path in paths if not is_url(path)]
     if not local:
         return Host(cores, STORE_RATE, "the store")
-    cached = cached_share_of(local)
+    cached = 0.0 if cold else cached_share_of(local)
     warm = min(CACHE_RATE, CACHE_RATE_OF_A_CORE * cores)
-    cold = min(disk_rate(path) for path in local)
+    read = min(disk_rate(path) for path in local)
     return Host(
-        cores, 1 / (cached / warm + (1 - cached) / cold), "the page cache" if cached > 0.5 else "the disk"
+        cores, 1 / (cached / warm + (1 - cached) / read), "the page cache" if cached > 0.5 else "the disk"
     )
 
 

@@ -19,6 +19,7 @@ from streammerge.planning.backend import (
     Device,
     backend_on,
     find_device,
+    has_bits_of_device,
     operator_bytes,
     reserve_of,
     rest_of,
@@ -58,7 +59,8 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
         asked,
         options.memory,
         lambda: workload_of(method, len(inputs.models), sum(index.nbytes for index in inputs.own)),
-        lambda: host_of(_paths(inputs), options.threads),
+        # Where the output depends on the device, it must not change with what the first run has read.
+        lambda: host_of(_paths(inputs), options.threads, cold=has_bits_of_device(method)),
     )
     try:
         return _prepared(config, method, inputs, options, device)

@@ -110,7 +110,7 @@ def test_the_plan_tells_the_reason_and_a_merge_says_it_once(make_models: Callabl
 def test_a_gpu_that_auto_takes_never_makes_a_merge_too_large(
     make_models: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "host_of", lambda paths, threads: Host(1, 7.0))
+    monkeypatch.setattr(prepare, "host_of", lambda paths, threads, cold: Host(1, 7.0))
     monkeypatch.setattr(prepare, "workload_of", lambda *facts: TIES)
     config = config_for("ties", make_models())
     assert plan(config, memory="4GiB").device == "cuda:0"
@@ -130,6 +130,25 @@ def test_a_gpu_that_computes_nothing_is_told(make_models: Callable[..., list[Pat
     decided = plan(large, device="cuda", memory="4GiB")
     assert not [one for one in decided.warnings if "cuda:0" in one]
     assert [work.on_device for work in decided.work].count(True) == 1
+
+
+@pytest.mark.usefixtures("with_gpu")
+def test_what_a_first_run_has_read_changes_no_device_that_the_output_names(
+    make_models: Callable[..., list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a merge by `auto` that was killed would be refused by the same command."""
+    asked: list[bool] = []
+
+    def host(paths: object, threads: object, *, cold: bool) -> Host:
+        asked.append(cold)
+        return Host(1, 7.0)
+
+    monkeypatch.setattr(prepare, "host_of", host)
+    config = config_for("ties", make_models())
+    plan(config)
+    monkeypatch.setattr(prepare, "has_bits_of_device", lambda method: True)
+    plan(config)
+    assert asked == [False, True]
 
 
 def test_every_builtin_method_has_a_cost() -> None:
@@ -221,4 +240,5 @@ def test_what_lies_in_the_page_cache_is_found(tmp_path: Path) -> None:
     assert cached_share_of([str(file), str(tmp_path / "missing")]) > 0.9
     assert cached_share_of([]) == cached_share_of([str(tmp_path / "missing")]) == 0.0
     assert host_of([str(file)], 1).source == "the page cache"
+    assert host_of([str(file)], 1, cold=True).source == "the disk"
     assert host_of(["s3://bucket/model.safetensors"], 1) == Host(1, 1.0, "the store")

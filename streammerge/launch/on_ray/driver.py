@@ -300,6 +300,12 @@ def _first_line(error: Exception) -> str:
     return printable((str(error).splitlines() or [type(error).__name__])[0], 300)
 
 
+def _last_line(error: Exception) -> str:
+    """Return what went wrong: an exception in an actor has its traceback before it."""
+    told = str(error).splitlines() or [""]
+    return printable(f"{type(error).__name__}: {told[-1]}", 300)
+
+
 def tell(event: Mapping[str, Any]) -> None:
     """Tell an event to the process that started this one."""
     print(json.dumps(event), flush=True)
@@ -348,6 +354,9 @@ def main() -> int:
     except StreammergeError as error:
         tell({"event": "error", "message": str(error)})
         return error.exit_code
+    except Exception as error:  # else it would look like a lost cluster, since nobody sees stderr
+        tell({"event": "error", "message": f"the driver of the merge on Ray failed: {_last_line(error)}"})
+        raise
     return 0
 
 
