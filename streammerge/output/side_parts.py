@@ -41,10 +41,6 @@ class SideParts:
                 self._lacking[slot.offset] -= data.size
         return True
 
-    def is_side(self, offset: int) -> bool:
-        """Return whether a place in the file belongs to a side part."""
-        return self._at(offset) is not None
-
     def ready(self, offset: int) -> bytes | None:
         """Return the side part that begins at an offset, and forget it; None if there is none, or it is not whole."""
         with self._lock:

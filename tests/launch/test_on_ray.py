@@ -90,6 +90,15 @@ def test_other_versions_and_an_output_that_a_node_does_not_see_are_refused(tmp_p
         marker.check(Engine().hello(marker.path))
 
 
+def test_an_engine_that_is_begun_anew_tells_nothing_of_the_one_before() -> None:
+    """A driver that could not reach an actor for a moment begins its engine again, and counts events from 0."""
+    engine = Engine()
+    for _ in range(2):
+        engine.begin(["--version"], {}, "/")
+        (ended,) = engine.heard(0)
+        assert (ended["event"], ended["code"]) == ("ended", 0)
+
+
 def test_a_store_is_the_same_on_all_nodes(tmp_path: Path) -> None:
     marker = Marker(as_path("s3://bucket/merged"), lambda event: None)
     marker.write()

@@ -45,7 +45,13 @@ class Engine:
         return {"versions": versions(), "sees": told, "host": socket.gethostname()}
 
     def begin(self, command: Sequence[str], environment: Mapping[str, str], directory: str) -> None:
-        """Start the engine: ``streammerge`` with some arguments."""
+        """Start the engine: ``streammerge`` with some arguments. It takes the place of an earlier one.
+
+        There is one if the driver could not reach this actor for a moment, took it for lost, and begins anew.
+        """
+        self.stop()
+        with self._changed:
+            self._process, self._events = None, []
         errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 it is read when the engine has ended
         self._process = subprocess.Popen(
             [sys.executable, "-m", "streammerge", *command],
@@ -81,7 +87,7 @@ class Engine:
         process = self._process
         assert process is not None
         assert process.stdin is not None
-        with suppress(OSError):  # it has ended, which an event tells
+        with suppress(OSError, ValueError):  # it has ended, which an event tells
             process.stdin.write(unit + "\n")
             process.stdin.flush()
 
@@ -103,14 +109,20 @@ class Engine:
             with suppress(ValueError):
                 event = json.loads(line)
                 if isinstance(event, dict) and event.get("event") != "progress":
-                    self._tell(event)
+                    self._tell(process, event)
         code = process.wait()
-        errors.seek(0)
-        lines = errors.read().splitlines()
+        with errors:
+            errors.seek(0)
+            lines = errors.read().splitlines()
+        for pipe in (process.stdout, process.stdin):
+            with suppress(OSError):  # what was written and not read goes nowhere
+                if pipe is not None:
+                    pipe.close()
         last = lines[-1].removeprefix("streammerge: ") if lines else ""
-        self._tell({"event": "ended", "code": code, "last": last, "at": time.time()})
+        self._tell(process, {"event": "ended", "code": code, "last": last, "at": time.time()})
 
-    def _tell(self, event: dict[str, Any]) -> None:
+    def _tell(self, process: subprocess.Popen[str], event: dict[str, Any]) -> None:
         with self._changed:
-            self._events.append(event)
-            self._changed.notify_all()
+            if process is self._process:
+                self._events.append(event)
+                self._changed.notify_all()
