@@ -15,7 +15,7 @@ from streammerge.launch.base import Needs
 from streammerge.launch.handing_out import HandingOut
 from streammerge.launch.on_ray.actor import Engine
 from streammerge.launch.on_ray.marker import Marker
-from streammerge.launch.on_ray.room import room_for
+from streammerge.launch.on_ray.room import Room, room_for
 
 GIB = 1 << 30
 
@@ -68,6 +68,35 @@ def test_engines_are_spread_over_the_nodes() -> None:
 def test_what_no_node_has_is_refused(needs: Needs, words: str) -> None:
     with pytest.raises(InputError, match=words):
         room_for(needs, [{"CPU": 8.0, "memory": 32.0 * GIB}])
+
+
+def test_nodes_that_announce_no_memory_need_a_number() -> None:
+    """Ray would not place an actor that asks for what no node announces."""
+    silent = {"CPU": 8.0}
+    with pytest.raises(InputError, match="announces no memory for Ray to give: give --memory"):
+        room_for(Needs(1, None, 1, "cpu"), [silent, {"CPU": 8.0, "memory": 32.0 * GIB}])
+    room = room_for(Needs(None, GIB, 1, "cpu"), [silent])
+    assert (room.fit, room.resources["memory"], room.options[3]) == (8, 0, str(GIB))
+    assert room_for(Needs(None, GIB, 1, "cpu"), [silent, {"CPU": 8.0, "memory": 2.0 * GIB}]).fit == 2
+
+
+def test_what_an_engine_takes_is_told_in_words() -> None:
+    assert Room(1, 1, GIB, False, 1).each == "1 CPU and 1.0 GiB"
+    assert Room(1, 2, GIB, True, 1).each == "2 CPUs, 1.0 GiB and 1 GPU"
+
+
+def test_an_engine_that_refuses_says_its_own_error_and_not_that_of_a_different_one() -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    from streammerge.launch.on_ray.driver import Driver, _Actor
+
+    driver = Driver.__new__(Driver)
+    driver._last = "killed by SIGKILL (on node first)"
+    driver._actors = [_Actor(None, "first", error="no space"), _Actor(None, "second")]
+    ended = {"event": "ended", "code": 2, "last": "the last line"}
+    with pytest.raises(InputError, match=r"^the last line \(on node second\)$"):
+        driver._hear(driver._actors[1], [ended])
+    with pytest.raises(InputError, match=r"^NaN in layers\.1 \(on node second\)$"):
+        driver._hear(driver._actors[1], [{"event": "error", "message": "NaN in layers.1"}, ended])
 
 
 def test_a_cluster_without_cpus_is_refused() -> None:

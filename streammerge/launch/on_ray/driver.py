@@ -62,6 +62,8 @@ class _Actor:
     """The token of its engine, which its sign of life has."""
     calls: dict[Any, tuple[Callable[[_Actor, Any], None], str]] = field(default_factory=dict)
     """What takes the result of each call, and the unit that it is about."""
+    error: str = ""
+    """The error that its engine has told; it says why the engine ends."""
     ended: bool = False
 
 
@@ -138,10 +140,8 @@ class Driver:
     def _tell_of_room(self) -> None:
         waiting = sum(not actor.host for actor in self._actors)
         if waiting:
-            room = self._room.resources
             self._warn(
-                f"{waiting} of {len(self._actors)} engines wait for room in the cluster: each takes {room['num_cpus']} CPUs, "
-                f"{room['memory'] / 2**30:.1f} GiB and {room['num_gpus']} GPUs"
+                f"{waiting} of {len(self._actors)} engines wait for room in the cluster: each takes {self._room.each}"
             )
 
     # --- calls
@@ -234,7 +234,7 @@ class Driver:
                 for name in self._done:
                     self._done[name] += int(event[name])
             elif kind == "error":
-                self._last = f"{event['message']} (on node {actor.host})"
+                actor.error = str(event["message"])
             elif kind == "ended":
                 self._end(actor, event)
                 return
@@ -254,9 +254,10 @@ class Driver:
             actor.calls.clear()
             self._finished = self._finished or time.monotonic()
             return
+        told = actor.error or str(event["last"]) or f"exit code {code}"
         if code == 2:
-            raise InputError(self._last if "(on node" in self._last else str(event["last"]))
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else str(event["last"])
+            raise InputError(f"{told} (on node {actor.host})")
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else told
         self._last = f"{how} (on node {actor.host})"
         self._warn(f"the engine on node {actor.host} ended: {how}: its actor is restarted")
         ray.kill(actor.handle, no_restart=False)
@@ -281,7 +282,7 @@ class Driver:
     def _again(self, actor: _Actor) -> None:
         self._units.lost(self._actors.index(actor))
         actor.calls.clear()
-        actor.host, actor.heard, actor.token = "", 0, ""
+        actor.host, actor.heard, actor.token, actor.error = "", 0, "", ""
         self._greet(actor)
 
     def _warn(self, message: str) -> None:

@@ -25,11 +25,20 @@ class Room:
     """Whether each has a GPU."""
     fit: int
     """Number of actors that the nodes of the cluster have room for, if nothing else runs there."""
+    counted: bool = True
+    """Whether the nodes announce memory, so that Ray can count it."""
 
     @property
     def resources(self) -> dict[str, float]:
         """The options of an actor."""
-        return {"num_cpus": self.threads, "memory": self.memory, "num_gpus": int(self.gpu)}
+        memory = self.memory if self.counted else 0
+        return {"num_cpus": self.threads, "memory": memory, "num_gpus": int(self.gpu)}
+
+    @property
+    def each(self) -> str:
+        """What an actor takes, in words."""
+        gpu = " and 1 GPU" if self.gpu else ""
+        return f"{plural(self.threads, 'CPU')}{',' if gpu else ' and'} {format_size(self.memory)}{gpu}"
 
     @property
     def options(self) -> list[str]:
@@ -52,7 +61,7 @@ def room_for(needs: Needs, nodes: Sequence[Node]) -> Room:
     Raises
     ------
     InputError
-        If no node has room for one actor.
+        If no node has room for one actor, or if the nodes do not say how much memory they give.
     """
     nodes = [node for node in nodes if node.get("CPU", 0) >= 1]
     if not nodes:
@@ -69,16 +78,21 @@ def room_for(needs: Needs, nodes: Sequence[Node]) -> Room:
     each = -(-count // len(nodes))
     threads = needs.threads or max(1, int(min(node["CPU"] for node in nodes)) // each)
     memory = needs.memory or int(min(node.get("memory", 0) for node in nodes)) // each
-    fit = sum(_fitting(node, threads, memory, gpu) for node in nodes)
+    if not memory:
+        raise InputError("--on ray: a node of the cluster announces no memory for Ray to give: give --memory")
+    counted = any(node.get("memory", 0) for node in nodes)
+    fit = sum(_fitting(node, threads, memory if counted else 0, gpu) for node in nodes)
     if not fit:
         cpus, largest = max(node["CPU"] for node in nodes), max(node.get("memory", 0) for node in nodes)
         raise InputError(
             f"--on ray: no node of the cluster has {plural(threads, 'CPU')} and {format_size(memory)} of memory for Ray to "
             f"give; the most are {int(cpus)} and {format_size(int(largest))}: less --threads or --memory"
         )
-    return Room(count, threads, memory, gpu, fit)
+    return Room(count, threads, memory, gpu, fit, counted)
 
 
 def _fitting(node: Node, threads: int, memory: int, gpu: bool) -> int:
-    found = [node["CPU"] // threads, node.get("memory", 0) // max(1, memory)]
+    found = [node["CPU"] // threads]
+    if memory:
+        found.append(node.get("memory", 0) // memory)
     return int(min(found + ([node.get("GPU", 0)] if gpu else [])))
