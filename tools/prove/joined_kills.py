@@ -24,7 +24,7 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread may be forked
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.laws.joined.forks import DARE, MAJORITY, WHOLE, Maker, prepare
+from tests.laws.joined.maker import DARE, MAJORITY, WHOLE, Maker, prepare
 from tests.laws.joined.scene import LATE, Scene
 from tests.laws.resume.forks import kill_at, wait
 

@@ -10,7 +10,6 @@ import json
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -20,34 +19,22 @@ from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread may be forked
 
-import numpy as np
-from safetensors.numpy import save_file
-
 import streammerge.api
-from streammerge.backends.cpu.compile import compile_kernels
-from streammerge.engine import joined_session, scheduler
+from streammerge.engine import joined_session
 from streammerge.engine.joined_session import JoinedSession
 from streammerge.engine.streaming import Streamer
 from streammerge.io import allocate
-from streammerge.methods.catalog import load_builtin
 from streammerge.output import commit as committing
 from streammerge.output import joining
-from streammerge.output.heartbeat import STALE_SECONDS
 from streammerge.output.own_shards import OwnShards, Publisher
 from streammerge.output.place import STATE
 from streammerge.output.shards import ShardWriter
 from streammerge.output.shared_ledger import SharedLedger
-from streammerge.planning.memory import budget
-from tests.fixed_budget import Fixed
-from tests.laws.joined.scene import LATE, SHAPES, STALE, Scene, at_call, die, quietly, sleep, wait_stopped
+from tests.laws.joined.maker import DARE, MAJORITY, WHOLE, Maker, prepare, use
+from tests.laws.joined.scene import LATE, Scene, at_call, die, quietly, sleep, wait_stopped
 from tests.laws.resume.forks import contents, fork, wait
 
 SCENES: dict[str, Callable[[Maker], None]] = {}
-DARE = ("dare_linear", {"density": 0.4})
-MAJORITY = ("ties", {"density": 0.4, "zero_sign": "majority", "ties": "drop", "weight": 0.3})
-"""Statistics of each tensor, then of the whole model."""
-WHOLE = ("ties", {"density": 0.3, "trim_scope": "model", "ties": "index"})
-"""Two rounds over the whole model, several passes each, the last of them over a few elements."""
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "before its first file": (OwnShards, "begin", 1),
     "in its first shard": (ShardWriter, "write", 1),
@@ -73,7 +60,7 @@ def every_method(of: Maker) -> None:
     """One, two or three processes give the bytes, the index and the manifest of one that is alone."""
     from tests.laws.test_methods import VARIANTS
 
-    _use(1 << 26)  # methods that hold whole tensors need some room
+    use(1 << 26)  # methods that hold whole tensors need some room
     cases: dict[str, tuple[str, dict[str, Any]]] = {}
     for number, (method, parameters) in enumerate(VARIANTS):
         if method not in {name for name, _ in cases.values()} or _at_model_scope(parameters):
@@ -87,7 +74,7 @@ def every_kind(of: Maker) -> None:
     """Two or three processes give the bytes of one, whatever the inputs and outputs are."""
     from tests.laws.joined.kinds import written
 
-    _use(1 << 26)
+    use(1 << 26)
 
     def write() -> None:
         (of.directory / "kinds.json").write_text(json.dumps(written(of.directory / "models")))
@@ -341,27 +328,6 @@ def stopped(of: Maker) -> None:
     one.all_well([one.start()])
 
 
-def prepare() -> None:
-    """Set up this process and all its forks, and compile the kernels."""
-    os.environ[STALE_SECONDS] = str(STALE)
-    scheduler._SYNC_SECONDS = 0.02
-    for name in ("fsync", "fdatasync"):
-        setattr(os, name, lambda descriptor: None)  # nothing here cuts the power
-    _use(1 << 17)  # so small that the work is cut to pieces
-    compile_kernels()
-    # So that no fork does it again: methods, and the modules that the first merge imports.
-    load_builtin()
-    with tempfile.TemporaryDirectory() as place:
-        for name in "ab":
-            (Path(place) / name).mkdir()
-            save_file({"w": np.zeros(8, np.float32)}, Path(place) / name / "model.safetensors")
-            (Path(place) / name / "config.json").write_text("{}")
-        models = [str(Path(place) / name) for name in "ab"]
-        config = {"merge_method": "linear", "models": models}
-        streammerge.api.merge(config, Path(place) / "out", join=True, on_event=quietly)
-    assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads is not forked"
-
-
 def command() -> None:
     """Run the scenes and print how they ended."""
     work, *names = sys.argv[1:]
@@ -371,7 +337,7 @@ def command() -> None:
         directory = Path(work) / name
         directory.mkdir(parents=True)
         began = time.monotonic()
-        _use(1 << 17)
+        use(1 << 17)
         try:
             SCENES[name](Maker(directory))
             ended[name] = ""
@@ -379,45 +345,6 @@ def command() -> None:
             ended[name] = traceback.format_exc()
         print(name, f"{time.monotonic() - began:.1f} s", file=sys.stderr)
     print(json.dumps(ended))
-
-
-def _use(capacity: int) -> None:
-    """Give later merges buffers of so many bytes."""
-    budget.make_budget = lambda memory, n, reserve: Fixed(reserve + capacity, reserve, 1)
-
-
-class Maker:
-    """Writes models and configs in forks, because torch has threads; makes scenes of them."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-
-    def write(self, cases: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
-        """Write the config of each case, and the models and stores that it names."""
-
-        def action() -> None:
-            from tests.conftest import config_for, write_models
-
-            paths = [self.directory / name for name in ("base", "m1", "m2", "m3")]
-            if not paths[0].exists():
-                write_models(self.directory, n_models=3, shapes=SHAPES)
-                for path in paths:
-                    (path / "tokenizer.json").write_text(f"{{}} of {path.name}")
-            for name, (method, parameters) in cases.items():
-                config = config_for(method, paths, parameters=parameters, seed=3)
-                (self.directory / f"{name}.json").write_text(json.dumps(config, default=str))
-
-        assert wait(fork(action)) == 0
-
-    def config(self, name: str) -> dict[str, Any]:
-        """Return the config of a case."""
-        found: dict[str, Any] = json.loads((self.directory / f"{name}.json").read_text())
-        return found
-
-    def __call__(self, method: str, parameters: dict[str, Any]) -> Scene:
-        """Return the scene of one case."""
-        self.write({"out": (method, parameters)})
-        return Scene(self.directory, self.config("out"))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from streammerge.output import object_commit, object_volume
 from streammerge.output.heartbeat import STALE_SECONDS
 from streammerge.output.object_shards import ObjectShards
 from streammerge.output.shared_ledger import SharedLedger
-from tests.laws.joined.forks import DARE, MAJORITY, WHOLE, Maker, prepare
+from tests.laws.joined.maker import DARE, MAJORITY, WHOLE, Maker, prepare
 from tests.laws.joined.scene import SHARD, Scene, at_call, die, quietly, sleep, wait_stopped
 from tests.laws.resume.forks import fork, wait
 

@@ -1,0 +1,91 @@
+"""What processes that fork merges have in common: how they are set up, and who writes models and configs for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread may be forked
+
+import numpy as np
+from safetensors.numpy import save_file
+
+import streammerge.api
+from streammerge.backends.cpu.compile import compile_kernels
+from streammerge.engine import scheduler
+from streammerge.methods.catalog import load_builtin
+from streammerge.output.heartbeat import STALE_SECONDS
+from streammerge.planning.memory import budget
+from tests.fixed_budget import Fixed
+from tests.laws.joined.scene import SHAPES, STALE, Scene, quietly
+from tests.laws.resume.forks import fork, wait
+
+DARE = ("dare_linear", {"density": 0.4})
+MAJORITY = ("ties", {"density": 0.4, "zero_sign": "majority", "ties": "drop", "weight": 0.3})
+"""Statistics of each tensor, then of the whole model."""
+WHOLE = ("ties", {"density": 0.3, "trim_scope": "model", "ties": "index"})
+"""Two rounds over the whole model, several passes each, the last of them over a few elements."""
+
+
+def use(capacity: int) -> None:
+    """Give later merges buffers of so many bytes."""
+    budget.make_budget = lambda memory, n, reserve: Fixed(reserve + capacity, reserve, 1)
+
+
+def prepare() -> None:
+    """Set up this process and all its forks, and compile the kernels."""
+    os.environ[STALE_SECONDS] = str(STALE)
+    scheduler._SYNC_SECONDS = 0.02
+    for name in ("fsync", "fdatasync"):
+        setattr(os, name, lambda descriptor: None)  # nothing here cuts the power
+    use(1 << 17)  # so small that the work is cut to pieces
+    compile_kernels()
+    # So that no fork does it again: methods, and the modules that the first merge imports.
+    load_builtin()
+    with tempfile.TemporaryDirectory() as place:
+        for name in "ab":
+            (Path(place) / name).mkdir()
+            save_file({"w": np.zeros(8, np.float32)}, Path(place) / name / "model.safetensors")
+            (Path(place) / name / "config.json").write_text("{}")
+        models = [str(Path(place) / name) for name in "ab"]
+        config = {"merge_method": "linear", "models": models}
+        streammerge.api.merge(config, Path(place) / "out", join=True, on_event=quietly)
+    assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads is not forked"
+
+
+class Maker:
+    """Writes models and configs in forks, because torch has threads; makes scenes of them."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def write(self, cases: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+        """Write the config of each case, and the models and stores that it names."""
+
+        def action() -> None:
+            from tests.conftest import config_for, write_models
+
+            paths = [self.directory / name for name in ("base", "m1", "m2", "m3")]
+            if not paths[0].exists():
+                write_models(self.directory, n_models=3, shapes=SHAPES)
+                for path in paths:
+                    (path / "tokenizer.json").write_text(f"{{}} of {path.name}")
+            for name, (method, parameters) in cases.items():
+                config = config_for(method, paths, parameters=parameters, seed=3)
+                (self.directory / f"{name}.json").write_text(json.dumps(config, default=str))
+
+        assert wait(fork(action)) == 0
+
+    def config(self, name: str) -> dict[str, Any]:
+        """Return the config of a case."""
+        found: dict[str, Any] = json.loads((self.directory / f"{name}.json").read_text())
+        return found
+
+    def __call__(self, method: str, parameters: dict[str, Any]) -> Scene:
+        """Return the scene of one case."""
+        self.write({"out": (method, parameters)})
+        return Scene(self.directory, self.config("out"))
