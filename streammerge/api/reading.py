@@ -1,4 +1,4 @@
-"""Read a config before what plans and merges is imported: a config that is wrong is refused in a third of the time."""
+"""Read a config before what plans and merges is imported: a config that is wrong is refused sooner."""
 
 from __future__ import annotations
 

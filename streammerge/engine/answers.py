@@ -23,8 +23,9 @@ from streammerge.statistics.passes import collect
 _SAMPLE_ABOVE = 1 << 19
 """Number of elements; for smaller tensors a full pass costs no more than sampling."""
 _SAMPLE_BLOCKS = 64
-_SAMPLE_BYTES = 1 << 22
 """Most blocks in a sample; with many models it has fewer."""
+_SAMPLE_BYTES = 1 << 22
+"""Most bytes of a sample, over all models."""
 _COUNTED_AT_ONCE = 1 << 30
 """Number of elements; a piece counts in 32 bits."""
 
