@@ -120,7 +120,7 @@ def test_bits_do_not_depend_on_memory_or_threads(
 def test_kernels_and_formulas_agree(
     found: Comparison, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streammerge.planning.prepare.missing_kernels", lambda: "numba is not there")
+    monkeypatch.setattr("streammerge.planning.prepare.unusable_kernels", lambda names: "numba is not there")
     again = streammerge.compare(paths[1:], paths[0], **quiet)
     assert json.dumps(comparison_values(again)) == json.dumps(comparison_values(found))
 

@@ -5,6 +5,7 @@ Its layers are the largest list of modules; no list of architectures is needed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -101,6 +102,19 @@ def _kind_of(index: TensorIndex) -> tuple[str, str]:
     )
 
 
+@contextmanager
+def _without_triton() -> Iterator[None]:
+    """Have transformers import a model without Triton, which serves GPUs alone: torch's compiler would import it, and hold 80 MiB."""
+    hides = not torch.cuda.is_available() and "triton" not in sys.modules
+    if hides:
+        sys.modules["triton"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hides:
+            del sys.modules["triton"]
+
+
 def _build(index: TensorIndex, kind: str, architecture: str) -> Any:
     refuse_url(index.directory, index.reference, "transformers")
     try:
@@ -118,7 +132,7 @@ def _build(index: TensorIndex, kind: str, architecture: str) -> Any:
             str(index.directory), local_files_only=True, trust_remote_code=False
         )
         config.use_cache = False
-        with _parameters_on_meta():
+        with _without_triton(), _parameters_on_meta():
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # a foreign config may raise anything in the library
         raise ModelError(

@@ -54,6 +54,9 @@ def connect(needs: Needs, tell: Callable[[Mapping[str, Any]], None]) -> Iterator
         )
     try:
         _knock(address)
+    except (OSError, OverflowError) as error:
+        raise WorldError(_unreachable(address, error)) from None
+    try:
         ray.init(**how)
     except AuthenticationError:
         raise InputError(
@@ -76,7 +79,7 @@ def connect(needs: Needs, tell: Callable[[Mapping[str, Any]], None]) -> Iterator
 
 
 def _knock(address: str) -> None:
-    """Raise OSError if nobody listens at ``host:port``; Ray would try for minutes."""
+    """Raise OSError if nobody listens at ``host:port``, or OverflowError if there is no such port; Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), _KNOCK_SECONDS).close()
