@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from streammerge.planning.memory import budget as budgets
 from streammerge.testing import models
@@ -47,6 +48,33 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Return a real S3 server."""
     with running(tmp_path_factory.mktemp("s3")) as server:
         yield server
+
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+LONG = (
+    "launch/test_ray.py",
+    "laws/joined/test_joined_stores.py",
+    "laws/joined/test_joined.py",
+    "backends/fused/test_bits.py",
+    "laws/memory/test_peak.py",
+    "engine/test_object_stores.py",
+    "laws/resume/test_signals.py",
+    "laws/resume/test_power_loss.py",
+    "laws/hostile/test_hostile.py",
+    "laws/test_methods.py",
+    "backends/fused/test_code.py",
+    "estimate/fisher/test_compute.py",
+    "laws/resume/test_one_writer.py",
+)
+"""Files that take half a minute and more, those that mostly wait first: begun last, one would keep a single CPU busy at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long; xdist hands out files in this order (`--no-loadscope-reorder`)."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 @pytest.fixture(autouse=True, scope="session")
