@@ -53,13 +53,14 @@ def merge_on(
         As `merge` does; what is bad is refused before a process is started.
     """
     name, count = parse_place(where)
-    decided = plan(config, out=out, **planned)
-    place = place_of(as_path(out))
-    check_joinable(decided, place, options)
     needs = Needs(
         count, nbytes_of(planned.get("memory")), planned.get("threads"), planned.get("device", "auto")
     )
     launcher = make_launcher(name, needs)
+    here = {"device": "cpu"} if launcher.elsewhere else {}  # this machine may have no GPU, and needs none
+    decided = plan(config, out=out, **{**planned, **here})
+    place = place_of(as_path(out))
+    check_joinable(decided, place, options)
     values = {**describe(decided), "out": str(out)}
     control.emit(Event("plan", values))
     for line in decided.warnings:

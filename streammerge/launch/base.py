@@ -53,6 +53,8 @@ class Launcher(Protocol):
     """Number of processes that it is meant to run."""
     restarts: int
     """Times that a process is started again after it died or met a failure of the machine."""
+    elsewhere: bool
+    """Whether the processes run on other machines, whose devices are not those of this one."""
 
     def start(self, number: int, command: Sequence[str]) -> None:
         """Start process `number` (from 0): ``streammerge`` with these arguments; it may have run before and ended."""

@@ -34,6 +34,7 @@ class Processes:
     """Starts processes here; they end with this one, however it ends."""
 
     restarts = MOST_RESTARTS
+    elsewhere = False
 
     def __init__(self, needs: Needs) -> None:
         self._needs, self._running = needs, dict[int, _Running]()

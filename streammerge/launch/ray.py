@@ -18,7 +18,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import IO, Any
 
-from streammerge.errors import InputError
+from streammerge.errors import InputError, printable
 from streammerge.launch.base import Ended, Needs, launcher
 
 _PATIENCE = 40.0
@@ -36,12 +36,15 @@ class Ray:
     count = 1
     restarts = 0
     """Ray restarts engines; a driver that has lost its cluster does not find it again."""
+    elsewhere = True
 
     def __init__(self, needs: Needs) -> None:
         if find_spec("ray") is None:
             raise InputError(
                 "--on ray needs the extra `ray`: pip install 'streammerge[ray]', here and on all nodes"
             )
+        if needs.device.partition(":")[0] not in ("auto", "cpu", "cuda"):
+            raise InputError(f"--device {printable(needs.device)} with --on ray: choose auto, cpu or cuda")
         self._needs = needs
         self._process: subprocess.Popen[bytes] | None = None
         self._out: IO[bytes] | None = None

@@ -53,6 +53,7 @@ class Acted:
     """A launcher whose processes end as they are told; the last one finishes the merge in this process."""
 
     restarts = MOST_RESTARTS
+    elsewhere = False
 
     def __init__(self, ends: list[Ended], finish: Any = lambda: None) -> None:
         self.count = 2

@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+from streammerge.api import launching
+from streammerge.api.launching import merge_on
+from streammerge.engine.session import Options
 from streammerge.errors import InputError, StreammergeError
+from streammerge.events import Control
 from streammerge.io.volumes import as_path
-from streammerge.launch.base import Needs
+from streammerge.launch.base import Launcher, Needs, make_launcher
 from streammerge.launch.handing_out import HandingOut
 from streammerge.launch.on_ray.actor import Engine
 from streammerge.launch.on_ray.marker import Marker
@@ -78,6 +82,30 @@ def test_nodes_that_announce_no_memory_need_a_number() -> None:
     room = room_for(Needs(None, GIB, 1, "cpu"), [silent])
     assert (room.fit, room.resources["memory"], room.options[3]) == (8, 0, str(GIB))
     assert room_for(Needs(None, GIB, 1, "cpu"), [silent, {"CPU": 8.0, "memory": 2.0 * GIB}]).fit == 2
+
+
+def test_the_driver_s_node_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engines have the GPUs; what they are asked for here stays what it is."""
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    made: list[Needs] = []
+    asked: list[tuple[Needs, str]] = []
+
+    def refuse(config: Any, *, device: str = "auto", **options: Any) -> None:
+        asked.append((made.pop(), device))
+        raise InputError("that was enough")
+
+    def make(name: str, needs: Needs) -> Launcher:
+        made.append(needs)
+        return make_launcher(name, needs)
+
+    monkeypatch.setattr(launching, "plan", refuse)
+    monkeypatch.setattr(launching, "make_launcher", make)
+    for where, device in (("ray:2", "cpu"), ("processes:2", "cuda")):
+        with pytest.raises(InputError, match="that was enough"):
+            merge_on(where, "c.yml", tmp_path / "out", [], {"device": "cuda"}, Options(), Control())
+        assert asked.pop() == (Needs(2, None, None, "cuda"), device)
+    with pytest.raises(InputError, match="--device tpu with --on ray: choose auto, cpu or cuda"):
+        make_launcher("ray", Needs(1, GIB, 1, "tpu"))
 
 
 def test_what_an_engine_takes_is_told_in_words() -> None:
