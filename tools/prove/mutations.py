@@ -337,8 +337,8 @@ MUTATIONS = [
         "memory",
         "statistics are counted",
         "streammerge/planning/memory/allocate.py",
-        "_with_buffers(budget, statistics.nbytes + extra,",
-        "_with_buffers(budget, extra,",
+        "_with_buffers(budget, statistics.nbytes + extra)",
+        "_with_buffers(budget, extra)",
         MEMORY_PLAN,
     ),
     Mutation(

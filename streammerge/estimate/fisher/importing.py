@@ -24,7 +24,7 @@ from streammerge.formats.zarr_store import ATTRIBUTE
 from streammerge.formats.zarr_writer import CHUNK_ELEMENTS, chunk_runs
 from streammerge.io.stamp import FileStamp
 from streammerge.numerics.casts import to_store
-from streammerge.planning.memory.budget import make_budget
+from streammerge.planning.memory.budget import enough_budget
 from streammerge.tensors.fingerprint import files_digest
 
 _BUFFERS = 12
@@ -62,7 +62,7 @@ def import_diagonal(
     StreammergeError
         See `streammerge.errors`; finished arrays are kept for the next run.
     """
-    make_budget(memory, 1, CPU.reserve + _BUFFERS * 4 * CHUNK_ELEMENTS)
+    enough_budget(memory, 1, CPU.reserve + _BUFFERS * 4 * CHUNK_ELEMENTS)
     run = StoreRun(model, out, attribute=ATTRIBUTE, sums=DiagonalSums, control=control)
     refs, stamps = _open_source(os.fspath(source))
     _check_against(refs, run.index, os.fspath(source), run.control)

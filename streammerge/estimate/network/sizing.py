@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from streammerge.errors import BudgetError
-from streammerge.planning.memory.budget import MIB, make_budget
+from streammerge.planning.memory.budget import MIB, enough_budget
 from streammerge.units import format_size
 
 RESERVE = 480 * MIB
@@ -82,7 +82,7 @@ def check_fits(memory: int | None, stages: Sequence[StageSize], between: int) ->
     BudgetError
         If they exceed `memory`, by default half of what is free.
     """
-    total = make_budget(memory, 1, RESERVE).total
+    total = enough_budget(memory, 1, RESERVE).total
     largest = max(stages, key=lambda stage: stage.nbytes)
     needed = RESERVE + largest.nbytes + between * _ACTIVATION
     if needed > total:

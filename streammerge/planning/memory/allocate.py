@@ -22,7 +22,7 @@ from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.schedule import ALIGN, TooLarge, Work
 from streammerge.statistics.base import FEWEST_BINS, MOST_BINS, Statistic
-from streammerge.units import format_at_least, format_size
+from streammerge.units import format_at_least, format_size, plural
 
 _MOST_PARTIALS = 1 << 20
 """Most bytes of the partial sums of one piece; more would not make reads larger."""
@@ -174,10 +174,11 @@ def allocate(
         raise TooLarge(error.name, error.what, error.needed, error.budget, least) from None
     except TooLittle as error:
         least = least_total(budget, error.least, divided)
+        left = divided(Budget(least, budget.reserve, budget.threads)).budget
         raise BudgetError(
             f"--memory {format_size(budget.total)} is too little: the process itself needs "
-            f"{format_size(budget.reserve)}, lists of {len(jobs)} tensors and their inputs {format_size(lists)}, "
-            f"statistics {format_size(error.statistics)}, buffers {format_size(SMALLEST_CAPACITY)}; "
+            f"{format_size(budget.reserve)}, lists of {plural(len(jobs), 'tensor')} and their inputs {format_size(lists)}, "
+            f"statistics {format_size(left.reserve - budget.reserve - lists)}, buffers {format_size(left.capacity)}; "
             f"give at least {format_at_least(least)}"
         ) from None
 
@@ -185,8 +186,8 @@ def allocate(
 class TooLittle(Exception):
     """The memory left for buffers is below their minimum."""
 
-    def __init__(self, least: int, statistics: int) -> None:
-        self.least, self.statistics = least, statistics
+    def __init__(self, least: int) -> None:
+        self.least = least
 
 
 def least_total(budget: Budget, known: int, divide: Callable[[Budget], Allocation]) -> int:
@@ -216,7 +217,7 @@ def divide(
     TooLarge, TooLittle
         If it does not fit.
     """
-    budget = _with_buffers(budget, lists, 0)
+    budget = _with_buffers(budget, lists)
     ranks = max((need.ranks for need in needs), default=0)
     partials = max((need.partials for need in needs), default=0)
     statistics = statistics_memory(
@@ -224,7 +225,7 @@ def divide(
     )
     extra = 0
     while True:  # smaller buffers stream more tensors, whose statistics in turn need memory
-        left = _with_buffers(budget, statistics.nbytes + extra, statistics.nbytes + extra)
+        left = _with_buffers(budget, statistics.nbytes + extra)
         work = _work_of(jobs, needs, left, plan_work)
         wanted = max(map(beside, jobs, needs, work), default=0)
         if wanted <= extra:
@@ -232,10 +233,10 @@ def divide(
         extra = wanted
 
 
-def _with_buffers(budget: Budget, nbytes: int, statistics: int) -> Budget:
+def _with_buffers(budget: Budget, nbytes: int) -> Budget:
     left = budget.less(nbytes)
     if left is not budget and left.capacity < SMALLEST_CAPACITY:
-        raise TooLittle(left.reserve + SMALLEST_CAPACITY, statistics)
+        raise TooLittle(left.reserve + SMALLEST_CAPACITY)
     return left
 
 

@@ -58,19 +58,27 @@ class Budget:
 def make_budget(memory: int | None, threads: int | None, reserve: int) -> Budget:
     """Return the budget for `memory` bytes (default: half of what is available) and `threads` CPUs.
 
+    It may be too little: what a merge needs is known when its memory is divided.
+    """
+    total = available_memory() // 2 if memory is None else memory
+    return Budget(total, reserve, threads or available_cpus())
+
+
+def enough_budget(memory: int | None, threads: int | None, reserve: int) -> Budget:
+    """Return the budget as `make_budget` does, of a command that needs no more than its reserve and some buffers.
+
     Raises
     ------
     BudgetError
         If `memory` does not suffice for the smallest buffers.
     """
-    total = available_memory() // 2 if memory is None else memory
-    least = reserve + SMALLEST_CAPACITY
-    if total < least:
+    budget = make_budget(memory, threads, reserve)
+    if budget.capacity < SMALLEST_CAPACITY:
         raise BudgetError(
-            f"--memory {format_size(total)} is too little: the process itself needs {format_size(reserve)}, "
-            f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_at_least(least)}"
+            f"--memory {format_size(budget.total)} is too little: the process itself needs {format_size(reserve)}, "
+            f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_at_least(reserve + SMALLEST_CAPACITY)}"
         )
-    return Budget(total, reserve, threads or available_cpus())
+    return budget
 
 
 def available_cpus() -> int:

@@ -91,6 +91,36 @@ def test_the_memory_that_a_refusal_asks_for_is_enough(
             plan(config, memory=parse_size(asked[1]) - 3 * MIB, threads=2)
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("linear", {}),
+        ("ties", {"density": 0.3}),
+        ("ties", {"density": 0.3, "trim_scope": "model", "ties": "index"}),
+        ("ties", {"density": 0.3, "zero_sign": "majority", "ties": "drop"}),
+        ("karcher", {}),
+    ],
+)
+def test_hardly_any_memory_is_refused_once_with_all_parts_of_what_suffices(
+    method: str, parameters: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config_of(method, write_headers(tmp_path, {"w": (1000,)}, 3), parameters)
+    with pytest.raises(BudgetError) as refused:
+        plan(config, memory=MIB, threads=2)
+    said = str(refused.value)
+    parts = re.search(
+        r"needs (.+), lists of 1 tensor and .+ inputs (.+), statistics (.+), buffers (.+); .* least (\d+ MiB)$",
+        said,
+    )
+    assert parts is not None, said
+    assert (parts[3] == "0 B") == (method == "linear")
+    *some, asked = (parse_size(part) for part in parts.groups() if part != "0 B")
+    assert abs(sum(some) - asked) < MIB
+    plan(config, memory=asked, threads=2)
+    with pytest.raises(BudgetError):
+        plan(config, memory=asked - 3 * MIB, threads=2)
+
+
 def test_a_refusal_names_the_tensor_that_takes_the_most(tmp_path: Path) -> None:
     shapes: Shapes = {"a": (3, 2_000_000), "b": (3, 4_000_000), "c": (3, 1_000_000)}
     config = config_of("della", write_headers(tmp_path, shapes, 3), {"density": 0.5})
