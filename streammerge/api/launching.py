@@ -33,6 +33,7 @@ def merge_on(
     planned: Mapping[str, Any],
     options: Options,
     control: Control,
+    told: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Merge by processes that a launcher starts and keeps; return when the merge is finished.
 
@@ -46,6 +47,8 @@ def merge_on(
         The options of `plan`.
     options
         Those of the merge, to refuse what cannot be shared.
+    told
+        Values of the event ``plan`` in place of the plan's own.
 
     Raises
     ------
@@ -61,7 +64,7 @@ def merge_on(
     decided = plan(config, out=out, **{**planned, **here})
     place = place_of(as_path(out))
     check_joinable(decided, place, options)
-    values = {**describe(decided), "out": str(out)}
+    values = {**describe(decided), "out": str(out), **(told or {})}
     control.emit(Event("plan", values))
     for line in decided.warnings:
         control.warn(line)

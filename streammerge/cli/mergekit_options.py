@@ -22,7 +22,7 @@ _NEEDLESS = {
     "lora_merge_dtype": "adapters are applied in float32",
     "low_cpu_memory": "`--memory` bounds the memory",
     "read_to_gpu": "`--device cuda` decides what is on the GPU",
-    "multi_gpu": "only one GPU is used",
+    "multi_gpu": "`--device cuda` takes all GPUs",
     "lazy_unpickle": "PyTorch files are always read lazily",
     "clone_tensors": "layers may be repeated in any case",
     "async_write": "reading, computing and writing always overlap",

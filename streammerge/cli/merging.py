@@ -74,18 +74,27 @@ def merge(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
     if where is not None:
         run_on(where, config, out, quiet=quiet, as_json=as_json, no_kernels=no_kernels, **options)
         return
-    everywhere = None if from_stdin else on_all_gpus(out, options)
-    if everywhere is not None and shared(
-        everywhere, config, out, quiet=quiet, as_json=as_json, no_kernels=no_kernels, **options
+    translated, notes = translate(options)
+    count = 1 if from_stdin else on_all_gpus(out, translated)
+    if count > 1 and shared(
+        count, config, out, quiet=quiet, as_json=as_json, no_kernels=no_kernels, **options
     ):
         return
     end_with_parent()
     if from_stdin:
         from streammerge.engine.taking import HandedOut
 
-        options["join"] = HandedOut(sys.stdin, sys.stdout)
-    options, notes = translate(options)
-    run(config, out, "merging", quiet=quiet, as_json=as_json, kernels=not no_kernels, notes=notes, **options)
+        translated["join"] = HandedOut(sys.stdin, sys.stdout)
+    run(
+        config,
+        out,
+        "merging",
+        quiet=quiet,
+        as_json=as_json,
+        kernels=not no_kernels,
+        notes=notes,
+        **translated,
+    )
 
 
 def run(
