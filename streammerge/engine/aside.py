@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,9 @@ from streammerge.dtypes import itemsize
 from streammerge.io.buffer_pool import Bytes
 from streammerge.numerics.casts import widened
 from streammerge.planning.job import Job
+
+_COMPARED_AT_ONCE = 1 << 14
+"""Elements that are widened at a time, so that this takes no memory to speak of."""
 
 
 @dataclass
@@ -29,21 +33,23 @@ class Undecided:
     values: list[Bytes] = field(default_factory=list)
     """The base's and the models' elements."""
 
-    def inputs(self, first: int, last: int) -> list[NDArray[np.float32]]:
-        """Return some elements of the base and of each model, in fp32."""
-        to = np.dtype(np.float32)
-        return [self._input(i, first, last).astype(to, copy=False) for i in range(len(self.dtypes))]
+    def inputs(self, first: int, last: int) -> Iterator[NDArray[np.float32]]:
+        """Yield some elements of the base and of each model, in fp32."""
+        for i in range(len(self.dtypes)):
+            yield self._input(i, first, last).astype(np.float32, copy=False)
 
     def _input(self, number: int, first: int, last: int) -> NDArray[Any]:
         width = itemsize(self.dtypes[number])
         raw = self.values[number][first * width : last * width]
         return widened(raw, self.dtypes[number], np.dtype(np.float32))
 
-    def patterns(self, model: int) -> NDArray[np.uint32]:
-        """Return the patterns of the magnitudes of a model's task vector, without a drop."""
-        base, other = (self._input(number, 0, self.places.size) for number in (0, 1 + model))
-        patterns: NDArray[np.uint32] = (other - base).view(np.uint32) & np.uint32(0x7FFFFFFF)
-        return patterns
+    def tied(self, model: int, pattern: int) -> Iterator[NDArray[np.uint32]]:
+        """Yield the places where the magnitude of a model's task vector, without a drop, has a pattern; some at a time."""
+        for first in range(0, self.places.size, _COMPARED_AT_ONCE):
+            last = min(self.places.size, first + _COMPARED_AT_ONCE)
+            base, other = (self._input(number, first, last) for number in (0, 1 + model))
+            patterns = (other - base).view(np.uint32) & np.uint32(0x7FFFFFFF)
+            yield self.places[first:last][patterns == pattern]
 
 
 class Aside:

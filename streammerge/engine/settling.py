@@ -15,6 +15,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
@@ -44,7 +45,7 @@ from streammerge.planning.needs import tensor_context_of
 from streammerge.planning.schedule import Piece
 from streammerge.planning.settling import MOST_OF_PIECE, Room, edges_of, room_of
 from streammerge.statistics.base import NotFiniteError, Statistic
-from streammerge.statistics.brackets import bracket, end_of_ties
+from streammerge.statistics.brackets import ROOM, bracket, end_of_ties
 from streammerge.statistics.ranks import INFINITE, Rank, Threshold, TopKReducer
 
 T = TypeVar("T")
@@ -162,11 +163,13 @@ class Settler:
         )
         for piece in self._pieces():
             undecided = self._undecided[piece.start]
-            places = undecided.places[undecided.patterns(model) == threshold.key]
+            found = sum(places.size for places in undecided.tied(model, threshold.key))
             at_low, at_high = self._tied[statistic, piece.start]
-            here = {low: at_low, high: at_high}.get(threshold.key, places.size)
+            here = {low: at_low, high: at_high}.get(threshold.key, found)
             if here >= left:
-                return (job.ordinal, piece.start + int(places[left - 1]) + 1) if places.size == here else None
+                tied = (place for places in undecided.tied(model, threshold.key) for place in places)
+                last = next(islice(tied, left - 1, None)) if found == here else None
+                return None if last is None else (job.ordinal, piece.start + int(last) + 1)
             left -= here
         return None
 
@@ -195,6 +198,7 @@ class Settler:
         self._aside = Aside(self._job, buffer[room.results : room.results + room.aside])
         self._slots: SimpleQueue[Bytes] = SimpleQueue()
         first = room.results + room.aside
+        self._all_slots = buffer[first : first + room.slots * room.slot]
         for begins in range(first, first + room.slots * room.slot, room.slot):
             self._slots.put(buffer[begins : begins + room.slot])
 
@@ -238,7 +242,10 @@ class Settler:
         job, vectors = self._job, list(dict.fromkeys(edge.vector for edge in self._edges))
         length = min(BLOCK, self._room.piece, job.n_elements)
         room = self._for_sample.view(np.uint32)
-        fitting = min(room.size // (length * len(vectors)), job.n_elements // length)
+        idle = self._all_slots  # once the sample is taken
+        fitting = min(
+            room.size // (length * len(vectors)), idle.size // (ROOM * length), job.n_elements // length
+        )
         if not fitting:
             return None
         starts = sample_starts(job.n_elements, min(_MOST_RUNS, fitting))
@@ -261,7 +268,8 @@ class Settler:
         high: Answers = [[], []]
         for i, statistic in enumerate(self._statistics):
             reducer, own = self._reducers[i], keys[vectors.index(self._model_of(i))]
-            pair = (reducer.value, reducer.value) if reducer.known else bracket(own, _share(statistic, job))
+            share = _share(statistic, job)
+            pair = (reducer.value, reducer.value) if reducer.known else bracket(own, share, idle)
             low[0].append(pair[0])
             high[0].append(pair[1])
             for one, side, late in ((low, pair[0], True), (high, pair[1], False)):

@@ -14,9 +14,11 @@ ERRORS = 5.0
 """Half the width of a bracket in standard errors; the true threshold lies outside of one in a million."""
 _WHOLE = 1 << 32
 """The ties of a threshold whose limit is estimated: as many as there are random words."""
+ROOM = 5
+"""Bytes of room per sampled pattern: a copy of it, and a mark."""
 
 
-def bracket(keys: NDArray[np.uint32], share: float) -> tuple[Threshold, Threshold]:
+def bracket(keys: NDArray[np.uint32], share: float, room: NDArray[np.uint8]) -> tuple[Threshold, Threshold]:
     """Return a lower and a higher threshold for the `share` of largest patterns.
 
     Runs of a tensor may differ (rows of an embedding do), so the error is estimated from the spread between runs.
@@ -27,11 +29,17 @@ def bracket(keys: NDArray[np.uint32], share: float) -> tuple[Threshold, Threshol
         Patterns of sampled runs of elements, (runs, length).
     share
         Fraction of the elements above the threshold, between 0 and 1.
+    room
+        Scratch memory of `ROOM` bytes per pattern, at a multiple of 4.
     """
     runs, size = keys.shape[0], keys.size
-    ordered = np.sort(keys, axis=None)
+    ordered = room[: 4 * size].view(np.uint32)
+    ordered.reshape(keys.shape)[:] = keys
+    ordered.sort()
+    marks = room[4 * size : ROOM * size].view(np.bool_).reshape(keys.shape)
     middle = ordered[min(size - 1, max(0, size - 1 - int(share * size)))]
-    above, tied = (keys > middle).mean(axis=1), (keys == middle).mean(axis=1)
+    above = np.greater(keys, middle, out=marks).mean(axis=1)
+    tied = np.equal(keys, middle, out=marks).mean(axis=1)
     total = float(tied.mean())
     of_ties = min(1.0, max(0.0, (share - float(above.mean())) / total)) if total else 0.0
     shares = above + of_ties * tied
@@ -49,7 +57,8 @@ def _at(ordered: NDArray[np.uint32], share: float) -> Threshold:
     if rank <= 0:
         return Threshold(INFINITE - 1, _WHOLE, 0)
     key = int(ordered[ordered.size - 1 - int(rank)])
-    first, last = np.searchsorted(ordered, [key, key + 1])
+    # Of the same dtype, since all that is searched would be converted else.
+    first, last = np.searchsorted(ordered, np.array([key, key + 1], np.uint32))
     inside = (rank - (ordered.size - int(last))) / (int(last) - int(first))
     return Threshold(key, _WHOLE, int(min(1.0, max(0.0, inside)) * _WHOLE))
 
@@ -70,7 +79,7 @@ def end_of_ties(
     late
         Whether the place is surely behind the last kept tie; else before it.
     """
-    tied = np.cumsum((keys == threshold.key).sum(axis=1))
+    tied = np.cumsum([np.count_nonzero(run == threshold.key) for run in keys])
     share, total = threshold.needed / threshold.ties, int(tied[-1])
     margin = ERRORS * 0.5 / max(1, total) ** 0.5 + 1 / len(starts)
     wanted = (share + margin if late else share - margin) * total

@@ -141,7 +141,7 @@ def test_a_sample_that_misleads_costs_a_second_read_and_no_bit(
     expected, _ = merged(config, tmp_path / "whole", PLENTY)
     low, low_words, high, high_words = WRONG[wrong]
     pair = Threshold(low, _WHOLE, low_words), Threshold(high, _WHOLE, high_words)
-    monkeypatch.setattr(settling, "bracket", lambda keys, share: pair)
+    monkeypatch.setattr(settling, "bracket", lambda keys, share, room: pair)
     found, _ = merged(config, tmp_path / "misled", ROOM)
     assert (found, settled) == (expected, [])
 
@@ -154,8 +154,8 @@ def test_ties_outside_of_the_words_of_a_bracket_cost_a_second_read(
     expected, _ = merged(config, tmp_path / "whole", PLENTY)
     bracket = settling.bracket
 
-    def surer(keys: Any, share: float) -> tuple[Threshold, Threshold]:
-        low, _ = bracket(keys, share)
+    def surer(keys: Any, share: float, room: Any) -> tuple[Threshold, Threshold]:
+        low, _ = bracket(keys, share, room)
         return low, Threshold(low.key, _WHOLE, low.needed)
 
     monkeypatch.setattr(settling, "bracket", surer)
