@@ -43,8 +43,8 @@ from bench_report import GB, MIB, Results, plot, report
 from streammerge.errors import InputError
 from streammerge.units import parse_size
 
-EARLIER = "import sys; sys.path.insert(0, sys.argv.pop(1)); from streammerge.cli import main; main()"
-"""Runs the package of a checkout, whatever the current directory holds and whatever is installed."""
+MAIN = "from streammerge.cli import main; main()"
+COMPILE = "from streammerge.backends.cpu.compile import ensure_compiled; sys.exit(ensure_compiled())"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,18 @@ class Bench:
         """This checkout, and the earlier one where one is named."""
         return ("streammerge",) if self.against is None else ("streammerge", "before")
 
+    def interpreter(self, program: str, code: str) -> list[str | Path]:
+        """Return the command line of Python code; in an earlier checkout, whatever else is installed."""
+        if program == "before":
+            assert self.against is not None
+            return [
+                sys.executable,
+                "-c",
+                f"import sys; sys.path.insert(0, sys.argv.pop(1)); {code}",
+                self.against,
+            ]
+        return [sys.executable, "-c", f"import sys; {code}"]
+
     def command(self, case: Case, config: Path) -> list[str | Path]:
         """Return the command line of a case."""
         if case.program == "mergekit":
@@ -71,7 +83,7 @@ class Bench:
             program = self.mergekit / "bin" / "mergekit-yaml"
             return [program, config, self.place.out, "--quiet", "--no-copy-tokenizer"]
         options = ["--memory", case.memory, "--quiet", "--device", case.device]
-        program = [sys.executable, "-c", EARLIER, self.against] if case.program == "before" else STREAMMERGE
+        program = self.interpreter("before", MAIN) if case.program == "before" else STREAMMERGE
         return [*program, "merge", config, self.place.out, *options]
 
     def environment(self, program: str) -> dict[str, str]:
@@ -125,11 +137,16 @@ class Bench:
         return run
 
     def start(self, methods: Sequence[str], memory: str, devices: Sequence[str]) -> dict[str, float]:
-        """Merge tiny models: first with every method, so that no measured run compiles kernels.
+        """Compile all kernels, which merges of tiny models would not, and merge such: with every method, and once more.
 
-        Then once more, which tells what starting costs: the seconds by program. A method that fails here fails
-        in its runs as well, where it is reported.
+        The last one tells what starting costs: the seconds by program. A method that fails here fails in its runs as
+        well, where it is reported.
         """
+        say("compiling the kernels")
+        for program in self.ours:
+            usage, words = measure(self.interpreter(program, COMPILE), self.environment(program))
+            if usage.exit_code:
+                sys.exit(f"the kernels cannot be compiled:\n{words}")
         self.place.make_models(TINY)
         if any(METHODS[method].fisher for method in methods):
             self.place.make_stores(TINY)
