@@ -21,7 +21,7 @@ class Edge:
     vector: int
     """Index of the task vector."""
     outliers: bool
-    """Whether it is the cut of outliers."""
+    """True for the cut of outliers."""
     statistic: int
     """Index of the statistic among those of its round."""
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Polar(NamedTuple):
-    """What is left of a decomposition if the singular values are set to 1."""
+    """The rest of a decomposition whose singular values are set to 1."""
 
     factor: torch.Tensor
     """U V', (rows, columns): on the numerical rank the nearest orthogonal matrix."""

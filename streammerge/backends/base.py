@@ -90,7 +90,7 @@ class Backend:
     compiled: bool = False
     """Whether it runs kernels that must be compiled before their first use."""
     settles: bool = False
-    """Whether its arithmetic is `SettlingMath`: it merges while thresholds are counted."""
+    """True if its arithmetic is `SettlingMath`, which merges while thresholds are counted."""
     formulas: bool = True
     """Whether it computes plain formulas, Gram matrices and fp64; if not, the backend `torch` does."""
     applies: Callable[[type[Rule]], bool] = _any_rule

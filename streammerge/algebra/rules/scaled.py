@@ -38,7 +38,7 @@ class Scaled(Rule):
 
     @property
     def removes(self) -> bool:
-        """Whether the other rule may remove entries of task vectors."""
+        """True if the other rule may remove entries of task vectors."""
         return self.rule.removes
 
     def kept(self, inputs: Inputs) -> tuple[int, ...]:

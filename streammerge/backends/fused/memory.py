@@ -1,4 +1,4 @@
-"""What the fused methods of a block share: its operands on the device, scratch memory, and launches by name."""
+"""Operands on the device, scratch memory, and launches by name: the fused methods of a block share them."""
 
 from __future__ import annotations
 
