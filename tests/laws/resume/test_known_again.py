@@ -24,6 +24,7 @@ from streammerge.output.journal import line_of
 from streammerge.output.manifest import load_manifest
 from streammerge.output.place import JOURNAL as NAME
 from streammerge.output.place import STATE
+from streammerge.planning.memory.budget import SMALLEST_CAPACITY
 from tests.conftest import output_bytes, use_capacity, write_fisher
 from tests.laws.resume.scene import Scene, flip, make_scene
 from tests.laws.resume.traps import interrupt
@@ -324,9 +325,10 @@ class Stored:
 @pytest.fixture
 def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stored:
     scene = make_scene("fisher", tmp_path, monkeypatch)
-    use_capacity(monkeypatch, 1 << 18, 1)
     store = tmp_path / "m1.zarr"
+    use_capacity(monkeypatch, SMALLEST_CAPACITY, 1)
     import_diagonal(str(scene.paths[1]), str(write_fisher(scene.paths[1])), store)
+    use_capacity(monkeypatch, 1 << 18, 1)
     scene.config["models"][0]["fisher"] = str(store)
     return Stored(scene, store)
 
