@@ -28,9 +28,7 @@ def magnitudes(part, table, vector, base, base_code, start, n, BLOCK: tl.constex
 
 
 @kernel
-def keys_in_window(
-    table, base, base_code, start, n, low, high, shift, bins, counts, BLOCK: tl.constexpr
-):  # fmt: skip
+def keys_in_window(table, base, base_code, start, n, low, high, shift, bins, counts, BLOCK: tl.constexpr):
     """Count patterns: those above `high` and the highest of all into `counts`, those in the window into `bins`."""
     _, key, mask = magnitudes(tl.program_id(0).to(tl.int64), table, n * 0, base, base_code, start, n, BLOCK)
     add_count(counts, 0, tl.sum((mask & (key > high)).to(tl.int32)))
@@ -55,8 +53,18 @@ def ties_per_run(table, base, base_code, start, n, key, size, counts, BLOCK: tl.
 
 @kernel
 def count_digits(
-    table, base, base_code, start, n, searches, bins, shift, BINS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    table,
+    base,
+    base_code,
+    start,
+    n,
+    searches,
+    bins,
+    shift,
+    BINS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Count patterns by their digit from bit `shift` on, in the window of BINS digits of each vector's search.
 
     The second axis of the grid is the vector. `bins` is int32 (k, BINS). A program counts PARTS parts on its own before it
@@ -83,7 +91,7 @@ def count_digits(
 @kernel
 def count_digits_at_once(
     table, base, base_code, start, n, searches, bins, shift, BINS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Do the same, one part a program, and add each digit at once: Triton 3.9 does not compile `count_digits` for AMD."""
     vector = tl.program_id(1).to(tl.int64)
     search = i64_at(searches) + vector * SEARCH

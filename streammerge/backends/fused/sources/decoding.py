@@ -51,8 +51,21 @@ def nibble(raw, at, high_first, mask):
 
 @kernel
 def decode(
-    kind, codes, skip, pitch, scales, groups, row, column, rows, columns, by_rows, by_columns, out, BLOCK: tl.constexpr
-):  # fmt: skip
+    kind,
+    codes,
+    skip,
+    pitch,
+    scales,
+    groups,
+    row,
+    column,
+    rows,
+    columns,
+    by_rows,
+    by_columns,
+    out,
+    BLOCK: tl.constexpr,
+):
     """Write ``value(code) * scale`` for a rectangle of a matrix; the arguments are those of `numerics.decoding.decode`.
 
     `groups` is the number of scales in a row of `scales`.
@@ -82,9 +95,25 @@ def unpack(raw, pitch, skip, bits, shifts, lines, n, out, BLOCK: tl.constexpr):
 
 @kernel
 def scale_integers(
-    codes, pitch, flip, offset, zeros, scales, groups, columns_of, row, column, rows, columns, by_rows, by_columns,
-    divisor, out, out_pitch, BLOCK: tl.constexpr,
-):  # fmt: skip
+    codes,
+    pitch,
+    flip,
+    offset,
+    zeros,
+    scales,
+    groups,
+    columns_of,
+    row,
+    column,
+    rows,
+    columns,
+    by_rows,
+    by_columns,
+    divisor,
+    out,
+    out_pitch,
+    BLOCK: tl.constexpr,
+):
     """Write ``(integer - zero point) * scale / divisor``; the arguments are those of `numerics.unpacking.scale_integers`.
 
     `groups` is the number of scales in a row. The addresses of `zeros` and `columns_of` are 0 if there are none.

@@ -16,9 +16,21 @@ CERTAIN = tl.constexpr(5)
 
 @kernel
 def fisher_mean(
-    table, certainties, k, base, base_code, start, n, add, shares, out, out_code, counts,
-    VECTORS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    table,
+    certainties,
+    k,
+    base,
+    base_code,
+    start,
+    n,
+    add,
+    shares,
+    out,
+    out_code,
+    counts,
+    VECTORS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Write sum a_i theta_i / sum a_i, a_i = factor * floored F_i; see `rules.FisherMean`.
 
     With `VECTORS` the models are base + rescale * surviving entry. `shares` is the sum (fp64) of the weights of the average

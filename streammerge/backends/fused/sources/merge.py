@@ -54,9 +54,25 @@ def sign_total(up, down, mask):
 
 @kernel
 def task_vector_merge(
-    table, k, base, base_code, start, n, zero_sign, normalize, divisor, scales, outs, m, out_code, counts, left,
-    ELECT: tl.constexpr, RANKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    table,
+    k,
+    base,
+    base_code,
+    start,
+    n,
+    zero_sign,
+    normalize,
+    divisor,
+    scales,
+    outs,
+    m,
+    out_code,
+    counts,
+    left,
+    ELECT: tl.constexpr,
+    RANKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Write base + scale * merged task vectors for m scales (fp64), each to its own address of `outs` (int64).
 
     `counts` takes the number of elected signs, the survivors of each of the k vectors, then what is not finite in each

@@ -15,7 +15,7 @@ RANKS = tl.constexpr(3)
 @kernel
 def ranked(
     table, drops, base, base_code, start, n, length, left, counts, BLOCK: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+):
     """Write the entries that survive a drop by rank, fp64 (k, n), 0 elsewhere; count them by vector.
 
     The axes of the grid are the parts of all rows, and the vectors. The rank of an entry is counted: how many of its row

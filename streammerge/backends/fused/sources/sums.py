@@ -12,8 +12,7 @@ RIGHT = tl.constexpr(2)
 RIGHT_FACTOR = tl.constexpr(3)
 PAIR = tl.constexpr(4)
 
-# What is summed.
-PRODUCTS = tl.constexpr(0)
+# What is summed; with any other number, products.
 SIZES = tl.constexpr(1)
 WIDE_SIZES = tl.constexpr(2)
 """Magnitudes in fp64, without those that fp32 does not hold."""
