@@ -1,4 +1,4 @@
-"""The contract of launchers, and their registry. Each is one file, in this folder or anywhere else.
+"""The contract of launchers, and their registry. Each is one file, in the folder `launchers` or anywhere else.
 
 A launcher starts processes somewhere and says how they ended. It moves no data and knows nothing of merging: all state lies
 in the output directory.
@@ -10,10 +10,10 @@ import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Protocol
 
 from streammerge.errors import InputError, printable
+from streammerge.launch import launchers
 
 PARENT = "STREAMMERGE_PARENT"
 """The environment variable with the number of the process with which a process ends."""
@@ -71,8 +71,6 @@ class Launcher(Protocol):
 
 MOST_RESTARTS = 3
 """Times that a process is started again after it died or met a failure of the machine."""
-_NO_LAUNCHERS = {"base", "drive", "handing_out"}
-"""Files of this folder that are none."""
 _LAUNCHERS: dict[str, Callable[[Needs], Launcher]] = {}
 
 
@@ -115,17 +113,16 @@ def parse_place(text: str) -> tuple[str, int | None]:
 
 
 def make_launcher(name: str, needs: Needs) -> Launcher:
-    """Return a launcher by name: a registered one, or the one in this folder's file of that name.
+    """Return a launcher by name: a registered one, or the one in the file of that name in `launchers`.
 
     Raises
     ------
     InputError
         If there is none, or if it cannot start anything here.
     """
-    folder = pkgutil.iter_modules([str(Path(__file__).parent)])
-    files = {file.name for file in folder if not file.ispkg} - _NO_LAUNCHERS
+    files = {file.name for file in pkgutil.iter_modules(launchers.__path__)}
     if name not in _LAUNCHERS and name in files:
-        import_module(f"streammerge.launch.{name}")
+        import_module(f"{launchers.__name__}.{name}")
     if name not in _LAUNCHERS:
         raise InputError(f"--on {printable(name)}: choose one of {', '.join(sorted({*_LAUNCHERS, *files}))}")
     return _LAUNCHERS[name](needs)

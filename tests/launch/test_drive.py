@@ -27,7 +27,7 @@ from streammerge.events import Control, Event
 from streammerge.launch import drive as drive_module
 from streammerge.launch.base import MOST_RESTARTS, Ended, Needs, launcher, make_launcher
 from streammerge.launch.drive import drive
-from streammerge.launch.processes import cpus_of
+from streammerge.launch.launchers.processes import cpus_of
 from streammerge.output.place import STATE
 from streammerge.output.status import status_of
 from streammerge.report.status import status_text, status_values

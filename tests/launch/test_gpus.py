@@ -12,9 +12,9 @@ from streammerge.cli.entry import cli
 from streammerge.cli.launching import on_all_gpus, shared
 from streammerge.engine.joined import NotSharedError
 from streammerge.errors import BudgetError, InputError
-from streammerge.launch import processes
 from streammerge.launch.base import Needs
-from streammerge.launch.processes import Processes
+from streammerge.launch.launchers import processes
+from streammerge.launch.launchers.processes import Processes
 from streammerge.planning.backend import CUDA_LEAST
 
 

@@ -91,7 +91,7 @@ def _unreachable(address: str, error: Exception) -> str:
 
 
 def _own(needs: Needs, common: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a cluster of our own is started: on this host, behind a token; see `streammerge.launch.ray`."""
+    """Return how a cluster of our own is started: on this host, behind a token; see `streammerge.launch.launchers.ray`."""
     count = needs.count or 1
     cpus = len(os.sched_getaffinity(0))
     threads = needs.threads or max(1, cpus // count)

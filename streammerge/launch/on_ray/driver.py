@@ -1,4 +1,4 @@
-"""The driver of a merge on a Ray cluster, in a process of its own; started by `streammerge.launch.ray`.
+"""The driver of a merge on a Ray cluster, in a process of its own; started by `streammerge.launch.launchers.ray`.
 
 ::
 
