@@ -9,9 +9,7 @@ import errno
 import json
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,8 @@ from streammerge.output.own_shards import OwnShards, Publisher
 from streammerge.output.place import STATE
 from streammerge.output.shards import ShardWriter
 from streammerge.output.shared_ledger import SharedLedger
-from tests.laws.joined.maker import DARE, MAJORITY, WHOLE, Maker, prepare, use
+from tests.laws.joined.maker import DARE, MAJORITY, WHOLE, Maker, use
+from tests.laws.joined.running import run_scenes
 from tests.laws.joined.scene import LATE, Scene, at_call, die, quietly, sleep, wait_stopped
 from tests.laws.resume.forks import contents, fork, wait
 
@@ -328,24 +327,10 @@ def stopped(of: Maker) -> None:
     one.all_well([one.start()])
 
 
-def command() -> None:
-    """Run the scenes and print how they ended."""
-    work, *names = sys.argv[1:]
-    prepare()
-    ended = {}
-    for name in names or SCENES:
-        directory = Path(work) / name
-        directory.mkdir(parents=True)
-        began = time.monotonic()
-        use(1 << 17)
-        try:
-            SCENES[name](Maker(directory))
-            ended[name] = ""
-        except BaseException:
-            ended[name] = traceback.format_exc()
-        print(name, f"{time.monotonic() - began:.1f} s", file=sys.stderr)
-    print(json.dumps(ended))
+def _made(directory: Path) -> Maker:
+    use(1 << 17)
+    return Maker(directory)
 
 
 if __name__ == "__main__":
-    command()
+    run_scenes(SCENES, _made)

@@ -7,12 +7,9 @@ The environment names the store's endpoint. Only forks ask it, because the libra
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,8 @@ from streammerge.output import object_commit, object_volume
 from streammerge.output.heartbeat import STALE_SECONDS
 from streammerge.output.object_shards import ObjectShards
 from streammerge.output.shared_ledger import SharedLedger
-from tests.laws.joined.maker import DARE, MAJORITY, WHOLE, Maker, prepare
+from tests.laws.joined.maker import DARE, MAJORITY, WHOLE, Maker
+from tests.laws.joined.running import run_scenes
 from tests.laws.joined.scene import SHARD, Scene, at_call, die, quietly, sleep, wait_stopped
 from tests.laws.resume.forks import fork, wait
 
@@ -210,25 +208,10 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.005)
 
 
-def command() -> None:
-    """Run the scenes and print how they ended."""
-    work, *names = sys.argv[1:]
-    prepare()
-    ended = {}
-    for name in names or SCENES:
-        directory = Path(work) / name
-        directory.mkdir(parents=True)
-        os.environ[STALE_SECONDS], began = str(STALE), time.monotonic()
-        try:
-            SCENES[name](directory)
-            ended[name] = ""
-        except BaseException:
-            ended[name] = traceback.format_exc()
-            for number in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-                os.kill(int(number), signal.SIGKILL)
-        print(name, f"{time.monotonic() - began:.1f} s", file=sys.stderr)
-    print(json.dumps(ended))
+def _made(directory: Path) -> Path:
+    os.environ[STALE_SECONDS] = str(STALE)
+    return directory
 
 
 if __name__ == "__main__":
-    command()
+    run_scenes(SCENES, _made)
