@@ -19,6 +19,8 @@ from streammerge.planning.streamed import SHARDS_AT_ONCE, held_nbytes
 _WAIT_SECONDS = 0.25
 _OWN_SECONDS = 0.05
 """Seconds between two looks at whether a shard of this process is recorded."""
+_LOOKS = round(_WAIT_SECONDS / _OWN_SECONDS)
+"""Looks for each wish that what is written be synced and recorded, which asks the output's file system or store."""
 _LAST = 2
 """Shards that nobody has taken, for each process, at which a process takes one only if it has nothing in hand."""
 
@@ -100,9 +102,7 @@ class JoinedCourse:
                 return  # what is still in hand here is recorded when its last chunk has been written
             most = self._most(len(left))
             if self._in_hand > most:
-                while self._in_hand > most and not self._stop.wait(_OWN_SECONDS):
-                    self._due.set()
-                    yield None
+                yield from self._drain(most)
                 continue
             unit = self._taking.take(self._ledger, left)
             if unit is None:
@@ -117,6 +117,15 @@ class JoinedCourse:
             ):  # it ended while this process slept: leave nothing in a finished output
                 raise Gone(unit)
             yield self._numbers[unit]
+
+    def _drain(self, most: int) -> Iterator[None]:
+        """Wait until this process has no more than so many shards in hand; what is written is recorded four times a second."""
+        looks = 0
+        while self._in_hand > most and not self._stop.wait(_OWN_SECONDS):
+            if looks % _LOOKS == 0:
+                self._due.set()
+            looks += 1
+            yield None
 
     @property
     def _in_hand(self) -> int:

@@ -83,14 +83,27 @@ def signs_of(volume: Volume, *, outside: str = "") -> list[Sign]:
     return found
 
 
-def is_heard_of(volume: Volume, worker: str) -> bool:
-    """Return whether a process gave a sign of life lately, and has not ended since so far as can be told."""
-    name = f"{WORKERS}/{worker}.json"
-    age = volume.age(name)
-    if age is None or age > stale_seconds():
-        return False
-    sign = _parsed(name, volume.read(name))
-    return sign is None or not volume.has_ended(sign.domain, sign.pid)
+class Heard:
+    """The processes of which a sign of life was seen; one is looked for again only when the last may have gone stale."""
+
+    def __init__(self, volume: Volume) -> None:
+        self._volume = volume
+        self._known: dict[str, tuple[float, Sign]] = {}
+        """The sign of each process, and the time by the monotonic clock until which it is fresh."""
+
+    def of(self, worker: str) -> bool:
+        """Return whether a process gave a sign of life lately, and has not ended since so far as can be told."""
+        name, now = f"{WORKERS}/{worker}.json", time.monotonic()
+        until, sign = self._known.get(worker, (now, None))
+        if sign is None or now >= until:
+            age = self._volume.age(name)
+            if age is None or age > stale_seconds():
+                return False
+            sign = _parsed(name, self._volume.read(name))
+            if sign is None:
+                return True
+            self._known[worker] = now + stale_seconds() - age, sign
+        return not self._volume.has_ended(sign.domain, sign.pid)
 
 
 def _parsed(name: str, raw: bytes | None) -> Sign | None:

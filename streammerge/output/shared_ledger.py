@@ -19,7 +19,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streammerge.output.heartbeat import is_heard_of, signs_of, stale_seconds
+from streammerge.output.heartbeat import Heard, signs_of, stale_seconds
 from streammerge.output.journal import line_of, parse_line
 from streammerge.output.place import RUN, WORKERS
 from streammerge.output.volume import Volume
@@ -50,6 +50,8 @@ class SharedLedger:
     def __init__(self, volume: Volume, run: str, worker: str) -> None:
         self._volume, self.run, self.worker = volume, run, worker
         self._held: set[str] = set()
+        self._heard, self._owners = Heard(volume), dict[str, str]()
+        """The token of the process that was seen to claim a unit, as long as lists name the claim."""
         self.taken_over: list[tuple[str, str]] = []
         """Units taken over from processes that gave no sign of life, each with the process's token."""
 
@@ -75,10 +77,13 @@ class SharedLedger:
         Gone
             If the run has ended.
         """
+        if (known := self._owners.get(unit)) and self._heard.of(known):
+            return False
         name = f"{self.run}/{unit}{CLAIM}"
         if not self._volume.create(name, self.worker.encode()):
             owner = (self._volume.read(name) or b"").decode("ascii", "replace")
             if owner != self.worker:
+                self._owners[unit] = owner
                 if self._is_at_it(owner, name):
                     return False
                 self._volume.put(name, self.worker.encode(), durable=False)
@@ -100,7 +105,7 @@ class SharedLedger:
     def _is_at_it(self, owner: str, claim: str) -> bool:
         """Return whether the owner of a claim gave a sign of life lately; a claim without an owner counts by its own age."""
         if owner:
-            return is_heard_of(self._volume, owner)
+            return self._heard.of(owner)
         age = self._volume.age(claim)
         return age is not None and age <= stale_seconds()
 
@@ -121,7 +126,10 @@ class SharedLedger:
 
     def done(self) -> set[str]:
         """Return the units that are recorded."""
-        return self._units(DONE)
+        names = self._volume.names(self.run)
+        claimed = self._of(names, CLAIM)
+        self._owners = {unit: owner for unit, owner in self._owners.items() if unit in claimed}
+        return self._of(names, DONE)
 
     def workers(self) -> int:
         """Return the number of processes that have begun and not taken leave; some may have died."""
@@ -129,7 +137,8 @@ class SharedLedger:
 
     def claimed(self) -> dict[str, str]:
         """Return the token of the process that claims each unit which is not done."""
-        units = self._units(CLAIM) - self.done()
+        names = self._volume.names(self.run)
+        units = self._of(names, CLAIM) - self._of(names, DONE)
         owners = {unit: self._volume.read(f"{self.run}/{unit}{CLAIM}") for unit in sorted(units)}
         return {unit: raw.decode("ascii", "replace") for unit, raw in owners.items() if raw}
 
@@ -167,8 +176,7 @@ class SharedLedger:
         if not any(sign.is_fresh and sign.run == self.run and sign.worker != self.worker for sign in signs):
             self._volume.remove(f"{self.run}/{_FAILED}")
 
-    def _units(self, ending: str) -> set[str]:
-        names = self._volume.names(self.run)
+    def _of(self, names: Sequence[str], ending: str) -> set[str]:
         return {name[len(self.run) + 1 : -len(ending)] for name in names if name.endswith(ending)}
 
     def _read(self, name: str) -> dict[str, Any] | None:
