@@ -72,7 +72,17 @@ class NotDownloadedError(ModelError):
 
 
 class BudgetError(InputError):
-    """The merge cannot fit the memory it was given; the message holds both numbers."""
+    """The merge cannot fit the memory it was given; the message holds both numbers.
+
+    Parameters
+    ----------
+    least
+        Bytes of ``--memory`` that the message asks for; None: it asks for something else.
+    """
+
+    def __init__(self, message: str, least: int | None = None) -> None:
+        super().__init__(message)
+        self.least = least
 
 
 class OutputError(StreammergeError):

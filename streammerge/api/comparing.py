@@ -21,6 +21,7 @@ from streammerge.machine import available_memory, own_memory, shortage
 from streammerge.methods.comparison import COMPARISON, TensorDifference, difference_of
 from streammerge.planning.inputs import Sources, open_inputs
 from streammerge.planning.job import Job
+from streammerge.planning.memory.enough import with_enough
 from streammerge.planning.needs import layer_of, tensor_context_of
 from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
@@ -125,24 +126,24 @@ def compared(
         Whether the memory must suffice to draw a page afterwards.
     """
 
-    def decide(kernels: bool | None) -> MergePlan:
+    def decide(memory: int | None, kernels: bool | None = None) -> MergePlan:
         plan = _plan(
             [os.fspath(model) for model in models],
             None if base is None else os.fspath(base),
-            options,
+            replace(options, memory=memory),
             kernels,
         )
         if draws:
             check_memory("a page", plan.budget, points_of(plan))
         return plan
 
-    plan = decide(None)
+    plan = with_enough(decide, options.memory)
     with feedback() as control:
         try:
             answers = measure(plan, control)
         except CannotCompileError as error:
             control.warn(SLOWER.format(error))
-            plan = decide(False)
+            plan = decide(options.memory, kernels=False)
             answers = measure(plan, control)
     return comparison_of(plan, answers)
 

@@ -20,6 +20,7 @@ from streammerge.output.stage_files import stage_folder
 from streammerge.planning.averages import settle_checkpoints
 from streammerge.planning.inputs import Inputs, Sources, open_inputs
 from streammerge.planning.low_rank.storage import MERGE, MergeNeededError
+from streammerge.planning.memory.enough import with_enough
 from streammerge.planning.moe.method import MOE
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS, PlanOptions
 from streammerge.planning.plan import MergePlan
@@ -145,7 +146,12 @@ def plan_stages(config: MergeConfig, options: PlanOptions) -> MergePlan:
     InputError
         If a config, a model or the memory does not allow the merge.
     """
-    return plan_opened(config, open_all(config, options), options)
+
+    def decide(memory: int | None) -> MergePlan:
+        given = replace(options, memory=memory)
+        return plan_opened(config, open_all(config, given), given)
+
+    return with_enough(decide, options.memory)
 
 
 @dataclass(frozen=True)

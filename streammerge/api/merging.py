@@ -24,7 +24,9 @@ from streammerge.engine.to_store import merge_to_store
 from streammerge.errors import InputError, printable
 from streammerge.io.reader import IoMode
 from streammerge.io.volumes import as_path, is_url, local_path
+from streammerge.planning.memory.enough import with_enough
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS
+from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import SLOWER
 from streammerge.report.card import model_card
 
@@ -193,9 +195,15 @@ def _merge_settled(
     report: Path | None = None,
 ) -> Summary:
     """Plan and merge a config that has been read; without kernels if they cannot be compiled."""
-    decided = plan(config, out=out, **planned)
-    if report is not None:
-        check_room(decided)
+
+    def decide(memory: str | int | None, **changes: Any) -> MergePlan:
+        decided = plan(config, out=out, **{**planned, "memory": memory, **changes})
+        if report is not None:
+            check_room(decided)
+        return decided
+
+    memory = planned["memory"]
+    decided = with_enough(decide, memory)
     run_plan = merge_to_store if is_url(out) else join_plan if how.join else execute
     with controlled(
         run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]
@@ -204,7 +212,7 @@ def _merge_settled(
             summary = run_plan(decided, out, how, control, model_card, supply_gates)
         except CannotCompileError as error:
             control.warn(SLOWER.format(error))
-            decided = plan(config, out=out, **{**planned, "kernels": False})
+            decided = decide(memory, kernels=False)
             summary = run_plan(decided, out, how, control, model_card, supply_gates)
         if report is not None:
             write_report(decided, out, summary, report, control)

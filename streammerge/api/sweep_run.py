@@ -24,7 +24,7 @@ from streammerge.engine.first_use import compile_first
 from streammerge.engine.scoring import Score, score
 from streammerge.engine.session import Options
 from streammerge.engine.sweep import identify_alone, is_finished, merge_together, together
-from streammerge.errors import OutputError, WorldError, printable
+from streammerge.errors import BudgetError, OutputError, WorldError, printable
 from streammerge.events import Control, Event
 from streammerge.io.disk import space_for
 from streammerge.io.durable import make_directory, world_errors
@@ -34,6 +34,7 @@ from streammerge.output.identity import Digests
 from streammerge.output.place import MANIFEST, STATE, Place, place_of
 from streammerge.output.sweep_record import Row, SweepRecord, read_record, remove_tree
 from streammerge.planning.description import describe
+from streammerge.planning.memory.enough import asking_enough
 from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.sweep import Room, check_swept, nbytes_of_point
@@ -127,6 +128,13 @@ class SweepRun:
     def _plan(self, name: str) -> MergePlan:
         return plan_opened(self._points[name].config, self._opened, self._planning)
 
+    def _plan_all(self, memory: int | None) -> None:
+        """Plan every point in so much memory."""
+        given = replace(self._planning, memory=memory)
+        opened = open_all(next(iter(self._points.values())).config, given)
+        for point in self._points.values():
+            plan_opened(point.config, opened, given)
+
     def _check(self) -> SweepRecord:
         """Plan every point and return the record that the sweep begins with.
 
@@ -147,7 +155,10 @@ class SweepRun:
         warnings: dict[str, None] = {}
         for name, point in points.items():
             self._outer.check()
-            plan = self._plan(name)
+            try:
+                plan = self._plan(name)
+            except BudgetError as error:
+                raise asking_enough(error, self._plan_all) from None
             check_target(self._place, plan.inputs, [index.reference for index in plan.stores])
             check_target(place_of(self._out / name), plan.inputs)
             identity = identify_alone(plan, self._digests)

@@ -22,7 +22,7 @@ from streammerge.planning.inputs import Inputs
 from streammerge.planning.job import Job
 from streammerge.planning.layout import Folder, Layout, lay_out, lay_out_file
 from streammerge.planning.memory.allocate import Needs, lists_nbytes
-from streammerge.planning.memory.budget import Budget
+from streammerge.planning.memory.budget import SMALLEST_CAPACITY, Budget
 from streammerge.planning.memory.division import Division
 from streammerge.planning.moe.resolve import resolve_experts, with_settings
 from streammerge.planning.needs import likeness, needs_of
@@ -255,8 +255,9 @@ def _of_single_file(files: _Files, storage: Storage, template: TensorIndex, conf
 def _check_tokens(alignment: Alignment, budget: Budget) -> None:
     """Refuse new tokens if the tokenizer's files would not fit in memory."""
     needed = len(alignment.new) * NEW_TOKEN_NBYTES
-    if needed > budget.capacity:
+    if needed > max(budget.capacity, SMALLEST_CAPACITY):  # less is refused with all that the merge needs
         raise BudgetError(
             f"adding {len(alignment.new)} tokens to the tokenizer needs {format_size(needed)}: give at least --memory "
-            f"{format_at_least(needed + budget.reserve)}, or use `tokenizer_source: base`"
+            f"{format_at_least(needed + budget.reserve)}, or use `tokenizer_source: base`",
+            needed + budget.reserve,
         )

@@ -88,12 +88,14 @@ class TooLarge(BudgetError):
 
     def __init__(self, name: str, what: str, needed: int, budget: Budget, least: int | None = None) -> None:
         self.name, self.what, self.needed, self.budget = name, what, needed, budget
-        self.least = needed + budget.reserve if least is None else least
+        least = needed + budget.reserve if least is None else least
         super().__init__(
             f"{printable(name)}: this method holds {what}, {format_size(needed)}, in memory; "
             f"--memory {format_size(budget.total)} leaves {format_size(budget.capacity)}: "
-            f"give at least {format_at_least(self.least)}, or use a method that splits further"
+            f"give at least {format_at_least(least)}, or use a method that splits further",
+            least,
         )
+        self.least: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,7 +138,8 @@ class _Source:
                 f"gate_mode '{self.spec.gate_mode}' needs {format_size(needed)}: {format_size(RESERVE)} for the process, "
                 f"{format_size(largest.nbytes)} for {largest.name} of the base model, {format_size(states)} for the hidden states of all "
                 f"prompts and the gates; --memory is {format_size(memory)}: give at least {format_at_least(needed)}, or use gate_mode 'cheap_embed' "
-                "or 'random'"
+                "or 'random'",
+                needed,
             )
 
     def embedded(self, reader: Reader, control: Control) -> NDArray[np.float32]:

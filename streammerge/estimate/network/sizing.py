@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from streammerge.errors import BudgetError
-from streammerge.planning.memory.budget import MIB, enough_budget
-from streammerge.units import format_size
+from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, enough_budget, make_budget
+from streammerge.units import format_at_least, format_size
 
 RESERVE = 480 * MIB
 """Bytes for the interpreter, torch, transformers, the kernels, and writing an array of the store."""
@@ -82,14 +82,16 @@ def check_fits(memory: int | None, stages: Sequence[StageSize], between: int) ->
     BudgetError
         If they exceed `memory`, by default half of what is free.
     """
-    total = enough_budget(memory, 1, RESERVE).total
     largest = max(stages, key=lambda stage: stage.nbytes)
     needed = RESERVE + largest.nbytes + between * _ACTIVATION
-    if needed > total:
+    if needed <= RESERVE + SMALLEST_CAPACITY:
+        enough_budget(memory, 1, RESERVE)
+    elif needed > (total := make_budget(memory, 1, RESERVE).total):
         raise BudgetError(
             f"{largest.name} needs {format_size(needed)}: {format_size(RESERVE)} for the process, "
             f"{format_size(largest.weights * (_WEIGHT + _SUM))} for {largest.weights:,} weights and their sums, "
             f"{format_size(largest.activations * _ACTIVATION)} for the longest example; --memory is {format_size(total)}: "
-            "raise it, or lower --max-length or --batch-size"
+            f"give at least {format_at_least(needed)}, or lower --max-length or --batch-size",
+            needed,
         )
     return needed

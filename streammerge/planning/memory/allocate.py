@@ -179,7 +179,8 @@ def allocate(
             f"--memory {format_size(budget.total)} is too little: the process itself needs "
             f"{format_size(budget.reserve)}, lists of {plural(len(jobs), 'tensor')} and their inputs {format_size(lists)}, "
             f"statistics {format_size(left.reserve - budget.reserve - lists)}, buffers {format_size(left.capacity)}; "
-            f"give at least {format_at_least(least)}"
+            f"give at least {format_at_least(least)}",
+            least,
         ) from None
 
 

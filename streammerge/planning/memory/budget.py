@@ -76,7 +76,8 @@ def enough_budget(memory: int | None, threads: int | None, reserve: int) -> Budg
     if budget.capacity < SMALLEST_CAPACITY:
         raise BudgetError(
             f"--memory {format_size(budget.total)} is too little: the process itself needs {format_size(reserve)}, "
-            f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_at_least(reserve + SMALLEST_CAPACITY)}"
+            f"buffers {format_size(SMALLEST_CAPACITY)}; give at least {format_at_least(reserve + SMALLEST_CAPACITY)}",
+            reserve + SMALLEST_CAPACITY,
         )
     return budget
 

@@ -87,7 +87,8 @@ def check_memory(option: str, budget: Budget, points: int = 0) -> None:
         raise BudgetError(
             f"--memory {format_size(budget.total)} is too little for {option}: the process itself needs "
             f"{format_size(budget.reserve)}, drawing {format_size(needed)}; give at least "
-            f"{format_at_least(budget.reserve + needed)}"
+            f"{format_at_least(budget.reserve + needed)}",
+            budget.reserve + needed,
         )
 
 
