@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.errors import Stopped
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import streammerge
 
 PACKAGE = Path(streammerge.__file__).parent
 RANKS = [
-    "errors version lazy",
+    "errors version lazy records",
     "dtypes events timing units",
     "numerics",
     "kernels machine",
@@ -54,7 +54,7 @@ TOOLS_OF_PAPERS = {
     "streammerge.methods.gram_space",
     "streammerge.methods.tensor_context",
 }
-ROOMS_OF_PAPERS = {"errors", "dtypes", "units", "numerics", "algebra", "statistics"}
+ROOMS_OF_PAPERS = {"errors", "records", "dtypes", "units", "numerics", "algebra", "statistics"}
 
 Arrows = Mapping[str, set[str]]
 """The modules of ours that each module imports, inside functions and for type checking too."""

@@ -7,7 +7,6 @@ a fixed order (`streammerge.numerics.ordered_sum.block_sums`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from streammerge.dtypes import itemsize
 from streammerge.numerics.philox import RandomKeys
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     from streammerge.algebra.rules import Rule, TaskVectorMerge

@@ -8,10 +8,11 @@ merges it to the same value. The others are settled when the thresholds are know
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from streammerge.algebra.rules.task_vector_merge import TaskVectorMerge
 from streammerge.algebra.task_vectors import Cut
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

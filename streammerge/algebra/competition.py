@@ -14,13 +14,13 @@ loops of ``kernels/competition.py`` give the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.algebra.scores import Score, patterns_of
 from streammerge.algebra.task_vectors import TaskVector, Where
 from streammerge.numerics.elementary import exp
 from streammerge.numerics.finite import UNKNOWN
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

@@ -15,11 +15,13 @@ so with BLAS in one thread the bits do not depend on the memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from streammerge.records import dataclass
 
 Matrix = NDArray[np.float64]
 Take = Callable[[int, int], Matrix]

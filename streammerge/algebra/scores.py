@@ -7,12 +7,12 @@ check on the output finds it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from streammerge.algebra.task_vectors import Cut, TaskVector, Where
 from streammerge.numerics import elementary
 from streammerge.numerics.finite import LARGEST, SMOOTHING, UNKNOWN
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

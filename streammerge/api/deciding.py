@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from streammerge.api.gates import check_gates
@@ -27,6 +27,7 @@ from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import prepare
 from streammerge.planning.resolve.base_models import settle_base
 from streammerge.planning.stages import StageResult, check_reads, stage_index
+from streammerge.records import dataclass
 from streammerge.units import nbytes_of
 
 SWEEP_CURE = (

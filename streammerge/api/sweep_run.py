@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from streammerge.planning.memory.enough import asking_enough
 from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.sweep import Room, check_swept, nbytes_of_point
+from streammerge.records import dataclass
 from streammerge.report.card import model_card
 from streammerge.report.sweep import write_sweep_page
 from streammerge.units import format_size

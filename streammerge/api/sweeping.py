@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, get_args
 
 from streammerge.api.deciding import options_of
@@ -22,6 +22,7 @@ from streammerge.io.volumes import local_path
 from streammerge.output.sweep_record import Row
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS
 from streammerge.planning.prepare import SLOWER
+from streammerge.records import dataclass
 from streammerge.units import nbytes_of
 
 Keep = Literal["all", "best"] | int

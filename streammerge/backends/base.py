@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
 from streammerge.algebra.block import Block, BlockMath, Call
@@ -16,6 +15,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import Rule
 from streammerge.backends.gpu.lane import Lane
 from streammerge.io.buffer_pool import Bytes
+from streammerge.records import dataclass
 
 
 class TensorFacts(Protocol):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex, open_model
@@ -21,6 +21,7 @@ from streammerge.formats.zarr_store import ATTRIBUTE, GRAM_ATTRIBUTE, read_table
 from streammerge.io import volumes
 from streammerge.io.files import bad, expanded, meant, quoted
 from streammerge.io.stamp import FileStamp
+from streammerge.records import dataclass
 
 CompanionRef = TensorRef | ChunkedRef
 

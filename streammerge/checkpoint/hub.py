@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.io.files import bad, from_os, quoted, read_exactly, reading
+from streammerge.records import dataclass
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _NAME = re.compile(rf"({_PART}(?:/{_PART})?)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)

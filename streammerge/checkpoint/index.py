@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from streammerge.io import volumes
 from streammerge.io.files import bad, place, quoted
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import read_object
+from streammerge.records import dataclass
 
 __all__ = ["CONFIG_NAME", "INDEX_NAME", "SINGLE_NAME", "TensorIndex", "open_model"]
 

@@ -8,7 +8,6 @@ pipeline's folder.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from streammerge.checkpoint.weight_sets import find_sets, no_model
 from streammerge.io import volumes
 from streammerge.io.files import bad, from_os, quoted
 from streammerge.io.strict_json import read_object
+from streammerge.records import dataclass
 
 _DISPENSABLE = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that pipelines can run without, so that people delete them."""

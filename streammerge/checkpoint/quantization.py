@@ -8,11 +8,11 @@ integers, bytes, FP8.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoint.names import LANGUAGE_PARTS
 from streammerge.checkpoint.quantized.declarations import DECLARATIONS
+from streammerge.records import dataclass
 
 DECLARED_BESIDE = "hf_quant_config.json"
 """The file in which NVIDIA's modelopt declares a quantisation."""

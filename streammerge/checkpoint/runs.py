@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from streammerge.checkpoint.weight_sets import find_sets
 from streammerge.formats.registry import suffixes
 from streammerge.formats.torch_file import PICKLES
 from streammerge.io.files import bad, from_os, quoted
+from streammerge.records import dataclass
 
 _MARKS = (PIPELINE, "adapter_config.json")
 """Files that mark a directory as a model other than a set of weights; opening it gives a precise message."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.checkpoint.weight_sets import WeightSet, find_sets, no_model
@@ -12,6 +11,7 @@ from streammerge.formats.torch_dcp import MEGATRON, METADATA
 from streammerge.io import volumes
 from streammerge.io.files import bad, from_os, quoted
 from streammerge.io.strict_json import read_object
+from streammerge.records import dataclass
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

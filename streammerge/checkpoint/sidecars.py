@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from streammerge.errors import ModelError, StreammergeError, WorldError, printab
 from streammerge.io import volumes
 from streammerge.io.files import read_exactly, reading
 from streammerge.io.stamp import FileStamp
+from streammerge.records import dataclass
 from streammerge.units import format_size
 
 MODULES = "modules.json"

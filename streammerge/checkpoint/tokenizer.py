@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from streammerge.errors import ModelError
 from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.strict_json import MAX_NBYTES, read_object
+from streammerge.records import dataclass
 
 FULL, SETTINGS, ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
 JINJA = "chat_template.jinja"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from functools import cache
 
 from streammerge.formats.lookalikes import GGUF
@@ -17,6 +16,7 @@ from streammerge.formats.registry import suffixes
 from streammerge.formats.safetensors import SUFFIX
 from streammerge.formats.torch_dcp import METADATA
 from streammerge.formats.torch_file import PICKLES
+from streammerge.records import dataclass
 
 _VARIANTS = "fp16|bf16|f16|fp32|f32|fp8|half|8bit|4bit|int8|int4|non_ema|ema|no_ema|flax|tf"
 _BY_PATH_ONLY = (*PICKLES[1:], METADATA)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from streammerge.config.references import parse_text
 from streammerge.config.schedules import Schedule, parse_schedule
 from streammerge.config.wording import check_keys, child, refuse, shown
+from streammerge.records import dataclass
 
 _KEYS = ("directory", "pattern", "last", "schedule", "strip")
 _METHOD = "linear"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NoReturn
 
 from streammerge.config.wording import check_keys, child, refuse, shown
+from streammerge.records import dataclass
 
 _KEYS = ("alpha", "beta")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.config.references import parse_base, parse_text
 from streammerge.config.values import parse_exclude
 from streammerge.config.wording import check_keys, child, refuse, shown
+from streammerge.records import dataclass
 
 DEFAULT_RANK = 32
 DEFAULT_MAX_RANK = 256

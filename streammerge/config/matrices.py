@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, get_args
 
 from streammerge.config.values import parse_exclude
 from streammerge.config.wording import child, meant, refuse, shown
+from streammerge.records import dataclass
 
 Rest = Literal["mean", "base"]
 """`mean`: the mean of the models' task vectors; `base`: no change."""

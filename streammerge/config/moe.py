@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from streammerge.config.references import parse_base, parse_reference, parse_text
 from streammerge.config.values import parse_dtype, parse_seed
 from streammerge.config.wording import check_keys, child, refuse, shown, suggestion
+from streammerge.records import dataclass
 
 GateMode = Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"]
 ExpertNames = Literal["classic", "fused"]

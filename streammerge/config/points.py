@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from streammerge.config.settings import Setting
 from streammerge.config.stages import staged_config
 from streammerge.config.strict_yaml import dump_yaml, load_documents
 from streammerge.config.wording import refuse, shown
+from streammerge.records import dataclass
 
 _KEY = "sweep"
 _LONGEST_NAME = 200

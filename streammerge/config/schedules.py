@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
 from streammerge.config.wording import check_keys, child, refuse, shown, suggestion
+from streammerge.records import dataclass
 
 Coefficients = Callable[[int, str], Sequence[Fraction]]
 """Function of the number of checkpoints (at least 1) and the decay; returns coefficients, oldest first, of sum 1."""

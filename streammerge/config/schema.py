@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoints
 from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
@@ -30,6 +30,7 @@ from streammerge.config.values import (
 )
 from streammerge.config.wording import PATH_LIMIT, check_keys, child, refuse, shown
 from streammerge.errors import printable
+from streammerge.records import dataclass
 
 _INPUTS = ("models", "slices", "modules", "checkpoints")
 _MODEL_KEYS = ("model", "parameters", "alias", "fisher", "gram", "strip")

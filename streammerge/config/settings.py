@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from streammerge.config.wording import check_keys, child, refuse, shown
+from streammerge.records import dataclass
 
 Scalar = bool | int | float | str
 

@@ -8,7 +8,6 @@ built, without recursion, and aliases count as if they were written out.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml
@@ -25,6 +24,7 @@ from yaml.reader import Reader
 
 from streammerge.config.wording import refuse, shown
 from streammerge.config.yaml_errors import explain
+from streammerge.records import dataclass
 
 MAX_BYTES = 4 << 20
 """Size of the longest text that is read, in bytes."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from streammerge.config.settings import Scalar, parse_setting
 from streammerge.config.wording import child, refuse, shown
+from streammerge.records import dataclass
 
 MOST_POINTS = 1024
 """Most points of a grid."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from streammerge.config.references import parse_reference, parse_text
 from streammerge.config.wording import check_keys, child, refuse, shown, suggestion
+from streammerge.records import dataclass
 
 _MOST_TOKENS = 100_000
 _MOST_PADDING = 1 << 20

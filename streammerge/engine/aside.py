@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from streammerge.dtypes import itemsize
 from streammerge.io.buffer_pool import Bytes
 from streammerge.numerics.casts import widened
 from streammerge.planning.job import Job
+from streammerge.records import dataclass
 
 _COMPARED_AT_ONCE = 1 << 14
 """Elements that are widened at a time, so that this takes no memory to speak of."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from streammerge.output.inputs import ContentHasher
 from streammerge.output.place import place_of
 from streammerge.planning.description import describe
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 
 __all__ = ["NonFinite", "Options", "Summary", "execute"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.numerics.finite import Tally, is_bad, is_negative, steps
 from streammerge.planning.job import Job
+from streammerge.records import dataclass
 from streammerge.tensors.read import read_elements
 
 Read = Callable[[int, int], Bytes]

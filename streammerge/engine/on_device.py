@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ from streammerge.numerics.crc32 import crc32
 from streammerge.output.journal import Receipt
 from streammerge.planning.job import Job
 from streammerge.planning.schedule import ALIGN, Piece
+from streammerge.records import dataclass
 from streammerge.statistics.base import NotFiniteError, Range, Reducer, Statistic
 from streammerge.statistics.passes import collect
 from streammerge.tensors.read import read_source

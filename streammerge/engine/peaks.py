@@ -7,14 +7,13 @@ the elements or on the pieces.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.engine.worker import Answers, Worker
 from streammerge.numerics.encoding import block_peaks
 from streammerge.planning.job import Job
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

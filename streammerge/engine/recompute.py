@@ -10,7 +10,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from streammerge.output.place import Place, place_of
 from streammerge.planning.layout import Layout, Places, Shard, Slot, folder_of, is_shard
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import ALIGN, Piece, remaining
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Stored
 from streammerge.version import __version__
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 from streammerge.engine.answers import restored
@@ -27,6 +27,7 @@ from streammerge.engine.worker import Worker
 from streammerge.errors import Stopped
 from streammerge.output.journal import Progress, Receipt
 from streammerge.planning.schedule import PASSES_AHEAD, Chunk, StatisticsPass, Step
+from streammerge.records import dataclass
 
 _SYNC_SECONDS = 1.0
 _WAIT_SECONDS = 0.25

@@ -10,12 +10,12 @@ import signal
 import subprocess
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from streammerge.errors import InputError, printable
 from streammerge.events import Control
+from streammerge.records import dataclass
 from streammerge.units import format_seconds
 
 PLACE = "{}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -35,6 +35,7 @@ from streammerge.output.shards import ShardWriter
 from streammerge.planning.job import Job
 from streammerge.planning.layout import folder_of
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 
 _UNRESERVED = "cannot reserve space on this file system: if it fills up, the merge stops; free space and run the same command again"
 _CHECK_STEP = 1 << 20

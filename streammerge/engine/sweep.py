@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.engine.executors.base import make_executor
@@ -22,6 +21,7 @@ from streammerge.output.identity import Digests, Identity, identify
 from streammerge.output.place import place_of
 from streammerge.planning.joint import joined, like
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 from streammerge.timing import Stages
 
 

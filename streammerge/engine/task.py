@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from streammerge.output.journal import Receipt
 from streammerge.planning.job import Job
 from streammerge.planning.memory.buffers import Places, divide
 from streammerge.planning.schedule import TILE, Chunk, Piece
+from streammerge.records import dataclass
 from streammerge.statistics.base import NotFiniteError
 from streammerge.tensors.encoders.base import Encoder
 from streammerge.tensors.read import read_source

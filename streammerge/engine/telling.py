@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.dtypes import itemsize
@@ -14,6 +13,7 @@ from streammerge.io.reader import Reader
 from streammerge.output.adapter import Residual
 from streammerge.output.journal import Receipt
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 from streammerge.units import plural
 
 _FLOOR_WARNING = 0.1

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from streammerge.output.shards import Sink
 from streammerge.planning.job import Job
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.schedule import Chunk, Interval
+from streammerge.records import dataclass
 from streammerge.timing import Stages
 
 Answers = list[list[Any]]

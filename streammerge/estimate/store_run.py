@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from streammerge.formats.zarr_writer import StoreWriter, Sums, locked_partial
 from streammerge.io.durable import PARTIAL, world_errors
 from streammerge.io.reader import Reader
 from streammerge.io.stamp import FileStamp, check_unchanged
+from streammerge.records import dataclass
 from streammerge.tensors.fingerprint import fingerprint
 from streammerge.version import __version__
 

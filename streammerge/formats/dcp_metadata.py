@@ -9,7 +9,6 @@ Source: torch/distributed/checkpoint/metadata.py and filesystem.py of torch 2.0 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.formats.refusing import AGAIN, Refused, Source, need
@@ -17,6 +16,7 @@ from streammerge.formats.safetensors import MAX_NAME, MAX_RANK
 from streammerge.formats.torch_names import YOUNG_DTYPES, Foreign, Known, Names
 from streammerge.formats.torch_pickle import Machine, fill
 from streammerge.io.files import quoted
+from streammerge.records import dataclass
 
 MAX_NBYTES = 256 << 20
 """Most bytes of a ``.metadata``; a chunk takes about 200."""

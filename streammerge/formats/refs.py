@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.dtypes import BITS, itemsize
 from streammerge.formats.readers import READERS, SLOT_READERS
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     from streammerge.io.buffer_pool import Bytes

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from streammerge.io.files import Handle, read_exactly
+from streammerge.records import dataclass
 
 AGAIN = "download or copy it again"
 CONVERT = "convert it to safetensors, or save it again with a current torch"

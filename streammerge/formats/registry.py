@@ -11,7 +11,7 @@ import importlib
 import os
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeVar
@@ -19,6 +19,7 @@ from typing import TypeVar
 from streammerge.errors import InputError, StreammergeError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.io.stamp import FileStamp
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

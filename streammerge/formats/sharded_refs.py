@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.formats.refs import MadeRef, SourceRef, TensorRef
 from streammerge.formats.strided_refs import STRIDED_BLOCK, Box, StridedRef, boxes, row_major
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     from streammerge.io.buffer_pool import Bytes

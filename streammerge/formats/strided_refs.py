@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from streammerge.formats.refs import MadeRef, TensorRef
+from streammerge.records import dataclass
 
 STRIDED_BLOCK = 1 << 20
 """Bytes of a file that are read together in order to take some of the elements."""

@@ -13,7 +13,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.dtypes import BITS
@@ -30,6 +30,7 @@ from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import parse_object
+from streammerge.records import dataclass
 
 METADATA = ".metadata"
 MEGATRON = "metadata.json"

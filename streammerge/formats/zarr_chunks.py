@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import PAGE, slot_bytes
 from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
+from streammerge.records import dataclass
 from streammerge.timing import Stages
 
 MADE_BY = {"Fisher diagonals": "streammerge fisher import", "Gram matrices": "streammerge gram compute"}

@@ -10,7 +10,6 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.errors import ModelError
@@ -19,6 +18,7 @@ from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
+from streammerge.records import dataclass
 
 GROUP_FILE = "zarr.json"
 ATTRIBUTE = "streammerge_fisher"

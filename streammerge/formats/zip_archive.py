@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from streammerge.formats.refusing import AGAIN, CONVERT, Source, need
 from streammerge.formats.safetensors import MAX_NAME
 from streammerge.io.files import quoted
+from streammerge.records import dataclass
 
 MAX_NBYTES = 64 << 20
 """Most bytes of ``data.pkl``, and of the directory; 100 000 tensors take a quarter of this."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.io.direct import cached_share
 from streammerge.io.durable import PARTIAL
+from streammerge.records import dataclass
 
 Paths = Callable[[str], Iterable[Path]]
 """Function that returns the possible paths of an output's file, given its name."""

@@ -10,9 +10,9 @@ import errno
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from streammerge.errors import ModelError, StreammergeError, WorldError, printable
+from streammerge.records import dataclass
 
 AGAIN = "finished work is kept; run the same command again"
 CREDENTIALS = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from streammerge.errors import StreammergeError
 from streammerge.io.object_errors import explained, while_writing
 from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
+from streammerge.records import dataclass
 
 _T = TypeVar("_T")
 _EXISTS = {"AlreadyExistsError", "PreconditionError"}

@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.errors import ModelError, printable
@@ -21,6 +21,7 @@ from streammerge.io.object_file import ObjectFile, requests_nbytes
 from streammerge.io.object_small import list_objects
 from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
 from streammerge.io.volumes import serves
+from streammerge.records import dataclass
 
 _BLOCK = 512
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from dataclasses import dataclass
 
 from streammerge.errors import WorldError, printable
 from streammerge.io import volumes
 from streammerge.io.volumes import Status
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
 from streammerge.errors import InputError, printable
 from streammerge.launch import launchers
+from streammerge.records import dataclass
 
 PARENT = "STREAMMERGE_PARENT"
 """The environment variable with the number of the process with which a process ends."""

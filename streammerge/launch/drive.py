@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from streammerge.errors import InputError, Stopped, StreammergeError, WorldError
 from streammerge.events import Control, Event
 from streammerge.launch.base import Ended, Launcher
 from streammerge.output.status import status_of
+from streammerge.records import dataclass
 
 _POLL_SECONDS = 0.25
 _LOOK_EVERY = 4

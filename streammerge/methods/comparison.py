@@ -6,7 +6,7 @@ The engine runs `COMPARISON` and `REVIEW` like methods. No list of methods conta
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from streammerge.methods.drop import GENERAL
 from streammerge.methods.parameters import drop_parameters
 from streammerge.methods.registry import Method
 from streammerge.methods.tensor_context import TensorContext
+from streammerge.records import dataclass
 from streammerge.statistics.asking import Steps, ask, ask_all, follow
 from streammerge.statistics.kinds import (
     Directions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from streammerge.methods.drop import GENERAL, DropNames
 from streammerge.methods.parameters import CONTEXT, Parameter
 from streammerge.methods.sources import digest, imported_files, own_digest
 from streammerge.methods.tensor_context import TensorContext
+from streammerge.records import dataclass
 from streammerge.statistics.asking import Steps, follow
 from streammerge.statistics.base import Statistic
 

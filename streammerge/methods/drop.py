@@ -8,11 +8,12 @@ random (`exact`), or the smallest magnitudes (`magnitude`, the paper's ablation)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from streammerge.algebra.task_vectors import Cut, TaskVector
 from streammerge.numerics import philox as rng
+from streammerge.records import dataclass
 from streammerge.statistics.asking import Steps, ask_all
 from streammerge.statistics.kinds import AbsSum, LowWords, TopK
 

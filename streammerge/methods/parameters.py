@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import Enum
 from types import SimpleNamespace, UnionType
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from streammerge.methods.drop import DropNames
+from streammerge.records import dataclass
 
 T = TypeVar("T")
 CONTEXT = "context"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.records import dataclass
 
 TensorKind = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
 

@@ -14,11 +14,12 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+from streammerge.records import dataclass
 
 _PACKAGE = Path(__file__).parent.parent
 _SOURCES = (

@@ -6,13 +6,12 @@ numpy's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.numerics.casts import Bytes, from_bf16, rounded, rounded8, table, to_bf16
 from streammerge.numerics.compiled import is_compiled
+from streammerge.records import dataclass
 
 F8_GROUP = "encoding_f8"
 """The group of kernels that makes FP8 codes."""

@@ -11,8 +11,10 @@ import hashlib
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
+
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from streammerge.output.shards import ShardWriter
 from streammerge.planning.layout import header_of, place_in_file
 from streammerge.planning.low_rank.adapter import PREFIX, AdapterPlan, FactoredModule, SavedTensor
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Stored
 from streammerge.tensors.encoders.low_rank import NORM, RANK, RESIDUAL, LowRank
 from streammerge.tensors.read import read_elements

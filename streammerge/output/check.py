@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +28,7 @@ from streammerge.output.manifest import load_manifest
 from streammerge.output.place import STATE, VERIFYING, Place, place_of
 from streammerge.output.readback import Found, Part, read_back
 from streammerge.planning.layout import folder_of, is_shard
+from streammerge.records import dataclass
 
 Read = Callable[[Mapping[str, Sequence[Part]], Callable[[int], None]], Mapping[str, list[Found]]]
 _LOADABLE = (SUFFIX, *PICKLES, ".h5", ".msgpack", ".py", PARTIAL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.checkpoint.weight_names import LISTS, LOADED
@@ -19,6 +19,7 @@ from streammerge.output.journal import remove_state
 from streammerge.output.manifest import read_manifest
 from streammerge.output.place import Place
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from streammerge.errors import StreammergeError
 from streammerge.io.private import own_token
 from streammerge.output.place import WORKERS
 from streammerge.output.volume import Folder, Gone, Volume
+from streammerge.records import dataclass
 
 STALE_SECONDS = "STREAMMERGE_STALE_SECONDS"
 """The environment variable with the seconds after which a process without a sign of life counts as dead."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from streammerge.errors import ConfigError, printable
 from streammerge.io.reader import Reader
 from streammerge.numerics.philox import SCHEME, RandomKeys
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 from streammerge.tensors.fingerprint import companion_digest, fingerprint
 from streammerge.version import __version__
 

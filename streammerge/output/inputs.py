@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoint.companions import CompanionIndex
@@ -25,6 +24,7 @@ from streammerge.io.files import pread, reading
 from streammerge.io.stamp import FileStamp, check_unchanged
 from streammerge.output.journal import Known
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 from streammerge.tensors.fingerprint import files_digest
 
 CHUNKS = "chunks"

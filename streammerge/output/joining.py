@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.errors import OutputError, StreammergeError, printable
@@ -34,6 +33,7 @@ from streammerge.output.presence import taken_by
 from streammerge.output.shared_ledger import SharedLedger, run_of
 from streammerge.output.volume import Gone
 from streammerge.output.working_files import working_files
+from streammerge.records import dataclass
 
 _ATTEMPTS = 50
 """Times that a directory is emptied while others still put signs of life into it."""

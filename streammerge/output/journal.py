@@ -12,7 +12,7 @@ import os
 import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from streammerge.io.lock import try_lock
 from streammerge.io.private import finished_name, is_private
 from streammerge.output.place import WORKERS, Place, is_run
 from streammerge.output.volume import remove_small
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
 from streammerge.io.durable import fsync_directory, world_errors
 from streammerge.output.identity import Identity
@@ -22,6 +21,7 @@ from streammerge.output.place import Place
 from streammerge.output.shared_ledger import SharedLedger, run_of
 from streammerge.output.volume import Folder
 from streammerge.planning.layout import Layout
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

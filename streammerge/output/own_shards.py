@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.io.allocate import allocate
@@ -14,6 +13,7 @@ from streammerge.io.private import private
 from streammerge.output.place import Place
 from streammerge.output.shards import ShardWriter, begins_as, write_all
 from streammerge.planning.layout import Layout
+from streammerge.records import dataclass
 
 _MTIME_SECONDS = 2.0
 """Difference between two hosts' views of a file's date that is no change."""

@@ -14,13 +14,13 @@ into one folder do not wait for each other::
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.formats.safetensors import SUFFIX
 from streammerge.io import volumes
 from streammerge.io.durable import PARTIAL
 from streammerge.io.private import private
+from streammerge.records import dataclass
 
 STATE = ".streammerge"
 """Name of the directory of a journal. For a single file, the directory's name is the file's name with this suffix."""

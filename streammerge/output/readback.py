@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import reduce
 
 from streammerge.dtypes import BITS
@@ -19,6 +19,7 @@ from streammerge.io.reader import Reader
 from streammerge.numerics.crc32 import combine_all, crc32
 from streammerge.numerics.finite import Tally, tally
 from streammerge.planning.memory.budget import available_cpus
+from streammerge.records import dataclass
 
 _WINDOW = 8 << 20
 """Bytes read at once, the size of each thread's buffer."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from streammerge.output.joining import COMMIT, SHARD, runs_in
 from streammerge.output.manifest import read_manifest
 from streammerge.output.place import place_of
 from streammerge.output.working_files import working_files
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

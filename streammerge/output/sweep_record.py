@@ -16,13 +16,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import ModelError, OutputError, WorldError, printable
 from streammerge.io.durable import PARTIAL, fsync_directory, world_errors, write_file
 from streammerge.io.strict_json import parse_object
+from streammerge.records import dataclass
 from streammerge.version import __version__
 
 RECORD, TABLE, PAGE = "sweep.json", "sweep.csv", "sweep.html"

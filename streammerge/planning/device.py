@@ -7,12 +7,12 @@ copies overlap, so the slowest of them decides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from streammerge.io.disk import cached_share_of
 from streammerge.io.volumes import is_url
 from streammerge.machine import disk_rate, physical_cores
+from streammerge.records import dataclass
 from streammerge.units import format_seconds, plural
 
 START_SECONDS = 1.5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from streammerge.checkpoint.companions import CompanionIndex, open_fisher, open_grams
 from streammerge.checkpoint.components import shared_folders
@@ -19,6 +18,7 @@ from streammerge.methods.registry import Method
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.stages import StageResult
 from streammerge.planning.template import template_of
+from streammerge.records import dataclass
 from streammerge.tensors.fingerprint import check_belongs
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
 from streammerge.checkpoint.companions import CompanionRef
 from streammerge.dtypes import BITS, FLOATS8
 from streammerge.formats.refs import Ref, SourceRef
+from streammerge.records import dataclass
 from streammerge.statistics.base import MeasuredTensor
 from streammerge.tensors.encoders.base import Form, Span, Stored
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 
 from streammerge.checkpoint.weight_names import index_file, weight_file
 from streammerge.dtypes import RANK
 from streammerge.formats.safetensors import SUFFIX
 from streammerge.planning.job import Job
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Stored
 
 Key = tuple[int, int]

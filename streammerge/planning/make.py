@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.backends.base import Backend
@@ -38,6 +38,7 @@ from streammerge.planning.resolve.quantised import check_codes
 from streammerge.planning.resolve.vocabulary import Alignment, align
 from streammerge.planning.stages import with_shared
 from streammerge.planning.streamed import held_nbytes
+from streammerge.records import dataclass
 from streammerge.units import format_at_least, format_size
 
 _REFS_OF_CODES = 3

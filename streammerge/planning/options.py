@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from streammerge.errors import InputError
+from streammerge.records import dataclass
 
 LeftOut = Literal["tokenizer", "model card"]
 DEFAULT_SHARD_SIZE = 5_000_000_000

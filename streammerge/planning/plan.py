@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +35,7 @@ from streammerge.planning.overview import as_html, as_text, first_few
 from streammerge.planning.schedule import Interval, Step, Work, steps
 from streammerge.planning.streamed import order_in, reads_twice, rehearsed
 from streammerge.planning.template import template_of
+from streammerge.records import dataclass
 from streammerge.statistics.base import Source, Statistic
 from streammerge.units import format_size
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from streammerge.algebra.extent import Extent
@@ -26,6 +26,7 @@ from streammerge.numerics.ordered_sum import BLOCK
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import Budget
 from streammerge.planning.memory.buffers import alignment_bytes, bytes_per_element
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Form
 from streammerge.units import format_at_least, format_size
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.algebra.brackets import Edge, find_edges, same_cuts_aside
@@ -27,6 +26,7 @@ from streammerge.methods.tensor_context import TensorContext
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import MIB, Budget
 from streammerge.planning.schedule import Work
+from streammerge.records import dataclass
 from streammerge.statistics.base import Statistic
 from streammerge.statistics.ranks import Rank, Threshold
 from streammerge.statistics.ties import TieIndex

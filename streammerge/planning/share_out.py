@@ -6,11 +6,11 @@ Pure: numbers in, values out. A shard is the unit of work; its work is the bytes
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from typing import Literal
 
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 
 Bound = Literal["workers", "store", "shards"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from streammerge.algebra.extent import Extent
@@ -25,6 +25,7 @@ from streammerge.planning.job import Job
 from streammerge.planning.needed_kernels import needed_kernels
 from streammerge.planning.needs import needs_data
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 from streammerge.units import format_size
 
 _BLOCK = 1 << 18

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import refuse, shown, suggestion
 from streammerge.errors import InputError
 from streammerge.methods.registry import Method
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.resolve.parameters import PRESET
+from streammerge.records import dataclass
 from streammerge.units import format_size, plural
 
 _MADE_NBYTES = 1 << 14

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from streammerge.checkpoint.tensor_kinds import TensorKind
 from streammerge.errors import printable
 from streammerge.methods.comparison import SHARES, TensorDifference
+from streammerge.records import dataclass
 from streammerge.statistics.kinds import SignCounts
 from streammerge.units import plural
 

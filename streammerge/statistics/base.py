@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from streammerge.algebra.block import BlockMath, Call
 from streammerge.algebra.extent import Extent
 from streammerge.numerics.philox import RandomKeys
+from streammerge.records import dataclass
 
 A = TypeVar("A")
 _A = TypeVar("_A", covariant=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from streammerge.algebra.block import BlockMath, Call
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.regression import regression_operators
 from streammerge.numerics.ordered_sum import OrderedSum, Part, in_order, part_of
+from streammerge.records import dataclass
 from streammerge.statistics.base import (
     Cost,
     Known,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.scores import Score
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.records import dataclass
 from streammerge.statistics.base import A, Lock, Measurement, NotFiniteError, Reducer, Statistic, integers
 
 _INFINITE = 0x7F800000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from streammerge.algebra.block import BlockMath, Call, Counts
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules import TaskVectorMerge
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.records import dataclass
 from streammerge.statistics.base import Cost, Measurement, NotFiniteError, Reducer, Statistic, integers
 from streammerge.statistics.counts import CountsReducer
 from streammerge.statistics.sums import SquareSums, SumsOfSquares

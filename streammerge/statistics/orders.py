@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.algebra.block import Bins, BlockMath, Call, Counts
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.scores import Score
+from streammerge.records import dataclass
 from streammerge.statistics.base import Cost, Lock, Measurement, Reducer, Statistic, integers
 from streammerge.statistics.ranks import INFINITE, TopKReducer, Window
 

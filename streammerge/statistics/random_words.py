@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from streammerge.algebra.task_vectors import TaskVector
 from streammerge.numerics.compiled import is_compiled
 from streammerge.numerics.philox import Key
 from streammerge.numerics.philox import words as random_words
+from streammerge.records import dataclass
 from streammerge.statistics.base import Known, Measurement, Source, Statistic, integers
 
 _WORDS_AT_ONCE = 1 << 20

@@ -6,7 +6,6 @@ All arithmetic is on integers. The initial window affects the number of passes, 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.algebra.scores import Ranked, Score
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.numerics.ordered_sum import BLOCK
+from streammerge.records import dataclass
 from streammerge.statistics.base import (
     MOST_BINS,
     Cost,

@@ -7,7 +7,7 @@ cut nor on the order in which they arrive.
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from streammerge.algebra.gram_matrix import full_matrices
 from streammerge.algebra.scores import Selection
 from streammerge.algebra.task_vectors import TaskVector
 from streammerge.numerics.ordered_sum import BLOCK, OrderedSum, Part, part_of
+from streammerge.records import dataclass
 from streammerge.statistics.base import (
     A,
     Cost,

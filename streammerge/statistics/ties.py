@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from streammerge.algebra.block import BlockMath, Call
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.scores import Ranked
 from streammerge.numerics.ordered_sum import BLOCK
+from streammerge.records import dataclass
 from streammerge.statistics.base import Known, Measurement, Range, Reducer, Statistic, integers
 from streammerge.statistics.ranks import Threshold
 

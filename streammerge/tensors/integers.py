@@ -6,8 +6,6 @@ zero points of the groups of its rows and columns, are read and held.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
@@ -31,6 +29,7 @@ from streammerge.numerics.packing import (
     turned,
     unpacked,
 )
+from streammerge.records import dataclass
 from streammerge.tensors.adapted import segments
 
 Indices = NDArray[np.int64]

@@ -8,7 +8,6 @@ matrix that is stored transposed, whole lines are read and a part of each is tra
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from streammerge.io.reader import Reader
 from streammerge.io.scratch import Scratch
 from streammerge.numerics.casts import BYTE, F32
 from streammerge.numerics.elements import decode, first_bad_scale, scale_values, turn
+from streammerge.records import dataclass
 
 _FLOAT = 4
 _TURNED = 224

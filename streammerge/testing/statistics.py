@@ -6,7 +6,6 @@ import json
 import pickle
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +17,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.registry import BACKENDS
 from streammerge.numerics.philox import RandomKeys
+from streammerge.records import dataclass
 from streammerge.statistics.base import (
     KINDS,
     MeasuredTensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +18,7 @@ from streammerge.errors import BudgetError, Stopped
 from streammerge.methods.registry import Method
 from streammerge.planning.memory import budget as budgets
 from streammerge.planning.plan import MergePlan
+from streammerge.records import dataclass
 from streammerge.testing.models import output_bytes, read_tensors
 
 PLENTY = 1 << 30

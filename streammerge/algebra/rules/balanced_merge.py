@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.algebra.competition import Range, clamped, score
 from streammerge.algebra.rules.base import Inputs, Rule
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

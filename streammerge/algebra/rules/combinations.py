@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules.base import Inputs, Rule, zeros
 from streammerge.algebra.task_vectors import TaskVector, terms_of
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

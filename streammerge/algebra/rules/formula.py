@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from streammerge.algebra.rules.base import Inputs, Rule
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules.base import Inputs, Rule
 from streammerge.algebra.task_vectors import TaskVector, Where
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

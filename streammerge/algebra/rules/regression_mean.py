@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules.base import Inputs, Rule
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules.base import Inputs, Rule, vectors_of
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules.base import Inputs, Rule, zeros
 from streammerge.algebra.scores import Selection
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.algebra.rules.base import Inputs, Rule, zeros
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streammerge.algebra.rules.base import Inputs, Rule, ranked, zeros
 from streammerge.algebra.task_vectors import TaskVector
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import torch

@@ -8,13 +8,13 @@ the host, for tests. Addresses are plain integers, so no launcher needs torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.algebra.block import Block, Operand
+from streammerge.records import dataclass
 
 _WIDTHS: dict[str, type[np.signedinteger[Any]]] = {"i32": np.int32, "i64": np.int64}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoint.adapters.experts import MOST_RANK, Experts, pair
@@ -18,6 +18,7 @@ from streammerge.checkpoint.refs.adapted import AdaptedRef, Factor
 from streammerge.dtypes import FLOATS
 from streammerge.formats.refs import SourceRef, TensorRef, row_elements
 from streammerge.io.files import bad, quoted
+from streammerge.records import dataclass
 
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Modules that GPT-2 and similar models store as (in, out), but other models as (out, in)."""

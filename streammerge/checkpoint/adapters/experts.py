@@ -8,7 +8,6 @@ PEFT stacks the factors of all experts: A is [rank · experts, in], with the ran
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
@@ -19,6 +18,7 @@ from streammerge.checkpoint.refs.adapted import AdaptedRef, Factor
 from streammerge.dtypes import FLOATS
 from streammerge.formats.refs import SourceRef, TensorRef
 from streammerge.io.files import bad, quoted
+from streammerge.records import dataclass
 
 _ONE_BY_ONE = {
     "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3"), ("fc1", "fc3")),

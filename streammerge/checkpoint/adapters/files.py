@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.checkpoint.adapters.settings import ADAPTER_CONFIG, AdapterSettings, read_settings
@@ -22,6 +21,7 @@ from streammerge.formats.torch_file import read_pickle
 from streammerge.io import volumes
 from streammerge.io.files import bad, quoted
 from streammerge.io.stamp import FileStamp
+from streammerge.records import dataclass
 
 __all__ = ["ADAPTER_CONFIG", "Adapter", "Parts", "read_adapter", "split_reference"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import parse_object
+from streammerge.records import dataclass
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 FUSE = "fuse it in diffusers (`load_lora_weights`, `fuse_lora`, `save_pretrained`) and merge the pipeline that results"

@@ -6,13 +6,13 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
+from streammerge.records import dataclass
 
 ADAPTER_CONFIG = "adapter_config.json"
 LORA, TOKENS = "LORA", "TRAINABLE_TOKENS"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from streammerge.checkpoint.adapters.experts import pair
 from streammerge.checkpoint.adapters.files import Parts
@@ -19,6 +18,7 @@ from streammerge.checkpoint.refs.blocks import Block, BlocksRef
 from streammerge.dtypes import FLOATS
 from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
+from streammerge.records import dataclass
 
 _EXPERT = re.compile(r"(?P<stem>.+\.experts)\.(?P<expert>\d{1,6})\.(?P<word>\w+)", re.DOTALL)
 _PLACES = {

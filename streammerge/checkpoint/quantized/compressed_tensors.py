@@ -6,7 +6,7 @@ Layouts are those of the library's own compressors (compressed-tensors 0.20). A 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoint.quantized.declarations import Declaration
@@ -23,6 +23,7 @@ from streammerge.errors import ModelError
 from streammerge.formats.parts import contiguous
 from streammerge.formats.refs import SourceRef, TensorRef
 from streammerge.io.files import bad, quoted
+from streammerge.records import dataclass
 
 _SCALES = ("F32", "BF16", "F16")
 _PLAIN = ".weight"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.checkpoint.names import LANGUAGE_PARTS
+from streammerge.records import dataclass
 
 DECLARATIONS = ("quantization_config", "compression_config")
 """Entries of config.json that declare how weights are quantised."""

@@ -10,11 +10,12 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cache
 
 from streammerge.checkpoint.quantized.declarations import Declaration
 from streammerge.formats.refs import MadeRef, SourceRef
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.dtypes import itemsize
 from streammerge.formats.refs import READ_BLOCK, ElementwiseRef, SourceRef, TensorRef, row_elements
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

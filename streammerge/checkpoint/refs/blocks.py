@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from streammerge.dtypes import itemsize
 from streammerge.formats.refs import READ_BLOCK, MadeRef, SourceRef, TensorRef
+from streammerge.records import dataclass
 
 Rectangle = tuple[int, int, int, int]
 """A block's first row, end row, first column and end column; the ends are exclusive."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from streammerge.checkpoint.refs.decoded import DecodedRef
 from streammerge.formats.refs import SourceRef, TensorRef
+from streammerge.records import dataclass
 
 AT_ONCE = 1 << 17
 """Number of elements that are decoded together; even."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from streammerge.checkpoint.refs.adapted import AdaptedRef
 from streammerge.dtypes import itemsize
 from streammerge.formats.refs import READ_BLOCK, ElementwiseRef, SourceRef, TensorRef
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True, eq=False, slots=True)

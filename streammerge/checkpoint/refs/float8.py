@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from streammerge.checkpoint.quantization import Quantization
 from streammerge.dtypes import FLOATS8
 from streammerge.formats.refs import ElementwiseRef, SourceRef
+from streammerge.records import dataclass
 
 WIDENED = "BF16"
 """The dtype that represents every FP8 number exactly."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Literal
 
 from streammerge.config.moe import ExpertSpec
 from streammerge.dtypes import itemsize
 from streammerge.formats.refs import AlignedRef, MadeRef, SourceRef
 from streammerge.numerics.philox import Key
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

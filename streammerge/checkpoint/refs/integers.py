@@ -7,11 +7,11 @@ column of an element determine its group.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from streammerge.checkpoint.refs.decoded import DecodedRef
 from streammerge.dtypes import itemsize
 from streammerge.formats.refs import SourceRef, TensorRef
+from streammerge.records import dataclass
 
 AT_ONCE = 1 << 16
 """Number of elements that are decoded together."""

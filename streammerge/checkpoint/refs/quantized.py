@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from streammerge.checkpoint.refs.decoded import DecodedRef
 from streammerge.dtypes import itemsize
 from streammerge.formats.refs import SourceRef, TensorRef
+from streammerge.records import dataclass
 
 Three = tuple[int, int, int]
 """One number per axis of a stored tensor viewed as [matrices, rows, columns]."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.formats.refs import READ_BLOCK, ElementwiseRef, MadeRef, SourceRef, TensorRef, row_elements
+from streammerge.records import dataclass
 
 if TYPE_CHECKING:
     import numpy as np

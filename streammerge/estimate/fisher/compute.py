@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from streammerge.formats.zarr_store import ATTRIBUTE
 from streammerge.formats.zarr_writer import StoreWriter, chunk_runs
 from streammerge.io.durable import make_directory
 from streammerge.numerics.casts import to_store
+from streammerge.records import dataclass
 from streammerge.tensors.fingerprint import files_digest
 from streammerge.units import format_size
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from streammerge.estimate.network.resident import Resident
 from streammerge.estimate.network.run import Network
 from streammerge.estimate.network.skeleton import CAUSAL, Skeleton
 from streammerge.io.durable import fsync_directory, make_directory, world_errors, write_file
+from streammerge.records import dataclass
 
 BEFORE, AFTER = "the part before the layers", "the part after the layers"
 _SAME_LENGTH_CHECKS = 8

@@ -8,7 +8,7 @@ formed block by block. An embedding has gradients for the rows that were looked 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from streammerge.estimate.fisher.squares import RowSquares, Squares
 from streammerge.estimate.network.live import distinct
 from streammerge.estimate.network.loader import Loader
 from streammerge.estimate.network.resident import Resident
+from streammerge.records import dataclass
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +14,7 @@ from streammerge.config.moe import ExpertSpec
 from streammerge.errors import ConfigError, ModelError, printable
 from streammerge.estimate.network.examples import Example
 from streammerge.estimate.network.tokenizing import load_tokenizer
+from streammerge.records import dataclass
 from streammerge.units import plural
 
 

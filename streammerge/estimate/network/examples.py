@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from streammerge.errors import ModelError, printable
 from streammerge.io.files import open_regular, place
 from streammerge.io.strict_json import parse_object
+from streammerge.records import dataclass
 from streammerge.units import plural
 
 _LONGEST_LINE = 1 << 26

@@ -8,7 +8,6 @@ captured, and the part after the layers continues from hidden states that are su
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from streammerge.errors import ModelError, printable
 from streammerge.estimate.network.examples import Example
 from streammerge.estimate.network.live import Live, Weights
 from streammerge.estimate.network.skeleton import Skeleton
+from streammerge.records import dataclass
 
 _HIDDEN = "hidden_states"
 

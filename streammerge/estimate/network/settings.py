@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.estimate.network.examples import Example, read_examples, too_few
 from streammerge.estimate.network.skeleton import Skeleton
 from streammerge.estimate.network.tokenizing import reading_for
 from streammerge.events import Control
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)

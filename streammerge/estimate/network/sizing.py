@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from streammerge.errors import BudgetError
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, enough_budget, make_budget
+from streammerge.records import dataclass
 from streammerge.units import format_at_least, format_size
 
 RESERVE = 480 * MIB

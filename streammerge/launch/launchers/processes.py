@@ -11,12 +11,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from streammerge.launch.base import MOST_RESTARTS, PARENT, Ended, Needs, launcher
 from streammerge.machine import available_memory, gpus
+from streammerge.records import dataclass
 
 _PATIENCE = 30.0
 """Seconds between the wish that a process stops and its end by force."""

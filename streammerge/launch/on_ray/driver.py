@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from streammerge.launch.on_ray.room import Room, room_for
 from streammerge.output.heartbeat import signs_of, stale_seconds
 from streammerge.output.place import place_of
 from streammerge.output.working_files import working_files
+from streammerge.records import dataclass
 
 _POLL_SECONDS = 0.25
 _LOOK_SECONDS = 5.0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from streammerge.errors import InputError
 from streammerge.launch.base import Needs
+from streammerge.records import dataclass
 from streammerge.units import format_size, plural
 
 Node = Mapping[str, float]

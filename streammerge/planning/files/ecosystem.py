@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoint.index import Component, TensorIndex
 from streammerge.io import volumes
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

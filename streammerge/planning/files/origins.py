@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.checkpoint.adapters.files import split_reference
@@ -18,6 +17,7 @@ from streammerge.checkpoint.locating import locate
 from streammerge.checkpoint.sidecars import read_small
 from streammerge.errors import StreammergeError, printable
 from streammerge.io import volumes
+from streammerge.records import dataclass
 
 _README = "README.md"
 _MOST_README = 1 << 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from streammerge.checkpoint.index import TensorIndex
@@ -15,6 +15,7 @@ from streammerge.errors import printable
 from streammerge.io import volumes
 from streammerge.io.stamp import FileStamp
 from streammerge.planning.files.tokenizer import TokenizerFiles
+from streammerge.records import dataclass
 
 _SHOWN = 12
 """The most names that a warning lists; the rest are counted."""

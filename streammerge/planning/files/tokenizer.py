@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from streammerge.io import volumes
 from streammerge.io.strict_json import read_object
 from streammerge.planning.resolve.row_maps import Ids
 from streammerge.planning.resolve.vocabulary import Alignment, NewToken
+from streammerge.records import dataclass
 
 GENERATION = "generation_config.json"
 _PROCESSOR = "chat_template.json"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.checkpoint.module_names import architecture_of
 from streammerge.config.lora import LoraOutput
 from streammerge.formats.refs import SourceRef
 from streammerge.planning.low_rank.sorting import Kind, is_expert, named
+from streammerge.records import dataclass
 
 PREFIX = "base_model.model."
 """Beginning of all names in an adapter's file."""

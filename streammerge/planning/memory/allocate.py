@@ -13,7 +13,6 @@ Pure: numbers in, values out. Every part is bounded before the first byte is wri
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.algebra.extent import Extent
@@ -21,6 +20,7 @@ from streammerge.errors import BudgetError
 from streammerge.planning.job import Job
 from streammerge.planning.memory.budget import MIB, SMALLEST_CAPACITY, Budget
 from streammerge.planning.schedule import ALIGN, TooLarge, Work
+from streammerge.records import dataclass
 from streammerge.statistics.base import FEWEST_BINS, MOST_BINS, Statistic
 from streammerge.units import format_at_least, format_size, plural
 

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from streammerge.errors import BudgetError
 from streammerge.machine import available_memory
+from streammerge.records import dataclass
 from streammerge.units import format_at_least, format_size
 
 MIB = 1 << 20

@@ -11,11 +11,10 @@ Tensors too small for direct I/O follow each other, aligned to cache lines.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from streammerge.dtypes import BITS, itemsize
 from streammerge.io.pages import DIRECT_BYTES, LINE, PAGE, slot_bytes
 from streammerge.planning.job import Job
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Form
 
 

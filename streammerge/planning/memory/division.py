@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from streammerge.algebra.extent import Extent
 from streammerge.algebra.rules.matrix_merge import widening_bytes
@@ -18,6 +18,7 @@ from streammerge.planning.needs import tensor_context_of
 from streammerge.planning.on_device import goes_to_device, is_fused
 from streammerge.planning.schedule import PASSES_AHEAD, TooLarge, Work, plan_work
 from streammerge.planning.settling import can_settle
+from streammerge.records import dataclass
 
 _MOST_MEMORY = 1 << 46
 """Bytes; more memory than any machine has."""

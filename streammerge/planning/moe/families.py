@@ -7,8 +7,10 @@ different one: Mixtral's `rope_theta` is 1e6, Llama's 1e4. So the defaults are w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
+
+from streammerge.records import dataclass
 
 _COMMON = {
     "hidden_act": "silu",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
@@ -29,6 +29,7 @@ from streammerge.planning.moe.families import FAMILIES, Family
 from streammerge.planning.moe.targets import PARTS, Sizes, Target, choose_target
 from streammerge.planning.resolve.assemble import Indexes
 from streammerge.planning.resolve.jobs import Lender, Resolved
+from streammerge.records import dataclass
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
 _OUTER = frozenset({"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"})

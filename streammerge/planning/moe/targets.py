@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from streammerge.config.moe import MoeSpec
 from streammerge.config.wording import child, refuse, shown
+from streammerge.records import dataclass
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
 """The weights of an expert: [intermediate, hidden] twice, and [hidden, intermediate]."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
@@ -13,6 +12,7 @@ from streammerge.planning.job import Job
 from streammerge.planning.low_rank.adapter import AdapterPlan
 from streammerge.planning.resolve.assemble import Indexes
 from streammerge.planning.resolve.jobs import Lender, Resolved
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

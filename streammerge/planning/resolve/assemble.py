@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
@@ -20,6 +20,7 @@ from streammerge.config.schema import MergeConfig, ModelSpec, Module, Slice
 from streammerge.config.settings import Setting
 from streammerge.errors import ConfigError, printable
 from streammerge.planning.resolve.modules import split_modules
+from streammerge.records import dataclass
 
 Indexes = Mapping[str, TensorIndex]
 """Every model by its reference."""

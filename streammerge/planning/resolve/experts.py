@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.refs.blocks import Block, BlocksRef
 from streammerge.dtypes import FLOATS, itemsize
 from streammerge.formats.refs import SourceRef, TensorRef
+from streammerge.records import dataclass
 
 _WORDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("fc1", "fc3", "fc2"))
 """Known names of an expert's projections, in the order gate, up, down."""

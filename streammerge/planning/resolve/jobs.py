@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NamedTuple
 
 from streammerge.checkpoint.companions import CompanionIndex, CompanionRef
@@ -29,6 +29,7 @@ from streammerge.planning.resolve.quantised import codes_of, is_of_codes
 from streammerge.planning.resolve.uniform import check_uniform
 from streammerge.planning.resolve.unmatched import unmatched
 from streammerge.planning.resolve.vocabulary import Alignment
+from streammerge.records import dataclass
 
 
 class Lender(NamedTuple):

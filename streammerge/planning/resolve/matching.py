@@ -6,7 +6,7 @@ This precedes the rest of the planning, which sees all models with the template 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import printable
@@ -14,6 +14,7 @@ from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.experts import Layout, has_experts, laid_out, layout_of
 from streammerge.planning.resolve.prefixes import Rule, find_rules, layers_behind
 from streammerge.planning.resolve.spellings import spelt_alike
+from streammerge.records import dataclass
 
 
 @dataclass(frozen=True)

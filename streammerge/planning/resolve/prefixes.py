@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from streammerge.checkpoint.names import in_component
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
+from streammerge.records import dataclass
 
 _MOST_RULES = 12
 """Most candidates that are counted in full."""

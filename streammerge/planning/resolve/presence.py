@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.names import count_real, depth_of
@@ -18,6 +18,7 @@ from streammerge.errors import ModelError, printable
 from streammerge.methods.registry import Method
 from streammerge.planning.resolve.assemble import OutputTensor, Stack
 from streammerge.planning.resolve.find import Finder
+from streammerge.records import dataclass
 
 NOT_IN_ALL = "not in every model"
 NOT_IN_BASE = "not in the base"

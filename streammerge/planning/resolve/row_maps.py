@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from streammerge.checkpoint.refs.rows import RowMap
 from streammerge.checkpoint.tokenizer import Tokenizer
+from streammerge.records import dataclass
 
 Ids = NDArray[np.int32]
 OWN = 0

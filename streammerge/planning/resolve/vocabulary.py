@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from streammerge.planning.resolve.row_maps import (
     map_of,
     own_rows,
 )
+from streammerge.records import dataclass
 
 _KEPT_TOKENIZERS = 3
 """Number of vocabularies held at a time in addition to the output's; one of 128,000 tokens takes about 30 MB."""

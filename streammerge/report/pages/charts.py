@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NewType
 
 from streammerge.errors import printable
+from streammerge.records import dataclass
 
 Svg = NewType("Svg", str)
 """Markup of a drawing whose texts are escaped."""

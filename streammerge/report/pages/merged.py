@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, get_args
 
+from streammerge.records import dataclass
 from streammerge.report.comparison import ComparedTensor, Comparison, Sums, short_names
 from streammerge.report.pages.charts import Axis, Svg, across, distinct, lines, whole_numbers
 from streammerge.report.pages.comparison import MOST_STACKS, PERCENT, drawn, number, percent, sections_of

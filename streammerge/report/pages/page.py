@@ -9,11 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
 from streammerge.errors import printable
+from streammerge.records import dataclass
 from streammerge.report.pages.charts import Svg
 from streammerge.version import __version__
 

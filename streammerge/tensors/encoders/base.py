@@ -18,7 +18,6 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -29,6 +28,7 @@ from streammerge.checkpoint.quantized.declarations import Declaration
 from streammerge.dtypes import BITS
 from streammerge.formats.refs import SourceRef
 from streammerge.io.buffer_pool import Bytes
+from streammerge.records import dataclass
 
 Span = tuple[int, int]
 """First byte and end, counted from the first byte of a stored tensor."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from streammerge.numerics.encoding import (
     store_scales,
     to_f4,
 )
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Encoder, Named, Stored, encodes
 
 _EXPONENT = 2

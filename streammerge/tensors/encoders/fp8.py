@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from streammerge.checkpoint.quantized.declarations import Declaration
 from streammerge.checkpoint.refs.quantized import QuantizedRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.numerics.encoding import F8_GROUP, Values, scales_of_f8, scales_of_mx, to_f8
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Named, NotWrittenError, Stored, encodes
 from streammerge.tensors.encoders.grid import Gridded
 

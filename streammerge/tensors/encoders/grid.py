@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from streammerge.dtypes import itemsize
 from streammerge.io.buffer_pool import Bytes
 from streammerge.numerics.encoding import Values, block_peaks, store_scales
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Encoder, Stored
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from streammerge.numerics.encoding import (
     scales_of_integers,
     to_integers,
 )
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Named, NotWrittenError, Stored, encodes
 from streammerge.tensors.encoders.grid import Gridded
 

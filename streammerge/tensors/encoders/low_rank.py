@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from streammerge.records import dataclass
 from streammerge.tensors.encoders.base import Form, Stored
 
 RANK, NORM, RESIDUAL = 0, 1, 2
