@@ -16,30 +16,27 @@ from streammerge.algebra.rules import Rule
 from streammerge.backends.gpu.lane import Lane
 from streammerge.dtypes import itemsize
 from streammerge.engine.answers import Shared, reducer_of, resolve, slice_of
+from streammerge.engine.bringing import Carrier, Halted, host_bytes, room_for_codes
 from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.engine.worker import Worker
 from streammerge.errors import ModelError, WorldError, printable
-from streammerge.formats.refs import Ref
 from streammerge.io.buffer_pool import Bytes
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.journal import Receipt
 from streammerge.planning.job import Job
-from streammerge.planning.schedule import ALIGN, Piece
+from streammerge.planning.schedule import Piece
 from streammerge.records import dataclass
 from streammerge.statistics.base import NotFiniteError, Range, Reducer, Statistic
 from streammerge.statistics.passes import collect
-from streammerge.tensors.read import read_source
 
 _GRAIN = 256
 """Bytes; operands begin at multiples of it."""
 
 
-class Halted(Exception):
-    """The worker was stopped while a tensor was brought."""
-
-
 def merge_on_device(worker: Worker, job: Job, piece: Piece) -> list[Receipt]:
     """Merge a piece on the worker's GPU, for every output that lacks it; the bytes are those of the CPUs.
+
+    The caller holds `host_bytes` of the job.
 
     Raises
     ------
@@ -67,9 +64,13 @@ def answer_on_device(worker: Worker, job: Job, outputs: Sequence[tuple[Worker, J
     NotFiniteError
         If a value is not finite.
     """
-    with suppress(Halted), Held(worker, job, Piece(job.ordinal, 0, job.n_elements)) as held:
-        for output, own in outputs:
-            held.resolve(output, own, until_model=True)
+    piece = Piece(job.ordinal, 0, job.n_elements)
+    with worker.lease(host_bytes(job)) as room, suppress(Halted):
+        if room is None:
+            return
+        with Held(worker, job, piece) as held:
+            for output, own in outputs:
+                held.resolve(output, own, until_model=True)
 
 
 def add_on_device(worker: Worker, job: Job, piece: Piece, some: Sequence[Reducer[Any]]) -> None:
@@ -81,8 +82,11 @@ def add_on_device(worker: Worker, job: Job, piece: Piece, some: Sequence[Reducer
         If a value is not finite.
     """
     n = piece.stop - piece.start
-    with suppress(Halted), Held(worker, job, piece) as held:
-        held.add(some, 0, n, n)
+    with worker.lease(host_bytes(job)) as room, suppress(Halted):
+        if room is None:
+            return
+        with Held(worker, job, piece) as held:
+            held.add(some, 0, n, n)
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ class _Placed(NamedTuple):
     block: Block
     address: int
     """The place from which the offsets of its operands are counted."""
-    event: Any
-    """The end of its copy."""
+    carrier: Carrier
+    """What brought it, and decodes its codes before they are computed with."""
 
 
 def _laid_out(job: Job, n: int) -> _Layout:
@@ -147,15 +151,17 @@ class Held:
 
     def _fitting(self) -> int:
         """Return the number of elements to bring at a time: all of them, or whole rows that fit."""
-        limit = self._lane.arena.limit
-        if _laid_out(self._job, self._n).nbytes <= limit:
+        limit, first, last = self._lane.arena.limit, self._piece.start, self._piece.stop
+        codes = room_for_codes(self._lane, self._job, first, last)
+        if _laid_out(self._job, self._n).nbytes + codes <= limit:
             return self._n
         dtypes = [ref.dtype for ref in (*self._job.inputs, *self._job.fishers)]
-        room = limit // 4 - _GRAIN * (len(dtypes) + 1)  # so that parts of several tensors overlap
-        part = max(0, room) // sum(map(itemsize, [*dtypes, self._job.dtype])) // self._row * self._row
-        if not part:
-            raise self._too_little()
-        return part
+        nbytes = sum(map(itemsize, [*dtypes, self._job.dtype]))
+        for share in (4, 2, 1):  # so that parts of several tensors overlap, if there is room for that
+            room = limit // share - _GRAIN * (len(dtypes) + 1) - codes
+            if part := max(0, room) // nbytes // self._row * self._row:
+                return part
+        raise self._too_little()
 
     def _too_little(self) -> WorldError:
         return WorldError(
@@ -183,35 +189,21 @@ class Held:
     @contextmanager
     def _brought(self, first: int, last: int) -> Iterator[_Placed]:
         """Copy elements of all operands to the device."""
-        job, layout, event = self._job, _laid_out(self._job, last - first), None
-        with self._lane.arena.lease(layout.nbytes, self._worker.stop) as address:
+        job, layout, lane = self._job, _laid_out(self._job, last - first), self._lane
+        begin, end = self._piece.start + first, self._piece.start + last
+        codes = room_for_codes(lane, job, begin, end)
+        with lane.arena.lease(layout.nbytes + codes, self._worker.stop) as address:
             if address is None:
                 raise Halted
             try:
+                carrier = Carrier(self._worker, address + layout.nbytes, codes)
                 for ref, operand in zip((*job.inputs, *job.fishers), layout.operands, strict=True):
-                    event = self._bring(ref, operand, first, last, address)
-                yield _Placed(self._block(layout, first, last - first), address, event)
+                    carrier.bring(ref, begin, end, address + operand.offset)
+                yield _Placed(self._block(layout, first, last - first), address, carrier)
+                carrier.finish()
             except BaseException:
-                self._lane.settle()  # since the next tensor overwrites it
+                lane.settle()  # since the next tensor overwrites it
                 raise
-
-    def _bring(self, ref: Ref, operand: Operand, first: int, last: int, address: int) -> Any:
-        worker, size = self._worker, itemsize(operand.dtype)
-        most = self._lane.read_bytes // size
-        step = most // ALIGN * ALIGN or most
-        event = None
-        for start in range(first, last, step):
-            stop = min(last, start + step)
-
-            def read(slot: Bytes, start: int = start, stop: int = stop) -> Bytes:
-                a, b = self._piece.start + start, self._piece.start + stop
-                begins = read_source(worker.reader, ref, a, b, slot, _NOTHING, worker.stages)
-                return slot[begins : begins + (stop - start) * size]
-
-            event = self._lane.bring(read, address + operand.offset + (start - first) * size, worker.stop)
-            if event is None:
-                raise Halted
-        return event
 
     def _block(self, layout: _Layout, first: int, n: int) -> Block:
         job, extent = self._job, self._worker.plan.work[self._job.ordinal].extent
@@ -235,7 +227,8 @@ class Held:
         """Lend the arithmetic of a block when it is this thread's turn."""
         with ExitStack() as turn:
             with self._worker.stages.time("wait for the GPU"):
-                turn.enter_context(self._lane.computing(placed.event))
+                turn.enter_context(self._lane.computing(placed.carrier.event))
+            placed.carrier.decode()
             yield self._lane.math(placed.block, placed.address)
 
     def _fewer(self, n: int) -> None:

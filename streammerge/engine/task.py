@@ -14,6 +14,7 @@ from streammerge.algebra.rules import Rule
 from streammerge.dtypes import BITS, itemsize
 from streammerge.engine.answers import Shared, resolve_in_memory, slice_of
 from streammerge.engine.at_once import apply_together, together
+from streammerge.engine.bringing import host_bytes
 from streammerge.engine.factors import factors_of
 from streammerge.engine.loading import load
 from streammerge.engine.nonfinite import bad_fisher, trace
@@ -59,9 +60,7 @@ def run_chunk(
         If a value is not finite; WorldError if reading or writing fails.
     """
     work = worker.plan.work
-    nbytes = max(
-        0 if work[p.job].on_device else work[p.job].lease_bytes(p.stop - p.start) for p in chunk.pieces
-    )
+    nbytes = max(_lease_bytes(worker, piece) for piece in chunk.pieces)
     receipts: list[Receipt] = []
     with ExitStack() as held:
         with turn or nullcontext():
@@ -80,6 +79,14 @@ def run_chunk(
                 for output in worker.outputs:  # freed early: thousands of tensors may share a chunk
                     output.answers.pop(job.ordinal, None)
     return receipts
+
+
+def _lease_bytes(worker: Worker, piece: Piece) -> int:
+    """Return the bytes of this process's memory that a piece takes."""
+    work = worker.plan.work[piece.job]
+    if work.on_device:
+        return host_bytes(worker.plan.jobs[piece.job])
+    return work.lease_bytes(piece.stop - piece.start)
 
 
 def _way_of(job: Job) -> Callable[[Worker, Job, Piece, Bytes], list[Receipt]]:

@@ -1,4 +1,4 @@
-"""Which tensors are merged in the memory of a GPU: those that it reads as they are, and computes all of."""
+"""Which tensors are merged in the memory of a GPU: those that it reads as they are stored, and computes all of."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from streammerge.methods.registry import Method
 from streammerge.planning.backend import fused_by
 from streammerge.planning.job import Job
 from streammerge.planning.needs import likeness, tensor_context_of
+from streammerge.tensors.coded.kinds import is_coded
 
 DEVICE_BYTES = 1 << 20
 """Least bytes of the inputs of a tensor; the CPU has merged smaller ones before a GPU has begun."""
@@ -18,7 +19,7 @@ LONGEST_ROW = 1 << 16
 
 
 def goes_to_device(job: Job, extent: Extent) -> bool:
-    """Return whether the inputs of a job are read by ranges, without work on the way, and its output is written so.
+    """Return whether the inputs of a job are read by ranges, elements or codes, and its output is written by ranges.
 
     `extent` is that of its arithmetic.
     """
@@ -33,7 +34,7 @@ def goes_to_device(job: Job, extent: Extent) -> bool:
         and not job.waits
         and not job.shared
         and job.input_bytes >= DEVICE_BYTES
-        and all(not ref.scratch_bytes and not ref.chunk_elements for ref in job.held)
+        and all((not ref.scratch_bytes or is_coded(ref)) and not ref.chunk_elements for ref in job.held)
         and not any(ref.is_whole for ref in job.inputs)
         and all(ref.dtype in ("F32", "F16", "BF16") for ref in job.held)
     )

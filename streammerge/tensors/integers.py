@@ -37,7 +37,7 @@ _WORDS = 32
 """A number of integers that fills whole words for any number of bits."""
 _NARROWEST = 128
 """Columns of a step, if there are as many: runs of one scale are long enough for compiled loops."""
-_WORTH_READING = 4
+WORTH_READING = 4
 """A contiguous range is read at once, not line by line, if it is at most this many times the bytes needed."""
 
 
@@ -86,7 +86,7 @@ def read_integers(
     """
     out = target[: 4 * (stop - start)].view(np.float32)
     rows, columns = ref.shape[-2:]
-    index, grids = _index(reader, ref), _Grids(reader, ref)
+    index, grids = listed_groups(reader, ref), Grids(reader, ref)
     # Lines of a transposed matrix are read in parts, which are as long as a piece is high.
     most = stop - start if ref.transposed else READ_BLOCK
     for row, end, first, last in segments(start, stop, columns, rows, most):
@@ -107,7 +107,7 @@ def _steps(ref: IntegersRef, height: int, width: int) -> tuple[int, int]:
         wide = min(width, AT_ONCE)
         return min(height, max(1, AT_ONCE // wide)), wide
     # If groups are listed, the scales of whole rows are read.
-    of_row = _NARROWEST if ref.groups.index is None else max(_NARROWEST, _n_groups(ref))
+    of_row = _NARROWEST if ref.groups.index is None else max(_NARROWEST, n_groups(ref))
     high = min(height, max(1, AT_ONCE // of_row))
     return high, min(width, max(_WORDS, AT_ONCE // high // _WORDS * _WORDS))
 
@@ -116,7 +116,7 @@ def _decode(
     reader: Reader,
     ref: IntegersRef,
     index: Indices | None,
-    grids: _Grids,
+    grids: Grids,
     some: Rectangle,
     out: Floats32,
     pitch: int,
@@ -130,10 +130,10 @@ def _decode(
         left, right = some.column // extent[1], (some.last - 1) // extent[1] + 1
     else:
         listed = index[some.column : some.last]
-        left, right = 0, _n_groups(ref)  # the same for all columns, so that it is read once
+        left, right = 0, n_groups(ref)  # the same for all columns, so that it is read once
     scales, zeros = grids.of(Rectangle(some.matrix, *lines, left, right))
     codes = read_codes(reader, packed, some, transposed=ref.transposed)
-    flip, offset = _meaning(packed)
+    flip, offset = meaning_of(packed)
     place = some.row, some.column
     scale_integers(
         codes.data,
@@ -152,7 +152,7 @@ def _decode(
     )
 
 
-class _Grids:
+class Grids:
     """Scales and zero points of a part of a tensor; those of the previous part are reused if they are the same."""
 
     def __init__(self, reader: Reader, ref: IntegersRef) -> None:
@@ -168,17 +168,17 @@ class _Grids:
         return self._found
 
 
-def _n_groups(ref: IntegersRef) -> int:
+def n_groups(ref: IntegersRef) -> int:
     """Return the number of groups of a row."""
     return ref.scales.shape[-2] if ref.transposed else ref.scales.shape[-1]
 
 
-def _meaning(packed: Packed) -> tuple[int, int]:
+def meaning_of(packed: Packed) -> tuple[int, int]:
     """Return the bits of a code to invert, and the number to add, which give the integer."""
     return (128, -128) if packed.signed else (0, packed.offset)
 
 
-def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
+def listed_groups(reader: Reader, ref: IntegersRef) -> Indices | None:
     """Return the listed group of each column; None if none are listed, or if the list is in order.
 
     A list that consists only of -1 means that the columns are in order, as compressed-tensors wrote it.
@@ -191,7 +191,7 @@ def _index(reader: Reader, ref: IntegersRef) -> Indices | None:
     index = raw.view("<i4").astype(np.int64)
     if not ref.transposed and (index == -1).all():
         return None
-    n = _n_groups(ref)
+    n = n_groups(ref)
     if index.min() < 0 or index.max() >= n:
         wrong = int(np.argmax((index < 0) | (index >= n)))
         raise bad(
@@ -207,7 +207,7 @@ def _scales(reader: Reader, ref: IntegersRef, part: Rectangle) -> Floats32:
     """Return a rectangle of a matrix of scales, in fp32 and in the orientation of the tensor."""
     tensor = ref.scales
     width = itemsize(tensor.dtype)
-    high, wide = _matrix_of(tensor, ref)
+    high, wide = _scale_matrix(tensor, ref)
     matrix = part.matrix if tensor.n_elements > high * wide else 0
     stored = part.turned if ref.transposed else part
     edges = stored.column * width, stored.last * width
@@ -227,7 +227,7 @@ def _scales(reader: Reader, ref: IntegersRef, part: Rectangle) -> Floats32:
     return np.ascontiguousarray(found.T) if ref.transposed else found
 
 
-def _matrix_of(tensor: TensorRef, ref: IntegersRef) -> tuple[int, int]:
+def _scale_matrix(tensor: TensorRef, ref: IntegersRef) -> tuple[int, int]:
     """Return rows and columns of the scales as a matrix; a vector has one scale per row, a scalar one in all."""
     if len(tensor.shape) >= 2 and (len(tensor.shape) == len(ref.shape)):
         return tensor.shape[-2], tensor.shape[-1]
@@ -241,7 +241,7 @@ def _zeros(reader: Reader, ref: IntegersRef, part: Rectangle) -> Floats32:
         return NO_ZEROS
     codes = read_codes(reader, packed, part, transposed=ref.transposed)
     out = integers_of(
-        as_strided(codes.data, part.shape, (codes.pitch, 1), writeable=False), *_meaning(packed)
+        as_strided(codes.data, part.shape, (codes.pitch, 1), writeable=False), *meaning_of(packed)
     )
     if ref.largest_zero is not None and out.max(initial=0) > ref.largest_zero:
         raise bad(
@@ -279,7 +279,7 @@ def _along_rows(reader: Reader, packed: Packed, stored: Rectangle) -> Lines:
         first, last = first // each * each, -(-last // each) * each
     bits = packed.bits
     edges = first * bits // 8, -(-last * bits // 8)
-    lines = _lines(reader, packed.tensor, *_matrix(packed, stored.matrix), (stored.row, stored.end), edges)
+    lines = _lines(reader, packed.tensor, *matrix_of(packed, stored.matrix), (stored.row, stored.end), edges)
     if bits == 8 and not packed.order:
         return lines
     shape = stored.shape[0], last - first
@@ -292,7 +292,7 @@ def _down_columns(reader: Reader, packed: Packed, stored: Rectangle) -> Lines:
     bits, (n, columns) = packed.bits, stored.shape
     begins, ends = stored.row * bits // 32, -(-stored.end * bits // 32)
     edges = 4 * stored.column, 4 * stored.last
-    lines = _lines(reader, packed.tensor, *_matrix(packed, stored.matrix), (begins, ends), edges)
+    lines = _lines(reader, packed.tensor, *matrix_of(packed, stored.matrix), (begins, ends), edges)
     words = as_strided(lines.data.view(np.uint8), (ends - begins, 4 * columns), (lines.pitch, 1))
     turned_words = np.empty(columns * (ends - begins) * 4 + PAD, np.uint8)
     by_column = turned_words[:-PAD].view("<u4").reshape(columns, ends - begins)
@@ -302,7 +302,7 @@ def _down_columns(reader: Reader, packed: Packed, stored: Rectangle) -> Lines:
     return Lines(codes.reshape(-1), n)
 
 
-def _matrix(packed: Packed, matrix: int) -> tuple[int, int]:
+def matrix_of(packed: Packed, matrix: int) -> tuple[int, int]:
     """Return where a matrix of a packed tensor begins, and the bytes of its lines; one matrix serves all experts."""
     tensor = packed.tensor
     lines, words = tensor.shape[-2:]
@@ -318,7 +318,7 @@ def _lines(
     left, right = edges
     offset = tensor.offset + base + first * pitch
     n, wide = last - first, right - left
-    if wide * _WORTH_READING >= pitch or n == 1:
+    if wide * WORTH_READING >= pitch or n == 1:
         raw = np.empty((n - 1) * pitch + wide + PAD, np.uint8)
         reader.read_into(tensor.path, offset + left, raw[:-PAD])
         return Lines(raw, pitch)

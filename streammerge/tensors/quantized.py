@@ -73,7 +73,7 @@ def read_quantized(
         reader.read_into(ref.source.path, ref.source.offset + first, some)
         return some
 
-    _decode_in_order(ref, start, stop, codes, _Window(reader, ref, scratch), out)
+    _decode_in_order(ref, start, stop, codes, Window(reader, ref, scratch), out)
 
 
 @reads_slot(QuantizedRef)
@@ -106,12 +106,12 @@ def read_quantized_slot(
         some[inside:] = rest[max(0, begin - n) : end - n]
         return some
 
-    _decode_in_order(ref, start, stop, codes, _Window(reader, ref, scratch), out.view(np.float32))
+    _decode_in_order(ref, start, stop, codes, Window(reader, ref, scratch), out.view(np.float32))
     return 0
 
 
 def _decode_in_order(
-    ref: QuantizedRef, start: int, stop: int, codes: Codes, scales: _Window, out: NDArray[np.float32]
+    ref: QuantizedRef, start: int, stop: int, codes: Codes, scales: Window, out: NDArray[np.float32]
 ) -> None:
     bits = ref.bits
     done = 0
@@ -155,7 +155,7 @@ def _read_turned(
     _, depth, columns = ref.matrices  # rows of the file are columns of the tensor
     room = scratch.take((min(LINES, ref.source.nbytes),), BYTE)
     tile = scratch.take((min(SPAN, ref.n_elements),), F32)
-    window, (by_rows, by_columns) = _Window(reader, ref, scratch), ref.scales.extent[1:]
+    window, (by_rows, by_columns) = Window(reader, ref, scratch), ref.scales.extent[1:]
     for part in _columns(ref, start, stop):
         to = ((part.matrix * columns + part.column) * depth + part.row) - start
         for block in _blocks(ref, part):
@@ -220,7 +220,7 @@ def _read_lines(reader: Reader, ref: QuantizedRef, part: Part, room: Bytes) -> t
     return codes, begin * ref.bits % 8 // ref.bits
 
 
-class _Window:
+class Window:
     """The scales of a part of a tensor; those of the previous part are reused if they are the same."""
 
     def __init__(self, reader: Reader, ref: QuantizedRef, scratch: Scratch) -> None:

@@ -1,8 +1,9 @@
 """Whole merges by the fused kernels' own sources, through the rings and the launcher, on a GPU that memory plays.
 
-    TRITON_INTERPRET=1 python -m tests.backends.merges_by_kernels METHODS...
+    TRITON_INTERPRET=1 python -m tests.backends.merges_by_kernels METHODS... quantised...
 
 Prints the methods whose files have the bytes of the CPUs'. Triton's interpreter is slow, so the models are tiny.
+`quantised` merges models in different formats, and says which share of the bytes of their values went to the GPU.
 """
 
 from __future__ import annotations
@@ -14,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import numba  # noqa: F401  (its LLVM must be loaded before Triton's)
+import numpy as np
 
 from streammerge.api import merge
 from streammerge.backends.fused.interpreter import Interpreter
 from streammerge.backends.fused.specs import kernel_specs
+from streammerge.backends.gpu import arena
 from streammerge.backends.gpu import backend as gpu
 from streammerge.backends.gpu.lane import Lane, Sizes
 from streammerge.backends.registry import BACKENDS
+from streammerge.engine import bringing
 from streammerge.planning import on_device
 from tests.backends.fake_driver import FakeDriver
+from tests.checkpoint.quantized.formats import write, write_entries
+from tests.checkpoint.quantized.numbers import bytes_of, finite_codes
 from tests.conftest import config_for, output_bytes, write_models
 
-SIZES = Sizes(slots_in=3, slots_out=2, slot_bytes=1 << 13, staging=1, staging_bytes=1 << 12)
+SIZES = Sizes(slots_in=3, slots_out=2, slot_bytes=3 << 12, staging=1, staging_bytes=1 << 12)
 SHAPES = {"wide": (2, 2600), "odd": (31, 67)}
 PARAMETERS: dict[str, dict[str, Any]] = {
     "linear": {"weight": 0.3, "normalize": False},
@@ -39,9 +45,21 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
+QUANTISED = {
+    "quantised": ("ties", ("fp8 blocks F32", "gptq by index", "nvfp4", "nf4 nested"), 1 << 24),
+    "quantised, streamed": ("linear", ("mxfp4 U8", "awq", "pack-quantized 3 bits, zero points"), 400_000),
+    "quantised experts": ("linear", ("gpt-oss", "gpt-oss"), 1 << 24),
+    "plain FP8": ("task_arithmetic", (), 1 << 24),
+}
+"""Merges of quantised models: the method, the format of each, and the bytes of the device."""
+MEMORY = [1 << 24]
+DRIVERS: list[FakeDriver] = []
+
+
 def lane(device: str) -> Lane:
     """Open the GPU that memory plays; its kernels are run by Triton's interpreter."""
-    driver, interpreter = FakeDriver(1 << 24), Interpreter()
+    driver, interpreter = FakeDriver(MEMORY[0]), Interpreter()
+    DRIVERS.append(driver)
 
     def runs(kernel: tuple[str, str], grid: tuple[int, int], parameters: list[Any]) -> None:
         spec = kernel_specs()[kernel[0]]  # several kernels of one name are told apart by their PTX
@@ -51,22 +69,52 @@ def lane(device: str) -> Lane:
     return Lane(driver, gpu.fused_math, lambda spec: spec.name, SIZES)
 
 
+def both(config: Any, out: Path) -> bool:
+    """Merge on the GPU and on the CPUs; return whether the bytes are equal."""
+    found = []
+    for device in ("cuda", "cpu"):
+        merge(config, out / device, device=device, memory="3GiB", threads=1, progress=False)
+        found.append(output_bytes(out / device))
+    return found[0] == found[1]
+
+
+def quantised(name: str, folder: Path) -> None:
+    """Merge models in different formats, and say how it went."""
+    method, formats, MEMORY[0] = QUANTISED[name]
+    paths = [folder / name / str(number) for number in range(max(2, len(formats)))]
+    values: dict[str, Any] = {}
+    for number, path in enumerate(paths):
+        if formats:
+            rows = 96 if MEMORY[0] == 1 << 24 else 384
+            shape = {} if formats[0] == "gpt-oss" else {"rows": rows, "columns": 64}
+            values = write(path, formats[number], number, **shape)
+        else:
+            rng = np.random.default_rng(number)
+            values = {"w": np.zeros((70, 64), np.float32)}
+            codes = finite_codes(rng, (70, 64), "F8_E4M3")
+            write_entries(path, {"w": bytes_of(codes, "F8_E4M3")}, {})
+    config = config_for(method, paths, parameters=PARAMETERS.get(method, {}), seed=3)
+    same = both(config, folder / name / "out")
+    sent = sum(call[2] for call in DRIVERS[-1].calls if call[0] == "copy_in")
+    wanted = len(paths) * sum(4 * value.size for value in values.values() if value.ndim > 1)
+    print(f"{name} {'equal' if same else 'DIFFERENT'}: {sent / wanted:.2f} of the bytes", flush=True)
+
+
 def main() -> None:
     """Merge by every method asked for."""
-    on_device.DEVICE_BYTES = 1 << 10
+    on_device.DEVICE_BYTES, bringing._SLOTS_OF_CODES, arena.LEAST = 1 << 10, 1, 1 << 17
     BACKENDS["fused"] = replace(
         gpu.FUSED, open_lane=lane, find=lambda number: f"cuda:{number}", lacks=lambda: None
     )
     with tempfile.TemporaryDirectory() as folder:
         paths = write_models(Path(folder), 2, shapes=SHAPES, spread=1e-3)
-        for method in sys.argv[1:] or PARAMETERS:
+        for method in sys.argv[1:] or [*PARAMETERS, *QUANTISED]:
+            if method in QUANTISED:
+                quantised(method, Path(folder))
+                continue
             config = config_for(method, paths, parameters=PARAMETERS[method], seed=3)
-            found = []
-            for device in ("cuda", "cpu"):
-                out = Path(folder) / method / device
-                merge(config, out, device=device, memory="3GiB", threads=1, progress=False)
-                found.append(output_bytes(out))
-            print(method, "equal" if found[0] == found[1] else "DIFFERENT", flush=True)
+            same = both(config, Path(folder) / method)
+            print(method, "equal" if same else "DIFFERENT", flush=True)
 
 
 if __name__ == "__main__":

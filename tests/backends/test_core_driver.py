@@ -59,8 +59,9 @@ with lane.arena.lease(len(source), stop) as place:
             def read(slot):
                 part = source[start : start + 4096]
                 slot[5 : 5 + len(part)] = np.frombuffer(part, np.uint8)
-                return slot[5 : 5 + len(part)]
-            event = lane.bring(read, place + start, stop)
+                half = len(part) // 2
+                return [(place + start, slot[5 : 5 + half]), (place + start + half, slot[5 + half : 5 + len(part)])]
+            event = lane.bring(read, stop)
         with lane.computing(event):
             pass
         lane.deliver(place, len(source), 777, lambda at, part: target.__setitem__(slice(at, at + part.size), part.tobytes()), stop)

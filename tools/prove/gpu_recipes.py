@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,15 @@ from streammerge.algebra.block import Block
 from streammerge.algebra.rules import CopyOf, FisherMean, Rule, TaskVectorMerge, WeightedSum
 from streammerge.algebra.task_vectors import Cut, RankDrop, TaskVector
 from streammerge.backends.fused import decoding as fused
-from streammerge.numerics import decoding, unpacking
+from streammerge.checkpoint.index import open_model
+from streammerge.dtypes import itemsize
+from streammerge.io.buffer_pool import map_memory
+from streammerge.io.reader import Reader
 from streammerge.numerics.philox import threshold
+from streammerge.tensors.coded.kinds import aligned, coded_kinds, coded_steps
+from streammerge.tensors.read import read_elements
+from tests.checkpoint.quantized.formats import FORMATS, write, write_entries
+from tests.checkpoint.quantized.numbers import bytes_of
 
 # --- recipes
 
@@ -139,64 +147,43 @@ def _column_dots(math: Any, vectors: tuple[TaskVector, ...], columns: int) -> An
 # --- quantised decoding
 
 
-def decoded(launcher: Any) -> Iterator[tuple[str, bool]]:
-    """Yield whether quantised weights decoded by the kernels have the bits of `numerics`; NaN equals NaN."""
-    rng = np.random.default_rng(5)
-    place, shape, extent, pitch, skip = (3, 5), (7, 41), (4, 16), 64, 3
-    scales = np.exp(8 * rng.standard_normal((3, 3))).astype(np.float32)
-    scales[1, 1] = 1e-42
-    for number, kind in enumerate(fused.KINDS):
-        codes = rng.integers(0, 256, skip + pitch * shape[0] + 16, dtype=np.uint8)
-        own, got = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        decoding.decode(number, codes, skip, pitch, scales, place, shape, extent, own.reshape(-1))
-        where = (place, shape, extent, got.ctypes.data)
-        fused.decode(launcher, kind, codes.ctypes.data, skip, pitch, scales.ctypes.data, 3, *where)
-        yield (
-            f"decode {kind}",
-            np.array_equal(own.view(np.int32) * ~np.isnan(own), got.view(np.int32) * ~np.isnan(got)),
-        )
-    raw = rng.integers(0, 256, 3 * 40 + 8, dtype=np.uint8)
-    for bits, skip in ((2, 6), (3, 5), (4, 4), (8, 8)):
-        shifts = bits * np.array([0, 4, 1, 5, 2, 6, 3, 7], np.int64)
-        own8, got8 = np.zeros(3 * 29, np.uint8), np.zeros(3 * 29, np.uint8)
-        unpacking.unpack(raw, 40, skip, bits, shifts.astype(np.uint64), (3, 29), own8)
-        where = (raw.ctypes.data, 40, skip, bits, shifts.ctypes.data, (3, 29), got8.ctypes.data)
-        fused.unpack(launcher, *where)
-        yield f"unpack {bits}", np.array_equal(own8, got8)
-    yield from _scaled(launcher, rng, place, extent, scales)
-    tables, rows = rng.standard_normal((4, 16)).astype(np.float32), np.array([2, 0, 3, 1], np.int32)
-    for high_first in (False, True):
-        own, got = np.zeros(57, np.float32), np.zeros(57, np.float32)
-        unpacking.look_up(raw, 1, high_first, tables, rows, 7, 16, own)
-        where = (tables.ctypes.data, rows.ctypes.data, 7, 16, 57, got.ctypes.data)
-        fused.look_up(launcher, raw.ctypes.data, 1, high_first, *where)
-        yield f"look up {high_first}", own.tobytes() == got.tobytes()
+def decoded(launcher: Any, folder: Path, *, few: bool = True) -> Iterator[tuple[str, bool]]:
+    """Yield whether a tensor of each format has the bits of the CPU if a device decodes its codes, whole and in part.
+
+    Slots are so small that most tensors take several steps.
+    """
+    reader, rng = Reader(), np.random.default_rng(1)
+    slot = np.frombuffer(map_memory(3 << 12), dtype=np.uint8)
+    kinds = set()
+    for name in FORMATS:
+        values = write(folder / name, name)
+        logical = next(one for one in values if one != "model.norm.weight")
+        ref = open_model(folder / name)[logical]
+        kinds.add(type(ref))
+        cuts = [sorted(map(int, rng.integers(0, ref.n_elements + 1, 2))) for _ in range(1 if few else 9)]
+        for start, stop in [(0, ref.n_elements), *cuts]:
+            want = read_elements(reader, ref, start, stop).view(np.uint32)
+            found = _by_kernels(launcher, reader, ref, start, stop, slot)
+            yield f"{name}, {start} to {stop}", np.array_equal(found.view(np.uint32), want)
+    for dtype in ("F8_E4M3", "F8_E5M2"):
+        write_entries(folder / dtype, {"w": bytes_of(np.arange(256).reshape(2, 128), dtype)}, {})
+        ref = open_model(folder / dtype)["w"]
+        kinds.add(type(ref))
+        want = read_elements(reader, ref, 3, 256).view(np.uint16)
+        found = _by_kernels(launcher, reader, ref, 3, 256, slot)
+        yield f"plain {dtype}", np.array_equal(found.view(np.uint16), want)
+    reader.close()
+    yield "every kind of codes was decoded", kinds == coded_kinds()
 
 
-def _scaled(launcher: Any, rng: Any, place: Any, extent: Any, scales: Any) -> Iterator[tuple[str, bool]]:
-    codes, shape = rng.integers(0, 256, 7 * 50, dtype=np.uint8), (7, 41)
-    listed = rng.integers(0, 3, 41).astype(np.int64)
-    points = rng.integers(0, 16, scales.shape).astype(np.float32)
-    for zeros, columns_of, divisor in ((None, None, 1), (points, None, 3), (points, listed, 1)):
-        own, got = np.zeros((7, 44), np.float32), np.zeros((7, 44), np.float32)
-        known = np.empty((0, 0), np.float32) if zeros is None else zeros
-        places = np.empty(0, np.int64) if columns_of is None else columns_of
-        unpacking.scale_integers(
-            codes,
-            50,
-            np.uint8(128),
-            -128,
-            known,
-            scales,
-            places,
-            place,
-            shape,
-            extent,
-            divisor,
-            own.reshape(-1),
-            44,
-        )
-        addresses = [0 if one is None else one.ctypes.data for one in (zeros, scales, columns_of)]
-        how = (codes.ctypes.data, 50, 128, -128, addresses[0], addresses[1], 3, addresses[2])
-        fused.scale_integers(launcher, *how, place, shape, extent, divisor, got.ctypes.data, 44)
-        yield f"scale integers {divisor} {columns_of is not None}", own.tobytes() == got.tobytes()
+def _by_kernels(launcher: Any, reader: Reader, ref: Any, start: int, stop: int, slot: Any) -> Any:
+    """Return elements of a tensor decoded by kernels, as bytes."""
+    width = itemsize(ref.dtype)
+    out = np.full((stop - start) * width, 0xA5, np.uint8)
+    for step in coded_steps(ref, start, stop, slot.size):
+        slot[:] = 0xA5  # what was not read shows
+        codes = step.fill(reader, slot)
+        assert sum(aligned(one.size) for one in codes.arrays) <= step.nbytes
+        arrays = [one.ctypes.data if one.size else 0 for one in codes.arrays]
+        fused.enqueue_decoding(launcher, codes.decoding, arrays, out.ctypes.data + width * codes.first)
+    return out

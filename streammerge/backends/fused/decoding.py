@@ -1,93 +1,96 @@
-"""Quantised weights decoded on the device: codes and scales go there as they are stored, fp32 comes to lie there.
+"""Quantised weights decoded on the device: codes and scales went there as they are stored, values come to lie there.
 
-Each function enqueues one kernel. Arguments are those of the function of the same name in `streammerge.numerics`, with device
-addresses in place of arrays.
+A kind of decoding is a class that `streammerge.tensors.coded` describes codes by; its function here enqueues one kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from streammerge.backends.fused.launcher import Launcher
 from streammerge.backends.fused.specs import kernel_specs
+from streammerge.backends.fused.tables import bits
+from streammerge.tensors.coded.floats import PlainFloats, ScaledFloats
+from streammerge.tensors.coded.integers import ScaledIntegers
+from streammerge.tensors.coded.tables import Looked, TwiceScaled
 
 KINDS: Mapping[str, int] = {"F8_E4M3": 0, "F8_E5M2": 1, "F4_E2M1": 2}
 """The number of each kind of codes, as in `streammerge.numerics.decoding`."""
-Pair = tuple[int, int]
-"""Rows and columns."""
+Call = tuple[str, int, tuple[int, ...]]
+"""A kernel, the number of elements that it decodes, and its arguments."""
+Decode = Callable[[Any, Sequence[int], int], Call]
+"""Function of a decoding, the device addresses of its arrays (0: empty), and that of the first element written."""
+_F = TypeVar("_F", bound=Decode)
+_DECODERS: dict[type[Any], Decode] = {}
 
 
-def _enqueue(launcher: Launcher, name: str, n: int, *arguments: int) -> None:
+def _decodes(kind: type[Any]) -> Callable[[_F], _F]:
+    def register(function: _F) -> _F:
+        _DECODERS[kind] = function
+        return function
+
+    return register
+
+
+def decoded_kinds() -> frozenset[type[Any]]:
+    """Return the classes of decodings that have a kernel."""
+    return frozenset(_DECODERS)
+
+
+def value_bytes(decoding: Any) -> int:
+    """Return the bytes of a decoded element."""
+    return 2 if isinstance(decoding, PlainFloats) else 4
+
+
+def enqueue_decoding(launcher: Launcher, decoding: Any, arrays: Sequence[int], out: int) -> None:
+    """Enqueue the kernel that decodes what a step of `streammerge.tensors.coded` brought.
+
+    Parameters
+    ----------
+    arrays
+        The device addresses of its arrays; 0 for one that is empty.
+    out
+        The device address of the first element that it writes.
+    """
+    name, n, arguments = _DECODERS[type(decoding)](decoding, arrays, out)
     spec = kernel_specs()[name]
     launcher.launch(spec, (spec.programs(n), 1), arguments)
 
 
-def decode(
-    launcher: Launcher,
-    kind: str,
-    codes: int,
-    skip: int,
-    pitch: int,
-    scales: int,
-    groups: int,
-    place: Pair,
-    shape: Pair,
-    extent: Pair,
-    out: int,
-) -> None:
-    """Write ``value(code) * scale`` for a rectangle of a matrix; a row of `scales` has `groups` of them."""
-    where = (*place, *shape, *extent)
-    n = shape[0] * shape[1]
-    _enqueue(launcher, "decode", n, KINDS[kind], codes, skip, pitch, scales, groups, *where, out)
+@_decodes(ScaledFloats)
+def _scaled_floats(how: ScaledFloats, arrays: Sequence[int], out: int) -> Call:
+    codes, scales = arrays
+    rows, columns = how.shape
+    where = (*how.place, rows, columns, *how.extent)
+    arguments = (KINDS[how.element], codes, how.skip, how.pitch, scales, how.groups, *where, out, *how.steps)
+    return "decode", rows * columns, arguments
 
 
-def unpack(
-    launcher: Launcher, raw: int, pitch: int, skip: int, bits: int, shifts: int, shape: Pair, out: int
-) -> None:
-    """Write integers of a few bits, one to a byte; `shifts` are eight positions in bits, int64.
-
-    The last line of `raw` is followed by a byte that may be read.
-    """
-    _enqueue(launcher, "unpack", shape[0] * shape[1], raw, pitch, skip, bits, shifts, *shape, out)
+@_decodes(PlainFloats)
+def _plain_floats(how: PlainFloats, arrays: Sequence[int], out: int) -> Call:
+    return "widen_codes", how.n, (KINDS[how.element], arrays[0], how.n, out)
 
 
-def scale_integers(
-    launcher: Launcher,
-    codes: int,
-    pitch: int,
-    flip: int,
-    offset: int,
-    zeros: int,
-    scales: int,
-    groups: int,
-    columns_of: int,
-    place: Pair,
-    shape: Pair,
-    extent: Pair,
-    divisor: int,
-    out: int,
-    out_pitch: int,
-) -> None:
-    """Write ``(integer - zero point) * scale / divisor`` for a rectangle of a matrix.
-
-    The addresses of `zeros` and `columns_of` are 0 if there are none; a row of `scales` has `groups` of them.
-    """
-    grid = (codes, pitch, flip, offset, zeros, scales, groups, columns_of)
-    where = (*place, *shape, *extent)
-    _enqueue(launcher, "scale_integers", shape[0] * shape[1], *grid, *where, divisor, out, out_pitch)
+@_decodes(ScaledIntegers)
+def _scaled_integers(how: ScaledIntegers, arrays: Sequence[int], out: int) -> Call:
+    codes, scales, zeros, listed = arrays
+    order = sum(position << (4 * place) for place, position in enumerate(how.order))
+    words = (codes, how.across_pitch, how.word_pitch, how.bits, how.skip, order, int(how.down))
+    groups = (zeros, scales, how.groups, listed, *how.place, *how.shape, *how.extent)
+    arguments = (*words, how.flip, how.offset, *groups, how.divisor, out, how.row_step)
+    return "decode_integers", how.shape[0] * how.shape[1], arguments
 
 
-def look_up(
-    launcher: Launcher,
-    raw: int,
-    skip: int,
-    high_first: bool,
-    tables: int,
-    rows: int,
-    before: int,
-    group: int,
-    n: int,
-    out: int,
-) -> None:
-    """Write the values that `n` codes of 4 bits have in the table of their group: MXFP4, NVFP4, NF4."""
-    _enqueue(launcher, "look_up", n, raw, skip, int(high_first), tables, rows, before, group, n, out)
+@_decodes(TwiceScaled)
+def _twice_scaled(how: TwiceScaled, arrays: Sequence[int], out: int) -> Call:
+    codes, scales = arrays
+    whole = (bits(how.factor), int(how.divides))
+    return "decode_twice_scaled", how.n, (codes, how.skip, scales, how.before, how.group, *whole, how.n, out)
+
+
+@_decodes(Looked)
+def _looked(how: Looked, arrays: Sequence[int], out: int) -> Call:
+    codes, table, scales = arrays
+    place = (how.before, how.group, how.n, out)
+    return "look_up", how.n, (codes, how.skip, int(how.high_first), table, scales, *place)

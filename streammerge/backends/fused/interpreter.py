@@ -10,6 +10,7 @@ import ctypes
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,10 @@ class _Kept:
 
 
 def _patch_once() -> None:
-    """Have Triton's language patched for the interpreter once and for good.
+    """Have Triton's language patched for the interpreter once and for good, and no overflow looked for.
 
-    Triton patches it anew in each call of one function by another, which takes half of the time of a kernel.
+    Triton patches it anew in each call of one function by another, which takes half of the time of a kernel. It computes
+    sums of 32-bit integers a second time, to complain in its debug mode only: a third of the rest.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -48,6 +50,9 @@ def _patch_once() -> None:
         return _Kept()
 
     interpreter._patch_lang = patch_new
+    interpreter.interpreter_builder.options = replace(
+        interpreter.interpreter_builder.options, sanitize_overflow=False
+    )
 
 
 class Interpreter:

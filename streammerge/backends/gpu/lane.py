@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from streammerge.algebra.block import Block, BlockMath
+from streammerge.backends.fused.decoding import enqueue_decoding
 from streammerge.backends.fused.launcher import Launcher, Residence
 from streammerge.backends.gpu.arena import Arena
 from streammerge.backends.gpu.driver import Driver, DriverError, Event
@@ -27,6 +28,7 @@ from streammerge.backends.gpu.residence import InArena
 from streammerge.backends.gpu.ring import Ring
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import PAGE
+from streammerge.records import dataclass
 
 MathOf = Callable[[Block, Launcher, Residence], BlockMath]
 """Makes the arithmetic of a block that lies on the device."""
@@ -52,6 +54,9 @@ class Sizes:
         return (self.slots_in + self.slots_out) * self.slot_bytes + self.staging * self.staging_bytes
 
 
+USUAL = Sizes()
+
+
 class Lane:
     """One GPU for the threads of one process.
 
@@ -67,7 +72,7 @@ class Lane:
         The pinned memory.
     """
 
-    def __init__(self, driver: Driver, math: MathOf, ptx: Callable[..., str], sizes: Sizes = Sizes()) -> None:
+    def __init__(self, driver: Driver, math: MathOf, ptx: Callable[..., str], sizes: Sizes = USUAL) -> None:
         self.remarks: list[str] = []
         """Lines that the user is told once."""
         self._driver, self._math, self._turn = driver, math, threading.Lock()
@@ -99,25 +104,37 @@ class Lane:
         """Most bytes that are read at a time: a slot has room for the pages at both ends."""
         return self._in.slot_bytes - PAGE
 
-    def bring(self, read: Callable[[Bytes], Bytes], address: int, stop: threading.Event) -> Event | None:
-        """Have a slot filled, and enqueue its copy to the device.
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot that codes are read into."""
+        return self._in.slot_bytes
+
+    def bring(
+        self, read: Callable[[Bytes], Iterable[tuple[int, Bytes]]], stop: threading.Event
+    ) -> Event | None:
+        """Have a slot filled, and enqueue its copies to the device.
 
         Parameters
         ----------
         read
-            Fills a slot, and returns the part of it that is copied.
+            Fills a slot, and returns the parts of it that are copied, each with its address on the device.
 
-        Returns the event of the copy's end; None if `stop` was set before there was a slot.
+        Returns the event of the copies' end; None if `stop` was set before there was a slot.
         """
         taken = self._in.take(stop)
         if taken is None:
             return None
         number, slot = taken
         event = None
+        copied = False
         try:
-            self._driver.copy_in(read(slot), address, self._copies_in)
+            for address, part in read(slot):
+                copied = True
+                self._driver.copy_in(part, address, self._copies_in)
             event = self._driver.record(self._copies_in)
         finally:
+            if event is None and copied:
+                self.settle()  # since the slot is filled again
             self._in.give(number, event)
         return event
 
@@ -131,6 +148,22 @@ class Lane:
     def math(self, block: Block, address: int) -> BlockMath:
         """Return the arithmetic of a block whose operands lie at their offsets from `address`."""
         return self._math(block, self._launcher, InArena(block, address, self._launcher))
+
+    def decode(self, codes: Sequence[tuple[Any, Sequence[int], int]]) -> Event:
+        """Enqueue the decoding of codes on the device, within this thread's turn; return the event of its end.
+
+        Parameters
+        ----------
+        codes
+            For each, what `enqueue_decoding` takes: how, the addresses of its arrays, and where its values go.
+        """
+        for decoding, arrays, out in codes:
+            enqueue_decoding(self._launcher, decoding, arrays, out)
+        return self._driver.record(self._kernels)
+
+    def wait(self, event: Event) -> None:
+        """Wait until an event has happened."""
+        self._driver.synchronize(event)
 
     def deliver(
         self,

@@ -62,8 +62,9 @@ KERNELS = {
     "narrow_11": Kernel(counts.narrow, 1, {"BINS": 2048}, warps=1),
     "narrow_10": Kernel(counts.narrow, 1, {"BINS": 1024}, warps=1),
     "decode": Kernel(decoding.decode),
-    "unpack": Kernel(decoding.unpack),
-    "scale_integers": Kernel(decoding.scale_integers),
+    "widen_codes": Kernel(decoding.widen_codes),
+    "decode_integers": Kernel(decoding.decode_integers),
+    "decode_twice_scaled": Kernel(decoding.decode_twice_scaled),
     "look_up": Kernel(decoding.look_up),
 }
 
