@@ -87,7 +87,7 @@ def merge(
     copy_tokenizer, write_model_card
         False: leave it out of the output.
     keep_stages
-        A directory: every stage of the config is written there too, under its name, and read from there.
+        A directory, or a folder of an object store: every stage of the config is written there too, under its name, and read from there.
     max_reads
         Bytes that stages may read for each byte of the inputs; more is refused.
     overwrite
@@ -173,10 +173,10 @@ def merge(
     }
     settled = read_config(config, methods)
     if keep_stages is not None:
-        local_path(keep_stages, "a stage that is kept")
-        for stage, place in kept_stages(settled, Path(keep_stages)):
+        kept = as_path(keep_stages)
+        for stage, place in kept_stages(settled, kept):
             _merge_settled(stage, place, {**planned, "kernels": kernels}, replace(how, profile=None), run)
-        settled = read_from(settled, Path(keep_stages))
+        settled = read_from(settled, kept)
     planned |= {
         "kernels": kernels,
         "copy_tokenizer": copy_tokenizer,

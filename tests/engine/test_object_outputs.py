@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,3 +169,20 @@ def test_models_of_every_container_are_read_from_a_store(
         )
         assert merged.keys() == expected.keys()
         assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_stages_that_are_kept_in_a_store(paths: list[Path], server: Server, tmp_path: Path) -> None:
+    """Each has the bytes that it has on a disk, and the output is made of them; all is there the second time."""
+    documents = [
+        config(paths[:2], name="first"),
+        config([], models=[{"model": "first"}, {"model": str(paths[2])}], parameters={"weight": 0.5}),
+    ]
+    text = "\n---\n".join(json.dumps(document) for document in documents)
+    merge(text, tmp_path / "local", memory="1GiB", keep_stages=tmp_path / "kept")
+    for again in (False, True):
+        where = "s3://bench/stages/kept"
+        done = merge(text, "s3://bench/stages/out", memory="1GiB", keep_stages=where)
+        assert done.already_complete == again
+    assert server.keys("bench", "stages/kept/first") == output_bytes(tmp_path / "kept" / "first")
+    local, found = output_bytes(tmp_path / "local"), server.keys("bench", "stages/out")
+    assert {key: found[key] for key in OF_MERGE} == {key: local[key] for key in OF_MERGE}
