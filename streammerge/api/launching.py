@@ -14,6 +14,7 @@ from streammerge.engine.merge import Summary, complete
 from streammerge.engine.session import Options
 from streammerge.errors import StreammergeError
 from streammerge.events import Control, Event
+from streammerge.io.object_waiting import listening
 from streammerge.io.volumes import as_path
 from streammerge.launch.base import Needs, make_launcher, parse_place
 from streammerge.launch.drive import drive
@@ -61,7 +62,8 @@ def merge_on(
     )
     launcher = make_launcher(name, needs)
     here = {"device": "cpu"} if launcher.elsewhere else {}  # this machine may have no GPU, and needs none
-    decided = plan(config, out=out, **{**planned, **here})
+    with listening(control.warn, control.check):
+        decided = plan(config, out=out, **{**planned, **here})
     place = place_of(as_path(out))
     check_joinable(decided, place, options)
     values = {**describe(decided), "out": str(out), **(told or {})}

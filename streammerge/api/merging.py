@@ -22,6 +22,7 @@ from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.engine.taking import Taking
 from streammerge.engine.to_store import merge_to_store
 from streammerge.errors import InputError, printable
+from streammerge.io.object_waiting import listening
 from streammerge.io.reader import IoMode
 from streammerge.io.volumes import as_path, is_url, local_path
 from streammerge.planning.memory.enough import with_enough
@@ -203,11 +204,14 @@ def _merge_settled(
         return decided
 
     memory = planned["memory"]
-    decided = with_enough(decide, memory)
     run_plan = merge_to_store if is_url(out) else join_plan if how.join else execute
-    with controlled(
-        run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]
-    ) as control:
+    with (
+        controlled(
+            run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]
+        ) as control,
+        listening(control.warn, control.check),
+    ):
+        decided = with_enough(decide, memory)
         try:
             summary = run_plan(decided, out, how, control, model_card, supply_gates)
         except CannotCompileError as error:

@@ -332,7 +332,7 @@ keep_stages_option = option(
     type=path(file_okay=False),
     metavar="DIR",
     group=OUTPUT,
-    help="Of a config with stages: write each stage too, to DIR/NAME.",
+    help="Of a config with stages: write each stage too, to DIR/NAME; DIR may be a folder of a store.",
 )
 
 output_options = together(

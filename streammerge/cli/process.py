@@ -15,7 +15,8 @@ from typing import NoReturn
 
 import click
 
-from streammerge.errors import InputError, printable
+from streammerge.errors import InputError, Stopped, printable
+from streammerge.io.object_waiting import listen
 
 BEGAN = time.monotonic()
 """The time when the command started; ``seconds`` of a JSON event counts from it."""
@@ -36,6 +37,12 @@ def stop_on_signals() -> tuple[threading.Event, Callable[[], int | None]]:
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, on_signal)
+
+    def check() -> None:
+        if received:
+            raise Stopped(received[0])
+
+    listen(_tell, check)
     return stop, lambda: received[0] if received else None
 
 
@@ -48,6 +55,12 @@ def leave_on_signals() -> None:
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, on_signal)
+    listen(_tell, lambda: None)
+
+
+def _tell(line: str) -> None:
+    """Print a line about a wait."""
+    print(f"streammerge: {line}", file=sys.stderr, flush=True)
 
 
 def open_closed_streams() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cache
@@ -14,8 +13,9 @@ from typing import Any
 from streammerge.errors import InputError, StreammergeError, printable
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.local_file import shrunk
-from streammerge.io.object_errors import is_passing, while_merging
+from streammerge.io.object_errors import while_merging
 from streammerge.io.object_stores import library, split_url, store_of
+from streammerge.io.object_waiting import Patience
 
 CONNECTIONS = "STREAMMERGE_CONNECTIONS"
 """Variable of the environment, set by ``--connections``: most requests in flight in a process."""
@@ -31,9 +31,6 @@ _LIBRARY = 8 << 20
 """Bytes of obstore itself, and of its threads (measured: 5 MiB)."""
 _AHEAD = 1 << 18
 """Bytes fetched by a small read: the header of most files."""
-PATIENCE = 180.0
-"""Seconds for which a request is repeated while nothing comes."""
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 5.0
 _BATCH = 256
 """Scattered reads that are submitted together."""
 
@@ -84,7 +81,7 @@ class ObjectFile:
 
     def __init__(self, url: str, status: Any, stop: threading.Event | None = None) -> None:
         self._url = url
-        self._stop = stop or threading.Event()
+        self._stop = stop
         self._status = status
         self._store, self._key = store_of(url)
         self._obstore = library(split_url(url)[0])
@@ -162,7 +159,7 @@ class ObjectFile:
     def _stream(self, offset: int, nbytes: int) -> Iterator[memoryview]:
         if not nbytes:
             return
-        done, failed, pause = 0, None, _FIRST_PAUSE
+        done, patience = 0, Patience(self._url, self._stop)
         while done < nbytes:
             before = done
             try:
@@ -177,11 +174,10 @@ class ObjectFile:
             except StreammergeError:
                 raise
             except Exception as error:
-                failed, pause = (None, _FIRST_PAUSE) if done > before else (failed, pause)
-                failed = failed or time.monotonic()
-                if not is_passing(error) or time.monotonic() - failed > PATIENCE or self._stop.wait(pause):
+                if done > before:
+                    patience.came()
+                if not patience.wait(error):
                     raise while_merging(self._url, error) from None
-                pause = min(2 * pause, _LONGEST_PAUSE)
             else:
                 break
         if done != nbytes:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from streammerge.errors import StreammergeError
 from streammerge.io.object_errors import explained, while_writing
 from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
+from streammerge.io.object_waiting import Patience
 from streammerge.records import dataclass
 
 _T = TypeVar("_T")
@@ -116,48 +117,76 @@ def names_below(url: str) -> tuple[list[str], list[str]]:
     return [name for name in objects if name], [name for name in folders if name]
 
 
-def list_objects(url: str, most: int, *, patient: bool = True) -> dict[str, tuple[int, str]]:
+def list_objects(url: str, most: int) -> dict[str, tuple[int, str]]:
     """Return size and ETag of the objects below a URL, at any depth, by their path there; at most about `most` of them.
-
-    Parameters
-    ----------
-    patient
-        Whether a store that is away is asked for minutes; not while a user waits for the answer.
 
     Raises
     ------
     StreammergeError
         If the store fails, or access is denied.
     """
-    store, key = store_of(url, patient=patient)
-    found: dict[str, tuple[int, str]] = {}
-    try:
-        for batch in library(split_url(url)[0]).list(store, key or None):
+
+    def listed(obstore: Any, store: Any, key: str) -> dict[str, tuple[int, str]]:
+        found: dict[str, tuple[int, str]] = {}
+        for batch in obstore.list(store, key or None):
             for meta in batch:
                 found[meta["path"][len(key) + 1 if key else 0 :]] = (meta["size"], e_tag_of(meta))
             if len(found) >= most:
                 break
-    except Exception as error:
-        what = explained(url, error)
-        if isinstance(what, FileNotFoundError):
-            return {}
-        raise what from None
-    found.pop("", None)
-    return found
+        found.pop("", None)
+        return found
+
+    try:
+        return ask(url, listed)
+    except FileNotFoundError:
+        return {}
 
 
 def _facts(meta: Any) -> Facts:
     return Facts(meta["size"], e_tag_of(meta), meta["last_modified"].timestamp())
 
 
-def _ask(url: str, ask: Callable[[Any, Any, str], _T], *, writes: bool = False) -> _T | None:
-    """Ask a store, for minutes if it is away; return None if there is no such object, and nothing is written."""
-    store, key = store_of(url, patient=True)
+def _ask(url: str, question: Callable[[Any, Any, str], _T], *, writes: bool = False) -> _T | None:
+    """Ask a store of a merge that has begun; return None if there is no such object, and nothing is written."""
     try:
-        return ask(library(split_url(url)[0]), store, key)
-    except StreammergeError:
-        raise
-    except Exception as error:
-        if not writes and isinstance(explained(url, error), FileNotFoundError):
-            return None
-        raise while_writing(url, error) from None
+        return ask(url, question, lambda url, error: _explained(url, error, writes))
+    except FileNotFoundError:
+        return None
+
+
+def _explained(url: str, error: Exception, writes: bool) -> Exception:
+    what = explained(url, error)
+    return what if not writes and isinstance(what, FileNotFoundError) else while_writing(url, error)
+
+
+def ask(
+    url: str,
+    question: Callable[[Any, Any, str], _T],
+    failure: Callable[[str, Exception], Exception] = explained,
+) -> _T:
+    """Ask a store, for minutes if it is away; see `streammerge.io.object_waiting`.
+
+    Parameters
+    ----------
+    question
+        Function that is given obstore, the store and the URL's key.
+    failure
+        Returns the error to raise for one of obstore's.
+
+    Raises
+    ------
+    StreammergeError
+        If the store fails.
+    FileNotFoundError
+        If there is no such object.
+    """
+    patience = Patience(url)
+    while True:
+        store, key = store_of(url)
+        try:
+            return question(library(split_url(url)[0]), store, key)
+        except StreammergeError:
+            raise
+        except Exception as error:
+            if not patience.wait(error):
+                raise failure(url, error) from None

@@ -30,17 +30,17 @@ CLIENT: dict[str, Any] = {
     "connect_timeout": timedelta(seconds=10),
 }
 QUICK: dict[str, Any] = {
-    "max_retries": 20,
-    "retry_timeout": timedelta(minutes=1),
+    "max_retries": 4,
+    "retry_timeout": timedelta(seconds=10),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1), "base": 2},
 }
-"""How a question is repeated that a user waits for, such as for an object's name: some twenty seconds."""
+"""How the library repeats a request, for a second or two; `object_waiting.Patience` repeats it for minutes."""
 PATIENT: dict[str, Any] = {
     "max_retries": 60,
     "retry_timeout": timedelta(minutes=3),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=5), "base": 2},
 }
-"""How a transfer is repeated in the middle of a merge, after longer and longer pauses."""
+"""How the library repeats what it sends of an upload, which nobody else can repeat."""
 _STORES: dict[tuple[str, str, bool], Any] = {}
 _LOCK = threading.Lock()
 
@@ -74,7 +74,7 @@ def store_of(url: str, *, patient: bool = False) -> tuple[Any, str]:
     Parameters
     ----------
     patient
-        Whether failed requests are repeated for minutes, so that a merge outlives a store that is away.
+        Whether the library repeats failed requests for minutes; an upload in parts needs it.
 
     Raises
     ------

@@ -16,10 +16,9 @@ from dataclasses import field
 from typing import Any
 
 from streammerge.errors import ModelError, printable
-from streammerge.io.object_errors import explained
 from streammerge.io.object_file import ObjectFile, requests_nbytes
-from streammerge.io.object_small import list_objects
-from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
+from streammerge.io.object_small import ask, list_objects
+from streammerge.io.object_stores import e_tag_of, split_url
 from streammerge.io.volumes import serves
 from streammerge.records import dataclass
 
@@ -94,7 +93,7 @@ class Objects:
             return False
         found = self._listed(url)
         # Some servers list folders of which everything has been removed.
-        return bool(found.objects) or (bool(found.folders) and bool(list_objects(url, 1, patient=False)))
+        return bool(found.objects) or (bool(found.folders) and bool(list_objects(url, 1)))
 
     def names(self, url: str) -> list[str]:
         """See `Volume`."""
@@ -106,7 +105,7 @@ class Objects:
     def status(self, url: str, *, anew: bool = False) -> ObjectStatus:
         """See `Volume`."""
         if anew:
-            return self._head(url, patient=True)  # in the middle or at the end of a merge
+            return self._head(url)
         parent, _, name = url.rpartition("/")
         with self._lock:
             folder, alone = self._folders.get(parent), self._alone.get(url, ...)
@@ -152,28 +151,19 @@ class Objects:
                 known = self._folders.setdefault(url, known)
         return known
 
-    def _head(self, url: str, *, patient: bool = False) -> ObjectStatus:
+    def _head(self, url: str) -> ObjectStatus:
         if not split_url(url)[2]:
             raise _missing(url)
-        store, key = store_of(url, patient=patient)
-        try:
-            return _status(url, library(split_url(url)[0]).head(store, key))
-        except ModelError:
-            raise
-        except Exception as error:
-            raise explained(url, error) from None
+        return _status(url, ask(url, lambda obstore, store, key: obstore.head(store, key)))
 
 
 def _list(url: str) -> _Folder:
     """Return the objects and folders directly below a URL; nothing if there are none."""
-    store, key = store_of(url)
+    key = split_url(url)[2]
     try:
-        found = library(split_url(url)[0]).list_with_delimiter(store, key or None)
-    except Exception as error:
-        what = explained(url, error)
-        if isinstance(what, FileNotFoundError):
-            return _Folder()
-        raise what from None
+        found = ask(url, lambda obstore, store, key: obstore.list_with_delimiter(store, key or None))
+    except FileNotFoundError:
+        return _Folder()
     begin = len(key) + 1 if key else 0
     objects = {meta["path"][begin:]: meta for meta in found["objects"]}
     return _Folder(

@@ -55,7 +55,7 @@ def present_in(place: Place) -> Present:
     """
     out = str(place.out)
     place.look_anew()
-    found = objects_of(place, patient=False)
+    found = objects_of(place)
     if not found or place.manifest.name in found:
         return found
     if place.file in found or not any(_is_working(place, name) for name in found):
@@ -68,10 +68,10 @@ def present_in(place: Place) -> Present:
     return found
 
 
-def objects_of(place: Place, *, patient: bool = True) -> Present:
+def objects_of(place: Place) -> Present:
     """Return every object of an output as it is now; of a single file, only those that have its name."""
     if place.file is None:
-        return list_objects(str(place.out), MOST, patient=patient)
+        return list_objects(str(place.out), MOST)
     names = {place.file: place.out, place.manifest.name: place.manifest}
     facts = {name: facts_of(str(path)) for name, path in names.items()}
     found = {name: (one.nbytes, one.e_tag) for name, one in facts.items() if one is not None}

@@ -12,7 +12,7 @@ import pytest
 
 from streammerge.api import merge, verify
 from streammerge.errors import InputError, OutputError, WorldError
-from streammerge.io import object_file, object_stores
+from streammerge.io import object_stores, object_waiting
 from streammerge.io.object_file import ObjectFile
 from streammerge.io.object_upload import Upload
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
@@ -75,7 +75,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_only_time(
         real(self, offset, target)
 
     monkeypatch.setattr(ObjectFile, "read", read)
-    monkeypatch.setattr(object_file, "_LONGEST_PAUSE", 0.3)
+    monkeypatch.setattr(object_waiting, "_LONGEST_PAUSE", 0.3)
     merge(in_store(config, models), tmp_path / "out", memory="1GiB")
     again.join()
     assert output_bytes(tmp_path / "out")[OF_MERGE[0]] == output_bytes(tmp_path / "local")[OF_MERGE[0]]
@@ -99,6 +99,7 @@ def test_a_store_that_never_gives_in_ends_the_merge(
 ) -> None:
     config = in_store(config_for("linear", models), models)
     monkeypatch.setattr(object_stores, "QUICK", {"max_retries": 1})
+    monkeypatch.setattr(object_waiting, "PATIENCE", 0.1)
     with Throttle(server, lambda number: True) as throttle:
         monkeypatch.setenv("AWS_ENDPOINT_URL", throttle.endpoint)
         object_stores.close_stores()

@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import pytest
 
 pytest.importorskip("obstore")
 
+from streammerge.api import merge
 from streammerge.checkpoint.index import open_model
-from streammerge.errors import ModelError, StreammergeError, WorldError
-from streammerge.io import object_file, object_leftovers, object_stores
+from streammerge.errors import ModelError, Stopped, StreammergeError, WorldError
+from streammerge.events import Event
+from streammerge.io import object_file, object_leftovers, object_stores, object_waiting, volumes
 from streammerge.io.object_errors import CREDENTIALS
 from streammerge.io.object_file import ObjectFile
 from streammerge.io.objects import ObjectStatus
@@ -70,7 +72,7 @@ def refused(status: int, code: str) -> Callable[[Handler], None]:
 
 
 @contextmanager
-def answering(*answers: Callable[[Handler], None]) -> Iterator[tuple[str, list[Any]]]:
+def answering(*answers: Callable[[Handler], None], port: int = 0) -> Iterator[tuple[str, list[Any]]]:
     """Serve answers in turn, the last one for ever; yield the endpoint, and the headers of each request."""
     asked: list[Any] = []
 
@@ -86,7 +88,7 @@ def answering(*answers: Callable[[Handler], None]) -> Iterator[tuple[str, list[A
         def log_message(self, *arguments: object) -> None:
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Server)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}", asked
@@ -136,7 +138,7 @@ def test_what_passes_is_asked_again_from_where_it_stopped(
     first: Callable[[Handler], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(object_stores, "QUICK", {"max_retries": 0})
-    monkeypatch.setattr(object_file, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(object_waiting, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(object_file, "_CHUNK", 10_000)
     with answering(first, first, whole) as (endpoint, asked):
         leads("s3", endpoint, monkeypatch, tmp_path)
@@ -204,3 +206,63 @@ def test_parts_that_cannot_be_listed_are_left_and_no_redirect_is_followed(
             assert object_leftovers.abort_uploads("s3://b/out", {"model.safetensors"}) == 0
         assert len(asked) == 1
         assert SECRET not in str(asked[0])
+
+
+def found(request: Handler) -> None:
+    """Answer what an object is like."""
+    begin(request, 0, len(DATA))
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[int]:
+    """Return a port that refuses connections, and is that of the store."""
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        port: int = some.getsockname()[1]
+    monkeypatch.setattr(object_stores, "QUICK", {"max_retries": 0})
+    monkeypatch.setattr(object_waiting, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(object_waiting, "_TOLD", {})
+    leads("s3", f"http://127.0.0.1:{port}", monkeypatch, tmp_path)
+    yield port
+    object_stores.close_stores()
+
+
+def test_a_store_that_is_away_while_a_process_plans_is_waited_for_and_the_user_is_told_once(
+    away: int,
+) -> None:
+    said: list[str] = []
+    with ExitStack() as later:
+
+        def tell(line: str) -> None:
+            said.append(line)
+            later.enter_context(answering(found, port=away))
+
+        with object_waiting.listening(tell, lambda: None):
+            assert volumes.stat("s3://b/x/y").st_size == len(DATA)
+            volumes.forget("s3://b/x")
+    assert said == [
+        "s3://b/x/y: the store cannot be reached: check the network and the endpoint (AWS_ENDPOINT_URL); it is asked again "
+        "for 3 minutes at most"
+    ]
+
+
+def test_a_store_that_stays_away_is_told_once_and_ends_the_command_as_a_failure_of_the_world(
+    away: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(object_waiting, "PATIENCE", 0.1)
+    said: list[Event] = []
+    config = {"merge_method": "linear", "models": [{"model": "s3://b/one"}, {"model": "s3://b/two"}]}
+    with pytest.raises(
+        WorldError, match=r"s3://b/one.*cannot be reached.*run the same command again"
+    ) as caught:
+        merge(config, tmp_path / "out", on_event=said.append)
+    assert caught.value.exit_code == 1
+    assert [event.kind for event in said] == ["warning"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wait_ends_when_the_user_stops_the_command(away: int, tmp_path: Path) -> None:
+    stop = threading.Event()
+    config = {"merge_method": "linear", "models": [{"model": "s3://b/one"}, {"model": "s3://b/two"}]}
+    with pytest.raises(Stopped):
+        merge(config, tmp_path / "out", on_event=lambda event: stop.set(), stop=stop)
