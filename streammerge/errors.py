@@ -6,6 +6,7 @@
     ├── InputError          2   the config or an input file is bad: what, where, the cure
     │   ├── ConfigError     2   the YAML config
     │   ├── ModelError      2   a model directory or one of its files
+    │   │   ├── MergedOverflowError  2   merged values that the output's dtype cannot hold
     │   │   └── NotDownloadedError  2   a model that is not on this machine, and may be on the hub
     │   └── BudgetError     2   the work does not fit the memory that was given
     ├── OutputError         2   the output directory holds something that must not be touched
@@ -48,6 +49,20 @@ class ConfigError(InputError):
 
 class ModelError(InputError):
     """A model directory or one of its files is malformed, missing or of the wrong kind."""
+
+
+class MergedOverflowError(ModelError):
+    """Merged values that the output's dtype cannot hold.
+
+    Parameters
+    ----------
+    output
+        The name of their output among several that are made from the same reads; empty for a single one.
+    """
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
 
 
 class NotDownloadedError(ModelError):

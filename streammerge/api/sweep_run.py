@@ -24,7 +24,7 @@ from streammerge.engine.first_use import compile_first
 from streammerge.engine.scoring import Score, score
 from streammerge.engine.session import Options
 from streammerge.engine.sweep import identify_alone, is_finished, merge_together, together
-from streammerge.errors import BudgetError, OutputError, WorldError, printable
+from streammerge.errors import BudgetError, MergedOverflowError, OutputError, WorldError, printable
 from streammerge.events import Control, Event
 from streammerge.io.disk import space_for
 from streammerge.io.durable import make_directory, world_errors
@@ -291,19 +291,33 @@ class SweepRun:
         for plan in chosen.values():
             compile_first(plan, self._outer)
         emit = self._over_all(record, chosen, len(names))
-        merged = merge_together(
-            {self._out / name: plan for name, plan in chosen.items()},
-            self._digests,
-            replace(self._options, overwrite=False),
-            replace(self._outer, emit=emit),
-            model_card,
-        )
+        try:
+            merged = merge_together(
+                {self._out / name: plan for name, plan in chosen.items()},
+                self._digests,
+                replace(self._options, overwrite=False),
+                self._outer.part(emit),
+                model_card,
+            )
+        except MergedOverflowError as error:
+            self._give_up(record, error.output or next(iter(chosen)), error)
+            return
         self.bytes_read += merged.bytes_read
         self.bytes_written += merged.bytes_written
         self._finished |= chosen.keys()
         for name in chosen:
-            record.note(name, seconds=merged.seconds / len(chosen))
+            record.note(name, seconds=merged.seconds / len(chosen), reason="")
         record.save()
+
+    def _give_up(self, record: SweepRecord, name: str, error: MergedOverflowError) -> None:
+        """Note that a point cannot be merged; the others of its batch continue where they are."""
+        self._tried.add(name)
+        remove_tree(self._out / name)
+        reason = str(error).removeprefix(f"{printable(error.output, 200)}: ")
+        record.note(name, score=None, seconds=None, reason=reason)
+        record.save()
+        values = {"point": name, "score": None, "seconds": None, "reason": reason}
+        self._outer.emit(Event("point", values))
 
     def _over_all(self, record: SweepRecord, chosen: Mapping[str, MergePlan], left: int) -> _OverAll:
         """Return the receiver of a batch's events."""

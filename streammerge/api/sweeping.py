@@ -43,7 +43,7 @@ class Sweep:
 
     @property
     def failed(self) -> tuple[str, ...]:
-        """The points whose command gave no score."""
+        """The points that could not be merged, or whose command gave no score."""
         return tuple(name for name, row in self.points.items() if row.reason)
 
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from streammerge.checkpoint.shards import find_distributed
-from streammerge.checkpoint.weight_names import PIPELINE
+from streammerge.checkpoint.weight_names import OUTPUT_MANIFEST, OUTPUT_STATE, PIPELINE
 from streammerge.checkpoint.weight_sets import find_sets
 from streammerge.formats.registry import suffixes
 from streammerge.formats.torch_file import PICKLES
@@ -76,11 +76,13 @@ def find_run(directory: Path, pattern: str | None = None) -> Run:
     folders = [name for name in names if os.path.isdir(directory / name)]
     models = [name for name in folders if holds_model(directory / name, _listed(directory / name))]
     has_model = holds_model(directory, present)
-    notes = []
+    notes: list[str] = []
     if not models and (pattern is not None or not _is_one_model(present)):
         models = [name for name in names if name not in folders and _is_file_of_model(name)]
     elif pattern is not None:
         notes += _left_out(directory, [name for name in folders if name not in models], "no model in it")
+    models, merged = _without_outputs(directory, present, models)
+    notes += _left_out(directory, merged, "an output of streammerge")
     if pattern is None:
         models, others = _numbered(directory, models)
         notes += _left_out(directory, others, "no number in its name")
@@ -107,6 +109,24 @@ def _is_file_of_model(name: str) -> bool:
     if name.endswith(PICKLES):
         return not _NO_MODEL.fullmatch(name.rpartition(".")[0])
     return any(not some.missing and some.index is None for some in find_sets([name]))
+
+
+def _without_outputs(
+    directory: Path, present: Collection[str], names: list[str]
+) -> tuple[list[str], list[str]]:
+    """Return the names without outputs of merges, and those outputs; if all are outputs, they are what is meant.
+
+    An average that is written next to its checkpoints must not become one of them when the same command runs again.
+    """
+
+    def is_output(name: str) -> bool:
+        marks = (directory / name / mark for mark in (OUTPUT_MANIFEST, OUTPUT_STATE))
+        return f"{name}.json" in present or any(map(os.path.lexists, marks))
+
+    merged = [name for name in names if is_output(name)]
+    if len(merged) == len(names):
+        return names, []
+    return [name for name in names if name not in merged], merged
 
 
 def _numbered(directory: Path, names: list[str]) -> tuple[list[str], list[str]]:

@@ -35,6 +35,10 @@ PIPELINE = "model_index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that marks a folder as an adapter."""
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OUTPUT_MANIFEST = "streammerge.json"
+"""The file that marks a folder as a finished output of this package."""
+OUTPUT_STATE = ".streammerge"
+"""The directory that marks a folder as an output that is being written."""
 LISTS = (PIPELINE, ADAPTER_CONFIG, *INDEXES)
 """Names of files that list, or mark, other files of a finished model."""
 LOADED = (*LISTS, ADAPTER_WEIGHTS, *(weight_file(stem) for stem in STEMS))

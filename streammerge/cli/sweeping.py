@@ -23,6 +23,7 @@ from streammerge.cli.options import (
 )
 from streammerge.cli.process import BEGAN, stop_on_signals
 from streammerge.errors import InputError, WorldError, printable
+from streammerge.units import plural
 
 
 class _Keep(click.ParamType):
@@ -116,9 +117,11 @@ def sweep(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
         {"out": out, "seconds": result.seconds, **sweep_values(result.points, result.best)},
         sweep_text(result.points, result.best, out),
     )
-    if options["score"] is not None and (failed := result.failed):
+    if failed := result.failed:
         first = result.points[failed[0]]
+        lack = "could not be merged" if first.seconds is None else "have no score"
+        cure = "" if first.seconds is None else ": mend the command and run this one again"
         raise WorldError(
-            f"{len(failed)} of {len(result.points)} points have no score; {printable(failed[0], 200)}: "
-            f"{printable(first.reason)}: mend the command and run this one again"
+            f"{len(failed)} of {plural(len(result.points), 'point')} {lack}; {printable(failed[0], 200)}: "
+            f"{printable(first.reason)}{cure}"
         )

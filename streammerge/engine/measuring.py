@@ -60,7 +60,7 @@ def measure(plan: MergePlan, control: Control) -> Mapping[int, Answers]:
         control.emit(Event("progress", values))
 
     try:
-        spec = RunSpec(plan, None, identify(plan, reader))
+        spec = RunSpec(plan, None, identify(plan, reader), measures=True)
         with Worker(spec, reader, NoSink(), control.stop) as worker:
             if reader.computes is not None:
                 reader.computes.join(worker, lambda values: None, tell, {})

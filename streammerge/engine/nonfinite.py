@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from streammerge.errors import ModelError, printable
+from streammerge.engine.worker import Worker
+from streammerge.errors import MergedOverflowError, ModelError, printable
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
 from streammerge.numerics.finite import Tally, is_bad, is_negative, steps
@@ -26,23 +27,32 @@ class Finding:
     inputs: tuple[Tally, ...]
     overflow: Tally
 
-    def error(self) -> ModelError:
-        """Return the error that names the first input, or the overflow."""
+    def error(self, worker: Worker) -> ModelError:
+        """Return the error that names the first input, or the overflow, and the worker's output if it is one of several."""
         name = printable(self.job.name)
         go_on = "or go on with --nonfinite warn"
         if self.job.encoder is not None:
             go_on = "or remove `quantize`: quantised tensors cannot hold it"
         for ref, tally in zip(self.job.inputs, self.inputs, strict=True):
             if tally.count:
+                cure = f"repair the model, list the tensor under `exclude:` to copy it, {go_on}"
                 return ModelError(
-                    f"{printable(ref.path)}: tensor {name} holds NaN or infinity at element {tally.first}: repair the "
-                    f"model, list the tensor under `exclude:` to copy it, {go_on}"
+                    f"{printable(ref.path)}: tensor {name} holds NaN or infinity at {self._place(tally.first)}: "
+                    f"{'repair the model' if worker.spec.measures else cure}"
                 )
-        where = f" at element {self.overflow.first}" if self.overflow.count else ""
-        return ModelError(
-            f"tensor {name}: the merged values overflow {self.job.dtype}{where}: use smaller weights or a wider `dtype`, "
-            f"{go_on}"
+        where = f" at {self._place(self.overflow.first)}" if self.overflow.count else ""
+        label = f"{printable(worker.label, 200)}: " if worker.label else ""
+        return MergedOverflowError(
+            f"{label}tensor {name}: the merged values overflow {self.job.dtype}{where}: use smaller weights or a wider "
+            f"`dtype`, {go_on}",
+            worker.label,
         )
+
+    def _place(self, element: int) -> str:
+        """Return the number of an element; of a matrix, with its indices."""
+        if len(self.job.shape) < 2:
+            return f"element {element}"
+        return f"element {element} [{', '.join(map(str, np.unravel_index(element, self.job.shape)))}]"
 
     def warnings(self) -> list[str]:
         """Return one line per affected input, and one for the overflow."""

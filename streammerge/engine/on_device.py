@@ -19,7 +19,7 @@ from streammerge.engine.answers import Shared, reducer_of, resolve, slice_of
 from streammerge.engine.bringing import Carrier, Halted, host_bytes, room_for_codes
 from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.engine.worker import Worker
-from streammerge.errors import ModelError, WorldError, printable
+from streammerge.errors import WorldError, printable
 from streammerge.io.buffer_pool import Bytes
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.journal import Receipt
@@ -52,7 +52,7 @@ def merge_on_device(worker: Worker, job: Job, piece: Piece) -> list[Receipt]:
         pass
     except NotFiniteError:
         fisher = bad_fisher(worker.reader, job, piece.start, piece.stop)
-        raise fisher or trace(worker.reader, job, piece.start, piece.stop, None).error() from None
+        raise fisher or trace(worker.reader, job, piece.start, piece.stop, None).error(worker) from None
     return receipts
 
 
@@ -328,8 +328,7 @@ class Held:
                 placed.address + out.offset + (first - start) * width, (last - first) * width
             )
 
-        error = trace(output.reader, own, start, start + n, merged).error()
-        raise ModelError(f"{printable(output.label, 200)}: {error}") if output.label else error
+        raise trace(output.reader, own, start, start + n, merged).error(output)
 
     def _write(self, output: Worker, own: Job, done: int, address: int, n: int, checksum: int) -> int:
         """Copy a merged block out and write it; return the checksum continued."""

@@ -131,7 +131,7 @@ class Session:
         self._presence = Presence(place, self._told)
         self._writer = self._make_writer()
         known = {} if reader.computes is None else reader.computes.identities
-        spec = RunSpec(plan, place.out, identity, options.nonfinite == "warn", options.io, known)
+        spec = RunSpec(plan, place.out, identity, options.nonfinite == "warn", options.io, stages=known)
         self.worker = Worker(spec, reader, self._writer, control.stop)
         self._known: dict[str, Known] = {}
 

@@ -21,7 +21,7 @@ from streammerge.engine.nonfinite import bad_fisher, trace
 from streammerge.engine.on_device import merge_on_device
 from streammerge.engine.peaks import known_peak, largest
 from streammerge.engine.worker import Worker, math_for, math_of
-from streammerge.errors import ModelError, printable
+from streammerge.errors import ModelError
 from streammerge.formats.refs import SourceRef
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import DIRECT_BYTES, PAGE
@@ -193,8 +193,7 @@ def _rounded(worker: Worker, job: Job, loaded: Block, out: Operand, applied: App
             narrowed, clipped = narrow(data.view(np.float32), job.dtype, data)
         data = data[: loaded.n]
     if (applied.not_finite or clipped) and not worker.tolerant:
-        found = not_finite(worker, job, start, stop, data)
-        raise ModelError(f"{printable(worker.label, 200)}: {found}") if worker.label else found
+        raise not_finite(worker, job, start, stop, data)
     if applied.not_finite and (error := bad_fisher(worker.reader, job, start, stop)) is not None:
         raise error
     if out.dtype != job.dtype:
@@ -379,4 +378,4 @@ def not_finite(worker: Worker, job: Job, start: int, stop: int, output: Bytes | 
         assert output is not None
         return output[(first - start) * width : (last - start) * width]
 
-    return trace(worker.reader, job, start, stop, None if output is None else merged).error()
+    return trace(worker.reader, job, start, stop, None if output is None else merged).error(worker)

@@ -46,6 +46,8 @@ class RunSpec:
     tolerant: bool = False
     """Whether non-finite values are written and reported; otherwise they are refused."""
     io: IoMode = "direct"
+    measures: bool = False
+    """Whether statistics are all that is wanted, and nothing is merged."""
     stages: Mapping[str, Identity] = field(default_factory=dict)
     """The values that the result of each stage depends on, by the stage's name."""
 

@@ -121,7 +121,9 @@ def locked(place: Place) -> Iterator[None]:
     OutputError
         If a different merge is running there.
     """
-    taken = f"{printable(place.out)}: a different merge is writing there"
+    taken = (
+        f"{printable(place.out)}: a different merge is writing there: wait for it, or choose a different OUT"
+    )
     _create(place.folder)
     if place.file is None:
         with locked_directory(place.out, taken):

@@ -106,7 +106,8 @@ class Journal:
             return  # the file system has no file locks: the directory's lock must do
         if not free:
             raise OutputError(
-                f"{printable(self._out)}: a different merge is writing there, on this machine or a different one"
+                f"{printable(self._out)}: a different merge is writing there, on this machine or a different one: wait for it, or choose a "
+                "different OUT"
             )
 
     def read(self) -> Progress | None:

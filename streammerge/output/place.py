@@ -16,13 +16,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from streammerge.checkpoint.weight_names import OUTPUT_MANIFEST, OUTPUT_STATE
 from streammerge.formats.safetensors import SUFFIX
 from streammerge.io import volumes
 from streammerge.io.durable import PARTIAL
 from streammerge.io.private import private
 from streammerge.records import dataclass
 
-STATE = ".streammerge"
+STATE = OUTPUT_STATE
 """Name of the directory of a journal. For a single file, the directory's name is the file's name with this suffix."""
 JOURNAL = "journal.jsonl"
 WORKERS = "workers"
@@ -32,7 +33,7 @@ RUN = "run.json"
 VERIFYING = ".streammerge-verify"
 """Name of the directory that processes share while they verify an output."""
 _RUN = re.compile(r"[0-9a-f]{16}", re.ASCII)
-MANIFEST = "streammerge.json"
+MANIFEST = OUTPUT_MANIFEST
 CONFIG_COPY = "streammerge_config.yml"
 
 

@@ -6,6 +6,7 @@ import csv
 import errno
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from streammerge.output.place import CONFIG_COPY
 from streammerge.output.shards import ShardWriter
 from streammerge.output.sweep_record import SweepRecord
 from streammerge.planning.sweep import nbytes_of_point
+from streammerge.testing.models import read_tensors, write_model
 from tests.conftest import config_for, output_bytes
 from tests.laws.resume.traps import Trap, guarded
 
@@ -371,17 +373,38 @@ def test_a_damaged_record_is_refused(change: Any, config: dict[str, Any], tmp_pa
         swept({**config, "sweep": {"lambda": [0.1]}}, out)
 
 
-def test_a_value_that_overflows_is_named_and_the_rest_is_kept(
+def test_a_point_that_overflows_is_named_and_the_others_are_merged(
     make_models: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     paths = make_models(2, shapes=SHAPES, dtype=torch.float16)
-    config = config_for("task_arithmetic", paths, sweep={"lambda": [0.5, 1e9]})
-    with pytest.raises(ModelError, match=r"^lambda=1000000000\.0: tensor .* overflow F16") as caught:
-        swept(config, tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert list(swept({**config, "sweep": {"lambda": [0.5]}}, tmp_path / "out", overwrite=True).points)
-    tolerant = swept(config, tmp_path / "warned", nonfinite="warn")
-    assert len(tolerant.points) == 2
+    config = config_for("task_arithmetic", paths, sweep={"lambda": [0.5, 1e9, 0.7, 1e8]})
+    events: list[Event] = []
+    result = swept(config, tmp_path / "out", score="echo 3; : {}", on_event=events.append)
+    assert result.failed == ("lambda=1000000000.0", "lambda=100000000.0")
+    assert points_in(tmp_path / "out") == ["lambda=0.5", "lambda=0.7"]
+    rows = rows_of(tmp_path / "out")
+    assert [row["score"] for row in rows] == ["3.0", "", "3.0", ""]
+    assert re.match(
+        r"tensor .* overflow F16 at element \d+ \[\d+, \d+\]: use smaller weights", rows[1]["reason"]
+    )
+    assert [event.values["score"] for event in events if event.kind == "point"] == [None, None, 3, 3]
+    for name in ("lambda=0.5", "lambda=0.7"):
+        merge(tmp_path / "out" / name / CONFIG_COPY, tmp_path / name, on_event=lambda event: None)
+        assert output_bytes(tmp_path / "out" / name) == output_bytes(tmp_path / name)
+    tolerant = swept(config, tmp_path / "out", score="echo 3; : {}", nonfinite="warn")
+    assert not tolerant.failed
+    assert [row["reason"] for row in rows_of(tmp_path / "out")] == [""] * 4
+
+
+def test_infinity_in_an_input_ends_a_sweep_since_no_point_can_be_merged(
+    make_models: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    paths = make_models(2, shapes=SHAPES, dtype=torch.float16)
+    tensors = read_tensors(paths[1])
+    tensors[next(iter(SHAPES))].view(-1)[0] = torch.inf
+    write_model(paths[1], tensors)
+    with pytest.raises(ModelError, match=r"holds NaN or infinity at element 0 \[0, 0\]: repair the model"):
+        swept(config_for("task_arithmetic", paths, sweep={"lambda": [0.5, 0.7]}), tmp_path / "out")
 
 
 def test_the_python_api_refuses_a_sweep_given_to_merge(config: dict[str, Any], tmp_path: Path) -> None:
