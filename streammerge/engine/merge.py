@@ -22,7 +22,7 @@ from streammerge.errors import Stopped
 from streammerge.events import Control, Event
 from streammerge.io.allocate import check_space
 from streammerge.io.reader import Reader
-from streammerge.output.adapter import Residual, residuals_of
+from streammerge.output.adapter_cut import Residual, residuals_of
 from streammerge.output.commit import cover, kept_by_job
 from streammerge.output.directory import check_contents, check_target, locked
 from streammerge.output.finished import Finished, find_finished

@@ -7,18 +7,21 @@ Shards have their final names when they are whole, so the end of a merge only ad
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from streammerge.engine.joined_course import JoinedCourse
 from streammerge.engine.joined_session import JoinedSession
 from streammerge.engine.session import Options, written_names
-from streammerge.engine.telling import differing, of_floor
-from streammerge.errors import ConfigError, InputError, printable
+from streammerge.engine.telling import differing, of_energy, of_floor
+from streammerge.errors import InputError, StreammergeError, printable
 from streammerge.io.object_leftovers import abort_uploads
+from streammerge.output.adapter_cut import EmptyAdapterError, residuals_of
 from streammerge.output.joining import ShardDone, shard_done, shard_record, shard_unit
 from streammerge.output.journal import Progress, Receipt
+from streammerge.output.object_adapter import commit_adapter_object
 from streammerge.output.object_commit import commit_objects
-from streammerge.output.object_place import objects_of, withdraw_objects
+from streammerge.output.object_place import object_of, objects_of, withdraw_objects
 from streammerge.output.object_readback import is_as_received
 from streammerge.output.object_shards import ObjectShards
 from streammerge.output.shards import ShardWriter
@@ -37,8 +40,10 @@ def check_streamable(plan: MergePlan, options: Options) -> None:
         If the plan or the options ask for it.
     """
     cure = "give a directory as OUT, and copy it to the store afterwards"
-    if plan.adapter is not None:
-        raise ConfigError(f"{plan.config.where}: an adapter is not written to an object store: {cure}")
+    if plan.adapter is not None and options.join:
+        raise InputError(
+            "output: lora: --join and --on share out shards, and an adapter is one file: leave the option out"
+        )
     if options.join and options.overwrite:
         raise InputError(
             "--join with --overwrite: each process would discard what the others have done: discard it once, by "
@@ -111,11 +116,11 @@ class ObjectSession(JoinedSession):
         """Return the shards that are as they were recorded; others are forgotten."""
         ledger, found = self._entered.ledger, dict[int, ShardDone]()
         units, present = ledger.done(), objects_of(self.place)
-        for number, shard in enumerate(self.plan.layout.shards):
+        for number in range(len(self.plan.layout.shards)):
             if (unit := shard_unit(number)) not in units:
                 continue
             done = shard_done(ledger.value(unit))
-            there = present.get(shard.name)
+            there = present.get(object_of(self.place, self.plan.layout, ledger.run, number))
             if done is not None and self._is_there(number, done, there):
                 found[number] = done
             else:
@@ -128,7 +133,8 @@ class ObjectSession(JoinedSession):
             return False
         if there[1] == done.written.e_tag:
             return True
-        return is_as_received(self.plan, self.place, number, done.receipts)
+        name = object_of(self.place, self.plan.layout, self._entered.ledger.run, number)
+        return is_as_received(self.plan, str(self.place.path(name)), number, done.receipts)
 
     def finish_shard(self, number: int, receipts: Sequence[Receipt]) -> None:
         """Record a shard that the store has whole; one that marks a finished model waits for the end."""
@@ -164,6 +170,9 @@ class ObjectSession(JoinedSession):
         contents: Mapping[str, str],
     ) -> None:
         plan, place, shards = self.plan, self.place, self._shards
+        if plan.adapter is not None:
+            self._publish_adapter(receipts, card, contents)
+            return
         manifest = commit_objects(
             plan, place, shards, receipts, self.identity, card, hashes, contents, self._check_run
         )
@@ -173,10 +182,28 @@ class ObjectSession(JoinedSession):
         for line in of_floor(manifest.get("floored")):
             self._control.warn(line)
 
+    def _publish_adapter(self, receipts: Sequence[Receipt], card: str, contents: Mapping[str, str]) -> None:
+        plan, stop = self.plan, self._control.stop
+        try:
+            manifest = commit_adapter_object(
+                plan, self.place, self._reader, receipts, self.identity, card, contents, stop, self._check_run
+            )
+        except EmptyAdapterError:
+            self._close_down()  # the same command would end here again
+            raise
+        for line in of_energy(plan, residuals_of(manifest)):
+            self._control.warn(line)
+
+    def fail(self, error: StreammergeError) -> None:
+        """Tell the other processes of an error that they would meet too."""
+        with suppress(Gone):  # nothing of an adapter that would be empty is kept
+            super().fail(error)
+
     def _close_down(self) -> None:
         """Remove the working files; abort what dead processes were uploading, and end it for those that only sleep."""
-        volume = working_files(self.place.state)
-        volume.discard(self._entered.ledger.run)
-        abort_uploads(str(self.place.folder), written_names(self.plan))
+        volume, layout, run = working_files(self.place.state), self.plan.layout, self._entered.ledger.run
+        volume.discard(run)
+        names = {object_of(self.place, layout, run, number) for number in range(len(layout.shards))}
+        abort_uploads(str(self.place.folder), {*names, *written_names(self.plan)})
         volume.clear()
         self.place.look_anew()

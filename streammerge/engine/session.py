@@ -21,7 +21,8 @@ from streammerge.events import Control
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import IoMode, Reader
 from streammerge.numerics.crc32 import crc32
-from streammerge.output.adapter import EmptyAdapterError, commit_adapter, residuals_of
+from streammerge.output.adapter import commit_adapter
+from streammerge.output.adapter_cut import EmptyAdapterError, residuals_of
 from streammerge.output.commit import commit
 from streammerge.output.directory import clear, sweep, withdraw
 from streammerge.output.identity import Identity

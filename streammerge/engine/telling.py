@@ -10,7 +10,7 @@ from streammerge.engine.nonfinite import trace
 from streammerge.errors import printable
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.reader import Reader
-from streammerge.output.adapter import Residual
+from streammerge.output.adapter_cut import Residual
 from streammerge.output.journal import Receipt
 from streammerge.planning.plan import MergePlan
 from streammerge.records import dataclass

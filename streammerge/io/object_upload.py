@@ -111,6 +111,11 @@ class Upload:
         self._check()
         return self._e_tag
 
+    def close(self) -> None:
+        """Give it up, unless it is finished."""
+        if self._thread.is_alive():
+            self.give_up()
+
     def give_up(self) -> None:
         """Abort it, so that the store frees its parts; a store that is away is not waited for."""
         self._given_up.set()

@@ -1,70 +1,25 @@
-"""The end of a merge into an adapter: what its modules need is copied from the file of factors, and published.
+"""The end of a merge into an adapter: what it takes of the file of factors is copied, and published.
 
-The file of factors has room for the largest rank of every module and for every whole tensor. The adapter takes from it
-the ranks that were found, and those whole modules that differ from the base's. Both are files of the output's folder::
-
-    model.safetensors.partial        A | B | figures | A | B | figures | norm | embedding
-    adapter_model.safetensors        A' | B'         | A | B           | norm
+Both are files of the output's folder: the file of factors under a temporary name, which is removed in the end.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from streammerge.checkpoint.weight_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from streammerge.dtypes import FLOATS, itemsize
-from streammerge.errors import ModelError, printable
 from streammerge.io.durable import fsync_directory, world_errors, write_file, write_fully
 from streammerge.io.reader import Reader
-from streammerge.numerics.casts import F64, rounded, widened
-from streammerge.numerics.crc32 import combine_all, crc32
-from streammerge.output.commit import cover, manifest_of
+from streammerge.output.adapter_cut import Cut
 from streammerge.output.identity import Identity
 from streammerge.output.journal import Receipt
 from streammerge.output.manifest import seal
-from streammerge.output.place import CONFIG_COPY, Place
+from streammerge.output.place import Place
 from streammerge.output.shards import ShardWriter
-from streammerge.planning.layout import header_of, place_in_file
-from streammerge.planning.low_rank.adapter import PREFIX, AdapterPlan, FactoredModule, SavedTensor
 from streammerge.planning.plan import MergePlan
-from streammerge.records import dataclass
-from streammerge.tensors.encoders.base import Stored
-from streammerge.tensors.encoders.low_rank import NORM, RANK, RESIDUAL, LowRank
-from streammerge.tensors.read import read_elements
-
-_STEP = 1 << 20
-"""Bytes copied, or elements compared, at a time."""
-
-
-class EmptyAdapterError(ModelError):
-    """An adapter that would hold no factors."""
-
-
-@dataclass(frozen=True)
-class Residual:
-    """What the factors of one module miss."""
-
-    module: str
-    rank: int
-    norm: float
-    """The norm of the module's change."""
-    residual: float
-    """The norm of what the factors miss, relative to `norm`."""
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor of the adapter, and the offset of its bytes in the file of factors."""
-
-    stored: Stored
-    offset: int
 
 
 def commit_adapter(
@@ -93,36 +48,17 @@ def commit_adapter(
     EmptyAdapterError
         If no matrix differs from the base's; nothing of it is kept then.
     """
-    cut = _Cut(plan, writer, reader)
-    if not cut.residuals:
-        assert plan.adapter is not None
-        raise EmptyAdapterError(
-            f"{printable(place.out)}: no matrix differs from that of {printable(plan.adapter.base)}: there is no adapter "
-            "to write (embeddings and heads count with `embeddings`, --embeddings)"
-        )
-    nbytes, crc, tensors = _write(cut.entries, place, writer)
-    made = {CONFIG_COPY: plan.config.text.encode("utf-8", "surrogatepass")}
-    if "model card" not in plan.left_out:
-        made["README.md"] = f"{card}\n{residual_table(cut.residuals)}\n".encode()
-    for name, data in made.items():
-        write_file(place.path(name), data, place.private(name))
-    config = json.dumps(cut.config, indent=2, ensure_ascii=False).encode() + b"\n"
-    files = {ADAPTER_WEIGHTS: (nbytes, crc)}
-    files |= {name: (len(data), crc32(data)) for name, data in {**made, ADAPTER_CONFIG: config}.items()}
-    manifest = manifest_of(plan, cover(plan, receipts), identity, files, tensors, contents)
-    manifest["densities"] = []  # those of its whole tensors alone would mislead
-    manifest["adapter"] = {
-        "residual": total_residual(cut.residuals),
-        "modules": {
-            one.module: {"rank": one.rank, "norm": one.norm, "residual": one.residual}
-            for one in cut.residuals
-        },
-    }
+    cut = Cut(plan, partial(writer.read, 0), reader, place)
+    _write(cut, place)
+    made = cut.made(card)
+    for name in made.keys() - {ADAPTER_CONFIG}:
+        write_file(place.path(name), made[name], place.private(name))
+    manifest = cut.manifest(made, receipts, identity, contents)
     write_file(place.manifest, seal(manifest), place.private(place.manifest.name))
     with world_errors(place.path(ADAPTER_WEIGHTS)):
         os.replace(place.private(ADAPTER_WEIGHTS), place.path(ADAPTER_WEIGHTS))
         fsync_directory(place.folder)
-    write_file(place.path(ADAPTER_CONFIG), config, place.private(ADAPTER_CONFIG))
+    write_file(place.path(ADAPTER_CONFIG), made[ADAPTER_CONFIG], place.private(ADAPTER_CONFIG))
     with world_errors(place.out):
         fsync_directory(place.folder)
         for shard in plan.layout.shards:
@@ -131,129 +67,15 @@ def commit_adapter(
     return manifest
 
 
-def residuals_of(manifest: Mapping[str, Any]) -> tuple[Residual, ...]:
-    """Return what a manifest records of an adapter's modules; empty if it is that of a model."""
-    modules = manifest.get("adapter", {}).get("modules", {})
-    return tuple(Residual(name, one["rank"], one["norm"], one["residual"]) for name, one in modules.items())
-
-
-def total_residual(residuals: Sequence[Residual]) -> float:
-    """Return the norm of what all factors miss together, relative to that of all changes."""
-    missed = math.fsum((one.norm * one.residual) ** 2 for one in residuals)
-    return math.sqrt(missed / math.fsum(one.norm**2 for one in residuals)) if residuals else 0.0
-
-
-def residual_table(residuals: Sequence[Residual]) -> str:
-    """Return the residuals in Markdown."""
-    rows = [f"| `{one.module}` | {one.rank} | {one.residual:.3g} |" for one in residuals]
-    intro = (
-        "## Residuals\n\nThe part of each matrix's change that the factors miss, as a share of its norm; "
-        f"of all together {total_residual(residuals):.3g}."
-    )
-    return "\n".join([intro, "", "| module | rank | residual |", "|---|---|---|", *rows])
-
-
-class _Cut:
-    """What the adapter takes from the file of factors."""
-
-    def __init__(self, plan: MergePlan, writer: ShardWriter, reader: Reader) -> None:
-        assert plan.adapter is not None
-        self._plan, self._writer, self._reader = plan, writer, reader
-        self._adapter: AdapterPlan = plan.adapter
-        self.residuals: list[Residual] = []
-        self.entries: list[_Entry] = []
-        self._experts = any(one.of_experts and self._figures(one)[RANK] for one in self._adapter.factored)
-        biases: set[bool] = set()
-        for module in self._adapter.factored:
-            wrapped = self._take(module)
-            if module.bias is not None and self._differs(module.bias):
-                self.entries.append(self._whole(module.bias, ".base_layer" if wrapped else ""))
-                biases.add(wrapped)
-        for bias in filter(self._differs, self._adapter.biases):
-            self.entries.append(self._whole(bias))
-            biases.add(False)
-        saved = []
-        for whole in self._adapter.saved:
-            if any(map(self._differs, whole.tensors)):
-                saved.append(whole.name)
-                self.entries += map(self._whole, whole.tensors)
-        ranks = {one.module: one.rank for one in self.residuals}
-        of_biases = "all" if False in biases else "lora_only" if biases else "none"
-        self.config = self._adapter.config(ranks, saved, of_biases)
-
-    def _take(self, module: FactoredModule) -> bool:
-        """Take the factors of a module, unless its weight is that of the base; return whether they were taken."""
-        of_a, of_b, _ = self._plan.layout.slots[module.job]
-        part, _, _ = self._plan.jobs[module.job].parts
-        figures = self._figures(module)
-        rank, norm, missed = int(figures[RANK]), float(figures[NORM]), float(figures[RESIDUAL])
-        if not rank and self._experts and module.of_experts:
-            form = self._plan.jobs[module.job].encoder
-            assert isinstance(form, LowRank)
-            rank = form.rank  # zeros: PEFT fuses experts, and needs the factors of all
-        if not rank:
-            return False
-        for (name, shape), slot in zip(module.factors(rank), (of_a, of_b), strict=True):
-            self.entries.append(_Entry(Stored(name, part.dtype, shape), slot.offset))
-        self.residuals.append(Residual(module.name, rank, norm, missed / norm if norm else 0.0))
-        return True
-
-    def _figures(self, module: FactoredModule) -> NDArray[np.float64]:
-        slot = self._plan.layout.slots[module.job][2]
-        return np.frombuffer(self._writer.read(0, slot.offset, slot.nbytes), F64)
-
-    def _whole(self, tensor: SavedTensor, wrapper: str = "") -> _Entry:
-        """Take a tensor whole; `wrapper` is what PEFT puts before the last part of its name."""
-        job, (slot,) = self._plan.jobs[tensor.job], self._plan.layout.slots[tensor.job]
-        module, _, leaf = tensor.name.rpartition(".")
-        return _Entry(Stored(f"{PREFIX}{module}{wrapper}.{leaf}", job.dtype, job.shape), slot.offset)
-
-    def _differs(self, tensor: SavedTensor) -> bool:
-        """Return whether a tensor differs from the base's, rounded to the same dtype."""
-        job, base = self._plan.jobs[tensor.job], tensor.base
-        (slot,) = self._plan.layout.slots[tensor.job]
-        if base is None:
-            return True
-        width = itemsize(job.dtype)
-        for first in range(0, job.n_elements, _STEP):
-            last = min(job.n_elements, first + _STEP)
-            ours = self._writer.read(0, slot.offset + first * width, (last - first) * width)
-            theirs = read_elements(self._reader, base, first, last)
-            if job.dtype in FLOATS and base.dtype in FLOATS:
-                theirs = rounded(widened(theirs, base.dtype, F64), job.dtype)
-            if ours != theirs.tobytes():
-                return True
-        return False
-
-
-def _write(
-    entries: Sequence[_Entry], place: Place, writer: ShardWriter
-) -> tuple[int, int, dict[str, tuple[Stored, int]]]:
-    """Write the tensors to the adapter's file, under its temporary name; return its size, checksum and tensors."""
-    ordered = sorted(entries, key=lambda entry: place_in_file(entry.stored))
-    header = header_of([entry.stored for entry in ordered])
-    checksums = [(crc32(header), len(header))]
-    tensors = {}
+def _write(cut: Cut, place: Place) -> None:
+    """Write the adapter's file of weights, under its temporary name."""
     path = place.private(ADAPTER_WEIGHTS)
     with world_errors(place.path(ADAPTER_WEIGHTS)):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(path, flags, 0o666)
         try:
-            write_fully(descriptor, header)
-            for entry in ordered:
-                crc = 0
-                for data in _read(entry, writer):
-                    write_fully(descriptor, data)
-                    crc = crc32(data, crc)
-                checksums.append((crc, entry.stored.nbytes))
-                tensors[entry.stored.name] = entry.stored, crc
+            for data in cut.data():
+                write_fully(descriptor, data)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    return sum(nbytes for _, nbytes in checksums), combine_all(checksums), tensors
-
-
-def _read(entry: _Entry, writer: ShardWriter) -> Iterator[bytes]:
-    end = entry.offset + entry.stored.nbytes
-    for position in range(entry.offset, end, _STEP):
-        yield writer.read(0, position, min(_STEP, end - position))

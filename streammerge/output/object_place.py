@@ -19,6 +19,7 @@ from streammerge.output.manifest import read_manifest
 from streammerge.output.place import CONFIG_COPY, RUN, Place, is_run
 from streammerge.output.presence import taken_by
 from streammerge.output.working_files import working_files
+from streammerge.planning.layout import Layout
 
 MOST = 100_000
 """Most objects below an output; a prefix with more is no output."""
@@ -116,6 +117,12 @@ def find_finished_objects(place: Place, identity: Identity, present: Present) ->
     if any(_is_working(place, name) for name in present):
         working_files(place.state).clear()
     return Finished(manifest)
+
+
+def object_of(place: Place, layout: Layout, run: str, number: int) -> str:
+    """Return the name of a shard's object: a working file of the run if its tensors are copied from there in the end."""
+    name = layout.shards[number].name
+    return f"{place.state.name}/{run}/{name}" if layout.beside else name
 
 
 def withdraw_objects(place: Place, present: Present) -> None:

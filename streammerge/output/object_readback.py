@@ -9,13 +9,12 @@ from streammerge.io import volumes
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.commit import tensor_crcs
 from streammerge.output.journal import Receipt
-from streammerge.output.place import Place
 from streammerge.output.readback import Part, read_back
 from streammerge.planning.plan import MergePlan
 
 
-def is_as_received(plan: MergePlan, place: Place, number: int, receipts: Sequence[Receipt]) -> bool:
-    """Return whether every tensor of a shard has the checksum of its receipts; the whole shard is read."""
+def is_as_received(plan: MergePlan, url: str, number: int, receipts: Sequence[Receipt]) -> bool:
+    """Return whether every tensor of the shard at a URL has the checksum of its receipts; the whole shard is read."""
     shard, own = plan.layout.shards[number], dict[int, list[Receipt]]()
     for receipt in sorted(receipts, key=lambda one: one.start):
         own.setdefault(receipt.job, []).append(receipt)
@@ -24,7 +23,6 @@ def is_as_received(plan: MergePlan, place: Place, number: int, receipts: Sequenc
         slot = plan.layout.slots[job][i]
         parts.append(Part(plan.jobs[job].name, slot.offset, slot.nbytes))
         expected.append(tensor_crcs(plan, own[job])[i])
-    url = str(place.path(shard.name))
     volumes.forget(url)
     try:
         found = read_back({url: parts})[url]

@@ -10,6 +10,7 @@ from pathlib import Path
 from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.object_upload import Upload
+from streammerge.output.object_place import object_of
 from streammerge.output.own_shards import OwnShards, Written
 from streammerge.output.place import Place
 from streammerge.output.shards import Sink
@@ -50,7 +51,8 @@ class ObjectShards(OwnShards):
     ) -> None:
         super().__init__(place, layout, run, direct=False)
         self._stop, self._check = stop, check
-        self._last = layout.last if holds_last else None
+        self._last = layout.last if holds_last and not layout.beside else None
+        self._run = run
         self._sides = [SideParts(sides_in(layout, number)) for number in range(len(layout.shards))]
         self._draining = threading.RLock()
         self._turn = threading.Condition()
@@ -158,7 +160,7 @@ class ObjectShards(OwnShards):
         self._upload = self._held = None
 
     def _url(self, number: int) -> Path:
-        return self._place.path(self._layout.shards[number].name)
+        return self._place.path(object_of(self._place, self._layout, self._run, number))
 
     def _advance(self, at: int) -> None:
         """Go on from a position of the current shard: within it, or to the next shard."""

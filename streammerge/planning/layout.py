@@ -58,6 +58,9 @@ class Layout:
     """Whether the output is one file, whatever its name, and not a directory."""
     beside: str = ""
     """The name of a file into which the tensors are copied in the end; its size is at most that of the shards."""
+    adjacent: bool = False
+    """Whether the parts of a job lie one after the other, for jobs that are written whole, from the first byte on. The
+    header is that of the usual order all the same: it identifies the output, and nobody reads such a file by it."""
 
     @property
     def last(self) -> int | None:
@@ -118,13 +121,19 @@ class Folder:
 
 
 def lay_out(
-    jobs: Sequence[Job], shard_size: int, folders: Sequence[Folder] = (Folder(),), beside: str = ""
+    jobs: Sequence[Job],
+    shard_size: int,
+    folders: Sequence[Folder] = (Folder(),),
+    beside: str = "",
+    *,
+    adjacent: bool = False,
 ) -> Layout:
     """Distribute the jobs' tensors, in order, over shards of at most `shard_size` bytes of data.
 
     The parts of a job lie in one shard. A tensor larger than a shard has one of its own. The tensors ``FOLDER/name`` of
     one of the `folders` have shards and an index there; all others belong to the folder without a name. `beside` names
-    the file into which all tensors are copied in the end.
+    the file into which all tensors are copied in the end; nobody else reads the shards then, and with `adjacent` the parts
+    of each job lie together.
     """
     own: dict[str, list[Job]] = {folder.name: [] for folder in folders}
     for job in jobs:
@@ -139,11 +148,11 @@ def lay_out(
         groups = [mine] if folder.one_file and mine else _cut(mine, shard_size)
         for number, group in enumerate(groups):
             name = folder.prefix + weight_file(folder.stem, number, len(groups))
-            shard, placed = _shard(len(shards), name, group, len(folder.prefix), {})
+            shard, placed = _shard(len(shards), name, group, len(folder.prefix), {}, adjacent=adjacent)
             shards.append(shard)
             slots |= placed
         indexes += [folder.prefix + index_file(folder.stem)] if len(groups) > 1 else []
-    return Layout(tuple(shards), _by_job(jobs, slots), tuple(indexes), beside=beside)
+    return Layout(tuple(shards), _by_job(jobs, slots), tuple(indexes), False, beside, adjacent)
 
 
 def _cut(jobs: Sequence[Job], shard_size: int) -> list[list[Job]]:
@@ -185,7 +194,13 @@ def is_shard(name: str, folders: Sequence[str]) -> bool:
 
 
 def _shard(
-    number: int, name: str, jobs: Sequence[Job], cut: int, metadata: Mapping[str, str]
+    number: int,
+    name: str,
+    jobs: Sequence[Job],
+    cut: int,
+    metadata: Mapping[str, str],
+    *,
+    adjacent: bool = False,
 ) -> tuple[Shard, dict[Key, Slot]]:
     """Return a shard, and the slots of its tensors.
 
@@ -197,6 +212,7 @@ def _shard(
     parts = {(job.ordinal, i): part for job in jobs for i, part in enumerate(job.parts)}
     ordered = sorted(parts, key=lambda key: place_in_file(parts[key]))
     header = header_of([parts[key] for key in ordered], cut, metadata)
+    ordered = list(parts) if adjacent else ordered
     offset = len(header)
     slots: dict[Key, Slot] = {}
     for key in ordered:

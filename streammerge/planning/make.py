@@ -226,7 +226,7 @@ def _layout_of(jobs: Sequence[Job], template: TensorIndex, options: PlanOptions,
     if options.file is not None:
         return lay_out_file(jobs, options.file, kept_metadata(template))
     if adapter:
-        return lay_out(jobs, _NO_LIMIT, beside=ADAPTER_WEIGHTS)
+        return lay_out(jobs, _NO_LIMIT, beside=ADAPTER_WEIGHTS, adjacent=options.streamed)
     return lay_out(jobs, options.shard_size, _folders_of(template))
 
 

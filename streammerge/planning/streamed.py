@@ -3,7 +3,7 @@
 A job with several parts, such as codes and scales, has a *main* part, the largest, and *side* parts. Jobs are merged in the
 order of their main parts, which go to the store as they come. Side parts are held in memory until their place comes. One
 that lies before the main part of its own job is needed *early*: the tensors with such parts are merged twice, once for
-their side parts alone.
+their side parts alone. Where the parts of each job lie together and are written whole, none is a side part.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ SHARDS_AT_ONCE = 2
 
 def sides_in(layout: Layout, shard: int) -> list[Slot]:
     """Return the side parts of a shard that have bytes, in file order."""
+    if layout.adjacent:
+        return []
     sides = [
         layout.slots[job][part]
         for job, part in layout.shards[shard].parts
@@ -72,5 +74,7 @@ def reads_twice(layout: Layout, jobs: Sequence[Job]) -> int:
 
 
 def _is_early(layout: Layout, job: int) -> bool:
+    if layout.adjacent:
+        return False
     main = layout.slots[job][main_part(layout, job)]
     return any(slot.nbytes and slot.offset < main.offset for slot in layout.slots[job])

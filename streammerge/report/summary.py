@@ -9,7 +9,7 @@ from streammerge.engine.merge import Summary
 from streammerge.engine.telling import Density
 from streammerge.errors import printable
 from streammerge.machine import peak_memory
-from streammerge.output.adapter import Residual, total_residual
+from streammerge.output.adapter_cut import Residual, total_residual
 from streammerge.planning.backend import ASKED, NO_GPU
 from streammerge.units import format_seconds, format_size, plural
 

@@ -13,6 +13,7 @@ obstore = pytest.importorskip("obstore")
 
 from streammerge.api import plan  # noqa: E402
 from streammerge.checkpoint.index import open_model  # noqa: E402
+from streammerge.cli.entry import cli  # noqa: E402
 from streammerge.errors import InputError, ModelError, StreammergeError, WorldError  # noqa: E402
 from streammerge.io import object_file, object_stores, volumes  # noqa: E402
 from streammerge.io.object_errors import explained, is_passing  # noqa: E402
@@ -232,3 +233,28 @@ def test_a_store_counts_in_the_memory_of_a_plan(bucket: Any, tmp_path: Path) -> 
     assert far.budget.reserve - here.budget.reserve == object_file.requests_nbytes()
     assert out.budget.reserve > here.budget.reserve + (50 << 20)
     assert out.streamed
+
+
+@pytest.mark.parametrize(
+    ("command", "what"),
+    [
+        (["sweep", "CONFIG", "s3://b/out"], "a sweep"),
+        (["merge", "CONFIG", "s3://b/out", "--report", "page.html"], "a merge with a report"),
+        (["fisher", "import", "model", "diagonal.safetensors", "--out", "s3://b/out"], "a store"),
+        (["fisher", "compute", "model", "--data", "data.jsonl", "--out", "s3://b/out"], "a store"),
+        (["gram", "compute", "model", "--data", "data.jsonl", "--out", "s3://b/out"], "a store"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_written_to_a_disk_only_says_so_before_anything_is_asked(
+    command: list[str], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "config.yml"
+    config.write_text("merge_method: linear\nmodels: [a, b]\nparameters: {weight: 0.5}\n")
+    if command[0] == "sweep":
+        config.write_text(config.read_text() + "sweep: {weight: [0.3, 0.5]}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        cli.main([str(config) if word == "CONFIG" else word for word in command], standalone_mode=False)
+    assert str(caught.value) == f"s3://b/out: {what} is written to a disk only: name a directory or a file"
+    assert caught.value.exit_code == 2
