@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from typing import NoReturn
 
@@ -67,9 +69,21 @@ for _command in _COMMANDS:
     cli.add_command(_command)
 
 
+def _start_light() -> None:
+    """Have imports neither searched for garbage, which they make none of, nor start the threads of numpy's BLAS.
+
+    Nothing here multiplies matrices by numpy, and a thread for each CPU takes as long to start as half of numpy. Elsewhere
+    than on x86 torch reads the same variable.
+    """
+    gc.set_threshold(20_000, 20, 50)
+    if os.uname().machine == "x86_64":
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
 def main() -> NoReturn:
     """Run the command line; turn every error into one line and its exit code."""
     code = 0
+    _start_light()
     open_closed_streams()
     try:
         cli.main(prog_name="streammerge", standalone_mode=False)

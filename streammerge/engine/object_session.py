@@ -15,7 +15,6 @@ from streammerge.engine.joined_session import JoinedSession
 from streammerge.engine.session import Options, written_names
 from streammerge.engine.telling import differing, of_energy, of_floor
 from streammerge.errors import InputError, StreammergeError, printable
-from streammerge.io.object_leftovers import abort_uploads
 from streammerge.output.adapter_cut import EmptyAdapterError, residuals_of
 from streammerge.output.joining import ShardDone, shard_done, shard_record, shard_unit
 from streammerge.output.journal import Progress, Receipt
@@ -201,6 +200,8 @@ class ObjectSession(JoinedSession):
 
     def _close_down(self) -> None:
         """Remove the working files; abort what dead processes were uploading, and end it for those that only sleep."""
+        from streammerge.io.object_leftovers import abort_uploads  # it takes an HTTP client
+
         volume, layout, run = working_files(self.place.state), self.plan.layout, self._entered.ledger.run
         volume.discard(run)
         names = {object_of(self.place, layout, run, number) for number in range(len(layout.shards))}

@@ -9,7 +9,8 @@ from numba import types
 from numba.extending import intrinsic
 
 from streammerge.kernels import loop, njit
-from streammerge.kernels.operands import BF16, F32, width_of
+from streammerge.kernels.operands import BF16, F32
+from streammerge.kernels.widths import width_of
 from streammerge.numerics.bits import (
     bits_from_f32,
     bits_from_f64,

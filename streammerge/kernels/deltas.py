@@ -15,7 +15,8 @@ from streammerge.kernels.blocks import (
     words,
     words_at,
 )
-from streammerge.kernels.operands import BF16, width_of
+from streammerge.kernels.operands import BF16
+from streammerge.kernels.widths import width_of
 from streammerge.numerics import finite
 
 MAGNITUDE = np.uint32(0x7FFFFFFF)

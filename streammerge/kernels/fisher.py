@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import BLOCK, round_out, widen, widen_at
 from streammerge.kernels.deltas import delta_block, scratch
-from streammerge.kernels.operands import width_of
+from streammerge.kernels.widths import width_of
 
 
 class Sums(NamedTuple):

@@ -9,7 +9,7 @@ from numba.extending import intrinsic
 from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import BLOCK, round_at, widen_at
 from streammerge.kernels.deltas import LARGEST, delta_block, scratch
-from streammerge.kernels.operands import width_of
+from streammerge.kernels.widths import width_of
 
 
 @loop()

@@ -12,7 +12,8 @@ from streammerge.kernels.blocks import (
     widen_at,
 )
 from streammerge.kernels.deltas import LARGEST, MAGNITUDE, delta_block, scratch
-from streammerge.kernels.operands import BF16, F32, width_of
+from streammerge.kernels.operands import BF16, F32
+from streammerge.kernels.widths import width_of
 
 
 @loop()

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import BLOCK, divide, divides_fast, f32_from_bits, round_at, widen_at
 from streammerge.kernels.deltas import delta_block, scratch
-from streammerge.kernels.operands import BF16, width_of
+from streammerge.kernels.operands import BF16
+from streammerge.kernels.widths import width_of
 from streammerge.numerics.bits import bits_from_f64, f64_from_bits
 
 

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streammerge.kernels import njit
-
 BF16, F16, F32 = 0, 1, 2
 CODES = {"BF16": BF16, "F16": F16, "F32": F32}
 """Codes of the dtypes that kernels read and write; torch formulas process fp64 tensors."""
@@ -141,6 +139,21 @@ class Window(NamedTuple):
     """A bin holds ``1 << shift`` patterns."""
 
 
+class Bounds(NamedTuple):
+    """Two cuts of one policy; the cut that will be made lies between them."""
+
+    policy: int
+    """What happens to magnitudes equal to the threshold; see `deltas`."""
+    low: int
+    """Pattern of the lower threshold."""
+    low_limit: int
+    """The limit of the lower cut: its ties with a smaller word (or index) may be kept."""
+    high: int
+    """Pattern of the higher threshold; the bins end there."""
+    high_limit: int
+    """The limit of the higher cut: its ties with a smaller word (or index) are kept."""
+
+
 class Tally(NamedTuple):
     """Counters that a merge adds to."""
 
@@ -148,9 +161,3 @@ class Tally(NamedTuple):
     """(k,): surviving entries of each model."""
     signs: NDArray[np.int64]
     """(1,): number of elements that elected + minus the number that elected -."""
-
-
-@njit(nogil=True)
-def width_of(code):
-    """Return the size of an element in bytes."""
-    return 4 if code == F32 else 2

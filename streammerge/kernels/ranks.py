@@ -11,7 +11,7 @@ from streammerge.kernels.deltas import LARGEST, MAGNITUDE
 from streammerge.kernels.magnitudes import alone
 from streammerge.kernels.merge import _add_weights, _elect, _sum_signs
 from streammerge.kernels.mid_ranks import INFINITE, Ranking, ranking, shares_by_rank
-from streammerge.kernels.operands import width_of
+from streammerge.kernels.widths import width_of
 
 
 class RowBuffers(NamedTuple):

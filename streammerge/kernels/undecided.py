@@ -1,7 +1,5 @@
 """Elements near a threshold that is not known yet: which ones they are, and what survives of them once it is known."""
 
-from typing import NamedTuple
-
 import numpy as np
 
 from streammerge.kernels import loop, njit
@@ -17,22 +15,8 @@ from streammerge.kernels.blocks import (
 )
 from streammerge.kernels.deltas import ABOVE, ALL, INDEX, MAGNITUDE, NO_CUT, THIN, delta_block, scratch
 from streammerge.kernels.magnitudes import _bf16_keys, _keys, alone, only
-from streammerge.kernels.operands import BF16, width_of
-
-
-class Bounds(NamedTuple):
-    """Two cuts of one policy; the cut that will be made lies between them."""
-
-    policy: int
-    """What happens to magnitudes equal to the threshold; see `deltas`."""
-    low: int
-    """Pattern of the lower threshold."""
-    low_limit: int
-    """The limit of the lower cut: its ties with a smaller word (or index) may be kept."""
-    high: int
-    """Pattern of the higher threshold; the bins end there."""
-    high_limit: int
-    """The limit of the higher cut: its ties with a smaller word (or index) are kept."""
+from streammerge.kernels.operands import BF16
+from streammerge.kernels.widths import width_of
 
 
 @njit(nogil=True)

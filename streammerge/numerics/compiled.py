@@ -28,13 +28,15 @@ _SOURCES = (
     "numerics/decoding.py",
     "numerics/elementary.py",
     "numerics/encoding_loops.py",
+    "numerics/exporting.py",
     "numerics/finite.py",
     "numerics/jit.py",
     "numerics/products.py",
+    "numerics/ready.py",
     "numerics/unpacking.py",
     "numerics/wide.py",
 )
-"""The kernels' files, and the files whose constants are compiled into the kernels."""
+"""The kernels' files, those whose constants are compiled into the kernels, and those that write and load their code."""
 _MARK = ".compiled"
 _PROBE = b"\0" * (1 << 16)
 """Content of the probe file: a full disk accepts an empty file, but no content."""
@@ -72,9 +74,14 @@ def unusable_kernels(names: Iterable[str]) -> str | None:
     numba takes longer to import than a plan takes, so it is imported only for groups that are not compiled yet: the others
     were compiled by the same versions of numba and numpy, which therefore suit each other.
     """
-    if find_spec("numba") is None:
+    if not _has_numba():
         return "No module named 'numba'"
     return missing_kernels() if lacking(names) else None
+
+
+@cache
+def _has_numba() -> bool:
+    return find_spec("numba") is not None
 
 
 @cache
@@ -210,4 +217,4 @@ def look_again() -> None:
 
 def is_compiled(name: str) -> bool:
     """Return whether a group of kernels is usable without compiling; callers fall back to numpy or torch."""
-    return _is_marked(name) and missing_kernels() is None
+    return _is_marked(name) and unusable_kernels((name,)) is None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.dtypes import itemsize
+from streammerge.records import dataclass
 
 LARGEST = 3.4028234663852886e38
 """The largest finite fp32 number."""

@@ -1,14 +1,16 @@
-"""Compile loops with numba, cached in the kernels' directory."""
+"""Compile loops with numba, cached in the kernels' directory.
+
+numba is imported when the first loop is declared: the arguments of kernels are declared without one.
+"""
 
 import importlib
+from functools import cache
 from importlib.util import find_spec
 
-import numba
-
 from streammerge.numerics.compiled import kernel_cache
-from streammerge.numerics.wide import WideCompiler
 
 
+@cache
 def load_without_scipy() -> None:
     """Load numba's functions of arrays without scipy, which no kernel calls.
 
@@ -31,14 +33,15 @@ def load_without_scipy() -> None:
         return  # a different numba: it looks for scipy itself
 
 
-load_without_scipy()
-
-
 def njit(**options):
     """Compile on the first call, as numba does, and cache the result in the kernels' directory if there is one.
 
     numba's own choice would be the package's folder where the user's cache directory is not writable.
     """
+    load_without_scipy()
+    import numba
+
+    from streammerge.numerics.wide import WideCompiler
 
     def decorate(function):
         directory = kernel_cache().directory

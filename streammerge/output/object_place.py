@@ -9,7 +9,6 @@ from streammerge.checkpoint.sidecar_names import is_sound_path
 from streammerge.checkpoint.weight_names import LISTS, LOADED, is_weight_file
 from streammerge.errors import OutputError, printable
 from streammerge.io import volumes
-from streammerge.io.object_leftovers import abort_uploads
 from streammerge.io.object_small import facts_of, list_objects, remove_object
 from streammerge.output.finished import Finished
 from streammerge.output.heartbeat import signs_of
@@ -149,6 +148,8 @@ def clear_objects(place: Place, present: Present) -> None:
     ours = {*_FIXED, *announced, *(manifest["files"] if manifest else ())}
     ours |= {name for name in present if "/" not in name and is_weight_file(name)}
     ours = {name for name in ours & present.keys() if not _is_working(place, name)} - {place.manifest.name}
+    from streammerge.io.object_leftovers import abort_uploads  # it takes an HTTP client
+
     abort_uploads(str(place.folder), {*announced, *(manifest["files"] if manifest else ())})
     for name in sorted(ours, key=lambda name: (name not in LOADED, name)):
         remove_object(str(place.path(name)))

@@ -13,6 +13,7 @@ from streammerge.algebra.task_vectors import TaskVector
 from streammerge.numerics.compiled import is_compiled
 from streammerge.numerics.philox import Key
 from streammerge.numerics.philox import words as random_words
+from streammerge.numerics.ready import Loops
 from streammerge.records import dataclass
 from streammerge.statistics.base import Known, Measurement, Source, Statistic, integers
 
@@ -91,9 +92,8 @@ def _words_between(
 ) -> tuple[int, int]:
     """Run the kernel of this name if it is compiled, else the same computation in torch."""
     if is_compiled("words"):
-        from streammerge.kernels.deltas import words_between
-
-        below, found = words_between(0, n, np.array(key, np.uint32), low, high, words, elements)
+        loop = Loops("kernels.deltas").words_between
+        below, found = loop(0, n, np.array(key, np.uint32), low, high, words, elements)
         return int(below), int(found)
     below, found = 0, 0
     for start in range(0, n, _WORDS_AT_ONCE):

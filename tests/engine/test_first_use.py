@@ -23,9 +23,7 @@ from streammerge.backends.cpu.backend import CPU
 from streammerge.backends.torch.backend import TORCH
 from streammerge.errors import Stopped
 from streammerge.events import Event
-from streammerge.kernels import blocks, deltas, fisher, gram, ranks, scores
-from streammerge.kernels import merge as merges
-from streammerge.numerics import compiled
+from streammerge.numerics import compiled, ready
 from streammerge.planning import prepare
 from streammerge.planning.needed_kernels import needed_kernels
 from tests.conftest import config_for, output_bytes, write_models
@@ -67,15 +65,14 @@ def marks(cache: Path) -> list[str]:
 def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Record which kernels are called from Python, and with arguments of which types."""
     made: Calls = set()
-    for module in (blocks, deltas, fisher, gram, merges, ranks, scores):
-        for name, loop in vars(module).items():
-            if hasattr(loop, "py_func") and loop.py_func.__module__ == module.__name__:
+    call = ready.Loop.__call__
 
-                def record(*arguments: Any, loop: Any = loop, name: str = name) -> Any:
-                    made.add((name, tuple(str(numba.typeof(argument)) for argument in arguments)))
-                    return loop(*arguments)
+    def record(loop: ready.Loop, *arguments: Any) -> Any:
+        types = tuple(str(numba.typeof(argument)) for argument in arguments)
+        made.add((f"{loop.module}.{loop.name}", types))
+        return call(loop, *arguments)
 
-                monkeypatch.setattr(module, name, record)
+    monkeypatch.setattr(ready.Loop, "__call__", record)
     return made
 
 
@@ -335,6 +332,7 @@ def test_kernels_are_kept_by_the_content_of_every_file_they_are_compiled_from(
         "streammerge.numerics.compiled",
         "streammerge.kernels",
     }
+    compiled_in |= {"streammerge.numerics.exporting", "streammerge.numerics.ready"}
     files = {package.joinpath(*name.split(".")[1:]).with_suffix(".py") for name in compiled_in}
     assert files | {package / "kernels" / "__init__.py"} == set(compiled._sources(package))
     shutil.copytree(

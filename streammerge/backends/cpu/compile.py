@@ -18,6 +18,7 @@ import numpy as np
 
 from streammerge.algebra.block import Block, BlockMath, Operand
 from streammerge.backends.cpu.math import KernelMath
+from streammerge.backends.cpu.memory import kernels
 from streammerge.backends.cpu.registry import (
     OUT,
     answers,
@@ -34,8 +35,9 @@ from streammerge.numerics.compiled import (
     lacking,
     look_again,
     mark_compiled,
-    missing_kernels,
+    unusable_kernels,
 )
+from streammerge.numerics.exporting import export
 from streammerge.numerics.philox import RandomKeys
 
 __all__ = ["GROUPS", "compile_kernels", "ensure_compiled", "kernels_of_call", "kernels_of_rule"]
@@ -49,9 +51,9 @@ _POLL_SECONDS = 0.05
 @answers("words", call="words_between")
 @example("words")
 def _words(math: BlockMath) -> None:
-    from streammerge.kernels.deltas import words_between
-
-    words_between(0, 8, np.zeros(4, np.uint32), 0, 8, np.empty(8, np.int64), np.empty(8, np.int64))
+    kernels().deltas.words_between(
+        0, 8, np.zeros(4, np.uint32), 0, 8, np.empty(8, np.int64), np.empty(8, np.int64)
+    )
 
 
 @example("adapters")
@@ -124,6 +126,7 @@ def compile_kernels(names: Iterable[str] = GROUPS) -> None:
     for name in names:
         _run_examples(name)
         mark_compiled(name)
+    export()
 
 
 def load_kernels(names: Iterable[str]) -> None:
@@ -154,7 +157,7 @@ def ensure_compiled(
     check_stop
         Called twenty times a second while waiting; an exception that it raises ends the child and propagates.
     """
-    if (reason := missing_kernels()) is not None:
+    if (reason := unusable_kernels(names)) is not None:
         return reason
     directory = kernel_cache().directory
     if not (needed := lacking(names)):

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from streammerge.algebra.block import Block, Counts, Operand
 from streammerge.algebra.scores import Importance
 from streammerge.algebra.task_vectors import RankDrop, TaskVector
+from streammerge.kernels import operands
+from streammerge.numerics.ready import Loops
 
 _NO_CUT = (-1, 0, 0)
 TIES = {"drop": 0, "all": 1, "thin": 2, "index": 3}
@@ -21,36 +23,21 @@ TIES = {"drop": 0, "all": 1, "thin": 2, "index": 3}
 
 @cache
 def kernels() -> Any:
-    """Return the kernels' modules as attributes. The import is late since numba takes a second; numba erases signatures."""
-    from streammerge.kernels import (
-        blocks,
-        competition,
-        deltas,
-        fisher,
-        gram,
-        magnitudes,
-        merge,
-        operands,
-        ranks,
-        scores,
-        signs,
-        undecided,
+    """Return the kernels' modules as attributes; their loops are called without numba if they can be."""
+    names = (
+        "blocks",
+        "competition",
+        "deltas",
+        "fisher",
+        "gram",
+        "magnitudes",
+        "merge",
+        "ranks",
+        "scores",
+        "signs",
+        "undecided",
     )
-
-    return SimpleNamespace(
-        blocks=blocks,
-        competition=competition,
-        deltas=deltas,
-        fisher=fisher,
-        gram=gram,
-        magnitudes=magnitudes,
-        merge=merge,
-        operands=operands,
-        ranks=ranks,
-        scores=scores,
-        signs=signs,
-        undecided=undecided,
-    )
+    return SimpleNamespace(operands=operands, **{name: Loops(f"kernels.{name}") for name in names})
 
 
 class BlockMemory:

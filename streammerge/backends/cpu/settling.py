@@ -42,7 +42,7 @@ class Settling:
         memory, loops = self._memory, kernels().undecided
         mask = memory.masks((vector,), cut=False)
         mask = mask._replace(cut_keys=memory.masks((vector,)).cut_keys)
-        bounds = loops.Bounds(TIES[low.ties], low.key, low.limit, high.key, high.limit)
+        bounds = kernels().operands.Bounds(TIES[low.ties], low.key, low.limit, high.key, high.limit)
         pair = memory.pair(vector)
         above, highest = loops.mark_undecided(*pair, memory.span(), mask, bounds, bins, marks)
         return int(above), int(highest)
@@ -65,7 +65,6 @@ class Settling:
 @example(GROUP)
 def _undecided(math: BlockMath) -> None:
     from streammerge.kernels.operands import F32, Operand, Operands
-    from streammerge.kernels.undecided import remove_dropped
 
     assert isinstance(math, Settling)
     cut = Cut(0, "thin")
@@ -75,4 +74,6 @@ def _undecided(math: BlockMath) -> None:
     half, full = buffer.view(np.uint16), buffer.view(np.uint32)
     models = Operands(half, full, np.zeros(1, np.int64), np.zeros(1, np.int64))
     masks, change = memory.masks(VECTORS[:1]), np.zeros(1, np.int64)
-    remove_dropped(models, Operand(half, full, 32, F32), np.zeros(1, np.int64), masks, masks, change)
+    kernels().undecided.remove_dropped(
+        models, Operand(half, full, 32, F32), np.zeros(1, np.int64), masks, masks, change
+    )
