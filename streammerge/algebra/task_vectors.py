@@ -26,7 +26,7 @@ class Where:
     keys: rng.RandomKeys
     row_length: int = 1
     """Number of elements per row, if the block consists of whole rows."""
-    masks: dict[TaskVector, torch.Tensor] = field(default_factory=dict, compare=False)
+    masks: dict[TaskVector, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, compare=False)
     """Masks computed so far; the formula and the count of survivors need the same ones."""
     divergences: dict[object, torch.Tensor] = field(default_factory=dict, compare=False)
     """Values per row computed so far by a score that depends on whole rows."""
@@ -163,18 +163,31 @@ class TaskVector:
 
     def mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
         """Return the mask of surviving entries; a dropped entry counts as 0 for the cut."""
+        return self._masks(theta, base, where)[0]
+
+    def kept(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> int:
+        """Return the number of entries that survive; with a cut, that of the entries it keeps, dropped ones as 0 included."""
+        return int(self._masks(theta, base, where)[1].sum())
+
+    def _masks(
+        self, theta: torch.Tensor, base: torch.Tensor, where: Where
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self not in where.masks:
-            where.masks[self] = self._mask(theta, base, where)
+            where.masks[self] = self._survive(theta, base, where)
         return where.masks[self]
 
-    def _mask(self, theta: torch.Tensor, base: torch.Tensor, where: Where) -> torch.Tensor:
+    def _survive(
+        self, theta: torch.Tensor, base: torch.Tensor, where: Where
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mask of the entries that survive, and that of the entries that count as kept."""
         import torch
 
         delta = theta - base
         if self.rank_drop is not None:
             words = where.words("della", self.stream, delta.numel(), delta.device)
             q = self.rank_drop.probabilities(delta, where.row_length)
-            return (words < (q * 2.0**32 + 0.5).floor().long()) | ~torch.isfinite(delta)
+            keep = (words < (q * 2.0**32 + 0.5).floor().long()) | ~torch.isfinite(delta)
+            return keep, keep
         keep = torch.ones_like(delta, dtype=torch.bool)
         if self.drop or self.drop_end:
             words = where.words("dare", self.stream, delta.numel(), delta.device)
@@ -186,13 +199,14 @@ class TaskVector:
             keep |= ~torch.isfinite(delta)
             delta = delta.masked_fill(~keep, 0.0)
         if self.cut is None:
-            return keep
+            return keep, keep
         key = delta.float().view(torch.int32) & 0x7FFFFFFF
         kept = self._kept_by(self.cut, key, where)
-        if self.outliers is None:
-            return kept
-        # Never remove a non-finite value as an outlier: the check on the output must see it.
-        return kept & (~self._kept_by(self.outliers, key, where) | (key >= 0x7F800000))
+        if self.outliers is not None:
+            # Never remove a non-finite value as an outlier: the check on the output must see it.
+            kept &= ~self._kept_by(self.outliers, key, where) | (key >= 0x7F800000)
+        # At a threshold of 0 a cut may keep what was dropped: that does not come back.
+        return keep & kept, kept
 
     def _kept_by(self, cut: Cut, key: torch.Tensor, where: Where) -> torch.Tensor:
         above = key > cut.key

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -76,3 +78,25 @@ def test_an_election_does_not_hide_what_is_not_finite_in_torch(value: float) -> 
     piece = load(tensors)
     rule = TaskVectorMerge((TaskVector(0), TaskVector(1)), elect=True)
     assert TorchMath(piece, "cpu", 4096).apply(rule, Operand(0, "F32")).not_finite == 1
+
+
+@pytest.mark.parametrize("ties", ["all", "thin", "index", "drop"])
+def test_what_was_dropped_does_not_return_by_a_tie_at_a_threshold_of_zero(ties: Any) -> None:
+    delta = deltas("gaussian", 3000)
+    delta[::2] = 0.0  # Half of the entries are the base's: a density of 0.8 keeps entries of 0.
+    vector = vector_of(2**31, Cut(0, ties, {"thin": 2**31, "index": 1500}.get(ties, 0)))
+    dropped = ~survivors(torch.ones(3000), vector_of(2**31, None), 0)
+    piece = load([torch.zeros(3000), delta])
+    results = []
+    for math in (KernelMath(piece), TorchMath(piece, "cpu", 4096)):
+        out = np.empty(3000, np.float32)
+        room = Operand(piece.models[0].offset, "F32")
+        saved = piece.buffer.copy()
+        applied = math.apply(TaskVectorMerge((vector,)), room)
+        out[:] = piece.buffer[room.offset : room.offset + 12000].view(np.float32)
+        piece.buffer[:] = saved
+        assert not out[dropped].any()
+        assert (out != 0).sum() == (~dropped & (delta.numpy() != 0)).sum()
+        results.append((out, applied.kept))
+    assert (results[0][0] == results[1][0]).all()
+    assert results[0][1] == results[1][1]

@@ -83,6 +83,8 @@ def _cut_rules(block: Block, w: list[float]) -> Iterator[tuple[str, Rule]]:
         yield f"breadcrumbs {ties}", TaskVectorMerge(bands)
     zero = tuple(TaskVector(i, cut=Cut(0, "thin", threshold(0.4))) for i in range(len(w)))
     yield "ties at 0", TaskVectorMerge(zero, elect=True, normalize=True)
+    both = tuple(replace(v, drop=threshold(0.5), rescale=2.0) for v in zero)
+    yield "dare and ties at 0", TaskVectorMerge(both, elect=True, normalize=True)
 
 
 def _ranked_rules(w: list[float]) -> Iterator[tuple[str, Rule]]:

@@ -48,7 +48,7 @@ NOTES = {
     "later": (
         "Of language models, a study of 4 of them with 12 fine-tunes each and 16 benchmarks (https://arxiv.org/abs/2511.21437) "
         "finds that only task arithmetic reliably gains; methods that weigh interference or work in subspaces usually lose. What "
-        "these small models show is no evidence to the contrary. MiniLM takes an hour of tests, and was not run."
+        "these small models show is no evidence to the contrary."
     ),
 }
 """The meaning of a claim's figures; the figures themselves are read by `survey_page`."""
@@ -61,8 +61,8 @@ python tools/survey/finetune_minilm.py train --out minilm
 python tools/survey/survey.py --work survey-work --minilm minilm
 ```
 
-`python tools/survey/survey.py --work survey-work --part demo` does without MiniLM and takes three minutes; MiniLM takes three
-quarters of an hour more, nearly all of it diagonals and tests. Scores and diagonals stay in the work directory (0.5 GB),
+`python tools/survey/survey.py --work survey-work --part demo` does without MiniLM and takes three minutes; MiniLM takes an
+hour more on a busy machine, nearly all of it diagonals and tests. Scores and diagonals stay in the work directory (0.5 GB),
 so a second run continues there; empty it when a model or a method has changed. Everything runs on one thread with
 fixed seeds. The texts of MiniLM's tasks are what a Debian machine has installed, so another machine's figures differ;
 the demo's do not."""

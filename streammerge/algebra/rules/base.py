@@ -73,7 +73,7 @@ class Rule:
         models, base, where, _ = inputs
         if base is None or not self.removes:
             return ()
-        return tuple(int(v.mask(models[i], base, where).sum()) for i, v in enumerate(vectors_of(self)))
+        return tuple(v.kept(models[i], base, where) for i, v in enumerate(vectors_of(self)))
 
     def look_at_fishers(self, fishers: Sequence[torch.Tensor]) -> tuple[int, int]:
         """Return the number of invalid values of the diagonals, and of elements that a floor decides."""

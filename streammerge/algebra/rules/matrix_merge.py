@@ -154,9 +154,8 @@ class _Matrices:
         entries.copy_(theta)
         entries -= base
         if vector.removes:
-            mask = vector.mask(theta, base, where)
-            entries.masked_fill_(~mask, 0.0)
-            self.kept[model] += int(mask.sum())
+            entries.masked_fill_(~vector.mask(theta, base, where), 0.0)
+            self.kept[model] += vector.kept(theta, base, where)
         if vector.coefficient != 1.0:
             entries *= vector.coefficient
         if not math.isfinite(float(entries.sum())):
