@@ -31,6 +31,8 @@ from streammerge.statistics.passes import collect
 
 _GRAIN = 256
 """Bytes; operands begin at multiples of it."""
+_MOST_AT_ONCE = 1 << 30
+"""Elements of a launch, which counters of 32 bits count; fused experts have more."""
 
 
 def merge_on_device(worker: Worker, job: Job, piece: Piece) -> list[Receipt]:
@@ -136,7 +138,7 @@ class Held:
         self._n = piece.stop - piece.start
         self._row = max(1, min(self._n, worker.plan.work[job.ordinal].row))
         self._part = self._fitting()
-        self._at_once = self._part
+        self._at_once = min(self._part, max(self._row, _MOST_AT_ONCE // self._row * self._row))
         """Elements that are computed at a time: fewer than are held if their scratch does not fit."""
         self._shared = Shared()
         self._whole: _Placed | None = None

@@ -103,8 +103,8 @@ class Method:
         return {}
 
     @cached_property
-    def known_fused(self) -> dict[tuple[object, ...], bool]:
-        """Whether a device is known to compute all of the method, by the key that jobs share. The planner fills it."""
+    def known_fused(self) -> dict[tuple[object, ...], str | None]:
+        """Why a device does not compute all of the method (None: it does), by the key that jobs share. The planner fills it."""
         return {}
 
     @property

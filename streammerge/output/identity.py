@@ -51,8 +51,9 @@ class Identity:
         return {entry.public: entry.value for entry in self.entries}
 
     def changed(self, recorded: Mapping[str, str]) -> list[str]:
-        """Return the names of the entries that differ from a manifest's record."""
-        return [entry.name for entry in self.entries if recorded.get(entry.public) != entry.value]
+        """Return the names of the entries that differ from a manifest's record, those of it that this merge lacks included."""
+        differ = [entry.name for entry in self.entries if recorded.get(entry.public) != entry.value]
+        return [*differ, *sorted(recorded.keys() - self.public.keys())]
 
 
 def identify(plan: MergePlan, reader: Reader, known: Digests | None = None) -> Identity:

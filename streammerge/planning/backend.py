@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple
 
 from streammerge.algebra.rules import ranked
 from streammerge.backends.base import Backend
@@ -67,13 +68,17 @@ def find_device(
     gpu, reason = weigh(workload(), host())
     if not gpu:
         return Device(CPU.device, reason)
-    found = _first_gpu()
+    try:
+        found = _first_gpu()
+    except InputError as error:
+        return Device(CPU.device, str(error).partition(": use --device")[0])
     if found is None:
         return Device(CPU.device, "its driver finds no GPU, though one is here")
     return Device(found, reason)
 
 
 def _first_gpu() -> str | None:
+    """Return the first GPU, None if the driver finds none; an InputError says that it is too old."""
     backend = _on("cuda")
     return None if backend is None or backend.find is None else backend.find(0)
 
@@ -91,8 +96,10 @@ def choose_device(device: str, memory: int | None = None) -> str:
     kind, _, number = device.partition(":")
     if device == "auto":
         small = memory is not None and memory < CUDA_LEAST
-        gpu = None if small or not gpus() else _first_gpu()
-        return CPU.device if gpu is None else gpu
+        with suppress(InputError):
+            gpu = None if small or not gpus() else _first_gpu()
+            return CPU.device if gpu is None else gpu
+        return CPU.device
     backend = _on(kind)
     if backend is None or (number and (backend.find is None or not number.isdecimal())):
         kinds = ", ".join(dict.fromkeys(backend.device for backend in BACKENDS.values()))
@@ -114,20 +121,49 @@ def workload_of(method: Method, n_models: int, nbytes: int) -> Workload:
     return Workload(method.name, nbytes, cost, _gpu_rate(method, n_models))
 
 
+class Way(NamedTuple):
+    """Where a method is computed if a merge asks for a GPU."""
+
+    place: Literal["kernels", "torch", "CPUs"]
+    why: str = ""
+    """Why not by kernels, in a few words."""
+
+
+def way_of(
+    method: Method, n_models: int, parameters: Mapping[str, Any] | None = None, gpu: Backend = FUSED
+) -> Way:
+    """Return where a method merges the matrices of a model; parameters that are not given are typical ones."""
+    if method.matrices:
+        return Way("CPUs", "it decomposes matrices, and a GPU's decompositions have other last bits")
+    if method.is_formula:
+        return Way("torch", "it is a formula of torch")
+    if method.gram:
+        return Way("torch", "its matrix products are torch's")
+    context, typical = _typical_tensor(method, n_models)
+    why = why_unfused(gpu, method, context, {**typical, **(parameters or {})})
+    return Way("kernels") if why is None else Way("CPUs", why)
+
+
 def _gpu_rate(method: Method, n_models: int) -> float | None:
     """Return the GB per second that a GPU merges by a method; None if most of it would stay on the CPUs."""
+    gpu, _ = backend_on("cuda", None)
+    place = way_of(method, n_models, gpu=gpu).place
     if method.matrices:
         return None
-    gpu, _ = backend_on("cuda", None)
-    if gpu.open_lane is None or method.is_formula or method.gram:
-        return gpu.rate if gpu.open_lane is None else rest_of(gpu).rate
-    has_base = method.base in ("required", "optional")
-    shape = (4096, 4096)
-    context = TensorContext(n_models, shape=shape, has_base=has_base, fisher=method.fisher, gram=False)
-    parameters = {name: _typical(one, n_models) for name, one in method.parameters.items()}
-    if not fused_by(gpu, method, context, parameters):
+    if gpu.open_lane is None:
+        return gpu.rate
+    if place == "torch":
+        return rest_of(gpu).rate
+    if place == "CPUs":
         return None
-    return RANKS_RATE if ranked(method.rule(context, parameters)) else gpu.rate
+    return RANKS_RATE if ranked(method.rule(*_typical_tensor(method, n_models))) else gpu.rate
+
+
+def _typical_tensor(method: Method, n_models: int) -> tuple[TensorContext, dict[str, Any]]:
+    """Return a matrix of a model, and typical parameters."""
+    has_base = method.base in ("required", "optional")
+    context = TensorContext(n_models, shape=(4096, 4096), has_base=has_base, fisher=method.fisher, gram=False)
+    return context, {name: _typical(one, n_models) for name, one in method.parameters.items()}
 
 
 def _typical(parameter: Parameter, n_models: int) -> Any:
@@ -135,11 +171,19 @@ def _typical(parameter: Parameter, n_models: int) -> Any:
     return (value,) * n_models if parameter.per_model else value
 
 
-def fused_by(backend: Backend, method: Method, context: TensorContext, parameters: Mapping[str, Any]) -> bool:
-    """Return whether a backend computes a method's rule and all statistics before it on its device."""
+NO_RULE, NO_STATISTICS = "its rule has no kernel on GPUs", "its statistics have no kernels on GPUs"
+
+
+def why_unfused(
+    backend: Backend, method: Method, context: TensorContext, parameters: Mapping[str, Any]
+) -> str | None:
+    """Return why a backend does not compute a method's rule and all statistics before it on its device; None if it does."""
+    rule = method.rule(context, parameters)
+    if not backend.fuses(rule, ()):
+        return NO_RULE
     rounds = method.rounds(context, parameters)
     calls = [call for statistics in rounds for statistic in statistics for call in statistic.calls()]
-    return backend.fuses(method.rule(context, parameters), calls)
+    return None if backend.fuses(rule, calls) else NO_STATISTICS
 
 
 def backend_on(device: str, kernels: bool | None) -> tuple[Backend, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend
 from streammerge.methods.registry import Method
-from streammerge.planning.backend import fused_by
+from streammerge.planning.backend import why_unfused
 from streammerge.planning.job import Job
 from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.tensors.coded.kinds import is_coded
@@ -41,9 +41,14 @@ def goes_to_device(job: Job, extent: Extent) -> bool:
 
 
 def is_fused(job: Job, method: Method, backend: Backend) -> bool:
-    """Return whether a backend computes a job's rule and all statistics before it on its device; the answer is cached."""
+    """Return whether a backend computes a job's rule and all statistics before it on its device."""
+    return why_not_fused(job, method, backend) is None
+
+
+def why_not_fused(job: Job, method: Method, backend: Backend) -> str | None:
+    """Return why a backend does not, in a few words; None if it does. The answer is cached."""
     key = (backend.name, *likeness(job, method), bool(job.fishers), job.base is not None, job.n_models)
     known = method.known_fused
     if key not in known:
-        known[key] = fused_by(backend, method, tensor_context_of(job), job.parameters)
+        known[key] = why_unfused(backend, method, tensor_context_of(job), job.parameters)
     return known[key]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from streammerge.backends.base import Backend
@@ -27,18 +27,21 @@ from streammerge.planning.backend import (
 )
 from streammerge.planning.device import host_of
 from streammerge.planning.inputs import Inputs
+from streammerge.planning.job import Job
 from streammerge.planning.low_rank.memory import RESERVE
 from streammerge.planning.make import Resources, make_plan
 from streammerge.planning.memory import budget as budgets
 from streammerge.planning.moe.method import reserve_for
 from streammerge.planning.needed_kernels import needed_kernels
+from streammerge.planning.on_device import why_not_fused
 from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
 
 WORTH_COMPILING = 200_000_000
 """Size of inputs in bytes; torch merges less in the time that compiling the kernels takes."""
 NO_ROOM = "--memory leaves no room for a GPU's libraries"
-UNFUSED = "the method has no kernels there, or all tensors are small, quantised or adapted"
+TOO_SMALL = "all tensors are small, or are computed as they are read (adapters, gathered rows)"
+DECOMPOSED = "matrices are decomposed on the CPUs, since a GPU's decompositions have other last bits"
 SLOWER = (
     "the compiled kernels cannot be used ({}): torch computes the merge, with the same bits, but much slower"
 )
@@ -104,12 +107,20 @@ def _prepared(
 def _told(plan: MergePlan) -> MergePlan:
     """Return the plan, with a warning if it has a GPU that nothing is computed on."""
     merged = [job for job in plan.jobs if job.kind == "merge"]
-    elsewhere = [job for job in merged if plan.backend_of(job) is not plan.backend]
+    by_torch = [job for job in merged if plan.backend_of(job) is rest_of(plan.backend)]
     there = any(plan.work[job.ordinal].on_device for job in merged)
-    if plan.backend.open_lane is None or not merged or there or elsewhere:
+    if plan.backend.open_lane is None or not merged or there or by_torch:
         return plan
-    note = f"nothing of this merge is computed on {plan.device}: {UNFUSED}; use --device cpu, which needs less memory"
+    note = f"nothing of this merge is computed on {plan.device}: {_why_nothing(plan, merged)}; use --device cpu, which needs less memory"
     return replace(plan, warnings=(*plan.warnings, note))
+
+
+def _why_nothing(plan: MergePlan, merged: Sequence[Job]) -> str:
+    """Return why no tensor is merged on the device, in a few words."""
+    if any(job.matrix is not None for job in merged):
+        return DECOMPOSED
+    reasons = {why_not_fused(job, plan.method, plan.backend) for job in merged}
+    return f"{plan.method.name}: {reasons.pop()}" if len(reasons) == 1 and None not in reasons else TOO_SMALL
 
 
 def _paths(inputs: Inputs) -> list[str]:

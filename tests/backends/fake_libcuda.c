@@ -1,6 +1,7 @@
 /* A stand-in for NVIDIA's driver, libcuda.so.1: device memory is this process's memory, everything happens at once, and
    each call is written to the file that FAKE_CUDA_LOG names. A launch is written with its grid, its block, its shared
    memory and the first bytes of its parameters, as the signature in FAKE_CUDA_TYPES ('4' or '8' bytes each) has them.
+   Calls that need the device's context current in their thread fail without it.
    FAKE_CUDA_FAILS names a call that fails. Functions that no test needs return 0. */
 #include <stdint.h>
 #include <stdarg.h>
@@ -9,8 +10,11 @@
 #include <string.h>
 
 typedef int CUresult;
-enum { OUT_OF_MEMORY = 2, NOT_FOUND = 500, FAILED = 700 };
+enum { OUT_OF_MEMORY = 2, NOT_FOUND = 500, INVALID_CONTEXT = 201, FAILED = 700 };
 static uint64_t handle = 0x1000;
+
+static __thread void *current; /* context of each thread, as in the driver */
+#define OURS ((void *)0x77)
 
 static CUresult say(const char *name, const char *form, ...) {
   const char *path = getenv("FAKE_CUDA_LOG"), *fails = getenv("FAKE_CUDA_FAILS");
@@ -24,6 +28,8 @@ static CUresult say(const char *name, const char *form, ...) {
     fprintf(file, "\n");
     fclose(file);
   }
+  if (current != OURS && (!strncmp(name, "cuMem", 5) || !strncmp(name, "cuEvent", 7) || !strncmp(name, "cuLaunch", 8)))
+    return INVALID_CONTEXT;
   return fails && !strcmp(fails, name) ? FAILED : 0;
 }
 
@@ -31,12 +37,16 @@ CUresult cuInit(unsigned flags) { return say("cuInit", ""); }
 CUresult cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 CUresult cuDeviceGetCount(int *count) { *count = 1; return say("cuDeviceGetCount", ""); }
 CUresult cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
-CUresult cuDeviceGetAttribute(int *value, int attribute, int device) { *value = 1; return 0; }
-CUresult cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)0x77; return say("cuDevicePrimaryCtxRetain", ""); }
-CUresult cuCtxGetCurrent(void **context) { *context = (void *)0x77; return 0; }
+CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
+  const char *capability = getenv("FAKE_CUDA_CAPABILITY"); /* such as 9.0 */
+  *value = attribute == 75 ? capability ? capability[0] - '0' : 9 : attribute == 76 ? capability ? capability[2] - '0' : 0 : 1;
+  return 0;
+}
+CUresult cuDevicePrimaryCtxRetain(void **context, int device) { *context = OURS; return say("cuDevicePrimaryCtxRetain", ""); }
+CUresult cuCtxGetCurrent(void **context) { *context = current; return 0; }
 CUresult cuCtxGetDevice(int *device) { *device = 0; return 0; }
 CUresult cuCtxGetDevice_v2(int *device, void *context) { *device = 0; return 0; }
-CUresult cuCtxSetCurrent(void *context) { return say("cuCtxSetCurrent", ""); }
+CUresult cuCtxSetCurrent(void *context) { current = context; return 0; }
 CUresult cuMemGetInfo(size_t *unused, size_t *total) { *unused = 1 << 24; *total = 1 << 25; return say("cuMemGetInfo", ""); }
 CUresult cuMemAlloc(uint64_t *address, size_t nbytes) {
   CUresult error = say("cuMemAlloc", "%zu", nbytes);

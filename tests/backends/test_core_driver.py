@@ -22,13 +22,20 @@ import ctypes, json, os, sys, threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 import numpy as np
-from streammerge.backends.gpu.backend import loader
-from streammerge.backends.gpu.core_driver import CoreDriver, count_gpus
+from streammerge.backends.gpu.backend import find_gpu, loader
+from streammerge.backends.gpu.core_driver import CoreDriver, capability, count_gpus
 from streammerge.backends.gpu.driver import DriverError
 from streammerge.backends.gpu.lane import Lane, Sizes
 from streammerge.backends.gpu.torch_driver import TorchDriver
+from streammerge.errors import InputError
 
-found = {"gpus": count_gpus(), "loader": loader()}
+found = {"gpus": count_gpus(), "loader": loader(), "capability": capability(0), "device": find_gpu(0), "none": find_gpu(1)}
+os.environ["FAKE_CUDA_CAPABILITY"] = "7.0"
+try:
+    find_gpu(0)
+except InputError as error:
+    found["too old"] = str(error)
+os.environ["FAKE_CUDA_CAPABILITY"] = "9.0"
 driver = CoreDriver(0)
 found["memory"] = driver.memory()
 try:
@@ -70,6 +77,9 @@ with lane.arena.lease(len(source), stop) as place:
     thread.join()
 found["through the rings"] = bytes(target) == source
 lane.close()
+
+ctypes.CDLL("libcuda.so.1").cuCtxSetCurrent(ctypes.c_void_p(0x99))  # as torch does after its work on another GPU
+found["after a foreign context"] = driver.memory()
 
 # What torch's driver asks of libcuda itself; torch is not needed for that.
 by_torch = TorchDriver.__new__(TorchDriver)
@@ -133,6 +143,20 @@ def test_bytes_go_there_and_back_through_cuda_core(ran: tuple[dict[str, Any], li
     assert found["out of memory"]
     assert found["copied"]
     assert found["through the rings"]
+
+
+def test_a_gpu_is_found_if_it_is_new_enough_for_the_kernels(ran: tuple[dict[str, Any], list[str]]) -> None:
+    found, _ = ran
+    assert (found["capability"], found["device"], found["none"]) == ([9, 0], "cuda:0", None)
+    assert found["too old"] == (
+        "the GPU cuda:0 has compute capability 7.0, and the kernels need 7.5 (Turing) or newer: use --device cpu"
+    )
+
+
+def test_the_context_is_made_current_again_after_a_library_left_its_own(
+    ran: tuple[dict[str, Any], list[str]],
+) -> None:
+    assert ran[0]["after a foreign context"] == ran[0]["memory"]
 
 
 def test_events_order_two_streams_and_a_launch_has_its_parameters(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from streammerge.api import merge, plan, sweep
+from streammerge.api import merge, plan, sweep, verify
 from streammerge.backends.fused.launcher import KernelSpec
 from streammerge.backends.gpu import backend as gpu
 from streammerge.backends.gpu.arena import Space
@@ -22,7 +22,9 @@ from streammerge.backends.gpu.lane import Lane, Sizes
 from streammerge.backends.gpu.launcher import DriverLauncher
 from streammerge.backends.gpu.ring import Ring
 from streammerge.backends.registry import BACKENDS
-from streammerge.errors import ModelError, Stopped, WorldError
+from streammerge.backends.torch.backend import CUDA, TORCH
+from streammerge.errors import InputError, ModelError, OutputError, Stopped, WorldError
+from streammerge.output.journal import compare
 from streammerge.planning import on_device
 from tests.backends.fake_driver import FakeDriver, Twin
 from tests.conftest import config_for, output_bytes, read_tensors, write_model, write_models
@@ -333,3 +335,29 @@ def test_the_identity_names_a_device_where_bits_may_be_its_own(
         for device in ("cuda", "cpu")
     ]
     assert identities == [None, None, "cuda", None]
+
+
+def test_what_a_device_may_have_rounded_is_neither_resumed_nor_compared_on_a_different_one(
+    paths: list[Path], tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake()
+
+    def on_cpu(block: Any, device: str, sees: Any) -> Any:
+        return TORCH.math(block, "cpu", sees)
+
+    torch_there = replace(CUDA, math=on_cpu, turn=None)
+    monkeypatch.setitem(BACKENDS, "fused", replace(BACKENDS["fused"], rest=torch_there))
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import streammerge\n@streammerge.method('part_way', base='required', models=(1, 1))\n"
+        "def part_way(models, base):\n    return base + 0.25 * (models[0] - base)\n"
+    )
+    config, out = config_for("part_way", paths[:2]), tmp_path / "out"
+    run(config, out, methods=own, memory="4GiB")
+    assert verify(out).problems == ()
+    with pytest.raises(InputError, match=r"was made with a different device than .*cannot be compared"):
+        verify(out, against=config, methods=own)
+    with pytest.raises(OutputError, match="holds a finished merge with a different device: choose"):
+        run(config, out, methods=own, device="cpu")
+    with pytest.raises(OutputError, match="holds an unfinished merge with a different device: rerun"):
+        compare({"seed": "0"}, {"seed": "0", "device": "cuda"}, out)

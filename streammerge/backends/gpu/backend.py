@@ -18,12 +18,15 @@ from streammerge.backends.gpu import core_driver, torch_driver
 from streammerge.backends.gpu.driver import Driver
 from streammerge.backends.gpu.lane import Lane, Sizes
 from streammerge.backends.torch.backend import CUDA
+from streammerge.errors import InputError
 
 EAGER = (
     "no library here loads kernels on a GPU, so torch merges there in many small steps, with the same bits but slower: "
     "pip install 'streammerge[gpu]'"
 )
 FOR_AMD = "Triton compiles the kernels for this GPU when they are first used, which takes some seconds each"
+OLDEST = (7, 5)
+"""The compute capability that the shipped PTX is for; drivers refuse to compile it for older GPUs."""
 _CONTEXT = 512 << 20
 """Resident bytes of a CUDA context."""
 
@@ -37,11 +40,25 @@ def loader() -> str | None:
 
 
 def find_gpu(number: int) -> str | None:
-    """Return the device of a GPU; None if there is none of this number. Torch is imported only without cuda-core."""
+    """Return the device of a GPU; None if there is none of this number. Torch is imported only without cuda-core.
+
+    Raises
+    ------
+    InputError
+        If the GPU is too old for the shipped kernels.
+    """
     if core_driver.is_installed():
-        return f"cuda:{number}" if number < core_driver.count_gpus() else None
-    assert CUDA.find is not None
-    return CUDA.find(number)
+        found = f"cuda:{number}" if number < core_driver.count_gpus() else None
+        capability = core_driver.capability
+    else:
+        assert CUDA.find is not None
+        found, capability = CUDA.find(number), torch_driver.capability
+    if found is not None and loader() is not None and (has := capability(number)) < OLDEST:
+        old, least = (".".join(map(str, one)) for one in (has, OLDEST))
+        raise InputError(
+            f"the GPU {found} has compute capability {old}, and the kernels need {least} (Turing) or newer: use --device cpu"
+        )
+    return found
 
 
 def open_driver(device: str) -> Driver:

@@ -12,6 +12,8 @@ from streammerge.io.buffer_pool import Bytes
 
 _OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY."""
+_MAJOR, _MINOR = 75, 76
+"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and MINOR."""
 
 
 def is_installed() -> bool:
@@ -37,6 +39,28 @@ def count_gpus() -> int:
         return 0
 
 
+def capability(number: int) -> tuple[int, int]:
+    """Return the compute capability of a GPU that `count_gpus` counts; no context is made.
+
+    Raises
+    ------
+    DriverError
+        If the driver does not say.
+    """
+    from cuda.bindings import driver
+
+    (device,) = _checked("cuDeviceGet", driver.cuDeviceGet(number))
+    major, minor = (
+        _checked("cuDeviceGetAttribute", driver.cuDeviceGetAttribute(_attribute(driver, which), device))[0]
+        for which in (_MAJOR, _MINOR)
+    )
+    return int(major), int(minor)
+
+
+def _attribute(driver: Any, number: int) -> Any:
+    return driver.CUdevice_attribute(number)
+
+
 class CoreDriver:
     """See `Driver`. The device's primary context, which torch shares.
 
@@ -51,17 +75,23 @@ class CoreDriver:
         from cuda.bindings import driver
 
         self._core, self._driver = core, driver
-        self._current = threading.local()
+        self._contexts = threading.local()
         with told("its start"):
             self._device = core.Device(number)
         self._modules: dict[int, Any] = {}
 
     def _here(self) -> Any:
-        """Return the bindings, with the device current in this thread."""
-        if not getattr(self._current, "done", False):
+        """Return the bindings, with the device's context current in this thread.
+
+        It is made current in every call: torch leaves the context of its own device current when it has used a GPU.
+        """
+        context = getattr(self._contexts, "of_device", None)
+        if context is None:
             with told("a new thread"):
                 self._device.set_current()
-            self._current.done = True
+            (self._contexts.of_device,) = _checked("cuCtxGetCurrent", self._driver.cuCtxGetCurrent())
+        else:
+            _checked("cuCtxSetCurrent", self._driver.cuCtxSetCurrent(context))
         return self._driver
 
     def memory(self) -> int:

@@ -26,6 +26,14 @@ def is_usable() -> bool:
     return hasattr(_utils, "_cuda_load_module") and hasattr(_utils, "_get_gpu_runtime_library")
 
 
+def capability(number: int) -> tuple[int, int]:
+    """Return the compute capability of a GPU that torch counts."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability(number)
+    return major, minor
+
+
 class TorchDriver:
     """See `Driver`.
 
@@ -68,14 +76,18 @@ class TorchDriver:
         del self._held[address]
 
     def pin(self, buffer: Bytes) -> None:
-        """See `Driver`."""
-        error = int(self._runtime.cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0))
+        """See `Driver`; without the guard a context of the first GPU would be made for it."""
+        with self._torch.cuda.device(self._device):
+            error = int(self._runtime.cudaHostRegister(buffer.ctypes.data, buffer.nbytes, 0))
         if error:
             raise DriverError("cudaHostRegister", error)
 
     def unpin(self, buffer: Bytes) -> None:
         """See `Driver`."""
-        self._runtime.cudaHostUnregister(buffer.ctypes.data)
+        with self._torch.cuda.device(self._device):
+            error = int(self._runtime.cudaHostUnregister(buffer.ctypes.data))
+        if error:
+            raise DriverError("cudaHostUnregister", error)
 
     def stream(self) -> Stream:
         """See `Driver`."""
@@ -96,7 +108,7 @@ class TorchDriver:
 
     def record(self, stream: Stream) -> Event:
         """See `Driver`."""
-        with told("an event"):
+        with told("an event"), self._torch.cuda.device(self._device):
             event = self._cuda_types.Event(blocking=True)
             event.record(stream)
             return event
