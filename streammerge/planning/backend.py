@@ -26,7 +26,7 @@ from streammerge.units import format_at_least
 ASKED, NO_GPU = "asked for", "no GPU is here"
 """The reasons of a device that was not weighed."""
 RANKS_RATE = 3.0
-"""GB per second that a GPU is expected to merge by ranks in rows: an element is compared with all of its row."""
+"""GB per second that a GPU is expected to merge by ranks in rows, cautiously, until that is measured: rows are sorted."""
 CUDA_LEAST = FUSED.reserve + (512 << 20)
 """Memory in bytes; with less, a GPU is used only on request."""
 

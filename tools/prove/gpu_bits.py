@@ -136,6 +136,15 @@ class Comparison:
             rule = TaskVectorMerge(vectors, elect=True, normalize=True)
             self.rule(f"n = {n} from {start}: dare", block, out, rule)
             self.rule(f"n = {n} from {start}: linear", block, out, WeightedSum((0.3, 0.4, 0.7), 1.4))
+        for number, n, row in (
+            (2, 3 * 75, 75),
+            (18, 600, 300),
+            (1, 128, 0),
+            (15, 2, 2),
+        ):  # several runs, ties over their ends
+            block, out = block_of(replace(MIXES[number], row=row), n, 0)
+            drop = tuple(TaskVector(i, rank_drop=RankDrop(0.3, 0.4)) for i in range(2))
+            self.rule(f"rows of {row or n}: della", block, out, TaskVectorMerge(drop, elect=True))
         block, _ = block_of(MIXES[17], 9001, 0)  # of one model: a loop for each pair of models takes a second
         for name, call in calls_of(block):
             if name in ("dots", "abs sums 1", "fisher squares", "keys 0 (0, 2147483647, 16)", "ties 0"):

@@ -95,7 +95,10 @@ PLANTS = {
         (9,),
     ),
     "the highest of equals as rank": Plant(
-        "ranks.py", "smaller + smaller + equal - 1", "smaller + smaller + equal + equal - 2", (2,)
+        "ranks.py", "smaller + with_equal - 1", "with_equal + with_equal - 2", (2,)
+    ),
+    "equal keys of both runs in one place": Plant(
+        "ranks.py", "key, run, right, mask", "key, run, 0, mask", (2,)
     ),
     "the bin above the rank": Plant("counts.py", "from_top >= rank", "from_top > rank", (2,)),
     "a floor in fp32": Plant(

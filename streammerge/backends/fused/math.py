@@ -38,7 +38,7 @@ _MOST_COUNTED = (1 << 31) - 1
 
 
 _LONGEST_ROW = 1 << 16
-"""Elements of a row whose ranks are counted; that takes as many steps for each element, so longer rows are sorted by the CPU."""
+"""Elements of a row that is sorted on the device; longer ones, which no model has, go through the CPU."""
 _METHODS = {
     "abs_sums",
     "add_column_dots",

@@ -142,11 +142,28 @@ def enqueue_ranks(
     block, k = memory.block, len(rule.vectors)
     drops = scratch.sent(rank_rows([v.rank_drop for v in rule.vectors], divided=divided))
     left = scratch.empty(8 * k * block.n)
-    length = block.row_length
-    parts = kernel_specs()["ranked"].programs(length + LEAD)
-    grid = (block.n // length * parts, k)
-    memory.launch("ranked", grid, table, drops, *memory.base(), length, left, counts)
+    length, reach = block.row_length, 1 << max(0, block.row_length.bit_length() - 1)
+    spread = any(v.rank_drop is not None and v.rank_drop.spread for v in rule.vectors)
+    keys = _sorted_rows(memory, scratch, k, table) if spread and length > 1 else 0  # else no rank matters
+    grid = (block.n // length * kernel_specs()["ranked"].programs(length + LEAD), k)
+    memory.launch("ranked", grid, table, drops, *memory.base(), length, keys, reach, left, counts)
     return left
+
+
+def _sorted_rows(memory: DeviceMemory, scratch: Scratch, k: int, table: int) -> int:
+    """Sort the magnitudes of each row of `k` task vectors; return the address of their patterns, int32 (k, n)."""
+    block = memory.block
+    length, rows = block.row_length, block.n // block.row_length
+    keys, spare = (scratch.empty(4 * k * block.n) for _ in range(2))
+    address, code, _, n = memory.base()
+    run, merging = kernel_specs()["sort_runs"].elements, kernel_specs()["merge_runs"]
+    grid = (rows * kernel_specs()["sort_runs"].programs(length), k)
+    memory.launch("sort_runs", grid, table, address, code, n, length, keys)
+    while run < length:
+        grid = (rows * merging.programs(length), k)
+        memory.launch("merge_runs", grid, keys, n, length, run, spare)
+        keys, spare, run = spare, keys, 2 * run
+    return keys
 
 
 def signs_of(memory: DeviceMemory, rule: TaskVectorMerge) -> int:

@@ -51,8 +51,8 @@ def _gpu_workspace(tensor: TensorFacts, n: int, sees: Extent) -> int:
     return 72 * tensor.row_length if sees == Extent.ROW else 0
 
 
-_FUSED_SHARE = 6
-"""Times its inputs that a block needs of a GPU's memory for fused kernels: the inputs, the output, surviving entries."""
+_FUSED_SHARE = 10
+"""Times its inputs that a block needs of a GPU's memory for fused kernels: inputs, output, surviving entries, sorted rows."""
 
 
 def _gpu_math(block: Block, device: str, sees: Extent) -> BlockMath:
