@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -21,7 +23,7 @@ from streammerge.engine.joined import join as join_plan
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.engine.taking import Taking
 from streammerge.engine.to_store import merge_to_store
-from streammerge.errors import InputError, printable
+from streammerge.errors import BudgetError, InputError, printable
 from streammerge.io.object_waiting import listening
 from streammerge.io.reader import IoMode
 from streammerge.io.volumes import as_path, is_url, local_path
@@ -175,6 +177,7 @@ def merge(
     settled = read_config(config, methods)
     if keep_stages is not None:
         kept = as_path(keep_stages)
+        _refuse_early(settled, {**planned, "kernels": kernels})
         for stage, place in kept_stages(settled, kept):
             _merge_settled(stage, place, {**planned, "kernels": kernels}, replace(how, profile=None), run)
         settled = read_from(settled, kept)
@@ -185,6 +188,20 @@ def merge(
         "max_reads": max_reads,
     }
     return _merge_settled(settled, as_path(out), planned, how, run, None if report is None else Path(report))
+
+
+def _refuse_early(config: MergeConfig, planned: Mapping[str, Any]) -> None:
+    """Refuse stages that cannot all be merged, before the first is written.
+
+    They are planned in one pass, which takes more memory and reads than one after the other; neither counts here.
+
+    Raises
+    ------
+    InputError
+        If a config or a model does not allow one of them.
+    """
+    with suppress(BudgetError):
+        plan(config, **planned, max_reads=math.inf)
 
 
 def _merge_settled(

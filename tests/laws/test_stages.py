@@ -15,7 +15,7 @@ from streammerge.api import merge, plan, verify
 from streammerge.engine.merge import Options, execute
 from streammerge.engine.streaming import Streamer
 from streammerge.engine.worker import Worker
-from streammerge.errors import BudgetError, WorldError
+from streammerge.errors import BudgetError, InputError, WorldError
 from streammerge.events import Control
 from streammerge.methods.registry import get_method
 from streammerge.output.shards import ShardWriter
@@ -278,6 +278,14 @@ def test_stages_that_are_kept_are_what_they_would_be_alone(here: list[Path]) -> 
     assert comparable(Path("out")) == one_by_one(chain(), "plain")
     assert sorted(path.name for path in Path("kept").iterdir()) == ["a", "b"]
     assert not verify("kept/b").problems
+
+
+def test_a_later_stage_is_refused_before_an_earlier_one_is_kept(here: list[Path]) -> None:
+    documents = chain()
+    documents[-1]["models"] = [{"model": "nowhere"}]
+    with pytest.raises(InputError, match="nowhere"):
+        merge(yaml.safe_dump_all(documents), "out", keep_stages="kept")
+    assert not Path("kept").exists()
 
 
 def test_the_output_is_recomputed_from_the_config_of_its_stages(here: list[Path]) -> None:
