@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from streammerge.api.deciding import Opened, open_all, plan_opened, settle
+from streammerge.api.sweep_events import OverAll
 from streammerge.config.points import Point, points_of
 from streammerge.config.schema import MergeConfig
 from streammerge.engine.first_use import compile_first
@@ -319,7 +320,7 @@ class SweepRun:
         values = {"point": name, "score": None, "seconds": None, "reason": reason}
         self._outer.emit(Event("point", values))
 
-    def _over_all(self, record: SweepRecord, chosen: Mapping[str, MergePlan], left: int) -> _OverAll:
+    def _over_all(self, record: SweepRecord, chosen: Mapping[str, MergePlan], left: int) -> OverAll:
         """Return the receiver of a batch's events."""
         first = next(iter(chosen.values()))
         done = len(record.rows) - left
@@ -333,7 +334,7 @@ class SweepRun:
                 "bytes_of_passes": first.bytes_of_passes() * batches,
                 "bytes_to_write": first.layout.nbytes * len(record.rows),
             }
-            self._teller = _OverAll(
+            self._teller = OverAll(
                 self._outer, len(record.rows) * self._elements, len(record.rows) * self._tensors
             )
             self._outer.emit(Event("plan", told))
@@ -346,7 +347,7 @@ class SweepRun:
         }
         return self._teller
 
-    _teller: _OverAll | None = None
+    _teller: OverAll | None = None
 
     # --- scores
 
@@ -396,35 +397,3 @@ class SweepRun:
             record.save()
             self._finished.discard(name)
             remove_tree(self._out / name)
-
-
-class _OverAll:
-    """Turns the events of one batch after the other into those of a run over all points."""
-
-    def __init__(self, control: Control, elements: int, tensors: int) -> None:
-        self._control = control
-        self._totals = {"elements_total": elements, "tensors_total": tensors}
-        self._begun = False
-        self._warned: set[str] = set()
-        self.base: dict[str, int] = {}
-        """What was done before the batch."""
-
-    def __call__(self, event: Event) -> None:
-        """Emit an event of a batch."""
-        values = dict(event.values)
-        if event.kind in ("start", "resume"):
-            if self._begun:
-                return
-            self._begun = True
-            values["bytes_done"] += self.base["bytes_done"]
-            event = Event("resume" if values["bytes_done"] else "start", values)
-        elif event.kind == "progress":
-            counts = {key: values[key] + self.base[key] for key in values.keys() & self.base.keys()}
-            event = Event("progress", values | counts | self._totals)
-        elif event.kind == "warning":
-            if values["message"] in self._warned:
-                return
-            self._warned.add(values["message"])
-        elif event.kind == "commit":
-            return
-        self._control.emit(event)
