@@ -31,11 +31,18 @@ print(os.waitstatus_to_exitcode(status), usage.ru_maxrss << 10)
 
 def assert_same(trial: Trial, outputs: Mapping[str, bytes], name: str, law: str) -> None:
     """Raise AssertionError unless the files of a merge equal those of the merge with plenty of memory."""
-    expected = trial.expected()
+    _assert_equal(trial, ("expected", trial.expected()), (name, outputs), law)
+
+
+def _assert_equal(
+    trial: Trial, one: tuple[str, Mapping[str, bytes]], other: tuple[str, Mapping[str, bytes]], law: str
+) -> None:
+    """Raise AssertionError unless two merges, each given by name and files, have the same files."""
+    (first, expected), (second, outputs) = one, other
     if outputs == expected:
         return
     files = sorted(file for file in {*expected, *outputs} if expected.get(file) != outputs.get(file))
-    where = difference(trial.tensors("expected"), trial.tensors(name)) or f"files {', '.join(files)}"
+    where = difference(trial.tensors(first), trial.tensors(second)) or f"files {', '.join(files)}"
     raise AssertionError(f"{trial.title}: {law} ({where})")
 
 
@@ -70,12 +77,9 @@ def same_bytes_when_interrupted(trial: Trial) -> None:
 
 def same_bytes_in_torch(trial: Trial) -> None:
     """Merge by compiled kernels and by torch formulas."""
-    assert_same(
-        trial, trial.merge("kernels", kernels=True), "kernels", "the compiled kernels give different bytes"
-    )
-    assert_same(
-        trial, trial.merge("torch", kernels=False), "torch", "the torch formulas give different bytes"
-    )
+    kernels, formulas = trial.merge("kernels", kernels=True), trial.merge("torch", kernels=False)
+    law = "the torch formulas give different bytes from the compiled kernels"
+    _assert_equal(trial, ("kernels", kernels), ("torch", formulas), law)
 
 
 def same_bytes_with_any_threads_of_torch(trial: Trial) -> None:

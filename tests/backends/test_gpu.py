@@ -18,6 +18,7 @@ from streammerge.backends.torch.device_block import DeviceBlock
 from streammerge.backends.torch.math import TorchMath
 from streammerge.errors import WorldError
 from streammerge.io.buffer_pool import Bytes, Pool
+from streammerge.testing.models import write_models
 from tests.conftest import config_for, output_bytes
 from tests.laws.test_methods import VARIANTS
 
@@ -47,28 +48,33 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     return allow
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.fixture(scope="module")
+def even_models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Models of rows that divide 4096: a block of whole rows and whole sums of 4096 elements is no larger than that."""
+    shapes = {"w": (48, 128), "v": (20, 256), "norm": (64,), "scalar": ()}
+    return write_models(tmp_path_factory.mktemp("even"), shapes=shapes)
+
+
 @pytest.mark.parametrize(("method", "parameters"), VARIANTS)
 def test_blocks_shrink_until_they_fit_and_the_bytes_are_the_same(
     method: str,
     parameters: dict[str, Any],
-    keep: bool,
-    make_models: Callable[..., list[Path]],
+    even_models: list[Path],
     tmp_path: Path,
     room: Callable[[int], list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch_pieces, "TorchMath", partial(TorchMath, keep=keep))
     if method == "regmean":
         pytest.skip("its matrix products are always of as many rows: smaller ones might round otherwise")
-    # Rows that divide 4096: a block of whole rows and whole sums of 4096 elements is no larger than that.
-    paths = make_models(shapes={"w": (96, 128), "v": (40, 256), "norm": (64,), "scalar": ()})
-    config = config_for(method, paths, parameters=parameters)
+    config = config_for(method, even_models, parameters=parameters)
     merge(config, tmp_path / "whole", kernels=False)
-    failed = room(4096)
-    merge(config, tmp_path / "shrunk", kernels=False)
-    assert failed
-    assert output_bytes(tmp_path / "shrunk") == output_bytes(tmp_path / "whole")
+    expected, failed = output_bytes(tmp_path / "whole"), room(4096)
+    for keep in (False, True):
+        monkeypatch.setattr(torch_pieces, "TorchMath", partial(TorchMath, keep=keep))
+        failed.clear()
+        merge(config, tmp_path / f"shrunk {keep}", kernels=False)
+        assert failed
+        assert output_bytes(tmp_path / f"shrunk {keep}") == expected
 
 
 def test_where_the_smallest_block_does_not_fit_the_error_says_what_to_do(

@@ -18,7 +18,7 @@ from streammerge.api import merge
 from streammerge.cli import cli
 from streammerge.errors import ModelError, Stopped
 from streammerge.events import Event
-from tests.conftest import config_for, output_bytes, read_tensors
+from tests.conftest import config_for, output_bytes, read_tensors, write_models
 from tests.laws.test_methods import VARIANTS
 
 NAN, INF = float("nan"), float("inf")
@@ -42,17 +42,23 @@ def warnings_of(config: Any, out: Path, **options: Any) -> list[str]:
     return [event.values["message"] for event in events if event.kind == "warning"]
 
 
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Models, one of which holds values that are not finite."""
+    paths = write_models(tmp_path_factory.mktemp("planted"))
+    plant(paths[1])
+    return paths
+
+
 @pytest.mark.parametrize(("method", "parameters"), VARIANTS)
 def test_only_the_elements_concerned_are_not_finite_whatever_the_method_and_the_pieces(
     method: str,
     parameters: dict[str, Any],
-    make_models: Callable[..., list[Path]],
+    planted: list[Path],
     small_capacity: Callable[[int, int], None],
     tmp_path: Path,
 ) -> None:
-    paths = make_models()
-    plant(paths[1])
-    config = config_for(method, paths, parameters=parameters, seed=7)
+    config = config_for(method, planted, parameters=parameters, seed=7)
     small_capacity(1 << 30, 2)
     warnings_of(config, tmp_path / "whole")
     warnings_of(config, tmp_path / "torch", kernels=False)

@@ -94,6 +94,22 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("ties", {"density": 0.3, "drop_rate": 0.2, "trim_scope": "model", "ties": "index"}),
 ]
 
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (211, 64),
+    "model.layers.0.self_attn.q_proj.weight": (41, 130),
+    "model.layers.0.mlp.down_proj.weight": (37, 53),
+    "model.layers.0.input_layernorm.weight": (64,),
+    "conv.weight": (8, 3, 3, 3),
+    "column": (67, 1),
+    "scalar": (),
+    "empty": (0, 5),
+    "lm_head.weight": (150, 64),
+}
+"""Shapes that a model has, and odd ones; the largest are cut into tens of pieces, by rows into hundreds.
+
+With the least memory a method of rows makes a piece of each row, so the number of rows is what these laws cost.
+"""
+
 BY_ELEMENTS = [one for one in VARIANTS if not get_method(one[0]).matrices or one[0] == "iso_c"]
 """All but methods of whole matrices: torch decomposes these in every case, and ties mean nothing to them."""
 
@@ -110,7 +126,7 @@ def shared_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., lis
     def get(**models: Any) -> list[Path]:
         key = repr(sorted(models.items()))
         if key not in written:
-            written[key] = write_models(tmp_path_factory.mktemp("shared"), **models)
+            written[key] = write_models(tmp_path_factory.mktemp("shared"), shapes=SHAPES, **models)
         return written[key]
 
     return get

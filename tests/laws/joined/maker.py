@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,11 @@ MAJORITY = ("ties", {"density": 0.4, "zero_sign": "majority", "ties": "drop", "w
 """Statistics of each tensor, then of the whole model."""
 WHOLE = ("ties", {"density": 0.3, "trim_scope": "model", "ties": "index"})
 """Two rounds over the whole model, several passes each, the last of them over a few elements."""
+PLAIN = {method for method, _ in (DARE, MAJORITY, WHOLE)}
+"""Methods that need no stores."""
+_ROOM = tempfile.TemporaryDirectory()
+_TEMPLATE = Path(_ROOM.name)
+"""Models, and a config over them for each plain method. They are copied, because writing them needs torch: a second each."""
 
 
 def use(capacity: int) -> None:
@@ -54,31 +60,48 @@ def prepare() -> None:
         models = [str(Path(place) / name) for name in "ab"]
         config = {"merge_method": "linear", "models": models}
         streammerge.api.merge(config, Path(place) / "out", join=True, on_event=quietly)
+    assert wait(fork(_write_template)) == 0
     assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads is not forked"
 
 
+def _write_template() -> None:
+    from tests.conftest import config_for, write_models
+
+    paths = write_models(_TEMPLATE, n_models=3, shapes=SHAPES)
+    for path in paths:
+        (path / "tokenizer.json").write_text(f"{{}} of {path.name}")
+    for method in PLAIN:
+        (_TEMPLATE / f"{method}.json").write_text(json.dumps(config_for(method, paths, seed=3)))
+
+
 class Maker:
-    """Writes models and configs in forks, because torch has threads; makes scenes of them."""
+    """Writes models and configs, and makes scenes of them."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def write(self, cases: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
         """Write the config of each case, and the models and stores that it names."""
+        paths = [self.directory / name for name in ("base", "m1", "m2", "m3")]
+        if not paths[0].exists():
+            for path in paths:
+                shutil.copytree(_TEMPLATE / path.name, path)
 
-        def action() -> None:
-            from tests.conftest import config_for, write_models
+        def with_stores() -> None:
+            from tests.conftest import config_for
 
-            paths = [self.directory / name for name in ("base", "m1", "m2", "m3")]
-            if not paths[0].exists():
-                write_models(self.directory, n_models=3, shapes=SHAPES)
-                for path in paths:
-                    (path / "tokenizer.json").write_text(f"{{}} of {path.name}")
             for name, (method, parameters) in cases.items():
                 config = config_for(method, paths, parameters=parameters, seed=3)
                 (self.directory / f"{name}.json").write_text(json.dumps(config, default=str))
 
-        assert wait(fork(action)) == 0
+        if not {method for method, _ in cases.values()} <= PLAIN:
+            assert wait(fork(with_stores)) == 0  # torch has threads
+            return
+        for name, (method, parameters) in cases.items():
+            text = (_TEMPLATE / f"{method}.json").read_text().replace(str(_TEMPLATE), str(self.directory))
+            (self.directory / f"{name}.json").write_text(
+                json.dumps({**json.loads(text), "parameters": parameters})
+            )
 
     def config(self, name: str) -> dict[str, Any]:
         """Return the config of a case."""
