@@ -6,13 +6,14 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -145,6 +146,7 @@ def test_a_file_system_without_direct_io_is_read_through_the_cache(
     assert slot[begins : begins + DIRECT_BYTES].tobytes() == noise.read_bytes()[40 : 40 + DIRECT_BYTES]
 
 
+@settings(max_examples=40)
 @given(data=st.data())
 def test_pieces_cut_anywhere_give_the_same_shard(
     data: st.DataObject, noise: Path, tmp_path_factory: pytest.TempPathFactory
@@ -170,6 +172,24 @@ def test_pieces_cut_anywhere_give_the_same_shard(
     assert writer.bytes_written == len(content) - len(header)
 
 
+@pytest.fixture(scope="module")
+def odd_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], list[Path]]:
+    """Return what writes models once for each dtype."""
+
+    @cache
+    def write(dtype: torch.dtype) -> list[Path]:
+        generator, paths = torch.Generator().manual_seed(1), []
+        for number in range(4):
+            paths.append(tmp_path_factory.mktemp("odd"))
+            tensors = {n: torch.randn(s, generator=generator).to(dtype) for n, s in SHAPES.items()}
+            # Headers of different lengths: each input lies at another place of its page.
+            metadata = {"format": "pt", "pad": "x" * 8 * number}
+            save_file(tensors, paths[-1] / "model.safetensors", metadata=metadata)
+        return paths
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("method", "top"),
     [
@@ -188,20 +208,13 @@ def test_every_way_of_io_gives_the_same_bytes(
     top: dict[str, Any],
     capacity: int,
     dtype: torch.dtype,
+    odd_models: Callable[[torch.dtype], list[Path]],
     tmp_path: Path,
     small_capacity: Callable[[int, int], None],
 ) -> None:
-    generator = torch.Generator().manual_seed(1)
-    paths = []
-    for number in range(4):
-        paths.append(tmp_path / f"m{number}")
-        paths[-1].mkdir()
-        tensors = {n: torch.randn(s, generator=generator).to(dtype) for n, s in SHAPES.items()}
-        # Headers of different lengths: each input lies at another place of its page.
-        save_file(
-            tensors, paths[-1] / "model.safetensors", metadata={"format": "pt", "pad": "x" * 8 * number}
-        )
-        forget(paths[-1] / "model.safetensors")
+    paths = odd_models(dtype)
+    for path in paths:
+        forget(path / "model.safetensors")
     small_capacity(capacity, 2)
     written = {}
     for io in ("direct", "read", "mmap"):

@@ -29,19 +29,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="rounds of three merges started at once")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for action, number in (("kills", args.kills), ("signals", args.signals), ("starts", args.rounds)):
-        with tempfile.TemporaryDirectory() as place:
-            command = [
-                sys.executable,
-                "-m",
-                "tests.laws.resume.forks",
-                action,
-                place,
-                "--number",
-                str(number),
-            ]
-            print(f"{action}: ", end="", flush=True)
-            subprocess.run([*command, "--seed", str(args.seed)], cwd=ROOT, check=True)
+    numbers = {"kills": args.kills, "signals": args.signals, "starts": args.rounds}
+    options = [word for name, number in numbers.items() for word in (f"--{name}", str(number))]
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, "-m", "tests.laws.resume.forks", place, *options]
+        subprocess.run([*command, "--seed", str(args.seed)], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,11 @@ class _Kept:
 
 
 def _patch_once() -> None:
-    """Have Triton's language patched for the interpreter once and for good, and no overflow looked for.
+    """Have Triton's language patched for the interpreter once and for good, and nothing computed for nothing.
 
-    Triton patches it anew in each call of one function by another, which takes half of the time of a kernel. It computes
-    sums of 32-bit integers a second time, to complain in its debug mode only: a third of the rest.
+    Triton patches its language anew in each call of one function by another, which takes half of the time of a kernel. It
+    computes sums of 32-bit integers a second time, to complain in its debug mode only: a third of the rest. And it makes its
+    table of dtypes anew for each operation, which takes a tenth.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -41,6 +43,11 @@ def _patch_once() -> None:
     if hasattr(interpreter, "_patched"):
         return
     patch, interpreter._patched = interpreter._patch_lang, set()
+    of_any = interpreter._get_np_dtype
+    of_scalar = cache(of_any)
+    interpreter._get_np_dtype = lambda dtype: (
+        of_any(dtype) if isinstance(dtype.scalar, tl.pointer_type) else of_scalar(dtype.scalar)
+    )
 
     def patch_new(function: Any) -> _Kept:
         known = [id(value) for value in function.__globals__.values() if value is tl or value is tl.core]

@@ -24,8 +24,7 @@ warnings.simplefilter("ignore")
 sys.path.insert(0, {str(PROGRAMS)!r})
 import gpu_bits, gpu_merges, gpu_teeth, torch
 compare = gpu_bits.Comparison(gpu_merges.register())
-for number in gpu_bits.FEW:
-    compare.blocks(gpu_bits.MIXES[number], 131, 0)
+compare.few()
 compare.sizes()
 compare.codes()
 compare.on_the_way()
@@ -51,7 +50,7 @@ def found() -> dict[str, Any]:
 
 def test_every_rule_and_statistic_has_the_bits_of_the_cpu(found: dict[str, Any]) -> None:
     assert found["different"] == []
-    assert found["done"] > 400
+    assert found["done"] > 300
 
 
 def test_merges_write_the_files_of_the_cpu(found: dict[str, Any]) -> None:

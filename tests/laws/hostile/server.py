@@ -6,6 +6,7 @@ stdout: exit code, stdout and stderr, the operating system's peak of the child i
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -89,6 +90,8 @@ def warm(scratch: Path) -> None:
     streammerge.api.merge("config.yml", "out")
     assert "torch" not in sys.modules
     assert threading.active_count() == 1, "a process of several threads must not be forked"
+    gc.collect()
+    gc.freeze()  # a child that collects garbage would copy all of the memory
 
 
 def main() -> None:

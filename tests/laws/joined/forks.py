@@ -79,7 +79,7 @@ def every_kind(of: Maker) -> None:
         (of.directory / "kinds.json").write_text(json.dumps(written(of.directory / "models")))
 
     (of.directory / "models").mkdir()
-    assert wait(fork(write)) == 0
+    assert wait(fork(write), 300) == 0
     configs = json.loads((of.directory / "kinds.json").read_text())
     scenes = {name: Scene(of.directory, config, name) for name, config in configs.items()}
     _share(scenes, least=1, shard_size=4000)

@@ -12,18 +12,12 @@ from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread may be forked
 
-import numpy as np
-from safetensors.numpy import save_file
-
-import streammerge.api
-from streammerge.backends.cpu.compile import compile_kernels
 from streammerge.engine import scheduler
-from streammerge.methods.catalog import load_builtin
 from streammerge.output.heartbeat import STALE_SECONDS
 from streammerge.planning.memory import budget
 from tests.fixed_budget import Fixed
-from tests.laws.joined.scene import SHAPES, STALE, Scene, quietly
-from tests.laws.resume.forks import fork, wait
+from tests.laws.joined.scene import SHAPES, STALE, Scene
+from tests.laws.resume.forks import fork, wait, warm
 
 DARE = ("dare_linear", {"density": 0.4})
 MAJORITY = ("ties", {"density": 0.4, "zero_sign": "majority", "ties": "drop", "weight": 0.3})
@@ -49,19 +43,8 @@ def prepare() -> None:
     for name in ("fsync", "fdatasync"):
         setattr(os, name, lambda descriptor: None)  # nothing here cuts the power
     use(1 << 17)  # so small that the work is cut to pieces
-    compile_kernels()
-    # So that no fork does it again: methods, and the modules that the first merge imports.
-    load_builtin()
-    with tempfile.TemporaryDirectory() as place:
-        for name in "ab":
-            (Path(place) / name).mkdir()
-            save_file({"w": np.zeros(8, np.float32)}, Path(place) / name / "model.safetensors")
-            (Path(place) / name / "config.json").write_text("{}")
-        models = [str(Path(place) / name) for name in "ab"]
-        config = {"merge_method": "linear", "models": models}
-        streammerge.api.merge(config, Path(place) / "out", join=True, on_event=quietly)
-    assert wait(fork(_write_template)) == 0
-    assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads is not forked"
+    assert wait(fork(_write_template), 300) == 0
+    warm(join=True)
 
 
 def _write_template() -> None:
@@ -95,7 +78,7 @@ class Maker:
                 (self.directory / f"{name}.json").write_text(json.dumps(config, default=str))
 
         if not {method for method, _ in cases.values()} <= PLAIN:
-            assert wait(fork(with_stores)) == 0  # torch has threads
+            assert wait(fork(with_stores), 300) == 0  # torch has threads
             return
         for name, (method, parameters) in cases.items():
             text = (_TEMPLATE / f"{method}.json").read_text().replace(str(_TEMPLATE), str(self.directory))

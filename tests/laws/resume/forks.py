@@ -1,14 +1,16 @@
 """A warm process that forks merges of the command line, to kill them, to signal them, and to start several at once.
 
-    python -m tests.laws.resume.forks kills|signals|starts WORKDIR [--number N] [--seed S]
+    python -m tests.laws.resume.forks WORKDIR [--kills N] [--signals N] [--starts N] [--seed S]
 
-A fork starts in milliseconds where Python takes a second. Prints figures as JSON; any failure is an exception.
+A fork starts in milliseconds where Python takes a second. Prints the figures of each action as JSON; any failure is an
+exception.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -16,6 +18,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,11 +28,16 @@ from typing import Any
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process of one thread may be forked
 
+import numpy as np
 import yaml
+from safetensors.numpy import save_file
 
+import streammerge.api
+import streammerge.cli.merging
 from streammerge.backends.cpu.compile import compile_kernels
 from streammerge.cli import main
 from streammerge.engine import scheduler as run
+from streammerge.methods.catalog import load_builtin
 from streammerge.output.place import JOURNAL as NAME
 from streammerge.output.place import STATE
 from streammerge.planning.memory import budget
@@ -89,6 +97,22 @@ def wait(number: int, seconds: float = 60.0) -> int:
     os.kill(number, signal.SIGKILL)
     os.waitpid(number, 0)
     raise AssertionError(f"it did not end within {seconds} s")
+
+
+def warm(**options: Any) -> None:
+    """Compile the kernels, and import what a merge does, so that no fork does it again."""
+    compile_kernels()
+    load_builtin()
+    with tempfile.TemporaryDirectory() as place:
+        for name in "ab":
+            (Path(place) / name).mkdir()
+            save_file({"w": np.zeros(8, np.float32)}, Path(place) / name / "model.safetensors")
+            (Path(place) / name / "config.json").write_text("{}")
+        config = {"merge_method": "linear", "models": [str(Path(place) / name) for name in "ab"]}
+        streammerge.api.merge(config, Path(place) / "out", on_event=lambda event: None, **options)
+    assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads is not forked"
+    gc.collect()
+    gc.freeze()  # a fork that collects garbage would copy all of the memory
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -170,17 +194,15 @@ class Merge:
         return "some work recorded" if done else "nothing recorded" if found else "nothing there"
 
 
-def merges(directory: Path, kinds: Sequence[str] = tuple(CASES)) -> list[Merge]:
+def merges(directory: Path) -> list[Merge]:
     """Prepare the cases and merge each once."""
     run._SYNC_SECONDS = 0.02
     budget.make_budget = lambda memory, n, reserve: Fixed(reserve + (1 << 20), reserve, 1)
     made = directory / "configs.json"
-    assert wait(fork(lambda: made.write_text(json.dumps(prepare(directory))))) == 0
-    compile_kernels()
+    assert wait(fork(lambda: made.write_text(json.dumps(prepare(directory)))), 300) == 0
+    warm()
     result = []
     for number, (name, config) in enumerate(json.loads(made.read_text()).items()):
-        if name not in kinds:
-            continue
         path = directory / f"{number}.yml"
         path.write_text(yaml.safe_dump(config))
         merge = Merge(name, path, directory / f"out{number}")
@@ -220,14 +242,13 @@ def kill_at(call: int | None, count_into: Path | None = None, slow: float = 0.0)
         setattr(os, name, wrap(name, getattr(os, name)))
 
 
-def kills(directory: Path, number: int, seed: int) -> dict[str, Any]:
+def kills(cases: Sequence[Merge], directory: Path, number: int, seed: int) -> dict[str, Any]:
     """Kill merges `number` times, one to three times each, at a random call or moment; then finish them.
 
     The first merge of each case is killed three times in a row for sure: each run ends within its first third.
     """
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
-    cases = merges(directory)
     calls, seconds = {}, {}
     for merge in cases:
         counted = directory / "calls"
@@ -269,12 +290,12 @@ def kills(directory: Path, number: int, seed: int) -> dict[str, Any]:
 # --- signals
 
 
-def signals(directory: Path, number: int, seed: int) -> dict[str, Any]:
+def signals(cases: Sequence[Merge], directory: Path, number: int, seed: int) -> dict[str, Any]:
     """Stop merges by SIGINT and SIGTERM at random moments; return the seconds they took to stop."""
     chance = random.Random(seed)
     figures: Counter[str] = Counter()
     seconds = []
-    for turn, merge in enumerate(itertools.cycle(merges(directory))):
+    for turn, merge in enumerate(itertools.cycle(cases)):
         if turn == number:
             break
         which = chance.choice((signal.SIGINT, signal.SIGTERM))
@@ -322,9 +343,9 @@ def _note_when_stoppable(ready: Path) -> None:
 # --- starts
 
 
-def starts(directory: Path, number: int, seed: int) -> dict[str, Any]:
+def starts(cases: Sequence[Merge], directory: Path, number: int, seed: int) -> dict[str, Any]:
     """Start three merges into one directory at once, `number` times: one wins, two are refused."""
-    (merge,) = merges(directory, ["ties, 5 shards"])
+    (merge,) = (one for one in cases if one.name == "ties, 5 shards")
     for turn in range(number):
         read, write = os.pipe()
 
@@ -362,7 +383,7 @@ class Twin(Merge):
         return self.error
 
 
-ACTIONS: dict[str, Callable[[Path, int, int], dict[str, Any]]] = {
+ACTIONS: dict[str, Callable[[Sequence[Merge], Path, int, int], dict[str, Any]]] = {
     "kills": kills,
     "signals": signals,
     "starts": starts,
@@ -370,20 +391,24 @@ ACTIONS: dict[str, Callable[[Path, int, int], dict[str, Any]]] = {
 
 
 def command() -> None:
-    """Run one of the actions and print its figures."""
+    """Run the actions of which some number is asked, and print their figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=list(ACTIONS))
     parser.add_argument("workdir", type=Path)
-    parser.add_argument("--number", type=int, default=5)
+    for name in ACTIONS:
+        parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with contextlib.suppress(FileExistsError):
         args.workdir.mkdir(parents=True)
-    began = time.monotonic()
-    figures = ACTIONS[args.action](args.workdir, args.number, args.seed)
-    print(json.dumps({**figures, "seconds": round(time.monotonic() - began, 1)}))
+    cases, figures = merges(args.workdir), {}
+    for name, action in ACTIONS.items():
+        if number := getattr(args, name):
+            began = time.monotonic()
+            found = action(cases, args.workdir, number, args.seed)
+            figures[name] = {**found, "seconds": round(time.monotonic() - began, 1)}
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -100,19 +98,3 @@ class Slow:
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, "", "")
         assert output_bytes(self.out) == self.expected()
-
-
-def run_forks(action: str, directory: Path, number: int) -> dict[str, Any]:
-    """Run an action of `tests.laws.resume.forks` and return its figures."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.laws.resume.forks",
-        action,
-        str(directory),
-        "--number",
-        str(number),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)

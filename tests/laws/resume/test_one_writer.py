@@ -5,9 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from pathlib import Path
 from typing import Any
-from unittest.mock import ANY
 
 import pytest
 
@@ -17,7 +15,7 @@ from streammerge.output.place import JOURNAL as NAME
 from streammerge.output.place import STATE
 from tests.conftest import output_bytes
 from tests.laws.resume.scene import Scene
-from tests.laws.resume.slow_merge import Slow, run_forks
+from tests.laws.resume.slow_merge import Slow
 from tests.laws.resume.traps import interrupt
 
 
@@ -104,8 +102,3 @@ def test_a_kill_leaves_no_lock_behind(slow: Slow) -> None:
     first.kill()
     first.wait()
     slow.finish()
-
-
-@pytest.mark.slow
-def test_of_merges_that_start_at_once_one_wins_and_the_others_are_refused(tmp_path: Path) -> None:
-    assert run_forks("starts", tmp_path, 5) == {"rounds": 5, "winners": 5, "refused": 10, "seconds": ANY}

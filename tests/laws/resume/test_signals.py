@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
 from streammerge.errors import Stopped
 from streammerge.events import Event
 from tests.laws.resume.scene import Scene
-from tests.laws.resume.slow_merge import Slow, run_forks
+from tests.laws.resume.slow_merge import Slow
 
 
 def test_a_stop_that_was_asked_for_is_clean_and_resumable(scene: Scene) -> None:
@@ -29,21 +28,6 @@ def test_a_stop_that_was_asked_for_is_clean_and_resumable(scene: Scene) -> None:
     scene.assert_nothing_torn(out)
     scene.merge(out)
     scene.assert_finished(out)
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path: Path) -> None:
-    """Four methods, one shard and several, one to three kills in a row; tools/prove/random_kills.py does more."""
-    figures = run_forks("kills", tmp_path, 16)
-    assert figures["kills"] >= 16
-    assert figures["killed three times in a row"] >= 4
-
-
-@pytest.mark.slow
-def test_signals_at_random_moments_stop_it_in_one_line_within_seconds(tmp_path: Path) -> None:
-    figures = run_forks("signals", tmp_path, 8)
-    assert figures["stopped"]
-    assert figures["longest seconds"] < 10
 
 
 @pytest.mark.slow
