@@ -60,6 +60,7 @@ LONG = (
     "backends/fused/test_bits.py",
     "laws/memory/test_peak.py",
     "engine/test_object_stores.py",
+    "laws/resume/test_forks.py",
     "laws/resume/test_signals.py",
     "laws/resume/test_power_loss.py",
     "laws/hostile/test_hostile.py",

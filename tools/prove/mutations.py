@@ -27,7 +27,7 @@ MUTATIONS = [
         "streammerge/engine/session.py",
         "        self.journal.remove()\n        for line in",
         "        for line in",
-        "tests/laws/resume/test_signals.py -k killed_at_random",
+        "tests/laws/resume/test_forks.py -k killed_at_random",
     ),
     Mutation(
         "P1",
