@@ -10,6 +10,7 @@ from streammerge.errors import WorldError, printable
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.object_errors import AGAIN, while_writing
 from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
+from streammerge.io.object_waiting import Patience
 
 PART = 8 << 20
 """Least bytes of a part."""
@@ -63,6 +64,8 @@ class Upload:
         self._part = part_nbytes(nbytes)
         self._filled = bytearray()
         self._parts: Queue[bytes | None] = Queue(1)
+        self._first: list[bytes] | None = []
+        """The first part, once it has been taken; None if more has been asked for, so that it cannot be sent again."""
         self._given_up = threading.Event()
         self._failure: BaseException | None = None
         self._e_tag = ""
@@ -139,21 +142,33 @@ class Upload:
 
     def _run(self) -> None:
         store, key = store_of(self._url, patient=True)
-        obstore = library(split_url(self._url)[0])
-        try:
-            done = obstore.put(store, key, self._each(), chunk_size=self._part, max_concurrency=AT_ONCE)
-            self._e_tag = e_tag_of(done)
-        except BaseException as error:  # a panic of the library is no Exception
-            self._failure = while_writing(self._url, error)
-
-    def _each(self) -> Iterator[bytes]:
+        obstore, patience = library(split_url(self._url)[0]), Patience(self._url, self._given_up)
         while True:
             try:
-                part = self._parts.get(timeout=_WAIT_SECONDS)
+                done = obstore.put(store, key, self._each(), chunk_size=self._part, max_concurrency=AT_ONCE)
+                self._e_tag = e_tag_of(done)
+            except BaseException as error:  # a panic of the library is no Exception
+                # The library does not repeat the request that begins an upload if the store dies while it answers.
+                if self._first is not None and isinstance(error, Exception) and patience.wait(error):
+                    continue
+                self._failure = while_writing(self._url, error)
+            return
+
+    def _each(self) -> Iterator[bytes]:
+        """Yield the parts; the first one is kept, and yielded again by a later call, until a second is asked for."""
+        for part in self._first or ():
+            yield part
+            self._first = None
+        while True:
+            try:
+                part_or_end = self._parts.get(timeout=_WAIT_SECONDS)
             except Empty:
                 if self._given_up.is_set():
                     raise _Given from None
                 continue
-            if part is None:
+            if part_or_end is None:
                 return
-            yield part
+            if self._first is not None:
+                self._first.append(part_or_end)
+            yield part_or_end
+            self._first = None

@@ -21,7 +21,14 @@ from streammerge.api import merge
 from streammerge.checkpoint.index import open_model
 from streammerge.errors import ModelError, Stopped, StreammergeError, WorldError
 from streammerge.events import Event
-from streammerge.io import object_file, object_leftovers, object_stores, object_waiting, volumes
+from streammerge.io import (
+    object_file,
+    object_leftovers,
+    object_stores,
+    object_upload,
+    object_waiting,
+    volumes,
+)
 from streammerge.io.object_errors import CREDENTIALS
 from streammerge.io.object_file import ObjectFile
 from streammerge.io.objects import ObjectStatus
@@ -266,3 +273,44 @@ def test_a_wait_ends_when_the_user_stops_the_command(away: int, tmp_path: Path) 
     config = {"merge_method": "linear", "models": [{"model": "s3://b/one"}, {"model": "s3://b/two"}]}
     with pytest.raises(Stopped):
         merge(config, tmp_path / "out", on_event=lambda event: stop.set(), stop=stop)
+
+
+class Dying:
+    """A library whose store dies a few times after some parts of an upload were taken."""
+
+    def __init__(self, deaths: int, parts: int) -> None:
+        self.deaths, self.parts = deaths, parts
+        self.sent: list[bytes] = []
+
+    def put(self, store: Any, key: str, parts: Iterator[bytes], **options: Any) -> dict[str, str]:
+        self.sent = [
+            part for _, part in zip(range(self.parts if self.deaths else 10**6), parts, strict=False)
+        ]
+        self.deaths -= 1
+        if self.deaths >= 0:
+            raise type("GenericError", (Exception,), {})("error sending request")
+        return {"e_tag": '"1"'}
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_an_upload_that_fails_as_it_begins_is_begun_again(
+    parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later its parts are gone, and the merge does the shard again."""
+    library = Dying(2, parts)
+    monkeypatch.setattr(object_upload, "library", lambda scheme: library)
+    monkeypatch.setattr(object_upload, "store_of", lambda url, patient: (None, "x"))
+    monkeypatch.setattr(object_waiting, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(object_upload, "PART", 4)
+    upload = object_upload.Upload("s3://b/x", 10, threading.Event())
+
+    def send() -> str:
+        upload.write(b"0123456789")
+        return upload.finish()
+
+    if parts < 2:
+        assert send() == '"1"'
+        assert library.sent == [b"0123", b"4567", b"89"]
+        return
+    with pytest.raises(WorldError, match="cannot be reached"):
+        send()

@@ -2,6 +2,7 @@
 
     python tools/prove/stores.py s3 [WEED]
     python tools/prove/stores.py az AZURITE-BLOB      (npm install azurite)
+    python tools/prove/stores.py gs                   (Google's XML API in front of SeaweedFS; see google_xml_api.py)
 
 Starts the server, puts models there, and then: a merge from the store, one into it, one from and to it by three processes of
 which one is killed with `kill -9`, `status`, `verify --join`, an object that changes on the way, a name that is taken, wrong
@@ -36,6 +37,7 @@ from streammerge.io.object_small import create_object, list_objects, read_small
 from streammerge.io.object_stores import close_stores, store_of
 from streammerge.testing.models import config_for, output_bytes, write_models
 from tests.s3_server import KEY, SECRET, Server, free_ports
+from tools.prove.google_xml_api import serving
 
 SHAPES = {f"model.layers.{i}.weight": (1000, 2000) for i in range(8)}
 SHARD = 20_000_000
@@ -86,6 +88,20 @@ def azurite(place: Path, program: str) -> Iterator[Started]:
     ):
         _until(lambda: _azure_container(endpoint, "bench"))
         yield "az://bench", environment, AZURE_KEY
+
+
+@serves("gs")
+def google(place: Path, program: str) -> Iterator[Started]:
+    """Start Google's XML API in front of SeaweedFS."""
+    server, account = Server(place), place / "account.json"
+    server.start()
+    with serving(server.endpoint.removeprefix("http://"), KEY, SECRET) as endpoint:
+        told = {"gcs_base_url": endpoint, "disable_oauth": True, "client_email": "", "private_key": ""}
+        account.write_text(json.dumps({**told, "private_key_id": ""}))
+        try:
+            yield "gs://bench", {"GOOGLE_SERVICE_ACCOUNT": str(account), "GOOGLE_BASE_URL": endpoint}, SECRET
+        finally:
+            server.kill()
 
 
 def _azure_container(endpoint: str, name: str) -> None:
