@@ -41,8 +41,9 @@ class Pool:
         self._dismiss = dismiss
         self._idle: list[Bytes] = []
         self._held = 0
-        self._queue: deque[object] = deque()
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._queue: deque[threading.Condition] = deque()
+        """Who waits, in order; only the first is woken, since all others would wait on."""
 
     @contextmanager
     def lease(self, nbytes: int, stop: threading.Event) -> Iterator[Bytes | None]:
@@ -54,23 +55,27 @@ class Pool:
             yield buffer
         finally:
             if buffer is not None:
-                with self._changed:
+                with self._lock:
                     self._idle.append(buffer)
-                    self._changed.notify_all()
+                    self._wake_first()
 
     def _acquire(self, size: int, stop: threading.Event) -> Bytes | None:
-        ticket = object()
-        with self._changed:
-            self._queue.append(ticket)
+        turn = threading.Condition(self._lock)
+        with turn:
+            self._queue.append(turn)
             try:
                 while not stop.is_set():
-                    if self._queue[0] is ticket and (buffer := self._take(size)) is not None:
+                    if self._queue[0] is turn and (buffer := self._take(size)) is not None:
                         return buffer
-                    self._changed.wait(timeout=0.2)
+                    turn.wait(timeout=0.2)
                 return None
             finally:
-                self._queue.remove(ticket)
-                self._changed.notify_all()
+                self._queue.remove(turn)
+                self._wake_first()
+
+    def _wake_first(self) -> None:
+        if self._queue:
+            self._queue[0].notify()
 
     def _take(self, size: int) -> Bytes | None:
         # A larger buffer is accepted: fresh pages (faults, zeroing) cost more than the wasted space.
@@ -97,7 +102,7 @@ class Pool:
 
     def close(self) -> None:
         """Free all idle buffers."""
-        with self._changed:
+        with self._lock:
             while self._idle:
                 self._give_up(self._idle.pop())
 

@@ -80,7 +80,11 @@ def row(method: str, threads: int, found: dict[str, Any], gigabytes: float) -> s
     stages = found["stages"]
     checksum = stages.get("checksum", {}).get("cpu", 0.0)
     interpreter = max(0.0, found["user"] - found["kernels"] - checksum)
-    figures = [(found["user"] + found["system"]) / gigabytes, interpreter / gigabytes]
+    figures = [
+        (found["user"] + found["system"]) / gigabytes,
+        found["system"] / gigabytes,
+        interpreter / gigabytes,
+    ]
     waits = [stages.get(stage, {}).get("wall", 0.0) for stage in SHOWN]
     told = [f"{value:.2f}" for value in figures] + [f"{value:.1f}" for value in waits]
     return f"| `{method}` | {threads} | {found['workers']} | {' | '.join(told)} |"
@@ -102,8 +106,12 @@ def main() -> None:
         if args.one:
             print(json.dumps(run(args.models, args.methods, int(args.threads), args.memory, out)))
             return
-        print("| method | threads | workers | CPU s/GB | interpreter | " + ", s | ".join(SHOWN) + ", s |")
-        print("|" + " --- |" * (5 + len(SHOWN)))
+        print(
+            "| method | threads | workers | CPU s/GB | system | interpreter | "
+            + ", s | ".join(SHOWN)
+            + ", s |"
+        )
+        print("|" + " --- |" * (6 + len(SHOWN)))
         for method in args.methods.split(","):
             config = config_of(args.models, method)
             names = [one["model"] for one in config["models"]] + [config.get("base_model")]

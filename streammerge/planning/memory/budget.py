@@ -17,6 +17,10 @@ from streammerge.units import format_at_least, format_size
 
 MIB = 1 << 20
 
+_IN_FLIGHT = 432 * MIB
+"""Bytes of all elementwise chunks together; more keeps no disk busier."""
+_SMALL_CHUNK = 12 * MIB
+"""Chunks of this size take no more of the interpreter's time for each byte than larger ones."""
 SMALLEST_CAPACITY = 24 * MIB
 
 
@@ -48,8 +52,13 @@ class Budget:
 
     @property
     def chunk_target(self) -> int:
-        """Target size of an elementwise chunk in bytes: reads are large, and all workers are busy."""
-        return min(48 * MIB, self.capacity // (self.workers + 1))
+        """Target size of an elementwise chunk in bytes: reads are large, and all workers are busy.
+
+        Many workers get smaller chunks, since the first touch of each page of a buffer costs as much as half of a sum.
+        """
+        return min(
+            48 * MIB, max(_SMALL_CHUNK, _IN_FLIGHT // (self.workers + 1)), self.capacity // (self.workers + 1)
+        )
 
     def less(self, nbytes: int) -> Budget:
         """Return the budget with `nbytes` more in the reserve."""
