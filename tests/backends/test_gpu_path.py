@@ -23,6 +23,7 @@ from streammerge.backends.gpu.launcher import DriverLauncher
 from streammerge.backends.gpu.ring import Ring
 from streammerge.backends.registry import BACKENDS
 from streammerge.backends.torch.backend import CUDA, TORCH
+from streammerge.engine import on_device as merging
 from streammerge.errors import InputError, ModelError, OutputError, Stopped, WorldError
 from streammerge.output.journal import compare
 from streammerge.planning import on_device
@@ -128,6 +129,19 @@ def test_a_merge_through_the_ring_has_the_bytes_of_the_cpus(
     assert brought["whole"] <= brought["little scratch"] <= brought["streamed"]
     if method == "dare_ties":  # statistics find what is held; what is not is read again
         assert brought["streamed"] > 1.5 * brought["whole"]
+
+
+def test_a_tensor_of_more_elements_than_a_launch_counts_is_computed_in_parts(
+    paths: list[Path], on_cpus: Any, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for("ties", paths, parameters={"density": 0.3}, seed=7)
+    launches = []
+    for most in (1 << 30, 1 << 12):
+        monkeypatch.setattr(merging, "_MOST_AT_ONCE", most)
+        driver = fake()
+        assert run(config, tmp_path / "gpu", overwrite=True) == on_cpus("ties", density=0.3)
+        launches.append(driver.counts["launch"])
+    assert launches[1] > 3 * launches[0]
 
 
 @pytest.mark.parametrize("ignored", ["wait", "synchronize"])
