@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -98,6 +99,10 @@ def main() -> NoReturn:
         code = 0
     except KeyboardInterrupt:
         code = report(InputError("stopped"), 130)
-    except (OSError, MemoryError) as error:
+    except OSError as error:
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "standard output cannot be written" if full else type(error).__name__
+        code = report(WorldError(f"{what}: {error.strerror if full else error}"), 1)
+    except MemoryError as error:
         code = report(WorldError(f"{type(error).__name__}: {error}"), 1)
     leave(code)

@@ -107,8 +107,6 @@ def make_plan(
     lists += 0 if mixture is None else mixture.nbytes
     layout = _layout_of(jobs, template, options, adapter=storage.adapter is not None)
     lists += held_nbytes(layout) if options.streamed else 0
-    lists += sum(stage.division.lists for stage in inputs.stages)
-    lists += max((stage.statistics_memory.nbytes for stage in inputs.stages), default=0)
     division = Division(
         resources.budget, jobs, needs, lists, method, resources.backend, in_order=options.streamed
     )
@@ -169,12 +167,15 @@ def _needs_of_all(jobs: Sequence[Job], method: Method) -> tuple[Needs, ...]:
 
 
 def _lists_nbytes(inputs: Inputs, matched: Matched, jobs: Sequence[Job], needs: Sequence[Needs]) -> int:
+    """Return the bytes of lists of tensors, those of stages and the statistics that a stage holds included."""
     n_refs = sum(len(index) for index in matched.indexes.values()) + matched.n_blocks
     n_refs += _REFS_OF_CODES * sum(
         ref.stored_format is not None for index in matched.indexes.values() for ref in index.values()
     )
     n_stored = sum(len(index) for index in (*inputs.fishers, *inputs.grams))
-    return lists_nbytes(n_refs, n_stored, jobs, needs)
+    of_stages = sum(stage.division.lists for stage in inputs.stages)
+    of_stages += max((stage.statistics_memory.nbytes for stage in inputs.stages), default=0)
+    return lists_nbytes(n_refs, n_stored, jobs, needs) + of_stages
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,15 @@ REFUSED: list[tuple[str, list[dict[str, torch.Tensor]], str]] = [
 ]
 
 
+def test_a_misspelt_tensor_is_named_with_the_one_that_is_missing(tmp_path: Path) -> None:
+    paths = models_of(tmp_path, {"a": X, "net.1.up_proj": X}, {"a": X, "net.1.up_prjo": X})
+    said = (
+        r"model 1: tensor net\.1\.up_proj is missing, .* or rename net\.1\.up_prjo, which .*model 0 has not"
+    )
+    with pytest.raises(ModelError, match=said):
+        plan(config_for("ties", paths, parameters={"density": 0.5}))
+
+
 @pytest.mark.parametrize(("tensors", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_tensors_that_do_not_fit_are_refused_with_the_cure(
     tensors: list[dict[str, torch.Tensor]], message: str, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from streammerge.planning.resolve.experts import are_interleaved, has_experts, n
 
 _FEW = 4
 """If more than one in this many tensors differ in shape, excluding them is not a cure."""
+_MOST_COMPARED = 1000
+"""The most names that a missing one is compared with."""
 _OF_LABELS = ("score.weight", "classifier.weight", "out_proj.weight", "head.weight", "fc.weight")
 """Endings of the names of heads with a row per label; `OF_TOKENS` distinguishes heads with a row per token."""
 _WIDTHS = (
@@ -195,7 +198,8 @@ def lacking(reference: str, first: str, outputs: Sequence[OutputTensor], indexes
     first
         The model's own name of the first missing tensor.
     """
-    holder = printable(_holder(outputs[0], indexes))
+    place = _holder(outputs[0], indexes)
+    holder = printable(place)
     if len(outputs) == 1:
         what, them = f"tensor {printable(first)} is missing, {holder} has it", "it"
     elif len(outputs) == 2:
@@ -206,9 +210,21 @@ def lacking(reference: str, first: str, outputs: Sequence[OutputTensor], indexes
             f"tensor {printable(first)} and {len(outputs) - 1} more are missing, {holder} has them ({parts})"
         )
         them = "them"
+    like = _spelled_like(first, indexes[reference], indexes.get(place, {}))
+    rename = "" if like is None else f", or rename {printable(like)}, which {holder} has not"
     return ModelError(
-        f"{printable(reference)}: {what}; list {them} under `exclude:` to copy {them} from there"
+        f"{printable(reference)}: {what}; list {them} under `exclude:` to copy {them} from there{rename}"
     )
+
+
+def _spelled_like(name: str, own: Mapping[str, SourceRef], other: Mapping[str, SourceRef]) -> str | None:
+    """Return a name that is nearly `name`, with the same numbers, and that only `own` has; None if there is none."""
+
+    def numbers(text: str) -> list[str]:
+        return re.findall(r"\d+", text, flags=re.ASCII)
+
+    alike = [one for one in own if one not in other and numbers(one) == numbers(name)]
+    return next(iter(difflib.get_close_matches(name, alike[:_MOST_COMPARED], n=1, cutoff=0.9)), None)
 
 
 def _holder(output: OutputTensor, indexes: Indexes) -> str:
