@@ -57,19 +57,25 @@ LONG = (
     "launch/test_ray.py",
     "laws/joined/test_joined_stores.py",
     "laws/joined/test_joined.py",
-    "backends/fused/test_bits.py",
-    "laws/memory/test_peak.py",
     "engine/test_object_stores.py",
+    "laws/test_methods.py",
+    "laws/memory/test_peak.py",
+    "laws/resume/test_power_loss.py",
+    "laws/resume/test_failures.py",
+    "laws/hostile/test_hostile.py",
+    "backends/fused/test_bits.py",
     "laws/resume/test_forks.py",
     "laws/resume/test_signals.py",
-    "laws/resume/test_power_loss.py",
-    "laws/hostile/test_hostile.py",
-    "laws/test_methods.py",
-    "backends/fused/test_code.py",
     "estimate/fisher/test_compute.py",
-    "laws/resume/test_one_writer.py",
+    "laws/resume/test_faults.py",
+    "laws/resume/test_damage.py",
+    "engine/test_nonfinite.py",
+    "methods/test_reference_drop.py",
+    "engine/test_executors.py",
+    "laws/hostile/test_streams.py",
+    "backends/fused/test_code.py",
 )
-"""Files that take half a minute and more, those that mostly wait first: begun last, one would keep a single CPU busy at the end."""
+"""Files that take more than ten seconds, those that mostly wait first: begun last, one would keep a single CPU busy at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

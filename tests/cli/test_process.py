@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli.running import shell
+from tests.cli.running import Cli, shell
 from tests.conftest import config_for
 
 
-def test_a_full_stdout_does_not_lose_the_merge(config: Path, tmp_path: Path) -> None:
+def test_a_full_stdout_does_not_lose_the_merge(config: Path, tmp_path: Path, cli: Cli) -> None:
     with open("/dev/full", "w") as full:
         run = shell("merge", config, tmp_path / "out", stdout=full)
     assert run.returncode != 0
@@ -22,21 +22,21 @@ def test_a_full_stdout_does_not_lose_the_merge(config: Path, tmp_path: Path) -> 
     assert run.stderr.splitlines() == [
         "streammerge: standard output cannot be written: No space left on device"
     ]
-    again = shell("merge", config, tmp_path / "out")
-    assert again.returncode == 0
-    assert "nothing was done" in again.stdout
-    assert shell("verify", tmp_path / "out").returncode == 0
+    again = cli("merge", config, tmp_path / "out")
+    assert again.code == 0
+    assert "nothing was done" in again.out
+    assert cli("verify", tmp_path / "out").code == 0
 
 
 def test_a_full_stdout_in_the_middle_of_json_events_leaves_a_merge_that_can_be_resumed(
-    config: Path, tmp_path: Path
+    config: Path, tmp_path: Path, cli: Cli
 ) -> None:
     with open("/dev/full", "w") as full:
         run = shell("merge", config, tmp_path / "out", "--json", stdout=full)
     assert run.returncode != 0
     assert "Traceback" not in run.stderr
-    assert shell("merge", config, tmp_path / "out").returncode == 0
-    assert shell("verify", tmp_path / "out").returncode == 0
+    assert cli("merge", config, tmp_path / "out").code == 0
+    assert cli("verify", tmp_path / "out").code == 0
 
 
 _HEAVY = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,7 @@ def add(reducer: Reducer[Any], piece: Piece) -> None:
         reducer.add(ordinal, start, stop - start, math_of(ordinal, start, stop))
 
 
+@cache
 def alone(statistic: Statistic[Any]) -> Any:
     reducer = statistic.reducer(measurement_of(statistic))
     assert not isinstance(reducer, Known)

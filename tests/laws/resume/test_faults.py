@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from tests.laws.resume.fault_scenes import (
     one_scene,
 )
 from tests.laws.resume.scene import Scene
-from tests.laws.resume.slow_merge import ROOT
 from tests.laws.resume.traps import Trap, cannot_allocate, interrupt, set_trap
 
 sharded_scene = pytest.mark.parametrize("scene", ["ties"], indirect=True)
@@ -227,48 +225,36 @@ def test_what_could_not_be_allocated_does_not_stay_on_the_full_disk(
 # --- real limits and real file systems
 
 
-@pytest.mark.slow
+@contextlib.contextmanager
+def limit_of_file_size(nbytes: int) -> Iterator[None]:
+    """Have the kernel refuse this process larger files."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
+
+
 @one_scene
 @pytest.mark.parametrize("allocates", [True, False], ids=["preallocated", "not preallocated"])
 def test_a_limit_of_file_size_stops_it_in_one_line_and_it_goes_on_without(
-    allocates: bool, scene: Scene
+    allocates: bool, scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At 2, 50 and 99 % of the shard, in a process that the kernel limits."""
-    (scene.directory / "c.yml").write_text(yaml.safe_dump(scene.config))
+    config, out = scene.directory / "c.yml", scene.directory / "out"
+    config.write_text(yaml.safe_dump(scene.config))
     nbytes = len(scene.expected["model.safetensors"])
-    out = scene.directory / "out"
-    code = (
-        "import errno, os, resource, sys\n"
-        "from streammerge.cli import main\n"
-        "def refuse(*arguments): raise OSError(errno.EOPNOTSUPP, 'not supported')\n"
-        "if sys.argv.pop() == 'False':\n"
-        "    from streammerge.io import allocate\n"
-        "    allocate.fallocate = refuse\n"
-        "    os.ftruncate = lambda descriptor, nbytes: None\n"
-        "limit = int(sys.argv.pop())\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
-        "main()\n"
-    )
-    for share in (0.02, 0.5, 0.99):
-        command = [
-            sys.executable,
-            "-c",
-            code,
-            "merge",
-            str(scene.directory / "c.yml"),
-            str(out),
-            str(int(share * nbytes)),
-        ]
-        done = subprocess.run(
-            [*command, str(allocates)], capture_output=True, text=True, timeout=60, cwd=ROOT
-        )
-        assert done.returncode == 1, done.stderr
-        (line,) = [line for line in done.stderr.splitlines() if line.startswith("streammerge:")]
-        assert "File too large; raise the limit (`ulimit -f`" in line
-        assert "Traceback" not in done.stderr
-        assert not (out / "model.safetensors").exists()
+    with monkeypatch.context() as patch:
+        if not allocates:
+            patch.setattr(allocate, "fallocate", cannot_allocate)
+            patch.setattr(os, "ftruncate", lambda descriptor, nbytes: None)
+        for share in (0.02, 0.5, 0.99):
+            with limit_of_file_size(int(share * nbytes)):
+                failed(scene, out, r"File too large; raise the limit \(`ulimit -f`", config=config)
+            assert not (out / "model.safetensors").exists()
     for place in (out, scene.directory / "reference"):
-        scene.merge(place, config=scene.directory / "c.yml")
+        scene.merge(place, config=config)
     assert output_bytes(out) == output_bytes(scene.directory / "reference")
 
 
