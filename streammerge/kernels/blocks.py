@@ -45,6 +45,18 @@ def ones(typing_context, bits):
 
 
 @intrinsic
+def bytes_set(typing_context, address):
+    """Return one bit for each of the 64 bytes at an address, set if the byte is not zero."""
+
+    def build(context, builder, signature, args):
+        many = ir.VectorType(ir.IntType(8), 64)
+        values = builder.load(builder.inttoptr(args[0], many.as_pointer()), align=1)
+        return builder.bitcast(builder.icmp_unsigned("!=", values, ir.Constant(many, None)), ir.IntType(64))
+
+    return types.uint64(types.intp), build
+
+
+@intrinsic
 def eight_at_most(typing_context, address, limit):
     """Compare the eight uint32 at an address with a limit; return one bit per number, set if it is <= the limit."""
 
@@ -141,6 +153,15 @@ def _normal_or_zero(patterns, n):
     return largest < np.uint16(0x7F80) and least >= np.uint16(0x7F)
 
 
+@njit(inline="always")
+def quotient(value, divisor, reciprocal):
+    """Return the quotient, where `divides_fast` holds; see `divide`."""
+    first = value * reciprocal
+    close = multiply_add(multiply_add(-first, divisor, value), reciprocal, first)
+    exact = multiply_add(multiply_add(-close, divisor, value), reciprocal, close)
+    return exact if abs(first) < np.inf else first
+
+
 @loop(error_model="numpy")
 def divide(values, n, divisor, fast):
     """Divide fp64 values by a number; a division takes as long as all of the rest of a weighted sum.
@@ -156,11 +177,7 @@ def divide(values, n, divisor, fast):
         return
     reciprocal = 1.0 / divisor
     for i in range(n):
-        value = values[i]
-        first = value * reciprocal
-        close = multiply_add(multiply_add(-first, divisor, value), reciprocal, first)
-        quotient = multiply_add(multiply_add(-close, divisor, value), reciprocal, close)
-        values[i] = quotient if abs(first) < np.inf else first
+        values[i] = quotient(values[i], divisor, reciprocal)
 
 
 @loop()

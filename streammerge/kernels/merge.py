@@ -6,20 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.kernels import loop, njit
-from streammerge.kernels.blocks import BLOCK, divide, divides_fast, f32_from_bits, round_at, widen_at
+from streammerge.kernels.blocks import BLOCK, divide, divides_fast, round_at, widen_at
 from streammerge.kernels.deltas import delta_block, scratch
-from streammerge.kernels.operands import BF16
+from streammerge.kernels.few import add_few, elect_few, few_serve, is_few, weigh_few
 from streammerge.kernels.widths import width_of
-from streammerge.numerics.bits import bits_from_f64, f64_from_bits
-
-
-@loop()
-def _add_two(first, second, weight, other_weight, total):
-    """Add two terms, given as patterns of bf16, one after the other."""
-    for at in range(len(first)):
-        x = np.float64(f32_from_bits(np.uint32(first[at]) << np.uint32(16)))
-        y = np.float64(f32_from_bits(np.uint32(second[at]) << np.uint32(16)))
-        total[at] = (total[at] + weight * x) + other_weight * y
 
 
 @njit(nogil=True)
@@ -34,35 +24,36 @@ def weighted_sum(models, weights, divisor, n, out):
     out      Operand       the output
     =======  ============  ============================================
     """
-    return _weigh(models, weights, divisor, n, out, np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64))
+    x, total, first = (
+        np.empty(BLOCK, np.float32),
+        np.empty(BLOCK, np.float64),
+        np.empty(len(weights), np.int64),
+    )
+    return _weigh(models, weights, divisor, n, out, x, total, first)
 
 
 @loop()
-def _weigh(models, weights, divisor, n, out, x, total):
+def _weigh(models, weights, divisor, n, out, x, total, first):
     half, full, offsets, codes = models
     out_half, out_full, out_offset, out_code = out
     out_width = width_of(out_code)
-    fast = divides_fast(weights, divisor)
+    k, fast, few = len(weights), divides_fast(weights, divisor), few_serve(codes, weights, divisor)
     bad = 0
     for start in range(0, n, BLOCK):
         m = min(BLOCK, n - start)
-        total[:] = 0.0
-        i = 0
-        while i < len(weights):
-            if i + 1 < len(weights) and codes[i] == BF16 and codes[i + 1] == BF16:  # two thirds of the time
-                first, second = (offsets[i] >> 1) + start, (offsets[i + 1] >> 1) + start
-                _add_two(
-                    half[first : first + m], half[second : second + m], weights[i], weights[i + 1], total
-                )
-                i += 2
-                continue
-            widen_at(half, full, offsets[i] + start * width_of(codes[i]), codes[i], m, x)
-            weight = weights[i]
-            for at in range(m):
-                total[at] += weight * np.float64(x[at])
-            i += 1
-        if divisor != 1.0:
-            divide(total, m, divisor, fast)
+        if few:
+            for i in range(k):
+                first[i] = (offsets[i] >> 1) + start
+            weigh_few(m, half, first, weights, divisor, total)
+        else:
+            total[:] = 0.0
+            for i in range(k):
+                widen_at(half, full, offsets[i] + start * width_of(codes[i]), codes[i], m, x)
+                weight = weights[i]
+                for at in range(m):
+                    total[at] += weight * np.float64(x[at])
+            if divisor != 1.0:
+                divide(total, m, divisor, fast)
         bad += round_at(total, m, out_half, out_full, out_offset + start * out_width, out_code)
     return bad
 
@@ -126,62 +117,6 @@ def _counts_serve(weights, coefficients):
         if 0.0 < abs(coefficients[i]) < 1e-200:
             return False
     return True
-
-
-@loop(error_model="numpy")
-def _elect_few(m, deltas, coefficients, weights, zero_sign, merged):
-    """Do what `_sum_signs` for every model and `_elect` do, in one loop without sums in memory; counts nothing.
-
-    It is compiled for each number of models, the length of the tuples: the loops over them are unrolled, and the loop
-    over elements vectorises. The operations on one element and their order are the same, so the bits are. Only the
-    weights of the elected sign are added: an entry has that sign if it is above 0 after -1 has multiplied it where
-    the sign is negative, and a NaN has none.
-
-    ============  ===========================  ============================================
-    m             int64                        number of elements
-    deltas        float32 (models * BLOCK,)    the surviving task vectors, one behind the other
-    coefficients  k floats                     the factors of their entries
-    weights       k floats, or ()              weights whose sum divides; (): nothing is divided
-    zero_sign     int64                        see `TaskVectorMerge`
-    merged        float64 (>=m,)               written
-    ============  ===========================  ============================================
-    """
-    for i in range(np.uint64(m)):  # unsigned: a check for negative indices would prevent the vectorisation
-        positive, negative = 0.0, 0.0
-        for j in range(len(coefficients)):
-            tau = coefficients[j] * np.float64(deltas[i + np.uint64(j * BLOCK)])
-            positive += 0.0 if tau < 0.0 else tau
-            negative -= tau if tau < 0.0 else 0.0
-        lead = positive - negative
-        down = lead < 0.0 or (lead == 0.0 and zero_sign < 0)
-        value = -negative if down else positive
-        value = 0.0 if (lead == 0.0 and zero_sign == 0) else value
-        if len(weights) > 0:
-            flip = np.uint64(1 << 63) if down else np.uint64(0)
-            weight = 0.0
-            for j in range(len(weights)):
-                tau = coefficients[j] * np.float64(deltas[i + np.uint64(j * BLOCK)])
-                weight += weights[j] if f64_from_bits(bits_from_f64(tau) ^ flip) > 0.0 else 0.0
-            value = value / (weight if weight != 0.0 else 1.0)
-        merged[i] = value
-
-
-@loop()
-def _elect_by_number(m, deltas, c, w, zero_sign, normalize, merged):
-    """Call `_elect_few` for two, three or four models, with the coefficients `c` and the weights `w`."""
-    if normalize:
-        if len(c) == 4:
-            _elect_few(m, deltas, (c[0], c[1], c[2], c[3]), (w[0], w[1], w[2], w[3]), zero_sign, merged)
-        elif len(c) == 3:
-            _elect_few(m, deltas, (c[0], c[1], c[2]), (w[0], w[1], w[2]), zero_sign, merged)
-        else:
-            _elect_few(m, deltas, (c[0], c[1]), (w[0], w[1]), zero_sign, merged)
-    elif len(c) == 4:
-        _elect_few(m, deltas, (c[0], c[1], c[2], c[3]), (), zero_sign, merged)
-    elif len(c) == 3:
-        _elect_few(m, deltas, (c[0], c[1], c[2]), (), zero_sign, merged)
-    else:
-        _elect_few(m, deltas, (c[0], c[1]), (), zero_sign, merged)
 
 
 @loop()
@@ -288,7 +223,8 @@ def task_vector_merge(models, base, span, masks, how, out, tally, others):
     """
     deltas = np.empty(4 * BLOCK, np.float32)
     b, merged, result = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float64), np.empty(BLOCK, np.float64)
-    room = deltas, b, merged, result, _totals(), scratch()
+    no_base = np.full(BLOCK, -0.0, np.float32)  # added to a number, it leaves the number's bits as they are
+    room = deltas, b, no_base, merged, result, _totals(), scratch()
     return _merge_task_vectors(models, base, span, masks, how, out, tally, others, room)
 
 
@@ -304,11 +240,15 @@ def _merge_task_vectors(models, base, span, masks, how, out, tally, others, room
     coefficients, weights, elect, zero_sign, normalize, divisor, scale = how
     scales, other_offsets, other_bad = others
     k = len(offsets)
-    few = elect and 2 <= k <= 4 and out_code >= 0
     counted = normalize and _counts_serve(weights, coefficients)
     fast = divides_fast(coefficients, divisor)
-    deltas, b, merged, result, totals, buffers = room
-    merged = merged if elect else totals.positive
+    few = is_few(k) and out_code >= 0 and (elect or divisor == 1.0 or fast)
+    deltas, b, no_base, merged, result, totals, buffers = room
+    merged = merged if elect or few else totals.positive
+    # With further outputs, the sum that all of them scale is written, without the base.
+    added = b if len(scales) == 0 else no_base
+    factor = scale if len(scales) == 0 else 1.0
+    into = result if len(scales) == 0 else merged
     bad = 0
     for start in range(0, n, BLOCK):
         m = min(BLOCK, n - start)
@@ -324,8 +264,10 @@ def _merge_task_vectors(models, base, span, masks, how, out, tally, others, room
             )
             if not few:
                 _add_vector(m, delta, coefficients[i], weights[i], elect, normalize, counted, totals)
-        if few:
-            _elect_by_number(m, deltas, coefficients, weights, zero_sign, normalize, merged)
+        if few and elect:
+            elect_few(m, deltas, coefficients, weights, normalize, zero_sign, added, factor, into)
+        elif few:
+            add_few(m, deltas, coefficients, divisor, added, factor, into)
         elif elect:
             signs[0] += _elect_totals(m, totals, weights[0], zero_sign, normalize, counted, merged)
         elif divisor != 1.0:
@@ -335,6 +277,7 @@ def _merge_task_vectors(models, base, span, masks, how, out, tally, others, room
                 _shift(m, b, scales[other], merged, result)
                 place = other_offsets[other] + start * out_width
                 other_bad[other] += round_at(result, m, out_half, out_full, place, out_code)
-            _shift(m, b, scale, merged, result)
+            if not few or len(scales) > 0:
+                _shift(m, b, scale, merged, result)
             bad += round_at(result, m, out_half, out_full, out_offset + start * out_width, out_code)
     return bad

@@ -10,9 +10,20 @@ import torch
 from numpy.typing import NDArray
 
 from streammerge.kernels.blocks import BLOCK, _round_to_bf16, divide, divides_fast
-from streammerge.kernels.deltas import ABOVE, NO_CUT, THIN, _cut_bf16, _cut_block
+from streammerge.kernels.deltas import (
+    ABOVE,
+    INDEX,
+    NO_CUT,
+    THIN,
+    _cut_bf16,
+    _cut_block,
+    _settle_ties,
+    scratch,
+)
+from streammerge.kernels.few import add_few, elect_few, few_serve, weigh_few
 from streammerge.kernels.gram import _add_products
-from streammerge.kernels.merge import _add_weights, _elect, _elect_few, _sum_signs
+from streammerge.kernels.merge import _add_weights, _elect, _sum_signs
+from streammerge.kernels.operands import BF16, F32
 from streammerge.numerics.casts import round_to
 
 Doubles = NDArray[np.float64]
@@ -152,11 +163,67 @@ def test_few_models_elect_as_many_do(k: int) -> None:
             m, room, merged = deltas[0].size, np.zeros(4 * BLOCK, np.float32), np.empty(BLOCK)
             for i, delta in enumerate(deltas):
                 room[i * BLOCK : i * BLOCK + m] = delta
-            _elect_few(m, room, tuple(map(float, c)), tuple(weights) if normalize else (), zero_sign, merged)
-            assert same(merged[:m], elected(deltas, c, w, zero_sign, normalize))
+            no_base, base = np.full(m, -0.0, np.float32), np.resize(np.float32(some), m)
+            expected = elected(deltas, c, w, zero_sign, normalize)
+            elect_few(m, room, c, w, normalize, zero_sign, no_base, 1.0, merged)
+            assert same(merged[:m], expected)
+            elect_few(m, room, c, w, normalize, zero_sign, base, -0.7, merged)
+            with np.errstate(invalid="ignore"):
+                assert same(merged[:m], base + -0.7 * expected)
+
+
+# --- sums of few terms
+
+
+@pytest.mark.parametrize("divisor", [1.0, 3.0, -0.7])
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_few_terms_are_added_one_after_the_other(k: int, divisor: float) -> None:
+    rng = np.random.default_rng(k)
+    m = BLOCK - 3
+    patterns = rng.integers(0, 1 << 16, (k, m), np.uint16)
+    patterns[:, : len(SPECIAL)] = SPECIAL
+    half, places = np.zeros(k * BLOCK, np.uint16), np.arange(k) * BLOCK
+    terms, deltas = (patterns.astype(np.uint32) << 16).view(np.float32), np.zeros(4 * BLOCK, np.float32)
+    for i, place in enumerate(places):
+        half[place : place + m], deltas[place : place + m] = patterns[i], terms[i]
+    factors, base = np.array([0.3, -1.7, 0.9, 1.0])[:k], np.resize(terms[0], m)
+    found, total = np.empty(BLOCK), np.zeros(m)
+    with np.errstate(all="ignore"):
+        for factor, term in zip(factors, terms.astype(np.float64), strict=True):
+            total += factor * term
+        total /= divisor
+        expected = base.astype(np.float64) + 0.6 * total
+    weigh_few(m, half, places, factors, divisor, found)
+    assert same(found[:m], total)
+    add_few(m, deltas, factors, divisor, base, 0.6, found)
+    assert same(found[:m], expected)
+
+
+def test_few_terms_are_two_to_four_of_bf16_whose_sum_divides_fast() -> None:
+    for k in range(1, 6):
+        codes, ones = np.full(k, BF16), np.ones(k)
+        assert few_serve(codes, ones, 3.0) == (2 <= k <= 4)
+        assert few_serve(codes, ones * 1e-200, 1.0) == (2 <= k <= 4)
+        assert not few_serve(codes, ones * 1e-200, 3.0)
+        assert not few_serve(np.array([*codes[1:], F32]), ones, 3.0)
 
 
 # --- cuts and products
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.2, 1.0])
+@pytest.mark.parametrize("n", [1, 63, 65, BLOCK])
+def test_every_tie_is_settled(n: int, share: float) -> None:
+    rng = np.random.default_rng(n)
+    buffers = scratch()
+    flags, limit = rng.random(n) < share, 1000 + n // 3
+    buffers.at_threshold[:] = 1  # what a block before has left
+    buffers.at_threshold[:n] = flags
+    out = np.ones(n, np.float32)
+    cut = np.array([INDEX, 0, limit, NO_CUT, 0, 0])
+    removed = flags & (1000 + np.arange(n) >= limit)
+    assert _settle_ties(1000, n, cut, np.zeros(4, np.uint32), out, buffers, False) == removed.sum()
+    assert (out == np.where(removed, 0.0, 1.0)).all()
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 0x3F800000, 0x7F800000])
