@@ -17,6 +17,7 @@ from streammerge.api.merging import merge
 from streammerge.errors import BudgetError, Stopped
 from streammerge.methods.registry import Method
 from streammerge.planning.memory import budget as budgets
+from streammerge.planning.memory import enough
 from streammerge.planning.plan import MergePlan
 from streammerge.records import dataclass
 from streammerge.testing.models import output_bytes, read_tensors
@@ -40,7 +41,11 @@ def capacity(nbytes: int, threads: int) -> Iterator[None]:
     def make_budget(memory: int | None, n: int | None, reserve: int) -> budgets.Budget:
         return Fixed(reserve + nbytes, reserve, threads)
 
-    with patch.object(budgets, "make_budget", make_budget):
+    # These budgets know no --memory, so no number would suffice for what they refuse.
+    with (
+        patch.object(budgets, "make_budget", make_budget),
+        patch.object(enough, "asking_enough", lambda error, decide: error),
+    ):
         yield
 
 

@@ -12,6 +12,8 @@ from streammerge.units import format_at_least
 T = TypeVar("T")
 M = TypeVar("M")
 
+_GIVE_UP = 512 * MIB
+"""The steps beyond what was asked for double up to this."""
 MORE = " (what comes after it needs more)"
 """The remark on a number that is larger than that of the part which was refused first."""
 
@@ -43,19 +45,26 @@ def asking_enough(error: BudgetError, decide: Callable[[int], object]) -> Budget
 
 
 def _enough(decide: Callable[[int], object], known: int) -> int:
-    """Return memory with which `decide` raises no refusal that asks for more, in whole MiB; `known` are needed."""
-    total = _whole(known)
-    while True:
+    """Return memory with which `decide` raises no refusal that asks for more, in whole MiB; `known` are needed.
+
+    If `decide` refuses again and again what it has asked for, `known` is returned: more memory would not help.
+    """
+    total, step = _whole(known), MIB
+    while step < _GIVE_UP:
         try:
             decide(total)
         except BudgetError as error:
             if error.least is None:
                 return total
-            total = max(total + MIB, _whole(error.least))
+            if error.least > total:
+                total = _whole(error.least)
+            else:
+                total, step = total + step, 2 * step
         except InputError:  # more memory does not help
             return total
         else:
             return total
+    return known
 
 
 def _whole(nbytes: int) -> int:
