@@ -34,6 +34,11 @@ class DeviceHooks(NamedTuple):
 HOST = DeviceHooks()
 
 
+def _smaller(size: int, divisor: int) -> int:
+    """Return about half of a size, in multiples of `divisor`; 0 if it is not more than one."""
+    return size // 2 // divisor * divisor or (divisor if size > divisor else 0)
+
+
 class DeviceBlock:
     """A block and the device that its parts are computed on.
 
@@ -83,7 +88,7 @@ class DeviceBlock:
                 result = run(start, stop)
             except torch.OutOfMemoryError:
                 if not self._keep:
-                    size = min(size, stop - start) // 2 // divisor * divisor
+                    size = _smaller(min(size, stop - start), divisor)
                 self._keep = False
                 self._kept.clear()
                 if size < divisor or not self.at_once:
