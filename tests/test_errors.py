@@ -26,6 +26,7 @@ HARMLESS = {
     *(
         "decoded",
         "known_files",
+        "load_code",
         "receipt_of",
         "texts_of",
         "Found",

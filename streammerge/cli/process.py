@@ -42,7 +42,7 @@ def stop_on_signals() -> tuple[threading.Event, Callable[[], int | None]]:
         if received:
             raise Stopped(received[0])
 
-    listen(_tell, check)
+    listen(_say, check)
     return stop, lambda: received[0] if received else None
 
 
@@ -55,10 +55,10 @@ def leave_on_signals() -> None:
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, on_signal)
-    listen(_tell, lambda: None)
+    listen(_say, lambda: None)
 
 
-def _tell(line: str) -> None:
+def _say(line: str) -> None:
     """Print a line about a wait."""
     print(f"streammerge: {line}", file=sys.stderr, flush=True)
 

@@ -117,7 +117,8 @@ def sweep(config: str, out: str, quiet: bool, as_json: bool, no_kernels: bool, *
         {"out": out, "seconds": result.seconds, **sweep_values(result.points, result.best)},
         sweep_text(result.points, result.best, out),
     )
-    if failed := result.failed:
+    scored = options["score"] is not None
+    if failed := [name for name in result.failed if scored or result.points[name].seconds is None]:
         first = result.points[failed[0]]
         lack = "could not be merged" if first.seconds is None else "have no score"
         cure = "" if first.seconds is None else ": mend the command and run this one again"

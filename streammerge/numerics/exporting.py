@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from streammerge.numerics.compiled import kernel_cache
-from streammerge.numerics.ready import NO_MATCH, file_of, write
+from streammerge.numerics.ready import NO_MATCH, file_of, write_code
 
 _HEAD = object.__basicsize__
 _DATA, _RANK, _DIMENSIONS, _STRIDES, _FLAGS = _HEAD, _HEAD + 8, _HEAD + 16, _HEAD + 24, _HEAD + 48
@@ -81,7 +81,7 @@ def export() -> int:
                 continue
             # Whatever numba's inner workings do not give, numba itself serves.
             with suppress(Exception):
-                write(path, *_exported(name, loop, signature, compiled, types))
+                write_code(path, *_exported(name, loop, signature, compiled, types))
                 written += 1
     return written
 

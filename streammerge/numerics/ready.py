@@ -45,7 +45,7 @@ def file_of(directory: Path, loop: str, types: str) -> Path:
     return directory / f"{loop}-{types}{SUFFIX}"
 
 
-def write(path: Path, told: dict[str, Any], objects: list[bytes]) -> None:
+def write_code(path: Path, told: dict[str, Any], objects: list[bytes]) -> None:
     """Write the object files of a loop and what is told of it, if they can be loaded: all or nothing.
 
     The trial is before the file has its name, since LLVM may end the process that loads what it cannot link.
@@ -55,7 +55,7 @@ def write(path: Path, told: dict[str, Any], objects: list[bytes]) -> None:
     try:
         content = _HEAD.pack(len(head)) + head + b"".join(objects)
         partial.write_bytes(_checksum(content) + content)
-        load(partial)
+        load_code(partial)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -66,7 +66,7 @@ def _checksum(content: bytes) -> bytes:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], list[bytes]]:
-    """Return what `write` wrote; raise ValueError if the file has changed, since LLVM trusts what it loads."""
+    """Return what `write_code` wrote; raise ValueError if the file has changed, since LLVM trusts what it loads."""
     whole = path.read_bytes()
     content = whole[16:]
     if whole[:16] != _checksum(content):
@@ -167,7 +167,7 @@ def _engine() -> Any:
     return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
 
 
-def load(path: Path) -> Overload:
+def load_code(path: Path) -> Overload:
     """Load a loop's file; no two threads may do so at once.
 
     Raises
@@ -230,7 +230,7 @@ def _load_all(loop: str) -> Iterator[Overload]:
         return
     for path in sorted(directory.glob(f"{loop}-*{SUFFIX}")):
         with suppress(OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, struct.error):
-            yield load(path)
+            yield load_code(path)
 
 
 class Loops:
