@@ -103,22 +103,26 @@ def _exported(
     """Return what is told of a loop and its object files; raise `UnfitError` if `ready` does not serve it."""
     kinds = [_kind(one) for one in compiled.signature.args]
     returns = _returned(compiled.signature.return_type)
-    code, bitcode = _cached(loop, signature, compiled)
+    symbol, code, bitcode = _cached(loop, signature, compiled)
     entry = f"ready.{name}.{types}"
-    unpacking = _unpacking(compiled, kinds, entry)
-    told = {"entry": entry, "arguments": kinds, "returns": returns}
+    unpacking = _unpacking(compiled, symbol, kinds, entry)
+    told = {"entry": entry, "loop": symbol, "arguments": kinds, "returns": returns}
     return told, [code, _assembled(f"{unpacking}\n{_stand_ins(bitcode)}"), _assembled(_MEMORY)]
 
 
-def _cached(loop: Any, signature: Any, compiled: Any) -> tuple[bytes, bytes]:
-    """Return the object file and the bitcode that numba has cached."""
+def _cached(loop: Any, signature: Any, compiled: Any) -> tuple[str, bytes, bytes]:
+    """Return the loop's symbol, the object file and the bitcode that numba has cached.
+
+    A different process may have compiled the loop meanwhile and replaced what this one had cached. The symbol has a number
+    that numba counts in each process, so it is taken from the cache with the code, never from this process.
+    """
     cache = loop._cache
     key = cache._index_key(signature, compiled.target_context.codegen())
-    library = cache._cache_file.load(key)[0]
+    library, described = cache._cache_file.load(key)[:2]
     _, kind, (code, bitcode) = library
     if kind != "object":
         raise UnfitError(kind)
-    return code, bitcode
+    return described.llvm_func_name, code, bitcode
 
 
 def _kind(of: Any) -> Any:
@@ -233,14 +237,14 @@ class _Reading:
         self.values += [owner, owner, number, size, data, *lengths, *strides]
 
 
-def _unpacking(compiled: Any, kinds: list[Any], entry: str) -> str:
-    """Return the function that takes slots and room for the result, and calls the loop."""
+def _unpacking(compiled: Any, symbol: str, kinds: list[Any], entry: str) -> str:
+    """Return the function that takes slots and room for the result, and calls the loop by its symbol."""
     from llvmlite import ir
 
     signature, convention = compiled.signature, compiled.target_context.call_conv
     shape = convention.get_function_type(signature.return_type, signature.args)
     module, half, pointer = ir.Module(), ir.IntType(32), ir.IntType(8).as_pointer()
-    loop = ir.Function(module, shape, compiled.fndesc.llvm_func_name)
+    loop = ir.Function(module, shape, symbol)
     function = ir.Function(module, ir.FunctionType(half, [pointer, pointer]), entry)
     reading = _Reading(function, list(shape.args[2:]))
     for kind in kinds:

@@ -37,6 +37,8 @@ _HEAD = struct.Struct("<q")
 _LOADING = threading.RLock()
 _LOADED: dict[str, tuple[Overload, ...]] = {}
 """The loops of this process, by name; changed under `_LOADING`."""
+_ENGINES: list[Any] = []
+"""What holds the loaded code, for the life of the process."""
 _UNFIT = object()
 
 
@@ -90,7 +92,8 @@ class Overload:
     Parameters
     ----------
     told
-        ``entry``, the function's symbol; ``arguments``, their types (see `exporting`); ``returns``, the format of the result.
+        ``entry``, the function's symbol, and ``loop``, that of the loop it calls; ``arguments``, their types (see
+        `exporting`); ``returns``, the format of the result.
     address
         Where the function lies in memory.
     """
@@ -157,14 +160,29 @@ def _packing(arguments: list[Any]) -> Callable[..., bytes | None]:
 
 
 @cache
-def _engine() -> Any:
-    """Return LLVM's loader of object files."""
+def _native() -> Any:
+    """Return LLVM's target of this machine."""
     import llvmlite.binding as llvm
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine()
-    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    return llvm.Target.from_default_triple()
+
+
+def _linked(objects: list[bytes]) -> Any:
+    """Return a loader of LLVM's with object files in it, linked to each other and to nothing else that is loaded.
+
+    Files may come from several processes. In one loader a name that two of them give to different functions would stand for
+    the first.
+    """
+    import llvmlite.binding as llvm
+
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _native().create_target_machine())
+    for one in objects:
+        engine.add_object_file(llvm.ObjectFileRef.from_data(one))
+    engine.finalize_object()
+    _ENGINES.append(engine)
+    return engine
 
 
 def load_code(path: Path) -> Overload:
@@ -175,16 +193,13 @@ def load_code(path: Path) -> Overload:
     OSError, ValueError, KeyError, RuntimeError, ImportError
         If the file is not whole, or LLVM does not take it.
     """
-    import llvmlite.binding as llvm
-
     told, objects = _read(path)
-    engine = _engine()
-    for one in objects:
-        engine.add_object_file(llvm.ObjectFileRef.from_data(one))
-    engine.finalize_object()
-    if not (address := engine.get_function_address(told["entry"])):
+    engine = _linked(objects)
+    # What LLVM does not find has the address 0, also where the entry calls it.
+    entry, _ = addresses = [engine.get_function_address(told[name]) for name in ("entry", "loop")]
+    if not all(addresses):
         raise ValueError("no function")
-    return Overload(told, address)
+    return Overload(told, entry)
 
 
 # --- loops by name

@@ -127,3 +127,42 @@ def test_a_broken_file_is_left_to_numba(damage: str, tmp_path: Path, monkeypatch
     monkeypatch.setattr(ready, "_LOADED", {})
     assert ready._overloads("kernels.merge.weighted_sum") == ()
     assert Loop("kernels.merge", "weighted_sum")(*summands()) == 0
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return an empty directory in which files of loops are written and looked for."""
+    for module in (ready, exporting):
+        monkeypatch.setattr(module, "kernel_cache", lambda: Cache(tmp_path))
+    monkeypatch.setattr(ready, "_LOADED", {})
+    return tmp_path
+
+
+@pytest.mark.usefixtures("no_numba")
+def test_what_a_different_process_has_cached_meanwhile_is_called_by_its_own_name(kept: Path) -> None:
+    """Two processes that compile one loop at once give it different names; the cache keeps the later one's."""
+    loop: Any = fisher.sums
+    ((signature, mine),) = loop.overloads.items()
+    theirs = loop._compiler._compile_core(signature, mine.signature.return_type)
+    assert theirs.fndesc.llvm_func_name != mine.fndesc.llvm_func_name
+    loop._cache.save_overload(signature, theirs)
+    assert exporting.export() > 0
+    assert list(kept.glob("kernels.fisher.sums-*.ready"))
+    assert Loop("kernels.fisher", "sums")(diagonal(), N) == fisher.sums(diagonal(), N)
+
+
+def test_a_file_whose_loop_is_missing_is_not_loaded(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LLVM gives what it does not find the address 0, and a call there ends the process."""
+    unpacking = exporting._unpacking
+    monkeypatch.setattr(
+        exporting,
+        "_unpacking",
+        lambda compiled, symbol, kinds, entry: unpacking(compiled, f"{symbol}.absent", kinds, entry),
+    )
+    loop: Any = fisher.sums
+    ((signature, mine),) = loop.overloads.items()
+    told, objects = exporting._exported("kernels.fisher.sums", loop, signature, mine, "types")
+    told["loop"] += ".absent"
+    with pytest.raises(ValueError, match="no function"):
+        ready.write_code(kept / "kernels.fisher.sums-types.ready", told, objects)
+    assert list(kept.iterdir()) == []
