@@ -18,7 +18,7 @@ from streammerge.errors import InputError, printable
 from streammerge.machine import gpus
 from streammerge.methods.registry import REQUIRED, Method, Parameter
 from streammerge.methods.tensor_context import TensorContext
-from streammerge.planning.device import UNKNOWN_COST, Host, Workload, weigh
+from streammerge.planning.device import DECODING, UNKNOWN_COST, Host, Volume, Workload, weigh
 from streammerge.planning.job import Job
 from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.units import format_at_least
@@ -115,10 +115,12 @@ def has_bits_of_device(method: Method) -> bool:
     return method.origin != "built in" or method.gram
 
 
-def workload_of(method: Method, n_models: int, nbytes: int) -> Workload:
-    """Return what a merge of `nbytes` bytes of inputs costs."""
+def workload_of(method: Method, n_models: int, volume: Volume) -> Workload:
+    """Return what a merge of inputs of a size costs, for each GB of them that is read."""
     cost = UNKNOWN_COST if method.cost is None else method.cost
-    return Workload(method.name, nbytes, cost, _gpu_rate(method, n_models))
+    read, values = max(1, volume.nbytes) / 1e9, max(1, volume.values) / 1e9
+    seconds = values * cost + volume.decoded * DECODING
+    return Workload(method.name, volume.nbytes, seconds / read, _gpu_rate(method, n_models, read / values))
 
 
 class Way(NamedTuple):
@@ -144,19 +146,24 @@ def way_of(
     return Way("kernels") if why is None else Way("CPUs", why)
 
 
-def _gpu_rate(method: Method, n_models: int) -> float | None:
-    """Return the GB per second that a GPU merges by a method; None if most of it would stay on the CPUs."""
+def _gpu_rate(method: Method, n_models: int, share: float) -> float | None:
+    """Return the GB per second of what is read that a GPU merges by a method; None if most of it would stay on the CPUs.
+
+    The bus limits kernels, which are sent what is read; torch and ranks are limited by the values, of which what is read
+    is a `share`.
+    """
     gpu, _ = backend_on("cuda", None)
     place = way_of(method, n_models, gpu=gpu).place
     if method.matrices:
         return None
     if gpu.open_lane is None:
-        return gpu.rate
+        return gpu.rate * share
     if place == "torch":
-        return rest_of(gpu).rate
+        return rest_of(gpu).rate * share
     if place == "CPUs":
         return None
-    return RANKS_RATE if ranked(method.rule(*_typical_tensor(method, n_models))) else gpu.rate
+    by_ranks = ranked(method.rule(*_typical_tensor(method, n_models)))
+    return min(gpu.rate, RANKS_RATE * share) if by_ranks else gpu.rate
 
 
 def _typical_tensor(method: Method, n_models: int) -> tuple[TensorContext, dict[str, Any]]:

@@ -6,9 +6,10 @@ copies overlap, so the slowest of them decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from streammerge.formats.refs import SourceRef
 from streammerge.io.disk import cached_share_of
 from streammerge.io.volumes import is_url
 from streammerge.machine import disk_rate, physical_cores
@@ -27,6 +28,32 @@ STORE_RATE = 1.0
 """GB per second from an object store."""
 UNKNOWN_COST = 10.0
 """Core seconds per GB of a plain formula in torch."""
+DECODING = 1.2e-9
+"""Core seconds in which a CPU decodes an element, in the middle of all formats."""
+_COSTED = 2
+"""Bytes of an element in which costs were measured, bf16. The values of codes are fp32, but cost what any values cost."""
+
+
+class Volume(NamedTuple):
+    """The size of a merge's inputs."""
+
+    nbytes: int
+    """Bytes that are read from files, and sent to a GPU: of quantised tensors the codes and scales."""
+    values: int
+    """Bytes of the values that are computed with; two for each that codes stand for."""
+    decoded: int = 0
+    """Number of values that codes stand for."""
+
+
+def volume_of(tensors: Iterable[SourceRef]) -> Volume:
+    """Return the size of tensors."""
+    nbytes = values = decoded = 0
+    for ref in tensors:
+        coded = ref.stored_format is not None
+        nbytes += ref.file_bytes
+        decoded += ref.n_elements if coded else 0
+        values += _COSTED * ref.n_elements if coded else ref.nbytes
+    return Volume(nbytes, values, decoded)
 
 
 @dataclass(frozen=True)
@@ -35,11 +62,11 @@ class Workload:
 
     method: str
     nbytes: int
-    """Bytes of the inputs."""
+    """Bytes of the inputs as they are read."""
     cost: float
-    """Core seconds per GB on CPUs."""
+    """Core seconds on CPUs per GB that is read."""
     gpu_rate: float | None
-    """GB per second that a GPU merges; None if this method is computed on CPUs wherever it runs."""
+    """GB per second of what is read that a GPU merges; None if this method is computed on CPUs wherever it runs."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import BudgetError
+from streammerge.formats.refs import SourceRef
 from streammerge.io import volumes
 from streammerge.io.object_upload import upload_nbytes
 from streammerge.methods.registry import Method
@@ -25,7 +26,7 @@ from streammerge.planning.backend import (
     rest_of,
     workload_of,
 )
-from streammerge.planning.device import host_of
+from streammerge.planning.device import host_of, volume_of
 from streammerge.planning.inputs import Inputs
 from streammerge.planning.job import Job
 from streammerge.planning.low_rank.memory import RESERVE
@@ -61,7 +62,7 @@ def prepare(config: MergeConfig, method: Method, inputs: Inputs, options: PlanOp
     device = find_device(
         asked,
         options.memory,
-        lambda: workload_of(method, len(inputs.models), sum(index.nbytes for index in inputs.own)),
+        lambda: workload_of(method, len(inputs.models), volume_of(_tensors(inputs))),
         # Where the output depends on the device, it must not change with what the first run has read.
         lambda: host_of(_paths(inputs), options.threads, cold=has_bits_of_device(method)),
     )
@@ -121,6 +122,11 @@ def _why_nothing(plan: MergePlan, merged: Sequence[Job]) -> str:
         return DECOMPOSED
     reasons = {why_not_fused(job, plan.method, plan.backend) for job in merged}
     return f"{plan.method.name}: {reasons.pop()}" if len(reasons) == 1 and None not in reasons else TOO_SMALL
+
+
+def _tensors(inputs: Inputs) -> list[SourceRef]:
+    """Return every tensor of the models and the base."""
+    return [ref for index in inputs.own for ref in index.values()]
 
 
 def _paths(inputs: Inputs) -> list[str]:

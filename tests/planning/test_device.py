@@ -13,6 +13,7 @@ from streammerge.api import plan
 from streammerge.backends.gpu.backend import FUSED
 from streammerge.backends.registry import BACKENDS
 from streammerge.backends.torch.backend import CUDA
+from streammerge.checkpoint.index import open_model
 from streammerge.errors import BudgetError
 from streammerge.io.disk import cached_share_of
 from streammerge.machine import disk_rate, gpus, physical_cores
@@ -22,10 +23,12 @@ from streammerge.planning import backend as chosen
 from streammerge.planning import prepare
 from streammerge.planning.backend import CUDA_LEAST, RANKS_RATE, find_device, workload_of
 from streammerge.planning.description import describe
-from streammerge.planning.device import Host, Workload, host_of, weigh
+from streammerge.planning.device import Host, Volume, Workload, host_of, volume_of, weigh
 from streammerge.report.summary import device_lines
+from tests.checkpoint.quantized.formats import write as write_quantised
 from tests.conftest import config_for
 
+PLAIN = Volume(1, 1)
 TIES, FAST = Workload("ties", 560 * 10**9, 1.5, 25.0), Host(16, 7.0)
 
 
@@ -165,7 +168,7 @@ def test_the_rate_of_a_gpu_is_that_of_what_computes_the_method_there(
     monkeypatch.setitem(BACKENDS, "fused", gpu)
     load_builtin()
     rates = {
-        name: workload_of(one, one.n_models[1] or 2, 1).gpu_rate
+        name: workload_of(one, one.n_models[1] or 2, PLAIN).gpu_rate
         for name, one in all_methods().items()
         if one.origin == "built in"
     }
@@ -174,7 +177,31 @@ def test_the_rate_of_a_gpu_is_that_of_what_computes_the_method_there(
     assert rates["della"] == (RANKS_RATE if fused else None)
     assert rates["ties"] == rates["linear"] == rates["fisher"] == (FUSED.rate if fused else None)
     monkeypatch.setitem(BACKENDS, "fused", replace(gpu, lacks=lambda: "what to install"))
-    assert workload_of(all_methods()["ties"], 2, 1).gpu_rate == CUDA.rate
+    assert workload_of(all_methods()["ties"], 2, PLAIN).gpu_rate == CUDA.rate
+
+
+def test_codes_count_by_the_bytes_that_are_read_and_by_the_values_that_they_stand_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_quantised(tmp_path, "fp8 blocks F32", rows=256, columns=512, modules=("layers.0.q_proj",))
+    volume = volume_of(open_model(str(tmp_path)).values())
+    n, plain = 256 * 512, 2 * 24
+    assert n + plain < volume.nbytes < 1.02 * n
+    assert volume[1:] == (2 * n + plain, n)
+
+    monkeypatch.setitem(BACKENDS, "fused", replace(FUSED, lacks=lambda: None))
+    load_builtin()
+    of_codes, of_values = Volume(10**9, 4 * 10**9, 2 * 10**9), Volume(10**9, 10**9)
+    ties, linear = all_methods()["ties"], all_methods()["linear"]
+    assert ties.cost is not None
+    for size, cost in ((of_values, ties.cost), (of_codes, 4 * ties.cost + 2.4)):
+        work = workload_of(ties, 3, size)
+        assert (work.nbytes, work.cost, work.gpu_rate) == (10**9, pytest.approx(cost), FUSED.rate)
+    assert workload_of(all_methods()["della"], 3, of_codes).gpu_rate == RANKS_RATE / 4
+    assert workload_of(all_methods()["regmean"], 3, of_codes).gpu_rate == CUDA.rate / 4
+    many = Volume(280 * 10**9, 560 * 10**9, 280 * 10**9)  # a base and three models of 70B in FP8
+    assert not weigh(workload_of(linear, 3, many), Host(8, 2.0)).gpu
+    assert weigh(workload_of(linear, 3, many), Host(8, 7.0)).gpu
 
 
 # --- the machine
