@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 from streammerge.errors import InputError
@@ -141,7 +143,7 @@ def share_out(n_shards: int, n_threads: int) -> int:
 # --- processors
 
 _CPUS = Path("/sys/devices/system/cpu")
-_GPUS = Path("/proc/driver/nvidia/gpus")
+_GPUS, _NODES = Path("/proc/driver/nvidia/gpus"), Path("/dev")
 
 
 def physical_cores(cpus: Path = _CPUS) -> int:
@@ -156,14 +158,33 @@ def physical_cores(cpus: Path = _CPUS) -> int:
     return len(cores)
 
 
-def gpus(folder: Path = _GPUS) -> list[str]:
+def gpus(folder: Path = _GPUS, nodes: Path = _NODES) -> list[str]:
     """Return the names of the GPUs that processes may use, as ``CUDA_VISIBLE_DEVICES`` has them; no driver is asked."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [name for name in visible.split(",") if name and name != "-1"]
+        names = (name.strip() for name in visible.split(","))
+        return list(takewhile(_names_gpu, names))  # as the driver does
+    if any((folder.parent / "capabilities").glob("gpu*/mig/gi*")):
+        return ["0"]  # of a GPU that is divided (MIG), a process sees one part, which is its first device
     try:
-        return [str(i) for i in range(len(os.listdir(folder)))]
+        found = sum(_has_node(gpu, nodes) for gpu in folder.iterdir())
     except OSError:
         return []
+    return [str(i) for i in range(found)]
+
+
+def _names_gpu(name: str) -> bool:
+    return name.isdecimal() or name.startswith(("GPU-", "MIG-"))
+
+
+def _has_node(gpu: Path, nodes: Path) -> bool:
+    """Return whether a GPU can be opened: a container may see the folders of all, and have the devices of some."""
+    if not any(nodes.glob("nvidia[0-9]*")):
+        return True  # they are made when the driver is used for the first time
+    try:
+        minor = re.search(r"Device Minor:\s*(\d+)", (gpu / "information").read_text())
+    except OSError:
+        return True
+    return minor is None or (nodes / f"nvidia{minor[1]}").exists()
 
 
 # --- disks

@@ -219,12 +219,31 @@ def test_cores_are_counted_once_for_all_their_threads(
 
 
 def test_gpus_are_those_that_the_environment_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, nodes = tmp_path / "nvidia" / "gpus", tmp_path / "dev"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert gpus(tmp_path / "none") == []
-    (tmp_path / "0000:01:00.0").mkdir()
-    assert gpus(tmp_path) == ["0"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert gpus(tmp_path) == []
+    assert gpus(folder, nodes) == []
+    for minor in range(3):
+        (folder / f"0000:0{minor}:00.0").mkdir(parents=True)
+        (folder / f"0000:0{minor}:00.0" / "information").write_text(
+            f"Model: \t H100\nDevice Minor: \t {minor}\n"
+        )
+    assert gpus(folder, nodes) == ["0", "1", "2"]  # no device file before the driver's first use
+    nodes.mkdir()
+    for name in ("nvidia1", "nvidia2", "nvidiactl"):  # a container with two of three
+        (nodes / name).touch()
+    assert gpus(folder, nodes) == ["0", "1"]
+    (folder.parent / "capabilities" / "gpu1" / "mig" / "gi1").mkdir(parents=True)
+    assert gpus(folder, nodes) == ["0"]
+    for visible, names in {
+        "-1": [],
+        "": [],
+        "NoDevFiles": [],
+        "2, 0": ["2", "0"],
+        "1,-1,0": ["1"],  # the driver stops at the first that names none
+        "GPU-8c6,MIG-3f1": ["GPU-8c6", "MIG-3f1"],
+    }.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpus(folder, nodes) == names
 
 
 @pytest.mark.parametrize(
