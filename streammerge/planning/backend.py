@@ -71,14 +71,14 @@ def find_device(
     try:
         found = _first_gpu()
     except InputError as error:
-        return Device(CPU.device, str(error).partition(": use --device")[0])
+        return Device(CPU.device, str(error).partition(": ")[0])
     if found is None:
         return Device(CPU.device, "its driver finds no GPU, though one is here")
     return Device(found, reason)
 
 
 def _first_gpu() -> str | None:
-    """Return the first GPU, None if the driver finds none; an InputError says that it is too old."""
+    """Return the first GPU, None if the driver finds none; an InputError says that it is too old, or does not start."""
     backend = _on("cuda")
     return None if backend is None or backend.find is None else backend.find(0)
 

@@ -2,7 +2,7 @@
    each call is written to the file that FAKE_CUDA_LOG names. A launch is written with its grid, its block, its shared
    memory and the first bytes of its parameters, as the signature in FAKE_CUDA_TYPES ('4' or '8' bytes each) has them.
    Calls that need the device's context current in their thread fail without it.
-   FAKE_CUDA_FAILS names a call that fails. Functions that no test needs return 0. */
+   FAKE_CUDA_FAILS names a call that fails, with the error FAKE_CUDA_ERROR (700 if that is not set). Functions that no test needs return 0. */
 #include <stdint.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -17,7 +17,7 @@ static __thread void *current; /* context of each thread, as in the driver */
 #define OURS ((void *)0x77)
 
 static CUresult say(const char *name, const char *form, ...) {
-  const char *path = getenv("FAKE_CUDA_LOG"), *fails = getenv("FAKE_CUDA_FAILS");
+  const char *path = getenv("FAKE_CUDA_LOG"), *fails = getenv("FAKE_CUDA_FAILS"), *error = getenv("FAKE_CUDA_ERROR");
   FILE *file = path ? fopen(path, "a") : NULL;
   if (file) {
     va_list values;
@@ -30,7 +30,7 @@ static CUresult say(const char *name, const char *form, ...) {
   }
   if (current != OURS && (!strncmp(name, "cuMem", 5) || !strncmp(name, "cuEvent", 7) || !strncmp(name, "cuLaunch", 8)))
     return INVALID_CONTEXT;
-  return fails && !strcmp(fails, name) ? FAILED : 0;
+  return fails && !strcmp(fails, name) ? error ? atoi(error) : FAILED : 0;
 }
 
 CUresult cuInit(unsigned flags) { return say("cuInit", ""); }
@@ -42,6 +42,8 @@ CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {
   *value = attribute == 75 ? capability ? capability[0] - '0' : 9 : attribute == 76 ? capability ? capability[2] - '0' : 0 : 1;
   return 0;
 }
+CUresult cuDeviceGetName(char *name, int length, int device) { strncpy(name, "NVIDIA V100", length); return 0; }
+CUresult cuDeviceGetPCIBusId(char *name, int length, int device) { strncpy(name, "0000:3B:00.0", length); return 0; }
 CUresult cuDevicePrimaryCtxRetain(void **context, int device) { *context = OURS; return say("cuDevicePrimaryCtxRetain", ""); }
 CUresult cuCtxGetCurrent(void **context) { *context = current; return 0; }
 CUresult cuCtxGetDevice(int *device) { *device = 0; return 0; }
@@ -111,6 +113,7 @@ static CUresult nothing(void) { return 0; }
 #define ONE(name) {#name, (void *)name}
 static const struct { const char *name; void *function; } table[] = {
   ONE(cuInit), ONE(cuDriverGetVersion), ONE(cuDeviceGetCount), ONE(cuDeviceGet), ONE(cuDeviceGetAttribute),
+  ONE(cuDeviceGetName), ONE(cuDeviceGetPCIBusId),
   ONE(cuDevicePrimaryCtxRetain), ONE(cuCtxGetCurrent), ONE(cuCtxSetCurrent), ONE(cuMemGetInfo),
   ONE(cuMemAlloc), ONE(cuMemFree), ONE(cuMemHostRegister), ONE(cuMemHostUnregister), ONE(cuMemcpyHtoDAsync),
   ONE(cuMemcpyDtoHAsync), ONE(cuMemsetD8Async), ONE(cuStreamCreateWithPriority), ONE(cuStreamGetCtx),

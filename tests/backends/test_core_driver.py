@@ -36,6 +36,13 @@ try:
 except InputError as error:
     found["too old"] = str(error)
 os.environ["FAKE_CUDA_CAPABILITY"] = "9.0"
+for number in (100, 802, 304):
+    os.environ.update(FAKE_CUDA_FAILS="cuInit", FAKE_CUDA_ERROR=str(number))
+    try:
+        found[f"start {number}"] = find_gpu(0)
+    except InputError as error:
+        found[f"start {number}"] = str(error)
+del os.environ["FAKE_CUDA_FAILS"], os.environ["FAKE_CUDA_ERROR"]
 driver = CoreDriver(0)
 found["memory"] = driver.memory()
 try:
@@ -149,7 +156,20 @@ def test_a_gpu_is_found_if_it_is_new_enough_for_the_kernels(ran: tuple[dict[str,
     found, _ = ran
     assert (found["capability"], found["device"], found["none"]) == ([9, 0], "cuda:0", None)
     assert found["too old"] == (
-        "the GPU cuda:0 has compute capability 7.0, and the kernels need 7.5 (Turing) or newer: use --device cpu"
+        "the GPU cuda:0 (NVIDIA V100, bus ID 0000:3B:00.0) has compute capability 7.0, and the kernels need 7.5 (Turing) or "
+        "newer: leave it out of CUDA_VISIBLE_DEVICES, or use --device cpu"
+    )
+
+
+def test_a_driver_that_does_not_start_says_why(ran: tuple[dict[str, Any], list[str]]) -> None:
+    found, _ = ran
+    assert found["start 100"] is None  # no GPU is here
+    assert found["start 802"] == (
+        "the GPU's driver does not start (CUDA_ERROR_SYSTEM_NOT_READY): start nvidia-fabricmanager, or use --device cpu"
+    )
+    assert (
+        found["start 304"]
+        == "the GPU's driver does not start (CUDA_ERROR_OPERATING_SYSTEM): use --device cpu"
     )
 
 

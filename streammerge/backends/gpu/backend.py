@@ -45,18 +45,19 @@ def find_gpu(number: int) -> str | None:
     Raises
     ------
     InputError
-        If the GPU is too old for the shipped kernels.
+        If the GPU is too old for the shipped kernels, or its driver does not start.
     """
     if core_driver.is_installed():
         found = f"cuda:{number}" if number < core_driver.count_gpus() else None
-        capability = core_driver.capability
+        capability, title = core_driver.capability, core_driver.title
     else:
         assert CUDA.find is not None
-        found, capability = CUDA.find(number), torch_driver.capability
+        found, capability, title = CUDA.find(number), torch_driver.capability, torch_driver.title
     if found is not None and loader() is not None and (has := capability(number)) < OLDEST:
         old, least = (".".join(map(str, one)) for one in (has, OLDEST))
         raise InputError(
-            f"the GPU {found} has compute capability {old}, and the kernels need {least} (Turing) or newer: use --device cpu"
+            f"the GPU {found} ({title(number)}) has compute capability {old}, and the kernels need {least} (Turing) or newer: "
+            "leave it out of CUDA_VISIBLE_DEVICES, or use --device cpu"
         )
     return found
 

@@ -8,10 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from streammerge.backends.gpu.driver import DriverError, Event, Kernel, Stream, told
+from streammerge.errors import InputError
 from streammerge.io.buffer_pool import Bytes
 
 _OUT_OF_MEMORY = 2
 """CUDA_ERROR_OUT_OF_MEMORY."""
+_NO_DEVICE = 100
+"""CUDA_ERROR_NO_DEVICE."""
+_CURES = {
+    802: "start nvidia-fabricmanager, or ",
+    803: "restart the machine, since its driver was updated, or ",
+}
+"""What helps against CUDA_ERROR_SYSTEM_NOT_READY, of GPUs that NVSwitch joins, and CUDA_ERROR_SYSTEM_DRIVER_MISMATCH."""
+_TEXT = 256
+"""Bytes of a name that the driver gives."""
 _MAJOR, _MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and MINOR."""
 
@@ -27,16 +37,28 @@ def is_installed() -> bool:
 
 
 def count_gpus() -> int:
-    """Return the number of GPUs that the driver finds; 0 without a driver."""
+    """Return the number of GPUs that the driver finds; 0 without a driver.
+
+    Raises
+    ------
+    InputError
+        If there is a driver that does not start.
+    """
     from cuda.bindings import driver
 
     try:
-        if driver.cuInit(0)[0]:
-            return 0
-        error, count = driver.cuDeviceGetCount()
-        return 0 if error else int(count)
+        (error,) = driver.cuInit(0)
+        if not int(error):
+            error, count = driver.cuDeviceGetCount()
     except (RuntimeError, OSError):  # no libcuda
         return 0
+    number = int(error)
+    if number == _NO_DEVICE:
+        return 0
+    if number:
+        name, cure = getattr(error, "name", number), _CURES.get(number, "")
+        raise InputError(f"the GPU's driver does not start ({name}): {cure}use --device cpu")
+    return int(count)
 
 
 def capability(number: int) -> tuple[int, int]:
@@ -55,6 +77,25 @@ def capability(number: int) -> tuple[int, int]:
         for which in (_MAJOR, _MINOR)
     )
     return int(major), int(minor)
+
+
+def title(number: int) -> str:
+    """Return the name of a GPU and its bus ID, which ``nvidia-smi`` shows whatever the order of the numbers is.
+
+    Raises
+    ------
+    DriverError
+        If the driver does not say.
+    """
+    from cuda.bindings import driver
+
+    (device,) = _checked("cuDeviceGet", driver.cuDeviceGet(number))
+    texts = (
+        _checked("cuDeviceGetName", driver.cuDeviceGetName(_TEXT, device)),
+        _checked("cuDeviceGetPCIBusId", driver.cuDeviceGetPCIBusId(_TEXT, device)),
+    )
+    name, bus = (text.partition(b"\0")[0].decode(errors="replace") for (text,) in texts)
+    return f"{name}, bus ID {bus}"
 
 
 def _attribute(driver: Any, number: int) -> Any:

@@ -29,6 +29,7 @@ class DriverError(WorldError):
     """A call of the driver failed; finished work is kept."""
 
     def __init__(self, call: str, why: object) -> None:
+        self.why = why
         super().__init__(
             f"the GPU's driver failed at {call} ({why}): finished work is kept; run the same command again, or with "
             "--device cpu"

@@ -29,6 +29,7 @@ from streammerge.backends.gpu.ring import Ring
 from streammerge.io.buffer_pool import Bytes
 from streammerge.io.pages import PAGE
 from streammerge.records import dataclass
+from streammerge.units import format_size
 
 MathOf = Callable[[Block, Launcher, Residence], BlockMath]
 """Makes the arithmetic of a block that lies on the device."""
@@ -90,8 +91,11 @@ class Lane:
             raise
         self._launcher = DriverLauncher(driver, self._kernels, self.arena.scratch, staging, ptx)
         if not self._in.pinned or not self._out.pinned:
+            # The driver locks pages itself, and no limit of the process (`ulimit -l`) bounds it.
             self.remarks.append(
-                "the GPU's driver cannot pin memory, so that copies are slower: raise `ulimit -l`"
+                f"the GPU's driver does not pin {format_size(sizes.nbytes)} of memory "
+                f"({self._in.refusal or self._out.refusal}), so that copies are slower: leave more of the machine's memory "
+                "free; WSL and some virtual machines let little be pinned"
             )
 
     def _ring(self, slots: int, slot_bytes: int) -> Ring:

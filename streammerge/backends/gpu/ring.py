@@ -34,10 +34,12 @@ class Ring:
         self._memory = np.frombuffer(map_memory(slots * slot_bytes), dtype=np.uint8)
         self.pinned = True
         """Whether the driver took it; otherwise copies are slower, and wait."""
+        self.refusal: object = None
+        """Why it did not."""
         try:
             driver.pin(self._memory)
-        except DriverError:
-            self.pinned = False
+        except DriverError as error:
+            self.pinned, self.refusal = False, error.why
         self._free: deque[tuple[int, Event | None]] = deque((i, None) for i in range(slots))
         self._changed = threading.Condition()
 

@@ -34,6 +34,17 @@ def capability(number: int) -> tuple[int, int]:
     return major, minor
 
 
+def title(number: int) -> str:
+    """Return the name of a GPU and, where torch knows it, the bus ID that ``nvidia-smi`` shows."""
+    import torch
+
+    facts: Any = torch.cuda.get_device_properties(number)
+    if not hasattr(facts, "pci_bus_id"):  # of older versions
+        return str(facts.name)
+    place = f"{facts.pci_domain_id:04X}:{facts.pci_bus_id:02X}:{facts.pci_device_id:02X}.0"
+    return f"{facts.name}, bus ID {place}"
+
+
 class TorchDriver:
     """See `Driver`.
 
