@@ -1,11 +1,13 @@
-"""Packages that import their public names on first access (PEP 562), so that a command's help is fast."""
+"""What waits for its first use, so that a command starts fast: a package's public names (PEP 562),
+modules that few commands need, regular expressions."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, AnyStr, cast
 
 
 def importer(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
@@ -28,3 +30,42 @@ def importer(package: str, homes: Mapping[str, Sequence[str]]) -> Callable[[str]
         return value
 
     return import_it
+
+
+def late_module(name: str) -> Any:
+    """Return what stands for a module and imports it when it is first asked for a name.
+
+    For a type checker and the law of layers the module is imported as usual, under ``if TYPE_CHECKING``.
+    """
+    return _LateModule(name)
+
+
+class _LateModule:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._name), name)
+
+
+def late_pattern(expression: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """Return a regular expression that is compiled when it is first used: most commands need few of those they import.
+
+    >>> late_pattern(r"[a-z]+").fullmatch("word") is not None
+    True
+    """
+    return cast("re.Pattern[AnyStr]", _LatePattern(expression, flags))
+
+
+class _LatePattern:
+    """Has the attributes of the compiled expression, and remembers those that were asked for."""
+
+    def __init__(self, expression: Any, flags: int) -> None:
+        self._given = expression, flags
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(re.compile(*self._given), name)
+        setattr(self, name, value)
+        return value

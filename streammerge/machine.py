@@ -13,6 +13,7 @@ from streammerge.errors import InputError
 from streammerge.units import format_at_least, format_size
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
@@ -20,16 +21,13 @@ _UNLIMITED = 1 << 60
 
 def available_memory() -> int:
     """Return the bytes this process could still use: the machine's, or those of its control groups if fewer."""
-    import psutil
-
-    return max(0, min([int(psutil.virtual_memory().available), *left_in_groups(_MEMBERSHIP, _MOUNT)]))
+    free = _statistic(_MEMINFO, "MemAvailable:") << 10
+    return max(0, min([free, *left_in_groups(_MEMBERSHIP, _MOUNT)]))
 
 
 def own_memory() -> int:
     """Return the resident bytes of this process."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+    return _statistic(_STATUS, "VmRSS:") << 10
 
 
 def peak_memory() -> int:

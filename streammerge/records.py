@@ -38,10 +38,7 @@ def _finish(
     own = {name: value for name, value in vars(given).items() if name in _GIVEN}
     described = given.__doc__
     given.__doc__ = described or given.__name__  # else the library looks for a signature, which takes a while
-    fields: Callable[[type], type] = dataclasses.dataclass(
-        init=False, repr=False, eq=False, kw_only=kw_only, slots=slots
-    )
-    cls = fields(given)
+    cls = _with_fields(given, kw_only, slots)
     cls.__doc__ = described
     methods: dict[str, Any] = {"__init__": _starting(cls, frozen)}
     if repr:
@@ -60,6 +57,33 @@ def _finish(
     return cls
 
 
+def _with_fields(given: type, kw_only: bool, slots: bool) -> type:
+    """Return the library's dataclass without methods.
+
+    The library searches each annotation that is text three times for what is not a field; meanwhile one that has none of
+    these words is a type.
+    """
+    annotations: dict[str, Any] = vars(given).get("__annotations__", {})
+    plain = {
+        name: text
+        for name, text in annotations.items()
+        if isinstance(text, str) and not any(word in text for word in _NO_FIELDS)
+    }
+    annotations.update(dict.fromkeys(plain, object))
+    make: Callable[[type], type] = dataclasses.dataclass(
+        init=False, repr=False, eq=False, kw_only=kw_only, slots=slots
+    )
+    try:
+        cls = make(given)
+    finally:
+        annotations.update(plain)
+    for field in dataclasses.fields(cls):
+        if field.name in plain:
+            field.type = plain[field.name]
+    return cls
+
+
+_NO_FIELDS = ("ClassVar", "InitVar", "KW_ONLY")
 _GIVEN = {
     "__init__",
     "__repr__",

@@ -6,6 +6,7 @@ import math
 import re
 
 from streammerge.errors import InputError
+from streammerge.lazy import late_pattern
 
 _FACTORS = {
     "": 1,
@@ -14,7 +15,7 @@ _FACTORS = {
     **{p: 1000 ** (i + 1) for i, p in enumerate("kmgtp")},
     **{f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgtp")},
 }
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_SIZE = late_pattern(r"(\d+(?:\.\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
 
 
 def parse_size(text: str) -> int:

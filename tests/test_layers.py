@@ -19,7 +19,7 @@ import streammerge
 
 PACKAGE = Path(streammerge.__file__).parent
 RANKS = [
-    "errors version lazy records",
+    "errors version lazy records installed",
     "dtypes events timing units",
     "numerics",
     "kernels machine",
@@ -259,6 +259,31 @@ def test_a_paper_that_looks_elsewhere_is_found() -> None:
 
 
 # --- start
+
+
+def compiled_at_import(sources: Mapping[str, str]) -> list[str]:
+    """Return the modules that compile a regular expression while they are imported."""
+    return sorted(module for module, source in sources.items() if _compiles(ast.parse(source)))
+
+
+def _compiles(node: ast.AST) -> bool:
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return False
+    return ast.unparse(node).startswith("re.compile(") or any(map(_compiles, ast.iter_child_nodes(node)))
+
+
+def test_expressions_are_compiled_when_they_are_used() -> None:
+    sources = {str(path): path.read_text() for path in PACKAGE.rglob("*.py")}
+    assert compiled_at_import({name: text for name, text in sources.items() if "re.compile(" in text}) == []
+
+
+def test_an_expression_that_is_compiled_at_import_is_found() -> None:
+    sources = {
+        "a": "import re\nKEY = (re.compile('x'), 1)",
+        "b": "import re\ndef f():\n    return re.compile('x')",
+        "c": "import re\nclass C:\n    KEY = re.compile('x')",
+    }
+    assert compiled_at_import(sources) == ["a", "c"]
 
 
 HEAVY = ("torch", "numba", "numpy", "safetensors", "zarr")

@@ -9,29 +9,35 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from streammerge.api.deciding import plan
 from streammerge.api.feedback import OnEvent, controlled
 from streammerge.api.gates import supply_gates
 from streammerge.api.reading import ConfigLike, read_config
-from streammerge.api.reporting import check_report, check_room, write_report
 from streammerge.config.schema import MergeConfig
 from streammerge.config.stages import kept_stages, read_from
 from streammerge.engine.first_use import CannotCompileError
-from streammerge.engine.joined import join as join_plan
 from streammerge.engine.merge import NonFinite, Options, Summary, execute
 from streammerge.engine.taking import Taking
-from streammerge.engine.to_store import merge_to_store
 from streammerge.errors import BudgetError, InputError, printable
 from streammerge.io.object_waiting import listening
 from streammerge.io.reader import IoMode
 from streammerge.io.volumes import as_path, is_url, local_path
+from streammerge.lazy import late_module
 from streammerge.planning.memory.enough import with_enough
 from streammerge.planning.options import DEFAULT_SHARD_SIZE, MAX_READS
 from streammerge.planning.plan import MergePlan
 from streammerge.planning.prepare import SLOWER
 from streammerge.report.card import model_card
+
+if TYPE_CHECKING:
+    from streammerge.api import reporting
+    from streammerge.engine import joined, to_store
+else:
+    reporting = late_module("streammerge.api.reporting")
+    joined = late_module("streammerge.engine.joined")
+    to_store = late_module("streammerge.engine.to_store")
 
 
 def merge(
@@ -158,7 +164,7 @@ def merge(
         how = replace(how, taking=join)
 
     if report is not None:
-        check_report("report", Path(report), local_path(out, "a merge with a report"))
+        reporting.check_report("report", Path(report), local_path(out, "a merge with a report"))
 
     planned: dict[str, Any] = {
         "memory": memory,
@@ -217,11 +223,11 @@ def _merge_settled(
     def decide(memory: str | int | None, **changes: Any) -> MergePlan:
         decided = plan(config, out=out, **{**planned, "memory": memory, **changes})
         if report is not None:
-            check_room(decided)
+            reporting.check_room(decided)
         return decided
 
     memory = planned["memory"]
-    run_plan = merge_to_store if is_url(out) else join_plan if how.join else execute
+    run_plan = to_store.merge_to_store if is_url(out) else joined.join if how.join else execute
     with (
         controlled(
             run["on_event"], run["progress"], "merging", run["stop"], run["signal_received"]
@@ -236,5 +242,5 @@ def _merge_settled(
             decided = decide(memory, kernels=False)
             summary = run_plan(decided, out, how, control, model_card, supply_gates)
         if report is not None:
-            write_report(decided, out, summary, report, control)
+            reporting.write_report(decided, out, summary, report, control)
         return summary

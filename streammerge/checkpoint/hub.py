@@ -13,12 +13,13 @@ import re
 from pathlib import Path
 
 from streammerge.io.files import bad, from_os, quoted, read_exactly, reading
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
-_NAME = re.compile(rf"({_PART}(?:/{_PART})?)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
-_HASH = re.compile(r"[0-9A-Za-z_-]{1,64}", re.ASCII)
-_PREFIX = re.compile(r"[0-9a-f]{4,64}", re.ASCII)
+_NAME = late_pattern(rf"({_PART}(?:/{_PART})?)(?:@([\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
+_HASH = late_pattern(r"[0-9A-Za-z_-]{1,64}", re.ASCII)
+_PREFIX = late_pattern(r"[0-9a-f]{4,64}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

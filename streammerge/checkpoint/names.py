@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from streammerge.lazy import late_pattern
+
 LANGUAGE_PARTS = ("text_config", "llm_config", "language_config")
 """Entries of config.json for the language model within a larger model."""
 TIED = "tie_word_embeddings"
@@ -90,7 +92,7 @@ def tied_to(tensors: Mapping[str, Shaped], config: Mapping[str, Any], head: str)
     return found[0] if len(found) == 1 else None
 
 
-_SHARED = re.compile(r"(.*[./])?(shared|encoder\.embed_tokens|decoder\.embed_tokens)\.weight", re.DOTALL)
+_SHARED = late_pattern(r"(.*[./])?(shared|encoder\.embed_tokens|decoder\.embed_tokens)\.weight", re.DOTALL)
 """Names of the embedding that an encoder and a decoder share."""
 
 
@@ -176,18 +178,18 @@ def _numbers(name: str) -> Iterator[tuple[str, int]]:
             yield ".".join(parts[:i]), int(part)
 
 
-_EMBEDDING = re.compile(
+_EMBEDDING = late_pattern(
     r"(^|\.)(shared|wte|(tok|word|embed)_(embeddings?|tokens|in)|embedding|tokens_embed)\.weight$"
 )
-_TIED_HEAD = re.compile(
+_TIED_HEAD = late_pattern(
     r"(^|\.)(lm_head|embed_out|proj_out|output_projection|vocab_projector|generator_lm_head|predictions\.decoder|"
     r"lm_head\.decoder)\.weight$"
 )
 _COPIES = (
-    (re.compile(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$"), _EMBEDDING),
+    (late_pattern(r"(^|\.)(encoder|decoder)\.embed_tokens\.weight$"), _EMBEDDING),
     (
-        re.compile(r"(^|\.)(lm_head|predictions)\.decoder\.bias$"),
-        re.compile(r"(^|\.)(lm_head|predictions)\.bias$"),
+        late_pattern(r"(^|\.)(lm_head|predictions)\.decoder\.bias$"),
+        late_pattern(r"(^|\.)(lm_head|predictions)\.bias$"),
     ),
 )
 """Names of copies and of their originals, which hold whatever config.json says."""

@@ -18,11 +18,12 @@ from streammerge.checkpoint.weight_sets import find_sets
 from streammerge.formats.registry import suffixes
 from streammerge.formats.torch_file import PICKLES
 from streammerge.io.files import bad, from_os, quoted
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 _MARKS = (PIPELINE, "adapter_config.json")
 """Files that mark a directory as a model other than a set of weights; opening it gives a precise message."""
-_NO_MODEL = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state)(_\d+)?", re.ASCII)
+_NO_MODEL = late_pattern(r"(optimizer|scheduler|scaler|training_args|rng_state)(_\d+)?", re.ASCII)
 """Stems of PyTorch files in which trainers keep their state."""
 _MOST_NAMED = 3
 

@@ -11,12 +11,13 @@ from streammerge.formats.torch_dcp import MEGATRON, METADATA
 from streammerge.io import volumes
 from streammerge.io.files import bad, from_os, quoted
 from streammerge.io.strict_json import read_object
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 
-_OF_ACCELERATE = re.compile(r"pytorch_model_fsdp_\d+", re.ASCII)
+_OF_ACCELERATE = late_pattern(r"pytorch_model_fsdp_\d+", re.ASCII)
 """The folder in which accelerate (and hence the Trainer) stores the weights of a model sharded over processes."""
 
 

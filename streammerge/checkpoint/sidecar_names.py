@@ -10,33 +10,36 @@ import re
 
 from streammerge.formats.registry import suffixes
 from streammerge.io.durable import PARTIAL
+from streammerge.lazy import late_pattern
 
-_WEIGHTS = re.compile(
+_WEIGHTS = late_pattern(
     r".*\.(?:safetensors|bin|pt|pth|ckpt|h5|hdf5|keras|msgpack|gguf|ggml|ggla|onnx|onnx_data|ot|tflite|pb|mlmodel|nemo"
     r"|engine|plan|pkl|pickle|joblib|distcp|llamafile|mar|npz|zip|tar|gz|tgz|bz2|xz|zst|7z|whl|parquet|arrow|exe|so|dll)"
     r"|.*\.onnx[._]data.*|.*\.(?:safetensors|bin|h5|msgpack)\.index(?:\..*)?\.json|openvino.*\.xml",
     re.ASCII | re.DOTALL | re.IGNORECASE,
 )
-_TRACES = re.compile(
+_TRACES = late_pattern(
     r"optimizer.*|rng_state.*|trainer_.*|training_.*|(?:all|eval|train|test|predict)_results\.json|.*tfevents.*|.*\.log"
     r"|latest|zero_to_fp32\.py|mergekit_(?:moe_)?config\.yml|adapter_config\.json",
     re.ASCII | re.DOTALL | re.IGNORECASE,
 )
-_TRACE_FOLDERS = re.compile(
+_TRACE_FOLDERS = late_pattern(
     r"checkpoint-\d+|global_step\d+|runs|wandb|logs?|tensorboard|__pycache__|onnx|openvino|coreml|gguf|original",
     re.ASCII | re.IGNORECASE,
 )
-_PICTURES = re.compile(
+_PICTURES = late_pattern(
     r".*\.(?:png|jpe?g|gif|webp|svg|mp4|webm|mov|pdf|ipynb)", re.ASCII | re.DOTALL | re.IGNORECASE
 )
-_TOKENIZER = re.compile(
+_TOKENIZER = late_pattern(
     r"(?:.*tokenizer.*|tokenization_.*\.py|added_tokens.*|special_tokens_map.*|vocab.*|.*[._-]vocab(?:\..*)?|merges.*"
     r"|.*\.(?:model|spm|tiktoken|vocab|codes|bpe)|tekken.*|spiece.*|sentencepiece.*|normalizer\.json|encoder\.json"
     r"|dict(?:\..*)?\.txt|chat_template.*|additional_chat_templates/.*)",
     re.ASCII | re.DOTALL,
 )
-_SETTINGS = re.compile(r".*config.*\.json|modules\.json|params\.json|model_index\.json", re.ASCII | re.DOTALL)
-_EDITABLE = re.compile(
+_SETTINGS = late_pattern(
+    r".*config.*\.json|modules\.json|params\.json|model_index\.json", re.ASCII | re.DOTALL
+)
+_EDITABLE = late_pattern(
     r"README.*|LICEN[SC]E.*|NOTICE.*|COPYING.*|[^/]*\.md|SYSTEM_PROMPT.*|generation_config\.json|tokenizer_config\.json"
     r"|chat_template\.(?:jinja|json)|additional_chat_templates/.*",
     re.ASCII | re.DOTALL,

@@ -31,6 +31,7 @@ from streammerge.errors import ModelError, StreammergeError, WorldError, printab
 from streammerge.io import volumes
 from streammerge.io.files import read_exactly, reading
 from streammerge.io.stamp import FileStamp
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 from streammerge.units import format_size
 
@@ -42,8 +43,8 @@ MOST_BYTES = 1 << 30
 MOST_FILES = 1000
 _MOST_SETTINGS = 1 << 20
 """Most bytes of a settings file that is read."""
-_BLOB = re.compile(r"[0-9a-f]{40,64}", re.ASCII)
-_NAMED_BY = re.compile(r"tokenizer_config\.json|.*processor_config\.json", re.ASCII)
+_BLOB = late_pattern(r"[0-9a-f]{40,64}", re.ASCII)
+_NAMED_BY = late_pattern(r"tokenizer_config\.json|.*processor_config\.json", re.ASCII)
 """Settings files that name other files."""
 
 

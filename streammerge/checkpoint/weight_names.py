@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+from streammerge.lazy import late_pattern
+
 STEMS = ("model", "diffusion_pytorch_model", "open_clip_model", "consolidated")
 """Stems of the names of an output's weight files, by the library that reads them."""
 _STEM = "|".join(STEMS)
-_WEIGHTS = re.compile(rf"(?:{_STEM})(?:-\d{{5,}}-of-\d{{5,}})?\.safetensors", re.ASCII)
+_WEIGHTS = late_pattern(rf"(?:{_STEM})(?:-\d{{5,}}-of-\d{{5,}})?\.safetensors", re.ASCII)
 
 
 def weight_file(stem: str, number: int = 0, count: int = 1) -> str:

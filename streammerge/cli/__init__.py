@@ -4,6 +4,5 @@ Heavy imports happen inside the commands, so that ``--help`` and a config error 
 """
 
 from streammerge.cli.entry import cli, main
-from streammerge.cli.merging import merge
 
-__all__ = ["cli", "main", "merge"]
+__all__ = ["cli", "main"]

@@ -4,46 +4,65 @@ from __future__ import annotations
 
 import errno
 import gc
+import importlib
 import os
 import sys
+from collections.abc import Iterator, MutableMapping
 from typing import NoReturn
 
 import click
 
-from streammerge.cli.averaging import average
-from streammerge.cli.comparing import compare
-from streammerge.cli.estimating import fisher, gram
-from streammerge.cli.extracting import extract_lora
-from streammerge.cli.merging import merge, plan, verify
-from streammerge.cli.moe import moe
 from streammerge.cli.process import leave, open_closed_streams, report, report_usage
-from streammerge.cli.showing import completion, demo, inspect, methods, new, schema
-from streammerge.cli.sweeping import sweep
-from streammerge.cli.warming import warm_up
-from streammerge.cli.watching import status
 from streammerge.errors import InputError, StreammergeError, WorldError
 from streammerge.version import __version__
 
-_COMMANDS = (
-    merge,
-    sweep,
-    average,
-    moe,
-    plan,
-    verify,
-    status,
-    compare,
-    extract_lora,
-    inspect,
-    methods,
-    new,
-    fisher,
-    gram,
-    demo,
-    completion,
-    schema,
-    warm_up,
-)
+_HOMES = {
+    "merge": "merging",
+    "sweep": "sweeping",
+    "average": "averaging",
+    "moe": "moe",
+    "plan": "merging",
+    "verify": "merging",
+    "status": "watching",
+    "compare": "comparing",
+    "extract-lora": "extracting",
+    "inspect": "showing",
+    "methods": "showing",
+    "new": "showing",
+    "fisher": "estimating",
+    "gram": "estimating",
+    "demo": "showing",
+    "completion": "showing",
+    "schema": "showing",
+    "warm-up": "warming",
+}
+"""The module of each command, in the order of use."""
+
+
+class _Commands(MutableMapping[str, click.Command]):
+    """The commands by name; one is imported when it is asked for."""
+
+    def __init__(self) -> None:
+        self._more: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name in self._more:
+            return self._more[name]
+        home = importlib.import_module(f"streammerge.cli.{_HOMES[name]}")
+        command: click.Command = getattr(home, name.replace("-", "_"))
+        return command
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._more[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._more[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**_HOMES, **self._more})
+
+    def __len__(self) -> int:
+        return len({**_HOMES, **self._more})
 
 
 class _InOrder(click.Group):
@@ -55,6 +74,7 @@ class _InOrder(click.Group):
 
 @click.group(
     cls=_InOrder,
+    commands=_Commands(),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="\b\nExamples:\n"
     "  streammerge new ties > ties.yml       a commented config to start from\n"
@@ -64,10 +84,6 @@ class _InOrder(click.Group):
 @click.version_option(__version__, "-V", "--version", prog_name="streammerge")
 def cli() -> None:
     """Merge neural-network checkpoints larger than memory: streaming, exact, reproducible, resumable."""
-
-
-for _command in _COMMANDS:
-    cli.add_command(_command)
 
 
 def _start_light() -> None:

@@ -126,12 +126,13 @@ def run(
 
     config = read_config(config, options.pop("methods", None))
     from streammerge.api import merge
-    from streammerge.api.reporting import check_report
     from streammerge.events import warning
-    from streammerge.io.volumes import local_path
     from streammerge.report.progress import make_reporter
 
     if options.get("report") is not None:
+        from streammerge.api.reporting import check_report
+        from streammerge.io.volumes import local_path
+
         check_report("--report", Path(options["report"]), local_path(out, "a merge with a report"))
     reporter = make_reporter(what, quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN)
     for note in notes:

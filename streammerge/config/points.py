@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -14,12 +13,13 @@ from streammerge.config.settings import Setting
 from streammerge.config.stages import staged_config
 from streammerge.config.strict_yaml import dump_yaml, load_documents
 from streammerge.config.wording import refuse, shown
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 _KEY = "sweep"
 _LONGEST_NAME = 200
 """Most bytes of a directory's name; file systems allow 255, some of which are left for suffixes."""
-_UNSAFE = re.compile(r"[^A-Za-z0-9._+-]|\.(?=safetensors\Z)")
+_UNSAFE = late_pattern(r"[^A-Za-z0-9._+-]|\.(?=safetensors\Z)")
 """Characters of a value that are escaped in the name of a directory: a path must not end like a single file's."""
 
 

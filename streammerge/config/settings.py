@@ -19,11 +19,12 @@ import re
 from collections.abc import Mapping
 
 from streammerge.config.wording import check_keys, child, refuse, shown
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 Scalar = bool | int | float | str
 
-_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", re.ASCII)
+_EXPONENT = late_pattern(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", re.ASCII)
 _FORMS = "a setting is a value, a list of values, or a list of {filter, value}"
 
 

@@ -7,7 +7,6 @@ built, without recursion, and aliases count as if they were written out.
 
 from __future__ import annotations
 
-import re
 from typing import Any, NoReturn
 
 import yaml
@@ -24,6 +23,7 @@ from yaml.reader import Reader
 
 from streammerge.config.wording import refuse, shown
 from streammerge.config.yaml_errors import explain
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 MAX_BYTES = 4 << 20
@@ -45,10 +45,10 @@ _SPELLED = _NUMBERS | {_TAG + "bool"}
 """Scalars that can be spelled in several ways."""
 _SCALARS = frozenset({_STR, _MERGE, _TAG + "null", _TAG + "bool"}) | _NUMBERS
 
-_EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
+_EXPONENT = late_pattern(r"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+\Z")
 """Floats that YAML 1.1 treats as strings because the dot or sign is missing: 1e-5, 1.5e3."""
 
-UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")
+UNSPEAKABLE = late_pattern("[\0\ud800-\udfff]")
 """Characters that names must not contain: NUL, and surrogates, which UTF-8 cannot encode."""
 
 _Anchored = tuple[object, int, int]

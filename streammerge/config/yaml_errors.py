@@ -6,8 +6,10 @@ import re
 
 import yaml
 
-_BREAK = re.compile("\r\n|[\r\n\x85\u2028\u2029]")
-_KEY = re.compile(r"\s*(?:- +)*([^\s:#][^:#]*):(?:\s|$)")
+from streammerge.lazy import late_pattern
+
+_BREAK = late_pattern("\r\n|[\r\n\x85\u2028\u2029]")
+_KEY = late_pattern(r"\s*(?:- +)*([^\s:#][^:#]*):(?:\s|$)")
 _OF_A_MODEL = frozenset({"model", "parameters", "alias", "fisher", "gram", "layer_range", "filter", "value"})
 """Keys that belong in an entry of a list."""
 _EXCERPT = 70

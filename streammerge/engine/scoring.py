@@ -15,6 +15,7 @@ from typing import IO
 
 from streammerge.errors import InputError, printable
 from streammerge.events import Control
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 from streammerge.units import format_seconds
 
@@ -25,7 +26,7 @@ _TAIL = 1 << 14
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 """Seconds between asking a command to end and killing it."""
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+_NUMBER = late_pattern(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import field
 from functools import cache
-from importlib.metadata import entry_points
 from typing import TypeVar
 
 from streammerge.errors import InputError, StreammergeError, printable
 from streammerge.formats.refs import SourceRef
+from streammerge.installed import entry_points
 from streammerge.io.stamp import FileStamp
 from streammerge.records import dataclass
 
@@ -85,7 +85,7 @@ def _load() -> None:
     for name in sorted(module.name for module in pkgutil.iter_modules(folder)):
         if not name.startswith(_STORES):
             importlib.import_module(f"{package}.{name}")
-    for point in entry_points(group="streammerge.formats"):
+    for point in entry_points("streammerge.formats"):
         try:
             point.load()
         except StreammergeError:

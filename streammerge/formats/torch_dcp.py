@@ -30,6 +30,7 @@ from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import parse_object
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 METADATA = ".metadata"
@@ -38,7 +39,7 @@ MEGATRON = "metadata.json"
 _SUFFIX = ".distcp"
 _SHARDING = "DCP_SHARDING_INFO"
 """The metadata key of a safetensors file whose JSON states which chunk of a tensor the file holds."""
-_OF_TRAINING = re.compile(
+_OF_TRAINING = late_pattern(
     r"(?:[^.]+\.)?(?:optimizers?|optim)\.(?:state|param_groups|param_state)\..*"
     r"|(?:optimizers?|optim|lr_schedulers?|scheduler|dataloader|train_state|rng_state|rng)(?:\.|/|$).*",
     re.ASCII | re.DOTALL,

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from collections.abc import Callable
 
 from streammerge.errors import ModelError, StreammergeError, WorldError, printable
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 AGAIN = "finished work is kept; run the same command again"
@@ -21,8 +21,8 @@ CREDENTIALS = {
     "az": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY",
 }
 """The variables of the environment that give credentials, by scheme."""
-_STATUS = re.compile(r"status code: (\d{3})")
-_CODE = re.compile(r"<Code>(\w{1,60})</Code>|\"code\": ?\"(\w{1,60})\"")
+_STATUS = late_pattern(r"status code: (\d{3})")
+_CODE = late_pattern(r"<Code>(\w{1,60})</Code>|\"code\": ?\"(\w{1,60})\"")
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 _OF_HOST = (

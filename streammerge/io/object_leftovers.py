@@ -24,9 +24,10 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from streammerge.io.object_stores import endpoint_of, is_loopback, split_url
+from streammerge.lazy import late_pattern
 
-_UPLOAD = re.compile(r"<Upload>(.*?)</Upload>", re.DOTALL)
-_KEY, _ID = re.compile(r"<Key>([^<]*)</Key>"), re.compile(r"<UploadId>([^<]*)</UploadId>")
+_UPLOAD = late_pattern(r"<Upload>(.*?)</Upload>", re.DOTALL)
+_KEY, _ID = late_pattern(r"<Key>([^<]*)</Key>"), late_pattern(r"<UploadId>([^<]*)</UploadId>")
 _MOST_NBYTES = 1 << 22
 _SECONDS = 10.0
 _EMPTY = hashlib.sha256(b"").hexdigest()

@@ -8,8 +8,9 @@ import secrets
 from pathlib import Path
 
 from streammerge.io.durable import PARTIAL
+from streammerge.lazy import late_pattern
 
-_PRIVATE = re.compile(r"(?:\.[0-9a-f]{16})?\.[0-9a-f]{12}\.partial", re.ASCII)
+_PRIVATE = late_pattern(r"(?:\.[0-9a-f]{16})?\.[0-9a-f]{12}\.partial", re.ASCII)
 _known: dict[int, str] = {}
 
 

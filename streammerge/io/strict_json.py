@@ -7,11 +7,11 @@ surrogates, excessive nesting, excessive integers and, depending on `Numbers`, N
 from __future__ import annotations
 
 import math
-import re
 from json import JSONDecodeError, JSONDecoder
 from typing import Any, Literal, NoReturn
 
 from streammerge.io.files import bad, quoted, read_exactly, reading
+from streammerge.lazy import late_pattern
 
 MAX_NBYTES = 100_000_000
 """Largest JSON file in bytes; it is the safetensors format's limit for headers."""
@@ -20,7 +20,7 @@ MAX_MARKS = 5_000_000
 """Most brackets, braces and commas. Python needs up to 100 bytes for each, so this bounds the memory
 (100 MB of ``[],[],`` would take 2.5 GB); half a million tensors have about as many."""
 
-_ESCAPED_SURROGATE = re.compile(rb"\\u[dD]")
+_ESCAPED_SURROGATE = late_pattern(rb"\\u[dD]")
 
 Numbers = Literal["natural", "finite", "any"]
 """``natural``: integers >= 0; ``finite``: no NaN or infinity; ``any``: everything that Python writes."""

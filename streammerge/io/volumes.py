@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from streammerge.errors import ModelError, printable
+from streammerge.lazy import late_pattern
 
 if TYPE_CHECKING:
     from streammerge.io.buffer_pool import Bytes
 
 AnyPath = str | os.PathLike[str]
 
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9]*)://")
-_USER = re.compile(r"://[^/]*@")
+_SCHEME = late_pattern(r"([A-Za-z][A-Za-z0-9]*)://")
+_USER = late_pattern(r"://[^/]*@")
 _HOMES = {"s3": "streammerge.io.objects", "gs": "streammerge.io.objects", "az": "streammerge.io.objects"}
 """The module that serves each scheme."""
 _VOLUMES: dict[str, Volume] = {}

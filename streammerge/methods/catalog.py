@@ -1,34 +1,29 @@
-"""Fill the registry: built-in methods, methods of installed packages, and methods of a user's file.
-
-Importing this module imports every paper in the folder `papers`, and each paper registers its methods.
-"""
+"""Fill the registry: methods of installed packages, and methods of a user's file. The built-in ones are imported on demand."""
 
 from __future__ import annotations
 
 import copyreg
 import importlib
 import importlib.util
-import pkgutil
 import sys
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import InputError, StreammergeError, printable
-from streammerge.methods import papers
+from streammerge.installed import entry_points
 from streammerge.methods.declaration import DISTRIBUTIONS
 from streammerge.methods.registry import Method, all_methods, get_method
 from streammerge.methods.sources import digest, imported_files, source_file
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _FILES = "user_methods_"
 """Prefix of the module names that users' files are imported under."""
 _IMPORTED: dict[str, tuple[Path, str]] = {}
 """Modules imported by users' files, each with its file and the file's content at import."""
-
-for _paper in sorted(found.name for found in pkgutil.iter_modules(papers.__path__, f"{papers.__name__}.")):
-    importlib.import_module(_paper)
 
 
 def load_builtin() -> None:
@@ -48,7 +43,7 @@ def load_builtin() -> None:
 @cache
 def _entry_points() -> tuple[EntryPoint, ...]:
     """Return the entry points, found once in a process: the search reads the metadata of every installed package."""
-    return tuple(entry_points(group="streammerge.methods"))
+    return entry_points("streammerge.methods")
 
 
 def _installed(point: EntryPoint) -> str:

@@ -10,9 +10,13 @@ Three kinds of function can be registered. Their signature tells them apart:
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pkgutil
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from streammerge.algebra.extent import Extent
@@ -35,6 +39,21 @@ __all__ = [
 ]
 
 _METHODS: dict[str, Method] = {}
+_PAPERS = "streammerge.methods.papers"
+
+
+def _load_paper(name: str) -> None:
+    """Import the paper that is called like a method or like its first word, if there is one, which registers its methods."""
+    for file in dict.fromkeys((name, name.partition("_")[0])):
+        if file.isidentifier() and find_spec(f"{_PAPERS}.{file}") is not None:
+            importlib.import_module(f"{_PAPERS}.{file}")
+
+
+@cache
+def _load_papers() -> None:
+    """Import all papers: all built-in methods are registered afterwards."""
+    for found in sorted(one.name for one in pkgutil.iter_modules(importlib.import_module(_PAPERS).__path__)):
+        importlib.import_module(f"{_PAPERS}.{found}")
 
 
 def method(
@@ -105,6 +124,8 @@ def method(
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         origin = "built in" if function.__module__.startswith("streammerge.") else function.__module__
+        if origin != "built in":
+            _load_papers()
         known = _METHODS.get(name)
         if known is not None and known.origin == "built in" and origin != "built in":
             raise InputError(
@@ -185,6 +206,7 @@ def _check_signature(name: str, function: Callable[..., Any], access: Extent) ->
 
 def all_methods() -> Mapping[str, Method]:
     """Return every registered method by name, in alphabetical order."""
+    _load_papers()
     return dict(sorted(_METHODS.items()))
 
 
@@ -196,6 +218,10 @@ def get_method(name: str, where: str = "merge_method") -> Method:
     ConfigError
         If there is none; the message names the closest.
     """
+    if name not in _METHODS:
+        _load_paper(name)
+    if name not in _METHODS:
+        _load_papers()
     if name not in _METHODS:
         raise ConfigError(f"{where}: unknown method {printable(name)!r} ({method_meant(name, _METHODS)})")
     return _METHODS[name]

@@ -15,10 +15,10 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from streammerge.installed import version
 from streammerge.records import dataclass
 
 _PACKAGE = Path(__file__).parent.parent
@@ -161,8 +161,7 @@ def _digest() -> str:
     for path in _sources(_PACKAGE):
         digest.update(path.read_bytes())
     for package in ("numba", "llvmlite", "numpy"):
-        with suppress(PackageNotFoundError):
-            digest.update(version(package).encode())
+        digest.update((version(package) or "").encode())
     digest.update(f"{sys.implementation.cache_tag} {_cpu()}".encode())
     return digest.hexdigest()
 

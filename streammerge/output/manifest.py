@@ -20,13 +20,14 @@ from streammerge.errors import ModelError, StreammergeError
 from streammerge.formats.safetensors import MAX_RANK
 from streammerge.io.files import bad, place, quoted, read_exactly, reading
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
+from streammerge.lazy import late_pattern
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.place import place_of
 
 FORMAT = 2
 
 _SEAL = b'\n"manifest_crc32": '
-_CRC = re.compile(r"[0-9a-f]{8}", re.ASCII)
+_CRC = late_pattern(r"[0-9a-f]{8}", re.ASCII)
 _MOST = 2**63
 
 

@@ -21,6 +21,7 @@ from streammerge.formats.safetensors import SUFFIX
 from streammerge.io import volumes
 from streammerge.io.durable import PARTIAL
 from streammerge.io.private import private
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 STATE = OUTPUT_STATE
@@ -32,7 +33,7 @@ RUN = "run.json"
 """Name of the file that says what a shared run is about, in the directory of the run."""
 VERIFYING = ".streammerge-verify"
 """Name of the directory that processes share while they verify an output."""
-_RUN = re.compile(r"[0-9a-f]{16}", re.ASCII)
+_RUN = late_pattern(r"[0-9a-f]{16}", re.ASCII)
 MANIFEST = OUTPUT_MANIFEST
 CONFIG_COPY = "streammerge_config.yml"
 

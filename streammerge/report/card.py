@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 
 from streammerge.config.settings import Setting
 from streammerge.errors import printable
+from streammerge.lazy import late_pattern
 from streammerge.planning.files.ecosystem import ecosystem_of
 from streammerge.planning.files.origins import Origin, origins_of, shared_licence, shown_reference
 from streammerge.planning.low_rank.adapter import AdapterPlan
@@ -22,7 +23,7 @@ from streammerge.report.stages import stage_tree
 from streammerge.units import plural
 from streammerge.version import __version__
 
-_PATH = re.compile(
+_PATH = late_pattern(
     r"(?<![\w.~/@:-])(?:~[\w-]*|\.\.?)?/(?:[^\s/'\"#,\[\]{}:]+/)*([^\s/'\"#,\[\]{}:]+)/?", re.ASCII
 )
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from streammerge.checkpoint.index import CONFIG_NAME
+from streammerge.lazy import late_pattern
 from streammerge.planning.files.ecosystem import Ecosystem
 from streammerge.planning.plan import MergePlan
 
@@ -22,7 +23,7 @@ _AUTO = {
     "ForSpeechSeq2Seq": "AutoModelForSpeechSeq2Seq",
 }
 """Endings of the names of architectures, with the classes that load them."""
-_IDENTIFIER = re.compile(r"[A-Za-z_]\w{0,80}", re.ASCII)
+_IDENTIFIER = late_pattern(r"[A-Za-z_]\w{0,80}", re.ASCII)
 
 
 def how_to_load(plan: MergePlan, ecosystem: Ecosystem) -> Iterator[str]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.errors import printable
 from streammerge.estimate.store_run import Written
+from streammerge.lazy import late_pattern
 from streammerge.machine import peak_memory
 from streammerge.units import format_seconds, format_size, plural
 
-_LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
+_LAYER = late_pattern(r"^(.*?\.\d+)(?:\.|$)")
 _SHOWN = 12
 
 

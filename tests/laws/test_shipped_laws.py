@@ -48,7 +48,7 @@ SHAPES: dict[str, tuple[int, ...]] = {"embed": (700, 64), "a.weight": (37, 53), 
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry.all_methods()))
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, lambda descriptor: None)
     return tmp_path / "checked_methods.py"

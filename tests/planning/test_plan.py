@@ -175,7 +175,7 @@ def test_a_method_without_parameters_keeps_its_access_beside_copied_tensors(
     from streammerge.api import plan as decide
     from streammerge.methods import registry
 
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry.all_methods()))
 
     @registry.method("whole_tensor_here", access="tensor", base="none")
     def whole_tensor_here(models: Any, base: Any) -> Any:

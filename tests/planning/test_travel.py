@@ -75,7 +75,7 @@ def test_every_method_that_ships_is_tried() -> None:
 def test_another_process_merges_a_pickled_plan_to_the_same_bytes(
     paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    monkeypatch.setattr(registry, "_METHODS", dict(registry.all_methods()))
     (tmp_path / "shift.py").write_text("amount = 0.25\n")
     (tmp_path / "mine.py").write_text(USER_METHOD)
     catalog.load_file(tmp_path / "mine.py")

@@ -21,6 +21,7 @@ from streammerge.formats.torch_file import read_pickle
 from streammerge.io import volumes
 from streammerge.io.files import bad, quoted
 from streammerge.io.stamp import FileStamp
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 __all__ = ["ADAPTER_CONFIG", "Adapter", "Parts", "read_adapter", "split_reference"]
@@ -29,13 +30,13 @@ _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _WRAPPED = ".base_layer"
 _AT_WORK = ".modules_to_save."
-_PARTS = re.compile(
+_PARTS = late_pattern(
     r"(?P<module>.+?)(?P<wrapped>(?:\.base_layer)*)"
     r"\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<leaf>weight|bias))?",
     re.DOTALL,
 )
-_TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?", re.DOTALL)
+_TOKENS = late_pattern(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?", re.DOTALL)
 _COPIES = (".original_module.", ".trainable_tokens_original")
 """Parts of the names of the base's original tensors, which an adapter may contain in addition to trained ones."""
 

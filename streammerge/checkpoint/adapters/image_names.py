@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from streammerge.lazy import late_pattern
+
 Place = tuple[str, str]
 """A part of an image model (``unet``, ``te1``), and a module in it with underscores for dots."""
 _OF_COMPONENT = {"text_encoder": "te1", "text_encoder_2": "te2", "text_encoder_3": "te3"}
@@ -53,12 +55,12 @@ _IN_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _MIDDLE = {("resnets", 0): 0, ("attentions", 0): 1, ("resnets", 1): 2}
-_BLOCK = re.compile(
+_BLOCK = late_pattern(
     r"(?:(?P<side>down|up)_blocks_(?P<block>\d{1,3})|mid_block)_(?P<kind>resnets|attentions|downsamplers|upsamplers)"
     r"_(?P<layer>\d{1,3})_(?P<rest>.*)",
     re.ASCII | re.DOTALL,
 )
-_RESIZED = re.compile(r"(input|output)_blocks_(\d{1,3})_[012]_(?:op|conv)", re.ASCII)
+_RESIZED = late_pattern(r"(input|output)_blocks_(\d{1,3})_[012]_(?:op|conv)", re.ASCII)
 """The convolutions between blocks; their place in the block depends on what else is in it."""
 
 

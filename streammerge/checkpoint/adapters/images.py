@@ -6,7 +6,6 @@ diffusers records of PEFT's configurations in the file's metadata takes preceden
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from streammerge.io import volumes
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import parse_object
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -44,7 +44,7 @@ _ENDS = (
     (".alpha", "alpha"),
 )
 """How the names of a module's tensors end, and what they are."""
-_TO_OUT = re.compile(r"\.to_out$")
+_TO_OUT = late_pattern(r"\.to_out$")
 """The projection of an attention processor of old files, whose module is the first of two."""
 
 

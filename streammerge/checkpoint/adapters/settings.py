@@ -12,6 +12,7 @@ from typing import Any
 from streammerge.io.files import bad, quoted, read_exactly, reading
 from streammerge.io.stamp import FileStamp
 from streammerge.io.strict_json import MAX_NBYTES, parse_object
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -44,7 +45,7 @@ _CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _LARGEST_ALPHA = 1e30
 _LONGEST_MATCHED = 400
 """Most characters of a module's name that expressions are matched with."""
-_SIMPLE = re.compile(r"\^?[\w.\\|()\[\]-]{0,600}\$?", re.ASCII)
+_SIMPLE = late_pattern(r"\^?[\w.\\|()\[\]-]{0,600}\$?", re.ASCII)
 """Expressions with at most two ``.*``, no other repetition and few alternatives, so that matching is fast."""
 
 

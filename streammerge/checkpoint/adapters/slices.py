@@ -18,9 +18,10 @@ from streammerge.checkpoint.refs.blocks import Block, BlocksRef
 from streammerge.dtypes import FLOATS
 from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
-_EXPERT = re.compile(r"(?P<stem>.+\.experts)\.(?P<expert>\d{1,6})\.(?P<word>\w+)", re.DOTALL)
+_EXPERT = late_pattern(r"(?P<stem>.+\.experts)\.(?P<expert>\d{1,6})\.(?P<word>\w+)", re.DOTALL)
 _PLACES = {
     "gate_proj": ("gate_up_proj", 0, 2),
     "up_proj": ("gate_up_proj", 1, 2),

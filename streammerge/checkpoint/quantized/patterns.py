@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
+from streammerge.lazy import late_pattern
+
 _LONGEST = 400
 """Most characters of an expression."""
 _MOST_CHOICES = 12
 """Most alternatives in an expression."""
-_PLAIN = re.compile(r"(?:[\w^$|()\[\]:/-]|\\[.dw/_-]|\(\?:|\.)*", re.ASCII)
+_PLAIN = late_pattern(r"(?:[\w^$|()\[\]:/-]|\\[.dw/_-]|\(\?:|\.)*", re.ASCII)
 """A part without quantifiers; the time to match it depends only on its length."""
 
 

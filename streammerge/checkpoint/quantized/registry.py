@@ -15,6 +15,7 @@ from functools import cache
 
 from streammerge.checkpoint.quantized.declarations import Declaration
 from streammerge.formats.refs import MadeRef, SourceRef
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 
@@ -40,7 +41,7 @@ class _Family:
 
 
 _FAMILIES: list[_Family] = []
-_ACTIVATION = re.compile(
+_ACTIVATION = late_pattern(
     r"(?:.*[._])?(?:(?:input|output|activation|act|[qkv]|kv|q_proj|k_proj|v_proj|prob)_(?:global_)?(?:scale|zero_point|scale_ub)"
     r"|\w+_activation_scale(?:_inv)?)",
     re.ASCII | re.DOTALL,

@@ -17,13 +17,14 @@ from streammerge.checkpoint.locating import locate
 from streammerge.checkpoint.sidecars import read_small
 from streammerge.errors import StreammergeError, printable
 from streammerge.io import volumes
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 _README = "README.md"
 _MOST_README = 1 << 16
 """Bytes of a README that are read; the front matter comes first."""
-_FRONT = re.compile(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)---[ \t]*\r?\n", re.DOTALL)
-_KEY = re.compile(
+_FRONT = late_pattern(r"\A\ufeff?---[ \t]*\r?\n(.*?\r?\n)---[ \t]*\r?\n", re.DOTALL)
+_KEY = late_pattern(
     r"^(license|license_name|license_link):[ \t]*(?:\r?\n[ \t]*-[ \t]+)?([\"']?)([^\s\"'#\[\]{}|>&*!][^\r\n\"'#]{0,200}?)\2[ \t\r]*$",
     re.MULTILINE,
 )

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import ConfigError, ModelError, printable
+from streammerge.lazy import late_pattern
 
-_KEPT = re.compile(
+_KEPT = late_pattern(
     r"modelspec\.(?!hash_|thumbnail|date)[\w.]+|config|prediction_type|ss_v2|ss_base_model_version|ss_network_(?:module|dim|alpha)",
     re.ASCII,
 )

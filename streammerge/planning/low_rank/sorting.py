@@ -14,6 +14,7 @@ from streammerge.checkpoint.names import is_embedding, is_head
 from streammerge.checkpoint.tensor_kinds import kind_of
 from streammerge.config.lora import LoraOutput
 from streammerge.dtypes import FLOATS
+from streammerge.lazy import late_pattern
 
 Kind = Literal["linear", "convolution", "embedding", "whole", "bias", "loose", "experts", "left out"]
 """`linear` to `embedding`: factors. `bias`: of a linear map or convolution with factors. `loose`: a parameter that no
@@ -32,7 +33,7 @@ _TABLES = ("embed", "wte", "wpe", "relative_attention_bias")
 """Parts of the names of modules whose weight is a table of vectors."""
 
 
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = late_pattern(r"\.experts\.\d+\.")
 
 
 class Sorter:

@@ -23,6 +23,7 @@ from streammerge.config.wording import child, refuse
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
+from streammerge.lazy import late_pattern
 from streammerge.numerics.philox import derive_key
 from streammerge.planning.job import Job
 from streammerge.planning.moe.families import FAMILIES, Family
@@ -31,7 +32,7 @@ from streammerge.planning.resolve.assemble import Indexes
 from streammerge.planning.resolve.jobs import Lender, Resolved
 from streammerge.records import dataclass
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
+_LAYER = late_pattern(r"model\.layers\.(\d+)\.(.+)", re.DOTALL)
 _OUTER = frozenset({"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"})
 _BLOCK_NBYTES = 300
 """Bytes per weight that is joined with others, for its place there and its reference."""

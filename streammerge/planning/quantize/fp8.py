@@ -6,7 +6,6 @@ vLLM, SGLang and transformers read it. They disagree on blocks that are cut shor
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from streammerge.checkpoint.quantized.declarations import NOTHING
 from streammerge.checkpoint.tensor_kinds import kind_of
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError
+from streammerge.lazy import late_pattern
 from streammerge.planning.job import Job
 from streammerge.planning.quantize.base import Material, Storage, stores
 from streammerge.planning.quantize.codes import copied_from, copies, named
@@ -29,7 +29,7 @@ _ROUTERS = frozenset({"gate", "router", "gating", "wg", "shared_expert_gate", "s
 _KEPT_KINDS = ("norm", "embedding", "head")
 _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose layers are stored as (in, out), a shape that no loader accepts for linear maps in FP8."""
-_FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+_FUSED = late_pattern(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 """The experts of a layer in one tensor, as transformers 5 names them."""
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from streammerge.lazy import late_pattern
 from streammerge.planning.job import Job
 
 _PLAIN = ("F64", "F32", "F16", "BF16", "I64", "U64", "BOOL", "C64")
 """Dtypes that never hold codes."""
-_COMPANION = re.compile(
+_COMPANION = late_pattern(
     r"(?:weight_)?scales?(?:_.*)?|qzeros|zeros|g_idx|SCB|absmax|quant_map|weight_(?:shape|zero_point|global_scale)",
     re.ASCII,
 )

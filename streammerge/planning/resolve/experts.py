@@ -8,7 +8,6 @@ in transformers 5; some models exchange the last two axes of both (Llama 4, Qwen
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -16,13 +15,14 @@ from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.refs.blocks import Block, BlocksRef
 from streammerge.dtypes import FLOATS, itemsize
 from streammerge.formats.refs import SourceRef, TensorRef
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 _WORDS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("fc1", "fc3", "fc2"))
 """Known names of an expert's projections, in the order gate, up, down."""
 _GATE, _UP, _DOWN = range(3)
-_ONE = re.compile(r"^(.*)\.(experts)\.(\d{1,6})\.(\w+)\.weight$")
-_FUSED = re.compile(r"^(.*)\.(experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
+_ONE = late_pattern(r"^(.*)\.(experts)\.(\d{1,6})\.(\w+)\.weight$")
+_FUSED = late_pattern(r"^(.*)\.(experts)\.(gate_up_proj|gate_proj|up_proj|down_proj)(\.weight)?$")
 _TOGETHER = ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"}, {"gate_proj", "up_proj", "down_proj"})
 """Tensors that hold all experts of a layer."""
 _INTERLEAVED = "gate_up_proj_bias"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 from streammerge.checkpoint.names import in_component, shared_as, tied_to
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
+from streammerge.lazy import late_pattern
 from streammerge.planning.resolve.agreement import counted, lacking
 from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 from streammerge.planning.resolve.modules import of_a_tower
 from streammerge.planning.resolve.vocabulary import Alignment
 
-_BUFFER = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
+_BUFFER = late_pattern(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$")
 """Buffers that some versions of `transformers` stored in addition to the parameters."""
 
 

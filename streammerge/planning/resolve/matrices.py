@@ -10,12 +10,13 @@ from streammerge.config.matrices import Matrices
 from streammerge.config.schema import MergeConfig
 from streammerge.errors import ConfigError, printable
 from streammerge.formats.refs import SourceRef
+from streammerge.lazy import late_pattern
 from streammerge.methods.registry import Method, all_methods
 from streammerge.planning.job import Job
 from streammerge.planning.needs import layer_of
 from streammerge.planning.resolve.assemble import OutputTensor
 
-_EXPERTS = re.compile(r"(^|\.)(\w+_)?experts?\.")
+_EXPERTS = late_pattern(r"(^|\.)(\w+_)?experts?\.")
 """Modules whose three-dimensional tensors hold one matrix per expert."""
 _OUTSIDE = ("embedding", "head", "norm")
 

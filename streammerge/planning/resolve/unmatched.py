@@ -8,9 +8,10 @@ from itertools import islice, pairwise
 
 from streammerge.config.schema import MergeConfig
 from streammerge.config.wording import child, meant, shown
+from streammerge.lazy import late_pattern
 from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 
-_PLAIN = re.compile(r"[\w.]+")
+_PLAIN = late_pattern(r"[\w.]+")
 _MOST = 200
 """Most filters, and most patterns, that are checked."""
 

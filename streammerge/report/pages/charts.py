@@ -7,11 +7,11 @@ browsers show under the pointer and screen readers read.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NewType
 
 from streammerge.errors import printable
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 Svg = NewType("Svg", str)
@@ -53,10 +53,10 @@ _CONFIG = {
         "symbolStrokeWidth": 2,
     },
 }
-_LABELLED = re.compile(
+_LABELLED = late_pattern(
     r'(<(\w+) aria-label="([^"]*)" role="graphics-symbol" aria-roledescription="(?!axis|legend)[^>]*)/>'
 )
-_IDS = re.compile(r'(\bid="|url\(#|href="#)([^")]+)')
+_IDS = late_pattern(r'(\bid="|url\(#|href="#)([^")]+)')
 
 
 @dataclass(frozen=True)

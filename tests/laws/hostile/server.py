@@ -75,10 +75,18 @@ def warm(scratch: Path) -> None:
     import streammerge.api
     import streammerge.cli
     import streammerge.estimate.fisher.importing
+    import streammerge.methods
     from streammerge.backends.cpu.compile import ensure_compiled
     from tests.laws.hostile.case import sound
 
-    for package in (streammerge.checkpoint, streammerge.cli, streammerge.formats, streammerge.tensors):
+    packages = (
+        streammerge.checkpoint,
+        streammerge.cli,
+        streammerge.formats,
+        streammerge.methods,
+        streammerge.tensors,
+    )
+    for package in packages:
         for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
