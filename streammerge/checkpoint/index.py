@@ -23,14 +23,10 @@ from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, q
 from streammerge.checkpoint.quantized.declarations import declaration_of
 from streammerge.checkpoint.quantized.registry import decoded
 from streammerge.checkpoint.refs.float8 import with_floats
-from streammerge.checkpoint.shards import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Shards,
-    find_shards,
-)
+from streammerge.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards, find_shards
 from streammerge.checkpoint.weight_names import PIPELINE
 from streammerge.checkpoint.weight_sets import no_model
+from streammerge.dtypes import FLOATS8
 from streammerge.errors import ModelError, printable
 from streammerge.formats.parts import contiguous
 from streammerge.formats.refs import SourceRef, TensorRef
@@ -315,7 +311,8 @@ def _read_model(reference: str, directory: Path, shards: Shards) -> TensorIndex:
     found = decoded(
         tensors, declaration_of(config, _read_config(directory / DECLARED_BESIDE) if beside else None)
     )
-    quantization = quantization_of(found.tensors, config, beside)
+    scaled = any(ref.dtype in FLOATS8 for ref in found.coded.values())
+    quantization = quantization_of(found.tensors, config, beside or scaled)
     return TensorIndex(
         reference,
         directory,

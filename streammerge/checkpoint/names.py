@@ -170,6 +170,18 @@ def layer_fraction(tensor_name: str, n_layers: Mapping[str, int]) -> float:
     return 0.0
 
 
+def place_of(name: str, n_layers: Mapping[str, int]) -> tuple[str, int, str] | None:
+    """Return a tensor's stack, its layer and the rest of its name, by the counts of `count_layers`; None outside them.
+
+    >>> place_of("model.layers.3.up.weight", {"model.layers": 7})
+    ('model.layers', 3, 'up.weight')
+    """
+    for prefix, number in _numbers(name):
+        if prefix in n_layers:
+            return prefix, number, name[len(prefix) :].lstrip(".").partition(".")[2]
+    return None
+
+
 def _numbers(name: str) -> Iterator[tuple[str, int]]:
     """Yield (prefix, number) for each component of the name that is a layer number."""
     parts = name.split(".")

@@ -12,6 +12,7 @@ from typing import Any
 
 from streammerge.checkpoint.names import LANGUAGE_PARTS
 from streammerge.checkpoint.quantized.declarations import DECLARATIONS
+from streammerge.checkpoint.quantized.registry import is_read
 from streammerge.records import dataclass
 
 DECLARED_BESIDE = "hf_quant_config.json"
@@ -55,6 +56,8 @@ _PACKED = (
     ("qdata", (), "torchao"),
 )
 """Name endings of codes, the companions of which one must exist (if any are listed), and the format."""
+_READ = ("GPTQ or AWQ", "compressed-tensors", "MXFP4")
+"""Formats in that list that are decoded: of these, codes without companions are incomplete."""
 _BEHIND = (
     "_scale",
     "_scale_inv",
@@ -131,7 +134,7 @@ class Quantization:
     stems: frozenset[str]
     """Names of the weights in a model that is not quantised, without a final ``.weight``."""
     bare: frozenset[str] = frozenset()
-    """Codes without companions, which are meaningless without a scale."""
+    """Codes of a format that is read, but without companions: meaningless without a scale."""
 
     def covers(self, name: str) -> bool:
         """Return whether a tensor belongs to the quantised part, or has the name of one of its unquantised weights."""
@@ -150,18 +153,23 @@ def quantization_of(
     config
         The content of config.json.
     declared_beside
-        Whether a file next to config.json declares a quantisation.
+        Whether something other than config.json declares a quantisation: a file next to it, or the scales of other
+        FP8 weights.
     """
     declared = next(_declarations(config), {"quant_method": None} if declared_beside else None)
     codes: dict[str, str] = {}
     companions: set[str] = set()
     formats: dict[str, None] = {}
+    unread: set[str] = set()
     for name, ref in tensors.items():
         if ref.dtype not in _BYTES | _WORDS or ref.n_elements < 2:
             continue
-        found = _packed(name, tensors) or _beside(name, ref, tensors, declared)
+        packed = _packed(name, tensors)
+        found = packed or _beside(name, ref, tensors, declared)
         if found is None:
             continue
+        if packed is not None and packed[1] not in _READ:
+            unread.add(name)
         stem, kind = found
         codes[name] = stem
         formats.setdefault(kind)
@@ -170,10 +178,13 @@ def quantization_of(
     for name, stem in codes.items():
         own = set(_companions(name, stem, tensors, within))
         companions |= own
-        if not own:
+        if not own and name not in unread:
             bare.add(name)
     if not codes:
         return None
+    method = None if declared is None else declared.get("quant_method")
+    if isinstance(method, str) and not is_read(method.lower()):
+        bare.clear()
     kind = next(iter(formats)) if declared is None else _declared_format(declared)
     return Quantization(
         kind,

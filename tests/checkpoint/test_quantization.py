@@ -212,3 +212,28 @@ def test_codes_whose_scale_is_missing_are_told_from_those_of_unknown_formats(her
         (here / name / "config.json").write_text(json.dumps({"model_type": "llama", **FP8}))
     with pytest.raises(ModelError, match=r"a: tensor l\.0\.q\.weight holds F8_E4M3 codes without a scale"):
         plan(linear("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "method"),
+    [
+        ({"l.0.q.weight_qdata": torch.int8, "l.0.q.weight_scale": torch.float32}, "torchao"),
+        ({"l.0.q.W_q": torch.uint8, "l.0.q.meta_scale": torch.float32}, None),
+        ({"l.0.q.weight": torch.int8, "l.0.q.stretch": torch.float32}, "wonder"),
+        ({"l.0.q.dense_weights": torch.int64}, "spqr"),
+    ],
+    ids=["torchao", "HQQ undeclared", "unknown", "other names"],
+)
+def test_codes_of_a_format_that_is_not_read_are_called_so_and_not_incomplete(here, tensors, method):
+    (here / "a").mkdir()
+    save_file(
+        {name: torch.ones(8, 8, dtype=dtype) for name, dtype in tensors.items()}, here / "a/model.safetensors"
+    )
+    declared = {} if method is None else {"quantization_config": {"quant_method": method}}
+    (here / "a/config.json").write_text(json.dumps({"model_type": "llama", **declared}))
+    (here / "b").mkdir()
+    save_file({"l.0.q.weight": torch.ones(8, 8)}, here / "b/model.safetensors")
+    with pytest.raises(
+        ModelError, match=r"a: .*(cannot be merged yet|which is not read): dequantise the model first"
+    ):
+        plan(linear("b", "a"))

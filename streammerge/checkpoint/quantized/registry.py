@@ -118,6 +118,16 @@ def decoded(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Decod
     )
 
 
+def is_read(method: str | None) -> bool:
+    """Return whether a family reads weights that are declared with this ``quant_method``.
+
+    >>> is_read("gptq"), is_read("hqq")
+    (True, False)
+    """
+    _load()
+    return any(method in family.methods for family in _FAMILIES)
+
+
 @cache
 def _load() -> None:
     package = __name__.rpartition(".")[0]

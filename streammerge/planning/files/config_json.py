@@ -176,12 +176,13 @@ def _name_code(settings: Settings, template: TensorIndex) -> list[str]:
     return notes
 
 
-def _parts(settings: Settings) -> Iterator[tuple[str, Settings]]:
-    """Yield the settings themselves and those of their modules, each with its name."""
-    yield "", settings
+def _parts(settings: Settings, within: str = "") -> Iterator[tuple[str, Settings]]:
+    """Yield the settings themselves and those of their modules at any depth: ``thinker_config.text_config``."""
+    yield within, settings
     for name, value in settings.items():
-        if isinstance(value, dict) and name.endswith("_config") and name not in DECLARATIONS:
-            yield name, value
+        is_part = name.endswith(("_config", "_cfg")) or name in ("encoder", "decoder")
+        if isinstance(value, dict) and is_part and name not in DECLARATIONS:
+            yield from _parts(value, f"{within}.{name}".lstrip("."))
 
 
 def _set_layers(settings: Settings, stack: Stack, indexes: Indexes) -> list[str]:
@@ -215,7 +216,9 @@ def _set_layers(settings: Settings, stack: Stack, indexes: Indexes) -> list[str]
 
 
 def _part_of(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = settings.get(name, {}) if name else settings
+    part: Any = settings
+    for key in name.split(".") if name else ():
+        part = part.get(key) if isinstance(part, Mapping) else None
     return part if isinstance(part, Mapping) else {}
 
 
@@ -237,8 +240,7 @@ def _is_simple(item: object) -> bool:
 
 def _entry(indexes: Indexes, reference: str, part: str, key: str, number: int, own: Sequence[Any]) -> Any:
     """Return a layer's entry in a list of its own model; if that has no such list, in the template model's."""
-    settings: Any = indexes[reference].config
-    values = (settings.get(part, {}) if part else settings).get(key)
+    values = _part_of(indexes[reference].config, part).get(key)
     if isinstance(values, list) and number < len(values):
         return values[number]
     return own[min(number, len(own) - 1)]

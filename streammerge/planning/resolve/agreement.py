@@ -9,12 +9,15 @@ from typing import Any
 
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.checkpoint.names import LANGUAGE_PARTS, OF_TOKENS, count_real, in_component
+from streammerge.checkpoint.quantized.declarations import declaration_of
+from streammerge.checkpoint.quantized.registry import is_read
 from streammerge.config.schema import MergeConfig
 from streammerge.dtypes import FLOATS
 from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 from streammerge.planning.resolve.experts import are_interleaved, has_experts, n_experts
+from streammerge.planning.resolve.holes import check_holes
 
 _FEW = 4
 """If more than one in this many tensors differ in shape, excluding them is not a cure."""
@@ -81,11 +84,24 @@ def check_kinds(config: MergeConfig, template: TensorIndex, indexes: Indexes) ->
         shared = [name for name in own if name in index]
         least = min(len(own), len(others))
         if 2 * len(shared) < least:
+            _check_declared(template, index)
             raise ModelError(
                 f"{_named(index)} and {_named(template)} share {len(shared)} of {least} tensors: different architectures"
             )
         _check_depths(template, index, own, others)
         _check_widths(template, index, shared)
+
+
+def _check_declared(*models: TensorIndex) -> None:
+    """Refuse a model whose weights are declared to be in a format that is not read, under names of its own."""
+    for index in models:
+        method = declaration_of(index.config).method
+        if not is_read(method):
+            raise ModelError(
+                f"{printable(index.reference)}: its config.json says quant_method {printable(str(method), 60)}, which is not "
+                "read: dequantise the model first (from_pretrained, dequantize(), save_pretrained), or use the weights that "
+                "it was quantised from"
+            )
 
 
 def _named(index: TensorIndex) -> str:
@@ -297,6 +313,7 @@ def compare_names(
     for model in (index for index in indexes.values() if any(index is model for model in models)):
         extra = [name for name in model if name not in names]
         _check_biases(template, model, extra, names, excluded)
+        check_holes(template, model, extra, excluded)
         if extra:
             one = len(extra) == 1
             parts = "" if one else f": {counted(extra, names)}"

@@ -154,10 +154,21 @@ def _further(
                 yield name, spec.reference
 
 
-def _heads(part: Slice, reference: str, own: Mapping[str, Sequence[str]], indexes: Indexes) -> list[str]:
-    """Return the heads that other models of a slice store and this one ties to its embedding."""
+def _heads(
+    part: Slice,
+    reference: str,
+    own: Mapping[str, Sequence[str]],
+    indexes: Indexes,
+    untied: Sequence[str] = (),
+) -> list[str]:
+    """Return the heads that a slice's other models, or models in `untied`, store and this one ties to its embedding.
+
+    The embedding of an output that is assembled from slices may be another model's: if that one, or the one that lends
+    config.json, has a head of its own, the output's embedding is no head.
+    """
     others = [*part.sources, *([part.base] if part.base is not None else [])]
-    found = dict.fromkeys(name for spec in others for name in own[spec.reference] if is_head(name))
+    references = dict.fromkeys([*(spec.reference for spec in others), *untied])
+    found = dict.fromkeys(name for other in references for name in own[other] if is_head(name))
     return [
         name for name in found if tied_to(indexes[reference], indexes[reference].config, name) is not None
     ]
@@ -204,7 +215,9 @@ def _stacked(
             layers.append((leader.reference, start + step))
     outputs += _loose(config, module, last, places, input_side=False)
     outputs += _extra(config, module, last, places, len(layers))
-    for name in _heads(last, _leader(last).reference, own, indexes):
+    for name in _heads(
+        last, _leader(last).reference, own, indexes, (template.reference, _leader(first).reference)
+    ):
         outputs.append(_outside(config, module, last, name))
     before, tail = places[template.reference], places[_leader(last).reference]
     stack = Stack(module.name, prefix, before.count, tuple(layers), before.extra, tail.extra)

@@ -175,6 +175,32 @@ def test_two_scales_and_a_code_without_one_are_refused(tmp_path: Path) -> None:
         plan(linear(path, path))
 
 
+def test_one_weight_without_a_scale_among_others_that_have_some_is_no_plain_float(tmp_path: Path) -> None:
+    """Nothing declares FP8 here: the scales of the other weights say that it is codes."""
+    tensors = {f"{name}.weight": codes((4, 4), 1) for name in "vw"}
+    path = write(tmp_path / "lone", {**tensors, "w.weight_scale": torch.ones(1)}, None)
+    with pytest.raises(ModelError, match=r"v\.weight holds F8_E4M3 codes without a scale"):
+        plan(linear(path, path))
+
+
+@pytest.mark.parametrize(
+    "parts", [("text_config",), ("thinker_config", "text_config"), ("llm_cfg",), ("decoder",)]
+)
+def test_a_declaration_within_any_part_of_the_settings_is_left_out(
+    tmp_path: Path, parts: tuple[str, ...]
+) -> None:
+    nested: dict[str, Any] = {"quantization_config": FP8, "dtype": "float8_e4m3fn"}
+    for part in reversed(parts):
+        nested = {part: nested}
+    tensors = {"w.weight": codes((4, 4), 1), "w.weight_scale": torch.ones(1)}
+    path = write(tmp_path / "m", tensors, None, **nested)
+    merge(linear(path, path), tmp_path / "out")
+    found = json.loads((tmp_path / "out/config.json").read_text())
+    for part in parts:
+        found = found[part]
+    assert found == {"dtype": "bfloat16"}
+
+
 def model(path: Path, seed: int, quantised: bool) -> dict[str, torch.Tensor]:
     """Write a model, and return its weights by value."""
     weight, scale = codes((144, 260), seed), scales((2, 3), seed)

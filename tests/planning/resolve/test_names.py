@@ -313,3 +313,20 @@ def test_names_of_many_parts_cost_no_more_than_others() -> None:
     many = {f"{i}{'.' * 4000}w": TensorRef("w", "F32", (1,), "x", 0, 0) for i in range(300)}
     other = {f"{i}{'.' * 3999}w": TensorRef("w", "F32", (1,), "x", 0, 0) for i in range(300)}
     assert find_rules(many, other, "a", "b") == []
+
+
+@pytest.mark.parametrize("whole_layer", [False, True])
+def test_a_first_model_with_a_hole_in_its_layers_is_refused(whole_layer: bool, tmp_path: Path) -> None:
+    """The output would have the hole too; what lies in no other of its layers is only left out, as a head is."""
+    whole = text(1, "model.") | {"model.layers.1.extra.weight": torch.ones(2)}
+    lost = [n for n in whole if n.startswith("model.layers.0.")][: None if whole_layer else 1]
+    holed = {name: tensor for name, tensor in text(2, "model.").items() if name not in lost}
+    config = linear(write(tmp_path / "holed", holed), write(tmp_path / "whole", whole))
+    with pytest.raises(
+        ModelError, match=r"holed: tensor model.layers.0\..* missing, where other layers and .*whole have"
+    ):
+        plan(config, memory="1GiB")
+    assert not merged({**config, "exclude": ["layers.0"]}, tmp_path / "out").keys() & {
+        *lost,
+        "model.layers.1.extra.weight",
+    }

@@ -150,3 +150,19 @@ def test_a_config_that_nothing_changes_is_copied_to_the_letter(tmp_path: Path) -
     (paths[0] / "config.json").write_text(text)
     mean_of(paths, tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == text
+
+
+@pytest.mark.parametrize("base_is_tied", [True, False])
+def test_a_stack_that_ends_with_a_tied_model_stores_its_embedding_as_head(
+    base_is_tied: bool, tmp_path: Path
+) -> None:
+    """Where the output's embedding is that of a model with a head of its own, it cannot be the head."""
+    tied = model(tmp_path / "tied", 1, head=False, config={"tie_word_embeddings": True})
+    own = model(tmp_path / "own", 2, head=True, config={"tie_word_embeddings": False})
+    slices = [{"sources": [{"model": str(path), "layer_range": [0, 1]}]} for path in (own, tied)]
+    base = {"base_model": str(tied)} if base_is_tied else {}
+    merge({"merge_method": "passthrough", "slices": slices, **base}, tmp_path / "out")
+    found = read_tensors(tmp_path / "out")
+    assert torch.equal(found[EMBEDDING], read_tensors(own)[EMBEDDING])
+    assert torch.equal(found[HEAD], read_tensors(tied)[EMBEDDING])
+    assert settings(tmp_path / "out")["tie_word_embeddings"] is False
