@@ -9,21 +9,34 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 N_MODELS = 3
+SIZE = "20GB"
+"""Bytes of the models together, unless time or room is short."""
+METHODS: dict[str, dict[str, float]] = {"linear": {}, "ties": {"density": 0.5}, "della": {"density": 0.5}}
+_PASSES = 10
+"""Times the size of all models that their making and the cold merges move, which the disk bounds."""
+_COST = 13.0
+"""Core seconds per GB of all merges on CPUs."""
+_GRAIN = 10**9
+"""Bytes; sizes are multiples of it, so that a second run finds the models of the first."""
+_TRIED = 1 << 28
+"""Bytes that are written to learn the disk's rate."""
 
 
 @dataclass
 class Table:
-    """Lines of Markdown, shown as they are found."""
+    """Lines of Markdown, shown as they are found, and written to a file at once."""
 
-    lines: list[str] = field(default_factory=list)
+    file: Path | None = None
     equal: bool = True
+    whole: bool = True
+    """Whether everything was measured."""
 
     def head(self, title: str, *columns: str) -> None:
         """Begin a table."""
@@ -35,8 +48,10 @@ class Table:
         self._say(f"| {' | '.join(shown)} |")
 
     def _say(self, text: str) -> None:
-        self.lines.append(text)
         print(text, flush=True)
+        if self.file is not None:
+            with open(self.file, "a") as file:
+                file.write(f"{text}\n")
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -75,35 +90,64 @@ def write_models(work: Path, nbytes: int) -> list[Path]:
     return paths
 
 
-def measure_merges(table: Table, work: Path, nbytes: int, devices: Sequence[str], merge: Any) -> None:
-    """Time whole merges by each device, from the disk and from the page cache, and compare their files."""
+def size_for(work: Path, most: int, left: float) -> int:
+    """Return how many bytes the models may have, so that making and merging them takes `left` seconds at most."""
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from streammerge.machine import available_memory, physical_cores
+
+    trial, block = work / "trial", os.urandom(1 << 20)
+    blocks = max(1, min(_TRIED, most) >> 20)
+
+    def write() -> None:
+        with open(trial, "wb") as file:
+            for _ in range(blocks):
+                file.write(block)
+            os.fsync(file.fileno())
+
+    rate = (blocks << 20) / max(seconds(write), 1e-9) / 1e9
+    trial.unlink()
+    in_time = left / (_PASSES / rate + _COST / physical_cores()) * 1e9
+    # The warm merges need all of it in the page cache; an output is a quarter, and there are two.
+    size = int(min(most, in_time, available_memory() / 2, shutil.disk_usage(work).free / 2))
+    return size // _GRAIN * _GRAIN or size
+
+
+def measure_merges(
+    table: Table, work: Path, nbytes: int, devices: Sequence[str], merge: Any, until: float
+) -> None:
+    """Time whole merges by each device, from the disk and from the page cache, and compare their files.
+
+    `until` is the time (`time.monotonic`) at which none begins any more, and at which one that runs is ended.
+    """
+    nbytes = size_for(work, nbytes, 0.7 * (until - time.monotonic()))
     paths = write_models(work, nbytes)
     files = [path / "model.safetensors" for path in paths]
     total = sum(file.stat().st_size for file in files)
-    table.head(
-        f"Whole merges of {total / 1e9:.1f} GB",
-        "method",
-        "cache",
-        *(f"{device}, s" for device in devices),
-        "files",
-    )
-    for method, parameters in (("linear", {}), ("ties", {"density": 0.5}), ("della", {"density": 0.5})):
+    columns = (*(f"{device}, s" for device in devices), "files")
+    table.head(f"Whole merges of {total / 1e9:.1f} GB", "method", "cache", *columns)
+    for method, parameters in METHODS.items():
         models = [{"model": str(path), "parameters": {"weight": 0.5}} for path in paths[1:]]
         config = {"merge_method": method, "models": models, "parameters": parameters}
         if method != "linear":
             config["base_model"] = str(paths[0])
         for cache in ("cold", "warm"):
-            row, outputs = [], []
+            row: list[object] = []
+            outputs = set()
             for device in devices:
+                if (left := until - time.monotonic()) <= 0:
+                    row.append("no time left")
+                    continue
                 out = work / f"out-{device.replace(':', '-')}"
                 shutil.rmtree(out, ignore_errors=True)
                 for file in files:
                     settle(file, warm=cache == "warm")
-                row.append(merge(config, out, device))
-                outputs.append((out / "streammerge.json").read_bytes())
-            same = len(set(outputs)) == 1
-            table.equal &= same
-            table.row(method, cache, *row, "equal" if same else "DIFFERENT")
+                row.append(took := merge(config, out, device, left))
+                outputs.add((out / "streammerge.json").read_bytes() if isinstance(took, float) else str(took))
+            compared = all(isinstance(took, float) for took in row)
+            same = len(outputs) == 1
+            table.equal &= same or not compared
+            table.whole &= compared
+            table.row(method, cache, *row, "" if not compared else "equal" if same else "DIFFERENT")
 
 
 def settle(file: Path, *, warm: bool) -> None:
@@ -120,25 +164,26 @@ def settle(file: Path, *, warm: bool) -> None:
         os.close(descriptor)
 
 
-def by_command(config: Any, out: Path, device: str) -> float:
-    """Return the seconds of a merge in a process of its own, the interpreter's start included."""
+def by_command(config: Any, out: Path, device: str, limit: float) -> float | str:
+    """Return the seconds of a merge in a process of its own, the interpreter's start included; or what it failed of."""
     path = out.with_suffix(".yml")
     path.write_text(json.dumps(config))
-    command = [
-        sys.executable,
-        "-m",
-        "streammerge",
-        "merge",
-        str(path),
-        str(out),
-        "--device",
-        device,
-        "--quiet",
-    ]
-    return seconds(lambda: subprocess.run(command, check=True))
+    own = ["merge", str(path), str(out), "--device", device, "--quiet"]
+    command = [sys.executable, "-m", "streammerge", *own]
+    began = time.perf_counter()
+    try:
+        done = subprocess.run(command, timeout=limit, stderr=subprocess.PIPE, text=True)
+    except subprocess.TimeoutExpired:
+        return f"ended after {limit:.0f} s"
+    took = time.perf_counter() - began
+    return (
+        took
+        if not done.returncode
+        else (done.stderr.strip().splitlines() or ["failed"])[-1].replace("|", "/")
+    )
 
 
-def in_process(config: Any, out: Path, device: str) -> float:
+def in_process(config: Any, out: Path, device: str, limit: float) -> float:
     """Return the seconds of a merge in this process, where a GPU is played."""
     from streammerge.api import merge
 
