@@ -18,13 +18,12 @@ from streammerge.checkpoint.adapters.images import is_image_adapter, read_image_
 from streammerge.checkpoint.hub import cache_directory
 from streammerge.checkpoint.locating import exists, locate_in
 from streammerge.checkpoint.names import is_tied_copy
-from streammerge.checkpoint.pipeline import is_pipeline, read_pipeline
+from streammerge.checkpoint.pipeline import LISTS, is_pipeline, read_pipeline
 from streammerge.checkpoint.quantization import DECLARED_BESIDE, Quantization, quantization_of
 from streammerge.checkpoint.quantized.declarations import declaration_of
 from streammerge.checkpoint.quantized.registry import decoded
 from streammerge.checkpoint.refs.float8 import with_floats
 from streammerge.checkpoint.shards import INDEX_NAME, SINGLE_NAME, Shards, find_shards
-from streammerge.checkpoint.weight_names import PIPELINE
 from streammerge.checkpoint.weight_sets import no_model
 from streammerge.dtypes import FLOATS8
 from streammerge.errors import ModelError, printable
@@ -113,7 +112,7 @@ class TensorIndex(Mapping[str, SourceRef]):
     @property
     def is_pipeline(self) -> bool:
         """Whether it consists only of components, as a diffusers pipeline does."""
-        return self.settings_file == PIPELINE
+        return self.settings_file in LISTS
 
     @property
     def folders(self) -> tuple[str, ...]:
@@ -274,7 +273,13 @@ def _read_pipeline(reference: str, directory: Path) -> TensorIndex:
             what = f"this component is quantised ({part.quantization.format}), which is not merged within a pipeline"
             raise bad(str(place), f"{what}: put the component as it was before quantisation in its place")
     whole = TensorIndex(
-        reference, directory, (), {}, config=pipeline.settings, notes=pipeline.notes, settings_file=PIPELINE
+        reference,
+        directory,
+        (),
+        {},
+        config=pipeline.settings,
+        notes=pipeline.notes,
+        settings_file=pipeline.list_name,
     )
     return whole.with_components(parts)
 

@@ -1,8 +1,10 @@
-"""Diffusers pipelines: find the folders that hold weights from ``model_index.json``.
+"""Models that consist only of folders: diffusers pipelines, and models of sentence-transformers without weights of their own.
 
-Each entry ``name: [library, class]`` is a component in the folder of that name. Components with weights are merged; the
-others (scheduler, tokenizer, feature extractor) are copied as files. A listed component must exist within the
-pipeline's folder.
+Each entry ``name: [library, class]`` of a pipeline's ``model_index.json`` is a component in the folder of that name.
+``modules.json`` lists the modules of a model of sentence-transformers: its transformer has a folder too where an older
+version saved it (``0_Transformer``), where it is a static embedding, and in the branches of a router. Components with
+weights are merged; the others (scheduler, tokenizer, feature extractor, pooling) are copied as files. A listed component
+must exist within the pipeline's folder.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoint.sidecar_names import is_sound_name, is_weights
-from streammerge.checkpoint.sidecars import leads_inside
+from streammerge.checkpoint.sidecars import MODULES, leads_inside, modules_of
 from streammerge.checkpoint.weight_names import PIPELINE
 from streammerge.checkpoint.weight_sets import find_sets, no_model
 from streammerge.io import volumes
@@ -26,6 +28,20 @@ _WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "Pro
 """Name endings of classes that have settings but no weights."""
 
 
+_WITH_WEIGHTS = (
+    "Transformer",
+    "StaticEmbedding",
+    "Dense",
+    "LayerNorm",
+    "CLIPModel",
+    "SpladePooling",
+    "SparseAutoEncoder",
+)
+"""Classes of modules of sentence-transformers that have weights."""
+LISTS = (PIPELINE, MODULES)
+"""The files that list the components."""
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """The declared components of a pipeline."""
@@ -33,13 +49,33 @@ class Pipeline:
     settings: Mapping[str, Any]
     """The content of ``model_index.json``."""
     folders: tuple[str, ...]
-    """The folders of components with weights, in the order of ``model_index.json``."""
+    """The folders of components with weights, in the order of the list."""
     notes: tuple[str, ...]
+    list_name: str = PIPELINE
+    """The file that lists them."""
 
 
 def is_pipeline(directory: Path) -> bool:
     """Return whether a directory is a pipeline rather than a single model."""
-    return volumes.lexists(directory / PIPELINE)
+    return volumes.lexists(directory / PIPELINE) or _is_of_modules(directory)
+
+
+def _is_of_modules(directory: Path) -> bool:
+    """Return whether a model of sentence-transformers has weights in the folders of its modules alone."""
+    if not volumes.lexists(directory / MODULES):
+        return False
+    return not find_sets(_listed_in(directory)) and any(
+        find_sets(_listed_in(directory / folder))
+        for folder in modules_of(directory)
+        if volumes.isdir(directory / folder)
+    )
+
+
+def _listed_in(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(volumes.listdir(folder))
+    except OSError as error:
+        raise from_os(str(folder), error) from error
 
 
 def read_pipeline(directory: Path) -> Pipeline:
@@ -51,6 +87,8 @@ def read_pipeline(directory: Path) -> Pipeline:
         If a component is missing, lacks its weights, or leads outside the folder.
     """
     path = directory / PIPELINE
+    if not volumes.lexists(path):
+        return _read_modules(directory)
     _check_inside(directory, path)
     settings = read_object(str(path), "finite")
     folders, notes = [], []
@@ -72,6 +110,16 @@ def read_pipeline(directory: Path) -> Pipeline:
     return Pipeline(settings, tuple(folders), tuple(notes))
 
 
+def _read_modules(directory: Path) -> Pipeline:
+    """Return the modules of a model of sentence-transformers that has weights in their folders alone."""
+    _check_inside(directory, directory / MODULES)
+    modules = modules_of(directory)
+    folders = [
+        name for name, kind in modules.items() if _has_weights(directory, directory / name, kind, MODULES)
+    ]
+    return Pipeline({}, tuple(folders), (), MODULES)
+
+
 def _listed(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield name and class of each component; skip ``[null, null]``, which marks an unused component."""
     for name, value in settings.items():
@@ -80,25 +128,25 @@ def _listed(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, pair[1]
 
 
-def _has_weights(directory: Path, folder: Path, kind: str) -> bool:
+def _has_weights(directory: Path, folder: Path, kind: str, list_name: str = PIPELINE) -> bool:
     """Return whether a component has weights; refuse one that is missing or incomplete."""
+    if list_name == MODULES and not volumes.lexists(folder) and kind not in _WITH_WEIGHTS:
+        return False  # Folders without any files are lost on the hub.
     if not volumes.isdir(folder):
         state = "is not a folder" if volumes.lexists(folder) else "is missing"
         raise bad(
-            str(directory / PIPELINE),
+            str(directory / list_name),
             f"the component {quoted(folder.name)} ({quoted(kind, 60)}) {state}: download or copy the pipeline again",
         )
     _check_inside(directory, folder)
-    try:
-        present = frozenset(volumes.listdir(folder))
-    except OSError as error:
-        raise from_os(str(folder), error) from error
+    present = _listed_in(folder)
     if find_sets(present):
         for name in sorted(present):
             if is_weights(name) or name.endswith(".json"):
                 _check_inside(directory, folder / name)
         return True
-    if any(map(is_weights, present)) or _is_emptied(present, kind):
+    emptied = kind in _WITH_WEIGHTS if list_name == MODULES else _is_emptied(present, kind)
+    if any(map(is_weights, present)) or emptied:
         raise bad(
             str(folder),
             no_model(

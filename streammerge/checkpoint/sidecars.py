@@ -46,6 +46,8 @@ _MOST_SETTINGS = 1 << 20
 _BLOB = late_pattern(r"[0-9a-f]{40,64}", re.ASCII)
 _NAMED_BY = late_pattern(r"tokenizer_config\.json|.*processor_config\.json", re.ASCII)
 """Settings files that name other files."""
+_ROUTERS = {"Router": "router_config.json", "Asym": "config.json"}
+"""Classes of modules with branches of modules (sentence-transformers), and the file that names these."""
 
 
 @dataclass
@@ -100,16 +102,44 @@ def survey(directory: Path, own: Collection[str], *, whole: bool, merged: Collec
 
 
 def module_folders(directory: Path) -> tuple[str, ...]:
-    """Return the folders named in a model's ``modules.json`` (sentence-transformers), except the model's own."""
+    """Return the folders of a model's modules (sentence-transformers), except the model's own folder.
+
+    ``modules.json`` names them, and the settings of a router name those of its branches, within its own folder.
+    """
+    return tuple(modules_of(directory))
+
+
+def modules_of(directory: Path) -> dict[str, str]:
+    """Return the class of each module, without its package, by the module's folder; see `module_folders`."""
     entries = _settings(directory / MODULES)
-    paths = (
-        [entry.get("path") for entry in entries if isinstance(entry, dict)]
-        if isinstance(entries, list)
-        else []
-    )
-    return tuple(
-        dict.fromkeys(path for path in paths if isinstance(path, str) and path and is_sound_path(path))
-    )
+    listed = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    found: dict[str, str] = {}
+    routers: list[str] = []
+    for entry in listed:
+        path, kind = entry.get("path"), _class(entry.get("type"))
+        if isinstance(path, str) and path and is_sound_path(path):
+            found.setdefault(path, kind)
+        if kind in _ROUTERS and (path == "" or path in found):
+            routers.append(path)
+    for router in routers:
+        for name, kind in _branches(directory / router).items():
+            path = f"{router}/{name}".lstrip("/")
+            if name and is_sound_path(path):
+                found.setdefault(path, _class(kind))
+    return found
+
+
+def _branches(router: Path) -> Mapping[str, Any]:
+    """Return the modules of a router's branches by their folders within its own."""
+    for name in _ROUTERS.values():
+        settings = _settings(router / name)
+        if isinstance(settings, dict) and isinstance(settings.get("types"), dict):
+            return dict(settings["types"])
+    return {}
+
+
+def _class(text: object) -> str:
+    return text.rpartition(".")[2] if isinstance(text, str) else ""
 
 
 def read_small(directory: Path, name: str, most: int = _MOST_SETTINGS) -> bytes:

@@ -12,13 +12,15 @@ from safetensors.torch import load_file, save_file
 
 import streammerge.output.shards as shards
 from streammerge import merge, plan, verify
-from streammerge.errors import WorldError
+from streammerge.errors import ModelError, WorldError
 
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
 ]
+
+MADE = {"README.md", "streammerge.json", "streammerge_config.yml"}
 
 
 def write(directory: Path, seed: int, dense: Mapping[str, tuple[int, ...]] | None = None) -> Path:
@@ -128,3 +130,73 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     path.rename(tmp_path / "elsewhere.safetensors")
     path.symlink_to(tmp_path / "elsewhere.safetensors")
     assert plan(mean(a, b)).template.folders == ()
+
+
+ROUTED = {
+    "types": {
+        "query_0_StaticEmbedding": "x.StaticEmbedding",
+        "document_0_Dense": "x.Dense",
+        "../out": "x.Dense",
+    }
+}
+LAYOUTS = {
+    "a transformer in a folder": (
+        {"0_Transformer": "Transformer", "1_Pooling": "Pooling", "2_Dense": "Dense"},
+        {},
+    ),
+    "a static embedding": ({"0_StaticEmbedding": "StaticEmbedding", "1_Normalize": "Normalize"}, {}),
+    "a router": ({"": "Router", "1_Normalize": "Normalize"}, {"router_config.json": ROUTED}),
+    "a router in a folder": (
+        {"0_Transformer": "Transformer", "1_Asym": "Asym"},
+        {"1_Asym/config.json": ROUTED},
+    ),
+}
+
+
+def write_folders(directory: Path, seed: int, layout: str) -> Path:
+    """Write an embedding model whose weights are in its modules' folders alone."""
+    modules, settings = LAYOUTS[layout]
+    for name, content in settings.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(json.dumps(content))
+    branches = {
+        f"{Path(name).parent}/{branch}" for name in settings for branch in ROUTED["types"] if branch[0] != "."
+    }
+    generator = torch.Generator().manual_seed(seed)
+    for folder in (*filter(None, modules), *(branch.removeprefix("./") for branch in branches)):
+        (directory / folder).mkdir(parents=True, exist_ok=True)
+        if not folder.endswith(("Pooling", "Normalize", "Asym")):
+            made = {"linear.weight": torch.randn(4, 8, generator=generator)}
+            save_file(made, directory / folder / "model.safetensors", metadata={"format": "pt"})
+            (directory / folder / "tokenizer.json").write_text("{}")
+    listed = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in modules.items()
+    ]
+    (directory / "modules.json").write_text(json.dumps(listed))
+    return directory
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_whose_weights_are_in_its_modules_folders_alone_is_merged_folder_by_folder(
+    tmp_path: Path, layout: str
+) -> None:
+    a, b, out = (tmp_path / name for name in ("a", "b", "out"))
+    write_folders(a, 1, layout)
+    write_folders(b, 2, layout)
+    merge(mean(a, b), out, progress=False)
+    assert set(everything(a)) == set(everything(out)) - MADE
+    weights = [name for name in everything(a) if name.endswith(".safetensors")]
+    assert len(weights) == {"a static embedding": 1, "a router in a folder": 3}.get(layout, 2)
+    for name in weights:
+        (x,), (y,), (found,) = (load_file(folder / name).values() for folder in (a, b, out))
+        assert torch.equal(found, ((x.double() + y.double()) / 2).float())
+    assert not verify(out, against=mean(a, b), sample=None).problems
+
+
+def test_a_module_without_its_weights_is_refused(tmp_path: Path) -> None:
+    a, b = write_folders(tmp_path / "a", 1, "a router"), write_folders(tmp_path / "b", 2, "a router")
+    (b / "document_0_Dense/model.safetensors").unlink()
+    with pytest.raises(
+        ModelError, match=r"b/document_0_Dense: no weights of the component 'Dense' here: download"
+    ):
+        plan(mean(a, b))
