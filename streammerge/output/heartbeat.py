@@ -20,6 +20,7 @@ from typing import Any
 from streammerge.errors import StreammergeError
 from streammerge.io.private import own_token
 from streammerge.output.place import WORKERS
+from streammerge.output.same_kernel import have_seen_end, processes
 from streammerge.output.volume import Folder, Gone, Volume
 from streammerge.records import dataclass
 
@@ -54,6 +55,13 @@ class Sign:
     age: float
     """Seconds since it was renewed, by the store's clock."""
     progress: Mapping[str, Any] = field(default_factory=dict)
+    processes: str = ""
+    """Where its number holds; see `streammerge.output.same_kernel`."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it is known to have ended, killed perhaps: on a different host that cannot be seen."""
+        return have_seen_end(self.processes, self.pid)
 
     @property
     def is_fresh(self) -> bool:
@@ -114,7 +122,10 @@ def _parsed(name: str, raw: bytes | None) -> Sign | None:
         told = json.loads(raw[: 1 << 16])
         worker = name.removeprefix(f"{WORKERS}/").removesuffix(".json")
         pid, progress = int(told["pid"]), dict(told["progress"])
-        return Sign(worker, str(told["host"]), pid, str(told["domain"]), str(told["run"]), 0.0, progress)
+        where = str(told.get("processes", ""))
+        return Sign(
+            worker, str(told["host"]), pid, str(told["domain"]), str(told["run"]), 0.0, progress, where
+        )
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
@@ -176,7 +187,8 @@ class Heartbeat:
     def _tell(self) -> None:
         told = self._progress()
         self._moved, self._cpu = told.get("moved"), time.process_time()
-        sign = {"host": socket.gethostname(), "pid": os.getpid(), "domain": self._domain, "run": self._run}
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "processes": processes()}
+        sign = {**own, "domain": self._domain, "run": self._run}
         self._volume.put(self.name, json.dumps({**sign, "progress": told}).encode(), durable=False)
 
     def _beat(self) -> None:

@@ -6,7 +6,6 @@ a finished output. After each of its own it therefore looks whether the run is s
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 
@@ -22,7 +21,8 @@ from streammerge.io.object_small import (
 )
 from streammerge.io.private import own_token
 from streammerge.output.place import RUN, is_run
-from streammerge.output.volume import Gone, kernel
+from streammerge.output.same_kernel import have_seen_end, processes
+from streammerge.output.volume import Gone
 
 _CLOCK_SECONDS = 30.0
 """Seconds after which the store is asked for its time again."""
@@ -58,7 +58,7 @@ class ObjectFolder:
 
     def has_ended(self, domain: str, pid: int) -> bool:
         """See `Volume`."""
-        return domain == self.domain and not _is_running(pid)
+        return have_seen_end(domain, pid)
 
     def leave(self, run: str) -> None:
         """See `Volume`."""
@@ -144,21 +144,3 @@ class ObjectFolder:
                     self.remove(probe)
             self._asked = time.time() if told is None else told, now
         return self._asked[0] + now - self._asked[1]
-
-
-def processes() -> str:
-    """Return a name of the kernel and of its set of process numbers: inside it, a process sees whether others have ended."""
-    try:
-        return f"{kernel()}:{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{kernel()}:{own_token()}"
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

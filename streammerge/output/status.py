@@ -25,6 +25,11 @@ class AtWork:
     units: tuple[str, ...]
     """What it has in hand."""
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it counts as alive: it gave a sign of life lately, and has not ended since so far as can be told."""
+        return self.sign.is_fresh and not self.sign.has_ended
+
 
 @dataclass(frozen=True)
 class Status:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import errno
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 from streammerge.io.durable import fsync_directory, world_errors, write_file, write_fully
 from streammerge.io.private import is_private, private
 from streammerge.output.place import RUN, WORKERS, is_run
+from streammerge.output.same_kernel import kernel
 
 _CLOCK_SECONDS = 30.0
 """Seconds after which the store is asked for its time again."""
@@ -276,15 +275,6 @@ class Folder:
             yield
         except FileNotFoundError:
             raise Gone(str(self.root)) from None
-
-
-@cache
-def kernel() -> str:
-    """Return a name of the kernel that this process runs on, until the next boot."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
 
 
 def remove_small(folder: Path) -> None:

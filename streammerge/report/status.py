@@ -14,6 +14,7 @@ _STAGES = {
     "commit": "finishing",
     "": "merging",
 }
+_NOBODY = "nobody works on it: run the same command again to go on"
 
 
 def status_values(status: Status) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def status_values(status: Status) -> dict[str, Any]:
             {
                 "host": one.sign.host,
                 "pid": one.sign.pid,
-                "alive": one.sign.is_fresh,
+                "alive": one.is_alive,
                 "seconds_since": round(one.sign.age, 1),
                 "units": list(one.units),
                 "bytes_read": _number(one, "bytes_read"),
@@ -48,8 +49,8 @@ def status_text(status: Status) -> str:
     out = printable(status.out)
     if status.finished:
         return f"{out}: finished"
-    alive = sum(one.sign.is_fresh for one in status.workers)
-    who = plural(alive, "process", "processes") if alive else "nobody works on it"
+    alive = sum(one.is_alive for one in status.workers)
+    who = plural(alive, "process", "processes") if alive else _NOBODY
     if status.shared:
         share = format_share(status.nbytes_done, status.nbytes)
         far = (
@@ -60,14 +61,16 @@ def status_text(status: Status) -> str:
     lines = [f"{out}: {far}"]
     if status.failure:
         lines.append(f"  stopped: {printable(status.failure, 1000)}")
-    return "\n".join([*lines, *(f"  {_line(one)}" for one in status.workers)])
+    return "\n".join([*lines, *(f"  {_line(one, status.shared)}" for one in status.workers)])
 
 
-def _line(one: AtWork) -> str:
+def _line(one: AtWork, shared: bool) -> str:
     name = f"{printable(one.sign.host, 60)} ({one.sign.pid})"
+    if one.sign.has_ended:
+        return f"{name}: has ended without finishing"
     if not one.sign.is_fresh:
         return f"{name}: no sign of life for {format_seconds(one.sign.age)}"
-    units = ", ".join(printable(unit, 40) for unit in one.units[:3]) or "waits"
+    units = ", ".join(printable(unit, 40) for unit in one.units[:3]) or ("waits" if shared else "works")
     read, written = (format_size(_number(one, key)) for key in ("bytes_read", "bytes_written"))
     return f"{name}: {units} · read {read}, wrote {written}"
 

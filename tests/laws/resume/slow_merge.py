@@ -13,6 +13,7 @@ from streammerge.api import merge
 from streammerge.output.place import JOURNAL as NAME
 from streammerge.output.place import STATE
 from tests.conftest import config_for, output_bytes
+from tests.patience import PATIENCE
 
 _SLOW = """
 import itertools, os, signal, sys, time
@@ -45,6 +46,11 @@ from streammerge.cli import main
 main()
 """
 _OPTIONS = ["--shard-size", "700KB"]
+
+
+def without_progress(err: str) -> list[str]:
+    """Return the lines of a merge's messages without those that tell, every ten seconds, how far it is."""
+    return [line for line in err.splitlines() if not line.startswith("after ")]
 
 
 NEVER = 10**9
@@ -81,8 +87,9 @@ class Slow:
         """Start, and return when some elements are finished and recorded; the rest takes seconds."""
         path = self.out / STATE / NAME
         process = self.start(slow_from=15)
-        for _ in range(2000):
-            if process.poll() is not None or (path.exists() and path.read_bytes().count(b'"done"') >= 3):
+        until = time.monotonic() + PATIENCE
+        while process.poll() is None and time.monotonic() < until:
+            if path.exists() and path.read_bytes().count(b'"done"') >= 3:
                 break
             time.sleep(0.01)
         return process
@@ -95,6 +102,6 @@ class Slow:
     def finish(self) -> None:
         """Run it to the end and compare."""
         process = self.start("--quiet")
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, out, err) == (0, "", "")
         assert output_bytes(self.out) == self.expected()

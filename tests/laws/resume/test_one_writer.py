@@ -13,10 +13,13 @@ from streammerge.errors import OutputError
 from streammerge.output.journal import Journal
 from streammerge.output.place import JOURNAL as NAME
 from streammerge.output.place import STATE
+from streammerge.output.status import status_of
+from streammerge.report.status import status_text, status_values
 from tests.conftest import output_bytes
 from tests.laws.resume.scene import Scene
-from tests.laws.resume.slow_merge import Slow
+from tests.laws.resume.slow_merge import Slow, without_progress
 from tests.laws.resume.traps import interrupt
+from tests.patience import PATIENCE
 
 
 def test_a_directory_that_is_locked_is_refused(scene: Scene) -> None:
@@ -85,20 +88,25 @@ def test_a_second_merge_is_refused_while_the_first_is_stopped_in_mid_work(slow: 
     try:
         before = {p.name: p.stat().st_mtime_ns for p in slow.out.iterdir()}
         second = slow.start("--overwrite")
-        out, err = second.communicate(timeout=30)
+        out, err = second.communicate(timeout=PATIENCE)
         assert (second.returncode, out) == (2, "")
-        assert len(err.splitlines()) == 1
+        assert len(without_progress(err)) == 1
         assert "a different merge is writing there" in err
         assert {p.name: p.stat().st_mtime_ns for p in slow.out.iterdir()} == before
     finally:
         first.send_signal(signal.SIGCONT)
-    assert first.wait(timeout=30) == 0
+    assert first.wait(timeout=PATIENCE) == 0
     assert output_bytes(slow.out) == slow.expected()
 
 
 @pytest.mark.slow
-def test_a_kill_leaves_no_lock_behind(slow: Slow) -> None:
+def test_a_kill_is_told_at_once_and_leaves_no_lock_behind(slow: Slow) -> None:
     first = slow.start_and_wait_for_work()
+    assert f"({first.pid}): works · read " in status_text(status_of(slow.out))
     first.kill()
     first.wait()
+    told = status_of(slow.out)
+    assert f"({first.pid}): has ended without finishing" in status_text(told)
+    assert "nobody works on it: run the same command again to go on" in status_text(told)
+    assert [worker["alive"] for worker in status_values(told)["workers"]] == [False]
     slow.finish()
