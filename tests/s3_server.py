@@ -22,6 +22,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE
+
 KEY, SECRET = "AKIATEST", "secretsecret"
 
 
@@ -88,7 +90,7 @@ class Server:
         log = (self._directory / "log").open("ab")
         self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._directory)
         log.close()
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         while time.monotonic() < until and self._process.poll() is None:
             with suppress(Exception):
                 self.put("bench", "ready", b"ready")

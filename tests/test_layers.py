@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import streammerge
+from tests.patience import PATIENCE
 
 PACKAGE = Path(streammerge.__file__).parent
 RANKS = [
@@ -220,7 +221,7 @@ def test_no_part_of_the_package_has_a_public_name() -> None:
 @pytest.mark.parametrize("names", ["merge, plan", "plan, merge", "verify, plan, merge"])
 def test_public_names_are_functions_in_whatever_order_they_are_imported(names: str) -> None:
     code = f"from streammerge import {names}\nimport streammerge\nassert all(map(callable, ({names}, streammerge.plan)))"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 # --- papers, estimates
@@ -305,7 +306,9 @@ except SystemExit as stop:
 )
 def test_starting_imports_no_array_library(code: str) -> None:
     report = f"\nimport sys, json\nprint(json.dumps([m for m in {HEAVY!r} if m in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code + report], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == []
     if "--help" in code:

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+from tests.patience import PATIENCE
+
 SCRIPT = """
 import json, torch
 from pathlib import Path
@@ -34,7 +36,7 @@ MIB = 1 << 20
 def test_inputs_are_not_copied_and_the_loop_holds_few_tensors() -> None:
     """Three models of 64 MiB; `memory` leaves 40 MiB for buffers, and no tensor's statistics fit in them."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     whole, loop = json.loads(done.stdout)

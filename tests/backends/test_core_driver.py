@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE
+
 SOURCE = Path(__file__).with_name("fake_libcuda.c")
 pytestmark = pytest.mark.skipif(
     shutil.which("gcc") is None or importlib.util.find_spec("cuda") is None, reason="needs gcc and cuda-core"
@@ -126,7 +128,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[
     """Run the program over the library of C; return what it found, and the calls."""
     folder = tmp_path_factory.mktemp("cuda")
     command = ["gcc", "-w", "-O1", "-shared", "-fPIC", "-o", str(folder / "libcuda.so.1"), str(SOURCE)]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=PATIENCE)
     log = folder / "log"
     environment = {
         **os.environ,
@@ -136,7 +138,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=PATIENCE, env=environment
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), log.read_text().splitlines()

@@ -17,6 +17,7 @@ from streammerge.numerics.compiled import missing_kernels
 from streammerge.numerics.philox import derive_key
 from streammerge.statistics.random_words import LowWords, low_words
 from tests.conftest import config_for
+from tests.patience import PATIENCE
 
 WITHOUT = "import sys; sys.modules['numba'] = None; from streammerge.cli import main; main()"
 
@@ -34,7 +35,7 @@ def test_a_merge_without_numba_has_the_same_bytes_and_says_that_it_is_slower(
             [sys.executable, "-c", code, "merge", str(config), str(out)],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
             check=False,
         )
         assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import streammerge.cli
+from tests.patience import PATIENCE
 
 FEW: dict[str, tuple[int, ...]] = {"embed.weight": (50, 16), "layers.0.weight": (16, 16), "norm": (16,)}
 
@@ -53,7 +54,9 @@ def shell(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "streammerge.cli", *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, **options}
-    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60, check=False, **options)
+    return subprocess.run(
+        command, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False, **options
+    )
 
 
 def write_config(path: Path, config: Any) -> Path:

@@ -12,6 +12,7 @@ import yaml
 
 from tests.cli.running import Cli, shell
 from tests.conftest import config_for
+from tests.patience import PATIENCE
 
 
 def test_a_full_stdout_does_not_lose_the_merge(config: Path, tmp_path: Path, cli: Cli) -> None:
@@ -52,7 +53,7 @@ except SystemExit as stopped:
 @pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["merge", "none.yml", "out"]])
 def test_help_and_config_errors_import_neither_numba_nor_torch(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-c", _HEAVY, *arguments]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     code = "2" if "none.yml" in arguments else "0"
     assert run.stdout.splitlines()[-1].split() == [code], run
 

@@ -23,6 +23,7 @@ from streammerge.methods.registry import all_methods
 from streammerge.report.example import commented_config, example_config
 from tests.cli.running import Cli, assert_refused
 from tests.conftest import write_fisher, write_grams, write_model, write_models
+from tests.patience import PATIENCE
 
 load_builtin()
 BUILT_IN = [name for name, method in all_methods().items() if method.origin == "built in"]
@@ -240,7 +241,7 @@ def test_a_group_without_a_command_shows_its_help(cli: Cli) -> None:
 
 def test_the_package_is_a_program() -> None:
     command = [sys.executable, "-m", "streammerge", "-V"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.startswith("streammerge, version ")
 
 

@@ -13,6 +13,7 @@ import yaml
 
 from streammerge.backends.cpu.compile import compile_kernels
 from tests.conftest import config_for
+from tests.patience import PATIENCE
 
 RUN = """
 import json, sys
@@ -27,7 +28,7 @@ finally:
 def imported(*arguments: str | Path) -> set[str]:
     """Return the modules that a command has imported when it ends."""
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", RUN, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     return set(json.loads(done.stdout.splitlines()[-1]))
 

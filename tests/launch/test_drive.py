@@ -32,6 +32,7 @@ from streammerge.output.place import STATE
 from streammerge.output.status import status_of
 from streammerge.report.status import status_text, status_values
 from tests.conftest import config_for, output_bytes, write_model
+from tests.patience import PATIENCE
 
 PLAN = {"tensors": 4, "elements": 32, "warnings": ["known"]}
 
@@ -194,11 +195,11 @@ def test_processes_on_this_host_give_the_bytes_of_one_and_end_with_their_driver(
         time.sleep(0.01)
     driver.kill()
     driver.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while _workers(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _workers(tmp_path)
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert output_bytes(tmp_path / "out") == output_bytes(tmp_path / "alone")
 

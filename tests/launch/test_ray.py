@@ -25,6 +25,7 @@ from streammerge.errors import StreammergeError, WorldError
 from streammerge.events import Control, Event
 from streammerge.output.place import STATE
 from tests.conftest import config_for, output_bytes, write_model
+from tests.patience import PATIENCE
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
@@ -122,7 +123,7 @@ class Case:
     def end(self) -> Any:
         """Let all records through; return the summary or the error of the merge."""
         self.allow(1000)
-        self._thread.join(120)
+        self._thread.join(PATIENCE)
         assert not self._thread.is_alive()
         return self.result
 
@@ -136,7 +137,7 @@ class Case:
         assert not list(self.directory.glob(".streammerge-*"))
 
 
-def wait(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
@@ -208,7 +209,7 @@ def test_the_head_may_be_lost_and_what_is_finished_stays(make: Callable[..., Cas
     one = make(DARE)
     one.start("ray:1", 2)
     cluster.remove_node(cluster.head_node, allow_graceful=False)
-    one._thread.join(60)
+    one._thread.join(PATIENCE)
     assert isinstance(one.result, WorldError)
     assert "the connection to the Ray cluster was lost" in str(one.result)
     assert "run the same command again" in str(one.result)

@@ -21,6 +21,7 @@ from streammerge.api import merge
 from streammerge.errors import ModelError
 from streammerge.events import Event
 from tests.conftest import config_for, output_bytes, read_tensors, write_model
+from tests.patience import PATIENCE
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed.weight": (200, 32),
@@ -216,7 +217,9 @@ def test_bytes_do_not_depend_on_the_hash_seed(make_models: Make, tmp_path: Path)
             "9000",
         ]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=60)
+        subprocess.run(
+            command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=PATIENCE
+        )
     assert output_bytes(tmp_path / "out0") == output_bytes(tmp_path / "out4242")
 
 

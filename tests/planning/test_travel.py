@@ -18,6 +18,7 @@ from streammerge.planning.plan import MergePlan
 from tests.checkpoint.adapters.scene import factors, write_adapter, write_base
 from tests.conftest import config_for, output_bytes, write_models
 from tests.laws.test_methods import BUILTIN, VARIANTS
+from tests.patience import PATIENCE
 
 USER_METHOD = """
 import streammerge
@@ -99,6 +100,6 @@ def test_another_process_merges_a_pickled_plan_to_the_same_bytes(
         (tmp_path / f"{name}.plan").write_bytes(survives(plan(config)))
         merge(config, tmp_path / f"{name}.here", progress=False)
     plans = [str(tmp_path / f"{name}.plan") for name in configs]
-    subprocess.run([sys.executable, "-c", ELSEWHERE, *plans], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *plans], check=True, timeout=PATIENCE)
     for name in configs:
         assert output_bytes(tmp_path / f"{name}.there") == output_bytes(tmp_path / f"{name}.here"), name

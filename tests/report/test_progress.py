@@ -18,6 +18,7 @@ from streammerge.report import progress
 from streammerge.report.pace import Pace, Tracker
 from streammerge.report.progress import BarReporter, LineReporter, make_reporter
 from tests.laws.resume.slow_merge import Slow
+from tests.patience import PATIENCE
 
 GIB = 1 << 30
 PLAN = {
@@ -216,7 +217,7 @@ def test_ctrl_c_on_a_terminal_says_that_it_stops_and_leaves_no_bar_behind(
         pass  # the process has closed its end
     finally:
         os.close(master)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=PATIENCE)
     text = seen.decode()
     assert process.returncode == 130, text
     assert out == ""

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE
+
 pytest.importorskip("triton")
 
 PROGRAMS = Path(__file__).parents[3] / "tools" / "prove"
@@ -41,7 +43,7 @@ def found() -> dict[str, Any]:
     """Run the comparisons once, where the interpreter may patch Triton's language."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ran = subprocess.run(
-        [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     report: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])

@@ -13,6 +13,7 @@ from typing import Any
 
 from streammerge.events import Event
 from tests.laws.resume.forks import contents, fork, wait
+from tests.patience import PATIENCE
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed.weight": (300, 64),
@@ -104,7 +105,7 @@ class Scene:
         self.finished()
 
 
-def wait_stopped(number: int, seconds: float = 30.0) -> None:
+def wait_stopped(number: int, seconds: float = PATIENCE) -> None:
     """Wait until a fork has stopped itself."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
 from tests.s3_server import Server
 
 SCENES = (
@@ -29,7 +30,9 @@ def ended(s3_server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     command = [sys.executable, "-m", "tests.laws.joined.store_forks", str(tmp_path_factory.mktemp("joined"))]
     where = Path(__file__).parents[3]
     environment = {**os.environ, **s3_server.environment()}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=where, env=environment, timeout=400)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=where, env=environment, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -42,6 +42,7 @@ from streammerge.output.place import JOURNAL as NAME
 from streammerge.output.place import STATE
 from streammerge.planning.memory import budget
 from tests.fixed_budget import Fixed
+from tests.patience import PATIENCE
 
 MODEL_SCOPE = {"density": 0.3, "trim_scope": "model"}
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -86,7 +87,7 @@ def fork(action: Callable[[], object], stderr: Path | None = None) -> int:
         os._exit(code)
 
 
-def wait(number: int, seconds: float = 60.0) -> int:
+def wait(number: int, seconds: float = PATIENCE) -> int:
     """Return the exit code of a process, negative for a signal; one that hangs is killed and an error."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

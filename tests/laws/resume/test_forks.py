@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.laws.resume.slow_merge import ROOT
+from tests.patience import PATIENCE
 
 NUMBERS = {"kills": 16, "signals": 8, "starts": 5}
 
@@ -25,7 +26,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         str(tmp_path_factory.mktemp("forks")),
         *options,
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)
     return found

@@ -11,7 +11,8 @@ import pytest
 from streammerge.errors import Stopped
 from streammerge.events import Event
 from tests.laws.resume.scene import Scene
-from tests.laws.resume.slow_merge import Slow
+from tests.laws.resume.slow_merge import Slow, without_progress
+from tests.patience import PATIENCE
 
 
 def test_a_stop_that_was_asked_for_is_clean_and_resumable(scene: Scene) -> None:
@@ -35,9 +36,9 @@ def test_a_stop_that_was_asked_for_is_clean_and_resumable(scene: Scene) -> None:
 def test_a_signal_stops_it_in_one_line_and_it_goes_on(number: int, code: int, slow: Slow) -> None:
     process = slow.start_and_wait_for_work()
     process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
-    assert len(err.splitlines()) == 1
+    assert len(without_progress(err)) == 1
     assert "run the same command again" in err
     assert not (slow.out / "model.safetensors.index.json").exists()
     slow.finish()
@@ -48,7 +49,7 @@ def test_a_signal_before_any_work_stops_it_without_a_traceback(slow: Slow) -> No
     process = slow.start()
     time.sleep(0.25)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode in (143, -signal.SIGTERM)
     assert "Traceback" not in err
     slow.finish()
