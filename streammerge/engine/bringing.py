@@ -17,6 +17,7 @@ from streammerge.planning.job import Job
 from streammerge.planning.schedule import ALIGN
 from streammerge.tensors.coded.kinds import Step, aligned, coded_steps, is_coded
 from streammerge.tensors.read import read_source
+from streammerge.tensors.stacked import all_leaves, leaves
 
 _SLOTS_OF_CODES = 16
 """Codes of one block that lie on the device at a time, in slots of the ring; they are decoded when the room is full."""
@@ -37,14 +38,18 @@ class _Waiting(NamedTuple):
 
 def host_bytes(job: Job) -> int:
     """Return the bytes of this process's memory that bringing a job takes, in addition to the ring: scales, read and checked."""
-    return max((ref.scratch_bytes for ref in job.held if is_coded(ref)), default=0)
+    parts = (leaf for ref in job.held for leaf in all_leaves(ref))
+    return max((leaf.scratch_bytes for leaf in parts if is_coded(leaf)), default=0)
 
 
 def room_for_codes(lane: Lane, job: Job, first: int, last: int) -> int:
     """Return the bytes of device memory for the codes of elements `first` to `last` of a job's operands."""
     wanted, limit = 0, min(_SLOTS_OF_CODES * lane.slot_bytes, max(lane.slot_bytes, lane.arena.limit // 8))
-    for ref in filter(is_coded, job.held):
-        for step in coded_steps(ref, first, last, lane.slot_bytes):
+    parts = (leaf for ref in job.held for leaf in leaves(ref, first, last))
+    for leaf in parts:
+        if not is_coded(leaf.ref):
+            continue
+        for step in coded_steps(leaf.ref, leaf.start, leaf.stop, lane.slot_bytes):
             wanted += step.nbytes
             if wanted >= limit:
                 return limit
@@ -71,17 +76,16 @@ class Carrier:
         """The end of the last copy."""
 
     def bring(self, ref: Ref, first: int, last: int, address: int) -> None:
-        """Have elements `first` to `last` of a tensor copied, or their codes; they will lie at `address`.
+        """Have elements `first` to `last` of a tensor copied, or their codes, part by part; they will lie at `address`.
 
         Raises
         ------
         Halted
             If the worker was stopped.
         """
-        if is_coded(ref):
-            self._bring_codes(ref, first, last, address)
-        else:
-            self._bring_elements(ref, first, last, address)
+        for leaf in leaves(ref, first, last):
+            bring = self._bring_codes if is_coded(leaf.ref) else self._bring_elements
+            bring(leaf.ref, leaf.start, leaf.stop, address + leaf.place * itemsize(ref.dtype))
 
     def _bring_elements(self, ref: Ref, first: int, last: int, address: int) -> None:
         worker, size = self._worker, itemsize(ref.dtype)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend
+from streammerge.formats.refs import Ref
 from streammerge.methods.registry import Method
 from streammerge.planning.backend import why_unfused
 from streammerge.planning.job import Job
 from streammerge.planning.needs import likeness, tensor_context_of
 from streammerge.tensors.coded.kinds import is_coded
+from streammerge.tensors.stacked import all_leaves
 
 DEVICE_BYTES = 1 << 20
 """Least bytes of the inputs of a tensor; the CPU has merged smaller ones before a GPU has begun."""
@@ -34,10 +36,15 @@ def goes_to_device(job: Job, extent: Extent) -> bool:
         and not job.waits
         and not job.shared
         and job.input_bytes >= DEVICE_BYTES
-        and all((not ref.scratch_bytes or is_coded(ref)) and not ref.chunk_elements for ref in job.held)
+        and all(_is_brought(leaf) for ref in job.held for leaf in all_leaves(ref))
         and not any(ref.is_whole for ref in job.inputs)
         and all(ref.dtype in ("F32", "F16", "BF16") for ref in job.held)
     )
+
+
+def _is_brought(ref: Ref) -> bool:
+    """Return whether ranges of a tensor are read as elements or as codes, without a buffer of this process."""
+    return (not ref.scratch_bytes or is_coded(ref)) and not ref.chunk_elements
 
 
 def is_fused(job: Job, method: Method, backend: Backend) -> bool:

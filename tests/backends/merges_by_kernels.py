@@ -28,7 +28,7 @@ from streammerge.engine import bringing
 from streammerge.planning import on_device
 from tests.backends.fake_driver import FakeDriver
 from tests.checkpoint.quantized.formats import write, write_entries
-from tests.checkpoint.quantized.numbers import bytes_of, finite_codes
+from tests.checkpoint.quantized.numbers import bytes_of, finite_codes, floats_of
 from tests.conftest import config_for, output_bytes, write_models
 
 SIZES = Sizes(slots_in=3, slots_out=2, slot_bytes=3 << 12, staging=1, staging_bytes=1 << 12)
@@ -50,6 +50,7 @@ QUANTISED = {
     "quantised, streamed": ("linear", ("mxfp4 U8", "awq", "pack-quantized 3 bits, zero points"), 400_000),
     "quantised experts": ("linear", ("gpt-oss", "gpt-oss"), 1 << 24),
     "plain FP8": ("task_arithmetic", (), 1 << 24),
+    "stacked FP8": ("task_arithmetic", (), 400_000),
 }
 """Merges of quantised models: the method, the format of each, and the bytes of the device."""
 MEMORY = [1 << 24]
@@ -78,13 +79,49 @@ def both(config: Any, out: Path) -> bool:
     return found[0] == found[1]
 
 
+def _entry(array: Any) -> Any:
+    return floats_of(array, "F32")[0] if array.dtype == np.float32 else bytes_of(array, "F8_E4M3")
+
+
+def write_experts(path: Path, seed: int, *, fused: bool) -> dict[str, Any]:
+    """Write experts in blocks of FP8, all in one tensor or one by one; return arrays of the size of their values."""
+    rng, parent = np.random.default_rng(seed), "model.layers.0.mlp.experts"
+    entries: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for name, parts, rows, columns in (
+        ("gate_up_proj", ("gate_proj", "up_proj"), 48, 64),
+        ("down_proj", ("down_proj",), 64, 48),
+    ):
+        shape = (2, len(parts), rows, columns)
+        codes = finite_codes(rng, shape, "F8_E4M3")
+        scales = rng.uniform(0.5, 2.0, (*shape[:2], rows // 16, columns // 16)).astype(np.float32)
+        values[name] = np.zeros(shape, np.float32)
+        for end, array in (("", codes), ("_scale_inv", scales)):
+            if fused:
+                entries[f"{parent}.{name}{end}"] = _entry(array.reshape(2, -1, array.shape[-1]))
+                continue
+            for expert in range(2):
+                for place, part in enumerate(parts):
+                    entries[f"{parent}.{expert}.{part}.weight{end}"] = _entry(array[expert, place])
+    declared = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [16, 16],
+    }
+    write_entries(path, entries, {"quantization_config": declared})
+    return values
+
+
 def quantised(name: str, folder: Path) -> None:
     """Merge models in different formats, and say how it went."""
     method, formats, MEMORY[0] = QUANTISED[name]
     paths = [folder / name / str(number) for number in range(max(2, len(formats)))]
     values: dict[str, Any] = {}
     for number, path in enumerate(paths):
-        if formats:
+        if name == "stacked FP8":
+            values = write_experts(path, number, fused=not number)
+        elif formats:
             rows = 96 if MEMORY[0] == 1 << 24 else 384
             shape = {} if formats[0] == "gpt-oss" else {"rows": rows, "columns": 64}
             values = write(path, formats[number], number, **shape)

@@ -14,7 +14,7 @@ from tests.patience import PATIENCE
 pytest.importorskip("triton")
 
 
-CASES = ["ties", "quantised", "quantised, streamed", "quantised experts", "plain FP8"]
+CASES = ["ties", "quantised", "quantised, streamed", "quantised experts", "plain FP8", "stacked FP8"]
 
 
 @pytest.fixture(scope="module")

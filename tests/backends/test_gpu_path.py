@@ -253,6 +253,38 @@ def test_a_gpu_without_memory_is_refused_in_one_line(paths: list[Path], tmp_path
         run(config_for("linear", paths), tmp_path / "gpu")
 
 
+@pytest.mark.parametrize("nbytes", [1 << 24, 1 << 21])
+def test_experts_in_different_layouts_are_brought_part_by_part(
+    nbytes: int, tmp_path: Path, fake: Fake
+) -> None:
+    parent, shape = "model.layers.0.mlp.experts", (3, 40, 1024)
+    paths = [tmp_path / "stacked", tmp_path / "single", tmp_path / "base"]
+    for seed, path in enumerate(paths):
+        generator = torch.Generator().manual_seed(seed)
+        whole = {
+            "gate_up_proj": torch.randn((shape[0], 2 * shape[1], shape[2]), generator=generator).bfloat16(),
+            "down_proj": torch.randn((shape[0], shape[2], shape[1]), generator=generator).bfloat16(),
+        }
+        tensors = {f"{parent}.{name}": value for name, value in whole.items()}
+        if path.name == "single":
+            halves = whole["gate_up_proj"].chunk(2, 1)
+            some = {"gate_proj": halves[0], "up_proj": halves[1], "down_proj": whole["down_proj"]}
+            tensors = {
+                f"{parent}.{i}.{name}.weight": value[i].contiguous()
+                for name, value in some.items()
+                for i in range(shape[0])
+            }
+        write_model(path, tensors)
+    inputs = sum(value.nbytes for path in paths[:2] for value in read_tensors(path).values())
+    for first in (0, 1):
+        models = [{"model": str(paths[i]), "parameters": {"weight": 0.5}} for i in (first, 1 - first)]
+        config = {"merge_method": "linear", "models": models, "dtype": "bfloat16"}
+        driver = fake(nbytes)
+        found = [run(config, tmp_path / f"{device} {first}", device=device) for device in ("cuda", "cpu")]
+        assert found[0] == found[1]
+        assert sum(call[2] for call in driver.calls if call[0] == "copy_in") == inputs
+
+
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_what_is_not_finite_is_named_as_on_cpus(method: str, tmp_path: Path, fake: Fake) -> None:
     paths = write_models(tmp_path, shapes={"w": (40, 4096)}, dtype=torch.float16)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from streammerge.backends.fused.decoding import decoded_kinds, enqueue_decoding, value_bytes
 from streammerge.backends.fused.specs import kernel_specs
+from streammerge.checkpoint.refs.blocks import Block, BlocksRef
 from streammerge.checkpoint.refs.codebooks import CodebookRef
 from streammerge.checkpoint.refs.decoded import DecodedRef
 from streammerge.checkpoint.refs.float8 import WidenedRef
@@ -18,6 +19,7 @@ from streammerge.formats.refs import RenamedRef, SourceRef, TensorRef
 from streammerge.tensors.coded.kinds import coded_kinds, coded_steps, floats, integers, is_coded, tables
 from streammerge.tensors.coded.rectangles import cut, rectangles
 from streammerge.tensors.integers import Rectangle
+from streammerge.tensors.stacked import all_leaves, leaves
 
 
 def stored(name: str, dtype: str, *shape: int) -> TensorRef:
@@ -128,3 +130,35 @@ def test_a_launch_has_an_argument_for_each_of_the_signature() -> None:
     for how, arrays, width in known:
         enqueue_decoding(Launches(), how, range(0, 256 * arrays, 256), 1 << 40)  # type: ignore[arg-type]
         assert value_bytes(how) == width
+
+
+# --- stacked tensors
+
+
+def test_a_range_of_a_stacked_tensor_is_ranges_of_its_parts() -> None:
+    def part(name: str, *shape: int) -> RenamedRef:
+        return RenamedRef(scaled((shape[0], shape[1]), (16, 16)), name)
+
+    gates, ups = ([part(f"{which}{i}", 4, 6) for i in range(2)] for which in ("gate", "up"))
+    blocks = [
+        Block(one, 0, 6, 4 * row, 0, 4, 6) for row, one in enumerate([gates[0], ups[0], gates[1], ups[1]])
+    ]
+    stack = BlocksRef("experts", "F32", (2, 8, 6), tuple(blocks))
+    assert list(leaves(stack, 20, 50)) == [
+        (gates[0], 20, 24, 0),
+        (ups[0], 0, 24, 4),
+        (gates[1], 0, 2, 28),
+    ]
+    assert list(all_leaves(RenamedRef(stack, "other"))) == [gates[0], ups[0], gates[1], ups[1]]
+    cut_out = BlocksRef("up 1", "F32", (4, 6), (Block(stack, 72, 6, 0, 0, 4, 6),))  # of the second expert
+    assert list(leaves(cut_out, 3, 24)) == [(ups[1], 3, 24, 0)]
+
+    plain = stored("w", "BF16", 4, 6)
+    assert list(leaves(plain, 2, 9)) == [(plain, 2, 9, 0)]
+    for other in (
+        Block(gates[0], 0, 12, 0, 0, 2, 6),  # every second row
+        Block(gates[0], 0, 4, 0, 0, 6, 6, transposed=True),
+        Block(plain, 0, 6, 0, 0, 4, 6),  # of a different dtype
+    ):
+        whole = BlocksRef("w", "F32", (other.rows, 6), (other,))
+        assert list(leaves(whole, 0, 12)) == [(whole, 0, 12, 0)]
