@@ -93,9 +93,17 @@ def gptq(outputs: int, inputs: int, group: int, *, listed: bool) -> IntegersRef:
     )  # fmt: skip
 
 
+def mxfp4(rows: int, columns: int) -> QuantizedRef:
+    groups = columns // 32
+    scales = Scales(stored("s", "U8", rows, groups), "F8_E8M0", (1, rows, groups), (1, 1, 32))
+    encoding = Encoding("MXFP4", "F4_E2M1")
+    return QuantizedRef("w", (rows, columns), stored("w", "U8", rows, columns // 2), scales, encoding)
+
+
 LARGE: dict[str, tuple[SourceRef, float]] = {
     "fp8 blocks": (scaled((28672, 8192), (128, 128)), 1.01),
     "fp8 rows": (scaled((129280, 7168), (1, 7168)), 1.01),
+    "mxfp4": (mxfp4(28672, 8192), 0.532),  # half a byte, and a byte for 32
     "gptq": (gptq(28672, 8192, 128, listed=False), 0.57),
     "gptq by index": (gptq(8192, 28672, 128, listed=True), 0.8),
     "plain": (WidenedRef(stored("w", "F8_E4M3", 28672, 8192)), 1.01),
@@ -113,7 +121,7 @@ def test_a_large_tensor_takes_few_steps_of_little_more_than_its_codes(name: str)
 
 def test_a_launch_has_an_argument_for_each_of_the_signature() -> None:
     known = [
-        (floats.ScaledFloats("F8_E5M2", 1, 9, 2, (0, 1), (3, 4), (2, 5), (4, 1)), 2, 4),
+        (floats.ScaledFloats("F8_E5M2", 1, 9, 2, (0, 1), (3, 4), (2, 5), (4, 1), powers=True), 2, 4),
         (floats.PlainFloats("F8_E4M3", 12), 1, 2),
         (integers.ScaledIntegers(64, 4, 3, 1, tuple(range(8)), False, 128, -128, 2, (0, 1), (3, 4), (1, 8), 1, 4), 4, 4),
         (tables.TwiceScaled(1, 3, 16, 0.5, True, 12), 2, 4),

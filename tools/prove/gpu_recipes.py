@@ -20,6 +20,7 @@ from streammerge.dtypes import itemsize
 from streammerge.io.buffer_pool import map_memory
 from streammerge.io.reader import Reader
 from streammerge.numerics.philox import threshold
+from streammerge.tensors.coded.floats import ScaledFloats
 from streammerge.tensors.coded.kinds import aligned, coded_kinds, coded_steps
 from streammerge.tensors.read import read_elements
 from tests.checkpoint.quantized.formats import FORMATS, write, write_entries
@@ -174,8 +175,23 @@ def decoded(launcher: Any, folder: Path, *, few: bool = True) -> Iterator[tuple[
         want = read_elements(reader, ref, 3, 256).view(np.uint16)
         found = _by_kernels(launcher, reader, ref, 3, 256, slot)
         yield f"plain {dtype}", np.array_equal(found.view(np.uint16), want)
+    yield "every scale of E8M0", _powers_of_two(launcher)
     reader.close()
     yield "every kind of codes was decoded", kinds == coded_kinds()
+
+
+def _powers_of_two(launcher: Any) -> bool:
+    """Return whether codes have their values under every scale that a byte of E8M0 stands for, the subnormal one too."""
+    codes, powers = (
+        np.tile(np.array([0x38, 0xFE], np.uint8), 255),
+        np.arange(255, dtype=np.uint8),
+    )  # 1 and -448
+    found = np.zeros(510, np.float32)
+    how = ScaledFloats("F8_E4M3", 0, 510, 255, (0, 0), (1, 510), (1, 2), (510, 1), powers=True)
+    fused.enqueue_decoding(launcher, how, [codes.ctypes.data, powers.ctypes.data], found.ctypes.data)
+    with np.errstate(over="ignore"):
+        want = np.outer(2.0 ** (powers - 127.0), [1.0, -448.0]).astype(np.float32)
+    return np.array_equal(found.view(np.uint32), want.reshape(-1).view(np.uint32))
 
 
 def _by_kernels(launcher: Any, reader: Reader, ref: Any, start: int, stop: int, slot: Any) -> Any:

@@ -63,8 +63,8 @@ def _scaled_floats(how: ScaledFloats, arrays: Sequence[int], out: int) -> Call:
     codes, scales = arrays
     rows, columns = how.shape
     where = (*how.place, rows, columns, *how.extent)
-    arguments = (KINDS[how.element], codes, how.skip, how.pitch, scales, how.groups, *where, out, *how.steps)
-    return "decode", rows * columns, arguments
+    raw = (KINDS[how.element], codes, how.skip, how.pitch, scales, int(how.powers), how.groups)
+    return "decode", rows * columns, (*raw, *where, out, *how.steps)
 
 
 @_decodes(PlainFloats)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streammerge.checkpoint.refs.float8 import WidenedRef
 from streammerge.checkpoint.refs.quantized import QuantizedRef
@@ -36,7 +37,7 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class ScaledFloats:
-    """``value(code) * scale``; the arrays are codes and fp32 scales. See the kernel `decode`."""
+    """``value(code) * scale``; the arrays are codes and scales, fp32 or bytes of F8_E8M0. See the kernel `decode`."""
 
     element: str
     """The kind of code: F8_E4M3, F8_E5M2 or F4_E2M1."""
@@ -49,6 +50,8 @@ class ScaledFloats:
     extent: Pair
     steps: Pair
     """Elements of the output from one row to the next, and from one column to the next."""
+    powers: bool = False
+    """Whether the scales are bytes of F8_E8M0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,9 @@ class _Scaled:
     def __init__(self, ref: QuantizedRef, start: int, slot: int) -> None:
         self._ref, self._start, self._slot = ref, start, slot
         self._turned = ref.encoding.turned
+        self._sends_powers = (
+            ref.scales.dtype == "F8_E8M0"
+        )  # of groups of 32: in fp32 they are a fifth of all bytes
         _, rows, columns = ref.matrices
         self.tensor_shape = (columns, rows) if self._turned else (rows, columns)
 
@@ -113,8 +119,10 @@ class _Scaled:
             shape=part.shape,
             extent=(by_rows, by_columns),
             steps=(1, columns) if self._turned else (columns, 1),
+            powers=self._sends_powers,
         )
-        return Codes((codes, room.put(scales)), how, line - self._start)
+        sent = _powers(scales) if how.powers else scales
+        return Codes((codes, room.put(sent)), how, line - self._start)
 
     def _part(self, some: Rectangle) -> Part:
         stored = some.turned if self._turned else some
@@ -136,7 +144,12 @@ class _Scaled:
         return wide if high == 1 else high * self._ref.scales.shape[2]
 
     def _scale_bytes(self, part: Part) -> int:
-        return aligned(4 * self._scales(part))
+        return aligned((1 if self._sends_powers else 4) * self._scales(part))
+
+
+def _powers(scales: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the codes of F8_E8M0 of powers of two: the exponents, of which 0 belongs to the subnormal 2**-127."""
+    return (np.ascontiguousarray(scales).view(np.uint32) >> 23).astype(np.uint8)
 
 
 # --- without scales

@@ -74,6 +74,7 @@ def decode(
     skip,
     pitch,
     scales,
+    powers,
     groups,
     row,
     column,
@@ -91,6 +92,7 @@ def decode(
     ==================  ======================================================================================
     codes               the first code is number `skip`; from one row to the next there are `pitch` codes
     scales              fp32, a row of `groups` for every `by_rows` rows, and one for every `by_columns` columns
+    powers              whether the scales are E8M0 instead: bytes b that stand for 2**(b - 127); no b is 255
     row, column         of the rectangle within the first scale's part, less than `by_rows` and `by_columns`
     rows, columns       of the rectangle
     out                 element (r, c) is written `r * row_step + c * column_step` elements from there
@@ -98,7 +100,11 @@ def decode(
     """
     r, c, mask = cells(rows, columns, BLOCK)
     cell = part_of(r, row, by_rows) * groups + part_of(c, column, by_columns)
-    scale = tl.load(f32_at(scales) + cell, mask, other=0.0)
+    if powers != 0:
+        power = tl.load(u8_at(scales) + cell, mask, other=0).to(tl.uint32)
+        scale = from_bits(tl.where(power == 0, 1 << 22, power << 23))
+    else:
+        scale = tl.load(f32_at(scales) + cell, mask, other=0.0)
     place = skip + r * pitch + c
     if kind == E2M1:
         code = nibble(codes, place, 0, mask)
