@@ -72,6 +72,44 @@ def eight_at_most(typing_context, address, limit):
     return types.uint64(types.intp, types.uint32), build
 
 
+@intrinsic
+def signs_set(typing_context, address):
+    """Return one bit for each of the 64 fp64 at an address, set if its sign is negative."""
+
+    def build(context, builder, signature, args):
+        many = ir.VectorType(ir.IntType(64), 64)
+        values = builder.load(builder.inttoptr(args[0], many.as_pointer()), align=8)
+        return builder.bitcast(builder.icmp_signed("<", values, ir.Constant(many, None)), ir.IntType(64))
+
+    return types.uint64(types.intp), build
+
+
+@intrinsic
+def prefetch(typing_context, address):
+    """Ask for the cache line at an address, which need not be readable: nothing is read if it is not."""
+
+    def build(context, builder, signature, args):
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        called = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+        told = [ir.Constant(number, value) for value in (0, 3, 1)]  # to read, into all caches, data
+        builder.call(called, [builder.inttoptr(args[0], pointer), *told])
+        return context.get_dummy_value()
+
+    return types.void(types.intp), build
+
+
+@loop()
+def prefetch_row(address):
+    """Ask for 64 elements of 16 bits.
+
+    A loop that alternates between loads and work on what it has loaded stands still for the loads: the processor follows
+    sixteen lines at a time, and does not look beyond the work.
+    """
+    prefetch(address)
+    prefetch(address + 64)
+
+
 @loop()
 def widen(operand, first, n, out):
     """Write elements of an operand as fp32; exact for all dtypes.

@@ -110,7 +110,7 @@ def add_few(m, deltas, coefficients, divisor, base, scale, out):
 
 
 @loop(error_model="numpy")
-def _elect(m, deltas, coefficients, weights, zero_sign, base, scale, out):
+def _elect(m, deltas, stride, coefficients, weights, zero_sign, base, scale, out):
     """Do what `elect_few` does, with tuples; with () for the weights nothing is divided.
 
     Only the weights of the elected sign are added: an entry has that sign if it is above 0 after -1 has multiplied it where
@@ -119,7 +119,7 @@ def _elect(m, deltas, coefficients, weights, zero_sign, base, scale, out):
     for i in range(np.uint64(m)):
         positive, negative = 0.0, 0.0
         for j in range(len(coefficients)):
-            tau = coefficients[j] * np.float64(deltas[i + np.uint64(j * BLOCK)])
+            tau = coefficients[j] * np.float64(deltas[i + np.uint64(j * stride)])
             positive += 0.0 if tau < 0.0 else tau
             negative -= tau if tau < 0.0 else 0.0
         lead = positive - negative
@@ -130,27 +130,28 @@ def _elect(m, deltas, coefficients, weights, zero_sign, base, scale, out):
             flip = np.uint64(1 << 63) if down else np.uint64(0)
             weight = 0.0
             for j in range(len(weights)):
-                tau = coefficients[j] * np.float64(deltas[i + np.uint64(j * BLOCK)])
+                tau = coefficients[j] * np.float64(deltas[i + np.uint64(j * stride)])
                 weight += weights[j] if f64_from_bits(bits_from_f64(tau) ^ flip) > 0.0 else 0.0
             value = value / (weight if weight != 0.0 else 1.0)
         out[i] = np.float64(base[i]) + scale * value
 
 
 @loop()
-def _elect_divided(m, deltas, coefficients, weights, normalize, zero_sign, base, scale, out):
+def _elect_divided(m, deltas, stride, coefficients, weights, normalize, zero_sign, base, scale, out):
     if normalize:
-        _elect(m, deltas, coefficients, weights, zero_sign, base, scale, out)
+        _elect(m, deltas, stride, coefficients, weights, zero_sign, base, scale, out)
     else:
-        _elect(m, deltas, coefficients, (), zero_sign, base, scale, out)
+        _elect(m, deltas, stride, coefficients, (), zero_sign, base, scale, out)
 
 
 @loop()
-def elect_few(m, deltas, c, w, normalize, zero_sign, base, scale, out):
+def elect_few(m, deltas, stride, c, w, normalize, zero_sign, base, scale, out):
     """Write base + scale * the merged entries of the elected sign, which has the larger total magnitude.
 
     =========  =====================  ============================================
     m          int64                  number of elements
-    deltas     float32 (>=k * BLOCK)  the surviving task vectors, one behind the other
+    deltas     float32, float64       the surviving task vectors, (>=(k - 1) * stride + m,)
+    stride     int64                  elements from one of them to the next
     c          float64 (k,)           the factors of their entries
     w          float64 (k,)           their weights
     normalize  bool                   whether the weights of the elected sign divide
@@ -162,9 +163,11 @@ def elect_few(m, deltas, c, w, normalize, zero_sign, base, scale, out):
     """
     if len(c) == 4:
         four = c[0], c[1], c[2], c[3]
-        _elect_divided(m, deltas, four, (w[0], w[1], w[2], w[3]), normalize, zero_sign, base, scale, out)
+        _elect_divided(
+            m, deltas, stride, four, (w[0], w[1], w[2], w[3]), normalize, zero_sign, base, scale, out
+        )
     elif len(c) == 3:
         three = c[0], c[1], c[2]
-        _elect_divided(m, deltas, three, (w[0], w[1], w[2]), normalize, zero_sign, base, scale, out)
+        _elect_divided(m, deltas, stride, three, (w[0], w[1], w[2]), normalize, zero_sign, base, scale, out)
     else:
-        _elect_divided(m, deltas, (c[0], c[1]), (w[0], w[1]), normalize, zero_sign, base, scale, out)
+        _elect_divided(m, deltas, stride, (c[0], c[1]), (w[0], w[1]), normalize, zero_sign, base, scale, out)

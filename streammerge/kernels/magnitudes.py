@@ -8,6 +8,7 @@ from streammerge.kernels.blocks import (
     bits_from_f32,
     eight_at_most,
     f32_from_bits,
+    prefetch_row,
     trailing_zeros,
     widen_at,
 )
@@ -28,7 +29,11 @@ def only(mask):
     return mask.drops[0], mask.drop_keys[0], mask.cuts[0], mask.cut_keys[0]
 
 
-@loop()
+AHEAD = 4 * BLOCK
+"""Bytes between what is counted and what is asked for meanwhile: two blocks of 16 bits."""
+
+
+@loop(forceinline=True)
 def _bf16_keys(source, base, shift, n, lo, hi, keys):
     """Do the same as `_keys` for ``source - base``, given as patterns: of bf16, and of bf16 (`shift` 16) or fp32 (0)."""
     above, highest = np.uint32(0), np.uint32(0)
@@ -40,6 +45,14 @@ def _bf16_keys(source, base, shift, n, lo, hi, keys):
         highest = max(highest, key)
         keys[i] = np.uint32(key - lo)
     return np.int64(above), highest
+
+
+@loop()
+def bf16_keys(source, base, n, lo, hi, keys):
+    """Do the same for a base of bf16; the loop over a whole block has a length that is known when it is compiled."""
+    if n == BLOCK:
+        return _bf16_keys(source, base, np.uint32(16), BLOCK, lo, hi, keys)
+    return _bf16_keys(source, base, np.uint32(16), n, lo, hi, keys)
 
 
 @loop()
@@ -85,6 +98,7 @@ def _keys_in_window(model, base, span, mask, window, bins, b, out, keys, address
     plain = code == BF16 and drop[0] == 0 and drop[1] == 0
     lo, hi = np.uint32(window.low), np.uint32(window.high)
     width, s = np.uint32(hi - lo), np.uint32(window.shift)
+    later, later_base = half.ctypes.data + offset, base_half.ctypes.data + base_offset
     above = 0
     highest = np.uint32(0)
     for start in range(0, n, BLOCK):
@@ -92,7 +106,7 @@ def _keys_in_window(model, base, span, mask, window, bins, b, out, keys, address
         source = half[(offset >> 1) + start :]
         if plain and base_code == BF16:  # the common cases in a single loop take two thirds of the time
             of_base = base_half[(base_offset >> 1) + start :]
-            above_here, highest_here = _bf16_keys(source, of_base, np.uint32(16), m, lo, hi, keys)
+            above_here, highest_here = bf16_keys(source, of_base, m, lo, hi, keys)
         elif plain and base_code == F32:  # a quantised base
             wide = base_full[(base_offset >> 2) + start :]
             above_here, highest_here = _bf16_keys(source, wide, np.uint32(0), m, lo, hi, keys)
@@ -118,14 +132,20 @@ def _keys_in_window(model, base, span, mask, window, bins, b, out, keys, address
         highest = max(highest, highest_here)
         for i in range(m, (m + 63) & ~63):
             keys[i] = np.uint32(0xFFFFFFFF)
-        _count_inside(keys, address, m, width, s, bins)
+        place = 2 * start + AHEAD
+        _count_inside(keys, address, m, width, s, bins, later + place, later_base + place)
     return above, highest
 
 
 @loop()
-def _count_inside(keys, address, m, width, shift, bins):
-    """Count the keys up to `width` in bins; a window has few, so a loop over the bits of 64 comparisons finds them."""
+def _count_inside(keys, address, m, width, shift, bins, later, later_base):
+    """Count the keys up to `width` in bins; a window has few, so a loop over the bits of 64 comparisons finds them.
+
+    Meanwhile the elements at two addresses are asked for.
+    """
     for first in range(0, m, 64):
+        prefetch_row(later + 2 * first)
+        prefetch_row(later_base + 2 * first)
         inside = np.uint64(0)
         for eight in range(0, 64, 8):
             inside |= eight_at_most(address + 4 * (first + eight), width) << np.uint64(eight)

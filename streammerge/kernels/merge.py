@@ -265,7 +265,7 @@ def _merge_task_vectors(models, base, span, masks, how, out, tally, others, room
             if not few:
                 _add_vector(m, delta, coefficients[i], weights[i], elect, normalize, counted, totals)
         if few and elect:
-            elect_few(m, deltas, coefficients, weights, normalize, zero_sign, added, factor, into)
+            elect_few(m, deltas, BLOCK, coefficients, weights, normalize, zero_sign, added, factor, into)
         elif few:
             add_few(m, deltas, coefficients, divisor, added, factor, into)
         elif elect:

@@ -11,8 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streammerge.kernels import loop, njit
-from streammerge.kernels.blocks import bits_from_f32, eight_at_most, f32_from_bits, ones
+from streammerge.kernels.blocks import (
+    bits_from_f32,
+    eight_at_most,
+    f32_from_bits,
+    ones,
+    quotient,
+    signs_set,
+    trailing_zeros,
+)
 from streammerge.kernels.deltas import MAGNITUDE
+from streammerge.numerics.bits import has_multiply_add
 
 INFINITE = np.uint32(0x7F800000)
 SMALLEST = np.float32(2.0**-100)
@@ -28,7 +37,7 @@ class Ranking(NamedTuple):
     places: NDArray[np.uint32]
     """(n,): the bucket of each entry"""
     mixed: NDArray[np.uint32]
-    """(n,): the indices of the entries whose buckets hold different magnitudes"""
+    """(n + 4,): the indices of the entries whose buckets hold different magnitudes"""
     grouped: NDArray[np.uint32]
     """(n + 16,): the patterns of these entries plus 1, bucket by bucket"""
     buckets: NDArray[np.uint64]
@@ -47,7 +56,7 @@ def ranking(length):
         buckets *= 2
     return Ranking(
         np.empty(length, np.uint32),
-        np.empty(length, np.uint32),
+        np.empty(length + 4, np.uint32),
         np.empty(length + 16, np.uint32),
         np.empty(buckets, np.uint64),
         np.empty(buckets, np.uint32),
@@ -126,11 +135,22 @@ def _shares_of_buckets(n, low, spread, buckets, ends, shares):
     for bucket in range(len(buckets)):
         ends[bucket] = total
         total = np.uint32(total + np.uint32(buckets[bucket]))
-    for bucket in range(len(buckets)):
-        count = np.float64(np.uint32(buckets[bucket]))
-        twice = 2.0 * np.float64(ends[bucket]) + (count - 1.0)  # first + last, exactly
-        share = low + spread * (0.5 * twice / np.float64(n - 1))
-        shares[bucket] = share if buckets[bucket] & np.uint64(1 << 32) == 0 else -1.0
+    last = np.float64(n - 1)
+    reciprocal = 1.0 / last
+    if has_multiply_add():  # the quotient of half an integer needs no more of what `divide` asks for
+        for bucket in range(len(buckets)):
+            share = low + spread * quotient(_middle(buckets[bucket], ends[bucket]), last, reciprocal)
+            shares[bucket] = share if buckets[bucket] & np.uint64(1 << 32) == 0 else -1.0
+    else:
+        for bucket in range(len(buckets)):
+            share = low + spread * (_middle(buckets[bucket], ends[bucket]) / last)
+            shares[bucket] = share if buckets[bucket] & np.uint64(1 << 32) == 0 else -1.0
+
+
+@loop(forceinline=True)
+def _middle(bucket, first):
+    """Return the middle of the ranks (from 0) of a bucket's entries, exactly."""
+    return 0.5 * (2.0 * np.float64(first) + (np.float64(np.uint32(bucket)) - 1.0))
 
 
 @loop()
@@ -138,12 +158,26 @@ def _settle(n, places, of_buckets, shares, mixed):
     """Give each entry the share of its bucket; list the entries of buckets that have none, and return their number."""
     for i in range(n):
         shares[i] = of_buckets[places[i]]
-    bits = shares.view(np.uint64)
-    left = np.uint64(0)
-    for i in range(n):
+    left = 0
+    address = shares.ctypes.data
+    whole = n & ~63
+    for first in range(0, whole, 64):
+        signs = signs_set(address + 8 * first)
+        # Four without a branch, of which none may count: few are mixed, and a branch for each could not be foreseen.
+        more = left + np.int64(ones(signs))
+        for _ in range(4):
+            mixed[left] = np.uint32(first + np.int64(trailing_zeros(signs)))
+            left += 1
+            signs &= signs - np.uint64(1)
+        while signs != 0:
+            mixed[left] = np.uint32(first + np.int64(trailing_zeros(signs)))
+            left += 1
+            signs &= signs - np.uint64(1)
+        left = more
+    for i in range(whole, n):
         mixed[left] = np.uint32(i)
-        left += bits[i] >> np.uint64(63)  # the sign
-    return np.int64(left)
+        left += shares[i] < 0.0
+    return left
 
 
 @loop()

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import BLOCK, bits_from_f32, round_at, widen_at, words
 from streammerge.kernels.deltas import LARGEST, MAGNITUDE
+from streammerge.kernels.few import elect_few, is_few
 from streammerge.kernels.magnitudes import alone
-from streammerge.kernels.merge import _add_weights, _elect, _sum_signs
+from streammerge.kernels.merge import _add_weights, _elect, _shift, _sum_signs
 from streammerge.kernels.mid_ranks import INFINITE, Ranking, ranking, shares_by_rank
 from streammerge.kernels.widths import width_of
 
@@ -177,6 +178,7 @@ def _ranked_merge(models, base, span, length, drops, how, out, tally, b, rooms, 
     base_width, out_width = width_of(base_code), width_of(out.code)
     element, n = span
     lows, spreads, unbiased, keys = drops
+    few = how.elect and is_few(len(offsets)) and out.code >= 0
     bad = 0
     for first in range(0, n, length):
         _widen_row(base_half, base_full, base_offset + first * base_width, base_code, length, b)
@@ -189,10 +191,13 @@ def _ranked_merge(models, base, span, length, drops, how, out, tally, b, rooms, 
             )
         for start in range(0, length, BLOCK):  # a row of sums would not stay in the first cache
             m = min(BLOCK, length - start)
-            _merge_block(m, start, length, how, rooms, tally)
+            if few:
+                at, c, w = lefts[start:], how.coefficients, how.weights
+                elect_few(m, at, length, c, w, how.normalize, how.zero_sign, b[start:], how.scale, merged)
+            else:
+                _merge_block(m, start, length, how, rooms, tally)
+                _shift(m, b[start:], how.scale, merged, merged)
             if out.code >= 0:
-                for i in range(m):
-                    merged[i] = np.float64(b[start + i]) + how.scale * merged[i]
                 at = out.offset + (first + start) * out_width
                 bad += round_at(merged, m, out.half, out.full, at, out.code)
     return bad

@@ -8,13 +8,14 @@ from streammerge.kernels.blocks import (
     bits_from_f32,
     eight_at_most,
     f32_from_bits,
+    prefetch_row,
     trailing_zeros,
     widen_at,
     words,
     words_at,
 )
 from streammerge.kernels.deltas import ABOVE, ALL, INDEX, MAGNITUDE, NO_CUT, THIN, delta_block, scratch
-from streammerge.kernels.magnitudes import _bf16_keys, _keys, alone, only
+from streammerge.kernels.magnitudes import AHEAD, _keys, alone, bf16_keys, only
 from streammerge.kernels.operands import BF16
 from streammerge.kernels.widths import width_of
 
@@ -53,13 +54,14 @@ def _mark_undecided(model, base, span, mask, bounds, bins, marks, memory):
     plain = code == BF16 and base_code == BF16 and drop[0] == 0 and drop[1] == 0
     lo, hi = np.uint32(low), np.uint32(high)
     width = np.uint32(hi - lo)
+    later, later_base = half.ctypes.data + offset + AHEAD, base_half.ctypes.data + base_offset + AHEAD
     above = 0
     highest = np.uint32(0)
     for start in range(0, n, BLOCK):
         m = min(BLOCK, n - start)
         if plain:
             source, of_base = half[(offset >> 1) + start :], base_half[(base_offset >> 1) + start :]
-            above_here, highest_here = _bf16_keys(source, of_base, np.uint32(16), m, lo, hi, keys)
+            above_here, highest_here = bf16_keys(source, of_base, m, lo, hi, keys)
         else:
             widen_at(base_half, base_full, base_offset + start * base_itemsize, base_code, m, b)
             at = offset + start * itemsize
@@ -71,6 +73,9 @@ def _mark_undecided(model, base, span, mask, bounds, bins, marks, memory):
         highest = max(highest, highest_here)
         for i in range(m, (m + 63) & ~63):
             keys[i] = np.uint32(0xFFFFFFFF)
+        for first in range(0, 2 * m, 128):
+            prefetch_row(later + 2 * start + first)
+            prefetch_row(later_base + 2 * start + first)
         ties = _mark_inside(policy, keys, address, m, width, bins, marks, start, places)
         if ties > 0:
             _draw(policy, element + start, m, places, ties, cut_key, w)

@@ -151,8 +151,9 @@ def elected(
     return merged
 
 
+@pytest.mark.parametrize(("stride", "dtype"), [(BLOCK, np.float32), (BLOCK + 9, np.float64)])
 @pytest.mark.parametrize("k", [2, 3, 4])
-def test_few_models_elect_as_many_do(k: int) -> None:
+def test_few_models_elect_as_many_do(k: int, stride: int, dtype: type[np.float32 | np.float64]) -> None:
     some = [0.0, -0.0, 1.0, -1.0, 0.3, -2.0, 1e-45, -3e38, np.inf, -np.inf, np.nan]
     rows = np.array(list(product(some if k < 4 else some[:4] + some[-3:], repeat=k)), np.float32)
     for weights in ([1.0] * k, [0.5, 0.3, 0.2, 0.1][:k], [1.0, -1.0, 0.0, 1e-300][:k]):
@@ -160,14 +161,14 @@ def test_few_models_elect_as_many_do(k: int) -> None:
         c = w * 1.7
         for first, zero_sign, normalize in product(range(0, len(rows), BLOCK), (-1, 0, 1), (False, True)):
             deltas = [np.ascontiguousarray(one) for one in rows[first : first + BLOCK].T]
-            m, room, merged = deltas[0].size, np.zeros(4 * BLOCK, np.float32), np.empty(BLOCK)
+            m, room, merged = deltas[0].size, np.zeros(4 * stride, dtype), np.empty(BLOCK)
             for i, delta in enumerate(deltas):
-                room[i * BLOCK : i * BLOCK + m] = delta
+                room[i * stride : i * stride + m] = delta
             no_base, base = np.full(m, -0.0, np.float32), np.resize(np.float32(some), m)
             expected = elected(deltas, c, w, zero_sign, normalize)
-            elect_few(m, room, c, w, normalize, zero_sign, no_base, 1.0, merged)
+            elect_few(m, room, stride, c, w, normalize, zero_sign, no_base, 1.0, merged)
             assert same(merged[:m], expected)
-            elect_few(m, room, c, w, normalize, zero_sign, base, -0.7, merged)
+            elect_few(m, room, stride, c, w, normalize, zero_sign, base, -0.7, merged)
             with np.errstate(invalid="ignore"):
                 assert same(merged[:m], base + -0.7 * expected)
 
