@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streammerge.algebra.rules.base import Inputs, Rule
 from streammerge.algebra.task_vectors import TaskVector
@@ -32,16 +31,8 @@ class ConsensusMerge(Rule):
 
         base = inputs.theta_0
         entries = [v.entries(inputs.models[v.model], base, inputs.where) for v in self.vectors]
-        return base.double() + self.scale * self.agreed(entries, torch)
-
-    def agreed(self, entries: Sequence[Any], arrays: Any) -> Any:
-        """Return the sum of fp64 task vectors where enough models need the element, else 0.
-
-        Parameters
-        ----------
-        arrays
-            The library of the vectors, numpy or torch. A non-finite sum is kept, so that the check on the output sees it.
-        """
         total = sum(entries[1:], start=0.0 + entries[0])
         needed = sum((abs(one) > self.threshold * abs(total - one)) * 1 for one in entries)
-        return arrays.where((needed >= self.k) | ~arrays.isfinite(total), total, 0.0)
+        # A non-finite sum is kept, so that the check on the output sees it.
+        agreed = torch.where((needed >= self.k) | ~torch.isfinite(total), total, 0.0)
+        return base.double() + self.scale * agreed

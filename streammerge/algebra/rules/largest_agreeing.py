@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streammerge.algebra.rules.base import Inputs, Rule
 from streammerge.algebra.task_vectors import TaskVector
@@ -29,19 +28,10 @@ class LargestAgreeing(Rule):
 
         base = inputs.theta_0
         entries = [v.entries(inputs.models[v.model], base, inputs.where) for v in self.vectors]
-        return base.double() + self.scale * self.elected(entries, torch)
-
-    def elected(self, entries: Sequence[Any], arrays: Any) -> Any:
-        """Return the elected entry of each element of fp64 task vectors.
-
-        Parameters
-        ----------
-        arrays
-            The library of the vectors, numpy or torch. A non-finite sum is kept, so that the check on the output sees it.
-        """
         total = sum(entries[1:], start=0.0 + entries[0])
-        up = down = arrays.zeros_like(total)
+        up = down = torch.zeros_like(total)
         for one in entries:
-            up, down = arrays.maximum(up, one), arrays.minimum(down, one)
-        merged = arrays.where(total > 0, up, arrays.where(total < 0, down, 0.0))
-        return arrays.where(arrays.isfinite(total), merged, total)
+            up, down = torch.maximum(up, one), torch.minimum(down, one)
+        merged = torch.where(total > 0, up, torch.where(total < 0, down, 0.0))
+        # A non-finite sum is kept, so that the check on the output sees it.
+        return base.double() + self.scale * torch.where(torch.isfinite(total), merged, total)

@@ -36,6 +36,7 @@ def kernels() -> Any:
         "scores",
         "signs",
         "undecided",
+        "votes",
     )
     return SimpleNamespace(operands=operands, **{name: Loops(f"kernels.{name}") for name in names})
 

@@ -7,7 +7,6 @@ cache. One kernel fills a tile. The kernels that work on it are short, and do no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,25 +180,6 @@ def rescales(vectors: Sequence[TaskVector]) -> NDArray[np.float64]:
 def coefficients(vectors: Sequence[TaskVector]) -> NDArray[np.float64]:
     """Return the factors with which task vectors enter a sum, (vectors,)."""
     return np.array([vector.coefficient for vector in vectors], np.float64)
-
-
-def by_parts(
-    vote: Callable[[Sequence[Tile]], NDArray[Any]], entries: Sequence[Tile], out: NDArray[Any]
-) -> None:
-    """Write a function of a tile's task vectors to `out`, in parts whose temporaries stay in the cache."""
-    for first in range(0, len(out), BLOCK):
-        part = slice(first, first + BLOCK)
-        with np.errstate(
-            invalid="ignore", over="ignore"
-        ):  # non-finite values are found by whoever reads the result
-            out[part] = vote([one[part] for one in entries])
-
-
-def entries_of(tiles: Tiles, vectors: Sequence[TaskVector], span: Span) -> tuple[Tile, list[Tile], Counts]:
-    """Return a tile of the base and of each task vector as it enters a sum, fp64, and the numbers of survivors."""
-    base, deltas, kept = tiles.survivors(vectors, span)
-    pairs = zip(vectors, deltas, strict=True)
-    return base.astype(np.float64), [v.coefficient * d.astype(np.float64) for v, d in pairs], kept
 
 
 # --- scores, each with its kernel

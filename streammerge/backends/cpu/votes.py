@@ -1,9 +1,6 @@
-"""Merges in which the models vote on each element, by numpy on tiles: the formulas of the rules, with the same bits."""
+"""Merges in which the models vote on each element, on tiles."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,17 +9,35 @@ from streammerge.algebra.competition import Competition, Size
 from streammerge.algebra.rules import BalancedMerge, ConsensusMerge, LargestAgreeing
 from streammerge.backends.cpu.memory import BlockMemory, kernels
 from streammerge.backends.cpu.registry import OUT, VECTORS, applies, example
-from streammerge.backends.cpu.tiles import Span, Tile, Tiles, by_parts, coefficients, entries_of, written
+from streammerge.backends.cpu.tiles import Span, Tile, Tiles, coefficients, written
 
 
 @applies(ConsensusMerge, kernels="votes")
 def _agree(memory: BlockMemory, rule: ConsensusMerge, out: Operand) -> Applied:
-    return _voted(memory, rule, out, lambda entries: rule.agreed(entries, np))
+    return _voted(memory, rule, out, "consensus_merge", (int(rule.k), float(rule.threshold)))
 
 
 @applies(LargestAgreeing, kernels="votes")
 def _elect(memory: BlockMemory, rule: LargestAgreeing, out: Operand) -> Applied:
-    return _voted(memory, rule, out, lambda entries: rule.elected(entries, np))
+    return _voted(memory, rule, out, "largest_agreeing", ())
+
+
+def _voted(
+    memory: BlockMemory,
+    rule: ConsensusMerge | LargestAgreeing,
+    out: Operand,
+    name: str,
+    told: tuple[int, float] | tuple[()],
+) -> Applied:
+    factors, loop = coefficients(rule.vectors), getattr(kernels().votes, name)
+
+    def merge(tiles: Tiles, span: Span) -> tuple[Tile, Counts]:
+        base, deltas, kept = tiles.survivors(rule.vectors, span)
+        merged = np.empty(span[1])
+        loop(base, deltas, factors, *told, float(rule.scale), merged)
+        return merged, kept
+
+    return written(memory, rule, out, merge)
 
 
 @applies(BalancedMerge, kernels="competition")
@@ -40,25 +55,9 @@ def _balance(memory: BlockMemory, rule: BalancedMerge, out: Operand) -> Applied:
     return written(memory, rule, out, merge)
 
 
-def _voted(
-    memory: BlockMemory,
-    rule: ConsensusMerge | LargestAgreeing,
-    out: Operand,
-    vote: Callable[[Sequence[Tile]], Any],
-) -> Applied:
-    """Write base + scale * the result of `vote` on the task vectors of each tile."""
-
-    def merge(tiles: Tiles, span: Span) -> tuple[Tile, Counts]:
-        base, entries, kept = entries_of(tiles, rule.vectors, span)
-        change = np.empty_like(base)
-        by_parts(vote, entries, change)
-        return base + rule.scale * change, kept
-
-    return written(memory, rule, out, merge)
-
-
 @example("votes")
 def _votes(math: BlockMath) -> None:
+    math.apply(ConsensusMerge(VECTORS, 2, 0.5), OUT)
     math.apply(LargestAgreeing(VECTORS), OUT)
 
 

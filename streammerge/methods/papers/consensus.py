@@ -9,7 +9,7 @@ from streammerge.methods.tensor_context import TensorContext
 
 @method(
     "consensus",
-    cost=9,
+    cost=1.1,
     base="required",
     bounds={"k": (1.0, float("inf")), "lambda_mask": (0.0, float("inf"))},
     paper="Wang et al. 2024, https://arxiv.org/abs/2405.07813",

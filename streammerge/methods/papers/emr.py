@@ -7,7 +7,7 @@ from streammerge.methods.registry import PerModel, method, per_model
 from streammerge.methods.tensor_context import TensorContext
 
 
-@method("emr", cost=8, base="required", paper="Huang et al. 2024, https://arxiv.org/abs/2405.17461")
+@method("emr", cost=1.1, base="required", paper="Huang et al. 2024, https://arxiv.org/abs/2405.17461")
 def emr(
     context: TensorContext, *, weight: PerModel[float] = per_model(1.0), lambda_: float = 1.0
 ) -> LargestAgreeing:
