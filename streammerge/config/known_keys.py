@@ -33,6 +33,9 @@ KEYS = (
 )
 """Keys of a config, at its top level."""
 
+ANCHORS = "x-"
+"""Beginning of top-level keys that only hold YAML anchors for other places, as in files of other programs."""
+
 KEYS_WITHOUT_EFFECT: Mapping[str, str] = {
     "name": "it names a stage of mergekit-multi; the command line names the output",
     "out_path": "the command line names the output",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import field, replace
 
 from streammerge.config.checkpoints import Averaged, Checkpoints, parse_checkpoints
-from streammerge.config.known_keys import KEYS, KEYS_WITHOUT_EFFECT, misplaced
+from streammerge.config.known_keys import ANCHORS, KEYS, KEYS_WITHOUT_EFFECT, misplaced
 from streammerge.config.lines import Lines, parse_lines
 from streammerge.config.lora import LoraOutput, parse_lora
 from streammerge.config.matrices import Matrices, parse_matrices
@@ -378,13 +378,17 @@ def _expanded(path: str | None) -> str | None:
 
 
 def _without(data: dict[str, object], path: str, notes: list[str]) -> dict[str, object]:
-    """Return `data` without keys that have no effect, with a note for each."""
+    """Return `data` without keys that have no effect, with a note for each, and without ``x-…``: homes of anchors."""
     notes += [
         f"{child(path, key)}: ignored: {KEYS_WITHOUT_EFFECT[key]}"
         for key, value in data.items()
         if key in KEYS_WITHOUT_EFFECT and value is not None
     ]
-    return {key: value for key, value in data.items() if key not in KEYS_WITHOUT_EFFECT}
+    return {
+        key: value
+        for key, value in data.items()
+        if key not in KEYS_WITHOUT_EFFECT and not key.startswith(ANCHORS)
+    }
 
 
 def _parameters(data: object, path: str) -> dict[str, Setting]:

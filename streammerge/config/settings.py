@@ -24,7 +24,8 @@ from streammerge.records import dataclass
 
 Scalar = bool | int | float | str
 
-_EXPONENT = late_pattern(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", re.ASCII)
+_WHOLE = late_pattern(r"[-+]?\d+", re.ASCII)
+_NUMBER = late_pattern(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 _FORMS = "a setting is a value, a list of values, or a list of {filter, value}"
 
 
@@ -108,8 +109,9 @@ def _kind(point: Scalar) -> type:
 
 
 def _scalar(value: object, path: str) -> Scalar:
-    if isinstance(value, str) and len(value) <= 64 and _EXPONENT.fullmatch(value):
-        value = float(value)  # YAML 1.1 takes 1e-5, without a point, for a string
+    if isinstance(value, str) and len(value) <= 64 and _NUMBER.fullmatch(value):
+        # YAML 1.1 takes 1e-5, without a point, for a string; templates of configs put numbers in quotes.
+        value = int(value) if _WHOLE.fullmatch(value) else float(value)
     if isinstance(value, bool | str):
         return value
     if not isinstance(value, int | float):

@@ -14,7 +14,9 @@ QUANTIZE = ("none", "same", "fp8")
 
 
 def parse_layer_range(data: object, path: str) -> tuple[int, int]:
-    """Return two layer numbers, the second exclusive."""
+    """Return two layer numbers, the second exclusive; a number may be written as text, as templates of configs write it."""
+    if isinstance(data, list):
+        data = [int(n) if isinstance(n, str) and re.fullmatch(r"[0-9]{1,9}", n) else n for n in data]
     if not isinstance(data, list) or len(data) != 2 or not all(type(n) is int and n >= 0 for n in data):
         refuse(path, f"must be two layer numbers [first, end), not {shown(data)}")
     first, end = int(data[0]), int(data[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from streammerge.config.known_keys import KEYS_WITHOUT_EFFECT
+from streammerge.config.known_keys import ANCHORS, KEYS_WITHOUT_EFFECT
 from streammerge.config.matrices import Rest
 from streammerge.config.schedules import KINDS
 from streammerge.config.tensors import Tensors
@@ -98,7 +98,7 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
         "title": "streammerge config",
         "anyOf": [{"$ref": "#/$defs/merge"}, {"$ref": "#/$defs/mixture"}],
         "$defs": {
-            "merge": _object(top | ignored, "merge_method"),
+            "merge": {**_object(top | ignored, "merge_method"), "patternProperties": {f"^{ANCHORS}": True}},
             **moe_definitions(reference, dtype),
             "reference": {"type": ["string", "object"]},
             "parameters": {"type": "object", "properties": _parameters(methods)},
@@ -121,7 +121,7 @@ def config_schema(methods: Mapping[str, Method]) -> dict[str, Any]:
 _NUMBER = {"type": "number"}
 _OBJECT = {"type": "object", "additionalProperties": False}
 _STRIP = "The prefix that is taken off the names of its tensors"
-_LAYER_RANGE = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+_LAYER_RANGE = {"type": "array", "items": {"type": ["integer", "string"]}, "minItems": 2, "maxItems": 2}
 
 
 def _lora(reference: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from streammerge.api import merge, plan
-from streammerge.cli import merge as merge_command
 from streammerge.cli.extracting import extract_lora
+from streammerge.cli.merging import merge as merge_command
 from streammerge.errors import ConfigError, InputError
 from streammerge.report.card import model_card
 from tests.cli.running import Cli, assert_refused, write_config

@@ -349,3 +349,31 @@ def test_the_text_of_a_mapping_parses_to_the_same_config(text: str) -> None:
     again = parse_config(config.text)
     assert again == config
     assert again.parameters == config.parameters
+
+
+def test_numbers_in_quotes_are_numbers_and_x_keys_hold_anchors() -> None:
+    """Templates of configs put numbers in quotes; mergekit takes them too."""
+    plain = """
+merge_method: slerp
+base_model: a
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 4]}
+      - {model: b, layer_range: [0, 4]}
+parameters:
+  t: [{filter: mlp, value: [0, 0.5, -1e-2]}, {value: 1}]
+"""
+    quoted = """
+x-common: &range ["0", "4"]
+merge_method: slerp
+base_model: a
+slices:
+  - sources:
+      - {model: a, layer_range: *range}
+      - {model: b, layer_range: *range}
+parameters:
+  t: [{filter: mlp, value: ["0", "+.5", "-1e-2"]}, {value: "1"}]
+"""
+    one, other = parse_config(plain), parse_config(quoted)
+    assert one.parameters["t"].clauses == other.parameters["t"].clauses
+    assert [spec.layer_range for spec in one.models] == [spec.layer_range for spec in other.models]

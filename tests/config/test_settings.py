@@ -48,7 +48,7 @@ REFUSED = [
     ([1, [2]], "[1]: a list is not a value"),
     ([1, None], "[1]: null is not a value"),
     ([0.5, math.nan], "[1]: nan is not a finite number"),
-    ([1, "2"], ": a gradient is all numbers, all bools or all strings"),
+    ([1, "x"], ": a gradient is all numbers, all bools or all strings"),
     ([1, True], ": a gradient is all numbers"),
     (["a", True], ": a gradient is all numbers"),
     ({}, ": no 'value'"),

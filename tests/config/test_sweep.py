@@ -90,7 +90,8 @@ def test_only_the_output_of_several_documents_is_swept() -> None:
         ("{lambda: [{value: 1}]}", "(gradients and filters cannot be swept)"),
         ("{lambda: [.nan]}", "sweep.lambda[0]: nan is not a finite number"),
         ("{lambda: [0.3, 1, 0.30]}", "sweep.lambda[2]: 0.3 is given already, as config.yml: sweep.lambda[0]"),
-        ('{lambda: [0.3, "0.3"]}', "two points are called 'lambda=0.3'"),
+        ('{lambda: [0.3, "0.3"]}', "sweep.lambda[1]: '0.3' is given already, as config.yml: sweep.lambda[0]"),
+        ('{lambda: [true, "true"]}', "two points are called 'lambda=true'"),
         (f"{{lambda: {list(range(40))}, density: {list(range(40))}}}", "1600 points, at most 1024"),
     ],
 )

@@ -124,7 +124,7 @@ def key(**keys: Any) -> Change:
 WRONG: list[tuple[str, str, Change, str]] = [
     ("a bool weight", "ties", top(weight=True), r"parameters\.weight: 'True' is not a number"),
     ("a bool weight of a model", "ties", first(weight=True), r"models\[0\]\.parameters\.weight: 'True' is not a number"),
-    ("text as a weight", "ties", top(weight="0.5"), "'?0.5'? is not a number"),
+    ("text as a weight", "ties", top(weight="half"), "'?half'? is not a number"),
     ("a number as a switch", "ties", top(normalize=2), r"parameters\.normalize: '2' is not true or false"),
     ("an unknown name", "ties", top(densty=0.5), "unknown parameter 'densty' of method 'ties' .did you mean 'density'"),
     ("an unknown name of a model", "ties", first(wieght=1.0),
