@@ -49,6 +49,8 @@ FEW: list[tuple[str, dict[str, Any]]] = [
     ("dare_linear", {"density": 0.5}),
     ("breadcrumbs", {"density": 0.5, "gamma": 0.1}),
     ("fisher", {}),
+    ("consensus", {"lambda_mask": 0.6}),
+    ("emr", {"weight": 0.5}),
 ]
 DEVICE = "interpreted"
 LAUNCHED: Counter[str] = Counter()

@@ -12,7 +12,15 @@ import numpy as np
 from gpu_values import INFINITE, middle_key
 
 from streammerge.algebra.block import Block
-from streammerge.algebra.rules import CopyOf, FisherMean, Rule, TaskVectorMerge, WeightedSum
+from streammerge.algebra.rules import (
+    ConsensusMerge,
+    CopyOf,
+    FisherMean,
+    LargestAgreeing,
+    Rule,
+    TaskVectorMerge,
+    WeightedSum,
+)
 from streammerge.algebra.task_vectors import Cut, RankDrop, TaskVector
 from streammerge.backends.fused import decoding as fused
 from streammerge.checkpoint.index import open_model
@@ -60,6 +68,12 @@ def rules_of(block: Block, seed: int) -> Iterator[tuple[str, Rule]]:
     yield from _cut_rules(block, w)
     yield from _ranked_rules(w)
     yield from _fisher_rules(w, end)
+    for name, options in (("", {}), (", dare", drop)):
+        for least, share in ((1, 0.0), (2, 0.4), (2, 1.0), (k + 1, 0.4)):
+            yield f"consensus {least} {share}{name}", ConsensusMerge(vectors(**options), least, share, 0.7)
+        yield f"emr{name}", LargestAgreeing(vectors(**options), 0.7)
+    yield "consensus, opposed", ConsensusMerge(against, 1, 0.0, 1e10)
+    yield "emr, opposed", LargestAgreeing(against, 1e10)
 
 
 def _cut_rules(block: Block, w: list[float]) -> Iterator[tuple[str, Rule]]:

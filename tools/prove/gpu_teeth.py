@@ -101,6 +101,12 @@ PLANTS = {
         "ranks.py", "key, run, right, mask", "key, run, 0, mask", (2,)
     ),
     "the bin above the rank": Plant("counts.py", "from_top >= rank", "from_top > rank", (2,)),
+    "an element that few need": Plant("votes.py", "needed >= least", "needed > least", (2,)),
+    "a model that competes with itself": Plant("votes.py", "tl.abs(total - tau)", "tl.abs(total)", (2,)),
+    "a sum that is not finite": Plant("votes.py", "tl.where(infinite, total, change)", "change", (SPECIAL,)),
+    "the largest of the other sign": Plant(
+        "votes.py", "tl.where(total > 0.0, up, ", "tl.where(total > 0.0, -down, ", (2,)
+    ),
     "a floor in fp32": Plant(
         "fisher.py",
         "tl.where(known < floor, floor, known)",

@@ -9,8 +9,10 @@ import numpy as np
 
 from streammerge.algebra.block import Applied, Counts, Operand
 from streammerge.algebra.rules import (
+    ConsensusMerge,
     CopyOf,
     FisherMean,
+    LargestAgreeing,
     Rule,
     TaskVectorMerge,
     WeightedSum,
@@ -59,7 +61,7 @@ def enqueued(rule: Rule) -> Enqueue | None:
 
 def fused_rule(rule: Rule) -> bool:
     """Return whether fused kernels apply a rule."""
-    return type(rule) in _RULES
+    return type(rule) in _RULES and not (type(rule) in _VOTES and ranked(rule))
 
 
 # --- weighted sums
@@ -171,6 +173,49 @@ def signs_of(memory: DeviceMemory, rule: TaskVectorMerge) -> int:
     with memory.scratch() as scratch:
         counts = enqueue_merge(memory, scratch, [rule], [], NOTHING)
         return int(memory.fetch(counts, 1)[0])
+
+
+# --- votes
+
+_VOTES: tuple[type[Rule], ...] = (ConsensusMerge, LargestAgreeing)
+"""Rules whose kernels do not read what drops by rank left."""
+
+
+@_fuses(ConsensusMerge)
+def _agree(
+    memory: DeviceMemory, scratch: Scratch, rules: Sequence[ConsensusMerge], outs: Sequence[Operand]
+) -> Counted:
+    return _vote(memory, scratch, rules, outs, "consensus", rules[0].k, rules[0].threshold)
+
+
+@_fuses(LargestAgreeing)
+def _elect(
+    memory: DeviceMemory, scratch: Scratch, rules: Sequence[LargestAgreeing], outs: Sequence[Operand]
+) -> Counted:
+    return _vote(memory, scratch, rules, outs, "largest_agreeing", 0, 0.0)
+
+
+def _vote(
+    memory: DeviceMemory,
+    scratch: Scratch,
+    rules: Sequence[ConsensusMerge | LargestAgreeing],
+    outs: Sequence[Operand],
+    name: str,
+    least: int,
+    threshold: float,
+) -> Counted:
+    (rule,), (out,), k = rules, outs, len(rules[0].vectors)
+    table, counts = scratch.sent(memory.rows(rule.vectors)), scratch.zeros(8 * (1 + k))
+    how = (least, bits(threshold), bits(rule.scale))
+    target, code = memory.residence.output(out), CODES[out.dtype]
+    memory.over_elements(name, table, k, *memory.base(), *how, target, code, counts)
+    memory.residence.written(out)
+
+    def report(found: Counts) -> list[Applied]:
+        kept = tuple(int(n) for n in found[1:]) if removing(rule) else ()
+        return [Applied(int(found[0]), kept)]
+
+    return Counted(counts, 1 + k, report)
 
 
 # --- Fisher

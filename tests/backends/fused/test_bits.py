@@ -19,7 +19,13 @@ from tests.patience import PATIENCE
 pytest.importorskip("triton")
 
 PROGRAMS = Path(__file__).parents[3] / "tools" / "prove"
-PLANTED = ["fused multiply-add", "two roundings", "no gradual underflow", "a zero without its sign"]
+PLANTED = [
+    "fused multiply-add",
+    "two roundings",
+    "no gradual underflow",
+    "a zero without its sign",
+    "a model that competes with itself",
+]
 CODE = f"""
 import sys, json, warnings
 warnings.simplefilter("ignore")
@@ -62,6 +68,8 @@ def test_merges_write_the_files_of_the_cpu(found: dict[str, Any]) -> None:
         "task_vectors",
         "task_vectors_elect",
         "fisher_mean",
+        "consensus",
+        "largest_agreeing",
         "count_digits_11",
         "narrow_10",
         "keys_in_window",

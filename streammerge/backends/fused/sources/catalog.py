@@ -7,7 +7,7 @@ from typing import Any
 
 from streammerge.records import dataclass
 
-from . import counts, decoding, fisher, merge, ranks, sums
+from . import counts, decoding, fisher, merge, ranks, sums, votes
 
 _BLOCK = 1024
 _PARTS = 8
@@ -51,6 +51,8 @@ KERNELS = {
     "ranked": Kernel(ranks.ranked, 256, {"BLOCK": 256}),
     "fisher_mean": Kernel(fisher.fisher_mean, constants={"VECTORS": False, "BLOCK": _BLOCK}),
     "fisher_mean_vectors": Kernel(fisher.fisher_mean, constants={"VECTORS": True, "BLOCK": _BLOCK}),
+    "consensus": Kernel(votes.vote, constants={"AGREE": True, "BLOCK": _BLOCK}),
+    "largest_agreeing": Kernel(votes.vote, constants={"AGREE": False, "BLOCK": _BLOCK}),
     "surviving": Kernel(sums.surviving),
     "pair_sums": Kernel(sums.lane_sums, 16, {"KIND": 0, "GROUPS": 16}),
     "abs_sums": Kernel(sums.lane_sums, 16, {"KIND": 1, "GROUPS": 16}),

@@ -1,0 +1,64 @@
+"""The merges in which the models vote on each element. Mirrors `backends/cpu/votes.py`, whose formulas are the rules'."""
+
+import triton
+import triton.language as tl
+
+from .blocks import add_count, i64_at, kernel, places, real, round_out, widen
+from .deltas import COEFFICIENT, ROW, survivors
+
+
+@triton.jit
+def weighted(row, theta_0, element, first, at, mask, BLOCK: tl.constexpr):
+    """Return the entries of a task vector, fp64, and which survive."""
+    delta, keep = survivors(row, theta_0, element, first, at, mask, BLOCK)
+    return real(tl.load(row + COEFFICIENT)) * delta.to(tl.float64), keep
+
+
+@kernel
+def vote(
+    table,
+    k,
+    base,
+    base_code,
+    start,
+    n,
+    least,
+    threshold,
+    scale,
+    out,
+    out_code,
+    counts,
+    AGREE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write base + scale * change, where the change follows from the k task vectors and their sum.
+
+    With `AGREE` it is the sum where at least `least` models need the element, whose entries exceed `threshold` times what
+    the others sum to; see `rules.ConsensusMerge`. Otherwise it is the largest entry of the sum's sign; see
+    `rules.LargestAgreeing`. Where the sum is not finite, it is the sum. `threshold` and `scale` have the bits of fp64.
+    `counts` takes what is not finite, then the survivors of each vector.
+    """
+    first, element, at, mask = places(start, n, BLOCK)
+    theta_0 = widen(base, base_code, at, mask)
+    total = tl.zeros((BLOCK,), tl.float64)
+    up = tl.zeros((BLOCK,), tl.float64)
+    down = tl.zeros((BLOCK,), tl.float64)
+    rows = i64_at(table)
+    for i in range(k):
+        tau, keep = weighted(rows + i * ROW, theta_0, element, first, at, mask, BLOCK)
+        add_count(counts, 1 + i, tl.sum(keep.to(tl.int32)))
+        total += tau
+        up = tl.where(tau > up, tau, up)
+        down = tl.where(tau < down, tau, down)
+    infinite = (total - total) != 0.0
+    if AGREE:
+        needed = tl.zeros((BLOCK,), tl.int64)
+        for i in range(k):
+            tau, _ = weighted(rows + i * ROW, theta_0, element, first, at, mask, BLOCK)
+            needed += (tl.abs(tau) > real(threshold) * tl.abs(total - tau)).to(tl.int64)
+        change = tl.where((needed >= least) | infinite, total, 0.0)
+    else:
+        change = tl.where(total > 0.0, up, tl.where(total < 0.0, down, 0.0))
+        change = tl.where(infinite, total, change)
+    result = theta_0.to(tl.float64) + real(scale) * change
+    add_count(counts, 0, round_out(result, out, out_code, at, mask))
