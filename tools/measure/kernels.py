@@ -5,7 +5,7 @@
 
 A base and three fine-tunes in bf16, their Fisher diagonals in fp32. Each kernel is called as the engine calls it for a
 block, by a process of its own for each checkout; the median of the runs counts. The statistics of a method are rows of
-their own: what a TIES merge costs is `ties` plus three times `counting keys`.
+their own: what a TIES merge costs is `ties` plus three times `counting a window`.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ def all_kernels() -> dict[str, Kernel]:
     thetas, with_base, one = 2 * _N * _MODELS, 2 * _N * (_MODELS + 1), 4 * _N
     two = KernelMath(Block(block.buffer, block.models[:1], block.base, "t", 0, _N, (_N,), block.keys))
     bins = np.zeros(1 << 16, np.int32)
+    assert cut[0].cut is not None
+    near = (cut[0].cut.key - 1000, cut[0].cut.key + 1000, 0)  # as after a sample: few patterns are inside
     unequal = tuple(
         TaskVector(v.model, weight=w, cut=v.cut) for v, w in zip(cut, (0.5, 0.3, 0.2), strict=True)
     )
@@ -124,6 +126,9 @@ def all_kernels() -> dict[str, Kernel]:
         "della": rule(TaskVectorMerge(ranked, elect=True), with_base),
         "fisher mean": rule(FisherMean((1.0,) * _MODELS, (1e-9,) * _MODELS), 3 * thetas),
         "counting keys": call("count_keys", plain[0], lambda: math.count_keys(plain[0], *_WINDOW, bins), one),
+        "counting a window": call(
+            "count_keys", plain[0], lambda: math.count_keys(plain[0], *near, bins), one
+        ),
         "dot products of two": call("dots", (), lambda: two.dots((), BLOCK), one),
         "sums of magnitudes": call("abs_sums", plain[0], lambda: math.abs_sums(plain[0]), one),
         "CRC-32": Kernel(lambda: crc32(block.buffer[: 2 * _N]), 2 * _N, frozenset()),
