@@ -34,7 +34,11 @@ static CUresult say(const char *name, const char *form, ...) {
 }
 
 CUresult cuInit(unsigned flags) { return say("cuInit", ""); }
-CUresult cuDriverGetVersion(int *version) { *version = 13000; return 0; }
+CUresult cuDriverGetVersion(int *version) {
+  const char *wanted = getenv("FAKE_CUDA_VERSION"); /* such as 12040 */
+  *version = wanted ? atoi(wanted) : 13000;
+  return 0;
+}
 CUresult cuDeviceGetCount(int *count) { *count = 1; return say("cuDeviceGetCount", ""); }
 CUresult cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
 CUresult cuDeviceGetAttribute(int *value, int attribute, int device) {

@@ -45,6 +45,14 @@ for number in (100, 802, 304):
     except InputError as error:
         found[f"start {number}"] = str(error)
 del os.environ["FAKE_CUDA_FAILS"], os.environ["FAKE_CUDA_ERROR"]
+from cuda.bindings import driver as bindings
+found["bindings"] = bindings.CUDA_VERSION // 1000
+os.environ["FAKE_CUDA_VERSION"] = str(1000 * found["bindings"] - 960)
+try:
+    find_gpu(0)
+except InputError as error:
+    found["old driver"] = str(error)
+del os.environ["FAKE_CUDA_VERSION"]
 driver = CoreDriver(0)
 found["memory"] = driver.memory()
 try:
@@ -172,6 +180,15 @@ def test_a_driver_that_does_not_start_says_why(ran: tuple[dict[str, Any], list[s
     assert (
         found["start 304"]
         == "the GPU's driver does not start (CUDA_ERROR_OPERATING_SYSTEM): use --device cpu"
+    )
+
+
+def test_bindings_that_are_newer_than_the_driver_are_refused(ran: tuple[dict[str, Any], list[str]]) -> None:
+    found, _ = ran
+    major = found["bindings"]
+    assert found["old driver"] == (
+        f"cuda-bindings is for CUDA {major}, and the GPU's driver for CUDA {major - 1}.4: "
+        f"pip install 'cuda-bindings<{major}', or use --device cpu"
     )
 
 

@@ -42,7 +42,7 @@ def count_gpus() -> int:
     Raises
     ------
     InputError
-        If there is a driver that does not start.
+        If there is a driver that does not start, or that is older than cuda-bindings.
     """
     from cuda.bindings import driver
 
@@ -58,7 +58,22 @@ def count_gpus() -> int:
     if number:
         name, cure = getattr(error, "name", number), _CURES.get(number, "")
         raise InputError(f"the GPU's driver does not start ({name}): {cure}use --device cpu")
+    (version,) = _checked("cuDriverGetVersion", driver.cuDriverGetVersion())
+    _check_version(int(version), int(driver.CUDA_VERSION))
     return int(count)
+
+
+def _check_version(version: int, bindings: int) -> None:
+    """Refuse a driver of an older CUDA than the bindings, whose calls may then fail, or do something else.
+
+    Versions are 1000 times the major one and 10 times the minor one; minor ones may differ.
+    """
+    major = bindings // 1000
+    if version // 1000 < major:
+        raise InputError(
+            f"cuda-bindings is for CUDA {major}, and the GPU's driver for CUDA {version // 1000}.{version % 1000 // 10}: "
+            f"pip install 'cuda-bindings<{major}', or use --device cpu"
+        )
 
 
 def capability(number: int) -> tuple[int, int]:
