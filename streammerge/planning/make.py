@@ -35,6 +35,7 @@ from streammerge.planning.resolve.components import check_components, check_pipe
 from streammerge.planning.resolve.jobs import Resolved, resolve_jobs
 from streammerge.planning.resolve.matching import Matched, match_names
 from streammerge.planning.resolve.quantised import check_codes
+from streammerge.planning.resolve.tokens import compare_tokens
 from streammerge.planning.resolve.vocabulary import Alignment, align
 from streammerge.planning.stages import with_shared
 from streammerge.planning.streamed import held_nbytes
@@ -92,6 +93,11 @@ def make_plan(
     else:
         resolved, template = mixture.resolved, with_settings(template, mixture)
     check_components(template, tuple(every.values()), resolved.jobs)
+    told = (
+        []
+        if alignment is not None or mixture is not None
+        else compare_tokens(inputs.models, template, resolved.jobs)
+    )
     storage = choose_storage(Material(config, method, template, matched.indexes, resolved, inputs.merged))
     jobs = tuple(map(with_shared, storage.jobs)) if inputs.stages else storage.jobs
     files = _Files()
@@ -126,7 +132,7 @@ def make_plan(
         device=resources.device.name,
         device_reason=resources.device.reason,
         division=division,
-        warnings=(*options.notes, *resolved.warnings, *storage.notes, *files.remarks),
+        warnings=(*options.notes, *told, *resolved.warnings, *storage.notes, *files.remarks),
         fishers=inputs.fishers,
         grams=inputs.grams,
         bases=inputs.bases,

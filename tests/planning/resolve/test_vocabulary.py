@@ -341,3 +341,35 @@ def test_rows_with_an_adapter_are_gathered_too(three: list[Model], tmp_path: Pat
     rows = rows_by_token(three[:2], 0, output_ids(tmp_path / "out"), 10, EMBEDDING)
     found = read_tensors(tmp_path / "out")[EMBEDDING].double()
     assert torch.allclose(found, torch.stack(rows).mean(dim=0), rtol=1e-6, atol=1e-6)
+
+
+def test_rows_that_are_different_tokens_are_told_and_refused_where_they_are_most(tmp_path: Path) -> None:
+    """Nothing aligns the vocabularies here; the sizes are equal, so that the shapes tell nothing."""
+    texts = [f"w{i}" for i in range(20)]
+    one = {text: i for i, text in enumerate(texts)}
+    two = {**one, "w18": 19, "w19": 18}
+    other = {text: i for i, text in enumerate(reversed(texts))}
+    paths = []
+    for i, ids in enumerate((one, two, other)):
+        path = tmp_path / str(i)
+        path.mkdir()
+        save_file(
+            {"model.embed_tokens.weight": torch.full((20, 4), float(i)), "x": torch.ones(3)},
+            path / "model.safetensors",
+        )
+        (path / "config.json").write_text("{}")
+        (path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ids}, "added_tokens": []}))
+        paths.append(path)
+
+    def of(*numbers: int, **top: Any) -> dict[str, Any]:
+        models = [{"model": str(paths[i]), "parameters": {"weight": 1.0}} for i in numbers]
+        return {"merge_method": "linear", "models": models, **top}
+
+    (line,) = [line for line in plan(of(0, 1, 0)).warnings if "token" in line]
+    assert "2 rows of their vocabularies are different tokens (first: 18, 'w19' and 'w18')" in line
+    with pytest.raises(ModelError, match=r"20 rows .* are different tokens .*: `tokenizer_source: base`"):
+        plan(of(0, 2))
+    assert not [line for line in plan(of(0, 2, tokenizer_source="union")).warnings if "token" in line]
+    assert not [line for line in plan(of(0, 2, exclude=["embed"])).warnings if "token" in line]
+    (paths[2] / "tokenizer.json").write_text("{")
+    assert not [line for line in plan(of(0, 2)).warnings if "token" in line]
