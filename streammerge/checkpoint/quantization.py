@@ -112,6 +112,7 @@ _BESIDE = (
     "q_invperm",
     "centroids.weight",
     "weight_bias",
+    "comfy_quant",
 )
 """Names of companions in the same module."""
 _WITHIN = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "_data", "_scale")

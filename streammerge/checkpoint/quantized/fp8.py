@@ -4,6 +4,9 @@ The scale of ``X.weight`` is ``X.weight_scale_inv`` (DeepSeek-V3, Qwen3-FP8; it 
 ``X.weight_scale`` (FBGEMM, vLLM), or ``X.scale`` if FP8 is declared (DeepSeek-V4). Fused experts such as
 ``experts.gate_up_proj`` have ``experts.gate_up_proj_scale_inv`` (transformers 5). The file states the dtype of the
 scales: F32, BF16, F16 or F8_E8M0.
+
+Files of image models (ComfyUI) have a tensor ``scaled_fp8`` as their mark, and ``X.scale_weight`` next to ``X.weight``;
+newer ones ``X.weight_scale`` and a JSON text ``X.comfy_quant``. What only marks a format is not part of the weights.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from streammerge.formats.refs import SourceRef
 from streammerge.io.files import bad, quoted
 
 _SUFFIXES = ("_scale_inv", "_scale")
+_MARK = "scaled_fp8"
+_BESIDE = ("comfy_quant", "scale_input")
+"""Names in the module that mark the format, or scale its activations."""
 
 
 @finds("fp8", "fbgemm_fp8", None)
@@ -32,12 +38,15 @@ def find_fp8(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iter
         If a scale does not fit its codes, or a tensor has two.
     """
     encodings: dict[tuple[object, ...], Encoding] = {}
+    marks = tuple(name for name in tensors if name.rpartition(".")[2] == _MARK)
     for name, codes in tensors.items():
         if codes.dtype not in FLOATS8:
             continue
         places = [name + end for end in _SUFFIXES]
         if declaration.method is not None and name.endswith(".weight"):
             places.append(f"{name.removesuffix('.weight')}.scale")
+        if marks:
+            places.append(f"{name.removesuffix('.weight')}.scale_weight")
         found = [tensors[place] for place in places if place in tensors]
         if not found:
             continue
@@ -52,7 +61,9 @@ def find_fp8(tensors: Mapping[str, SourceRef], declaration: Declaration) -> Iter
         scales = scales_of(codes, codes.shape, scale, block, bytes_are_e8m0=is_e8m0)
         key = codes.dtype, scales.dtype, scales.extent, scales.shape == (1, 1, 1)
         encoding = encodings.setdefault(key, Encoding(title_of(codes.dtype, scales), codes.dtype))
-        yield Weight(QuantizedRef(name, codes.shape, contiguous(codes), scales, encoding))
+        own = [f"{name.removesuffix('.weight')}.{end}" for end in _BESIDE]
+        beside = (*(place for place in own if place in tensors), *marks)
+        yield Weight(QuantizedRef(name, codes.shape, contiguous(codes), scales, encoding), beside)
 
 
 def title_of(element: str, scales: Scales) -> str:

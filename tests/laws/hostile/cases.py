@@ -107,7 +107,7 @@ def configs() -> Iterator[Case]:
     yield Case(
         "a weight for one model", config(ab + "    parameters: {weight: 1}\n"), "give a weight to all or none"
     )
-    for value in ("true", "x", "null", "'1'", ".inf", "1e999", "[]", "[x, y]"):
+    for value in ("true", "x", "null", "'1x'", ".inf", "1e999", "[]", "[x, y]"):
         yield Case(f"weight: {value}", parameters(f"weight: {value}"), "weight")
     yield Case("weights that sum to zero", parameters("weight: 0"), "sum to 0")
     for value in ("1.5", "-0.1", ".nan", "x"):
