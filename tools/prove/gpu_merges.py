@@ -51,6 +51,7 @@ FEW: list[tuple[str, dict[str, Any]]] = [
     ("fisher", {}),
     ("consensus", {"lambda_mask": 0.6}),
     ("emr", {"weight": 0.5}),
+    ("ramplus_tl", {}),
 ]
 DEVICE = "interpreted"
 LAUNCHED: Counter[str] = Counter()

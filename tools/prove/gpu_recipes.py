@@ -19,6 +19,7 @@ from streammerge.algebra.rules import (
     LargestAgreeing,
     Rule,
     TaskVectorMerge,
+    TouchedMerge,
     WeightedSum,
 )
 from streammerge.algebra.task_vectors import Cut, RankDrop, TaskVector
@@ -72,6 +73,9 @@ def rules_of(block: Block, seed: int) -> Iterator[tuple[str, Rule]]:
         for least, share in ((1, 0.0), (2, 0.4), (2, 1.0), (k + 1, 0.4)):
             yield f"consensus {least} {share}{name}", ConsensusMerge(vectors(**options), least, share, 0.7)
         yield f"emr{name}", LargestAgreeing(vectors(**options), 0.7)
+        for epsilon in (0.0, 1e-5, 2e-3):
+            factors = tuple(1.0 + one / 7 for one in w)
+            yield f"ram {epsilon}{name}", TouchedMerge(vectors(**options), epsilon, factors)
     yield "consensus, opposed", ConsensusMerge(against, 1, 0.0, 1e10)
     yield "emr, opposed", LargestAgreeing(against, 1e10)
 
@@ -142,6 +146,8 @@ def calls_of(block: Block) -> Iterator[tuple[str, Any]]:
     yield "dots", lambda math: math.dots(vectors, 4096)
     yield "dots of rows", lambda math: math.dots((), block.row_length)
     yield "column dots", partial(_column_dots, vectors=vectors, columns=block.row_length)
+    for epsilon in (0.0, 1e-5, 2e-3):
+        yield f"touches {epsilon}", lambda math, epsilon=epsilon: math.touches(vectors, epsilon)
     yield "fisher squares", lambda math: math.fisher_squares(0)
     merge = TaskVectorMerge(vectors, elect=True)
     yield "signs", lambda math: math.sign_total(merge)

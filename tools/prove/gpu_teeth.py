@@ -107,6 +107,13 @@ PLANTS = {
     "the largest of the other sign": Plant(
         "votes.py", "tl.where(total > 0.0, up, ", "tl.where(total > 0.0, -down, ", (2,)
     ),
+    "an entry as large as epsilon": Plant(
+        "votes.py", "~(tl.abs(tau) <= real(epsilon))", "~(tl.abs(tau) < real(epsilon))", (2,)
+    ),
+    "an entry of one model not multiplied": Plant(
+        "votes.py", "tl.where(count == 1.0, unique, mean)", "mean", (2,)
+    ),
+    "touched alone and with others": Plant("votes.py", "(count == 1)", "(count >= 1)", (2,)),
     "a floor in fp32": Plant(
         "fisher.py",
         "tl.where(known < floor, floor, known)",

@@ -28,7 +28,7 @@ from streammerge.backends.fused.launcher import Launcher, Residence
 from streammerge.backends.fused.memory import DeviceMemory, Scratch
 from streammerge.backends.fused.rules import enqueue_ranks, enqueued, fused_rule, signs_of
 from streammerge.backends.fused.specs import kernel_specs
-from streammerge.backends.fused.tables import pair_rows, search_rows, weighted_rows
+from streammerge.backends.fused.tables import bits, pair_rows, search_rows, weighted_rows
 from streammerge.numerics.ordered_sum import BLOCK
 
 _DIGITS = ((20, "11"), (10, "10"), (0, "10"))
@@ -46,6 +46,7 @@ _METHODS = {
     "fisher_squares",
     "own_squares",
     "sign_total",
+    "touches",
     "words_between",  # reads no tensor, and runs on the CPU in every merge
 }
 
@@ -192,6 +193,14 @@ class FusedMath:
             found = memory.fetch(searches, 4 * k).reshape(k, 4)
         return [Found(int(key), int(ties), int(rank), int(top)) for key, rank, ties, top in found]
 
+    def touches(self, vectors: tuple[TaskVector, ...], epsilon: float) -> Counts:
+        """See `BlockMath`."""
+        memory, k = self._memory, len(vectors)
+        with memory.scratch() as scratch:
+            table, counts = scratch.sent(memory.rows(vectors)), scratch.zeros(16 * k)
+            memory.over_elements("touches", table, k, *memory.base(), bits(float(epsilon)), counts)
+            return memory.fetch(counts, 2 * k).reshape(2, k)
+
     # --- sums
 
     def abs_sums(self, vector: TaskVector) -> NDArray[np.float64]:
@@ -288,10 +297,6 @@ class FusedMath:
         return [rows + 4 * i * block.n for i in range(k)]
 
     # --- without a fused kernel
-
-    def touches(self, vectors: tuple[TaskVector, ...], epsilon: float) -> Counts:
-        """See `BlockMath`."""
-        return self._else.touches(vectors, epsilon)
 
     def agreements(self, vectors: tuple[TaskVector, ...]) -> Counts:
         """See `BlockMath`."""

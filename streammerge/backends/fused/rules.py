@@ -15,6 +15,7 @@ from streammerge.algebra.rules import (
     LargestAgreeing,
     Rule,
     TaskVectorMerge,
+    TouchedMerge,
     WeightedSum,
     ranked,
     removing,
@@ -177,7 +178,7 @@ def signs_of(memory: DeviceMemory, rule: TaskVectorMerge) -> int:
 
 # --- votes
 
-_VOTES: tuple[type[Rule], ...] = (ConsensusMerge, LargestAgreeing)
+_VOTES: tuple[type[Rule], ...] = (ConsensusMerge, LargestAgreeing, TouchedMerge)
 """Rules whose kernels do not read what drops by rank left."""
 
 
@@ -210,6 +211,25 @@ def _vote(
     target, code = memory.residence.output(out), CODES[out.dtype]
     memory.over_elements(name, table, k, *memory.base(), *how, target, code, counts)
     memory.residence.written(out)
+    return _with_survivors(rule, k, counts)
+
+
+@_fuses(TouchedMerge)
+def _touch(
+    memory: DeviceMemory, scratch: Scratch, rules: Sequence[TouchedMerge], outs: Sequence[Operand]
+) -> Counted:
+    (rule,), (out,), k = rules, outs, len(rules[0].vectors)
+    table, counts = scratch.sent(memory.rows(rule.vectors)), scratch.zeros(8 * (1 + k))
+    factors = scratch.sent(np.array(rule.factors, np.float64))
+    target, code = memory.residence.output(out), CODES[out.dtype]
+    how = (bits(rule.epsilon), target, code, counts)
+    memory.over_elements("touched_merge", table, factors, k, *memory.base(), *how)
+    memory.residence.written(out)
+    return _with_survivors(rule, k, counts)
+
+
+def _with_survivors(rule: Rule, k: int, counts: int) -> Counted:
+    """Return counts of what is not finite, and of the survivors of each of `k` vectors."""
 
     def report(found: Counts) -> list[Applied]:
         kept = tuple(int(n) for n in found[1:]) if removing(rule) else ()

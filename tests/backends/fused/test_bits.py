@@ -70,6 +70,8 @@ def test_merges_write_the_files_of_the_cpu(found: dict[str, Any]) -> None:
         "fisher_mean",
         "consensus",
         "largest_agreeing",
+        "touches",
+        "touched_merge",
         "count_digits_11",
         "narrow_10",
         "keys_in_window",

@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from streammerge.algebra.block import Block, Call, Operand
 from streammerge.algebra.competition import Size
-from streammerge.algebra.rules import FisherMean, Rule, SelectedMerge, TaskVectorMerge, WeightedSum
+from streammerge.algebra.rules import (
+    ConsensusMerge,
+    FisherMean,
+    LargestAgreeing,
+    Rule,
+    SelectedMerge,
+    TaskVectorMerge,
+    TouchedMerge,
+    WeightedSum,
+)
 from streammerge.algebra.task_vectors import Cut, RankDrop, TaskVector
 from streammerge.backends.cpu.math import KernelMath
 from streammerge.backends.fused.copied import Copied
@@ -27,6 +36,9 @@ RULES: list[Rule] = [
     TaskVectorMerge(VECTORS, elect=True),
     TaskVectorMerge(RANKED),
     FisherMean((1.0, 1.0), (0.0, 0.0), vectors=VECTORS),
+    ConsensusMerge(VECTORS, 2, 0.4),
+    LargestAgreeing(VECTORS),
+    TouchedMerge(VECTORS, 0.0, (1.0, 1.0)),
 ]
 
 
@@ -134,6 +146,7 @@ def test_statistics_give_their_memory_back() -> None:
     math.squares(VECTORS, None)
     math.own_squares()
     math.dots(VECTORS, 4)
+    math.touches(VECTORS, 0.0)
     math.add_column_dots(VECTORS, np.zeros((3, 4)))
     math.fisher_squares(1)
     math.sign_total(TaskVectorMerge(VECTORS, elect=True))
@@ -177,5 +190,7 @@ def test_what_is_fused_is_told() -> None:
     assert not fused_call(Call("count_keys", RANKED[0]))
     assert not fused_call(Call("ties", Size(VECTORS[0])))
     assert fused_call(Call("squares"))
-    assert not fused_call(Call("touches"))
+    assert fused_call(Call("touches"))
+    assert not fused_call(Call("agreements"))
+    assert not fused_rule(LargestAgreeing(RANKED))  # its kernel does not read what drops by rank left
     assert fused_call(Call("words_between"))

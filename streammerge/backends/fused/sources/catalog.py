@@ -53,6 +53,8 @@ KERNELS = {
     "fisher_mean_vectors": Kernel(fisher.fisher_mean, constants={"VECTORS": True, "BLOCK": _BLOCK}),
     "consensus": Kernel(votes.vote, constants={"AGREE": True, "BLOCK": _BLOCK}),
     "largest_agreeing": Kernel(votes.vote, constants={"AGREE": False, "BLOCK": _BLOCK}),
+    "touched_merge": Kernel(votes.touched_merge),
+    "touches": Kernel(votes.touches),
     "surviving": Kernel(sums.surviving),
     "pair_sums": Kernel(sums.lane_sums, 16, {"KIND": 0, "GROUPS": 16}),
     "abs_sums": Kernel(sums.lane_sums, 16, {"KIND": 1, "GROUPS": 16}),

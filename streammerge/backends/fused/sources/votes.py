@@ -1,10 +1,10 @@
-"""The merges in which the models vote on each element. Mirrors `backends/cpu/votes.py`, whose formulas are the rules'."""
+"""The merges in which the models vote on each element, or those that touched it. Mirrors `backends/cpu/votes.py`, `tiles.py`."""
 
 import triton
 import triton.language as tl
 
-from .blocks import add_count, i64_at, kernel, places, real, round_out, widen
-from .deltas import COEFFICIENT, ROW, survivors
+from .blocks import add_count, f64_at, i64_at, kernel, places, real, round_out, widen
+from .deltas import COEFFICIENT, RESCALE, ROW, survivors
 
 
 @triton.jit
@@ -62,3 +62,53 @@ def vote(
         change = tl.where(infinite, total, change)
     result = theta_0.to(tl.float64) + real(scale) * change
     add_count(counts, 0, round_out(result, out, out_code, at, mask))
+
+
+@triton.jit
+def touched_entries(row, epsilon, theta_0, element, first, at, mask, BLOCK: tl.constexpr):
+    """Return the entries of a task vector above `epsilon` in magnitude, fp64, 0 elsewhere; which they are; which survive."""
+    delta, keep = survivors(row, theta_0, element, first, at, mask, BLOCK)
+    tau = real(tl.load(row + RESCALE)) * delta.to(tl.float64)
+    touched = mask & ~(tl.abs(tau) <= real(epsilon))  # a NaN too
+    return tl.where(touched, tau, 0.0), touched, keep
+
+
+@kernel
+def touched_merge(
+    table, factors, k, base, base_code, start, n, epsilon, out, out_code, counts, BLOCK: tl.constexpr
+):
+    """Write base + the mean of the entries that models touched; one that a single model touched times its factor (fp64).
+
+    `counts` takes what is not finite, then the survivors of each vector.
+    """
+    first, element, at, mask = places(start, n, BLOCK)
+    theta_0 = widen(base, base_code, at, mask)
+    total = tl.zeros((BLOCK,), tl.float64)
+    unique = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.float64)
+    for i in range(k):
+        row = i64_at(table) + i * ROW
+        tau, touched, keep = touched_entries(row, epsilon, theta_0, element, first, at, mask, BLOCK)
+        add_count(counts, 1 + i, tl.sum(keep.to(tl.int32)))
+        total += tau
+        unique += tl.load(f64_at(factors) + i) * tau
+        count += touched.to(tl.float64)
+    mean = total / tl.where(count > 1.0, count, 1.0)
+    result = theta_0.to(tl.float64) + tl.where(count == 1.0, unique, mean)
+    add_count(counts, 0, round_out(result, out, out_code, at, mask))
+
+
+@kernel
+def touches(table, k, base, base_code, start, n, epsilon, counts, BLOCK: tl.constexpr):
+    """Count the elements that each model touched alone, then those that each touched with others."""
+    first, element, at, mask = places(start, n, BLOCK)
+    theta_0 = widen(base, base_code, at, mask)
+    count = tl.zeros((BLOCK,), tl.int32)
+    rows = i64_at(table)
+    for i in range(k):
+        _, touched, _ = touched_entries(rows + i * ROW, epsilon, theta_0, element, first, at, mask, BLOCK)
+        count += touched.to(tl.int32)
+    for i in range(k):
+        _, touched, _ = touched_entries(rows + i * ROW, epsilon, theta_0, element, first, at, mask, BLOCK)
+        add_count(counts, i, tl.sum((touched & (count == 1)).to(tl.int32)))
+        add_count(counts, k + i, tl.sum((touched & (count > 1)).to(tl.int32)))
