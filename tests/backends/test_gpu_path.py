@@ -340,6 +340,17 @@ def test_a_slot_is_free_when_its_copy_is_done() -> None:
     assert not driver.pinned
 
 
+def test_slots_are_unpinned_though_a_copy_failed() -> None:
+    driver = FakeDriver(1 << 16, fails=("synchronize", 0))
+    ring, stream = Ring(driver, 2, 4096), driver.stream()
+    taken = ring.take(threading.Event())
+    assert taken is not None
+    ring.give(taken[0], driver.record(stream))
+    with pytest.raises(DriverError):
+        ring.close()
+    assert not driver.pinned
+
+
 def test_the_launcher_sends_tables_in_parts_and_adds_the_null_pointers() -> None:
     driver = FakeDriver(1 << 20)
     stream, staging = driver.stream(), Ring(driver, 1, 4096)

@@ -75,11 +75,13 @@ class Ring:
             self._changed.notify()
 
     def close(self) -> None:
-        """Wait for the copies, and unpin the slots."""
-        while self._free:
-            _, event = self._free.popleft()
-            if event is not None:
-                self._driver.synchronize(event)
-        if self.pinned:
-            self._driver.unpin(self._memory)
-            self.pinned = False
+        """Wait for the copies, and unpin the slots, even if a copy failed: else their addresses stay registered."""
+        try:
+            while self._free:
+                _, event = self._free.popleft()
+                if event is not None:
+                    self._driver.synchronize(event)
+        finally:
+            if self.pinned:
+                self.pinned = False
+                self._driver.unpin(self._memory)
