@@ -16,6 +16,7 @@ from streammerge.formats.registry import suffixes
 from streammerge.formats.safetensors import SUFFIX
 from streammerge.formats.torch_dcp import METADATA
 from streammerge.formats.torch_file import PICKLES
+from streammerge.lazy import late_pattern
 from streammerge.records import dataclass
 
 _VARIANTS = "fp16|bf16|f16|fp32|f32|fp8|half|8bit|4bit|int8|int4|non_ema|ema|no_ema|flax|tf"
@@ -176,6 +177,11 @@ def _is_variant_of(some: WeightSet, other: WeightSet) -> bool:
     return bool(some.variant) and not other.variant and some.stem == other.stem
 
 
+_OF_DEEPSPEED = late_pattern(
+    r"zero_to_fp32\.py|global_step\d+|(?:bf16_)?zero_pp_rank_\d+_mp_rank_\d+_\w+\.pt", re.ASCII
+)
+"""Names in the folder of a training with DeepSpeed's ZeRO, whose weights are in shards of optimizer state."""
+
 NOTHING = (
     "no model here: neither model.safetensors.index.json nor any *.safetensors file, nor pytorch_model.bin"
 )
@@ -192,6 +198,13 @@ def no_model(present: Collection[str], otherwise: str = NOTHING) -> str:
                 else ", which cannot be merged; use the safetensors or PyTorch files of the model"
             )
             return f"no model here but {first!r}, {what}{cure}"
+    if any(map(_OF_DEEPSPEED.fullmatch, present)) and not any(
+        name.startswith("mp_rank_") for name in present
+    ):
+        return (
+            "no model here but DeepSpeed's shards of a training: put them together with its `zero_to_fp32.py`, which DeepSpeed saves "
+            "beside them, and use what it writes"
+        )
     torch = sorted(name for name in present if name.endswith(PICKLES) and not name.startswith("."))
     if torch:
         return f"no model here under a usual name; if {torch[0]!r} is one, write its path itself"

@@ -194,6 +194,17 @@ def test_other_files_of_torch_save_are_no_model(tmp_path):
     assert "no model here" in refusal(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    "name", ["global_step10", "zero_to_fp32.py", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+)
+def test_shards_of_deepspeed_are_called_so(name, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / name).touch()
+    assert "DeepSpeed's shards of a training: put them together with its `zero_to_fp32.py`" in refusal(
+        tmp_path / "m"
+    )
+
+
 def test_a_program_in_a_checkpoint_is_not_run(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -11,10 +11,14 @@ from dataclasses import field, replace
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.errors import printable
 from streammerge.formats.refs import SourceRef
+from streammerge.lazy import late_pattern
 from streammerge.planning.resolve.experts import Layout, has_experts, laid_out, layout_of
 from streammerge.planning.resolve.prefixes import Rule, find_rules, layers_behind
 from streammerge.planning.resolve.spellings import spelt_alike
 from streammerge.records import dataclass
+
+_WRAPPERS = late_pattern(r"(?:(?:_orig_mod|module|_fsdp_wrapped_module|_forward_module)\.)+")
+"""Beginnings of names that torch.compile, DDP, FSDP and DeepSpeed put before those of the model that they wrap."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def match_names(
     found: dict[str, TensorIndex] = {}
     own_names: dict[str, Mapping[str, str]] = {}
     prefixes: dict[str, tuple[str, ...]] = {}
-    notes: list[str] = []
+    notes = _wrapped(template)
     layout = layout_of(template) if has_experts(template) else None
     for reference, index in indexes.items():
         if index is template:
@@ -130,6 +134,17 @@ def _renamed(index: TensorIndex, rules: list[Rule]) -> TensorIndex:
     called = {name: rule.template + name[len(rule.own) :] for rule in rules for name in rule.names}
     called |= layers_behind(index, rules, called.keys())
     return replace(index, tensors={called.get(name, name): ref for name, ref in index.items()})
+
+
+def _wrapped(template: TensorIndex) -> list[str]:
+    """Return a warning if the output's names would be those of a wrapper around the model, which no library looks for."""
+    found = _WRAPPERS.match(next(iter(template), "")) if template.config else None
+    if found is None or not all(name.startswith(found[0]) for name in template):
+        return []
+    return [
+        f"{printable(template.reference)}: its names begin with `{found[0]}`, as a wrapper of the training calls them, and so do "
+        f'those of the output, which may not load: write `strip: "{found[0]}"` beside this model to take it off'
+    ]
 
 
 def _own_names(index: TensorIndex, matched: TensorIndex) -> dict[str, str]:

@@ -330,3 +330,22 @@ def test_a_first_model_with_a_hole_in_its_layers_is_refused(whole_layer: bool, t
         *lost,
         "model.layers.1.extra.weight",
     }
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_fsdp_wrapped_module.", "module._orig_mod."])
+def test_the_names_of_a_wrapper_in_the_first_model_are_told_with_a_cure_that_works(
+    prefix: str, tmp_path: Path
+) -> None:
+    a, b = (
+        text(1, f"{prefix}model.", head=f"{prefix}lm_head.weight"),
+        text(2, f"{prefix}model.", head=f"{prefix}lm_head.weight"),
+    )
+    config = linear(write(tmp_path / "a", a, model_type="llama"), write(tmp_path / "b", b))
+    (line,) = [line for line in plan(config, memory="1GiB").warnings if "strip:" in line]
+    assert f'write `strip: "{prefix}"` beside this model' in line
+    config["models"][0]["strip"] = prefix
+    assert not [line for line in plan(config, memory="1GiB").warnings if "strip:" in line]
+    found = merged(config, tmp_path / "out")
+    assert_is(
+        found, {name.removeprefix(prefix): 0.25 * tensor + 0.75 * b[name] for name, tensor in a.items()}
+    )
