@@ -1,4 +1,4 @@
-"""The merges in which the models vote on each element, or those that touched it. Mirrors `backends/cpu/votes.py`, `tiles.py`."""
+"""The merges in which the models vote on each element, or touched it. Mirrors `kernels/votes.py` and `kernels/scores.py`."""
 
 import triton
 import triton.language as tl
