@@ -17,7 +17,7 @@ from streammerge.errors import ModelError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.planning.resolve.assemble import Indexes, OutputTensor
 from streammerge.planning.resolve.experts import are_interleaved, has_experts, n_experts
-from streammerge.planning.resolve.holes import check_holes
+from streammerge.planning.resolve.holes import check_holes, check_holes_of_slices
 
 _FEW = 4
 """If more than one in this many tensors differ in shape, excluding them is not a cure."""
@@ -300,6 +300,7 @@ def compare_names(
             )
     whole = len(config.modules) == 1 and not config.modules[0].is_sliced and config.modules[0].name is None
     if not whole or config.tensors != "same":
+        check_holes_of_slices(outputs, indexes, excluded)
         return warnings
     names = {output.name for output in outputs}
     models = [indexes[spec.reference] for spec in config.models]

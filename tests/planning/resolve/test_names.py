@@ -349,3 +349,20 @@ def test_the_names_of_a_wrapper_in_the_first_model_are_told_with_a_cure_that_wor
     assert_is(
         found, {name.removeprefix(prefix): 0.25 * tensor + 0.75 * b[name] for name, tensor in a.items()}
     )
+
+
+def test_a_hole_in_the_first_source_of_a_slice_is_refused(tmp_path: Path) -> None:
+    whole, lost = text(1, "model."), "model.layers.1.mlp.up_proj.weight"
+    holed = {name: tensor for name, tensor in text(2, "model.").items() if name != lost}
+    paths = write(tmp_path / "holed", holed), write(tmp_path / "whole", whole)
+
+    def sliced(*ranges: list[int]) -> dict[str, Any]:
+        sources = [{"model": str(path), "layer_range": r} for path, r in zip(paths, ranges, strict=True)]
+        return {"merge_method": "linear", "slices": [{"sources": sources}], "parameters": {"weight": 1.0}}
+
+    with pytest.raises(
+        ModelError, match=rf"holed: tensor {lost} is missing, where other layers and .*whole have"
+    ):
+        plan(sliced([0, 2], [0, 2]), memory="1GiB")
+    plan({**sliced([0, 2], [0, 2]), "exclude": ["up_proj"]}, memory="1GiB")
+    plan(sliced([0, 1], [0, 1]), memory="1GiB")
