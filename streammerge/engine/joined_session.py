@@ -308,6 +308,8 @@ class _OwnRecord:
         self._receipts: dict[int, list[Receipt]] = {}
         self._left: dict[int, dict[int, int]] = {}
         self.finished: set[int] = set()
+        self.answers: dict[str, Any] = {}
+        """Values of streamed statistics, by job, for a second attempt of this process."""
 
     def add(self, receipts: Sequence[Receipt]) -> None:
         """See `Record`; the elements are durable."""
@@ -327,4 +329,5 @@ class _OwnRecord:
                 self.finished.add(number)
 
     def add_answers(self, answers: Mapping[str, Any]) -> None:
-        """See `Record`; a shard that is not finished is begun again, so they are not kept."""
+        """See `Record`; a shard that is not finished is begun again, so nothing else keeps them."""
+        self.answers |= answers

@@ -239,6 +239,8 @@ def _teller(sessions: Sequence[OutputSession], control: Control) -> Callable[[Ti
     elements = sum(job.n_elements for job in jobs)
 
     def tell(tick: Tick) -> None:
+        for session in sessions:
+            session.look()
         control.emit(
             Event(
                 "progress",

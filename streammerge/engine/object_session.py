@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from streammerge.engine.joined_course import JoinedCourse
@@ -56,6 +57,8 @@ class ObjectSession(JoinedSession):
     """One output of a run; the parameters are those of `Session`."""
 
     _shards: ObjectShards
+    resumed = 0
+    """Bytes of the output that were finished when it began."""
     _last: ShardDone | None = None
     """The shard that is whole but for its end, since its presence marks a finished model."""
 
@@ -64,16 +67,42 @@ class ObjectSession(JoinedSession):
         run, stop = run_of(self.identity.public), self._control.stop
         by_itself = self._options.taking is None  # else a scheduler says who commits
         self._shards = ObjectShards(
-            self.place, self.plan.layout, run, stop, self._check_run, holds_last=by_itself
+            self.place,
+            self.plan.layout,
+            run,
+            stop,
+            self._check_run,
+            holds_last=by_itself,
+            tell=self._control.warn,
         )
         return self._shards
 
     def begin(self) -> Progress:
         """Enter the merge; return what has been done before."""
         progress = super().begin()
+        self.resumed = self.bytes_of(progress.receipts)
         if len(self._done) < len(self.plan.layout.shards):
             withdraw_objects(self.place, objects_of(self.place))
-        return progress
+        return progress if self._options.join else replace(progress, answers=self._own.answers)
+
+    def look(self) -> None:
+        """Tell the user of waits for the store."""
+        self._shards.tell_remarks()
+
+    def go_on_from(self, before: ObjectSession) -> None:
+        """Take over from a session of the same process that lost an upload: what it has counted, and its statistics.
+
+        The shards that it has finished are recorded.
+        """
+        self._own.answers |= before._own.answers
+        self._shards.bytes_written = before._shards.bytes_written
+        self._taking.given_up()
+
+    @property
+    def has_finished_some(self) -> bool:
+        """Whether this process has recorded a shard since it began."""
+        held = set() if self._last is None else {self._last_number}
+        return bool(self._own.finished - held)
 
     def _make_course(self) -> JoinedCourse:
         here = self._entered
@@ -115,6 +144,7 @@ class ObjectSession(JoinedSession):
         """Return the shards that are as they were recorded; others are forgotten."""
         ledger, found = self._entered.ledger, dict[int, ShardDone]()
         units, present = ledger.done(), objects_of(self.place)
+        self._shards.present = present
         for number in range(len(self.plan.layout.shards)):
             if (unit := shard_unit(number)) not in units:
                 continue

@@ -85,6 +85,9 @@ class OutputSession(Protocol):
     def begin(self) -> Progress:
         """Open the records and the shards; return what earlier runs have done, as far as the bytes are sound."""
 
+    def look(self) -> None:
+        """Tell the user what there is to tell; called a few times a second, from the thread that runs."""
+
     def bytes_of(self, receipts: Sequence[Receipt]) -> int:
         """Return the number of output bytes that some receipts cover."""
 
@@ -165,6 +168,9 @@ class Session:
             self._control.warn(f"{printable(self.place.out)}: {_UNRESERVED}")
         self._known = progress.files
         return replace(progress, receipts=self._believe(progress.receipts))
+
+    def look(self) -> None:
+        """Tell the user what there is to tell; called a few times a second, from the thread that runs."""
 
     def bytes_of(self, receipts: Sequence[Receipt]) -> int:
         """Return the number of output bytes that some receipts cover."""

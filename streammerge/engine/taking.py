@@ -32,6 +32,9 @@ class Taking(Protocol):
     def recorded(self, ledger: SharedLedger, unit: str) -> None:
         """Hear that a unit which this process took is recorded."""
 
+    def given_up(self) -> None:
+        """Hear that this process will not do what it took and has not recorded; it may take it again."""
+
     def pause(self, seconds: float, stop: threading.Event) -> bool:
         """Wait; return True as soon as it is worth asking again."""
 
@@ -46,6 +49,9 @@ class Claiming:
     def recorded(self, ledger: SharedLedger, unit: str) -> None:
         """See `Taking`."""
 
+    def given_up(self) -> None:
+        """See `Taking`: whoever claims has given up its claims."""
+
     def pause(self, seconds: float, stop: threading.Event) -> bool:
         """See `Taking`."""
         return stop.wait(seconds)
@@ -59,7 +65,8 @@ class HandedOut:
         this process   {"event": "offer", "units": ["0123456789abcdef/merge-00017", …], "worker": …}
         scheduler      0123456789abcdef/merge-00017             take this unit
                        (an empty line)                          look again: what is left has changed
-        this process   {"event": "recorded", "unit": …}         or "declined", if others have done it meanwhile
+        this process   {"event": "recorded", "unit": …}         or "declined", if others have done it meanwhile,
+                                                                or its upload broke off
 
     Claims are written for others to see and stop nobody: the scheduler knows better who is alive. The end of the
     scheduler's lines is its end, and stops this process.
@@ -75,6 +82,7 @@ class HandedOut:
         self._woken = threading.Event()
         self._offered: set[str] = set()
         """The units of the offer that is open; empty if none is."""
+        self._in_hand: set[str] = set()
         self._answers = deque[str]()
         threading.Thread(target=self._listen, name="scheduler", daemon=True).start()
 
@@ -86,6 +94,7 @@ class HandedOut:
             name = self._answers.popleft()
             self._offered = set()
             if name in names:
+                self._in_hand.add(name)
                 ledger.seize(names[name])
                 return names[name]
             if name:
@@ -97,7 +106,14 @@ class HandedOut:
 
     def recorded(self, ledger: SharedLedger, unit: str) -> None:
         """See `Taking`."""
+        self._in_hand.discard(f"{ledger.run}/{unit}")
         self._tell({"event": "recorded", "unit": f"{ledger.run}/{unit}"})
+
+    def given_up(self) -> None:
+        """See `Taking`."""
+        for name in sorted(self._in_hand):
+            self._tell({"event": "declined", "unit": name})
+        self._in_hand.clear()
 
     def pause(self, seconds: float, stop: threading.Event) -> bool:
         """See `Taking`."""

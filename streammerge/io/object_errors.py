@@ -22,6 +22,7 @@ CREDENTIALS = {
 }
 """The variables of the environment that give credentials, by scheme."""
 _STATUS = late_pattern(r"status code: (\d{3})")
+_SECONDS = late_pattern(r" in (\d+(?:\.\d+)?)s, after \d+ retries")
 _CODE = late_pattern(r"<Code>(\w{1,60})</Code>|\"code\": ?\"(\w{1,60})\"")
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound"}
 _ELSEWHERE = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
@@ -142,6 +143,21 @@ def is_passing(error: Exception) -> bool:
     if status is not None:
         return int(status[1]) == 429 or int(status[1]) >= 500
     return type(error).__name__ == "GenericError" and not any(part in text for part in _OF_HOST)
+
+
+def is_aborted(error: Exception) -> bool:
+    """Return whether the store knows an upload no more: it lost it, or a different process has aborted it."""
+    return "<Code>NoSuchUpload</Code>" in str(error)
+
+
+def seconds_spent(error: Exception) -> float:
+    """Return the seconds for which the library has repeated a request before it gave up; 0 if that is not told.
+
+    >>> seconds_spent(OSError("Error performing PUT http://h/b/x in 12.5s, after 7 retries, max_retries: 60"))
+    12.5
+    """
+    found = _SECONDS.search(str(error))
+    return float(found[1]) if found else 0.0
 
 
 def while_merging(url: str, error: Exception) -> StreammergeError:

@@ -179,6 +179,7 @@ class ObjectFile:
                 if not patience.wait(error):
                     raise while_merging(self._url, error) from None
             else:
+                patience.came()
                 break
         if done != nbytes:
             raise shrunk(self._url)

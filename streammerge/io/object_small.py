@@ -184,7 +184,9 @@ def ask(
     while True:
         store, key = store_of(url)
         try:
-            return question(library(split_url(url)[0]), store, key)
+            found = question(library(split_url(url)[0]), store, key)
+            patience.came()
+            return found
         except StreammergeError:
             raise
         except Exception as error:

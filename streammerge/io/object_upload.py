@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Iterator
 from queue import Empty, Queue
 
-from streammerge.errors import WorldError, printable
+from streammerge.errors import StreammergeError, WorldError, printable
 from streammerge.io.buffer_pool import Bytes
-from streammerge.io.object_errors import AGAIN, while_writing
+from streammerge.io.object_errors import AGAIN, explained, is_aborted, is_passing, while_writing
 from streammerge.io.object_stores import e_tag_of, library, split_url, store_of
 from streammerge.io.object_waiting import Patience
 
@@ -36,6 +36,10 @@ def part_nbytes(nbytes: int) -> int:
     return PART if nbytes <= _LARGEST_SHARD else -(-nbytes // _MOSTPARTS)
 
 
+class UploadLostError(WorldError):
+    """An upload broke off, though the store is there again: its parts are gone, and the object must be made anew."""
+
+
 class _Given(Exception):
     """Raised within an upload that is given up, so that the library aborts it."""
 
@@ -51,6 +55,11 @@ class Upload:
         Set to give up while waiting for the store.
     before_end
         Called when all parts have been handed over; an exception that it raises gives the upload up.
+    tell
+        Told of a wait for the store, from the thread of the upload.
+    was
+        The ETag of the object that the upload replaces, empty if there is none: an object of the right size that has a
+        different one is this upload, complete, though the answer was lost. None: not known.
     """
 
     def __init__(
@@ -59,8 +68,13 @@ class Upload:
         nbytes: int,
         stop: threading.Event,
         before_end: Callable[[], None] = lambda: None,
+        tell: Callable[[str], None] = lambda line: None,
+        was: str | None = None,
     ) -> None:
         self._url, self._stop, self._before_end = url, stop, before_end
+        self._nbytes, self._tell, self._was = nbytes, tell, was
+        self._ending = False
+        """Whether the library has taken all parts."""
         self._part = part_nbytes(nbytes)
         self._filled = bytearray()
         self._parts: Queue[bytes | None] = Queue(1)
@@ -89,8 +103,13 @@ class Upload:
                 part, self._filled = bytes(self._filled), bytearray()
                 self._hand(part)
 
-    def finish(self) -> str:
+    def finish(self, look: Callable[[], None] = lambda: None) -> str:
         """Send the rest, and return the object's ETag when the store has it whole.
+
+        Parameters
+        ----------
+        look
+            Called a few times a second meanwhile.
 
         Raises
         ------
@@ -108,6 +127,7 @@ class Upload:
         self._hand(None)
         while self._thread.is_alive():
             self._thread.join(_WAIT_SECONDS)
+            look()
             if self._stop.is_set():
                 self.give_up()
                 break
@@ -142,17 +162,58 @@ class Upload:
 
     def _run(self) -> None:
         store, key = store_of(self._url, patient=True)
-        obstore, patience = library(split_url(self._url)[0]), Patience(self._url, self._given_up)
+        obstore = library(split_url(self._url)[0])
+        patience = Patience(self._url, self._given_up, self._tell)
         while True:
             try:
                 done = obstore.put(store, key, self._each(), chunk_size=self._part, max_concurrency=AT_ONCE)
                 self._e_tag = e_tag_of(done)
+                patience.came()
             except BaseException as error:  # a panic of the library is no Exception
-                # The library does not repeat the request that begins an upload if the store dies while it answers.
-                if self._first is not None and isinstance(error, Exception) and patience.wait(error):
-                    continue
+                if isinstance(error, Exception) and not self._given_up.is_set():
+                    # The library does not repeat the request that begins an upload if the store dies while it answers.
+                    if self._first is not None and patience.wait(error):
+                        continue
+                    if self._first is None and (is_passing(error) or is_aborted(error)):
+                        try:
+                            self._failure = self._look_for(error)
+                        except BaseException as failure:
+                            self._failure = while_writing(self._url, failure)
+                        return
                 self._failure = while_writing(self._url, error)
             return
+
+    def _look_for(self, error: Exception) -> StreammergeError | None:
+        """Wait until the store is there again, and look for the object; return what is to be raised, if it is not whole.
+
+        The library does not repeat later parts, or the end, of an upload whose answer was cut; the parts are gone.
+        """
+        patience, why = Patience(self._url, self._given_up, self._tell), error
+        while is_aborted(why) or patience.wait(why):
+            try:
+                store, key = store_of(self._url)
+                meta = library(split_url(self._url)[0]).head(store, key)
+            except Exception as failure:
+                if not isinstance(explained(self._url, failure), FileNotFoundError):
+                    why = failure
+                    continue
+                meta = None
+            patience.came()
+            if self._ending and meta is not None and self._was is not None:
+                found = e_tag_of(meta)
+                if meta["size"] == self._nbytes and found != self._was:
+                    self._e_tag = found
+                    return None
+            self._abort()
+            return UploadLostError(str(while_writing(self._url, error)))
+        return while_writing(self._url, why)
+
+    def _abort(self) -> None:
+        """Free the parts: the library has tried to while the store was away."""
+        from streammerge.io.object_leftovers import abort_uploads  # it takes an HTTP client
+
+        folder, _, name = self._url.rpartition("/")
+        abort_uploads(folder, {name})
 
     def _each(self) -> Iterator[bytes]:
         """Yield the parts; the first one is kept, and yielded again by a later call, until a second is asked for."""
@@ -167,6 +228,7 @@ class Upload:
                     raise _Given from None
                 continue
             if part_or_end is None:
+                self._ending = True
                 return
             if self._first is not None:
                 self._first.append(part_or_end)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from streammerge.errors import ModelError, WorldError
 from streammerge.io.files import pread, reading
 from streammerge.io.object_small import put_object
-from streammerge.io.object_upload import Upload
 from streammerge.io.stamp import FileStamp, changed, check_unchanged
 from streammerge.numerics.crc32 import crc32
 from streammerge.output.commit import cover, listing_files, made_files, whole_manifest
@@ -46,7 +44,7 @@ def commit_objects(
     chosen = cover(plan, receipts)
     made, lists = made_files(plan, card, hashes), listing_files(plan, hashes)
     written = {
-        name: _copy(stamp, hashes[name], str(place.path(name)), check)
+        name: _copy(stamp, hashes[name], place, name, writer, check)
         for name, stamp in plan.beside.files.items()
         if name not in made and name not in lists
     }
@@ -67,7 +65,14 @@ def commit_objects(
     return manifest
 
 
-def _copy(stamp: FileStamp, content: str, url: str, check: Callable[[], None]) -> tuple[int, int]:
+def _copy(
+    stamp: FileStamp,
+    content: str,
+    place: Place,
+    name: str,
+    writer: ObjectShards,
+    check: Callable[[], None],
+) -> tuple[int, int]:
     """Copy a file into the store; return its size in bytes and its CRC-32.
 
     Raises
@@ -77,10 +82,10 @@ def _copy(stamp: FileStamp, content: str, url: str, check: Callable[[], None]) -
     """
     check()
     if not stamp.nbytes:  # an upload in parts has at least one
-        put_object(url, b"")
+        put_object(str(place.path(name)), b"")
         return 0, 0
     digest, crc, position = hashlib.sha256(), 0, 0
-    upload = Upload(url, stamp.nbytes, threading.Event(), check)
+    upload = writer.upload(name, stamp.nbytes)
     try:
         with reading(stamp.path) as (source, _):
             while data := pread(source, _STEP, position):
@@ -89,7 +94,7 @@ def _copy(stamp: FileStamp, content: str, url: str, check: Callable[[], None]) -
                 upload.write(data)
         if digest.hexdigest() != content:
             raise changed(stamp.path)
-        upload.finish()
+        upload.finish(writer.tell_remarks)
     except ModelError as error:
         check_unchanged(stamp)
         raise WorldError(f"{error}; run the same command again") from error

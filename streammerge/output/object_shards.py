@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 
 from streammerge.errors import Stopped
 from streammerge.io.buffer_pool import Bytes
@@ -37,6 +38,8 @@ class ObjectShards(OwnShards):
         Called before an object gets its name; an exception that it raises, because the run has ended, gives it up.
     holds_last
         Whether the shard whose presence marks a finished model ends last; the same process must then commit.
+    tell
+        Told of waits for the store, in the thread that calls `tell_remarks` or `publish`.
     """
 
     def __init__(
@@ -48,9 +51,13 @@ class ObjectShards(OwnShards):
         check: Callable[[], None],
         *,
         holds_last: bool = True,
+        tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         super().__init__(place, layout, run, direct=False)
-        self._stop, self._check = stop, check
+        self._stop, self._check, self._tell = stop, check, tell
+        self._remarks: SimpleQueue[str] = SimpleQueue()
+        self.present: Mapping[str, tuple[int, str]] | None = None
+        """Size and ETag of the objects that were there before; None if it is not known."""
         self._last = layout.last if holds_last and not layout.beside else None
         self._run = run
         self._sides = [SideParts(sides_in(layout, number)) for number in range(len(layout.shards))]
@@ -149,8 +156,18 @@ class ObjectShards(OwnShards):
     def publish(self, shard: int) -> None:
         """Finish the shard that was held back until all other files are there; all others have their names."""
         if shard == self._last and self._held is not None:
-            self._e_tags[shard] = self._held.finish()
+            self._e_tags[shard] = self._held.finish(self.tell_remarks)
             self._held = None
+
+    def upload(self, name: str, nbytes: int, was: str | None = None) -> Upload:
+        """Begin the upload of a file of the output; it ends with this merge, and tells of waits as those of shards do."""
+        return Upload(str(self._place.path(name)), nbytes, self._stop, self._check, self._remarks.put, was)
+
+    def tell_remarks(self) -> None:
+        """Tell what the uploads have had to say since the last call."""
+        with suppress(Empty):
+            while True:
+                self._tell(self._remarks.get_nowait())
 
     def close(self) -> None:
         """Abort the uploads that are not finished."""
@@ -158,9 +175,6 @@ class ObjectShards(OwnShards):
             if upload is not None:
                 upload.give_up()
         self._upload = self._held = None
-
-    def _url(self, number: int) -> Path:
-        return self._place.path(object_of(self._place, self._layout, self._run, number))
 
     def _advance(self, at: int) -> None:
         """Go on from a position of the current shard: within it, or to the next shard."""
@@ -184,7 +198,9 @@ class ObjectShards(OwnShards):
 
     def _open(self, number: int) -> None:
         shard = self._layout.shards[number]
-        self._upload = Upload(str(self._url(number)), shard.nbytes, self._stop, self._check)
+        name = object_of(self._place, self._layout, self._run, number)
+        was = None if self.present is None else self.present.get(name, (0, ""))[1]
+        self._upload = self.upload(name, shard.nbytes, was)
         self._upload.write(shard.header)
         with self._turn:
             self._at = len(shard.header)

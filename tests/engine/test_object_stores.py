@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from streammerge.api import merge, verify
+from streammerge.engine import to_store
 from streammerge.errors import InputError, OutputError, WorldError
-from streammerge.io import object_stores, object_waiting
+from streammerge.io import object_stores, object_upload, object_waiting
 from streammerge.io.object_file import ObjectFile
+from streammerge.io.object_stores import library
 from streammerge.io.object_upload import Upload
 from tests.conftest import config_for, output_bytes, use_capacity, write_models
 from tests.patience import PATIENCE
@@ -221,6 +223,89 @@ def test_a_stopped_merge_goes_on_shard_by_shard(
     assert done.bytes_resumed > SHARD // 2
     assert server.keys("bench", "stopped") == output_bytes(tmp_path / "local")
     assert leftovers(server, "stopped") == []
+
+
+class Breaking:
+    """obstore, some of whose uploads break off as they end; `carried_out`: though the store has done what it was asked."""
+
+    def __init__(self, numbers: set[int], *, carried_out: bool = False) -> None:
+        self.uploads, self._numbers, self._carried_out = 0, numbers, carried_out
+
+    def put(self, store: Any, key: str, parts: Iterator[bytes], **options: Any) -> Any:
+        self.uploads += 1
+        if self.uploads not in self._numbers:
+            return library("s3").put(store, key, parts, **options)
+        if self._carried_out:
+            library("s3").put(store, key, parts, **options)
+        for _ in parts:
+            pass
+        raise type("GenericError", (Exception,), {})("error sending request")
+
+    def head(self, store: Any, key: str) -> Any:
+        return library("s3").head(store, key)
+
+
+@pytest.mark.parametrize(
+    ("top", "shard_size", "numbers"),
+    [
+        ({"parameters": {"density": 0.5, "trim_scope": "model"}}, SHARD, {1, 2, 5}),
+        ({"output": {"kind": "lora", "drop_rest": True}, "rank": 4}, None, {1, 2}),
+        ({}, None, {1, 2}),
+    ],
+    ids=["shards", "adapter", "one shard"],
+)
+def test_a_shard_whose_upload_breaks_off_is_merged_again(
+    top: dict[str, Any],
+    shard_size: int | None,
+    numbers: set[int],
+    server: Server,
+    models: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """In the same process, which says so; statistics of the whole model are kept, and so is what was whole."""
+    name, config = f"broken-{request.node.callspec.id[:3]}", config_for("ties", models, **top)
+    how: dict[str, Any] = {"memory": "1GiB"} | ({"shard_size": shard_size} if shard_size else {})
+    alone = merge(config, tmp_path / "local", **how)
+    breaking, said = Breaking(numbers), list[str]()
+    monkeypatch.setattr(object_upload, "library", lambda scheme: breaking)
+    done = merge(config, f"s3://bench/{name}", **how, on_event=lambda event: said.append(_told(event)))
+    assert server.keys("bench", name) == output_bytes(tmp_path / "local")
+    assert leftovers(server, name) == []
+    again = [line for line in said if line.endswith("its upload broke off, and it is merged again")]
+    assert len(again) == len(numbers)
+    assert done.bytes_resumed == 0
+    assert breaking.uploads >= len(numbers) + alone.shards
+    if shard_size:  # three of its shards were read again, and no pass over the whole model
+        assert alone.bytes_read < done.bytes_read < 1.5 * alone.bytes_read
+
+
+def _told(event: Any) -> str:
+    return str(event.values.get("message", ""))
+
+
+def test_a_shard_whose_upload_ended_unheard_is_not_merged_again(
+    server: Server, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_for("linear", models)
+    shards = merge(config, tmp_path / "local", memory="1GiB", shard_size=SHARD).shards
+    breaking = Breaking({1, 2}, carried_out=True)
+    monkeypatch.setattr(object_upload, "library", lambda scheme: breaking)
+    merge(config, "s3://bench/unheard", memory="1GiB", shard_size=SHARD)
+    assert server.keys("bench", "unheard") == output_bytes(tmp_path / "local")
+    assert breaking.uploads == shards
+
+
+def test_uploads_that_break_off_for_ever_end_the_merge(
+    server: Server, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    breaking = Breaking(set(range(1000)))
+    monkeypatch.setattr(object_upload, "library", lambda scheme: breaking)
+    monkeypatch.setattr(to_store, "_MOST_LOSSES", 2)
+    with pytest.raises(WorldError, match="run the same command again"):
+        merge(config_for("linear", models), "s3://bench/hopeless", memory="1GiB")
+    assert breaking.uploads == 2
 
 
 def test_a_shard_that_is_not_as_recorded_is_written_again(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -82,3 +83,28 @@ def test_a_process_takes_few_shards_ahead_and_the_last_ones_with_nothing_in_hand
     merge(config, tmp_path / "out", join=Noting(), shard_size=32, threads=1, progress=False)
     assert len(held) == 8
     assert max(held) <= most
+
+
+class _Seized:
+    run = "0123456789abcdef"
+
+    def seize(self, unit: str) -> None:
+        """Claim nothing."""
+
+
+def test_what_is_given_up_is_told_so_that_the_scheduler_hands_it_out_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An upload that broke off; what is recorded is not given up."""
+    monkeypatch.setattr(taking.os, "kill", lambda *_: None)
+    told, ledger = io.StringIO(), cast(SharedLedger, _Seized())
+    handed = HandedOut(io.StringIO("".join(f"{ledger.run}/merge-{i}\n" for i in range(2))), told)
+    units = ["merge-0", "merge-1"]
+    for unit in units:
+        while handed.take(ledger, units) != unit:
+            assert handed.pause(1.0, threading.Event())
+    handed.recorded(ledger, units[0])
+    handed.given_up()
+    handed.given_up()
+    events = [json.loads(line) for line in told.getvalue().splitlines() if line]
+    assert [event["unit"] for event in events if event["event"] == "declined"] == [f"{ledger.run}/merge-1"]

@@ -229,6 +229,7 @@ def away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[int]:
     monkeypatch.setattr(object_stores, "QUICK", {"max_retries": 0})
     monkeypatch.setattr(object_waiting, "_FIRST_PAUSE", 0.01)
     monkeypatch.setattr(object_waiting, "_TOLD", {})
+    monkeypatch.setattr(object_waiting, "_IN_VAIN", {})
     leads("s3", f"http://127.0.0.1:{port}", monkeypatch, tmp_path)
     yield port
     object_stores.close_stores()
@@ -278,9 +279,18 @@ def test_a_wait_ends_when_the_user_stops_the_command(away: int, tmp_path: Path) 
 class Dying:
     """A library whose store dies a few times after some parts of an upload were taken."""
 
-    def __init__(self, deaths: int, parts: int) -> None:
-        self.deaths, self.parts = deaths, parts
+    def __init__(self, deaths: int, parts: int, there: dict[str, Any] | None = None) -> None:
+        self.deaths, self.parts, self.there = deaths, parts, there
         self.sent: list[bytes] = []
+
+    def head(self, store: Any, key: str) -> dict[str, Any]:
+        """Answer as a store that is there again, after it was away once more."""
+        if self.parts:
+            self.parts = 0
+            raise type("GenericError", (Exception,), {})("error sending request")
+        if self.there is None:
+            raise FileNotFoundError(key)
+        return self.there
 
     def put(self, store: Any, key: str, parts: Iterator[bytes], **options: Any) -> dict[str, str]:
         self.sent = [
@@ -292,25 +302,83 @@ class Dying:
         return {"e_tag": '"1"'}
 
 
-@pytest.mark.parametrize("parts", [0, 1, 2])
-def test_an_upload_that_fails_as_it_begins_is_begun_again(
-    parts: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Later its parts are gone, and the merge does the shard again."""
-    library = Dying(2, parts)
-    monkeypatch.setattr(object_upload, "library", lambda scheme: library)
-    monkeypatch.setattr(object_upload, "store_of", lambda url, patient: (None, "x"))
+@pytest.fixture
+def dying(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Dying, Callable[..., str]]]:
+    """Return a function that makes a library, and one that uploads ten bytes in parts of four with it."""
+    monkeypatch.setattr(object_upload, "store_of", lambda url, patient=False: (None, "x"))
     monkeypatch.setattr(object_waiting, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(object_waiting, "_TOLD", {})
+    monkeypatch.setattr(object_waiting, "_IN_VAIN", {})
     monkeypatch.setattr(object_upload, "PART", 4)
-    upload = object_upload.Upload("s3://b/x", 10, threading.Event())
 
-    def send() -> str:
-        upload.write(b"0123456789")
-        return upload.finish()
+    def make(*how: Any) -> tuple[Dying, Callable[..., str]]:
+        library = Dying(*how)
+        monkeypatch.setattr(object_upload, "library", lambda scheme: library)
 
-    if parts < 2:
-        assert send() == '"1"'
-        assert library.sent == [b"0123", b"4567", b"89"]
-        return
-    with pytest.raises(WorldError, match="cannot be reached"):
+        def send(**more: Any) -> str:
+            upload = object_upload.Upload("s3://b/x", 10, threading.Event(), **more)
+            upload.write(b"0123456789")
+            return upload.finish()
+
+        return library, send
+
+    return make
+
+
+@pytest.mark.parametrize("parts", [0, 1])
+def test_an_upload_that_fails_as_it_begins_is_begun_again(parts: int, dying: Any) -> None:
+    library, send = dying(2, parts)
+    assert send() == '"1"'
+    assert library.sent == [b"0123", b"4567", b"89"]
+
+
+@pytest.mark.parametrize(
+    ("there", "was", "parts"),
+    [
+        (None, "", 9),
+        ({"size": 10, "e_tag": '"0"'}, '"0"', 9),
+        ({"size": 10, "e_tag": '"2"'}, None, 9),
+        ({"size": 9, "e_tag": '"2"'}, "", 9),
+        ({"size": 10, "e_tag": '"2"'}, "", 2),
+    ],
+    ids=[
+        "none is there",
+        "the one of before",
+        "perhaps that of before",
+        "a different one",
+        "not the end yet",
+    ],
+)
+def test_an_upload_that_breaks_off_is_waited_for_and_its_parts_are_freed(
+    there: dict[str, Any] | None, was: str | None, parts: int, dying: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parts are gone, and the merge does the shard again."""
+    _, send = dying(1, parts, there)
+    said, freed = list[str](), list[Any]()
+    monkeypatch.setattr(object_leftovers, "abort_uploads", lambda *what: freed.append(what))
+    with pytest.raises(object_upload.UploadLostError, match="cannot be reached"):
+        send(tell=said.append, was=was)
+    assert freed == [("s3://b", {"x"})]
+    assert said == [
+        "s3://b/x: the store cannot be reached: check the network and the endpoint (AWS_ENDPOINT_URL); it is asked again "
+        "for 3 minutes at most"
+    ]
+
+
+def test_an_upload_that_ended_though_its_answer_was_lost_is_not_done_again(dying: Any) -> None:
+    _, send = dying(1, 9, {"size": 10, "e_tag": '"2"'})
+    assert send(was='"0"') == '"2"'
+
+
+def test_a_store_that_stays_away_ends_an_upload_as_a_failure_of_the_world(
+    dying: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, send = dying(1, 9)
+    monkeypatch.setattr(library, "head", lambda store, key: library.put(store, key, iter(())))
+    library.deaths = 10**6
+    monkeypatch.setattr(object_waiting, "PATIENCE", 0.1)
+    with pytest.raises(WorldError, match="cannot be reached") as caught:
         send()
+    assert type(caught.value) is WorldError
+    assert object_waiting._IN_VAIN  # what tidies up waits no more
+    assert not object_waiting.Patience("s3://b/y").wait(type("GenericError", (Exception,), {})("error"))
