@@ -164,7 +164,7 @@ def merge(
         how = replace(how, taking=join)
 
     if report is not None:
-        reporting.check_report("report", Path(report), local_path(out, "a merge with a report"))
+        reporting.check_report("report", local_path(report, "a page"), as_path(out))
 
     planned: dict[str, Any] = {
         "memory": memory,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -131,9 +130,9 @@ def run(
 
     if options.get("report") is not None:
         from streammerge.api.reporting import check_report
-        from streammerge.io.volumes import local_path
+        from streammerge.io.volumes import as_path, local_path
 
-        check_report("--report", Path(options["report"]), local_path(out, "a merge with a report"))
+        check_report("--report", local_path(options["report"], "a page"), as_path(out))
     reporter = make_reporter(what, quiet=quiet, as_json=as_json, signal_received=signal_received, began=BEGAN)
     for note in notes:
         reporter(warning(note))

@@ -144,6 +144,7 @@ def _planned(
         division=division,
         statistics_memory=allocation.statistics,
         warnings=(),
+        streamed=False,  # nothing is written
     )
     if as_merge:
         return divided

@@ -197,6 +197,23 @@ def test_a_store_to_itself_in_one_shard(server: Server, models: list[Path], tmp_
     assert leftovers(server, "one") == []
 
 
+def test_a_merge_into_a_store_is_reported_on_a_page_on_the_disk(
+    server: Server, models: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("vl_convert", reason="the extra `pages` is not installed")
+    said, page = list[str](), tmp_path / "page.html"
+    config = in_store(config_for("ties", models), models)
+    merge(
+        config,
+        "s3://bench/told",
+        memory="1GiB",
+        report=page,
+        on_event=lambda event: said.append(_told(event)),
+    )
+    assert "s3://bench/told" in page.read_text()
+    assert not [line for line in said if "not written" in line]
+
+
 def test_a_stopped_merge_goes_on_shard_by_shard(
     server: Server, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -239,7 +239,7 @@ def test_a_store_counts_in_the_memory_of_a_plan(bucket: Any, tmp_path: Path) -> 
     ("command", "what"),
     [
         (["sweep", "CONFIG", "s3://b/out"], "a sweep"),
-        (["merge", "CONFIG", "s3://b/out", "--report", "page.html"], "a merge with a report"),
+        (["merge", "CONFIG", "s3://b/model", "--report", "s3://b/out"], "a page"),
         (["fisher", "import", "model", "diagonal.safetensors", "--out", "s3://b/out"], "a store"),
         (["fisher", "compute", "model", "--data", "data.jsonl", "--out", "s3://b/out"], "a store"),
         (["gram", "compute", "model", "--data", "data.jsonl", "--out", "s3://b/out"], "a store"),
