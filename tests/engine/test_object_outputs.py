@@ -66,6 +66,18 @@ def test_codes_and_scales_that_lie_apart_in_the_file(
     assert len([key for key in server.keys("bench", name) if key.endswith(".safetensors")]) > 2
     if capacity is None:
         assert verify(f"s3://bench/{name}", against=top).problems == ()
+        pytest.importorskip("vl_convert", reason="the extra `pages` is not installed")
+        said, page = list[str](), tmp_path / "page.html"
+        done = merge(
+            top,
+            f"s3://bench/{name}",
+            memory="1GiB",
+            shard_size=SHARD,
+            report=page,
+            on_event=lambda event: said.append(str(event.values.get("message"))),
+        )
+        assert done.already_complete
+        assert "rounding" in page.read_text(), said
 
 
 @pytest.mark.parametrize("name", ["mxfp4 U8", "nvfp4", "pack-quantized 4 bits", "float-quantized block"])
