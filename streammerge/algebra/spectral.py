@@ -85,7 +85,7 @@ def svd(owned: list[torch.Tensor], most: int | None = None) -> Svd:
         del left, right, vectors
         if float(torch.linalg.vector_norm(rest)) <= least:
             break
-    return _joined(found, shape, turned)
+    return _joined(found, turned) if found else _nothing(rest, shape, turned)
 
 
 def eigen(rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,12 +118,16 @@ def count_exact(lengths: torch.Tensor, least: float) -> int:
     return int((lengths > max(_LEVEL * top, least)).sum()) if top > least else 0
 
 
-def _joined(found: Sequence[Svd], shape: Sequence[int], turned: bool) -> Svd:
+def _nothing(rest: torch.Tensor, shape: Sequence[int], turned: bool) -> Svd:
+    """Return the decomposition of a matrix of rank 0, where `rest` is."""
+    none = rest.new_zeros((max(shape), 0))
+    tall, low = none, none[: min(shape)]
+    return Svd(low, rest.new_zeros(0), tall) if turned else Svd(tall, rest.new_zeros(0), low)
+
+
+def _joined(found: Sequence[Svd], turned: bool) -> Svd:
     import torch
 
-    if not found:
-        none = torch.zeros((max(shape), 0), dtype=torch.float64)
-        found = [Svd(none, torch.zeros(0, dtype=torch.float64), none[: min(shape)])]
     left, values, right = found[0]
     if len(found) > 1:
         left, right = (torch.cat([getattr(one, side) for one in found], dim=1) for side in ("left", "right"))

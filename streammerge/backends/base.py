@@ -87,6 +87,8 @@ class Backend:
     """Function that returns the device of a number (``cuda:0``), or None if it does not exist. None: no numbers."""
     on_host: bool = True
     """Whether temporaries of formulas are in this process's memory; False: in the device's."""
+    room: Callable[[str], int] | None = None
+    """Function that returns the bytes of a device's memory that are free. None: temporaries are in this process's memory."""
     compiled: bool = False
     """Whether it runs kernels that must be compiled before their first use."""
     settles: bool = False

@@ -111,8 +111,11 @@ def choose_device(device: str, memory: int | None = None) -> str:
 
 
 def has_bits_of_device(method: Method) -> bool:
-    """Return whether the last bits may be a GPU's: of matrix products of torch, and of formulas that are not ours."""
-    return method.origin != "built in" or method.gram
+    """Return whether the last bits may be a GPU's.
+
+    They may in matrix products and decompositions of torch, and in formulas that are not ours.
+    """
+    return method.origin != "built in" or method.gram or method.matrices
 
 
 def workload_of(method: Method, n_models: int, volume: Volume) -> Workload:
@@ -136,7 +139,7 @@ def way_of(
 ) -> Way:
     """Return where a method merges the matrices of a model; parameters that are not given are typical ones."""
     if method.matrices:
-        return Way("CPUs", "it decomposes matrices, and a GPU's decompositions have other last bits")
+        return Way("torch", "its decompositions are torch's")
     if method.is_formula:
         return Way("torch", "it is a formula of torch")
     if method.gram:
@@ -147,7 +150,8 @@ def way_of(
 
 
 def _gpu_rate(method: Method, n_models: int, share: float) -> float | None:
-    """Return the GB per second of what is read that a GPU merges by a method; None if most of it would stay on the CPUs.
+    """Return the GB per second of what is read that a GPU merges by a method; None if most of it would stay on the
+    CPUs, or it is not known, as of decompositions.
 
     The bus limits kernels, which are sent what is read; torch and ranks are limited by the values, of which what is read
     is a `share`.
@@ -156,10 +160,9 @@ def _gpu_rate(method: Method, n_models: int, share: float) -> float | None:
     place = way_of(method, n_models, gpu=gpu).place
     if method.matrices:
         return None
-    if gpu.open_lane is None:
-        return gpu.rate * share
-    if place == "torch":
-        return rest_of(gpu).rate * share
+    if gpu.open_lane is None or place == "torch":
+        by_torch = formulas_of(gpu)
+        return None if by_torch.on_host else by_torch.rate * share
     if place == "CPUs":
         return None
     by_ranks = ranked(method.rule(*_typical_tensor(method, n_models)))
@@ -207,8 +210,14 @@ def backend_on(device: str, kernels: bool | None) -> tuple[Backend, str | None]:
 
 
 def rest_of(backend: Backend) -> Backend:
-    """Return the backend of what a backend does not compute."""
-    return backend.rest or TORCH
+    """Return the backend of what a backend does not compute: torch on the CPU where its own is not installed."""
+    rest = backend.rest or TORCH
+    return rest if rest.find is None or rest.find(0) is not None else TORCH
+
+
+def formulas_of(backend: Backend) -> Backend:
+    """Return the backend that computes formulas, products and decompositions where a backend is chosen."""
+    return backend if backend.formulas else rest_of(backend)
 
 
 def _on(kind: str) -> Backend | None:
@@ -218,11 +227,7 @@ def _on(kind: str) -> Backend | None:
 
 def backend_of(job: Job, method: Method, chosen: Backend) -> Backend:
     """Return the backend that computes a job: the `chosen` one, or torch if that has no kernels for the job."""
-    if job.matrix is not None:
-        return TORCH  # a GPU's decompositions have other last bits
-    if chosen.formulas or not _takes_formulas(job, method):
-        return chosen
-    return rest_of(chosen)
+    return formulas_of(chosen) if _takes_formulas(job, method) else chosen
 
 
 def reserve_of(

@@ -66,7 +66,7 @@ class Workload:
     cost: float
     """Core seconds on CPUs per GB that is read."""
     gpu_rate: float | None
-    """GB per second of what is read that a GPU merges; None if this method is computed on CPUs wherever it runs."""
+    """GB per second of what is read that a GPU merges; None if this method has no kernels there."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def weigh(work: Workload, host: Host) -> Choice:
     cores = f"{plural(host.cores, 'core')} merge{'s' if host.cores == 1 else ''} {work.method}"
     at = f"{cores} at {_rate(cpu_rate)} GB/s"
     if work.gpu_rate is None:
-        return Choice(False, f"{work.method} is computed on CPUs wherever it runs")
+        return Choice(False, f"no kernel for GPUs computes {work.method}")
     if on_cpus <= LEAST_SECONDS:
         took = "less than a second" if on_cpus < 1 else f"about {format_seconds(on_cpus, coarse=True)}"
         return Choice(False, f"{cores} in {took}; a GPU would not repay its start")

@@ -19,7 +19,7 @@ from streammerge.errors import printable
 from streammerge.formats.parts import all_parts
 from streammerge.io.stamp import FileStamp
 from streammerge.methods.registry import Method
-from streammerge.planning.backend import backend_of, has_bits_of_device, rest_of
+from streammerge.planning.backend import backend_of, formulas_of, has_bits_of_device
 from streammerge.planning.files.surroundings import Surroundings
 from streammerge.planning.files.tokenizer import TokenizerFiles
 from streammerge.planning.job import Job
@@ -310,7 +310,7 @@ class MergePlan:
     @property
     def _device_counts(self) -> bool:
         """Whether the last bits may be the device's."""
-        return has_bits_of_device(self.method) and not rest_of(self.backend).on_host
+        return has_bits_of_device(self.method) and not formulas_of(self.backend).on_host
 
     def _tokenizer_digest(self) -> str:
         assert self.tokenizer is not None

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from streammerge.algebra.rules.matrix_merge import widening_bytes
 from streammerge.backends.base import Backend
 from streammerge.backends.cpu.backend import CPU
 from streammerge.checkpoint.companions import CompanionIndex
 from streammerge.checkpoint.index import TensorIndex
 from streammerge.config.schema import MergeConfig
-from streammerge.errors import BudgetError
+from streammerge.errors import BudgetError, InputError, printable
 from streammerge.formats.refs import SourceRef
 from streammerge.io import volumes
 from streammerge.io.object_upload import upload_nbytes
@@ -20,6 +21,7 @@ from streammerge.planning.backend import (
     Device,
     backend_on,
     find_device,
+    formulas_of,
     has_bits_of_device,
     operator_bytes,
     reserve_of,
@@ -34,15 +36,17 @@ from streammerge.planning.make import Resources, make_plan
 from streammerge.planning.memory import budget as budgets
 from streammerge.planning.moe.method import reserve_for
 from streammerge.planning.needed_kernels import needed_kernels
+from streammerge.planning.needs import tensor_context_of
 from streammerge.planning.on_device import why_not_fused
 from streammerge.planning.options import PlanOptions
 from streammerge.planning.plan import MergePlan
+from streammerge.units import format_size
 
 WORTH_COMPILING = 200_000_000
 """Size of inputs in bytes; torch merges less in the time that compiling the kernels takes."""
 NO_ROOM = "--memory leaves no room for a GPU's libraries"
 TOO_SMALL = "all tensors are small, or are computed as they are read (adapters, gathered rows)"
-DECOMPOSED = "matrices are decomposed on the CPUs, since a GPU's decompositions have other last bits"
+DECOMPOSED = "torch decomposes its matrices, and the torch that is installed finds no GPU"
 SLOWER = (
     "the compiled kernels cannot be used ({}): torch computes the merge, with the same bits, but much slower"
 )
@@ -95,6 +99,7 @@ def _prepared(
         return make_plan(config, method, inputs, Resources(budget, device, backend), options)
 
     plan = _told(plan_on(chosen))
+    _check_room(plan)
     if not chosen.compiled or method.is_formula:
         return plan
     needed = needed_kernels(plan)
@@ -108,12 +113,37 @@ def _prepared(
 def _told(plan: MergePlan) -> MergePlan:
     """Return the plan, with a warning if it has a GPU that nothing is computed on."""
     merged = [job for job in plan.jobs if job.kind == "merge"]
-    by_torch = [job for job in merged if plan.backend_of(job) is rest_of(plan.backend)]
-    there = any(plan.work[job.ordinal].on_device for job in merged)
-    if plan.backend.open_lane is None or not merged or there or by_torch:
+    if (
+        plan.backend.open_lane is None
+        or not merged
+        or any(plan.work[job.ordinal].on_device for job in merged)
+    ):
+        return plan
+    if any(not plan.backend_of(job).on_host for job in merged):  # asked last, since it may import torch
         return plan
     note = f"nothing of this merge is computed on {plan.device}: {_why_nothing(plan, merged)}; use --device cpu, which needs less memory"
     return replace(plan, warnings=(*plan.warnings, note))
+
+
+def _check_room(plan: MergePlan) -> None:
+    """Refuse a merge one of whose matrices a GPU cannot hold: half of its bits would be a different device's.
+
+    Raises
+    ------
+    InputError
+        If the GPU has too little free memory.
+    """
+    largest = 0, ""
+    for job in plan.jobs:
+        if job.matrix is not None and not plan.backend_of(job).on_host:
+            taken = plan.method.workspace_bytes(tensor_context_of(job), job.n_elements)
+            largest = max(largest, (taken + widening_bytes(job.matrix_elements), job.name))
+    room = formulas_of(plan.backend).room if largest[0] else None
+    if room is not None and largest[0] > (free := room(plan.device)):
+        raise InputError(
+            f"tensor {printable(largest[1])}: decomposing it takes {format_size(largest[0])} of the GPU's memory, of which "
+            f"{format_size(free)} are free: use --device cpu"
+        )
 
 
 def _why_nothing(plan: MergePlan, merged: Sequence[Job]) -> str:

@@ -29,6 +29,8 @@ from tests.checkpoint.quantized.formats import write as write_quantised
 from tests.conftest import config_for
 
 PLAIN = Volume(1, 1)
+TORCH_THERE = replace(CUDA, find=lambda number: f"cuda:{number}")
+"""Torch where it finds a GPU, as it does not here."""
 TIES, FAST = Workload("ties", 560 * 10**9, 1.5, 25.0), Host(16, 7.0)
 
 
@@ -52,7 +54,7 @@ TIES, FAST = Workload("ties", 560 * 10**9, 1.5, 25.0), Host(16, 7.0)
             False,
             "4 cores merge ties at 2.7 GB/s; a GPU would reach 2.0",
         ),
-        (replace(TIES, gpu_rate=None), Host(4, 7.0), False, "ties is computed on CPUs wherever it runs"),
+        (replace(TIES, gpu_rate=None), Host(4, 7.0), False, "no kernel for GPUs computes ties"),
         (
             replace(TIES, nbytes=6 * 10**9),
             Host(1, 7.0),
@@ -164,7 +166,7 @@ def test_every_builtin_method_has_a_cost() -> None:
 def test_the_rate_of_a_gpu_is_that_of_what_computes_the_method_there(
     fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = replace(FUSED, lacks=lambda: None, fuses=lambda rule, calls: fused)
+    gpu = replace(FUSED, lacks=lambda: None, fuses=lambda rule, calls: fused, rest=TORCH_THERE)
     monkeypatch.setitem(BACKENDS, "fused", gpu)
     load_builtin()
     rates = {
@@ -172,12 +174,14 @@ def test_the_rate_of_a_gpu_is_that_of_what_computes_the_method_there(
         for name, one in all_methods().items()
         if one.origin == "built in"
     }
-    assert rates["iso_c"] is None  # decomposed on CPUs
+    assert rates["iso_c"] is None  # decompositions there have not been measured
     assert rates["regmean"] == CUDA.rate  # torch's products
     assert rates["della"] == (RANKS_RATE if fused else None)
     assert rates["ties"] == rates["linear"] == rates["fisher"] == (FUSED.rate if fused else None)
     monkeypatch.setitem(BACKENDS, "fused", replace(gpu, lacks=lambda: "what to install"))
     assert workload_of(all_methods()["ties"], 2, PLAIN).gpu_rate == CUDA.rate
+    monkeypatch.setitem(BACKENDS, "fused", replace(gpu, rest=replace(CUDA, find=lambda number: None)))
+    assert workload_of(all_methods()["regmean"], 2, PLAIN).gpu_rate is None  # torch's CPU build
 
 
 def test_codes_count_by_the_bytes_that_are_read_and_by_the_values_that_they_stand_for(
@@ -189,7 +193,7 @@ def test_codes_count_by_the_bytes_that_are_read_and_by_the_values_that_they_stan
     assert n + plain < volume.nbytes < 1.02 * n
     assert volume[1:] == (2 * n + plain, n)
 
-    monkeypatch.setitem(BACKENDS, "fused", replace(FUSED, lacks=lambda: None))
+    monkeypatch.setitem(BACKENDS, "fused", replace(FUSED, lacks=lambda: None, rest=TORCH_THERE))
     load_builtin()
     of_codes, of_values = Volume(10**9, 4 * 10**9, 2 * 10**9), Volume(10**9, 10**9)
     ties, linear = all_methods()["ties"], all_methods()["linear"]

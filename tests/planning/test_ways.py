@@ -17,7 +17,6 @@ ROWS = {
     "kernels": "kernels on the GPU",
     "torch": "torch on the GPU, in steps",
     NO_RULE: "CPUs, since no kernel there applies their rule",
-    "decomposes": "CPUs, since a GPU's decompositions have other last bits",
 }
 
 
@@ -36,7 +35,7 @@ def row_of(found: Way) -> str:
     """Return the row of the table that a method belongs in."""
     if found.place != "CPUs":
         return ROWS[found.place]
-    return ROWS["decomposes" if "decomposes" in found.why else found.why]
+    return ROWS[found.why]
 
 
 def rows() -> dict[str, str]:

@@ -22,6 +22,10 @@ class Deltas(Protocol):
     def shape(self) -> tuple[int, int]:
         """Rows and columns."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the matrices are, and every tensor that is made for them."""
+
     def __len__(self) -> int:
         """Return the number of models."""
 
@@ -43,7 +47,7 @@ def total_of(deltas: Deltas) -> torch.Tensor:
 
 
 Combine = Callable[[Deltas], "torch.Tensor"]
-"""Function that returns the merged task vector of a matrix, (rows, columns), fp64; a tensor of its own."""
+"""Function that returns the merged task vector of a matrix, (rows, columns), fp64; a tensor of its own, on their device."""
 
 
 class Part(NamedTuple):
@@ -102,15 +106,15 @@ class MatrixMerge(Rule):
 
         theta = inputs.theta_0.double().clone()
         for first in range(0, theta.numel(), self.size):
-            theta[first : first + self.size] += self.change(read, first)[0]
+            theta[first : first + self.size] += self.change(read, first, theta.device)[0]
         return theta
 
-    def change(self, read: Read, first: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    def change(self, read: Read, first: int, device: torch.device) -> tuple[torch.Tensor, tuple[int, ...]]:
         """Return scale * tau of the matrix that begins at element `first`, flat, and the survivors of each model.
 
-        The survivors are empty if no task vector loses entries.
+        The survivors are empty if no task vector loses entries. `device` is that of the elements that `read` returns.
         """
-        matrices = _Matrices(self, read, first)
+        matrices = _Matrices(self, read, first, device)
         change = self.combine(matrices).reshape(-1)
         change *= self.scale
         for (_, a), odd in matrices.odd.items():
@@ -122,9 +126,9 @@ class MatrixMerge(Rule):
 class _Matrices:
     """The task vectors of the matrix that begins at an element of a block."""
 
-    def __init__(self, rule: MatrixMerge, read: Read, first: int) -> None:
+    def __init__(self, rule: MatrixMerge, read: Read, first: int, device: torch.device) -> None:
         self._rule, self._read, self._first = rule, read, first
-        self.shape = rule.shape
+        self.shape, self.device = rule.shape, device
         self.odd: dict[tuple[int, int], torch.Tensor] = {}
         """Values that are not finite, 0 elsewhere, by model and first element."""
         self.kept: dict[int, int] = {}
@@ -136,7 +140,7 @@ class _Matrices:
     def __getitem__(self, model: int) -> torch.Tensor:
         import torch
 
-        matrix = torch.empty(self._rule.size, dtype=torch.float64)
+        matrix = torch.empty(self._rule.size, dtype=torch.float64, device=self.device)
         self.kept[model] = 0
         for a in range(0, matrix.numel(), AT_ONCE):
             self._fill(matrix[a : a + AT_ONCE], model, a)

@@ -7,6 +7,7 @@ from streammerge.algebra.extent import Extent
 from streammerge.backends.base import Backend, TensorFacts
 from streammerge.backends.torch.gpu import (
     find_gpu,
+    free_memory,
     free_unused,
     share_of_memory,
     synchronize,
@@ -89,6 +90,7 @@ CUDA = Backend(
     device="cuda",
     find=find_gpu,
     on_host=False,
+    room=free_memory,
     rate=2.0,
 )
 """The reserve: that of `torch`, and a CUDA context, whose libraries are resident. The rate: TIES on an H100 (1.9)."""

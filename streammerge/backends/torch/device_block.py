@@ -92,14 +92,22 @@ class DeviceBlock:
                 self._keep = False
                 self._kept.clear()
                 if size < divisor or not self.at_once:
-                    raise WorldError(
-                        f"tensor {printable(self.block.tensor)}: {self.device} is out of memory: free "
-                        "some, or merge with --device cpu"
-                    ) from None
-                self._hooks.free_unused(self.device)
+                    raise self.out_of_memory() from None
+                self.free_unused()
                 continue
             yield result
             start = stop
+
+    def out_of_memory(self) -> WorldError:
+        """Return the error that the device's memory does not hold what is to be computed."""
+        tensor = printable(self.block.tensor)
+        return WorldError(
+            f"tensor {tensor}: {self.device} is out of memory: free some, or merge with --device cpu"
+        )
+
+    def free_unused(self) -> None:
+        """Give back memory of the device that is kept for later."""
+        self._hooks.free_unused(self.device)
 
     def tensor(self, operand: Operand, a: int, b: int) -> torch.Tensor:
         """Return elements `a` to `b` of an operand on the device, in fp32, or in fp64 if they are stored so."""

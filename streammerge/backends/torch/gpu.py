@@ -50,10 +50,15 @@ def turn_on(device: str) -> Iterator[None]:
 
 def share_of_memory(device: str) -> int:
     """Return the bytes of GPU memory that one stream may use: half of what is free or cached unused."""
+    return free_memory(device) // 2 // _STREAMS
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes of a GPU's memory that are free, or kept unused by torch."""
     import torch
 
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + kept) // 2 // _STREAMS
+    return int(torch.cuda.mem_get_info(device)[0] + kept)
 
 
 def synchronize(device: str) -> None:

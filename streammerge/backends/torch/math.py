@@ -39,7 +39,7 @@ class TorchMath:
     def __init__(
         self, block: Block, device: str, at_once: int, *, keep: bool = False, hooks: DeviceHooks = HOST
     ) -> None:
-        self._block = block
+        self._block, self._device, self._hooks = block, device, hooks
         self._on = DeviceBlock(block, device, at_once, keep=keep, hooks=hooks)
 
     def _surviving(self, vector: TaskVector, a: int, b: int) -> torch.Tensor:
@@ -219,7 +219,7 @@ class TorchMath:
         """See `BlockMath`."""
         on, block = self._on, self._block
         if isinstance(rule, MatrixMerge):
-            return apply_to_matrices(block, rule, out)
+            return apply_to_matrices(block, rule, out, self._device, self._hooks)
 
         def merge(a: int, b: int) -> Applied:
             inputs = on.inputs(a, b)._replace(fishers=on.fishers(a, b))

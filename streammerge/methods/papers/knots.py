@@ -58,7 +58,7 @@ def aligned_ties(deltas: Deltas, *, densities: tuple[float, ...]) -> torch.Tenso
     import torch
 
     rows, columns = deltas.shape
-    gram = torch.zeros((rows, rows), dtype=torch.float64)
+    gram = torch.zeros((rows, rows), dtype=torch.float64, device=deltas.device)
     for delta in each(deltas):
         gram += delta @ delta.T
     squares, vectors = torch.linalg.eigh(gram)
@@ -67,7 +67,7 @@ def aligned_ties(deltas: Deltas, *, densities: tuple[float, ...]) -> torch.Tenso
     basis = vectors[:, squares > (_LEAST * top) ** 2] if top else vectors[:, :0]
     del vectors
     noise = cutoff(top, (rows, columns * len(deltas)))
-    up = torch.zeros((basis.shape[1], columns), dtype=torch.float64)
+    up = basis.new_zeros((basis.shape[1], columns))
     down, ups, downs = (
         up.clone(),
         torch.zeros_like(up, dtype=torch.int16),

@@ -57,9 +57,10 @@ def task_singular_vectors(deltas: Deltas) -> torch.Tensor:
 
     rows, columns = deltas.shape
     k, n = vectors_each(min(deltas.shape), len(deltas)), len(deltas)
-    left = torch.empty((rows, k * n), dtype=torch.float64)
-    right = torch.empty((columns, k * n), dtype=torch.float64)
-    values = torch.empty(k * n, dtype=torch.float64)
+    left, right, values = (
+        torch.empty((*lines, k * n), dtype=torch.float64, device=deltas.device)
+        for lines in ((rows,), (columns,), ())
+    )
     at = 0
     for delta in each(deltas):
         owned = [delta]

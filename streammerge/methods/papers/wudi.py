@@ -57,8 +57,10 @@ def least_interference(deltas: Deltas, *, alpha: float, ridge: float) -> torch.T
     import torch
 
     columns = deltas.shape[1]
-    total = torch.zeros((columns, columns), dtype=torch.float64)
-    product = torch.zeros(deltas.shape, dtype=torch.float64)
+    total, product = (
+        torch.zeros(shape, dtype=torch.float64, device=deltas.device)
+        for shape in ((columns, columns), deltas.shape)
+    )
     for delta in each(deltas):
         gram = delta.T @ delta
         trace = float(gram.diagonal().sum())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from streammerge.algebra.block import Block, BlockMath
-from streammerge.algebra.extent import Extent
 from streammerge.api import merge, plan
-from streammerge.backends.registry import BACKENDS
-from streammerge.backends.torch.backend import TORCH
 from streammerge.errors import BudgetError, ConfigError
 from streammerge.methods.papers.iso import isotropic, isotropic_by_task
 from streammerge.methods.papers.knots import aligned_ties
@@ -31,7 +26,7 @@ from streammerge.methods.registry import get_method
 from streammerge.testing import laws
 from streammerge.testing.models import write_models
 from streammerge.testing.trial import Trial
-from tests.conftest import as_float64, config_for, output_bytes, read_tensors, write_model
+from tests.conftest import as_float64, config_for, read_tensors, write_model
 from tests.methods.papers.matrix_references import REFERENCES
 
 Array = np.ndarray
@@ -73,6 +68,10 @@ class Given(list[torch.Tensor]):
     @property
     def shape(self) -> tuple[int, int]:
         return tuple(super().__getitem__(0).shape)  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
 
     def __getitem__(self, model: Any) -> Any:
         return super().__getitem__(model).clone()
@@ -228,21 +227,6 @@ def test_the_bits_do_not_depend_on_the_threads_of_torch(tmp_path: Path) -> None:
         (tmp_path / method).mkdir()
         trial = Trial(get_method(method), config_for(method, paths), tmp_path / method)
         laws.same_bytes_with_any_threads_of_torch(trial)
-
-
-def test_matrices_are_decomposed_on_the_cpu_whatever_the_device(
-    models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def math_of(block: Block, device: str, extent: Extent) -> BlockMath:
-        assert block.tensor not in MATRICES
-        return TORCH.math(block, "cpu", extent)
-
-    mine = replace(TORCH, name="mine", device="mine", math=math_of)
-    monkeypatch.setitem(BACKENDS, "mine", mine)
-    for device in ("cpu", "mine"):
-        config = config_for("iso_c", models)
-        merge(config, tmp_path / device, memory="1GiB", progress=False, device=device)
-    assert output_bytes(tmp_path / "mine") == output_bytes(tmp_path / "cpu")
 
 
 def test_a_stage_can_be_corrected_as_if_it_had_been_written(models: list[Path], tmp_path: Path) -> None:
