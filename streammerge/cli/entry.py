@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Iterator, MutableMapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
@@ -65,15 +67,25 @@ class _Commands(MutableMapping[str, click.Command]):
         return len({**_HOMES, **self._more})
 
 
-class _InOrder(click.Group):
-    """A group that lists its commands in the order of use."""
+class _NobodyReadsError(Exception):
+    """What a command prints goes into a pipe that has been closed."""
+
+
+class _Group(click.Group):
+    """A group that lists its commands in the order of use, and ends as other programs do where nobody reads on."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # click would make an error of it
+            raise _NobodyReadsError from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
 
 @click.group(
-    cls=_InOrder,
+    cls=_Group,
     commands=_Commands(),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="\b\nExamples:\n"
@@ -104,15 +116,16 @@ def main() -> NoReturn:
     open_closed_streams()
     try:
         cli.main(prog_name="streammerge", standalone_mode=False)
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # a merge has done what it should
+            sys.stdout.flush()
     except click.exceptions.Abort:
         code = 130
     except click.ClickException as error:
         code = report_usage(error)
     except StreammergeError as error:
         code = report(error, error.exit_code)
-    except BrokenPipeError:
-        code = 0
+    except _NobodyReadsError:
+        code = 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         code = report(InputError("stopped"), 130)
     except OSError as error:

@@ -152,7 +152,13 @@ class JsonReporter:
         told = {"event": kind, "seconds": round(time.monotonic() - self._began, 3)}
         for key, value in values.items():
             told["took_seconds" if key == "seconds" else key] = value
-        print(json.dumps(told, ensure_ascii=True), flush=True)
+        _tell(json.dumps(told, ensure_ascii=True), sys.stdout)
+
+
+def _tell(line: str, stream: TextIO) -> None:
+    """Print a line; if nobody reads them any more (``| head``) it is left out: the run is for its output, and goes on."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=stream, flush=True)
 
 
 class LineReporter:
@@ -178,7 +184,7 @@ class LineReporter:
         """Print warnings always, and progress every few seconds unless quiet."""
         self._tracker(event.kind, event.values)
         if event.kind == "warning":
-            print(f"warning: {event.values['message']}", file=sys.stderr, flush=True)
+            _tell(f"warning: {event.values['message']}", sys.stderr)
         if self._quiet:
             return
         self._tell_stop()
@@ -197,7 +203,7 @@ class LineReporter:
             self._say(point_line(event.values))
         elif event.kind in _PROGRESS and time.monotonic() - self._last >= _LINE_SECONDS:
             self._last = time.monotonic()
-            print(progress_line(event, self._tracker, self._last - self._began), file=sys.stderr, flush=True)
+            _tell(progress_line(event, self._tracker, self._last - self._began), sys.stderr)
 
     def finish(self, summary: Summary) -> None:
         """Print the summary on stdout."""
@@ -206,7 +212,7 @@ class LineReporter:
     def end(self, values: Mapping[str, Any], text: str) -> None:
         """Print the text on stdout."""
         if not self._quiet:
-            print(text)
+            _tell(text, sys.stdout)
 
     def close(self) -> None:
         """Nothing is open."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from streammerge.cli import cli
 from tests.laws.hostile.case import MEAN, sound
 
 CLOSED = [">&-", "2>&-", ">&- 2>&-", "<&-", "<&- >&- 2>&-"]
-FULL = [">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full", "| true", "2>&1 | true"]
+FULL = [">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full"]
 
 
 def shell(directory: Path, command: str, config: str = "config.yml") -> subprocess.CompletedProcess[str]:
@@ -49,3 +51,29 @@ def test_a_stream_that_takes_nothing_costs_at_most_a_second_run(
     monkeypatch.chdir(tmp_path)
     assert CliRunner().invoke(cli, ["merge", "config.yml", "out"]).exit_code == 0
     assert_merged(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["merge", "config.yml", "out", "--json"], 0),
+        (["merge", "config.yml", "out"], 0),
+        (["plan", "config.yml", "--json"], 128 + signal.SIGPIPE),
+    ],
+)
+@pytest.mark.parametrize("both", [False, True])
+def test_a_merge_that_nobody_listens_to_goes_on_and_what_only_prints_ends(
+    both: bool, arguments: list[str], code: int, tmp_path: Path
+) -> None:
+    """As behind ``| head``: silent, with the exit code of success, or of a closed pipe."""
+    sound(tmp_path)
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "streammerge.cli", *arguments]
+    run = subprocess.run(
+        command, cwd=tmp_path, stdout=writes, stderr=writes if both else subprocess.PIPE, check=False
+    )
+    os.close(writes)
+    assert (run.returncode, run.stderr) == (code, None if both else b"")
+    if arguments[0] == "merge":
+        assert_merged(tmp_path)
