@@ -41,9 +41,8 @@ class Finding:
                     f"{'repair the model' if worker.spec.measures else cure}"
                 )
         where = f" at {self._place(self.overflow.first)}" if self.overflow.count else ""
-        label = f"{printable(worker.label, 200)}: " if worker.label else ""
         return MergedOverflowError(
-            f"{label}tensor {name}: the merged values overflow {self.job.dtype}{where}: use smaller weights or a wider "
+            f"{labelled(worker.label)}tensor {name}: the merged values overflow {self.job.dtype}{where}: use smaller weights or a wider "
             f"`dtype`, {go_on}",
             worker.label,
         )
@@ -54,8 +53,8 @@ class Finding:
             return f"element {element}"
         return f"element {element} [{', '.join(map(str, np.unravel_index(element, self.job.shape)))}]"
 
-    def warnings(self) -> list[str]:
-        """Return one line per affected input, and one for the overflow."""
+    def warnings(self, label: str = "") -> list[str]:
+        """Return one line per affected input, and one for the overflow, which names the output if it is one of several."""
         name = printable(self.job.name)
         lines = [
             f"tensor {name}: {tally.count} elements of {printable(ref.path)} are NaN or infinite (the first is "
@@ -65,10 +64,19 @@ class Finding:
         ]
         if self.overflow.count:
             lines.append(
-                f"tensor {name}: {self.overflow.count} merged elements overflow {self.job.dtype} (the first is "
+                f"{labelled(label)}tensor {name}: {self.overflow.count} merged elements overflow {self.job.dtype} (the first is "
                 f"{self.overflow.first})"
             )
         return lines
+
+
+def labelled(label: str) -> str:
+    """Return the beginning of a line on one of several outputs.
+
+    >>> labelled("lambda=0.5"), labelled("")
+    ('lambda=0.5: ', '')
+    """
+    return f"{printable(label, 200)}: " if label else ""
 
 
 def trace(reader: Reader, job: Job, start: int, stop: int, output: Read | None) -> Finding:

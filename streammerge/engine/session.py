@@ -12,6 +12,7 @@ import numpy as np
 
 from streammerge.checkpoint.weight_names import ADAPTER_CONFIG
 from streammerge.engine.course import Alone, Course
+from streammerge.engine.nonfinite import labelled
 from streammerge.engine.scheduler import Record
 from streammerge.engine.taking import Taking
 from streammerge.engine.telling import differing, not_finite_lines, of_energy, of_floor
@@ -188,7 +189,7 @@ class Session:
             confirm(file, self._known[file.key], self._hasher)
         for line in (
             *differing(self.plan, receipts),
-            *not_finite_lines(self.plan, self._reader, receipts, self._output),
+            *not_finite_lines(self.plan, self._reader, receipts, self._output, self.worker.label),
         ):
             self._control.warn(line)
 
@@ -211,7 +212,7 @@ class Session:
         self._presence.end()
         self.journal.remove()
         for line in (*of_floor(manifest.get("floored")), *of_energy(plan, residuals_of(manifest))):
-            self._control.warn(line)
+            self._control.warn(labelled(self.worker.label) + line)
         return manifest
 
     def _forget(self) -> None:

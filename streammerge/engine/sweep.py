@@ -120,7 +120,9 @@ def merge_together(
                 identity = identify(plan, reader, known)
                 held.enter_context(locked(place))
                 check_contents(place)
-                sessions.append(Session(plan, place, identity, reader, options, control, hasher))
+                session = Session(plan, place, identity, reader, options, control, hasher)
+                session.worker.label = out.name
+                sessions.append(session)
             run_sessions(sessions, reader, make_executor("threads"), options, control, card, began)
     finally:
         reader.close()

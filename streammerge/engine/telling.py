@@ -56,11 +56,20 @@ def differing(plan: MergePlan, receipts: Sequence[Receipt]) -> Iterator[str]:
 
 
 def not_finite_lines(
-    plan: MergePlan, reader: Reader, receipts: Sequence[Receipt], output: Callable[[int, int, int], Bytes]
+    plan: MergePlan,
+    reader: Reader,
+    receipts: Sequence[Receipt],
+    output: Callable[[int, int, int], Bytes],
+    label: str = "",
 ) -> Iterator[str]:
     """Yield lines on the origin of NaN and infinity in each tensor.
 
-    `output` returns bytes of a job's merged tensor.
+    Parameters
+    ----------
+    output
+        Returns bytes of a job's merged tensor.
+    label
+        The name of the output, if it is one of several.
     """
     for ordinal in sorted({receipt.job for receipt in receipts if receipt.not_finite}):
         job = plan.jobs[ordinal]
@@ -69,7 +78,7 @@ def not_finite_lines(
         def merged(first: int, last: int, ordinal: int = ordinal, width: int = width) -> Bytes:
             return output(ordinal, first * width, last * width)
 
-        yield from trace(reader, job, 0, job.n_elements, merged).warnings()
+        yield from trace(reader, job, 0, job.n_elements, merged).warnings(label)
 
 
 def of_floor(floored: Mapping[str, Any] | None) -> Iterator[str]:

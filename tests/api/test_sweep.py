@@ -391,8 +391,11 @@ def test_a_point_that_overflows_is_named_and_the_others_are_merged(
     for name in ("lambda=0.5", "lambda=0.7"):
         merge(tmp_path / "out" / name / CONFIG_COPY, tmp_path / name, on_event=lambda event: None)
         assert output_bytes(tmp_path / "out" / name) == output_bytes(tmp_path / name)
-    tolerant = swept(config, tmp_path / "out", score="echo 3; : {}", nonfinite="warn")
+    events.clear()
+    tolerant = swept(config, tmp_path / "out", score="echo 3; : {}", nonfinite="warn", on_event=events.append)
     assert not tolerant.failed
+    warned = [event.values["message"] for event in events if event.kind == "warning"]
+    assert {line.partition(": tensor ")[0] for line in warned if "overflow" in line} == set(result.failed)
     assert [row["reason"] for row in rows_of(tmp_path / "out")] == [""] * 4
 
 
