@@ -25,7 +25,7 @@ def sweep_page(rows: Sequence[Row], swept: Sequence[str], *, name: str = "sweep"
     rows
         A row for each point, in the order of the grid, as in sweep.csv: a column for each key of `swept` (the value as the
         config spells it), ``score`` and ``seconds`` (numbers as text, empty if there are none), and any other columns, which
-        the table shows.
+        the table shows if a row has something there.
     swept
         The swept keys, in the config's order.
     name
@@ -55,7 +55,8 @@ def sweep_page(rows: Sequence[Row], swept: Sequence[str], *, name: str = "sweep"
         figures.append(grid)
     if not scored:
         lead.append("No point has a score, so there is nothing to draw: give a command with --score.")
-    head = list(dict.fromkeys([*swept, SCORE, SECONDS, *(column for row in rows for column in row)]))
+    more = (column for row in rows for column, text in row.items() if text)
+    head = list(dict.fromkeys([*swept, SCORE, SECONDS, *more]))
     cells = [[_cell(row, column) for column in head] for row in rows]
     table = Table(head, cells, "All points; the best one is bold.", best=best)
     sections = [Section("Score over the swept values", figures=figures), Section("Points", tables=[table])]
@@ -136,7 +137,7 @@ def _grid(scored: Sequence[tuple[Row, float]], swept: Sequence[str]) -> Figure |
         domain=(low, high if high > low else low + 1),
         scheme="blues",
         texts=len(cells) <= 100,
-        format=".3~g",
+        format=".3g",
     )
     note = "The best over all other keys." if len(swept) > 2 else ""
     return Figure(f"Score by {first} and {second}", drawing, note)

@@ -31,6 +31,15 @@ VISIBLE = """[...document.querySelectorAll('figure svg')].map(svg => {
 })"""
 COLOURS = """[...document.querySelectorAll('body, h1, p, td, figcaption, svg text')].map(
   one => getComputedStyle(one)[one.tagName == 'text' ? 'fill' : 'color'])"""
+LABELS = """[...document.querySelectorAll('table.facts td:first-child')].map(cell => {
+  const range = document.createRange();
+  range.selectNodeContents(cell);
+  return range.getClientRects().length;
+})"""
+"""The lines of each label of a list of facts."""
+SECOND_COLUMNS = """[...document.querySelectorAll('section > .scroll td:nth-child(2)')].every(
+  cell => cell.getBoundingClientRect().right <= innerWidth)"""
+"""Whether a number stands beside each name, and not only the name."""
 
 ON_CELLS = {"rgb(255, 255, 255)", "rgb(28, 33, 40)"}
 """Texts on the cells of a matrix, which have colours of their own in light and dark."""
@@ -80,6 +89,8 @@ def test_a_page_is_whole_and_alone(
     assert opened.evaluate(VISIBLE) == [True] * PICTURES[kind]
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
     assert opened.evaluate("[window.ran, document.scripts.length, document.images.length]") == [None, 0, 0]
+    assert set(opened.evaluate(LABELS)) <= {1}
+    assert kind == "sweep" or opened.evaluate(SECOND_COLUMNS)
     paper = brightness(opened.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert paper < 40 if dark else paper > 240
     faint = {ink for ink in opened.evaluate(COLOURS) if abs(brightness(ink) - paper) < 90}

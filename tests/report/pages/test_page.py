@@ -114,6 +114,9 @@ def test_a_sweep_without_scores_has_a_table_only() -> None:
     page = sweep_page([{"lambda": "1", "score": "", "seconds": "2", "reason": "exit code 1"}], ["lambda"])
     assert "<svg" not in page
     assert "exit code 1" in page
+    assert "reason" not in sweep_page(
+        [{"lambda": "1", "score": "2", "seconds": "2", "reason": ""}], ["lambda"]
+    )
 
 
 def test_many_series_and_one_point_are_drawn() -> None:
