@@ -19,26 +19,26 @@ from streammerge.errors import InputError, StreammergeError, WorldError
 from streammerge.version import __version__
 
 _HOMES = {
-    "merge": "merging",
-    "sweep": "sweeping",
-    "average": "averaging",
-    "moe": "moe",
-    "plan": "merging",
-    "verify": "merging",
-    "status": "watching",
-    "compare": "comparing",
-    "extract-lora": "extracting",
-    "inspect": "showing",
-    "methods": "showing",
-    "new": "showing",
-    "fisher": "estimating",
-    "gram": "estimating",
-    "demo": "showing",
-    "completion": "showing",
-    "schema": "showing",
-    "warm-up": "warming",
+    "merge": ("merging", "Merge models, or continue an interrupted merge."),
+    "sweep": ("sweeping", "Merge all combinations of some parameters' values."),
+    "average": ("averaging", "Average the checkpoints of a training run."),
+    "moe": ("moe", "Make a mixture of experts of dense models."),
+    "plan": ("merging", "Show what `merge` would do; write nothing."),
+    "verify": ("merging", "Compare an output with its recorded checksums."),
+    "status": ("watching", "Show how far a merge is, and who works on it."),
+    "compare": ("comparing", "Show how models differ from their base."),
+    "extract-lora": ("extracting", "Write the difference of two models as an adapter."),
+    "inspect": ("showing", "Show a model's totals and its tensors."),
+    "methods": ("showing", "List the merge methods, or explain one."),
+    "new": ("showing", "Print a commented config for a method."),
+    "fisher": ("estimating", "Estimate, import or show Fisher diagonals."),
+    "gram": ("estimating", "Collect or show Gram matrices, for `regmean`."),
+    "demo": ("showing", "Merge the small models that ship with the program."),
+    "completion": ("showing", "Print a script that completes commands in a shell."),
+    "schema": ("showing", "Print the JSON schema of the config, for editors."),
+    "warm-up": ("warming", "Compile all kernels in advance."),
 }
-"""The module of each command, in the order of use."""
+"""The module of each command, in the order of use, and what a list of them says: whole on a terminal of 80 columns."""
 
 
 class _Commands(MutableMapping[str, click.Command]):
@@ -50,8 +50,10 @@ class _Commands(MutableMapping[str, click.Command]):
     def __getitem__(self, name: str) -> click.Command:
         if name in self._more:
             return self._more[name]
-        home = importlib.import_module(f"streammerge.cli.{_HOMES[name]}")
+        module, short = _HOMES[name]
+        home = importlib.import_module(f"streammerge.cli.{module}")
         command: click.Command = getattr(home, name.replace("-", "_"))
+        command.short_help = short
         return command
 
     def __setitem__(self, name: str, command: click.Command) -> None:

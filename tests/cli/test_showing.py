@@ -189,6 +189,13 @@ def test_every_command_has_an_example_of_itself(path: str, cli: Cli) -> None:
     assert f"streammerge {path}" in cli(*path.split(), "--help").out.partition("Examples:")[2]
 
 
+def test_the_list_of_commands_says_each_in_a_whole_line(cli: Cli) -> None:
+    listed = cli("--help").out.partition("Commands:")[2].partition("Examples:")[0].split("\n\n")[0]
+    lines = [line for line in listed.splitlines() if line]
+    assert [line.split()[0] for line in lines] == list(group.commands)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
 def test_the_options_of_merge_stand_in_sections(cli: Cli) -> None:
     shown = cli("merge", "--help").out
     titles = [line for line in shown.splitlines() if line.endswith(":") and not line.startswith(" ")]
