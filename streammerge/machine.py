@@ -13,7 +13,6 @@ from streammerge.errors import InputError
 from streammerge.units import format_at_least, format_size
 
 _STATUS = Path("/proc/self/status")
-_MEMINFO = Path("/proc/meminfo")
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
 _UNLIMITED = 1 << 60
@@ -21,8 +20,9 @@ _UNLIMITED = 1 << 60
 
 def available_memory() -> int:
     """Return the bytes this process could still use: the machine's, or those of its control groups if fewer."""
-    free = _statistic(_MEMINFO, "MemAvailable:") << 10
-    return max(0, min([free, *left_in_groups(_MEMBERSHIP, _MOUNT)]))
+    import psutil
+
+    return max(0, min([int(psutil.virtual_memory().available), *left_in_groups(_MEMBERSHIP, _MOUNT)]))
 
 
 def own_memory() -> int:
