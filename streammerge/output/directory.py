@@ -36,32 +36,20 @@ def check_target(place: Place, inputs: Sequence[TensorIndex], others: Sequence[s
     elif os.path.lexists(out) and not out.is_dir():
         raise OutputError(f"{printable(out)}: exists and is not a directory: choose a different OUT")
     _check_place(place)
+    if not out.exists():
+        return
     target = out.resolve()
     for other in others:
         if target == Path(other).resolve():
             raise OutputError(f"{printable(out)}: is the input {printable(other)}: choose a different OUT")
     for index in inputs:
-        how = _conflict(place, target, index)
-        if how is not None:
+        files = [Path(stamp.path).resolve() for stamp in index.stamps]
+        places = {index.directory.resolve(), *(path.parent for path in files)}
+        if target in (places if place.file is None else files):
+            holds = "holds" if place.file is None else "is a file of"
             raise OutputError(
-                f"{printable(out)}: {how} the input {printable(index.reference)}: choose a different OUT"
+                f"{printable(out)}: {holds} the input {printable(index.reference)}: choose a different OUT"
             )
-
-
-def _conflict(place: Place, target: Path, index: TensorIndex) -> str | None:
-    """Return how an output and a model's folder would become parts of each other; None if they do not.
-
-    Whoever loads, copies or removes one of them would take the other with it.
-    """
-    files = [Path(stamp.path).resolve() for stamp in index.stamps]
-    if place.file is not None:
-        return "is a file of" if target in files else None
-    places = {index.directory.resolve(), *(path.parent for path in files)}
-    if any(target == one or target in one.parents for one in places):
-        return "holds"
-    if Path(index.reference).resolve() not in files and not places.isdisjoint(target.parents):
-        return "lies in the folder of"
-    return None
 
 
 def _check_file(place: Place) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from tests.cli.running import FEW, Cli, assert_refused, tree_of, write_config
 from tests.conftest import config_for, write_model
@@ -180,26 +178,7 @@ def test_an_output_that_is_an_input_is_refused_and_untouched(
     (tmp_path / "link").symlink_to(paths[which], target_is_directory=True)
     for out in (paths[which], tmp_path / "link"):
         assert_refused(cli("merge", config, out, *overwrite), "holds the input")
-    inside = paths[which] / "new" / "out"
-    assert_refused(cli("merge", config, inside, *overwrite), "lies in the folder of the input")
-    swept = {**yaml.safe_load(config.read_text()), "sweep": {"lambda": [0.3, 0.5]}}
-    grid = write_config(tmp_path / "grid.yml", swept)
-    assert_refused(cli("sweep", grid, inside, *overwrite), "lies in the folder of the input")
-    assert_refused(cli("merge", config, paths[which].parent, *overwrite), "holds the input")
     assert tree_of(paths[which]) == before
-
-
-def test_an_output_beside_a_model_that_is_one_file_is_accepted(
-    cli: Cli, paths: list[Path], tmp_path: Path
-) -> None:
-    files = []
-    for name, path in zip("ab", paths, strict=False):
-        files.append(tmp_path / "models" / f"{name}.safetensors")
-        files[-1].parent.mkdir(exist_ok=True)
-        shutil.copy(path / "model.safetensors", files[-1])
-    config = tmp_path / "files.yml"
-    config.write_text(yaml.safe_dump({"merge_method": "linear", "models": [str(file) for file in files]}))
-    assert cli("merge", config, tmp_path / "models" / "out").code == 0
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
