@@ -378,9 +378,11 @@ def test_the_launcher_sends_tables_in_parts_and_adds_the_null_pointers() -> None
 
 
 def test_the_identity_names_a_device_where_bits_may_be_its_own(
-    paths: list[Path], tmp_path: Path, fake: Fake
+    paths: list[Path], tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake()
+    torch_there = replace(CUDA, find=lambda number: f"cuda:{number}")
+    monkeypatch.setitem(BACKENDS, "fused", replace(BACKENDS["fused"], rest=torch_there))
     own = tmp_path / "own.py"
     own.write_text(
         "import streammerge\n@streammerge.method('half_way', base='required', models=(1, 1))\n"
@@ -403,7 +405,7 @@ def test_what_a_device_may_have_rounded_is_neither_resumed_nor_compared_on_a_dif
     def on_cpu(block: Any, device: str, sees: Any) -> Any:
         return TORCH.math(block, "cpu", sees)
 
-    torch_there = replace(CUDA, math=on_cpu, turn=None)
+    torch_there = replace(CUDA, math=on_cpu, turn=None, find=lambda number: f"cuda:{number}")
     monkeypatch.setitem(BACKENDS, "fused", replace(BACKENDS["fused"], rest=torch_there))
     own = tmp_path / "own.py"
     own.write_text(

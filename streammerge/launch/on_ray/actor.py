@@ -106,10 +106,12 @@ class Engine:
     def _listen(self, process: subprocess.Popen[str], errors: Any) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            with suppress(ValueError):
+            try:
                 event = json.loads(line)
-                if isinstance(event, dict) and event.get("event") != "progress":
-                    self._tell(process, event)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and event.get("event") != "progress":
+                self._tell(process, event)
         code = process.wait()
         with errors:
             errors.seek(0)

@@ -109,7 +109,7 @@ def test_of_a_sweep_whose_later_points_need_more(models: list[Path], tmp_path: P
 
 def test_of_pages(models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vl_convert")
-    for drawing in ("merging.write_report", "comparing.comparison_page", "comparing.write_page"):
+    for drawing in ("reporting.write_report", "comparing.comparison_page", "comparing.write_page"):
         monkeypatch.setattr(f"streammerge.api.{drawing}", lambda *values: "")
     config = config_for("ties", models, parameters={"density": 0.3})
     merge = partial(
