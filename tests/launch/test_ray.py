@@ -188,6 +188,8 @@ def test_engines_actors_and_a_node_may_die(make: Callable[..., Case], cluster: A
     one.allow(5)
     one.wait_for(5)
     cluster.remove_node(cluster.nodes.pop(), allow_graceful=False)
+    # Else the others may finish before Ray has noticed.
+    wait(lambda: "was lost: its shards go to the others" in one.warnings() or not one.is_running)
     summary = one.end()
     assert not isinstance(summary, Exception), (summary, one.warnings())
     one.check()
