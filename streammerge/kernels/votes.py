@@ -7,6 +7,7 @@ import numpy as np
 
 from streammerge.kernels import loop, njit
 from streammerge.kernels.blocks import BLOCK
+from streammerge.kernels.merge import _add_scaled, _shift
 
 
 @loop()
@@ -14,15 +15,7 @@ def _add_up(deltas, coefficients, start, m, total):
     """Write the sum of the task vectors of a block, in the order of the models."""
     total[:] = 0.0
     for model in range(len(coefficients)):
-        coefficient, entries = coefficients[model], deltas[model, start : start + m]
-        for i in range(m):
-            total[i] += coefficient * np.float64(entries[i])
-
-
-@loop()
-def _shift(base, change, m, scale, out):
-    for i in range(m):
-        out[i] = np.float64(base[i]) + scale * change[i]
+        _add_scaled(m, deltas[model, start : start + m], coefficients[model], total)
 
 
 @njit(nogil=True)
@@ -39,9 +32,7 @@ def consensus_merge(base, deltas, coefficients, k, threshold, scale, out):
     out           float64 (n,)     written
     ============  ===============  ============================================
     """
-    _consensus(
-        base, deltas, coefficients, k, threshold, scale, out, np.empty(BLOCK, np.float64), np.empty(BLOCK)
-    )
+    _consensus(base, deltas, coefficients, k, threshold, scale, out, np.empty(BLOCK), np.empty(BLOCK))
 
 
 @loop()
@@ -56,7 +47,7 @@ def _consensus(base, deltas, coefficients, k, threshold, scale, out, total, need
             # What is not finite is kept, so that the check on the output sees it.
             kept = needed[i] >= np.float64(k) or not abs(total[i]) < np.inf
             total[i] = total[i] if kept else 0.0
-        _shift(base[start:], total, m, scale, out[start:])
+        _shift(m, base[start:], scale, total, out[start:])
 
 
 @loop()
@@ -94,7 +85,7 @@ def _largest(base, deltas, coefficients, scale, out, total, up, down):
             largest = up[i] if total[i] > 0.0 else down[i]
             largest = 0.0 if total[i] == 0.0 else largest
             total[i] = largest if abs(total[i]) < np.inf else total[i]
-        _shift(base[start:], total, m, scale, out[start:])
+        _shift(m, base[start:], scale, total, out[start:])
 
 
 @loop()
