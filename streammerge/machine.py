@@ -35,11 +35,7 @@ def peak_memory() -> int:
 
     `getrusage` would include the process that started this one, since Linux passes its peak on.
     """
-    try:
-        lines = _STATUS.read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, ValueError, StopIteration, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return (_statistic(_STATUS, "VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) << 10
 
 
 def left_in_groups(membership: Path, mount: Path) -> Iterator[int]:
