@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from streammerge.algebra.block import Applied, Block, Operand
@@ -42,20 +42,18 @@ def apply_to_matrices(
     def read(model: int, a: int, b: int) -> Part:
         return Part(on.tensor(block.models[model], a, b), on.tensor(base, a, b), on.where(a))
 
-    def merge(first: int) -> Applied:
-        change, kept = _change(rule, read, first, on, place)
-        free_packed()
-        bad = 0
-        for a in range(0, rule.size, AT_ONCE):
-            b = min(rule.size, a + AT_ONCE)
-            theta_0 = on.tensor(base, first + a, first + b).double()
-            bad += on.store(theta_0 + change[a:b], out, first + a, first + b)
-        return Applied(bad, kept)
-
     applied = Applied(0, ())
     for first in range(0, block.n, rule.size):
         with one_by_one:
-            applied = applied.plus(merge(first))
+            change, kept = _change(rule, read, first, on, place)
+            free_packed()
+            bad = 0
+            for a in range(0, rule.size, AT_ONCE):
+                b = min(rule.size, a + AT_ONCE)
+                theta_0 = on.tensor(base, first + a, first + b).double()
+                bad += on.store(theta_0 + change[a:b], out, first + a, first + b)
+            del change
+        applied = applied.plus(Applied(bad, kept))
     return applied
 
 
@@ -65,11 +63,10 @@ def _change(
     """Return what `MatrixMerge.change` does, a second time where memory that is kept for other streams was in its way."""
     import torch
 
-    for last in (False, True):
-        try:
-            return rule.change(read, first, place)
-        except torch.OutOfMemoryError:
-            if last:
-                raise on.out_of_memory() from None
-        on.free_unused()
-    raise AssertionError("the second try returns or raises")
+    with suppress(torch.OutOfMemoryError):
+        return rule.change(read, first, place)
+    on.free_unused()
+    try:
+        return rule.change(read, first, place)
+    except torch.OutOfMemoryError:
+        raise on.out_of_memory() from None
