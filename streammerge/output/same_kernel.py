@@ -1,4 +1,4 @@
-"""What processes on one kernel know of each other without files: whether one has ended."""
+"""Processes on one kernel see without files whether another has ended."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ def have_seen_end(where: str, pid: int) -> bool:
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):
-        return False
+        pass  # it runs as a different user, or its number is none
     return False

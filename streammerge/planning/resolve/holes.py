@@ -31,12 +31,14 @@ def check_holes(
     """
     if not extra:
         return
-    counts = count_layers(template)
-    kinds = _Layers.of(template).kinds
+    layers = _Layers.of(template)
 
     def is_lost(name: str) -> bool:
-        place = place_of(name, counts)
-        return place is not None and place[1] < counts[place[0]] and (place[0], place[2]) in kinds
+        place = place_of(name, layers.counts)
+        if place is None:
+            return False
+        stack, number, rest = place
+        return number < layers.counts[stack] and (stack, rest) in layers.kinds
 
     _refuse(template, model, [name for name in extra if is_lost(name)], excluded)
 
@@ -78,6 +80,8 @@ def check_holes_of_slices(
 class _Layers(NamedTuple):
     """The tensors of a model's layers."""
 
+    counts: Mapping[str, int]
+    """Number of layers of each stack; see `count_layers`."""
     kinds: frozenset[tuple[str, str]]
     """Stack and name within the layer of each."""
     by_number: Mapping[int, Sequence[tuple[str, tuple[str, str]]]]
@@ -90,7 +94,7 @@ class _Layers(NamedTuple):
         for name in index:
             if (place := place_of(name, counts)) is not None:
                 by_number.setdefault(place[1], []).append((name, (place[0], place[2])))
-        return cls(frozenset(kind for found in by_number.values() for _, kind in found), by_number)
+        return cls(counts, frozenset(kind for found in by_number.values() for _, kind in found), by_number)
 
 
 def _refuse(
