@@ -1,4 +1,4 @@
-"""What other packages are installed: their entry points and versions, by the names of files alone where these suffice.
+"""Entry points and versions of installed packages, by the names of files alone where these suffice.
 
 `importlib.metadata` takes as long to import as fifty modules of ours, and reads a file of every installed package for each
 question.

@@ -1,5 +1,5 @@
-"""What waits for its first use, so that a command starts fast: a package's public names (PEP 562),
-modules that few commands need, regular expressions."""
+"""Public names of a package (PEP 562), modules that few commands need and regular expressions wait for their first use,
+so that a command starts fast."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class _Commands(MutableMapping[str, click.Command]):
 
 
 class _NobodyReadsError(Exception):
-    """What a command prints goes into a pipe that has been closed."""
+    """A command prints into a pipe that has been closed."""
 
 
 class _Group(click.Group):

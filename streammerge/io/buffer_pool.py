@@ -112,7 +112,7 @@ class Pool:
     def _take(self, size: int) -> _Part | None:
         fitting = [part for part in self._idle if size <= part.size]
         if fitting:
-            # A larger part serves too: fresh pages (faults, zeroing) cost more than a part that others must wait for.
+            # Fresh pages cost faults and zeroing. A prepared buffer is lent whole, and others wait for what is not used of it.
             best = min(fitting, key=lambda part: part.size)
             self._idle.remove(best)
             if self._prepare is None and size < best.size:

@@ -74,7 +74,7 @@ class Upload:
         self._url, self._stop, self._before_end = url, stop, before_end
         self._nbytes, self._tell, self._was = nbytes, tell, was
         self._ending = False
-        """Whether the library has taken all parts."""
+        """True once the library has taken all parts."""
         self._part = part_nbytes(nbytes)
         self._filled = bytearray()
         self._parts: Queue[bytes | None] = Queue(1)

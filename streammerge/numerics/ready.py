@@ -38,7 +38,7 @@ _LOADING = threading.RLock()
 _LOADED: dict[str, tuple[Overload, ...]] = {}
 """The loops of this process, by name; changed under `_LOADING`."""
 _ENGINES: list[Any] = []
-"""What holds the loaded code, for the life of the process."""
+"""The loaders, which hold the loaded code for the life of the process."""
 _UNFIT = object()
 
 

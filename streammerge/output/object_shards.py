@@ -164,7 +164,7 @@ class ObjectShards(OwnShards):
         return Upload(str(self._place.path(name)), nbytes, self._stop, self._check, self._remarks.put, was)
 
     def tell_remarks(self) -> None:
-        """Tell what the uploads have had to say since the last call."""
+        """Tell the remarks that uploads have made since the last call."""
         with suppress(Empty):
             while True:
                 self._tell(self._remarks.get_nowait())

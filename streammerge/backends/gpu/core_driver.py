@@ -19,7 +19,7 @@ _CURES = {
     802: "start nvidia-fabricmanager, or ",
     803: "restart the machine, since its driver was updated, or ",
 }
-"""What helps against CUDA_ERROR_SYSTEM_NOT_READY, of GPUs that NVSwitch joins, and CUDA_ERROR_SYSTEM_DRIVER_MISMATCH."""
+"""Cures of CUDA_ERROR_SYSTEM_NOT_READY, of GPUs that NVSwitch joins, and of CUDA_ERROR_SYSTEM_DRIVER_MISMATCH."""
 _TEXT = 256
 """Bytes of a name that the driver gives."""
 _MAJOR, _MINOR = 75, 76
